@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who goes where: which neuron of a dense FFN belongs to which expert, and which layers are split."""
+
+from sparse_unified.partition.layout import ExpertLayout
+from sparse_unified.partition.scores import check_scores, magnitude_scores, random_scores
+from sparse_unified.partition.select import select_layers
+from sparse_unified.partition.snake import snake_partition
+
+__all__ = [
+    "ExpertLayout",
+    "check_scores",
+    "magnitude_scores",
+    "random_scores",
+    "select_layers",
+    "snake_partition",
+]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the neurons of one FFN divide into a shared expert and routed experts of equal width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def _shared_width(intermediate_size: int, num_experts: int, num_shared_experts: int) -> int:
+    return num_shared_experts * (intermediate_size // (num_experts + num_shared_experts))
+
+
+def dividing_expert_counts(intermediate_size: int, num_shared_experts: int = 0) -> list[int]:
+    """Returns every expert count from 2 to 64 that divides what the shared expert leaves."""
+    counts = []
+    for num_experts in range(2, 65):
+        routed = intermediate_size - _shared_width(
+            intermediate_size, num_experts, num_shared_experts
+        )
+        if routed >= num_experts and routed % num_experts == 0:
+            counts.append(num_experts)
+    return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayout:
+    """Neuron ranges of an FFN in expert order: the shared expert first, then expert 0, 1, ...
+
+    The shared expert takes `S * (I // (E + S))` neurons, the E routed experts divide the rest.
+
+    Args:
+        intermediate_size: width I of the dense FFN, in neurons.
+        num_experts: E, number of routed experts.
+        num_shared_experts: S, how many expert widths the shared expert is made of.
+        shared_intermediate_size: width of the shared expert in neurons, for files that give it
+            directly; by default it follows from the formula above.
+
+    Raises:
+        ValueError: a count is out of range, or E does not divide the routed neurons.
+    """
+
+    intermediate_size: int
+    num_experts: int
+    num_shared_experts: int = 0
+    shared_intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("intermediate_size", 1), ("num_experts", 1), ("num_shared_experts", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"ExpertLayout: {name} must be an integer of at least {least}, got {value!r}"
+                )
+        shared = self.shared_intermediate_size
+        if shared is not None and not 0 <= shared < self.intermediate_size:
+            raise ValueError(
+                "ExpertLayout: shared_intermediate_size must be from 0 to "
+                f"intermediate_size - 1 = {self.intermediate_size - 1}, got {shared}"
+            )
+        routed = self.intermediate_size - self.shared_width
+        if routed < self.num_experts or routed % self.num_experts != 0:
+            legal = dividing_expert_counts(self.intermediate_size, self.num_shared_experts)
+            raise ValueError(
+                f"ExpertLayout: num_experts must divide the {routed} neurons that remain of "
+                f"intermediate_size {self.intermediate_size} after {self.shared_width} shared, got "
+                f"{self.num_experts}; with num_shared_experts={self.num_shared_experts} these "
+                f"counts do: {', '.join(map(str, legal)) or 'none'}"
+            )
+
+    @property
+    def shared_width(self) -> int:
+        """Neurons of the shared expert; 0 without one."""
+        if self.shared_intermediate_size is not None:
+            return self.shared_intermediate_size
+        return _shared_width(self.intermediate_size, self.num_experts, self.num_shared_experts)
+
+    @property
+    def expert_width(self) -> int:
+        """Neurons of each routed expert."""
+        return (self.intermediate_size - self.shared_width) // self.num_experts
+
+    def shared_range(self) -> tuple[int, int]:
+        """Returns the half-open neuron range of the shared expert."""
+        return 0, self.shared_width
+
+    def expert_range(self, expert: int) -> tuple[int, int]:
+        """Returns the half-open neuron range of routed expert `expert`."""
+        start = self.shared_width + expert * self.expert_width
+        return start, start + self.expert_width

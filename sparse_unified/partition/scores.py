@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importance of each FFN neuron where no calibration statistics are at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_scores(scores: Tensor, intermediate_size: int, *, where: str) -> None:
+    """Raises ValueError unless `scores` is a finite float tensor [intermediate_size]."""
+    if scores.ndim != 1 or scores.shape[0] != intermediate_size:
+        raise ValueError(
+            f"{where}: scores must have shape [{intermediate_size}], got {list(scores.shape)}"
+        )
+    if not scores.dtype.is_floating_point:
+        raise ValueError(f"{where}: scores must be floating point, got {scores.dtype}")
+    bad = torch.nonzero(~torch.isfinite(scores))
+    if bad.numel():
+        first = int(bad[0])
+        raise ValueError(
+            f"{where}: scores must be finite, got {scores[first].item()} for neuron {first} "
+            f"({bad.shape[0]} of {intermediate_size} are not finite)"
+        )
+
+
+def magnitude_scores(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """Ranks neurons by weight magnitude: |gate row| * |up row| * |down column|, L2 norms.
+
+    The product does not change when a factor moves from one projection of a neuron to another, as
+    the neuron's output under SwiGLU nearly does not.
+
+    Args:
+        gate_proj, up_proj: [I, D], any float dtype.
+        down_proj: [D, I], any float dtype.
+
+    Returns:
+        scores [I] fp32, on the device of the weights.
+    """
+    row_norms = [
+        torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        for weight in (gate_proj, up_proj)
+    ]
+    column_norm = torch.linalg.vector_norm(down_proj, dim=0, dtype=torch.float32)
+    return row_norms[0] * row_norms[1] * column_norm
+
+
+def random_scores(intermediate_size: int, *, seed: int, layer: int) -> Tensor:
+    """Returns scores [I] fp32 in [0, 1), the same for the same seed and layer on every machine."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+    return torch.rand(intermediate_size, generator=generator)
