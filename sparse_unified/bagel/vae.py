@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autoencoder between pixels and latents (FLUX), under the key names of ae.safetensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_unified.bagel.config import VAEConfig
+
+
+def _norm(channels: int, **factory: Any) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6, **factory)
+
+
+def _conv3(inputs: int, outputs: int, **factory: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **factory)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where channels change."""
+
+    def __init__(self, inputs: int, outputs: int, **factory: Any) -> None:
+        super().__init__()
+        self.norm1 = _norm(inputs, **factory)
+        self.conv1 = _conv3(inputs, outputs, **factory)
+        self.norm2 = _norm(outputs, **factory)
+        self.conv2 = _conv3(outputs, outputs, **factory)
+        self.nin_shortcut = (
+            nn.Conv2d(inputs, outputs, 1, **factory) if inputs != outputs else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, inputs, H, W] to [B, outputs, H, W]."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class AttnBlock(nn.Module):
+    """x + attention over all pixels, one head of all channels."""
+
+    def __init__(self, channels: int, **factory: Any) -> None:
+        super().__init__()
+        self.norm = _norm(channels, **factory)
+        for name in ("q", "k", "v", "proj_out"):
+            setattr(self, name, nn.Conv2d(channels, channels, 1, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to the same shape."""
+        normed = self.norm(x)
+        q, k, v = (conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H * W, C]
+        return x + self.proj_out(mixed[:, 0].mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves the resolution; the padding goes to the right and the bottom only."""
+
+    def __init__(self, channels: int, **factory: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to [B, C, H / 2, W / 2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by repeating pixels."""
+
+    def __init__(self, channels: int, **factory: Any) -> None:
+        super().__init__()
+        self.conv = _conv3(channels, channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to [B, C, 2 H, 2 W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(channels: int, **factory: Any) -> nn.Module:
+    mid = nn.Module()
+    mid.block_1 = ResnetBlock(channels, channels, **factory)
+    mid.attn_1 = AttnBlock(channels, **factory)
+    mid.block_2 = ResnetBlock(channels, channels, **factory)
+    return mid
+
+
+def _run_middle(mid: nn.Module, x: Tensor) -> Tensor:
+    return mid.block_2(mid.attn_1(mid.block_1(x)))
+
+
+def _level(inputs: int, outputs: int, num_blocks: int, **factory: Any) -> nn.Module:
+    level = nn.Module()
+    level.block = nn.ModuleList(
+        ResnetBlock(outputs if block else inputs, outputs, **factory) for block in range(num_blocks)
+    )
+    return level
+
+
+class Encoder(nn.Module):
+    """Pixels [B, in, H, W] -> mean and log variance [B, 2 z, H / f, W / f]."""
+
+    def __init__(self, config: VAEConfig, **factory: Any) -> None:
+        super().__init__()
+        self.conv_in = _conv3(config.in_channels, config.ch, **factory)
+        widths = [config.ch, *(config.ch * multiple for multiple in config.ch_mult)]
+        self.down = nn.ModuleList()
+        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+            level = _level(inputs, outputs, config.num_res_blocks, **factory)
+            if i < len(config.ch_mult) - 1:
+                level.downsample = Downsample(outputs, **factory)
+            self.down.append(level)
+        self.mid = _middle(widths[-1], **factory)
+        self.norm_out = _norm(widths[-1], **factory)
+        self.conv_out = _conv3(widths[-1], 2 * config.z_channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encodes pixels in [-1, 1]."""
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            for block in level.block:
+                x = block(x)
+            if i < len(self.down) - 1:
+                x = level.downsample(x)
+        x = _run_middle(self.mid, x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents [B, z, h, w] -> pixels [B, out, h * f, w * f]; `up.0` is the last level to run."""
+
+    def __init__(self, config: VAEConfig, **factory: Any) -> None:
+        super().__init__()
+        widths = [config.ch * multiple for multiple in config.ch_mult]
+        self.conv_in = _conv3(config.z_channels, widths[-1], **factory)
+        self.mid = _middle(widths[-1], **factory)
+        self.up = nn.ModuleList()
+        for i, outputs in enumerate(widths):
+            inputs = widths[min(i + 1, len(widths) - 1)]
+            level = _level(inputs, outputs, config.num_res_blocks + 1, **factory)
+            if i:
+                level.upsample = Upsample(outputs, **factory)
+            self.up.append(level)
+        self.norm_out = _norm(widths[0], **factory)
+        self.conv_out = _conv3(widths[0], config.out_ch, **factory)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Decodes unscaled latents."""
+        x = _run_middle(self.mid, self.conv_in(z))
+        for i in reversed(range(len(self.up))):
+            for block in self.up[i].block:
+                x = block(x)
+            if i:
+                x = self.up[i].upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoEncoder(nn.Module):
+    """Pixels to scaled latents and back. The latent is the posterior mean: encoding is repeatable.
+
+    Source: the autoencoder of FLUX as BAGEL uses it, which samples from the posterior instead.
+    """
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, device=device, dtype=dtype)
+        self.decoder = Decoder(config, device=device, dtype=dtype)
+
+    def _input(self, x: Tensor, name: str, channels: int, step: int) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % step or x.shape[3] % step:
+            raise ValueError(
+                f"AutoEncoder: {name} must have shape [B, {channels}, H, W] with sides that are "
+                f"multiples of {step}, got {list(x.shape)}"
+            )
+        weight = self.decoder.conv_in.weight
+        return x.to(device=weight.device, dtype=weight.dtype)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Maps pixels [B, 3, H, W] in [-1, 1] to latents [B, z, H / f, W / f].
+
+        Raises:
+            ValueError: wrong channels, or sides that are not multiples of the downsampling.
+        """
+        config = self.config
+        pixels = self._input(pixels, "pixels", config.in_channels, config.downsample)
+        mean, _ = self.encoder(pixels).chunk(2, dim=1)
+        return config.scale_factor * (mean - config.shift_factor)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Maps latents [B, z, h, w] to pixels [B, 3, h * f, w * f], about in [-1, 1].
+
+        Raises:
+            ValueError: wrong channels.
+        """
+        config = self.config
+        latent = self._input(latent, "latent", config.z_channels, 1)
+        return self.decoder(latent / config.scale_factor + config.shift_factor)

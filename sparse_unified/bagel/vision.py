@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images as the model sees them: a SigLIP encoder over packed patches, and the connector.
+
+Images of any size go in together, packed one after the other, each attending to itself only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_unified.bagel.config import VisionConfig
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """Cuts an image [C, H, W] into patches [H/p * W/p, p * p * C], each laid out p, p, C.
+
+    Raises:
+        ValueError: a side is not a positive multiple of the patch size.
+    """
+    _, height, width = image.shape
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"patchify: image sides must be positive multiples of {patch_size}, "
+            f"got {height} x {width}"
+        )
+    grid = image.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # [C, h, p, w, p]
+    return grid.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
+
+
+def unpatchify(tokens: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
+    """Undoes `patchify`: tokens [rows * columns, p * p * C] -> [C, rows * p, columns * p]."""
+    grid = tokens.view(rows, columns, patch_size, patch_size, -1)  # [h, w, p, p, C]
+    return grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
+
+
+class VisionAttention(nn.Module):
+    """Full attention inside each image."""
+
+    def __init__(self, config: VisionConfig, **factory: Any) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, **factory))
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Maps packed patches x [N, D] of images with `lengths` patches to [N, D]."""
+        heads = [
+            getattr(self, name)(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        ]  # 3 x [heads, N, d]
+        images = zip(*(part.split(list(lengths), dim=1) for part in heads), strict=True)
+        mixed = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in images]
+        return self.out_proj(torch.cat(mixed, dim=1).transpose(0, 1).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a tanh GELU between them: the encoder's FFN, and the connector."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, hidden, **factory)
+        self.fc2 = nn.Linear(hidden, outputs, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, inputs] to [N, outputs]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VisionLayer(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: VisionConfig, **factory: Any) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps, **factory)
+        self.self_attn = VisionAttention(config, **factory)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps, **factory)
+        self.mlp = FeedForward(width, config.intermediate_size, width, **factory)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Maps packed patches [N, D] to [N, D]."""
+        x = x + self.self_attn(self.layer_norm1(x), lengths)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Patches [N, p * p * C] -> features [N, D]; official keys under `vit_model.vision_model`."""
+
+    def __init__(self, config: VisionConfig, **factory: Any) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embedding = nn.Linear(
+            config.num_channels * config.patch_size**2, width, **factory
+        )
+        self.embeddings.position_embedding = nn.Embedding(
+            config.num_patches_per_side**2, width, **factory
+        )
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(
+            VisionLayer(config, **factory) for _ in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps, **factory)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Encodes packed images.
+
+        Args:
+            patches: [N, p * p * C]; position_ids: [N] int64; lengths: patches of each image.
+        """
+        x = self.embeddings.patch_embedding(patches)
+        x = x + self.embeddings.position_embedding(position_ids)
+        for layer in self.encoder.layers:
+            x = layer(x, lengths)
+        return self.post_layernorm(x)
