@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sparse_unified/combine.h"
+
+#include "bindings/ops.h"
+
+namespace sparse_unified {
+namespace {
+
+constexpr int64_t kGrainTokens = 16;
+
+// y [R, D], weights [T, K], token_rows [T, K] as combine and its backward take them.
+void check_rows(const char* op, const Tensor& y, const Tensor* weights, const Tensor& token_rows) {
+  check_tensor(op, "y", y, 2);
+  check_float(op, "y", y);
+  if (weights != nullptr) {
+    check_tensor(op, "weights", *weights, 2);
+    check_dtype(op, "weights", *weights, ScalarType::Float);
+  }
+  check_tensor(op, "token_rows", token_rows, 2);
+  check_dtype(op, "token_rows", token_rows, ScalarType::Int);
+  check(token_rows.numel() == y.size(0), op, "token_rows",
+        "name each of the " + std::to_string(y.size(0)) + " rows of y once", "shape ",
+        shape_text(token_rows));
+  if (weights != nullptr) {
+    check(weights->size(0) == token_rows.size(0) && weights->size(1) == token_rows.size(1), op,
+          "weights", "have the shape of token_rows " + shape_text(token_rows), "shape ",
+          shape_text(*weights));
+  }
+}
+
+}  // namespace
+
+Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows) {
+  constexpr const char* kOp = "combine";
+  check_rows(kOp, y, weights ? &*weights : nullptr, token_rows);
+  y = with_dense_rows(y);
+  token_rows = torch::stable::contiguous(token_rows);
+  check_indices(kOp, "token_rows", token_rows, y.size(0));
+  if (weights) weights = torch::stable::contiguous(*weights);
+
+  Tensor out = empty_like_sized(y, {token_rows.size(0), y.size(1)});
+  CombineParams params{};
+  params.dtype = check_float(kOp, "y", y);
+  params.y = y.const_data_ptr();
+  params.y_stride = y.stride(0);
+  params.weights = weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr;
+  params.token_rows = static_cast<const int32_t*>(token_rows.const_data_ptr());
+  params.out = out.mutable_data_ptr();
+  params.hidden_size = y.size(1);
+  params.top_k = token_rows.size(1);
+  torch::stable::parallel_for(
+      0, token_rows.size(0), kGrainTokens,
+      [&](int64_t begin, int64_t end) { combine_cpu(params, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor weights,
+                                            Tensor token_rows, bool needs_y, bool needs_weights) {
+  constexpr const char* kOp = "combine_backward";
+  check_tensor(kOp, "grad_out", grad_out, 2);
+  check_rows(kOp, y, &weights, token_rows);
+  check_dtype(kOp, "grad_out", grad_out, y.scalar_type());
+  check_size(kOp, "grad_out", grad_out, 0, token_rows.size(0), "the number of tokens");
+  check_size(kOp, "grad_out", grad_out, 1, y.size(1), "the hidden size");
+  grad_out = with_dense_rows(grad_out);
+  y = with_dense_rows(y);
+  weights = torch::stable::contiguous(weights);
+  token_rows = torch::stable::contiguous(token_rows);
+  check_indices(kOp, "token_rows", token_rows, y.size(0));
+
+  Tensor grad_y = empty_like_sized(y, {needs_y ? y.size(0) : 0, y.size(1)});
+  Tensor grad_weights =
+      empty_like_sized(weights, {needs_weights ? weights.size(0) : 0, weights.size(1)});
+  CombineBackwardParams params{};
+  params.dtype = check_float(kOp, "y", y);
+  params.grad_out = grad_out.const_data_ptr();
+  params.grad_stride = grad_out.stride(0);
+  params.y = y.const_data_ptr();
+  params.y_stride = y.stride(0);
+  params.weights = static_cast<const float*>(weights.const_data_ptr());
+  params.token_rows = static_cast<const int32_t*>(token_rows.const_data_ptr());
+  params.grad_y = needs_y ? grad_y.mutable_data_ptr() : nullptr;
+  params.grad_weights =
+      needs_weights ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr;
+  params.hidden_size = y.size(1);
+  params.top_k = token_rows.size(1);
+  torch::stable::parallel_for(
+      0, token_rows.size(0), kGrainTokens,
+      [&](int64_t begin, int64_t end) { combine_backward_cpu(params, begin, end); });
+  return {grad_y, grad_weights};
+}
+
+}  // namespace sparse_unified

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/common.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <array>
+
+namespace sparse_unified {
+
+std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
+  text << "]";
+  return text.str();
+}
+
+std::string dtype_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "scalar type " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank) {
+  check(tensor.dim() == rank, op, argument, "have " + std::to_string(rank) + " dimensions", "shape ",
+        shape_text(tensor));
+  check(tensor.is_cpu(), op, argument, "be on the CPU like the other arguments",
+        "another device");
+}
+
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype) {
+  check(tensor.scalar_type() == dtype, op, argument, "have dtype " + dtype_text(dtype),
+        dtype_text(tensor.scalar_type()));
+}
+
+DType check_float(const char* op, const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default:
+      check(false, op, argument, "be float32, bfloat16 or float16",
+            dtype_text(tensor.scalar_type()));
+      return DType::kFloat32;
+  }
+}
+
+void check_size(const char* op, const char* argument, const Tensor& tensor, int64_t dim,
+                int64_t size, const char* meaning) {
+  check(tensor.size(dim) == size, op, argument,
+        "have " + std::string(meaning) + " = " + std::to_string(size) + " at dimension " +
+            std::to_string(dim),
+        "shape ", shape_text(tensor));
+}
+
+void check_indices(const char* op, const char* argument, const Tensor& indices, int64_t limit) {
+  const auto* data = static_cast<const int32_t*>(indices.const_data_ptr());
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    check(data[i] >= 0 && data[i] < limit, op, argument,
+          "hold indices from 0 to " + std::to_string(limit - 1), data[i], " at position ", i);
+  }
+}
+
+Tensor with_dense_rows(const Tensor& tensor) {
+  const bool is_dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
+  const bool is_forward = tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1);
+  return is_dense && is_forward ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty_like_sized(like, sizes, like.scalar_type());
+}
+
+Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes,
+                        ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,
+                   int64_t row_stride) {
+  const std::array<int64_t, 2> sizes = {rows, columns};
+  const std::array<int64_t, 2> strides = {row_stride, 1};
+  return torch::stable::from_blob(data, sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+}
+
+Tensor transposed_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,
+                       int64_t row_stride) {
+  const std::array<int64_t, 2> sizes = {columns, rows};
+  const std::array<int64_t, 2> strides = {1, row_stride};
+  return torch::stable::from_blob(data, sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+}
+
+void matmul_out(Tensor out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+void matmul_add(Tensor out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+}  // namespace sparse_unified

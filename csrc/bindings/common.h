@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every binding shares: argument checks, allocation, GEMM through the dispatcher.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "sparse_unified/dtype.h"
+
+namespace sparse_unified {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws "<op>: <argument> must <rule>, got <value>" unless `ok`.
+template <typename... Value>
+void check(bool ok, const char* op, const char* argument, const std::string& rule,
+           const Value&... value) {
+  if (ok) return;
+  std::ostringstream text;
+  text << op << ": " << argument << " must " << rule << ", got ";
+  (text << ... << value);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape_text(const Tensor& tensor);
+std::string dtype_text(ScalarType dtype);
+
+// The rank, the CPU device and the element type of an argument.
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank);
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype);
+DType check_float(const char* op, const char* argument, const Tensor& tensor);
+void check_size(const char* op, const char* argument, const Tensor& tensor, int64_t dim,
+                int64_t size, const char* meaning);
+
+// Every index lies in [0, limit); the CPU can afford to look.
+void check_indices(const char* op, const char* argument, const Tensor& indices, int64_t limit);
+
+// The tensor itself when its rows are dense, a contiguous copy otherwise.
+Tensor with_dense_rows(const Tensor& tensor);
+
+// Uninitialised tensors next to `like`.
+Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes);
+Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes,
+                        ScalarType dtype);
+
+// A view of memory somebody else owns: [rows, columns] with a row stride, or its transpose.
+Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t row_stride);
+Tensor transposed_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,
+                       int64_t row_stride);
+
+// out = a @ b by torch's own CPU GEMM, straight at the kernel: no autograd, no dispatch keys, so
+// that worker threads may call it.
+void matmul_out(Tensor out, const Tensor& a, const Tensor& b);
+// out += a @ b.
+void matmul_add(Tensor out, const Tensor& a, const Tensor& b);
+
+}  // namespace sparse_unified

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// The checked arguments of grouped_ffn, shared by forward and backward.
+#pragma once
+
+#include <vector>
+
+#include "bindings/common.h"
+
+namespace sparse_unified {
+
+// Rows [begin, end) of y, all of one expert.
+struct ExpertRows {
+  int64_t expert;
+  int64_t begin;
+  int64_t end;
+  int64_t count() const { return end - begin; }
+};
+
+struct GroupedFfn {
+  // Checks the arguments in order; `op` names the caller in the messages.
+  GroupedFfn(const char* op, Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
+             Tensor up_proj, Tensor down_proj);
+
+  // Every non-empty expert in parts of at most `max_rows` rows.
+  std::vector<ExpertRows> split(int64_t max_rows) const;
+
+  // out [n, D] = x[row_token[begin, end)].
+  void gather(const ExpertRows& rows, void* out) const;
+
+  // Views of one expert's weights: rows of gate_proj / up_proj, columns of down_proj.
+  Tensor expert_rows(const Tensor& weight, int64_t expert) const;       // [h, D]
+  Tensor expert_rows_t(const Tensor& weight, int64_t expert) const;     // [D, h]
+  Tensor expert_columns(const Tensor& weight, int64_t expert) const;    // [D, h]
+  Tensor expert_columns_t(const Tensor& weight, int64_t expert) const;  // [h, D]
+
+  // Contiguous [n, columns] matrix at `data`, and its transpose.
+  Tensor matrix(void* data, int64_t n, int64_t columns) const;
+  Tensor matrix_t(void* data, int64_t n, int64_t columns) const;
+
+  // First byte of row `row` of a contiguous matrix of `columns` columns.
+  void* row(const Tensor& matrix, int64_t row, int64_t columns) const;
+
+  // Bytes of an [n, columns] matrix, rounded up to a cache line.
+  int64_t matrix_bytes(int64_t n, int64_t columns) const;
+
+  DType dtype;
+  ScalarType scalar_type;
+  Tensor x;               // [T, D]
+  Tensor row_token;       // [R] int32
+  Tensor expert_offsets;  // [E + 1] int32
+  Tensor gate_proj;       // [E * h, D]
+  Tensor up_proj;         // [E * h, D]
+  Tensor down_proj;       // [D, E * h]
+  int64_t num_rows;       // R
+  int64_t hidden_size;    // D
+  int64_t num_experts;    // E
+  int64_t expert_width;   // h
+};
+
+// Working memory for `num_workers` workers, `bytes` each, rows on cache-line boundaries.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t num_workers, int64_t bytes);
+  char* get(int64_t worker) const;
+
+ private:
+  Tensor storage_;
+  char* base_;
+  int64_t stride_;
+};
+
+}  // namespace sparse_unified

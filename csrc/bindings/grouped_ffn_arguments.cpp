@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/grouped_ffn.h"
+#include "sparse_unified/permute.h"
+
+namespace sparse_unified {
+namespace {
+
+constexpr int64_t kLineBytes = 64;
+
+int64_t round_to_line(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
+
+}  // namespace
+
+GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor expert_offsets_in,
+                       Tensor gate_proj_in, Tensor up_proj_in, Tensor down_proj_in)
+    : x(x_in),
+      row_token(row_token_in),
+      expert_offsets(expert_offsets_in),
+      gate_proj(gate_proj_in),
+      up_proj(up_proj_in),
+      down_proj(down_proj_in) {
+  check_tensor(op, "x", x, 2);
+  dtype = check_float(op, "x", x);
+  scalar_type = x.scalar_type();
+  hidden_size = x.size(1);
+  check_tensor(op, "row_token", row_token, 1);
+  check_dtype(op, "row_token", row_token, ScalarType::Int);
+  num_rows = row_token.size(0);
+  row_token = torch::stable::contiguous(row_token);
+  check_indices(op, "row_token", row_token, x.size(0));
+
+  check_tensor(op, "expert_offsets", expert_offsets, 1);
+  check_dtype(op, "expert_offsets", expert_offsets, ScalarType::Int);
+  num_experts = expert_offsets.size(0) - 1;
+  check(num_experts >= 1, op, "expert_offsets", "have at least 2 entries", num_experts + 1);
+  expert_offsets = torch::stable::contiguous(expert_offsets);
+  const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  check(offsets[0] == 0 && offsets[num_experts] == num_rows, op, "expert_offsets",
+        "start at 0 and end at the number of rows " + std::to_string(num_rows), offsets[0],
+        " and ", offsets[num_experts]);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    check(offsets[e] <= offsets[e + 1], op, "expert_offsets", "not decrease", offsets[e + 1],
+          " after ", offsets[e]);
+  }
+
+  check_tensor(op, "gate_proj", gate_proj, 2);
+  check_dtype(op, "gate_proj", gate_proj, scalar_type);
+  check_size(op, "gate_proj", gate_proj, 1, hidden_size, "the hidden size of x");
+  check(gate_proj.size(0) % num_experts == 0, op, "gate_proj",
+        "have rows in equal numbers for " + std::to_string(num_experts) + " experts", "shape ",
+        shape_text(gate_proj));
+  expert_width = gate_proj.size(0) / num_experts;
+  check_tensor(op, "up_proj", up_proj, 2);
+  check_dtype(op, "up_proj", up_proj, scalar_type);
+  check_size(op, "up_proj", up_proj, 0, gate_proj.size(0), "the width of gate_proj");
+  check_size(op, "up_proj", up_proj, 1, hidden_size, "the hidden size of x");
+  check_tensor(op, "down_proj", down_proj, 2);
+  check_dtype(op, "down_proj", down_proj, scalar_type);
+  check_size(op, "down_proj", down_proj, 0, hidden_size, "the hidden size of x");
+  check_size(op, "down_proj", down_proj, 1, gate_proj.size(0), "the width of gate_proj");
+  x = with_dense_rows(x);
+  gate_proj = with_dense_rows(gate_proj);
+  up_proj = with_dense_rows(up_proj);
+  down_proj = with_dense_rows(down_proj);
+}
+
+std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows) const {
+  const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  std::vector<ExpertRows> parts;
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    for (int64_t begin = offsets[expert]; begin < offsets[expert + 1]; begin += max_rows) {
+      parts.push_back({expert, begin, std::min<int64_t>(begin + max_rows, offsets[expert + 1])});
+    }
+  }
+  return parts;
+}
+
+void GroupedFfn::gather(const ExpertRows& rows, void* out) const {
+  PermuteParams params{};
+  params.x = x.const_data_ptr();
+  params.x_stride_bytes = x.stride(0) * element_bytes(dtype);
+  params.row_token = static_cast<const int32_t*>(row_token.const_data_ptr()) + rows.begin;
+  params.y = out;
+  params.row_bytes = hidden_size * element_bytes(dtype);
+  permute_cpu(params, 0, rows.count());
+}
+
+Tensor GroupedFfn::expert_rows(const Tensor& weight, int64_t expert) const {
+  const int64_t stride = weight.stride(0);
+  char* data = static_cast<char*>(weight.data_ptr());
+  return matrix_view(data + expert * expert_width * stride * element_bytes(dtype), scalar_type,
+                     expert_width, hidden_size, stride);
+}
+
+Tensor GroupedFfn::expert_rows_t(const Tensor& weight, int64_t expert) const {
+  const int64_t stride = weight.stride(0);
+  char* data = static_cast<char*>(weight.data_ptr());
+  return transposed_view(data + expert * expert_width * stride * element_bytes(dtype), scalar_type,
+                         expert_width, hidden_size, stride);
+}
+
+Tensor GroupedFfn::expert_columns(const Tensor& weight, int64_t expert) const {
+  char* data = static_cast<char*>(weight.data_ptr());
+  return matrix_view(data + expert * expert_width * element_bytes(dtype), scalar_type, hidden_size,
+                     expert_width, weight.stride(0));
+}
+
+Tensor GroupedFfn::expert_columns_t(const Tensor& weight, int64_t expert) const {
+  char* data = static_cast<char*>(weight.data_ptr());
+  return transposed_view(data + expert * expert_width * element_bytes(dtype), scalar_type,
+                         hidden_size, expert_width, weight.stride(0));
+}
+
+Tensor GroupedFfn::matrix(void* data, int64_t n, int64_t columns) const {
+  return matrix_view(data, scalar_type, n, columns, columns);
+}
+
+Tensor GroupedFfn::matrix_t(void* data, int64_t n, int64_t columns) const {
+  return transposed_view(data, scalar_type, n, columns, columns);
+}
+
+void* GroupedFfn::row(const Tensor& matrix, int64_t row, int64_t columns) const {
+  return static_cast<char*>(matrix.data_ptr()) + row * columns * element_bytes(dtype);
+}
+
+int64_t GroupedFfn::matrix_bytes(int64_t n, int64_t columns) const {
+  return round_to_line(n * columns * element_bytes(dtype));
+}
+
+Workspace::Workspace(const Tensor& like, int64_t num_workers, int64_t bytes)
+    : storage_(empty_like_sized(like, {num_workers * round_to_line(bytes) / 4 + kLineBytes},
+                                ScalarType::Float)),
+      stride_(round_to_line(bytes)) {
+  const auto address = reinterpret_cast<intptr_t>(storage_.mutable_data_ptr());
+  base_ = reinterpret_cast<char*>(round_to_line(address));
+}
+
+char* Workspace::get(int64_t worker) const { return base_ + worker * stride_; }
+
+}  // namespace sparse_unified

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Schemas, once, and their CPU kernels. Fakes and autograd are registered in Python.
+#include "bindings/ops.h"
+
+STABLE_TORCH_LIBRARY(sparse_unified, m) {
+  m.def("route_topk(Tensor x, Tensor gate, int top_k) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "route_topk_backward(Tensor grad_logits, Tensor grad_topk_logits, Tensor topk_idx, Tensor x, "
+      "Tensor gate, bool needs_x, bool needs_gate) -> (Tensor, Tensor)");
+  m.def("sort_by_expert(Tensor topk_idx, int num_experts) -> (Tensor, Tensor, Tensor)");
+  m.def("permute(Tensor x, Tensor row_token, Tensor token_rows) -> Tensor");
+  m.def("combine(Tensor y, Tensor? weights, Tensor token_rows) -> Tensor");
+  m.def(
+      "combine_backward(Tensor grad_out, Tensor y, Tensor weights, Tensor token_rows, "
+      "bool needs_y, bool needs_weights) -> (Tensor, Tensor)");
+  m.def(
+      "grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
+      "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> Tensor");
+  m.def(
+      "grouped_ffn_train(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
+      "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "grouped_ffn_backward(Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, "
+      "Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, "
+      "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CPU, m) {
+  m.impl("route_topk", TORCH_BOX(&sparse_unified::route_topk));
+  m.impl("route_topk_backward", TORCH_BOX(&sparse_unified::route_topk_backward));
+  m.impl("sort_by_expert", TORCH_BOX(&sparse_unified::sort_by_expert));
+  m.impl("permute", TORCH_BOX(&sparse_unified::permute));
+  m.impl("combine", TORCH_BOX(&sparse_unified::combine));
+  m.impl("combine_backward", TORCH_BOX(&sparse_unified::combine_backward));
+  m.impl("grouped_ffn", TORCH_BOX(&sparse_unified::grouped_ffn));
+  m.impl("grouped_ffn_train", TORCH_BOX(&sparse_unified::grouped_ffn_train));
+  m.impl("grouped_ffn_backward", TORCH_BOX(&sparse_unified::grouped_ffn_backward));
+}

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU side of every op, as registered in library.cpp. Shapes: T tokens, D hidden, E experts,
+// h expert width, K top_k, R = T * K rows.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "bindings/common.h"
+
+namespace sparse_unified {
+
+// -> logits [T, E], topk_logits [T, K], topk_idx [T, K]
+std::tuple<Tensor, Tensor, Tensor> route_topk(Tensor x, Tensor gate, int64_t top_k);
+// -> grad_x [T, D], grad_gate [E, D]; empty where not wanted
+std::tuple<Tensor, Tensor> route_topk_backward(Tensor grad_logits, Tensor grad_topk_logits,
+                                               Tensor topk_idx, Tensor x, Tensor gate,
+                                               bool needs_x, bool needs_gate);
+
+// -> expert_offsets [E + 1], row_token [R], token_rows [T, K]
+std::tuple<Tensor, Tensor, Tensor> sort_by_expert(Tensor topk_idx, int64_t num_experts);
+
+// -> y [R, D]
+Tensor permute(Tensor x, Tensor row_token, Tensor token_rows);
+
+// -> out [T, D]
+Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows);
+// -> grad_y [R, D], grad_weights [T, K]; empty where not wanted
+std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor weights,
+                                            Tensor token_rows, bool needs_y, bool needs_weights);
+
+// -> y [R, D]
+Tensor grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
+                   Tensor up_proj, Tensor down_proj, std::optional<Tensor> token_rows);
+// -> y [R, D], gate_rows [R, h], up_rows [R, h]: the two activations that backward needs
+std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
+                                                     Tensor expert_offsets, Tensor gate_proj,
+                                                     Tensor up_proj, Tensor down_proj,
+                                                     std::optional<Tensor> token_rows);
+// -> grad_rows [R, D], grad_gate_proj, grad_up_proj, grad_down_proj; empty where not wanted
+std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
+    Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
+    Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, bool needs_x,
+    bool needs_weights);
+
+}  // namespace sparse_unified

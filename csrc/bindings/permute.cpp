@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sparse_unified/permute.h"
+
+#include "bindings/ops.h"
+
+namespace sparse_unified {
+
+Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
+  constexpr const char* kOp = "permute";
+  check_tensor(kOp, "x", x, 2);
+  const DType dtype = check_float(kOp, "x", x);
+  check_tensor(kOp, "row_token", row_token, 1);
+  check_dtype(kOp, "row_token", row_token, ScalarType::Int);
+  check_tensor(kOp, "token_rows", token_rows, 2);
+  check_dtype(kOp, "token_rows", token_rows, ScalarType::Int);
+  check_size(kOp, "token_rows", token_rows, 0, x.size(0), "the number of tokens");
+  check(token_rows.numel() == row_token.numel(), kOp, "token_rows",
+        "hold one entry for each of the " + std::to_string(row_token.numel()) + " rows",
+        "shape ", shape_text(token_rows));
+  row_token = torch::stable::contiguous(row_token);
+  check_indices(kOp, "row_token", row_token, x.size(0));
+  x = with_dense_rows(x);
+
+  Tensor y = empty_like_sized(x, {row_token.size(0), x.size(1)});
+  PermuteParams params{};
+  params.x = x.const_data_ptr();
+  params.x_stride_bytes = x.stride(0) * element_bytes(dtype);
+  params.row_token = static_cast<const int32_t*>(row_token.const_data_ptr());
+  params.y = y.mutable_data_ptr();
+  params.row_bytes = x.size(1) * element_bytes(dtype);
+  torch::stable::parallel_for(0, row_token.size(0), 64, [&](int64_t begin, int64_t end) {
+    permute_cpu(params, begin, end);
+  });
+  return y;
+}
+
+}  // namespace sparse_unified

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the C++ library, which registers `torch.ops.sparse_unified`."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch  # noqa: F401  (its shared libraries must be loaded before ours)
+
+try:
+    importlib.import_module("sparse_unified._C")
+except ImportError as error:
+    raise ImportError(
+        "sparse_unified: the C++ library must be built for this interpreter and torch "
+        f"{torch.__version__} (pip install --no-build-isolation . in the source tree), got: {error}"
+    ) from error

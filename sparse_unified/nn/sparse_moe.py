@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse FFN block of the released checkpoints, on one storage layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_unified import ops
+from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
+from sparse_unified.ops import composed
+from sparse_unified.partition import ExpertLayout
+
+logger = logging.getLogger(__name__)
+
+_KERNEL_DEVICES = ("cpu",)
+
+
+class SparseMoE(nn.Module):
+    """Mixture of SwiGLU experts cut from one dense FFN.
+
+    With logits = x @ gate.T (no bias, no softmax) and the K largest of them per token,
+
+        y[t] = sum_k (1 + topk_logits[t, k]) * expert[topk_idx[t, k]](x[t])
+             + (1 + x[t] @ gate_shared.T) * shared_expert(x[t])     if there is a shared expert.
+
+    The weights of all experts are three tensors in expert order (shared expert first): `gate_proj`
+    and `up_proj` [I, D], `down_proj` [D, I]. The state dict speaks the official per-expert keys in
+    both directions; its tensors are copies.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: I, width of all experts together, in neurons.
+        num_experts: E, routed experts.
+        top_k: K, experts per token, from 1 to E.
+        num_shared_experts: S; the shared expert is S * (I // (E + S)) neurons wide.
+        shared_intermediate_size: width of the shared expert where a file gives it directly.
+        gate_img: add the second router that *und* blocks use for ViT tokens.
+        return_router_logits: return (y, router_logits), the official convention, or y alone.
+        strict: raise where no kernel takes the device, instead of composing torch ops.
+
+    Raises:
+        ValueError: a size is out of range, or E does not divide what the shared expert leaves.
+
+    Source: `Qwen2MoeSparseMoeBlock` of the official SparseUnifiedModel code.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        num_shared_experts: int = 0,
+        *,
+        shared_intermediate_size: int | None = None,
+        gate_img: bool = False,
+        return_router_logits: bool = True,
+        strict: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = ExpertLayout(
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            num_shared_experts=num_shared_experts,
+            shared_intermediate_size=shared_intermediate_size,
+        )
+        if hidden_size < 1:
+            raise ValueError(f"SparseMoE: hidden_size must be at least 1, got {hidden_size}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"SparseMoE: top_k must be from 1 to num_experts = {num_experts}, got {top_k}"
+            )
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
+        self.num_shared_experts = num_shared_experts
+        self.top_k = top_k
+        self.return_router_logits = return_router_logits
+        self.strict = strict
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False, **factory)
+        self.gate_shared = nn.Linear(hidden_size, 1, bias=False, **factory)
+        self.gate_img = (
+            nn.Linear(hidden_size, num_experts, bias=False, **factory) if gate_img else None
+        )
+        self.gate_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
+        self.up_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
+        self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Routers to zero, so that every selected expert weighs 1; experts uniform by fan-in."""
+        for router in (self.gate, self.gate_shared, self.gate_img):
+            if router is not None:
+                nn.init.zeros_(router.weight)
+        for weight, fan_in in (
+            (self.gate_proj, self.hidden_size),
+            (self.up_proj, self.hidden_size),
+            (self.down_proj, self.intermediate_size),
+        ):
+            nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+
+    @property
+    def active_backend(self) -> str:
+        """What runs this block: "cpu" for our C++ kernels, or "torch: <why>" for composed ops."""
+        device = self.gate_proj.device.type
+        if device in _KERNEL_DEVICES:
+            return device
+        return f"torch: this build has no kernel for device type {device!r}"
+
+    def forward(
+        self,
+        x: Tensor,
+        packed_text_indexes: Tensor | None = None,
+        packed_vit_token_indexes: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Runs the block.
+
+        Args:
+            x: tokens [..., D], dtype and device of the weights.
+            packed_text_indexes: flat indices of text tokens, [n] int64; *und* blocks only.
+            packed_vit_token_indexes: flat indices of ViT tokens, [n] int64; *und* blocks route
+                these by `gate_img`. With ViT indices alone, all tokens are ViT tokens.
+
+        Returns:
+            y [..., D] and router_logits [T, E] fp32 (T tokens in all), or y alone when
+            `return_router_logits` is False.
+
+        Raises:
+            ValueError: x does not end in D.
+            RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
+        """
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"SparseMoE: x must end in hidden_size = {self.hidden_size}, got shape "
+                f"{list(x.shape)}"
+            )
+        tokens = x.reshape(-1, self.hidden_size)
+        if torch.is_autocast_enabled(tokens.device.type):
+            tokens = tokens.to(self.gate_proj.dtype)
+        use_kernels = self._use_kernels()
+        route = ops.route_topk if use_kernels else composed.route_topk
+        logits, topk_logits, topk_idx = self._route(
+            route, tokens, packed_text_indexes, packed_vit_token_indexes
+        )
+        weights = 1 + topk_logits  # [T, K]
+        shared = self.layout.shared_width
+        experts = (self.gate_proj[shared:], self.up_proj[shared:], self.down_proj[:, shared:])
+        if use_kernels:
+            expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, self.num_experts)
+            rows = ops.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+            y = ops.combine(rows, weights, token_rows)
+        else:
+            y = composed.expert_ffn(tokens, weights, topk_idx, self.num_experts, *experts)
+        if shared:
+            y = y + self._shared_expert(tokens)
+        y = y.view(x.shape)
+        return (y, logits) if self.return_router_logits else y
+
+    def _use_kernels(self) -> bool:
+        backend = self.active_backend
+        if backend in _KERNEL_DEVICES:
+            return True
+        if self.strict:
+            raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {backend}")
+        _warn_once(backend)
+        return False
+
+    def _route(
+        self,
+        route: Any,
+        tokens: Tensor,
+        text_indexes: Tensor | None,
+        vit_indexes: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [T, E], topk_logits [T, K], topk_idx [T, K] by the router each token belongs to."""
+        if self.gate_img is None or vit_indexes is None:
+            routed: tuple[Tensor, Tensor, Tensor] = route(tokens, self.gate.weight, self.top_k)
+            return routed
+        if text_indexes is None:
+            return route(tokens, self.gate_img.weight, self.top_k)
+        # A token in neither list has logits of zero: the tie goes to the first K experts.
+        text = route(tokens[text_indexes], self.gate.weight, self.top_k)
+        vit = route(tokens[vit_indexes], self.gate_img.weight, self.top_k)
+        tie = torch.arange(self.top_k, dtype=text[2].dtype, device=tokens.device)
+        bases = (
+            text[0].new_zeros(tokens.shape[0], self.num_experts),
+            text[1].new_zeros(tokens.shape[0], self.top_k),
+            tie.repeat(tokens.shape[0], 1),
+        )
+        logits, topk_logits, topk_idx = (
+            base.index_copy(0, text_indexes, of_text).index_copy(0, vit_indexes, of_vit)
+            for base, of_text, of_vit in zip(bases, text, vit, strict=True)
+        )
+        return logits, topk_logits, topk_idx
+
+    def _shared_expert(self, tokens: Tensor) -> Tensor:
+        shared = self.layout.shared_width
+        hidden = F.silu(F.linear(tokens, self.gate_proj[:shared]))
+        hidden = hidden * F.linear(tokens, self.up_proj[:shared])
+        y = F.linear(hidden, self.down_proj[:, :shared])
+        return y + y * self.gate_shared(tokens)
+
+    def official_views(self) -> dict[str, Tensor]:
+        """Names every tensor of the official layout -> view of the storage, routers included.
+
+        Copying into the views loads the block.
+        """
+        views = expert_views(
+            self.layout, self.gate_proj.data, self.up_proj.data, self.down_proj.data
+        )
+        for name in ("gate", "gate_shared", "gate_img"):
+            router = getattr(self, name)
+            if router is not None:
+                views[f"{name}.weight"] = router.weight.data
+        return views
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        fused = (self.gate_proj, self.up_proj, self.down_proj)
+        if not keep_vars:
+            fused = tuple(weight.detach() for weight in fused)  # type: ignore[assignment]
+        for key, view in expert_views(self.layout, *fused).items():
+            # NOTE: a copy, because savers refuse tensors that share storage or are strided.
+            destination[prefix + key] = view if keep_vars else view.clone(
+                memory_format=torch.contiguous_format
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
+        found = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
+        missing_keys.extend(prefix + key for key in own if key not in found)
+        if strict:
+            children = tuple(f"{prefix}{name}." for name in self._modules if self._modules[name])
+            unexpected_keys.extend(
+                key
+                for key in state_dict
+                if key.startswith(prefix)
+                and not key.startswith(children)
+                and key[len(prefix) :] not in own
+            )
+        misshapen = {key for key, value in found.items() if value.shape != own[key].shape}
+        error_msgs.extend(
+            f"SparseMoE: {prefix}{key} must have shape {list(own[key].shape)}, got "
+            f"{list(found[key].shape)}"
+            for key in sorted(misshapen)
+        )
+        if misshapen:
+            return
+        if local_metadata.get("assign_to_params_buffers", False) and len(found) == len(own):
+            like = next(iter(found.values()))
+            for name in PROJECTIONS:
+                old = getattr(self, name)
+                fused = torch.empty_like(old, device=like.device, dtype=like.dtype)
+                setattr(self, name, nn.Parameter(fused, requires_grad=old.requires_grad))
+        with torch.no_grad():
+            views = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
+            for key, value in found.items():
+                views[key].copy_(value)
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"num_shared_experts={self.num_shared_experts}, "
+            f"expert_width={self.layout.expert_width}, backend={self.active_backend!r}"
+        )
+
+
+_warned: set[str] = set()
+
+
+@torch.compiler.disable
+def _warn_once(backend: str) -> None:
+    if backend not in _warned:
+        _warned.add(backend)
+        logger.warning("SparseMoE runs composed torch ops (%s)", backend)

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of the sparse FFN: one name in schema, kernel, binding, reference, test and benchmark."""
+
+from sparse_unified import _library  # noqa: F401  (registers torch.ops.sparse_unified)
+from sparse_unified.ops.combine import combine
+from sparse_unified.ops.grouped_ffn import grouped_ffn
+from sparse_unified.ops.permute import permute
+from sparse_unified.ops.route_topk import route_topk
+from sparse_unified.ops.sort_by_expert import sort_by_expert
+
+__all__ = ["combine", "grouped_ffn", "permute", "route_topk", "sort_by_expert"]

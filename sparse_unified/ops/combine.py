@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""combine: weighted sum of the rows of each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
+    """Brings rows back to tokens: out[t] = sum_k weights[t, k] * y[token_rows[t, k]].
+
+    Accumulates in fp32 in the order of k and rounds once.
+
+    Args:
+        y: rows [R, D]; fp32, bf16 or fp16.
+        weights: [T, K] fp32; None stands for ones.
+        token_rows: rows of each token, [T, K] int32, every row once, from `sort_by_expert`.
+
+    Returns:
+        out [T, D], dtype of y.
+
+    Raises:
+        RuntimeError: a shape, dtype or index does not fit.
+    """
+    out: Tensor = torch.ops.sparse_unified.combine(y, weights, token_rows)
+    return out
+
+
+@torch.library.register_fake("sparse_unified::combine")
+def _fake(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
+    return y.new_empty((token_rows.shape[0], y.shape[1]))
+
+
+@torch.library.register_fake("sparse_unified::combine_backward")
+def _fake_backward(
+    grad_out: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    token_rows: Tensor,
+    needs_y: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        y.new_empty((y.shape[0] if needs_y else 0, y.shape[1])),
+        weights.new_empty((weights.shape[0] if needs_weights else 0, weights.shape[1])),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weights, token_rows = inputs
+    ctx.has_weights = weights is not None
+    if weights is None:
+        ctx.num_rows = y.shape[0]
+        ctx.save_for_backward(token_rows)
+    else:
+        ctx.save_for_backward(y, weights, token_rows)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    if not ctx.has_weights:
+        (token_rows,) = ctx.saved_tensors
+        row_token = torch.argsort(token_rows.reshape(-1)) // token_rows.shape[1]
+        return torch.ops.sparse_unified.permute(grad_out, row_token.int(), token_rows), None, None
+    y, weights, token_rows = ctx.saved_tensors
+    needs_y, needs_weights = ctx.needs_input_grad[:2]
+    grad_y, grad_weights = torch.ops.sparse_unified.combine_backward(
+        grad_out, y, weights, token_rows, needs_y, needs_weights
+    )
+    return grad_y if needs_y else None, grad_weights if needs_weights else None, None
+
+
+torch.library.register_autograd("sparse_unified::combine", _backward, setup_context=_setup_context)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Oracle of every op in plain torch, fp32 inside (fp64 for fp64 input), autograd for free.
+
+T tokens, D hidden size, E experts, h expert width, K top_k, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, D], gate [E, D] -> logits [T, E], topk_logits [T, K], topk_idx [T, K].
+
+    Larger logits first, NaN before everything, equal logits by lower expert index.
+    """
+    logits = _wide(x) @ _wide(gate).t()  # [T, E]
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    topk_idx = order[:, :top_k]  # [T, K]
+    return logits, logits.gather(1, topk_idx), topk_idx.int()
+
+
+def sort_by_expert(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """topk_idx [T, K] -> expert_offsets [E + 1], row_token [R], token_rows [T, K]."""
+    flat = topk_idx.reshape(-1).long()
+    slot_of_row = torch.argsort(flat, stable=True)  # [R]
+    counts = torch.bincount(flat, minlength=num_experts)
+    expert_offsets = F.pad(counts.cumsum(0), (1, 0))
+    token_rows = torch.empty_like(slot_of_row)
+    token_rows[slot_of_row] = torch.arange(flat.numel(), device=flat.device)
+    row_token = slot_of_row // max(topk_idx.shape[1], 1)
+    return expert_offsets.int(), row_token.int(), token_rows.view_as(topk_idx).int()
+
+
+def permute(x: Tensor, row_token: Tensor) -> Tensor:
+    """x [T, D], row_token [R] -> y [R, D] with y[r] = x[row_token[r]]."""
+    return x[row_token.long()]
+
+
+def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
+    """y [R, D], weights [T, K], token_rows [T, K] -> [T, D], sum over k of weight * row."""
+    rows = _wide(y)[token_rows.long()]  # [T, K, D]
+    if weights is not None:
+        rows = rows * weights.unsqueeze(-1)
+    return rows.sum(1).to(y.dtype)
+
+
+def swiglu(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """x [n, D], gate_proj and up_proj [h, D], down_proj [D, h] -> [n, D]."""
+    gate, up = _wide(x) @ _wide(gate_proj).t(), _wide(x) @ _wide(up_proj).t()
+    return ((F.silu(gate) * up) @ _wide(down_proj).t()).to(x.dtype)
+
+
+def grouped_ffn(
+    x: Tensor,
+    row_token: Tensor,
+    expert_offsets: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+) -> Tensor:
+    """x [T, D], weights [E * h, D], [E * h, D], [D, E * h] -> y [R, D], rows grouped by expert."""
+    num_experts = expert_offsets.shape[0] - 1
+    width = gate_proj.shape[0] // num_experts
+    rows = x[row_token.long()]  # [R, D]
+    outputs = []
+    for expert in range(num_experts):
+        start, stop = expert_offsets[expert], expert_offsets[expert + 1]
+        own = slice(expert * width, (expert + 1) * width)
+        outputs.append(
+            swiglu(rows[start:stop], gate_proj[own], up_proj[own], down_proj[:, own])
+        )
+    return torch.cat(outputs)
+
+
+def sparse_ffn(
+    x: Tensor,
+    gate: Tensor,
+    top_k: int,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The whole block without a shared expert -> y [T, D], logits [T, E]."""
+    logits, topk_logits, topk_idx = route_topk(x, gate, top_k)
+    expert_offsets, row_token, token_rows = sort_by_expert(topk_idx, gate.shape[0])
+    y = grouped_ffn(_wide(x), row_token, expert_offsets, gate_proj, up_proj, down_proj)
+    return combine(y, 1 + topk_logits, token_rows).to(x.dtype), logits
