@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse checkpoint -> the dense checkpoint it came from, bit for bit.
+
+The sidecar gives the header of each dense file and the text of each JSON file as they were; the
+weights come from the experts, so that tuned experts give the tuned dense FFN.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.atomic import atomic_directory
+from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
+from sparse_unified.checkpoint.layout import MoELayout
+from sparse_unified.checkpoint.moves import to_dense
+from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
+from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec
+from sparse_unified.checkpoint.sidecar import (
+    EARLIER_SIDECAR,
+    SIDECAR,
+    Sidecar,
+    parse_dense_headers,
+    read_sidecar,
+)
+from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, Progress, write_text
+
+WHAT = "invert"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvertReport(Report):
+    """What an inversion wrote."""
+
+    out: str
+    component: str
+    layers: tuple[int, ...]
+    converted_by: str
+    bytes_written: int
+    seconds: float
+
+    def to_text(self) -> str:
+        rows = [
+            ("written", self.out),
+            ("component", self.component),
+            ("layers made dense", format_layers(self.layers)),
+            ("was converted by", self.converted_by),
+            ("size", format_bytes(self.bytes_written)),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+        return format_table(rows)
+
+
+def invert(
+    sparse: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> InvertReport:
+    """Writes the dense directory that `convert` made `sparse` from.
+
+    Files come back bit for bit where their tensors were not trained since; routers are dropped.
+    A checkpoint converted twice (gen, then und) goes back one conversion at a time.
+
+    Args:
+        sparse: a directory with the `partition.safetensors` that `convert` wrote.
+        out: the directory to make; it must not exist.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        ValueError: the sidecar is missing, or tensors do not fit what it describes; nothing is
+            written.
+        RuntimeError: reading or writing failed; nothing is left under `out`.
+    """
+    start = time.perf_counter()
+    source = Checkpoint(sparse)
+    refuse_nesting(source.directory, out, what=WHAT)
+    sidecar = read_sidecar(source.directory / SIDECAR)
+    headers = parse_dense_headers(source.directory / SIDECAR, sidecar)
+    moe = source.moe
+    layers = tuple(sidecar.neuron_index)
+    found = tuple(moe.layers.get(sidecar.component, {})) if moe is not None else ()
+    if moe is None or found != layers:
+        raise ValueError(
+            f"{source.directory}: sparse {sidecar.component} layers must be "
+            f"{format_layers(layers)} as {SIDECAR} says, got {format_layers(found)}"
+        )
+    _check_tensors(source, sidecar, headers, moe)
+
+    skip = {*source.headers, *sidecar.texts, *headers}
+    others = list_files(source.directory, skip=skip | {SIDECAR}, what=WHAT)
+    total = sum(file.nbytes for file in others)
+    for header in headers.values():
+        total += 8 + len(header.text.encode()) + sum(s.nbytes for s in header.tensors.values())
+    counter = ByteCounter(total, progress)
+
+    with atomic_directory(out, what=WHAT) as partial:
+        require_room(partial, total, what=WHAT)
+        copy_files(others, partial, rename={EARLIER_SIDECAR: SIDECAR}, advance=counter.advance)
+        for name, header in headers.items():
+            with FileWriter(partial / name, header.text, counter.advance) as writer:
+                for key in header.tensors:
+                    part = _split_part(sidecar, key)
+                    if part is None:
+                        writer.copy(source.spec(key))
+                        continue
+                    layer, projection = part
+                    for block in to_dense(
+                        source.spec,
+                        sidecar.component,
+                        layer,
+                        projection,
+                        sidecar.neuron_index[layer],
+                        moe.expert_layout(sidecar.component, layer),
+                    ):
+                        writer.write(block)
+        for name, text in sidecar.texts.items():
+            write_text(partial / name, text)
+    return InvertReport(
+        out=str(out),
+        component=sidecar.component,
+        layers=layers,
+        converted_by=sidecar.tool,
+        bytes_written=counter.done,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _split_part(sidecar: Sidecar, key: str) -> tuple[int, str] | None:
+    """Returns (layer, projection) when dense tensor `key` is spread over experts, else None."""
+    found = keys.find_ffn_key(key)
+    if found is None or found[0] != sidecar.component or found[1] not in sidecar.neuron_index:
+        return None
+    return found[1], found[2].removesuffix(".weight")
+
+
+def _check_tensors(
+    source: Checkpoint, sidecar: Sidecar, headers: dict[str, Header], moe: MoELayout
+) -> None:
+    """Every dense tensor must follow from the sparse file, and no sparse tensor be left over."""
+    specs = source.specs
+    kept: set[str] = set()
+    split: set[tuple[int, str]] = set()
+    for header in headers.values():
+        for key, wanted in header.tensors.items():
+            part = _split_part(sidecar, key)
+            if part is None:
+                got = specs.get(key)
+                kept.add(key)
+            else:
+                got = _dense_spec(source, sidecar, *part)
+                split.add(part)
+            if got is None or (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
+                have = f"{got.dtype} {list(got.shape)}" if got is not None else "nothing"
+                raise ValueError(
+                    f"{source.directory}: {key} must be {wanted.dtype} {list(wanted.shape)} as "
+                    f"{SIDECAR} says, got {have}"
+                )
+    for layer, index in sidecar.neuron_index.items():
+        width = moe.expert_layout(sidecar.component, layer).intermediate_size
+        lost = [name for name in keys.PROJECTIONS if (layer, name) not in split]
+        if len(index) != width or lost:
+            raise ValueError(
+                f"{source.directory}: {SIDECAR} must describe three projections and {width} "
+                f"neurons of layer {layer}, got {3 - len(lost)} and {len(index)}"
+            )
+    extra = [
+        key
+        for key in specs
+        if key not in kept
+        and ((ffn := keys.find_ffn_key(key)) is None or ffn[0] != sidecar.component)
+    ]
+    if extra:
+        raise ValueError(
+            f"{source.directory}: keys must be those {SIDECAR} describes, "
+            f"got {list_some(extra)} too"
+        )
+
+
+def _dense_spec(
+    source: Checkpoint, sidecar: Sidecar, layer: int, projection: str
+) -> TensorSpec | None:
+    if projection not in keys.PROJECTIONS:
+        return None
+    ffn = source.ffns[sidecar.component][layer]
+    shape = (ffn.intermediate_size, ffn.hidden_size)
+    if projection == "down_proj":
+        shape = shape[::-1]
+    first = source.spec(keys.router_key(sidecar.component, layer, "gate"))
+    return TensorSpec(dtype=ffn.dtype, shape=shape, file=first.file, start=0, nbytes=0)

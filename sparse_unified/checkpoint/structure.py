@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the tensors around the FFNs are all there, under their official names.
+
+A file may hold a part of the model (FFNs alone, or no vision), so what is there decides what must
+be there: groups are whole or absent, and every layer holds what one layer holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.ffn import list_some
+
+_VIT_LAYER = re.compile(r"(vit_model\..*?\.layers)\.(\d+)\.(.+)")
+
+
+def check_structure(found: Iterable[str]) -> list[str]:
+    """Returns a sentence for each unknown key and each gap among the keys outside the FFNs."""
+    present = set(found)
+    problems = []
+    unknown = sorted(key for key in present if not keys.is_official(key))
+    if unknown:
+        problems.append(
+            "keys: names must be official BAGEL names (language_model.*, vit_model.*, "
+            f"{', '.join(f'{group}.*' for group in keys.OTHER_GROUPS)}), got {list_some(unknown)}"
+        )
+    missing = sorted(_expected(present) - present)
+    if missing:
+        problems.append(
+            "keys: a group of tensors must be whole in every layer, "
+            f"got no {list_some(missing)} beside the rest of it"
+        )
+    return problems
+
+
+def _expected(present: set[str]) -> set[str]:
+    expected: set[str] = set()
+    for group, names in keys.OTHER_GROUPS.items():
+        members = {f"{group}.{name}" for name in names}
+        if members & present:
+            expected |= members
+
+    # Decoder layers: what any layer holds beside its FFNs, all hold; with it comes the trunk.
+    layers = set()
+    kinds = set()
+    for key in present:
+        match = keys.LAYER_KEY.fullmatch(key)
+        if match is not None:
+            layers.add(int(match[1]))
+            if match[2] in keys.ATTENTION_KEYS or match[2] in keys.NORM_KEYS:
+                kinds.add(match[2])
+    expected |= {keys.layer_prefix(layer) + kind for layer in layers for kind in kinds}
+    if kinds:
+        expected |= set(keys.LANGUAGE_KEYS)
+
+    # Layers of the vision transformer, by the same rule.
+    vision: dict[str, tuple[set[str], set[str]]] = {}
+    for key in present:
+        match = _VIT_LAYER.fullmatch(key)
+        if match is not None:
+            indices, parts = vision.setdefault(match[1], (set(), set()))
+            indices.add(match[2])
+            parts.add(match[3])
+    for stem, (indices, parts) in vision.items():
+        expected |= {f"{stem}.{index}.{name}" for index in indices for name in parts}
+    return expected
