@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BAGEL, dense and sparse: text to image, editing, image and text to text.
+
+Reading order: `config`, `model`, `attention`, `decoder`, `vision`, `vae`, `conditioning`,
+`sampler`, `text`, `loading`, `pipeline`.
+"""
+
+from sparse_unified.bagel.conditioning import ContextImage, Guidance, build_guidance
+from sparse_unified.bagel.config import (
+    BagelConfig,
+    ExpertConfig,
+    LLMConfig,
+    SpecialTokens,
+    VAEConfig,
+    VisionConfig,
+)
+from sparse_unified.bagel.loading import load_bagel, load_vae
+from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.pipeline import BagelPipeline
+from sparse_unified.bagel.results import GenerationResult, Report, TextResult
+from sparse_unified.bagel.sampler import Renorm, SamplingConfig, sample_latents
+from sparse_unified.bagel.text import generate_tokens
+from sparse_unified.bagel.vae import AutoEncoder
+
+__all__ = [
+    "AutoEncoder",
+    "Bagel",
+    "BagelConfig",
+    "BagelPipeline",
+    "ContextImage",
+    "ExpertConfig",
+    "GenerationResult",
+    "Guidance",
+    "LLMConfig",
+    "Renorm",
+    "Report",
+    "SamplingConfig",
+    "SpecialTokens",
+    "TextResult",
+    "VAEConfig",
+    "VisionConfig",
+    "build_guidance",
+    "generate_tokens",
+    "load_bagel",
+    "load_vae",
+    "sample_latents",
+]

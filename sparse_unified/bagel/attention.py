@@ -189,7 +189,7 @@ class MoTAttention(nn.Module):
     def _heads(
         self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor], lengths: Sequence[int]
     ) -> list[tuple[Tensor, ...]]:
-        """Projects a stream to rotated queries [n, H, d], keys and values [n, K, d] per sequence."""
+        """Returns rotated queries [n, H, d], keys and values [n, K, d] of each sequence."""
         heads = []
         for name in ("q", "k", "v"):
             out = getattr(self, f"{name}_proj{stream}")(x).unflatten(-1, (-1, self.head_dim))
@@ -198,7 +198,9 @@ class MoTAttention(nn.Module):
             heads.append(out.split(list(lengths)))
         return heads
 
-    def _attend(self, context: Context, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    def _attend(
+        self, context: Context, q: Tensor, k: Tensor, v: Tensor, packing: Packing
+    ) -> Tensor:
         key, value = context.joined(self.layer, k.transpose(0, 1), v.transpose(0, 1))
         if packing.extend:
             context.keys[self.layer], context.values[self.layer] = key, value

@@ -89,7 +89,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(_MAX_PERIOD) * exponents / half)
         angles = time[:, None].float() * frequencies  # [n, 128]
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

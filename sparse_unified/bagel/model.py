@@ -9,6 +9,7 @@ text, add the token they are given.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.decoder import LanguageModel
 from sparse_unified.bagel.embeddings import PositionTable, TimestepEmbedder, grid_positions
-from sparse_unified.bagel.vision import FeedForward, VisionTransformer, patchify
+from sparse_unified.bagel.vision import FeedForward, VisionModel, patchify
 
 
 class Bagel(nn.Module):
@@ -39,12 +40,11 @@ class Bagel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         width = config.llm.hidden_size
         self.config = config
         self.language_model = LanguageModel(config.llm, **factory)
-        self.vit_model = nn.Module()
-        self.vit_model.vision_model = VisionTransformer(config.vision, **factory)
+        self.vit_model = VisionModel(config.vision, **factory)
         self.connector = FeedForward(config.vision.hidden_size, width, width, **factory)
         self.vit_pos_embed = PositionTable(
             config.vit_max_num_patch_per_side, width, device=device, dtype=dtype
@@ -89,7 +89,7 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, contexts: Sequence[Context], tokens: Sequence[int]) -> Tensor:
-        """Appends one token to each context and returns logits [B, vocab_size] of the next, fp32."""
+        """Appends a token to each context; returns logits [B, vocab_size] fp32 of the next ones."""
         hidden = self._read(contexts, [[token] for token in tokens])
         return self.language_model.lm_head(hidden).float()
 
@@ -116,7 +116,7 @@ class Bagel(nn.Module):
             positions.append(grid_positions(rows, columns, side, device=self.device))
         lengths = [len(patch) for patch in patches]
         position_ids = torch.cat(positions)
-        seen = self.vit_model.vision_model(torch.cat(patches), position_ids, lengths)
+        seen = self.vit_model(torch.cat(patches), position_ids, lengths)
         seen = self.connector(seen) + self.vit_pos_embed(position_ids)  # [N, D]
 
         start, end = self._markers().split(1)

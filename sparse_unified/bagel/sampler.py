@@ -21,6 +21,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.conditioning import Guidance
 from sparse_unified.bagel.model import Bagel
 
@@ -116,9 +117,7 @@ def initial_noise(num_tokens: int, channels: int, seed: int) -> Tensor:
 
 def _rescaled(guided: Tensor, plain: Tensor, least: float, *, per_token: bool) -> Tensor:
     dims = (-1,) if per_token else (-2, -1)
-    norm, reference = (
-        torch.linalg.vector_norm(v, dim=dims, keepdim=True) for v in (guided, plain)
-    )
+    norm, reference = (torch.linalg.vector_norm(v, dim=dims, keepdim=True) for v in (guided, plain))
     return guided * (reference / (norm + _EPS)).clamp(min=least, max=1.0)
 
 
@@ -159,7 +158,7 @@ def guided_velocity(
         wanted = [own.full, own.without_text]
         if config.cfg_img_scale > 1:
             wanted.append(own.without_image)
-        contexts = []
+        contexts: list[Context] = []
         pick = []
         for context in wanted:
             same = (i for i, other in enumerate(contexts) if context.same_past(other))

@@ -24,9 +24,13 @@ from sparse_unified.bagel.config import (
 Shapes = Mapping[str, Sequence[int]]
 
 
-def _shape(shapes: Shapes, key: str, where: str) -> Sequence[int]:
+def _shape(shapes: Shapes, key: str, num_dims: int, where: str) -> Sequence[int]:
     if key not in shapes:
         raise ValueError(f"{where}: {key} must be in the file, got {len(shapes)} other tensors")
+    if len(shapes[key]) != num_dims or 0 in shapes[key]:
+        raise ValueError(
+            f"{where}: {key} must have {num_dims} dimensions above 0, got {list(shapes[key])}"
+        )
     return shapes[key]
 
 
@@ -49,19 +53,19 @@ def _agree(where: str, name: str, stated: Any, found: Any) -> None:
 
 
 def sparse_layers(
-    shapes: Shapes, llm: Mapping[str, Any], component: str, *, where: str
+    shapes: Shapes, component: str, *, top_k: int | None, num_shared_experts: int, where: str
 ) -> dict[int, ExpertConfig]:
     """Returns the sparse FFNs among the keys of a component, by layer.
 
     Args:
         shapes: shape of every tensor, by official key.
-        llm: contents of llm_config.json: `top_k`, `num_experts`, `num_shared_experts`,
-            `transformed_gen` / `transformed_und`.
         component: "gen" or "und".
+        top_k: active experts, which no key tells.
+        num_shared_experts: how many expert widths the shared expert is made of.
         where: name of the file, for messages.
 
     Raises:
-        ValueError: the configuration names other layers or other counts than the keys.
+        ValueError: there are experts, but no top_k, or a gate_proj that decides is missing.
     """
     ffn = {"gen": "mlp_moe_gen", "und": "mlp"}[component]
     found: dict[int, ExpertConfig] = {}
@@ -70,28 +74,18 @@ def sparse_layers(
         num_experts = _count(shapes, re.escape(prefix) + r"\.experts\.(\d+)\.")
         if num_experts == 0:
             continue
-        _agree("llm_config.json", "num_experts", llm.get("num_experts"), num_experts)
-        if llm.get("top_k") is None:
+        if top_k is None:
             raise ValueError(
-                f"llm_config.json: top_k must be given for the {num_experts} experts of layer "
-                f"{layer}, got none"
+                f"{where}: top_k must be given for the {num_experts} experts of layer {layer}, "
+                "got none"
             )
-        expert = _shape(shapes, f"{prefix}.experts.0.gate_proj.weight", where)
-        shared = shapes.get(f"{prefix}.shared_expert.gate_proj.weight", (0,))
+        shared = f"{prefix}.shared_expert.gate_proj.weight"
         found[layer] = ExpertConfig(
             num_experts=num_experts,
-            top_k=llm["top_k"],
-            expert_width=expert[0],
-            num_shared_experts=int(llm.get("num_shared_experts") or 0),
-            shared_width=shared[0],
-        )
-    stated = llm.get(f"transformed_{component}", False)
-    num_layers = int(llm["num_hidden_layers"])
-    listed = list(range(num_layers)) if stated is True else sorted(stated or [])
-    if listed != sorted(found):
-        raise ValueError(
-            f"llm_config.json: transformed_{component} must be {sorted(found)}, the layers whose "
-            f"experts are in {where}, got {stated}"
+            top_k=top_k,
+            expert_width=_shape(shapes, f"{prefix}.experts.0.gate_proj.weight", 2, where)[0],
+            num_shared_experts=num_shared_experts,
+            shared_width=_shape(shapes, shared, 2, where)[0] if shared in shapes else 0,
         )
     return found
 
@@ -102,10 +96,10 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
     Args:
         factors: `scale_factor` and `shift_factor`, which no shape shows.
     """
-    stem = _shape(shapes, "encoder.conv_in.weight", where)  # [ch, in, 3, 3]
+    stem = _shape(shapes, "encoder.conv_in.weight", 4, where)  # [ch, in, 3, 3]
     levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.")
     outputs = [
-        _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight", where)[0]
+        _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight", 4, where)[0]
         for level in range(levels)
     ]
     for channels in outputs:
@@ -118,9 +112,9 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
         ch=stem[0],
         ch_mult=tuple(channels // stem[0] for channels in outputs),
         num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-        z_channels=_shape(shapes, "decoder.conv_in.weight", where)[1],
+        z_channels=_shape(shapes, "decoder.conv_in.weight", 4, where)[1],
         in_channels=stem[1],
-        out_ch=_shape(shapes, "decoder.conv_out.weight", where)[0],
+        out_ch=_shape(shapes, "decoder.conv_out.weight", 4, where)[0],
         **factors,
     )
 
@@ -133,6 +127,8 @@ def bagel_config(
     latent_channels: int,
     vae_downsample: int,
     special_tokens: SpecialTokens,
+    top_k: int | None = None,
+    num_shared_experts: int = 0,
     stated: Mapping[str, Any] | None = None,
     where: str = "ema.safetensors",
 ) -> BagelConfig:
@@ -142,34 +138,36 @@ def bagel_config(
         shapes: shape of every tensor of the model, by official key.
         llm, vit: contents of llm_config.json and vit_config.json.
         latent_channels, vae_downsample: what the autoencoder says.
+        top_k, num_shared_experts: of the sparse FFNs, if there are any.
         stated: contents of config.json, checked against the shapes where it repeats them.
         where: name of the weight file, for messages.
 
     Raises:
         ValueError: a tensor that decides is missing, or a JSON field contradicts the shapes.
     """
+    routing: Any = {"top_k": top_k, "num_shared_experts": num_shared_experts}
     config = LLMConfig.from_json(
         llm,
-        sparse_gen=sparse_layers(shapes, llm, "gen", where=where),
-        sparse_und=sparse_layers(shapes, llm, "und", where=where),
+        sparse_gen=sparse_layers(shapes, "gen", **routing, where=where),
+        sparse_und=sparse_layers(shapes, "und", **routing, where=where),
     )
-    embeddings = _shape(shapes, "language_model.model.embed_tokens.weight", where)
+    embeddings = _shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
     _agree("llm_config.json", "vocab_size", config.vocab_size, embeddings[0])
     _agree("llm_config.json", "hidden_size", config.hidden_size, embeddings[1])
     num_layers = _count(shapes, r"language_model\.model\.layers\.(\d+)\.")
     _agree("llm_config.json", "num_hidden_layers", config.num_hidden_layers, num_layers)
-    head = _shape(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", where)
+    head = _shape(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", 1, where)
     _agree("llm_config.json", "hidden_size / num_attention_heads", config.head_dim, head[0])
 
-    token_channels = _shape(shapes, "vae2llm.weight", where)[1]
+    token_channels = _shape(shapes, "vae2llm.weight", 2, where)[1]
     patch = math.isqrt(token_channels // latent_channels)
     if patch * patch * latent_channels != token_channels:
         raise ValueError(
             f"{where}: vae2llm.weight must have p * p * {latent_channels} columns for latents of "
             f"{latent_channels} channels, got {token_channels}"
         )
-    latent_rows = _shape(shapes, "latent_pos_embed.pos_embed", where)[0]
-    vit_rows = _shape(shapes, "vit_pos_embed.pos_embed", where)[0]
+    latent_rows = _shape(shapes, "latent_pos_embed.pos_embed", 2, where)[0]
+    vit_rows = _shape(shapes, "vit_pos_embed.pos_embed", 2, where)[0]
     result = BagelConfig(
         llm=config,
         vision=VisionConfig.from_json(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__()
         self.norm = _norm(channels, **factory)
-        for name in ("q", "k", "v", "proj_out"):
-            setattr(self, name, nn.Conv2d(channels, channels, 1, **factory))
+        self.q = nn.Conv2d(channels, channels, 1, **factory)
+        self.k = nn.Conv2d(channels, channels, 1, **factory)
+        self.v = nn.Conv2d(channels, channels, 1, **factory)
+        self.proj_out = nn.Conv2d(channels, channels, 1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, C, H, W] to the same shape."""
@@ -80,24 +83,57 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels: int, **factory: Any) -> nn.Module:
-    mid = nn.Module()
-    mid.block_1 = ResnetBlock(channels, channels, **factory)
-    mid.attn_1 = AttnBlock(channels, **factory)
-    mid.block_2 = ResnetBlock(channels, channels, **factory)
-    return mid
+class Middle(nn.Module):
+    """Attention between two residual blocks, at the lowest resolution."""
+
+    def __init__(self, channels: int, **factory: Any) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, **factory)
+        self.attn_1 = AttnBlock(channels, **factory)
+        self.block_2 = ResnetBlock(channels, channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to the same shape."""
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _run_middle(mid: nn.Module, x: Tensor) -> Tensor:
-    return mid.block_2(mid.attn_1(mid.block_1(x)))
+class Level(nn.Module):
+    """The residual blocks of one resolution."""
+
+    def __init__(self, inputs: int, outputs: int, num_blocks: int, **factory: Any) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(outputs if block else inputs, outputs, **factory)
+            for block in range(num_blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, inputs, H, W] to [B, outputs, H, W], at another resolution in subclasses."""
+        for block in self.block:
+            x = block(x)
+        return x
 
 
-def _level(inputs: int, outputs: int, num_blocks: int, **factory: Any) -> nn.Module:
-    level = nn.Module()
-    level.block = nn.ModuleList(
-        ResnetBlock(outputs if block else inputs, outputs, **factory) for block in range(num_blocks)
-    )
-    return level
+class DownLevel(Level):
+    """Blocks, then half the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, num_blocks: int, **factory: Any) -> None:
+        super().__init__(inputs, outputs, num_blocks, **factory)
+        self.downsample = Downsample(outputs, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class UpLevel(Level):
+    """Blocks, then twice the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, num_blocks: int, **factory: Any) -> None:
+        super().__init__(inputs, outputs, num_blocks, **factory)
+        self.upsample = Upsample(outputs, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
 
 
 class Encoder(nn.Module):
@@ -108,25 +144,19 @@ class Encoder(nn.Module):
         self.conv_in = _conv3(config.in_channels, config.ch, **factory)
         widths = [config.ch, *(config.ch * multiple for multiple in config.ch_mult)]
         self.down = nn.ModuleList()
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
-            level = _level(inputs, outputs, config.num_res_blocks, **factory)
-            if i < len(config.ch_mult) - 1:
-                level.downsample = Downsample(outputs, **factory)
-            self.down.append(level)
-        self.mid = _middle(widths[-1], **factory)
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+            kind = DownLevel if i < len(config.ch_mult) - 1 else Level
+            self.down.append(kind(inputs, outputs, config.num_res_blocks, **factory))
+        self.mid = Middle(widths[-1], **factory)
         self.norm_out = _norm(widths[-1], **factory)
         self.conv_out = _conv3(widths[-1], 2 * config.z_channels, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encodes pixels in [-1, 1]."""
         x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            for block in level.block:
-                x = block(x)
-            if i < len(self.down) - 1:
-                x = level.downsample(x)
-        x = _run_middle(self.mid, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -136,25 +166,20 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * multiple for multiple in config.ch_mult]
         self.conv_in = _conv3(config.z_channels, widths[-1], **factory)
-        self.mid = _middle(widths[-1], **factory)
+        self.mid = Middle(widths[-1], **factory)
         self.up = nn.ModuleList()
         for i, outputs in enumerate(widths):
             inputs = widths[min(i + 1, len(widths) - 1)]
-            level = _level(inputs, outputs, config.num_res_blocks + 1, **factory)
-            if i:
-                level.upsample = Upsample(outputs, **factory)
-            self.up.append(level)
+            kind = UpLevel if i else Level
+            self.up.append(kind(inputs, outputs, config.num_res_blocks + 1, **factory))
         self.norm_out = _norm(widths[0], **factory)
         self.conv_out = _conv3(widths[0], config.out_ch, **factory)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decodes unscaled latents."""
-        x = _run_middle(self.mid, self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            for block in self.up[i].block:
-                x = block(x)
-            if i:
-                x = self.up[i].upsample(x)
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -44,14 +44,17 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig, **factory: Any) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, **factory))
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, width, **factory)
+        self.k_proj = nn.Linear(width, width, **factory)
+        self.v_proj = nn.Linear(width, width, **factory)
+        self.out_proj = nn.Linear(width, width, **factory)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Maps packed patches x [N, D] of images with `lengths` patches to [N, D]."""
         heads = [
-            getattr(self, name)(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-            for name in ("q_proj", "k_proj", "v_proj")
+            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         ]  # 3 x [heads, N, d]
         images = zip(*(part.split(list(lengths), dim=1) for part in heads), strict=True)
         mixed = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in images]
@@ -88,24 +91,45 @@ class VisionLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class VisionTransformer(nn.Module):
-    """Patches [N, p * p * C] -> features [N, D]; official keys under `vit_model.vision_model`."""
+class VisionEmbeddings(nn.Module):
+    """A linear map of each patch, plus a learned vector of its position."""
 
     def __init__(self, config: VisionConfig, **factory: Any) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.embeddings = nn.Module()
-        self.embeddings.patch_embedding = nn.Linear(
-            config.num_channels * config.patch_size**2, width, **factory
-        )
-        self.embeddings.position_embedding = nn.Embedding(
-            config.num_patches_per_side**2, width, **factory
-        )
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
+        width, positions = config.hidden_size, config.num_patches_per_side**2
+        patch_width = config.num_channels * config.patch_size**2
+        self.patch_embedding = nn.Linear(patch_width, width, **factory)
+        self.position_embedding = nn.Embedding(positions, width, **factory)
+
+    def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
+        """Maps patches [N, p * p * C] at position_ids [N] to [N, D]."""
+        return self.patch_embedding(patches) + self.position_embedding(position_ids)
+
+
+class VisionEncoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: VisionConfig, **factory: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
             VisionLayer(config, **factory) for _ in range(config.num_hidden_layers)
         )
-        self.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps, **factory)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Maps packed patches [N, D] to [N, D]."""
+        for layer in self.layers:
+            x = layer(x, lengths)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """Patches [N, p * p * C] -> features [N, D]."""
+
+    def __init__(self, config: VisionConfig, **factory: Any) -> None:
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config, **factory)
+        self.encoder = VisionEncoder(config, **factory)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **factory)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Encodes packed images.
@@ -113,8 +137,17 @@ class VisionTransformer(nn.Module):
         Args:
             patches: [N, p * p * C]; position_ids: [N] int64; lengths: patches of each image.
         """
-        x = self.embeddings.patch_embedding(patches)
-        x = x + self.embeddings.position_embedding(position_ids)
-        for layer in self.encoder.layers:
-            x = layer(x, lengths)
-        return self.post_layernorm(x)
+        x = self.embeddings(patches, position_ids)
+        return self.post_layernorm(self.encoder(x, lengths))
+
+
+class VisionModel(nn.Module):
+    """The transformer under its official name, `vision_model`."""
+
+    def __init__(self, config: VisionConfig, **factory: Any) -> None:
+        super().__init__()
+        self.vision_model = VisionTransformer(config, **factory)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """See `VisionTransformer.forward`."""
+        return self.vision_model(patches, position_ids, lengths)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights from files into a model, tensor by tensor.
+
+Modules are described on the meta device, checked against the headers of the files, given memory
+on their device, and filled. Host memory holds the weights that stay there and one tensor more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.optional import optional
+from sparse_unified.bagel.shapes import bagel_config, vae_config
+from sparse_unified.bagel.vae import AutoEncoder
+from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint.reader import read_json
+from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
+from sparse_unified.nn import SparseMoE
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def find_model(name: str | os.PathLike[str]) -> Path:
+    """Returns the directory of a model, given as such or as a hub id, which is downloaded.
+
+    Raises:
+        ValueError: `name` is neither a directory nor the id of a model that can be had.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    text = os.fspath(name)
+    parts = text.split("/")
+    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise ValueError(
+            "from_pretrained: model must be a directory or a hub id 'owner/name', "
+            f"got {text!r}, which is neither"
+        )
+    hub = optional("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(text, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:  # every error of the hub is one of these
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"from_pretrained: model must be a directory or a hub id that can be downloaded, "
+            f"got {text!r}: {first_line}"
+        ) from error
+
+
+def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Returns every parameter under its official key; those of a sparse FFN are views per expert.
+
+    Copying into these tensors loads the module.
+    """
+    if isinstance(module, SparseMoE):
+        return {prefix + key: view for key, view in module.official_views().items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in module.named_parameters(recurse=False):
+        found[prefix + name] = tensor
+    for name, child in module.named_children():
+        found |= official_tensors(child, f"{prefix}{name}.")
+    return found
+
+
+def check_tensors(
+    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], *, where: str
+) -> None:
+    """Raises one ValueError that lists every missing, extra and misshapen tensor of a file."""
+    problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
+    problems += [f"extra {key} {list(specs[key].shape)}" for key in specs if key not in targets]
+    for key in targets:
+        if key not in specs:
+            continue
+        spec = specs[key]
+        if tuple(targets[key].shape) != spec.shape:
+            shape = list(targets[key].shape)
+            problems.append(f"misshapen {key} {list(spec.shape)}, not {shape}")
+        elif not spec.dtype.is_floating_point:
+            problems.append(f"{key} of {spec.dtype}, not floating point")
+    if problems:
+        raise ValueError(f"{where}: tensors must be those of the model, got " + "; ".join(problems))
+
+
+@torch.no_grad()
+def fill_(
+    module: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    *,
+    device: torch.device | str,
+    where: str,
+) -> None:
+    """Moves a module from the meta device to `device` and fills it from a file.
+
+    Raises:
+        ValueError: the file does not hold exactly the tensors of the module.
+    """
+    check_tensors(official_tensors(module), specs, where=where)
+    module.to_empty(device=device)
+    targets = official_tensors(module)
+    for key, spec in specs.items():
+        targets[key].copy_(read_tensor(spec, what=f"{where}: {key}"))
+
+
+def load_vae(
+    file: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    stated: Mapping[str, object] | None = None,
+) -> AutoEncoder:
+    """Loads an autoencoder; its shapes say how it is built.
+
+    Args:
+        dtype: of the weights; None keeps that of the file.
+        stated: `vae_config` of config.json, for the two factors that no shape shows.
+    """
+    specs = read_header(file).tensors
+    factors = {
+        name: float(value)
+        for name in ("scale_factor", "shift_factor")
+        if isinstance(value := (stated or {}).get(name), int | float)
+    }
+    where = os.fspath(file)
+    config = vae_config({key: spec.shape for key, spec in specs.items()}, where=where, **factors)
+    dtype = dtype or specs["decoder.conv_in.weight"].dtype
+    vae = AutoEncoder(config, device="meta", dtype=dtype).eval()
+    fill_(vae, specs, device=device, where=where)
+    return vae
+
+
+def load_bagel(
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    special_tokens: SpecialTokens | None = None,
+) -> tuple[Bagel, AutoEncoder]:
+    """Loads a dense or sparse model and its autoencoder from a directory.
+
+    Args:
+        directory: holds the weights, llm_config.json, vit_config.json, ae.safetensors and, if
+            there is one, config.json.
+        dtype: of the weights; None keeps that of each file.
+        special_tokens: ids of the markers; None takes those of the released checkpoints.
+
+    Raises:
+        ValueError: a file is missing or damaged, or keys, shapes and JSON files disagree.
+    """
+    checkpoint = Checkpoint(directory)
+    stated_file = Path(directory) / "config.json"
+    stated = read_json(stated_file) if stated_file.exists() else {}
+    stated_vae = stated.get("vae_config")
+    vae = load_vae(
+        checkpoint.vae_file,
+        device=device,
+        dtype=dtype,
+        stated=stated_vae if isinstance(stated_vae, dict) else None,
+    )
+    moe = checkpoint.moe
+    specs = checkpoint.specs
+    config = bagel_config(
+        {key: spec.shape for key, spec in specs.items()},
+        checkpoint.llm_config,
+        checkpoint.vit_config,
+        latent_channels=vae.config.z_channels,
+        vae_downsample=vae.config.downsample,
+        special_tokens=special_tokens or SpecialTokens(),
+        top_k=None if moe is None else moe.top_k,
+        num_shared_experts=0 if moe is None else moe.num_shared_experts,
+        stated=stated,
+        where=os.fspath(directory),
+    )
+    dtype = dtype or specs["language_model.model.embed_tokens.weight"].dtype
+    model = Bagel(config, device="meta", dtype=dtype)
+    fill_(model, specs, device=device, where=os.fspath(directory))
+    return model, vae
