@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 
-def _require_positive(config: object, names: tuple[str, ...]) -> None:
-    where = type(config).__name__
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: {name} must be an integer of at least 1, got {value!r}")
+def _require_counts(config: Any, *, or_zero: tuple[str, ...] = ()) -> None:
+    """Raises ValueError unless every field typed int is at least 1 (0 for those in `or_zero`)."""
+    for known in fields(config):
+        value, least = getattr(config, known.name), 0 if known.name in or_zero else 1
+        if known.type != "int" or (type(value) is int and value >= least):
+            continue
+        raise ValueError(
+            f"{type(config).__name__}: {known.name} must be an integer of at least {least}, "
+            f"got {value!r}"
+        )
 
 
 def _require_multiple(config: object, name: str, divisor: str) -> None:
@@ -42,7 +46,7 @@ class ExpertConfig:
     shared_width: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(self, ("num_experts", "top_k", "expert_width"))
+        _require_counts(self, or_zero=("num_shared_experts", "shared_width"))
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"ExpertConfig: top_k must be at most num_experts = {self.num_experts}, "
@@ -75,17 +79,7 @@ class LLMConfig:
     sparse_und: Mapping[int, ExpertConfig] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            (
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "vocab_size",
-            ),
-        )
+        _require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
         _require_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
@@ -151,18 +145,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            (
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "patch_size",
-                "image_size",
-                "num_channels",
-            ),
-        )
+        _require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
 
     @property
@@ -214,7 +197,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        _require_positive(self, ("ch", "num_res_blocks", "z_channels", "in_channels", "out_ch"))
+        _require_counts(self)
         if not self.ch_mult:
             raise ValueError("VAEConfig: ch_mult must name at least one resolution, got ()")
         for multiple in self.ch_mult:
@@ -262,16 +245,7 @@ class BagelConfig:
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            (
-                "latent_channels",
-                "vae_downsample",
-                "latent_patch_size",
-                "max_latent_size",
-                "vit_max_num_patch_per_side",
-            ),
-        )
+        _require_counts(self)
         for name in SpecialTokens.__slots__:
             token = getattr(self.special_tokens, name)
             if not 0 <= token < self.llm.vocab_size:

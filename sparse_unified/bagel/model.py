@@ -182,6 +182,7 @@ class Bagel(nn.Module):
         Returns:
             For each image the velocities [len(branches), N, p * p * C], fp32.
         """
+        time = time.to(self.device)
         gen = []
         for x, grid, contexts in zip(tokens, grids, branches, strict=True):
             embedded = self._embed(x, grid, time)

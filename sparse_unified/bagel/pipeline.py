@@ -215,7 +215,7 @@ class BagelPipeline:
         Args:
             prompt: the text.
             images: a picture or a list of them.
-            max_length: most tokens of the answer.
+            max_length: most tokens of the answer, its start marker included.
             temperature: None takes the likeliest token each time; otherwise tokens are drawn.
             seed: for drawing; None is random.
             think: let the model reason first; its reasoning is part of the answer.

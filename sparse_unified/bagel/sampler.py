@@ -149,7 +149,10 @@ def guided_velocity(
     guidance: Sequence[Guidance],
     config: SamplingConfig,
 ) -> list[Tensor]:
-    """Predicts the guided velocity of every image at `time` [1], [N, p * p * C] fp32 each."""
+    """Predicts the guided velocity of every image at `time` [1], [N, p * p * C] fp32 each.
+
+    The time stays on the CPU, so that asking whether guidance is on does not wait for a GPU.
+    """
     low, high = config.cfg_interval
     if not (low < float(time) <= high and config.cfg_text_scale > 1):
         return [v[0] for v in model.velocity(tokens, grids, time, [[g.full] for g in guidance])]
@@ -216,7 +219,7 @@ def sample_latents(
     for step in range(config.num_timesteps - 1):
         start = clock.perf_counter()
         time = times[step : step + 1]
-        velocity = guided_velocity(model, tokens, grids, time.to(model.device), guidance, config)
+        velocity = guided_velocity(model, tokens, grids, time, guidance, config)
         width = (times[step] - times[step + 1]).to(model.device)
         tokens = [x - v * width for x, v in zip(tokens, velocity, strict=True)]
         if on_step is not None:

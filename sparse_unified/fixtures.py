@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a recorded case as a model directory in the official format, for demos and tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from sparse_unified.bagel.optional import optional
+from sparse_unified.testing import Case, read_case
+
+_SPECIAL_IDS = {
+    "<|im_start|>": 3,
+    "<|im_end|>": 4,
+    "<|vision_start|>": 5,
+    "<|vision_end|>": 6,
+    "<|endoftext|>": 9,
+}
+_FIRST_ID, _NUM_IDS = 10, 86
+# Characters with an id of their own. Those below, and above up to code point 255, are read as the
+# one of the same id, all others as <|endoftext|>.
+_CHARACTERS = [chr(code) for code in range(ord(" "), ord(" ") + _NUM_IDS)]
+
+
+def write_checkpoint(
+    case_path: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    vae_case: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Writes the model of a case with the file names, keys and conventions of the official one.
+
+    Args:
+        case_path: an image or answer case, dense or sparse.
+        directory: made if it is not there.
+        vae_case: the case whose autoencoder becomes ae.safetensors; by default `vae` next to the
+            other one.
+
+    Returns:
+        The directory: llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, and a
+        tokenizer with one id per character.
+
+    Raises:
+        ValueError: the cases do not fit each other, or the vocabulary is too small.
+    """
+    case = read_case(case_path)
+    vae = read_case(vae_case if vae_case is not None else Path(case_path).parent / "vae")
+    _check_fit(case, vae)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(case.weights, directory / "ema.safetensors")
+    save_file(vae.weights, directory / "ae.safetensors")
+
+    llm = {"model_type": "qwen2", "qk_norm": True, "tie_word_embeddings": False}
+    llm |= case.fields["llm_config"]
+    if moe := case.fields.get("moe"):
+        llm |= {**moe, "num_experts_per_tok": moe["top_k"]}
+    vit = dict(case.fields["vit_config"])
+    # The official file counts the last layer of SigLIP, which BAGEL leaves out.
+    vit["num_hidden_layers"] += 1
+    for name, content in (("llm_config.json", llm), ("vit_config.json", vit)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: str | os.PathLike[str]) -> None:
+    """Writes a tokenizer that gives a character the id 10 + code point mod 86."""
+    tokenizers = optional("tokenizers")
+    normalizers = tokenizers.normalizers
+    ids = {char: _FIRST_ID + ord(char) % _NUM_IDS for char in _CHARACTERS}
+    same = {ord(char) % _NUM_IDS: char for char in _CHARACTERS}
+    others = [chr(code) for code in range(256) if chr(code) not in ids]
+    unknown = "<|endoftext|>"
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocab=ids | _SPECIAL_IDS, unk_token=unknown)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Replace(char, same[ord(char) % _NUM_IDS]) for char in others]
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(r"[\s\S]"), behavior="isolated"
+    )
+    backend.decoder = tokenizers.decoders.Fuse()
+    fast: Any = optional("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=unknown,
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token=unknown,
+        additional_special_tokens=["<|im_start|>", "<|vision_start|>", "<|vision_end|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(os.fspath(directory))
+
+
+def _check_fit(case: Case, vae: Case) -> None:
+    wanted, found = case.fields["vae_config"], vae.fields
+    for name in ("z_channels", "downsample"):
+        if wanted[name] != found[name]:
+            raise ValueError(
+                f"write_checkpoint: vae_case must have {name} = {wanted[name]}, got {found[name]}"
+            )
+    needed = _FIRST_ID + _NUM_IDS
+    if case.fields["llm_config"]["vocab_size"] < needed:
+        raise ValueError(
+            f"write_checkpoint: vocab_size must be at least {needed} for the tokenizer, "
+            f"got {case.fields['llm_config']['vocab_size']}"
+        )
