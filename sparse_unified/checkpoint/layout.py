@@ -76,7 +76,7 @@ def check_layout(ffns: FFNs, config: Mapping[str, Any]) -> tuple[MoELayout | Non
         )
     sizes = min(kinds)
     problems += _check_counts(sizes, config)
-    top_k, wrong = _find_top_k(sizes.num_experts, config)
+    top_k, wrong = find_top_k(sizes.num_experts, config)
     problems += wrong
     if problems or top_k is None:
         return None, problems
@@ -169,7 +169,8 @@ def _check_counts(sizes: SparseLayer, config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _find_top_k(num_experts: int, config: Mapping[str, Any]) -> tuple[int | None, list[str]]:
+def find_top_k(num_experts: int, config: Mapping[str, Any]) -> tuple[int | None, list[str]]:
+    """Returns top_k as the config gives it, None when it is not legal, and what is wrong."""
     found = {name: config[name] for name in ("top_k", "num_experts_per_tok") if name in config}
     rule = f"must be 1 to {num_experts}, the number of experts in the keys"
     if not found:

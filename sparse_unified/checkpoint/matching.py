@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proof from the bytes alone that the experts of a layer are its dense neurons, reordered.
+
+The bytes of each neuron (gate row, up row, down column) are hashed on both sides, neurons with the
+same hashes are paired, and every pair is then compared bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import numpy as np
+
+from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.moves import expert_ranges, read_words, row_blocks
+from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.partition import ExpertLayout
+
+_COLUMNS = 512
+_MAX_PROBLEMS = 3
+
+# One list per projection, one digest per neuron.
+Digests = tuple[list[bytes], ...]
+
+
+def find_bijection(
+    sparse: Checkpoint, dense: Checkpoint, component: str, layer: int, layout: ExpertLayout
+) -> tuple[np.ndarray | None, list[str]]:
+    """Pairs every neuron of the experts with the dense neuron that has the same bytes.
+
+    Returns:
+        neuron_index [I] int64 (None when there is no bijection), and a sentence for the first few
+        neurons that differ, which names expert and neuron.
+    """
+    dense_digests = _dense_digests(dense, component, layer)
+    found = [_sparse_digests(sparse, component, layer, name, layout) for name in keys.PROJECTIONS]
+    index, problems = _pair(dense_digests, tuple(found), layout)
+    if index is None:
+        return None, problems
+    problems = list(_compare(sparse, dense, component, layer, layout, index))
+    return (None, problems) if problems else (index, [])
+
+
+def _dense_digests(dense: Checkpoint, component: str, layer: int) -> Digests:
+    digests = []
+    for name in keys.PROJECTIONS:
+        words = read_words(dense.spec(keys.dense_key(component, layer, name)))
+        digests.append(list(_digests(words, name)))
+    return tuple(digests)
+
+
+def _sparse_digests(
+    sparse: Checkpoint, component: str, layer: int, projection: str, layout: ExpertLayout
+) -> list[bytes]:
+    digests: list[bytes] = []
+    for expert, _, _ in expert_ranges(layout):
+        words = read_words(sparse.spec(keys.expert_key(component, layer, expert, projection)))
+        digests += _digests(words, projection)
+    return digests
+
+
+def _digests(words: np.ndarray, projection: str) -> Iterator[bytes]:
+    """Yields the hash of each neuron: of each row, or of each column of down_proj."""
+    if projection != "down_proj":
+        yield from (blake2b(row.data, digest_size=16).digest() for row in words)
+        return
+    for start in range(0, words.shape[1], _COLUMNS):
+        columns = np.ascontiguousarray(words[:, start : start + _COLUMNS].T)
+        yield from (blake2b(column.data, digest_size=16).digest() for column in columns)
+
+
+def _pair(
+    dense: Digests, sparse: Digests, layout: ExpertLayout
+) -> tuple[np.ndarray | None, list[str]]:
+    free: dict[tuple[bytes, ...], list[int]] = {}
+    for neuron, key in enumerate(zip(*dense, strict=True)):
+        free.setdefault(key, []).append(neuron)
+    for neurons in free.values():
+        neurons.reverse()  # so that pop() gives equal neurons out in dense order
+
+    index = np.full(layout.intermediate_size, -1, dtype=np.int64)
+    holders: dict[tuple[bytes, ...], str] = {}
+    problems: list[str] = []
+    num_wrong = 0
+    for position, key in enumerate(zip(*sparse, strict=True)):
+        name = _name(layout, position)
+        if free.get(key):
+            index[position] = free[key].pop()
+            holders[key] = name
+            continue
+        num_wrong += 1
+        if len(problems) < _MAX_PROBLEMS:
+            reason = (
+                f"its dense neuron is held by {holders[key]} already"
+                if key in holders
+                else _explain(dense, key)
+            )
+            problems.append(f"{name}: must be a dense neuron of its own, but {reason}")
+    if not num_wrong:
+        return index, []
+    unused = [neuron for neurons in free.values() for neuron in neurons]
+    problems.append(
+        f"{num_wrong} of {len(index)} neurons differ; dense neuron {min(unused)} is the first of "
+        f"{len(unused)} that no expert holds"
+    )
+    return None, problems
+
+
+def _explain(dense: Digests, key: tuple[bytes, ...]) -> str:
+    """Says which dense neuron each projection of an unmatched neuron comes from, if any."""
+    parts = []
+    for name, digests, digest in zip(keys.PROJECTIONS, dense, key, strict=True):
+        origin = f"of dense neuron {digests.index(digest)}" if digest in digests else "unknown"
+        parts.append(f"{name} is {origin}")
+    return ", ".join(parts)
+
+
+def _name(layout: ExpertLayout, position: int) -> str:
+    if position < layout.shared_width:
+        return f"shared expert, neuron {position}"
+    expert, neuron = divmod(position - layout.shared_width, layout.expert_width)
+    return f"expert {expert}, neuron {neuron}"
+
+
+def _compare(
+    sparse: Checkpoint,
+    dense: Checkpoint,
+    component: str,
+    layer: int,
+    layout: ExpertLayout,
+    index: np.ndarray,
+) -> Iterator[str]:
+    """Yields a sentence for each pair of equal hashes whose bytes differ after all."""
+    for projection in keys.PROJECTIONS:
+        spec = dense.spec(keys.dense_key(component, layer, projection))
+        parts = [
+            (sparse.spec(keys.expert_key(component, layer, expert, projection)), start, stop)
+            for expert, start, stop in expert_ranges(layout)
+        ]
+        if projection == "down_proj":
+            for top, bottom in row_blocks(spec):
+                block = np.take(read_words(spec, top, bottom), index, axis=1)
+                for part, start, stop in parts:
+                    differs = (block[:, start:stop] != read_words(part, top, bottom)).any(axis=0)
+                    for neuron in np.flatnonzero(differs):
+                        yield f"{_name(layout, start + int(neuron))}: {projection} must be equal"
+            continue
+        words = read_words(spec)
+        for part, start, stop in parts:
+            differs = (words[index[start:stop]] != read_words(part)).any(axis=1)
+            for neuron in np.flatnonzero(differs):
+                yield f"{_name(layout, start + int(neuron))}: {projection} must be equal"
