@@ -68,8 +68,13 @@ std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows) const {
   const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
   std::vector<ExpertRows> parts;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
-    for (int64_t begin = offsets[expert]; begin < offsets[expert + 1]; begin += max_rows) {
-      parts.push_back({expert, begin, std::min<int64_t>(begin + max_rows, offsets[expert + 1])});
+    const int64_t first = offsets[expert];
+    const int64_t count = offsets[expert + 1] - first;
+    const int64_t num_parts = (count + max_rows - 1) / max_rows;
+    // Equal parts: a GEMM of a few left-over rows costs almost as much as one of many.
+    for (int64_t part = 0; part < num_parts; ++part) {
+      parts.push_back({expert, first + count * part / num_parts,
+                       first + count * (part + 1) / num_parts});
     }
   }
   return parts;

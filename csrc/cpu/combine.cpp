@@ -10,59 +10,71 @@
 namespace sparse_unified {
 namespace {
 
-constexpr int64_t kColumns = 64;
+constexpr int64_t kVectors = 4;
+constexpr int64_t kColumns = kVectors * kLanes;
 
-// acc[0, n) = sum_k weights[k] * y[rows[k]][column, column + n), in the order of k.
+// The rows of one token and their weights.
 template <typename T>
-SPARSE_UNIFIED_INLINE void sum_columns(const CombineParams& params, const int32_t* rows,
-                                       const float* weights, int64_t column, int64_t n,
-                                       float* acc) {
-  const T* y = static_cast<const T*>(params.y);
-  for (int64_t c = 0; c < n; ++c) acc[c] = 0.0f;
-  for (int64_t k = 0; k < params.top_k; ++k) {
-    const T* source = y + rows[k] * params.y_stride + column;
-    const float weight = weights != nullptr ? weights[k] : 1.0f;
-    for (int64_t c = 0; c < n; ++c) acc[c] += weight * to_float(source[c]);
+struct TokenRows {
+  const T* y;
+  int64_t y_stride;
+  const int32_t* rows;   // [K]
+  const float* weights;  // [K]; null means ones
+  int64_t top_k;
+
+  const T* row(int64_t k) const { return y + rows[k] * y_stride; }
+  float weight(int64_t k) const { return weights != nullptr ? weights[k] : 1.0f; }
+};
+
+template <typename T>
+SPARSE_UNIFIED_INLINE void sum_rows(const TokenRows<T>& token, T* out, int64_t hidden_size) {
+  int64_t column = 0;
+  for (; column + kColumns <= hidden_size; column += kColumns) {
+    Float acc[kVectors] = {};
+    for (int64_t k = 0; k < token.top_k; ++k) {
+      const T* source = token.row(k) + column;
+      const float weight = token.weight(k);
+      for (int64_t v = 0; v < kVectors; ++v) acc[v] += weight * load(source + v * kLanes);
+    }
+    for (int64_t v = 0; v < kVectors; ++v) store(out + column + v * kLanes, acc[v]);
+  }
+  for (; column < hidden_size; column += kLanes) {
+    const int64_t n = std::min(kLanes, hidden_size - column);
+    Float acc = {};
+    for (int64_t k = 0; k < token.top_k; ++k) {
+      acc += token.weight(k) * load(token.row(k) + column, n);
+    }
+    store(out + column, acc, n);
   }
 }
 
 template <typename T>
 SPARSE_UNIFIED_INLINE void combine(const CombineParams& params, int64_t token_begin,
                                    int64_t token_end) {
-  const int64_t hidden_size = params.hidden_size;
-  float acc[kColumns];
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const int32_t* rows = params.token_rows + token * params.top_k;
-    const float* weights =
-        params.weights != nullptr ? params.weights + token * params.top_k : nullptr;
-    T* out = static_cast<T*>(params.out) + token * hidden_size;
-    int64_t column = 0;
-    for (; column + kColumns <= hidden_size; column += kColumns) {
-      sum_columns<T>(params, rows, weights, column, kColumns, acc);
-      for (int64_t c = 0; c < kColumns; ++c) out[column + c] = from_float<T>(acc[c]);
-    }
-    const int64_t rest = hidden_size - column;
-    sum_columns<T>(params, rows, weights, column, rest, acc);
-    for (int64_t c = 0; c < rest; ++c) out[column + c] = from_float<T>(acc[c]);
+    const int64_t slot = token * params.top_k;
+    const TokenRows<T> rows{static_cast<const T*>(params.y), params.y_stride,
+                            params.token_rows + slot,
+                            params.weights != nullptr ? params.weights + slot : nullptr,
+                            params.top_k};
+    sum_rows(rows, static_cast<T*>(params.out) + token * params.hidden_size, params.hidden_size);
   }
 }
 
-// Dot product in kLanes independent sums, folded in a fixed order.
 template <typename T>
 SPARSE_UNIFIED_INLINE float dot(const T* a, const T* b, int64_t n) {
-  constexpr int64_t kLanes = 16;
-  float lanes[kLanes] = {};
+  Float acc = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += to_float(a[i + lane]) * to_float(b[i + lane]);
-    }
-  }
-  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += to_float(a[i]) * to_float(b[i]);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
+  for (; i + kLanes <= n; i += kLanes) acc += load(a + i) * load(b + i);
+  if (i < n) acc += load(a + i, n - i) * load(b + i, n - i);
+  return sum_lanes(acc);
+}
+
+template <typename T>
+SPARSE_UNIFIED_INLINE void scale(const T* source, float factor, T* target, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(target + i, factor * load(source + i));
+  if (i < n) store(target + i, factor * load(source + i, n - i), n - i);
 }
 
 template <typename T>
@@ -71,8 +83,7 @@ SPARSE_UNIFIED_INLINE void combine_backward(const CombineBackwardParams& params,
   const int64_t hidden_size = params.hidden_size;
   for (int64_t token = token_begin; token < token_end; ++token) {
     const T* grad_out = static_cast<const T*>(params.grad_out) + token * params.grad_stride;
-    for (int64_t k = 0; k < params.top_k; ++k) {
-      const int64_t slot = token * params.top_k + k;
+    for (int64_t slot = token * params.top_k; slot < (token + 1) * params.top_k; ++slot) {
       const int64_t row = params.token_rows[slot];
       if (params.grad_weights != nullptr) {
         const T* y = static_cast<const T*>(params.y) + row * params.y_stride;
@@ -80,11 +91,7 @@ SPARSE_UNIFIED_INLINE void combine_backward(const CombineBackwardParams& params,
       }
       if (params.grad_y != nullptr) {
         T* grad_y = static_cast<T*>(params.grad_y) + row * hidden_size;
-        const float weight = params.weights[slot];
-#pragma GCC ivdep
-        for (int64_t c = 0; c < hidden_size; ++c) {
-          grad_y[c] = from_float<T>(weight * to_float(grad_out[c]));
-        }
+        scale(grad_out, params.weights[slot], grad_y, hidden_size);
       }
     }
   }

@@ -14,31 +14,62 @@
 namespace sparse_unified {
 namespace {
 
+static_assert(kExpertLanes == kLanes);
 constexpr int64_t kTokens = 8;
 constexpr int64_t kBlock = 128;
 
-// sums[t][e] = <x[t], gate[e]> for kCount tokens and the kExpertLanes experts at `gate_t`.
+// block[t][d] = x[t][column + d] in fp32.
+template <typename T>
+SPARSE_UNIFIED_INLINE void widen_block(const T* x, int64_t x_stride, int64_t column,
+                                       int64_t num_columns, int64_t num_tokens,
+                                       float (*block)[kBlock]) {
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    for (int64_t d = 0; d < num_columns; d += kLanes) {
+      const T* source = x + t * x_stride + column + d;
+      const int64_t n = std::min(kLanes, num_columns - d);
+      store(block[t] + d, n == kLanes ? load(source) : load(source, n));
+    }
+  }
+}
+
+// sums[t] += <block[t], gate> for kCount tokens and the kExpertLanes experts at `gate_t`.
+template <int64_t kCount>
+SPARSE_UNIFIED_INLINE void dot_experts(const float (*block)[kBlock], const float* gate_t,
+                                       int64_t gate_stride, int64_t num_columns, Float* sums) {
+  Float acc[kCount] = {};
+  for (int64_t d = 0; d < num_columns; ++d) {
+    const Float gate = load(gate_t + d * gate_stride);
+    for (int64_t t = 0; t < kCount; ++t) acc[t] += block[t][d] * gate;
+  }
+  for (int64_t t = 0; t < kCount; ++t) sums[t] += acc[t];
+}
+
 template <typename T, int64_t kCount>
-SPARSE_UNIFIED_INLINE void dot_experts(const T* x, int64_t x_stride, const float* gate_t,
-                                       int64_t gate_stride, int64_t hidden_size,
-                                       float (*sums)[kExpertLanes]) {
-  for (int64_t t = 0; t < kCount; ++t) {
-    for (int64_t e = 0; e < kExpertLanes; ++e) sums[t][e] = 0.0f;
-  }
-  for (int64_t block = 0; block < hidden_size; block += kBlock) {
-    const int64_t block_end = std::min(block + kBlock, hidden_size);
-    float acc[kCount][kExpertLanes] = {};
-    for (int64_t d = block; d < block_end; ++d) {
-      const float* gate = gate_t + d * gate_stride;
-      for (int64_t t = 0; t < kCount; ++t) {
-        const float value = to_float(x[t * x_stride + d]);
-        for (int64_t e = 0; e < kExpertLanes; ++e) acc[t][e] += value * gate[e];
-      }
+SPARSE_UNIFIED_INLINE void route_tokens(const RouteTopkParams& params, int64_t token) {
+  const T* x = static_cast<const T*>(params.x) + token * params.x_stride;
+  const int64_t gate_stride = padded_experts(params.num_experts);
+  float block[kCount][kBlock];
+  for (int64_t first = 0; first < params.num_experts; first += kExpertLanes) {
+    Float sums[kCount] = {};
+    for (int64_t column = 0; column < params.hidden_size; column += kBlock) {
+      const int64_t num_columns = std::min(kBlock, params.hidden_size - column);
+      widen_block(x, params.x_stride, column, num_columns, kCount, block);
+      dot_experts<kCount>(block, params.gate_t + column * gate_stride + first, gate_stride,
+                          num_columns, sums);
     }
+    const int64_t count = std::min(kExpertLanes, params.num_experts - first);
     for (int64_t t = 0; t < kCount; ++t) {
-      for (int64_t e = 0; e < kExpertLanes; ++e) sums[t][e] += acc[t][e];
+      store(params.logits + (token + t) * params.num_experts + first, sums[t], count);
     }
   }
+}
+
+template <typename T>
+SPARSE_UNIFIED_INLINE void route_tokens(const RouteTopkParams& params, int64_t token_begin,
+                                        int64_t token_end) {
+  int64_t token = token_begin;
+  for (; token + kTokens <= token_end; token += kTokens) route_tokens<T, kTokens>(params, token);
+  for (; token < token_end; ++token) route_tokens<T, 1>(params, token);
 }
 
 // Whether logit a of a lower expert index goes before logit b.
@@ -64,92 +95,69 @@ inline void select_topk(const float* logits, int64_t num_experts, int64_t top_k,
   }
 }
 
-template <typename T, int64_t kCount>
-SPARSE_UNIFIED_INLINE void route_tokens(const RouteTopkParams& params, int64_t token) {
-  const T* x = static_cast<const T*>(params.x) + token * params.x_stride;
-  const int64_t gate_stride = padded_experts(params.num_experts);
-  float sums[kCount][kExpertLanes];
-  for (int64_t first = 0; first < params.num_experts; first += kExpertLanes) {
-    dot_experts<T, kCount>(x, params.x_stride, params.gate_t + first, gate_stride,
-                           params.hidden_size, sums);
-    const int64_t count = std::min(kExpertLanes, params.num_experts - first);
-    for (int64_t t = 0; t < kCount; ++t) {
-      float* logits = params.logits + (token + t) * params.num_experts + first;
-      for (int64_t e = 0; e < count; ++e) logits[e] = sums[t][e];
-    }
-  }
-}
-
-template <typename T>
-SPARSE_UNIFIED_INLINE void route_topk(const RouteTopkParams& params, int64_t token_begin,
-                                      int64_t token_end) {
-  int64_t token = token_begin;
-  for (; token + kTokens <= token_end; token += kTokens) route_tokens<T, kTokens>(params, token);
-  for (; token < token_end; ++token) route_tokens<T, 1>(params, token);
-}
-
+// grad_x[t] = sum_e grad[t, e] * gate[e], one vector of columns at a time.
 template <typename T>
 SPARSE_UNIFIED_INLINE void backward_x(const RouteTopkBackwardParams& params, int64_t token_begin,
                                       int64_t token_end) {
-  constexpr int64_t kColumns = 64;
   const T* gate = static_cast<const T*>(params.gate);
   for (int64_t token = token_begin; token < token_end; ++token) {
     const float* grad = params.grad_logits + token * params.num_experts;
     T* grad_x = static_cast<T*>(params.grad_x) + token * params.hidden_size;
-    for (int64_t column = 0; column < params.hidden_size; column += kColumns) {
-      const int64_t n = std::min(kColumns, params.hidden_size - column);
-      float acc[kColumns] = {};
+    for (int64_t column = 0; column < params.hidden_size; column += kLanes) {
+      const int64_t n = std::min(kLanes, params.hidden_size - column);
+      Float acc = {};
       for (int64_t e = 0; e < params.num_experts; ++e) {
         const T* source = gate + e * params.gate_stride + column;
-        for (int64_t c = 0; c < n; ++c) acc[c] += grad[e] * to_float(source[c]);
+        acc += grad[e] * (n == kLanes ? load(source) : load(source, n));
       }
-      for (int64_t c = 0; c < n; ++c) grad_x[column + c] = from_float<T>(acc[c]);
+      store(grad_x + column, acc, n);
     }
   }
 }
 
+// grad_gate[e] = sum_t grad[t, e] * x[t] for kExperts experts and one vector of columns, summed in
+// blocks of tokens to keep fp32 rounding small.
 template <typename T>
 SPARSE_UNIFIED_INLINE void backward_gate(const RouteTopkBackwardParams& params,
                                          int64_t column_begin, int64_t column_end) {
-  constexpr int64_t kColumns = 32;
-  constexpr int64_t kExperts = 4;
+  constexpr int64_t kExperts = 8;
   const T* x = static_cast<const T*>(params.x);
   T* grad_gate = static_cast<T*>(params.grad_gate);
-  for (int64_t column = column_begin; column < column_end; column += kColumns) {
-    const int64_t n = std::min(kColumns, column_end - column);
+  for (int64_t column = column_begin; column < column_end; column += kLanes) {
+    const int64_t n = std::min(kLanes, column_end - column);
     for (int64_t first = 0; first < params.num_experts; first += kExperts) {
       const int64_t count = std::min(kExperts, params.num_experts - first);
-      float sums[kExperts][kColumns] = {};
+      Float sums[kExperts] = {};
       for (int64_t block = 0; block < params.num_tokens; block += kBlock) {
         const int64_t block_end = std::min(block + kBlock, params.num_tokens);
-        float acc[kExperts][kColumns] = {};
+        Float acc[kExperts] = {};
         for (int64_t token = block; token < block_end; ++token) {
           const float* grad = params.grad_logits + token * params.num_experts + first;
           const T* source = x + token * params.x_stride + column;
-          for (int64_t e = 0; e < count; ++e) {
-            for (int64_t c = 0; c < n; ++c) acc[e][c] += grad[e] * to_float(source[c]);
-          }
+          const Float value = n == kLanes ? load(source) : load(source, n);
+          for (int64_t e = 0; e < count; ++e) acc[e] += grad[e] * value;
         }
-        for (int64_t e = 0; e < count; ++e) {
-          for (int64_t c = 0; c < n; ++c) sums[e][c] += acc[e][c];
-        }
+        for (int64_t e = 0; e < count; ++e) sums[e] += acc[e];
       }
       for (int64_t e = 0; e < count; ++e) {
-        T* target = grad_gate + (first + e) * params.hidden_size + column;
-        for (int64_t c = 0; c < n; ++c) target[c] = from_float<T>(sums[e][c]);
+        store(grad_gate + (first + e) * params.hidden_size + column, sums[e], n);
       }
     }
   }
 }
 
+// gate_t [D, padded E] from gate [E, D], a vector of columns at a time.
 template <typename T>
 void pack(const T* gate, int64_t gate_stride, int64_t num_experts, int64_t hidden_size,
           float* gate_t) {
   const int64_t stride = padded_experts(num_experts);
   std::fill(gate_t, gate_t + hidden_size * stride, 0.0f);
   for (int64_t e = 0; e < num_experts; ++e) {
-    for (int64_t d = 0; d < hidden_size; ++d) {
-      gate_t[d * stride + e] = to_float(gate[e * gate_stride + d]);
+    for (int64_t d = 0; d < hidden_size; d += kLanes) {
+      const int64_t n = std::min(kLanes, hidden_size - d);
+      float values[kLanes];
+      store(values, load(gate + e * gate_stride + d, n));
+      for (int64_t lane = 0; lane < n; ++lane) gate_t[(d + lane) * stride + e] = values[lane];
     }
   }
 }
@@ -157,7 +165,7 @@ void pack(const T* gate, int64_t gate_stride, int64_t num_experts, int64_t hidde
 #define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                   \
   SPARSE_UNIFIED_MULTIVERSION void route_topk_##suffix(const RouteTopkParams& params,           \
                                                        int64_t begin, int64_t end) {            \
-    route_topk<T>(params, begin, end);                                                          \
+    route_tokens<T>(params, begin, end);                                                        \
   }                                                                                             \
   SPARSE_UNIFIED_MULTIVERSION void backward_x_##suffix(const RouteTopkBackwardParams& params,   \
                                                        int64_t begin, int64_t end) {            \

@@ -12,11 +12,28 @@ SPARSE_UNIFIED_INLINE void swiglu(const SwigluParams& params) {
   const T* gate = static_cast<const T*>(params.gate);
   const T* up = static_cast<const T*>(params.up);
   T* hidden = static_cast<T*>(params.hidden);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < params.num_values; ++i) {
-    const float g = to_float(gate[i]);
-    hidden[i] = from_float<T>(g * sigmoid(g) * to_float(up[i]));
+  int64_t i = 0;
+  for (; i + kLanes <= params.num_values; i += kLanes) {
+    const Float g = load(gate + i);
+    store(hidden + i, g * sigmoid(g) * load(up + i));
   }
+  if (const int64_t rest = params.num_values - i; rest > 0) {
+    const Float g = load(gate + i, rest);
+    store(hidden + i, g * sigmoid(g) * load(up + i, rest), rest);
+  }
+}
+
+struct SwigluGradient {
+  Float gate;
+  Float up;
+  Float hidden;
+};
+
+SPARSE_UNIFIED_INLINE SwigluGradient swiglu_gradient(const Float& grad, const Float& gate,
+                                                     const Float& up) {
+  const Float s = sigmoid(gate);
+  const Float silu = gate * s;
+  return {grad * up * s * (1.0f + gate * (1.0f - s)), grad * silu, silu * up};
 }
 
 template <typename T, bool kHasHidden>
@@ -27,15 +44,19 @@ SPARSE_UNIFIED_INLINE void swiglu_backward(const SwigluBackwardParams& params) {
   T* hidden = static_cast<T*>(params.hidden);
   T* grad_gate = static_cast<T*>(params.grad_gate);
   T* grad_up = static_cast<T*>(params.grad_up);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < params.num_values; ++i) {
-    const float g = to_float(gate[i]);
-    const float u = to_float(up[i]);
-    const float grad = to_float(grad_hidden[i]);
-    const float s = sigmoid(g);
-    grad_gate[i] = from_float<T>(grad * u * s * (1.0f + g * (1.0f - s)));
-    grad_up[i] = from_float<T>(grad * g * s);
-    if constexpr (kHasHidden) hidden[i] = from_float<T>(g * s * u);
+  int64_t i = 0;
+  for (; i + kLanes <= params.num_values; i += kLanes) {
+    const auto value = swiglu_gradient(load(grad_hidden + i), load(gate + i), load(up + i));
+    store(grad_gate + i, value.gate);
+    store(grad_up + i, value.up);
+    if constexpr (kHasHidden) store(hidden + i, value.hidden);
+  }
+  if (const int64_t rest = params.num_values - i; rest > 0) {
+    const auto value = swiglu_gradient(load(grad_hidden + i, rest), load(gate + i, rest),
+                                       load(up + i, rest));
+    store(grad_gate + i, value.gate, rest);
+    store(grad_up + i, value.up, rest);
+    if constexpr (kHasHidden) store(hidden + i, value.hidden, rest);
   }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CPU kernel is written with: conversions the compiler can vectorise, and one attribute
-// that compiles a function for several instruction sets and chooses among them at run time.
+// What every CPU kernel is written with: vectors of 16 fp32 lanes in the compiler's own vector
+// types, conversions from and to storage, and one attribute that compiles a function for several
+// instruction sets and chooses among them at run time.
 #pragma once
 
 #include <cstdint>
@@ -22,77 +23,118 @@
 
 namespace sparse_unified {
 
-SPARSE_UNIFIED_INLINE uint32_t float_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
+constexpr int64_t kLanes = 16;
+
+using Float = float __attribute__((vector_size(4 * kLanes)));
+using Int = int32_t __attribute__((vector_size(4 * kLanes)));
+using UInt = uint32_t __attribute__((vector_size(4 * kLanes)));
+using UShort = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+template <typename To, typename From>
+SPARSE_UNIFIED_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
 }
 
-SPARSE_UNIFIED_INLINE float bits_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+SPARSE_UNIFIED_INLINE Float broadcast(float value) { return Float{} + value; }
 
-SPARSE_UNIFIED_INLINE float to_float(float value) { return value; }
+// Storage bits of 16-bit types to fp32 and back, nearest, ties to even.
+SPARSE_UNIFIED_INLINE Float widen(BFloat16, const UInt& bits) { return bit_cast<Float>(bits << 16); }
 
-SPARSE_UNIFIED_INLINE float to_float(BFloat16 value) {
-  return bits_float(static_cast<uint32_t>(value.bits) << 16);
-}
-
-SPARSE_UNIFIED_INLINE float to_float(Float16 value) {
+SPARSE_UNIFIED_INLINE Float widen(Float16, const UInt& bits) {
   // Half and float differ by 112 in exponent bias; the multiplication also lifts subnormals.
-  const uint32_t magnitude = (value.bits & 0x7fffu) << 13;
-  const uint32_t sign = (value.bits & 0x8000u) << 16;
-  const uint32_t scaled = float_bits(bits_float(magnitude) * 0x1p112f);
-  const uint32_t special = magnitude | 0x7f800000u;  // infinity or NaN
-  return bits_float(sign | (magnitude >= 0x0f800000u ? special : scaled));
+  const UInt magnitude = (bits & 0x7fffu) << 13;
+  const UInt scaled = bit_cast<UInt>(bit_cast<Float>(magnitude) * 0x1p112f);
+  const UInt special = magnitude | 0x7f800000u;  // infinity or NaN
+  const UInt value = magnitude >= 0x0f800000u ? special : scaled;
+  return bit_cast<Float>((bits & 0x8000u) << 16 | value);
+}
+
+SPARSE_UNIFIED_INLINE UInt narrow(BFloat16, const Float& value) {
+  const UInt bits = bit_cast<UInt>(value);
+  const UInt rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UInt nan = UInt{} + 0x7fc0u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+}
+
+SPARSE_UNIFIED_INLINE UInt narrow(Float16, const Float& value) {
+  const UInt bits = bit_cast<UInt>(value);
+  const UInt magnitude = bits & 0x7fffffffu;
+  // Normal result: drop 13 bits and move the exponent bias from 127 to 15.
+  const UInt normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Subnormal result: adding 0.5 makes the hardware round at the last bit a half keeps.
+  const UInt subnormal = bit_cast<UInt>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000u;
+  const UInt infinity = UInt{} + 0x7c00u;
+  const UInt nan = UInt{} + 0x7e00u;
+  UInt result = magnitude < 0x38800000u ? subnormal : normal;    // below 2^-14
+  result = magnitude >= 0x477ff000u ? infinity : result;         // 65520 and more
+  result = magnitude > 0x7f800000u ? nan : result;
+  return (bits >> 16 & 0x8000u) | result;
+}
+
+// 16 values, or the first n of them with zeros behind.
+SPARSE_UNIFIED_INLINE Float load(const float* source) {
+  Float value;
+  std::memcpy(&value, source, sizeof(value));
+  return value;
 }
 
 template <typename T>
-T from_float(float value);
-
-template <>
-SPARSE_UNIFIED_INLINE float from_float<float>(float value) {
-  return value;
+SPARSE_UNIFIED_INLINE Float load(const T* source) {
+  UShort bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return widen(T{}, __builtin_convertvector(bits, UInt));
 }
 
-template <>
-SPARSE_UNIFIED_INLINE BFloat16 from_float<BFloat16>(float value) {
-  const uint32_t bits = float_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // nearest, ties to even
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return BFloat16{static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+template <typename T>
+SPARSE_UNIFIED_INLINE Float load(const T* source, int64_t n) {
+  T padded[kLanes] = {};
+  std::memcpy(padded, source, static_cast<size_t>(n) * sizeof(T));
+  return load(padded);
 }
 
-template <>
-SPARSE_UNIFIED_INLINE Float16 from_float<Float16>(float value) {
-  const uint32_t bits = float_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal result: drop 13 bits, nearest, ties to even, and move the exponent bias from 127 to 15.
-  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-  // Subnormal result: adding 0.5 makes the hardware round at the last bit a half keeps.
-  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;  // 2^-14
-  result = magnitude >= 0x477ff000u ? 0x7c00u : result;            // 65520 rounds to infinity
-  result = magnitude > 0x7f800000u ? 0x7e00u : result;             // NaN
-  return Float16{static_cast<uint16_t>(sign | result)};
+SPARSE_UNIFIED_INLINE void store(float* target, const Float& value) {
+  std::memcpy(target, &value, sizeof(value));
+}
+
+template <typename T>
+SPARSE_UNIFIED_INLINE void store(T* target, const Float& value) {
+  const UShort bits = __builtin_convertvector(narrow(T{}, value), UShort);
+  std::memcpy(target, &bits, sizeof(bits));
+}
+
+template <typename T>
+SPARSE_UNIFIED_INLINE void store(T* target, const Float& value, int64_t n) {
+  T padded[kLanes];
+  store(padded, value);
+  std::memcpy(target, padded, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Sum of the lanes, folded in halves.
+SPARSE_UNIFIED_INLINE float sum_lanes(const Float& value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
 }
 
 // e^x to about 2 ulp; arguments beyond +-87 are clamped there, NaN stays NaN.
-SPARSE_UNIFIED_INLINE float exp_float(float x) {
+SPARSE_UNIFIED_INLINE Float exp(Float x) {
   constexpr float kLog2e = 1.442695041f;
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x > 87.0f ? 87.0f : x;
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * kLog2e + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
+  x = x > 87.0f ? broadcast(87.0f) : x;
+  x = x < -87.0f ? broadcast(-87.0f) : x;
+  const Float shifted = x * kLog2e + kRound;
+  const Float n = shifted - kRound;
+  const Float r = (x - n * kLn2High) - n * kLn2Low;
   // Taylor polynomial of degree 7 on |r| <= ln(2) / 2, truncation error below 6e-9.
-  float p = 1.0f / 5040.0f;
+  Float p = broadcast(1.0f / 5040.0f);
   p = p * r + 1.0f / 720.0f;
   p = p * r + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
@@ -100,10 +142,10 @@ SPARSE_UNIFIED_INLINE float exp_float(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const uint32_t exponent = (float_bits(shifted) - float_bits(kRound) + 127u) << 23;
-  return p * bits_float(exponent);
+  constexpr uint32_t kBias = 0x4b400000u - 127u;  // bits of kRound, less the exponent bias
+  return p * bit_cast<Float>((bit_cast<UInt>(shifted) - kBias) << 23);
 }
 
-SPARSE_UNIFIED_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_float(-x)); }
+SPARSE_UNIFIED_INLINE Float sigmoid(const Float& x) { return 1.0f / (1.0f + exp(-x)); }
 
 }  // namespace sparse_unified
