@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `sparse-unified` command. Modules that are slow to import are imported by the command run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from sparse_unified.cli import benchmark, checkpoints, generation
+from sparse_unified.cli.console import PROG, CommandParser, Usage, one_line, split_json_flag
+
+_DESCRIPTION = """\
+Sparse mixture-of-experts versions of unified multimodal models: make them from dense
+checkpoints, check them, run them, measure them. Results go to stdout, progress to stderr.
+Exit status: 0 success, 1 bad data or a failed check, 2 wrong usage, 130 interrupted."""
+
+
+def build_parser() -> CommandParser:
+    """Returns the parser of all commands; each sets `run`, a function from arguments to status."""
+    parser = CommandParser(prog=PROG, description=_DESCRIPTION)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    checkpoints.add_commands(commands)
+    generation.add_commands(commands)
+    benchmark.add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; errors become one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        # Its arguments belong to the benchmark, whatever they look like.
+        return _guard(lambda: benchmark.run(arguments[1:]), show_traceback=False)
+    parser = build_parser()
+    try:
+        options = parser.parse_args(split_json_flag(arguments))
+        if options.version:
+            from sparse_unified import __version__
+
+            sys.stdout.write(f"{PROG} {__version__}\n")
+            return 0
+        if "run" not in options:
+            raise Usage(f"a command must be given, got none (see {PROG} --help)")
+    except Usage as error:
+        return _fail(str(error), 2)
+    return _guard(lambda: int(options.run(options)), show_traceback=options.traceback)
+
+
+def _guard(run: Callable[[], int], *, show_traceback: bool) -> int:
+    logging.basicConfig(format=f"{PROG}: %(message)s", level=logging.WARNING)
+    # A polite kill takes the same way out as an error, so that nothing half-written stays.
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main else None
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, kind="")
+    except Usage as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:
+        # Whoever read our output has gone; a second complaint at exit would help nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        return _fail(_describe(error), 1)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "memory must suffice, got MemoryError"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file'}: must be accessible, got {error.strerror}"
+    if isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)):
+        return str(error) or type(error).__name__
+    return f"internal error {type(error).__name__}: {error} (--traceback shows where)"
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _fail(message: str, status: int, kind: str = "error: ") -> int:
+    sys.stderr.write(f"{PROG}: {kind}{one_line(message)}\n")
+    return status

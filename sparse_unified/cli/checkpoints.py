@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""convert, verify, invert, info: commands on model directories."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sparse_unified.cli.console import add_common, check_output, progress_bar, write_result
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the four commands to the parser."""
+    _add_convert(commands)
+
+    verify = commands.add_parser(
+        "verify",
+        help="prove that a sparse checkpoint is a dense one, reordered",
+        description="Proves from the weights alone that the experts of SPARSE are the neurons of "
+        "DENSE, each once and bit for bit, that every other tensor is the same, and that with all "
+        "experts active the FFNs compute the same. Exit status 1 when anything differs.",
+    )
+    verify.add_argument("sparse", metavar="SPARSE", help="the sparse model directory")
+    verify.add_argument(
+        "--against", metavar="DENSE", required=True, help="the dense model directory"
+    )
+    verify.add_argument(
+        "--seed", type=int, default=0, help="of the random input of the numeric check (default 0)"
+    )
+    add_common(verify)
+    verify.set_defaults(run=_run_verify)
+
+    invert = commands.add_parser(
+        "invert",
+        help="give the dense checkpoint back, bit for bit",
+        description="Writes the dense directory that convert made SPARSE from. Where experts were "
+        "trained since, the dense FFNs hold the trained weights; routers are dropped.",
+    )
+    invert.add_argument("sparse", metavar="SPARSE", help="a directory that convert wrote")
+    invert.add_argument("out", metavar="OUT", help="the directory to make; must not exist")
+    add_common(invert)
+    invert.set_defaults(run=_run_invert)
+
+    info = commands.add_parser(
+        "info",
+        help="show components, layers, parameters, and what disagrees",
+        description="Shows what a model directory holds, dense or sparse, and what disagrees in "
+        "it. Reads headers only.",
+    )
+    info.add_argument("directory", metavar="DIR", help="a model directory")
+    add_common(info)
+    info.set_defaults(run=_run_info)
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="make a sparse checkpoint from a dense one",
+        description="Splits the FFNs of DENSE into experts and writes the result to OUT, tensor "
+        "by tensor. Nothing is computed: neurons are reordered, routers start at zero, all else "
+        "is copied. OUT appears complete or not at all.",
+    )
+    convert.add_argument("dense", metavar="DENSE", help="the dense model directory")
+    convert.add_argument("out", metavar="OUT", help="the directory to make; must not exist")
+    convert.add_argument(
+        "--num-experts", type=int, required=True, metavar="E", help="routed experts of a layer"
+    )
+    convert.add_argument(
+        "--top-k", type=int, required=True, metavar="K", help="experts a token uses, 1 to E"
+    )
+    convert.add_argument(
+        "--num-shared-experts",
+        type=int,
+        default=0,
+        metavar="S",
+        help="width of the shared expert, in experts (default 0: none)",
+    )
+    convert.add_argument(
+        "--layers",
+        default="middle",
+        help="layers to split: middle (all but the first and last, the default), all, 1-26, or "
+        "a list such as 1,4-6",
+    )
+    convert.add_argument(
+        "--component",
+        default="gen",
+        choices=("gen", "und"),
+        help="FFNs to split: generation (default) or understanding",
+    )
+    ranking = convert.add_mutually_exclusive_group()
+    ranking.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="importance of each neuron: a safetensors file with one tensor 'scores' [num_layers, "
+        "width], or one tensor [width] per layer named by its index; without it, neurons are "
+        "ranked by weight magnitude",
+    )
+    ranking.add_argument(
+        "--seed", type=int, metavar="N", help="rank neurons at random, from this seed"
+    )
+    add_common(convert)
+    convert.set_defaults(run=_run_convert)
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    from sparse_unified.checkpoint import convert
+
+    check_output(options.json, "--json")
+    with progress_bar("converting", quiet=options.quiet) as progress:
+        report = convert(
+            options.dense,
+            options.out,
+            num_experts=options.num_experts,
+            top_k=options.top_k,
+            num_shared_experts=options.num_shared_experts,
+            layers=options.layers,
+            component=options.component,
+            scores=options.scores,
+            seed=options.seed,
+            progress=progress,
+        )
+    write_result(options.json, report.to_text(), report.to_json())
+    return 0
+
+
+def _run_verify(options: argparse.Namespace) -> int:
+    from sparse_unified.checkpoint import verify
+
+    check_output(options.json, "--json")
+    with progress_bar("verifying", quiet=options.quiet) as progress:
+        report = verify(options.sparse, options.against, seed=options.seed, progress=progress)
+    write_result(options.json, report.to_text(), report.to_json())
+    return 0 if report.ok else 1
+
+
+def _run_invert(options: argparse.Namespace) -> int:
+    from sparse_unified.checkpoint import invert
+
+    check_output(options.json, "--json")
+    with progress_bar("inverting", quiet=options.quiet) as progress:
+        report = invert(options.sparse, options.out, progress=progress)
+    write_result(options.json, report.to_text(), report.to_json())
+    return 0
+
+
+def _run_info(options: argparse.Namespace) -> int:
+    from sparse_unified.checkpoint import info
+
+    check_output(options.json, "--json")
+    report = info(options.directory)
+    write_result(options.json, report.to_text(), report.to_json())
+    return 0

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of command line values: each turns text into a value or says what it must be."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_MULTIPLE = 16
+
+
+def prompt(text: str) -> str:
+    """A prompt that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"prompt must not be empty, got {text!r}")
+    return text
+
+
+def side(text: str) -> int:
+    """A side of an image: a positive multiple of 16 pixels."""
+    if not text.isdecimal() or int(text) < _MULTIPLE or int(text) % _MULTIPLE:
+        raise argparse.ArgumentTypeError(
+            f"must be a positive multiple of {_MULTIPLE} pixels, got {text!r}"
+        )
+    return int(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """`HxW` -> (height, width)."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 1024x768, got {text!r}")
+    return side(match[1]), side(match[2])
+
+
+def positive(text: str) -> int:
+    """A positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def interval(text: str) -> tuple[float, float]:
+    """`LO,HI` -> two floats."""
+    parts = text.split(",")
+    try:
+        low, high = (float(part) for part in parts)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be two numbers LO,HI, got {text!r}") from None
+    return low, high
+
+
+def image_path(text: str) -> Path:
+    """A path whose ending names an image format that can be written."""
+    path = Path(text)
+    if path.suffix.lower() not in IMAGE_FORMATS:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(IMAGE_FORMATS)}, got {text!r}")
+    return path
