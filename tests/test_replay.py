@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recorded cases are reproduced, whatever of their format is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparse_unified.testing import read_case, replay
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+OUTPUTS = ("output", "router_logits", "latent.", "token_ids", "moe.", "decoded")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def relative_error(out: Tensor, gold: Tensor) -> float:
+    return float((out.double() - gold.double()).norm() / gold.double().norm().clamp(min=1e-30))
+
+
+def is_output(case: str, key: str) -> bool:
+    return key.startswith(OUTPUTS) or (case == "vae" and key == "latent")
+
+
+def write_case(
+    directory: Path, source: str, fields: dict[str, Any], tensors: dict[str, Tensor]
+) -> Path:
+    """Writes a case that differs from a golden one in some fields and tensors."""
+    case = read_case(GOLDEN / source)
+    weights = {key: t for key, t in case.tensors.items() if key.startswith("model.")}
+    (directory / "case.json").write_text(json.dumps({**case.fields, **fields}))
+    save_file({**weights, **tensors}, directory / "case.safetensors")
+    return directory / "case"
+
+
+def test_there_are_cases_of_every_kind() -> None:
+    assert set(CASES) >= {"moe_block", "partition", "t2i_dense", "t2i_moe", "edit", "vae"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_case_is_reproduced(case: str) -> None:
+    recorded = load_file(GOLDEN / f"{case}.safetensors")
+    outputs = replay(GOLDEN / case)
+    assert set(outputs) == {key for key in recorded if is_output(case, key)}
+    for key, out in outputs.items():
+        assert out.shape == recorded[key].shape
+        assert relative_error(out, recorded[key]) < TOLERANCE, key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_outputs_are_not_looked_at(case: str, tmp_path: Path) -> None:
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    inputs = {key: t for key, t in tensors.items() if not is_output(case, key)}
+    assert len(inputs) < len(tensors)
+    (tmp_path / f"{case}.json").write_bytes((GOLDEN / f"{case}.json").read_bytes())
+    save_file(inputs, tmp_path / f"{case}.safetensors")
+    for key, out in replay(tmp_path / case).items():
+        assert relative_error(out, tensors[key]) < TOLERANCE, key
+
+
+@pytest.mark.parametrize("suffix", ["", ".json", ".safetensors"])
+def test_case_may_be_named_by_either_file(suffix: str) -> None:
+    assert set(replay(str(GOLDEN / f"moe_block{suffix}"))) == {"output", "router_logits"}
+
+
+@pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
+def test_several_prompts_of_several_sizes_equal_single_ones(renorm: str, tmp_path: Path) -> None:
+    prompts = [[21, 42, 38], [33, 30, 31, 25, 42, 29, 40]]
+    sizes = [[64, 48], [32, 96]]
+    noise = [torch.randn(12, 16), torch.randn(12, 16)]
+    shared = {"cfg_renorm_type": renorm, "cfg_renorm_min": 0.1}
+    together = replay(
+        write_case(
+            tmp_path,
+            "t2i_dense",
+            {**shared, "prompt_ids": prompts, "image_size": sizes},
+            {"init_noise": torch.cat(noise)},
+        )
+    )
+    assert sorted(together) == ["latent.0", "latent.1"]
+    for i in range(2):
+        alone = replay(
+            write_case(
+                tmp_path,
+                "t2i_dense",
+                {**shared, "prompt_ids": prompts[i : i + 1], "image_size": sizes[i]},
+                {"init_noise": noise[i]},
+            )
+        )
+        assert relative_error(together[f"latent.{i}"], alone["latent.0"]) < TOLERANCE
+
+
+def test_one_size_serves_all_prompts(tmp_path: Path) -> None:
+    case = write_case(
+        tmp_path,
+        "t2i_moe",
+        {"prompt_ids": [[21], [42, 38]], "image_size": [32, 64]},
+        {"init_noise": torch.randn(16, 16)},
+    )
+    assert [tuple(latent.shape) for latent in replay(case).values()] == [(8, 16), (8, 16)]
+
+
+def test_each_prompt_may_have_its_own_context_image(tmp_path: Path) -> None:
+    prompts = [[33, 21], [31, 25, 42]]
+    latents, pixels = torch.randn(2, 4, 4, 6), torch.randn(2, 3, 28, 42)
+    noise = torch.randn(32, 16)
+
+    def run(chosen: slice, count: int) -> dict[str, Tensor]:
+        return replay(
+            write_case(
+                tmp_path,
+                "edit",
+                {"prompt_ids": prompts[chosen], "context_image": [[32, 48]] * count},
+                {
+                    "init_noise": noise[:16] if chosen.start == 0 else noise[32 - 16 * count :],
+                    "context.latent": latents[chosen].clone(),
+                    "context.vit_pixels": pixels[chosen].clone(),
+                },
+            )
+        )
+
+    both = replay(
+        write_case(
+            tmp_path,
+            "edit",
+            {"prompt_ids": prompts, "context_image": [32, 48]},
+            {"init_noise": noise, "context.latent": latents, "context.vit_pixels": pixels},
+        )
+    )
+    assert relative_error(both["latent.0"], run(slice(0, 1), 1)["latent.0"]) < TOLERANCE
+    assert relative_error(both["latent.1"], run(slice(1, 2), 1)["latent.0"]) < TOLERANCE
+
+
+def test_padded_context_latents_are_cropped_to_their_image(tmp_path: Path) -> None:
+    case = read_case(GOLDEN / "edit")
+    padded = torch.nn.functional.pad(case.tensors["context.latent"], (0, 4, 0, 2))
+    path = write_case(
+        tmp_path,
+        "edit",
+        {},
+        {
+            "init_noise": case.tensors["init_noise"],
+            "context.latent": padded,
+            "context.vit_pixels": case.tensors["context.vit_pixels"],
+        },
+    )
+    assert relative_error(replay(path)["latent.0"], case.tensors["latent.0"]) < TOLERANCE
+
+
+def test_zero_router_with_all_experts_equals_the_dense_model(tmp_path: Path) -> None:
+    dense = read_case(GOLDEN / "t2i_dense")
+    tensors = dict(dense.tensors)
+    moe = {"num_experts": 4, "num_shared_experts": 0, "top_k": 4, "transformed_gen": [0, 2]}
+    for layer in moe["transformed_gen"]:  # type: ignore[union-attr]
+        prefix = f"model.language_model.model.layers.{layer}.mlp_moe_gen."
+        parts = {n: tensors.pop(f"{prefix}{n}.weight") for n in ("gate_proj", "up_proj")}
+        down = tensors.pop(f"{prefix}down_proj.weight")
+        for expert in range(4):
+            rows = slice(24 * expert, 24 * expert + 24)
+            for name, weight in parts.items():
+                tensors[f"{prefix}experts.{expert}.{name}.weight"] = weight[rows].clone()
+            tensors[f"{prefix}experts.{expert}.down_proj.weight"] = down[:, rows].clone()
+        tensors[f"{prefix}gate.weight"] = torch.zeros(4, 32)
+        tensors[f"{prefix}gate_shared.weight"] = torch.zeros(1, 32)
+    (tmp_path / "moe.json").write_text(json.dumps({**dense.fields, "moe": moe}))
+    save_file(tensors, tmp_path / "moe.safetensors")
+    latent = replay(tmp_path / "moe")["latent.0"]
+    assert relative_error(latent, dense.tensors["latent.0"]) < TOLERANCE
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"half\.safetensors"):
+        replay(tmp_path / "half")
+
+
+def test_missing_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must hold init_noise"):
+        replay(write_case(tmp_path, "t2i_dense", {}, {}))
+
+
+def test_unknown_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text('{"surprise": 1}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="surprise"):
+        replay(tmp_path / "odd")
