@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli import values
 from sparse_unified.cli.console import (
-    PROG,
     Usage,
     add_common,
     check_output,
@@ -237,7 +236,7 @@ def _load(options: argparse.Namespace) -> BagelPipeline:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{PROG}: --device must be a device of this torch, got {options.device!r}: {reason}"
+            f"--device: name must be a device of this torch, got {options.device!r}: {reason}"
         ) from error
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     return BagelPipeline.from_pretrained(options.model, device=device, dtype=dtype)
@@ -255,7 +254,7 @@ def _open_images(paths: list[str]) -> list[Image]:
                 image = optional("PIL.Image").open(stream)
                 image.load()
         except (OSError, ValueError, SyntaxError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or "a file of another or a damaged format"
             raise ValueError(f"--image: {path} must be a readable picture, got {reason}") from error
         images.append(image)
     return images
