@@ -154,7 +154,9 @@ def guided_velocity(
     The time stays on the CPU, so that asking whether guidance is on does not wait for a GPU.
     """
     low, high = config.cfg_interval
-    if not (low < float(time) <= high and config.cfg_text_scale > 1):
+    # Compared as fp32, as the source does: a bound that is a time of the grid meets it exactly.
+    inside = bool((time > low) & (time <= high))
+    if not (inside and config.cfg_text_scale > 1):
         return [v[0] for v in model.velocity(tokens, grids, time, [[g.full] for g in guidance])]
     branches, picks = [], []
     for own in guidance:

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: packing sequences together changes nothing, streams and dtypes behave."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_unified.bagel import Bagel, BagelConfig, ContextImage, ExpertConfig, generate_tokens
+from sparse_unified.bagel.attention import RMSNorm, attend
+from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.bagel.decoder import run_ffn
+from sparse_unified.bagel.embeddings import grid_positions, rotary_angles, rotate, sincos_table
+from sparse_unified.bagel.vision import patchify, unpatchify
+from sparse_unified.testing import build_model, read_case
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPERTS = ExpertConfig(num_experts=4, top_k=2, expert_width=24)
+
+
+@pytest.fixture(scope="module")
+def model() -> Bagel:
+    return build_model(read_case(GOLDEN / "understand"))
+
+
+def with_random_weights(config: BagelConfig, **factory: Any) -> Bagel:
+    """Builds a model whose routers are not zero."""
+    model = Bagel(config, **factory)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    return model
+
+
+def relative_error(out: Tensor, gold: Tensor) -> float:
+    return float((out.double() - gold.double()).norm() / gold.double().norm())
+
+
+def test_state_dict_has_the_official_keys(model: Bagel) -> None:
+    case = read_case(GOLDEN / "understand")
+    assert set(model.state_dict()) == set(case.weights)
+
+
+def test_sincos_table_is_the_one_in_the_checkpoint(model: Bagel) -> None:
+    table = sincos_table(8, 32)
+    torch.testing.assert_close(table, model.latent_pos_embed.pos_embed.data)
+
+
+def test_patches_go_back_to_the_image() -> None:
+    image = torch.randn(3, 28, 42)
+    patches = patchify(image, 14)
+    assert patches.shape == (6, 14 * 14 * 3)
+    assert torch.equal(patches[4].view(14, 14, 3), image[:, 14:28, 14:28].permute(1, 2, 0))
+    assert torch.equal(unpatchify(patches, 2, 3, 14), image)
+
+
+def test_patchify_refuses_ragged_images() -> None:
+    with pytest.raises(ValueError, match="multiples of 14, got 28 x 30"):
+        patchify(torch.zeros(3, 28, 30), 14)
+
+
+def test_grid_positions_stride_over_the_whole_table() -> None:
+    assert grid_positions(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]
+
+
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_its_definition(past: int, length: int, causal: bool) -> None:
+    query = torch.randn(length, 6, 8)
+    key, value = torch.randn(2, 2, past + length, 8)
+    scores = torch.einsum("lhd,hsd->hls", query, key.repeat_interleave(3, 0)) / 8**0.5
+    if causal:
+        ahead = torch.arange(past + length) > torch.arange(past, past + length)[:, None]
+        scores = scores.masked_fill(ahead, float("-inf"))
+    expected = torch.einsum("hls,hsd->lhd", scores.softmax(-1), value.repeat_interleave(3, 0))
+    out = attend(query, key, value, causal=causal)
+    torch.testing.assert_close(out, expected.flatten(1))
+
+
+def test_rotation_depends_on_distance_alone() -> None:
+    query, key = torch.randn(2, 1, 1, 16)
+
+    def score(query_at: int, key_at: int) -> Tensor:
+        turned = [
+            rotate(x, rotary_angles(torch.tensor([at]), 16, 1e6))
+            for x, at in ((query, query_at), (key, key_at))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(3, 1), score(13, 11))
+    assert not torch.allclose(score(3, 1), score(3, 2))
+
+
+def test_norm_of_low_precision_is_taken_in_full() -> None:
+    x = torch.full((1, 64), 300.0, dtype=torch.float16)  # the sum of squares overflows fp16
+    norm = RMSNorm(64, 1e-6, dtype=torch.float16)
+    assert torch.allclose(norm(x).float(), torch.ones(64), atol=1e-3)
+
+
+def test_contexts_packed_together_equal_contexts_alone(model: Bagel) -> None:
+    texts = [[21, 42, 38], [33], [40, 41, 42, 43, 44]]
+    images = [torch.randn(3, 28, 14), torch.randn(3, 14, 56), torch.randn(3, 42, 42)]
+    latents = [torch.randn(4, 2, 4), torch.randn(4, 4, 4), torch.randn(4, 6, 2)]
+    packed = model.new_contexts(3)
+    model.prefill_latents(packed, latents)
+    model.prefill_vit(packed, images)
+    model.prefill_text(packed, texts)
+    for i, context in enumerate(packed):
+        single = model.new_contexts(1)
+        model.prefill_latents(single, latents[i : i + 1])
+        model.prefill_vit(single, images[i : i + 1])
+        model.prefill_text(single, texts[i : i + 1])
+        assert (context.length, context.position) == (single[0].length, single[0].position)
+        for mine, theirs in zip(
+            context.keys + context.values, single[0].keys + single[0].values, strict=True
+        ):
+            assert mine is not None
+            assert theirs is not None
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
+    special = model.config.special_tokens
+    whole, pieces = model.new_contexts(1), model.new_contexts(1)
+    model.prefill_text(whole, [[21, 42, 38]])
+    for token in (special.bos, 21, 42, 38, special.eos):
+        model.next_logits(pieces, [token])
+    for mine, theirs in zip(whole[0].keys, pieces[0].keys, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_takes_one_position(model: Bagel) -> None:
+    context = model.new_contexts(1)
+    model.prefill_vit(context, [torch.randn(3, 28, 42)])
+    assert (context[0].length, context[0].position) == (8, 1)
+    model.prefill_text(context, [[21, 42]])
+    assert (context[0].length, context[0].position) == (12, 5)
+
+
+def test_forks_share_the_past_and_not_the_future(model: Bagel) -> None:
+    first = model.new_contexts(1)[0]
+    model.prefill_text([first], [[21]])
+    fork = first.fork()
+    assert fork.same_past(first)
+    model.prefill_text([fork], [[42]])
+    assert not fork.same_past(first)
+    assert (first.length, fork.length) == (3, 6)
+
+
+def test_velocity_leaves_contexts_as_they_are(model: Bagel) -> None:
+    context = model.new_contexts(1)[0]
+    model.prefill_text([context], [[21, 42]])
+    before = context.fork()
+    model.velocity([torch.randn(6, 16)], [(2, 3)], torch.tensor([0.5]), [[context]])
+    assert context.same_past(before)
+
+
+def test_branches_in_one_pass_equal_branches_one_by_one(model: Bagel) -> None:
+    contexts = model.new_contexts(3)
+    model.prefill_text(contexts[:2], [[21, 42, 38], [33]])
+    tokens, grids = [torch.randn(6, 16), torch.randn(8, 16)], [(2, 3), (4, 2)]
+    time = torch.tensor([0.7])
+    branches = [[contexts[0], contexts[2]], [contexts[1], contexts[2], contexts[0]]]
+    together = model.velocity(tokens, grids, time, branches)
+    for x, grid, own, out in zip(tokens, grids, branches, together, strict=True):
+        assert out.shape == (len(own), len(x), 16)
+        for context, velocity in zip(own, out, strict=True):
+            alone = model.velocity([x], [grid], time, [[context]])[0][0]
+            assert relative_error(velocity, alone) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_layers_of_both_components_run(model: Bagel, dtype: torch.dtype) -> None:
+    llm = replace(model.config.llm, sparse_gen={0: EXPERTS, 2: EXPERTS}, sparse_und={1: EXPERTS})
+    sparse = with_random_weights(replace(model.config, llm=llm), dtype=dtype)
+    context = sparse.new_contexts(1)
+    image = ContextImage(latent=torch.randn(4, 4, 4), vit_pixels=torch.randn(3, 28, 28))
+    see_images(sparse, context, [[image]])
+    sparse.prefill_text(context, [[21, 42]])
+    out = sparse.velocity([torch.randn(6, 16)], [(2, 3)], torch.tensor([1.0]), [context])[0]
+    assert out.dtype == torch.float32
+    assert torch.isfinite(out).all()
+    assert len(generate_tokens(sparse, context, max_length=3)[0]) <= 3
+
+
+def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> None:
+    llm = replace(model.config.llm, sparse_und={1: EXPERTS})
+    sparse = with_random_weights(replace(model.config, llm=llm))
+    image = torch.randn(3, 28, 28)
+
+    def last_key() -> Tensor:
+        context = sparse.new_contexts(1)
+        sparse.prefill_vit(context, [image])
+        key = context[0].keys[2]
+        assert key is not None
+        return key
+
+    before = last_key()
+    router = sparse.language_model.model.layers[1].mlp.gate_img
+    with torch.no_grad():
+        router.weight.copy_(-router.weight)
+    after = last_key()
+    assert torch.equal(before[:, 0], after[:, 0]) is False  # markers attend to changed tokens
+    assert relative_error(after[:, 1:-1], before[:, 1:-1]) > 1e-3
+
+
+def test_text_never_uses_the_router_of_vit_tokens(model: Bagel) -> None:
+    llm = replace(model.config.llm, sparse_und={0: EXPERTS, 1: EXPERTS, 2: EXPERTS})
+    sparse = with_random_weights(replace(model.config, llm=llm))
+    context = sparse.new_contexts(1)
+    sparse.prefill_text(context, [[21, 42]])
+    before = sparse.next_logits([context[0].fork()], [3])
+    with torch.no_grad():
+        for layer in sparse.language_model.model.layers:
+            layer.mlp.gate_img.weight.fill_(float("nan"))
+    again = sparse.new_contexts(1)
+    sparse.prefill_text(again, [[21, 42]])
+    assert torch.equal(sparse.next_logits(again, [3]), before)
+
+
+class TupleFFN(nn.Module):
+    """An FFN with the official return convention of the sparse code."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return 2 * x, None
+
+
+def test_ffns_may_return_router_logits() -> None:
+    assert torch.equal(run_ffn(TupleFFN(), torch.ones(2, 3)), torch.full((2, 3), 2.0))
+
+
+def test_generation_ffn_can_be_swapped_on_a_live_model() -> None:
+    model = build_model(read_case(GOLDEN / "t2i_dense"))
+    args = ([torch.randn(6, 16)], [(2, 3)], torch.tensor([1.0]))
+    before = model.velocity(*args, [model.new_contexts(1)])[0]
+    model.language_model.model.layers[1].mlp_moe_gen = TupleFFN()
+    after = model.velocity(*args, [model.new_contexts(1)])[0]
+    assert not torch.allclose(before, after)
+
+
+def test_bf16_stays_near_fp32(model: Bagel) -> None:
+    low = Bagel(model.config, dtype=torch.bfloat16)
+    low.load_state_dict(model.state_dict())
+    outs = []
+    for each in (model, low):
+        context = each.new_contexts(1)
+        each.prefill_text(context, [[21, 42, 38]])
+        x = torch.linspace(-2, 2, 96).view(6, 16)
+        outs.append(each.velocity([x], [(2, 3)], torch.tensor([0.8]), [context])[0])
+    assert relative_error(outs[1], outs[0]) < 0.03
+
+
+@pytest.mark.parametrize("token", [-1, 96])
+def test_token_ids_outside_the_vocabulary_are_refused(model: Bagel, token: int) -> None:
+    with pytest.raises(ValueError, match=f"token_ids must be from 0 to 95, got {token}"):
+        model.prefill_text(model.new_contexts(1), [[token]])
+
+
+def test_images_too_large_for_the_position_tables_are_refused(model: Bagel) -> None:
+    with pytest.raises(ValueError, match="at most 112 pixels, got 14 x 126"):
+        model.prefill_vit(model.new_contexts(1), [torch.zeros(3, 14, 126)])
+    with pytest.raises(ValueError, match="at most 16, got 18 x 2"):
+        model.prefill_latents(model.new_contexts(1), [torch.zeros(4, 18, 2)])
+
+
+def test_generated_text_is_the_same_alone_and_in_a_batch(model: Bagel) -> None:
+    contexts = model.new_contexts(3)
+    model.prefill_text(contexts, [[21], [42, 38], [33, 30, 31]])
+    for temperature in (None, 0.7):
+        together = generate_tokens(
+            model, contexts, max_length=10, temperature=temperature, seeds=[1, 2, 3]
+        )
+        for i in range(3):
+            alone = generate_tokens(
+                model, contexts[i : i + 1], max_length=10, temperature=temperature, seeds=[i + 1]
+            )
+            assert alone == together[i : i + 1]
+
+
+def test_text_stops_before_eos(model: Bagel) -> None:
+    silent = Bagel(model.config)
+    silent.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        silent.language_model.lm_head.weight.zero_()  # every token ties, token 0 wins
+    special = replace(silent.config.special_tokens, eos=0)
+    silent.config = replace(silent.config, special_tokens=special)
+    assert generate_tokens(silent, silent.new_contexts(1), max_length=5) == [[special.bos]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be finite and above 0, got nan"),
+        ({"temperature": 1.0}, "seeds must be 1 integers when sampling, got None"),
+    ],
+)
+def test_bad_text_options_are_refused(model: Bagel, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate_tokens(model, model.new_contexts(1), **{"max_length": 4, **change})
