@@ -140,9 +140,11 @@ def _compare(
         ]
         if projection == "down_proj":
             for top, bottom in row_blocks(spec):
-                block = np.take(read_words(spec, top, bottom), index, axis=1)
+                block = np.take(read_words(spec.rows(top, bottom)), index, axis=1)
                 for part, start, stop in parts:
-                    differs = (block[:, start:stop] != read_words(part, top, bottom)).any(axis=0)
+                    differs = (block[:, start:stop] != read_words(part.rows(top, bottom))).any(
+                        axis=0
+                    )
                     for neuron in np.flatnonzero(differs):
                         yield f"{_name(layout, start + int(neuron))}: {projection} must be equal"
             continue

@@ -22,14 +22,11 @@ _BLOCK_BYTES = 4 << 20
 Read = Callable[[str], TensorSpec]
 
 
-def read_words(spec: TensorSpec, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Returns rows `start` to `stop` of a 2-D tensor as words of its element size."""
-    rows, columns = spec.shape
-    stop = rows if stop is None else stop
-    data = np.empty((stop - start, columns), dtype=_WORDS[spec.dtype.itemsize])
+def read_words(spec: TensorSpec) -> np.ndarray:
+    """Returns a 2-D tensor as words of its element size."""
+    data = np.empty(spec.shape, dtype=_WORDS[spec.dtype.itemsize])
     with spec.file.open("rb", buffering=0) as stream:
-        offset = start * columns * spec.dtype.itemsize
-        read_bytes(stream, spec.start + offset, data, what=str(spec.file))
+        read_bytes(stream, spec.start, data, what=str(spec.file))
     return data
 
 
@@ -71,7 +68,7 @@ def to_experts(
     dtype = _WORDS[spec.dtype.itemsize]
     parts = [np.empty((spec.shape[0], stop - start), dtype=dtype) for _, start, stop in ranges]
     for top, bottom in row_blocks(spec):
-        block = np.take(read_words(spec, top, bottom), neuron_index, axis=1)
+        block = np.take(read_words(spec.rows(top, bottom)), neuron_index, axis=1)
         for part, (_, start, stop) in zip(parts, ranges, strict=True):
             part[top:bottom] = block[:, start:stop]
     yield from parts
@@ -104,5 +101,5 @@ def to_dense(
     position = np.empty_like(neuron_index)
     position[neuron_index] = np.arange(len(neuron_index))  # dense neuron -> position
     for top, bottom in row_blocks(specs[0]):
-        block = np.concatenate([read_words(spec, top, bottom) for spec in specs], axis=1)
+        block = np.concatenate([read_words(spec.rows(top, bottom)) for spec in specs], axis=1)
         yield np.take(block, position, axis=1)

@@ -55,6 +55,17 @@ class TensorSpec:
     start: int
     nbytes: int
 
+    def rows(self, start: int, stop: int) -> TensorSpec:
+        """Returns where rows `start` to `stop` of the tensor lie, a tensor of their own."""
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return TensorSpec(
+            dtype=self.dtype,
+            shape=(stop - start, *self.shape[1:]),
+            file=self.file,
+            start=self.start + start * row_bytes,
+            nbytes=(stop - start) * row_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:

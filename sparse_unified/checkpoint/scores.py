@@ -20,6 +20,8 @@ from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.partition import check_scores, magnitude_scores, random_scores
 
+_BLOCK_NEURONS = 1024
+
 Scores = Mapping[int, Tensor] | Tensor | str | os.PathLike[str]
 
 
@@ -34,7 +36,7 @@ def resolve_scores(
     """Returns a function from layer to scores [I], and how the report calls their origin.
 
     Given scores are checked at once for every layer in `layers`; magnitudes are computed when
-    asked for, with the three projections of that layer in memory.
+    asked for, with one projection of that layer in memory.
 
     Raises:
         ValueError: scores and seed are both given, or scores lack a layer, have another shape
@@ -95,10 +97,17 @@ def _by_layer(scores: Mapping[int, Tensor] | Tensor, num_layers: int) -> dict[in
 
 
 def _magnitudes(source: Checkpoint, component: str, layer: int) -> Tensor:
-    scores = magnitude_scores(
-        *(source.read(keys.dense_key(component, layer, name)) for name in keys.PROJECTIONS)
+    # Blocks of neurons get the bits that the whole layer would: every neuron is summed by itself.
+    gate_proj, up_proj, down_proj = (
+        source.spec(keys.dense_key(component, layer, name)) for name in keys.PROJECTIONS
     )
-    check_scores(
-        scores, scores.shape[0], where=f"convert: {component} layer {layer} of the weights"
-    )
+    what = f"convert: {component} layer {layer} of the weights"
+    columns = read_tensor(down_proj, what=what)
+    parts = []
+    for start in range(0, columns.shape[1], _BLOCK_NEURONS):
+        stop = min(columns.shape[1], start + _BLOCK_NEURONS)
+        rows = [read_tensor(spec.rows(start, stop), what=what) for spec in (gate_proj, up_proj)]
+        parts.append(magnitude_scores(rows[0], rows[1], columns[:, start:stop].contiguous()))
+    scores = torch.cat(parts)
+    check_scores(scores, scores.shape[0], where=what)
     return scores
