@@ -48,9 +48,8 @@ Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows) {
   params.out = out.mutable_data_ptr();
   params.hidden_size = y.size(1);
   params.top_k = token_rows.size(1);
-  torch::stable::parallel_for(
-      0, token_rows.size(0), kGrainTokens,
-      [&](int64_t begin, int64_t end) { combine_cpu(params, begin, end); });
+  torch::stable::parallel_for(0, token_rows.size(0), kGrainTokens,
+                              [&](int64_t begin, int64_t end) { combine_cpu(params, begin, end); });
   return out;
 }
 
@@ -84,9 +83,9 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor we
       needs_weights ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr;
   params.hidden_size = y.size(1);
   params.top_k = token_rows.size(1);
-  torch::stable::parallel_for(
-      0, token_rows.size(0), kGrainTokens,
-      [&](int64_t begin, int64_t end) { combine_backward_cpu(params, begin, end); });
+  torch::stable::parallel_for(0, token_rows.size(0), kGrainTokens, [&](int64_t begin, int64_t end) {
+    combine_backward_cpu(params, begin, end);
+  });
   return {grad_y, grad_weights};
 }
 

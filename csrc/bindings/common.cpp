@@ -17,21 +17,27 @@ std::string shape_text(const Tensor& tensor) {
 
 std::string dtype_text(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "scalar type " + std::to_string(static_cast<int>(dtype));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "scalar type " + std::to_string(static_cast<int>(dtype));
   }
 }
 
 void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank) {
-  check(tensor.dim() == rank, op, argument, "have " + std::to_string(rank) + " dimensions", "shape ",
-        shape_text(tensor));
-  check(tensor.is_cpu(), op, argument, "be on the CPU like the other arguments",
-        "another device");
+  check(tensor.dim() == rank, op, argument, "have " + std::to_string(rank) + " dimensions",
+        "shape ", shape_text(tensor));
+  check(tensor.is_cpu(), op, argument, "be on the CPU like the other arguments", "another device");
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype) {
@@ -41,9 +47,12 @@ void check_dtype(const char* op, const char* argument, const Tensor& tensor, Sca
 
 DType check_float(const char* op, const char* argument, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
     default:
       check(false, op, argument, "be float32, bfloat16 or float16",
             dtype_text(tensor.scalar_type()));

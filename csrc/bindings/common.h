@@ -47,8 +47,7 @@ Tensor with_dense_rows(const Tensor& tensor);
 
 // Uninitialised tensors next to `like`.
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes);
-Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes,
-                        ScalarType dtype);
+Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
 // A view of memory somebody else owns: [rows, columns] with a row stride, or its transpose.
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t row_stride);

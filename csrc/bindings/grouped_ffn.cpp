@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of the expert FFN on the CPU. The rows of an expert are cut into tasks; a task gathers its
-// rows, runs torch's GEMMs single-threaded on data that stays in its core's cache, and writes its
-// rows of y. Threads never wait for each other inside the block.
+// Forward of the expert FFN on the CPU. The rows of an expert are cut into tasks; a task gathers
+// its rows, runs torch's GEMMs single-threaded on data that stays in its core's cache, and writes
+// its rows of y. Threads never wait for each other inside the block.
 #include "bindings/grouped_ffn.h"
 
 #include "bindings/ops.h"

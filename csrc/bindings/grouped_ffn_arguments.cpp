@@ -36,8 +36,8 @@ GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor 
   expert_offsets = torch::stable::contiguous(expert_offsets);
   const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
   check(offsets[0] == 0 && offsets[num_experts] == num_rows, op, "expert_offsets",
-        "start at 0 and end at the number of rows " + std::to_string(num_rows), offsets[0],
-        " and ", offsets[num_experts]);
+        "start at 0 and end at the number of rows " + std::to_string(num_rows), offsets[0], " and ",
+        offsets[num_experts]);
   for (int64_t e = 0; e < num_experts; ++e) {
     check(offsets[e] <= offsets[e + 1], op, "expert_offsets", "not decrease", offsets[e + 1],
           " after ", offsets[e]);
@@ -73,8 +73,8 @@ std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows) const {
     const int64_t num_parts = (count + max_rows - 1) / max_rows;
     // Equal parts: a GEMM of a few left-over rows costs almost as much as one of many.
     for (int64_t part = 0; part < num_parts; ++part) {
-      parts.push_back({expert, first + count * part / num_parts,
-                       first + count * (part + 1) / num_parts});
+      parts.push_back(
+          {expert, first + count * part / num_parts, first + count * (part + 1) / num_parts});
     }
   }
   return parts;

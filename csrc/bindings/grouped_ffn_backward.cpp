@@ -64,8 +64,8 @@ void row_gradients(const GroupedFfn& ffn, const ExpertRows& rows, const ExpertBu
                    const Tensor& grad_rows) {
   const int64_t n = rows.count();
   const int64_t h = ffn.expert_width;
-  const Tensor grad = ffn.matrix(ffn.row(grad_rows, rows.begin, ffn.hidden_size), n,
-                                 ffn.hidden_size);
+  const Tensor grad =
+      ffn.matrix(ffn.row(grad_rows, rows.begin, ffn.hidden_size), n, ffn.hidden_size);
   matmul_out(grad, ffn.matrix(buffers.grad_gate, n, h),
              ffn.expert_rows(ffn.gate_proj, rows.expert));
   matmul_add(grad, ffn.matrix(buffers.grad_up, n, h), ffn.expert_rows(ffn.up_proj, rows.expert));

@@ -14,8 +14,8 @@ namespace sparse_unified {
 std::tuple<Tensor, Tensor, Tensor> route_topk(Tensor x, Tensor gate, int64_t top_k);
 // -> grad_x [T, D], grad_gate [E, D]; empty where not wanted
 std::tuple<Tensor, Tensor> route_topk_backward(Tensor grad_logits, Tensor grad_topk_logits,
-                                               Tensor topk_idx, Tensor x, Tensor gate,
-                                               bool needs_x, bool needs_gate);
+                                               Tensor topk_idx, Tensor x, Tensor gate, bool needs_x,
+                                               bool needs_gate);
 
 // -> expert_offsets [E + 1], row_token [R], token_rows [T, K]
 std::tuple<Tensor, Tensor, Tensor> sort_by_expert(Tensor topk_idx, int64_t num_experts);

@@ -15,8 +15,8 @@ Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   check_dtype(kOp, "token_rows", token_rows, ScalarType::Int);
   check_size(kOp, "token_rows", token_rows, 0, x.size(0), "the number of tokens");
   check(token_rows.numel() == row_token.numel(), kOp, "token_rows",
-        "hold one entry for each of the " + std::to_string(row_token.numel()) + " rows",
-        "shape ", shape_text(token_rows));
+        "hold one entry for each of the " + std::to_string(row_token.numel()) + " rows", "shape ",
+        shape_text(token_rows));
   row_token = torch::stable::contiguous(row_token);
   check_indices(kOp, "row_token", row_token, x.size(0));
   x = with_dense_rows(x);
@@ -28,9 +28,8 @@ Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   params.row_token = static_cast<const int32_t*>(row_token.const_data_ptr());
   params.y = y.mutable_data_ptr();
   params.row_bytes = x.size(1) * element_bytes(dtype);
-  torch::stable::parallel_for(0, row_token.size(0), 64, [&](int64_t begin, int64_t end) {
-    permute_cpu(params, begin, end);
-  });
+  torch::stable::parallel_for(0, row_token.size(0), 64,
+                              [&](int64_t begin, int64_t end) { permute_cpu(params, begin, end); });
   return y;
 }
 

@@ -3,8 +3,14 @@
 #include <Python.h>
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static struct PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", "Registers torch.ops.sparse_unified.", -1, nullptr,
-      nullptr,               nullptr, nullptr, nullptr};
+  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                          "_C",
+                                          "Registers torch.ops.sparse_unified.",
+                                          -1,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr,
+                                          nullptr};
   return PyModule_Create(&definition);
 }

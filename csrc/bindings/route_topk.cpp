@@ -48,15 +48,15 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(Tensor x, Tensor gate, int64_t top
   params.hidden_size = x.size(1);
   params.num_experts = num_experts;
   params.top_k = top_k;
-  torch::stable::parallel_for(
-      0, num_tokens, kGrainTokens,
-      [&](int64_t begin, int64_t end) { route_topk_cpu(params, begin, end); });
+  torch::stable::parallel_for(0, num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
+    route_topk_cpu(params, begin, end);
+  });
   return {logits, topk_logits, topk_idx};
 }
 
 std::tuple<Tensor, Tensor> route_topk_backward(Tensor grad_logits, Tensor grad_topk_logits,
-                                               Tensor topk_idx, Tensor x, Tensor gate,
-                                               bool needs_x, bool needs_gate) {
+                                               Tensor topk_idx, Tensor x, Tensor gate, bool needs_x,
+                                               bool needs_gate) {
   constexpr const char* kOp = "route_topk_backward";
   check_tensor(kOp, "grad_logits", grad_logits, 2);
   check_dtype(kOp, "grad_logits", grad_logits, ScalarType::Float);
@@ -103,14 +103,14 @@ std::tuple<Tensor, Tensor> route_topk_backward(Tensor grad_logits, Tensor grad_t
   params.hidden_size = x.size(1);
   params.num_experts = num_experts;
   if (needs_x) {
-    torch::stable::parallel_for(
-        0, num_tokens, kGrainTokens,
-        [&](int64_t begin, int64_t end) { route_topk_backward_x_cpu(params, begin, end); });
+    torch::stable::parallel_for(0, num_tokens, kGrainTokens, [&](int64_t begin, int64_t end) {
+      route_topk_backward_x_cpu(params, begin, end);
+    });
   }
   if (needs_gate) {
-    torch::stable::parallel_for(
-        0, x.size(1), kGrainColumns,
-        [&](int64_t begin, int64_t end) { route_topk_backward_gate_cpu(params, begin, end); });
+    torch::stable::parallel_for(0, x.size(1), kGrainColumns, [&](int64_t begin, int64_t end) {
+      route_topk_backward_gate_cpu(params, begin, end);
+    });
   }
   return {grad_x, grad_gate};
 }

@@ -53,10 +53,9 @@ SPARSE_UNIFIED_INLINE void combine(const CombineParams& params, int64_t token_be
                                    int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) {
     const int64_t slot = token * params.top_k;
-    const TokenRows<T> rows{static_cast<const T*>(params.y), params.y_stride,
-                            params.token_rows + slot,
-                            params.weights != nullptr ? params.weights + slot : nullptr,
-                            params.top_k};
+    const TokenRows<T> rows{
+        static_cast<const T*>(params.y), params.y_stride, params.token_rows + slot,
+        params.weights != nullptr ? params.weights + slot : nullptr, params.top_k};
     sum_rows(rows, static_cast<T*>(params.out) + token * params.hidden_size, params.hidden_size);
   }
 }
@@ -97,14 +96,14 @@ SPARSE_UNIFIED_INLINE void combine_backward(const CombineBackwardParams& params,
   }
 }
 
-#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                 \
-  SPARSE_UNIFIED_MULTIVERSION void combine_##suffix(const CombineParams& params,              \
-                                                    int64_t begin, int64_t end) {             \
-    combine<T>(params, begin, end);                                                           \
-  }                                                                                           \
-  SPARSE_UNIFIED_MULTIVERSION void combine_backward_##suffix(                                 \
-      const CombineBackwardParams& params, int64_t begin, int64_t end) {                      \
-    combine_backward<T>(params, begin, end);                                                  \
+#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                     \
+  SPARSE_UNIFIED_MULTIVERSION void combine_##suffix(const CombineParams& params, int64_t begin,   \
+                                                    int64_t end) {                                \
+    combine<T>(params, begin, end);                                                               \
+  }                                                                                               \
+  SPARSE_UNIFIED_MULTIVERSION void combine_backward_##suffix(const CombineBackwardParams& params, \
+                                                             int64_t begin, int64_t end) {        \
+    combine_backward<T>(params, begin, end);                                                      \
   }
 SPARSE_UNIFIED_INSTANTIATE(float, float32)
 SPARSE_UNIFIED_INSTANTIATE(BFloat16, bfloat16)
@@ -115,18 +114,24 @@ SPARSE_UNIFIED_INSTANTIATE(Float16, float16)
 
 void combine_cpu(const CombineParams& params, int64_t token_begin, int64_t token_end) {
   switch (params.dtype) {
-    case DType::kFloat32: return combine_float32(params, token_begin, token_end);
-    case DType::kBFloat16: return combine_bfloat16(params, token_begin, token_end);
-    case DType::kFloat16: return combine_float16(params, token_begin, token_end);
+    case DType::kFloat32:
+      return combine_float32(params, token_begin, token_end);
+    case DType::kBFloat16:
+      return combine_bfloat16(params, token_begin, token_end);
+    case DType::kFloat16:
+      return combine_float16(params, token_begin, token_end);
   }
 }
 
 void combine_backward_cpu(const CombineBackwardParams& params, int64_t token_begin,
                           int64_t token_end) {
   switch (params.dtype) {
-    case DType::kFloat32: return combine_backward_float32(params, token_begin, token_end);
-    case DType::kBFloat16: return combine_backward_bfloat16(params, token_begin, token_end);
-    case DType::kFloat16: return combine_backward_float16(params, token_begin, token_end);
+    case DType::kFloat32:
+      return combine_backward_float32(params, token_begin, token_end);
+    case DType::kBFloat16:
+      return combine_backward_bfloat16(params, token_begin, token_end);
+    case DType::kFloat16:
+      return combine_backward_float16(params, token_begin, token_end);
   }
 }
 

@@ -79,8 +79,8 @@ SPARSE_UNIFIED_INLINE bool precedes(float a, float b) {
 }
 
 // Stable insertion into a list of the K best, experts visited in index order.
-inline void select_topk(const float* logits, int64_t num_experts, int64_t top_k,
-                        float* topk_logits, int32_t* topk_idx) {
+inline void select_topk(const float* logits, int64_t num_experts, int64_t top_k, float* topk_logits,
+                        int32_t* topk_idx) {
   int64_t count = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     const float logit = logits[e];
@@ -162,18 +162,18 @@ void pack(const T* gate, int64_t gate_stride, int64_t num_experts, int64_t hidde
   }
 }
 
-#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                   \
-  SPARSE_UNIFIED_MULTIVERSION void route_topk_##suffix(const RouteTopkParams& params,           \
-                                                       int64_t begin, int64_t end) {            \
-    route_tokens<T>(params, begin, end);                                                        \
-  }                                                                                             \
-  SPARSE_UNIFIED_MULTIVERSION void backward_x_##suffix(const RouteTopkBackwardParams& params,   \
-                                                       int64_t begin, int64_t end) {            \
-    backward_x<T>(params, begin, end);                                                          \
-  }                                                                                             \
-  SPARSE_UNIFIED_MULTIVERSION void backward_gate_##suffix(                                      \
-      const RouteTopkBackwardParams& params, int64_t begin, int64_t end) {                      \
-    backward_gate<T>(params, begin, end);                                                       \
+#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                    \
+  SPARSE_UNIFIED_MULTIVERSION void route_topk_##suffix(const RouteTopkParams& params,            \
+                                                       int64_t begin, int64_t end) {             \
+    route_tokens<T>(params, begin, end);                                                         \
+  }                                                                                              \
+  SPARSE_UNIFIED_MULTIVERSION void backward_x_##suffix(const RouteTopkBackwardParams& params,    \
+                                                       int64_t begin, int64_t end) {             \
+    backward_x<T>(params, begin, end);                                                           \
+  }                                                                                              \
+  SPARSE_UNIFIED_MULTIVERSION void backward_gate_##suffix(const RouteTopkBackwardParams& params, \
+                                                          int64_t begin, int64_t end) {          \
+    backward_gate<T>(params, begin, end);                                                        \
   }
 SPARSE_UNIFIED_INSTANTIATE(float, float32)
 SPARSE_UNIFIED_INSTANTIATE(BFloat16, bfloat16)
@@ -191,16 +191,21 @@ void pack_gate(DType dtype, const void* gate, int64_t gate_stride, int64_t num_e
       return pack(static_cast<const BFloat16*>(gate), gate_stride, num_experts, hidden_size,
                   gate_t);
     case DType::kFloat16:
-      return pack(static_cast<const Float16*>(gate), gate_stride, num_experts, hidden_size,
-                  gate_t);
+      return pack(static_cast<const Float16*>(gate), gate_stride, num_experts, hidden_size, gate_t);
   }
 }
 
 void route_topk_cpu(const RouteTopkParams& params, int64_t token_begin, int64_t token_end) {
   switch (params.dtype) {
-    case DType::kFloat32: route_topk_float32(params, token_begin, token_end); break;
-    case DType::kBFloat16: route_topk_bfloat16(params, token_begin, token_end); break;
-    case DType::kFloat16: route_topk_float16(params, token_begin, token_end); break;
+    case DType::kFloat32:
+      route_topk_float32(params, token_begin, token_end);
+      break;
+    case DType::kBFloat16:
+      route_topk_bfloat16(params, token_begin, token_end);
+      break;
+    case DType::kFloat16:
+      route_topk_float16(params, token_begin, token_end);
+      break;
   }
   for (int64_t token = token_begin; token < token_end; ++token) {
     select_topk(params.logits + token * params.num_experts, params.num_experts, params.top_k,
@@ -211,18 +216,24 @@ void route_topk_cpu(const RouteTopkParams& params, int64_t token_begin, int64_t 
 void route_topk_backward_x_cpu(const RouteTopkBackwardParams& params, int64_t token_begin,
                                int64_t token_end) {
   switch (params.dtype) {
-    case DType::kFloat32: return backward_x_float32(params, token_begin, token_end);
-    case DType::kBFloat16: return backward_x_bfloat16(params, token_begin, token_end);
-    case DType::kFloat16: return backward_x_float16(params, token_begin, token_end);
+    case DType::kFloat32:
+      return backward_x_float32(params, token_begin, token_end);
+    case DType::kBFloat16:
+      return backward_x_bfloat16(params, token_begin, token_end);
+    case DType::kFloat16:
+      return backward_x_float16(params, token_begin, token_end);
   }
 }
 
 void route_topk_backward_gate_cpu(const RouteTopkBackwardParams& params, int64_t column_begin,
                                   int64_t column_end) {
   switch (params.dtype) {
-    case DType::kFloat32: return backward_gate_float32(params, column_begin, column_end);
-    case DType::kBFloat16: return backward_gate_bfloat16(params, column_begin, column_end);
-    case DType::kFloat16: return backward_gate_float16(params, column_begin, column_end);
+    case DType::kFloat32:
+      return backward_gate_float32(params, column_begin, column_end);
+    case DType::kBFloat16:
+      return backward_gate_bfloat16(params, column_begin, column_end);
+    case DType::kFloat16:
+      return backward_gate_float16(params, column_begin, column_end);
   }
 }
 

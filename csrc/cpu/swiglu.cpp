@@ -52,8 +52,8 @@ SPARSE_UNIFIED_INLINE void swiglu_backward(const SwigluBackwardParams& params) {
     if constexpr (kHasHidden) store(hidden + i, value.hidden);
   }
   if (const int64_t rest = params.num_values - i; rest > 0) {
-    const auto value = swiglu_gradient(load(grad_hidden + i, rest), load(gate + i, rest),
-                                       load(up + i, rest));
+    const auto value =
+        swiglu_gradient(load(grad_hidden + i, rest), load(gate + i, rest), load(up + i, rest));
     store(grad_gate + i, value.gate, rest);
     store(grad_up + i, value.up, rest);
     if constexpr (kHasHidden) store(hidden + i, value.hidden, rest);
@@ -69,13 +69,12 @@ SPARSE_UNIFIED_INLINE void swiglu_backward(const SwigluBackwardParams& params) {
   }
 }
 
-#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                              \
-  SPARSE_UNIFIED_MULTIVERSION void swiglu_##suffix(const SwigluParams& params) {           \
-    swiglu<T>(params);                                                                     \
-  }                                                                                        \
-  SPARSE_UNIFIED_MULTIVERSION void swiglu_backward_##suffix(                               \
-      const SwigluBackwardParams& params) {                                                \
-    swiglu_backward<T>(params);                                                            \
+#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                     \
+  SPARSE_UNIFIED_MULTIVERSION void swiglu_##suffix(const SwigluParams& params) {                  \
+    swiglu<T>(params);                                                                            \
+  }                                                                                               \
+  SPARSE_UNIFIED_MULTIVERSION void swiglu_backward_##suffix(const SwigluBackwardParams& params) { \
+    swiglu_backward<T>(params);                                                                   \
   }
 SPARSE_UNIFIED_INSTANTIATE(float, float32)
 SPARSE_UNIFIED_INSTANTIATE(BFloat16, bfloat16)
@@ -86,17 +85,23 @@ SPARSE_UNIFIED_INSTANTIATE(Float16, float16)
 
 void swiglu_cpu(const SwigluParams& params) {
   switch (params.dtype) {
-    case DType::kFloat32: return swiglu_float32(params);
-    case DType::kBFloat16: return swiglu_bfloat16(params);
-    case DType::kFloat16: return swiglu_float16(params);
+    case DType::kFloat32:
+      return swiglu_float32(params);
+    case DType::kBFloat16:
+      return swiglu_bfloat16(params);
+    case DType::kFloat16:
+      return swiglu_float16(params);
   }
 }
 
 void swiglu_backward_cpu(const SwigluBackwardParams& params) {
   switch (params.dtype) {
-    case DType::kFloat32: return swiglu_backward_float32(params);
-    case DType::kBFloat16: return swiglu_backward_bfloat16(params);
-    case DType::kFloat16: return swiglu_backward_float16(params);
+    case DType::kFloat32:
+      return swiglu_backward_float32(params);
+    case DType::kBFloat16:
+      return swiglu_backward_bfloat16(params);
+    case DType::kFloat16:
+      return swiglu_backward_float16(params);
   }
 }
 

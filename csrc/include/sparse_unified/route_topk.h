@@ -9,16 +9,16 @@
 namespace sparse_unified {
 
 struct RouteTopkParams {
-  DType dtype;             // of x
-  const void* x;           // [T, D], rows x_stride elements apart
-  int64_t x_stride;        //
-  const float* gate_t;     // [D, E rounded up to kExpertLanes], zero padded: see pack_gate
-  float* logits;           // [T, E]
-  float* topk_logits;      // [T, K]
-  int32_t* topk_idx;       // [T, K]
-  int64_t hidden_size;     // D
-  int64_t num_experts;     // E
-  int64_t top_k;           // K
+  DType dtype;          // of x
+  const void* x;        // [T, D], rows x_stride elements apart
+  int64_t x_stride;     //
+  const float* gate_t;  // [D, E rounded up to kExpertLanes], zero padded: see pack_gate
+  float* logits;        // [T, E]
+  float* topk_logits;   // [T, K]
+  int32_t* topk_idx;    // [T, K]
+  int64_t hidden_size;  // D
+  int64_t num_experts;  // E
+  int64_t top_k;        // K
 };
 
 // Experts are handled in groups of this many, one vector register wide on AVX-512.
