@@ -41,7 +41,7 @@ setup(
                 ("Py_LIMITED_API", PYTHON_LIMITED_API),
                 ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
             ],
-            extra_compile_args={"cxx": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]},
+            extra_compile_args={"cxx": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", "-Wall", "-Wextra"]},
             py_limited_api=True,
         )
     ],

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of the expert FFN on the CPU. The rows of an expert are cut into tasks; a task gathers
-// its rows, runs torch's GEMMs single-threaded on data that stays in its core's cache, and writes
-// its rows of y. Threads never wait for each other inside the block.
+// Forward of the expert FFN on the CPU. The rows of an expert are cut into tasks that threads take
+// without waiting for each other. fp32 on AVX-512 runs the fused kernel of csrc/cpu; other dtypes and
+// machines, and the few rows of a decoding step, run torch's GEMMs on gathered rows.
 #include "bindings/grouped_ffn.h"
 
 #include "bindings/ops.h"
@@ -11,50 +11,100 @@
 namespace sparse_unified {
 namespace {
 
-// NOTE: a constant, not a function of the thread count, so that results do not depend on it.
+// NOTE: constants, not functions of the thread count, so that results do not depend on it.
 constexpr int64_t kMaxTaskRows = 256;
+constexpr int64_t kKernelTaskRows = 512;
+constexpr int64_t kKernelRowMultiple = 32;
+// Below this many rows the kernel's vectors of 16 tokens would be mostly empty.
+constexpr int64_t kKernelLeastRows = 8;
 
 struct Activations {
   Tensor gate_rows;  // [R, h]
   Tensor up_rows;    // [R, h]
 };
 
-// y [R, D]; with `kept` the two activations before SwiGLU are left in it.
-Tensor forward(const GroupedFfn& ffn, const Activations* kept) {
-  const int64_t h = ffn.expert_width;
-  const int64_t hidden_size = ffn.hidden_size;
-  const int64_t x_bytes = ffn.matrix_bytes(kMaxTaskRows, hidden_size);
-  const int64_t h_bytes = ffn.matrix_bytes(kMaxTaskRows, h);
+// Runs tasks on torch's GEMMs; with `kept` the two activations before SwiGLU are left in it.
+class LibraryPath {
+ public:
+  LibraryPath(const GroupedFfn& ffn, const Tensor& y, const Activations* kept, int64_t num_workers,
+              int64_t max_rows)
+      : ffn_(ffn),
+        y_(y),
+        kept_(kept),
+        x_bytes_(ffn.matrix_bytes(max_rows, ffn.hidden_size)),
+        h_bytes_(ffn.matrix_bytes(max_rows, ffn.expert_width)),
+        workspace_(ffn.x, num_workers, x_bytes_ + 2 * h_bytes_) {}
+
+  void run(const ExpertRows& rows, int64_t worker) const {
+    const int64_t n = rows.count();
+    const int64_t h = ffn_.expert_width;
+    const int64_t hidden_size = ffn_.hidden_size;
+    char* x_rows = workspace_.get(worker);
+    char* hidden = x_rows + x_bytes_;
+    void* gate = kept_ ? ffn_.row(kept_->gate_rows, rows.begin, h) : hidden;
+    void* up = kept_ ? ffn_.row(kept_->up_rows, rows.begin, h) : hidden + h_bytes_;
+
+    ffn_.gather(rows, x_rows);
+    const Tensor x = ffn_.matrix(x_rows, n, hidden_size);
+    matmul_out(ffn_.matrix(gate, n, h), x, ffn_.expert_rows_t(ffn_.gate_proj, rows.expert));
+    matmul_out(ffn_.matrix(up, n, h), x, ffn_.expert_rows_t(ffn_.up_proj, rows.expert));
+    swiglu_cpu(SwigluParams{ffn_.dtype, gate, up, hidden, n * h});
+    matmul_out(ffn_.matrix(ffn_.row(y_, rows.begin, hidden_size), n, hidden_size),
+               ffn_.matrix(hidden, n, h), ffn_.expert_columns_t(ffn_.down_proj, rows.expert));
+  }
+
+ private:
+  const GroupedFfn& ffn_;
+  const Tensor& y_;
+  const Activations* kept_;
+  int64_t x_bytes_;
+  int64_t h_bytes_;
+  Workspace workspace_;
+};
+
+Tensor library_forward(const GroupedFfn& ffn, const Activations* kept) {
+  Tensor y = empty_like_sized(ffn.x, {ffn.num_rows, ffn.hidden_size});
   const std::vector<ExpertRows> tasks = ffn.split(kMaxTaskRows);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
-  const Workspace workspace(ffn.x, num_workers(num_tasks), x_bytes + 2 * h_bytes);
-  Tensor y = empty_like_sized(ffn.x, {ffn.num_rows, hidden_size});
+  const LibraryPath path(ffn, y, kept, num_workers(num_tasks), kMaxTaskRows);
+  parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) { path.run(tasks[task], worker); });
+  return y;
+}
 
+Tensor kernel_forward(const GroupedFfn& ffn) {
+  Tensor y = empty_like_sized(ffn.x, {ffn.num_rows, ffn.hidden_size});
+  const std::vector<ExpertRows> tasks = ffn.split(kKernelTaskRows, kKernelRowMultiple);
+  const auto num_tasks = static_cast<int64_t>(tasks.size());
+  const int64_t workers = num_workers(num_tasks);
+  const Workspace workspace(
+      ffn.x, workers, 4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
+  const LibraryPath library(ffn, y, nullptr, workers, kKernelLeastRows);
+  const GroupedFfnParams params = ffn.kernel_params();
+  const auto* row_token = static_cast<const int32_t*>(ffn.row_token.const_data_ptr());
+  auto* out = static_cast<float*>(y.mutable_data_ptr());
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {
     const ExpertRows& rows = tasks[task];
-    const int64_t n = rows.count();
-    char* x_rows = workspace.get(worker);
-    char* hidden = x_rows + x_bytes;
-    void* gate = kept ? ffn.row(kept->gate_rows, rows.begin, h) : hidden;
-    void* up = kept ? ffn.row(kept->up_rows, rows.begin, h) : hidden + h_bytes;
-
-    ffn.gather(rows, x_rows);
-    const Tensor x = ffn.matrix(x_rows, n, hidden_size);
-    matmul_out(ffn.matrix(gate, n, h), x, ffn.expert_rows_t(ffn.gate_proj, rows.expert));
-    matmul_out(ffn.matrix(up, n, h), x, ffn.expert_rows_t(ffn.up_proj, rows.expert));
-    swiglu_cpu(SwigluParams{ffn.dtype, gate, up, hidden, n * h});
-    matmul_out(ffn.matrix(ffn.row(y, rows.begin, hidden_size), n, hidden_size),
-               ffn.matrix(hidden, n, h), ffn.expert_columns_t(ffn.down_proj, rows.expert));
+    if (rows.count() < kKernelLeastRows) return library.run(rows, worker);
+    GroupedFfnRows kernel_rows{};
+    kernel_rows.expert = rows.expert;
+    kernel_rows.count = rows.count();
+    kernel_rows.row_token = row_token + rows.begin;
+    kernel_rows.out = out + rows.begin * ffn.hidden_size;
+    grouped_ffn_cpu(params, kernel_rows, reinterpret_cast<float*>(workspace.get(worker)));
   });
   return y;
 }
 
 }  // namespace
 
+Tensor grouped_ffn_forward(const GroupedFfn& ffn) {
+  return ffn.has_kernel() ? kernel_forward(ffn) : library_forward(ffn, nullptr);
+}
+
 Tensor grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
                    Tensor up_proj, Tensor down_proj, std::optional<Tensor>) {
   const GroupedFfn ffn("grouped_ffn", x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-  return forward(ffn, nullptr);
+  return grouped_ffn_forward(ffn);
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
@@ -65,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
                        down_proj);
   const Activations kept{empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width}),
                          empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width})};
-  Tensor y = forward(ffn, &kept);
+  Tensor y = library_forward(ffn, &kept);
   return {y, kept.gate_rows, kept.up_rows};
 }
 

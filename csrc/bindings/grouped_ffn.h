@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings/common.h"
+#include "sparse_unified/grouped_ffn.h"
 
 namespace sparse_unified {
 
@@ -21,8 +22,13 @@ struct GroupedFfn {
   GroupedFfn(const char* op, Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
              Tensor up_proj, Tensor down_proj);
 
-  // Every non-empty expert in parts of at most `max_rows` rows.
-  std::vector<ExpertRows> split(int64_t max_rows) const;
+  // Every non-empty expert in parts of at most `max_rows` rows, all but its last a multiple of
+  // `multiple`.
+  std::vector<ExpertRows> split(int64_t max_rows, int64_t multiple = 1) const;
+
+  // Whether the fp32 kernel of csrc/cpu takes these arguments, and its view of them.
+  bool has_kernel() const;
+  GroupedFfnParams kernel_params() const;
 
   // out [n, D] = x[row_token[begin, end)].
   void gather(const ExpertRows& rows, void* out) const;
@@ -56,6 +62,9 @@ struct GroupedFfn {
   int64_t num_experts;    // E
   int64_t expert_width;   // h
 };
+
+// y [R, D] of the whole op, by whichever path takes its dtype.
+Tensor grouped_ffn_forward(const GroupedFfn& ffn);
 
 // Working memory for `num_workers` workers, `bytes` each, rows on cache-line boundaries.
 class Workspace {

@@ -64,20 +64,41 @@ GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor 
   down_proj = with_dense_rows(down_proj);
 }
 
-std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows) const {
+std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows, int64_t multiple) const {
   const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
   std::vector<ExpertRows> parts;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
-    const int64_t first = offsets[expert];
-    const int64_t count = offsets[expert + 1] - first;
+    const int64_t end = offsets[expert + 1];
+    const int64_t count = end - offsets[expert];
     const int64_t num_parts = (count + max_rows - 1) / max_rows;
     // Equal parts: a GEMM of a few left-over rows costs almost as much as one of many.
-    for (int64_t part = 0; part < num_parts; ++part) {
-      parts.push_back(
-          {expert, first + count * part / num_parts, first + count * (part + 1) / num_parts});
+    for (int64_t part = 0, begin = offsets[expert]; part < num_parts; ++part) {
+      const int64_t share = (end - begin + num_parts - part - 1) / (num_parts - part);
+      const int64_t rounded = (share + multiple - 1) / multiple * multiple;
+      parts.push_back({expert, begin, std::min(begin + rounded, end)});
+      begin = parts.back().end;
     }
   }
   return parts;
+}
+
+bool GroupedFfn::has_kernel() const {
+  return dtype == DType::kFloat32 && grouped_ffn_cpu_supported();
+}
+
+GroupedFfnParams GroupedFfn::kernel_params() const {
+  GroupedFfnParams params{};
+  params.x = static_cast<const float*>(x.const_data_ptr());
+  params.x_stride = x.stride(0);
+  params.gate_proj = static_cast<const float*>(gate_proj.const_data_ptr());
+  params.gate_stride = gate_proj.stride(0);
+  params.up_proj = static_cast<const float*>(up_proj.const_data_ptr());
+  params.up_stride = up_proj.stride(0);
+  params.down_proj = static_cast<const float*>(down_proj.const_data_ptr());
+  params.down_stride = down_proj.stride(0);
+  params.hidden_size = hidden_size;
+  params.expert_width = expert_width;
+  return params;
 }
 
 void GroupedFfn::gather(const ExpertRows& rows, void* out) const {

@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(sparse_unified, m) {
       "grouped_ffn_train(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
       "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, "
+      "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj) -> Tensor");
+  m.def(
       "grouped_ffn_backward(Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, "
       "Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, "
       "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -34,5 +37,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CPU, m) {
   m.impl("combine_backward", TORCH_BOX(&sparse_unified::combine_backward));
   m.impl("grouped_ffn", TORCH_BOX(&sparse_unified::grouped_ffn));
   m.impl("grouped_ffn_train", TORCH_BOX(&sparse_unified::grouped_ffn_train));
+  m.impl("grouped_ffn_combine", TORCH_BOX(&sparse_unified::grouped_ffn_combine));
   m.impl("grouped_ffn_backward", TORCH_BOX(&sparse_unified::grouped_ffn_backward));
 }

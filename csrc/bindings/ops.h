@@ -37,6 +37,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
                                                      Tensor expert_offsets, Tensor gate_proj,
                                                      Tensor up_proj, Tensor down_proj,
                                                      std::optional<Tensor> token_rows);
+// -> out [T, D]: grouped_ffn and combine without y in between; for inference
+Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows,
+                           Tensor expert_offsets, Tensor gate_proj, Tensor up_proj,
+                           Tensor down_proj);
 // -> grad_rows [R, D], grad_gate_proj, grad_up_proj, grad_down_proj; empty where not wanted
 std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
     Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,

@@ -14,7 +14,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define SPARSE_UNIFIED_MULTIVERSION \
-  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define SPARSE_UNIFIED_MULTIVERSION
 #endif
@@ -38,7 +38,9 @@ SPARSE_UNIFIED_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-SPARSE_UNIFIED_INLINE Float broadcast(float value) { return Float{} + value; }
+SPARSE_UNIFIED_INLINE Float broadcast(float v) {
+  return Float{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v};
+}
 
 // Storage bits of 16-bit types to fp32 and back, nearest, ties to even.
 SPARSE_UNIFIED_INLINE Float widen(BFloat16, const UInt& bits) { return bit_cast<Float>(bits << 16); }

@@ -157,8 +157,13 @@ class SparseMoE(nn.Module):
         experts = (self.gate_proj[shared:], self.up_proj[shared:], self.down_proj[:, shared:])
         if use_kernels:
             expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, self.num_experts)
-            rows = ops.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
-            y = ops.combine(rows, weights, token_rows)
+            if torch.is_grad_enabled():
+                rows = ops.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+                y = ops.combine(rows, weights, token_rows)
+            else:
+                y = ops.grouped_ffn_combine(
+                    tokens, weights, row_token, token_rows, expert_offsets, *experts
+                )
         else:
             y = composed.expert_ffn(tokens, weights, topk_idx, self.num_experts, *experts)
         if shared:

@@ -4,8 +4,9 @@
 from sparse_unified import _library  # noqa: F401  (registers torch.ops.sparse_unified)
 from sparse_unified.ops.combine import combine
 from sparse_unified.ops.grouped_ffn import grouped_ffn
+from sparse_unified.ops.grouped_ffn_combine import grouped_ffn_combine
 from sparse_unified.ops.permute import permute
 from sparse_unified.ops.route_topk import route_topk
 from sparse_unified.ops.sort_by_expert import sort_by_expert
 
-__all__ = ["combine", "grouped_ffn", "permute", "route_topk", "sort_by_expert"]
+__all__ = ["combine", "grouped_ffn", "grouped_ffn_combine", "permute", "route_topk", "sort_by_expert"]

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// grouped_ffn: the fp32 SwiGLU FFN of one expert over gathered rows, on CPUs with AVX-512.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_unified {
+
+struct GroupedFfnParams {
+  const float* x;          // [T, D], rows x_stride elements apart
+  int64_t x_stride;        //
+  const float* gate_proj;  // [E * h, D], rows gate_stride elements apart
+  int64_t gate_stride;     //
+  const float* up_proj;    // [E * h, D], rows up_stride elements apart
+  int64_t up_stride;       //
+  const float* down_proj;  // [D, E * h], rows down_stride elements apart
+  int64_t down_stride;     //
+  int64_t hidden_size;     // D
+  int64_t expert_width;    // h
+};
+
+// Rows of one expert and where their results go.
+struct GroupedFfnRows {
+  int64_t expert;
+  int64_t count;             // n
+  const int32_t* row_token;  // [n]
+  float* out;                // row i of the result belongs at out + target[i] * D,
+  const int32_t* target;     // [n]; null means i itself
+  const float* weights;      // [n]: out += weight * y; null means out = y
+};
+
+// Whether this machine runs grouped_ffn_cpu.
+bool grouped_ffn_cpu_supported();
+
+// Floats of working memory grouped_ffn_cpu needs, 64-byte aligned.
+int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width);
+
+void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows, float* workspace);
+
+}  // namespace sparse_unified

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// combine, its backward and permute against plain loops.
+#include "sparse_unified/combine.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "check.h"
+#include "sparse_unified/permute.h"
+
+namespace sparse_unified::test {
+namespace {
+
+struct Shape {
+  int64_t num_tokens;
+  int64_t top_k;
+  int64_t hidden_size;
+  int64_t padding;  // elements between rows
+  int64_t lead;     // elements before the first row
+};
+
+template <typename T>
+struct Case {
+  Case(const Shape& shape, Random& random)
+      : num_rows(shape.num_tokens * shape.top_k),
+        stride(shape.hidden_size + shape.padding),
+        y(num_rows ? (num_rows - 1) * stride + shape.hidden_size : 0, shape.lead),
+        weights(num_rows),
+        token_rows(num_rows) {
+    fill_normal(y, 1.0, random);
+    fill_normal(weights, 1.0, random);
+    std::iota(token_rows.get(), token_rows.get() + num_rows, 0);
+    std::shuffle(token_rows.get(), token_rows.get() + num_rows, random);
+  }
+  double at(int64_t row, int64_t column) {
+    return Traits<T>::value(y[row * stride + column]);
+  }
+
+  int64_t num_rows;
+  int64_t stride;
+  Array<T> y;
+  Array<float> weights;
+  Array<int32_t> token_rows;
+};
+
+template <typename T>
+void test_forward(const Shape& shape, bool has_weights, Random& random) {
+  Case<T> c(shape, random);
+  Array<T> out(shape.num_tokens * shape.hidden_size, shape.lead);
+  const CombineParams params{Traits<T>::kDType,
+                             c.y.get(),
+                             c.stride,
+                             has_weights ? c.weights.get() : nullptr,
+                             c.token_rows.get(),
+                             out.get(),
+                             shape.hidden_size,
+                             shape.top_k};
+  // Two calls, as two threads would make them.
+  combine_cpu(params, 0, shape.num_tokens / 2);
+  combine_cpu(params, shape.num_tokens / 2, shape.num_tokens);
+  for (int64_t t = 0; t < shape.num_tokens; ++t) {
+    for (int64_t d = 0; d < shape.hidden_size; ++d) {
+      double expected = 0;
+      double scale = 0;
+      for (int64_t slot = t * shape.top_k; slot < (t + 1) * shape.top_k; ++slot) {
+        const double term = (has_weights ? c.weights[slot] : 1.0) * c.at(c.token_rows[slot], d);
+        expected += term;
+        scale += std::abs(term);
+      }
+      const double tolerance = Traits<T>::kEpsilon * std::abs(expected) +
+                               static_cast<double>(shape.top_k + 1) * 0x1p-23 * scale + 0x1p-25;
+      check_close("combine", t * shape.hidden_size + d,
+                  Traits<T>::value(out[t * shape.hidden_size + d]), expected, tolerance);
+    }
+  }
+}
+
+template <typename T>
+void test_backward(const Shape& shape, Random& random) {
+  Case<T> c(shape, random);
+  Array<T> grad_out(c.num_rows ? shape.num_tokens * c.stride - shape.padding : 0, shape.lead);
+  Array<T> grad_y(c.num_rows * shape.hidden_size);
+  Array<float> grad_weights(c.num_rows);
+  fill_normal(grad_out, 1.0, random);
+  combine_backward_cpu({Traits<T>::kDType, grad_out.get(), c.stride, c.y.get(), c.stride,
+                        c.weights.get(), c.token_rows.get(), grad_y.get(), grad_weights.get(),
+                        shape.hidden_size, shape.top_k},
+                       0, shape.num_tokens);
+  for (int64_t slot = 0; slot < c.num_rows; ++slot) {
+    const int64_t row = c.token_rows[slot];
+    double dot = 0;
+    double scale = 0;
+    for (int64_t d = 0; d < shape.hidden_size; ++d) {
+      const double grad = Traits<T>::value(grad_out[slot / shape.top_k * c.stride + d]);
+      const double expected = c.weights[slot] * grad;
+      check_close("grad_y", row * shape.hidden_size + d,
+                  Traits<T>::value(grad_y[row * shape.hidden_size + d]), expected,
+                  (Traits<T>::kEpsilon + 0x1p-24) * std::abs(expected) + 0x1p-25);
+      dot += grad * c.at(row, d);
+      scale += std::abs(grad * c.at(row, d));
+    }
+    check_close("grad_weights", slot, grad_weights[slot], dot,
+                static_cast<double>(shape.hidden_size / 16 + 6) * 0x1p-24 * scale + 1e-30);
+  }
+}
+
+template <typename T>
+void test_permute(const Shape& shape, Random& random) {
+  const int64_t stride = shape.hidden_size + shape.padding;
+  const int64_t num_rows = shape.num_tokens * shape.top_k;
+  Array<T> x(shape.num_tokens ? shape.num_tokens * stride - shape.padding : 0, shape.lead);
+  Array<T> y(num_rows * shape.hidden_size, shape.lead);
+  Array<int32_t> row_token(num_rows);
+  fill_normal(x, 1.0, random);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    row_token[r] = static_cast<int32_t>(random() % static_cast<uint64_t>(shape.num_tokens));
+  }
+  permute_cpu({x.get(), stride * static_cast<int64_t>(sizeof(T)), row_token.get(), y.get(),
+               shape.hidden_size * static_cast<int64_t>(sizeof(T))},
+              0, num_rows);
+  for (int64_t i = 0; i < y.size(); ++i) {
+    const int64_t token = row_token[i / shape.hidden_size];
+    check_equal("permute", i, Traits<T>::value(y[i]),
+                Traits<T>::value(x[token * stride + i % shape.hidden_size]));
+  }
+}
+
+template <typename T>
+void test_all() {
+  Random random(3);
+  for (const int64_t hidden_size : {1, 15, 16, 17, 63, 64, 65, 79, 80, 200}) {
+    for (const int64_t top_k : {1, 3, 8}) {
+      for (const int64_t num_tokens : {0, 1, 5}) {
+        for (const int64_t padding : {0, 3}) {
+          const Shape shape{num_tokens, top_k, hidden_size, padding, padding ? 1 : 0};
+          test_forward<T>(shape, true, random);
+          test_forward<T>(shape, false, random);
+          test_backward<T>(shape, random);
+          test_permute<T>(shape, random);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparse_unified::test
+
+int main() {
+  using namespace sparse_unified;
+  using namespace sparse_unified::test;
+  test_all<float>();
+  test_all<BFloat16>();
+  test_all<Float16>();
+  return finish("combine");
+}

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""grouped_ffn_combine: grouped_ffn and combine in one pass, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_ffn_combine(
+    x: Tensor,
+    weights: Tensor,
+    row_token: Tensor,
+    token_rows: Tensor,
+    expert_offsets: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+) -> Tensor:
+    """Runs tokens through their experts and sums: out[t] = sum_k weights[t, k] * expert(x[t]).
+
+    Equals `combine(grouped_ffn(...), weights, token_rows)`, without the [R, D] rows in between.
+    Has no gradient: with one wanted, call the two ops.
+
+    Args:
+        x: tokens [T, D]; fp32, bf16 or fp16.
+        weights: [T, K] fp32.
+        row_token, token_rows, expert_offsets: [R], [T, K], [E + 1] int32, from `sort_by_expert`.
+        gate_proj, up_proj: [E * h, D]; down_proj: [D, E * h]; dtype of x, any row stride.
+
+    Returns:
+        out [T, D], dtype of x.
+
+    Raises:
+        RuntimeError: a shape, dtype, index or the order of the rows does not fit.
+    """
+    out: Tensor = torch.ops.sparse_unified.grouped_ffn_combine(
+        x, weights, row_token, token_rows, expert_offsets, gate_proj, up_proj, down_proj
+    )
+    return out
+
+
+@torch.library.register_fake("sparse_unified::grouped_ffn_combine")
+def _fake(
+    x: Tensor,
+    weights: Tensor,
+    row_token: Tensor,
+    token_rows: Tensor,
+    expert_offsets: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+) -> Tensor:
+    return x.new_empty(x.shape)
