@@ -21,9 +21,10 @@ _SPECIAL_IDS = {
     "<|endoftext|>": 9,
 }
 _FIRST_ID, _NUM_IDS = 10, 86
-# Characters with an id of their own. Those below, and above up to code point 255, are read as the
-# one of the same id, all others as <|endoftext|>.
-_CHARACTERS = [chr(code) for code in range(ord(" "), ord(" ") + _NUM_IDS)]
+# ASCII has more printable characters than there are ids, so some share one: letters, digits and the
+# blank are what such an id is decoded to. Other characters up to code point 255 are read as the one
+# of the same id, all beyond as <|endoftext|>.
+_PRINTABLE = sorted(map(chr, range(32, 127)), key=lambda c: not (c.isalnum() or c == " "))
 
 
 def write_checkpoint(
@@ -71,8 +72,10 @@ def write_tokenizer(directory: str | os.PathLike[str]) -> None:
     """Writes a tokenizer that gives a character the id 10 + code point mod 86."""
     tokenizers = optional("tokenizers")
     normalizers = tokenizers.normalizers
-    ids = {char: _FIRST_ID + ord(char) % _NUM_IDS for char in _CHARACTERS}
-    same = {ord(char) % _NUM_IDS: char for char in _CHARACTERS}
+    same: dict[int, str] = {}
+    for char in _PRINTABLE:
+        same.setdefault(ord(char) % _NUM_IDS, char)
+    ids = {char: _FIRST_ID + remainder for remainder, char in same.items()}
     others = [chr(code) for code in range(256) if chr(code) not in ids]
     unknown = "<|endoftext|>"
     backend = tokenizers.Tokenizer(

@@ -23,6 +23,11 @@ GOLDEN = Path(__file__).parent / "golden"
 EXPERTS = ExpertConfig(num_experts=4, top_k=2, expert_width=24)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def model() -> Bagel:
     return build_model(read_case(GOLDEN / "understand"))
@@ -211,8 +216,9 @@ def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> N
     with torch.no_grad():
         router.weight.copy_(-router.weight)
     after = last_key()
-    assert torch.equal(before[:, 0], after[:, 0]) is False  # markers attend to changed tokens
-    assert relative_error(after[:, 1:-1], before[:, 1:-1]) > 1e-3
+    markers = [0, -1]
+    assert relative_error(after[:, markers], before[:, markers]) < 1e-5
+    assert relative_error(after[:, 1:-1], before[:, 1:-1]) > 1e-2
 
 
 def test_text_never_uses_the_router_of_vit_tokens(model: Bagel) -> None:

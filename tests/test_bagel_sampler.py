@@ -27,6 +27,11 @@ GOLDEN = Path(__file__).parent / "golden"
 NAN = float("nan")
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def model() -> Bagel:
     return build_model(read_case(GOLDEN / "edit"))

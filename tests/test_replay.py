@@ -20,6 +20,11 @@ OUTPUTS = ("output", "router_logits", "latent.", "token_ids", "moe.", "decoded")
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Any:
     threads = torch.get_num_threads()

@@ -78,17 +78,16 @@ def check_seeds(seed: int | Sequence[int] | None, count: int, *, where: str) -> 
     """
     if seed is None:
         seed = secrets.randbits(32)
-    given = isinstance(seed, int)
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
+    counted = not isinstance(seed, Sequence)
+    seeds: list[Any] = [seed] if counted else list(cast("Sequence[int]", seed))
+    if not counted and len(seeds) != count:
         raise ValueError(f"{where}: seed must be one integer or {count}, got {len(seeds)}")
     for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            shown = seed if given else value
+        if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError(
-                f"{where}: seed must be an integer from 0 to {2**63 - 1}, got {shown!r}"
+                f"{where}: seed must be an integer from 0 to {2**63 - 1}, got {value!r}"
             )
-    return seeds
+    return [(seeds[0] + i) % 2**63 for i in range(count)] if counted else seeds
 
 
 def choose_sizes(

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptions: shapes decide, JSON is checked against them, illegal values are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_unified.bagel import (
+    BagelConfig,
+    ExpertConfig,
+    LLMConfig,
+    SpecialTokens,
+    VAEConfig,
+    VisionConfig,
+)
+from sparse_unified.bagel.shapes import bagel_config, vae_config
+from sparse_unified.testing import build_vae, read_case
+
+GOLDEN = Path(__file__).parent / "golden"
+CASE = read_case(GOLDEN / "t2i_moe")
+SHAPES = {key: tuple(tensor.shape) for key, tensor in CASE.weights.items()}
+LLM, VIT = CASE.fields["llm_config"], CASE.fields["vit_config"]
+
+
+def describe(
+    shapes: dict[str, Any] | None = None,
+    llm: dict[str, Any] | None = None,
+    vit: dict[str, Any] | None = None,
+    **options: Any,
+) -> BagelConfig:
+    return bagel_config(
+        {**SHAPES, **(shapes or {})},
+        {**LLM, **(llm or {})},
+        {**VIT, **(vit or {})},
+        **{
+            "latent_channels": 4,
+            "vae_downsample": 8,
+            "special_tokens": SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6),
+            "top_k": 2,
+            **options,
+        },
+    )
+
+
+def test_shapes_say_what_json_does_not() -> None:
+    config = describe()
+    assert config.latent_patch_size == 2
+    assert config.max_latent_size == 8
+    assert config.vit_max_num_patch_per_side == 8
+    assert config.vision.num_hidden_layers == 2
+    assert config.latent_downsample == 16
+    assert config.token_channels == 16
+    assert config.llm.sparse_gen == {1: ExpertConfig(num_experts=4, top_k=2, expert_width=24)}
+    assert config.llm.sparse_und == {}
+
+
+def test_vision_json_may_count_the_layer_that_is_left_out() -> None:
+    assert describe(vit={"num_hidden_layers": 3}).vision.num_hidden_layers == 2
+    with pytest.raises(ValueError, match="num_hidden_layers must be 2 or 3"):
+        describe(vit={"num_hidden_layers": 4})
+
+
+def test_autoencoder_is_read_off_its_shapes() -> None:
+    for config in (
+        build_vae(read_case(GOLDEN / "vae")).config,
+        VAEConfig(ch=32, ch_mult=(1, 2, 4), num_res_blocks=2, z_channels=5),
+    ):
+        from sparse_unified.bagel import AutoEncoder
+
+        vae = AutoEncoder(config, device="meta")
+        shapes = {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()}
+        assert vae_config(shapes) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llm": {"hidden_size": 64}}, "hidden_size must be 32 as the tensors say, got 64"),
+        ({"llm": {"vocab_size": 100}}, "vocab_size must be 96 as the tensors say, got 100"),
+        ({"llm": {"num_hidden_layers": 4}}, "num_hidden_layers must be 3 as the tensors say"),
+        ({"llm": {"num_attention_heads": 2}}, "num_attention_heads must be 8 as .* got 16"),
+        ({"llm": {"hidden_act": "gelu"}}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"llm": {"rope_scaling": {"factor": 2}}}, "rope_scaling must be absent"),
+        ({"llm": {"use_sliding_window": True}}, "use_sliding_window must be false"),
+        ({"llm": {"rope_theta": None}}, "llm_config.json: rope_theta must be given"),
+        ({"vit": {"hidden_act": "relu"}}, "hidden_act must be 'gelu_pytorch_tanh'"),
+        ({"vit": {"patch_size": None}}, "vit_config.json: patch_size must be given"),
+        ({"stated": {"max_latent_size": 64}}, "max_latent_size must be 8 as .* got 64"),
+        ({"stated": {"interpolate_pos": True}}, "interpolate_pos must be false"),
+        ({"top_k": None}, "top_k must be given for the 4 experts of layer 1"),
+        ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
+        ({"latent_channels": 5}, r"vae2llm.weight must have p \* p \* 5 columns"),
+        ({"shapes": {"latent_pos_embed.pos_embed": (60, 32)}}, "square number of rows, got 60"),
+        ({"shapes": {"vae2llm.weight": (32,)}}, r"vae2llm.weight must have 2 dimensions .* \[32\]"),
+        (
+            {"special_tokens": SpecialTokens()},
+            "special_tokens.bos must be an id below vocab_size = 96, got 151644",
+        ),
+    ],
+)
+def test_disagreements_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe(**change)
+
+
+def test_missing_tensor_that_decides_is_named() -> None:
+    shapes = {key: shape for key, shape in SHAPES.items() if key != "vae2llm.weight"}
+    with pytest.raises(ValueError, match=r"vae2llm\.weight must be in the file"):
+        bagel_config(
+            shapes,
+            LLM,
+            VIT,
+            latent_channels=4,
+            vae_downsample=8,
+            special_tokens=SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6),
+            top_k=2,
+        )
+
+
+def test_rope_theta_may_stand_in_rope_parameters() -> None:
+    source = {key: value for key, value in LLM.items() if key != "rope_theta"}
+    config = LLMConfig.from_json({**source, "rope_parameters": {"rope_theta": 5e5}})
+    assert config.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LLMConfig.from_json({**LLM, "hidden_size": 0}), "hidden_size must be an integer"),
+        (lambda: LLMConfig.from_json({**LLM, "num_key_value_heads": 3}), "multiple of num_key"),
+        (lambda: LLMConfig.from_json({**LLM, "hidden_size": 36}), "must be even"),
+        (lambda: ExpertConfig(num_experts=4, top_k=0, expert_width=8), "top_k must be an integer"),
+        (lambda: VAEConfig(ch=20), "multiples of 32, the groups of its norms, got 20"),
+        (lambda: VAEConfig(ch_mult=()), "at least one resolution"),
+        (
+            lambda: VisionConfig.from_json({**VIT, "hidden_size": 15}, num_hidden_layers=2),
+            "hidden_size must be a multiple of num_attention_heads = 2, got 15",
+        ),
+    ],
+)
+def test_illegal_sizes_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [
+        (60, 64, "height must be a positive multiple of 16 pixels, got 60"),
+        (64, 0, "width must be a positive multiple of 16 pixels, got 0"),
+        (-16, 64, "height must be a positive multiple of 16 pixels, got -16"),
+        (64, 144, "width must be at most 128 pixels, got 144"),
+        (64.0, 64, "height must be a positive multiple of 16 pixels, got 64.0"),
+    ],
+)
+def test_illegal_image_sizes_are_refused(height: Any, width: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"here: {message}"):
+        describe().token_grid(height, width, where="here")

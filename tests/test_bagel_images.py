@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures: transforms as the official ones, the autoencoder, colours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_unified.bagel import AutoEncoder, VAEConfig
+from sparse_unified.bagel.transforms import (
+    ImageTransform,
+    to_image,
+    to_rgb,
+    vae_transform,
+    vit_transform,
+)
+from sparse_unified.testing import build_model, build_vae, read_case
+
+GOLDEN = Path(__file__).parent / "golden"
+VAE = ImageTransform(max_side=1024, min_side=512, stride=16)
+VIT = ImageTransform(max_side=980, min_side=224, stride=14)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("size", "vae", "vit"),
+    [
+        # Worked out by hand; 3000 * 0.245 = 735 is 52.5 strides of 14, and halves go to even.
+        ((1024, 1024), (1024, 1024), (980, 980)),
+        ((100, 100), (512, 512), (224, 224)),
+        ((640, 480), (688, 512), (644, 476)),
+        ((4000, 3000), (1024, 768), (980, 728)),
+        ((3000, 1000), (1024, 336), (980, 322)),
+        ((1000, 10), (1024, 16), (980, 14)),
+    ],
+)
+def test_sizes_follow_the_official_rule(
+    size: tuple[int, int], vae: tuple[int, int], vit: tuple[int, int]
+) -> None:
+    assert VAE.size(*size) == vae
+    assert VIT.size(*size) == vit
+
+
+def test_every_size_is_legal() -> None:
+    generator = np.random.default_rng(0)
+    for width, height in generator.integers(1, 6000, size=(500, 2)).tolist():
+        for transform in (VAE, VIT):
+            sides = transform.size(width, height)
+            assert max(sides) <= transform.max_side
+            assert all(side > 0 and side % transform.stride == 0 for side in sides)
+
+
+def test_pixels_lie_between_minus_one_and_one() -> None:
+    image = Image.new("RGB", (32, 32), (255, 0, 51))
+    pixels = ImageTransform(max_side=32, min_side=32, stride=16)(image)
+    assert pixels.shape == (3, 32, 32)
+    torch.testing.assert_close(pixels[:, 5, 7], torch.tensor([1.0, -1.0, -0.6]))
+
+
+def test_picture_of_pixels_is_the_picture() -> None:
+    values = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8)
+    image = Image.fromarray(values.numpy())
+    pixels = (values.permute(2, 0, 1).double() + 0.5) / 255 * 2 - 1  # inside the step of a value
+    assert np.array_equal(np.array(to_image(pixels)), np.array(image))
+    assert np.array(to_image(torch.full((3, 1, 1), 9.0))).max() == 255
+
+
+def test_transparent_parts_become_white() -> None:
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    image.putpixel((1, 0), (10, 20, 30, 0))
+    rgb = to_rgb(image)
+    assert (rgb.mode, rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == (
+        "RGB",
+        (10, 20, 30),
+        (255, 255, 255),
+    )
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([9, 9, 9])
+    palette.info["transparency"] = 0
+    assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(Image.new("L", (1, 1), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_transforms_keep_within_what_the_model_takes() -> None:
+    config = build_model(read_case(GOLDEN / "edit")).config
+    assert vae_transform(config).size(5000, 3000) == (128, 128 * 3 // 5 // 16 * 16 + 16)
+    assert vit_transform(config).size(5000, 5000) == (112, 112)
+
+
+def test_autoencoder_shapes_go_round() -> None:
+    vae = build_vae(read_case(GOLDEN / "vae"))
+    assert vae.config.downsample == 8
+    for height, width in ((8, 8), (24, 40)):
+        latent = vae.encode(torch.rand(2, 3, height, width) * 2 - 1)
+        assert latent.shape == (2, 4, height // 8, width // 8)
+        assert vae.decode(latent).shape == (2, 3, height, width)
+
+
+def test_autoencoder_with_growing_channels_has_shortcuts() -> None:
+    config = VAEConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2, z_channels=3)
+    vae = AutoEncoder(config)
+    keys = set(vae.state_dict())
+    assert "encoder.down.1.block.0.nin_shortcut.weight" in keys
+    assert "decoder.up.0.block.0.nin_shortcut.weight" in keys
+    assert "encoder.down.2.downsample.conv.weight" not in keys
+    assert "decoder.up.0.upsample.conv.weight" not in keys
+    assert vae.decode(vae.encode(torch.zeros(1, 3, 8, 12))).shape == (1, 3, 8, 12)
+
+
+def test_autoencoder_refuses_other_shapes() -> None:
+    vae = build_vae(read_case(GOLDEN / "vae"))
+    with pytest.raises(ValueError, match=r"pixels must have shape \[B, 3, H, W\].* 8, got"):
+        vae.encode(torch.zeros(1, 3, 8, 12))
+    with pytest.raises(ValueError, match=r"latent must have shape \[B, 4, H, W\]"):
+        vae.decode(torch.zeros(1, 3, 8, 8))
