@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_unified.bagel import Bagel, BagelConfig, ContextImage, ExpertConfig, generate_tokens
+from sparse_unified.bagel import (
+    Bagel,
+    BagelConfig,
+    ContextImage,
+    ExpertConfig,
+    SamplingConfig,
+    build_guidance,
+    generate_tokens,
+    sample_latents,
+)
 from sparse_unified.bagel.attention import RMSNorm, attend
 from sparse_unified.bagel.conditioning import see_images
 from sparse_unified.bagel.decoder import run_ffn
@@ -316,3 +325,21 @@ def test_text_stops_before_eos(model: Bagel) -> None:
 def test_bad_text_options_are_refused(model: Bagel, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_tokens(model, model.new_contexts(1), **{"max_length": 4, **change})
+
+
+def test_every_tensor_is_on_the_device_of_the_model(model: Bagel) -> None:
+    # The meta device refuses to mix with the CPU just as a GPU does.
+    away = Bagel(model.config, device="meta")
+    image = ContextImage(
+        latent=torch.empty(4, 4, 4, device="meta"), vit_pixels=torch.empty(3, 28, 28)
+    )
+    guidance = build_guidance(away, [[21, 42], [33]], images=[[image], []])
+    latents = sample_latents(
+        away,
+        guidance,
+        [torch.zeros(6, 16), torch.zeros(4, 16)],
+        [(2, 3), (2, 2)],
+        SamplingConfig(num_timesteps=3, cfg_img_scale=2.0),
+    )
+    assert [tokens.device.type for tokens in latents] == ["meta", "meta"]
+    assert away.next_logits([guidance[0].full], [3]).shape == (1, 96)
