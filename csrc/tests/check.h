@@ -85,7 +85,7 @@ template <>
 struct Traits<float> {
   static constexpr DType kDType = DType::kFloat32;
   static constexpr const char* kName = "float32";
-  static constexpr double kEpsilon = 0x1p-24;  // half a unit in the last place of 1
+  static constexpr double kEpsilon = 0x1p-24;  // largest relative error of one rounding
   static double value(float stored) { return stored; }
   static float stored(double value) { return static_cast<float>(value); }
 };
@@ -93,7 +93,7 @@ template <>
 struct Traits<BFloat16> {
   static constexpr DType kDType = DType::kBFloat16;
   static constexpr const char* kName = "bfloat16";
-  static constexpr double kEpsilon = 0x1p-9;
+  static constexpr double kEpsilon = 0x1p-8;
   static double value(BFloat16 stored) { return decode({8, 7}, stored.bits); }
   // Rounds toward zero: test inputs need not be nearest.
   static BFloat16 stored(double value) {
@@ -107,7 +107,7 @@ template <>
 struct Traits<Float16> {
   static constexpr DType kDType = DType::kFloat16;
   static constexpr const char* kName = "float16";
-  static constexpr double kEpsilon = 0x1p-12;
+  static constexpr double kEpsilon = 0x1p-11;
   static double value(Float16 stored) { return decode({5, 10}, stored.bits); }
   // Rounds toward zero; values of a normal half only.
   static Float16 stored(double value) {
