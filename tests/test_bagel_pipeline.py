@@ -21,8 +21,8 @@ from sparse_unified.bagel import (
     sample_latents,
 )
 from sparse_unified.bagel.inputs import check_seeds, sampling_config
-from sparse_unified.bagel.pipeline import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from sparse_unified.bagel.sampler import initial_noise
+from sparse_unified.bagel.thinking import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.testing import read_case, replay
 
@@ -86,6 +86,18 @@ def test_same_prompt_and_seed_give_the_same_image_alone_and_in_a_batch(
     for i, prompt in enumerate(prompts):
         alone = pipeline.generate(prompt, seed=7 + i, **QUICK)
         assert relative_error(together.latents[i], alone.latents[0]) < 1e-5
+
+
+def test_batch_size_changes_memory_and_not_images(pipeline: BagelPipeline) -> None:
+    prompts = ["a red bench", "two dogs in the snow", "a cup"]
+    options = {**QUICK, "seed": 7, "think": True, "max_think_length": 4}
+    together = pipeline.generate(prompts, **options)
+    apart = pipeline.generate(prompts, batch_size=2, **options)
+    for one, other in zip(together.latents, apart.latents, strict=True):
+        assert relative_error(other, one) < 1e-5
+    assert apart.thoughts == together.thoughts
+    assert apart.report.context_tokens == together.report.context_tokens
+    assert (together.report.steps, apart.report.steps) == (3, 6)
 
 
 def test_one_seed_counts_up(pipeline: BagelPipeline) -> None:
@@ -182,7 +194,7 @@ def test_chat_without_pictures_is_text_to_text(pipeline: BagelPipeline) -> None:
 
 def test_chat_sees_through_the_vit_alone(pipeline: BagelPipeline, photo: Image.Image) -> None:
     answer = pipeline.chat("hello", images=photo, max_length=2)
-    rows, columns = (side // 14 for side in pipeline.vit_transform.size(128, 80)[::-1])
+    rows, columns = (side // 14 for side in pipeline.pictures.for_vit.size(128, 80)[::-1])
     assert answer.report.context_tokens == rows * columns + 2 + len("hello") + 2
 
 
@@ -260,6 +272,8 @@ def test_replay_and_pipeline_agree_on_context_images(pipeline: BagelPipeline) ->
         ("a", {"cfg_renorm_type": "batch"}, "cfg_renorm_type must be one of"),
         ("a", {"cfg_text_scale": float("nan")}, "cfg_text_scale must be finite, got nan"),
         ("a", {"num_timesteps": 1}, "num_timesteps must be at least 2"),
+        ("a", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ("a", {"size": 64}, "size must be a pair"),
         ("a", {"think": True, "max_think_length": 0}, "max_length must be at least 1"),
     ],
 )

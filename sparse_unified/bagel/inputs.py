@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union, cast
 
 from sparse_unified.bagel.config import BagelConfig
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 
 Images = Union["Image", Sequence["Image"], None]
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """One image to generate: the text, the pictures before it, the seed, and the size in pixels."""
+
+    text: str
+    pictures: list[Image]
+    seed: int
+    size: Size
 
 
 def check_prompts(prompts: str | Sequence[str], *, where: str) -> list[str]:
@@ -108,11 +119,13 @@ def choose_sizes(
         ValueError: a side is not a multiple of the token size or too long, or the number of sizes
             is wrong.
     """
-    count = len(image_sizes)
-    side = min(1024, config.max_latent_size * config.latent_downsample)
+    count, step = len(image_sizes), config.latent_downsample
+    side = min(1024 // step, config.max_latent_size) * step
     if size is None:
         return [own or (side, side) for own in image_sizes]
-    listed = list(size)
+    if not isinstance(size, Sequence) or not size:
+        raise ValueError(f"{where}: size must be a pair (height, width), got {size!r}")
+    listed: list[Any] = list(size)
     sizes = [listed] * count if all(isinstance(value, int) for value in listed) else listed
     if len(sizes) != count:
         raise ValueError(f"{where}: size must be one (height, width) or {count}, got {len(sizes)}")
@@ -123,6 +136,32 @@ def choose_sizes(
         config.token_grid(pair[0], pair[1], where=where)
         chosen.append((pair[0], pair[1]))
     return chosen
+
+
+def image_requests(
+    prompts: str | Sequence[str],
+    images: Images | Sequence[Images],
+    seed: int | Sequence[int] | None,
+    size: Size | Sequence[Size] | None,
+    *,
+    config: BagelConfig,
+    resized: Callable[[int, int], tuple[int, int]],
+    where: str,
+) -> list[ImageRequest]:
+    """Checks what `generate` is asked for and returns it image by image.
+
+    Args:
+        resized: width and height a picture is resized to, which an edited one then has.
+    """
+    texts = check_prompts(prompts, where=where)
+    pictures = check_images(images, prompts, where=where)
+    seeds = check_seeds(seed, len(texts), where=where)
+    edited = [resized(*own[-1].size)[::-1] if own else None for own in pictures]
+    sizes = choose_sizes(size, edited, config, where=where)
+    return [
+        ImageRequest(text=text, pictures=own, seed=number, size=pair)
+        for text, own, number, pair in zip(texts, pictures, seeds, sizes, strict=True)
+    ]
 
 
 def sampling_config(

@@ -6,42 +6,32 @@ from __future__ import annotations
 import os
 import time as clock
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparse_unified.bagel import inputs
-from sparse_unified.bagel.cache import Context
-from sparse_unified.bagel.conditioning import ContextImage, build_guidance, see_images
+from sparse_unified.bagel.conditioning import Guidance, build_guidance, see_images
 from sparse_unified.bagel.loading import find_model, load_bagel
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.optional import optional
-from sparse_unified.bagel.results import GenerationResult, TextResult, peak_memory, start_report
-from sparse_unified.bagel.sampler import Renorm, initial_noise, sample_latents
+from sparse_unified.bagel.pictures import Pictures
+from sparse_unified.bagel.progress import progress_bar
+from sparse_unified.bagel.results import (
+    GenerationResult,
+    Report,
+    TextResult,
+    peak_memory,
+    start_report,
+)
+from sparse_unified.bagel.sampler import Renorm, SamplingConfig, initial_noise, sample_latents
 from sparse_unified.bagel.text import generate_tokens
+from sparse_unified.bagel.thinking import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from sparse_unified.bagel.tokenizer import Tokenizer
-from sparse_unified.bagel.transforms import to_image, to_rgb, vae_transform, vit_transform
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.bagel.vision import unpatchify
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-# The words the released checkpoints were trained to think with, from BAGEL's inferencer; the
-# space at the end of the first line of each belongs to them.
-THINK_BEFORE_IMAGE = (
-    "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. "
-    "<think> planning process here </think> image here"
-)
-THINK_BEFORE_ANSWER = (
-    "You should first think about the reasoning process in the mind and then provide the user "
-    "with the answer. \n"
-    "The reasoning process is enclosed within <think> </think> tags, i.e. "
-    "<think> reasoning process here </think> answer here"
-)
 
 
 class BagelPipeline:
@@ -62,8 +52,7 @@ class BagelPipeline:
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
-        self.vae_transform = vae_transform(model.config)
-        self.vit_transform = vit_transform(model.config)
+        self.pictures = Pictures(model.config, vae)
 
     @classmethod
     def from_pretrained(
@@ -109,9 +98,10 @@ class BagelPipeline:
         think: bool = False,
         max_think_length: int = 1000,
         think_temperature: float | None = None,
+        batch_size: int | None = None,
         progress: bool = True,
     ) -> GenerationResult:
-        """Generates one image per prompt, all of them together.
+        """Generates one image per prompt, many of them together.
 
         Args:
             prompts: one text or several.
@@ -127,17 +117,24 @@ class BagelPipeline:
                 as one prompt has pictures.
             think: let the model plan in text first.
             max_think_length, think_temperature: of that text; temperature None is greedy.
+            batch_size: most images computed together, which bounds memory; None is all of them.
             progress: show a bar.
 
         Raises:
             ValueError, TypeError: an argument is out of range.
         """
         where = "generate"
-        texts = inputs.check_prompts(prompts, where=where)
-        pictures = inputs.check_images(images, prompts, where=where)
-        seeds = inputs.check_seeds(seed, len(texts), where=where)
+        wanted = inputs.image_requests(
+            prompts,
+            images,
+            seed,
+            size,
+            config=self.model.config,
+            resized=self.pictures.for_vae.size,
+            where=where,
+        )
         config = inputs.sampling_config(
-            any(pictures),
+            any(request.pictures for request in wanted),
             num_timesteps=num_timesteps,
             timestep_shift=timestep_shift,
             cfg_text_scale=cfg_text_scale,
@@ -146,56 +143,34 @@ class BagelPipeline:
             cfg_renorm_type=cfg_renorm_type,
             cfg_renorm_min=cfg_renorm_min,
         )
-        last_sizes = [self._picture_size(own[-1]) if own else None for own in pictures]
-        sizes = inputs.choose_sizes(size, last_sizes, self.model.config, where=where)
-        grids = [self.model.config.token_grid(*pair, where=where) for pair in sizes]
+        batch_size = len(wanted) if batch_size is None else batch_size
+        if batch_size < 1:
+            raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
+        batches = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
 
         start = clock.perf_counter()
-        report = start_report(self.model, self.model.device, self.model.dtype)
-        guidance = build_guidance(
-            self.model,
-            [self.tokenizer.encode(text) for text in texts],
-            images=[[self._look(image, vae=True) for image in own] for own in pictures],
-            system_ids=self.tokenizer.encode(THINK_BEFORE_IMAGE) if think else None,
-        )
-        report.prefill_seconds = self._since(start)
-        thoughts = None
-        if think:
-            before = clock.perf_counter()
-            full = [g.full for g in guidance]
-            written = self._write(full, max_think_length, think_temperature, seeds)
-            thoughts = [self.tokenizer.decode(ids[1:]) for ids in written]
-            self.model.prefill_text(full, [self.tokenizer.encode(text) for text in thoughts])
-            report.text_tokens = sum(len(ids) - 1 for ids in written)
-            report.text_seconds = self._since(before)
-        report.context_tokens = sum(g.full.length for g in guidance)
-
-        channels = self.model.config.token_channels
-        noise = [
-            initial_noise(rows * columns, channels, own)
-            for (rows, columns), own in zip(grids, seeds, strict=True)
-        ]
-        with _bar(config.num_timesteps - 1, progress) as advance:
-
-            def on_step(_: int, seconds: float) -> None:
-                report.step_seconds.append(seconds)
-                advance()
-
-            latents = sample_latents(self.model, guidance, noise, grids, config, on_step=on_step)
-        report.steps = len(report.step_seconds)
-        report.image_tokens = sum(len(tokens) for tokens in latents)
-
-        before = clock.perf_counter()
-        drawn = [self.decode(tokens, grid) for tokens, grid in zip(latents, grids, strict=True)]
-        report.decode_seconds = self._since(before)
+        report = start_report(self.model)
+        thoughts, latents, drawn = [], [], []
+        num_steps = len(batches) * (config.num_timesteps - 1)
+        with progress_bar(num_steps, show=progress) as advance:
+            for batch in batches:
+                guidance = self._read(batch, think, report)
+                if think:
+                    seeds = [request.seed for request in batch]
+                    thoughts += self._plan(
+                        guidance, max_think_length, think_temperature, seeds, report
+                    )
+                tokens = self._denoise(batch, guidance, config, report, advance)
+                drawn += self._draw(batch, tokens, report)
+                latents += [x.cpu() for x in tokens]
         report.total_seconds = self._since(start)
         report.peak_memory_bytes = peak_memory(self.model.device)
         return GenerationResult(
             images=drawn,
-            latents=[tokens.cpu() for tokens in latents],
-            thoughts=thoughts,
-            seeds=seeds,
-            sizes=sizes,
+            latents=latents,
+            thoughts=thoughts if think else None,
+            seeds=[request.seed for request in wanted],
+            sizes=[request.size for request in wanted],
             report=report,
         )
 
@@ -230,68 +205,97 @@ class BagelPipeline:
         pictures = inputs.check_images(images, prompt, where=where)[0]
         seeds = inputs.check_seeds(seed, 1, where=where)
         start = clock.perf_counter()
-        report = start_report(self.model, self.model.device, self.model.dtype)
+        report = start_report(self.model)
         contexts = self.model.new_contexts(1)
         if think:
             self.model.prefill_text(contexts, [self.tokenizer.encode(THINK_BEFORE_ANSWER)])
-        see_images(self.model, contexts, [[self._look(image, vae=False) for image in pictures]])
+        see_images(
+            self.model, contexts, [[self.pictures.look(image, vae=False) for image in pictures]]
+        )
         self.model.prefill_text(contexts, [self.tokenizer.encode(prompt)])
         report.context_tokens = contexts[0].length
         report.prefill_seconds = self._since(start)
         before = clock.perf_counter()
-        ids = self._write(contexts, max_length, temperature, seeds)[0]
+        ids = generate_tokens(
+            self.model, contexts, max_length=max_length, temperature=temperature, seeds=seeds
+        )[0]
         report.text_tokens = len(ids) - 1
         report.text_seconds = self._since(before)
         report.total_seconds = self._since(start)
         report.peak_memory_bytes = peak_memory(self.model.device)
         return TextResult(text=self.tokenizer.decode(ids[1:]), token_ids=ids, report=report)
 
-    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Image:
-        """Turns latent tokens [N, p * p * C], rows by columns, into a picture."""
-        latent = unpatchify(tokens, *grid, self.model.config.latent_patch_size)
-        return to_image(self.vae.decode(latent[None])[0])
+    def _read(
+        self, batch: Sequence[inputs.ImageRequest], think: bool, report: Report
+    ) -> list[Guidance]:
+        start = clock.perf_counter()
+        guidance = build_guidance(
+            self.model,
+            [self.tokenizer.encode(request.text) for request in batch],
+            images=[
+                [self.pictures.look(p, vae=True) for p in request.pictures] for request in batch
+            ],
+            system_ids=self.tokenizer.encode(THINK_BEFORE_IMAGE) if think else None,
+        )
+        report.context_tokens += sum(g.full.length for g in guidance)
+        report.prefill_seconds += self._since(start)
+        return guidance
 
-    def _picture_size(self, image: Image) -> tuple[int, int]:
-        width, height = self.vae_transform.size(*image.size)
-        return height, width
-
-    def _look(self, image: Image, *, vae: bool) -> ContextImage:
-        """Prepares a picture; as in the official code the ViT sees it at the size of the VAE."""
-        image = self.vae_transform.resize(to_rgb(image))
-        latent = None
-        if vae:
-            latent = self.vae.encode(self.vae_transform(image)[None])[0]
-        return ContextImage(latent=latent, vit_pixels=self.vit_transform(image))
-
-    def _write(
+    def _plan(
         self,
-        contexts: Sequence[Context],
+        guidance: Sequence[Guidance],
         max_length: int,
         temperature: float | None,
         seeds: Sequence[int],
-    ) -> list[list[int]]:
-        return generate_tokens(
-            self.model, contexts, max_length=max_length, temperature=temperature, seeds=seeds
+        report: Report,
+    ) -> list[str]:
+        """Lets the full contexts write and then read a plan; the poorer ones never see it."""
+        start = clock.perf_counter()
+        full = [g.full for g in guidance]
+        written = generate_tokens(
+            self.model, full, max_length=max_length, temperature=temperature, seeds=seeds
         )
+        plans = [self.tokenizer.decode(ids[1:]) for ids in written]
+        self.model.prefill_text(full, [self.tokenizer.encode(plan) for plan in plans])
+        report.text_tokens += sum(len(ids) - 1 for ids in written)
+        report.text_seconds += self._since(start)
+        return plans
+
+    def _denoise(
+        self,
+        batch: Sequence[inputs.ImageRequest],
+        guidance: Sequence[Guidance],
+        config: SamplingConfig,
+        report: Report,
+        advance: Callable[[], Any],
+    ) -> list[Tensor]:
+        model = self.model.config
+        grids = [model.token_grid(*request.size, where="generate") for request in batch]
+        noise = [
+            initial_noise(rows * columns, model.token_channels, request.seed)
+            for (rows, columns), request in zip(grids, batch, strict=True)
+        ]
+
+        def on_step(_: int, seconds: float) -> None:
+            report.step_seconds.append(seconds)
+            advance()
+
+        tokens = sample_latents(self.model, guidance, noise, grids, config, on_step=on_step)
+        report.steps = len(report.step_seconds)
+        report.image_tokens += sum(len(x) for x in tokens)
+        return tokens
+
+    def _draw(
+        self, batch: Sequence[inputs.ImageRequest], tokens: Sequence[Tensor], report: Report
+    ) -> list[Image]:
+        start = clock.perf_counter()
+        drawn = [
+            self.pictures.draw(x, request.size) for x, request in zip(tokens, batch, strict=True)
+        ]
+        report.decode_seconds += self._since(start)
+        return drawn
 
     def _since(self, start: float) -> float:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return clock.perf_counter() - start
-
-
-class _Bar:
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def __enter__(self) -> Callable[[], Any]:
-        return self._bar.update
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
-def _bar(total: int, show: bool) -> Any:
-    if not show:
-        return nullcontext(lambda: None)
-    return _Bar(optional("tqdm.auto").tqdm(total=total, desc="denoising", unit="step"))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified.bagel.model import Bagel
 from sparse_unified.nn import SparseMoE
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Report:
         context_tokens: tokens read before the output, over all contexts.
         image_tokens: latent tokens generated.
         text_tokens: text tokens generated.
-        steps: denoising steps; step_seconds: of each of them.
+        steps: denoising steps, of all batches; step_seconds: of each of them.
         prefill_seconds, text_seconds, decode_seconds: reading the context, writing text, and
             turning latents into pixels.
         total_seconds: of the whole call.
@@ -98,12 +99,14 @@ def backend_of(model: nn.Module) -> str:
     return ", ".join(sorted(backends)) or "dense"
 
 
-def start_report(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Report:
+def start_report(model: Bagel) -> Report:
     """Starts counting; on a GPU the peak is that of this call."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     return Report(
-        device=str(device), dtype=str(dtype).removeprefix("torch."), backend=backend_of(model)
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        backend=backend_of(model),
     )
 
 
