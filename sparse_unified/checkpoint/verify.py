@@ -31,8 +31,8 @@ class LayerVerdict:
 
     Attributes:
         bijection: the neurons of the experts are the dense neurons, bit for bit, each once.
-        max_error: largest difference to the dense FFN in twice the precision, with top_k = E and
-            routers at zero; None when there is no bijection to run, or it is not finite.
+        max_error: largest difference to the dense FFN in fp64, with top_k = E and routers at zero;
+            None when there is no bijection to run, or it is not finite.
         tolerance: the most it may be: twice the dense FFN's own error, and 1e-5.
         routers: "zero" as conversion leaves them, or "trained".
         problems: what is wrong, naming expert and neuron; empty when all is well.

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converting reorders neurons and nothing else; inverting gives every byte back."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import (
+    GOLDEN,
+    LAYER,
+    edit_config,
+    edit_weights,
+    make_config,
+    make_dense,
+    snapshot,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
+from sparse_unified.checkpoint.sidecar import index_key, read_sidecar
+from sparse_unified.partition import (
+    ExpertLayout,
+    magnitude_scores,
+    random_scores,
+    snake_partition,
+)
+
+CASES: list[dict[str, Any]] = [
+    {"num_experts": 4, "top_k": 2},
+    {"num_experts": 16, "top_k": 8, "layers": "all"},
+    {"num_experts": 4, "top_k": 1, "num_shared_experts": 2},
+    {"num_experts": 7, "top_k": 7, "num_shared_experts": 1, "seed": 3},
+    {"num_experts": 4, "top_k": 2, "component": "und", "layers": [0, 3]},
+    {"num_experts": 4, "top_k": 2, "layers": "0,2-3"},
+    {"num_experts": 1, "top_k": 1},
+    {"num_experts": 96, "top_k": 3},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("num_shards", "dtype"), [(0, torch.float32), (0, torch.bfloat16), (3, torch.float16)]
+)
+def test_convert_verify_invert_is_the_identity(
+    options: dict[str, Any], num_shards: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    dense = make_dense(tmp_path / "dense", num_shards=num_shards, dtype=dtype)
+    before = snapshot(dense)
+    report = convert(dense, tmp_path / "sparse", **options)
+    checked = verify(tmp_path / "sparse", dense)
+    assert checked.ok, checked.to_text()
+    assert [verdict.layer for verdict in checked.layers] == list(report.layers)
+    invert(tmp_path / "sparse", tmp_path / "back")
+    assert snapshot(tmp_path / "back") == before
+    assert snapshot(dense) == before
+
+
+def test_experts_are_the_recorded_official_ones(tmp_path: Path) -> None:
+    recorded = load_file(GOLDEN / "partition.safetensors")
+    options = json.loads((GOLDEN / "partition.json").read_text())
+    weights = {
+        keys.dense_key("gen", 0, name): recorded[f"dense.{name}.weight"]
+        for name in keys.PROJECTIONS
+    }
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    save_file(weights, dense / "ema.safetensors")
+    (dense / "llm_config.json").write_text(json.dumps(make_config(weights)))
+    convert(
+        dense,
+        tmp_path / "sparse",
+        num_experts=options["num_experts"],
+        num_shared_experts=options["num_shared_experts"],
+        top_k=2,
+        layers="all",
+        scores={0: recorded["importance_scores"]},
+    )
+    sparse = Checkpoint(tmp_path / "sparse")
+    wanted = {key.removeprefix("moe."): t for key, t in recorded.items() if key.startswith("moe.")}
+    prefix = keys.ffn_prefix("gen", 0)
+    found = {key.removeprefix(prefix): sparse.read(key) for key in sparse.keys()}  # noqa: SIM118
+    for key, tensor in wanted.items():
+        assert torch.equal(found.pop(key), tensor), key
+    assert set(found) <= {"gate.weight", "gate_shared.weight"}
+
+
+def test_keys_shapes_and_config_are_the_official_ones(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", dtype=torch.bfloat16)
+    edit_config(dense, top_k=50, model_type="qwen2")
+    out = tmp_path / "sparse"
+    convert(dense, out, num_experts=4, top_k=2, num_shared_experts=2, component="und")
+    prefix = keys.ffn_prefix("und", 1)
+    weights = {
+        key.removeprefix(prefix): weight
+        for key, weight in load_file(out / "ema.safetensors").items()
+        if key.startswith(prefix)
+    }
+    shapes = {"gate": (4, 16), "gate_shared": (1, 16), "gate_img": (4, 16)}
+    for part, width in [("shared_expert", 32), *((f"experts.{e}", 16) for e in range(4))]:
+        shapes |= {f"{part}.gate_proj": (width, 16), f"{part}.up_proj": (width, 16)}
+        shapes[f"{part}.down_proj"] = (16, width)
+    assert {key: tuple(weight.shape) for key, weight in weights.items()} == {
+        f"{name}.weight": shape for name, shape in shapes.items()
+    }
+    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
+    assert not any(weights[f"{name}.weight"].any() for name in keys.router_names("und"))
+    config = json.loads((out / "llm_config.json").read_text())
+    assert config == json.loads((dense / "llm_config.json").read_text()) | {
+        "num_experts": 4,
+        "num_shared_experts": 2,
+        "top_k": 2,
+        "num_experts_per_tok": 2,
+        "transformed_und": [1, 2],
+    }
+    assert (out / "tokenizer" / "merges.txt").read_bytes() == b"a b\r\nc d\n"
+
+
+def test_an_index_is_kept_true(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", num_shards=3)
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    held = {
+        key: path.name
+        for path in (tmp_path / "sparse").glob("model-*.safetensors")
+        for key in load_file(path)
+    }
+    assert index["weight_map"] == held
+    checkpoint = Checkpoint(tmp_path / "sparse")
+    assert index["metadata"]["total_size"] == sum(s.nbytes for s in checkpoint.specs.values())
+
+
+def test_an_index_beside_a_single_file_is_rewritten_and_restored(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    weight_map = dict.fromkeys(load_file(dense / "ema.safetensors"), "ema.safetensors")
+    index = dense / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    rewritten = json.loads((tmp_path / "sparse" / index.name).read_text())["weight_map"]
+    assert set(rewritten) == set(Checkpoint(tmp_path / "sparse").keys())
+    invert(tmp_path / "sparse", tmp_path / "back")
+    assert snapshot(tmp_path / "back") == snapshot(dense)
+
+
+def test_both_components_can_be_sparse_and_come_off_in_turn(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    convert(dense, tmp_path / "gen", num_experts=4, top_k=2)
+    with pytest.raises(ValueError, match="must be 4, 0 and 2 as in the component that is sparse"):
+        convert(tmp_path / "gen", tmp_path / "x", num_experts=8, top_k=2, component="und")
+    convert(tmp_path / "gen", tmp_path / "both", num_experts=4, top_k=2, component="und")
+    moe = Checkpoint(tmp_path / "both").moe
+    assert moe is not None
+    assert set(moe.layers) == {"gen", "und"}
+    assert verify(tmp_path / "both", dense).ok
+    invert(tmp_path / "both", tmp_path / "gen2")
+    assert snapshot(tmp_path / "gen2") == snapshot(tmp_path / "gen")
+    invert(tmp_path / "gen2", tmp_path / "dense2")
+    assert snapshot(tmp_path / "dense2") == snapshot(dense)
+
+
+def test_header_padding_and_order_of_the_dense_file_come_back(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    data = (dense / "ema.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length])
+    text = json.dumps(dict(sorted(entries.items(), reverse=True)), indent=1) + " " * 13
+    (dense / "ema.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text.encode() + data[8 + length :]
+    )
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    assert verify(tmp_path / "sparse", dense).ok
+    invert(tmp_path / "sparse", tmp_path / "back")
+    assert snapshot(tmp_path / "back") == snapshot(dense)
+
+
+def test_bits_that_are_no_numbers_survive(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+
+    def edit(weights: dict[str, Tensor]) -> None:
+        bits = weights[LAYER + "up_proj.weight"].view(torch.int32)
+        bits[5, 3], bits[6, 2] = 0x7FC12345, -0x00345678  # NaNs with payloads
+
+    edit_weights(dense, edit)
+    with pytest.raises(ValueError, match="layer 1 of the weights: scores must be finite, got nan"):
+        convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2, seed=0)
+    invert(tmp_path / "sparse", tmp_path / "back")
+    assert snapshot(tmp_path / "back") == snapshot(dense)
+
+
+def test_tuned_experts_give_the_tuned_dense_weights(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2, seed=5)
+
+    def tune(weights: dict[str, Tensor]) -> None:
+        weights[LAYER + "experts.2.down_proj.weight"][:, 7] += 1
+        weights[LAYER + "gate.weight"] += 1
+
+    edit_weights(tmp_path / "sparse", tune)
+    invert(tmp_path / "sparse", tmp_path / "back")
+    neuron = int(read_sidecar(tmp_path / "sparse" / "partition.safetensors").neuron_index[1][55])
+    wanted = load_file(dense / "ema.safetensors")
+    wanted[LAYER + "down_proj.weight"][:, neuron] += 1
+    found = load_file(tmp_path / "back" / "ema.safetensors")
+    assert all(torch.equal(found[key], weight) for key, weight in wanted.items())
+
+
+def test_the_sidecar_holds_the_order_and_how_it_came_about(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2, seed=5)
+    tensors = load_file(tmp_path / "sparse" / "partition.safetensors")
+    layout = ExpertLayout(intermediate_size=96, num_experts=4)
+    for layer in (1, 2):
+        index = tensors.pop(index_key("gen", layer))
+        assert index.dtype == torch.int32
+        wanted = snake_partition(random_scores(96, seed=5, layer=layer), layout)
+        assert torch.equal(index.long(), wanted)
+    assert not tensors
+    sidecar = read_sidecar(tmp_path / "sparse" / "partition.safetensors")
+    assert sidecar.tool.startswith("sparse_unified ")
+    assert sidecar.arguments["scores"] == "random, seed 5"
+    assert sidecar.arguments["layers"] == [1, 2]
+
+
+def test_converting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    for name in ("a", "b"):
+        convert(dense, tmp_path / name, num_experts=4, top_k=2)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def order_of(directory: Path, layer: int) -> Tensor:
+    return load_file(directory / "partition.safetensors")[index_key("gen", layer)].long()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_scores_neurons_are_ranked_by_magnitude(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks smaller than the width: reading in blocks must not change one bit of a score.
+    monkeypatch.setattr("sparse_unified.checkpoint.scores._BLOCK_NEURONS", 32)
+    dense = make_dense(tmp_path / "dense", dtype=dtype)
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    weights = load_file(dense / "ema.safetensors")
+    for layer in (1, 2):
+        projections = [weights[keys.dense_key("gen", layer, name)] for name in keys.PROJECTIONS]
+        layout = ExpertLayout(intermediate_size=96, num_experts=4)
+        wanted = snake_partition(magnitude_scores(*projections), layout)
+        assert torch.equal(order_of(tmp_path / "sparse", layer), wanted)
+
+
+def test_scores_are_taken_in_every_documented_form(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    scores = torch.rand(4, 96, generator=torch.Generator().manual_seed(1))
+    save_file({"scores": scores}, tmp_path / "all.safetensors")
+    save_file({"1": scores[1].clone(), "2": scores[2].clone()}, tmp_path / "some.safetensors")
+    layout = ExpertLayout(intermediate_size=96, num_experts=4)
+    forms: list[Any] = [
+        scores,
+        {1: scores[1], 2: scores[2]},
+        tmp_path / "all.safetensors",
+        str(tmp_path / "some.safetensors"),
+    ]
+    for number, form in enumerate(forms):
+        convert(dense, tmp_path / str(number), num_experts=4, top_k=2, scores=form)
+        for layer in (1, 2):
+            wanted = snake_partition(scores[layer], layout)
+            assert torch.equal(order_of(tmp_path / str(number), layer), wanted)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.rand(3, 96), "scores must have shape [4 layers, intermediate_size], got [3, 96]"),
+        (torch.rand(4, 95), "convert: layer 1: scores must have shape [96], got [95]"),
+        ({1: torch.rand(96)}, "scores must have layers 1, 2, got no 2"),
+        ({1: torch.rand(96), 2: torch.arange(96)}, "layer 2: scores must be floating point"),
+        (torch.full((4, 96), torch.nan), "scores must be finite, got nan for neuron 0"),
+        (torch.full((4, 96), torch.inf), "scores must be finite, got inf for neuron 0"),
+    ],
+    ids=str,
+)
+def test_scores_that_do_not_fit_are_refused(scores: Any, message: str, tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert(dense, tmp_path / "out", num_experts=4, top_k=2, scores=scores)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_scores_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    save_file({"importance": torch.rand(96)}, tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_bytes(b"PK\3\4 a pickle")
+    for name, message in [("x", "got importance"), ("y", "header length"), ("z", "readable")]:
+        with pytest.raises(ValueError, match=message):
+            convert(
+                dense,
+                tmp_path / "out",
+                num_experts=4,
+                top_k=2,
+                scores=tmp_path / f"{name}.safetensors",
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 5}, "these counts do: 2, 3, 4, 6, 8, 12, 16, 24, 32, 48"),
+        ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
+        ({"num_experts": 97}, "num_experts must divide the 96 neurons"),
+        ({"top_k": 5}, "convert: top_k must be 1 to num_experts = 4, got 5"),
+        ({"top_k": 0}, "convert: top_k must be 1 to num_experts = 4, got 0"),
+        ({"num_shared_experts": -1}, "num_shared_experts must be an integer of at least 0, got -1"),
+        ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 89 neurons"),
+        ({"layers": "1-9"}, "layers must lie in 0 to 3, got 4"),
+        ({"layers": "some"}, "layers must be 'middle', 'all'"),
+        ({"layers": []}, "layers must name at least one of 4 layers"),
+        ({"component": "vit"}, "component must be gen or und, got 'vit'"),
+        ({"seed": 1, "scores": torch.rand(4, 96)}, "must not both be given"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    dense = make_dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert(dense, tmp_path / "out", **({"num_experts": 4, "top_k": 2} | options))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_what_is_not_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    with pytest.raises(ValueError, match="must all be dense, got sparse layers 1-2; invert gives"):
+        convert(tmp_path / "sparse", tmp_path / "out", num_experts=4, top_k=2)
+
+    # One tensor renamed, one gone: each is named, wherever it is.
+    for number, (old, new, message) in enumerate(
+        [
+            ("language_model.model.norm.weight", "norm", "names must be official BAGEL names"),
+            ("language_model.model.norm.weight", None, "got no language_model.model.norm.weight"),
+            (keys.layer_prefix(2) + keys.ATTENTION_KEYS[0], None, "got no language_model"),
+            ("llm2vae.bias", None, "got no llm2vae.bias"),
+            ("vit_model.vision_model.encoder.layers.1.mlp.fc1.weight", "x.y", "got x.y"),
+            (LAYER + "up_proj.weight", None, "a dense FFN must hold gate_proj.weight"),
+            (LAYER + "up_proj.weight", LAYER + "up.weight", "got language_model"),
+        ]
+    ):
+        directory = make_dense(tmp_path / str(number))
+
+        def edit(weights: dict[str, Tensor], old: str = old, new: str | None = new) -> None:
+            tensor = weights.pop(old)
+            if new is not None:
+                weights[new] = tensor
+
+        edit_weights(directory, edit)
+        with pytest.raises(ValueError, match=message):
+            convert(directory, tmp_path / "out", num_experts=4, top_k=2)
+
+
+def test_a_checkpoint_of_ffns_alone_is_enough(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+
+    def keep_gen_ffns(weights: dict[str, Tensor]) -> None:
+        for key in [key for key in weights if "mlp_moe_gen" not in key]:
+            del weights[key]
+
+    edit_weights(dense, keep_gen_ffns)
+    with pytest.raises(ValueError, match="keys must hold und FFNs"):
+        convert(dense, tmp_path / "out", num_experts=4, top_k=2, component="und")
+    convert(dense, tmp_path / "out", num_experts=4, top_k=2)
+    assert verify(tmp_path / "out", dense).ok
+
+
+def test_invert_refuses_what_its_sidecar_does_not_describe(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"partition\.safetensors: file must be there"):
+        invert(dense, tmp_path / "out")
+
+    def converted(name: str) -> Path:
+        convert(dense, tmp_path / name, num_experts=4, top_k=2)
+        return tmp_path / name
+
+    extra = converted("extra")
+    edit_weights(extra, lambda weights: weights.update({"lora": torch.ones(2)}))
+    with pytest.raises(ValueError, match="got lora too"):
+        invert(extra, tmp_path / "out")
+
+    other = converted("other")
+    edit_weights(other, lambda weights: weights.update({"llm2vae.bias": torch.ones(2)}))
+    with pytest.raises(ValueError, match=r"llm2vae\.bias must be torch\.float32 .* got"):
+        invert(other, tmp_path / "out")
+
+    no_order = converted("no_order")
+    path = no_order / "partition.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = data[-8:-4]
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="must be an int32 permutation of 0 to 95"):
+        invert(no_order, tmp_path / "out")
+
+    escape = converted("escape")
+    path = escape / "partition.safetensors"
+    data = path.read_bytes().replace(b'\\"ema.safetensors\\"', b'\\"../escape.tensor\\"')
+    length = int.from_bytes(data[:8], "little") + len("../escape.tensor") - len("ema.safetensors")
+    path.write_bytes(length.to_bytes(8, "little") + data[8:])
+    with pytest.raises(ValueError, match="weight_files must map plain file names"):
+        invert(escape, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_ends_at_the_bytes_written(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    seen: list[tuple[int, int]] = []
+    for name in ("converted", "verified", "inverted"):
+        seen.clear()
+        if name == "converted":
+            convert(
+                dense,
+                tmp_path / "sparse",
+                num_experts=4,
+                top_k=2,
+                progress=lambda *step: seen.append(step),
+            )
+        elif name == "verified":
+            verify(tmp_path / "sparse", dense, progress=lambda *step: seen.append(step))
+        else:
+            invert(tmp_path / "sparse", tmp_path / "back", progress=lambda *step: seen.append(step))
+        assert seen[-1][0] == seen[-1][1], name
+        assert seen == sorted(seen)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model directory is read lazily, and the keys decide what is sparse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import LAYER, edit_config, edit_weights, make_dense, make_weights
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparse_unified.checkpoint import Checkpoint, SparseLayer, convert
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("converted")
+    convert(make_dense(root / "dense"), root / "sparse", num_experts=4, top_k=2)
+    return root / "sparse"
+
+
+@pytest.fixture
+def sparse(converted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "sparse"))
+
+
+@pytest.mark.parametrize("num_shards", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reads_every_tensor_of_every_file_layout(
+    num_shards: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(make_dense(tmp_path / "m", num_shards=num_shards, dtype=dtype))
+    weights = make_weights(dtype=dtype)
+    assert set(checkpoint.keys()) == set(weights)
+    for key, tensor in weights.items():
+        spec = checkpoint.spec(key)
+        assert (spec.dtype, spec.shape, spec.nbytes) == (dtype, tensor.shape, tensor.nbytes)
+        assert torch.equal(checkpoint.read(key), tensor)
+    assert checkpoint.moe is None
+    assert checkpoint.vae_file.is_file()
+    assert checkpoint.vit_config == {}
+
+
+def test_ema_is_preferred_to_other_weight_files(tmp_path: Path) -> None:
+    directory = make_dense(tmp_path / "m")
+    (directory / "model.safetensors").write_bytes(b"not read")
+    assert list(Checkpoint(directory).headers) == ["ema.safetensors"]
+    (directory / "model.safetensors").unlink()
+    (directory / "ema.safetensors").rename(directory / "model.safetensors")
+    assert list(Checkpoint(directory).headers) == ["model.safetensors"]
+
+
+def test_the_keys_say_which_layers_are_sparse(sparse: Path) -> None:
+    moe = Checkpoint(sparse).moe
+    assert moe is not None
+    assert moe.layers == {"gen": {1: SparseLayer(4, 24, 0), 2: SparseLayer(4, 24, 0)}}
+    assert (moe.num_experts, moe.top_k, moe.num_shared_experts) == (4, 2, 0)
+    assert moe.expert_layout("gen", 1).expert_range(3) == (72, 96)
+
+
+def test_a_config_of_the_released_kind_is_taken(sparse: Path) -> None:
+    edit_config(sparse, num_experts_per_tok=None, transformed_und=False)
+    moe = Checkpoint(sparse).moe
+    assert moe is not None
+    assert moe.top_k == 2
+
+
+def test_transformed_true_means_every_layer(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    convert(dense, tmp_path / "s", num_experts=4, top_k=2, layers="all")
+    edit_config(tmp_path / "s", transformed_gen=True)
+    moe = Checkpoint(tmp_path / "s").moe
+    assert moe is not None
+    assert list(moe.layers["gen"]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 3}, "top_k must equal num_experts_per_tok, both 1 to 4, got 3 and 2"),
+        ({"top_k": 50, "num_experts_per_tok": None}, "top_k must be 1 to 4, .* got 50"),
+        ({"top_k": 0, "num_experts_per_tok": 0}, "top_k must be 1 to 4, .* got 0"),
+        ({"top_k": True, "num_experts_per_tok": True}, "top_k must be 1 to 4, .* got True"),
+        ({"top_k": None, "num_experts_per_tok": None}, "got neither top_k nor num_experts_per_tok"),
+        ({"num_experts": 8}, "num_experts must be 4 as the keys say, got 8"),
+        ({"num_experts": None}, "num_experts must be 4 as the keys say, got nothing"),
+        ({"num_shared_experts": 1}, "num_shared_experts must be 0 .* got 1"),
+        ({"num_shared_experts": None}, "num_shared_experts must be 0 .* got nothing"),
+        ({"transformed_gen": None}, r"transformed_gen must be \[1, 2\], .* got nothing"),
+        ({"transformed_gen": True}, r"transformed_gen must be \[1, 2\], .* got True"),
+        ({"transformed_gen": [1]}, r"transformed_gen must be \[1, 2\], .* got \[1\]"),
+        ({"transformed_gen": "1-2"}, "must be true, false or a list of layer indices, got '1-2'"),
+        ({"transformed_gen": [1, 2.0]}, "must be true, false or a list of layer indices"),
+        ({"transformed_und": [1]}, r"transformed_und must be false or absent, .* got \[1\]"),
+        ({"intermediate_size": 95}, "intermediate_size must be what every FFN in the keys has, 96"),
+        ({"hidden_size": 8}, "hidden_size must be what every FFN in the keys has, 16"),
+        ({"num_hidden_layers": 3}, "layers .* must be 0 to 2 .* got 3 too"),
+        ({"num_hidden_layers": 6}, "layers .* must be 0 to 5, got no whole layer 4, 5"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_keys_is_refused(
+    fields: dict[str, Any], message: str, sparse: Path
+) -> None:
+    edit_config(sparse, **fields)
+    with pytest.raises(ValueError, match=message):
+        _ = Checkpoint(sparse).moe
+
+
+def _drop(*names: str) -> Callable[[Weights], None]:
+    def edit(weights: Weights) -> None:
+        for name in names:
+            del weights[LAYER + name]
+
+    return edit
+
+
+def _set(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[Weights], None]:
+    return lambda weights: weights.update({LAYER + name: torch.zeros(*shape, dtype=dtype)})
+
+
+def _rename(old: str, new: str) -> Callable[[Weights], None]:
+    return lambda weights: weights.update({LAYER + new: weights.pop(LAYER + old)})
+
+
+EXPERT_3 = [f"experts.3.{name}_proj.weight" for name in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            _drop(*EXPERT_3),
+            "experts must be 0 to 3 as the 4 rows of gate.weight say, got no expert 3",
+        ),
+        (_drop(EXPERT_3[1]), "must hold all three projections, got no experts.3.up_proj.weight"),
+        (_drop("gate.weight"), "must hold gate.weight, gate_shared.weight, got no gate.weight"),
+        (_drop("gate_shared.weight"), "got no gate_shared.weight"),
+        (
+            _rename(EXPERT_3[0], "experts.3.gate.weight"),
+            "keys must be .* got experts.3.gate.weight",
+        ),
+        (_rename(EXPERT_3[0], "experts.03.gate_proj.weight"), "keys must be"),
+        (_rename("gate.weight", "router.weight"), "keys must be .* got router.weight"),
+        (_set("experts.4.up_proj.weight", 24, 16), "experts must be 0 to 3 .* got 4 too"),
+        (_set("experts.999999.up_proj.weight", 24, 16), "got 999999 too"),
+        (_set("gate_img.weight", 4, 16), "gate_img.weight must be in und blocks only"),
+        (_set("gate_proj.weight", 96, 16), "got both: gate_proj.weight and"),
+        (_set("shared_expert.up_proj.weight", 9, 16), "shared_expert must hold all three"),
+        (_set("experts.3.up_proj.weight", 23, 16), "expert widths must agree, got 23 in"),
+        (_set("experts.3.up_proj.weight", 24, 15), "must have 16 .hidden_size. as dimension 1"),
+        (_set("experts.3.up_proj.weight", 24), "must have 2 dimensions"),
+        (_set("experts.3.up_proj.weight", 24, 16, dtype=torch.float16), "share one floating dtype"),
+        (_set("gate.weight", 5, 16), "got no expert 4"),
+        (_set("gate.weight", 0, 16), "experts must be 0 to 0"),
+        (_set("gate_shared.weight", 2, 16), "gate_shared.weight must have 1 rows"),
+    ],
+)
+def test_missing_extra_and_renamed_tensors_are_named(
+    edit: Callable[[Weights], None], message: str, sparse: Path
+) -> None:
+    edit_weights(sparse, edit)
+    with pytest.raises(ValueError, match=message):
+        _ = Checkpoint(sparse).moe
+
+
+def test_sparse_layers_of_different_kinds_are_refused(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    convert(dense, tmp_path / "a", num_experts=4, top_k=2, layers="1")
+    convert(dense, tmp_path / "b", num_experts=8, top_k=2, layers="2")
+    other = load_file(tmp_path / "b" / "ema.safetensors")
+
+    def mix(weights: Weights) -> None:
+        for key in [k for k in weights if ".layers.2.mlp_moe_gen." in k]:
+            del weights[key]
+        weights.update({k: w for k, w in other.items() if ".layers.2.mlp_moe_gen." in k})
+
+    edit_weights(tmp_path / "a", mix)
+    edit_config(tmp_path / "a", transformed_gen=[1, 2])
+    with pytest.raises(ValueError, match=r"4 x 24 \+ 0, 8 x 12 \+ 0"):
+        _ = Checkpoint(tmp_path / "a").moe
+
+
+def test_a_dense_file_that_claims_sparse_layers_is_refused(tmp_path: Path) -> None:
+    directory = make_dense(tmp_path / "m")
+    edit_config(directory, transformed_gen=[1], num_experts=4, top_k=2)
+    with pytest.raises(ValueError, match=r"transformed_gen must be false or absent, .* got \[1\]"):
+        _ = Checkpoint(directory).moe
+
+
+@pytest.mark.parametrize(
+    "name", ["../m/ema.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b", "", 3, None]
+)
+def test_a_shard_outside_the_directory_is_refused(name: object, tmp_path: Path) -> None:
+    directory = make_dense(tmp_path / "m", num_shards=2)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][next(iter(content["weight_map"]))] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must be a plain name in the same directory"):
+        Checkpoint(directory)
+
+
+def test_an_index_and_its_shards_have_to_agree(tmp_path: Path) -> None:
+    directory = make_dense(tmp_path / "m", num_shards=2)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first, file = next(iter(content["weight_map"].items()))
+    for weight_map, message in [
+        ({**content["weight_map"], "ghost": file}, "must hold 'ghost'"),
+        ({k: f for k, f in content["weight_map"].items() if k != first}, "must be mapped to"),
+        ({**content["weight_map"], "ghost": "gone.safetensors"}, "file must be readable"),
+        ({}, "weight_map must map keys to files"),
+    ]:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            Checkpoint(directory)
+    index.write_text("[")
+    with pytest.raises(ValueError, match="file must be JSON"):
+        Checkpoint(directory)
+
+
+def test_a_directory_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"must hold ema\.safetensors or model\.safetensors or one"
+    ):
+        Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint must be a directory, got nothing there"):
+        Checkpoint(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="checkpoint must be a directory, got a file"):
+        Checkpoint(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_broken_config_is_refused(text: bytes, tmp_path: Path) -> None:
+    directory = make_dense(tmp_path / "m")
+    (directory / "llm_config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"llm_config.json: file must"):
+        _ = Checkpoint(directory).moe
+
+
+def test_a_file_cut_short_while_open_is_a_clear_error(tmp_path: Path) -> None:
+    directory = make_dense(tmp_path / "m")
+    checkpoint = Checkpoint(directory)
+    with (directory / "ema.safetensors").open("r+b") as stream:
+        stream.truncate(checkpoint.spec(checkpoint.keys()[-1]).start)
+    with pytest.raises(RuntimeError, match="file must not change while it is read"):
+        checkpoint.read(checkpoint.keys()[-1])
+
+
+def test_unknown_keys_are_refused_by_name(sparse: Path) -> None:
+    with pytest.raises(ValueError, match=r"key must be one of keys\(\), got 'x'"):
+        Checkpoint(sparse).spec("x")

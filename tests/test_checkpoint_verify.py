@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification finds every planted difference and names where it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import LAYER, edit_config, edit_weights, make_dense
+from torch import Tensor
+
+from sparse_unified.checkpoint import convert, info, verify
+from sparse_unified.checkpoint.matching import find_bijection
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("pair")
+    dense = make_dense(root / "dense")
+    convert(dense, root / "sparse", num_experts=4, top_k=2, num_shared_experts=2)
+    return dense, root / "sparse"
+
+
+@pytest.fixture
+def sparse(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pair[1], tmp_path / "sparse"))
+
+
+def flip(name: str, row: int, column: int) -> Callable[[Weights], None]:
+    """Flips the lowest bit of one element."""
+
+    def edit(weights: Weights) -> None:
+        weights[LAYER + name].view(torch.int32)[row, column] ^= 1
+
+    return edit
+
+
+def swap(first: str, second: str) -> Callable[[Weights], None]:
+    def edit(weights: Weights) -> None:
+        a, b = weights[LAYER + first].clone(), weights[LAYER + second].clone()
+        weights[LAYER + first], weights[LAYER + second] = b, a
+
+    return edit
+
+
+def repeat_neuron(weights: Weights) -> None:
+    for name in ("gate_proj", "up_proj"):
+        weights[f"{LAYER}experts.2.{name}.weight"][3] = weights[f"{LAYER}experts.1.{name}.weight"][
+            0
+        ]
+    weights[f"{LAYER}experts.2.down_proj.weight"][:, 3] = weights[
+        f"{LAYER}experts.1.down_proj.weight"
+    ][:, 0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (flip("experts.3.gate_proj.weight", 5, 0), "expert 3, neuron 5: must be"),
+        (flip("experts.0.up_proj.weight", 15, 15), "expert 0, neuron 15: must be"),
+        (flip("experts.1.down_proj.weight", 9, 2), "expert 1, neuron 2: must be"),
+        (flip("shared_expert.down_proj.weight", 0, 31), "shared expert, neuron 31: must be"),
+        (
+            swap("experts.1.up_proj.weight", "experts.2.up_proj.weight"),
+            "expert 1, neuron 0: must be a dense neuron of its own, but gate_proj is of dense",
+        ),
+        (repeat_neuron, "expert 2, neuron 3: must be .* held by expert 1, neuron 0 already"),
+        (
+            lambda weights: weights[LAYER + "experts.0.up_proj.weight"].fill_(torch.nan),
+            "16 of 96 neurons differ",
+        ),
+        (
+            lambda weights: weights[LAYER + "gate.weight"].fill_(torch.nan),
+            "routers must be finite, got NaN or infinity",
+        ),
+    ],
+)
+def test_a_damaged_expert_is_named(
+    edit: Callable[[Weights], None], message: str, pair: tuple[Path, Path], sparse: Path
+) -> None:
+    edit_weights(sparse, edit)
+    report = verify(sparse, pair[0])
+    assert not report.ok
+    assert [(verdict.layer, verdict.ok) for verdict in report.layers] == [(1, False), (2, True)]
+    assert not report.problems
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError("\n".join(report.layers[0].problems))
+    assert "gen layer 1, " + report.layers[0].problems[0] in report.to_text()
+    json.loads(report.to_json())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda w: w["llm2vae.bias"].view(torch.int32).bitwise_xor_(1),
+            "llm2vae.bias: must be equal, got another value at element 0",
+        ),
+        (lambda w: w.pop("llm2vae.bias"), "got no llm2vae.bias"),
+        (lambda w: w.update({"lora.weight": torch.ones(2)}), "got lora.weight too"),
+        (
+            lambda w: w.update({"llm2vae.bias": torch.ones(3)}),
+            "llm2vae.bias: must be torch.float32",
+        ),
+        (
+            lambda w: w.update({"llm2vae.bias": w["llm2vae.bias"].double()}),
+            "llm2vae.bias: must be torch.float32 .* got torch.float64",
+        ),
+    ],
+)
+def test_any_other_tensor_that_differs_is_named(
+    edit: Callable[[Weights], object], message: str, pair: tuple[Path, Path], sparse: Path
+) -> None:
+    edit_weights(sparse, edit)
+    report = verify(sparse, pair[0])
+    assert not report.ok
+    assert all(verdict.ok for verdict in report.layers)
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError("\n".join(report.problems))
+
+
+def test_other_files_and_fields_that_differ_are_named(
+    pair: tuple[Path, Path], sparse: Path
+) -> None:
+    edit_config(sparse, rms_norm_eps=1e-5)
+    (sparse / "vit_config.json").write_text("{} ")
+    data = bytearray((sparse / "ae.safetensors").read_bytes())
+    data[-1] ^= 1
+    (sparse / "ae.safetensors").write_bytes(bytes(data))
+    problems = "\n".join(verify(sparse, pair[0]).problems)
+    assert "llm_config.json: rms_norm_eps must be 'nothing', got 1e-05" in problems
+    assert "vit_config.json: file must have 2 bytes, got 3" in problems
+    assert f"ae.safetensors: file must be equal, got another value at byte {len(data) - 1}" in (
+        problems
+    )
+
+
+def test_the_sidecar_is_not_consulted(pair: tuple[Path, Path], sparse: Path) -> None:
+    (sparse / "partition.safetensors").write_bytes(b"anything")
+    assert verify(sparse, pair[0]).ok
+
+
+def test_trained_routers_are_reported_and_do_not_count(
+    pair: tuple[Path, Path], sparse: Path
+) -> None:
+    edit_weights(sparse, lambda weights: weights[LAYER + "gate.weight"].fill_(1))
+    report = verify(sparse, pair[0])
+    assert report.ok
+    assert [verdict.routers for verdict in report.layers] == ["trained", "zero"]
+
+
+def test_equal_neurons_may_change_places(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+
+    def prune(weights: Weights) -> None:
+        for name in ("gate_proj", "up_proj"):
+            weights[f"{LAYER}{name}.weight"][10:50] = 0
+        weights[LAYER + "down_proj.weight"][:, 10:50] = 0
+
+    edit_weights(dense, prune)
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    assert verify(tmp_path / "sparse", dense).ok
+
+
+def test_the_bijection_found_is_the_one_written(pair: tuple[Path, Path]) -> None:
+    from sparse_unified.checkpoint import Checkpoint
+    from sparse_unified.checkpoint.sidecar import read_sidecar
+
+    dense, sparse = (Checkpoint(path) for path in pair)
+    assert sparse.moe is not None
+    layout = sparse.moe.expert_layout("gen", 2)
+    index, problems = find_bijection(sparse, dense, "gen", 2, layout)
+    assert not problems
+    assert index is not None
+    written = read_sidecar(pair[1] / "partition.safetensors").neuron_index[2]
+    assert index.tolist() == written.tolist()
+
+
+def test_equal_hashes_are_not_believed(
+    pair: tuple[Path, Path], sparse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_weights(sparse, flip("experts.3.gate_proj.weight", 5, 0))
+
+    class Colliding:
+        """A hash that gives equal neurons equal digests, and the planted one its original's."""
+
+        def __init__(self, data: memoryview, digest_size: int) -> None:
+            self._digest = bytes(data)[4:]
+
+        def digest(self) -> bytes:
+            return self._digest
+
+    monkeypatch.setattr("sparse_unified.checkpoint.matching.blake2b", Colliding)
+    report = verify(sparse, pair[0])
+    assert not report.ok
+    assert "expert 3, neuron 5: gate_proj must be equal" in report.layers[0].problems
+
+
+def test_there_must_be_something_to_compare(pair: tuple[Path, Path]) -> None:
+    dense, sparse = pair
+    with pytest.raises(ValueError, match=r"must have sparse layers .* got a dense checkpoint"):
+        verify(dense, dense)
+    with pytest.raises(ValueError, match=r"must have sparse layers .* got none that are dense"):
+        verify(sparse, sparse)
+
+
+def test_a_wrong_computation_is_seen(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparse_unified.nn import SparseMoE
+
+    right = SparseMoE.forward
+    monkeypatch.setattr(SparseMoE, "forward", lambda self, x: right(self, x) * 1.001)
+    report = verify(pair[1], pair[0])
+    assert not report.ok
+    assert all("output with top_k = 4 must be within" in v.problems[0] for v in report.layers)
+    assert all(verdict.bijection for verdict in report.layers)
+
+
+def test_info_describes_and_never_raises_on_a_disagreement(
+    pair: tuple[Path, Path], sparse: Path
+) -> None:
+    report = info(sparse)
+    assert not report.problems
+    parts = {part.name: part for part in report.components}
+    gen = parts["gen"]
+    assert (gen.layers, gen.sparse_layers) == ((0, 1, 2, 3), (1, 2))
+    assert gen.experts == ("4 x 16 + 32 shared",)
+    # 2 sparse layers, 2 of 4 experts idle, 3 projections of 16 x 16.
+    assert gen.active == gen.parameters - 2 * 2 * 3 * 16 * 16
+    assert parts["und"].sparse_layers == ()
+    assert parts["vae"].parameters == 3
+    assert report.sidecar is not None
+    assert report.sidecar["component"] == "gen"
+    assert "nothing disagrees" in report.to_text()
+    assert json.loads(report.to_json())["top_k"] == 2
+
+    edit_config(sparse, top_k=3, transformed_gen=[1])
+    edit_weights(sparse, lambda weights: weights.pop(LAYER + "experts.1.up_proj.weight"))
+    edit_weights(sparse, lambda weights: weights.update({"lora": torch.ones(2)}))
+    (sparse / "ae.safetensors").write_bytes(b"cut")
+    (sparse / "partition.safetensors").write_bytes(b"cut")
+    problems = info(sparse).problems
+    for text in (
+        "top_k",
+        "transformed_gen",
+        "experts.1.up_proj",
+        "got lora",
+        "ae.saf",
+        "partition",
+    ):
+        assert any(text in problem for problem in problems), text
+    (sparse / "llm_config.json").unlink()
+    assert any("llm_config.json" in problem for problem in info(sparse).problems)
+    assert "disagrees: " in info(sparse).to_text()
