@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything that is done twice. `make help` lists the targets; each works alone and makes what it
+# needs, from a machine with python3 (3.10 or newer, with venv), g++ and make.
+#
+# Variables, on the command line or from the environment:
+#   PYTHON       the interpreter that the environment is made with (python3)
+#   TORCH_SPEC   what pip is given to install torch, an index included (the pin of pyproject.toml)
+#   PIP_ARGS     further arguments of every pip install
+#   PYTEST_ARGS  further arguments of pytest
+# The first three are read when the environment is made; `make distclean` lets you choose again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+unexport PYTHONPATH PYTHONHOME
+
+# The pins live in pyproject.toml, on one line.
+BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+PINNED_TORCH := $(filter torch==%,$(BUILD_REQUIRES))
+
+PYTHON ?= python3
+TORCH_SPEC ?= $(PINNED_TORCH)
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(abspath $(VENV)/bin)
+RUN := PATH="$(BIN):$$PATH"
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# Debian's python3 lacks Python.h; .ci/python_headers puts it here when it is not installed.
+HEADERS := $(abspath $(VENV)/headers)
+export CPATH := $(HEADERS)/python:$(HEADERS)/root$(if $(CPATH),:$(CPATH))
+
+LIBRARY := sparse_unified/_C.abi3.so
+CPP := $(shell find csrc -type f)
+CPP_FORMATTED = $(filter %.h %.cpp %.cu %.cuh,$(CPP))
+TEXTS := $(wildcard *.md *.toml *.py Makefile CMakeLists.txt .ci) \
+  bench csrc docs examples sparse_unified tests
+
+## Environment and library
+
+env: $(VENV)/installed  ## make .venv: torch, the tools, and this tree, editable
+build: $(LIBRARY)  ## compile what changed in csrc
+
+# A new pin, and a tree that was moved or copied, start a new environment.
+TORCH := $(VENV)/$(PINNED_TORCH)
+ifneq ($(shell cat $(VENV)/made-in 2>/dev/null),$(CURDIR))
+$(TORCH): FORCE
+endif
+$(TORCH):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
+	  f"make: PYTHON must be 3.10 or newer, got {sys.version.split()[0]}")'
+	@echo "== $(VENV): $(TORCH_SPEC) (a large download, once)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@.ci/python_headers $(BIN)/python $(HEADERS)
+	@$(PIP) install -q $(PIP_ARGS) $(TORCH_SPEC)
+	@printf '%s' '$(CURDIR)' > $(VENV)/made-in
+	@touch $@
+
+$(VENV)/installed: $(TORCH) pyproject.toml setup.py
+	@echo "== $(VENV): tools, library"
+	@$(PIP) install -q $(PIP_ARGS) $(filter-out torch==%,$(BUILD_REQUIRES))
+	@$(RUN) $(PIP) install -q $(PIP_ARGS) --no-build-isolation -e '.[all]'
+	@touch $(LIBRARY) $@
+
+# Installing compiles too, after make has looked at the times of files; so look again.
+$(LIBRARY): $(CPP) | $(VENV)/installed
+	@if [ ! -f $@ ] || [ -n "$$(find csrc -type f -newer $@ -print -quit)" ]; then \
+	  echo "== $@"; mkdir -p build; \
+	  $(RUN) $(BIN)/python setup.py -q build_ext --inplace > build/library.log 2>&1 || \
+	    { cat build/library.log; exit 1; }; \
+	  touch $@; \
+	fi
+
+## Checks
+
+test: lint types abi ctest pytest  ## all of the checks below
+
+lint: $(VENV)/installed  ## ruff, clang-format, spelling
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_FORMATTED)
+	@$(BIN)/codespell --skip '*.safetensors,*.so,*.png,__pycache__' $(TEXTS)
+
+types: $(VENV)/installed  ## mypy
+	@echo "== types"
+	@$(BIN)/mypy
+
+# The mangled names of torch's own C++ classes and functions must not be imported.
+abi: $(LIBRARY)  ## prove stable torch ABI and abi3
+	@echo "== abi"
+	@! nm -D --undefined-only $(LIBRARY) | grep -E ' _ZNK?[0-9A-Z]*(2at|3c10|5torch)'
+	@if [ -x $(BIN)/torch-abi-audit ]; then $(BIN)/torch-abi-audit --check both $(LIBRARY); \
+	else echo "torch-abi-audit needs Python 3.11: only the imported names were checked"; fi
+
+kernels: $(VENV)/installed  ## the kernels without torch, their C++ tests and numpy module
+	@echo "== kernels"
+	@$(RUN) cmake -S . -B build/cmake -G Ninja --log-level=WARNING \
+	  -DPython_EXECUTABLE=$(BIN)/python $$(if [ -d $(HEADERS) ]; then \
+	  echo -DPython_INCLUDE_DIR=$(HEADERS)/python; fi)
+	@$(RUN) cmake --build build/cmake
+
+ctest: kernels  ## run the C++ tests
+	@echo "== ctest"
+	@$(RUN) ctest --test-dir build/cmake --output-on-failure
+
+pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+## Use
+
+demo: $(LIBRARY)  ## from nothing to a table and a picture under demo/
+	@$(RUN) python examples/demo.py --out demo
+
+bench: $(LIBRARY)  ## the speed of the block beside its baselines, on the CPU
+	@$(RUN) sparse-unified bench --device cpu
+
+docs: $(VENV)/installed  ## fill the measured numbers into the docs from bench/results
+	@$(BIN)/python docs/render.py
+
+wheel: $(VENV)/installed  ## wheel and source archive in dist/
+	@rm -rf build/lib* build/bdist* dist
+	@$(RUN) $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	@$(RUN) python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > build/sdist.log
+	@ls -l dist
+
+clean:  ## remove what was built, keep the environment
+	@rm -rf build dist demo *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the environment too
+	@rm -rf $(VENV)
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+FORCE:
+.PHONY: env build test lint types abi kernels ctest pytest demo bench docs wheel clean distclean help FORCE
