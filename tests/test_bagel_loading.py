@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sparse_unified.bagel import BagelPipeline, SpecialTokens, load_bagel
 from sparse_unified.bagel.loading import find_model, official_tensors
+from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.testing import read_case
@@ -228,6 +229,19 @@ def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ValueError, match=r"can be downloaded, got 'owner/name': no network$"):
         find_model("owner/name")
+
+
+def test_missing_package_says_what_to_install() -> None:
+    with pytest.raises(ImportError, match=r"no_such_package must be installed .*\[bagel\]"):
+        optional("no_such_package.part")
+
+
+def test_importing_the_package_leaves_heavy_ones_alone() -> None:
+    heavy = "transformers", "PIL", "huggingface_hub", "tokenizers"
+    code = "import sys, sparse_unified.bagel, sparse_unified.testing, sparse_unified.fixtures"
+    code += f"; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_cases_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class BagelPipeline:
 
         Raises:
             ValueError: there is no such model, or its files are damaged or disagree.
-            ImportError: a package of the `bagel` extra is missing.
+            ImportError: the `bagel` extra is not installed.
         """
         directory = find_model(name)
         tokenizer = Tokenizer.from_directory(directory)
@@ -105,8 +105,8 @@ class BagelPipeline:
 
         Args:
             prompts: one text or several.
-            images: pictures to edit: for one text a picture or a list; for several texts a list
-                with an entry for each (a picture, a list, or None).
+            images: pictures to edit: for one text a picture or a list; for several texts a list of
+                such, or None, one for each.
             seed: one per image; a single number is counted up from image to image; None is random.
                 The same prompt and seed give the same image alone or among others.
             size: (height, width) in pixels, multiples of 16; one for all or one per prompt. None is
@@ -199,9 +199,7 @@ class BagelPipeline:
             ValueError, TypeError: an argument is out of range.
         """
         where = "chat"
-        if not isinstance(prompt, str):
-            raise TypeError(f"{where}: prompt must be a string, got {type(prompt).__name__}")
-        inputs.check_prompts(prompt, where=where)
+        inputs.check_prompts(prompt if isinstance(prompt, str) else [prompt], where=where)
         pictures = inputs.check_images(images, prompt, where=where)[0]
         seeds = inputs.check_seeds(seed, 1, where=where)
         start = clock.perf_counter()

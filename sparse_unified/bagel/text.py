@@ -53,10 +53,7 @@ def generate_tokens(
     active = list(range(len(pasts)))
     for _ in range(max_length - 1):
         logits = model.next_logits([pasts[i] for i in active], [texts[i][-1] for i in active])
-        chosen = [
-            _choose(row, temperature, generators[i])
-            for i, row in zip(active, logits.cpu(), strict=True)
-        ]
+        chosen = _choose(logits, temperature, [generators[i] for i in active])
         for i, token in zip(active, chosen, strict=True):
             if token != special.eos:
                 texts[i].append(token)
@@ -66,8 +63,14 @@ def generate_tokens(
     return texts
 
 
-def _choose(logits: Tensor, temperature: float | None, generator: torch.Generator) -> int:
+def _choose(
+    logits: Tensor, temperature: float | None, generators: Sequence[torch.Generator]
+) -> list[int]:
     if temperature is None:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        return logits.argmax(dim=-1).tolist()
+    # Drawn on the CPU, so that a seed means the same on every device.
+    probabilities = torch.softmax(logits / temperature, dim=-1).cpu()
+    return [
+        int(torch.multinomial(row, 1, generator=generator))
+        for row, generator in zip(probabilities, generators, strict=True)
+    ]
