@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor we
   y = with_dense_rows(y);
   weights = torch::stable::contiguous(weights);
   token_rows = torch::stable::contiguous(token_rows);
-  check_indices(kOp, "token_rows", token_rows, y.size(0));
+  check_bijection(kOp, "token_rows", token_rows, y.size(0));
 
   Tensor grad_y = empty_like_sized(y, {needs_y ? y.size(0) : 0, y.size(1)});
   Tensor grad_weights =

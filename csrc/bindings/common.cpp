@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
+#include <vector>
 
 namespace sparse_unified {
 
@@ -73,6 +74,18 @@ void check_indices(const char* op, const char* argument, const Tensor& indices, 
   for (int64_t i = 0; i < indices.numel(); ++i) {
     check(data[i] >= 0 && data[i] < limit, op, argument,
           "hold indices from 0 to " + std::to_string(limit - 1), data[i], " at position ", i);
+  }
+}
+
+void check_bijection(const char* op, const char* argument, const Tensor& indices, int64_t limit) {
+  check(indices.numel() == limit, op, argument,
+        "hold " + std::to_string(limit) + " indices, one for each row", indices.numel());
+  check_indices(op, argument, indices, limit);
+  const auto* data = static_cast<const int32_t*>(indices.const_data_ptr());
+  std::vector<bool> seen(static_cast<size_t>(limit));
+  for (int64_t i = 0; i < limit; ++i) {
+    check(!seen[data[i]], op, argument, "name every row once", data[i], " again at position ", i);
+    seen[data[i]] = true;
   }
 }
 

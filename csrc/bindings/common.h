@@ -42,6 +42,9 @@ void check_size(const char* op, const char* argument, const Tensor& tensor, int6
 // Every index lies in [0, limit); the CPU can afford to look.
 void check_indices(const char* op, const char* argument, const Tensor& indices, int64_t limit);
 
+// Every index of [0, limit) occurs once.
+void check_bijection(const char* op, const char* argument, const Tensor& indices, int64_t limit);
+
 // The tensor itself when its rows are dense, a contiguous copy otherwise.
 Tensor with_dense_rows(const Tensor& tensor);
 

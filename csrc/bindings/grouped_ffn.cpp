@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the expert FFN on the CPU. The rows of an expert are cut into tasks that threads take
-// without waiting for each other. fp32 on AVX-512 runs the fused kernel of csrc/cpu; other dtypes and
-// machines, and the few rows of a decoding step, run torch's GEMMs on gathered rows.
+// without waiting for each other. fp32 on AVX-512 runs the fused kernel of csrc/cpu; other dtypes
+// and machines, and the few rows of a decoding step, run torch's GEMMs on gathered rows.
 #include "bindings/grouped_ffn.h"
 
 #include "bindings/ops.h"
@@ -76,8 +76,8 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
   const std::vector<ExpertRows> tasks = ffn.split(kKernelTaskRows, kKernelRowMultiple);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
   const int64_t workers = num_workers(num_tasks);
-  const Workspace workspace(
-      ffn.x, workers, 4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
+  const Workspace workspace(ffn.x, workers,
+                            4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
   const LibraryPath library(ffn, y, nullptr, workers, kKernelLeastRows);
   const GroupedFfnParams params = ffn.kernel_params();
   const auto* row_token = static_cast<const int32_t*>(ffn.row_token.const_data_ptr());

@@ -102,13 +102,14 @@ GroupedFfnParams GroupedFfn::kernel_params() const {
 }
 
 void GroupedFfn::gather(const ExpertRows& rows, void* out) const {
-  PermuteParams params{};
+  GatherRowsParams params{};
   params.x = x.const_data_ptr();
   params.x_stride_bytes = x.stride(0) * element_bytes(dtype);
   params.row_token = static_cast<const int32_t*>(row_token.const_data_ptr()) + rows.begin;
   params.y = out;
   params.row_bytes = hidden_size * element_bytes(dtype);
-  permute_cpu(params, 0, rows.count());
+  params.num_rows = rows.count();
+  gather_rows_cpu(params);
 }
 
 Tensor GroupedFfn::expert_rows(const Tensor& weight, int64_t expert) const {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // grouped_ffn and combine in one pass over blocks of tokens. A block runs all experts on its own
 // tokens and adds their weighted rows to its own part of the output, in the order of the experts: y
-// [R, D] never exists (59 MB for 1024 tokens at 32/16, mostly page faults), all blocks cost the same
-// whatever the routing, and no thread waits for another.
+// [R, D] never exists (59 MB for 1024 tokens at 32/16, mostly page faults), all blocks cost the
+// same whatever the routing, and no thread waits for another.
 #include <algorithm>
 #include <cstring>
 
@@ -102,16 +102,16 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
   check_size(kOp, "weights", weights, 1, token_rows.size(1), "the columns of token_rows");
   weights = torch::stable::contiguous(weights);
   token_rows = torch::stable::contiguous(token_rows);
-  check_indices(kOp, "token_rows", token_rows, ffn.num_rows);
+  check_bijection(kOp, "token_rows", token_rows, ffn.num_rows);
   check_row_order(kOp, ffn);
 
   Tensor out = empty_like_sized(ffn.x, {num_tokens, ffn.hidden_size});
   const TokenBlocks blocks(ffn, weights, token_rows, out);
-  const int64_t rounds = (num_tokens + kMaxBlockTokens * num_threads - 1) /
-                         (kMaxBlockTokens * num_threads);
+  const int64_t rounds =
+      (num_tokens + kMaxBlockTokens * num_threads - 1) / (kMaxBlockTokens * num_threads);
   const int64_t num_blocks = rounds * num_threads;
-  const Workspace workspace(
-      ffn.x, num_threads, 4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
+  const Workspace workspace(ffn.x, num_threads,
+                            4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
   parallel_tasks(num_blocks, [&](int64_t block, int64_t worker) {
     blocks.run(num_tokens * block / num_blocks, num_tokens * (block + 1) / num_blocks,
                reinterpret_cast<float*>(workspace.get(worker)));

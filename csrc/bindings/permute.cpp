@@ -18,17 +18,27 @@ Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
         "hold one entry for each of the " + std::to_string(row_token.numel()) + " rows", "shape ",
         shape_text(token_rows));
   row_token = torch::stable::contiguous(row_token);
-  check_indices(kOp, "row_token", row_token, x.size(0));
+  token_rows = torch::stable::contiguous(token_rows);
+  check_bijection(kOp, "token_rows", token_rows, row_token.size(0));
+  const auto* tokens = static_cast<const int32_t*>(row_token.const_data_ptr());
+  const auto* rows = static_cast<const int32_t*>(token_rows.const_data_ptr());
+  const int64_t top_k = token_rows.size(1);
+  for (int64_t slot = 0; slot < token_rows.numel(); ++slot) {
+    check(tokens[rows[slot]] == slot / top_k, kOp, "row_token",
+          "name the token whose rows token_rows lists", tokens[rows[slot]], " at row ", rows[slot],
+          " of token ", slot / top_k);
+  }
   x = with_dense_rows(x);
 
   Tensor y = empty_like_sized(x, {row_token.size(0), x.size(1)});
   PermuteParams params{};
   params.x = x.const_data_ptr();
   params.x_stride_bytes = x.stride(0) * element_bytes(dtype);
-  params.row_token = static_cast<const int32_t*>(row_token.const_data_ptr());
+  params.token_rows = rows;
   params.y = y.mutable_data_ptr();
   params.row_bytes = x.size(1) * element_bytes(dtype);
-  torch::stable::parallel_for(0, row_token.size(0), 64,
+  params.top_k = top_k;
+  torch::stable::parallel_for(0, x.size(0), 16,
                               [&](int64_t begin, int64_t end) { permute_cpu(params, begin, end); });
   return y;
 }

@@ -5,9 +5,9 @@
 // A vector holds 16 tokens, and a panel of 32 (or, at the end, 16) tokens is laid out [D][tokens],
 // transposed while gathering. Every product is then a weight, broadcast from where it lies, times
 // two vectors of tokens: weights are read in place, never packed, so an expert of 148 neurons costs
-// what its share of a dense FFN does. SwiGLU is applied to the accumulators, and the hidden panel is
-// already in the layout the down-projection wants. A library GEMM would gather, pack x twice, store
-// and load gate, up and hidden, and pack hidden: 15 to 20 % of the time at h = 296.
+// what its share of a dense FFN does. SwiGLU is applied to the accumulators, and the hidden panel
+// is already in the layout the down-projection wants. A library GEMM would gather, pack x twice,
+// store and load gate, up and hidden, and pack hidden: 15 to 20 % of the time at h = 296.
 #include "sparse_unified/grouped_ffn.h"
 
 #include <algorithm>
@@ -29,7 +29,8 @@ constexpr int64_t kTilePairs = 7;
 constexpr int64_t kTileRows = 14;
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
-// Gathered rows worked on at once: they, their hidden panels and a tile of weights share 2 MB of L2.
+// Gathered rows worked on at once: they, their hidden panels and a tile of weights share 2 MB of
+// L2.
 constexpr int64_t kChunkFloats = 1 << 18;
 
 int64_t chunk_rows(int64_t hidden_size) {
@@ -37,20 +38,11 @@ int64_t chunk_rows(int64_t hidden_size) {
                     8 * kPanelRows);
 }
 
-// total[r][v] = sum_k weight[r][k] * panel[k][v] for kRows rows of a weight.
-template <int64_t kRows, int64_t kVectors>
-struct Tile {
-  Float total[kRows][kVectors];
-};
-
+// sums[r][v] = sum_k weight[r][k] * panel[k][v]; even rows from `first`, odd rows from `second`.
 template <int64_t kRows, int64_t kVectors>
 SPARSE_UNIFIED_INLINE void dot_tile(const float* first, int64_t first_stride, const float* second,
                                     int64_t second_stride, const float* panel, int64_t n,
-                                    Tile<kRows, kVectors>& tile) {
-  // Rows alternate between the two weights; for one weight, `second` is its next row.
-  for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) tile.total[r][v] = Float{};
-  }
+                                    Float (&sums)[kRows][kVectors]) {
   for (int64_t block = 0; block < n; block += kSumBlock) {
     const int64_t block_end = std::min(block + kSumBlock, n);
     Float acc[kRows][kVectors] = {};
@@ -59,17 +51,21 @@ SPARSE_UNIFIED_INLINE void dot_tile(const float* first, int64_t first_stride, co
       for (int64_t v = 0; v < kVectors; ++v) values[v] = load(panel + (k * kVectors + v) * kLanes);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kRows; ++r) {
-        const float* row = r % 2 == 0 ? first + r / 2 * first_stride : second + r / 2 * second_stride;
+        const float* row =
+            r % 2 == 0 ? first + r / 2 * first_stride : second + r / 2 * second_stride;
         for (int64_t v = 0; v < kVectors; ++v) acc[r][v] += row[k] * values[v];
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t v = 0; v < kVectors; ++v) tile.total[r][v] += acc[r][v];
+      for (int64_t v = 0; v < kVectors; ++v) {
+        sums[r][v] = block == 0 ? acc[r][v] : sums[r][v] + acc[r][v];
+      }
     }
   }
 }
 
-// Transposes 16 x 16 in place: in step `width`, rows i and i + width swap their off-diagonal blocks.
+// Transposes 16 x 16 in place: in step `width`, rows i and i + width swap their off-diagonal
+// blocks.
 template <int64_t kWidth>
 SPARSE_UNIFIED_INLINE void transpose_step(Float (&rows)[kLanes]) {
   Int low;
@@ -123,13 +119,12 @@ template <int64_t kPairs, int64_t kVectors>
 SPARSE_UNIFIED_AVX512 void hidden_tile(const float* gate, int64_t gate_stride, const float* up,
                                        int64_t up_stride, const float* panel, int64_t hidden_size,
                                        float* hidden) {
-  Tile<2 * kPairs, kVectors> tile;
-  dot_tile(gate, gate_stride, up, up_stride, panel, hidden_size, tile);
+  Float sums[2 * kPairs][kVectors];
+  dot_tile(gate, gate_stride, up, up_stride, panel, hidden_size, sums);
   for (int64_t pair = 0; pair < kPairs; ++pair) {
     for (int64_t v = 0; v < kVectors; ++v) {
-      const Float g = tile.total[2 * pair][v];
-      store(hidden + (pair * kVectors + v) * kLanes,
-            g * sigmoid(g) * tile.total[2 * pair + 1][v]);
+      const Float g = sums[2 * pair][v];
+      store(hidden + (pair * kVectors + v) * kLanes, g * sigmoid(g) * sums[2 * pair + 1][v]);
     }
   }
 }
@@ -138,10 +133,10 @@ SPARSE_UNIFIED_AVX512 void hidden_tile(const float* gate, int64_t gate_stride, c
 template <int64_t kRows, int64_t kVectors>
 SPARSE_UNIFIED_AVX512 void output_tile(const float* down, int64_t down_stride, const float* hidden,
                                        int64_t expert_width, float* y) {
-  Tile<kRows, kVectors> tile;
-  dot_tile(down, 2 * down_stride, down + down_stride, 2 * down_stride, hidden, expert_width, tile);
+  Float sums[kRows][kVectors];
+  dot_tile(down, 2 * down_stride, down + down_stride, 2 * down_stride, hidden, expert_width, sums);
   for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) store(y + (r * kVectors + v) * kLanes, tile.total[r][v]);
+    for (int64_t v = 0; v < kVectors; ++v) store(y + (r * kVectors + v) * kLanes, sums[r][v]);
   }
 }
 
@@ -200,20 +195,6 @@ SPARSE_UNIFIED_AVX512 void scatter_panel(const GroupedFfnRows& rows, int64_t fir
   }
 }
 
-// One panel of the output: all D of them from its hidden panel, through y [D][tokens].
-template <int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void output_panel(const GroupedFfnParams& params, const GroupedFfnRows& rows,
-                                        int64_t first, int64_t count, const float* hidden,
-                                        float* y) {
-  const float* down = params.down_proj + rows.expert * params.expert_width;
-  for (int64_t d = 0; d < params.hidden_size; d += kTileRows) {
-    output_tile_of<kVectors>(std::min(kTileRows, params.hidden_size - d),
-                             down + d * params.down_stride, params.down_stride, hidden,
-                             params.expert_width, y + d * kVectors * kLanes);
-  }
-  scatter_panel<kVectors>(rows, first, count, y, params.hidden_size);
-}
-
 // Rows [first, first + count) through all three products; panels is [count / 32][D][32].
 SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const GroupedFfnRows& rows,
                                      int64_t first, int64_t count, float* workspace) {
@@ -221,7 +202,6 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
   const int64_t max_rows = chunk_rows(params.hidden_size);
   float* panels = workspace;
   float* hidden = panels + max_rows * params.hidden_size;
-  float* y = hidden + max_rows * width;
 
   for (int64_t row = 0; row < count; row += kPanelRows) {
     const int64_t in_panel = std::min(kPanelRows, count - row);
@@ -233,7 +213,7 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
     }
   }
 
-  // A tile of weights stays in L1 and L2 while every panel passes by.
+  // A tile of weights stays in the cache while every panel passes by.
   for (int64_t j = 0; j < width; j += kTilePairs) {
     const int64_t pairs = std::min(kTilePairs, width - j);
     const float* gate = params.gate_proj + (rows.expert * width + j) * params.gate_stride;
@@ -251,13 +231,30 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
     }
   }
 
-  // The hidden panel stays in L1 while the down-projection passes by.
+  // Same again for the outputs, which take the place of the gathered rows.
+  const float* down = params.down_proj + rows.expert * width;
+  for (int64_t d = 0; d < params.hidden_size; d += kTileRows) {
+    const int64_t outputs = std::min(kTileRows, params.hidden_size - d);
+    const float* weights = down + d * params.down_stride;
+    for (int64_t row = 0; row < count; row += kPanelRows) {
+      float* y = panels + row * params.hidden_size;
+      if (count - row > kLanes) {
+        output_tile_of<2>(outputs, weights, params.down_stride, hidden + row * width, width,
+                          y + d * 2 * kLanes);
+      } else {
+        output_tile_of<1>(outputs, weights, params.down_stride, hidden + row * width, width,
+                          y + d * kLanes);
+      }
+    }
+  }
+
   for (int64_t row = 0; row < count; row += kPanelRows) {
     const int64_t in_panel = std::min(kPanelRows, count - row);
+    const float* y = panels + row * params.hidden_size;
     if (in_panel > kLanes) {
-      output_panel<2>(params, rows, first + row, in_panel, hidden + row * width, y);
+      scatter_panel<2>(rows, first + row, in_panel, y, params.hidden_size);
     } else {
-      output_panel<1>(params, rows, first + row, in_panel, hidden + row * width, y);
+      scatter_panel<1>(rows, first + row, in_panel, y, params.hidden_size);
     }
   }
 }
@@ -280,7 +277,7 @@ void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows,
 }
 
 int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width) {
-  return chunk_rows(hidden_size) * (hidden_size + expert_width) + kPanelRows * hidden_size;
+  return chunk_rows(hidden_size) * (hidden_size + expert_width);
 }
 
 #else

@@ -43,7 +43,9 @@ SPARSE_UNIFIED_INLINE Float broadcast(float v) {
 }
 
 // Storage bits of 16-bit types to fp32 and back, nearest, ties to even.
-SPARSE_UNIFIED_INLINE Float widen(BFloat16, const UInt& bits) { return bit_cast<Float>(bits << 16); }
+SPARSE_UNIFIED_INLINE Float widen(BFloat16, const UInt& bits) {
+  return bit_cast<Float>(bits << 16);
+}
 
 SPARSE_UNIFIED_INLINE Float widen(Float16, const UInt& bits) {
   // Half and float differ by 112 in exponent bias; the multiplication also lifts subnormals.
@@ -70,8 +72,8 @@ SPARSE_UNIFIED_INLINE UInt narrow(Float16, const Float& value) {
   const UInt subnormal = bit_cast<UInt>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000u;
   const UInt infinity = UInt{} + 0x7c00u;
   const UInt nan = UInt{} + 0x7e00u;
-  UInt result = magnitude < 0x38800000u ? subnormal : normal;    // below 2^-14
-  result = magnitude >= 0x477ff000u ? infinity : result;         // 65520 and more
+  UInt result = magnitude < 0x38800000u ? subnormal : normal;  // below 2^-14
+  result = magnitude >= 0x477ff000u ? infinity : result;       // 65520 and more
   result = magnitude > 0x7f800000u ? nan : result;
   return (bits >> 16 & 0x8000u) | result;
 }

@@ -121,10 +121,10 @@ py::tuple route_topk(const py::array& x_in, const py::array& gate_in, int64_t to
   Dense<float> logits = empty<float>({num_tokens, num_experts});
   Dense<float> topk_logits = empty<float>({num_tokens, top_k});
   Dense<int32_t> topk_idx = empty<int32_t>({num_tokens, top_k});
-  route_topk_cpu({dtype, x.data(), hidden_size, gate_t.data(), logits.mutable_data(),
-                  topk_logits.mutable_data(), topk_idx.mutable_data(), hidden_size, num_experts,
-                  top_k},
-                 0, num_tokens);
+  route_topk_cpu(
+      {dtype, x.data(), hidden_size, gate_t.data(), logits.mutable_data(),
+       topk_logits.mutable_data(), topk_idx.mutable_data(), hidden_size, num_experts, top_k},
+      0, num_tokens);
   return py::make_tuple(logits, topk_logits, topk_idx);
 }
 
@@ -134,9 +134,9 @@ py::tuple sort_by_expert(const Dense<int32_t>& topk_idx, int64_t num_experts) {
   Dense<int32_t> offsets = empty<int32_t>({num_experts + 1});
   Dense<int32_t> row_token = empty<int32_t>({topk_idx.size()});
   Dense<int32_t> token_rows = empty<int32_t>({topk_idx.shape(0), topk_idx.shape(1)});
-  const SortByExpertParams params{topk_idx.data(),           offsets.mutable_data(),
-                                  row_token.mutable_data(),  token_rows.mutable_data(),
-                                  topk_idx.size(),           num_experts,
+  const SortByExpertParams params{topk_idx.data(),          offsets.mutable_data(),
+                                  row_token.mutable_data(), token_rows.mutable_data(),
+                                  topk_idx.size(),          num_experts,
                                   topk_idx.shape(1)};
   if (find_bad_expert(params) >= 0) throw py::value_error("topk_idx must be from 0 to E - 1");
   sort_by_expert_cpu(params);
@@ -151,15 +151,19 @@ void check_range(const char* name, const Dense<int32_t>& indices, int64_t limit)
   }
 }
 
-py::array permute(const py::array& x_in, const Dense<int32_t>& row_token,
+py::array permute(const py::array& x_in, const Dense<int32_t>& token_rows,
                   const std::string& dtype_name) {
   const DType dtype = parse_dtype(dtype_name);
   const py::array x = checked("x", x_in, dtype, 2);
-  check_range("row_token", row_token, x.shape(0));
-  py::array y = empty_like(x, {row_token.size(), x.shape(1)});
+  if (token_rows.ndim() != 2 || token_rows.shape(0) != x.shape(0)) {
+    throw py::value_error("token_rows must be [T, K]");
+  }
+  check_range("token_rows", token_rows, token_rows.size());
+  py::array y = empty_like(x, {token_rows.size(), x.shape(1)});
   const int64_t row_bytes = x.shape(1) * element_bytes(dtype);
-  permute_cpu({x.data(), row_bytes, row_token.data(), y.mutable_data(), row_bytes}, 0,
-              row_token.size());
+  permute_cpu(
+      {x.data(), row_bytes, token_rows.data(), y.mutable_data(), row_bytes, token_rows.shape(1)}, 0,
+      x.shape(0));
   return y;
 }
 
@@ -173,8 +177,8 @@ py::array combine(const py::array& y_in, const std::optional<Dense<float>>& weig
   }
   check_range("token_rows", token_rows, y.shape(0));
   py::array out = empty_like(y, {token_rows.shape(0), y.shape(1)});
-  combine_cpu({dtype, y.data(), y.shape(1), weights ? weights->data() : nullptr,
-               token_rows.data(), out.mutable_data(), y.shape(1), token_rows.shape(1)},
+  combine_cpu({dtype, y.data(), y.shape(1), weights ? weights->data() : nullptr, token_rows.data(),
+               out.mutable_data(), y.shape(1), token_rows.shape(1)},
               0, token_rows.shape(0));
   return out;
 }

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // combine, its backward and permute against plain loops.
-#include "sparse_unified/combine.h"
-
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
 #include "check.h"
+#include "sparse_unified/combine.h"
 #include "sparse_unified/permute.h"
 
 namespace sparse_unified::test {
@@ -33,9 +32,7 @@ struct Case {
     std::iota(token_rows.get(), token_rows.get() + num_rows, 0);
     std::shuffle(token_rows.get(), token_rows.get() + num_rows, random);
   }
-  double at(int64_t row, int64_t column) {
-    return Traits<T>::value(y[row * stride + column]);
-  }
+  double at(int64_t row, int64_t column) { return Traits<T>::value(y[row * stride + column]); }
 
   int64_t num_rows;
   int64_t stride;
@@ -48,14 +45,9 @@ template <typename T>
 void test_forward(const Shape& shape, bool has_weights, Random& random) {
   Case<T> c(shape, random);
   Array<T> out(shape.num_tokens * shape.hidden_size, shape.lead);
-  const CombineParams params{Traits<T>::kDType,
-                             c.y.get(),
-                             c.stride,
-                             has_weights ? c.weights.get() : nullptr,
-                             c.token_rows.get(),
-                             out.get(),
-                             shape.hidden_size,
-                             shape.top_k};
+  const CombineParams params{
+      Traits<T>::kDType,  c.y.get(), c.stride,          has_weights ? c.weights.get() : nullptr,
+      c.token_rows.get(), out.get(), shape.hidden_size, shape.top_k};
   // Two calls, as two threads would make them.
   combine_cpu(params, 0, shape.num_tokens / 2);
   combine_cpu(params, shape.num_tokens / 2, shape.num_tokens);
@@ -83,10 +75,10 @@ void test_backward(const Shape& shape, Random& random) {
   Array<T> grad_y(c.num_rows * shape.hidden_size);
   Array<float> grad_weights(c.num_rows);
   fill_normal(grad_out, 1.0, random);
-  combine_backward_cpu({Traits<T>::kDType, grad_out.get(), c.stride, c.y.get(), c.stride,
-                        c.weights.get(), c.token_rows.get(), grad_y.get(), grad_weights.get(),
-                        shape.hidden_size, shape.top_k},
-                       0, shape.num_tokens);
+  combine_backward_cpu(
+      {Traits<T>::kDType, grad_out.get(), c.stride, c.y.get(), c.stride, c.weights.get(),
+       c.token_rows.get(), grad_y.get(), grad_weights.get(), shape.hidden_size, shape.top_k},
+      0, shape.num_tokens);
   for (int64_t slot = 0; slot < c.num_rows; ++slot) {
     const int64_t row = c.token_rows[slot];
     double dot = 0;
@@ -116,11 +108,22 @@ void test_permute(const Shape& shape, Random& random) {
   for (int64_t r = 0; r < num_rows; ++r) {
     row_token[r] = static_cast<int32_t>(random() % static_cast<uint64_t>(shape.num_tokens));
   }
-  permute_cpu({x.get(), stride * static_cast<int64_t>(sizeof(T)), row_token.get(), y.get(),
-               shape.hidden_size * static_cast<int64_t>(sizeof(T))},
-              0, num_rows);
+  gather_rows_cpu({x.get(), stride * static_cast<int64_t>(sizeof(T)), row_token.get(), y.get(),
+                   shape.hidden_size * static_cast<int64_t>(sizeof(T)), num_rows});
   for (int64_t i = 0; i < y.size(); ++i) {
     const int64_t token = row_token[i / shape.hidden_size];
+    check_equal("gather_rows", i, Traits<T>::value(y[i]),
+                Traits<T>::value(x[token * stride + i % shape.hidden_size]));
+  }
+
+  // Slot i goes to row num_rows - 1 - i.
+  Array<int32_t> token_rows(num_rows);
+  for (int64_t i = 0; i < num_rows; ++i) token_rows[i] = static_cast<int32_t>(num_rows - 1 - i);
+  permute_cpu({x.get(), stride * static_cast<int64_t>(sizeof(T)), token_rows.get(), y.get(),
+               shape.hidden_size * static_cast<int64_t>(sizeof(T)), shape.top_k},
+              0, shape.num_tokens);
+  for (int64_t i = 0; i < y.size(); ++i) {
+    const int64_t token = (num_rows - 1 - i / shape.hidden_size) / shape.top_k;
     check_equal("permute", i, Traits<T>::value(y[i]),
                 Traits<T>::value(x[token * stride + i % shape.hidden_size]));
   }
