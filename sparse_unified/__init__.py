@@ -1,9 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse mixture-of-experts FFNs for unified multimodal models.
 
-Data flows one way: checkpoint files -> partition -> nn modules -> ops -> C++ kernels.
+Data flows one way: checkpoint files -> partition -> nn modules -> ops -> C++ kernels. Importing the
+package loads the C++ library; everything else is imported when it is first asked for.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from sparse_unified import _library  # noqa: F401  (registers torch.ops.sparse_unified)
 
+if TYPE_CHECKING:
+    from sparse_unified import bagel, checkpoint, nn, ops, partition, swap, testing
+    from sparse_unified.swap import (
+        MoEConfig,
+        SwappedLayer,
+        SwapReport,
+        apply_moe_,
+        load_moe_,
+        restore_,
+    )
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "MoEConfig",
+    "SwapReport",
+    "SwappedLayer",
+    "__version__",
+    "apply_moe_",
+    "bagel",
+    "checkpoint",
+    "load_moe_",
+    "nn",
+    "ops",
+    "partition",
+    "restore_",
+    "swap",
+    "testing",
+]
+
+_MODULES = ("bagel", "checkpoint", "nn", "ops", "partition", "swap", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.swap"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

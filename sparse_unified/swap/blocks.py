@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the sparse block that takes the place of a dense FFN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_unified.checkpoint import Checkpoint, keys
+from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.nn import SparseMoE
+from sparse_unified.partition import ExpertLayout
+from sparse_unified.swap.find import DenseWeights, Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A checked replacement: nothing about it can fail any more but memory and files."""
+
+    target: Target
+    weights: DenseWeights
+    layout: ExpertLayout
+    top_k: int
+    return_router_logits: bool
+
+    def empty_block(self, device: torch.device | str) -> SparseMoE:
+        """Returns the block with the mode, dtype and requires_grad of the dense FFN.
+
+        Routers are zero, expert weights uninitialised. No random numbers are drawn.
+        """
+        gate_proj = self.weights.gate_proj
+        block = SparseMoE(
+            gate_proj.shape[1],
+            self.layout.intermediate_size,
+            self.layout.num_experts,
+            self.top_k,
+            self.layout.num_shared_experts,
+            shared_intermediate_size=self.layout.shared_intermediate_size,
+            gate_img=self.target.component == "und",
+            return_router_logits=self.return_router_logits,
+            device="meta",
+            dtype=gate_proj.dtype,
+        ).to_empty(device=device)
+        for router in (block.gate, block.gate_shared, block.gate_img):
+            if router is not None:
+                torch.nn.init.zeros_(router.weight)
+        for name in keys.PROJECTIONS:
+            trained = getattr(self.target.ffn, name).weight.requires_grad
+            getattr(block, name).requires_grad_(trained)
+        return block.train(self.target.ffn.training)
+
+
+def permuted_block(plan: Plan, neuron_index: Tensor) -> SparseMoE:
+    """Returns the block with the dense weights in expert order, bit for bit.
+
+    Args:
+        neuron_index: [I] int64, position in expert order -> dense neuron.
+    """
+    device = plan.weights.gate_proj.device
+    block = plan.empty_block(device)
+    neuron_index = neuron_index.to(device)
+    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        fused = getattr(block, name).data
+        torch.index_select(getattr(plan.weights, name), dim, neuron_index, out=fused)
+    return block
+
+
+def check_keys(plan: Plan, checkpoint: Checkpoint) -> list[str]:
+    """Returns a phrase for each tensor that is missing, extra or misshapen in the file."""
+    prefix = keys.ffn_prefix(plan.target.component, plan.target.layer)
+    wanted = {
+        prefix + key: list(view.shape)
+        for key, view in plan.empty_block("meta").official_views().items()
+    }
+    found = {
+        key: list(spec.shape) for key, spec in checkpoint.specs.items() if key.startswith(prefix)
+    }
+    return [
+        *(f"missing {key} {wanted[key]}" for key in wanted if key not in found),
+        *(f"extra {key} {found[key]}" for key in found if key not in wanted),
+        *(
+            f"misshapen {key} {found[key]}, not {wanted[key]}"
+            for key in wanted
+            if key in found and found[key] != wanted[key]
+        ),
+    ]
+
+
+def loaded_block(plan: Plan, checkpoint: Checkpoint) -> SparseMoE:
+    """Returns the block with the weights of a file, read one official tensor at a time."""
+    gate_proj = plan.weights.gate_proj
+    block = plan.empty_block(gate_proj.device)
+    prefix = keys.ffn_prefix(plan.target.component, plan.target.layer)
+    for key, view in block.official_views().items():
+        view.copy_(checkpoint.read(prefix + key).to(gate_proj.dtype))
+    return block
+
+
+def refuse(where: str, problems: list[str]) -> None:
+    """Raises one ValueError that lists what is wrong with the tensors of a file."""
+    if problems:
+        raise ValueError(
+            f"{where}: sparse FFNs must be those of the model, got {list_some(problems)}"
+        )

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is attached to a module from outside: hooks on its call, accelerate's patched forward."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+# Attribute -> its value without hooks. State dict hooks are not among them: they know the keys of
+# the module they were written for.
+_CALL_HOOKS: dict[str, Callable[[], Any]] = {
+    "_forward_pre_hooks": OrderedDict,
+    "_forward_pre_hooks_with_kwargs": OrderedDict,
+    "_forward_hooks": OrderedDict,
+    "_forward_hooks_with_kwargs": OrderedDict,
+    "_forward_hooks_always_called": OrderedDict,
+    "_backward_pre_hooks": OrderedDict,
+    "_backward_hooks": OrderedDict,
+    "_is_full_backward_hook": lambda: None,
+}
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Moves the forward and backward hooks of a module, and accelerate's hook, to another one.
+
+    The dicts move as objects, so that the handles users hold still remove their hooks.
+    """
+    for name, empty in _CALL_HOOKS.items():
+        if name in source.__dict__:
+            target.__dict__[name] = source.__dict__[name]
+            source.__dict__[name] = empty()
+    _move_patch(source, target)
+
+
+def _move_patch(source: nn.Module, target: nn.Module) -> None:
+    # accelerate sets, on the instance: _hf_hook, _old_forward (what it wraps) and forward, a
+    # partial of one generic function over the module, which reads the other two.
+    patched = source.__dict__.get("forward")
+    if not isinstance(patched, functools.partial) or "_old_forward" not in source.__dict__:
+        return
+    if not patched.args or patched.args[0] is not source:
+        return
+    del source.__dict__["forward"]
+    wrapped = source.__dict__.pop("_old_forward")
+    if getattr(wrapped, "__func__", None) is not type(source).forward:
+        source.__dict__["forward"] = wrapped
+    target.__dict__["_hf_hook"] = source.__dict__.pop("_hf_hook", None)
+    target.__dict__["_old_forward"] = target.forward
+    moved = functools.partial(patched.func, target, *patched.args[1:], **patched.keywords)
+    target.__dict__["forward"] = functools.update_wrapper(moved, target.forward)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Inside, calls into the module's tree fire no hooks, run in eval mode and leave no trace."""
+    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+    for part in module.modules():
+        kept = {name: part.__dict__[name] for name in _CALL_HOOKS if name in part.__dict__}
+        buffers = {
+            name: buffer if buffer is None else buffer.clone()
+            for name, buffer in part._buffers.items()
+        }
+        saved.append((part, {**kept, "training": part.training}, dict(part._buffers)))
+        for name in kept:
+            part.__dict__[name] = _CALL_HOOKS[name]()
+        part.__dict__["training"] = False
+        part._buffers = buffers
+    try:
+        yield
+    finally:
+        for part, kept, buffers in saved:
+            part.__dict__.update(kept)
+            part._buffers = buffers

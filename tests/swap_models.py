@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models with the structure of the official ones, for the tests of swaps."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN, WIDTH, LAYERS = 8, 24, 4
+
+
+class TensorMLP(nn.Module):
+    """A FFN as in BAGEL: returns a tensor."""
+
+    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.act_fn: Any = nn.SiLU()
+
+    def forward(self, hidden_state: Tensor) -> Any:
+        gate = self.act_fn(self.gate_proj(hidden_state))
+        return self.down_proj(gate * self.up_proj(hidden_state))
+
+
+class TupleMLP(TensorMLP):
+    """A FFN as in SparseUnifiedModel: takes token indices, returns a tuple, may count calls."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("act_cnt", torch.tensor(0))
+
+    def forward(
+        self,
+        hidden_state: Tensor,
+        packed_text_indexes: Tensor | None = None,
+        packed_vit_token_indexes: Tensor | None = None,
+    ) -> Any:
+        self.act_cnt += 1
+        return super().forward(hidden_state), None
+
+
+class Layer(nn.Module):
+    def __init__(self, mlp: type[TensorMLP]) -> None:
+        super().__init__()
+        self.mlp = mlp()
+        self.mlp_moe_gen = mlp()
+
+    def forward(self, und: Tensor, gen: Tensor) -> tuple[Tensor, Tensor]:
+        return und + self.mlp(und), gen + self.mlp_moe_gen(gen)
+
+
+class TupleLayer(Layer):
+    def forward(self, und: Tensor, gen: Tensor) -> tuple[Tensor, Tensor]:
+        text = torch.arange(0, len(und), 2)
+        und_mixed, _ = self.mlp(
+            und, packed_text_indexes=text, packed_vit_token_indexes=torch.arange(1, len(und), 2)
+        )
+        gen_mixed, _ = self.mlp_moe_gen(gen)
+        return und + und_mixed, gen + gen_mixed
+
+
+class Bare(nn.Module):
+    """A module with the children it is given."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
+class Model(nn.Module):
+    """`language_model.model.layers`, as in the official code."""
+
+    def __init__(self, mlp: type[TensorMLP] = TensorMLP, num_layers: int = LAYERS) -> None:
+        super().__init__()
+        layer = TupleLayer if mlp is TupleMLP else Layer
+        layers = nn.ModuleList(layer(mlp) for _ in range(num_layers))
+        self.language_model = Bare(model=Bare(layers=layers))
+
+    @property
+    def layers(self) -> Any:
+        return self.language_model.model.layers
+
+    def forward(self, und: Tensor, gen: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            und, gen = layer(und, gen)
+        return und, gen
+
+
+def tokens(count: int = 5, hidden: int = HIDDEN, seed: int = 1) -> Tensor:
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything a swap might touch: modules, parameters, values, modes, hooks, attributes."""
+    return {
+        "modules": dict(model.named_modules(remove_duplicate=False)),
+        "parameters": {n: id(p) for n, p in model.named_parameters()},
+        "values": {n: t.clone() for n, t in model.state_dict().items()},
+        "attributes": {
+            n: {k: dict(v) if isinstance(v, OrderedDict) else v for k, v in vars(m).items()}
+            for n, m in model.named_modules()
+        },
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before["modules"].keys() == after["modules"].keys()
+    assert all(after["modules"][n] is m for n, m in before["modules"].items())
+    assert before["parameters"] == after["parameters"]
+    assert before["values"].keys() == after["values"].keys()
+    for name, value in before["values"].items():
+        assert value.dtype == after["values"][name].dtype
+        assert value.is_meta or torch.equal(value, after["values"][name]), name
+    for name, attributes in before["attributes"].items():
+        assert attributes.keys() == after["attributes"][name].keys(), name
+        for key in ("training", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            assert attributes[key] == after["attributes"][name][key], (name, key)
+    assert torch.equal(before["random"], after["random"])
+
+
+class RecordingHook:
+    """Stands for accelerate's AlignDevicesHook."""
+
+    no_grad = False
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(f"pre {type(module).__name__}")
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.calls.append(f"post {type(module).__name__}")
+        return output
+
+
+def attach_like_accelerate(module: Any) -> RecordingHook:
+    """Patches a module in the way accelerate's add_hook_to_module does."""
+
+    def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = module._hf_hook.pre_forward(module, *args, **kwargs)
+        return module._hf_hook.post_forward(module, module._old_forward(*args, **kwargs))
+
+    module._hf_hook = RecordingHook()
+    module._old_forward = module.forward
+    patched = functools.partial(new_forward, module)
+    module.forward = functools.update_wrapper(patched, module._old_forward)
+    return module._hf_hook
