@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import sparse_unified
 from sparse_unified.checkpoint import keys
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -100,6 +102,12 @@ def edit_config(directory: Path, **fields: Any) -> None:
     path = directory / "llm_config.json"
     config = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def child_environment() -> dict[str, str]:
+    """Returns an environment in which a Python process finds this package, installed or not."""
+    package = str(Path(sparse_unified.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

@@ -49,6 +49,8 @@ def interval(text: str) -> tuple[float, float]:
         low, high = (float(part) for part in parts)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be two numbers LO,HI, got {text!r}") from None
+    if not low <= high:
+        raise argparse.ArgumentTypeError(f"must be LO,HI with LO at most HI, got {text!r}")
     return low, high
 
 

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target is absent or complete, whatever interrupts the run that writes it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import child_environment, make_dense, snapshot
+
+from sparse_unified.checkpoint import Checkpoint, convert, invert
+from sparse_unified.checkpoint.atomic import atomic_directory, partial_path
+
+HERE = Path(__file__).parent
+
+
+def sparsify(dense: Path, out: Path) -> None:
+    convert(dense, out, num_experts=4, top_k=2)
+
+
+def test_kill_9_at_any_point_leaves_the_target_absent_or_complete(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", num_layers=3, width=16)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "checkpoint_kill.py"), str(dense), str(tmp_path)],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["killed"] > 60
+    assert counts["absent"] > 50
+    assert counts["leftovers"] > 50
+
+
+def test_what_a_killed_run_left_is_removed_with_a_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = make_dense(tmp_path / "dense")
+    partial = partial_path(tmp_path / "out")
+    (partial / "sub").mkdir(parents=True)
+    (partial / "sub" / "x").write_text("left")
+    (partial / "ema.safetensors").write_text("left")
+    (partial / "link").symlink_to(dense)
+    sparsify(dense, tmp_path / "out")
+    assert f"removing what an interrupted run left in {partial}" in caplog.text
+    assert not partial.exists()
+    assert not (tmp_path / "out" / "link").exists()
+    assert (dense / "ema.safetensors").exists()
+
+
+def test_two_runs_do_not_write_one_target(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    partial = partial_path(tmp_path / "out")
+    partial.mkdir()
+    holder = os.open(partial, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(RuntimeError, match="must be written by one run at a time"):
+        sparsify(dense, tmp_path / "out")
+    assert partial.exists()
+    os.close(holder)
+    sparsify(dense, tmp_path / "out")
+
+
+def test_an_existing_target_is_refused_and_left_alone(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    sparsify(dense, tmp_path / "sparse")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("empty", "file", "broken", "sparse", "dense"):
+        before = snapshot(tmp_path)
+        with pytest.raises(ValueError, match="target must"):
+            sparsify(dense, tmp_path / name)
+        with pytest.raises(ValueError, match="target must"):
+            invert(tmp_path / "sparse", tmp_path / name)
+        assert snapshot(tmp_path) == before
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="target must not exist"),
+        atomic_directory(tmp_path / "out", what="test"),
+    ):
+        (tmp_path / "out").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_target_without_a_parent_or_inside_the_source_is_refused(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"parent of .* must be a directory"):
+        sparsify(dense, tmp_path / "a" / "b")
+    with pytest.raises(ValueError, match="target must lie outside"):
+        sparsify(dense, dense / "sparse")
+    assert "sparse" not in [path.name for path in dense.iterdir()]
+
+
+@pytest.mark.parametrize("call", ["write", "copy_file_range", "fsync", "mkdir"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failing_disk_leaves_nothing_behind(
+    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_dense(tmp_path / "dense")
+    before = snapshot(dense)
+    right: Callable[..., Any] = getattr(os, call)
+    for allowed in range(3):
+        left = [allowed]
+
+        def fail(*args: Any, left: list[int] = left, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(code, os.strerror(code))
+            return right(*args, **options)
+
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(RuntimeError, match="must be accessible with room to spare, got"):
+            sparsify(dense, tmp_path / "out")
+        monkeypatch.setattr(os, call, right)
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert snapshot(dense) == before
+
+
+def test_a_disk_known_to_be_full_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_dense(tmp_path / "dense")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(RuntimeError, match=r"must have .* bytes free, got 1,000"):
+        sparsify(dense, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "out", num_experts=4, top_k=2, progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, None])
+def test_file_systems_without_range_copies_work_too(
+    code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> int:
+        if code is None:
+            return 0
+        raise OSError(code, os.strerror(code))
+
+    dense = make_dense(tmp_path / "dense")
+    sparsify(dense, tmp_path / "a")
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    sparsify(dense, tmp_path / "b")
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_links_of_a_hub_cache_are_followed_and_circles_refused(tmp_path: Path) -> None:
+    real = make_dense(tmp_path / "blobs")
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for path in real.iterdir():
+        (linked / path.name).symlink_to(path)
+    sparsify(linked, tmp_path / "a")
+    assert not any(path.is_symlink() for path in (tmp_path / "a").rglob("*"))
+    assert Checkpoint(tmp_path / "a").moe is not None
+    invert(tmp_path / "a", tmp_path / "b")
+    assert snapshot(tmp_path / "b") == snapshot(real)
+
+    (linked / "again").symlink_to(linked)
+    with pytest.raises(ValueError, match="links must not run in a circle"):
+        sparsify(linked, tmp_path / "c")
+    (linked / "again").unlink()
+    (linked / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="gone must be readable"):
+        sparsify(linked, tmp_path / "c")
+    (linked / "gone").unlink()
+    os.mkfifo(linked / "pipe")
+    with pytest.raises(ValueError, match="pipe must be a file or a directory"):
+        sparsify(linked, tmp_path / "c")
