@@ -198,7 +198,7 @@ PYBIND11_MODULE(sparse_unified_test, m) {
   m.def("route_topk", &route_topk, py::arg("x"), py::arg("gate"), py::arg("top_k"),
         py::arg("dtype") = "float32");
   m.def("sort_by_expert", &sort_by_expert, py::arg("topk_idx"), py::arg("num_experts"));
-  m.def("permute", &permute, py::arg("x"), py::arg("row_token"), py::arg("dtype") = "float32");
+  m.def("permute", &permute, py::arg("x"), py::arg("token_rows"), py::arg("dtype") = "float32");
   m.def("combine", &combine, py::arg("y"), py::arg("weights").none(true), py::arg("token_rows"),
         py::arg("dtype") = "float32");
 }
