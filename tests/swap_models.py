@@ -93,6 +93,10 @@ class Model(nn.Module):
         return und, gen
 
 
+def ffn(model: Model, layer: int, component: str = "gen") -> Any:
+    return getattr(model.layers[layer], "mlp_moe_gen" if component == "gen" else "mlp")
+
+
 def tokens(count: int = 5, hidden: int = HIDDEN, seed: int = 1) -> Tensor:
     return torch.randn(count, hidden, generator=torch.Generator().manual_seed(seed))
 
