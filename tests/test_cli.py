@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -276,19 +276,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_target_or_source_without_permission_is_one_line(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    # As root nothing is forbidden: run as somebody else, who may look but not touch.
-    if os.geteuid() == 0:
-        for path in (*tmp_path.parents, *pair[0].parents):
-            if path.name.startswith("pytest-"):
-                path.chmod(0o755)
-        for path in (tmp_path, pair[0].parent, pair[0] / "ema.safetensors"):
-            path.chmod(0o755)
-        (pair[0] / "ae.safetensors").chmod(0o755)
-    (tmp_path / "closed").mkdir()
-    (tmp_path / "closed").chmod(0o555)
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that other users can enter, which those of pytest are not."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+def test_a_target_or_source_without_permission_is_one_line(public: Path) -> None:
+    dense = make_dense(public / "dense")
+    for path in dense.rglob("*.safetensors"):
+        path.chmod(0o644)
+    closed = public / "closed"
+    closed.mkdir(mode=0o555)
+    # As root nothing is forbidden: become somebody else, who may look but not touch.
     code = (
         "import os, sys; sys.path.insert(0, sys.argv.pop(1)); "
         "import sparse_unified.cli, sparse_unified.checkpoint; "
@@ -305,17 +308,21 @@ def test_a_target_or_source_without_permission_is_one_line(
             check=False,
         )
 
-    done = run_restricted("convert", pair[0], tmp_path / "closed" / "out", *COUNTS)
+    done = run_restricted("convert", dense, closed / "out", *COUNTS)
     assert done.returncode == 1
     assert_one_line(done.stderr, "must be accessible", "Permission denied")
-    assert list((tmp_path / "closed").iterdir()) == []
+    assert list(closed.iterdir()) == []
 
-    unreadable = tmp_path / "unreadable"
-    shutil.copytree(pair[0], unreadable)
-    (unreadable / "ema.safetensors").chmod(0)
-    done = run_restricted("info", unreadable)
+    (dense / "ema.safetensors").chmod(0)
+    done = run_restricted("info", dense)
     assert done.returncode == 1
     assert_one_line(done.stderr, "file must be readable, got Permission denied")
+
+    dense.chmod(0)
+    done = run_restricted("info", dense)
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "checkpoint must be readable, got Permission denied")
+    dense.chmod(0o755)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

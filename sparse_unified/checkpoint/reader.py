@@ -45,12 +45,18 @@ class Checkpoint:
             raise ValueError(f"{self.directory}: checkpoint must be a directory, got {state}")
         self.index_file: Path | None = None
         self.headers: dict[str, Header] = {}
-        single = [name for name in SINGLE_FILES if (self.directory / name).exists()]
-        if single:
-            self.headers[single[0]] = read_header(self.directory / single[0])
-        else:
-            self.index_file = _find_index(self.directory)
+        try:
+            single = [name for name in SINGLE_FILES if (self.directory / name).exists()]
+            if not single:
+                self.index_file = _find_index(self.directory)
+        except OSError as error:
+            raise ValueError(
+                f"{self.directory}: checkpoint must be readable, got {error.strerror}"
+            ) from error
+        if self.index_file is not None:
             self.headers = _read_shards(self.index_file)
+        else:
+            self.headers[single[0]] = read_header(self.directory / single[0])
         self._specs = {key: spec for h in self.headers.values() for key, spec in h.tensors.items()}
 
     def keys(self) -> list[str]:
