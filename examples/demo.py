@@ -15,8 +15,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -32,15 +32,18 @@ from sparse_unified.bagel import (
     build_guidance,
     sample_latents,
 )
+from sparse_unified.bench.cases import CASES
+from sparse_unified.bench.harness import inputs, measure_interleaved
+from sparse_unified.bench.providers import block_providers
 from sparse_unified.checkpoint import convert, invert, verify
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.nn import SparseMoE, SwiGLU
+from sparse_unified.nn import SparseMoE
 from sparse_unified.testing import Case, read_case
 
 CASE = Path(__file__).parent.parent / "tests" / "golden" / "t2i_dense"
 NUM_EXPERTS, TOP_K = 16, 8
-# Tokens, hidden size and width of the FFNs that are timed: a quarter of BAGEL-7B-MoT's.
-NUM_TOKENS, HIDDEN_SIZE, INTERMEDIATE_SIZE = 1024, 896, 4736
+# The FFN that is timed: a quarter of the hidden size and of the width of BAGEL-7B-MoT's.
+FFN = CASES[f"quarter-{NUM_EXPERTS}to{TOP_K}-T1024"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +107,8 @@ def step(number: str, text: str) -> None:
 
 def shape_text() -> str:
     return (
-        f"T = {NUM_TOKENS}, D = {HIDDEN_SIZE}, I = {INTERMEDIATE_SIZE}, "
-        f"{NUM_EXPERTS} experts, {TOP_K} active, fp32"
+        f"T = {FFN.tokens}, D = {FFN.hidden_size}, I = {FFN.intermediate_size}, "
+        f"{FFN.num_experts} experts, {FFN.top_k} active, fp32"
     )
 
 
@@ -182,7 +185,7 @@ def run_pipeline(case: Case, pipeline: BagelPipeline) -> tuple[Tensor, Image]:
     grid = model.config.token_grid(*fields["image_size"], where="demo")
     config = SamplingConfig(**{k: fields[k] for k in SamplingConfig.__slots__ if k in fields})
     latent = sample_latents(model, guidance, [case.tensor("init_noise")], [grid], config)[0]
-    return latent, pipeline.decode(latent, grid)
+    return latent, pipeline.pictures.draw(latent, tuple(fields["image_size"]))
 
 
 def sparse_blocks(pipeline: BagelPipeline) -> list[SparseMoE]:
@@ -193,49 +196,28 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
     return float((value - wanted).norm() / wanted.norm())
 
 
-@torch.no_grad()
 def time_ffns(rounds: int) -> list[Bar]:
     """Times the dense FFN, a loop over experts and the sparse block, one after the other."""
-    generator = torch.Generator().manual_seed(0)
-    dense = SwiGLU(HIDDEN_SIZE, INTERMEDIATE_SIZE)
-    sparse = SparseMoE(HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K)
-    # A trained router: tokens go to different experts. At zero all would choose the first ones.
-    sparse.gate.weight.normal_(std=0.02, generator=generator)
-    weights = sparse.state_dict()
-    experts = [
-        [weights[f"experts.{e}.{name}_proj.weight"] for name in ("gate", "up", "down")]
-        for e in range(NUM_EXPERTS)
-    ]
-    x = torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=generator)
-    runs: dict[str, Callable[[], object]] = {
-        "dense FFN": lambda: dense(x),
-        "loop over experts": lambda: expert_loop(x, sparse.gate.weight, experts),
-        "sparse_unified": lambda: sparse(x),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + 2):
-        for name, run in runs.items():
-            before = time.perf_counter()
-            run()
-            if index >= 2:  # The first two rounds warm up.
-                seconds[name].append(time.perf_counter() - before)
-    times = {name: median(values) for name, values in seconds.items()}
+    dtype = torch.float32
+    xs = inputs((FFN.tokens, FFN.hidden_size), dtype)
+    modules = block_providers(FFN, dtype)
+    names = {"dense": "dense FFN", "expert_loop": "loop over experts", "sparse_unified": None}
+
+    def call(module: torch.nn.Module, turn: int) -> None:
+        module(xs[turn % len(xs)])
+
+    calls = {name: partial(call, modules[name]) for name in names}
+    with torch.inference_mode():
+        times = measure_interleaved(calls, repeats=rounds)
+    seconds = {name: median(values) for name, values in times.items()}
     return [
-        Bar(name=name, milliseconds=1e3 * value, speedup=times["dense FFN"] / value)
-        for name, value in times.items()
+        Bar(
+            name=title or name,
+            milliseconds=1e3 * seconds[name],
+            speedup=seconds["dense"] / seconds[name],
+        )
+        for name, title in names.items()
     ]
-
-
-def expert_loop(x: Tensor, gate: Tensor, experts: list[list[Tensor]]) -> Tensor:
-    """The block in the style of the official code: one expert after the other."""
-    topk_logits, topk_idx = torch.topk(x @ gate.t(), TOP_K)  # [T, K]
-    y = torch.zeros_like(x)
-    for index, (gate_proj, up_proj, down_proj) in enumerate(experts):
-        token, slot = torch.where(topk_idx == index)
-        rows = x[token]
-        hidden = torch.nn.functional.silu(rows @ gate_proj.t()) * (rows @ up_proj.t())
-        y.index_add_(0, token, (hidden @ down_proj.t()) * (1 + topk_logits[token, slot, None]))
-    return y
 
 
 def table(checks: list[Check], bars: list[Bar]) -> str:

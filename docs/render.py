@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes measured numbers into the documents: docs/performance.md, and a block of the README.
+
+Every number comes from a file of bench/results, which `sparse-unified bench --json` writes. A claim
+without such a file is listed as not measured.
+
+    python docs/render.py            # or: make docs
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A speed the project promises, and where its measurement would stand.
+
+    Args:
+        text: the promise.
+        file: of bench/results.
+        case, direction, dtype: of the record of the whole block.
+        baseline: the ratio to look at; "overhead" for the share of the steps around the experts.
+        bound: the least the ratio may be; the most, for the overhead.
+    """
+
+    text: str
+    file: str
+    case: str
+    direction: str = "fwd"
+    dtype: str = "float32"
+    baseline: str = "dense"
+    bound: float
+
+    def measured(self, results: Results) -> float | None:
+        """Returns the measured ratio, or None where there is none."""
+        content = results.get(self.file)
+        if content is None:
+            return None
+        if self.baseline == "overhead":
+            share: float | None = content.get("overhead", {}).get(self.case)
+            return share
+        for record in content["records"]:
+            names = ("op", "case", "direction", "dtype", "provider")
+            wanted = ("sparse_ffn", self.case, self.direction, self.dtype, "sparse_unified")
+            if tuple(record[name] for name in names) == wanted:
+                ratio: float | None = record["speedup"].get(self.baseline)
+                return ratio
+        return None
+
+    def row(self, results: Results) -> str:
+        """Returns the line of the table of claims."""
+        value = self.measured(results)
+        if value is None:
+            return f"| {self.text} | not measured | |"
+        if self.baseline == "overhead":
+            found, held = f"{value:.1%}", value <= self.bound
+        else:
+            found, held = f"{value:.2f}x", value >= self.bound
+        where = f"[{self.file}](../bench/results/{self.file})"
+        return f"| {self.text} | {found}, {'held' if held else 'NOT HELD'} | {where} |"
+
+
+_CPU_16, _CPU_32 = "quarter-16to8-T1024", "quarter-32to16-T1024"
+_GPU_16, _GPU_32 = "bagel-16to8-T4096", "bagel-32to16-T4096"
+CLAIMS = (
+    Claim(
+        text="CPU, fp32, 16/8, T = 1024: at least 1.85x the dense FFN",
+        file="cpu.json",
+        case=_CPU_16,
+        bound=1.85,
+    ),
+    Claim(
+        text="the same, beside a dense FFN of half the width: at least 0.93x (within 8 %)",
+        file="cpu.json",
+        case=_CPU_16,
+        baseline="dense_half",
+        bound=1 / 1.08,
+    ),
+    Claim(
+        text="CPU, fp32, 32/16, T = 1024: at least 1.7x the dense FFN",
+        file="cpu.json",
+        case=_CPU_32,
+        bound=1.7,
+    ),
+    Claim(
+        text="CPU, 16/8: routing, sorting, permuting and combining, under 5 % of the block",
+        file="cpu.json",
+        case=_CPU_16,
+        baseline="overhead",
+        bound=0.05,
+    ),
+    Claim(
+        text="H200, bf16, 16/8, T = 4096: at least 1.90x the dense FFN",
+        file="h200.json",
+        case=_GPU_16,
+        dtype="bfloat16",
+        bound=1.9,
+    ),
+    Claim(
+        text="H200, bf16, 32/16, T = 4096: at least 1.80x the dense FFN",
+        file="h200.json",
+        case=_GPU_32,
+        dtype="bfloat16",
+        bound=1.8,
+    ),
+    Claim(
+        text="H200, bf16, 16/8, forward and backward: at least 1.70x the dense FFN",
+        file="h200.json",
+        case=_GPU_16,
+        direction="fwd_bwd",
+        dtype="bfloat16",
+        bound=1.7,
+    ),
+)
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Returns the content of every result file by name."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def describe(content: Mapping[str, Any]) -> str:
+    """Names device, versions, date and commit of a result file in one line."""
+    versions = ", ".join(f"{name} {value}" for name, value in content["versions"].items())
+    return f"{content['device']}; {versions}; {content['date']}, commit {content['commit'][:10]}"
+
+
+def block_rows(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a table of the whole block: a line per case, direction, dtype and provider."""
+    yield "| case | pass | dtype | provider | ms | x dense | % of roof |"
+    yield "|---|---|---|---|---:|---:|---:|"
+    for record in content["records"]:
+        if record["op"] == "sparse_ffn":
+            ratio = record["speedup"].get("dense")
+            yield (
+                f"| {record['case']} | {record['direction']} | {record['dtype']} "
+                f"| {record['provider']} | {record['median_us'] / 1e3:.1f} "
+                f"| {f'{ratio:.2f}' if ratio else '1'} | {100 * record['roof_fraction']:.0f} |"
+            )
+
+
+def op_rows(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a table of our ops alone."""
+    yield "| op | case | dtype | us | GB/s | x torch reference |"
+    yield "|---|---|---|---:|---:|---:|"
+    for record in content["records"]:
+        if record["op"] != "sparse_ffn" and record["provider"] == "sparse_unified":
+            ratio = record["speedup"].get("torch")
+            yield (
+                f"| {record['op']} | {record['case']} | {record['dtype']} "
+                f"| {record['median_us']:,.0f} | {record['gbps']:.1f} "
+                f"| {f'{ratio:.1f}' if ratio else ''} |"
+            )
+
+
+def performance(results: Results) -> str:
+    """Returns docs/performance.md."""
+    lines = [
+        "# Performance",
+        "",
+        "Generated by `make docs` from the files of `bench/results`; do not edit. Each was written",
+        "by `sparse-unified bench --json FILE`: providers interleaved in one process, two rounds of",
+        "warm-up, medians, rotating random inputs. A ratio is the median of the ratios within a",
+        "round, above 1 when ours takes less time. The roof is what the same run reached with a",
+        "2048^3 matrix product and with a copy of 256 MB.",
+        "",
+        "## Claims",
+        "",
+        "| claim | measured | where |",
+        "|---|---|---|",
+        *(claim.row(results) for claim in CLAIMS),
+    ]
+    for name, content in results.items():
+        roof = content["roof"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{describe(content)}. Roof: {1e3 * roof['tflops']:.0f} GFLOP/s, "
+            f"{roof['gbps']:.1f} GB/s.",
+            "",
+            *block_rows(content),
+            "",
+            "Each op alone, forward:",
+            "",
+            *op_rows(content),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def readme_block(results: Results) -> str:
+    """Returns what stands between the markers of the README."""
+    content = results.get("cpu.json")
+    if content is None:
+        return "Not measured yet."
+    records = {
+        (record["case"], record["provider"]): record
+        for record in content["records"]
+        if record["op"] == "sparse_ffn" and record["direction"] == "fwd"
+    }
+    lines = [
+        "| FFN, fp32, forward | dense | loop over experts | sparse_unified |",
+        "|---|---:|---:|---:|",
+    ]
+    for case in dict.fromkeys(case for case, _ in records):
+        cells = [f"| {case} "]
+        for provider in ("dense", "expert_loop", "sparse_unified"):
+            record = records[case, provider]
+            ratio = record["speedup"].get("dense")
+            extra = f" ({ratio:.2f}x)" if ratio else ""
+            cells.append(f"| {record['median_us'] / 1e3:.0f} ms{extra} ")
+        lines.append("".join(cells) + "|")
+    source = "[bench/results/cpu.json](bench/results/cpu.json)"
+    return "\n".join([*lines, "", f"{describe(content)}; {source}."])
+
+
+def readme(text: str, results: Results) -> str:
+    """Returns the README with the block filled in.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{README.name}: text must hold {BEGIN} and {END}, got neither or one")
+    return f"{head}{BEGIN}\n{readme_block(results)}\n{END}{tail}"
+
+
+def main() -> None:
+    results = read_results()
+    PERFORMANCE.write_text(performance(results))
+    README.write_text(readme(README.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()
