@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes by name, and the bytes and FLOPs of each op as formulas of them.
+
+T tokens, D hidden size, I intermediate size, E experts, h = I / E, K top_k, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One shape of the sparse FFN; no shared expert."""
+
+    name: str
+    tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.top_k
+
+    @property
+    def expert_width(self) -> int:
+        return self.intermediate_size // self.num_experts
+
+
+def _family(prefix: str, tokens: list[int], hidden_size: int, intermediate_size: int) -> list[Case]:
+    return [
+        Case(
+            name=f"{prefix}-{experts}to{top_k}-T{count}",
+            tokens=count,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=experts,
+            top_k=top_k,
+        )
+        for experts, top_k in ((16, 8), (32, 16))
+        for count in tokens
+    ]
+
+
+CASES = {
+    case.name: case
+    for case in (
+        # A quarter of BAGEL's hidden size and width: the same experts, in seconds on two cores.
+        *_family("quarter", [512, 1024, 4096], 896, 4736),
+        *_family("bagel", [256, 1024, 4096], 3584, 18944),
+    )
+}
+
+CPU_DEFAULTS = ("quarter-16to8-T1024", "quarter-32to16-T1024")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one call moves and computes at least."""
+
+    flops: float
+    bytes: float
+
+
+def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Work:
+    """FLOPs and bytes of one call: every operand read or written once.
+
+    `fwd_bwd` counts each GEMM three times: forward, input gradient, weight gradient.
+    """
+    t, d, e, r = case.tokens, case.hidden_size, case.num_experts, case.rows
+    size = dtype.itemsize
+    weights = 3 * d * case.intermediate_size * size
+    formulas = {
+        "route_topk": Work(2 * t * d * e, (t * d + e * d) * size + t * (e + 2 * case.top_k) * 4),
+        "sort_by_expert": Work(0, (3 * r + e + 1) * 4),
+        "permute": Work(0, (t + r) * d * size + r * 4),
+        "combine": Work(2 * r * d, (t + r) * d * size + 2 * r * 4),
+        "grouped_ffn": Work(6 * r * d * case.expert_width, (t + r) * d * size + weights),
+        "grouped_ffn_combine": Work(
+            6 * r * d * case.expert_width + 2 * r * d, 2 * t * d * size + weights
+        ),
+        "sparse_ffn": Work(
+            6 * r * d * case.expert_width + 2 * r * d + 2 * t * d * e, 2 * t * d * size + weights
+        ),
+        "dense_ffn": Work(6 * t * d * case.intermediate_size, 2 * t * d * size + weights),
+    }
+    forward = formulas[op]
+    return Work(3 * forward.flops, 3 * forward.bytes) if direction == "fwd_bwd" else forward

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .cases import CASES, CPU_DEFAULTS, Case
+from .harness import Record, measure_roof
+from .report import save, table
+from .suites import measure_block, measure_ops
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NUM_OPS = 6
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparse-unified bench",
+        description="Times the sparse FFN and its ops beside the dense FFN, a dense FFN of the "
+        "active width and the official style of expert loop, interleaved in one process.",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="device to measure; this release has kernels for the cpu"
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        choices=sorted(CASES),
+        metavar="NAME",
+        help=f"shape by name, repeatable (default: {', '.join(CPU_DEFAULTS)}); "
+        f"one of {', '.join(CASES)}",
+    )
+    parser.add_argument(
+        "--direction", choices=("fwd", "fwd_bwd", "all"), default="fwd", help="default: fwd"
+    )
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: 30)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the records as JSON")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.device != "cpu":
+        raise ValueError(
+            f"bench: device must be 'cpu', the one with kernels in this release, got "
+            f"{arguments.device!r}"
+        )
+    for name in ("repeats", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"bench: {name} must be at least 1, got {value}")
+
+
+def _measure(cases: list[Case], arguments: argparse.Namespace) -> list[Record]:
+    from tqdm import tqdm
+
+    dtype = _DTYPES[arguments.dtype]
+    directions = ("fwd", "fwd_bwd") if arguments.direction == "all" else (arguments.direction,)
+    rounds = len(cases) * (len(directions) + _NUM_OPS) * (arguments.repeats + 2)
+    records: list[Record] = []
+    with tqdm(total=rounds, unit="round", leave=False) as bar:
+
+        def progress() -> None:
+            bar.update()
+
+        for case in cases:
+            bar.set_description(case.name)
+            for direction in directions:
+                records += measure_block(
+                    case, dtype, direction, arguments.roof, arguments.repeats, progress
+                )
+            records += measure_ops(case, dtype, arguments.roof, arguments.repeats, progress)
+    return records
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and prints the table.
+
+    Args:
+        argv: arguments after `bench`; those of the process by default.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+        SystemExit: an argument is unknown (status 2) or help was asked for (0).
+    """
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    arguments.roof = measure_roof(_DTYPES[arguments.dtype])
+    records = _measure([CASES[name] for name in arguments.case or CPU_DEFAULTS], arguments)
+    print(table(records, arguments.roof))
+    if arguments.json is not None:
+        save(arguments.json, records, arguments.roof)
+        print(f"\nsaved {arguments.json}")
+    return 0
