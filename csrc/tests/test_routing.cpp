@@ -111,8 +111,8 @@ void test_special_logits(int64_t num_experts, int64_t top_k, Random& random) {
     const uint32_t draw = static_cast<uint32_t>(random() % 8);
     if constexpr (sizeof(T) == 2) {
       const uint32_t special[] = {infinity, infinity | 0x8000, infinity | 0x40};  // +-inf, NaN
-      router.gate[e] = draw < 5 ? Traits<T>::stored(kValues[draw])
-                                : T{static_cast<uint16_t>(special[draw - 5])};
+      router.gate[e] =
+          draw < 5 ? Traits<T>::stored(kValues[draw]) : T{static_cast<uint16_t>(special[draw - 5])};
     } else {
       const float special[] = {INFINITY, -INFINITY, std::nanf("")};
       router.gate[e] = draw < 5 ? static_cast<float>(kValues[draw]) : special[draw - 5];
@@ -135,10 +135,10 @@ void test_backward(const Shape& shape, Random& random) {
   fill_integers(router.x, 1, random);
   fill_integers(router.gate, 1, random);
   fill_integers(grad, 1, random);
-  const RouteTopkBackwardParams params{
-      Traits<T>::kDType, grad.get(),       router.x.get(),    router.stride,    router.gate.get(),
-      router.stride,     grad_x.get(),     grad_gate.get(),   shape.num_tokens, shape.hidden_size,
-      shape.num_experts};
+  const RouteTopkBackwardParams params{Traits<T>::kDType, grad.get(),        router.x.get(),
+                                       router.stride,     router.gate.get(), router.stride,
+                                       grad_x.get(),      grad_gate.get(),   shape.num_tokens,
+                                       shape.hidden_size, shape.num_experts};
   route_topk_backward_x_cpu(params, 0, shape.num_tokens / 2);
   route_topk_backward_x_cpu(params, shape.num_tokens / 2, shape.num_tokens);
   route_topk_backward_gate_cpu(params, 0, shape.hidden_size / 2);
@@ -171,9 +171,9 @@ void test_sort(int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t u
   for (int64_t i = 0; i < num_rows; ++i) {
     topk_idx[i] = static_cast<int32_t>(random() % static_cast<uint64_t>(used_experts));
   }
-  const SortByExpertParams params{topk_idx.get(),   offsets.get(), row_token.get(),
-                                  token_rows.get(), num_rows,      num_experts,
-                                  top_k};
+  const SortByExpertParams params{
+      topk_idx.get(), offsets.get(), row_token.get(), token_rows.get(), num_rows,
+      num_experts,    top_k};
   check_equal("find_bad_expert", 0, static_cast<double>(find_bad_expert(params)), -1);
   sort_by_expert_cpu(params);
   int32_t row = 0;

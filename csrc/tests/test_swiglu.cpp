@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SwiGLU and its backward against double precision, at every remainder of the vector length.
-#include "sparse_unified/swiglu.h"
-
 #include "check.h"
+#include "sparse_unified/swiglu.h"
 
 namespace sparse_unified::test {
 namespace {

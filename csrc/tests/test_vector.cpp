@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Conversions of 16-bit storage and the exponential, against formulas of their own.
-#include "cpu/vector.h"
-
 #include <algorithm>
 #include <limits>
 #include <vector>
 
 #include "check.h"
+#include "cpu/vector.h"
 
 namespace sparse_unified::test {
 namespace {
@@ -86,7 +85,8 @@ void test_narrow(const Format& format) {
   }
 
   // Overflow and infinities.
-  const double largest = decode(format, (((1u << format.exponent_bits) - 1) << format.mantissa_bits) - 1);
+  const double largest =
+      decode(format, (((1u << format.exponent_bits) - 1) << format.mantissa_bits) - 1);
   const double step = largest * std::ldexp(1.0, -format.mantissa_bits) / 2;
   for (const double value : {largest, largest + step / 2, largest + step, largest + 2 * step}) {
     check_narrow<T>(nearest, static_cast<float>(value));

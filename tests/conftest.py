@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: seeded random numbers, one thread, and a hypothesis profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Time limits of single examples depend on the machine; reproducible examples do not.
+settings.register_profile(
+    "sparse_unified",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("sparse_unified")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tests are small, and thread pools of parallel test runs starve each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
