@@ -34,8 +34,8 @@ constexpr int64_t kSumBlock = 512;
 constexpr int64_t kChunkFloats = 1 << 18;
 
 int64_t chunk_rows(int64_t hidden_size) {
-  return std::clamp(kChunkFloats / hidden_size / kPanelRows * kPanelRows, kPanelRows,
-                    8 * kPanelRows);
+  return std::clamp(kChunkFloats / std::max<int64_t>(hidden_size, 1) / kPanelRows * kPanelRows,
+                    kPanelRows, 8 * kPanelRows);
 }
 
 // sums[r][v] = sum_k weight[r][k] * panel[k][v]; even rows from `first`, odd rows from `second`.
@@ -43,10 +43,12 @@ template <int64_t kRows, int64_t kVectors>
 SPARSE_UNIFIED_INLINE void dot_tile(const float* first, int64_t first_stride, const float* second,
                                     int64_t second_stride, const float* panel, int64_t n,
                                     Float (&sums)[kRows][kVectors]) {
-  for (int64_t block = 0; block < n; block += kSumBlock) {
-    const int64_t block_end = std::min(block + kSumBlock, n);
+  int64_t k = 0;
+  do {  // once even for an empty sum, which is zero
+    const int64_t block_end = std::min(k + kSumBlock, n);
+    const bool is_first = k == 0;
     Float acc[kRows][kVectors] = {};
-    for (int64_t k = block; k < block_end; ++k) {
+    for (; k < block_end; ++k) {
       Float values[kVectors];
       for (int64_t v = 0; v < kVectors; ++v) values[v] = load(panel + (k * kVectors + v) * kLanes);
 #pragma GCC unroll 16
@@ -58,10 +60,10 @@ SPARSE_UNIFIED_INLINE void dot_tile(const float* first, int64_t first_stride, co
     }
     for (int64_t r = 0; r < kRows; ++r) {
       for (int64_t v = 0; v < kVectors; ++v) {
-        sums[r][v] = block == 0 ? acc[r][v] : sums[r][v] + acc[r][v];
+        sums[r][v] = is_first ? acc[r][v] : sums[r][v] + acc[r][v];
       }
     }
-  }
+  } while (k < n);
 }
 
 // Transposes 16 x 16 in place: in step `width`, rows i and i + width swap their off-diagonal
