@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes the sparse FFN: our block, the dense FFN it replaces, and the ways it is done elsewhere.
+"""Who computes the sparse FFN: our block, the dense FFN it replaces, the official expert loop.
 
 Each provider is built for a case and gives a function of x [T, D] -> y [T, D].
 """

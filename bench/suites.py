@@ -36,7 +36,7 @@ def _forward_backward(module: nn.Module, xs: list[Tensor], grads: list[Tensor], 
 def measure_block(
     case: Case, dtype: torch.dtype, direction: str, roof: Roof, repeats: int, progress: Progress
 ) -> Iterator[Record]:
-    """The whole block: ours, the dense FFN, a dense FFN of the active width, a loop over experts."""
+    """The whole block: ours, dense, dense at the active width, a loop over experts."""
     providers = block_providers(case, dtype)
     shape = (case.tokens, case.hidden_size)
     xs, grads = inputs(shape, dtype), inputs(shape, dtype)

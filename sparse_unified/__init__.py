@@ -2,7 +2,7 @@
 """Sparse mixture-of-experts FFNs for unified multimodal models.
 
 Data flows one way: checkpoint files -> partition -> nn modules -> ops -> C++ kernels. Importing the
-package loads the C++ library; everything else is imported when it is first asked for.
+package registers the ops; everything else is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparse_unified import _library  # noqa: F401  (registers torch.ops.sparse_unified)
+from sparse_unified import ops  # registers torch.ops.sparse_unified with fakes and autograd
 
 if TYPE_CHECKING:
-    from sparse_unified import bagel, checkpoint, nn, ops, partition, swap, testing
+    from sparse_unified import bagel, checkpoint, nn, partition, swap, testing
     from sparse_unified.swap import (
         MoEConfig,
         SwappedLayer,
@@ -42,7 +42,7 @@ __all__ = [
     "testing",
 ]
 
-_MODULES = ("bagel", "checkpoint", "nn", "ops", "partition", "swap", "testing")
+_MODULES = ("bagel", "checkpoint", "nn", "partition", "swap", "testing")
 
 
 def __getattr__(name: str) -> Any:

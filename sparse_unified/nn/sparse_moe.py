@@ -237,8 +237,8 @@ class SparseMoE(nn.Module):
             fused = tuple(weight.detach() for weight in fused)  # type: ignore[assignment]
         for key, view in expert_views(self.layout, *fused).items():
             # NOTE: a copy, because savers refuse tensors that share storage or are strided.
-            destination[prefix + key] = view if keep_vars else view.clone(
-                memory_format=torch.contiguous_format
+            destination[prefix + key] = (
+                view if keep_vars else view.clone(memory_format=torch.contiguous_format)
             )
 
     def _load_from_state_dict(
@@ -294,8 +294,7 @@ class SparseMoE(nn.Module):
 _warned: set[str] = set()
 
 
-@torch.compiler.disable
 def _warn_once(backend: str) -> None:
-    if backend not in _warned:
+    if backend not in _warned and not torch.compiler.is_compiling():
         _warned.add(backend)
         logger.warning("SparseMoE runs composed torch ops (%s)", backend)

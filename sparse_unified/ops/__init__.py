@@ -9,4 +9,11 @@ from sparse_unified.ops.permute import permute
 from sparse_unified.ops.route_topk import route_topk
 from sparse_unified.ops.sort_by_expert import sort_by_expert
 
-__all__ = ["combine", "grouped_ffn", "grouped_ffn_combine", "permute", "route_topk", "sort_by_expert"]
+__all__ = [
+    "combine",
+    "grouped_ffn",
+    "grouped_ffn_combine",
+    "permute",
+    "route_topk",
+    "sort_by_expert",
+]

@@ -73,9 +73,7 @@ def grouped_ffn(
     for expert in range(num_experts):
         start, stop = expert_offsets[expert], expert_offsets[expert + 1]
         own = slice(expert * width, (expert + 1) * width)
-        outputs.append(
-            swiglu(rows[start:stop], gate_proj[own], up_proj[own], down_proj[:, own])
-        )
+        outputs.append(swiglu(rows[start:stop], gate_proj[own], up_proj[own], down_proj[:, own]))
     return torch.cat(outputs)
 
 

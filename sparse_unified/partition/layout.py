@@ -45,7 +45,11 @@ class ExpertLayout:
     shared_intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("intermediate_size", 1), ("num_experts", 1), ("num_shared_experts", 0)):
+        for name, least in (
+            ("intermediate_size", 1),
+            ("num_experts", 1),
+            ("num_shared_experts", 0),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(

@@ -57,5 +57,5 @@ def _parse(text: str, num_layers: int) -> list[int]:
         if last < first:
             raise ValueError(f"select_layers: layers must ascend in a range, got {part.strip()!r}")
         # A huge range names a layer the model lacks; its first such layer is enough to say so.
-        selected.extend(range(first, min(last, num_layers) + 1))
+        selected.extend(range(first, max(first, min(last, num_layers)) + 1))
     return selected
