@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -247,6 +248,18 @@ def test_commands_in_documents_are_targets_of_the_makefile(path: Path) -> None:
     used = set(re.findall(r"`make ([a-z]+)", path.read_text()))
     used |= set(re.findall(r"^make ([a-z]+)", path.read_text(), re.MULTILINE))
     assert used <= targets
+
+
+def test_generated_documents_are_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    render = importlib.util.module_from_spec(spec)
+    sys.modules["render"] = render
+    spec.loader.exec_module(render)
+    results = render.read_results()
+    assert read("docs/performance.md") == render.performance(results), "run make docs"
+    assert read("README.md") == render.readme(read("README.md"), results), "run make docs"
 
 
 def test_makefile_takes_its_pins_from_one_line_of_pyproject() -> None:
