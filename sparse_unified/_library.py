@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 
-import torch  # noqa: F401  (its shared libraries must be loaded before ours)
+import torch  # first, since our library links against torch's
 
 try:
     importlib.import_module("sparse_unified._C")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_unified import ops
-from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
+from sparse_unified.nn.expert_state import OfficialState, expert_views
 from sparse_unified.ops import composed
 from sparse_unified.partition import ExpertLayout
 
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 _KERNEL_DEVICES = ("cpu",)
 
 
-class SparseMoE(nn.Module):
+class SparseMoE(OfficialState):
     """Mixture of SwiGLU experts cut from one dense FFN.
 
     With logits = x @ gate.T (no bias, no softmax) and the K largest of them per token,
@@ -187,7 +186,7 @@ class SparseMoE(nn.Module):
         text_indexes: Tensor | None,
         vit_indexes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [T, E], topk_logits [T, K], topk_idx [T, K] by the router each token belongs to."""
+        """logits [T, E], topk_logits [T, K], topk_idx [T, K] by the router of each token."""
         if self.gate_img is None or vit_indexes is None:
             routed: tuple[Tensor, Tensor, Tensor] = route(tokens, self.gate.weight, self.top_k)
             return routed
@@ -228,59 +227,6 @@ class SparseMoE(nn.Module):
             if router is not None:
                 views[f"{name}.weight"] = router.weight.data
         return views
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        fused = (self.gate_proj, self.up_proj, self.down_proj)
-        if not keep_vars:
-            fused = tuple(weight.detach() for weight in fused)  # type: ignore[assignment]
-        for key, view in expert_views(self.layout, *fused).items():
-            # NOTE: a copy, because savers refuse tensors that share storage or are strided.
-            destination[prefix + key] = (
-                view if keep_vars else view.clone(memory_format=torch.contiguous_format)
-            )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        own = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
-        found = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
-        missing_keys.extend(prefix + key for key in own if key not in found)
-        if strict:
-            children = tuple(f"{prefix}{name}." for name in self._modules if self._modules[name])
-            unexpected_keys.extend(
-                key
-                for key in state_dict
-                if key.startswith(prefix)
-                and not key.startswith(children)
-                and key[len(prefix) :] not in own
-            )
-        misshapen = {key for key, value in found.items() if value.shape != own[key].shape}
-        error_msgs.extend(
-            f"SparseMoE: {prefix}{key} must have shape {list(own[key].shape)}, got "
-            f"{list(found[key].shape)}"
-            for key in sorted(misshapen)
-        )
-        if misshapen:
-            return
-        if local_metadata.get("assign_to_params_buffers", False) and len(found) == len(own):
-            like = next(iter(found.values()))
-            for name in PROJECTIONS:
-                old = getattr(self, name)
-                fused = torch.empty_like(old, device=like.device, dtype=like.dtype)
-                setattr(self, name, nn.Parameter(fused, requires_grad=old.requires_grad))
-        with torch.no_grad():
-            views = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
-            for key, value in found.items():
-                views[key].copy_(value)
 
     def extra_repr(self) -> str:
         return (

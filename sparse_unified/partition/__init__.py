@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who goes where: which neuron of a dense FFN belongs to which expert, and which layers are split."""
+"""Who goes where: which neuron of a dense FFN is whose, and which layers are split."""
 
 from sparse_unified.partition.layout import ExpertLayout
 from sparse_unified.partition.scores import check_scores, magnitude_scores, random_scores
