@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified.ops.registration import register_fake
+
 
 def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
     """Brings rows back to tokens: out[t] = sum_k weights[t, k] * y[token_rows[t, k]].
@@ -29,12 +31,12 @@ def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
     return out
 
 
-@torch.library.register_fake("sparse_unified::combine")
+@register_fake("combine")
 def _fake(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
     return y.new_empty((token_rows.shape[0], y.shape[1]))
 
 
-@torch.library.register_fake("sparse_unified::combine_backward")
+@register_fake("combine_backward")
 def _fake_backward(
     grad_out: Tensor,
     y: Tensor,

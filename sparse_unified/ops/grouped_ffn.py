@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified.ops.registration import register_fake
+
 
 def grouped_ffn(
     x: Tensor,
@@ -25,10 +27,10 @@ def grouped_ffn(
     *,
     recompute: bool = False,
 ) -> Tensor:
-    """Runs every row through its expert: y[r] = down_e(silu(gate_e x) * up_e x), x = x[row_token[r]].
+    """Runs every row through its expert e: y[r] = down_e(silu(gate_e z) * up_e z).
 
-    Expert e owns the rows [e * h, (e + 1) * h) of gate_proj and up_proj and the columns of the
-    same range of down_proj; weights are neither copied nor padded.
+    z = x[row_token[r]]; expert e owns the rows [e * h, (e + 1) * h) of gate_proj and up_proj and
+    the columns of the same range of down_proj; weights are neither copied nor padded.
 
     Args:
         x: tokens [T, D]; fp32, bf16 or fp16.
@@ -58,7 +60,7 @@ def grouped_ffn(
     return y
 
 
-@torch.library.register_fake("sparse_unified::grouped_ffn")
+@register_fake("grouped_ffn")
 def _fake(
     x: Tensor,
     row_token: Tensor,
@@ -71,7 +73,7 @@ def _fake(
     return x.new_empty((row_token.shape[0], x.shape[1]))
 
 
-@torch.library.register_fake("sparse_unified::grouped_ffn_train")
+@register_fake("grouped_ffn_train")
 def _fake_train(
     x: Tensor,
     row_token: Tensor,
@@ -90,7 +92,7 @@ def _fake_train(
     )
 
 
-@torch.library.register_fake("sparse_unified::grouped_ffn_backward")
+@register_fake("grouped_ffn_backward")
 def _fake_backward(
     grad_y: Tensor,
     x: Tensor,

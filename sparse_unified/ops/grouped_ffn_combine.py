@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from sparse_unified.ops.registration import register_fake
 
 
 def grouped_ffn_combine(
@@ -20,7 +24,7 @@ def grouped_ffn_combine(
     """Runs tokens through their experts and sums: out[t] = sum_k weights[t, k] * expert(x[t]).
 
     Equals `combine(grouped_ffn(...), weights, token_rows)`, without the [R, D] rows in between.
-    Has no gradient: with one wanted, call the two ops.
+    Has no gradient: with one wanted, call the two ops; a backward pass raises.
 
     Args:
         x: tokens [T, D]; fp32, bf16 or fp16.
@@ -40,7 +44,7 @@ def grouped_ffn_combine(
     return out
 
 
-@torch.library.register_fake("sparse_unified::grouped_ffn_combine")
+@register_fake("grouped_ffn_combine")
 def _fake(
     x: Tensor,
     weights: Tensor,
@@ -52,3 +56,20 @@ def _fake(
     down_proj: Tensor,
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps nothing: there is no backward."""
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+    # Without this torch would warn and leave the gradients out.
+    raise RuntimeError(
+        "grouped_ffn_combine: arguments must not need a gradient, got a backward pass; call "
+        "grouped_ffn and combine"
+    )
+
+
+torch.library.register_autograd(
+    "sparse_unified::grouped_ffn_combine", _backward, setup_context=_setup_context
+)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified.ops.registration import register_fake
+
 
 def permute(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     """Copies tokens into expert order: y[r] = x[row_token[r]].
@@ -27,7 +29,7 @@ def permute(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     return y
 
 
-@torch.library.register_fake("sparse_unified::permute")
+@register_fake("permute")
 def _fake(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     return x.new_empty((row_token.shape[0], x.shape[1]))
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified.ops.registration import register_fake
+
 
 def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses top_k experts for every token: logits = x @ gate.T, no bias, no softmax.
@@ -30,7 +32,7 @@ def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     return logits, topk_logits, topk_idx
 
 
-@torch.library.register_fake("sparse_unified::route_topk")
+@register_fake("route_topk")
 def _fake(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens = x.shape[0]
     return (
@@ -40,7 +42,7 @@ def _fake(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("sparse_unified::route_topk_backward")
+@register_fake("route_topk_backward")
 def _fake_backward(
     grad_logits: Tensor,
     grad_topk_logits: Tensor,
@@ -59,7 +61,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate, _ = inputs
-    logits, topk_logits, topk_idx = output
+    topk_idx = output[2]
     ctx.mark_non_differentiable(topk_idx)
     ctx.save_for_backward(x, gate, topk_idx)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_unified.ops.registration import register_fake
+
 
 def sort_by_expert(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Groups the R = T * K pairs of token and slot by expert, in flat order within an expert.
@@ -27,7 +29,7 @@ def sort_by_expert(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     return expert_offsets, row_token, token_rows
 
 
-@torch.library.register_fake("sparse_unified::sort_by_expert")
+@register_fake("sort_by_expert")
 def _fake(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         topk_idx.new_empty((num_experts + 1,)),
