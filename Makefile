@@ -101,7 +101,7 @@ kernels: $(VENV)/installed  ## the kernels without torch, their C++ tests and nu
 	@$(RUN) cmake -S . -B build/cmake -G Ninja --log-level=WARNING \
 	  -DPython_EXECUTABLE=$(BIN)/python $$(if [ -d $(HEADERS) ]; then \
 	  echo -DPython_INCLUDE_DIR=$(HEADERS)/python; fi)
-	@$(RUN) cmake --build build/cmake
+	@$(RUN) cmake --build build/cmake -- --quiet
 
 ctest: kernels  ## run the C++ tests
 	@echo "== ctest"

@@ -58,7 +58,7 @@ class Check:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each FFN")
+    parser.add_argument("--rounds", type=int, default=30, help="timed calls of each FFN")
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def generate(case: Case, out: Path) -> tuple[list[Check], dict[str, Image]]:
     images = {
         "dense": dense_image,
         f"sparse, all {NUM_EXPERTS} experts": all_image,
-        f"sparse, {TOP_K} of {NUM_EXPERTS}": sparse_image,
+        f"sparse, {TOP_K} of {NUM_EXPERTS}, untrained": sparse_image,
     }
     return checks, images
 
