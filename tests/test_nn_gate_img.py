@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Und blocks: text tokens go by `gate`, ViT tokens by `gate_img`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_cases import double_state, official_block, random_block, relative_error
+from torch import Tensor
+
+TEXT, VIT = torch.tensor([0, 7, 3, 5, 11]), torch.tensor([1, 2, 9, 4])  # 6, 8, 10 in neither
+
+CASES = {
+    "no indices": (None, None),
+    "text alone": (torch.arange(12), None),
+    "vit alone": (None, torch.arange(12)),
+    "some vit, no text given": (None, VIT),
+    "both, some tokens in neither": (TEXT, VIT),
+    "no text tokens": (TEXT[:0], torch.arange(12)),
+    "no vit tokens": (torch.arange(12), VIT[:0]),
+    "neither": (TEXT[:0], VIT[:0]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_tokens_are_routed_by_their_own_router(case: str, num_shared_experts: int) -> None:
+    text, vit = CASES[case]
+    moe = random_block(24, 60, 4, 2, num_shared_experts, gate_img=True)
+    x = torch.randn(12, 24)
+    y, logits = moe(x, text, vit)
+    y64, logits64 = official_block(x.double(), double_state(moe), 2, text, vit)
+    assert relative_error(y, y64) < 1e-6
+    torch.testing.assert_close(logits.double(), logits64, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_reach_the_router_that_decided(case: str) -> None:
+    text, vit = CASES[case]
+    moe = random_block(gate_img=True)
+    x = torch.randn(12, 24, requires_grad=True)
+    grads = torch.randn(12, 24), torch.randn(12, 5)
+    torch.autograd.backward(moe(x, text, vit), grads)
+    state = {key: value.requires_grad_() for key, value in double_state(moe).items()}
+    x64 = x.detach().double().requires_grad_()
+    outputs = official_block(x64, state, 2, text, vit)
+    torch.autograd.backward(outputs, tuple(grad.double() for grad in grads))
+
+    def assert_same(own: Tensor | None, expected: Tensor | None) -> None:
+        own = torch.zeros(()) if own is None else own
+        expected = torch.zeros((), dtype=torch.float64) if expected is None else expected
+        difference = (own.double() - expected).norm()
+        assert difference <= 1e-5 * max(expected.norm().item(), 1e-3)
+
+    assert_same(x.grad, x64.grad)
+    assert_same(moe.gate.weight.grad, state["gate.weight"].grad)
+    assert_same(moe.gate_img.weight.grad, state["gate_img.weight"].grad)
+
+
+def test_gen_blocks_ignore_the_indices() -> None:
+    moe = random_block()
+    x = torch.randn(12, 24)
+    assert torch.equal(moe(x, TEXT, VIT)[0], moe(x)[0])
+    assert torch.equal(moe(x, packed_vit_token_indexes=VIT)[0], moe(x)[0])
+
+
+def test_gate_img_is_part_of_the_state_only_where_it_exists() -> None:
+    assert "gate_img.weight" in random_block(gate_img=True).state_dict()
+    assert "gate_img.weight" not in random_block().state_dict()

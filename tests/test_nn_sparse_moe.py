@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseMoE: the official block's semantics, and the properties that follow from them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from moe_cases import (
+    double_state,
+    from_dense,
+    golden_block,
+    official_block,
+    random_block,
+    relative_error,
+)
+from torch import Tensor
+
+from sparse_unified.nn import SparseMoE, SwiGLU
+from sparse_unified.nn import sparse_moe as sparse_moe_module
+from sparse_unified.ops import composed
+from sparse_unified.partition import ExpertLayout
+
+
+@pytest.mark.parametrize("name", ["moe_block", "moe_block_shared"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_recorded_blocks_are_reproduced(name: str, training: bool, grad: bool) -> None:
+    moe, tensors = golden_block(name)
+    with torch.set_grad_enabled(grad):
+        y, router_logits = moe.train(training)(tensors["input"])
+    assert relative_error(y, tensors["output"]) < 1e-5
+    assert relative_error(router_logits, tensors["router_logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1, 2])
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_block_equals_the_official_semantics(num_shared_experts: int, top_k: int) -> None:
+    moe = random_block(24, 120, 4, top_k, num_shared_experts)
+    x = torch.randn(21, 24)
+    y, logits = moe(x)
+    y64, logits64 = official_block(x.double(), double_state(moe), top_k)
+    assert relative_error(y, y64) < 1e-6
+    assert relative_error(logits, logits64) < 1e-6
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+@pytest.mark.parametrize("num_tokens", [1, 37, 300])
+def test_all_experts_with_a_zero_router_are_the_dense_ffn(
+    num_shared_experts: int, num_tokens: int
+) -> None:
+    dense = SwiGLU(24, 96)
+    layout = ExpertLayout(
+        intermediate_size=96, num_experts=3, num_shared_experts=num_shared_experts
+    )
+    moe = from_dense(dense, layout, 3, torch.randn(96))
+    x = torch.randn(num_tokens, 24)
+    y, logits = moe(x)
+    assert relative_error(y, dense(x)) < 1e-6
+    assert logits.abs().max() == 0
+    with torch.no_grad():
+        assert relative_error(moe(x)[0], dense(x)) < 1e-6
+
+
+def test_a_fresh_block_weighs_every_selected_expert_by_one() -> None:
+    dense = SwiGLU(24, 96)
+    layout = ExpertLayout(intermediate_size=96, num_experts=4)
+    moe = from_dense(dense, layout, 2, torch.randn(96))
+    x = torch.randn(5, 24)
+    # A pure tie goes to the first two experts.
+    index = torch.arange(48)
+    half = torch.nn.functional.silu(x @ moe.gate_proj[index].t()) * (x @ moe.up_proj[index].t())
+    assert relative_error(moe(x)[0], half @ moe.down_proj[:, index].t()) < 1e-6
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_expert_rows_are_a_bijection_of_dense_rows(num_shared_experts: int) -> None:
+    dense = SwiGLU(16, 96)
+    layout = ExpertLayout(
+        intermediate_size=96, num_experts=3, num_shared_experts=num_shared_experts
+    )
+    state = from_dense(dense, layout, 2, torch.randn(96)).state_dict()
+    owners = [f"experts.{e}" for e in range(3)] + ["shared_expert"] * (num_shared_experts > 0)
+    for projection, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        parts = torch.cat([state[f"{owner}.{projection}.weight"] for owner in owners], axis)
+        own = sorted(map(tuple, parts.movedim(axis, 0).tolist()))
+        weight = getattr(dense, projection).weight
+        assert own == sorted(map(tuple, weight.movedim(axis, 0).tolist()))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("num_tokens", [40, 600])
+def test_permuting_tokens_permutes_outputs(grad: bool, num_tokens: int) -> None:
+    moe = random_block(num_shared_experts=1, intermediate_size=96)
+    x = torch.randn(num_tokens, 24)
+    order = torch.randperm(num_tokens)
+    with torch.set_grad_enabled(grad):
+        y, logits = moe(x)
+        permuted_y, permuted_logits = moe(x[order])
+    torch.testing.assert_close(permuted_y, y[order], rtol=1e-5, atol=1e-5)
+    assert torch.equal(permuted_logits, logits[order])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("num_tokens", [40, 600])
+def test_splitting_the_batch_changes_nothing(grad: bool, num_tokens: int) -> None:
+    moe = random_block()
+    x = torch.randn(num_tokens, 24)
+    with torch.set_grad_enabled(grad):
+        y, logits = moe(x)
+        parts = [moe(part) for part in x.split([1, 7, num_tokens - 8])]
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), y, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.cat([p[1] for p in parts]), logits)
+
+
+def test_leading_dimensions_are_tokens() -> None:
+    moe = random_block()
+    x = torch.randn(2, 3, 5, 24)
+    y, logits = moe(x)
+    assert y.shape == x.shape
+    assert logits.shape == (30, 5)
+    assert torch.equal(y.view(30, 24), moe(x.view(30, 24))[0])
+    assert torch.equal(moe(x.transpose(0, 2))[0], moe(x.transpose(0, 2).contiguous())[0])
+
+
+def test_no_tokens_give_no_outputs() -> None:
+    for moe in (random_block(), random_block(24, 60, 4, 2, 1)):
+        y, logits = moe(torch.randn(0, 24))
+        assert y.shape == (0, 24)
+        assert logits.shape == (0, moe.num_experts)
+        y.sum().backward()
+        assert moe.gate_proj.grad.abs().max() == 0
+
+
+def test_outputs_repeat_bit_for_bit_in_training_and_eval() -> None:
+    moe = random_block()
+    x = torch.randn(300, 24)
+    expected = moe(x)
+    for training in (True, False, True):
+        y, logits = moe.train(training)(x)
+        assert torch.equal(y, expected[0])
+        assert torch.equal(logits, expected[1])
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x)[0], expected[0], rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(moe(x)[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_router_logits_can_be_left_out() -> None:
+    moe = random_block()
+    x = torch.randn(9, 24)
+    y, logits = moe(x)
+    assert logits.shape == (9, 5)
+    assert logits.dtype == torch.float32
+    moe.return_router_logits = False
+    assert torch.equal(moe(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_half_precision_is_one_rounding_of_the_sum(
+    dtype: torch.dtype, num_shared_experts: int
+) -> None:
+    moe = random_block(24, 60, 4, 2, num_shared_experts, dtype=dtype)
+    x = torch.randn(64, 24).to(dtype)
+    y, logits = moe(x)
+    assert y.dtype == dtype
+    assert logits.dtype == torch.float32
+    y64, _ = official_block(x.double(), double_state(moe), 2)
+    assert relative_error(y, y64) < 3 * torch.finfo(dtype).eps
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_gradients_equal_the_official_semantics_in_fp64(num_shared_experts: int) -> None:
+    moe = random_block(12, 40, 4, 2, num_shared_experts)
+    x = torch.randn(15, 12, requires_grad=True)
+    grad_y, grad_logits = torch.randn(15, 12), torch.randn(15, 4)
+    torch.autograd.backward(moe(x), (grad_y, grad_logits))
+
+    state = {key: value.requires_grad_() for key, value in double_state(moe).items()}
+    x64 = x.detach().double().requires_grad_()
+    torch.autograd.backward(official_block(x64, state, 2), (grad_y.double(), grad_logits.double()))
+    assert relative_error(x.grad, x64.grad) < 1e-5
+    assert relative_error(moe.gate.weight.grad, state["gate.weight"].grad) < 1e-5
+    if num_shared_experts:
+        assert relative_error(moe.gate_shared.weight.grad, state["gate_shared.weight"].grad) < 1e-5
+    # The fused weights' gradients under official names.
+    named = copy.deepcopy(moe)
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(named, name).copy_(getattr(moe, name).grad)
+    for key, gradient in named.state_dict().items():
+        if "proj" in key:
+            assert relative_error(gradient, state[key].grad) < 1e-5, key
+
+
+def test_frozen_experts_still_pass_the_gradient_on() -> None:
+    moe, x = random_block(), torch.randn(30, 24, requires_grad=True)
+    moe(x)[0].square().sum().backward()
+    expected = x.grad, moe.gate.weight.grad
+    x.grad = None
+    moe.zero_grad()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(moe, name).requires_grad_(False)
+    moe(x)[0].square().sum().backward()
+    assert torch.equal(x.grad, expected[0])
+    assert torch.equal(moe.gate.weight.grad, expected[1])
+    assert moe.gate_proj.grad is None
+
+
+def test_the_router_learns_from_a_fresh_conversion() -> None:
+    dense = SwiGLU(16, 64)
+    moe = from_dense(dense, ExpertLayout(intermediate_size=64, num_experts=4), 2, torch.randn(64))
+    x = torch.randn(128, 16)
+    target = dense(x).detach()
+    optimizer = torch.optim.Adam(moe.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = (moe(x)[0] - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert moe.gate.weight.abs().max() > 0
+
+
+# Backends, modes, devices
+
+
+def test_autocast_keeps_the_dtype_of_the_weights() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        moe = random_block(dtype=dtype)
+        x = torch.randn(20, 24)
+        expected = moe(x.to(dtype))[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, logits = moe(x)
+        assert torch.equal(y, expected)
+        assert logits.dtype == torch.float32
+    shared = random_block(24, 60, 4, 2, 1)
+    expected = shared(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(shared(x)[0], expected) < 1e-2
+        shared(x)[0].sum().backward()
+    assert shared.gate_proj.grad.isfinite().all()
+
+
+def test_active_backend_says_what_runs_and_why() -> None:
+    assert random_block().active_backend == "cpu"
+    assert "'meta'" in SparseMoE(8, 16, 2, 1, device="meta").active_backend
+
+
+def test_strict_refuses_a_device_without_kernels() -> None:
+    moe = SparseMoE(8, 16, 2, 1, device="meta", strict=True)
+    with pytest.raises(RuntimeError, match=r"strict must be met by a kernel, got .*'meta'"):
+        moe(torch.empty(3, 8, device="meta"))
+    assert SparseMoE(8, 16, 2, 1, strict=True)(torch.randn(3, 8))[0].shape == (3, 8)
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_composed_ops_equal_the_kernels(
+    num_shared_experts: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moe = random_block(24, 60, 4, 2, num_shared_experts)
+    x = torch.randn(50, 24)
+    expected = moe(x)
+    monkeypatch.setattr(sparse_moe_module, "_KERNEL_DEVICES", ())
+    monkeypatch.setattr(sparse_moe_module, "_warned", set())
+    with caplog.at_level(logging.WARNING, logger="sparse_unified"):
+        y, logits = moe(x)
+        moe(x)
+    assert len(caplog.records) == 1
+    assert moe.active_backend.startswith("torch: ")
+    torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, expected[1], rtol=1e-5, atol=1e-6)
+    moe.strict = True
+    with pytest.raises(RuntimeError, match="strict"):
+        moe(x)
+
+
+def test_composed_ops_take_extreme_routings() -> None:
+    moe = random_block()
+    for topk_idx in (torch.zeros(7, 1), torch.full((7, 1), 4), torch.zeros(0, 2)):
+        x = torch.randn(len(topk_idx), 24)
+        weights = torch.ones(topk_idx.shape)
+        y = composed.expert_ffn(
+            x, weights, topk_idx.int(), 5, moe.gate_proj, moe.up_proj, moe.down_proj
+        )
+        assert y.shape == x.shape
+
+
+def run_and_differentiate(
+    function: Callable[..., tuple[Tensor, Tensor]], moe: SparseMoE, x: Tensor
+) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y, logits = function(x)
+    loss = y.square().mean() + logits.square().mean()
+    return [y, logits, *torch.autograd.grad(loss, [x, moe.gate.weight, moe.gate_proj])]
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_block_compiles_without_a_graph_break(num_shared_experts: int) -> None:
+    torch._dynamo.reset()
+    moe = random_block(24, 60, 4, 2, num_shared_experts)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    x = torch.randn(23, 24)
+    own, expected = run_and_differentiate(compiled, moe, x), run_and_differentiate(moe, moe, x)
+    for one, other in zip(own, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x)[0], moe(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_und_block_compiles_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    moe = random_block(gate_img=True)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    x, text, vit = torch.randn(9, 24), torch.tensor([0, 3, 4]), torch.tensor([1, 2, 8])
+    for indexes in ((None, None), (None, vit), (text, vit)):
+        torch.testing.assert_close(compiled(x, *indexes)[0], moe(x, *indexes)[0])
+
+
+def test_a_copied_block_is_independent() -> None:
+    moe = random_block()
+    x = torch.randn(5, 24)
+    expected = moe(x)[0]
+    other = copy.deepcopy(moe)
+    with torch.no_grad():
+        other.down_proj.zero_()
+    assert torch.equal(moe(x)[0], expected)
+    assert other(x)[0].abs().max() == 0
+
+
+def test_dtype_and_device_conversions_keep_the_block_whole() -> None:
+    moe = random_block()
+    keys = list(moe.state_dict())
+    half = copy.deepcopy(moe).to(torch.bfloat16)
+    assert list(half.state_dict()) == keys
+    assert half(torch.randn(3, 24).bfloat16())[0].dtype == torch.bfloat16
+    assert moe.to("meta").active_backend != "cpu"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((8, 18944, 24, 4), "num_experts must divide .*got 24; .*counts do: 2, 4, 8, 16, 32, 37"),
+        ((8, 18944, 16, 8, 1), "num_experts must divide .*counts do: .*7, .*15, .*31"),
+        ((8, 64, 4, 5), "top_k must be from 1 to num_experts = 4, got 5"),
+        ((8, 64, 4, 0), "top_k must be from 1 to num_experts = 4, got 0"),
+        ((0, 64, 4, 2), "hidden_size must be at least 1, got 0"),
+        ((8, 0, 4, 2), "intermediate_size must be an integer of at least 1, got 0"),
+        ((8, 64, 0, 2), "num_experts must be an integer of at least 1, got 0"),
+        ((8, 64, 4, 2, -1), "num_shared_experts must be an integer of at least 0, got -1"),
+    ],
+)
+def test_bad_sizes_are_named(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseMoE(*arguments, device="meta")
+
+
+def test_bad_inputs_are_named() -> None:
+    moe = random_block()
+    with pytest.raises(ValueError, match=r"x must end in hidden_size = 24, got shape \[3, 25\]"):
+        moe(torch.randn(3, 25))
+    with pytest.raises(RuntimeError, match="must have dtype bfloat16, got float32"):
+        moe(torch.randn(3, 24).bfloat16())
+    with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16, got float64"):
+        random_block(dtype=torch.float64)(torch.randn(3, 24).double())
+    with pytest.raises(RuntimeError, match="must be on one device, got cpu and meta"):
+        moe(torch.empty(3, 24, device="meta"))

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseMoE's state dict: official per-expert keys, strict both ways, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from moe_cases import GOLDEN, random_block
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparse_unified.nn import SparseMoE
+
+
+def expected_shapes(moe: SparseMoE) -> dict[str, list[int]]:
+    d, h, s = moe.hidden_size, moe.layout.expert_width, moe.layout.shared_width
+    shapes = {"gate.weight": [moe.num_experts, d], "gate_shared.weight": [1, d]}
+    if moe.gate_img is not None:
+        shapes["gate_img.weight"] = [moe.num_experts, d]
+    owners = {f"experts.{e}": h for e in range(moe.num_experts)}
+    if s:
+        owners["shared_expert"] = s
+    for owner, width in owners.items():
+        shapes[f"{owner}.gate_proj.weight"] = [width, d]
+        shapes[f"{owner}.up_proj.weight"] = [width, d]
+        shapes[f"{owner}.down_proj.weight"] = [d, width]
+    return shapes
+
+
+BLOCKS = [
+    {},
+    {"intermediate_size": 96, "num_experts": 4, "num_shared_experts": 2},
+    {"gate_img": True},
+    {"num_experts": 1, "top_k": 1},
+]
+
+
+@pytest.mark.parametrize("fields", BLOCKS)
+def test_keys_and_shapes_are_the_official_ones(fields: dict[str, int]) -> None:
+    moe = random_block(**fields)
+    state = moe.state_dict()
+    assert {key: list(t.shape) for key, t in state.items()} == expected_shapes(moe)
+    assert {key: list(t.shape) for key, t in moe.official_views().items()} == expected_shapes(moe)
+
+
+@pytest.mark.parametrize("name", ["moe_block", "moe_block_shared"])
+def test_keys_are_those_of_recorded_blocks(name: str) -> None:
+    recorded = {
+        key.removeprefix("model."): list(t.shape)
+        for key, t in load_file(GOLDEN / f"{name}.safetensors").items()
+        if key.startswith("model.")
+    }
+    d = recorded["gate.weight"][1]
+    num_experts = recorded["gate.weight"][0]
+    h = recorded["experts.0.up_proj.weight"][0]
+    shared = recorded.get("shared_expert.up_proj.weight", [0])[0]
+    moe = SparseMoE(
+        d,
+        num_experts * h + shared,
+        num_experts,
+        1,
+        int(shared > 0),
+        shared_intermediate_size=shared,
+    )
+    assert {key: list(t.shape) for key, t in moe.state_dict().items()} == recorded
+
+
+@pytest.mark.parametrize("fields", BLOCKS)
+def test_round_trip_is_exact(fields: dict[str, int]) -> None:
+    moe, other = random_block(**fields), random_block(**fields)
+    result = other.load_state_dict(moe.state_dict(), strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    for own, loaded in zip(moe.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own, loaded)
+
+
+def test_state_tensors_are_copies_that_savers_take() -> None:
+    moe = random_block()
+    state = moe.state_dict()
+    assert all(tensor.is_contiguous() for tensor in state.values())
+    before = moe.down_proj.detach().clone()
+    for key, tensor in state.items():
+        if key.startswith("experts."):
+            tensor.zero_()
+    assert torch.equal(moe.down_proj, before)
+
+
+def test_save_load_save_is_byte_stable(tmp_path: Path) -> None:
+    for number, fields in enumerate(BLOCKS):
+        moe, other = random_block(**fields), random_block(**fields)
+        first, second = tmp_path / f"{number}.first", tmp_path / f"{number}.second"
+        save_file(moe.state_dict(), first)
+        other.load_state_dict(load_file(first))
+        save_file(other.state_dict(), second)
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_views_load_the_block() -> None:
+    moe, other = random_block(gate_img=True), random_block(gate_img=True)
+    for key, view in other.official_views().items():
+        view.copy_(moe.state_dict()[key])
+    x = torch.randn(7, 24)
+    assert torch.equal(moe(x)[0], other(x)[0])
+
+
+class Layer(nn.Module):
+    """Two blocks under names of their own, as in a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = random_block(gate_img=True)
+        self.mlp_moe_gen = random_block()
+
+
+def test_nested_blocks_keep_to_their_prefix() -> None:
+    layer, other = Layer(), Layer()
+    state = layer.state_dict()
+    assert "mlp_moe_gen.experts.4.down_proj.weight" in state
+    assert "mlp.gate_img.weight" in state
+    assert not [key for key in state if key.endswith(("mlp.gate_proj", "mlp_moe_gen.gate_proj"))]
+    other.load_state_dict(state)
+    for own, loaded in zip(layer.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own, loaded)
+
+
+@pytest.mark.parametrize("prefix", ["", "mlp."])
+def test_missing_and_unexpected_keys_are_all_named(prefix: str) -> None:
+    module = Layer() if prefix else random_block(gate_img=True)
+    state = module.state_dict()
+    missing = ["experts.3.up_proj.weight", "experts.0.down_proj.weight", "gate.weight"]
+    extra = ["experts.5.up_proj.weight", "shared_expert.up_proj.weight", "gate.bias", "up_proj"]
+    for key in missing:
+        del state[prefix + key]
+    for key in extra:
+        state[prefix + key] = torch.zeros(1)
+    with pytest.raises(RuntimeError) as caught:
+        module.load_state_dict(state)
+    for key in (*missing, *extra):
+        assert f'"{prefix}{key}"' in str(caught.value)
+    result = module.load_state_dict(state, strict=False)
+    assert set(result.missing_keys) == {prefix + key for key in missing}
+    assert set(result.unexpected_keys) == {prefix + key for key in extra}
+
+
+def test_a_second_router_where_none_belongs_is_unexpected() -> None:
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"gate_img.weight"'):
+        random_block().load_state_dict(random_block(gate_img=True).state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"gate_img.weight"'):
+        random_block(gate_img=True).load_state_dict(random_block().state_dict())
+
+
+def test_misshapen_tensors_are_named_and_nothing_is_written() -> None:
+    moe = random_block()
+    before = moe.up_proj.detach().clone()
+    state = random_block().state_dict()
+    state["experts.1.up_proj.weight"] = state["experts.1.up_proj.weight"][:-1]
+    state["experts.2.down_proj.weight"] = state["experts.2.down_proj.weight"].t()
+    with pytest.raises(RuntimeError) as caught:
+        moe.load_state_dict(state)
+    message = str(caught.value)
+    assert "experts.1.up_proj.weight must have shape [12, 24], got [11, 24]" in message
+    assert "experts.2.down_proj.weight must have shape [24, 12], got [12, 24]" in message
+    assert torch.equal(moe.up_proj, before)
+
+
+def test_a_file_of_another_expert_count_does_not_load() -> None:
+    with pytest.raises(RuntimeError, match=r"experts\.5\.up_proj\.weight"):
+        random_block().load_state_dict(random_block(num_experts=6).state_dict())
+
+
+def test_loading_converts_the_dtype() -> None:
+    moe, half = random_block(), random_block(dtype=torch.bfloat16)
+    half.load_state_dict(moe.state_dict())
+    assert half.gate_proj.dtype == torch.bfloat16
+    assert torch.equal(half.gate_proj, moe.gate_proj.bfloat16())
+
+
+def test_assign_takes_device_and_dtype_of_the_state() -> None:
+    source = random_block(dtype=torch.bfloat16)
+    moe = SparseMoE(24, 60, 5, 2, device="meta")
+    moe.up_proj.requires_grad_(False)
+    moe.load_state_dict(source.state_dict(), assign=True)
+    assert {p.device.type for p in moe.parameters()} == {"cpu"}
+    assert {p.dtype for p in moe.parameters()} == {torch.bfloat16}
+    assert moe.gate_proj.requires_grad
+    assert not moe.up_proj.requires_grad
+    x = torch.randn(6, 24).bfloat16()
+    assert torch.equal(moe(x)[0], source(x)[0])
+
+
+def test_a_meta_block_takes_no_memory_and_loads_after_to_empty() -> None:
+    moe = SparseMoE(3584, 18944, 16, 8, device="meta", dtype=torch.bfloat16)
+    assert all(p.device.type == "meta" for p in moe.parameters())
+    assert moe.state_dict()["experts.15.down_proj.weight"].shape == (3584, 1184)
+    source = random_block()
+    small = SparseMoE(24, 60, 5, 2, device="meta").to_empty(device="cpu")
+    small.load_state_dict(source.state_dict())
+    x = torch.randn(6, 24)
+    assert torch.equal(small(x)[0], source(x)[0])
+
+
+def test_routers_start_at_zero_and_experts_do_not() -> None:
+    moe = SparseMoE(24, 60, 5, 2, gate_img=True)
+    for router in (moe.gate, moe.gate_shared, moe.gate_img):
+        assert router.weight.abs().max() == 0
+    for weight in (moe.gate_proj, moe.up_proj, moe.down_proj):
+        assert 0 < weight.abs().max() <= weight.shape[1] ** -0.5
+
+
+def test_state_dict_with_gradients_keeps_the_graph() -> None:
+    moe = random_block()
+    state: dict[str, Tensor] = moe.state_dict(keep_vars=True)
+    state["experts.2.up_proj.weight"].sum().backward()
+    assert moe.up_proj.grad[24:36].min() == 1
+    assert moe.up_proj.grad.sum() == 12 * 24
