@@ -144,7 +144,8 @@ class SparseMoE(OfficialState):
                 f"{list(x.shape)}"
             )
         tokens = x.reshape(-1, self.hidden_size)
-        if torch.is_autocast_enabled(tokens.device.type):
+        device = tokens.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             tokens = tokens.to(self.gate_proj.dtype)
         use_kernels = self._use_kernels()
         route = ops.route_topk if use_kernels else composed.route_topk
