@@ -29,41 +29,62 @@ constexpr int64_t kTilePairs = 7;
 constexpr int64_t kTileRows = 14;
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
-// Gathered rows worked on at once: they, their hidden panels and a tile of weights share 2 MB of
-// L2.
-constexpr int64_t kChunkFloats = 1 << 18;
+// Gathered rows worked on at once, at most: they, their hidden panels and a tile of weights share 2
+// MB of L2. 320 rows of D = 896 are more than half of a block of 512 tokens ever sends to one
+// expert.
+constexpr int64_t kChunkFloats = 320 * 896;
+constexpr int64_t kChunkRows = 320;
 
 int64_t chunk_rows(int64_t hidden_size) {
-  return std::clamp(kChunkFloats / std::max<int64_t>(hidden_size, 1) / kPanelRows * kPanelRows,
-                    kPanelRows, 8 * kPanelRows);
+  return std::clamp(kChunkFloats / hidden_size / kPanelRows * kPanelRows, kPanelRows, kChunkRows);
 }
 
-// sums[r][v] = sum_k weight[r][k] * panel[k][v]; even rows from `first`, odd rows from `second`.
+// Size of the next tile when `rest` rows remain: equal tiles, none too small to fill the pipelines.
+int64_t tile_size(int64_t rest, int64_t largest) {
+  const int64_t num_tiles = (rest + largest - 1) / largest;
+  return (rest + num_tiles - 1) / num_tiles;
+}
+
+// Lanes a panel of `num_rows` rows is laid out with.
+int64_t panel_lanes(int64_t num_rows) { return num_rows > kLanes ? kPanelRows : kLanes; }
+
+// How far ahead of a row that is read and written the next lines are asked for.
+constexpr int64_t kAheadFloats = 64;
+
+// A tile of weight rows, even rows from `even`, odd rows from `odd`.
+struct WeightTile {
+  const float* even;
+  int64_t even_stride;
+  const float* odd;
+  int64_t odd_stride;
+  int64_t length;
+
+  const float* row(int64_t r) const {
+    return r % 2 == 0 ? even + r / 2 * even_stride : odd + r / 2 * odd_stride;
+  }
+};
+
+// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v].
 template <int64_t kRows, int64_t kVectors>
-SPARSE_UNIFIED_INLINE void dot_tile(const float* first, int64_t first_stride, const float* second,
-                                    int64_t second_stride, const float* panel, int64_t n,
+SPARSE_UNIFIED_INLINE void dot_tile(const WeightTile& tile, const float* panel,
                                     Float (&sums)[kRows][kVectors]) {
-  int64_t k = 0;
-  do {  // once even for an empty sum, which is zero
-    const int64_t block_end = std::min(k + kSumBlock, n);
-    const bool is_first = k == 0;
+  for (int64_t block = 0; block < tile.length; block += kSumBlock) {
+    const int64_t block_end = std::min(block + kSumBlock, tile.length);
     Float acc[kRows][kVectors] = {};
-    for (; k < block_end; ++k) {
+    for (int64_t k = block; k < block_end; ++k) {
       Float values[kVectors];
       for (int64_t v = 0; v < kVectors; ++v) values[v] = load(panel + (k * kVectors + v) * kLanes);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kRows; ++r) {
-        const float* row =
-            r % 2 == 0 ? first + r / 2 * first_stride : second + r / 2 * second_stride;
-        for (int64_t v = 0; v < kVectors; ++v) acc[r][v] += row[k] * values[v];
+        for (int64_t v = 0; v < kVectors; ++v) acc[r][v] += tile.row(r)[k] * values[v];
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
       for (int64_t v = 0; v < kVectors; ++v) {
-        sums[r][v] = is_first ? acc[r][v] : sums[r][v] + acc[r][v];
+        sums[r][v] = block == 0 ? acc[r][v] : sums[r][v] + acc[r][v];
       }
     }
-  } while (k < n);
+  }
 }
 
 // Transposes 16 x 16 in place: in step `width`, rows i and i + width swap their off-diagonal
@@ -116,56 +137,59 @@ SPARSE_UNIFIED_AVX512 void gather_panel(const GroupedFfnParams& params, const in
   }
 }
 
-// hidden[j] = silu(gate_j x) * up_j x for kPairs neurons of one panel.
+// hidden[j] = silu(gate_j x) * up_j x for kPairs neurons of one panel; gate rows even, up rows odd.
 template <int64_t kPairs, int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void hidden_tile(const float* gate, int64_t gate_stride, const float* up,
-                                       int64_t up_stride, const float* panel, int64_t hidden_size,
-                                       float* hidden) {
-  Float sums[2 * kPairs][kVectors];
-  dot_tile(gate, gate_stride, up, up_stride, panel, hidden_size, sums);
+SPARSE_UNIFIED_AVX512 void hidden_tile(const WeightTile& tile, const float* panel, float* hidden) {
+  Float sums[2 * kPairs][kVectors] = {};
+  dot_tile(tile, panel, sums);
   for (int64_t pair = 0; pair < kPairs; ++pair) {
     for (int64_t v = 0; v < kVectors; ++v) {
-      const Float g = sums[2 * pair][v];
-      store(hidden + (pair * kVectors + v) * kLanes, g * sigmoid(g) * sums[2 * pair + 1][v]);
+      const Float gate = sums[2 * pair][v];
+      store(hidden + (pair * kVectors + v) * kLanes, gate * sigmoid(gate) * sums[2 * pair + 1][v]);
     }
   }
 }
 
 // y[d] = sum_j down[d][j] * hidden[j] for kRows outputs of one panel.
 template <int64_t kRows, int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void output_tile(const float* down, int64_t down_stride, const float* hidden,
-                                       int64_t expert_width, float* y) {
-  Float sums[kRows][kVectors];
-  dot_tile(down, 2 * down_stride, down + down_stride, 2 * down_stride, hidden, expert_width, sums);
+SPARSE_UNIFIED_AVX512 void output_tile(const WeightTile& tile, const float* hidden, float* y) {
+  Float sums[kRows][kVectors] = {};
+  dot_tile(tile, hidden, sums);
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t v = 0; v < kVectors; ++v) store(y + (r * kVectors + v) * kLanes, sums[r][v]);
   }
 }
 
-// Calls hidden_tile with a tile of `pairs` neurons, 1 to kTilePairs.
-template <int64_t kVectors, int64_t kPairs = kTilePairs>
-SPARSE_UNIFIED_AVX512 void hidden_tile_of(int64_t pairs, const float* gate, int64_t gate_stride,
-                                          const float* up, int64_t up_stride, const float* panel,
-                                          int64_t hidden_size, float* hidden) {
+// hidden_tile for 1 to kTilePairs neurons and a panel of `num_rows` rows.
+template <int64_t kPairs = kTilePairs>
+SPARSE_UNIFIED_AVX512 void run_hidden_tile(int64_t pairs, int64_t num_rows, const WeightTile& tile,
+                                           const float* panel, float* hidden) {
   if constexpr (kPairs > 1) {
     if (pairs < kPairs) {
-      return hidden_tile_of<kVectors, kPairs - 1>(pairs, gate, gate_stride, up, up_stride, panel,
-                                                  hidden_size, hidden);
+      return run_hidden_tile<kPairs - 1>(pairs, num_rows, tile, panel, hidden);
     }
   }
-  hidden_tile<kPairs, kVectors>(gate, gate_stride, up, up_stride, panel, hidden_size, hidden);
+  if (num_rows > kLanes) {
+    hidden_tile<kPairs, 2>(tile, panel, hidden);
+  } else {
+    hidden_tile<kPairs, 1>(tile, panel, hidden);
+  }
 }
 
-// Calls output_tile with a tile of `rows` outputs, 1 to kTileRows.
-template <int64_t kVectors, int64_t kRows = kTileRows>
-SPARSE_UNIFIED_AVX512 void output_tile_of(int64_t rows, const float* down, int64_t down_stride,
-                                          const float* hidden, int64_t expert_width, float* y) {
+// output_tile for 1 to kTileRows outputs and a panel of `num_rows` rows.
+template <int64_t kRows = kTileRows>
+SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t rows, int64_t num_rows, const WeightTile& tile,
+                                           const float* hidden, float* y) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return output_tile_of<kVectors, kRows - 1>(rows, down, down_stride, hidden, expert_width, y);
+      return run_output_tile<kRows - 1>(rows, num_rows, tile, hidden, y);
     }
   }
-  output_tile<kRows, kVectors>(down, down_stride, hidden, expert_width, y);
+  if (num_rows > kLanes) {
+    output_tile<kRows, 2>(tile, hidden, y);
+  } else {
+    output_tile<kRows, 1>(tile, hidden, y);
+  }
 }
 
 // Brings y [D][tokens] back to rows: stored, or added with the row's weight.
@@ -183,6 +207,7 @@ SPARSE_UNIFIED_AVX512 void scatter_panel(const GroupedFfnRows& rows, int64_t fir
         const int64_t row = first + v * kLanes + lane;
         const int64_t target = rows.target != nullptr ? rows.target[row] : row;
         float* out = rows.out + target * hidden_size + d;
+        __builtin_prefetch(out + kAheadFloats, 1);
         Float value = values[lane];
         if (rows.weights != nullptr) {
           value = (n == kLanes ? load(out) : load(out, n)) + rows.weights[row] * value;
@@ -216,37 +241,29 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
   }
 
   // A tile of weights stays in the cache while every panel passes by.
-  for (int64_t j = 0; j < width; j += kTilePairs) {
-    const int64_t pairs = std::min(kTilePairs, width - j);
-    const float* gate = params.gate_proj + (rows.expert * width + j) * params.gate_stride;
-    const float* up = params.up_proj + (rows.expert * width + j) * params.up_stride;
+  for (int64_t j = 0, pairs; j < width; j += pairs) {
+    pairs = tile_size(width - j, kTilePairs);
+    const WeightTile tile{params.gate_proj + (rows.expert * width + j) * params.gate_stride,
+                          params.gate_stride,
+                          params.up_proj + (rows.expert * width + j) * params.up_stride,
+                          params.up_stride, params.hidden_size};
     for (int64_t row = 0; row < count; row += kPanelRows) {
-      const float* panel = panels + row * params.hidden_size;
-      float* target = hidden + row * width;
-      if (count - row > kLanes) {
-        hidden_tile_of<2>(pairs, gate, params.gate_stride, up, params.up_stride, panel,
-                          params.hidden_size, target + j * 2 * kLanes);
-      } else {
-        hidden_tile_of<1>(pairs, gate, params.gate_stride, up, params.up_stride, panel,
-                          params.hidden_size, target + j * kLanes);
-      }
+      const int64_t num_rows = std::min(kPanelRows, count - row);
+      run_hidden_tile(pairs, num_rows, tile, panels + row * params.hidden_size,
+                      hidden + row * width + j * panel_lanes(num_rows));
     }
   }
 
   // Same again for the outputs, which take the place of the gathered rows.
-  const float* down = params.down_proj + rows.expert * width;
-  for (int64_t d = 0; d < params.hidden_size; d += kTileRows) {
-    const int64_t outputs = std::min(kTileRows, params.hidden_size - d);
-    const float* weights = down + d * params.down_stride;
+  for (int64_t d = 0, outputs; d < params.hidden_size; d += outputs) {
+    outputs = tile_size(params.hidden_size - d, kTileRows);
+    const float* down = params.down_proj + rows.expert * width + d * params.down_stride;
+    const WeightTile tile{down, 2 * params.down_stride, down + params.down_stride,
+                          2 * params.down_stride, width};
     for (int64_t row = 0; row < count; row += kPanelRows) {
-      float* y = panels + row * params.hidden_size;
-      if (count - row > kLanes) {
-        output_tile_of<2>(outputs, weights, params.down_stride, hidden + row * width, width,
-                          y + d * 2 * kLanes);
-      } else {
-        output_tile_of<1>(outputs, weights, params.down_stride, hidden + row * width, width,
-                          y + d * kLanes);
-      }
+      const int64_t num_rows = std::min(kPanelRows, count - row);
+      run_output_tile(outputs, num_rows, tile, hidden + row * width,
+                      panels + row * params.hidden_size + d * panel_lanes(num_rows));
     }
   }
 

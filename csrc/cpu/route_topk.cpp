@@ -26,6 +26,7 @@ SPARSE_UNIFIED_INLINE void widen_block(const T* x, int64_t x_stride, int64_t col
   for (int64_t t = 0; t < num_tokens; ++t) {
     for (int64_t d = 0; d < num_columns; d += kLanes) {
       const T* source = x + t * x_stride + column + d;
+      __builtin_prefetch(source + kBlock);
       const int64_t n = std::min(kLanes, num_columns - d);
       store(block[t] + d, n == kLanes ? load(source) : load(source, n));
     }
