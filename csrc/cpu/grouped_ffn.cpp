@@ -36,7 +36,8 @@ constexpr int64_t kChunkFloats = 320 * 896;
 constexpr int64_t kChunkRows = 320;
 
 int64_t chunk_rows(int64_t hidden_size) {
-  return std::clamp(kChunkFloats / hidden_size / kPanelRows * kPanelRows, kPanelRows, kChunkRows);
+  const int64_t rows = kChunkFloats / std::max<int64_t>(hidden_size, 1);
+  return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, kChunkRows);
 }
 
 // Size of the next tile when `rest` rows remain: equal tiles, none too small to fill the pipelines.
