@@ -121,7 +121,8 @@ def official_block(
             logits = gate @ token
         else:
             logits = 0 * (gate @ token)
-        chosen = sorted(range(len(gate)), key=lambda e, row=logits.tolist(): (-row[e], e))[:top_k]
+        order = [expert for _, expert in sorted((-v, e) for e, v in enumerate(logits.tolist()))]
+        chosen = order[:top_k]
         y = sum((1 + logits[e]) * swiglu(f"experts.{e}", token) for e in chosen)
         if "shared_expert.up_proj.weight" in weights:
             y = y + (1 + weights["gate_shared.weight"] @ token) * swiglu("shared_expert", token)

@@ -3,6 +3,7 @@
 // or uint16 arrays of bits with the name of their 16-bit type. Every call runs on one thread.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <optional>
 #include <stdexcept>
