@@ -432,6 +432,18 @@ def test_generate_writes_a_picture_for_each_prompt(
     assert max(difference) <= 1
 
 
+def test_a_bounded_batch_and_a_short_plan_give_the_same_pictures(
+    model: Path, tmp_path: Path
+) -> None:
+    common = ["generate", str(model), "--prompt", "red", "--prompt", "blue", "--size", "64x64"]
+    common += ["--steps", "2", "--seed", "5", "--quiet", "--think", "--max-think-tokens", "3"]
+    assert main([*common, "--out", str(tmp_path / "all.png")]) == 0
+    assert main([*common, "--out", str(tmp_path / "one.png"), "--batch-size", "1"]) == 0
+    for index in range(2):
+        together = (tmp_path / f"all-{index}.png").read_bytes()
+        assert (tmp_path / f"one-{index}.png").read_bytes() == together
+
+
 def test_pictures_are_edited_and_talked_about(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate and chat: run a model."""
+"""generate: images from prompts, and from images and prompts."""
 
 from __future__ import annotations
 
@@ -18,50 +18,20 @@ from sparse_unified.cli.console import (
     replace_file,
     write_result,
 )
+from sparse_unified.cli.models import add_model, load_pipeline, open_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sparse_unified.bagel import BagelPipeline
-
 
 def add_commands(commands: Any) -> None:
-    """Adds the two commands to the parser."""
-    _add_generate(commands)
-    chat = commands.add_parser(
-        "chat",
-        help="answer a prompt, with or without pictures, in text",
-        description="Prints the answer to a prompt; pictures come before it.",
-    )
-    _add_model(chat)
-    chat.add_argument("--prompt", type=values.prompt, required=True, help="the question")
-    chat.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture (repeatable)"
-    )
-    chat.add_argument(
-        "--max-tokens",
-        type=values.positive,
-        default=500,
-        help="most tokens of the answer (default 500)",
-    )
-    chat.add_argument(
-        "--temperature",
-        type=float,
-        help="draw tokens at this temperature; without it, the likeliest",
-    )
-    chat.add_argument("--seed", type=int, help="of the drawing (default random)")
-    chat.add_argument("--think", action="store_true", help="let the model reason first")
-    add_common(chat)
-    chat.set_defaults(run=_run_chat)
-
-
-def _add_generate(commands: Any) -> None:
+    """Adds the command to the parser."""
     parser = commands.add_parser(
         "generate",
         help="generate or edit images",
-        description="Generates one image per prompt, all in one batch. With --image, edits it.",
+        description="Generates one image per prompt. With --image, edits it.",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -131,18 +101,24 @@ def _add_generate(commands: Any) -> None:
         "--cfg-renorm-min", type=float, default=0.0, help="least factor of it (default 0)"
     )
     parser.add_argument("--think", action="store_true", help="let the model plan in text first")
+    parser.add_argument(
+        "--max-think-tokens",
+        type=values.positive,
+        default=1000,
+        help="most tokens of the plan (default 1000)",
+    )
+    parser.add_argument(
+        "--think-temperature",
+        type=float,
+        help="draw the plan at this temperature; without it, the likeliest tokens",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=values.positive,
+        help="most images computed together, which bounds memory (default all)",
+    )
     add_common(parser)
     parser.set_defaults(run=_run_generate)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory or a hub id owner/name")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of weights and computation (default: as in the files)",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 
 def _run_generate(options: argparse.Namespace) -> int:
@@ -154,8 +130,8 @@ def _run_generate(options: argparse.Namespace) -> int:
     check_output(str(options.out), "--out")
     check_output(options.json, "--json")
     size = _choose_size(options)
-    images = _assign_images(_open_images(options.image), len(prompts))
-    pipeline = _load(options)
+    images = _assign_images(open_images(options.image), len(prompts))
+    pipeline = load_pipeline(options)
     result = pipeline.generate(
         prompts,
         images=images,
@@ -169,6 +145,9 @@ def _run_generate(options: argparse.Namespace) -> int:
         cfg_renorm_type=options.cfg_renorm_type,
         cfg_renorm_min=options.cfg_renorm_min,
         think=options.think,
+        max_think_length=options.max_think_tokens,
+        think_temperature=options.think_temperature,
+        batch_size=options.batch_size,
         progress=not options.quiet and sys.stderr.isatty(),
     )
     out: Path = options.out
@@ -200,64 +179,6 @@ def _run_generate(options: argparse.Namespace) -> int:
     document = {"model": options.model, "images": pictures, **facts}
     write_result(options.json, "\n".join(lines), json.dumps(document, indent=2, ensure_ascii=False))
     return 0
-
-
-def _run_chat(options: argparse.Namespace) -> int:
-    check_output(options.json, "--json")
-    images = _open_images(options.image)
-    pipeline = _load(options)
-    result = pipeline.chat(
-        options.prompt,
-        images=images or None,
-        max_length=options.max_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        think=options.think,
-    )
-    document = {
-        "model": options.model,
-        "prompt": options.prompt,
-        "text": result.text,
-        "token_ids": result.token_ids,
-        **result.report.as_dict(),
-    }
-    write_result(options.json, result.text, json.dumps(document, indent=2, ensure_ascii=False))
-    return 0
-
-
-def _load(options: argparse.Namespace) -> BagelPipeline:
-    import torch
-
-    from sparse_unified.bagel import BagelPipeline
-
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"--device: name must be a device of this torch, got {options.device!r}: {reason}"
-        ) from error
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return BagelPipeline.from_pretrained(options.model, device=device, dtype=dtype)
-
-
-def _open_images(paths: list[str]) -> list[Image]:
-    if not paths:
-        return []
-    from sparse_unified.bagel.optional import optional
-
-    images = []
-    for path in paths:
-        try:
-            with Path(path).open("rb") as stream:
-                image = optional("PIL.Image").open(stream)
-                image.load()
-        except (OSError, ValueError, SyntaxError) as error:
-            reason = getattr(error, "strerror", None) or "a file of another or a damaged format"
-            raise ValueError(f"--image: {path} must be a readable picture, got {reason}") from error
-        images.append(image)
-    return images
 
 
 def _assign_images(images: list[Image], num_prompts: int) -> list[list[Image]] | None:

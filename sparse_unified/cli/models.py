@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that run a model share: which one, where, and pictures from files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sparse_unified.bagel import BagelPipeline
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, its dtype and its device."""
+    parser.add_argument("model", metavar="MODEL", help="a model directory or a hub id owner/name")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and computation (default: as in the files)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+
+
+def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
+    """Loads the model that `add_model` asked for; ValueError names what is wrong with it."""
+    import torch
+
+    from sparse_unified.bagel import BagelPipeline
+
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--device: name must be a device of this torch, got {options.device!r}: {reason}"
+        ) from error
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return BagelPipeline.from_pretrained(options.model, device=device, dtype=dtype)
+
+
+def open_images(paths: list[str]) -> list[Image]:
+    """Reads pictures whole; ValueError names the one that cannot be."""
+    if not paths:
+        return []
+    from sparse_unified.bagel.optional import optional
+
+    images = []
+    for path in paths:
+        try:
+            with Path(path).open("rb") as stream:
+                image = optional("PIL.Image").open(stream)
+                image.load()
+        except (OSError, ValueError, SyntaxError) as error:
+            reason = getattr(error, "strerror", None) or "a file of another or a damaged format"
+            raise ValueError(f"--image: {path} must be a readable picture, got {reason}") from error
+        images.append(image)
+    return images
