@@ -389,6 +389,13 @@ def test_bench_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [["--device", "cpu", "--json", "x"]]
 
 
+def assert_same_picture(one: Path, other: Path) -> None:
+    """Equal up to the rounding of a pixel: GEMMs of other sizes sum in another order."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = (image.open(path).tobytes() for path in (one, other))
+    assert max(abs(a - b) for a, b in zip(*pixels, strict=True)) <= 1
+
+
 def test_generate_writes_a_picture_for_each_prompt(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -427,21 +434,16 @@ def test_generate_writes_a_picture_for_each_prompt(
     single = [*common, "--prompt", "a red bench", "--height", "48", "--width", "64"]
     assert main([*single, "--out", str(tmp_path / "y.png"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"][0]["seed"] == 5
-    first, alone = (image.open(tmp_path / name) for name in ("x-0.png", "y.png"))
-    difference = [abs(a - b) for a, b in zip(first.tobytes(), alone.tobytes(), strict=True)]
-    assert max(difference) <= 1
+    assert_same_picture(tmp_path / "x-0.png", tmp_path / "y.png")
 
 
-def test_a_bounded_batch_and_a_short_plan_give_the_same_pictures(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_bounded_batch_gives_the_same_pictures(model: Path, tmp_path: Path) -> None:
     common = ["generate", str(model), "--prompt", "red", "--prompt", "blue", "--size", "64x64"]
     common += ["--steps", "2", "--seed", "5", "--quiet", "--think", "--max-think-tokens", "3"]
     assert main([*common, "--out", str(tmp_path / "all.png")]) == 0
     assert main([*common, "--out", str(tmp_path / "one.png"), "--batch-size", "1"]) == 0
     for index in range(2):
-        together = (tmp_path / f"all-{index}.png").read_bytes()
-        assert (tmp_path / f"one-{index}.png").read_bytes() == together
+        assert_same_picture(tmp_path / f"all-{index}.png", tmp_path / f"one-{index}.png")
 
 
 def test_pictures_are_edited_and_talked_about(
