@@ -172,3 +172,15 @@ def test_large_activations_saturate_like_silu() -> None:
     expected = reference.grouped_ffn(*wide)
     rows = ops.grouped_ffn(*case.arguments)
     torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-5 * expected.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [4, 40])
+def test_silu_of_the_most_negative_values_is_zero(dtype: torch.dtype, num_tokens: int) -> None:
+    case = ffn_case(num_tokens, 1, 1, 1, 1, dtype)
+    least = torch.finfo(dtype).min
+    arguments = (torch.ones_like(case.x), *case.arguments[1:3])
+    ones = torch.ones(1, 1, dtype=dtype)
+    for gate in (least, least / 4, -1000.0):
+        rows = ops.grouped_ffn(*arguments, torch.full_like(ones, gate), ones, ones)
+        assert torch.equal(rows, torch.zeros_like(rows))

@@ -127,13 +127,14 @@ SPARSE_UNIFIED_INLINE float sum_lanes(const Float& value) {
   return lanes[0];
 }
 
-// e^x to about 2 ulp; arguments beyond +-87 are clamped there, NaN stays NaN.
+// e^x to about 2 ulp; infinity above 87, e^-87 below -87, NaN stays NaN.
 SPARSE_UNIFIED_INLINE Float exp(Float x) {
   constexpr float kLog2e = 1.442695041f;
   constexpr float kLn2High = 0.693359375f;
   constexpr float kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x > 87.0f ? broadcast(87.0f) : x;
+  const Int is_large = x > 87.0f;
+  x = is_large ? broadcast(87.0f) : x;
   x = x < -87.0f ? broadcast(-87.0f) : x;
   const Float shifted = x * kLog2e + kRound;
   const Float n = shifted - kRound;
@@ -148,7 +149,8 @@ SPARSE_UNIFIED_INLINE Float exp(Float x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   constexpr uint32_t kBias = 0x4b400000u - 127u;  // bits of kRound, less the exponent bias
-  return p * bit_cast<Float>((bit_cast<UInt>(shifted) - kBias) << 23);
+  const Float value = p * bit_cast<Float>((bit_cast<UInt>(shifted) - kBias) << 23);
+  return is_large ? broadcast(__builtin_inff()) : value;
 }
 
 SPARSE_UNIFIED_INLINE Float sigmoid(const Float& x) { return 1.0f / (1.0f + exp(-x)); }
