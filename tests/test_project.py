@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from statistics import median
 import pytest
 
 import sparse_unified
+from sparse_unified.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparse_unified"
@@ -248,6 +250,33 @@ def test_commands_in_documents_are_targets_of_the_makefile(path: Path) -> None:
     used = set(re.findall(r"`make ([a-z]+)", path.read_text()))
     used |= set(re.findall(r"^make ([a-z]+)", path.read_text(), re.MULTILINE))
     assert used <= targets
+
+
+def fenced(path: Path, language: str) -> list[str]:
+    """Returns the code blocks of a document in one language, "" for those without one."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in blocks if name == language]
+
+
+@pytest.mark.parametrize("path", documents(), ids=label)
+def test_commands_in_documents_are_understood(path: Path) -> None:
+    parser = build_parser()
+    for line in "\n".join(fenced(path, "")).splitlines():
+        if line.startswith("sparse-unified ") and "[" not in line and "|" not in line:
+            assert "run" in parser.parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("path", documents(), ids=label)
+def test_python_in_documents_uses_names_that_exist(path: Path) -> None:
+    for text in fenced(path, "python"):
+        tree = ast.parse(text)
+        imports = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names: dict[str, object] = {}
+        exec(compile(ast.Module(imports, []), str(path), "exec"), names)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = names.get(node.value.id)
+                assert owner is None or hasattr(owner, node.attr), ast.unparse(node)
 
 
 def test_generated_documents_are_up_to_date() -> None:
