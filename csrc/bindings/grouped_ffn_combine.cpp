@@ -13,9 +13,20 @@
 namespace sparse_unified {
 namespace {
 
+// Tokens of a block: enough to fill the kernel's vectors of 16 tokens per expert, few enough for
+// their part of the output to stay near.
+constexpr int64_t kMinBlockTokens = 32;
 constexpr int64_t kMaxBlockTokens = 512;
-// Shorter blocks leave the kernel's vectors of 16 tokens per expert mostly empty.
-constexpr int64_t kMinBlockTokens = 128;
+// NOTE: which way a call takes depends on T alone, and a token's result not on its block, so
+// results are the same for any number of threads.
+constexpr int64_t kLeastTokens = 128;
+
+// How many blocks of equal size keep `num_threads` threads busy.
+int64_t count_blocks(int64_t num_tokens, int64_t num_threads) {
+  const int64_t round_tokens = kMaxBlockTokens * num_threads;
+  const int64_t rounds = (num_tokens + round_tokens - 1) / round_tokens;
+  return std::clamp<int64_t>(rounds * num_threads, 1, num_tokens / kMinBlockTokens);
+}
 
 // Rows of an expert must be in the order of their tokens, for a block's rows to be adjacent.
 void check_row_order(const char* op, const GroupedFfn& ffn) {
@@ -86,8 +97,7 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
   constexpr const char* kOp = "grouped_ffn_combine";
   const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
   const int64_t num_tokens = x.size(0);
-  const int64_t num_threads = torch::stable::get_num_threads();
-  if (!ffn.has_kernel() || num_tokens < kMinBlockTokens * num_threads) {
+  if (!ffn.has_kernel() || num_tokens < kLeastTokens) {
     return combine(grouped_ffn_forward(ffn), weights, token_rows);
   }
   check_tensor(kOp, "weights", weights, 2);
@@ -107,10 +117,8 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
 
   Tensor out = empty_like_sized(ffn.x, {num_tokens, ffn.hidden_size});
   const TokenBlocks blocks(ffn, weights, token_rows, out);
-  const int64_t rounds =
-      (num_tokens + kMaxBlockTokens * num_threads - 1) / (kMaxBlockTokens * num_threads);
-  const int64_t num_blocks = rounds * num_threads;
-  const Workspace workspace(ffn.x, num_threads,
+  const int64_t num_blocks = count_blocks(num_tokens, torch::stable::get_num_threads());
+  const Workspace workspace(ffn.x, num_workers(num_blocks),
                             4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
   parallel_tasks(num_blocks, [&](int64_t block, int64_t worker) {
     blocks.run(num_tokens * block / num_blocks, num_tokens * (block + 1) / num_blocks,
