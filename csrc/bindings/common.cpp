@@ -71,9 +71,12 @@ void check_size(const char* op, const char* argument, const Tensor& tensor, int6
 
 void check_indices(const char* op, const char* argument, const Tensor& indices, int64_t limit) {
   const auto* data = static_cast<const int32_t*>(indices.const_data_ptr());
-  for (int64_t i = 0; i < indices.numel(); ++i) {
-    check(data[i] >= 0 && data[i] < limit, op, argument,
-          "hold indices from 0 to " + std::to_string(limit - 1), data[i], " at position ", i);
+  const int64_t count = indices.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    if (data[i] < 0 || data[i] >= limit) {
+      fail(op, argument, "hold indices from 0 to " + std::to_string(limit - 1), data[i],
+           " at position ", i);
+    }
   }
 }
 
@@ -82,10 +85,10 @@ void check_bijection(const char* op, const char* argument, const Tensor& indices
         "hold " + std::to_string(limit) + " indices, one for each row", indices.numel());
   check_indices(op, argument, indices, limit);
   const auto* data = static_cast<const int32_t*>(indices.const_data_ptr());
-  std::vector<bool> seen(static_cast<size_t>(limit));
+  std::vector<char> seen(static_cast<size_t>(limit));
   for (int64_t i = 0; i < limit; ++i) {
-    check(!seen[data[i]], op, argument, "name every row once", data[i], " again at position ", i);
-    seen[data[i]] = true;
+    if (seen[data[i]]) fail(op, argument, "name every row once", data[i], " again at position ", i);
+    seen[data[i]] = 1;
   }
 }
 

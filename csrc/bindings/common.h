@@ -18,15 +18,22 @@ namespace sparse_unified {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws "<op>: <argument> must <rule>, got <value>" unless `ok`.
+// Throws "<op>: <argument> must <rule>, got <value>".
 template <typename... Value>
-void check(bool ok, const char* op, const char* argument, const std::string& rule,
-           const Value&... value) {
-  if (ok) return;
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& rule,
+                       const Value&... value) {
   std::ostringstream text;
   text << op << ": " << argument << " must " << rule << ", got ";
   (text << ... << value);
   throw std::runtime_error(text.str());
+}
+
+// The same unless `ok`. NOTE: in a loop over elements test first and call `fail`, because the rule
+// is built at every call.
+template <typename... Value>
+void check(bool ok, const char* op, const char* argument, const std::string& rule,
+           const Value&... value) {
+  if (!ok) fail(op, argument, rule, value...);
 }
 
 std::string shape_text(const Tensor& tensor);

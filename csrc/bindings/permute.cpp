@@ -22,11 +22,15 @@ Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   check_bijection(kOp, "token_rows", token_rows, row_token.size(0));
   const auto* tokens = static_cast<const int32_t*>(row_token.const_data_ptr());
   const auto* rows = static_cast<const int32_t*>(token_rows.const_data_ptr());
+  const int64_t num_tokens = x.size(0);
   const int64_t top_k = token_rows.size(1);
-  for (int64_t slot = 0; slot < token_rows.numel(); ++slot) {
-    check(tokens[rows[slot]] == slot / top_k, kOp, "row_token",
-          "name the token whose rows token_rows lists", tokens[rows[slot]], " at row ", rows[slot],
-          " of token ", slot / top_k);
+  for (int64_t token = 0, slot = 0; token < num_tokens; ++token) {
+    for (int64_t k = 0; k < top_k; ++k, ++slot) {
+      if (tokens[rows[slot]] != token) {
+        fail(kOp, "row_token", "name the token whose rows token_rows lists", tokens[rows[slot]],
+             " at row ", rows[slot], " of token ", token);
+      }
+    }
   }
   x = with_dense_rows(x);
 
@@ -38,7 +42,7 @@ Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   params.y = y.mutable_data_ptr();
   params.row_bytes = x.size(1) * element_bytes(dtype);
   params.top_k = top_k;
-  torch::stable::parallel_for(0, x.size(0), 16,
+  torch::stable::parallel_for(0, num_tokens, 16,
                               [&](int64_t begin, int64_t end) { permute_cpu(params, begin, end); });
   return y;
 }
