@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -57,25 +58,29 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"bench: {name} must be at least 1, got {value}")
 
 
-def _measure(cases: list[Case], arguments: argparse.Namespace) -> list[Record]:
-    from tqdm import tqdm
+@contextlib.contextmanager
+def _rounds_bar(total: int) -> Iterator[Callable[[], object]]:
+    """Counts rounds on stderr; without tqdm, which the core does not need, in silence."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda: None
+        return
+    with tqdm(total=total, unit="round", leave=False) as bar:
+        yield bar.update
 
+
+def _measure(cases: list[Case], arguments: argparse.Namespace) -> list[Record]:
     dtype = _DTYPES[arguments.dtype]
     directions = ("fwd", "fwd_bwd") if arguments.direction == "all" else (arguments.direction,)
     rounds = len(cases) * (len(directions) + _NUM_OPS) * (arguments.repeats + 2)
+    roof, repeats = arguments.roof, arguments.repeats
     records: list[Record] = []
-    with tqdm(total=rounds, unit="round", leave=False) as bar:
-
-        def progress() -> None:
-            bar.update()
-
+    with _rounds_bar(rounds) as progress:
         for case in cases:
-            bar.set_description(case.name)
             for direction in directions:
-                records += measure_block(
-                    case, dtype, direction, arguments.roof, arguments.repeats, progress
-                )
-            records += measure_ops(case, dtype, arguments.roof, arguments.repeats, progress)
+                records += measure_block(case, dtype, direction, roof, repeats, progress)
+            records += measure_ops(case, dtype, roof, repeats, progress)
     return records
 
 

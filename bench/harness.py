@@ -51,7 +51,7 @@ def measure_interleaved(
     *,
     repeats: int,
     warmup: int = 2,
-    on_round: Callable[[], None] | None = None,
+    on_round: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Runs every call once per round, so that all meet the same state of the machine.
 

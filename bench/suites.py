@@ -16,7 +16,7 @@ from .cases import Case, work
 from .harness import Record, Roof, inputs, measure_interleaved, record
 from .providers import block_providers, sparse_block
 
-Progress = Callable[[], None]
+Progress = Callable[[], object]
 
 # The steps around the expert GEMMs; together they are the price of being sparse.
 OVERHEAD_OPS = ("route_topk", "sort_by_expert", "permute", "combine")
