@@ -12,7 +12,7 @@ import torch
 
 from .cases import CASES, CPU_DEFAULTS, Case
 from .harness import Record, measure_roof
-from .report import save, table
+from .report import save, table, to_json
 from .suites import measure_block, measure_ops
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: 30)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the records as JSON")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="save the records as JSON; without FILE print them instead of the table",
+    )
     return parser
 
 
@@ -103,8 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     arguments.roof = measure_roof(_DTYPES[arguments.dtype])
     records = _measure([CASES[name] for name in arguments.case or CPU_DEFAULTS], arguments)
+    if arguments.json == "-":
+        print(to_json(records, arguments.roof))
+        return 0
     print(table(records, arguments.roof))
     if arguments.json is not None:
-        save(arguments.json, records, arguments.roof)
+        save(Path(arguments.json), records, arguments.roof)
         print(f"\nsaved {arguments.json}")
     return 0

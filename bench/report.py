@@ -60,11 +60,16 @@ def as_json(records: Sequence[Record], roof: Roof) -> dict[str, Any]:
     }
 
 
+def to_json(records: Sequence[Record], roof: Roof) -> str:
+    """`as_json` as text."""
+    return json.dumps(as_json(records, roof), indent=1)
+
+
 def save(path: Path, records: Sequence[Record], roof: Roof) -> None:
     """Writes the JSON; an existing file is replaced whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(as_json(records, roof), indent=1) + "\n")
+    partial.write_text(to_json(records, roof) + "\n")
     partial.replace(path)
 
 

@@ -95,6 +95,8 @@ def test_command_prints_a_table_and_saves_the_schema(
     ours = next(r for r in block if r["provider"] == "sparse_unified")
     assert ours["speedup"].keys() == {"dense", "dense_half", "expert_loop"}
     assert saved["overhead"]["small"] > 0
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == saved.keys()
 
 
 @pytest.mark.parametrize(
