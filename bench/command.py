@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from .cases import CASES, CPU_DEFAULTS, Case
-from .harness import Record, measure_roof
-from .report import save, table, to_json
-from .suites import measure_block, measure_ops
+from .harness import WARMUP, Record, Roof, measure_roof
+from .report import as_json, save, table
+from .suites import measure_block, measure_ops, measure_overhead
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NUM_OPS = 6
@@ -76,18 +77,23 @@ def _rounds_bar(total: int) -> Iterator[Callable[[], object]]:
         yield bar.update
 
 
-def _measure(cases: list[Case], arguments: argparse.Namespace) -> list[Record]:
+def _measure(
+    cases: list[Case], arguments: argparse.Namespace, roof: Roof
+) -> tuple[list[Record], dict[str, float]]:
+    """The records of every case, and the share of the steps around its experts."""
     dtype = _DTYPES[arguments.dtype]
     directions = ("fwd", "fwd_bwd") if arguments.direction == "all" else (arguments.direction,)
-    rounds = len(cases) * (len(directions) + _NUM_OPS) * (arguments.repeats + 2)
-    roof, repeats = arguments.roof, arguments.repeats
+    repeats = arguments.repeats
+    rounds = len(cases) * (len(directions) + _NUM_OPS + 1) * (repeats + WARMUP)
     records: list[Record] = []
+    overhead: dict[str, float] = {}
     with _rounds_bar(rounds) as progress:
         for case in cases:
             for direction in directions:
                 records += measure_block(case, dtype, direction, roof, repeats, progress)
             records += measure_ops(case, dtype, roof, repeats, progress)
-    return records
+            overhead[case.name] = measure_overhead(case, dtype, repeats, progress)
+    return records, overhead
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,13 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    arguments.roof = measure_roof(_DTYPES[arguments.dtype])
-    records = _measure([CASES[name] for name in arguments.case or CPU_DEFAULTS], arguments)
+    roof = measure_roof(_DTYPES[arguments.dtype])
+    cases = [CASES[name] for name in arguments.case or CPU_DEFAULTS]
+    records, overhead = _measure(cases, arguments, roof)
+    text = json.dumps(as_json(records, overhead, roof), indent=1)
     if arguments.json == "-":
-        print(to_json(records, arguments.roof))
+        print(text)
         return 0
-    print(table(records, arguments.roof))
+    print(table(records, overhead, roof))
     if arguments.json is not None:
-        save(Path(arguments.json), records, arguments.roof)
+        save(Path(arguments.json), text)
         print(f"\nsaved {arguments.json}")
     return 0

@@ -16,6 +16,8 @@ from .cases import Work
 
 # Copies of the input that calls take turns with, so that none finds it in its nearest cache.
 NUM_INPUTS = 4
+# Rounds before those that count.
+WARMUP = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ def measure_interleaved(
     calls: Mapping[str, Callable[[int], object]],
     *,
     repeats: int,
-    warmup: int = 2,
+    warmup: int = WARMUP,
     on_round: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Runs every call once per round, so that all meet the same state of the machine.

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 import sparse_unified
 
 from .harness import Record, Roof
-from .suites import overhead_fraction
 
 
 def device_name() -> str:
@@ -42,9 +40,8 @@ def commit() -> str:
     return found.stdout.strip() or f"version {sparse_unified.__version__}"
 
 
-def as_json(records: Sequence[Record], roof: Roof) -> dict[str, Any]:
-    """The schema of every file in bench/results."""
-    cases = list(dict.fromkeys(r.case for r in records))
+def as_json(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof) -> dict[str, Any]:
+    """The schema of every file in bench/results; `overhead` is `measure_overhead` by case."""
     return {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
@@ -55,25 +52,20 @@ def as_json(records: Sequence[Record], roof: Roof) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "roof": {"tflops": roof.tflops, "gbps": roof.gbps},
-        "overhead": {case: overhead_fraction(list(records), case) for case in cases},
+        "overhead": dict(overhead),
         "records": [r.as_dict() for r in records],
     }
 
 
-def to_json(records: Sequence[Record], roof: Roof) -> str:
-    """`as_json` as text."""
-    return json.dumps(as_json(records, roof), indent=1)
-
-
-def save(path: Path, records: Sequence[Record], roof: Roof) -> None:
-    """Writes the JSON; an existing file is replaced whole or not at all."""
+def save(path: Path, text: str) -> None:
+    """Writes a result; an existing file is replaced whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(to_json(records, roof) + "\n")
+    partial.write_text(text + "\n")
     partial.replace(path)
 
 
-def table(records: Sequence[Record], roof: Roof) -> str:
+def table(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof) -> str:
     """`us | TFLOP/s | GB/s | % of roof | x baseline`, one line per provider."""
     lines = [
         f"{device_name()}; torch {torch.__version__}",
@@ -90,8 +82,8 @@ def table(records: Sequence[Record], roof: Roof) -> str:
             f"{r.provider:<16}{r.median_us:>12,.0f}{r.tflops:>10.3f}{r.gbps:>8.1f}"
             f"{100 * r.roof_fraction:>8.1f}  {ratios}"
         )
-    for case in dict.fromkeys(r.case for r in records):
-        fraction = overhead_fraction(list(records), case)
-        if fraction is not None:
-            lines += ["", f"{case}: route + sort + permute + combine = {fraction:.1%} of the block"]
+    lines += [
+        f"\n{case}: route + sort + permute + combine, each alone, = {fraction:.1%} of the block"
+        for case, fraction in overhead.items()
+    ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified import ops
+from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 
 from .cases import Case, work
@@ -17,6 +19,7 @@ from .harness import Record, Roof, inputs, measure_interleaved, record
 from .providers import block_providers, sparse_block
 
 Progress = Callable[[], object]
+OpCall = Callable[[Tensor], object]
 
 # The steps around the expert GEMMs; together they are the price of being sparse.
 OVERHEAD_OPS = ("route_topk", "sort_by_expert", "permute", "combine")
@@ -62,55 +65,50 @@ def measure_block(
         )
 
 
-def measure_ops(
-    case: Case, dtype: torch.dtype, roof: Roof, repeats: int, progress: Progress
-) -> Iterator[Record]:
-    """Each op alone, forward, beside its plain torch reference (the FFNs beside nothing)."""
-    block = sparse_block(case, dtype)
-    gate, experts = block.gate.weight, (block.gate_proj, block.up_proj, block.down_proj)
-    xs = inputs((case.tokens, case.hidden_size), dtype)
-    with torch.inference_mode():
-        _, topk_logits, topk_idx = ops.route_topk(xs[0], gate, case.top_k)
-        offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, case.num_experts)
+class OpCalls:
+    """Each op on the tensors that a block of this case would give it, and its torch reference."""
+
+    def __init__(self, block: SparseMoE, x: Tensor) -> None:
+        gate, top_k, num_experts = block.gate.weight, block.top_k, block.num_experts
+        experts = (block.gate_proj, block.up_proj, block.down_proj)
+        _, topk_logits, topk_idx = ops.route_topk(x, gate, top_k)
+        offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
         weights = 1 + topk_logits
-        rows = ops.permute(xs[0], row_token, token_rows)
-        ffn_calls = {
+        rows = ops.permute(x, row_token, token_rows)
+        self.ours: dict[str, OpCall] = {
+            "route_topk": lambda x: ops.route_topk(x, gate, top_k),
+            "sort_by_expert": lambda _: ops.sort_by_expert(topk_idx, num_experts),
+            "permute": lambda x: ops.permute(x, row_token, token_rows),
+            "combine": lambda _: ops.combine(rows, weights, token_rows),
             "grouped_ffn": lambda x: ops.grouped_ffn(x, row_token, offsets, *experts),
             "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
                 x, weights, row_token, token_rows, offsets, *experts
             ),
         }
-        calls = {
-            "route_topk": (
-                lambda x: ops.route_topk(x, gate, case.top_k),
-                lambda x: reference.route_topk(x, gate, case.top_k),
-            ),
-            "sort_by_expert": (
-                lambda _: ops.sort_by_expert(topk_idx, case.num_experts),
-                lambda _: reference.sort_by_expert(topk_idx, case.num_experts),
-            ),
-            "permute": (
-                lambda x: ops.permute(x, row_token, token_rows),
-                lambda x: reference.permute(x, row_token),
-            ),
-            "combine": (
-                lambda _: ops.combine(rows, weights, token_rows),
-                lambda _: reference.combine(rows, weights, token_rows),
-            ),
-            **{name: (call, None) for name, call in ffn_calls.items()},
+        self.torch: dict[str, OpCall] = {
+            "route_topk": lambda x: reference.route_topk(x, gate, top_k),
+            "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
+            "permute": lambda x: reference.permute(x, row_token),
+            "combine": lambda _: reference.combine(rows, weights, token_rows),
         }
-        for op, (ours, torch_reference) in calls.items():
-            providers = {"sparse_unified": ours}
-            if torch_reference is not None:
-                providers["torch"] = torch_reference
-            seconds = measure_interleaved(
-                {
-                    name: lambda turn, call=call: call(xs[turn % len(xs)])  # type: ignore[misc]
-                    for name, call in providers.items()
-                },
-                repeats=repeats,
-                on_round=progress,
-            )
+
+
+def _taking_turns(call: OpCall, xs: list[Tensor]) -> Callable[[int], object]:
+    return lambda turn: call(xs[turn % len(xs)])
+
+
+def measure_ops(
+    case: Case, dtype: torch.dtype, roof: Roof, repeats: int, progress: Progress
+) -> Iterator[Record]:
+    """Each op alone, forward, beside its plain torch reference (the FFNs beside nothing)."""
+    xs = inputs((case.tokens, case.hidden_size), dtype)
+    with torch.inference_mode():
+        calls = OpCalls(sparse_block(case, dtype), xs[0])
+        for op, ours in calls.ours.items():
+            providers = {"sparse_unified": _taking_turns(ours, xs)}
+            if op in calls.torch:
+                providers["torch"] = _taking_turns(calls.torch[op], xs)
+            seconds = measure_interleaved(providers, repeats=repeats, on_round=progress)
             for name in providers:
                 yield record(
                     seconds,
@@ -121,17 +119,23 @@ def measure_ops(
                     dtype=dtype,
                     work=work(op, case, dtype),
                     roof=roof,
-                    baselines=("torch",) if torch_reference is not None else (),
+                    baselines=("torch",) if op in calls.torch else (),
                 )
 
 
-def overhead_fraction(records: list[Record], case: str) -> float | None:
-    """Routing, sorting, permuting and combining, each alone, over the time of the whole block."""
-    ours = {
-        r.op: r.median_us
-        for r in records
-        if r.case == case and r.provider == "sparse_unified" and r.direction == "fwd"
-    }
-    if not {*OVERHEAD_OPS, "sparse_ffn"} <= ours.keys():
-        return None
-    return sum(ours[op] for op in OVERHEAD_OPS) / ours["sparse_ffn"]
+def measure_overhead(case: Case, dtype: torch.dtype, repeats: int, progress: Progress) -> float:
+    """Routing, sorting, permuting and combining, each alone, over the whole block, same rounds.
+
+    The block on the CPU never writes the permuted rows, so this counts more than it spends; where
+    they exceed 32 MB it is mostly the page faults of a buffer that the block does without.
+    """
+    xs = inputs((case.tokens, case.hidden_size), dtype)
+    block = sparse_block(case, dtype)
+    with torch.inference_mode():
+        calls = OpCalls(block, xs[0])
+        steps = {op: _taking_turns(calls.ours[op], xs) for op in OVERHEAD_OPS}
+        seconds = measure_interleaved(
+            {"block": _taking_turns(block, xs), **steps}, repeats=repeats, on_round=progress
+        )
+    rounds = zip(seconds["block"], *(seconds[op] for op in OVERHEAD_OPS), strict=True)
+    return statistics.median(sum(around) / whole for whole, *around in rounds)
