@@ -41,6 +41,14 @@ def limit_jobs() -> None:
         os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, int(free_gib))))
 
 
+class IncrementalBuild(BuildExtension):
+    """Keeps object files where the next build finds them; an editable install would not."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/temp"
+
+
 limit_jobs()
 setup(
     ext_modules=[
@@ -56,6 +64,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": IncrementalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
