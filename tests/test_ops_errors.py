@@ -194,3 +194,18 @@ def test_arguments_on_two_devices_are_refused() -> None:
     case = ffn_case(6, 8, 3, 4, 2)
     arguments = broken(case, 0, case.x.to("meta"))
     fails("grouped_ffn: arguments must .*one device", ops.grouped_ffn, *arguments)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 300])
+def test_row_maps_that_contradict_each_other_are_refused(num_tokens: int) -> None:
+    case = ffn_case(num_tokens, 16, 4, 8, 2)
+    wrong = case.token_rows.flip(0).contiguous()  # every row once, but of other tokens
+    message = "row_token must name the token whose rows token_rows lists"
+    with pytest.raises(RuntimeError, match=f"permute: {message}"):
+        ops.permute(case.x, case.row_token, wrong)
+    with pytest.raises(RuntimeError, match=f"grouped_ffn: {message}"):
+        ops.grouped_ffn(*case.arguments, wrong)
+    with pytest.raises(RuntimeError, match=f"grouped_ffn_combine: {message}"):
+        ops.grouped_ffn_combine(
+            case.x, case.weights, case.row_token, wrong, case.expert_offsets, *case.experts
+        )

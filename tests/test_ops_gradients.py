@@ -275,6 +275,34 @@ def test_grouped_ffn_combine_refuses_to_be_differentiated() -> None:
         ops.grouped_ffn_combine(*case.fused_arguments).sum().backward()
 
 
+def test_tokens_with_unequal_numbers_of_rows_get_their_gradients() -> None:
+    # Token 0 has three rows and token 1 one: no [T, K] map exists, and none is needed.
+    case = with_grad(ffn_case(2, 12, 2, 8, 2))
+    row_token = torch.tensor([0, 0, 0, 1], dtype=torch.int32)
+    arguments = (case.x, row_token, case.expert_offsets, *case.experts)
+    inputs = (case.x, *case.experts)
+    grad = torch.randn(4, 12)
+    ours = gradients(ops.grouped_ffn(*arguments), grad, inputs)
+    expected = gradients(reference.grouped_ffn(*arguments), grad, inputs)
+    for own, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["route_topk", "combine", "grouped_ffn"])
+def test_a_second_derivative_is_refused_and_not_zero(op: str) -> None:
+    case = with_grad(ffn_case())
+    if op == "route_topk":
+        out, inputs = ops.route_topk(case.x, leaf(5, 40), 2)[0], (case.x,)
+    elif op == "combine":
+        rows = leaf(len(case.row_token), 40)
+        out, inputs = ops.combine(rows, case.weights, case.token_rows), (rows,)
+    else:
+        out, inputs = ops.grouped_ffn(*case.arguments, case.token_rows), (case.x,)
+    (first,) = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}_backward: arguments must not need a gradient"):
+        torch.autograd.grad(first.sum(), inputs)
+
+
 def test_gradient_of_the_whole_block_equals_fp64_autograd() -> None:
     num_experts, top_k = 5, 2
     x = torch.randint(-2, 3, (40, 24)).float() / 2

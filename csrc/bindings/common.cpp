@@ -92,6 +92,25 @@ void check_bijection(const char* op, const char* argument, const Tensor& indices
   }
 }
 
+void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token_rows,
+                    int64_t num_tokens) {
+  check_tensor(op, "token_rows", token_rows, 2);
+  check_dtype(op, "token_rows", token_rows, ScalarType::Int);
+  check_size(op, "token_rows", token_rows, 0, num_tokens, "the number of tokens");
+  check_bijection(op, "token_rows", token_rows, row_token.size(0));
+  const auto* tokens = static_cast<const int32_t*>(row_token.const_data_ptr());
+  const auto* rows = static_cast<const int32_t*>(token_rows.const_data_ptr());
+  const int64_t top_k = token_rows.size(1);
+  for (int64_t token = 0, slot = 0; token < num_tokens; ++token) {
+    for (int64_t k = 0; k < top_k; ++k, ++slot) {
+      if (tokens[rows[slot]] != token) {
+        fail(op, "row_token", "name the token whose rows token_rows lists", tokens[rows[slot]],
+             " at row ", rows[slot], " of token ", token);
+      }
+    }
+  }
+}
+
 Tensor with_dense_rows(const Tensor& tensor) {
   const bool is_dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
   const bool is_forward = tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1);

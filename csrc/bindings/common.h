@@ -52,6 +52,11 @@ void check_indices(const char* op, const char* argument, const Tensor& indices, 
 // Every index of [0, limit) occurs once.
 void check_bijection(const char* op, const char* argument, const Tensor& indices, int64_t limit);
 
+// token_rows [T, K] and row_token [R] are each other's inverse, as sort_by_expert leaves them:
+// every row once, and row_token[token_rows[t, k]] = t. Both contiguous.
+void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token_rows,
+                    int64_t num_tokens);
+
 // The tensor itself when its rows are dense, a contiguous copy otherwise.
 Tensor with_dense_rows(const Tensor& tensor);
 

@@ -95,6 +95,13 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
   return y;
 }
 
+// The gradient of x will trust token_rows.
+void check_token_rows(const char* op, const GroupedFfn& ffn,
+                      const std::optional<Tensor>& token_rows) {
+  if (!token_rows) return;
+  check_row_maps(op, ffn.row_token, torch::stable::contiguous(*token_rows), ffn.x.size(0));
+}
+
 }  // namespace
 
 Tensor grouped_ffn_forward(const GroupedFfn& ffn) {
@@ -102,17 +109,20 @@ Tensor grouped_ffn_forward(const GroupedFfn& ffn) {
 }
 
 Tensor grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
-                   Tensor up_proj, Tensor down_proj, std::optional<Tensor>) {
-  const GroupedFfn ffn("grouped_ffn", x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+                   Tensor up_proj, Tensor down_proj, std::optional<Tensor> token_rows) {
+  constexpr const char* kOp = "grouped_ffn";
+  const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+  check_token_rows(kOp, ffn, token_rows);
   return grouped_ffn_forward(ffn);
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
                                                      Tensor expert_offsets, Tensor gate_proj,
                                                      Tensor up_proj, Tensor down_proj,
-                                                     std::optional<Tensor>) {
-  const GroupedFfn ffn("grouped_ffn_train", x, row_token, expert_offsets, gate_proj, up_proj,
-                       down_proj);
+                                                     std::optional<Tensor> token_rows) {
+  constexpr const char* kOp = "grouped_ffn_train";
+  const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+  check_token_rows(kOp, ffn, token_rows);
   const Activations kept{empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width}),
                          empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width})};
   Tensor y = library_forward(ffn, &kept);

@@ -98,23 +98,17 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
   constexpr const char* kOp = "grouped_ffn_combine";
   const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
   const int64_t num_tokens = x.size(0);
+  check_tensor(kOp, "weights", weights, 2);
+  check_dtype(kOp, "weights", weights, ScalarType::Float);
+  token_rows = torch::stable::contiguous(token_rows);
+  check_row_maps(kOp, ffn.row_token, token_rows, num_tokens);
+  check_size(kOp, "weights", weights, 0, num_tokens, "the number of tokens");
+  check_size(kOp, "weights", weights, 1, token_rows.size(1), "the columns of token_rows");
+  check_row_order(kOp, ffn);
+  weights = torch::stable::contiguous(weights);
   if (!ffn.has_kernel() || num_tokens < kLeastTokens) {
     return combine(grouped_ffn_forward(ffn), weights, token_rows);
   }
-  check_tensor(kOp, "weights", weights, 2);
-  check_dtype(kOp, "weights", weights, ScalarType::Float);
-  check_tensor(kOp, "token_rows", token_rows, 2);
-  check_dtype(kOp, "token_rows", token_rows, ScalarType::Int);
-  check_size(kOp, "token_rows", token_rows, 0, num_tokens, "the number of tokens");
-  check(token_rows.numel() == ffn.num_rows, kOp, "token_rows",
-        "name each of the " + std::to_string(ffn.num_rows) + " rows once", "shape ",
-        shape_text(token_rows));
-  check_size(kOp, "weights", weights, 0, num_tokens, "the number of tokens");
-  check_size(kOp, "weights", weights, 1, token_rows.size(1), "the columns of token_rows");
-  weights = torch::stable::contiguous(weights);
-  token_rows = torch::stable::contiguous(token_rows);
-  check_bijection(kOp, "token_rows", token_rows, ffn.num_rows);
-  check_row_order(kOp, ffn);
 
   Tensor out = empty_like_sized(ffn.x, {num_tokens, ffn.hidden_size});
   const TokenBlocks blocks(ffn, weights, token_rows, out);

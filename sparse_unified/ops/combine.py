@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import register_fake
+from sparse_unified.ops.registration import refuse_gradient, register_fake
 
 
 def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
@@ -75,3 +75,4 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 
 torch.library.register_autograd("sparse_unified::combine", _backward, setup_context=_setup_context)
+refuse_gradient("combine_backward")

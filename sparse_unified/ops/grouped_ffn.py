@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import register_fake
+from sparse_unified.ops.registration import refuse_gradient, register_fake
 
 
 def grouped_ffn(
@@ -39,7 +39,7 @@ def grouped_ffn(
         gate_proj, up_proj: [E * h, D], dtype of x, any row stride.
         down_proj: [D, E * h], dtype of x, any row stride.
         token_rows: rows of each token, [T, K] int32, from `sort_by_expert`; needed for the
-            gradient of x alone, and derived from row_token when absent.
+            gradient of x alone, which is summed in the order of the rows without it.
         recompute: trade time for memory: keep no activations for backward.
 
     Returns:
@@ -115,10 +115,15 @@ def _fake_backward(
     )
 
 
-def _token_rows(row_token: Tensor, num_tokens: int) -> Tensor:
-    """Rows of each token [T, K] int32, for callers that kept only row_token."""
-    rows = torch.argsort(row_token, stable=True)
-    return rows.view(num_tokens, -1 if num_tokens else 0).int()
+def _sum_rows(grad_rows: Tensor, row_token: Tensor, x: Tensor, token_rows: Tensor | None) -> Tensor:
+    """Gradient of x [T, D] from that of its rows [R, D]; without token_rows in row order."""
+    summed: Tensor
+    if token_rows is not None:
+        summed = torch.ops.sparse_unified.combine(grad_rows, None, token_rows)
+    else:
+        wide = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        summed = wide.index_add(0, row_token, grad_rows.float()).to(x.dtype)
+    return summed
 
 
 def _gradients(
@@ -141,8 +146,7 @@ def _gradients(
     )
     grad_x = None
     if needs_x:
-        token_rows = rest[0] if rest else _token_rows(row_token, x.shape[0])
-        grad_x = torch.ops.sparse_unified.combine(grad_rows, None, token_rows)
+        grad_x = _sum_rows(grad_rows, row_token, x, rest[0] if rest else None)
     wanted = (
         grad if needed else None
         for grad, needed in zip(grad_weights, ctx.needs_input_grad[3:6], strict=True)
@@ -182,3 +186,4 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "sparse_unified::grouped_ffn_train", _backward_train, setup_context=_setup_context_train
 )
+refuse_gradient("grouped_ffn_backward")

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import register_fake
+from sparse_unified.ops.registration import refuse_gradient, register_fake
 
 
 def grouped_ffn_combine(
@@ -58,18 +56,4 @@ def _fake(
     return x.new_empty(x.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps nothing: there is no backward."""
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
-    # Without this torch would warn and leave the gradients out.
-    raise RuntimeError(
-        "grouped_ffn_combine: arguments must not need a gradient, got a backward pass; call "
-        "grouped_ffn and combine"
-    )
-
-
-torch.library.register_autograd(
-    "sparse_unified::grouped_ffn_combine", _backward, setup_context=_setup_context
-)
+refuse_gradient("grouped_ffn_combine", advice="; call grouped_ffn and combine")

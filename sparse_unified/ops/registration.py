@@ -38,3 +38,21 @@ def register_fake(op: str) -> Callable[[F], F]:
         return fake
 
     return decorate
+
+
+def refuse_gradient(op: str, *, advice: str = "") -> None:
+    """Makes a backward pass through `sparse_unified::<op>` an error.
+
+    NOTE: without it torch warns and goes on with gradients of zero.
+
+    Raises (in the backward pass):
+        RuntimeError: a gradient is asked of the op.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps nothing: there is no backward."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{op}: arguments must not need a gradient, got a backward pass{advice}")
+
+    torch.library.register_autograd(f"sparse_unified::{op}", backward, setup_context=setup_context)

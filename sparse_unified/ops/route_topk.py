@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import register_fake
+from sparse_unified.ops.registration import refuse_gradient, register_fake
 
 
 def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,3 +80,4 @@ def _backward(
 torch.library.register_autograd(
     "sparse_unified::route_topk", _backward, setup_context=_setup_context
 )
+refuse_gradient("route_topk_backward")
