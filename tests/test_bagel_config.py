@@ -159,3 +159,10 @@ def test_illegal_sizes_are_refused(make: Any, message: str) -> None:
 def test_illegal_image_sizes_are_refused(height: Any, width: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"here: {message}"):
         describe().token_grid(height, width, where="here")
+
+
+def test_sparse_layers_are_copied_from_the_caller() -> None:
+    layers = {1: ExpertConfig(num_experts=4, top_k=2, expert_width=24)}
+    config = LLMConfig.from_json(LLM, sparse_gen=layers)
+    layers.clear()
+    assert list(config.sparse_gen) == [1]

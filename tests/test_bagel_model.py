@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,3 +347,28 @@ def test_every_tensor_is_on_the_device_of_the_model(model: Bagel) -> None:
     )
     assert [tokens.device.type for tokens in latents] == ["meta", "meta"]
     assert away.next_logits([guidance[0].full], [3]).shape == (1, 96)
+
+
+def saved_and_loaded(model: Bagel) -> Bagel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: Bagel = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+@pytest.mark.parametrize("name", ["t2i_dense", "t2i_moe"])
+def test_models_can_be_copied_and_saved_whole(
+    name: str, duplicate: Callable[[Bagel], Bagel]
+) -> None:
+    model = build_model(read_case(GOLDEN / name))
+    twin = duplicate(model)
+    assert twin.config == model.config
+    weights = twin.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert weights["llm2vae.bias"].data_ptr() != model.llm2vae.bias.data_ptr()

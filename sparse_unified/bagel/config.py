@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 
@@ -75,10 +74,13 @@ class LLMConfig:
     vocab_size: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    sparse_gen: Mapping[int, ExpertConfig] = field(default_factory=lambda: MappingProxyType({}))
-    sparse_und: Mapping[int, ExpertConfig] = field(default_factory=lambda: MappingProxyType({}))
+    sparse_gen: Mapping[int, ExpertConfig] = field(default_factory=dict)
+    sparse_und: Mapping[int, ExpertConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
+        object.__setattr__(self, "sparse_gen", dict(self.sparse_gen))
+        object.__setattr__(self, "sparse_und", dict(self.sparse_und))
         _require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
         _require_multiple(self, "num_attention_heads", "num_key_value_heads")
@@ -126,8 +128,8 @@ class LLMConfig:
             vocab_size=_field(source, "vocab_size", where),
             rms_norm_eps=float(_field(source, "rms_norm_eps", where)),
             rope_theta=float(_field({**rope, **source}, "rope_theta", where)),
-            sparse_gen=MappingProxyType(dict(sparse_gen or {})),
-            sparse_und=MappingProxyType(dict(sparse_und or {})),
+            sparse_gen=sparse_gen or {},
+            sparse_und=sparse_und or {},
         )
 
 
