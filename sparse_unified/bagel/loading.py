@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from files into a model, tensor by tensor.
+"""Weights from files into a model, block by block.
 
 Modules are described on the meta device, checked against the headers of the files, given memory
-on their device, and filled. Host memory holds the weights that stay there and one tensor more.
+on their device, and filled block of rows by block of rows. Host memory holds the weights that stay
+there and one small block more.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_BLOCK_BYTES = 64 * 2**20  # read at a time; an embedding of the released models has 1.1 GB
 
 
 def find_model(name: str | os.PathLike[str]) -> Path:
@@ -88,6 +91,18 @@ def check_tensors(
         raise ValueError(f"{where}: tensors must be those of the model, got " + "; ".join(problems))
 
 
+def _blocks(spec: TensorSpec) -> Iterator[tuple[slice | EllipsisType, TensorSpec]]:
+    """Yields the parts of a tensor that are read one at a time, and the rows each belongs to."""
+    if spec.nbytes <= _BLOCK_BYTES or not spec.shape:
+        yield ..., spec
+        return
+    count = spec.shape[0]
+    step = max(1, _BLOCK_BYTES * count // spec.nbytes)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield slice(start, stop), spec.rows(start, stop)
+
+
 @torch.no_grad()
 def fill_(
     module: nn.Module,
@@ -98,6 +113,8 @@ def fill_(
 ) -> None:
     """Moves a module from the meta device to `device` and fills it from a file.
 
+    Tensors are read in blocks of whole rows of at most 64 MiB, or of one row if that is larger.
+
     Raises:
         ValueError: the file does not hold exactly the tensors of the module.
     """
@@ -105,7 +122,8 @@ def fill_(
     module.to_empty(device=device)
     targets = official_tensors(module)
     for key, spec in specs.items():
-        targets[key].copy_(read_tensor(spec, what=f"{where}: {key}"))
+        for rows, block in _blocks(spec):
+            targets[key][rows].copy_(read_tensor(block, what=f"{where}: {key}"))
 
 
 def load_vae(
