@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -20,8 +21,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _NUM_OPS = 6
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sparse-unified: error: bench: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sparse-unified bench",
         description="Times the sparse FFN and its ops beside the dense FFN, a dense FFN of the "
         "active width and the official style of expert loop, interleaved in one process.",
@@ -63,6 +71,9 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"bench: {name} must be at least 1, got {value}")
+    target = arguments.json
+    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).parent.is_dir()):
+        raise ValueError(f"bench: --json must be a file in a directory that exists, got {target!r}")
 
 
 @contextlib.contextmanager

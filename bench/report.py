@@ -60,9 +60,11 @@ def as_json(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof
 def save(path: Path, text: str) -> None:
     """Writes a result; an existing file is replaced whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(text + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def table(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof) -> str:
@@ -84,6 +86,7 @@ def table(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof) 
         )
     lines += [
         f"\n{case}: route + sort + permute + combine, each alone, = {fraction:.1%} of the block"
+        " (which writes no permuted rows)"
         for case, fraction in overhead.items()
     ]
     return "\n".join(lines)

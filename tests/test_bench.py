@@ -70,7 +70,7 @@ def test_command_prints_a_table_and_saves_the_schema(
 ) -> None:
     monkeypatch.setitem(CASES, "bagel-16to8-T256", SMALL)
     monkeypatch.setattr("sparse_unified.bench.command.measure_roof", lambda _: ROOF)
-    path = tmp_path / "results" / "cpu.json"
+    path = tmp_path / "cpu.json"
     arguments = ["--case", "bagel-16to8-T256", "--repeats", "2", "--direction", "all"]
     assert main([*arguments, "--json", str(path)]) == 0
     assert "x baseline" in capsys.readouterr().out
@@ -105,6 +105,8 @@ def test_command_prints_a_table_and_saves_the_schema(
         (["--device", "cuda"], "bench: device must be 'cpu'"),
         (["--repeats", "0"], "bench: repeats must be at least 1, got 0"),
         (["--threads", "-1"], "bench: threads must be at least 1, got -1"),
+        (["--json", "."], r"bench: --json must be a file in a directory that exists, got '\.'"),
+        (["--json", "no/x.json"], "bench: --json must be a file .*, got 'no/x.json'"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
@@ -112,7 +114,13 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
         main(arguments)
 
 
-def test_unknown_case_is_a_usage_error() -> None:
+@pytest.mark.parametrize("arguments", [["--case", "nonsense"], ["--bogus"], ["--repeats", "x"]])
+def test_wrong_usage_is_one_line_and_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["--case", "nonsense"])
+        main(arguments)
     assert stop.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("sparse-unified: error: bench: ")
+    assert stderr.count("\n") == 1
