@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
         type=float,
         help="draw tokens at this temperature; without it, the likeliest",
     )
-    chat.add_argument("--seed", type=int, help="of the drawing (default random)")
+    chat.add_argument("--seed", type=values.seed, help="of the drawing (default random)")
     chat.add_argument("--think", action="store_true", help="let the model reason first")
     add_common(chat)
     chat.set_defaults(run=_run_chat)

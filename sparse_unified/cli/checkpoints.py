@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sparse_unified.cli import values
 from sparse_unified.cli.console import add_common, check_output, progress_bar, write_result
 
 
@@ -25,7 +26,10 @@ def add_commands(commands: Any) -> None:
         "--against", metavar="DENSE", required=True, help="the dense model directory"
     )
     verify.add_argument(
-        "--seed", type=int, default=0, help="of the random input of the numeric check (default 0)"
+        "--seed",
+        type=values.seed,
+        default=0,
+        help="of the random input of the numeric check (default 0)",
     )
     add_common(verify)
     verify.set_defaults(run=_run_verify)
@@ -96,7 +100,7 @@ def _add_convert(commands: Any) -> None:
         "ranked by weight magnitude",
     )
     ranking.add_argument(
-        "--seed", type=int, metavar="N", help="rank neurons at random, from this seed"
+        "--seed", type=values.seed, metavar="N", help="rank neurons at random, from this seed"
     )
     add_common(convert)
     convert.set_defaults(run=_run_convert)

@@ -61,7 +61,9 @@ def add_commands(commands: Any) -> None:
         "x-0.png, x-1.png, ...",
     )
     parser.add_argument(
-        "--seed", type=int, help="of the noise, counted up from image to image (default random)"
+        "--seed",
+        type=values.seed,
+        help="of the noise, counted up from image to image (default random)",
     )
     parser.add_argument(
         "--size",

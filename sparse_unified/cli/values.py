@@ -42,6 +42,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A seed: an integer from 0 to 2^63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {2**63 - 1}, got {text!r}")
+    return int(text)
+
+
 def interval(text: str) -> tuple[float, float]:
     """`LO,HI` -> two floats."""
     parts = text.split(",")
