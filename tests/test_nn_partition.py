@@ -115,6 +115,12 @@ def test_recorded_partition_is_reproduced_bit_for_bit() -> None:
         assert torch.equal(tensors[f"moe.{owner}.down_proj.weight"], dense[:, own])
 
 
+def test_double_scores_are_ranked_in_their_own_precision() -> None:
+    layout = ExpertLayout(intermediate_size=4, num_experts=1)
+    scores = 1 + torch.tensor([0.0, 2, 1, 3], dtype=torch.float64) * 1e-12
+    assert snake_partition(scores, layout).tolist() == [3, 1, 2, 0]
+
+
 def test_snake_order_by_hand() -> None:
     layout = ExpertLayout(intermediate_size=9, num_experts=3)
     scores = torch.arange(9.0, 0.0, -1.0)  # neuron i has rank i

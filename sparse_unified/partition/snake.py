@@ -13,9 +13,9 @@ from sparse_unified.partition.scores import check_scores
 def snake_partition(scores: Tensor, layout: ExpertLayout) -> Tensor:
     """Orders the neurons of a dense FFN by expert.
 
-    Neurons are sorted by score, highest first and stable. The first `layout.shared_width` form the
-    shared expert. The rest are read as rows of E with every second row reversed; expert e takes
-    column e, so that every expert gets neurons of every rank.
+    Neurons are sorted by score, in its own precision, highest first and stable. The first
+    `layout.shared_width` form the shared expert. The rest are read as rows of E with every second
+    row reversed; expert e takes column e, so that every expert gets neurons of every rank.
 
     Args:
         scores: importance of each neuron, [I], any float dtype, finite.
@@ -31,7 +31,10 @@ def snake_partition(scores: Tensor, layout: ExpertLayout) -> Tensor:
     Source: `dense_to_moe_with_explicit_shared` of the official SparseUnifiedModel code.
     """
     check_scores(scores, layout.intermediate_size, where="snake_partition")
-    by_rank = torch.argsort(scores.float().cpu(), descending=True, stable=True)
+    scores = scores.cpu()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()  # exact; the narrow dtypes do not all sort
+    by_rank = torch.argsort(scores, descending=True, stable=True)
     shared, routed = by_rank.split(
         [layout.shared_width, layout.intermediate_size - layout.shared_width]
     )
