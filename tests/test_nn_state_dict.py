@@ -216,3 +216,51 @@ def test_state_dict_with_gradients_keeps_the_graph() -> None:
     state["experts.2.up_proj.weight"].sum().backward()
     assert moe.up_proj.grad[24:36].min() == 1
     assert moe.up_proj.grad.sum() == 12 * 24
+
+
+def test_pre_hooks_run_before_keys_are_looked_up() -> None:
+    source, moe = random_block(), random_block()
+    state = {key.replace("experts.", "old."): value for key, value in source.state_dict().items()}
+
+    def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: object) -> None:
+        for key in [key for key in state if "old." in key]:
+            state[key.replace("old.", "experts.")] = state.pop(key)
+
+    moe.register_load_state_dict_pre_hook(rename)
+    moe.load_state_dict(state)
+    assert torch.equal(moe.down_proj, source.down_proj)
+
+
+def test_copying_into_meta_weights_warns_that_nothing_happens() -> None:
+    moe = SparseMoE(24, 60, 5, 2, device="meta")
+    state = random_block().state_dict()
+    with pytest.warns(UserWarning, match=r"experts\.0.* to a meta parameter .* is a no-op"):
+        moe.load_state_dict(state)
+    assert moe.gate_proj.is_meta
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_assigning_a_part_keeps_the_rest_or_zeroes_it(device: str) -> None:
+    source = random_block(dtype=torch.bfloat16)
+    moe = random_block() if device == "cpu" else SparseMoE(24, 60, 5, 2, device=device)
+    rest = moe.up_proj[12:].bfloat16() if device == "cpu" else torch.zeros(48, 24).bfloat16()
+    state = {key: value for key, value in source.state_dict().items() if "experts.0." in key}
+    moe.load_state_dict(state, strict=False, assign=True)
+    assert torch.equal(moe.up_proj[:12], source.up_proj[:12])
+    assert torch.equal(moe.up_proj[12:], rest)
+
+
+def test_values_without_data_never_replace_values() -> None:
+    moe = random_block()
+    before = moe.up_proj.detach().clone()
+    state = {"experts.1.up_proj.weight": torch.empty(12, 24, device="meta")}
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match=r"experts\.1\.up_proj\.weight must hold data"):
+            moe.load_state_dict(state, strict=False, assign=assign)
+        assert torch.equal(moe.up_proj, before)
+
+
+def test_a_value_that_is_no_tensor_is_named() -> None:
+    state = random_block().state_dict() | {"experts.1.up_proj.weight": [1.0]}
+    with pytest.raises(RuntimeError, match=r"experts\.1\.up_proj\.weight must be a tensor, got li"):
+        random_block().load_state_dict(state)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,9 +71,21 @@ class OfficialState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        # nn.Module's own loading knows one tensor per parameter; what else it does is done here.
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         own = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
         found = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
-        missing_keys.extend(prefix + key for key in own if key not in found)
+        missing = [prefix + key for key in own if key not in found]
+        missing_keys.extend(missing)
         if strict:
             children = tuple(f"{prefix}{name}." for name in self._modules if self._modules[name])
             unexpected_keys.extend(
@@ -82,21 +95,53 @@ class OfficialState(nn.Module):
                 and not key.startswith(children)
                 and key[len(prefix) :] not in own
             )
-        misshapen = {key for key, value in found.items() if value.shape != own[key].shape}
-        error_msgs.extend(
-            f"SparseMoE: {prefix}{key} must have shape {list(own[key].shape)}, got "
-            f"{list(found[key].shape)}"
-            for key in sorted(misshapen)
-        )
-        if misshapen:
+        wrong = [
+            f"SparseMoE: {prefix}{key} must {problem}"
+            for key in sorted(found)
+            if (problem := _problem(found[key], own[key]))
+        ]
+        error_msgs.extend(wrong)
+        if wrong or not found:
             return
-        if local_metadata.get("assign_to_params_buffers", False) and len(found) == len(own):
-            like = next(iter(found.values()))
-            for name in PROJECTIONS:
-                old = getattr(self, name)
-                fused = torch.empty_like(old, device=like.device, dtype=like.dtype)
-                setattr(self, name, nn.Parameter(fused, requires_grad=old.requires_grad))
         with torch.no_grad():
+            if local_metadata.get("assign_to_params_buffers", False):
+                self._reallocate([*found.values()], keep=bool(missing))
+            elif self.gate_proj.is_meta and not all(value.is_meta for value in found.values()):
+                warnings.warn(
+                    f"for {prefix}{next(iter(found))} and {len(found) - 1} more: copying from a "
+                    "non-meta parameter in the checkpoint to a meta parameter in the current "
+                    "model, which is a no-op. (Did you mean to pass `assign=True`?)",
+                    stacklevel=2,
+                )
             views = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
+            error_msgs.extend(
+                f"SparseMoE: {prefix}{key} must hold data, got a meta tensor"
+                for key, value in found.items()
+                if value.is_meta and not views[key].is_meta
+            )
             for key, value in found.items():
-                views[key].copy_(value)
+                if not value.is_meta:
+                    views[key].copy_(value)
+
+    def _reallocate(self, values: list[Tensor], *, keep: bool) -> None:
+        """Gives the weights the device and dtype of `values`, and their old values if `keep`."""
+        like = next((value for value in values if not value.is_meta), values[0])
+        if keep and like.is_meta and not self.gate_proj.is_meta:
+            return  # what is kept holds data, so its storage has to
+        for name in PROJECTIONS:
+            old = getattr(self, name)
+            fused = torch.empty_like(old, device=like.device, dtype=like.dtype)
+            if keep and old.is_meta:
+                fused.zero_()
+            elif keep:
+                fused.copy_(old)
+            setattr(self, name, nn.Parameter(fused, requires_grad=old.requires_grad))
+
+
+def _problem(value: object, own: Tensor) -> str | None:
+    """Says what a value of a state dict must be to load into `own`, None when it is."""
+    if not isinstance(value, Tensor):
+        return f"be a tensor, got {type(value).__name__}"
+    if value.shape != own.shape:
+        return f"have shape {list(own.shape)}, got {list(value.shape)}"
+    return None
