@@ -67,3 +67,34 @@ def test_gen_blocks_ignore_the_indices() -> None:
 def test_gate_img_is_part_of_the_state_only_where_it_exists() -> None:
     assert "gate_img.weight" in random_block(gate_img=True).state_dict()
     assert "gate_img.weight" not in random_block().state_dict()
+
+
+@pytest.mark.parametrize("name", ["packed_text_indexes", "packed_vit_token_indexes"])
+@pytest.mark.parametrize(
+    ("indexes", "error", "got"),
+    [
+        (
+            torch.ones(12, dtype=torch.bool),
+            TypeError,
+            "be an int64 or int32 tensor, got torch.bool",
+        ),
+        (torch.ones(2), TypeError, "be an int64 or int32 tensor, got torch.float32"),
+        ([0, 1], TypeError, "be an int64 or int32 tensor, got list"),
+        (torch.tensor([[0, 1]]), ValueError, r"have shape \[n\], got \[1, 2\]"),
+        (torch.tensor([0, 12]), ValueError, "be from 0 to 11, got 12"),
+        (torch.tensor([3, -1]), ValueError, "be from 0 to 11, got -1"),
+    ],
+)
+def test_wrong_indices_are_named(
+    name: str, indexes: Tensor, error: type[Exception], got: str
+) -> None:
+    moe = random_block(gate_img=True)
+    others = {"packed_text_indexes": TEXT, "packed_vit_token_indexes": VIT} | {name: indexes}
+    with pytest.raises(error, match=f"^SparseMoE: {name} must {got}"):
+        moe(torch.randn(12, 24), **others)
+
+
+def test_int32_indices_are_as_good() -> None:
+    moe = random_block(gate_img=True)
+    x = torch.randn(12, 24)
+    assert torch.equal(moe(x, TEXT.int(), VIT.int())[0], moe(x, TEXT, VIT)[0])

@@ -71,11 +71,14 @@ class SparseMoE(OfficialState):
             num_shared_experts=num_shared_experts,
             shared_intermediate_size=shared_intermediate_size,
         )
-        if hidden_size < 1:
-            raise ValueError(f"SparseMoE: hidden_size must be at least 1, got {hidden_size}")
-        if not 1 <= top_k <= num_experts:
+        if type(hidden_size) is not int or hidden_size < 1:
             raise ValueError(
-                f"SparseMoE: top_k must be from 1 to num_experts = {num_experts}, got {top_k}"
+                f"SparseMoE: hidden_size must be an integer of at least 1, got {hidden_size!r}"
+            )
+        if type(top_k) is not int or not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"SparseMoE: top_k must be an integer from 1 to num_experts = {num_experts}, "
+                f"got {top_k!r}"
             )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -126,16 +129,18 @@ class SparseMoE(OfficialState):
 
         Args:
             x: tokens [..., D], dtype and device of the weights.
-            packed_text_indexes: flat indices of text tokens, [n] int64; *und* blocks only.
-            packed_vit_token_indexes: flat indices of ViT tokens, [n] int64; *und* blocks route
-                these by `gate_img`. With ViT indices alone, all tokens are ViT tokens.
+            packed_text_indexes: flat indices of text tokens, [n] int64 or int32; *und* blocks
+                only, others ignore both.
+            packed_vit_token_indexes: flat indices of ViT tokens, [n] int64 or int32; *und* blocks
+                route these by `gate_img`. With ViT indices alone, all tokens are ViT tokens.
 
         Returns:
             y [..., D] and router_logits [T, E] fp32 (T tokens in all), or y alone when
             `return_router_logits` is False.
 
         Raises:
-            ValueError: x does not end in D.
+            ValueError: x does not end in D; indices are not [n] or name no token.
+            TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
         if x.shape[-1] != self.hidden_size:
@@ -144,6 +149,12 @@ class SparseMoE(OfficialState):
                 f"{list(x.shape)}"
             )
         tokens = x.reshape(-1, self.hidden_size)
+        if self.gate_img is not None:
+            count = tokens.shape[0]
+            packed_text_indexes = _checked("packed_text_indexes", packed_text_indexes, count)
+            packed_vit_token_indexes = _checked(
+                "packed_vit_token_indexes", packed_vit_token_indexes, count
+            )
         device = tokens.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             tokens = tokens.to(self.gate_proj.dtype)
@@ -236,6 +247,27 @@ class SparseMoE(OfficialState):
             f"num_shared_experts={self.num_shared_experts}, "
             f"expert_width={self.layout.expert_width}, backend={self.active_backend!r}"
         )
+
+
+def _checked(name: str, indexes: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Returns indices [n] as int64; an error says what else they are."""
+    if indexes is None:
+        return None
+    if not isinstance(indexes, Tensor) or indexes.dtype not in (torch.int64, torch.int32):
+        got = indexes.dtype if isinstance(indexes, Tensor) else type(indexes).__name__
+        raise TypeError(f"SparseMoE: {name} must be an int64 or int32 tensor, got {got}")
+    if indexes.ndim != 1:
+        raise ValueError(f"SparseMoE: {name} must have shape [n], got {list(indexes.shape)}")
+    # Values are read where they can be: not while compiling, not from meta or fake tensors.
+    readable = not torch.compiler.is_compiling() and type(indexes) is Tensor
+    if readable and not indexes.is_meta and indexes.numel():
+        least, most = (int(bound) for bound in indexes.aminmax())
+        if least < 0 or most >= num_tokens:
+            raise ValueError(
+                f"SparseMoE: {name} must be from 0 to {num_tokens - 1}, got "
+                f"{least if least < 0 else most}"
+            )
+    return indexes.long()
 
 
 _warned: set[str] = set()
