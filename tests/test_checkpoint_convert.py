@@ -280,6 +280,8 @@ def test_scores_are_taken_in_every_documented_form(tmp_path: Path) -> None:
         (torch.rand(4, 95), "convert: layer 1: scores must have shape [96], got [95]"),
         ({1: torch.rand(96)}, "scores must have layers 1, 2, got no 2"),
         ({1: torch.rand(96), 2: torch.arange(96)}, "layer 2: scores must be floating point"),
+        ({"x": torch.rand(96)}, "convert: scores must be named by layer index, got 'x'"),
+        ({1.5: torch.rand(96)}, "convert: scores must be named by layer index, got 1.5"),
         (torch.full((4, 96), torch.nan), "scores must be finite, got nan for neuron 0"),
         (torch.full((4, 96), torch.inf), "scores must be finite, got inf for neuron 0"),
     ],
@@ -290,6 +292,21 @@ def test_scores_that_do_not_fit_are_refused(scores: Any, message: str, tmp_path:
     with pytest.raises(ValueError, match=re.escape(message)):
         convert(dense, tmp_path / "out", num_experts=4, top_k=2, scores=scores)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (object(), "convert: scores must be a tensor, got object"),
+        ({1: "high", 2: "low"}, "convert: layer 1: scores must be a tensor, got str"),
+        ([torch.rand(96)] * 4, "convert: scores must be a tensor, got list"),
+    ],
+    ids=["object", "words", "list"],
+)
+def test_scores_that_are_no_tensors_are_refused(scores: Any, message: str, tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    with pytest.raises(TypeError, match=re.escape(message)):
+        convert(dense, tmp_path / "out", num_experts=4, top_k=2, scores=scores)
 
 
 def test_a_scores_file_of_another_kind_is_refused(tmp_path: Path) -> None:

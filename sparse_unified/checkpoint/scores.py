@@ -7,9 +7,11 @@ tensor [I] per layer, named by its index (`"1"`, `"2"`, ...); any float dtype.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
-from sparse_unified.partition import check_scores, magnitude_scores, random_scores
+from sparse_unified.partition import as_scores, check_scores, magnitude_scores, random_scores
 
 _BLOCK_NEURONS = 1024
 
@@ -39,8 +41,9 @@ def resolve_scores(
     asked for, with one projection of that layer in memory.
 
     Raises:
-        ValueError: scores and seed are both given, or scores lack a layer, have another shape
-            or are not finite.
+        ValueError: scores and seed are both given, or scores lack a layer, name something else,
+            have another shape or are not finite.
+        TypeError: scores are no tensors.
     """
     ffns = source.ffns[component]
     if scores is not None and seed is not None:
@@ -86,14 +89,26 @@ def read_scores(path: str | os.PathLike[str]) -> Mapping[int, Tensor] | Tensor:
 
 def _by_layer(scores: Mapping[int, Tensor] | Tensor, num_layers: int) -> dict[int, Tensor]:
     if isinstance(scores, Mapping):
-        return {int(layer): torch.as_tensor(value) for layer, value in scores.items()}
-    scores = torch.as_tensor(scores)
+        return {
+            _layer_index(layer): as_scores(value, where=f"convert: layer {layer}")
+            for layer, value in scores.items()
+        }
+    scores = as_scores(scores, where="convert")
     if scores.ndim != 2 or scores.shape[0] != num_layers:
         raise ValueError(
             f"convert: scores must have shape [{num_layers} layers, intermediate_size], "
             f"got {list(scores.shape)}"
         )
     return dict(enumerate(scores))
+
+
+def _layer_index(layer: object) -> int:
+    """Takes any integer, and its digits as a scores file has them."""
+    if isinstance(layer, str) and layer.isascii() and layer.isdigit():
+        return int(layer)
+    if isinstance(layer, SupportsIndex) and not isinstance(layer, bool):
+        return operator.index(layer)
+    raise ValueError(f"convert: scores must be named by layer index, got {layer!r}")
 
 
 def _magnitudes(source: Checkpoint, component: str, layer: int) -> Tensor:

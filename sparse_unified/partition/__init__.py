@@ -2,12 +2,18 @@
 """Who goes where: which neuron of a dense FFN is whose, and which layers are split."""
 
 from sparse_unified.partition.layout import ExpertLayout
-from sparse_unified.partition.scores import check_scores, magnitude_scores, random_scores
+from sparse_unified.partition.scores import (
+    as_scores,
+    check_scores,
+    magnitude_scores,
+    random_scores,
+)
 from sparse_unified.partition.select import select_layers
 from sparse_unified.partition.snake import snake_partition
 
 __all__ = [
     "ExpertLayout",
+    "as_scores",
     "check_scores",
     "magnitude_scores",
     "random_scores",

@@ -7,6 +7,16 @@ import torch
 from torch import Tensor
 
 
+def as_scores(value: object, *, where: str) -> Tensor:
+    """Returns a tensor of `value`, itself where it is one; TypeError when it cannot become one."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{where}: scores must be a tensor, got {type(value).__name__} that is none"
+        ) from error
+
+
 def check_scores(scores: Tensor, intermediate_size: int, *, where: str) -> None:
     """Raises ValueError unless `scores` is a finite float tensor [intermediate_size]."""
     if scores.ndim != 1 or scores.shape[0] != intermediate_size:
