@@ -21,7 +21,7 @@ from swap_models import (
 from torch import nn
 
 from sparse_unified import MoEConfig, apply_moe_, restore_
-from sparse_unified.swap import blocks, transforms
+from sparse_unified.swap import blocks, exchange, transforms
 
 HALF = MoEConfig(num_experts=4, top_k=2)
 AT = r"apply_moe_: layer 2 \(language_model\.model\.layers\.2\.mlp_moe_gen\): "
@@ -280,6 +280,49 @@ def test_an_error_while_blocks_are_built_leaves_the_model_alone(
 
     monkeypatch.setattr(transforms, "permuted_block", fail_second)
     refuse(Model(), "no more", error=MemoryError)
+
+
+@pytest.mark.parametrize("attribute", ["describe", "exchange.move_hooks"])
+def test_an_interrupted_exchange_leaves_the_model_alone(
+    attribute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = exchange if "." in attribute else transforms
+    name = attribute.rpartition(".")[2]
+    function, calls = getattr(module, name), []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(function(*args, **kwargs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    model = Model()
+    hook = attach_like_accelerate(model.layers[1].mlp_moe_gen)
+    model.layers[1].mlp_moe_gen.register_forward_hook(lambda *args: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        refuse(model, "^$", error=KeyboardInterrupt)
+    apply_moe_(model, HALF)
+    model.layers[2].mlp_moe_gen.register_forward_hook(lambda *args: None)
+    before = snapshot(model)
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            restore_(model)
+    assert_same(before, snapshot(model))
+    hook.calls.clear()
+    model(torch.randn(3, HIDDEN), torch.randn(3, HIDDEN))
+    assert hook.calls == ["pre SparseMoE", "post SparseMoE"]
+    restore_(model)
+    hook.calls.clear()
+    model(torch.randn(3, HIDDEN), torch.randn(3, HIDDEN))
+    assert hook.calls == ["pre TensorMLP", "post TensorMLP"]
+
+
+@pytest.mark.parametrize("scores", [object(), {1: "high", 2: "low"}])
+def test_scores_that_are_no_tensors(scores: Any) -> None:
+    refuse(Model(), "scores must be a tensor, got", scores=scores, error=TypeError)
 
 
 def test_kept_meta_weights_are_not_put_back_under_real_ones() -> None:

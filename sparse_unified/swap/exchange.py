@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,6 +37,27 @@ def dense_weight(dense: nn.Module) -> Tensor:
     weight = dense.get_submodule("gate_proj").weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+@contextmanager
+def all_or_nothing(pairs: Sequence[tuple[Target, nn.Module]]) -> Iterator[None]:
+    """Inside, the FFN of each target is replaced by the module beside it.
+
+    Whatever is raised there, an interrupt included, leaves every FFN in its place with its hooks.
+    """
+    # NOTE: attributes are moved between modules, never changed: the hook dicts go as objects.
+    modules = [module for target, new in pairs for module in (target.ffn, new)]
+    saved = [(module, dict(module.__dict__)) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in saved:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+        for target, _ in pairs:
+            setattr(target.owner, target.name, target.ffn)
+        raise
 
 
 def put_in(target: Target, block: SparseMoE, *, keep_dense: bool) -> None:

@@ -15,6 +15,7 @@ from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.nn import SparseMoE
 from sparse_unified.partition import (
     ExpertLayout,
+    as_scores,
     check_scores,
     magnitude_scores,
     select_layers,
@@ -22,7 +23,14 @@ from sparse_unified.partition import (
 )
 from sparse_unified.swap.blocks import Plan, check_keys, loaded_block, permuted_block, refuse
 from sparse_unified.swap.config import MoEConfig
-from sparse_unified.swap.exchange import dense_weight, follow, put_back, put_in, replaced_by
+from sparse_unified.swap.exchange import (
+    all_or_nothing,
+    dense_weight,
+    follow,
+    put_back,
+    put_in,
+    replaced_by,
+)
 from sparse_unified.swap.find import DenseWeights, find_host, read_dense
 from sparse_unified.swap.probe import returns_tuple
 from sparse_unified.swap.report import SwapReport, describe
@@ -60,7 +68,7 @@ def apply_moe_(
     Raises:
         ValueError: nothing matches, a selected layer is not a plain dense SwiGLU, or layers,
             counts or scores do not fit; the message names the layer. The model is as before.
-        TypeError: config is no MoEConfig.
+        TypeError: config is no MoEConfig, or scores are no tensors.
     """
     where = "apply_moe_"
     if not isinstance(config, MoEConfig):
@@ -193,10 +201,11 @@ def restore_(model: object) -> SwapReport:
     for _, block, dense in swapped:
         follow(dense, block)
     entries = []
-    for target, block, dense in swapped:
-        put_back(target, dense)
-        names = (type(block).__name__, type(dense).__name__)
-        entries.append(describe(target, block, before=names[0], after=names[1], restored=True))
+    with all_or_nothing([(target, dense) for target, _, dense in swapped]):
+        for target, block, dense in swapped:
+            put_back(target, dense)
+            names = (type(block).__name__, type(dense).__name__)
+            entries.append(describe(target, block, before=names[0], after=names[1], restored=True))
     return SwapReport(action=where, layers=tuple(entries))
 
 
@@ -204,10 +213,12 @@ def _exchange(
     action: str, plans: Sequence[Plan], blocks: Sequence[SparseMoE], *, keep_dense: bool
 ) -> SwapReport:
     entries = []
-    for plan, block in zip(plans, blocks, strict=True):
-        put_in(plan.target, block, keep_dense=keep_dense)
-        names = (type(plan.target.ffn).__name__, type(block).__name__)
-        entries.append(describe(plan.target, block, before=names[0], after=names[1]))
+    pairs = [(plan.target, block) for plan, block in zip(plans, blocks, strict=True)]
+    with all_or_nothing(pairs):
+        for target, block in pairs:
+            put_in(target, block, keep_dense=keep_dense)
+            names = (type(target.ffn).__name__, type(block).__name__)
+            entries.append(describe(target, block, before=names[0], after=names[1]))
     return SwapReport(action=action, layers=tuple(entries))
 
 
@@ -239,7 +250,7 @@ def _by_layer(
     if scores is None:
         return None
     if not isinstance(scores, Mapping):
-        stacked = torch.as_tensor(scores)
+        stacked = as_scores(scores, where=where)
         if stacked.ndim != 2 or stacked.shape[0] != num_layers:
             raise ValueError(
                 f"{where}: scores must have shape [{num_layers} layers, intermediate_size], "
@@ -255,7 +266,9 @@ def _by_layer(
             f"{where}: scores must be given for the selected layers, {list_some(selected)}, "
             f"got {' and '.join(got)}"
         )
-    return {layer: torch.as_tensor(value) for layer, value in scores.items()}
+    return {
+        layer: as_scores(value, where=f"{where}: layer {layer}") for layer, value in scores.items()
+    }
 
 
 def _ranking(plan: Plan, given: Tensor | None, *, where: str) -> Tensor:
