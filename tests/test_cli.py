@@ -467,6 +467,7 @@ def test_pictures_are_edited_and_talked_about(
         (["--image", str(tmp_path / "none.png")], "must be a readable picture"),
         (["--prompts-file", str(tmp_path / "none.txt")], "must be readable text"),
         (["--device", "toaster"], "must be a device of this torch"),
+        (["--device", "meta"], "--device: name must be a device that holds data, got 'meta'"),
         (["--seed", "-1"], "seed must be an integer from 0"),
     ]:
         assert main([*command, "--out", out, *wrong]) == 1, wrong

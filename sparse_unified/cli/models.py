@@ -38,6 +38,8 @@ def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
         raise ValueError(
             f"--device: name must be a device of this torch, got {options.device!r}: {reason}"
         ) from error
+    if device.type == "meta":
+        raise ValueError("--device: name must be a device that holds data, got 'meta'")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     return BagelPipeline.from_pretrained(options.model, device=device, dtype=dtype)
 
