@@ -303,13 +303,13 @@ def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path:
     from sparse_unified.bagel import Bagel, ExpertConfig
 
     small, _ = load_bagel(dense, special_tokens=SPECIAL)
-    experts = ExpertConfig(num_experts=16, top_k=8, expert_width=128)
+    experts = ExpertConfig(num_experts=16, top_k=8, expert_width=32)
     llm = replace(
         small.config.llm,
-        hidden_size=512,
-        intermediate_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
         num_hidden_layers=2,
-        vocab_size=16384,
+        vocab_size=32768,
         sparse_gen={1: experts},
     )
     big = Bagel(replace(small.config, llm=llm))
@@ -318,10 +318,10 @@ def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path:
     save_file(state, directory / "ema.safetensors")
     edit_json(
         directory / "llm_config.json",
-        hidden_size=512,
-        intermediate_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
         num_hidden_layers=2,
-        vocab_size=16384,
+        vocab_size=32768,
         num_experts=16,
         num_shared_experts=0,
         top_k=8,
@@ -340,5 +340,7 @@ def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path:
     )
     assert run.returncode == 0, run.stderr
     peak = json.loads(run.stdout)["peak"]
-    assert largest > 2 * (block + slack)
+    # Read whole, the second embedding alone would go beyond the limit: memory that is not yet
+    # filled is not resident, so only tensors as large as all that follow them can tell.
+    assert 3 * largest > weights + block + slack
     assert 0.9 * weights < peak < weights + block + slack
