@@ -147,6 +147,31 @@ def test_editing_is_the_same_alone_and_in_a_batch(
         assert relative_error(together.latents[i], alone.latents[0]) < 1e-5
 
 
+def test_company_of_edits_does_not_change_text_to_image(
+    pipeline: BagelPipeline, photo: Image.Image
+) -> None:
+    prompts, images = ["a cup", "make it blue", "a dog", "turn it"], [None, photo, [], [photo]]
+    options = {**QUICK, "num_timesteps": 6, "think": True, "max_think_length": 4}
+    together = pipeline.generate(prompts, images=images, seed=4, **options)
+    assert together.thoughts is not None
+    assert together.report.steps == 2 * 5  # one batch of each kind
+    for i in range(4):
+        alone = pipeline.generate(prompts[i], images=images[i], seed=4 + i, **options)
+        assert relative_error(together.latents[i], alone.latents[0]) < 1e-5
+        assert alone.thoughts == [together.thoughts[i]]
+        assert np.abs(np.asarray(together.images[i], int) - np.asarray(alone.images[0])).max() <= 1
+
+
+def test_explicit_settings_keep_edits_and_text_to_image_in_one_batch(
+    pipeline: BagelPipeline, photo: Image.Image
+) -> None:
+    settings = {"cfg_img_scale": 1.5, "cfg_interval": [0, 1], "cfg_renorm_type": "channel"}
+    images, options = [None, photo, None], {**settings, **QUICK, "seed": 0}
+    assert pipeline.generate(["a", "b", "c"], images=images, **options).report.steps == 3
+    parts = pipeline.generate(["a", "b", "c"], images=images, batch_size=2, **options)
+    assert parts.report.steps == 6
+
+
 def test_thinking_reads_the_plan_before_it_draws(pipeline: BagelPipeline) -> None:
     options = {**QUICK, "seed": 2}
     result = pipeline.generate(["a cup", "a dog"], think=True, max_think_length=6, **options)

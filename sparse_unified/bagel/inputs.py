@@ -191,3 +191,35 @@ def sampling_config(
         cfg_renorm_type=cfg_renorm_type,  # type: ignore[arg-type]
         cfg_renorm_min=cfg_renorm_min,
     )
+
+
+def image_batches(
+    requests: Sequence[ImageRequest], batch_size: int | None, *, where: str, **settings: Any
+) -> list[tuple[list[int], SamplingConfig]]:
+    """Groups requests into batches of one way to sample.
+
+    What an image is sampled with depends on its own request alone, so that company does not change
+    it.
+
+    Args:
+        batch_size: most requests in a batch; None is any number.
+        settings: of `sampling_config`.
+
+    Returns:
+        The positions of the requests of each batch, in order, and how to sample them.
+
+    Raises:
+        ValueError: `batch_size` is below 1, or a setting is out of range.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
+    groups: dict[SamplingConfig, list[int]] = {}
+    for index, request in enumerate(requests):
+        config = sampling_config(bool(request.pictures), **settings)
+        groups.setdefault(config, []).append(index)
+    return [
+        (indices[start : start + step], config)
+        for config, indices in groups.items()
+        for step in [batch_size or len(indices)]
+        for start in range(0, len(indices), step)
+    ]

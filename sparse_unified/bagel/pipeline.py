@@ -113,11 +113,11 @@ class BagelPipeline:
                 that of the last picture, or 1024 x 1024.
             num_timesteps, timestep_shift, cfg_text_scale, cfg_img_scale, cfg_interval,
             cfg_renorm_type, cfg_renorm_min: see `SamplingConfig`. None takes the official
-                setting: 1, (0.4, 1), "global" for text alone; 2, (0, 1), "text_channel" as soon
-                as one prompt has pictures.
+                setting for each prompt by itself: 1, (0.4, 1), "global" for text alone; 2, (0, 1),
+                "text_channel" for a prompt with pictures.
             think: let the model plan in text first.
             max_think_length, think_temperature: of that text; temperature None is greedy.
-            batch_size: most images computed together, which bounds memory; None is all of them.
+            batch_size: most images computed together, of those with one setting; None is all.
             progress: show a bar.
 
         Raises:
@@ -133,8 +133,10 @@ class BagelPipeline:
             resized=self.pictures.for_vae.size,
             where=where,
         )
-        config = inputs.sampling_config(
-            any(request.pictures for request in wanted),
+        batches = inputs.image_batches(
+            wanted,
+            batch_size,
+            where=where,
             num_timesteps=num_timesteps,
             timestep_shift=timestep_shift,
             cfg_text_scale=cfg_text_scale,
@@ -143,17 +145,14 @@ class BagelPipeline:
             cfg_renorm_type=cfg_renorm_type,
             cfg_renorm_min=cfg_renorm_min,
         )
-        batch_size = len(wanted) if batch_size is None else batch_size
-        if batch_size < 1:
-            raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
-        batches = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
 
         start = clock.perf_counter()
         report = start_report(self.model)
         thoughts, latents, drawn = [], [], []
-        num_steps = len(batches) * (config.num_timesteps - 1)
+        num_steps = len(batches) * (num_timesteps - 1)
         with progress_bar(num_steps, show=progress) as advance:
-            for batch in batches:
+            for indices, config in batches:
+                batch = [wanted[i] for i in indices]
                 guidance = self._read(batch, think, report)
                 if think:
                     seeds = [request.seed for request in batch]
@@ -163,12 +162,13 @@ class BagelPipeline:
                 tokens = self._denoise(batch, guidance, config, report, advance)
                 drawn += self._draw(batch, tokens, report)
                 latents += [x.cpu() for x in tokens]
+        order = sorted(range(len(wanted)), key=[i for own, _ in batches for i in own].__getitem__)
         report.total_seconds = self._since(start)
         report.peak_memory_bytes = peak_memory(self.model.device)
         return GenerationResult(
-            images=drawn,
-            latents=latents,
-            thoughts=thoughts if think else None,
+            images=[drawn[i] for i in order],
+            latents=[latents[i] for i in order],
+            thoughts=[thoughts[i] for i in order] if think else None,
             seeds=[request.seed for request in wanted],
             sizes=[request.size for request in wanted],
             report=report,
