@@ -130,6 +130,7 @@ def test_the_command_line_imports_nothing_slow_by_itself() -> None:
         (["convert", "a", "b", *COUNTS, "--num-exp", "3"], ["unrecognized arguments: --num-exp"]),
         (["convert", "a", "b", *COUNTS, "--component", "vit"], ["--component", "'vit'"]),
         (["convert", "a", "b", *COUNTS, "--seed", "1", "--scores", "f"], ["not allowed with"]),
+        (["generate", "m", "--prompt", "a", "--seed", "-1"], ["--seed", "from 0 to 9223372"]),
         (["verify", "a"], ["required: --against"]),
         (["generate", "m", "--out", "x.png"], ["--prompt or --prompts-file", "got none"]),
         (["generate", "m", "--out", "x.png", "--prompt", " "], ["prompt must not be empty"]),
@@ -468,7 +469,6 @@ def test_pictures_are_edited_and_talked_about(
         (["--prompts-file", str(tmp_path / "none.txt")], "must be readable text"),
         (["--device", "toaster"], "must be a device of this torch"),
         (["--device", "meta"], "--device: name must be a device that holds data, got 'meta'"),
-        (["--seed", "-1"], "seed must be an integer from 0"),
     ]:
         assert main([*command, "--out", out, *wrong]) == 1, wrong
         assert_one_line(capsys.readouterr().err, words)
