@@ -154,34 +154,79 @@ def _pairs(value: Sequence[Any], count: int) -> list[tuple[int, int]]:
     return [(pair[0], pair[1]) for pair in listed]
 
 
-def _own(case: Case, key: str, index: int, count: int, num_dims: int) -> Tensor | None:
-    """Returns the context tensor of one prompt: numbered, stacked, or one for all."""
-    tensor = case.tensors.get(f"{key}.{index}", case.tensors.get(key))
-    if tensor is None or tensor.ndim == num_dims:
-        return tensor
-    return tensor[index if len(tensor) == count else 0]
+def _prompts(case: Case) -> list[list[int]]:
+    """Returns the token ids of each prompt; a flat list is one prompt."""
+    ids = case.fields["prompt_ids"]
+    return list(ids) if ids and isinstance(ids[0], list) else [ids]
+
+
+def _numbered(case: Case, key: str) -> dict[int, Tensor]:
+    """Returns context tensors by number, be they of one image, stacked, or numbered by name."""
+    prefix = f"{key}."
+    named = {int(k[len(prefix) :]): t for k, t in case.tensors.items() if k.startswith(prefix)}
+    if not named and key in case.tensors:
+        named = {0: case.tensors[key]}
+    stacks = {i: named[i].reshape(-1, *named[i].shape[-3:]) for i in sorted(named)}
+    if all(len(stack) == 1 for stack in stacks.values()):
+        return {i: stack[0] for i, stack in stacks.items()}
+    return dict(enumerate(image for stack in stacks.values() for image in stack))
+
+
+def _per_image(case: Case, key: str, slots: Sequence[Any]) -> list[Tensor | None]:
+    """Returns one tensor, or None, per slot; slots that are None hold no image."""
+    places = [i for i, slot in enumerate(slots) if slot is not None]
+    found = _numbered(case, key)
+    if key in case.tensors and set(found) == {0}:
+        return [found[0]] * len(slots)  # one for all
+    # Prompts without an image may be counted or not.
+    counted = set(found) != set(range(len(places)))
+    own = {place: found.get(place if counted else i) for i, place in enumerate(places)}
+    missing = key in case.tensors and any(tensor is None for tensor in own.values())
+    if missing or not set(found) <= set(range(len(slots))):
+        raise ValueError(
+            f"{case.name}: {key} must hold {len(places)} images, got numbers {sorted(found)}"
+        )
+    return [own.get(i) for i in range(len(slots))]
 
 
 def _context_images(case: Case, model: Bagel, count: int) -> list[list[ContextImage]] | None:
-    if not case.fields.get("context_image"):
+    """Returns the images before each prompt.
+
+    `context_image` is a (height, width) for all prompts, or for each a pair, a list of pairs or
+    null; for one prompt it may also be the list of its pairs.
+    """
+    stated = case.fields.get("context_image")
+    if not stated:
         return None
-    pixels = model.config.latent_downsample
-    patch = model.config.latent_patch_size
-    images = []
-    for i, (height, width) in enumerate(_pairs(case.fields["context_image"], count)):
-        latent = _own(case, "context.latent", i, count, 3)
+    entries = [stated] * count if isinstance(stated[0], int) else list(stated)
+    entries = [entries] if count == 1 and len(entries) > 1 else entries
+    if len(entries) != count:
+        raise ValueError(
+            f"{case.name}: context_image must have one entry per prompt, {count}, got {stated}"
+        )
+    own = [[e] if not e or isinstance(e[0], int) else list(e) for e in entries]
+    slots = [(prompt, size or None) for prompt, sizes in enumerate(own) for size in sizes]
+    sizes = [size for _, size in slots]
+    latents = _per_image(case, "context.latent", sizes)
+    pixels = _per_image(case, "context.vit_pixels", sizes)
+    step, patch = model.config.latent_downsample, model.config.latent_patch_size
+    images: list[list[ContextImage]] = [[] for _ in range(count)]
+    for (prompt, size), latent, seen in zip(slots, latents, pixels, strict=True):
+        if size is None:
+            continue
+        if latent is None and seen is None:
+            raise ValueError(f"{case.name}: tensors must hold each context image, got no {size}")
         if latent is not None:
             # Latents of one stack are padded to the largest of them.
-            latent = latent[:, : height // pixels * patch, : width // pixels * patch]
-        seen = _own(case, "context.vit_pixels", i, count, 3)
-        images.append([ContextImage(latent=latent, vit_pixels=seen)])
+            latent = latent[:, : size[0] // step * patch, : size[1] // step * patch]
+        images[prompt].append(ContextImage(latent=latent, vit_pixels=seen))
     return images
 
 
 def _replay_images(case: Case) -> dict[str, Tensor]:
     fields = case.fields
     model = build_model(case)
-    prompts = fields["prompt_ids"]
+    prompts = _prompts(case)
     sizes = _pairs(fields["image_size"], len(prompts))
     grids = [model.config.token_grid(*size, where=case.name) for size in sizes]
     names = SamplingConfig.__slots__
@@ -194,13 +239,10 @@ def _replay_images(case: Case) -> dict[str, Tensor]:
 
 def _replay_answer(case: Case) -> dict[str, Tensor]:
     model = build_model(case)
-    prompt = case.fields["prompt_ids"]
-    prompt = prompt[0] if prompt and isinstance(prompt[0], list) else prompt
     contexts = model.new_contexts(1)
-    seen = _own(case, "context.vit_pixels", 0, 1, 3)
-    if seen is not None:
-        see_images(model, contexts, [[ContextImage(vit_pixels=seen)]])
-    model.prefill_text(contexts, [prompt])
+    seen = _numbered(case, "context.vit_pixels").values()
+    see_images(model, contexts, [[ContextImage(vit_pixels=pixels) for pixels in seen]])
+    model.prefill_text(contexts, _prompts(case)[:1])
     ids = generate_tokens(model, contexts, max_length=case.fields["length"])
     return {"token_ids": torch.tensor(ids[0])}
 

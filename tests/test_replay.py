@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_unified.testing import read_case, replay
+from sparse_unified.bagel import (
+    ContextImage,
+    SamplingConfig,
+    build_guidance,
+    generate_tokens,
+    sample_latents,
+)
+from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.testing import build_model, read_case, replay
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -162,6 +170,114 @@ def test_padded_context_latents_are_cropped_to_their_image(tmp_path: Path) -> No
         },
     )
     assert relative_error(replay(path)["latent.0"], case.tensors["latent.0"]) < TOLERANCE
+
+
+def fixed(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+PICTURES = [(fixed(4, 4, 6, seed=1), [32, 48]), (fixed(4, 4, 4, seed=2), [32, 32])]
+SEEN = [fixed(3, 28, 42, seed=3), fixed(3, 28, 42, seed=4)]
+
+
+def edit_by_hand(images: list[ContextImage], noise: Tensor) -> Tensor:
+    """Edits through the public API, for comparison."""
+    case = read_case(GOLDEN / "edit")
+    model = build_model(case)
+    names = SamplingConfig.__slots__
+    config = SamplingConfig(**{name: case.fields[name] for name in names if name in case.fields})
+    guidance = build_guidance(model, case.fields["prompt_ids"], images=[images])
+    return sample_latents(model, guidance, [noise], [(4, 4)], config)[0]
+
+
+def context_tensors(form: str) -> dict[str, Tensor]:
+    latents = [latent for latent, _ in PICTURES]
+    if form == "numbered":
+        tensors = {f"context.latent.{i}": latent for i, latent in enumerate(latents)}
+        return tensors | {f"context.vit_pixels.{i}": seen for i, seen in enumerate(SEEN)}
+    padded = [torch.nn.functional.pad(x, (0, 6 - x.shape[-1])) for x in latents]
+    return {"context.latent": torch.stack(padded), "context.vit_pixels": torch.stack(SEEN)}
+
+
+@pytest.mark.parametrize("form", ["numbered", "stacked"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_prompt_may_have_several_context_images(
+    form: str, nested: bool, tmp_path: Path
+) -> None:
+    noise, sizes = torch.randn(16, 16), [size for _, size in PICTURES]
+    tensors = {"init_noise": noise, **context_tensors(form)}
+    path = write_case(tmp_path, "edit", {"context_image": [sizes] if nested else sizes}, tensors)
+    images = [
+        ContextImage(latent=latent, vit_pixels=seen)
+        for (latent, _), seen in zip(PICTURES, SEEN, strict=True)
+    ]
+    expected = edit_by_hand(images, noise)
+    assert relative_error(replay(path)["latent.0"], expected) < TOLERANCE
+    assert relative_error(edit_by_hand(images[::-1], noise), expected) > 1e-3
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 3), None, "gaps"])
+def test_prompts_without_a_context_image_are_null(numbers: Any, tmp_path: Path) -> None:
+    ids = read_case(GOLDEN / "edit").fields["prompt_ids"][0]
+    latents, noise = torch.randn(2, 4, 4, 6), torch.randn(64, 16)
+    tensors = {"init_noise": noise, "context.latent": latents}
+    if numbers == "gaps":
+        tensors["context.latent"] = torch.zeros(4, 4, 4, 6)
+        tensors["context.latent"][1::2] = latents
+    elif numbers is not None:
+        del tensors["context.latent"]
+        tensors |= {f"context.latent.{n}": latents[i].clone() for i, n in enumerate(numbers)}
+    fields = {"prompt_ids": [ids] * 4, "context_image": [None, [32, 48], None, [32, 48]]}
+    outputs = replay(write_case(tmp_path, "edit", fields, tensors))
+    for i in range(4):
+        images = [ContextImage(latent=latents[i // 2])] if i % 2 else []
+        expected = edit_by_hand(images, noise[16 * i : 16 * i + 16])
+        assert relative_error(outputs[f"latent.{i}"], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensors"),
+    [
+        ([[32, 48]] * 3, {"context.latent": torch.zeros(2, 4, 4, 6)}),
+        ([[32, 48]] * 2, {"context.latent.0": torch.zeros(4, 4, 6)}),
+        ([[32, 48]], {"context.latent.3": torch.zeros(4, 4, 6)}),
+        ([[32, 48]], {}),
+    ],
+)
+def test_context_images_and_tensors_must_match(
+    sizes: Any, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    tensors = {"init_noise": torch.zeros(16, 16), **tensors}
+    with pytest.raises(ValueError, match=r"case: .* must hold"):
+        replay(write_case(tmp_path, "edit", {"context_image": sizes}, tensors))
+
+
+def test_context_images_must_match_the_prompts(tmp_path: Path) -> None:
+    fields = {"prompt_ids": [[21], [22]], "context_image": [[32, 48]] * 3}
+    with pytest.raises(ValueError, match="context_image must have one entry per prompt, 2"):
+        replay(write_case(tmp_path, "edit", fields, {"init_noise": torch.zeros(32, 16)}))
+
+
+def test_flat_prompt_ids_are_one_prompt(tmp_path: Path) -> None:
+    case = read_case(GOLDEN / "t2i_dense")
+    fields = {"prompt_ids": case.fields["prompt_ids"][0]}
+    path = write_case(tmp_path, "t2i_dense", fields, {"init_noise": case.tensors["init_noise"]})
+    assert relative_error(replay(path)["latent.0"], case.tensors["latent.0"]) < TOLERANCE
+
+
+def test_an_answer_may_follow_several_images(tmp_path: Path) -> None:
+    fields = read_case(GOLDEN / "understand").fields
+    model = build_model(read_case(GOLDEN / "understand"))
+    contexts = model.new_contexts(1)
+    see_images(model, contexts, [[ContextImage(vit_pixels=seen) for seen in SEEN]])
+    model.prefill_text(contexts, [fields["prompt_ids"]])
+    expected = generate_tokens(model, contexts, max_length=fields["length"])[0]
+    for tensors in (
+        {"context.vit_pixels": torch.stack(SEEN)},
+        {f"context.vit_pixels.{i}": seen for i, seen in enumerate(SEEN)},
+    ):
+        path = write_case(tmp_path, "understand", {}, tensors)
+        assert replay(path)["token_ids"].tolist() == expected
 
 
 def test_zero_router_with_all_experts_equals_the_dense_model(tmp_path: Path) -> None:
