@@ -239,3 +239,13 @@ def test_layers_are_selected(layers: object, expected: tuple[int, ...]) -> None:
 def test_bad_selections_are_named(layers: object, num_layers: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select_layers(layers, num_layers)
+
+
+def test_more_shared_experts_than_neurons_are_refused() -> None:
+    message = "num_shared_experts must leave every expert one of the 96 neurons .* got 93 beside 4"
+    with pytest.raises(ValueError, match=message):
+        ExpertLayout(intermediate_size=96, num_experts=4, num_shared_experts=93)
+    with pytest.raises(
+        ValueError, match=r"shared_intermediate_size must be from 0 to .*, got 8\.0"
+    ):
+        ExpertLayout(intermediate_size=96, num_experts=4, shared_intermediate_size=8.0)

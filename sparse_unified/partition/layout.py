@@ -14,10 +14,10 @@ def dividing_expert_counts(intermediate_size: int, num_shared_experts: int = 0) 
     """Returns every expert count from 2 to 64 that divides what the shared expert leaves."""
     counts = []
     for num_experts in range(2, 65):
-        routed = intermediate_size - _shared_width(
-            intermediate_size, num_experts, num_shared_experts
-        )
-        if routed >= num_experts and routed % num_experts == 0:
+        shared = _shared_width(intermediate_size, num_experts, num_shared_experts)
+        routed = intermediate_size - shared
+        is_empty = num_shared_experts > 0 and shared == 0
+        if not is_empty and routed >= num_experts and routed % num_experts == 0:
             counts.append(num_experts)
     return counts
 
@@ -56,14 +56,23 @@ class ExpertLayout:
                     f"ExpertLayout: {name} must be an integer of at least {least}, got {value!r}"
                 )
         shared = self.shared_intermediate_size
-        if shared is not None and not 0 <= shared < self.intermediate_size:
+        if shared is not None and (
+            type(shared) is not int or not 0 <= shared < self.intermediate_size
+        ):
             raise ValueError(
                 "ExpertLayout: shared_intermediate_size must be from 0 to "
-                f"intermediate_size - 1 = {self.intermediate_size - 1}, got {shared}"
+                f"intermediate_size - 1 = {self.intermediate_size - 1}, got {shared!r}"
+            )
+        legal = dividing_expert_counts(self.intermediate_size, self.num_shared_experts)
+        if shared is None and self.num_shared_experts and not self.shared_width:
+            raise ValueError(
+                "ExpertLayout: num_shared_experts must leave every expert one of the "
+                f"{self.intermediate_size} neurons of intermediate_size, got "
+                f"{self.num_shared_experts} beside {self.num_experts} experts; with these counts "
+                f"of experts it does: {', '.join(map(str, legal)) or 'none'}"
             )
         routed = self.intermediate_size - self.shared_width
         if routed < self.num_experts or routed % self.num_experts != 0:
-            legal = dividing_expert_counts(self.intermediate_size, self.num_shared_experts)
             raise ValueError(
                 f"ExpertLayout: num_experts must divide the {routed} neurons that remain of "
                 f"intermediate_size {self.intermediate_size} after {self.shared_width} shared, got "
