@@ -7,6 +7,7 @@ import datetime
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import sparse_unified
 
 from .harness import Record, Roof
+from .suites import Overhead
 
 
 def device_name() -> str:
@@ -40,7 +42,9 @@ def commit() -> str:
     return found.stdout.strip() or f"version {sparse_unified.__version__}"
 
 
-def as_json(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof) -> dict[str, Any]:
+def as_json(
+    records: Sequence[Record], overhead: Mapping[str, Overhead], roof: Roof
+) -> dict[str, Any]:
     """The schema of every file in bench/results; `overhead` is `measure_overhead` by case."""
     return {
         "commit": commit(),
@@ -52,7 +56,7 @@ def as_json(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof
             "python": platform.python_version(),
         },
         "roof": {"tflops": roof.tflops, "gbps": roof.gbps},
-        "overhead": dict(overhead),
+        "overhead": {case: asdict(shares) for case, shares in overhead.items()},
         "records": [r.as_dict() for r in records],
     }
 
@@ -67,7 +71,7 @@ def save(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def table(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof) -> str:
+def table(records: Sequence[Record], overhead: Mapping[str, Overhead], roof: Roof) -> str:
     """`us | TFLOP/s | GB/s | % of roof | x baseline`, one line per provider."""
     lines = [
         f"{device_name()}; torch {torch.__version__}",
@@ -85,8 +89,8 @@ def table(records: Sequence[Record], overhead: Mapping[str, float], roof: Roof) 
             f"{100 * r.roof_fraction:>8.1f}  {ratios}"
         )
     lines += [
-        f"\n{case}: route + sort + permute + combine, each alone, = {fraction:.1%} of the block"
-        " (which writes no permuted rows)"
-        for case, fraction in overhead.items()
+        f"\n{case}: route + sort + permute + combine, each alone, = {shares.alone:.1%} of the "
+        f"block; as parts of the fused block, {shares.fused:.1%}"
+        for case, shares in overhead.items()
     ]
     return "\n".join(lines)

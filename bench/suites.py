@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -85,6 +86,10 @@ class OpCalls:
                 x, weights, row_token, token_rows, offsets, *experts
             ),
         }
+        none = (x.new_empty(0, x.shape[1]),) * 2 + (x.new_empty(x.shape[1], 0),)
+        self.moves: OpCall = lambda x: ops.grouped_ffn_combine(
+            x, weights, row_token, token_rows, offsets, *none
+        )
         self.torch: dict[str, OpCall] = {
             "route_topk": lambda x: reference.route_topk(x, gate, top_k),
             "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
@@ -123,19 +128,39 @@ def measure_ops(
                 )
 
 
-def measure_overhead(case: Case, dtype: torch.dtype, repeats: int, progress: Progress) -> float:
-    """Routing, sorting, permuting and combining, each alone, over the whole block, same rounds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """What is not an expert GEMM, as shares of the time of the whole block.
 
-    The block on the CPU never writes the permuted rows, so this counts more than it spends; where
-    they exceed 32 MB it is mostly the page faults of a buffer that the block does without.
+    `alone`: routing, sorting, permuting and combining as ops of their own, each in its own rounds.
+    `fused`: routing and sorting, and what the fused FFN spends on bringing tokens to experts and
+    back, which is its time on experts of no width; all in the rounds of the block, caches cold.
     """
+
+    alone: float
+    fused: float
+
+
+def measure_overhead(case: Case, dtype: torch.dtype, repeats: int, progress: Progress) -> Overhead:
+    """Measures both shares; the first counts a buffer [R, D] that the block does without."""
     xs = inputs((case.tokens, case.hidden_size), dtype)
     block = sparse_block(case, dtype)
     with torch.inference_mode():
         calls = OpCalls(block, xs[0])
         steps = {op: _taking_turns(calls.ours[op], xs) for op in OVERHEAD_OPS}
-        seconds = measure_interleaved(
-            {"block": _taking_turns(block, xs), **steps}, repeats=repeats, on_round=progress
+        alone = sum(
+            statistics.median(measure_interleaved({op: call}, repeats=repeats)[op])
+            for op, call in steps.items()
         )
-    rounds = zip(seconds["block"], *(seconds[op] for op in OVERHEAD_OPS), strict=True)
-    return statistics.median(sum(around) / whole for whole, *around in rounds)
+        seconds = measure_interleaved(
+            {
+                "block": _taking_turns(block, xs),
+                "route_topk": steps["route_topk"],
+                "sort_by_expert": steps["sort_by_expert"],
+                "moves": _taking_turns(calls.moves, xs),
+            },
+            repeats=repeats,
+            on_round=progress,
+        )
+    whole, *parts = (statistics.median(rounds) for rounds in seconds.values())
+    return Overhead(alone=alone / whole, fused=sum(parts) / whole)

@@ -7,11 +7,17 @@
 
 namespace sparse_unified {
 
+constexpr int64_t kLineBytes = 64;
+
 void permute_cpu(const PermuteParams& params, int64_t token_begin, int64_t token_end) {
   char* y = static_cast<char*>(params.y);
   for (int64_t token = token_begin; token < token_end; ++token) {
     const char* source = static_cast<const char*>(params.x) + token * params.x_stride_bytes;
     const int32_t* rows = params.token_rows + token * params.top_k;
+    // The next token is on its way while this one is written.
+    for (int64_t byte = 0; byte < params.row_bytes; byte += kLineBytes) {
+      __builtin_prefetch(source + params.x_stride_bytes + byte);
+    }
     for (int64_t k = 0; k < params.top_k; ++k) {
       std::memcpy(y + rows[k] * params.row_bytes, source, static_cast<size_t>(params.row_bytes));
     }
