@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who computes the sparse FFN: our block, the dense FFN it replaces, the official expert loop.
 
-Each provider is built for a case and gives a function of x [T, D] -> y [T, D].
+Each provider is a module built for a case, x [T, D] -> y [T, D].
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +13,6 @@ from torch import Tensor, nn
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 from .cases import Case
-
-Provider = Callable[[Tensor], Tensor]
-
-# Routers of a tuned model choose by the token; random ones do as well, with logits near +-1.
-_ROUTER_STD = 1.0
 
 
 def sparse_block(case: Case, dtype: torch.dtype, seed: int = 0) -> SparseMoE:
@@ -33,7 +26,7 @@ def sparse_block(case: Case, dtype: torch.dtype, seed: int = 0) -> SparseMoE:
         return_router_logits=False,
         dtype=dtype,
     )
-    nn.init.normal_(block.gate.weight, std=_ROUTER_STD * case.hidden_size**-0.5)
+    nn.init.normal_(block.gate.weight, std=case.hidden_size**-0.5)
     return block
 
 

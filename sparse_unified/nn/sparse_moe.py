@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified.nn.expert_state import OfficialState, expert_views
-from sparse_unified.ops import composed
+from sparse_unified.ops import composed, reference
 from sparse_unified.partition import ExpertLayout
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class SparseMoE(OfficialState):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             tokens = tokens.to(self.gate_proj.dtype)
         use_kernels = self._use_kernels()
-        route = ops.route_topk if use_kernels else composed.route_topk
+        route = ops.route_topk if use_kernels else reference.route_topk
         logits, topk_logits, topk_idx = self._route(
             route, tokens, packed_text_indexes, packed_vit_token_indexes
         )

@@ -13,11 +13,6 @@ from torch import Tensor
 from sparse_unified.ops import reference
 
 
-def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `sparse_unified.ops.route_topk`."""
-    return reference.route_topk(x, gate, top_k)
-
-
 def expert_ffn(
     x: Tensor,
     weights: Tensor,
