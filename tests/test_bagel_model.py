@@ -143,7 +143,7 @@ def test_contexts_packed_together_equal_contexts_alone(model: Bagel) -> None:
         ):
             assert mine is not None
             assert theirs is not None
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
@@ -155,7 +155,7 @@ def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
     for mine, theirs in zip(whole[0].keys, pieces[0].keys, strict=True):
         assert mine is not None
         assert theirs is not None
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_an_image_takes_one_position(model: Bagel) -> None:
