@@ -337,7 +337,9 @@ def test_an_interrupted_conversion_cleans_up(number: signal.Signals, tmp_path: P
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, "convert", dense, tmp_path / "out", *COUNTS],
+        # A shell's background jobs ignore SIGINT, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        args=[sys.executable, "-c", code, "convert", dense, tmp_path / "out", *COUNTS],
         env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
