@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// One way to start a kernel, under nvcc and in the emulator.
+#pragma once
+
+#include "device/platform.h"
+
+namespace sparse_unified {
+
+struct LaunchConfig {
+  dim3 grid;
+  int num_threads;           // of a block, a multiple of kWarpSize
+  int64_t shared_bytes = 0;  // dynamic shared memory of a block
+  cudaStream_t stream = nullptr;
+};
+
+#if defined(SPARSE_UNIFIED_EMULATION)
+}  // namespace sparse_unified
+#include "emulation/launch.h"
+namespace sparse_unified {
+#else
+
+// What a block may use without asking the driver for more.
+constexpr int64_t kDefaultSharedBytes = 48 * 1024;
+
+// Launches kernel(params); an empty grid is no launch. Errors of the launch are returned, those of
+// the kernel come with a later synchronisation, as always.
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params) {
+  if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return cudaSuccess;
+  if (config.shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = dim3(static_cast<unsigned>(config.num_threads));
+  launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
+  launch_config.stream = config.stream;
+  return cudaLaunchKernelEx(&launch_config, kernel, params);
+}
+
+#endif
+
+}  // namespace sparse_unified

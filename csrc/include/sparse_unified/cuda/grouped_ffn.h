@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// grouped_ffn on CUDA: SwiGLU expert FFN over rows grouped by expert, as two grouped GEMMs with the
+// gather in the load and SwiGLU in the epilogue; and its backward.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "sparse_unified/cuda/cuda_types.h"
+#include "sparse_unified/cuda/device_info.h"
+#include "sparse_unified/dtype.h"
+
+namespace sparse_unified {
+
+// Which neurons of the weights the groups use: group e has the neurons
+// [e * width, (e + 1) * width) of a sequence of blocks. Without a list the sequence is the weights'
+// own order (experts); with one, it is the kept blocks in the order of the list (pruned_ffn).
+struct WidthBlocks {
+  const int32_t* kept_blocks;  // [B] on the device, or null
+  int64_t num_kept;            // B
+  int64_t block_size;          // neurons of a block, a multiple of 16
+};
+
+struct GroupedFfnCudaParams {
+  DType dtype;                    // bf16 or fp16, of all matrices
+  const void* x;                  // [T, D], rows x_stride elements apart
+  int64_t x_stride;               //
+  const int32_t* row_token;       // [R]; null: row r is token r
+  const int32_t* expert_offsets;  // [E + 1]; null: one group of all rows
+  const void* gate_proj;          // [I, D], rows gate_stride elements apart
+  int64_t gate_stride;            //
+  const void* up_proj;            // [I, D], rows up_stride elements apart
+  int64_t up_stride;              //
+  const void* down_proj;          // [D, I], rows down_stride elements apart
+  int64_t down_stride;            //
+  WidthBlocks blocks;             //
+  int64_t num_tokens;             // T
+  int64_t num_rows;               // R
+  int64_t hidden_size;            // D
+  int64_t num_experts;            // E, groups
+  int64_t expert_width;           // h, neurons of a group
+  void* gate_rows;                // [R, h], kept for backward; null when not wanted
+  void* up_rows;                  // [R, h], likewise
+  void* y;                        // [R, D]
+};
+
+struct GroupedFfnBackwardCudaParams {
+  GroupedFfnCudaParams forward;  // gate_rows and up_rows as forward left them; y is not read
+  const void* grad_y;            // [R, D]
+  void* grad_rows;               // [R, D]; null when not wanted
+  void* grad_gate_proj;          // [I, D]; null when no weight gradient is wanted
+  void* grad_up_proj;            // [I, D]
+  void* grad_down_proj;          // [D, I]
+};
+
+// Why no kernel takes these shapes, strides and addresses on this device, for people to read; empty
+// when one does.
+std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device);
+
+// Bytes of device memory, aligned to 256, that the launches below work in.
+int64_t grouped_ffn_cuda_workspace_bytes(const GroupedFfnCudaParams& params,
+                                         const DeviceInfo& device);
+int64_t grouped_ffn_backward_cuda_workspace_bytes(const GroupedFfnBackwardCudaParams& params,
+                                                  const DeviceInfo& device);
+
+// fp32 accumulation in a fixed order; hidden and y are rounded once each. Neither reads anything
+// back to the host.
+cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInfo& device,
+                             void* workspace, cudaStream_t stream);
+cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params,
+                                      const DeviceInfo& device, void* workspace,
+                                      cudaStream_t stream);
+
+}  // namespace sparse_unified
