@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_unified import ops  # registers torch.ops.sparse_unified with fakes and autograd
 
 if TYPE_CHECKING:
-    from sparse_unified import bagel, checkpoint, nn, partition, swap, testing
+    from sparse_unified import analysis, bagel, checkpoint, nn, partition, swap, testing
     from sparse_unified.swap import (
         MoEConfig,
         SwappedLayer,
@@ -30,6 +30,7 @@ __all__ = [
     "SwapReport",
     "SwappedLayer",
     "__version__",
+    "analysis",
     "apply_moe_",
     "bagel",
     "checkpoint",
@@ -42,7 +43,7 @@ __all__ = [
     "testing",
 ]
 
-_MODULES = ("bagel", "checkpoint", "nn", "partition", "swap", "testing")
+_MODULES = ("analysis", "bagel", "checkpoint", "nn", "partition", "swap", "testing")
 
 
 def __getattr__(name: str) -> Any:

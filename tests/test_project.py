@@ -31,6 +31,7 @@ ORDER = (
     "checkpoint",
     "swap",
     "bagel",
+    "analysis",
     "testing",
     "fixtures",
     "bench",

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probing: which layers, neurons and heads of a model matter, measured on a task.
+
+Reading order: `adapter` (where things are), `similarity`, `evaluate`, `sweep`, `report`, `plots`.
+"""
+
+from sparse_unified.analysis.adapter import (
+    LAYOUTS,
+    Adapter,
+    Block,
+    BlockNames,
+    DecoderAdapter,
+    Ffn,
+    FfnKey,
+    Layout,
+    find_adapter,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "Adapter",
+    "Block",
+    "BlockNames",
+    "DecoderAdapter",
+    "Ffn",
+    "FfnKey",
+    "Layout",
+    "find_adapter",
+]

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models of the structures that the analysis takes, for its tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unified.bagel import Bagel
+from sparse_unified.testing import build_model, read_case
+
+GOLDEN = Path(__file__).parent / "golden"
+HIDDEN, WIDTH, LAYERS, EXPERTS = 16, 24, 3, 4
+
+
+def bagel(case: str = "t2i_dense") -> Bagel:
+    """Our own BAGEL, as recorded."""
+    return build_model(read_case(GOLDEN / case))
+
+
+def qwen(**changes: Any) -> Any:
+    """A Qwen2.5-VL of random weights, as transformers builds it from a configuration."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 64,
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(text_config=text | changes, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(HIDDEN, width, bias=False)
+        self.up_proj = nn.Linear(HIDDEN, width, bias=False)
+        self.down_proj = nn.Linear(width, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Mixture(nn.Module):
+    """Routed experts of which a token takes two, a shared one, and the router's logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(MLP() for _ in range(EXPERTS))
+        self.shared_experts = MLP(2 * WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = x.flatten(0, -2)
+        logits = self.gate(tokens)
+        weights, chosen = logits.softmax(-1).topk(2)
+        y = self.shared_experts(tokens)
+        for index, expert in enumerate(self.experts):
+            rows, slots = (chosen == index).nonzero(as_tuple=True)
+            if len(rows):
+                y = y.index_add(0, rows, weights[rows, slots, None] * expert(tokens[rows]))
+        return y.view_as(x), logits
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_key_value = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.dense = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.query_key_value(x).unflatten(-1, (3, 2, -1)).movedim(-3, 0).transpose(-3, -2)
+        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        return self.dense(mixed.transpose(-3, -2).flatten(-2))
+
+
+class BailingLayer(nn.Module):
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(HIDDEN)
+        self.attention = Attention()
+        self.post_attention_layernorm = nn.RMSNorm(HIDDEN)
+        self.mlp = ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + (y[0] if isinstance(y, tuple) else y)
+
+
+class Bailing(nn.Module):
+    """A decoder as in Ming-Omni: the first FFN is dense, the others are mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        self.model.word_embeddings = nn.Embedding(64, HIDDEN)
+        self.model.layers = nn.ModuleList(
+            BailingLayer(Mixture() if layer else MLP()) for layer in range(LAYERS)
+        )
+        self.model.norm = nn.RMSNorm(HIDDEN)
+        self.lm_head = nn.Linear(HIDDEN, 64, bias=False)
+        self.eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.model.word_embeddings(ids)
+        for layer in self.model.layers:
+            x = layer(x)
+        return self.lm_head(self.model.norm(x))
+
+
+class OfficialLayer(nn.Module):
+    """A layer as in the official BAGEL: one packed sequence, rows of the components by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = Attention()
+        for suffix in ("", "_moe_gen"):
+            setattr(self, f"mlp{suffix}", MLP())
+            setattr(self, f"input_layernorm{suffix}", nn.RMSNorm(HIDDEN))
+            setattr(self, f"post_attention_layernorm{suffix}", nn.RMSNorm(HIDDEN))
+
+    def forward(self, x: Tensor, text: Tensor, vae: Tensor) -> Tensor:
+        normed = torch.zeros_like(x)
+        normed[text] = self.input_layernorm(x[text])
+        normed[vae] = self.input_layernorm_moe_gen(x[vae])
+        x = x + self.self_attn(normed)
+        out = torch.zeros_like(x)
+        out[text] = self.mlp(self.post_attention_layernorm(x[text]))
+        out[vae] = self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(x[vae]))
+        return x + out
+
+
+class Official(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.language_model = nn.Module()
+        self.language_model.model = nn.Module()
+        self.language_model.model.layers = nn.ModuleList(OfficialLayer() for _ in range(LAYERS))
+        self.eval()
+
+    def forward(self, x: Tensor, text: Tensor, vae: Tensor) -> Tensor:
+        for layer in self.language_model.model.layers:
+            x = layer(x, text, vae)
+        return x

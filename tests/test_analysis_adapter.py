@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters find layers, FFNs and components by structure, and say what they missed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import analysis_models as models
+import pytest
+import torch
+from torch import nn
+
+import sparse_unified
+from sparse_unified.analysis import (
+    Adapter,
+    BlockNames,
+    DecoderAdapter,
+    Layout,
+    find_adapter,
+)
+
+
+def test_bagel_has_two_components_and_the_live_weights() -> None:
+    model = models.bagel()
+    adapter = find_adapter(model)
+    assert isinstance(adapter, Adapter)
+    assert adapter.components == ("und", "gen")
+    assert adapter.num_layers() == model.config.llm.num_hidden_layers
+    layers = model.language_model.model.layers
+    for component, name in (("und", "mlp"), ("gen", "mlp_moe_gen")):
+        ffns = adapter.ffns(component)
+        assert [ffn.key for ffn in ffns] == list(range(len(layers)))
+        for ffn, layer in zip(ffns, layers, strict=True):
+            module = getattr(layer, name)
+            assert ffn.module is module
+            assert model.get_submodule(ffn.name) is module
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(module, projection).weight
+                assert getattr(ffn, projection).data_ptr() == weight.data_ptr()
+    block = adapter.block(1, "gen")
+    assert block.input_norm is layers[1].input_layernorm_moe_gen
+    assert block.post_attention_norm is layers[1].post_attention_layernorm_moe_gen
+    assert block.attention is layers[1].self_attn
+    assert block.ffn is layers[1].mlp_moe_gen
+    assert block.layer_module is layers[1]
+
+
+def test_official_structure_and_pipelines_are_found() -> None:
+    model = models.Official()
+    for host in (model, SimpleNamespace(model=model)):
+        adapter = find_adapter(host)
+        assert adapter.components == ("und", "gen")
+        assert adapter.ffns("gen")[2].module is model.language_model.model.layers[2].mlp_moe_gen
+
+
+@pytest.mark.parametrize("path", ["", "model", "model.language_model"])
+def test_qwen_is_one_component_from_wherever_it_is_held(path: str) -> None:
+    model = models.qwen()
+    host = model.get_submodule(path)
+    adapter = find_adapter(host)
+    layers = model.model.language_model.layers
+    assert adapter.components == ("text",)
+    assert [ffn.module for ffn in adapter.ffns("text")] == [layer.mlp for layer in layers]
+    assert host.get_submodule(adapter.ffns("text")[1].name) is layers[1].mlp
+    assert adapter.block(0, "text").attention is layers[0].self_attn
+
+
+def test_experts_of_a_mixture_are_ffns_of_their_own() -> None:
+    model = models.Bailing()
+    adapter = find_adapter(model)
+    ffns = adapter.ffns("text")
+    assert adapter.components == ("text",)
+    assert adapter.block(1, "text").attention is model.model.layers[1].attention
+    assert ffns[0].key == 0  # the first layer is dense
+    in_layer_1 = [ffn for ffn in ffns if ffn.layer == 1]
+    names = [*(f"model.layers.1.mlp.experts.{i}" for i in range(models.EXPERTS))]
+    assert [ffn.key for ffn in in_layer_1] == [
+        *((1, name) for name in names),
+        (1, "model.layers.1.mlp.shared_experts"),
+    ]
+    assert all(ffn.module is model.get_submodule(ffn.name) for ffn in ffns)
+    assert [ffn.intermediate_size for ffn in in_layer_1] == [models.WIDTH] * 4 + [2 * models.WIDTH]
+
+
+def test_an_adapter_of_ones_own_is_a_few_lines() -> None:
+    inner = models.Bailing()
+    renamed = nn.Module()
+    renamed.blocks = nn.ModuleList()
+    for layer in inner.model.layers:
+        block = nn.Module()
+        block.attn, block.ff = layer.attention, layer.mlp
+        block.norm1, block.norm2 = layer.input_layernorm, layer.post_attention_layernorm
+        renamed.blocks.append(block)
+    names = BlockNames(ffn="ff", attention="attn", input_norm="norm1", post_attention_norm="norm2")
+    layout = Layout(name="mine", paths=("blocks",), components={"text": names})
+    adapter = find_adapter(renamed, [layout])
+    assert adapter.ffns("text")[0].name == "blocks.0.ff"
+    assert find_adapter(adapter) is adapter
+
+
+def test_a_model_that_fits_nothing_is_an_error_that_names_what_was_found() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="find_adapter: model must fit one of BAGEL") as caught:
+        find_adapter(model)
+    message = str(caught.value)
+    assert "layers: 2 layers without mlp, self_attn, input_layernorm" in message
+    assert "mlp_moe_gen" in message
+    with pytest.raises(ValueError, match="got a int with none of these"):
+        find_adapter(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: a.ffns("vision"), "component must be one of und, gen, got 'vision'"),
+        (lambda a: a.block(9, "und"), "layer must lie in 0 to 2, got 9"),
+        (lambda a: a.block(-1, "und"), "layer must lie in 0 to 2, got -1"),
+    ],
+)
+def test_what_the_model_lacks_is_an_error(call: Any, message: str) -> None:
+    model = models.bagel()
+    assert model.config.llm.num_hidden_layers == 3
+    with pytest.raises(ValueError, match=message):
+        call(find_adapter(model))
+
+
+def test_only_plain_dense_ffns_are_read() -> None:
+    model = models.bagel()
+    sparse_unified.apply_moe_(model, sparse_unified.MoEConfig(num_experts=2, top_k=1))
+    adapter = find_adapter(model)
+    assert len(adapter.ffns("und")) == adapter.num_layers()
+    assert adapter.block(1, "gen").ffn is model.language_model.model.layers[1].mlp_moe_gen
+    with pytest.raises(ValueError, match=r"FFN must be dense with weights .* got a SparseMoE"):
+        adapter.ffns("gen")
+    sparse_unified.restore_(model)
+    layer = model.language_model.model.layers[0].mlp
+    layer.up_proj = nn.Linear(*layer.up_proj.weight.shape[::-1])
+    with pytest.raises(ValueError, match="up_proj must have no bias"):
+        adapter.ffns("und")
+    layer.up_proj = nn.Linear(3, 5, bias=False)
+    with pytest.raises(ValueError, match="weights must have shapes"):
+        adapter.ffns("und")
+
+
+def test_a_fused_mixture_is_refused() -> None:
+    model = models.Bailing()
+    model.model.layers[1].mlp.experts = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="experts must be a list of modules, got a Linear"):
+        find_adapter(model).ffns("text")
+
+
+def test_finding_an_adapter_runs_nothing() -> None:
+    model = models.bagel().to("meta")
+    assert find_adapter(model).ffns("gen")[0].gate_proj.device == torch.device("meta")
+    assert isinstance(find_adapter(model), DecoderAdapter)
