@@ -15,6 +15,11 @@ from sparse_unified.analysis.adapter import (
     Layout,
     find_adapter,
 )
+from sparse_unified.analysis.similarity import (
+    LayerSimilarity,
+    Similarity,
+    measure_similarity,
+)
 
 __all__ = [
     "LAYOUTS",
@@ -24,6 +29,9 @@ __all__ = [
     "DecoderAdapter",
     "Ffn",
     "FfnKey",
+    "LayerSimilarity",
     "Layout",
+    "Similarity",
     "find_adapter",
+    "measure_similarity",
 ]

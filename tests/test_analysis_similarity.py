@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Similarity is the cosine after the residual add, per component, and leaves the model alone."""
+
+from __future__ import annotations
+
+import analysis_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_unified.analysis import measure_similarity
+
+
+def mean_cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a, b, dim=-1).mean())
+
+
+@torch.no_grad()
+def test_cosines_are_those_of_the_residual_stream_of_each_component() -> None:
+    model = models.Official()
+    x = torch.randn(7, models.HIDDEN)
+    text, vae = torch.tensor([0, 1, 6]), torch.tensor([2, 3, 4, 5])
+    with measure_similarity(model) as measured:
+        expected_out = model(x, text, vae)
+    result = measured.result()
+
+    for index, layer in enumerate(model.language_model.model.layers):
+        normed = torch.zeros_like(x)
+        normed[text], normed[vae] = (
+            layer.input_layernorm(x[text]),
+            layer.input_layernorm_moe_gen(x[vae]),
+        )
+        x1 = x + layer.self_attn(normed)
+        y = layer(x, text, vae)
+        for component, rows in (("und", text), ("gen", vae)):
+            entry = result.of(component)[index]
+            assert (entry.layer, entry.tokens) == (index, len(rows))
+            assert entry.block == pytest.approx(mean_cosine(x[rows], y[rows]), abs=1e-6)
+            assert entry.attention == pytest.approx(mean_cosine(x[rows], x1[rows]), abs=1e-6)
+            assert entry.ffn == pytest.approx(mean_cosine(x1[rows], y[rows]), abs=1e-6)
+        x = y
+    assert torch.equal(x, expected_out)
+
+
+@torch.no_grad()
+def test_passes_add_up_to_the_mean_over_all_tokens() -> None:
+    model = models.qwen()
+    ids = torch.randint(3, 60, (1, 9))
+    with measure_similarity(model) as together:
+        model(input_ids=ids)
+        model(input_ids=ids[:, :4])
+    parts = []
+    for some in (ids, ids[:, :4]):
+        with measure_similarity(model) as one:
+            model(input_ids=some)
+        parts.append(one.result())
+    for both, first, second in zip(
+        together.result().layers, parts[0].layers, parts[1].layers, strict=True
+    ):
+        assert both.tokens == 13
+        assert both.block == pytest.approx((9 * first.block + 4 * second.block) / 13, abs=1e-9)
+
+
+@torch.no_grad()
+def test_a_layer_that_adds_nothing_is_the_first_to_go() -> None:
+    model = models.Bailing()
+    for projection in (
+        model.model.layers[1].attention.dense,
+        *(
+            part
+            for name, part in model.model.layers[1].mlp.named_modules()
+            if name.endswith("down_proj")
+        ),
+    ):
+        projection.weight.zero_()
+    with measure_similarity(model, ["text"]) as measured:
+        model(torch.arange(12)[None])
+    result = measured.result()
+    assert result.of("text")[1].block == pytest.approx(1, abs=1e-6)
+    assert result.redundant("text", 1) == (1,)
+    assert result.redundant("text", 1, "ffn") == (1,)
+    assert result.redundant("text", 3) == (0, 1, 2)
+    assert result.redundant("text", 0) == ()
+    assert "component  layer" in result.to_text()
+
+
+@torch.no_grad()
+def test_hooks_are_gone_afterwards_even_after_an_error() -> None:
+    model = models.bagel()
+    with pytest.raises(RuntimeError, match="stop"), measure_similarity(model):
+        raise RuntimeError("stop")
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_a_component_that_saw_nothing_is_left_out() -> None:
+    model = models.bagel()
+    with measure_similarity(model) as measured:
+        model.prefill_text(model.new_contexts(1), [[10, 11]])
+    result = measured.result()
+    assert {entry.component for entry in result.layers} == {"und"}
+    with pytest.raises(ValueError, match="component must have seen tokens, got none for 'gen'"):
+        result.of("gen")
+
+
+def test_what_cannot_be_measured_is_an_error() -> None:
+    model = models.bagel()
+    with measure_similarity(model) as measured, pytest.raises(ValueError, match="got none"):
+        measured.result()
+    with (
+        pytest.raises(ValueError, match="component must be one of und, gen, got 'vision'"),
+        measure_similarity(model, ["vision"]),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="find_adapter: model must fit one of"),
+        measure_similarity(nn.Linear(2, 2)),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_nan_and_impossible_counts_are_refused_when_ranking() -> None:
+    model = models.qwen()
+    with measure_similarity(model) as measured:
+        model(input_ids=torch.arange(3, 9)[None])
+    result = measured.result()
+    for count in (-1, 4):
+        with pytest.raises(ValueError, match="count must be from 0 to 3 layers"):
+            result.redundant("text", count)
+    with pytest.raises(ValueError, match="part must be one of block, attention, ffn"):
+        result.redundant("text", 1, "norm")
+    model.model.language_model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+    with measure_similarity(model) as measured:
+        model(input_ids=torch.arange(3, 9)[None])
+    with pytest.raises(ValueError, match=r"block of layer 1 \(text\) must be finite, got nan"):
+        measured.result().redundant("text", 1)
