@@ -166,3 +166,24 @@ class Official(nn.Module):
         for layer in self.language_model.model.layers:
             x = layer(x, text, vae)
         return x
+
+
+def pipeline(directory: Path, case: str = "t2i_dense") -> Any:
+    """A pipeline loaded from a recorded case, written as a model directory."""
+    from sparse_unified.bagel import BagelPipeline
+    from sparse_unified.fixtures import write_checkpoint
+
+    return BagelPipeline.from_pretrained(write_checkpoint(GOLDEN / case, directory))
+
+
+def pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> list[Path]:
+    """Writes pictures of random colours."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index}.png" for index in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    for path in paths:
+        pixels = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).resize(size).save(path)
+    return paths

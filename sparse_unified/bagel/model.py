@@ -94,6 +94,19 @@ class Bagel(nn.Module):
         return self.language_model.lm_head(hidden).float()
 
     @torch.no_grad()
+    def text_logits(
+        self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Appends a text of its own to each context, bos and eos only where they are given.
+
+        Returns:
+            For each text the logits [L, vocab_size] fp32 of what follows each of its L tokens.
+        """
+        hidden = self._read(contexts, token_ids)
+        logits = self.language_model.lm_head(hidden).float()
+        return list(logits.split([len(ids) for ids in token_ids]))
+
+    @torch.no_grad()
     def prefill_vit(self, contexts: Sequence[Context], images: Sequence[Tensor]) -> None:
         """Lets each context see an image through the ViT.
 

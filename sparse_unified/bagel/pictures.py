@@ -3,18 +3,37 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from sparse_unified.bagel.conditioning import ContextImage
 from sparse_unified.bagel.config import BagelConfig
+from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.transforms import to_image, to_rgb, vae_transform, vit_transform
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+def open_picture(path: str | os.PathLike[str], *, where: str) -> Image:
+    """Reads a picture from a file, whole.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            image: Image = optional("PIL.Image").open(stream)
+            image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or "a file of another or a damaged format"
+        raise ValueError(f"{where}: {path} must be a readable picture, got {reason}") from error
+    return image
 
 
 class Pictures:

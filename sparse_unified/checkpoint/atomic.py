@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory that appears complete or not at all, whenever the process that writes it dies."""
+"""Directories and files that appear complete or not at all, whenever their writer dies."""
 
 from __future__ import annotations
 
@@ -65,6 +65,20 @@ def atomic_directory(out: str | os.PathLike[str], *, what: str) -> Iterator[Path
     finally:
         if lock >= 0:
             os.close(lock)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, syncs it, and moves it into place."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _refuse_existing(target: Path, what: str) -> None:

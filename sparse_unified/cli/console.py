@@ -75,21 +75,9 @@ def write_result(json_path: str | None, text: str, json_text: str) -> None:
     sys.stdout.write((json_text if json_path == "-" else text) + "\n")
     sys.stdout.flush()
     if json_path is not None and json_path != "-":
+        from sparse_unified.checkpoint.atomic import replace_file
+
         replace_file(Path(json_path), (json_text + "\n").encode())
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and moves it into place."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from sparse_unified.cli.console import (
     Usage,
     add_common,
     check_output,
-    replace_file,
     write_result,
 )
 from sparse_unified.cli.models import add_model, load_pipeline, open_images
@@ -124,6 +123,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _run_generate(options: argparse.Namespace) -> int:
+    from sparse_unified.checkpoint.atomic import replace_file
+
     prompts = options.prompt + _read_prompts(options.prompts_file)
     if not prompts:
         raise Usage("generate: --prompt or --prompts-file must give a prompt, got none")

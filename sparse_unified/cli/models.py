@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,16 +47,6 @@ def open_images(paths: list[str]) -> list[Image]:
     """Reads pictures whole; ValueError names the one that cannot be."""
     if not paths:
         return []
-    from sparse_unified.bagel.optional import optional
+    from sparse_unified.bagel.pictures import open_picture
 
-    images = []
-    for path in paths:
-        try:
-            with Path(path).open("rb") as stream:
-                image = optional("PIL.Image").open(stream)
-                image.load()
-        except (OSError, ValueError, SyntaxError) as error:
-            reason = getattr(error, "strerror", None) or "a file of another or a damaged format"
-            raise ValueError(f"--image: {path} must be a readable picture, got {reason}") from error
-        images.append(image)
-    return images
+    return [open_picture(path, where="--image") for path in paths]

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image folders as the official GenEval scorer reads them.
+
+    NNNNN/metadata.jsonl      one object: tag, include, perhaps exclude, prompt
+    NNNNN/samples/NNNNN.png   images of that prompt, counted from 00000
+    NNNNN/grid.png            the images side by side, for people; optional
+
+NNNNN counts the lines of the metadata file. The scorer is `evaluation/evaluate_images.py` of
+djghosh13/geneval (it skips folders whose name is no number, and images that are not `\\d+.png`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_unified.analysis.evaluate import Better, directions
+from sparse_unified.analysis.metrics import Settings
+from sparse_unified.bagel import BagelPipeline
+from sparse_unified.bagel.optional import optional
+from sparse_unified.checkpoint.atomic import replace_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a GenEval metadata file, such as its `prompts/evaluation_metadata.jsonl`.
+
+    Raises:
+        ValueError: it cannot be read, or a line lacks prompt, tag or include.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--geneval: {file} must be readable text, got {reason}") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"--geneval: {file}: line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} must be a JSON object, got {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} must be a JSON object, got a {type(entry).__name__}")
+        for name, kind in (("prompt", str), ("tag", str), ("include", list)):
+            if not isinstance(entry.get(name), kind) or not entry[name]:
+                raise ValueError(f"{where}: {name} must be given, got {entry.get(name)!r}")
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"--geneval: {file} must hold at least one prompt, got none")
+    return entries
+
+
+def write_geneval(
+    pipeline: BagelPipeline,
+    metadata: list[dict[str, Any]],
+    out: str | os.PathLike[str],
+    *,
+    num_images: int = 4,
+    seed: int = 0,
+    settings: Settings | None = None,
+    grid: bool = False,
+    on_image: Callable[[], object] | None = None,
+) -> Path:
+    """Generates the images of every prompt into the folders that the official scorer reads.
+
+    Image i of a prompt has the seed `seed` + i, so that models are compared at equal noise. What a
+    former, interrupted run has completed for a prompt is kept.
+
+    Args:
+        metadata: of `read_metadata`.
+        out: the folder of the folders; made if it is not there.
+        num_images: per prompt.
+        grid: write `grid.png`, too.
+        on_image: called after each image.
+
+    Returns:
+        `out`.
+    """
+    settings = settings or Settings()
+    out = Path(out)
+    for index, entry in enumerate(metadata):
+        folder = out / f"{index:05}"
+        files = [folder / "samples" / f"{i:05}.png" for i in range(num_images)]
+        described = folder / "metadata.jsonl"
+        text = json.dumps(entry)
+        done = described.is_file() and described.read_text(encoding="utf-8") == text
+        if not (done and all(file.is_file() for file in files)):
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            described.unlink(missing_ok=True)
+            images = pipeline.generate(
+                [entry["prompt"]] * num_images,
+                seed=[(seed + i) % 2**63 for i in range(num_images)],
+                size=settings.size,
+                num_timesteps=settings.num_timesteps,
+                batch_size=settings.batch_size,
+                progress=False,
+            ).images
+            for file, image in zip(files, images, strict=True):
+                replace_file(file, _png(image))
+            if grid:
+                replace_file(folder / "grid.png", _png(_grid(images)))
+            # Last, so that a folder with its metadata is complete.
+            replace_file(described, text.encode())
+        for _ in files:
+            if on_image is not None:
+                on_image()
+    return out
+
+
+class GenEvalImages:
+    """Writes the images of every point of a sweep, and scores them if it is given a scorer.
+
+    Args:
+        metadata, num_images, seed, settings: as in `write_geneval`.
+        out: holds one folder per point.
+        scorer: a function from such a folder to numbers by name, with `better` as an evaluator has
+            it; None only writes the images, for the official scorer to be run on them.
+    """
+
+    def __init__(
+        self,
+        metadata: list[dict[str, Any]],
+        out: str | os.PathLike[str],
+        *,
+        num_images: int = 4,
+        seed: int = 0,
+        settings: Settings | None = None,
+        scorer: Callable[[Path], Mapping[str, float]] | None = None,
+    ) -> None:
+        self.metadata, self.out, self.scorer = metadata, Path(out), scorer
+        self.options: dict[str, Any] = {
+            "num_images": num_images,
+            "seed": seed,
+            "settings": settings,
+        }
+        self.point = "dense"
+        self.better: Mapping[str, Better] = (
+            {"geneval_images": Better.HIGHER}
+            if scorer is None
+            else directions(scorer, where="GenEvalImages: scorer")
+        )
+
+    def begin(self, point: str) -> None:
+        """Names the folder of the images that follow."""
+        self.point = point
+
+    def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:
+        folder = write_geneval(pipeline, self.metadata, self.out / self.point, **self.options)
+        if self.scorer is None:
+            return {"geneval_images": len(self.metadata) * self.options["num_images"]}
+        return self.scorer(folder)
+
+
+def _png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _grid(images: list[Image]) -> Image:
+    width, height = images[0].size
+    sheet: Image = optional("PIL.Image").new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i * width, 0))
+    return sheet

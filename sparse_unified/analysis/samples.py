@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is probed with: tasks, prompts, pictures, reference answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from sparse_unified.bagel.pictures import open_picture
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+# Of objects, counts, colours and positions, as text-to-image benchmarks ask for them.
+GENERATION_PROMPTS = (
+    "a photo of a bench",
+    "a photo of a red bicycle and a blue car",
+    "a photo of three clocks",
+    "a photo of a dog to the left of a chair",
+    "a watercolour of a harbour in the rain",
+    "a photo of a green cup on a wooden table",
+    "a photo of two birds above a boat",
+    "a portrait of an old man who reads a newspaper",
+)
+UNDERSTANDING_PROMPTS = (
+    "Which colour does one get from blue and yellow?",
+    "Name three animals that live in the sea.",
+    "Why does ice float on water?",
+    "What is the capital of France, and which river runs through it?",
+    "Write one sentence about a bench in the rain.",
+    "How many legs do two spiders have together?",
+    "Explain in one sentence what a clock is for.",
+    "What comes after Monday?",
+)
+
+
+class Task(str, Enum):
+    """What the model does while it is probed."""
+
+    GENERATION = "generation"  # text to image
+    UNDERSTANDING = "understanding"  # pictures and text to text
+    EDITING = "editing"  # picture and text to image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One thing to do.
+
+    Attributes:
+        prompt: the text; of editing the instruction, of understanding the question.
+        sources: pictures before it.
+        image: the picture that generation or editing should lead to; None if there is none.
+        answer: the text that understanding should lead to; None if there is none.
+        seed: of the noise.
+    """
+
+    prompt: str
+    sources: tuple[Path, ...] = ()
+    image: Path | None = None
+    answer: str | None = None
+    seed: int = 0
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the text, the seed, and the bytes of the pictures."""
+        digest = hashlib.sha256(repr((self.prompt, self.answer, self.seed)).encode())
+        for path in (*self.sources, self.image):
+            digest.update(b"none" if path is None else hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+
+def built_in_samples(task: Task, count: int | None = None, seed: int = 0) -> list[Sample]:
+    """Returns samples for those who have none at hand; without pictures, so none for editing.
+
+    Raises:
+        ValueError: the task is editing, or more are wanted than there are.
+    """
+    if task is Task.EDITING:
+        raise ValueError("--images: pictures to edit must be given for editing, got none")
+    prompts = GENERATION_PROMPTS if task is Task.GENERATION else UNDERSTANDING_PROMPTS
+    return _take([Sample(prompt=prompt) for prompt in prompts], count, seed, where="--prompts")
+
+
+def read_samples(
+    prompts: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None,
+    task: Task,
+    count: int | None = None,
+    seed: int = 0,
+) -> list[Sample]:
+    """Reads samples from a file.
+
+    A `.jsonl` file has an object a line: `prompt`, and perhaps `source` (a picture before it, or a
+    list), `image` (the picture to be reached) and `answer`. Any other file has a prompt a line; the
+    pictures of the folder, sorted by name, then belong to the lines one by one: what generation
+    should lead to, or what editing and understanding start from.
+
+    Args:
+        prompts: the file.
+        images: folder of the pictures; of a .jsonl file, None is the folder of the file.
+        task: what the pictures of a plain file are for.
+        count: how many samples, from the top; None is all.
+        seed: of the noise of the first sample; counted up from sample to sample.
+
+    Raises:
+        ValueError: a line or picture is missing, damaged or of the wrong kind, or there are fewer
+            samples than wanted.
+    """
+    path = Path(prompts)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--prompts: {path} must be readable text, got {reason}") from error
+    numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        folder = path.parent if images is None else _folder(images)
+        samples = [_parse(line, folder, f"{path}: line {i}") for i, line in numbered]
+    else:
+        samples = [Sample(prompt=line) for _, line in numbered]
+        if images is not None:
+            samples = _with_pictures(samples, _folder(images), task)
+    samples = _take(samples, count, seed, where=f"--prompts: {path}")
+    for sample in samples:
+        if task is Task.EDITING and not sample.sources:
+            raise ValueError(
+                f"--prompts: {path}: each line must have a picture to edit, "
+                f"got none for {sample.prompt!r}"
+            )
+        for picture in (*sample.sources, *([sample.image] if sample.image else [])):
+            open_picture(picture, where="--images")
+    return samples
+
+
+def _take(samples: list[Sample], count: int | None, seed: int, *, where: str) -> list[Sample]:
+    if not samples:
+        raise ValueError(f"{where} must hold at least one prompt, got none")
+    if count is not None and count > len(samples):
+        raise ValueError(f"{where} must hold --samples = {count} prompts, got {len(samples)}")
+    return [replace(s, seed=(seed + i) % 2**63) for i, s in enumerate(samples[:count])]
+
+
+def _folder(images: str | os.PathLike[str]) -> Path:
+    folder = Path(images)
+    if not folder.is_dir():
+        raise ValueError(f"--images: {folder} must be a folder of pictures, got none there")
+    return folder
+
+
+def _with_pictures(samples: Sequence[Sample], folder: Path, task: Task) -> list[Sample]:
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+    if len(pictures) != len(samples):
+        raise ValueError(
+            f"--images: {folder} must hold one picture ({', '.join(PICTURE_SUFFIXES)}) for each of "
+            f"{len(samples)} prompts, got {len(pictures)}"
+        )
+    if task is Task.GENERATION:
+        return [Sample(prompt=s.prompt, image=p) for s, p in zip(samples, pictures, strict=True)]
+    return [Sample(prompt=s.prompt, sources=(p,)) for s, p in zip(samples, pictures, strict=True)]
+
+
+def _parse(line: str, folder: Path, where: str) -> Sample:
+    try:
+        fields: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: line must be a JSON object, got {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: line must be a JSON object, got a {type(fields).__name__}")
+    prompt, answer = fields.get("prompt"), fields.get("answer")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: prompt must be a text, got {prompt!r}")
+    if answer is not None and (not isinstance(answer, str) or not answer.strip()):
+        raise ValueError(f"{where}: answer must be a text, got {answer!r}")
+    sources, image = fields.get("source") or [], fields.get("image")
+    sources = [sources] if isinstance(sources, str) else sources
+    if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
+        raise ValueError(f"{where}: source must be a file name or a list of them, got {sources!r}")
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"{where}: image must be a file name, got {image!r}")
+    return Sample(
+        prompt=prompt,
+        sources=tuple(folder / name for name in sources),
+        image=None if image is None else folder / image,
+        answer=answer,
+    )

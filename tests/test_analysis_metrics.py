@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in evaluators measure what they say; a dense model is at no distance from itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import analysis_models as models
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from sparse_unified.analysis import evaluate
+from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
+from sparse_unified.analysis.metrics import (
+    DenseDistance,
+    Settings,
+    TextAgreement,
+    VelocityError,
+    guidance_of,
+    question_context,
+)
+from sparse_unified.analysis.samples import Sample
+from sparse_unified.bagel.sampler import initial_noise
+from sparse_unified.bagel.vision import patchify
+
+SETTINGS = Settings(size=(32, 48), num_timesteps=3, max_length=6, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return models.pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def disturbed(pipeline: Any) -> Any:
+    """The pipeline with other weights in one und and one gen FFN."""
+    layer = pipeline.model.language_model.model.layers[1]
+    weights = [layer.mlp.down_proj.weight, layer.mlp_moe_gen.down_proj.weight]
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(-3)
+    yield pipeline
+    with torch.no_grad():
+        for weight, old in zip(weights, kept, strict=True):
+            weight.copy_(old)
+
+
+def test_velocity_error_is_the_flow_matching_loss(pipeline: Any, tmp_path: Path) -> None:
+    paths = models.pictures(tmp_path, 2)
+    samples = [Sample(prompt="a bench", image=p, seed=i) for i, p in enumerate(paths)]
+    metric = VelocityError(samples, (0.25, 0.8))
+    losses = []
+    for sample in samples:
+        assert sample.image is not None
+        pixels = pipeline.pictures.for_vae(Image.open(sample.image))
+        x0 = patchify(pipeline.vae.encode(pixels[None])[0], 2)
+        noise = initial_noise(*x0.shape, sample.seed)
+        context = guidance_of(pipeline, sample).full
+        side = pixels.shape[1] // 16
+        for t in (0.25, 0.8):
+            x = (1 - t) * x0 + t * noise
+            v = pipeline.model.velocity([x], [(side, side)], torch.tensor([t]), [[context]])[0][0]
+            losses.append(F.mse_loss(v, noise - x0).item())
+    value = evaluate.measure(metric, pipeline, where="test")["velocity_error"]
+    assert value == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert metric(pipeline)["velocity_error"] == value  # repeats bit for bit
+    with pytest.raises(ValueError, match="samples must have an image each, got none for 'x'"):
+        VelocityError([Sample(prompt="x")], (0.5,))
+
+
+@pytest.mark.parametrize("editing", [False, True])
+def test_dense_model_has_no_distance_from_itself(
+    pipeline: Any, editing: bool, tmp_path: Path
+) -> None:
+    sources = tuple(models.pictures(tmp_path, 1)) if editing else ()
+    samples = [Sample(prompt=p, sources=sources, seed=i) for i, p in enumerate("abc")]
+    metric = DenseDistance(samples, SETTINGS)
+    metric.prepare(pipeline)
+    assert metric(pipeline) == {"latent_distance": 0.0, "image_distance": 0.0}
+
+
+def test_distance_is_that_of_latents_and_pixels(disturbed: Any) -> None:
+    samples = [Sample(prompt="a bench", seed=3)]
+    metric = DenseDistance(samples, SETTINGS)
+    with pytest.raises(RuntimeError, match="prepare must have seen the dense model"):
+        metric(disturbed)
+    pipeline = disturbed
+    metric.prepare(pipeline)
+    (x0, pixels0), *_ = metric._dense
+    with torch.no_grad():
+        pipeline.model.llm2vae.bias.add_(0.5)
+        found = metric(pipeline)
+        x = pipeline.generate(
+            "a bench", seed=3, size=SETTINGS.size, num_timesteps=3, progress=False
+        )
+        pipeline.model.llm2vae.bias.sub_(0.5)
+    assert found["latent_distance"] == pytest.approx(float((x.latents[0] - x0).norm() / x0.norm()))
+    assert found["latent_distance"] > 0
+    pixels = torch.from_numpy(np.array(x.images[0])).float() / 255
+    assert found["image_distance"] == pytest.approx(float((pixels - pixels0).pow(2).mean().sqrt()))
+
+
+def test_dense_model_agrees_with_itself(pipeline: Any, tmp_path: Path) -> None:
+    sources = tuple(models.pictures(tmp_path, 1))
+    samples = [Sample(prompt="what is it?", sources=sources), Sample(prompt="and this")]
+    metric = TextAgreement(samples, SETTINGS)
+    with pytest.raises(RuntimeError, match="prepare must have seen the dense model"):
+        metric(pipeline)
+    metric.prepare(pipeline)
+    found = metric(pipeline)
+    assert found["text_agreement"] == 1
+    assert 1 <= found["perplexity"] < math.inf
+
+
+def test_text_metrics_follow_teacher_forced_logits(pipeline: Any) -> None:
+    sample = Sample(prompt="what is it?", answer="a bench")
+    metric = TextAgreement([sample], SETTINGS)
+    metric.prepare(pipeline)
+    special = pipeline.model.config.special_tokens
+    ids = [special.bos, *pipeline.tokenizer.encode("a bench"), special.eos]
+    context, loss = question_context(pipeline, sample), 0.0
+    for token, following in pairwise(ids):  # one by one, as generation does
+        logits = pipeline.model.next_logits([context], [token])[0]
+        loss += float(F.cross_entropy(logits, torch.tensor(following)))
+    expected = math.exp(loss / (len(ids) - 1))
+    assert metric(pipeline)["perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_agreement_falls_when_the_model_changes(pipeline: Any, disturbed: Any) -> None:
+    samples = [Sample(prompt=f"question {i}") for i in range(6)]
+    metric = TextAgreement(samples, SETTINGS)
+    layer = disturbed.model.language_model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        layer.div_(-3)  # as before the disturbance
+        metric.prepare(disturbed)
+        layer.mul_(-30)
+    assert metric(disturbed)["text_agreement"] < 1
+
+
+def test_settings_are_checked() -> None:
+    for changes, message in (
+        ({"num_timesteps": 1}, "num_timesteps must be at least 2, got 1"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"times": (0.0,)}, "times must be above 0"),
+        ({"times": ()}, "times must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings(**changes)  # type: ignore[arg-type]
+
+
+METADATA = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"},
+    {"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "two cups"},
+]
+
+
+def read_as_the_scorer_does(folder: Path) -> dict[str, list[str]]:
+    """Walks the folders by the rules of the official `evaluate_images.py`."""
+    found = {}
+    for sub in folder.iterdir():
+        if sub.is_dir() and sub.name.isdigit():
+            metadata = json.loads((sub / "metadata.jsonl").read_text())
+            images = [p for p in (sub / "samples").iterdir() if p.stem.isdigit()]
+            assert all(p.suffix == ".png" for p in images)
+            found[metadata["prompt"]] = sorted(p.name for p in images)
+    return found
+
+
+def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Path) -> None:
+    file = tmp_path / "m.jsonl"
+    file.write_text("\n".join(map(json.dumps, METADATA)) + "\n\n")
+    metadata = read_metadata(file)
+    assert metadata == METADATA
+    out = write_geneval(
+        pipeline, metadata, tmp_path / "images", num_images=2, seed=4, settings=SETTINGS, grid=True
+    )
+    names = ["00000.png", "00001.png"]
+    assert read_as_the_scorer_does(out) == {"a bench": names, "two cups": names}
+    assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
+    assert Image.open(out / "00001" / "grid.png").size == (2 * 48, 32)
+    alone = pipeline.generate(
+        "two cups", seed=5, size=SETTINGS.size, num_timesteps=3, progress=False
+    ).images[0]
+    second = Image.open(out / "00001" / "samples" / "00001.png")
+    assert second.tobytes() == alone.tobytes()
+
+
+def test_geneval_goes_on_where_it_stopped(pipeline: Any, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    write_geneval(pipeline, METADATA, out, num_images=1, settings=SETTINGS)
+    kept = (out / "00000" / "samples" / "00000.png").stat().st_mtime_ns
+    (out / "00001" / "metadata.jsonl").unlink()
+    calls: list[int] = []
+    write_geneval(
+        pipeline, METADATA, out, num_images=1, settings=SETTINGS, on_image=lambda: calls.append(1)
+    )
+    assert (out / "00000" / "samples" / "00000.png").stat().st_mtime_ns == kept
+    assert (out / "00001" / "metadata.jsonl").exists()
+    assert len(calls) == 2
+
+
+def test_geneval_evaluator_writes_a_folder_per_point(pipeline: Any, tmp_path: Path) -> None:
+    metric = GenEvalImages(METADATA[:1], tmp_path, num_images=1, settings=SETTINGS)
+    metric.begin("gen-width-0.5")
+    assert evaluate.measure(metric, pipeline, where="t") == {"geneval_images": 1.0}
+    assert read_as_the_scorer_does(tmp_path / "gen-width-0.5") == {"a bench": ["00000.png"]}
+
+    @evaluate.evaluator(score="higher")
+    def scorer(folder: Path) -> dict[str, float]:
+        return {"score": float(len(read_as_the_scorer_does(folder)))}
+
+    metric = GenEvalImages(METADATA, tmp_path, num_images=1, settings=SETTINGS, scorer=scorer)
+    metric.begin("dense")
+    assert evaluate.measure(metric, pipeline, where="t") == {"score": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold at least one prompt"),
+        ("{", "line 1 must be a JSON object"),
+        ("[]", "line 1 must be a JSON object, got a list"),
+        ('{"prompt": "x", "tag": "y"}', "line 1: include must be given, got None"),
+    ],
+)
+def test_damaged_geneval_metadata_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "m.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_metadata(file)
+    with pytest.raises(ValueError, match="must be readable text, got No such file"):
+        read_metadata(tmp_path / "none")
+
+
+def test_evaluators_declare_their_metrics() -> None:
+    @evaluate.evaluator(loss="lower", score="higher")
+    def good(model: object) -> dict[str, float]:
+        return {"score": 1, "loss": 2}
+
+    assert evaluate.measure(good, None, where="x") == {"loss": 2.0, "score": 1.0}
+    assert evaluate.directions(good, where="x")["loss"] is evaluate.Better.LOWER
+    with pytest.raises(ValueError, match="x: evaluator must be callable and declare its metrics"):
+        evaluate.measure(lambda model: {}, None, where="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="metric a must be better 'lower' or 'higher', got 'up'"):
+        evaluate.evaluator(a="up")(lambda model: {})
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"a": float("nan")}, "x: metric a must be finite, got nan"),
+        ({"a": float("inf")}, "x: metric a must be finite, got inf"),
+        ({"a": "high"}, "x: metric a must be a number, got 'high'"),
+        ({"b": 1.0}, r"x: evaluator must return the metrics a, got \['b'\]"),
+        ({"a": 1.0, "b": 1.0}, r"must return the metrics a, got \['a', 'b'\]"),
+        (3.0, "must return the metrics a, got float"),
+    ],
+)
+def test_what_an_evaluator_returns_is_checked(result: Any, message: str) -> None:
+    function = evaluate.evaluator(a="lower")(lambda model: result)
+    with pytest.raises(ValueError, match=message):
+        evaluate.measure(function, None, where="x")
+
+
+def test_evaluators_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def good(model):\n    return {'a': 1}\ngood.better = {'a': 'lower'}\n"
+        "def bare(model):\n    return {}\n"
+    )
+    loaded = evaluate.load_evaluator(f"{file}:good")
+    assert evaluate.measure(loaded, None, where="x") == {"a": 1.0}
+    monkeypatch.syspath_prepend(tmp_path)
+    assert evaluate.load_evaluator("mine:good").better == {"a": "lower"}
+    for name, message in (
+        ("mine", "name must be module:function, got 'mine'"),
+        ("mine:", "name must be module:function"),
+        ("no_such_module:f", "module no_such_module must be importable"),
+        ("mine:none", "mine must define none, got a module without it"),
+        ("mine:bare", "mine:bare: evaluator must be callable and declare"),
+        (f"{tmp_path}/none.py:f", "none.py must be a file, got none there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.load_evaluator(name)

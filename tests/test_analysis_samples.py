@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples are read from plain and JSON files, and what is wrong with them is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import analysis_models as models
+import pytest
+
+from sparse_unified.analysis.samples import Task, built_in_samples, read_samples
+
+
+def write(path: Path, *lines: Any) -> Path:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_pictures_belong_to_the_lines_in_order(task: Task, tmp_path: Path) -> None:
+    pictures = models.pictures(tmp_path / "images", 2)
+    (tmp_path / "images" / "notes.txt").write_text("no picture")
+    prompts = write(tmp_path / "prompts.txt", "a bench", "", "  a boat ")
+    samples = read_samples(prompts, tmp_path / "images", task, seed=7)
+    assert [s.prompt for s in samples] == ["a bench", "a boat"]
+    assert [s.seed for s in samples] == [7, 8]
+    for sample, picture in zip(samples, pictures, strict=True):
+        if task is Task.GENERATION:
+            assert (sample.image, sample.sources) == (picture, ())
+        else:
+            assert (sample.image, sample.sources) == (None, (picture,))
+
+
+def test_json_lines_name_every_role(tmp_path: Path) -> None:
+    a, b = models.pictures(tmp_path, 2)
+    line = {"prompt": "make it red", "source": ["0.png"], "image": "1.png", "answer": "done"}
+    prompts = write(tmp_path / "p.jsonl", line, {"prompt": "x", "source": "1.png"})
+    first, second = read_samples(prompts, None, Task.EDITING)
+    assert (first.sources, first.image, first.answer) == ((a,), b, "done")
+    assert (second.sources, second.image) == ((b,), None)
+    assert len(read_samples(prompts, None, Task.EDITING, count=1)) == 1
+
+
+def test_a_fingerprint_depends_on_everything_a_sample_is(tmp_path: Path) -> None:
+    (picture,) = models.pictures(tmp_path, 1)
+    line = {"prompt": "x", "image": "0.png"}
+    prompts = write(tmp_path / "p.jsonl", line)
+
+    def fingerprint(**changes: Any) -> str:
+        write(prompts, line | changes)
+        return read_samples(prompts, None, Task.GENERATION, seed=changes.pop("s", 0))[
+            0
+        ].fingerprint()
+
+    first = fingerprint()
+    assert first == fingerprint()
+    others = [fingerprint(prompt="y"), fingerprint(answer="z"), fingerprint(source="0.png")]
+    others.append(read_samples(prompts, None, Task.GENERATION, seed=1)[0].fingerprint())
+    write(prompts, line)
+    models.pictures(tmp_path, 1, size=(32, 32))
+    others.append(read_samples(prompts, None, Task.GENERATION)[0].fingerprint())
+    assert len({first, *others}) == 6
+    assert picture.exists()
+
+
+def test_built_in_samples_serve_tasks_without_pictures() -> None:
+    samples = built_in_samples(Task.GENERATION, 2, seed=5)
+    assert [s.seed for s in samples] == [5, 6]
+    assert len(built_in_samples(Task.UNDERSTANDING)) == 8
+    with pytest.raises(ValueError, match="pictures to edit must be given for editing, got none"):
+        built_in_samples(Task.EDITING)
+    with pytest.raises(ValueError, match="must hold --samples = 99 prompts, got 8"):
+        built_in_samples(Task.GENERATION, 99)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"p\.jsonl: line 1: line must be a JSON object"),
+        ("3", "line must be a JSON object, got a int"),
+        ({}, "prompt must be a text, got None"),
+        ({"prompt": " "}, "prompt must be a text, got ' '"),
+        ({"prompt": "x", "answer": 3}, "answer must be a text, got 3"),
+        ({"prompt": "x", "source": [3]}, "source must be a file name or a list of them"),
+        ({"prompt": "x", "image": 3}, "image must be a file name, got 3"),
+        (
+            {"prompt": "x", "image": "none.png"},
+            r"none\.png must be a readable picture, got No",
+        ),
+        ({"prompt": "x", "image": "p.jsonl"}, "must be a readable picture, got a file of another"),
+    ],
+)
+def test_damaged_lines_are_refused(line: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_samples(write(tmp_path / "p.jsonl", line), None, Task.GENERATION)
+
+
+def test_missing_files_and_wrong_counts_are_refused(tmp_path: Path) -> None:
+    prompts = write(tmp_path / "p.txt", "a", "b")
+    models.pictures(tmp_path / "one", 1)
+    cases = [
+        ((tmp_path / "none.txt", None), r"none\.txt must be readable text, got No such file"),
+        ((prompts, tmp_path / "none"), "must be a folder of pictures, got none there"),
+        ((prompts, tmp_path / "one"), "for each of 2 prompts, got 1"),
+        ((write(tmp_path / "empty.txt", ""), None), "must hold at least one prompt, got none"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            read_samples(*arguments, Task.GENERATION)
+    with pytest.raises(ValueError, match="must hold --samples = 3 prompts, got 2"):
+        read_samples(prompts, None, Task.GENERATION, count=3)
+    with pytest.raises(ValueError, match="each line must have a picture to edit, got none for 'a'"):
+        read_samples(prompts, None, Task.EDITING)
