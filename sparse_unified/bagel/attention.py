@@ -8,7 +8,7 @@ meet only here. Shapes: U und tokens, G gen tokens, H query heads, K key heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +134,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor
 class MoTAttention(nn.Module):
     """Self-attention with separate und and gen projections and per-head norms of queries and keys.
 
+    Every component has its own query heads; the key heads are shared. A component whose attention
+    is skipped has no projections here: its tokens neither ask nor are seen in this layer. Where a
+    component has fewer query heads than the key heads of the layer serve, und reads the first key
+    heads and gen the last ones, `queries_per_key` query heads each.
+
     Source: the inference path of BAGEL's packed mixture-of-transformers attention.
     """
 
@@ -148,43 +153,53 @@ class MoTAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.queries_per_key = config.queries_per_key
         width = config.hidden_size
-        kv_width = config.num_key_value_heads * config.head_dim
         for stream in ("", GEN):
-            for name, outputs in (("q", width), ("k", kv_width), ("v", kv_width), ("o", width)):
-                linear = nn.Linear(width, outputs, bias=name != "o", device=device, dtype=dtype)
-                setattr(self, f"{name}_proj{stream}", linear)
+            held = config.held(layer, gen=stream == GEN)
+            q_width, kv_width = (
+                count * config.head_dim
+                for count in (held.num_attention_heads, held.num_key_value_heads)
+            )
+            sizes = {
+                "q": (width, q_width),
+                "k": (width, kv_width),
+                "v": (width, kv_width),
+                "o": (q_width, width),
+            }
+            for name, (inputs, outputs) in sizes.items():
+                linear = nn.Linear(inputs, outputs, bias=name != "o", device=device, dtype=dtype)
+                self.register_module(f"{name}_proj{stream}", linear if q_width else None)
             for name in ("q", "k"):
                 norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device, dtype=dtype)
-                setattr(self, f"{name}_norm{stream}", norm)
+                self.register_module(f"{name}_norm{stream}", norm if q_width else None)
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, packing: Packing
-    ) -> tuple[Tensor, Tensor | None]:
+        self, und: Tensor | None, gen: Tensor | None, packing: Packing
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Lets every sequence attend to its context and to itself.
 
         Args:
-            und: [U, D]; gen: [G, D] or None; packing: how they divide into sequences.
+            und: [U, D]; gen: [G, D]; None where there are no such tokens, or they skip this
+                attention. packing: how they divide into sequences.
 
         Returns:
             The two streams after the output projections, shaped as they came.
         """
-        und_parts = self._heads(und, "", packing.und_angles, packing.und_lengths)
-        if gen is None or packing.gen_lengths is None or packing.gen_angles is None:
-            mixed = [
-                self._attend(context, q, k, v, packing)
-                for context, q, k, v in zip(packing.contexts, *und_parts, strict=True)
-            ]
-            return self._output(mixed, ""), None
-        gen_parts = self._heads(gen, GEN, packing.gen_angles, packing.gen_lengths)
-        und_mixed, gen_mixed = [], []
-        for context, *parts in zip(packing.contexts, *und_parts, *gen_parts, strict=True):
-            q, k, v = (torch.cat(pair) for pair in zip(parts[:3], parts[3:], strict=True))
-            num_und = parts[0].shape[0]
-            out = self._attend(context, q, k, v, packing)
-            und_mixed.append(out[:num_und])
-            gen_mixed.append(out[num_und:])
-        return self._output(und_mixed, ""), self._output(gen_mixed, GEN)
+        streams = {}
+        if und is not None:
+            streams[""] = self._heads(und, "", packing.und_angles, packing.und_lengths)
+        if gen is not None and packing.gen_lengths is not None and packing.gen_angles is not None:
+            streams[GEN] = self._heads(gen, GEN, packing.gen_angles, packing.gen_lengths)
+        if not streams:
+            return None, None
+        mixed: dict[str, list[Tensor]] = {stream: [] for stream in streams}
+        for i, context in enumerate(packing.contexts):
+            own = {stream: heads[i] for stream, heads in streams.items()}
+            for stream, out in self._attend(context, own, packing).items():
+                mixed[stream].append(out)
+        outputs = {stream: self._output(parts, stream) for stream, parts in mixed.items()}
+        return outputs.get(""), outputs.get(GEN)
 
     def _heads(
         self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor], lengths: Sequence[int]
@@ -196,15 +211,30 @@ class MoTAttention(nn.Module):
             if name != "v":
                 out = rotate(getattr(self, f"{name}_norm{stream}")(out), angles).to(x.dtype)
             heads.append(out.split(list(lengths)))
-        return heads
+        return list(zip(*heads, strict=True))
 
     def _attend(
-        self, context: Context, q: Tensor, k: Tensor, v: Tensor, packing: Packing
-    ) -> Tensor:
-        key, value = context.joined(self.layer, k.transpose(0, 1), v.transpose(0, 1))
+        self, context: Context, own: Mapping[str, tuple[Tensor, ...]], packing: Packing
+    ) -> dict[str, Tensor]:
+        """Returns the mixed values [n, H * d] of the und and gen tokens of one sequence."""
+        k, v = (torch.cat([heads[i] for heads in own.values()]).transpose(0, 1) for i in (1, 2))
+        key, value = context.joined(self.layer, k, v)
         if packing.extend:
             context.keys[self.layer], context.values[self.layer] = key, value
-        return attend(q, key, value, causal=packing.causal)
+        lengths = [len(heads[0]) for heads in own.values()]
+        if all(heads[0].shape[1] == self.queries_per_key * len(key) for heads in own.values()):
+            q = torch.cat([heads[0] for heads in own.values()])
+            out = attend(q, key, value, causal=packing.causal)
+            return dict(zip(own, out.split(lengths), strict=True))
+        mixed = {}
+        end = key.shape[1] - sum(lengths)
+        for (stream, (q, _, _)), length in zip(own.items(), lengths, strict=True):
+            end += length
+            count = q.shape[1] // self.queries_per_key
+            heads = slice(None, count) if stream == "" else slice(len(key) - count, None)
+            seen = slice(None, end if packing.causal else None)
+            mixed[stream] = attend(q, key[heads, seen], value[heads, seen], causal=packing.causal)
+        return mixed
 
     def _output(self, parts: Sequence[Tensor], stream: str) -> Tensor:
         return getattr(self, f"o_proj{stream}")(torch.cat(list(parts)))

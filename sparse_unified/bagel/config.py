@@ -59,11 +59,36 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedLayer:
+    """What one decoder layer still holds for one component, whose tokens pass by what is gone.
+
+    Args:
+        intermediate_size: neurons of the FFN; 0 where it is skipped.
+        num_attention_heads: query heads; 0 where the attention is skipped.
+        num_key_value_heads: key heads of the layer, the same for both components where both have
+            an attention; 0 where the attention is skipped.
+    """
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+    def __post_init__(self) -> None:
+        _require_counts(self, or_zero=self.__slots__)
+        if (self.num_attention_heads == 0) != (self.num_key_value_heads == 0):
+            raise ValueError(
+                "PrunedLayer: num_attention_heads and num_key_value_heads must both be 0 or "
+                f"neither, got {self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LLMConfig:
     """The mixture of transformers: a Qwen2 decoder with a second set of weights for generation.
 
     `sparse_gen` and `sparse_und` map the layers whose generation or understanding FFN is a sparse
-    mixture of experts to its description; all other layers are dense.
+    mixture of experts to its description; all other layers are dense. `pruned_gen` and
+    `pruned_und` map the layers that lost something to what they still hold.
     """
 
     hidden_size: int
@@ -76,11 +101,13 @@ class LLMConfig:
     rope_theta: float = 1e6
     sparse_gen: Mapping[int, ExpertConfig] = field(default_factory=dict)
     sparse_und: Mapping[int, ExpertConfig] = field(default_factory=dict)
+    pruned_gen: Mapping[int, PrunedLayer] = field(default_factory=dict)
+    pruned_und: Mapping[int, PrunedLayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
-        object.__setattr__(self, "sparse_gen", dict(self.sparse_gen))
-        object.__setattr__(self, "sparse_und", dict(self.sparse_und))
+        for name in ("sparse_gen", "sparse_und", "pruned_gen", "pruned_und"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
         _require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
         _require_multiple(self, "num_attention_heads", "num_key_value_heads")
@@ -95,6 +122,20 @@ class LLMConfig:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def queries_per_key(self) -> int:
+        """Query heads that share one key head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def held(self, layer: int, *, gen: bool) -> PrunedLayer:
+        """Returns what a layer holds for the generation or the understanding component."""
+        whole = PrunedLayer(
+            intermediate_size=self.intermediate_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+        )
+        return (self.pruned_gen if gen else self.pruned_und).get(layer, whole)
+
     @classmethod
     def from_json(
         cls,
@@ -102,6 +143,8 @@ class LLMConfig:
         *,
         sparse_gen: Mapping[int, ExpertConfig] | None = None,
         sparse_und: Mapping[int, ExpertConfig] | None = None,
+        pruned_gen: Mapping[int, PrunedLayer] | None = None,
+        pruned_und: Mapping[int, PrunedLayer] | None = None,
     ) -> LLMConfig:
         """Reads the contents of llm_config.json.
 
@@ -130,6 +173,8 @@ class LLMConfig:
             rope_theta=float(_field({**rope, **source}, "rope_theta", where)),
             sparse_gen=sparse_gen or {},
             sparse_und=sparse_und or {},
+            pruned_gen=pruned_gen or {},
+            pruned_und=pruned_und or {},
         )
 
 

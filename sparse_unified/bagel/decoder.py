@@ -8,16 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_unified.bagel.attention import MoTAttention, Packing, RMSNorm
+from sparse_unified.bagel.attention import GEN, MoTAttention, Packing, RMSNorm
 from sparse_unified.bagel.config import ExpertConfig, LLMConfig
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 
 def _ffn(
     config: LLMConfig, experts: Mapping[int, ExpertConfig], layer: int, *, und: bool, **factory: Any
-) -> nn.Module:
+) -> nn.Module | None:
+    width = config.held(layer, gen=not und).intermediate_size
+    if not width:
+        return None
     if layer not in experts:
-        return SwiGLU(config.hidden_size, config.intermediate_size, **factory)
+        return SwiGLU(config.hidden_size, width, **factory)
     expert = experts[layer]
     return SparseMoE(
         config.hidden_size,
@@ -50,34 +53,61 @@ def run_ffn(ffn: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), each stream with its own weights."""
+    """x + attention(norm(x)), then x + ffn(norm(x)), each stream with its own weights.
+
+    A part that a stream skips is None, its norm with it: nothing of it runs.
+    """
+
+    # What `sparse_unified.swap` asks for before it takes an attention out of a layer.
+    takes_absent_parts = True
+
+    mlp: nn.Module | None
+    mlp_moe_gen: nn.Module | None
+    input_layernorm: RMSNorm | None
+    input_layernorm_moe_gen: RMSNorm | None
+    post_attention_layernorm: RMSNorm | None
+    post_attention_layernorm_moe_gen: RMSNorm | None
 
     def __init__(self, config: LLMConfig, layer: int, **factory: Any) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = MoTAttention(config, layer, **factory)
-        self.mlp = _ffn(config, config.sparse_und, layer, und=True, **factory)
-        self.mlp_moe_gen = _ffn(config, config.sparse_gen, layer, und=False, **factory)
-        self.input_layernorm = RMSNorm(width, eps, **factory)
-        self.input_layernorm_moe_gen = RMSNorm(width, eps, **factory)
-        self.post_attention_layernorm = RMSNorm(width, eps, **factory)
-        self.post_attention_layernorm_moe_gen = RMSNorm(width, eps, **factory)
+        ffns = {
+            "": _ffn(config, config.sparse_und, layer, und=True, **factory),
+            GEN: _ffn(config, config.sparse_gen, layer, und=False, **factory),
+        }
+        for stream, ffn in ffns.items():
+            held = config.held(layer, gen=stream == GEN)
+            self.register_module(f"mlp{stream}", ffn)
+            for name, part in (
+                ("input_layernorm", held.num_attention_heads),
+                ("post_attention_layernorm", held.intermediate_size),
+            ):
+                norm = RMSNorm(width, eps, **factory)
+                self.register_module(f"{name}{stream}", norm if part else None)
 
     def forward(
         self, und: Tensor, gen: Tensor | None, packing: Packing
     ) -> tuple[Tensor, Tensor | None]:
         """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes."""
         und_mixed, gen_mixed = self.self_attn(
-            self.input_layernorm(und),
-            None if gen is None else self.input_layernorm_moe_gen(gen),
-            packing,
+            _normed(self.input_layernorm, und), _normed(self.input_layernorm_moe_gen, gen), packing
         )
-        und = und + und_mixed
-        und = und + run_ffn(self.mlp, self.post_attention_layernorm(und), packing)
-        if gen is not None:
+        if und_mixed is not None:
+            und = und + und_mixed
+        hidden = _normed(self.post_attention_layernorm, und)
+        if self.mlp is not None and hidden is not None:
+            und = und + run_ffn(self.mlp, hidden, packing)
+        if gen is not None and gen_mixed is not None:
             gen = gen + gen_mixed
-            gen = gen + run_ffn(self.mlp_moe_gen, self.post_attention_layernorm_moe_gen(gen))
+        hidden = _normed(self.post_attention_layernorm_moe_gen, gen)
+        if gen is not None and self.mlp_moe_gen is not None and hidden is not None:
+            gen = gen + run_ffn(self.mlp_moe_gen, hidden)
         return und, gen
+
+
+def _normed(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:
+    return None if norm is None or x is None else norm(x)
 
 
 class Decoder(nn.Module):
