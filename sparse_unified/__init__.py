@@ -16,17 +16,29 @@ if TYPE_CHECKING:
     from sparse_unified import analysis, bagel, checkpoint, nn, partition, swap, testing
     from sparse_unified.swap import (
         MoEConfig,
+        PruneHeadsConfig,
+        PruneReport,
+        PruneWidthConfig,
+        SkipLayersConfig,
         SwappedLayer,
         SwapReport,
         apply_moe_,
+        count_parameters,
         load_moe_,
+        prune_heads_,
+        prune_width_,
         restore_,
+        skip_layers_,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MoEConfig",
+    "PruneHeadsConfig",
+    "PruneReport",
+    "PruneWidthConfig",
+    "SkipLayersConfig",
     "SwapReport",
     "SwappedLayer",
     "__version__",
@@ -34,11 +46,15 @@ __all__ = [
     "apply_moe_",
     "bagel",
     "checkpoint",
+    "count_parameters",
     "load_moe_",
     "nn",
     "ops",
     "partition",
+    "prune_heads_",
+    "prune_width_",
     "restore_",
+    "skip_layers_",
     "swap",
     "testing",
 ]

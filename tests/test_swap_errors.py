@@ -21,7 +21,7 @@ from swap_models import (
 from torch import nn
 
 from sparse_unified import MoEConfig, apply_moe_, restore_
-from sparse_unified.swap import blocks, exchange, transforms
+from sparse_unified.swap import blocks, exchange, restore, transforms
 
 HALF = MoEConfig(num_experts=4, top_k=2)
 AT = r"apply_moe_: layer 2 \(language_model\.model\.layers\.2\.mlp_moe_gen\): "
@@ -286,9 +286,9 @@ def test_an_error_while_blocks_are_built_leaves_the_model_alone(
 def test_an_interrupted_exchange_leaves_the_model_alone(
     attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = exchange if "." in attribute else transforms
+    inside = [exchange] if "." in attribute else [transforms, restore]
     name = attribute.rpartition(".")[2]
-    function, calls = getattr(module, name), []
+    function, calls = getattr(inside[0], name), []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(function(*args, **kwargs))
@@ -300,14 +300,16 @@ def test_an_interrupted_exchange_leaves_the_model_alone(
     hook = attach_like_accelerate(model.layers[1].mlp_moe_gen)
     model.layers[1].mlp_moe_gen.register_forward_hook(lambda *args: None)
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, interrupted)
+        for module in inside:
+            patch.setattr(module, name, interrupted)
         refuse(model, "^$", error=KeyboardInterrupt)
     apply_moe_(model, HALF)
     model.layers[2].mlp_moe_gen.register_forward_hook(lambda *args: None)
     before = snapshot(model)
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, interrupted)
+        for module in inside:
+            patch.setattr(module, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             restore_(model)
     assert_same(before, snapshot(model))

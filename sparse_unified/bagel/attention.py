@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.config import LLMConfig
 from sparse_unified.bagel.embeddings import rotary_angles, rotate
+from sparse_unified.nn import QueryProjection, key_heads_read
 
 GEN = "_moe_gen"
 
@@ -135,9 +137,8 @@ class MoTAttention(nn.Module):
     """Self-attention with separate und and gen projections and per-head norms of queries and keys.
 
     Every component has its own query heads; the key heads are shared. A component whose attention
-    is skipped has no projections here: its tokens neither ask nor are seen in this layer. Where a
-    component has fewer query heads than the key heads of the layer serve, und reads the first key
-    heads and gen the last ones, `queries_per_key` query heads each.
+    is skipped has no projections here: its tokens neither ask nor are seen in this layer. One that
+    lost query heads reads the key heads that its `QueryProjection` names.
 
     Source: the inference path of BAGEL's packed mixture-of-transformers attention.
     """
@@ -153,7 +154,6 @@ class MoTAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.queries_per_key = config.queries_per_key
         width = config.hidden_size
         for stream in ("", GEN):
             held = config.held(layer, gen=stream == GEN)
@@ -168,7 +168,10 @@ class MoTAttention(nn.Module):
                 "o": (q_width, width),
             }
             for name, (inputs, outputs) in sizes.items():
-                linear = nn.Linear(inputs, outputs, bias=name != "o", device=device, dtype=dtype)
+                factory: Any = {"bias": name != "o", "device": device, "dtype": dtype}
+                linear = nn.Linear(inputs, outputs, **factory)
+                if name == "q" and held.key_heads is not None:
+                    linear = QueryProjection(inputs, outputs, key_heads=held.key_heads, **factory)
                 self.register_module(f"{name}_proj{stream}", linear if q_width else None)
             for name in ("q", "k"):
                 norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device, dtype=dtype)
@@ -222,7 +225,8 @@ class MoTAttention(nn.Module):
         if packing.extend:
             context.keys[self.layer], context.values[self.layer] = key, value
         lengths = [len(heads[0]) for heads in own.values()]
-        if all(heads[0].shape[1] == self.queries_per_key * len(key) for heads in own.values()):
+        reads = {s: key_heads_read(getattr(self, f"q_proj{s}"), len(key)) for s in own}
+        if all(len(heads) == len(key) for heads in reads.values()):
             q = torch.cat([heads[0] for heads in own.values()])
             out = attend(q, key, value, causal=packing.causal)
             return dict(zip(own, out.split(lengths), strict=True))
@@ -230,9 +234,8 @@ class MoTAttention(nn.Module):
         end = key.shape[1] - sum(lengths)
         for (stream, (q, _, _)), length in zip(own.items(), lengths, strict=True):
             end += length
-            count = q.shape[1] // self.queries_per_key
-            heads = slice(None, count) if stream == "" else slice(len(key) - count, None)
             seen = slice(None, end if packing.causal else None)
+            heads = list(reads[stream])
             mixed[stream] = attend(q, key[heads, seen], value[heads, seen], causal=packing.causal)
         return mixed
 

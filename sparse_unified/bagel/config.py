@@ -67,11 +67,13 @@ class PrunedLayer:
         num_attention_heads: query heads; 0 where the attention is skipped.
         num_key_value_heads: key heads of the layer, the same for both components where both have
             an attention; 0 where the attention is skipped.
+        key_heads: the key head that each group of query heads reads; None where they read all.
     """
 
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
+    key_heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_counts(self, or_zero=self.__slots__)
@@ -79,6 +81,18 @@ class PrunedLayer:
             raise ValueError(
                 "PrunedLayer: num_attention_heads and num_key_value_heads must both be 0 or "
                 f"neither, got {self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+        heads = range(self.num_key_value_heads) if self.key_heads is None else self.key_heads
+        groups = len(heads)
+        if not set(heads) <= set(range(self.num_key_value_heads)) or len(set(heads)) < groups:
+            raise ValueError(
+                "PrunedLayer: key_heads must be different key heads below "
+                f"{self.num_key_value_heads}, got {list(heads)}"
+            )
+        if self.num_attention_heads % max(1, groups):
+            raise ValueError(
+                f"PrunedLayer: num_attention_heads must be a multiple of the {groups} key heads "
+                f"they read, got {self.num_attention_heads}"
             )
 
 
@@ -121,11 +135,6 @@ class LLMConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
-
-    @property
-    def queries_per_key(self) -> int:
-        """Query heads that share one key head."""
-        return self.num_attention_heads // self.num_key_value_heads
 
     def held(self, layer: int, *, gen: bool) -> PrunedLayer:
         """Returns what a layer holds for the generation or the understanding component."""

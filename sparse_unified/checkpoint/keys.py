@@ -12,6 +12,11 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FFN_NAMES: Mapping[str, str] = {"und": "mlp", "gen": "mlp_moe_gen"}
 COMPONENT_OF_FFN: Mapping[str, str] = {name: component for component, name in FFN_NAMES.items()}
 
+# Component -> the end of the names of its modules in a decoder layer.
+SUFFIXES: Mapping[str, str] = {"und": "", "gen": "_moe_gen"}
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_NORMS = ("q_norm", "k_norm")
+
 # Component -> the field of llm_config.json that says which of its layers are sparse.
 TRANSFORMED: Mapping[str, str] = {"und": "transformed_und", "gen": "transformed_gen"}
 
@@ -67,6 +72,18 @@ def layer_prefix(layer: int) -> str:
 def ffn_prefix(component: str, layer: int) -> str:
     """Returns the start of every FFN key of one layer; `component` is "und" or "gen"."""
     return f"{layer_prefix(layer)}{FFN_NAMES[component]}."
+
+
+def attention_modules(component: str) -> tuple[str, ...]:
+    """Returns the modules of a decoder layer that only the attention of a component needs."""
+    suffix = SUFFIXES[component]
+    inner = (*ATTENTION_PROJECTIONS, *ATTENTION_NORMS)
+    return (f"input_layernorm{suffix}", *(f"self_attn.{name}{suffix}" for name in inner))
+
+
+def ffn_modules(component: str) -> tuple[str, ...]:
+    """Returns the modules of a decoder layer that only the FFN of a component needs."""
+    return f"post_attention_layernorm{SUFFIXES[component]}", FFN_NAMES[component]
 
 
 def dense_key(component: str, layer: int, projection: str) -> str:

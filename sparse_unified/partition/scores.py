@@ -53,6 +53,22 @@ def magnitude_scores(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> T
     return scores
 
 
+def head_magnitude_scores(v_proj: Tensor, o_proj: Tensor) -> Tensor:
+    """Ranks groups of heads by weight magnitude: |values| * |their output columns|, L2 norms.
+
+    Queries and keys have no part in it: both are normalised per head, whatever their weights are.
+
+    Args:
+        v_proj: [G, d, D], value rows of the key head of each of G groups, any float dtype.
+        o_proj: [D, G, n], output columns of the n = queries_per_key * d channels of each group.
+
+    Returns:
+        scores [G] fp32, on the device of the weights.
+    """
+    values = torch.linalg.vector_norm(v_proj.flatten(1), dim=1, dtype=torch.float32)
+    return values * torch.linalg.vector_norm(o_proj, dim=(0, 2), dtype=torch.float32)
+
+
 def _column_norms(weight: Tensor, rows_at_once: int = 64) -> Tensor:
     """L2 norm of each column [I] fp32; a library norm over the rows is 15 times slower."""
     squares = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)

@@ -1,12 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse FFNs into a live model, in place, and out of it again.
+"""Sparse, narrower and skipped parts into a live model, in place, and out of it again.
 
-Reading order: `config`, `find` (which modules), `probe` (what they return), `blocks` (what goes in
-their place), `exchange` (in and out), `report`, `transforms` (the three functions).
+Reading order: `find` (which modules), `probe` (what they return), `blocks` (what goes in their
+place), `exchange` (in and out), `counts`, `report`, `transforms` (sparse FFNs), `width`, `depth`,
+`heads`, `restore`.
 """
 
-from sparse_unified.swap.config import MoEConfig
-from sparse_unified.swap.report import SwappedLayer, SwapReport
-from sparse_unified.swap.transforms import apply_moe_, load_moe_, restore_
+from sparse_unified.checkpoint.modes import (
+    MoEConfig,
+    Part,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+)
+from sparse_unified.partition import Budget
+from sparse_unified.swap.counts import Counts, count_parameters
+from sparse_unified.swap.depth import skip_layers_
+from sparse_unified.swap.heads import prune_heads_
+from sparse_unified.swap.report import PrunedPart, PruneReport, SwappedLayer, SwapReport
+from sparse_unified.swap.restore import restore_
+from sparse_unified.swap.transforms import apply_moe_, load_moe_
+from sparse_unified.swap.width import prune_width_
 
-__all__ = ["MoEConfig", "SwapReport", "SwappedLayer", "apply_moe_", "load_moe_", "restore_"]
+__all__ = [
+    "Budget",
+    "Counts",
+    "MoEConfig",
+    "Part",
+    "PruneHeadsConfig",
+    "PruneReport",
+    "PruneWidthConfig",
+    "PrunedPart",
+    "SkipLayersConfig",
+    "SwapReport",
+    "SwappedLayer",
+    "apply_moe_",
+    "count_parameters",
+    "load_moe_",
+    "prune_heads_",
+    "prune_width_",
+    "restore_",
+    "skip_layers_",
+]

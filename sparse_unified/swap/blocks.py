@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the sparse block that takes the place of a dense FFN."""
+"""Builds what takes the place of a dense FFN: a sparse block, a narrower FFN, or nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.ffn import list_some
-from sparse_unified.nn import SparseMoE
+from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.partition import ExpertLayout
 from sparse_unified.swap.find import DenseWeights, Target
 
@@ -65,6 +66,57 @@ def permuted_block(plan: Plan, neuron_index: Tensor) -> SparseMoE:
         fused = getattr(block, name).data
         torch.index_select(getattr(plan.weights, name), dim, neuron_index, out=fused)
     return block
+
+
+class TupleSwiGLU(SwiGLU):
+    """A dense FFN with the return convention of SparseUnifiedModel, (y, None)."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        packed_text_indexes: Tensor | None = None,
+        packed_vit_token_indexes: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """x [..., D] -> ([..., D], None); the indices are not looked at."""
+        return super().forward(x), None
+
+
+class SkippedFFN(nn.Module):
+    """Zeros where a layer that always adds its FFN is not to run it.
+
+    Args:
+        like: a tensor that tells dtype and device.
+        returns_tuple: return (zeros, None) as SparseUnifiedModel does.
+    """
+
+    def __init__(self, like: Tensor, *, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+        self.register_buffer("like", like.new_empty(0), persistent=False)
+
+    def forward(self, x: Tensor, **_: Tensor | None) -> Tensor | tuple[Tensor, None]:
+        """x [..., D] -> zeros like x."""
+        zeros = torch.zeros_like(x)
+        return (zeros, None) if self.returns_tuple else zeros
+
+
+def narrow_ffn(ffn: nn.Module, weights: DenseWeights, kept: Tensor, *, returns_tuple: bool) -> Any:
+    """Returns a dense FFN of some of the neurons, bit for bit.
+
+    Args:
+        ffn: the FFN it takes the place of. weights: its weights.
+        kept: [kept] int64, ascending neuron indices.
+    """
+    gate_proj = weights.gate_proj
+    kind = TupleSwiGLU if returns_tuple else SwiGLU
+    narrow = kind(gate_proj.shape[1], len(kept), device="meta", dtype=gate_proj.dtype)
+    narrow.to_empty(device=gate_proj.device)
+    kept = kept.to(gate_proj.device)
+    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        weight = getattr(narrow, name).weight
+        torch.index_select(getattr(weights, name), dim, kept, out=weight.data)
+        weight.requires_grad_(getattr(ffn, name).weight.requires_grad)
+    return narrow.train(ffn.training)
 
 
 def check_keys(plan: Plan, checkpoint: Checkpoint) -> list[str]:

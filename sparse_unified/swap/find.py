@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.nn import SparseMoE
+from sparse_unified.partition import select_layers
+from sparse_unified.swap.exchange import Change
 
 LAYER_PATHS = (
     "language_model.model.layers",
@@ -51,6 +53,20 @@ class Target:
         """Returns the start of a message about this FFN."""
         return f"{where}: layer {self.layer} ({self.path})"
 
+    def change(self, new: nn.Module | None) -> Change:
+        """Returns the exchange of this FFN for another module, or for nothing."""
+        return Change(owner=self.owner, name=self.name, old=self.ffn, new=new)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """A place in a live model: attribute `name` of `owner`, and what stands there."""
+
+    owner: nn.Module
+    name: str
+    path: str
+    module: nn.Module | None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
@@ -65,19 +81,42 @@ class Host:
         Raises:
             ValueError: the layer has none.
         """
-        name, module = FFN_NAMES[component], self.layers[layer]
-        path = f"{self.path}.{layer}.{name}"
-        ffn = getattr(module, name, None)
-        # A wrapper may show the attribute of the layer inside it; the FFN is replaced where it is.
-        owners = [m for m in _modules(module) if ffn is not None and m._modules.get(name) is ffn]
-        if not isinstance(ffn, nn.Module) or not owners:
+        name = FFN_NAMES[component]
+        place = self.place(layer, name)
+        if place is None or place.module is None:
+            module = self.layers[layer]
             raise ValueError(
-                f"{where}: layer {layer} ({path}): {name} must be a module of the layer, "
-                f"got {type(ffn).__name__} in a {_describe(module)}"
+                f"{where}: layer {layer} ({self.path}.{layer}.{name}): {name} must be a module of "
+                f"the layer, got {type(getattr(module, name, None)).__name__} in a "
+                f"{_describe(module)}"
             )
         return Target(
-            layer=layer, component=component, path=path, owner=owners[0], name=name, ffn=ffn
+            layer=layer,
+            component=component,
+            path=place.path,
+            owner=place.owner,
+            name=name,
+            ffn=place.module,
         )
+
+    def place(self, layer: int, name: str) -> Slot | None:
+        """Returns the place of a module in a layer, `mlp` or `self_attn.q_proj`; None without."""
+        holder, _, last = name.rpartition(".")
+        module: object = self.layers[layer]
+        if holder:
+            module = getattr(module, holder, None)
+        found = getattr(module, last, None)
+        # A wrapper may show the attribute of the layer inside it; what counts is where it is.
+        for owner in _modules(module):
+            if last in owner._modules and owner._modules[last] is found:
+                path = f"{self.path}.{layer}.{name}"
+                return Slot(owner=owner, name=last, path=path, module=found)
+        return None
+
+    def holds(self, layer: int, name: str) -> bool:
+        """Tells whether a layer has a module of this name, and it is not skipped."""
+        place = self.place(layer, name)
+        return place is not None and place.module is not None
 
 
 def find_host(model: object, *, where: str) -> Host:
@@ -94,7 +133,7 @@ def find_host(model: object, *, where: str) -> Host:
             continue
         if hasattr(layers, "__len__") and hasattr(layers, "__getitem__"):
             modules = [layers[i] for i in range(len(layers))]
-            if any(isinstance(getattr(m, FFN_NAMES["gen"], None), nn.Module) for m in modules):
+            if any(_has_ffn(m) for m in modules):
                 return Host(path=path, layers=modules)
             kinds = list_some(dict.fromkeys(map(_describe, modules)), 2)
             found.append(f"{path}: {len(modules)} x {kinds}")
@@ -105,6 +144,35 @@ def find_host(model: object, *, where: str) -> Host:
         f"{', '.join(PROJECTIONS)}, under {' or '.join(LAYER_PATHS)}; got a {_describe(model)}"
         + "".join(f"; {text}" for text in found)
     )
+
+
+def select_held(
+    host: Host, layers: str | Sequence[int], names: Sequence[str], *, where: str
+) -> tuple[int, ...]:
+    """Returns the selected layers that hold the named modules.
+
+    "all" and "middle" pass over layers that skip one of them; a layer that is named must hold them.
+
+    Raises:
+        ValueError: a named layer does not exist or skips one, or no layer is left.
+    """
+    selected = select_layers(layers, len(host.layers))
+    held = tuple(n for n in selected if all(host.holds(n, name) for name in names))
+    if layers in ("all", "middle") and held:
+        return held
+    for layer in selected:
+        for name in names:
+            if not host.holds(layer, name):
+                raise ValueError(
+                    f"{where}: layer {layer} ({host.path}.{layer}.{name}): {name} must be a module "
+                    f"of the layer, got none in a {_describe(host.layers[layer])}"
+                )
+    return selected
+
+
+def takes_absent_parts(layer: nn.Module) -> bool:
+    """Tells whether a layer runs without the parts that are None, as ours does."""
+    return any(getattr(type(module), "takes_absent_parts", False) for module in _modules(layer))
 
 
 def read_dense(target: Target, *, where: str) -> DenseWeights:
@@ -164,6 +232,12 @@ def _check_fit(dense: DenseWeights, at: str) -> None:
             raise ValueError(
                 f"{at}: weights must share one {what}, got {', '.join(sorted(values))}"
             )
+
+
+def _has_ffn(layer: nn.Module) -> bool:
+    """Tells whether a layer has a generation FFN, or had one before it was skipped."""
+    name = FFN_NAMES["gen"]
+    return hasattr(layer, name) and any(name in module._modules for module in _modules(layer))
 
 
 def _modules(module: object) -> list[nn.Module]:

@@ -1,41 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""apply_moe_, load_moe_, restore_: all is checked and built before anything is changed."""
+"""apply_moe_, load_moe_: all is checked and built before anything is changed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint
-from sparse_unified.checkpoint.ffn import list_some
-from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.nn import SparseMoE
 from sparse_unified.partition import (
     ExpertLayout,
-    as_scores,
     check_scores,
     magnitude_scores,
     select_layers,
     snake_partition,
 )
 from sparse_unified.swap.blocks import Plan, check_keys, loaded_block, permuted_block, refuse
-from sparse_unified.swap.config import MoEConfig
-from sparse_unified.swap.exchange import (
-    all_or_nothing,
-    dense_weight,
-    follow,
-    put_back,
-    put_in,
-    replaced_by,
-)
-from sparse_unified.swap.find import DenseWeights, find_host, read_dense
+from sparse_unified.swap.exchange import all_or_nothing, next_order, put_in
+from sparse_unified.swap.find import DenseWeights, Host, Target, find_host, read_dense
 from sparse_unified.swap.probe import returns_tuple
 from sparse_unified.swap.report import SwapReport, describe
-
-Scores = Mapping[int, Tensor] | Tensor
+from sparse_unified.swap.scores import Scores, by_layer, of_component
 
 
 @torch.no_grad()
@@ -56,8 +45,9 @@ def apply_moe_(
     Args:
         model: a module or pipeline.
         config: how many experts, in which FFNs.
-        scores: importance of each neuron, float `{layer: [I]}` for exactly the selected layers, or
-            a tensor [num_layers, I]. Without scores, neurons are ranked by weight magnitude.
+        scores: importance of each neuron, float `{layer: [I]}` for exactly the selected layers, a
+            tensor [num_layers, I], or a mapping of components to scores of at least these layers.
+            Without scores, neurons are ranked by weight magnitude.
         keep_dense: keep the replaced modules for `restore_`: their weights, as many bytes as the
             experts have, stay in memory where they are. Otherwise they are freed when the call
             returns; during the call both are there, so that an error can leave the model alone.
@@ -75,7 +65,8 @@ def apply_moe_(
         raise TypeError(f"{where}: config must be a MoEConfig, got {type(config).__name__}")
     host = find_host(model, where=where)
     selected = select_layers(config.layers, len(host.layers))
-    given = _by_layer(scores, selected, len(host.layers), where=where)
+    own = of_component(scores, config.component, where=where)
+    given = by_layer(own, selected, len(host.layers), where=where, exact=own is scores)
     plans, neuron_indices = [], []
     for layer in selected:
         target = host.target(layer, config.component, where=where)
@@ -87,14 +78,15 @@ def apply_moe_(
             top_k=config.top_k,
             return_router_logits=returns_tuple(target, weights, where=where),
         )
-        ranking = _ranking(plan, None if given is None else given[layer], where=where)
+        values = None if given is None else given[layer]
         plans.append(plan)
+        ranking = neuron_scores(weights, values, target.describe(where))
         neuron_indices.append(snake_partition(ranking, plan.layout))
-    _require_distinct(plans, where=where)
+    require_distinct([plan.target for plan in plans], where=where)
     blocks = [
         permuted_block(plan, index) for plan, index in zip(plans, neuron_indices, strict=True)
     ]
-    return _exchange(where, plans, blocks, keep_dense=keep_dense)
+    return _exchange(where, host, plans, blocks, keep_dense=keep_dense)
 
 
 @torch.no_grad()
@@ -158,77 +150,33 @@ def load_moe_(
             problems += check_keys(plan, checkpoint)
             plans.append(plan)
     refuse(f"{where}: {checkpoint.directory}", problems)
-    _require_distinct(plans, where=where)
+    require_distinct([plan.target for plan in plans], where=where)
     blocks = [loaded_block(plan, checkpoint) for plan in plans]
-    return _exchange(where, plans, blocks, keep_dense=keep_dense)
-
-
-@torch.no_grad()
-def restore_(model: object) -> SwapReport:
-    """Puts back every dense FFN that `apply_moe_` or `load_moe_` replaced.
-
-    The modules are the very same objects, their weights bit for bit those of the moment they were
-    replaced, whatever the blocks have learned since. Hooks go back, those added since included. If
-    the model has changed mode, device or dtype in the meantime, they follow.
-
-    Raises:
-        ValueError: no FFN of the model was replaced.
-        RuntimeError: one was replaced with keep_dense=False, or kept on the meta device while the
-            model got its weights; the model is as before.
-    """
-    where = "restore_"
-    host = find_host(model, where=where)
-    swapped = []
-    for layer, module in enumerate(host.layers):
-        for component, name in FFN_NAMES.items():
-            block = getattr(module, name, None)
-            state = replaced_by(block) if isinstance(block, SparseMoE) else None
-            if isinstance(block, SparseMoE) and state is not None:
-                target = host.target(layer, component, where=where)
-                at = target.describe(where)
-                if state.dense is None:
-                    raise RuntimeError(
-                        f"{at}: dense FFN must have been kept, got keep_dense=False at the swap"
-                    )
-                if dense_weight(state.dense).is_meta and not block.gate_proj.is_meta:
-                    raise RuntimeError(f"{at}: kept weights must hold data, got meta tensors")
-                swapped.append((target, block, state.dense))
-    if not swapped:
-        raise ValueError(
-            f"{where}: model must have FFNs replaced by apply_moe_ or load_moe_, got none among "
-            f"the {len(host.layers)} layers under {host.path}"
-        )
-    for _, block, dense in swapped:
-        follow(dense, block)
-    entries = []
-    with all_or_nothing([(target, dense) for target, _, dense in swapped]):
-        for target, block, dense in swapped:
-            put_back(target, dense)
-            names = (type(block).__name__, type(dense).__name__)
-            entries.append(describe(target, block, before=names[0], after=names[1], restored=True))
-    return SwapReport(action=where, layers=tuple(entries))
+    return _exchange(where, host, plans, blocks, keep_dense=keep_dense)
 
 
 def _exchange(
-    action: str, plans: Sequence[Plan], blocks: Sequence[SparseMoE], *, keep_dense: bool
+    action: str, host: Host, plans: Sequence[Plan], blocks: Sequence[SparseMoE], *, keep_dense: bool
 ) -> SwapReport:
     entries = []
-    pairs = [(plan.target, block) for plan, block in zip(plans, blocks, strict=True)]
-    with all_or_nothing(pairs):
-        for target, block in pairs:
-            put_in(target, block, keep_dense=keep_dense)
-            names = (type(target.ffn).__name__, type(block).__name__)
-            entries.append(describe(target, block, before=names[0], after=names[1]))
+    order = next_order(host.layers)
+    changes = [plan.target.change(block) for plan, block in zip(plans, blocks, strict=True)]
+    with all_or_nothing(changes):
+        for plan, change, block in zip(plans, changes, blocks, strict=True):
+            put_in(change, order=order, keep=keep_dense)
+            names = (type(plan.target.ffn).__name__, type(block).__name__)
+            entries.append(describe(plan.target, block, before=names[0], after=names[1]))
     return SwapReport(action=action, layers=tuple(entries))
 
 
-def _require_distinct(plans: Sequence[Plan], *, where: str) -> None:
+def require_distinct(targets: Iterable[Target], *, where: str) -> None:
+    """Raises ValueError when one module is the FFN of two places."""
     paths: dict[int, str] = {}
-    for plan in plans:
-        first = paths.setdefault(id(plan.target.ffn), plan.target.path)
-        if first != plan.target.path:
+    for target in targets:
+        first = paths.setdefault(id(target.ffn), target.path)
+        if first != target.path:
             raise ValueError(
-                f"{plan.target.describe(where)}: FFN must be its own module, got that of {first}"
+                f"{target.describe(where)}: FFN must be its own module, got that of {first}"
             )
 
 
@@ -243,42 +191,18 @@ def _layout(config: MoEConfig, weights: DenseWeights, at: str) -> ExpertLayout:
         raise ValueError(f"{at}: {error}") from error
 
 
-def _by_layer(
-    scores: Scores | None, selected: Sequence[int], num_layers: int, *, where: str
-) -> Mapping[int, Tensor] | None:
-    """Returns scores by layer, at least those of every selected one."""
-    if scores is None:
-        return None
-    if not isinstance(scores, Mapping):
-        stacked = as_scores(scores, where=where)
-        if stacked.ndim != 2 or stacked.shape[0] != num_layers:
-            raise ValueError(
-                f"{where}: scores must have shape [{num_layers} layers, intermediate_size], "
-                f"got {list(stacked.shape)}"
-            )
-        return dict(enumerate(stacked))
-    missing = [layer for layer in selected if layer not in scores]
-    extra = [layer for layer in scores if layer not in selected]
-    if missing or extra:
-        got = [f"none for {list_some(missing)}"] * bool(missing)
-        got += [f"some for {list_some(extra)}"] * bool(extra)
-        raise ValueError(
-            f"{where}: scores must be given for the selected layers, {list_some(selected)}, "
-            f"got {' and '.join(got)}"
-        )
-    return {
-        layer: as_scores(value, where=f"{where}: layer {layer}") for layer, value in scores.items()
-    }
+def neuron_scores(weights: DenseWeights, given: Tensor | None, at: str) -> Tensor:
+    """Returns the scores [I] of the neurons of a FFN: those given, else by weight magnitude.
 
-
-def _ranking(plan: Plan, given: Tensor | None, *, where: str) -> Tensor:
-    at = plan.target.describe(where)
-    width = plan.layout.intermediate_size
+    Raises:
+        ValueError: they do not fit or are not finite, or there are neither scores nor weights.
+    """
+    width = weights.gate_proj.shape[0]
     if given is not None:
         check_scores(given, width, where=at)
         return given
-    if plan.weights.gate_proj.is_meta:
+    if weights.gate_proj.is_meta:
         raise ValueError(f"{at}: scores must be given for weights without data, got meta tensors")
-    ranking = magnitude_scores(*plan.weights)
+    ranking = magnitude_scores(*weights)
     check_scores(ranking, width, where=f"{at}: magnitude of its weights")
     return ranking

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prune_width_: narrower FFNs into a live model."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified.checkpoint.modes import PruneWidthConfig
+from sparse_unified.partition import keep_units
+from sparse_unified.swap.blocks import narrow_ffn
+from sparse_unified.swap.counts import count_component
+from sparse_unified.swap.exchange import all_or_nothing, next_order, put_in
+from sparse_unified.swap.find import find_host, read_dense, select_held
+from sparse_unified.swap.probe import returns_tuple
+from sparse_unified.swap.report import PruneReport, part_entries
+from sparse_unified.swap.scores import Scores, by_layer, of_component
+from sparse_unified.swap.transforms import neuron_scores, require_distinct
+
+
+@torch.no_grad()
+def prune_width_(
+    model: object,
+    config: PruneWidthConfig,
+    scores: Scores | None = None,
+    *,
+    keep_dense: bool = True,
+) -> PruneReport:
+    """Leaves the neurons with the highest scores in the FFNs of one component, in place.
+
+    The three weights of a FFN become shorter and keep the order of their neurons; what is pruned
+    takes neither memory nor time. FFNs are found as in `apply_moe_` and keep the same things of
+    their surroundings; `apply_moe_` takes the result. See `keep_units` for what a budget means.
+
+    Args:
+        model: a module or pipeline.
+        config: how much of which FFNs stays.
+        scores: importance of each neuron, float `{layer: [I]}`, a tensor [num_layers, I], or a
+            mapping of components to either. Without scores, neurons are ranked by weight magnitude.
+        keep_dense: keep the replaced modules for `restore_`, in memory where they are.
+
+    Returns:
+        what was changed, and what the component costs before and after.
+
+    Raises:
+        ValueError: nothing matches, a selected layer is not a plain dense SwiGLU, or layers,
+            block_size or scores do not fit; the message names the layer. The model is as before.
+        TypeError: config is no PruneWidthConfig, or scores are no tensors.
+    """
+    where = "prune_width_"
+    if not isinstance(config, PruneWidthConfig):
+        raise TypeError(f"{where}: config must be a PruneWidthConfig, got {type(config).__name__}")
+    host = find_host(model, where=where)
+    component, num_layers = config.component, len(host.layers)
+    selected = select_held(host, config.layers, [FFN_NAMES[component]], where=where)
+    own = of_component(scores, component, where=where)
+    given = by_layer(own, selected, num_layers, where=where)
+    targets = [host.target(layer, component, where=where) for layer in selected]
+    weights = [read_dense(target, where=where) for target in targets]
+    ranking = {}
+    for target, dense in zip(targets, weights, strict=True):
+        at, width = target.describe(where), dense.gate_proj.shape[0]
+        if width % config.block_size:
+            raise ValueError(
+                f"{at}: block_size must divide the {width} neurons, got {config.block_size}"
+            )
+        ranking[target.layer] = neuron_scores(
+            dense, None if given is None else given[target.layer], at
+        )
+    require_distinct(targets, where=where)
+    kept = keep_units(
+        ranking,
+        keep_ratio=config.keep_ratio,
+        budget=config.budget,
+        block_size=config.block_size,
+    )
+    changes = []
+    for target, dense in zip(targets, weights, strict=True):
+        is_tuple = returns_tuple(target, dense, where=where)
+        narrow = narrow_ffn(target.ffn, dense, kept[target.layer], returns_tuple=is_tuple)
+        changes.append((target.layer, target.change(narrow)))
+    before = count_component(host, component)
+    order = next_order(host.layers)
+    with all_or_nothing([change for _, change in changes]):
+        for _, change in changes:
+            put_in(change, order=order, keep=keep_dense)
+        return PruneReport(
+            action=where,
+            parts=tuple(part_entries(changes)),
+            before=before,
+            after=count_component(host, component),
+        )
