@@ -18,18 +18,18 @@ struct alignas(kVectorBytes) Vector16 {
 template <typename T>
 constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 
+#if defined(SPARSE_UNIFIED_EMULATION)
+}  // namespace sparse_unified
+#include "emulation/convert.h"
+namespace sparse_unified {
+#else
+
 SPARSE_UNIFIED_DEVICE Vector16 load_vector(const void* pointer) {
   return *static_cast<const Vector16*>(pointer);
 }
 SPARSE_UNIFIED_DEVICE void store_vector(void* pointer, const Vector16& value) {
   *static_cast<Vector16*>(pointer) = value;
 }
-
-#if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
-#include "emulation/convert.h"
-namespace sparse_unified {
-#else
 
 // ld.global.nc.L1::no_allocate.v4.b32: data that nobody writes during the kernel, read once.
 SPARSE_UNIFIED_DEVICE Vector16 load_vector_once(const void* pointer) {

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// The block that runs, for the twins of instructions: its threads, what they wait for, its shared
+// memory, and the ways to wait and to fail. Only code of csrc/emulation includes this.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "emulation/cuda.h"
+#include "emulation/fiber.h"
+#include "emulation/schedule.h"
+
+namespace sparse_unified::emulation {
+
+constexpr int kLanes = 32;
+constexpr int kMaxWarps = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// A copy to shared memory that nobody has waited for.
+struct PendingCopy {
+  void* target;
+  const void* source;
+  int num_bytes;     // read; the rest of the 16 is zeros
+  int group;         // of the issuing thread
+  bool has_landed;   //
+  const void* code;  // that issued it
+};
+
+struct Thread {
+  Fiber fiber;
+  int idx = 0;
+  bool has_exited = false;
+  uint32_t num_collectives = 0;     // of its warp, that it has reached
+  const char* waits_for = nullptr;  // for the report of a deadlock
+  std::vector<PendingCopy> copies;  // in the order of issue
+  int copy_group = 0;               // that the next copy belongs to
+
+  int warp() const { return idx / kLanes; }
+  int lane() const { return idx % kLanes; }
+};
+
+// What the lanes of a warp bring to a collective and take from it. A warp has two: a lane may reach
+// the next one before all have left this one, but not the one after that.
+struct Collective {
+  static constexpr int kMaxBytes = 64;
+  const char* name = nullptr;
+  uint32_t arrived = 0;
+  alignas(64) unsigned char data[kLanes * kMaxBytes];
+};
+
+struct Warp {
+  uint32_t ready = 0;    // lanes that can run
+  uint32_t waiting = 0;  // lanes in wait_for_event
+  Collective collectives[2];
+};
+
+// bar.sync: 0 for the whole block, others for parts of it.
+struct Barrier {
+  int num_expected = 0;
+  int num_arrived = 0;
+  uint32_t arrived[kMaxWarps] = {};
+};
+
+struct Block {
+  dim3 grid;
+  dim3 idx;
+  int num_threads = 0;
+  unsigned char* shared = nullptr;  // dynamic shared memory
+  int64_t shared_bytes = 0;
+  Schedule schedule;  //  of this launch
+  std::vector<Thread> threads = std::vector<Thread>(Fiber::kMaxFibers);
+  Warp warps[kMaxWarps];
+  Barrier barriers[16];
+};
+
+extern Block block;
+// The thread that runs, null on the host.
+extern Thread* current;
+// True while the kernel's own instructions run, and not the emulator's.
+extern bool is_in_kernel;
+
+// At the start of every function that kernels call: what follows is not the kernel's doing.
+class InEmulator {
+ public:
+  InEmulator() : was_in_kernel_(is_in_kernel) { is_in_kernel = false; }
+  ~InEmulator() { is_in_kernel = was_in_kernel_; }
+  InEmulator(const InEmulator&) = delete;
+  InEmulator& operator=(const InEmulator&) = delete;
+
+ private:
+  bool was_in_kernel_;
+};
+
+// Ends the launch with an Error: the message, where, and how to run it again. On the host it
+// throws.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// All lanes of the warp bring `num_bytes` of `data`; when the last has come, `complete` turns the
+// contributions (lane l's at l * num_bytes) into what each takes back. `name` must be the same in
+// all lanes.
+void warp_collective(const char* name, void* data, int num_bytes, void (*complete)(void* data));
+
+// Arrives at barrier `id` and waits for `num_threads` threads in all.
+void wait_at_barrier(int id, int num_threads);
+
+// Waits until somebody calls notify(); `waits_for` names the cause in a deadlock's report. The
+// caller looks again at what it waits for.
+void wait_for_event(const char* waits_for);
+void notify();
+
+// A random number below `bound`, and true once in `n` times.
+uint32_t random_below(uint32_t bound);
+inline bool one_in(uint32_t n) { return random_below(n) == 0; }
+
+// The thread lets others run where the order is random, as it might between two instructions.
+void maybe_yield();
+
+// The block's shared memory at an address of csrc/device, checked for bounds and alignment.
+void* shared_pointer(const char* instruction, uint32_t address, int num_bytes, int alignment);
+// Whether the address sanitizer, if there is one, knows the memory.
+void check_global(const char* instruction, const void* pointer, int num_bytes);
+
+// Lets some copies of the thread land, where copies land at random.
+void land_copies_by_chance(Thread& thread);
+
+// shared_memory.cpp: a block's memory, filled with NaN; and whether its surroundings were touched.
+void prepare_shared_memory();
+void check_shared_memory();
+bool is_shared_arena(const void* pointer);
+
+// fault.cpp: turns invalid accesses into failures for as long as it lives.
+class FaultHandler {
+ public:
+  FaultHandler();
+  ~FaultHandler();
+  FaultHandler(const FaultHandler&) = delete;
+  FaultHandler& operator=(const FaultHandler&) = delete;
+};
+
+// symbols.cpp: function, file and line of an address, as well as the program's symbols tell.
+std::string describe_code(const void* address);
+
+}  // namespace sparse_unified::emulation

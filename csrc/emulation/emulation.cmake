@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA kernels of csrc/sources.txt as C++, run by csrc/emulation, in three variants:
+#   plain      optimised: big shapes, many schedules
+#   sanitized  address and undefined-behaviour sanitizers (with SPARSE_UNIFIED_SANITIZE)
+#   race       every access of the kernels reaches a race detector (likewise)
+# Each is a library sparse_unified_emulated_VARIANT of emulator and kernels.
+set(emulation_variants plain)
+if(SPARSE_UNIFIED_SANITIZE)
+  list(APPEND emulation_variants sanitized race)
+endif()
+
+set(emulation_sanitize -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined
+                       -fno-sanitize-recover=all)
+# Sources that hold kernels, and the emulator itself.
+set(emulation_kernel_flags_plain -O2 -g1)
+set(emulation_kernel_flags_sanitized ${emulation_sanitize})
+# The hooks of the thread sanitizer do not see memcpy and memset that loops were turned into.
+set(emulation_kernel_flags_race -O2 -g1 -fsanitize=thread -fno-tree-loop-distribute-patterns
+                                --param=tsan-instrument-func-entry-exit=0)
+set(emulation_flags_plain -O3 -g1)
+set(emulation_flags_sanitized ${emulation_sanitize})
+set(emulation_flags_race -O2 -g1 -DSPARSE_UNIFIED_EMULATION_RACE)
+
+file(GLOB emulation_sources CONFIGURE_DEPENDS csrc/emulation/*.cpp)
+file(STRINGS ${sources_file} cuda_sources REGEX "^cuda/.*\\.(cu|cpp)$")
+list(TRANSFORM cuda_sources PREPEND csrc/)
+
+# emulated_sources(TARGET VARIANT SOURCES...): compiles sources that hold kernels into the target.
+function(emulated_sources target variant)
+  if(NOT ARGN)
+    return()
+  endif()
+  add_library(${target}_kernels OBJECT ${ARGN})
+  target_link_libraries(${target}_kernels PRIVATE sparse_unified_emulation_${variant})
+  target_compile_options(${target}_kernels PRIVATE
+    -Wno-unknown-pragmas -fno-strict-aliasing ${emulation_kernel_flags_${variant}})
+  set(cuda ${ARGN})
+  list(FILTER cuda INCLUDE REGEX "\\.cu$")
+  set_source_files_properties(${cuda} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_kernels>)
+endfunction()
+
+foreach(variant ${emulation_variants})
+  set(usage sparse_unified_emulation_${variant})
+  add_library(${usage} INTERFACE)
+  target_include_directories(${usage} INTERFACE csrc csrc/include)
+  target_compile_definitions(${usage} INTERFACE SPARSE_UNIFIED_EMULATION)
+  target_compile_options(${usage} INTERFACE -Wall -Wextra -Wno-psabi)
+  target_link_libraries(${usage} INTERFACE ${CMAKE_DL_LIBS})
+  if(NOT variant STREQUAL plain)
+    target_compile_definitions(${usage} INTERFACE SPARSE_UNIFIED_EMULATION_SMALL)
+  endif()
+  if(variant STREQUAL sanitized)
+    target_link_options(${usage} INTERFACE -fsanitize=address,undefined)
+  endif()
+
+  set(emulated sparse_unified_emulated_${variant})
+  set(sources ${emulation_sources})
+  if(NOT variant STREQUAL race)
+    list(FILTER sources EXCLUDE REGEX "/(race|tsan_hooks)\\.cpp$")
+  endif()
+  add_library(${emulated} STATIC ${sources})
+  target_link_libraries(${emulated} PUBLIC ${usage})
+  target_compile_options(${emulated} PRIVATE ${emulation_flags_${variant}})
+  emulated_sources(${emulated} ${variant} ${cuda_sources})
+endforeach()
+
+# add_emulated_test(NAME SOURCES...): csrc/tests/NAME.cpp and further sources with kernels in each
+# variant, as the tests NAME_VARIANT.
+function(add_emulated_test name)
+  foreach(variant ${emulation_variants})
+    set(test ${name}_${variant})
+    add_executable(${test})
+    emulated_sources(${test} ${variant} csrc/tests/${name}.cpp ${ARGN})
+    target_link_libraries(${test} PRIVATE sparse_unified_emulated_${variant})
+    add_test(NAME ${test} COMMAND ${test})
+    set_tests_properties(${test} PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77)
+  endforeach()
+endfunction()
+
+file(GLOB emulated_tests CONFIGURE_DEPENDS csrc/tests/test_cuda_*.cpp)
+foreach(source ${emulated_tests})
+  cmake_path(GET source STEM name)
+  add_emulated_test(${name})
+endforeach()
+add_emulated_test(test_emulation)

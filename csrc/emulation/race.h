@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Detects accesses that nothing orders: every thread has a vector clock, every word of memory the
+// last accesses to it. Barriers order; shuffles and ballots do not, neither do blocks. Built with
+// SPARSE_UNIFIED_EMULATION_RACE; otherwise nothing is recorded.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_unified::emulation::race {
+
+// kConstantRead: nobody may write the memory during the kernel, ordered or not.
+enum class Kind : uint8_t { kRead, kConstantRead, kWrite, kAtomic };
+
+#if defined(SPARSE_UNIFIED_EMULATION_RACE)
+
+void begin_launch();
+void begin_block();
+
+// Records an access of thread `thread_idx` of the running block, at `code`; fails the launch when
+// an earlier one conflicts with it.
+void access(int thread_idx, const void* pointer, int num_bytes, Kind kind, const void* code);
+
+// Orders what the threads did before with what each of them does after: bit l of lanes[w] is lane l
+// of warp w.
+void join(const uint32_t* lanes, int first_warp, int num_warps);
+
+#else
+
+inline void begin_launch() {}
+inline void begin_block() {}
+inline void access(int, const void*, int, Kind, const void*) {}
+inline void join(const uint32_t*, int, int) {}
+
+#endif
+
+}  // namespace sparse_unified::emulation::race
