@@ -46,16 +46,41 @@ def _family(prefix: str, tokens: list[int], hidden_size: int, intermediate_size:
     ]
 
 
+def _odd(
+    name: str, tokens: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int
+) -> Case:
+    return Case(
+        name=name,
+        tokens=tokens,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_experts=num_experts,
+        top_k=top_k,
+    )
+
+
 CASES = {
     case.name: case
     for case in (
         # A quarter of BAGEL's hidden size and width: the same experts, in seconds on two cores.
         *_family("quarter", [512, 1024, 4096], 896, 4736),
         *_family("bagel", [256, 1024, 4096], 3584, 18944),
+        # Sizes that fit no tile: to see that they run, not how fast.
+        _odd("odd-16to16-T37", 37, 256, 16 * 592, 16, 16),  # every expert
+        _odd("odd-5to2-T1", 1, 136, 5 * 24, 5, 2),  # experts without a token
+        _odd("odd-12to5-T777", 777, 1000, 12 * 208, 12, 5),  # no power of two
+        _odd("odd-7to3-T300", 300, 72, 7 * 40, 7, 3),
+        _odd("odd-1to1-T129", 129, 512, 1184, 1, 1),
     )
 }
 
 CPU_DEFAULTS = ("quarter-16to8-T1024", "quarter-32to16-T1024")
+CUDA_DEFAULTS = tuple(name for name in CASES if name.startswith("bagel-"))
+
+# Forward; and backward, of everything; and backward with experts frozen, as in the first tuning.
+DIRECTIONS = ("fwd", "fwd_bwd", "fwd_bwd_frozen")
+# How often a direction runs each GEMM: forward, input gradient, weight gradient.
+_GEMM_PASSES = {"fwd": 1, "fwd_bwd": 3, "fwd_bwd_frozen": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +94,7 @@ class Work:
 def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Work:
     """FLOPs and bytes of one call: every operand read or written once.
 
-    `fwd_bwd` counts each GEMM three times: forward, input gradient, weight gradient.
+    A backward pass counts as the GEMMs it repeats; with frozen experts, all but one of three.
     """
     t, d, e, r = case.tokens, case.hidden_size, case.num_experts, case.rows
     size = dtype.itemsize
@@ -87,6 +112,11 @@ def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Wor
             6 * r * d * case.expert_width + 2 * r * d + 2 * t * d * e, 2 * t * d * size + weights
         ),
         "dense_ffn": Work(6 * t * d * case.intermediate_size, 2 * t * d * size + weights),
+        # A dense FFN of the active width, which touches no other weights.
+        "half_ffn": Work(
+            6 * r * d * case.expert_width,
+            2 * t * d * size + weights * case.top_k // case.num_experts,
+        ),
     }
-    forward = formulas[op]
-    return Work(3 * forward.flops, 3 * forward.bytes) if direction == "fwd_bwd" else forward
+    forward, passes = formulas[op], _GEMM_PASSES[direction]
+    return Work(passes * forward.flops, passes * forward.bytes)

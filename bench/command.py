@@ -12,13 +12,27 @@ from typing import NoReturn
 
 import torch
 
-from .cases import CASES, CPU_DEFAULTS, Case
-from .harness import WARMUP, Record, Roof, measure_roof
-from .report import as_json, save, table
-from .suites import Overhead, measure_block, measure_ops, measure_overhead
+from .block import measure_block
+from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS
+from .op_suite import measure_ops
+from .peers import PEERS
+from .report import Report, save
+from .roof import measure_roof
+from .suites import measure_overhead
+from .target import Target, find_target
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NUM_OPS = 6
+BLOCK = "sparse_ffn"
+OPS = (
+    BLOCK,
+    "route_topk",
+    "sort_by_expert",
+    "permute",
+    "combine",
+    "grouped_ffn",
+    "grouped_ffn_combine",
+)
+_SAVED_IN = "bench-results"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,42 +45,64 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sparse-unified bench",
-        description="Times the sparse FFN and its ops beside the dense FFN, a dense FFN of the "
-        "active width and the official style of expert loop, interleaved in one process.",
+        description="Measures what the device reaches at most, then times the sparse FFN and its "
+        "ops beside the dense FFN and every other implementation that is installed, interleaved in "
+        "one process; prints and saves the table.",
     )
-    parser.add_argument(
-        "--device", default="cpu", help="device to measure; this release has kernels for the cpu"
-    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument(
         "--case",
         action="append",
         choices=sorted(CASES),
         metavar="NAME",
-        help=f"shape by name, repeatable (default: {', '.join(CPU_DEFAULTS)}); "
-        f"one of {', '.join(CASES)}",
+        help=f"shape by name, repeatable (default on the cpu: {', '.join(CPU_DEFAULTS)}; on cuda: "
+        f"bagel-*); one of {', '.join(CASES)}",
     )
     parser.add_argument(
-        "--direction", choices=("fwd", "fwd_bwd", "all"), default="fwd", help="default: fwd"
+        "--op",
+        action="append",
+        choices=OPS,
+        metavar="NAME",
+        help=f"repeatable (default: all); {BLOCK} is the whole block; one of {', '.join(OPS)}",
     )
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        choices=tuple(PEERS),
+        metavar="NAME",
+        help="of the whole block, repeatable (default: all that can be had); one of "
+        f"{', '.join(PEERS)}",
+    )
+    parser.add_argument(
+        "--direction",
+        choices=(*DIRECTIONS, "all"),
+        default="fwd",
+        help="forward, with backward, with backward and experts frozen (default: fwd)",
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(_DTYPES), help="default: float32 on the cpu, bfloat16 on cuda"
+    )
     parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: 30)")
+    parser.add_argument(
+        "--graph", action="store_true", help="on cuda, replay graphs of what can be captured"
+    )
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="save the records as JSON; without FILE print them instead of the table",
+        help="save the records as JSON in FILE; without FILE print them instead of the table",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help=f"directory of DEVICE.json and DEVICE.txt (default, without --json: {_SAVED_IN})",
     )
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.device != "cpu":
-        raise ValueError(
-            f"bench: device must be 'cpu', the one with kernels in this release, got "
-            f"{arguments.device!r}"
-        )
     for name in ("repeats", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -74,43 +110,89 @@ def _check(arguments: argparse.Namespace) -> None:
     target = arguments.json
     if target not in (None, "-") and (Path(target).is_dir() or not Path(target).parent.is_dir()):
         raise ValueError(f"bench: --json must be a file in a directory that exists, got {target!r}")
+    if arguments.out is not None and Path(arguments.out).is_file():
+        raise ValueError(f"bench: --out must be a directory, got the file {arguments.out!r}")
+    if arguments.graph and arguments.device == "cpu":
+        raise ValueError("bench: --graph must go with a CUDA device, got 'cpu'")
 
 
 @contextlib.contextmanager
-def _rounds_bar(total: int) -> Iterator[Callable[[], object]]:
+def _rounds_bar() -> Iterator[Callable[[], object]]:
     """Counts rounds on stderr; without tqdm, which the core does not need, in silence."""
     try:
         from tqdm import tqdm
     except ImportError:
         yield lambda: None
         return
-    with tqdm(total=total, unit="round", leave=False) as bar:
+    with tqdm(unit="round", leave=False) as bar:
         yield bar.update
 
 
-def _measure(
-    cases: list[Case], arguments: argparse.Namespace, roof: Roof
-) -> tuple[list[Record], dict[str, Overhead]]:
-    """The records of every case, and the share of the steps around its experts."""
-    dtype = _DTYPES[arguments.dtype]
-    directions = ("fwd", "fwd_bwd") if arguments.direction == "all" else (arguments.direction,)
-    repeats = arguments.repeats
-    rounds = len(cases) * (len(directions) + _NUM_OPS + 1) * (repeats + WARMUP)
-    records: list[Record] = []
-    overhead: dict[str, Overhead] = {}
-    with _rounds_bar(rounds) as progress:
-        for case in cases:
-            # First, on a heap that other providers have not yet cut up: the steps are so short that
-            # the page faults of a single buffer would be most of what is measured.
-            overhead[case.name] = measure_overhead(case, dtype, repeats, progress)
-            for direction in directions:
-                records += measure_block(case, dtype, direction, roof, repeats, progress)
-            records += measure_ops(case, dtype, roof, repeats, progress)
-    return records, overhead
+def run(
+    report: Report,
+    *,
+    cases: Sequence[str],
+    dtype: torch.dtype,
+    directions: Sequence[str],
+    repeats: int,
+    ops: Sequence[str] = OPS,
+    providers: Sequence[str] | None = None,
+    graph: bool = False,
+    on_round: Callable[[], object] | None = None,
+    on_group: Callable[[], object] | None = None,
+) -> None:
+    """Adds to a report what the arguments ask for, case by case; `on_group` after each part."""
+    target, roof, measured = report.target, report.roof, report.measured
+    single = [op for op in ops if op != BLOCK]
+    for name in cases:
+        case = CASES[name]
+        # First, on a heap that other providers have not yet cut up: the steps are so short that
+        # the page faults of a single buffer would be most of what is measured.
+        if not target.is_cuda and set(ops) == set(OPS):
+            report.overhead[case.name] = measure_overhead(
+                case, dtype, repeats, on_round or (lambda: 0)
+            )
+        for direction in directions:
+            if BLOCK in ops:
+                found = measure_block(
+                    case,
+                    dtype,
+                    direction,
+                    target,
+                    roof,
+                    repeats=repeats,
+                    providers=providers,
+                    graph=graph,
+                    progress=on_round,
+                )
+                measured.records += found.records
+                measured.missing += found.missing
+            if single:
+                found = measure_ops(
+                    case,
+                    dtype,
+                    direction,
+                    target,
+                    roof,
+                    repeats=repeats,
+                    ops=single,
+                    graph=graph,
+                    progress=on_round,
+                )
+                measured.records += found.records
+                measured.missing += found.missing
+            if on_group is not None:
+                on_group()
+
+
+def start(target: Target, dtype: torch.dtype) -> Report:
+    """Measures the roof; the report to add to."""
+    before = target.state()
+    return Report(target=target, roof=measure_roof(dtype, target), states={"before": before})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and prints the table.
+    """Runs the benchmark, prints the table and saves it.
 
     Args:
         argv: arguments after `bench`; those of the process by default.
@@ -119,22 +201,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status 0.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the device is not there.
         SystemExit: an argument is unknown (status 2) or help was asked for (0).
     """
     arguments = _parser().parse_args(argv)
     _check(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    roof = measure_roof(_DTYPES[arguments.dtype])
-    cases = [CASES[name] for name in arguments.case or CPU_DEFAULTS]
-    records, overhead = _measure(cases, arguments, roof)
-    text = json.dumps(as_json(records, overhead, roof), indent=1)
+    target = find_target(arguments.device)
+    dtype = _DTYPES[arguments.dtype or ("bfloat16" if target.is_cuda else "float32")]
+    report = start(target, dtype)
+    with _rounds_bar() as on_round:
+        run(
+            report,
+            cases=arguments.case or (CUDA_DEFAULTS if target.is_cuda else CPU_DEFAULTS),
+            dtype=dtype,
+            directions=DIRECTIONS if arguments.direction == "all" else (arguments.direction,),
+            repeats=arguments.repeats,
+            ops=arguments.op or OPS,
+            providers=arguments.provider,
+            graph=arguments.graph,
+            on_round=on_round,
+        )
+    report.states["after"] = target.state()
+    text = json.dumps(report.as_json(), indent=1)
     if arguments.json == "-":
         print(text)
-        return 0
-    print(table(records, overhead, roof))
-    if arguments.json is not None:
-        save(Path(arguments.json), text)
-        print(f"\nsaved {arguments.json}")
+    else:
+        print(report.text())
+    files = [] if arguments.json in (None, "-") else [(Path(arguments.json), text)]
+    if arguments.out is not None or arguments.json is None:
+        folder = Path(arguments.out or _SAVED_IN)
+        folder.mkdir(parents=True, exist_ok=True)
+        files += [
+            (folder / f"{target.slug}.json", text),
+            (folder / f"{target.slug}.txt", report.text()),
+        ]
+    for path, content in files:
+        save(path, content)
+        if arguments.json != "-":
+            print(f"\nsaved {path}")
     return 0

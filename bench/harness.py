@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import Work
+from .timing import Call, Timer, WallTimer
 
 # Copies of the input that calls take turns with, so that none finds it in its nearest cache.
 NUM_INPUTS = 4
@@ -22,15 +22,22 @@ WARMUP = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roof:
-    """What this machine reaches at most: matrix product and copy of large arrays."""
+    """What this machine reaches at most.
+
+    Args:
+        tflops: the best of all rounds of all matrix products.
+        gbps: of a copy, bytes read and bytes written.
+        gemms: TFLOP/s of each product by name, the median of its rounds.
+    """
 
     tflops: float
     gbps: float
+    gemms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One measured line of the table."""
+    """One measured line of the table; `graph`: replayed from a CUDA graph."""
 
     op: str
     case: str
@@ -43,16 +50,18 @@ class Record:
     gbps: float
     roof_fraction: float
     speedup: dict[str, float] = field(default_factory=dict)
+    graph: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def measure_interleaved(
-    calls: Mapping[str, Callable[[int], object]],
+    calls: Mapping[str, Call],
     *,
     repeats: int,
     warmup: int = WARMUP,
+    timer: Timer | None = None,
     on_round: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Runs every call once per round, so that all meet the same state of the machine.
@@ -60,16 +69,15 @@ def measure_interleaved(
     Args:
         calls: name -> function of the round number.
         repeats: rounds that count; `warmup` more come before.
+        timer: the wall clock by default.
 
     Returns:
         Seconds of each round by name.
     """
+    timer = timer or WallTimer()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warmup, repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(turn)
-            elapsed = time.perf_counter() - start
+        for name, elapsed in timer.round(calls, turn).items():
             if turn >= 0:
                 seconds[name].append(elapsed)
         if on_round is not None:
@@ -88,6 +96,7 @@ def record(
     work: Work,
     roof: Roof,
     baselines: tuple[str, ...] = (),
+    graph: bool = False,
 ) -> Record:
     """Sums up the rounds of one provider; ratios are medians of the ratios within a round."""
     median = statistics.median(seconds[name])
@@ -110,24 +119,57 @@ def record(
             for baseline in baselines
             if baseline != name
         },
+        graph=graph,
     )
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, count: int = NUM_INPUTS) -> list[Tensor]:
+def measure_group(
+    calls: Mapping[str, Call],
+    works: Mapping[str, Work],
+    *,
+    op: str,
+    case: str,
+    direction: str,
+    dtype: torch.dtype,
+    roof: Roof,
+    repeats: int,
+    timer: Timer | None = None,
+    baselines: tuple[str, ...] | None = None,
+    graphs: frozenset[str] = frozenset(),
+    on_round: Callable[[], object] | None = None,
+) -> list[Record]:
+    """Measures providers of one op in interleaved rounds; a record each.
+
+    Args:
+        calls, works: by provider.
+        baselines: providers to give ratios over; all by default.
+        graphs: providers whose call replays a CUDA graph.
+    """
+    seconds = measure_interleaved(calls, repeats=repeats, timer=timer, on_round=on_round)
+    return [
+        record(
+            seconds,
+            name,
+            op=op,
+            case=case,
+            direction=direction,
+            dtype=dtype,
+            work=works[name],
+            roof=roof,
+            baselines=tuple(calls) if baselines is None else baselines,
+            graph=name in graphs,
+        )
+        for name in calls
+    ]
+
+
+def inputs(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    count: int = NUM_INPUTS,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
     """Normal random tensors; zeros would let the clock and the caches flatter everyone."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
-
-
-def measure_roof(dtype: torch.dtype, repeats: int = 5) -> Roof:
-    """Best of several: a 2048^3 matrix product, and a copy of 256 MB counted as read and write."""
-    a, b = inputs((2048, 2048), dtype, 2)
-    source = torch.randn(2**26)
-    target = torch.empty_like(source)
-    seconds = measure_interleaved(
-        {"gemm": lambda _: a @ b, "copy": lambda _: target.copy_(source)}, repeats=repeats
-    )
-    return Roof(
-        tflops=2 * 2048**3 / min(seconds["gemm"]) / 1e12,
-        gbps=2 * source.nbytes / min(seconds["copy"]) / 1e9,
-    )
+    generator = torch.Generator(device).manual_seed(1)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
+import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +18,115 @@ import torch
 
 import sparse_unified
 
+from .block import Measured
 from .harness import Record, Roof
 from .suites import Overhead
+from .target import Target
 
-
-def device_name() -> str:
-    """Model of the processor and the threads in use."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return f"{model}, {torch.get_num_threads()} threads"
+OURS, BASELINE = "sparse_unified", "dense"
+# Names the commit where the source tree lies without its history.
+COMMIT_VARIABLE = "SPARSE_UNIFIED_COMMIT"
+_NAME = 24
 
 
 def commit() -> str:
-    """Commit of the source tree this file lies in, or the installed version."""
+    """Commit of the source tree this file lies in, or what the environment says, or the version."""
     found = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return found.stdout.strip() or f"version {sparse_unified.__version__}"
+    known = found.stdout.strip() or os.environ.get(COMMIT_VARIABLE, "")
+    return known or f"version {sparse_unified.__version__}"
 
 
-def as_json(
-    records: Sequence[Record], overhead: Mapping[str, Overhead], roof: Roof
-) -> dict[str, Any]:
-    """The schema of every file in bench/results; `overhead` is `measure_overhead` by case."""
-    return {
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "versions": {
-            "sparse_unified": sparse_unified.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "roof": {"tflops": roof.tflops, "gbps": roof.gbps},
-        "overhead": {case: asdict(shares) for case, shares in overhead.items()},
-        "records": [r.as_dict() for r in records],
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """All that one run found out.
+
+    Args:
+        target, roof: where, and what it reaches at most.
+        measured: records, and the providers without one.
+        overhead: `measure_overhead` by case.
+        states: of the device by moment, as `Target.state` gives them.
+    """
+
+    target: Target
+    roof: Roof
+    measured: Measured = field(default_factory=Measured)
+    overhead: dict[str, Overhead] = field(default_factory=dict)
+    states: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The schema of every file in bench/results."""
+        return {
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+            "device": self.target.name,
+            "versions": versions(),
+            "roof": asdict(self.roof),
+            "overhead": {case: asdict(shares) for case, shares in self.overhead.items()},
+            "records": [r.as_dict() for r in self.measured.records],
+            "not_measured": [asdict(m) for m in self.measured.missing],
+            "states": self.states,
+        }
+
+    def text(self) -> str:
+        """`us | TFLOP/s | GB/s | % of roof | x baseline`, one line per provider."""
+        gemms = ", ".join(f"{name} {rate:.4g}" for name, rate in self.roof.gemms.items())
+        lines = [
+            f"{self.target.name}; torch {torch.__version__}",
+            f"roof: {self.roof.tflops:.4g} TFLOP/s, {self.roof.gbps:.1f} GB/s"
+            + (f" (matrix products: {gemms} TFLOP/s)" if gemms else ""),
+            *(f"{when}: {_joined(state)}" for when, state in self.states.items() if state),
+        ]
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
+        for r in self.measured.records:
+            groups.setdefault((r.op, r.case, r.direction, r.dtype), []).append(_line(r))
+        for m in self.measured.missing:
+            line = f"{m.provider:<{_NAME}}  not measured: {m.reason}"
+            groups.setdefault((m.op, m.case, m.direction, m.dtype), []).append(line)
+        head = f"{'provider':<{_NAME}}{'us':>12}{'TFLOP/s':>10}{'GB/s':>9}{'% roof':>8}  x baseline"
+        for group, found in groups.items():
+            lines += ["", "  ".join(group), head, *found]
+        lines += [
+            f"\n{case}: route + sort + permute + combine, each alone, = {shares.alone:.1%} of the "
+            f"block; as parts of the fused block, {shares.fused:.1%}"
+            for case, shares in self.overhead.items()
+        ]
+        return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on besides the device."""
+    found = {
+        "sparse_unified": sparse_unified.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    for name in ("triton", "transformers", "liger-kernel", "sonic-moe", "quack-kernels"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _joined(state: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in state.items())
+
+
+def _line(r: Record) -> str:
+    """A line of the table: our ratios over everyone, of the others the one over the baseline."""
+    shown = dict(r.speedup)
+    if r.provider != OURS and BASELINE in shown:
+        shown = {BASELINE: shown[BASELINE]}
+    ratios = "  ".join(f"{ratio:.2f}x {name}" for name, ratio in shown.items())
+    return (
+        f"{r.provider + ('*' if r.graph else ''):<{_NAME}}{r.median_us:>12,.1f}{r.tflops:>10.4g}"
+        f"{r.gbps:>9.1f}{100 * r.roof_fraction:>8.1f}  {ratios}"
+    )
 
 
 def save(path: Path, text: str) -> None:
@@ -69,28 +137,3 @@ def save(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def table(records: Sequence[Record], overhead: Mapping[str, Overhead], roof: Roof) -> str:
-    """`us | TFLOP/s | GB/s | % of roof | x baseline`, one line per provider."""
-    lines = [
-        f"{device_name()}; torch {torch.__version__}",
-        f"roof: {roof.tflops:.3f} TFLOP/s, {roof.gbps:.1f} GB/s",
-    ]
-    head = f"{'provider':<16}{'us':>12}{'TFLOP/s':>10}{'GB/s':>8}{'% roof':>8}  x baseline"
-    group = None
-    for r in records:
-        if (r.op, r.case, r.direction, r.dtype) != group:
-            group = (r.op, r.case, r.direction, r.dtype)
-            lines += ["", f"{r.op}  {r.case}  {r.direction}  {r.dtype}", head]
-        ratios = "  ".join(f"{ratio:.2f}x {name}" for name, ratio in r.speedup.items())
-        lines.append(
-            f"{r.provider:<16}{r.median_us:>12,.0f}{r.tflops:>10.3f}{r.gbps:>8.1f}"
-            f"{100 * r.roof_fraction:>8.1f}  {ratios}"
-        )
-    lines += [
-        f"\n{case}: route + sort + permute + combine, each alone, = {shares.alone:.1%} of the "
-        f"block; as parts of the fused block, {shares.fused:.1%}"
-        for case, shares in overhead.items()
-    ]
-    return "\n".join(lines)

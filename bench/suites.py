@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured for a case: the whole block beside its rivals, and each op alone."""
+"""The ops of a block as calls, and what the steps around its experts cost."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_unified import ops
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 
-from .cases import Case, work
-from .harness import Record, Roof, inputs, measure_interleaved, record
-from .providers import block_providers, sparse_block
+from .cases import Case
+from .harness import inputs, measure_interleaved
+from .providers import sparse_block
 
 Progress = Callable[[], object]
 OpCall = Callable[[Tensor], object]
@@ -26,48 +25,11 @@ OpCall = Callable[[Tensor], object]
 OVERHEAD_OPS = ("route_topk", "sort_by_expert", "permute", "combine")
 
 
-def _forward(module: nn.Module, xs: list[Tensor], turn: int) -> None:
-    with torch.inference_mode():
-        module(xs[turn % len(xs)])
-
-
-def _forward_backward(module: nn.Module, xs: list[Tensor], grads: list[Tensor], turn: int) -> None:
-    x = xs[turn % len(xs)].detach().requires_grad_()
-    module(x).backward(grads[turn % len(grads)])
-    module.zero_grad(set_to_none=True)
-
-
-def measure_block(
-    case: Case, dtype: torch.dtype, direction: str, roof: Roof, repeats: int, progress: Progress
-) -> Iterator[Record]:
-    """The whole block: ours, dense, dense at the active width, a loop over experts."""
-    providers = block_providers(case, dtype)
-    shape = (case.tokens, case.hidden_size)
-    xs, grads = inputs(shape, dtype), inputs(shape, dtype)
-    calls: dict[str, Callable[[int], object]] = {
-        name: partial(_forward, module, xs)
-        if direction == "fwd"
-        else partial(_forward_backward, module, xs, grads)
-        for name, module in providers.items()
-    }
-    seconds = measure_interleaved(calls, repeats=repeats, on_round=progress)
-    for name in calls:
-        op = "dense_ffn" if name == "dense" else "sparse_ffn"
-        yield record(
-            seconds,
-            name,
-            op="sparse_ffn",
-            case=case.name,
-            direction=direction,
-            dtype=dtype,
-            work=work(op, case, dtype, direction),
-            roof=roof,
-            baselines=("dense", "dense_half", "expert_loop"),
-        )
-
-
 class OpCalls:
-    """Each op on the tensors that a block of this case would give it, and its torch reference."""
+    """Each op on the tensors that a block of this case would give it, and its torch reference.
+
+    `leaves` are what else a backward pass of an op differentiates, besides its tokens.
+    """
 
     def __init__(self, block: SparseMoE, x: Tensor) -> None:
         gate, top_k, num_experts = block.gate.weight, block.top_k, block.num_experts
@@ -81,10 +43,15 @@ class OpCalls:
             "sort_by_expert": lambda _: ops.sort_by_expert(topk_idx, num_experts),
             "permute": lambda x: ops.permute(x, row_token, token_rows),
             "combine": lambda _: ops.combine(rows, weights, token_rows),
-            "grouped_ffn": lambda x: ops.grouped_ffn(x, row_token, offsets, *experts),
+            "grouped_ffn": lambda x: ops.grouped_ffn(x, row_token, offsets, *experts, token_rows),
             "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
                 x, weights, row_token, token_rows, offsets, *experts
             ),
+        }
+        self.leaves: dict[str, tuple[Tensor, ...]] = {
+            "route_topk": (gate,),
+            "combine": (rows, weights),
+            "grouped_ffn": experts,
         }
         none = (x.new_empty(0, x.shape[1]),) * 2 + (x.new_empty(x.shape[1], 0),)
         self.moves: OpCall = lambda x: ops.grouped_ffn_combine(
@@ -100,32 +67,6 @@ class OpCalls:
 
 def _taking_turns(call: OpCall, xs: list[Tensor]) -> Callable[[int], object]:
     return lambda turn: call(xs[turn % len(xs)])
-
-
-def measure_ops(
-    case: Case, dtype: torch.dtype, roof: Roof, repeats: int, progress: Progress
-) -> Iterator[Record]:
-    """Each op alone, forward, beside its plain torch reference (the FFNs beside nothing)."""
-    xs = inputs((case.tokens, case.hidden_size), dtype)
-    with torch.inference_mode():
-        calls = OpCalls(sparse_block(case, dtype), xs[0])
-        for op, ours in calls.ours.items():
-            providers = {"sparse_unified": _taking_turns(ours, xs)}
-            if op in calls.torch:
-                providers["torch"] = _taking_turns(calls.torch[op], xs)
-            seconds = measure_interleaved(providers, repeats=repeats, on_round=progress)
-            for name in providers:
-                yield record(
-                    seconds,
-                    name,
-                    op=op,
-                    case=case.name,
-                    direction="fwd",
-                    dtype=dtype,
-                    work=work(op, case, dtype),
-                    roof=roof,
-                    baselines=("torch",) if op in calls.torch else (),
-                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

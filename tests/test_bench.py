@@ -1,42 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark counts what it says, compares equals, and writes its schema."""
+"""The benchmark counts what it says, and its command writes its schema."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparse_unified.bench import main
-from sparse_unified.bench.cases import CASES, Case, work
+from sparse_unified.bench.cases import CASES, CUDA_DEFAULTS, DIRECTIONS, Case, work
 from sparse_unified.bench.harness import Roof, measure_interleaved, record
-from sparse_unified.bench.providers import ExpertLoop, sparse_block
+from sparse_unified.bench.op_suite import measure_ops
+from sparse_unified.bench.providers import BLOCK_PROVIDERS, block_providers
+from sparse_unified.bench.target import find_target, slug
 
 SMALL = Case(name="small", tokens=37, hidden_size=32, intermediate_size=96, num_experts=8, top_k=3)
 ROOF = Roof(tflops=1.0, gbps=10.0)
-
-
-def test_expert_loop_computes_what_our_block_computes() -> None:
-    block = sparse_block(SMALL, torch.float32)
-    x = torch.randn(SMALL.tokens, SMALL.hidden_size)
-    with torch.no_grad():
-        ours, loop = block(x), ExpertLoop(block)(x)
-    assert (ours - loop).norm() / loop.norm() < 1e-6
 
 
 def test_half_of_the_experts_are_half_of_the_dense_flops() -> None:
     case = CASES["bagel-16to8-T4096"]
     dense = work("dense_ffn", case, torch.bfloat16)
     assert dense.flops == pytest.approx(1.669e12, rel=1e-3)  # spec: 1.669 TFLOP a layer
-    sparse = work("grouped_ffn", case, torch.bfloat16)
-    assert sparse.flops * 2 == dense.flops
+    for op in ("grouped_ffn", "half_ffn"):
+        assert work(op, case, torch.bfloat16).flops * 2 == dense.flops
 
 
-def test_backward_counts_three_times_the_forward() -> None:
+def test_backward_counts_the_gemms_it_repeats() -> None:
     forward = work("sparse_ffn", SMALL, torch.float32)
-    both = work("sparse_ffn", SMALL, torch.float32, "fwd_bwd")
-    assert both.flops == 3 * forward.flops
+    assert work("sparse_ffn", SMALL, torch.float32, "fwd_bwd").flops == 3 * forward.flops
+    assert work("sparse_ffn", SMALL, torch.float32, "fwd_bwd_frozen").flops == 2 * forward.flops
+
+
+def test_cases_of_cuda_are_those_of_bagel_at_two_splits() -> None:
+    assert len(CUDA_DEFAULTS) == 6
+    for name in CUDA_DEFAULTS:
+        case = CASES[name]
+        assert (case.hidden_size, case.intermediate_size) == (3584, 18944)
+        assert case.expert_width in (1184, 592)
+
+
+def test_every_case_has_whole_experts() -> None:
+    for case in CASES.values():
+        assert case.expert_width * case.num_experts == case.intermediate_size
+        assert 1 <= case.top_k <= case.num_experts
 
 
 def test_rounds_are_interleaved_and_warmup_is_not_counted() -> None:
@@ -65,16 +75,55 @@ def test_ratio_is_the_median_of_the_rounds() -> None:
     assert line.median_us == 2e6
 
 
-def test_command_prints_a_table_and_saves_the_schema(
-    tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_providers_of_the_demo_need_no_package() -> None:
+    x = torch.randn(SMALL.tokens, SMALL.hidden_size)
+    modules = block_providers(SMALL, torch.float32)
+    assert tuple(modules) == BLOCK_PROVIDERS
+    with torch.no_grad():
+        ours, loop = modules["sparse_unified"](x), modules["expert_loop"](x)
+    assert (ours - loop).norm() / loop.norm() < 1e-6
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_op_is_measured_alone(direction: str) -> None:
+    target = find_target("cpu")
+    measured = measure_ops(SMALL, torch.bfloat16, direction, target, ROOF, repeats=1)
+    assert measured.missing == []
+    ours = {r.op for r in measured.records if r.provider == "sparse_unified"}
+    expected = {
+        "fwd": {
+            "route_topk",
+            "sort_by_expert",
+            "permute",
+            "combine",
+            "grouped_ffn",
+            "grouped_ffn_combine",
+        },
+        "fwd_bwd": {"route_topk", "permute", "combine", "grouped_ffn"},
+        "fwd_bwd_frozen": {"grouped_ffn"},
+    }
+    assert ours >= expected[direction]
+    assert all(r.direction == direction and r.median_us > 0 for r in measured.records)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """The command on a small case, in a directory of its own, without the time of the roof."""
     monkeypatch.setitem(CASES, "bagel-16to8-T256", SMALL)
-    monkeypatch.setattr("sparse_unified.bench.command.measure_roof", lambda _: ROOF)
-    path = tmp_path / "cpu.json"
-    arguments = ["--case", "bagel-16to8-T256", "--repeats", "2", "--direction", "all"]
-    assert main([*arguments, "--json", str(path)]) == 0
+    monkeypatch.setattr("sparse_unified.bench.command.measure_roof", lambda *_: ROOF)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--case", "bagel-16to8-T256", "--repeats", "2"]
+    for name in ("dense", "dense_half", "expert_loop", "liger", "sparse_unified"):
+        arguments += ["--provider", name]
+    return lambda *more: main([*arguments, *more])
+
+
+def test_command_prints_a_table_and_saves_the_schema(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--direction", "all", "--json", "cpu.json") == 0
     assert "x baseline" in capsys.readouterr().out
-    saved = json.loads(path.read_text())
+    saved = json.loads(Path("cpu.json").read_text())
     assert saved.keys() == {
         "commit",
         "date",
@@ -83,30 +132,71 @@ def test_command_prints_a_table_and_saves_the_schema(
         "roof",
         "overhead",
         "records",
+        "not_measured",
+        "states",
+    }
+    assert saved["records"][0].keys() >= {
+        "op",
+        "case",
+        "direction",
+        "dtype",
+        "provider",
+        "median_us",
+        "tflops",
+        "gbps",
+        "roof_fraction",
+        "speedup",
     }
     block = [r for r in saved["records"] if r["op"] == "sparse_ffn"]
-    assert {r["provider"] for r in block} == {
-        "dense",
-        "dense_half",
-        "expert_loop",
-        "sparse_unified",
-    }
-    assert {r["direction"] for r in block} == {"fwd", "fwd_bwd"}
+    assert {r["provider"] for r in block} == set(BLOCK_PROVIDERS)
+    assert {r["direction"] for r in block} == set(DIRECTIONS)
     ours = next(r for r in block if r["provider"] == "sparse_unified")
     assert ours["speedup"].keys() == {"dense", "dense_half", "expert_loop"}
     assert saved["overhead"]["small"].keys() == {"alone", "fused"}
-    assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == saved.keys()
+    assert not Path("bench-results").exists()
+
+
+def test_command_saves_table_and_records_by_the_name_of_the_device(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--op", "sparse_ffn") == 0
+    out = capsys.readouterr().out
+    assert Path("bench-results/cpu.txt").read_text().strip() in out
+    assert json.loads(Path("bench-results/cpu.json").read_text())["records"]
+    assert command("--op", "permute", "--out", "elsewhere") == 0
+    saved = json.loads(Path("elsewhere/cpu.json").read_text())
+    assert {r["op"] for r in saved["records"]} == {"permute"}
+
+
+def test_command_prints_records_alone(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--op", "combine", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["records"][0]["op"] == "combine"
+    assert list(Path().iterdir()) == []
+
+
+def test_providers_that_cannot_run_are_listed_with_a_reason(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--op", "sparse_ffn", "--json", "x.json") == 0
+    assert "not measured: needs CUDA, got cpu" in capsys.readouterr().out
+    (missing,) = json.loads(Path("x.json").read_text())["not_measured"]
+    assert missing["provider"] == "liger"
+    assert missing["reason"] == "needs CUDA, got cpu"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "bench: device must be 'cpu'"),
+        (["--device", "tpu"], "bench: device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
+        (["--device", "cuda:99"], "bench: device must be one of the .* got 'cuda:99'"),
+        (["--graph"], "bench: --graph must go with a CUDA device, got 'cpu'"),
         (["--repeats", "0"], "bench: repeats must be at least 1, got 0"),
         (["--threads", "-1"], "bench: threads must be at least 1, got -1"),
         (["--json", "."], r"bench: --json must be a file in a directory that exists, got '\.'"),
         (["--json", "no/x.json"], "bench: --json must be a file .*, got 'no/x.json'"),
+        (["--out", __file__], "bench: --out must be a directory, got the file"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
@@ -114,7 +204,10 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
         main(arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--case", "nonsense"], ["--bogus"], ["--repeats", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--case", "nonsense"], ["--op", "x"], ["--provider", "x"], ["--bogus"], ["--repeats", "x"]],
+)
 def test_wrong_usage_is_one_line_and_status_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,3 +217,16 @@ def test_wrong_usage_is_one_line_and_status_2(
     stderr = capsys.readouterr().err
     assert stderr.startswith("sparse-unified: error: bench: ")
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_results_are_named_after_the_device(model: str, expected: str) -> None:
+    assert slug(model) == expected
