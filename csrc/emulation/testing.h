@@ -27,6 +27,13 @@ constexpr bool kIsSmall = true;
 constexpr bool kIsSmall = false;
 #endif
 
+// Whether every access of a kernel reaches the race detector.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kDetectsRaces = true;
+#else
+constexpr bool kDetectsRaces = false;
+#endif
+
 // Of a shape or a count, the one for this build.
 template <typename T>
 constexpr T by_scale(T full, T small) {
