@@ -36,6 +36,15 @@ SCHEMAS = {
     "grouped_ffn_backward": "(Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, "
     "Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, "
     "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pruned_ffn": "(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
+    "Tensor down_proj, int block_size) -> Tensor",
+    "pruned_ffn_train": "(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
+    "Tensor down_proj, int block_size) -> (Tensor, Tensor, Tensor)",
+    "pruned_ffn_backward": "(Tensor grad_y, Tensor x, Tensor kept_blocks, Tensor gate_proj, "
+    "Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, int block_size, "
+    "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ffn_importance": "(Tensor x, Tensor gate_proj, Tensor up_proj, float threshold=0., "
+    "Tensor? token_weights=None) -> (Tensor, Tensor, Tensor)",
 }
 
 
@@ -65,6 +74,10 @@ def example_inputs(dtype: torch.dtype, num_tokens: int) -> dict[str, list[tuple[
     activations = torch.randn(num_rows, 6).to(dtype), torch.randn(num_rows, 6).to(dtype)
     both = [(True, True), (True, False), (False, True)]
     router_grads = torch.randn(num_tokens, 5), torch.randn(num_tokens, 2)
+    wide = ffn_case(num_tokens, 12, 3, 16, 2, dtype)
+    kept = torch.tensor([2, 0], dtype=torch.int32)
+    pruned = (x, kept, *wide.experts)
+    kept_rows = torch.randn(num_tokens, 32).to(dtype), torch.randn(num_tokens, 32).to(dtype)
     return {
         "route_topk": [(x, gate, 2), (x, gate, 5)],
         "route_topk_backward": [(*router_grads, topk_idx, x, gate, *needs) for needs in both],
@@ -78,10 +91,25 @@ def example_inputs(dtype: torch.dtype, num_tokens: int) -> dict[str, list[tuple[
         "grouped_ffn_train": [case.arguments, (*case.arguments, case.token_rows)],
         "grouped_ffn_combine": [case.fused_arguments],
         "grouped_ffn_backward": [(y, *case.arguments, *activations, *needs) for needs in both],
+        "pruned_ffn": [(*pruned, 16), (x, kept[:0], *wide.experts, 16)],
+        "pruned_ffn_train": [(*pruned, 16)],
+        "pruned_ffn_backward": [(grad_out, *pruned, *kept_rows, 16, *needs) for needs in both],
+        "ffn_importance": [
+            (x, *wide.experts[:2], 0.1),
+            (x, *wide.experts[:2], 0.1, torch.rand(num_tokens)),
+        ],
     }
 
 
-DIFFERENTIABLE = ("route_topk", "permute", "combine", "grouped_ffn", "grouped_ffn_train")
+DIFFERENTIABLE = (
+    "route_topk",
+    "permute",
+    "combine",
+    "grouped_ffn",
+    "grouped_ffn_train",
+    "pruned_ffn",
+    "pruned_ffn_train",
+)
 
 
 def with_grad(arguments: tuple[object, ...]) -> tuple[object, ...]:

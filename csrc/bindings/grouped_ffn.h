@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings/common.h"
+#include "bindings/workspace.h"
 #include "sparse_unified/grouped_ffn.h"
 
 namespace sparse_unified {
@@ -65,17 +66,5 @@ struct GroupedFfn {
 
 // y [R, D] of the whole op, by whichever path takes its dtype.
 Tensor grouped_ffn_forward(const GroupedFfn& ffn);
-
-// Working memory for `num_workers` workers, `bytes` each, rows on cache-line boundaries.
-class Workspace {
- public:
-  Workspace(const Tensor& like, int64_t num_workers, int64_t bytes);
-  char* get(int64_t worker) const;
-
- private:
-  Tensor storage_;
-  char* base_;
-  int64_t stride_;
-};
 
 }  // namespace sparse_unified

@@ -3,13 +3,6 @@
 #include "sparse_unified/permute.h"
 
 namespace sparse_unified {
-namespace {
-
-constexpr int64_t kLineBytes = 64;
-
-int64_t round_to_line(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
-
-}  // namespace
 
 GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor expert_offsets_in,
                        Tensor gate_proj_in, Tensor up_proj_in, Tensor down_proj_in)
@@ -153,15 +146,5 @@ void* GroupedFfn::row(const Tensor& matrix, int64_t row, int64_t columns) const 
 int64_t GroupedFfn::matrix_bytes(int64_t n, int64_t columns) const {
   return round_to_line(n * columns * element_bytes(dtype));
 }
-
-Workspace::Workspace(const Tensor& like, int64_t num_workers, int64_t bytes)
-    : storage_(empty_like_sized(like, {num_workers * round_to_line(bytes) / 4 + kLineBytes},
-                                ScalarType::Float)),
-      stride_(round_to_line(bytes)) {
-  const auto address = reinterpret_cast<intptr_t>(storage_.mutable_data_ptr());
-  base_ = reinterpret_cast<char*>(round_to_line(address));
-}
-
-char* Workspace::get(int64_t worker) const { return base_ + worker * stride_; }
 
 }  // namespace sparse_unified

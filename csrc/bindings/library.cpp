@@ -26,6 +26,19 @@ STABLE_TORCH_LIBRARY(sparse_unified, m) {
       "grouped_ffn_backward(Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, "
       "Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, "
       "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
+      "Tensor down_proj, int block_size) -> Tensor");
+  m.def(
+      "pruned_ffn_train(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
+      "Tensor down_proj, int block_size) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pruned_ffn_backward(Tensor grad_y, Tensor x, Tensor kept_blocks, Tensor gate_proj, "
+      "Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, int block_size, "
+      "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ffn_importance(Tensor x, Tensor gate_proj, Tensor up_proj, float threshold=0., "
+      "Tensor? token_weights=None) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CPU, m) {
@@ -39,4 +52,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CPU, m) {
   m.impl("grouped_ffn_train", TORCH_BOX(&sparse_unified::grouped_ffn_train));
   m.impl("grouped_ffn_combine", TORCH_BOX(&sparse_unified::grouped_ffn_combine));
   m.impl("grouped_ffn_backward", TORCH_BOX(&sparse_unified::grouped_ffn_backward));
+  m.impl("pruned_ffn", TORCH_BOX(&sparse_unified::pruned_ffn));
+  m.impl("pruned_ffn_train", TORCH_BOX(&sparse_unified::pruned_ffn_train));
+  m.impl("pruned_ffn_backward", TORCH_BOX(&sparse_unified::pruned_ffn_backward));
+  m.impl("ffn_importance", TORCH_BOX(&sparse_unified::ffn_importance));
 }

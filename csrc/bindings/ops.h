@@ -47,4 +47,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
     Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, bool needs_x,
     bool needs_weights);
 
+// -> y [T, D]
+Tensor pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, Tensor down_proj,
+                  int64_t block_size);
+// -> y [T, D], gate_rows [T, J], up_rows [T, J], J kept neurons in the order of kept_blocks
+std::tuple<Tensor, Tensor, Tensor> pruned_ffn_train(Tensor x, Tensor kept_blocks, Tensor gate_proj,
+                                                    Tensor up_proj, Tensor down_proj,
+                                                    int64_t block_size);
+// -> grad_x [T, D], grad_gate_proj, grad_up_proj, grad_down_proj (zero in blocks that were not
+// kept); empty where not wanted
+std::tuple<Tensor, Tensor, Tensor, Tensor> pruned_ffn_backward(
+    Tensor grad_y, Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, Tensor down_proj,
+    Tensor gate_rows, Tensor up_rows, int64_t block_size, bool needs_x, bool needs_weights);
+
+// -> sum_abs [I], sum_squares [I], num_fired [I]
+std::tuple<Tensor, Tensor, Tensor> ffn_importance(Tensor x, Tensor gate_proj, Tensor up_proj,
+                                                  double threshold,
+                                                  std::optional<Tensor> token_weights);
+
 }  // namespace sparse_unified

@@ -77,6 +77,35 @@ def grouped_ffn(
     return torch.cat(outputs)
 
 
+def pruned_ffn(
+    x: Tensor,
+    kept_blocks: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    block_size: int,
+) -> Tensor:
+    """x [T, D], kept_blocks [B], weights [I, D], [I, D], [D, I] -> y [T, D], kept neurons alone."""
+    first = kept_blocks.long()[:, None] * block_size  # [B, 1]
+    kept = (first + torch.arange(block_size, device=first.device)).reshape(-1)  # [J]
+    return swiglu(x, gate_proj[kept], up_proj[kept], down_proj[:, kept])
+
+
+def ffn_importance(
+    x: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    threshold: float = 0.0,
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, D], weights [I, D] -> sum |h|, sum h^2, weight of the tokens with |h| > threshold."""
+    hidden = F.silu(_wide(x) @ _wide(gate_proj).t()) * (_wide(x) @ _wide(up_proj).t())  # [T, I]
+    weights = hidden.new_ones(len(x)) if token_weights is None else token_weights.to(hidden.dtype)
+    hidden, weights = hidden[weights != 0], weights[weights != 0, None]
+    fired = (hidden.abs() > threshold) * weights
+    return (hidden.abs() * weights).sum(0), (hidden.square() * weights).sum(0), fired.sum(0)
+
+
 def sparse_ffn(
     x: Tensor,
     gate: Tensor,

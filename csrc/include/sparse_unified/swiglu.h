@@ -25,7 +25,7 @@ struct SwigluBackwardParams {
   const void* gate;         // [n]
   const void* up;           // [n]
   void* hidden;             // [n]; null when not wanted
-  void* grad_gate;          // [n]
+  void* grad_gate;          // [n]; may be `grad_hidden` itself
   void* grad_up;            // [n]
   int64_t num_values;       // n
 };

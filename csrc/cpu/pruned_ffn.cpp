@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// y[t] = sum_b down_b(silu(gate_b x[t]) * up_b x[t]) over kept blocks b of the width in fp32:
+// 6 T D operations a kept neuron, and only kept rows and columns of the weights are read.
+//
+// Panels of tokens (see ffn_tiles.h) pass by weights that stay where they are, as in grouped_ffn.
+// Neighbours in the list that are neighbours in the width make one run. Runs are taken in slices of
+// at most kSumBlock neurons: the hidden activations of a slice are computed, then its share of
+// every output, which is added to a second panel. So hidden activations are never more than a
+// slice, and an output is one sum of blocks of kSumBlock neurons, however the runs lie.
+#include "sparse_unified/pruned_ffn.h"
+
+#include <algorithm>
+
+#include "cpu/ffn_tiles.h"
+
+namespace sparse_unified {
+
+#ifdef SPARSE_UNIFIED_AVX512
+
+namespace {
+
+static_assert(kMaxPrunedBlock <= kSumBlock);
+
+// Tokens worked on at once, at most: x and y in panels and the hidden activations of a slice stay
+// in the nearer caches while the weights pass by.
+constexpr int64_t kChunkFloats = 256 * 896;
+constexpr int64_t kChunkRows = 256;
+
+int64_t chunk_rows(int64_t hidden_size) {
+  const int64_t rows = kChunkFloats / std::max<int64_t>(hidden_size, 1);
+  return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, kChunkRows);
+}
+
+// Adjacent neurons of a slice: [first, first + count) of the width, from `offset` of the slice.
+struct Run {
+  int64_t first;
+  int64_t count;
+  int64_t offset;
+};
+
+struct Slice {
+  Run runs[kSumBlock];
+  int64_t num_runs;
+  int64_t width;
+};
+
+// Fills `slice` from kept_blocks[block] onwards; returns the first block of the next slice.
+int64_t next_slice(const PrunedFfnParams& params, int64_t block, Slice& slice) {
+  slice.num_runs = 0;
+  slice.width = 0;
+  for (; block < params.num_kept && slice.width + params.block_size <= kSumBlock; ++block) {
+    const int64_t first = params.kept_blocks[block] * params.block_size;
+    Run* last = slice.num_runs ? &slice.runs[slice.num_runs - 1] : nullptr;
+    if (last != nullptr && last->first + last->count == first) {
+      last->count += params.block_size;
+    } else {
+      slice.runs[slice.num_runs++] = {first, params.block_size, slice.width};
+    }
+    slice.width += params.block_size;
+  }
+  return block;
+}
+
+// y[d] (+)= sum over the runs of down[d][j] * hidden[j], for kRows outputs of one panel.
+template <int64_t kRows, int64_t kVectors>
+SPARSE_UNIFIED_AVX512 void output_tile(const float* down, int64_t down_stride, const Slice& slice,
+                                       bool is_first, const float* hidden, float* y) {
+  Float acc[kRows][kVectors] = {};
+  for (int64_t i = 0; i < slice.num_runs; ++i) {
+    const Run run = slice.runs[i];
+    const float* even = down + run.first;
+    const float* odd = even + down_stride;
+    const float* values = hidden + run.offset * kVectors * kLanes;
+    for (int64_t k = 0; k < run.count; ++k) {
+      Float value[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) value[v] = load(values + (k * kVectors + v) * kLanes);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kRows; ++r) {
+        const float weight = (r % 2 == 0 ? even : odd)[r / 2 * 2 * down_stride + k];
+        for (int64_t v = 0; v < kVectors; ++v) acc[r][v] += weight * value[v];
+      }
+    }
+  }
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      float* out = y + (r * kVectors + v) * kLanes;
+      store(out, is_first ? acc[r][v] : load(out) + acc[r][v]);
+    }
+  }
+}
+
+// output_tile for 1 to kTileRows outputs and a panel of `num_rows` rows.
+template <int64_t kRows = kTileRows>
+SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t rows, int64_t num_rows, const float* down,
+                                           int64_t down_stride, const Slice& slice, bool is_first,
+                                           const float* hidden, float* y) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return run_output_tile<kRows - 1>(rows, num_rows, down, down_stride, slice, is_first, hidden,
+                                        y);
+    }
+  }
+  if (num_rows > kLanes) {
+    output_tile<kRows, 2>(down, down_stride, slice, is_first, hidden, y);
+  } else {
+    output_tile<kRows, 1>(down, down_stride, slice, is_first, hidden, y);
+  }
+}
+
+// Tokens [first, first + count) through all kept blocks. Panels x and y are [count / 32][D][32],
+// hidden is [count / 32][slice width][32].
+SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count,
+                                     float* workspace) {
+  const int64_t hidden_size = params.hidden_size;
+  const int64_t max_rows = chunk_rows(hidden_size);
+  float* x_panels = workspace;
+  float* y_panels = x_panels + max_rows * hidden_size;
+  float* hidden = y_panels + max_rows * hidden_size;
+
+  for (int64_t row = 0; row < count; row += kPanelRows) {
+    const int64_t in_panel = std::min(kPanelRows, count - row);
+    const float* x = params.x + (first + row) * params.x_stride;
+    float* panel = x_panels + row * hidden_size;
+    if (in_panel > kLanes) {
+      gather_panel<2>(x, params.x_stride, nullptr, in_panel, hidden_size, panel);
+    } else {
+      gather_panel<1>(x, params.x_stride, nullptr, in_panel, hidden_size, panel);
+    }
+  }
+
+  Slice slice;
+  for (int64_t block = 0; block < params.num_kept;) {
+    const bool is_first = block == 0;
+    block = next_slice(params, block, slice);
+
+    // A tile of weights stays in the cache while every panel passes by.
+    for (int64_t i = 0; i < slice.num_runs; ++i) {
+      const Run& run = slice.runs[i];
+      for (int64_t j = 0, pairs; j < run.count; j += pairs) {
+        pairs = tile_size(run.count - j, kTilePairs);
+        const WeightTile tile{
+            params.gate_proj + (run.first + j) * params.gate_stride, params.gate_stride,
+            params.up_proj + (run.first + j) * params.up_stride, params.up_stride, hidden_size};
+        for (int64_t row = 0; row < count; row += kPanelRows) {
+          const int64_t num_rows = std::min(kPanelRows, count - row);
+          run_hidden_tile(pairs, num_rows, tile, x_panels + row * hidden_size,
+                          hidden + row * slice.width + (run.offset + j) * panel_lanes(num_rows));
+        }
+      }
+    }
+
+    for (int64_t d = 0, outputs; d < hidden_size; d += outputs) {
+      outputs = tile_size(hidden_size - d, kTileRows);
+      const float* down = params.down_proj + d * params.down_stride;
+      for (int64_t row = 0; row < count; row += kPanelRows) {
+        const int64_t num_rows = std::min(kPanelRows, count - row);
+        run_output_tile(outputs, num_rows, down, params.down_stride, slice, is_first,
+                        hidden + row * slice.width,
+                        y_panels + row * hidden_size + d * panel_lanes(num_rows));
+      }
+    }
+  }
+
+  const GroupedFfnRows rows{0, count, nullptr, params.y + first * hidden_size, nullptr, nullptr};
+  for (int64_t row = 0; row < count; row += kPanelRows) {
+    const int64_t in_panel = std::min(kPanelRows, count - row);
+    const float* y = y_panels + row * hidden_size;
+    if (in_panel > kLanes) {
+      scatter_panel<2>(rows, row, in_panel, y, hidden_size);
+    } else {
+      scatter_panel<1>(rows, row, in_panel, y, hidden_size);
+    }
+  }
+}
+
+}  // namespace
+
+bool pruned_ffn_cpu_supported() { return __builtin_cpu_supports("x86-64-v4"); }
+
+int64_t pruned_ffn_workspace_floats(int64_t hidden_size) {
+  return chunk_rows(hidden_size) * (2 * hidden_size + kSumBlock);
+}
+
+void pruned_ffn_cpu(const PrunedFfnParams& params, int64_t token_begin, int64_t token_end,
+                    float* workspace) {
+  const int64_t max_rows = chunk_rows(params.hidden_size);
+  const int64_t num_chunks = (token_end - token_begin + max_rows - 1) / max_rows;
+  for (int64_t chunk = 0, first = token_begin; chunk < num_chunks; ++chunk) {
+    // Equal shares in whole panels; only the last panel of all may be short.
+    const int64_t share = (token_end - first + num_chunks - chunk - 1) / (num_chunks - chunk);
+    const int64_t whole = (share + kPanelRows - 1) / kPanelRows * kPanelRows;
+    const int64_t count = std::min(whole, token_end - first);
+    run_chunk(params, first, count, workspace);
+    first += count;
+  }
+}
+
+#else
+
+bool pruned_ffn_cpu_supported() { return false; }
+
+int64_t pruned_ffn_workspace_floats(int64_t) { return 0; }
+
+void pruned_ffn_cpu(const PrunedFfnParams&, int64_t, int64_t, float*) {}
+
+#endif
+
+}  // namespace sparse_unified

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// pruned_ffn: the fp32 SwiGLU FFN over kept blocks of its width, on CPUs with AVX-512.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_unified {
+
+struct PrunedFfnParams {
+  const float* x;              // [T, D], rows x_stride elements apart
+  int64_t x_stride;            //
+  const float* gate_proj;      // [I, D], rows gate_stride elements apart
+  int64_t gate_stride;         //
+  const float* up_proj;        // [I, D], rows up_stride elements apart
+  int64_t up_stride;           //
+  const float* down_proj;      // [D, I], rows down_stride elements apart
+  int64_t down_stride;         //
+  const int32_t* kept_blocks;  // [B], block b holds the neurons [b * block_size, (b + 1) * ...)
+  int64_t num_kept;            // B, at least 1
+  int64_t block_size;          // from 1 to kMaxPrunedBlock
+  int64_t hidden_size;         // D
+  float* y;                    // [T, D]
+};
+
+constexpr int64_t kMaxPrunedBlock = 128;
+
+// Whether this machine runs pruned_ffn_cpu.
+bool pruned_ffn_cpu_supported();
+
+// Floats of working memory pruned_ffn_cpu needs, 64-byte aligned.
+int64_t pruned_ffn_workspace_floats(int64_t hidden_size);
+
+// y[t] = sum over the kept blocks, in the order of the list, of
+// down_b(silu(gate_b x[t]) * up_b x[t]), for tokens [token_begin, token_end).
+void pruned_ffn_cpu(const PrunedFfnParams& params, int64_t token_begin, int64_t token_end,
+                    float* workspace);
+
+}  // namespace sparse_unified
