@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts again and again in child processes that are killed; run by test_checkpoint_atomic.
+"""Writes again and again in child processes that are killed; run by test_checkpoint_atomic.
 
-Usage: checkpoint_kill.py DENSE ROOT. Prints one JSON object: how many runs died, how many left the
-target absent, and how many left it complete. Any other state is an error. Children are forked from
-a process that has not run a torch op yet, which keeps a run at a few milliseconds.
+Usage: checkpoint_kill.py convert|prune DENSE ROOT. Prints one JSON object: how many runs died, how
+many left the target absent, and how many left it complete. Any other state is an error. Children
+are forked from a process that has not run a torch op yet, which keeps a run at a few milliseconds.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ from pathlib import Path
 
 from checkpoint_files import snapshot
 
-from sparse_unified.checkpoint import convert
+from sparse_unified.checkpoint import PruneWidthConfig, SkipLayersConfig, convert, prune
+
+MODES = [PruneWidthConfig(block_size=16), SkipLayersConfig(layers=[1])]
+OPERATIONS = {
+    "convert": partial(convert, num_experts=4, top_k=2, seed=1),
+    "prune": partial(prune, modes=MODES, seed=1),
+}
 
 
 def start(dense: Path, out: Path, prepare: Callable[[], None]) -> int:
-    """Forks a process that converts, and returns its id."""
+    """Forks a process that converts or prunes, and returns its id."""
     child = os.fork()
     if child == 0:
         try:
             prepare()
-            convert(dense, out, num_experts=4, top_k=2, seed=1)
+            OPERATIONS[sys.argv[1]](dense, out)
             os._exit(0)
         except BaseException as error:
             sys.stderr.write(f"{error!r}\n")
@@ -107,4 +113,4 @@ def run(dense: Path, root: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(run(Path(sys.argv[1]), Path(sys.argv[2]))) + "\n")
+    sys.stdout.write(json.dumps(run(Path(sys.argv[2]), Path(sys.argv[3]))) + "\n")

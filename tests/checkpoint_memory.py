@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints by how many bytes each operation raises the peak memory; run by test_checkpoint_memory.
 
-Usage: checkpoint_memory.py convert|verify|invert WARM_UP_ARGUMENTS... -- ARGUMENTS...
+Usage: checkpoint_memory.py OPERATION WARM_UP_ARGUMENTS... ARGUMENTS..., where the operation is
+convert, verify, invert, prune or verify_pruned.
 The warm-up runs the same on something tiny, so that imports and first calls do not count.
 """
 
@@ -10,7 +11,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sparse_unified.checkpoint import convert, invert, verify
+from sparse_unified.checkpoint import (
+    PruneWidthConfig,
+    SkipLayersConfig,
+    convert,
+    invert,
+    prune,
+    verify,
+)
 
 
 def peak_bytes() -> int:
@@ -24,7 +32,10 @@ def peak_bytes() -> int:
 def run(operation: str, first: str, second: str) -> None:
     if operation == "convert":
         convert(first, second, num_experts=16, top_k=8)
-    elif operation == "verify":
+    elif operation == "prune":
+        widths = [PruneWidthConfig(component=name, budget="global") for name in ("gen", "und")]
+        prune(first, second, [*widths, SkipLayersConfig(layers=[1])])
+    elif operation.startswith("verify"):
         assert verify(first, second).ok
     else:
         invert(first, second)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_files import write_shards
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparse_unified.bagel import Bagel, ContextImage, build_guidance
+from sparse_unified.bagel import (
+    Bagel,
+    ContextImage,
+    SpecialTokens,
+    build_guidance,
+    load_bagel,
+)
 from sparse_unified.bagel.cache import Context
+from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"
+SPECIAL = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)
 LAYERS, HIDDEN, WIDTH, HEADS, KEY_HEADS, HEAD_DIM = 4, 64, 96, 8, 4, 8
 
 
@@ -41,6 +52,34 @@ def small_bagel(seed: int = 0, **factory: Any) -> Bagel:
             is_norm = parameter.ndim == 1 and parameter.mean() == 1
             parameter.copy_(noise * scale + (1 if is_norm else 0))
     return model
+
+
+def write_model(directory: Path, model: Bagel | None = None, num_shards: int = 0) -> Path:
+    """Writes the model as a directory in the official format."""
+    model = model if model is not None else small_bagel()
+    directory.mkdir(parents=True)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if num_shards:
+        write_shards(directory, weights, num_shards)
+    else:
+        save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
+    save_file(read_case(GOLDEN / "vae").weights, directory / "ae.safetensors")
+    fields = read_case(GOLDEN / "understand").fields
+    llm = fields["llm_config"] | {
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_HEADS,
+    }
+    (directory / "llm_config.json").write_text(json.dumps(llm, indent="\t"))
+    (directory / "vit_config.json").write_text(json.dumps(fields["vit_config"]))
+    write_tokenizer(directory)
+    return directory
+
+
+def load(directory: Path) -> Bagel:
+    return load_bagel(directory, special_tokens=SPECIAL)[0]
 
 
 def layer_of(model: Bagel, layer: int) -> Any:

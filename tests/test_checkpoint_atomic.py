@@ -26,10 +26,13 @@ def sparsify(dense: Path, out: Path) -> None:
     convert(dense, out, num_experts=4, top_k=2)
 
 
-def test_kill_9_at_any_point_leaves_the_target_absent_or_complete(tmp_path: Path) -> None:
+@pytest.mark.parametrize("operation", ["convert", "prune"])
+def test_kill_9_at_any_point_leaves_the_target_absent_or_complete(
+    operation: str, tmp_path: Path
+) -> None:
     dense = make_dense(tmp_path / "dense", num_layers=3, width=16)
     done = subprocess.run(
-        [sys.executable, str(HERE / "checkpoint_kill.py"), str(dense), str(tmp_path)],
+        [sys.executable, str(HERE / "checkpoint_kill.py"), operation, str(dense), str(tmp_path)],
         env=child_environment(),
         capture_output=True,
         text=True,

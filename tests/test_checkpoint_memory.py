@@ -27,11 +27,13 @@ def test_peak_memory_is_a_few_projections(tmp_path: Path) -> None:
     assert total > 40 * PROJECTION
 
     # verify holds the FFN of one layer, three projections, for the numeric comparison.
-    bounds = {"convert": 4, "verify": 6, "invert": 4}
+    bounds = {"convert": 4, "verify": 6, "invert": 4, "prune": 4, "verify_pruned": 6}
     arguments = {
         "convert": (("small", "small_s"), ("big", "big_s")),
         "verify": (("small_s", "small"), ("big_s", "big")),
         "invert": (("small_s", "small_d"), ("big_s", "big_d")),
+        "prune": (("small", "small_p"), ("big", "big_p")),
+        "verify_pruned": (("small_p", "small"), ("big_p", "big")),
     }
     grown = {}
     for operation, pairs in arguments.items():

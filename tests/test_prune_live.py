@@ -108,7 +108,7 @@ def test_a_global_budget_goes_where_the_scores_are() -> None:
     scores = torch.rand(LAYERS, WIDTH) * torch.tensor([1.0, 100.0, 1.0, 1.0])[:, None]
     scores[2, 1:] = 0  # one neuron does everything in layer 2
     model = small_bagel()
-    config = PruneWidthConfig(keep_ratio=0.5, budget="global")  # type: ignore[arg-type]
+    config = PruneWidthConfig(keep_ratio=0.5, budget="global")
     prune_width_(model, config, scores)
     widths = [len(projections(layer_of(model, i).mlp_moe_gen)[0]) for i in range(LAYERS)]
     assert sum(widths) == LAYERS * WIDTH // 2
@@ -156,7 +156,7 @@ def test_what_is_skipped_does_not_run_and_the_rest_does(component: str, part: st
     model = small_bagel()
     with calls_counted(model) as whole:
         outputs(model)
-    skip_layers_(model, SkipLayersConfig(component=component, layers=[1], part=part))  # type: ignore[arg-type]
+    skip_layers_(model, SkipLayersConfig(component=component, layers=[1], part=part))
     with calls_counted(model) as left:
         outputs(model)
     suffix = SUFFIX[component]
@@ -176,7 +176,7 @@ def test_what_is_skipped_does_not_run_and_the_rest_does(component: str, part: st
 @COMPONENTS
 def test_a_skipped_ffn_is_one_whose_output_is_zero(component: str) -> None:
     model, zeroed = small_bagel(), small_bagel()
-    skip_layers_(model, SkipLayersConfig(component=component, layers="1-2", part="ffn"))  # type: ignore[arg-type]
+    skip_layers_(model, SkipLayersConfig(component=component, layers="1-2", part="ffn"))
     for i in (1, 2):
         torch.nn.init.zeros_(
             getattr(layer_of(zeroed, i), f"mlp{SUFFIX[component]}").down_proj.weight
@@ -258,7 +258,7 @@ def test_tokens_that_skip_an_attention_neither_ask_nor_are_seen(
     image = torch.randn(6, 16)
     expected_logits, expected = written_out(model, [21, 42, 38], image, skipped)
     for component, layers in skipped.items():
-        config = SkipLayersConfig(component=component, layers=sorted(layers), part="attention")  # type: ignore[arg-type]
+        config = SkipLayersConfig(component=component, layers=sorted(layers), part="attention")
         skip_layers_(model, config)
     context = model.new_contexts(1)
     special = model.config.special_tokens
@@ -273,7 +273,7 @@ def test_contexts_hold_the_keys_of_tokens_that_are_seen_and_positions_stay() -> 
     model = small_bagel()
     whole = contexts(model)
     skip_layers_(model, SkipLayersConfig(component="und", layers=[1]))
-    skip_layers_(model, SkipLayersConfig(component="gen", layers=[2], part="attention"))  # type: ignore[arg-type]
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[2], part="attention"))
     made = contexts(model)
     for old, new in zip(whole, made, strict=True):
         assert (old.length, old.position) == (new.length, new.position)
@@ -313,7 +313,7 @@ def test_ffns_of_models_of_another_make_are_skipped(mlp: Any) -> None:
     for i in (1, 2):
         ffn(model, i).register_forward_pre_hook(lambda *_: counted.append(1))
         ffn(model, i).gate_proj.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
-    skip_layers_(model, SkipLayersConfig(component="gen", layers=[1, 2], part="ffn"))  # type: ignore[arg-type]
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[1, 2], part="ffn"))
     skipped_und, skipped_gen = model(tokens(), tokens())
     assert torch.equal(und, skipped_und)
     expected = tokens()
@@ -331,7 +331,7 @@ def test_attention_of_models_of_another_make_is_refused() -> None:
     before = snapshot(model)
     for part in ("attention", "block"):
         with pytest.raises(ValueError, match=r"skip_layers_: layer 1 .*attention must be one that"):
-            skip_layers_(model, SkipLayersConfig(layers=[1], part=part))  # type: ignore[arg-type]
+            skip_layers_(model, SkipLayersConfig(layers=[1], part=part))
     with pytest.raises(ValueError, match=r"prune_heads_: layer 0 .*must be a module of the layer"):
         prune_heads_(model, PruneHeadsConfig())
     assert_same(before, snapshot(model))
@@ -419,7 +419,7 @@ def test_heads_are_pruned_again_of_what_is_left() -> None:
 
 def test_heads_of_one_component_in_a_layer_that_the_other_skips() -> None:
     model, zeroed = small_bagel(), small_bagel()
-    skip = SkipLayersConfig(component="und", layers=[1], part="attention")  # type: ignore[arg-type]
+    skip = SkipLayersConfig(component="und", layers=[1], part="attention")
     skip_layers_(model, skip)
     skip_layers_(zeroed, skip)
     zero_heads(zeroed, "gen", {1: [1, 3]})
@@ -452,7 +452,7 @@ def everything(model: Bagel) -> None:
     apply_moe_(model, MoEConfig(num_experts=4, top_k=2, component="gen"))
     prune_heads_(model, PruneHeadsConfig(component="und", keep_ratio=0.5))
     prune_heads_(model, PruneHeadsConfig(component="gen", keep_ratio=0.75))
-    skip_layers_(model, SkipLayersConfig(component="gen", layers=[2], part="ffn"))  # type: ignore[arg-type]
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[2], part="ffn"))
     skip_layers_(model, SkipLayersConfig(component="und", layers=[1, 3]))
     skip_layers_(model, SkipLayersConfig(component="gen", layers=[3]))
 
@@ -707,7 +707,7 @@ def test_bad_input_leaves_the_model_alone(run: Any, match: str) -> None:
 def test_configs_of_another_type_are_refused() -> None:
     for run in (prune_width_, prune_heads_, skip_layers_):
         with pytest.raises(TypeError, match=f"{run.__name__}: config must be a"):
-            run(small_bagel(), MoEConfig())  # type: ignore[arg-type]
+            run(small_bagel(), MoEConfig())
 
 
 def test_orders_that_make_no_sense_are_refused_by_name() -> None:

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probing: which layers, neurons and heads of a model matter, measured on a task.
 
-Reading order: `adapter` (where things are), `similarity`, `samples`, `evaluate` (what an evaluator
-is), `metrics` (those for BAGEL), `geneval`, `cost`, `points`, `surgery` and `transforms` (smaller
-models), `store`, `sweep`, `bagel_probes`, `results`, `plots`.
+Reading order: `adapter` (where things are), `similarity`, `evaluate`, `sweep`, `report`, `plots`.
 """
 
 from sparse_unified.analysis.adapter import (
@@ -17,63 +15,23 @@ from sparse_unified.analysis.adapter import (
     Layout,
     find_adapter,
 )
-from sparse_unified.analysis.bagel_probes import bagel_probe
-from sparse_unified.analysis.cost import Cost, measure_cost
-from sparse_unified.analysis.evaluate import Better, Evaluator, evaluator, load_evaluator
-from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
-from sparse_unified.analysis.metrics import DenseDistance, Settings, TextAgreement, VelocityError
-from sparse_unified.analysis.plots import ActivationMap, write_plots
-from sparse_unified.analysis.points import Axis, Point, SweepConfig
-from sparse_unified.analysis.ranking import Ranking
-from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
-from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
 from sparse_unified.analysis.similarity import (
     LayerSimilarity,
     Similarity,
     measure_similarity,
 )
-from sparse_unified.analysis.sweep import Probe, run_sweep
 
 __all__ = [
     "LAYOUTS",
-    "ActivationMap",
     "Adapter",
-    "Axis",
-    "Better",
     "Block",
     "BlockNames",
-    "Cost",
     "DecoderAdapter",
-    "DenseDistance",
-    "Evaluator",
     "Ffn",
     "FfnKey",
-    "GenEvalImages",
     "LayerSimilarity",
     "Layout",
-    "Point",
-    "PointResult",
-    "Probe",
-    "Ranking",
-    "Sample",
-    "Settings",
     "Similarity",
-    "SweepConfig",
-    "SweepResult",
-    "Task",
-    "TaskResult",
-    "TextAgreement",
-    "VelocityError",
-    "bagel_probe",
-    "built_in_samples",
-    "evaluator",
     "find_adapter",
-    "load_evaluator",
-    "measure_cost",
     "measure_similarity",
-    "read_metadata",
-    "read_samples",
-    "run_sweep",
-    "write_geneval",
-    "write_plots",
 ]

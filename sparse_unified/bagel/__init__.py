@@ -8,12 +8,12 @@ Reading order: `config`, `model`, `attention`, `decoder`, `vision`, `vae`, `cond
 from sparse_unified.bagel.conditioning import ContextImage, Guidance, build_guidance
 from sparse_unified.bagel.config import (
     BagelConfig,
-    ExpertConfig,
     LLMConfig,
     SpecialTokens,
     VAEConfig,
     VisionConfig,
 )
+from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer
 from sparse_unified.bagel.loading import load_bagel, load_vae
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.pipeline import BagelPipeline
@@ -32,6 +32,7 @@ __all__ = [
     "GenerationResult",
     "Guidance",
     "LLMConfig",
+    "PrunedLayer",
     "Renorm",
     "Report",
     "SamplingConfig",

@@ -157,10 +157,8 @@ class MoTAttention(nn.Module):
         width = config.hidden_size
         for stream in ("", GEN):
             held = config.held(layer, gen=stream == GEN)
-            q_width, kv_width = (
-                count * config.head_dim
-                for count in (held.num_attention_heads, held.num_key_value_heads)
-            )
+            q_width = held.num_attention_heads * config.head_dim
+            kv_width = held.num_key_value_heads * config.head_dim
             sizes = {
                 "q": (width, q_width),
                 "k": (width, kv_width),
@@ -169,10 +167,12 @@ class MoTAttention(nn.Module):
             }
             for name, (inputs, outputs) in sizes.items():
                 factory: Any = {"bias": name != "o", "device": device, "dtype": dtype}
-                linear = nn.Linear(inputs, outputs, **factory)
-                if name == "q" and held.key_heads is not None:
+                linear: nn.Linear | None = None
+                if q_width and name == "q" and held.key_heads is not None:
                     linear = QueryProjection(inputs, outputs, key_heads=held.key_heads, **factory)
-                self.register_module(f"{name}_proj{stream}", linear if q_width else None)
+                elif q_width:
+                    linear = nn.Linear(inputs, outputs, **factory)
+                self.register_module(f"{name}_proj{stream}", linear)
             for name in ("q", "k"):
                 norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device, dtype=dtype)
                 self.register_module(f"{name}_norm{stream}", norm if q_width else None)

@@ -4,20 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-
-def _require_counts(config: Any, *, or_zero: tuple[str, ...] = ()) -> None:
-    """Raises ValueError unless every field typed int is at least 1 (0 for those in `or_zero`)."""
-    for known in fields(config):
-        value, least = getattr(config, known.name), 0 if known.name in or_zero else 1
-        if known.type != "int" or (type(value) is int and value >= least):
-            continue
-        raise ValueError(
-            f"{type(config).__name__}: {known.name} must be an integer of at least {least}, "
-            f"got {value!r}"
-        )
+from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer, require_counts
 
 
 def _require_multiple(config: object, name: str, divisor: str) -> None:
@@ -32,68 +22,6 @@ def _field(source: Mapping[str, Any], name: str, where: str) -> Any:
     if source.get(name) is None:
         raise ValueError(f"{where}: {name} must be given, got keys {sorted(source)}")
     return source[name]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertConfig:
-    """One sparse FFN: E routed experts of `expert_width` neurons, `top_k` of them active."""
-
-    num_experts: int
-    top_k: int
-    expert_width: int
-    num_shared_experts: int = 0
-    shared_width: int = 0
-
-    def __post_init__(self) -> None:
-        _require_counts(self, or_zero=("num_shared_experts", "shared_width"))
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"ExpertConfig: top_k must be at most num_experts = {self.num_experts}, "
-                f"got {self.top_k}"
-            )
-
-    @property
-    def intermediate_size(self) -> int:
-        """Neurons of the block, shared ones included."""
-        return self.shared_width + self.num_experts * self.expert_width
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrunedLayer:
-    """What one decoder layer still holds for one component, whose tokens pass by what is gone.
-
-    Args:
-        intermediate_size: neurons of the FFN; 0 where it is skipped.
-        num_attention_heads: query heads; 0 where the attention is skipped.
-        num_key_value_heads: key heads of the layer, the same for both components where both have
-            an attention; 0 where the attention is skipped.
-        key_heads: the key head that each group of query heads reads; None where they read all.
-    """
-
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    key_heads: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _require_counts(self, or_zero=self.__slots__)
-        if (self.num_attention_heads == 0) != (self.num_key_value_heads == 0):
-            raise ValueError(
-                "PrunedLayer: num_attention_heads and num_key_value_heads must both be 0 or "
-                f"neither, got {self.num_attention_heads} and {self.num_key_value_heads}"
-            )
-        heads = range(self.num_key_value_heads) if self.key_heads is None else self.key_heads
-        groups = len(heads)
-        if not set(heads) <= set(range(self.num_key_value_heads)) or len(set(heads)) < groups:
-            raise ValueError(
-                "PrunedLayer: key_heads must be different key heads below "
-                f"{self.num_key_value_heads}, got {list(heads)}"
-            )
-        if self.num_attention_heads % max(1, groups):
-            raise ValueError(
-                f"PrunedLayer: num_attention_heads must be a multiple of the {groups} key heads "
-                f"they read, got {self.num_attention_heads}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +50,7 @@ class LLMConfig:
         # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
         for name in ("sparse_gen", "sparse_und", "pruned_gen", "pruned_und"):
             object.__setattr__(self, name, dict(getattr(self, name)))
-        _require_counts(self)
+        require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
         _require_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
@@ -201,7 +129,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require_counts(self)
+        require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
 
     @property
@@ -253,7 +181,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        _require_counts(self)
+        require_counts(self)
         if not self.ch_mult:
             raise ValueError("VAEConfig: ch_mult must name at least one resolution, got ()")
         for multiple in self.ch_mult:
@@ -301,7 +229,7 @@ class BagelConfig:
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
 
     def __post_init__(self) -> None:
-        _require_counts(self)
+        require_counts(self)
         for name in SpecialTokens.__slots__:
             token = getattr(self.special_tokens, name)
             if not 0 <= token < self.llm.vocab_size:

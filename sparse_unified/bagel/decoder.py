@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_unified.bagel.attention import GEN, MoTAttention, Packing, RMSNorm
-from sparse_unified.bagel.config import ExpertConfig, LLMConfig
+from sparse_unified.bagel.config import LLMConfig
+from sparse_unified.bagel.layer_config import ExpertConfig
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 

@@ -160,7 +160,7 @@ def load_bagel(
     dtype: torch.dtype | None = None,
     special_tokens: SpecialTokens | None = None,
 ) -> tuple[Bagel, AutoEncoder]:
-    """Loads a dense or sparse model and its autoencoder from a directory.
+    """Loads a dense, sparse or pruned model and its autoencoder from a directory.
 
     Args:
         directory: holds the weights, llm_config.json, vit_config.json, ae.safetensors and, if
@@ -192,6 +192,7 @@ def load_bagel(
         special_tokens=special_tokens or SpecialTokens(),
         top_k=None if moe is None else moe.top_k,
         num_shared_experts=0 if moe is None else moe.num_shared_experts,
+        pruned=checkpoint.held,
         stated=stated,
         where=os.fspath(directory),
     )

@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparse_unified.bagel.config import (
     BagelConfig,
-    ExpertConfig,
     LLMConfig,
     SpecialTokens,
     VAEConfig,
     VisionConfig,
 )
+from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer
+from sparse_unified.checkpoint.held import Held
 
 Shapes = Mapping[str, Sequence[int]]
+_QUERY_NORM = r"language_model\.model\.layers\.\d+\.self_attn\.q_norm(_moe_gen)?\.weight"
 
 
 def _shape(shapes: Shapes, key: str, num_dims: int, where: str) -> Sequence[int]:
@@ -90,6 +93,23 @@ def sparse_layers(
     return found
 
 
+def _pruned_layers(whole: LLMConfig, layers: Mapping[int, Held]) -> dict[int, PrunedLayer]:
+    """Returns the description of each layer that lost something."""
+    per_key = whole.num_attention_heads // whole.num_key_value_heads
+    pruned = {
+        layer: PrunedLayer(
+            intermediate_size=held.width,
+            num_attention_heads=per_key * len(held.reads),
+            num_key_value_heads=len(held.keys),
+            key_heads=tuple(map(held.keys.index, held.reads))
+            if len(held.reads) < len(held.keys)
+            else None,
+        )
+        for layer, held in layers.items()
+    }
+    return {n: left for n, left in pruned.items() if left != whole.held(n, gen=True)}
+
+
 def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
     """Returns the description of the autoencoder with these tensors.
 
@@ -129,6 +149,7 @@ def bagel_config(
     special_tokens: SpecialTokens,
     top_k: int | None = None,
     num_shared_experts: int = 0,
+    pruned: Mapping[str, Mapping[int, Held]] | None = None,
     stated: Mapping[str, Any] | None = None,
     where: str = "ema.safetensors",
 ) -> BagelConfig:
@@ -139,6 +160,7 @@ def bagel_config(
         llm, vit: contents of llm_config.json and vit_config.json.
         latent_channels, vae_downsample: what the autoencoder says.
         top_k, num_shared_experts: of the sparse FFNs, if there are any.
+        pruned: what pruning has left of each layer of a component; None where it took nothing.
         stated: contents of config.json, checked against the shapes where it repeats them.
         where: name of the weight file, for messages.
 
@@ -146,18 +168,25 @@ def bagel_config(
         ValueError: a tensor that decides is missing, or a JSON field contradicts the shapes.
     """
     routing: Any = {"top_k": top_k, "num_shared_experts": num_shared_experts}
-    config = LLMConfig.from_json(
-        llm,
+    whole = LLMConfig.from_json(llm)
+    config = replace(
+        whole,
         sparse_gen=sparse_layers(shapes, "gen", **routing, where=where),
         sparse_und=sparse_layers(shapes, "und", **routing, where=where),
+        pruned_gen=_pruned_layers(whole, (pruned or {}).get("gen", {})),
+        pruned_und=_pruned_layers(whole, (pruned or {}).get("und", {})),
     )
     embeddings = _shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
     _agree("llm_config.json", "vocab_size", config.vocab_size, embeddings[0])
     _agree("llm_config.json", "hidden_size", config.hidden_size, embeddings[1])
     num_layers = _count(shapes, r"language_model\.model\.layers\.(\d+)\.")
-    _agree("llm_config.json", "num_hidden_layers", config.num_hidden_layers, num_layers)
-    head = _shape(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", 1, where)
-    _agree("llm_config.json", "hidden_size / num_attention_heads", config.head_dim, head[0])
+    if pruned is None:
+        _agree("llm_config.json", "num_hidden_layers", config.num_hidden_layers, num_layers)
+    norms = [key for key in shapes if re.fullmatch(_QUERY_NORM, key)]
+    if norms or pruned is None:
+        key = norms[0] if norms else "language_model.model.layers.0.self_attn.q_norm.weight"
+        head = _shape(shapes, key, 1, where)
+        _agree("llm_config.json", "hidden_size / num_attention_heads", config.head_dim, head[0])
 
     token_channels = _shape(shapes, "vae2llm.weight", 2, where)[1]
     patch = math.isqrt(token_channels // latent_channels)

@@ -19,10 +19,14 @@ import torch
 
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.atomic import atomic_directory
+from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
+from sparse_unified.checkpoint.held import absent_prefixes
 from sparse_unified.checkpoint.index import rewrite_indices
 from sparse_unified.checkpoint.layout import CONFIG
+from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.reader import Checkpoint, read_text
+from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
 from sparse_unified.checkpoint.scores import Scores, resolve_scores
 from sparse_unified.checkpoint.sidecar import (
@@ -49,7 +53,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertReport(Report):
-    """What a conversion wrote. Widths are in neurons."""
+    """What a conversion wrote. Widths are in neurons, those of the widest layer.
+
+    Attributes:
+        expert_widths: of each layer; they differ where FFNs were pruned to different widths.
+    """
 
     out: str
     component: str
@@ -59,18 +67,21 @@ class ConvertReport(Report):
     num_shared_experts: int
     expert_width: int
     shared_width: int
+    expert_widths: tuple[int, ...]
     scores: str
     bytes_written: int
     seconds: float
 
     def to_text(self) -> str:
+        least, most = min(self.expert_widths), max(self.expert_widths)
+        width = f"{most}" if least == most else f"{least} to {most}"
         rows = [
             ("written", self.out),
             ("component", self.component),
             ("sparse layers", format_layers(self.layers)),
             (
                 "experts",
-                f"{self.num_experts}, {self.top_k} active, {self.expert_width} neurons each",
+                f"{self.num_experts}, {self.top_k} active, {width} neurons each",
             ),
             ("shared expert", f"{self.shared_width} neurons" if self.shared_width else "none"),
             ("neurons ranked by", self.scores),
@@ -124,19 +135,20 @@ def convert(
     start = time.perf_counter()
     source = Checkpoint(dense)
     refuse_nesting(source.directory, out, what=WHAT)
-    layout, selected = _check_arguments(
-        source, num_experts, top_k, num_shared_experts, layers, component
+    layouts = _check_arguments(source, num_experts, top_k, num_shared_experts, layers, component)
+    selected = tuple(layouts)
+    scores_of, origin = resolve_scores(
+        source, component, selected, scores=scores, seed=seed, what=WHAT
     )
-    scores_of, origin = resolve_scores(source, component, selected, scores=scores, seed=seed)
 
     indices: dict[int, np.ndarray] = {}
 
     def index_of(layer: int) -> np.ndarray:
         if layer not in indices:
-            indices[layer] = snake_partition(scores_of(layer), layout).numpy()
+            indices[layer] = snake_partition(scores_of(layer), layouts[layer]).numpy()
         return indices[layer]
 
-    split = Split(component=component, layers=selected, layout=layout, index_of=index_of)
+    split = Split(component=component, layouts=layouts, index_of=index_of)
 
     # Plan: the header of each weight file, the text of each JSON file, what is copied as it is.
     entries = {key: split_entries(split, key, spec) for key, spec in source.specs.items()}
@@ -163,7 +175,19 @@ def convert(
         {key: [new for new, _, _ in part] for key, part in entries.items()},
         data_bytes - sum(spec.nbytes for spec in source.specs.values()),
     )
-    others = list_files(source.directory, skip={*headers, *texts}, what=WHAT)
+    config = MoEConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared_experts=num_shared_experts,
+        component=component,
+        layers=selected,
+    )
+    step = Step(config=config, scores=origin, tool=tool_version())
+    new_texts = {name: new for name, (_, new) in texts.items()}
+    new_texts[RECIPE] = (source.recipe or Recipe()).then(step).to_json()
+    if source.recipe is not None:
+        texts[RECIPE] = (read_text(source.directory / RECIPE), new_texts[RECIPE])
+    others = list_files(source.directory, skip={*headers, *new_texts}, what=WHAT)
     total = data_bytes + sum(8 + len(header.encode()) for header in headers.values())
     total += sum(file.nbytes for file in others)
     counter = ByteCounter(total, progress)
@@ -174,7 +198,7 @@ def convert(
         for name, text in headers.items():
             with FileWriter(partial / name, text, counter.advance) as writer:
                 write_split(split, source.headers[name], writer)
-        for name, (_, new) in texts.items():
+        for name, new in new_texts.items():
             write_text(partial / name, new)
         arguments = {
             "num_experts": num_experts,
@@ -203,8 +227,9 @@ def convert(
         num_experts=num_experts,
         top_k=top_k,
         num_shared_experts=num_shared_experts,
-        expert_width=layout.expert_width,
-        shared_width=layout.shared_width,
+        expert_width=max(layout.expert_width for layout in layouts.values()),
+        shared_width=max(layout.shared_width for layout in layouts.values()),
+        expert_widths=tuple(layout.expert_width for layout in layouts.values()),
         scores=origin,
         bytes_written=counter.done,
         seconds=time.perf_counter() - start,
@@ -218,10 +243,10 @@ def _check_arguments(
     num_shared_experts: int,
     layers: str | Sequence[int],
     component: str,
-) -> tuple[ExpertLayout, tuple[int, ...]]:
+) -> dict[int, ExpertLayout]:
     if component not in keys.FFN_NAMES:
         raise ValueError(f"{WHAT}: component must be gen or und, got {component!r}")
-    problems = check_structure(source.keys())
+    problems = check_structure(source.keys(), absent_prefixes(source.held or {}))
     if problems:
         raise ValueError(f"{source.directory}: {problems[0]}")
     ffns = source.ffns.get(component, {})
@@ -236,18 +261,31 @@ def _check_arguments(
             f"{source.directory}: {component} FFNs must all be dense, got sparse layers "
             f"{format_layers(list(moe.layers[component]))}; invert gives the dense files back"
         )
-    selected = select_layers(layers, len(ffns))
+    selected = select_layers(layers, source.num_layers)
+    if layers in ("all", "middle"):
+        selected = tuple(layer for layer in selected if layer in ffns) or selected
+    skipped = [layer for layer in selected if layer not in ffns]
+    if skipped:
+        raise ValueError(
+            f"{WHAT}: layers must have a {component} FFN, got {list_some(skipped)}, which skip it"
+        )
     dtypes = {ffns[layer].dtype for layer in selected} - set(_DTYPES)
     if dtypes:
         raise ValueError(
             f"{source.directory}: FFN dtype must be one of "
             f"{', '.join(map(str, _DTYPES))}, got {dtypes.pop()}"
         )
-    layout = ExpertLayout(
-        intermediate_size=ffns[selected[0]].intermediate_size,
-        num_experts=num_experts,
-        num_shared_experts=num_shared_experts,
-    )
+    layouts = {}
+    for layer in selected:
+        try:
+            layouts[layer] = ExpertLayout(
+                intermediate_size=ffns[layer].intermediate_size,
+                num_experts=num_experts,
+                num_shared_experts=num_shared_experts,
+            )
+        except ValueError as error:
+            at = f"{component} layer {layer}: " if source.held is not None else ""
+            raise ValueError(f"{at}{error}") from error
     if type(top_k) is not int or not 1 <= top_k <= num_experts:
         raise ValueError(f"{WHAT}: top_k must be 1 to num_experts = {num_experts}, got {top_k!r}")
     # The config has one set of counts for both components.
@@ -258,4 +296,4 @@ def _check_arguments(
             f"{moe.num_shared_experts} and {moe.top_k} as in the component that is sparse "
             f"already, got {num_experts}, {num_shared_experts} and {top_k}"
         )
-    return layout, selected
+    return layouts

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,10 +25,14 @@ def compare_outputs(
     layout: ExpertLayout,
     *,
     seed: int,
+    kept: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Runs both FFNs of one layer on the same random tokens, in fp32 whatever the files hold.
 
     Half precision rounds each expert's output, which could hide a mistake or look like one.
+
+    Args:
+        kept: the neurons of the dense FFN that the experts are made of; None for all.
 
     Returns:
         max|sparse - ref| and the most it may be, 2 * max|dense - ref| + 1e-5 * max|ref|, where ref
@@ -38,7 +43,7 @@ def compare_outputs(
     x = torch.randn(_NUM_TOKENS, ffn.hidden_size, generator=generator)
     with torch.no_grad():
         y = _run_sparse(sparse, component, layer, layout, x)
-        y_dense, ref = _run_dense(dense, component, layer, x)
+        y_dense, ref = _run_dense(dense, component, layer, x, kept)
     error = (y.double() - ref).abs().max().item()
     own_error = (y_dense.double() - ref).abs().max().item()
     return error, 2 * own_error + 1e-5 * ref.abs().max().item()
@@ -73,12 +78,17 @@ def _run_sparse(
     return y
 
 
-def _run_dense(dense: Checkpoint, component: str, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def _run_dense(
+    dense: Checkpoint, component: str, layer: int, x: Tensor, kept: np.ndarray | None
+) -> tuple[Tensor, Tensor]:
     from sparse_unified.nn import SwiGLU
 
     weights = [
         dense.read(keys.dense_key(component, layer, name)).to(x.dtype) for name in keys.PROJECTIONS
     ]
+    if kept is not None:
+        index = torch.from_numpy(kept)
+        weights = [weights[0][index], weights[1][index], weights[2][:, index]]
     gate_proj, up_proj, down_proj = weights
     ffn = SwiGLU(x.shape[1], gate_proj.shape[0], device="meta", dtype=x.dtype)
     ffn.load_state_dict(

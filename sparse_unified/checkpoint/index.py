@@ -18,7 +18,7 @@ def rewrite_indices(
 
     Args:
         source: the checkpoint whose directory is looked through.
-        renamed: key -> the keys that take its place.
+        renamed: key -> the keys that take its place, none when it is left out.
         added_bytes: how much larger all tensors are together afterwards.
     """
     texts: dict[str, tuple[str, str]] = {}
@@ -35,7 +35,8 @@ def rewrite_indices(
             for key, name in weight_map.items()
             if name in source.headers and renamed.get(key, [key]) != [key]
         }
-        if not affected:
+        speaks_of_them = any(key in renamed for key in weight_map)
+        if not affected and not (added_bytes and speaks_of_them):
             continue
         index["weight_map"] = {
             new: name

@@ -11,8 +11,10 @@ from typing import Any
 
 from sparse_unified.checkpoint.ffn import FFN, FFNs, scan_ffns
 from sparse_unified.checkpoint.files import list_files
+from sparse_unified.checkpoint.held import Held, Layers, absent_prefixes
 from sparse_unified.checkpoint.layout import check_layout, find_top_k
 from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.checkpoint.recipe import Recipe
 from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
 from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header
 from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
@@ -40,6 +42,7 @@ class ComponentInfo:
         layers: decoder layers; () outside the language model.
         sparse_layers: those of them with a sparse FFN.
         experts: "E x width + shared width" of each kind of sparse FFN found.
+        pruned: what the layers have lost, in words; empty where nothing was pruned.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ComponentInfo:
     layers: tuple[int, ...]
     sparse_layers: tuple[int, ...]
     experts: tuple[str, ...]
+    pruned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,8 @@ class Info(Report):
         files: `{name: bytes}` of every file in the directory.
         dtypes: `{dtype: parameters}` of the weight files.
         sidecar: tool, component and arguments of the conversion; None without a sidecar.
+        recipe: the steps of `sparse_unified.json`, in order; empty without it.
+        steps: the same, a line each.
         problems: what disagrees; empty when nothing does.
     """
 
@@ -72,11 +78,22 @@ class Info(Report):
     weight_files: tuple[str, ...]
     files: dict[str, int]
     sidecar: dict[str, Any] | None
+    recipe: tuple[dict[str, Any], ...]
+    steps: tuple[str, ...]
     problems: tuple[str, ...]
 
     def to_text(self) -> str:
         rows: list[tuple[object, ...]] = [
-            ("component", "tensors", "parameters", "active", "layers", "sparse", "experts")
+            (
+                "component",
+                "tensors",
+                "parameters",
+                "active",
+                "layers",
+                "sparse",
+                "experts",
+                "pruned",
+            )
         ]
         for part in self.components:
             rows.append(
@@ -88,6 +105,7 @@ class Info(Report):
                     format_layers(part.layers) if part.layers else "",
                     format_layers(part.sparse_layers) if part.layers else "",
                     "; ".join(part.experts),
+                    "; ".join(part.pruned),
                 )
             )
         rows.append(
@@ -99,6 +117,7 @@ class Info(Report):
                 "",
                 "",
                 f"top_k {self.top_k}" if self.top_k is not None else "",
+                "",
             )
         )
         others = {name: size for name, size in self.files.items() if name not in self.weight_files}
@@ -113,6 +132,7 @@ class Info(Report):
         if self.sidecar is not None:
             arguments = ", ".join(f"{k} {v}" for k, v in self.sidecar["arguments"].items())
             facts.append(("converted by", f"{self.sidecar['tool']}: {arguments}"))
+        facts += [(f"step {i}", step) for i, step in enumerate(self.steps)]
         lines = [self.directory, "", format_table(rows, header=True), "", format_table(facts), ""]
         lines += [f"disagrees: {problem}" for problem in self.problems]
         return "\n".join(lines if self.problems else [*lines, "nothing disagrees"])
@@ -126,18 +146,23 @@ def info(directory: str | os.PathLike[str]) -> Info:
             listed in `problems` instead.
     """
     source = Checkpoint(directory)
-    problems = check_structure(source.keys())
-    ffns, wrong = scan_ffns(source.specs)
-    problems += wrong
+    ffns, problems = scan_ffns(source.specs)
     config: dict[str, Any] = {}
+    recipe: Recipe | None = None
+    held: Layers | None = None
     try:
         config = source.llm_config
-        problems += check_layout(ffns, config)[1]
+        recipe = source.recipe
+        held = source.held
+        problems += check_layout(ffns, config, held)[1]
+        problems += source.check_recipe() if not problems else []
     except ValueError as error:
         problems.append(str(error))
+    problems = check_structure(source.keys(), absent_prefixes(held or {})) + problems
 
-    kinds = {f.sparse for layers in ffns.values() for f in layers.values() if f.sparse is not None}
-    num_experts = next(iter(kinds)).num_experts if len(kinds) == 1 else None
+    sparse = [f.sparse for layers in ffns.values() for f in layers.values() if f.sparse is not None]
+    counts = {sizes.num_experts for sizes in sparse}
+    num_experts = counts.pop() if len(counts) == 1 else None
     top_k = find_top_k(num_experts, config)[0] if num_experts is not None else None
 
     parts: dict[str, dict[str, TensorSpec]] = {name: {} for name in _COMPONENTS}
@@ -145,7 +170,9 @@ def info(directory: str | os.PathLike[str]) -> Info:
         parts[_component_of(key)][key] = spec
     parts["vae"] = _vae_specs(source, problems)
     components = tuple(
-        _describe(name, specs, ffns.get(name, {}), top_k) for name, specs in parts.items() if specs
+        _describe(name, specs, ffns.get(name, {}), top_k, (held or {}).get(name))
+        for name, specs in parts.items()
+        if specs
     )
     dtypes: dict[str, int] = {}
     for spec in source.specs.values():
@@ -162,7 +189,9 @@ def info(directory: str | os.PathLike[str]) -> Info:
         dtypes=dtypes,
         weight_files=tuple(source.headers),
         files={str(f.name): f.nbytes for f in list_files(source.directory, skip=(), what="info")},
-        sidecar=_describe_sidecar(source, ffns, problems),
+        sidecar=_describe_sidecar(source, ffns, held or {}, problems),
+        recipe=tuple(step.to_dict() for step in recipe.steps) if recipe is not None else (),
+        steps=tuple(step.to_text() for step in recipe.steps) if recipe is not None else (),
         problems=tuple(problems),
     )
 
@@ -186,7 +215,11 @@ def _vae_specs(source: Checkpoint, problems: list[str]) -> dict[str, TensorSpec]
 
 
 def _describe(
-    name: str, specs: Mapping[str, TensorSpec], ffns: Mapping[int, FFN], top_k: int | None
+    name: str,
+    specs: Mapping[str, TensorSpec],
+    ffns: Mapping[int, FFN],
+    top_k: int | None,
+    held: Mapping[int, Held] | None,
 ) -> ComponentInfo:
     parameters = sum(math.prod(spec.shape) for spec in specs.values())
     sparse = {layer: ffn for layer, ffn in ffns.items() if ffn.sparse is not None}
@@ -208,10 +241,35 @@ def _describe(
             + (f" + {kind.shared_width} shared" if kind.shared_width else "")
             for kind in kinds
         ),
+        pruned=_describe_pruned(held or {}),
     )
 
 
-def _describe_sidecar(source: Checkpoint, ffns: FFNs, problems: list[str]) -> dict[str, Any] | None:
+def _describe_pruned(held: Mapping[int, Held]) -> tuple[str, ...]:
+    if not held:
+        return ()
+    heads = max(len(left.keys) for left in held.values())
+    lost = {
+        "no FFN": [layer for layer, left in held.items() if not left.width],
+        "no attention": [layer for layer, left in held.items() if not left.has_attention],
+        "fewer heads": [layer for layer, left in held.items() if 0 < len(left.reads) < heads],
+    }
+    texts = [f"{what} in {format_layers(layers)}" for what, layers in lost.items() if layers]
+    widths: dict[int, list[int]] = {}
+    for layer, left in held.items():
+        if left.width:
+            widths.setdefault(left.width, []).append(layer)
+    spread = sorted(widths)
+    if len(spread) > 3:
+        texts.append(f"{spread[0]} to {spread[-1]} neurons")
+    else:
+        texts += [f"{width} neurons in {format_layers(widths[width])}" for width in spread]
+    return tuple(texts)
+
+
+def _describe_sidecar(
+    source: Checkpoint, ffns: FFNs, held: Layers, problems: list[str]
+) -> dict[str, Any] | None:
     path = source.directory / SIDECAR
     if not path.exists():
         return None
@@ -223,6 +281,8 @@ def _describe_sidecar(source: Checkpoint, ffns: FFNs, problems: list[str]) -> di
     found = ffns.get(sidecar.component, {})
     for layer, index in sidecar.neuron_index.items():
         ffn = found.get(layer)
+        if held and not held[sidecar.component][layer].width:
+            continue  # skipped since
         if ffn is None or ffn.sparse is None or ffn.intermediate_size != len(index):
             problems.append(
                 f"{SIDECAR}: {sidecar.component} layer {layer} must be sparse with {len(index)} "

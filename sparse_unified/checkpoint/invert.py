@@ -16,8 +16,10 @@ from sparse_unified.checkpoint.atomic import atomic_directory
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
 from sparse_unified.checkpoint.layout import MoELayout
+from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.moves import to_dense
 from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
 from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec
 from sparse_unified.checkpoint.sidecar import (
@@ -80,6 +82,15 @@ def invert(
     source = Checkpoint(sparse)
     refuse_nesting(source.directory, out, what=WHAT)
     sidecar = read_sidecar(source.directory / SIDECAR)
+    last = source.recipe.steps[-1].config if source.recipe and source.recipe.steps else None
+    if last is not None and not (
+        isinstance(last, MoEConfig) and last.component == sidecar.component
+    ):
+        raise ValueError(
+            f"{source.directory}: last step in {RECIPE} must be the conversion to experts of "
+            f"{sidecar.component}, which {SIDECAR} undoes, got a {last.mode} step of "
+            f"{last.component}: what was pruned is gone"
+        )
     headers = parse_dense_headers(source.directory / SIDECAR, sidecar)
     moe = source.moe
     layers = tuple(sidecar.neuron_index)
@@ -91,7 +102,7 @@ def invert(
         )
     _check_tensors(source, sidecar, headers, moe)
 
-    skip = {*source.headers, *sidecar.texts, *headers}
+    skip = {*source.headers, *sidecar.texts, *headers, RECIPE}
     others = list_files(source.directory, skip=skip | {SIDECAR}, what=WHAT)
     total = sum(file.nbytes for file in others)
     for header in headers.values():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -84,6 +84,16 @@ def attention_modules(component: str) -> tuple[str, ...]:
 def ffn_modules(component: str) -> tuple[str, ...]:
     """Returns the modules of a decoder layer that only the FFN of a component needs."""
     return f"post_attention_layernorm{SUFFIXES[component]}", FFN_NAMES[component]
+
+
+def component_of(name: str) -> str:
+    """Returns the component of a key inside a decoder layer, as in `mlp_moe_gen.gate.weight`."""
+    return "gen" if "_moe_gen." in name else "und"
+
+
+def module_prefixes(layer: int, modules: Iterable[str]) -> tuple[str, ...]:
+    """Returns the starts of all keys of modules of a decoder layer."""
+    return tuple(f"{layer_prefix(layer)}{module}." for module in modules)
 
 
 def dense_key(component: str, layer: int, projection: str) -> str:

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import FFNs, SparseLayer, list_some
+from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.partition import ExpertLayout
+
+if TYPE_CHECKING:
+    from sparse_unified.checkpoint.held import Layers
 
 CONFIG = "llm_config.json"
 
@@ -46,14 +50,19 @@ class MoELayout:
         )
 
 
-def check_layout(ffns: FFNs, config: Mapping[str, Any]) -> tuple[MoELayout | None, list[str]]:
+def check_layout(
+    ffns: FFNs, config: Mapping[str, Any], held: Layers | None = None
+) -> tuple[MoELayout | None, list[str]]:
     """Compares the FFNs found in the keys with llm_config.json.
+
+    Args:
+        held: what pruning has left; None where nothing was pruned.
 
     Returns:
         the sparse layout, None when no FFN is sparse or the config leaves it open; and a sentence
         for each disagreement.
     """
-    problems = [*_check_layers(ffns, config), *_check_sizes(ffns, config)]
+    problems = [*_check_layers(ffns, config, held), *_check_sizes(ffns, config, held)]
     sparse = {
         component: {layer: ffn.sparse for layer, ffn in layers.items() if ffn.sparse is not None}
         for component, layers in ffns.items()
@@ -62,20 +71,23 @@ def check_layout(ffns: FFNs, config: Mapping[str, Any]) -> tuple[MoELayout | Non
     for component in keys.FFN_NAMES:
         if component in ffns:
             problems += _check_transformed(
-                component, set(sparse.get(component, {})), len(ffns[component]), config
+                component, set(sparse.get(component, {})), set(ffns[component]), config
             )
     if not sparse:
         return None, problems
 
     kinds = {sizes for layers in sparse.values() for sizes in layers.values()}
-    if len(kinds) > 1:
+    # Narrower FFNs have narrower experts, but as many of them.
+    alike = kinds if held is None else {sizes.num_experts for sizes in kinds}
+    if len(alike) > 1:
         found = [f"{s.num_experts} x {s.expert_width} + {s.shared_width}" for s in sorted(kinds)]
         problems.append(
             "keys: sparse layers must agree on experts x width + shared width, "
             f"got {list_some(found)}"
         )
+    for sizes in sorted(kinds) if held is not None else [min(kinds)]:
+        problems += _check_counts(sizes, config)
     sizes = min(kinds)
-    problems += _check_counts(sizes, config)
     top_k, wrong = find_top_k(sizes.num_experts, config)
     problems += wrong
     if problems or top_k is None:
@@ -88,13 +100,18 @@ def check_layout(ffns: FFNs, config: Mapping[str, Any]) -> tuple[MoELayout | Non
     ), problems
 
 
-def _check_layers(ffns: FFNs, config: Mapping[str, Any]) -> list[str]:
+def _check_layers(ffns: FFNs, config: Mapping[str, Any], held: Layers | None) -> list[str]:
     problems = []
     wanted = config.get("num_hidden_layers")
     for component, layers in ffns.items():
         # Without the config, the highest layer counts them.
         count = wanted if isinstance(wanted, int) and wanted > 0 else max(layers) + 1
-        absent = [layer for layer in range(min(count, max(layers) + 7)) if layer not in layers]
+        skipped = {n for n, left in held[component].items() if not left.width} if held else set()
+        absent = [
+            layer
+            for layer in range(min(count, max(layers) + 7))
+            if layer not in layers and layer not in skipped
+        ]
         extra = [layer for layer in layers if layer >= count]
         name = f"keys: {component} layers ({keys.FFN_NAMES[component]})"
         if absent:
@@ -106,12 +123,27 @@ def _check_layers(ffns: FFNs, config: Mapping[str, Any]) -> list[str]:
                 f"{name} must be 0 to {count - 1} as num_hidden_layers of {CONFIG} says, "
                 f"got {list_some(extra)} too"
             )
+        left_over = [layer for layer in layers if layer in skipped]
+        if left_over:
+            problems.append(
+                f"{name} {list_some(left_over)} must not be there, as {RECIPE} says they are "
+                "skipped, got their keys"
+            )
     return problems
 
 
-def _check_sizes(ffns: FFNs, config: Mapping[str, Any]) -> list[str]:
+def _check_sizes(ffns: FFNs, config: Mapping[str, Any], held: Layers | None) -> list[str]:
     problems = []
-    for field in ("hidden_size", "intermediate_size"):
+    if held is not None:
+        for component, layers in ffns.items():
+            for layer, ffn in layers.items():
+                left = held[component].get(layer)
+                if left is not None and left.width and left.width != ffn.intermediate_size:
+                    problems.append(
+                        f"{RECIPE}: {component} layer {layer} must have {ffn.intermediate_size} "
+                        f"neurons as in the keys, got {left.width}"
+                    )
+    for field in ("hidden_size", "intermediate_size") if held is None else ("hidden_size",):
         found: dict[int, list[str]] = {}
         for component, layers in ffns.items():
             for layer, ffn in layers.items():
@@ -129,12 +161,12 @@ def _check_sizes(ffns: FFNs, config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_transformed(
-    component: str, sparse: set[int], num_layers: int, config: Mapping[str, Any]
+    component: str, sparse: set[int], layers: set[int], config: Mapping[str, Any]
 ) -> list[str]:
     field = keys.TRANSFORMED[component]
     value = config.get(field, False)
     if isinstance(value, bool):
-        claimed = set(range(num_layers)) if value else set()
+        claimed = layers if value else set()
     elif isinstance(value, list) and all(type(layer) is int for layer in value):
         claimed = set(value)
     else:

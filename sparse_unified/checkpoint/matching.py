@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof from the bytes alone that the experts of a layer are its dense neurons, reordered.
+"""Proof from the bytes alone that the neurons of a layer are those of a dense one.
+
+They may be reordered into experts, and fewer where the layer was pruned.
 
 The bytes of each neuron (gate row, up row, down column) are hashed on both sides, neurons with the
 same hashes are paired, and every pair is then compared bit for bit.
@@ -15,6 +17,7 @@ import numpy as np
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.moves import expert_ranges, read_words, row_blocks
 from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.checkpoint.safetensors_file import TensorSpec
 from sparse_unified.partition import ExpertLayout
 
 _COLUMNS = 512
@@ -25,13 +28,16 @@ Digests = tuple[list[bytes], ...]
 
 
 def find_bijection(
-    sparse: Checkpoint, dense: Checkpoint, component: str, layer: int, layout: ExpertLayout
+    sparse: Checkpoint, dense: Checkpoint, component: str, layer: int, layout: ExpertLayout | None
 ) -> tuple[np.ndarray | None, list[str]]:
-    """Pairs every neuron of the experts with the dense neuron that has the same bytes.
+    """Pairs every neuron of a layer with a dense neuron of its own that has the same bytes.
+
+    Args:
+        layout: of the experts; None where the layer is dense, as one that was made narrower.
 
     Returns:
-        neuron_index [I] int64 (None when there is no bijection), and a sentence for the first few
-        neurons that differ, which names expert and neuron.
+        neuron_index [I] int64 (None when there is no such pairing), and a sentence for the first
+        few neurons that differ, which names expert and neuron.
     """
     dense_digests = _dense_digests(dense, component, layer)
     found = [_sparse_digests(sparse, component, layer, name, layout) for name in keys.PROJECTIONS]
@@ -50,13 +56,25 @@ def _dense_digests(dense: Checkpoint, component: str, layer: int) -> Digests:
     return tuple(digests)
 
 
+def _parts(
+    sparse: Checkpoint, component: str, layer: int, projection: str, layout: ExpertLayout | None
+) -> list[tuple[TensorSpec, int, int]]:
+    """Returns (tensor, first neuron, end) of each tensor that a projection is made of."""
+    if layout is None:
+        spec = sparse.spec(keys.dense_key(component, layer, projection))
+        return [(spec, 0, spec.shape[1 if projection == "down_proj" else 0])]
+    return [
+        (sparse.spec(keys.expert_key(component, layer, expert, projection)), start, stop)
+        for expert, start, stop in expert_ranges(layout)
+    ]
+
+
 def _sparse_digests(
-    sparse: Checkpoint, component: str, layer: int, projection: str, layout: ExpertLayout
+    sparse: Checkpoint, component: str, layer: int, projection: str, layout: ExpertLayout | None
 ) -> list[bytes]:
     digests: list[bytes] = []
-    for expert, _, _ in expert_ranges(layout):
-        words = read_words(sparse.spec(keys.expert_key(component, layer, expert, projection)))
-        digests += _digests(words, projection)
+    for spec, _, _ in _parts(sparse, component, layer, projection, layout):
+        digests += _digests(read_words(spec), projection)
     return digests
 
 
@@ -71,7 +89,7 @@ def _digests(words: np.ndarray, projection: str) -> Iterator[bytes]:
 
 
 def _pair(
-    dense: Digests, sparse: Digests, layout: ExpertLayout
+    dense: Digests, sparse: Digests, layout: ExpertLayout | None
 ) -> tuple[np.ndarray | None, list[str]]:
     free: dict[tuple[bytes, ...], list[int]] = {}
     for neuron, key in enumerate(zip(*dense, strict=True)):
@@ -79,7 +97,7 @@ def _pair(
     for neurons in free.values():
         neurons.reverse()  # so that pop() gives equal neurons out in dense order
 
-    index = np.full(layout.intermediate_size, -1, dtype=np.int64)
+    index = np.full(len(sparse[0]), -1, dtype=np.int64)
     holders: dict[tuple[bytes, ...], str] = {}
     problems: list[str] = []
     num_wrong = 0
@@ -116,7 +134,9 @@ def _explain(dense: Digests, key: tuple[bytes, ...]) -> str:
     return ", ".join(parts)
 
 
-def _name(layout: ExpertLayout, position: int) -> str:
+def _name(layout: ExpertLayout | None, position: int) -> str:
+    if layout is None:
+        return f"neuron {position}"
     if position < layout.shared_width:
         return f"shared expert, neuron {position}"
     expert, neuron = divmod(position - layout.shared_width, layout.expert_width)
@@ -128,16 +148,13 @@ def _compare(
     dense: Checkpoint,
     component: str,
     layer: int,
-    layout: ExpertLayout,
+    layout: ExpertLayout | None,
     index: np.ndarray,
 ) -> Iterator[str]:
     """Yields a sentence for each pair of equal hashes whose bytes differ after all."""
     for projection in keys.PROJECTIONS:
         spec = dense.spec(keys.dense_key(component, layer, projection))
-        parts = [
-            (sparse.spec(keys.expert_key(component, layer, expert, projection)), start, stop)
-            for expert, start, stop in expert_ranges(layout)
-        ]
+        parts = _parts(sparse, component, layer, projection, layout)
         if projection == "down_proj":
             for top, bottom in row_blocks(spec):
                 block = np.take(read_words(spec.rows(top, bottom)), index, axis=1)

@@ -12,7 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from sparse_unified.checkpoint.ffn import FFNs, scan_ffns
+from sparse_unified.checkpoint.held import Layers, check_attention, follow_recipe, whole_layers
 from sparse_unified.checkpoint.layout import CONFIG, MoELayout, check_layout
+from sparse_unified.checkpoint.modes import MoEConfig
+from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
 from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec, read_header, read_tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -104,6 +107,13 @@ class Checkpoint:
         self._refuse(problems)
         return ffns
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, those of which pruning has left nothing included."""
+        if self.held is not None:
+            return len(self.held["gen"])
+        return max((max(layers) + 1 for layers in self.ffns.values()), default=0)
+
     @cached_property
     def moe(self) -> MoELayout | None:
         """The sparse FFNs as the keys give them, checked against the config; None when dense.
@@ -112,9 +122,54 @@ class Checkpoint:
             ValueError: keys disagree among themselves or with llm_config.json; the message names
                 what was found and what would be legal.
         """
-        moe, problems = check_layout(self.ffns, self.llm_config)
-        self._refuse(problems)
+        moe, problems = check_layout(self.ffns, self.llm_config, self.held)
+        self._refuse(problems + self.check_recipe())
         return moe
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """What was done to the model, `sparse_unified.json`; None without it.
+
+        Raises:
+            ValueError: the file is no recipe.
+        """
+        path = self.directory / RECIPE
+        return parse_recipe(path, read_json(path)) if path.exists() else None
+
+    @cached_property
+    def held(self) -> Layers | None:
+        """What each layer holds of each component after pruning; None where nothing was pruned.
+
+        Raises:
+            ValueError: the recipe cannot have been carried out on the dense model of the config.
+        """
+        if self.recipe is None or all(isinstance(s.config, MoEConfig) for s in self.recipe.steps):
+            return None
+        layers = whole_layers(self.llm_config)
+        self._refuse(follow_recipe(layers, self.recipe))
+        return layers
+
+    def check_recipe(self) -> list[str]:
+        """Returns a sentence for each thing in the keys that the recipe does not account for."""
+        problems = []
+        if self.held is not None:
+            problems += check_attention(self.held, self._specs, self.llm_config)
+        for step in self.recipe.steps if self.recipe is not None else ():
+            config = step.config
+            if not isinstance(config, MoEConfig):
+                continue
+            for layer in map(int, config.layers):
+                ffn = self.ffns.get(config.component, {}).get(layer)
+                if ffn is None or (
+                    ffn.sparse is not None and ffn.sparse.num_experts == config.num_experts
+                ):
+                    continue
+                found = "a dense FFN" if ffn.sparse is None else str(ffn.sparse.num_experts)
+                problems.append(
+                    f"{RECIPE}: {config.component} layer {layer} must have {config.num_experts} "
+                    f"experts in the keys, got {found}"
+                )
+        return problems
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:

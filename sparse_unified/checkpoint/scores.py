@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the importance of each neuron comes from when a checkpoint is converted.
+"""Where the importance of neurons and heads comes from when a checkpoint is converted or pruned.
 
-A scores file is a safetensors file that holds either one tensor `scores` [num_layers, I], or one
-tensor [I] per layer, named by its index (`"1"`, `"2"`, ...); any float dtype.
+A scores file is a safetensors file that holds one tensor `scores` [num_layers, I], or one tensor
+[I] per layer, named by its index (`"1"`, `"2"`, ...), or by component and index (`"gen.1"`), beside
+which `"gen.1.heads"` may give a tensor [G] for the groups of heads; any float dtype.
 """
 
 from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -20,11 +22,21 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
-from sparse_unified.partition import as_scores, check_scores, magnitude_scores, random_scores
+from sparse_unified.partition import (
+    as_scores,
+    check_scores,
+    head_magnitude_scores,
+    magnitude_scores,
+    random_scores,
+)
 
 _BLOCK_NEURONS = 1024
 
-Scores = Mapping[int, Tensor] | Tensor | str | os.PathLike[str]
+LayerScores = Mapping[int, Tensor] | Tensor
+Scores = Mapping[str, LayerScores] | LayerScores | str | os.PathLike[str]
+
+HEADS = ".heads"
+_NAME = re.compile(rf"({'|'.join(keys.FFN_NAMES)})\.(0|[1-9]\d*)({re.escape(HEADS)})?")
 
 
 def resolve_scores(
@@ -34,11 +46,15 @@ def resolve_scores(
     *,
     scores: Scores | None,
     seed: int | None,
+    what: str,
 ) -> tuple[Callable[[int], Tensor], str]:
     """Returns a function from layer to scores [I], and how the report calls their origin.
 
     Given scores are checked at once for every layer in `layers`; magnitudes are computed when
     asked for, with one projection of that layer in memory.
+
+    Args:
+        what: the operation, for messages.
 
     Raises:
         ValueError: scores and seed are both given, or scores lack a layer, name something else,
@@ -46,77 +62,139 @@ def resolve_scores(
         TypeError: scores are no tensors.
     """
     ffns = source.ffns[component]
-    if scores is not None and seed is not None:
-        raise ValueError(f"convert: scores and seed must not both be given, got seed {seed}")
+    sizes = {layer: ffns[layer].intermediate_size for layer in layers}
+    given, name = _given(scores, component, sizes, source.num_layers, seed=seed, what=what)
+    if given is not None:
+        return given.__getitem__, name
     if seed is not None:
-        if type(seed) is not int:
-            raise ValueError(f"convert: seed must be an integer, got {seed!r}")
-        return (
-            lambda layer: random_scores(ffns[layer].intermediate_size, seed=seed, layer=layer),
-            f"random, seed {seed}",
-        )
-    if scores is None:
-        return lambda layer: _magnitudes(source, component, layer), "weight magnitude"
+        return lambda layer: random_scores(sizes[layer], seed=seed, layer=layer), name
+    return lambda layer: _magnitudes(source, component, layer, what), "weight magnitude"
 
+
+def resolve_head_scores(
+    source: Checkpoint,
+    component: str,
+    reads: Mapping[int, Sequence[int]],
+    *,
+    scores: Scores | None,
+    seed: int | None,
+    what: str,
+) -> tuple[dict[int, Tensor], str]:
+    """Returns the scores [G] of the groups of heads of each layer, and how their origin is called.
+
+    Args:
+        reads: `{layer: the key head, of those in the file, that each group reads}`.
+
+    Raises:
+        ValueError, TypeError: as in `resolve_scores`.
+    """
+    sizes = {layer: len(heads) for layer, heads in reads.items()}
+    given, name = _given(scores, component + HEADS, sizes, source.num_layers, seed=seed, what=what)
+    if given is not None:
+        return {layer: given[layer] for layer in reads}, name
+    if seed is not None:
+        random = {n: random_scores(size, seed=seed, layer=n) for n, size in sizes.items()}
+        return random, name
+    magnitudes = {n: _head_magnitudes(source, component, n, reads[n], what) for n in reads}
+    return magnitudes, "weight magnitude"
+
+
+def _given(
+    scores: Scores | None,
+    component: str,
+    sizes: Mapping[int, int],
+    num_layers: int,
+    *,
+    seed: int | None,
+    what: str,
+) -> tuple[Mapping[int, Tensor] | None, str]:
+    """Returns checked scores, None where there are none, and what they are called."""
+    if scores is not None and seed is not None:
+        raise ValueError(f"{what}: scores and seed must not both be given, got seed {seed}")
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"{what}: seed must be an integer, got {seed!r}")
+    if scores is None:
+        return None, f"random, seed {seed}"
     name = "given"
     if isinstance(scores, (str, os.PathLike)):
         name = f"file {Path(scores).name}"
         scores = read_scores(scores)
-    given = _by_layer(scores, len(ffns))
-    missing = [layer for layer in layers if layer not in given]
+    given = _by_layer(_of_component(scores, component, what), num_layers, what)
+    missing = [layer for layer in sizes if layer not in given]
     if missing:
         raise ValueError(
-            f"convert: scores must have layers {list_some(layers)}, got no {list_some(missing)}"
+            f"{what}: scores must have layers {list_some(sizes)}, got no {list_some(missing)}"
         )
-    for layer in layers:
-        check_scores(given[layer], ffns[layer].intermediate_size, where=f"convert: layer {layer}")
-    return given.__getitem__, name
+    for layer, size in sizes.items():
+        check_scores(given[layer], size, where=f"{what}: layer {layer}")
+    return given, name
 
 
-def read_scores(path: str | os.PathLike[str]) -> Mapping[int, Tensor] | Tensor:
+def _of_component(
+    scores: Mapping[str, LayerScores] | LayerScores, component: str, what: str
+) -> LayerScores:
+    by_name: Mapping[Any, Any] = scores if isinstance(scores, Mapping) else {}
+    legal = [name + end for name in keys.FFN_NAMES for end in ("", HEADS)]
+    if not any(name in by_name for name in legal):
+        return scores  # type: ignore[return-value]
+    if component not in by_name:
+        raise ValueError(f"{what}: scores must hold {component}, got {list_some(by_name)}")
+    found: LayerScores = by_name[component]
+    return found
+
+
+def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | LayerScores:
     """Reads a scores file; raises ValueError when it is not laid out as this module says."""
     header = read_header(path)
     if set(header.tensors) == {"scores"}:
         return read_tensor(header.tensors["scores"], what=str(path))
+    named = {key: _NAME.fullmatch(key) for key in header.tensors}
+    if named and all(named.values()):
+        components: dict[str, dict[int, Tensor]] = {}
+        for key, match in named.items():
+            assert match is not None
+            own = components.setdefault(match[1] + (match[3] or ""), {})
+            own[int(match[2])] = read_tensor(header.tensors[key], what=str(path))
+        return components
     wrong = [key for key in header.tensors if not key.isascii() or not key.isdigit()]
     if wrong or not header.tensors:
         raise ValueError(
-            f"{path}: scores file must hold one tensor 'scores' [num_layers, I] or tensors named "
-            f"by layer index, got {list_some(sorted(header.tensors))}"
+            f"{path}: scores file must hold one tensor 'scores' [num_layers, I], or tensors named "
+            f"by layer index or as gen.1 or gen.1.heads, got {list_some(sorted(header.tensors))}"
         )
     return {int(key): read_tensor(spec, what=str(path)) for key, spec in header.tensors.items()}
 
 
-def _by_layer(scores: Mapping[int, Tensor] | Tensor, num_layers: int) -> dict[int, Tensor]:
+def _by_layer(scores: LayerScores, num_layers: int, what: str) -> dict[int, Tensor]:
     if isinstance(scores, Mapping):
         return {
-            _layer_index(layer): as_scores(value, where=f"convert: layer {layer}")
+            _layer_index(layer, what): as_scores(value, where=f"{what}: layer {layer}")
             for layer, value in scores.items()
         }
-    scores = as_scores(scores, where="convert")
+    scores = as_scores(scores, where=what)
     if scores.ndim != 2 or scores.shape[0] != num_layers:
         raise ValueError(
-            f"convert: scores must have shape [{num_layers} layers, intermediate_size], "
+            f"{what}: scores must have shape [{num_layers} layers, intermediate_size], "
             f"got {list(scores.shape)}"
         )
     return dict(enumerate(scores))
 
 
-def _layer_index(layer: object) -> int:
+def _layer_index(layer: object, what: str) -> int:
     """Takes any integer, and its digits as a scores file has them."""
     if isinstance(layer, str) and layer.isascii() and layer.isdigit():
         return int(layer)
     if isinstance(layer, SupportsIndex) and not isinstance(layer, bool):
         return operator.index(layer)
-    raise ValueError(f"convert: scores must be named by layer index, got {layer!r}")
+    raise ValueError(f"{what}: scores must be named by layer index, got {layer!r}")
 
 
-def _magnitudes(source: Checkpoint, component: str, layer: int) -> Tensor:
+def _magnitudes(source: Checkpoint, component: str, layer: int, what: str) -> Tensor:
     # Blocks of neurons get the bits that the whole layer would: every neuron is summed by itself.
     gate_proj, up_proj, down_proj = (
         source.spec(keys.dense_key(component, layer, name)) for name in keys.PROJECTIONS
     )
-    what = f"convert: {component} layer {layer} of the weights"
+    what = f"{what}: {component} layer {layer} of the weights"
     columns = read_tensor(down_proj, what=what)
     parts = []
     for start in range(0, columns.shape[1], _BLOCK_NEURONS):
@@ -125,4 +203,19 @@ def _magnitudes(source: Checkpoint, component: str, layer: int) -> Tensor:
         parts.append(magnitude_scores(rows[0], rows[1], columns[:, start:stop].contiguous()))
     scores = torch.cat(parts)
     check_scores(scores, scores.shape[0], where=what)
+    return scores
+
+
+def _head_magnitudes(
+    source: Checkpoint, component: str, layer: int, heads: Sequence[int], what: str
+) -> Tensor:
+    at = f"{what}: {component} layer {layer} of the attention weights"
+    stem, suffix = f"{keys.layer_prefix(layer)}self_attn.", keys.SUFFIXES[component]
+    values = source.read(f"{stem}v_proj{suffix}.weight")
+    output = source.read(f"{stem}o_proj{suffix}.weight")
+    channels = source.spec(f"{stem}q_norm{suffix}.weight").shape[0]
+    scores = head_magnitude_scores(
+        values.unflatten(0, (-1, channels))[list(heads)], output.unflatten(1, (len(heads), -1))
+    )
+    check_scores(scores, len(heads), where=at)
     return scores

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,20 +24,18 @@ class Split:
 
     Attributes:
         component: "gen" or "und".
-        layers: ascending layer indices.
-        layout: expert ranges, the same in every layer.
+        layouts: layer -> expert ranges, ascending.
         index_of: layer -> neuron_index [I] int64.
     """
 
     component: str
-    layers: tuple[int, ...]
-    layout: ExpertLayout
+    layouts: Mapping[int, ExpertLayout]
     index_of: Callable[[int], np.ndarray]
 
     def projection_of(self, key: str) -> tuple[int, str] | None:
         """Returns (layer, projection) when the dense tensor `key` is split, else None."""
         found = keys.find_ffn_key(key)
-        if found is None or found[0] != self.component or found[1] not in self.layers:
+        if found is None or found[0] != self.component or found[1] not in self.layouts:
             return None
         return found[1], found[2].removesuffix(".weight")
 
@@ -51,15 +49,16 @@ def split_entries(split: Split, key: str, spec: TensorSpec) -> list[Entry]:
     if part is None:
         return [(key, spec.dtype, spec.shape)]
     layer, projection = part
+    layout = split.layouts[layer]
     entries: list[Entry] = []
     if projection == "gate_proj":
         hidden = spec.shape[1]
         for name in keys.router_names(split.component):
-            rows = 1 if name == "gate_shared" else split.layout.num_experts
+            rows = 1 if name == "gate_shared" else layout.num_experts
             entries.append(
                 (keys.router_key(split.component, layer, name), spec.dtype, (rows, hidden))
             )
-    for expert, start, stop in expert_ranges(split.layout):
+    for expert, start, stop in expert_ranges(layout):
         width = stop - start
         shape = (spec.shape[0], width) if projection == "down_proj" else (width, spec.shape[1])
         entries.append(
@@ -76,9 +75,10 @@ def write_split(split: Split, header: Header, writer: FileWriter) -> None:
             writer.copy(spec)
             continue
         layer, projection = part
+        layout = split.layouts[layer]
         if projection == "gate_proj":
             routers = len(keys.router_names(split.component)) - 1
-            rows = routers * split.layout.num_experts + 1
+            rows = routers * layout.num_experts + 1
             writer.write(np.zeros(rows * spec.shape[1] * spec.dtype.itemsize, dtype=np.uint8))
-        for piece in to_experts(spec, projection, split.index_of(layer), split.layout):
+        for piece in to_experts(spec, projection, split.index_of(layer), layout):
             writer.write(piece)

@@ -16,8 +16,12 @@ from sparse_unified.checkpoint.ffn import list_some
 _VIT_LAYER = re.compile(r"(vit_model\..*?\.layers)\.(\d+)\.(.+)")
 
 
-def check_structure(found: Iterable[str]) -> list[str]:
-    """Returns a sentence for each unknown key and each gap among the keys outside the FFNs."""
+def check_structure(found: Iterable[str], absent: tuple[str, ...] = ()) -> list[str]:
+    """Returns a sentence for each unknown key and each gap among the keys outside the FFNs.
+
+    Args:
+        absent: starts of keys that pruning has taken away.
+    """
     present = set(found)
     problems = []
     unknown = sorted(key for key in present if not keys.is_official(key))
@@ -26,7 +30,7 @@ def check_structure(found: Iterable[str]) -> list[str]:
             "keys: names must be official BAGEL names (language_model.*, vit_model.*, "
             f"{', '.join(f'{group}.*' for group in keys.OTHER_GROUPS)}), got {list_some(unknown)}"
         )
-    missing = sorted(_expected(present) - present)
+    missing = sorted(key for key in _expected(present) - present if not key.startswith(absent))
     if missing:
         problems.append(
             "keys: a group of tensors must be whole in every layer, "

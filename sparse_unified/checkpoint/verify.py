@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that a sparse checkpoint is its dense one, reordered: from the weights, not the sidecar."""
+"""Proof that a checkpoint is its dense one, reordered or pruned: from the weights, not the sidecar.
+
+Which layers and heads are gone is what the recipe says and the keys confirm; which neurons are gone
+is found out from the bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import math
 import os
 import time
 from dataclasses import dataclass
+
+import numpy as np
 
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.compare import (
@@ -19,6 +25,12 @@ from sparse_unified.checkpoint.equivalence import compare_outputs
 from sparse_unified.checkpoint.matching import find_bijection
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.report import Report, format_table
+from sparse_unified.checkpoint.verify_pruned import (
+    PrunedVerdict,
+    find_changes,
+    judge_change,
+    pruned_table,
+)
 from sparse_unified.checkpoint.writer import ByteCounter, Progress
 from sparse_unified.partition import ExpertLayout
 
@@ -50,12 +62,18 @@ class LayerVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport(Report):
-    """The verdict on a sparse checkpoint, layer by layer and over all other tensors."""
+    """The verdict on a checkpoint, layer by layer and over all other tensors.
+
+    Attributes:
+        layers: sparse FFNs.
+        pruned: parts that have become smaller or are skipped.
+    """
 
     sparse: str
     against: str
     ok: bool
     layers: tuple[LayerVerdict, ...]
+    pruned: tuple[PrunedVerdict, ...]
     tensors_compared: int
     problems: tuple[str, ...]
     seconds: float
@@ -79,13 +97,20 @@ class VerifyReport(Report):
                     "ok" if verdict.ok else "FAILED",
                 )
             )
-        lines = [format_table(rows, header=True), ""]
+        lines = [format_table(rows, header=True), ""] if self.layers else []
+        if self.pruned:
+            lines += [pruned_table(self.pruned), ""]
+        for part in self.pruned:
+            lines += [
+                f"{part.component} layer {part.layer} {part.part}, {p}" for p in part.problems
+            ]
         for verdict in self.layers:
             lines += [f"{verdict.component} layer {verdict.layer}, {p}" for p in verdict.problems]
         lines += self.problems
         lines.append(f"{self.tensors_compared} other tensors compared byte by byte")
+        what = "a part" if self.pruned else "a reordering"
         lines.append(
-            f"{self.sparse} {'is' if self.ok else 'IS NOT'} a reordering of {self.against} "
+            f"{self.sparse} {'is' if self.ok else 'IS NOT'} {what} of {self.against} "
             f"({self.seconds:.1f} s)"
         )
         return "\n".join(lines)
@@ -98,12 +123,13 @@ def verify(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Checks a sparse checkpoint against the dense one it should come from.
+    """Checks a sparse or pruned checkpoint against the dense one it should come from.
 
     For each sparse layer: the neurons of the experts are a bijection of the dense ones, bit for
-    bit, and with top_k = E and routers at zero the block computes what the dense FFN computes.
-    Every other tensor, `ae.safetensors`, `vit_config.json` and the other fields of
-    `llm_config.json` are the same. The sidecar is not consulted.
+    bit, and with top_k = E and routers at zero the block computes what the dense FFN computes. Of
+    a pruned layer, the neurons and heads that are left are dense ones bit for bit, each once, and
+    those that are gone are listed. Every other tensor, `ae.safetensors`, `vit_config.json` and the
+    other fields of `llm_config.json` are the same. The sidecar is not consulted.
 
     Args:
         sparse, against: the two model directories.
@@ -125,12 +151,16 @@ def verify(
         for layer in layers
         if (ffn := right.ffns.get(component, {}).get(layer)) is not None and ffn.sparse is None
     ]
-    if moe is None or not pairs:
+    changes = find_changes(left, right)
+    if not pairs and not changes:
         raise ValueError(
-            f"{WHAT}: {sparse} must have sparse layers that are dense in {against}, got "
-            f"{'none that are dense there' if moe is not None else 'a dense checkpoint'}"
+            f"{WHAT}: {sparse} must have sparse layers that are dense in {against}, or pruned "
+            f"ones, got {'none that are dense there' if moe is not None else 'a dense checkpoint'}"
         )
-    prefixes = tuple(keys.ffn_prefix(component, layer) for component, layer in pairs)
+    prefixes = (
+        *(keys.ffn_prefix(component, layer) for component, layer in pairs),
+        *(prefix for change in changes for prefix in change.prefixes()),
+    )
     kept, wanted = (
         {key: spec for key, spec in side.specs.items() if not key.startswith(prefixes)}
         for side in (left, right)
@@ -138,11 +168,21 @@ def verify(
     counter = ByteCounter(sum(spec.nbytes for spec in right.specs.values()), progress)
 
     verdicts = []
+    pruned = []
+    indices: dict[tuple[str, int], np.ndarray | None] = {}
     for component, layer in pairs:
+        assert moe is not None
         layout = moe.expert_layout(component, layer)
-        verdicts.append(_judge(left, right, component, layer, layout, seed))
+        verdict, indices[component, layer] = _judge(left, right, component, layer, layout, seed)
+        verdicts.append(verdict)
         for name in keys.PROJECTIONS:
             counter.advance(right.spec(keys.dense_key(component, layer, name)).nbytes)
+    for change in changes:
+        verdict_of_part = judge_change(left, right, change, indices)
+        pruned.append(verdict_of_part)
+        counter.advance(
+            change.nbytes(right) if (change.component, change.layer) not in pairs else 0
+        )
     problems = [
         *compare_specs(kept, wanted),
         *compare_tensors(kept, wanted, counter),
@@ -152,8 +192,9 @@ def verify(
     return VerifyReport(
         sparse=str(sparse),
         against=str(against),
-        ok=not problems and all(verdict.ok for verdict in verdicts),
+        ok=not problems and all(v.ok for v in verdicts) and all(v.ok for v in pruned),
         layers=tuple(verdicts),
+        pruned=tuple(pruned),
         tensors_compared=len(kept.keys() & wanted.keys()),
         problems=tuple(problems),
         seconds=time.perf_counter() - start,
@@ -167,9 +208,10 @@ def _judge(
     layer: int,
     layout: ExpertLayout,
     seed: int,
-) -> LayerVerdict:
+) -> tuple[LayerVerdict, np.ndarray | None]:
     ffns = sparse.ffns[component][layer], dense.ffns[component][layer]
-    sizes = [(f.intermediate_size, f.hidden_size, f.dtype) for f in ffns]
+    narrower = sparse.held is not None and ffns[0].intermediate_size < ffns[1].intermediate_size
+    sizes = [(0 if narrower else f.intermediate_size, f.hidden_size, f.dtype) for f in ffns]
     routers = [
         sparse.read(keys.router_key(component, layer, name))
         for name in keys.router_names(component)
@@ -183,13 +225,16 @@ def _judge(
     if not all(bool(router.float().isfinite().all()) for router in routers):
         problems.append("routers must be finite, got NaN or infinity")
     if index is not None:
-        error, tolerance = compare_outputs(sparse, dense, component, layer, layout, seed=seed)
+        kept = np.sort(index) if narrower else None
+        error, tolerance = compare_outputs(
+            sparse, dense, component, layer, layout, seed=seed, kept=kept
+        )
         if not error <= tolerance:
             problems.append(
                 f"output with top_k = {layout.num_experts} must be within {tolerance:.2e} of the "
                 f"dense FFN, got {error:.2e}"
             )
-    return LayerVerdict(
+    verdict = LayerVerdict(
         component=component,
         layer=layer,
         ok=not problems,
@@ -199,3 +244,4 @@ def _judge(
         routers="trained" if any(bool(router.any()) for router in routers) else "zero",
         problems=tuple(problems),
     )
+    return verdict, index

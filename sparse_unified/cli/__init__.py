@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparse_unified.cli import analyze, benchmark, chat, checkpoints, generate
+from sparse_unified.cli import benchmark, chat, checkpoints, generate, pruning
 from sparse_unified.cli.console import PROG, CommandParser, Usage, one_line, split_json_flag
 
 _DESCRIPTION = """\
@@ -27,9 +27,9 @@ def build_parser() -> CommandParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     checkpoints.add_commands(commands)
+    pruning.add_commands(commands)
     generate.add_commands(commands)
     chat.add_commands(commands)
-    analyze.add_commands(commands)
     benchmark.add_commands(commands)
     return parser
 

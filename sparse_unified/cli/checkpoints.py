@@ -16,12 +16,13 @@ def add_commands(commands: Any) -> None:
 
     verify = commands.add_parser(
         "verify",
-        help="prove that a sparse checkpoint is a dense one, reordered",
+        help="prove that a checkpoint is a dense one, reordered or pruned",
         description="Proves from the weights alone that the experts of SPARSE are the neurons of "
         "DENSE, each once and bit for bit, that every other tensor is the same, and that with all "
-        "experts active the FFNs compute the same. Exit status 1 when anything differs.",
+        "experts active the FFNs compute the same. Of a pruned checkpoint, what is left is proved "
+        "to be there and what is gone is listed. Exit status 1 when anything differs.",
     )
-    verify.add_argument("sparse", metavar="SPARSE", help="the sparse model directory")
+    verify.add_argument("sparse", metavar="SPARSE", help="the sparse or pruned model directory")
     verify.add_argument(
         "--against", metavar="DENSE", required=True, help="the dense model directory"
     )
@@ -96,8 +97,8 @@ def _add_convert(commands: Any) -> None:
         "--scores",
         metavar="FILE",
         help="importance of each neuron: a safetensors file with one tensor 'scores' [num_layers, "
-        "width], or one tensor [width] per layer named by its index; without it, neurons are "
-        "ranked by weight magnitude",
+        "width], or one tensor [width] per layer named by its index, or by component and index "
+        "as in gen.3; without it, neurons are ranked by weight magnitude",
     )
     ranking.add_argument(
         "--seed", type=values.seed, metavar="N", help="rank neurons at random, from this seed"

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -50,6 +51,31 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def ratio(text: str) -> float:
+    """A share: above 0 and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
+    return value
+
+
+def names(*legal: str) -> Callable[[str], tuple[str, ...]]:
+    """Returns the type of a comma-separated list of different names, each of them legal."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        listed = tuple(part.strip() for part in text.split(","))
+        if len(set(listed)) < len(listed) or not set(listed) <= set(legal):
+            raise argparse.ArgumentTypeError(
+                f"must be different ones of {', '.join(legal)}, comma-separated, got {text!r}"
+            )
+        return listed
+
+    return parse
+
+
 def interval(text: str) -> tuple[float, float]:
     """`LO,HI` -> two floats."""
     parts = text.split(",")
@@ -68,42 +94,3 @@ def image_path(text: str) -> Path:
     if path.suffix.lower() not in IMAGE_FORMATS:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(IMAGE_FORMATS)}, got {text!r}")
     return path
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Comma-separated names, each once."""
-    names = tuple(part.strip() for part in text.split(","))
-    if not all(names) or len(set(names)) != len(names):
-        raise argparse.ArgumentTypeError(
-            f"must be names with commas between, each once, got {text!r}"
-        )
-    return names
-
-
-def names(legal: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Returns the type of comma-separated names out of `legal`."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        found = listed(text)
-        for name in found:
-            if name not in legal:
-                raise argparse.ArgumentTypeError(f"must be of {', '.join(legal)}, got {name!r}")
-        return found
-
-    return parse
-
-
-def ratios(text: str) -> tuple[float, ...]:
-    """Comma-separated shares above 0 and at most 1."""
-    found = []
-    for part in listed(text):
-        try:
-            value = float(part)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"must be numbers with commas between, got {part!r}"
-            ) from None
-        if not 0 < value <= 1:
-            raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {part}")
-        found.append(value)
-    return tuple(found)

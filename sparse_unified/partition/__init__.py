@@ -8,6 +8,7 @@ from sparse_unified.partition.scores import (
     as_scores,
     check_scores,
     head_magnitude_scores,
+    joint_scores,
     magnitude_scores,
     random_scores,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "as_scores",
     "check_scores",
     "head_magnitude_scores",
+    "joint_scores",
     "keep_units",
     "magnitude_scores",
     "plan_heads",

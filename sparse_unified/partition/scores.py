@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,16 @@ def head_magnitude_scores(v_proj: Tensor, o_proj: Tensor) -> Tensor:
     """
     values = torch.linalg.vector_norm(v_proj.flatten(1), dim=1, dtype=torch.float32)
     return values * torch.linalg.vector_norm(o_proj, dim=(0, 2), dtype=torch.float32)
+
+
+def joint_scores(scores: Sequence[Tensor]) -> Tensor:
+    """Adds scores of different origin, each [N] divided by its mean magnitude first; fp64, CPU."""
+    total = torch.zeros(len(scores[0]), dtype=torch.float64)
+    for values in scores:
+        wide = values.detach().cpu().double()
+        size = wide.abs().mean()
+        total += wide / size if size > 0 else wide
+    return total
 
 
 def _column_norms(weight: Tensor, rows_at_once: int = 64) -> Tensor:

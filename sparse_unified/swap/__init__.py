@@ -6,6 +6,7 @@ place), `exchange` (in and out), `counts`, `report`, `transforms` (sparse FFNs),
 `heads`, `restore`.
 """
 
+from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.modes import (
     MoEConfig,
     Part,
@@ -14,7 +15,7 @@ from sparse_unified.checkpoint.modes import (
     SkipLayersConfig,
 )
 from sparse_unified.partition import Budget
-from sparse_unified.swap.counts import Counts, count_parameters
+from sparse_unified.swap.counts import count_parameters
 from sparse_unified.swap.depth import skip_layers_
 from sparse_unified.swap.heads import prune_heads_
 from sparse_unified.swap.report import PrunedPart, PruneReport, SwappedLayer, SwapReport

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.keys import ATTENTION_PROJECTIONS, SUFFIXES
 from sparse_unified.checkpoint.modes import BOTH, PruneHeadsConfig
 from sparse_unified.nn import QueryProjection, key_heads_read
@@ -21,10 +22,11 @@ from sparse_unified.partition import (
     HeadPlan,
     check_scores,
     head_magnitude_scores,
+    joint_scores,
     keep_units,
     plan_heads,
 )
-from sparse_unified.swap.counts import Counts, count_component
+from sparse_unified.swap.counts import count_component
 from sparse_unified.swap.exchange import Change, all_or_nothing, next_order, put_in
 from sparse_unified.swap.find import Host, find_host, select_held, takes_absent_parts
 from sparse_unified.swap.report import PruneReport, part_entries
@@ -173,7 +175,7 @@ def _ranking(
 ) -> dict[int, Tensor]:
     """Returns the scores [G] of each layer's groups."""
     selected = [attention.layer for attention in attentions]
-    ranking: dict[int, Tensor] = {}
+    ranking: dict[int, list[Tensor]] = {layer: [] for layer in selected}
     for component in config.components:
         own = of_component(scores, component, where=where)
         given = by_layer(own, selected, num_layers, where=where)
@@ -189,13 +191,11 @@ def _ranking(
             values = given[attention.layer] if values is None and given is not None else values
             assert values is not None
             check_scores(values, groups, where=at)
-            values = values.detach().cpu().double()
-            if config.component == BOTH:
-                size = values.abs().mean()
-                values = values / size if size > 0 else values
-                values = values + ranking.get(attention.layer, 0)
-            ranking[attention.layer] = values
-    return ranking
+            ranking[attention.layer].append(values)
+    return {
+        layer: joint_scores(values) if config.component == BOTH else values[0]
+        for layer, values in ranking.items()
+    }
 
 
 def _magnitudes(attention: _Attention, component: str, at: str) -> Tensor:

@@ -8,21 +8,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparse_unified.checkpoint.counts import Counts, format_counts
 from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules
 from sparse_unified.checkpoint.report import Report, format_layers, format_table
 from sparse_unified.nn import SparseMoE
 from sparse_unified.swap.blocks import SkippedFFN
-from sparse_unified.swap.counts import Counts
 from sparse_unified.swap.exchange import Change, like
 from sparse_unified.swap.find import Target
-
-_COUNTS = {
-    "parameters": "parameters",
-    "bytes": "bytes",
-    "flops_per_token": "FLOPs per token",
-    "flops_per_pair": "FLOPs of attention per pair",
-    "kv_bytes_per_token": "cached bytes per token",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +99,7 @@ class PruneReport(Report):
     def to_text(self) -> str:
         return (
             f"{self.action}: {_summary(self.parts)}\n{_parts_table(self.parts)}\n\n"
-            + _counts_table(self.before, self.after)
+            + format_counts(self.before, self.after)
         )
 
     def __str__(self) -> str:
@@ -249,15 +241,6 @@ def _parts_table(parts: Sequence[PrunedPart]) -> str:
     for entry in parts:
         change = _change(entry.parameters_before, entry.parameters_after)
         rows.append((entry.layer, entry.component, entry.part, entry.before, entry.after, change))
-    return format_table(rows, header=True)
-
-
-def _counts_table(before: Counts, after: Counts) -> str:
-    rows: list[Sequence[object]] = [("in the decoder layers", "before", "after", "left")]
-    for name, title in _COUNTS.items():
-        old, new = getattr(before, name), getattr(after, name)
-        left = f"{100 * new / old:.1f} %" if old else "-"
-        rows.append((title, f"{old:,}", f"{new:,}", left))
     return format_table(rows, header=True)
 
 

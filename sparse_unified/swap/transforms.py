@@ -118,13 +118,11 @@ def load_moe_(
     if moe is None:
         raise ValueError(f"{checkpoint.directory}: checkpoint must be sparse, got a dense one")
     host = find_host(model, where=where)
-    for component in moe.layers:
-        num_layers = len(checkpoint.ffns[component])
-        if num_layers != len(host.layers):
-            raise ValueError(
-                f"{where}: model must have {num_layers} layers as {checkpoint.directory} has, "
-                f"got {len(host.layers)} under {host.path}"
-            )
+    if checkpoint.num_layers != len(host.layers):
+        raise ValueError(
+            f"{where}: model must have {checkpoint.num_layers} layers as {checkpoint.directory} "
+            f"has, got {len(host.layers)} under {host.path}"
+        )
     plans, problems = [], []
     for component, layers in moe.layers.items():
         for layer in layers:
