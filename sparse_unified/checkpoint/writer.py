@@ -14,8 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from sparse_unified.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec
+from sparse_unified.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec, as_bytes
 
 CHUNK_BYTES = 8 << 20
 # One call of the kernel copies at most this much, so that progress and Ctrl-C get their turn.
@@ -60,6 +61,22 @@ def build_header(
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return text + " " * (-len(text.encode()) % 8)
+
+
+def encode_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Returns a whole safetensors file of CPU tensors, widest element types first.
+
+    The same tensors and metadata give the same bytes, which the safetensors package does not
+    promise for metadata of several entries.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header = build_header(
+        [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in ordered], metadata
+    ).encode()
+    data = (as_bytes(tensor.contiguous()).tobytes() for _, tensor in ordered)
+    return b"".join([len(header).to_bytes(8, "little"), header, *data])
 
 
 class FileWriter:

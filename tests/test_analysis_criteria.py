@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Criteria find the neurons that were planted as important; the official one does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import analysis_models as models
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_unified
+from sparse_unified.analysis import CRITERIA, FfnStatistics, collect, save_scores, score
+from sparse_unified.analysis.adapter import find_adapter
+from sparse_unified.checkpoint.scores import read_scores
+from sparse_unified.partition import magnitude_scores, random_scores
+from sparse_unified.swap import PruneWidthConfig, prune_width_
+
+LOUD, HEARD, DEAD = [3, 10], [7, 20], [1, 15]
+
+
+@torch.no_grad()
+def planted() -> models.Official:
+    """Neurons that are loud but lead nowhere, that are less loud but heard, and that are dead."""
+    torch.manual_seed(0)
+    model = models.Official()
+    for layer in model.language_model.model.layers:
+        for ffn in (layer.mlp, layer.mlp_moe_gen):
+            ffn.up_proj.weight[LOUD] *= 100
+            ffn.down_proj.weight[:, LOUD] *= 1e-4
+            ffn.up_proj.weight[HEARD] *= 20
+            ffn.down_proj.weight[:, HEARD] *= 20
+            ffn.up_proj.weight[DEAD] = 0
+            ffn.down_proj.weight[:, DEAD] *= 50
+    return model
+
+
+@torch.no_grad()
+def gather(model: models.Official, task: str = "generation", seed: int = 0) -> FfnStatistics:
+    torch.manual_seed(seed)
+    with collect(model, task) as collector:
+        for sample in range(3):
+            collector.begin(f"{task}-{seed}-{sample}")
+            text, vae = torch.tensor([0, 1, 6]), torch.tensor([2, 3, 4, 5])
+            model(torch.randn(7, models.HIDDEN), text, vae)
+    return collector.statistics()
+
+
+def top(scores: Tensor) -> list[int]:
+    return sorted(scores.topk(2).indices.tolist())
+
+
+@pytest.fixture(scope="module")
+def model() -> models.Official:
+    return planted()
+
+
+@pytest.fixture(scope="module")
+def statistics(model: models.Official) -> FfnStatistics:
+    return gather(model)
+
+
+def test_planted_neurons_are_found(model: models.Official, statistics: FfnStatistics) -> None:
+    for name, expected in (("activation", LOUD), ("wanda", HEARD)):
+        scores = score(name, model, statistics)
+        assert list(scores) == ["und", "gen"]
+        for component in scores.values():
+            assert list(component) == list(range(len(model.language_model.model.layers)))
+            for own in component.values():
+                assert (own.dtype, own.shape) == (torch.float32, (models.WIDTH,))
+                assert top(own) == expected
+                assert sorted(own.topk(2, largest=False).indices.tolist()) == DEAD
+
+
+def test_the_reference_ranks_by_column_norm_whatever_neurons_do(
+    model: models.Official, statistics: FfnStatistics
+) -> None:
+    faulty = score("reference", model, statistics)
+    right = score("wanda", model, statistics)
+    for component in faulty:
+        for ffn in find_adapter(model).ffns(component):
+            own = faulty[component][ffn.key]
+            norms = torch.linalg.vector_norm(ffn.down_proj, dim=0)
+            assert torch.equal(own.argsort(), norms.argsort())
+            ratio = own / norms
+            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-5, atol=0)
+            assert top(own) == DEAD  # which do nothing at all
+            assert (right[component][ffn.key][DEAD] == 0).all()
+
+
+def test_criteria_are_their_formulas(model: models.Official, statistics: FfnStatistics) -> None:
+    scores = {name: score(name, model, statistics, seed=3) for name in CRITERIA}
+    for component in ("und", "gen"):
+        for ffn in find_adapter(model).ffns(component):
+            mean = statistics.mean_abs("generation", component, ffn.key)
+            norms = torch.linalg.vector_norm(ffn.down_proj.double(), dim=0)
+            for name, expected in (
+                ("activation", mean),
+                ("wanda", mean * norms),
+                ("reference", mean.mean() * norms),
+                ("magnitude", magnitude_scores(ffn.gate_proj, ffn.up_proj, ffn.down_proj)),
+                ("random", random_scores(models.WIDTH, seed=3, layer=ffn.layer)),
+            ):
+                torch.testing.assert_close(scores[name][component][ffn.key], expected.float())
+
+
+def test_magnitude_and_random_need_no_statistics(model: models.Official) -> None:
+    for name, criterion in CRITERIA.items():
+        if criterion.needs_statistics:
+            with pytest.raises(ValueError, match=f"{name}: statistics must be given, got none"):
+                score(name, model)
+        else:
+            assert score(name, model).keys() == {"und", "gen"}
+    first, again, other = (score("random", model, seed=seed)["gen"][0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_experts_of_a_layer_get_draws_of_their_own() -> None:
+    scores = list(score("random", models.Bailing(), seed=1)["text"].values())
+    assert len({tuple(own.tolist()) for own in scores}) == len(scores)
+
+
+def test_tasks_count_alike_however_many_tokens_they_have(model: models.Official) -> None:
+    first, second = gather(model, "generation", 1), gather(model, "editing", 2)
+    both = first.merge(second).merge(gather(model, "editing", 3))
+    means = [both.mean_abs(task, "gen", 0) for task in ("generation", "editing")]
+    own = score("activation", model, both)["gen"][0]
+    torch.testing.assert_close(own, ((means[0] + means[1]) / 2).float())
+    alone = score("activation", model, both, tasks=["editing"], components=["gen"])
+    assert list(alone) == ["gen"]
+    torch.testing.assert_close(alone["gen"][0], means[1].float())
+    with pytest.raises(ValueError, match="task must be one of generation, editing, got 'talk'"):
+        score("activation", model, both, tasks=["talk"])
+    with pytest.raises(ValueError, match="tasks must name at least one"):
+        score("activation", model, both, tasks=[])
+
+
+def test_scores_lead_a_pruning_to_the_planted_neurons() -> None:
+    model = sparse_model = models.bagel()
+    with torch.no_grad():
+        for layer in model.language_model.model.layers:
+            layer.mlp_moe_gen.up_proj.weight[HEARD] *= 50
+    contexts = model.new_contexts(1)
+    with collect(model, "generation") as collector:
+        collector.begin("a")
+        model.prefill_text(contexts, [[12, 13]])
+        x = torch.randn(6, model.config.token_channels)
+        model.velocity([x], [(2, 3)], torch.tensor([0.5]), [contexts])
+    scores = score("wanda", model, collector.statistics())
+    kept = {
+        layer.mlp_moe_gen.gate_proj.weight[HEARD].clone()
+        for layer in model.language_model.model.layers
+    }
+    width = model.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.shape[0]
+    prune_width_(sparse_model, PruneWidthConfig(component="gen", keep_ratio=2 / width), scores)
+    left = [
+        layer.mlp_moe_gen.gate_proj.weight for layer in sparse_model.language_model.model.layers
+    ]
+    assert all(any(torch.equal(rows, own) for own in kept) for rows in left)
+
+
+def test_scores_lead_a_conversion() -> None:
+    model = models.bagel()
+    scores = score("magnitude", model)
+    config = sparse_unified.MoEConfig(num_experts=4, top_k=2, component="gen", layers="all")
+    sparse_unified.apply_moe_(model, config, scores=scores["gen"])
+
+
+def test_scores_file_is_what_convert_reads(
+    model: models.Official, statistics: FfnStatistics, tmp_path: Path
+) -> None:
+    scores = score("wanda", model, statistics)["gen"]
+    path = tmp_path / "scores.safetensors"
+    save_scores(path, scores)
+    read = read_scores(path)
+    assert isinstance(read, dict)
+    assert read.keys() == scores.keys()
+    for layer, own in scores.items():
+        assert torch.equal(read[layer], own)
+    with pytest.raises(ValueError, match="scores must be of layers with one FFN each"):
+        save_scores(path, score("magnitude", models.Bailing())["text"])
+    with pytest.raises(ValueError, match=r"scores must be of layers .*, got none"):
+        save_scores(path, {})
+
+
+def test_what_does_not_fit_is_refused(model: models.Official, statistics: FfnStatistics) -> None:
+    with pytest.raises(ValueError, match="criterion: name must be one of activation, wanda, magni"):
+        score("nonsense", model, statistics)
+    with pytest.raises(ValueError, match="model must have the FFN weights"):
+        score("wanda", models.Official(), statistics)
+    keyed = statistics.ffns["generation"]
+    idle = {
+        key: dataclasses.replace(sums, tokens=torch.zeros_like(sums.tokens))
+        for key, sums in keyed["gen"].items()
+    }
+    partly = dataclasses.replace(
+        statistics, ffns={"generation": {"und": keyed["und"], "gen": idle}}
+    )
+    with pytest.raises(ValueError, match="gen 0 must have seen tokens of generation, got none"):
+        score("activation", model, partly)
