@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs are those of a real forward: what is not run is not counted, what is run is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import analysis_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparse_unified
+from sparse_unified.analysis.cost import ActivationMemory, measure_cost
+from sparse_unified.nn import SparseMoE, SwiGLU
+
+
+def cost_of(model: nn.Module, x: Tensor) -> Any:
+    return measure_cost(model, lambda: lambda: model(x), repeats=1, warmup=0)
+
+
+def test_flops_and_bytes_of_an_ffn_are_its_formula() -> None:
+    dense = SwiGLU(32, 96)
+    found = cost_of(dense, torch.randn(10, 32))
+    assert found.flops == 6 * 10 * 32 * 96
+    assert found.parameters == 3 * 32 * 96
+    assert found.weight_bytes == 4 * found.parameters
+    assert found.seconds > 0
+    # silu, up and their product, each [10, 96], are alive together; the gate's before it.
+    assert found.peak_bytes == found.weight_bytes + 4 * 3 * 10 * 96
+
+
+@pytest.mark.parametrize("tokens", [8, 300])
+def test_idle_experts_are_not_counted(tokens: int) -> None:
+    block = SparseMoE(32, 96, num_experts=4, top_k=2, return_router_logits=False)
+    nn.init.normal_(block.gate_proj)
+    found = cost_of(block, torch.randn(tokens, 32))
+    assert found.flops == 6 * tokens * 2 * 24 * 32 + 2 * tokens * 4 * 32
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_counted(causal: bool) -> None:
+    class Attend(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q[:, :2], q[:, :2], enable_gqa=True)
+
+    found = cost_of(Attend(), torch.randn(1, 4, 7, 16))
+    assert found.flops == 4 * 4 * 7 * 7 * 16
+    assert found.parameters == 0
+
+
+def test_bagel_forward_is_the_sum_of_its_parts() -> None:
+    model = models.bagel()
+    config = model.config.llm
+    tokens, past = 16, 5
+
+    def workload() -> Any:
+        contexts = model.new_contexts(1)
+        model.prefill_text(contexts, [[10] * (past - 2)])
+        x = torch.randn(tokens, model.config.token_channels)
+        return lambda: model.velocity([x], [(4, 4)], torch.tensor([0.5]), [contexts])
+
+    found = measure_cost(model, workload, repeats=1)
+    width, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    rows = tokens + 2  # markers
+    layer = 6 * rows * width * config.intermediate_size
+    layer += 2 * rows * width * (2 * width + 2 * kv)
+    layer += 4 * config.num_attention_heads * config.head_dim * rows * (rows + past)
+    ends = 2 * 2 * tokens * model.config.token_channels * width
+    time = 2 * (256 * width + width * width)
+    assert found.flops == config.num_hidden_layers * layer + ends + time
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_memory_is_given_back_and_views_are_free() -> None:
+    x = torch.randn(100)
+    with ActivationMemory() as memory:
+        y = x + 1  # 400 bytes
+        z = y.view(10, 10).T
+        del y, z
+        w = x * 2  # another 400, after the first are gone
+        w.add_(1)
+        w.chunk(2)
+    assert memory.peak == 400
+    assert w.shape == (100,)
+
+
+def test_swapped_models_cost_what_they_hold() -> None:
+    model = models.bagel()
+    before = sum(p.numel() for p in model.parameters())
+    sparse_unified.apply_moe_(model, sparse_unified.MoEConfig(num_experts=4, top_k=2))
+
+    def workload() -> Any:
+        contexts = model.new_contexts(1)
+        return lambda: model.prefill_text([contexts[0].fork()], [[10, 11]])
+
+    found = measure_cost(model, workload, repeats=1)
+    routers = 32 * (4 + 1)
+    assert found.parameters == before + routers  # kept dense FFNs are no part of the model
+
+
+@pytest.mark.parametrize(("repeats", "warmup"), [(0, 0), (1, -1)])
+def test_counts_are_checked(repeats: int, warmup: int) -> None:
+    with pytest.raises(ValueError, match="repeats must be at least 1 and warmup at least 0"):
+        measure_cost(nn.Linear(1, 1), lambda: lambda: None, repeats=repeats, warmup=warmup)
