@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probing: which layers, neurons and heads of a model matter, measured on a task.
 
-Reading order: `adapter` (where things are), `collect`, `statistics`, `criteria` (what neurons do),
-`similarity`, `evaluate`, `sweep`, `report`, `plots`.
+Reading order: `adapter` (where things are), `sums`, `collect`, `statistics`, `criteria` (what
+neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metrics` (those for BAGEL),
+`geneval`, `cost`, `points`, `surgery` and `transforms` (smaller models), `store`, `sweep`,
+`bagel_probes`, `results`, `plots`.
 """
 
 from sparse_unified.analysis.adapter import (
@@ -16,8 +18,18 @@ from sparse_unified.analysis.adapter import (
     Layout,
     find_adapter,
 )
+from sparse_unified.analysis.bagel_probes import bagel_probe
 from sparse_unified.analysis.collect import Collector, collect
+from sparse_unified.analysis.cost import Cost, measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, Criterion, save_scores, score
+from sparse_unified.analysis.evaluate import Better, Evaluator, evaluator, load_evaluator
+from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
+from sparse_unified.analysis.metrics import DenseDistance, Settings, TextAgreement, VelocityError
+from sparse_unified.analysis.plots import ActivationMap, write_plots
+from sparse_unified.analysis.points import Axis, Point, SweepConfig
+from sparse_unified.analysis.ranking import Ranking
+from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
+from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
 from sparse_unified.analysis.similarity import (
     LayerSimilarity,
     Similarity,
@@ -25,28 +37,58 @@ from sparse_unified.analysis.similarity import (
 )
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
+from sparse_unified.analysis.sweep import Probe, run_sweep
 
 __all__ = [
     "CRITERIA",
     "LAYOUTS",
+    "ActivationMap",
     "Adapter",
+    "Axis",
+    "Better",
     "Block",
     "BlockNames",
     "Collector",
+    "Cost",
     "Criterion",
     "DecoderAdapter",
+    "DenseDistance",
+    "Evaluator",
     "Ffn",
     "FfnKey",
     "FfnStatistics",
     "FfnSums",
+    "GenEvalImages",
     "LayerSimilarity",
     "Layout",
+    "Point",
+    "PointResult",
+    "Probe",
+    "Ranking",
+    "Sample",
+    "Settings",
     "Similarity",
     "StatisticsConfig",
+    "SweepConfig",
+    "SweepResult",
+    "Task",
+    "TaskResult",
+    "TextAgreement",
+    "VelocityError",
+    "bagel_probe",
+    "built_in_samples",
     "collect",
+    "evaluator",
     "find_adapter",
     "hash_ffns",
+    "load_evaluator",
+    "measure_cost",
     "measure_similarity",
+    "read_metadata",
+    "read_samples",
+    "run_sweep",
     "save_scores",
     "score",
+    "write_geneval",
+    "write_plots",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
 from sparse_unified.nn import SparseMoE
+from sparse_unified.swap.blocks import SkippedFFN
 
 # Of the scores and statistics of one FFN: its layer, or (layer, name) for one of several there.
 FfnKey = int | tuple[int, str]
@@ -90,8 +91,13 @@ class Adapter(Protocol):
     def num_layers(self) -> int:
         """Returns the number of decoder layers."""
 
+    def holds(self, layer: int, component: str) -> bool:
+        """Tells whether a layer has all of its modules; a part that was skipped is gone."""
+
     def ffns(self, component: str) -> list[Ffn]:
         """Returns the FFNs of a component, layer by layer; of a mixture every expert.
+
+        Layers that skip theirs are left out.
 
         Raises:
             ValueError: the model lacks the component, or an FFN is not three plain weights.
@@ -218,6 +224,11 @@ class DecoderAdapter:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def holds(self, layer: int, component: str) -> bool:
+        module = self.layers[layer]
+        names = self._names(component).all()
+        return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
     def block(self, layer: int, component: str) -> Block:
         names = self._names(component)
         if type(layer) is not int or not 0 <= layer < len(self.layers):
@@ -246,8 +257,10 @@ class DecoderAdapter:
     def ffns(self, component: str) -> list[Ffn]:
         names = self._names(component)
         listed = []
-        for layer in range(len(self.layers)):
-            module = self.block(layer, component).ffn
+        for layer, holder in enumerate(self.layers):
+            module = getattr(holder, names.ffn)
+            if module is None or isinstance(module, SkippedFFN):
+                continue
             path = f"{self.path}.{layer}.{names.ffn}"
             experts = self._experts(module, path)
             parts = experts or [(path, module)]
@@ -308,11 +321,12 @@ def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Adapter:
 
 
 def _missing(layers: Sequence[object], layout: Layout) -> list[str]:
-    """Names the modules that some layer lacks."""
+    """Names the modules that no layer has, or for which some layer has not even a place."""
     return [
         name
         for name in layout.names()
-        if any(not isinstance(getattr(layer, name, None), nn.Module) for layer in layers)
+        if not all(hasattr(layer, name) for layer in layers)
+        or not any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
     ]
 
 

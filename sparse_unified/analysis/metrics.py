@@ -18,7 +18,7 @@ from sparse_unified.analysis.evaluate import Better
 from sparse_unified.analysis.samples import Sample
 from sparse_unified.bagel import BagelPipeline, Guidance, build_guidance, generate_tokens
 from sparse_unified.bagel.cache import Context
-from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.bagel.conditioning import ContextImage, see_images
 from sparse_unified.bagel.pictures import open_picture
 from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.bagel.vision import patchify
@@ -64,17 +64,24 @@ def _open(path: Path) -> Image:
     return open_picture(path, where="samples")
 
 
+def look_at(pipeline: BagelPipeline, sample: Sample, *, vae: bool) -> list[ContextImage]:
+    """Prepares the pictures before a prompt."""
+    return [pipeline.pictures.look(_open(path), vae=vae) for path in sample.sources]
+
+
 def guidance_of(pipeline: BagelPipeline, sample: Sample) -> Guidance:
     """Lets the model read what an image is generated from."""
-    looks = [pipeline.pictures.look(_open(path), vae=True) for path in sample.sources]
+    looks = look_at(pipeline, sample, vae=True)
     ids = pipeline.tokenizer.encode(sample.prompt)
     return build_guidance(pipeline.model, [ids], images=[looks])[0]
 
 
-def question_context(pipeline: BagelPipeline, sample: Sample) -> Context:
-    """Lets the model read what a text is to follow."""
+def question_context(
+    pipeline: BagelPipeline, sample: Sample, looks: Sequence[ContextImage] | None = None
+) -> Context:
+    """Lets the model read what a text is to follow; `looks` are its pictures, if prepared."""
     contexts = pipeline.model.new_contexts(1)
-    looks = [pipeline.pictures.look(_open(path), vae=False) for path in sample.sources]
+    looks = look_at(pipeline, sample, vae=False) if looks is None else looks
     see_images(pipeline.model, contexts, [looks])
     pipeline.model.prefill_text(contexts, [pipeline.tokenizer.encode(sample.prompt)])
     return contexts[0]

@@ -58,13 +58,22 @@ class Similarity(Report):
             )
         return found
 
-    def redundant(self, component: str, count: int, part: str = "block") -> tuple[int, ...]:
+    def redundant(
+        self,
+        component: str,
+        count: int,
+        part: str = "block",
+        layers: Sequence[int] | None = None,
+    ) -> tuple[int, ...]:
         """Returns the `count` layers whose part changes the least, ascending.
+
+        Args:
+            layers: to choose among; None is all.
 
         Raises:
             ValueError: there are not so many, or a cosine is not a number.
         """
-        entries = self.of(component)
+        entries = [e for e in self.of(component) if layers is None or e.layer in layers]
         if part not in PARTS:
             raise ValueError(f"similarity: part must be one of {', '.join(PARTS)}, got {part!r}")
         if not 0 <= count <= len(entries):
@@ -170,7 +179,8 @@ def measure_similarity(
 ) -> Iterator[Measurement]:
     """Inside, every forward of the model adds to the similarities of its blocks; it is unchanged.
 
-    Costs a few reads of the residual stream; sums stay on the device until `result()`.
+    Layers that skip a part are left out. Costs a few reads of the residual stream; sums stay on the
+    device until `result()`.
 
     Args:
         model: a model, a pipeline, or an adapter.
@@ -184,6 +194,7 @@ def measure_similarity(
         SimilarityMeter(adapter.block(layer, component))
         for component in (adapter.components if components is None else components)
         for layer in range(adapter.num_layers())
+        if adapter.holds(layer, component)
     ]
     with ExitStack() as stack:
         for meter in meters:

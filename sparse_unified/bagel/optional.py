@@ -6,9 +6,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+_USERS = {"bagel": "bagel", "plot": "analysis"}
 
-def optional(module: str) -> Any:
-    """Imports a package of the `bagel` extra.
+
+def optional(module: str, *, extra: str = "bagel") -> Any:
+    """Imports a package of an extra.
 
     Raises:
         ImportError: it is not installed; the message says how to get it.
@@ -17,6 +19,6 @@ def optional(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"sparse_unified.bagel: {module.partition('.')[0]} must be installed "
-            f"(pip install 'sparse_unified[bagel]'), got {error}"
+            f"sparse_unified.{_USERS[extra]}: {module.partition('.')[0]} must be installed "
+            f"(pip install 'sparse_unified[{extra}]'), got {error}"
         ) from error

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a sweep: sensitivity curves, similarity per layer, activation maps, overlap.
+
+Colours tell components apart, the same in every picture; heat maps go from dark to bright.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparse_unified.analysis.evaluate import Better
+from sparse_unified.analysis.points import Axis
+from sparse_unified.analysis.results import SweepResult, TaskResult
+from sparse_unified.analysis.similarity import PARTS
+from sparse_unified.bagel.optional import optional
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, SOFT, LINE = "#1b1f24", "#57606a", "#d8dee4"
+COMPONENT_COLORS = {"und": "#1f6f8b", "gen": "#d1762b"}
+OTHER_COLORS = ("#5b4b8a", "#4f8a4b", "#a8456a", "#7a6a2f")
+PART_STYLES = {"block": "-", "attention": "--", "ffn": ":"}
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": LINE,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.dpi": 150,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationMap:
+    """How the neurons of one component fire in one task.
+
+    Attributes:
+        layers: their numbers, L of them.
+        ranges: names of the timestep ranges, R of them; one name for a task without time.
+        firing: [L, R] share of the neurons that fire on a token, 0 to 1.
+        overlap: [L] share of the active neurons that two samples have in common; None if there
+            was one sample.
+    """
+
+    task: str
+    component: str
+    layers: Sequence[int]
+    ranges: Sequence[str]
+    firing: Tensor
+    overlap: Tensor | None = None
+
+
+def write_plots(
+    result: SweepResult, folder: Path, maps: Sequence[ActivationMap] = ()
+) -> list[Path]:
+    """Draws everything that a sweep has shown into PNG files.
+
+    Args:
+        folder: made if it is not there.
+        maps: activation statistics of the tasks, if there are any.
+
+    Returns:
+        The files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    matplotlib = optional("matplotlib", extra="plot")
+    folder.mkdir(exist_ok=True)
+    written = []
+    with matplotlib.rc_context(_STYLE):
+        figures: dict[str, Figure] = {}
+        for task in result.tasks:
+            if task.points:
+                figures[f"sensitivity-{task.task}"] = sensitivity(task)
+            figures[f"similarity-{task.task}"] = similarity(task)
+        for name in dict.fromkeys(found.task for found in maps):
+            own = [found for found in maps if found.task == name]
+            figures[f"activation-{name}"] = activation(own)
+            if any(found.overlap is not None for found in own):
+                figures[f"overlap-{name}"] = overlap(own)
+        for name, figure in figures.items():
+            path = folder / f"{name}.png"
+            figure.savefig(path)
+            written.append(path)
+    return written
+
+
+def sensitivity(task: TaskResult) -> Figure:
+    """Draws each metric over the ratio that is kept, one panel per axis, one line per component."""
+    axes_swept = list(dict.fromkeys(entry.point.axis for entry in task.points))
+    components = list(dict.fromkeys(entry.point.component for entry in task.points))
+    rows, columns = len(task.better), len(axes_swept)
+    figure, panels = _panels(rows, columns, width=3.1, height=2.3)
+    _heading(figure, f"Sensitivity: {task.task}", "metrics over the share that is kept")
+    for row, (metric, way) in enumerate(task.better.items()):
+        for column, axis in enumerate(axes_swept):
+            panel = panels[row][column]
+            dense = task.dense[metric]
+            panel.axhline(dense, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label="dense")
+            for component in components:
+                points = _curve(task, component, axis, metric)
+                if points:
+                    if points[-1][0] < 1:
+                        points.append((1.0, dense))
+                    ratios, values = zip(*points, strict=True)
+                    panel.plot(
+                        ratios,
+                        values,
+                        color=_color(component, components),
+                        marker="o",
+                        markersize=4,
+                        linewidth=1.6,
+                        label=component,
+                    )
+            panel.set_xlim(0, 1.03)
+            if row == 0:
+                panel.set_title(axis.value, loc="left", weight="bold")
+            if row == rows - 1:
+                panel.set_xlabel("kept ratio")
+            if column == 0:
+                arrow = "lower is better" if way is Better.LOWER else "higher is better"
+                panel.set_ylabel(f"{metric.replace('_', ' ')}\n({arrow})")
+    _share_rows(panels)
+    panels[0][-1].legend(loc="best", fontsize=8)
+    return figure
+
+
+def similarity(task: TaskResult) -> Figure:
+    """Draws the cosine of each layer and part, one panel per component."""
+    components = list(dict.fromkeys(entry.component for entry in task.similarity.layers))
+    figure, panels = _panels(1, len(components), width=4.2, height=2.9)
+    _heading(
+        figure,
+        f"Similarity per layer: {task.task}",
+        "cosine of input and output after the residual add; near 1 is redundant",
+    )
+    for panel, component in zip(panels[0], components, strict=True):
+        entries = task.similarity.of(component)
+        for part in PARTS:
+            panel.plot(
+                [entry.layer for entry in entries],
+                [getattr(entry, part) for entry in entries],
+                color=_color(component, components),
+                linestyle=PART_STYLES[part],
+                marker="o",
+                markersize=3,
+                linewidth=1.5,
+                label=part,
+            )
+        panel.set_title(component, loc="left", weight="bold")
+        panel.set_xlabel("layer")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend(loc="best", fontsize=8)
+    _share_rows(panels)
+    panels[0][0].set_ylabel("cosine")
+    return figure
+
+
+def activation(maps: Sequence[ActivationMap]) -> Figure:
+    """Draws the share of firing neurons, layer by timestep range, one panel per component."""
+    figure, panels = _panels(1, len(maps), width=4.4, height=3.4)
+    _heading(
+        figure,
+        f"Activation: {maps[0].task}",
+        "share of the neurons that fire on a token; the rest is sparsity",
+    )
+    top = max(float(found.firing.max()) for found in maps) or 1.0
+    image: Any = None
+    for panel, found in zip(panels[0], maps, strict=True):
+        image = panel.imshow(
+            found.firing.numpy(),
+            cmap="magma",
+            vmin=0,
+            vmax=top,
+            aspect="auto",
+            interpolation="nearest",
+            origin="lower",
+        )
+        _grid_ticks(panel, found.ranges, found.layers)
+        panel.set_title(found.component, loc="left", weight="bold")
+        panel.set_xlabel("time, from noise to image" if len(found.ranges) > 1 else "")
+        panel.set_ylabel("layer")
+    bar = figure.colorbar(image, ax=panels[0], fraction=0.035, pad=0.02)
+    bar.set_label("firing rate")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def overlap(maps: Sequence[ActivationMap]) -> Figure:
+    """Draws the share of active neurons that samples have in common, layer by layer."""
+    figure, panels = _panels(1, 1, width=6.2, height=3.0)
+    _heading(
+        figure,
+        f"Overlap between samples: {maps[0].task}",
+        "share of the active neurons that two samples have in common; low is dynamic sparsity",
+    )
+    components = [found.component for found in maps]
+    panel = panels[0][0]
+    for found in maps:
+        if found.overlap is not None:
+            panel.plot(
+                list(found.layers),
+                found.overlap.tolist(),
+                color=_color(found.component, components),
+                marker="o",
+                markersize=4,
+                linewidth=1.6,
+                label=found.component,
+            )
+    panel.set_ylim(0, 1.03)
+    panel.set_xlabel("layer")
+    panel.set_ylabel("overlap")
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.legend(loc="best", fontsize=8)
+    return figure
+
+
+def _curve(task: TaskResult, component: str, axis: Axis, metric: str) -> list[tuple[float, float]]:
+    return sorted(
+        (entry.point.keep_ratio, entry.metrics[metric])
+        for entry in task.points
+        if entry.point.component == component and entry.point.axis is axis
+    )
+
+
+def _panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    # Room for the heading above, whatever the number of rows.
+    figure = Figure(
+        figsize=(max(width * columns + 1.0, 5.6), height * rows + 1.0), layout="constrained"
+    )
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for panel in panels.flat:
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+        panel.tick_params(length=0)
+    return figure, panels
+
+
+def _heading(figure: Figure, title: str, note: str) -> None:
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", size=13, weight="bold")
+    height = figure.get_size_inches()[1]
+    figure.text(0.01, 1 - 0.36 / height, note, size=9, color=SOFT, va="top")
+
+
+def _share_rows(panels: Any) -> None:
+    """Gives the panels of a row one range, so that their curves can be compared."""
+    for row in panels:
+        low = min(panel.get_ylim()[0] for panel in row)
+        high = max(panel.get_ylim()[1] for panel in row)
+        for panel in row:
+            panel.set_ylim(low, high)
+        for panel in row[1:]:
+            panel.tick_params(labelleft=False)
+
+
+def _grid_ticks(panel: Any, columns: Sequence[str], rows: Sequence[int]) -> None:
+    panel.grid(False)
+    step = max(1, len(rows) // 14)
+    panel.set_yticks(range(0, len(rows), step), [str(row) for row in rows[::step]])
+    # As many names as there is room for, at some 40 letters a panel.
+    step = max(1, math.ceil(len(columns) * (max(map(len, columns)) + 2) / 40))
+    panel.set_xticks(range(0, len(columns), step), list(columns[::step]))
+
+
+def _color(component: str, components: Sequence[str]) -> str:
+    others = [name for name in components if name not in COMPONENT_COLORS]
+    if component in COMPONENT_COLORS:
+        return COMPONENT_COLORS[component]
+    return OTHER_COLORS[others.index(component) % len(OTHER_COLORS)]

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""analyze: which layers, neurons and heads of a model a task needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_unified.cli import values
+from sparse_unified.cli.console import Usage, add_common, check_output, write_result
+from sparse_unified.cli.models import add_model, load_pipeline
+
+if TYPE_CHECKING:
+    from sparse_unified.analysis.evaluate import Evaluator
+    from sparse_unified.analysis.metrics import Settings
+    from sparse_unified.analysis.samples import Sample, Task
+    from sparse_unified.bagel import BagelPipeline
+
+TASKS = ("generation", "understanding", "editing")
+_DESCRIPTION = """\
+Makes MODEL smaller in memory, point by point, and measures each: its components (und, gen) along
+its axes (depth, width, heads) at every ratio that is kept, on every task. OUT gets report.md,
+results.json and pictures. A run that was interrupted goes on when it is started again."""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "analyze", help="measure what a model can do without", description=_DESCRIPTION
+    )
+    add_model(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--task",
+        required=True,
+        type=values.names(TASKS),
+        metavar="TASKS",
+        help=f"comma-separated: {', '.join(TASKS)}",
+    )
+    what = parser.add_argument_group("what is swept")
+    what.add_argument(
+        "--component", type=values.listed, default=("und", "gen"), help="default und,gen"
+    )
+    what.add_argument(
+        "--axis",
+        type=values.names(("depth", "width", "heads")),
+        default=("depth", "width"),
+        help="comma-separated: depth, width, heads (default depth,width)",
+    )
+    what.add_argument(
+        "--ratios",
+        type=values.ratios,
+        default=(0.25, 0.5, 0.75),
+        help="shares that are kept, above 0 and at most 1 (default .25,.5,.75)",
+    )
+    what.add_argument(
+        "--criterion",
+        choices=("magnitude", "random"),
+        default="magnitude",
+        help="what ranks the neurons (default magnitude: of their weights)",
+    )
+    what.add_argument(
+        "--layers", default="all", help="that may lose something: all (default), middle, 1-26, ..."
+    )
+    what.add_argument(
+        "--part",
+        choices=("block", "attention", "ffn"),
+        default="block",
+        help="what a skipped layer loses (default block: all of it)",
+    )
+    what.add_argument(
+        "--budget",
+        choices=("uniform", "global"),
+        default="uniform",
+        help="each layer keeps the ratio (default), or all of them together",
+    )
+    what.add_argument(
+        "--block-size",
+        type=values.positive,
+        default=1,
+        help="neurons that stay or go together: 1 (default), or 16 to 128",
+    )
+    _add_samples(parser.add_argument_group("what it is measured on"))
+    _add_measures(parser.add_argument_group("what is measured"))
+    add_common(parser)
+    parser.set_defaults(run=_run_analyze)
+
+
+def _add_samples(group: Any) -> None:
+    group.add_argument(
+        "--prompts",
+        action="append",
+        default=[],
+        metavar="[TASK=]FILE",
+        help="a prompt a line, or .jsonl with prompt, source, image and answer (repeatable; "
+        "default: built-in prompts)",
+    )
+    group.add_argument(
+        "--images",
+        action="append",
+        default=[],
+        metavar="[TASK=]DIR",
+        help="pictures, one per prompt in the order of their names: what generation should lead "
+        "to, what editing and understanding start from; of .jsonl, where its files are",
+    )
+    group.add_argument("--samples", type=values.positive, metavar="N", help="the first N prompts")
+    group.add_argument(
+        "--seed",
+        type=values.seed,
+        default=0,
+        help="of the noise, counted up from sample to sample, and of random choices (default 0)",
+    )
+    group.add_argument(
+        "--size", type=values.size, metavar="HxW", help="of generated images in pixels"
+    )
+    group.add_argument(
+        "--steps", type=values.positive, default=25, help="timesteps of a generation (default 25)"
+    )
+    group.add_argument(
+        "--max-tokens", type=values.positive, default=64, help="of an answer (default 64)"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=values.positive,
+        default=4,
+        help="most images computed together (default 4)",
+    )
+
+
+def _add_measures(group: Any) -> None:
+    group.add_argument(
+        "--evaluator",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="more metrics: a function from the pipeline to numbers by name (repeatable); a file "
+        "may be named instead of a module",
+    )
+    group.add_argument(
+        "--geneval",
+        metavar="FILE.jsonl",
+        help="GenEval metadata: write its images for every point of generation, in the folders "
+        "that the official scorer reads",
+    )
+    group.add_argument(
+        "--geneval-images", type=values.positive, default=4, help="per prompt (default 4)"
+    )
+    group.add_argument(
+        "--geneval-scorer",
+        metavar="MODULE:FUNCTION",
+        help="a function from such a folder to numbers by name",
+    )
+    group.add_argument(
+        "--repeats", type=values.positive, default=5, help="timed forwards per point (default 5)"
+    )
+    group.add_argument("--no-plots", action="store_true", help="draw no pictures")
+
+
+def _run_analyze(options: argparse.Namespace) -> int:
+    from sparse_unified.analysis.identity import fingerprint
+    from sparse_unified.analysis.points import SweepConfig
+    from sparse_unified.analysis.ranking import Ranking
+    from sparse_unified.analysis.samples import Task
+    from sparse_unified.analysis.sweep import run_sweep
+
+    if options.geneval_scorer and not options.geneval:
+        raise Usage("analyze: --geneval-scorer must come with --geneval, got none")
+    if not options.no_plots and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "analyze: matplotlib must be installed for pictures "
+            "(pip install 'sparse_unified[plot]', or --no-plots), got none"
+        )
+    check_output(options.json, "--json")
+    config = SweepConfig(
+        components=options.component,
+        axes=options.axis,
+        ratios=options.ratios,
+        criterion=options.criterion,
+        layers=options.layers,
+        part=options.part,
+        budget=options.budget,
+        block_size=options.block_size,
+        seed=options.seed,
+        repeats=options.repeats,
+    )
+    settings = _settings(options)
+    tasks = [Task(name) for name in options.task]
+    samples = {task: _samples(options, task) for task in tasks}
+    more = _evaluators(options)
+    pipeline = load_pipeline(options)
+    probes = [_probe(options, pipeline, t, samples[t], settings, more) for t in tasks]
+    description = {
+        "model": fingerprint(pipeline.model),
+        "device": pipeline.model.device.type,
+        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
+    }
+    with _points_bar(quiet=options.quiet) as progress:
+        result = run_sweep(
+            pipeline,
+            probes,
+            config,
+            options.out,
+            rank=Ranking(config),
+            description=description,
+            progress=progress,
+        )
+    if not options.no_plots:
+        from sparse_unified.analysis.plots import write_plots
+
+        write_plots(result, Path(options.out) / "plots")
+    write_result(options.json, f"{result.to_text()}\n\n{options.out}/report.md", result.to_json())
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from sparse_unified.analysis.metrics import Settings
+
+    return Settings(
+        size=options.size,
+        num_timesteps=options.steps,
+        max_length=options.max_tokens,
+        batch_size=options.batch_size,
+    )
+
+
+def _samples(options: argparse.Namespace, task: Task) -> list[Sample]:
+    from sparse_unified.analysis.samples import built_in_samples, read_samples
+
+    prompts = _of_task(options.prompts, task.value, "--prompts")
+    images = _of_task(options.images, task.value, "--images")
+    if prompts is None:
+        if images is not None:
+            raise Usage(f"analyze: --images must come with --prompts for {task.value}, got none")
+        return built_in_samples(task, options.samples, options.seed)
+    return read_samples(prompts, images, task, options.samples, options.seed)
+
+
+def _of_task(given: list[str], task: str, option: str) -> str | None:
+    """Returns the value of `TASK=VALUE` for a task, or else that of a plain VALUE."""
+    own = [v.partition("=")[2] for v in given if v.partition("=")[0] == task and "=" in v]
+    plain = [v for v in given if v.partition("=")[0] not in TASKS or "=" not in v]
+    if len(own) > 1 or len(plain) > 1:
+        raise Usage(f"analyze: {option} must be given once for {task}, got {', '.join(given)}")
+    return next(iter(own or plain), None)
+
+
+def _evaluators(options: argparse.Namespace) -> dict[str, Evaluator]:
+    from sparse_unified.analysis.evaluate import load_evaluator
+
+    return {name: load_evaluator(name) for name in options.evaluator}
+
+
+def _probe(
+    options: argparse.Namespace,
+    pipeline: BagelPipeline,
+    task: Task,
+    samples: list[Sample],
+    settings: Settings,
+    more: dict[str, Evaluator],
+) -> Any:
+    from sparse_unified.analysis.bagel_probes import bagel_probe
+    from sparse_unified.analysis.evaluate import load_evaluator
+    from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
+
+    own = dict(more)
+    if options.geneval and task.value == "generation":
+        scorer: Any = options.geneval_scorer and load_evaluator(options.geneval_scorer)
+        own["geneval"] = GenEvalImages(
+            read_metadata(options.geneval),
+            Path(options.out) / "geneval",
+            num_images=options.geneval_images,
+            seed=options.seed,
+            settings=settings,
+            scorer=scorer or None,
+        )
+    return bagel_probe(pipeline, task, samples, settings, evaluators=own)
+
+
+@contextmanager
+def _points_bar(*, quiet: bool) -> Iterator[Callable[[int, int, str], object] | None]:
+    """Yields a callback (done, total, name of the next) that moves a bar on a terminal's stderr."""
+    if quiet or importlib.util.find_spec("tqdm") is None or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="analyze", unit="point", file=sys.stderr) as bar:
+
+        def advance(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        yield advance

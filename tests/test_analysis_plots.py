@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures show the numbers of the sweep, and can be read."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_unified.analysis import plots
+from sparse_unified.analysis.cost import Cost
+from sparse_unified.analysis.evaluate import Better
+from sparse_unified.analysis.points import Axis, Point
+from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
+from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
+
+COST = Cost(parameters=10, weight_bytes=40, flops=20, seconds=0.1, peak_bytes=50)
+RATIOS = (0.75, 0.5, 0.25)
+
+
+def task(components: tuple[str, ...] = ("und", "gen")) -> TaskResult:
+    layers = tuple(
+        LayerSimilarity(component=c, layer=i, tokens=1, block=0.9 - i / 10, attention=0.8, ffn=0.7)
+        for c in components
+        for i in range(4)
+    )
+    points = [
+        PointResult(
+            point=Point(task="generation", component=c, axis=axis, keep_ratio=ratio),
+            metrics={"loss": 2 - ratio, "score": ratio},
+            before=COST,
+            after=COST,
+            change="",
+        )
+        for c in components
+        for axis in (Axis.DEPTH, Axis.WIDTH)
+        for ratio in RATIOS
+    ]
+    return TaskResult(
+        task="generation",
+        better={"loss": Better.LOWER, "score": Better.HIGHER},
+        dense={"loss": 1.0, "score": 1.0},
+        cost=COST,
+        similarity=Similarity(layers=layers),
+        points=points,
+    )
+
+
+def activation_map(component: str, num_ranges: int) -> plots.ActivationMap:
+    return plots.ActivationMap(
+        task="generation",
+        component=component,
+        layers=[0, 1, 2, 3],
+        ranges=[f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(num_ranges)],
+        firing=torch.rand(4, num_ranges) / 2,
+        overlap=torch.rand(4),
+    )
+
+
+def test_every_picture_is_written_and_not_empty(tmp_path: Path) -> None:
+    result = SweepResult(run={}, tasks=[task()])
+    maps = [activation_map("und", 1), activation_map("gen", 10)]
+    written = plots.write_plots(result, tmp_path / "plots", maps)
+    kinds = ("sensitivity", "similarity", "activation", "overlap")
+    assert [path.name for path in written] == [f"{kind}-generation.png" for kind in kinds]
+    for path in written:
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert min(pixels.shape) > 300
+        assert pixels.std() > 5
+
+
+def lines(panel: Any) -> dict[str, list[tuple[float, float]]]:
+    return {
+        line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in panel.get_lines()
+    }
+
+
+def test_curves_are_the_points_and_end_at_the_dense_model() -> None:
+    figure = plots.sensitivity(task())
+    panels = np.array(figure.axes).reshape(2, 2)
+    assert [panel.get_title(loc="left") for panel in panels[0]] == ["depth", "width"]
+    assert panels[0][0].get_ylabel() == "loss\n(lower is better)"
+    assert panels[1][0].get_ylabel() == "score\n(higher is better)"
+    for row, values in zip(panels, ((1.75, 1.5, 1.25, 1.0), (0.25, 0.5, 0.75, 1.0)), strict=True):
+        for panel in row:
+            for component in ("und", "gen"):
+                ratios = (0.25, 0.5, 0.75, 1.0)
+                assert lines(panel)[component] == list(zip(ratios, values, strict=True))
+            assert {y for _, y in lines(panel)["dense"]} == {1.0}
+        assert row[0].get_ylim() == row[1].get_ylim()
+
+
+def test_similarity_has_a_panel_per_component_and_a_line_per_part() -> None:
+    figure = plots.similarity(task())
+    und, gen = figure.axes
+    assert (und.get_title(loc="left"), gen.get_title(loc="left")) == ("und", "gen")
+    assert lines(gen)["block"] == [(i, pytest.approx(0.9 - i / 10)) for i in range(4)]
+    assert set(lines(und)) == {"block", "attention", "ffn"}
+
+
+def test_components_keep_their_colours_in_every_picture() -> None:
+    def color(figure: Any, label: str) -> str:
+        for panel in figure.axes:
+            for line in panel.get_lines():
+                if line.get_label() == label:
+                    return str(line.get_color())
+        raise AssertionError(label)
+
+    maps = [activation_map("gen", 3), activation_map("und", 1)]
+    for label in ("und", "gen"):
+        colors = {
+            color(figure, label)
+            for figure in (
+                plots.sensitivity(task()),
+                plots.sensitivity(task((label,))),
+                plots.overlap(maps),
+            )
+        }
+        assert len(colors) == 1
+    assert color(plots.sensitivity(task(("a", "b"))), "a") != color(
+        plots.sensitivity(task(("a", "b"))), "b"
+    )
+
+
+def test_names_of_timestep_ranges_do_not_run_into_each_other() -> None:
+    figure = plots.activation([activation_map("und", 1), activation_map("gen", 10)])
+    figure.canvas.draw()
+    for panel in figure.axes[:2]:
+        boxes = [label.get_window_extent() for label in panel.get_xticklabels()]
+        for left, right in pairwise(boxes):
+            assert left.x1 < right.x0
+    assert figure.axes[2].get_ylabel() == "firing rate"
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"matplotlib must be installed .*\[plot\]"):
+        plots.write_plots(SweepResult(run={}), tmp_path)

@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sweep leaves the model alone, keeps what is finished, goes on, and repeats itself."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import analysis_models as models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparse_unified.analysis import find_adapter
+from sparse_unified.analysis.bagel_probes import bagel_probe
+from sparse_unified.analysis.evaluate import evaluator
+from sparse_unified.analysis.identity import fingerprint
+from sparse_unified.analysis.metrics import Settings
+from sparse_unified.analysis.points import Axis, Point, SweepConfig
+from sparse_unified.analysis.samples import Task, read_samples
+from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
+from sparse_unified.analysis.store import open_store
+from sparse_unified.analysis.sweep import Probe, run_sweep
+from sparse_unified.analysis.transforms import layers_to_skip, legal_axes
+from sparse_unified.partition.scores import magnitude_scores
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(IDS)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@evaluator(loss="lower")
+def loss(model: Any) -> dict[str, float]:
+    flat = logits(model)[:, :-1].flatten(0, 1)
+    return {"loss": float(F.cross_entropy(flat, IDS[:, 1:].flatten()))}
+
+
+def text_probe(model: Any, task: str = "text", **evaluators: Any) -> Probe:
+    return Probe(
+        task=task,
+        evaluators=evaluators or {"loss": loss},
+        run=lambda begin: (begin("all"), logits(model)),
+        workload=lambda: lambda: logits(model),
+        description={"ids": IDS.tolist()},
+    )
+
+
+def rank(probe: Probe, adapter: Any) -> Any:
+    return {
+        component: {
+            ffn.key: magnitude_scores(ffn.gate_proj, ffn.up_proj, ffn.down_proj)
+            for ffn in adapter.ffns(component)
+        }
+        for component in adapter.components
+    }
+
+
+def config(**changes: Any) -> SweepConfig:
+    fields: dict[str, Any] = {
+        "components": ("text",),
+        "axes": ("depth", "width"),
+        "ratios": (0.5, 1.0),
+        "criterion": "magnitude",
+        "repeats": 1,
+    }
+    return SweepConfig(**(fields | changes))
+
+
+def sweep(model: Any, out: Path, probes: Any = None, **options: Any) -> Any:
+    changes = options.pop("config", {})
+    probes = [text_probe(model)] if probes is None else probes
+    return run_sweep(model, probes, config(**changes), out, rank=rank, **options)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    modules = {name: id(module) for name, module in model.named_modules()}
+    values = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    return {"modules": modules, "values": values, "hooks": hooks}
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before["modules"] == after["modules"]
+    assert before["hooks"] == after["hooks"]
+    assert before["values"].keys() == after["values"].keys()
+    for name, (identity, value) in before["values"].items():
+        assert after["values"][name][0] == identity
+        assert torch.equal(after["values"][name][1], value)
+
+
+@pytest.mark.parametrize("make", [models.qwen, models.Bailing])
+def test_models_that_are_not_bagel_are_swept_and_left_alone(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = make()
+    before = snapshot(model)
+    (task,) = sweep(model, tmp_path / "out").tasks
+    assert_same(before, snapshot(model))
+    names = [(entry.point.axis.value, entry.point.keep_ratio) for entry in task.points]
+    assert names == [("depth", 1.0), ("depth", 0.5), ("width", 1.0), ("width", 0.5)]
+    whole_depth, depth, whole_width, width = task.points
+    for entry in (whole_depth, whole_width):
+        assert entry.metrics == task.dense == loss(model)
+        assert entry.after.flops == entry.before.flops == task.cost.flops
+        assert entry.change == "nothing"
+    for entry in (depth, width):
+        assert entry.metrics != task.dense
+        assert entry.after.parameters < entry.before.parameters == task.cost.parameters
+        assert entry.after.flops < entry.before.flops
+        assert entry.after.peak_bytes < entry.before.peak_bytes
+        assert entry.after.seconds > 0
+    assert len(depth.skipped_layers) == 1
+    assert "24 neurons -> 12 neurons" in width.change
+
+
+def tiny_bagel(tmp_path: Path) -> tuple[Any, dict[Task, Probe]]:
+    pipeline = models.pipeline(tmp_path / "model")
+    models.pictures(tmp_path / "images", 1)
+    (tmp_path / "p.txt").write_text("make it red\n")
+    settings = Settings(size=(32, 32), num_timesteps=3, max_length=5)
+    probes = {
+        task: bagel_probe(
+            pipeline, task, read_samples(tmp_path / "p.txt", tmp_path / "images", task), settings
+        )
+        for task in Task
+    }
+    return pipeline, probes
+
+
+def test_bagel_is_swept_on_all_tasks_and_axes(tmp_path: Path) -> None:
+    pipeline, probes = tiny_bagel(tmp_path)
+    before = snapshot(pipeline.model)
+    result = sweep(
+        pipeline,
+        tmp_path / "out",
+        list(probes.values()),
+        config={
+            "components": ("und", "gen"),
+            "axes": ("depth", "width", "heads"),
+            "ratios": (0.5,),
+        },
+    )
+    assert_same(before, snapshot(pipeline.model))
+    generation, understanding, editing = result.tasks
+    assert list(generation.better) == ["latent_distance", "image_distance", "velocity_error"]
+    assert list(understanding.better) == ["text_agreement", "perplexity"]
+    assert list(editing.better) == ["latent_distance", "image_distance"]
+    for task in (generation, editing):
+        assert task.dense["latent_distance"] == task.dense["image_distance"] == 0
+        assert [(e.point.component, e.point.axis) for e in task.points] == [
+            (component, axis) for component in ("und", "gen") for axis in Axis
+        ]
+        assert all(entry.metrics["latent_distance"] > 0 for entry in task.points)
+        assert task.idle == []
+    assert understanding.dense["text_agreement"] == 1
+    assert understanding.idle == ["gen"]
+    assert {e.point.component for e in understanding.points} == {"und"}
+    for task in result.tasks:
+        for entry in task.points:
+            assert entry.after.parameters < entry.before.parameters
+            assert entry.after.flops < entry.before.flops
+    assert "Not swept: gen has no tokens in understanding" in result.to_text()
+    assert "2 query heads" in result.to_markdown()
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == result.to_dict()
+
+
+def comparable(result: Any) -> Any:
+    """Drops the times, which no two runs share."""
+    return json.loads(result.to_json(), object_hook=lambda d: (d.pop("seconds", None) and d) or d)
+
+
+def test_repeats_are_the_same_but_for_their_times(tmp_path: Path) -> None:
+    model = models.qwen()
+    first, second = (sweep(model, tmp_path / name) for name in "ab")
+    assert comparable(first) == comparable(second)
+    other = sweep(model, tmp_path / "c", config={"criterion": "random", "seed": 3})
+    again = sweep(model, tmp_path / "d", config={"criterion": "random", "seed": 3})
+    assert comparable(other) == comparable(again)
+
+
+class Interrupting:
+    """Stops at the n-th call, as a user would."""
+
+    def __init__(self, calls: int, error: BaseException) -> None:
+        self.better = {"loss": "lower"}
+        self.calls, self.error = calls, error
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        self.calls -= 1
+        if self.calls == 0:
+            raise self.error
+        return loss(model)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    model = models.qwen()
+    before = snapshot(model)
+    whole = sweep(model, tmp_path / "whole")
+    out = tmp_path / "out"
+    stop = text_probe(model, loss=Interrupting(3, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        sweep(model, out, [stop])
+    assert_same(before, snapshot(model))
+    lines = (out / "points.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["text-dense", "text-text-depth-1"]
+    with (out / "points.jsonl").open("a") as stream:
+        stream.write('{"name": "text-text-depth-0.5", "met')  # torn by a kill
+    counting = text_probe(model, loss=Interrupting(100, ValueError()))
+    resumed = sweep(model, out, [counting])
+    assert comparable(resumed) == comparable(whole)
+    assert counting.evaluators["loss"].calls == 97  # three were left
+    assert (out / "points.jsonl").read_text().splitlines()[:2] == lines
+    assert sweep(model, out, [counting]).to_dict() == resumed.to_dict()
+    assert counting.evaluators["loss"].calls == 97
+
+
+def test_nan_names_its_point_and_loses_nothing(tmp_path: Path) -> None:
+    model = models.qwen()
+    before = snapshot(model)
+
+    def broken(model: Any) -> dict[str, float]:
+        found = loss(model)
+        narrow = find_adapter(model).ffns("text")[0].intermediate_size < models.WIDTH
+        return {"loss": float("nan")} if narrow else found
+
+    probe = text_probe(model, mine=evaluator(loss="lower")(broken))
+    with pytest.raises(
+        ValueError,
+        match=r"analyze: text-text-width-0.5: mine: metric loss must be finite, got nan; the 4 "
+        "points finished before are kept in .*out",
+    ):
+        sweep(model, tmp_path / "out", [probe])
+    assert_same(before, snapshot(model))
+    fixed = text_probe(model, mine=loss)
+    assert len(sweep(model, tmp_path / "out", [fixed]).tasks[0].points) == 4
+
+
+def test_a_folder_is_of_one_run(tmp_path: Path) -> None:
+    model = models.qwen()
+    out = tmp_path / "out"
+    sweep(model, out, description={"model": "abc"})
+    kept = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    other_metric = evaluator(x="lower")(lambda model: {"x": 1.0})
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"config": {"ratios": (0.25,)}}, r"sweep\.ratios \[0.5, 1.0\] there and \[0.25\] here"),
+        ({"config": {"seed": 1}}, r"sweep\.seed 0 there and 1 here"),
+        ({"description": {"model": "abd"}}, 'model "abc" there and "abd" here'),
+        ({"probes": [text_probe(model, other=other_metric)]}, r"tasks\.text\.metrics"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=f"must be of the same run.*{message}"):
+            sweep(model, out, **({"description": {"model": "abc"}} | changes))
+        assert kept == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    model = models.qwen()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be new, empty, or of a run of analyze"):
+        sweep(model, other)
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match=r"parent of .* must be a folder"):
+        sweep(model, tmp_path / "none" / "out")
+    with pytest.raises(ValueError, match="must be a folder, got a file"):
+        sweep(model, other / "notes.txt")
+
+
+def test_damaged_records_are_refused_and_one_run_at_a_time_writes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_store(out, {"a": 1}) as store:
+        store.append({"name": "x"})
+        errors: list[str] = []
+
+        def second() -> None:
+            try:
+                with open_store(out, {"a": 1}):
+                    pass
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert "must be used by one run at a time" in errors[0]
+    for text, message in (
+        ('{"name": "x"}\nnonsense\n', "line 2 must be JSON"),
+        ("[]\n", "line 1 must be a point with a name"),
+    ):
+        (out / "points.jsonl").write_text(text)
+        with (
+            pytest.raises(ValueError, match=message),
+            open_store(out, {"a": 1}),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"components": ("gen",)}, "component must be one of text, got 'gen'"),
+        ({"axes": ("heads",)}, "axis must be one of depth, width for this model, got 'heads'"),
+        ({"layers": "1-9"}, "layers must lie in 0 to 2, got 3"),
+        ({"layers": (7,)}, "layers must lie in 0 to 2, got 7"),
+        ({"block_size": 16}, "block_size must divide the 24 neurons of .*, got 16"),
+    ],
+)
+def test_what_the_model_lacks_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(models.qwen(), tmp_path / "out", config=changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratios": (0.0,)}, "ratio must be above 0 and at most 1, got 0.0"),
+        ({"ratios": (1.5,)}, "ratio must be above 0 and at most 1, got 1.5"),
+        ({"ratios": (float("nan"),)}, "ratio must be above 0 and at most 1, got nan"),
+        ({"ratios": ()}, r"ratios must be a list of at least one, got \(\)"),
+        ({"ratios": (0.5, 0.5)}, "ratios must be given once each, got 0.5, 0.5"),
+        ({"axes": ("length",)}, "axis must be one of depth, width, heads, got 'length'"),
+        ({"components": "und"}, "components must be a list of at least one, got 'und'"),
+        ({"part": "head"}, "part must be one of block, attention, ffn, got 'head'"),
+        ({"budget": "all"}, "budget must be one of uniform, global, got 'all'"),
+        ({"criterion": "luck"}, "criterion must be one of .*, got 'luck'"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"block_size": 8}, "block_size must be 1 or 16 to 128, got 8"),
+    ],
+)
+def test_bad_configurations_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_probes_are_checked(tmp_path: Path) -> None:
+    model = models.qwen()
+    with pytest.raises(ValueError, match="tasks must be given once each, got text, text"):
+        sweep(model, tmp_path / "out", [text_probe(model), text_probe(model)])
+    with pytest.raises(ValueError, match="tasks must be given once each, got none"):
+        sweep(model, tmp_path / "out", [])
+    with pytest.raises(ValueError, match="metric loss must come from one evaluator"):
+        sweep(model, tmp_path / "out", [text_probe(model, a=loss, b=loss)])
+    with pytest.raises(ValueError, match="evaluator must be callable and declare"):
+        sweep(model, tmp_path / "out", [text_probe(model, a=lambda model: {})])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_most_redundant_layers_go_first() -> None:
+    values = (0.1, 0.9, 0.5, 0.8)
+    found = Similarity(
+        layers=tuple(
+            LayerSimilarity(
+                component="und", layer=i, tokens=1, block=v, attention=1 - v, ffn=(v * 7) % 1
+            )
+            for i, v in enumerate(values)
+        )
+    )
+
+    def skipped(ratio: float, **changes: Any) -> tuple[int, ...]:
+        point = Point(task="t", component="und", axis=Axis.DEPTH, keep_ratio=ratio)
+        return layers_to_skip(point, config(components=("und",), **changes), 4, found)
+
+    assert skipped(0.75) == (1,)
+    assert skipped(0.5) == (1, 3)
+    assert skipped(0.01) == (1, 2, 3)
+    assert skipped(0.5, part="attention") == (0, 2)
+    assert skipped(0.5, layers="middle") == (1,)
+    draws = {skipped(0.5, criterion="random", seed=seed) for seed in range(20)}
+    assert len(draws) > 1
+    assert skipped(0.5, criterion="random") == skipped(0.5, criterion="random")
+
+
+def test_axes_follow_from_the_components() -> None:
+    assert legal_axes(find_adapter(models.bagel())) == tuple(Axis)
+    assert legal_axes(find_adapter(models.qwen())) == (Axis.DEPTH, Axis.WIDTH)
+
+
+def test_a_fingerprint_is_of_names_shapes_and_values() -> None:
+    first = fingerprint(models.qwen())
+    assert first == fingerprint(models.qwen())
+    changed = models.qwen()
+    with torch.no_grad():
+        changed.model.language_model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    assert len({first, fingerprint(changed), fingerprint(models.qwen().half())}) == 3
+
+
+def test_progress_counts_every_point(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    sweep(models.qwen(), tmp_path / "out", progress=lambda *step: seen.append(step))
+    assert [done for done, _, _ in seen] == [0, 1, 2, 3, 4, 5]
+    assert {total for _, total, _ in seen} == {5}
+    assert seen[0][2] == "text: dense"
