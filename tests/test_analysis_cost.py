@@ -39,11 +39,23 @@ def test_idle_experts_are_not_counted(tokens: int) -> None:
     assert found.flops == 6 * tokens * 2 * 24 * 32 + 2 * tokens * 4 * 32
 
 
+def test_pruned_blocks_are_not_counted() -> None:
+    class Pruned(SwiGLU):
+        def forward(self, x: Tensor) -> Tensor:
+            weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            kept = torch.tensor([0, 4], dtype=torch.int32)
+            return sparse_unified.ops.pruned_ffn(x, kept, *weights, 16)
+
+    assert cost_of(Pruned(32, 96), torch.randn(10, 32)).flops == 6 * 10 * 2 * 16 * 32
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_is_counted(causal: bool) -> None:
     class Attend(nn.Module):
         def forward(self, q: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, q[:, :2], q[:, :2], enable_gqa=True)
+            return F.scaled_dot_product_attention(
+                q, q[:, :2], q[:, :2], enable_gqa=True, is_causal=causal
+            )
 
     found = cost_of(Attend(), torch.randn(1, 4, 7, 16))
     assert found.flops == 4 * 4 * 7 * 7 * 16

@@ -252,7 +252,7 @@ def test_a_folder_is_of_one_run(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"config": {"ratios": (0.25,)}}, r"sweep\.ratios \[0.5, 1.0\] there and \[0.25\] here"),
         ({"config": {"seed": 1}}, r"sweep\.seed 0 there and 1 here"),
-        ({"description": {"model": "abd"}}, 'model "abc" there and "abd" here'),
+        ({"description": {"model": "xyz"}}, 'model "abc" there and "xyz" here'),
         ({"probes": [text_probe(model, other=other_metric)]}, r"tasks\.text\.metrics"),
     ]
     for changes, message in cases:

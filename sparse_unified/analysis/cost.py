@@ -144,6 +144,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         ours.route_topk: _route,
         ours.grouped_ffn: _grouped,
         ours.grouped_ffn_combine: _grouped_combine,
+        ours.pruned_ffn: _pruned,
     }
 
 
@@ -174,3 +175,15 @@ def _grouped_combine(
     **options: Any,
 ) -> int:
     return _grouped(x, row_token, offsets, gate_proj)
+
+
+def _pruned(
+    x: Shape,
+    kept_blocks: Shape,
+    gate_proj: Shape,
+    up_proj: Shape,
+    down_proj: Shape,
+    block_size: int,
+    **options: Any,
+) -> int:
+    return 6 * x[0] * kept_blocks[0] * block_size * x[1]
