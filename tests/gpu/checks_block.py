@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseMoE on the device: beside the CPU, its backend, strictness, fallback, and invariances."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from checks_torch import block_on
+from device_cases import HALVES, assert_equal, grid, needs_cuda, refusal
+from registry import check
+from torch import Tensor
+
+from sparse_unified.nn import SparseMoE
+
+
+def twin(block: SparseMoE, device: str, dtype: torch.dtype) -> SparseMoE:
+    """The same block elsewhere, through its state dict."""
+    other = SparseMoE(
+        block.hidden_size,
+        block.intermediate_size,
+        block.num_experts,
+        block.top_k,
+        block.num_shared_experts,
+        gate_img=block.gate_img is not None,
+        dtype=dtype,
+        device=device,
+    )
+    other.load_state_dict({k: v.to(device, dtype) for k, v in block.state_dict().items()})
+    return other
+
+
+def assert_near(name: str, out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    error = (out.double().cpu() - exact.double().cpu()).norm() / exact.double().norm().cpu()
+    allowed = 4 * torch.finfo(dtype).eps
+    assert error < allowed, f"{name} is off by {error:.2g}, allowed {allowed:.2g}"
+
+
+@check(*grid(dtype=HALVES, shared=(0, 1), gate_img=(False, True)))
+def block_is_that_of_the_cpu(
+    device: torch.device, dtype: torch.dtype, shared: int, gate_img: bool
+) -> None:
+    """Outputs and gradients beside fp32 on the CPU; integers route, so that no choice flips."""
+    block = block_on(
+        device,
+        dtype,
+        intermediate_size=48 * (7 + shared),
+        num_experts=7,
+        num_shared_experts=shared,
+        gate_img=gate_img,
+        strict=True,
+    )
+    routers = [r for r in (block.gate, block.gate_img) if r is not None]
+    with torch.no_grad():
+        for router in routers:
+            router.weight.copy_(torch.randint(-2, 3, router.weight.shape) / 8)
+    exact = twin(block, "cpu", torch.float32)
+    with torch.device(device):
+        x = (torch.randint(-4, 5, (61, 64)) / 4).to(dtype).requires_grad_()
+        grad = torch.randn(61, 64).to(dtype)
+        indexes = (torch.arange(0, 40), torch.arange(40, 61)) if gate_img else ()
+    y, logits = block(x, *indexes)
+    wide = x.detach().float().cpu().requires_grad_()
+    expected, expected_logits = exact(wide, *(i.cpu() for i in indexes))
+    assert_equal("logits", logits.cpu(), expected_logits)
+    assert_near("y", y, expected, dtype)
+    y.backward(grad)
+    expected.backward(grad.float().cpu())
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert_near("gradient of x", x.grad, wide.grad, dtype)
+    for (name, parameter), (_, other) in zip(
+        block.named_parameters(), exact.named_parameters(), strict=True
+    ):
+        if other.grad is None:
+            assert parameter.grad is None, f"{name} got a gradient"
+            continue
+        assert parameter.grad is not None, f"{name} got no gradient"
+        assert_near(f"gradient of {name}", parameter.grad, other.grad, dtype)
+
+
+@check()
+def block_says_what_runs_it(device: torch.device) -> None:
+    needs_cuda(device)
+    assert block_on(device, torch.bfloat16, strict=True).active_backend == "cuda"
+    for dtype, width in ((torch.float32, 48), (torch.bfloat16, 12)):
+        block = block_on(device, dtype, intermediate_size=8 * width)
+        assert block.active_backend.startswith("torch: "), block.active_backend
+        x = torch.randn(37, 64, device=device).to(dtype)
+        assert_near(
+            "fallback", block(x)[0], twin(block, "cpu", torch.float32)(x.float().cpu())[0], dtype
+        )
+        block.strict = True
+        assert "strict" in refusal(partial(block, x))
+
+
+@check(*grid(dtype=HALVES))
+def all_experts_with_a_zero_router_are_the_dense_ffn(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    block = block_on(device, dtype, top_k=8)
+    torch.nn.init.zeros_(block.gate.weight)
+    x = torch.randn(100, 64, device=device).to(dtype)
+    with torch.no_grad():
+        y, logits = block(x)
+        wide = [w.float() for w in (block.gate_proj, block.up_proj, block.down_proj)]
+        hidden = F.silu(x.float() @ wide[0].t()) * (x.float() @ wide[1].t())
+    assert logits.abs().max() == 0
+    assert_near("y", y, hidden @ wide[2].t(), dtype)
+
+
+@check(*grid(dtype=HALVES, num_tokens=(300, 4096)), small=lambda num_tokens, **_: num_tokens < 1000)
+def splitting_the_batch_changes_nothing(
+    device: torch.device, dtype: torch.dtype, num_tokens: int
+) -> None:
+    block = block_on(device, dtype)
+    x = torch.randn(num_tokens, 64, device=device).to(dtype)
+    with torch.inference_mode():
+        whole, logits = block(x)
+        parts = [block(part) for part in x.split((1, 17, num_tokens - 18))]
+    assert_equal("logits", torch.cat([part[1] for part in parts]), logits)
+    # Another number of rows may take another tile: a rounding, no more.
+    assert_near("y", torch.cat([part[0] for part in parts]), whole, dtype)
+
+
+@check(*grid(dtype=HALVES))
+def inference_and_training_agree(device: torch.device, dtype: torch.dtype) -> None:
+    block = block_on(device, dtype)
+    x = torch.randn(300, 64, device=device).to(dtype)
+    with torch.inference_mode():
+        quick = block(x)[0]
+    assert_near("y", quick, block(x)[0].detach(), dtype)
+
+
+@check()
+def blocks_of_no_tokens(device: torch.device) -> None:
+    block = block_on(device, torch.bfloat16)
+    x = torch.empty(0, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    y, logits = block(x)
+    assert y.shape == (0, 64)
+    assert logits.shape == (0, 8)
+    y.sum().backward()
+    assert block.gate_proj.grad is not None
+    assert block.gate_proj.grad.abs().max() == 0
