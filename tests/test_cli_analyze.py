@@ -124,12 +124,12 @@ def test_tasks_can_have_samples_of_their_own(
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--ratios", "1.5"], 2, "must be above 0 and at most 1, got 1.5"),
-        (["--ratios", "0"], 2, "must be above 0 and at most 1, got 0"),
-        (["--ratios", "half"], 2, "must be numbers with commas between, got 'half'"),
+        (["--ratios", "1.5"], 2, "must be above 0 and at most 1, got '1.5'"),
+        (["--ratios", "0"], 2, "must be above 0 and at most 1, got '0'"),
+        (["--ratios", "half"], 2, "must be above 0 and at most 1, got 'half'"),
         (["--ratios", ".5,.5"], 2, "must be names with commas between, each once"),
-        (["--axis", "length"], 2, "must be of depth, width, heads, got 'length'"),
-        (["--task", "singing"], 2, "must be of generation, understanding, editing, got 'singing'"),
+        (["--axis", "length"], 2, "must be different ones of depth, width, heads, comma-separated"),
+        (["--task", "singing"], 2, "must be different ones of generation, understanding, editing"),
         (["--component", "vision"], 1, "component must be one of und, gen, got 'vision'"),
         (["--layers", "1-9"], 1, "layers must lie in 0 to 2, got 3"),
         (["--block-size", "8"], 1, "block_size must be 1 or 16 to 128, got 8"),

@@ -2,7 +2,7 @@
 """Probing: which layers, neurons and heads of a model matter, measured on a task.
 
 Reading order: `adapter` (where things are), `sums`, `collect`, `statistics`, `criteria` (what
-neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metrics` (those for BAGEL),
+neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metrics` (for BAGEL),
 `geneval`, `cost`, `points`, `surgery` and `transforms` (smaller models), `store`, `sweep`,
 `bagel_probes`, `results`, `plots`.
 """

@@ -62,7 +62,7 @@ class BagelPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> BagelPipeline:
-        """Loads a dense, sparse or pruned checkpoint; host memory holds the weights and 64 MiB more.
+        """Loads a dense, sparse or pruned checkpoint; host memory holds it and 64 MiB more.
 
         Args:
             name: a model directory, or a hub id such as "ByteDance-Seed/BAGEL-7B-MoT".

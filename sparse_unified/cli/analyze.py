@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--task",
         required=True,
-        type=values.names(TASKS),
+        type=values.names(*TASKS),
         metavar="TASKS",
         help=f"comma-separated: {', '.join(TASKS)}",
     )
@@ -48,7 +48,7 @@ def add_commands(commands: Any) -> None:
     )
     what.add_argument(
         "--axis",
-        type=values.names(("depth", "width", "heads")),
+        type=values.names("depth", "width", "heads"),
         default=("depth", "width"),
         help="comma-separated: depth, width, heads (default depth,width)",
     )

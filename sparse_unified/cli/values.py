@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -98,38 +98,14 @@ def image_path(text: str) -> Path:
 
 def listed(text: str) -> tuple[str, ...]:
     """Comma-separated names, each once."""
-    names = tuple(part.strip() for part in text.split(","))
-    if not all(names) or len(set(names)) != len(names):
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found) or len(set(found)) != len(found):
         raise argparse.ArgumentTypeError(
             f"must be names with commas between, each once, got {text!r}"
         )
-    return names
-
-
-def names(legal: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Returns the type of comma-separated names out of `legal`."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        found = listed(text)
-        for name in found:
-            if name not in legal:
-                raise argparse.ArgumentTypeError(f"must be of {', '.join(legal)}, got {name!r}")
-        return found
-
-    return parse
+    return found
 
 
 def ratios(text: str) -> tuple[float, ...]:
-    """Comma-separated shares above 0 and at most 1."""
-    found = []
-    for part in listed(text):
-        try:
-            value = float(part)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"must be numbers with commas between, got {part!r}"
-            ) from None
-        if not 0 < value <= 1:
-            raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {part}")
-        found.append(value)
-    return tuple(found)
+    """Comma-separated shares above 0 and at most 1, each once."""
+    return tuple(ratio(part) for part in listed(text))
