@@ -29,9 +29,9 @@ CXX_FLAGS = [
 
 
 def kernel_sources() -> list[str]:
-    """Reads the source list that CMakeLists.txt reads too."""
+    """Reads the C++ files of the source list that CMakeLists.txt reads too."""
     lines = (CSRC / "sources.txt").read_text().splitlines()
-    return [f"csrc/{line}" for line in lines if line and not line.startswith("#")]
+    return [f"csrc/{line}" for line in lines if line.endswith(".cpp")]
 
 
 def limit_jobs() -> None:
