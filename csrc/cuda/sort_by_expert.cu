@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const SortKernelParams 
   }
   sync_threads();
 
-  // Scan over experts.
+  // Scan over experts. The thread that writes next[e] is the only one that reads it.
   for (int e = threadIdx.x; e < num_experts; e += kThreads) {
     int32_t offset = 0;
     for (int before = 0; before < e; ++before) offset += counters.totals[before];
@@ -171,7 +171,6 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const SortKernelParams 
       if (e == num_experts - 1) p.sort.expert_offsets[e + 1] = offset + counters.totals[e];
     }
   }
-  sync_threads();
 
   int32_t* warp_counts = counters.warps + warp_idx() * num_experts;  // [E]
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * p.block_rows;
