@@ -74,8 +74,59 @@ CASES = {
     )
 }
 
-CPU_DEFAULTS = ("quarter-16to8-T1024", "quarter-32to16-T1024")
-CUDA_DEFAULTS = tuple(name for name in CASES if name.startswith("bagel-"))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedCase:
+    """One shape of a dense FFN of which half of the width blocks are kept."""
+
+    name: str
+    tokens: int
+    hidden_size: int
+    intermediate_size: int
+    block_size: int
+
+    @property
+    def num_kept(self) -> int:
+        return self.intermediate_size // self.block_size // 2
+
+    @property
+    def kept_share(self) -> float:
+        return self.num_kept * self.block_size / self.intermediate_size
+
+
+def _pruned_family(
+    prefix: str, tokens: list[int], hidden_size: int, intermediate_size: int
+) -> list[PrunedCase]:
+    return [
+        PrunedCase(
+            name=f"{prefix}-half-bs{block_size}-T{count}",
+            tokens=count,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            block_size=block_size,
+        )
+        for block_size in (16, 32, 64, 128)
+        for count in tokens
+    ]
+
+
+PRUNED_CASES = {
+    case.name: case
+    for case in (
+        *_pruned_family("quarter", [512, 1024, 4096], 896, 4736),
+        *_pruned_family("bagel", [256, 1024, 4096], 3584, 18944),
+    )
+}
+
+CPU_DEFAULTS = (
+    "quarter-16to8-T1024",
+    "quarter-32to16-T1024",
+    *(f"quarter-half-bs{block_size}-T1024" for block_size in (16, 32, 64, 128)),
+)
+CUDA_DEFAULTS = (
+    *(name for name in CASES if name.startswith("bagel-")),
+    *(f"bagel-half-bs{block_size}-T4096" for block_size in (16, 32, 64, 128)),
+)
 
 # Forward; and backward, of everything; and backward with experts frozen, as in the first tuning.
 DIRECTIONS = ("fwd", "fwd_bwd", "fwd_bwd_frozen")
@@ -111,6 +162,10 @@ def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Wor
         "sparse_ffn": Work(
             6 * r * d * case.expert_width + 2 * r * d + 2 * t * d * e, 2 * t * d * size + weights
         ),
+        "ffn_importance": Work(
+            4 * t * d * case.intermediate_size,
+            t * d * size + weights * 2 / 3 + 3 * case.intermediate_size * 4,
+        ),
         "dense_ffn": Work(6 * t * d * case.intermediate_size, 2 * t * d * size + weights),
         # A dense FFN of the active width, which touches no other weights.
         "half_ffn": Work(
@@ -118,5 +173,18 @@ def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Wor
             2 * t * d * size + weights * case.top_k // case.num_experts,
         ),
     }
-    forward, passes = formulas[op], _GEMM_PASSES[direction]
+    return _repeated(formulas[op], direction)
+
+
+def pruned_work(
+    case: PrunedCase, dtype: torch.dtype, direction: str = "fwd", *, share: float
+) -> Work:
+    """FLOPs and bytes of a dense FFN at `share` of its width, as `work` counts them."""
+    t, d, width = case.tokens, case.hidden_size, case.intermediate_size * share
+    forward = Work(6 * t * d * width, (2 * t * d + 3 * d * width) * dtype.itemsize)
+    return _repeated(forward, direction)
+
+
+def _repeated(forward: Work, direction: str) -> Work:
+    passes = _GEMM_PASSES[direction]
     return Work(passes * forward.flops, passes * forward.bytes)

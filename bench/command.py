@@ -13,9 +13,11 @@ from typing import NoReturn
 import torch
 
 from .block import measure_block
-from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS
+from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS, PRUNED_CASES
 from .op_suite import measure_ops
 from .peers import PEERS
+from .pruned_suite import OP as PRUNED
+from .pruned_suite import measure_pruned
 from .report import Report, save
 from .roof import measure_roof
 from .suites import measure_overhead
@@ -31,6 +33,8 @@ OPS = (
     "combine",
     "grouped_ffn",
     "grouped_ffn_combine",
+    "ffn_importance",
+    PRUNED,
 )
 _SAVED_IN = "bench-results"
 
@@ -53,17 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--case",
         action="append",
-        choices=sorted(CASES),
+        choices=sorted((*CASES, *PRUNED_CASES)),
         metavar="NAME",
         help=f"shape by name, repeatable (default on the cpu: {', '.join(CPU_DEFAULTS)}; on cuda: "
-        f"bagel-*); one of {', '.join(CASES)}",
+        f"{', '.join(CUDA_DEFAULTS)}); one of {', '.join((*CASES, *PRUNED_CASES))}",
     )
     parser.add_argument(
         "--op",
         action="append",
         choices=OPS,
         metavar="NAME",
-        help=f"repeatable (default: all); {BLOCK} is the whole block; one of {', '.join(OPS)}",
+        help=f"repeatable (default: all); {BLOCK} is the whole block, {PRUNED} half of the "
+        f"blocks of a FFN; one of {', '.join(OPS)}",
     )
     parser.add_argument(
         "--provider",
@@ -143,8 +148,25 @@ def run(
 ) -> None:
     """Adds to a report what the arguments ask for, case by case; `on_group` after each part."""
     target, roof, measured = report.target, report.roof, report.measured
-    single = [op for op in ops if op != BLOCK]
+    single = [op for op in ops if op not in (BLOCK, PRUNED)]
     for name in cases:
+        if name in PRUNED_CASES:
+            for direction in directions if PRUNED in ops else ():
+                found = measure_pruned(
+                    PRUNED_CASES[name],
+                    dtype,
+                    direction,
+                    target,
+                    roof,
+                    repeats=repeats,
+                    graph=graph,
+                    progress=on_round,
+                )
+                measured.records += found.records
+                measured.missing += found.missing
+                if on_group is not None:
+                    on_group()
+            continue
         case = CASES[name]
         # First, on a heap that other providers have not yet cut up: the steps are so short that
         # the page faults of a single buffer would be most of what is measured.

@@ -47,6 +47,7 @@ class OpCalls:
             "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
                 x, weights, row_token, token_rows, offsets, *experts
             ),
+            "ffn_importance": lambda x: ops.ffn_importance(x, *experts[:2]),
         }
         self.leaves: dict[str, tuple[Tensor, ...]] = {
             "route_topk": (gate,),
@@ -62,6 +63,7 @@ class OpCalls:
             "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
             "permute": lambda x: reference.permute(x, row_token),
             "combine": lambda _: reference.combine(rows, weights, token_rows),
+            "ffn_importance": lambda x: reference.ffn_importance(x, *experts[:2]),
         }
 
 

@@ -20,6 +20,9 @@ RESULTS = ROOT / "bench" / "results"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
 
+# Measured beside the dense FFN, not alone.
+WHOLE_FFNS = ("sparse_ffn", "pruned_ffn")
+
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -30,7 +33,7 @@ class Claim:
     Args:
         text: the promise.
         file: of bench/results.
-        case, direction, dtype: of the record of the whole block.
+        op, case, direction, dtype: of our record; "sparse_ffn" is the whole block.
         baseline: the ratio to look at; "overhead" for the share of the steps around the experts.
         bound: the least the ratio may be; the most, for the overhead.
     """
@@ -38,6 +41,7 @@ class Claim:
     text: str
     file: str
     case: str
+    op: str = "sparse_ffn"
     direction: str = "fwd"
     dtype: str = "float32"
     baseline: str = "dense"
@@ -53,7 +57,7 @@ class Claim:
             return share
         for record in content["records"]:
             names = ("op", "case", "direction", "dtype", "provider")
-            wanted = ("sparse_ffn", self.case, self.direction, self.dtype, "sparse_unified")
+            wanted = (self.op, self.case, self.direction, self.dtype, "sparse_unified")
             if tuple(record[name] for name in names) == wanted:
                 ratio: float | None = record["speedup"].get(self.baseline)
                 return ratio
@@ -101,6 +105,17 @@ CLAIMS = (
         baseline="overhead",
         bound=0.05,
     ),
+    *(
+        Claim(
+            text=f"CPU, fp32, half of the width in blocks of {block_size}, T = 1024: "
+            "at least 1.85x the dense FFN",
+            file="cpu.json",
+            op="pruned_ffn",
+            case=f"quarter-half-bs{block_size}-T1024",
+            bound=1.85,
+        )
+        for block_size in (16, 32, 64, 128)
+    ),
     Claim(
         text="H200, bf16, 16/8, T = 4096: at least 1.90x the dense FFN",
         file="h200.json",
@@ -138,11 +153,11 @@ def describe(content: Mapping[str, Any]) -> str:
 
 
 def block_rows(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a table of the whole block: a line per case, direction, dtype and provider."""
+    """Yields a table of whole FFNs: a line per case, direction, dtype and provider."""
     yield "| case | pass | dtype | provider | ms | x dense | % of roof |"
     yield "|---|---|---|---|---:|---:|---:|"
     for record in content["records"]:
-        if record["op"] == "sparse_ffn":
+        if record["op"] in WHOLE_FFNS:
             ratio = record["speedup"].get("dense")
             yield (
                 f"| {record['case']} | {record['direction']} | {record['dtype']} "
@@ -156,7 +171,7 @@ def op_rows(content: Mapping[str, Any]) -> Iterator[str]:
     yield "| op | case | dtype | us | GB/s | x torch reference |"
     yield "|---|---|---|---:|---:|---:|"
     for record in content["records"]:
-        if record["op"] != "sparse_ffn" and record["provider"] == "sparse_unified":
+        if record["op"] not in WHOLE_FFNS and record["provider"] == "sparse_unified":
             ratio = record["speedup"].get("torch")
             yield (
                 f"| {record['op']} | {record['case']} | {record['dtype']} "

@@ -11,13 +11,26 @@ import pytest
 import torch
 
 from sparse_unified.bench import main
-from sparse_unified.bench.cases import CASES, CUDA_DEFAULTS, DIRECTIONS, Case, work
+from sparse_unified.bench.cases import (
+    CASES,
+    CUDA_DEFAULTS,
+    DIRECTIONS,
+    PRUNED_CASES,
+    Case,
+    PrunedCase,
+    pruned_work,
+    work,
+)
 from sparse_unified.bench.harness import Roof, measure_interleaved, record
 from sparse_unified.bench.op_suite import measure_ops
 from sparse_unified.bench.providers import BLOCK_PROVIDERS, block_providers
+from sparse_unified.bench.pruned_suite import measure_pruned, pruned_providers
 from sparse_unified.bench.target import find_target, slug
 
 SMALL = Case(name="small", tokens=37, hidden_size=32, intermediate_size=96, num_experts=8, top_k=3)
+SMALL_PRUNED = PrunedCase(
+    name="small-half", tokens=37, hidden_size=32, intermediate_size=96, block_size=16
+)
 ROOF = Roof(tflops=1.0, gbps=10.0)
 
 
@@ -29,6 +42,56 @@ def test_half_of_the_experts_are_half_of_the_dense_flops() -> None:
         assert work(op, case, torch.bfloat16).flops * 2 == dense.flops
 
 
+def test_half_of_the_blocks_are_half_of_the_dense_flops() -> None:
+    case = PRUNED_CASES["bagel-half-bs64-T4096"]
+    dense = pruned_work(case, torch.bfloat16, share=1)
+    assert dense == work("dense_ffn", CASES["bagel-16to8-T4096"], torch.bfloat16)
+    half = pruned_work(case, torch.bfloat16, share=case.kept_share)
+    assert case.kept_share == 0.5
+    assert 2 * half.flops == dense.flops
+
+
+def test_every_pruned_case_keeps_half_of_whole_blocks() -> None:
+    for case in PRUNED_CASES.values():
+        assert case.intermediate_size % case.block_size == 0
+        assert abs(case.kept_share - 0.5) <= 1 / (case.intermediate_size / case.block_size)
+
+
+def test_pruned_provider_computes_the_blocks_it_keeps() -> None:
+    providers = pruned_providers(SMALL_PRUNED, torch.float32)
+    dense, pruned = providers["dense"], providers["sparse_unified"]
+    x = torch.randn(SMALL_PRUNED.tokens, SMALL_PRUNED.hidden_size)
+    assert len(pruned.kept_blocks) == 3
+    with torch.no_grad():
+        y = pruned(x)
+        lost = torch.ones(6, dtype=torch.bool)
+        lost[pruned.kept_blocks.long()] = False
+        dense.down_proj.weight[:, lost.repeat_interleave(16)] = 0
+        torch.testing.assert_close(y, dense(x))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_half_of_the_blocks_are_measured_beside_dense(direction: str) -> None:
+    target = find_target("cpu")
+    measured = measure_pruned(SMALL_PRUNED, torch.float32, direction, target, ROOF, repeats=2)
+    assert measured.missing == []
+    assert [r.provider for r in measured.records] == ["dense", "dense_half", "sparse_unified"]
+    ours = measured.records[-1]
+    assert (ours.op, ours.case, ours.direction) == ("pruned_ffn", "small-half", direction)
+    assert ours.speedup.keys() == {"dense", "dense_half"}
+
+
+def test_command_measures_half_of_the_blocks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRUNED_CASES, "bagel-half-bs16-T256", SMALL_PRUNED)
+    monkeypatch.setattr("sparse_unified.bench.command.measure_roof", lambda *_: ROOF)
+    arguments = ["--case", "bagel-half-bs16-T256", "--repeats", "2", "--json", "-"]
+    assert main(arguments) == 0
+    saved = json.loads(capsys.readouterr().out)
+    assert {(r["op"], r["case"]) for r in saved["records"]} == {("pruned_ffn", "small-half")}
+
+
 def test_backward_counts_the_gemms_it_repeats() -> None:
     forward = work("sparse_ffn", SMALL, torch.float32)
     assert work("sparse_ffn", SMALL, torch.float32, "fwd_bwd").flops == 3 * forward.flops
@@ -36,8 +99,9 @@ def test_backward_counts_the_gemms_it_repeats() -> None:
 
 
 def test_cases_of_cuda_are_those_of_bagel_at_two_splits() -> None:
-    assert len(CUDA_DEFAULTS) == 6
-    for name in CUDA_DEFAULTS:
+    names = [name for name in CUDA_DEFAULTS if name in CASES]
+    assert len(names) == 6
+    for name in names:
         case = CASES[name]
         assert (case.hidden_size, case.intermediate_size) == (3584, 18944)
         assert case.expert_width in (1184, 592)
@@ -98,6 +162,7 @@ def test_every_op_is_measured_alone(direction: str) -> None:
             "combine",
             "grouped_ffn",
             "grouped_ffn_combine",
+            "ffn_importance",
         },
         "fwd_bwd": {"route_topk", "permute", "combine", "grouped_ffn"},
         "fwd_bwd_frozen": {"grouped_ffn"},
