@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half of a FFN: pruned_ffn on kept blocks of the weights of a dense FFN, beside that and its half."""
+"""Half of a FFN: pruned_ffn on kept blocks of a dense FFN, that FFN, and one of half its width."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PrunedFfn(nn.Module):
 def pruned_providers(
     case: PrunedCase, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, nn.Module]:
-    """Every provider, x [T, D] -> y [T, D]; `dense` is the whole FFN, the baseline of the ratios."""
+    """Every provider, x [T, D] -> y [T, D]; `dense` is the whole FFN."""
     torch.manual_seed(0)
     half = int(case.intermediate_size * case.kept_share)
     dense, dense_half = (

@@ -14,7 +14,9 @@ from torch import Tensor
 import sparse_unified
 from sparse_unified.analysis import CRITERIA, FfnStatistics, collect, save_scores, score
 from sparse_unified.analysis.adapter import find_adapter
-from sparse_unified.checkpoint.scores import read_scores
+from sparse_unified.checkpoint import Checkpoint
+from sparse_unified.checkpoint.scores import resolve_scores
+from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.partition import magnitude_scores, random_scores
 from sparse_unified.swap import PruneWidthConfig, prune_width_
 
@@ -169,21 +171,32 @@ def test_scores_lead_a_conversion() -> None:
     sparse_unified.apply_moe_(model, config, scores=scores["gen"])
 
 
-def test_scores_file_is_what_convert_reads(
-    model: models.Official, statistics: FfnStatistics, tmp_path: Path
-) -> None:
-    scores = score("wanda", model, statistics)["gen"]
+def test_scores_file_is_what_convert_and_prune_read(tmp_path: Path) -> None:
+    directory = write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path / "dense")
+    source = Checkpoint(directory)
+    scores = score("magnitude", models.bagel())
     path = tmp_path / "scores.safetensors"
     save_scores(path, scores)
-    read = read_scores(path)
-    assert isinstance(read, dict)
-    assert read.keys() == scores.keys()
-    for layer, own in scores.items():
-        assert torch.equal(read[layer], own)
+    for component, keyed in scores.items():
+        layers = list(keyed)
+        given, _ = resolve_scores(source, component, layers, scores=path, seed=None, what="prune")
+        for layer in layers:
+            assert torch.equal(given(layer), keyed[layer])
+    save_scores(path, {"gen": scores["gen"]})
+    with pytest.raises(ValueError, match="und"):
+        resolve_scores(source, "und", [0], scores=path, seed=None, what="prune")
+
+
+def test_scores_that_no_checkpoint_takes_are_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    with pytest.raises(ValueError, match=r"component must be one of .*, got .text."):
+        save_scores(path, score("magnitude", models.Bailing()))
     with pytest.raises(ValueError, match="scores must be of layers with one FFN each"):
-        save_scores(path, score("magnitude", models.Bailing())["text"])
-    with pytest.raises(ValueError, match=r"scores must be of layers .*, got none"):
-        save_scores(path, {})
+        save_scores(path, {"gen": {(1, "expert"): torch.ones(3)}})
+    for none in ({}, {"gen": {}}):
+        with pytest.raises(ValueError, match="scores must be given for at least one layer"):
+            save_scores(path, none)
+    assert not path.exists()
 
 
 def test_what_does_not_fit_is_refused(model: models.Official, statistics: FfnStatistics) -> None:

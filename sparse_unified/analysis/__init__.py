@@ -19,6 +19,7 @@ from sparse_unified.analysis.adapter import (
     find_adapter,
 )
 from sparse_unified.analysis.bagel_probes import bagel_probe
+from sparse_unified.analysis.calibrate import calibrate
 from sparse_unified.analysis.collect import Collector, collect
 from sparse_unified.analysis.cost import Cost, measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, Criterion, save_scores, score
@@ -77,6 +78,7 @@ __all__ = [
     "VelocityError",
     "bagel_probe",
     "built_in_samples",
+    "calibrate",
     "collect",
     "evaluator",
     "find_adapter",

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_unified.analysis.adapter import Ffn, FfnKey, find_adapter
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.writer import encode_tensors
 from sparse_unified.partition import check_scores, magnitude_scores, random_scores
 
@@ -168,18 +169,27 @@ def score(
     return scores
 
 
-def save_scores(path: str | os.PathLike[str], scores: Mapping[FfnKey, Tensor]) -> None:
-    """Writes the scores of one component as a file that `convert --scores` takes.
+def save_scores(
+    path: str | os.PathLike[str], scores: Mapping[str, Mapping[FfnKey, Tensor]]
+) -> None:
+    """Writes scores as a file that `convert` and `prune` take with `--scores`.
 
     Raises:
-        ValueError: a key is not a layer, as those of experts.
+        ValueError: there are none, a component is not one of a checkpoint, or a key is not a layer,
+            as those of experts.
     """
-    wrong = [key for key in scores if not isinstance(key, int)]
-    if wrong or not scores:
-        raise ValueError(
-            f"{path}: scores must be of layers with one FFN each, got {wrong[:1] or 'none'}"
-        )
-    tensors = {str(layer): own for layer, own in scores.items()}
+    tensors: dict[str, Tensor] = {}
+    for component, keyed in scores.items():
+        if component not in FFN_NAMES:
+            raise ValueError(
+                f"{path}: component must be one of {', '.join(FFN_NAMES)}, got {component!r}"
+            )
+        for key, own in keyed.items():
+            if not isinstance(key, int):
+                raise ValueError(f"{path}: scores must be of layers with one FFN each, got {key!r}")
+            tensors[f"{component}.{key}"] = own
+    if not tensors:
+        raise ValueError(f"{path}: scores must be given for at least one layer, got none")
     replace_file(Path(path), encode_tensors(tensors))
 
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparse_unified.cli import analyze, benchmark, chat, checkpoints, generate, pruning
+from sparse_unified.cli import analyze, benchmark, calibrate, chat, checkpoints, generate, pruning
 from sparse_unified.cli.console import PROG, CommandParser, Usage, one_line, split_json_flag
 
 _DESCRIPTION = """\
@@ -30,6 +30,7 @@ def build_parser() -> CommandParser:
     pruning.add_commands(commands)
     generate.add_commands(commands)
     chat.add_commands(commands)
+    calibrate.add_commands(commands)
     analyze.add_commands(commands)
     benchmark.add_commands(commands)
     return parser
