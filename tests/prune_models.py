@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +24,14 @@ from sparse_unified.bagel import (
     load_bagel,
 )
 from sparse_unified.bagel.cache import Context
+from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.fixtures import write_tokenizer
+from sparse_unified.swap import prune_heads_, prune_width_, skip_layers_
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECIAL = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)
+SUFFIX = {"und": "", "gen": "_moe_gen"}
 LAYERS, HIDDEN, WIDTH, HEADS, KEY_HEADS, HEAD_DIM = 4, 64, 96, 8, 4, 8
 
 
@@ -80,6 +83,35 @@ def write_model(directory: Path, model: Bagel | None = None, num_shards: int = 0
 
 def load(directory: Path) -> Bagel:
     return load_bagel(directory, special_tokens=SPECIAL)[0]
+
+
+Mode = PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig
+
+
+def apply_live(model: Bagel, modes: Sequence[Mode], scores: Any = None) -> None:
+    for mode in modes:
+        if isinstance(mode, PruneWidthConfig):
+            prune_width_(model, mode, scores)
+        elif isinstance(mode, PruneHeadsConfig):
+            prune_heads_(model, mode, scores)
+        else:
+            skip_layers_(model, mode)
+
+
+WIDTHS = [
+    PruneWidthConfig(component="und", keep_ratio=0.5, block_size=16, budget="global"),
+    PruneWidthConfig(component="gen", layers=[1, 2], keep_ratio=2 / 3, block_size=16),
+]
+FEWER_HEADS = [
+    PruneHeadsConfig(component="und", keep_ratio=0.5),
+    PruneHeadsConfig(component="gen", keep_ratio=0.5, layers="0-2"),
+]
+DEPTH = [
+    SkipLayersConfig(component="und", layers=[1, 3]),
+    SkipLayersConfig(component="gen", layers=[3]),
+    SkipLayersConfig(component="gen", layers=[0], part="attention"),
+    SkipLayersConfig(component="gen", layers=[2], part="ffn"),
+]
 
 
 def layer_of(model: Bagel, layer: int) -> Any:

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import edit_config, edit_weights, make_dense, snapshot
+from checkpoint_files import snapshot
 from prune_models import (
+    DEPTH,
+    FEWER_HEADS,
+    GOLDEN,
     HEAD_DIM,
     HIDDEN,
     KEY_HEADS,
     LAYERS,
     WIDTH,
+    WIDTHS,
+    Mode,
+    apply_live,
     assert_equal,
     load,
     outputs,
@@ -26,7 +30,6 @@ from prune_models import (
     write_model,
 )
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sparse_unified import (
     MoEConfig,
@@ -40,11 +43,10 @@ from sparse_unified import (
     prune_width_,
     skip_layers_,
 )
-from sparse_unified.bagel import Bagel, BagelPipeline
+from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert, prune, verify
-from sparse_unified.cli import main
-
-Mode = PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig
+from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.partition import Budget
 
 
 @pytest.fixture(scope="module")
@@ -52,37 +54,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("dense") / "model")
 
 
-def apply_live(model: Bagel, modes: Sequence[Mode], scores: Any = None) -> None:
-    for mode in modes:
-        if isinstance(mode, PruneWidthConfig):
-            prune_width_(model, mode, scores)
-        elif isinstance(mode, PruneHeadsConfig):
-            prune_heads_(model, mode, scores)
-        else:
-            skip_layers_(model, mode)
-
-
-WIDTHS = [
-    PruneWidthConfig(component="und", keep_ratio=0.5, block_size=16, budget="global"),
-    PruneWidthConfig(component="gen", layers=[1, 2], keep_ratio=2 / 3, block_size=16),
-]
-HEADS = [
-    PruneHeadsConfig(component="und", keep_ratio=0.5),
-    PruneHeadsConfig(component="gen", keep_ratio=0.5, layers="0-2"),
-]
-DEPTH = [
-    SkipLayersConfig(component="und", layers=[1, 3]),
-    SkipLayersConfig(component="gen", layers=[3]),
-    SkipLayersConfig(component="gen", layers=[0], part="attention"),
-    SkipLayersConfig(component="gen", layers=[2], part="ffn"),
-]
 CASES = {
     "width": WIDTHS,
-    "heads": HEADS,
+    "heads": FEWER_HEADS,
     "heads of both": [PruneHeadsConfig(component="both", keep_ratio=0.75, budget="global")],
     "depth": DEPTH,
-    "all": [*DEPTH, *WIDTHS[:1], *HEADS[:1]],
-    "all, depth last": [*WIDTHS, *HEADS, *DEPTH],
+    "all": [*DEPTH, *WIDTHS[:1], *FEWER_HEADS[:1]],
+    "all, depth last": [*WIDTHS, *FEWER_HEADS, *DEPTH],
 }
 EACH = pytest.mark.parametrize("modes", CASES.values(), ids=CASES)
 
@@ -162,9 +140,6 @@ def test_depth_makes_the_file_smaller_and_keeps_the_numbers_of_layers(
     assert verify(tmp_path / "out", dense).ok
 
 
-# Composing
-
-
 def test_width_then_experts_then_heads_then_depth(dense: Path, tmp_path: Path) -> None:
     steps = [tmp_path / name for name in ("narrow", "sparse", "heads", "final")]
     width = PruneWidthConfig(component="gen", keep_ratio=2 / 3, budget="global", block_size=16)
@@ -200,6 +175,35 @@ def test_width_then_experts_then_heads_then_depth(dense: Path, tmp_path: Path) -
     assert config["transformed_gen"] == [1]
 
 
+def test_shared_experts_of_different_widths_load_and_verify(dense: Path, tmp_path: Path) -> None:
+    scores = torch.rand(LAYERS, WIDTH) + torch.rand(LAYERS, 1)
+    narrow = PruneWidthConfig(component="und", budget=Budget.GLOBAL, block_size=16)
+    prune(dense, tmp_path / "narrow", narrow, scores=scores)
+    how: Any = {"num_experts": 3, "top_k": 2, "num_shared_experts": 1}
+    report = convert(tmp_path / "narrow", tmp_path / "out", component="und", layers="all", **how)
+    assert len(set(report.expert_widths)) > 1
+    assert verify(tmp_path / "out", dense).ok
+    assert not info(tmp_path / "out").problems
+    live = small_bagel()
+    prune_width_(live, narrow, scores)
+    apply_moe_(live, MoEConfig(component="und", layers="all", **how))
+    assert_equal(outputs(live), outputs(load(tmp_path / "out")))
+
+
+def test_a_sparse_checkpoint_of_another_tool_is_pruned(tmp_path: Path) -> None:
+    source = write_checkpoint(GOLDEN / "t2i_moe", tmp_path / "source")
+    assert not (source / "sparse_unified.json").exists()
+    modes = [SkipLayersConfig(component="gen", layers=[1]), PruneHeadsConfig(component="both")]
+    prune(source, tmp_path / "out", modes)
+    whole, live = load(source), load(source)
+    apply_live(live, modes)
+    weights = load(tmp_path / "out").state_dict()
+    assert weights.keys() == live.state_dict().keys() < whole.state_dict().keys()
+    assert all(torch.equal(weights[key], value) for key, value in live.state_dict().items())
+    assert not info(tmp_path / "out").problems
+    assert verify(tmp_path / "out", source).ok
+
+
 def test_invert_gives_the_pruned_checkpoint_back_and_refuses_what_it_cannot(
     dense: Path, tmp_path: Path
 ) -> None:
@@ -230,8 +234,8 @@ def test_a_second_pruning_starts_from_the_first(dense: Path, tmp_path: Path) -> 
     path = dense
     for i, modes in enumerate(
         (
-            [PruneWidthConfig(component="gen", keep_ratio=0.75), HEADS[0]],
-            [PruneWidthConfig(component="gen", keep_ratio=0.5), HEADS[1]],
+            [PruneWidthConfig(component="gen", keep_ratio=0.75), FEWER_HEADS[0]],
+            [PruneWidthConfig(component="gen", keep_ratio=0.5), FEWER_HEADS[1]],
             [PruneHeadsConfig(component="und", keep_ratio=0.5, layers=[0]), *DEPTH],
             [PruneWidthConfig(component="gen", keep_ratio=0.5)],
         )
@@ -284,9 +288,6 @@ def test_the_pipeline_generates_and_answers(dense: Path, tmp_path: Path) -> None
     assert result.images[0].size == (48, 32)
 
 
-# What was ranked
-
-
 @pytest.mark.parametrize("form", ["mapping", "file"])
 def test_scores_decide_and_may_come_from_a_file(form: str, dense: Path, tmp_path: Path) -> None:
     scores: Any = {
@@ -315,7 +316,7 @@ def test_scores_decide_and_may_come_from_a_file(form: str, dense: Path, tmp_path
 
 def test_random_ranking_is_the_same_for_the_same_seed(dense: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prune(dense, tmp_path / name, [*WIDTHS, *HEADS], seed=seed)
+        prune(dense, tmp_path / name, [*WIDTHS, *FEWER_HEADS], seed=seed)
     a, b, c = (snapshot(tmp_path / name)["ema.safetensors"] for name in "abc")
     assert a == b != c
 
@@ -327,285 +328,6 @@ def test_all_but_weights_and_recipe_is_copied(dense: Path, tmp_path: Path) -> No
     assert snapshot(dense) == before
     assert set(after) - set(before) == {"sparse_unified.json"}
     assert {name for name in before if before[name] != after[name]} == {"ema.safetensors"}
-
-
-# What is refused
-
-
-def refuse(
-    match: str, source: Path, tmp_path: Path, modes: Any, error: type = ValueError, **how: Any
-) -> None:
-    with pytest.raises(error, match=match) as caught:
-        prune(source, tmp_path / "refused", modes, **how)
-    assert "\n" not in str(caught.value)
-    assert not [path for path in tmp_path.iterdir() if "refused" in path.name]
-
-
-WHOLE = PruneWidthConfig()
-NAN = torch.rand(LAYERS, WIDTH, generator=torch.Generator().manual_seed(0))
-NAN[2, 5] = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("modes", "how", "match"),
-    [
-        ([], {}, "modes must name at least one"),
-        (PruneWidthConfig(layers=[0, 4]), {}, "layers must lie in 0 to 3, got 4"),
-        (SkipLayersConfig(layers="2-7"), {}, "layers must lie in 0 to 3, got 4"),
-        (PruneWidthConfig(block_size=36), {}, "block_size must divide the 96 neurons of gen"),
-        (WHOLE, {"scores": NAN}, "prune: layer 2: scores must be finite, got nan for neuron 5"),
-        (WHOLE, {"scores": NAN[:, :9]}, r"layer 0: scores must have shape \[96\], got \[9\]"),
-        (WHOLE, {"scores": NAN[:3]}, r"scores must have shape \[4 layers"),
-        (WHOLE, {"scores": {"und": NAN}}, "scores must hold gen, got und"),
-        (WHOLE, {"scores": {"gen": {1: NAN[1]}}}, "scores must have layers 0, 1, 2, 3, got no 0"),
-        (HEADS[0], {"scores": {"und": NAN}}, "scores must hold und.heads, got und"),
-        (WHOLE, {"scores": NAN, "seed": 1}, "scores and seed must not both be given"),
-        (WHOLE, {"seed": "one"}, "seed must be an integer, got 'one'"),
-        ([WHOLE, WHOLE], {}, "modes must name the width of gen once; prune the result again"),
-        (
-            [HEADS[0], PruneHeadsConfig(component="both")],
-            {},
-            "modes must name the heads of und once",
-        ),
-        (
-            [DEPTH[1], PruneWidthConfig(layers=[3])],
-            {},
-            "layers must have a gen FFN, got 3, which skip it",
-        ),
-        (
-            [DEPTH[2], PruneHeadsConfig(layers=[0])],
-            {},
-            "layers must have a gen attention, got 0, which skip it",
-        ),
-        ([DEPTH[1], DEPTH[1]], {}, "layers must have a gen block left, got 3, which skip it"),
-    ],
-)
-def test_bad_input_is_refused_by_name(
-    modes: Any, how: Any, match: str, dense: Path, tmp_path: Path
-) -> None:
-    refuse(match, dense, tmp_path, modes, **how)
-
-
-def test_experts_are_no_mode_of_pruning(dense: Path, tmp_path: Path) -> None:
-    refuse("modes must be PruneWidthConfig", dense, tmp_path, MoEConfig(), error=TypeError)
-
-
-def test_the_target_must_not_exist_nor_lie_in_the_source(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="target must not exist"):
-        prune(dense, tmp_path / "out", WIDTHS)
-    with pytest.raises(ValueError, match="target must lie outside"):
-        prune(dense, dense / "out", WIDTHS)
-
-
-def test_width_after_experts_is_refused_with_the_right_order(dense: Path, tmp_path: Path) -> None:
-    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
-    match = "FFNs must be dense .* got sparse layers 1-2; prune the width first, then convert"
-    refuse(match, tmp_path / "sparse", tmp_path, PruneWidthConfig())
-    report = prune(tmp_path / "sparse", tmp_path / "ends", PruneWidthConfig(layers=[0, 3]))
-    assert report.after["gen"].parameters < report.before["gen"].parameters
-    load(tmp_path / "ends")
-
-
-def test_experts_of_skipped_or_indivisible_layers_are_refused(dense: Path, tmp_path: Path) -> None:
-    prune(dense, tmp_path / "a", [DEPTH[3], PruneWidthConfig(layers=[1], keep_ratio=95 / 96)])
-    with pytest.raises(ValueError, match="layers must have a gen FFN, got 2, which skip it"):
-        convert(tmp_path / "a", tmp_path / "b", num_experts=4, top_k=2, layers=[2])
-    with pytest.raises(ValueError, match=r"gen layer 1: ExpertLayout: .*divide the 95 neurons"):
-        convert(tmp_path / "a", tmp_path / "b", num_experts=4, top_k=2)
-
-
-def test_components_that_a_file_lacks_are_refused(dense: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(dense, tmp_path / "source"))
-    edit_weights(
-        source, lambda w: [w.pop(k) for k in list(w) if ".layers." in k and "moe_gen" in k]
-    )
-    refuse("keys must hold gen FFNs", source, tmp_path, PruneWidthConfig())
-    refuse("keys must hold a gen attention", source, tmp_path, PruneHeadsConfig())
-    refuse("keys must hold gen layers", source, tmp_path, DEPTH[1])
-
-
-def test_heads_need_their_number_in_the_config(tmp_path: Path) -> None:
-    source = make_dense(tmp_path / "source")
-    match = "llm_config.json must give num_attention_heads"
-    refuse(match, source, tmp_path, PruneHeadsConfig())
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda c: c.update(format="other"), "format must be sparse_unified.recipe 1"),
-        (lambda c: c.update(format_version=2), "format must be sparse_unified.recipe 1, got"),
-        (lambda c: c.update(steps={}), "steps must be a list, got dict"),
-        (lambda c: c["steps"].append(3), "step 3: mode must be one of moe, width, heads, depth"),
-        (lambda c: c["steps"][0].update(mode="height"), "step 0: mode must be one of"),
-        (lambda c: c["steps"][0]["config"].pop("budget"), "step 0: config must have block_size"),
-        (lambda c: c["steps"][0].update(extra=1), "step 0: config must have .* got .'extra'"),
-        (lambda c: c["steps"][0]["config"].update(keep_ratio=2), "step 0: PruneWidthConfig: keep"),
-        (lambda c: c["steps"][0]["config"].update(layers="all"), "layers must be a list of ind"),
-        (lambda c: c["steps"][0].pop("widths"), "widths must be given for the layers of a width"),
-        (lambda c: c["steps"][0]["widths"].update({"0": 0}), "width of layer 0 must be an integer"),
-        (lambda c: c["steps"][0]["widths"].update({"0": 97}), "must be 1 to the 96 neurons left"),
-        (lambda c: c["steps"][0]["widths"].update({"0": 32}), "layer 0 must have 48 neurons as in"),
-        (lambda c: c["steps"][0]["config"].update(layers=[0, 1, 2, 9]), "widths must be given"),
-        (lambda c: c["steps"][2].update(widths={"1": 3}), "widths must be given for the layers"),
-        (lambda c: c["steps"][2]["config"].update(layers=[9]), "layers must be 0 to 3, got 9"),
-        (lambda c: c["steps"][1]["heads"].update({"0": {}}), "heads of layer 0 must have keys"),
-        (
-            lambda c: c["steps"][1]["heads"]["0"].update(und=[1, 0]),
-            "und of layer 0 must be ascending",
-        ),
-        (lambda c: c["steps"][1]["heads"]["0"].update(keys=[0]), "must be among its keys"),
-        (
-            lambda c: c["steps"][1]["heads"]["0"].update(keys=[0, 1, 2, 3, 9], gen=[0, 9]),
-            "gen heads of layer 0 must be some of",
-        ),
-        (lambda c: c["steps"].pop(2), "got no whole layer 1"),
-        (lambda c: c["steps"].pop(0), "layer 0 must have 48 neurons as in the keys, got 96"),
-        (lambda c: c["steps"].pop(1), "must have 64 channels for the heads in sparse_unified"),
-        (lambda c: c["steps"][2]["config"].update(layers=[1, 2]), "must not be there, as sparse_"),
-    ],
-)
-def test_a_recipe_that_does_not_fit_the_keys_is_refused(
-    change: Any, match: str, dense: Path, tmp_path: Path
-) -> None:
-    modes = [PruneWidthConfig(component="und"), HEADS[0], SkipLayersConfig(layers=[1])]
-    prune(dense, tmp_path / "out", modes)
-    path = tmp_path / "out" / "sparse_unified.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=match) as caught:
-        load(tmp_path / "out")
-    assert "sparse_unified.json" in str(caught.value) or "keys" in str(caught.value)
-    assert info(tmp_path / "out").problems
-
-
-def test_without_its_recipe_a_pruned_checkpoint_is_refused(dense: Path, tmp_path: Path) -> None:
-    for name, modes in (("width", WIDTHS), ("depth", DEPTH[1:2])):
-        prune(dense, tmp_path / name, modes)
-        (tmp_path / name / "sparse_unified.json").unlink()
-        with pytest.raises(ValueError, match=r"intermediate_size must be|no whole layer 3"):
-            load(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("key", "match"),
-    [
-        ("mlp.gate_proj.weight", r"und layer 0 ffn, neuron 5: must be a dense neuron of its own"),
-        ("self_attn.q_proj.weight", r"q_proj.weight: must be equal, got another value in channel"),
-        ("self_attn.o_proj.weight", r"o_proj.weight: must be equal, got another value in channel"),
-        ("self_attn.k_proj.bias", r"k_proj.bias: must be equal, got another value at element 5"),
-        ("input_layernorm.weight", r"input_layernorm.weight: must be equal"),
-    ],
-)
-def test_verify_names_what_was_changed_since(
-    key: str, match: str, dense: Path, tmp_path: Path
-) -> None:
-    prune(dense, tmp_path / "out", [PruneWidthConfig(component="und"), HEADS[0]])
-
-    def flip(weights: dict[str, Tensor]) -> None:
-        weights[f"language_model.model.layers.0.{key}"].view(torch.int32)[5] ^= 1
-
-    edit_weights(tmp_path / "out", flip)
-    report = verify(tmp_path / "out", dense)
-    assert not report.ok
-    with pytest.raises(AssertionError, match=match):
-        raise AssertionError(report.to_text())
-
-
-def test_verify_sees_a_neuron_that_was_changed_before_it_became_an_expert(
-    dense: Path, tmp_path: Path
-) -> None:
-    prune(dense, tmp_path / "narrow", WIDTHS[1])
-    key = "language_model.model.layers.1.mlp_moe_gen.up_proj.weight"
-    edit_weights(tmp_path / "narrow", lambda w: w[key][3].add_(1))
-    convert(tmp_path / "narrow", tmp_path / "sparse", num_experts=4, top_k=2)
-    assert verify(tmp_path / "sparse", tmp_path / "narrow").ok
-    report = verify(tmp_path / "sparse", dense)
-    assert [verdict.ok for verdict in report.layers] == [False, True]
-
-
-def test_a_wrong_config_of_a_pruned_checkpoint_is_refused(dense: Path, tmp_path: Path) -> None:
-    prune(dense, tmp_path / "out", WIDTHS)
-    edit_config(tmp_path / "out", intermediate_size=None)
-    with pytest.raises(ValueError, match="intermediate_size must be a positive integer, got None"):
-        load(tmp_path / "out")
-
-
-# The command
-
-
-def run(*arguments: object) -> int:
-    return main([*map(str, arguments), "--quiet"])
-
-
-def test_the_command_prunes_verifies_and_shows(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    options = ["--component", "und,gen", "--axis", "depth,width,heads", "--keep-ratio", ".5"]
-    options += ["--skip-layers", "1", "--skip-part", "ffn", "--block-size", "16"]
-    assert run("prune", dense, out, *options, "--budget", "global", "--layers", "all") == 0
-    text = capsys.readouterr().out
-    assert "depth: component und, layers 1, part ffn" in text
-    assert "FLOPs per token" in text
-    assert run("verify", out, "--against", dense) == 0
-    assert "is a part of" in capsys.readouterr().out
-    assert run("info", out) == 0
-    assert "no FFN in 1" in capsys.readouterr().out
-    modes = [
-        *(SkipLayersConfig(component=c, layers=[1], part="ffn") for c in ("und", "gen")),
-        *(PruneWidthConfig(component=c, block_size=16, budget="global") for c in ("und", "gen")),
-        PruneHeadsConfig(component="both", budget="global"),
-    ]
-    live = small_bagel()
-    apply_live(live, modes)
-    assert_equal(outputs(live), outputs(load(out)))
-
-
-def test_the_command_ranks_at_random_from_a_seed(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--component", "gen", "--keep-ratio", "0.5", "--criterion", "random"]
-    assert run("prune", dense, tmp_path / "a", *options, "--seed", 3) == 0
-    prune(dense, tmp_path / "b", PruneWidthConfig(), seed=3)
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
-    assert run("prune", dense, tmp_path / "c", *options, "--json") == 0
-    assert '"random, seed 0"' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--component", "vit"], "--component: must be different ones of und, gen"),
-        (["--component", "gen,gen"], "--component: must be different ones of und, gen"),
-        (["--component", "gen"], "--keep-ratio must be given with --axis width"),
-        (["--component", "gen", "--axis", "height"], "--axis: must be different ones of depth"),
-        (["--component", "gen", "--keep-ratio", "0"], "--keep-ratio: must be above 0"),
-        (["--component", "gen", "--keep-ratio", "1.5"], "--keep-ratio: must be above 0"),
-        (["--component", "gen", "--keep-ratio", "nan"], "--keep-ratio: must be above 0"),
-        (["--component", "gen", "--axis", "depth"], "--skip-layers must be given with --axis"),
-        (
-            ["--component", "gen", "--keep-ratio", "1", "--skip-layers", "1"],
-            "--skip-layers must be given with an --axis that it belongs to",
-        ),
-        (
-            ["--component", "gen", "--keep-ratio", "1", "--seed", "1"],
-            "--seed must be given with --criterion random",
-        ),
-        (
-            ["--component", "gen", "--keep-ratio", "1", "--scores", "x", "--criterion", "random"],
-            "not allowed with argument",
-        ),
-    ],
-)
-def test_wrong_usage_of_the_command(
-    options: list[str], message: str, dense: Path, tmp_path: Path, capsys: Any
-) -> None:
-    assert run("prune", dense, tmp_path / "out", *options) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_models_loaded_from_pruned_checkpoints_can_be_copied(dense: Path, tmp_path: Path) -> None:

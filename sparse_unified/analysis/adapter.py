@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
 from sparse_unified.nn import SparseMoE
-from sparse_unified.swap.blocks import SkippedFFN
+from sparse_unified.swap.skipped import SkippedFFN
 
 # Of the scores and statistics of one FFN: its layer, or (layer, name) for one of several there.
 FfnKey = int | tuple[int, str]

@@ -234,9 +234,12 @@ class MoTAttention(nn.Module):
         end = key.shape[1] - sum(lengths)
         for (stream, (q, _, _)), length in zip(own.items(), lengths, strict=True):
             end += length
-            seen = slice(None, end if packing.causal else None)
-            heads = list(reads[stream])
-            mixed[stream] = attend(q, key[heads, seen], value[heads, seen], causal=packing.causal)
+            seen = end if packing.causal else key.shape[1]
+            # Stacked views: an index would have to be copied to the device.
+            own_key, own_value = (
+                torch.stack([x[head, :seen] for head in reads[stream]]) for x in (key, value)
+            )
+            mixed[stream] = attend(q, own_key, own_value, causal=packing.causal)
         return mixed
 
     def _output(self, parts: Sequence[Tensor], stream: str) -> Tensor:

@@ -161,7 +161,7 @@ def _parse_step(where: str, step: object) -> Step:
         raise ValueError(
             f"{where}: {result or stray[0]} must be given for the layers of a {config.mode} step, "
             f"{format_layers([int(layer) for layer in layers])}, and for no others, "
-            f"got {list(values)!r:.80}"
+            f"got {values!r:.80}"
         )
     items = [(int(layer), value) for layer, value in values.items()]
     scores, tool = step.get("scores"), step.get("tool", "unknown")

@@ -81,25 +81,6 @@ class TupleSwiGLU(SwiGLU):
         return super().forward(x), None
 
 
-class SkippedFFN(nn.Module):
-    """Zeros where a layer that always adds its FFN is not to run it.
-
-    Args:
-        like: a tensor that tells dtype and device.
-        returns_tuple: return (zeros, None) as SparseUnifiedModel does.
-    """
-
-    def __init__(self, like: Tensor, *, returns_tuple: bool) -> None:
-        super().__init__()
-        self.returns_tuple = returns_tuple
-        self.register_buffer("like", like.new_empty(0), persistent=False)
-
-    def forward(self, x: Tensor, **_: Tensor | None) -> Tensor | tuple[Tensor, None]:
-        """x [..., D] -> zeros like x."""
-        zeros = torch.zeros_like(x)
-        return (zeros, None) if self.returns_tuple else zeros
-
-
 def narrow_ffn(ffn: nn.Module, weights: DenseWeights, kept: Tensor, *, returns_tuple: bool) -> Any:
     """Returns a dense FFN of some of the neurons, bit for bit.
 

@@ -20,6 +20,7 @@ from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.nn import SparseMoE
 from sparse_unified.partition import select_layers
 from sparse_unified.swap.exchange import Change
+from sparse_unified.swap.skipped import SkippedFFN
 
 LAYER_PATHS = (
     "language_model.model.layers",
@@ -113,10 +114,12 @@ class Host:
                 return Slot(owner=owner, name=last, path=path, module=found)
         return None
 
-    def holds(self, layer: int, name: str) -> bool:
-        """Tells whether a layer has a module of this name, and it is not skipped."""
+    def skips(self, layer: int, name: str) -> bool:
+        """Tells whether the module of this name was taken out of a layer by `skip_layers_`."""
         place = self.place(layer, name)
-        return place is not None and place.module is not None
+        if place is None or place.module is not None:
+            return place is not None and isinstance(place.module, SkippedFFN)
+        return takes_absent_parts(self.layers[layer])
 
 
 def find_host(model: object, *, where: str) -> Host:
@@ -149,24 +152,22 @@ def find_host(model: object, *, where: str) -> Host:
 def select_held(
     host: Host, layers: str | Sequence[int], names: Sequence[str], *, where: str
 ) -> tuple[int, ...]:
-    """Returns the selected layers that hold the named modules.
+    """Returns the selected layers that do not skip the named modules.
 
-    "all" and "middle" pass over layers that skip one of them; a layer that is named must hold them.
+    "all" and "middle" pass over layers that skip one of them; a layer that is named must not.
 
     Raises:
         ValueError: a named layer does not exist or skips one, or no layer is left.
     """
     selected = select_layers(layers, len(host.layers))
-    held = tuple(n for n in selected if all(host.holds(n, name) for name in names))
-    if layers in ("all", "middle") and held:
-        return held
-    for layer in selected:
-        for name in names:
-            if not host.holds(layer, name):
-                raise ValueError(
-                    f"{where}: layer {layer} ({host.path}.{layer}.{name}): {name} must be a module "
-                    f"of the layer, got none in a {_describe(host.layers[layer])}"
-                )
+    skipped = {n: name for name in names for n in selected if host.skips(n, name)}
+    if layers in ("all", "middle") and len(skipped) < len(selected):
+        return tuple(layer for layer in selected if layer not in skipped)
+    for layer, name in sorted(skipped.items()):
+        raise ValueError(
+            f"{where}: layer {layer} ({host.path}.{layer}.{name}): {name} must be there, "
+            "got a layer that skips it"
+        )
     return selected
 
 

@@ -132,7 +132,8 @@ def _read_attention(host: Host, layer: int, where: str) -> _Attention:
                 owner = place.owner
         if found:
             projections[component] = found
-    assert owner is not None
+    if owner is None:
+        raise ValueError(f"{at}: attention must have projections, got none")
     head_dim = int(owner.head_dim)  # type: ignore[arg-type]
     num_key_heads = next(iter(projections.values()))["k_proj"].out_features // head_dim
     return _Attention(
@@ -154,6 +155,8 @@ def _plain_linear(module: nn.Module, at: str) -> nn.Linear:
     got = type(module).__name__
     if isinstance(module, nn.Linear) and type(weight) in (nn.Parameter, Tensor):
         if module.weight.dtype in _DTYPES:
+            if module.weight.is_meta and hasattr(module, "_hf_hook"):
+                raise ValueError(f"{at} must be in memory, got weights offloaded by accelerate")
             others = [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]
             if not others:
                 return module

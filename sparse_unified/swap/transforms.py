@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint
+from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.nn import SparseMoE
 from sparse_unified.partition import (
     ExpertLayout,
     check_scores,
     magnitude_scores,
-    select_layers,
     snake_partition,
 )
 from sparse_unified.swap.blocks import Plan, check_keys, loaded_block, permuted_block, refuse
 from sparse_unified.swap.exchange import all_or_nothing, next_order, put_in
-from sparse_unified.swap.find import DenseWeights, Host, Target, find_host, read_dense
+from sparse_unified.swap.find import (
+    DenseWeights,
+    Host,
+    Target,
+    find_host,
+    read_dense,
+    select_held,
+)
 from sparse_unified.swap.probe import returns_tuple
 from sparse_unified.swap.report import SwapReport, describe
 from sparse_unified.swap.scores import Scores, by_layer, of_component
@@ -64,7 +71,8 @@ def apply_moe_(
     if not isinstance(config, MoEConfig):
         raise TypeError(f"{where}: config must be a MoEConfig, got {type(config).__name__}")
     host = find_host(model, where=where)
-    selected = select_layers(config.layers, len(host.layers))
+    names = [FFN_NAMES[config.component]]
+    selected = select_held(host, config.layers, names, where=where)
     own = of_component(scores, config.component, where=where)
     given = by_layer(own, selected, len(host.layers), where=where, exact=own is scores)
     plans, neuron_indices = [], []

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be pruned or read as pruned is refused by name, and damage is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import edit_config, edit_weights, make_dense
+from hypothesis import given
+from hypothesis import strategies as st
+from prune_models import (
+    DEPTH,
+    FEWER_HEADS,
+    LAYERS,
+    WIDTH,
+    WIDTHS,
+    load,
+    write_model,
+)
+from torch import Tensor
+
+from sparse_unified import (
+    MoEConfig,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+)
+from sparse_unified.checkpoint import convert, info, prune, verify
+from sparse_unified.checkpoint.recipe import parse_recipe
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("dense") / "model")
+
+
+def refuse(
+    match: str, source: Path, tmp_path: Path, modes: Any, error: type = ValueError, **how: Any
+) -> None:
+    with pytest.raises(error, match=match) as caught:
+        prune(source, tmp_path / "refused", modes, **how)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.iterdir() if "refused" in path.name]
+
+
+WHOLE = PruneWidthConfig()
+NAN = torch.rand(LAYERS, WIDTH, generator=torch.Generator().manual_seed(0))
+NAN[2, 5] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("modes", "how", "match"),
+    [
+        ([], {}, "modes must name at least one"),
+        (PruneWidthConfig(layers=[0, 4]), {}, "layers must lie in 0 to 3, got 4"),
+        (SkipLayersConfig(layers="2-7"), {}, "layers must lie in 0 to 3, got 4"),
+        (PruneWidthConfig(block_size=36), {}, "block_size must divide the 96 neurons of gen"),
+        (WHOLE, {"scores": NAN}, "prune: layer 2: scores must be finite, got nan for neuron 5"),
+        (WHOLE, {"scores": NAN[:, :9]}, r"layer 0: scores must have shape \[96\], got \[9\]"),
+        (WHOLE, {"scores": NAN[:3]}, r"scores must have shape \[4 layers"),
+        (WHOLE, {"scores": {"und": NAN}}, "scores must hold gen, got und"),
+        (WHOLE, {"scores": {"gen": {1: NAN[1]}}}, "scores must have layers 0, 1, 2, 3, got no 0"),
+        (FEWER_HEADS[0], {"scores": {"und": NAN}}, "scores must hold und.heads, got und"),
+        (WHOLE, {"scores": NAN, "seed": 1}, "scores and seed must not both be given"),
+        (WHOLE, {"seed": "one"}, "seed must be an integer, got 'one'"),
+        ([WHOLE, WHOLE], {}, "modes must name the width of gen once; prune the result again"),
+        (
+            [FEWER_HEADS[0], PruneHeadsConfig(component="both")],
+            {},
+            "modes must name the heads of und once",
+        ),
+        (
+            [DEPTH[1], PruneWidthConfig(layers=[3])],
+            {},
+            "layers must have a gen FFN, got 3, which skip it",
+        ),
+        (
+            [DEPTH[2], PruneHeadsConfig(layers=[0])],
+            {},
+            "layers must have a gen attention, got 0, which skip it",
+        ),
+        ([DEPTH[1], DEPTH[1]], {}, "layers must have a gen block left, got 3, which skip it"),
+    ],
+)
+def test_bad_input_is_refused_by_name(
+    modes: Any, how: Any, match: str, dense: Path, tmp_path: Path
+) -> None:
+    refuse(match, dense, tmp_path, modes, **how)
+
+
+def test_experts_are_no_mode_of_pruning(dense: Path, tmp_path: Path) -> None:
+    refuse("modes must be PruneWidthConfig", dense, tmp_path, MoEConfig(), error=TypeError)
+
+
+def test_the_target_must_not_exist_nor_lie_in_the_source(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="target must not exist"):
+        prune(dense, tmp_path / "out", WIDTHS)
+    with pytest.raises(ValueError, match="target must lie outside"):
+        prune(dense, dense / "out", WIDTHS)
+
+
+def test_width_after_experts_is_refused_with_the_right_order(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    match = "FFNs must be dense .* got sparse layers 1-2; prune the width first, then convert"
+    refuse(match, tmp_path / "sparse", tmp_path, PruneWidthConfig())
+    report = prune(tmp_path / "sparse", tmp_path / "ends", PruneWidthConfig(layers=[0, 3]))
+    assert report.after["gen"].parameters < report.before["gen"].parameters
+    load(tmp_path / "ends")
+
+
+def test_experts_of_skipped_or_indivisible_layers_are_refused(dense: Path, tmp_path: Path) -> None:
+    prune(dense, tmp_path / "a", [DEPTH[3], PruneWidthConfig(layers=[1], keep_ratio=95 / 96)])
+    with pytest.raises(ValueError, match="layers must have a gen FFN, got 2, which skip it"):
+        convert(tmp_path / "a", tmp_path / "b", num_experts=4, top_k=2, layers=[2])
+    with pytest.raises(ValueError, match=r"gen layer 1: ExpertLayout: .*divide the 95 neurons"):
+        convert(tmp_path / "a", tmp_path / "b", num_experts=4, top_k=2)
+
+
+def test_components_that_a_file_lacks_are_refused(dense: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(dense, tmp_path / "source"))
+    edit_weights(
+        source, lambda w: [w.pop(k) for k in list(w) if ".layers." in k and "moe_gen" in k]
+    )
+    refuse("keys must hold gen FFNs", source, tmp_path, PruneWidthConfig())
+    refuse("keys must hold a gen attention", source, tmp_path, PruneHeadsConfig())
+    refuse("keys must hold gen layers", source, tmp_path, DEPTH[1])
+
+
+def test_heads_need_their_number_in_the_config(tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "source")
+    match = "llm_config.json must give num_attention_heads"
+    refuse(match, source, tmp_path, PruneHeadsConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda c: c.update(format="other"), "format must be sparse_unified.recipe 1"),
+        (lambda c: c.update(format_version=2), "format must be sparse_unified.recipe 1, got"),
+        (lambda c: c.update(steps={}), "steps must be a list, got dict"),
+        (lambda c: c["steps"].append(3), "step 3: mode must be one of moe, width, heads, depth"),
+        (lambda c: c["steps"][0].update(mode="height"), "step 0: mode must be one of"),
+        (lambda c: c["steps"][0]["config"].pop("budget"), "step 0: config must have block_size"),
+        (lambda c: c["steps"][0].update(extra=1), "step 0: config must have .* got .'extra'"),
+        (lambda c: c["steps"][0]["config"].update(keep_ratio=2), "step 0: PruneWidthConfig: keep"),
+        (lambda c: c["steps"][0]["config"].update(layers="all"), "layers must be a list of ind"),
+        (lambda c: c["steps"][0].pop("widths"), "widths must be given for the layers of a width"),
+        (lambda c: c["steps"][0]["widths"].update({"0": 0}), "width of layer 0 must be an integer"),
+        (lambda c: c["steps"][0]["widths"].update({"0": 97}), "must be 1 to the 96 neurons left"),
+        (lambda c: c["steps"][0]["widths"].update({"0": 32}), "layer 0 must have 48 neurons as in"),
+        (lambda c: c["steps"][0]["config"].update(layers=[0, 1, 2, 9]), "widths must be given"),
+        (lambda c: c["steps"][2].update(widths={"1": 3}), "widths must be given for the layers"),
+        (lambda c: c["steps"][2]["config"].update(layers=[9]), "layers must be 0 to 3, got 9"),
+        (lambda c: c["steps"][1]["heads"].update({"0": {}}), "heads of layer 0 must have keys"),
+        (
+            lambda c: c["steps"][1]["heads"]["0"].update(und=[1, 0]),
+            "und of layer 0 must be ascending",
+        ),
+        (lambda c: c["steps"][1]["heads"]["0"].update(keys=[0]), "must be among its keys"),
+        (
+            lambda c: c["steps"][1]["heads"]["0"].update(keys=[0, 1, 2, 3, 9], gen=[0, 9]),
+            "gen heads of layer 0 must be some of",
+        ),
+        (lambda c: c["steps"].pop(2), "got no whole layer 1"),
+        (lambda c: c["steps"].pop(0), "layer 0 must have 48 neurons as in the keys, got 96"),
+        (lambda c: c["steps"].pop(1), "must have 64 channels for the heads in sparse_unified"),
+        (lambda c: c["steps"][2]["config"].update(layers=[1, 2]), "must not be there, as sparse_"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_keys_is_refused(
+    change: Any, match: str, dense: Path, tmp_path: Path
+) -> None:
+    modes = [PruneWidthConfig(component="und"), FEWER_HEADS[0], SkipLayersConfig(layers=[1])]
+    prune(dense, tmp_path / "out", modes)
+    path = tmp_path / "out" / "sparse_unified.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=match) as caught:
+        load(tmp_path / "out")
+    assert "sparse_unified.json" in str(caught.value) or "keys" in str(caught.value)
+    assert info(tmp_path / "out").problems
+
+
+def test_without_its_recipe_a_pruned_checkpoint_is_refused(dense: Path, tmp_path: Path) -> None:
+    for name, modes in (("width", WIDTHS), ("depth", DEPTH[1:2])):
+        prune(dense, tmp_path / name, modes)
+        (tmp_path / name / "sparse_unified.json").unlink()
+        with pytest.raises(ValueError, match=r"intermediate_size must be|no whole layer 3"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("key", "match"),
+    [
+        ("mlp.gate_proj.weight", r"und layer 0 ffn, neuron 5: must be a dense neuron of its own"),
+        ("self_attn.q_proj.weight", r"q_proj.weight: must be equal, got another value in channel"),
+        ("self_attn.o_proj.weight", r"o_proj.weight: must be equal, got another value in channel"),
+        ("self_attn.k_proj.bias", r"k_proj.bias: must be equal, got another value at element 5"),
+        ("input_layernorm.weight", r"input_layernorm.weight: must be equal"),
+    ],
+)
+def test_verify_names_what_was_changed_since(
+    key: str, match: str, dense: Path, tmp_path: Path
+) -> None:
+    prune(dense, tmp_path / "out", [PruneWidthConfig(component="und"), FEWER_HEADS[0]])
+
+    def flip(weights: dict[str, Tensor]) -> None:
+        weights[f"language_model.model.layers.0.{key}"].view(torch.int32)[5] ^= 1
+
+    edit_weights(tmp_path / "out", flip)
+    report = verify(tmp_path / "out", dense)
+    assert not report.ok
+    with pytest.raises(AssertionError, match=match):
+        raise AssertionError(report.to_text())
+
+
+def test_verify_sees_a_neuron_that_was_changed_before_it_became_an_expert(
+    dense: Path, tmp_path: Path
+) -> None:
+    prune(dense, tmp_path / "narrow", WIDTHS[1])
+    key = "language_model.model.layers.1.mlp_moe_gen.up_proj.weight"
+    edit_weights(tmp_path / "narrow", lambda w: w[key][3].add_(1))
+    convert(tmp_path / "narrow", tmp_path / "sparse", num_experts=4, top_k=2)
+    assert verify(tmp_path / "sparse", tmp_path / "narrow").ok
+    report = verify(tmp_path / "sparse", dense)
+    assert [verdict.ok for verdict in report.layers] == [False, True]
+
+
+def test_a_wrong_config_of_a_pruned_checkpoint_is_refused(dense: Path, tmp_path: Path) -> None:
+    prune(dense, tmp_path / "out", WIDTHS)
+    edit_config(tmp_path / "out", intermediate_size=None)
+    with pytest.raises(ValueError, match="intermediate_size must be a positive integer, got None"):
+        load(tmp_path / "out")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+def test_a_recipe_of_any_json_is_read_or_refused(data: st.DataObject) -> None:
+    step: dict[str, Any] = {
+        "mode": "heads",
+        "config": {"component": "und", "layers": [0], "keep_ratio": 0.5, "budget": "uniform"},
+        "scores": None,
+        "tool": "x",
+        "heads": {"0": {"keys": [0, 1], "und": [0], "gen": [0, 1]}},
+    }
+    content: dict[str, Any] = {
+        "format": "sparse_unified.recipe",
+        "format_version": 1,
+        "steps": [step],
+    }
+    places = [content, step, step["config"], step["heads"], step["heads"]["0"]]
+    place = data.draw(st.sampled_from(places))
+    place[data.draw(st.sampled_from([*place, "other"]))] = data.draw(json_values)
+    try:
+        recipe = parse_recipe(Path("sparse_unified.json"), content)
+    except ValueError:
+        return
+    assert parse_recipe(Path("again"), json.loads(recipe.to_json())) == recipe
