@@ -19,6 +19,7 @@ namespace sparse_unified {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr int kMinBlocks = 4;  // on a multiprocessor
 constexpr int kInFlight = 8;
 
 struct CombineKernelParams {
@@ -53,9 +54,13 @@ SPARSE_UNIFIED_DEVICE void add_rows(const CombineParams& p, const TokenRows& tok
   }
 }
 
+// NOTE: kMinBlocks leaves 64 registers to a thread. Without it ptxas saves registers by holding
+// back half of the loads.
 template <typename T, bool kIsAligned>
-__global__ void __launch_bounds__(kMaxThreads) combine_kernel(const CombineKernelParams params) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
+    combine_kernel(const CombineKernelParams params) {
   const CombineParams& p = params.combine;
+  constexpr int kRows = kIsAligned ? kInFlight : kInFlight / 2;  // single elements take addresses
   auto* rows = reinterpret_cast<int32_t*>(dynamic_shared_memory());  // [K]
   auto* weights = reinterpret_cast<float*>(rows + p.top_k);          // [K]
   const int64_t token_idx = blockIdx.x;
@@ -74,8 +79,8 @@ __global__ void __launch_bounds__(kMaxThreads) combine_kernel(const CombineKerne
   for (int64_t column = threadIdx.x * kVectorElements<T>; column < p.hidden_size; column += step) {
     float sums[kVectorElements<T>] = {};
     int64_t k = 0;
-    for (; k + kInFlight <= p.top_k; k += kInFlight) {
-      add_rows<T, kIsAligned, kInFlight>(p, token, k, column, sums);
+    for (; k + kRows <= p.top_k; k += kRows) {
+      add_rows<T, kIsAligned, kRows>(p, token, k, column, sums);
     }
     if (k + 4 <= p.top_k) {
       add_rows<T, kIsAligned, 4>(p, token, k, column, sums);
