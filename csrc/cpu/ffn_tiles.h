@@ -7,9 +7,10 @@
 #include <algorithm>
 
 #include "cpu/vector.h"
-#include "sparse_unified/grouped_ffn.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+#include <immintrin.h>
 
 #define SPARSE_UNIFIED_AVX512 __attribute__((target("arch=x86-64-v4")))
 
@@ -22,7 +23,7 @@ constexpr int64_t kTilePairs = 7;
 constexpr int64_t kTileRows = 14;
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
-// How far ahead of a row that is read and written the next lines are asked for.
+// How far ahead of the part of a row that is gathered the next lines are asked for.
 constexpr int64_t kAheadFloats = 64;
 
 // Size of the next tile when `rest` rows remain: equal tiles, none too small to fill the pipelines.
@@ -98,54 +99,62 @@ SPARSE_UNIFIED_INLINE void transpose(Float (&rows)[kLanes]) {
   transpose_step<1>(rows);
 }
 
-// panel[d][i] = x[row_token[i]][d], or x[i][d] without row_token; lanes beyond `count` are zero.
+// columns[i] = column `column + i` of the 16 rows, i = 0 to 3. Masked loads put quarters of rows
+// side by side, so that half of a transposition's shuffles are left.
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_AVX512 void load_columns(const float* const (&rows)[kLanes],
+                                                              int64_t column, Float (&columns)[4]) {
+  Float quarters[4];  // [i]: rows i, i + 4, i + 8, i + 12
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; ++i) {
+    __m512 value = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + column));
+    value = _mm512_mask_broadcast_f32x4(value, 0x00f0, _mm_loadu_ps(rows[i + 4] + column));
+    value = _mm512_mask_broadcast_f32x4(value, 0x0f00, _mm_loadu_ps(rows[i + 8] + column));
+    value = _mm512_mask_broadcast_f32x4(value, 0xf000, _mm_loadu_ps(rows[i + 12] + column));
+    quarters[i] = bit_cast<Float>(value);
+  }
+  constexpr Int kLow = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  constexpr Int kHigh = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+  constexpr Int kEven = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  constexpr Int kOdd = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  const Float low01 = __builtin_shuffle(quarters[0], quarters[1], kLow);
+  const Float low23 = __builtin_shuffle(quarters[2], quarters[3], kLow);
+  const Float high01 = __builtin_shuffle(quarters[0], quarters[1], kHigh);
+  const Float high23 = __builtin_shuffle(quarters[2], quarters[3], kHigh);
+  columns[0] = __builtin_shuffle(low01, low23, kEven);
+  columns[1] = __builtin_shuffle(low01, low23, kOdd);
+  columns[2] = __builtin_shuffle(high01, high23, kEven);
+  columns[3] = __builtin_shuffle(high01, high23, kOdd);
+}
+
+// panel[d][i] = x[row_token[i]][d], or x[i][d] without row_token; lanes beyond `count` repeat the
+// last row.
 template <int64_t kVectors>
 SPARSE_UNIFIED_AVX512 void gather_panel(const float* x, int64_t x_stride, const int32_t* row_token,
                                         int64_t count, int64_t hidden_size, float* panel) {
+  const int64_t whole = hidden_size / kLanes * kLanes;
   for (int64_t v = 0; v < kVectors; ++v) {
-    const int64_t lanes = std::min(kLanes, count - v * kLanes);
     const float* sources[kLanes];
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t i = v * kLanes + lane;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t i = std::min(v * kLanes + lane, count - 1);
       sources[lane] = x + (row_token != nullptr ? row_token[i] : i) * x_stride;
     }
-    for (int64_t d = 0; d < hidden_size; d += kLanes) {
-      const int64_t n = std::min(kLanes, hidden_size - d);
-      Float rows[kLanes] = {};
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        rows[lane] = n == kLanes ? load(sources[lane] + d) : load(sources[lane] + d, n);
+    for (int64_t d = 0; d < whole; d += kLanes) {
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        __builtin_prefetch(sources[lane] + d + kAheadFloats);
       }
-      transpose(rows);
-      for (int64_t i = 0; i < n; ++i) store(panel + ((d + i) * kVectors + v) * kLanes, rows[i]);
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < kLanes; part += 4) {
+        Float columns[4];
+        load_columns(sources, d + part, columns);
+        for (int64_t i = 0; i < 4; ++i) {
+          store(panel + ((d + part + i) * kVectors + v) * kLanes, columns[i]);
+        }
+      }
     }
-  }
-}
-
-// Brings y [D][tokens] back to rows: stored, or added with the row's weight.
-template <int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void scatter_panel(const GroupedFfnRows& rows, int64_t first, int64_t count,
-                                         const float* y, int64_t hidden_size) {
-  for (int64_t d = 0; d < hidden_size; d += kLanes) {
-    const int64_t n = std::min(kLanes, hidden_size - d);
-    for (int64_t v = 0; v < kVectors; ++v) {
-      Float values[kLanes] = {};
-      for (int64_t i = 0; i < n; ++i) values[i] = load(y + ((d + i) * kVectors + v) * kLanes);
-      transpose(values);
-      const int64_t lanes = std::min(kLanes, count - v * kLanes);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t row = first + v * kLanes + lane;
-        const int64_t target = rows.target != nullptr ? rows.target[row] : row;
-        float* out = rows.out + target * hidden_size + d;
-        __builtin_prefetch(out + kAheadFloats, 1);
-        Float value = values[lane];
-        if (rows.weights != nullptr) {
-          value = (n == kLanes ? load(out) : load(out, n)) + rows.weights[row] * value;
-        }
-        if (n == kLanes) {
-          store(out, value);
-        } else {
-          store(out, value, n);
-        }
+    for (int64_t d = whole; d < hidden_size; ++d) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        panel[(d * kVectors + v) * kLanes + lane] = sources[lane][d];
       }
     }
   }

@@ -6,8 +6,10 @@
 // weight, broadcast from where it lies, times two vectors of tokens: weights are read in place,
 // never packed, so an expert of 148 neurons costs what its share of a dense FFN does. SwiGLU is
 // applied to the accumulators, and the hidden panel is already in the layout the down-projection
-// wants. A library GEMM would gather, pack x twice, store and load gate, up and hidden, and pack
-// hidden: 15 to 20 % of the time at h = 296.
+// wants. Its results go from the accumulators, transposed back, to the rows they belong to, whose
+// cache lines are asked for while half of the products are still to come. A library GEMM would
+// gather, pack x twice, store and load gate, up and hidden, and pack hidden: 15 to 20 % of the time
+// at h = 296.
 #include "sparse_unified/grouped_ffn.h"
 
 #include <algorithm>
@@ -25,39 +27,122 @@ namespace {
 // expert.
 constexpr int64_t kChunkFloats = 320 * 896;
 constexpr int64_t kChunkRows = 320;
+// Outputs worked on at once, in two halves of 16 accumulators: a cache line of a row, so that rows
+// are added to in whole lines.
+constexpr int64_t kOutputs = 16;
 
 int64_t chunk_rows(int64_t hidden_size) {
   const int64_t rows = kChunkFloats / std::max<int64_t>(hidden_size, 1);
   return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, kChunkRows);
 }
 
-// y[d] = sum_j down[d][j] * hidden[j] for kRows outputs of one panel.
-template <int64_t kRows, int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void output_tile(const WeightTile& tile, const float* hidden, float* y) {
-  Float sums[kRows][kVectors] = {};
-  dot_tile(tile, hidden, sums);
-  for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) store(y + (r * kVectors + v) * kLanes, sums[r][v]);
+// Where the rows of a panel go.
+struct PanelTargets {
+  float* out[kPanelRows];
+  const float* weights;  // [count]; null means stored, not added
+  int64_t count;
+};
+
+PanelTargets panel_targets(const GroupedFfnRows& rows, int64_t first, int64_t count,
+                           int64_t hidden_size) {
+  PanelTargets targets{};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t target = rows.target != nullptr ? rows.target[first + i] : first + i;
+    targets.out[i] = rows.out + target * hidden_size;
   }
+  targets.weights = rows.weights != nullptr ? rows.weights + first : nullptr;
+  targets.count = count;
+  return targets;
 }
 
-// output_tile for 1 to kTileRows outputs and a panel of `num_rows` rows.
-template <int64_t kRows = kTileRows>
-SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t rows, int64_t num_rows, const WeightTile& tile,
-                                           const float* hidden, float* y) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) {
-      return run_output_tile<kRows - 1>(rows, num_rows, tile, hidden, y);
+// Brings outputs y [16][kVectors] of one panel, of which the first `num_columns` count, to columns
+// d and up of the targets.
+template <int64_t kVectors>
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_AVX512 void put_outputs(const PanelTargets& targets, int64_t d,
+                                                             int64_t num_columns,
+                                                             const Float (&y)[kOutputs][kVectors]) {
+  static_assert(kOutputs == kLanes);
+#pragma GCC unroll 2
+  for (int64_t v = 0; v < kVectors; ++v) {
+    Float values[kLanes];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kLanes; ++r) values[r] = y[r][v];
+    transpose(values);
+
+    float* const* out = targets.out + v * kLanes;
+    const bool adds = targets.weights != nullptr;
+    const float* weights = adds ? targets.weights + v * kLanes : nullptr;
+    const int64_t count = std::min(kLanes, targets.count - v * kLanes);
+    if (adds && count == kLanes && num_columns == kLanes) {
+      // The common case is unrolled and whole, so that the values stay in registers.
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) {
+        store(out[i] + d, load(out[i] + d) + weights[i] * values[i]);
+      }
+      continue;
+    }
+    const auto columns = static_cast<__mmask16>((1u << num_columns) - 1);
+    for (int64_t i = 0; i < count; ++i) {
+      Float value = values[i];
+      if (adds) {
+        value = bit_cast<Float>(_mm512_maskz_loadu_ps(columns, out[i] + d)) + weights[i] * value;
+      }
+      _mm512_mask_storeu_ps(out[i] + d, columns, bit_cast<__m512>(value));
     }
   }
-  if (num_rows > kLanes) {
-    output_tile<kRows, 2>(tile, hidden, y);
-  } else {
-    output_tile<kRows, 1>(tile, hidden, y);
+}
+
+// y[r] = sum_j tile.row(r)[j] * hidden[j] for kRows rows of one panel.
+template <int64_t kRows, int64_t kVectors>
+SPARSE_UNIFIED_INLINE void dot_rows(const WeightTile& tile, const float* hidden,
+                                    Float (*y)[kVectors]) {
+  Float sums[kRows][kVectors] = {};
+  dot_tile(tile, hidden, sums);
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kVectors; ++v) y[r][v] = sums[r][v];
   }
 }
 
-// Rows [first, first + count) through all three products; panels is [count / 32][D][32].
+// Outputs [d, d + kRows) of one panel, y[d] = sum_j down[d][j] * hidden[j], to the targets. The 16
+// outputs are one cache line of a row: half of them are in hand when the lines are asked for.
+template <int64_t kRows, int64_t kVectors>
+SPARSE_UNIFIED_AVX512 void output_tile(const WeightTile& tile, const float* hidden,
+                                       const PanelTargets& targets, int64_t d) {
+  constexpr int64_t kHalf = kOutputs / 2;
+  constexpr int64_t kRest = std::max<int64_t>(kRows - kHalf, 0);
+  Float y[kOutputs][kVectors] = {};
+  dot_rows<kRows - kRest, kVectors>(tile, hidden, y);
+  for (int64_t i = 0; i < targets.count; ++i) __builtin_prefetch(targets.out[i] + d, 1);
+  if constexpr (kRest > 0) {
+    const WeightTile rest{tile.even + kHalf / 2 * tile.even_stride, tile.even_stride,
+                          tile.odd + kHalf / 2 * tile.odd_stride, tile.odd_stride, tile.length};
+    dot_rows<kRest, kVectors>(rest, hidden, y + kHalf);
+  }
+  put_outputs(targets, d, kRows, y);
+}
+
+// Size of the next tile of outputs when `rest` remain: whole lines, then what is left in a few
+// sizes, which is seldom anything.
+int64_t outputs_size(int64_t rest) { return rest >= kOutputs ? kOutputs : rest >= 4 ? 4 : 1; }
+
+// output_tile for outputs_size outputs.
+template <int64_t kVectors>
+SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t outputs, const WeightTile& tile,
+                                           const float* hidden, const PanelTargets& targets,
+                                           int64_t d) {
+  switch (outputs) {
+    case kOutputs:
+      return output_tile<kOutputs, kVectors>(tile, hidden, targets, d);
+    case 4:
+      return output_tile<4, kVectors>(tile, hidden, targets, d);
+    default:
+      return output_tile<1, kVectors>(tile, hidden, targets, d);
+  }
+}
+
+// Rows [first, first + count) through all three products; panels is [count / 32][D][32], hidden
+// [count / 32][h][32].
 SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const GroupedFfnRows& rows,
                                      int64_t first, int64_t count, float* workspace) {
   const int64_t width = params.expert_width;
@@ -91,26 +176,24 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
     }
   }
 
-  // Same again for the outputs, which take the place of the gathered rows.
+  // Same again for the outputs.
+  PanelTargets targets[kChunkRows / kPanelRows];
+  for (int64_t row = 0; row < count; row += kPanelRows) {
+    targets[row / kPanelRows] =
+        panel_targets(rows, first + row, std::min(kPanelRows, count - row), params.hidden_size);
+  }
   for (int64_t d = 0, outputs; d < params.hidden_size; d += outputs) {
-    outputs = tile_size(params.hidden_size - d, kTileRows);
+    outputs = outputs_size(params.hidden_size - d);
     const float* down = params.down_proj + rows.expert * width + d * params.down_stride;
     const WeightTile tile{down, 2 * params.down_stride, down + params.down_stride,
                           2 * params.down_stride, width};
     for (int64_t row = 0; row < count; row += kPanelRows) {
-      const int64_t num_rows = std::min(kPanelRows, count - row);
-      run_output_tile(outputs, num_rows, tile, hidden + row * width,
-                      panels + row * params.hidden_size + d * panel_lanes(num_rows));
-    }
-  }
-
-  for (int64_t row = 0; row < count; row += kPanelRows) {
-    const int64_t in_panel = std::min(kPanelRows, count - row);
-    const float* y = panels + row * params.hidden_size;
-    if (in_panel > kLanes) {
-      scatter_panel<2>(rows, first + row, in_panel, y, params.hidden_size);
-    } else {
-      scatter_panel<1>(rows, first + row, in_panel, y, params.hidden_size);
+      const PanelTargets& panel = targets[row / kPanelRows];
+      if (panel.count > kLanes) {
+        run_output_tile<2>(outputs, tile, hidden + row * width, panel, d);
+      } else {
+        run_output_tile<1>(outputs, tile, hidden + row * width, panel, d);
+      }
     }
   }
 }

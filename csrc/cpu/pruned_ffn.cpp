@@ -107,6 +107,30 @@ SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t rows, int64_t num_rows, const
   }
 }
 
+// Brings the rows y [D][tokens] of one panel back to out [count, D].
+template <int64_t kVectors>
+SPARSE_UNIFIED_AVX512 void store_panel(const float* y, int64_t count, int64_t hidden_size,
+                                       float* out) {
+  for (int64_t d = 0; d < hidden_size; d += kLanes) {
+    const int64_t n = std::min(kLanes, hidden_size - d);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      Float values[kLanes] = {};
+      for (int64_t i = 0; i < n; ++i) values[i] = load(y + ((d + i) * kVectors + v) * kLanes);
+      transpose(values);
+      const int64_t end = std::min((v + 1) * kLanes, count);
+      for (int64_t row = v * kLanes; row < end; ++row) {
+        float* target = out + row * hidden_size + d;
+        const Float value = values[row - v * kLanes];
+        if (n == kLanes) {
+          store(target, value);
+        } else {
+          store(target, value, n);
+        }
+      }
+    }
+  }
+}
+
 // Tokens [first, first + count) through all kept blocks. Panels x and y are [count / 32][D][32],
 // hidden is [count / 32][slice width][32].
 SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count,
@@ -161,14 +185,14 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t firs
     }
   }
 
-  const GroupedFfnRows rows{0, count, nullptr, params.y + first * hidden_size, nullptr, nullptr};
   for (int64_t row = 0; row < count; row += kPanelRows) {
     const int64_t in_panel = std::min(kPanelRows, count - row);
     const float* y = y_panels + row * hidden_size;
+    float* out = params.y + (first + row) * hidden_size;
     if (in_panel > kLanes) {
-      scatter_panel<2>(rows, row, in_panel, y, hidden_size);
+      store_panel<2>(y, in_panel, hidden_size, out);
     } else {
-      scatter_panel<1>(rows, row, in_panel, y, hidden_size);
+      store_panel<1>(y, in_panel, hidden_size, out);
     }
   }
 }
