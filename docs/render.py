@@ -25,6 +25,9 @@ WHOLE_FFNS = ("sparse_ffn", "pruned_ffn")
 
 Results = Mapping[str, Mapping[str, Any]]
 
+# Fields of "overhead" in a result: the most is promised, where ratios promise the least.
+_SHARES = ("alone", "fused")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
@@ -34,7 +37,8 @@ class Claim:
         text: the promise.
         file: of bench/results.
         op, case, direction, dtype: of our record; "sparse_ffn" is the whole block.
-        baseline: the ratio to look at; "overhead" for the share of the steps around the experts.
+        baseline: the ratio to look at; "alone" or "fused" for the share of the steps around the
+            experts, measured that way.
         bound: the least the ratio may be; the most, for the overhead.
     """
 
@@ -52,8 +56,8 @@ class Claim:
         content = results.get(self.file)
         if content is None:
             return None
-        if self.baseline == "overhead":
-            share: float | None = content.get("overhead", {}).get(self.case, {}).get("alone")
+        if self.baseline in _SHARES:
+            share: float | None = content.get("overhead", {}).get(self.case, {}).get(self.baseline)
             return share
         for record in content["records"]:
             names = ("op", "case", "direction", "dtype", "provider")
@@ -68,7 +72,7 @@ class Claim:
         value = self.measured(results)
         if value is None:
             return f"| {self.text} | not measured | |"
-        if self.baseline == "overhead":
+        if self.baseline in _SHARES:
             found, held = f"{value:.1%}", value <= self.bound
         else:
             found, held = f"{value:.2f}x", value >= self.bound
@@ -99,10 +103,18 @@ CLAIMS = (
         bound=1.7,
     ),
     Claim(
-        text="CPU, 16/8: routing, sorting, permuting, combining alone: under 5 % of the block",
+        text="CPU, 16/8: routing, sorting, permuting, combining: under 5 % of the block, as ops of "
+        "their own",
         file="cpu.json",
         case=_CPU_16,
-        baseline="overhead",
+        baseline="alone",
+        bound=0.05,
+    ),
+    Claim(
+        text="the same, as the fused block does them: under 5 %",
+        file="cpu.json",
+        case=_CPU_16,
+        baseline="fused",
         bound=0.05,
     ),
     *(

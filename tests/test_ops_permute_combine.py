@@ -39,6 +39,18 @@ def test_permute_equals_reference(dtype: torch.dtype, num_tokens: int, hidden_si
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [896, 897])
+def test_permute_of_more_than_the_caches_hold(dtype: torch.dtype, hidden_size: int) -> None:
+    # 16 MB and more: rows of whole cache lines go past the caches, others cannot.
+    x = torch.randn(1201, hidden_size).to(dtype)
+    row_token, token_rows = draw_rows(1201, 16, 8)
+    for _, x_in in layouts(x):
+        y = ops.permute(x_in, row_token, token_rows)
+        assert y.nbytes > 2**24
+        assert torch.equal(y, reference.permute(x, row_token))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 37, 4096])
 @pytest.mark.parametrize(
     ("hidden_size", "num_experts", "top_k"), [(1, 5, 5), (16, 17, 8), (67, 5, 1)]

@@ -24,6 +24,7 @@ Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   params.y = y.mutable_data_ptr();
   params.row_bytes = x.size(1) * element_bytes(dtype);
   params.top_k = token_rows.size(1);
+  params.num_rows = row_token.size(0);
   torch::stable::parallel_for(0, x.size(0), 16,
                               [&](int64_t begin, int64_t end) { permute_cpu(params, begin, end); });
   return y;

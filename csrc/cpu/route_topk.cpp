@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/vector.h"
 
@@ -17,30 +18,40 @@ namespace {
 static_assert(kExpertLanes == kLanes);
 constexpr int64_t kTokens = 8;
 constexpr int64_t kBlock = 128;
+// Experts up to which comparing each with each is faster than a sorted list.
+constexpr int64_t kMaxRanked = 64;
 
-// block[t][d] = x[t][column + d] in fp32.
+// The same columns of the tokens that come next are on their way while these are multiplied.
 template <typename T>
-SPARSE_UNIFIED_INLINE void widen_block(const T* x, int64_t x_stride, int64_t column,
-                                       int64_t num_columns, int64_t num_tokens,
-                                       float (*block)[kBlock]) {
+SPARSE_UNIFIED_INLINE void prefetch_block(const T* x, int64_t x_stride, int64_t num_tokens) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    for (int64_t d = 0; d < kBlock; d += kLine) __builtin_prefetch(x + t * x_stride + d);
+  }
+}
+
+// block[t][d] = x[t][d] in fp32.
+template <typename T>
+SPARSE_UNIFIED_INLINE void widen_block(const T* x, int64_t x_stride, int64_t num_columns,
+                                       int64_t num_tokens, float (*block)[kBlock]) {
   for (int64_t t = 0; t < num_tokens; ++t) {
     for (int64_t d = 0; d < num_columns; d += kLanes) {
-      const T* source = x + t * x_stride + column + d;
-      __builtin_prefetch(source + kBlock);
+      const T* source = x + t * x_stride + d;
       const int64_t n = std::min(kLanes, num_columns - d);
       store(block[t] + d, n == kLanes ? load(source) : load(source, n));
     }
   }
 }
 
-// sums[t] += <block[t], gate> for kCount tokens and the kExpertLanes experts at `gate_t`.
+// sums[t] += <x[t], gate> for kCount tokens and the kExpertLanes experts at `gate_t`.
 template <int64_t kCount>
-SPARSE_UNIFIED_INLINE void dot_experts(const float (*block)[kBlock], const float* gate_t,
+SPARSE_UNIFIED_INLINE void dot_experts(const float* x, int64_t x_stride, const float* gate_t,
                                        int64_t gate_stride, int64_t num_columns, Float* sums) {
   Float acc[kCount] = {};
   for (int64_t d = 0; d < num_columns; ++d) {
     const Float gate = load(gate_t + d * gate_stride);
-    for (int64_t t = 0; t < kCount; ++t) acc[t] += block[t][d] * gate;
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < kCount; ++t) acc[t] += x[t * x_stride + d] * gate;
   }
   for (int64_t t = 0; t < kCount; ++t) sums[t] += acc[t];
 }
@@ -54,9 +65,14 @@ SPARSE_UNIFIED_INLINE void route_tokens(const RouteTopkParams& params, int64_t t
     Float sums[kCount] = {};
     for (int64_t column = 0; column < params.hidden_size; column += kBlock) {
       const int64_t num_columns = std::min(kBlock, params.hidden_size - column);
-      widen_block(x, params.x_stride, column, num_columns, kCount, block);
-      dot_experts<kCount>(block, params.gate_t + column * gate_stride + first, gate_stride,
-                          num_columns, sums);
+      const float* gate_t = params.gate_t + column * gate_stride + first;
+      prefetch_block(x + kCount * params.x_stride + column, params.x_stride, kCount);
+      if constexpr (std::is_same_v<T, float>) {
+        dot_experts<kCount>(x + column, params.x_stride, gate_t, gate_stride, num_columns, sums);
+      } else {
+        widen_block(x + column, params.x_stride, num_columns, kCount, block);
+        dot_experts<kCount>(block[0], kBlock, gate_t, gate_stride, num_columns, sums);
+      }
     }
     const int64_t count = std::min(kExpertLanes, params.num_experts - first);
     for (int64_t t = 0; t < kCount; ++t) {
@@ -80,8 +96,8 @@ SPARSE_UNIFIED_INLINE bool precedes(float a, float b) {
 }
 
 // Stable insertion into a list of the K best, experts visited in index order.
-inline void select_topk(const float* logits, int64_t num_experts, int64_t top_k, float* topk_logits,
-                        int32_t* topk_idx) {
+inline void select_by_insertion(const float* logits, int64_t num_experts, int64_t top_k,
+                                float* topk_logits, int32_t* topk_idx) {
   int64_t count = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     const float logit = logits[e];
@@ -93,6 +109,58 @@ inline void select_topk(const float* logits, int64_t num_experts, int64_t top_k,
     }
     topk_logits[place] = logit;
     topk_idx[place] = static_cast<int32_t>(e);
+  }
+}
+
+// Integers in the order of `precedes`: a larger logit has a larger one, NaN the largest.
+SPARSE_UNIFIED_INLINE Int order_keys(const Float& logits) {
+  const Int bits = bit_cast<Int>(logits);
+  const Int key = logits == 0.0f ? Int{} : bits ^ (bits >> 31 & 0x7fffffff);  // -0 ties with 0
+  return logits != logits ? Int{} + 0x7fffffff : key;
+}
+
+// The place of an expert is the number of those that precede it, counted for 16 at once; nothing
+// here is decided by a branch that random logits would mislead.
+SPARSE_UNIFIED_INLINE void select_by_rank(const float* logits, int64_t num_experts, int64_t top_k,
+                                          float* topk_logits, int32_t* topk_idx) {
+  constexpr Int kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  int32_t keys[kMaxRanked];
+  for (int64_t first = 0; first < num_experts; first += kLanes) {
+    const Int key = order_keys(load(logits + first, std::min(kLanes, num_experts - first)));
+    std::memcpy(keys + first, &key, sizeof(key));
+  }
+  for (int64_t first = 0; first < num_experts; first += kLanes) {
+    Int own;
+    std::memcpy(&own, keys + first, sizeof(own));
+    const Int index = kLane + static_cast<int32_t>(first);
+    Int rank = {};
+    for (int32_t e = 0; e < num_experts; ++e) {
+      // An equal key precedes from a lower index. No key is so small that 1 less would wrap.
+      const Int limit = index > e ? own - 1 : own;
+      rank = Int{} + keys[e] > limit ? rank + 1 : rank;
+    }
+    int32_t places[kLanes];
+    std::memcpy(places, &rank, sizeof(places));
+    const int64_t count = std::min(kLanes, num_experts - first);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      if (places[lane] >= top_k) continue;
+      topk_logits[places[lane]] = logits[first + lane];
+      topk_idx[places[lane]] = static_cast<int32_t>(first + lane);
+    }
+  }
+}
+
+SPARSE_UNIFIED_MULTIVERSION void select_topk(const RouteTopkParams& params, int64_t token_begin,
+                                             int64_t token_end) {
+  for (int64_t token = token_begin; token < token_end; ++token) {
+    const float* logits = params.logits + token * params.num_experts;
+    float* topk_logits = params.topk_logits + token * params.top_k;
+    int32_t* topk_idx = params.topk_idx + token * params.top_k;
+    if (params.num_experts <= kMaxRanked) {
+      select_by_rank(logits, params.num_experts, params.top_k, topk_logits, topk_idx);
+    } else {
+      select_by_insertion(logits, params.num_experts, params.top_k, topk_logits, topk_idx);
+    }
   }
 }
 
@@ -157,7 +225,8 @@ void pack(const T* gate, int64_t gate_stride, int64_t num_experts, int64_t hidde
     for (int64_t d = 0; d < hidden_size; d += kLanes) {
       const int64_t n = std::min(kLanes, hidden_size - d);
       float values[kLanes];
-      store(values, load(gate + e * gate_stride + d, n));
+      const T* source = gate + e * gate_stride + d;
+      store(values, n == kLanes ? load(source) : load(source, n));
       for (int64_t lane = 0; lane < n; ++lane) gate_t[(d + lane) * stride + e] = values[lane];
     }
   }
@@ -208,10 +277,7 @@ void route_topk_cpu(const RouteTopkParams& params, int64_t token_begin, int64_t 
       route_topk_float16(params, token_begin, token_end);
       break;
   }
-  for (int64_t token = token_begin; token < token_end; ++token) {
-    select_topk(params.logits + token * params.num_experts, params.num_experts, params.top_k,
-                params.topk_logits + token * params.top_k, params.topk_idx + token * params.top_k);
-  }
+  select_topk(params, token_begin, token_end);
 }
 
 void route_topk_backward_x_cpu(const RouteTopkBackwardParams& params, int64_t token_begin,

@@ -203,7 +203,7 @@ void test_sort(int64_t num_tokens, int64_t top_k, int64_t num_experts, int64_t u
 template <typename T>
 void test_all() {
   Random random(4);
-  for (const int64_t num_experts : {1, 5, 16, 17, 33}) {
+  for (const int64_t num_experts : {1, 5, 16, 17, 33, 64, 65}) {
     for (const int64_t top_k : {int64_t{1}, (num_experts + 1) / 2, num_experts}) {
       for (const int64_t hidden_size : {1, 17, 127, 128, 129, 300}) {
         for (const int64_t num_tokens : {0, 1, 9, 26}) {

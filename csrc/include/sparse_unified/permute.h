@@ -13,6 +13,7 @@ struct PermuteParams {
   void* y;                    // [R, D], R = T * K
   int64_t row_bytes;          // D * element size
   int64_t top_k;              // K
+  int64_t num_rows;           // R
 };
 
 // y[token_rows[t, k]] = x[t] for tokens [token_begin, token_end).
