@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from sparse_unified.analysis import plots
+from sparse_unified.analysis.activation import ActivationMap
 from sparse_unified.analysis.cost import Cost
 from sparse_unified.analysis.evaluate import Better
 from sparse_unified.analysis.points import Axis, Point
@@ -52,21 +54,23 @@ def task(components: tuple[str, ...] = ("und", "gen")) -> TaskResult:
     )
 
 
-def activation_map(component: str, num_ranges: int) -> plots.ActivationMap:
-    return plots.ActivationMap(
+def activation_map(component: str, num_ranges: int) -> ActivationMap:
+    return ActivationMap(
         task="generation",
         component=component,
         layers=[0, 1, 2, 3],
         ranges=[f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(num_ranges)],
         firing=torch.rand(4, num_ranges) / 2,
         overlap=torch.rand(4),
+        steps=torch.rand(4) if num_ranges > 1 else torch.full((4,), torch.nan),
+        chance=0.15,
     )
 
 
 def test_every_picture_is_written_and_not_empty(tmp_path: Path) -> None:
-    result = SweepResult(run={}, tasks=[task()])
     maps = [activation_map("und", 1), activation_map("gen", 10)]
-    written = plots.write_plots(result, tmp_path / "plots", maps)
+    result = SweepResult(run={}, tasks=[replace(task(), activation=maps)])
+    written = plots.write_plots(result, tmp_path / "plots")
     kinds = ("sensitivity", "similarity", "activation", "overlap")
     assert [path.name for path in written] == [f"{kind}-generation.png" for kind in kinds]
     for path in written:
@@ -134,6 +138,7 @@ def test_names_of_timestep_ranges_do_not_run_into_each_other() -> None:
     figure.canvas.draw()
     for panel in figure.axes[:2]:
         boxes = [label.get_window_extent() for label in panel.get_xticklabels()]
+        boxes.sort(key=lambda box: box.x0)
         for left, right in pairwise(boxes):
             assert left.x1 < right.x0
     assert figure.axes[2].get_ylabel() == "firing rate"
@@ -145,3 +150,13 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"matplotlib must be installed .*\[plot\]"):
         plots.write_plots(SweepResult(run={}), tmp_path)
+
+
+def test_overlap_has_a_panel_for_steps_only_where_there_are_some() -> None:
+    figure = plots.overlap([activation_map("und", 1), activation_map("gen", 3)])
+    samples, steps = figure.axes
+    assert set(lines(samples)) == {"und", "gen", "chance"}
+    assert set(lines(steps)) == {"gen", "chance"}
+    alone = replace(activation_map("und", 1), overlap=torch.full((4,), torch.nan))
+    (panel,) = plots.overlap([alone]).axes
+    assert "one sample" in panel.texts[0].get_text()

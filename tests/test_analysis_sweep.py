@@ -15,18 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sparse_unified
 from sparse_unified.analysis import find_adapter
 from sparse_unified.analysis.bagel_probes import bagel_probe
+from sparse_unified.analysis.criteria import score
 from sparse_unified.analysis.evaluate import evaluator
 from sparse_unified.analysis.identity import fingerprint
 from sparse_unified.analysis.metrics import Settings
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
+from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.store import open_store
+from sparse_unified.analysis.surgery import narrowed
 from sparse_unified.analysis.sweep import Probe, run_sweep
 from sparse_unified.analysis.transforms import layers_to_skip, legal_axes
-from sparse_unified.partition.scores import magnitude_scores
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -53,16 +56,6 @@ def text_probe(model: Any, task: str = "text", **evaluators: Any) -> Probe:
     )
 
 
-def rank(probe: Probe, adapter: Any) -> Any:
-    return {
-        component: {
-            ffn.key: magnitude_scores(ffn.gate_proj, ffn.up_proj, ffn.down_proj)
-            for ffn in adapter.ffns(component)
-        }
-        for component in adapter.components
-    }
-
-
 def config(**changes: Any) -> SweepConfig:
     fields: dict[str, Any] = {
         "components": ("text",),
@@ -77,7 +70,7 @@ def config(**changes: Any) -> SweepConfig:
 def sweep(model: Any, out: Path, probes: Any = None, **options: Any) -> Any:
     changes = options.pop("config", {})
     probes = [text_probe(model)] if probes is None else probes
-    return run_sweep(model, probes, config(**changes), out, rank=rank, **options)
+    return run_sweep(model, probes, config(**changes), out, **options)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -184,6 +177,50 @@ def test_repeats_are_the_same_but_for_their_times(tmp_path: Path) -> None:
     other = sweep(model, tmp_path / "c", config={"criterion": "random", "seed": 3})
     again = sweep(model, tmp_path / "d", config={"criterion": "random", "seed": 3})
     assert comparable(other) == comparable(again)
+
+
+@pytest.mark.parametrize("criterion", ["activation", "wanda", "reference"])
+def test_measured_criteria_rank_what_the_task_uses(criterion: str, tmp_path: Path) -> None:
+    model = models.qwen()
+    (task,) = sweep(
+        model, tmp_path / "out", config={"criterion": criterion, "axes": ("width",)}
+    ).tasks
+    statistics = FfnStatistics.load(tmp_path / "out" / "statistics-text.safetensors")
+    assert statistics.samples == {"text": ("all",)}
+    scores = score(criterion, model, statistics)["text"]
+    adapter = find_adapter(model)
+    kept = {key: values.topk(12).indices.sort().values for key, values in scores.items()}
+    with narrowed(adapter.ffns("text"), kept):
+        assert task.points[1].metrics == loss(model)
+    assert task.activation[0].firing.shape == (models.LAYERS, 1)
+    assert task.activation[0].ranges == ["no time"]
+    given = {"text": statistics}
+    (again,) = sweep(
+        model, tmp_path / "b", config={"criterion": criterion, "axes": ("width",)}, statistics=given
+    ).tasks
+    assert again.points[1].metrics == task.points[1].metrics
+
+
+def test_layers_of_sparse_models_are_swept_without_statistics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, probes = tiny_bagel(tmp_path)
+    sparse_unified.apply_moe_(pipeline, sparse_unified.MoEConfig(num_experts=4, top_k=2))
+    (task,) = sweep(
+        pipeline,
+        tmp_path / "out",
+        [probes[Task.GENERATION]],
+        config={"components": ("gen",), "axes": ("depth",)},
+    ).tasks
+    assert task.activation == []
+    assert "no statistics of neurons: model.language_model.model.layers.1" in caplog.text
+    with pytest.raises(ValueError, match="FFN must be dense"):
+        sweep(
+            pipeline,
+            tmp_path / "width",
+            [probes[Task.GENERATION]],
+            config={"components": ("gen",), "axes": ("width",)},
+        )
 
 
 class Interrupting:
@@ -333,7 +370,7 @@ def test_what_the_model_lacks_is_refused(
         ({"components": "und"}, "components must be a list of at least one, got 'und'"),
         ({"part": "head"}, "part must be one of block, attention, ffn, got 'head'"),
         ({"budget": "all"}, "budget must be one of uniform, global, got 'all'"),
-        ({"criterion": "luck"}, "criterion must be one of .*, got 'luck'"),
+        ({"criterion": "luck"}, "criterion: name must be one of .*, got 'luck'"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"block_size": 8}, "block_size must be 1 or 16 to 128, got 8"),
     ],

@@ -58,13 +58,37 @@ def test_all_tasks_and_axes_in_one_command(
     assert report.count("\n## ") == 3
     plots = {path.stem: Image.open(path).size for path in (out / "plots").iterdir()}
     for task in result["tasks"]:
-        for kind in ("sensitivity", "similarity"):
+        for kind in ("sensitivity", "similarity", "activation", "overlap"):
             assert min(plots[f"{kind}-{task}"]) > 300
+    maps = {found["component"]: found for found in result["tasks"]["editing"]["activation"]}
+    assert maps["gen"]["ranges"][0] == "1-0.875"  # from noise to image
+    assert maps["gen"]["ranges"][-1] == "no time"  # the picture that is edited
+    for found in maps.values():
+        assert all(0 <= rate <= 1 for row in found["firing"] for rate in row if rate is not None)
+        assert all(0 < share <= 1 for share in found["overlap"])
     # A second run finds everything done.
     assert analyze(model, out, *arguments) == 0
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert analyze(model, out, *arguments, "--seed", "1") == 1
     assert "must be of the same run, or another folder, got sweep.seed 0" in capsys.readouterr().err
+
+
+def test_statistics_of_one_run_serve_another(
+    model: Path, samples: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*samples, "--task", "generation", "--component", "gen", "--axis", "width"]
+    common += ["--ratios", ".5", "--no-plots", "--json"]
+    assert analyze(model, tmp_path / "a", *common) == 0
+    first = json.loads(capsys.readouterr().out)["tasks"]["generation"]
+    file = tmp_path / "a" / "statistics-generation.safetensors"
+    assert analyze(model, tmp_path / "b", *common, "--stats", str(file)) == 0
+    second = json.loads(capsys.readouterr().out)["tasks"]["generation"]
+    assert second["points"][0]["metrics"] == first["points"][0]["metrics"]
+    assert second["activation"] == first["activation"]
+    assert not (tmp_path / "b" / "statistics-generation.safetensors").exists()
+    others = write_checkpoint(models.GOLDEN / "edit", tmp_path / "other")
+    assert analyze(others, tmp_path / "c", *common, "--stats", str(file)) == 1
+    assert "statistics" in capsys.readouterr().err
 
 
 def test_built_in_prompts_evaluators_of_ones_own_and_geneval(

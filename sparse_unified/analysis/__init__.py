@@ -7,6 +7,7 @@ neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metric
 `bagel_probes`, `results`, `plots`.
 """
 
+from sparse_unified.analysis.activation import ActivationMap, activation_maps
 from sparse_unified.analysis.adapter import (
     LAYOUTS,
     Adapter,
@@ -26,9 +27,8 @@ from sparse_unified.analysis.criteria import CRITERIA, Criterion, save_scores, s
 from sparse_unified.analysis.evaluate import Better, Evaluator, evaluator, load_evaluator
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
 from sparse_unified.analysis.metrics import DenseDistance, Settings, TextAgreement, VelocityError
-from sparse_unified.analysis.plots import ActivationMap, write_plots
+from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
-from sparse_unified.analysis.ranking import Ranking
 from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
 from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
 from sparse_unified.analysis.similarity import (
@@ -65,7 +65,6 @@ __all__ = [
     "Point",
     "PointResult",
     "Probe",
-    "Ranking",
     "Sample",
     "Settings",
     "Similarity",
@@ -76,6 +75,7 @@ __all__ = [
     "TaskResult",
     "TextAgreement",
     "VelocityError",
+    "activation_maps",
     "bagel_probe",
     "built_in_samples",
     "calibrate",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
 
+from sparse_unified.analysis.activation import NO_TIME, ActivationMap
 from sparse_unified.analysis.evaluate import Better
 from sparse_unified.analysis.points import Axis
 from sparse_unified.analysis.results import SweepResult, TaskResult
@@ -46,34 +46,11 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationMap:
-    """How the neurons of one component fire in one task.
-
-    Attributes:
-        layers: their numbers, L of them.
-        ranges: names of the timestep ranges, R of them; one name for a task without time.
-        firing: [L, R] share of the neurons that fire on a token, 0 to 1.
-        overlap: [L] share of the active neurons that two samples have in common; None if there
-            was one sample.
-    """
-
-    task: str
-    component: str
-    layers: Sequence[int]
-    ranges: Sequence[str]
-    firing: Tensor
-    overlap: Tensor | None = None
-
-
-def write_plots(
-    result: SweepResult, folder: Path, maps: Sequence[ActivationMap] = ()
-) -> list[Path]:
+def write_plots(result: SweepResult, folder: Path) -> list[Path]:
     """Draws everything that a sweep has shown into PNG files.
 
     Args:
         folder: made if it is not there.
-        maps: activation statistics of the tasks, if there are any.
 
     Returns:
         The files.
@@ -90,11 +67,9 @@ def write_plots(
             if task.points:
                 figures[f"sensitivity-{task.task}"] = sensitivity(task)
             figures[f"similarity-{task.task}"] = similarity(task)
-        for name in dict.fromkeys(found.task for found in maps):
-            own = [found for found in maps if found.task == name]
-            figures[f"activation-{name}"] = activation(own)
-            if any(found.overlap is not None for found in own):
-                figures[f"overlap-{name}"] = overlap(own)
+            if task.activation:
+                figures[f"activation-{task.task}"] = activation(task.activation)
+                figures[f"overlap-{task.task}"] = overlap(task.activation)
         for name, figure in figures.items():
             path = folder / f"{name}.png"
             figure.savefig(path)
@@ -181,19 +156,22 @@ def activation(maps: Sequence[ActivationMap]) -> Figure:
         f"Activation: {maps[0].task}",
         "share of the neurons that fire on a token; the rest is sparsity",
     )
-    top = max(float(found.firing.max()) for found in maps) or 1.0
+    rates = torch.cat([found.firing[~found.firing.isnan()] for found in maps])
+    low, high = float(rates.min()), float(rates.max())
     image: Any = None
     for panel, found in zip(panels[0], maps, strict=True):
         image = panel.imshow(
             found.firing.numpy(),
-            cmap="magma",
-            vmin=0,
-            vmax=top,
+            cmap=_cmap(),
+            vmin=low,
+            vmax=high if high > low else low + 0.01,
             aspect="auto",
             interpolation="nearest",
             origin="lower",
         )
         _grid_ticks(panel, found.ranges, found.layers)
+        if NO_TIME in found.ranges[1:]:
+            panel.axvline(found.ranges.index(NO_TIME) - 0.5, color="white", linewidth=4)
         panel.set_title(found.component, loc="left", weight="bold")
         panel.set_xlabel("time, from noise to image" if len(found.ranges) > 1 else "")
         panel.set_ylabel("layer")
@@ -204,31 +182,42 @@ def activation(maps: Sequence[ActivationMap]) -> Figure:
 
 
 def overlap(maps: Sequence[ActivationMap]) -> Figure:
-    """Draws the share of active neurons that samples have in common, layer by layer."""
-    figure, panels = _panels(1, 1, width=6.2, height=3.0)
+    """Draws how much of the active neurons stays from sample to sample and from step to step."""
+    sides = {"between samples": "overlap", "between successive times": "steps"}
+    shown = {
+        title: [found for found in maps if not getattr(found, name).isnan().all()]
+        for title, name in sides.items()
+    }
+    shown = {title: found for title, found in shown.items() if found} or {"between samples": []}
+    figure, panels = _panels(1, len(shown), width=4.6, height=3.0)
     _heading(
         figure,
-        f"Overlap between samples: {maps[0].task}",
-        "share of the active neurons that two samples have in common; low is dynamic sparsity",
+        f"Overlap of active neurons: {maps[0].task}",
+        "Jaccard overlap of the most active neurons; near chance is dynamic sparsity",
     )
     components = [found.component for found in maps]
-    panel = panels[0][0]
-    for found in maps:
-        if found.overlap is not None:
+    for panel, (title, listed) in zip(panels[0], shown.items(), strict=True):
+        for found in listed:
             panel.plot(
                 list(found.layers),
-                found.overlap.tolist(),
+                getattr(found, sides[title]).tolist(),
                 color=_color(found.component, components),
                 marker="o",
                 markersize=4,
                 linewidth=1.6,
                 label=found.component,
             )
-    panel.set_ylim(0, 1.03)
-    panel.set_xlabel("layer")
-    panel.set_ylabel("overlap")
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(loc="best", fontsize=8)
+        panel.axhline(
+            maps[0].chance, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label="chance"
+        )
+        if not listed:
+            panel.text(0.5, 0.5, "one sample: nothing to compare", ha="center", color=SOFT)
+        panel.set_ylim(0, 1.03)
+        panel.set_title(title, loc="left", weight="bold")
+        panel.set_xlabel("layer")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    panels[0][0].set_ylabel("overlap")
+    panels[0][-1].legend(loc="best", fontsize=8)
     return figure
 
 
@@ -272,13 +261,21 @@ def _share_rows(panels: Any) -> None:
             panel.tick_params(labelleft=False)
 
 
+def _cmap() -> Any:
+    """Dark to bright, and grey where there were no tokens."""
+    from matplotlib import colormaps
+
+    return colormaps["magma"].with_extremes(bad=LINE)
+
+
 def _grid_ticks(panel: Any, columns: Sequence[str], rows: Sequence[int]) -> None:
     panel.grid(False)
     step = max(1, len(rows) // 14)
     panel.set_yticks(range(0, len(rows), step), [str(row) for row in rows[::step]])
-    # As many names as there is room for, at some 40 letters a panel.
+    # As many names as there is room for, at some 40 letters a panel; the last one always.
     step = max(1, math.ceil(len(columns) * (max(map(len, columns)) + 2) / 40))
-    panel.set_xticks(range(0, len(columns), step), list(columns[::step]))
+    ticks = list(range(len(columns) - 1, -1, -step))
+    panel.set_xticks(ticks, [columns[tick] for tick in ticks])
 
 
 def _color(component: str, components: Sequence[str]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from sparse_unified.analysis.criteria import find_criterion
+from sparse_unified.analysis.sums import StatisticsConfig
 from sparse_unified.swap import Budget, Part
-
-CRITERIA = ("magnitude", "random")
 
 
 class Axis(str, Enum):
@@ -30,7 +30,7 @@ class SweepConfig:
         components: of the model, such as "und" and "gen".
         axes: `Axis` values or their names.
         ratios: shares that are kept, in (0, 1].
-        criterion: what ranks the neurons along width, one of `CRITERIA`. Layers are ranked by
+        criterion: what ranks the neurons along width, see `criteria`. Layers are ranked by
             similarity (drawn at random for `random`), heads by the magnitude of their weights.
         layers: which of them may lose something: "all", "middle", "a-b", or indices.
         part: what a skipped layer loses.
@@ -38,6 +38,7 @@ class SweepConfig:
         block_size: neurons go in blocks of so many.
         seed: of the criterion `random`.
         repeats: timed forwards per point.
+        statistics: what is counted of the neurons while the dense model runs the samples.
 
     Raises:
         ValueError: a value is none of these, repeated, or out of range.
@@ -46,13 +47,16 @@ class SweepConfig:
     components: tuple[str, ...]
     axes: tuple[Axis, ...] = (Axis.DEPTH, Axis.WIDTH)
     ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
-    criterion: str = "magnitude"
+    criterion: str = "activation"
     layers: str | tuple[int, ...] = "all"
     part: Part = Part.BLOCK
     budget: Budget = Budget.UNIFORM
     block_size: int = 1
     seed: int = 0
     repeats: int = 5
+    statistics: StatisticsConfig = field(
+        default_factory=lambda: StatisticsConfig(num_time_ranges=8)
+    )
 
     def __post_init__(self) -> None:
         for name in ("components", "axes", "ratios"):
@@ -60,10 +64,7 @@ class SweepConfig:
         object.__setattr__(self, "axes", tuple(_as(Axis, "axis", axis) for axis in self.axes))
         object.__setattr__(self, "part", _as(Part, "part", self.part))
         object.__setattr__(self, "budget", _as(Budget, "budget", self.budget))
-        if self.criterion not in CRITERIA:
-            raise ValueError(
-                f"analyze: criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}"
-            )
+        find_criterion(self.criterion)
         if not isinstance(self.layers, str):
             object.__setattr__(self, "layers", tuple(self.layers))
         for ratio in self.ratios:

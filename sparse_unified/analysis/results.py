@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparse_unified.analysis.activation import ActivationMap
 from sparse_unified.analysis.cost import Cost
 from sparse_unified.analysis.evaluate import Better
 from sparse_unified.analysis.points import Axis, Point
@@ -73,6 +74,7 @@ class TaskResult:
         better: which way each metric improves.
         dense: metrics of the model as it came; cost: what it costs.
         similarity: of its layers.
+        activation: what its neurons did, by component; none where the FFNs are not dense.
         points: finished ones, in the order of the sweep.
         idle: components that have no tokens in this task, so that nothing of them was swept.
     """
@@ -83,6 +85,7 @@ class TaskResult:
     cost: Cost
     similarity: Similarity
     points: Sequence[PointResult]
+    activation: Sequence[ActivationMap] = ()
     idle: Sequence[str] = ()
 
 
@@ -108,6 +111,7 @@ class SweepResult(Report):
                     "cost": result.cost.to_dict(),
                     "idle": list(result.idle),
                     "similarity": list(result.similarity.to_dict()["layers"]),
+                    "activation": [found.to_dict() for found in result.activation],
                     "points": [point.to_record() for point in result.points],
                 }
                 for result in self.tasks

@@ -8,22 +8,30 @@ same folder. Nothing is random but by its seeds.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_unified.analysis import evaluate
+from sparse_unified.analysis.activation import activation_maps
 from sparse_unified.analysis.adapter import Adapter, find_adapter
+from sparse_unified.analysis.collect import collect
 from sparse_unified.analysis.cost import Cost, Workload, measure_cost
+from sparse_unified.analysis.criteria import NeuronScores, score
 from sparse_unified.analysis.evaluate import Better, Evaluator
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity, measure_similarity
+from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.store import Store, open_store
 from sparse_unified.analysis.surgery import as_module
-from sparse_unified.analysis.transforms import NeuronScores, legal_axes, transformed
+from sparse_unified.analysis.transforms import legal_axes, transformed
 from sparse_unified.partition import select_layers
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], object]
 
@@ -74,7 +82,7 @@ def run_sweep(
     config: SweepConfig,
     out: str | os.PathLike[str],
     *,
-    rank: Callable[[Probe, Adapter], NeuronScores],
+    statistics: Mapping[str, FfnStatistics] | None = None,
     adapter: Adapter | None = None,
     description: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -86,7 +94,8 @@ def run_sweep(
         probes: the tasks.
         config: what to go through.
         out: folder of the run, see `store`; a run of the same is gone on with.
-        rank: returns the scores of the neurons for a task, needed along width alone.
+        statistics: of neurons, by task, gathered before; other tasks are calibrated on their
+            samples.
         adapter: of the model; None finds one.
         description: more plain values that a run that goes on must have in common, such as the
             name of the model.
@@ -109,7 +118,10 @@ def run_sweep(
     }
     stated = json.loads(json.dumps(stated))  # as the folder will give it back
     with open_store(out, stated) as store:
-        runs = [_Run(host, adapter, probe, config, store, rank) for probe in probes]
+        given = statistics or {}
+        runs = [
+            _Run(host, adapter, probe, config, store, given.get(probe.task)) for probe in probes
+        ]
         total = sum(1 + len(run.points()) for run in runs)
         done = 0
         for run in runs:
@@ -136,10 +148,10 @@ class _Run:
         probe: Probe,
         config: SweepConfig,
         store: Store,
-        rank: Callable[[Probe, Adapter], NeuronScores],
+        statistics: FfnStatistics | None,
     ) -> None:
         self.host, self.adapter, self.probe = host, adapter, probe
-        self.config, self.store, self.rank = config, store, rank
+        self.config, self.store, self.statistics = config, store, statistics
         self.similarity = self._observe()
         self._scores: NeuronScores | None = None
         self._prepared = False
@@ -180,24 +192,66 @@ class _Run:
             dense=dense["metrics"],
             cost=Cost(**dense["cost"]),
             similarity=self.similarity,
+            activation=(
+                [] if self.statistics is None else activation_maps(self.statistics, self.probe.task)
+            ),
             points=[PointResult.from_record(self.store.records[p.name]) for p in points],
             idle=[name for name in self.config.components if name not in active],
         )
 
     def _observe(self) -> Similarity:
-        path = self.store.folder / f"similarity-{self.probe.task}.json"
-        if path.exists():
+        """Lets the dense model run the samples once, and watches layers and neurons meanwhile."""
+        task = self.probe.task
+        path = self.store.folder / f"similarity-{task}.json"
+        counts = self.store.folder / f"statistics-{task}.safetensors"
+        if self.statistics is not None:
+            self.statistics.check(self.adapter)
+        watch = self.statistics is None and has_dense_ffns(self.adapter)
+        if path.exists() and (counts.exists() or not watch):
+            if watch:
+                self.statistics = FfnStatistics.load(counts)
             layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
             return Similarity(layers=tuple(LayerSimilarity(**entry) for entry in layers))
-        with measure_similarity(self.adapter) as measured:
-            self.probe.run(lambda sample: None)
+        with ExitStack() as watched:
+            begin: Callable[[str], object] = _ignore
+            if watch:
+                collector = watched.enter_context(
+                    collect(
+                        self.host,
+                        task,
+                        config=self.config.statistics,
+                        adapter=self.adapter,
+                    )
+                )
+                begin = collector.begin
+            measured = watched.enter_context(measure_similarity(self.adapter))
+            self.probe.run(begin)
+        if watch:
+            self.statistics = collector.statistics()
+            self.statistics.save(counts)
         found = measured.result()
         self.store.write(path.name, found.to_json() + "\n")
         return found
 
+    def _rank(self) -> NeuronScores:
+        """Returns the scores of the neurons of the components that take part."""
+        active = {entry.component for entry in self.similarity.layers}
+        components = [name for name in self.config.components if name in active]
+        tasks = None
+        if self.statistics is not None and self.probe.task in self.statistics.tasks:
+            tasks = [self.probe.task]
+        return score(
+            self.config.criterion,
+            self.adapter,
+            self.statistics,
+            tasks=tasks,
+            components=components,
+            seed=self.config.seed,
+        )
+
     def _measure(self, point: Point) -> PointResult:
         if point.axis is Axis.WIDTH and self._scores is None:
-            self._scores = self.rank(self.probe, self.adapter)
+            self._scores = self._rank()
         before = self._cost()
         with transformed(
             self.host,
@@ -264,6 +318,21 @@ def _check(adapter: Adapter, config: SweepConfig, probes: Sequence[Probe]) -> No
         raise ValueError(
             f"analyze: tasks must be given once each, got {', '.join(tasks) or 'none'}"
         )
+
+
+def has_dense_ffns(adapter: Adapter) -> bool:
+    """Tells whether neurons can be watched; where not, a warning says which FFN is in the way."""
+    try:
+        for component in adapter.components:
+            adapter.ffns(component)
+    except ValueError as error:
+        logger.warning("no statistics of neurons: %s", error)
+        return False
+    return True
+
+
+def _ignore(sample: str) -> None:
+    """Stands for a collector where there is nothing to collect."""
 
 
 def _names(axes: Iterable[Axis]) -> str:

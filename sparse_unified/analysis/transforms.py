@@ -7,14 +7,14 @@ through `surgery`. Either way what was replaced is the same object again afterwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from sparse_unified.analysis.adapter import Adapter, FfnKey
+from sparse_unified.analysis.adapter import Adapter
+from sparse_unified.analysis.criteria import NeuronScores
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.similarity import Similarity
 from sparse_unified.analysis.surgery import as_module, narrowed, without_layers
@@ -33,8 +33,6 @@ from sparse_unified.swap import (
     restore_,
     skip_layers_,
 )
-
-NeuronScores = Mapping[str, Mapping[FfnKey, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,5 +186,5 @@ def _without(layers: Sequence[int], config: SweepConfig) -> str:
 
 
 def _each(changes: Iterable[tuple[str, str]]) -> str:
-    texts = dict.fromkeys(f"{before} -> {after}" for before, after in changes)
-    return list_some(texts, 2)
+    texts = dict.fromkeys(f"{old} -> {new}" for old, new in changes if old != new)
+    return list_some(texts, 2) if texts else "nothing"

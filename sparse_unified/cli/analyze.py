@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparse_unified.analysis.evaluate import Evaluator
     from sparse_unified.analysis.metrics import Settings
     from sparse_unified.analysis.samples import Sample, Task
+    from sparse_unified.analysis.statistics import FfnStatistics
     from sparse_unified.bagel import BagelPipeline
 
 TASKS = ("generation", "understanding", "editing")
@@ -60,9 +61,22 @@ def add_commands(commands: Any) -> None:
     )
     what.add_argument(
         "--criterion",
-        choices=("magnitude", "random"),
-        default="magnitude",
-        help="what ranks the neurons (default magnitude: of their weights)",
+        choices=("activation", "wanda", "magnitude", "random", "reference"),
+        default="activation",
+        help="what ranks the neurons (default activation: mean |h| on the samples)",
+    )
+    what.add_argument(
+        "--stats",
+        action="append",
+        default=[],
+        metavar="[TASK=]FILE",
+        help="statistics of neurons from an earlier run, instead of new ones (repeatable)",
+    )
+    what.add_argument(
+        "--time-ranges",
+        type=values.positive,
+        default=8,
+        help="into how many the times of denoising are cut in statistics (default 8)",
     )
     what.add_argument(
         "--layers", default="all", help="that may lose something: all (default), middle, 1-26, ..."
@@ -164,8 +178,8 @@ def _add_measures(group: Any) -> None:
 def _run_analyze(options: argparse.Namespace) -> int:
     from sparse_unified.analysis.identity import fingerprint
     from sparse_unified.analysis.points import SweepConfig
-    from sparse_unified.analysis.ranking import Ranking
     from sparse_unified.analysis.samples import Task
+    from sparse_unified.analysis.sums import StatisticsConfig
     from sparse_unified.analysis.sweep import run_sweep
 
     if options.geneval_scorer and not options.geneval:
@@ -187,7 +201,9 @@ def _run_analyze(options: argparse.Namespace) -> int:
         block_size=options.block_size,
         seed=options.seed,
         repeats=options.repeats,
+        statistics=StatisticsConfig(num_time_ranges=options.time_ranges),
     )
+    statistics = _statistics(options)
     settings = _settings(options)
     tasks = [Task(name) for name in options.task]
     samples = {task: _samples(options, task) for task in tasks}
@@ -197,6 +213,7 @@ def _run_analyze(options: argparse.Namespace) -> int:
     description = {
         "model": fingerprint(pipeline.model),
         "device": pipeline.model.device.type,
+        "statistics": {task: found.samples for task, found in statistics.items()},
         "dtype": str(pipeline.model.dtype).removeprefix("torch."),
     }
     with _points_bar(quiet=options.quiet) as progress:
@@ -205,7 +222,7 @@ def _run_analyze(options: argparse.Namespace) -> int:
             probes,
             config,
             options.out,
-            rank=Ranking(config),
+            statistics=statistics,
             description=description,
             progress=progress,
         )
@@ -215,6 +232,13 @@ def _run_analyze(options: argparse.Namespace) -> int:
         write_plots(result, Path(options.out) / "plots")
     write_result(options.json, f"{result.to_text()}\n\n{options.out}/report.md", result.to_json())
     return 0
+
+
+def _statistics(options: argparse.Namespace) -> dict[str, FfnStatistics]:
+    from sparse_unified.analysis.statistics import FfnStatistics
+
+    files = {task: _of_task(options.stats, task, "--stats") for task in options.task}
+    return {task: FfnStatistics.load(file) for task, file in files.items() if file is not None}
 
 
 def _settings(options: argparse.Namespace) -> Settings:
