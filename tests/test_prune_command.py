@@ -21,7 +21,9 @@ from sparse_unified import (
     PruneHeadsConfig,
     PruneWidthConfig,
     SkipLayersConfig,
+    prune_width_,
 )
+from sparse_unified.analysis import save_scores, score
 from sparse_unified.checkpoint import prune
 from sparse_unified.cli import main
 
@@ -101,3 +103,17 @@ def test_wrong_usage_of_the_command(
     assert run("prune", dense, tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_a_criterion_prune_the_file_as_they_prune_the_model(
+    dense: Path, tmp_path: Path
+) -> None:
+    live = small_bagel()
+    scores = score("random", live, seed=5)
+    save_scores(tmp_path / "scores.safetensors", scores)
+    options = ["--component", "und,gen", "--keep-ratio", "0.5"]
+    how = ["--scores", tmp_path / "scores.safetensors"]
+    assert run("prune", dense, tmp_path / "out", *options, *how) == 0
+    for component in ("und", "gen"):
+        prune_width_(live, PruneWidthConfig(component=component), scores)
+    assert_equal(outputs(live), outputs(load(tmp_path / "out")))

@@ -85,6 +85,11 @@ NAN[2, 5] = float("nan")
             "layers must have a gen attention, got 0, which skip it",
         ),
         ([DEPTH[1], DEPTH[1]], {}, "layers must have a gen block left, got 3, which skip it"),
+        (
+            [DEPTH[1], SkipLayersConfig(component="gen", layers="2-3")],
+            {},
+            "layers must have a gen block left, got 3, which skip it",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(

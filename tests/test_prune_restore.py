@@ -316,5 +316,8 @@ def test_orders_that_make_no_sense_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="q_proj_moe_gen must be there"):
         prune_heads_(model, PruneHeadsConfig(component="both", layers=[2]))
     assert len(prune_heads_(model, PruneHeadsConfig(component="both")).parts) == 2 * 3
-    with pytest.raises(ValueError, match="layers must have a gen block left, got '2', which"):
-        skip_layers_(model, SkipLayersConfig(component="gen", layers="2"))
+    with pytest.raises(ValueError, match=r"layer 2 .*gen block must not be skipped already"):
+        skip_layers_(model, SkipLayersConfig(component="gen", layers="1-2"))
+    skip_layers_(model, SkipLayersConfig(component="gen", layers="middle"))
+    with pytest.raises(ValueError, match="layers must have a gen block left, got 'middle', which"):
+        skip_layers_(model, SkipLayersConfig(component="gen", layers="middle"))

@@ -40,7 +40,8 @@ class MoEConfig:
         num_shared_experts: S; the shared expert is S * (I // (E + S)) neurons wide.
         component: "gen" (`mlp_moe_gen`) or "und" (`mlp`).
         layers: "middle" (all but the first and the last), "all", "a-b" (both ends included),
-            comma-separated parts of these, or a sequence of indices.
+            comma-separated parts of these, or a sequence of indices; "all" and "middle" pass over
+            layers whose FFN is skipped.
 
     Raises:
         ValueError: a count is out of range, or component or layers are none of the above.
@@ -150,7 +151,7 @@ class SkipLayersConfig:
 
     Args:
         component: "gen" or "und".
-        layers: as in `MoEConfig`.
+        layers: as in `MoEConfig`; "all" and "middle" pass over layers that skip the part already.
         part: "block", "attention" or "ffn".
 
     Raises:

@@ -121,7 +121,7 @@ def _skip(source: Checkpoint, layers: Layers, config: SkipLayersConfig) -> Step:
     selected = select_layers(config.layers, len(own))
     changed = tuple(layer for layer in selected if skip(own[layer], config) != own[layer])
     gone = [layer for layer in selected if layer not in changed]
-    if not changed or (gone and not isinstance(config.layers, str)):
+    if not changed or (gone and config.layers not in ("all", "middle")):
         raise ValueError(
             f"{WHAT}: layers must have a {component} {config.part.value} left, "
             f"got {list_some(gone)}, which skip it already"

@@ -59,7 +59,7 @@ def skip_layers_(
             for part in config.parts
             for change in _changes(host, layer, config.component, part, where)
         ]
-        if not found and not isinstance(config.layers, str):
+        if not found and config.layers not in ("all", "middle"):
             raise ValueError(
                 f"{where}: layer {layer} ({host.path}.{layer}): {config.component} "
                 f"{config.part.value} must not be skipped already, got none"
