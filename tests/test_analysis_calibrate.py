@@ -172,6 +172,20 @@ def test_command_writes_statistics_and_scores_that_prune_takes(
     assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
 
 
+def test_one_component_beside_a_sparse_other(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse, out = tmp_path / "sparse", tmp_path / "s.safetensors"
+    convert = ["convert", str(model), str(sparse), "--num-experts", "4", "--top-k", "2", "--quiet"]
+    assert main([*convert, "--layers", "all"]) == 0
+    arguments = ["--task", "understanding", "--samples", "1"]
+    assert run(sparse, out, *arguments) == 1
+    assert "FFN must be dense" in capsys.readouterr().err
+    assert run(sparse, out, *arguments, "--component", "und") == 0
+    # The und FFNs are those of the dense model, so what they did there counts for both.
+    FfnStatistics.load(out).check(models.pipeline(tmp_path / "dense"))
+
+
 def test_command_merges_and_prints_json(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,4 +248,4 @@ def test_statistics_of_another_model_are_not_merged(
     calibrate(other, "understanding", [[12, 13]], run=read).save(tmp_path / "other")
     merge = ["--task", "understanding", "--samples", "1", "--merge", str(tmp_path / "other")]
     assert run(model, tmp_path / "s.safetensors", *merge) == 1
-    assert "model must have the FFN weights they were gathered on" in capsys.readouterr().err
+    assert "model must have the und FFNs they were gathered on" in capsys.readouterr().err

@@ -202,7 +202,7 @@ def test_scores_that_no_checkpoint_takes_are_not_written(tmp_path: Path) -> None
 def test_what_does_not_fit_is_refused(model: models.Official, statistics: FfnStatistics) -> None:
     with pytest.raises(ValueError, match="criterion: name must be one of activation, wanda, magni"):
         score("nonsense", model, statistics)
-    with pytest.raises(ValueError, match="model must have the FFN weights"):
+    with pytest.raises(ValueError, match="model must have the und FFNs they were gathered on"):
         score("wanda", models.Official(), statistics)
     keyed = statistics.ffns["generation"]
     idle = {

@@ -266,8 +266,8 @@ def test_accessors_have_a_row_for_every_ffn(
 
 
 def assert_same(own: FfnStatistics, other: FfnStatistics, *, exact: bool) -> None:
-    assert (own.model_hash, own.config, own.samples, own.tool) == (
-        other.model_hash,
+    assert (own.model_hashes, own.config, own.samples, own.tool) == (
+        other.model_hashes,
         other.config,
         other.samples,
         other.tool,
@@ -319,8 +319,8 @@ def test_what_does_not_fit_together_is_not_merged(
 ) -> None:
     with pytest.raises(ValueError, match="merge: samples of text must be distinct, got a twice"):
         statistics.merge(gather(model, {"a": ids(1)}))
-    with pytest.raises(ValueError, match="merge: model_hash must be the same"):
-        statistics.merge(dataclasses.replace(statistics, model_hash="0" * 16))
+    with pytest.raises(ValueError, match="merge: model must be the same, with hash"):
+        statistics.merge(dataclasses.replace(statistics, model_hashes={"text": "0" * 16}))
     with pytest.raises(ValueError, match="merge: config must be the same"):
         statistics.merge(
             dataclasses.replace(statistics, config=StatisticsConfig(num_time_ranges=3))
@@ -438,7 +438,8 @@ def test_files_that_are_no_statistics_are_refused(
         (meta("samples", '{"talk": ["a", "b", "c"]}'), "tasks must be those of the samples"),
         (meta("ffns", "[[1, 2, 3, 4]]"), "metadata must be what calibrate writes"),
         (meta("ffns", '[["text", "text", 0, null]]'), "tensors must be those that its metadata"),
-        (meta("model_hash", None), "metadata must be what calibrate writes"),
+        (meta("model_hashes", None), "metadata must be what calibrate writes"),
+        (meta("model_hashes", "{}"), "model_hashes must be of text, got none"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             FfnStatistics.load(rewritten(path, change))
@@ -458,7 +459,7 @@ def test_statistics_fit_their_model_and_no_other(
     statistics.check(find_adapter(model))
     with torch.no_grad():
         model.model.layers[1].mlp.experts[2].down_proj.weight.neg_()
-    with pytest.raises(ValueError, match="model must have the FFN weights they were gathered on"):
+    with pytest.raises(ValueError, match="model must have the text FFNs they were gathered on"):
         statistics.check(model)
     shorter = models.Bailing()
     shorter.model.layers = shorter.model.layers[:2]
@@ -472,13 +473,13 @@ def test_statistics_fit_their_model_and_no_other(
 
 def test_hash_is_that_of_the_bf16_weights() -> None:
     model = models.Bailing()
-    own = hash_ffns(model)
-    assert hash_ffns(find_adapter(model)) == own
-    assert hash_ffns(models.Bailing().bfloat16()) == own
+    own = hash_ffns(model, "text")
+    assert hash_ffns(find_adapter(model), "text") == own
+    assert hash_ffns(models.Bailing().bfloat16(), "text") == own
     assert len(own) == 16
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    assert hash_ffns(model) == own
+    assert hash_ffns(model, "text") == own
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ class Collector:
             if any(int(sums.tokens.sum()) for sums in keyed.values())
         }
         return FfnStatistics(
-            model_hash=hash_ffns(self.adapter),
+            model_hashes={component: hash_ffns(self.adapter, component) for component in seen},
             config=self.config,
             samples={self.task: tuple(self.samples)},
             ffns={self.task: seen},

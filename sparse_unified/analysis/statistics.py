@@ -38,7 +38,7 @@ class FfnStatistics:
     """Statistics of the FFNs of one model on one or several tasks.
 
     Attributes:
-        model_hash: of the FFN weights, see `hash_ffns`.
+        model_hashes: component -> hash of its FFN weights, see `hash_ffns`.
         config: what was counted.
         samples: task -> fingerprints of its samples, in order.
         ffns: task -> component -> key -> sums.
@@ -48,7 +48,7 @@ class FfnStatistics:
         ValueError: there are no tokens, a value is not finite, or shapes do not fit.
     """
 
-    model_hash: str
+    model_hashes: Mapping[str, str]
     config: StatisticsConfig
     samples: Mapping[str, tuple[str, ...]]
     ffns: Mapping[str, Mapping[str, Mapping[FfnKey, FfnSums]]]
@@ -142,12 +142,13 @@ class FfnStatistics:
                             f"{where}: {key!r} must have {width} neurons as in the model, "
                             f"got {found[key].intermediate_size}"
                         )
-        own = hash_ffns(model)
-        if own != self.model_hash:
-            raise ValueError(
-                f"statistics: model must have the FFN weights they were gathered on, with hash "
-                f"{self.model_hash}, got {own}"
-            )
+        for component, wanted_hash in self.model_hashes.items():
+            own = hash_ffns(adapter, component)
+            if own != wanted_hash:
+                raise ValueError(
+                    f"statistics: model must have the {component} FFNs they were gathered on, with "
+                    f"hash {wanted_hash}, got {own}"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file; an existing one is replaced whole or not at all."""
@@ -162,7 +163,7 @@ class FfnStatistics:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "tool": self.tool,
-            "model_hash": self.model_hash,
+            "model_hashes": json.dumps(dict(self.model_hashes)),
             "config": json.dumps(asdict(self.config)),
             "samples": json.dumps({task: list(own) for task, own in self.samples.items()}),
             "ffns": json.dumps(listed),
@@ -188,7 +189,9 @@ class FfnStatistics:
                 for task, own in json.loads(header.metadata["samples"]).items()
             }
             listed = [_parse_entry(entry) for entry in json.loads(header.metadata["ffns"])]
-            model_hash, tool = header.metadata["model_hash"], header.metadata["tool"]
+            hashes = json.loads(header.metadata["model_hashes"])
+            model_hashes = {str(component): str(own) for component, own in hashes.items()}
+            tool = header.metadata["tool"]
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path}: metadata must be what calibrate writes, got {error}"
@@ -210,7 +213,9 @@ class FfnStatistics:
             key = layer if name is None else (layer, name)
             ffns.setdefault(task, {}).setdefault(component, {})[key] = FfnSums(**own)
         try:
-            return cls(model_hash=model_hash, config=config, samples=samples, ffns=ffns, tool=tool)
+            return cls(
+                model_hashes=model_hashes, config=config, samples=samples, ffns=ffns, tool=tool
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -227,10 +232,15 @@ class FfnStatistics:
 
 
 def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
-    for name in ("model_hash", "config"):
-        own, other = getattr(first, name), getattr(second, name)
-        if own != other:
-            raise ValueError(f"merge: {name} must be the same, {own}, got {other}")
+    if first.config != second.config:
+        raise ValueError(f"merge: config must be the same, {first.config}, got {second.config}")
+    for component in first.model_hashes.keys() & second.model_hashes.keys():
+        hashes = [s.model_hashes[component] for s in (first, second)]
+        if hashes[0] != hashes[1]:
+            raise ValueError(
+                f"merge: model must be the same, with hash {hashes[0]} of its {component} FFNs, "
+                f"got {hashes[1]}"
+            )
     for task in first.ffns.keys() & second.ffns.keys():
         twice = set(first.samples[task]) & set(second.samples[task])
         if twice:
@@ -253,7 +263,10 @@ def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
             for component, keyed in sources[0].ffns[task].items()
         }
     return FfnStatistics(
-        model_hash=first.model_hash, config=first.config, samples=samples, ffns=ffns
+        model_hashes={**first.model_hashes, **second.model_hashes},
+        config=first.config,
+        samples=samples,
+        ffns=ffns,
     )
 
 
@@ -299,6 +312,12 @@ def _check(statistics: FfnStatistics) -> None:
         raise ValueError(
             f"{where}: tasks must be those of the samples, {list_some(statistics.samples)}, "
             f"got {list_some(tokens)}"
+        )
+    components = {component for own in statistics.ffns.values() for component in own}
+    if components != set(statistics.model_hashes):
+        raise ValueError(
+            f"{where}: model_hashes must be of {list_some(sorted(components))}, "
+            f"got {list_some(sorted(statistics.model_hashes))}"
         )
     for task, component, key, sums in _walk(statistics.ffns):
         what = f"{where}: {task}.{component} {key!r}"

@@ -93,23 +93,24 @@ TENSORS: Mapping[str, torch.dtype] = {
 }
 
 
-def hash_ffns(model: object) -> str:
-    """Returns a hash of the FFN weights of a model, pipeline or adapter, 16 hex digits.
+def hash_ffns(model: object, component: str) -> str:
+    """Returns a hash of the FFN weights of one component, 16 hex digits.
 
     Of every weight it takes the shape and evenly spaced values, rounded to bf16, so that a model
     has one hash whether it was loaded in fp32 or bf16; it reads little, and two models that differ
     in a few values alone may have the same.
+
+    Args:
+        model: a model, pipeline or adapter.
     """
-    adapter = find_adapter(model)
     digest = hashlib.sha256()
-    for component in adapter.components:
-        for ffn in adapter.ffns(component):
-            digest.update(f"{component} {ffn.key!r}".encode())
-            for weight in (ffn.gate_proj, ffn.up_proj, ffn.down_proj):
-                digest.update(f" {list(weight.shape)}".encode())
-                flat = weight.reshape(-1)
-                values = flat[:: max(1, flat.numel() // _SAMPLED)].bfloat16().cpu()
-                digest.update(values.view(torch.int16).contiguous().numpy().tobytes())
+    for ffn in find_adapter(model).ffns(component):
+        digest.update(f"{ffn.key!r}".encode())
+        for weight in (ffn.gate_proj, ffn.up_proj, ffn.down_proj):
+            digest.update(f" {list(weight.shape)}".encode())
+            flat = weight.reshape(-1)
+            values = flat[:: max(1, flat.numel() // _SAMPLED)].bfloat16().cpu()
+            digest.update(values.view(torch.int16).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -36,6 +36,9 @@ def add_commands(commands: Any) -> None:
         "--out", required=True, metavar="FILE.safetensors", help="where the statistics go"
     )
     parser.add_argument(
+        "--component", choices=("und", "gen"), help="whose FFNs are looked at (default both)"
+    )
+    parser.add_argument(
         "--merge",
         action="append",
         default=[],
@@ -100,9 +103,6 @@ def _add_config(group: Any) -> None:
 def _add_scores(group: Any) -> None:
     group.add_argument("--scores", metavar="FILE.safetensors", help="write scores there")
     group.add_argument(
-        "--component", choices=("und", "gen"), help="whose (default: of all that saw tokens)"
-    )
-    group.add_argument(
         "--criterion",
         choices=("activation", "wanda", "magnitude", "random", "reference"),
         help="what they are: mean |h| (activation); that times the norm of the down_proj column "
@@ -117,9 +117,8 @@ def _run_calibrate(options: argparse.Namespace) -> int:
     from sparse_unified.analysis.metrics import Settings
     from sparse_unified.analysis.samples import Task
 
-    for option in ("component", "criterion"):
-        if getattr(options, option) and not options.scores:
-            raise Usage(f"calibrate: --{option} must come with --scores, got none")
+    if options.criterion and not options.scores:
+        raise Usage("calibrate: --criterion must come with --scores, got none")
     for option in ("out", "scores", "json"):
         check_output(getattr(options, option), f"--{option}")
     config = StatisticsConfig(
@@ -133,17 +132,23 @@ def _run_calibrate(options: argparse.Namespace) -> int:
     task = Task(options.task)
     samples = _read_samples(options, task)
     earlier = [FfnStatistics.load(path) for path in options.merge]
+    components = None if options.component is None else [options.component]
     pipeline = load_pipeline(options)
     for statistics in earlier:
         statistics.check(pipeline)
     with _samples_bar(quiet=options.quiet) as progress:
         found = calibrate(
-            pipeline, task, samples, settings=settings, config=config, progress=progress
+            pipeline,
+            task,
+            samples,
+            settings=settings,
+            config=config,
+            components=components,
+            progress=progress,
         )
     found = found.merge(*earlier)
     found.save(options.out)
     if options.scores:
-        components = None if options.component is None else [options.component]
         criterion = options.criterion or "wanda"
         scores = score(criterion, pipeline, found, components=components, seed=options.seed)
         save_scores(options.scores, scores)
@@ -182,7 +187,7 @@ def _facts(options: argparse.Namespace, statistics: FfnStatistics) -> dict[str, 
         tasks[task] = {"samples": len(statistics.samples[task]), "components": components}
     return {
         "model": options.model,
-        "model_hash": statistics.model_hash,
+        "model_hashes": dict(statistics.model_hashes),
         "statistics": options.out,
         "scores": options.scores,
         "tasks": tasks,
