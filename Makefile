@@ -35,7 +35,7 @@ export CPATH := $(HEADERS)/python:$(HEADERS)/root$(if $(CPATH),:$(CPATH))
 
 LIBRARY := sparse_unified/_C.abi3.so
 CPP := $(shell find csrc -type f)
-CPP_FORMATTED = $(filter %.h %.cpp %.cu %.cuh,$(CPP))
+CPP_FORMATTED = $(filter %.h %.cpp %.cu %.cuh,$(CPP) $(wildcard tests/gpu/instructions/*))
 TEXTS := $(wildcard *.md *.toml *.py Makefile CMakeLists.txt .ci) \
   bench csrc docs examples sparse_unified tests
 

@@ -37,6 +37,7 @@ class OpCalls:
         _, topk_logits, topk_idx = ops.route_topk(x, gate, top_k)
         offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
         weights = 1 + topk_logits
+        self.maps = row_token, token_rows
         rows = ops.permute(x, row_token, token_rows)
         self.ours: dict[str, OpCall] = {
             "route_topk": lambda x: ops.route_topk(x, gate, top_k),

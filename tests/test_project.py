@@ -125,7 +125,7 @@ def test_only_commands_print(path: Path) -> None:
 
 def test_every_source_names_its_licence() -> None:
     files = sources("sparse_unified", "bench", "tests", "examples", "docs")
-    files += sources("csrc", suffixes=(".h", ".cpp", ".cu", ".cuh"))
+    files += sources("csrc", "tests", suffixes=(".h", ".cpp", ".cu", ".cuh"))
     files += [ROOT / name for name in ("setup.py", "CMakeLists.txt", "Makefile", "pyproject.toml")]
     files += [*(ROOT / ".ci").iterdir(), ROOT / ".clang-format"]
     bare = [

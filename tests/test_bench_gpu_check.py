@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU check keeps its time, keeps what it found, and reads its tools right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_unified.bench.cases import Case
+from sparse_unified.bench.gpu import instructions, sanitizer
+from sparse_unified.bench.harness import Roof
+from sparse_unified.bench.kernels import summarize
+from sparse_unified.bench.target import find_target
+from sparse_unified.bench.variants import (
+    CHOSEN,
+    VARIABLE,
+    find_variants,
+    measure_variants,
+    tiles_of_error,
+)
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "bench" / "gpu_check.py"
+CASE = Case(name="small", tokens=37, hidden_size=32, intermediate_size=96, num_experts=8, top_k=3)
+
+
+def run(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OUT": str(out), **environment},
+        check=False,
+    )
+
+
+def summary(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return content
+
+
+def test_dry_run_fills_the_folder_of_the_environment(tmp_path: Path) -> None:
+    parts = ("environment", "instructions", "checks", "variants", "sanitizer")
+    ran = run(tmp_path, "--dry-run", "--parts", ",".join(parts))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = summary(tmp_path)
+    assert found["ok"]
+    assert [row["part"] for row in found["rows"]] == list(parts)
+    statuses = [row["status"] for row in found["rows"]]
+    assert statuses == ["passed", "skipped", "passed", "passed", "skipped"]
+    facts = found["parts"]["environment"]
+    assert all(facts["ops"].values())
+    assert facts["peers"]["dense"] == facts["peers"]["transformers_grouped_mm"] == "here"
+    assert found["parts"]["variants"]["result"]["records"]
+    checks = found["parts"]["checks"]
+    passed = [check for check in checks["checks"] if check["outcome"] == "passed"]
+    assert len(passed) == checks["counts"]["passed"] > 20
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "log.txt"}
+    assert "grouped_ffn" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_part_without_a_gpu_fails_and_the_next_runs(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    ran = run(tmp_path, "--parts", "environment,sanitizer", "--budget", "120")
+    assert ran.returncode == 1
+    rows = {row["part"]: row for row in summary(tmp_path)["rows"]}
+    assert rows["environment"]["status"] == "failed"
+    assert "Error" in rows["environment"]["summary"]
+    assert "compute-sanitizer" in rows["sanitizer"]["summary"]
+
+
+def test_parts_without_time_have_failed(tmp_path: Path) -> None:
+    ran = run(tmp_path, "--dry-run", "--parts", "speed,sanitizer", "--budget", "8")
+    assert ran.returncode == 1
+    speed, last = summary(tmp_path)["rows"]
+    assert speed["status"] == last["status"] == "failed"
+    assert "out of time" in speed["summary"] or "no time left" in speed["summary"]
+
+
+def test_what_was_found_is_kept_when_it_is_stopped(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--dry-run", "--parts", "checks,speed"],
+        env={**os.environ, "OUT": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    part = tmp_path / "checks.json"
+    deadline = time.monotonic() + 120
+    while not part.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 1
+    found = summary(tmp_path)
+    assert not found["ok"]
+    assert found["rows"][0]["summary"].startswith("stopped from outside")
+    assert found["parts"]["checks"]["checks"]
+
+
+def test_unknown_parts_are_named(tmp_path: Path) -> None:
+    ran = run(tmp_path, "--parts", "nonsense")
+    assert ran.returncode == 2
+    assert ran.stdout.strip().endswith("got 'nonsense'")
+    assert ran.stdout.count("\n") == 1
+
+
+# Reading tools
+
+
+def test_sanitizer_reports_are_read() -> None:
+    passed = '"outcome": "passed"\n' * len(sanitizer.CHECKS)
+    clean = f"{passed}========= ERROR SUMMARY: 0 errors\n"
+    assert sanitizer.judge(clean, 0) == (True, f"0 findings in {len(sanitizer.CHECKS)} checks")
+    races = f"{passed}========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    assert sanitizer.judge(races, 99)[0] is False
+    assert "2 findings" in sanitizer.judge(races, 99)[1]
+    assert sanitizer.judge("========= Error: no such option", 1)[0] is False
+    assert sanitizer.judge(f"========= ERROR SUMMARY: 0 errors\n{passed[:40]}", 0)[0] is False
+    wrong = f'{passed}"outcome": "failed"\n========= ERROR SUMMARY: 0 errors\n'
+    assert sanitizer.judge(wrong, 0)[0] is False
+
+
+def test_sanitizer_checks_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "gpu"))
+    from registry import all_checks
+
+    checks = all_checks()
+    assert [name for name in sanitizer.CHECKS if not checks[name].is_small] == []
+    command = sanitizer.command("racecheck", "cuda")
+    assert command[:3] == ["compute-sanitizer", "--tool", "racecheck"]
+    assert set(sanitizer.CHECKS) < set(command)
+
+
+def test_instruction_programs_fit_the_device() -> None:
+    assert instructions.programs((8, 0)) == instructions.programs((10, 0)) == ("sm80",)
+    assert instructions.programs((9, 0)) == ("sm80", "sm90a")
+    text = "PASS ldmatrix \n  mma at 3: got 1, expected 2\nFAIL mma bf16 \nFAIL launch: an error\n"
+    found = {"ldmatrix": True, "mma bf16": False, "launch: an error": False}
+    assert instructions.results(text) == found
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc is here")
+def test_instruction_programs_compile(tmp_path: Path) -> None:
+    (program,) = instructions.build("80", ("sm80",), tmp_path).values()
+    assert program.stat().st_mode & 0o100
+
+
+def test_kernels_are_named_by_their_product() -> None:
+    launches = [("up<...>", 600.0), ("fill", 2.0), ("down<...>", 320.0)] * 3
+    case = Case(
+        name="x", tokens=4096, hidden_size=3584, intermediate_size=18944, num_experts=16, top_k=8
+    )
+    up, fill, down = summarize(launches, case, torch.bfloat16)
+    assert (up.phase, fill.phase, down.phase) == ("up", None, "down")
+    # A third of 6 R D h is the down projection's, two thirds are gate's and up's.
+    assert up.tflops == pytest.approx(4 * 32768 * 3584 * 1184 / 600e-6 / 1e12)
+    assert down.tflops == pytest.approx(2 * 32768 * 3584 * 1184 / 320e-6 / 1e12)
+    assert fill.tflops is None
+
+
+# Variants
+
+REFUSAL = (
+    "grouped_ffn: SPARSE_UNIFIED_GROUPED_FFN must be PHASE=TILE with commas between, PHASE one of "
+    'all, up, down, TILE one of 128x256x32x4, 64x128x32x4, got "all=?"'
+)
+
+
+def test_variants_are_asked_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "all=128x256x32x4")
+    assert tiles_of_error(REFUSAL) == ("128x256x32x4", "64x128x32x4")
+    assert tiles_of_error("another error") == ()
+
+    def refuse() -> None:
+        assert os.environ[VARIABLE] == "all=?"
+        raise RuntimeError(REFUSAL)
+
+    assert find_variants(refuse, "fwd") == (
+        "up=128x256x32x4",
+        "up=64x128x32x4",
+        "down=128x256x32x4",
+        "down=64x128x32x4",
+    )
+    assert VARIABLE not in os.environ
+    assert find_variants(lambda: None, "fwd") == ()
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd_bwd"])
+def test_variants_are_measured_side_by_side(direction: str) -> None:
+    measured = measure_variants(
+        CASE,
+        torch.bfloat16,
+        direction,
+        find_target("cpu"),
+        Roof(tflops=1.0, gbps=10.0),
+        repeats=2,
+        variants=("all=a", "all=b"),
+    )
+    assert [r.provider for r in measured.records] == [CHOSEN, "all=a", "all=b"]
+    assert measured.records[1].speedup.keys() == {CHOSEN}
+    assert VARIABLE not in os.environ
