@@ -23,6 +23,7 @@ from ..report import Report
 from ..suites import OpCalls
 from ..target import find_target
 from ..variants import measure_variants
+from .environment import OPTIONAL, registered
 from .job import FAILED, PASSED, ROOT, SKIPPED, Job, write_json
 
 # In one process; the others run in one of their own each, since what they do to it is not known.
@@ -42,6 +43,7 @@ _SMALLER = (
     "bagel-32to16-T1024",
     "bagel-32to16-T256",
 )
+_PRUNED = ("bagel-half-bs64-T4096", "bagel-half-bs16-T4096")
 _DRY = ("odd-7to3-T300",)
 # Seconds that a step may take; none is begun that might not end.
 _STEP_SECONDS = 12.0
@@ -51,7 +53,8 @@ def _steps(job: Job, report: Report, dtype: torch.dtype) -> list[Callable[[], No
     """What to measure, the most wanted first."""
     repeats = 2 if job.is_dry else 30
     large, smaller = (_DRY, ()) if job.is_dry else (_LARGE, _SMALLER)
-    ops = [op for op in command.OPS if op != command.BLOCK]
+    lacking = [op for op in OPTIONAL if not registered(op, job.torch_device)]
+    ops = [op for op in command.OPS if op not in (command.BLOCK, command.PRUNED, *lacking)]
 
     def step(case: str, direction: str, **options: Any) -> Callable[[], None]:
         return lambda: command.run(
@@ -65,6 +68,8 @@ def _steps(job: Job, report: Report, dtype: torch.dtype) -> list[Callable[[], No
     steps += [step(case, "fwd", ops=ops) for case in large]
     steps += [step(case, "fwd_bwd", **block) for case in large]
     steps += [step(large[0], "fwd_bwd_frozen", **block)]
+    if command.PRUNED not in lacking and not job.is_dry:
+        steps += [step(case, "fwd", ops=(command.PRUNED,)) for case in _PRUNED]
     steps += [step(case, "fwd", **block) for case in smaller]
     steps += [step(case, "fwd_bwd", ops=ops) for case in large]
     steps += [step(case, "fwd", ops=ops) for case in smaller]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from device_cases import HALVES, assert_equal, case_on, grid, needs_cuda, refusal
+from device_cases import HALVES, assert_equal, case_on, grid, has_kernel, needs_cuda, refusal
 from op_cases import draw_routing
 from registry import Skip, check
 from torch import Tensor
@@ -73,8 +73,7 @@ def arguments_of(op: str, device: torch.device, dtype: torch.dtype) -> tuple[obj
 
 @check(*grid(op=OPS))
 def op_has_a_kernel_on_the_device(device: torch.device, op: str) -> None:
-    key = "CUDA" if device.type == "cuda" else "CPU"
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_unified::{op}", key)
+    assert has_kernel(device, op), f"{op} has no kernel for {device.type}"
 
 
 @check(*grid(op=OPS, dtype=HALVES))

@@ -42,6 +42,19 @@ def needs_cuda(device: torch.device) -> None:
         raise Skip("needs a CUDA device")
 
 
+def has_kernel(device: torch.device, op: str) -> bool:
+    """Whether the library has a kernel of the op for the device."""
+    key = "CUDA" if device.type == "cuda" else "CPU"
+    name = f"sparse_unified::{op}"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+
+
+def needs_kernel(device: torch.device, op: str) -> None:
+    """Skips an op that the device may lack."""
+    if not has_kernel(device, op):
+        raise Skip(f"{op} has no kernel for {device.type}")
+
+
 def needs_memory(device: torch.device, num_bytes: int) -> None:
     """Skips what does not fit into the free memory."""
     needs_cuda(device)

@@ -18,6 +18,7 @@ import torch
 MODULES = (
     "checks_routing",
     "checks_ffn",
+    "checks_pruned",
     "checks_gradients",
     "checks_torch",
     "checks_block",
