@@ -82,6 +82,30 @@ def test_offsets_of_expert_inputs_pass_2_to_the_31(
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in ("x", "gate_proj", "up_proj", "down_proj")]
+    + [("x", torch.bfloat16)],
+)
+@pytest.mark.parametrize("num_tokens", [5, 40])
+def test_offsets_of_pruned_inputs_pass_2_to_the_31(
+    name: str, dtype: torch.dtype, num_tokens: int
+) -> None:
+    case = ffn_case(num_tokens, 24, 3, 16, 2, dtype)
+    own = {
+        "x": case.x,
+        **dict(zip(("gate_proj", "up_proj", "down_proj"), case.experts, strict=True)),
+    }
+    kept = torch.tensor([2, 0], dtype=torch.int32)
+
+    def run(**tensors: Tensor) -> Tensor:
+        x, *weights = tensors.values()
+        return ops.pruned_ffn(x, kept, *weights, 16)
+
+    spread = run(**{**own, name: spread_rows(own[name])})
+    torch.testing.assert_close(spread, run(**own), rtol=1e-5, atol=1e-5)
+
+
 def available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
