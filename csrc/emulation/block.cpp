@@ -25,6 +25,23 @@ constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of sm_90
 constexpr unsigned kMaxGridX = 0x7fffffffu;
 constexpr unsigned kMaxGridYZ = 65535;
 
+constexpr const char* kBarrierNames[kNumBarriers] = {"barrier 0 (sync_threads)",
+                                                     "barrier 1",
+                                                     "barrier 2",
+                                                     "barrier 3",
+                                                     "barrier 4",
+                                                     "barrier 5",
+                                                     "barrier 6",
+                                                     "barrier 7",
+                                                     "barrier 8",
+                                                     "barrier 9",
+                                                     "barrier 10",
+                                                     "barrier 11",
+                                                     "barrier 12",
+                                                     "barrier 13",
+                                                     "barrier 14",
+                                                     "barrier 15"};
+
 Fiber host;
 const Call* call = nullptr;
 uint64_t random_state = 1;
@@ -117,6 +134,13 @@ std::string describe_lanes(uint32_t lanes) {
       text.append(describe_lanes(lanes)).append(": ").append(first);
     }
   }
+  for (int id = 0; id < kNumBarriers; ++id) {
+    const Barrier& barrier = block.barriers[id];
+    if (barrier.num_arrived == 0) continue;
+    text.append("\n    ").append(kBarrierNames[id]).append(": ");
+    text.append(std::to_string(barrier.num_arrived)).append(" of ");
+    text.append(std::to_string(barrier.num_expected)).append(" threads have come");
+  }
   fail("%s", text.c_str());
 }
 
@@ -148,17 +172,20 @@ void yield() {
 
 void run_thread() {
   Fiber::arrive();
-  is_in_kernel = true;
-  call->run(*call);
-  is_in_kernel = false;
-  current->has_exited = true;
-  current->copies.clear();
-  if (--num_running == 0) {
-    Thread& self = *current;
-    current = nullptr;
-    Fiber::switch_between(self.fiber, host, true);
+  try {
+    is_in_kernel = true;
+    call->run(*call);
+    is_in_kernel = false;
+    current->has_exited = true;
+    current->copies.clear();
+    if (--num_running > 0) run_next(true);
+  } catch (const Error& failure) {
+    error = failure.what();
+    is_in_kernel = false;
   }
-  run_next(true);
+  Thread& self = *current;
+  current = nullptr;
+  Fiber::switch_between(self.fiber, host, true);
 }
 
 void run_block() {
@@ -222,8 +249,12 @@ void fail(const char* format, ...) {
   va_end(again);
   va_end(arguments);
   if (call) message += describe_place();
-  if (!current) throw Error(message);
+  throw Error(message);
+}
+
+void abandon(std::string message) {
   error = std::move(message);
+  is_in_kernel = false;
   // The stacks of the block are left as they are.
   Thread& self = *current;
   current = nullptr;
@@ -242,57 +273,37 @@ void maybe_yield() {
   if (block.schedule.order == Order::kRandom && one_in(8)) yield();
 }
 
-void warp_collective(const char* name, void* data, int num_bytes, void (*complete)(void* data)) {
+Collective& reach_collective(const char* name) {
   Thread& self = *current;
-  const int lane = self.lane();
-  Warp& warp = block.warps[self.warp()];
-  Collective& collective = warp.collectives[self.num_collectives++ % 2];
+  Collective& collective = block.warps[self.warp()].collectives[self.num_collectives++ % 2];
   if (collective.arrived == 0) {
     collective.name = name;
-  } else if (std::strcmp(collective.name, name) != 0) {
+  } else if (collective.name != name && std::strcmp(collective.name, name) != 0) {
     fail("divergent collective: %s, while lanes %s of the warp are at %s", name,
          describe_lanes(collective.arrived).c_str(), collective.name);
   }
-  unsigned char* mine = collective.data + lane * num_bytes;
-  std::memcpy(mine, data, static_cast<size_t>(num_bytes));
-  collective.arrived |= 1u << lane;
-  if (collective.arrived == kAllLanes) {
-    complete(collective.data);
-    collective.arrived = 0;
-    make_ready(self.warp(), kAllLanes & ~(1u << lane));
-    yield();
-  } else {
-    wait(name);
-  }
-  std::memcpy(data, mine, static_cast<size_t>(num_bytes));
+  collective.arrived |= 1u << self.lane();
+  return collective;
+}
+
+void wait_in_collective(Collective& collective) { wait(collective.name); }
+
+void end_collective(Collective& collective) {
+  collective.arrived = 0;
+  make_ready(current->warp(), kAllLanes & ~(1u << current->lane()));
+  yield();
 }
 
 void wait_at_barrier(int id, int num_threads) {
-  static constexpr const char* kNames[] = {"barrier 0 (sync_threads)",
-                                           "barrier 1",
-                                           "barrier 2",
-                                           "barrier 3",
-                                           "barrier 4",
-                                           "barrier 5",
-                                           "barrier 6",
-                                           "barrier 7",
-                                           "barrier 8",
-                                           "barrier 9",
-                                           "barrier 10",
-                                           "barrier 11",
-                                           "barrier 12",
-                                           "barrier 13",
-                                           "barrier 14",
-                                           "barrier 15"};
   Thread& self = *current;
   Barrier& barrier = block.barriers[id];
   if (barrier.num_arrived == 0) barrier.num_expected = num_threads;
   if (barrier.num_expected != num_threads) {
-    fail("%s: %d threads expected, and %d by a thread before", kNames[id], num_threads,
+    fail("%s: %d threads expected, and %d by a thread before", kBarrierNames[id], num_threads,
          barrier.num_expected);
   }
   barrier.arrived[self.warp()] |= 1u << self.lane();
-  if (++barrier.num_arrived < num_threads) return wait(kNames[id]);
+  if (++barrier.num_arrived < num_threads) return wait(kBarrierNames[id]);
   const int num_warps = block.num_threads / kLanes;
   race::join(barrier.arrived, 0, num_warps);
   barrier.arrived[self.warp()] &= ~(1u << self.lane());
@@ -372,7 +383,7 @@ void sync_threads() {
 void sync_warp() {
   const emulation::InEmulator in_emulator;
   uint8_t nothing = 0;
-  emulation::warp_collective("sync_warp", &nothing, 1, [](void*) {
+  emulation::warp_collective<uint8_t>("sync_warp", nothing, [](uint8_t*) {
     emulation::race::join(&emulation::kAllLanes, emulation::current->warp(), 1);
   });
 }

@@ -14,6 +14,7 @@ namespace sparse_unified::emulation {
 
 constexpr int kLanes = 32;
 constexpr int kMaxWarps = 32;
+constexpr int kNumBarriers = 16;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // A copy to shared memory that nobody has waited for.
@@ -70,7 +71,7 @@ struct Block {
   Schedule schedule;  //  of this launch
   std::vector<Thread> threads = std::vector<Thread>(Fiber::kMaxFibers);
   Warp warps[kMaxWarps];
-  Barrier barriers[16];
+  Barrier barriers[kNumBarriers];
 };
 
 extern Block block;
@@ -91,14 +92,34 @@ class InEmulator {
   bool was_in_kernel_;
 };
 
-// Ends the launch with an Error: the message, where, and how to run it again. On the host it
-// throws.
+// Throws an Error with the message, where, and how to run it again; it ends the launch.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+// Ends the launch with that Error at once, where none can be thrown; outside of any handler.
+[[noreturn]] void abandon(std::string message);
 
-// All lanes of the warp bring `num_bytes` of `data`; when the last has come, `complete` turns the
-// contributions (lane l's at l * num_bytes) into what each takes back. `name` must be the same in
-// all lanes.
-void warp_collective(const char* name, void* data, int num_bytes, void (*complete)(void* data));
+// The collective of the warp that the current lane reaches, by what it is called; the caller leaves
+// its contribution in it. Lanes that do not come last wait in it, the last one ends it.
+Collective& reach_collective(const char* name);
+void wait_in_collective(Collective& collective);
+void end_collective(Collective& collective);
+
+// All lanes of the warp bring a `lane`; when the last has come, `complete` turns the 32 of them
+// into what each takes back. `name` must be the same in all lanes.
+template <typename Lane>
+void warp_collective(const char* name, Lane& lane, void (*complete)(Lane* lanes)) {
+  static_assert(sizeof(Lane) <= Collective::kMaxBytes && std::is_trivially_copyable_v<Lane>);
+  Collective& collective = reach_collective(name);
+  Lane* lanes = reinterpret_cast<Lane*>(collective.data);
+  Lane& mine = lanes[current->lane()];
+  mine = lane;
+  if (collective.arrived == kAllLanes) {
+    complete(lanes);
+    end_collective(collective);
+  } else {
+    wait_in_collective(collective);
+  }
+  lane = mine;
+}
 
 // Arrives at barrier `id` and waits for `num_threads` threads in all.
 void wait_at_barrier(int id, int num_threads);

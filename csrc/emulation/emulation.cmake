@@ -3,7 +3,8 @@
 #   plain      optimised: big shapes, many schedules
 #   sanitized  address and undefined-behaviour sanitizers (with SPARSE_UNIFIED_SANITIZE)
 #   race       every access of the kernels reaches a race detector (likewise)
-# Each is a library sparse_unified_emulated_VARIANT of emulator and kernels.
+# Each is a library sparse_unified_emulated_VARIANT of emulator and kernels. The emulator alone is
+# also built as on processors for which it has no switch of its own (portable).
 set(emulation_variants plain)
 if(SPARSE_UNIFIED_SANITIZE)
   list(APPEND emulation_variants sanitized race)
@@ -11,13 +12,17 @@ endif()
 
 set(emulation_sanitize -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined
                        -fno-sanitize-recover=all)
-# Sources that hold kernels, and the emulator itself.
+# Sources that hold kernels, and the emulator itself. Variables that nobody sets start as 0xfefe...
+# where the shapes are small anyway. The hooks of the thread sanitizer do not see the memcpy and
+# memset that loops were turned into.
 set(emulation_kernel_flags_plain -O2 -g1)
-set(emulation_kernel_flags_sanitized ${emulation_sanitize})
-# The hooks of the thread sanitizer do not see memcpy and memset that loops were turned into.
-set(emulation_kernel_flags_race -O2 -g1 -fsanitize=thread -fno-tree-loop-distribute-patterns
+set(emulation_kernel_flags_sanitized ${emulation_sanitize} -ftrivial-auto-var-init=pattern)
+set(emulation_kernel_flags_race -O2 -g1 -ftrivial-auto-var-init=pattern -fsanitize=thread
+                                -fno-tree-loop-distribute-patterns
                                 --param=tsan-instrument-func-entry-exit=0)
 set(emulation_flags_plain -O3 -g1)
+set(emulation_kernel_flags_portable ${emulation_kernel_flags_plain})
+set(emulation_flags_portable -O3 -g1 -DSPARSE_UNIFIED_EMULATION_UCONTEXT)
 set(emulation_flags_sanitized ${emulation_sanitize})
 set(emulation_flags_race -O2 -g1 -DSPARSE_UNIFIED_EMULATION_RACE)
 
@@ -40,14 +45,21 @@ function(emulated_sources target variant)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_kernels>)
 endfunction()
 
-foreach(variant ${emulation_variants})
+# What no variant changes.
+add_library(sparse_unified_emulation_products OBJECT csrc/emulation/products.cpp)
+target_include_directories(sparse_unified_emulation_products PRIVATE csrc csrc/include)
+target_compile_definitions(sparse_unified_emulation_products PRIVATE SPARSE_UNIFIED_EMULATION)
+target_compile_options(sparse_unified_emulation_products PRIVATE -O3 -g1 -Wall -Wextra)
+list(FILTER emulation_sources EXCLUDE REGEX "/products\\.cpp$")
+
+foreach(variant ${emulation_variants} portable)
   set(usage sparse_unified_emulation_${variant})
   add_library(${usage} INTERFACE)
   target_include_directories(${usage} INTERFACE csrc csrc/include csrc/tests)
   target_compile_definitions(${usage} INTERFACE SPARSE_UNIFIED_EMULATION)
   target_compile_options(${usage} INTERFACE -Wall -Wextra -Wno-psabi)
   target_link_libraries(${usage} INTERFACE ${CMAKE_DL_LIBS})
-  if(NOT variant STREQUAL plain)
+  if(NOT variant MATCHES "plain|portable")
     target_compile_definitions(${usage} INTERFACE SPARSE_UNIFIED_EMULATION_SMALL)
   endif()
   if(variant STREQUAL sanitized)
@@ -59,24 +71,31 @@ foreach(variant ${emulation_variants})
   if(NOT variant STREQUAL race)
     list(FILTER sources EXCLUDE REGEX "/(race|tsan_hooks)\\.cpp$")
   endif()
-  add_library(${emulated} STATIC ${sources})
+  add_library(${emulated} STATIC
+              ${sources} $<TARGET_OBJECTS:sparse_unified_emulation_products>)
   target_link_libraries(${emulated} PUBLIC ${usage})
   target_compile_options(${emulated} PRIVATE ${emulation_flags_${variant}})
-  emulated_sources(${emulated} ${variant} ${cuda_sources})
+  if(NOT variant STREQUAL portable)
+    emulated_sources(${emulated} ${variant} ${cuda_sources})
+  endif()
 endforeach()
 
-# add_emulated_test(NAME SOURCES...): csrc/tests/NAME.cpp and further sources with kernels in each
-# variant, as the tests NAME_VARIANT.
+# add_emulated_test_variant(NAME VARIANT SOURCES...): the test NAME_VARIANT of csrc/tests/NAME.cpp
+# and further sources with kernels. The kernels of the CPU are there to be compared with.
+function(add_emulated_test_variant name variant)
+  set(test ${name}_${variant})
+  add_executable(${test})
+  emulated_sources(${test} ${variant} csrc/tests/${name}.cpp ${ARGN})
+  target_link_libraries(${test} PRIVATE sparse_unified_emulated_${variant}
+                                        sparse_unified_kernels)
+  add_test(NAME ${test} COMMAND ${test})
+  set_tests_properties(${test} PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77)
+endfunction()
+
+# add_emulated_test(NAME SOURCES...): the same in each variant.
 function(add_emulated_test name)
   foreach(variant ${emulation_variants})
-    set(test ${name}_${variant})
-    add_executable(${test})
-    emulated_sources(${test} ${variant} csrc/tests/${name}.cpp ${ARGN})
-    target_link_libraries(${test} PRIVATE sparse_unified_emulated_${variant})
-    add_test(NAME ${test} COMMAND ${test})
-    # A kernel that an error ends leaves the stacks of its threads, and what they own.
-    set_tests_properties(${test} PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77
-                                            ENVIRONMENT ASAN_OPTIONS=detect_leaks=0)
+    add_emulated_test_variant(${name} ${variant} ${ARGN})
   endforeach()
 endfunction()
 
@@ -86,5 +105,6 @@ foreach(source ${emulated_tests})
   add_emulated_test(${name})
 endforeach()
 add_emulated_test(test_emulation)
+add_emulated_test_variant(test_emulation portable)
 file(GLOB planted_sources CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR} csrc/tests/planted/*.cu)
 add_emulated_test(test_emulation_planted ${planted_sources})

@@ -2,15 +2,13 @@
 // An access that the processor refuses becomes a failure of the thread that made it: the signal
 // handler returns into a function that reports it, on a stack of its own.
 #include <csignal>
-#include <cstdlib>
+#include <iterator>
 
 #include "emulation/block.h"
 
-#if !defined(SPARSE_UNIFIED_EMULATION_UCONTEXT)
-#include <ucontext.h>
-#endif
-
 namespace sparse_unified::emulation {
+
+#if defined(__x86_64__)
 namespace {
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS};
@@ -23,8 +21,7 @@ stack_t previous_stack;
 const void* fault_address;
 const void* fault_code;
 
-[[noreturn]] void report() {
-  is_in_kernel = false;
+[[noreturn]] void fail_at_fault() {
   const std::string code = describe_code(fault_code);
   if (Fiber::is_guard(fault_address)) {
     fail("the stack of the thread is full, at %s", code.c_str());
@@ -37,8 +34,18 @@ const void* fault_code;
   fail("invalid or misaligned access at %s, address %p", code.c_str(), fault_address);
 }
 
-void handle(int signal, siginfo_t* info, [[maybe_unused]] void* context) {
-#if defined(__x86_64__) && !defined(SPARSE_UNIFIED_EMULATION_UCONTEXT)
+[[noreturn]] void report() {
+  is_in_kernel = false;
+  std::string message;
+  try {
+    fail_at_fault();
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  abandon(std::move(message));
+}
+
+void handle(int signal, siginfo_t* info, void* context) {
   if (current) {
     auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     fault_address = info->si_addr;
@@ -47,7 +54,6 @@ void handle(int signal, siginfo_t* info, [[maybe_unused]] void* context) {
     registers[REG_RSP] = reinterpret_cast<greg_t>(report_stack + kStackBytes) - 8;
     return;
   }
-#endif
   // Not a kernel's: whoever handled it before gets it when the access is tried again.
   for (size_t i = 0; i < std::size(kSignals); ++i) {
     if (kSignals[i] == signal) sigaction(signal, &previous[i], nullptr);
@@ -71,5 +77,13 @@ FaultHandler::~FaultHandler() {
   for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &previous[i], nullptr);
   sigaltstack(&previous_stack, nullptr);
 }
+
+#else
+
+// The fault ends the process.
+FaultHandler::FaultHandler() {}
+FaultHandler::~FaultHandler() {}
+
+#endif
 
 }  // namespace sparse_unified::emulation

@@ -2,8 +2,8 @@
 // ldmatrix and mma.sync.
 #include "device/mma.h"
 
-#include "device/vector.h"
 #include "emulation/block.h"
+#include "emulation/products.h"
 #include "emulation/race.h"
 
 namespace sparse_unified {
@@ -25,8 +25,7 @@ void load_matrix(const char* name, uint32_t (&fragment)[4], uint32_t shared, con
   lane.shared = shared;
   const void* row = shared_pointer(name, shared, kRowBytes, kRowBytes);
   race::access(current->idx, row, kRowBytes, race::Kind::kRead, code);
-  warp_collective(name, &lane, sizeof(lane), [](void* data) {
-    auto* lanes = static_cast<LoadLane*>(data);
+  warp_collective<LoadLane>(name, lane, [](LoadLane* lanes) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[kMatrixRows][kMatrixRows];
       for (int row = 0; row < kMatrixRows; ++row) {
@@ -46,51 +45,6 @@ void load_matrix(const char* name, uint32_t (&fragment)[4], uint32_t shared, con
   std::memcpy(fragment, lane.fragment, sizeof(lane.fragment));
 }
 
-struct ProductLane {
-  float d[4];
-  uint32_t a[4];
-  uint32_t b[2];
-};
-
-// One product of a warp, from fragments to matrices and back; fp32 sums in the order of k.
-template <typename T>
-void multiply(void* data) {
-  constexpr int kM = 16;
-  constexpr int kN = 8;
-  constexpr int kK = 16;
-  auto* lanes = static_cast<ProductLane*>(data);
-  float a[kM][kK];
-  float b[kK][kN];
-  float d[kM][kN];
-  for (int l = 0; l < kLanes; ++l) {
-    const ProductLane& lane = lanes[l];
-    const int group = l / 4;
-    const int pair = 2 * (l % 4);
-    unpack<T>(lane.a[0], a[group][pair], a[group][pair + 1]);
-    unpack<T>(lane.a[1], a[group + 8][pair], a[group + 8][pair + 1]);
-    unpack<T>(lane.a[2], a[group][pair + 8], a[group][pair + 9]);
-    unpack<T>(lane.a[3], a[group + 8][pair + 8], a[group + 8][pair + 9]);
-    unpack<T>(lane.b[0], b[pair][group], b[pair + 1][group]);
-    unpack<T>(lane.b[1], b[pair + 8][group], b[pair + 9][group]);
-    std::memcpy(&d[group][pair], &lane.d[0], 2 * sizeof(float));
-    std::memcpy(&d[group + 8][pair], &lane.d[2], 2 * sizeof(float));
-  }
-  for (int m = 0; m < kM; ++m) {
-    float row[kN];
-    std::memcpy(row, d[m], sizeof(row));
-    for (int k = 0; k < kK; ++k) {
-      for (int n = 0; n < kN; ++n) row[n] += a[m][k] * b[k][n];
-    }
-    std::memcpy(d[m], row, sizeof(row));
-  }
-  for (int l = 0; l < kLanes; ++l) {
-    const int group = l / 4;
-    const int pair = 2 * (l % 4);
-    std::memcpy(&lanes[l].d[0], &d[group][pair], 2 * sizeof(float));
-    std::memcpy(&lanes[l].d[2], &d[group + 8][pair], 2 * sizeof(float));
-  }
-}
-
 template <typename T>
 void multiply_add_warp(const char* name, float (&d)[4], const uint32_t (&a)[4],
                        const uint32_t (&b)[2]) {
@@ -99,7 +53,7 @@ void multiply_add_warp(const char* name, float (&d)[4], const uint32_t (&a)[4],
   std::memcpy(lane.d, d, sizeof(lane.d));
   std::memcpy(lane.a, a, sizeof(lane.a));
   std::memcpy(lane.b, b, sizeof(lane.b));
-  warp_collective(name, &lane, sizeof(lane), multiply<T>);
+  warp_collective<ProductLane>(name, lane, multiply<T>);
   std::memcpy(d, lane.d, sizeof(lane.d));
 }
 

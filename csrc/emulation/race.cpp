@@ -95,9 +95,12 @@ std::string describe_access(const Access& access) {
 
 void record(uintptr_t address, const Access& access) {
   Word& word = find_word(address);
+  // Shared memory starts anew with every block.
+  const bool is_shared = is_shared_arena(reinterpret_cast<const void*>(address));
+  const uint32_t first_block = is_shared ? this_block : first_block_of_launch;
   Access* target = nullptr;
   for (Access& slot : word.accesses) {
-    if (slot.block < first_block_of_launch) {
+    if (slot.block < first_block) {
       target = &slot;
       continue;
     }
@@ -126,11 +129,6 @@ void begin_block() {
     std::fill_n(clocks[t], block.num_threads, 0u);
     clocks[t][t] = 1;
   }
-  // Shared memory starts anew with every block.
-  const auto begin = reinterpret_cast<uintptr_t>(block.shared);
-  const auto end = begin + static_cast<uintptr_t>(block.shared_bytes);
-  for (uintptr_t page = begin / kPageBytes; page * kPageBytes < end; ++page) pages.erase(page);
-  last_page = nullptr;
 }
 
 void access(int thread_idx, const void* pointer, int num_bytes, Kind kind, const void* code) {

@@ -7,9 +7,7 @@
 namespace sparse_unified::emulation {
 namespace {
 
-void on_access(const void* pointer, size_t num_bytes, race::Kind kind, const void* code) {
-  if (!is_in_kernel || Fiber::owns(pointer)) return;
-  const InEmulator in_emulator;
+void check(const void* pointer, size_t num_bytes, race::Kind kind, const void* code) {
   if (is_shared_arena(pointer)) {
     const auto offset = static_cast<const unsigned char*>(pointer) - block.shared;
     if (offset < 0 || offset + static_cast<int64_t>(num_bytes) > block.shared_bytes) {
@@ -18,6 +16,20 @@ void on_access(const void* pointer, size_t num_bytes, race::Kind kind, const voi
     }
   }
   race::access(current->idx, pointer, static_cast<int>(num_bytes), kind, code);
+}
+
+// To the compiler, its callers cannot throw.
+void on_access(const void* pointer, size_t num_bytes, race::Kind kind, const void* code) {
+  if (!is_in_kernel || Fiber::owns(pointer)) return;
+  const InEmulator in_emulator;
+  std::string message;
+  try {
+    check(pointer, num_bytes, kind, code);
+    return;
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  abandon(std::move(message));
 }
 
 }  // namespace

@@ -13,8 +13,7 @@ uint32_t exchange(const char* name, uint32_t value, int source_lane) {
     int source_lane;
   } lane{value, source_lane};
   if (source_lane < 0 || source_lane >= kLanes) fail("%s from lane %d", name, source_lane);
-  warp_collective(name, &lane, sizeof(lane), [](void* data) {
-    auto* lanes = static_cast<Lane*>(data);
+  warp_collective<Lane>(name, lane, [](Lane* lanes) {
     uint32_t values[kLanes];
     for (int l = 0; l < kLanes; ++l) values[l] = lanes[l].value;
     for (int l = 0; l < kLanes; ++l) lanes[l].value = values[lanes[l].source_lane];
@@ -25,8 +24,7 @@ uint32_t exchange(const char* name, uint32_t value, int source_lane) {
 uint32_t vote(bool predicate) {
   const InEmulator in_emulator;
   uint32_t word = predicate;
-  warp_collective("ballot", &word, sizeof(word), [](void* data) {
-    auto* words = static_cast<uint32_t*>(data);
+  warp_collective<uint32_t>("ballot", word, [](uint32_t* words) {
     uint32_t bits = 0;
     for (int l = 0; l < kLanes; ++l) bits |= words[l] << l;
     std::fill_n(words, kLanes, bits);

@@ -108,6 +108,30 @@ void test_launch() {
   check_equal("shared", 0, code(dim3(1), 32, 227 * 1024 + 1), cudaErrorInvalidValue);
 }
 
+__global__ void check_kernel(const int wrong_thread) {
+  sync_threads();
+  device_check(static_cast<int>(threadIdx.x) != wrong_thread);
+  sync_threads();
+}
+
+// A kernel that fails says where; the next one runs as if nothing had been.
+void test_failure() {
+  const LaunchConfig config{dim3(2), 64};
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    std::string message;
+    try {
+      launch(check_kernel, config, 40);
+    } catch (const emulation::Error& error) {
+      message = error.what();
+    }
+    for (const char* part : {"device_check failed", "check_kernel", "of (2, 1, 1)",
+                             "thread 40 (warp 1, lane 8)", "SPARSE_UNIFIED_EMULATION_SEED="}) {
+      check_equal(part, repeat, message.find(part) != std::string::npos, true);
+    }
+    check_equal("next launch", repeat, launch(check_kernel, config, -1), cudaSuccess);
+  }
+}
+
 struct FillParams {
   float* out;  // [shared floats]
   int n;
@@ -395,6 +419,7 @@ constexpr Case kCases[] = {
     {"warp", test_warp},
     {"block", test_block},
     {"launch", test_launch},
+    {"failure", test_failure},
     {"shared memory", test_shared_memory_starts_as_nan},
     {"ldmatrix", test_load_matrix},
     {"mma bf16", test_product<BFloat16>},

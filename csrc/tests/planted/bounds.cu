@@ -93,6 +93,16 @@ __global__ void failed_check_kernel(const Params p) {
   p.out[t] = p.in[t];
 }
 
+// The sum is an array, as accumulators are, so that no compiler sees that it is not set.
+template <bool kIsPlanted>
+__global__ void uninitialised_register_kernel(const Params p) {
+  const int t = static_cast<int>(threadIdx.x);
+  int32_t sums[8];
+  for (int i = kIsPlanted ? p.n : 0; i < 8; ++i) sums[i] = 0;
+  sums[t % 8] += p.in[t];
+  p.out[t] = sums[t % 8];
+}
+
 }  // namespace
 
 std::string shared_past_end(bool is_planted) {
@@ -135,6 +145,12 @@ std::string misaligned_matrix_row(bool is_planted) {
 std::string failed_check(bool is_planted) {
   return run(is_planted ? failed_check_kernel<true> : failed_check_kernel<false>, kConfig, kThreads,
              same);
+}
+
+std::string uninitialised_register(bool is_planted) {
+  return run(
+      is_planted ? uninitialised_register_kernel<true> : uninitialised_register_kernel<false>,
+      kConfig, kThreads, same);
 }
 
 }  // namespace sparse_unified::planted

@@ -26,17 +26,18 @@ Run read_before_wait;      // of a copy
 Run wait_off_by_one;       // one group too many still under way
 Run read_without_barrier;  // of a copy that another thread waited for
 // bounds.cu
-Run shared_past_end;        // one element
-Run shared_far_outside;     // a negative offset
-Run global_write_past_end;  // one element
-Run global_read_past_end;   // one element
-Run copy_past_end;          // cp.async reads past its source
-Run unwritten_output;       // the ragged tail
-Run null_pointer;           //
-Run misaligned_copy;        // shared address of cp.async
-Run misaligned_vector;      // load_vector
-Run misaligned_matrix_row;  // ldmatrix
-Run failed_check;           // device_check
+Run shared_past_end;         // one element
+Run shared_far_outside;      // a negative offset
+Run global_write_past_end;   // one element
+Run global_read_past_end;    // one element
+Run copy_past_end;           // cp.async reads past its source
+Run unwritten_output;        // the ragged tail
+Run null_pointer;            //
+Run misaligned_copy;         // shared address of cp.async
+Run misaligned_vector;       // load_vector
+Run misaligned_matrix_row;   // ldmatrix
+Run failed_check;            // device_check
+Run uninitialised_register;  // a sum that starts anywhere
 // order.cu
 Run first_warp_first;  // warp 1 reads what warp 0 should have written
 Run lanes_in_order;    // the last lane's write should win
