@@ -23,12 +23,13 @@ from sparse_unified.analysis.evaluate import evaluator
 from sparse_unified.analysis.identity import fingerprint
 from sparse_unified.analysis.metrics import Settings
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
+from sparse_unified.analysis.probe import Probe
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.store import open_store
 from sparse_unified.analysis.surgery import narrowed
-from sparse_unified.analysis.sweep import Probe, run_sweep
+from sparse_unified.analysis.sweep import run_sweep
 from sparse_unified.analysis.transforms import layers_to_skip, legal_axes
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -163,6 +164,41 @@ def test_bagel_is_swept_on_all_tasks_and_axes(tmp_path: Path) -> None:
     assert "Not swept: gen has no tokens in understanding" in result.to_text()
     assert "2 query heads" in result.to_markdown()
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result.to_dict()
+
+
+def test_models_of_the_official_structure_are_swept(tmp_path: Path) -> None:
+    model = models.Official()
+    x, text, vae = torch.randn(7, models.HIDDEN), torch.tensor([0, 6]), torch.arange(1, 6)
+    with torch.no_grad():
+        dense = model(x, text, vae)
+
+    @evaluator(distance="lower")
+    def distance(model: Any) -> dict[str, float]:
+        with torch.no_grad():
+            return {"distance": float((model(x, text, vae) - dense)[vae].norm())}
+
+    def run(begin: Any) -> None:
+        begin("all")
+        with torch.no_grad():
+            model(x, text, vae)
+
+    probe = Probe(
+        task="generation",
+        evaluators={"distance": distance},
+        run=run,
+        workload=lambda: lambda: model(x, text, vae),
+    )
+    before = snapshot(model)
+    changes = {"components": ("und", "gen"), "part": "ffn", "ratios": (0.5,)}
+    (task,) = sweep(model, tmp_path / "out", [probe], config=changes).tasks
+    assert_same(before, snapshot(model))
+    assert task.dense == {"distance": 0.0}
+    assert len(task.points) == 4
+    for entry in task.points:
+        assert entry.metrics["distance"] > 0
+        assert entry.after.flops < entry.before.flops
+    with pytest.raises(ValueError, match="attention must be one"):
+        sweep(model, tmp_path / "b", [probe], config={"components": ("gen",), "part": "block"})
 
 
 def comparable(result: Any) -> Any:

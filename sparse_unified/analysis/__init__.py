@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probing: which layers, neurons and heads of a model matter, measured on a task.
 
-Reading order: `adapter` (where things are), `sums`, `collect`, `statistics`, `criteria` (what
-neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metrics` (for BAGEL),
-`geneval`, `cost`, `points`, `surgery` and `transforms` (smaller models), `store`, `sweep`,
-`bagel_probes`, `results`, `plots`.
+Reading order: `parts` and `adapter` (where things are), `sums`, `collect`, `statistics`, `criteria`
+(what neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metrics` (BAGEL's),
+`geneval`, `cost`, `points`, `surgery` and `transforms` (smaller models), `store`, `probe`,
+`task_run`, `sweep`, `bagel_probes`, `results`, `plots`.
 """
 
 from sparse_unified.analysis.activation import ActivationMap, activation_maps
@@ -29,6 +29,7 @@ from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_
 from sparse_unified.analysis.metrics import DenseDistance, Settings, TextAgreement, VelocityError
 from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
+from sparse_unified.analysis.probe import Probe
 from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
 from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
 from sparse_unified.analysis.similarity import (
@@ -38,7 +39,7 @@ from sparse_unified.analysis.similarity import (
 )
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
-from sparse_unified.analysis.sweep import Probe, run_sweep
+from sparse_unified.analysis.sweep import run_sweep
 
 __all__ = [
     "CRITERIA",

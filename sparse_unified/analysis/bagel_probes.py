@@ -19,8 +19,8 @@ from sparse_unified.analysis.metrics import (
     look_at,
     question_context,
 )
+from sparse_unified.analysis.probe import Probe
 from sparse_unified.analysis.samples import Sample, Task
-from sparse_unified.analysis.sweep import Probe
 from sparse_unified.bagel import BagelPipeline, generate_tokens
 from sparse_unified.bagel.inputs import choose_sizes
 from sparse_unified.bagel.pictures import open_picture
