@@ -129,9 +129,21 @@ void wait_at_barrier(int id, int num_threads);
 void wait_for_event(const char* waits_for);
 void notify();
 
-// A random number below `bound`, and true once in `n` times.
+// Random numbers of the schedule: below `bound`; true once in `n` times; for std::shuffle.
+void seed_random(uint64_t seed, uint64_t stream);
 uint32_t random_below(uint32_t bound);
 inline bool one_in(uint32_t n) { return random_below(n) == 0; }
+struct RandomBits {
+  using result_type = uint32_t;
+  static constexpr uint32_t min() { return 0; }
+  static constexpr uint32_t max() { return 0xfffffffeu; }
+  uint32_t operator()() { return random_below(0xffffffffu); }
+};
+
+// Makes the threads of the block ready; returns the first that runs.
+Thread& start_threads();
+// Lets others run; the thread does not come back.
+void exit_thread();
 
 // The thread lets others run where the order is random, as it might between two instructions.
 void maybe_yield();
@@ -144,10 +156,13 @@ void check_global(const char* instruction, const void* pointer, int num_bytes);
 // Lets some copies of the thread land, where copies land at random.
 void land_copies_by_chance(Thread& thread);
 
-// shared_memory.cpp: a block's memory, filled with NaN; and whether its surroundings were touched.
+// shared_memory.cpp: a block's memory, filled with NaN; and what was written beside it, or nothing.
 void prepare_shared_memory();
-void check_shared_memory();
+std::string find_write_beside_shared_memory();
 bool is_shared_arena(const void* pointer);
+
+// Whether the running block belongs to this thread of the system; there is one launch at a time.
+bool is_this_thread_launching();
 
 // fault.cpp: turns invalid accesses into failures for as long as it lives.
 class FaultHandler {

@@ -46,7 +46,7 @@ const void* fault_code;
 }
 
 void handle(int signal, siginfo_t* info, void* context) {
-  if (current) {
+  if (is_this_thread_launching() && current) {
     auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     fault_address = info->si_addr;
     fault_code = reinterpret_cast<const void*>(registers[REG_RIP]);

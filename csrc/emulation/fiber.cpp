@@ -16,6 +16,8 @@ namespace {
 
 constexpr size_t kGuardBytes = 4096;
 constexpr int kStackColours = 16;
+constexpr size_t kColourBytes = 1088;
+[[maybe_unused]] constexpr size_t kEntryBytes = 4096 + kStackColours * kColourBytes;
 
 // The fiber that switched away last: a new stack learns from it where it came from.
 Fiber* previous = nullptr;
@@ -66,7 +68,8 @@ void Fiber::prepare(int stack_idx, void (*entry)()) {
   stack_bottom_ = bottom;
   stack_bytes_ = kStackBytes - kGuardBytes;
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(bottom, stack_bytes_);
+  // The frame of `entry` itself, which has not returned.
+  __asan_unpoison_memory_region(bottom + stack_bytes_ - kEntryBytes, kEntryBytes);
 #endif
 #if defined(SPARSE_UNIFIED_EMULATION_UCONTEXT)
   getcontext(&context_);
@@ -77,7 +80,7 @@ void Fiber::prepare(int stack_idx, void (*entry)()) {
 #else
   // Tops differ in their low bits, or all stacks would share few sets of the cache.
   auto top = reinterpret_cast<uintptr_t>(bottom + stack_bytes_) -
-             static_cast<uintptr_t>(stack_idx % kStackColours) * 1088;
+             static_cast<uintptr_t>(stack_idx % kStackColours) * kColourBytes;
   top &= ~uintptr_t{63};
   auto* slot = reinterpret_cast<void**>(top);
   *--slot = nullptr;  // the return address of `entry`: none
@@ -108,6 +111,12 @@ void Fiber::switch_between(Fiber& from, Fiber& to, [[maybe_unused]] bool is_last
 void Fiber::arrive() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &previous->stack_bottom_, &previous->stack_bytes_);
+#endif
+}
+
+void Fiber::abandon_stacks() {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stacks(), kMaxFibers * kStackBytes);
 #endif
 }
 

@@ -20,9 +20,12 @@ class Fiber {
   static constexpr int kMaxFibers = 1024;
   static constexpr size_t kStackBytes = 256 * 1024;
 
-  // The next switch here calls `entry`, which must not return. Stack `stack_idx` is used afresh,
-  // whatever ran on it before.
+  // The next switch here calls `entry`, which must not return. Stack `stack_idx` is used afresh;
+  // what ran on it before ended in `entry`, or was abandoned.
   void prepare(int stack_idx, void (*entry)());
+
+  // Functions on other stacks than the caller's will not return.
+  static void abandon_stacks();
 
   // Continues `to`; returns when somebody switches back, which must not happen after `is_last`.
   static void switch_between(Fiber& from, Fiber& to, bool is_last = false);

@@ -3,7 +3,6 @@
 // behind it, and a checked margin where alignment leaves a gap to that.
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <new>
 
 #include "emulation/block.h"
@@ -62,18 +61,17 @@ void prepare_shared_memory() {
 #endif
 }
 
-void check_shared_memory() {
+std::string find_write_beside_shared_memory() {
 #if !defined(__SANITIZE_ADDRESS__)
-  const auto check = [](const unsigned char* begin, const unsigned char* end) {
-    const auto* touched = std::find_if(begin, end, [](unsigned char c) { return c != kFill; });
-    if (touched == end) return;
-    fail("a write to byte %lld of %lld of shared memory",
-         static_cast<long long>(touched - block.shared),
-         static_cast<long long>(block.shared_bytes));
-  };
-  check(margin_begin(), block.shared);
-  check(block.shared + block.shared_bytes, margin_end());
+  const unsigned char* end = block.shared + block.shared_bytes;
+  for (const unsigned char* at = margin_begin(); at < margin_end(); ++at) {
+    if (at == block.shared) at = end;
+    if (at == margin_end() || *at == kFill) continue;
+    return "a write to byte " + std::to_string(at - block.shared) + " of " +
+           std::to_string(block.shared_bytes) + " of shared memory";
+  }
 #endif
+  return "";
 }
 
 bool is_shared_arena(const void* pointer) {
