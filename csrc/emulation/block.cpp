@@ -177,8 +177,9 @@ void sync_warp() {
 void device_check(bool ok) {
   if (ok) return;
   const emulation::InEmulator in_emulator;
-  emulation::fail("device_check failed at %s",
-                  emulation::describe_code(__builtin_return_address(0)).c_str());
+  static std::string where;  // static: a thread that fails never leaves this function
+  where = emulation::describe_code(__builtin_return_address(0));
+  emulation::fail("device_check failed at %s", where.c_str());
 }
 
 }  // namespace sparse_unified

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which tile of a grouped GEMM a block computes. The host knows only the number of rows R and of
+// groups E, so the grid has the most tiles there can be, and each block finds its own from the
+// offsets of the groups on the device; blocks left over leave at once. They are the last of the
+// grid, at most E - 1 rows of tiles.
+#pragma once
+
+#include "device/platform.h"
+#include "device/warp.h"
+
+namespace sparse_unified {
+
+// Tiles of M that are swept together before the next tile of N: what runs at one time is then about
+// as high as wide, which makes its rows and weights the least to read (16 tiles of 128 rows and 8
+// of 256 columns on 132 multiprocessors), and the weights of a tile of N stay in L2 for all of a
+// group's rows.
+constexpr int kRasterTiles = 16;
+
+struct TileCoordinates {
+  int m;
+  int n;
+};
+
+// The idx-th tile of a num_m x num_n grid.
+SPARSE_UNIFIED_HOST_DEVICE TileCoordinates rasterize(int idx, int num_m, int num_n) {
+  const int band = idx / (kRasterTiles * num_n);
+  const int first_m = band * kRasterTiles;
+  const int height = num_m - first_m < kRasterTiles ? num_m - first_m : kRasterTiles;
+  const int local = idx - first_m * num_n;
+  return {first_m + local % height, local / height};
+}
+
+// The rows of a group.
+struct RowRange {
+  int begin;
+  int end;
+};
+
+// A tile of rows of one group.
+struct RowTile {
+  int group;
+  int first_row;  // of the tile
+  int end_row;    // of the group, beyond its last row
+  int n;          // index of the tile along N
+
+  // Row `row` of the tile, or the last of the group.
+  SPARSE_UNIFIED_DEVICE int clamped(int row) const { return min(first_row + row, end_row - 1); }
+};
+
+// Most tiles of rows that num_groups groups of num_rows rows in all can have.
+SPARSE_UNIFIED_HOST_DEVICE int64_t max_row_tiles(int64_t num_rows, int64_t num_groups,
+                                                 int64_t tile_rows) {
+  const int64_t num_filled = num_rows < num_groups ? num_rows : num_groups;
+  return (num_rows + num_filled * (tile_rows - 1)) / tile_rows;
+}
+
+// Rows of group `group`; offsets [E + 1], or null for one group of all rows.
+SPARSE_UNIFIED_DEVICE RowRange group_rows(const int32_t* offsets, int group, int num_rows) {
+  if (offsets == nullptr) return {0, num_rows};
+  const RowRange rows{offsets[group], offsets[group + 1]};
+  device_check(0 <= rows.begin && rows.begin <= rows.end && rows.end <= num_rows);
+  return rows;
+}
+
+// The tile of block blockIdx.x; false when there are not so many. All lanes of a warp call it.
+template <int kTileRows>
+SPARSE_UNIFIED_DEVICE bool find_row_tile(const int32_t* offsets, int num_groups, int num_rows,
+                                         int num_n, RowTile& tile) {
+  const int block = static_cast<int>(blockIdx.x);
+  const int slot = block / num_n;  // tiles of rows in front of this one, over all groups
+  int num_before = 0;              // those of groups in front of `first_group`
+  for (int first_group = 0; first_group < num_groups; first_group += kWarpSize) {
+    const int group = first_group + lane_idx();
+    const RowRange rows =
+        group < num_groups ? group_rows(offsets, group, num_rows) : RowRange{0, 0};
+    const int num_tiles = ceil_div(rows.end - rows.begin, kTileRows);
+    int through = num_tiles;  // of the groups up to this lane's
+    for (int delta = 1; delta < kWarpSize; delta *= 2) {
+      const int below = shuffle_up(through, delta);
+      if (lane_idx() >= delta) through += below;
+    }
+    const uint32_t reached = ballot(num_before + through > slot);
+    if (reached != 0) {
+      const int lane = find_first_bit(reached) - 1;
+      const int begin = shuffle(rows.begin, lane);
+      const int num_m = shuffle(num_tiles, lane);
+      const int first_slot = num_before + shuffle(through, lane) - num_m;
+      const TileCoordinates at = rasterize(block - first_slot * num_n, num_m, num_n);
+      tile = {first_group + lane, begin + at.m * kTileRows, shuffle(rows.end, lane), at.n};
+      return true;
+    }
+    num_before += shuffle(through, kWarpSize - 1);
+  }
+  return false;
+}
+
+}  // namespace sparse_unified
