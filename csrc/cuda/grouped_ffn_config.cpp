@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// The choice of tiles for the GEMMs of grouped_ffn: arithmetic on shapes, no CUDA.
+#include "sparse_unified/cuda/grouped_ffn_config.h"
+
+#include <algorithm>
+#include <optional>
+#include <string_view>
+
+namespace sparse_unified {
+namespace {
+
+constexpr const char* kPhaseNames[kNumGroupedFfnPhases] = {"up", "down", "grad_hidden", "grad_rows",
+                                                           "grad_weights"};
+
+std::string tile_name(const GroupedFfnTile& tile) {
+  return std::to_string(tile.m) + "x" + std::to_string(tile.n) + "x" + std::to_string(tile.k) +
+         "x" + std::to_string(tile.num_stages);
+}
+
+std::optional<GroupedFfnTileId> find_tile(std::string_view name) {
+  int idx = 0;
+  for (const GroupedFfnTile& tile : kGroupedFfnTiles) {
+    if (name == tile_name(tile)) return static_cast<GroupedFfnTileId>(idx);
+    ++idx;
+  }
+  return std::nullopt;
+}
+
+// Sets what one "PHASE=TILE" says; false when it says nothing.
+bool apply_entry(std::string_view entry, GroupedFfnConfig& config) {
+  const size_t equals = entry.find('=');
+  if (equals == std::string_view::npos) return false;
+  const std::string_view phase = entry.substr(0, equals);
+  const auto tile = find_tile(entry.substr(equals + 1));
+  if (!tile) return false;
+  bool is_known = false;
+  for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
+    if (phase != "all" && phase != kPhaseNames[i]) continue;
+    config.tiles[i] = *tile;
+    is_known = true;
+  }
+  return is_known;
+}
+
+// Applies an override; returns its first wrong entry.
+std::optional<std::string> apply_override(std::string_view text, GroupedFfnConfig& config) {
+  while (!text.empty()) {
+    const std::string_view entry = text.substr(0, text.find(','));
+    if (!apply_entry(entry, config)) return std::string(entry);
+    text.remove_prefix(entry.size());
+    if (text == ",") return std::string();  // an empty entry at the end
+    if (!text.empty()) text.remove_prefix(1);
+  }
+  return std::nullopt;
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct GemmExtent {
+  int64_t num_m;  // of one group
+  int64_t num_n;
+};
+
+GemmExtent extent(GroupedFfnPhase phase, const GroupedFfnProblem& problem) {
+  const int64_t num_groups = std::max<int64_t>(problem.num_experts, 1);
+  const int64_t rows = ceil_div(problem.num_rows, num_groups);
+  switch (phase) {
+    case GroupedFfnPhase::kUp:
+      return {rows, 2 * problem.expert_width};
+    case GroupedFfnPhase::kDown:
+    case GroupedFfnPhase::kGradRows:
+      return {rows, problem.hidden_size};
+    case GroupedFfnPhase::kGradHidden:
+      return {rows, problem.expert_width};
+    case GroupedFfnPhase::kGradWeights:
+      return {2 * problem.expert_width, problem.hidden_size};
+  }
+  return {0, 0};
+}
+
+GroupedFfnTileId choose_tile(GroupedFfnPhase phase, const GroupedFfnProblem& problem,
+                             const DeviceInfo& device) {
+  const GemmExtent gemm = extent(phase, problem);
+  // Half of a higher tile would be empty; what counts then is how many weights are under way.
+  const GroupedFfnTile& small = grouped_ffn_tile(GroupedFfnTileId::kSmall);
+  if (gemm.num_m <= small.m) return GroupedFfnTileId::kSmall;
+
+  // The large tile pays where shared memory limits the tensor cores (grouped_ffn_sm80.cuh): on the
+  // parts with the wide ones, which are those with 164 KB and more of shared memory. One block
+  // fills a multiprocessor, so that several rounds of blocks are needed to even out the last.
+  constexpr int64_t kWideSharedBytes = 160 * 1024;
+  constexpr int64_t kMinRounds = 2;
+  const GroupedFfnTile& large = grouped_ffn_tile(GroupedFfnTileId::kLarge);
+  const int64_t num_tiles =
+      problem.num_experts * ceil_div(gemm.num_m, large.m) * ceil_div(gemm.num_n, large.n);
+  if (device.shared_bytes_processor >= kWideSharedBytes &&
+      device.shared_bytes_block >= large.shared_bytes() &&
+      num_tiles >= kMinRounds * device.num_multiprocessors) {
+    return GroupedFfnTileId::kLarge;
+  }
+  return GroupedFfnTileId::kMedium;
+}
+
+}  // namespace
+
+std::string grouped_ffn_override_error(const std::string& text) {
+  GroupedFfnConfig config{};
+  const auto wrong = apply_override(text, config);
+  if (!wrong) return "";
+  std::string message = std::string(kGroupedFfnOverrideVariable) +
+                        " must be PHASE=TILE with commas between, PHASE one of all";
+  for (const char* name : kPhaseNames) message += std::string(", ") + name;
+  message += ", TILE one of ";
+  const char* separator = "";
+  for (const GroupedFfnTile& tile : kGroupedFfnTiles) {
+    message += separator + tile_name(tile);
+    separator = ", ";
+  }
+  return message + ", got \"" + *wrong + "\"";
+}
+
+GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
+                                           const DeviceInfo& device,
+                                           const std::string& override_text) {
+  GroupedFfnConfig config{};
+  config.family = GroupedFfnFamily::kSm80;
+  for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
+    config.tiles[i] = choose_tile(static_cast<GroupedFfnPhase>(i), problem, device);
+  }
+  apply_override(override_text, config);
+  return config;
+}
+
+std::string to_string(const GroupedFfnConfig& config) {
+  std::string text;
+  switch (config.family) {
+    case GroupedFfnFamily::kSm80:
+      text = "sm80";
+  }
+  for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
+    text += std::string(" ") + kPhaseNames[i] + "=" + tile_name(grouped_ffn_tile(config.tiles[i]));
+  }
+  return text;
+}
+
+}  // namespace sparse_unified

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernels grouped_ffn runs on CUDA: a pure function from problem and device to a
+// configuration that people can read and tuning can override.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "sparse_unified/cuda/device_info.h"
+#include "sparse_unified/dtype.h"
+
+namespace sparse_unified {
+
+struct GroupedFfnProblem {
+  DType dtype;           //
+  int64_t num_rows;      // R
+  int64_t hidden_size;   // D
+  int64_t num_experts;   // E, groups
+  int64_t expert_width;  // h
+};
+
+// The GEMMs of forward and backward.
+enum class GroupedFfnPhase {
+  kUp,           // hidden [R, h] = swiglu(x gate_proj^T, x up_proj^T)
+  kDown,         // y [R, D] = hidden down_proj^T
+  kGradHidden,   // grad_gate, grad_up [R, h] from grad_y down_proj
+  kGradRows,     // grad_rows [R, D] = grad_gate gate_proj + grad_up up_proj
+  kGradWeights,  // grad_gate_proj, grad_up_proj, grad_down_proj, sums over rows
+};
+constexpr int kNumGroupedFfnPhases = 5;
+
+// Kernels by the oldest architecture that runs them.
+enum class GroupedFfnFamily { kSm80 };
+
+// Block tiles m x n x k that kernels are compiled for; kernels and this table are held together by
+// a static_assert.
+struct GroupedFfnTile {
+  int m;
+  int n;
+  int k;
+  int num_stages;
+  int num_warps;
+  int num_blocks;  // that registers allow on a multiprocessor
+  constexpr int64_t shared_bytes() const { return int64_t{2} * num_stages * (m + n) * k; }
+};
+enum class GroupedFfnTileId { kLarge, kMedium, kSmall };
+constexpr GroupedFfnTile kGroupedFfnTiles[] = {
+    {128, 256, 32, 4, 8, 1},
+    {128, 128, 32, 3, 4, 2},
+    {64, 128, 32, 4, 4, 3},
+};
+constexpr const GroupedFfnTile& grouped_ffn_tile(GroupedFfnTileId id) {
+  return kGroupedFfnTiles[static_cast<int>(id)];
+}
+
+struct GroupedFfnConfig {
+  GroupedFfnFamily family;
+  GroupedFfnTileId tiles[kNumGroupedFfnPhases];  // by phase
+  GroupedFfnTileId tile(GroupedFfnPhase phase) const { return tiles[static_cast<int>(phase)]; }
+};
+
+// Environment variable with the override of a process.
+constexpr const char* kGroupedFfnOverrideVariable = "SPARSE_UNIFIED_GROUPED_FFN";
+
+// Why `text` is no override; empty when it is one. An override names the tiles of some phases:
+// "up=128x256x32x4,grad_rows=128x128x32x3"; "all=..." stands for every phase.
+std::string grouped_ffn_override_error(const std::string& text);
+
+// The choice for a problem, with what a valid override says in place of it.
+GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
+                                           const DeviceInfo& device,
+                                           const std::string& override_text = "");
+
+// "sm80 up=128x256x32x4 down=... grad_hidden=... grad_rows=... grad_weights=...".
+std::string to_string(const GroupedFfnConfig& config);
+
+}  // namespace sparse_unified

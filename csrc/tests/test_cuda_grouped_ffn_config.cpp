@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// The choice of kernels for grouped_ffn: BAGEL's shapes and odd ones, on every kind of device.
+#include <string>
+
+#include "check.h"
+#include "sparse_unified/cuda/grouped_ffn_config.h"
+
+namespace sparse_unified::test {
+namespace {
+
+// Limits of the architectures; multiprocessors of A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
+constexpr DeviceInfo kDevices[] = {
+    {80, 108, 163 * 1024, 164 * 1024},  {86, 82, 99 * 1024, 100 * 1024},
+    {89, 128, 99 * 1024, 100 * 1024},   {90, 132, 227 * 1024, 228 * 1024},
+    {100, 148, 227 * 1024, 228 * 1024}, {120, 170, 99 * 1024, 100 * 1024},
+};
+constexpr const DeviceInfo& kH200 = kDevices[3];
+constexpr const DeviceInfo& kRtx4090 = kDevices[2];
+
+void check_text(const char* what, const std::string& out, const std::string& expected) {
+  if (out != expected) {
+    fail((std::string(what) + ": \"" + out + "\" instead of \"" + expected + "\"").c_str(), 0, 0,
+         1);
+  }
+}
+
+GroupedFfnProblem bagel(int64_t num_tokens, int64_t num_experts, int64_t top_k,
+                        int64_t hidden_size = 3584, int64_t intermediate_size = 18944) {
+  return {DType::kBFloat16, num_tokens * top_k, hidden_size, num_experts,
+          intermediate_size / num_experts};
+}
+
+void test_every_choice_fits_the_device() {
+  for (const DeviceInfo& device : kDevices) {
+    for (const int64_t num_tokens : {0, 1, 37, 256, 512, 1024, 2048, 4096, 8192, 16384}) {
+      for (const GroupedFfnProblem& problem :
+           {bagel(num_tokens, 16, 8), bagel(num_tokens, 32, 16), bagel(num_tokens, 1, 1),
+            bagel(num_tokens, 16, 8, 896, 4736),
+            GroupedFfnProblem{DType::kFloat16, 5, 8, 256, 8}}) {
+        const GroupedFfnConfig config = choose_grouped_ffn_config(problem, device);
+        for (const GroupedFfnTileId id : config.tiles) {
+          const GroupedFfnTile& tile = grouped_ffn_tile(id);
+          const bool fits = tile.shared_bytes() <= device.shared_bytes_block;
+          check_equal("tile fits", device.compute_capability, fits, true);
+        }
+      }
+    }
+  }
+}
+
+void test_bagel_shapes() {
+  const std::string large =
+      "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 grad_rows=128x256x32x4 "
+      "grad_weights=128x256x32x4";
+  const std::string medium =
+      "sm80 up=128x128x32x3 down=128x128x32x3 grad_hidden=128x128x32x3 grad_rows=128x128x32x3 "
+      "grad_weights=128x128x32x3";
+  const auto check = [&](const GroupedFfnProblem& problem) {
+    check_text("H200", to_string(choose_grouped_ffn_config(problem, kH200)), large);
+    check_text("RTX 4090", to_string(choose_grouped_ffn_config(problem, kRtx4090)), medium);
+  };
+  for (const int64_t num_tokens : {1024, 2048, 4096, 8192, 16384}) {
+    check(bagel(num_tokens, 16, 8));
+    check(bagel(num_tokens, 32, 16));
+  }
+  for (const int64_t num_tokens : {4096, 8192, 16384}) check(bagel(num_tokens, 1, 1));
+}
+
+// 1024 rows of a dense FFN are 112 large tiles of y, not a round of blocks on 132 multiprocessors.
+void test_few_tiles_are_smaller() {
+  const auto config = choose_grouped_ffn_config(bagel(1024, 1, 1), kH200);
+  check_equal("down", 1024, static_cast<int>(config.tile(GroupedFfnPhase::kDown)),
+              static_cast<int>(GroupedFfnTileId::kMedium));
+}
+
+// A tile of 128 rows would be half empty for experts of up to 64 rows.
+void test_few_rows_take_small_tiles() {
+  for (const int64_t num_tokens : {1, 37, 128}) {
+    const auto config = choose_grouped_ffn_config(bagel(num_tokens, 16, 8), kH200);
+    check_equal("up", num_tokens, static_cast<int>(config.tile(GroupedFfnPhase::kUp)),
+                static_cast<int>(GroupedFfnTileId::kSmall));
+    check_equal("grad_weights", num_tokens,
+                static_cast<int>(config.tile(GroupedFfnPhase::kGradWeights)),
+                static_cast<int>(GroupedFfnTileId::kLarge));
+  }
+}
+
+void test_overrides() {
+  const GroupedFfnProblem problem = bagel(4096, 16, 8);
+  const auto choose = [&](const char* text) {
+    check_text(text, grouped_ffn_override_error(text), "");
+    return to_string(choose_grouped_ffn_config(problem, kH200, text));
+  };
+  check_text("none", choose(""), to_string(choose_grouped_ffn_config(problem, kH200)));
+  check_text("one phase", choose("grad_rows=64x128x32x4"),
+             "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 "
+             "grad_rows=64x128x32x4 grad_weights=128x256x32x4");
+  check_text("later entries win", choose("all=128x128x32x3,down=64x128x32x4"),
+             "sm80 up=128x128x32x3 down=64x128x32x4 grad_hidden=128x128x32x3 "
+             "grad_rows=128x128x32x3 grad_weights=128x128x32x3");
+}
+
+void test_wrong_overrides_are_named() {
+  for (const char* text : {"up", "up=", "up=128x256x32", "left=128x256x32x4", "=128x256x32x4",
+                           "up=128x256x32x4,", ",up=128x256x32x4", "up=128x256x32x4 "}) {
+    if (grouped_ffn_override_error(text).empty()) fail(text, 0, 0, 1);
+  }
+  check_text("message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
+             "SPARSE_UNIFIED_GROUPED_FFN must be PHASE=TILE with commas between, PHASE one of all, "
+             "up, down, grad_hidden, grad_rows, grad_weights, TILE one of 128x256x32x4, "
+             "128x128x32x3, 64x128x32x4, got \"up=7\"");
+}
+
+}  // namespace
+}  // namespace sparse_unified::test
+
+int main() {
+  using namespace sparse_unified::test;
+  test_every_choice_fits_the_device();
+  test_bagel_shapes();
+  test_few_tiles_are_smaller();
+  test_few_rows_take_small_tiles();
+  test_overrides();
+  test_wrong_overrides_are_named();
+  return finish("test_cuda_grouped_ffn_config");
+}
