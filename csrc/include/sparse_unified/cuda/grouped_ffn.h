@@ -19,6 +19,7 @@ struct WidthBlocks {
   const int32_t* kept_blocks;  // [B] on the device, or null
   int64_t num_kept;            // B
   int64_t block_size;          // neurons of a block, a multiple of 16
+  int64_t num_blocks;          // I / block_size; a kept block outside ends the kernel with an error
 };
 
 struct GroupedFfnCudaParams {

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the portable GEMMs of grouped_ffn share: their parameters, tile shapes, and launches. Each
+// kernel is a template in a file of its own, instantiated for bf16 and fp16 in one .cu file each.
+//
+// Why these tiles (bf16, fp32 sums, figures of one multiprocessor and clock). A warp tile of
+// 64 x 64 reads 2 * 64 * 16 elements = 4 KB of shared memory per k16 step for 131 kFLOP, the best
+// ratio that 255 registers allow: 128 accumulators, twice 32 for fragments, the rest addresses.
+//   H100, B200: mma.sync reaches about 62 % of wgmma's 4096 FLOP, so 8 warps need 413 clocks a
+//     step; ldmatrix takes 8 * 4 KB / 128 B = 256 clocks and the copies into a 128 x 256 tile
+//     12 KB / 128 B = 96: 85 % of shared memory's time. Two tiles of 128 x 128 copy 16 KB: 93 %.
+//     Hence 128 x 256, one block, 8 warps.
+//   A100: 2048 FLOP, 512 clocks a step; 69 % and 75 %. 128 x 256 as well.
+//   RTX 30, 40, 50 and their workstation kin: at most 1024 FLOP; shared memory idles two thirds of
+//     the time, and two blocks of 128 x 128 hide each other's prologue and epilogue.
+// 128 x 256 x 32 with 4 stages takes 96 KB, within the 99 KB of the smallest of these devices.
+// Three stages in flight are 3 * 826 clocks on H100, more than twice the latency of memory.
+//
+// L2 and memory: a k32 step reads 24 KB for 2.1 MFLOP, 87 FLOP a byte; 132 blocks at 500 TFLOP/s
+// draw 5.7 TB/s from L2. Blocks that run together share rows and weights (kRasterTiles), so that
+// memory sees 1/8 to 1/16 of it.
+//
+// Not persistent: a static grid of tiles that leave when done. Tiles differ in length (edges,
+// experts' last rows), and the hardware hands the next one to whoever is free; a persistent kernel
+// would fix that order ahead. What persistence could save is the start of the pipeline, about 1500
+// clocks in 92,000 (up, D = 3584) or 30,000 (down, h = 1184), and only with a loader that runs
+// ahead into the next tile, whose second set of coordinates the registers do not hold.
+//
+// Deterministic: one block, one warp, one lane sums an element, in the order of k.
+#pragma once
+
+#include "device/index_map.h"
+#include "device/launch.h"
+#include "device/mainloop.h"
+#include "device/tile_loader.h"
+#include "device/tile_scheduler.h"
+#include "sparse_unified/cuda/grouped_ffn.h"
+#include "sparse_unified/cuda/grouped_ffn_config.h"
+
+namespace sparse_unified {
+
+// Up- and down-projection.
+struct GroupedFfnForwardKernelParams {
+  GroupedFfnCudaParams ffn;
+  void* hidden;  // [R, h], workspace
+};
+
+// grad_hidden and grad_rows.
+struct GroupedFfnBackwardKernelParams {
+  GroupedFfnBackwardCudaParams ffn;
+  void* grad_gate_up;  // [R, 2h], workspace: grad_gate and grad_up side by side
+  void* hidden;        // [R, h], workspace; null when grad_down_proj is not wanted
+};
+
+// The weight gradients: is_down false for gate_proj and up_proj together, true for down_proj.
+struct GroupedFfnGradWeightsKernelParams {
+  GroupedFfnBackwardKernelParams backward;
+  bool is_down;
+};
+
+template <GroupedFfnTileId kId>
+struct TileShapeOf;
+template <>
+struct TileShapeOf<GroupedFfnTileId::kLarge> {
+  using Shape = TileShape<128, 256, 32, 4, 2, 4, 1>;
+};
+template <>
+struct TileShapeOf<GroupedFfnTileId::kMedium> {
+  using Shape = TileShape<128, 128, 32, 3, 2, 2, 2>;
+};
+template <>
+struct TileShapeOf<GroupedFfnTileId::kSmall> {
+  using Shape = TileShape<64, 128, 32, 4, 2, 2, 3>;
+};
+
+template <GroupedFfnTileId kId>
+constexpr bool is_as_in_table() {
+  using Shape = typename TileShapeOf<kId>::Shape;
+  constexpr const GroupedFfnTile& tile = grouped_ffn_tile(kId);
+  return Shape::kM == tile.m && Shape::kN == tile.n && Shape::kK == tile.k &&
+         Shape::kStages == tile.num_stages && Shape::kBlocks == tile.num_blocks &&
+         Shape::kThreads == tile.num_warps * kWarpSize &&
+         Shape::kSharedBytes == tile.shared_bytes();
+}
+
+// Launches kernel(params) with the tile shape kId on num_tiles blocks.
+template <GroupedFfnTileId kId, class Params>
+cudaError_t launch_tiles(void (*kernel)(Params), const Params& params, int64_t num_tiles,
+                         cudaStream_t stream) {
+  static_assert(is_as_in_table<kId>());
+  using Shape = typename TileShapeOf<kId>::Shape;
+  constexpr int64_t kMaxGrid = 0x7fffffff;
+  if (num_tiles > kMaxGrid) return cudaErrorInvalidConfiguration;
+  return launch(kernel,
+                {.grid = dim3(static_cast<unsigned>(num_tiles)),
+                 .num_threads = Shape::kThreads,
+                 .shared_bytes = Shape::kSharedBytes,
+                 .stream = stream},
+                params);
+}
+
+// Blocks of a GEMM over grouped rows with num_columns columns.
+inline int64_t num_row_gemm_tiles(GroupedFfnTileId id, const GroupedFfnCudaParams& ffn,
+                                  int64_t num_columns) {
+  const GroupedFfnTile& tile = grouped_ffn_tile(id);
+  const int64_t num_groups = ffn.expert_offsets == nullptr ? 1 : ffn.num_experts;
+  return max_row_tiles(ffn.num_rows, num_groups, tile.m) * ceil_div<int64_t>(num_columns, tile.n);
+}
+
+// One launch each. T: BFloat16 or Float16.
+template <typename T>
+cudaError_t grouped_ffn_up_sm80(GroupedFfnTileId id, const GroupedFfnForwardKernelParams& params,
+                                cudaStream_t stream);
+template <typename T>
+cudaError_t grouped_ffn_down_sm80(GroupedFfnTileId id, const GroupedFfnForwardKernelParams& params,
+                                  cudaStream_t stream);
+template <typename T>
+cudaError_t grouped_ffn_grad_hidden_sm80(GroupedFfnTileId id,
+                                         const GroupedFfnBackwardKernelParams& params,
+                                         cudaStream_t stream);
+template <typename T>
+cudaError_t grouped_ffn_grad_rows_sm80(GroupedFfnTileId id,
+                                       const GroupedFfnBackwardKernelParams& params,
+                                       cudaStream_t stream);
+template <typename T>
+cudaError_t grouped_ffn_grad_weights_sm80(GroupedFfnTileId id,
+                                          const GroupedFfnGradWeightsKernelParams& params,
+                                          cudaStream_t stream);
+
+// Neurons of a group.
+SPARSE_UNIFIED_DEVICE NeuronMap neuron_map(const GroupedFfnCudaParams& ffn, int group) {
+  const WidthBlocks& blocks = ffn.blocks;
+  const int first = group * static_cast<int>(ffn.expert_width);
+  if (blocks.kept_blocks == nullptr) return {nullptr, 1, 1, first};
+  return {blocks.kept_blocks, static_cast<int>(blocks.block_size),
+          static_cast<int>(blocks.num_blocks), first};
+}
+
+}  // namespace sparse_unified
