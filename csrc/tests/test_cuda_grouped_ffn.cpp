@@ -218,12 +218,13 @@ void test_refusals_name_what_and_got() {
 int main() {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
-  test_forward_is_as_good_as_torch<BFloat16>();
-  if (!emulation::kIsSmall) test_forward_is_as_good_as_torch<Float16>();
-  test_forward_repeats_bit_for_bit<BFloat16>();
-  test_equal_rows_have_equal_results();
-  test_offsets_beyond_32_bits();
-  test_indices_outside_end_the_kernel();
-  test_refusals_name_what_and_got();
-  return finish("test_cuda_grouped_ffn");
+  return run_tests("test_cuda_grouped_ffn", [] {
+    test_forward_is_as_good_as_torch<BFloat16>();
+    if (!emulation::kIsSmall) test_forward_is_as_good_as_torch<Float16>();
+    test_forward_repeats_bit_for_bit<BFloat16>();
+    test_equal_rows_have_equal_results();
+    test_offsets_beyond_32_bits();
+    test_indices_outside_end_the_kernel();
+    test_refusals_name_what_and_got();
+  });
 }

@@ -168,10 +168,11 @@ void test_experts_without_rows_get_zeros() {
 int main() {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
-  test_backward_is_as_good_as_torch<BFloat16>();
-  if (!emulation::kIsSmall) test_backward_is_as_good_as_torch<Float16>();
-  test_backward_repeats_bit_for_bit<BFloat16>();
-  test_frozen_weights_are_skipped<Float16>();
-  test_experts_without_rows_get_zeros();
-  return finish("test_cuda_grouped_ffn_backward");
+  return run_tests("test_cuda_grouped_ffn_backward", [] {
+    test_backward_is_as_good_as_torch<BFloat16>();
+    if (!emulation::kIsSmall) test_backward_is_as_good_as_torch<Float16>();
+    test_backward_repeats_bit_for_bit<BFloat16>();
+    test_frozen_weights_are_skipped<Float16>();
+    test_experts_without_rows_get_zeros();
+  });
 }
