@@ -228,8 +228,6 @@ def test_a_damaged_checkpoint_is_one_line_and_status_1(
             assert_one_line(capsys.readouterr().err, words)
     assert main(["info", damaged(cut)]) == 1
     assert_one_line(capsys.readouterr().err, "truncated")
-    assert main(["info", damaged(lambda d: edit_config(d, top_k=3))]) == 0
-    assert "disagrees: llm_config.json: top_k must equal" in capsys.readouterr().out
     assert main(["invert", str(pair[0]), str(tmp_path / "out")]) == 1
     assert_one_line(capsys.readouterr().err, "partition.safetensors: file must be there")
 
@@ -244,6 +242,26 @@ def test_a_failed_verification_is_status_1_with_its_table_on_stdout(
     captured = capsys.readouterr()
     assert "gen layer 1, expert 3, neuron 5: must be a dense neuron" in captured.out
     assert "IS NOT a reordering" in captured.out
+
+
+def test_info_with_disagreements_is_status_1_with_its_report_on_stdout(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for directory in pair:
+        assert main(["info", str(directory)]) == 0
+        assert "nothing disagrees" in capsys.readouterr().out
+    directory = tmp_path / "sparse"
+    shutil.copytree(pair[1], directory)
+    edit_config(directory, top_k=3)
+    assert main(["info", str(directory)]) == 1
+    captured = capsys.readouterr()
+    assert "disagrees: llm_config.json: top_k must equal" in captured.out
+    assert captured.err == ""
+    assert main(["info", str(directory), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"]
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    assert "Exit status 1 when anything disagrees" in " ".join(capsys.readouterr().out.split())
 
 
 def test_json_goes_to_stdout_or_to_a_file(

@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
         "info",
         help="show components, layers, parameters, and what disagrees",
         description="Shows what a model directory holds, dense or sparse, and what disagrees in "
-        "it. Reads headers only.",
+        "it. Reads headers only. Exit status 1 when anything disagrees.",
     )
     info.add_argument("directory", metavar="DIR", help="a model directory")
     add_common(info)
@@ -154,4 +154,4 @@ def _run_info(options: argparse.Namespace) -> int:
     check_output(options.json, "--json")
     report = info(options.directory)
     write_result(options.json, report.to_text(), report.to_json())
-    return 0
+    return 1 if report.problems else 0
