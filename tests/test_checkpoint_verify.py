@@ -141,6 +141,35 @@ def test_other_files_and_fields_that_differ_are_named(
     )
 
 
+@pytest.mark.parametrize("name", ["ae.safetensors", "tokenizer.json", "config.json"])
+def test_a_model_file_that_one_side_lacks_or_that_differs_is_named(
+    name: str, pair: tuple[Path, Path], sparse: Path, tmp_path: Path
+) -> None:
+    dense = Path(shutil.copytree(pair[0], tmp_path / "dense"))
+    for directory in (dense, sparse):
+        if not (directory / name).exists():
+            (directory / name).write_text("{}")
+    assert verify(sparse, dense).ok
+
+    content = (dense / name).read_bytes()
+    (dense / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    report = verify(sparse, dense)
+    assert not report.ok
+    found = f"{name}: file must be equal, got another value at byte {len(content) - 1}"
+    assert report.problems == (found,)
+
+    (dense / name).unlink()
+    report = verify(sparse, dense)
+    assert not report.ok
+    assert report.problems == (f"{name}: file must be absent as in {dense}, got one",)
+
+    (dense / name).write_bytes(content)
+    (sparse / name).unlink()
+    report = verify(sparse, dense)
+    assert not report.ok
+    assert report.problems == (f"{name}: file must be there as in {dense}, got nothing",)
+
+
 def test_the_sidecar_is_not_consulted(pair: tuple[Path, Path], sparse: Path) -> None:
     (sparse / "partition.safetensors").write_bytes(b"anything")
     assert verify(sparse, pair[0]).ok

@@ -17,8 +17,18 @@ from sparse_unified.checkpoint.writer import CHUNK_BYTES, ByteCounter
 
 _MOE_FIELDS = {"num_experts", "num_shared_experts", "top_k", "num_experts_per_tok"}
 _MOE_FIELDS |= set(keys.TRANSFORMED.values())
-# Files besides the weights that the model cannot do without.
-_MODEL_FILES = (VAE_FILE, "vit_config.json")
+# Files besides the weights that decide what the model answers; those of the tokenizer go by the
+# names that transformers gives the files of a Qwen2 tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_MODEL_FILES = (VAE_FILE, "vit_config.json", "config.json", *_TOKENIZER_FILES)
 
 
 def compare_specs(got: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> Iterator[str]:
@@ -50,13 +60,14 @@ def compare_tensors(
 
 
 def compare_files(got: Checkpoint, wanted: Checkpoint) -> Iterator[str]:
-    """Yields a sentence for each model file beside the weights that is missing or differs."""
+    """Yields a sentence for each model file beside the weights that differs or only one has."""
     for name in _MODEL_FILES:
         a, b = got.directory / name, wanted.directory / name
-        if not b.exists():
-            continue
-        if not a.exists():
-            yield f"{name}: file must be there as in {wanted.directory}, got nothing"
+        if not (a.exists() and b.exists()):
+            if b.exists():
+                yield f"{name}: file must be there as in {wanted.directory}, got nothing"
+            elif a.exists():
+                yield f"{name}: file must be absent as in {wanted.directory}, got one"
             continue
         sizes = a.stat().st_size, b.stat().st_size
         if sizes[0] != sizes[1]:

@@ -128,8 +128,9 @@ def verify(
     For each sparse layer: the neurons of the experts are a bijection of the dense ones, bit for
     bit, and with top_k = E and routers at zero the block computes what the dense FFN computes. Of
     a pruned layer, the neurons and heads that are left are dense ones bit for bit, each once, and
-    those that are gone are listed. Every other tensor, `ae.safetensors`, `vit_config.json` and the
-    other fields of `llm_config.json` are the same. The sidecar is not consulted.
+    those that are gone are listed. Every other tensor, `ae.safetensors`, `vit_config.json`,
+    `config.json`, the tokenizer and the other fields of `llm_config.json` are the same, and neither
+    directory has one of these files alone. The sidecar is not consulted.
 
     Args:
         sparse, against: the two model directories.
