@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparse_unified
+from sparse_unified.bagel import AutoEncoder, VAEConfig
 from sparse_unified.checkpoint import keys
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,7 +58,22 @@ def make_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the llm_config.json that fits dense weights."""
     width, hidden = weights[keys.dense_key("gen", 0, "gate_proj")].shape
     layers = sum(key.endswith("mlp_moe_gen.gate_proj.weight") for key in weights)
-    return {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+
+
+def make_autoencoder() -> dict[str, Tensor]:
+    """Returns the tensors of the smallest autoencoder: one resolution, one block."""
+    vae = AutoEncoder(VAEConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=4), device="meta")
+    return {
+        key: torch.ones(tensor.shape, dtype=torch.bfloat16)
+        for key, tensor in vae.state_dict().items()
+    }
 
 
 def make_dense(directory: Path, *, num_shards: int = 0, **sizes: Any) -> Path:
@@ -71,7 +87,7 @@ def make_dense(directory: Path, *, num_shards: int = 0, **sizes: Any) -> Path:
     # Tabs and a missing line end, so that a text that was parsed and printed again shows.
     (directory / "llm_config.json").write_text(json.dumps(make_config(weights), indent="\t"))
     (directory / "vit_config.json").write_text("{}")
-    save_file({"decoder": torch.ones(3)}, directory / "ae.safetensors")
+    save_file(make_autoencoder(), directory / "ae.safetensors")
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "merges.txt").write_bytes(b"a b\r\nc d\n")
     return directory

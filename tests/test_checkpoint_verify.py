@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import LAYER, edit_config, edit_weights, make_dense
+from checkpoint_files import LAYER, edit_config, edit_weights, make_autoencoder, make_dense
 from torch import Tensor
 
 from sparse_unified.checkpoint import convert, info, verify
@@ -264,7 +264,7 @@ def test_info_describes_and_never_raises_on_a_disagreement(
     # 2 sparse layers, 2 of 4 experts idle, 3 projections of 16 x 16.
     assert gen.active == gen.parameters - 2 * 2 * 3 * 16 * 16
     assert parts["und"].sparse_layers == ()
-    assert parts["vae"].parameters == 3
+    assert parts["vae"].parameters == sum(w.numel() for w in make_autoencoder().values())
     assert report.sidecar is not None
     assert report.sidecar["component"] == "gen"
     assert "nothing disagrees" in report.to_text()

@@ -139,7 +139,8 @@ def test_components_that_a_file_lacks_are_refused(dense: Path, tmp_path: Path) -
 
 def test_heads_need_their_number_in_the_config(tmp_path: Path) -> None:
     source = make_dense(tmp_path / "source")
-    match = "llm_config.json must give num_attention_heads"
+    edit_config(source, num_attention_heads=None)
+    match = "llm_config.json: num_attention_heads must be a positive integer, got None"
     refuse(match, source, tmp_path, PruneHeadsConfig())
 
 

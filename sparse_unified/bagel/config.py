@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer, require_counts
+from sparse_unified.checkpoint.structure import VIT_CONFIG, check_vision_layers
 
 
 def _require_multiple(config: object, name: str, divisor: str) -> None:
@@ -144,13 +145,9 @@ class VisionConfig:
         Official files name one layer more than they hold (BAGEL drops the last one), so both the
         number of layers held and that number plus one are accepted.
         """
-        where = "vit_config.json"
-        stated = source.get("num_hidden_layers", num_hidden_layers)
-        if stated not in (num_hidden_layers, num_hidden_layers + 1):
-            raise ValueError(
-                f"{where}: num_hidden_layers must be {num_hidden_layers} or "
-                f"{num_hidden_layers + 1} for weights of {num_hidden_layers} layers, got {stated}"
-            )
+        where = VIT_CONFIG
+        if problems := check_vision_layers(source, range(num_hidden_layers)):
+            raise ValueError(problems[0])
         activation = source.get("hidden_act", "gelu_pytorch_tanh")
         if activation != "gelu_pytorch_tanh":
             raise ValueError(f"{where}: hidden_act must be 'gelu_pytorch_tanh', got {activation!r}")

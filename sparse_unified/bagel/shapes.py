@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from sparse_unified.bagel.config import (
@@ -21,20 +21,10 @@ from sparse_unified.bagel.config import (
     VisionConfig,
 )
 from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer
+from sparse_unified.checkpoint.autoencoder import Shapes, read_sizes, require_shape
 from sparse_unified.checkpoint.held import Held
 
-Shapes = Mapping[str, Sequence[int]]
 _QUERY_NORM = r"language_model\.model\.layers\.\d+\.self_attn\.q_norm(_moe_gen)?\.weight"
-
-
-def _shape(shapes: Shapes, key: str, num_dims: int, where: str) -> Sequence[int]:
-    if key not in shapes:
-        raise ValueError(f"{where}: {key} must be in the file, got {len(shapes)} other tensors")
-    if len(shapes[key]) != num_dims or 0 in shapes[key]:
-        raise ValueError(
-            f"{where}: {key} must have {num_dims} dimensions above 0, got {list(shapes[key])}"
-        )
-    return shapes[key]
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -86,9 +76,9 @@ def sparse_layers(
         found[layer] = ExpertConfig(
             num_experts=num_experts,
             top_k=top_k,
-            expert_width=_shape(shapes, f"{prefix}.experts.0.gate_proj.weight", 2, where)[0],
+            expert_width=require_shape(shapes, f"{prefix}.experts.0.gate_proj.weight", 2, where)[0],
             num_shared_experts=num_shared_experts,
-            shared_width=_shape(shapes, shared, 2, where)[0] if shared in shapes else 0,
+            shared_width=require_shape(shapes, shared, 2, where)[0] if shared in shapes else 0,
         )
     return found
 
@@ -116,27 +106,7 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
     Args:
         factors: `scale_factor` and `shift_factor`, which no shape shows.
     """
-    stem = _shape(shapes, "encoder.conv_in.weight", 4, where)  # [ch, in, 3, 3]
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.")
-    outputs = [
-        _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight", 4, where)[0]
-        for level in range(levels)
-    ]
-    for channels in outputs:
-        if channels % stem[0]:
-            raise ValueError(
-                f"{where}: channels of every resolution must be multiples of {stem[0]}, "
-                f"got {outputs}"
-            )
-    return VAEConfig(
-        ch=stem[0],
-        ch_mult=tuple(channels // stem[0] for channels in outputs),
-        num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-        z_channels=_shape(shapes, "decoder.conv_in.weight", 4, where)[1],
-        in_channels=stem[1],
-        out_ch=_shape(shapes, "decoder.conv_out.weight", 4, where)[0],
-        **factors,
-    )
+    return VAEConfig(**(asdict(read_sizes(shapes, where=where)) | factors))
 
 
 def bagel_config(
@@ -176,7 +146,7 @@ def bagel_config(
         pruned_gen=_pruned_layers(whole, (pruned or {}).get("gen", {})),
         pruned_und=_pruned_layers(whole, (pruned or {}).get("und", {})),
     )
-    embeddings = _shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
+    embeddings = require_shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
     _agree("llm_config.json", "vocab_size", config.vocab_size, embeddings[0])
     _agree("llm_config.json", "hidden_size", config.hidden_size, embeddings[1])
     num_layers = _count(shapes, r"language_model\.model\.layers\.(\d+)\.")
@@ -185,18 +155,18 @@ def bagel_config(
     norms = [key for key in shapes if re.fullmatch(_QUERY_NORM, key)]
     if norms or pruned is None:
         key = norms[0] if norms else "language_model.model.layers.0.self_attn.q_norm.weight"
-        head = _shape(shapes, key, 1, where)
+        head = require_shape(shapes, key, 1, where)
         _agree("llm_config.json", "hidden_size / num_attention_heads", config.head_dim, head[0])
 
-    token_channels = _shape(shapes, "vae2llm.weight", 2, where)[1]
+    token_channels = require_shape(shapes, "vae2llm.weight", 2, where)[1]
     patch = math.isqrt(token_channels // latent_channels)
     if patch * patch * latent_channels != token_channels:
         raise ValueError(
             f"{where}: vae2llm.weight must have p * p * {latent_channels} columns for latents of "
             f"{latent_channels} channels, got {token_channels}"
         )
-    latent_rows = _shape(shapes, "latent_pos_embed.pos_embed", 2, where)[0]
-    vit_rows = _shape(shapes, "vit_pos_embed.pos_embed", 2, where)[0]
+    latent_rows = require_shape(shapes, "latent_pos_embed.pos_embed", 2, where)[0]
+    vit_rows = require_shape(shapes, "vit_pos_embed.pos_embed", 2, where)[0]
     result = BagelConfig(
         llm=config,
         vision=VisionConfig.from_json(

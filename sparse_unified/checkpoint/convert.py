@@ -21,7 +21,6 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.atomic import atomic_directory
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
-from sparse_unified.checkpoint.held import absent_prefixes
 from sparse_unified.checkpoint.index import rewrite_indices
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.modes import MoEConfig
@@ -37,7 +36,7 @@ from sparse_unified.checkpoint.sidecar import (
     write_sidecar,
 )
 from sparse_unified.checkpoint.split import Split, split_entries, write_split
-from sparse_unified.checkpoint.structure import check_structure
+from sparse_unified.checkpoint.surroundings import require_surroundings
 from sparse_unified.checkpoint.writer import (
     ByteCounter,
     FileWriter,
@@ -246,9 +245,7 @@ def _check_arguments(
 ) -> dict[int, ExpertLayout]:
     if component not in keys.FFN_NAMES:
         raise ValueError(f"{WHAT}: component must be gen or und, got {component!r}")
-    problems = check_structure(source.keys(), absent_prefixes(source.held or {}))
-    if problems:
-        raise ValueError(f"{source.directory}: {problems[0]}")
+    require_surroundings(source)
     ffns = source.ffns.get(component, {})
     if not ffns:
         raise ValueError(

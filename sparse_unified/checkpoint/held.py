@@ -7,7 +7,7 @@ experts, is which of the dense model's heads are left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from sparse_unified.checkpoint.modes import (
     SkipLayersConfig,
 )
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe
-from sparse_unified.checkpoint.safetensors_file import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,48 +145,3 @@ def absent_prefixes(layers: Layers) -> tuple[str, ...]:
             if not held.has_attention:
                 prefixes += keys.module_prefixes(layer, keys.attention_modules(component))
     return tuple(prefixes)
-
-
-def check_attention(
-    layers: Layers, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
-) -> list[str]:
-    """Returns a sentence for each attention whose keys or shapes are not what the recipe says."""
-    absent = absent_prefixes(layers)
-    present = sorted(key for key in specs if key.startswith(absent)) if absent else []
-    problems = [f"{key}: must not be there, as {RECIPE} says it is skipped" for key in present[:1]]
-    whole = next(iter(whole_layers(config).values()))[0]
-    heads = config.get("num_attention_heads")
-    for component, by_layer in layers.items():
-        for layer, held in by_layer.items():
-            for name, shape in _wanted_rows(specs, component, layer, held, whole, heads):
-                spec = specs.get(name)
-                if spec is not None and tuple(spec.shape[: len(shape)]) != shape:
-                    problems.append(
-                        f"{name}: must have {shape[-1]} channels for the heads in {RECIPE}, "
-                        f"got shape {list(spec.shape)}"
-                    )
-    return problems
-
-
-def _wanted_rows(
-    specs: Mapping[str, TensorSpec],
-    component: str,
-    layer: int,
-    held: Held,
-    whole: Held,
-    num_heads: object,
-) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Yields (key, its first dimensions) of the projections of an attention."""
-    stem, suffix = f"{keys.layer_prefix(layer)}self_attn.", keys.SUFFIXES[component]
-    norm = specs.get(f"{stem}q_norm{suffix}.weight")
-    if norm is None or type(num_heads) is not int or not held.has_attention:
-        return
-    channels = norm.shape[0]
-    queries = len(held.reads) * channels * (num_heads // len(whole.keys))
-    key_rows = len(held.keys) * channels
-    for name, rows in (("q_proj", queries), ("k_proj", key_rows), ("v_proj", key_rows)):
-        yield f"{stem}{name}{suffix}.weight", (rows,)
-        yield f"{stem}{name}{suffix}.bias", (rows,)
-    output = specs.get(f"{stem}o_proj{suffix}.weight")
-    if output is not None:
-        yield f"{stem}o_proj{suffix}.weight", (output.shape[0], queries)

@@ -11,14 +11,14 @@ from typing import Any
 
 from sparse_unified.checkpoint.ffn import FFN, FFNs, scan_ffns
 from sparse_unified.checkpoint.files import list_files
-from sparse_unified.checkpoint.held import Held, Layers, absent_prefixes
+from sparse_unified.checkpoint.held import Held, Layers
 from sparse_unified.checkpoint.layout import check_layout, find_top_k
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.recipe import Recipe
 from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
 from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header
 from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
-from sparse_unified.checkpoint.structure import check_structure
+from sparse_unified.checkpoint.surroundings import check_surroundings
 
 # Group of keys outside the language model -> the component it counts to.
 _GROUPS: Mapping[str, str] = {
@@ -158,7 +158,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
         problems += source.check_recipe() if not problems else []
     except ValueError as error:
         problems.append(str(error))
-    problems = check_structure(source.keys(), absent_prefixes(held or {})) + problems
+    problems = list(dict.fromkeys(check_surroundings(source) + problems))
 
     sparse = [f.sparse for layers in ffns.values() for f in layers.values() if f.sparse is not None]
     counts = {sizes.num_experts for sizes in sparse}
@@ -168,7 +168,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
     parts: dict[str, dict[str, TensorSpec]] = {name: {} for name in _COMPONENTS}
     for key, spec in source.specs.items():
         parts[_component_of(key)][key] = spec
-    parts["vae"] = _vae_specs(source, problems)
+    parts["vae"] = _vae_specs(source)
     components = tuple(
         _describe(name, specs, ffns.get(name, {}), top_k, (held or {}).get(name))
         for name, specs in parts.items()
@@ -204,14 +204,11 @@ def _component_of(key: str) -> str:
     return "und" if key.startswith("language_model.model.") and "embed" not in key else "embeddings"
 
 
-def _vae_specs(source: Checkpoint, problems: list[str]) -> dict[str, TensorSpec]:
-    if not source.vae_file.exists():
-        return {}
+def _vae_specs(source: Checkpoint) -> dict[str, TensorSpec]:
     try:
-        return read_header(source.vae_file).tensors
-    except ValueError as error:
-        problems.append(str(error))
-        return {}
+        return read_header(source.vae_file).tensors if source.vae_file.exists() else {}
+    except ValueError:
+        return {}  # `check_surroundings` tells why
 
 
 def _describe(

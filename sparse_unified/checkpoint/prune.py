@@ -21,7 +21,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.atomic import atomic_directory
 from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
 from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
-from sparse_unified.checkpoint.held import absent_prefixes, kept_channels
+from sparse_unified.checkpoint.held import kept_channels
 from sparse_unified.checkpoint.index import rewrite_indices
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.modes import Mode
@@ -32,7 +32,7 @@ from sparse_unified.checkpoint.recipe import RECIPE, Recipe
 from sparse_unified.checkpoint.report import Report, format_bytes, format_table
 from sparse_unified.checkpoint.safetensors_file import TensorSpec
 from sparse_unified.checkpoint.scores import Scores
-from sparse_unified.checkpoint.structure import check_structure
+from sparse_unified.checkpoint.surroundings import require_surroundings
 from sparse_unified.checkpoint.writer import (
     ByteCounter,
     FileWriter,
@@ -116,9 +116,7 @@ def prune(
     if not listed:
         raise ValueError(f"{WHAT}: modes must name at least one, got none")
     moe = source.moe  # refuses whatever disagrees
-    problems = check_structure(source.keys(), absent_prefixes(source.held or {}))
-    if problems:
-        raise ValueError(f"{source.directory}: {problems[0]}")
+    require_surroundings(source)
     plan = plan_pruning(source, listed, scores=scores, seed=seed)
     kept = _kept(source, plan)
     shapes = {

@@ -13,7 +13,6 @@ from torch import Tensor
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.held import Layers, skip, whole_layers
-from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.modes import (
     BOTH,
     Mode,
@@ -192,12 +191,6 @@ def _drop_heads(
                 f"{source.directory}: keys must hold a {component} attention "
                 f"({keys.layer_prefix(0)}{keys.attention_modules(component)[1]}.weight and so "
                 "on), got none"
-            )
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        if type(source.llm_config.get(name)) is not int:
-            raise ValueError(
-                f"{source.directory}: {CONFIG} must give {name} for heads to be found, "
-                f"got {source.llm_config.get(name)!r}"
             )
     selected = _select(layers, config.components, config, "attention")
     places = {layer: _places(before, layers, layer) for layer in selected}

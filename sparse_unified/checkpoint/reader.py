@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.ffn import FFNs, scan_ffns
-from sparse_unified.checkpoint.held import Layers, check_attention, follow_recipe, whole_layers
+from sparse_unified.checkpoint.held import Layers, follow_recipe, whole_layers
 from sparse_unified.checkpoint.layout import CONFIG, MoELayout, check_layout
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe

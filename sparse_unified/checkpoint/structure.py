@@ -8,11 +8,13 @@ be there: groups are whole or absent, and every layer holds what one layer holds
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import list_some
 
+VIT_CONFIG = "vit_config.json"
 _VIT_LAYER = re.compile(r"(vit_model\..*?\.layers)\.(\d+)\.(.+)")
 
 
@@ -37,6 +39,37 @@ def check_structure(found: Iterable[str], absent: tuple[str, ...] = ()) -> list[
             f"got no {list_some(missing)} beside the rest of it"
         )
     return problems
+
+
+def vision_layers(found: Iterable[str]) -> list[int]:
+    """Returns the ascending indices of the layers of the vision transformer among the keys."""
+    matches = map(_VIT_LAYER.fullmatch, found)
+    return sorted({int(match[2]) for match in matches if match is not None})
+
+
+def check_vision_layers(config: Mapping[str, Any], layers: Sequence[int]) -> list[str]:
+    """Returns a sentence if layers are missing among the keys, or vit_config.json counts others.
+
+    Official configs count one layer more than the keys hold (BAGEL drops the last one), so both
+    the number of layers and that number plus one are legal; so is none at all.
+
+    Args:
+        config: contents of vit_config.json.
+        layers: ascending indices of the layers in the keys.
+    """
+    for index, layer in enumerate(layers):
+        if layer != index:
+            return [
+                f"keys: layers of the vision transformer must be 0 to {layers[-1]} as the highest "
+                f"says, got no {index}"
+            ]
+    stated = config.get("num_hidden_layers", len(layers))
+    if stated in (len(layers), len(layers) + 1):
+        return []
+    return [
+        f"{VIT_CONFIG}: num_hidden_layers must be {len(layers)} or {len(layers) + 1} for weights "
+        f"of {len(layers)} layers, got {stated!r}"
+    ]
 
 
 def _expected(present: set[str]) -> set[str]:
