@@ -27,8 +27,12 @@ SPARSE_UNIFIED_HOST_DEVICE constexpr int swizzled_offset(int row, int chunk) {
   return row * kSwizzleRowBytes + ((chunk ^ (row % 8)) * 16);
 }
 
-// The shared-memory descriptor of an operand in 128-byte swizzle. `shared` is the tile's address
-// plus, for K-major tiles, 32 bytes for each step of 16 k, for MN-major ones 2048.
+// What a descriptor grows by from one step of 16 k to the next: 32 bytes in a K-major tile, two
+// groups of 8 rows in an MN-major one, in units of 16 bytes.
+constexpr uint64_t kDescriptorStepK = 32 >> 4;
+constexpr uint64_t kDescriptorStepMN = 2 * kSwizzleAtomBytes >> 4;
+
+// The shared-memory descriptor of an operand in 128-byte swizzle, whose tile starts at `shared`.
 //   K-major:  rows of 64 k elements, 8-row groups kSwizzleAtomBytes apart.
 //   MN-major: rows (k) of 64 m or n elements, 8-row groups kSwizzleAtomBytes apart; the next 64
 //             elements of m or n are `mn_stride_bytes` further.
@@ -142,6 +146,17 @@ template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::
 SPARSE_UNIFIED_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a_tile, uint64_t b_tile,
                                  bool is_accumulating) {
   Wgmma<kN>::template issue<T, kMajorA, kMajorB>(d, a_tile, b_tile, is_accumulating);
+}
+
+// Until all products are done. The accumulators pass through, so that no use of them moves in front
+// of the wait, which would make the compiler run the products one by one.
+template <int kCount>
+SPARSE_UNIFIED_DEVICE void wgmma_finish([[maybe_unused]] float (&d)[kCount]) {
+  wgmma_wait<0>();
+#if !defined(SPARSE_UNIFIED_EMULATION)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
 }
 
 }  // namespace sparse_unified

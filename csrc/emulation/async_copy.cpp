@@ -23,6 +23,11 @@ void land(PendingCopy& copy) {
 
 }  // namespace
 
+void land_copy(int thread_idx, PendingCopy copy) {
+  land(copy);
+  race::access(thread_idx, copy.target, kCopyBytes, race::Kind::kWrite, copy.code);
+}
+
 void land_copies_by_chance(Thread& thread) {
   if (block.schedule.copies != Copies::kRandom) return;
   for (PendingCopy& copy : thread.copies) {
@@ -35,8 +40,7 @@ void wait_for_copies(int num_pending) {
   const int end_group = current->copy_group - num_pending;
   std::erase_if(current->copies, [&](PendingCopy& copy) {
     if (copy.group >= end_group) return false;
-    land(copy);
-    race::access(current->idx, copy.target, kCopyBytes, race::Kind::kWrite, copy.code);
+    land_copy(current->idx, copy);
     return true;
   });
   maybe_yield();

@@ -9,7 +9,9 @@
 #include <numeric>
 
 #include "device/launch.h"
+#include "emulation/async_proxy.h"
 #include "emulation/race.h"
+#include "emulation/record.h"
 
 namespace sparse_unified {
 namespace emulation {
@@ -29,6 +31,8 @@ const Call* call = nullptr;
 int num_running = 0;  // threads of the block that have not exited
 std::string error;    // of the launch, empty: none
 thread_local bool is_launching = false;
+bool is_recording = false;
+std::vector<RecordedLaunch> launches;
 
 void run_thread() {
   Fiber::arrive();
@@ -62,6 +66,7 @@ std::string describe_place() {
 void run_block() {
   prepare_shared_memory();
   race::begin_block();
+  begin_async_block();
   for (int t = 0; t < block.num_threads; ++t) {
     Thread& thread = block.threads[static_cast<size_t>(t)];
     thread.idx = t;
@@ -77,7 +82,8 @@ void run_block() {
   Fiber::switch_between(host, current->fiber);
   current = nullptr;
   if (!error.empty()) return Fiber::abandon_stacks();
-  error = find_write_beside_shared_memory();
+  error = find_unfinished_work();
+  if (error.empty()) error = find_write_beside_shared_memory();
   if (!error.empty()) error += describe_place();
 }
 
@@ -113,6 +119,9 @@ dim3 grid_dim() { return block.grid; }
 
 bool is_this_thread_launching() { return is_launching; }
 
+void record_launches(bool is_on) { is_recording = is_on; }
+const std::vector<RecordedLaunch>& recorded_launches() { return launches; }
+
 cudaError_t run_grid(const Call& new_call, const LaunchConfig& config) {
   static std::mutex mutex;
   if (is_launching) fail("a kernel launches another");
@@ -128,6 +137,10 @@ cudaError_t run_grid(const Call& new_call, const LaunchConfig& config) {
   }
   if (config.shared_bytes < 0 || config.shared_bytes > kMaxSharedBytes) {
     return cudaErrorInvalidValue;
+  }
+  if (is_recording) {
+    launches.push_back({describe_code(new_call.kernel), config.num_threads, config.shared_bytes});
+    return cudaSuccess;
   }
 
   const FaultHandler fault_handler;

@@ -153,6 +153,8 @@ void* shared_pointer(const char* instruction, uint32_t address, int num_bytes, i
 // Whether the address sanitizer, if there is one, knows the memory.
 void check_global(const char* instruction, const void* pointer, int num_bytes);
 
+// async_copy.cpp: moves the bytes of a copy, unless that was done, and tells the race detector.
+void land_copy(int thread_idx, PendingCopy copy);
 // Lets some copies of the thread land, where copies land at random.
 void land_copies_by_chance(Thread& thread);
 

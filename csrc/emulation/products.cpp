@@ -55,4 +55,17 @@ void multiply(ProductLane* lanes) {
 template void multiply<BFloat16>(ProductLane* lanes);
 template void multiply<Float16>(ProductLane* lanes);
 
+void multiply_rows(bool is_accumulating, int n, const float (*a)[kWgmmaRows],
+                   const float (*b)[kWgmmaMaxN], float (*d)[kWgmmaMaxN]) {
+  constexpr int kK = 16;
+  for (int m = 0; m < kWgmmaRows; ++m) {
+    float* row = d[m];
+    if (!is_accumulating) std::memset(row, 0, static_cast<size_t>(n) * sizeof(float));
+    for (int k = 0; k < kK; ++k) {
+      const float factor = a[k][m];
+      for (int i = 0; i < n; ++i) row[i] += factor * b[k][i];
+    }
+  }
+}
+
 }  // namespace sparse_unified::emulation

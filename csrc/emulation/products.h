@@ -18,4 +18,10 @@ struct ProductLane {
 template <typename T>
 void multiply(ProductLane* lanes);
 
+// The part of a warp of wgmma: d [16, n] (+)= a^T b for a [16 k, 16 m] and b [16 k, n].
+constexpr int kWgmmaRows = 16;
+constexpr int kWgmmaMaxN = 256;
+void multiply_rows(bool is_accumulating, int n, const float (*a)[kWgmmaRows],
+                   const float (*b)[kWgmmaMaxN], float (*d)[kWgmmaMaxN]);
+
 }  // namespace sparse_unified::emulation

@@ -10,7 +10,8 @@
 namespace sparse_unified::emulation::race {
 namespace {
 
-constexpr int kMaxThreads = Fiber::kMaxFibers;
+// A warp's products count as a thread of their own, behind those of the block.
+constexpr int kMaxThreads = Fiber::kMaxFibers + kMaxWarps;
 constexpr uintptr_t kWordBytes = 4;
 constexpr uintptr_t kPageBytes = 4096;
 constexpr size_t kMaxPages = 1 << 14;  // 1 GiB of records
@@ -40,6 +41,8 @@ Page* last_page = nullptr;
 uint32_t this_block = 0;
 uint32_t first_block_of_launch = 1;
 uint32_t clocks[kMaxThreads][kMaxThreads];  // [thread, other]: what of the other came before
+
+int count_threads() { return block.num_threads + block.num_threads / kLanes; }
 
 Word& find_word(uintptr_t address) {
   const uintptr_t page_idx = address / kPageBytes;
@@ -78,7 +81,9 @@ std::string describe_access(const Access& access) {
   static constexpr const char* kNames[] = {"a read", "a constant read", "a write", "an atomic"};
   const auto* code = &anchor + access.code;
   std::string text = kNames[static_cast<int>(access.kind)];
-  text += " by thread " + std::to_string(access.thread);
+  const int products = access.thread - block.num_threads;
+  text += products < 0 ? " by thread " + std::to_string(access.thread)
+                       : " by products of warp " + std::to_string(products);
   if (access.block != this_block) text += " of another block";
   return text + " at " + describe_code(code);
 }
@@ -125,8 +130,8 @@ void begin_launch() {
 
 void begin_block() {
   ++this_block;
-  for (int t = 0; t < block.num_threads; ++t) {
-    std::fill_n(clocks[t], block.num_threads, 0u);
+  for (int t = 0; t < count_threads(); ++t) {
+    std::fill_n(clocks[t], count_threads(), 0u);
     clocks[t][t] = 1;
   }
 }
@@ -151,7 +156,7 @@ void access(int thread_idx, const void* pointer, int num_bytes, Kind kind, const
 
 void join(const uint32_t* lanes, int first_warp, int num_warps) {
   static uint32_t joined[kMaxThreads];
-  const auto num_threads = static_cast<size_t>(block.num_threads);
+  const auto num_threads = static_cast<size_t>(count_threads());
   std::fill_n(joined, num_threads, 0u);
   const auto for_each = [&](auto&& visit) {
     for (int w = 0; w < num_warps; ++w) {
@@ -167,6 +172,30 @@ void join(const uint32_t* lanes, int first_warp, int num_warps) {
     std::copy_n(joined, num_threads, clocks[t]);
     ++clocks[t][t];
   });
+}
+
+void release(Clock& clock, int thread_idx) {
+  uint32_t* own = clocks[thread_idx];
+  clock.of_thread.resize(static_cast<size_t>(count_threads()));
+  for (int t = 0; t < count_threads(); ++t) {
+    uint32_t& known = clock.of_thread[static_cast<size_t>(t)];
+    known = std::max(known, own[t]);
+  }
+  ++own[thread_idx];
+}
+
+void acquire(const Clock& clock, int thread_idx) {
+  uint32_t* own = clocks[thread_idx];
+  for (size_t t = 0; t < clock.of_thread.size(); ++t) own[t] = std::max(own[t], clock.of_thread[t]);
+}
+
+int products_of(int warp) { return block.num_threads + warp; }
+
+void order(int earlier_thread, int later_thread) {
+  uint32_t* earlier = clocks[earlier_thread];
+  uint32_t* later = clocks[later_thread];
+  for (int t = 0; t < count_threads(); ++t) later[t] = std::max(later[t], earlier[t]);
+  ++earlier[earlier_thread];
 }
 
 }  // namespace sparse_unified::emulation::race

@@ -5,11 +5,17 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace sparse_unified::emulation::race {
 
 // kConstantRead: nobody may write the memory during the kernel, ordered or not.
 enum class Kind : uint8_t { kRead, kConstantRead, kWrite, kAtomic };
+
+// What the threads that released to it had done before.
+struct Clock {
+  std::vector<uint32_t> of_thread;
+};
 
 #if defined(SPARSE_UNIFIED_EMULATION_RACE)
 
@@ -24,12 +30,26 @@ void access(int thread_idx, const void* pointer, int num_bytes, Kind kind, const
 // of warp w.
 void join(const uint32_t* lanes, int first_warp, int num_warps);
 
+// Adds what the thread did so far to the clock; orders what the clock holds before what the thread
+// does from now on.
+void release(Clock& clock, int thread_idx);
+void acquire(const Clock& clock, int thread_idx);
+
+// The thread that stands for the products of a warp; and: what one thread did so far comes before
+// what another does from now on.
+int products_of(int warp);
+void order(int earlier_thread, int later_thread);
+
 #else
 
 inline void begin_launch() {}
 inline void begin_block() {}
 inline void access(int, const void*, int, Kind, const void*) {}
 inline void join(const uint32_t*, int, int) {}
+inline void release(Clock&, int) {}
+inline void acquire(const Clock&, int) {}
+inline int products_of(int) { return 0; }
+inline void order(int, int) {}
 
 #endif
 

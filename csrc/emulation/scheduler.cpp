@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "emulation/async_proxy.h"
 #include "emulation/block.h"
 #include "emulation/race.h"
 
@@ -115,6 +116,8 @@ std::string describe_lanes(uint32_t lanes) {
 
 // The ready thread whose turn it is; it is ready no more.
 Thread& take_next() {
+  // Lazy transfers end when nothing else can go on, random ones at the latest then.
+  while (!ready_warps && finish_a_transfer()) continue;
   if (!ready_warps) fail_deadlock();
   last_warp = pick_warp();
   uint32_t& ready = block.warps[last_warp].ready;
