@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "cuda/grouped_ffn_sm80.cuh"
+#include "cuda/grouped_ffn_sm90a.h"
 #include "sparse_unified/cuda/grouped_ffn_config.h"
 
 namespace sparse_unified {
@@ -13,21 +14,36 @@ namespace {
 
 constexpr int64_t kWorkspaceAlignment = 256;
 
-// Of `columns` elements of 16 bits a row.
-int64_t matrix_bytes(const GroupedFfnCudaParams& params, int64_t columns) {
-  return ceil_div(2 * params.num_rows * columns, kWorkspaceAlignment) * kWorkspaceAlignment;
-}
-
 std::string override_text() {
   const char* text = std::getenv(kGroupedFfnOverrideVariable);
   return text == nullptr ? "" : text;
 }
 
+GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params) {
+  return {.dtype = params.dtype,
+          .num_rows = params.num_rows,
+          .hidden_size = params.hidden_size,
+          .num_experts = params.expert_offsets == nullptr ? 1 : params.num_experts,
+          .expert_width = params.expert_width,
+          .has_block_list = params.blocks.kept_blocks != nullptr,
+          .has_sm90a_code = grouped_ffn_sm90a_is_compiled()};
+}
+
 GroupedFfnConfig choose_config(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
-  const GroupedFfnProblem problem{params.dtype, params.num_rows, params.hidden_size,
-                                  params.expert_offsets == nullptr ? 1 : params.num_experts,
-                                  params.expert_width};
-  return choose_grouped_ffn_config(problem, device, override_text());
+  return choose_grouped_ffn_config(problem_of(params), device, override_text());
+}
+
+// Rows of the intermediate matrices, which the kernels for Hopper pad.
+int64_t intermediate_rows(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
+  const bool is_padded = choose_config(params, device).family == GroupedFfnFamily::kSm90a;
+  return is_padded ? grouped_ffn_sm90a_padded_rows(params.num_rows, problem_of(params).num_experts)
+                   : params.num_rows;
+}
+
+// Of one intermediate matrix, [rows, h] elements of 16 bits.
+int64_t matrix_bytes(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
+  const int64_t bytes = 2 * intermediate_rows(params, device) * params.expert_width;
+  return ceil_div(bytes, kWorkspaceAlignment) * kWorkspaceAlignment;
 }
 
 bool is_aligned(const void* pointer) {
@@ -96,6 +112,9 @@ std::string config_refusal(const GroupedFfnCudaParams& params, const DeviceInfo&
   const std::string error = grouped_ffn_override_error(override_text());
   if (!error.empty()) return error;
   const GroupedFfnConfig config = choose_config(params, device);
+  if (config.family == GroupedFfnFamily::kSm90a) {
+    return grouped_ffn_sm90a_refusal(problem_of(params), device);
+  }
   for (const GroupedFfnTileId id : config.tiles) {
     if (grouped_ffn_tile(id).shared_bytes() > device.shared_bytes_block) {
       return must("shared memory of a block", "hold a tile of every kernel",
@@ -136,6 +155,27 @@ cudaError_t backward(const GroupedFfnBackwardKernelParams& params, const Grouped
   return error;
 }
 
+// Intermediate matrices of the backward pass, [padded rows, h] each.
+struct Sm90aWorkspace {
+  void* grad_gate;
+  void* grad_up;
+  void* hidden;  // null when grad_down_proj is not wanted
+};
+
+cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const DeviceInfo& device,
+                           const Sm90aWorkspace& workspace, cudaStream_t stream) {
+  cudaError_t error = grouped_ffn_grad_hidden_sm90a(params, device, workspace.grad_gate,
+                                                    workspace.grad_up, workspace.hidden, stream);
+  if (error != cudaSuccess) return error;
+  if (params.grad_rows != nullptr) {
+    error =
+        grouped_ffn_grad_rows_sm90a(params, device, workspace.grad_gate, workspace.grad_up, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return grouped_ffn_grad_weights_sm90a(params, device, workspace.grad_gate, workspace.grad_up,
+                                        workspace.hidden, stream);
+}
+
 }  // namespace
 
 std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
@@ -158,15 +198,15 @@ std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const D
   return config_refusal(params, device);
 }
 
-int64_t grouped_ffn_cuda_workspace_bytes(const GroupedFfnCudaParams& params, const DeviceInfo&) {
-  return matrix_bytes(params, params.expert_width);
+int64_t grouped_ffn_cuda_workspace_bytes(const GroupedFfnCudaParams& params,
+                                         const DeviceInfo& device) {
+  return matrix_bytes(params, device);
 }
 
+// Gradients of gate and up, and hidden where the gradient of down_proj needs it.
 int64_t grouped_ffn_backward_cuda_workspace_bytes(const GroupedFfnBackwardCudaParams& params,
-                                                  const DeviceInfo&) {
-  const int64_t width = params.forward.expert_width;
-  return matrix_bytes(params.forward, 2 * width) +
-         (params.grad_down_proj == nullptr ? 0 : matrix_bytes(params.forward, width));
+                                                  const DeviceInfo& device) {
+  return (params.grad_down_proj == nullptr ? 2 : 3) * matrix_bytes(params.forward, device);
 }
 
 cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInfo& device,
@@ -174,6 +214,11 @@ cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInf
   if (!grouped_ffn_cuda_refusal(params, device).empty()) return cudaErrorInvalidValue;
   const GroupedFfnForwardKernelParams kernel_params{params, workspace};
   const GroupedFfnConfig config = choose_config(params, device);
+  if (config.family == GroupedFfnFamily::kSm90a) {
+    const cudaError_t error = grouped_ffn_up_sm90a(params, device, config.sm90a, workspace, stream);
+    if (error != cudaSuccess) return error;
+    return grouped_ffn_down_sm90a(params, device, config.sm90a, workspace, stream);
+  }
   switch (params.dtype) {
     case DType::kBFloat16:
       return forward<BFloat16>(kernel_params, config, stream);
@@ -189,12 +234,14 @@ cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params
                                       const DeviceInfo& device, void* workspace,
                                       cudaStream_t stream) {
   if (!grouped_ffn_cuda_refusal(params.forward, device).empty()) return cudaErrorInvalidValue;
+  const int64_t one_matrix = matrix_bytes(params.forward, device);
   auto* bytes = static_cast<unsigned char*>(workspace);
-  void* hidden = params.grad_down_proj == nullptr
-                     ? nullptr
-                     : bytes + matrix_bytes(params.forward, 2 * params.forward.expert_width);
-  const GroupedFfnBackwardKernelParams kernel_params{params, bytes, hidden};
+  void* hidden = params.grad_down_proj == nullptr ? nullptr : bytes + 2 * one_matrix;
   const GroupedFfnConfig config = choose_config(params.forward, device);
+  if (config.family == GroupedFfnFamily::kSm90a) {
+    return backward_sm90a(params, device, {bytes, bytes + one_matrix, hidden}, stream);
+  }
+  const GroupedFfnBackwardKernelParams kernel_params{params, bytes, hidden};
   switch (params.forward.dtype) {
     case DType::kBFloat16:
       return backward<BFloat16>(kernel_params, config, stream);

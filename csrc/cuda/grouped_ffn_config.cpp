@@ -26,16 +26,34 @@ std::optional<GroupedFfnTileId> find_tile(std::string_view name) {
   return std::nullopt;
 }
 
-// Sets what one "PHASE=TILE" says; false when it says nothing.
+// A choice of two values by name; false when the value is neither.
+bool apply_switch(std::string_view value, std::string_view off, std::string_view on, bool& is_on) {
+  if (value != off && value != on) return false;
+  is_on = value == on;
+  return true;
+}
+
+// Sets what one "NAME=VALUE" says; false when it says nothing.
 bool apply_entry(std::string_view entry, GroupedFfnConfig& config) {
   const size_t equals = entry.find('=');
   if (equals == std::string_view::npos) return false;
-  const std::string_view phase = entry.substr(0, equals);
-  const auto tile = find_tile(entry.substr(equals + 1));
+  const std::string_view name = entry.substr(0, equals);
+  const std::string_view value = entry.substr(equals + 1);
+  if (name == "overlap") return apply_switch(value, "off", "on", config.sm90a.overlaps_kernels);
+  if (name == "fence") {
+    return apply_switch(value, "consumer", "producer", config.sm90a.fences_producer);
+  }
+  if (name == "family") {
+    bool is_sm90a = false;
+    if (!apply_switch(value, "sm80", "sm90a", is_sm90a)) return false;
+    config.family = is_sm90a ? GroupedFfnFamily::kSm90a : GroupedFfnFamily::kSm80;
+    return true;
+  }
+  const auto tile = find_tile(value);
   if (!tile) return false;
   bool is_known = false;
   for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
-    if (phase != "all" && phase != kPhaseNames[i]) continue;
+    if (name != "all" && name != kPhaseNames[i]) continue;
     config.tiles[i] = *tile;
     is_known = true;
   }
@@ -101,14 +119,43 @@ GroupedFfnTileId choose_tile(GroupedFfnPhase phase, const GroupedFfnProblem& pro
   return GroupedFfnTileId::kMedium;
 }
 
+// A tile of Hopper's kernels has 128 rows, and loads of weights that the small tile of the others
+// meets with three times as many blocks on a multiprocessor.
+bool prefers_sm90a(const GroupedFfnProblem& problem, const DeviceInfo& device) {
+  const GemmExtent gemm = extent(GroupedFfnPhase::kUp, problem);
+  return gemm.num_m > grouped_ffn_tile(GroupedFfnTileId::kSmall).m &&
+         grouped_ffn_sm90a_refusal(problem, device).empty();
+}
+
 }  // namespace
+
+std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const DeviceInfo& device) {
+  constexpr int64_t kStepK = 16;  // of wgmma
+  if (device.compute_capability != 90) {
+    return "the device must have compute capability 90 for family=sm90a, got " +
+           std::to_string(device.compute_capability);
+  }
+  if (!problem.has_sm90a_code) {
+    return "the library must be built for 9.0a for family=sm90a, got a build without it";
+  }
+  if (problem.has_block_list) {
+    return "family=sm90a must have experts, got a list of blocks";
+  }
+  if (problem.expert_width % kStepK != 0) {
+    return "expert_width must be a multiple of 16 for family=sm90a, got " +
+           std::to_string(problem.expert_width);
+  }
+  return "";
+}
 
 std::string grouped_ffn_override_error(const std::string& text) {
   GroupedFfnConfig config{};
   const auto wrong = apply_override(text, config);
   if (!wrong) return "";
   std::string message = std::string(kGroupedFfnOverrideVariable) +
-                        " must be PHASE=TILE with commas between, PHASE one of all";
+                        " must be NAME=VALUE with commas between: family=sm80 or sm90a, "
+                        "overlap=on or off, fence=consumer or producer, or PHASE=TILE, PHASE one "
+                        "of all";
   for (const char* name : kPhaseNames) message += std::string(", ") + name;
   message += ", TILE one of ";
   const char* separator = "";
@@ -123,7 +170,8 @@ GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
                                            const DeviceInfo& device,
                                            const std::string& override_text) {
   GroupedFfnConfig config{};
-  config.family = GroupedFfnFamily::kSm80;
+  config.family =
+      prefers_sm90a(problem, device) ? GroupedFfnFamily::kSm90a : GroupedFfnFamily::kSm80;
   for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
     config.tiles[i] = choose_tile(static_cast<GroupedFfnPhase>(i), problem, device);
   }
@@ -132,11 +180,11 @@ GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
 }
 
 std::string to_string(const GroupedFfnConfig& config) {
-  std::string text;
-  switch (config.family) {
-    case GroupedFfnFamily::kSm80:
-      text = "sm80";
+  if (config.family == GroupedFfnFamily::kSm90a) {
+    return std::string("sm90a overlap=") + (config.sm90a.overlaps_kernels ? "on" : "off") +
+           " fence=" + (config.sm90a.fences_producer ? "producer" : "consumer");
   }
+  std::string text = "sm80";
   for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
     text += std::string(" ") + kPhaseNames[i] + "=" + tile_name(grouped_ffn_tile(config.tiles[i]));
   }

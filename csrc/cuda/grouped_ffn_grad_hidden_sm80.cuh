@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   RowTile at;
   if (!find_row_tile<Shape::kM>(ffn.expert_offsets, static_cast<int>(ffn.num_experts),
-                                static_cast<int>(ffn.num_rows), ceil_div(width, Shape::kN), at)) {
+                                static_cast<int>(ffn.num_rows), ceil_div(width, Shape::kN),
+                                static_cast<int>(blockIdx.x), at)) {
     return;
   }
   const int first_neuron = at.n * Shape::kN;

@@ -11,6 +11,9 @@ struct LaunchConfig {
   int num_threads;           // of a block, a multiple of kWarpSize
   int64_t shared_bytes = 0;  // dynamic shared memory of a block
   cudaStream_t stream = nullptr;
+  // May start before the kernel in front of it has ended (programmatic dependent launch, sm_90 and
+  // up); the kernel calls wait_for_previous_kernel before it reads what that one writes.
+  bool overlaps_previous = false;
 };
 
 #if defined(SPARSE_UNIFIED_EMULATION)
@@ -37,6 +40,11 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, const Par
   launch_config.blockDim = dim3(static_cast<unsigned>(config.num_threads));
   launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
   launch_config.stream = config.stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  launch_config.attrs = &overlap;
+  launch_config.numAttrs = config.overlaps_previous ? 1 : 0;
   return cudaLaunchKernelEx(&launch_config, kernel, params);
 }
 

@@ -42,6 +42,7 @@ struct RowTile {
   int first_row;  // of the tile
   int end_row;    // of the group, beyond its last row
   int n;          // index of the tile along N
+  int slot;       // index of the tile of rows over all groups
 
   // Row `row` of the tile, or the last of the group.
   SPARSE_UNIFIED_DEVICE int clamped(int row) const { return min(first_row + row, end_row - 1); }
@@ -62,13 +63,12 @@ SPARSE_UNIFIED_DEVICE RowRange group_rows(const int32_t* offsets, int group, int
   return rows;
 }
 
-// The tile of block blockIdx.x; false when there are not so many. All lanes of a warp call it.
+// Tile `idx` of them all; false when there are not so many. All lanes of a warp call it.
 template <int kTileRows>
 SPARSE_UNIFIED_DEVICE bool find_row_tile(const int32_t* offsets, int num_groups, int num_rows,
-                                         int num_n, RowTile& tile) {
-  const int block = static_cast<int>(blockIdx.x);
-  const int slot = block / num_n;  // tiles of rows in front of this one, over all groups
-  int num_before = 0;              // those of groups in front of `first_group`
+                                         int num_n, int idx, RowTile& tile) {
+  const int slot = idx / num_n;  // tiles of rows in front of this one, over all groups
+  int num_before = 0;            // those of groups in front of `first_group`
   for (int first_group = 0; first_group < num_groups; first_group += kWarpSize) {
     const int group = first_group + lane_idx();
     const RowRange rows =
@@ -85,13 +85,26 @@ SPARSE_UNIFIED_DEVICE bool find_row_tile(const int32_t* offsets, int num_groups,
       const int begin = shuffle(rows.begin, lane);
       const int num_m = shuffle(num_tiles, lane);
       const int first_slot = num_before + shuffle(through, lane) - num_m;
-      const TileCoordinates at = rasterize(block - first_slot * num_n, num_m, num_n);
-      tile = {first_group + lane, begin + at.m * kTileRows, shuffle(rows.end, lane), at.n};
+      const TileCoordinates at = rasterize(idx - first_slot * num_n, num_m, num_n);
+      tile = {first_group + lane, begin + at.m * kTileRows, shuffle(rows.end, lane), at.n,
+              first_slot + at.m};
       return true;
     }
     num_before += shuffle(through, kWarpSize - 1);
   }
   return false;
+}
+
+// Tiles of rows of all groups in front of `group`. All lanes of a warp call it.
+template <int kTileRows>
+SPARSE_UNIFIED_DEVICE int count_tiles_before(const int32_t* offsets, int group, int num_rows) {
+  int num_tiles = 0;
+  for (int other = lane_idx(); other < group; other += kWarpSize) {
+    const RowRange rows = group_rows(offsets, other, num_rows);
+    num_tiles += ceil_div(rows.end - rows.begin, kTileRows);
+  }
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) num_tiles += shuffle_xor(num_tiles, mask);
+  return num_tiles;
 }
 
 }  // namespace sparse_unified

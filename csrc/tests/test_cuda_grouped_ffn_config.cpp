@@ -26,8 +26,13 @@ void check_text(const char* what, const std::string& out, const std::string& exp
 
 GroupedFfnProblem bagel(int64_t num_tokens, int64_t num_experts, int64_t top_k,
                         int64_t hidden_size = 3584, int64_t intermediate_size = 18944) {
-  return {DType::kBFloat16, num_tokens * top_k, hidden_size, num_experts,
-          intermediate_size / num_experts};
+  return {DType::kBFloat16,
+          num_tokens * top_k,
+          hidden_size,
+          num_experts,
+          intermediate_size / num_experts,
+          false,
+          false};
 }
 
 void test_every_choice_fits_the_device() {
@@ -36,7 +41,7 @@ void test_every_choice_fits_the_device() {
       for (const GroupedFfnProblem& problem :
            {bagel(num_tokens, 16, 8), bagel(num_tokens, 32, 16), bagel(num_tokens, 1, 1),
             bagel(num_tokens, 16, 8, 896, 4736),
-            GroupedFfnProblem{DType::kFloat16, 5, 8, 256, 8}}) {
+            GroupedFfnProblem{DType::kFloat16, 5, 8, 256, 8, false, false}}) {
         const GroupedFfnConfig config = choose_grouped_ffn_config(problem, device);
         for (const GroupedFfnTileId id : config.tiles) {
           const GroupedFfnTile& tile = grouped_ffn_tile(id);
@@ -57,6 +62,12 @@ void test_bagel_shapes() {
       "grad_weights=128x128x32x3";
   const auto check = [&](const GroupedFfnProblem& problem) {
     check_text("H200", to_string(choose_grouped_ffn_config(problem, kH200)), large);
+    GroupedFfnProblem with_code = problem;
+    with_code.has_sm90a_code = true;
+    check_text("H200 with its code", to_string(choose_grouped_ffn_config(with_code, kH200)),
+               "sm90a overlap=on fence=consumer");
+    check_text("RTX 4090 with the code", to_string(choose_grouped_ffn_config(with_code, kRtx4090)),
+               medium);
     check_text("RTX 4090", to_string(choose_grouped_ffn_config(problem, kRtx4090)), medium);
   };
   for (const int64_t num_tokens : {1024, 2048, 4096, 8192, 16384}) {
@@ -85,6 +96,30 @@ void test_few_rows_take_small_tiles() {
   }
 }
 
+void test_what_hopper_kernels_do_not_take() {
+  GroupedFfnProblem problem = bagel(4096, 16, 8);
+  const auto refusal = [&](const DeviceInfo& device) {
+    return grouped_ffn_sm90a_refusal(problem, device);
+  };
+  check_text("no code", refusal(kH200),
+             "the library must be built for 9.0a for family=sm90a, got a build without it");
+  problem.has_sm90a_code = true;
+  check_text("BAGEL", refusal(kH200), "");
+  check_text("another device", refusal(kRtx4090),
+             "the device must have compute capability 90 for family=sm90a, got 89");
+  problem.has_block_list = true;
+  check_text("blocks", refusal(kH200), "family=sm90a must have experts, got a list of blocks");
+  problem.has_block_list = false;
+  problem.expert_width = 296;
+  check_text("width", refusal(kH200),
+             "expert_width must be a multiple of 16 for family=sm90a, got 296");
+  check_text("width", to_string(choose_grouped_ffn_config(problem, kH200)).substr(0, 5), "sm80 ");
+  // Experts with few rows.
+  problem = bagel(64, 16, 8);
+  problem.has_sm90a_code = true;
+  check_text("rows", to_string(choose_grouped_ffn_config(problem, kH200)).substr(0, 5), "sm80 ");
+}
+
 void test_overrides() {
   const GroupedFfnProblem problem = bagel(4096, 16, 8);
   const auto choose = [&](const char* text) {
@@ -95,20 +130,25 @@ void test_overrides() {
   check_text("one phase", choose("grad_rows=64x128x32x4"),
              "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 "
              "grad_rows=64x128x32x4 grad_weights=128x256x32x4");
+  check_text("options", choose("family=sm90a,overlap=off,fence=producer"),
+             "sm90a overlap=off fence=producer");
   check_text("later entries win", choose("all=128x128x32x3,down=64x128x32x4"),
              "sm80 up=128x128x32x3 down=64x128x32x4 grad_hidden=128x128x32x3 "
              "grad_rows=128x128x32x3 grad_weights=128x128x32x3");
 }
 
 void test_wrong_overrides_are_named() {
-  for (const char* text : {"up", "up=", "up=128x256x32", "left=128x256x32x4", "=128x256x32x4",
-                           "up=128x256x32x4,", ",up=128x256x32x4", "up=128x256x32x4 "}) {
+  for (const char* text :
+       {"up", "up=", "up=128x256x32", "left=128x256x32x4", "=128x256x32x4", "up=128x256x32x4,",
+        ",up=128x256x32x4", "up=128x256x32x4 ", "family=sm70", "overlap=yes", "fence="}) {
     if (grouped_ffn_override_error(text).empty()) fail(text, 0, 0, 1);
   }
-  check_text("message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
-             "SPARSE_UNIFIED_GROUPED_FFN must be PHASE=TILE with commas between, PHASE one of all, "
-             "up, down, grad_hidden, grad_rows, grad_weights, TILE one of 128x256x32x4, "
-             "128x128x32x3, 64x128x32x4, got \"up=7\"");
+  check_text(
+      "message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
+      "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80 or "
+      "sm90a, overlap=on or off, fence=consumer or producer, or PHASE=TILE, PHASE one of all, "
+      "up, down, grad_hidden, grad_rows, grad_weights, TILE one of 128x256x32x4, "
+      "128x128x32x3, 64x128x32x4, got \"up=7\"");
 }
 
 }  // namespace
@@ -120,6 +160,7 @@ int main() {
   test_bagel_shapes();
   test_few_tiles_are_smaller();
   test_few_rows_take_small_tiles();
+  test_what_hopper_kernels_do_not_take();
   test_overrides();
   test_wrong_overrides_are_named();
   return finish("test_cuda_grouped_ffn_config");

@@ -17,6 +17,8 @@ struct GroupedFfnProblem {
   int64_t hidden_size;   // D
   int64_t num_experts;   // E, groups
   int64_t expert_width;  // h
+  bool has_block_list;   // the neurons are those of kept blocks
+  bool has_sm90a_code;   // the library holds kernels for Hopper
 };
 
 // The GEMMs of forward and backward.
@@ -29,11 +31,20 @@ enum class GroupedFfnPhase {
 };
 constexpr int kNumGroupedFfnPhases = 5;
 
-// Kernels by the oldest architecture that runs them.
-enum class GroupedFfnFamily { kSm80 };
+// Kernels by the oldest architecture that runs them; those for Hopper run there alone.
+enum class GroupedFfnFamily { kSm80, kSm90a };
 
-// Block tiles m x n x k that kernels are compiled for; kernels and this table are held together by
-// a static_assert.
+// What only a measurement can choose between in the kernels for Hopper.
+struct GroupedFfnSm90aOptions {
+  // Programmatic dependent launch of the down-projection.
+  bool overlaps_kernels = true;
+  // Gathered rows reach wgmma by a fence of the producer that waits for its copies, instead of one
+  // of the consumers after the barrier.
+  bool fences_producer = false;
+};
+
+// Block tiles m x n x k that the sm80 kernels are compiled for; kernels and this table are held
+// together by a static_assert.
 struct GroupedFfnTile {
   int m;
   int n;
@@ -55,15 +66,17 @@ constexpr const GroupedFfnTile& grouped_ffn_tile(GroupedFfnTileId id) {
 
 struct GroupedFfnConfig {
   GroupedFfnFamily family;
-  GroupedFfnTileId tiles[kNumGroupedFfnPhases];  // by phase
+  GroupedFfnTileId tiles[kNumGroupedFfnPhases];  // by phase, of the sm80 kernels
+  GroupedFfnSm90aOptions sm90a;
   GroupedFfnTileId tile(GroupedFfnPhase phase) const { return tiles[static_cast<int>(phase)]; }
 };
 
 // Environment variable with the override of a process.
 constexpr const char* kGroupedFfnOverrideVariable = "SPARSE_UNIFIED_GROUPED_FFN";
 
-// Why `text` is no override; empty when it is one. An override names the tiles of some phases:
-// "up=128x256x32x4,grad_rows=128x128x32x3"; "all=..." stands for every phase.
+// Why `text` is no override; empty when it is one. An override names the tiles of some phases,
+// "up=128x256x32x4,grad_rows=128x128x32x3" ("all=..." stands for every phase), the kernels,
+// "family=sm80" or "family=sm90a", and their options, "overlap=off" and "fence=producer".
 std::string grouped_ffn_override_error(const std::string& text);
 
 // The choice for a problem, with what a valid override says in place of it.
@@ -71,7 +84,11 @@ GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
                                            const DeviceInfo& device,
                                            const std::string& override_text = "");
 
-// "sm80 up=128x256x32x4 down=... grad_hidden=... grad_rows=... grad_weights=...".
+// Why the kernels for Hopper do not take a problem on a device; empty when they do.
+std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const DeviceInfo& device);
+
+// "sm80 up=128x256x32x4 down=... grad_hidden=... grad_rows=... grad_weights=...", or
+// "sm90a overlap=on fence=consumer".
 std::string to_string(const GroupedFfnConfig& config);
 
 }  // namespace sparse_unified

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// Input gradient of grouped_ffn on Hopper: grad_rows = grad_gate gate_proj + grad_up up_proj.
+#include "cuda/rows_gemm_sm90a.h"
+
+namespace sparse_unified {
+
+cudaError_t grouped_ffn_grad_rows_sm90a(const GroupedFfnBackwardCudaParams& params,
+                                        const DeviceInfo& device, const void* grad_gate,
+                                        const void* grad_up, cudaStream_t stream) {
+  const GroupedFfnCudaParams& ffn = params.forward;
+  const rows_gemm_sm90a::Operand operands[2] = {{grad_gate, ffn.gate_proj, ffn.gate_stride},
+                                                {grad_up, ffn.up_proj, ffn.up_stride}};
+  return ffn.dtype == DType::kBFloat16
+             ? rows_gemm_sm90a::run<BFloat16, 2, Major::kMN>(
+                   ffn, device, operands, static_cast<BFloat16*>(params.grad_rows), false, stream)
+             : rows_gemm_sm90a::run<Float16, 2, Major::kMN>(
+                   ffn, device, operands, static_cast<Float16*>(params.grad_rows), false, stream);
+}
+
+}  // namespace sparse_unified
