@@ -445,10 +445,10 @@ def test_bad_arguments_of_backward_are_named() -> None:
     backward = torch.ops.sparse_unified.pruned_ffn_backward
     grad = torch.randn(6, 8)
     for bad, pattern in (
-        ((grad[:5], *activations), "grad_y must have the number of tokens"),
+        ((grad[:5], *activations), "grad_y must have the number of rows"),
         ((grad.half(), *activations), "grad_y must have dtype float32"),
-        ((grad, activations[0][:, 1:], activations[1]), "gate_rows must have the kept width"),
-        ((grad, activations[0], activations[1][:5]), "up_rows must have the number of tokens"),
+        ((grad, activations[0][:, 1:], activations[1]), "gate_rows must have the width of the activations"),
+        ((grad, activations[0], activations[1][:5]), "up_rows must have the number of rows"),
     ):
         with pytest.raises(RuntimeError, match=f"pruned_ffn_backward: {pattern}"):
             backward(bad[0], *tensors, *bad[1:], block_size, True, True)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sparse_unified/combine.h"
 
+#include "bindings/arguments.h"
 #include "bindings/ops.h"
 
 namespace sparse_unified {
@@ -8,31 +9,11 @@ namespace {
 
 constexpr int64_t kGrainTokens = 16;
 
-// y [R, D], weights [T, K], token_rows [T, K] as combine and its backward take them.
-void check_rows(const char* op, const Tensor& y, const Tensor* weights, const Tensor& token_rows) {
-  check_tensor(op, "y", y, 2);
-  check_float(op, "y", y);
-  if (weights != nullptr) {
-    check_tensor(op, "weights", *weights, 2);
-    check_dtype(op, "weights", *weights, ScalarType::Float);
-  }
-  check_tensor(op, "token_rows", token_rows, 2);
-  check_dtype(op, "token_rows", token_rows, ScalarType::Int);
-  check(token_rows.numel() == y.size(0), op, "token_rows",
-        "name each of the " + std::to_string(y.size(0)) + " rows of y once", "shape ",
-        shape_text(token_rows));
-  if (weights != nullptr) {
-    check(weights->size(0) == token_rows.size(0) && weights->size(1) == token_rows.size(1), op,
-          "weights", "have the shape of token_rows " + shape_text(token_rows), "shape ",
-          shape_text(*weights));
-  }
-}
-
 }  // namespace
 
 Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows) {
   constexpr const char* kOp = "combine";
-  check_rows(kOp, y, weights ? &*weights : nullptr, token_rows);
+  check_combine(kOp, y, weights, token_rows);
   y = with_dense_rows(y);
   token_rows = torch::stable::contiguous(token_rows);
   check_indices(kOp, "token_rows", token_rows, y.size(0));
@@ -56,11 +37,8 @@ Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows) {
 std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor weights,
                                             Tensor token_rows, bool needs_y, bool needs_weights) {
   constexpr const char* kOp = "combine_backward";
-  check_tensor(kOp, "grad_out", grad_out, 2);
-  check_rows(kOp, y, &weights, token_rows);
-  check_dtype(kOp, "grad_out", grad_out, y.scalar_type());
-  check_size(kOp, "grad_out", grad_out, 0, token_rows.size(0), "the number of tokens");
-  check_size(kOp, "grad_out", grad_out, 1, y.size(1), "the hidden size");
+  check_combine(kOp, y, weights, token_rows);
+  check_combine_gradient(kOp, grad_out, y, token_rows);
   grad_out = with_dense_rows(grad_out);
   y = with_dense_rows(y);
   weights = torch::stable::contiguous(weights);

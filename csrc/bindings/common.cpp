@@ -35,10 +35,23 @@ std::string dtype_text(ScalarType dtype) {
   }
 }
 
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank) {
+Place place_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return {};
+  return {tensor.is_cuda(), tensor.get_device_index()};
+}
+
+std::string place_text(const Place& place) {
+  if (place.is_cuda) return "cuda:" + std::to_string(place.index);
+  return place == Place{} ? "the CPU" : "another device";
+}
+
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank,
+                  const Place& place) {
   check(tensor.dim() == rank, op, argument, "have " + std::to_string(rank) + " dimensions",
         "shape ", shape_text(tensor));
-  check(tensor.is_cpu(), op, argument, "be on the CPU like the other arguments", "another device");
+  const Place found = place_of(tensor);
+  check(found == place, op, argument, "be on " + place_text(place) + " like the other arguments",
+        place_text(found));
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype) {

@@ -39,8 +39,19 @@ void check(bool ok, const char* op, const char* argument, const std::string& rul
 std::string shape_text(const Tensor& tensor);
 std::string dtype_text(ScalarType dtype);
 
-// The rank, the CPU device and the element type of an argument.
-void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank);
+// A device as error messages and checks see it.
+struct Place {
+  bool is_cuda = false;
+  int32_t index = -1;
+  bool operator==(const Place& other) const = default;
+};
+
+Place place_of(const Tensor& tensor);
+std::string place_text(const Place& place);
+
+// The rank, the device (that of the call's first tensor) and the element type of an argument.
+void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank,
+                  const Place& place = {});
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype);
 DType check_float(const char* op, const char* argument, const Tensor& tensor);
 void check_size(const char* op, const char* argument, const Tensor& tensor, int64_t dim,

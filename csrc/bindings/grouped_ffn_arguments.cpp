@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "bindings/arguments.h"
 #include "bindings/grouped_ffn.h"
 #include "sparse_unified/permute.h"
 
@@ -12,20 +13,16 @@ GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor 
       gate_proj(gate_proj_in),
       up_proj(up_proj_in),
       down_proj(down_proj_in) {
-  check_tensor(op, "x", x, 2);
-  dtype = check_float(op, "x", x);
+  const GroupedFfnSizes sizes =
+      check_grouped_ffn(op, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+  dtype = sizes.dtype;
   scalar_type = x.scalar_type();
-  hidden_size = x.size(1);
-  check_tensor(op, "row_token", row_token, 1);
-  check_dtype(op, "row_token", row_token, ScalarType::Int);
-  num_rows = row_token.size(0);
+  num_rows = sizes.num_rows;
+  hidden_size = sizes.hidden_size;
+  num_experts = sizes.num_experts;
+  expert_width = sizes.expert_width;
   row_token = torch::stable::contiguous(row_token);
   check_indices(op, "row_token", row_token, x.size(0));
-
-  check_tensor(op, "expert_offsets", expert_offsets, 1);
-  check_dtype(op, "expert_offsets", expert_offsets, ScalarType::Int);
-  num_experts = expert_offsets.size(0) - 1;
-  check(num_experts >= 1, op, "expert_offsets", "have at least 2 entries", num_experts + 1);
   expert_offsets = torch::stable::contiguous(expert_offsets);
   const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
   check(offsets[0] == 0 && offsets[num_experts] == num_rows, op, "expert_offsets",
@@ -35,22 +32,6 @@ GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor 
     check(offsets[e] <= offsets[e + 1], op, "expert_offsets", "not decrease", offsets[e + 1],
           " after ", offsets[e]);
   }
-
-  check_tensor(op, "gate_proj", gate_proj, 2);
-  check_dtype(op, "gate_proj", gate_proj, scalar_type);
-  check_size(op, "gate_proj", gate_proj, 1, hidden_size, "the hidden size of x");
-  check(gate_proj.size(0) % num_experts == 0, op, "gate_proj",
-        "have rows in equal numbers for " + std::to_string(num_experts) + " experts", "shape ",
-        shape_text(gate_proj));
-  expert_width = gate_proj.size(0) / num_experts;
-  check_tensor(op, "up_proj", up_proj, 2);
-  check_dtype(op, "up_proj", up_proj, scalar_type);
-  check_size(op, "up_proj", up_proj, 0, gate_proj.size(0), "the width of gate_proj");
-  check_size(op, "up_proj", up_proj, 1, hidden_size, "the hidden size of x");
-  check_tensor(op, "down_proj", down_proj, 2);
-  check_dtype(op, "down_proj", down_proj, scalar_type);
-  check_size(op, "down_proj", down_proj, 0, hidden_size, "the hidden size of x");
-  check_size(op, "down_proj", down_proj, 1, gate_proj.size(0), "the width of gate_proj");
   x = with_dense_rows(x);
   gate_proj = with_dense_rows(gate_proj);
   up_proj = with_dense_rows(up_proj);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the expert FFN on the CPU, one task per expert, since a weight gradient sums over all
 // rows of its expert. Frozen experts skip three of the six GEMMs.
+#include "bindings/arguments.h"
 #include "bindings/grouped_ffn.h"
 #include "bindings/ops.h"
 #include "bindings/parallel_tasks.h"
@@ -94,16 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
   constexpr const char* kOp = "grouped_ffn_backward";
   const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
   const int64_t h = ffn.expert_width;
-  check_tensor(kOp, "grad_y", grad_y, 2);
-  check_dtype(kOp, "grad_y", grad_y, ffn.scalar_type);
-  check_size(kOp, "grad_y", grad_y, 0, ffn.num_rows, "the number of rows");
-  check_size(kOp, "grad_y", grad_y, 1, ffn.hidden_size, "the hidden size of x");
-  for (const Tensor& activation : {gate_rows, up_rows}) {
-    check_tensor(kOp, "gate_rows and up_rows", activation, 2);
-    check_dtype(kOp, "gate_rows and up_rows", activation, ffn.scalar_type);
-    check_size(kOp, "gate_rows and up_rows", activation, 0, ffn.num_rows, "the number of rows");
-    check_size(kOp, "gate_rows and up_rows", activation, 1, h, "the expert width");
-  }
+  check_ffn_gradients(kOp, x, ffn.num_rows, h, grad_y, gate_rows, up_rows);
   grad_y = torch::stable::contiguous(grad_y);
   gate_rows = torch::stable::contiguous(gate_rows);
   up_rows = torch::stable::contiguous(up_rows);

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sparse_unified/permute.h"
 
+#include "bindings/arguments.h"
 #include "bindings/ops.h"
 
 namespace sparse_unified {
 
 Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   constexpr const char* kOp = "permute";
-  check_tensor(kOp, "x", x, 2);
-  const DType dtype = check_float(kOp, "x", x);
-  check_tensor(kOp, "row_token", row_token, 1);
-  check_dtype(kOp, "row_token", row_token, ScalarType::Int);
+  const DType dtype = check_permute(kOp, x, row_token, token_rows);
   row_token = torch::stable::contiguous(row_token);
   token_rows = torch::stable::contiguous(token_rows);
   check_row_maps(kOp, row_token, token_rows, x.size(0));

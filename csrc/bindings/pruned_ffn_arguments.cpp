@@ -2,24 +2,16 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bindings/arguments.h"
 #include "bindings/pruned_ffn.h"
 #include "sparse_unified/accumulate.h"
 
 namespace sparse_unified {
 namespace {
 
-constexpr int64_t kBlockMultiple = 16;
 // NOTE: a constant, not a function of the thread count. With fewer tokens a GEMM costs the reading
 // of its weights, and gathering them would double that: slabs are then single runs, in place.
 constexpr int64_t kGatherTokens = 32;
-
-std::string legal_block_sizes(int64_t width) {
-  std::string text;
-  for (int64_t size = kBlockMultiple; size <= kMaxPrunedBlock; size += kBlockMultiple) {
-    if (width % size == 0) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  }
-  return text;
-}
 
 void check_kept_blocks(const char* op, const Tensor& kept_blocks, int64_t num_blocks) {
   check_indices(op, "kept_blocks", kept_blocks, num_blocks);
@@ -43,38 +35,17 @@ PrunedFfn::PrunedFfn(const char* op, Tensor x_in, Tensor kept_blocks_in, Tensor 
       up_proj(up_proj_in),
       down_proj(down_proj_in),
       block_size(block_size_in) {
-  check_tensor(op, "x", x, 2);
-  dtype = check_float(op, "x", x);
+  const PrunedFfnSizes sizes =
+      check_pruned_ffn(op, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
+  dtype = sizes.dtype;
   scalar_type = x.scalar_type();
-  num_tokens = x.size(0);
-  hidden_size = x.size(1);
-  check_tensor(op, "kept_blocks", kept_blocks, 1);
-  check_dtype(op, "kept_blocks", kept_blocks, ScalarType::Int);
-  check_tensor(op, "gate_proj", gate_proj, 2);
-  check_dtype(op, "gate_proj", gate_proj, scalar_type);
-  check_size(op, "gate_proj", gate_proj, 1, hidden_size, "the hidden size of x");
-  width = gate_proj.size(0);
-  check(width % kBlockMultiple == 0, op, "gate_proj",
-        "have a width that is a multiple of " + std::to_string(kBlockMultiple), "shape ",
-        shape_text(gate_proj));
-  check_tensor(op, "up_proj", up_proj, 2);
-  check_dtype(op, "up_proj", up_proj, scalar_type);
-  check_size(op, "up_proj", up_proj, 0, width, "the width of gate_proj");
-  check_size(op, "up_proj", up_proj, 1, hidden_size, "the hidden size of x");
-  check_tensor(op, "down_proj", down_proj, 2);
-  check_dtype(op, "down_proj", down_proj, scalar_type);
-  check_size(op, "down_proj", down_proj, 0, hidden_size, "the hidden size of x");
-  check_size(op, "down_proj", down_proj, 1, width, "the width of gate_proj");
-  check(block_size >= kBlockMultiple && block_size <= kMaxPrunedBlock &&
-            block_size % kBlockMultiple == 0 && width % block_size == 0,
-        op, "block_size",
-        "be a multiple of 16 up to 128 that divides the width " + std::to_string(width) + " (" +
-            legal_block_sizes(width) + ")",
-        block_size);
+  num_tokens = sizes.num_tokens;
+  hidden_size = sizes.hidden_size;
+  width = sizes.width;
+  num_kept = sizes.num_kept;
+  kept_width = sizes.kept_width;
   kept_blocks = torch::stable::contiguous(kept_blocks);
   check_kept_blocks(op, kept_blocks, width / block_size);
-  num_kept = kept_blocks.size(0);
-  kept_width = num_kept * block_size;
   x = with_dense_rows(x);
   gate_proj = with_dense_rows(gate_proj);
   up_proj = with_dense_rows(up_proj);

@@ -3,6 +3,7 @@
 // GEMMs.
 #include <utility>
 
+#include "bindings/arguments.h"
 #include "bindings/ops.h"
 #include "bindings/pruned_ffn.h"
 #include "sparse_unified/swiglu.h"
@@ -73,18 +74,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pruned_ffn_backward(
     Tensor gate_rows, Tensor up_rows, int64_t block_size, bool needs_x, bool needs_weights) {
   constexpr const char* kOp = "pruned_ffn_backward";
   const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
-  check_tensor(kOp, "grad_y", grad_y, 2);
-  check_dtype(kOp, "grad_y", grad_y, ffn.scalar_type);
-  check_size(kOp, "grad_y", grad_y, 0, ffn.num_tokens, "the number of tokens");
-  check_size(kOp, "grad_y", grad_y, 1, ffn.hidden_size, "the hidden size of x");
-  for (const auto& [name, rows] : {std::pair<const char*, Tensor*>{"gate_rows", &gate_rows},
-                                   std::pair<const char*, Tensor*>{"up_rows", &up_rows}}) {
-    check_tensor(kOp, name, *rows, 2);
-    check_dtype(kOp, name, *rows, ffn.scalar_type);
-    check_size(kOp, name, *rows, 0, ffn.num_tokens, "the number of tokens");
-    check_size(kOp, name, *rows, 1, ffn.kept_width, "the kept width");
-    *rows = torch::stable::contiguous(*rows);
-  }
+  check_ffn_gradients(kOp, x, ffn.num_tokens, ffn.kept_width, grad_y, gate_rows, up_rows);
+  gate_rows = torch::stable::contiguous(gate_rows);
+  up_rows = torch::stable::contiguous(up_rows);
   grad_y = with_dense_rows(grad_y);
 
   const std::vector<KeptSlab> slabs = ffn.slabs();

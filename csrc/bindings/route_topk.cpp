@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sparse_unified/route_topk.h"
 
+#include "bindings/arguments.h"
 #include "bindings/ops.h"
 
 namespace sparse_unified {
@@ -8,15 +9,6 @@ namespace {
 
 constexpr int64_t kGrainTokens = 16;
 constexpr int64_t kGrainColumns = 64;
-
-DType check_router(const char* op, const Tensor& x, const Tensor& gate) {
-  check_tensor(op, "x", x, 2);
-  const DType dtype = check_float(op, "x", x);
-  check_tensor(op, "gate", gate, 2);
-  check_dtype(op, "gate", gate, x.scalar_type());
-  check_size(op, "gate", gate, 1, x.size(1), "the hidden size of x");
-  return dtype;
-}
 
 }  // namespace
 
@@ -58,21 +50,11 @@ std::tuple<Tensor, Tensor> route_topk_backward(Tensor grad_logits, Tensor grad_t
                                                Tensor topk_idx, Tensor x, Tensor gate, bool needs_x,
                                                bool needs_gate) {
   constexpr const char* kOp = "route_topk_backward";
-  check_tensor(kOp, "grad_logits", grad_logits, 2);
-  check_dtype(kOp, "grad_logits", grad_logits, ScalarType::Float);
-  check_tensor(kOp, "grad_topk_logits", grad_topk_logits, 2);
-  check_dtype(kOp, "grad_topk_logits", grad_topk_logits, ScalarType::Float);
-  check_tensor(kOp, "topk_idx", topk_idx, 2);
-  check_dtype(kOp, "topk_idx", topk_idx, ScalarType::Int);
-  const DType dtype = check_router(kOp, x, gate);
+  check_router_gradients(kOp, grad_logits, grad_topk_logits, topk_idx, x, gate);
+  const DType dtype = check_float(kOp, "x", x);
   const int64_t num_tokens = x.size(0);
   const int64_t num_experts = gate.size(0);
   const int64_t top_k = topk_idx.size(1);
-  check_size(kOp, "grad_logits", grad_logits, 0, num_tokens, "the number of tokens");
-  check_size(kOp, "grad_logits", grad_logits, 1, num_experts, "the number of experts");
-  check_size(kOp, "grad_topk_logits", grad_topk_logits, 0, num_tokens, "the number of tokens");
-  check_size(kOp, "grad_topk_logits", grad_topk_logits, 1, top_k, "top_k");
-  check_size(kOp, "topk_idx", topk_idx, 0, num_tokens, "the number of tokens");
   x = with_dense_rows(x);
   gate = with_dense_rows(gate);
   topk_idx = torch::stable::contiguous(topk_idx);

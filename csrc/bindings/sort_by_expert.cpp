@@ -1,19 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sparse_unified/sort_by_expert.h"
 
-#include <limits>
-
+#include "bindings/arguments.h"
 #include "bindings/ops.h"
 
 namespace sparse_unified {
 
 std::tuple<Tensor, Tensor, Tensor> sort_by_expert(Tensor topk_idx, int64_t num_experts) {
   constexpr const char* kOp = "sort_by_expert";
-  check_tensor(kOp, "topk_idx", topk_idx, 2);
-  check_dtype(kOp, "topk_idx", topk_idx, ScalarType::Int);
-  check(topk_idx.numel() <= std::numeric_limits<int32_t>::max(), kOp, "topk_idx",
-        "hold at most 2^31 - 1 entries", topk_idx.numel());
-  check(num_experts >= 1, kOp, "num_experts", "be at least 1", num_experts);
+  check_routing(kOp, topk_idx, num_experts);
   topk_idx = torch::stable::contiguous(topk_idx);
 
   SortByExpertParams params{};
