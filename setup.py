@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds `sparse_unified._C`: torch-free kernels and stable-ABI bindings, one abi3 library."""
+"""Builds `sparse_unified._C`: torch-free kernels and stable-ABI bindings, one abi3 library.
+
+Environment:
+    SPARSE_UNIFIED_CUDA: auto (default: CUDA kernels where nvcc is found), on (an error without
+        nvcc) or off. Torch itself may be a CPU build.
+    TORCH_CUDA_ARCH_LIST: architectures of the CUDA kernels (default: all, 8.0 to 12.0).
+    CUDA_HOME: the CUDA toolkit (default: that of the nvcc on the PATH).
+    MAX_JOBS: compilers at once (default: by cores and free memory).
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -15,6 +26,9 @@ CSRC = ROOT / "csrc"
 # Oldest releases the library runs on; both are checked by `make abi`.
 PYTHON_LIMITED_API = "0x030A0000"  # 3.10
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
+
+# A100; RTX 30; RTX 40; H100 and H200 with their own instructions; B200; RTX 50.
+CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0"
 
 CXX_FLAGS = [
     "-O3",
@@ -26,12 +40,62 @@ CXX_FLAGS = [
     "-Wextra",
     "-Wno-psabi",
 ]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-Xcompiler=-fvisibility=hidden,-Wno-psabi",
+    # Constants of a kernel whose body is for another architecture.
+    "-diag-suppress=177",
+    # A tenth of the size, for a few milliseconds at the first launch.
+    "--compress-mode=size",
+    # A kernel that spills registers to memory is a mistake.
+    "-Xptxas=--warn-on-spills,-Werror",
+]
 
 
-def kernel_sources() -> list[str]:
-    """Reads the C++ files of the source list that CMakeLists.txt reads too."""
+def kernel_sources(with_cuda: bool) -> list[str]:
+    """Reads the source list that CMakeLists.txt reads too."""
     lines = (CSRC / "sources.txt").read_text().splitlines()
-    return [f"csrc/{line}" for line in lines if line.endswith(".cpp")]
+    names = [line for line in lines if line and not line.startswith("#")]
+    return [f"csrc/{name}" for name in names if with_cuda or "cuda/" not in name]
+
+
+def find_cuda() -> Path | None:
+    """Folder of the CUDA toolkit, or None where kernels for CUDA are not wanted or possible."""
+    wish = os.environ.get("SPARSE_UNIFIED_CUDA", "auto")
+    if wish not in ("auto", "on", "off"):
+        raise SystemExit(f"setup: SPARSE_UNIFIED_CUDA must be auto, on or off, got {wish!r}")
+    if wish == "off":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc")
+    if nvcc is None or not Path(nvcc).exists():
+        if wish == "on":
+            raise SystemExit("setup: SPARSE_UNIFIED_CUDA=on must find nvcc, got none on the PATH")
+        return None
+    # The nvcc on the PATH may be a link or a script elsewhere; it knows where its toolkit is.
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return Path(top.group(1) if top else Path(nvcc).parent.parent).resolve()
+
+
+def architecture_flags() -> list[str]:
+    """-gencode flags of TORCH_CUDA_ARCH_LIST; 9.0 stands for 9.0a, whose kernels run there."""
+    flags = []
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    for name in wish.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", name)
+        if match is None:
+            raise SystemExit(
+                f"setup: TORCH_CUDA_ARCH_LIST must hold versions such as 9.0a, got {name!r}"
+            )
+        number = match[1] + match[2] + ("a" if match[1] + match[2] == "90" else match[3])
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
 def limit_jobs() -> None:
@@ -41,29 +105,57 @@ def limit_jobs() -> None:
         os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, int(free_gib))))
 
 
-class IncrementalBuild(BuildExtension):
+def extension() -> Extension:
+    """The one library; with nvcc, CUDA kernels and a static CUDA runtime are part of it."""
+    cuda = find_cuda()
+    options: dict[str, list[str]] = {}
+    include_dirs = [CSRC, CSRC / "include"]
+    if cuda is not None:
+        # NOTE: torch looks for a toolkit only when torch itself was built with CUDA.
+        cpp_extension.CUDA_HOME = str(cuda)
+        include_dirs.append(cuda / "include")
+        runtime = next(cuda.glob("**/libcudart_static.a"), None)
+        if runtime is None:
+            raise SystemExit(f"setup: {cuda} must hold libcudart_static.a, got none")
+        options = {
+            "extra_objects": [str(runtime)],
+            "libraries": ["dl", "rt", "pthread"],
+            "extra_link_args": ["-Wl,--exclude-libs,ALL"],
+        }
+    return cpp_extension.CppExtension(
+        name="sparse_unified._C",
+        sources=kernel_sources(cuda is not None),
+        include_dirs=[str(folder) for folder in include_dirs],
+        define_macros=[
+            ("Py_LIMITED_API", PYTHON_LIMITED_API),
+            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+        ],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + architecture_flags()},
+        py_limited_api=True,
+        **options,
+    )
+
+
+class IncrementalBuild(cpp_extension.BuildExtension):
     """Keeps object files where the next build finds them; an editable install would not."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
         self.build_temp = "build/temp"
 
+    def build_extensions(self) -> None:
+        # NOTE: torch has nvcc list the headers of a kernel only when torch was built with CUDA.
+        headers = [*CSRC.glob("device/*"), *CSRC.glob("cuda/*.h"), *CSRC.glob("include/**/*.h")]
+        newest = max(header.stat().st_mtime for header in headers)
+        for kernel in Path(self.build_temp, "csrc", "cuda").glob("*.o"):
+            if kernel.stat().st_mtime < newest:
+                kernel.unlink()
+        super().build_extensions()
+
 
 limit_jobs()
 setup(
-    ext_modules=[
-        CppExtension(
-            name="sparse_unified._C",
-            sources=kernel_sources(),
-            include_dirs=[str(CSRC), str(CSRC / "include")],
-            define_macros=[
-                ("Py_LIMITED_API", PYTHON_LIMITED_API),
-                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-            ],
-            extra_compile_args={"cxx": CXX_FLAGS},
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=[extension()],
     cmdclass={"build_ext": IncrementalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

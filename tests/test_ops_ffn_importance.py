@@ -13,7 +13,7 @@ from op_cases import DTYPES, each_thread_count, layouts
 from torch import Tensor
 
 from sparse_unified import ops
-from sparse_unified.ops import reference
+from sparse_unified.ops import composed, reference
 
 
 def arguments(
@@ -206,3 +206,21 @@ def test_bad_arguments_are_named() -> None:
         assert re.search(r"^\w+: \w+ must .+, got .+", str(caught.value))
     with pytest.raises(RuntimeError, match="ffn_importance: arguments must be on one device"):
         ops.ffn_importance(x, gate.to("meta"), up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_composed_of_torch_ops_it_is_the_same(dtype: torch.dtype, is_weighted: bool) -> None:
+    """What CUDA runs, on more neurons than one tile, with NaN where a weight is zero."""
+    x, gate, up = arguments(20, 24, 4096 + 50, dtype)
+    weights = torch.rand(20) if is_weighted else None
+    if weights is not None:
+        weights[3] = 0
+        x[3] = torch.nan
+    found = composed.ffn_importance(x, gate, up, 0.1, weights)
+    exact = reference.ffn_importance(x.double(), gate.double(), up.double(), 0.1, weights)
+    for own, other in zip(found[:2], exact[:2], strict=True):
+        assert own.dtype == torch.float32
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(own.double(), other.double(), rtol=tolerance, atol=tolerance)
+    assert (found[2] - exact[2]).abs().mean() < 0.2

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified.nn.expert_state import OfficialState, expert_views
-from sparse_unified.ops import composed, reference
+from sparse_unified.ops import backend, composed, reference
 from sparse_unified.partition import ExpertLayout
 
 logger = logging.getLogger(__name__)
-
-_KERNEL_DEVICES = ("cpu",)
 
 
 class SparseMoE(OfficialState):
@@ -41,7 +39,7 @@ class SparseMoE(OfficialState):
         shared_intermediate_size: width of the shared expert where a file gives it directly.
         gate_img: add the second router that *und* blocks use for ViT tokens.
         return_router_logits: return (y, router_logits), the official convention, or y alone.
-        strict: raise where no kernel takes the device, instead of composing torch ops.
+        strict: raise where no kernel takes device, dtype or sizes, instead of composing torch ops.
 
     Raises:
         ValueError: a size is out of range, or E does not divide what the shared expert leaves.
@@ -113,11 +111,14 @@ class SparseMoE(OfficialState):
 
     @property
     def active_backend(self) -> str:
-        """What runs this block: "cpu" for our C++ kernels, or "torch: <why>" for composed ops."""
-        device = self.gate_proj.device.type
-        if device in _KERNEL_DEVICES:
-            return device
-        return f"torch: this build has no kernel for device type {device!r}"
+        """What runs this block: "cpu" or "cuda" (our kernels), or "torch: <why>" (torch ops)."""
+        return backend.choose(
+            self.gate_proj.device,
+            dtype=self.gate_proj.dtype,
+            hidden_size=self.hidden_size,
+            widths=(self.layout.expert_width, self.layout.shared_width),
+            num_experts=self.num_experts,
+        )
 
     def forward(
         self,
@@ -183,12 +184,12 @@ class SparseMoE(OfficialState):
         return (y, logits) if self.return_router_logits else y
 
     def _use_kernels(self) -> bool:
-        backend = self.active_backend
-        if backend in _KERNEL_DEVICES:
+        active = self.active_backend
+        if active in (backend.CPU, backend.CUDA):
             return True
         if self.strict:
-            raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {backend}")
-        _warn_once(backend)
+            raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {active}")
+        _warn_once(active)
         return False
 
     def _route(
@@ -273,7 +274,7 @@ def _checked(name: str, indexes: Tensor | None, num_tokens: int) -> Tensor | Non
 _warned: set[str] = set()
 
 
-def _warn_once(backend: str) -> None:
-    if backend not in _warned and not torch.compiler.is_compiling():
-        _warned.add(backend)
-        logger.warning("SparseMoE runs composed torch ops (%s)", backend)
+def _warn_once(active: str) -> None:
+    if active not in _warned and not torch.compiler.is_compiling():
+        _warned.add(active)
+        logger.warning("SparseMoE runs composed torch ops (%s)", active)

@@ -43,14 +43,25 @@ def expert_ffn(
 
 
 def ffn_importance(
-    x: Tensor, gate_proj: Tensor, up_proj: Tensor, threshold: float = 0.0
+    x: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    threshold: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, D], weights [I, D] -> sum |h|, sum h^2, tokens with |h| > threshold, each [I] fp32."""
+    """x [T, D], weights [I, D], token_weights [T] -> three sums over tokens, each [I] fp32.
+
+    Those of `ops.ffn_importance`, summed in fp64. Values are not looked at, which would be a wait:
+    a threshold or weight out of range gives what the formula gives.
+    """
+    weights = torch.ones_like(x[:, 0]) if token_weights is None else token_weights
+    is_counted = (weights > 0).unsqueeze(1)
+    weights = weights.double()
     sums = []
     for gate, up in zip(gate_proj.split(_TILE_NEURONS), up_proj.split(_TILE_NEURONS), strict=True):
-        hidden = (F.silu(F.linear(x, gate)) * F.linear(x, up)).float()  # [T, tile]
-        size = hidden.abs()
-        fired = (size > threshold).sum(0, dtype=torch.float32)
-        sums.append((size.sum(0), hidden.square().sum(0), fired))
-    sum_abs, sum_squares, num_fired = (torch.cat(parts) for parts in zip(*sums, strict=True))
+        hidden = F.silu(F.linear(x, gate).float()) * F.linear(x, up).float()  # [T, tile]
+        size = torch.where(is_counted, hidden.abs(), 0.0).double()
+        fired = ((size > threshold) & is_counted).double()
+        sums.append(torch.stack([weights @ size, weights @ size.square(), weights @ fired]))
+    sum_abs, sum_squares, num_fired = torch.cat(sums, dim=1).float()
     return sum_abs, sum_squares, num_fired

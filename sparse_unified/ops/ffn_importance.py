@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_unified.ops import composed
 from sparse_unified.ops.registration import refuse_gradient, register_fake
 
 
@@ -59,4 +60,5 @@ def _fake(
     )
 
 
+torch.library.impl("sparse_unified::ffn_importance", "CUDA")(composed.ffn_importance)
 refuse_gradient("ffn_importance")

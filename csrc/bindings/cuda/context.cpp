@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/cuda/context.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+
+#if defined(SPARSE_UNIFIED_EMULATION)
+#include "emulation/device.h"
+#else
+#include <dlfcn.h>
+#endif
+
+namespace sparse_unified::cuda {
+namespace {
+
+constexpr int64_t kRowAlignment = 16;
+
+#if defined(SPARSE_UNIFIED_EMULATION)
+
+cudaStream_t current_stream(const char*, int32_t) { return nullptr; }
+
+DeviceInfo describe_device(int32_t) { return emulation::device_info(); }
+
+#else
+
+// NOTE: found at run time, so that one library loads where torch has no CUDA too.
+cudaStream_t current_stream(const char* op, int32_t device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+    void* symbol = dlsym(RTLD_DEFAULT, kName);
+    if (symbol == nullptr) {
+      if (void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY)) {
+        symbol = dlsym(library, kName);
+      }
+    }
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  if (get_stream == nullptr) {
+    fail(op, "torch", "be built with CUDA", "a build whose library has no CUDA streams");
+  }
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+int attribute(cudaDeviceAttr which, int32_t device) {
+  int value = 0;
+  if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) {
+    throw std::runtime_error("sparse_unified: attribute " + std::to_string(which) +
+                             " of cuda:" + std::to_string(device) + " could not be read");
+  }
+  return value;
+}
+
+// NOTE: attributes are kept by the runtime on the host; reading them costs less than a microsecond
+// and waits for nothing.
+DeviceInfo describe_device(int32_t device) {
+  DeviceInfo info{};
+  info.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                            attribute(cudaDevAttrComputeCapabilityMinor, device);
+  info.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  info.shared_bytes_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  info.shared_bytes_processor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return info;
+}
+
+#endif
+
+}  // namespace
+
+Context::Context(const char* op, const Tensor& like)
+    : op_(op),
+      like_(like),
+#if !defined(SPARSE_UNIFIED_EMULATION)
+      guard_(like.get_device_index()),
+#endif
+      stream_(current_stream(op, like.get_device_index())),
+      device_(describe_device(like.get_device_index())) {
+}
+
+void Context::check(cudaError_t error) const {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(op_) +
+                             ": the kernel could not be launched: " + cudaGetErrorString(error));
+  }
+}
+
+Tensor Context::workspace(int64_t bytes) const {
+  return empty_like_sized(like_, {bytes}, ScalarType::Byte);
+}
+
+Tensor contiguous_vector_rows(const Tensor& tensor) {
+  return with_vector_rows(torch::stable::contiguous(tensor));
+}
+
+Tensor with_vector_rows(const Tensor& tensor) {
+  const Tensor dense = with_dense_rows(tensor);
+  const int64_t row_bytes = dense.stride(0) * element_bytes(check_float("grouped_ffn", "x", dense));
+  const bool is_aligned =
+      reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % kRowAlignment == 0 &&
+      (dense.size(0) <= 1 || row_bytes % kRowAlignment == 0);
+  if (is_aligned) return dense;
+  return dense.is_contiguous() ? torch::stable::clone(dense) : torch::stable::contiguous(dense);
+}
+
+}  // namespace sparse_unified::cuda
