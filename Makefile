@@ -76,7 +76,7 @@ $(LIBRARY): $(CPP) | $(VENV)/installed
 
 ## Checks
 
-test: lint types abi ctest pytest  ## all of the checks below
+test: lint types abi ctest emulated pytest  ## all of the checks below
 
 lint: $(VENV)/installed  ## ruff, clang-format, spelling
 	@echo "== lint"
@@ -107,6 +107,11 @@ ctest: kernels  ## run the C++ tests
 	@echo "== ctest"
 	@$(RUN) ctest --test-dir build/cmake --output-on-failure
 
+# The emulated kernels take the place of the CPU's, so they need a process of their own.
+emulated: $(LIBRARY) kernels  ## the CUDA side of the ops, on emulated kernels
+	@echo "== emulated"
+	@SPARSE_UNIFIED_TEST_EMULATED=1 $(BIN)/python -m pytest -q tests/emulated
+
 pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -121,6 +126,9 @@ bench: $(LIBRARY)  ## the speed of the block beside its baselines, on the CPU
 
 docs: $(VENV)/installed  ## fill the measured numbers into the docs from bench/results
 	@$(BIN)/python docs/render.py
+
+resources: $(LIBRARY) kernels  ## what the CUDA kernels take of a multiprocessor; needs nvcc
+	@$(BIN)/python docs/resources.py
 
 wheel: $(VENV)/installed  ## wheel and source archive in dist/
 	@rm -rf build/lib* build/bdist* dist
@@ -139,4 +147,4 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 FORCE:
-.PHONY: env build test lint types abi kernels ctest pytest demo bench docs wheel clean distclean help FORCE
+.PHONY: env build test lint types abi kernels ctest emulated pytest demo bench docs resources wheel clean distclean help FORCE
