@@ -125,6 +125,7 @@ def test_norm_of_low_precision_is_taken_in_full() -> None:
 
 
 def test_contexts_packed_together_equal_contexts_alone(model: Bagel) -> None:
+    model.double()  # what differs is the order of sums, which depends on the processor
     texts = [[21, 42, 38], [33], [40, 41, 42, 43, 44]]
     images = [torch.randn(3, 28, 14), torch.randn(3, 14, 56), torch.randn(3, 42, 42)]
     latents = [torch.randn(4, 2, 4), torch.randn(4, 4, 4), torch.randn(4, 6, 2)]
@@ -143,10 +144,11 @@ def test_contexts_packed_together_equal_contexts_alone(model: Bagel) -> None:
         ):
             assert mine is not None
             assert theirs is not None
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
+    model.double()  # what differs is the order of sums, which depends on the processor
     special = model.config.special_tokens
     whole, pieces = model.new_contexts(1), model.new_contexts(1)
     model.prefill_text(whole, [[21, 42, 38]])
@@ -155,7 +157,7 @@ def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
     for mine, theirs in zip(whole[0].keys, pieces[0].keys, strict=True):
         assert mine is not None
         assert theirs is not None
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_an_image_takes_one_position(model: Bagel) -> None:
