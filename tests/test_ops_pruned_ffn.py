@@ -447,7 +447,10 @@ def test_bad_arguments_of_backward_are_named() -> None:
     for bad, pattern in (
         ((grad[:5], *activations), "grad_y must have the number of rows"),
         ((grad.half(), *activations), "grad_y must have dtype float32"),
-        ((grad, activations[0][:, 1:], activations[1]), "gate_rows must have the width of the activations"),
+        (
+            (grad, activations[0][:, 1:], activations[1]),
+            "gate_rows must have the width of the activations",
+        ),
         ((grad, activations[0], activations[1][:5]), "up_rows must have the number of rows"),
     ):
         with pytest.raises(RuntimeError, match=f"pruned_ffn_backward: {pattern}"):

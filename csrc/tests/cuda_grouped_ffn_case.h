@@ -352,8 +352,8 @@ constexpr size_t kNoRowsCase = 6;
 inline std::vector<std::string> tile_overrides() {
   std::vector<std::string> overrides;
   for (const GroupedFfnTile& tile : kGroupedFfnTiles) {
-    overrides.push_back("family=sm80,all=" + std::to_string(tile.m) + "x" + std::to_string(tile.n) + "x" +
-                        std::to_string(tile.k) + "x" + std::to_string(tile.num_stages));
+    overrides.push_back("family=sm80,all=" + std::to_string(tile.m) + "x" + std::to_string(tile.n) +
+                        "x" + std::to_string(tile.k) + "x" + std::to_string(tile.num_stages));
   }
   return overrides;
 }

@@ -120,7 +120,7 @@ void test_permute(const Shape& shape, Random& random) {
   Array<int32_t> token_rows(num_rows);
   for (int64_t i = 0; i < num_rows; ++i) token_rows[i] = static_cast<int32_t>(num_rows - 1 - i);
   permute_cpu({x.get(), stride * static_cast<int64_t>(sizeof(T)), token_rows.get(), y.get(),
-               shape.hidden_size * static_cast<int64_t>(sizeof(T)), shape.top_k},
+               shape.hidden_size * static_cast<int64_t>(sizeof(T)), shape.top_k, num_rows},
               0, shape.num_tokens);
   for (int64_t i = 0; i < y.size(); ++i) {
     const int64_t token = (num_rows - 1 - i / shape.hidden_size) / shape.top_k;

@@ -138,7 +138,7 @@ template <bool kIsSwizzled>
 void test_boxes() {
   constexpr int64_t kRows = 40, kColumns = 88, kStride = 104;
   constexpr int kBoxRows = 16, kBoxColumns = kIsSwizzled ? 64 : 24;
-  for (const auto [row, column] : {std::pair{0, 0}, {8, 16}, {3, 40}, {32, 64}, {39, 8}}) {
+  for (const auto& [row, column] : {std::pair{0, 0}, {8, 16}, {3, 40}, {32, 64}, {39, 8}}) {
     DeviceArray<BFloat16> in(kRows * kStride), out(kRows * kStride);
     DeviceArray<uint16_t> box(kBoxRows * kBoxColumns);
     for (int64_t i = 0; i < in.size(); ++i) in[i] = stored<BFloat16>(static_cast<int>(i % 255));
