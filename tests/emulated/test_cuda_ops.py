@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import (
     ROUTINGS,
     assert_as_good_as_torch,
@@ -157,7 +159,7 @@ def test_block_and_its_gradients(
     for name in experts:
         getattr(block, name).data.mul_(3)
         getattr(block, name).requires_grad_(not is_frozen)
-    x, grad = torch.randn(70, 136).to(dtype), torch.randn(70, 136)
+    x, grad = torch.randn(150, 136).to(dtype), torch.randn(150, 136)
     names = ("gate.weight", *(() if is_frozen else experts))
 
     ours = gradients(block, x, grad, names)
@@ -232,3 +234,46 @@ def test_bad_arguments_are_named_before_a_kernel_runs() -> None:
 def test_an_index_out_of_range_ends_the_kernel() -> None:
     with pytest.raises(RuntimeError):
         ops.sort_by_expert(torch.tensor([[0, 7]], dtype=torch.int32), 4)
+
+
+def pruned_case(dtype: torch.dtype, num_kept: int) -> tuple[Tensor, ...]:
+    """x, kept_blocks and weights of a FFN of 9 blocks of 32 neurons."""
+    width, hidden_size = 9 * 32, 72
+    scale = hidden_size**-0.5
+    return (
+        torch.randn(70, hidden_size).to(dtype),
+        torch.randperm(9)[:num_kept].int(),
+        (torch.randn(width, hidden_size) * scale).to(dtype),
+        (torch.randn(width, hidden_size) * scale).to(dtype),
+        (torch.randn(hidden_size, width) * 0.5 * width**-0.5).to(dtype),
+    )
+
+
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("num_kept", [0, 4, 9])
+def test_pruned_ffn_and_its_gradients(dtype: torch.dtype, num_kept: int) -> None:
+    x, kept, *weights = pruned_case(dtype, num_kept)
+    grad = torch.randn(x.shape)
+
+    def run(*tensors: Tensor, function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        y = function(leaves[0], kept, *leaves[1:], 32)
+        (y.float() * grad).sum().backward()
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+    def in_torch(x: Tensor, kept: Tensor, *weights: Tensor) -> Tensor:
+        *experts, block_size = weights
+        gate, up = (weight.unflatten(0, (-1, block_size))[kept.long()] for weight in experts[:2])
+        down = experts[2].unflatten(1, (-1, block_size))[:, kept.long()]
+        hidden = F.silu(F.linear(x, gate.flatten(0, 1))) * F.linear(x, up.flatten(0, 1))
+        return F.linear(hidden, down.flatten(1))
+
+    ours = run(x, *weights, function=ops.pruned_ffn)
+    torchs = run(x, *weights, function=in_torch)
+    exact = run(x.float(), *(w.float() for w in weights), function=in_torch)
+    for found, own, wide_result in zip(ours, torchs, exact, strict=True):
+        if num_kept == 0:
+            assert not found.any()
+        else:
+            assert_as_good_as_torch(found, own, wide_result)
