@@ -19,6 +19,7 @@ from sparse_unified.bench.claims import GPU_CLAIMS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+RESOURCES = ROOT / "docs" / "resources.json"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
 
@@ -189,6 +190,30 @@ def op_rows(content: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def resource_rows(path: Path = RESOURCES) -> Iterator[str]:
+    """The table of docs/resources.json: kernels by architecture."""
+    content = json.loads(path.read_text())
+    yield "## What a kernel takes of a multiprocessor"
+    yield ""
+    yield (
+        "Written by `make resources`: registers and spills by the compiler, instructions as its PTX"
+    )
+    yield (
+        "has them, threads and shared memory of the launches for bagel-16to8-T4096 in bf16, blocks"
+    )
+    yield f"that fit at a time by all of these. Nothing here was measured. nvcc {content['nvcc']}."
+    yield ""
+    yield "| kernel | arch | threads | registers | spilled | shared KB | blocks | instructions |"
+    yield "|---|---|---:|---:|---:|---:|---:|---|"
+    for record in content["records"]:
+        instructions = ", ".join(f"{n} {name}" for name, n in record["instructions"].items())
+        yield (
+            f"| {record['kernel']} | {record['architecture']} | {record['threads']} "
+            f"| {record['registers']} | {record['spilled_bytes']} "
+            f"| {record['shared_bytes'] / 1024:.1f} | {record['blocks']} | {instructions} |"
+        )
+
+
 def performance(results: Results) -> str:
     """Returns docs/performance.md."""
     lines = [
@@ -224,7 +249,7 @@ def performance(results: Results) -> str:
             "",
             *op_rows(content),
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *resource_rows()]) + "\n"
 
 
 def readme_block(results: Results) -> str:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each CUDA kernel takes of a multiprocessor: bench/results/resources.json.
+"""What each CUDA kernel takes of a multiprocessor: docs/resources.json, for docs/performance.md.
 
     python docs/resources.py
 
-Registers and spills are the compiler's report (nvcc, ptxas -v); threads and shared memory are those
+Registers and spills are the compiler's report (nvcc, ptxas -v), instructions are counted in its
+PTX; threads and shared memory are those
 of the launches that the ops make for BAGEL's shapes, which the emulated library records without
 running them. Blocks per multiprocessor follow from both. Nothing here was measured on a GPU.
 """
@@ -21,6 +22,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "cmake" / "libsparse_unified_emulated_ops.so"
@@ -85,24 +87,51 @@ def demangle(symbols: list[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def compile_report(source: Path, limits: Limits) -> dict[str, dict[str, int]]:
-    """Kernel -> registers and spilled bytes of one file on one architecture."""
+# Instructions that tell which way a kernel goes, by a name for the table.
+INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async",
+    "mma": "mma.sync",
+    "TMA load": "cp.async.bulk.tensor.2d.shared",
+    "TMA store": "cp.async.bulk.tensor.2d.global",
+    "cp.async": "cp.async.cg",
+}
+
+
+def run_nvcc(source: Path, *options: str) -> subprocess.CompletedProcess[str]:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("resources: nvcc must be on the PATH, got none")
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [
-                *(nvcc, "-std=c++20", "-O3", "-diag-suppress=177"),
-                *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"),
-                f"-gencode=arch=compute_{limits.target},code=sm_{limits.target}",
-                *("-Xptxas=-v", "-cubin", str(source), "-o", f"{folder}/out.cubin"),
-            ],
-            capture_output=True,
-            text=True,
-        )
+    done = subprocess.run(
+        [
+            *(nvcc, "-std=c++20", "-O3", "-diag-suppress=177"),
+            *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"),
+            *(*options, str(source)),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"resources: {source.name} must compile, got\n{done.stderr}")
+    return done
+
+
+def count_instructions(ptx: str) -> dict[str, dict[str, int]]:
+    """Mangled kernel -> how often its PTX has each of INSTRUCTIONS."""
+    bodies = re.split(r"\.entry\s+(\w+)", ptx)[1:]
+    return {
+        name: {label: body.count(text) for label, text in INSTRUCTIONS.items() if text in body}
+        for name, body in zip(bodies[::2], bodies[1::2], strict=True)
+    }
+
+
+def compile_report(source: Path, limits: Limits) -> dict[str, dict[str, Any]]:
+    """Kernel -> registers, spilled bytes and instructions of one file on one architecture."""
+    target = limits.target
+    with tempfile.TemporaryDirectory() as folder:
+        run_nvcc(source, f"-arch=compute_{target}", "-ptx", "-o", f"{folder}/out.ptx")
+        instructions = count_instructions(Path(folder, "out.ptx").read_text())
+        gencode = f"-gencode=arch=compute_{target},code=sm_{target}"
+        done = run_nvcc(source, gencode, "-Xptxas=-v", "-cubin", "-o", f"{folder}/out.cubin")
     entries = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -111,8 +140,12 @@ def compile_report(source: Path, limits: Limits) -> dict[str, dict[str, int]]:
     )
     names = demangle([entry[0] for entry in entries]) if entries else []
     return {
-        short_name(name): {"registers": int(used), "spilled_bytes": int(stores) + int(loads)}
-        for name, (_, stores, loads, used) in zip(names, entries, strict=True)
+        short_name(name): {
+            "registers": int(used),
+            "spilled_bytes": int(stores) + int(loads),
+            "instructions": instructions[symbol],
+        }
+        for name, (symbol, stores, loads, used) in zip(names, entries, strict=True)
     }
 
 
@@ -166,7 +199,7 @@ def measure() -> dict[str, object]:
     records = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for capability, limits in ARCHITECTURES.items():
-            reports: dict[str, dict[str, int]] = {}
+            reports: dict[str, dict[str, Any]] = {}
             for report in pool.map(lambda source, of=limits: compile_report(source, of), sources):
                 reports |= report
             for kernel, threads, shared in sorted(set(launches_of(capability))):
@@ -191,7 +224,7 @@ def measure() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, metavar="CAPABILITY", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "resources.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "resources.json")
     arguments = parser.parse_args()
     if arguments.launches is not None:
         sys.stdout.write(json.dumps(record_launches(arguments.launches)))
