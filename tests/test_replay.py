@@ -248,7 +248,7 @@ def test_context_images_and_tensors_must_match(
     sizes: Any, tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     tensors = {"init_noise": torch.zeros(16, 16), **tensors}
-    with pytest.raises(ValueError, match=r"case: .* must hold"):
+    with pytest.raises(ValueError, match=r"case\.safetensors: .* must hold"):
         replay(write_case(tmp_path, "edit", {"context_image": sizes}, tensors))
 
 

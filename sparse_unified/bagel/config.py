@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,13 @@ def _field(source: Mapping[str, Any], name: str, where: str) -> Any:
     if source.get(name) is None:
         raise ValueError(f"{where}: {name} must be given, got keys {sorted(source)}")
     return source[name]
+
+
+def _number(source: Mapping[str, Any], name: str, where: str) -> float:
+    value = _field(source, name, where)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{where}: {name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +108,8 @@ class LLMConfig:
             raise ValueError(f"{where}: use_sliding_window must be false, got true")
         # Newer transformers write rope_theta inside rope_parameters.
         rope = source.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{where}: rope_parameters must be an object, got {rope!r}")
         return cls(
             hidden_size=_field(source, "hidden_size", where),
             intermediate_size=_field(source, "intermediate_size", where),
@@ -107,8 +117,8 @@ class LLMConfig:
             num_attention_heads=_field(source, "num_attention_heads", where),
             num_key_value_heads=_field(source, "num_key_value_heads", where),
             vocab_size=_field(source, "vocab_size", where),
-            rms_norm_eps=float(_field(source, "rms_norm_eps", where)),
-            rope_theta=float(_field({**rope, **source}, "rope_theta", where)),
+            rms_norm_eps=_number(source, "rms_norm_eps", where),
+            rope_theta=_number({**rope, **source}, "rope_theta", where),
             sparse_gen=sparse_gen or {},
             sparse_und=sparse_und or {},
             pruned_gen=pruned_gen or {},
@@ -159,7 +169,7 @@ class VisionConfig:
             patch_size=_field(source, "patch_size", where),
             image_size=_field(source, "image_size", where),
             num_channels=source.get("num_channels", 3),
-            layer_norm_eps=float(source.get("layer_norm_eps", 1e-6)),
+            layer_norm_eps=_number({"layer_norm_eps": 1e-6, **source}, "layer_norm_eps", where),
         )
 
 

@@ -73,7 +73,7 @@ def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def check_tensors(
-    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], *, where: str
+    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor], *, where: str
 ) -> None:
     """Raises one ValueError that lists every missing, extra and misshapen tensor of a file."""
     problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
@@ -82,7 +82,7 @@ def check_tensors(
         if key not in specs:
             continue
         spec = specs[key]
-        if tuple(targets[key].shape) != spec.shape:
+        if tuple(targets[key].shape) != tuple(spec.shape):
             shape = list(targets[key].shape)
             problems.append(f"misshapen {key} {list(spec.shape)}, not {shape}")
         elif not spec.dtype.is_floating_point:

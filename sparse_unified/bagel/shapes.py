@@ -23,6 +23,7 @@ from sparse_unified.bagel.config import (
 from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer
 from sparse_unified.checkpoint.autoencoder import Shapes, read_sizes, require_shape
 from sparse_unified.checkpoint.held import Held
+from sparse_unified.checkpoint.structure import check_vision_layers, vision_layers
 
 _QUERY_NORM = r"language_model\.model\.layers\.\d+\.self_attn\.q_norm(_moe_gen)?\.weight"
 
@@ -165,13 +166,14 @@ def bagel_config(
             f"{where}: vae2llm.weight must have p * p * {latent_channels} columns for latents of "
             f"{latent_channels} channels, got {token_channels}"
         )
+    vit_layers = vision_layers(shapes)
+    if problems := check_vision_layers(vit, vit_layers):
+        raise ValueError(f"{where}: {problems[0]}")
     latent_rows = require_shape(shapes, "latent_pos_embed.pos_embed", 2, where)[0]
     vit_rows = require_shape(shapes, "vit_pos_embed.pos_embed", 2, where)[0]
     result = BagelConfig(
         llm=config,
-        vision=VisionConfig.from_json(
-            vit, num_hidden_layers=_count(shapes, r"vit_model\..*encoder\.layers\.(\d+)\.")
-        ),
+        vision=VisionConfig.from_json(vit, num_hidden_layers=len(vit_layers)),
         latent_channels=latent_channels,
         vae_downsample=vae_downsample,
         latent_patch_size=patch,
