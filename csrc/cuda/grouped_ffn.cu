@@ -19,24 +19,25 @@ std::string override_text() {
   return text == nullptr ? "" : text;
 }
 
-GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params) {
+GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
   return {.dtype = params.dtype,
           .num_rows = params.num_rows,
           .hidden_size = params.hidden_size,
           .num_experts = params.expert_offsets == nullptr ? 1 : params.num_experts,
           .expert_width = params.expert_width,
           .has_block_list = params.blocks.kept_blocks != nullptr,
-          .has_sm90a_code = grouped_ffn_sm90a_is_compiled()};
+          .has_sm90a_code = device.compute_capability == 90 && grouped_ffn_sm90a_is_compiled()};
 }
 
 GroupedFfnConfig choose_config(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
-  return choose_grouped_ffn_config(problem_of(params), device, override_text());
+  return choose_grouped_ffn_config(problem_of(params, device), device, override_text());
 }
 
 // Rows of the intermediate matrices, which the kernels for Hopper pad.
 int64_t intermediate_rows(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
   const bool is_padded = choose_config(params, device).family == GroupedFfnFamily::kSm90a;
-  return is_padded ? grouped_ffn_sm90a_padded_rows(params.num_rows, problem_of(params).num_experts)
+  return is_padded ? grouped_ffn_sm90a_padded_rows(params.num_rows,
+                                                   problem_of(params, device).num_experts)
                    : params.num_rows;
 }
 
@@ -113,7 +114,7 @@ std::string config_refusal(const GroupedFfnCudaParams& params, const DeviceInfo&
   if (!error.empty()) return error;
   const GroupedFfnConfig config = choose_config(params, device);
   if (config.family == GroupedFfnFamily::kSm90a) {
-    return grouped_ffn_sm90a_refusal(problem_of(params), device);
+    return grouped_ffn_sm90a_refusal(problem_of(params, device), device);
   }
   for (const GroupedFfnTileId id : config.tiles) {
     if (grouped_ffn_tile(id).shared_bytes() > device.shared_bytes_block) {

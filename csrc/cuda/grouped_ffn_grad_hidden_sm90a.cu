@@ -50,6 +50,10 @@ constexpr int kBoxBytes = kTileK * kSwizzleRowBytes;  // of down
 constexpr int kNumBoxes = kTileNeurons / kBoxNeurons;
 constexpr int kStageBytes = kRowsBytes + kNumBoxes * kBoxBytes;
 
+// Groups of 8 neurons whose gate and up a thread has on the way at a time.
+constexpr int kBatch = 8;
+static_assert(kTileNeurons / 8 % kBatch == 0);
+
 // Shared memory: stages of {grad_y, down}, barriers.
 constexpr int kBarrierOffset = kStages * kStageBytes;
 constexpr int kSharedBytes = kBarrierOffset + RingBarriers<kStages>::kBytes;
@@ -103,16 +107,15 @@ SPARSE_UNIFIED_DEVICE void produce(const GradHiddenParams<T>& params, uint32_t s
   }
 }
 
+// Gradients of two neurons of a row from grad_hidden and the kept words of gate and up.
 template <typename T>
-SPARSE_UNIFIED_DEVICE void store_pair(const GradHiddenParams<T>& params, int64_t kept,
-                                      int64_t padded, bool is_valid, float low, float high) {
-  float gate[2] = {}, up[2] = {};
-  if (is_valid) {
-    unpack<T>(*reinterpret_cast<const uint32_t*>(params.gate_rows + kept), gate[0], gate[1]);
-    unpack<T>(*reinterpret_cast<const uint32_t*>(params.up_rows + kept), up[0], up[1]);
-  }
-  const SwigluGradient first = swiglu_gradient(is_valid ? low : 0.0f, gate[0], up[0]);
-  const SwigluGradient second = swiglu_gradient(is_valid ? high : 0.0f, gate[1], up[1]);
+SPARSE_UNIFIED_DEVICE void store_pair(const GradHiddenParams<T>& params, int64_t padded, float low,
+                                      float high, uint32_t gate_word, uint32_t up_word) {
+  float gate[2], up[2];
+  unpack<T>(gate_word, gate[0], gate[1]);
+  unpack<T>(up_word, up[0], up[1]);
+  const SwigluGradient first = swiglu_gradient(low, gate[0], up[0]);
+  const SwigluGradient second = swiglu_gradient(high, gate[1], up[1]);
   *reinterpret_cast<uint32_t*>(params.grad_gate + padded) = pack<T>(first.gate, second.gate);
   *reinterpret_cast<uint32_t*>(params.grad_up + padded) = pack<T>(first.up, second.up);
   if (params.hidden != nullptr) {
@@ -133,10 +136,24 @@ SPARSE_UNIFIED_DEVICE void store_tile(const GradHiddenParams<T>& params, const R
     const int64_t padded =
         static_cast<int64_t>(tile.slot * kTileRows + row) * params.expert_width + first_neuron;
 #pragma unroll
-    for (int j = 0; j < kTileNeurons / 8; ++j) {
-      if (first_neuron + 8 * j < params.expert_width) {
-        store_pair(params, kept + 8 * j, padded + 8 * j, is_valid, d[4 * j + 2 * half],
-                   d[4 * j + 2 * half + 1]);
+    for (int first = 0; first < kTileNeurons / 8; first += kBatch) {
+      // NOTE: all loads of a batch before its stores, which the compiler may not let them pass.
+      uint32_t gate[kBatch], up[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int offset = 8 * (first + i);
+        const bool is_kept = is_valid && first_neuron + offset < params.expert_width;
+        gate[i] =
+            is_kept ? *reinterpret_cast<const uint32_t*>(params.gate_rows + kept + offset) : 0;
+        up[i] = is_kept ? *reinterpret_cast<const uint32_t*>(params.up_rows + kept + offset) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int offset = 8 * (first + i);
+        if (first_neuron + offset >= params.expert_width) continue;
+        const float* pair = d + 4 * (first + i) + 2 * half;
+        store_pair(params, padded + offset, is_valid ? pair[0] : 0.0f, is_valid ? pair[1] : 0.0f,
+                   gate[i], up[i]);
       }
     }
   }

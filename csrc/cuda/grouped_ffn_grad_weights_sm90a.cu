@@ -28,6 +28,7 @@
 #include "device/tensor_copy.h"
 #include "device/tile_scheduler.h"
 #include "device/vector.h"
+#include "device/warp.h"
 #include "device/warpgroup.h"
 #include "device/wgmma.h"
 
@@ -43,9 +44,9 @@ constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
 constexpr int kAccumulators = kColumns / 2;  // of a thread: 64 * 256 / 128
 static_assert(kSm90aTileRows % kTileK == 0, "padding reaches to the end of the last stage");
 
-// 56 and 224 registers for 128 and 256 threads are all but 1024 of the 65536.
-constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters = 224;
+// 72 and 216 registers for 128 and 256 threads are all but 1024 of the 65536.
+constexpr int kProducerRegisters = 72;
+constexpr int kConsumerRegisters = 216;
 
 constexpr int kBoxBytes = kTileK * kSwizzleRowBytes;  // 64 rows of 64 neurons, or of 64 columns
 constexpr int kNeuronsBytes = kNumConsumers * kBoxBytes;
@@ -54,6 +55,8 @@ constexpr int kStageBytes = kNeuronsBytes + kColumns / kBoxColumns * kBoxBytes;
 
 // A gathered row is one warp's: lane l copies 16 bytes at column 8 l, to tile l / 8, chunk l % 8.
 constexpr int kNumProducerWarps = kWarpgroupSize / kWarpSize;
+constexpr int kRowsOfWarp = kTileK / kNumProducerWarps;
+static_assert(kRowsOfWarp <= kWarpSize);
 constexpr int kBoxChunks = kSwizzleRowBytes / kVectorBytes;
 static_assert(kColumns * 2 == kWarpSize * kVectorBytes);
 
@@ -135,6 +138,13 @@ SPARSE_UNIFIED_DEVICE void produce(const GradWeightsParams<T>& params, uint32_t 
     const int column = tile.column + lane_idx() * kVectorElements<T>;
     const int num_rows = tile.rows.end - tile.rows.begin;
     for (int first = 0; first < num_rows; first += kTileK, at.advance()) {
+      // Lane i looks up the warp's i-th row of the stage, while the stage is still in use.
+      const int looked_up = tile.rows.begin + first + warp_idx() + lane_idx() * kNumProducerWarps;
+      int source = 0;
+      if (lane_idx() < kRowsOfWarp && looked_up < tile.rows.end) {
+        source = params.row_token == nullptr ? looked_up : params.row_token[looked_up];
+        device_check(0 <= source && source < params.num_sources);
+      }
       ring.wait_empty(at);
       const uint32_t stage = shared + at.stage * kStageBytes;
       const uint32_t full = ring.full(at.stage);
@@ -146,18 +156,14 @@ SPARSE_UNIFIED_DEVICE void produce(const GradWeightsParams<T>& params, uint32_t 
                    tile.neuron + (kIsDown ? consumer * kBoxNeurons : 0), full);
         }
       }
-#pragma unroll 4
-      for (int row = warp_idx(); row < kTileK; row += kNumProducerWarps) {
-        const int row_idx = tile.rows.begin + first + row;
-        const bool is_inside = row_idx < tile.rows.end && column < params.hidden_size;
-        int source = 0;
-        if (row_idx < tile.rows.end) {
-          source = params.row_token == nullptr ? row_idx : params.row_token[row_idx];
-          device_check(0 <= source && source < params.num_sources);
-        }
+#pragma unroll
+      for (int i = 0; i < kRowsOfWarp; ++i) {
+        const int row = warp_idx() + i * kNumProducerWarps;
+        const bool is_inside =
+            tile.rows.begin + first + row < tile.rows.end && column < params.hidden_size;
+        const int64_t offset = shuffle(source, i) * params.columns_stride + column;
         copy_async_16(stage + kNeuronsBytes + box * kBoxBytes + swizzled_offset(row, chunk),
-                      params.columns + (is_inside ? source * params.columns_stride + column : 0),
-                      is_inside ? kVectorBytes : 0);
+                      params.columns + (is_inside ? offset : 0), is_inside ? kVectorBytes : 0);
       }
       barrier_arrive_after_copies(full);
     }

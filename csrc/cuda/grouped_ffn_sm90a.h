@@ -11,7 +11,7 @@ namespace sparse_unified {
 // Rows of a tile; the hidden rows of every group start at a multiple of it.
 constexpr int kSm90aTileRows = 128;
 
-// Whether the library holds these kernels in code for Hopper.
+// Whether the library holds these kernels in code for Hopper; asked while such a device is current.
 bool grouped_ffn_sm90a_is_compiled();
 
 // Rows of the intermediate buffers: every group padded to whole tiles, whatever the routing.

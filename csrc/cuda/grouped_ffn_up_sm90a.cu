@@ -17,6 +17,7 @@
 // both mostly from L2; hidden is written once. FLOPs: 4 R D h.
 // Preconditions: D % 8 == 0, h % 16 == 0, rows of x and of the weights on 16-byte boundaries.
 #include <algorithm>
+#include <atomic>
 
 #include "cuda/grouped_ffn_sm90a.h"
 #include "device/async_copy.h"
@@ -98,18 +99,24 @@ struct GatheredRows {
   const T* row[kCopiesPerThread];
   bool is_valid[kCopiesPerThread];
 
+  // NOTE: one loop after the other, so that the look-ups are under way together.
   SPARSE_UNIFIED_DEVICE GatheredRows(const UpParams<T>& params, const RowTile& tile, int thread) {
+    int token[kCopiesPerThread];
 #pragma unroll
     for (int i = 0; i < kCopiesPerThread; ++i) {
       const int row_idx = tile.first_row + thread / kRowChunks + i * kRowStep;
       is_valid[i] = row_idx < tile.end_row;
-      int token = 0;
-      if (is_valid[i]) {
-        token = params.row_token == nullptr ? row_idx : params.row_token[row_idx];
-        device_check(0 <= token && token < params.num_tokens);
-      }
-      row[i] = params.x + token * params.x_stride;
+      token[i] = !is_valid[i]                  ? 0
+                 : params.row_token == nullptr ? row_idx
+                                               : params.row_token[row_idx];
     }
+    bool is_legal = true;
+#pragma unroll
+    for (int i = 0; i < kCopiesPerThread; ++i) {
+      is_legal &= 0 <= token[i] && token[i] < params.num_tokens;
+      row[i] = params.x + token[i] * params.x_stride;
+    }
+    device_check(is_legal);
   }
 };
 
@@ -327,14 +334,15 @@ bool grouped_ffn_sm90a_is_compiled() {
 #if defined(SPARSE_UNIFIED_EMULATION)
   return true;
 #else
-  // NOTE: code for an older architecture, compiled again at load, leaves the bodies empty.
-  static const bool is_compiled = [] {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error =
-        cudaFuncGetAttributes(&attributes, grouped_ffn_up_sm90a_kernel<BFloat16, false>);
-    if (error != cudaSuccess) cudaGetLastError();
-    return error == cudaSuccess && attributes.ptxVersion >= 90;
-  }();
+  // NOTE: code for an older architecture, compiled again at load, leaves the bodies empty. Asked on
+  // a Hopper device alone; a failure, of memory say, is not remembered.
+  static std::atomic<bool> is_compiled{false};
+  if (is_compiled) return true;
+  cudaFuncAttributes attributes{};
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, grouped_ffn_up_sm90a_kernel<BFloat16, false>);
+  if (error != cudaSuccess) cudaGetLastError();
+  is_compiled = error == cudaSuccess && attributes.ptxVersion >= 90;
   return is_compiled;
 #endif
 }
