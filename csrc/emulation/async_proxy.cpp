@@ -82,8 +82,11 @@ std::string find_unfinished_work() {
     return std::to_string(under_way.size()) +
            " transfers to shared memory under way at the end of the block";
   }
-  const std::string products = find_unfinished_products();
-  return products.empty() ? find_unfinished_stores() : products;
+  for (const auto find :
+       {find_unfinished_barriers, find_unfinished_products, find_unfinished_stores}) {
+    if (std::string text = find(); !text.empty()) return text;
+  }
+  return "";
 }
 
 }  // namespace emulation
@@ -93,6 +96,7 @@ std::string find_unfinished_work() {
 void fence_async_proxy() {
   using namespace emulation;
   const InEmulator in_emulator;
+  fence_barriers_of(current->idx);
   const int mine = ++num_fences[static_cast<size_t>(current->idx)];
   const int* lanes = num_fences.data() + current->warp() * kLanes;
   for (int l = 0; l < kLanes; ++l) {

@@ -34,6 +34,8 @@ bool finish_all_transfers();
 // barrier.cpp: bytes of a transfer have come, and an arrival on behalf of a thread.
 void complete_bytes(const Transfer& transfer, int num_bytes);
 void arrive_for(const Transfer& transfer);
+// What a thread has initialised becomes visible to the asynchronous proxy.
+void fence_barriers_of(int thread_idx);
 // tensor_copy.cpp: moves the box; returns its bytes.
 int load_box_now(const Transfer& transfer);
 
@@ -47,6 +49,7 @@ void begin_async_block();
 std::string find_unfinished_work();
 // Their parts.
 void begin_barriers();
+std::string find_unfinished_barriers();
 void begin_products();
 std::string find_unfinished_products();
 void begin_box_stores();

@@ -4,6 +4,7 @@
 #include "device/barrier.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 
 #include "emulation/async_proxy.h"
@@ -18,6 +19,12 @@ constexpr uint64_t kMark = 0x6d62617272696572u;
 constexpr int kMaxArrivals = (1 << 20) - 1;
 constexpr int kMaxBytes = (1 << 20) - 1;
 
+// A wait that has seen the end of a phase.
+struct Seen {
+  int thread_idx;
+  uint32_t time;
+};
+
 struct MemoryBarrier {
   int num_arrivals = 0;      // of a phase
   int num_missing = 0;       // arrivals that this phase lacks
@@ -25,26 +32,52 @@ struct MemoryBarrier {
   int64_t phase = 0;         // phases that have ended
   race::Clock of_phase;      // what the arrivals of this phase have done before
   race::Clock of_completed;  // and those of the last one
+  std::vector<Seen> seen;    // by waits for the last one
+  int initialised_by = 0;    // thread
+  bool is_fenced = false;    // visible to the asynchronous proxy
   char waits_for[96] = {};   // for the report of a deadlock
 };
 
 std::map<uint32_t, MemoryBarrier> barriers;
 
-MemoryBarrier& find(const char* name, uint32_t address) {
+bool is_marked(const void* memory, uint32_t address) {
   uint64_t mark = 0;
-  std::memcpy(&mark, shared_pointer(name, address, kBarrierBytes, kBarrierBytes), sizeof(mark));
+  std::memcpy(&mark, memory, sizeof(mark));
+  return mark == (kMark ^ address);
+}
+
+// What a thread uses at `code`.
+MemoryBarrier& find(const char* name, uint32_t address, int thread_idx, const void* code) {
+  const void* memory = shared_pointer(name, address, kBarrierBytes, kBarrierBytes);
   const auto found = barriers.find(address);
   if (found == barriers.end()) fail("%s: no barrier was initialised there", name);
-  if (mark != (kMark ^ address)) fail("%s: the barrier was written over", name);
+  if (!is_marked(memory, address)) fail("%s: the barrier was written over", name);
+  race::access(thread_idx, memory, kBarrierBytes, race::Kind::kAtomic, code);
   return found->second;
 }
 
 void end_phase_if_complete(MemoryBarrier& barrier) {
   if (barrier.num_missing > 0 || barrier.num_bytes != 0) return;
+  // A wait that comes after two phases finds the parity of the first again, and waits for a third.
+  for (const Seen& seen : barrier.seen) {
+    if (race::holds(barrier.of_phase, seen.thread_idx, seen.time)) continue;
+    fail(
+        "mbarrier: phase %lld ends, and nothing orders that with the wait of thread %d for the "
+        "phase before, which could fall two phases behind",
+        static_cast<long long>(barrier.phase), seen.thread_idx);
+  }
+  barrier.seen.clear();
   ++barrier.phase;
   barrier.num_missing = barrier.num_arrivals;
   barrier.of_completed = barrier.of_phase;
   notify();
+}
+
+void add_bytes(const char* name, MemoryBarrier& barrier, int num_bytes) {
+  barrier.num_bytes += num_bytes;
+  if (std::abs(barrier.num_bytes) <= kMaxBytes) return;
+  fail("%s: a phase may expect %d bytes at a time, not %lld", name, kMaxBytes,
+       static_cast<long long>(barrier.num_bytes));
 }
 
 void arrive(const char* name, MemoryBarrier& barrier, int thread_idx) {
@@ -61,16 +94,36 @@ void arrive(const char* name, MemoryBarrier& barrier, int thread_idx) {
 
 void begin_barriers() { barriers.clear(); }
 
+void fence_barriers_of(int thread_idx) {
+  for (auto& [address, barrier] : barriers) {
+    if (barrier.initialised_by == thread_idx) barrier.is_fenced = true;
+  }
+}
+
+std::string find_unfinished_barriers() {
+  for (const auto& [address, barrier] : barriers) {
+    if (barrier.num_bytes == 0) continue;
+    return "mbarrier at " + std::to_string(address) + ": " + std::to_string(barrier.num_bytes) +
+           " bytes missing at the end of the block";
+  }
+  return "";
+}
+
 void complete_bytes(const Transfer& transfer, int num_bytes) {
-  MemoryBarrier& barrier = find("load_box", transfer.barrier);
+  const char* name = "load_box";
+  MemoryBarrier& barrier = find(name, transfer.barrier, transfer.thread_idx, transfer.code);
+  if (!barrier.is_fenced) {
+    fail("%s: no fence after barrier_init makes the barrier visible to it", name);
+  }
   race::release(barrier.of_phase, transfer.thread_idx);
-  barrier.num_bytes -= num_bytes;
+  add_bytes(name, barrier, -num_bytes);
   end_phase_if_complete(barrier);
 }
 
 void arrive_for(const Transfer& transfer) {
   const char* name = "barrier_arrive_after_copies";
-  arrive(name, find(name, transfer.barrier), transfer.thread_idx);
+  arrive(name, find(name, transfer.barrier, transfer.thread_idx, transfer.code),
+         transfer.thread_idx);
 }
 
 }  // namespace emulation
@@ -84,21 +137,26 @@ void barrier_init(uint32_t address, int num_arrivals) {
   }
   const uint64_t mark = kMark ^ address;
   void* memory = shared_pointer(name, address, kBarrierBytes, kBarrierBytes);
+  if (is_marked(memory, address)) fail("%s: there is a barrier already", name);
   race::access(current->idx, memory, kBarrierBytes, race::Kind::kWrite,
                __builtin_return_address(0));
   std::memcpy(memory, &mark, sizeof(mark));
   MemoryBarrier barrier;
   barrier.num_arrivals = barrier.num_missing = num_arrivals;
+  barrier.initialised_by = current->idx;
   barriers[address] = barrier;
 }
 
-void fence_barrier_init() {}
+void fence_barrier_init() {
+  const emulation::InEmulator in_emulator;
+  emulation::fence_barriers_of(emulation::current->idx);
+}
 
 void barrier_arrive(uint32_t address) {
   using namespace emulation;
   const InEmulator in_emulator;
   const char* name = "barrier_arrive";
-  arrive(name, find(name, address), current->idx);
+  arrive(name, find(name, address, current->idx, __builtin_return_address(0)), current->idx);
   maybe_yield();
 }
 
@@ -109,8 +167,8 @@ void barrier_arrive_expect_bytes(uint32_t address, int num_bytes) {
   if (num_bytes < 0 || num_bytes > kMaxBytes) {
     fail("%s: num_bytes must be 0 to %d, got %d", name, kMaxBytes, num_bytes);
   }
-  MemoryBarrier& barrier = find(name, address);
-  barrier.num_bytes += num_bytes;
+  MemoryBarrier& barrier = find(name, address, current->idx, __builtin_return_address(0));
+  add_bytes(name, barrier, num_bytes);
   arrive(name, barrier, current->idx);
   maybe_yield();
 }
@@ -118,7 +176,7 @@ void barrier_arrive_expect_bytes(uint32_t address, int num_bytes) {
 void barrier_arrive_after_copies(uint32_t address) {
   using namespace emulation;
   const InEmulator in_emulator;
-  find("barrier_arrive_after_copies", address);
+  find("barrier_arrive_after_copies", address, current->idx, __builtin_return_address(0));
   Transfer transfer{};
   transfer.barrier = address;
   transfer.thread_idx = current->idx;
@@ -136,10 +194,11 @@ void barrier_wait(uint32_t address, int parity) {
   if (parity != 0 && parity != 1) fail("%s: parity must be 0 or 1, got %d", name, parity);
   maybe_yield();
   while (true) {
-    MemoryBarrier& barrier = find(name, address);
+    MemoryBarrier& barrier = find(name, address, current->idx, __builtin_return_address(0));
     // The phase under way has parity phase % 2; the one before, which has ended, the other.
     if (barrier.phase % 2 != parity) {
       race::acquire(barrier.of_completed, current->idx);
+      barrier.seen.push_back({current->idx, race::time_of(current->idx)});
       return;
     }
     std::snprintf(barrier.waits_for, sizeof(barrier.waits_for),

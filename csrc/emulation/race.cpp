@@ -189,6 +189,13 @@ void acquire(const Clock& clock, int thread_idx) {
   for (size_t t = 0; t < clock.of_thread.size(); ++t) own[t] = std::max(own[t], clock.of_thread[t]);
 }
 
+uint32_t time_of(int thread_idx) { return clocks[thread_idx][thread_idx]; }
+
+bool holds(const Clock& clock, int thread_idx, uint32_t time) {
+  const auto t = static_cast<size_t>(thread_idx);
+  return t < clock.of_thread.size() && clock.of_thread[t] >= time;
+}
+
 int products_of(int warp) { return block.num_threads + warp; }
 
 void order(int earlier_thread, int later_thread) {

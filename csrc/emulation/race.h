@@ -35,6 +35,10 @@ void join(const uint32_t* lanes, int first_warp, int num_warps);
 void release(Clock& clock, int thread_idx);
 void acquire(const Clock& clock, int thread_idx);
 
+// The time of a thread, and whether the clock holds what it did up to then.
+uint32_t time_of(int thread_idx);
+bool holds(const Clock& clock, int thread_idx, uint32_t time);
+
 // The thread that stands for the products of a warp; and: what one thread did so far comes before
 // what another does from now on.
 int products_of(int warp);
@@ -48,6 +52,8 @@ inline void access(int, const void*, int, Kind, const void*) {}
 inline void join(const uint32_t*, int, int) {}
 inline void release(Clock&, int) {}
 inline void acquire(const Clock&, int) {}
+inline uint32_t time_of(int) { return 0; }
+inline bool holds(const Clock&, int, uint32_t) { return true; }
 inline int products_of(int) { return 0; }
 inline void order(int, int) {}
 

@@ -25,6 +25,7 @@ struct PendingStore {
   int column;
   uint32_t shared;
   int group;
+  bool has_landed;
   const void* code;
 };
 
@@ -62,7 +63,15 @@ int count_inside(const TensorMap& map, int64_t row, int64_t column) {
       std::clamp<int64_t>(map.num_columns - column, 0, kVector / kElementBytes));
 }
 
-void land_store(int thread_idx, const PendingStore& store) {
+void access_target(const Transfer& transfer, int offset) {
+  const uint32_t address = transfer.shared + static_cast<uint32_t>(offset);
+  race::access(transfer.thread_idx, shared_pointer("load_box", address, kVector, kVector), kVector,
+               race::Kind::kWrite, transfer.code);
+}
+
+void land_store(int thread_idx, PendingStore& store) {
+  if (store.has_landed) return;
+  store.has_landed = true;
   const TensorMap& map = store.map;
   for_each_piece(map, [&](int row, int column, int offset) {
     const int64_t to_row = store.row + row;
@@ -97,8 +106,7 @@ int load_box_now(const Transfer& transfer) {
       std::memcpy(bytes, source, static_cast<size_t>(num_bytes));
     }
     const uint32_t address = transfer.shared + static_cast<uint32_t>(offset);
-    race::access(transfer.thread_idx, shared_pointer("load_box", address, kVector, kVector),
-                 kVector, race::Kind::kWrite, transfer.code);
+    access_target(transfer, offset);
     write_both("load_box", address, bytes, kVector);
   });
   return box_bytes(map);
@@ -108,7 +116,7 @@ void wait_for_stores(int num_pending) {
   const InEmulator in_emulator;
   const auto thread = static_cast<size_t>(current->idx);
   const int end_group = store_groups[thread] - num_pending;
-  std::erase_if(stores[thread], [&](const PendingStore& store) {
+  std::erase_if(stores[thread], [&](PendingStore& store) {
     if (store.group >= end_group) return false;
     land_store(current->idx, store);
     return true;
@@ -173,6 +181,8 @@ void load_box(uint32_t shared, const TensorMap* map, int row, int column, uint32
   transfer.row = row;
   transfer.column = column;
   transfer.code = __builtin_return_address(0);
+  // The box may come at once: from now on nobody else may touch the target.
+  for_each_piece(*map, [&](int, int, int offset) { access_target(transfer, offset); });
   start_transfer(std::move(transfer));
   maybe_yield();
 }
@@ -183,11 +193,10 @@ void store_box(const TensorMap* map, int row, int column, uint32_t shared) {
   check_box("store_box", *map, shared);
   const auto thread = static_cast<size_t>(current->idx);
   stores[thread].push_back(
-      {*map, row, column, shared, store_groups[thread], __builtin_return_address(0)});
+      {*map, row, column, shared, store_groups[thread], false, __builtin_return_address(0)});
   if (block.schedule.copies == Copies::kEager ||
       (block.schedule.copies == Copies::kRandom && one_in(2))) {
     land_store(current->idx, stores[thread].back());
-    stores[thread].pop_back();
   }
 }
 

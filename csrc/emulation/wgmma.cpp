@@ -4,6 +4,7 @@
 #include "device/wgmma.h"
 
 #include <algorithm>
+#include <deque>
 #include <limits>
 
 #include "device/vector.h"
@@ -37,11 +38,25 @@ struct Accumulators {
 
 struct WarpProducts {
   std::vector<Accumulators> accumulators;
-  int group = 0;  // that the next product belongs to
+  int group = 0;           // that the next product belongs to
+  int64_t num_issued = 0;  // products
   bool is_fenced = false;
 };
 
 std::vector<WarpProducts> warps;
+
+// The products that not all four warps of a warpgroup have issued yet.
+struct WarpgroupProducts {
+  struct Issued {
+    WgmmaLane what;  // but for d
+    int num_warps;
+  };
+  std::deque<Issued> issued;
+  int64_t first = 0;  // number of the oldest
+};
+
+constexpr int kWarpgroupWarps = 4;
+std::vector<WarpgroupProducts> warpgroups;
 
 // What the lanes did comes before the products, or the other way round.
 void order_lanes_before_products() {
@@ -148,17 +163,35 @@ void give_back(const Accumulators& done) {
   }
 }
 
+bool is_same(const WgmmaLane& x, const WgmmaLane& y) {
+  return x.a == y.a && x.b == y.b && x.n == y.n && x.is_bfloat16 == y.is_bfloat16 &&
+         x.is_a_mn_major == y.is_a_mn_major && x.is_b_mn_major == y.is_b_mn_major &&
+         x.is_accumulating == y.is_accumulating;
+}
+
+// The four warps of a warpgroup must issue the same products, though not at the same time here.
+void compare_with_warpgroup(WarpProducts& warp, const WgmmaLane& what) {
+  WarpgroupProducts& group = warpgroups[static_cast<size_t>(current->warp() / kWarpgroupWarps)];
+  const auto idx = static_cast<size_t>(warp.num_issued++ - group.first);
+  if (idx == group.issued.size()) group.issued.push_back({what, 0});
+  if (!is_same(group.issued[idx].what, what)) {
+    fail("wgmma: the warps of a warpgroup issue different products");
+  }
+  ++group.issued[idx].num_warps;
+  if (group.issued.front().num_warps < kWarpgroupWarps) return;
+  group.issued.pop_front();
+  ++group.first;
+}
+
 void issue(WgmmaLane* lanes) {
   for (int l = 1; l < kLanes; ++l) {
-    if (lanes[l].a != lanes[0].a || lanes[l].b != lanes[0].b || lanes[l].n != lanes[0].n ||
-        lanes[l].is_accumulating != lanes[0].is_accumulating) {
-      fail("wgmma: lanes 0 and %d issue different products", l);
-    }
+    if (!is_same(lanes[l], lanes[0])) fail("wgmma: lanes 0 and %d issue different products", l);
   }
   WarpProducts& warp = mine();
   if (!warp.is_fenced) {
     fail("wgmma: wgmma_fence must come before it, since registers could be touched");
   }
+  compare_with_warpgroup(warp, lanes[0]);
   order_lanes_before_products();
   Accumulators& target = find_accumulators(warp, lanes);
   if (target.n != lanes[0].n) fail("wgmma: accumulators of another product");
@@ -200,11 +233,17 @@ void wait_for_products(int num_pending) {
   maybe_yield();
 }
 
-void begin_products() { warps.assign(static_cast<size_t>(block.num_threads / kLanes), {}); }
+void begin_products() {
+  warps.assign(static_cast<size_t>(block.num_threads / kLanes), {});
+  warpgroups.assign(warps.size() / kWarpgroupWarps, {});
+}
 
 std::string find_unfinished_products() {
   for (const WarpProducts& warp : warps) {
     if (!warp.accumulators.empty()) return "wgmma: products that nobody waited for";
+  }
+  for (const WarpgroupProducts& group : warpgroups) {
+    if (!group.issued.empty()) return "wgmma: a product that not all warps of a warpgroup issued";
   }
   return "";
 }

@@ -43,6 +43,48 @@ Run first_warp_first;  // warp 1 reads what warp 0 should have written
 Run lanes_in_order;    // the last lane's write should win
 Run blocks_in_order;   // a block reads what the block before should have written
 Run constant_written;  // load_vector_once of what the kernel writes
+// ring.cu: boxes through a ring of stages
+Run phase_never_flips;        // the consumer waits for the same parity in every pass
+Run phase_flips_early;        // and for that of the next pass
+Run too_many_bytes;           // expected by a full barrier: 16 more than come
+Run too_few_bytes;            // one box of two
+Run more_bytes_at_end;        // expected by a barrier that nobody waits for any more
+Run full_not_waited_for;      // the consumer reads at once
+Run empty_not_waited_for;     // the producer does not wait for free stages
+Run released_before_read;     // the consumer frees a stage, then reads it
+Run box_read_unswizzled;      // rows taken as if they lay one after the other
+Run lanes_fall_behind;        // lanes that wait without arriving, and nothing holds their warp
+Run barrier_not_initialised;  //
+Run barrier_used_at_once;     // no sync_threads after barrier_init
+Run barrier_not_fenced;       // no fence after it
+Run barrier_written_over;     // by a store to shared memory
+Run barrier_twice;            // initialised again while in use
+Run one_arrival_too_many;     //
+// staging.cu: threads write a tile that a box store sends away
+Run store_without_fence;         // of the proxies
+Run store_without_sync;          // of the writers
+Run store_not_waited_for;        // at the end of the kernel
+Run store_not_committed;         //
+Run staging_overwritten;         // by the next tile, before the store has read it
+Run named_barrier_too_wide;      // counts more threads than come
+Run named_barrier_too_narrow;    // counts fewer
+Run named_barrier_disagreement;  // two counts
+// products.cu: gathered rows and a box, multiplied by wgmma
+Run rows_unswizzled;               // cp.async writes rows one after the other
+Run box_unswizzled;                // the tensor map has no swizzle
+Run descriptor_of_other_major;     // K-major tiles read as MN-major
+Run descriptor_unswizzled;         //
+Run products_without_proxy_fence;  // on rows that cp.async has written
+Run proxy_fence_before_wait;       // for the stage
+Run arrival_before_copies;         // barrier_arrive where it should wait for cp.async
+Run accumulators_read_early;       // before wgmma_wait
+Run wait_leaves_a_group;           // and the accumulators are read
+Run products_not_committed;        //
+Run missing_wgmma_fence;           //
+Run stage_released_early;          // before wgmma_wait
+Run stage_refilled_early;          // the producer does not wait for free stages
+Run warps_differ;                  // a warp issues products of its own
+Run warp_left_out;                 // a warp issues none
 
 // Input, output and length of the kernels.
 struct Params {
@@ -51,14 +93,14 @@ struct Params {
   int n;
 };
 
-// Launches the kernel on in[i] = 3 i + 1 with `n` values out, and compares with
+// Calls launch_on(in, out) with in[i] = 3 i + 1 and `n` values out, and compares with
 // expected(in, i).
-template <typename Expected>
-std::string run(void (*kernel)(Params), const LaunchConfig& config, int n, Expected&& expected) {
+template <typename LaunchOn, typename Expected>
+std::string run_on(int n, const LaunchOn& launch_on, const Expected& expected) {
   emulation::DeviceArray<int32_t> in(n);
   emulation::DeviceArray<int32_t> out(n);
   for (int i = 0; i < n; ++i) in[i] = 3 * i + 1;
-  launch(kernel, config, Params{in.get(), out.get(), n});
+  launch_on(in, out);
   out.check_guards("out");
   if (const int64_t i = out.first_unwritten(); i >= 0) return "unwritten at " + std::to_string(i);
   for (int i = 0; i < n; ++i) {
@@ -68,6 +110,15 @@ std::string run(void (*kernel)(Params), const LaunchConfig& config, int n, Expec
     }
   }
   return "";
+}
+
+template <typename Expected>
+std::string run(void (*kernel)(Params), const LaunchConfig& config, int n,
+                const Expected& expected) {
+  const auto launch_on = [&](auto& in, auto& out) {
+    launch(kernel, config, Params{in.get(), out.get(), n});
+  };
+  return run_on(n, launch_on, expected);
 }
 
 inline int32_t same(emulation::DeviceArray<int32_t>& in, int i) { return in[i]; }
