@@ -10,7 +10,8 @@ import torch
 CPU = "cpu"
 CUDA = "cuda"
 
-# What the CUDA kernels of csrc/cuda take; csrc/cuda/grouped_ffn_config.cpp checks the same.
+# What the CUDA kernels take: csrc/cuda/grouped_ffn.cu refuses the same, kMaxCudaExperts is of
+# csrc/include/sparse_unified/cuda/route_topk.h; tests/emulated compares.
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_MULTIPLE = 8
 _CUDA_MAX_EXPERTS = 256
