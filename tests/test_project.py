@@ -32,6 +32,8 @@ ORDER = (
     "swap",
     "bagel",
     "analysis",
+    "adapt",
+    "mini",
     "testing",
     "fixtures",
     "bench",
@@ -45,7 +47,19 @@ NARROWER = {
     "checkpoint": {"errors", "partition", "nn"},
 }
 MAY_PRINT = {"bench", "cli"}
-HEAVY = ("transformers", "tokenizers", "huggingface_hub", "PIL", "tqdm", "matplotlib")
+HEAVY = (
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "PIL",
+    "tqdm",
+    "matplotlib",
+    "datasets",
+    "tensorboard",
+    "sklearn",
+    "accelerate",
+    "torchao",
+)
 
 
 def sources(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
