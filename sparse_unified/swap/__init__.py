@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse, narrower and skipped parts into a live model, in place, and out of it again.
 
-Reading order: `find` (which modules), `probe` (what they return), `blocks` (what goes in their
-place), `exchange` (in and out), `counts`, `report`, `transforms` (sparse FFNs), `width`, `depth`,
-`heads`, `restore`.
+Reading order: `weights` (what a dense FFN is), `find` (which modules), `probe` (what they return),
+`blocks` (what goes in their place), `exchange` (in and out), `counts`, `report`, `transforms`
+(sparse FFNs), `width`, `depth`, `heads`, `restore`.
 """
 
 from sparse_unified.checkpoint.counts import Counts

@@ -13,7 +13,8 @@ from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.partition import ExpertLayout
-from sparse_unified.swap.find import DenseWeights, Target
+from sparse_unified.swap.find import Target
+from sparse_unified.swap.weights import DenseWeights, offload_like, projection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class Plan:
             if router is not None:
                 torch.nn.init.zeros_(router.weight)
         for name in keys.PROJECTIONS:
-            trained = getattr(self.target.ffn, name).weight.requires_grad
+            trained = projection(self.target.ffn, name).weight.requires_grad
             getattr(block, name).requires_grad_(trained)
         return block.train(self.target.ffn.training)
 
@@ -65,6 +66,7 @@ def permuted_block(plan: Plan, neuron_index: Tensor) -> SparseMoE:
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
         fused = getattr(block, name).data
         torch.index_select(getattr(plan.weights, name), dim, neuron_index, out=fused)
+    offload_like(block, plan.target.ffn)
     return block
 
 
@@ -96,7 +98,8 @@ def narrow_ffn(ffn: nn.Module, weights: DenseWeights, kept: Tensor, *, returns_t
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
         weight = getattr(narrow, name).weight
         torch.index_select(getattr(weights, name), dim, kept, out=weight.data)
-        weight.requires_grad_(getattr(ffn, name).weight.requires_grad)
+        weight.requires_grad_(projection(ffn, name).weight.requires_grad)
+    offload_like(narrow, ffn)
     return narrow.train(ffn.training)
 
 
@@ -128,6 +131,7 @@ def loaded_block(plan: Plan, checkpoint: Checkpoint) -> SparseMoE:
     prefix = keys.ffn_prefix(plan.target.component, plan.target.layer)
     for key, view in block.official_views().items():
         view.copy_(checkpoint.read(prefix + key).to(gate_proj.dtype))
+    offload_like(block, plan.target.ffn)
     return block
 
 

@@ -50,7 +50,7 @@ def skip_layers_(
     where = "skip_layers_"
     if not isinstance(config, SkipLayersConfig):
         raise TypeError(f"{where}: config must be a SkipLayersConfig, got {type(config).__name__}")
-    host = find_host(model, where=where)
+    host = find_host(model, where=where, component=config.component)
     selected = select_layers(config.layers, len(host.layers))
     changes: list[tuple[int, Change]] = []
     for layer in selected:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified.swap.hooks import move_hooks
+from sparse_unified.swap.weights import offloaded
 
 # NOTE: kept in the instance dict, inside a dataclass, so that what was replaced is no submodule: it
 # has no part in state dicts, optimisers, `.to()` or `.train()`, but in deepcopy and pickle.
@@ -162,7 +163,8 @@ def _marker(name: str) -> str:
 
 def is_unmoved_meta(place: Place) -> bool:
     """Tells whether what is kept of a place holds no data, while the model got its own."""
-    kept = like(place.state.module) if place.state.module is not None else None
+    module = place.state.module
+    kept = None if module is None or offloaded(module) else like(module)
     now = place.owner._buffers[_marker(place.name)] if place.now is None else like(place.now)
     return kept is not None and now is not None and kept.is_meta and not now.is_meta
 
@@ -171,7 +173,7 @@ def follow(place: Place) -> None:
     """Moves a kept module to the device, dtype and mode that its place has come to have."""
     kept, state = place.state.module, place.state
     assert kept is not None
-    weight = like(kept)
+    weight = None if offloaded(kept) else like(kept)  # else accelerate moves them
     now = place.owner._buffers[_marker(place.name)] if place.now is None else like(place.now)
     if weight is not None and now is not None:
         then = (weight.device, weight.dtype)

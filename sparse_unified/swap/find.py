@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the FFNs of a live model by structure: attribute names and tensors, never classes.
 
-A host is anything that leads, by one of `LAYER_PATHS`, to decoder layers with two FFNs, `mlp` (und)
-and `mlp_moe_gen` (gen): our model, the official ones, and pipelines that hold one of them.
+A host is anything that leads to decoder layers with the FFNs `mlp` (und) and `mlp_moe_gen` (gen),
+or with `mlp` alone: our model, the official ones, decoders of transformers and of serving engines,
+and pipelines that hold one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
@@ -21,22 +21,23 @@ from sparse_unified.nn import SparseMoE
 from sparse_unified.partition import select_layers
 from sparse_unified.swap.exchange import Change
 from sparse_unified.swap.skipped import SkippedFFN
+from sparse_unified.swap.weights import (
+    MERGED_PROJECTIONS,
+    DenseWeights,
+    describe_module,
+    projection_names,
+    read_weights,
+)
 
+# Where decoder layers are looked for first; then in every nn.ModuleList.
 LAYER_PATHS = (
     "language_model.model.layers",
     "model.language_model.model.layers",
+    "model.language_model.layers",
+    "language_model.layers",
     "model.layers",
     "layers",
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class DenseWeights(NamedTuple):
-    """The three tensors of a dense FFN: gate_proj and up_proj [I, D], down_proj [D, I]."""
-
-    gate_proj: Tensor
-    up_proj: Tensor
-    down_proj: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ class Host:
             raise ValueError(
                 f"{where}: layer {layer} ({self.path}.{layer}.{name}): {name} must be a module of "
                 f"the layer, got {type(getattr(module, name, None)).__name__} in a "
-                f"{_describe(module)}"
+                f"{describe_module(module)}"
             )
         return Target(
             layer=layer,
@@ -122,31 +123,70 @@ class Host:
         return takes_absent_parts(self.layers[layer])
 
 
-def find_host(model: object, *, where: str) -> Host:
+def find_host(model: object, *, where: str, component: str | None = None) -> Host:
     """Returns the decoder layers of a model or pipeline.
 
+    Layers with a generation FFN go before layers with `mlp` alone, `LAYER_PATHS` before what else
+    is a list of such layers.
+
+    Args:
+        component: whose FFN the layers must have; None takes either.
+
     Raises:
-        ValueError: none of `LAYER_PATHS` leads to layers with `mlp_moe_gen`; the message says what
-            each of them led to.
+        ValueError: there are none, or several lists of them; the message says what was found.
     """
+    stacks = dict(_stacks(model))
+    kinds = {FFN_NAMES["gen"]: _has_gen_ffn} if component == "gen" else _HAS_FFN
+    for has_ffn in kinds.values():
+        hosts = {
+            path: Host(path=path, layers=layers)
+            for path, layers in stacks.items()
+            if any(map(has_ffn, layers))
+        }
+        for path in LAYER_PATHS:
+            if path in hosts:
+                return hosts[path]
+        if len(hosts) > 1:
+            raise ValueError(
+                f"{where}: model must have one list of decoder layers, got {len(hosts)}: "
+                f"{list_some(list(hosts))}; give the module that holds the one that is meant"
+            )
+        for host in hosts.values():
+            return host
     found = []
-    for path in LAYER_PATHS:
-        layers = reduce(lambda at, name: getattr(at, name, None), path.split("."), model)
-        if layers is None:
-            continue
-        if hasattr(layers, "__len__") and hasattr(layers, "__getitem__"):
-            modules = [layers[i] for i in range(len(layers))]
-            if any(_has_ffn(m) for m in modules):
-                return Host(path=path, layers=modules)
-            kinds = list_some(dict.fromkeys(map(_describe, modules)), 2)
-            found.append(f"{path}: {len(modules)} x {kinds}")
-        else:
-            found.append(f"{path}: {_describe(layers)}")
+    for path in dict.fromkeys((*LAYER_PATHS, *stacks)):
+        if path in stacks:
+            names = list(dict.fromkeys(map(describe_module, stacks[path])))
+            found.append(f"{path}: {len(stacks[path])} x {list_some(names, 2)}")
+        elif (other := _at(model, path)) is not None:
+            found.append(f"{path}: {describe_module(other)}")
     raise ValueError(
-        f"{where}: model must have decoder layers with mlp_moe_gen (and mlp), each with "
-        f"{', '.join(PROJECTIONS)}, under {' or '.join(LAYER_PATHS)}; got a {_describe(model)}"
+        f"{where}: model must have decoder layers with {' or '.join(kinds)}, made of "
+        f"{', '.join(PROJECTIONS)} (or {' and '.join(MERGED_PROJECTIONS)}), under "
+        f"{' or '.join(LAYER_PATHS)} or in another list of layers; got a {describe_module(model)}"
         + "".join(f"; {text}" for text in found)
     )
+
+
+def _stacks(model: object) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Yields what may be a list of decoder layers, with the attribute path that leads there."""
+    seen: set[int] = set()
+    for path in LAYER_PATHS:
+        layers: Any = _at(model, path)
+        if hasattr(layers, "__len__") and hasattr(layers, "__getitem__"):
+            seen.add(id(layers))
+            yield path, [layers[i] for i in range(len(layers))]
+    # A pipeline is no module, but holds some as attributes.
+    roots: Mapping[str, object] = {"": model}
+    if not isinstance(model, nn.Module):
+        roots = getattr(model, "__dict__", {})
+    for root, module in roots.items():
+        if not isinstance(module, nn.Module):
+            continue
+        for path, part in module.named_modules(prefix=root):
+            if isinstance(part, nn.ModuleList) and id(part) not in seen:
+                seen.add(id(part))
+                yield path, list(part)
 
 
 def select_held(
@@ -177,77 +217,33 @@ def takes_absent_parts(layer: nn.Module) -> bool:
 
 
 def read_dense(target: Target, *, where: str) -> DenseWeights:
-    """Returns the weights of a dense FFN, the parameters themselves without their gradients.
+    """Returns the weights of a dense FFN, see `read_weights`.
 
     Raises:
-        ValueError: the FFN is sparse already, or holds anything but three plain floating weights
-            of fitting shapes, one dtype and one device: a bias, an adapter, quantised weights.
+        ValueError: they are not plain weights of a dense FFN.
     """
-    ffn, at = target.ffn, target.describe(where)
-    if isinstance(ffn, SparseMoE) or hasattr(ffn, "experts"):
-        raise ValueError(f"{at}: FFN must be dense, got a {type(ffn).__name__}, sparse already")
-    parts = [getattr(ffn, name, None) for name in PROJECTIONS]
-    if not all(isinstance(part, nn.Module) for part in parts):
-        raise ValueError(f"{at}: FFN must have {', '.join(PROJECTIONS)}, got a {_describe(ffn)}")
-    weights = []
-    for name, part in zip(PROJECTIONS, parts, strict=True):
-        weight = getattr(part, "weight", None)
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"{at}: {name} must have a weight, got a {_describe(part)}")
-        if getattr(part, "bias", None) is not None:
-            raise ValueError(f"{at}: {name} must have no bias, got {type(part).__name__} with one")
-        if weight.dtype not in _DTYPES:
-            raise ValueError(
-                f"{at}: {name}.weight must be float32, bfloat16 or float16, not quantised, "
-                f"got {weight.dtype}"
-            )
-        if type(weight) not in (nn.Parameter, Tensor):
-            raise ValueError(
-                f"{at}: {name}.weight must be a plain tensor, got {type(weight).__name__}"
-            )
-        weights.append(weight.detach())
-    known = {f"{name}.weight" for name in PROJECTIONS}
-    others = [name for name, _ in ffn.named_parameters() if name not in known]
-    if others:
-        raise ValueError(
-            f"{at}: FFN must have no parameters but its three weights, got {list_some(others)}"
-        )
-    dense = DenseWeights(*weights)
-    _check_fit(dense, at)
-    if dense.gate_proj.is_meta and any(hasattr(module, "_hf_hook") for module in ffn.modules()):
-        raise ValueError(f"{at}: weights must be in memory, got weights offloaded by accelerate")
-    return dense
+    return read_weights(target.ffn, target.describe(where))
 
 
-def _check_fit(dense: DenseWeights, at: str) -> None:
-    shapes = [list(weight.shape) for weight in dense]
-    fit = len(shapes[0]) == 2 and shapes[0] == shapes[1] == shapes[2][::-1] and 0 not in shapes[0]
-    if not fit:
-        raise ValueError(
-            f"{at}: weights must have shapes [I, D], [I, D] and [D, I] ({', '.join(PROJECTIONS)}), "
-            f"got {', '.join(map(str, shapes))}"
-        )
-    for what in ("dtype", "device"):
-        values = {str(getattr(weight, what)) for weight in dense}
-        if len(values) > 1:
-            raise ValueError(
-                f"{at}: weights must share one {what}, got {', '.join(sorted(values))}"
-            )
+def _at(model: object, path: str) -> object:
+    return reduce(lambda at, name: getattr(at, name, None), path.split("."), model)
 
 
-def _has_ffn(layer: nn.Module) -> bool:
+def _has_gen_ffn(layer: nn.Module) -> bool:
     """Tells whether a layer has a generation FFN, or had one before it was skipped."""
     name = FFN_NAMES["gen"]
     return hasattr(layer, name) and any(name in module._modules for module in _modules(layer))
 
 
+def _has_und_ffn(layer: nn.Module) -> bool:
+    """Tells whether a layer has a FFN that can be sparse, or is, or was skipped."""
+    ffn = getattr(layer, FFN_NAMES["und"], None)
+    return bool(projection_names(ffn)) or isinstance(ffn, SparseMoE | SkippedFFN)
+
+
+# Name of a FFN -> does a layer have it. One with both is a BAGEL's.
+_HAS_FFN = {FFN_NAMES["gen"]: _has_gen_ffn, FFN_NAMES["und"]: _has_und_ffn}
+
+
 def _modules(module: object) -> list[nn.Module]:
     return list(module.modules()) if isinstance(module, nn.Module) else []
-
-
-def _describe(value: object) -> str:
-    """Writes a type and, for a module, what it is made of."""
-    if not isinstance(value, nn.Module):
-        return type(value).__name__
-    children = list_some([name for name, _ in value.named_children()])
-    return f"{type(value).__name__} ({children})"

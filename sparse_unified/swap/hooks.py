@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from sparse_unified.swap.weights import hooks_of
 
 # Attribute -> its value without hooks. State dict hooks are not among them: they know the keys of
 # the module they were written for.
@@ -45,14 +48,33 @@ def _move_patch(source: nn.Module, target: nn.Module) -> None:
         return
     if not patched.args or patched.args[0] is not source:
         return
-    del source.__dict__["forward"]
-    wrapped = source.__dict__.pop("_old_forward")
-    if getattr(wrapped, "__func__", None) is not type(source).forward:
-        source.__dict__["forward"] = wrapped
-    target.__dict__["_hf_hook"] = source.__dict__.pop("_hf_hook", None)
+    # A hook that brings the weights of a module knows their names and stays with it.
+    hooks = list(hooks_of(source))
+    staying = [hook for hook in hooks if getattr(hook, "offload", False)]
+    moving = [hook for hook in hooks if hook not in staying]
+    if staying and not moving:
+        return
+    if staying:
+        source.__dict__["_hf_hook"] = _joined(staying)
+    else:
+        del source.__dict__["forward"]
+        wrapped = source.__dict__.pop("_old_forward")
+        if getattr(wrapped, "__func__", None) is not type(source).forward:
+            source.__dict__["forward"] = wrapped
+        source.__dict__.pop("_hf_hook", None)
+    own = list(hooks_of(target))
+    target.__dict__["_hf_hook"] = _joined([*moving, *own])
+    if own:
+        return
     target.__dict__["_old_forward"] = target.forward
     moved = functools.partial(patched.func, target, *patched.args[1:], **patched.keywords)
     target.__dict__["forward"] = functools.update_wrapper(moved, target.forward)
+
+
+def _joined(hooks: list[Any]) -> Any:
+    if len(hooks) < 2:
+        return hooks[0] if hooks else None
+    return importlib.import_module("accelerate.hooks").SequentialHook(*hooks)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified.swap.find import DenseWeights, Target
+from sparse_unified.swap.find import Target
 from sparse_unified.swap.hooks import undisturbed
+from sparse_unified.swap.weights import DenseWeights
 
 # Far above the rounding of bf16 (below 1 %), far below what another activation makes of
 # pre-activations of this size (GELU: more than 10 %).
@@ -68,7 +69,7 @@ def _check_formula(y: Tensor, token: Tensor, weights: DenseWeights, at: str) -> 
     hidden = F.silu(F.linear(token, weights.gate_proj)) * F.linear(token, weights.up_proj)
     expected = F.linear(hidden, weights.down_proj).float()
     size = expected.norm().item()
-    deviation = (y.float() - expected).norm().item()
+    deviation = (y.float().to(expected.device) - expected).norm().item()
     # NOTE: weights that overflow or are not finite cannot be judged this way; scores are checked.
     if size < float("inf") and not deviation <= _TOLERANCE * size:
         relative = f"{100 * deviation / size:.0f} %" if size else "all"

@@ -215,8 +215,8 @@ def _ffn_text(side: _Side) -> str:
         return "skipped"
     if isinstance(ffn, SparseMoE):
         return f"{ffn.num_experts} experts of {ffn.layout.expert_width} neurons"
-    weight = like(ffn)
-    return f"{0 if weight is None else weight.shape[0]} neurons"
+    down_proj = getattr(getattr(ffn, "down_proj", None), "weight", None)
+    return f"{0 if down_proj is None else down_proj.shape[1]} neurons"
 
 
 def _attention_text(side: _Side) -> str:

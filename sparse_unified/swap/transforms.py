@@ -22,7 +22,6 @@ from sparse_unified.partition import (
 from sparse_unified.swap.blocks import Plan, check_keys, loaded_block, permuted_block, refuse
 from sparse_unified.swap.exchange import all_or_nothing, next_order, put_in
 from sparse_unified.swap.find import (
-    DenseWeights,
     Host,
     Target,
     find_host,
@@ -32,6 +31,7 @@ from sparse_unified.swap.find import (
 from sparse_unified.swap.probe import returns_tuple
 from sparse_unified.swap.report import SwapReport, describe
 from sparse_unified.swap.scores import Scores, by_layer, of_component
+from sparse_unified.swap.weights import DenseWeights
 
 
 @torch.no_grad()
@@ -40,11 +40,14 @@ def apply_moe_(
 ) -> SwapReport:
     """Replaces dense FFNs of a live model by sparse ones with the same weights, in place.
 
-    FFNs are found by structure: decoder layers with `mlp` and `mlp_moe_gen`, each made of
-    gate_proj, up_proj and down_proj, in our model, an official one, or a pipeline that holds one. A
-    block keeps the replaced module's return convention, device, dtype, mode, requires_grad of each
-    projection, hooks, and accelerate's patched forward. Neurons are permuted, nothing is rounded;
-    routers start at zero, so that with top_k = num_experts the output is the dense one.
+    FFNs are found by structure: decoder layers with `mlp` and `mlp_moe_gen`, or `mlp` alone (und),
+    each made of gate_proj, up_proj and down_proj, or gate_up_proj and down_proj, in our model, an
+    official one, a decoder of transformers or of an engine, or a pipeline that holds one. A block
+    keeps the replaced module's return convention, device, dtype, mode, requires_grad of each
+    projection, hooks, and accelerate's patched forward; where accelerate keeps the weights outside
+    of the device, on the CPU or on disk, it keeps those of the block on the CPU. Neurons are
+    permuted, nothing is rounded; routers start at zero, so that with top_k = num_experts the output
+    is the dense one.
 
     What does not carry over: hooks on the projections inside an FFN, and optimisers, which hold
     the dense parameters and have to be made anew.
@@ -70,7 +73,7 @@ def apply_moe_(
     where = "apply_moe_"
     if not isinstance(config, MoEConfig):
         raise TypeError(f"{where}: config must be a MoEConfig, got {type(config).__name__}")
-    host = find_host(model, where=where)
+    host = find_host(model, where=where, component=config.component)
     names = [FFN_NAMES[config.component]]
     selected = select_held(host, config.layers, names, where=where)
     own = of_component(scores, config.component, where=where)

@@ -50,7 +50,7 @@ def prune_width_(
     where = "prune_width_"
     if not isinstance(config, PruneWidthConfig):
         raise TypeError(f"{where}: config must be a PruneWidthConfig, got {type(config).__name__}")
-    host = find_host(model, where=where)
+    host = find_host(model, where=where, component=config.component)
     component, num_layers = config.component, len(host.layers)
     selected = select_held(host, config.layers, [FFN_NAMES[component]], where=where)
     own = of_component(scores, component, where=where)

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of other makes: merged projections, engines' linears, transformers, accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from swap_models import (
+    HIDDEN,
+    LAYERS,
+    WIDTH,
+    Bare,
+    Model,
+    TensorMLP,
+    TupleMLP,
+    assert_same,
+    ffn,
+    snapshot,
+    tokens,
+)
+from test_swap_load import LAYER, official_model, sparse_dir  # noqa: F401
+from torch import Tensor, nn
+
+from sparse_unified import (
+    MoEConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+    apply_moe_,
+    count_parameters,
+    load_moe_,
+    prune_width_,
+    restore_,
+    skip_layers_,
+)
+from sparse_unified.checkpoint import Checkpoint
+from sparse_unified.nn import SparseMoE
+
+HALF = MoEConfig(num_experts=4, top_k=2)
+ALL = MoEConfig(num_experts=4, top_k=4, layers="all")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class MarkedParameter(nn.Parameter):
+    """A weight as serving engines mark it: a subclass of Parameter with a loader."""
+
+    weight_loader: Any = None
+
+
+class EngineLinear(nn.Module):
+    """A linear layer as in vLLM: returns (y, bias to be added later)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = MarkedParameter(torch.randn(outputs, inputs) / 4, requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+class MergedMLP(nn.Module):
+    """gate_proj and up_proj in one nn.Linear."""
+
+    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class EngineMLP(MergedMLP):
+    """Merged, of an engine's linears."""
+
+    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
+        nn.Module.__init__(self)
+        self.gate_up_proj: Any = EngineLinear(hidden, 2 * width)
+        self.down_proj: Any = EngineLinear(width, hidden)
+
+    def forward(self, x: Tensor) -> Any:
+        gate_up, _ = self.gate_up_proj(x)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)[0]
+
+
+class SplitEngineMLP(nn.Module):
+    """Three projections of an engine's linears, as in vLLM-Omni's BAGEL."""
+
+    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
+        super().__init__()
+        self.gate_proj = EngineLinear(hidden, width)
+        self.up_proj = EngineLinear(hidden, width)
+        self.down_proj = EngineLinear(width, hidden)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down_proj(F.silu(self.gate_proj(x)[0]) * self.up_proj(x)[0])[0]
+
+
+class MergedTupleMLP(MergedMLP):
+    def forward(self, x: Tensor, packed_text_indexes: Any = None, **_: Any) -> Any:
+        return super().forward(x), None
+
+
+FOREIGN = pytest.mark.parametrize("mlp", [MergedMLP, EngineMLP, SplitEngineMLP, MergedTupleMLP])
+
+
+def foreign_model(mlp: Any, *sizes: int, layers: int = LAYERS) -> Model:
+    model = Model(TupleMLP if mlp is MergedTupleMLP else TensorMLP, layers)
+    for layer in model.layers:
+        layer.mlp, layer.mlp_moe_gen = mlp(*sizes), mlp(*sizes)
+    return model
+
+
+@FOREIGN
+@pytest.mark.parametrize("component", ["gen", "und"])
+def test_merged_and_engine_layers_become_sparse_and_come_back(mlp: Any, component: str) -> None:
+    model = foreign_model(mlp)
+    dense, before = model(tokens(5), tokens(7)), snapshot(model)
+    config = MoEConfig(num_experts=4, top_k=4, component=component, layers="all")
+    report = apply_moe_(model, config)
+    block = ffn(model, 1, component)
+    assert report.layers[1].before == mlp.__name__
+    assert isinstance(block, SparseMoE)
+    assert block.gate_proj.requires_grad == (mlp in (MergedMLP, MergedTupleMLP))
+    assert type(block.gate_proj) is nn.Parameter
+    for sparse, expected in zip(model(tokens(5), tokens(7)), dense, strict=True):
+        torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-6)
+    restore_(model)
+    assert_same(before, snapshot(model))
+
+
+@FOREIGN
+def test_merged_and_engine_layers_get_narrower(mlp: Any) -> None:
+    model = foreign_model(mlp)
+    before, counts = snapshot(model), count_parameters(model)["gen"]
+    report = prune_width_(model, PruneWidthConfig(component="gen", keep_ratio=0.5))
+    assert {(part.before, part.after) for part in report.parts} == {("24 neurons", "12 neurons")}
+    assert report.before == counts
+    assert counts.parameters == LAYERS * 3 * HIDDEN * WIDTH
+    assert report.after.parameters == counts.parameters // 2
+    model(tokens(5), tokens(7))
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[0], part="ffn"))
+    model(tokens(5), tokens(7))
+    restore_(model)
+    assert_same(before, snapshot(model))
+
+
+def test_half_of_the_neurons_of_a_merged_layer_are_those_with_the_highest_scores() -> None:
+    model = foreign_model(MergedMLP)
+    dense = ffn(model, 1)
+    scores = torch.rand(LAYERS, WIDTH)
+    kept = scores[1].topk(WIDTH // 2).indices.sort().values
+    prune_width_(model, PruneWidthConfig(component="gen", keep_ratio=0.5), scores)
+    narrow = ffn(model, 1)
+    assert torch.equal(narrow.gate_proj.weight, dense.gate_up_proj.weight[kept])
+    assert torch.equal(narrow.up_proj.weight, dense.gate_up_proj.weight[WIDTH:][kept])
+    assert torch.equal(narrow.down_proj.weight, dense.down_proj.weight[:, kept])
+
+
+@pytest.mark.parametrize("mlp", [MergedMLP, EngineMLP, SplitEngineMLP])
+def test_checkpoints_load_into_merged_and_engine_layers(mlp: Any, sparse_dir: Path) -> None:  # noqa: F811
+    model = foreign_model(mlp, 32, 96, layers=3)
+    official = official_model()
+    load_moe_(official, sparse_dir)
+    load_moe_(model, sparse_dir)
+    x = tokens(6, 32)
+    assert torch.equal(model.layers[1].mlp_moe_gen(x), official.layers[1].mlp_moe_gen(x))
+    key = "experts.2.down_proj.weight"
+    stored = Checkpoint(sparse_dir).read(f"{LAYER}.{key}")
+    assert torch.equal(model.layers[1].mlp_moe_gen.state_dict()[key], stored)
+
+
+def test_a_merged_projection_that_is_none_is_refused() -> None:
+    model = foreign_model(MergedMLP)
+    model.layers[1].mlp_moe_gen.gate_up_proj = nn.Linear(HIDDEN, 2 * WIDTH + 1, bias=False)
+    with pytest.raises(ValueError, match=r"gate_up_proj\.weight must have shape \[2I, D\], got"):
+        apply_moe_(model, HALF)
+    swapped = foreign_model(MergedMLP)
+
+    def up_first(x: Tensor) -> Tensor:
+        up, gate = dense.gate_up_proj(x).chunk(2, dim=-1)
+        return dense.down_proj(F.silu(gate) * up)
+
+    dense = ffn(swapped, 1)
+    dense.forward = up_first
+    with pytest.raises(ValueError, match="FFN must compute down_proj"):
+        apply_moe_(swapped, HALF)
+
+
+# Decoders of transformers: `mlp` alone, which is the und component.
+
+
+def qwen2(**sizes: int) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **sizes,
+    )
+    return transformers.Qwen2ForCausalLM(config).eval()
+
+
+def test_a_transformers_decoder_computes_the_same_with_all_experts() -> None:
+    model = qwen2()
+    ids = torch.randint(64, (2, 7))
+    with torch.no_grad():
+        dense = model(ids).logits
+        before = snapshot(model)
+        report = apply_moe_(model, MoEConfig(num_experts=4, top_k=4, component="und", layers="all"))
+        assert [entry.path for entry in report.layers] == [
+            f"model.layers.{i}.mlp" for i in range(4)
+        ]
+        torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-5)
+        restore_(model)
+        apply_moe_(model, MoEConfig(num_experts=4, top_k=2, component="und"))
+        assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (
+            2,
+            10,
+        )
+        restore_(model)
+        assert_same(before, snapshot(model))
+        assert torch.equal(model(ids).logits, dense)
+        prune_width_(model, PruneWidthConfig(component="und", keep_ratio=0.5))
+        assert not torch.allclose(model(ids).logits, dense)
+        restore_(model)
+
+
+def test_a_decoder_without_a_generation_ffn_says_what_it_has() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"must have decoder layers with mlp_moe_gen, made of gate"
+        r".*model\.layers: 4 x Qwen2DecoderLayer \(self_attn, mlp, ",
+    ):
+        apply_moe_(qwen2(), HALF)
+
+
+def test_layers_at_an_unusual_place_are_found() -> None:
+    class Pipeline:
+        """Holds a transformer as the pipelines of diffusers do, and is no module."""
+
+        def __init__(self, model: nn.Module) -> None:
+            self.transformer = model
+            self.vae = nn.Linear(2, 2)
+
+    model = Model()
+    decoder = Bare(transformer_blocks=model.layers)
+    report = apply_moe_(Pipeline(decoder), HALF)
+    assert report.layers[0].path == "transformer.transformer_blocks.1.mlp_moe_gen"
+    assert len(restore_(Pipeline(decoder)).layers) == 2
+
+
+# Real hooks of accelerate.
+
+
+def hooks(module: nn.Module) -> list[str]:
+    return [repr(getattr(part, "_hf_hook", None)) for part in module.modules()]
+
+
+@pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP, MergedMLP])
+@pytest.mark.parametrize("how", ["device_map", "cpu", "disk", "mixed"])
+def test_models_that_accelerate_placed_stay_placed(mlp: Any, how: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = foreign_model(mlp) if mlp is MergedMLP else Model(mlp)
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        dense = model(tokens(5), tokens(7))
+    prefix = "language_model.model.layers."
+    if how == "device_map":
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    elif how == "cpu":
+        accelerate.cpu_offload(model, "cpu", offload_buffers=False)
+    elif how == "disk":
+        accelerate.disk_offload(model, str(tmp_path), "cpu")
+    else:
+        places = {f"{prefix}{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    was_meta = [p.is_meta for p in ffn(model, 1).parameters()]
+    assert any(was_meta) == (how != "device_map")
+    state, hooked = snapshot(model), hooks(model)
+
+    for config in (ALL, MoEConfig(num_experts=4, top_k=4, component="und")):
+        apply_moe_(model, config)
+    block = ffn(model, 1)
+    assert all(p.is_meta == any(was_meta) for p in block.parameters())
+    trained = {name for name, p in block.named_parameters() if p.requires_grad}
+    assert trained == {"gate.weight", "gate_shared.weight"}
+    with torch.no_grad():
+        for _ in range(2):
+            for sparse, expected in zip(model(tokens(5), tokens(7)), dense, strict=True):
+                torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-6)
+    assert all(p.is_meta == any(was_meta) for p in block.parameters())
+
+    restore_(model)
+    assert hooks(model) == hooked
+    assert_same(comparable(state), comparable(snapshot(model)))
+    prune_width_(model, PruneWidthConfig(component="gen", keep_ratio=0.5, layers="all"))
+    skip_layers_(model, SkipLayersConfig(component="und", layers=[0, 1], part="ffn"))
+    with torch.no_grad():
+        model(tokens(5), tokens(7))
+    restore_(model)
+    assert hooks(model) == hooked
+    with torch.no_grad():
+        for again, expected in zip(model(tokens(5), tokens(7)), dense, strict=True):
+            assert torch.equal(again, expected)
+
+
+def comparable(state: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what running the model changes: call counters, parameters brought in and out."""
+    values = {n: v for n, v in state["values"].items() if not n.endswith("act_cnt")}
+    return state | {"values": values, "parameters": sorted(state["parameters"])}
+
+
+def test_checkpoints_load_into_offloaded_models(sparse_dir: Path) -> None:  # noqa: F811
+    accelerate = pytest.importorskip("accelerate")
+    model, plain = official_model(), official_model()
+    accelerate.cpu_offload(model, "cpu")
+    for each in (model, plain):
+        load_moe_(each, sparse_dir)
+    x = tokens(6, 32)
+    assert torch.equal(model.layers[1].mlp_moe_gen(x), plain.layers[1].mlp_moe_gen(x))
+    assert all(p.is_meta for p in model.layers[1].mlp_moe_gen.parameters())
+
+
+def test_accelerate_can_take_its_hooks_off_a_sparse_model() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = Model().eval().requires_grad_(False)
+    accelerate.cpu_offload(model, "cpu")
+    apply_moe_(model, HALF)
+    with torch.no_grad():
+        hooked = model(tokens(5), tokens(7))
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        plain = model(tokens(5), tokens(7))
+    assert not any(p.is_meta for p in model.parameters())
+    for a, b in zip(hooked, plain, strict=True):
+        assert torch.equal(a, b)
