@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_unified import ops
 from sparse_unified.analysis.active_sets import most_active, pack_bits
 from sparse_unified.analysis.adapter import Adapter, Ffn, FfnKey, find_adapter
+from sparse_unified.analysis.kept_inputs import KeptInputs
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
 from sparse_unified.ops import composed
@@ -31,6 +32,7 @@ class _Running:
     own_sum_abs: Tensor
     sample_tokens: list[Tensor]
     active: list[Tensor]
+    kept: KeptInputs
 
 
 class Collector:
@@ -61,6 +63,8 @@ class Collector:
             raise ValueError(f"collect: samples must be distinct, got {sample!r} twice")
         self._finish_sample()
         self.samples.append(sample)
+        for own in self._sums.values():
+            own.kept.begin(sample)
 
     def set_time(self, time: float | None) -> None:
         """Says at which time of denoising the model runs; None for tokens that have none.
@@ -91,6 +95,7 @@ class Collector:
         own.own_sum_abs[at] += sum_abs
         own.sum_squares[at] += sum_squares
         own.num_fired[at] += num_fired
+        own.kept.add(x)
 
     def statistics(self) -> FfnStatistics:
         """Returns what was gathered, the running sample included; may be asked for repeatedly.
@@ -127,6 +132,7 @@ class Collector:
             own_sum_abs=torch.zeros(sums, dtype=torch.float64, device=device),
             sample_tokens=[],
             active=[],
+            kept=KeptInputs(self.config.num_inputs, ffn.gate_proj.shape[1]),
         )
 
     def _finish_sample(self) -> None:
@@ -153,6 +159,8 @@ class Collector:
             num_fired=own.num_fired.to("cpu", copy=True),
             sample_tokens=torch.stack(own.sample_tokens) if own.sample_tokens else own.tokens[:0],
             active=torch.stack(own.active) if own.active else empty,
+            inputs=own.kept.inputs.clone(),
+            input_draws=own.kept.draws.clone(),
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from torch import Tensor
 
 from sparse_unified.analysis.active_sets import mean_overlap, successive_overlap
 from sparse_unified.analysis.adapter import FfnKey, find_adapter
-from sparse_unified.analysis.sums import TENSORS, FfnSums, StatisticsConfig, hash_ffns
+from sparse_unified.analysis.kept_inputs import keep_lowest, no_inputs
+from sparse_unified.analysis.statistics_check import check_sums, walk
+from sparse_unified.analysis.sums import (
+    INPUT_TENSORS,
+    TENSORS,
+    FfnSums,
+    StatisticsConfig,
+    hash_ffns,
+)
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
@@ -55,7 +63,7 @@ class FfnStatistics:
     tool: str = field(default_factory=tool_version)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_sums(self)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,6 +88,28 @@ class FfnStatistics:
                 f"statistics: {component} {key!r} must have seen tokens of {task}, got none"
             )
         return found[key].sum_abs.sum(0) / tokens
+
+    def inputs(self, component: str, tasks: Sequence[str] | None = None) -> dict[FfnKey, Tensor]:
+        """Returns the inputs x [N, D] fp32 that are kept of each FFN, of all or some tasks.
+
+        Raises:
+            ValueError: there are none: config.num_inputs was 0, or an FFN saw no token.
+        """
+        chosen = [task for task in self.ffns if component in self.ffns[task]]
+        chosen = chosen if tasks is None else list(tasks)
+        parts = [self._component(task, component) for task in chosen]
+        found = {
+            key: torch.cat([own[key].inputs.float() for own in parts if key in own])
+            for key in dict.fromkeys(key for own in parts for key in own)
+        }
+        lacking = [key for key, kept in found.items() if not len(kept)]
+        if not found or lacking:
+            raise ValueError(
+                f"statistics: inputs of {component} must be kept, as calibrate does with --inputs "
+                f"(num_inputs), got none for {list_some(lacking) if found else 'any FFN'} with "
+                f"num_inputs = {self.config.num_inputs}"
+            )
+        return found
 
     def firing_rate(self, task: str, component: str) -> Tensor:
         """Returns the share of (token, neuron) that fire, [F, R + 1] fp64; NaN without tokens."""
@@ -154,10 +184,10 @@ class FfnStatistics:
         """Writes the file; an existing one is replaced whole or not at all."""
         tensors: dict[str, Tensor] = {}
         listed: list[tuple[str, str, int, str | None]] = []
-        for task, component, key, sums in _walk(self.ffns):
+        for task, component, key, sums in walk(self.ffns):
             layer, name = key if isinstance(key, tuple) else (key, None)
             listed.append((task, component, layer, name))
-            for tensor in TENSORS:
+            for tensor in _tensors_of(self.config):
                 tensors[f"{_prefix(*listed[-1])}.{tensor}"] = getattr(sums, tensor)
         metadata = {
             "format": FORMAT,
@@ -196,7 +226,8 @@ class FfnStatistics:
             raise ValueError(
                 f"{path}: metadata must be what calibrate writes, got {error}"
             ) from error
-        names = [f"{_prefix(*entry)}.{tensor}" for entry in listed for tensor in TENSORS]
+        held = _tensors_of(config)
+        names = [f"{_prefix(*entry)}.{tensor}" for entry in listed for tensor in held]
         missing, extra = set(names) - set(header.tensors), set(header.tensors) - set(names)
         if missing or extra or len(set(names)) != len(names):
             raise ValueError(
@@ -208,8 +239,10 @@ class FfnStatistics:
             prefix = _prefix(task, component, layer, name)
             own = {
                 tensor: read_tensor(header.tensors[f"{prefix}.{tensor}"], what=str(path))
-                for tensor in TENSORS
+                for tensor in held
             }
+            if not config.num_inputs:
+                own |= zip(INPUT_TENSORS, no_inputs(), strict=True)
             key = layer if name is None else (layer, name)
             ffns.setdefault(task, {}).setdefault(component, {})[key] = FfnSums(**own)
         try:
@@ -247,7 +280,7 @@ def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
             raise ValueError(
                 f"merge: samples of {task} must be distinct, got {list_some(sorted(twice))} twice"
             )
-        keys = [[entry[1:3] for entry in _walk({task: s.ffns[task]})] for s in (first, second)]
+        keys = [[entry[1:3] for entry in walk({task: s.ffns[task]})] for s in (first, second)]
         if keys[0] != keys[1]:
             raise ValueError(
                 f"merge: FFNs of {task} must be the same, {list_some(keys[0])}, "
@@ -259,7 +292,10 @@ def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
         sources = [s for s in (first, second) if task in s.ffns]
         samples[task] = tuple(name for s in sources for name in s.samples[task])
         ffns[task] = {
-            component: {key: _add([s.ffns[task][component][key] for s in sources]) for key in keyed}
+            component: {
+                key: _add([s.ffns[task][component][key] for s in sources], first.config)
+                for key in keyed
+            }
             for component, keyed in sources[0].ffns[task].items()
         }
     return FfnStatistics(
@@ -270,7 +306,12 @@ def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
     )
 
 
-def _add(parts: Sequence[FfnSums]) -> FfnSums:
+def _tensors_of(config: StatisticsConfig) -> list[str]:
+    """Names the tensors of an FFN that a file holds."""
+    return [name for name in TENSORS if config.num_inputs or name not in INPUT_TENSORS]
+
+
+def _add(parts: Sequence[FfnSums], config: StatisticsConfig) -> FfnSums:
     summed = {
         name: torch.stack([getattr(part, name) for part in parts]).sum(0)
         for name in ("tokens", "sum_abs", "sum_squares", "num_fired")
@@ -279,16 +320,9 @@ def _add(parts: Sequence[FfnSums]) -> FfnSums:
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("sample_tokens", "active")
     }
-    return FfnSums(**summed, **listed)
-
-
-def _walk(
-    ffns: Mapping[str, Mapping[str, Mapping[FfnKey, FfnSums]]],
-) -> Iterator[tuple[str, str, FfnKey, FfnSums]]:
-    for task, components in ffns.items():
-        for component, keyed in components.items():
-            for key, sums in keyed.items():
-                yield task, component, key, sums
+    inputs, draws = (torch.cat([getattr(part, name) for part in parts]) for name in INPUT_TENSORS)
+    kept = keep_lowest(inputs, draws, config.num_inputs)
+    return FfnSums(**summed, **listed, inputs=kept[0], input_draws=kept[1])
 
 
 def _prefix(task: str, component: str, layer: int, name: str | None) -> str:
@@ -302,55 +336,3 @@ def _parse_entry(entry: Any) -> tuple[str, str, int, str | None]:
     if name is not None and not isinstance(name, str):
         raise ValueError(f"the FFN {entry!r}")
     return task, component, layer, name
-
-
-def _check(statistics: FfnStatistics) -> None:
-    where = "statistics"
-    num_ranges = statistics.config.num_ranges
-    tokens: dict[str, int] = dict.fromkeys(statistics.ffns, 0)
-    if not tokens or tokens.keys() != statistics.samples.keys():
-        raise ValueError(
-            f"{where}: tasks must be those of the samples, {list_some(statistics.samples)}, "
-            f"got {list_some(tokens)}"
-        )
-    components = {component for own in statistics.ffns.values() for component in own}
-    if components != set(statistics.model_hashes):
-        raise ValueError(
-            f"{where}: model_hashes must be of {list_some(sorted(components))}, "
-            f"got {list_some(sorted(statistics.model_hashes))}"
-        )
-    for task, component, key, sums in _walk(statistics.ffns):
-        what = f"{where}: {task}.{component} {key!r}"
-        num_samples, width = len(statistics.samples[task]), sums.sum_abs.shape[-1]
-        shapes = {
-            "tokens": [num_ranges],
-            "sum_abs": [num_ranges, width],
-            "sum_squares": [num_ranges, width],
-            "num_fired": [num_ranges, width],
-            "sample_tokens": [num_samples, num_ranges],
-            "active": [num_samples, num_ranges, (width + 7) // 8],
-        }
-        for name, dtype in TENSORS.items():
-            tensor = getattr(sums, name)
-            if tensor.dtype != dtype or list(tensor.shape) != shapes[name]:
-                raise ValueError(
-                    f"{what}: {name} must be {dtype} of shape {shapes[name]}, "
-                    f"got {tensor.dtype} of {list(tensor.shape)}"
-                )
-            if name == "active":
-                continue
-            # NaN is not at least 0 either.
-            bad = torch.nonzero(~((tensor >= 0) & torch.isfinite(tensor.double())))
-            if len(bad):
-                at = tuple(bad[0].tolist())
-                raise ValueError(
-                    f"{what}: {name} must be finite and at least 0, got {tensor[at].item()} "
-                    f"at {list(at)}"
-                )
-        tokens[task] += int(sums.tokens.sum())
-    idle = [task for task, count in tokens.items() if not count]
-    if idle:
-        raise ValueError(
-            f"{where}: statistics of {list_some(idle)} must be gathered on at least one token, "
-            "got none"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class StatisticsConfig:
         active_fraction: the active set of a sample is this share of the neurons, those of the
             largest mean |h|.
         num_time_ranges: R, into how many ranges the times of denoising are cut.
+        num_inputs: of how many tokens of a task, drawn at random, the input of each FFN is kept.
 
     Raises:
         ValueError: a value is out of range.
@@ -33,6 +34,7 @@ class StatisticsConfig:
     threshold: float = 0.1
     active_fraction: float = 0.25
     num_time_ranges: int = 4
+    num_inputs: int = 0
 
     def __post_init__(self) -> None:
         if not (_is_number(self.threshold) and 0 <= self.threshold < math.inf):
@@ -48,6 +50,10 @@ class StatisticsConfig:
             raise ValueError(
                 "calibrate: num_time_ranges must be an integer of at least 1, "
                 f"got {self.num_time_ranges!r}"
+            )
+        if type(self.num_inputs) is not int or self.num_inputs < 0:
+            raise ValueError(
+                f"calibrate: num_inputs must be an integer of at least 0, got {self.num_inputs!r}"
             )
 
     @property
@@ -69,6 +75,8 @@ class FfnSums:
         sum_abs, sum_squares, num_fired: [R + 1, I] fp64, of |h|, of h^2, of the tokens that fire.
         sample_tokens: [S, R + 1] int64.
         active: [S, R + 1, ceil(I / 8)] uint8, the active set of each sample, a bit per neuron.
+        inputs: [n, D] bf16, what the FFN was given on the n tokens that are kept.
+        input_draws: [n] int64, ascending: what those were drawn by, the lowest of all tokens.
     """
 
     tokens: Tensor
@@ -77,6 +85,8 @@ class FfnSums:
     num_fired: Tensor
     sample_tokens: Tensor
     active: Tensor
+    inputs: Tensor
+    input_draws: Tensor
 
     @property
     def intermediate_size(self) -> int:
@@ -90,7 +100,11 @@ TENSORS: Mapping[str, torch.dtype] = {
     "num_fired": torch.float64,
     "sample_tokens": torch.int64,
     "active": torch.uint8,
+    "inputs": torch.bfloat16,
+    "input_draws": torch.int64,
 }
+# Of files that keep no inputs, as those of earlier versions, these are not there.
+INPUT_TENSORS = ("inputs", "input_draws")
 
 
 def hash_ffns(model: object, component: str) -> str:
@@ -103,15 +117,32 @@ def hash_ffns(model: object, component: str) -> str:
     Args:
         model: a model, pipeline or adapter.
     """
+    return hash_samples(
+        (ffn.key, [_sample(weight) for weight in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)])
+        for ffn in find_adapter(model).ffns(component)
+    )
+
+
+def hash_samples(ffns: Iterable[tuple[object, Sequence[tuple[list[int], Tensor]]]]) -> str:
+    """Returns what `hash_ffns` does, of (key, (shape, sampled values) of each weight)."""
     digest = hashlib.sha256()
-    for ffn in find_adapter(model).ffns(component):
-        digest.update(f"{ffn.key!r}".encode())
-        for weight in (ffn.gate_proj, ffn.up_proj, ffn.down_proj):
-            digest.update(f" {list(weight.shape)}".encode())
-            flat = weight.reshape(-1)
-            values = flat[:: max(1, flat.numel() // _SAMPLED)].bfloat16().cpu()
-            digest.update(values.view(torch.int16).contiguous().numpy().tobytes())
+    for key, weights in ffns:
+        digest.update(f"{key!r}".encode())
+        for shape, values in weights:
+            digest.update(f" {shape}".encode())
+            rounded = values.bfloat16().cpu().view(torch.int16)
+            digest.update(rounded.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def sample_step(count: int) -> int:
+    """Returns how far apart the values lie that a hash looks at, of a weight of `count`."""
+    return max(1, count // _SAMPLED)
+
+
+def _sample(weight: Tensor) -> tuple[list[int], Tensor]:
+    flat = weight.reshape(-1)
+    return list(weight.shape), flat[:: sample_step(flat.numel())]
 
 
 def _is_number(value: object) -> bool:

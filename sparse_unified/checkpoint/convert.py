@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense checkpoint -> sparse checkpoint: neurons are permuted into experts, nothing is computed.
+"""Dense checkpoint -> sparse checkpoint: neurons are permuted into experts, bit for bit.
 
 Files are written front to back. Tensors that stay are copied as byte ranges; each projection of a
 sparse layer is read, permuted and written as the official per-expert tensors in its place.
@@ -14,12 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.atomic import atomic_directory
-from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.checkpoint.convert_plan import plan_layouts
 from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
 from sparse_unified.checkpoint.index import rewrite_indices
 from sparse_unified.checkpoint.layout import CONFIG
@@ -27,6 +24,7 @@ from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.reader import Checkpoint, read_text
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
+from sparse_unified.checkpoint.routing import Inputs, Routing, resolve_inputs
 from sparse_unified.checkpoint.scores import Scores, resolve_scores
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
@@ -36,7 +34,6 @@ from sparse_unified.checkpoint.sidecar import (
     write_sidecar,
 )
 from sparse_unified.checkpoint.split import Split, split_entries, write_split
-from sparse_unified.checkpoint.surroundings import require_surroundings
 from sparse_unified.checkpoint.writer import (
     ByteCounter,
     FileWriter,
@@ -44,10 +41,9 @@ from sparse_unified.checkpoint.writer import (
     build_header,
     write_text,
 )
-from sparse_unified.partition import ExpertLayout, select_layers, snake_partition
+from sparse_unified.partition import Partition, RouterInit
 
 WHAT = "convert"
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +64,8 @@ class ConvertReport(Report):
     shared_width: int
     expert_widths: tuple[int, ...]
     scores: str
+    partition: str
+    router_init: str
     bytes_written: int
     seconds: float
 
@@ -84,6 +82,8 @@ class ConvertReport(Report):
             ),
             ("shared expert", f"{self.shared_width} neurons" if self.shared_width else "none"),
             ("neurons ranked by", self.scores),
+            ("partition", self.partition),
+            ("routers start at", self.router_init),
             ("size", format_bytes(self.bytes_written)),
             ("time", f"{self.seconds:.1f} s"),
         ]
@@ -101,13 +101,17 @@ def convert(
     component: str = "gen",
     scores: Scores | None = None,
     seed: int | None = None,
+    partition: Partition | str = Partition.SNAKE,
+    router_init: RouterInit | str = RouterInit.ZERO,
+    partition_seed: int = 0,
+    inputs: Inputs | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Writes a sparse version of a dense checkpoint directory.
 
-    Each dense neuron goes to exactly one expert, routers start at zero, dtypes stay, every other
-    file is copied, and `partition.safetensors` keeps what `invert` needs. The directory appears
-    complete or not at all.
+    Each dense neuron goes to exactly one expert, dtypes stay, every other file is copied, and
+    `partition.safetensors` keeps what `invert` needs. The directory appears complete or not at
+    all.
 
     Args:
         dense: the dense model directory. One whose other component is already sparse is taken
@@ -122,6 +126,11 @@ def convert(
             safetensors file with one tensor `scores` [num_layers, I] or tensors named by layer.
             Without scores and seed, neurons are ranked by weight magnitude.
         seed: rank neurons at random instead.
+        partition, router_init: as in `MoEConfig`.
+        partition_seed: of what these two draw.
+        inputs: what the FFNs were given on calibration tokens, `{layer: [N, D]}` of the component
+            or `{component: {layer: [N, D]}}`, N >= 8, any float dtype; must be given exactly
+            where the partition is "coactivation" or the routers start at "activation".
         progress: called with (bytes written, bytes in all).
 
     Returns:
@@ -134,20 +143,39 @@ def convert(
     start = time.perf_counter()
     source = Checkpoint(dense)
     refuse_nesting(source.directory, out, what=WHAT)
-    layouts = _check_arguments(source, num_experts, top_k, num_shared_experts, layers, component)
+    layouts = plan_layouts(
+        source, num_experts, top_k, num_shared_experts, layers, component, what=WHAT
+    )
     selected = tuple(layouts)
+    config = MoEConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared_experts=num_shared_experts,
+        component=component,
+        layers=selected,
+        partition=partition,  # type: ignore[arg-type]
+        router_init=router_init,  # type: ignore[arg-type]
+        seed=partition_seed,
+    )
+    sizes = {layer: source.ffns[component][layer].hidden_size for layer in selected}
+    inputs = resolve_inputs(inputs, config, sizes, what=WHAT)
     scores_of, origin = resolve_scores(
         source, component, selected, scores=scores, seed=seed, what=WHAT
     )
-
-    indices: dict[int, np.ndarray] = {}
-
-    def index_of(layer: int) -> np.ndarray:
-        if layer not in indices:
-            indices[layer] = snake_partition(scores_of(layer), layouts[layer]).numpy()
-        return indices[layer]
-
-    split = Split(component=component, layouts=layouts, index_of=index_of)
+    routing = Routing(
+        source=source,
+        config=config,
+        layouts=layouts,
+        scores_of=scores_of,
+        inputs=inputs,
+        what=WHAT,
+    )
+    split = Split(
+        component=component,
+        layouts=layouts,
+        index_of=routing.index_of,
+        routers_of=routing.routers_of,
+    )
 
     # Plan: the header of each weight file, the text of each JSON file, what is copied as it is.
     entries = {key: split_entries(split, key, spec) for key, spec in source.specs.items()}
@@ -174,13 +202,6 @@ def convert(
         {key: [new for new, _, _ in part] for key, part in entries.items()},
         data_bytes - sum(spec.nbytes for spec in source.specs.values()),
     )
-    config = MoEConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        num_shared_experts=num_shared_experts,
-        component=component,
-        layers=selected,
-    )
     step = Step(config=config, scores=origin, tool=tool_version())
     new_texts = {name: new for name, (_, new) in texts.items()}
     new_texts[RECIPE] = (source.recipe or Recipe()).then(step).to_json()
@@ -206,10 +227,13 @@ def convert(
             "layers": list(selected),
             "component": component,
             "scores": origin,
+            "partition": config.partition.value,
+            "router_init": config.router_init.value,
+            "partition_seed": config.seed,
         }
         sidecar = Sidecar(
             component=component,
-            neuron_index={layer: index_of(layer) for layer in selected},
+            neuron_index={layer: routing.index_of(layer) for layer in selected},
             arguments=arguments,
             weight_files={name: header.text for name, header in source.headers.items()},
             texts={name: old for name, (old, _) in texts.items()},
@@ -230,67 +254,8 @@ def convert(
         shared_width=max(layout.shared_width for layout in layouts.values()),
         expert_widths=tuple(layout.expert_width for layout in layouts.values()),
         scores=origin,
+        partition=config.partition.value,
+        router_init=config.router_init.value,
         bytes_written=counter.done,
         seconds=time.perf_counter() - start,
     )
-
-
-def _check_arguments(
-    source: Checkpoint,
-    num_experts: int,
-    top_k: int,
-    num_shared_experts: int,
-    layers: str | Sequence[int],
-    component: str,
-) -> dict[int, ExpertLayout]:
-    if component not in keys.FFN_NAMES:
-        raise ValueError(f"{WHAT}: component must be gen or und, got {component!r}")
-    require_surroundings(source)
-    ffns = source.ffns.get(component, {})
-    if not ffns:
-        raise ValueError(
-            f"{source.directory}: keys must hold {component} FFNs "
-            f"({keys.dense_key(component, 0, 'gate_proj')} and so on), got none"
-        )
-    moe = source.moe
-    if moe is not None and component in moe.layers:
-        raise ValueError(
-            f"{source.directory}: {component} FFNs must all be dense, got sparse layers "
-            f"{format_layers(list(moe.layers[component]))}; invert gives the dense files back"
-        )
-    selected = select_layers(layers, source.num_layers)
-    if layers in ("all", "middle"):
-        selected = tuple(layer for layer in selected if layer in ffns) or selected
-    skipped = [layer for layer in selected if layer not in ffns]
-    if skipped:
-        raise ValueError(
-            f"{WHAT}: layers must have a {component} FFN, got {list_some(skipped)}, which skip it"
-        )
-    dtypes = {ffns[layer].dtype for layer in selected} - set(_DTYPES)
-    if dtypes:
-        raise ValueError(
-            f"{source.directory}: FFN dtype must be one of "
-            f"{', '.join(map(str, _DTYPES))}, got {dtypes.pop()}"
-        )
-    layouts = {}
-    for layer in selected:
-        try:
-            layouts[layer] = ExpertLayout(
-                intermediate_size=ffns[layer].intermediate_size,
-                num_experts=num_experts,
-                num_shared_experts=num_shared_experts,
-            )
-        except ValueError as error:
-            at = f"{component} layer {layer}: " if source.held is not None else ""
-            raise ValueError(f"{at}{error}") from error
-    if type(top_k) is not int or not 1 <= top_k <= num_experts:
-        raise ValueError(f"{WHAT}: top_k must be 1 to num_experts = {num_experts}, got {top_k!r}")
-    # The config has one set of counts for both components.
-    wanted = (num_experts, num_shared_experts, top_k)
-    if moe is not None and (moe.num_experts, moe.num_shared_experts, moe.top_k) != wanted:
-        raise ValueError(
-            f"{WHAT}: num_experts, num_shared_experts and top_k must be {moe.num_experts}, "
-            f"{moe.num_shared_experts} and {moe.top_k} as in the component that is sparse "
-            f"already, got {num_experts}, {num_shared_experts} and {top_k}"
-        )
-    return layouts

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.partition import Budget, select_layers
+from sparse_unified.partition import Budget, Partition, RouterInit, select_layers
 
 # More layers than any model has; a selection is parsed against it before the model is known.
 _MAX_LAYERS = 1 << 16
@@ -42,9 +42,14 @@ class MoEConfig:
         layers: "middle" (all but the first and the last), "all", "a-b" (both ends included),
             comma-separated parts of these, or a sequence of indices; "all" and "middle" pass over
             layers whose FFN is skipped.
+        partition: who goes where: "snake", the official way; "random"; or "coactivation", neurons
+            that fire together on calibration inputs.
+        router_init: what routers start from: "zero", the official way; "random", small; or
+            "activation", fitted to calibration inputs.
+        seed: of what partition and router_init draw.
 
     Raises:
-        ValueError: a count is out of range, or component or layers are none of the above.
+        ValueError: a value is out of range or none of the above.
         TypeError: layers are neither a string nor a sequence.
     """
 
@@ -55,9 +60,17 @@ class MoEConfig:
     num_shared_experts: int = 0
     component: str = "gen"
     layers: Layers = "middle"
+    partition: Partition = Partition.SNAKE
+    router_init: RouterInit = RouterInit.ZERO
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_experts", 1), ("top_k", 1), ("num_shared_experts", 0)):
+        for name, least in (
+            ("num_experts", 1),
+            ("top_k", 1),
+            ("num_shared_experts", 0),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(
@@ -70,6 +83,13 @@ class MoEConfig:
             )
         _check_component(self, tuple(FFN_NAMES))
         _check_layers(self)
+        _as_enum(self, "partition", Partition)
+        _as_enum(self, "router_init", RouterInit)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration inputs must be given."""
+        return self.partition is Partition.COACTIVATION or self.router_init is RouterInit.ACTIVATION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

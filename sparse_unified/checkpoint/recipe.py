@@ -141,7 +141,8 @@ def _parse_step(where: str, step: object) -> Step:
     extra = [name for name in step if name not in ("mode", "config", "scores", "tool", *_RESULTS)]
     fields = step.get("config")
     known = {known.name for known in dataclasses.fields(kind)}
-    if extra or not isinstance(fields, dict) or set(fields) != known:
+    needed = known - _ADDED.get(kind.mode, set())
+    if extra or not isinstance(fields, dict) or not needed <= set(fields) <= known:
         got = extra or (sorted(fields) if isinstance(fields, dict) else fields)
         raise ValueError(f"{where}: config must have {', '.join(sorted(known))}, got {got!r:.120}")
     if not isinstance(fields["layers"], list):
@@ -175,6 +176,8 @@ def _parse_step(where: str, step: object) -> Step:
 
 
 _RESULTS = ("widths", "heads")
+# Fields that recipes of earlier versions lack; their defaults are what was done then.
+_ADDED = {MoEConfig.mode: {"partition", "router_init", "seed"}}
 _RESULT_OF = {PruneWidthConfig.mode: "widths", PruneHeadsConfig.mode: "heads"}
 
 

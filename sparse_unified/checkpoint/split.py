@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.moves import expert_ranges, to_experts
-from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec
+from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec, as_bytes
 from sparse_unified.checkpoint.writer import FileWriter
 from sparse_unified.partition import ExpertLayout
 
@@ -26,11 +27,13 @@ class Split:
         component: "gen" or "und".
         layouts: layer -> expert ranges, ascending.
         index_of: layer -> neuron_index [I] int64.
+        routers_of: layer -> router weights by name.
     """
 
     component: str
     layouts: Mapping[int, ExpertLayout]
     index_of: Callable[[int], np.ndarray]
+    routers_of: Callable[[int], Mapping[str, Tensor]]
 
     def projection_of(self, key: str) -> tuple[int, str] | None:
         """Returns (layer, projection) when the dense tensor `key` is split, else None."""
@@ -77,8 +80,8 @@ def write_split(split: Split, header: Header, writer: FileWriter) -> None:
         layer, projection = part
         layout = split.layouts[layer]
         if projection == "gate_proj":
-            routers = len(keys.router_names(split.component)) - 1
-            rows = routers * layout.num_experts + 1
-            writer.write(np.zeros(rows * spec.shape[1] * spec.dtype.itemsize, dtype=np.uint8))
+            routers = split.routers_of(layer)
+            for name in keys.router_names(split.component):
+                writer.write(as_bytes(routers[name].contiguous()))
         for piece in to_experts(spec, projection, split.index_of(layer), layout):
             writer.write(piece)

@@ -98,6 +98,14 @@ def _add_config(group: Any) -> None:
         default=4,
         help="into how many the times of denoising are cut (default 4)",
     )
+    group.add_argument(
+        "--inputs",
+        type=values.positive,
+        default=0,
+        metavar="N",
+        help="keep what each FFN was given on N tokens drawn at random, for convert --partition "
+        "coactivation and --router-init activation; 512 are plenty (default: none)",
+    )
 
 
 def _add_scores(group: Any) -> None:
@@ -125,6 +133,7 @@ def _run_calibrate(options: argparse.Namespace) -> int:
         threshold=options.threshold,
         active_fraction=options.active_fraction,
         num_time_ranges=options.time_ranges,
+        num_inputs=options.inputs,
     )
     settings = Settings(
         size=options.size, num_timesteps=options.steps, max_length=options.max_tokens

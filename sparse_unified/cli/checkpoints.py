@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli import values
-from sparse_unified.cli.console import add_common, check_output, progress_bar, write_result
+from sparse_unified.cli.console import Usage, add_common, check_output, progress_bar, write_result
+
+if TYPE_CHECKING:
+    from sparse_unified.checkpoint.routing import Inputs
 
 
 def add_commands(commands: Any) -> None:
@@ -62,7 +65,7 @@ def _add_convert(commands: Any) -> None:
         "convert",
         help="make a sparse checkpoint from a dense one",
         description="Splits the FFNs of DENSE into experts and writes the result to OUT, tensor "
-        "by tensor. Nothing is computed: neurons are reordered, routers start at zero, all else "
+        "by tensor. Weights stay as they are: neurons are reordered, routers are added, all else "
         "is copied. OUT appears complete or not at all.",
     )
     convert.add_argument("dense", metavar="DENSE", help="the dense model directory")
@@ -103,6 +106,34 @@ def _add_convert(commands: Any) -> None:
     ranking.add_argument(
         "--seed", type=values.seed, metavar="N", help="rank neurons at random, from this seed"
     )
+    routing = convert.add_argument_group("who goes where")
+    routing.add_argument(
+        "--partition",
+        choices=("snake", "random", "coactivation"),
+        default="snake",
+        help="neurons dealt by rank, in turn (snake, the official way and the default), at random, "
+        "or those together that fire together",
+    )
+    routing.add_argument(
+        "--router-init",
+        choices=("zero", "random", "activation"),
+        default="zero",
+        help="what routers start from: zero (the official way and the default), small random "
+        "weights, or a fit to how much each expert gives on a token",
+    )
+    routing.add_argument(
+        "--partition-seed",
+        type=values.seed,
+        default=0,
+        metavar="N",
+        help="of what these two draw (default 0)",
+    )
+    routing.add_argument(
+        "--stats",
+        metavar="FILE.safetensors",
+        help="statistics of DENSE that calibrate gathered with --inputs, for coactivation and "
+        "activation",
+    )
     add_common(convert)
     convert.set_defaults(run=_run_convert)
 
@@ -111,6 +142,21 @@ def _run_convert(options: argparse.Namespace) -> int:
     from sparse_unified.checkpoint import convert
 
     check_output(options.json, "--json")
+    needing = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in (("partition", "coactivation"), ("router_init", "activation"))
+        if getattr(options, name) == value
+    ]
+    if needing and options.stats is None:
+        raise Usage(f"convert: {' and '.join(needing)} must come with --stats, got none")
+    if options.stats is not None and not needing:
+        raise Usage(
+            "convert: --stats must come with --partition coactivation or --router-init activation, "
+            "got neither"
+        )
+    inputs = None
+    if options.stats is not None:
+        inputs = _read_inputs(options.stats, options.dense, options.component)
     with progress_bar("converting", quiet=options.quiet) as progress:
         report = convert(
             options.dense,
@@ -122,10 +168,29 @@ def _run_convert(options: argparse.Namespace) -> int:
             component=options.component,
             scores=options.scores,
             seed=options.seed,
+            partition=options.partition,
+            router_init=options.router_init,
+            partition_seed=options.partition_seed,
+            inputs=inputs,
             progress=progress,
         )
     write_result(options.json, report.to_text(), report.to_json())
     return 0
+
+
+def _read_inputs(path: str, dense: str, component: str) -> Inputs:
+    """Returns the inputs that a statistics file keeps, checked to be of the model directory."""
+    from sparse_unified.analysis import FfnStatistics
+    from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
+    from sparse_unified.checkpoint import Checkpoint
+
+    statistics = FfnStatistics.load(path)
+    try:
+        check_against_checkpoint(statistics, Checkpoint(dense), component)
+        kept = statistics.inputs(component)
+    except ValueError as error:
+        raise ValueError(f"--stats: {path}: {error}") from error
+    return {key: x for key, x in kept.items() if isinstance(key, int)}
 
 
 def _run_verify(options: argparse.Namespace) -> int:

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who goes where: which neuron of a dense FFN is whose, and which layers are split."""
 
+from sparse_unified.partition.choice import Partition, order_neurons, random_partition
+from sparse_unified.partition.coactivation import (
+    check_inputs,
+    coactivation_partition,
+    hidden_activations,
+)
 from sparse_unified.partition.heads import HeadPlan, plan_heads
 from sparse_unified.partition.keep import Budget, keep_units
 from sparse_unified.partition.layout import ExpertLayout
+from sparse_unified.partition.router import RouterFit, RouterInit, fit_router, random_router
 from sparse_unified.partition.scores import (
     as_scores,
     check_scores,
@@ -19,13 +26,23 @@ __all__ = [
     "Budget",
     "ExpertLayout",
     "HeadPlan",
+    "Partition",
+    "RouterFit",
+    "RouterInit",
     "as_scores",
+    "check_inputs",
     "check_scores",
+    "coactivation_partition",
+    "fit_router",
     "head_magnitude_scores",
+    "hidden_activations",
     "joint_scores",
     "keep_units",
     "magnitude_scores",
+    "order_neurons",
     "plan_heads",
+    "random_partition",
+    "random_router",
     "random_scores",
     "select_layers",
     "snake_partition",

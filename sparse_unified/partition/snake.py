@@ -10,6 +10,14 @@ from sparse_unified.partition.layout import ExpertLayout
 from sparse_unified.partition.scores import check_scores
 
 
+def rank_neurons(scores: Tensor) -> Tensor:
+    """Returns the neurons [I] int64 on the CPU by score [I], highest first, stable."""
+    scores = scores.cpu()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()  # exact; the narrow dtypes do not all sort
+    return torch.argsort(scores, descending=True, stable=True)
+
+
 def snake_partition(scores: Tensor, layout: ExpertLayout) -> Tensor:
     """Orders the neurons of a dense FFN by expert.
 
@@ -31,11 +39,7 @@ def snake_partition(scores: Tensor, layout: ExpertLayout) -> Tensor:
     Source: `dense_to_moe_with_explicit_shared` of the official SparseUnifiedModel code.
     """
     check_scores(scores, layout.intermediate_size, where="snake_partition")
-    scores = scores.cpu()
-    if scores.dtype not in (torch.float32, torch.float64):
-        scores = scores.float()  # exact; the narrow dtypes do not all sort
-    by_rank = torch.argsort(scores, descending=True, stable=True)
-    shared, routed = by_rank.split(
+    shared, routed = rank_neurons(scores).split(
         [layout.shared_width, layout.intermediate_size - layout.shared_width]
     )
     rows = routed.view(-1, layout.num_experts).clone()  # [h, E]

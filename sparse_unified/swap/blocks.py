@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,14 @@ class Plan:
         return block.train(self.target.ffn.training)
 
 
-def permuted_block(plan: Plan, neuron_index: Tensor) -> SparseMoE:
+def permuted_block(
+    plan: Plan, neuron_index: Tensor, start_routers_: Callable[[SparseMoE], object]
+) -> SparseMoE:
     """Returns the block with the dense weights in expert order, bit for bit.
 
     Args:
         neuron_index: [I] int64, position in expert order -> dense neuron.
+        start_routers_: sets the routers, which are zero, while all weights are in memory.
     """
     device = plan.weights.gate_proj.device
     block = plan.empty_block(device)
@@ -66,6 +70,7 @@ def permuted_block(plan: Plan, neuron_index: Tensor) -> SparseMoE:
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
         fused = getattr(block, name).data
         torch.index_select(getattr(plan.weights, name), dim, neuron_index, out=fused)
+    start_routers_(block)
     offload_like(block, plan.target.ffn)
     return block
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,13 +13,9 @@ from torch import Tensor
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import MoEConfig
+from sparse_unified.checkpoint.routing import Inputs, resolve_inputs
 from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import (
-    ExpertLayout,
-    check_scores,
-    magnitude_scores,
-    snake_partition,
-)
+from sparse_unified.partition import ExpertLayout, RouterInit, check_scores, magnitude_scores
 from sparse_unified.swap.blocks import Plan, check_keys, loaded_block, permuted_block, refuse
 from sparse_unified.swap.exchange import all_or_nothing, next_order, put_in
 from sparse_unified.swap.find import (
@@ -30,13 +27,19 @@ from sparse_unified.swap.find import (
 )
 from sparse_unified.swap.probe import returns_tuple
 from sparse_unified.swap.report import SwapReport, describe
+from sparse_unified.swap.routing import neuron_order, start_routers_
 from sparse_unified.swap.scores import Scores, by_layer, of_component
 from sparse_unified.swap.weights import DenseWeights
 
 
 @torch.no_grad()
 def apply_moe_(
-    model: object, config: MoEConfig, scores: Scores | None = None, *, keep_dense: bool = True
+    model: object,
+    config: MoEConfig,
+    scores: Scores | None = None,
+    *,
+    inputs: Inputs | None = None,
+    keep_dense: bool = True,
 ) -> SwapReport:
     """Replaces dense FFNs of a live model by sparse ones with the same weights, in place.
 
@@ -46,7 +49,7 @@ def apply_moe_(
     keeps the replaced module's return convention, device, dtype, mode, requires_grad of each
     projection, hooks, and accelerate's patched forward; where accelerate keeps the weights outside
     of the device, on the CPU or on disk, it keeps those of the block on the CPU. Neurons are
-    permuted, nothing is rounded; routers start at zero, so that with top_k = num_experts the output
+    permuted, nothing is rounded; with routers that start at zero and top_k = num_experts the output
     is the dense one.
 
     What does not carry over: hooks on the projections inside an FFN, and optimisers, which hold
@@ -54,10 +57,14 @@ def apply_moe_(
 
     Args:
         model: a module or pipeline.
-        config: how many experts, in which FFNs.
+        config: how many experts, in which FFNs, of which neurons, and how routers start.
         scores: importance of each neuron, float `{layer: [I]}` for exactly the selected layers, a
             tensor [num_layers, I], or a mapping of components to scores of at least these layers.
             Without scores, neurons are ranked by weight magnitude.
+        inputs: what the FFNs were given on calibration tokens, float `{layer: [N, D]}` of at least
+            the selected layers, or a mapping of components to that, N >= 8; given exactly where
+            config has the partition "coactivation" or router_init "activation". See
+            `FfnStatistics.inputs`.
         keep_dense: keep the replaced modules for `restore_`: their weights, as many bytes as the
             experts have, stay in memory where they are. Otherwise they are freed when the call
             returns; during the call both are there, so that an error can leave the model alone.
@@ -67,8 +74,9 @@ def apply_moe_(
 
     Raises:
         ValueError: nothing matches, a selected layer is not a plain dense SwiGLU, or layers,
-            counts or scores do not fit; the message names the layer. The model is as before.
-        TypeError: config is no MoEConfig, or scores are no tensors.
+            counts, scores or inputs do not fit; the message names the layer. The model is as
+            before.
+        TypeError: config is no MoEConfig, or scores or inputs are no tensors.
     """
     where = "apply_moe_"
     if not isinstance(config, MoEConfig):
@@ -78,7 +86,7 @@ def apply_moe_(
     selected = select_held(host, config.layers, names, where=where)
     own = of_component(scores, config.component, where=where)
     given = by_layer(own, selected, len(host.layers), where=where, exact=own is scores)
-    plans, neuron_indices = [], []
+    plans, rankings = [], []
     for layer in selected:
         target = host.target(layer, config.component, where=where)
         weights = read_dense(target, where=where)
@@ -91,12 +99,22 @@ def apply_moe_(
         )
         values = None if given is None else given[layer]
         plans.append(plan)
-        ranking = neuron_scores(weights, values, target.describe(where))
-        neuron_indices.append(snake_partition(ranking, plan.layout))
+        rankings.append(neuron_scores(weights, values, target.describe(where)))
     require_distinct([plan.target for plan in plans], where=where)
-    blocks = [
-        permuted_block(plan, index) for plan, index in zip(plans, neuron_indices, strict=True)
-    ]
+    sizes = {plan.target.layer: plan.weights.gate_proj.shape[1] for plan in plans}
+    calibration = resolve_inputs(inputs, config, sizes, what=where)
+    blocks = []
+    for plan, ranking in zip(plans, rankings, strict=True):
+        layer, at = plan.target.layer, plan.target.describe(where)
+        own = calibration.get(layer)
+        starts_empty = config.router_init is RouterInit.ZERO and own is None
+        if plan.weights.gate_proj.is_meta and not starts_empty:
+            raise ValueError(
+                f"{at}: weights must be in memory for partition {config.partition.value!r} and "
+                f"router_init {config.router_init.value!r}, got meta"
+            )
+        start_ = partial(start_routers_, config=config, layer=layer, inputs=own, where=at)
+        blocks.append(permuted_block(plan, neuron_order(plan, config, ranking, own), start_))
     return _exchange(where, host, plans, blocks, keep_dense=keep_dense)
 
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First routers of sparse blocks in a live model, before anything is tuned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_unified.analysis import FfnStatistics
+from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified.checkpoint.report import Report, format_table
+from sparse_unified.nn import SparseMoE
+from sparse_unified.partition import RouterInit, check_inputs
+from sparse_unified.swap.find import find_host
+from sparse_unified.swap.routing import first_router, set_routers_
+
+Inputs = Mapping[str, Mapping[int, Tensor]]
+
+_WHERE = "init_router_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedRouter:
+    """The router of one block.
+
+    Attributes:
+        error_zero: relative L2 distance of the sparse output to the one with all experts, with a
+            router of zeros, over every fifth calibration token; None unless fitted.
+        error: the same with a router fitted to the other tokens.
+        logit_rms: root mean square of the logits on the calibration tokens; None unless fitted.
+    """
+
+    component: str
+    layer: int
+    error_zero: float | None
+    error: float | None
+    logit_rms: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterReport(Report):
+    """What `init_router_` did, block by block."""
+
+    method: str
+    layers: tuple[StartedRouter, ...]
+
+    def to_text(self) -> str:
+        rows: list[tuple[object, ...]] = [
+            ("layer", "error with zeros", f"error with {self.method}", "logits")
+        ]
+        for entry in self.layers:
+            found = (entry.error_zero, entry.error, entry.logit_rms)
+            numbers = ("-" if value is None else f"{value:.3f}" for value in found)
+            rows.append((f"{entry.component} {entry.layer}", *numbers))
+        return format_table(rows, header=True)
+
+
+def init_router_(
+    model: object,
+    method: RouterInit | str,
+    *,
+    statistics: FfnStatistics | Inputs | None = None,
+    tasks: Sequence[str] | None = None,
+    seed: int = 0,
+    components: Sequence[str] | None = None,
+) -> RouterReport:
+    """Sets the routers of all sparse blocks of a live model, in place.
+
+    "zero" is how conversion leaves them: a tie, which the first top_k experts win on every token.
+    "random" draws small weights. "activation" fits each router to how much its experts give on
+    calibration tokens, see `sparse_unified.partition.fit_router`. The routers of und blocks for
+    text and for ViT tokens start the same; that of a shared expert becomes zero.
+
+    Args:
+        model: a module or pipeline with `SparseMoE` blocks, whatever their partition.
+        method: "zero", "random" or "activation".
+        statistics: of "activation" alone: those of the dense model with `num_inputs` above 0, or
+            `{component: {layer: x [N, D]}}`, N >= 8. Neurons are no longer where they were, so
+            that it is only checked that components, layers and hidden size fit.
+        tasks: whose inputs are taken from the statistics; None is all.
+        seed: of "random".
+        components: whose blocks; None is all.
+
+    Returns:
+        one entry per block.
+
+    Raises:
+        ValueError: there are no sparse blocks, the method is none of these, or statistics are
+            missing, not needed, keep no inputs or do not fit. The model is as before.
+    """
+    try:
+        chosen = RouterInit(method)
+    except ValueError:
+        legal = ", ".join(repr(known.value) for known in RouterInit)
+        raise ValueError(f"{_WHERE}: method must be one of {legal}, got {method!r}") from None
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"{_WHERE}: seed must be an integer of at least 0, got {seed!r}")
+    blocks = list(_sparse_blocks(model, components))
+    inputs: Inputs = {}
+    if (chosen is RouterInit.ACTIVATION) != (statistics is not None):
+        got = "none" if statistics is None else f"{type(statistics).__name__} with {chosen.value!r}"
+        raise ValueError(
+            f"{_WHERE}: statistics must be given with method 'activation', and with no other, "
+            f"got {got}"
+        )
+    if isinstance(statistics, FfnStatistics):
+        owners = dict.fromkeys(component for component, _, _ in blocks)
+        kept = {component: statistics.inputs(component, tasks) for component in owners}
+        inputs = {
+            component: {layer: x for layer, x in own.items() if isinstance(layer, int)}
+            for component, own in kept.items()
+        }
+    elif statistics is not None:
+        inputs = statistics
+    started, weights = [], []
+    for component, layer, block in blocks:
+        at = f"{_WHERE}: {component} layer {layer}"
+        x = None
+        if chosen is RouterInit.ACTIVATION:
+            x = inputs.get(component, {}).get(layer)
+            if x is None:
+                raise ValueError(
+                    f"{at}: statistics must hold inputs of it, got some of {component} layers "
+                    f"{list_some(inputs.get(component, {}))}"
+                )
+            check_inputs(x, block.hidden_size, where=at)
+        if block.gate.weight.is_meta:
+            raise ValueError(f"{at}: weights must be in memory, got meta")
+        weight, fit = first_router(block, chosen, layer=layer, seed=seed, inputs=x, where=at)
+        if fit is not None and not math.isfinite(fit.logit_rms):
+            raise ValueError(f"{at}: experts must give finite values, got NaN or infinity")
+        weights.append(weight)
+        started.append(
+            StartedRouter(
+                component=component,
+                layer=layer,
+                error_zero=None if fit is None else fit.error_zero,
+                error=None if fit is None else fit.error,
+                logit_rms=None if fit is None else fit.logit_rms,
+            )
+        )
+    with torch.no_grad():
+        for (_, _, block), weight in zip(blocks, weights, strict=True):
+            set_routers_(block, weight)
+    return RouterReport(method=chosen.value, layers=tuple(started))
+
+
+def _sparse_blocks(
+    model: object, components: Sequence[str] | None
+) -> Iterator[tuple[str, int, SparseMoE]]:
+    host = find_host(model, where=_WHERE)
+    wanted = tuple(FFN_NAMES) if components is None else tuple(components)
+    unknown = [name for name in wanted if name not in FFN_NAMES]
+    if unknown or not wanted:
+        raise ValueError(
+            f"{_WHERE}: components must be of {', '.join(FFN_NAMES)}, got {list_some(wanted)}"
+        )
+    found = False
+    for component in wanted:
+        for layer in range(len(host.layers)):
+            place = host.place(layer, FFN_NAMES[component])
+            if place is not None and isinstance(place.module, SparseMoE):
+                found = True
+                yield component, layer, place.module
+    if not found:
+        raise ValueError(
+            f"{_WHERE}: model must have sparse FFNs of {' or '.join(wanted)}, got none among the "
+            f"{len(host.layers)} layers under {host.path}"
+        )

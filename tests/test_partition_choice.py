@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Neurons by rank, by chance or by what they do together; routers from nothing or from that."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from routing_cases import BlockFfn, block_ffn, unit_tokens
+from torch import Tensor
+
+from sparse_unified.nn import SparseMoE
+from sparse_unified.ops import reference
+from sparse_unified.partition import (
+    ExpertLayout,
+    Partition,
+    RouterInit,
+    coactivation_partition,
+    fit_router,
+    hidden_activations,
+    magnitude_scores,
+    order_neurons,
+    random_partition,
+    random_router,
+    snake_partition,
+)
+
+LAYOUT = ExpertLayout(intermediate_size=512, num_experts=16)
+
+
+@pytest.fixture(scope="module")
+def ffn() -> BlockFfn:
+    return block_ffn()
+
+
+def experts(index: Tensor, layout: ExpertLayout) -> list[Tensor]:
+    return [index[slice(*layout.expert_range(e))] for e in range(layout.num_experts)]
+
+
+# Partitions
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(0, 2),
+    st.integers(1, 5),
+    st.sampled_from(list(Partition)),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_way_is_a_permutation_with_the_same_shared_expert(
+    num_experts: int, shared: int, width: int, partition: Partition, seed: int, silent: bool
+) -> None:
+    layout = ExpertLayout(
+        intermediate_size=(num_experts + shared) * width,
+        num_experts=num_experts,
+        num_shared_experts=shared,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(layout.intermediate_size, generator=generator)
+    hidden = torch.randn(9, layout.intermediate_size, generator=generator)
+    if silent:
+        hidden.zero_()  # no neuron ever fires: all profiles are the same
+    index = order_neurons(partition, scores, layout, seed=seed, hidden=hidden)
+    assert index.sort().values.tolist() == list(range(layout.intermediate_size))
+    stop = layout.shared_width
+    assert torch.equal(index[:stop], snake_partition(scores, layout)[:stop])
+
+
+def test_random_depends_on_seed_and_layer_alone() -> None:
+    scores = torch.rand(512, generator=torch.Generator().manual_seed(0))
+    first = random_partition(scores, LAYOUT, seed=3, layer=1)
+    assert torch.equal(first, random_partition(1 - scores, LAYOUT, seed=3, layer=1))
+    for other in ((3, 2), (4, 1)):
+        assert not torch.equal(
+            first, random_partition(scores, LAYOUT, seed=other[0], layer=other[1])
+        )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_coactivation_finds_blocks_that_fire_together(seed: int) -> None:
+    ffn = block_ffn(seed=seed)
+    hidden = hidden_activations(unit_tokens(256), ffn.gate_proj, ffn.up_proj)
+    index = coactivation_partition(magnitude_scores(*ffn.weights), LAYOUT, hidden, seed=seed)
+    for own in experts(index, LAYOUT):
+        assert len(set(ffn.block[own].tolist())) == 1
+        assert all(a < b for a, b in pairwise(own.tolist()))
+
+
+def test_coactivation_is_reproducible_and_takes_half_precision(ffn: BlockFfn) -> None:
+    scores = magnitude_scores(*ffn.weights)
+    hidden = hidden_activations(unit_tokens(64), ffn.gate_proj, ffn.up_proj).half()
+    first = coactivation_partition(scores, LAYOUT, hidden, seed=1)
+    assert torch.equal(first, coactivation_partition(scores, LAYOUT, hidden, seed=1))
+
+
+def test_hidden_activations_are_those_of_the_ffn(ffn: BlockFfn) -> None:
+    x = unit_tokens(5)
+    gate, up = ffn.gate_proj.repeat(3, 1), ffn.up_proj.repeat(3, 1)  # more than one tile
+    expected = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
+    torch.testing.assert_close(
+        hidden_activations(x.bfloat16().float(), gate, up), expected, rtol=0, atol=0.1
+    )
+    torch.testing.assert_close(hidden_activations(x, gate, up), expected)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        (
+            torch.zeros(9, 511),
+            r"hidden must have shape \[N, 512\] of at least 8 tokens, got \[9, 511",
+        ),
+        (torch.zeros(7, 512), r"of at least 8 tokens, got \[7, 512\]"),
+        (torch.full((9, 512), torch.nan), "hidden must be finite"),
+    ],
+)
+def test_unfit_activations_are_refused(hidden: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"coactivation_partition: .*{message}"):
+        coactivation_partition(torch.rand(512), LAYOUT, hidden)
+
+
+def test_coactivation_without_activations_is_refused() -> None:
+    with pytest.raises(ValueError, match="order_neurons: hidden must be given"):
+        order_neurons(Partition.COACTIVATION, torch.rand(512), LAYOUT)
+
+
+# Routers
+
+
+def sparse_error(ffn: BlockFfn, index: Tensor, router: Tensor, x: Tensor, top_k: int = 8) -> float:
+    """Relative L2 distance of the block to the dense FFN."""
+    block = SparseMoE(x.shape[1], len(index), LAYOUT.num_experts, top_k, return_router_logits=False)
+    with torch.no_grad():
+        block.gate_proj.copy_(ffn.gate_proj[index])
+        block.up_proj.copy_(ffn.up_proj[index])
+        block.down_proj.copy_(ffn.down_proj[:, index])
+        block.gate.weight.copy_(router)
+        dense = reference.swiglu(x, *ffn.weights)
+        return float((block(x) - dense).norm() / dense.norm())
+
+
+def test_fitted_routers_beat_ties_and_chance_and_coactivation_helps_most(ffn: BlockFfn) -> None:
+    # 16 experts, 8 active, measured on tokens the fit has not seen.
+    seen, unseen = unit_tokens(512, seed=1), unit_tokens(512, seed=2)
+    scores = magnitude_scores(*ffn.weights)
+    hidden = hidden_activations(seen, ffn.gate_proj, ffn.up_proj)
+    found: dict[tuple[Partition, RouterInit], float] = {}
+    for partition in Partition:
+        index = order_neurons(partition, scores, LAYOUT, hidden=hidden)
+        weights = (ffn.gate_proj[index], ffn.up_proj[index], ffn.down_proj[:, index])
+        fit = fit_router(seen, *weights, LAYOUT, 8)
+        routers = {
+            RouterInit.ZERO: torch.zeros(16, 64),
+            RouterInit.RANDOM: random_router(16, 64, seed=0),
+            RouterInit.ACTIVATION: fit.weight,
+        }
+        for method, router in routers.items():
+            found[partition, method] = sparse_error(ffn, index, router, unseen)
+        # What the report says of tokens left out of the fit is what others find.
+        assert fit.error == pytest.approx(found[partition, RouterInit.ACTIVATION], rel=0.1)
+        assert fit.error_zero == pytest.approx(found[partition, RouterInit.ZERO], rel=0.1)
+        assert 0.0099 < fit.logit_rms < 0.1001
+    for method in (RouterInit.ZERO, RouterInit.RANDOM):
+        for partition in Partition:
+            assert found[partition, method] > 0.65  # half of the output is gone: 0.71
+    assert (
+        found[Partition.SNAKE, RouterInit.ACTIVATION]
+        < 0.92 * found[Partition.SNAKE, RouterInit.ZERO]
+    )
+    assert found[Partition.COACTIVATION, RouterInit.ACTIVATION] < 0.2
+
+
+def test_logits_keep_the_output_unbiased(ffn: BlockFfn) -> None:
+    # Along the dense output, the sparse one neither shrinks nor grows by more than the logits do.
+    seen, unseen = unit_tokens(512, seed=1), unit_tokens(512, seed=2)
+    hidden = hidden_activations(seen, ffn.gate_proj, ffn.up_proj)
+    index = coactivation_partition(magnitude_scores(*ffn.weights), LAYOUT, hidden)
+    weights = (ffn.gate_proj[index], ffn.up_proj[index], ffn.down_proj[:, index])
+    router = fit_router(seen, *weights, LAYOUT, 16).weight
+    logits = unseen @ router.t()
+    assert float(logits.mean()) == pytest.approx(0, abs=1e-3)
+    assert sparse_error(ffn, index, router, unseen, top_k=16) < 0.1
+
+
+def test_shared_expert_counts_as_always_there(ffn: BlockFfn) -> None:
+    layout = ExpertLayout(intermediate_size=512, num_experts=8, num_shared_experts=8)
+    index = snake_partition(magnitude_scores(*ffn.weights), layout)
+    weights = (ffn.gate_proj[index], ffn.up_proj[index], ffn.down_proj[:, index])
+    x = unit_tokens(60)
+    fit = fit_router(x, *weights, layout, 4)
+    held_out = x[::5]
+    kept = index[: 256 + 4 * 32]  # the shared expert and the first four others
+    sparse = reference.swiglu(
+        held_out, ffn.gate_proj[kept], ffn.up_proj[kept], ffn.down_proj[:, kept]
+    )
+    dense = reference.swiglu(held_out, *ffn.weights)
+    assert fit.error_zero == pytest.approx(float((sparse - dense).norm() / dense.norm()), rel=1e-4)
+
+
+def test_experts_that_give_nothing_get_a_router_of_zeros(ffn: BlockFfn) -> None:
+    weights = (ffn.gate_proj, ffn.up_proj, torch.zeros_like(ffn.down_proj))
+    fit = fit_router(unit_tokens(16), *weights, LAYOUT, 8)
+    assert not fit.weight.any()
+    assert fit.error == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.zeros(9, 63), r"shape \[N, 64\] of at least 8 tokens, got \[9, 63\]"),
+        (torch.zeros(7, 64), r"at least 8 tokens, got \[7, 64\]"),
+        (torch.zeros(9, 64, dtype=torch.int64), "floating point, got torch.int64"),
+        (
+            torch.zeros(9, 64).index_fill(0, torch.tensor(3), torch.inf),
+            "finite, got inf of token 3",
+        ),
+    ],
+)
+def test_unfit_inputs_are_refused(ffn: BlockFfn, inputs: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"fit_router: inputs must .*{message}"):
+        fit_router(inputs, *ffn.weights, LAYOUT, 8)

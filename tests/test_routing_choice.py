@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of partition and of first routers, in live models, in files, and by command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import analysis_models as models
+import pytest
+import torch
+from checkpoint_files import make_dense
+from routing_cases import block_ffn, unit_tokens
+from swap_models import LAYERS, Model, TensorMLP, ffn
+from torch import Tensor
+
+from sparse_unified import MoEConfig, apply_moe_, restore_
+from sparse_unified.adapt import init_router_
+from sparse_unified.analysis import FfnStatistics, StatisticsConfig, calibrate, collect
+from sparse_unified.analysis.adapter import find_adapter
+from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
+from sparse_unified.analysis.metrics import Settings
+from sparse_unified.analysis.samples import Task, built_in_samples
+from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
+from sparse_unified.checkpoint.sidecar import read_sidecar
+from sparse_unified.cli import main
+from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.partition import Partition, magnitude_scores, snake_partition
+
+INPUTS = StatisticsConfig(num_inputs=32)
+
+
+def layer_inputs(hidden: int, layers: range = range(LAYERS), count: int = 40) -> dict[int, Tensor]:
+    return {layer: unit_tokens(count, hidden=hidden, seed=layer) for layer in layers}
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
+
+
+# Live models
+
+
+@pytest.mark.parametrize("partition", list(Partition))
+@pytest.mark.parametrize("component", ["gen", "und"])
+def test_all_experts_equal_dense_in_every_partition(partition: Partition, component: str) -> None:
+    torch.manual_seed(0)
+    model = Model(TensorMLP)
+    und, gen = torch.randn(5, 8), torch.randn(7, 8)
+    expected = model(und, gen)
+    config = MoEConfig(
+        num_experts=4, top_k=4, num_shared_experts=2, component=component, partition=partition
+    )
+    needed = partition is Partition.COACTIVATION
+    apply_moe_(model, config, inputs=layer_inputs(8) if needed else None)
+    for found, wanted in zip(model(und, gen), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    restore_(model)
+    assert torch.equal(model(und, gen)[1], expected[1])
+
+
+def test_routers_start_small_and_those_of_und_alike() -> None:
+    torch.manual_seed(0)
+    model = Model(TensorMLP)
+    how: dict[str, Any] = {"num_experts": 4, "top_k": 2, "component": "und"}
+    apply_moe_(model, MoEConfig(**how, router_init="random", seed=4))
+    drawn = ffn(model, 1, "und")
+    assert drawn.gate.weight.any()
+    assert torch.equal(drawn.gate.weight, drawn.gate_img.weight)
+    assert not torch.equal(drawn.gate.weight, ffn(model, 2, "und").gate.weight)
+    restore_(model)
+    apply_moe_(model, MoEConfig(**how, router_init="activation"), inputs={"und": layer_inputs(8)})
+    fitted = ffn(model, 1, "und")
+    logits = layer_inputs(8)[1] @ fitted.gate.weight.detach().t()
+    assert 0.0099 < float(logits.square().mean().sqrt()) < 0.1001
+    assert not fitted.gate_shared.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "inputs", "message"),
+    [
+        ({"partition": "coactivation"}, None, r"inputs must be given for partition 'coactivation'"),
+        (
+            {"partition": "coactivation", "router_init": "activation"},
+            None,
+            "for partition 'coactivation' and router_init 'activation', got none; .*--inputs",
+        ),
+        ({}, {1: torch.zeros(9, 8)}, "got 'snake' and 'zero'"),
+        ({"router_init": "activation"}, {1: torch.zeros(9, 8)}, "got NoneType for layer 2"),
+        ({"router_init": "activation"}, {"und": {}}, "inputs must hold gen, got und"),
+        (
+            {"router_init": "activation"},
+            dict.fromkeys(range(4), torch.zeros(9, 7)),
+            r"layer 1: inputs must have shape \[N, 8\]",
+        ),
+    ],
+)
+def test_unfit_inputs_leave_the_model_alone(
+    changes: dict[str, Any], inputs: Any, message: str
+) -> None:
+    model = Model(TensorMLP)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"apply_moe_: .*{message}"):
+        apply_moe_(model, MoEConfig(num_experts=4, top_k=2, **changes), inputs=inputs)
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize(
+    "field", [{"partition": "spiral"}, {"router_init": "one"}, {"seed": -1}, {"seed": True}]
+)
+def test_config_refuses_what_is_no_choice(field: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"MoEConfig: {next(iter(field))} must be"):
+        MoEConfig(**field)
+
+
+# Routers of blocks that are sparse already
+
+
+def block_model(partition: str) -> Model:
+    """Layers whose generation FFNs are blocks of neurons that fire together."""
+    torch.manual_seed(0)
+    model = Model(TensorMLP)
+    for layer in range(LAYERS):
+        own = block_ffn(hidden=8, width=96, blocks=4, seed=layer)
+        module = TensorMLP(8, 96)
+        with torch.no_grad():
+            for name, weight in zip(keys.PROJECTIONS, own.weights, strict=True):
+                getattr(module, name).weight.copy_(weight)
+        model.layers[layer].mlp_moe_gen = module
+    config = MoEConfig(num_experts=4, top_k=2, partition=partition)  # type: ignore[arg-type]
+    inputs = layer_inputs(8, count=80) if partition == "coactivation" else None
+    apply_moe_(model, config, inputs=inputs)
+    return model
+
+
+def test_a_fitted_router_beats_the_tie_in_every_block() -> None:
+    model = block_model("coactivation")
+    report = init_router_(model, "activation", statistics={"gen": layer_inputs(8, count=80)})
+    assert [(entry.component, entry.layer) for entry in report.layers] == [("gen", 1), ("gen", 2)]
+    for entry in report.layers:
+        assert entry.error is not None
+        assert entry.error_zero is not None
+        assert entry.error < 0.75 * entry.error_zero
+    assert "error with zeros" in report.to_text()
+    # The same as at conversion, as no weight of an expert has changed.
+    fitted = [ffn(model, layer, "gen").gate.weight.clone() for layer in (1, 2)]
+    init_router_(model, "random", seed=3)
+    assert not torch.equal(ffn(model, 1, "gen").gate.weight, fitted[0])
+    init_router_(model, "zero")
+    assert not ffn(model, 1, "gen").gate.weight.any()
+    restore_(model)
+    config = MoEConfig(num_experts=4, top_k=2, partition="coactivation", router_init="activation")  # type: ignore[arg-type]
+    apply_moe_(model, config, inputs=layer_inputs(8, count=80))
+    for layer, weight in zip((1, 2), fitted, strict=True):
+        assert torch.equal(ffn(model, layer, "gen").gate.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "best"}, "method must be one of 'zero', 'random', 'activation', got 'best'"),
+        ({"method": "activation"}, "statistics must be given with method 'activation'"),
+        ({"method": "zero", "statistics": {}}, ".*and with no other, got dict with 'zero'"),
+        ({"method": "activation", "statistics": {"gen": {}}}, "gen layer 1: statistics must hold"),
+        ({"method": "random", "components": ["und"]}, "model must have sparse FFNs of und, got no"),
+        ({"method": "random", "components": ["vit"]}, "components must be of und, gen, got vit"),
+        ({"method": "random", "seed": -1}, "seed must be an integer of at least 0, got -1"),
+    ],
+)
+def test_init_router_refuses(arguments: dict[str, Any], message: str) -> None:
+    model = block_model("snake")
+    with pytest.raises(ValueError, match=f"init_router_: {message}"):
+        init_router_(model, **arguments)
+    assert not ffn(model, 1, "gen").gate.weight.any()
+
+
+# Inputs that statistics keep
+
+
+def gather(model: Any, samples: dict[str, Tensor], count: int = 6) -> FfnStatistics:
+    with collect(model, "text", config=StatisticsConfig(num_inputs=count)) as collector:
+        for name, ids in samples.items():
+            collector.begin(name)
+            with torch.no_grad():
+                model(ids)
+    return collector.statistics()
+
+
+def test_kept_inputs_are_what_the_ffn_saw_and_the_same_tokens_everywhere(tmp_path: Path) -> None:
+    model = models.Bailing()
+    ids = {name: torch.randint(3, 60, (1, 9)) for name in "abc"}
+    seen: list[Tensor] = []
+    (first,) = (f for f in find_adapter(model).ffns("text") if f.key == 0)
+    handle = first.module.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    whole = gather(model, ids)
+    handle.remove()
+    kept = whole.inputs("text")[0]
+    assert list(kept.shape) == [6, models.HIDDEN]
+    rows = torch.cat(seen).bfloat16().float()
+    assert all(bool((rows == x).all(1).any()) for x in kept)
+    # Parts add up to one pass, whatever their order.
+    parts = [gather(model, {name: ids[name]}) for name in "cab"]
+    merged = parts[0].merge(*parts[1:])
+    assert all(
+        torch.equal(merged.inputs("text")[key], x) for key, x in whole.inputs("text").items()
+    )
+    whole.save(tmp_path / "s.safetensors")
+    loaded = FfnStatistics.load(tmp_path / "s.safetensors")
+    assert torch.equal(loaded.inputs("text")[0], kept)
+    assert gather(model, ids, count=99).ffns["text"]["text"][0].inputs.shape[0] == 27
+
+
+def test_statistics_without_inputs_say_so(tmp_path: Path) -> None:
+    statistics = gather(models.Bailing(), {"a": torch.tensor([[3, 4]])}, count=0)
+    with pytest.raises(
+        ValueError, match=r"inputs of text must be kept, .*--inputs .*num_inputs = 0"
+    ):
+        statistics.inputs("text")
+    with pytest.raises(ValueError, match="num_inputs must be an integer of at least 0, got -1"):
+        StatisticsConfig(num_inputs=-1)
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return models.pipeline(tmp_path_factory.mktemp("routing"))
+
+
+@pytest.mark.parametrize("component", ["gen", "und"])
+@pytest.mark.parametrize("partition", ["random", "coactivation"])
+def test_every_partition_verifies_and_inverts(
+    tmp_path: Path, component: str, partition: str
+) -> None:
+    dense = make_dense(tmp_path / "dense", num_shards=2, dtype=torch.bfloat16)
+    inputs = {component: layer_inputs(16)} if partition == "coactivation" else None
+    report = convert(
+        dense,
+        tmp_path / "sparse",
+        num_experts=4,
+        top_k=2,
+        num_shared_experts=2,
+        component=component,
+        partition=partition,
+        router_init="random" if inputs is None else "activation",
+        partition_seed=5,
+        inputs=inputs,
+    )
+    assert report.partition == partition
+    assert f"partition          {partition}" in report.to_text()
+    sparse = Checkpoint(tmp_path / "sparse")
+    verdict = verify(sparse.directory, dense)
+    assert verdict.ok
+    assert {layer.routers for layer in verdict.layers} == {"trained"}
+    gates = [sparse.read(keys.router_key(component, 1, n)) for n in keys.router_names(component)]
+    assert gates[0].any()
+    assert not gates[1].any()  # that of the shared expert
+    assert len(gates) == 2 or torch.equal(gates[0], gates[2])
+    index = torch.from_numpy(
+        read_sidecar(sparse.directory / "partition.safetensors").neuron_index[1]
+    )
+    weights = [Checkpoint(dense).read(keys.dense_key(component, 1, n)) for n in keys.PROJECTIONS]
+    layout = sparse.moe.expert_layout(component, 1)  # type: ignore[union-attr]
+    snake = snake_partition(magnitude_scores(*weights), layout)
+    assert torch.equal(index[:32], snake[:32])
+    assert not torch.equal(index, snake)
+    assert sparse.recipe is not None
+    config = sparse.recipe.steps[-1].config
+    assert isinstance(config, MoEConfig)
+    assert (config.partition.value, config.seed) == (partition, 5)
+    invert(sparse.directory, tmp_path / "back")
+    assert snapshot(tmp_path / "back") == snapshot(dense)
+
+
+def test_live_model_and_file_agree(tmp_path: Path, pipeline: Any) -> None:
+    dense = write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path / "dense")
+    statistics = calibrate(
+        pipeline,
+        Task.GENERATION,
+        built_in_samples(Task.GENERATION, 2),
+        config=INPUTS,
+        settings=Settings(size=(32, 32), num_timesteps=4),
+    )
+    inputs = statistics.inputs("gen")
+    config = MoEConfig(
+        num_experts=4,
+        top_k=2,
+        layers="all",
+        partition="coactivation",
+        router_init="activation",  # type: ignore[arg-type]
+    )
+    convert(
+        dense,
+        tmp_path / "sparse",
+        num_experts=4,
+        top_k=2,
+        layers="all",
+        partition="coactivation",
+        router_init="activation",
+        inputs={"gen": inputs},  # type: ignore[dict-item]
+    )
+    live = models.bagel()
+    apply_moe_(live, config, inputs={"gen": inputs})  # type: ignore[dict-item]
+    sparse = Checkpoint(tmp_path / "sparse")
+    for key, weight in live.state_dict().items():
+        if "mlp_moe_gen" in key:
+            torch.testing.assert_close(sparse.read(key), weight, rtol=1e-5, atol=1e-7)
+
+
+def test_recipes_of_earlier_versions_read_as_snake_and_zero(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    path = tmp_path / "sparse" / "sparse_unified.json"
+    recipe = json.loads(path.read_text())
+    for name in ("partition", "router_init", "seed"):
+        del recipe["steps"][0]["config"][name]
+    path.write_text(json.dumps(recipe))
+    found = Checkpoint(tmp_path / "sparse").recipe
+    assert found is not None
+    assert found.steps[0].config == MoEConfig(num_experts=4, top_k=2, layers=(1, 2))
+
+
+# Commands
+
+
+def test_commands_calibrate_then_convert(
+    tmp_path: Path, pipeline: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path / "dense")
+    stats, out = str(tmp_path / "s.safetensors"), str(tmp_path / "sparse")
+    quick = ["--samples", "1", "--steps", "3", "--size", "32x32", "--quiet"]
+    command = ["calibrate", str(dense), "--task", "generation", "--out", stats, "--inputs", "24"]
+    assert main([*command, *quick]) == 0
+    check_against_checkpoint(FfnStatistics.load(stats), Checkpoint(dense), "gen")
+    chosen = ["--partition", "coactivation", "--router-init", "activation"]
+    counts = ["--num-experts", "4", "--top-k", "2", "--layers", "all", "--quiet"]
+    assert main(["convert", str(dense), out, *counts, *chosen, "--stats", stats]) == 0
+    assert main(["verify", out, "--against", str(dense), "--quiet"]) == 0
+    capsys.readouterr()
+
+    def refused(*arguments: str) -> str:
+        status = main(["convert", *arguments, *counts])
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert not (tmp_path / "x").exists()
+        return f"{status} {error}"
+
+    new = str(tmp_path / "x")
+    assert "--partition coactivation must come with --stats" in refused(
+        str(dense), new, *chosen[:2]
+    )
+    assert "2 sparse-unified: error: convert: --stats must" in refused(
+        str(dense), new, "--stats", stats
+    )
+    other = str(make_dense(tmp_path / "other"))
+    assert "model must have the gen FFNs they were" in refused(
+        other, new, *chosen, "--stats", stats
+    )
+    assert main([*command[:5], str(tmp_path / "bare"), *quick]) == 0
+    capsys.readouterr()
+    bare = refused(str(dense), new, *chosen, "--stats", str(tmp_path / "bare"))
+    assert "inputs of gen must be kept, as calibrate does with --inputs" in bare
