@@ -137,7 +137,7 @@ def _fit(x: Tensor, outputs: Tensor, top_k: int) -> Tensor:
     if not rms > 0:
         return torch.zeros_like(weight)  # every expert gives the same share on every token
     chosen = _chosen(logits, top_k)
-    weighed = torch.einsum("ne,ned->nd", chosen * logits, outputs)
+    weighed = torch.einsum("tk,tkd->td", chosen * logits, outputs)
     power = float(weighed.double().square().sum())
     gap = _missing(outputs, logits * 0, top_k, chosen)
     factor = float((gap.double() * weighed.double()).sum()) / power if power > 0 else 0.0
@@ -153,7 +153,7 @@ def _chosen(logits: Tensor, top_k: int) -> Tensor:
 def _missing(outputs: Tensor, logits: Tensor, top_k: int, chosen: Tensor | None = None) -> Tensor:
     """What the sparse sum [N, D] lacks of the sum of all experts' outputs [N, E, D]."""
     chosen = _chosen(logits, top_k) if chosen is None else chosen
-    return torch.einsum("ne,ned->nd", 1 - chosen * (1 + logits), outputs)
+    return torch.einsum("tk,tkd->td", 1 - chosen * (1 + logits), outputs)
 
 
 def _ridge(x: Tensor, target: Tensor) -> Tensor:
