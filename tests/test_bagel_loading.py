@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparse_unified.bagel import BagelPipeline, SpecialTokens, load_bagel, loading
-from sparse_unified.bagel.loading import find_model, official_tensors
+from sparse_unified.bagel.loading import official_tensors
 from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import TensorSpec
+from sparse_unified.checkpoint.hub import find_model
 from sparse_unified.checkpoint.safetensors_file import read_tensor
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.testing import read_case

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.shapes import bagel_config, vae_config
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint import Checkpoint, TensorSpec
@@ -26,35 +25,7 @@ from sparse_unified.checkpoint.reader import read_json
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _BLOCK_BYTES = 64 * 2**20  # read at a time; an embedding of the released models has 1.1 GB
-
-
-def find_model(name: str | os.PathLike[str]) -> Path:
-    """Returns the directory of a model, given as such or as a hub id, which is downloaded.
-
-    Raises:
-        ValueError: `name` is neither a directory nor the id of a model that can be had.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    text = os.fspath(name)
-    parts = text.split("/")
-    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ValueError(
-            "from_pretrained: model must be a directory or a hub id 'owner/name', "
-            f"got {text!r}, which is neither"
-        )
-    hub = optional("huggingface_hub")
-    try:
-        return Path(hub.snapshot_download(text, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as error:  # every error of the hub is one of these
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"from_pretrained: model must be a directory or a hub id that can be downloaded, "
-            f"got {text!r}: {first_line}"
-        ) from error
 
 
 def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

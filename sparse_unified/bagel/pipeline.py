@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_unified.bagel import inputs
 from sparse_unified.bagel.conditioning import Guidance, build_guidance, see_images
-from sparse_unified.bagel.loading import find_model, load_bagel
+from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.pictures import Pictures
 from sparse_unified.bagel.progress import progress_bar
@@ -29,6 +29,7 @@ from sparse_unified.bagel.text import generate_tokens
 from sparse_unified.bagel.thinking import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
+from sparse_unified.checkpoint.hub import find_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint
+from sparse_unified.checkpoint.hub import find_model, is_hub_id
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.routing import Inputs, resolve_inputs
@@ -131,17 +132,20 @@ def load_moe_(
 
     Args:
         model: a module or pipeline whose FFNs are dense.
-        checkpoint: a sparse model directory.
+        checkpoint: a sparse model directory, or a hub id such as
+            "LLM-Drop/BAGEL-MoE-7B-GEN-16to8", which is downloaded.
         keep_dense: see `apply_moe_`.
 
     Raises:
-        ValueError: the checkpoint is dense or damaged, nothing matches, a layer is not a plain
-            dense SwiGLU, or file and model differ in layers, sizes, keys or shapes. The model is
-            as before.
+        ValueError: there is no such checkpoint, it is dense or damaged, nothing matches, a layer is
+            not a plain dense SwiGLU, or file and model differ in layers, sizes, keys or shapes. The
+            model is as before.
         RuntimeError: the file changes while it is read; the model is as before.
     """
     where = "load_moe_"
     if not isinstance(checkpoint, Checkpoint):
+        if is_hub_id(checkpoint):
+            checkpoint = find_model(checkpoint, where=where)
         checkpoint = Checkpoint(checkpoint)
     moe = checkpoint.moe
     if moe is None:
