@@ -206,7 +206,6 @@ def test_command_merges_and_prints_json(
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--task", "editing"], 1, "pictures to edit must be given"),
         (["--task", "talk"], 2, "invalid choice: 'talk'"),
         (["--task", "generation", "--images", "x"], 2, "--images must come with --prompts"),
         (

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import analysis_models as models
 import pytest
+from PIL import Image
 
 from sparse_unified.analysis.samples import Task, built_in_samples, read_samples
 
@@ -66,14 +68,35 @@ def test_a_fingerprint_depends_on_everything_a_sample_is(tmp_path: Path) -> None
     assert picture.exists()
 
 
-def test_built_in_samples_serve_tasks_without_pictures() -> None:
+def test_built_in_samples_serve_every_task(tmp_path: Path) -> None:
     samples = built_in_samples(Task.GENERATION, 2, seed=5)
     assert [s.seed for s in samples] == [5, 6]
     assert len(built_in_samples(Task.UNDERSTANDING)) == 8
-    with pytest.raises(ValueError, match="pictures to edit must be given for editing, got none"):
+    assert len(built_in_samples(Task.EDITING, folder=tmp_path)) == 8
+    with pytest.raises(ValueError, match="folder must be given for the pictures to edit, got none"):
         built_in_samples(Task.EDITING)
-    with pytest.raises(ValueError, match="must hold --samples = 99 prompts, got 8"):
-        built_in_samples(Task.GENERATION, 99)
+    with pytest.raises(ValueError, match="must be a folder of pictures, got none there"):
+        built_in_samples(Task.EDITING, folder=tmp_path / "none")
+    for task in Task:
+        with pytest.raises(ValueError, match="must hold --samples = 99 prompts, got 8"):
+            built_in_samples(task, 99, folder=tmp_path)
+
+
+def test_drawn_pictures_show_their_shapes_and_are_always_the_same(tmp_path: Path) -> None:
+    twice = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        twice.append(built_in_samples(Task.EDITING, 3, folder=tmp_path / name))
+    assert [s.fingerprint() for s in twice[0]] == [s.fingerprint() for s in twice[1]]
+    assert len({s.fingerprint() for s in twice[0]}) == 3
+    ball, house, _ = (Image.open(s.sources[0]).convert("RGB") for s in twice[0])
+    assert ball.size == (256, 256)
+    assert ball.getpixel((128, 128)) == (210, 30, 30)
+    assert ball.getpixel((5, 5)) == (255, 255, 255)
+    share = sum(green == 30 for green in ball.tobytes()[1::3]) / 256**2
+    assert abs(share - math.pi * (70 / 256) ** 2) < 0.003
+    roof = [house.getpixel((column, 60)) == (210, 30, 30) for column in range(256)]
+    assert abs(sum(roof) - (201 - 55) * (1 - 60 / 70)) < 3
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,17 @@ def test_all_tasks_and_axes_in_one_command(
     assert "must be of the same run, or another folder, got sweep.seed 0" in capsys.readouterr().err
 
 
+def test_editing_needs_no_files(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--task", "editing", "--samples", "1", "--component", "gen", "--axis", "width"]
+    arguments += ["--ratios", ".5", "--no-plots", "--json"]
+    assert analyze(model, tmp_path / "out", *arguments) == 0
+    (point,) = json.loads(capsys.readouterr().out)["tasks"]["editing"]["points"]
+    assert point["metrics"]["latent_distance"] > 0
+    assert analyze(model, tmp_path / "out", *arguments) == 0  # drawn anew, and the same run
+
+
 def test_statistics_of_one_run_serve_another(
     model: Path, samples: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +169,6 @@ def test_tasks_can_have_samples_of_their_own(
         (["--layers", "1-9"], 1, "layers must lie in 0 to 2, got 3"),
         (["--block-size", "8"], 1, "block_size must be 1 or 16 to 128, got 8"),
         (["--block-size", "64"], 1, "block_size must divide the 96 neurons"),
-        (["--task", "editing"], 1, "pictures to edit must be given for editing, got none"),
         (["--images", "x"], 2, "--images must come with --prompts for generation, got none"),
         (["--prompts", "a", "--prompts", "b"], 2, "--prompts must be given once for generation"),
         (["--geneval-scorer", "a:b"], 2, "--geneval-scorer must come with --geneval, got none"),

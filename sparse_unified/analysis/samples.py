@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from sparse_unified.analysis.scenes import SCENES, draw_scenes
 from sparse_unified.bagel.pictures import open_picture
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -73,16 +74,37 @@ class Sample:
         return digest.hexdigest()[:16]
 
 
-def built_in_samples(task: Task, count: int | None = None, seed: int = 0) -> list[Sample]:
-    """Returns samples for those who have none at hand; without pictures, so none for editing.
+def built_in_samples(
+    task: Task,
+    count: int | None = None,
+    seed: int = 0,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+) -> list[Sample]:
+    """Returns samples for those who have none at hand; they are always the same.
+
+    Args:
+        task: for which. count, seed: see `read_samples`.
+        folder: where the pictures to edit are drawn, see `scenes`; of editing only. It has to stay
+            for as long as the samples are used.
 
     Raises:
-        ValueError: the task is editing, or more are wanted than there are.
+        ValueError: editing lacks a folder, it is none, or more samples are wanted than there are.
     """
     if task is Task.EDITING:
-        raise ValueError("--images: pictures to edit must be given for editing, got none")
-    prompts = GENERATION_PROMPTS if task is Task.GENERATION else UNDERSTANDING_PROMPTS
-    return _take([Sample(prompt=prompt) for prompt in prompts], count, seed, where="--prompts")
+        if folder is None:
+            raise ValueError(
+                "built_in_samples: folder must be given for the pictures to edit, got none"
+            )
+        count = len(SCENES) if count is None else count
+        samples = [
+            Sample(prompt=scene.instruction, sources=(path,))
+            for scene, path in zip(SCENES, draw_scenes(_folder(folder), count), strict=False)
+        ]
+    else:
+        prompts = GENERATION_PROMPTS if task is Task.GENERATION else UNDERSTANDING_PROMPTS
+        samples = [Sample(prompt=prompt) for prompt in prompts]
+    return _take(samples, count, seed, where="--prompts")
 
 
 def read_samples(

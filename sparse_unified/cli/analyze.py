@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli.analyze_options import TASKS, add_parser
@@ -29,6 +30,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _run_analyze(options: argparse.Namespace) -> int:
+    with TemporaryDirectory() as drawn:
+        return _analyze(options, Path(drawn))
+
+
+def _analyze(options: argparse.Namespace, drawn: Path) -> int:
     from sparse_unified.analysis.identity import fingerprint
     from sparse_unified.analysis.points import SweepConfig
     from sparse_unified.analysis.samples import Task
@@ -59,7 +65,7 @@ def _run_analyze(options: argparse.Namespace) -> int:
     statistics = _statistics(options)
     settings = _settings(options)
     tasks = [Task(name) for name in options.task]
-    samples = {task: _samples(options, task) for task in tasks}
+    samples = {task: _samples(options, task, drawn) for task in tasks}
     more = _evaluators(options)
     pipeline = load_pipeline(options)
     probes = [_probe(options, pipeline, t, samples[t], settings, more) for t in tasks]
@@ -105,7 +111,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _samples(options: argparse.Namespace, task: Task) -> list[Sample]:
+def _samples(options: argparse.Namespace, task: Task, drawn: Path) -> list[Sample]:
     from sparse_unified.analysis.samples import built_in_samples, read_samples
 
     prompts = _of_task(options.prompts, task.value, "--prompts")
@@ -113,7 +119,7 @@ def _samples(options: argparse.Namespace, task: Task) -> list[Sample]:
     if prompts is None:
         if images is not None:
             raise Usage(f"analyze: --images must come with --prompts for {task.value}, got none")
-        return built_in_samples(task, options.samples, options.seed)
+        return built_in_samples(task, options.samples, options.seed, folder=drawn)
     return read_samples(prompts, images, task, options.samples, options.seed)
 
 

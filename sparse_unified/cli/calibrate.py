@@ -9,6 +9,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli import values
@@ -120,6 +122,11 @@ def _add_scores(group: Any) -> None:
 
 
 def _run_calibrate(options: argparse.Namespace) -> int:
+    with TemporaryDirectory() as drawn:
+        return _calibrate(options, Path(drawn))
+
+
+def _calibrate(options: argparse.Namespace, drawn: Path) -> int:
     from sparse_unified.analysis import FfnStatistics, StatisticsConfig, save_scores, score
     from sparse_unified.analysis.calibrate import calibrate
     from sparse_unified.analysis.metrics import Settings
@@ -139,7 +146,7 @@ def _run_calibrate(options: argparse.Namespace) -> int:
         size=options.size, num_timesteps=options.steps, max_length=options.max_tokens
     )
     task = Task(options.task)
-    samples = _read_samples(options, task)
+    samples = _read_samples(options, task, drawn)
     earlier = [FfnStatistics.load(path) for path in options.merge]
     components = None if options.component is None else [options.component]
     pipeline = load_pipeline(options)
@@ -166,13 +173,13 @@ def _run_calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_samples(options: argparse.Namespace, task: Task) -> list[Sample]:
+def _read_samples(options: argparse.Namespace, task: Task, drawn: Path) -> list[Sample]:
     from sparse_unified.analysis.samples import built_in_samples, read_samples
 
     if options.prompts is None:
         if options.images is not None:
             raise Usage("calibrate: --images must come with --prompts, got none")
-        return built_in_samples(task, options.samples, options.seed)
+        return built_in_samples(task, options.samples, options.seed, folder=drawn)
     return read_samples(options.prompts, options.images, task, options.samples, options.seed)
 
 
