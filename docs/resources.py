@@ -150,7 +150,7 @@ def compile_report(source: Path, limits: Limits) -> dict[str, dict[str, Any]]:
 
 
 def record_launches(capability: int) -> list[Launch]:
-    """The launches of a forward and backward pass of BAGEL's sparse FFN on that device."""
+    """The launches of BAGEL's sparse FFN, forward and backward, and of half of its dense one."""
     import torch
 
     from sparse_unified import ops
@@ -176,6 +176,8 @@ def record_launches(capability: int) -> list[Launch]:
     torch.autograd.backward([y, logits], [torch.empty_like(y), torch.empty_like(logits)])
     with torch.inference_mode():
         ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj)
+        kept = torch.arange(0, width // 64, 2, dtype=torch.int32)
+        ops.pruned_ffn(x, kept, gate_proj, up_proj, down_proj, 64)
     lines = emulation.recorded_launches().splitlines()
     return [
         (short_name(name), int(threads), int(shared))

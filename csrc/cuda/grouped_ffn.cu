@@ -19,31 +19,35 @@ std::string override_text() {
   return text == nullptr ? "" : text;
 }
 
-GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
+enum class Direction { kForward, kBackward };
+
+int64_t num_groups(const GroupedFfnCudaParams& params) {
+  return params.expert_offsets == nullptr ? 1 : params.num_experts;
+}
+
+GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, Direction direction,
+                             const DeviceInfo& device) {
   return {.dtype = params.dtype,
           .num_rows = params.num_rows,
           .hidden_size = params.hidden_size,
-          .num_experts = params.expert_offsets == nullptr ? 1 : params.num_experts,
+          .num_experts = num_groups(params),
           .expert_width = params.expert_width,
-          .has_block_list = params.blocks.kept_blocks != nullptr,
+          .block_size = params.blocks.kept_blocks == nullptr ? 0 : params.blocks.block_size,
+          .is_backward = direction == Direction::kBackward,
           .has_sm90a_code = device.compute_capability == 90 && grouped_ffn_sm90a_is_compiled()};
 }
 
-GroupedFfnConfig choose_config(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
-  return choose_grouped_ffn_config(problem_of(params, device), device, override_text());
+GroupedFfnConfig choose_config(const GroupedFfnCudaParams& params, Direction direction,
+                               const DeviceInfo& device) {
+  return choose_grouped_ffn_config(problem_of(params, direction, device), device, override_text());
 }
 
-// Rows of the intermediate matrices, which the kernels for Hopper pad.
-int64_t intermediate_rows(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
-  const bool is_padded = choose_config(params, device).family == GroupedFfnFamily::kSm90a;
-  return is_padded ? grouped_ffn_sm90a_padded_rows(params.num_rows,
-                                                   problem_of(params, device).num_experts)
-                   : params.num_rows;
-}
-
-// Of one intermediate matrix, [rows, h] elements of 16 bits.
-int64_t matrix_bytes(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
-  const int64_t bytes = 2 * intermediate_rows(params, device) * params.expert_width;
+// Of one intermediate matrix, [rows, h] elements of 16 bits; the kernels for Hopper pad the rows.
+int64_t matrix_bytes(const GroupedFfnCudaParams& params, GroupedFfnFamily family) {
+  const int64_t num_rows = family == GroupedFfnFamily::kSm90a
+                               ? grouped_ffn_sm90a_padded_rows(params.num_rows, num_groups(params))
+                               : params.num_rows;
+  const int64_t bytes = 2 * num_rows * params.expert_width;
   return ceil_div(bytes, kWorkspaceAlignment) * kWorkspaceAlignment;
 }
 
@@ -70,16 +74,13 @@ std::string blocks_refusal(const GroupedFfnCudaParams& params) {
 // Kernels count rows, columns and neurons in 32 bits; offsets have 64.
 std::string size_refusal(const GroupedFfnCudaParams& params) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  const WidthBlocks& blocks = params.blocks;
-  const int64_t width = blocks.kept_blocks == nullptr ? params.num_experts * params.expert_width
-                                                      : blocks.num_blocks * blocks.block_size;
   const struct {
     const char* name;
     int64_t value;
   } sizes[] = {{"the number of tokens", params.num_tokens},
                {"the number of rows", params.num_rows},
                {"hidden_size", params.hidden_size},
-               {"the width of the weights", width}};
+               {"the width of the weights", weights_width(params)}};
   for (const auto& size : sizes) {
     if (size.value >= kLimit) return must(size.name, "be below 2^30", size.value);
   }
@@ -109,12 +110,13 @@ std::string layout_refusal(const GroupedFfnCudaParams& params) {
   return "";
 }
 
-std::string config_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
+std::string config_refusal(const GroupedFfnCudaParams& params, Direction direction,
+                           const DeviceInfo& device) {
   const std::string error = grouped_ffn_override_error(override_text());
   if (!error.empty()) return error;
-  const GroupedFfnConfig config = choose_config(params, device);
+  const GroupedFfnConfig config = choose_config(params, direction, device);
   if (config.family == GroupedFfnFamily::kSm90a) {
-    return grouped_ffn_sm90a_refusal(problem_of(params, device), device);
+    return grouped_ffn_sm90a_refusal(problem_of(params, direction, device), device, config.sm90a);
   }
   for (const GroupedFfnTileId id : config.tiles) {
     if (grouped_ffn_tile(id).shared_bytes() > device.shared_bytes_block) {
@@ -177,9 +179,8 @@ cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const Dev
                                         workspace.hidden, stream);
 }
 
-}  // namespace
-
-std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
+std::string refusal(const GroupedFfnCudaParams& params, Direction direction,
+                    const DeviceInfo& device) {
   if (params.dtype != DType::kBFloat16 && params.dtype != DType::kFloat16) {
     return "x must be bfloat16 or float16";
   }
@@ -192,29 +193,41 @@ std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const D
   if (params.expert_width % kChunkElements != 0) {
     return must("expert_width", "be a multiple of 8", params.expert_width);
   }
-  for (const auto refusal : {size_refusal, blocks_refusal, layout_refusal}) {
-    const std::string reason = refusal(params);
+  for (const auto rule : {size_refusal, blocks_refusal, layout_refusal}) {
+    const std::string reason = rule(params);
     if (!reason.empty()) return reason;
   }
-  return config_refusal(params, device);
+  return config_refusal(params, direction, device);
+}
+
+}  // namespace
+
+std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
+  return refusal(params, Direction::kForward, device);
+}
+
+std::string grouped_ffn_backward_cuda_refusal(const GroupedFfnCudaParams& params,
+                                              const DeviceInfo& device) {
+  return refusal(params, Direction::kBackward, device);
 }
 
 int64_t grouped_ffn_cuda_workspace_bytes(const GroupedFfnCudaParams& params,
                                          const DeviceInfo& device) {
-  return matrix_bytes(params, device);
+  return matrix_bytes(params, choose_config(params, Direction::kForward, device).family);
 }
 
 // Gradients of gate and up, and hidden where the gradient of down_proj needs it.
 int64_t grouped_ffn_backward_cuda_workspace_bytes(const GroupedFfnBackwardCudaParams& params,
                                                   const DeviceInfo& device) {
-  return (params.grad_down_proj == nullptr ? 2 : 3) * matrix_bytes(params.forward, device);
+  const GroupedFfnConfig config = choose_config(params.forward, Direction::kBackward, device);
+  return (params.grad_down_proj == nullptr ? 2 : 3) * matrix_bytes(params.forward, config.family);
 }
 
 cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                              void* workspace, cudaStream_t stream) {
   if (!grouped_ffn_cuda_refusal(params, device).empty()) return cudaErrorInvalidValue;
   const GroupedFfnForwardKernelParams kernel_params{params, workspace};
-  const GroupedFfnConfig config = choose_config(params, device);
+  const GroupedFfnConfig config = choose_config(params, Direction::kForward, device);
   if (config.family == GroupedFfnFamily::kSm90a) {
     const cudaError_t error = grouped_ffn_up_sm90a(params, device, config.sm90a, workspace, stream);
     if (error != cudaSuccess) return error;
@@ -234,11 +247,13 @@ cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInf
 cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params,
                                       const DeviceInfo& device, void* workspace,
                                       cudaStream_t stream) {
-  if (!grouped_ffn_cuda_refusal(params.forward, device).empty()) return cudaErrorInvalidValue;
-  const int64_t one_matrix = matrix_bytes(params.forward, device);
+  if (!grouped_ffn_backward_cuda_refusal(params.forward, device).empty()) {
+    return cudaErrorInvalidValue;
+  }
+  const GroupedFfnConfig config = choose_config(params.forward, Direction::kBackward, device);
+  const int64_t one_matrix = matrix_bytes(params.forward, config.family);
   auto* bytes = static_cast<unsigned char*>(workspace);
   void* hidden = params.grad_down_proj == nullptr ? nullptr : bytes + 2 * one_matrix;
-  const GroupedFfnConfig config = choose_config(params.forward, device);
   if (config.family == GroupedFfnFamily::kSm90a) {
     return backward_sm90a(params, device, {bytes, bytes + one_matrix, hidden}, stream);
   }

@@ -17,13 +17,33 @@ std::string tile_name(const GroupedFfnTile& tile) {
          "x" + std::to_string(tile.num_stages);
 }
 
-std::optional<GroupedFfnTileId> find_tile(std::string_view name) {
-  int idx = 0;
-  for (const GroupedFfnTile& tile : kGroupedFfnTiles) {
-    if (name == tile_name(tile)) return static_cast<GroupedFfnTileId>(idx);
-    ++idx;
+std::string tile_name(const GroupedFfnSm90aTile& tile) {
+  return std::to_string(kSm90aTileRows) + "x" + std::to_string(tile.n) + "x" +
+         std::to_string(kSm90aTileK) + "x" + std::to_string(tile.num_stages);
+}
+
+std::string tile_name(GroupedFfnSm90aUpTile id) {
+  return tile_name(kGroupedFfnSm90aUpTiles[static_cast<int>(id)]);
+}
+std::string tile_name(GroupedFfnSm90aDownTile id) {
+  return tile_name(kGroupedFfnSm90aDownTiles[static_cast<int>(id)]);
+}
+
+// The tile of that name in a table whose indices are the values of Id.
+template <typename Id, typename Tile, size_t kCount>
+std::optional<Id> find_tile(const Tile (&tiles)[kCount], std::string_view name) {
+  for (size_t idx = 0; idx < kCount; ++idx) {
+    if (name == tile_name(tiles[idx])) return static_cast<Id>(idx);
   }
   return std::nullopt;
+}
+
+// "A, B, C"
+template <typename Tile, size_t kCount>
+std::string tile_names(const Tile (&tiles)[kCount]) {
+  std::string names;
+  for (const Tile& tile : tiles) names += (names.empty() ? "" : ", ") + tile_name(tile);
+  return names;
 }
 
 // A choice of two values by name; false when the value is neither.
@@ -49,7 +69,17 @@ bool apply_entry(std::string_view entry, GroupedFfnConfig& config) {
     config.family = is_sm90a ? GroupedFfnFamily::kSm90a : GroupedFfnFamily::kSm80;
     return true;
   }
-  const auto tile = find_tile(value);
+  if (const auto up = find_tile<GroupedFfnSm90aUpTile>(kGroupedFfnSm90aUpTiles, value);
+      up && name == "up") {
+    config.sm90a.up = *up;
+    return true;
+  }
+  if (const auto down = find_tile<GroupedFfnSm90aDownTile>(kGroupedFfnSm90aDownTiles, value);
+      down && name == "down") {
+    config.sm90a.down = *down;
+    return true;
+  }
+  const auto tile = find_tile<GroupedFfnTileId>(kGroupedFfnTiles, value);
   if (!tile) return false;
   bool is_known = false;
   for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
@@ -119,17 +149,48 @@ GroupedFfnTileId choose_tile(GroupedFfnPhase phase, const GroupedFfnProblem& pro
   return GroupedFfnTileId::kMedium;
 }
 
+// Boxes of 120 neurons do not begin and end with blocks, those of 128 do.
+GroupedFfnSm90aOptions choose_sm90a_options(const GroupedFfnProblem& problem) {
+  GroupedFfnSm90aOptions options;
+  if (problem.block_size > 0) options.up = GroupedFfnSm90aUpTile::k256x4;
+  return options;
+}
+
 // A tile of Hopper's kernels has 128 rows, and loads of weights that the small tile of the others
 // meets with three times as many blocks on a multiprocessor.
-bool prefers_sm90a(const GroupedFfnProblem& problem, const DeviceInfo& device) {
+bool prefers_sm90a(const GroupedFfnProblem& problem, const DeviceInfo& device,
+                   const GroupedFfnSm90aOptions& options) {
   const GemmExtent gemm = extent(GroupedFfnPhase::kUp, problem);
   return gemm.num_m > grouped_ffn_tile(GroupedFfnTileId::kSmall).m &&
-         grouped_ffn_sm90a_refusal(problem, device).empty();
+         grouped_ffn_sm90a_refusal(problem, device, options).empty();
+}
+
+// What lists of blocks ask for in addition: a step of 64 k of the down-projection is one box, so
+// it must lie within a block.
+std::string sm90a_blocks_refusal(const GroupedFfnProblem& problem,
+                                 const GroupedFfnSm90aOptions& options) {
+  if (problem.is_backward) {
+    return "family must be sm80 for the gradients of a list of blocks, got sm90a";
+  }
+  if (problem.block_size % kSm90aTileK != 0) {
+    return "block_size must be a multiple of 64 for family=sm90a, got " +
+           std::to_string(problem.block_size);
+  }
+  if (problem.expert_width % kSm90aTileK != 0) {
+    return "expert_width must be a multiple of 64 for family=sm90a and a list of blocks, got " +
+           std::to_string(problem.expert_width);
+  }
+  if (options.up != GroupedFfnSm90aUpTile::k256x4) {
+    return "up must be " + tile_name(GroupedFfnSm90aUpTile::k256x4) +
+           " for family=sm90a and a list of blocks, got " + tile_name(options.up);
+  }
+  return "";
 }
 
 }  // namespace
 
-std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const DeviceInfo& device) {
+std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const DeviceInfo& device,
+                                      const GroupedFfnSm90aOptions& options) {
   constexpr int64_t kStepK = 16;  // of wgmma
   if (device.compute_capability != 90) {
     return "the device must have compute capability 90 for family=sm90a, got " +
@@ -138,9 +199,7 @@ std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const De
   if (!problem.has_sm90a_code) {
     return "the library must be built for 9.0a for family=sm90a, got a build without it";
   }
-  if (problem.has_block_list) {
-    return "family=sm90a must have experts, got a list of blocks";
-  }
+  if (problem.block_size > 0) return sm90a_blocks_refusal(problem, options);
   if (problem.expert_width % kStepK != 0) {
     return "expert_width must be a multiple of 16 for family=sm90a, got " +
            std::to_string(problem.expert_width);
@@ -157,21 +216,18 @@ std::string grouped_ffn_override_error(const std::string& text) {
                         "overlap=on or off, fence=consumer or producer, or PHASE=TILE, PHASE one "
                         "of all";
   for (const char* name : kPhaseNames) message += std::string(", ") + name;
-  message += ", TILE one of ";
-  const char* separator = "";
-  for (const GroupedFfnTile& tile : kGroupedFfnTiles) {
-    message += separator + tile_name(tile);
-    separator = ", ";
-  }
-  return message + ", got \"" + *wrong + "\"";
+  return message + ", TILE one of " + tile_names(kGroupedFfnTiles) + "; of sm90a up one of " +
+         tile_names(kGroupedFfnSm90aUpTiles) + ", down one of " +
+         tile_names(kGroupedFfnSm90aDownTiles) + "; got \"" + *wrong + "\"";
 }
 
 GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
                                            const DeviceInfo& device,
                                            const std::string& override_text) {
   GroupedFfnConfig config{};
-  config.family =
-      prefers_sm90a(problem, device) ? GroupedFfnFamily::kSm90a : GroupedFfnFamily::kSm80;
+  config.sm90a = choose_sm90a_options(problem);
+  config.family = prefers_sm90a(problem, device, config.sm90a) ? GroupedFfnFamily::kSm90a
+                                                               : GroupedFfnFamily::kSm80;
   for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
     config.tiles[i] = choose_tile(static_cast<GroupedFfnPhase>(i), problem, device);
   }
@@ -181,7 +237,8 @@ GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
 
 std::string to_string(const GroupedFfnConfig& config) {
   if (config.family == GroupedFfnFamily::kSm90a) {
-    return std::string("sm90a overlap=") + (config.sm90a.overlaps_kernels ? "on" : "off") +
+    return "sm90a up=" + tile_name(config.sm90a.up) + " down=" + tile_name(config.sm90a.down) +
+           " overlap=" + (config.sm90a.overlaps_kernels ? "on" : "off") +
            " fence=" + (config.sm90a.fences_producer ? "producer" : "consumer");
   }
   std::string text = "sm80";

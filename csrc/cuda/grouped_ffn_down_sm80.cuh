@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       [&](int row) {
         return down_proj + min(first_column + row, hidden_size - 1) * ffn.down_stride;
       },
-      neuron_map(ffn, at.group), width);
+      neuron_groups(ffn).of(at.group), width);
 
   WarpTile<Shape> tile;
   const bool is_active =

@@ -4,16 +4,36 @@
 
 namespace sparse_unified {
 
+namespace {
+
+template <typename T>
+cudaError_t choose_down(const GroupedFfnCudaParams& params, const DeviceInfo& device,
+                        const GroupedFfnSm90aOptions& options, const void* hidden,
+                        cudaStream_t stream) {
+  using enum GroupedFfnSm90aDownTile;
+  using rows_gemm_sm90a::run;
+  const rows_gemm_sm90a::Operand operands[1] = {{hidden, params.down_proj, params.down_stride}};
+  T* y = static_cast<T*>(params.y);
+  const bool overlaps = options.overlaps_kernels;
+  switch (options.down) {
+    case k256x4:
+      return run<T, k256x4, 1, Major::kK>(params, device, operands, y, overlaps, stream);
+    case k256x3:
+      return run<T, k256x3, 1, Major::kK>(params, device, operands, y, overlaps, stream);
+    case k128x6:
+      return run<T, k128x6, 1, Major::kK>(params, device, operands, y, overlaps, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
 cudaError_t grouped_ffn_down_sm90a(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                                    const GroupedFfnSm90aOptions& options, const void* hidden,
                                    cudaStream_t stream) {
-  const rows_gemm_sm90a::Operand operands[1] = {{hidden, params.down_proj, params.down_stride}};
-  const bool overlaps = options.overlaps_kernels;
   return params.dtype == DType::kBFloat16
-             ? rows_gemm_sm90a::run<BFloat16, 1, Major::kK>(
-                   params, device, operands, static_cast<BFloat16*>(params.y), overlaps, stream)
-             : rows_gemm_sm90a::run<Float16, 1, Major::kK>(
-                   params, device, operands, static_cast<Float16*>(params.y), overlaps, stream);
+             ? choose_down<BFloat16>(params, device, options, hidden, stream)
+             : choose_down<Float16>(params, device, options, hidden, stream);
 }
 
 }  // namespace sparse_unified

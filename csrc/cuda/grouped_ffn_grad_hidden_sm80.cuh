@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   using LoaderB = MnContiguousLoader<T, typename Loop::TileB, Shape::kThreads, RowsB>;
   const auto* down_proj = static_cast<const T*>(ffn.down_proj);  // [D, I]
   const int copied_neuron = min(first_neuron + LoaderB::column(), width - kChunkElements);
-  const int column = neuron_map(ffn, at.group)(copied_neuron);
+  const int column = neuron_groups(ffn).of(at.group)(copied_neuron);
   LoaderB loader_b(RowsB{down_proj + column, ffn.down_stride, {}}, hidden_size);
 
   WarpTile<Shape> tile;

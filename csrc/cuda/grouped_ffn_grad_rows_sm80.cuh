@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                              static_cast<const T*>(ffn.up_proj) + column,    // [I, D]
                              ffn.gate_stride,
                              ffn.up_stride,
-                             neuron_map(ffn, at.group),
+                             neuron_groups(ffn).of(at.group),
                              width};
   LoaderB loader_b(rows_b, 2 * width);
 

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   auto* grad_gate_proj = static_cast<T*>(backward.grad_gate_proj);  // [I, D] or null
   auto* grad_up_proj = static_cast<T*>(backward.grad_up_proj);      // [I, D] or null
   auto* grad_down_proj = static_cast<T*>(backward.grad_down_proj);  // [D, I]
-  const NeuronMap neurons = neuron_map(ffn, group);
+  const NeuronMap neurons = neuron_groups(ffn).of(group);
   const int64_t down_columns = ffn.blocks.kept_blocks == nullptr
                                    ? ffn.num_experts * ffn.expert_width
                                    : ffn.blocks.num_blocks * ffn.blocks.block_size;  // I

@@ -28,6 +28,7 @@
 // Deterministic: one block, one warp, one lane sums an element, in the order of k.
 #pragma once
 
+#include "cuda/grouped_ffn_neurons.h"
 #include "device/index_map.h"
 #include "device/launch.h"
 #include "device/mainloop.h"
@@ -125,14 +126,5 @@ template <typename T>
 cudaError_t grouped_ffn_grad_weights_sm80(GroupedFfnTileId id,
                                           const GroupedFfnGradWeightsKernelParams& params,
                                           cudaStream_t stream);
-
-// Neurons of a group.
-SPARSE_UNIFIED_DEVICE NeuronMap neuron_map(const GroupedFfnCudaParams& ffn, int group) {
-  const WidthBlocks& blocks = ffn.blocks;
-  const int first = group * static_cast<int>(ffn.expert_width);
-  if (blocks.kept_blocks == nullptr) return {nullptr, 1, 1, first};
-  return {blocks.kept_blocks, static_cast<int>(blocks.block_size),
-          static_cast<int>(blocks.num_blocks), first};
-}
 
 }  // namespace sparse_unified

@@ -8,17 +8,14 @@
 
 namespace sparse_unified {
 
-// Rows of a tile; the hidden rows of every group start at a multiple of it.
-constexpr int kSm90aTileRows = 128;
-
 // Whether the library holds these kernels in code for Hopper; asked while such a device is current.
 bool grouped_ffn_sm90a_is_compiled();
 
 // Rows of the intermediate buffers: every group padded to whole tiles, whatever the routing.
 int64_t grouped_ffn_sm90a_padded_rows(int64_t num_rows, int64_t num_groups);
 
-// hidden [padded rows, h] = silu(x gate^T) * (x up^T), each group from its first tile on; zeros in
-// padding rows.
+// hidden [padded rows, h] = silu(x gate^T) * (x up^T), each group from its first tile on, which
+// starts at a multiple of kSm90aTileRows; zeros in padding rows.
 cudaError_t grouped_ffn_up_sm90a(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                                  const GroupedFfnSm90aOptions& options, void* hidden,
                                  cudaStream_t stream);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   const auto* gate_proj = static_cast<const T*>(ffn.gate_proj);  // [I, D]
   const auto* up_proj = static_cast<const T*>(ffn.up_proj);      // [I, D]
-  const NeuronMap neurons = neuron_map(ffn, at.group);
+  const NeuronMap neurons = neuron_groups(ffn).of(at.group);
   KContiguousLoader<T, typename Loop::TileB, Shape::kThreads, LinearIndex> loader_b(
       [&](int row) {
         const int weight_row = neurons(min(first_neuron + row / 16 * 8 + row % 8, width - 1));

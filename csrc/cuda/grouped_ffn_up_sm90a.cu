@@ -1,24 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // Up-projection of grouped_ffn on Hopper: hidden = silu(x gate^T) * (x up^T) for gathered rows.
 //
-// A block stays on its multiprocessor and takes every gridDim.x-th tile of 128 rows and 120 neurons
-// (their gate and up columns: N = 240; 2368 = 2 * 1184 columns waste 1.35 % of it, 256 would waste
-// 8.1 %). Three warpgroups:
+// A block stays on its multiprocessor and takes every gridDim.x-th tile of 128 rows and n neurons
+// (their gate and up columns: N = 2 n). n is 120 (2368 = 2 * 1184 columns waste 1.35 % of N = 240,
+// 256 would waste 8.1 %) or, for lists of kept blocks, 128. Three warpgroups:
 //   producer   gathers the tile's rows of x by cp.async, 16 bytes a thread, into the swizzle that
-//              wgmma reads; one lane has TMA bring the gate and up rows of the weights, one box of
-//              each under the other, as one operand of 240 rows
-//   consumers  64 rows each: m64n240k16, 120 accumulators a thread; gate and up of a neuron are
-//              accumulators j and j + 60 of one thread, so SwiGLU needs no exchange
-// through a ring of 4 stages of 64 k (47 KB each). A tile of hidden leaves through shared memory by
-// TMA, which cuts off the neurons beyond h; rows beyond the end of a group are computed from zeros
-// and stored as padding, so that hidden needs no exact bounds.
+//              wgmma reads; one lane has TMA bring the gate and up rows of the weights, a box of
+//              each (of 64 rows when blocks are not multiples of 128), one under the other, as one
+//              operand of N rows
+//   consumers  64 rows each: m64nNk16, N / 2 accumulators a thread; gate and up of a neuron are
+//              accumulators j and j + N / 4 of one thread, so SwiGLU needs no exchange
+// through a ring of 4 or 3 stages of 64 k (47 or 48 KB each). A tile of hidden leaves through
+// shared memory by TMA, which cuts off the neurons beyond h; rows beyond the end of a group are
+// computed from zeros and stored as padding, so that hidden needs no exact bounds.
 //
-// Bytes: x is read h / 120 times a row and the weights once for 16 row tiles (tile_scheduler.h),
+// Bytes: x is read h / n times a row and the weights once for 16 row tiles (tile_scheduler.h),
 // both mostly from L2; hidden is written once. FLOPs: 4 R D h.
-// Preconditions: D % 8 == 0, h % 16 == 0, rows of x and of the weights on 16-byte boundaries.
+// Preconditions: D % 8 == 0, h % 16 == 0, rows of x and of the weights on 16-byte boundaries; of a
+// list of blocks, block size and h multiples of 64, and n = 128.
 #include <algorithm>
 #include <atomic>
 
+#include "cuda/grouped_ffn_neurons.h"
 #include "cuda/grouped_ffn_sm90a.h"
 #include "device/async_copy.h"
 #include "device/launch.h"
@@ -34,35 +37,15 @@ namespace sparse_unified {
 namespace {
 
 constexpr int kTileRows = kSm90aTileRows;
-constexpr int kTileNeurons = 120;
-constexpr int kTileK = 64;
-constexpr int kStages = 4;
+constexpr int kTileK = kSm90aTileK;
 constexpr int kNumConsumers = 2;
 constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
 constexpr int kConsumerRows = kTileRows / kNumConsumers;
-constexpr int kColumns = 2 * kTileNeurons;
-constexpr int kAccumulators = kColumns / 2;  // of a thread: 64 * 240 / 128
 static_assert(kConsumerRows == 64, "the M of wgmma");
 
 // 56 and 224 registers for 128 and 256 threads are all but 1024 of the 65536.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
-
-constexpr int kRowsBytes = kTileRows * kSwizzleRowBytes;    // of x, a stage
-constexpr int kBoxBytes = kTileNeurons * kSwizzleRowBytes;  // of gate or up
-constexpr int kStageBytes = kRowsBytes + 2 * kBoxBytes;
-static_assert(kBoxBytes % kSwizzleAtomBytes == 0, "boxes under each other are one swizzled tile");
-
-// Rows of the tile of hidden on its way out; a pitch of 60 words puts the 8 rows and 4 words that a
-// warp stores at a time on 32 different banks.
-constexpr int kOutPitchBytes = kTileNeurons * 2;
-constexpr int kOutBytes = kConsumerRows * kOutPitchBytes;  // of a consumer
-
-// Shared memory: stages of {rows, gate, up}, tiles of hidden, barriers.
-constexpr int kOutOffset = kStages * kStageBytes;
-constexpr int kBarrierOffset = kOutOffset + kNumConsumers * kOutBytes;
-constexpr int kSharedBytes = kBarrierOffset + RingBarriers<kStages>::kBytes;
-static_assert(kSharedBytes <= 227 * 1024);
 
 // Chunks of 16 bytes of a stage of x that a thread copies: column tid % 8, rows tid / 8 + 16 i.
 constexpr int kRowChunks = kSwizzleRowBytes / kVectorBytes;
@@ -73,15 +56,60 @@ constexpr int kCopiesPerThread = kTileRows / kRowStep;
 constexpr int kFullArrivals = kWarpgroupSize + 1;
 constexpr int kEmptyArrivals = kNumConsumers * kWarpgroupSize / kWarpSize;
 
+// Neurons of a box at least; what the blocks of a list are multiples of.
+constexpr int kMinBoxNeurons = 64;
+
+template <int kN, int kNumStages>
+struct UpTile {
+  static constexpr int kColumns = kN;
+  static constexpr int kNeurons = kColumns / 2;
+  static constexpr int kStages = kNumStages;
+  static constexpr int kAccumulators = kColumns / 2;  // of a thread: 64 N / 128
+  static constexpr int kMaxBoxes = kNeurons / kMinBoxNeurons;
+
+  static constexpr int kRowsBytes = kTileRows * kSwizzleRowBytes;  // of x, a stage
+  static constexpr int kHalfBytes = kNeurons * kSwizzleRowBytes;   // of gate or up
+  static constexpr int kStageBytes = kRowsBytes + 2 * kHalfBytes;
+  static_assert(kHalfBytes % kSwizzleAtomBytes == 0,
+                "boxes under each other are one swizzled tile");
+
+  // The tile of hidden on its way out, in boxes of 64 rows. A warp stores 8 rows and 4 words at a
+  // time, on 32 different banks: in the swizzle where whole boxes of it fit, else by a pitch of 60
+  // words.
+  static constexpr bool kSwizzlesOut = kNeurons % 64 == 0;
+  static constexpr int kOutNeurons = kSwizzlesOut ? 64 : kNeurons;  // of a box
+  static constexpr int kOutBoxes = kNeurons / kOutNeurons;
+  static constexpr int kOutBoxBytes = kConsumerRows * kOutNeurons * 2;
+  static constexpr int kOutBytes = kOutBoxes * kOutBoxBytes;  // of a consumer
+
+  // Shared memory: stages of {rows, gate, up}, tiles of hidden, barriers.
+  static constexpr int kOutOffset = kStages * kStageBytes;
+  static constexpr int kBarrierOffset = kOutOffset + kNumConsumers * kOutBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + RingBarriers<kStages>::kBytes;
+  static_assert(kSharedBytes <= 227 * 1024);
+
+  // Where neurons 8 group and on of a row lie among a consumer's boxes. Eight rows further down is
+  // eight pitches further.
+  static constexpr int kOutPitchBytes = kOutNeurons * 2;
+  static SPARSE_UNIFIED_DEVICE int out_offset(int row, int group) {
+    if constexpr (kSwizzlesOut) {
+      return group / 8 * kOutBoxBytes + swizzled_offset(row, group % 8);
+    } else {
+      return row * kOutPitchBytes + group * kVectorBytes;
+    }
+  }
+};
+
 template <typename T>
 struct UpParams {
   const T* x;                     // [T, D], rows x_stride elements apart
   int64_t x_stride;               //
   const int32_t* row_token;       // [R], or null
   const int32_t* expert_offsets;  // [E + 1], or null
-  TensorMap gate_proj;            // [I, D], boxes [120, 64]
-  TensorMap up_proj;              // [I, D], boxes [120, 64]
-  TensorMap hidden;               // [padded_rows, h], boxes [64, 120]
+  TensorMap gate_proj;            // [I, D], boxes [box_neurons, 64]
+  TensorMap up_proj;              // [I, D], likewise
+  TensorMap hidden;               // [padded_rows, h], boxes [64, kOutNeurons]
+  NeuronGroups neurons;           // rows of gate_proj and up_proj
   T* gate_rows;                   // [R, h], or null
   T* up_rows;                     // [R, h], or null
   int num_tokens;                 // T
@@ -89,6 +117,8 @@ struct UpParams {
   int hidden_size;                // D
   int num_experts;                // E
   int expert_width;               // h
+  int weights_width;              // I
+  int box_neurons;                // the tile's, or a part that no block ends within
   int num_n;                      // tiles of neurons
   int num_k;                      // stages of a tile
 };
@@ -120,9 +150,40 @@ struct GatheredRows {
   }
 };
 
-template <typename T, bool kFencesProducer>
+// The rows of gate_proj and up_proj where the boxes of a tile begin.
+template <class Tile>
+struct BoxRows {
+  int row[Tile::kMaxBoxes];
+
+  // Boxes beyond the group's neurons lie beyond the weights, and are zeros.
+  template <typename T>
+  SPARSE_UNIFIED_DEVICE void find(const UpParams<T>& params, const RowTile& tile) {
+    const NeuronMap neurons = params.neurons.of(tile.group);
+#pragma unroll
+    for (int box = 0; box < Tile::kMaxBoxes; ++box) {
+      const int neuron = tile.n * Tile::kNeurons + box * params.box_neurons;
+      row[box] = neuron < params.expert_width ? neurons(neuron) : params.weights_width;
+    }
+  }
+
+  // Has TMA bring this step's boxes of `map`, one under the other.
+  template <typename T>
+  SPARSE_UNIFIED_DEVICE void load(const UpParams<T>& params, const TensorMap* map, int k,
+                                  uint32_t shared, uint32_t full) const {
+#pragma unroll
+    for (int box = 0; box < Tile::kMaxBoxes; ++box) {
+      if (box * params.box_neurons < Tile::kNeurons) {
+        load_box(shared + box * params.box_neurons * kSwizzleRowBytes, map, row[box], k * kTileK,
+                 full);
+      }
+    }
+  }
+};
+
+template <typename T, class Tile, bool kFencesProducer>
 SPARSE_UNIFIED_DEVICE void produce(const UpParams<T>& params, uint32_t shared,
-                                   const RingBarriers<kStages>& ring) {
+                                   const RingBarriers<Tile::kStages>& ring) {
+  constexpr int kStages = Tile::kStages;
   const int thread = static_cast<int>(threadIdx.x);
   const int chunk = thread % kRowChunks;
   const bool copies_boxes = warp_idx() == 0 && elect_lane();
@@ -134,15 +195,17 @@ SPARSE_UNIFIED_DEVICE void produce(const UpParams<T>& params, uint32_t shared,
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
        idx += static_cast<int>(gridDim.x)) {
     const GatheredRows<T> rows(params, tile, thread);
-    const int neuron = tile.group * params.expert_width + tile.n * kTileNeurons;
+    BoxRows<Tile> boxes;
+    if (copies_boxes) boxes.find(params, tile);
     for (int k = 0; k < params.num_k; ++k, at.advance()) {
       ring.wait_empty(at);
-      const uint32_t stage = shared + at.stage * kStageBytes;
+      const uint32_t stage = shared + at.stage * Tile::kStageBytes;
       const uint32_t full = ring.full(at.stage);
       if (copies_boxes) {
-        barrier_arrive_expect_bytes(full, 2 * kBoxBytes);
-        load_box(stage + kRowsBytes, &params.gate_proj, neuron, k * kTileK, full);
-        load_box(stage + kRowsBytes + kBoxBytes, &params.up_proj, neuron, k * kTileK, full);
+        barrier_arrive_expect_bytes(full, 2 * Tile::kHalfBytes);
+        const uint32_t gate = stage + Tile::kRowsBytes;
+        boxes.load(params, &params.gate_proj, k, gate, full);
+        boxes.load(params, &params.up_proj, k, gate + Tile::kHalfBytes, full);
       }
       const int column = k * kTileK + chunk * kVectorElements<T>;
 #pragma unroll
@@ -177,30 +240,34 @@ SPARSE_UNIFIED_DEVICE void produce(const UpParams<T>& params, uint32_t shared,
 
 // Sends the consumer's 64 rows of the tile of hidden away, and keeps gate and up where wanted. This
 // thread holds two neurons of each group of 8, in an upper and a lower row.
-template <typename T>
+template <typename T, class Tile>
 SPARSE_UNIFIED_DEVICE void store_tile(const UpParams<T>& params, const RowTile& tile,
-                                      const float (&d)[kAccumulators], int consumer,
+                                      const float (&d)[Tile::kAccumulators], int consumer,
                                       bool is_storing) {
   const int upper = warp_idx() % 4 * 16 + lane_idx() / 4;
   const int pair = lane_idx() % 4 * 2;
-  const int out_offset = kOutOffset + consumer * kOutBytes;
-  unsigned char* out = dynamic_shared_memory() + out_offset;
+  unsigned char* out = dynamic_shared_memory() + Tile::kOutOffset + consumer * Tile::kOutBytes;
   if (is_storing) store_wait_read<0>();  // the tile before has been read
   sync_named(1 + consumer, kWarpgroupSize);
 #pragma unroll
-  for (int j = 0; j < kTileNeurons / 8; ++j) {
+  for (int j = 0; j < Tile::kNeurons / 8; ++j) {
     const float* gate = d + 4 * j;
-    const float* up = gate + kAccumulators / 2;
-    auto* word = reinterpret_cast<uint32_t*>(out + upper * kOutPitchBytes + (8 * j + pair) * 2);
+    const float* up = gate + Tile::kAccumulators / 2;
+    auto* word = reinterpret_cast<uint32_t*>(out + Tile::out_offset(upper, j) + pair * 2);
     word[0] = pack<T>(swiglu(gate[0], up[0]), swiglu(gate[1], up[1]));
-    word[8 * kOutPitchBytes / 4] = pack<T>(swiglu(gate[2], up[2]), swiglu(gate[3], up[3]));
+    word[8 * Tile::kOutPitchBytes / 4] = pack<T>(swiglu(gate[2], up[2]), swiglu(gate[3], up[3]));
   }
   fence_async_proxy();
   sync_named(1 + consumer, kWarpgroupSize);
-  const int first_neuron = tile.n * kTileNeurons;
+  const int first_neuron = tile.n * Tile::kNeurons;
   if (is_storing) {
-    store_box(&params.hidden, tile.slot * kTileRows + consumer * kConsumerRows, first_neuron,
-              shared_address(out));
+#pragma unroll
+    for (int box = 0; box < Tile::kOutBoxes; ++box) {
+      const int neuron = first_neuron + box * Tile::kOutNeurons;
+      if (neuron >= params.expert_width) break;
+      store_box(&params.hidden, tile.slot * kTileRows + consumer * kConsumerRows, neuron,
+                shared_address(out) + box * Tile::kOutBoxBytes);
+    }
     store_commit();
   }
   if (params.gate_rows == nullptr) return;
@@ -210,10 +277,10 @@ SPARSE_UNIFIED_DEVICE void store_tile(const UpParams<T>& params, const RowTile& 
     if (row >= tile.end_row) continue;
     const int64_t first = static_cast<int64_t>(row) * params.expert_width + first_neuron + pair;
 #pragma unroll
-    for (int j = 0; j < kTileNeurons / 8; ++j) {
+    for (int j = 0; j < Tile::kNeurons / 8; ++j) {
       if (first_neuron + 8 * j < params.expert_width) {
         const float* gate = d + 4 * j + 2 * half;
-        const float* up = gate + kAccumulators / 2;
+        const float* up = gate + Tile::kAccumulators / 2;
         *reinterpret_cast<uint32_t*>(params.gate_rows + first + 8 * j) = pack<T>(gate[0], gate[1]);
         *reinterpret_cast<uint32_t*>(params.up_rows + first + 8 * j) = pack<T>(up[0], up[1]);
       }
@@ -221,31 +288,31 @@ SPARSE_UNIFIED_DEVICE void store_tile(const UpParams<T>& params, const RowTile& 
   }
 }
 
-template <typename T, bool kFencesProducer>
+template <typename T, class Tile, bool kFencesProducer>
 SPARSE_UNIFIED_DEVICE void consume(const UpParams<T>& params, uint32_t shared,
-                                   const RingBarriers<kStages>& ring) {
+                                   const RingBarriers<Tile::kStages>& ring) {
   const int consumer = warp_idx() / 4 - 1;
   const bool is_first_lane = lane_idx() == 0;
   const bool is_storing = is_first_lane && warp_idx() % 4 == 0;
-  RingPosition<kStages> at;
+  RingPosition<Tile::kStages> at;
   RowTile tile;
   for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
        idx += static_cast<int>(gridDim.x)) {
-    float d[kAccumulators];
+    float d[Tile::kAccumulators];
     int previous_stage = 0;
     for (int k = 0; k < params.num_k; ++k, at.advance()) {
       ring.wait_full(at);
       if constexpr (!kFencesProducer) fence_async_proxy();
-      const uint32_t rows = shared + at.stage * kStageBytes;
+      const uint32_t rows = shared + at.stage * Tile::kStageBytes;
       const uint64_t a =
           operand_descriptor(rows + consumer * kConsumerRows * kSwizzleRowBytes, Major::kK);
-      const uint64_t b = operand_descriptor(rows + kRowsBytes, Major::kK);
+      const uint64_t b = operand_descriptor(rows + Tile::kRowsBytes, Major::kK);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kTileK / 16; ++step) {
-        wgmma<T, kColumns>(d, a + step * kDescriptorStepK, b + step * kDescriptorStepK,
-                           k > 0 || step > 0);
+        wgmma<T, Tile::kColumns>(d, a + step * kDescriptorStepK, b + step * kDescriptorStepK,
+                                 k > 0 || step > 0);
       }
       wgmma_commit();
       if (k > 0) {
@@ -256,17 +323,18 @@ SPARSE_UNIFIED_DEVICE void consume(const UpParams<T>& params, uint32_t shared,
     }
     wgmma_finish(d);
     if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
-    store_tile(params, tile, d, consumer, is_storing);
+    store_tile<T, Tile>(params, tile, d, consumer, is_storing);
   }
   if (is_storing) store_wait<0>();
 }
 
-template <typename T, bool kFencesProducer>
+template <typename T, int kN, int kNumStages, bool kFencesProducer>
 __global__ void __launch_bounds__(kNumThreads, 1)
     grouped_ffn_up_sm90a_kernel(const __grid_constant__ UpParams<T> params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(SPARSE_UNIFIED_EMULATION)
+  using Tile = UpTile<kN, kNumStages>;
   const uint32_t shared = shared_address(dynamic_shared_memory());
-  const RingBarriers<kStages> ring{shared + kBarrierOffset};
+  const RingBarriers<Tile::kStages> ring{shared + Tile::kBarrierOffset};
   if (threadIdx.x == 0) {
     ring.init(kFullArrivals, kEmptyArrivals);
     prefetch_tensor_map(&params.gate_proj);
@@ -277,24 +345,27 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   allow_next_kernel();
   if (warp_idx() < kWarpgroupSize / kWarpSize) {
     decrease_registers<kProducerRegisters>();
-    produce<T, kFencesProducer>(params, shared, ring);
+    produce<T, Tile, kFencesProducer>(params, shared, ring);
   } else {
     increase_registers<kConsumerRegisters>();
-    consume<T, kFencesProducer>(params, shared, ring);
+    consume<T, Tile, kFencesProducer>(params, shared, ring);
   }
 #else
   device_check(false);
 #endif
 }
 
-template <typename T>
+template <typename T, GroupedFfnSm90aUpTile kId>
 cudaError_t launch_up(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                       const GroupedFfnSm90aOptions& options, void* hidden, cudaStream_t stream) {
+  constexpr GroupedFfnSm90aTile kTile = kGroupedFfnSm90aUpTiles[static_cast<int>(kId)];
+  using Tile = UpTile<kTile.n, kTile.num_stages>;
   UpParams<T> up{};
   up.x = static_cast<const T*>(params.x);
   up.x_stride = params.x_stride;
   up.row_token = params.row_token;
   up.expert_offsets = params.expert_offsets;
+  up.neurons = neuron_groups(params);
   up.gate_rows = static_cast<T*>(params.gate_rows);
   up.up_rows = static_cast<T*>(params.up_rows);
   up.num_tokens = static_cast<int>(params.num_tokens);
@@ -302,19 +373,30 @@ cudaError_t launch_up(const GroupedFfnCudaParams& params, const DeviceInfo& devi
   up.hidden_size = static_cast<int>(params.hidden_size);
   up.num_experts = static_cast<int>(params.num_experts);
   up.expert_width = static_cast<int>(params.expert_width);
-  up.num_n = ceil_div(up.expert_width, kTileNeurons);
+  up.weights_width = static_cast<int>(weights_width(params));
+  // A box is the whole tile where no block of any group ends within one.
+  const bool is_whole = params.blocks.kept_blocks == nullptr ||
+                        (params.blocks.block_size % Tile::kNeurons == 0 &&
+                         (params.expert_width % Tile::kNeurons == 0 || params.num_experts == 1));
+  up.box_neurons = is_whole ? Tile::kNeurons : kMinBoxNeurons;
+  up.num_n = ceil_div(up.expert_width, Tile::kNeurons);
   up.num_k = ceil_div(up.hidden_size, kTileK);
-  const int64_t width = params.num_experts * params.expert_width;
   const int64_t padded_rows = grouped_ffn_sm90a_padded_rows(params.num_rows, params.num_experts);
-  cudaError_t error =
-      make_tensor_map(&up.gate_proj, params.dtype, params.gate_proj, width, params.hidden_size,
-                      params.gate_stride, kTileNeurons, kTileK, true);
-  if (error != cudaSuccess) return error;
-  error = make_tensor_map(&up.up_proj, params.dtype, params.up_proj, width, params.hidden_size,
-                          params.up_stride, kTileNeurons, kTileK, true);
-  if (error != cudaSuccess) return error;
-  error = make_tensor_map(&up.hidden, params.dtype, hidden, padded_rows, params.expert_width,
-                          params.expert_width, kConsumerRows, kTileNeurons, false);
+  const struct {
+    TensorMap* map;
+    const void* weights;
+    int64_t stride;
+  } boxes[] = {{&up.gate_proj, params.gate_proj, params.gate_stride},
+               {&up.up_proj, params.up_proj, params.up_stride}};
+  for (const auto& [map, weights, stride] : boxes) {
+    const cudaError_t error =
+        make_tensor_map(map, params.dtype, weights, up.weights_width, params.hidden_size, stride,
+                        up.box_neurons, kTileK, true);
+    if (error != cudaSuccess) return error;
+  }
+  const cudaError_t error =
+      make_tensor_map(&up.hidden, params.dtype, hidden, padded_rows, params.expert_width,
+                      params.expert_width, kConsumerRows, Tile::kOutNeurons, Tile::kSwizzlesOut);
   if (error != cudaSuccess) return error;
 
   const int64_t most_tiles = padded_rows / kTileRows * up.num_n;
@@ -322,10 +404,26 @@ cudaError_t launch_up(const GroupedFfnCudaParams& params, const DeviceInfo& devi
   config.grid =
       dim3(static_cast<unsigned>(std::min<int64_t>(most_tiles, device.num_multiprocessors)));
   config.num_threads = kNumThreads;
-  config.shared_bytes = kSharedBytes;
+  config.shared_bytes = Tile::kSharedBytes;
   config.stream = stream;
-  return options.fences_producer ? launch(grouped_ffn_up_sm90a_kernel<T, true>, config, up)
-                                 : launch(grouped_ffn_up_sm90a_kernel<T, false>, config, up);
+  return options.fences_producer
+             ? launch(grouped_ffn_up_sm90a_kernel<T, kTile.n, kTile.num_stages, true>, config, up)
+             : launch(grouped_ffn_up_sm90a_kernel<T, kTile.n, kTile.num_stages, false>, config, up);
+}
+
+template <typename T>
+cudaError_t choose_up(const GroupedFfnCudaParams& params, const DeviceInfo& device,
+                      const GroupedFfnSm90aOptions& options, void* hidden, cudaStream_t stream) {
+  using enum GroupedFfnSm90aUpTile;
+  switch (options.up) {
+    case k240x4:
+      return launch_up<T, k240x4>(params, device, options, hidden, stream);
+    case k240x3:
+      return launch_up<T, k240x3>(params, device, options, hidden, stream);
+    case k256x4:
+      return launch_up<T, k256x4>(params, device, options, hidden, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -339,8 +437,9 @@ bool grouped_ffn_sm90a_is_compiled() {
   static std::atomic<bool> is_compiled{false};
   if (is_compiled) return true;
   cudaFuncAttributes attributes{};
-  const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, grouped_ffn_up_sm90a_kernel<BFloat16, false>);
+  constexpr GroupedFfnSm90aTile kAny = kGroupedFfnSm90aUpTiles[0];
+  const cudaError_t error = cudaFuncGetAttributes(
+      &attributes, grouped_ffn_up_sm90a_kernel<BFloat16, kAny.n, kAny.num_stages, false>);
   if (error != cudaSuccess) cudaGetLastError();
   is_compiled = error == cudaSuccess && attributes.ptxVersion >= 90;
   return is_compiled;
@@ -355,8 +454,8 @@ cudaError_t grouped_ffn_up_sm90a(const GroupedFfnCudaParams& params, const Devic
                                  const GroupedFfnSm90aOptions& options, void* hidden,
                                  cudaStream_t stream) {
   return params.dtype == DType::kBFloat16
-             ? launch_up<BFloat16>(params, device, options, hidden, stream)
-             : launch_up<Float16>(params, device, options, hidden, stream);
+             ? choose_up<BFloat16>(params, device, options, hidden, stream)
+             : choose_up<Float16>(params, device, options, hidden, stream);
 }
 
 }  // namespace sparse_unified

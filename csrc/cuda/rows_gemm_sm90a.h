@@ -4,24 +4,27 @@
 //   down-projection  y = hidden down^T                    B is [N, K] in memory (Major::kK)
 //   input gradient   grad_gate gate + grad_up up          B is [K, N] in memory (Major::kMN)
 //
-// A block stays on its multiprocessor and takes every gridDim.x-th tile of 128 rows and 256 columns
-// (3584 = 14 * 256). Three warpgroups:
-//   producer   one lane has TMA bring 128 rows of A and 256 columns' weights of this step of 64 k,
-//              both in the swizzle that wgmma reads: B [N, K] as one box, B [K, N] as four boxes of
-//              64 columns
-//   consumers  64 rows each: m64n256k16, 128 accumulators a thread
-// through a ring of 4 stages (48 KB each). The last step of an expert may reach into the neurons of
-// the next one (1184 = 18.5 * 64): it multiplies only the 16-wide slices that are its own. `out`
-// has no padding, so a tile leaves through shared memory by stores of 16 bytes that stop at the end
-// of the group.
+// A block stays on its multiprocessor and takes every gridDim.x-th tile of 128 rows and n columns,
+// 256 (3584 = 14 * 256) or 128. Three warpgroups:
+//   producer   one lane has TMA bring 128 rows of A and n columns' weights of this step of 64 k,
+//              both in the swizzle that wgmma reads: B [N, K] as one box, B [K, N] as boxes of 64
+//              columns. Where a step's neurons lie in the weights, NeuronGroups says, one step
+//              ahead
+//   consumers  64 rows each: m64nNk16, n / 2 accumulators a thread
+// through a ring of stages (48 KB each, 32 KB with 128 columns). The last step of an expert may
+// reach into the neurons of the next one (1184 = 18.5 * 64): it multiplies only the 16-wide slices
+// that are its own. `out` has no padding, so a tile leaves through shared memory by stores of 16
+// bytes that stop at the end of the group.
 //
-// Bytes: A is read N / 256 times and the weights once for 16 row tiles (tile_scheduler.h), both
+// Bytes: A is read N / n times and the weights once for 16 row tiles (tile_scheduler.h), both
 // mostly from L2; out is written once. FLOPs: 2 R N h for each operand.
-// Preconditions: N % 8 == 0, h % 16 == 0, rows of the weights on 16-byte boundaries.
+// Preconditions: N % 8 == 0, h % 16 == 0, rows of the weights on 16-byte boundaries; of a list of
+// blocks, block size and h multiples of 64.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/grouped_ffn_neurons.h"
 #include "cuda/grouped_ffn_sm90a.h"
 #include "device/launch.h"
 #include "device/pipeline_sm90a.h"
@@ -34,31 +37,23 @@
 namespace sparse_unified::rows_gemm_sm90a {
 
 constexpr int kTileRows = kSm90aTileRows;
-constexpr int kColumns = 256;
-constexpr int kTileK = 64;
+constexpr int kTileK = kSm90aTileK;
 constexpr int kStepK = 16;
 constexpr int kSteps = kTileK / kStepK;
-constexpr int kStages = 4;
 constexpr int kNumConsumers = 2;
 constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
 constexpr int kConsumerRows = kTileRows / kNumConsumers;
-constexpr int kAccumulators = kColumns / 2;  // of a thread: 64 * 256 / 128
 static_assert(kConsumerRows == 64, "the M of wgmma");
 
 // 40 and 232 registers for 128 and 256 threads are all but 1024 of the 65536.
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 
-constexpr int kRowsBytes = kTileRows * kSwizzleRowBytes;   // of A, a stage
-constexpr int kWeightBytes = kColumns * kSwizzleRowBytes;  // of B
-constexpr int kStageBytes = kRowsBytes + kWeightBytes;
-
 // B [K, N] comes in boxes of 64 columns, one after the other.
 constexpr int kBoxColumns = 64;
 constexpr int kBoxBytes = kTileK * kSwizzleRowBytes;
-static_assert(kColumns / kBoxColumns * kBoxBytes == kWeightBytes);
 
-// A consumer's rows of `out` leave in two halves of 128 columns; a pitch of 4 words more than 32 k
+// A consumer's rows of `out` leave 128 columns at a time; a pitch of 4 words more than 32 k
 // puts the 8 rows and 4 words that a warp stores at a time on 32 different banks.
 constexpr int kOutColumns = 128;
 constexpr int kOutPitchBytes = kOutColumns * 2 + kVectorBytes;
@@ -66,19 +61,33 @@ constexpr int kOutBytes = kConsumerRows * kOutPitchBytes;
 constexpr int kOutVectors = kOutColumns * 2 / kVectorBytes;  // of a row
 constexpr int kOutRowStep = kWarpgroupSize / kOutVectors;
 
-// Shared memory: stages of {A, B}, halves of tiles of out, barriers.
-constexpr int kOutOffset = kStages * kStageBytes;
-constexpr int kBarrierOffset = kOutOffset + kNumConsumers * kOutBytes;
-constexpr int kSharedBytes = kBarrierOffset + RingBarriers<kStages>::kBytes;
-static_assert(kSharedBytes <= 227 * 1024);
-
 constexpr int kFullArrivals = 1;
 constexpr int kEmptyArrivals = kNumConsumers * kWarpgroupSize / kWarpSize;
+
+template <int kN, int kNumStages>
+struct RowsTile {
+  static constexpr int kColumns = kN;
+  static constexpr int kStages = kNumStages;
+  static constexpr int kAccumulators = kColumns / 2;  // of a thread: 64 n / 128
+  static_assert(kColumns % kOutColumns == 0 && kColumns % kBoxColumns == 0);
+
+  static constexpr int kRowsBytes = kTileRows * kSwizzleRowBytes;   // of A, a stage
+  static constexpr int kWeightBytes = kColumns * kSwizzleRowBytes;  // of B
+  static constexpr int kStageBytes = kRowsBytes + kWeightBytes;
+  static_assert(kColumns / kBoxColumns * kBoxBytes == kWeightBytes);
+
+  // Shared memory: stages of {A, B}, parts of tiles of out, barriers.
+  static constexpr int kOutOffset = kStages * kStageBytes;
+  static constexpr int kBarrierOffset = kOutOffset + kNumConsumers * kOutBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + RingBarriers<kStages>::kBytes;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
 
 template <typename T, int kOperands>
 struct Params {
   TensorMap rows[kOperands];      // A [padded rows, h], boxes [128, 64]
-  TensorMap weights[kOperands];   // B, boxes [256, 64] or [64, 64]
+  TensorMap weights[kOperands];   // B, boxes [n, 64] or [64, 64]
+  NeuronGroups neurons;           // columns or rows of B
   const int32_t* expert_offsets;  // [E + 1], or null
   T* out;                         // [R, N]
   int num_rows;                   // R
@@ -89,67 +98,72 @@ struct Params {
   int num_k;                      // stages of one operand
 };
 
-template <Major kMajorB>
+template <class Tile, Major kMajorB>
 SPARSE_UNIFIED_DEVICE void load_weights(const TensorMap* weights, uint32_t shared, int column,
                                         int neuron, uint32_t barrier) {
   if constexpr (kMajorB == Major::kK) {
     load_box(shared, weights, column, neuron, barrier);
   } else {
 #pragma unroll
-    for (int box = 0; box < kColumns / kBoxColumns; ++box) {
+    for (int box = 0; box < Tile::kColumns / kBoxColumns; ++box) {
       load_box(shared + box * kBoxBytes, weights, neuron, column + box * kBoxColumns, barrier);
     }
   }
 }
 
-template <typename T, int kOperands, Major kMajorB>
+template <typename T, class Tile, int kOperands, Major kMajorB>
 SPARSE_UNIFIED_DEVICE void produce(const Params<T, kOperands>& params, uint32_t shared,
-                                   const RingBarriers<kStages>& ring) {
+                                   const RingBarriers<Tile::kStages>& ring) {
   // NOTE: the other lanes do not even wait: nothing would keep them from falling two phases behind,
   // and a wait names the parity of its phase alone.
   const bool copies_boxes = elect_lane();
-  RingPosition<kStages> at;
+  RingPosition<Tile::kStages> at;
   RowTile tile;
   wait_for_previous_kernel();  // of which this one reads the rows
   for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
        idx += static_cast<int>(gridDim.x)) {
+    const NeuronMap neurons = params.neurons.of(tile.group);
 #pragma unroll
     for (int operand = 0; operand < kOperands; ++operand) {
+      NeuronMap::Pending pending{};
+      if (copies_boxes) pending = neurons.look_up(0);
       for (int k = 0; k < params.num_k; ++k, at.advance()) {
         if (!copies_boxes) continue;
+        const int neuron = neurons.resolve(pending, k * kTileK);
+        if (k + 1 < params.num_k) pending = neurons.look_up((k + 1) * kTileK);
         ring.wait_empty(at);
-        const uint32_t stage = shared + at.stage * kStageBytes;
+        const uint32_t stage = shared + at.stage * Tile::kStageBytes;
         const uint32_t full = ring.full(at.stage);
-        barrier_arrive_expect_bytes(full, kStageBytes);
+        barrier_arrive_expect_bytes(full, Tile::kStageBytes);
         load_box(stage, &params.rows[operand], tile.slot * kTileRows, k * kTileK, full);
-        load_weights<kMajorB>(&params.weights[operand], stage + kRowsBytes, tile.n * kColumns,
-                              tile.group * params.expert_width + k * kTileK, full);
+        load_weights<Tile, kMajorB>(&params.weights[operand], stage + Tile::kRowsBytes,
+                                    tile.n * Tile::kColumns, neuron, full);
       }
     }
   }
 }
 
-template <typename T, int kOperands>
+template <typename T, class Tile, int kOperands>
 SPARSE_UNIFIED_DEVICE void store_tile(const Params<T, kOperands>& params, const RowTile& tile,
-                                      const float (&d)[kAccumulators], int consumer) {
+                                      const float (&d)[Tile::kAccumulators], int consumer) {
   const int upper = warp_idx() % 4 * 16 + lane_idx() / 4;
   const int pair = lane_idx() % 4 * 2;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroupSize;
-  unsigned char* out = dynamic_shared_memory() + kOutOffset + consumer * kOutBytes;
+  unsigned char* out = dynamic_shared_memory() + Tile::kOutOffset + consumer * kOutBytes;
 #pragma unroll
-  for (int half = 0; half < kColumns / kOutColumns; ++half) {
-    sync_named(1 + consumer, kWarpgroupSize);  // the half before has been read
+  for (int part = 0; part < Tile::kColumns / kOutColumns; ++part) {
+    sync_named(1 + consumer, kWarpgroupSize);  // the part before has been read
 #pragma unroll
     for (int j = 0; j < kOutColumns / 8; ++j) {
-      const float* pairs = d + 4 * (half * kOutColumns / 8 + j);
+      const float* pairs = d + 4 * (part * kOutColumns / 8 + j);
       auto* word = reinterpret_cast<uint32_t*>(out + upper * kOutPitchBytes + (8 * j + pair) * 2);
       word[0] = pack<T>(pairs[0], pairs[1]);
       word[8 * kOutPitchBytes / 4] = pack<T>(pairs[2], pairs[3]);
     }
     sync_named(1 + consumer, kWarpgroupSize);
     const int vector = thread % kOutVectors;
-    const int column = tile.n * kColumns + half * kOutColumns + vector * kVectorElements<T>;
+    const int column = tile.n * Tile::kColumns + part * kOutColumns + vector * kVectorElements<T>;
     const int first_row = tile.first_row + consumer * kConsumerRows;
     if (column >= params.num_columns) continue;
     for (int row = thread / kOutVectors; row < kConsumerRows; row += kOutRowStep) {
@@ -160,32 +174,32 @@ SPARSE_UNIFIED_DEVICE void store_tile(const Params<T, kOperands>& params, const 
   }
 }
 
-template <typename T, int kOperands, Major kMajorB>
+template <typename T, class Tile, int kOperands, Major kMajorB>
 SPARSE_UNIFIED_DEVICE void consume(const Params<T, kOperands>& params, uint32_t shared,
-                                   const RingBarriers<kStages>& ring) {
+                                   const RingBarriers<Tile::kStages>& ring) {
   constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
   const int consumer = warp_idx() / 4 - 1;
   const bool is_first_lane = lane_idx() == 0;
-  RingPosition<kStages> at;
+  RingPosition<Tile::kStages> at;
   RowTile tile;
   for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
        idx += static_cast<int>(gridDim.x)) {
-    float d[kAccumulators];
+    float d[Tile::kAccumulators];
     int previous_stage = 0;
     for (int k = 0; k < kOperands * params.num_k; ++k, at.advance()) {
       ring.wait_full(at);
-      const uint32_t rows = shared + at.stage * kStageBytes;
+      const uint32_t rows = shared + at.stage * Tile::kStageBytes;
       const uint64_t a =
           operand_descriptor(rows + consumer * kConsumerRows * kSwizzleRowBytes, Major::kK);
-      const uint64_t b = operand_descriptor(rows + kRowsBytes, kMajorB, kBoxBytes);
+      const uint64_t b = operand_descriptor(rows + Tile::kRowsBytes, kMajorB, kBoxBytes);
       const int num_steps = (params.expert_width - k % params.num_k * kTileK) / kStepK;
       if (num_steps >= kSteps) {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          wgmma<T, kColumns, Major::kK, kMajorB>(d, a + step * kDescriptorStepK, b + step * kStepB,
-                                                 k > 0 || step > 0);
+          wgmma<T, Tile::kColumns, Major::kK, kMajorB>(d, a + step * kDescriptorStepK,
+                                                       b + step * kStepB, k > 0 || step > 0);
         }
         wgmma_commit();
         if (k > 0) wgmma_wait<1>();
@@ -193,8 +207,8 @@ SPARSE_UNIFIED_DEVICE void consume(const Params<T, kOperands>& params, uint32_t 
 #pragma unroll 1
         for (int step = 0; step < num_steps; ++step) {
           wgmma_fence();
-          wgmma<T, kColumns, Major::kK, kMajorB>(d, a + step * kDescriptorStepK, b + step * kStepB,
-                                                 k > 0 || step > 0);
+          wgmma<T, Tile::kColumns, Major::kK, kMajorB>(d, a + step * kDescriptorStepK,
+                                                       b + step * kStepB, k > 0 || step > 0);
           wgmma_commit();
         }
         wgmma_wait<0>();
@@ -204,16 +218,17 @@ SPARSE_UNIFIED_DEVICE void consume(const Params<T, kOperands>& params, uint32_t 
     }
     wgmma_finish(d);
     if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
-    store_tile(params, tile, d, consumer);
+    store_tile<T, Tile>(params, tile, d, consumer);
   }
 }
 
-template <typename T, int kOperands, Major kMajorB>
+template <typename T, int kN, int kNumStages, int kOperands, Major kMajorB>
 __global__ void __launch_bounds__(kNumThreads, 1)
     kernel(const __grid_constant__ Params<T, kOperands> params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(SPARSE_UNIFIED_EMULATION)
+  using Tile = RowsTile<kN, kNumStages>;
   const uint32_t shared = shared_address(dynamic_shared_memory());
-  const RingBarriers<kStages> ring{shared + kBarrierOffset};
+  const RingBarriers<Tile::kStages> ring{shared + Tile::kBarrierOffset};
   if (threadIdx.x == 0) {
     ring.init(kFullArrivals, kEmptyArrivals);
     for (int operand = 0; operand < kOperands; ++operand) {
@@ -224,10 +239,10 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   sync_threads();
   if (warp_idx() < kWarpgroupSize / kWarpSize) {
     decrease_registers<kProducerRegisters>();
-    if (warp_idx() == 0) produce<T, kOperands, kMajorB>(params, shared, ring);
+    if (warp_idx() == 0) produce<T, Tile, kOperands, kMajorB>(params, shared, ring);
   } else {
     increase_registers<kConsumerRegisters>();
-    consume<T, kOperands, kMajorB>(params, shared, ring);
+    consume<T, Tile, kOperands, kMajorB>(params, shared, ring);
   }
 #else
   device_check(false);
@@ -241,21 +256,24 @@ struct Operand {
   int64_t weights_stride;  // elements between its rows
 };
 
-template <typename T, int kOperands, Major kMajorB>
+template <typename T, GroupedFfnSm90aDownTile kId, int kOperands, Major kMajorB>
 cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
                 const Operand (&operands)[kOperands], T* out, bool overlaps_previous,
                 cudaStream_t stream) {
+  constexpr GroupedFfnSm90aTile kTile = kGroupedFfnSm90aDownTiles[static_cast<int>(kId)];
+  using Tile = RowsTile<kTile.n, kTile.num_stages>;
   Params<T, kOperands> params{};
+  params.neurons = neuron_groups(ffn);
   params.expert_offsets = ffn.expert_offsets;
   params.out = out;
   params.num_rows = static_cast<int>(ffn.num_rows);
   params.num_columns = static_cast<int>(ffn.hidden_size);
   params.num_experts = static_cast<int>(ffn.num_experts);
   params.expert_width = static_cast<int>(ffn.expert_width);
-  params.num_n = ceil_div(params.num_columns, kColumns);
+  params.num_n = ceil_div(params.num_columns, Tile::kColumns);
   params.num_k = ceil_div(params.expert_width, kTileK);
   const int64_t padded_rows = grouped_ffn_sm90a_padded_rows(ffn.num_rows, ffn.num_experts);
-  const int64_t width = ffn.num_experts * ffn.expert_width;
+  const int64_t width = weights_width(ffn);
   for (int i = 0; i < kOperands; ++i) {
     cudaError_t error =
         make_tensor_map(&params.rows[i], ffn.dtype, operands[i].rows, padded_rows, ffn.expert_width,
@@ -264,7 +282,7 @@ cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
     error =
         kMajorB == Major::kK
             ? make_tensor_map(&params.weights[i], ffn.dtype, operands[i].weights, ffn.hidden_size,
-                              width, operands[i].weights_stride, kColumns, kTileK, true)
+                              width, operands[i].weights_stride, Tile::kColumns, kTileK, true)
             : make_tensor_map(&params.weights[i], ffn.dtype, operands[i].weights, width,
                               ffn.hidden_size, operands[i].weights_stride, kTileK, kBoxColumns,
                               true);
@@ -276,10 +294,10 @@ cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
   config.grid =
       dim3(static_cast<unsigned>(std::min<int64_t>(most_tiles, device.num_multiprocessors)));
   config.num_threads = kNumThreads;
-  config.shared_bytes = kSharedBytes;
+  config.shared_bytes = Tile::kSharedBytes;
   config.stream = stream;
   config.overlaps_previous = overlaps_previous;
-  return launch(kernel<T, kOperands, kMajorB>, config, params);
+  return launch(kernel<T, kTile.n, kTile.num_stages, kOperands, kMajorB>, config, params);
 }
 
 }  // namespace sparse_unified::rows_gemm_sm90a

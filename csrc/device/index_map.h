@@ -55,4 +55,16 @@ struct NeuronMap {
   SPARSE_UNIFIED_DEVICE int operator()(int i) const { return resolve(look_up(i), i); }
 };
 
+// The neurons of all groups, as a parameter of a kernel.
+struct NeuronGroups {
+  const int32_t* kept_blocks;  // as in NeuronMap
+  int block_size;              //
+  int num_blocks;              //
+  int group_width;             // neurons of a group
+
+  SPARSE_UNIFIED_HOST_DEVICE NeuronMap of(int group) const {
+    return {kept_blocks, block_size, num_blocks, group * group_width};
+  }
+};
+
 }  // namespace sparse_unified

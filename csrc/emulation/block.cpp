@@ -119,7 +119,10 @@ dim3 grid_dim() { return block.grid; }
 
 bool is_this_thread_launching() { return is_launching; }
 
-void record_launches(bool is_on) { is_recording = is_on; }
+void record_launches(bool is_on) {
+  is_recording = is_on;
+  if (is_on) launches.clear();
+}
 const std::vector<RecordedLaunch>& recorded_launches() { return launches; }
 
 cudaError_t run_grid(const Call& new_call, const LaunchConfig& config) {

@@ -14,7 +14,8 @@ struct RecordedLaunch {
   int64_t shared_bytes;  // dynamic shared memory of a block
 };
 
-// From now on launches are recorded instead of run, or run again.
+// From now on launches are recorded instead of run, and those recorded before are forgotten; or
+// launches run again.
 void record_launches(bool is_recording);
 const std::vector<RecordedLaunch>& recorded_launches();
 

@@ -31,8 +31,19 @@ GroupedFfnProblem bagel(int64_t num_tokens, int64_t num_experts, int64_t top_k,
           hidden_size,
           num_experts,
           intermediate_size / num_experts,
+          0,
           false,
           false};
+}
+
+// pruned_ffn on half of the blocks.
+GroupedFfnProblem bagel_half(int64_t num_tokens, int64_t block_size, bool is_backward = false) {
+  GroupedFfnProblem problem = bagel(num_tokens, 1, 1);
+  problem.expert_width /= 2;
+  problem.block_size = block_size;
+  problem.is_backward = is_backward;
+  problem.has_sm90a_code = true;
+  return problem;
 }
 
 void test_every_choice_fits_the_device() {
@@ -40,8 +51,8 @@ void test_every_choice_fits_the_device() {
     for (const int64_t num_tokens : {0, 1, 37, 256, 512, 1024, 2048, 4096, 8192, 16384}) {
       for (const GroupedFfnProblem& problem :
            {bagel(num_tokens, 16, 8), bagel(num_tokens, 32, 16), bagel(num_tokens, 1, 1),
-            bagel(num_tokens, 16, 8, 896, 4736),
-            GroupedFfnProblem{DType::kFloat16, 5, 8, 256, 8, false, false}}) {
+            bagel(num_tokens, 16, 8, 896, 4736), bagel_half(num_tokens, 64),
+            GroupedFfnProblem{DType::kFloat16, 5, 8, 256, 8, 0, false, false}}) {
         const GroupedFfnConfig config = choose_grouped_ffn_config(problem, device);
         for (const GroupedFfnTileId id : config.tiles) {
           const GroupedFfnTile& tile = grouped_ffn_tile(id);
@@ -65,7 +76,7 @@ void test_bagel_shapes() {
     GroupedFfnProblem with_code = problem;
     with_code.has_sm90a_code = true;
     check_text("H200 with its code", to_string(choose_grouped_ffn_config(with_code, kH200)),
-               "sm90a overlap=on fence=consumer");
+               "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer");
     check_text("RTX 4090 with the code", to_string(choose_grouped_ffn_config(with_code, kRtx4090)),
                medium);
     check_text("RTX 4090", to_string(choose_grouped_ffn_config(problem, kRtx4090)), medium);
@@ -75,6 +86,27 @@ void test_bagel_shapes() {
     check(bagel(num_tokens, 32, 16));
   }
   for (const int64_t num_tokens : {4096, 8192, 16384}) check(bagel(num_tokens, 1, 1));
+}
+
+// Hopper's kernels take the blocks that are whole steps of the down-projection, forward; the others
+// and the gradients run on the portable ones.
+void test_lists_of_blocks() {
+  const auto text = [](const GroupedFfnProblem& problem, const DeviceInfo& device = kH200) {
+    return to_string(choose_grouped_ffn_config(problem, device));
+  };
+  for (const int64_t num_tokens : {256, 1024, 4096, 16384}) {
+    for (const int64_t block_size : {64, 128}) {
+      check_text("forward", text(bagel_half(num_tokens, block_size)),
+                 "sm90a up=128x256x64x4 down=128x256x64x4 overlap=on fence=consumer");
+      check_text("backward", text(bagel_half(num_tokens, block_size, true)).substr(0, 5), "sm80 ");
+      check_text("another device", text(bagel_half(num_tokens, block_size), kRtx4090).substr(0, 5),
+                 "sm80 ");
+    }
+    for (const int64_t block_size : {16, 32}) {
+      check_text("small blocks", text(bagel_half(num_tokens, block_size)).substr(0, 5), "sm80 ");
+    }
+  }
+  check_text("few rows", text(bagel_half(64, 64)).substr(0, 5), "sm80 ");
 }
 
 // 1024 rows of a dense FFN are 112 large tiles of y, not a round of blocks on 132 multiprocessors.
@@ -98,8 +130,9 @@ void test_few_rows_take_small_tiles() {
 
 void test_what_hopper_kernels_do_not_take() {
   GroupedFfnProblem problem = bagel(4096, 16, 8);
+  GroupedFfnSm90aOptions options;
   const auto refusal = [&](const DeviceInfo& device) {
-    return grouped_ffn_sm90a_refusal(problem, device);
+    return grouped_ffn_sm90a_refusal(problem, device, options);
   };
   check_text("no code", refusal(kH200),
              "the library must be built for 9.0a for family=sm90a, got a build without it");
@@ -107,9 +140,23 @@ void test_what_hopper_kernels_do_not_take() {
   check_text("BAGEL", refusal(kH200), "");
   check_text("another device", refusal(kRtx4090),
              "the device must have compute capability 90 for family=sm90a, got 89");
-  problem.has_block_list = true;
-  check_text("blocks", refusal(kH200), "family=sm90a must have experts, got a list of blocks");
-  problem.has_block_list = false;
+  problem = bagel_half(4096, 64);
+  check_text("tile", refusal(kH200),
+             "up must be 128x256x64x4 for family=sm90a and a list of blocks, got 128x240x64x4");
+  options.up = GroupedFfnSm90aUpTile::k256x4;
+  check_text("blocks", refusal(kH200), "");
+  problem.block_size = 32;
+  check_text("small blocks", refusal(kH200),
+             "block_size must be a multiple of 64 for family=sm90a, got 32");
+  problem.block_size = 192;
+  problem.expert_width = 96;
+  check_text("groups within steps", refusal(kH200),
+             "expert_width must be a multiple of 64 for family=sm90a and a list of blocks, got 96");
+  problem = bagel_half(4096, 64, true);
+  check_text("backward", refusal(kH200),
+             "family must be sm80 for the gradients of a list of blocks, got sm90a");
+  problem = bagel(4096, 16, 8);
+  problem.has_sm90a_code = true;
   problem.expert_width = 296;
   check_text("width", refusal(kH200),
              "expert_width must be a multiple of 16 for family=sm90a, got 296");
@@ -131,7 +178,9 @@ void test_overrides() {
              "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 "
              "grad_rows=64x128x32x4 grad_weights=128x256x32x4");
   check_text("options", choose("family=sm90a,overlap=off,fence=producer"),
-             "sm90a overlap=off fence=producer");
+             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=off fence=producer");
+  check_text("tiles of both", choose("family=sm90a,up=128x240x64x3,down=128x128x64x6"),
+             "sm90a up=128x240x64x3 down=128x128x64x6 overlap=on fence=consumer");
   check_text("later entries win", choose("all=128x128x32x3,down=64x128x32x4"),
              "sm80 up=128x128x32x3 down=64x128x32x4 grad_hidden=128x128x32x3 "
              "grad_rows=128x128x32x3 grad_weights=128x128x32x3");
@@ -140,7 +189,8 @@ void test_overrides() {
 void test_wrong_overrides_are_named() {
   for (const char* text :
        {"up", "up=", "up=128x256x32", "left=128x256x32x4", "=128x256x32x4", "up=128x256x32x4,",
-        ",up=128x256x32x4", "up=128x256x32x4 ", "family=sm70", "overlap=yes", "fence="}) {
+        ",up=128x256x32x4", "up=128x256x32x4 ", "all=128x240x64x4", "down=128x240x64x4",
+        "grad_rows=128x256x64x4", "family=sm70", "overlap=yes", "fence="}) {
     if (grouped_ffn_override_error(text).empty()) fail(text, 0, 0, 1);
   }
   check_text(
@@ -148,7 +198,8 @@ void test_wrong_overrides_are_named() {
       "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80 or "
       "sm90a, overlap=on or off, fence=consumer or producer, or PHASE=TILE, PHASE one of all, "
       "up, down, grad_hidden, grad_rows, grad_weights, TILE one of 128x256x32x4, "
-      "128x128x32x3, 64x128x32x4, got \"up=7\"");
+      "128x128x32x3, 64x128x32x4; of sm90a up one of 128x240x64x4, 128x240x64x3, 128x256x64x4, "
+      "down one of 128x256x64x4, 128x256x64x3, 128x128x64x6; got \"up=7\"");
 }
 
 }  // namespace
@@ -158,6 +209,7 @@ int main() {
   using namespace sparse_unified::test;
   test_every_choice_fits_the_device();
   test_bagel_shapes();
+  test_lists_of_blocks();
   test_few_tiles_are_smaller();
   test_few_rows_take_small_tiles();
   test_what_hopper_kernels_do_not_take();

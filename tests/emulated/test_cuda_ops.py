@@ -236,13 +236,16 @@ def test_an_index_out_of_range_ends_the_kernel() -> None:
         ops.sort_by_expert(torch.tensor([[0, 7]], dtype=torch.int32), 4)
 
 
-def pruned_case(dtype: torch.dtype, num_kept: int) -> tuple[Tensor, ...]:
-    """x, kept_blocks and weights of a FFN of 9 blocks of 32 neurons."""
-    width, hidden_size = 9 * 32, 72
+NUM_BLOCKS = 9
+
+
+def pruned_case(dtype: torch.dtype, num_kept: int, block_size: int) -> tuple[Tensor, ...]:
+    """x, kept_blocks and weights of a FFN of 9 blocks."""
+    width, hidden_size = NUM_BLOCKS * block_size, 72
     scale = hidden_size**-0.5
     return (
         torch.randn(70, hidden_size).to(dtype),
-        torch.randperm(9)[:num_kept].int(),
+        torch.randperm(NUM_BLOCKS)[:num_kept].int(),
         (torch.randn(width, hidden_size) * scale).to(dtype),
         (torch.randn(width, hidden_size) * scale).to(dtype),
         (torch.randn(hidden_size, width) * 0.5 * width**-0.5).to(dtype),
@@ -250,15 +253,19 @@ def pruned_case(dtype: torch.dtype, num_kept: int) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize(("device", "block_size"), [(80, 32), (90, 64)])
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("num_kept", [0, 4, 9])
-def test_pruned_ffn_and_its_gradients(dtype: torch.dtype, num_kept: int) -> None:
-    x, kept, *weights = pruned_case(dtype, num_kept)
+@pytest.mark.parametrize("num_kept", [0, 3, 9])
+def test_pruned_ffn_and_its_gradients(
+    dtype: torch.dtype, num_kept: int, device: int, block_size: int
+) -> None:
+    torch.ops.sparse_unified_emulation.set_device(device)
+    x, kept, *weights = pruned_case(dtype, num_kept, block_size)
     grad = torch.randn(x.shape)
 
     def run(*tensors: Tensor, function: Callable[..., Tensor]) -> list[Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        y = function(leaves[0], kept, *leaves[1:], 32)
+        y = function(leaves[0], kept, *leaves[1:], block_size)
         (y.float() * grad).sum().backward()
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -277,3 +284,22 @@ def test_pruned_ffn_and_its_gradients(dtype: torch.dtype, num_kept: int) -> None
             assert not found.any()
         else:
             assert_as_good_as_torch(found, own, wide_result)
+
+
+@pytest.mark.parametrize(("block_size", "is_hopper"), [(32, False), (64, True), (128, True)])
+def test_blocks_of_64_run_forward_on_the_kernels_for_hopper(
+    block_size: int, is_hopper: bool
+) -> None:
+    emulation = torch.ops.sparse_unified_emulation
+    emulation.set_device(90)
+    x, kept, *weights = pruned_case(torch.bfloat16, 4, block_size)
+    x.requires_grad_()
+    emulation.record_launches(True)
+    try:
+        ops.pruned_ffn(x, kept, *weights, block_size).sum().backward()
+        launches = emulation.recorded_launches()
+    finally:
+        emulation.record_launches(False)
+    assert ("up_sm90a" in launches) == is_hopper
+    assert ("grouped_ffn_up_kernel" in launches) != is_hopper
+    assert "grad_hidden_sm90a" not in launches

@@ -11,7 +11,7 @@ namespace {
 // The checked arguments with rows as kernels load them.
 struct PrunedFfn {
   PrunedFfn(const char* op, Tensor x_in, Tensor kept_blocks_in, Tensor gate_proj_in,
-            Tensor up_proj_in, Tensor down_proj_in, int64_t block_size_in)
+            Tensor up_proj_in, Tensor down_proj_in, int64_t block_size_in, bool is_backward)
       : sizes(check_pruned_ffn(op, x_in, kept_blocks_in, gate_proj_in, up_proj_in, down_proj_in,
                                block_size_in)),
         context(op, x_in),
@@ -21,7 +21,9 @@ struct PrunedFfn {
         up_proj(with_vector_rows(up_proj_in)),
         down_proj(with_vector_rows(down_proj_in)),
         block_size(block_size_in) {
-    const std::string refusal = grouped_ffn_cuda_refusal(params(), context.device());
+    const std::string refusal = is_backward
+                                    ? grouped_ffn_backward_cuda_refusal(params(), context.device())
+                                    : grouped_ffn_cuda_refusal(params(), context.device());
     if (!refusal.empty()) throw std::runtime_error(std::string(op) + ": " + refusal);
   }
 
@@ -83,15 +85,16 @@ Tensor forward(const PrunedFfn& ffn, void* gate_rows, void* up_rows) {
 
 Tensor pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, Tensor down_proj,
                   int64_t block_size) {
-  const PrunedFfn ffn("pruned_ffn", x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
+  const PrunedFfn ffn("pruned_ffn", x, kept_blocks, gate_proj, up_proj, down_proj, block_size,
+                      false);
   return forward(ffn, nullptr, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> pruned_ffn_train(Tensor x, Tensor kept_blocks, Tensor gate_proj,
                                                     Tensor up_proj, Tensor down_proj,
                                                     int64_t block_size) {
-  const PrunedFfn ffn("pruned_ffn_train", x, kept_blocks, gate_proj, up_proj, down_proj,
-                      block_size);
+  const PrunedFfn ffn("pruned_ffn_train", x, kept_blocks, gate_proj, up_proj, down_proj, block_size,
+                      false);
   Tensor gate_rows = empty_like_sized(x, {ffn.sizes.num_tokens, ffn.sizes.kept_width});
   Tensor up_rows = empty_like_sized(x, {ffn.sizes.num_tokens, ffn.sizes.kept_width});
   Tensor y = forward(ffn, gate_rows.mutable_data_ptr(), up_rows.mutable_data_ptr());
@@ -102,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pruned_ffn_backward(
     Tensor grad_y, Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, Tensor down_proj,
     Tensor gate_rows, Tensor up_rows, int64_t block_size, bool needs_x, bool needs_weights) {
   constexpr const char* kOp = "pruned_ffn_backward";
-  const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
+  const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size, true);
   check_ffn_gradients(kOp, x, ffn.sizes.num_tokens, ffn.sizes.kept_width, grad_y, gate_rows,
                       up_rows);
   grad_y = contiguous_vector_rows(grad_y);

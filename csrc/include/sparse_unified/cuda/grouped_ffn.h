@@ -54,9 +54,11 @@ struct GroupedFfnBackwardCudaParams {
   void* grad_down_proj;          // [D, I]
 };
 
-// Why no kernel takes these shapes, strides and addresses on this device, for people to read; empty
-// when one does.
+// Why no kernel of the forward or backward pass takes these shapes, strides and addresses on this
+// device, for people to read; empty when one does.
 std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device);
+std::string grouped_ffn_backward_cuda_refusal(const GroupedFfnCudaParams& params,
+                                              const DeviceInfo& device);
 
 // Bytes of device memory, aligned to 256, that the launches below work in.
 int64_t grouped_ffn_cuda_workspace_bytes(const GroupedFfnCudaParams& params,

@@ -17,7 +17,8 @@ struct GroupedFfnProblem {
   int64_t hidden_size;   // D
   int64_t num_experts;   // E, groups
   int64_t expert_width;  // h
-  bool has_block_list;   // the neurons are those of kept blocks
+  int64_t block_size;    // neurons of a kept block; 0 without a list of blocks
+  bool is_backward;      //
   bool has_sm90a_code;   // the library holds kernels for Hopper
 };
 
@@ -34,8 +35,23 @@ constexpr int kNumGroupedFfnPhases = 5;
 // Kernels by the oldest architecture that runs them; those for Hopper run there alone.
 enum class GroupedFfnFamily { kSm80, kSm90a };
 
+// Tiles 128 x n x 64 of the kernels for Hopper; n of the up-projection counts gate and up.
+struct GroupedFfnSm90aTile {
+  int n;
+  int num_stages;
+};
+constexpr int kSm90aTileRows = 128;
+constexpr int kSm90aTileK = 64;
+// The first wastes least of 2h = 2368 and 1184; the last takes lists of blocks.
+enum class GroupedFfnSm90aUpTile { k240x4, k240x3, k256x4 };
+constexpr GroupedFfnSm90aTile kGroupedFfnSm90aUpTiles[] = {{240, 4}, {240, 3}, {256, 4}};
+enum class GroupedFfnSm90aDownTile { k256x4, k256x3, k128x6 };
+constexpr GroupedFfnSm90aTile kGroupedFfnSm90aDownTiles[] = {{256, 4}, {256, 3}, {128, 6}};
+
 // What only a measurement can choose between in the kernels for Hopper.
 struct GroupedFfnSm90aOptions {
+  GroupedFfnSm90aUpTile up = GroupedFfnSm90aUpTile::k240x4;
+  GroupedFfnSm90aDownTile down = GroupedFfnSm90aDownTile::k256x4;
   // Programmatic dependent launch of the down-projection.
   bool overlaps_kernels = true;
   // Gathered rows reach wgmma by a fence of the producer that waits for its copies, instead of one
@@ -75,8 +91,9 @@ struct GroupedFfnConfig {
 constexpr const char* kGroupedFfnOverrideVariable = "SPARSE_UNIFIED_GROUPED_FFN";
 
 // Why `text` is no override; empty when it is one. An override names the tiles of some phases,
-// "up=128x256x32x4,grad_rows=128x128x32x3" ("all=..." stands for every phase), the kernels,
-// "family=sm80" or "family=sm90a", and their options, "overlap=off" and "fence=producer".
+// "up=128x256x32x4,grad_rows=128x128x32x3" ("all=..." stands for every phase of the sm80 kernels),
+// the kernels, "family=sm80" or "family=sm90a", and what those for Hopper choose between:
+// "up=128x240x64x3", "down=128x128x64x6", "overlap=off" and "fence=producer".
 std::string grouped_ffn_override_error(const std::string& text);
 
 // The choice for a problem, with what a valid override says in place of it.
@@ -85,10 +102,11 @@ GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
                                            const std::string& override_text = "");
 
 // Why the kernels for Hopper do not take a problem on a device; empty when they do.
-std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const DeviceInfo& device);
+std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const DeviceInfo& device,
+                                      const GroupedFfnSm90aOptions& options);
 
 // "sm80 up=128x256x32x4 down=... grad_hidden=... grad_rows=... grad_weights=...", or
-// "sm90a overlap=on fence=consumer".
+// "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer".
 std::string to_string(const GroupedFfnConfig& config);
 
 }  // namespace sparse_unified
