@@ -2,7 +2,7 @@
 """BAGEL, dense and sparse: text to image, editing, image and text to text.
 
 Reading order: `config`, `model`, `attention`, `decoder`, `vision`, `vae`, `conditioning`,
-`sampler`, `text`, `loading`, `pipeline`.
+`sampler`, `text`, `loading`, `pipeline`; for training `segments`, `joint_attention`, `training`.
 """
 
 from sparse_unified.bagel.conditioning import ContextImage, Guidance, build_guidance
@@ -19,7 +19,16 @@ from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.bagel.results import GenerationResult, Report, TextResult
 from sparse_unified.bagel.sampler import Renorm, SamplingConfig, sample_latents
+from sparse_unified.bagel.segments import (
+    LatentSegment,
+    Segment,
+    TextSegment,
+    TrainingBatch,
+    VitSegment,
+    pack_training,
+)
 from sparse_unified.bagel.text import generate_tokens
+from sparse_unified.bagel.training import TrainingOutput, training_forward
 from sparse_unified.bagel.vae import AutoEncoder
 
 __all__ = [
@@ -32,17 +41,25 @@ __all__ = [
     "GenerationResult",
     "Guidance",
     "LLMConfig",
+    "LatentSegment",
     "PrunedLayer",
     "Renorm",
     "Report",
     "SamplingConfig",
+    "Segment",
     "SpecialTokens",
     "TextResult",
+    "TextSegment",
+    "TrainingBatch",
+    "TrainingOutput",
     "VAEConfig",
     "VisionConfig",
+    "VitSegment",
     "build_guidance",
     "generate_tokens",
     "load_bagel",
     "load_vae",
+    "pack_training",
     "sample_latents",
+    "training_forward",
 ]

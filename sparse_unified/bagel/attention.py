@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.config import LLMConfig
 from sparse_unified.bagel.embeddings import rotary_angles, rotate
+from sparse_unified.bagel.joint_attention import GEN, UND, JointPacking, attend_jointly
 from sparse_unified.nn import QueryProjection, key_heads_read
 
-GEN = "_moe_gen"
+__all__ = ["GEN", "MoTAttention", "Packing", "RMSNorm", "attend", "pack"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,9 @@ class Packing:
     extend: bool = False
     text_rows: Tensor | None = None
     vit_rows: Tensor | None = None
+
+    # A pass that reads and writes keeps no router logits; `JointPacking` does.
+    routed: None = None
 
 
 def pack(
@@ -178,9 +182,9 @@ class MoTAttention(nn.Module):
                 self.register_module(f"{name}_norm{stream}", norm if q_width else None)
 
     def forward(
-        self, und: Tensor | None, gen: Tensor | None, packing: Packing
+        self, und: Tensor | None, gen: Tensor | None, packing: Packing | JointPacking
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Lets every sequence attend to its context and to itself.
+        """Lets every sequence attend to its context, if it has one, and to itself.
 
         Args:
             und: [U, D]; gen: [G, D]; None where there are no such tokens, or they skip this
@@ -191,30 +195,49 @@ class MoTAttention(nn.Module):
         """
         streams = {}
         if und is not None:
-            streams[""] = self._heads(und, "", packing.und_angles, packing.und_lengths)
-        if gen is not None and packing.gen_lengths is not None and packing.gen_angles is not None:
-            streams[GEN] = self._heads(gen, GEN, packing.gen_angles, packing.gen_lengths)
+            streams[UND] = self._heads(und, UND, packing.und_angles)
+        if gen is not None and packing.gen_angles is not None:
+            streams[GEN] = self._heads(gen, GEN, packing.gen_angles)
         if not streams:
             return None, None
-        mixed: dict[str, list[Tensor]] = {stream: [] for stream in streams}
-        for i, context in enumerate(packing.contexts):
-            own = {stream: heads[i] for stream, heads in streams.items()}
-            for stream, out in self._attend(context, own, packing).items():
-                mixed[stream].append(out)
-        outputs = {stream: self._output(parts, stream) for stream, parts in mixed.items()}
-        return outputs.get(""), outputs.get(GEN)
+        if isinstance(packing, JointPacking):
+            num_key_heads = next(iter(streams.values()))[1].shape[1]
+            reads = {s: key_heads_read(getattr(self, f"q_proj{s}"), num_key_heads) for s in streams}
+            mixed = attend_jointly(streams, reads, packing.groups)
+        else:
+            mixed = self._attend_to_contexts(streams, packing)
+        outputs = {s: getattr(self, f"o_proj{s}")(out) for s, out in mixed.items()}
+        return outputs.get(UND), outputs.get(GEN)
 
     def _heads(
-        self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor], lengths: Sequence[int]
-    ) -> list[tuple[Tensor, ...]]:
-        """Returns rotated queries [n, H, d], keys and values [n, K, d] of each sequence."""
-        heads = []
-        for name in ("q", "k", "v"):
-            out = getattr(self, f"{name}_proj{stream}")(x).unflatten(-1, (-1, self.head_dim))
-            if name != "v":
-                out = rotate(getattr(self, f"{name}_norm{stream}")(out), angles).to(x.dtype)
-            heads.append(out.split(list(lengths)))
-        return list(zip(*heads, strict=True))
+        self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns rotated queries [N, H, d], keys and values [N, K, d] of a stream."""
+        q, k, v = (
+            getattr(self, f"{name}_proj{stream}")(x).unflatten(-1, (-1, self.head_dim))
+            for name in ("q", "k", "v")
+        )
+        q, k = (
+            rotate(getattr(self, f"{name}_norm{stream}")(out), angles).to(x.dtype)
+            for name, out in (("q", q), ("k", k))
+        )
+        return q, k, v
+
+    def _attend_to_contexts(
+        self, streams: Mapping[str, tuple[Tensor, ...]], packing: Packing
+    ) -> dict[str, Tensor]:
+        """Returns the mixed values [N, H * d] of each stream, sequence by sequence."""
+        lengths = {UND: packing.und_lengths, GEN: packing.gen_lengths or ()}
+        split = {
+            stream: list(zip(*(x.split(list(lengths[stream])) for x in heads), strict=True))
+            for stream, heads in streams.items()
+        }
+        mixed: dict[str, list[Tensor]] = {stream: [] for stream in streams}
+        for i, context in enumerate(packing.contexts):
+            own = {stream: heads[i] for stream, heads in split.items()}
+            for stream, out in self._attend(context, own, packing).items():
+                mixed[stream].append(out)
+        return {stream: torch.cat(parts) for stream, parts in mixed.items()}
 
     def _attend(
         self, context: Context, own: Mapping[str, tuple[Tensor, ...]], packing: Packing
@@ -241,6 +264,3 @@ class MoTAttention(nn.Module):
             )
             mixed[stream] = attend(q, own_key, own_value, causal=packing.causal)
         return mixed
-
-    def _output(self, parts: Sequence[Tensor], stream: str) -> Tensor:
-        return getattr(self, f"o_proj{stream}")(torch.cat(list(parts)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_unified.bagel.attention import GEN, MoTAttention, Packing, RMSNorm
 from sparse_unified.bagel.config import LLMConfig
+from sparse_unified.bagel.joint_attention import JointPacking
 from sparse_unified.bagel.layer_config import ExpertConfig
 from sparse_unified.nn import SparseMoE, SwiGLU
 
@@ -35,14 +36,20 @@ def _ffn(
     )
 
 
-def run_ffn(ffn: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor:
-    """Runs a dense or sparse FFN on x [T, D] and drops router logits if it returns them.
+def run_ffn(
+    ffn: nn.Module,
+    x: Tensor,
+    packing: Packing | JointPacking | None = None,
+    *,
+    component: str = "und",
+) -> Tensor:
+    """Runs a dense or sparse FFN on x [T, D]; router logits go to `packing.routed`, if it is there.
 
     Rows of text and of ViT tokens are named only to a block that routes the two apart, as the
     official code does in the pass over a ViT image.
     """
-    routed = getattr(ffn, "gate_img", None) is not None
-    if routed and packing is not None and packing.vit_rows is not None:
+    two_routers = getattr(ffn, "gate_img", None) is not None
+    if two_routers and packing is not None and packing.vit_rows is not None:
         out = ffn(
             x,
             packed_text_indexes=packing.text_rows,
@@ -50,7 +57,11 @@ def run_ffn(ffn: nn.Module, x: Tensor, packing: Packing | None = None) -> Tensor
         )
     else:
         out = ffn(x)
-    return out[0] if isinstance(out, tuple) else out
+    if not isinstance(out, tuple):
+        return out
+    if packing is not None and packing.routed is not None:
+        packing.routed[component] = out[1]
+    return out[0]
 
 
 class DecoderLayer(nn.Module):
@@ -88,7 +99,7 @@ class DecoderLayer(nn.Module):
                 self.register_module(f"{name}{stream}", norm if part else None)
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, packing: Packing
+        self, und: Tensor, gen: Tensor | None, packing: Packing | JointPacking
     ) -> tuple[Tensor, Tensor | None]:
         """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes."""
         und_mixed, gen_mixed = self.self_attn(
@@ -103,7 +114,7 @@ class DecoderLayer(nn.Module):
             gen = gen + gen_mixed
         hidden = _normed(self.post_attention_layernorm_moe_gen, gen)
         if gen is not None and self.mlp_moe_gen is not None and hidden is not None:
-            gen = gen + run_ffn(self.mlp_moe_gen, hidden)
+            gen = gen + run_ffn(self.mlp_moe_gen, hidden, packing, component="gen")
         return und, gen
 
 
@@ -124,7 +135,7 @@ class Decoder(nn.Module):
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, packing: Packing
+        self, und: Tensor, gen: Tensor | None, packing: Packing | JointPacking
     ) -> tuple[Tensor, Tensor | None]:
         """Runs embedded streams und [U, D] and gen [G, D] (or None) through all layers."""
         for layer in self.layers:

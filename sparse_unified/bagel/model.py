@@ -19,6 +19,8 @@ from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.decoder import LanguageModel
 from sparse_unified.bagel.embeddings import PositionTable, TimestepEmbedder, grid_positions
+from sparse_unified.bagel.segments import TrainingBatch
+from sparse_unified.bagel.training import TrainingOutput, training_forward
 from sparse_unified.bagel.vision import FeedForward, VisionModel, patchify
 
 
@@ -70,6 +72,10 @@ class Bagel(nn.Module):
     def new_contexts(self, count: int) -> list[Context]:
         """Returns the contexts of `count` sequences that have seen nothing yet."""
         return [Context(self.config.llm.num_hidden_layers) for _ in range(count)]
+
+    def forward(self, batch: TrainingBatch, *, checkpointing: bool = False) -> TrainingOutput:
+        """Returns the losses of packed training sequences; see `training_forward`."""
+        return training_forward(self, batch, checkpointing=checkpointing)
 
     @torch.no_grad()
     def prefill_text(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> None:

@@ -56,9 +56,13 @@ class VisionAttention(nn.Module):
             proj(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         ]  # 3 x [heads, N, d]
+        if len(set(lengths)) == 1:
+            q, k, v = (part.unflatten(1, (len(lengths), -1)).transpose(0, 1) for part in heads)
+            mixed = F.scaled_dot_product_attention(q, k, v)  # [images, heads, n, d]
+            return self.out_proj(mixed.transpose(1, 2).flatten(2).flatten(0, 1))
         images = zip(*(part.split(list(lengths), dim=1) for part in heads), strict=True)
-        mixed = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in images]
-        return self.out_proj(torch.cat(mixed, dim=1).transpose(0, 1).flatten(1))
+        each = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in images]
+        return self.out_proj(torch.cat(each, dim=1).transpose(0, 1).flatten(1))
 
 
 class FeedForward(nn.Module):

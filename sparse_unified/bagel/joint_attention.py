@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of whole sequences at once, without a past: what training runs.
+
+Sequences of one layout (the same kinds of segments, of the same lengths) lie next to each other in
+both streams, so that a layer attends to all of them in one call, on views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UND, GEN = "", "_moe_gen"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Sequences of one layout.
+
+    Attributes:
+        count: B, sequences.
+        lengths: tokens of one sequence in the und and in the gen stream.
+        mask: [L, L] bool, row i sees column j; und tokens first, then gen tokens. None where every
+            token sees all, or where `causal` says it all.
+        causal: token i sees the tokens up to i.
+    """
+
+    count: int
+    lengths: Mapping[str, int]
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointPacking:
+    """Where the sequences of a batch lie in the two streams, and who sees whom.
+
+    Attributes:
+        groups: in the order in which they lie in the streams.
+        und_angles, gen_angles: rotary cosines and sines of each token; None without gen tokens.
+        text_rows, vit_rows: rows of the und stream of text and of ViT tokens; None when all are
+            text.
+        routed: takes the router logits [T, E] of the sparse blocks of a layer, by component.
+    """
+
+    groups: Sequence[Group]
+    und_angles: tuple[Tensor, Tensor]
+    gen_angles: tuple[Tensor, Tensor] | None = None
+    text_rows: Tensor | None = None
+    vit_rows: Tensor | None = None
+    routed: dict[str, Tensor] | None = None
+
+    def recording(self) -> JointPacking:
+        """Returns the same with an empty `routed`."""
+        return replace(self, routed={})
+
+
+def attend_jointly(
+    heads: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    reads: Mapping[str, Sequence[int]],
+    groups: Sequence[Group],
+) -> dict[str, Tensor]:
+    """Lets every sequence attend to itself.
+
+    Args:
+        heads: queries [N, H, d], keys and values [N, K, d] of each stream that takes part.
+        reads: key heads that the queries of a stream read.
+        groups: how the streams divide into sequences.
+
+    Returns:
+        The mixed values [N, H * d] of each stream.
+    """
+    mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
+    starts = dict.fromkeys(heads, 0)
+    for group in groups:
+        own = {}
+        for stream, parts in heads.items():
+            length = group.lengths[stream]
+            rows = slice(starts[stream], starts[stream] + group.count * length)
+            starts[stream] = rows.stop
+            if length:
+                own[stream] = tuple(x[rows].unflatten(0, (group.count, length)) for x in parts)
+        for stream, out in _attend(own, reads, group).items():
+            mixed[stream].append(out.flatten(0, 1))
+    return {stream: torch.cat(parts) for stream, parts in mixed.items()}
+
+
+def _attend(
+    own: Mapping[str, tuple[Tensor, ...]], reads: Mapping[str, Sequence[int]], group: Group
+) -> dict[str, Tensor]:
+    """Returns the mixed values [B, n, H * d] of each stream of a group."""
+    if not own:
+        return {}
+    key, value = (
+        torch.cat([parts[i] for parts in own.values()], dim=1).transpose(1, 2) for i in (1, 2)
+    )
+    # Columns, and rows, of the streams that take part in this layer.
+    spans, at = {}, 0
+    for stream, length in group.lengths.items():
+        spans[stream] = slice(at, at + length)
+        at += length
+    mask = group.mask
+    if mask is not None and len(own) < len(group.lengths):
+        mask = torch.cat([mask[:, spans[stream]] for stream in own], dim=1)
+    if all(len(reads[stream]) == key.shape[1] for stream in own):
+        query = torch.cat([parts[0] for parts in own.values()], dim=1)
+        if mask is not None and len(own) < len(group.lengths):
+            mask = torch.cat([mask[spans[stream]] for stream in own])
+        out = _mix(query, key, value, mask, group.causal)
+        lengths = [group.lengths[stream] for stream in own]
+        return dict(zip(own, out.split(lengths, dim=1), strict=True))
+    mixed = {}
+    for stream, (query, _, _) in own.items():
+        # Stacked views: an index would have to be copied to the device.
+        own_key, own_value = (
+            torch.stack([x[:, head] for head in reads[stream]], dim=1) for x in (key, value)
+        )
+        rows = None if mask is None else mask[spans[stream]]
+        mixed[stream] = _mix(query, own_key, own_value, rows, group.causal)
+    return mixed
+
+
+def _mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention of queries [B, n, H, d] to keys and values [B, K, m, d]: [B, n, H * d]."""
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=query.shape[2] != key.shape[1],
+    )
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training sequences: what they consist of, and how a batch of them is packed.
+
+A sequence is a list of segments. Text is causal; an image sees all of itself; both see what comes
+before them in their sequence, except noised latents, which nothing after them sees. Rotary
+positions are those of inference: a token of text takes one, an image takes one for all its tokens,
+and a noised image leaves its position to what follows.
+
+Source: the packed training sequences of BAGEL (ByteDance-Seed/Bagel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_unified.bagel.config import BagelConfig
+from sparse_unified.bagel.embeddings import grid_positions, rotary_angles
+from sparse_unified.bagel.joint_attention import GEN, UND, Group, JointPacking
+from sparse_unified.bagel.vision import patchify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSegment:
+    """Text, as token ids with bos and eos.
+
+    Attributes:
+        token_ids: at least one id.
+        predict: the loss asks for every token after the first.
+    """
+
+    token_ids: Sequence[int]
+    predict: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VitSegment:
+    """An image seen through the ViT: normalised pixels [3, H, W]."""
+
+    pixels: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSegment:
+    """An image as its scaled VAE latent.
+
+    Attributes:
+        latent: [C, h, w], clean.
+        time: None for an image that is looked at (time 0); else what the loss asks for: the
+            velocity noise - latent at (1 - time) * latent + time * noise.
+        noise: [C, h, w], with a time only.
+
+    Raises:
+        ValueError: one of time and noise without the other, or a time outside [0, 1].
+    """
+
+    latent: Tensor
+    time: float | None = None
+    noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.time is None) != (self.noise is None):
+            raise ValueError(
+                "LatentSegment: time and noise must be given together, got only "
+                f"{'noise' if self.time is None else 'time'}"
+            )
+        if self.time is not None and not 0 <= self.time <= 1:
+            raise ValueError(f"LatentSegment: time must be from 0 to 1, got {self.time}")
+        if self.noise is not None and self.noise.shape != self.latent.shape:
+            raise ValueError(
+                f"LatentSegment: noise must have the shape of latent, {list(self.latent.shape)}, "
+                f"got {list(self.noise.shape)}"
+            )
+
+
+Segment = TextSegment | VitSegment | LatentSegment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBatch:
+    """Packed sequences. U und tokens, G gen tokens, all tensors on one device.
+
+    Attributes:
+        und_ids: [U] int64, ids of text and markers; 0 where a ViT token stands.
+        label_rows, labels: [n] int64, rows of the und stream and the token that follows each.
+        vit_patches: [V, p * p * 3]; vit_positions: [V] int64, in the tables of the ViT and of the
+            decoder alike; vit_lengths: patches of each image.
+        latents: [G, p * p * C] fp32, noised; latent_positions: [G] int64.
+        times: [images] fp32; time_rows: [G] int64, the image of each token.
+        velocity_rows: [m] int64, gen tokens the loss asks for; velocities: [m, p * p * C] fp32.
+        packing: rotary positions, groups and masks.
+        text_tokens, image_tokens: n and m. num_tokens: U + G. num_sequences: how many.
+    """
+
+    und_ids: Tensor
+    label_rows: Tensor
+    labels: Tensor
+    vit_patches: Tensor | None
+    vit_positions: Tensor | None
+    vit_lengths: tuple[int, ...]
+    latents: Tensor | None
+    latent_positions: Tensor | None
+    times: Tensor | None
+    time_rows: Tensor | None
+    velocity_rows: Tensor
+    velocities: Tensor
+    packing: JointPacking
+    text_tokens: int
+    image_tokens: int
+    num_tokens: int
+    num_sequences: int
+
+
+# Kind and number of tokens, without markers, of each segment of a sequence.
+Layout = tuple[tuple[str, int], ...]
+_TEXT, _VIT, _CLEAN, _NOISED = "text", "vit", "clean", "noised"
+_MARKERS = 2
+
+
+@lru_cache(maxsize=1024)
+def _mask(layout: Layout) -> tuple[Tensor | None, bool]:
+    """Returns who sees whom ([L, L] bool, und tokens first; None for all), and if it is causal."""
+    if all(kind == _TEXT for kind, _ in layout):
+        return None, True
+    segment: list[list[int]] = [[], []]  # of each und, of each gen token
+    for i, (kind, length) in enumerate(layout):
+        segment[0] += [i] * (length if kind == _TEXT else _MARKERS)
+        if kind == _VIT:
+            segment[0] += [i] * length
+        elif kind in (_CLEAN, _NOISED):
+            segment[1] += [i] * length
+    of = torch.tensor(segment[0] + segment[1])
+    noised = torch.tensor([kind == _NOISED for kind, _ in layout])[of]
+    text = torch.tensor([kind == _TEXT for kind, _ in layout])[of]
+    index = torch.arange(len(of))
+    same = of[:, None] == of
+    before = (of[:, None] > of) & ~noised
+    mask = before | same & (~text[:, None] | (index[:, None] >= index))
+    return (None if bool(mask.all()) else mask), False
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is collected while sequences are laid out."""
+
+    ids: list[int] = field(default_factory=list)
+    und_positions: list[int] = field(default_factory=list)
+    gen_positions: list[int] = field(default_factory=list)
+    vit_spans: list[tuple[int, int]] = field(default_factory=list)
+    label_rows: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
+    latents: list[LatentSegment] = field(default_factory=list)
+
+    def add(self, config: BagelConfig, sequence: Sequence[Segment], layout: Layout) -> None:
+        special, position = config.special_tokens, 0
+        for segment, (kind, length) in zip(sequence, layout, strict=True):
+            if isinstance(segment, TextSegment):
+                if segment.predict:
+                    first = len(self.ids)
+                    self.label_rows += range(first, first + length - 1)
+                    self.labels += list(segment.token_ids)[1:]
+                self.ids += segment.token_ids
+                self.und_positions += range(position, position + length)
+                position += length
+                continue
+            self.ids.append(special.start_of_image)
+            if isinstance(segment, VitSegment):
+                self.vit_spans.append((len(self.ids), length))
+                self.ids += [0] * length
+                self.und_positions += [position] * length
+                self.pixels.append(segment.pixels)
+            else:
+                self.latents.append(segment)
+                self.gen_positions += [position] * length
+            self.ids.append(special.end_of_image)
+            self.und_positions += [position] * _MARKERS
+            position += kind != _NOISED
+
+
+def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
+    """Checks a sequence and returns the kinds and lengths of its segments.
+
+    Raises:
+        ValueError: it is empty, or a segment does not fit the model.
+    """
+    if not sequence:
+        raise ValueError("pack_training: a sequence must have at least one segment, got none")
+    vocab_size = config.llm.vocab_size
+    layout = []
+    for segment in sequence:
+        if isinstance(segment, TextSegment):
+            if not segment.token_ids:
+                raise ValueError("pack_training: token_ids must hold at least one id, got none")
+            least, most = min(segment.token_ids), max(segment.token_ids)
+            if least < 0 or most >= vocab_size:
+                raise ValueError(
+                    f"pack_training: token_ids must be from 0 to {vocab_size - 1}, "
+                    f"got {least if least < 0 else most}"
+                )
+            layout.append((_TEXT, len(segment.token_ids)))
+        elif isinstance(segment, VitSegment):
+            length = _patches(
+                "pixels",
+                segment.pixels,
+                config.vision.num_channels,
+                config.vision.patch_size,
+                config.vit_max_num_patch_per_side,
+            )
+            layout.append((_VIT, length))
+        else:
+            length = _patches(
+                "latent",
+                segment.latent,
+                config.token_channels // config.latent_patch_size**2,
+                config.latent_patch_size,
+                config.max_latent_size,
+            )
+            layout.append((_CLEAN if segment.time is None else _NOISED, length))
+    return tuple(layout)
+
+
+def _patches(name: str, image: Tensor, channels: int, patch: int, side: int) -> int:
+    height, width = image.shape[-2:]
+    if image.ndim != 3 or image.shape[0] != channels:
+        raise ValueError(
+            f"pack_training: {name} must have shape [{channels}, height, width], "
+            f"got {list(image.shape)}"
+        )
+    if height % patch or width % patch or not 0 < max(height, width) <= side * patch:
+        raise ValueError(
+            f"pack_training: sides of {name} must be multiples of {patch} up to {side * patch}, "
+            f"got {height} x {width}"
+        )
+    return (height // patch) * (width // patch)
+
+
+def _patchify_all(images: Sequence[Tensor], patch: int) -> Tensor:
+    """Cuts images [C, h, w] into patches, one image after the other: [N, p * p * C]."""
+    if len({image.shape for image in images}) == 1:
+        # Stacked one below the other, they are one tall image.
+        return patchify(torch.stack(list(images), dim=1).flatten(1, 2), patch)
+    return torch.cat([patchify(image, patch) for image in images])
+
+
+def _grids(images: Sequence[Tensor], patch: int, side: int) -> Tensor:
+    return torch.cat(
+        [grid_positions(i.shape[1] // patch, i.shape[2] // patch, side) for i in images]
+    )
+
+
+def pack_training(
+    config: BagelConfig,
+    sequences: Sequence[Sequence[Segment]],
+    *,
+    device: torch.device | str = "cpu",
+) -> TrainingBatch:
+    """Packs sequences for `training_forward`; those of one layout come to lie together.
+
+    Args:
+        config: of the model.
+        sequences: at least one, each of at least one segment; markers of images are added here.
+        device: of the batch.
+
+    Raises:
+        ValueError: there is no sequence, or one does not fit the model.
+    """
+    if not sequences:
+        raise ValueError("pack_training: sequences must hold at least one sequence, got none")
+    by_layout: dict[Layout, list[Sequence[Segment]]] = {}
+    for sequence in sequences:
+        by_layout.setdefault(_layout(config, sequence), []).append(sequence)
+    rows, groups = _Rows(), []
+    for layout, members in by_layout.items():
+        for sequence in members:
+            rows.add(config, sequence, layout)
+        mask, causal = _mask(layout)
+        gen = sum(length for kind, length in layout if kind in (_CLEAN, _NOISED))
+        markers = _MARKERS * sum(kind != _TEXT for kind, _ in layout)
+        und = sum(length for _, length in layout) - gen + markers
+        groups.append(
+            Group(
+                count=len(members),
+                lengths={UND: und, GEN: gen},
+                mask=None if mask is None else mask.to(device),
+                causal=causal,
+            )
+        )
+    return _batch(config, rows, groups, len(sequences), device)
+
+
+def _batch(
+    config: BagelConfig,
+    rows: _Rows,
+    groups: list[Group],
+    num_sequences: int,
+    device: torch.device | str,
+) -> TrainingBatch:
+    vision, patch = config.vision, config.latent_patch_size
+    num_und, num_gen = len(rows.ids), len(rows.gen_positions)
+
+    def integers(values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int64).to(device)
+
+    def angles(positions: list[int]) -> tuple[Tensor, Tensor]:
+        return rotary_angles(integers(positions), config.llm.head_dim, config.llm.rope_theta)
+
+    is_vit = torch.zeros(num_und, dtype=torch.bool)
+    for start, length in rows.vit_spans:
+        is_vit[start : start + length] = True
+    clean = [s.latent for s in rows.latents]
+    counts = torch.tensor([(x.shape[1] // patch) * (x.shape[2] // patch) for x in clean])
+    times = torch.tensor([s.time or 0.0 for s in rows.latents])
+    time_rows = torch.arange(len(clean)).repeat_interleave(counts) if clean else None
+    latents, velocity_rows = None, torch.empty(0, dtype=torch.int64)
+    velocities = torch.empty(0, config.token_channels)
+    if clean:
+        asked = torch.tensor([s.time is not None for s in rows.latents])[time_rows]
+        data = _patchify_all(clean, patch).float().cpu()
+        noise = [torch.zeros_like(s.latent) if s.noise is None else s.noise for s in rows.latents]
+        noises = _patchify_all(noise, patch).float().cpu()
+        time = times[time_rows][:, None]
+        latents = ((1 - time) * data + time * noises).to(device)
+        velocity_rows = asked.nonzero()[:, 0]
+        velocities = (noises - data)[velocity_rows]
+    vit = rows.pixels
+    return TrainingBatch(
+        und_ids=integers(rows.ids),
+        label_rows=integers(rows.label_rows),
+        labels=integers(rows.labels),
+        vit_patches=_patchify_all(vit, vision.patch_size).float().to(device) if vit else None,
+        vit_positions=(
+            integers(_grids(vit, vision.patch_size, config.vit_max_num_patch_per_side))
+            if vit
+            else None
+        ),
+        vit_lengths=tuple(length for _, length in rows.vit_spans),
+        latents=latents,
+        latent_positions=integers(_grids(clean, patch, config.max_latent_size)) if clean else None,
+        times=times.to(device) if clean else None,
+        time_rows=None if time_rows is None else time_rows.to(device),
+        velocity_rows=velocity_rows.to(device),
+        velocities=velocities.to(device),
+        packing=JointPacking(
+            groups=groups,
+            und_angles=angles(rows.und_positions),
+            gen_angles=angles(rows.gen_positions) if num_gen else None,
+            text_rows=integers((~is_vit).nonzero()[:, 0]) if vit else None,
+            vit_rows=integers(is_vit.nonzero()[:, 0]) if vit else None,
+        ),
+        text_tokens=len(rows.labels),
+        image_tokens=len(velocity_rows),
+        num_tokens=num_und + num_gen,
+        num_sequences=num_sequences,
+    )

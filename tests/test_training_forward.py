@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training forward computes what inference computes, on packed sequences, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_unified import SkipLayersConfig, prune_heads_, skip_layers_
+from sparse_unified.bagel import (
+    Bagel,
+    BagelConfig,
+    ContextImage,
+    ExpertConfig,
+    LatentSegment,
+    Segment,
+    TextSegment,
+    TrainingOutput,
+    VitSegment,
+    pack_training,
+)
+from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.bagel.training import balance_loss, expert_load
+from sparse_unified.bagel.vision import patchify
+from sparse_unified.ops import reference
+from sparse_unified.swap import PruneHeadsConfig
+from sparse_unified.testing import build_model, read_case
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPERTS = ExpertConfig(num_experts=4, top_k=2, expert_width=24)
+
+
+def random_model(config: BagelConfig) -> Bagel:
+    model = Bagel(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def config() -> BagelConfig:
+    return build_model(read_case(GOLDEN / "understand")).config
+
+
+@pytest.fixture(scope="module")
+def sparse_config(config: BagelConfig) -> BagelConfig:
+    return replace(
+        config, llm=replace(config.llm, sparse_gen={1: EXPERTS}, sparse_und={0: EXPERTS})
+    )
+
+
+@pytest.fixture(scope="module")
+def model(sparse_config: BagelConfig) -> Bagel:
+    return random_model(sparse_config)
+
+
+def picture(config: BagelConfig, rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    step = config.vision.patch_size
+    return torch.randn(3, rows * step, columns * step, generator=generator)
+
+
+def latent(config: BagelConfig, rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    step = config.latent_patch_size
+    return torch.randn(config.latent_channels, rows * step, columns * step, generator=generator)
+
+
+def text(*ids: int, predict: bool = False) -> TextSegment:
+    return TextSegment(token_ids=(3, *ids, 4), predict=predict)
+
+
+def sequences(config: BagelConfig) -> list[list[Segment]]:
+    """Every kind of segment, two sequences of one layout, several of others."""
+
+    def noised(rows: int, columns: int, time: float, seed: int) -> LatentSegment:
+        clean, noise = (latent(config, rows, columns, s) for s in (seed, seed + 100))
+        return LatentSegment(latent=clean, time=time, noise=noise)
+
+    return [
+        [text(11, 12, 13), noised(2, 3, 0.7, 1)],
+        [text(20, 21), text(22, predict=True)],
+        [text(14, 15, 16), noised(2, 3, 0.2, 2)],
+        [
+            LatentSegment(latent=latent(config, 2, 2, 3)),
+            VitSegment(pixels=picture(config, 2, 3, 4)),
+            text(17, 18),
+            noised(3, 1, 0.5, 5),
+        ],
+        [VitSegment(pixels=picture(config, 1, 2, 6)), text(30), text(31, 32, predict=True)],
+        [text(40, predict=True), noised(1, 1, 0.9, 7), text(41, 42, predict=True)],
+    ]
+
+
+def by_inference(model: Bagel, sequence: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    """The two losses of one sequence, from the passes that generation uses."""
+    (context,) = model.new_contexts(1)
+    text_loss = image_loss = torch.zeros(())
+    patch = model.config.latent_patch_size
+    for segment in sequence:
+        if isinstance(segment, TextSegment):
+            (logits,) = model.text_logits([context], [segment.token_ids])
+            if segment.predict:
+                labels = torch.tensor(segment.token_ids[1:])
+                text_loss = text_loss + F.cross_entropy(logits[:-1], labels, reduction="sum")
+        elif isinstance(segment, VitSegment):
+            see_images(model, [context], [[ContextImage(vit_pixels=segment.pixels)]])
+        elif segment.time is None:
+            see_images(model, [context], [[ContextImage(latent=segment.latent)]])
+        else:
+            noisy = (1 - segment.time) * segment.latent + segment.time * segment.noise
+            grid = (segment.latent.shape[1] // patch, segment.latent.shape[2] // patch)
+            (found,) = model.velocity(
+                [patchify(noisy, patch)], [grid], torch.tensor([segment.time]), [[context]]
+            )
+            error = found[0] - patchify(segment.noise - segment.latent, patch)
+            image_loss = image_loss + error.square().mean(-1).sum()
+    return text_loss, image_loss
+
+
+def losses(model: Bagel, batch: Sequence[Sequence[Segment]], **options: bool) -> TrainingOutput:
+    return model(pack_training(model.config, batch), **options)
+
+
+def assert_as_inference(model: Bagel) -> None:
+    batch = sequences(model.config)
+    found = losses(model, batch)
+    expected = [by_inference(model, sequence) for sequence in batch]
+    torch.testing.assert_close(found.text_loss_sum, sum(t for t, _ in expected), rtol=2e-5, atol=0)
+    torch.testing.assert_close(found.image_loss_sum, sum(i for _, i in expected), rtol=2e-5, atol=0)
+    assert found.text_tokens == 2 + 3 + 2 + 3
+    assert found.image_tokens == 6 + 6 + 3 + 1
+
+
+def test_losses_are_those_of_the_inference_path(config: BagelConfig, model: Bagel) -> None:
+    assert_as_inference(random_model(config))
+    assert_as_inference(model)
+
+
+def test_pruned_heads_and_skipped_parts_train_as_they_generate(sparse_config: BagelConfig) -> None:
+    model = random_model(sparse_config)
+    prune_heads_(model, PruneHeadsConfig(component="gen", layers=[0], keep_ratio=0.5))
+    assert_as_inference(model)
+    for component in ("gen", "und"):
+        skip_layers_(model, SkipLayersConfig(component=component, layers=[1], part="attention"))
+        assert_as_inference(model)
+
+
+def test_a_batch_costs_what_its_sequences_cost_alone(model: Bagel) -> None:
+    batch = sequences(model.config)
+    together = losses(model, batch)
+    alone = [losses(model, [sequence]) for sequence in batch]
+    for name in ("text_loss_sum", "image_loss_sum"):
+        torch.testing.assert_close(
+            getattr(together, name), sum(getattr(one, name) for one in alone), rtol=1e-5, atol=0
+        )
+    for key, load in together.expert_load.items():
+        assert torch.equal(
+            load, sum(one.expert_load[key] for one in alone if key in one.expert_load)
+        )
+
+
+def test_nothing_later_sees_noised_latents(model: Bagel) -> None:
+    config = model.config
+    clean, noise = latent(config, 2, 2, 1), latent(config, 2, 2, 2)
+
+    def text_loss(value: Tensor) -> Tensor:
+        noised = LatentSegment(latent=value, time=0.5, noise=noise)
+        return losses(model, [[text(9), noised, text(11, 12, predict=True)]]).text_loss_sum
+
+    torch.testing.assert_close(text_loss(clean), text_loss(clean + 1), rtol=1e-6, atol=0)
+    # ... but a clean image is seen.
+    seen = [
+        losses(model, [[LatentSegment(latent=x), text(11, predict=True)]]) for x in (clean, noise)
+    ]
+    assert not torch.allclose(seen[0].text_loss_sum, seen[1].text_loss_sum, rtol=1e-3)
+
+
+def gradients(model: Bagel, **options: bool) -> dict[str, Tensor]:
+    model.zero_grad()
+    out = losses(model, sequences(model.config), **options)
+    total = out.text_loss_sum + out.image_loss_sum + out.balance_loss + 0.1 * out.router_z_loss
+    total.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_checkpointing_changes_no_gradient(model: Bagel) -> None:
+    plain, less_kept = gradients(model), gradients(model, checkpointing=True)
+    assert plain.keys() == less_kept.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(less_kept[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_learns(model: Bagel) -> None:
+    found = gradients(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    # No shared expert here, so nothing asks its router.
+    assert trainable - found.keys() <= {n for n in trainable if "gate_shared" in n}
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+
+
+def test_gradients_are_those_of_autograd_on_the_references(
+    model: Bagel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_kernels = gradients(model)
+
+    def reference_block(self, x, packed_text_indexes=None, packed_vit_token_indexes=None):
+        gate = self.gate.weight.expand(len(x), -1, -1)
+        if packed_vit_token_indexes is not None:
+            is_vit = torch.zeros(len(x), dtype=torch.bool)
+            is_vit[packed_vit_token_indexes] = True
+            gate = torch.where(is_vit[:, None, None], self.gate_img.weight, self.gate.weight)
+        logits = (gate @ x[:, :, None])[:, :, 0]
+        chosen = logits.sort(dim=-1, descending=True, stable=True)
+        width, out = self.layout.expert_width, torch.zeros_like(x)
+        for rank in range(self.top_k):
+            for expert in range(self.num_experts):
+                rows = slice(expert * width, (expert + 1) * width)
+                hidden = F.silu(x @ self.gate_proj[rows].T) * (x @ self.up_proj[rows].T)
+                weight = (1 + chosen.values[:, rank]) * (chosen.indices[:, rank] == expert)
+                out = out + weight[:, None] * (hidden @ self.down_proj[:, rows].T)
+        return out, logits
+
+    monkeypatch.setattr("sparse_unified.nn.sparse_moe.SparseMoE.forward", reference_block)
+    by_autograd = gradients(model)
+    assert by_kernels.keys() == by_autograd.keys()
+    for name, gradient in by_autograd.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(by_kernels[name], gradient, rtol=1e-4, atol=1e-5 * scale + 1e-6)
+
+
+def test_balance_loss_is_one_when_even_and_grows_when_one_expert_takes_all() -> None:
+    even = torch.eye(4).repeat(3, 1) * 1e-3
+    assert balance_loss(even, expert_load(even, 1)) == pytest.approx(1.0, abs=1e-6)
+    one = torch.tensor([[9.0, 0, 0, 0]]).repeat(5, 1)
+    assert expert_load(one, 1).tolist() == [5, 0, 0, 0]
+    assert float(balance_loss(one, expert_load(one, 1))) > 3.9
+
+
+def test_ties_load_the_experts_that_routing_chooses() -> None:
+    logits = torch.zeros(6, 8)
+    _, _, chosen = reference.route_topk(torch.zeros(6, 4), torch.zeros(8, 4), 3)
+    expected = torch.bincount(chosen.flatten().long(), minlength=8)
+    assert torch.equal(expert_load(logits, 3), expected)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        ([], "a sequence must have at least one segment, got none"),
+        ([TextSegment(token_ids=())], "token_ids must hold at least one id, got none"),
+        ([TextSegment(token_ids=(3, -1))], "token_ids must be from 0 to 95, got -1"),
+        ([VitSegment(pixels=torch.zeros(1, 4, 4))], "pixels must have shape [3, height, width]"),
+        ([VitSegment(pixels=torch.zeros(3, 5, 4))], "sides of pixels must be multiples of"),
+        ([LatentSegment(latent=torch.zeros(1, 2, 2))], "latent must have shape ["),
+    ],
+)
+def test_a_sequence_that_does_not_fit_is_refused(
+    config: BagelConfig, sequence: list[Segment], message: str
+) -> None:
+    with pytest.raises(ValueError, match="pack_training: ") as error:
+        pack_training(config, [sequence])
+    assert message in str(error.value)
+
+
+def test_no_sequences_are_refused(config: BagelConfig) -> None:
+    with pytest.raises(ValueError, match="sequences must hold at least one sequence, got none"):
+        pack_training(config, [])
+
+
+def test_time_and_noise_come_together() -> None:
+    clean = torch.zeros(1, 2, 2)
+    with pytest.raises(ValueError, match="time and noise must be given together, got only time"):
+        LatentSegment(latent=clean, time=0.5)
+    with pytest.raises(ValueError, match=r"time must be from 0 to 1, got 1\.5"):
+        LatentSegment(latent=clean, time=1.5, noise=clean)
+    with pytest.raises(ValueError, match="noise must have the shape of latent"):
+        LatentSegment(latent=clean, time=0.5, noise=torch.zeros(1, 4, 2))
