@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ def training_forward(
         else:
             und, gen, logits = _run_layer(layer, und, gen, batch.packing)
         for component, values in logits.items():
-            block = layer.mlp if component == "und" else layer.mlp_moe_gen
+            block: Any = layer.mlp if component == "und" else layer.mlp_moe_gen
             routed[component, index] = (values, block.top_k)
 
     zero = torch.zeros((), device=und.device)
