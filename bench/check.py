@@ -34,6 +34,15 @@ def _tolerance(dtype: torch.dtype, epsilons: int) -> float:
     return max(epsilons * torch.finfo(dtype).eps, _LEAST_TOLERANCE)
 
 
+def judge_rows(what: str, out: Tensor, expected: Tensor, *, dtype: torch.dtype) -> None:
+    """Compares two results of the same products row by row, as gradients are.
+
+    Raises:
+        WrongResultError: a row is further off than two roundings of `dtype` explain.
+    """
+    _judge(what, out, expected, _tolerance(dtype, _BACKWARD_EPS))
+
+
 def _judge(what: str, out: Tensor, expected: Tensor, tolerance: float) -> None:
     """Compares row by row; NaN never passes."""
     rows = (out.float() - expected.float()).flatten(1).norm(dim=1)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_unified.bench.cases import Case
+from sparse_unified import ops
+from sparse_unified.bench.cases import Case, PrunedCase
 from sparse_unified.bench.gpu import instructions, sanitizer
 from sparse_unified.bench.harness import Roof
 from sparse_unified.bench.kernels import summarize
@@ -26,7 +27,7 @@ from sparse_unified.bench.variants import (
     VARIABLE,
     find_variants,
     measure_variants,
-    tiles_of_error,
+    variants_of_error,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -172,33 +173,47 @@ def test_kernels_are_named_by_their_product() -> None:
 
 REFUSAL = (
     "grouped_ffn: SPARSE_UNIFIED_GROUPED_FFN must be PHASE=TILE with commas between, PHASE one of "
-    'all, up, down, TILE one of 128x256x32x4, 64x128x32x4, got "all=?"'
+    "all, up, down, TILE one of 128x256x32x4, 64x128x32x4; of sm90a up one of 128x240x64x4, "
+    '128x256x64x4, down one of 128x128x64x6; got "all=?"'
 )
 
 
 def test_variants_are_asked_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "all=128x256x32x4")
-    assert tiles_of_error(REFUSAL) == ("128x256x32x4", "64x128x32x4")
-    assert tiles_of_error("another error") == ()
+    assert variants_of_error("another error", "fwd") == ()
 
     def refuse() -> None:
         assert os.environ[VARIABLE] == "all=?"
         raise RuntimeError(REFUSAL)
 
     assert find_variants(refuse, "fwd") == (
-        "up=128x256x32x4",
-        "up=64x128x32x4",
-        "down=128x256x32x4",
-        "down=64x128x32x4",
+        "family=sm80",
+        "family=sm80,up=128x256x32x4",
+        "family=sm80,up=64x128x32x4",
+        "family=sm80,down=128x256x32x4",
+        "family=sm80,down=64x128x32x4",
+        "family=sm90a",
+        "family=sm90a,up=128x240x64x4",
+        "family=sm90a,up=128x256x64x4",
+        "family=sm90a,down=128x128x64x6",
+        "family=sm90a,overlap=off",
+        "family=sm90a,fence=producer",
     )
+    backward = find_variants(refuse, "fwd_bwd")
+    assert backward[-1] == "family=sm90a"
+    assert "family=sm80,grad_rows=64x128x32x4" in backward
     assert VARIABLE not in os.environ
     assert find_variants(lambda: None, "fwd") == ()
 
 
+PRUNED = PrunedCase(name="half", tokens=33, hidden_size=64, intermediate_size=256, block_size=32)
+
+
+@pytest.mark.parametrize("case", [CASE, PRUNED], ids=["grouped_ffn", "pruned_ffn"])
 @pytest.mark.parametrize("direction", ["fwd", "fwd_bwd"])
-def test_variants_are_measured_side_by_side(direction: str) -> None:
+def test_variants_are_measured_side_by_side(direction: str, case: Case | PrunedCase) -> None:
     measured = measure_variants(
-        CASE,
+        case,
         torch.bfloat16,
         direction,
         find_target("cpu"),
@@ -209,3 +224,29 @@ def test_variants_are_measured_side_by_side(direction: str) -> None:
     assert [r.provider for r in measured.records] == [CHOSEN, "all=a", "all=b"]
     assert measured.records[1].speedup.keys() == {CHOSEN}
     assert VARIABLE not in os.environ
+
+
+def test_a_variant_that_computes_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pruned_ffn = ops.pruned_ffn
+
+    def spoiled(*arguments: Any) -> torch.Tensor:
+        y = pruned_ffn(*arguments)
+        if os.environ.get(VARIABLE) == "wrong":
+            y[-1] *= 1.1
+        return y
+
+    monkeypatch.setattr(ops, "pruned_ffn", spoiled)
+    measured = measure_variants(
+        PRUNED,
+        torch.bfloat16,
+        "fwd",
+        find_target("cpu"),
+        Roof(tflops=1.0, gbps=10.0),
+        repeats=2,
+        variants=("right", "wrong"),
+    )
+    assert [r.provider for r in measured.records] == [CHOSEN, "right"]
+    assert [(m.provider, m.op) for m in measured.missing] == [("wrong", "pruned_ffn")]
+    assert "is off by" in measured.missing[0].reason

@@ -15,7 +15,7 @@ import torch
 
 from .. import command
 from ..block import Measured
-from ..cases import CASES
+from ..cases import CASES, PRUNED_CASES, Case, PrunedCase
 from ..kernels import profile
 from ..peers import PEERS, Setting
 from ..providers import sparse_block
@@ -137,10 +137,12 @@ def run(job: Job) -> bool:
 
 
 def run_variants(job: Job) -> bool:
-    """Every configuration of grouped_ffn that the kernels know, beside the chosen one."""
+    """Every configuration of the expert GEMMs that the kernels know, beside the chosen one."""
     dtype = torch.bfloat16
     report = command.start(find_target(job.device), dtype)
-    cases = [CASES[name] for name in (_DRY if job.is_dry else _LARGE)]
+    cases: list[Case | PrunedCase] = [CASES[name] for name in (_DRY if job.is_dry else _LARGE)]
+    if not job.is_dry and registered(command.PRUNED, job.torch_device):
+        cases += [PRUNED_CASES[name] for name in _PRUNED]
     for direction in ("fwd", "fwd_bwd"):
         for case in cases:
             if job.left() < _STEP_SECONDS and not job.is_dry:

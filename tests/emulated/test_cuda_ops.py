@@ -21,6 +21,7 @@ from op_cases import (
 from torch import Tensor
 
 from sparse_unified import ops
+from sparse_unified.bench.variants import VARIABLE, find_variants
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import backend, reference
 
@@ -303,3 +304,16 @@ def test_blocks_of_64_run_forward_on_the_kernels_for_hopper(
     assert ("up_sm90a" in launches) == is_hopper
     assert ("grouped_ffn_up_kernel" in launches) != is_hopper
     assert "grad_hidden_sm90a" not in launches
+
+
+# Whatever bench/gpu_check.py times side by side is right first.
+def test_every_variant_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.ops.sparse_unified_emulation.set_device(90)
+    case = ffn_case(150, 136, 3, 80, 2, torch.bfloat16)
+    expected = reference.grouped_ffn(*wide(case.arguments))
+    in_torch = torch_grouped_ffn(*case.arguments)
+    variants = find_variants(lambda: ops.grouped_ffn(*case.arguments), "fwd")
+    assert sum(variant.startswith("family=sm90a") for variant in variants) == 9
+    for variant in variants:
+        monkeypatch.setenv(VARIABLE, variant)
+        assert_as_good_as_torch(ops.grouped_ffn(*case.arguments), in_torch, expected)
