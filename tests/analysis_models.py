@@ -95,18 +95,45 @@ class Attention(nn.Module):
         return self.dense(mixed.transpose(-3, -2).flatten(-2))
 
 
+class BailingAttention(nn.Module):
+    """Grouped heads out of one projection, and the cache among what it returns."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, 2, HIDDEN // 4
+        self.query_key_value = nn.Linear(HIDDEN, 2 * HIDDEN, bias=True)
+        self.dense = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(
+        self, hidden_states: Tensor, past_key_value: Any = None
+    ) -> tuple[Tensor, None, Any]:
+        counts = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
+        heads = self.query_key_value(hidden_states).unflatten(-1, (sum(counts), self.head_dim))
+        q, k, v = heads.transpose(1, 2).split(counts, 1)
+        if past_key_value is not None:
+            k, v = past_key_value.update(k, v, self.layer_idx)
+        length, seen = q.shape[2], k.shape[2]
+        mask = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return self.dense(mixed.transpose(1, 2).flatten(2)), None, past_key_value
+
+
 class BailingLayer(nn.Module):
-    def __init__(self, ffn: nn.Module) -> None:
+    def __init__(self, ffn: nn.Module, layer_idx: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(HIDDEN)
-        self.attention = Attention()
+        self.attention = BailingAttention(layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(HIDDEN)
         self.mlp = ffn
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x))
+    def forward(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
+        branch, _, present = self.attention(
+            hidden_states=self.input_layernorm(x), past_key_value=past
+        )
+        x = x + branch
         y = self.mlp(self.post_attention_layernorm(x))
-        return x + (y[0] if isinstance(y, tuple) else y)
+        return x + (y[0] if isinstance(y, tuple) else y), present
 
 
 class Bailing(nn.Module):
@@ -118,16 +145,17 @@ class Bailing(nn.Module):
         self.model = nn.Module()
         self.model.word_embeddings = nn.Embedding(64, HIDDEN)
         self.model.layers = nn.ModuleList(
-            BailingLayer(Mixture() if layer else MLP()) for layer in range(LAYERS)
+            BailingLayer(Mixture() if layer else MLP(), layer) for layer in range(LAYERS)
         )
         self.model.norm = nn.RMSNorm(HIDDEN)
         self.lm_head = nn.Linear(HIDDEN, 64, bias=False)
         self.eval()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
         x = self.model.word_embeddings(ids)
         for layer in self.model.layers:
-            x = layer(x)
+            x, present = layer(x, cache)
+            assert present is cache
         return self.lm_head(self.model.norm(x))
 
 

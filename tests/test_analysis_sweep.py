@@ -31,6 +31,7 @@ from sparse_unified.analysis.store import open_store
 from sparse_unified.analysis.surgery import narrowed
 from sparse_unified.analysis.sweep import run_sweep
 from sparse_unified.analysis.transforms import layers_to_skip, legal_axes
+from sparse_unified.swap import Part
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -96,16 +97,17 @@ def test_models_that_are_not_bagel_are_swept_and_left_alone(
 ) -> None:
     model = make()
     before = snapshot(model)
-    (task,) = sweep(model, tmp_path / "out").tasks
+    axes = ("depth", "width", "heads")
+    (task,) = sweep(model, tmp_path / "out", config={"axes": axes}).tasks
     assert_same(before, snapshot(model))
     names = [(entry.point.axis.value, entry.point.keep_ratio) for entry in task.points]
-    assert names == [("depth", 1.0), ("depth", 0.5), ("width", 1.0), ("width", 0.5)]
-    whole_depth, depth, whole_width, width = task.points
-    for entry in (whole_depth, whole_width):
+    assert names == [(axis, ratio) for axis in axes for ratio in (1.0, 0.5)]
+    whole_depth, depth, whole_width, width, whole_heads, heads = task.points
+    for entry in (whole_depth, whole_width, whole_heads):
         assert entry.metrics == task.dense == loss(model)
         assert entry.after.flops == entry.before.flops == task.cost.flops
         assert entry.change == "nothing"
-    for entry in (depth, width):
+    for entry in (depth, width, heads):
         assert entry.metrics != task.dense
         assert entry.after.parameters < entry.before.parameters == task.cost.parameters
         assert entry.after.flops < entry.before.flops
@@ -113,6 +115,15 @@ def test_models_that_are_not_bagel_are_swept_and_left_alone(
         assert entry.after.seconds > 0
     assert len(depth.skipped_layers) == 1
     assert "24 neurons -> 12 neurons" in width.change
+    assert heads.change == "4 query heads, 2 key heads -> 2 query heads, 1 key heads"
+    for part in ("attention", "ffn"):
+        changes = {"axes": ("depth",), "ratios": (0.5,), "part": part}
+        (task,) = sweep(model, tmp_path / part, config=changes).tasks
+        assert_same(before, snapshot(model))
+        (entry,) = task.points
+        assert entry.change.startswith(f"{part} of ")
+        assert entry.metrics != task.dense
+        assert entry.after.flops < entry.before.flops
 
 
 def tiny_bagel(tmp_path: Path) -> tuple[Any, dict[Task, Probe]]:
@@ -197,8 +208,14 @@ def test_models_of_the_official_structure_are_swept(tmp_path: Path) -> None:
     for entry in task.points:
         assert entry.metrics["distance"] > 0
         assert entry.after.flops < entry.before.flops
-    with pytest.raises(ValueError, match="attention must be one"):
-        sweep(model, tmp_path / "b", [probe], config={"components": ("gen",), "part": "block"})
+    for axis, part, reason in (
+        ("depth", "block", "of a layer they can skip part 'ffn' alone"),
+        ("depth", "attention", "of a layer they can skip part 'ffn' alone"),
+        ("heads", "ffn", "none of them can lose heads"),
+    ):
+        changes = {"components": ("gen",), "axes": (axis,), "part": part}
+        with pytest.raises(ValueError, match=f"axis must be one of .*width for.* {reason}"):
+            sweep(model, tmp_path / "b", [probe], config=changes)
 
 
 def comparable(result: Any) -> Any:
@@ -381,7 +398,6 @@ def test_damaged_records_are_refused_and_one_run_at_a_time_writes(tmp_path: Path
     ("changes", "message"),
     [
         ({"components": ("gen",)}, "component must be one of text, got 'gen'"),
-        ({"axes": ("heads",)}, "axis must be one of depth, width for this model, got 'heads'"),
         ({"layers": "1-9"}, "layers must lie in 0 to 2, got 3"),
         ({"layers": (7,)}, "layers must lie in 0 to 2, got 7"),
         ({"block_size": 16}, "block_size must divide the 24 neurons of .*, got 16"),
@@ -456,7 +472,10 @@ def test_the_most_redundant_layers_go_first() -> None:
 
 def test_axes_follow_from_the_components() -> None:
     assert legal_axes(find_adapter(models.bagel())) == tuple(Axis)
-    assert legal_axes(find_adapter(models.qwen())) == (Axis.DEPTH, Axis.WIDTH)
+    assert legal_axes(find_adapter(models.qwen())) == tuple(Axis)
+    official = find_adapter(models.Official())
+    assert legal_axes(official) == (Axis.WIDTH,)
+    assert legal_axes(official, Part.FFN) == (Axis.DEPTH, Axis.WIDTH)
 
 
 def test_a_fingerprint_is_of_names_shapes_and_values() -> None:

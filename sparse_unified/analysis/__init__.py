@@ -3,7 +3,8 @@
 
 Reading order: `parts` and `adapter` (where things are), `sums`, `collect`, `statistics`, `criteria`
 (what neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metrics` (BAGEL's),
-`geneval`, `cost`, `points`, `surgery` and `transforms` (smaller models), `store`, `probe`,
+`geneval`, `cost`, `points`, `stand_in`, `surgery`,
+`head_surgery` and `transforms` (smaller models), `store`, `probe`,
 `task_run`, `sweep`, `bagel_probes`, `results`, `plots`.
 """
 
@@ -26,6 +27,7 @@ from sparse_unified.analysis.cost import Cost, measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, Criterion, save_scores, score
 from sparse_unified.analysis.evaluate import Better, Evaluator, evaluator, load_evaluator
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
+from sparse_unified.analysis.head_surgery import Attention, fewer_heads, read_attention
 from sparse_unified.analysis.metrics import DenseDistance, Settings, TextAgreement, VelocityError
 from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
@@ -39,6 +41,7 @@ from sparse_unified.analysis.similarity import (
 )
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
+from sparse_unified.analysis.surgery import narrowed, without_layers, without_part
 from sparse_unified.analysis.sweep import run_sweep
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "LAYOUTS",
     "ActivationMap",
     "Adapter",
+    "Attention",
     "Axis",
     "Better",
     "Block",
@@ -82,16 +86,21 @@ __all__ = [
     "calibrate",
     "collect",
     "evaluator",
+    "fewer_heads",
     "find_adapter",
     "hash_ffns",
     "load_evaluator",
     "measure_cost",
     "measure_similarity",
+    "narrowed",
+    "read_attention",
     "read_metadata",
     "read_samples",
     "run_sweep",
     "save_scores",
     "score",
+    "without_layers",
+    "without_part",
     "write_geneval",
     "write_plots",
 ]

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from sparse_unified.analysis.parts import Adapter, Block, Ffn, FfnKey
+from sparse_unified.analysis.stand_in import StandIn
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
 from sparse_unified.nn import SparseMoE
@@ -150,7 +151,8 @@ class DecoderAdapter:
     def holds(self, layer: int, component: str) -> bool:
         module = self.layers[layer]
         names = self._names(component).all()
-        return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+        parts = [getattr(module, name, None) for name in names]
+        return all(isinstance(p, nn.Module) and not isinstance(p, StandIn) for p in parts)
 
     def block(self, layer: int, component: str) -> Block:
         names = self._names(component)
@@ -182,7 +184,7 @@ class DecoderAdapter:
         listed = []
         for layer, holder in enumerate(self.layers):
             module = getattr(holder, names.ffn)
-            if module is None or isinstance(module, SkippedFFN):
+            if module is None or isinstance(module, SkippedFFN | StandIn):
                 continue
             path = f"{self.path}.{layer}.{names.ffn}"
             experts = self._experts(module, path)

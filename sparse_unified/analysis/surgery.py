@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Narrower FFNs and fewer layers for models that are known by their adapter alone.
+"""Narrower FFNs, fewer layers and layers without a part, for models known by their adapter alone.
 
-Models with the two components of BAGEL have the transforms of `sparse_unified.swap`; here are the
-two that any decoder takes. Both are undone exactly when their block is left.
+Models with the two components of BAGEL have the transforms of `sparse_unified.swap`; here are those
+that any decoder takes, and in `head_surgery` fewer heads. All are undone exactly when their block
+is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_unified.analysis.adapter import Adapter, Ffn, FfnKey
+from sparse_unified.analysis.adapter import Adapter, Block, Ffn, FfnKey
+from sparse_unified.analysis.stand_in import StandIn, learn_conventions
+from sparse_unified.swap import Part
 
 
 @contextmanager
@@ -55,29 +58,112 @@ def without_layers(
     Raises:
         ValueError: the layers are in no `nn.ModuleList` of the model, or none would be left.
     """
-    modules = [adapter.block(i, component).layer_module for i in range(adapter.num_layers())]
+    blocks = [adapter.block(i, component) for i in range(adapter.num_layers())]
+    modules = [block.layer_module for block in blocks]
     remaining = [module for i, module in enumerate(modules) if i not in set(layers)]
     if not remaining:
         raise ValueError(f"depth: a layer must be left, got {len(modules)} to leave out")
+    _require_one_kind(blocks)
     owner, name = _holder(model, modules)
     whole = owner._modules[name]
-    # What a layer calls its number in a cache, in whichever of its modules.
-    numbered: list[tuple[Any, int]] = [
-        (part, number)
-        for module in remaining
-        for part in module.modules()
-        if isinstance(number := getattr(part, "layer_idx", None), int)
-    ]
-    numbers = {modules.index(module): i for i, module in enumerate(remaining)}
     try:
         owner._modules[name] = nn.ModuleList(remaining)
-        for part, number in numbered:
-            part.layer_idx = numbers[number]
-        yield
+        with _numbered_anew(remaining):
+            yield
     finally:
         owner._modules[name] = whole
-        for part, number in numbered:
-            part.layer_idx = number
+
+
+@contextmanager
+def without_part(
+    adapter: Adapter,
+    component: str,
+    layers: Sequence[int],
+    part: Part,
+    forward: Callable[[], object],
+) -> Iterator[None]:
+    """Inside, layers add nothing where their attention or FFN was; it and its norm are not run.
+
+    A skipped attention leaves no keys and values. Attentions that remain are numbered anew, so that
+    caches have no gaps and the first of them counts the tokens.
+
+    Args:
+        layers: that lose the part. part: `Part.ATTENTION` or `Part.FFN`.
+        forward: runs the whole model once, to see what the part returns.
+
+    Raises:
+        ValueError: no attention would be left, or the part is not one that adds a tensor like its
+            hidden states.
+    """
+    blocks = [adapter.block(i, component) for i in layers]
+    attention = part is Part.ATTENTION
+    kept = [n for n in range(adapter.num_layers()) if n not in set(layers)] if attention else []
+    if attention:
+        if not kept:
+            raise ValueError(f"depth: an attention must be left, got {len(blocks)} to leave out")
+        _require_one_kind([adapter.block(i, component) for i in range(adapter.num_layers())])
+    gone = [block.attention if attention else block.ffn for block in blocks]
+    conventions = learn_conventions(gone, forward)
+    changes: list[tuple[nn.Module, str, nn.Module]] = []
+    for block, module in zip(blocks, gone, strict=True):
+        norm = block.input_norm if attention else block.post_attention_norm
+        stand_in = StandIn(conventions[module]).train(module.training)
+        changes += [(*_place(block, module), stand_in), (*_place(block, norm), nn.Identity())]
+    saved = [(owner, name, owner._modules[name]) for owner, name, _ in changes]
+    try:
+        for owner, name, new in changes:
+            owner._modules[name] = new
+        with _numbered_anew([adapter.block(i, component).attention for i in kept]):
+            yield
+    finally:
+        for owner, name, old in saved:
+            owner._modules[name] = old
+
+
+@contextmanager
+def _numbered_anew(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, what modules call their number in a cache counts the given ones alone."""
+    numbered: list[tuple[Any, int, int]] = [
+        (module, number, i)
+        for i, part in enumerate(parts)
+        for module in part.modules()
+        if isinstance(number := getattr(module, "layer_idx", None), int)
+    ]
+    try:
+        for module, _, new in numbered:
+            module.layer_idx = new
+        yield
+    finally:
+        for module, old, _ in numbered:
+            module.layer_idx = old
+
+
+def _require_one_kind(blocks: Sequence[Block]) -> None:
+    """Raises ValueError where layers are told apart by their number, which would change."""
+    kinds = {
+        (
+            getattr(block.attention, "layer_type", None),
+            getattr(block.attention, "sliding_window", None),
+        )
+        for block in blocks
+    }
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(f"{kind} (window {window})" for kind, window in kinds))
+        raise ValueError(
+            "depth: layers must have attentions of one kind, because caches and masks are chosen "
+            f"by the number of a layer, got {listed}; part='ffn' can be skipped"
+        )
+
+
+def _place(block: Block, module: nn.Module) -> tuple[nn.Module, str]:
+    for owner in block.layer_module.modules():
+        for name, child in owner._modules.items():
+            if child is module:
+                return owner, name
+    raise ValueError(
+        f"depth: the {type(module).__name__} of layer {block.layer} must be a module of the layer, "
+        "got one from elsewhere"
+    )
 
 
 def _linear(ffn: Ffn, name: str) -> nn.Linear:

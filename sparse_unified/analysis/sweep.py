@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sparse_unified.analysis.adapter import Adapter, find_adapter
+from sparse_unified.analysis.head_surgery import read_attention
 from sparse_unified.analysis.points import Axis, SweepConfig
 from sparse_unified.analysis.probe import Probe
 from sparse_unified.analysis.results import SweepResult
@@ -94,11 +95,18 @@ def _check(adapter: Adapter, config: SweepConfig, probes: Sequence[Probe]) -> No
                 f"analyze: component must be one of {', '.join(adapter.components)}, "
                 f"got {component!r}"
             )
-    legal = legal_axes(adapter)
+    legal = legal_axes(adapter, config.part)
     for axis in config.axes:
         if axis not in legal:
+            shared = "; its components share the attentions, so that"
+            why = {
+                Axis.DEPTH: f"{shared} of a layer they can skip part 'ffn' alone",
+                Axis.HEADS: f"{shared} none of them can lose heads",
+                Axis.WIDTH: "",
+            }[axis]
             raise ValueError(
-                f"analyze: axis must be one of {_names(legal)} for this model, got {axis.value!r}"
+                f"analyze: axis must be one of {_names(legal)} for this model, "
+                f"got {axis.value!r}{why}"
             )
     layers = select_layers(config.layers, adapter.num_layers())
     if Axis.WIDTH in config.axes:
@@ -109,6 +117,9 @@ def _check(adapter: Adapter, config: SweepConfig, probes: Sequence[Probe]) -> No
                         f"analyze: block_size must divide the {ffn.intermediate_size} neurons of "
                         f"{ffn.name}, got {config.block_size}"
                     )
+    if Axis.HEADS in config.axes and len(adapter.components) == 1:
+        for layer in layers:
+            read_attention(adapter, config.components[0], layer)
     tasks = [probe.task for probe in probes]
     if not tasks or len(set(tasks)) != len(tasks):
         raise ValueError(

@@ -147,6 +147,7 @@ class TaskRun:
             point,
             self.config,
             similarity=self.similarity,
+            workload=self.probe.workload,
             scores=self._scores,
         ) as change:
             after = self._cost()

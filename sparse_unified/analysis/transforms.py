@@ -7,7 +7,7 @@ through `surgery`. Either way what was replaced is the same object again afterwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,9 +15,10 @@ import torch
 
 from sparse_unified.analysis.adapter import Adapter
 from sparse_unified.analysis.criteria import NeuronScores
+from sparse_unified.analysis.head_surgery import fewer_heads, read_attention
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.similarity import Similarity
-from sparse_unified.analysis.surgery import as_module, narrowed, without_layers
+from sparse_unified.analysis.surgery import as_module, narrowed, without_layers, without_part
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.report import format_layers
@@ -33,6 +34,7 @@ from sparse_unified.swap import (
     restore_,
     skip_layers_,
 )
+from sparse_unified.swap.find import takes_absent_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +45,26 @@ class Change:
     skipped_layers: tuple[int, ...] = ()
 
 
-def legal_axes(adapter: Adapter) -> tuple[Axis, ...]:
-    """Returns the axes along which models of an adapter can be made smaller."""
-    if set(adapter.components) == set(FFN_NAMES):
-        return tuple(Axis)
-    if len(adapter.components) == 1:
-        return (Axis.DEPTH, Axis.WIDTH)
-    return (Axis.WIDTH,)  # a layer would be lost to all components at once
+def legal_axes(adapter: Adapter, part: Part = Part.BLOCK) -> tuple[Axis, ...]:
+    """Returns the axes along which models of an adapter can be made smaller.
+
+    Args:
+        part: what a skipped layer is to lose.
+    """
+    depth = (Axis.DEPTH,) if part is Part.FFN else ()
+    if len(adapter.components) > 1 and not _has_own_attentions(adapter):
+        return (*depth, Axis.WIDTH)  # an attention would be lost to all components at once
+    return tuple(Axis)
+
+
+def _has_own_attentions(adapter: Adapter) -> bool:
+    """Tells whether the components of BAGEL can lose an attention, or heads, one by one."""
+    return set(adapter.components) == set(FFN_NAMES) and all(
+        takes_absent_parts(adapter.block(layer, component).layer_module)
+        for component in adapter.components
+        for layer in range(adapter.num_layers())
+        if adapter.holds(layer, component)
+    )
 
 
 def layers_to_skip(
@@ -77,6 +92,7 @@ def transformed(
     config: SweepConfig,
     *,
     similarity: Similarity,
+    workload: Callable[[], Callable[[], object]],
     scores: NeuronScores | None = None,
 ) -> Iterator[Change]:
     """Inside, the model is that of the point; afterwards it is as it was, bit for bit.
@@ -84,6 +100,7 @@ def transformed(
     Args:
         host: the model or pipeline; adapter: of it.
         similarity: ranks layers. scores: rank neurons; needed along width.
+        workload: sets up a forward of the model, see `Probe`.
 
     Raises:
         ValueError: the transform refuses the model; the message says why.
@@ -93,7 +110,7 @@ def transformed(
     elif set(adapter.components) == set(FFN_NAMES):
         yield from _swap(host, adapter, point, config, similarity, scores)
     else:
-        yield from _cut(host, adapter, point, config, similarity, scores)
+        yield from _cut(host, adapter, point, config, similarity, workload, scores)
 
 
 def _swap(
@@ -149,16 +166,33 @@ def _cut(
     point: Point,
     config: SweepConfig,
     similarity: Similarity,
+    workload: Callable[[], Callable[[], object]],
     scores: NeuronScores | None,
 ) -> Iterator[Change]:
     component = point.component
+    legal = select_layers(config.layers, adapter.num_layers())
     if point.axis is Axis.DEPTH:
         layers = layers_to_skip(point, config, adapter.num_layers(), similarity)
-        with without_layers(as_module(host), adapter, component, layers):
+        without = (
+            without_layers(as_module(host), adapter, component, layers)
+            if config.part is Part.BLOCK
+            else without_part(adapter, component, layers, config.part, workload())
+        )
+        with without:
             yield Change(text=_without(layers, config), skipped_layers=layers)
         return
+    if point.axis is Axis.HEADS:
+        attentions = [read_attention(adapter, component, layer) for layer in legal]
+        groups = keep_units(
+            {attention.layer: attention.scores() for attention in attentions},
+            keep_ratio=point.keep_ratio,
+            budget=config.budget,
+        )
+        changed = [(a.text(), a.text(len(groups[a.layer]))) for a in attentions]
+        with fewer_heads(attentions, {n: index.tolist() for n, index in groups.items()}):
+            yield Change(text=_each(changed))
+        return
     assert scores is not None
-    legal = select_layers(config.layers, adapter.num_layers())
     ffns = [ffn for ffn in adapter.ffns(component) if ffn.layer in legal]
     kept = keep_units(
         {i: scores[component][ffn.key] for i, ffn in enumerate(ffns)},

@@ -90,6 +90,7 @@ def _changes(host: Host, layer: int, component: str, part: Part, where: str) -> 
         raise ValueError(
             f"{where}: layer {layer} ({host.path}.{layer}): attention must be one that a component "
             f"can do without, as in sparse_unified.bagel, got a {type(host.layers[layer]).__name__}"
+            ", which runs it for both components at once; part 'ffn' can be skipped in it"
         )
     if part is Part.FFN and not absent_ok:
         target = host.target(layer, component, where=where)

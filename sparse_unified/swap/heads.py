@@ -120,6 +120,7 @@ def _read_attention(host: Host, layer: int, where: str) -> _Attention:
         raise ValueError(
             f"{at}: attention must be one whose weights tell its heads, as in "
             f"sparse_unified.bagel, got that of a {type(host.layers[layer]).__name__}"
+            ", which packs the heads of both components into one tensor of fixed size"
         )
     projections: dict[str, dict[str, nn.Linear]] = {}
     owner: nn.Module | None = None
