@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,10 @@ from torch import Tensor
 
 from sparse_unified.analysis import FfnStatistics
 from sparse_unified.checkpoint.ffn import list_some
-from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.report import Report, format_table
-from sparse_unified.nn import SparseMoE
 from sparse_unified.partition import RouterInit, check_inputs
-from sparse_unified.swap.find import find_host
 from sparse_unified.swap.routing import first_router, set_routers_
+from sparse_unified.swap.sparse_blocks import find_sparse_blocks
 
 Inputs = Mapping[str, Mapping[int, Tensor]]
 
@@ -100,7 +98,7 @@ def init_router_(
         raise ValueError(f"{_WHERE}: method must be one of {legal}, got {method!r}") from None
     if type(seed) is not int or seed < 0:
         raise ValueError(f"{_WHERE}: seed must be an integer of at least 0, got {seed!r}")
-    blocks = list(_sparse_blocks(model, components))
+    blocks = find_sparse_blocks(model, components, where=_WHERE)
     inputs: Inputs = {}
     if (chosen is RouterInit.ACTIVATION) != (statistics is not None):
         got = "none" if statistics is None else f"{type(statistics).__name__} with {chosen.value!r}"
@@ -148,27 +146,3 @@ def init_router_(
         for (_, _, block), weight in zip(blocks, weights, strict=True):
             set_routers_(block, weight)
     return RouterReport(method=chosen.value, layers=tuple(started))
-
-
-def _sparse_blocks(
-    model: object, components: Sequence[str] | None
-) -> Iterator[tuple[str, int, SparseMoE]]:
-    host = find_host(model, where=_WHERE)
-    wanted = tuple(FFN_NAMES) if components is None else tuple(components)
-    unknown = [name for name in wanted if name not in FFN_NAMES]
-    if unknown or not wanted:
-        raise ValueError(
-            f"{_WHERE}: components must be of {', '.join(FFN_NAMES)}, got {list_some(wanted)}"
-        )
-    found = False
-    for component in wanted:
-        for layer in range(len(host.layers)):
-            place = host.place(layer, FFN_NAMES[component])
-            if place is not None and isinstance(place.module, SparseMoE):
-                found = True
-                yield component, layer, place.module
-    if not found:
-        raise ValueError(
-            f"{_WHERE}: model must have sparse FFNs of {' or '.join(wanted)}, got none among the "
-            f"{len(host.layers)} layers under {host.path}"
-        )

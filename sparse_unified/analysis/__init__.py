@@ -3,9 +3,9 @@
 
 Reading order: `parts` and `adapter` (where things are), `sums`, `collect`, `statistics`, `criteria`
 (what neurons do), `similarity`, `samples`, `evaluate` (what an evaluator is), `metrics` (BAGEL's),
-`geneval`, `cost`, `points`, `stand_in`, `surgery`,
-`head_surgery` and `transforms` (smaller models), `store`, `probe`,
-`task_run`, `sweep`, `bagel_probes`, `results`, `plots`.
+`geneval`, `cost`, `points`, `stand_in`, `surgery`, `head_surgery` and `transforms` (smaller
+models), `store`, `probe`, `task_run`, `sweep`, `bagel_probes`, `results`, `plots`; `usage`,
+`expert_usage`, `usage_plot`.
 """
 
 from sparse_unified.analysis.activation import ActivationMap, activation_maps
@@ -26,6 +26,7 @@ from sparse_unified.analysis.collect import Collector, collect
 from sparse_unified.analysis.cost import Cost, measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, Criterion, save_scores, score
 from sparse_unified.analysis.evaluate import Better, Evaluator, evaluator, load_evaluator
+from sparse_unified.analysis.expert_usage import ExpertWatch, expert_usage, watch_experts
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
 from sparse_unified.analysis.head_surgery import Attention, fewer_heads, read_attention
 from sparse_unified.analysis.metrics import DenseDistance, Settings, TextAgreement, VelocityError
@@ -43,6 +44,8 @@ from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
 from sparse_unified.analysis.surgery import narrowed, without_layers, without_part
 from sparse_unified.analysis.sweep import run_sweep
+from sparse_unified.analysis.usage import ExpertUsage, LayerUsage
+from sparse_unified.analysis.usage_plot import write_usage_plot
 
 __all__ = [
     "CRITERIA",
@@ -60,12 +63,15 @@ __all__ = [
     "DecoderAdapter",
     "DenseDistance",
     "Evaluator",
+    "ExpertUsage",
+    "ExpertWatch",
     "Ffn",
     "FfnKey",
     "FfnStatistics",
     "FfnSums",
     "GenEvalImages",
     "LayerSimilarity",
+    "LayerUsage",
     "Layout",
     "Point",
     "PointResult",
@@ -86,6 +92,7 @@ __all__ = [
     "calibrate",
     "collect",
     "evaluator",
+    "expert_usage",
     "fewer_heads",
     "find_adapter",
     "hash_ffns",
@@ -99,8 +106,10 @@ __all__ = [
     "run_sweep",
     "save_scores",
     "score",
+    "watch_experts",
     "without_layers",
     "without_part",
     "write_geneval",
     "write_plots",
+    "write_usage_plot",
 ]

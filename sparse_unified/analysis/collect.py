@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +202,7 @@ def collect(
         for component, ffns in collector.ffns.items():
             for ffn in ffns:
                 _observe_ffn(hooks, collector, component, ffn)
-        _observe_time(hooks, collector, model)
+        observe_time(hooks, collector.set_time, model)
         yield collector
 
 
@@ -215,8 +215,12 @@ def _observe_ffn(hooks: ExitStack, collector: Collector, component: str, ffn: Ff
     hooks.callback(handle.remove)
 
 
-def _observe_time(hooks: ExitStack, collector: Collector, model: object) -> None:
-    """Reads the time where a denoising model takes it: from its time embedder to its last layer."""
+def observe_time(hooks: ExitStack, set_time: Callable[[float | None], None], model: object) -> None:
+    """Reads the time where a denoising model takes it: from its time embedder to its last layer.
+
+    Args:
+        hooks: what removes the hooks again. set_time: told each time, and None after the layers.
+    """
     host: Any = next(
         (
             holder
@@ -230,10 +234,10 @@ def _observe_time(hooks: ExitStack, collector: Collector, model: object) -> None
     decoder: nn.Module = host.language_model.model
 
     def embedding(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        collector.set_time(float(arguments[0].reshape(-1)[0]))
+        set_time(float(arguments[0].reshape(-1)[0]))
 
     def decoded(*_: object) -> None:
-        collector.set_time(None)
+        set_time(None)
 
     handles = (
         host.time_embedder.register_forward_pre_hook(embedding),

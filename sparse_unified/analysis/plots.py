@@ -6,7 +6,6 @@ Colours tell components apart, the same in every picture; heat maps go from dark
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,16 @@ import torch
 
 from sparse_unified.analysis.activation import NO_TIME, ActivationMap
 from sparse_unified.analysis.evaluate import Better
+from sparse_unified.analysis.figure import (
+    SOFT,
+    STYLE,
+    bright_map,
+    color_of,
+    grid_ticks,
+    heading,
+    panels_of,
+    share_rows,
+)
 from sparse_unified.analysis.points import Axis
 from sparse_unified.analysis.results import SweepResult, TaskResult
 from sparse_unified.analysis.similarity import PARTS
@@ -23,27 +32,7 @@ from sparse_unified.bagel.optional import optional
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, SOFT, LINE = "#1b1f24", "#57606a", "#d8dee4"
-COMPONENT_COLORS = {"und": "#1f6f8b", "gen": "#d1762b"}
-OTHER_COLORS = ("#5b4b8a", "#4f8a4b", "#a8456a", "#7a6a2f")
 PART_STYLES = {"block": "-", "attention": "--", "ffn": ":"}
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": LINE,
-    "axes.titlesize": 10,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "savefig.dpi": 150,
-}
 
 
 def write_plots(result: SweepResult, folder: Path) -> list[Path]:
@@ -61,7 +50,7 @@ def write_plots(result: SweepResult, folder: Path) -> list[Path]:
     matplotlib = optional("matplotlib", extra="plot")
     folder.mkdir(exist_ok=True)
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figures: dict[str, Figure] = {}
         for task in result.tasks:
             if task.points:
@@ -82,8 +71,8 @@ def sensitivity(task: TaskResult) -> Figure:
     axes_swept = list(dict.fromkeys(entry.point.axis for entry in task.points))
     components = list(dict.fromkeys(entry.point.component for entry in task.points))
     rows, columns = len(task.better), len(axes_swept)
-    figure, panels = _panels(rows, columns, width=3.1, height=2.3)
-    _heading(figure, f"Sensitivity: {task.task}", "metrics over the share that is kept")
+    figure, panels = panels_of(rows, columns, width=3.1, height=2.3)
+    heading(figure, f"Sensitivity: {task.task}", "metrics over the share that is kept")
     for row, (metric, way) in enumerate(task.better.items()):
         for column, axis in enumerate(axes_swept):
             panel = panels[row][column]
@@ -98,7 +87,7 @@ def sensitivity(task: TaskResult) -> Figure:
                     panel.plot(
                         ratios,
                         values,
-                        color=_color(component, components),
+                        color=color_of(component, components),
                         marker="o",
                         markersize=4,
                         linewidth=1.6,
@@ -112,7 +101,7 @@ def sensitivity(task: TaskResult) -> Figure:
             if column == 0:
                 arrow = "lower is better" if way is Better.LOWER else "higher is better"
                 panel.set_ylabel(f"{metric.replace('_', ' ')}\n({arrow})")
-    _share_rows(panels)
+    share_rows(panels)
     panels[0][-1].legend(loc="best", fontsize=8)
     return figure
 
@@ -120,8 +109,8 @@ def sensitivity(task: TaskResult) -> Figure:
 def similarity(task: TaskResult) -> Figure:
     """Draws the cosine of each layer and part, one panel per component."""
     components = list(dict.fromkeys(entry.component for entry in task.similarity.layers))
-    figure, panels = _panels(1, len(components), width=4.2, height=2.9)
-    _heading(
+    figure, panels = panels_of(1, len(components), width=4.2, height=2.9)
+    heading(
         figure,
         f"Similarity per layer: {task.task}",
         "cosine of input and output after the residual add; near 1 is redundant",
@@ -132,7 +121,7 @@ def similarity(task: TaskResult) -> Figure:
             panel.plot(
                 [entry.layer for entry in entries],
                 [getattr(entry, part) for entry in entries],
-                color=_color(component, components),
+                color=color_of(component, components),
                 linestyle=PART_STYLES[part],
                 marker="o",
                 markersize=3,
@@ -143,15 +132,15 @@ def similarity(task: TaskResult) -> Figure:
         panel.set_xlabel("layer")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(loc="best", fontsize=8)
-    _share_rows(panels)
+    share_rows(panels)
     panels[0][0].set_ylabel("cosine")
     return figure
 
 
 def activation(maps: Sequence[ActivationMap]) -> Figure:
     """Draws the share of firing neurons, layer by timestep range, one panel per component."""
-    figure, panels = _panels(1, len(maps), width=4.4, height=3.4)
-    _heading(
+    figure, panels = panels_of(1, len(maps), width=4.4, height=3.4)
+    heading(
         figure,
         f"Activation: {maps[0].task}",
         "share of the neurons that fire on a token; the rest is sparsity",
@@ -162,14 +151,14 @@ def activation(maps: Sequence[ActivationMap]) -> Figure:
     for panel, found in zip(panels[0], maps, strict=True):
         image = panel.imshow(
             found.firing.numpy(),
-            cmap=_cmap(),
+            cmap=bright_map(),
             vmin=low,
             vmax=high if high > low else low + 0.01,
             aspect="auto",
             interpolation="nearest",
             origin="lower",
         )
-        _grid_ticks(panel, found.ranges, found.layers)
+        grid_ticks(panel, found.ranges, found.layers)
         if NO_TIME in found.ranges[1:]:
             panel.axvline(found.ranges.index(NO_TIME) - 0.5, color="white", linewidth=4)
         panel.set_title(found.component, loc="left", weight="bold")
@@ -189,8 +178,8 @@ def overlap(maps: Sequence[ActivationMap]) -> Figure:
         for title, name in sides.items()
     }
     shown = {title: found for title, found in shown.items() if found} or {"between samples": []}
-    figure, panels = _panels(1, len(shown), width=4.6, height=3.0)
-    _heading(
+    figure, panels = panels_of(1, len(shown), width=4.6, height=3.0)
+    heading(
         figure,
         f"Overlap of active neurons: {maps[0].task}",
         "Jaccard overlap of the most active neurons; near chance is dynamic sparsity",
@@ -201,7 +190,7 @@ def overlap(maps: Sequence[ActivationMap]) -> Figure:
             panel.plot(
                 list(found.layers),
                 getattr(found, sides[title]).tolist(),
-                color=_color(found.component, components),
+                color=color_of(found.component, components),
                 marker="o",
                 markersize=4,
                 linewidth=1.6,
@@ -227,59 +216,3 @@ def _curve(task: TaskResult, component: str, axis: Axis, metric: str) -> list[tu
         for entry in task.points
         if entry.point.component == component and entry.point.axis is axis
     )
-
-
-def _panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    # Room for the heading above, whatever the number of rows.
-    figure = Figure(
-        figsize=(max(width * columns + 1.0, 5.6), height * rows + 1.0), layout="constrained"
-    )
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat:
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-        panel.tick_params(length=0)
-    return figure, panels
-
-
-def _heading(figure: Figure, title: str, note: str) -> None:
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", size=13, weight="bold")
-    height = figure.get_size_inches()[1]
-    figure.text(0.01, 1 - 0.36 / height, note, size=9, color=SOFT, va="top")
-
-
-def _share_rows(panels: Any) -> None:
-    """Gives the panels of a row one range, so that their curves can be compared."""
-    for row in panels:
-        low = min(panel.get_ylim()[0] for panel in row)
-        high = max(panel.get_ylim()[1] for panel in row)
-        for panel in row:
-            panel.set_ylim(low, high)
-        for panel in row[1:]:
-            panel.tick_params(labelleft=False)
-
-
-def _cmap() -> Any:
-    """Dark to bright, and grey where there were no tokens."""
-    from matplotlib import colormaps
-
-    return colormaps["magma"].with_extremes(bad=LINE)
-
-
-def _grid_ticks(panel: Any, columns: Sequence[str], rows: Sequence[int]) -> None:
-    panel.grid(False)
-    step = max(1, len(rows) // 14)
-    panel.set_yticks(range(0, len(rows), step), [str(row) for row in rows[::step]])
-    # As many names as there is room for, at some 40 letters a panel; the last one always.
-    step = max(1, math.ceil(len(columns) * (max(map(len, columns)) + 2) / 40))
-    ticks = list(range(len(columns) - 1, -1, -step))
-    panel.set_xticks(ticks, [columns[tick] for tick in ticks])
-
-
-def _color(component: str, components: Sequence[str]) -> str:
-    others = [name for name in components if name not in COMPONENT_COLORS]
-    if component in COMPONENT_COLORS:
-        return COMPONENT_COLORS[component]
-    return OTHER_COLORS[others.index(component) % len(OTHER_COLORS)]

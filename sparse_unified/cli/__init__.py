@@ -12,7 +12,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparse_unified.cli import analyze, benchmark, calibrate, chat, checkpoints, generate, pruning
+from sparse_unified.cli import (
+    analyze,
+    benchmark,
+    calibrate,
+    chat,
+    checkpoints,
+    expert_usage,
+    generate,
+    pruning,
+)
 from sparse_unified.cli.console import PROG, CommandParser, Usage, one_line, split_json_flag
 
 _DESCRIPTION = """\
@@ -32,6 +41,7 @@ def build_parser() -> CommandParser:
     chat.add_commands(commands)
     calibrate.add_commands(commands)
     analyze.add_commands(commands)
+    expert_usage.add_commands(commands)
     benchmark.add_commands(commands)
     return parser
 

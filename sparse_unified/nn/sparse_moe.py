@@ -144,25 +144,10 @@ class SparseMoE(OfficialState):
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"SparseMoE: x must end in hidden_size = {self.hidden_size}, got shape "
-                f"{list(x.shape)}"
-            )
-        tokens = x.reshape(-1, self.hidden_size)
-        if self.gate_img is not None:
-            count = tokens.shape[0]
-            packed_text_indexes = _checked("packed_text_indexes", packed_text_indexes, count)
-            packed_vit_token_indexes = _checked(
-                "packed_vit_token_indexes", packed_vit_token_indexes, count
-            )
-        device = tokens.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            tokens = tokens.to(self.gate_proj.dtype)
+        tokens = self._tokens(x)
         use_kernels = self._use_kernels()
-        route = ops.route_topk if use_kernels else reference.route_topk
         logits, topk_logits, topk_idx = self._route(
-            route, tokens, packed_text_indexes, packed_vit_token_indexes
+            tokens, packed_text_indexes, packed_vit_token_indexes, use_kernels=use_kernels
         )
         weights = 1 + topk_logits  # [T, K]
         shared = self.layout.shared_width
@@ -183,6 +168,37 @@ class SparseMoE(OfficialState):
         y = y.view(x.shape)
         return (y, logits) if self.return_router_logits else y
 
+    def route(
+        self,
+        x: Tensor,
+        packed_text_indexes: Tensor | None = None,
+        packed_vit_token_indexes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what `forward` chooses for the same arguments, and raises the same.
+
+        Returns:
+            logits [T, E] fp32, topk_logits [T, K] fp32, topk_idx [T, K] int32.
+        """
+        return self._route(
+            self._tokens(x),
+            packed_text_indexes,
+            packed_vit_token_indexes,
+            use_kernels=self._use_kernels(),
+        )
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [T, D], under autocast in the dtype of the weights."""
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"SparseMoE: x must end in hidden_size = {self.hidden_size}, got shape "
+                f"{list(x.shape)}"
+            )
+        tokens = x.reshape(-1, self.hidden_size)
+        device = tokens.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            tokens = tokens.to(self.gate_proj.dtype)
+        return tokens
+
     def _use_kernels(self) -> bool:
         active = self.active_backend
         if active in (backend.CPU, backend.CUDA):
@@ -194,12 +210,17 @@ class SparseMoE(OfficialState):
 
     def _route(
         self,
-        route: Any,
         tokens: Tensor,
         text_indexes: Tensor | None,
         vit_indexes: Tensor | None,
+        *,
+        use_kernels: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits [T, E], topk_logits [T, K], topk_idx [T, K] by the router of each token."""
+        route: Any = ops.route_topk if use_kernels else reference.route_topk
+        if self.gate_img is not None:
+            text_indexes = _checked("packed_text_indexes", text_indexes, len(tokens))
+            vit_indexes = _checked("packed_vit_token_indexes", vit_indexes, len(tokens))
         if self.gate_img is None or vit_indexes is None:
             routed: tuple[Tensor, Tensor, Tensor] = route(tokens, self.gate.weight, self.top_k)
             return routed
