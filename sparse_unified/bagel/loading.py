@@ -16,7 +16,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor, nn
 
-from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel.config import BagelConfig, SpecialTokens, VAEConfig
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.shapes import bagel_config, vae_config
 from sparse_unified.bagel.vae import AutoEncoder
@@ -124,6 +124,38 @@ def load_vae(
     return vae
 
 
+def read_config(
+    checkpoint: Checkpoint,
+    vae: VAEConfig,
+    *,
+    stated: Mapping[str, object] | None = None,
+    special_tokens: SpecialTokens | None = None,
+) -> BagelConfig:
+    """Returns the description of the model of a checkpoint, from headers and JSON files alone.
+
+    Args:
+        vae: its autoencoder. stated: config.json, if there is one.
+        special_tokens: ids of the markers; None takes those of the released checkpoints.
+
+    Raises:
+        ValueError: keys, shapes and JSON files disagree.
+    """
+    moe = checkpoint.moe
+    return bagel_config(
+        {key: spec.shape for key, spec in checkpoint.specs.items()},
+        checkpoint.llm_config,
+        checkpoint.vit_config,
+        latent_channels=vae.z_channels,
+        vae_downsample=vae.downsample,
+        special_tokens=special_tokens or SpecialTokens(),
+        top_k=None if moe is None else moe.top_k,
+        num_shared_experts=0 if moe is None else moe.num_shared_experts,
+        pruned=checkpoint.held,
+        stated=stated or {},
+        where=os.fspath(checkpoint.directory),
+    )
+
+
 def load_bagel(
     directory: str | os.PathLike[str],
     *,
@@ -152,21 +184,8 @@ def load_bagel(
         dtype=dtype,
         stated=stated_vae if isinstance(stated_vae, dict) else None,
     )
-    moe = checkpoint.moe
+    config = read_config(checkpoint, vae.config, stated=stated, special_tokens=special_tokens)
     specs = checkpoint.specs
-    config = bagel_config(
-        {key: spec.shape for key, spec in specs.items()},
-        checkpoint.llm_config,
-        checkpoint.vit_config,
-        latent_channels=vae.config.z_channels,
-        vae_downsample=vae.config.downsample,
-        special_tokens=special_tokens or SpecialTokens(),
-        top_k=None if moe is None else moe.top_k,
-        num_shared_experts=0 if moe is None else moe.num_shared_experts,
-        pruned=checkpoint.held,
-        stated=stated,
-        where=os.fspath(directory),
-    )
     dtype = dtype or specs["language_model.model.embed_tokens.weight"].dtype
     model = Bagel(config, device="meta", dtype=dtype)
     fill_(model, specs, device=device, where=os.fspath(directory))

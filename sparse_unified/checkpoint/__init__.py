@@ -8,6 +8,7 @@ from sparse_unified.checkpoint.info import ComponentInfo, Info, info
 from sparse_unified.checkpoint.invert import InvertReport, invert
 from sparse_unified.checkpoint.layout import MoELayout
 from sparse_unified.checkpoint.modes import (
+    AdaptConfig,
     MoEConfig,
     Part,
     PruneHeadsConfig,
@@ -21,6 +22,7 @@ from sparse_unified.checkpoint.safetensors_file import TensorSpec
 from sparse_unified.checkpoint.verify import LayerVerdict, VerifyReport, verify
 
 __all__ = [
+    "AdaptConfig",
     "Checkpoint",
     "ComponentInfo",
     "ConvertReport",

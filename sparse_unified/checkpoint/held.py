@@ -16,6 +16,7 @@ import numpy as np
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.modes import (
+    AdaptConfig,
     MoEConfig,
     Part,
     PruneHeadsConfig,
@@ -76,6 +77,8 @@ def follow_recipe(layers: Layers, recipe: Recipe) -> list[str]:
         wrong = [n for n in config.layers if n not in layers["gen"]]
         if wrong:
             problems.append(f"{at}: layers must be 0 to {len(layers['gen']) - 1}, got {wrong[0]}")
+            continue
+        if isinstance(config, AdaptConfig):
             continue
         for layer in map(int, config.layers):
             if isinstance(config, (MoEConfig, PruneWidthConfig)):

@@ -16,7 +16,7 @@ from sparse_unified.checkpoint.atomic import atomic_directory
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
 from sparse_unified.checkpoint.layout import MoELayout
-from sparse_unified.checkpoint.modes import MoEConfig
+from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.moves import to_dense
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.recipe import RECIPE
@@ -82,7 +82,10 @@ def invert(
     source = Checkpoint(sparse)
     refuse_nesting(source.directory, out, what=WHAT)
     sidecar = read_sidecar(source.directory / SIDECAR)
-    last = source.recipe.steps[-1].config if source.recipe and source.recipe.steps else None
+    # Training leaves the experts where they are.
+    steps = source.recipe.steps if source.recipe is not None else ()
+    changes = [step.config for step in steps if not isinstance(step.config, AdaptConfig)]
+    last = changes[-1] if changes else None
     if last is not None and not (
         isinstance(last, MoEConfig) and last.component == sidecar.component
     ):

@@ -195,7 +195,42 @@ class SkipLayersConfig:
         return (Part.ATTENTION, Part.FFN) if self.part is Part.BLOCK else (self.part,)
 
 
-Mode = MoEConfig | PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptConfig:
+    """Weights trained; keys and shapes stay. Written by `adapt`, it says how a model came about.
+
+    Args:
+        stage: what was trained, as in `sparse_unified.adapt`.
+        component: "gen", "und", or "both": whose weights.
+        steps, seed: of the optimizer.
+        layers: as in `MoEConfig`.
+
+    Raises:
+        ValueError: a value is out of range. TypeError: layers are neither string nor sequence.
+    """
+
+    mode: ClassVar[str] = "adapt"
+
+    stage: str
+    steps: int
+    seed: int = 0
+    component: str = BOTH
+    layers: Layers = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stage, str) or not self.stage:
+            raise ValueError(f"AdaptConfig: stage must be a name, got {self.stage!r}")
+        for name, least in (("steps", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(
+                    f"AdaptConfig: {name} must be an integer of at least {least}, got {value!r}"
+                )
+        _check_component(self, (*FFN_NAMES, BOTH))
+        _check_layers(self)
+
+
+Mode = MoEConfig | PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig | AdaptConfig
 
 
 def _check_component(config: Any, legal: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.ffn import FFNs, scan_ffns
 from sparse_unified.checkpoint.held import Layers, follow_recipe, whole_layers
 from sparse_unified.checkpoint.layout import CONFIG, MoELayout, check_layout
-from sparse_unified.checkpoint.modes import MoEConfig
+from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
 from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec, read_header, read_tensor
 
@@ -144,7 +144,8 @@ class Checkpoint:
         Raises:
             ValueError: the recipe cannot have been carried out on the dense model of the config.
         """
-        if self.recipe is None or all(isinstance(s.config, MoEConfig) for s in self.recipe.steps):
+        keeps_all = (MoEConfig, AdaptConfig)
+        if self.recipe is None or all(isinstance(s.config, keeps_all) for s in self.recipe.steps):
             return None
         layers = whole_layers(self.llm_config)
         self._refuse(follow_recipe(layers, self.recipe))

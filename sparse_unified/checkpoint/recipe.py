@@ -21,6 +21,7 @@ from typing import Any
 
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import (
+    AdaptConfig,
     Mode,
     MoEConfig,
     PruneHeadsConfig,
@@ -34,7 +35,8 @@ FORMAT = "sparse_unified.recipe"
 FORMAT_VERSION = 1
 
 MODES: Mapping[str, type[Mode]] = {
-    kind.mode: kind for kind in (MoEConfig, PruneWidthConfig, PruneHeadsConfig, SkipLayersConfig)
+    kind.mode: kind
+    for kind in (MoEConfig, PruneWidthConfig, PruneHeadsConfig, SkipLayersConfig, AdaptConfig)
 }
 
 

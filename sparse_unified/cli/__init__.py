@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sparse_unified.cli import (
+    adapt,
     analyze,
     benchmark,
     calibrate,
@@ -42,6 +43,7 @@ def build_parser() -> CommandParser:
     calibrate.add_commands(commands)
     analyze.add_commands(commands)
     expert_usage.add_commands(commands)
+    adapt.add_commands(commands)
     benchmark.add_commands(commands)
     return parser
 

@@ -7,6 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from sparse_unified.bagel import BagelPipeline
@@ -23,22 +24,30 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
 
 
+def check_device(name: str, option: str) -> torch.device:
+    """Returns a device; ValueError says why it cannot be used."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{option}: name must be a device of this torch, got {name!r}: {reason}"
+        ) from error
+    if device.type == "meta":
+        raise ValueError(f"{option}: name must be a device that holds data, got 'meta'")
+    return device
+
+
 def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
     """Loads the model that `add_model` asked for; ValueError names what is wrong with it."""
     import torch
 
     from sparse_unified.bagel import BagelPipeline
 
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"--device: name must be a device of this torch, got {options.device!r}: {reason}"
-        ) from error
-    if device.type == "meta":
-        raise ValueError("--device: name must be a device that holds data, got 'meta'")
+    device = check_device(options.device, "--device")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     return BagelPipeline.from_pretrained(options.model, device=device, dtype=dtype)
 

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer step works on: fp32 gradients, masters, moments and average of the weights.
+
+A trained parameter in fp32 on the optimizer's device is its own master. Any other has a master
+there, takes its rounded value after every step, and hands over its gradient after every backward
+pass, so that gradients of several passes are summed in fp32. Parameters that are not trained have
+nothing here. Of a sharded parameter each process holds the state of its own shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_unified.adapt.config import TrainingConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_MASTER, _EMA = "master", "ema"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the part of a tensor that lies in this process: all of it unless it is sharded."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+class Masters:
+    """AdamW in fp32 for the trained parameters of a model.
+
+    Args:
+        model: parameters with `requires_grad` are trained.
+        config: of optimizer and average.
+
+    Raises:
+        ValueError: nothing is to be trained, or a trained parameter is not fp32, bf16 or fp16.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        self.parameters: dict[str, nn.Parameter] = {
+            name: p for name, p in model.named_parameters() if p.requires_grad
+        }
+        if not self.parameters:
+            raise ValueError("Trainer: model must have parameters with requires_grad, got none")
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"Trainer: {name} must be float32, bfloat16 or float16, got {parameter.dtype}"
+                )
+        self._config = config
+        self._hooks: list[Any] = []
+        self.weights: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                own = local(parameter.detach())
+                device = torch.device(config.optimizer_device or own.device)
+                self.weights[name] = own.to(device, torch.float32)
+        self.ema: dict[str, Tensor] | None = None
+        if config.ema_decay is not None:
+            self.ema = {name: weight.clone() for name, weight in self.weights.items()}
+        self._sum = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            weight.grad = self._sum[name]
+            self._collect_early(name)
+        # A shard may be empty, which fused steps do not take.
+        decayed = [w for n, w in self.weights.items() if self.parameters[n].ndim > 1 and w.numel()]
+        plain = [w for n, w in self.weights.items() if self.parameters[n].ndim <= 1 and w.numel()]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Adds the gradients of a pass to the sums, and frees them."""
+        found = [name for name, p in self.parameters.items() if p.grad is not None]
+        gradients = [local(self.parameters[name].grad) for name in found]  # type: ignore[arg-type]
+        totals = [self._sum[name] for name in found]
+        if totals:
+            alike = [g.to(t.device, t.dtype) for g, t in zip(gradients, totals, strict=True)]
+            torch._foreach_add_(totals, alike)
+        for name in found:
+            self.parameters[name].grad = None
+
+    def _collect_early(self, name: str) -> None:
+        """Lets a pass add a gradient as soon as it is there, so that few exist at a time.
+
+        A parameter that is its own master gains nothing from it, and of a sharded one the gradient
+        is there only after the pass.
+        """
+        parameter, total = self.parameters[name], self._sum[name]
+        if self._is_own(name) or hasattr(parameter, "to_local"):
+            return
+
+        def add(own: Tensor) -> None:
+            if own.grad is not None:
+                total.add_(own.grad.to(total.device, torch.float32))
+                own.grad = None
+
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
+
+    def close(self) -> None:
+        """Takes from the parameters what collects their gradients."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """Takes a step along the collected gradients, and clears them.
+
+        Returns:
+            The norm of the gradient before it is clipped, over all parameters and processes.
+        """
+        norm = self._norm()
+        limit = self._config.max_grad_norm
+        if limit is not None and norm > limit:
+            torch._foreach_mul_(list(self._sum.values()), limit / norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        if self.ema is not None and self._config.ema_decay is not None:
+            torch._foreach_lerp_(
+                list(self.ema.values()), list(self.weights.values()), 1 - self._config.ema_decay
+            )
+        self.clear()
+        self._publish(self.weights)
+        return norm
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forgets the gradients collected for a step that is not taken."""
+        torch._foreach_zero_(list(self._sum.values()))
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Lets the model compute with the averages inside the block.
+
+        Raises:
+            ValueError: no average is kept.
+        """
+        if self.ema is None:
+            raise ValueError("Trainer: ema_decay must be given for an average, got None")
+        kept = {n: w.clone() if self._is_own(n) else w for n, w in self.weights.items()}
+        self._publish(self.ema)
+        try:
+            yield
+        finally:
+            self._publish(kept)
+
+    @torch.no_grad()
+    def copy_ema_(self) -> None:
+        """Gives model and masters the averages.
+
+        Raises:
+            ValueError: no average is kept.
+        """
+        if self.ema is None:
+            raise ValueError("Trainer: ema_decay must be given for an average, got None")
+        for name, average in self.ema.items():
+            self.weights[name].copy_(average)
+        self._publish(self.weights)
+
+    def state(self) -> dict[str, Tensor]:
+        """Names what a run has to keep: masters, moments and averages, by kind and parameter.
+
+        The tensors are the state itself, of a sharded parameter the local part.
+        """
+        self._prepare_moments()
+        found = {f"{_MASTER}.{name}": weight for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for moment in MOMENTS:
+                found[f"{moment}.{name}"] = self._optimizer.state[weight][moment]
+        found |= {f"{_EMA}.{name}": average for name, average in (self.ema or {}).items()}
+        return found
+
+    @torch.no_grad()
+    def restored(self, steps: int) -> None:
+        """Says that `state()` now holds what it held after so many steps."""
+        for weight in self.weights.values():
+            self._optimizer.state[weight]["step"].fill_(float(steps))
+        self._publish(self.weights)
+
+    def bytes(self) -> Mapping[str, int]:
+        """Returns the bytes of gradients, masters, moments and averages in this process."""
+        own = sum(w.nbytes for n, w in self.weights.items() if not self._is_own(n))
+        every = sum(weight.nbytes for weight in self.weights.values())
+        return {
+            "gradients": every,
+            "masters": own,
+            "moments": len(MOMENTS) * every,
+            "average": every if self.ema is not None else 0,
+        }
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a parameter is its own master."""
+        own = local(self.parameters[name].detach())
+        return own.data_ptr() == self.weights[name].data_ptr() and own.dtype == torch.float32
+
+    def _norm(self) -> float:
+        norms = torch.stack(torch._foreach_norm(list(self._sum.values())))
+        square = norms.double().square().sum()
+        first = next(iter(self.parameters.values()))
+        if hasattr(first, "to_local"):
+            square = square.to(first.device)
+            dist.all_reduce(square)
+        return float(square.sqrt())
+
+    @torch.no_grad()
+    def _publish(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            own = local(parameter.detach())
+            if own.data_ptr() != weights[name].data_ptr():
+                own.copy_(weights[name])
+
+    def _prepare_moments(self) -> None:
+        """Gives the optimizer the state that it would make at its first step."""
+        for weight in self.weights.values():
+            state: dict[str, Any] = self._optimizer.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), device=weight.device)
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(weight)

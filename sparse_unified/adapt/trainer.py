@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of a BAGEL in memory, on one process or sharded over several.
+
+A step is `batch_size` sequences in `passes` forward and backward passes, which the processes share
+out. Every loss is normalised by the tokens of the whole step, so neither the division into passes
+nor the number of processes changes what is computed, but for the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_unified.adapt import state
+from sparse_unified.adapt.config import TrainingConfig
+from sparse_unified.adapt.draws import DataOrder, sequence_generator
+from sparse_unified.adapt.masters import Masters
+from sparse_unified.adapt.sharding import num_processes, shard_, this_process
+from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.segments import Segment, TrainingBatch, pack_training
+from sparse_unified.bagel.training import training_forward
+from sparse_unified.checkpoint.report import Report, format_table
+from sparse_unified.nn import SparseMoE
+
+_LOSSES = ("text_loss", "image_loss", "balance_loss", "router_z_loss")
+_FFNS = {"und": "mlp", "gen": "mlp_moe_gen"}
+
+
+class SequenceDataset(Protocol):
+    """What can be trained on: a fixed number of training sequences."""
+
+    def __len__(self) -> int: ...
+
+    def sequence(self, index: int, generator: torch.Generator) -> Sequence[Segment]:
+        """Returns a sequence, as a function of its index and what the generator draws alone.
+
+        Args:
+            index: from 0 to len - 1.
+            generator: on the CPU; of times, noise, dropout.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one step did; losses are those before it.
+
+    Attributes:
+        step: its number, from 1.
+        loss: the weighted sum that was minimised.
+        text_loss: mean cross-entropy of predicted text tokens, in nats; None without any.
+        image_loss: mean squared error of noised latent tokens; None without any.
+        balance_loss, router_z_loss: means over the passes.
+        grad_norm: of the gradient before it was clipped.
+        learning_rate: that was used.
+        tokens: of the step, all kinds and processes.
+        seconds: wall time of the step.
+        expert_load: `{(component, layer): tokens of each expert}`.
+    """
+
+    step: int
+    loss: float
+    text_loss: float | None
+    image_loss: float | None
+    balance_loss: float
+    router_z_loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    expert_load: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the step per second of wall time."""
+        return self.tokens / self.seconds
+
+    @property
+    def load_imbalance(self) -> float | None:
+        """Load of the busiest expert over the mean load, averaged over layers; None if all dense.
+
+        1 is perfect balance, E / K is all tokens on the same K of E experts.
+        """
+        ratios = [
+            max(load) * len(load) / sum(load) for load in self.expert_load.values() if sum(load)
+        ]
+        return sum(ratios) / len(ratios) if ratios else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, ready for json.dump, without those that are None."""
+        values: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "step",
+                "loss",
+                *_LOSSES,
+                "grad_norm",
+                "learning_rate",
+                "tokens",
+                "seconds",
+                "tokens_per_second",
+                "load_imbalance",
+            )
+            if getattr(self, name) is not None
+        }
+        if self.expert_load:
+            values["expert_load"] = {
+                f"{component}.{layer}": load
+                for (component, layer), load in self.expert_load.items()
+            }
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReport(Report):
+    """What a run did.
+
+    Attributes:
+        steps: taken in all, those before a resume included.
+        trained_parameters, parameters: of the model.
+        tokens, seconds: of the steps of this process's run, those before a resume excluded.
+        first_loss, last_loss: of the first and the last tenth of these steps, means.
+    """
+
+    steps: int
+    trained_parameters: int
+    parameters: int
+    tokens: int
+    seconds: float
+    first_loss: float | None
+    last_loss: float | None
+
+    def to_text(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("steps", self.steps),
+            ("trained", f"{self.trained_parameters:,} of {self.parameters:,} parameters"),
+        ]
+        if self.first_loss is not None and self.last_loss is not None:
+            rows += [
+                ("loss", f"{self.first_loss:.4f} -> {self.last_loss:.4f}"),
+                ("tokens", f"{self.tokens:,} ({self.tokens / self.seconds:,.0f} a second)"),
+                ("time", f"{self.seconds:.1f} s"),
+            ]
+        return format_table(rows)
+
+
+class TrainingPass(nn.Module):
+    """The model and its weighted loss, as one module that can be sharded as a whole."""
+
+    def __init__(self, model: Bagel, config: TrainingConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._config = config
+
+    def forward(
+        self, batch: TrainingBatch, text_tokens: int, image_tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor], dict[tuple[str, int], Tensor]]:
+        """Returns the share of a pass in the loss of its step, its parts, and the expert load.
+
+        Args:
+            batch: of the pass; text_tokens, image_tokens: of the whole step.
+        """
+        config = self._config
+        out = training_forward(self.model, batch, checkpointing=config.checkpointing)
+        parts = {
+            "text_loss": out.text_loss_sum / max(1, text_tokens),
+            "image_loss": out.image_loss_sum / max(1, image_tokens),
+            "balance_loss": out.balance_loss / config.passes,
+            "router_z_loss": out.router_z_loss / config.passes,
+        }
+        weights = (config.ce_weight, config.mse_weight, config.balance_weight, config.z_weight)
+        loss = torch.stack(
+            [weight * part for weight, part in zip(weights, parts.values(), strict=True)]
+        ).sum()
+        return loss, {name: part.detach() for name, part in parts.items()}, out.expert_load
+
+
+class Trainer:
+    """Trains the parameters of a model that have `requires_grad`, and no others.
+
+    Where torch.distributed is initialised with several processes, the model is sharded over them
+    with FSDP2; every process has to build the same model and make the same calls.
+
+    Args:
+        model: dense, sparse or pruned, in fp32 or bf16.
+        dataset: what it is trained on, at least one sequence.
+        config: how.
+        identity: plain values that a saved state must have in common with a run that goes on.
+
+    Raises:
+        ValueError: there is nothing to train or to train on, or the passes of a step do not divide
+            over the processes.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        dataset: SequenceDataset,
+        config: TrainingConfig,
+        *,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        if len(dataset) < 1:
+            raise ValueError("Trainer: dataset must hold a sequence, got none")
+        if config.passes % num_processes():
+            raise ValueError(
+                f"Trainer: batch_size / micro_batch_size = {config.passes} must be a multiple of "
+                f"the {num_processes()} processes, got {config.batch_size} and "
+                f"{config.micro_batch_size}"
+            )
+        self.model = model
+        self.dataset = dataset
+        self.config = config
+        self.steps_done = 0
+        self._identity = dict(identity or {})
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._pass = TrainingPass(model, config)
+        if num_processes() > 1:
+            shard_(self._pass, model.language_model.model.layers)
+        self.masters = Masters(model, config)
+        self._order = DataOrder(len(dataset), config.seed)
+        self._experts = {
+            (component, n): ffn.num_experts
+            for component, name in _FFNS.items()
+            for n, layer in enumerate(model.language_model.model.layers)
+            if isinstance(ffn := getattr(layer, name), SparseMoE)
+        }
+
+    def step(self) -> StepRecord:
+        """Takes the next step.
+
+        Raises:
+            RuntimeError: the loss is not finite; model and state are as before the step.
+        """
+        start = time.perf_counter()
+        number, config = self.steps_done, self.config
+        sequences = self._sequences(number)
+        device = self.model.device
+        batches = [
+            pack_training(self.model.config, own, device=device)
+            for own in sequences[this_process() :: num_processes()]
+        ]
+        counts = torch.tensor(
+            [[b.text_tokens, b.image_tokens, b.num_tokens] for b in batches], device=device
+        ).sum(0)
+        text_tokens, image_tokens, tokens = map(int, _over_processes(counts).tolist())
+        loss = torch.zeros((), device=device)
+        sums = {name: torch.zeros((), device=device) for name in _LOSSES}
+        load = {
+            key: torch.zeros(count, dtype=torch.int64, device=device)
+            for key, count in self._experts.items()
+        }
+        with _deterministic(device):
+            for batch in batches:
+                own, parts, own_load = self._pass(batch, text_tokens, image_tokens)
+                own.backward()
+                self.masters.collect()
+                loss += own.detach()
+                for name, part in parts.items():
+                    sums[name] += part
+                for key, counted in own_load.items():
+                    load[key] += counted
+        found = _over_processes(torch.stack([loss, *sums.values()]).double()).tolist()
+        if not all(map(math.isfinite, found)):
+            self.masters.clear()
+            raise RuntimeError(
+                f"Trainer: loss must stay finite, got {found[0]} at step {number + 1}"
+            )
+        rate = config.learning_rate_at(number)
+        norm = self.masters.step(rate)
+        self.steps_done += 1
+        losses: dict[str, Any] = dict(zip(_LOSSES, found[1:], strict=True))
+        losses["text_loss"] = losses["text_loss"] if text_tokens else None
+        losses["image_loss"] = losses["image_loss"] if image_tokens else None
+        return StepRecord(
+            step=self.steps_done,
+            loss=found[0],
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=tokens,
+            expert_load=_read_load(load),
+            seconds=time.perf_counter() - start,
+            **losses,
+        )
+
+    def run(self, on_step: Callable[[StepRecord], object] | None = None) -> TrainingReport:
+        """Takes all steps that are left.
+
+        Args:
+            on_step: called after each; may save.
+        """
+        losses, tokens, seconds = [], 0, 0.0
+        while self.steps_done < self.config.steps:
+            record = self.step()
+            losses.append(record.loss)
+            tokens += record.tokens
+            seconds += record.seconds
+            if on_step is not None:
+                on_step(record)
+        tenth = max(1, len(losses) // 10)
+        return TrainingReport(
+            steps=self.steps_done,
+            trained_parameters=self.trained_parameters,
+            parameters=self.parameters,
+            tokens=tokens,
+            seconds=seconds,
+            first_loss=sum(losses[:tenth]) / tenth if losses else None,
+            last_loss=sum(losses[-tenth:]) / tenth if losses else None,
+        )
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Lets the model compute with the averages of its weights inside the block.
+
+        Raises:
+            ValueError: no average is kept.
+        """
+        with self.masters.ema_weights():
+            yield
+
+    def copy_ema_(self) -> None:
+        """Gives the model the averages of its weights for good.
+
+        Raises:
+            ValueError: no average is kept.
+        """
+        self.masters.copy_ema_()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes what `load` needs to go on exactly from here; see `state.save_state`."""
+        state.save_state(directory, self.masters, self._facts())
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Goes on from what `save` wrote, on any number of processes.
+
+        Raises:
+            ValueError: it is damaged, of another model, other data or another configuration.
+        """
+        facts = state.load_state(directory, self.masters, self._facts())
+        self.steps_done = facts["step"]
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "step": self.steps_done,
+            "config": self.config.to_dict(),
+            "sequences": len(self.dataset),
+            **self._identity,
+        }
+
+    def _sequences(self, step: int) -> list[list[Sequence[Segment]]]:
+        """Returns the sequences of every pass of a step; only those of this process are made."""
+        config = self.config
+        size = config.batch_size // config.passes
+        passes: list[list[Sequence[Segment]]] = []
+        for number in range(config.passes):
+            own = number % num_processes() == this_process()
+            places = range(number * size, (number + 1) * size) if own else ()
+            passes.append(
+                [
+                    self.dataset.sequence(
+                        self._order[step * config.batch_size + place],
+                        sequence_generator(config.seed, step, place),
+                    )
+                    for place in places
+                ]
+            )
+        return passes
+
+
+def _over_processes(values: Tensor) -> Tensor:
+    if num_processes() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def _read_load(load: dict[tuple[str, int], Tensor]) -> dict[tuple[str, int], list[int]]:
+    if not load:
+        return {}
+    flat = _over_processes(torch.cat(list(load.values())))
+    parts = flat.split([len(part) for part in load.values()])
+    return {key: part.tolist() for key, part in zip(load, parts, strict=True)}
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Chooses deterministic kernels on accelerators, where torch has them; the CPU's all are."""
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records from folders and shards, and the training sequences made of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapt_models import GOLDEN, picture, records, write_folder
+from torch import Tensor
+
+from sparse_unified.adapt import SequenceConfig, draw_time, editing_sequence
+from sparse_unified.adapt.pictures import PictureDataset
+from sparse_unified.adapt.records import Records, open_records
+from sparse_unified.analysis.samples import Task
+from sparse_unified.bagel import BagelPipeline, LatentSegment, TextSegment, VitSegment
+from sparse_unified.bagel.conditioning import ContextImage
+from sparse_unified.fixtures import write_checkpoint
+
+GENERATION, EDITING, UNDERSTANDING = Task.GENERATION, Task.EDITING, Task.UNDERSTANDING
+TASKS = [(GENERATION,), (GENERATION, UNDERSTANDING)] * 2 + [(EDITING,), (GENERATION, UNDERSTANDING)]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> BagelPipeline:
+    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path_factory.mktemp("m") / "model")
+    return BagelPipeline.from_pretrained(directory)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_parquet(folder: Path) -> Path:
+    import datasets
+
+    folder.mkdir()
+    names = ("image", "text", "question", "answer", "source")
+    rows = {name: [record.get(name) for record in records()] for name in names}
+    features = datasets.Features(
+        {
+            name: datasets.Image() if name in ("image", "source") else datasets.Value("string")
+            for name in names
+        }
+    )
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    for number in range(2):
+        whole.shard(2, number, contiguous=True).to_parquet(folder / f"{number}.parquet")
+    return folder
+
+
+def write_tar(folder: Path) -> Path:
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for number, record in enumerate(records()):
+            texts = {k: record.get(k) for k in ("text", "question", "answer")}
+            members = {"png": record["image"], "json": json.dumps(texts).encode()}
+            for extension, data in members.items():
+                entry = tarfile.TarInfo(f"{number:03}.{extension}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_folder, write_parquet])
+def test_folder_and_parquet_hold_the_same_records(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    found = open_records(write(tmp_path / "data"))
+    assert [found.tasks(i) for i in range(len(found))] == TASKS
+    record = found.read(5)
+    assert (record.text, record.question, record.answer) == ("picture 5", "which number?", "5")
+    assert record.image.size == (40, 32)
+    assert record.source is None
+    source = found.read(4).source
+    assert source is not None
+    assert source.tobytes() == found.read(0).image.tobytes()
+
+
+def test_tar_shards_are_read_by_their_pattern(tmp_path: Path) -> None:
+    write_tar(tmp_path / "data")
+    found = open_records(f"{tmp_path}/data/*.tar")
+    assert [found.tasks(i) for i in range(6)] == [
+        t if t != (EDITING,) else (GENERATION,) for t in TASKS
+    ]
+    assert found.read(1).answer == "1"
+    assert found.read(1).image.size == (40, 32)
+
+
+def test_pictures_with_captions_beside_them(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "1.txt").write_text(" a caption\n")
+    found = open_records(tmp_path)
+    assert len(found) == 1
+    assert found.read(0).text == "a caption"
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("[1]", "line must be a JSON object"),
+        ('{"image": "none.png", "text": "x"}', "image must be a file, got .*none.png"),
+        ('{"image": "0.png"}', "record must have text, or question and answer"),
+        ('{"text": "x"}', "record must have an image"),
+        ('{"image": "0.png", "text": 3}', "text must be a text, got 3"),
+        ('{"image": "0.png", "text": " "}', "text must be a text, got ' '"),
+    ],
+)
+def test_a_bad_line_is_named(line: str, rule: str, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "d.jsonl").write_text('{"image": "0.png", "text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"d.jsonl:2: {rule}"):
+        open_records(tmp_path)
+
+
+def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--data: .*nothing must be a folder, a file or a pattern"
+    ):
+        open_records(tmp_path / "nothing")
+    (tmp_path / "x.png").write_bytes(picture(0))
+    with pytest.raises(ValueError, match=r"--data: .* must hold .parquet or .tar shards"):
+        open_records(tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"--data: .*x.parquet .* must be readable parquet shards"):
+        open_records(tmp_path)
+    (tmp_path / "x.parquet").unlink()
+    (tmp_path / "x.txt").write_text("a caption")
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"x.png: .* must be a readable picture"):
+        open_records(tmp_path).read(0)
+
+
+def test_sequences_hold_what_the_pipeline_would_show(
+    pipeline: BagelPipeline, tmp_path: Path
+) -> None:
+    data: Records = open_records(write_folder(tmp_path / "data"))
+    never = SequenceConfig(text_dropout=0, vit_dropout=0, vae_dropout=0)
+    dataset = PictureDataset(data, pipeline.pictures, pipeline.tokenizer, never)
+    assert [task for _, task in dataset.samples] == [task for tasks in TASKS for task in tasks]
+    draws = torch.Generator().manual_seed(0)
+    generation = dataset.sequence(0, draws)
+    answer = dataset.sequence(2, draws)
+    edit = dataset.sequence([t for _, t in dataset.samples].index(EDITING), draws)
+    special = pipeline.tokenizer.special_tokens
+
+    text, noised = generation
+    assert isinstance(text, TextSegment)
+    assert isinstance(noised, LatentSegment)
+    ids = pipeline.tokenizer.encode("picture 0")
+    assert list(text.token_ids) == [special.bos, *ids, special.eos]
+    assert not text.predict
+    seen = pipeline.pictures.look(data.read(0).image, vae=True)
+    assert seen.latent is not None
+    torch.testing.assert_close(noised.latent, seen.latent)
+    assert noised.time is not None
+    assert noised.noise is not None
+    assert 0 < noised.time < 1
+    assert noised.noise.shape == noised.latent.shape
+
+    assert [type(part) for part in answer] == [VitSegment, TextSegment, TextSegment]
+    assert [part.predict for part in answer if isinstance(part, TextSegment)] == [False, True]
+    assert isinstance(answer[0], VitSegment)
+    look = pipeline.pictures.look(data.read(1).image, vae=False)
+    torch.testing.assert_close(answer[0].pixels, look.vit_pixels)
+
+    assert [type(part) for part in edit] == [LatentSegment, VitSegment, TextSegment, LatentSegment]
+    assert isinstance(edit[0], LatentSegment)
+    assert edit[0].time is None
+
+
+def test_latents_are_encoded_once_where_they_are_kept(
+    pipeline: BagelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_records(write_folder(tmp_path / "data"))
+    plain = PictureDataset(data, pipeline.pictures, pipeline.tokenizer)
+    kept = PictureDataset(
+        data, pipeline.pictures, pipeline.tokenizer, latent_cache=tmp_path / "latents"
+    )
+
+    def latent(dataset: PictureDataset) -> Tensor:
+        last = dataset.sequence(0, torch.Generator().manual_seed(0))[-1]
+        assert isinstance(last, LatentSegment)
+        return last.latent
+
+    assert torch.equal(latent(plain), latent(kept))
+    monkeypatch.setattr(pipeline.vae, "encode", None)
+    assert torch.equal(latent(kept), latent(kept))
+
+
+def test_max_side_and_tasks_choose(pipeline: BagelPipeline, tmp_path: Path) -> None:
+    data = open_records(write_folder(tmp_path / "data"))
+    step = pipeline.model.config.latent_downsample
+    small = PictureDataset(
+        data, pipeline.pictures, pipeline.tokenizer, tasks=["generation"], max_side=2 * step
+    )
+    assert {task for _, task in small.samples} == {GENERATION}
+    last = small.sequence(0, torch.Generator())[-1]
+    assert isinstance(last, LatentSegment)
+    assert max(last.latent.shape[1:]) == 2 * pipeline.model.config.latent_patch_size
+    with pytest.raises(ValueError, match=r"--max-side: side must be at least"):
+        PictureDataset(data, pipeline.pictures, pipeline.tokenizer, max_side=step - 1)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "0.png").write_bytes(picture(0))
+    (tmp_path / "one" / "0.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"a record must be of use for editing, got none of 1"):
+        PictureDataset(
+            open_records(tmp_path / "one"),
+            pipeline.pictures,
+            pipeline.tokenizer,
+            tasks=[EDITING],
+        )
+
+
+def test_conditions_are_left_out_as_often_as_asked(pipeline: BagelPipeline) -> None:
+    special = pipeline.tokenizer.special_tokens
+    source = ContextImage(latent=torch.zeros(1, 2, 2), vit_pixels=torch.zeros(3, 2, 2))
+    config = SequenceConfig(text_dropout=0.25, vit_dropout=0.5, vae_dropout=0.75)
+    draws = torch.Generator().manual_seed(0)
+    counts = {TextSegment: 0, VitSegment: 0, LatentSegment: 0}
+    for _ in range(2000):
+        sequence = editing_sequence(special, [source], [7], torch.zeros(1, 2, 2), draws, config)
+        for part in sequence[:-1]:
+            counts[type(part)] += 1
+    shares = {kind: count / 2000 for kind, count in counts.items()}
+    # Four standard deviations of a share of 2000 draws are at most 0.045.
+    assert shares[TextSegment] == pytest.approx(0.75, abs=0.045)
+    assert shares[VitSegment] == pytest.approx(0.5, abs=0.045)
+    assert shares[LatentSegment] == pytest.approx(0.25, abs=0.045)
+
+
+def test_what_is_left_out_changes_no_other_draw(pipeline: BagelPipeline) -> None:
+    special = pipeline.tokenizer.special_tokens
+
+    def last(dropout: float) -> Any:
+        draws = torch.Generator().manual_seed(5)
+        config = SequenceConfig(text_dropout=dropout)
+        return editing_sequence(special, (), [7], torch.zeros(1, 2, 2), draws, config)[-1], draws
+
+    (first, rest), (second, other) = last(0.0), last(1.0)
+    assert first.time == second.time
+    assert torch.equal(first.noise, second.noise)
+    assert torch.equal(rest.get_state(), other.get_state())
+
+
+def test_times_are_sigmoids_of_normal_numbers_shifted() -> None:
+    draws = torch.Generator().manual_seed(0)
+    times = torch.tensor([draw_time(draws) for _ in range(4000)], dtype=torch.float64)
+    normal = torch.special.logit(times)
+    assert normal.mean().abs() < 4 / 4000**0.5
+    assert (normal.std() - 1).abs() < 0.05
+    same = torch.Generator().manual_seed(0)
+    shifted = torch.tensor([draw_time(same, 3.0) for _ in range(4000)], dtype=torch.float64)
+    torch.testing.assert_close(shifted, 3 * times / (1 + 2 * times))
+
+
+@pytest.mark.parametrize("name", ["text_dropout", "vit_dropout", "vae_dropout"])
+def test_sequence_config_refuses_what_is_no_share(name: str) -> None:
+    with pytest.raises(ValueError, match=f"SequenceConfig: {name} must be from 0 to 1, got 1.5"):
+        SequenceConfig(**{name: 1.5})
+    with pytest.raises(ValueError, match=r"timestep_shift must be finite and above 0, got 0"):
+        SequenceConfig(timestep_shift=0)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `adapt`: what it writes, that it resumes after any kill, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapt_models import GOLDEN, write_folder
+from safetensors.torch import load_file
+
+from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
+from sparse_unified.adapt.log import read_lines
+from sparse_unified.bagel import BagelPipeline
+from sparse_unified.checkpoint import Checkpoint, convert, info, invert
+from sparse_unified.cli import main
+from sparse_unified.fixtures import write_checkpoint
+
+CONFIG: dict[str, Any] = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "seed": 5}
+OPTIONS = ["--steps", "4", "--batch-size", "2", "--lr", "1e-3", "--seed", "5", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse model and a folder of data."""
+    root = tmp_path_factory.mktemp("adapt")
+    write_checkpoint(GOLDEN / "t2i_moe", root / "model")
+    write_folder(root / "data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(root: Path) -> list[float]:
+    """Losses of an uninterrupted run to `root / "whole"`."""
+    found: list[float] = []
+    torch.set_num_threads(1)  # as in every test; sums over more are other sums
+    adapt(
+        root / "model",
+        root / "whole",
+        root / "data",
+        TrainingConfig(**CONFIG),
+        on_step=lambda record: found.append(record.loss),
+    )
+    return found
+
+
+def logged(out: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(Path(f"{out}.training") / "log.jsonl")]
+
+
+def test_command_writes_a_checkpoint_that_everything_reads(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["adapt", str(root / "model"), str(out), "--data", str(root / "data"), *OPTIONS]
+    assert main([*arguments, "--ema", "0.5", "--checkpoint-every", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["steps"] == 4
+    assert report["out"] == str(out)
+    assert sorted(p.name for p in Path(report["log"]).parent.glob("step-*")) == ["step-3", "step-4"]
+
+    found = info(out)
+    assert not found.problems
+    assert found.recipe[-1]["mode"] == "adapt"
+    assert found.recipe[-1]["config"]["stage"] == "expert_frozen"
+    facts = json.loads((out / "adaptation.json").read_text())
+    assert facts["losses"] == logged(out)
+    assert facts["training"]["ema_decay"] == 0.5
+    BagelPipeline.from_pretrained(out).generate(
+        "x", size=(32, 32), num_timesteps=2, seed=0, progress=False
+    )
+
+    # The averages are what is written, under the official keys; experts stay as they were.
+    before, after = Checkpoint(root / "model"), Checkpoint(out)
+    assert before.keys() == after.keys()
+    assert {k: s.shape for k, s in before.specs.items()} == {
+        k: s.shape for k, s in after.specs.items()
+    }
+    changed = {k for k in before.specs if not torch.equal(before.read(k), after.read(k))}
+    assert not any(".experts." in key for key in changed)
+    assert any(key.endswith("mlp_moe_gen.gate.weight") for key in changed)
+    tensors = load_file(Path(f"{out}.training") / "step-4" / "training.safetensors")
+    for key in changed:
+        assert torch.equal(after.read(key), tensors[f"ema.{key}"]), key
+
+
+def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
+    root: Path, tmp_path: Path
+) -> None:
+    dense = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    run = RunConfig(stage="full", checkpoint_every=4)
+    adapt(tmp_path / "sparse", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
+    after = Checkpoint(tmp_path / "out")
+    tensors = load_file(tmp_path / "out.training" / "step-4" / "training.safetensors")
+    block = "language_model.model.layers.1.mlp_moe_gen"
+    width = tensors[f"master.{block}.gate_proj"].shape[0] // 4
+    for expert in range(4):
+        rows = slice(expert * width, (expert + 1) * width)
+        for name in ("gate_proj", "up_proj"):
+            key = f"{block}.experts.{expert}.{name}.weight"
+            assert torch.equal(after.read(key), tensors[f"master.{block}.{name}"][rows])
+        key = f"{block}.experts.{expert}.down_proj.weight"
+        assert torch.equal(after.read(key), tensors[f"master.{block}.down_proj"][:, rows])
+    invert(tmp_path / "out", tmp_path / "back")
+    assert Checkpoint(tmp_path / "back").keys() == Checkpoint(dense).keys()
+    neurons = Checkpoint(tmp_path / "back").read(f"{block}.gate_proj.weight")
+    assert sorted(map(tuple, neurons.tolist())) == sorted(
+        map(tuple, tensors[f"master.{block}.gate_proj"].tolist())
+    )
+
+
+def test_one_component_alone(root: Path, tmp_path: Path) -> None:
+    run = RunConfig(component="gen")
+    report = adapt(root / "model", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
+    before, after = Checkpoint(root / "model"), Checkpoint(tmp_path / "out")
+    changed = {k for k in before.specs if not torch.equal(before.read(k), after.read(k))}
+    gen = ("vae2llm", "llm2vae", "time_embedder")
+    assert changed
+    assert all("_moe_gen" in key or key.startswith(gen) for key in changed)
+    assert report.component == "gen"
+
+
+def test_a_run_killed_at_any_moment_goes_on_exactly(
+    root: Path, expected: list[float], tmp_path: Path
+) -> None:
+    script = Path(__file__).parent / "adapt_kill.py"
+    command = [sys.executable, str(script), str(root / "model"), str(root / "data"), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["killed"] >= 4
+    assert found["losses"] == expected
+    whole, resumed = Checkpoint(root / "whole"), Checkpoint(tmp_path / "out")
+    for key in whole.specs:
+        assert torch.equal(whole.read(key), resumed.read(key)), key
+
+
+def test_what_a_kill_leaves_is_no_state(root: Path, expected: list[float], tmp_path: Path) -> None:
+    out, running = tmp_path / "out", tmp_path / "out.training"
+    for name in (".step-2.partial", ".step-1.removed"):
+        (running / name).mkdir(parents=True)
+        (running / name / "training.json").write_text("{")
+    (running / "log.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "lo')
+    run = RunConfig(resume=True, checkpoint_every=2)
+    adapt(root / "model", out, root / "data", TrainingConfig(**CONFIG), run)
+    assert logged(out) == expected
+    assert sorted(p.name for p in running.iterdir() if p.name.startswith("step")) == [
+        "step-2",
+        "step-4",
+    ]
+
+
+def test_a_state_whose_files_are_not_whole_is_no_start(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    running = Path(f"{out}.training")
+    (running / "step-2").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"step-2/training.json: file must be readable"):
+        adapt(
+            root / "model",
+            out,
+            root / "data",
+            TrainingConfig(**CONFIG),
+            RunConfig(resume=True),
+        )
+    assert not out.exists()
+
+
+def test_tensorboard_holds_the_losses(root: Path, expected: list[float], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = RunConfig(tensorboard=True)
+    adapt(root / "model", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
+    events = accumulator.EventAccumulator(str(tmp_path / "out.training" / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
+    assert [e.step for e in events.Scalars("grad_norm")] == [1, 2, 3, 4]
+
+
+def test_dry_run_checks_everything_and_writes_nothing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["adapt", str(root / "model"), str(tmp_path / "out"), *OPTIONS]
+    assert main([*arguments, "--data", str(root / "data"), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["sequences"] == {"generation": 5, "understanding": 3, "editing": 1}
+    assert plan["epochs"] == pytest.approx(8 / 9)
+    assert plan["memory"]["trained"] < plan["memory"]["parameters"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "rule"),
+    [
+        (["--data", "{root}/none"], 1, "--data: .*none must be a folder, a file or a pattern"),
+        ([], 2, "--data must be given, got none"),
+        (
+            ["--data", "{root}/data", "--micro-batch-size", "3"],
+            1,
+            "must be a divisor of batch_size",
+        ),
+        (["--data", "{root}/data", "--lr", "-1"], 1, "learning_rate must be finite and at least 0"),
+        (["--data", "{root}/data", "--device", "nowhere"], 1, "--device: name must be a device"),
+        (["--data", "{root}/data", "--text-dropout", "2"], 1, "text_dropout must be from 0 to 1"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    changes: list[str],
+    status: int,
+    rule: str,
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [text.replace("{root}", str(root)) for text in changes]
+    out = tmp_path / "out"
+    assert main(["adapt", str(root / "model"), str(out), *OPTIONS, *arguments]) == status
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert re.search(rule, message), message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_that_exist_are_refused(root: Path, tmp_path: Path) -> None:
+    config = TrainingConfig(**CONFIG)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"adapt: target must not exist, got"):
+        adapt(root / "model", tmp_path / "out", root / "data", config)
+    (tmp_path / "new.training").mkdir()
+    with pytest.raises(ValueError, match=r"new.training must not exist, got an earlier run"):
+        adapt(root / "model", tmp_path / "new", root / "data", config)
+    with pytest.raises(ValueError, match=r"target must lie outside"):
+        adapt(root / "model", root / "model" / "inside", root / "data", config)
+    with pytest.raises(ValueError, match=r"parent of .* must be a directory"):
+        adapt(root / "model", tmp_path / "none" / "out", root / "data", config)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer in memory: what a step computes, what it trains, and that runs repeat and resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapt_models import CONFIG, Mixed, bagel, losses, trainer
+
+from sparse_unified.adapt import Trainer, TrainingConfig, freeze
+from sparse_unified.adapt.draws import DataOrder, sequence_generator
+from sparse_unified.bagel import pack_training, training_forward
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size must be an integer, got 2.0"),
+        ({"micro_batch_size": 3}, "micro_batch_size must be a divisor of batch_size = 4, got 3"),
+        ({"learning_rate": -1.0}, "learning_rate must be finite and at least 0, got -1.0"),
+        ({"eps": 0.0}, "eps must be finite and above 0, got 0.0"),
+        ({"betas": (0.9, 1.0)}, "betas must be finite and from 0 to below 1, got 1.0"),
+        ({"schedule": "linear"}, "schedule one of 'cosine', 'constant', got .*'linear'"),
+        ({"ema_decay": 1.5}, "ema_decay must be finite and from 0 to 1, got 1.5"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and above 0, got 0.0"),
+        ({"seed": 2**63}, "seed must be at most"),
+    ],
+)
+def test_config_refuses_what_is_out_of_range(changes: dict[str, Any], rule: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"TrainingConfig: .*{rule}"):
+        TrainingConfig(**(CONFIG | changes))
+
+
+def test_learning_rate_rises_linearly_and_falls_by_a_cosine() -> None:
+    config = TrainingConfig(
+        steps=12, batch_size=1, learning_rate=1.0, min_learning_rate=0.2, warmup_steps=2
+    )
+    rates = [config.learning_rate_at(step) for step in range(13)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[7] == pytest.approx(0.6)
+    assert rates[12] == pytest.approx(0.2)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    constant = TrainingConfig(steps=12, batch_size=1, schedule="constant")  # type: ignore[arg-type]
+    assert {constant.learning_rate_at(step) for step in range(12)} == {1e-4}
+
+
+def test_order_is_another_permutation_every_epoch() -> None:
+    order = DataOrder(7, seed=3)
+    epochs = [[order[7 * epoch + place] for place in range(7)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [DataOrder(7, seed=3)[i] for i in (20, 0)] == [epochs[2][6], epochs[0][0]]
+
+
+def test_a_step_is_clipped_adamw_on_losses_over_all_tokens() -> None:
+    own = trainer(micro_batch_size=4, max_grad_norm=0.5, warmup_steps=0, z_weight=0.1)
+    config = own.config
+    record = own.step()
+
+    model = bagel()
+    freeze(model, "expert_frozen")
+    data, order = Mixed(model), DataOrder(5, config.seed)
+    sequences = [
+        data.sequence(order[place], sequence_generator(config.seed, 0, place)) for place in range(4)
+    ]
+    batch = pack_training(model.config, sequences, device="cpu")
+    out = training_forward(model, batch)
+    loss = out.text_loss_sum / batch.text_tokens + out.image_loss_sum / batch.image_tokens
+    loss = loss + config.balance_weight * out.balance_loss + 0.1 * out.router_z_loss
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=1e-2, betas=config.betas, eps=config.eps).step()
+
+    assert record.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert record.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for (name, parameter), expected in zip(
+        own.model.named_parameters(), model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_passes_of_a_step_add_up() -> None:
+    # The balance loss is no sum over tokens, so it alone depends on the division.
+    whole = trainer(micro_batch_size=4, balance_weight=0.0)
+    divided = trainer(micro_batch_size=1, balance_weight=0.0)
+    first, second = whole.step(), divided.step()
+    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-4)
+    assert first.tokens == second.tokens
+    assert first.expert_load == second.expert_load
+
+
+@pytest.mark.parametrize("stage", ["router", "expert_frozen", "full"])
+def test_only_trained_parameters_change_and_have_state(stage: str) -> None:
+    own = trainer(stage)
+    before = {name: p.detach().clone() for name, p in own.model.named_parameters()}
+    trained = {name for name, p in own.model.named_parameters() if p.requires_grad}
+    losses(own, 2)
+    changed = {n for n, p in own.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed <= trained
+    assert any(".mlp_moe_gen.gate.weight" in name for name in changed)
+    state = own.masters.state()
+    assert {key.partition(".")[2] for key in state} == trained
+    assert own.trained_parameters == sum(before[name].numel() for name in trained)
+
+
+def test_bf16_weights_are_rounded_masters_that_keep_small_steps() -> None:
+    own = trainer(dtype=torch.bfloat16, learning_rate=1e-6, weight_decay=0.0, schedule="constant")
+    name = "llm2vae.weight"
+    before = own.masters.weights[name].clone()
+    losses(own, 4)
+    master, weight = own.masters.weights[name], own.model.get_parameter(name)
+    assert master.dtype == torch.float32
+    assert torch.equal(weight, master.bfloat16())
+    # Each step is far below the rounding of bf16; their sum is not lost.
+    assert (master - before).abs().max() > 2.5e-6
+    assert all(p.grad is None for p in own.model.parameters())
+
+
+def test_average_follows_the_weights_and_is_lent_to_the_model() -> None:
+    own = trainer(dtype=torch.bfloat16)
+    name = "llm2vae.weight"
+    expected = own.masters.weights[name].clone()
+    for _ in range(3):
+        own.step()
+        expected = 0.9 * expected + 0.1 * own.masters.weights[name]
+    assert own.masters.ema is not None
+    torch.testing.assert_close(own.masters.ema[name], expected)
+    weight = own.model.get_parameter(name)
+    kept = weight.detach().clone()
+    with own.ema_weights():
+        assert torch.equal(weight, own.masters.ema[name].bfloat16())
+    assert torch.equal(weight, kept)
+    own.copy_ema_()
+    assert torch.equal(own.masters.weights[name], own.masters.ema[name])
+    with (
+        pytest.raises(ValueError, match=r"ema_decay must be given"),
+        trainer(ema_decay=None).ema_weights(),
+    ):
+        pass
+
+
+def test_optimizer_on_another_device_computes_the_same() -> None:
+    # "cpu" is the model's device too; what differs is the path: nothing is shared.
+    assert losses(trainer(optimizer_device="cpu"), 3) == losses(trainer(), 3)
+
+
+def test_seed_decides_all_draws() -> None:
+    assert losses(trainer(), 2) == losses(trainer(), 2)
+    assert losses(trainer(seed=1), 2) != losses(trainer(), 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    whole = trainer(dtype=dtype)
+    expected = losses(whole)
+    half = trainer(dtype=dtype)
+    assert losses(half, 2) == expected[:2]
+    half.save(tmp_path / "state")
+    resumed = trainer(dtype=dtype, checkpointing=True)
+    resumed.load(tmp_path / "state")
+    assert resumed.steps_done == 2
+    assert losses(resumed) == expected[2:]
+    for key, value in whole.masters.state().items():
+        assert torch.equal(value, resumed.masters.state()[key]), key
+
+
+def test_a_state_before_the_first_step_resumes(tmp_path: Path) -> None:
+    fresh = trainer()
+    fresh.save(tmp_path / "state")
+    resumed = trainer()
+    resumed.load(tmp_path / "state")
+    assert losses(resumed, 2) == losses(fresh, 2)
+
+
+def test_load_refuses_another_run(tmp_path: Path) -> None:
+    own = trainer()
+    own.save(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"learning_rate must be that of the run .* 0.1, got 0.01"):
+        trainer(learning_rate=0.1).load(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"tensors must be the state of the \d+ trained"):
+        trainer("full").load(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"target must not exist"):
+        own.save(tmp_path / "state")
+
+
+def test_load_refuses_a_damaged_state_and_fills_nothing(tmp_path: Path) -> None:
+    own = trainer()
+    losses(own, 1)
+    own.save(tmp_path / "state")
+    path = tmp_path / "state" / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    other = trainer()
+    before = {key: value.clone() for key, value in other.masters.state().items()}
+    with pytest.raises(ValueError, match=r"truncated"):
+        other.load(tmp_path / "state")
+    assert all(torch.equal(v, before[k]) for k, v in other.masters.state().items())
+    facts = tmp_path / "state" / "training.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format_version": 2}))
+    with pytest.raises(ValueError, match=r"format must be sparse_unified.training 1, got"):
+        other.load(tmp_path / "state")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
+    model = bagel()
+    freeze(model, "expert_frozen")
+    own = Trainer(model, Mixed(model, scale=float("inf")), TrainingConfig(**CONFIG))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"loss must stay finite, got (inf|nan) at step 1"):
+        own.step()
+    assert own.steps_done == 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_trainer_refuses_nothing_to_train_and_nothing_to_train_on() -> None:
+    model = bagel()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model must have parameters with requires_grad"):
+        Trainer(model, Mixed(model), TrainingConfig(**CONFIG))
+
+    class Empty(Mixed):
+        def __len__(self) -> int:
+            return 0
+
+    with pytest.raises(ValueError, match=r"dataset must hold a sequence"):
+        Trainer(model, Empty(model), TrainingConfig(**CONFIG))
+
+
+def test_loss_falls_and_the_report_says_so() -> None:
+    own = trainer(steps=12, learning_rate=5e-3)
+    seen = []
+    report = own.run(seen.append)
+    assert [record.step for record in seen] == list(range(1, 13))
+    assert report.first_loss is not None
+    assert report.last_loss is not None
+    assert report.last_loss < 0.7 * report.first_loss
+    assert f"{own.trained_parameters:,} of" in report.to_text()
+    load = seen[0].expert_load[("gen", 1)]
+    assert sum(load) > 0
+    assert seen[0].load_imbalance == pytest.approx(max(load) * len(load) / sum(load))
