@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_USERS = {"bagel": "bagel", "plot": "analysis", "train": "adapt"}
+_USERS = {"bagel": "bagel", "plot": "analysis", "train": "adapt", "mini": "mini"}
 
 
 def optional(module: str, *, extra: str = "bagel") -> Any:

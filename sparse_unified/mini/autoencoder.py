@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An autoencoder of FLUX's shape whose latent is the picture itself.
+
+At 8 or 16 pixels a side there is nothing to compress, and a trained autoencoder would only add its
+own errors to those that are studied. So this one is constructed, not trained: no downsampling,
+three latent channels, scaled latent = gain * pixels, and back. It runs through the same layers as
+any other.
+
+How the identity gets through a group norm and a SiLU: a group holds x, -x, C, -C, so that its mean
+is 0 and its deviation C / sqrt(2) up to a factor 1 + mean(x^2) / (2 C^2); and silu(x) - silu(-x)
+= x exactly. Residual and attention branches end in weights of zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unified.bagel.config import VAEConfig
+from sparse_unified.bagel.vae import AutoEncoder
+
+_PER_GROUP = 4  # x, -x, C, -C
+_CONSTANT = 64.0
+
+
+@torch.no_grad()
+def identity_autoencoder(gain: float) -> AutoEncoder:
+    """Returns the autoencoder with scaled latent [B, 3, H, W] = gain * pixels [B, 3, H, W].
+
+    The relative error is mean(x^2) / (2 * 64^2), about 1e-4 for pixels in [-1, 1].
+    """
+    config = VAEConfig(ch=32 * _PER_GROUP, ch_mult=(1,), num_res_blocks=1, z_channels=3)
+    vae = AutoEncoder(config).eval()
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
+    # Pixels in, unscaled latent out: latent / scale_factor + shift_factor.
+    factor, shift = gain / config.scale_factor, config.shift_factor
+    _spread_(vae.encoder.conv_in, torch.tensor([1.0] * 3), torch.tensor([0.0] * 3))
+    _gather_(vae.encoder.norm_out, vae.encoder.conv_out, factor, shift)
+    _spread_(
+        vae.decoder.conv_in, torch.tensor([1 / factor] * 3), torch.tensor([-shift / factor] * 3)
+    )
+    _gather_(vae.decoder.norm_out, vae.decoder.conv_out, 1.0, 0.0)
+    return vae
+
+
+def _spread_(conv: nn.Conv2d, factors: Tensor, shifts: Tensor) -> None:
+    """Lets a convolution put factor * x + shift of channel i into group i, as x, -x, C, -C."""
+    assert conv.bias is not None
+    for i, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
+        for place, sign in ((0, 1.0), (1, -1.0)):
+            conv.weight[_PER_GROUP * i + place, i, 1, 1] = sign * factor
+            conv.bias[_PER_GROUP * i + place] = sign * shift
+            conv.bias[_PER_GROUP * i + 2 + place] = sign * _CONSTANT
+
+
+def _gather_(norm: nn.GroupNorm, conv: nn.Conv2d, factor: float, shift: float) -> None:
+    """Undoes `_spread_` behind the norm: channel i becomes factor * x + shift."""
+    assert conv.bias is not None
+    norm.weight.fill_(_CONSTANT / 2**0.5)
+    norm.bias.zero_()
+    for i in range(3):
+        for place, sign in ((0, 1.0), (1, -1.0)):
+            conv.weight[i, _PER_GROUP * i + place, 1, 1] = sign * factor
+        conv.bias[i] = shift

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two models of the miniature: what they are made of, fresh, trained, and as directories."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparse_unified.bagel import BagelPipeline
+from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
+from sparse_unified.bagel.model import Bagel
+from sparse_unified.mini import digits, scenes
+from sparse_unified.mini.autoencoder import identity_autoencoder
+from sparse_unified.mini.words import MARKERS, vocabulary, write_tokenizer
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class MiniTask(str, Enum):
+    """What a model of the miniature is trained on."""
+
+    DIGITS = "digits"
+    SCENES = "scenes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniShape:
+    """What differs between the tasks.
+
+    Attributes:
+        image_size: pixels of a side; patch_size: pixels of a side of a token, seen or generated.
+        gain: of the latent, gain * pixels; near the inverse of the deviation of the pixels.
+    """
+
+    image_size: int
+    patch_size: int
+    gain: float
+
+
+SHAPES = {
+    MiniTask.DIGITS: MiniShape(image_size=digits.SIZE, patch_size=2, gain=1.0),
+    MiniTask.SCENES: MiniShape(image_size=scenes.SIZE, patch_size=scenes.CELL, gain=2.0),
+}
+_LLM = LLMConfig(
+    hidden_size=64,
+    intermediate_size=256,  # 16 experts of 16, 32 of 8: what the CUDA kernels take, too
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=len(vocabulary()),
+    rope_theta=1e4,
+)
+
+
+def mini_config(task: MiniTask) -> BagelConfig:
+    """Returns the description of the model of a task: 16 tokens an image in both."""
+    shape, ids = SHAPES[task], vocabulary()
+    side = shape.image_size // shape.patch_size
+    return BagelConfig(
+        llm=_LLM,
+        vision=VisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            patch_size=shape.patch_size,
+            image_size=shape.image_size,
+        ),
+        latent_channels=3,
+        vae_downsample=1,
+        latent_patch_size=shape.patch_size,
+        max_latent_size=side,
+        vit_max_num_patch_per_side=side,
+        special_tokens=SpecialTokens(**{name: ids[text] for name, text in MARKERS.items()}),
+    )
+
+
+def new_model(task: MiniTask, seed: int) -> Bagel:
+    """Returns an untrained model: torch's default initialisation, embeddings of deviation 0.5."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Bagel(mini_config(task))
+        torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
+    return model
+
+
+def trained_weights(task: MiniTask) -> dict[str, Tensor]:
+    """Returns the tensors of the trained model that the package holds, fp32 by official key."""
+    return {
+        key: tensor.float()
+        for key, tensor in load_file(WEIGHTS / task.value / "ema.safetensors").items()
+    }
+
+
+def write_model(
+    task: MiniTask, directory: str | os.PathLike[str], model: Bagel | None = None
+) -> Path:
+    """Writes a model directory in the official format.
+
+    Args:
+        directory: made if it is not there; its files are replaced.
+        model: dense; None takes the trained weights that the package holds.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = trained_weights(task) if model is None else model.state_dict()
+    save_file(
+        {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
+        directory / "ema.safetensors",
+    )
+    vae = identity_autoencoder(SHAPES[task].gain)
+    save_file(vae.state_dict(), directory / "ae.safetensors")
+    config = mini_config(task)
+    llm = {
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "qk_norm": True,
+        "tie_word_embeddings": False,
+        **{
+            name: getattr(config.llm, name)
+            for name in (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "vocab_size",
+                "rms_norm_eps",
+                "rope_theta",
+            )
+        },
+    }
+    vit = {
+        "hidden_size": config.vision.hidden_size,
+        "intermediate_size": config.vision.intermediate_size,
+        # The official file counts the last layer of SigLIP, which BAGEL leaves out.
+        "num_hidden_layers": config.vision.num_hidden_layers + 1,
+        "num_attention_heads": config.vision.num_attention_heads,
+        "patch_size": config.vision.patch_size,
+        "image_size": config.vision.image_size,
+    }
+    for name, content in (("llm_config.json", llm), ("vit_config.json", vit)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_tokenizer(directory)
+    return directory
+
+
+def load_pipeline(directory: str | os.PathLike[str]) -> BagelPipeline:
+    """Loads a directory of `write_model`, or what `convert` and `prune` made of it, in fp32."""
+    return BagelPipeline.from_pretrained(directory, dtype=torch.float32)

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mini-GenEval: scenes of coloured shapes, the prompts they are drawn from, and an exact scorer.
+
+A scene is 16 x 16 pixels, a grid of 4 x 4 cells of 4 x 4 pixels; a cell is empty (grey) or holds
+one shape of one colour. As in GenEval a prompt asks for one of six things, and an image is right or
+wrong: nothing is graded, and no network judges. Here the whole picture has to be right, so an
+object that nobody asked for is a mistake in every column.
+
+    single     a square                              four shapes
+    two        a square and a disc
+    count      three discs                           two to four, of any colours
+    colour     a red square
+    position   a square left of a disc               farther apart in that direction than across
+    attribute  a red square and a blue disc
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+
+import torch
+from torch import Tensor
+
+CELL, GRID = 4, 4
+SIZE = CELL * GRID
+COLOURS = {
+    "red": (1.0, -1.0, -1.0),
+    "green": (-1.0, 1.0, -1.0),
+    "blue": (-1.0, -1.0, 1.0),
+    "yellow": (1.0, 1.0, -1.0),
+}
+# At least 4 of the 16 pixels differ between any two shapes.
+SHAPES = {
+    "square": ("####", "####", "####", "####"),
+    "disc": (".##.", "####", "####", ".##."),
+    "triangle": ("#...", "##..", "###.", "####"),
+    "cross": ("#..#", ".##.", ".##.", "#..#"),
+}
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+PLURALS = {name: "crosses" if name == "cross" else f"{name}s" for name in SHAPES}
+# Row and column of the second object minus those of the first, as signs of the leading direction.
+RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
+COLUMNS = ("single", "two", "count", "colour", "position", "attribute")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Object:
+    """One shape in a cell; row and column count from the top left."""
+
+    shape: str
+    colour: str
+    row: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One kind of object that a prompt names; a colour of None leaves it open."""
+
+    shape: str
+    colour: str | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenePrompt:
+    """What a picture is asked for.
+
+    Attributes:
+        column: of the score.
+        parts: what is in the picture, and nothing else is.
+        relation: where the first part is, seen from the second; a key of `RELATIONS` or None.
+    """
+
+    column: str
+    parts: tuple[Part, ...]
+    relation: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Returns the prompt in words."""
+        names = [_name(part) for part in self.parts]
+        return f" {self.relation or 'and'} ".join(names)
+
+    def draw(self, generator: torch.Generator) -> list[Object]:
+        """Draws a scene that fulfils the prompt: what it leaves open is uniform."""
+        while True:
+            cells = torch.randperm(GRID * GRID, generator=generator).tolist()
+            objects = []
+            for part in self.parts:
+                for _ in range(part.count):
+                    row, column = divmod(cells.pop(), GRID)
+                    drawn = int(torch.randint(len(COLOURS), (), generator=generator))
+                    colour = part.colour or list(COLOURS)[drawn]
+                    objects.append(Object(shape=part.shape, colour=colour, row=row, column=column))
+            if self.relation is None or relation_of(*objects) == self.relation:
+                return objects
+
+    def holds(self, objects: Sequence[Object | None]) -> bool:
+        """Tells whether a scene is what was asked for; None is a cell that holds no known object.
+
+        A part without a colour accepts all; parts of a prompt have different shapes.
+        """
+        found = [item for item in objects if item is not None]
+        if len(found) < len(objects):
+            return False
+        if Counter(item.shape for item in found) != Counter(
+            {part.shape: part.count for part in self.parts}
+        ):
+            return False
+        colours = {part.shape: part.colour for part in self.parts}
+        if any(colours[item.shape] not in (None, item.colour) for item in found):
+            return False
+        if self.relation is None:
+            return True
+        first, second = sorted(found, key=lambda item: item.shape != self.parts[0].shape)
+        return relation_of(first, second) == self.relation
+
+
+def relation_of(first: Object, second: Object) -> str | None:
+    """Returns where the first object is, seen from the second; None on a diagonal."""
+    rows, columns = second.row - first.row, second.column - first.column
+    if abs(rows) == abs(columns):
+        return None
+    if abs(columns) > abs(rows):
+        return "left of" if columns > 0 else "right of"
+    return "above" if rows > 0 else "below"
+
+
+def all_prompts() -> list[ScenePrompt]:
+    """Returns every prompt there is, column by column, in a fixed order."""
+    return list(_prompts())
+
+
+def _prompts() -> Iterator[ScenePrompt]:
+    pairs = list(permutations(SHAPES, 2))
+    for shape in SHAPES:
+        yield ScenePrompt(column="single", parts=(Part(shape=shape),))
+    for first, second in pairs:
+        yield ScenePrompt(column="two", parts=(Part(shape=first), Part(shape=second)))
+    for shape, count in product(SHAPES, (2, 3, 4)):
+        yield ScenePrompt(column="count", parts=(Part(shape=shape, count=count),))
+    for shape, colour in product(SHAPES, COLOURS):
+        yield ScenePrompt(column="colour", parts=(Part(shape=shape, colour=colour),))
+    for (first, second), relation in product(pairs, RELATIONS):
+        yield ScenePrompt(
+            column="position", parts=(Part(shape=first), Part(shape=second)), relation=relation
+        )
+    for (first, second), colours in product(pairs, permutations(COLOURS, 2)):
+        yield ScenePrompt(
+            column="attribute",
+            parts=(
+                Part(shape=first, colour=colours[0]),
+                Part(shape=second, colour=colours[1]),
+            ),
+        )
+
+
+def split_prompts() -> tuple[list[ScenePrompt], list[ScenePrompt]]:
+    """Returns the prompts to train on and those to test on, which training never sees.
+
+    A quarter of the columns two to attribute is held out; of the four prompts of `single` none can
+    be, since the others need the words, so they are in both lists, tested with other noise.
+    """
+    train: list[ScenePrompt] = []
+    test: list[ScenePrompt] = []
+    for column in COLUMNS:
+        own = [prompt for prompt in all_prompts() if prompt.column == column]
+        if column == "single":
+            train += own
+            test += own
+            continue
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(len(own)))
+        held = set(order[: len(own) // 4].tolist())
+        train += [prompt for i, prompt in enumerate(own) if i not in held]
+        test += [prompt for i, prompt in enumerate(own) if i in held]
+    return train, test
+
+
+def render(objects: Sequence[Object]) -> Tensor:
+    """Paints a scene: pixels [3, 16, 16] fp32 in [-1, 1], grey (0) where nothing is."""
+    pixels = torch.zeros(3, SIZE, SIZE)
+    for item in objects:
+        rows = slice(CELL * item.row, CELL * (item.row + 1))
+        columns = slice(CELL * item.column, CELL * (item.column + 1))
+        pixels[:, rows, columns] = _template(item.shape, item.colour)
+    return pixels
+
+
+def read_scene(pixels: Tensor) -> list[Object | None]:
+    """Reads the objects off a picture: pixels [3, 16, 16] in [-1, 1].
+
+    Every cell is compared with the empty one and with each shape in each colour. It is the nearest
+    of these, if no channel of no pixel is farther from it than 1 (half of the range) and the root
+    mean square distance is at most 0.35; otherwise it is None, an object that nobody asked for.
+    Empty cells are left out.
+    """
+    cells = pixels.unfold(1, CELL, CELL).unfold(2, CELL, CELL)  # [3, 4, 4, 4, 4]
+    flat = cells.permute(1, 2, 0, 3, 4).reshape(GRID * GRID, -1)
+    kinds = [None, *product(SHAPES, COLOURS)]
+    templates = torch.stack(
+        [torch.zeros(3 * CELL * CELL)]
+        + [_template(*kind).flatten() for kind in kinds if kind is not None]
+    )
+    difference = (flat[:, None] - templates).abs()  # [cells, kinds, 48]
+    distance = difference.square().mean(-1).sqrt()
+    found: list[Object | None] = []
+    for cell, nearest in enumerate(distance.argmin(dim=1).tolist()):
+        clear = distance[cell, nearest] <= 0.35 and difference[cell, nearest].max() <= 1
+        kind = kinds[nearest]
+        if not clear:
+            found.append(None)
+        elif kind is not None:
+            row, column = divmod(cell, GRID)
+            found.append(Object(shape=kind[0], colour=kind[1], row=row, column=column))
+    return found
+
+
+def score(prompts: Sequence[ScenePrompt], pictures: Sequence[Tensor]) -> dict[str, float]:
+    """Scores pictures [3, 16, 16] in [-1, 1], one for each prompt.
+
+    Returns:
+        For each column that occurs the share of right pictures; `overall` is the mean of the
+        columns, as in GenEval.
+
+    Raises:
+        ValueError: there is not one picture for each prompt, or none at all.
+    """
+    if len(prompts) != len(pictures) or not prompts:
+        raise ValueError(
+            f"score: pictures must be one for each of {len(prompts)} prompts, got {len(pictures)}"
+        )
+    right: dict[str, list[bool]] = {}
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        right.setdefault(prompt.column, []).append(prompt.holds(read_scene(picture)))
+    shares = {
+        column: sum(right[column]) / len(right[column]) for column in COLUMNS if column in right
+    }
+    return shares | {"overall": sum(shares.values()) / len(shares)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question about a scene; kind is "count", "colour" or "position", the answer one word."""
+
+    kind: str
+    objects: tuple[Object, ...]
+    text: str
+    answer: str
+
+
+def draw_question(kind: str, generator: torch.Generator) -> Question:
+    """Draws a scene and a question about it; answers of a kind are equally frequent.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+
+    def pick(values: Sequence[str]) -> str:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    shapes = list(SHAPES)
+    first = pick(shapes)
+    second = pick([shape for shape in shapes if shape != first])
+    if kind == "count":
+        number = int(torch.randint(1, 5, (), generator=generator))
+        other = int(torch.randint(0, 3, (), generator=generator))
+        parts = [Part(shape=first, count=number)] + [Part(shape=second, count=other)] * (other > 0)
+        scene = ScenePrompt(column="count", parts=tuple(parts)).draw(generator)
+        text, answer = f"how many {PLURALS[first]} ?", NUMBERS[number]
+    elif kind == "colour":
+        scene = ScenePrompt(column="two", parts=(Part(shape=first), Part(shape=second))).draw(
+            generator
+        )
+        text, answer = f"what colour is the {first} ?", scene[0].colour
+    elif kind == "position":
+        relation = pick(list(RELATIONS))
+        scene = ScenePrompt(
+            column="position", parts=(Part(shape=first), Part(shape=second)), relation=relation
+        ).draw(generator)
+        text, answer = f"where is the {first} seen from the {second} ?", relation.split()[0]
+    else:
+        raise ValueError(
+            f"draw_question: kind must be 'count', 'colour' or 'position', got {kind!r}"
+        )
+    return Question(kind=kind, objects=tuple(scene), text=text, answer=answer)
+
+
+QUESTION_KINDS = ("count", "colour", "position")
+
+
+def _name(part: Part) -> str:
+    colour = f"{part.colour} " if part.colour else ""
+    if part.count > 1:
+        return f"{NUMBERS[part.count]} {colour}{PLURALS[part.shape]}"
+    return f"a {colour}{part.shape}"
+
+
+def _template(shape: str, colour: str) -> Tensor:
+    """Returns one cell [3, 4, 4]."""
+    mask = torch.tensor([[char == "#" for char in line] for line in SHAPES[shape]])
+    return torch.tensor(COLOURS[colour])[:, None, None] * mask
