@@ -5,6 +5,7 @@ from sparse_unified.adapt.config import Schedule, TrainingConfig
 from sparse_unified.adapt.freeze import FreezeReport, Stage, freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate_memory
 from sparse_unified.adapt.plan import Plan, plan
+from sparse_unified.adapt.reports import StepRecord, TrainingReport
 from sparse_unified.adapt.router_init import RouterReport, StartedRouter, init_router_
 from sparse_unified.adapt.run import AdaptReport, RunConfig, adapt
 from sparse_unified.adapt.sequences import (
@@ -14,7 +15,7 @@ from sparse_unified.adapt.sequences import (
     generation_sequence,
     understanding_sequence,
 )
-from sparse_unified.adapt.trainer import SequenceDataset, StepRecord, Trainer, TrainingReport
+from sparse_unified.adapt.trainer import SequenceDataset, Trainer
 
 __all__ = [
     "AdaptReport",

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sparse_unified.adapt.trainer import StepRecord
+from sparse_unified.adapt.reports import StepRecord
 from sparse_unified.bagel.optional import optional
 from sparse_unified.checkpoint.atomic import replace_file
 

@@ -9,8 +9,9 @@ nothing here. Of a sharded parameter each process holds the state of its own sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ def local(tensor: Tensor) -> Tensor:
     """Returns the part of a tensor that lies in this process: all of it unless it is sharded."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold parts of a tensor."""
+    return hasattr(tensor, "to_local")
+
+
+@torch.no_grad()
+def _move_gradient(total: Tensor, parameter: Tensor) -> None:
+    """Adds the gradient of a parameter to its sum and frees it."""
+    if parameter.grad is not None:
+        total.add_(local(parameter.grad).to(total.device, torch.float32))
+        parameter.grad = None
 
 
 class Masters:
@@ -52,7 +66,6 @@ class Masters:
                     f"Trainer: {name} must be float32, bfloat16 or float16, got {parameter.dtype}"
                 )
         self._config = config
-        self._hooks: list[Any] = []
         self.weights: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -65,7 +78,6 @@ class Masters:
         self._sum = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             weight.grad = self._sum[name]
-            self._collect_early(name)
         # A shard may be empty, which fused steps do not take.
         decayed = [w for n, w in self.weights.items() if self.parameters[n].ndim > 1 and w.numel()]
         plain = [w for n, w in self.weights.items() if self.parameters[n].ndim <= 1 and w.numel()]
@@ -82,39 +94,35 @@ class Masters:
             fused=True,
         )
 
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Adds the gradients of a pass to the sums, and frees them."""
-        found = [name for name, p in self.parameters.items() if p.grad is not None]
-        gradients = [local(self.parameters[name].grad) for name in found]  # type: ignore[arg-type]
-        totals = [self._sum[name] for name in found]
-        if totals:
-            alike = [g.to(t.device, t.dtype) for g, t in zip(gradients, totals, strict=True)]
-            torch._foreach_add_(totals, alike)
-        for name in found:
-            self.parameters[name].grad = None
+    @contextmanager
+    def collecting(self) -> Iterator[Callable[[], None]]:
+        """Sums the gradients of the backward passes inside the block.
 
-    def _collect_early(self, name: str) -> None:
-        """Lets a pass add a gradient as soon as it is there, so that few exist at a time.
-
-        A parameter that is its own master gains nothing from it, and of a sharded one the gradient
-        is there only after the pass.
+        Where a parameter is its own master they are added in place; elsewhere each is moved as soon
+        as it is there, so that few exist at a time. Of sharded parameters they are there only after
+        the pass, so the block gets a function to call then.
         """
-        parameter, total = self.parameters[name], self._sum[name]
-        if self._is_own(name) or hasattr(parameter, "to_local"):
-            return
+        hooks = []
+        for name, parameter in self.parameters.items():
+            if is_sharded(parameter):
+                continue
+            if self._is_own(name):
+                parameter.grad = self._sum[name]
+            else:
+                add = partial(_move_gradient, self._sum[name])
+                hooks.append(parameter.register_post_accumulate_grad_hook(add))
+        try:
+            yield self._collect_shards
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in self.parameters.values():
+                parameter.grad = None
 
-        def add(own: Tensor) -> None:
-            if own.grad is not None:
-                total.add_(own.grad.to(total.device, torch.float32))
-                own.grad = None
-
-        self._hooks.append(parameter.register_post_accumulate_grad_hook(add))
-
-    def close(self) -> None:
-        """Takes from the parameters what collects their gradients."""
-        for hook in self._hooks:
-            hook.remove()
+    def _collect_shards(self) -> None:
+        for name, parameter in self.parameters.items():
+            if is_sharded(parameter):
+                _move_gradient(self._sum[name], parameter)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
@@ -192,17 +200,6 @@ class Masters:
             self._optimizer.state[weight]["step"].fill_(float(steps))
         self._publish(self.weights)
 
-    def bytes(self) -> Mapping[str, int]:
-        """Returns the bytes of gradients, masters, moments and averages in this process."""
-        own = sum(w.nbytes for n, w in self.weights.items() if not self._is_own(n))
-        every = sum(weight.nbytes for weight in self.weights.values())
-        return {
-            "gradients": every,
-            "masters": own,
-            "moments": len(MOMENTS) * every,
-            "average": every if self.ema is not None else 0,
-        }
-
     def _is_own(self, name: str) -> bool:
         """Whether a parameter is its own master."""
         own = local(self.parameters[name].detach())
@@ -212,7 +209,7 @@ class Masters:
         norms = torch.stack(torch._foreach_norm(list(self._sum.values())))
         square = norms.double().square().sum()
         first = next(iter(self.parameters.values()))
-        if hasattr(first, "to_local"):
+        if is_sharded(first):
             square = square.to(first.device)
             dist.all_reduce(square)
         return float(square.sqrt())

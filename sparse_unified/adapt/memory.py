@@ -4,18 +4,20 @@
 Parameters are counted exactly, on a model without data. Activations follow a formula: per layer and
 stream, what the ops of `bagel` keep for backward, in elements per token of T tokens:
 
-    norm       fp32 copy of x, its normalised value, its output
-    attention  queries Q and keys and values K before and after norm and rotation, output
-    FFN        dense: four times the width; sparse: the rows of the K chosen experts before and
-               after the activation where experts train, and their outputs
+    norm       x in fp32, its normalised value; its output for the projections that follow
+    attention  queries and keys in fp32, normalised, rotated; values; the mixed values twice
+    FFN        dense: gate, its activation, up, and their product; sparse: gate and up of the
+               chosen experts, and what each of them returns
 
-With checkpointing only the inputs of the layers are kept, and one layer at a time is as above.
+What only the gradient of a weight needs is left out where that weight is frozen. With checkpointing
+only the inputs of the layers are kept, and one layer at a time is as above.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.run import RunConfig
 from sparse_unified.adapt.select import freeze_component
 from sparse_unified.bagel.attention import GEN
-from sparse_unified.bagel.config import BagelConfig
+from sparse_unified.bagel.config import BagelConfig, SpecialTokens
 from sparse_unified.bagel.loading import read_config
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.shapes import vae_config
@@ -47,6 +49,8 @@ class MemoryEstimate(Report):
     Attributes:
         parameters, trained: numbers of values, of the whole model.
         weights: of the model, in its dtype. autoencoder: of its own.
+        pass_gradients: those of a pass before they are summed: of sharded parameters all, elsewhere
+            the largest one, and none where they are summed in place.
         gradients, masters, moments, average: fp32, of the trained parameters alone; masters are
             0 where parameters are fp32 themselves.
         activations: kept for backward by one pass, a forward pass of the largest picture with a
@@ -61,6 +65,7 @@ class MemoryEstimate(Report):
     trained: int
     weights: int
     autoencoder: int
+    pass_gradients: int
     gradients: int
     masters: int
     moments: int
@@ -80,7 +85,8 @@ class MemoryEstimate(Report):
     def device(self) -> int:
         """All that is in the memory of the device."""
         kept = 0 if self.optimizer_on_host else self.optimizer
-        return self.weights + self.autoencoder + self.activations + self.gathered + kept
+        always = self.weights + self.autoencoder + self.pass_gradients
+        return always + self.activations + self.gathered + kept
 
     @property
     def host(self) -> int:
@@ -98,7 +104,8 @@ class MemoryEstimate(Report):
             ("", "bytes", "where"),
             ("weights", format_bytes(self.weights), "device"),
             ("autoencoder", format_bytes(self.autoencoder), "device"),
-            ("gradients", format_bytes(self.gradients), where),
+            ("gradients of a pass", format_bytes(self.pass_gradients), "device"),
+            ("summed gradients", format_bytes(self.gradients), where),
             ("fp32 masters", format_bytes(self.masters), where),
             ("moments", format_bytes(self.moments), where),
             ("average", format_bytes(self.average), where),
@@ -136,7 +143,9 @@ def estimate_memory(
     specs = read_header(source.vae_file).tensors
     vae = vae_config({k: s.shape for k, s in specs.items()}, where=str(source.vae_file))
     dtype = run.dtype or source.spec("language_model.model.embed_tokens.weight").dtype
-    built = Bagel(read_config(source, vae), device="meta", dtype=dtype)
+    # The ids of the markers take no memory, and only the tokenizer knows them.
+    ids = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
+    built = Bagel(read_config(source, vae, special_tokens=ids), device="meta", dtype=dtype)
     freeze(built, run.stage)
     freeze_component(built, run.component)
     side = vae_transform(built.config).max_side
@@ -193,12 +202,19 @@ def estimate(
     if processes > 1:
         # The layer at work, the next one on its way, and all outside the layers.
         gathered = weights - sum(layer_bytes) + sum(sorted(layer_bytes)[-2:])
+    if processes > 1:
+        pass_gradients = sum(p.nbytes for p in every if p.requires_grad) // processes
+    else:
+        # In its own dtype, and as fp32 on its way to the sum.
+        moved = [p.nbytes + _FP32 * p.numel() for p in every if p.requires_grad]
+        pass_gradients = max(moved) if needs_master else 0
     fp32 = _FP32 * trained // processes
     return MemoryEstimate(
         parameters=sum(p.numel() for p in every),
         trained=trained,
         weights=weights // processes,
         autoencoder=autoencoder,
+        pass_gradients=pass_gradients,
         gradients=fp32,
         masters=_FP32 * needs_master // processes,
         moments=2 * fp32,
@@ -233,20 +249,36 @@ def _activations(
     return inputs + max(kept) + heads
 
 
-def _stream_bytes(config: BagelConfig, n: int, layer: nn.Module, stream: str, size: int) -> int:
+def _stream_bytes(config: BagelConfig, n: int, layer: Any, stream: str, size: int) -> int:
     """Returns the bytes that one token of a stream leaves for backward in one layer."""
     llm = config.llm
     held = llm.held(n, gen=stream == GEN)
-    wide = 0 if size == _FP32 else _FP32  # a copy of its own, where x is not fp32 already
-    queries = held.num_attention_heads * llm.head_dim
-    keys = held.num_key_value_heads * llm.head_dim if queries else 0
-    norms = (bool(queries) + bool(held.intermediate_size)) * llm.hidden_size * (wide + 3 * size)
-    attention = queries * (wide + 5 * size) + keys * (wide + 6 * size)
+    total = 0
+    if held.num_attention_heads:
+        attention = layer.self_attn
+        queries = held.num_attention_heads * llm.head_dim
+        keys = held.num_key_value_heads * llm.head_dim
+        trains = {
+            name: size * _trains(getattr(attention, f"{name}{stream}"))
+            for name in ("q_norm", "k_norm", "q_proj", "o_proj")
+        }
+        norm = getattr(layer, f"input_layernorm{stream}")
+        total += llm.hidden_size * (_FP32 + size * _trains(norm) + trains["q_proj"])
+        total += queries * (_FP32 + trains["q_norm"] + 2 * size + trains["o_proj"])
+        total += keys * (_FP32 + trains["k_norm"] + 2 * size)
     ffn = getattr(layer, f"mlp{stream}")
+    if ffn is None:
+        return total
+    norm = getattr(layer, f"post_attention_layernorm{stream}")
+    total += llm.hidden_size * (_FP32 + size * _trains(norm))
     if isinstance(ffn, SparseMoE):
         rows = ffn.top_k * ffn.layout.expert_width
-        trains = ffn.gate_proj.requires_grad
-        own = ffn.top_k * llm.hidden_size + (2 * rows if trains else 0)
-        own += 4 * ffn.layout.shared_width
-        return norms + attention + size * own + 2 * _FP32 * ffn.num_experts
-    return norms + attention + size * 4 * held.intermediate_size
+        total += size * (llm.hidden_size * (1 + ffn.top_k) + 2 * rows)
+        total += size * (3 + ffn.gate_proj.requires_grad) * ffn.layout.shared_width
+        return total + 3 * _FP32 * ffn.num_experts
+    total += size * llm.hidden_size * _trains(ffn.gate_proj)
+    return total + size * held.intermediate_size * (3 + _trains(ffn.down_proj))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

@@ -26,10 +26,11 @@ from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.log import LOG, TrainingLog, read_lines
 from sparse_unified.adapt.pictures import PictureDataset
 from sparse_unified.adapt.records import open_records
+from sparse_unified.adapt.reports import StepRecord, TrainingReport
 from sparse_unified.adapt.select import freeze_component
 from sparse_unified.adapt.sequences import SequenceConfig
 from sparse_unified.adapt.sharding import num_processes, this_process
-from sparse_unified.adapt.trainer import StepRecord, Trainer, TrainingReport
+from sparse_unified.adapt.trainer import Trainer
 from sparse_unified.adapt.write import WHAT, write_adapted
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,14 +23,13 @@ from sparse_unified.adapt import state
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.draws import DataOrder, sequence_generator
 from sparse_unified.adapt.masters import Masters
+from sparse_unified.adapt.reports import LOSSES, StepRecord, TrainingReport
 from sparse_unified.adapt.sharding import num_processes, shard_, this_process
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.segments import Segment, TrainingBatch, pack_training
 from sparse_unified.bagel.training import training_forward
-from sparse_unified.checkpoint.report import Report, format_table
 from sparse_unified.nn import SparseMoE
 
-_LOSSES = ("text_loss", "image_loss", "balance_loss", "router_z_loss")
 _FFNS = {"und": "mlp", "gen": "mlp_moe_gen"}
 
 
@@ -48,109 +46,6 @@ class SequenceDataset(Protocol):
             generator: on the CPU; of times, noise, dropout.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What one step did; losses are those before it.
-
-    Attributes:
-        step: its number, from 1.
-        loss: the weighted sum that was minimised.
-        text_loss: mean cross-entropy of predicted text tokens, in nats; None without any.
-        image_loss: mean squared error of noised latent tokens; None without any.
-        balance_loss, router_z_loss: means over the passes.
-        grad_norm: of the gradient before it was clipped.
-        learning_rate: that was used.
-        tokens: of the step, all kinds and processes.
-        seconds: wall time of the step.
-        expert_load: `{(component, layer): tokens of each expert}`.
-    """
-
-    step: int
-    loss: float
-    text_loss: float | None
-    image_loss: float | None
-    balance_loss: float
-    router_z_loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float
-    expert_load: dict[tuple[str, int], list[int]] = field(default_factory=dict)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of the step per second of wall time."""
-        return self.tokens / self.seconds
-
-    @property
-    def load_imbalance(self) -> float | None:
-        """Load of the busiest expert over the mean load, averaged over layers; None if all dense.
-
-        1 is perfect balance, E / K is all tokens on the same K of E experts.
-        """
-        ratios = [
-            max(load) * len(load) / sum(load) for load in self.expert_load.values() if sum(load)
-        ]
-        return sum(ratios) / len(ratios) if ratios else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, ready for json.dump, without those that are None."""
-        values: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "step",
-                "loss",
-                *_LOSSES,
-                "grad_norm",
-                "learning_rate",
-                "tokens",
-                "seconds",
-                "tokens_per_second",
-                "load_imbalance",
-            )
-            if getattr(self, name) is not None
-        }
-        if self.expert_load:
-            values["expert_load"] = {
-                f"{component}.{layer}": load
-                for (component, layer), load in self.expert_load.items()
-            }
-        return values
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingReport(Report):
-    """What a run did.
-
-    Attributes:
-        steps: taken in all, those before a resume included.
-        trained_parameters, parameters: of the model.
-        tokens, seconds: of the steps of this process's run, those before a resume excluded.
-        first_loss, last_loss: of the first and the last tenth of these steps, means.
-    """
-
-    steps: int
-    trained_parameters: int
-    parameters: int
-    tokens: int
-    seconds: float
-    first_loss: float | None
-    last_loss: float | None
-
-    def to_text(self) -> str:
-        rows: list[tuple[str, object]] = [
-            ("steps", self.steps),
-            ("trained", f"{self.trained_parameters:,} of {self.parameters:,} parameters"),
-        ]
-        if self.first_loss is not None and self.last_loss is not None:
-            rows += [
-                ("loss", f"{self.first_loss:.4f} -> {self.last_loss:.4f}"),
-                ("tokens", f"{self.tokens:,} ({self.tokens / self.seconds:,.0f} a second)"),
-                ("time", f"{self.seconds:.1f} s"),
-            ]
-        return format_table(rows)
 
 
 class TrainingPass(nn.Module):
@@ -255,16 +150,16 @@ class Trainer:
         ).sum(0)
         text_tokens, image_tokens, tokens = map(int, _over_processes(counts).tolist())
         loss = torch.zeros((), device=device)
-        sums = {name: torch.zeros((), device=device) for name in _LOSSES}
+        sums = {name: torch.zeros((), device=device) for name in LOSSES}
         load = {
             key: torch.zeros(count, dtype=torch.int64, device=device)
             for key, count in self._experts.items()
         }
-        with _deterministic(device):
+        with _deterministic(device), self.masters.collecting() as collect:
             for batch in batches:
                 own, parts, own_load = self._pass(batch, text_tokens, image_tokens)
                 own.backward()
-                self.masters.collect()
+                collect()
                 loss += own.detach()
                 for name, part in parts.items():
                     sums[name] += part
@@ -279,7 +174,7 @@ class Trainer:
         rate = config.learning_rate_at(number)
         norm = self.masters.step(rate)
         self.steps_done += 1
-        losses: dict[str, Any] = dict(zip(_LOSSES, found[1:], strict=True))
+        losses: dict[str, Any] = dict(zip(LOSSES, found[1:], strict=True))
         losses["text_loss"] = losses["text_loss"] if text_tokens else None
         losses["image_loss"] = losses["image_loss"] if image_tokens else None
         return StepRecord(
