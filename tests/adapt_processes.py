@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of sharded training run in each of two processes.
 
-Usage: python adapt_processes.py RANK PORT DIRECTORY; the first process writes `result.json`.
+Usage: python adapt_processes.py RANK PORT PORT DIRECTORY; the first process writes `result.json`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,25 @@ import torch
 import torch.distributed as dist
 from adapt_models import losses, trainer, write_folder
 
-from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
+from sparse_unified.cli import main as command
 
+COMMAND = [
+    "--steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--micro-batch-size",
+    "2",
+    "--lr",
+    "1e-3",
+    "--checkpoint-every",
+    "1",
+]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def main(rank: int, port: str, directory: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def main(rank: int, ports: list[str], directory: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0]}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     found: dict[str, Any] = {}
@@ -41,19 +53,18 @@ def main(rank: int, port: str, directory: Path) -> None:
         found[f"{name} norm"] = sharded.step().grad_norm
         local = sum(t.nbytes for t in sharded.masters.state().values())
         found[f"{name} state"] = local
-    data = directory / "data"
-    if rank == 0:
-        write_folder(data)
-    dist.barrier()
-    config = TrainingConfig(steps=2, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
-    report = adapt(
-        directory / "model", directory / "sharded", data, config, RunConfig(checkpoint_every=1)
-    )
-    found["adapt"] = report.last_loss
     if rank == 0:
         (directory / "result.json").write_text(json.dumps(found))
+        write_folder(directory / "data")
+    dist.barrier()
     dist.destroy_process_group()
+
+    # As torchrun starts the command.
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": ports[1]}
+    arguments = ["adapt", str(directory / "model"), str(directory / "sharded"), *COMMAND]
+    status = command([*arguments, "--data", str(directory / "data")])
+    assert status == 0, status
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2:4], Path(sys.argv[4]))

@@ -215,6 +215,8 @@ def test_max_side_and_tasks_choose(pipeline: BagelPipeline, tmp_path: Path) -> N
     assert max(last.latent.shape[1:]) == 2 * pipeline.model.config.latent_patch_size
     with pytest.raises(ValueError, match=r"--max-side: side must be at least"):
         PictureDataset(data, pipeline.pictures, pipeline.tokenizer, max_side=step - 1)
+    with pytest.raises(ValueError, match=r"--tasks: name must be one of .*, got 'drawing'"):
+        PictureDataset(data, pipeline.pictures, pipeline.tokenizer, tasks=["drawing"])
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "0.png").write_bytes(picture(0))
     (tmp_path / "one" / "0.txt").write_text("x")

@@ -61,6 +61,9 @@ class PictureDataset:
         max_side: int | None = None,
         latent_cache: Path | None = None,
     ) -> None:
+        legal = {task.value: task for task in Task}
+        if unknown := [task for task in tasks or () if task not in legal]:
+            raise ValueError(f"--tasks: name must be one of {', '.join(legal)}, got {unknown[0]!r}")
         wanted = set(Task) if tasks is None else {Task(task) for task in tasks}
         self.samples = [
             (index, task)
