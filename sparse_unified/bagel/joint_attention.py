@@ -7,6 +7,7 @@ both streams, so that a layer attends to all of them in one call, on views.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,8 +25,9 @@ class Group:
     Attributes:
         count: B, sequences.
         lengths: tokens of one sequence in the und and in the gen stream.
-        mask: [L, L] bool, row i sees column j; und tokens first, then gen tokens. None where every
-            token sees all, or where `causal` says it all.
+        mask: [L, L], row i sees column j; und tokens first, then gen tokens. Bool, or 0 and -inf in
+            the dtype of the queries. None where every token sees all, or where `causal` says it
+            all.
         causal: token i sees the tokens up to i.
     """
 
@@ -54,6 +56,22 @@ class JointPacking:
     vit_rows: Tensor | None = None
     routed: dict[str, Tensor] | None = None
 
+    def with_mask_dtype(self, dtype: torch.dtype) -> JointPacking:
+        """Returns the same with masks to add to attention scores of `dtype`.
+
+        Attention would turn a mask of bools into such a one in every layer.
+        """
+        groups = [
+            group
+            if group.mask is None
+            else replace(
+                group,
+                mask=torch.zeros_like(group.mask, dtype=dtype).masked_fill_(~group.mask, -math.inf),
+            )
+            for group in self.groups
+        ]
+        return replace(self, groups=groups)
+
     def recording(self) -> JointPacking:
         """Returns the same with an empty `routed`."""
         return replace(self, routed={})
@@ -74,16 +92,23 @@ def attend_jointly(
     Returns:
         The mixed values [N, H * d] of each stream.
     """
+    # One split a tensor: the gradients of slices would each be a tensor of the whole stream.
+    split = {
+        stream: list(
+            zip(
+                *(x.split([g.count * g.lengths[stream] for g in groups]) for x in parts),
+                strict=True,
+            )
+        )
+        for stream, parts in heads.items()
+    }
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
-    starts = dict.fromkeys(heads, 0)
-    for group in groups:
-        own = {}
-        for stream, parts in heads.items():
-            length = group.lengths[stream]
-            rows = slice(starts[stream], starts[stream] + group.count * length)
-            starts[stream] = rows.stop
-            if length:
-                own[stream] = tuple(x[rows].unflatten(0, (group.count, length)) for x in parts)
+    for i, group in enumerate(groups):
+        own = {
+            stream: tuple(x.unflatten(0, (group.count, group.lengths[stream])) for x in parts[i])
+            for stream, parts in split.items()
+            if group.lengths[stream]
+        }
         for stream, out in _attend(own, reads, group).items():
             mixed[stream].append(out.flatten(0, 1))
     return {stream: torch.cat(parts) for stream, parts in mixed.items()}

@@ -75,15 +75,14 @@ def training_forward(
         gen = model.vae2llm(batch.latents.to(dtype)) + model.latent_pos_embed(
             batch.latent_positions
         )
-        gen = gen + model.time_embedder(batch.times)[batch.time_rows]
+        gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
+    packing = batch.packing.with_mask_dtype(dtype)
     routed: dict[tuple[str, int], tuple[Tensor, int]] = {}
     for index, layer in enumerate(decoder.layers):
         if checkpointing:
-            und, gen, logits = checkpoint(
-                _run_layer, layer, und, gen, batch.packing, use_reentrant=False
-            )
+            und, gen, logits = checkpoint(_run_layer, layer, und, gen, packing, use_reentrant=False)
         else:
-            und, gen, logits = _run_layer(layer, und, gen, batch.packing)
+            und, gen, logits = _run_layer(layer, und, gen, packing)
         for component, values in logits.items():
             block: Any = layer.mlp if component == "und" else layer.mlp_moe_gen
             routed[component, index] = (values, block.top_k)
@@ -91,10 +90,12 @@ def training_forward(
     zero = torch.zeros((), device=und.device)
     text_loss = image_loss = balance = z_loss = zero
     if batch.text_tokens:
-        hidden = decoder.norm(und[batch.label_rows])
+        hidden = decoder.norm(und.index_select(0, batch.label_rows))
         text_loss = F.cross_entropy(language.lm_head(hidden).float(), batch.labels, reduction="sum")
     if batch.image_tokens and gen is not None:
-        predicted = model.llm2vae(decoder.norm_moe_gen(gen[batch.velocity_rows])).float()
+        predicted = model.llm2vae(
+            decoder.norm_moe_gen(gen.index_select(0, batch.velocity_rows))
+        ).float()
         image_loss = (predicted - batch.velocities).square().mean(-1).sum()
     loads = {}
     for key, (logits, top_k) in routed.items():
