@@ -181,7 +181,7 @@ def test_trained_routers_are_reported_and_do_not_count(
     edit_weights(sparse, lambda weights: weights[LAYER + "gate.weight"].fill_(1))
     report = verify(sparse, pair[0])
     assert report.ok
-    assert [verdict.routers for verdict in report.layers] == ["trained", "zero"]
+    assert [verdict.routers for verdict in report.layers] == ["set", "zero"]
 
 
 def test_equal_neurons_may_change_places(tmp_path: Path) -> None:

@@ -9,10 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_cases import BlockFfn, block_ffn, unit_tokens
 from torch import Tensor
 
-from sparse_unified.nn import SparseMoE
+from sparse_unified.bench.routing_choice import (
+    FfnWeights,
+    block_ffn,
+    compare,
+    main,
+    sparse_error,
+    unit_tokens,
+)
 from sparse_unified.ops import reference
 from sparse_unified.partition import (
     ExpertLayout,
@@ -24,7 +30,6 @@ from sparse_unified.partition import (
     magnitude_scores,
     order_neurons,
     random_partition,
-    random_router,
     snake_partition,
 )
 
@@ -32,8 +37,8 @@ LAYOUT = ExpertLayout(intermediate_size=512, num_experts=16)
 
 
 @pytest.fixture(scope="module")
-def ffn() -> BlockFfn:
-    return block_ffn()
+def ffn() -> FfnWeights:
+    return block_ffn()[0]
 
 
 def experts(index: Tensor, layout: ExpertLayout) -> list[Tensor]:
@@ -83,22 +88,22 @@ def test_random_depends_on_seed_and_layer_alone() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_coactivation_finds_blocks_that_fire_together(seed: int) -> None:
-    ffn = block_ffn(seed=seed)
+    ffn, block = block_ffn(seed=seed)
     hidden = hidden_activations(unit_tokens(256), ffn.gate_proj, ffn.up_proj)
-    index = coactivation_partition(magnitude_scores(*ffn.weights), LAYOUT, hidden, seed=seed)
+    index = coactivation_partition(magnitude_scores(*ffn), LAYOUT, hidden, seed=seed)
     for own in experts(index, LAYOUT):
-        assert len(set(ffn.block[own].tolist())) == 1
+        assert len(set(block[own].tolist())) == 1
         assert all(a < b for a, b in pairwise(own.tolist()))
 
 
-def test_coactivation_is_reproducible_and_takes_half_precision(ffn: BlockFfn) -> None:
-    scores = magnitude_scores(*ffn.weights)
+def test_coactivation_is_reproducible_and_takes_half_precision(ffn: FfnWeights) -> None:
+    scores = magnitude_scores(*ffn)
     hidden = hidden_activations(unit_tokens(64), ffn.gate_proj, ffn.up_proj).half()
     first = coactivation_partition(scores, LAYOUT, hidden, seed=1)
     assert torch.equal(first, coactivation_partition(scores, LAYOUT, hidden, seed=1))
 
 
-def test_hidden_activations_are_those_of_the_ffn(ffn: BlockFfn) -> None:
+def test_hidden_activations_are_those_of_the_ffn(ffn: FfnWeights) -> None:
     x = unit_tokens(5)
     gate, up = ffn.gate_proj.repeat(3, 1), ffn.up_proj.repeat(3, 1)  # more than one tile
     expected = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
@@ -132,65 +137,53 @@ def test_coactivation_without_activations_is_refused() -> None:
 # Routers
 
 
-def sparse_error(ffn: BlockFfn, index: Tensor, router: Tensor, x: Tensor, top_k: int = 8) -> float:
-    """Relative L2 distance of the block to the dense FFN."""
-    block = SparseMoE(x.shape[1], len(index), LAYOUT.num_experts, top_k, return_router_logits=False)
-    with torch.no_grad():
-        block.gate_proj.copy_(ffn.gate_proj[index])
-        block.up_proj.copy_(ffn.up_proj[index])
-        block.down_proj.copy_(ffn.down_proj[:, index])
-        block.gate.weight.copy_(router)
-        dense = reference.swiglu(x, *ffn.weights)
-        return float((block(x) - dense).norm() / dense.norm())
-
-
-def test_fitted_routers_beat_ties_and_chance_and_coactivation_helps_most(ffn: BlockFfn) -> None:
+def test_fitted_routers_beat_ties_and_chance_and_coactivation_helps_most(ffn: FfnWeights) -> None:
     # 16 experts, 8 active, measured on tokens the fit has not seen.
-    seen, unseen = unit_tokens(512, seed=1), unit_tokens(512, seed=2)
-    scores = magnitude_scores(*ffn.weights)
-    hidden = hidden_activations(seen, ffn.gate_proj, ffn.up_proj)
-    found: dict[tuple[Partition, RouterInit], float] = {}
-    for partition in Partition:
-        index = order_neurons(partition, scores, LAYOUT, hidden=hidden)
-        weights = (ffn.gate_proj[index], ffn.up_proj[index], ffn.down_proj[:, index])
-        fit = fit_router(seen, *weights, LAYOUT, 8)
-        routers = {
-            RouterInit.ZERO: torch.zeros(16, 64),
-            RouterInit.RANDOM: random_router(16, 64, seed=0),
-            RouterInit.ACTIVATION: fit.weight,
-        }
-        for method, router in routers.items():
-            found[partition, method] = sparse_error(ffn, index, router, unseen)
-        # What the report says of tokens left out of the fit is what others find.
-        assert fit.error == pytest.approx(found[partition, RouterInit.ACTIVATION], rel=0.1)
-        assert fit.error_zero == pytest.approx(found[partition, RouterInit.ZERO], rel=0.1)
-        assert 0.0099 < fit.logit_rms < 0.1001
+    found = compare(ffn, unit_tokens(512, seed=1), unit_tokens(512, seed=2))
     for method in (RouterInit.ZERO, RouterInit.RANDOM):
         for partition in Partition:
             assert found[partition, method] > 0.65  # half of the output is gone: 0.71
-    assert (
-        found[Partition.SNAKE, RouterInit.ACTIVATION]
-        < 0.92 * found[Partition.SNAKE, RouterInit.ZERO]
-    )
+    snake = [found[Partition.SNAKE, method] for method in (RouterInit.ACTIVATION, RouterInit.ZERO)]
+    assert snake[0] < 0.92 * snake[1]
     assert found[Partition.COACTIVATION, RouterInit.ACTIVATION] < 0.2
 
 
-def test_logits_keep_the_output_unbiased(ffn: BlockFfn) -> None:
+@pytest.mark.parametrize("partition", list(Partition))
+def test_reported_errors_are_those_on_other_tokens(ffn: FfnWeights, partition: Partition) -> None:
+    seen, unseen = unit_tokens(512, seed=1), unit_tokens(512, seed=2)
+    hidden = hidden_activations(seen, ffn.gate_proj, ffn.up_proj)
+    index = order_neurons(partition, magnitude_scores(*ffn), LAYOUT, hidden=hidden)
+    fit = fit_router(seen, *ffn.ordered(index), LAYOUT, 8)
+    assert fit.error == pytest.approx(sparse_error(ffn, index, fit.weight, unseen), rel=0.1)
+    zeros = torch.zeros_like(fit.weight)
+    assert fit.error_zero == pytest.approx(sparse_error(ffn, index, zeros, unseen), rel=0.1)
+    assert 0.0099 < fit.logit_rms < 0.1001
+
+
+def test_measurement_prints_a_table_per_ffn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "1", "--blocks-only"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| coactivation | ") == 3
+    with pytest.raises(SystemExit):
+        main(["--seeds", "0"])
+
+
+def test_logits_keep_the_output_unbiased(ffn: FfnWeights) -> None:
     # Along the dense output, the sparse one neither shrinks nor grows by more than the logits do.
     seen, unseen = unit_tokens(512, seed=1), unit_tokens(512, seed=2)
     hidden = hidden_activations(seen, ffn.gate_proj, ffn.up_proj)
-    index = coactivation_partition(magnitude_scores(*ffn.weights), LAYOUT, hidden)
-    weights = (ffn.gate_proj[index], ffn.up_proj[index], ffn.down_proj[:, index])
+    index = coactivation_partition(magnitude_scores(*ffn), LAYOUT, hidden)
+    weights = ffn.ordered(index)
     router = fit_router(seen, *weights, LAYOUT, 16).weight
     logits = unseen @ router.t()
     assert float(logits.mean()) == pytest.approx(0, abs=1e-3)
     assert sparse_error(ffn, index, router, unseen, top_k=16) < 0.1
 
 
-def test_shared_expert_counts_as_always_there(ffn: BlockFfn) -> None:
+def test_shared_expert_counts_as_always_there(ffn: FfnWeights) -> None:
     layout = ExpertLayout(intermediate_size=512, num_experts=8, num_shared_experts=8)
-    index = snake_partition(magnitude_scores(*ffn.weights), layout)
-    weights = (ffn.gate_proj[index], ffn.up_proj[index], ffn.down_proj[:, index])
+    index = snake_partition(magnitude_scores(*ffn), layout)
+    weights = ffn.ordered(index)
     x = unit_tokens(60)
     fit = fit_router(x, *weights, layout, 4)
     held_out = x[::5]
@@ -198,11 +191,11 @@ def test_shared_expert_counts_as_always_there(ffn: BlockFfn) -> None:
     sparse = reference.swiglu(
         held_out, ffn.gate_proj[kept], ffn.up_proj[kept], ffn.down_proj[:, kept]
     )
-    dense = reference.swiglu(held_out, *ffn.weights)
+    dense = reference.swiglu(held_out, *ffn)
     assert fit.error_zero == pytest.approx(float((sparse - dense).norm() / dense.norm()), rel=1e-4)
 
 
-def test_experts_that_give_nothing_get_a_router_of_zeros(ffn: BlockFfn) -> None:
+def test_experts_that_give_nothing_get_a_router_of_zeros(ffn: FfnWeights) -> None:
     weights = (ffn.gate_proj, ffn.up_proj, torch.zeros_like(ffn.down_proj))
     fit = fit_router(unit_tokens(16), *weights, LAYOUT, 8)
     assert not fit.weight.any()
@@ -221,6 +214,6 @@ def test_experts_that_give_nothing_get_a_router_of_zeros(ffn: BlockFfn) -> None:
         ),
     ],
 )
-def test_unfit_inputs_are_refused(ffn: BlockFfn, inputs: Tensor, message: str) -> None:
+def test_unfit_inputs_are_refused(ffn: FfnWeights, inputs: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"fit_router: inputs must .*{message}"):
-        fit_router(inputs, *ffn.weights, LAYOUT, 8)
+        fit_router(inputs, *ffn, LAYOUT, 8)

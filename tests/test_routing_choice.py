@@ -11,7 +11,6 @@ import analysis_models as models
 import pytest
 import torch
 from checkpoint_files import make_dense
-from routing_cases import block_ffn, unit_tokens
 from swap_models import LAYERS, Model, TensorMLP, ffn
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from sparse_unified.analysis.adapter import find_adapter
 from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
 from sparse_unified.analysis.metrics import Settings
 from sparse_unified.analysis.samples import Task, built_in_samples
+from sparse_unified.bench.routing_choice import block_ffn, unit_tokens
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import read_sidecar
 from sparse_unified.cli import main
@@ -124,10 +124,10 @@ def block_model(partition: str) -> Model:
     torch.manual_seed(0)
     model = Model(TensorMLP)
     for layer in range(LAYERS):
-        own = block_ffn(hidden=8, width=96, blocks=4, seed=layer)
+        own, _ = block_ffn(hidden=8, width=96, blocks=4, seed=layer)
         module = TensorMLP(8, 96)
         with torch.no_grad():
-            for name, weight in zip(keys.PROJECTIONS, own.weights, strict=True):
+            for name, weight in zip(keys.PROJECTIONS, own, strict=True):
                 getattr(module, name).weight.copy_(weight)
         model.layers[layer].mlp_moe_gen = module
     config = MoEConfig(num_experts=4, top_k=2, partition=partition)  # type: ignore[arg-type]
@@ -255,7 +255,7 @@ def test_every_partition_verifies_and_inverts(
     sparse = Checkpoint(tmp_path / "sparse")
     verdict = verify(sparse.directory, dense)
     assert verdict.ok
-    assert {layer.routers for layer in verdict.layers} == {"trained"}
+    assert {layer.routers for layer in verdict.layers} == {"set"}
     gates = [sparse.read(keys.router_key(component, 1, n)) for n in keys.router_names(component)]
     assert gates[0].any()
     assert not gates[1].any()  # that of the shared expert

@@ -46,7 +46,7 @@ class LayerVerdict:
         max_error: largest difference to the dense FFN in fp64, with top_k = E and routers at zero;
             None when there is no bijection to run, or it is not finite.
         tolerance: the most it may be: twice the dense FFN's own error, and 1e-5.
-        routers: "zero" as conversion leaves them, or "trained".
+        routers: "zero", or "set": by a conversion that was asked to, or by training.
         problems: what is wrong, naming expert and neuron; empty when all is well.
     """
 
@@ -242,7 +242,7 @@ def _judge(
         bijection=index is not None,
         max_error=error if error is None or math.isfinite(error) else None,
         tolerance=tolerance if tolerance is None or math.isfinite(tolerance) else None,
-        routers="trained" if any(bool(router.any()) for router in routers) else "zero",
+        routers="set" if any(bool(router.any()) for router in routers) else "zero",
         problems=tuple(problems),
     )
     return verdict, index
