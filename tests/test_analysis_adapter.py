@@ -126,15 +126,29 @@ def test_what_the_model_lacks_is_an_error(call: Any, message: str) -> None:
         call(find_adapter(model))
 
 
+def test_experts_of_a_sparse_block_are_ffns_of_their_own() -> None:
+    model = models.bagel()
+    width = model.language_model.model.layers[1].mlp_moe_gen.gate_proj.out_features
+    how = sparse_unified.MoEConfig(num_experts=3, top_k=1, num_shared_experts=1)
+    sparse_unified.apply_moe_(model, how)
+    adapter = find_adapter(model)
+    block: Any = model.language_model.model.layers[1].mlp_moe_gen
+    assert len(adapter.ffns("und")) == adapter.num_layers()
+    assert adapter.block(1, "gen").ffn is block
+    experts = [ffn for ffn in adapter.ffns("gen") if ffn.layer == 1]
+    prefix = "language_model.model.layers.1.mlp_moe_gen."
+    names = ["shared_expert", "experts.0", "experts.1", "experts.2"]
+    assert [ffn.key for ffn in experts] == [(1, prefix + name) for name in names]
+    assert all(ffn.module is block and ffn.intermediate_size == width // 4 for ffn in experts)
+    joined = torch.cat([ffn.down_proj for ffn in experts], 1)
+    assert torch.equal(joined, block.down_proj)
+    experts[1].up_proj[0, 0] = 5
+    assert block.up_proj[width // 4, 0] == 5
+
+
 def test_only_plain_dense_ffns_are_read() -> None:
     model = models.bagel()
-    sparse_unified.apply_moe_(model, sparse_unified.MoEConfig(num_experts=2, top_k=1))
     adapter = find_adapter(model)
-    assert len(adapter.ffns("und")) == adapter.num_layers()
-    assert adapter.block(1, "gen").ffn is model.language_model.model.layers[1].mlp_moe_gen
-    with pytest.raises(ValueError, match=r"FFN must be dense with weights .* got a SparseMoE"):
-        adapter.ffns("gen")
-    sparse_unified.restore_(model)
     layer = model.language_model.model.layers[0].mlp
     layer.up_proj = nn.Linear(*layer.up_proj.weight.shape[::-1])
     with pytest.raises(ValueError, match="up_proj must have no bias"):

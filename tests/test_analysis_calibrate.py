@@ -172,17 +172,26 @@ def test_command_writes_statistics_and_scores_that_prune_takes(
     assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
 
 
-def test_one_component_beside_a_sparse_other(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_command_takes_sparse_models_and_writes_scores_in_expert_order(
+    model: Path, tmp_path: Path
 ) -> None:
     sparse, out = tmp_path / "sparse", tmp_path / "s.safetensors"
-    convert = ["convert", str(model), str(sparse), "--num-experts", "4", "--top-k", "2", "--quiet"]
-    assert main([*convert, "--layers", "all"]) == 0
-    arguments = ["--task", "understanding", "--samples", "1"]
-    assert run(sparse, out, *arguments) == 1
-    assert "FFN must be dense" in capsys.readouterr().err
-    assert run(sparse, out, *arguments, "--component", "und") == 0
-    # The und FFNs are those of the dense model, so what they did there counts for both.
+    convert = ["convert", str(model), str(sparse), "--num-experts", "4", "--top-k", "4", "--quiet"]
+    assert main([*convert, "--layers", "1"]) == 0
+    scores = tmp_path / "scores.safetensors"
+    arguments = ["--task", "generation", "--samples", "1", "--scores", str(scores)]
+    assert run(sparse, out, *arguments, "--criterion", "activation") == 0
+    statistics = FfnStatistics.load(out)
+    keys = [key for key in statistics.ffns["generation"]["gen"] if not isinstance(key, int)]
+    assert [(layer, name.rpartition(".mlp_moe_gen.")[2]) for layer, name in keys] == [
+        (1, f"experts.{e}") for e in range(4)
+    ]
+    found = read_header(scores).tensors
+    joined = read_tensor(found["gen.1"], what="")
+    means = [statistics.mean_abs("generation", "gen", key) for key in keys]
+    assert torch.equal(joined, torch.cat(means).float())
+    # What und did there counts for the dense model too.
+    assert run(sparse, out, "--task", "understanding", "--samples", "1") == 0
     FfnStatistics.load(out).check(models.pipeline(tmp_path / "dense"))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import sparse_unified
 from sparse_unified.analysis import CRITERIA, FfnStatistics, collect, save_scores, score
 from sparse_unified.analysis.adapter import find_adapter
+from sparse_unified.analysis.criteria import join_experts
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.scores import resolve_scores
 from sparse_unified.fixtures import write_checkpoint
@@ -187,12 +188,17 @@ def test_scores_file_is_what_convert_and_prune_read(tmp_path: Path) -> None:
         resolve_scores(source, "und", [0], scores=path, seed=None, what="prune")
 
 
+def test_scores_of_experts_are_joined_the_shared_one_first() -> None:
+    parts = {(1, "mlp.experts.0"): torch.ones(2), (1, "mlp.shared_expert"): torch.zeros(3)}
+    joined = join_experts({0: torch.full((4,), 7.0), **parts})
+    assert joined[0].tolist() == [7.0] * 4
+    assert joined[1].tolist() == [0, 0, 0, 1, 1]
+
+
 def test_scores_that_no_checkpoint_takes_are_not_written(tmp_path: Path) -> None:
     path = tmp_path / "scores.safetensors"
     with pytest.raises(ValueError, match=r"component must be one of .*, got .text."):
         save_scores(path, score("magnitude", models.Bailing()))
-    with pytest.raises(ValueError, match="scores must be of layers with one FFN each"):
-        save_scores(path, {"gen": {(1, "expert"): torch.ones(3)}})
     for none in ({}, {"gen": {}}):
         with pytest.raises(ValueError, match="scores must be given for at least one layer"):
             save_scores(path, none)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_unified import MoEConfig, apply_moe_
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect, hash_ffns
 from sparse_unified.analysis.active_sets import (
     mean_overlap,
@@ -25,6 +26,7 @@ from sparse_unified.analysis.active_sets import (
 )
 from sparse_unified.analysis.adapter import find_adapter
 from sparse_unified.bagel.sampler import timestep_grid
+from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed, reference
 
 CONFIG = StatisticsConfig(threshold=0.05, active_fraction=0.25, num_time_ranges=3)
@@ -497,3 +499,46 @@ def test_hash_is_that_of_the_bf16_weights() -> None:
 def test_bad_configs_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"calibrate: {message}"):
         StatisticsConfig(**change)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_experts_count_the_tokens_that_are_routed_to_them(shared: int) -> None:
+    torch.manual_seed(0)
+    model: Any = models.Official()
+    layer = model.language_model.model.layers[1]
+    apply_moe_(model, MoEConfig(num_experts=3, top_k=2, num_shared_experts=shared, layers=[1]))
+    block = layer.mlp_moe_gen
+    torch.nn.init.normal_(block.gate.weight)
+    x, seen = torch.randn(9, models.HIDDEN), []
+    block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    config = StatisticsConfig(threshold=0.05)
+    with collect(model, "task", config=config) as collector, torch.no_grad():
+        collector.begin("a")
+        dense = model(x, torch.tensor([0, 8]), torch.arange(1, 8))
+    assert torch.equal(model(x, torch.tensor([0, 8]), torch.arange(1, 8)), dense)
+    found = collector.statistics().ffns["task"]["gen"]
+    (tokens,) = seen[:1]
+    logits = tokens @ block.gate.weight.T
+    chosen = logits.topk(2).indices
+    experts = find_adapter(model).ffns("gen")[1:-1]
+    assert len(experts) == 3 + shared
+    for ffn in experts:
+        name = ffn.name.rpartition(".")[2]
+        rows = (chosen == int(name)).any(1) if name.isdigit() else torch.ones(7, dtype=torch.bool)
+        h = torch.nn.functional.silu(tokens[rows] @ ffn.gate_proj.T) * (
+            tokens[rows] @ ffn.up_proj.T
+        )
+        sums = found[ffn.key]
+        assert int(sums.tokens.sum()) == int(rows.sum())
+        torch.testing.assert_close(sums.sum_abs[0], h.abs().double().sum(0), rtol=1e-5, atol=1e-6)
+        assert torch.equal(sums.num_fired[0], (h.abs() > 0.05).double().sum(0))
+
+
+def test_text_and_vit_tokens_are_counted_where_their_own_router_sends_them() -> None:
+    block = SparseMoE(8, 12, 3, 1, gate_img=True)
+    torch.nn.init.normal_(block.gate.weight)
+    torch.nn.init.normal_(block.gate_img.weight)
+    x, text, vit = torch.randn(6, 8), torch.tensor([0, 3, 5]), torch.tensor([1, 2, 4])
+    chosen = block.route(x, packed_text_indexes=text, packed_vit_token_indexes=vit)[2]
+    _, logits = block(x, text, vit)
+    assert torch.equal(chosen[:, 0].long(), logits.argmax(1))

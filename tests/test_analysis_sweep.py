@@ -254,26 +254,43 @@ def test_measured_criteria_rank_what_the_task_uses(criterion: str, tmp_path: Pat
     assert again.points[1].metrics == task.points[1].metrics
 
 
-def test_layers_of_sparse_models_are_swept_without_statistics(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_sparse_models_are_watched_and_swept(tmp_path: Path) -> None:
     pipeline, probes = tiny_bagel(tmp_path)
-    sparse_unified.apply_moe_(pipeline, sparse_unified.MoEConfig(num_experts=4, top_k=2))
+    how = sparse_unified.MoEConfig(num_experts=4, top_k=4, layers="all")
+    sparse_unified.apply_moe_(pipeline, how)
+    before = snapshot(pipeline.model)
     (task,) = sweep(
         pipeline,
         tmp_path / "out",
         [probes[Task.GENERATION]],
-        config={"components": ("gen",), "axes": ("depth",)},
+        config={
+            "components": ("gen",),
+            "axes": ("depth", "width"),
+            "criterion": "activation",
+            "ratios": (0.5,),
+        },
     ).tasks
+    assert_same(before, snapshot(pipeline.model))
+    maps = {found.component: found for found in task.activation}
+    assert list(maps["gen"].layers) == list(range(pipeline.model.config.llm.num_hidden_layers))
+    depth, width = task.points
+    assert width.change == "4 experts of 24 neurons -> 4 experts of 12 neurons"
+    for entry in (depth, width):
+        assert entry.metrics["latent_distance"] > 0
+        assert entry.after.flops < entry.before.flops
+        assert entry.after.parameters < entry.before.parameters
+
+
+def test_models_whose_neurons_cannot_be_read_are_swept_along_depth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.qwen()
+    model.model.language_model.layers[1].mlp.up_proj = nn.Linear(models.HIDDEN, models.WIDTH)
+    (task,) = sweep(model, tmp_path / "out", config={"axes": ("depth",)}).tasks
     assert task.activation == []
-    assert "no statistics of neurons: model.language_model.model.layers.1" in caplog.text
-    with pytest.raises(ValueError, match="FFN must be dense"):
-        sweep(
-            pipeline,
-            tmp_path / "width",
-            [probes[Task.GENERATION]],
-            config={"components": ("gen",), "axes": ("width",)},
-        )
+    assert "no statistics of neurons: model.language_model.layers.1" in caplog.text
+    with pytest.raises(ValueError, match="up_proj must have no bias"):
+        sweep(model, tmp_path / "width", config={"axes": ("width",)})
 
 
 class Interrupting:

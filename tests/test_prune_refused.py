@@ -110,13 +110,17 @@ def test_the_target_must_not_exist_nor_lie_in_the_source(dense: Path, tmp_path: 
         prune(dense, dense / "out", WIDTHS)
 
 
-def test_width_after_experts_is_refused_with_the_right_order(dense: Path, tmp_path: Path) -> None:
-    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
-    match = "FFNs must be dense .* got sparse layers 1-2; prune the width first, then convert"
-    refuse(match, tmp_path / "sparse", tmp_path, PruneWidthConfig())
-    report = prune(tmp_path / "sparse", tmp_path / "ends", PruneWidthConfig(layers=[0, 3]))
-    assert report.after["gen"].parameters < report.before["gen"].parameters
-    load(tmp_path / "ends")
+def test_what_experts_cannot_have_is_refused(dense: Path, tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse"
+    convert(dense, sparse, num_experts=4, top_k=2)
+    at = "prune: gen layer 1: "
+    refuse(at + "budget must be 'uniform'", sparse, tmp_path, PruneWidthConfig(budget="global"))
+    wide = PruneWidthConfig(layers=[1], block_size=32)
+    refuse(at + "block_size must divide the 24 neurons of an expert", sparse, tmp_path, wide)
+    scores = {layer: torch.ones(WIDTH - 1) for layer in range(LAYERS)}
+    with pytest.raises(ValueError, match=r"prune: layer 0: scores must have shape \[96\]"):
+        prune(sparse, tmp_path / "never", PruneWidthConfig(), scores=scores)
+    assert not (tmp_path / "never").exists()
 
 
 def test_experts_of_skipped_or_indivisible_layers_are_refused(dense: Path, tmp_path: Path) -> None:

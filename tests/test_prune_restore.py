@@ -301,7 +301,11 @@ def test_orders_that_make_no_sense_are_refused_by_name() -> None:
     model = small_bagel()
     apply_moe_(model, MoEConfig(num_experts=4, top_k=2, layers=[1]))
     with pytest.raises(ValueError, match=r"layer 1 .*FFN must be dense, got a SparseMoE"):
-        prune_width_(model, PruneWidthConfig(layers=[1]))
+        apply_moe_(model, MoEConfig(num_experts=2, top_k=1, layers=[1]))
+    with pytest.raises(ValueError, match=r"layer 1 .*budget must be 'uniform' for sparse FFNs"):
+        prune_width_(model, PruneWidthConfig(layers=[1], budget="global"))
+    with pytest.raises(ValueError, match=r"layer 1 .*block_size must divide the 24 neurons of an"):
+        prune_width_(model, PruneWidthConfig(layers=[1], block_size=32))
     skip_layers_(model, SkipLayersConfig(component="gen", layers=[2]))
     with pytest.raises(ValueError, match=r"layer 2 .*mlp_moe_gen must be there, got"):
         prune_width_(model, PruneWidthConfig(layers=[2]))

@@ -187,6 +187,9 @@ class DecoderAdapter:
             if module is None or isinstance(module, SkippedFFN | StandIn):
                 continue
             path = f"{self.path}.{layer}.{names.ffn}"
+            if isinstance(module, SparseMoE):
+                listed += _read_sparse(component, layer, path, module)
+                continue
             experts = self._experts(module, path)
             parts = experts or [(path, module)]
             listed += [
@@ -206,7 +209,7 @@ class DecoderAdapter:
     def _experts(self, ffn: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         """Returns the experts of a mixture with their paths, routed before shared; [] if dense."""
         experts = getattr(ffn, self.layout.experts, None)
-        if isinstance(ffn, SparseMoE) or experts is None:
+        if experts is None:
             return []
         if not isinstance(experts, nn.ModuleList | Sequence) or not len(experts):
             raise ValueError(
@@ -252,6 +255,27 @@ def _missing(layers: Sequence[object], layout: Layout) -> list[str]:
         for name in layout.names()
         if not all(hasattr(layer, name) for layer in layers)
         or not any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
+    ]
+
+
+def _read_sparse(component: str, layer: int, path: str, block: SparseMoE) -> list[Ffn]:
+    """Returns the experts of a block, the shared one first, as views of its fused weights."""
+    layout = block.layout
+    ranges = {f"experts.{e}": layout.expert_range(e) for e in range(layout.num_experts)}
+    if layout.shared_width:
+        ranges = {"shared_expert": layout.shared_range()} | ranges
+    return [
+        Ffn(
+            component=component,
+            layer=layer,
+            name=f"{path}.{name}",
+            module=block,
+            gate_proj=block.gate_proj.detach()[start:stop],
+            up_proj=block.up_proj.detach()[start:stop],
+            down_proj=block.down_proj.detach()[:, start:stop],
+            is_expert=True,
+        )
+        for name, (start, stop) in ranges.items()
     ]
 
 

@@ -17,6 +17,7 @@ from sparse_unified.analysis.adapter import Adapter, Ffn, FfnKey, find_adapter
 from sparse_unified.analysis.kept_inputs import KeptInputs
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
+from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed
 
 
@@ -200,19 +201,48 @@ def collect(
     )
     with ExitStack() as hooks:
         for component, ffns in collector.ffns.items():
+            by_module: dict[int, list[Ffn]] = {}
             for ffn in ffns:
-                _observe_ffn(hooks, collector, component, ffn)
+                by_module.setdefault(id(ffn.module), []).append(ffn)
+            for own in by_module.values():
+                _observe_module(hooks, collector, component, own)
         observe_time(hooks, collector.set_time, model)
         yield collector
 
 
-def _observe_ffn(hooks: ExitStack, collector: Collector, component: str, ffn: Ffn) -> None:
+def _observe_module(
+    hooks: ExitStack, collector: Collector, component: str, ffns: Sequence[Ffn]
+) -> None:
+    """Watches one module: an FFN, or a `SparseMoE` with all of its experts."""
+    module = ffns[0].module
+
     def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = arguments[0] if arguments else next(iter(named.values()))
-        collector.observe(component, ffn, x)
+        if not isinstance(module, SparseMoE):
+            collector.observe(component, ffns[0], x)
+            return
+        with torch.no_grad():
+            chosen = module.route(*arguments, **named)[2]
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        routed = ffns[-module.num_experts :]
+        for shared in ffns[: -module.num_experts]:
+            collector.observe(component, shared, tokens)
+        for ffn, rows in zip(routed, _rows(chosen, module.num_experts), strict=True):
+            collector.observe(component, ffn, tokens[rows])
 
-    handle = ffn.module.register_forward_pre_hook(before, with_kwargs=True)
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
     hooks.callback(handle.remove)
+
+
+def _rows(chosen: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    """Returns the tokens of each expert, ascending; reads the counts back once.
+
+    Args:
+        chosen: [T, K] experts of each token.
+    """
+    flat = chosen.flatten().long()
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    return (flat.argsort(stable=True) // chosen.shape[1]).split(counts)
 
 
 def observe_time(hooks: ExitStack, set_time: Callable[[float | None], None], model: object) -> None:

@@ -174,9 +174,10 @@ def save_scores(
 ) -> None:
     """Writes scores as a file that `convert` and `prune` take with `--scores`.
 
+    Of a sparse layer, the scores of its experts are joined in expert order, the shared one first.
+
     Raises:
-        ValueError: there are none, a component is not one of a checkpoint, or a key is not a layer,
-            as those of experts.
+        ValueError: there are none, or a component is not one of a checkpoint.
     """
     tensors: dict[str, Tensor] = {}
     for component, keyed in scores.items():
@@ -184,13 +185,23 @@ def save_scores(
             raise ValueError(
                 f"{path}: component must be one of {', '.join(FFN_NAMES)}, got {component!r}"
             )
-        for key, own in keyed.items():
-            if not isinstance(key, int):
-                raise ValueError(f"{path}: scores must be of layers with one FFN each, got {key!r}")
-            tensors[f"{component}.{key}"] = own
+        for layer, own in join_experts(keyed).items():
+            tensors[f"{component}.{layer}"] = own
     if not tensors:
         raise ValueError(f"{path}: scores must be given for at least one layer, got none")
     replace_file(Path(path), encode_tensors(tensors))
+
+
+def join_experts(scores: Mapping[FfnKey, Tensor]) -> dict[int, Tensor]:
+    """Returns scores by layer, [I]: of experts in expert order, the shared one first."""
+    parts: dict[int, list[tuple[bool, Tensor]]] = {}
+    for key, own in scores.items():
+        layer, name = (key, "") if isinstance(key, int) else key
+        parts.setdefault(layer, []).append((name.rpartition(".")[2].isdigit(), own))
+    return {
+        layer: torch.cat([own for _, own in sorted(found, key=lambda part: part[0])])
+        for layer, found in parts.items()
+    }
 
 
 def _common(statistics: FfnStatistics, tasks: Sequence[str]) -> list[str]:

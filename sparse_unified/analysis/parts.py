@@ -19,7 +19,8 @@ class Ffn:
     Attributes:
         component, layer: where it belongs.
         name: dotted path of the module, from the object the adapter was made for.
-        module: what a forward hook observes; its first argument is x [..., D].
+        module: what a forward hook observes; its first argument is x [..., D]. Of an expert of a
+            `SparseMoE` that is the whole block, which gets more tokens than the expert.
         gate_proj, up_proj: [I, D], the live weights.
         down_proj: [D, I], the live weight.
         is_expert: one of several FFNs of its layer.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_unified.analysis.adapter import Adapter
-from sparse_unified.analysis.criteria import NeuronScores
+from sparse_unified.analysis.criteria import NeuronScores, join_experts
 from sparse_unified.analysis.head_surgery import fewer_heads, read_attention
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.similarity import Similarity
@@ -132,7 +132,6 @@ def _swap(
         )
     elif point.axis is Axis.WIDTH:
         assert scores is not None
-        own = scores[point.component]
         report = prune_width_(
             host,
             PruneWidthConfig(
@@ -142,7 +141,7 @@ def _swap(
                 budget=config.budget,
                 block_size=config.block_size,
             ),
-            {layer: values for layer, values in own.items() if isinstance(layer, int)},
+            join_experts(scores[point.component]),
         )
     else:
         report = prune_heads_(

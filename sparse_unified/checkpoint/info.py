@@ -276,10 +276,11 @@ def _describe_sidecar(
         problems.append(str(error))
         return None
     found = ffns.get(sidecar.component, {})
+    narrowed = source.recipe.narrowed_experts(sidecar.component) if source.recipe else set()
     for layer, index in sidecar.neuron_index.items():
         ffn = found.get(layer)
-        if held and not held[sidecar.component][layer].width:
-            continue  # skipped since
+        if layer in narrowed or (held and not held[sidecar.component][layer].width):
+            continue  # narrower or skipped since
         if ffn is None or ffn.sparse is None or ffn.intermediate_size != len(index):
             problems.append(
                 f"{SIDECAR}: {sidecar.component} layer {layer} must be sparse with {len(index)} "

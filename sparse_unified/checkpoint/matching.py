@@ -28,32 +28,33 @@ Digests = tuple[list[bytes], ...]
 
 
 def find_bijection(
-    sparse: Checkpoint, dense: Checkpoint, component: str, layer: int, layout: ExpertLayout | None
+    sparse: Checkpoint,
+    dense: Checkpoint,
+    component: str,
+    layer: int,
+    layout: ExpertLayout | None,
+    *,
+    dense_layout: ExpertLayout | None = None,
 ) -> tuple[np.ndarray | None, list[str]]:
     """Pairs every neuron of a layer with a dense neuron of its own that has the same bytes.
 
     Args:
         layout: of the experts; None where the layer is dense, as one that was made narrower.
+        dense_layout: the same of the other side, whose neurons are then counted in expert order.
 
     Returns:
         neuron_index [I] int64 (None when there is no such pairing), and a sentence for the first
         few neurons that differ, which names expert and neuron.
     """
-    dense_digests = _dense_digests(dense, component, layer)
-    found = [_sparse_digests(sparse, component, layer, name, layout) for name in keys.PROJECTIONS]
-    index, problems = _pair(dense_digests, tuple(found), layout)
+    here, there = (
+        tuple(_part_digests(side, component, layer, name, own) for name in keys.PROJECTIONS)
+        for side, own in ((sparse, layout), (dense, dense_layout))
+    )
+    index, problems = _pair(there, here, layout)
     if index is None:
         return None, problems
-    problems = list(_compare(sparse, dense, component, layer, layout, index))
+    problems = list(_compare(sparse, dense, component, layer, (layout, dense_layout), index))
     return (None, problems) if problems else (index, [])
-
-
-def _dense_digests(dense: Checkpoint, component: str, layer: int) -> Digests:
-    digests = []
-    for name in keys.PROJECTIONS:
-        words = read_words(dense.spec(keys.dense_key(component, layer, name)))
-        digests.append(list(_digests(words, name)))
-    return tuple(digests)
 
 
 def _parts(
@@ -69,7 +70,7 @@ def _parts(
     ]
 
 
-def _sparse_digests(
+def _part_digests(
     sparse: Checkpoint, component: str, layer: int, projection: str, layout: ExpertLayout | None
 ) -> list[bytes]:
     digests: list[bytes] = []
@@ -148,16 +149,18 @@ def _compare(
     dense: Checkpoint,
     component: str,
     layer: int,
-    layout: ExpertLayout | None,
+    layouts: tuple[ExpertLayout | None, ExpertLayout | None],
     index: np.ndarray,
 ) -> Iterator[str]:
     """Yields a sentence for each pair of equal hashes whose bytes differ after all."""
+    layout, dense_layout = layouts
     for projection in keys.PROJECTIONS:
-        spec = dense.spec(keys.dense_key(component, layer, projection))
+        wanted = [spec for spec, _, _ in _parts(dense, component, layer, projection, dense_layout)]
         parts = _parts(sparse, component, layer, projection, layout)
         if projection == "down_proj":
-            for top, bottom in row_blocks(spec):
-                block = np.take(read_words(spec.rows(top, bottom)), index, axis=1)
+            for top, bottom in row_blocks(parts[0][0]):
+                rows = [read_words(spec.rows(top, bottom)) for spec in wanted]
+                block = np.take(np.concatenate(rows, axis=1), index, axis=1)
                 for part, start, stop in parts:
                     differs = (block[:, start:stop] != read_words(part.rows(top, bottom))).any(
                         axis=0
@@ -165,7 +168,7 @@ def _compare(
                     for neuron in np.flatnonzero(differs):
                         yield f"{_name(layout, start + int(neuron))}: {projection} must be equal"
             continue
-        words = read_words(spec)
+        words = np.concatenate([read_words(spec) for spec in wanted])
         for part, start, stop in parts:
             differs = (words[index[start:stop]] != read_words(part)).any(axis=1)
             for neuron in np.flatnonzero(differs):

@@ -92,12 +92,12 @@ def prune(
     Args:
         model: the model directory, dense, sparse or pruned already.
         out: the directory to make; it must not exist.
-        modes: PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, one or several in order.
-            Width has to come before `convert`; heads and depth may come after it.
-        scores: importance of neurons [I] or groups of heads [G]: `{layer: scores}`, a tensor
-            [num_layers, I], a mapping of "gen", "und", "gen.heads", "und.heads" to either, or a
-            safetensors file (see `sparse_unified.checkpoint.scores`). Without scores and seed,
-            both are ranked by weight magnitude.
+        modes: PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, one or several in order. Of a
+            sparse FFN every expert becomes as narrow as the others.
+        scores: importance of neurons [I] (of a sparse FFN in expert order) or groups of heads [G]:
+            `{layer: scores}`, a tensor [num_layers, I], a mapping of "gen", "und", "gen.heads",
+            "und.heads" to either, or a safetensors file (see `sparse_unified.checkpoint.scores`).
+            Without scores and seed, both are ranked by weight magnitude.
         seed: rank at random instead.
         progress: called with (bytes written, bytes in all).
 
@@ -187,10 +187,10 @@ Kept = tuple[int, np.ndarray] | bool
 
 
 def _kept(source: Checkpoint, plan: PrunePlan) -> dict[str, Kept]:
-    return {key: _kept_index(plan, key, spec.shape) for key, spec in source.specs.items()}
+    return {key: _kept_index(source, plan, key, spec.shape) for key, spec in source.specs.items()}
 
 
-def _kept_index(plan: PrunePlan, key: str, shape: Sequence[int]) -> Kept:
+def _kept_index(source: Checkpoint, plan: PrunePlan, key: str, shape: Sequence[int]) -> Kept:
     """Says what stays of one tensor.
 
     Returns:
@@ -213,13 +213,30 @@ def _kept_index(plan: PrunePlan, key: str, shape: Sequence[int]) -> Kept:
         neurons = plan.neurons.get((component, layer))
         if neurons is None:
             return True
-        return (1 if ffn[2].startswith("down_proj") else 0), neurons
+        start, stop = _neurons_of(source, *ffn)
+        if start == stop:
+            return True
+        own = neurons[(neurons >= start) & (neurons < stop)] - start
+        return (1 if "down_proj" in ffn[2] else 0), own
     if not module.startswith("self_attn."):
         return True
     name = module.removeprefix("self_attn.").removesuffix(keys.SUFFIXES["gen"])
     if name not in keys.ATTENTION_PROJECTIONS:
         return True
     return kept_channels(old, new, name, shape)
+
+
+def _neurons_of(source: Checkpoint, component: str, layer: int, rest: str) -> tuple[int, int]:
+    """Returns which neurons of a FFN a tensor holds, a half-open range; routers hold none."""
+    width = source.ffns[component][layer].intermediate_size
+    if keys.DENSE_KEY.fullmatch(rest):
+        return 0, width
+    assert source.moe is not None
+    layout = source.moe.expert_layout(component, layer)
+    if keys.SHARED_KEY.fullmatch(rest):
+        return layout.shared_range()
+    expert = keys.EXPERT_KEY.fullmatch(rest)
+    return (0, 0) if expert is None else layout.expert_range(int(expert[1]))
 
 
 def _shape(spec: TensorSpec, kept: Kept) -> tuple[int, ...]:

@@ -25,7 +25,16 @@ from sparse_unified.checkpoint.recipe import LayerHeads, Step
 from sparse_unified.checkpoint.report import format_layers
 from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
 from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.partition import HeadPlan, joint_scores, keep_units, plan_heads, select_layers
+from sparse_unified.partition import (
+    ExpertLayout,
+    HeadPlan,
+    check_experts,
+    joint_scores,
+    keep_in_experts,
+    keep_units,
+    plan_heads,
+    select_layers,
+)
 
 WHAT = "prune"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +46,8 @@ class PrunePlan:
 
     Attributes:
         before, after: what the layers hold.
-        neurons: `{(component, layer): [kept] int64}`, ascending, of each FFN that gets narrower.
+        neurons: `{(component, layer): [kept] int64}`, ascending, of each FFN that gets narrower;
+            of a sparse one, positions in expert order.
         steps: what the recipe gains.
     """
 
@@ -144,15 +154,19 @@ def _narrow(
             f"({keys.dense_key(component, 0, 'gate_proj')} and so on), got none"
         )
     selected, ffns = _select(layers, [component], config, "FFN"), source.ffns[component]
-    sparse = [layer for layer in selected if ffns[layer].sparse is not None]
-    if sparse:
-        raise ValueError(
-            f"{source.directory}: {component} FFNs must be dense to be made narrower, got sparse "
-            f"layers {format_layers(sparse)}; prune the width first, then convert"
-        )
+    layouts: dict[int, ExpertLayout] = {}
     for layer in selected:
         _check_dtype(source, ffns[layer].dtype)
-        if ffns[layer].intermediate_size % config.block_size:
+        if ffns[layer].sparse is not None:
+            assert source.moe is not None
+            layouts[layer] = source.moe.expert_layout(component, layer)
+            check_experts(
+                layouts[layer],
+                budget=config.budget,
+                block_size=config.block_size,
+                where=f"{WHAT}: {component} layer {layer}",
+            )
+        elif ffns[layer].intermediate_size % config.block_size:
             raise ValueError(
                 f"{WHAT}: block_size must divide the {ffns[layer].intermediate_size} neurons of "
                 f"{component} layer {layer}, got {config.block_size}"
@@ -161,11 +175,16 @@ def _narrow(
         source, component, selected, scores=scores, seed=seed, what=WHAT
     )
     kept = keep_units(
-        {layer: scores_of(layer) for layer in selected},
+        {layer: scores_of(layer) for layer in selected if layer not in layouts},
         keep_ratio=config.keep_ratio,
         budget=config.budget,
         block_size=config.block_size,
     )
+    for layer, layout in layouts.items():
+        kept[layer], _ = keep_in_experts(
+            scores_of(layer), layout, keep_ratio=config.keep_ratio, block_size=config.block_size
+        )
+    kept = {layer: kept[layer] for layer in selected}
     for layer, index in kept.items():
         layers[component][layer] = replace(layers[component][layer], width=len(index))
     step = Step(

@@ -108,6 +108,20 @@ class Recipe:
         """Returns a recipe with more steps at its end."""
         return Recipe(steps=(*self.steps, *steps))
 
+    def narrowed_experts(self, component: str) -> set[int]:
+        """Returns the layers that lost neurons of a component after they had become sparse."""
+        sparse: set[int] = set()
+        narrowed: set[int] = set()
+        for step in self.steps:
+            layers = {int(layer) for layer in step.config.layers}
+            if step.config.component != component:
+                continue
+            if isinstance(step.config, MoEConfig):
+                sparse |= layers
+            elif isinstance(step.config, PruneWidthConfig):
+                narrowed |= sparse & layers
+        return narrowed
+
     def to_json(self) -> str:
         """Returns the text of the file."""
         content = {

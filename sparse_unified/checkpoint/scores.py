@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.checkpoint.ffn import SparseLayer, list_some
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.partition import (
@@ -189,18 +189,28 @@ def _layer_index(layer: object, what: str) -> int:
     raise ValueError(f"{what}: scores must be named by layer index, got {layer!r}")
 
 
+def _prefixes(sparse: SparseLayer | None) -> list[str]:
+    """Returns the starts of the keys of each part of a FFN, in expert order."""
+    if sparse is None:
+        return [""]
+    shared = ["shared_expert."] * bool(sparse.shared_width)
+    return [*shared, *(f"experts.{expert}." for expert in range(sparse.num_experts))]
+
+
 def _magnitudes(source: Checkpoint, component: str, layer: int, what: str) -> Tensor:
-    # Blocks of neurons get the bits that the whole layer would: every neuron is summed by itself.
-    gate_proj, up_proj, down_proj = (
-        source.spec(keys.dense_key(component, layer, name)) for name in keys.PROJECTIONS
-    )
+    # Parts get the bits that the whole layer would: every neuron is summed by itself.
     what = f"{what}: {component} layer {layer} of the weights"
-    columns = read_tensor(down_proj, what=what)
     parts = []
-    for start in range(0, columns.shape[1], _BLOCK_NEURONS):
-        stop = min(columns.shape[1], start + _BLOCK_NEURONS)
-        rows = [read_tensor(spec.rows(start, stop), what=what) for spec in (gate_proj, up_proj)]
-        parts.append(magnitude_scores(rows[0], rows[1], columns[:, start:stop].contiguous()))
+    for prefix in _prefixes(source.ffns[component][layer].sparse):
+        gate_proj, up_proj, down_proj = (
+            source.spec(f"{keys.ffn_prefix(component, layer)}{prefix}{name}.weight")
+            for name in keys.PROJECTIONS
+        )
+        columns = read_tensor(down_proj, what=what)
+        for start in range(0, columns.shape[1], _BLOCK_NEURONS):
+            stop = min(columns.shape[1], start + _BLOCK_NEURONS)
+            rows = [read_tensor(spec.rows(start, stop), what=what) for spec in (gate_proj, up_proj)]
+            parts.append(magnitude_scores(rows[0], rows[1], columns[:, start:stop].contiguous()))
     scores = torch.cat(parts)
     check_scores(scores, scores.shape[0], where=what)
     return scores

@@ -11,9 +11,10 @@ import numpy as np
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.held import Held, Layers, kept_channels, whole_layers
 from sparse_unified.checkpoint.matching import find_bijection
-from sparse_unified.checkpoint.moves import read_words
+from sparse_unified.checkpoint.moves import expert_ranges, read_words
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.report import format_layers, format_table
+from sparse_unified.partition import ExpertLayout
 
 _SHOWN = 40  # characters of a list of removed units in a table
 
@@ -112,7 +113,7 @@ def judge_change(
         if change.here.width and at in indices:
             index = indices[at]
         elif change.here.width:
-            index, problems = find_bijection(here, there, *at, None)
+            index, problems = _match_neurons(here, there, *at)
         else:
             index = np.empty(0, dtype=np.int64)
         kept = change.here.width
@@ -161,6 +162,42 @@ def _is_there(there: Checkpoint, component: str, layer: int, part: str) -> bool:
         return layer in there.ffns.get(component, {})
     prefix = keys.module_prefixes(layer, keys.attention_modules(component))[1]
     return f"{prefix}weight" in there.specs
+
+
+def _match_neurons(
+    here: Checkpoint, there: Checkpoint, component: str, layer: int
+) -> tuple[np.ndarray | None, list[str]]:
+    """Pairs the neurons of a FFN that is dense on both sides or sparse on both."""
+    layouts: list[ExpertLayout | None] = []
+    for side in (here, there):
+        sparse = side.moe is not None and layer in side.moe.layers.get(component, {})
+        layouts.append(side.moe.expert_layout(component, layer) if sparse and side.moe else None)
+    own, other = layouts
+    if (own is None) != (other is None):
+        kinds = ["dense" if layout is None else "sparse" for layout in layouts]
+        return None, [f"must be {kinds[1]} as there, got a {kinds[0]} FFN"]
+    index, problems = find_bijection(here, there, component, layer, own, dense_layout=other)
+    if index is None or own is None or other is None:
+        return index, problems
+    holders, origins = _holders(own), _holders(other)[index]
+    moved = np.flatnonzero(holders != origins)
+    if len(moved):
+        problems = [
+            f"{len(moved)} neurons must stay in their expert, got one of {origins[moved[0]]} "
+            f"in {holders[moved[0]]}"
+        ]
+    for name in keys.router_names(component):
+        specs = [side.spec(keys.router_key(component, layer, name)) for side in (here, there)]
+        if specs[0].shape != specs[1].shape or (read_words(specs[0]) != read_words(specs[1])).any():
+            problems.append(f"{name}.weight must be equal, got another")
+    return index, problems
+
+
+def _holders(layout: ExpertLayout) -> np.ndarray:
+    """Returns the number of the expert that holds each neuron [I]; -1 is the shared one."""
+    ranges = expert_ranges(layout)
+    numbers = [-1 if expert is None else expert for expert, _, _ in ranges]
+    return np.repeat(numbers, [stop - start for _, start, stop in ranges])
 
 
 def _compare_heads(here: Checkpoint, there: Checkpoint, change: Change) -> list[str]:

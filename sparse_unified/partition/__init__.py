@@ -7,6 +7,7 @@ from sparse_unified.partition.coactivation import (
     coactivation_partition,
     hidden_activations,
 )
+from sparse_unified.partition.experts import check_experts, keep_in_experts
 from sparse_unified.partition.heads import HeadPlan, plan_heads
 from sparse_unified.partition.keep import Budget, keep_units
 from sparse_unified.partition.layout import ExpertLayout
@@ -30,6 +31,7 @@ __all__ = [
     "RouterFit",
     "RouterInit",
     "as_scores",
+    "check_experts",
     "check_inputs",
     "check_scores",
     "coactivation_partition",
@@ -37,6 +39,7 @@ __all__ = [
     "head_magnitude_scores",
     "hidden_activations",
     "joint_scores",
+    "keep_in_experts",
     "keep_units",
     "magnitude_scores",
     "order_neurons",

@@ -108,6 +108,37 @@ def narrow_ffn(ffn: nn.Module, weights: DenseWeights, kept: Tensor, *, returns_t
     return narrow.train(ffn.training)
 
 
+def narrow_block(block: SparseMoE, kept: Tensor, layout: ExpertLayout) -> SparseMoE:
+    """Returns a sparse FFN of some of the neurons of another, with its routers, bit for bit.
+
+    Args:
+        kept: [kept] int64, ascending positions in expert order. layout: of the result.
+    """
+    narrow = SparseMoE(
+        block.hidden_size,
+        layout.intermediate_size,
+        layout.num_experts,
+        block.top_k,
+        layout.num_shared_experts,
+        shared_intermediate_size=layout.shared_intermediate_size,
+        gate_img=block.gate_img is not None,
+        return_router_logits=block.return_router_logits,
+        strict=block.strict,
+        device="meta",
+        dtype=block.gate_proj.dtype,
+    ).to_empty(device=block.gate_proj.device)
+    kept = kept.to(block.gate_proj.device)
+    old = dict(block.named_parameters())
+    for name, weight in narrow.named_parameters():
+        if name in keys.PROJECTIONS:
+            dim = 1 if name == "down_proj" else 0
+            torch.index_select(old[name].data, dim, kept, out=weight.data)
+        else:
+            weight.data.copy_(old[name].data)
+        weight.requires_grad_(old[name].requires_grad)
+    return narrow.train(block.training)
+
+
 def check_keys(plan: Plan, checkpoint: Checkpoint) -> list[str]:
     """Returns a phrase for each tensor that is missing, extra or misshapen in the file."""
     prefix = keys.ffn_prefix(plan.target.component, plan.target.layer)

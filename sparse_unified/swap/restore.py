@@ -79,7 +79,8 @@ def restore_(model: object, *, latest: bool = False) -> SwapReport:
     with all_or_nothing(changes):
         for (layer, place), change in zip(places, changes, strict=True):
             put_back(place)
-            if isinstance(place.now, SparseMoE):
+            was_sparse = isinstance(place.state.module, SparseMoE)
+            if isinstance(place.now, SparseMoE) and not was_sparse:
                 entries.append(_restored(layer, place, place.now))
             else:
                 pruned.setdefault(place.state.order, []).append((layer, change))
