@@ -219,7 +219,8 @@ def _observe_module(
     def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = arguments[0] if arguments else next(iter(named.values()))
         if not isinstance(module, SparseMoE):
-            collector.observe(component, ffns[0], x)
+            for ffn in ffns:
+                collector.observe(component, ffn, x)
             return
         with torch.no_grad():
             chosen = module.route(*arguments, **named)[2]
