@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified.nn.stored import is_packed, unpacked
 from sparse_unified.partition import ExpertLayout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -42,7 +43,8 @@ def expert_views(
 class OfficialState(nn.Module):
     """State dict of a block under the official per-expert keys, strict in both directions.
 
-    Saved tensors are copies: savers refuse tensors that share storage or are strided.
+    Saved tensors are copies: savers refuse tensors that share storage or are strided. Weights that
+    are stored in fewer bits save what they unpack to, and cannot be loaded into.
     """
 
     layout: ExpertLayout
@@ -50,10 +52,14 @@ class OfficialState(nn.Module):
     up_proj: nn.Parameter
     down_proj: nn.Parameter
 
+    def plain_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns gate_proj, up_proj [I, D] and down_proj [D, I], unpacked if they are packed."""
+        return unpacked(self.gate_proj), unpacked(self.up_proj), unpacked(self.down_proj)
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        fused = (self.gate_proj, self.up_proj, self.down_proj)
+        fused = self.plain_weights()
         if not keep_vars:
             fused = tuple(weight.detach() for weight in fused)  # type: ignore[assignment]
         for key, view in expert_views(self.layout, *fused).items():
@@ -82,6 +88,12 @@ class OfficialState(nn.Module):
                 unexpected_keys,
                 error_msgs,
             )
+        if is_packed(self.gate_proj):
+            error_msgs.append(
+                f"SparseMoE: {prefix}gate_proj must be a plain tensor to load into, got "
+                f"{type(self.gate_proj).__name__}"
+            )
+            return
         own = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
         found = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
         missing = [prefix + key for key in own if key not in found]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified.nn.expert_state import OfficialState, expert_views
+from sparse_unified.nn.stored import is_packed
 from sparse_unified.ops import backend, composed, reference
 from sparse_unified.partition import ExpertLayout
 
@@ -151,7 +152,8 @@ class SparseMoE(OfficialState):
         )
         weights = 1 + topk_logits  # [T, K]
         shared = self.layout.shared_width
-        experts = (self.gate_proj[shared:], self.up_proj[shared:], self.down_proj[:, shared:])
+        gate_proj, up_proj, down_proj = self.plain_weights()
+        experts = (gate_proj[shared:], up_proj[shared:], down_proj[:, shared:])
         if use_kernels:
             expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, self.num_experts)
             if torch.is_grad_enabled():
@@ -164,7 +166,8 @@ class SparseMoE(OfficialState):
         else:
             y = composed.expert_ffn(tokens, weights, topk_idx, self.num_experts, *experts)
         if shared:
-            y = y + self._shared_expert(tokens)
+            own = (gate_proj[:shared], up_proj[:shared], down_proj[:, :shared])
+            y = y + self._shared_expert(tokens, *own)
         y = y.view(x.shape)
         return (y, logits) if self.return_router_logits else y
 
@@ -241,18 +244,26 @@ class SparseMoE(OfficialState):
         )
         return logits, topk_logits, topk_idx
 
-    def _shared_expert(self, tokens: Tensor) -> Tensor:
-        shared = self.layout.shared_width
-        hidden = F.silu(F.linear(tokens, self.gate_proj[:shared]))
-        hidden = hidden * F.linear(tokens, self.up_proj[:shared])
-        y = F.linear(hidden, self.down_proj[:, :shared])
+    def _shared_expert(
+        self, tokens: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
+    ) -> Tensor:
+        hidden = F.silu(F.linear(tokens, gate_proj)) * F.linear(tokens, up_proj)
+        y = F.linear(hidden, down_proj)
         return y + y * self.gate_shared(tokens)
 
     def official_views(self) -> dict[str, Tensor]:
         """Names every tensor of the official layout -> view of the storage, routers included.
 
         Copying into the views loads the block.
+
+        Raises:
+            ValueError: the weights are stored in fewer bits, which has no views.
         """
+        if is_packed(self.gate_proj):
+            raise ValueError(
+                "SparseMoE: weights must be plain tensors to be viewed, got "
+                f"{type(self.gate_proj).__name__}"
+            )
         views = expert_views(
             self.layout, self.gate_proj.data, self.up_proj.data, self.down_proj.data
         )

@@ -3,7 +3,7 @@
 
 Reading order: `weights` (what a dense FFN is), `find` (which modules), `probe` (what they return),
 `blocks` (what goes in their place), `exchange` (in and out), `counts`, `report`, `transforms`
-(sparse FFNs), `width`, `depth`, `heads`, `restore`.
+(sparse FFNs), `width`, `depth`, `heads`, `storage`, `restore`.
 """
 
 from sparse_unified.checkpoint.counts import Counts
@@ -20,6 +20,7 @@ from sparse_unified.swap.depth import skip_layers_
 from sparse_unified.swap.heads import prune_heads_
 from sparse_unified.swap.report import PrunedPart, PruneReport, SwappedLayer, SwapReport
 from sparse_unified.swap.restore import restore_
+from sparse_unified.swap.storage import QuantizeConfig, QuantizeReport, quantize_weights_
 from sparse_unified.swap.transforms import apply_moe_, load_moe_
 from sparse_unified.swap.width import prune_width_
 
@@ -32,6 +33,8 @@ __all__ = [
     "PruneReport",
     "PruneWidthConfig",
     "PrunedPart",
+    "QuantizeConfig",
+    "QuantizeReport",
     "SkipLayersConfig",
     "SwapReport",
     "SwappedLayer",
@@ -40,6 +43,7 @@ __all__ = [
     "load_moe_",
     "prune_heads_",
     "prune_width_",
+    "quantize_weights_",
     "restore_",
     "skip_layers_",
 ]
