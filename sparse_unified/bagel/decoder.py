@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sparse_unified.bagel.attention import GEN, MoTAttention, Packing, RMSNorm
 from sparse_unified.bagel.config import LLMConfig
@@ -36,6 +38,11 @@ def _ffn(
     )
 
 
+# Up to as many rows visit weights in host memory, as the two markers of an image do in every step;
+# for more of them, the weights visit the device for the call.
+MAX_HOST_ROWS = 64
+
+
 def run_ffn(
     ffn: nn.Module,
     x: Tensor,
@@ -46,22 +53,36 @@ def run_ffn(
     """Runs a dense or sparse FFN on x [T, D]; router logits go to `packing.routed`, if it is there.
 
     Rows of text and of ViT tokens are named only to a block that routes the two apart, as the
-    official code does in the pass over a ViT image.
+    official code does in the pass over a ViT image. Outside of training, a FFN in host memory runs
+    there on few rows, and on the device of x on many.
     """
+    named: dict[str, Tensor] = {}
     two_routers = getattr(ffn, "gate_img", None) is not None
     if two_routers and packing is not None and packing.vit_rows is not None:
-        out = ffn(
-            x,
-            packed_text_indexes=packing.text_rows,
-            packed_vit_token_indexes=packing.vit_rows,
-        )
+        named["packed_vit_token_indexes"] = packing.vit_rows
+        if packing.text_rows is not None:
+            named["packed_text_indexes"] = packing.text_rows
+    weight = next(ffn.parameters(), x)
+    if weight.device == x.device or weight.is_meta or torch.is_grad_enabled():
+        # With several devices, layers get rows on theirs and the packing on the first one.
+        out = ffn(x, **{name: rows.to(x.device) for name, rows in named.items()})
     else:
-        out = ffn(x)
+        out = visit_ffn(ffn, x, named, home=weight.device)
     if not isinstance(out, tuple):
         return out
     if packing is not None and packing.routed is not None:
         packing.routed[component] = out[1]
     return out[0]
+
+
+def visit_ffn(ffn: nn.Module, x: Tensor, named: Mapping[str, Tensor], *, home: torch.device) -> Any:
+    """Runs a FFN whose weights are at `home` on x elsewhere; what it returns is where x is."""
+    if len(x) > MAX_HOST_ROWS:
+        visiting = {name: weight.to(x.device) for name, weight in ffn.named_parameters()}
+        rows = {name: value.to(x.device) for name, value in named.items()}
+        return functional_call(ffn, visiting, (x,), rows)
+    out = ffn(x.to(home), **{name: value.to(home) for name, value in named.items()})
+    return tuple(y.to(x.device) for y in out) if isinstance(out, tuple) else out.to(x.device)
 
 
 class DecoderLayer(nn.Module):

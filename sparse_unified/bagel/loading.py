@@ -10,20 +10,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_unified.bagel.config import BagelConfig, SpecialTokens, VAEConfig
 from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.placement import (
+    Device,
+    Placement,
+    dispatch,
+    layer_ffns,
+    leave_out,
+    plan_device_map,
+    unneeded,
+)
 from sparse_unified.bagel.shapes import bagel_config, vae_config
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint import Checkpoint, TensorSpec
 from sparse_unified.checkpoint.reader import read_json
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
+from sparse_unified.nn.stored import is_packed
+from sparse_unified.swap.storage import quantize_ffn_
 
 _BLOCK_BYTES = 64 * 2**20  # read at a time; an embedding of the released models has 1.1 GB
 
@@ -33,7 +47,7 @@ def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
     Copying into these tensors loads the module.
     """
-    if isinstance(module, SparseMoE):
+    if isinstance(module, SparseMoE) and not is_packed(module.gate_proj):
         return {prefix + key: view for key, view in module.official_views().items()}
     found: dict[str, Tensor] = {}
     for name, tensor in module.named_parameters(recurse=False):
@@ -90,10 +104,41 @@ def fill_(
         ValueError: the file does not hold exactly the tensors of the module.
     """
     check_tensors(official_tensors(module), specs, where=where)
-    module.to_empty(device=device)
-    targets = official_tensors(module)
-    for key, spec in specs.items():
-        for rows, block in _blocks(spec):
+    fill_part_(module, specs, Placement(device=device), where=where)
+
+
+@torch.no_grad()
+def fill_part_(
+    module: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    placement: Placement,
+    *,
+    where: str,
+    prefix: str = "",
+) -> None:
+    """Gives memory to what is on the meta device below a module, and fills it from a file.
+
+    Args:
+        specs: of the whole model; those whose module is left out are not read.
+        placement: where each tensor goes. prefix: the start of the module's keys.
+    """
+    targets = official_tensors(module, prefix)
+    unfilled = [key for key, tensor in targets.items() if tensor.is_meta]
+    for path, owner in module.named_modules():
+        at = f"{prefix}{path}." if path else prefix
+        for held in (owner._parameters, owner._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                full = torch.empty_like(tensor, device=placement.of_tensor(f"{at}{name}"))
+                held[name] = (
+                    nn.Parameter(full, requires_grad=tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter)
+                    else full
+                )
+    targets = official_tensors(module, prefix)
+    for key in unfilled:
+        for rows, block in _blocks(specs[key]):
             targets[key][rows].copy_(read_tensor(block, what=f"{where}: {key}"))
 
 
@@ -162,6 +207,10 @@ def load_bagel(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     special_tokens: SpecialTokens | None = None,
+    placement: Placement | None = None,
+    device_map: str | Mapping[str, Device] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[Bagel, AutoEncoder]:
     """Loads a dense, sparse or pruned model and its autoencoder from a directory.
 
@@ -170,6 +219,8 @@ def load_bagel(
             there is one, config.json.
         dtype: of the weights; None keeps that of each file.
         special_tokens: ids of the markers; None takes those of the released checkpoints.
+        placement: which parts go where, and how they are stored, in the place of `device`.
+        device_map, max_memory, offload_folder: see `BagelPipeline.from_pretrained`.
 
     Raises:
         ValueError: a file is missing or damaged, or keys, shapes and JSON files disagree.
@@ -188,5 +239,20 @@ def load_bagel(
     specs = checkpoint.specs
     dtype = dtype or specs["language_model.model.embed_tokens.weight"].dtype
     model = Bagel(config, device="meta", dtype=dtype)
-    fill_(model, specs, device=device, where=os.fspath(directory))
+    check_tensors(official_tensors(model), specs, where=os.fspath(directory))
+    placement = placement if placement is not None else Placement(device=device)
+    leave_out(model, unneeded(config.llm, placement.task))
+    if device_map is not None:
+        planned = plan_device_map(model, device_map, device=placement.device, max_memory=max_memory)
+        placement = replace(placement, device_map=planned)
+    for prefix in layer_ffns(config.llm.num_hidden_layers):
+        storage = placement.storage_of(prefix)
+        ffn = reduce(lambda at, name: getattr(at, name), prefix[:-1].split("."), model)
+        if storage is not None and isinstance(ffn, nn.Module):
+            # One by one, so that a device holds one FFN more than it has to.
+            fill_part_(ffn, specs, placement, where=os.fspath(directory), prefix=prefix)
+            quantize_ffn_(ffn.requires_grad_(False), storage, where="from_pretrained")
+    fill_part_(model, specs, placement, where=os.fspath(directory))
+    if placement.device_map is not None:
+        dispatch(model, placement.device_map, device=placement.device, folder=offload_folder)
     return model, vae

@@ -61,7 +61,7 @@ class Bagel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Where the model runs: the device of all that is no decoder layer."""
         return self.llm2vae.weight.device
 
     @property
@@ -96,8 +96,10 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def next_logits(self, contexts: Sequence[Context], tokens: Sequence[int]) -> Tensor:
         """Appends a token to each context; returns logits [B, vocab_size] fp32 of the next ones."""
+        head = _loaded(self.language_model.lm_head, "next_logits: lm_head")
         hidden = self._read(contexts, [[token] for token in tokens])
-        return self.language_model.lm_head(hidden).float()
+        logits: Tensor = head(hidden).float()
+        return logits
 
     @torch.no_grad()
     def text_logits(
@@ -108,8 +110,9 @@ class Bagel(nn.Module):
         Returns:
             For each text the logits [L, vocab_size] fp32 of what follows each of its L tokens.
         """
+        head = _loaded(self.language_model.lm_head, "text_logits: lm_head")
         hidden = self._read(contexts, token_ids)
-        logits = self.language_model.lm_head(hidden).float()
+        logits = head(hidden).float()
         return list(logits.split([len(ids) for ids in token_ids]))
 
     @torch.no_grad()
@@ -122,6 +125,7 @@ class Bagel(nn.Module):
         Raises:
             ValueError: a side is not a multiple of the patch size, or too long.
         """
+        vit_model = _loaded(self.vit_model, "prefill_vit: vit_model")
         side, patch_size = self.config.vit_max_num_patch_per_side, self.config.vision.patch_size
         patches, positions = [], []
         for image in images:
@@ -135,7 +139,7 @@ class Bagel(nn.Module):
             positions.append(grid_positions(rows, columns, side, device=self.device))
         lengths = [len(patch) for patch in patches]
         position_ids = torch.cat(positions)
-        seen = self.vit_model(torch.cat(patches), position_ids, lengths)
+        seen = vit_model(torch.cat(patches), position_ids, lengths)
         seen = self.connector(seen) + self.vit_pos_embed(position_ids)  # [N, D]
 
         start, end = self._markers().split(1)
@@ -254,3 +258,17 @@ class Bagel(nn.Module):
         )
         markers = self._markers().repeat(len(gen), 1)
         return self.language_model.model(markers, torch.cat(gen), packing)[1]
+
+
+def _loaded(module: Any, what: str) -> Any:
+    """Returns a module that the task may have left out.
+
+    Raises:
+        ValueError: it did.
+    """
+    if module is None:
+        raise ValueError(
+            f"{what} must be loaded for this, got a model loaded for another task; "
+            "load it with task='all'"
+        )
+    return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time as clock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from sparse_unified.bagel.conditioning import Guidance, build_guidance, see_imag
 from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.pictures import Pictures
+from sparse_unified.bagel.placement import Device, Offload, Placement, Task, choice, storages
 from sparse_unified.bagel.progress import progress_bar
 from sparse_unified.bagel.results import (
     GenerationResult,
@@ -62,6 +63,12 @@ class BagelPipeline:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        task: Task | str = Task.ALL,
+        offload: Offload | str = Offload.NONE,
+        storage: str | Mapping[str, str] | None = None,
+        device_map: str | Mapping[str, Device] | None = None,
+        max_memory: Mapping[Any, Any] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
     ) -> BagelPipeline:
         """Loads a dense, sparse or pruned checkpoint; host memory holds it and 64 MiB more.
 
@@ -69,15 +76,46 @@ class BagelPipeline:
             name: a model directory, or a hub id such as "ByteDance-Seed/BAGEL-7B-MoT".
             device: where the weights go.
             dtype: what they become; None keeps what each file holds.
+            task: "image" leaves out what images from texts never read: the head, the ViT, and the
+                last layer's und FFN; "edit" leaves out the head and that FFN; "all", nothing.
+                Images are the same bit for bit.
+            offload: "und" keeps the und FFNs in host memory. Prompts bring them to the device one
+                after the other; the two markers of an image, two rows a step, visit them instead.
+            storage: "int8" or "fp8" for all FFNs, or a mapping of "und" and "gen" to either: how
+                they are stored, packed one by one as they are loaded. Needs the `quant` extra.
+            device_map: "auto", or module path -> device, "cpu" or "disk": where decoder layers go,
+                by accelerate (the `offload` extra); all else is on `device`.
+            max_memory: with "auto", bytes by device, as accelerate takes them.
+            offload_folder: where weights on "disk" are written.
 
         Raises:
-            ValueError: there is no such model, or its files are damaged or disagree.
-            ImportError: the `bagel` extra is not installed.
+            ValueError: there is no such model, its files are damaged or disagree, or the arguments
+                do not go together.
+            ImportError: an extra is not installed.
         """
+        where = "from_pretrained"
+        placement = Placement(
+            device=device,
+            task=choice(Task, task, f"{where}: task"),
+            offload=choice(Offload, offload, f"{where}: offload"),
+            storage=storages(storage, where=where),
+        )
+        if device_map is not None and (placement.storage or placement.offload is not Offload.NONE):
+            raise ValueError(
+                f"{where}: device_map must come without offload and storage, got "
+                f"offload={placement.offload.value!r}, storage={storage!r}"
+            )
         directory = find_model(name)
         tokenizer = Tokenizer.from_directory(directory)
         model, vae = load_bagel(
-            directory, device=device, dtype=dtype, special_tokens=tokenizer.special_tokens
+            directory,
+            device=device,
+            dtype=dtype,
+            special_tokens=tokenizer.special_tokens,
+            placement=placement,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
         )
         return cls(model, vae, tokenizer)
 
