@@ -179,7 +179,8 @@ def dispatch(
             "from_pretrained: offload_folder must be given for what goes to disk, got None"
         )
     # Hooks ask for parameters by name; the state dict of a sparse FFN has those of its experts.
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {key: weight.detach() for key, weight in model.named_parameters()}
+    state |= dict(model.named_buffers())
     on_disk = {key: tensor for key, tensor in state.items() if _longest(device_map, key) == "disk"}
     if on_disk:
         accelerate_library("utils").offload_state_dict(folder, on_disk)

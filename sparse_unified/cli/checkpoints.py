@@ -56,6 +56,11 @@ def add_commands(commands: Any) -> None:
         "it. Reads headers only. Exit status 1 when anything disagrees.",
     )
     info.add_argument("directory", metavar="DIR", help="a model directory")
+    info.add_argument(
+        "--memory",
+        action="store_true",
+        help="show instead which devices each way of loading it fits, computed from the headers",
+    )
     add_common(info)
     info.set_defaults(run=_run_info)
 
@@ -217,6 +222,12 @@ def _run_info(options: argparse.Namespace) -> int:
     from sparse_unified.checkpoint import info
 
     check_output(options.json, "--json")
+    if options.memory:
+        from sparse_unified.checkpoint.memory import memory
+
+        table = memory(options.directory)
+        write_result(options.json, table.to_text(), table.to_json())
+        return 0
     report = info(options.directory)
     write_result(options.json, report.to_text(), report.to_json())
     return 1 if report.problems else 0
