@@ -190,6 +190,7 @@ def dispatch(
         main_device=device,
         state_dict=state,
         offload_dir=folder,
+        preload_module_classes=["SparseMoE"],  # it reads its routers without calling them
         force_hooks=True,
     )
 
