@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.ffn import FFNs, scan_ffns
 from sparse_unified.checkpoint.held import Layers, follow_recipe, whole_layers
@@ -197,8 +197,8 @@ def read_text(path: Path) -> str:
 def parse_json(path: Path, text: str) -> dict[str, Any]:
     """Parses a JSON object; raises ValueError with the path when it is none."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{path}: file must be JSON, got {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: file must hold a JSON object, got {type(value).__name__}")

@@ -10,17 +10,18 @@ Source: the format description of the safetensors project.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sparse_unified.checkpoint import strict_json
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -42,6 +43,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+_WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -176,22 +178,11 @@ def _read_text(path: Path, stream: BinaryIO, size: int) -> str:
 
 
 def _parse_json(path: Path, text: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"key {_short(twice)} twice")
-        return result
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"the number {constant}")
-
     if not text.startswith("{"):
         raise ValueError(f"{path}: header must start with '{{', got {_short(text[:8])}")
     try:
-        entries = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        entries = strict_json.loads(text, finite=True)
+    except ValueError as error:
         raise ValueError(f"{path}: header must be JSON with distinct keys, got {error}") from error
     assert isinstance(entries, dict)
     return entries
@@ -224,11 +215,13 @@ def _parse_entry(path: Path, key: str, entry: object, data_start: int) -> Tensor
 
 
 def _is_sizes(value: object) -> bool:
-    # Sizes past int64 cannot be tensors; refusing them here bounds every later product and message.
+    # Sizes past int64 cannot be tensors, nor can those whose strides are, empty or not; refusing
+    # them here bounds every later product and message.
     return (
         isinstance(value, list)
         and len(value) <= 64
         and all(type(size) is int and 0 <= size < 2**63 for size in value)
+        and math.prod(max(size, 1) for size in value) * _WIDEST < 2**63
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint import keys, strict_json
 from sparse_unified.checkpoint.reader import is_plain_name
 from sparse_unified.checkpoint.safetensors_file import (
     Header,
@@ -148,8 +148,8 @@ def _read_indices(path: Path, header: Header, component: str) -> dict[int, np.nd
 
 def _read_map(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
     try:
-        value = json.loads(metadata.get(field, ""))
-    except (ValueError, RecursionError):
+        value = strict_json.loads(metadata.get(field, ""))
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise ValueError(
