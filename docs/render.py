@@ -20,6 +20,8 @@ from sparse_unified.bench.claims import GPU_CLAIMS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 RESOURCES = ROOT / "docs" / "resources.json"
+FULL_SCALE = RESULTS / "full_scale.json"
+CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
 
@@ -142,8 +144,35 @@ CLAIMS = (
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Returns the content of every result file by name."""
-    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """Returns the content of every file of speeds by name."""
+    contents = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in contents.items() if "roof" in content}
+
+
+def checkpoints(text: str) -> str:
+    """Returns docs/checkpoints.md with the measurement at full scale filled in."""
+    content = json.loads(FULL_SCALE.read_text())
+    gigabytes, whole = content["bytes"] / 1e9, content["bytes_at_28_layers"] / 1e9
+    lines = [
+        f"Measured on {content['num_layers']} decoder layers, {gigabytes:.1f} GB; the time of all "
+        f"28, {whole:.1f} GB, is",
+        "extrapolated by bytes, not measured. Memory is the peak of the process, Python and torch",
+        "included; it depends on the largest projection and not on the number of layers.",
+        "",
+        "| operation | s | s at 28 layers, extrapolated | peak memory, GB |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {record['operation']} | {record['seconds']:.0f} "
+            f"| {record['seconds_at_28_layers']:.0f} | {record['peak_bytes'] / 1e9:.2f} |"
+            for record in content["operations"]
+        ),
+        "",
+        f"{describe(content)}; niceness {content['nice']}, on a machine busy with other work; "
+        "[bench/results/full_scale.json](../bench/results/full_scale.json).",
+    ]
+    begin, end = "<!-- full-scale -->", "<!-- /full-scale -->"
+    head, tail = text.partition(begin)[0], text.partition(end)[2]
+    return "\n".join([head + begin, *lines, end]) + tail
 
 
 def describe(content: Mapping[str, Any]) -> str:
@@ -302,6 +331,7 @@ def readme(text: str, results: Results) -> str:
 def main() -> None:
     results = read_results()
     PERFORMANCE.write_text(performance(results))
+    CHECKPOINTS.write_text(checkpoints(CHECKPOINTS.read_text()))
     README.write_text(readme(README.read_text(), results))
 
 

@@ -18,8 +18,9 @@ from sparse_unified.checkpoint import convert
 from sparse_unified.checkpoint.safetensors_file import as_bytes, read_header, read_tensor
 from sparse_unified.checkpoint.scores import read_scores
 from sparse_unified.checkpoint.sidecar import parse_dense_headers, read_sidecar
+from sparse_unified.checkpoint.writer import build_header
 
-NUM_CASES = 12_000
+NUM_CASES = 20_000
 
 
 def read_all(path: Path) -> None:
@@ -78,3 +79,18 @@ def test_a_damaged_file_is_refused_or_read_as_the_official_library_does(
         elif kind == "partition":
             refusal(lambda: parse_dense_headers(path, read_sidecar(path)), str(path))
     assert 0.3 < refused / (NUM_CASES // len(samples)) < 1
+
+
+def test_tensors_far_into_a_large_file_are_found(tmp_path: Path) -> None:
+    nbytes = 6 << 30  # a hole: takes no room on the disk
+    rows = nbytes // 4096
+    entries = [("first", torch.float16, (rows, 2048)), ("second", torch.float32, (rows, 1024))]
+    text = build_header(entries).encode()
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + 2 * nbytes)
+    specs = read_header(path).tensors
+    assert [spec.start - 8 - len(text) for spec in specs.values()] == [0, nbytes]
+    row = read_tensor(specs["second"].rows(rows - 1, rows), what="row")
+    assert torch.equal(row, torch.zeros(1, 1024))

@@ -309,6 +309,8 @@ def test_generated_documents_are_up_to_date() -> None:
     results = render.read_results()
     assert read("docs/performance.md") == render.performance(results), "run make docs"
     assert read("README.md") == render.readme(read("README.md"), results), "run make docs"
+    pages = read("docs/checkpoints.md")
+    assert pages == render.checkpoints(pages), "run make docs"
 
 
 def test_makefile_takes_its_pins_from_one_line_of_pyproject() -> None:

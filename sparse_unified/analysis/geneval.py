@@ -53,7 +53,7 @@ def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise ValueError(f"{where} must be a JSON object, got a {type(entry).__name__}")
         for name, kind in (("prompt", str), ("tag", str), ("include", list)):
             if not isinstance(entry.get(name), kind) or not entry[name]:
-                raise ValueError(f"{where}: {name} must be given, got {entry.get(name)!r}")
+                raise ValueError(f"{where}: {name} must be given, got {entry.get(name)!r:.120}")
         entries.append(entry)
     if not entries:
         raise ValueError(f"--geneval: {file} must hold at least one prompt, got none")

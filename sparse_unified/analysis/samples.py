@@ -151,7 +151,7 @@ def read_samples(
         if task is Task.EDITING and not sample.sources:
             raise ValueError(
                 f"--prompts: {path}: each line must have a picture to edit, "
-                f"got none for {sample.prompt!r}"
+                f"got none for {sample.prompt!r:.120}"
             )
         for picture in (*sample.sources, *([sample.image] if sample.image else [])):
             open_picture(picture, where="--images")
@@ -194,15 +194,17 @@ def _parse(line: str, folder: Path, where: str) -> Sample:
         raise ValueError(f"{where}: line must be a JSON object, got a {type(fields).__name__}")
     prompt, answer = fields.get("prompt"), fields.get("answer")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: prompt must be a text, got {prompt!r}")
+        raise ValueError(f"{where}: prompt must be a text, got {prompt!r:.120}")
     if answer is not None and (not isinstance(answer, str) or not answer.strip()):
-        raise ValueError(f"{where}: answer must be a text, got {answer!r}")
+        raise ValueError(f"{where}: answer must be a text, got {answer!r:.120}")
     sources, image = fields.get("source") or [], fields.get("image")
     sources = [sources] if isinstance(sources, str) else sources
     if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
-        raise ValueError(f"{where}: source must be a file name or a list of them, got {sources!r}")
+        raise ValueError(
+            f"{where}: source must be a file name or a list of them, got {sources!r:.120}"
+        )
     if image is not None and not isinstance(image, str):
-        raise ValueError(f"{where}: image must be a file name, got {image!r}")
+        raise ValueError(f"{where}: image must be a file name, got {image!r:.120}")
     return Sample(
         prompt=prompt,
         sources=tuple(folder / name for name in sources),

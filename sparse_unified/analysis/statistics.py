@@ -81,11 +81,11 @@ class FfnStatistics:
         """
         found = self._component(task, component)
         if key not in found:
-            raise ValueError(f"statistics: FFN must be one of {list_some(found)}, got {key!r}")
+            raise ValueError(f"statistics: FFN must be one of {list_some(found)}, got {key!r:.120}")
         tokens = int(found[key].tokens.sum())
         if not tokens:
             raise ValueError(
-                f"statistics: {component} {key!r} must have seen tokens of {task}, got none"
+                f"statistics: {component} {key!r:.120} must have seen tokens of {task}, got none"
             )
         return found[key].sum_abs.sum(0) / tokens
 
@@ -169,7 +169,7 @@ class FfnStatistics:
                 for key, width in wanted.items():
                     if found[key].intermediate_size != width:
                         raise ValueError(
-                            f"{where}: {key!r} must have {width} neurons as in the model, "
+                            f"{where}: {key!r:.120} must have {width} neurons as in the model, "
                             f"got {found[key].intermediate_size}"
                         )
         for component, wanted_hash in self.model_hashes.items():
@@ -211,7 +211,7 @@ class FfnStatistics:
         header = read_header(path)
         form = header.metadata.get("format"), header.metadata.get("format_version")
         if form != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form}")
+            raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
         try:
             config = StatisticsConfig(**json.loads(header.metadata["config"]))
             samples = {
@@ -259,7 +259,7 @@ class FfnStatistics:
         ):
             if name not in legal:
                 raise ValueError(
-                    f"statistics: {what} must be one of {', '.join(legal)}, got {name!r}"
+                    f"statistics: {what} must be one of {', '.join(legal)}, got {name!r:.120}"
                 )
         return self.ffns[task][component]
 
@@ -332,7 +332,7 @@ def _prefix(task: str, component: str, layer: int, name: str | None) -> str:
 def _parse_entry(entry: Any) -> tuple[str, str, int, str | None]:
     task, component, layer, name = entry
     if not (isinstance(task, str) and isinstance(component, str) and type(layer) is int):
-        raise ValueError(f"the FFN {entry!r}")
+        raise ValueError(f"the FFN {entry!r:.120}")
     if name is not None and not isinstance(name, str):
-        raise ValueError(f"the FFN {entry!r}")
+        raise ValueError(f"the FFN {entry!r:.120}")
     return task, component, layer, name

@@ -43,7 +43,7 @@ def check_sums(statistics: FfnStatistics) -> None:
             f"got {list_some(sorted(statistics.model_hashes))}"
         )
     for task, component, key, sums in walk(statistics.ffns):
-        what = f"{where}: {task}.{component} {key!r}"
+        what = f"{where}: {task}.{component} {key!r:.120}"
         num_samples, width = len(statistics.samples[task]), sums.sum_abs.shape[-1]
         shapes = {
             "tokens": [num_ranges],

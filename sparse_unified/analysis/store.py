@@ -108,7 +108,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}: line {number} must be JSON, got {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-            raise ValueError(f"{path}: line {number} must be a point with a name, got {record!r}")
+            raise ValueError(
+                f"{path}: line {number} must be a point with a name, got {record!r:.120}"
+            )
         records.append(record)
     return records
 

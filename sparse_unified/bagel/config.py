@@ -29,7 +29,7 @@ def _field(source: Mapping[str, Any], name: str, where: str) -> Any:
 def _number(source: Mapping[str, Any], name: str, where: str) -> float:
     value = _field(source, name, where)
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{where}: {name} must be a finite number, got {value!r}")
+        raise ValueError(f"{where}: {name} must be a finite number, got {value!r:.120}")
     return float(value)
 
 
@@ -99,17 +99,19 @@ class LLMConfig:
         """
         where = "llm_config.json"
         if source.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{where}: hidden_act must be 'silu', got {source['hidden_act']!r}")
+            raise ValueError(
+                f"{where}: hidden_act must be 'silu', got {source['hidden_act']!r:.120}"
+            )
         if source.get("rope_scaling"):
             raise ValueError(
-                f"{where}: rope_scaling must be absent, got {source['rope_scaling']!r}"
+                f"{where}: rope_scaling must be absent, got {source['rope_scaling']!r:.120}"
             )
         if source.get("use_sliding_window"):
             raise ValueError(f"{where}: use_sliding_window must be false, got true")
         # Newer transformers write rope_theta inside rope_parameters.
         rope = source.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
-            raise ValueError(f"{where}: rope_parameters must be an object, got {rope!r}")
+            raise ValueError(f"{where}: rope_parameters must be an object, got {rope!r:.120}")
         return cls(
             hidden_size=_field(source, "hidden_size", where),
             intermediate_size=_field(source, "intermediate_size", where),
@@ -160,7 +162,9 @@ class VisionConfig:
             raise ValueError(problems[0])
         activation = source.get("hidden_act", "gelu_pytorch_tanh")
         if activation != "gelu_pytorch_tanh":
-            raise ValueError(f"{where}: hidden_act must be 'gelu_pytorch_tanh', got {activation!r}")
+            raise ValueError(
+                f"{where}: hidden_act must be 'gelu_pytorch_tanh', got {activation!r:.120}"
+            )
         return cls(
             hidden_size=_field(source, "hidden_size", where),
             intermediate_size=_field(source, "intermediate_size", where),
@@ -266,7 +270,8 @@ class BagelConfig:
         for name, side in (("height", height), ("width", width)):
             if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % step:
                 raise ValueError(
-                    f"{where}: {name} must be a positive multiple of {step} pixels, got {side!r}"
+                    f"{where}: {name} must be a positive multiple of {step} pixels, "
+                    f"got {side!r:.120}"
                 )
             if side > step * limit:
                 raise ValueError(

@@ -15,7 +15,7 @@ def require_counts(config: Any, *, or_zero: tuple[str, ...] = ()) -> None:
             continue
         raise ValueError(
             f"{type(config).__name__}: {known.name} must be an integer of at least {least}, "
-            f"got {value!r}"
+            f"got {value!r:.120}"
         )
 
 

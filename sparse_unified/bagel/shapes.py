@@ -63,9 +63,9 @@ def sparse_layers(
     """
     ffn = {"gen": "mlp_moe_gen", "und": "mlp"}[component]
     found: dict[int, ExpertConfig] = {}
-    for layer in range(_count(shapes, r"language_model\.model\.layers\.(\d+)\.")):
+    for layer in range(_count(shapes, r"language_model\.model\.layers\.(\d{1,6})\.")):
         prefix = f"language_model.model.layers.{layer}.{ffn}"
-        num_experts = _count(shapes, re.escape(prefix) + r"\.experts\.(\d+)\.")
+        num_experts = _count(shapes, re.escape(prefix) + r"\.experts\.(\d{1,6})\.")
         if num_experts == 0:
             continue
         if top_k is None:
@@ -150,7 +150,7 @@ def bagel_config(
     embeddings = require_shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
     _agree("llm_config.json", "vocab_size", config.vocab_size, embeddings[0])
     _agree("llm_config.json", "hidden_size", config.hidden_size, embeddings[1])
-    num_layers = _count(shapes, r"language_model\.model\.layers\.(\d+)\.")
+    num_layers = _count(shapes, r"language_model\.model\.layers\.(\d{1,6})\.")
     if pruned is None:
         _agree("llm_config.json", "num_hidden_layers", config.num_hidden_layers, num_layers)
     norms = [key for key in shapes if re.fullmatch(_QUERY_NORM, key)]

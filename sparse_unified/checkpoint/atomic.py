@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,11 @@ def atomic_directory(out: str | os.PathLike[str], *, what: str) -> Iterator[Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, syncs it, and moves it into place."""
+    """Writes a file under a temporary name, syncs it, and moves it into place.
+
+    Raises:
+        RuntimeError: the file system refuses; what was there before stays.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as stream:
@@ -76,6 +80,12 @@ def replace_file(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RuntimeError(
+            f"{path}: file must be writable with room to spare, got {error.strerror or error}"
+        ) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

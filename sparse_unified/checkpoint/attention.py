@@ -99,7 +99,7 @@ def _check_counts(config: Mapping[str, Any], norms: set[tuple[int, ...]]) -> lis
     """
     for name in _SIZES:
         if type(config.get(name)) is not int or config[name] < 1:
-            return [f"{CONFIG}: {name} must be a positive integer, got {config.get(name)!r}"]
+            return [f"{CONFIG}: {name} must be a positive integer, got {config.get(name)!r:.120}"]
     for name, divisor in pairwise(_SIZES):
         if config[name] % config[divisor]:
             return [

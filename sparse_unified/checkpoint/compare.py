@@ -82,7 +82,7 @@ def compare_configs(got: Checkpoint, wanted: Checkpoint) -> Iterator[str]:
     for field in sorted((a.keys() | b.keys()) - _MOE_FIELDS):
         left, right = a.get(field, "nothing"), b.get(field, "nothing")
         if left != right:
-            yield f"{CONFIG}: {field} must be {right!r}, got {left!r}"
+            yield f"{CONFIG}: {field} must be {right!r:.120}, got {left!r:.120}"
 
 
 def _first_difference(a: Path, a_start: int, b: Path, b_start: int, nbytes: int) -> int | None:

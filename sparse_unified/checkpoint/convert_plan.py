@@ -35,7 +35,7 @@ def plan_layouts(
         ValueError: they do not fit the checkpoint, or it is not one to be converted.
     """
     if component not in keys.FFN_NAMES:
-        raise ValueError(f"{what}: component must be gen or und, got {component!r}")
+        raise ValueError(f"{what}: component must be gen or und, got {component!r:.120}")
     require_surroundings(source)
     ffns = source.ffns.get(component, {})
     if not ffns:
@@ -75,7 +75,9 @@ def plan_layouts(
             at = f"{component} layer {layer}: " if source.held is not None else ""
             raise ValueError(f"{at}{error}") from error
     if type(top_k) is not int or not 1 <= top_k <= num_experts:
-        raise ValueError(f"{what}: top_k must be 1 to num_experts = {num_experts}, got {top_k!r}")
+        raise ValueError(
+            f"{what}: top_k must be 1 to num_experts = {num_experts}, got {top_k!r:.120}"
+        )
     # The config has one set of counts for both components.
     wanted = (num_experts, num_shared_experts, top_k)
     if moe is not None and (moe.num_experts, moe.num_shared_experts, moe.top_k) != wanted:

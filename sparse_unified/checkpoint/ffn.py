@@ -60,8 +60,8 @@ def scan_ffns(specs: Mapping[str, TensorSpec]) -> tuple[FFNs, list[str]]:
 
 
 def list_some(values: Iterable[object], limit: int = 6) -> str:
-    """Writes a list for a message: the first few, and how many more."""
-    texts = [str(value) for value in values]
+    """Writes a list for a message: the first few, shortened, and how many more."""
+    texts = [text if len(text) <= 160 else text[:157] + "..." for text in map(str, values)]
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return (", ".join(texts[:limit]) or "none") + more
 
@@ -154,6 +154,9 @@ def _check_shapes(where: str, part: Mapping[str, TensorSpec]) -> Iterable[str]:
     first = next(iter(part))
     axis = 0 if "down_proj" in first else 1
     hidden = part[first].shape[axis]
+    if hidden < 1:
+        shape = list(part[first].shape)
+        yield f"{where}: hidden_size must be at least 1, got shape {shape} of {first}"
     widths: dict[str, dict[int, list[str]]] = {}
     for rest, spec in part.items():
         axis = 0 if "down_proj" in rest else 1

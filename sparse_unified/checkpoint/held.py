@@ -16,6 +16,7 @@ import numpy as np
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.modes import (
+    MAX_LAYERS,
     AdaptConfig,
     MoEConfig,
     Part,
@@ -24,6 +25,8 @@ from sparse_unified.checkpoint.modes import (
     SkipLayersConfig,
 )
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe
+
+_MAX_HEADS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +58,24 @@ def whole_layers(config: Mapping[str, Any]) -> Layers:
     Raises:
         ValueError: a size that pruning depends on is missing in llm_config.json.
     """
-    sizes = []
-    for name in ("num_hidden_layers", "intermediate_size"):
-        value = config.get(name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{CONFIG}: {name} must be a positive integer, got {value!r}")
-        sizes.append(value)
+    sizes = [
+        _count(name, config.get(name), limit)
+        for name, limit in (("num_hidden_layers", MAX_LAYERS), ("intermediate_size", 1 << 31))
+    ]
     heads = config.get("num_key_value_heads", config.get("num_attention_heads", 1))
-    if type(heads) is not int or heads < 1:
-        raise ValueError(f"{CONFIG}: num_key_value_heads must be a positive integer, got {heads!r}")
+    heads = _count("num_key_value_heads", heads, _MAX_HEADS)
     all_heads = tuple(range(heads))
     held = Held(width=sizes[1], keys=all_heads, reads=all_heads)
     return {component: dict.fromkeys(range(sizes[0]), held) for component in keys.FFN_NAMES}
+
+
+def _count(name: str, value: object, limit: int) -> int:
+    # A list of as many entries is made, so a count that no model has must not get that far.
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{CONFIG}: {name} must be a positive integer, got {value!r:.120}")
+    if value > limit:
+        raise ValueError(f"{CONFIG}: {name} must be at most {limit}, got {value!r:.120}")
+    return value
 
 
 def follow_recipe(layers: Layers, recipe: Recipe) -> list[str]:

@@ -20,10 +20,12 @@ ATTENTION_NORMS = ("q_norm", "k_norm")
 # Component -> the field of llm_config.json that says which of its layers are sparse.
 TRANSFORMED: Mapping[str, str] = {"und": "transformed_und", "gen": "transformed_gen"}
 
-LAYER_KEY = re.compile(r"language_model\.model\.layers\.(0|[1-9]\d{0,5})\.(.+)")
+# One spelling of a number alone, and no more digits than counts of layers and experts have.
+INDEX = r"(0|[1-9][0-9]{0,5})"
+LAYER_KEY = re.compile(rf"language_model\.model\.layers\.{INDEX}\.(.+)")
 FFN_KEY = re.compile(r"(mlp|mlp_moe_gen)\.(.+)")
 DENSE_KEY = re.compile(r"(gate_proj|up_proj|down_proj)\.weight")
-EXPERT_KEY = re.compile(r"experts\.(0|[1-9]\d{0,5})\.(gate_proj|up_proj|down_proj)\.weight")
+EXPERT_KEY = re.compile(rf"experts\.{INDEX}\.(gate_proj|up_proj|down_proj)\.weight")
 SHARED_KEY = re.compile(r"shared_expert\.(gate_proj|up_proj|down_proj)\.weight")
 ROUTER_KEY = re.compile(r"(gate|gate_shared|gate_img)\.weight")
 

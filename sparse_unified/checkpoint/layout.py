@@ -151,11 +151,11 @@ def _check_sizes(ffns: FFNs, config: Mapping[str, Any], held: Layers | None) -> 
         wanted = config.get(field)
         if wanted is None and len(found) < 2:
             continue
-        if len(found) > 1 or (found and wanted not in found):
+        if len(found) > 1 or (found and (type(wanted) is not int or wanted not in found)):
             keys_say = [f"{size} in {list_some(names, 2)}" for size, names in sorted(found.items())]
             problems.append(
                 f"{CONFIG}: {field} must be what every FFN in the keys has, {list_some(keys_say)}, "
-                f"got {wanted!r}"
+                f"got {wanted!r:.120}"
             )
     return problems
 
@@ -170,7 +170,9 @@ def _check_transformed(
     elif isinstance(value, list) and all(type(layer) is int for layer in value):
         claimed = set(value)
     else:
-        return [f"{CONFIG}: {field} must be true, false or a list of layer indices, got {value!r}"]
+        return [
+            f"{CONFIG}: {field} must be true, false or a list of layer indices, got {value!r:.120}"
+        ]
     if claimed == sparse:
         return []
     legal = sorted(sparse) if sparse else "false or absent"
@@ -210,13 +212,13 @@ def find_top_k(num_experts: int, config: Mapping[str, Any]) -> tuple[int | None,
     if len(set(map(repr, found.values()))) > 1:
         return None, [
             f"{CONFIG}: top_k must equal num_experts_per_tok, both 1 to {num_experts}, "
-            f"got {found['top_k']!r} and {found['num_experts_per_tok']!r}"
+            f"got {found['top_k']!r:.120} and {found['num_experts_per_tok']!r:.120}"
         ]
     name, value = next(iter(found.items()))
     if type(value) is not int or not 1 <= value <= num_experts:
-        return None, [f"{CONFIG}: {name} {rule}, got {value!r}"]
+        return None, [f"{CONFIG}: {name} {rule}, got {value!r:.120}"]
     return value, []
 
 
 def _got(config: Mapping[str, Any], field: str) -> str:
-    return repr(config[field]) if field in config else "nothing"
+    return f"{config[field]!r:.120}" if field in config else "nothing"

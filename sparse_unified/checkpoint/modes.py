@@ -16,7 +16,7 @@ from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.partition import Budget, Partition, RouterInit, select_layers
 
 # More layers than any model has; a selection is parsed against it before the model is known.
-_MAX_LAYERS = 1 << 16
+MAX_LAYERS = 1 << 16
 BOTH = "both"
 
 Layers = str | Sequence[int]
@@ -74,7 +74,7 @@ class MoEConfig:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(
-                    f"MoEConfig: {name} must be an integer of at least {least}, got {value!r}"
+                    f"MoEConfig: {name} must be an integer of at least {least}, got {value!r:.120}"
                 )
         if self.top_k > self.num_experts:
             raise ValueError(
@@ -123,7 +123,9 @@ class PruneWidthConfig:
         _as_enum(self, "budget", Budget)
         size = self.block_size
         if type(size) is not int or not (size == 1 or 16 <= size <= 128):
-            raise ValueError(f"PruneWidthConfig: block_size must be 1 or 16 to 128, got {size!r}")
+            raise ValueError(
+                f"PruneWidthConfig: block_size must be 1 or 16 to 128, got {size!r:.120}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +239,7 @@ def _check_component(config: Any, legal: tuple[str, ...]) -> None:
     if config.component not in legal:
         raise ValueError(
             f"{type(config).__name__}: component must be one of {', '.join(legal)}, "
-            f"got {config.component!r}"
+            f"got {config.component!r:.120}"
         )
 
 
@@ -248,10 +250,10 @@ def _check_layers(config: Any) -> None:
         except TypeError as error:
             raise TypeError(
                 f"{type(config).__name__}: layers must be a string or a sequence of integers, "
-                f"got {config.layers!r}"
+                f"got {config.layers!r:.120}"
             ) from error
     if config.layers not in ("middle", "all"):
-        select_layers(config.layers, _MAX_LAYERS)
+        select_layers(config.layers, MAX_LAYERS)
 
 
 def _check_ratio(config: Any) -> None:
@@ -259,7 +261,7 @@ def _check_ratio(config: Any) -> None:
     is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
     if not is_number or not math.isfinite(ratio) or not 0 < ratio <= 1:
         raise ValueError(
-            f"{type(config).__name__}: keep_ratio must be above 0 and at most 1, got {ratio!r}"
+            f"{type(config).__name__}: keep_ratio must be above 0 and at most 1, got {ratio!r:.120}"
         )
 
 
@@ -269,5 +271,6 @@ def _as_enum(config: Any, name: str, kind: type[Enum]) -> None:
     except ValueError:
         legal = ", ".join(f"'{choice.value}'" for choice in kind)
         raise ValueError(
-            f"{type(config).__name__}: {name} must be one of {legal}, got {getattr(config, name)!r}"
+            f"{type(config).__name__}: {name} must be one of {legal}, "
+            f"got {getattr(config, name)!r:.120}"
         ) from None

@@ -22,6 +22,7 @@ from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec, read_
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_FILES = ("ema.safetensors", "model.safetensors")
 VAE_FILE = "ae.safetensors"
+_LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name is a little longer
 
 
 class Checkpoint:
@@ -70,7 +71,7 @@ class Checkpoint:
     def spec(self, key: str) -> TensorSpec:
         """Returns dtype, shape and place of one tensor, without reading it."""
         if key not in self._specs:
-            raise ValueError(f"{self.directory}: key must be one of keys(), got {key!r}")
+            raise ValueError(f"{self.directory}: key must be one of keys(), got {key!r:.120}")
         return self._specs[key]
 
     def read(self, key: str) -> Tensor:
@@ -211,6 +212,7 @@ def is_plain_name(name: object) -> bool:
         isinstance(name, str)
         and name not in ("", ".", "..")
         and not any(c in name for c in "/\\\0")
+        and len(name.encode()) <= _LONGEST_NAME
     )
 
 
@@ -232,7 +234,7 @@ def _read_shards(index_file: Path) -> dict[str, Header]:
     for key, name in weight_map.items():
         if not is_plain_name(name):
             raise ValueError(
-                f"{index_file}: file of {key!r} must be a plain name in the same directory, "
+                f"{index_file}: file of {key!r:.120} must be a plain name in the same directory, "
                 f"got {name!r:.80}"
             )
     names = dict.fromkeys(name for name in weight_map.values() if name != VAE_FILE)
@@ -241,10 +243,10 @@ def _read_shards(index_file: Path) -> dict[str, Header]:
         stray = [key for key in header.tensors if weight_map.get(key) != name]
         if stray:
             raise ValueError(
-                f"{index_file}: {stray[0]!r} must be mapped to {name}, which holds it, "
-                f"got {weight_map.get(stray[0])!r}"
+                f"{index_file}: {stray[0]!r:.120} must be mapped to {name}, which holds it, "
+                f"got {weight_map.get(stray[0])!r:.120}"
             )
     for key, name in weight_map.items():
         if name in headers and key not in headers[name].tensors:
-            raise ValueError(f"{index_file}: {name} must hold {key!r}, got a file without it")
+            raise ValueError(f"{index_file}: {name} must hold {key!r:.120}, got a file without it")
     return headers

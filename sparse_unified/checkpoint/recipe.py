@@ -140,7 +140,7 @@ def parse_recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
     """
     form = content.get("format"), content.get("format_version")
     if form != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form}")
+        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
     steps = content.get("steps")
     if not isinstance(steps, list):
         raise ValueError(f"{path}: steps must be a list, got {type(steps).__name__}")

@@ -57,7 +57,7 @@ def resolve_inputs(
     if not asked:
         raise ValueError(
             f"{what}: inputs must come with partition 'coactivation' or router_init 'activation', "
-            f"got {config.partition.value!r} and {config.router_init.value!r}"
+            f"got {config.partition.value!r:.120} and {config.router_init.value!r:.120}"
         )
     if not isinstance(inputs, Mapping):
         raise TypeError(f"{what}: inputs must map layers to tensors, got {type(inputs).__name__}")

@@ -209,19 +209,21 @@ def _parse_entry(path: Path, key: str, entry: object, data_start: int) -> Tensor
             f"{where}: data_offsets must span {_short(nbytes)} bytes for {name} {_short(shape)}, "
             f"got {offsets[1] - offsets[0]}"
         )
+    if math.prod(max(size, 1) for size in shape) * _WIDEST >= 2**63:
+        raise ValueError(
+            f"{where}: shape must have strides below 2^63, empty or not, got {_short(shape)}"
+        )
     return TensorSpec(
         dtype=dtype, shape=tuple(shape), file=path, start=data_start + offsets[0], nbytes=nbytes
     )
 
 
 def _is_sizes(value: object) -> bool:
-    # Sizes past int64 cannot be tensors, nor can those whose strides are, empty or not; refusing
-    # them here bounds every later product and message.
+    # Sizes past int64 cannot be tensors; refusing them here bounds every later product and message.
     return (
         isinstance(value, list)
         and len(value) <= 64
         and all(type(size) is int and 0 <= size < 2**63 for size in value)
-        and math.prod(max(size, 1) for size in value) * _WIDEST < 2**63
     )
 
 

@@ -36,7 +36,8 @@ LayerScores = Mapping[int, Tensor] | Tensor
 Scores = Mapping[str, LayerScores] | LayerScores | str | os.PathLike[str]
 
 HEADS = ".heads"
-_NAME = re.compile(rf"({'|'.join(keys.FFN_NAMES)})\.(0|[1-9]\d*)({re.escape(HEADS)})?")
+_LAYER = re.compile(keys.INDEX)
+_NAME = re.compile(rf"({'|'.join(keys.FFN_NAMES)})\.{keys.INDEX}({re.escape(HEADS)})?")
 
 
 def resolve_scores(
@@ -112,7 +113,7 @@ def _given(
     if scores is not None and seed is not None:
         raise ValueError(f"{what}: scores and seed must not both be given, got seed {seed}")
     if seed is not None and type(seed) is not int:
-        raise ValueError(f"{what}: seed must be an integer, got {seed!r}")
+        raise ValueError(f"{what}: seed must be an integer, got {seed!r:.120}")
     if scores is None:
         return None, f"random, seed {seed}"
     name = "given"
@@ -156,7 +157,7 @@ def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | Lay
             own = components.setdefault(match[1] + (match[3] or ""), {})
             own[int(match[2])] = read_tensor(header.tensors[key], what=str(path))
         return components
-    wrong = [key for key in header.tensors if not key.isascii() or not key.isdigit()]
+    wrong = [key for key in header.tensors if not _LAYER.fullmatch(key)]
     if wrong or not header.tensors:
         raise ValueError(
             f"{path}: scores file must hold one tensor 'scores' [num_layers, I], or tensors named "
@@ -182,11 +183,11 @@ def _by_layer(scores: LayerScores, num_layers: int, what: str) -> dict[int, Tens
 
 def _layer_index(layer: object, what: str) -> int:
     """Takes any integer, and its digits as a scores file has them."""
-    if isinstance(layer, str) and layer.isascii() and layer.isdigit():
+    if isinstance(layer, str) and _LAYER.fullmatch(layer):
         return int(layer)
     if isinstance(layer, SupportsIndex) and not isinstance(layer, bool):
         return operator.index(layer)
-    raise ValueError(f"{what}: scores must be named by layer index, got {layer!r}")
+    raise ValueError(f"{what}: scores must be named by layer index, got {layer!r:.120}")
 
 
 def _prefixes(sparse: SparseLayer | None) -> list[str]:

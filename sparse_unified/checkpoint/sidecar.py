@@ -106,7 +106,7 @@ def read_sidecar(path: Path) -> Sidecar:
     metadata = header.metadata
     form = metadata.get("format"), metadata.get("format_version")
     if form != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form}")
+        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
     component = metadata.get("component", "")
     if component not in keys.FFN_NAMES:
         raise ValueError(f"{path}: component must be gen or und, got {component!r:.80}")
@@ -133,7 +133,9 @@ def _read_indices(path: Path, header: Header, component: str) -> dict[int, np.nd
     for key, spec in header.tensors.items():
         found = keys.find_ffn_key(key)
         if found is None or (found[0], found[2]) != (component, "neuron_index"):
-            raise ValueError(f"{path}: key must be {index_key(component, 0)} or alike, got {key!r}")
+            raise ValueError(
+                f"{path}: key must be {index_key(component, 0)} or alike, got {key!r:.120}"
+            )
         index = read_tensor(spec, what=str(path))
         if index.dtype != torch.int32 or not torch.equal(
             index.flatten().sort().values, torch.arange(index.numel(), dtype=torch.int32)

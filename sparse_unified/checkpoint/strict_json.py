@@ -16,16 +16,18 @@ def loads(text: str, *, finite: bool = False) -> Any:
     Raises:
         ValueError: the text is something else; the message is the reason alone.
     """
-    constants = {"parse_constant": _refuse} if finite else {}
+    refuse = _refuse if finite else None
     try:
-        value = json.loads(text, object_pairs_hook=_distinct, **constants)
+        value = json.loads(text, object_pairs_hook=_distinct, parse_constant=refuse)
     except RecursionError:
         raise ValueError("brackets nested too deeply") from None
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"half of a surrogate pair, {error.object[error.start]!r}") from None
+            raise ValueError(
+                f"half of a surrogate pair, {error.object[error.start]!r:.120}"
+            ) from None
     return value
 
 

@@ -15,7 +15,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import list_some
 
 VIT_CONFIG = "vit_config.json"
-_VIT_LAYER = re.compile(r"(vit_model\..*?\.layers)\.(\d+)\.(.+)")
+_VIT_LAYER = re.compile(rf"(vit_model\..*?\.layers)\.{keys.INDEX}\.(.+)")
 
 
 def check_structure(found: Iterable[str], absent: tuple[str, ...] = ()) -> list[str]:
@@ -26,7 +26,12 @@ def check_structure(found: Iterable[str], absent: tuple[str, ...] = ()) -> list[
     """
     present = set(found)
     problems = []
-    unknown = sorted(key for key in present if not keys.is_official(key))
+    unknown = sorted(
+        key
+        for key in present
+        if not keys.is_official(key)
+        or (key.startswith(keys.VIT_PREFIX) and ".layers." in key and not _VIT_LAYER.fullmatch(key))
+    )
     if unknown:
         problems.append(
             "keys: names must be official BAGEL names (language_model.*, vit_model.*, "
@@ -68,7 +73,7 @@ def check_vision_layers(config: Mapping[str, Any], layers: Sequence[int]) -> lis
         return []
     return [
         f"{VIT_CONFIG}: num_hidden_layers must be {len(layers)} or {len(layers) + 1} for weights "
-        f"of {len(layers)} layers, got {stated!r}"
+        f"of {len(layers)} layers, got {stated!r:.120}"
     ]
 
 

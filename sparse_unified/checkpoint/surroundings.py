@@ -57,7 +57,9 @@ def _check_vocabulary(source: Checkpoint) -> list[str]:
     rows, stated = source.spec(_EMBEDDINGS).shape[:1], source.llm_config.get("vocab_size")
     if stated in (None, *rows):
         return []
-    return [f"{CONFIG}: vocab_size must be {list_some(rows)} as the tensors say, got {stated!r}"]
+    return [
+        f"{CONFIG}: vocab_size must be {list_some(rows)} as the tensors say, got {stated!r:.120}"
+    ]
 
 
 def _check_vision(source: Checkpoint) -> list[str]:

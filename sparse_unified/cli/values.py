@@ -11,6 +11,8 @@ from pathlib import Path
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _MULTIPLE = 16
+# No more digits than a seed has; int() of thousands of them is an error of its own.
+_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 def prompt(text: str) -> str:
@@ -22,7 +24,7 @@ def prompt(text: str) -> str:
 
 def side(text: str) -> int:
     """A side of an image: a positive multiple of 16 pixels."""
-    if not text.isdecimal() or int(text) < _MULTIPLE or int(text) % _MULTIPLE:
+    if not _NUMBER.fullmatch(text) or int(text) < _MULTIPLE or int(text) % _MULTIPLE:
         raise argparse.ArgumentTypeError(
             f"must be a positive multiple of {_MULTIPLE} pixels, got {text!r}"
         )
@@ -31,7 +33,7 @@ def side(text: str) -> int:
 
 def size(text: str) -> tuple[int, int]:
     """`HxW` -> (height, width)."""
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 1024x768, got {text!r}")
     return side(match[1]), side(match[2])
@@ -39,14 +41,14 @@ def size(text: str) -> tuple[int, int]:
 
 def positive(text: str) -> int:
     """A positive integer."""
-    if not text.isdecimal() or int(text) < 1:
+    if not _NUMBER.fullmatch(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
 def seed(text: str) -> int:
     """A seed: an integer from 0 to 2^63 - 1."""
-    if not text.isdecimal() or int(text) >= 2**63:
+    if not _NUMBER.fullmatch(text) or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to {2**63 - 1}, got {text!r}")
     return int(text)
 
