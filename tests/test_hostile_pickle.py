@@ -15,7 +15,6 @@ CALLS = {
     "eval",
     "exec",
     "compile",
-    "load",
     "torch.load",
     "torch.jit.load",
     "torch.package.PackageImporter",
