@@ -17,6 +17,7 @@ from sparse_unified import (
     PruneWidthConfig,
     QuantizeConfig,
     apply_moe_,
+    count_parameters,
     prune_width_,
     quantize_weights_,
     restore_,
@@ -97,7 +98,11 @@ def test_what_was_replaced_before_comes_back_whole() -> None:
     before = snapshot(model)
     prune_width_(model, PruneWidthConfig(component="und", keep_ratio=0.5))
     apply_moe_(model, MoEConfig(num_experts=4, top_k=2, layers="all"))
+    counts = count_parameters(model)["gen"]
     report = quantize_weights_(model, QuantizeConfig(component="both"))
+    saved = sum(e.bytes_before - e.bytes_after for e in report.layers if e.component == "gen")
+    after = count_parameters(model)["gen"]
+    assert (after.bytes, after.parameters) == (counts.bytes - saved, counts.parameters)
     assert {entry.component for entry in report.layers} == {"und", "gen"}
     assert "8 FFNs stored as int8" in str(report)
     restore_(model)

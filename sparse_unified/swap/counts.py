@@ -8,7 +8,9 @@ from torch import nn
 from sparse_unified.checkpoint.counts import Counts, count_weight
 from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules, ffn_modules
 from sparse_unified.nn import SparseMoE
+from sparse_unified.nn.stored import is_packed
 from sparse_unified.swap.find import Host, find_host
+from sparse_unified.swap.storage import stored_bytes
 
 
 def count_parameters(model: object) -> dict[str, Counts]:
@@ -43,6 +45,9 @@ def count_module(module: nn.Module, name: str) -> Counts:
     for path, weight in module.named_parameters():
         inner = path.rpartition(".")[0] or name
         counts += count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
+        if is_packed(weight):
+            unpacked_bytes = weight.numel() * weight.dtype.itemsize
+            counts += Counts(bytes=stored_bytes(weight) - unpacked_bytes)
     if isinstance(module, SparseMoE):
         idle = module.num_experts - module.top_k
         flops = 2 * 3 * module.hidden_size * module.layout.expert_width * idle
