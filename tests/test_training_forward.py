@@ -99,6 +99,8 @@ def sequences(config: BagelConfig) -> list[list[Segment]]:
         ],
         [VitSegment(pixels=picture(config, 1, 2, 6)), text(30), text(31, 32, predict=True)],
         [text(40, predict=True), noised(1, 1, 0.9, 7), text(41, 42, predict=True)],
+        # Padded to the first: the same kinds, other lengths.
+        [text(14), noised(2, 2, 0.4, 8)],
     ]
 
 
@@ -139,7 +141,7 @@ def assert_as_inference(model: Bagel) -> None:
     torch.testing.assert_close(found.text_loss_sum, sum(t for t, _ in expected), rtol=2e-5, atol=0)
     torch.testing.assert_close(found.image_loss_sum, sum(i for _, i in expected), rtol=2e-5, atol=0)
     assert found.text_tokens == 2 + 3 + 2 + 3
-    assert found.image_tokens == 6 + 6 + 3 + 1
+    assert found.image_tokens == 6 + 6 + 3 + 1 + 4
 
 
 def test_losses_are_those_of_the_inference_path(config: BagelConfig, model: Bagel) -> None:
@@ -168,6 +170,16 @@ def test_a_batch_costs_what_its_sequences_cost_alone(model: Bagel) -> None:
         assert torch.equal(
             load, sum(one.expert_load[key] for one in alone if key in one.expert_load)
         )
+
+
+def test_sequences_are_padded_together_where_it_costs_little(config: BagelConfig) -> None:
+    def groups(*lengths: int) -> list[int]:
+        batch = [[text(*range(10, 10 + length)) for _ in range(2)] for length in lengths]
+        return [group.count for group in pack_training(config, batch).packing.groups]
+
+    assert groups(5, 6, 5, 7) == [4]
+    assert groups(5, 5) == [2]  # one layout
+    assert groups(1, 1, 79) == [2, 1]  # mostly padding
 
 
 def test_nothing_later_sees_noised_latents(model: Bagel) -> None:

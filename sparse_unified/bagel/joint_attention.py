@@ -2,7 +2,8 @@
 """Attention of whole sequences at once, without a past: what training runs.
 
 Sequences of one layout (the same kinds of segments, of the same lengths) lie next to each other in
-both streams, so that a layer attends to all of them in one call, on views.
+both streams, so that a layer attends to all of them in one call, on views. Short sequences of
+nearly one layout are padded to one, for this call alone.
 """
 
 from __future__ import annotations
@@ -19,22 +20,56 @@ UND, GEN = "", "_moe_gen"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """How the rows of a group become sequences of one length, and back.
+
+    Attributes:
+        rows: [B * length] int64, the row, in the group, of every token; any for padding.
+        kept: [n] int64, the token of every row of the group.
+    """
+
+    rows: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Sequences of one layout.
+    """Sequences that are attended to in one call.
 
     Attributes:
         count: B, sequences.
-        lengths: tokens of one sequence in the und and in the gen stream.
-        mask: [L, L], row i sees column j; und tokens first, then gen tokens. Bool, or 0 and -inf in
-            the dtype of the queries. None where every token sees all, or where `causal` says it
-            all.
+        lengths: tokens of one sequence in the und and in the gen stream, padding included.
+        mask: [L, L], or [B, 1, L, L] with padding, row i sees column j; und tokens first, then gen
+            tokens. Bool, or 0 and -inf in the dtype of the queries. None where every token sees
+            all, or where `causal` says it all.
         causal: token i sees the tokens up to i.
+        padding: by stream, where the sequences are not equally long.
     """
 
     count: int
     lengths: Mapping[str, int]
     mask: Tensor | None = None
     causal: bool = False
+    padding: Mapping[str, Padding] | None = None
+
+    def num_rows(self, stream: str) -> int:
+        """Rows of a stream that belong to the group."""
+        if self.padding is not None:
+            return len(self.padding[stream].kept)
+        return self.count * self.lengths[stream]
+
+    def gathered(self, stream: str, rows: Tensor) -> Tensor:
+        """Brings rows [n, ...] of the group to sequences [B, length, ...]."""
+        if self.padding is not None:
+            rows = rows.index_select(0, self.padding[stream].rows)
+        return rows.unflatten(0, (self.count, self.lengths[stream]))
+
+    def scattered(self, stream: str, sequences: Tensor) -> Tensor:
+        """Undoes `gathered`."""
+        rows = sequences.flatten(0, 1)
+        if self.padding is not None:
+            rows = rows.index_select(0, self.padding[stream].kept)
+        return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +131,7 @@ def attend_jointly(
     split = {
         stream: list(
             zip(
-                *(x.split([g.count * g.lengths[stream] for g in groups]) for x in parts),
+                *(x.split([group.num_rows(stream) for group in groups]) for x in parts),
                 strict=True,
             )
         )
@@ -105,12 +140,12 @@ def attend_jointly(
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
     for i, group in enumerate(groups):
         own = {
-            stream: tuple(x.unflatten(0, (group.count, group.lengths[stream])) for x in parts[i])
+            stream: tuple(group.gathered(stream, x) for x in parts[i])
             for stream, parts in split.items()
             if group.lengths[stream]
         }
         for stream, out in _attend(own, reads, group).items():
-            mixed[stream].append(out.flatten(0, 1))
+            mixed[stream].append(group.scattered(stream, out))
     return {stream: torch.cat(parts) for stream, parts in mixed.items()}
 
 
@@ -130,11 +165,11 @@ def _attend(
         at += length
     mask = group.mask
     if mask is not None and len(own) < len(group.lengths):
-        mask = torch.cat([mask[:, spans[stream]] for stream in own], dim=1)
+        mask = torch.cat([mask[..., spans[stream]] for stream in own], dim=-1)
     if all(len(reads[stream]) == key.shape[1] for stream in own):
         query = torch.cat([parts[0] for parts in own.values()], dim=1)
         if mask is not None and len(own) < len(group.lengths):
-            mask = torch.cat([mask[spans[stream]] for stream in own])
+            mask = torch.cat([mask[..., spans[stream], :] for stream in own], dim=-2)
         out = _mix(query, key, value, mask, group.causal)
         lengths = [group.lengths[stream] for stream in own]
         return dict(zip(own, out.split(lengths, dim=1), strict=True))
@@ -144,7 +179,7 @@ def _attend(
         own_key, own_value = (
             torch.stack([x[:, head] for head in reads[stream]], dim=1) for x in (key, value)
         )
-        rows = None if mask is None else mask[spans[stream]]
+        rows = None if mask is None else mask[..., spans[stream], :]
         mixed[stream] = _mix(query, own_key, own_value, rows, group.causal)
     return mixed
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.embeddings import grid_positions, rotary_angles
-from sparse_unified.bagel.joint_attention import GEN, UND, Group, JointPacking
+from sparse_unified.bagel.joint_attention import Group, JointPacking
+from sparse_unified.bagel.layouts import CLEAN, MARKERS, NOISED, TEXT, VIT, Layout, make_groups
 from sparse_unified.bagel.vision import patchify
 
 
@@ -116,34 +116,6 @@ class TrainingBatch:
     num_sequences: int
 
 
-# Kind and number of tokens, without markers, of each segment of a sequence.
-Layout = tuple[tuple[str, int], ...]
-_TEXT, _VIT, _CLEAN, _NOISED = "text", "vit", "clean", "noised"
-_MARKERS = 2
-
-
-@lru_cache(maxsize=1024)
-def _mask(layout: Layout) -> tuple[Tensor | None, bool]:
-    """Returns who sees whom ([L, L] bool, und tokens first; None for all), and if it is causal."""
-    if all(kind == _TEXT for kind, _ in layout):
-        return None, True
-    segment: list[list[int]] = [[], []]  # of each und, of each gen token
-    for i, (kind, length) in enumerate(layout):
-        segment[0] += [i] * (length if kind == _TEXT else _MARKERS)
-        if kind == _VIT:
-            segment[0] += [i] * length
-        elif kind in (_CLEAN, _NOISED):
-            segment[1] += [i] * length
-    of = torch.tensor(segment[0] + segment[1])
-    noised = torch.tensor([kind == _NOISED for kind, _ in layout])[of]
-    text = torch.tensor([kind == _TEXT for kind, _ in layout])[of]
-    index = torch.arange(len(of))
-    same = of[:, None] == of
-    before = (of[:, None] > of) & ~noised
-    mask = before | same & (~text[:, None] | (index[:, None] >= index))
-    return (None if bool(mask.all()) else mask), False
-
-
 @dataclass(slots=True)
 class _Rows:
     """What is collected while sequences are laid out."""
@@ -179,8 +151,8 @@ class _Rows:
                 self.latents.append(segment)
                 self.gen_positions += [position] * length
             self.ids.append(special.end_of_image)
-            self.und_positions += [position] * _MARKERS
-            position += kind != _NOISED
+            self.und_positions += [position] * MARKERS
+            position += kind != NOISED
 
 
 def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
@@ -203,7 +175,7 @@ def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
                     f"pack_training: token_ids must be from 0 to {vocab_size - 1}, "
                     f"got {least if least < 0 else most}"
                 )
-            layout.append((_TEXT, len(segment.token_ids)))
+            layout.append((TEXT, len(segment.token_ids)))
         elif isinstance(segment, VitSegment):
             length = _patches(
                 "pixels",
@@ -212,7 +184,7 @@ def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
                 config.vision.patch_size,
                 config.vit_max_num_patch_per_side,
             )
-            layout.append((_VIT, length))
+            layout.append((VIT, length))
         else:
             length = _patches(
                 "latent",
@@ -221,7 +193,7 @@ def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
                 config.latent_patch_size,
                 config.max_latent_size,
             )
-            layout.append((_CLEAN if segment.time is None else _NOISED, length))
+            layout.append((CLEAN if segment.time is None else NOISED, length))
     return tuple(layout)
 
 
@@ -272,25 +244,17 @@ def pack_training(
     """
     if not sequences:
         raise ValueError("pack_training: sequences must hold at least one sequence, got none")
-    by_layout: dict[Layout, list[Sequence[Segment]]] = {}
+    by_kinds: dict[tuple[str, ...], dict[Layout, list[Sequence[Segment]]]] = {}
     for sequence in sequences:
-        by_layout.setdefault(_layout(config, sequence), []).append(sequence)
+        layout = _layout(config, sequence)
+        near = by_kinds.setdefault(tuple(kind for kind, _ in layout), {})
+        near.setdefault(layout, []).append(sequence)
     rows, groups = _Rows(), []
-    for layout, members in by_layout.items():
-        for sequence in members:
-            rows.add(config, sequence, layout)
-        mask, causal = _mask(layout)
-        gen = sum(length for kind, length in layout if kind in (_CLEAN, _NOISED))
-        markers = _MARKERS * sum(kind != _TEXT for kind, _ in layout)
-        und = sum(length for _, length in layout) - gen + markers
-        groups.append(
-            Group(
-                count=len(members),
-                lengths={UND: und, GEN: gen},
-                mask=None if mask is None else mask.to(device),
-                causal=causal,
-            )
-        )
+    for near in by_kinds.values():
+        for layout, members in near.items():
+            for sequence in members:
+                rows.add(config, sequence, layout)
+        groups += make_groups([(layout, len(members)) for layout, members in near.items()], device)
     return _batch(config, rows, groups, len(sequences), device)
 
 
