@@ -126,6 +126,7 @@ bench: $(LIBRARY)  ## the speed of the block beside its baselines, on the CPU
 
 docs: $(VENV)/installed  ## fill the measured numbers into the docs from bench/results
 	@$(BIN)/python docs/render.py
+	@$(BIN)/python docs/api.py
 
 resources: $(LIBRARY) kernels  ## what the CUDA kernels take of a multiprocessor; needs nvcc
 	@$(BIN)/python docs/resources.py
