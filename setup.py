@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds `sparse_unified._C`: torch-free kernels and stable-ABI bindings, one abi3 library.
 
+A wheel is named `sparse_unified-VERSION-0cpu-cp310-abi3-PLATFORM.whl`, or `0cu13` with the kernels
+of CUDA 13: one for each CUDA major, and one for the CPU.
+
 Environment:
     SPARSE_UNIFIED_CUDA: auto (default: CUDA kernels where nvcc is found), on (an error without
         nvcc) or off. Torch itself may be a CPU build.
@@ -81,6 +84,18 @@ def find_cuda() -> Path | None:
     return Path(top.group(1) if top else Path(nvcc).parent.parent).resolve()
 
 
+def wheel_tag() -> str:
+    """Build tag of a wheel's name, which tells builds of one version apart: 0cpu or 0cu13."""
+    cuda = find_cuda()
+    if cuda is None:
+        return "0cpu"
+    told = subprocess.run([cuda / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+)\.", told.stdout)
+    if release is None:
+        raise SystemExit(f"setup: nvcc of {cuda} must tell its release, got {told.stdout!r:.200}")
+    return f"0cu{release[1]}"
+
+
 def architecture_flags() -> list[str]:
     """-gencode flags of TORCH_CUDA_ARCH_LIST; 9.0 stands for 9.0a, whose kernels run there."""
     flags = []
@@ -157,5 +172,5 @@ limit_jobs()
 setup(
     ext_modules=[extension()],
     cmdclass={"build_ext": IncrementalBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310", "build_number": wheel_tag()}},
 )
