@@ -19,20 +19,19 @@
 
 #include "cuda/grouped_ffn_sm90a.h"
 #include "device/launch.h"
+#include "device/mainloop_sm90a.h"
 #include "device/math.h"
-#include "device/pipeline_sm90a.h"
 #include "device/tensor_copy.h"
 #include "device/tile_scheduler.h"
 #include "device/vector.h"
 #include "device/warpgroup.h"
-#include "device/wgmma.h"
 
 namespace sparse_unified {
 namespace {
 
 constexpr int kTileRows = kSm90aTileRows;
 constexpr int kTileNeurons = 256;
-constexpr int kTileK = 64;
+constexpr int kTileK = kStageK;
 constexpr int kStages = 4;
 constexpr int kNumConsumers = 2;
 constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
@@ -163,35 +162,19 @@ template <typename T>
 SPARSE_UNIFIED_DEVICE void consume(const GradHiddenParams<T>& params, uint32_t shared,
                                    const RingBarriers<kStages>& ring) {
   const int consumer = warp_idx() / 4 - 1;
-  const bool is_first_lane = lane_idx() == 0;
+  const int own_rows = consumer * kConsumerRows * kSwizzleRowBytes;
   RingPosition<kStages> at;
   RowTile tile;
   for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
        idx += static_cast<int>(gridDim.x)) {
     float d[kAccumulators];
-    int previous_stage = 0;
-    for (int k = 0; k < params.num_k; ++k, at.advance()) {
-      ring.wait_full(at);
-      const uint32_t rows = shared + at.stage * kStageBytes;
-      const uint64_t a =
-          operand_descriptor(rows + consumer * kConsumerRows * kSwizzleRowBytes, Major::kK);
-      const uint64_t b = operand_descriptor(rows + kRowsBytes, Major::kMN, kBoxBytes);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kTileK / 16; ++step) {
-        wgmma<T, kTileNeurons, Major::kK, Major::kMN>(
-            d, a + step * kDescriptorStepK, b + step * kDescriptorStepMN, k > 0 || step > 0);
-      }
-      wgmma_commit();
-      if (k > 0) {
-        wgmma_wait<1>();
-        if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
-      }
-      previous_stage = at.stage;
-    }
-    wgmma_finish(d);
-    if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
+    multiply_stages<T, kTileNeurons, Major::kK, Major::kMN, false>(
+        d, params.num_k, ring, at, [&](int idx) -> StageOperands {
+          const uint32_t stage = shared + idx * kStageBytes;
+          return {operand_descriptor(stage + own_rows, Major::kK),
+                  operand_descriptor(stage + kRowsBytes, Major::kMN, kBoxBytes)};
+        });
     store_tile(params, tile, d, consumer);
   }
 }

@@ -24,20 +24,19 @@
 #include "cuda/grouped_ffn_sm90a.h"
 #include "device/async_copy.h"
 #include "device/launch.h"
-#include "device/pipeline_sm90a.h"
+#include "device/mainloop_sm90a.h"
 #include "device/tensor_copy.h"
 #include "device/tile_scheduler.h"
 #include "device/vector.h"
 #include "device/warp.h"
 #include "device/warpgroup.h"
-#include "device/wgmma.h"
 
 namespace sparse_unified {
 namespace {
 
 constexpr int kBoxNeurons = 64;  // of a consumer
 constexpr int kColumns = 256;
-constexpr int kTileK = 64;  // rows of a stage
+constexpr int kTileK = kStageK;  // rows of a stage
 constexpr int kStages = 4;
 constexpr int kNumConsumers = 2;
 constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
@@ -223,7 +222,6 @@ template <typename T, bool kIsDown>
 SPARSE_UNIFIED_DEVICE void consume(const GradWeightsParams<T>& params, uint32_t shared,
                                    const RingBarriers<kStages>& ring) {
   const int consumer = warp_idx() / 4 - 1;
-  const bool is_first_lane = lane_idx() == 0;
   RingPosition<kStages> at;
   Tile tile;
   for (int idx = static_cast<int>(blockIdx.x); find_tile<T, kIsDown>(params, idx, tile);
@@ -234,28 +232,12 @@ SPARSE_UNIFIED_DEVICE void consume(const GradWeightsParams<T>& params, uint32_t 
 #pragma unroll
       for (float& value : d) value = 0.0f;
     }
-    int previous_stage = 0;
-    for (int first = 0; first < num_rows; first += kTileK, at.advance()) {
-      ring.wait_full(at);
-      fence_async_proxy();
-      const uint32_t stage = shared + at.stage * kStageBytes;
-      const uint64_t a = operand_descriptor(stage + consumer * kBoxBytes, Major::kMN);
-      const uint64_t b = operand_descriptor(stage + kNeuronsBytes, Major::kMN, kBoxBytes);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kTileK / 16; ++step) {
-        wgmma<T, kColumns, Major::kMN, Major::kMN>(
-            d, a + step * kDescriptorStepMN, b + step * kDescriptorStepMN, first > 0 || step > 0);
-      }
-      wgmma_commit();
-      if (first > 0) {
-        wgmma_wait<1>();
-        if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
-      }
-      previous_stage = at.stage;
-    }
-    wgmma_finish(d);
-    if (num_rows > 0 && is_first_lane) barrier_arrive(ring.empty(previous_stage));
+    multiply_stages<T, kColumns, Major::kMN, Major::kMN, true>(
+        d, ceil_div(num_rows, kTileK), ring, at, [&](int idx) -> StageOperands {
+          const uint32_t stage = shared + idx * kStageBytes;
+          return {operand_descriptor(stage + consumer * kBoxBytes, Major::kMN),
+                  operand_descriptor(stage + kNeuronsBytes, Major::kMN, kBoxBytes)};
+        });
     store_tile<T, kIsDown>(params, tile, d, consumer);
   }
 }

@@ -25,19 +25,19 @@
 #include "cuda/grouped_ffn_sm90a.h"
 #include "device/async_copy.h"
 #include "device/launch.h"
+#include "device/mainloop_sm90a.h"
 #include "device/math.h"
-#include "device/pipeline_sm90a.h"
 #include "device/tensor_copy.h"
 #include "device/tile_scheduler.h"
 #include "device/vector.h"
 #include "device/warpgroup.h"
-#include "device/wgmma.h"
 
 namespace sparse_unified {
 namespace {
 
 constexpr int kTileRows = kSm90aTileRows;
-constexpr int kTileK = kSm90aTileK;
+constexpr int kTileK = kStageK;
+static_assert(kTileK == kSm90aTileK);
 constexpr int kNumConsumers = 2;
 constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
 constexpr int kConsumerRows = kTileRows / kNumConsumers;
@@ -292,37 +292,20 @@ template <typename T, class Tile, bool kFencesProducer>
 SPARSE_UNIFIED_DEVICE void consume(const UpParams<T>& params, uint32_t shared,
                                    const RingBarriers<Tile::kStages>& ring) {
   const int consumer = warp_idx() / 4 - 1;
-  const bool is_first_lane = lane_idx() == 0;
-  const bool is_storing = is_first_lane && warp_idx() % 4 == 0;
+  const int own_rows = consumer * kConsumerRows * kSwizzleRowBytes;
+  const bool is_storing = lane_idx() == 0 && warp_idx() % 4 == 0;
   RingPosition<Tile::kStages> at;
   RowTile tile;
   for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
        idx += static_cast<int>(gridDim.x)) {
     float d[Tile::kAccumulators];
-    int previous_stage = 0;
-    for (int k = 0; k < params.num_k; ++k, at.advance()) {
-      ring.wait_full(at);
-      if constexpr (!kFencesProducer) fence_async_proxy();
-      const uint32_t rows = shared + at.stage * Tile::kStageBytes;
-      const uint64_t a =
-          operand_descriptor(rows + consumer * kConsumerRows * kSwizzleRowBytes, Major::kK);
-      const uint64_t b = operand_descriptor(rows + Tile::kRowsBytes, Major::kK);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kTileK / 16; ++step) {
-        wgmma<T, Tile::kColumns>(d, a + step * kDescriptorStepK, b + step * kDescriptorStepK,
-                                 k > 0 || step > 0);
-      }
-      wgmma_commit();
-      if (k > 0) {
-        wgmma_wait<1>();
-        if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
-      }
-      previous_stage = at.stage;
-    }
-    wgmma_finish(d);
-    if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
+    multiply_stages<T, Tile::kColumns, Major::kK, Major::kK, !kFencesProducer>(
+        d, params.num_k, ring, at, [&](int idx) -> StageOperands {
+          const uint32_t stage = shared + idx * Tile::kStageBytes;
+          return {operand_descriptor(stage + own_rows, Major::kK),
+                  operand_descriptor(stage + Tile::kRowsBytes, Major::kK)};
+        });
     store_tile<T, Tile>(params, tile, d, consumer, is_storing);
   }
   if (is_storing) store_wait<0>();

@@ -27,19 +27,17 @@
 #include "cuda/grouped_ffn_neurons.h"
 #include "cuda/grouped_ffn_sm90a.h"
 #include "device/launch.h"
-#include "device/pipeline_sm90a.h"
+#include "device/mainloop_sm90a.h"
 #include "device/tensor_copy.h"
 #include "device/tile_scheduler.h"
 #include "device/vector.h"
 #include "device/warpgroup.h"
-#include "device/wgmma.h"
 
 namespace sparse_unified::rows_gemm_sm90a {
 
 constexpr int kTileRows = kSm90aTileRows;
-constexpr int kTileK = kSm90aTileK;
-constexpr int kStepK = 16;
-constexpr int kSteps = kTileK / kStepK;
+constexpr int kTileK = kStageK;
+static_assert(kTileK == kSm90aTileK);
 constexpr int kNumConsumers = 2;
 constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
 constexpr int kConsumerRows = kTileRows / kNumConsumers;
@@ -177,47 +175,22 @@ SPARSE_UNIFIED_DEVICE void store_tile(const Params<T, kOperands>& params, const 
 template <typename T, class Tile, int kOperands, Major kMajorB>
 SPARSE_UNIFIED_DEVICE void consume(const Params<T, kOperands>& params, uint32_t shared,
                                    const RingBarriers<Tile::kStages>& ring) {
-  constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
   const int consumer = warp_idx() / 4 - 1;
-  const bool is_first_lane = lane_idx() == 0;
+  const int own_rows = consumer * kConsumerRows * kSwizzleRowBytes;
   RingPosition<Tile::kStages> at;
   RowTile tile;
   for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
        idx += static_cast<int>(gridDim.x)) {
     float d[Tile::kAccumulators];
-    int previous_stage = 0;
-    for (int k = 0; k < kOperands * params.num_k; ++k, at.advance()) {
-      ring.wait_full(at);
-      const uint32_t rows = shared + at.stage * Tile::kStageBytes;
-      const uint64_t a =
-          operand_descriptor(rows + consumer * kConsumerRows * kSwizzleRowBytes, Major::kK);
-      const uint64_t b = operand_descriptor(rows + Tile::kRowsBytes, kMajorB, kBoxBytes);
-      const int num_steps = (params.expert_width - k % params.num_k * kTileK) / kStepK;
-      if (num_steps >= kSteps) {
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          wgmma<T, Tile::kColumns, Major::kK, kMajorB>(d, a + step * kDescriptorStepK,
-                                                       b + step * kStepB, k > 0 || step > 0);
-        }
-        wgmma_commit();
-        if (k > 0) wgmma_wait<1>();
-      } else {
-#pragma unroll 1
-        for (int step = 0; step < num_steps; ++step) {
-          wgmma_fence();
-          wgmma<T, Tile::kColumns, Major::kK, kMajorB>(d, a + step * kDescriptorStepK,
-                                                       b + step * kStepB, k > 0 || step > 0);
-          wgmma_commit();
-        }
-        wgmma_wait<0>();
-      }
-      if (k > 0 && is_first_lane) barrier_arrive(ring.empty(previous_stage));
-      previous_stage = at.stage;
-    }
-    wgmma_finish(d);
-    if (is_first_lane) barrier_arrive(ring.empty(previous_stage));
+    multiply_stages<T, Tile::kColumns, Major::kK, kMajorB, false>(
+        d, kOperands * params.num_k, ring, at,
+        [&](int idx) -> StageOperands {
+          const uint32_t stage = shared + idx * Tile::kStageBytes;
+          return {operand_descriptor(stage + own_rows, Major::kK),
+                  operand_descriptor(stage + Tile::kRowsBytes, kMajorB, kBoxBytes)};
+        },
+        [&](int k) { return (params.expert_width - k % params.num_k * kTileK) / kStepK; });
     store_tile<T, Tile>(params, tile, d, consumer);
   }
 }

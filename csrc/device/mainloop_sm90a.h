@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// The main loop of a consumer warpgroup on Hopper: the products of one tile from the stages of the
+// ring that a producer fills. The products of a stage are issued before those of the stage in front
+// of it are waited for, so that the tensor cores never run dry; then that stage is handed back.
+#pragma once
+
+#include "device/pipeline_sm90a.h"
+#include "device/warp.h"
+#include "device/warpgroup.h"
+#include "device/wgmma.h"
+
+namespace sparse_unified {
+
+constexpr int kStageK = 64;  // of both operands, a stage
+constexpr int kStepK = 16;   // of wgmma
+constexpr int kStageSteps = kStageK / kStepK;
+
+// Descriptors of the operands in one stage.
+struct StageOperands {
+  uint64_t a;
+  uint64_t b;
+};
+
+// Every stage is whole.
+struct WholeStages {
+  SPARSE_UNIFIED_DEVICE int operator()(int) const { return kStageSteps; }
+};
+
+// d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one.
+//   operands(stage)  StageOperands of a stage of the ring
+//   steps(k)         steps of 16 k of the k-th stage that count; the last stages of a sum may have
+//                    less than kStageSteps
+// With kFences the operands were written by the generic proxy as well. When there is no stage, d
+// stays as it is.
+template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages,
+          class Operands, class Steps = WholeStages>
+SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
+                                           const RingBarriers<kStages>& ring,
+                                           RingPosition<kStages>& at, const Operands& operands,
+                                           const Steps& steps = {}) {
+  constexpr uint64_t kStepA = kMajorA == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
+  constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
+  const bool is_first_lane = lane_idx() == 0;
+  int previous_stage = 0;
+  for (int k = 0; k < num_stages; ++k, at.advance()) {
+    ring.wait_full(at);
+    if constexpr (kFences) fence_async_proxy();
+    const StageOperands stage = operands(at.stage);
+    const int num_steps = steps(k);
+    if (num_steps >= kStageSteps) {
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kStageSteps; ++step) {
+        wgmma<T, kN, kMajorA, kMajorB>(d, stage.a + step * kStepA, stage.b + step * kStepB,
+                                       k > 0 || step > 0);
+      }
+      wgmma_commit();
+      if (k > 0) wgmma_wait<1>();
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < num_steps; ++step) {
+        wgmma_fence();
+        wgmma<T, kN, kMajorA, kMajorB>(d, stage.a + step * kStepA, stage.b + step * kStepB,
+                                       k > 0 || step > 0);
+        wgmma_commit();
+      }
+      wgmma_wait<0>();
+    }
+    if (k > 0 && is_first_lane) barrier_arrive(ring.empty(previous_stage));
+    previous_stage = at.stage;
+  }
+  wgmma_finish(d);
+  if (num_stages > 0 && is_first_lane) barrier_arrive(ring.empty(previous_stage));
+}
+
+}  // namespace sparse_unified
