@@ -42,6 +42,8 @@ SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
   constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
   const bool is_first_lane = lane_idx() == 0;
   int previous_stage = 0;
+  // NOTE: once, or the compiler peels the first two stages off and has three copies of the loop.
+#pragma unroll 1
   for (int k = 0; k < num_stages; ++k, at.advance()) {
     ring.wait_full(at);
     if constexpr (kFences) fence_async_proxy();
