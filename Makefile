@@ -121,6 +121,10 @@ pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 demo: $(LIBRARY)  ## from nothing to a table and a picture under demo/
 	@$(RUN) python examples/demo.py --out demo
 
+reproduce: $(LIBRARY)  ## the study of docs/miniature.md, or what is missing of it, in build/study
+	@$(RUN) sparse-unified mini study build/study --jobs 2
+	@$(RUN) sparse-unified mini report build/study --plot build/study.png > build/study.md
+
 bench: $(LIBRARY)  ## the speed of the block beside its baselines, on the CPU
 	@$(RUN) sparse-unified bench --device cpu
 
@@ -148,4 +152,4 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 FORCE:
-.PHONY: env build test lint types abi kernels ctest emulated pytest demo bench docs resources wheel clean distclean help FORCE
+.PHONY: env build test lint types abi kernels ctest emulated pytest demo reproduce bench docs resources wheel clean distclean help FORCE

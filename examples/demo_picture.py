@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from PIL.Image import Image
+from torch import Tensor
 
 INK, SOFT, LINE = "#1b1f24", "#6a737d", "#d8dee4"
 COLORS = ("#9aa4af", "#c9a36a", "#1f6f8b")
@@ -26,55 +25,64 @@ class Bar:
     speedup: float
 
 
-def draw(
-    path: Path, images: Mapping[str, Image], bars: Sequence[Bar], *, shape: str, prompt: str
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one model drew: pictures [3, H, W] in [-1, 1] of the prompts, in their order."""
+
+    title: str
+    note: str
+    prompts: Sequence[str]
+    pictures: Sequence[Tensor]
+
+
+def draw(path: Path, rows: Sequence[Row], bars: Sequence[Bar], *, shape: str) -> None:
     """Writes the picture.
 
     Args:
         path: a PNG file.
-        images: by title; the last one is also shown as its difference from the first.
+        rows: one for each model; those with the same prompts stand below each other.
         bars: the first one is the baseline.
         shape: of the FFNs, in words.
-        prompt: what was drawn.
     """
     with rc_context({"font.family": "DejaVu Sans", "text.color": INK, "ytick.color": INK}):
-        compose(images, bars, shape, prompt).savefig(path)
+        compose(rows, bars, shape).savefig(path)
 
 
-def compose(images: Mapping[str, Image], bars: Sequence[Bar], shape: str, prompt: str) -> Figure:
-    """Lays out the images in a row, each with its distance from the first, above the bars."""
-    figure = Figure(figsize=(11, 7.6), dpi=150, facecolor="white")
-    pictures = figure.add_gridspec(1, 4, left=0.04, right=0.96, top=0.815, bottom=0.44, wspace=0.1)
-    timings = figure.add_gridspec(1, 1, left=0.175, right=0.96, top=0.31, bottom=0.075)
-    figure.text(0.04, 0.938, "A dense checkpoint and its sparse version", size=17, weight="bold")
+def compose(rows: Sequence[Row], bars: Sequence[Bar], shape: str) -> Figure:
+    """Lays out the pictures, a row for each model and a block for each task, above the bars."""
+    figure = Figure(figsize=(11, 13.5), dpi=120, facecolor="white")
+    figure.text(0.04, 0.972, "Dense, pruned and sparse", size=17, weight="bold")
     figure.text(
         0.04,
-        0.897,
-        f"The same prompt ({prompt!r}) and the same noise. The weights are random and the model "
-        "is tiny,\nso the images are noise: what matters is which of them are equal.",
+        0.955,
+        "The same prompts and the same noise, without guidance. Models of 0.8 M parameters.",
         size=10,
         color=SOFT,
-        va="center",
-        linespacing=1.5,
     )
-    pixels = {title: np.asarray(image, dtype=np.float32) for title, image in images.items()}
-    first, last = next(iter(pixels.values())), list(pixels.values())[-1]
-    for column, (title, values) in enumerate(pixels.items()):
-        distance = float(np.abs(values - first).mean())
-        note = "reference" if column == 0 else f"mean difference {distance:.2f} of 255"
-        show(figure.add_subplot(pictures[0, column]), values / 255, title, note)
-    difference = np.abs(last - first).mean(axis=2)
-    axes = figure.add_subplot(pictures[0, 3])
-    show(axes, difference, "dense minus the last", f"at most {difference.max():.0f} of 255")
+    tasks = list(dict.fromkeys(tuple(row.prompts) for row in rows))
+    height = 0.70 / len(tasks)
+    for number, prompts in enumerate(tasks):
+        own = [row for row in rows if tuple(row.prompts) == prompts]
+        top = 0.925 - number * height
+        grid = figure.add_gridspec(
+            len(own), len(prompts), left=0.3, right=0.96, top=top, bottom=top - height + 0.045
+        )
+        for i, row in enumerate(own):
+            for j, picture in enumerate(row.pictures):
+                axes = figure.add_subplot(grid[i, j])
+                show(axes, picture, row.prompts[j] if i == 0 else "")
+                if j == 0:
+                    text = f"{row.title}\n{row.note.replace(', ', chr(10))}"
+                    axes.set_ylabel(text, size=9, rotation=0, ha="right", va="center", labelpad=8)
+    timings = figure.add_gridspec(1, 1, left=0.175, right=0.96, top=0.185, bottom=0.045)
     draw_bars(figure.add_subplot(timings[0, 0]), bars, shape)
     return figure
 
 
-def show(axes: Any, values: Any, title: str, note: str) -> None:
-    axes.imshow(values, cmap="magma", interpolation="nearest")
-    axes.set_title(title, size=11, weight="bold", loc="left", pad=7)
-    axes.set_xlabel(note, size=9, color=SOFT, loc="left", labelpad=6)
+def show(axes: Any, picture: Tensor, title: str) -> None:
+    pixels = (picture.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    axes.imshow(pixels, interpolation="nearest")
+    axes.set_title(title, size=8, pad=4)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

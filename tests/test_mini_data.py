@@ -18,15 +18,15 @@ from sparse_unified.mini.words import MARKERS, encode, write_tokenizer
 def test_a_scene_drawn_from_any_prompt_scores_1():
     generator = torch.Generator().manual_seed(0)
     prompts = scenes.all_prompts()
-    assert len(prompts) == 236
-    assert len({p.text for p in prompts}) == 236
+    assert len(prompts) == 87
+    assert len({p.text for p in prompts}) == 87
     pictures = [scenes.render(prompt.draw(generator)) for prompt in prompts]
     assert scenes.score(prompts, pictures) == dict.fromkeys((*scenes.COLUMNS, "overall"), 1.0)
 
 
 def test_a_scene_is_read_back_as_it_was_painted():
     generator = torch.Generator().manual_seed(1)
-    for prompt in scenes.all_prompts()[::7]:
+    for prompt in scenes.all_prompts()[::3]:
         objects = prompt.draw(generator)
         key = lambda item: (item.row, item.column)  # noqa: E731
         assert sorted(scenes.read_scene(scenes.render(objects)), key=key) == sorted(
@@ -36,14 +36,14 @@ def test_a_scene_is_read_back_as_it_was_painted():
 
 def test_every_single_mistake_scores_0():
     generator = torch.Generator().manual_seed(2)
-    for prompt in scenes.all_prompts()[::5]:
+    for prompt in scenes.all_prompts()[::2]:
         objects = prompt.draw(generator)
         first, others = objects[0], objects[1:]
         wrong_shape = next(s for s in scenes.SHAPES if s not in {o.shape for o in objects})
         used = {(o.row, o.column) for o in objects}
-        free = next((r, c) for r in range(4) for c in range(4) if (r, c) not in used)
-        extra = replace(first, row=free[0], column=free[1])
-        mistakes = [others, [*objects, extra], [replace(first, shape=wrong_shape), *others]]
+        free = [(r, c) for r in range(2) for c in range(2) if (r, c) not in used]
+        mistakes = [others, [replace(first, shape=wrong_shape), *others]]
+        mistakes += [[*objects, replace(first, row=r, column=c)] for r, c in free]
         if prompt.parts[0].colour:
             wrong = next(c for c in scenes.COLOURS if c != first.colour)
             mistakes.append([replace(first, colour=wrong), *others])
@@ -79,7 +79,7 @@ def test_small_errors_of_pixels_are_forgiven():
 def test_held_out_prompts_are_not_trained_on():
     train, test = scenes.split_prompts()
     both = {p.text for p in train} & {p.text for p in test}
-    assert both == {"a square", "a disc", "a triangle", "a cross"}
+    assert both == {"a square", "a triangle", "a cross"}
     assert {p.column for p in test} == set(scenes.COLUMNS)
     assert {p.text for p in train} | {p.text for p in test} == {
         p.text for p in scenes.all_prompts()
@@ -133,12 +133,13 @@ def test_the_tokenizer_gives_every_word_its_own_id(tmp_path):
     assert set(MARKERS) == {"bos", "eos", "start_of_image", "end_of_image"}
 
 
-@pytest.mark.parametrize("gain", [1.0, 2.0])
-def test_the_autoencoder_is_the_identity(gain):
-    vae = identity_autoencoder(gain)
-    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_the_autoencoder_is_the_identity(downsample):
+    vae = identity_autoencoder(1.5, downsample)
+    blocks = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    pixels = blocks.repeat_interleave(downsample, 2).repeat_interleave(downsample, 3)
     latent = vae.encode(pixels)
-    torch.testing.assert_close(latent, gain * pixels, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(latent, 1.5 * blocks, rtol=2e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(latent), pixels, rtol=4e-4, atol=1e-5)
 
 
@@ -150,6 +151,6 @@ def test_a_written_model_is_a_checkpoint_like_any_other(task, tmp_path):
         assert torch.equal(pipeline.model.state_dict()[name], tensor), name
     assert pipeline.model.config == model.config
     side = model.config.vision.image_size
-    result = pipeline.generate("a disc", seed=0, size=(side, side), num_timesteps=3, progress=False)
+    result = pipeline.generate("a cross", seed=0, num_timesteps=3, progress=False)
     assert result.images[0].size == (side, side)
     assert pipeline.chat("which digit ?", images=result.images, max_length=2).token_ids[0] == 1

@@ -21,6 +21,7 @@ from sparse_unified.cli import (
     checkpoints,
     expert_usage,
     generate,
+    mini,
     pruning,
 )
 from sparse_unified.cli.console import PROG, CommandParser, Usage, one_line, split_json_flag
@@ -44,6 +45,7 @@ def build_parser() -> CommandParser:
     analyze.add_commands(commands)
     expert_usage.add_commands(commands)
     adapt.add_commands(commands)
+    mini.add_commands(commands)
     benchmark.add_commands(commands)
     return parser
 

@@ -2,9 +2,9 @@
 """An autoencoder of FLUX's shape whose latent is the picture itself.
 
 At 8 or 16 pixels a side there is nothing to compress, and a trained autoencoder would only add its
-own errors to those that are studied. So this one is constructed, not trained: no downsampling,
-three latent channels, scaled latent = gain * pixels, and back. It runs through the same layers as
-any other.
+own errors to those that are studied. So this one is constructed, not trained: three latent
+channels, scaled latent = gain * pixels, and back; where it downsamples, it takes the first pixel of
+each block. It runs through the same layers as any other.
 
 How the identity gets through a group norm and a SiLU: a group holds x, -x, C, -C, so that its mean
 is 0 and its deviation C / sqrt(2) up to a factor 1 + mean(x^2) / (2 C^2); and silu(x) - silu(-x)
@@ -17,25 +17,36 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified.bagel.config import VAEConfig
-from sparse_unified.bagel.vae import AutoEncoder
+from sparse_unified.bagel.vae import AutoEncoder, Downsample, Upsample
 
 _PER_GROUP = 4  # x, -x, C, -C
 _CONSTANT = 64.0
 
 
 @torch.no_grad()
-def identity_autoencoder(gain: float) -> AutoEncoder:
-    """Returns the autoencoder with scaled latent [B, 3, H, W] = gain * pixels [B, 3, H, W].
+def identity_autoencoder(gain: float, downsample: int = 1) -> AutoEncoder:
+    """Returns the autoencoder with scaled latent [B, 3, H / f, W / f] = gain * pixels.
+
+    Args:
+        gain: see above.
+        downsample: f, 1 or 2. Pictures of blocks of f x f equal pixels come back as they were.
 
     The relative error is mean(x^2) / (2 * 64^2), about 1e-4 for pixels in [-1, 1].
     """
-    config = VAEConfig(ch=32 * _PER_GROUP, ch_mult=(1,), num_res_blocks=1, z_channels=3)
+    config = VAEConfig(
+        ch=32 * _PER_GROUP, ch_mult=(1,) * downsample, num_res_blocks=1, z_channels=3
+    )
     vae = AutoEncoder(config).eval()
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.zero_()
             if module.bias is not None:
                 module.bias.zero_()
+    for module in vae.modules():
+        if isinstance(module, Downsample):
+            _keep_(module.conv, 0)  # padded to the right and below: the first pixel of each block
+        elif isinstance(module, Upsample):
+            _keep_(module.conv, 1)
     # Pixels in, unscaled latent out: latent / scale_factor + shift_factor.
     factor, shift = gain / config.scale_factor, config.shift_factor
     _spread_(vae.encoder.conv_in, torch.tensor([1.0] * 3), torch.tensor([0.0] * 3))
@@ -45,6 +56,11 @@ def identity_autoencoder(gain: float) -> AutoEncoder:
     )
     _gather_(vae.decoder.norm_out, vae.decoder.conv_out, 1.0, 0.0)
     return vae
+
+
+def _keep_(conv: nn.Conv2d, at: int) -> None:
+    """Lets a convolution of 3 x 3 take the pixel in row and column `at` of what it sees."""
+    conv.weight[:, :, at, at] = torch.eye(len(conv.weight))
 
 
 def _spread_(conv: nn.Conv2d, factors: Tensor, shifts: Tensor) -> None:

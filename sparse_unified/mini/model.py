@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
 from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.mini import digits, scenes
 from sparse_unified.mini.autoencoder import identity_autoencoder
 from sparse_unified.mini.words import MARKERS, vocabulary, write_tokenizer
@@ -35,19 +36,23 @@ class MiniShape:
     """What differs between the tasks.
 
     Attributes:
-        image_size: pixels of a side; patch_size: pixels of a side of a token, seen or generated.
-        gain: of the latent, gain * pixels; near the inverse of the deviation of the pixels.
+        image_size: pixels of a side.
+        downsample: pixels of a side of a latent pixel; two of these are the side of a token.
+        gain: of the latent, gain * pixels.
+        timestep_shift: of training and sampling, see `SamplingConfig`.
     """
 
     image_size: int
-    patch_size: int
+    downsample: int
     gain: float
+    timestep_shift: float
 
 
 SHAPES = {
-    MiniTask.DIGITS: MiniShape(image_size=digits.SIZE, patch_size=2, gain=1.0),
-    MiniTask.SCENES: MiniShape(image_size=scenes.SIZE, patch_size=scenes.CELL, gain=2.0),
+    MiniTask.DIGITS: MiniShape(image_size=digits.SIZE, downsample=1, gain=1.0, timestep_shift=1.0),
+    MiniTask.SCENES: MiniShape(image_size=scenes.SIZE, downsample=2, gain=1.0, timestep_shift=2.0),
 }
+_LATENT_PATCH = 2
 _LLM = LLMConfig(
     hidden_size=64,
     intermediate_size=256,  # 16 experts of 16, 32 of 8: what the CUDA kernels take, too
@@ -62,7 +67,8 @@ _LLM = LLMConfig(
 def mini_config(task: MiniTask) -> BagelConfig:
     """Returns the description of the model of a task: 16 tokens an image in both."""
     shape, ids = SHAPES[task], vocabulary()
-    side = shape.image_size // shape.patch_size
+    patch_size = _LATENT_PATCH * shape.downsample
+    side = shape.image_size // patch_size
     return BagelConfig(
         llm=_LLM,
         vision=VisionConfig(
@@ -70,20 +76,25 @@ def mini_config(task: MiniTask) -> BagelConfig:
             intermediate_size=64,
             num_hidden_layers=1,
             num_attention_heads=2,
-            patch_size=shape.patch_size,
+            patch_size=patch_size,
             image_size=shape.image_size,
         ),
         latent_channels=3,
-        vae_downsample=1,
-        latent_patch_size=shape.patch_size,
+        vae_downsample=shape.downsample,
+        latent_patch_size=_LATENT_PATCH,
         max_latent_size=side,
         vit_max_num_patch_per_side=side,
         special_tokens=SpecialTokens(**{name: ids[text] for name, text in MARKERS.items()}),
     )
 
 
+def mini_autoencoder(task: MiniTask) -> AutoEncoder:
+    """Returns the autoencoder of a task, whose latent is the picture."""
+    return identity_autoencoder(SHAPES[task].gain, SHAPES[task].downsample)
+
+
 def new_model(task: MiniTask, seed: int) -> Bagel:
-    """Returns an untrained model: torch's default initialisation, embeddings of deviation 0.5."""
+    """Returns an untrained model: torch's initialisation, but for smaller embeddings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Bagel(mini_config(task))
@@ -115,7 +126,7 @@ def write_model(
         {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
         directory / "ema.safetensors",
     )
-    vae = identity_autoencoder(SHAPES[task].gain)
+    vae = mini_autoencoder(task)
     save_file(vae.state_dict(), directory / "ae.safetensors")
     config = mini_config(task)
     llm = {

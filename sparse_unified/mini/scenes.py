@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mini-GenEval: scenes of coloured shapes, the prompts they are drawn from, and an exact scorer.
 
-A scene is 16 x 16 pixels, a grid of 4 x 4 cells of 4 x 4 pixels; a cell is empty (grey) or holds
-one shape of one colour. As in GenEval a prompt asks for one of six things, and an image is right or
+A scene is 16 x 16 pixels, four cells of 8 x 8 pixels; a cell is empty (grey) or holds one shape of
+one colour. As in GenEval a prompt asks for one of six things, and an image is right or
 wrong: nothing is graded, and no network judges. Here the whole picture has to be right, so an
 object that nobody asked for is a mistake in every column.
 
-    single     a square                              four shapes
-    two        a square and a disc
-    count      three discs                           two to four, of any colours
+    single     a square
+    two        a square and a cross
+    count      three crosses                         two to four, of any colours
     colour     a red square
-    position   a square left of a disc               farther apart in that direction than across
-    attribute  a red square and a blue disc
+    position   a square left of a cross              side by side, or one below the other
+    attribute  a red square and a blue cross
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-CELL, GRID = 4, 4
+CELL, GRID = 8, 2
 SIZE = CELL * GRID
 COLOURS = {
     "red": (1.0, -1.0, -1.0),
     "green": (-1.0, 1.0, -1.0),
     "blue": (-1.0, -1.0, 1.0),
-    "yellow": (1.0, 1.0, -1.0),
 }
-# At least 4 of the 16 pixels differ between any two shapes.
+# Of 2 x 2 pixels each; at least 24 of the 64 pixels differ between any two shapes.
 SHAPES = {
     "square": ("####", "####", "####", "####"),
-    "disc": (".##.", "####", "####", ".##."),
     "triangle": ("#...", "##..", "###.", "####"),
     "cross": ("#..#", ".##.", ".##.", "#..#"),
 }
@@ -162,7 +160,7 @@ def _prompts() -> Iterator[ScenePrompt]:
 def split_prompts() -> tuple[list[ScenePrompt], list[ScenePrompt]]:
     """Returns the prompts to train on and those to test on, which training never sees.
 
-    A quarter of the columns two to attribute is held out; of the four prompts of `single` none can
+    A quarter of the columns two to attribute is held out; of the three prompts of `single` none can
     be, since the others need the words, so they are in both lists, tested with other noise.
     """
     train: list[ScenePrompt] = []
@@ -198,14 +196,14 @@ def read_scene(pixels: Tensor) -> list[Object | None]:
     mean square distance is at most 0.35; otherwise it is None, an object that nobody asked for.
     Empty cells are left out.
     """
-    cells = pixels.unfold(1, CELL, CELL).unfold(2, CELL, CELL)  # [3, 4, 4, 4, 4]
+    cells = pixels.unfold(1, CELL, CELL).unfold(2, CELL, CELL)  # [3, 2, 2, 8, 8]
     flat = cells.permute(1, 2, 0, 3, 4).reshape(GRID * GRID, -1)
     kinds = [None, *product(SHAPES, COLOURS)]
     templates = torch.stack(
         [torch.zeros(3 * CELL * CELL)]
         + [_template(*kind).flatten() for kind in kinds if kind is not None]
     )
-    difference = (flat[:, None] - templates).abs()  # [cells, kinds, 48]
+    difference = (flat[:, None] - templates).abs()  # [cells, kinds, 192]
     distance = difference.square().mean(-1).sqrt()
     found: list[Object | None] = []
     for cell, nearest in enumerate(distance.argmin(dim=1).tolist()):
@@ -265,28 +263,49 @@ def draw_question(kind: str, generator: torch.Generator) -> Question:
     shapes = list(SHAPES)
     first = pick(shapes)
     second = pick([shape for shape in shapes if shape != first])
+    parts = [Part(shape=first), Part(shape=second)]
+    relation = None
     if kind == "count":
-        number = int(torch.randint(1, 5, (), generator=generator))
-        other = int(torch.randint(0, 3, (), generator=generator))
+        number = 1 + int(torch.randint(GRID * GRID, (), generator=generator))
+        most = min(2, GRID * GRID - number)
+        other = int(torch.randint(most + 1, (), generator=generator))
         parts = [Part(shape=first, count=number)] + [Part(shape=second, count=other)] * (other > 0)
-        scene = ScenePrompt(column="count", parts=tuple(parts)).draw(generator)
-        text, answer = f"how many {PLURALS[first]} ?", NUMBERS[number]
-    elif kind == "colour":
-        scene = ScenePrompt(column="two", parts=(Part(shape=first), Part(shape=second))).draw(
-            generator
-        )
-        text, answer = f"what colour is the {first} ?", scene[0].colour
     elif kind == "position":
         relation = pick(list(RELATIONS))
-        scene = ScenePrompt(
-            column="position", parts=(Part(shape=first), Part(shape=second)), relation=relation
-        ).draw(generator)
-        text, answer = f"where is the {first} seen from the {second} ?", relation.split()[0]
-    else:
+    elif kind != "colour":
         raise ValueError(
             f"draw_question: kind must be 'count', 'colour' or 'position', got {kind!r}"
         )
-    return Question(kind=kind, objects=tuple(scene), text=text, answer=answer)
+    scene = ScenePrompt(column=kind, parts=tuple(parts), relation=relation)
+    asked = questions_about(scene.draw(generator))
+    # The first question of its kind is about the first part.
+    return next(question for question in asked if question.kind == kind)
+
+
+def questions_about(objects: Sequence[Object]) -> list[Question]:
+    """Returns every question that has an answer; those about the first object come first.
+
+    Counts are asked of every shape that is there, colours of shapes that are there once, and
+    positions of two objects of different shapes that are not on a diagonal.
+    """
+    scene = tuple(objects)
+    counts = Counter(item.shape for item in scene)
+    asked = [
+        ("count", f"how many {PLURALS[shape]} ?", NUMBERS[count]) for shape, count in counts.items()
+    ]
+    asked += [
+        ("colour", f"what colour is the {item.shape} ?", item.colour)
+        for item in scene
+        if counts[item.shape] == 1
+    ]
+    if len(scene) == len(counts) == 2:
+        for first, second in (scene, scene[::-1]):
+            if relation := relation_of(first, second):
+                text = f"where is the {first.shape} seen from the {second.shape} ?"
+                asked.append(("position", text, relation.split()[0]))
+    return [
+        Question(kind=kind, objects=scene, text=text, answer=answer) for kind, text, answer in asked
+    ]
 
 
 QUESTION_KINDS = ("count", "colour", "position")
@@ -300,6 +319,7 @@ def _name(part: Part) -> str:
 
 
 def _template(shape: str, colour: str) -> Tensor:
-    """Returns one cell [3, 4, 4]."""
+    """Returns one cell [3, 8, 8]."""
     mask = torch.tensor([[char == "#" for char in line] for line in SHAPES[shape]])
+    mask = mask.repeat_interleave(CELL // 4, 0).repeat_interleave(CELL // 4, 1)
     return torch.tensor(COLOURS[colour])[:, None, None] * mask

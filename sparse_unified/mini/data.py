@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training sequences of the two tasks: pictures to generate, and questions to answer about them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_unified.adapt import (
+    SequenceConfig,
+    SequenceDataset,
+    generation_sequence,
+    understanding_sequence,
+)
+from sparse_unified.bagel.segments import Segment
+from sparse_unified.mini import digits, scenes
+from sparse_unified.mini.model import SHAPES, MiniTask, mini_config
+from sparse_unified.mini.words import encode
+
+_SCENES_PER_EPOCH = 4096
+_QUESTIONS_PER_SCENE = 4
+
+
+class MiniDataset:
+    """Half of its sequences generate a picture from its prompt, half answer questions.
+
+    Args:
+        task: for the markers and the latents.
+        count: sequences of each half.
+    """
+
+    def __init__(self, task: MiniTask, count: int, config: SequenceConfig | None = None) -> None:
+        self._markers = mini_config(task).special_tokens
+        self._task = task
+        self._config = config or SequenceConfig(timestep_shift=SHAPES[task].timestep_shift)
+        self._count = count
+
+    def __len__(self) -> int:
+        return 2 * self._count
+
+    def sequence(self, index: int, generator: torch.Generator) -> list[Segment]:
+        """Returns a sequence: of generation for an even index, of understanding for an odd one."""
+        if index % 2:
+            pixels, asked = self.questions(index // 2, generator)
+            sequence: list[Segment] = []
+            for question, answer in asked:
+                seen = [] if sequence else [pixels]
+                sequence += understanding_sequence(
+                    self._markers, seen, encode(question), encode(answer)
+                )
+            return sequence
+        pixels, prompt = self.picture(index // 2, generator)
+        return list(
+            generation_sequence(
+                self._markers,
+                encode(prompt),
+                latent_of(self._task, pixels),
+                generator,
+                self._config,
+            )
+        )
+
+    def picture(self, index: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        """Returns pixels [3, H, W] in [-1, 1] and the prompt for them."""
+        raise NotImplementedError
+
+    def questions(
+        self, index: int, generator: torch.Generator
+    ) -> tuple[Tensor, list[tuple[str, str]]]:
+        """Returns pixels [3, H, W] in [-1, 1], and questions with their answers."""
+        raise NotImplementedError
+
+
+class DigitDataset(MiniDataset):
+    """The training images of `digits`, each once an epoch in either half.
+
+    Half of the time an image is moved by a pixel, for there are no more than 1497.
+    """
+
+    def __init__(self, config: SequenceConfig | None = None) -> None:
+        self._pixels, self._digits = digits.load()
+        self._index = digits.split()[0]
+        super().__init__(MiniTask.DIGITS, len(self._index), config)
+
+    def picture(self, index: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        at = self._index[index]
+        return self._pixels[at], digits.prompt_of(int(self._digits[at]))
+
+    def questions(
+        self, index: int, generator: torch.Generator
+    ) -> tuple[Tensor, list[tuple[str, str]]]:
+        at = self._index[index]
+        pixels = _moved(self._pixels[at], generator)
+        return pixels, [(digits.QUESTION, digits.NAMES[int(self._digits[at])])]
+
+
+class SceneDataset(MiniDataset):
+    """Scenes of the training prompts, a column as often as another, and questions; always new."""
+
+    def __init__(self, config: SequenceConfig | None = None) -> None:
+        self._prompts: dict[str, list[scenes.ScenePrompt]] = {name: [] for name in scenes.COLUMNS}
+        for prompt in scenes.split_prompts()[0]:
+            self._prompts[prompt.column].append(prompt)
+        super().__init__(MiniTask.SCENES, _SCENES_PER_EPOCH, config)
+
+    def picture(self, index: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        prompts = self._prompts[scenes.COLUMNS[index % len(scenes.COLUMNS)]]
+        prompt = prompts[int(torch.randint(len(prompts), (), generator=generator))]
+        return scenes.render(prompt.draw(generator)), prompt.text
+
+    def questions(
+        self, index: int, generator: torch.Generator
+    ) -> tuple[Tensor, list[tuple[str, str]]]:
+        kind = scenes.QUESTION_KINDS[index % len(scenes.QUESTION_KINDS)]
+        first = scenes.draw_question(kind, generator)
+        others = [q for q in scenes.questions_about(first.objects) if q != first]
+        order = torch.randperm(len(others), generator=generator).tolist()
+        asked = [first, *(others[i] for i in order[: _QUESTIONS_PER_SCENE - 1])]
+        return scenes.render(first.objects), [(q.text, q.answer) for q in asked]
+
+
+def latent_of(task: MiniTask, pixels: Tensor) -> Tensor:
+    """Returns the scaled latent [3, h, w] of pixels [3, H, W], as the autoencoder does."""
+    step = SHAPES[task].downsample
+    return SHAPES[task].gain * pixels[:, ::step, ::step]
+
+
+def training_data(task: MiniTask, config: SequenceConfig | None = None) -> SequenceDataset:
+    """Returns what a task is trained on."""
+    return DigitDataset(config) if task is MiniTask.DIGITS else SceneDataset(config)
+
+
+def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Moves an image [3, H, W] by a pixel to one of four sides, half of the time."""
+    way = int(torch.randint(8, (), generator=generator))
+    if way >= 4:
+        return pixels
+    moved = torch.full_like(pixels, -1.0)
+    if way == 0:
+        moved[:, 1:] = pixels[:, :-1]
+    elif way == 1:
+        moved[:, :-1] = pixels[:, 1:]
+    elif way == 2:
+        moved[:, :, 1:] = pixels[:, :, :-1]
+    else:
+        moved[:, :, :-1] = pixels[:, :, 1:]
+    return moved

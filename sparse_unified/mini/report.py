@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the records of the study say: tables, and what holds and what does not.
+
+A statement is a difference of two numbers that is computed for every seed. It holds if the
+difference has the stated sign for every seed, does not hold if it has the other sign (or is 0) for
+every seed, and is undecided in between. Nothing is said about parts that were not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.mini import scenes
+from sparse_unified.mini.model import MiniTask
+from sparse_unified.mini.study import DEPTHS, SPARSE, STAGES, WIDTHS
+
+BEGIN, END = "<!-- study -->", "<!-- /study -->"
+Record = Mapping[str, Any]
+# (task, part, key) -> metric -> seed -> value
+Values = dict[tuple[str, str, str], dict[str, dict[int, float]]]
+
+
+def read_records(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the records of a study, from its folder or from the file that `to_json` made.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [
+            json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*.json"))
+        ]
+    else:
+        found = json.loads(path.read_text(encoding="utf-8"))["records"]
+    if not found:
+        raise ValueError(f"{path}: records must be at least one, got none")
+    return sorted(found, key=lambda r: (r["task"], r["part"], r["seed"]))
+
+
+def to_json(records: Sequence[Record]) -> str:
+    """Returns all records as one JSON text."""
+    return json.dumps({"records": list(records)}, indent=1)
+
+
+def gather(records: Sequence[Record]) -> Values:
+    """Returns the values by what they are of."""
+    values: Values = {}
+    for record in records:
+        for key, metrics in record["results"].items():
+            own = values.setdefault((record["task"], record["part"], key), {})
+            for name, value in metrics.items():
+                own.setdefault(name, {})[record["seed"]] = value
+    return values
+
+
+def rows_of(task: str) -> list[tuple[str, str, str]]:
+    """Returns part, key and title of every model of a task, in the order of the tables."""
+    rows = [("dense", "dense", "dense"), ("dense", "extra", "dense, the same extra steps")]
+    for component in ("und", "gen"):
+        for source in ("understanding", "generation") if component == "und" else ("generation",):
+            for keep in WIDTHS[component]:
+                rows.append(
+                    (
+                        "probe",
+                        f"{component}-width-{keep:g}-{source}",
+                        f"{component}, {keep:g} of the neurons, scored on {source}",
+                    )
+                )
+            for count in DEPTHS:
+                rows.append(
+                    (
+                        "probe",
+                        f"{component}-depth-{count}-{source}",
+                        f"{component}, {count} of 6 layers skipped, scored on {source}",
+                    )
+                )
+    for experts, active in SPARSE:
+        name = f"{experts}/{active}"
+        rows += _stages(f"sparse-{experts}-{active}", f"sparse {name}", routed=True)
+    rows += _stages("random-16-8", "control: random partition, 16/8", routed=True)
+    rows += _stages("static", "control: static half", routed=False)
+    return rows
+
+
+def _stages(part: str, title: str, *, routed: bool) -> list[tuple[str, str, str]]:
+    rows = [(part, "zero", f"{title}, untrained, routers of zero")] if routed else []
+    rows.append((part, "untrained", f"{title}, untrained" + (", fitted routers" * routed)))
+    words = {
+        "router": "routers tuned" if routed else "tuned as long, FFN frozen",
+        "expert_frozen": "then experts frozen" if routed else "twice as long",
+        "full": "then fully",
+    }
+    return rows + [(part, stage, f"{title}, {words[stage]}") for stage in STAGES]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One statement about one task, and what the numbers say."""
+
+    task: str
+    text: str
+    differences: tuple[float, ...]
+
+    @property
+    def result(self) -> str:
+        """Returns "holds", "does not hold", "undecided" or "not run"."""
+        if not self.differences:
+            return "not run"
+        right = [value > 0 for value in self.differences]
+        return "holds" if all(right) else "undecided" if any(right) else "does not hold"
+
+
+class _Task:
+    """The values of one task; a value that was not measured leaves its seed out."""
+
+    def __init__(self, values: Values, task: str) -> None:
+        self.values, self.task = values, task
+
+    def get(self, part: str, key: str, metric: str) -> dict[int, float]:
+        return self.values.get((self.task, part, key), {}).get(metric, {})
+
+    def verdict(
+        self, text: str, compute: Callable[..., float], *sources: tuple[str, str, str]
+    ) -> Verdict:
+        found = [self.get(*source) for source in sources]
+        seeds = sorted(set.intersection(*(set(own) for own in found)))
+        differences = tuple(compute(*(own[seed] for own in found)) for seed in seeds)
+        return Verdict(task=self.task, text=text, differences=differences)
+
+
+def verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """Returns what the records say about each statement, task by task."""
+    values, found = gather(records), []
+    for task in MiniTask:
+        own = _Task(values, task.value)
+        dense = ("dense", "dense", "velocity")
+        gen_half, und_half = (
+            ("probe", f"{component}-width-0.5-generation", "velocity")
+            for component in ("gen", "und")
+        )
+        found += [
+            own.verdict(
+                "In generation und is more compressible than gen: at half of the neurons the "
+                "velocity error rises less (difference of the two rises)",
+                lambda gen, und: gen - und,
+                gen_half,
+                und_half,
+            ),
+            own.verdict(
+                "The same for depth: skipping 2 of 6 layers",
+                lambda gen, und: gen - und,
+                ("probe", "gen-depth-2-generation", "velocity"),
+                ("probe", "und-depth-2-generation", "velocity"),
+            ),
+            own.verdict(
+                "und is more compressible when the task is generation: at a tenth of its neurons "
+                "the velocity error rises by a smaller share than understanding falls",
+                lambda whole, error, right, left: (right - left) / right - (error / whole - 1),
+                dense,
+                ("probe", "und-width-0.1-generation", "velocity"),
+                ("dense", "dense", "understanding"),
+                ("probe", "und-width-0.1-understanding", "understanding"),
+            ),
+            own.verdict(
+                "Scores depend on the task: und at a quarter understands better when scored on "
+                "understanding than on generation",
+                lambda mine, other: mine - other,
+                ("probe", "und-width-0.25-understanding", "understanding"),
+                ("probe", "und-width-0.25-generation", "understanding"),
+            ),
+            own.verdict(
+                "Routers fitted to calibration data beat routers of zero, untrained, 16/8",
+                lambda zero, fitted: zero - fitted,
+                ("sparse-16-8", "zero", "velocity"),
+                ("sparse-16-8", "untrained", "velocity"),
+            ),
+        ]
+        for experts, active in SPARSE:
+            part = f"sparse-{experts}-{active}"
+            found.append(
+                own.verdict(
+                    f"Tuning gets most of the loss back: {experts}/{active}, share of the rise of "
+                    "the velocity error over the dense model that is gone after all stages, "
+                    "minus 1/2",
+                    lambda whole, before, after: (before - after) / (before - whole) - 0.5,
+                    dense,
+                    (part, "untrained", "velocity"),
+                    (part, "full", "velocity"),
+                )
+            )
+        found += [
+            own.verdict(
+                "Sparse 16/8 beats a static half with the same tuning: velocity error",
+                lambda static, sparse: static - sparse,
+                ("static", "full", "velocity"),
+                ("sparse-16-8", "full", "velocity"),
+            ),
+            own.verdict(
+                "Sparse 16/8 beats a static half with the same tuning: right pictures",
+                lambda static, sparse: sparse - static,
+                ("static", "full", "generation"),
+                ("sparse-16-8", "full", "generation"),
+            ),
+            own.verdict(
+                "The partition by importance beats a random one, 16/8, tuned: velocity error",
+                lambda other, snake: other - snake,
+                ("random-16-8", "full", "velocity"),
+                ("sparse-16-8", "full", "velocity"),
+            ),
+            own.verdict(
+                "Sparse 16/8, tuned, is as good as the dense model with the same extra steps: "
+                "velocity error",
+                lambda extra, sparse: extra - sparse,
+                ("dense", "extra", "velocity"),
+                ("sparse-16-8", "full", "velocity"),
+            ),
+        ]
+    return found
+
+
+def to_text(records: Sequence[Record]) -> str:
+    """Returns tables in Markdown, and what holds."""
+    values = gather(records)
+    lines: list[str] = []
+    for task in MiniTask:
+        lines += [f"### {task.value.capitalize()}", "", *_table(values, task), ""]
+    lines += ["### What holds, and what does not", ""]
+    lines += ["| task | statement | difference | result |", "|---|---|---|---|"]
+    for verdict in verdicts(records):
+        shown = _shown(verdict.differences, 4, sign=True) if verdict.differences else "-"
+        lines.append(f"| {verdict.task} | {verdict.text} | {shown} | {verdict.result} |")
+    return "\n".join(lines)
+
+
+def _table(values: Values, task: MiniTask) -> list[str]:
+    columns = {"understanding": "answers", "velocity": "velocity error", "generation": "pictures"}
+    if task is MiniTask.DIGITS:
+        columns["frechet"] = "Frechet"
+    else:
+        columns |= {name: name for name in scenes.COLUMNS}
+    lines = [
+        f"| model | seeds | {' | '.join(columns.values())} |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for part, key, title in rows_of(task.value):
+        own = values.get((task.value, part, key))
+        if own is None:
+            lines.append(f"| {title} | 0 | not run" + " |" * len(columns))
+            continue
+        cells = [_shown(tuple(own[name].values()), _digits(name)) for name in columns]
+        lines.append(f"| {title} | {len(own['velocity'])} | {' | '.join(cells)} |")
+    return lines
+
+
+def _digits(metric: str) -> int:
+    return {"velocity": 4, "frechet": 1}.get(metric, 2)
+
+
+def _shown(values: Sequence[float], digits: int, *, sign: bool = False) -> str:
+    """Returns the mean and, of several values, their standard deviation."""
+    text = f"{mean(values):{'+' if sign else ''}.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def fill_page(page: Path, records: Sequence[Record]) -> None:
+    """Puts the tables into a page, between its two marks.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{page}: page must hold {BEGIN} and {END}, got none")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    replace_file(page, f"{before}{BEGIN}\n\n{to_text(records)}\n\n{END}{after}".encode())

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense training of the miniature, from nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sparse_unified.adapt import StepRecord, Trainer, TrainingConfig
+from sparse_unified.mini.data import training_data
+from sparse_unified.mini.model import MiniTask, new_model
+
+LOG_EVERY, WRITE_EVERY = 20, 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTraining:
+    """How the dense model of a task is trained; what is shipped was trained by the defaults."""
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    ema_decay: float = 0.995
+    seed: int = 0
+
+    def config(self) -> TrainingConfig:
+        """Returns this as a configuration of the trainer."""
+        return TrainingConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            ema_decay=self.ema_decay,
+            seed=self.seed,
+        )
+
+
+DENSE = {
+    MiniTask.DIGITS: DenseTraining(steps=1200),
+    MiniTask.SCENES: DenseTraining(steps=1200),
+}
+
+
+def train_dense(
+    task: MiniTask,
+    out: str | os.PathLike[str],
+    training: DenseTraining | None = None,
+    progress: Callable[[StepRecord], object] | None = None,
+) -> Path:
+    """Trains the dense model of a task and writes its average weights in bf16.
+
+    Args:
+        out: folder of `ema.safetensors`, `log.jsonl` (losses of every 20th step) and
+            `training.json` (configuration, versions, seconds). The weights are also written on the
+            way, every 200 steps.
+        training: how; None is what the shipped weights were made by.
+        progress: called after each step.
+
+    Returns:
+        `out`.
+    """
+    training = training or DENSE[task]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = new_model(task, training.seed)
+    trainer = Trainer(model, training_data(task), training.config())
+    with (out / "log.jsonl").open("w", encoding="utf-8") as log:
+
+        def on_step(record: StepRecord) -> None:
+            if record.step % LOG_EVERY == 0 or record.step == 1:
+                line = {
+                    name: round(value, 5) if isinstance(value, float) else value
+                    for name, value in record.to_dict().items()
+                    if name not in ("balance_loss", "router_z_loss")
+                }
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            if record.step % WRITE_EVERY == 0:
+                _write_weights(trainer, out)
+            if progress is not None:
+                progress(record)
+
+        report = trainer.run(on_step)
+    _write_weights(trainer, out)
+    about = {
+        "task": task.value,
+        "command": f"sparse-unified mini train {task.value} OUT",
+        "training": training.config().to_dict(),
+        "parameters": report.parameters,
+        "seconds": round(report.seconds, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "sparse_unified": version("sparse_unified"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (out / "training.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def _write_weights(trainer: Trainer, out: Path) -> None:
+    with trainer.ema_weights():
+        tensors = {
+            name: tensor.detach().to(torch.bfloat16).contiguous()
+            for name, tensor in trainer.model.state_dict().items()
+        }
+    temporary = out / "ema.safetensors.part"
+    save_file(tensors, temporary)
+    temporary.replace(out / "ema.safetensors")
