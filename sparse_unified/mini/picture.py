@@ -62,6 +62,8 @@ def _draw_width(axes: Any, values: Values, task: MiniTask) -> None:
             for keep in ratios
         }
         shown = {keep: point for keep, point in points.items() if point is not None}
+        if not shown:
+            continue
         axes.errorbar(
             list(shown),
             [point[0] for point in shown.values()],
@@ -82,6 +84,8 @@ def _draw_tuning(axes: Any, values: Values, task: MiniTask) -> None:
         points = [_series(values.get((task.value, part, stage))) for stage in stages]
         at = [i for i, point in enumerate(points) if point is not None]
         found = [point for point in points if point is not None]
+        if not found:
+            continue
         axes.errorbar(
             at,
             [point[0] for point in found],
@@ -102,6 +106,9 @@ def _draw_tuning(axes: Any, values: Values, task: MiniTask) -> None:
 
 def _finish(axes: Any) -> None:
     axes.set_ylabel("velocity error")
-    axes.legend(frameon=False, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -3,7 +3,8 @@
 
 A statement is a difference of two numbers that is computed for every seed. It holds if the
 difference has the stated sign for every seed, does not hold if it has the other sign (or is 0) for
-every seed, and is undecided in between. Nothing is said about parts that were not run.
+every seed, and is undecided in between; the number of seeds stands beside it. Nothing is said about
+parts that were not run.
 """
 
 from __future__ import annotations
@@ -233,10 +234,11 @@ def to_text(records: Sequence[Record]) -> str:
     for task in MiniTask:
         lines += [f"### {task.value.capitalize()}", "", *_table(values, task), ""]
     lines += ["### What holds, and what does not", ""]
-    lines += ["| task | statement | difference | result |", "|---|---|---|---|"]
+    lines += ["| task | statement | seeds | difference | result |", "|---|---|---|---|---|"]
     for verdict in verdicts(records):
         shown = _shown(verdict.differences, 4, sign=True) if verdict.differences else "-"
-        lines.append(f"| {verdict.task} | {verdict.text} | {shown} | {verdict.result} |")
+        seeds = len(verdict.differences)
+        lines.append(f"| {verdict.task} | {verdict.text} | {seeds} | {shown} | {verdict.result} |")
     return "\n".join(lines)
 
 
