@@ -13,7 +13,7 @@ from adapt_models import CONFIG, Mixed, bagel, losses, trainer
 
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.draws import DataOrder, sequence_generator
-from sparse_unified.bagel import pack_training, training_forward
+from sparse_unified.bagel import Segment, TextSegment, pack_training, training_forward
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -255,3 +255,25 @@ def test_loss_falls_and_the_report_says_so() -> None:
     load = seen[0].expert_load[("gen", 1)]
     assert sum(load) > 0
     assert seen[0].load_imbalance == pytest.approx(max(load) * len(load) / sum(load))
+
+
+class Words:
+    """Text alone: no generation FFN runs."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def sequence(self, index: int, generator: torch.Generator) -> list[Segment]:
+        return [TextSegment(token_ids=(3, 10 + index, 12, 4), predict=True)]
+
+
+def test_a_pass_in_which_nothing_that_trains_takes_part_changes_nothing() -> None:
+    model = bagel()
+    report = freeze(model, "router")
+    before = {name: model.get_parameter(name).detach().clone() for name in report.trained}
+    record = Trainer(model, Words(), TrainingConfig(steps=1, batch_size=4)).step()
+    assert record.text_loss is not None
+    assert record.text_loss > 0
+    assert record.grad_norm == 0
+    for name, weight in before.items():
+        assert torch.equal(model.get_parameter(name), weight)

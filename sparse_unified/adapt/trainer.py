@@ -158,7 +158,9 @@ class Trainer:
         with _deterministic(device), self.masters.collecting() as collect:
             for batch in batches:
                 own, parts, own_load = self._pass(batch, text_tokens, image_tokens)
-                own.backward()
+                # Without a graph nothing that trains took part: routers in a pass of text alone.
+                if own.requires_grad:
+                    own.backward()
                 collect()
                 loss += own.detach()
                 for name, part in parts.items():
