@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib import rc_context
@@ -63,7 +64,7 @@ def compose(rows: Sequence[Row], bars: Sequence[Bar], shape: str) -> Figure:
     height = 0.70 / len(tasks)
     for number, prompts in enumerate(tasks):
         own = [row for row in rows if tuple(row.prompts) == prompts]
-        top = 0.925 - number * height
+        top = 0.92 - number * height
         grid = figure.add_gridspec(
             len(own), len(prompts), left=0.3, right=0.96, top=top, bottom=top - height + 0.045
         )
@@ -82,7 +83,7 @@ def compose(rows: Sequence[Row], bars: Sequence[Bar], shape: str) -> Figure:
 def show(axes: Any, picture: Tensor, title: str) -> None:
     pixels = (picture.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     axes.imshow(pixels, interpolation="nearest")
-    axes.set_title(title, size=8, pad=4)
+    axes.set_title(fill(title, 18), size=8, pad=4)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
