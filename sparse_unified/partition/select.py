@@ -46,7 +46,7 @@ def _parse(text: str, num_layers: int) -> list[int]:
         return list(range(num_layers))
     selected: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
         if match is None:
             raise ValueError(
                 "select_layers: layers must be 'middle', 'all', 'a-b', a number or a "
