@@ -9,6 +9,7 @@ from typing import Any
 from sparse_unified.cli import values
 from sparse_unified.cli.console import add_common
 from sparse_unified.cli.models import add_model
+from sparse_unified.cli.samples import add_settings
 
 TASKS = ("generation", "understanding", "editing")
 _DESCRIPTION = """\
@@ -110,22 +111,7 @@ def _add_samples(group: Any) -> None:
         help="pictures, one per prompt in the order of their names: what generation should lead "
         "to, what editing and understanding start from; of .jsonl, where its files are",
     )
-    group.add_argument("--samples", type=values.positive, metavar="N", help="the first N prompts")
-    group.add_argument(
-        "--seed",
-        type=values.seed,
-        default=0,
-        help="of the noise, counted up from sample to sample, and of random choices (default 0)",
-    )
-    group.add_argument(
-        "--size", type=values.size, metavar="HxW", help="of generated images in pixels"
-    )
-    group.add_argument(
-        "--steps", type=values.positive, default=25, help="timesteps of a generation (default 25)"
-    )
-    group.add_argument(
-        "--max-tokens", type=values.positive, default=64, help="of an answer (default 64)"
-    )
+    add_settings(group)
     group.add_argument(
         "--batch-size",
         type=values.positive,

@@ -34,12 +34,17 @@ def add_samples(group: Any) -> None:
         help="pictures, one per prompt in the order of their names, that editing and understanding "
         "start from; of .jsonl, where its files are",
     )
+    add_settings(group)
+
+
+def add_settings(group: Any) -> None:
+    """Adds the options that say how many samples there are, and how the model runs on them."""
     group.add_argument("--samples", type=values.positive, metavar="N", help="the first N prompts")
     group.add_argument(
         "--seed",
         type=values.seed,
         default=0,
-        help="of the noise, counted up from sample to sample, and of what is drawn (default 0)",
+        help="of the noise, counted up from sample to sample, and of random choices (default 0)",
     )
     group.add_argument(
         "--size", type=values.size, metavar="HxW", help="of generated images in pixels"
