@@ -11,12 +11,12 @@ from safetensors import safe_open
 
 from sparse_unified.bagel.segments import LatentSegment, TextSegment, VitSegment
 from sparse_unified.checkpoint import convert
-from sparse_unified.cli import main
+from sparse_unified.cli import build_parser, main
 from sparse_unified.mini.data import training_data
 from sparse_unified.mini.evaluate import EvaluationConfig, evaluate, generate, velocity_error
 from sparse_unified.mini.model import WEIGHTS, MiniTask, load_pipeline, write_model
 from sparse_unified.mini.report import BEGIN, END, Verdict, fill_page, read_records, verdicts
-from sparse_unified.mini.study import StudyConfig, run_study
+from sparse_unified.mini.study import PARTS, StudyConfig, run_study
 from sparse_unified.nn import SparseMoE
 
 SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=6, pictures=1)
@@ -94,23 +94,28 @@ def test_all_experts_together_are_the_dense_model(task, dense, tmp_path):
 
 
 def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path):
-    options = {"tasks": (MiniTask.DIGITS,), "names": ("dense", "sparse-16-8")}
+    names = ("dense", "sparse-16-8", "coactivation-16-8")
+    options = {"tasks": (MiniTask.DIGITS,), "names": names}
     run: list[str] = []
     files = run_study(tmp_path, SMALL, **options, progress=lambda p, *_: run.append(p.name))
-    assert run == ["dense", "sparse-16-8"]
-    kept = files[0].read_bytes()
-    files[1].unlink()
+    assert run == list(names)
+    kept = [file.read_bytes() for file in files]
+    files[0].unlink()
     run_study(tmp_path, SMALL, **options, progress=lambda p, *_: run.append(p.name))
-    assert run[2:] == ["sparse-16-8"]
-    assert files[0].read_bytes() == kept
-    results = json.loads(files[1].read_text())["results"]
-    assert set(results) == {"zero", "untrained", "router", "expert_frozen", "full"}
+    assert run[3:] == ["dense"]
+    assert [file.read_bytes() for file in files] == kept
+    snake, together = (json.loads(file.read_text())["results"] for file in files[1:])
+    assert set(snake) == {"zero", "untrained", "router", "expert_frozen", "full"}
     with pytest.raises(ValueError, match="config must be that of this study"):
         run_study(tmp_path, StudyConfig(seeds=(0,), steps=3), **options)
 
     records = read_records(tmp_path)
-    outcome = {v.result for v in verdicts(records) if v.task == "scenes"}
-    assert outcome == {"not run"}
+    assert {v.result for v in verdicts(records) if v.task == "scenes"} == {"not run"}
+    compared = [v for v in verdicts(records) if v.task == "digits" and "coactivation" in v.text]
+    for verdict, stage in zip(compared, ("untrained", "full"), strict=True):
+        gain = snake[stage]["velocity"] - together[stage]["velocity"]
+        assert gain != 0
+        assert verdict.differences == (gain,)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     fill_page(page, records)
@@ -119,6 +124,11 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path):
     assert page.read_text().endswith("after\n")
     assert main(["mini", "report", str(tmp_path), "--json", str(tmp_path / "all.json")]) == 0
     assert read_records(tmp_path / "all.json") == records
+
+
+def test_the_command_offers_every_part():
+    for name in PARTS:
+        assert build_parser().parse_args(["mini", "study", "out", "--part", name]).part == [name]
 
 
 def test_a_verdict_needs_every_seed():

@@ -13,7 +13,10 @@ from typing import Any
 from sparse_unified.cli.console import add_common, check_output, write_result
 
 _TASKS = ("digits", "scenes")
-_PARTS = ("dense", "probe", "sparse-16-8", "sparse-32-16", "random-16-8", "static")
+_PARTS = (
+    *("dense", "probe", "sparse-16-8", "sparse-32-16", "random-16-8"),
+    *("coactivation-16-8", "static"),
+)
 
 
 def add_commands(commands: Any) -> None:

@@ -18,12 +18,14 @@ _COLOURS = {
     "gen": "#c9733a",
     "sparse-16-8": "#1f6f8b",
     "sparse-32-16": "#5fa8a0",
+    "coactivation-16-8": "#8a6fb0",
     "random-16-8": "#9aa4af",
     "static": "#c9733a",
 }
 _NAMES = {
     "sparse-16-8": "sparse 16/8",
     "sparse-32-16": "sparse 32/16",
+    "coactivation-16-8": "16/8, by coactivation",
     "random-16-8": "16/8, random partition",
     "static": "static half",
 }

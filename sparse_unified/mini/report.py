@@ -86,6 +86,7 @@ def rows_of(task: str) -> list[tuple[str, str, str]]:
     for experts, active in SPARSE:
         name = f"{experts}/{active}"
         rows += _stages(f"sparse-{experts}-{active}", f"sparse {name}", routed=True)
+    rows += _stages("coactivation-16-8", "sparse 16/8 by coactivation", routed=True)
     rows += _stages("random-16-8", "control: random partition, 16/8", routed=True)
     rows += _stages("static", "control: static half", routed=False)
     return rows
@@ -215,6 +216,20 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
                 lambda other, snake: other - snake,
                 ("random-16-8", "full", "velocity"),
                 ("sparse-16-8", "full", "velocity"),
+            ),
+            own.verdict(
+                "The partition by coactivation beats the one by importance, 16/8, untrained with "
+                "fitted routers: velocity error",
+                lambda snake, together: snake - together,
+                ("sparse-16-8", "untrained", "velocity"),
+                ("coactivation-16-8", "untrained", "velocity"),
+            ),
+            own.verdict(
+                "The partition by coactivation beats the one by importance, 16/8, tuned: velocity "
+                "error",
+                lambda snake, together: snake - together,
+                ("sparse-16-8", "full", "velocity"),
+                ("coactivation-16-8", "full", "velocity"),
             ),
             own.verdict(
                 "Sparse 16/8, tuned, is as good as the dense model with the same extra steps: "

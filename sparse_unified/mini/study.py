@@ -9,7 +9,8 @@ the evaluation.
     dense          the dense model, and the same after as many extra steps as the sparse ones get
     probe          und and gen, narrower and shallower, untrained
     sparse-E-K     gen FFNs of E experts, K active: untrained, then tuned stage after stage
-    random-16-8    the same with a random partition
+    random-16-8, coactivation-16-8
+                   the same with a random partition, and with neurons together that fire together
     static         control: the better half of the gen neurons, the same for all tokens, and the
                    same number of steps; experts are frozen in its first two stages
 """
@@ -33,6 +34,7 @@ import torch
 
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze, init_router_
 from sparse_unified.analysis import (
+    FfnKey,
     FfnStatistics,
     Similarity,
     StatisticsConfig,
@@ -45,6 +47,7 @@ from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.mini.data import MiniDataset, training_data
 from sparse_unified.mini.evaluate import EvaluationConfig, answers, evaluate, generate
 from sparse_unified.mini.model import MiniTask, mini_config, trained_weights
+from sparse_unified.partition import Partition
 from sparse_unified.swap import (
     MoEConfig,
     PruneWidthConfig,
@@ -56,7 +59,14 @@ from sparse_unified.swap import (
 )
 
 SPARSE = ((16, 8), (32, 16))
-PARTS = ("dense", "probe", *(f"sparse-{e}-{k}" for e, k in SPARSE), "random-16-8", "static")
+PARTS = (
+    "dense",
+    "probe",
+    *(f"sparse-{e}-{k}" for e, k in SPARSE),
+    "random-16-8",
+    "coactivation-16-8",
+    "static",
+)
 STAGES = ("router", "expert_frozen", "full")
 WIDTHS = {"und": (0.5, 0.25, 0.1), "gen": (0.75, 0.5, 0.25, 0.1)}
 DEPTHS = (1, 2, 3)
@@ -206,7 +216,7 @@ def _run_part(
         results = study.static()
     else:
         kind, experts, active = part.name.split("-")
-        partition = "random" if kind == "random" else "snake"
+        partition = Partition.SNAKE if kind == "sparse" else Partition(kind)
         results = study.sparse(int(experts), int(active), partition)
     record = {
         "task": part.task.value,
@@ -248,11 +258,7 @@ class _Study:
             own = ("und", "gen") if task == "generation" else ("und",)
             scores = score("activation", self.model, statistics, tasks=[task])
             for component in own:
-                ranking = {
-                    layer: values
-                    for layer, values in scores[component].items()
-                    if isinstance(layer, int)
-                }
+                ranking = _by_layer(scores[component])
                 for keep in WIDTHS[component]:
                     prune_width_(
                         self.model,
@@ -268,7 +274,7 @@ class _Study:
                     restore_(self.model)
         return results
 
-    def sparse(self, experts: int, active: int, partition: str) -> dict[str, Metrics]:
+    def sparse(self, experts: int, active: int, partition: Partition) -> dict[str, Metrics]:
         statistics, _ = self._calibrate("generation")
         scores = score("activation", self.model, statistics, tasks=["generation"])
         apply_moe_(
@@ -278,10 +284,15 @@ class _Study:
                 top_k=active,
                 component="gen",
                 layers="all",
-                partition=partition,  # type: ignore[arg-type]
+                partition=partition,
                 seed=self.seed,
             ),
-            {n: values for n, values in scores["gen"].items() if isinstance(n, int)},
+            _by_layer(scores["gen"]),
+            inputs=(
+                _by_layer(statistics.inputs("gen", ["generation"]))
+                if partition is Partition.COACTIVATION
+                else None
+            ),
             keep_dense=False,
         )
         results = {"zero": self._evaluate()}
@@ -300,7 +311,7 @@ class _Study:
         prune_width_(
             self.model,
             PruneWidthConfig(component="gen", keep_ratio=0.5),
-            {n: values for n, values in scores["gen"].items() if isinstance(n, int)},
+            _by_layer(scores["gen"]),
             keep_dense=False,
         )
         results = {"untrained": self._evaluate()}
@@ -353,3 +364,8 @@ class _Study:
                 asked = [self.data.questions(i, generator) for i in indices]
                 answers(model, [pixels for pixels, _ in asked], [own[0][0] for _, own in asked])
         return collector.statistics(), measured.result()
+
+
+def _by_layer(values: Mapping[FfnKey, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Returns what belongs to dense FFNs, whose keys are their layers."""
+    return {layer: own for layer, own in values.items() if isinstance(layer, int)}
