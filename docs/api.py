@@ -24,6 +24,7 @@ MODULES = (
     "sparse_unified.bagel",
     "sparse_unified.analysis",
     "sparse_unified.adapt",
+    "sparse_unified.mini",
 )
 
 
