@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sparse_unified.bagel import (
     build_guidance,
     sample_latents,
 )
-from sparse_unified.bagel.cache import Context
+from sparse_unified.bagel.denoiser import Denoiser
 from sparse_unified.bagel.sampler import guide, initial_noise, timestep_grid
 from sparse_unified.testing import build_model, read_case
 
@@ -41,18 +40,16 @@ def relative_error(out: Tensor, gold: Tensor) -> float:
     return float((out - gold).norm() / gold.norm())
 
 
-def count_sequences(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_sequences(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records how many sequences each packed pass computes."""
     counts: list[int] = []
-    velocity = model.velocity
+    call = Denoiser.__call__
 
-    def counted(
-        tokens: Any, grids: Any, time: Tensor, branches: Sequence[Sequence[Context]]
-    ) -> list[Tensor]:
-        counts.append(sum(len(own) for own in branches))
-        return velocity(tokens, grids, time, branches)
+    def counted(self: Denoiser, tokens: Any, time: Tensor) -> list[Tensor]:
+        counts.append(sum(self.num_branches))
+        return call(self, tokens, time)
 
-    monkeypatch.setattr(model, "velocity", counted)
+    monkeypatch.setattr(Denoiser, "__call__", counted)
     return counts
 
 
@@ -118,7 +115,7 @@ def test_images_of_a_batch_do_not_influence_each_other(model: Bagel, renorm: Ren
 def test_guidance_is_on_inside_its_interval_only(
     model: Bagel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = count_sequences(model, monkeypatch)
+    counts = count_sequences(monkeypatch)
     config = SamplingConfig(num_timesteps=6, timestep_shift=1.0, cfg_interval=(0.2, 0.8))
     guidance = build_guidance(model, [[21]])
     sample_latents(model, guidance, [initial_noise(4, 16, 0)], [(2, 2)], config)
@@ -128,7 +125,7 @@ def test_guidance_is_on_inside_its_interval_only(
 def test_identical_branches_are_computed_once(
     model: Bagel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = count_sequences(model, monkeypatch)
+    counts = count_sequences(monkeypatch)
     noise, grid = [initial_noise(4, 16, 0)], [(2, 2)]
     config = SamplingConfig(num_timesteps=2, cfg_img_scale=2.0)
     sample_latents(model, build_guidance(model, [[21]]), noise, grid, config)
@@ -139,7 +136,7 @@ def test_identical_branches_are_computed_once(
 
 
 def test_without_text_guidance_there_is_none(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = count_sequences(model, monkeypatch)
+    counts = count_sequences(monkeypatch)
     config = SamplingConfig(num_timesteps=3, cfg_text_scale=1.0, cfg_img_scale=2.0)
     guidance = build_guidance(model, [[21]])
     sample_latents(model, guidance, [initial_noise(4, 16, 0)], [(2, 2)], config)

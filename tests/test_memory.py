@@ -5,33 +5,42 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from released_files import GOLDEN, Released
-from safetensors.torch import save_file
 
-from sparse_unified.checkpoint.memory import memory
+from sparse_unified.bagel import AutoEncoder, BagelPipeline, VAEConfig
+from sparse_unified.checkpoint.memory import MemoryRow, memory
 from sparse_unified.checkpoint.writer import build_header
 from sparse_unified.cli import main
-from sparse_unified.testing import read_case
+from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.swap.storage import stored_bytes
 
 RELEASED = Released(num_experts=16, top_k=8)
 DENSE_FFN = 28 * 3 * 18944 * 3584 * 2
+
+
+def write_holes(path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Writes a file of tensors that takes no room on the disk."""
+    header = build_header([(key, dtype, shape) for key, shape in shapes.items()]).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    nbytes = sum(dtype.itemsize * torch.Size(shape).numel() for shape in shapes.values())
+    os.truncate(path, 8 + len(header) + nbytes)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The released checkpoint at its true shapes: 29 GB of holes behind a header."""
     folder = tmp_path_factory.mktemp("holes")
-    shapes = RELEASED.shapes()
-    header = build_header([(key, torch.bfloat16, shape) for key, shape in shapes.items()]).encode()
-    path = folder / "ema.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    nbytes = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-    os.truncate(path, 8 + len(header) + nbytes)
-    save_file(read_case(GOLDEN / "vae").weights, folder / "ae.safetensors")
+    write_holes(folder / "ema.safetensors", torch.bfloat16, RELEASED.shapes())
+    vae = AutoEncoder(VAEConfig(), device="meta").state_dict()
+    shapes = {key: tuple(tensor.shape) for key, tensor in vae.items()}
+    write_holes(folder / "ae.safetensors", torch.float32, shapes)
     (folder / "llm_config.json").write_text(json.dumps(RELEASED.config()))
     (folder / "vit_config.json").write_text(json.dumps(RELEASED.vit_config()))
     return folder
@@ -87,3 +96,49 @@ def test_the_command_shows_the_table(directory: Path, capsys: pytest.CaptureFixt
     assert lines[0].endswith("computed, not measured")
     assert lines[1].split()[:1] == ["from_pretrained(...)"]
     assert len([line for line in lines if "fits" in line]) >= 6
+
+
+def options_of(row: MemoryRow) -> dict[str, Any]:
+    pairs = re.findall(r"(\w+)='(\w+)'", row.options)
+    assert bool(pairs) == (row.options != "as it is")
+    return dict(pairs)
+
+
+def test_weights_are_those_of_the_model_that_is_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path)
+    for row in memory(directory).rows:
+        options = options_of(row)
+        pipeline = BagelPipeline.from_pretrained(directory, **options)
+        und = {
+            name: stored_bytes(weight)
+            for name, weight in pipeline.model.named_parameters()
+            if re.match(r"language_model\.model\.layers\.\d+\.mlp\.", name)
+        }
+        every = sum(
+            stored_bytes(weight)
+            for module in (pipeline.model, pipeline.vae)
+            for weight in module.parameters()
+        )
+        # Of the row a packed weight has a scale alone, and the table counts the zero point too.
+        spare = 0.05 * every if "storage" in options else 0
+        assert 0 <= row.weights + row.host - every <= spare, row.options
+        if "offload" in options:
+            assert 0 <= row.host - sum(und.values()) <= spare
+        else:
+            assert row.host == 0
+
+
+def test_the_table_of_the_document_is_the_one_that_is_computed(directory: Path) -> None:
+    document = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    rows = {row.options: row for row in memory(directory).rows}
+    pattern = r"^\| (as it is|`.*?`) \| (.*) GB \| (.*) GB \| (.*?) \| (.*) \|$"
+    lines = re.findall(pattern, document, re.MULTILINE)
+    assert {line[0].strip("`").replace('"', "'") for line in lines} == set(rows)
+    for name, weights, working, host, fits in lines:
+        row = rows[name.strip("`").replace('"', "'")]
+        found = f"{row.weights / 1e9:.1f}", f"{row.working / 1e9:.1f}"
+        assert (weights, working) == found
+        assert host == ("-" if not row.host else f"{row.host / 1e9:.1f} GB")
+        first, *_ = re.findall(r"\d+", fits)
+        assert int(first) == row.fits[0]

@@ -2,7 +2,7 @@
 """BAGEL, dense and sparse: text to image, editing, image and text to text.
 
 Reading order: `config`, `model`, `attention`, `decoder`, `vision`, `vae`, `conditioning`,
-`sampler`, `text`, `loading`, `pipeline`; for training `segments`, `joint_attention`, `training`.
+`denoiser`, `step_cache`, `sampler`, `text`, `loading`, `pipeline`; for training `segments`, `joint_attention`, `training`.
 """
 
 from sparse_unified.bagel.conditioning import ContextImage, Guidance, build_guidance
@@ -27,6 +27,7 @@ from sparse_unified.bagel.segments import (
     VitSegment,
     pack_training,
 )
+from sparse_unified.bagel.step_cache import StepCache
 from sparse_unified.bagel.text import generate_tokens
 from sparse_unified.bagel.training import TrainingOutput, training_forward
 from sparse_unified.bagel.vae import AutoEncoder
@@ -48,6 +49,7 @@ __all__ = [
     "SamplingConfig",
     "Segment",
     "SpecialTokens",
+    "StepCache",
     "TextResult",
     "TextSegment",
     "TrainingBatch",

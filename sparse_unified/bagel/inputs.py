@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Union, cast
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.sampler import Renorm, SamplingConfig
+from sparse_unified.bagel.step_cache import StepCache
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,6 +175,7 @@ def sampling_config(
     cfg_interval: tuple[float, float] | None,
     cfg_renorm_type: Renorm | str | None,
     cfg_renorm_min: float,
+    cache: StepCache | None = None,
 ) -> SamplingConfig:
     """Fills what is None with the official settings for editing or for text to image."""
     if cfg_img_scale is None:
@@ -190,6 +192,7 @@ def sampling_config(
         cfg_interval=cfg_interval,
         cfg_renorm_type=cfg_renorm_type,  # type: ignore[arg-type]
         cfg_renorm_min=cfg_renorm_min,
+        cache=cache,
     )
 
 

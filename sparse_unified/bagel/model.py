@@ -18,6 +18,7 @@ from sparse_unified.bagel.attention import pack
 from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.decoder import LanguageModel
+from sparse_unified.bagel.denoiser import Denoiser, packing_of_images
 from sparse_unified.bagel.embeddings import PositionTable, TimestepEmbedder, grid_positions
 from sparse_unified.bagel.segments import TrainingBatch
 from sparse_unified.bagel.training import TrainingOutput, training_forward
@@ -142,7 +143,7 @@ class Bagel(nn.Module):
         seen = vit_model(torch.cat(patches), position_ids, lengths)
         seen = self.connector(seen) + self.vit_pos_embed(position_ids)  # [N, D]
 
-        start, end = self._markers().split(1)
+        start, end = self.markers().split(1)
         parts = [torch.cat([start, part, end]) for part in seen.split(lengths)]
         is_marker = torch.cat(
             [torch.tensor([True] + [False] * length + [True]) for length in lengths]
@@ -182,8 +183,14 @@ class Bagel(nn.Module):
             tokens.append(patchify(latent, patch))
             grids.append((height // patch, width // patch))
         time = torch.zeros(1, device=self.device)
-        gen = [self._embed(x, grid, time) for x, grid in zip(tokens, grids, strict=True)]
-        self._denoise(contexts, gen, extend=True)
+        side = self.config.max_latent_size
+        gen = [
+            self.embed_latent(x, grid_positions(*grid, side, device=self.device), time)
+            for x, grid in zip(tokens, grids, strict=True)
+        ]
+        packing = packing_of_images(self, contexts, [len(part) for part in gen], extend=True)
+        markers = self.markers().repeat(len(gen), 1)
+        self.language_model.model(markers, torch.cat(gen), packing)
         for context, part in zip(contexts, gen, strict=True):
             context.advance(len(part) + 2, 1)
 
@@ -205,19 +212,7 @@ class Bagel(nn.Module):
         Returns:
             For each image the velocities [len(branches), N, p * p * C], fp32.
         """
-        time = time.to(self.device)
-        gen = []
-        for x, grid, contexts in zip(tokens, grids, branches, strict=True):
-            embedded = self._embed(x, grid, time)
-            gen += [embedded] * len(contexts)
-        flat = [context for contexts in branches for context in contexts]
-        hidden = self._denoise(flat, gen, extend=False)
-        out = self.llm2vae(hidden).float()
-        counts = [len(x) * len(contexts) for x, contexts in zip(tokens, branches, strict=True)]
-        return [
-            part.view(len(contexts), len(x), -1)
-            for part, x, contexts in zip(out.split(counts), tokens, branches, strict=True)
-        ]
+        return Denoiser(self, grids, branches)(tokens, time.to(self.device))
 
     def _read(self, contexts: Sequence[Context], texts: Sequence[Sequence[int]]) -> Tensor:
         """Runs texts causally behind their contexts; returns the final states of all tokens."""
@@ -233,31 +228,20 @@ class Bagel(nn.Module):
             context.advance(length, length)
         return hidden
 
-    def _markers(self) -> Tensor:
+    def markers(self) -> Tensor:
         """Returns the embeddings of start and end of image, [2, D]."""
         special = self.config.special_tokens
         ids = torch.tensor([special.start_of_image, special.end_of_image], device=self.device)
         return self.language_model.model.embed_tokens(ids)
 
-    def _embed(self, tokens: Tensor, grid: tuple[int, int], time: Tensor) -> Tensor:
-        """Embeds the tokens [N, p * p * C] of one image, with its time [1], to [N, D]."""
-        side = self.config.max_latent_size
-        positions = grid_positions(*grid, side, device=self.device)
+    def embed_latent(self, tokens: Tensor, positions: Tensor, time: Tensor) -> Tensor:
+        """Embeds the tokens [N, p * p * C] of one image, with its time [1], to [N, D].
+
+        Args:
+            positions: rows [N] of `latent_pos_embed`, see `grid_positions`.
+        """
         embedded = self.vae2llm(tokens.to(self.device, self.dtype))
         return embedded + self.time_embedder(time) + self.latent_pos_embed(positions)
-
-    def _denoise(self, contexts: Sequence[Context], gen: list[Tensor], *, extend: bool) -> Tensor:
-        """Runs embedded images [N, D], each between its two markers; returns their final states."""
-        packing = pack(
-            self.config.llm,
-            contexts,
-            [2] * len(gen),
-            gen_lengths=[len(part) for part in gen],
-            extend=extend,
-            device=self.device,
-        )
-        markers = self._markers().repeat(len(gen), 1)
-        return self.language_model.model(markers, torch.cat(gen), packing)[1]
 
 
 def _loaded(module: Any, what: str) -> Any:

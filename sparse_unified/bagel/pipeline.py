@@ -25,7 +25,14 @@ from sparse_unified.bagel.results import (
     peak_memory,
     start_report,
 )
-from sparse_unified.bagel.sampler import Renorm, SamplingConfig, initial_noise, sample_latents
+from sparse_unified.bagel.sampler import (
+    Renorm,
+    SamplingConfig,
+    computed_steps,
+    initial_noise,
+    sample_latents,
+)
+from sparse_unified.bagel.step_cache import StepCache
 from sparse_unified.bagel.text import generate_tokens
 from sparse_unified.bagel.thinking import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from sparse_unified.bagel.tokenizer import Tokenizer
@@ -134,6 +141,7 @@ class BagelPipeline:
         cfg_interval: tuple[float, float] | None = None,
         cfg_renorm_type: Renorm | str | None = None,
         cfg_renorm_min: float = 0.0,
+        cache: StepCache | None = None,
         think: bool = False,
         max_think_length: int = 1000,
         think_temperature: float | None = None,
@@ -154,6 +162,7 @@ class BagelPipeline:
             cfg_renorm_type, cfg_renorm_min: see `SamplingConfig`. None takes the official
                 setting for each prompt by itself: 1, (0.4, 1), "global" for text alone; 2, (0, 1),
                 "text_channel" for a prompt with pictures.
+            cache: extrapolate the velocities of some steps instead of computing them.
             think: let the model plan in text first.
             max_think_length, think_temperature: of that text; temperature None is greedy.
             batch_size: most images computed together, of those with one setting; None is all.
@@ -183,6 +192,7 @@ class BagelPipeline:
             cfg_interval=cfg_interval,
             cfg_renorm_type=cfg_renorm_type,
             cfg_renorm_min=cfg_renorm_min,
+            cache=cache,
         )
 
         start = clock.perf_counter()
@@ -319,6 +329,7 @@ class BagelPipeline:
 
         tokens = sample_latents(self.model, guidance, noise, grids, config, on_step=on_step)
         report.steps = len(report.step_seconds)
+        report.computed_steps += sum(computed_steps(config))
         report.image_tokens += sum(len(x) for x in tokens)
         return tokens
 

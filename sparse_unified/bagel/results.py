@@ -28,6 +28,7 @@ class Report:
         image_tokens: latent tokens generated.
         text_tokens: text tokens generated.
         steps: denoising steps, of all batches; step_seconds: of each of them.
+        computed_steps: those in which the model ran; a step cache extrapolates the others.
         prefill_seconds, text_seconds, decode_seconds: reading the context, writing text, and
             turning latents into pixels.
         total_seconds: of the whole call.
@@ -43,6 +44,7 @@ class Report:
     image_tokens: int = 0
     text_tokens: int = 0
     steps: int = 0
+    computed_steps: int = 0
     step_seconds: list[float] = field(default_factory=list)
     prefill_seconds: float = 0.0
     text_seconds: float = 0.0

@@ -7,7 +7,8 @@ t runs from 1 (noise) to 0; the model predicts v = d x / d t. On the steps with 
     v_image = v_no_image + cfg_img_scale * (v_text - v_no_image)
     v      <- v_image * clamp(|v| / (|v_image| + 1e-8), cfg_renorm_min, 1)
 
-where a scale of 1 leaves its line out. The three predictions of all images are one packed pass.
+where a scale of 1 leaves its line out. The three predictions of all images are one packed pass, or
+extrapolated from those of earlier steps, see `step_cache`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.conditioning import Guidance
+from sparse_unified.bagel.denoiser import Denoiser
 from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.step_cache import Expansion, StepCache
 
 _EPS = 1e-8
 
@@ -48,9 +51,10 @@ class SamplingConfig:
         cfg_interval: guidance is on where lo < t <= hi.
         cfg_renorm_type: see `Renorm`; a string is accepted.
         cfg_renorm_min: least factor of the renormalisation.
+        cache: which steps are extrapolated; None computes all.
 
     Raises:
-        ValueError: a value is out of range or not finite.
+        ValueError: a value is out of range or not finite. TypeError: it is of another type.
     """
 
     num_timesteps: int = 50
@@ -60,6 +64,7 @@ class SamplingConfig:
     cfg_interval: tuple[float, float] = (0.4, 1.0)
     cfg_renorm_type: Renorm = Renorm.GLOBAL
     cfg_renorm_min: float = 0.0
+    cache: StepCache | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.num_timesteps, bool) or not isinstance(self.num_timesteps, int):
@@ -92,6 +97,10 @@ class SamplingConfig:
         if not 0 <= self.cfg_renorm_min <= 1:
             raise ValueError(
                 f"SamplingConfig: cfg_renorm_min must be from 0 to 1, got {self.cfg_renorm_min}"
+            )
+        if self.cache is not None and not isinstance(self.cache, StepCache):
+            raise TypeError(
+                f"SamplingConfig: cache must be a StepCache or None, got {self.cache!r}"
             )
 
     @staticmethod
@@ -141,44 +150,71 @@ def guide(
     return _rescaled(guided, plain, least, per_token=per_token)
 
 
-def guided_velocity(
-    model: Bagel,
-    tokens: Sequence[Tensor],
-    grids: Sequence[tuple[int, int]],
-    time: Tensor,
-    guidance: Sequence[Guidance],
-    config: SamplingConfig,
-) -> list[Tensor]:
-    """Predicts the guided velocity of every image at `time` [1], [N, p * p * C] fp32 each.
-
-    The time stays on the CPU, so that asking whether guidance is on does not wait for a GPU.
-    """
+def guided_steps(config: SamplingConfig) -> list[bool]:
+    """Returns for each step whether guidance is on."""
     low, high = config.cfg_interval
+    times = timestep_grid(config.num_timesteps, config.timestep_shift)[:-1]
     # Compared as fp32, as the source does: a bound that is a time of the grid meets it exactly.
-    inside = bool((time > low) & (time <= high))
-    if not (inside and config.cfg_text_scale > 1):
-        return [v[0] for v in model.velocity(tokens, grids, time, [[g.full] for g in guidance])]
-    branches, picks = [], []
-    for own in guidance:
-        wanted = [own.full, own.without_text]
-        if config.cfg_img_scale > 1:
-            wanted.append(own.without_image)
-        contexts: list[Context] = []
-        pick = []
-        for context in wanted:
-            same = (i for i, other in enumerate(contexts) if context.same_past(other))
-            index = next(same, len(contexts))
-            if index == len(contexts):
-                contexts.append(context)
-            pick.append(index)
-        branches.append(contexts)
-        picks.append(pick)
-    predictions = model.velocity(tokens, grids, time, branches)
-    guided = []
-    for v, pick in zip(predictions, picks, strict=True):
-        without_image = v[pick[2]] if len(pick) == 3 else None
-        guided.append(guide(v[pick[0]], v[pick[1]], without_image, config))
-    return guided
+    inside = (times > low) & (times <= high) & (config.cfg_text_scale > 1)
+    return [bool(on) for on in inside]
+
+
+def computed_steps(config: SamplingConfig) -> list[bool]:
+    """Returns for each step whether the model runs; otherwise its velocity is extrapolated.
+
+    It runs where the cache says so, and where guidance sets in, whose branches have no past.
+    """
+    guided = guided_steps(config)
+    if config.cache is None:
+        return [True] * len(guided)
+    return [
+        config.cache.computes(step, len(guided)) or (on and not guided[step - 1])
+        for step, on in enumerate(guided)
+    ]
+
+
+class _Branches:
+    """The different contexts of each image with guidance on, or off.
+
+    Attributes:
+        contexts: of each image, `full` first; equal ones once.
+        picks: of each image where in them are full, without_text and, if it counts, without_image.
+    """
+
+    def __init__(
+        self, guidance: Sequence[Guidance], config: SamplingConfig, *, guided: bool
+    ) -> None:
+        self.contexts: list[list[Context]] = []
+        self.picks: list[list[int]] = []
+        for own in guidance:
+            wanted = [own.full]
+            if guided:
+                wanted.append(own.without_text)
+            if guided and config.cfg_img_scale > 1:
+                wanted.append(own.without_image)
+            contexts: list[Context] = []
+            pick = []
+            for context in wanted:
+                same = (i for i, other in enumerate(contexts) if context.same_past(other))
+                index = next(same, len(contexts))
+                if index == len(contexts):
+                    contexts.append(context)
+                pick.append(index)
+            self.contexts.append(contexts)
+            self.picks.append(pick)
+
+    def combine(
+        self, predictions: Sequence[Sequence[Tensor]], config: SamplingConfig
+    ) -> list[Tensor]:
+        """Returns the velocity [N, p * p * C] of each image from those in its contexts."""
+        combined = []
+        for v, (full, *others) in zip(predictions, self.picks, strict=True):
+            if not others:
+                combined.append(v[full])
+                continue
+            without_image = v[others[1]] if len(others) == 2 else None
+            combined.append(guide(v[full], v[others[0]], without_image, config))
+        return combined
 
 
 def sample_latents(
@@ -218,14 +254,42 @@ def sample_latents(
             )
     tokens = [x.to(model.device, torch.float32) for x in noise]
     times = timestep_grid(config.num_timesteps, config.timestep_shift)
-    for step in range(config.num_timesteps - 1):
+    on_device, widths = times.to(model.device), (times[:-1] - times[1:]).to(model.device)
+    guided, computed = guided_steps(config), computed_steps(config)
+    branches = {on: _Branches(guidance, config, guided=on) for on in set(guided)}
+    denoisers: dict[bool, Denoiser] = {}
+    order = None if config.cache is None or all(computed) else config.cache.order
+    expansions: list[list[Expansion]] = [[] for _ in noise]
+    for step, (on, runs) in enumerate(zip(guided, computed, strict=True)):
         start = clock.perf_counter()
-        time = times[step : step + 1]
-        velocity = guided_velocity(model, tokens, grids, time, guidance, config)
-        width = (times[step] - times[step + 1]).to(model.device)
-        tokens = [x - v * width for x, v in zip(tokens, velocity, strict=True)]
+        time = float(times[step])
+        predictions: Sequence[Sequence[Tensor]]
+        if runs:
+            if on not in denoisers:
+                denoisers[on] = Denoiser(model, grids, branches[on].contexts)
+            predictions = denoisers[on](tokens, on_device[step : step + 1])
+            if order is not None:
+                _keep(expansions, predictions, time, order)
+        else:
+            predictions = [[expansion.at(time) for expansion in own] for own in expansions]
+        velocity = branches[on].combine(predictions, config)
+        tokens = [x - v * widths[step] for x, v in zip(tokens, velocity, strict=True)]
         if on_step is not None:
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             on_step(step, clock.perf_counter() - start)
     return tokens
+
+
+def _keep(
+    expansions: list[list[Expansion]],
+    predictions: Sequence[Sequence[Tensor]],
+    time: float,
+    order: int,
+) -> None:
+    """Takes up what was computed, branch by branch; forgets branches that guidance left behind."""
+    for own, velocities in zip(expansions, predictions, strict=True):
+        del own[len(velocities) :]
+        own += [Expansion(order) for _ in range(len(velocities) - len(own))]
+        for expansion, velocity in zip(own, velocities, strict=True):
+            expansion.add(time, velocity)

@@ -10,6 +10,7 @@ from typing import Any
 from sparse_unified.cli import values
 from sparse_unified.cli.console import add_common, check_output, write_result
 from sparse_unified.cli.models import add_model, load_pipeline, open_images
+from sparse_unified.cli.placement import add_placement
 
 
 def add_commands(commands: Any) -> None:
@@ -37,6 +38,7 @@ def add_commands(commands: Any) -> None:
     )
     chat.add_argument("--seed", type=values.seed, help="of the drawing (default random)")
     chat.add_argument("--think", action="store_true", help="let the model reason first")
+    add_placement(chat, tasks=False)
     add_common(chat)
     chat.set_defaults(run=_run_chat)
 

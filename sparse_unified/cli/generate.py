@@ -18,9 +18,12 @@ from sparse_unified.cli.console import (
     write_result,
 )
 from sparse_unified.cli.models import add_model, load_pipeline, open_images
+from sparse_unified.cli.placement import add_placement
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from sparse_unified.bagel import StepCache
 
 
 def add_commands(commands: Any) -> None:
@@ -101,6 +104,20 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--cfg-renorm-min", type=float, default=0.0, help="least factor of it (default 0)"
     )
+    parser.add_argument(
+        "--cache-interval",
+        type=values.positive,
+        default=1,
+        metavar="N",
+        help="compute every Nth step, after the first ones, and extrapolate the others (default 1)",
+    )
+    parser.add_argument(
+        "--cache-order",
+        type=int,
+        choices=range(4),
+        default=2,
+        help="degree of the extrapolation: 0 repeats the last velocity (default 2)",
+    )
     parser.add_argument("--think", action="store_true", help="let the model plan in text first")
     parser.add_argument(
         "--max-think-tokens",
@@ -118,6 +135,7 @@ def add_commands(commands: Any) -> None:
         type=values.positive,
         help="most images computed together, which bounds memory (default all)",
     )
+    add_placement(parser, tasks=True)
     add_common(parser)
     parser.set_defaults(run=_run_generate)
 
@@ -134,6 +152,7 @@ def _run_generate(options: argparse.Namespace) -> int:
     check_output(options.json, "--json")
     size = _choose_size(options)
     images = _assign_images(open_images(options.image), len(prompts))
+    cache = _choose_cache(options)
     pipeline = load_pipeline(options)
     result = pipeline.generate(
         prompts,
@@ -147,6 +166,7 @@ def _run_generate(options: argparse.Namespace) -> int:
         cfg_interval=options.cfg_interval,
         cfg_renorm_type=options.cfg_renorm_type,
         cfg_renorm_min=options.cfg_renorm_min,
+        cache=cache,
         think=options.think,
         max_think_length=options.max_think_tokens,
         think_temperature=options.think_temperature,
@@ -175,13 +195,28 @@ def _run_generate(options: argparse.Namespace) -> int:
     facts = result.report.as_dict()
     lines = [f"{p['file']}  {p['height']}x{p['width']}  seed {p['seed']}" for p in pictures]
     lines.append(
-        f"{facts['steps']} steps of {facts['seconds_per_step']:.3f} s, "
+        f"{_steps(facts)}, "
         f"{facts['total_seconds']:.1f} s in all, {facts['image_tokens']} image tokens, "
         f"backend {facts['backend']}, peak memory {facts['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     document = {"model": options.model, "images": pictures, **facts}
     write_result(options.json, "\n".join(lines), json.dumps(document, indent=2, ensure_ascii=False))
     return 0
+
+
+def _choose_cache(options: argparse.Namespace) -> StepCache | None:
+    from sparse_unified.bagel import StepCache
+
+    if options.cache_interval == 1:
+        return None
+    return StepCache(interval=options.cache_interval, order=options.cache_order)
+
+
+def _steps(facts: dict[str, Any]) -> str:
+    if facts["computed_steps"] == facts["steps"]:
+        return f"{facts['steps']} steps of {facts['seconds_per_step']:.3f} s"
+    seconds = sum(facts["step_seconds"])
+    return f"{facts['steps']} steps, {facts['computed_steps']} computed, in {seconds:.3f} s"
 
 
 def _assign_images(images: list[Image], num_prompts: int) -> list[list[Image]] | None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from sparse_unified.cli.placement import placement_options
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
@@ -42,14 +44,19 @@ def check_device(name: str, option: str) -> torch.device:
 
 
 def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
-    """Loads the model that `add_model` asked for; ValueError names what is wrong with it."""
+    """Loads the model that `add_model` asked for, placed as `add_placement` says, if it was added.
+
+    Raises:
+        Usage: options do not go together. ValueError: something is wrong with the model.
+    """
     import torch
 
     from sparse_unified.bagel import BagelPipeline
 
+    placement = placement_options(options)
     device = check_device(options.device, "--device")
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return BagelPipeline.from_pretrained(options.model, device=device, dtype=dtype)
+    return BagelPipeline.from_pretrained(options.model, device=device, dtype=dtype, **placement)
 
 
 def open_images(paths: list[str]) -> list[Image]:

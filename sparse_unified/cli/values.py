@@ -111,3 +111,40 @@ def listed(text: str) -> tuple[str, ...]:
 def ratios(text: str) -> tuple[float, ...]:
     """Comma-separated shares above 0 and at most 1, each once."""
     return tuple(ratio(part) for part in listed(text))
+
+
+def _pairs(text: str, form: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not key or not equals or not value or key in found:
+            raise argparse.ArgumentTypeError(f"must be {form}, each once, got {text!r}")
+        found[key] = value
+    return found
+
+
+def storage(text: str) -> str | dict[str, str]:
+    """`KIND`, or `und=KIND,gen=KIND` -> {component: kind}; KIND is int8 or fp8."""
+    kinds = {"int8", "fp8"}
+    if text in kinds:
+        return text
+    found = _pairs(text, "int8, fp8 or und=KIND,gen=KIND") if "=" in text else {}
+    if not found or not set(found) <= {"und", "gen"} or not set(found.values()) <= kinds:
+        raise argparse.ArgumentTypeError(
+            f"must be int8, fp8, or und= and gen= with one of them, got {text!r}"
+        )
+    return found
+
+
+def device_map(text: str) -> str | dict[str, str | int]:
+    """`auto`, or `MODULE=DEVICE,...` -> {module path: device}, numbers as integers."""
+    if text == "auto":
+        return text
+    found = _pairs(text, "auto or MODULE=DEVICE,...")
+    return {key: int(value) if _NUMBER.fullmatch(value) else value for key, value in found.items()}
+
+
+def max_memory(text: str) -> dict[str | int, str]:
+    """`DEVICE=SIZE,...` -> {device: size}, numbers as integers."""
+    found = _pairs(text, "DEVICE=SIZE,...")
+    return {int(key) if _NUMBER.fullmatch(key) else key: value for key, value in found.items()}
