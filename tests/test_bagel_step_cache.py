@@ -28,6 +28,7 @@ from sparse_unified.bagel.sampler import (
     timestep_grid,
 )
 from sparse_unified.bagel.step_cache import Expansion
+from sparse_unified.bench.step_cache import main as bench
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -232,6 +233,21 @@ def test_expanding_velocities_is_expanding_last_hidden_states(model: Bagel) -> N
         expected = model.llm2vae(of_hidden.at(0.3))
     torch.testing.assert_close(of_velocity.at(0.3), expected, rtol=1e-3, atol=1e-3)
     assert of_velocity.nbytes / of_hidden.nbytes == 16 / model.config.llm.hidden_size
+
+
+def test_the_benchmark_compares_caches_with_fewer_timesteps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ["--pictures", "1", "--timesteps", "11"]
+    assert bench([*sizes, "--intervals", "1", "3", "--orders", "0", "2"]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = {name: cells for name, *cells in lines}
+    assert rows["all steps"][:3] == ["10 of 10", "0%", "0.0000"]
+    assert rows["interval 1, order 2"] == rows["all steps"]
+    flat, curved = (rows[f"interval 3, order {order}"] for order in (0, 2))
+    assert flat[:2] == curved[:2] == ["6 of 10", "40%"]
+    assert 0 < float(curved[2]) < float(flat[2]) < 1
+    assert rows["7 timesteps, no cache"][:2] == ["6 of 6", "40%"]
 
 
 @pytest.mark.parametrize(

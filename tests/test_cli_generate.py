@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-image = pytest.importorskip("PIL.Image")
+from PIL import Image as image
 
 from sparse_unified.bagel import BagelPipeline, StepCache
 from sparse_unified.cli import main

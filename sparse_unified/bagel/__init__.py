@@ -2,7 +2,8 @@
 """BAGEL, dense and sparse: text to image, editing, image and text to text.
 
 Reading order: `config`, `model`, `attention`, `decoder`, `vision`, `vae`, `conditioning`,
-`denoiser`, `step_cache`, `sampler`, `text`, `loading`, `pipeline`; for training `segments`, `joint_attention`, `training`.
+`denoiser`, `step_cache`, `sampler`, `text`, `loading`, `pipeline`; for training `segments`,
+`joint_attention`, `training`.
 """
 
 from sparse_unified.bagel.conditioning import ContextImage, Guidance, build_guidance
