@@ -4,9 +4,10 @@
     python bench/gpu_check.py [--out DIR] [--budget 540] [--parts NAME,...] [--dry-run]
 
 Needs a source tree with the built library, torch, and a GPU; no installation. Each part runs in a
-process of its own with a time limit. In DIR ($OUT, or build/gpu_check) lie summary.json with what
-each part found, log.txt, and DEVICE.json with the speeds, which belongs into bench/results; the
-part at work keeps its own file up to date, so that nothing is lost when it is stopped. The exit
+process of its own with a time limit. `--parts model` draws with the whole 7B model, on a GPU of
+80 GB, which takes as long as all others. In DIR ($OUT, or build/gpu_check) lie summary.json with
+what each part found, log.txt, and DEVICE.json with the speeds, which belongs into bench/results;
+the part at work keeps its own file up to date, so that nothing is lost when it is stopped. The exit
 status is 1 when a part failed.
 
 With --build, the programs that test single instructions are compiled into build/gpu, for a machine
@@ -39,6 +40,9 @@ PARTS = {
     "sanitizer": 80,
 }
 BUDGET = sum(PARTS.values())
+# Those that are run when they are asked for alone: the whole 7B model, on a GPU of 80 GB.
+PARTS_APART = {"model": 500}
+_ALL = PARTS | PARTS_APART
 # Of the budget, kept for stopping a part and writing the summary.
 _RESERVE = 6
 
@@ -60,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, help="directory of results ($OUT, or build/gpu_check)")
     made.add_argument("--budget", type=float, default=float(BUDGET), help="seconds for everything")
-    made.add_argument("--parts", help=f"some of {','.join(PARTS)}, with commas between")
+    made.add_argument("--parts", help=f"some of {','.join(_ALL)}, with commas between")
     made.add_argument("--dry-run", action="store_true", help="on the CPU, as far as that goes")
     made.add_argument("--build", action="store_true", help="compile instruction tests, no more")
     made.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
@@ -72,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 def run_part(name: str, out: Path, device: str, seconds: float) -> int:
     """Runs one part in this process; its exit status."""
     use_tree()
-    from sparse_unified.bench.gpu import checks, environment, instructions, sanitizer, speed
+    from sparse_unified.bench.gpu import checks, environment, instructions, model, sanitizer, speed
     from sparse_unified.bench.gpu.job import FAILED, Job
 
     job = Job(name=name, out=out, device=device, seconds=seconds)
@@ -84,6 +88,7 @@ def run_part(name: str, out: Path, device: str, seconds: float) -> int:
         "variants": speed.run_variants,
         "peers": speed.run_peers,
         "sanitizer": sanitizer.run,
+        "model": model.run,
     }
     try:
         if name.startswith("peer-"):
@@ -146,15 +151,15 @@ def check(names: Sequence[str], out: Path, device: str, budget: float) -> int:
     deadline = time.monotonic() + budget
     log = out / "log.txt"
     log.write_text("")
-    for name in PARTS:  # an older run's
+    for name in _ALL:  # an older run's
         (out / f"{name}.json").unlink(missing_ok=True)
-    scale = budget / sum(PARTS[name] for name in names)
+    scale = budget / sum(_ALL[name] for name in names)
     summary = Summary(out)
     for position, name in enumerate(names):
         left = deadline - time.monotonic() - _RESERVE
-        later = sum(PARTS[other] for other in names[position + 1 :]) * scale
+        later = sum(_ALL[other] for other in names[position + 1 :]) * scale
         # A part may use what those before it left over, and never what those after it need.
-        seconds = max(min(left, max(PARTS[name] * scale, left - later)), 0.0)
+        seconds = max(min(left, max(_ALL[name] * scale, left - later)), 0.0)
         if seconds < 1.0:
             summary.add(name, None, 0.0, "no time left")
             continue
@@ -195,9 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.part:
         return run_part(arguments.part, out, arguments.device, arguments.seconds)
     names = list(PARTS) if arguments.parts is None else arguments.parts.split(",")
-    unknown = [name for name in names if name not in PARTS]
+    unknown = [name for name in names if name not in _ALL]
     if unknown or not names:
-        print(f"gpu_check: --parts must be some of {','.join(PARTS)}, got {arguments.parts!r}")
+        print(f"gpu_check: --parts must be some of {','.join(_ALL)}, got {arguments.parts!r}")
         return 2
     device = "cpu" if arguments.dry_run else arguments.device
     # A caller's time limit ends the part at work, so that its results so far are summed up.

@@ -18,7 +18,7 @@ import torch
 
 from sparse_unified import ops
 from sparse_unified.bench.cases import Case, PrunedCase
-from sparse_unified.bench.gpu import instructions, sanitizer
+from sparse_unified.bench.gpu import instructions, model, sanitizer
 from sparse_unified.bench.harness import Roof
 from sparse_unified.bench.kernels import summarize
 from sparse_unified.bench.target import find_target
@@ -68,6 +68,42 @@ def test_dry_run_fills_the_folder_of_the_environment(tmp_path: Path) -> None:
     assert len(passed) == checks["counts"]["passed"] > 20
     assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "log.txt"}
     assert "grouped_ffn" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_whole_model_is_measured_in_every_way(tmp_path: Path) -> None:
+    ran = run(tmp_path, "--dry-run", "--parts", "model")
+    assert ran.returncode == 0, (tmp_path / "log.txt").read_text()
+    found = summary(tmp_path)["parts"]["model"]
+    ways = ["eager", "eager, step cache", "compiled"]  # graphs need a GPU
+    assert [(r["model"], r["way"]) for r in found["records"]] == [
+        (name, way) for way in ways for name in ("dense", "sparse")
+    ]
+    for record in found["records"]:
+        cached = "cache" in record["way"]
+        assert (record["steps"], record["computed_steps"]) == (8, 5 if cached else 8)
+        assert record["guided_step_seconds"] > 0
+        assert record["seconds_per_step"] == record["seconds_per_image"] / 8
+        assert record["peak_bytes"] is None
+        assert (record["relative_to_eager"] > 0) == cached
+    assert set(found["ratios"]) == set(ways)
+    eager = {r["model"]: r["seconds_per_image"] for r in found["records"] if r["way"] == "eager"}
+    assert found["ratios"]["eager"] == pytest.approx(eager["dense"] / eager["sparse"])
+    assert "ceiling 1.56x" in found["summary"]
+    for name in ("dense", "sparse"):
+        assert found["memory"][name]["predicted"]["weights"] > 10**5
+
+
+def test_the_whole_model_has_the_size_of_bagel() -> None:
+    setup = model.full()
+    predicted = {
+        name: model.predicted_bytes(config, setup.vae, setup.grid)
+        for name, config in (("dense", setup.config), ("sparse", setup.sparse()))
+    }
+    # docs/serving.md: 27.2 GB of weights and 3.2 GB beside them with task="image".
+    assert f"{predicted['sparse']['weights'] / 1e9:.1f}" == "27.2"
+    assert f"{predicted['sparse']['working'] / 1e9:.1f}" == "3.2"
+    routers = 26 * (16 + 1) * 3584 * 2
+    assert predicted["sparse"]["weights"] - predicted["dense"]["weights"] == routers
 
 
 def test_a_part_without_a_gpu_fails_and_the_next_runs(tmp_path: Path) -> None:

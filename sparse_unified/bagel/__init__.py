@@ -2,8 +2,8 @@
 """BAGEL, dense and sparse: text to image, editing, image and text to text.
 
 Reading order: `config`, `model`, `attention`, `decoder`, `vision`, `vae`, `conditioning`,
-`denoiser`, `step_cache`, `sampler`, `text`, `loading`, `pipeline`; for training `segments`,
-`joint_attention`, `training`.
+`denoiser`, `execution`, `step_cache`, `sampler`, `text`, `loading`, `pipeline`; for training
+`segments`, `joint_attention`, `training`.
 """
 
 from sparse_unified.bagel.conditioning import ContextImage, Guidance, build_guidance
@@ -14,6 +14,7 @@ from sparse_unified.bagel.config import (
     VAEConfig,
     VisionConfig,
 )
+from sparse_unified.bagel.execution import Execution
 from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer
 from sparse_unified.bagel.loading import load_bagel, load_vae
 from sparse_unified.bagel.model import Bagel
@@ -39,6 +40,7 @@ __all__ = [
     "BagelConfig",
     "BagelPipeline",
     "ContextImage",
+    "Execution",
     "ExpertConfig",
     "GenerationResult",
     "Guidance",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_unified.bagel import inputs
 from sparse_unified.bagel.conditioning import Guidance, build_guidance, see_images
+from sparse_unified.bagel.execution import Execution
 from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.pictures import Pictures
@@ -50,14 +51,27 @@ class BagelPipeline:
         model: dense or sparse.
         vae: its autoencoder.
         tokenizer: its tokenizer, with the marker ids of `model.config`.
+        execution: how the model is run in each step; may be set later. None is op by op.
+
+    Raises:
+        ValueError: they do not fit together.
     """
 
-    def __init__(self, model: Bagel, vae: AutoEncoder, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        model: Bagel,
+        vae: AutoEncoder,
+        tokenizer: Tokenizer,
+        *,
+        execution: Execution | None = None,
+    ) -> None:
         if tokenizer.special_tokens != model.config.special_tokens:
             raise ValueError(
                 "BagelPipeline: tokenizer must have the marker ids of the model, "
                 f"{model.config.special_tokens}, got {tokenizer.special_tokens}"
             )
+        self.execution = execution or Execution()
+        self.execution.check(model)
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
@@ -76,6 +90,8 @@ class BagelPipeline:
         device_map: str | Mapping[str, Device] | None = None,
         max_memory: Mapping[Any, Any] | None = None,
         offload_folder: str | os.PathLike[str] | None = None,
+        compile: bool | str = False,
+        cuda_graphs: bool = False,
     ) -> BagelPipeline:
         """Loads a dense, sparse or pruned checkpoint; host memory holds it and 64 MiB more.
 
@@ -94,6 +110,7 @@ class BagelPipeline:
                 by accelerate (the `offload` extra); all else is on `device`.
             max_memory: with "auto", bytes by device, as accelerate takes them.
             offload_folder: where weights on "disk" are written.
+            compile, cuda_graphs: how the steps of denoising are run, see `Execution`.
 
         Raises:
             ValueError: there is no such model, its files are damaged or disagree, or the arguments
@@ -101,6 +118,7 @@ class BagelPipeline:
             ImportError: an extra is not installed.
         """
         where = "from_pretrained"
+        execution = Execution(compile=compile, cuda_graphs=cuda_graphs)
         placement = Placement(
             device=device,
             task=choice(Task, task, f"{where}: task"),
@@ -112,6 +130,13 @@ class BagelPipeline:
                 f"{where}: device_map must come without offload and storage, got "
                 f"offload={placement.offload.value!r}, storage={storage!r}"
             )
+        if not execution.is_plain:
+            execution.check_device(torch.device(device))
+            if device_map is not None or placement.offload is not Offload.NONE:
+                raise ValueError(
+                    f"{where}: compile and cuda_graphs must come without device_map and offload, "
+                    f"got device_map={device_map!r}, offload={placement.offload.value!r}"
+                )
         directory = find_model(name)
         tokenizer = Tokenizer.from_directory(directory)
         model, vae = load_bagel(
@@ -124,7 +149,7 @@ class BagelPipeline:
             max_memory=max_memory,
             offload_folder=offload_folder,
         )
-        return cls(model, vae, tokenizer)
+        return cls(model, vae, tokenizer, execution=execution)
 
     @torch.no_grad()
     def generate(
@@ -327,7 +352,15 @@ class BagelPipeline:
             report.step_seconds.append(seconds)
             advance()
 
-        tokens = sample_latents(self.model, guidance, noise, grids, config, on_step=on_step)
+        tokens = sample_latents(
+            self.model,
+            guidance,
+            noise,
+            grids,
+            config,
+            execution=self.execution,
+            on_step=on_step,
+        )
         report.steps = len(report.step_seconds)
         report.computed_steps += sum(computed_steps(config))
         report.image_tokens += sum(len(x) for x in tokens)

@@ -25,6 +25,7 @@ from torch import Tensor
 from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.conditioning import Guidance
 from sparse_unified.bagel.denoiser import Denoiser
+from sparse_unified.bagel.execution import Execution, Step
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.step_cache import Expansion, StepCache
 
@@ -224,6 +225,7 @@ def sample_latents(
     grids: Sequence[tuple[int, int]],
     config: SamplingConfig,
     *,
+    execution: Execution | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[Tensor]:
     """Denoises several images together.
@@ -232,13 +234,14 @@ def sample_latents(
         guidance: contexts of each image; they are only read.
         noise: [N, p * p * C] of each image; grids: its rows and columns of tokens, N of them.
         config: how to sample.
+        execution: how the model is run in each step; None op by op.
         on_step: called after each step with its number and its seconds.
 
     Returns:
         The latent tokens of each image, [N, p * p * C] fp32 on the device of the model.
 
     Raises:
-        ValueError: noise, grids and guidance do not fit together.
+        ValueError: noise, grids and guidance do not fit together, or the model cannot be run so.
     """
     channels = model.config.token_channels
     if not len(guidance) == len(noise) == len(grids):
@@ -257,7 +260,9 @@ def sample_latents(
     on_device, widths = times.to(model.device), (times[:-1] - times[1:]).to(model.device)
     guided, computed = guided_steps(config), computed_steps(config)
     branches = {on: _Branches(guidance, config, guided=on) for on in set(guided)}
-    denoisers: dict[bool, Denoiser] = {}
+    execution = execution or Execution()
+    execution.check(model)
+    run: dict[bool, Step] = {}
     order = None if config.cache is None or all(computed) else config.cache.order
     expansions: list[list[Expansion]] = [[] for _ in noise]
     for step, (on, runs) in enumerate(zip(guided, computed, strict=True)):
@@ -265,9 +270,9 @@ def sample_latents(
         time = float(times[step])
         predictions: Sequence[Sequence[Tensor]]
         if runs:
-            if on not in denoisers:
-                denoisers[on] = Denoiser(model, grids, branches[on].contexts)
-            predictions = denoisers[on](tokens, on_device[step : step + 1])
+            if on not in run:
+                run[on] = execution.start(Denoiser(model, grids, branches[on].contexts))
+            predictions = run[on](tokens, on_device[step : step + 1])
             if order is not None:
                 _keep(expansions, predictions, time, order)
         else:

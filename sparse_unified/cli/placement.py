@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command loads its model: what of it, where, and in how many bits."""
+"""How a command loads and runs its model: what of it, where, in how many bits, compiled or not."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
         help="with --device-map auto, such as 0=20GiB,cpu=60GiB",
     )
     group.add_argument("--offload-folder", metavar="DIR", help="for layers that a map puts on disk")
+    if not tasks:
+        return
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=(True, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        metavar="MODE",
+        help="compile the denoising step as one graph, in a mode of torch.compile",
+    )
+    speed.add_argument(
+        "--cuda-graphs", action="store_true", help="record the denoising step and replay it"
+    )
 
 
 def placement_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -79,4 +94,6 @@ def placement_options(options: argparse.Namespace) -> dict[str, Any]:
         "device_map": options.device_map,
         "max_memory": options.max_memory,
         "offload_folder": options.offload_folder,
+        "compile": getattr(options, "compile", False),
+        "cuda_graphs": getattr(options, "cuda_graphs", False),
     }

@@ -22,6 +22,7 @@ MODULES = (
     "checks_gradients",
     "checks_torch",
     "checks_block",
+    "checks_model",
     "checks_large",
 )
 

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model with random weights, dense and sparse: seconds a step and peak memory.
+
+BAGEL-7B-MoT, and the same with 26 generation FFNs of 16 experts with 8 active, draw one image of
+1024 x 1024 pixels in 50 timesteps with text guidance: op by op, as CUDA graphs, compiled, and both;
+the two models take turns. Peaks are put beside what `sparse-unified info --memory` computes. In a
+dry run both are small and on the CPU, which records no graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_unified.bagel import (
+    AutoEncoder,
+    Bagel,
+    BagelConfig,
+    Execution,
+    ExpertConfig,
+    LLMConfig,
+    SamplingConfig,
+    SpecialTokens,
+    StepCache,
+    VAEConfig,
+    VisionConfig,
+    build_guidance,
+    sample_latents,
+)
+from sparse_unified.bagel.loading import official_tensors
+from sparse_unified.bagel.placement import Task, leave_out, unneeded
+from sparse_unified.bagel.sampler import computed_steps, guided_steps, initial_noise
+from sparse_unified.checkpoint.memory import memory
+from sparse_unified.checkpoint.writer import build_header
+
+from ..full_scale import bagel_shapes
+from .job import FAILED, PASSED, Job
+
+CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs
+_EXPERTS, _TOP_K = 16, 8
+_PROMPT_TOKENS = 100
+_DENSE, _SPARSE = "dense", "sparse"
+_WEIGHTS_FIT = "task='image'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to run the steps.
+
+    Args:
+        name: of it. compile, cuda_graphs: of `Execution`. cache: of `SamplingConfig`.
+        seconds: that it may take, compilation included.
+    """
+
+    name: str
+    compile: bool = False
+    cuda_graphs: bool = False
+    cache: StepCache | None = None
+    seconds: float = 25.0
+
+
+WAYS = (
+    Way(name="eager"),
+    Way(name="graphs", cuda_graphs=True),
+    Way(name="eager, step cache", cache=StepCache()),
+    Way(name="compiled", compile=True, seconds=150.0),
+    Way(name="compiled, graphs", compile=True, cuda_graphs=True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is drawn by what.
+
+    Args:
+        config: of the dense model. vae: of its autoencoder. grid: tokens of an image.
+        num_timesteps: of the sampler. backend: of torch.compile.
+    """
+
+    config: BagelConfig
+    vae: VAEConfig
+    grid: tuple[int, int]
+    num_timesteps: int
+    backend: str
+
+    def sparse(self) -> BagelConfig:
+        """Returns the description with all but the first and last generation FFN sparse."""
+        llm = self.config.llm
+        width = llm.intermediate_size // _EXPERTS
+        expert = ExpertConfig(num_experts=_EXPERTS, top_k=_TOP_K, expert_width=width)
+        layers = range(1, llm.num_hidden_layers - 1)
+        return replace(self.config, llm=replace(llm, sparse_gen=dict.fromkeys(layers, expert)))
+
+
+def full() -> Setup:
+    """BAGEL-7B-MoT and 1024 x 1024 pixels."""
+    return Setup(
+        config=bagel_shapes(28),
+        vae=VAEConfig(),
+        grid=(64, 64),
+        num_timesteps=50,
+        backend="inductor",
+    )
+
+
+def small() -> Setup:
+    """The same in little."""
+    return Setup(
+        config=BagelConfig(
+            llm=LLMConfig(
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=128,
+            ),
+            vision=VisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                patch_size=14,
+                image_size=56,
+            ),
+            latent_channels=4,
+            vae_downsample=8,
+            latent_patch_size=2,
+            max_latent_size=4,
+            vit_max_num_patch_per_side=4,
+            special_tokens=SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4),
+        ),
+        vae=VAEConfig(ch=32, z_channels=4),
+        grid=(4, 4),
+        num_timesteps=9,
+        backend="eager",
+    )
+
+
+@torch.no_grad()
+def fill_randomly(module: nn.Module, device: torch.device) -> None:
+    """Moves a module from the meta device and draws its weights, so that values keep their size."""
+    module.to_empty(device=device)
+    for weight in module.parameters():
+        if weight.ndim == 1:
+            weight.fill_(1.0)
+        else:
+            weight.normal_(std=math.prod(weight.shape[1:]) ** -0.5)
+
+
+def random_model(config: BagelConfig, device: torch.device) -> Bagel:
+    """Returns a model in bf16 of what images from texts need."""
+    model = Bagel(config, device="meta", dtype=torch.bfloat16)
+    leave_out(model, unneeded(config.llm, Task.IMAGE))
+    fill_randomly(model, device)
+    return model
+
+
+def predicted_bytes(config: BagelConfig, vae: VAEConfig, grid: tuple[int, int]) -> dict[str, int]:
+    """Returns what `info --memory` says of weights and working memory, for files without data."""
+    whole = Bagel(config, device="meta", dtype=torch.bfloat16)
+    decoder = AutoEncoder(vae, device="meta", dtype=torch.float32)
+    llm = asdict(config.llm)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_theta")
+    content = {name: llm[name] for name in names}
+    if config.llm.sparse_gen:
+        layers = sorted(config.llm.sparse_gen)
+        content |= {"num_experts": _EXPERTS, "top_k": _TOP_K, "num_shared_experts": 0}
+        content |= {"transformed_gen": layers}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tensors in (
+            ("ema.safetensors", official_tensors(whole)),
+            ("ae.safetensors", decoder.state_dict()),
+        ):
+            _write_holes(Path(folder) / name, tensors)
+        (Path(folder) / "llm_config.json").write_text(json.dumps(content))
+        side = config.latent_downsample
+        rows = memory(folder, size=(grid[0] * side, grid[1] * side)).rows
+    [row] = [row for row in rows if row.options == _WEIGHTS_FIT]
+    return {"weights": row.weights, "working": row.working}
+
+
+def _write_holes(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a file that has every tensor in its header and takes no room on the disk."""
+    header = build_header([(k, t.dtype, tuple(t.shape)) for k, t in tensors.items()]).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + sum(t.nbytes for t in tensors.values()))
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def draw(model: Bagel, setup: Setup, way: Way, execution: Execution) -> dict[str, Any]:
+    """Denoises one image; returns seconds by kind of step, and the peak of memory."""
+    config = SamplingConfig(num_timesteps=setup.num_timesteps, cache=way.cache)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        10, model.config.llm.vocab_size, (_PROMPT_TOKENS,), generator=generator
+    ).tolist()
+    rows, columns = setup.grid
+    noise = initial_noise(rows * columns, model.config.token_channels, 0)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    seconds: list[float] = []
+    [tokens] = sample_latents(
+        model,
+        build_guidance(model, [ids]),
+        [noise],
+        [setup.grid],
+        config,
+        execution=execution,
+        on_step=lambda _, took: seconds.append(took),
+    )
+    guided, computed = guided_steps(config), computed_steps(config)
+    record: dict[str, Any] = {"way": way.name, "all_seconds": sum(seconds), "image": tokens.cpu()}
+    total = 0.0
+    for kind, wanted in (("guided", True), ("plain", False)):
+        own = [
+            took
+            for took, on, runs in zip(seconds, guided, computed, strict=True)
+            if on is wanted and runs
+        ]
+        # The first two load, compile and record.
+        record[f"{kind}_step_seconds"] = median(own[2:] or own) if own else None
+        total += len(own) * (record[f"{kind}_step_seconds"] or 0.0)
+    record["steps"], record["computed_steps"] = len(seconds), sum(computed)
+    record["seconds_per_image"] = total
+    record["seconds_per_step"] = total / len(seconds)
+    record["peak_bytes"] = (
+        torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
+    )
+    return record
+
+
+def decode(vae: AutoEncoder, setup: Setup, device: torch.device) -> dict[str, Any]:
+    """Turns a latent into pixels; returns the seconds and the peak of memory."""
+    patch = setup.config.latent_patch_size
+    rows, columns = (patch * side for side in setup.grid)
+    latent = torch.randn(1, setup.vae.z_channels, rows, columns, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        vae.decode(latent)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def ratios(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Returns dense over sparse in seconds an image, for each way that both were measured in."""
+    seconds = {(r["model"], r["way"]): r["seconds_per_image"] for r in records}
+    return {
+        way: seconds[_DENSE, way] / seconds[_SPARSE, way]
+        for model, way in seconds
+        if model == _DENSE and (_SPARSE, way) in seconds
+    }
+
+
+def run(job: Job) -> bool:
+    """Measures the ways in turn as long as there is time; fails if an image is not finite."""
+    device = job.torch_device
+    setup = small() if job.is_dry else full()
+    configs = {_DENSE: setup.config, _SPARSE: setup.sparse()}
+    models: dict[str, Bagel] = {}
+    weights: dict[str, int] = {}
+    before = _allocated(device)
+    vae = AutoEncoder(setup.vae, device="meta", dtype=torch.float32).eval()
+    fill_randomly(vae, device)
+    vae_bytes = _allocated(device) - before
+    for name, config in configs.items():
+        before = _allocated(device)
+        models[name] = random_model(config, device)
+        weights[name] = _allocated(device) - before
+    records: list[dict[str, Any]] = []
+    missing: list[str] = []
+    images: dict[str, Tensor] = {}
+    job.content |= {
+        "ceiling": CEILING,
+        "grid": list(setup.grid),
+        "num_timesteps": setup.num_timesteps,
+        "records": records,
+        "missing": missing,
+        "memory": {},
+    }
+    ok = True
+    for way in WAYS:
+        if job.is_dry and way.cuda_graphs:
+            continue
+        for name, model in models.items():
+            if job.left() < way.seconds and not job.is_dry:
+                missing.append(f"{name}, {way.name}")
+                continue
+            execution = Execution(
+                compile=way.compile, cuda_graphs=way.cuda_graphs, backend=setup.backend
+            )
+            record = {"model": name} | draw(model, setup, way, execution)
+            image = record.pop("image")
+            ok &= bool(image.isfinite().all())
+            first = images.setdefault(name, image)
+            record["relative_to_eager"] = float((image - first).norm() / first.norm())
+            if record["peak_bytes"] is not None:
+                others = sum(n for other, n in weights.items() if other != name)
+                record["peak_bytes"] -= others
+            records.append(record)
+            job.content["ratios"] = ratios(records)
+            job.save(PASSED if ok else FAILED, _summary(job.content))
+            del execution
+            gc.collect()
+    job.content["decode"] = decoded = decode(vae, setup, device)
+    for name, config in configs.items():
+        predicted = predicted_bytes(config, setup.vae, setup.grid)
+        found: dict[str, Any] = {"predicted": predicted}
+        if device.type == "cuda":
+            others = sum(n for other, n in weights.items() if other != name)
+            eager = [r["peak_bytes"] for r in records if r["model"] == name and r["way"] == "eager"]
+            found |= {
+                "weights": weights[name] + vae_bytes,
+                "peak_step": max(eager, default=None),
+                "peak_decode": decoded["peak_bytes"] - others,
+            }
+            peak = max([*eager, found["peak_decode"]])
+            found["peak_over_predicted"] = peak / (predicted["weights"] + predicted["working"])
+        job.content["memory"][name] = found
+    job.save(PASSED if ok else FAILED, _summary(job.content))
+    return ok
+
+
+def _summary(content: dict[str, Any]) -> str:
+    parts = [f"dense / sparse, {way}: {ratio:.2f}x" for way, ratio in content["ratios"].items()]
+    parts.append(f"ceiling {content['ceiling']}x")
+    for name, found in content["memory"].items():
+        if "peak_over_predicted" in found:
+            parts.append(f"{name} peak {found['peak_over_predicted']:.2f} of the predicted")
+    if content["missing"]:
+        parts.append(f"no time for {', '.join(content['missing'])}")
+    return "; ".join(parts)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the repeated step is run: op by op, compiled as one graph, or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_unified.bagel.denoiser import Denoiser, predict
+from sparse_unified.bagel.model import Bagel
+
+Step = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
+
+# Modes in which the compiler records CUDA graphs of its own.
+_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+_MODES = ("default", *_MODES_WITH_GRAPHS, "max-autotune-no-cudagraphs")
+# Graphs of one model: every number of images, their sizes, and guidance on or off need their own.
+_MOST_GRAPHS = 64
+
+
+class Recorder(Protocol):
+    """What records a run and replays it: CUDA, or what stands for it."""
+
+    def warm_up(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Runs as usual, so that all that is done once is done, and returns the results."""
+
+    def record(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
+        """Returns what replays a run, and the tensors into which it does."""
+
+
+class CudaRecorder:
+    """CUDA graphs whose memory is shared, because they are replayed one after the other."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Runs on a stream of its own, as a capture will."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            results = run()
+        current.wait_stream(stream)
+        return [result.clone() for result in results]
+
+    def record(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
+        """Captures a run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = run()
+        return graph.replay, results
+
+
+class ReplayedStep:
+    """A step that is run once, recorded once, and from then on replayed.
+
+    Args:
+        step: reads its arguments and what stays as it is, and nothing else.
+        recorder: of its runs.
+    """
+
+    def __init__(self, step: Step, recorder: Recorder) -> None:
+        self._step = step
+        self._recorder = recorder
+        self._inputs: list[Tensor] = []  # where a replay finds them: the images, then the time
+        self._outputs: list[Tensor] = []
+        self._replay: Callable[[], object] | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
+        """As `Denoiser`; what it returns is the caller's to keep."""
+        if not self._inputs:
+            self._inputs = [x.clone() for x in (*tokens, time)]
+            return self._recorder.warm_up(self._run)
+        for own, given in zip(self._inputs, (*tokens, time), strict=True):
+            own.copy_(given)
+        if self._replay is None:
+            # A capture computes nothing.
+            self._replay, self._outputs = self._recorder.record(self._run)
+        self._replay()
+        return [out.clone() for out in self._outputs]
+
+    def _run(self) -> list[Tensor]:
+        *tokens, time = self._inputs
+        return self._step(tokens, time)
+
+
+class Execution:
+    """How a pipeline runs the steps of denoising.
+
+    Args:
+        compile: True, or a mode of torch.compile: the step is compiled as one graph, once for each
+            number and size of images with guidance on and off; prompts of any length share it.
+        cuda_graphs: the first step of an image runs as usual, the second is recorded, and all
+            others are replayed. Weights must be on one CUDA device.
+        backend: of torch.compile, a name or a function.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or the two do not go together.
+    """
+
+    def __init__(
+        self,
+        *,
+        compile: bool | str = False,
+        cuda_graphs: bool = False,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        where = "Execution"
+        if not isinstance(compile, bool) and compile not in _MODES:
+            raise ValueError(
+                f"{where}: compile must be True, False or one of {', '.join(_MODES)}, "
+                f"got {compile!r}"
+            )
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"{where}: cuda_graphs must be True or False, got {cuda_graphs!r}")
+        if cuda_graphs and compile in _MODES_WITH_GRAPHS:
+            raise ValueError(
+                f"{where}: cuda_graphs must be False with compile={compile!r}, which records "
+                "graphs itself, got True"
+            )
+        self.compile = compile
+        self.cuda_graphs = cuda_graphs
+        self._predict = predict
+        self._recorder: Recorder | None = None
+        if compile is not False:
+            mode = None if compile is True else compile
+            # Newer versions of torch count graphs for each function that is compiled.
+            known = inspect.signature(torch.compile).parameters
+            limit: Any = {"recompile_limit": _MOST_GRAPHS} if "recompile_limit" in known else {}
+            self._predict = torch.compile(
+                predict, fullgraph=True, dynamic=False, mode=mode, backend=backend, **limit
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether steps are run op by op."""
+        return not self.compile and not self.cuda_graphs
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError for a device that cannot run steps so."""
+        if self.cuda_graphs and device.type != "cuda":
+            raise ValueError(
+                f"Execution: cuda_graphs must be False for a model on {device}, which is no CUDA "
+                "device, got True"
+            )
+
+    def check(self, model: Bagel) -> None:
+        """Raises ValueError for a model that cannot be run so."""
+        if self.is_plain:
+            return
+        self.check_device(model.device)
+        places = {str(weight.device) for weight in model.parameters()}
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            places.add("places that accelerate manages")
+        places.discard(str(model.device))
+        if places:
+            raise ValueError(
+                "Execution: compile and cuda_graphs must be False unless all weights are on "
+                f"{model.device}, got weights on {', '.join(sorted(places))}"
+            )
+
+    def start(self, denoiser: Denoiser) -> Step:
+        """Returns what runs the steps of a batch of images."""
+        if self.is_plain:
+            return denoiser
+        if self.compile:
+            _let_lengths_vary(denoiser)
+
+        @torch.no_grad()
+        def step(tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
+            # Images that come from an earlier step may not be what the compiler reads later.
+            return self._predict(denoiser, list(tokens), time)
+
+        if not self.cuda_graphs:
+            return step
+        if self._recorder is None:
+            self._recorder = CudaRecorder()
+        return ReplayedStep(step, self._recorder)
+
+
+def _let_lengths_vary(denoiser: Denoiser) -> None:
+    """Tells the compiler that what was read before is of any length."""
+    for context in denoiser.packing.contexts:
+        for past in (*context.keys, *context.values):
+            if past is not None:
+                torch._dynamo.maybe_mark_dynamic(past, 1)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The denoising step as one graph: compiled, recorded and replayed, without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_unified.bagel import (
+    Bagel,
+    BagelPipeline,
+    Execution,
+    SamplingConfig,
+    StepCache,
+    build_guidance,
+    execution,
+    sample_latents,
+)
+from sparse_unified.bagel.denoiser import Denoiser
+from sparse_unified.bagel.execution import ReplayedStep
+from sparse_unified.bagel.sampler import initial_noise
+from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.nn import SparseMoE
+from sparse_unified.testing import build_model, read_case
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ("t2i_dense", "t2i_moe")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> Bagel:
+    torch.set_num_threads(1)
+    return build_model(read_case(GOLDEN / request.param))
+
+
+def draw(
+    model: Bagel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    run: Execution | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """Denoises images of 2 x 3 tokens; guidance is on in some of the steps."""
+    config = SamplingConfig(**{"num_timesteps": 7} | options)
+    noise = [initial_noise(6, model.config.token_channels, i) for i in range(len(prompts))]
+    grids = [(2, 3)] * len(prompts)
+    return sample_latents(
+        model, build_guidance(model, prompts), noise, grids, config, execution=run
+    )
+
+
+def keep_one_layer(model: Bagel) -> Bagel:
+    """Leaves the layer that is sparse in a sparse model: tracing takes its time by the layer."""
+    model.language_model.model.layers = model.language_model.model.layers[1:2]
+    return model
+
+
+@pytest.mark.parametrize(("case", "backend"), [("t2i_dense", "eager"), ("t2i_moe", "aot_eager")])
+def test_the_step_compiles_as_one_graph_whatever_the_length_of_the_prompt(
+    case: str, backend: str
+) -> None:
+    torch.compiler.reset()
+    model = keep_one_layer(build_model(read_case(GOLDEN / case)))
+    assert isinstance(model.language_model.model.layers[0].mlp_moe_gen, SparseMoE) == (
+        "moe" in case
+    )
+    graphs: list[int] = []
+    compiler = torch._dynamo.lookup_backend(backend)
+
+    def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return compiler(graph, inputs)
+
+    compiled = Execution(compile=True, backend=counted)
+    for prompt in ([21, 30], [33, 40, 41, 42], [50, 51, 52, 53, 54, 55, 56]):
+        [own], [expected] = (draw(model, [prompt], run=run) for run in (compiled, None))
+        assert torch.equal(own, expected)
+    assert len(graphs) == 2  # with guidance and without
+
+
+class Recording(TorchDispatchMode):
+    """Stands for a CUDA graph: what is called, on which tensors, and where the results lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.calls:
+            again = function(*args, **kwargs)
+            for own, other in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(own, Tensor):
+                    own.copy_(other)
+                else:
+                    assert own == other, f"{function} asked the device for {own}"
+
+
+class Emulated:
+    """A recorder on the CPU. Like a capture, recording computes nothing that can be used."""
+
+    def __init__(self) -> None:
+        self.warmed = self.replays = 0
+
+    def warm_up(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        self.warmed += 1
+        return run()
+
+    def record(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
+        with Recording() as recording:
+            results = run()
+        for result in results:
+            result.fill_(torch.nan)
+
+        def replay() -> None:
+            self.replays += 1
+            recording.replay()
+
+        return replay, results
+
+
+def test_a_recorded_step_is_replayed_with_other_images_and_times(model: Bagel) -> None:
+    [guidance] = build_guidance(model, [[21, 30]])
+    denoiser = Denoiser(model, [(2, 3)], [[guidance.full, guidance.without_text]])
+    emulated = Emulated()
+    step = ReplayedStep(denoiser, emulated)
+    kept = []
+    for number, time in enumerate((0.9, 0.7, 0.2)):
+        x = [torch.randn(6, 16, generator=torch.Generator().manual_seed(number))]
+        at = torch.tensor([time])
+        found, expected = step(x, at)[0], denoiser(x, at)[0]
+        assert torch.equal(found, expected)
+        kept.append((found, expected))
+    assert (emulated.warmed, emulated.replays) == (1, 2)
+    for found, expected in kept:  # a later replay did not write into what was handed out
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("cache", [None, StepCache(interval=2, order=1, first=2)])
+def test_images_of_replayed_steps_are_those_of_plain_ones(
+    model: Bagel, monkeypatch: pytest.MonkeyPatch, cache: StepCache | None
+) -> None:
+    emulated = Emulated()
+    monkeypatch.setattr(execution, "CudaRecorder", lambda: emulated)
+    monkeypatch.setattr(Execution, "check", lambda self, model: None)
+    prompts = [[21, 30], [33]]
+    replayed = draw(model, prompts, run=Execution(cuda_graphs=True), cache=cache)
+    for own, expected in zip(replayed, draw(model, prompts, cache=cache), strict=True):
+        assert torch.equal(own, expected)
+    assert emulated.warmed == 2  # with guidance and without
+    assert emulated.replays > 0
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails at anything that reads a value, or whose tensors are elsewhere."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.calls = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value was read"
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor):
+                assert leaf.device.type == self.device, f"{function} used the {leaf.device}"
+        self.calls += 1
+        return result
+
+
+def test_a_step_makes_nothing_on_the_host(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU: whatever the host took part in would be on the CPU."""
+    # There, as on a GPU, the ops of the library run: their fakes.
+    monkeypatch.setattr(SparseMoE, "_use_kernels", lambda self: True)
+    away = Bagel(model.config, device="meta")
+    contexts = away.new_contexts(2)
+    away.prefill_text(contexts[:1], [[21, 30]])
+    denoiser = Denoiser(away, [(2, 3)], [contexts])
+    x, time = torch.empty(6, 16, device="meta"), torch.empty(1, device="meta")
+    with OnOneDevice("meta") as mode:
+        denoiser([x], time)
+    assert mode.calls > 100
+    with pytest.raises(AssertionError, match="used the cpu"), OnOneDevice("meta"):
+        denoiser([x], torch.empty(1))
+
+
+def test_a_step_depends_on_no_value(model: Bagel) -> None:
+    """Fake tensors have shapes alone, so that a step that looked at a value would fail."""
+    [guidance] = build_guidance(model, [[21, 30]])
+    denoiser = Denoiser(model, [(2, 3)], [[guidance.full, guidance.without_text]])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, time = (mode.from_tensor(t) for t in (torch.randn(6, 16), torch.ones(1)))
+        [velocity] = denoiser([x], time)
+    assert velocity.shape == (2, 6, 16)
+
+
+def test_packed_weights_compile_as_one_graph(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    torch.compiler.reset()
+    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path)
+    model = keep_one_layer(BagelPipeline.from_pretrained(directory, storage="int8").model)
+    compiled = Execution(compile=True, backend="eager")
+    [own], [expected] = (
+        draw(model, [[21, 30]], run=run, num_timesteps=2) for run in (compiled, None)
+    )
+    torch.testing.assert_close(own, expected)
+
+
+def test_a_pipeline_runs_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path)
+    started: list[Execution] = []
+    monkeypatch.setattr(Execution, "start", lambda self, step: started.append(self) or step)
+    options: dict[str, Any] = {"seed": 1, "num_timesteps": 3, "size": (32, 48), "progress": False}
+    pipeline = BagelPipeline.from_pretrained(directory, compile="default")
+    pipeline.generate("a cup", **options)
+    pipeline.execution = Execution()
+    pipeline.generate("a cup", **options)
+    assert [own.compile for own in started] == ["default", False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "fast"}, "Execution: compile must be True, False or one of default, "),
+        (
+            {"compile": "max-autotune", "cuda_graphs": True},
+            "Execution: cuda_graphs must be False with compile='max-autotune'",
+        ),
+        ({"cuda_graphs": True}, "Execution: cuda_graphs must be False for a model on cpu"),
+        (
+            {"compile": True, "offload": "und"},
+            "compile and cuda_graphs must come without device_map and offload, got device_map=None",
+        ),
+        (
+            {"compile": True, "device_map": "auto"},
+            "compile and cuda_graphs must come without device_map and offload",
+        ),
+    ],
+)
+def test_what_cannot_be_run_so_is_refused_before_anything_is_read(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        BagelPipeline.from_pretrained("/nowhere", **options)
+
+
+def test_weights_elsewhere_are_refused(model: Bagel) -> None:
+    compiled = Execution(compile=True, backend="eager")
+    layer = model.language_model.model.layers[0]
+    layer._hf_hook = object()
+    try:
+        with pytest.raises(ValueError, match="got weights on places that accelerate manages"):
+            draw(model, [[21]], run=compiled)
+    finally:
+        del layer._hf_hook
+    with pytest.raises(ValueError, match="cuda_graphs must be False for a model on cpu"):
+        draw(model, [[21]], run=Execution(cuda_graphs=True))
+    with pytest.raises(TypeError, match="cuda_graphs must be True or False, got 1"):
+        Execution(cuda_graphs=1)  # type: ignore[arg-type]
