@@ -31,6 +31,7 @@ ORDER = (
     "checkpoint",
     "swap",
     "bagel",
+    "engines",
     "analysis",
     "adapt",
     "mini",
@@ -59,6 +60,9 @@ HEAVY = (
     "sklearn",
     "accelerate",
     "torchao",
+    "diffusers",
+    "kernels",
+    "vllm_omni",
 )
 
 

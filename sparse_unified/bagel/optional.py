@@ -6,7 +6,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_USERS = {"bagel": "bagel", "plot": "analysis", "train": "adapt", "mini": "mini"}
+_USERS = {
+    "bagel": "bagel",
+    "plot": "analysis",
+    "train": "adapt",
+    "mini": "mini",
+    "engines": "engines",
+}
 
 
 def optional(module: str, *, extra: str = "bagel") -> Any:

@@ -201,14 +201,23 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(config, device=device, dtype=dtype)
         self.decoder = Decoder(config, device=device, dtype=dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the autoencoder runs."""
+        return self.decoder.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are stored as, and what it computes in."""
+        return self.decoder.conv_in.weight.dtype
+
     def _input(self, x: Tensor, name: str, channels: int, step: int) -> Tensor:
         if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % step or x.shape[3] % step:
             raise ValueError(
                 f"AutoEncoder: {name} must have shape [B, {channels}, H, W] with sides that are "
                 f"multiples of {step}, got {list(x.shape)}"
             )
-        weight = self.decoder.conv_in.weight
-        return x.to(device=weight.device, dtype=weight.dtype)
+        return x.to(device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
