@@ -173,8 +173,8 @@ def predicted_bytes(config: BagelConfig, vae: VAEConfig, grid: tuple[int, int]) 
     whole = Bagel(config, device="meta", dtype=torch.bfloat16)
     decoder = AutoEncoder(vae, device="meta", dtype=torch.float32)
     llm = asdict(config.llm)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_theta")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = (*sizes, "num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_theta")
     content = {name: llm[name] for name in names}
     if config.llm.sparse_gen:
         layers = sorted(config.llm.sparse_gen)

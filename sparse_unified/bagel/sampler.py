@@ -30,6 +30,8 @@ from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.step_cache import Expansion, StepCache
 
 _EPS = 1e-8
+# Of each image the velocities [N, p * p * C] in its contexts, stacked or not.
+Predictions = Sequence[Tensor | Sequence[Tensor]]
 
 
 class Renorm(str, Enum):
@@ -204,9 +206,7 @@ class _Branches:
             self.contexts.append(contexts)
             self.picks.append(pick)
 
-    def combine(
-        self, predictions: Sequence[Sequence[Tensor]], config: SamplingConfig
-    ) -> list[Tensor]:
+    def combine(self, predictions: Predictions, config: SamplingConfig) -> list[Tensor]:
         """Returns the velocity [N, p * p * C] of each image from those in its contexts."""
         combined = []
         for v, (full, *others) in zip(predictions, self.picks, strict=True):
@@ -268,7 +268,7 @@ def sample_latents(
     for step, (on, runs) in enumerate(zip(guided, computed, strict=True)):
         start = clock.perf_counter()
         time = float(times[step])
-        predictions: Sequence[Sequence[Tensor]]
+        predictions: Predictions
         if runs:
             if on not in run:
                 run[on] = execution.start(Denoiser(model, grids, branches[on].contexts))
@@ -288,7 +288,7 @@ def sample_latents(
 
 def _keep(
     expansions: list[list[Expansion]],
-    predictions: Sequence[Sequence[Tensor]],
+    predictions: Predictions,
     time: float,
     order: int,
 ) -> None:

@@ -26,7 +26,7 @@ _utils = optional("diffusers.pipelines.pipeline_utils", extra="engines")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[misc, name-defined]
+class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-defined]
     """Text to image and editing, dense, sparse or pruned.
 
     Args:

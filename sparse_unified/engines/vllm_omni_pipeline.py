@@ -31,7 +31,7 @@ get_bagel_pre_process_func = _built_in.get_bagel_pre_process_func
 _KEY = re.compile(r"language_model\.model\.layers\.(\d+)\.mlp_moe_gen\.(.+)")
 
 
-class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[misc, name-defined]
+class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[name-defined]
     """The pipeline of vLLM-Omni, for dense and for sparse checkpoints.
 
     Args:
