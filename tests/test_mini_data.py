@@ -86,9 +86,27 @@ def test_held_out_prompts_are_not_trained_on():
     }
 
 
+def test_placed_prompts_hold_in_their_half_alone_and_are_not_tested():
+    generator = torch.Generator().manual_seed(5)
+    for prompt in scenes.placed_prompts():
+        objects = prompt.draw(generator)
+        assert prompt.holds(objects), prompt.text
+        for item, part in zip(objects, prompt.parts, strict=True):
+            opposite = {
+                "left": {"column": 1},
+                "right": {"column": 0},
+                "above": {"row": 1},
+                "below": {"row": 0},
+                None: {},
+            }[part.place]
+            moved = [replace(o, **opposite) if o is item else o for o in objects]
+            assert prompt.holds(moved) == (part.place is None), prompt.text
+    assert not {p.text for p in scenes.placed_prompts()} & {p.text for p in scenes.all_prompts()}
+
+
 def test_answers_follow_from_the_scene():
     generator = torch.Generator().manual_seed(4)
-    for kind in scenes.QUESTION_KINDS:
+    for kind in (*scenes.QUESTION_KINDS, "place"):
         for _ in range(20):
             asked = scenes.draw_question(kind, generator)
             words = asked.text.split()
@@ -97,12 +115,19 @@ def test_answers_follow_from_the_scene():
                 assert asked.answer == scenes.NUMBERS[count]
             elif kind == "colour":
                 assert [asked.answer] == [o.colour for o in asked.objects if o.shape == words[4]]
+            elif kind == "place":
+                (only,) = asked.objects
+                assert words[3] == only.shape
+                if words[6] == "above":
+                    assert asked.answer == ("left", "right")[only.column]
+                else:
+                    assert asked.answer == ("above", "below")[only.row]
             else:
                 first, second = (
                     next(o for o in asked.objects if o.shape == words[i]) for i in (3, 7)
                 )
                 assert scenes.relation_of(first, second).split()[0] == asked.answer
-    with pytest.raises(ValueError, match="kind must be 'count', 'colour' or 'position', got 'x'"):
+    with pytest.raises(ValueError, match="'count', 'colour', 'position' or 'place', got 'x'"):
         scenes.draw_question("x", generator)
 
 

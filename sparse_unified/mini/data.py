@@ -95,23 +95,29 @@ class DigitDataset(MiniDataset):
 
 
 class SceneDataset(MiniDataset):
-    """Scenes of the training prompts, a column as often as another, and questions; always new."""
+    """Scenes of the training prompts, a column as often as another, and questions; always new.
+
+    Beside the columns and kinds that are tested, as often as one of them, there are prompts and
+    questions about the half of the picture that an object is in (`scenes.placed_prompts`).
+    """
 
     def __init__(self, config: SequenceConfig | None = None) -> None:
-        self._prompts: dict[str, list[scenes.ScenePrompt]] = {name: [] for name in scenes.COLUMNS}
-        for prompt in scenes.split_prompts()[0]:
-            self._prompts[prompt.column].append(prompt)
+        prompts: dict[str, list[scenes.ScenePrompt]] = {}
+        for prompt in scenes.split_prompts()[0] + scenes.placed_prompts():
+            prompts.setdefault(prompt.column, []).append(prompt)
+        self._columns = list(prompts.values())
         super().__init__(MiniTask.SCENES, _SCENES_PER_EPOCH, config)
 
     def picture(self, index: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        prompts = self._prompts[scenes.COLUMNS[index % len(scenes.COLUMNS)]]
+        prompts = self._columns[index % len(self._columns)]
         prompt = prompts[int(torch.randint(len(prompts), (), generator=generator))]
         return scenes.render(prompt.draw(generator)), prompt.text
 
     def questions(
         self, index: int, generator: torch.Generator
     ) -> tuple[Tensor, list[tuple[str, str]]]:
-        kind = scenes.QUESTION_KINDS[index % len(scenes.QUESTION_KINDS)]
+        kinds = (*scenes.QUESTION_KINDS, "place")
+        kind = kinds[index % len(kinds)]
         first = scenes.draw_question(kind, generator)
         others = [q for q in scenes.questions_about(first.objects) if q != first]
         order = torch.randperm(len(others), generator=generator).tolist()

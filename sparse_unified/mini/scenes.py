@@ -41,6 +41,7 @@ NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 PLURALS = {name: "crosses" if name == "cross" else f"{name}s" for name in SHAPES}
 # Row and column of the second object minus those of the first, as signs of the leading direction.
 RELATIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
+PLACES = ("left", "right", "above", "below")
 COLUMNS = ("single", "two", "count", "colour", "position", "attribute")
 
 
@@ -56,11 +57,17 @@ class Object:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One kind of object that a prompt names; a colour of None leaves it open."""
+    """One kind of object that a prompt names.
+
+    Attributes:
+        colour: None leaves it open.
+        place: the half of the picture that it is in, one of `PLACES`; None leaves it open.
+    """
 
     shape: str
     colour: str | None = None
     count: int = 1
+    place: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +101,7 @@ class ScenePrompt:
                     drawn = int(torch.randint(len(COLOURS), (), generator=generator))
                     colour = part.colour or list(COLOURS)[drawn]
                     objects.append(Object(shape=part.shape, colour=colour, row=row, column=column))
-            if self.relation is None or relation_of(*objects) == self.relation:
+            if self._are_in_place(objects):
                 return objects
 
     def holds(self, objects: Sequence[Object | None]) -> bool:
@@ -112,9 +119,16 @@ class ScenePrompt:
         colours = {part.shape: part.colour for part in self.parts}
         if any(colours[item.shape] not in (None, item.colour) for item in found):
             return False
+        return self._are_in_place(found)
+
+    def _are_in_place(self, objects: Sequence[Object]) -> bool:
+        """Tells whether objects of the right shapes are where they were asked for."""
+        places = {part.shape: part.place for part in self.parts}
+        if any(places[item.shape] not in (None, *places_of(item)) for item in objects):
+            return False
         if self.relation is None:
             return True
-        first, second = sorted(found, key=lambda item: item.shape != self.parts[0].shape)
+        first, second = sorted(objects, key=lambda item: item.shape != self.parts[0].shape)
         return relation_of(first, second) == self.relation
 
 
@@ -126,6 +140,30 @@ def relation_of(first: Object, second: Object) -> str | None:
     if abs(columns) > abs(rows):
         return "left of" if columns > 0 else "right of"
     return "above" if rows > 0 else "below"
+
+
+def places_of(item: Object) -> tuple[str, str]:
+    """Returns the halves of the picture that an object is in: left or right, above or below."""
+    return ("right" if item.column else "left", "below" if item.row else "above")
+
+
+def placed_prompts() -> list[ScenePrompt]:
+    """Returns prompts that say in which half of the picture objects are, for training alone.
+
+    Such as "a red square left" and "a square left and a cross": steps on the way to "a square left
+    of a cross", which is a matter of both objects' places and of the order of the words.
+    """
+    alone = [
+        (Part(shape=shape, colour=colour, place=place),)
+        for shape, colour, place in product(SHAPES, (None, *COLOURS), PLACES)
+    ]
+    pairs = [
+        (Part(shape=first, place=one), Part(shape=second, place=other))
+        for first, second in permutations(SHAPES, 2)
+        for one, other in product((None, *PLACES), repeat=2)
+        if one or other
+    ]
+    return [ScenePrompt(column="place", parts=parts) for parts in (*alone, *pairs)]
 
 
 def all_prompts() -> list[ScenePrompt]:
@@ -242,7 +280,12 @@ def score(prompts: Sequence[ScenePrompt], pictures: Sequence[Tensor]) -> dict[st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question about a scene; kind is "count", "colour" or "position", the answer one word."""
+    """A question about a scene.
+
+    Attributes:
+        kind: one of `QUESTION_KINDS`, or "place", which is for training alone.
+        answer: one word.
+    """
 
     kind: str
     objects: tuple[Object, ...]
@@ -272,9 +315,11 @@ def draw_question(kind: str, generator: torch.Generator) -> Question:
         parts = [Part(shape=first, count=number)] + [Part(shape=second, count=other)] * (other > 0)
     elif kind == "position":
         relation = pick(list(RELATIONS))
+    elif kind == "place":
+        parts = parts[:1]
     elif kind != "colour":
         raise ValueError(
-            f"draw_question: kind must be 'count', 'colour' or 'position', got {kind!r}"
+            f"draw_question: kind must be 'count', 'colour', 'position' or 'place', got {kind!r}"
         )
     scene = ScenePrompt(column=kind, parts=tuple(parts), relation=relation)
     asked = questions_about(scene.draw(generator))
@@ -285,8 +330,8 @@ def draw_question(kind: str, generator: torch.Generator) -> Question:
 def questions_about(objects: Sequence[Object]) -> list[Question]:
     """Returns every question that has an answer; those about the first object come first.
 
-    Counts are asked of every shape that is there, colours of shapes that are there once, and
-    positions of two objects of different shapes that are not on a diagonal.
+    Counts are asked of every shape that is there, colours and places of shapes that are there once,
+    and positions of two objects of different shapes that are not on a diagonal.
     """
     scene = tuple(objects)
     counts = Counter(item.shape for item in scene)
@@ -297,6 +342,12 @@ def questions_about(objects: Sequence[Object]) -> list[Question]:
         ("colour", f"what colour is the {item.shape} ?", item.colour)
         for item in scene
         if counts[item.shape] == 1
+    ]
+    asked += [
+        ("place", f"where is the {item.shape} seen from {side} ?", place)
+        for item in scene
+        if counts[item.shape] == 1
+        for side, place in zip(("above", "the left"), places_of(item), strict=True)
     ]
     if len(scene) == len(counts) == 2:
         for first, second in (scene, scene[::-1]):
@@ -315,7 +366,7 @@ def _name(part: Part) -> str:
     colour = f"{part.colour} " if part.colour else ""
     if part.count > 1:
         return f"{NUMBERS[part.count]} {colour}{PLURALS[part.shape]}"
-    return f"a {colour}{part.shape}"
+    return f"a {colour}{part.shape}" + (f" {part.place}" if part.place else "")
 
 
 def _template(shape: str, colour: str) -> Tensor:

@@ -46,7 +46,7 @@ class DenseTraining:
 
 DENSE = {
     MiniTask.DIGITS: DenseTraining(steps=1200),
-    MiniTask.SCENES: DenseTraining(steps=4000),
+    MiniTask.SCENES: DenseTraining(steps=12000),
 }
 
 
