@@ -151,7 +151,7 @@ def placed_prompts() -> list[ScenePrompt]:
     """Returns prompts that say in which half of the picture objects are, for training alone.
 
     Such as "a red square left" and "a square left and a cross": steps on the way to "a square left
-    of a cross", which is a matter of both objects' places and of the order of the words.
+    of a cross". The shipped model took the first of them.
     """
     alone = [
         (Part(shape=shape, colour=colour, place=place),)
