@@ -155,7 +155,7 @@ def test_images_of_replayed_steps_are_those_of_plain_ones(
     model: Bagel, monkeypatch: pytest.MonkeyPatch, cache: StepCache | None
 ) -> None:
     emulated = Emulated()
-    monkeypatch.setattr(execution, "CudaRecorder", lambda: emulated)
+    monkeypatch.setattr(execution, "CudaRecorder", lambda device: emulated)
     monkeypatch.setattr(Execution, "check", lambda self, model: None)
     prompts = [[21, 30], [33]]
     replayed = draw(model, prompts, run=Execution(cuda_graphs=True), cache=cache)

@@ -45,7 +45,6 @@ from sparse_unified.bagel.sampler import computed_steps, guided_steps, initial_n
 from sparse_unified.checkpoint.memory import memory
 from sparse_unified.checkpoint.writer import build_header
 
-from ..full_scale import bagel_shapes
 from .job import FAILED, PASSED, Job
 
 CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs
@@ -106,6 +105,8 @@ class Setup:
 
 def full() -> Setup:
     """BAGEL-7B-MoT and 1024 x 1024 pixels."""
+    from ..full_scale import bagel_shapes
+
     return Setup(
         config=bagel_shapes(28),
         vae=VAEConfig(),

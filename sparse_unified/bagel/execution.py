@@ -33,14 +33,19 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs whose memory is shared, because they are replayed one after the other."""
+    """CUDA graphs whose memory is shared, because they are replayed one after the other.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the runs take place.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Runs on a stream of its own, as a capture will."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             results = run()
@@ -50,7 +55,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
         """Captures a run."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
             results = run()
         return graph.replay, results
 
@@ -126,7 +131,7 @@ class Execution:
         self.compile = compile
         self.cuda_graphs = cuda_graphs
         self._predict = predict
-        self._recorder: Recorder | None = None
+        self._recorders: dict[torch.device, Recorder] = {}
         if compile is not False:
             mode = None if compile is True else compile
             # Newer versions of torch count graphs for each function that is compiled.
@@ -178,9 +183,10 @@ class Execution:
 
         if not self.cuda_graphs:
             return step
-        if self._recorder is None:
-            self._recorder = CudaRecorder()
-        return ReplayedStep(step, self._recorder)
+        device = denoiser.model.device
+        if device not in self._recorders:
+            self._recorders[device] = CudaRecorder(device)
+        return ReplayedStep(step, self._recorders[device])
 
 
 def _let_lengths_vary(denoiser: Denoiser) -> None:

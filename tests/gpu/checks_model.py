@@ -3,24 +3,67 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from device_cases import assert_equal, grid, needs_cuda
 from registry import check
 from torch import Tensor
 
-from sparse_unified.bagel import Bagel, Execution, SamplingConfig, build_guidance, sample_latents
+from sparse_unified.bagel import (
+    Bagel,
+    BagelConfig,
+    Execution,
+    ExpertConfig,
+    LLMConfig,
+    SamplingConfig,
+    SpecialTokens,
+    VisionConfig,
+    build_guidance,
+    sample_latents,
+)
 from sparse_unified.bagel.denoiser import Denoiser
 from sparse_unified.bagel.sampler import initial_noise
-from sparse_unified.bench.gpu.model import random_model, small
 
 KINDS = ("dense", "sparse")
 GRID = (2, 3)
 PROMPTS = ([[21, 30]], [[33, 40, 41, 42]])
 
 
+@torch.no_grad()
 def model_on(device: torch.device, kind: str) -> Bagel:
-    setup = small()
-    return random_model(setup.config if kind == "dense" else setup.sparse(), device)
+    """A model of three layers in bf16, whose middle generation FFN may be sparse."""
+    expert = ExpertConfig(num_experts=16, top_k=8, expert_width=16)
+    config = BagelConfig(
+        llm=LLMConfig(
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=128,
+            sparse_gen={1: expert} if kind == "sparse" else {},
+        ),
+        vision=VisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            patch_size=14,
+            image_size=56,
+        ),
+        latent_channels=4,
+        vae_downsample=8,
+        latent_patch_size=2,
+        max_latent_size=4,
+        vit_max_num_patch_per_side=4,
+        special_tokens=SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4),
+    )
+    model = Bagel(config, device=device, dtype=torch.bfloat16)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.normal_(std=math.prod(weight.shape[1:]) ** -0.5)
+    return model
 
 
 def draw(model: Bagel, prompt: list[list[int]], execution: Execution | None = None) -> Tensor:
