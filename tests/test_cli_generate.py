@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image as image
 
-from sparse_unified.bagel import BagelPipeline, StepCache
+from sparse_unified.bagel import BagelPipeline, Execution, StepCache
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn.stored import is_packed
@@ -143,6 +143,33 @@ def test_steps_are_extrapolated(
 
 
 @pytest.mark.parametrize(
+    ("options", "compiled"),
+    [(["--compile"], True), (["--compile", "max-autotune"], "max-autotune")],
+)
+def test_steps_are_compiled(
+    model: Path,
+    tmp_path: Path,
+    loaded: Loaded,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    compiled: bool | str,
+) -> None:
+    started: list[Execution] = []
+    monkeypatch.setattr(Execution, "start", lambda self, step: started.append(self) or step)
+    assert draw(model, tmp_path / "x.png", *options) == 0
+    assert {own.compile for own in started} == {compiled}
+    assert loaded.arguments[0]["compile"] == compiled
+
+
+def test_graphs_without_a_gpu_are_refused_before_the_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    assert draw(tmp_path / "model", tmp_path / "x.png", "--cuda-graphs") == 1
+    assert "cuda_graphs must be False for a model on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--cache-interval", "0"], "--cache-interval: must be a positive integer, got '0'"),
@@ -162,6 +189,7 @@ def test_steps_are_extrapolated(
             "--device-map must come without --storage, got both",
         ),
         (["--task", "image", "--think"], "--task must be all with --think, got image"),
+        (["--compile", "fast"], "--compile: invalid choice: 'fast'"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused_before_the_model_is_loaded(
