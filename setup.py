@@ -10,10 +10,13 @@ Environment:
     TORCH_CUDA_ARCH_LIST: architectures of the CUDA kernels (default: all, 8.0 to 12.0).
     CUDA_HOME: the CUDA toolkit (default: that of the nvcc on the PATH).
     MAX_JOBS: compilers at once (default: by cores and free memory).
+    SPARSE_UNIFIED_COMMIT: the commit to name in `sparse-unified info` (default: that of the git
+        checkout, or of the source archive).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,10 +24,12 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.sdist import sdist
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+GENERATED = Path("build/generated")
 
 # Oldest releases the library runs on; both are checked by `make abi`.
 PYTHON_LIMITED_API = "0x030A0000"  # 3.10
@@ -113,6 +118,37 @@ def architecture_flags() -> list[str]:
     return flags
 
 
+def commit() -> str:
+    """Commit that is built, with -dirty where files differ from it; "unknown" without a trace."""
+    known = os.environ.get("SPARSE_UNIFIED_COMMIT", "")
+    if not known and (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
+        told = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+        known = told.stdout.strip()
+    if not known and (ROOT / "COMMIT").exists():
+        known = (ROOT / "COMMIT").read_text().strip()
+    return known if re.fullmatch(r"[\w.+-]+", known) else "unknown"
+
+
+def write_build_info(version: str, with_cuda: bool) -> None:
+    """Writes the header with what no macro of a compiler tells, where it has changed."""
+    codes = [flag.rpartition("=")[2] for flag in architecture_flags()] if with_cuda else []
+    facts = {
+        "VERSION": version,
+        "COMMIT": commit(),
+        "CXX_FLAGS": " ".join([*CXX_FLAGS, os.environ.get("CFLAGS", "")]).strip(),
+        "CUDA_ARCHITECTURES": " ".join(codes) or "none",
+    }
+    lines = ["// Written by setup.py.", "#pragma once"]
+    lines += [f"#define SPARSE_UNIFIED_{name} {json.dumps(text)}" for name, text in facts.items()]
+    lines += ["#define SPARSE_UNIFIED_WITH_CUDA"] if with_cuda else []
+    text = "\n".join(lines) + "\n"
+    header = GENERATED / "build_info_generated.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+
+
 def limit_jobs() -> None:
     """Keeps parallel compilers within the free memory: a binding takes about 1 GB."""
     if "MAX_JOBS" not in os.environ:
@@ -124,7 +160,7 @@ def extension() -> Extension:
     """The one library; with nvcc, CUDA kernels and a static CUDA runtime are part of it."""
     cuda = find_cuda()
     options: dict[str, list[str]] = {}
-    include_dirs = [CSRC, CSRC / "include"]
+    include_dirs = [CSRC, CSRC / "include", GENERATED.resolve()]
     if cuda is not None:
         # NOTE: torch looks for a toolkit only when torch itself was built with CUDA.
         cpp_extension.CUDA_HOME = str(cuda)
@@ -159,6 +195,7 @@ class IncrementalBuild(cpp_extension.BuildExtension):
         self.build_temp = "build/temp"
 
     def build_extensions(self) -> None:
+        write_build_info(self.distribution.get_version(), find_cuda() is not None)
         # NOTE: torch has nvcc list the headers of a kernel only when torch was built with CUDA.
         headers = [*CSRC.glob("device/*"), *CSRC.glob("cuda/*.h"), *CSRC.glob("include/**/*.h")]
         newest = max(header.stat().st_mtime for header in headers)
@@ -168,9 +205,17 @@ class IncrementalBuild(cpp_extension.BuildExtension):
         super().build_extensions()
 
 
+class SourceArchive(sdist):
+    """Puts the commit into the archive, which has no history."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, "COMMIT").write_text(f"{commit()}\n")
+
+
 limit_jobs()
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": IncrementalBuild},
+    cmdclass={"build_ext": IncrementalBuild, "sdist": SourceArchive},
     options={"bdist_wheel": {"py_limited_api": "cp310", "build_number": wheel_tag()}},
 )

@@ -8,7 +8,7 @@ import importlib
 import torch  # first, since our library links against torch's
 
 try:
-    importlib.import_module("sparse_unified._C")
+    module = importlib.import_module("sparse_unified._C")
 except ImportError as error:
     raise ImportError(
         "sparse_unified: the C++ library must be built for this interpreter and torch "

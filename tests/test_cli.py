@@ -123,7 +123,7 @@ def test_the_command_line_imports_nothing_slow_by_itself() -> None:
     [
         ([], ["a command must be given"]),
         (["frobnicate"], ["invalid choice: 'frobnicate'"]),
-        (["info"], ["required: DIR"]),
+        (["info", "--memory"], ["--memory must come with DIR"]),
         (["info", "x", "--wrong"], ["unrecognized arguments: --wrong"]),
         (["convert", "a", "b", "--num-experts", "4", "--top-k", "two"], ["--top-k", "'two'"]),
         (["convert", "a", "b", "--num-experts", "4"], ["required: --top-k"]),

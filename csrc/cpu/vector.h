@@ -14,6 +14,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && \
     !defined(SPARSE_UNIFIED_SINGLE_VERSION)  // set by tests that fix the instruction set
+#define SPARSE_UNIFIED_HAS_MULTIVERSION
 #define SPARSE_UNIFIED_MULTIVERSION \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else

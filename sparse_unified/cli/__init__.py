@@ -35,7 +35,7 @@ Exit status: 0 success, 1 bad data or a failed check, 2 wrong usage, 130 interru
 def build_parser() -> CommandParser:
     """Returns the parser of all commands; each sets `run`, a function from arguments to status."""
     parser = CommandParser(prog=PROG, description=_DESCRIPTION)
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--version", action="store_true", help="print version and build, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     checkpoints.add_commands(commands)
     pruning.add_commands(commands)
@@ -60,15 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(split_json_flag(arguments))
         if options.version:
-            from sparse_unified import __version__
-
-            sys.stdout.write(f"{PROG} {__version__}\n")
-            return 0
+            return _guard(_print_version, show_traceback=False)
         if "run" not in options:
             raise Usage(f"a command must be given, got none (see {PROG} --help)")
     except Usage as error:
         return _fail(str(error), 2)
     return _guard(lambda: int(options.run(options)), show_traceback=options.traceback)
+
+
+def _print_version() -> int:
+    from sparse_unified.build import build_info
+
+    found = build_info()
+    sys.stdout.write(f"{PROG} {found.version}\n{found.to_line()}\n")
+    return 0
 
 
 def _guard(run: Callable[[], int], *, show_traceback: bool) -> int:

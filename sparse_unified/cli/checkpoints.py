@@ -51,11 +51,12 @@ def add_commands(commands: Any) -> None:
 
     info = commands.add_parser(
         "info",
-        help="show components, layers, parameters, and what disagrees",
+        help="show what a model directory holds, or what this build is, and what disagrees",
         description="Shows what a model directory holds, dense or sparse, and what disagrees in "
-        "it. Reads headers only. Exit status 1 when anything disagrees.",
+        "it. Reads headers only. Without DIR: version, ABI and build of the compiled library, and "
+        "what it runs on. Exit status 1 when anything disagrees.",
     )
-    info.add_argument("directory", metavar="DIR", help="a model directory")
+    info.add_argument("directory", metavar="DIR", nargs="?", help="a model directory")
     info.add_argument(
         "--memory",
         action="store_true",
@@ -222,6 +223,14 @@ def _run_info(options: argparse.Namespace) -> int:
     from sparse_unified.checkpoint import info
 
     check_output(options.json, "--json")
+    if options.directory is None:
+        if options.memory:
+            raise Usage("info: --memory must come with DIR, got none")
+        from sparse_unified.build import build_info
+
+        build = build_info()
+        write_result(options.json, build.to_text(), build.to_json())
+        return 1 if build.problems else 0
     if options.memory:
         from sparse_unified.checkpoint.memory import memory
 
