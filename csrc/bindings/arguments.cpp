@@ -77,6 +77,8 @@ void check_routing(const char* op, const Tensor& topk_idx, int64_t num_experts) 
   check(topk_idx.numel() <= std::numeric_limits<int32_t>::max(), op, "topk_idx",
         "hold at most 2^31 - 1 entries", topk_idx.numel());
   check(num_experts >= 1, op, "num_experts", "be at least 1", num_experts);
+  check(num_experts <= std::numeric_limits<int32_t>::max(), op, "num_experts",
+        "be at most 2^31 - 1", num_experts);
 }
 
 DType check_permute(const char* op, const Tensor& x, const Tensor& row_token,

@@ -15,9 +15,9 @@ Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows) {
   constexpr const char* kOp = "combine";
   check_combine(kOp, y, weights, token_rows);
   y = with_dense_rows(y);
-  token_rows = torch::stable::contiguous(token_rows);
+  token_rows = as_contiguous(token_rows);
   check_indices(kOp, "token_rows", token_rows, y.size(0));
-  if (weights) weights = torch::stable::contiguous(*weights);
+  if (weights) weights = as_contiguous(*weights);
 
   Tensor out = empty_like_sized(y, {token_rows.size(0), y.size(1)});
   CombineParams params{};
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor we
   check_combine_gradient(kOp, grad_out, y, token_rows);
   grad_out = with_dense_rows(grad_out);
   y = with_dense_rows(y);
-  weights = torch::stable::contiguous(weights);
-  token_rows = torch::stable::contiguous(token_rows);
+  weights = as_contiguous(weights);
+  token_rows = as_contiguous(token_rows);
   check_bijection(kOp, "token_rows", token_rows, y.size(0));
 
   Tensor grad_y = empty_like_sized(y, {needs_y ? y.size(0) : 0, y.size(1)});

@@ -7,6 +7,31 @@
 #include <vector>
 
 namespace sparse_unified {
+namespace {
+
+// Runs a call of torch that takes memory. NOTE: the stable ABI keeps nothing of torch's own error.
+template <typename Make>
+Tensor allocate(const Make& make, const std::string& shape) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    fail("sparse_unified", "arguments", "leave enough memory", "no room for a tensor of shape ",
+         shape);
+  }
+}
+
+std::string shape_text(const std::initializer_list<int64_t>& sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (const int64_t size : sizes) {
+    text << separator << size;
+    separator = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
+}  // namespace
 
 std::string shape_text(const Tensor& tensor) {
   std::ostringstream text;
@@ -36,6 +61,7 @@ std::string dtype_text(ScalarType dtype) {
 }
 
 Place place_of(const Tensor& tensor) {
+  if (!tensor.defined()) return {};  // None; `check_tensor` refuses it
   if (tensor.is_cpu()) return {};
   return {tensor.is_cuda(), tensor.get_device_index()};
 }
@@ -47,6 +73,7 @@ std::string place_text(const Place& place) {
 
 void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank,
                   const Place& place) {
+  check(tensor.defined(), op, argument, "be a tensor", "None");
   check(tensor.dim() == rank, op, argument, "have " + std::to_string(rank) + " dimensions",
         "shape ", shape_text(tensor));
   const Place found = place_of(tensor);
@@ -124,10 +151,14 @@ void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token
   }
 }
 
+Tensor as_contiguous(const Tensor& tensor) {
+  return allocate([&] { return torch::stable::contiguous(tensor); }, shape_text(tensor));
+}
+
 Tensor with_dense_rows(const Tensor& tensor) {
   const bool is_dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
   const bool is_forward = tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1);
-  return is_dense && is_forward ? tensor : torch::stable::contiguous(tensor);
+  return is_dense && is_forward ? tensor : as_contiguous(tensor);
 }
 
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes) {
@@ -136,7 +167,7 @@ Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes
 
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes,
                         ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  return allocate([&] { return torch::stable::new_empty(like, sizes, dtype); }, shape_text(sizes));
 }
 
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,

@@ -68,6 +68,9 @@ void check_bijection(const char* op, const char* argument, const Tensor& indices
 void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token_rows,
                     int64_t num_tokens);
 
+// A contiguous tensor of the same values: itself or a copy.
+Tensor as_contiguous(const Tensor& tensor);
+
 // The tensor itself when its rows are dense, a contiguous copy otherwise.
 Tensor with_dense_rows(const Tensor& tensor);
 

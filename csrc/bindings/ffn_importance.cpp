@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_importance(Tensor x, Tensor gate_proj, Te
         threshold);
   if (token_weights) {
     check_token_weights(kOp, *token_weights, num_tokens);
-    token_weights = torch::stable::contiguous(*token_weights);
+    token_weights = as_contiguous(*token_weights);
     const auto* weights = static_cast<const float*>(token_weights->const_data_ptr());
     for (int64_t token = 0; token < num_tokens; ++token) {
       if (!(weights[token] >= 0) || !std::isfinite(weights[token])) {

@@ -99,7 +99,7 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
 void check_token_rows(const char* op, const GroupedFfn& ffn,
                       const std::optional<Tensor>& token_rows) {
   if (!token_rows) return;
-  check_row_maps(op, ffn.row_token, torch::stable::contiguous(*token_rows), ffn.x.size(0));
+  check_row_maps(op, ffn.row_token, as_contiguous(*token_rows), ffn.x.size(0));
 }
 
 }  // namespace

@@ -21,9 +21,9 @@ GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor 
   hidden_size = sizes.hidden_size;
   num_experts = sizes.num_experts;
   expert_width = sizes.expert_width;
-  row_token = torch::stable::contiguous(row_token);
+  row_token = as_contiguous(row_token);
   check_indices(op, "row_token", row_token, x.size(0));
-  expert_offsets = torch::stable::contiguous(expert_offsets);
+  expert_offsets = as_contiguous(expert_offsets);
   const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
   check(offsets[0] == 0 && offsets[num_experts] == num_rows, op, "expert_offsets",
         "start at 0 and end at the number of rows " + std::to_string(num_rows), offsets[0], " and ",

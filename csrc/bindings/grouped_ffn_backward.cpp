@@ -96,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
   const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
   const int64_t h = ffn.expert_width;
   check_ffn_gradients(kOp, x, ffn.num_rows, h, grad_y, gate_rows, up_rows);
-  grad_y = torch::stable::contiguous(grad_y);
-  gate_rows = torch::stable::contiguous(gate_rows);
-  up_rows = torch::stable::contiguous(up_rows);
+  grad_y = as_contiguous(grad_y);
+  gate_rows = as_contiguous(gate_rows);
+  up_rows = as_contiguous(up_rows);
 
   const int64_t width = ffn.num_experts * h;
   const int64_t weight_rows = needs_weights ? width : 0;

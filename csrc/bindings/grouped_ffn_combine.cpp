@@ -100,12 +100,13 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
   const int64_t num_tokens = x.size(0);
   check_tensor(kOp, "weights", weights, 2);
   check_dtype(kOp, "weights", weights, ScalarType::Float);
-  token_rows = torch::stable::contiguous(token_rows);
+  check_tensor(kOp, "token_rows", token_rows, 2);
+  token_rows = as_contiguous(token_rows);
   check_row_maps(kOp, ffn.row_token, token_rows, num_tokens);
   check_size(kOp, "weights", weights, 0, num_tokens, "the number of tokens");
   check_size(kOp, "weights", weights, 1, token_rows.size(1), "the columns of token_rows");
   check_row_order(kOp, ffn);
-  weights = torch::stable::contiguous(weights);
+  weights = as_contiguous(weights);
   if (!ffn.has_kernel() || num_tokens < kLeastTokens) {
     return combine(grouped_ffn_forward(ffn), weights, token_rows);
   }

@@ -9,8 +9,8 @@ namespace sparse_unified {
 Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   constexpr const char* kOp = "permute";
   const DType dtype = check_permute(kOp, x, row_token, token_rows);
-  row_token = torch::stable::contiguous(row_token);
-  token_rows = torch::stable::contiguous(token_rows);
+  row_token = as_contiguous(row_token);
+  token_rows = as_contiguous(token_rows);
   check_row_maps(kOp, row_token, token_rows, x.size(0));
   x = with_dense_rows(x);
 

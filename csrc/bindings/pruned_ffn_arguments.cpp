@@ -44,7 +44,7 @@ PrunedFfn::PrunedFfn(const char* op, Tensor x_in, Tensor kept_blocks_in, Tensor 
   width = sizes.width;
   num_kept = sizes.num_kept;
   kept_width = sizes.kept_width;
-  kept_blocks = torch::stable::contiguous(kept_blocks);
+  kept_blocks = as_contiguous(kept_blocks);
   check_kept_blocks(op, kept_blocks, width / block_size);
   x = with_dense_rows(x);
   gate_proj = with_dense_rows(gate_proj);

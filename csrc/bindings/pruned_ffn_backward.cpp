@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pruned_ffn_backward(
   constexpr const char* kOp = "pruned_ffn_backward";
   const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
   check_ffn_gradients(kOp, x, ffn.num_tokens, ffn.kept_width, grad_y, gate_rows, up_rows);
-  gate_rows = torch::stable::contiguous(gate_rows);
-  up_rows = torch::stable::contiguous(up_rows);
+  gate_rows = as_contiguous(gate_rows);
+  up_rows = as_contiguous(up_rows);
   grad_y = with_dense_rows(grad_y);
 
   const std::vector<KeptSlab> slabs = ffn.slabs();

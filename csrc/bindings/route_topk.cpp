@@ -57,12 +57,12 @@ std::tuple<Tensor, Tensor> route_topk_backward(Tensor grad_logits, Tensor grad_t
   const int64_t top_k = topk_idx.size(1);
   x = with_dense_rows(x);
   gate = with_dense_rows(gate);
-  topk_idx = torch::stable::contiguous(topk_idx);
-  grad_topk_logits = torch::stable::contiguous(grad_topk_logits);
+  topk_idx = as_contiguous(topk_idx);
+  grad_topk_logits = as_contiguous(grad_topk_logits);
   check_indices(kOp, "topk_idx", topk_idx, num_experts);
 
   // The selected logits are logits: their gradients add up in one [T, E] matrix.
-  Tensor grad = torch::stable::clone(torch::stable::contiguous(grad_logits));
+  Tensor grad = torch::stable::clone(as_contiguous(grad_logits));
   auto* grad_data = static_cast<float*>(grad.mutable_data_ptr());
   const auto* grad_topk = static_cast<const float*>(grad_topk_logits.const_data_ptr());
   const auto* idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());

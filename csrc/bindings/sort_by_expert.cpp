@@ -9,7 +9,7 @@ namespace sparse_unified {
 std::tuple<Tensor, Tensor, Tensor> sort_by_expert(Tensor topk_idx, int64_t num_experts) {
   constexpr const char* kOp = "sort_by_expert";
   check_routing(kOp, topk_idx, num_experts);
-  topk_idx = torch::stable::contiguous(topk_idx);
+  topk_idx = as_contiguous(topk_idx);
 
   SortByExpertParams params{};
   params.topk_idx = static_cast<const int32_t*>(topk_idx.const_data_ptr());

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# Arguments that are no matrices, by name, which means the same in all ops.
+_VECTORS = ("row_token", "expert_offsets", "kept_blocks", "token_weights")
 
 
 def register_fake(op: str) -> Callable[[F], F]:
@@ -20,14 +24,19 @@ def register_fake(op: str) -> Callable[[F], F]:
     would pass for a result.
 
     Raises (when the op is called):
-        RuntimeError: the tensors are on several devices.
+        RuntimeError: the tensors are on several devices, have another number of dimensions than
+            the op takes, or are None.
     """
 
     def decorate(fake: F) -> F:
+        parameters = inspect.signature(fake).parameters
+
         @functools.wraps(fake)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            devices = sorted({str(tensor.device) for tensor in tensors})
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            for name, value in given.items():
+                _check(op, name, value, parameters[name].annotation)
+            devices = sorted({str(a.device) for a in given.values() if isinstance(a, Tensor)})
             if len(devices) > 1:
                 raise RuntimeError(
                     f"{op}: arguments must be on one device, got {' and '.join(devices)}"
@@ -38,6 +47,21 @@ def register_fake(op: str) -> Callable[[F], F]:
         return fake
 
     return decorate
+
+
+def _check(op: str, name: str, value: Any, annotation: str) -> None:
+    """Refuses what the body of a fake could not ask for its sizes."""
+    if annotation == "Tensor" and value is None:
+        raise RuntimeError(f"{op}: {name} must be a tensor, got None")
+    if not isinstance(value, Tensor):
+        return
+    rank = 1 if name in _VECTORS else 2
+    if value.dim() != rank:
+        raise RuntimeError(
+            f"{op}: {name} must have {rank} dimensions, got shape {list(value.shape)}"
+        )
+    if name == "expert_offsets" and value.shape[0] < 2:
+        raise RuntimeError(f"{op}: {name} must have at least 2 entries, got {value.shape[0]}")
 
 
 def refuse_gradient(op: str, *, advice: str = "") -> None:
