@@ -11,6 +11,7 @@ from typing import Any
 
 from sparse_unified.adapt.reports import StepRecord
 from sparse_unified.bagel.optional import optional
+from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
@@ -77,7 +78,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return found
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            values = json.loads(line)
+            values = strict_json.loads(line)
         except ValueError:
             break
         if not isinstance(values, dict) or type(values.get("step")) is not int:

@@ -27,6 +27,7 @@ from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.transforms import ImageTransform, to_rgb
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.safetensors_file import as_bytes, read_header, read_tensor
 from sparse_unified.checkpoint.writer import encode_tensors
 
@@ -126,7 +127,10 @@ class PictureDataset:
         digest.update(as_bytes(pixels.contiguous()).tobytes())
         path = self._cache / f"{digest.hexdigest()}.safetensors"
         if path.exists():
-            return read_tensor(read_header(path).tensors["latent"], what=str(path))
+            specs = read_header(path).tensors
+            if set(specs) != {"latent"}:
+                raise ValueError(f"{path}: tensors must be one latent, got {list_some(specs)}")
+            return read_tensor(specs["latent"], what=str(path))
         latent = self._pictures.vae.encode(pixels[None])[0].float().cpu()
         self._cache.mkdir(parents=True, exist_ok=True)
         replace_file(path, encode_tensors({"latent": latent}))

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sparse_unified.analysis.samples import PICTURE_SUFFIXES, Task
+from sparse_unified.analysis.samples import PICTURE_SUFFIXES, Task, is_file_name
 from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.pictures import open_picture
+from sparse_unified.checkpoint import strict_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,7 +118,7 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            fields = json.loads(line)
+            fields = strict_json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: line must be a JSON object, got {error}") from error
         if not isinstance(fields, dict):
@@ -126,7 +126,7 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         named = _named(fields)
         for name in _PICTURES:
             if named.get(name) is not None:
-                if not isinstance(named[name], str):
+                if not is_file_name(named[name]):
                     raise ValueError(f"{where}: {name} must be a path, got {named[name]!r:.80}")
                 named[name] = path.parent / named[name]
                 if not named[name].is_file():

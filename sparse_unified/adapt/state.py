@@ -107,9 +107,11 @@ def read_facts(directory: str | os.PathLike[str]) -> dict[str, Any]:
     found = read_json(path)
     form = found.get("format"), found.get("format_version")
     if form != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form}")
+        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
     if type(found.get("step")) is not int or found["step"] < 0:
-        raise ValueError(f"{path}: step must be an integer of at least 0, got {found.get('step')}")
+        raise ValueError(
+            f"{path}: step must be an integer of at least 0, got {found.get('step')!r:.120}"
+        )
     return found
 
 
@@ -131,7 +133,7 @@ def _refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str,
         if before.get(name) != now[name]:
             raise ValueError(
                 f"{path}: {name} must be that of the run that goes on, {now[name]!r}, "
-                f"got {before.get(name)!r}"
+                f"got {before.get(name)!r:.120}"
             )
 
 

@@ -22,6 +22,7 @@ from sparse_unified.analysis.evaluate import Better, directions
 from sparse_unified.analysis.metrics import Settings
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.optional import optional
+from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         where = f"--geneval: {file}: line {number}"
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
+            entry = strict_json.loads(line)
+        except ValueError as error:
             raise ValueError(f"{where} must be a JSON object, got {error}") from error
         if not isinstance(entry, dict):
             raise ValueError(f"{where} must be a JSON object, got a {type(entry).__name__}")

@@ -10,6 +10,7 @@ from typing import Any
 from sparse_unified.analysis.activation import ActivationMap
 from sparse_unified.analysis.cost import Cost
 from sparse_unified.analysis.evaluate import Better
+from sparse_unified.analysis.plain import from_plain, numbers
 from sparse_unified.analysis.points import Axis, Point
 from sparse_unified.analysis.similarity import Similarity
 from sparse_unified.checkpoint.report import Report, format_bytes, format_table
@@ -49,19 +50,35 @@ class PointResult:
         }
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> PointResult:
-        """Reads what `to_record` wrote."""
+    def from_record(cls, record: Mapping[str, Any], where: str = "point") -> PointResult:
+        """Reads what `to_record` wrote; `where` is its file, for the message.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        place = f"{where}: {record.get('name')!r:.120}"
+        task, component = record.get("task"), record.get("component")
+        ratio, change = record.get("keep_ratio"), record.get("change")
+        skipped = record.get("skipped_layers")
+        if not (
+            all(isinstance(text, str) for text in (task, component, change))
+            and record.get("axis") in [axis.value for axis in Axis]
+            and type(ratio) in (int, float)
+            and isinstance(skipped, list)
+            and all(type(layer) is int for layer in skipped)
+        ):
+            raise ValueError(f"{place} must be a point as analyze writes it, got {record!r:.240}")
         return cls(
             point=Point(
-                task=record["task"],
-                component=record["component"],
+                task=str(task),
+                component=str(component),
                 axis=Axis(record["axis"]),
                 keep_ratio=record["keep_ratio"],
             ),
-            metrics=record["metrics"],
-            before=Cost(**record["before"]),
-            after=Cost(**record["after"]),
-            change=record["change"],
+            metrics=numbers(record.get("metrics"), f"{place}: metrics"),
+            before=from_plain(Cost, record.get("before"), f"{place}: before"),
+            after=from_plain(Cost, record.get("after"), f"{place}: after"),
+            change=str(change),
             skipped_layers=tuple(record["skipped_layers"]),
         )
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +13,12 @@ from typing import Any
 
 from sparse_unified.analysis.scenes import SCENES, draw_scenes
 from sparse_unified.bagel.pictures import open_picture
+from sparse_unified.checkpoint import strict_json
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Bytes of a name and of a path that file systems take; messages stay short, too.
+_LONGEST_NAME = 255
+_LONGEST_PATH = 1024
 
 # Of objects, counts, colours and positions, as text-to-image benchmarks ask for them.
 GENERATION_PROMPTS = (
@@ -185,10 +188,20 @@ def _with_pictures(samples: Sequence[Sample], folder: Path, task: Task) -> list[
     return [Sample(prompt=s.prompt, sources=(p,)) for s, p in zip(samples, pictures, strict=True)]
 
 
+def is_file_name(value: object) -> bool:
+    """Tells whether a JSON value can name a file, there or not."""
+    return (
+        isinstance(value, str)
+        and "\0" not in value
+        and len(value) <= _LONGEST_PATH
+        and all(len(part.encode()) <= _LONGEST_NAME for part in value.split("/"))
+    )
+
+
 def _parse(line: str, folder: Path, where: str) -> Sample:
     try:
-        fields: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+        fields: Any = strict_json.loads(line)
+    except ValueError as error:
         raise ValueError(f"{where}: line must be a JSON object, got {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: line must be a JSON object, got a {type(fields).__name__}")
@@ -199,11 +212,11 @@ def _parse(line: str, folder: Path, where: str) -> Sample:
         raise ValueError(f"{where}: answer must be a text, got {answer!r:.120}")
     sources, image = fields.get("source") or [], fields.get("image")
     sources = [sources] if isinstance(sources, str) else sources
-    if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
+    if not isinstance(sources, list) or not all(is_file_name(name) for name in sources):
         raise ValueError(
             f"{where}: source must be a file name or a list of them, got {sources!r:.120}"
         )
-    if image is not None and not isinstance(image, str):
+    if image is not None and not is_file_name(image):
         raise ValueError(f"{where}: image must be a file name, got {image!r:.120}")
     return Sample(
         prompt=prompt,

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified.analysis.adapter import Adapter, Block, find_adapter
+from sparse_unified.analysis.plain import from_plain
+from sparse_unified.checkpoint.reader import read_json
 from sparse_unified.checkpoint.report import Report, format_table
 
 PARTS = ("block", "attention", "ffn")
@@ -44,6 +47,19 @@ class Similarity(Report):
     """What `measure_similarity` has seen, component by component, layer by layer."""
 
     layers: tuple[LayerSimilarity, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Similarity:
+        """Reads a file that holds `to_json`.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        listed = read_json(path).get("layers")
+        if not isinstance(listed, list):
+            raise ValueError(f"{path}: layers must be a list, got {listed!r:.120}")
+        where = f"{path}: an entry of layers"
+        return cls(layers=tuple(from_plain(LayerSimilarity, entry, where) for entry in listed))
 
     def of(self, component: str) -> list[LayerSimilarity]:
         """Returns the layers of a component in order.

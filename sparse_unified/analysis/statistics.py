@@ -32,6 +32,7 @@ from sparse_unified.analysis.sums import (
     StatisticsConfig,
     hash_ffns,
 )
+from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
@@ -213,18 +214,18 @@ class FfnStatistics:
         if form != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
         try:
-            config = StatisticsConfig(**json.loads(header.metadata["config"]))
+            config = StatisticsConfig(**strict_json.loads(header.metadata["config"]))
             samples = {
                 str(task): tuple(map(str, own))
-                for task, own in json.loads(header.metadata["samples"]).items()
+                for task, own in strict_json.loads(header.metadata["samples"]).items()
             }
-            listed = [_parse_entry(entry) for entry in json.loads(header.metadata["ffns"])]
-            hashes = json.loads(header.metadata["model_hashes"])
+            listed = [_parse_entry(entry) for entry in strict_json.loads(header.metadata["ffns"])]
+            hashes = strict_json.loads(header.metadata["model_hashes"])
             model_hashes = {str(component): str(own) for component, own in hashes.items()}
             tool = header.metadata["tool"]
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"{path}: metadata must be what calibrate writes, got {error}"
+                f"{path}: metadata must be what calibrate writes, got {error!s:.400}"
             ) from error
         held = _tensors_of(config)
         names = [f"{_prefix(*entry)}.{tensor}" for entry in listed for tensor in held]

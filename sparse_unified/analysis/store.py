@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.checkpoint.reader import read_json
 
 _RUN, _POINTS, _LOCK = "run.json", "points.jsonl", ".lock"
 
@@ -104,7 +107,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            record = json.loads(line)
+            record = strict_json.loads(line.decode("utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: line {number} must be JSON, got {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("name"), str):
@@ -116,13 +119,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _require_same(run: Path, wanted: dict[str, Any]) -> None:
-    try:
-        found = json.loads(run.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{run}: file must be JSON, got {error}") from error
+    found = read_json(run)
     differences = _differences(found, wanted)
     if differences:
-        listed = "; ".join(
+        listed = list_some(
             f"{name} {there} there and {here} here" for name, there, here in differences
         )
         raise ValueError(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,10 +13,11 @@ from sparse_unified.analysis.adapter import Adapter
 from sparse_unified.analysis.collect import collect
 from sparse_unified.analysis.cost import Cost, measure_cost
 from sparse_unified.analysis.criteria import NeuronScores, score
+from sparse_unified.analysis.plain import from_plain, numbers
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.probe import Probe
 from sparse_unified.analysis.results import PointResult, TaskResult
-from sparse_unified.analysis.similarity import LayerSimilarity, Similarity, measure_similarity
+from sparse_unified.analysis.similarity import Similarity, measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.store import Store
 from sparse_unified.analysis.surgery import as_module
@@ -71,19 +71,20 @@ class TaskRun:
 
     def result(self) -> TaskResult:
         """Returns what the task has shown, from what is written down."""
+        where = str(self.store.folder)
         dense = self.store.records[f"{self.probe.task}-dense"]
         points = self.points()
         active = {entry.component for entry in self.similarity.layers}
         return TaskResult(
             task=self.probe.task,
             better=self.probe.better(),
-            dense=dense["metrics"],
-            cost=Cost(**dense["cost"]),
+            dense=numbers(dense.get("metrics"), f"{where}: metrics of {dense['name']}"),
+            cost=from_plain(Cost, dense.get("cost"), f"{where}: cost of {dense['name']}"),
             similarity=self.similarity,
             activation=(
                 [] if self.statistics is None else activation_maps(self.statistics, self.probe.task)
             ),
-            points=[PointResult.from_record(self.store.records[p.name]) for p in points],
+            points=[PointResult.from_record(self.store.records[p.name], where) for p in points],
             idle=[name for name in self.config.components if name not in active],
         )
 
@@ -98,8 +99,7 @@ class TaskRun:
         if path.exists() and (counts.exists() or not watch):
             if watch:
                 self.statistics = FfnStatistics.load(counts)
-            layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
-            return Similarity(layers=tuple(LayerSimilarity(**entry) for entry in layers))
+            return Similarity.load(path)
         with ExitStack() as watched:
             begin: Callable[[str], object] = _ignore
             if watch:

@@ -6,15 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+# More than any model has, few enough for products of three to be counted in 64 bits.
+_MOST = 1 << 20
+
 
 def require_counts(config: Any, *, or_zero: tuple[str, ...] = ()) -> None:
-    """Raises ValueError unless every field typed int is at least 1 (0 for those in `or_zero`)."""
+    """Raises ValueError unless every field typed int is from 1 (0 for `or_zero`) to 2^20."""
     for known in fields(config):
         value, least = getattr(config, known.name), 0 if known.name in or_zero else 1
-        if known.type != "int" or (type(value) is int and value >= least):
+        if known.type != "int" or (type(value) is int and least <= value <= _MOST):
             continue
+        limit = f"at most {_MOST}" if type(value) is int and value > _MOST else f"at least {least}"
         raise ValueError(
-            f"{type(config).__name__}: {known.name} must be an integer of at least {least}, "
+            f"{type(config).__name__}: {known.name} must be an integer of {limit}, "
             f"got {value!r:.120}"
         )
 

@@ -17,7 +17,13 @@ from sparse_unified.checkpoint.held import Layers, follow_recipe, whole_layers
 from sparse_unified.checkpoint.layout import CONFIG, MoELayout, check_layout
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
-from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec, read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_file import (
+    Header,
+    TensorSpec,
+    read_header,
+    read_tensor,
+    require_regular,
+)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_FILES = ("ema.safetensors", "model.safetensors")
@@ -188,6 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """Reads a UTF-8 file without touching its line ends; raises ValueError when it is none."""
     try:
+        require_regular(path)
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise ValueError(f"{path}: file must be readable, got {error.strerror}") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,16 @@ class Header:
     text: str
 
 
+def require_regular(path: Path) -> None:
+    """Raises ValueError for what never ends or waits for a writer: devices, pipes and sockets.
+
+    Links are followed, as those of a hub's cache are; OSError where there is nothing to follow.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: file must be a regular file, got {stat.filemode(mode)}")
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Reads and checks the header of a safetensors file.
 
@@ -90,6 +101,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     try:
+        require_regular(path)
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             text = _read_text(path, stream, size)
