@@ -59,6 +59,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 # does not fit into memory.
 _TORCH = re.compile(
     r"sparse_unified::\w+\(\)|Could not run 'sparse_unified::|can't allocate memory"
+    r"|There were no tensor arguments to this function"
     r"|Overflow when unpacking long|size calculation overflowed|Storage size calculation"
     r"|numel: integer multiplication overflow|Trying to create tensor with negative dimension"
 )
@@ -78,6 +79,7 @@ def build(spec: Any) -> Any:
         return spec
     dtype = getattr(torch, spec["dtype"])
     shape = spec["shape"]
+    layout = spec["layout"] if max(shape, default=0) <= 1 << 20 else "contiguous"
     if spec.get("device") == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
     if math.prod(shape) > 1 << 20:  # one value seen again and again
@@ -91,7 +93,7 @@ def build(spec: Any) -> Any:
         values = torch.randn(math.prod(shape), generator=source, dtype=torch.float64)
     if not dtype.is_floating_point and not dtype.is_complex:
         values = values.nan_to_num(0, 2**31 - 1, -(2**31)).to(torch.int64)
-    result = lay_out(values.to(dtype).reshape(shape), spec["layout"])
+    result = lay_out(values.to(dtype).reshape(shape), layout)
     return result.requires_grad_() if spec.get("grad") and dtype.is_floating_point else result
 
 

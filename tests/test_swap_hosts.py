@@ -263,6 +263,118 @@ def test_layers_at_an_unusual_place_are_found() -> None:
     assert len(restore_(Pipeline(decoder)).layers) == 2
 
 
+# The name that the tokens go by.
+
+
+@pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
+def test_a_replaced_ffn_takes_its_tokens_by_the_name_of_the_one_before(mlp: Any) -> None:
+    model = Model(mlp)
+    before = {id(m): dict(m._forward_pre_hooks) for m in model.modules()}
+    x = tokens(5)
+
+    def by_name(**more: Any) -> Any:
+        out = ffn(model, 1)(hidden_state=x, **more)
+        return out[0] if isinstance(out, tuple) else out
+
+    dense = by_name()
+    narrow = PruneWidthConfig(component="gen", keep_ratio=1.0, layers="all")
+    skip = SkipLayersConfig(component="gen", layers=[1], part="ffn")
+    for steps in ([lambda: apply_moe_(model, ALL)], [lambda: prune_width_(model, narrow)]):
+        for step in (*steps, lambda: apply_moe_(model, ALL)):
+            if not isinstance(ffn(model, 1), SparseMoE):
+                step()
+            torch.testing.assert_close(by_name(), dense, rtol=1e-4, atol=1e-5)
+        assert len(ffn(model, 1)._forward_pre_hooks) == 1
+        if mlp is TupleMLP:
+            text = torch.arange(5)
+            torch.testing.assert_close(
+                by_name(packed_text_indexes=text), dense, rtol=1e-4, atol=1e-5
+            )
+        with pytest.raises(TypeError):
+            ffn(model, 1)(tokens=x)
+        restore_(model)
+    if mlp is TupleMLP:
+        skip_layers_(model, skip)
+        assert not by_name().any()
+        restore_(model)
+    assert torch.equal(by_name(), dense)
+    assert {id(m): dict(m._forward_pre_hooks) for m in model.modules()} == before
+
+
+def test_hooks_of_users_see_the_name_that_the_caller_gave() -> None:
+    model, seen = Model(), []
+    handle = ffn(model, 1).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True
+    )
+    apply_moe_(model, ALL)
+    ffn(model, 1)(hidden_state=tokens(5))
+    handle.remove()
+    ffn(model, 1)(hidden_state=tokens(5))
+    assert seen == [["hidden_state"]]
+
+
+def test_an_interrupted_swap_leaves_no_name_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_unified.swap import exchange
+
+    model, calls = Model(), []
+    original = exchange.take_name
+
+    def interrupted(*modules: nn.Module) -> None:
+        original(*modules)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    dense = ffn(model, 1)(hidden_state=tokens(5))
+    monkeypatch.setattr(exchange, "take_name", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply_moe_(model, ALL)
+    assert torch.equal(ffn(model, 1)(hidden_state=tokens(5)), dense)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+# Weights that are parts of others.
+
+
+class RowParallel(nn.Linear):
+    """A linear layer as under tensor parallelism: its result is summed over processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2  # what the other of two processes would add
+
+
+def test_tensor_parallel_ffns_are_refused() -> None:
+    model = Model()
+    part = ffn(model, 1)
+    parallel = RowParallel(WIDTH, HIDDEN, bias=False)
+    parallel.weight = part.down_proj.weight
+    part.down_proj = parallel
+    with pytest.raises(ValueError, match=r"layer 1 .* must .*down_proj"):
+        apply_moe_(model, HALF)
+    assert ffn(model, 1) is part
+
+
+def test_weights_sharded_as_dtensors_are_refused(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Model()
+        mesh = DeviceMesh("cpu", [0])
+        part = ffn(model, 1)
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            linear = getattr(part, name)
+            linear.weight = nn.Parameter(
+                distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)])
+            )
+        with pytest.raises(ValueError, match=r"layer 1 .*gate_proj.weight must be .*DTensor"):
+            apply_moe_(model, HALF)
+        assert ffn(model, 1) is part
+    finally:
+        dist.destroy_process_group()
+
+
 # Real hooks of accelerate.
 
 
@@ -316,6 +428,49 @@ def test_models_that_accelerate_placed_stay_placed(mlp: Any, how: str, tmp_path:
     with torch.no_grad():
         for again, expected in zip(model(tokens(5), tokens(7)), dense, strict=True):
             assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
+@pytest.mark.parametrize("how", ["cpu", "disk", "mixed"])
+def test_accelerate_can_offload_a_sparse_model(mlp: Any, how: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = Model(mlp).eval().requires_grad_(False)
+    for config in (HALF, MoEConfig(num_experts=4, top_k=2, component="und")):
+        apply_moe_(model, config)
+    with torch.no_grad():
+        sparse = model(tokens(5), tokens(7))
+    parts = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: part.detach() for name, part in parts.items()}
+    whole: dict[str, Any] = {"state_dict": state, "preload_module_classes": ["SparseMoE"]}
+    if how == "cpu":
+        accelerate.cpu_offload(model, "cpu", **whole)
+    elif how == "disk":
+        accelerate.utils.offload_state_dict(str(tmp_path), state)
+        accelerate.disk_offload(
+            model, str(tmp_path), "cpu", preload_module_classes=whole["preload_module_classes"]
+        )
+    else:
+        places = {f"language_model.model.layers.{i}": ("disk", "cpu")[i % 2] for i in range(LAYERS)}
+        accelerate.dispatch_model(
+            model, places, main_device="cpu", offload_dir=str(tmp_path), **whole
+        )
+    block = ffn(model, 2)
+    assert block.gate_proj.is_meta
+    assert block.gate.weight.is_meta
+    with torch.no_grad():
+        for out, expected in zip(model(tokens(5), tokens(7)), sparse, strict=True):
+            assert torch.equal(out, expected)
+    assert block.gate_proj.is_meta
+
+
+def test_a_sparse_block_without_its_router_says_so() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = Model().eval().requires_grad_(False)
+    apply_moe_(model, HALF)
+    # Each module alone, and the block calls no router.
+    accelerate.cpu_offload(model, "cpu", state_dict=dict(model.named_parameters()))
+    with pytest.raises(RuntimeError, match="must be on one device, got cpu and meta"):
+        ffn(model, 1)(tokens(5))
 
 
 def comparable(state: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified.swap.hooks import move_hooks
+from sparse_unified.swap.hooks import move_hooks, take_name
 from sparse_unified.swap.weights import offloaded
 
 # NOTE: kept in the instance dict, inside a dataclass, so that what was replaced is no submodule: it
@@ -103,8 +103,8 @@ def all_or_nothing(changes: Sequence[Change]) -> Iterator[None]:
 
     Whatever is raised there, an interrupt included, leaves every one in its place with its hooks.
     """
-    # NOTE: attributes are moved between modules, never changed: the hook dicts go as objects.
-    # Children and buffers are what changes inside its dict.
+    # NOTE: attributes are moved between modules: the hook dicts go as objects. Children, buffers
+    # and pre-hooks are what changes inside its dict.
     modules = [m for c in changes for m in (c.owner, c.old, c.new) if m is not None]
     saved = [(m, dict(m.__dict__), _contents(m)) for m in modules]
     try:
@@ -122,8 +122,14 @@ def all_or_nothing(changes: Sequence[Change]) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    names = ("_modules", "_buffers", "_non_persistent_buffers_set")
-    return {name: module.__dict__[name].copy() for name in names}
+    names = (
+        "_modules",
+        "_buffers",
+        "_non_persistent_buffers_set",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    )
+    return {name: module.__dict__[name].copy() for name in names if name in module.__dict__}
 
 
 def put_in(change: Change, *, order: int, keep: bool = True) -> None:
@@ -135,6 +141,7 @@ def put_in(change: Change, *, order: int, keep: bool = True) -> None:
         new.__dict__[_STATE] = Replaced(type_name=type_name, module=kept, order=order)
         setattr(owner, name, new)
         move_hooks(old, new)
+        take_name(old, new)
         return
     marker = _mark(owner, name, old)
     state = Replaced(
@@ -193,6 +200,7 @@ def put_back(place: Place) -> None:
     setattr(owner, name, kept)
     if place.now is not None:
         move_hooks(place.now, kept)
+        take_name(place.now, kept)
         return
     del owner._buffers[_marker(name)]
     owner._non_persistent_buffers_set.discard(_marker(name))

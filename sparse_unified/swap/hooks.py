@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -38,6 +40,49 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
             target.__dict__[name] = source.__dict__[name]
             source.__dict__[name] = empty()
     _move_patch(source, target)
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A forward pre-hook that takes the tokens by the name that a replaced module had for them."""
+
+    name: str
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if args or self.name not in kwargs:
+            return None
+        return (kwargs[self.name],), {k: v for k, v in kwargs.items() if k != self.name}
+
+
+def take_name(source: nn.Module, target: nn.Module) -> None:
+    """Lets the tokens of `target` be given by the keyword that `source` takes them by.
+
+    The hooks of `source` have been moved to `target` before, the one of an earlier transform, which
+    knows the name, among them.
+    """
+    hooks = target._forward_pre_hooks
+    known = [key for key, hook in hooks.items() if isinstance(hook, _Renamed)]
+    name, own = _token_name(source), _token_name(target)
+    if known:
+        name = next(hook.name for hook in hooks.values() if isinstance(hook, _Renamed))
+    for key in known:
+        del hooks[key]
+        target._forward_pre_hooks_with_kwargs.pop(key, None)
+    if name is not None and name != own:
+        target.register_forward_pre_hook(_Renamed(name), with_kwargs=True)
+
+
+def _token_name(module: nn.Module) -> str | None:
+    """Returns the name of the first parameter of a forward, None where it has none."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return None
+    return parameters[0].name
 
 
 def _move_patch(source: nn.Module, target: nn.Module) -> None:
