@@ -7,6 +7,7 @@
 #   TORCH_SPEC   what pip is given to install torch, an index included (the pin of pyproject.toml)
 #   PIP_ARGS     further arguments of every pip install
 #   PYTEST_ARGS  further arguments of pytest
+#   PYTHONS      interpreters that wheel-test makes environments of (that of .venv, which lends torch)
 # The first three are read when the environment is made; `make distclean` lets you choose again.
 
 SHELL := /bin/bash
@@ -24,6 +25,7 @@ PYTHON ?= python3
 TORCH_SPEC ?= $(PINNED_TORCH)
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+PYTHONS ?=
 VENV := .venv
 BIN := $(abspath $(VENV)/bin)
 RUN := PATH="$(BIN):$$PATH"
@@ -141,6 +143,12 @@ wheel: $(VENV)/installed  ## wheel and source archive in dist/
 	@$(RUN) python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > build/sdist.log
 	@ls -l dist
 
+wheel-test: wheel  ## the wheel, and that of the sdist built offline, used in new environments
+	@$(BIN)/python tests/wheel_smoke.py dist
+	@$(BIN)/python tests/wheel_smoke.py dist --sdist
+	@if [ -n "$(PYTHONS)" ]; then $(BIN)/python tests/wheel_smoke.py dist \
+	  --torch "$(TORCH_SPEC)" $(PYTHONS:%=--python %); fi
+
 clean:  ## remove what was built, keep the environment
 	@rm -rf build dist demo *.egg-info $(LIBRARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -149,7 +157,7 @@ distclean: clean  ## remove the environment too
 	@rm -rf $(VENV)
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 FORCE:
-.PHONY: env build test lint types abi kernels ctest emulated pytest demo reproduce bench docs resources wheel clean distclean help FORCE
+.PHONY: env build test lint types abi kernels ctest emulated pytest demo reproduce bench docs resources wheel wheel-test clean distclean help FORCE
