@@ -122,7 +122,7 @@ def commit() -> str:
     """Commit that is built, with -dirty where files differ from it; "unknown" without a trace."""
     known = os.environ.get("SPARSE_UNIFIED_COMMIT", "")
     if not known and (ROOT / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"]
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
         told = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
         known = told.stdout.strip()
     if not known and (ROOT / "COMMIT").exists():

@@ -49,7 +49,7 @@ def _fake(
     x: Tensor,
     gate_proj: Tensor,
     up_proj: Tensor,
-    threshold: float,
+    threshold: float = 0.0,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = gate_proj.shape[0]
