@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SETUP = (ROOT / "setup.py").read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def found() -> BuildInfo:
     return build_info()
 
