@@ -274,6 +274,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "adaptation.md": dict,
     "adapters.md": decoder_names,
     "analysis.md": analysis_names,
+    "engines.md": bagel_names,
     "quickstart.md": bagel_names,
     "routing.md": routing_names,
     "serving.md": bagel_names,
@@ -281,16 +282,8 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-# Python that is not run -> why.
-PYTHON_NOT_RUN = {
-    "engines.md": "draws 1024 x 1024 pixels on a GPU; tests/test_engines_diffusers.py and "
-    "tests/test_engines_kernels.py run the same calls"
-}
-
-
 def test_every_document_with_python_is_run() -> None:
-    found = {path.name for path in DOCUMENTS if blocks(path, "python")}
-    assert found == {*NAMES, *PYTHON_NOT_RUN}
+    assert {path.name for path in DOCUMENTS if blocks(path, "python")} == set(NAMES)
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name in NAMES], ids=label)
