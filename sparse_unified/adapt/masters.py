@@ -72,6 +72,10 @@ class Masters:
                 own = local(parameter.detach())
                 device = torch.device(config.optimizer_device or own.device)
                 self.weights[name] = own.to(device, torch.float32)
+        self._sharded = {n: p for n, p in self.parameters.items() if is_sharded(p)}
+        whole = {n: p for n, p in self.parameters.items() if n not in self._sharded}
+        self._own = {n: p for n, p in whole.items() if self._is_own(n)}
+        self._copies = {n: p for n, p in whole.items() if n not in self._own}
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
             self.ema = {name: weight.clone() for name, weight in self.weights.items()}
@@ -102,15 +106,12 @@ class Masters:
         as it is there, so that few exist at a time. Of sharded parameters they are there only after
         the pass, so the block gets a function to call then.
         """
-        hooks = []
-        for name, parameter in self.parameters.items():
-            if is_sharded(parameter):
-                continue
-            if self._is_own(name):
-                parameter.grad = self._sum[name]
-            else:
-                add = partial(_move_gradient, self._sum[name])
-                hooks.append(parameter.register_post_accumulate_grad_hook(add))
+        for name, parameter in self._own.items():
+            parameter.grad = self._sum[name]
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(_move_gradient, self._sum[name]))
+            for name, parameter in self._copies.items()
+        ]
         try:
             yield self._collect_shards
         finally:
@@ -120,9 +121,8 @@ class Masters:
                 parameter.grad = None
 
     def _collect_shards(self) -> None:
-        for name, parameter in self.parameters.items():
-            if is_sharded(parameter):
-                _move_gradient(self._sum[name], parameter)
+        for name, parameter in self._sharded.items():
+            _move_gradient(self._sum[name], parameter)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
@@ -216,7 +216,9 @@ class Masters:
 
     @torch.no_grad()
     def _publish(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
+        apart = {**self._copies, **self._sharded}
+        targets = apart if weights is self.weights else self.parameters
+        for name, parameter in targets.items():
             own = local(parameter.detach())
             if own.data_ptr() != weights[name].data_ptr():
                 own.copy_(weights[name])

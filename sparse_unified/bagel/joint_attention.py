@@ -128,15 +128,10 @@ def attend_jointly(
         The mixed values [N, H * d] of each stream.
     """
     # One split a tensor: the gradients of slices would each be a tensor of the whole stream.
-    split = {
-        stream: list(
-            zip(
-                *(x.split([group.num_rows(stream) for group in groups]) for x in parts),
-                strict=True,
-            )
-        )
-        for stream, parts in heads.items()
-    }
+    split = {}
+    for stream, parts in heads.items():
+        rows = [group.num_rows(stream) for group in groups]
+        split[stream] = list(zip(*(x.split(rows) for x in parts), strict=True))
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
     for i, group in enumerate(groups):
         own = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations, product
 
 import torch
@@ -369,8 +370,9 @@ def _name(part: Part) -> str:
     return f"a {colour}{part.shape}" + (f" {part.place}" if part.place else "")
 
 
+@cache
 def _template(shape: str, colour: str) -> Tensor:
-    """Returns one cell [3, 8, 8]."""
+    """Returns one cell [3, 8, 8]: the same tensor every time, to be read only."""
     mask = torch.tensor([[char == "#" for char in line] for line in SHAPES[shape]])
     mask = mask.repeat_interleave(CELL // 4, 0).repeat_interleave(CELL // 4, 1)
     return torch.tensor(COLOURS[colour])[:, None, None] * mask

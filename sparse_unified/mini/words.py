@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from sparse_unified.bagel.optional import optional
@@ -36,8 +39,15 @@ def vocabulary() -> dict[str, int]:
 
 def encode(text: str) -> list[int]:
     """Returns the ids of a text, without bos and eos, as the tokenizer does."""
-    ids = vocabulary()
-    return [ids.get(word, ids[UNKNOWN]) for word in text.lower().split()]
+    ids = _ids()
+    unknown = ids[UNKNOWN]
+    return [ids.get(word, unknown) for word in text.lower().split()]
+
+
+@cache
+def _ids() -> Mapping[str, int]:
+    """Returns the vocabulary, made once and not to be changed."""
+    return MappingProxyType(vocabulary())
 
 
 def write_tokenizer(directory: str | os.PathLike[str]) -> None:

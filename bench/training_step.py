@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a training step of the miniature is spent outside of torch and of our kernels.
+
+    python -m sparse_unified.bench.training_step [--seconds 10] [--rounds 3] [--only TEXT] [--json FILE]
+
+A process trains; py-spy (extra `test`) stops it at random moments and reads its stack, native
+frames included, so that what runs is not slowed down by being watched: see `outside.py` for whose
+a moment is. All of a step counts: drawing and packing sequences, forward, backward, optimizer,
+average, and a line of the log. Two checks come with every number:
+
+    phases        shares of the phases by samples, beside those that clocks around them give
+    instructions  of the interpreter, outside of torch, in one step: counted, so without noise
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_unified.adapt import StepRecord, Trainer, TrainingConfig, freeze, init_router_, trainer
+from sparse_unified.adapt.log import TrainingLog
+from sparse_unified.adapt.masters import Masters
+from sparse_unified.bagel.model import Bagel
+from sparse_unified.mini import MiniTask, mini_config, training_data
+from sparse_unified.swap import MoEConfig, apply_moe_
+
+from .outside import Shares, count_instructions, read_stacks
+from .report import commit, versions
+from .target import processor_name
+
+MODELS = ("dense", "router", "expert_frozen", "full")
+HIDDEN_SIZES = (64, 96)
+THREADS = (1, 2)
+PHASES = ("Trainer._sequences", "pack_training", "TrainingPass.forward", "Tensor.backward")
+PHASES = (*PHASES, "Masters.step")
+BOUND = 0.05
+
+_WITHIN, _WARMUP = "train_until", 5
+_SAMPLES_PER_SECOND = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        task: of the miniature. hidden_size: of the decoder.
+        model: "dense", or the stage in which a sparse model, 16 experts of which 8 are active, is.
+        threads: of torch. batch_size: sequences of a step.
+    """
+
+    task: str
+    hidden_size: int
+    model: str
+    threads: int
+    batch_size: int = 32
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.hidden_size}-{self.model}-{self.threads}"
+
+
+def cases() -> list[Case]:
+    """Returns what is measured."""
+    return [
+        Case(task=task.value, hidden_size=hidden_size, model=model, threads=threads)
+        for task, hidden_size, model, threads in product(MiniTask, HIDDEN_SIZES, MODELS, THREADS)
+    ]
+
+
+def new_trainer(case: Case) -> Trainer:
+    """Returns the trainer of a case, at its first step; threads are left alone."""
+    task = MiniTask(case.task)
+    config = mini_config(task)
+    llm = dataclasses.replace(config.llm, hidden_size=case.hidden_size)
+    torch.manual_seed(0)
+    model = Bagel(dataclasses.replace(config, llm=llm))
+    if case.model != "dense":
+        moe = MoEConfig(num_experts=16, top_k=8, component="gen", layers="all")
+        apply_moe_(model, moe, keep_dense=False)
+        init_router_(model, "random")
+    freeze(model, "full" if case.model == "dense" else case.model)
+    training = TrainingConfig(
+        steps=10**6, batch_size=case.batch_size, learning_rate=1e-3, ema_decay=0.995
+    )
+    return Trainer(model.train(), training_data(task), training)
+
+
+class _EnoughError(Exception):
+    """Ends a training."""
+
+
+def train_until(run: Trainer, log: TrainingLog, enough: Callable[[], bool]) -> None:
+    """Trains and logs as `adapt` does."""
+
+    def on_step(record: StepRecord) -> None:
+        log.write(record)
+        if enough():
+            raise _EnoughError
+
+    try:
+        run.run(on_step)
+    except _EnoughError:
+        pass
+
+
+def train_steps(run: Trainer, log: TrainingLog, count: int) -> None:
+    """Takes so many steps."""
+    last = run.steps_done + count
+    train_until(run, log, lambda: run.steps_done >= last)
+
+
+@contextmanager
+def clocks(run: Trainer) -> Iterator[Counter[str]]:
+    """Counts the seconds that the phases take inside the block."""
+    spent: Counter[str] = Counter()
+    owners: dict[str, Any] = {
+        "Trainer._sequences": Trainer,
+        "pack_training": trainer,
+        "TrainingPass.forward": trainer.TrainingPass,
+        "Tensor.backward": torch.Tensor,
+        "Masters.step": Masters,
+    }
+    kept = {}
+
+    def clocked(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = function(*args, **kwargs)
+            spent[phase] += time.perf_counter() - start
+            return out
+
+        return call
+
+    for phase, owner in owners.items():
+        name = phase.rpartition(".")[2]
+        kept[owner, name] = getattr(owner, name)
+        setattr(owner, name, clocked(phase, kept[owner, name]))
+    try:
+        yield spent
+    finally:
+        for (owner, name), function in kept.items():
+            setattr(owner, name, function)
+
+
+def serve(case: Case) -> None:
+    """Trains to be watched, until SIGUSR1; then writes what it found out by itself, as JSON."""
+    torch.set_num_threads(case.threads)
+    run = new_trainer(case)
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGUSR1, stop)
+    with tempfile.TemporaryDirectory() as folder, TrainingLog(Path(folder), 0) as log:
+        train_steps(run, log, _WARMUP)
+        print("ready", flush=True)
+        train_until(run, log, lambda: stopped)
+        steps = 40
+        with clocks(run) as spent:
+            start = time.perf_counter()
+            train_steps(run, log, steps)
+            seconds = time.perf_counter() - start
+        instructions = count_instructions(lambda: train_steps(run, log, _WARMUP)) / _WARMUP
+    found = {
+        "step_ms": 1e3 * seconds / steps,
+        "clocked": {phase: spent[phase] / seconds for phase in PHASES},
+        "instructions": instructions,
+    }
+    print(json.dumps(found), flush=True)
+
+
+def watch(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
+    """Measures a case: a process that trains, and py-spy on it.
+
+    Raises:
+        RuntimeError: py-spy cannot watch, or cannot keep up.
+    """
+    command = [sys.executable, "-m", __spec__.name, "--serve", json.dumps(asdict(case))]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            if process.stdout.readline() != "ready\n":
+                raise RuntimeError(f"training_step: {case.name} must start, got an error")
+            found = [
+                _sample(process.pid, seconds, Path(folder) / f"{number}") for number in range(rounds)
+            ]
+            process.send_signal(signal.SIGUSR1)
+            own = json.loads(process.stdout.readline())
+        except BaseException:
+            process.kill()
+            raise
+    together: Counter[str] = Counter()
+    for shares in found:
+        together.update(shares.functions)
+    samples = sum(shares.samples for shares in found)
+    return {
+        **asdict(case),
+        "outside": statistics.median(shares.outside for shares in found),
+        "rounds": [round(shares.outside, 4) for shares in found],
+        "samples": samples,
+        "sampled": {p: sum(s.inside[p] for s in found) / samples for p in PHASES},
+        **own,
+        "functions": {name: count / samples for name, count in together.most_common(12)},
+    }
+
+
+def _sample(pid: int, seconds: float, out: Path) -> Shares:
+    spy = Path(sys.executable).with_name("py-spy")
+    if not spy.exists():
+        raise RuntimeError("training_step: py-spy must be installed (pip install py-spy), got none")
+    options = ["--native", "--idle", "--full-filenames", "--format", "raw", "--output", str(out)]
+    rate = ["--rate", str(_SAMPLES_PER_SECOND), "--duration", f"{seconds:g}"]
+    done = subprocess.run(
+        [str(spy), "record", *options, *rate, "--pid", str(pid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode or not out.exists():
+        raise RuntimeError(f"training_step: py-spy must watch {pid}, got {done.stderr[-300:]}")
+    with out.open(encoding="utf-8") as lines:
+        return read_stacks(lines, _WITHIN, PHASES)
+
+
+def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yields a line for each case."""
+    yield "| task | hidden | model | threads | step, ms | outside | of rounds | instructions |"
+    yield "|---|---:|---|---:|---:|---:|---|---:|"
+    for r in records:
+        yield (
+            f"| {r['task']} | {r['hidden_size']} | {r['model']} | {r['threads']} "
+            f"| {r['step_ms']:.1f} | {r['outside']:.1%} "
+            f"| {min(r['rounds']):.1%} to {max(r['rounds']):.1%} | {r['instructions']:,.0f} |"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints; returns 1 if a share is above the bound."""
+    parser = argparse.ArgumentParser(prog="training_step", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a round of samples")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="cases whose names, like scenes-64-dense-1, hold it")
+    parser.add_argument("--json", metavar="FILE", help="write the measurement")
+    parser.add_argument("--serve", metavar="CASE", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.serve:
+        serve(Case(**json.loads(options.serve)))
+        return 0
+    records = []
+    for case in cases():
+        if options.only in case.name:
+            records.append(watch(case, options.seconds, options.rounds))
+            print(*list(table(records))[0 if len(records) == 1 else -1 :], sep="\n", flush=True)
+    content = {
+        "device": processor_name(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "records": records,
+    }
+    if options.json:
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return int(any(record["outside"] > BOUND for record in records))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
