@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of a training step of the miniature is spent outside of torch and of our kernels.
 
-    python -m sparse_unified.bench.training_step [--seconds 10] [--rounds 3] [--only TEXT] [--json FILE]
+    python -m sparse_unified.bench.training_step [--only TEXT ...] [--json FILE.json]
 
 A process trains; py-spy (extra `test`) stops it at random moments and reads its stack, native
 frames included, so that what runs is not slowed down by being watched: see `outside.py` for whose
@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -115,10 +115,8 @@ def train_until(run: Trainer, log: TrainingLog, enough: Callable[[], bool]) -> N
         if enough():
             raise _EnoughError
 
-    try:
+    with suppress(_EnoughError):
         run.run(on_step)
-    except _EnoughError:
-        pass
 
 
 def train_steps(run: Trainer, log: TrainingLog, count: int) -> None:
@@ -205,7 +203,8 @@ def watch(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
             if process.stdout.readline() != "ready\n":
                 raise RuntimeError(f"training_step: {case.name} must start, got an error")
             found = [
-                _sample(process.pid, seconds, Path(folder) / f"{number}") for number in range(rounds)
+                _sample(process.pid, seconds, Path(folder) / f"{number}")
+                for number in range(rounds)
             ]
             process.send_signal(signal.SIGUSR1)
             own = json.loads(process.stdout.readline())
@@ -262,27 +261,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="training_step", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a round of samples")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="cases whose names, like scenes-64-dense-1, hold it")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose names, as scenes-64-dense-1, hold one"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the measurement")
     parser.add_argument("--serve", metavar="CASE", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.serve:
         serve(Case(**json.loads(options.serve)))
         return 0
-    records = []
-    for case in cases():
-        if options.only in case.name:
-            records.append(watch(case, options.seconds, options.rounds))
-            print(*list(table(records))[0 if len(records) == 1 else -1 :], sep="\n", flush=True)
-    content = {
+    content: dict[str, Any] = {
         "device": processor_name(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "records": records,
+        "records": [],
     }
-    if options.json:
-        Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    records = content["records"]
+    for case in cases():
+        if any(text in case.name for text in options.only):
+            records.append(watch(case, options.seconds, options.rounds))
+            print(*list(table(records))[0 if len(records) == 1 else -1 :], sep="\n", flush=True)
+            if options.json:
+                text = json.dumps(content, indent=1) + "\n"
+                Path(options.json).write_text(text, encoding="utf-8")
     return int(any(record["outside"] > BOUND for record in records))
 
 

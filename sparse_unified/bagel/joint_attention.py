@@ -58,6 +58,11 @@ class Group:
             return len(self.padding[stream].kept)
         return self.count * self.lengths[stream]
 
+    def span(self, stream: str) -> slice:
+        """Rows, and columns, of the mask that belong to a stream."""
+        start = 0 if stream == UND else self.lengths[UND]
+        return slice(start, start + self.lengths[stream])
+
     def gathered(self, stream: str, rows: Tensor) -> Tensor:
         """Brings rows [n, ...] of the group to sequences [B, length, ...]."""
         if self.padding is not None:
@@ -91,8 +96,8 @@ class JointPacking:
     vit_rows: Tensor | None = None
     routed: dict[str, Tensor] | None = None
 
-    def with_mask_dtype(self, dtype: torch.dtype) -> JointPacking:
-        """Returns the same with masks to add to attention scores of `dtype`.
+    def recording(self, dtype: torch.dtype) -> JointPacking:
+        """Returns the same with an empty `routed`, and masks to add to scores of `dtype`.
 
         Attention would turn a mask of bools into such a one in every layer.
         """
@@ -105,11 +110,7 @@ class JointPacking:
             )
             for group in self.groups
         ]
-        return replace(self, groups=groups)
-
-    def recording(self) -> JointPacking:
-        """Returns the same with an empty `routed`."""
-        return replace(self, routed={})
+        return replace(self, groups=groups, routed={})
 
 
 def attend_jointly(
@@ -131,11 +132,11 @@ def attend_jointly(
     split = {}
     for stream, parts in heads.items():
         rows = [group.num_rows(stream) for group in groups]
-        split[stream] = list(zip(*(x.split(rows) for x in parts), strict=True))
+        split[stream] = [x.split(rows) for x in parts]
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
     for i, group in enumerate(groups):
         own = {
-            stream: tuple(group.gathered(stream, x) for x in parts[i])
+            stream: [group.gathered(stream, x[i]) for x in parts]
             for stream, parts in split.items()
             if group.lengths[stream]
         }
@@ -145,27 +146,22 @@ def attend_jointly(
 
 
 def _attend(
-    own: Mapping[str, tuple[Tensor, ...]], reads: Mapping[str, Sequence[int]], group: Group
+    own: Mapping[str, Sequence[Tensor]], reads: Mapping[str, Sequence[int]], group: Group
 ) -> dict[str, Tensor]:
     """Returns the mixed values [B, n, H * d] of each stream of a group."""
     if not own:
         return {}
-    key, value = (
-        torch.cat([parts[i] for parts in own.values()], dim=1).transpose(1, 2) for i in (1, 2)
-    )
-    # Columns, and rows, of the streams that take part in this layer.
-    spans, at = {}, 0
-    for stream, length in group.lengths.items():
-        spans[stream] = slice(at, at + length)
-        at += length
+    queries, keys, values = zip(*own.values(), strict=True)
+    key, value = (torch.cat(parts, dim=1).transpose(1, 2) for parts in (keys, values))
     mask = group.mask
-    if mask is not None and len(own) < len(group.lengths):
-        mask = torch.cat([mask[..., spans[stream]] for stream in own], dim=-1)
+    # Of a group with tokens of both streams, one may not take part in this layer.
+    is_part = mask is not None and key.shape[2] < mask.shape[-1]
+    if mask is not None and is_part:
+        mask = torch.cat([mask[..., group.span(stream)] for stream in own], dim=-1)
     if all(len(reads[stream]) == key.shape[1] for stream in own):
-        query = torch.cat([parts[0] for parts in own.values()], dim=1)
-        if mask is not None and len(own) < len(group.lengths):
-            mask = torch.cat([mask[..., spans[stream], :] for stream in own], dim=-2)
-        out = _mix(query, key, value, mask, group.causal)
+        if mask is not None and is_part:
+            mask = torch.cat([mask[..., group.span(stream), :] for stream in own], dim=-2)
+        out = _mix(torch.cat(queries, dim=1), key, value, mask, group.causal)
         lengths = [group.lengths[stream] for stream in own]
         return dict(zip(own, out.split(lengths, dim=1), strict=True))
     mixed = {}
@@ -174,7 +170,7 @@ def _attend(
         own_key, own_value = (
             torch.stack([x[:, head] for head in reads[stream]], dim=1) for x in (key, value)
         )
-        rows = None if mask is None else mask[..., spans[stream], :]
+        rows = None if mask is None else mask[..., group.span(stream), :]
         mixed[stream] = _mix(query, own_key, own_value, rows, group.causal)
     return mixed
 

@@ -28,6 +28,25 @@ def stream_lengths(layout: Layout) -> dict[str, int]:
     return {UND: sum(length for _, length in layout) - gen + markers, GEN: gen}
 
 
+def stream_positions(layout: Layout) -> tuple[list[int], list[int]]:
+    """Returns the rotary positions of the tokens of a sequence in the und and the gen stream."""
+    und: list[int] = []
+    gen: list[int] = []
+    position = 0
+    for kind, length in layout:
+        if kind == TEXT:
+            und += range(position, position + length)
+            position += length
+            continue
+        if kind == VIT:
+            und += [position] * length
+        else:
+            gen += [position] * length
+        und += [position] * MARKERS
+        position += kind != NOISED
+    return und, gen
+
+
 @lru_cache(maxsize=1024)
 def _mask(layout: Layout) -> tuple[Tensor | None, bool]:
     """Returns who sees whom ([L, L] bool, und tokens first; None for all), and if it is causal."""

@@ -21,7 +21,15 @@ from torch import Tensor
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.embeddings import grid_positions, rotary_angles
 from sparse_unified.bagel.joint_attention import Group, JointPacking
-from sparse_unified.bagel.layouts import CLEAN, MARKERS, NOISED, TEXT, VIT, Layout, make_groups
+from sparse_unified.bagel.layouts import (
+    CLEAN,
+    NOISED,
+    TEXT,
+    VIT,
+    Layout,
+    make_groups,
+    stream_positions,
+)
 from sparse_unified.bagel.vision import patchify
 
 
@@ -129,30 +137,29 @@ class _Rows:
     pixels: list[Tensor] = field(default_factory=list)
     latents: list[LatentSegment] = field(default_factory=list)
 
-    def add(self, config: BagelConfig, sequence: Sequence[Segment], layout: Layout) -> None:
-        special, position = config.special_tokens, 0
-        for segment, (kind, length) in zip(sequence, layout, strict=True):
-            if isinstance(segment, TextSegment):
-                if segment.predict:
-                    first = len(self.ids)
-                    self.label_rows += range(first, first + length - 1)
-                    self.labels += list(segment.token_ids)[1:]
-                self.ids += segment.token_ids
-                self.und_positions += range(position, position + length)
-                position += length
-                continue
-            self.ids.append(special.start_of_image)
-            if isinstance(segment, VitSegment):
-                self.vit_spans.append((len(self.ids), length))
-                self.ids += [0] * length
-                self.und_positions += [position] * length
-                self.pixels.append(segment.pixels)
-            else:
-                self.latents.append(segment)
-                self.gen_positions += [position] * length
-            self.ids.append(special.end_of_image)
-            self.und_positions += [position] * MARKERS
-            position += kind != NOISED
+    def add(
+        self, config: BagelConfig, layout: Layout, sequences: Sequence[Sequence[Segment]]
+    ) -> None:
+        """Adds sequences of one layout."""
+        und_positions, gen_positions = stream_positions(layout)
+        self.und_positions += und_positions * len(sequences)
+        self.gen_positions += gen_positions * len(sequences)
+        start, end = config.special_tokens.start_of_image, config.special_tokens.end_of_image
+        lengths, ids = [length for _, length in layout], self.ids
+        for sequence in sequences:
+            for segment, length in zip(sequence, lengths, strict=True):
+                if isinstance(segment, TextSegment):
+                    if segment.predict:
+                        self.label_rows += range(len(ids), len(ids) + length - 1)
+                        self.labels += segment.token_ids[1:]
+                    ids += segment.token_ids
+                elif isinstance(segment, VitSegment):
+                    self.vit_spans.append((len(ids) + 1, length))
+                    ids += [start, *[0] * length, end]
+                    self.pixels.append(segment.pixels)
+                else:
+                    ids += (start, end)
+                    self.latents.append(segment)
 
 
 def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
@@ -221,9 +228,9 @@ def _patchify_all(images: Sequence[Tensor], patch: int) -> Tensor:
 
 
 def _grids(images: Sequence[Tensor], patch: int, side: int) -> Tensor:
-    return torch.cat(
-        [grid_positions(i.shape[1] // patch, i.shape[2] // patch, side) for i in images]
-    )
+    sizes = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
+    grids = {size: grid_positions(*size, side) for size in dict.fromkeys(sizes)}
+    return torch.cat([grids[size] for size in sizes])
 
 
 def pack_training(
@@ -252,8 +259,7 @@ def pack_training(
     rows, groups = _Rows(), []
     for near in by_kinds.values():
         for layout, members in near.items():
-            for sequence in members:
-                rows.add(config, sequence, layout)
+            rows.add(config, layout, members)
         groups += make_groups([(layout, len(members)) for layout, members in near.items()], device)
     return _batch(config, rows, groups, len(sequences), device)
 

@@ -45,9 +45,11 @@ class TrainingOutput:
 def _run_layer(
     layer: nn.Module, und: Tensor, gen: Tensor | None, packing: JointPacking
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    recording = packing.recording()
-    und, gen = layer(und, gen, recording)
-    return und, gen, dict(recording.routed or {})
+    routed = packing.routed
+    assert routed is not None
+    routed.clear()
+    und, gen = layer(und, gen, packing)
+    return und, gen, dict(routed)
 
 
 def training_forward(
@@ -76,7 +78,7 @@ def training_forward(
             batch.latent_positions
         )
         gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
-    packing = batch.packing.with_mask_dtype(dtype)
+    packing = batch.packing.recording(dtype)
     routed: dict[tuple[str, int], tuple[Tensor, int]] = {}
     for index, layer in enumerate(decoder.layers):
         if checkpointing:

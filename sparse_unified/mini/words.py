@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import cache
-from types import MappingProxyType
+from functools import lru_cache
 from typing import Any
 
 from sparse_unified.bagel.optional import optional
@@ -39,15 +37,13 @@ def vocabulary() -> dict[str, int]:
 
 def encode(text: str) -> list[int]:
     """Returns the ids of a text, without bos and eos, as the tokenizer does."""
-    ids = _ids()
-    unknown = ids[UNKNOWN]
-    return [ids.get(word, unknown) for word in text.lower().split()]
+    return list(_encoded(text))
 
 
-@cache
-def _ids() -> Mapping[str, int]:
-    """Returns the vocabulary, made once and not to be changed."""
-    return MappingProxyType(vocabulary())
+@lru_cache(maxsize=4096)
+def _encoded(text: str) -> tuple[int, ...]:
+    ids = vocabulary()
+    return tuple(ids.get(word, ids[UNKNOWN]) for word in text.lower().split())
 
 
 def write_tokenizer(directory: str | os.PathLike[str]) -> None:
