@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -48,12 +49,16 @@ from .target import processor_name
 MODELS = ("dense", "router", "expert_frozen", "full")
 HIDDEN_SIZES = (64, 96)
 THREADS = (1, 2)
-PHASES = ("Trainer._sequences", "pack_training", "TrainingPass.forward", "Tensor.backward")
-PHASES = (*PHASES, "Masters.step")
+PHASES = (
+    "Trainer._sequences",
+    "pack_training",
+    "TrainingPass.forward",
+    "Tensor.backward",
+    "Masters.step",
+)
 BOUND = 0.05
 
-_WITHIN, _WARMUP = "train_until", 5
-_SAMPLES_PER_SECOND = 100
+_WITHIN, _WARMUP, _COUNTED, _CLOCKED = "train_until", 3, 3, 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +130,16 @@ def train_steps(run: Trainer, log: TrainingLog, count: int) -> None:
     train_until(run, log, lambda: run.steps_done >= last)
 
 
+def step_instructions(run: Trainer, log: TrainingLog) -> float:
+    """Counts the instructions of a step outside of torch, mean over the same few early steps."""
+    train_steps(run, log, _WARMUP)
+    return count_instructions(lambda: train_steps(run, log, _COUNTED)) / _COUNTED
+
+
 @contextmanager
-def clocks(run: Trainer) -> Iterator[Counter[str]]:
+def clocks() -> Iterator[dict[str, float]]:
     """Counts the seconds that the phases take inside the block."""
-    spent: Counter[str] = Counter()
+    spent = dict.fromkeys(PHASES, 0.0)
     owners: dict[str, Any] = {
         "Trainer._sequences": Trainer,
         "pack_training": trainer,
@@ -158,82 +169,84 @@ def clocks(run: Trainer) -> Iterator[Counter[str]]:
             setattr(owner, name, function)
 
 
-def serve(case: Case) -> None:
-    """Trains to be watched, until SIGUSR1; then writes what it found out by itself, as JSON."""
-    torch.set_num_threads(case.threads)
-    run = new_trainer(case)
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    signal.signal(signal.SIGUSR1, stop)
-    with tempfile.TemporaryDirectory() as folder, TrainingLog(Path(folder), 0) as log:
-        train_steps(run, log, _WARMUP)
-        print("ready", flush=True)
-        train_until(run, log, lambda: stopped)
-        steps = 40
-        with clocks(run) as spent:
-            start = time.perf_counter()
-            train_steps(run, log, steps)
-            seconds = time.perf_counter() - start
-        instructions = count_instructions(lambda: train_steps(run, log, _WARMUP)) / _WARMUP
-    found = {
-        "step_ms": 1e3 * seconds / steps,
-        "clocked": {phase: spent[phase] / seconds for phase in PHASES},
-        "instructions": instructions,
-    }
-    print(json.dumps(found), flush=True)
+def serve(names: Sequence[str]) -> None:
+    """Trains case after case to be watched: says what it found out by itself, then goes on training
+    until SIGUSR1."""
+    enough = Event()
+    signal.signal(signal.SIGUSR1, lambda *_: enough.set())
+    for case in cases():
+        if case.name not in names:
+            continue
+        torch.set_num_threads(case.threads)
+        run = new_trainer(case)
+        with tempfile.TemporaryDirectory() as folder, TrainingLog(Path(folder), 0) as log:
+            instructions = step_instructions(run, log)
+            with clocks() as spent:
+                start = time.perf_counter()
+                train_steps(run, log, _CLOCKED)
+                seconds = time.perf_counter() - start
+            found = {
+                "step_ms": 1e3 * seconds / _CLOCKED,
+                "clocked": {phase: spent[phase] / seconds for phase in PHASES},
+                "instructions": instructions,
+            }
+            print(json.dumps(found), flush=True)
+            train_until(run, log, enough.is_set)
+        enough.clear()
 
 
-def watch(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
-    """Measures a case: a process that trains, and py-spy on it.
+def watch(
+    chosen: Sequence[Case], seconds: float, rounds: int, rate: int
+) -> Iterator[dict[str, Any]]:
+    """Yields a record of each case: one process trains them all, and py-spy watches it.
 
     Raises:
-        RuntimeError: py-spy cannot watch, or cannot keep up.
+        RuntimeError: the process fails, or py-spy cannot watch it.
     """
-    command = [sys.executable, "-m", __spec__.name, "--serve", json.dumps(asdict(case))]
+    names = [case.name for case in chosen]
+    command = [sys.executable, "-m", "sparse_unified.bench.training_step", "--serve", *names]
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
     ):
         assert process.stdout is not None
         try:
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError(f"training_step: {case.name} must start, got an error")
-            found = [
-                _sample(process.pid, seconds, Path(folder) / f"{number}")
-                for number in range(rounds)
-            ]
-            process.send_signal(signal.SIGUSR1)
-            own = json.loads(process.stdout.readline())
+            for case in chosen:
+                line = process.stdout.readline()
+                if not line:
+                    raise RuntimeError(f"training_step: {case.name} must train, got an error")
+                found = [
+                    _sample(process.pid, seconds, rate, Path(folder) / "stacks")
+                    for _ in range(rounds)
+                ]
+                process.send_signal(signal.SIGUSR1)
+                yield asdict(case) | json.loads(line) | _summary(found)
         except BaseException:
             process.kill()
             raise
-    together: Counter[str] = Counter()
-    for shares in found:
-        together.update(shares.functions)
-    samples = sum(shares.samples for shares in found)
+
+
+def _summary(rounds: Sequence[Shares]) -> dict[str, Any]:
+    samples = sum(shares.samples for shares in rounds)
+    functions: Counter[str] = sum((shares.functions for shares in rounds), Counter())
+    inside: Counter[str] = sum((shares.inside for shares in rounds), Counter())
     return {
-        **asdict(case),
-        "outside": statistics.median(shares.outside for shares in found),
-        "rounds": [round(shares.outside, 4) for shares in found],
+        "outside": statistics.median(shares.outside for shares in rounds),
+        "rounds": [round(shares.outside, 4) for shares in rounds],
         "samples": samples,
-        "sampled": {p: sum(s.inside[p] for s in found) / samples for p in PHASES},
-        **own,
-        "functions": {name: count / samples for name, count in together.most_common(12)},
+        "sampled": {phase: inside[phase] / samples for phase in PHASES},
+        "functions": {name: count / samples for name, count in functions.most_common(12)},
     }
 
 
-def _sample(pid: int, seconds: float, out: Path) -> Shares:
+def _sample(pid: int, seconds: float, rate: int, out: Path) -> Shares:
     spy = Path(sys.executable).with_name("py-spy")
     if not spy.exists():
         raise RuntimeError("training_step: py-spy must be installed (pip install py-spy), got none")
     options = ["--native", "--idle", "--full-filenames", "--format", "raw", "--output", str(out)]
-    rate = ["--rate", str(_SAMPLES_PER_SECOND), "--duration", f"{seconds:g}"]
+    often = ["--rate", str(rate), "--duration", f"{seconds:g}"]
     done = subprocess.run(
-        [str(spy), "record", *options, *rate, "--pid", str(pid)],
+        [str(spy), "record", *options, *often, "--pid", str(pid)],
         capture_output=True,
         text=True,
         check=False,
@@ -261,14 +274,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="training_step", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a round of samples")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", type=int, default=100, help="samples a second")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="cases whose names, as scenes-64-dense-1, hold one"
     )
     parser.add_argument("--json", metavar="FILE", help="write the measurement")
-    parser.add_argument("--serve", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.serve:
-        serve(Case(**json.loads(options.serve)))
+        serve(options.serve)
         return 0
     content: dict[str, Any] = {
         "device": processor_name(),
@@ -278,13 +292,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "records": [],
     }
     records = content["records"]
-    for case in cases():
-        if any(text in case.name for text in options.only):
-            records.append(watch(case, options.seconds, options.rounds))
-            print(*list(table(records))[0 if len(records) == 1 else -1 :], sep="\n", flush=True)
-            if options.json:
-                text = json.dumps(content, indent=1) + "\n"
-                Path(options.json).write_text(text, encoding="utf-8")
+    chosen = [case for case in cases() if any(text in case.name for text in options.only)]
+    for record in watch(chosen, options.seconds, options.rounds, options.rate):
+        records.append(record)
+        print(*list(table(records))[0 if len(records) == 1 else -1 :], sep="\n", flush=True)
+        if options.json:
+            text = json.dumps(content, indent=1) + "\n"
+            Path(options.json).write_text(text, encoding="utf-8")
     return int(any(record["outside"] > BOUND for record in records))
 
 

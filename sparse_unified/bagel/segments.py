@@ -251,11 +251,12 @@ def pack_training(
     """
     if not sequences:
         raise ValueError("pack_training: sequences must hold at least one sequence, got none")
-    by_kinds: dict[tuple[str, ...], dict[Layout, list[Sequence[Segment]]]] = {}
+    by_layout: dict[Layout, list[Sequence[Segment]]] = {}
     for sequence in sequences:
-        layout = _layout(config, sequence)
-        near = by_kinds.setdefault(tuple(kind for kind, _ in layout), {})
-        near.setdefault(layout, []).append(sequence)
+        by_layout.setdefault(_layout(config, sequence), []).append(sequence)
+    by_kinds: dict[tuple[str, ...], dict[Layout, list[Sequence[Segment]]]] = {}
+    for layout, members in by_layout.items():
+        by_kinds.setdefault(tuple(kind for kind, _ in layout), {})[layout] = members
     rows, groups = _Rows(), []
     for near in by_kinds.values():
         for layout, members in near.items():
