@@ -118,8 +118,7 @@ class SceneDataset(MiniDataset):
     ) -> tuple[Tensor, list[tuple[str, str]]]:
         kinds = (*scenes.QUESTION_KINDS, "place")
         kind = kinds[index % len(kinds)]
-        first = scenes.draw_question(kind, generator)
-        others = [q for q in scenes.questions_about(first.objects) if q != first]
+        first, *others = scenes.draw_questions(kind, generator)
         order = torch.randperm(len(others), generator=generator).tolist()
         asked = [first, *(others[i] for i in order[: _QUESTIONS_PER_SCENE - 1])]
         return scenes.render(first.objects), [(q.text, q.answer) for q in asked]

@@ -295,7 +295,14 @@ class Question:
 
 
 def draw_question(kind: str, generator: torch.Generator) -> Question:
-    """Draws a scene and a question about it; answers of a kind are equally frequent.
+    """Draws a scene and a question about it; see `draw_questions`."""
+    return draw_questions(kind, generator)[0]
+
+
+def draw_questions(kind: str, generator: torch.Generator) -> list[Question]:
+    """Draws a scene and returns every question about it.
+
+    The first one is of `kind`; its answers are equally frequent.
 
     Raises:
         ValueError: there is no such kind.
@@ -325,7 +332,8 @@ def draw_question(kind: str, generator: torch.Generator) -> Question:
     scene = ScenePrompt(column=kind, parts=tuple(parts), relation=relation)
     asked = questions_about(scene.draw(generator))
     # The first question of its kind is about the first part.
-    return next(question for question in asked if question.kind == kind)
+    chosen = next(i for i, question in enumerate(asked) if question.kind == kind)
+    return [asked.pop(chosen), *asked]
 
 
 def questions_about(objects: Sequence[Object]) -> list[Question]:
