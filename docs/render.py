@@ -10,17 +10,19 @@ without such a file is listed as not measured.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_unified.bench.claims import GPU_CLAIMS
+from sparse_unified.bench.training_step import BOUND, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 RESOURCES = ROOT / "docs" / "resources.json"
 FULL_SCALE = RESULTS / "full_scale.json"
+TRAINING_STEP = RESULTS / "training_step.json"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
@@ -255,6 +257,47 @@ def resource_rows(path: Path = RESOURCES) -> Iterator[str]:
         )
 
 
+def step_claims(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yields a line of the table of claims for each size and number of threads."""
+    where = f"[{TRAINING_STEP.name}](../bench/results/{TRAINING_STEP.name})"
+    for key in dict.fromkeys((r["hidden_size"], r["threads"]) for r in records):
+        shares = [r["outside"] for r in records if (r["hidden_size"], r["threads"]) == key]
+        held = sum(share <= BOUND for share in shares)
+        verdict = "held" if held == len(shares) else f"NOT HELD by {len(shares) - held}"
+        yield (
+            f"| CPU, a training step of the miniature, hidden size {key[0]}, {key[1]} of torch's "
+            f"threads: under {BOUND:.0%} outside of torch and our kernels | {min(shares):.1%} to "
+            f"{max(shares):.1%} of {len(shares)} cases, {verdict} | {where} |"
+        )
+
+
+def step_rows() -> Iterator[str]:
+    """The table of bench/results/training_step.json: where the time of a training step goes."""
+    content = json.loads(TRAINING_STEP.read_text())
+    records = content["records"]
+    yield "## A training step of the miniature"
+    yield ""
+    error = max(_phase_error(record) for record in records)
+    yield "Written by `python -m sparse_unified.bench.training_step`: py-spy stops a training at"
+    yield "random moments and reads the stack, native frames included. Of the frames of torch, of"
+    yield "our compiled library and of our Python the innermost says whose a moment is; outside is"
+    yield "our Python, with what it asks of the interpreter and of the standard library. All of a"
+    yield "step counts, from drawing the data to the line of the log. Shares are medians of rounds;"
+    yield "their range, and what a second run gives, say how far to trust them. Shares of phases"
+    yield "(data, packing, forward, backward, optimizer) differ from what clocks"
+    yield f"around them say by at most {error:.1%} of a step. Instructions are those of the"
+    yield "interpreter, outside of torch, in a step of 32 sequences; a test keeps them down."
+    yield ""
+    yield f"{describe(content)}; on a machine busy with other work."
+    yield ""
+    yield from table(records)
+
+
+def _phase_error(record: Mapping[str, Any]) -> float:
+    clocked = record["clocked"]
+    return max(abs(share - clocked[phase]) for phase, share in record["sampled"].items())
+
+
 def performance(results: Results) -> str:
     """Returns docs/performance.md."""
     lines = [
@@ -273,6 +316,7 @@ def performance(results: Results) -> str:
         "| claim | measured | where |",
         "|---|---|---|",
         *(claim.row(results) for claim in (*CLAIMS, *GPU_CLAIMS)),
+        *step_claims(json.loads(TRAINING_STEP.read_text())["records"]),
     ]
     for name, content in results.items():
         roof = content["roof"]
@@ -290,7 +334,7 @@ def performance(results: Results) -> str:
             "",
             *op_rows(content),
         ]
-    return "\n".join([*lines, "", *resource_rows()]) + "\n"
+    return "\n".join([*lines, "", *step_rows(), "", *resource_rows()]) + "\n"
 
 
 def readme_block(results: Results) -> str:
