@@ -19,8 +19,8 @@ SPARSE_UNIFIED_DEVICE void barrier_init(uint32_t barrier, int num_arrivals) {
                : "memory");
 }
 
-// fence.mbarrier_init: makes initialised barriers visible to the asynchronous proxy; a barrier of
-// the block must follow before other threads use them.
+// fence.mbarrier_init: makes initialised barriers visible to the asynchronous proxy and to the
+// cluster; a barrier of the block, or of the cluster, must follow before other threads use them.
 SPARSE_UNIFIED_DEVICE void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -28,6 +28,14 @@ SPARSE_UNIFIED_DEVICE void fence_barrier_init() {
 // mbarrier.arrive.shared::cta.b64
 SPARSE_UNIFIED_DEVICE void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// mbarrier.arrive.shared::cluster.b64: at a barrier of any block of the cluster, by the address
+// that map_to_block gives. What wgmma has read and TMA has written is done with where this arrives;
+// what this thread wrote otherwise is visible to its own block alone. NOTE: release.cluster would
+// add a fence of the whole device to each arrival.
+SPARSE_UNIFIED_DEVICE void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // mbarrier.arrive.expect_tx: arrives, and lets the phase wait for `num_bytes` more from copies.

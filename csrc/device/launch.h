@@ -14,6 +14,8 @@ struct LaunchConfig {
   // May start before the kernel in front of it has ended (programmatic dependent launch, sm_90 and
   // up); the kernel calls wait_for_previous_kernel before it reads what that one writes.
   bool overlaps_previous = false;
+  // Blocks of a cluster (sm_90 and up), neighbours along x, of which the grid is a multiple.
+  int cluster_blocks = 1;
 };
 
 #if defined(SPARSE_UNIFIED_EMULATION)
@@ -40,11 +42,18 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, const Par
   launch_config.blockDim = dim3(static_cast<unsigned>(config.num_threads));
   launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
   launch_config.stream = config.stream;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  launch_config.attrs = &overlap;
-  launch_config.numAttrs = config.overlaps_previous ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  launch_config.attrs = attributes;
+  if (config.overlaps_previous) {
+    cudaLaunchAttribute& overlap = attributes[launch_config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (config.cluster_blocks > 1) {
+    cudaLaunchAttribute& cluster = attributes[launch_config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(config.cluster_blocks), 1, 1};
+  }
   return cudaLaunchKernelEx(&launch_config, kernel, params);
 }
 

@@ -32,15 +32,14 @@ struct WholeStages {
 //                    less than kStageSteps
 // With kFences the operands were written by the generic proxy as well. When there is no stage, d
 // stays as it is.
-template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages,
+template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages, int kBlocks,
           class Operands, class Steps = WholeStages>
 SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
-                                           const RingBarriers<kStages>& ring,
+                                           const RingBarriers<kStages, kBlocks>& ring,
                                            RingPosition<kStages>& at, const Operands& operands,
                                            const Steps& steps = {}) {
   constexpr uint64_t kStepA = kMajorA == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
   constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
-  const bool is_first_lane = lane_idx() == 0;
   int previous_stage = 0;
   // NOTE: once, or the compiler peels the first two stages off and has three copies of the loop.
 #pragma unroll 1
@@ -68,11 +67,11 @@ SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
       }
       wgmma_wait<0>();
     }
-    if (k > 0 && is_first_lane) barrier_arrive(ring.empty(previous_stage));
+    if (k > 0) ring.release(previous_stage);
     previous_stage = at.stage;
   }
   wgmma_finish(d);
-  if (num_stages > 0 && is_first_lane) barrier_arrive(ring.empty(previous_stage));
+  if (num_stages > 0) ring.release(previous_stage);
 }
 
 }  // namespace sparse_unified

@@ -48,6 +48,18 @@ SPARSE_UNIFIED_DEVICE void load_box(uint32_t shared, const TensorMap* map, int r
       : "memory");
 }
 
+// cp.async.bulk.tensor.2d.multicast::cluster: one thread issues the copy of a box to the same place
+// in several blocks of the cluster, those whose bits in `blocks` are set; in each of them the bytes
+// count on the barrier at that place.
+SPARSE_UNIFIED_DEVICE void load_box_to_blocks(uint32_t shared, const TensorMap* map, int row,
+                                              int column, uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(&map->map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // cp.async.bulk.tensor.2d shared to global, after fence_async_proxy by the writers and a barrier.
 SPARSE_UNIFIED_DEVICE void store_box(const TensorMap* map, int row, int column, uint32_t shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(

@@ -29,7 +29,7 @@ void land_copy(int thread_idx, PendingCopy copy) {
 }
 
 void land_copies_by_chance(Thread& thread) {
-  if (block.schedule.copies != Copies::kRandom) return;
+  if (cluster.schedule.copies != Copies::kRandom) return;
   for (PendingCopy& copy : thread.copies) {
     if (one_in(4)) land(copy);
   }
@@ -65,7 +65,7 @@ void copy_async_16(uint32_t shared, const void* global, int source_bytes) {
   check_global(name, global, source_bytes);
   race::access(current->idx, copy.target, kCopyBytes, race::Kind::kWrite, copy.code);
   race::access(current->idx, global, source_bytes, race::Kind::kRead, copy.code);
-  if (block.schedule.copies == Copies::kEager) land(copy);
+  if (cluster.schedule.copies == Copies::kEager) land(copy);
   current->copies.push_back(copy);
   land_copies_by_chance(*current);
 }

@@ -10,9 +10,9 @@ namespace sparse_unified {
 namespace emulation {
 namespace {
 
-std::vector<unsigned char> view;  // of the asynchronous proxy
-std::vector<Transfer> under_way;  // in the order of issue
-std::vector<int> num_fences;      // by thread
+std::vector<unsigned char> views[kMaxClusterBlocks];  // of the asynchronous proxy, by block
+std::vector<Transfer> under_way;                      // in the order of issue
+std::vector<int> num_fences;                          // by thread
 
 void finish(size_t idx) {
   const Transfer transfer = std::move(under_way[idx]);
@@ -29,7 +29,7 @@ void finish(size_t idx) {
 
 void start_transfer(Transfer transfer) {
   under_way.push_back(std::move(transfer));
-  switch (block.schedule.copies) {
+  switch (cluster.schedule.copies) {
     case Copies::kLazy:
       break;
     case Copies::kEager:
@@ -43,7 +43,7 @@ void start_transfer(Transfer transfer) {
 
 bool finish_a_transfer() {
   if (under_way.empty()) return false;
-  finish(block.schedule.copies == Copies::kRandom
+  finish(cluster.schedule.copies == Copies::kRandom
              ? random_below(static_cast<uint32_t>(under_way.size()))
              : 0);
   return true;
@@ -55,23 +55,28 @@ bool finish_all_transfers() {
   return true;
 }
 
-void* async_pointer(const char* instruction, uint32_t address, int num_bytes, int alignment) {
-  const auto* generic =
-      static_cast<const unsigned char*>(shared_pointer(instruction, address, num_bytes, alignment));
-  return view.data() + (generic - block.shared);
+void* async_pointer(const char* instruction, int rank, uint32_t address, int num_bytes,
+                    int alignment) {
+  const auto* generic = static_cast<const unsigned char*>(
+      shared_pointer(instruction, rank, address, num_bytes, alignment));
+  return views[rank].data() + (generic - cluster.blocks[rank].shared);
 }
 
-void write_both(const char* instruction, uint32_t address, const void* bytes, int num_bytes) {
-  std::memcpy(shared_pointer(instruction, address, num_bytes, 1), bytes,
+void write_both(const char* instruction, int rank, uint32_t address, const void* bytes,
+                int num_bytes) {
+  std::memcpy(shared_pointer(instruction, rank, address, num_bytes, 1), bytes,
               static_cast<size_t>(num_bytes));
-  std::memcpy(async_pointer(instruction, address, num_bytes, 1), bytes,
+  std::memcpy(async_pointer(instruction, rank, address, num_bytes, 1), bytes,
               static_cast<size_t>(num_bytes));
 }
 
-void begin_async_block() {
-  view.assign(block.shared, block.shared + block.shared_bytes);
+void begin_async_cluster() {
+  for (int rank = 0; rank < cluster.num_blocks; ++rank) {
+    const unsigned char* shared = cluster.blocks[rank].shared;
+    views[rank].assign(shared, shared + cluster.shared_bytes);
+  }
   under_way.clear();
-  num_fences.assign(static_cast<size_t>(block.num_threads), 0);
+  num_fences.assign(static_cast<size_t>(cluster.num_threads()), 0);
   begin_barriers();
   begin_products();
   begin_box_stores();
@@ -92,7 +97,7 @@ std::string find_unfinished_work() {
 }  // namespace emulation
 
 // NOTE: what a warp's threads have written, or synchronised with, is not known; so the view takes
-// over all of shared memory when the last lane of the warp comes to the fence.
+// over all of the block's shared memory when the last lane of the warp comes to the fence.
 void fence_async_proxy() {
   using namespace emulation;
   const InEmulator in_emulator;
@@ -102,7 +107,8 @@ void fence_async_proxy() {
   for (int l = 0; l < kLanes; ++l) {
     if (lanes[l] < mine) return;
   }
-  std::memcpy(view.data(), block.shared, view.size());
+  std::vector<unsigned char>& view = views[current->rank];
+  std::memcpy(view.data(), own_block().shared, view.size());
   maybe_yield();
 }
 

@@ -14,7 +14,8 @@ namespace sparse_unified::emulation {
 
 // Work that ends by itself and signals an mbarrier.
 struct Transfer {
-  uint32_t barrier;  // address
+  int rank;          // of the block where it arrives
+  uint32_t barrier;  // address there
   int thread_idx;    // that issued it
   const void* code;  // likewise
   // A box of this map into `shared`, or, when the map is empty, the arrival of `copies`.
@@ -39,13 +40,15 @@ void fence_barriers_of(int thread_idx);
 // tensor_copy.cpp: moves the box; returns its bytes.
 int load_box_now(const Transfer& transfer);
 
-// The view of the asynchronous proxy at an address, checked like shared_pointer.
-void* async_pointer(const char* instruction, uint32_t address, int num_bytes, int alignment);
+// A block's view of the asynchronous proxy at an address, checked like shared_pointer.
+void* async_pointer(const char* instruction, int rank, uint32_t address, int num_bytes,
+                    int alignment);
 // Writes through both views.
-void write_both(const char* instruction, uint32_t address, const void* bytes, int num_bytes);
+void write_both(const char* instruction, int rank, uint32_t address, const void* bytes,
+                int num_bytes);
 
-// Before a block: nothing under way, views alike. After it: what is left under way, or nothing.
-void begin_async_block();
+// Before a cluster: nothing under way, views alike. After it: what is left under way, or nothing.
+void begin_async_cluster();
 std::string find_unfinished_work();
 // Their parts.
 void begin_barriers();

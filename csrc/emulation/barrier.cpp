@@ -34,11 +34,11 @@ struct MemoryBarrier {
   race::Clock of_completed;  // and those of the last one
   std::vector<Seen> seen;    // by waits for the last one
   int initialised_by = 0;    // thread
-  bool is_fenced = false;    // visible to the asynchronous proxy
+  bool is_fenced = false;    // visible to the asynchronous proxy and the cluster
   char waits_for[96] = {};   // for the report of a deadlock
 };
 
-std::map<uint32_t, MemoryBarrier> barriers;
+std::map<uint32_t, MemoryBarrier> barriers[kMaxClusterBlocks];  // by block and address
 
 bool is_marked(const void* memory, uint32_t address) {
   uint64_t mark = 0;
@@ -46,14 +46,23 @@ bool is_marked(const void* memory, uint32_t address) {
   return mark == (kMark ^ address);
 }
 
-// What a thread uses at `code`.
-MemoryBarrier& find(const char* name, uint32_t address, int thread_idx, const void* code) {
-  const void* memory = shared_pointer(name, address, kBarrierBytes, kBarrierBytes);
-  const auto found = barriers.find(address);
-  if (found == barriers.end()) fail("%s: no barrier was initialised there", name);
+// The barrier of block `rank` that a thread uses at `code`.
+MemoryBarrier& find(const char* name, int rank, uint32_t address, int thread_idx,
+                    const void* code) {
+  const void* memory = shared_pointer(name, rank, address, kBarrierBytes, kBarrierBytes);
+  const auto found = barriers[rank].find(address);
+  if (found == barriers[rank].end()) fail("%s: no barrier was initialised there", name);
   if (!is_marked(memory, address)) fail("%s: the barrier was written over", name);
   race::access(thread_idx, memory, kBarrierBytes, race::Kind::kAtomic, code);
   return found->second;
+}
+MemoryBarrier& find(const char* name, uint32_t address, const void* code) {
+  return find(name, current->rank, address, current->idx, code);
+}
+
+void check_is_fenced(const char* name, const MemoryBarrier& barrier) {
+  if (barrier.is_fenced) return;
+  fail("%s: no fence after barrier_init makes the barrier visible to it", name);
 }
 
 void end_phase_if_complete(MemoryBarrier& barrier) {
@@ -62,9 +71,9 @@ void end_phase_if_complete(MemoryBarrier& barrier) {
   for (const Seen& seen : barrier.seen) {
     if (race::holds(barrier.of_phase, seen.thread_idx, seen.time)) continue;
     fail(
-        "mbarrier: phase %lld ends, and nothing orders that with the wait of thread %d for the "
-        "phase before, which could fall two phases behind",
-        static_cast<long long>(barrier.phase), seen.thread_idx);
+        "mbarrier: phase %lld ends, and nothing orders that with the wait of %s for the phase "
+        "before, which could fall two phases behind",
+        static_cast<long long>(barrier.phase), describe_thread(seen.thread_idx).c_str());
   }
   barrier.seen.clear();
   ++barrier.phase;
@@ -92,29 +101,34 @@ void arrive(const char* name, MemoryBarrier& barrier, int thread_idx) {
 
 }  // namespace
 
-void begin_barriers() { barriers.clear(); }
+void begin_barriers() {
+  for (auto& of_block : barriers) of_block.clear();
+}
 
 void fence_barriers_of(int thread_idx) {
-  for (auto& [address, barrier] : barriers) {
-    if (barrier.initialised_by == thread_idx) barrier.is_fenced = true;
+  for (auto& of_block : barriers) {
+    for (auto& [address, barrier] : of_block) {
+      if (barrier.initialised_by == thread_idx) barrier.is_fenced = true;
+    }
   }
 }
 
 std::string find_unfinished_barriers() {
-  for (const auto& [address, barrier] : barriers) {
-    if (barrier.num_bytes == 0) continue;
-    return "mbarrier at " + std::to_string(address) + ": " + std::to_string(barrier.num_bytes) +
-           " bytes missing at the end of the block";
+  for (const auto& of_block : barriers) {
+    for (const auto& [address, barrier] : of_block) {
+      if (barrier.num_bytes == 0) continue;
+      return "mbarrier at " + std::to_string(address) + ": " + std::to_string(barrier.num_bytes) +
+             " bytes missing at the end of the block";
+    }
   }
   return "";
 }
 
 void complete_bytes(const Transfer& transfer, int num_bytes) {
   const char* name = "load_box";
-  MemoryBarrier& barrier = find(name, transfer.barrier, transfer.thread_idx, transfer.code);
-  if (!barrier.is_fenced) {
-    fail("%s: no fence after barrier_init makes the barrier visible to it", name);
-  }
+  MemoryBarrier& barrier =
+      find(name, transfer.rank, transfer.barrier, transfer.thread_idx, transfer.code);
+  check_is_fenced(name, barrier);
   race::release(barrier.of_phase, transfer.thread_idx);
   add_bytes(name, barrier, -num_bytes);
   end_phase_if_complete(barrier);
@@ -122,7 +136,7 @@ void complete_bytes(const Transfer& transfer, int num_bytes) {
 
 void arrive_for(const Transfer& transfer) {
   const char* name = "barrier_arrive_after_copies";
-  arrive(name, find(name, transfer.barrier, transfer.thread_idx, transfer.code),
+  arrive(name, find(name, transfer.rank, transfer.barrier, transfer.thread_idx, transfer.code),
          transfer.thread_idx);
 }
 
@@ -144,7 +158,7 @@ void barrier_init(uint32_t address, int num_arrivals) {
   MemoryBarrier barrier;
   barrier.num_arrivals = barrier.num_missing = num_arrivals;
   barrier.initialised_by = current->idx;
-  barriers[address] = barrier;
+  barriers[current->rank][address] = barrier;
 }
 
 void fence_barrier_init() {
@@ -156,7 +170,19 @@ void barrier_arrive(uint32_t address) {
   using namespace emulation;
   const InEmulator in_emulator;
   const char* name = "barrier_arrive";
-  arrive(name, find(name, address, current->idx, __builtin_return_address(0)), current->idx);
+  arrive(name, find(name, address, __builtin_return_address(0)), current->idx);
+  maybe_yield();
+}
+
+void barrier_arrive_cluster(uint32_t address) {
+  using namespace emulation;
+  const InEmulator in_emulator;
+  const char* name = "barrier_arrive_cluster";
+  const ClusterAddress at = cluster_address(name, address);
+  MemoryBarrier& barrier =
+      find(name, at.rank, at.address, current->idx, __builtin_return_address(0));
+  if (at.rank != current->rank) check_is_fenced(name, barrier);
+  arrive(name, barrier, current->idx);
   maybe_yield();
 }
 
@@ -167,7 +193,7 @@ void barrier_arrive_expect_bytes(uint32_t address, int num_bytes) {
   if (num_bytes < 0 || num_bytes > kMaxBytes) {
     fail("%s: num_bytes must be 0 to %d, got %d", name, kMaxBytes, num_bytes);
   }
-  MemoryBarrier& barrier = find(name, address, current->idx, __builtin_return_address(0));
+  MemoryBarrier& barrier = find(name, address, __builtin_return_address(0));
   add_bytes(name, barrier, num_bytes);
   arrive(name, barrier, current->idx);
   maybe_yield();
@@ -176,8 +202,9 @@ void barrier_arrive_expect_bytes(uint32_t address, int num_bytes) {
 void barrier_arrive_after_copies(uint32_t address) {
   using namespace emulation;
   const InEmulator in_emulator;
-  find("barrier_arrive_after_copies", address, current->idx, __builtin_return_address(0));
+  find("barrier_arrive_after_copies", address, __builtin_return_address(0));
   Transfer transfer{};
+  transfer.rank = current->rank;
   transfer.barrier = address;
   transfer.thread_idx = current->idx;
   transfer.copies = std::move(current->copies);
@@ -194,7 +221,7 @@ void barrier_wait(uint32_t address, int parity) {
   if (parity != 0 && parity != 1) fail("%s: parity must be 0 or 1, got %d", name, parity);
   maybe_yield();
   while (true) {
-    MemoryBarrier& barrier = find(name, address, current->idx, __builtin_return_address(0));
+    MemoryBarrier& barrier = find(name, address, __builtin_return_address(0));
     // The phase under way has parity phase % 2; the one before, which has ended, the other.
     if (barrier.phase % 2 != parity) {
       race::acquire(barrier.of_completed, current->idx);

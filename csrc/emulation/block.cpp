@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs grids, one block after the other, and reports what went wrong.
+// Runs grids, one cluster of blocks after the other, and reports what went wrong.
 #include "emulation/block.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "device/cluster.h"
 #include "device/launch.h"
 #include "emulation/async_proxy.h"
 #include "emulation/race.h"
@@ -16,7 +17,7 @@
 namespace sparse_unified {
 namespace emulation {
 
-Block block;
+Cluster cluster;
 Thread* current = nullptr;
 bool is_in_kernel = false;
 
@@ -28,7 +29,7 @@ constexpr unsigned kMaxGridYZ = 65535;
 
 Fiber host;
 const Call* call = nullptr;
-int num_running = 0;  // threads of the block that have not exited
+int num_running = 0;  // threads of the cluster that have not exited
 std::string error;    // of the launch, empty: none
 thread_local bool is_launching = false;
 bool is_recording = false;
@@ -41,6 +42,7 @@ void run_thread() {
     call->run(*call);
     is_in_kernel = false;
     current->copies.clear();
+    --own_block().num_running;
     if (--num_running > 0) exit_thread();
   } catch (const Error& failure) {
     error = failure.what();
@@ -53,30 +55,38 @@ void run_thread() {
 
 std::string describe_place() {
   char place[256];
-  std::snprintf(place, sizeof(place), ", block (%u, %u, %u) of (%u, %u, %u)", block.idx.x,
-                block.idx.y, block.idx.z, block.grid.x, block.grid.y, block.grid.z);
-  std::string text = "\n  in " + describe_code(call->kernel) + place;
+  const dim3 idx = current ? own_block().idx : cluster.blocks[0].idx;
+  std::snprintf(place, sizeof(place), "block (%u, %u, %u) of (%u, %u, %u)", idx.x, idx.y, idx.z,
+                cluster.grid.x, cluster.grid.y, cluster.grid.z);
+  std::string text = "\n  in " + describe_code(call->kernel) + ", ";
+  if (!current && cluster.num_blocks > 1) text += "cluster of ";
+  text += place;
   if (current) {
-    text += ", thread " + std::to_string(current->idx) + " (warp " +
-            std::to_string(current->warp()) + ", lane " + std::to_string(current->lane()) + ")";
+    text += ", thread " + std::to_string(thread_idx().x) + " (warp " +
+            std::to_string(thread_idx().x / kLanes) + ", lane " + std::to_string(current->lane()) +
+            ")";
   }
-  return text + "\n  under " + describe(block.schedule);
+  return text + "\n  under " + describe(cluster.schedule);
 }
 
-void run_block() {
+void run_cluster() {
   prepare_shared_memory();
-  race::begin_block();
-  begin_async_block();
-  for (int t = 0; t < block.num_threads; ++t) {
-    Thread& thread = block.threads[static_cast<size_t>(t)];
+  race::begin_cluster();
+  begin_async_cluster();
+  for (int rank = 0; rank < cluster.num_blocks; ++rank) {
+    cluster.blocks[rank].num_running = cluster.block_threads;
+  }
+  for (int t = 0; t < cluster.num_threads(); ++t) {
+    Thread& thread = cluster.threads[static_cast<size_t>(t)];
     thread.idx = t;
+    thread.rank = t / cluster.block_threads;
     thread.has_exited = false;
     thread.num_collectives = 0;
     thread.copies.clear();
     thread.copy_group = 0;
     thread.fiber.prepare(t, run_thread);
   }
-  num_running = block.num_threads;
+  num_running = cluster.num_threads();
 
   current = &start_threads();
   Fiber::switch_between(host, current->fiber);
@@ -112,10 +122,19 @@ void abandon(std::string message) {
   __builtin_unreachable();
 }
 
-dim3 thread_idx() { return dim3(static_cast<unsigned>(current->idx), 0, 0); }
-dim3 block_idx() { return block.idx; }
-dim3 block_dim() { return dim3(static_cast<unsigned>(block.num_threads)); }
-dim3 grid_dim() { return block.grid; }
+std::string describe_thread(int idx) {
+  const int rank = idx / cluster.block_threads;
+  std::string text = "thread " + std::to_string(idx - rank * cluster.block_threads);
+  if (cluster.num_blocks > 1) text += " of block " + std::to_string(rank) + " of the cluster";
+  return text;
+}
+
+dim3 thread_idx() {
+  return dim3(static_cast<unsigned>(current->idx - current->rank * cluster.block_threads), 0, 0);
+}
+dim3 block_idx() { return own_block().idx; }
+dim3 block_dim() { return dim3(static_cast<unsigned>(cluster.block_threads)); }
+dim3 grid_dim() { return cluster.grid; }
 
 bool is_this_thread_launching() { return is_launching; }
 
@@ -141,32 +160,48 @@ cudaError_t run_grid(const Call& new_call, const LaunchConfig& config) {
   if (config.shared_bytes < 0 || config.shared_bytes > kMaxSharedBytes) {
     return cudaErrorInvalidValue;
   }
+  if (config.cluster_blocks < 1 || config.cluster_blocks > kMaxClusterBlocks ||
+      grid.x % static_cast<unsigned>(config.cluster_blocks) != 0) {
+    return cudaErrorInvalidConfiguration;
+  }
   if (is_recording) {
     launches.push_back({describe_code(new_call.kernel), config.num_threads, config.shared_bytes});
     return cudaSuccess;
   }
 
+  if (config.cluster_blocks * config.num_threads > Fiber::kMaxFibers) {
+    fail("a cluster of %d blocks of %d threads has more than %d in all, which the emulator runs",
+         config.cluster_blocks, config.num_threads, Fiber::kMaxFibers);
+  }
+
   const FaultHandler fault_handler;
-  block.schedule = schedule();
+  cluster.schedule = schedule();
   call = &new_call;
-  block.grid = grid;
-  block.num_threads = config.num_threads;
-  block.shared_bytes = config.shared_bytes;
+  cluster.grid = grid;
+  cluster.num_blocks = config.cluster_blocks;
+  cluster.block_threads = config.num_threads;
+  cluster.shared_bytes = config.shared_bytes;
   error.clear();
   race::begin_launch();
-  std::vector<int64_t> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  const unsigned num_x = grid.x / static_cast<unsigned>(cluster.num_blocks);  // clusters
+  std::vector<int64_t> order(static_cast<size_t>(num_x) * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0);
-  seed_random(block.schedule.seed, 0);
-  if (block.schedule.order == Order::kReverse) std::reverse(order.begin(), order.end());
-  if (block.schedule.order == Order::kRandom || block.schedule.order == Order::kPriorities) {
+  seed_random(cluster.schedule.seed, 0);
+  if (cluster.schedule.order == Order::kReverse) {
+    std::reverse(order.begin(), order.end());
+  } else if (cluster.schedule.order != Order::kForward) {
     std::shuffle(order.begin(), order.end(), RandomBits());
   }
   is_launching = true;
   for (const int64_t idx : order) {
     const auto linear = static_cast<unsigned>(idx);
-    block.idx = dim3(linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y);
-    seed_random(block.schedule.seed, static_cast<uint64_t>(idx) + 1);
-    run_block();
+    for (int rank = 0; rank < cluster.num_blocks; ++rank) {
+      const unsigned first_x = linear % num_x * static_cast<unsigned>(cluster.num_blocks);
+      cluster.blocks[rank].idx = dim3(first_x + static_cast<unsigned>(rank),
+                                      linear / num_x % grid.y, linear / num_x / grid.y);
+    }
+    seed_random(cluster.schedule.seed, static_cast<uint64_t>(idx) + 1);
+    run_cluster();
     if (!error.empty()) break;
   }
   is_launching = false;
@@ -179,7 +214,12 @@ cudaError_t run_grid(const Call& new_call, const LaunchConfig& config) {
 
 void sync_threads() {
   const emulation::InEmulator in_emulator;
-  emulation::wait_at_barrier(0, emulation::block.num_threads);
+  emulation::wait_at_barrier(0, emulation::cluster.block_threads);
+}
+
+void sync_cluster() {
+  const emulation::InEmulator in_emulator;
+  emulation::wait_at_cluster_barrier();
 }
 
 void sync_warp() {

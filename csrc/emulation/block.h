@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The block that runs, for the twins of instructions: its threads, what they wait for, its shared
-// memory, and the ways to wait and to fail. Only code of csrc/emulation includes this.
+// The cluster of blocks that runs, most often of one block, for the twins of instructions: its
+// threads, what they wait for, its shared memory, and the ways to wait and to fail. Only code of
+// csrc/emulation includes this.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,7 @@ namespace sparse_unified::emulation {
 constexpr int kLanes = 32;
 constexpr int kMaxWarps = 32;
 constexpr int kNumBarriers = 16;
+constexpr int kMaxClusterBlocks = 8;  // that every device of sm_90 takes
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // A copy to shared memory that nobody has waited for.
@@ -29,7 +31,8 @@ struct PendingCopy {
 
 struct Thread {
   Fiber fiber;
-  int idx = 0;
+  int idx = 0;   // in the cluster: those of block 0 first
+  int rank = 0;  // of its block
   bool has_exited = false;
   uint32_t num_collectives = 0;     // of its warp, that it has reached
   const char* waits_for = nullptr;  // for the report of a deadlock
@@ -63,20 +66,34 @@ struct Barrier {
 };
 
 struct Block {
-  dim3 grid;
   dim3 idx;
-  int num_threads = 0;
   unsigned char* shared = nullptr;  // dynamic shared memory
-  int64_t shared_bytes = 0;
-  Schedule schedule;  //  of this launch
-  std::vector<Thread> threads = std::vector<Thread>(Fiber::kMaxFibers);
-  Warp warps[kMaxWarps];
+  int num_running = 0;              // threads that have not exited
   Barrier barriers[kNumBarriers];
 };
 
-extern Block block;
+// Threads and warps are numbered through all blocks, which have the same number of them.
+struct Cluster {
+  dim3 grid;
+  int num_blocks = 1;
+  int block_threads = 0;     // of a block
+  int64_t shared_bytes = 0;  // of a block
+  Schedule schedule;         // of this launch
+  Block blocks[kMaxClusterBlocks];
+  std::vector<Thread> threads = std::vector<Thread>(Fiber::kMaxFibers);
+  Warp warps[kMaxWarps];
+  Barrier barrier;  // of the whole cluster
+
+  int num_threads() const { return num_blocks * block_threads; }
+  int num_warps() const { return num_threads() / kLanes; }
+  int block_warps() const { return block_threads / kLanes; }
+};
+
+extern Cluster cluster;
 // The thread that runs, null on the host.
 extern Thread* current;
+// The block of the thread that runs.
+inline Block& own_block() { return cluster.blocks[current->rank]; }
 // True while the kernel's own instructions run, and not the emulator's.
 extern bool is_in_kernel;
 
@@ -121,8 +138,10 @@ void warp_collective(const char* name, Lane& lane, void (*complete)(Lane* lanes)
   lane = mine;
 }
 
-// Arrives at barrier `id` and waits for `num_threads` threads in all.
+// Arrives at barrier `id` of the block and waits for `num_threads` threads in all.
 void wait_at_barrier(int id, int num_threads);
+// Arrives at the barrier of the cluster and waits for all threads that have not exited.
+void wait_at_cluster_barrier();
 
 // Waits until somebody calls notify(); `waits_for` names the cause in a deadlock's report. The
 // caller looks again at what it waits for.
@@ -140,7 +159,7 @@ struct RandomBits {
   uint32_t operator()() { return random_below(0xffffffffu); }
 };
 
-// Makes the threads of the block ready; returns the first that runs.
+// Makes the threads of the cluster ready; returns the first that runs.
 Thread& start_threads();
 // Lets others run; the thread does not come back.
 void exit_thread();
@@ -148,8 +167,22 @@ void exit_thread();
 // The thread lets others run where the order is random, as it might between two instructions.
 void maybe_yield();
 
-// The block's shared memory at an address of csrc/device, checked for bounds and alignment.
-void* shared_pointer(const char* instruction, uint32_t address, int num_bytes, int alignment);
+// Block `rank`'s shared memory at an address of csrc/device, which is of that block itself, checked
+// for bounds and alignment; without a rank, that of the thread's own block.
+void* shared_pointer(const char* instruction, int rank, uint32_t address, int num_bytes,
+                     int alignment);
+inline void* shared_pointer(const char* instruction, uint32_t address, int num_bytes,
+                            int alignment) {
+  return shared_pointer(instruction, current->rank, address, num_bytes, alignment);
+}
+// An address that map_to_block may have given, as block and address there. Fails when that block
+// has ended.
+struct ClusterAddress {
+  int rank;
+  uint32_t address;
+};
+ClusterAddress cluster_address(const char* instruction, uint32_t address);
+void check_has_not_exited(const char* instruction, int rank);
 // Whether the address sanitizer, if there is one, knows the memory.
 void check_global(const char* instruction, const void* pointer, int num_bytes);
 
@@ -158,12 +191,17 @@ void land_copy(int thread_idx, PendingCopy copy);
 // Lets some copies of the thread land, where copies land at random.
 void land_copies_by_chance(Thread& thread);
 
-// shared_memory.cpp: a block's memory, filled with NaN; and what was written beside it, or nothing.
+// shared_memory.cpp: the blocks' memory, filled with NaN; and what was written beside it, or
+// nothing.
 void prepare_shared_memory();
 std::string find_write_beside_shared_memory();
-bool is_shared_arena(const void* pointer);
+// The block in whose shared memory, or close to it, a pointer lies; null: none.
+const Block* block_of_shared(const void* pointer);
 
-// Whether the running block belongs to this thread of the system; there is one launch at a time.
+// "thread 3", and of which block where there are several.
+std::string describe_thread(int idx);
+
+// Whether the running cluster belongs to this thread of the system; there is one launch at a time.
 bool is_this_thread_launching();
 
 // fault.cpp: turns invalid accesses into failures for as long as it lives.

@@ -26,10 +26,10 @@ const void* fault_code;
   if (Fiber::is_guard(fault_address)) {
     fail("the stack of the thread is full, at %s", code.c_str());
   }
-  if (is_shared_arena(fault_address)) {
-    const auto offset = static_cast<const unsigned char*>(fault_address) - block.shared;
+  if (const Block* block = block_of_shared(fault_address)) {
+    const auto offset = static_cast<const unsigned char*>(fault_address) - block->shared;
     fail("access to byte %lld of %lld of shared memory at %s", static_cast<long long>(offset),
-         static_cast<long long>(block.shared_bytes), code.c_str());
+         static_cast<long long>(cluster.shared_bytes), code.c_str());
   }
   fail("invalid or misaligned access at %s, address %p", code.c_str(), fault_address);
 }

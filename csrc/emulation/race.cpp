@@ -10,17 +10,17 @@
 namespace sparse_unified::emulation::race {
 namespace {
 
-// A warp's products count as a thread of their own, behind those of the block.
+// A warp's products count as a thread of their own, behind those of the cluster.
 constexpr int kMaxThreads = Fiber::kMaxFibers + kMaxWarps;
 constexpr uintptr_t kWordBytes = 4;
 constexpr uintptr_t kPageBytes = 4096;
 constexpr size_t kMaxPages = 1 << 14;  // 1 GiB of records
 
-// One access to a word. It counts as long as its block is of this launch.
+// One access to a word. It counts as long as its cluster is of this launch.
 struct Access {
-  uint32_t block;  // serial number over all launches; 0: no access
-  uint32_t clock;  // of the thread, when it took place
-  int32_t code;    // address, from `anchor`
+  uint32_t cluster;  // serial number over all launches; 0: no access
+  uint32_t clock;    // of the thread, when it took place
+  int32_t code;      // address, from `anchor`
   uint16_t thread;
   uint8_t bytes;  // bit i: byte i of the word
   Kind kind;
@@ -38,11 +38,11 @@ const char anchor = 0;
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 uintptr_t last_page_idx = 0;
 Page* last_page = nullptr;
-uint32_t this_block = 0;
-uint32_t first_block_of_launch = 1;
+uint32_t this_cluster = 0;
+uint32_t first_cluster_of_launch = 1;
 uint32_t clocks[kMaxThreads][kMaxThreads];  // [thread, other]: what of the other came before
 
-int count_threads() { return block.num_threads + block.num_threads / kLanes; }
+int count_threads() { return cluster.num_threads() + cluster.num_warps(); }
 
 Word& find_word(uintptr_t address) {
   const uintptr_t page_idx = address / kPageBytes;
@@ -66,7 +66,7 @@ bool is_conflict(const Access& a, const Access& b) {
 
 // Whether `earlier` took place before `later`, by barriers.
 bool is_ordered(const Access& earlier, const Access& later) {
-  if (earlier.block != later.block) return false;
+  if (earlier.cluster != later.cluster) return false;
   return earlier.thread == later.thread || clocks[later.thread][earlier.thread] >= earlier.clock;
 }
 
@@ -81,18 +81,19 @@ std::string describe_access(const Access& access) {
   static constexpr const char* kNames[] = {"a read", "a constant read", "a write", "an atomic"};
   const auto* code = &anchor + access.code;
   std::string text = kNames[static_cast<int>(access.kind)];
-  const int products = access.thread - block.num_threads;
-  text += products < 0 ? " by thread " + std::to_string(access.thread)
-                       : " by products of warp " + std::to_string(products);
-  if (access.block != this_block) text += " of another block";
+  const int products = access.thread - cluster.num_threads();
+  text += " by ";
+  text += products < 0 ? describe_thread(access.thread)
+                       : "products of the warp of " + describe_thread(products * kLanes);
+  if (access.cluster != this_cluster) text += " of another block";
   return text + " at " + describe_code(code);
 }
 
 [[noreturn]] void report(uintptr_t address, const Access& earlier, const Access& later) {
   const auto* pointer = reinterpret_cast<const unsigned char*>(address);
   std::string where = "global memory";
-  if (is_shared_arena(pointer)) {
-    where = "byte " + std::to_string(pointer - block.shared) + " of shared memory";
+  if (const Block* block = block_of_shared(pointer)) {
+    where = "byte " + std::to_string(pointer - block->shared) + " of shared memory";
   }
   fail("race on %s: %s, and nothing orders it with %s", where.c_str(),
        describe_access(later).c_str(), describe_access(earlier).c_str());
@@ -100,12 +101,12 @@ std::string describe_access(const Access& access) {
 
 void record(uintptr_t address, const Access& access) {
   Word& word = find_word(address);
-  // Shared memory starts anew with every block.
-  const bool is_shared = is_shared_arena(reinterpret_cast<const void*>(address));
-  const uint32_t first_block = is_shared ? this_block : first_block_of_launch;
+  // Shared memory starts anew with every cluster.
+  const bool is_shared = block_of_shared(reinterpret_cast<const void*>(address)) != nullptr;
+  const uint32_t first_cluster = is_shared ? this_cluster : first_cluster_of_launch;
   Access* target = nullptr;
   for (Access& slot : word.accesses) {
-    if (slot.block < first_block) {
+    if (slot.cluster < first_cluster) {
       target = &slot;
       continue;
     }
@@ -121,15 +122,15 @@ void record(uintptr_t address, const Access& access) {
 }  // namespace
 
 void begin_launch() {
-  first_block_of_launch = this_block + 1;
+  first_cluster_of_launch = this_cluster + 1;
   if (pages.size() > kMaxPages) {
     pages.clear();
     last_page = nullptr;
   }
 }
 
-void begin_block() {
-  ++this_block;
+void begin_cluster() {
+  ++this_cluster;
   for (int t = 0; t < count_threads(); ++t) {
     std::fill_n(clocks[t], count_threads(), 0u);
     clocks[t][t] = 1;
@@ -138,7 +139,7 @@ void begin_block() {
 
 void access(int thread_idx, const void* pointer, int num_bytes, Kind kind, const void* code) {
   Access access{};
-  access.block = this_block;
+  access.cluster = this_cluster;
   access.clock = clocks[thread_idx][thread_idx];
   access.code = static_cast<int32_t>(static_cast<const char*>(code) - &anchor);
   access.thread = static_cast<uint16_t>(thread_idx);
@@ -196,7 +197,7 @@ bool holds(const Clock& clock, int thread_idx, uint32_t time) {
   return t < clock.of_thread.size() && clock.of_thread[t] >= time;
 }
 
-int products_of(int warp) { return block.num_threads + warp; }
+int products_of(int warp) { return cluster.num_threads() + warp; }
 
 void order(int earlier_thread, int later_thread) {
   uint32_t* earlier = clocks[earlier_thread];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Detects accesses that nothing orders: every thread has a vector clock, every word of memory the
-// last accesses to it. Barriers order; shuffles and ballots do not, neither do blocks. Built with
+// last accesses to it. Barriers order; shuffles and ballots do not, neither do
+// blocks but by barriers of their cluster. Built with
 // SPARSE_UNIFIED_EMULATION_RACE; otherwise nothing is recorded.
 #pragma once
 
@@ -20,9 +21,9 @@ struct Clock {
 #if defined(SPARSE_UNIFIED_EMULATION_RACE)
 
 void begin_launch();
-void begin_block();
+void begin_cluster();
 
-// Records an access of thread `thread_idx` of the running block, at `code`; fails the launch when
+// Records an access of thread `thread_idx` of the running cluster, at `code`; fails the launch when
 // an earlier one conflicts with it.
 void access(int thread_idx, const void* pointer, int num_bytes, Kind kind, const void* code);
 
@@ -47,7 +48,7 @@ void order(int earlier_thread, int later_thread);
 #else
 
 inline void begin_launch() {}
-inline void begin_block() {}
+inline void begin_cluster() {}
 inline void access(int, const void*, int, Kind, const void*) {}
 inline void join(const uint32_t*, int, int) {}
 inline void release(Clock&, int) {}

@@ -65,7 +65,8 @@ int count_inside(const TensorMap& map, int64_t row, int64_t column) {
 
 void access_target(const Transfer& transfer, int offset) {
   const uint32_t address = transfer.shared + static_cast<uint32_t>(offset);
-  race::access(transfer.thread_idx, shared_pointer("load_box", address, kVector, kVector), kVector,
+  race::access(transfer.thread_idx,
+               shared_pointer("load_box", transfer.rank, address, kVector, kVector), kVector,
                race::Kind::kWrite, transfer.code);
 }
 
@@ -77,9 +78,10 @@ void land_store(int thread_idx, PendingStore& store) {
     const int64_t to_row = store.row + row;
     const int64_t to_column = store.column + column;
     const int bytes = count_inside(map, to_row, to_column) * kElementBytes;
-    const void* piece = async_pointer("store_box", store.shared + offset, kVector, 1);
-    race::access(thread_idx, block.shared + (store.shared - shared_address(block.shared)) + offset,
-                 kVector, race::Kind::kRead, store.code);
+    const uint32_t address = store.shared + static_cast<uint32_t>(offset);
+    const void* piece = async_pointer("store_box", current->rank, address, kVector, 1);
+    race::access(thread_idx, shared_pointer("store_box", address, kVector, 1), kVector,
+                 race::Kind::kRead, store.code);
     if (bytes == 0) return;
     auto* target = const_cast<unsigned char*>(static_cast<const unsigned char*>(map.base)) +
                    (to_row * map.row_stride + to_column) * kElementBytes;
@@ -89,9 +91,26 @@ void land_store(int thread_idx, PendingStore& store) {
   });
 }
 
+void start_load(int rank, uint32_t shared, const TensorMap& map, int row, int column,
+                uint32_t barrier, const void* code) {
+  Transfer transfer{};
+  transfer.rank = rank;
+  transfer.barrier = barrier;
+  transfer.thread_idx = current->idx;
+  transfer.map = map;
+  transfer.shared = shared;
+  transfer.row = row;
+  transfer.column = column;
+  transfer.code = code;
+  // The box may come at once: from now on nobody else may touch the target.
+  for_each_piece(map, [&](int, int, int offset) { access_target(transfer, offset); });
+  start_transfer(std::move(transfer));
+}
+
 }  // namespace
 
 int load_box_now(const Transfer& transfer) {
+  check_has_not_exited("load_box", transfer.rank);
   const TensorMap& map = transfer.map;
   for_each_piece(map, [&](int row, int column, int offset) {
     unsigned char bytes[kVector] = {};
@@ -107,7 +126,7 @@ int load_box_now(const Transfer& transfer) {
     }
     const uint32_t address = transfer.shared + static_cast<uint32_t>(offset);
     access_target(transfer, offset);
-    write_both("load_box", address, bytes, kVector);
+    write_both("load_box", transfer.rank, address, bytes, kVector);
   });
   return box_bytes(map);
 }
@@ -125,8 +144,8 @@ void wait_for_stores(int num_pending) {
 }
 
 void begin_box_stores() {
-  stores.assign(static_cast<size_t>(block.num_threads), {});
-  store_groups.assign(static_cast<size_t>(block.num_threads), 0);
+  stores.assign(static_cast<size_t>(cluster.num_threads()), {});
+  store_groups.assign(static_cast<size_t>(cluster.num_threads()), 0);
 }
 
 std::string find_unfinished_stores() {
@@ -173,17 +192,25 @@ void load_box(uint32_t shared, const TensorMap* map, int row, int column, uint32
   using namespace emulation;
   const InEmulator in_emulator;
   check_box("load_box", *map, shared);
-  Transfer transfer{};
-  transfer.barrier = barrier;
-  transfer.thread_idx = current->idx;
-  transfer.map = *map;
-  transfer.shared = shared;
-  transfer.row = row;
-  transfer.column = column;
-  transfer.code = __builtin_return_address(0);
-  // The box may come at once: from now on nobody else may touch the target.
-  for_each_piece(*map, [&](int, int, int offset) { access_target(transfer, offset); });
-  start_transfer(std::move(transfer));
+  start_load(current->rank, shared, *map, row, column, barrier, __builtin_return_address(0));
+  maybe_yield();
+}
+
+// Each block gets the box at a time of its own.
+void load_box_to_blocks(uint32_t shared, const TensorMap* map, int row, int column,
+                        uint32_t barrier, uint16_t blocks) {
+  using namespace emulation;
+  const InEmulator in_emulator;
+  const char* name = "load_box_to_blocks";
+  check_box(name, *map, shared);
+  if (blocks == 0 || blocks >> cluster.num_blocks != 0) {
+    fail("%s: blocks 0x%x of a cluster of %d", name, blocks, cluster.num_blocks);
+  }
+  for (int rank = 0; rank < cluster.num_blocks; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    check_has_not_exited(name, rank);
+    start_load(rank, shared, *map, row, column, barrier, __builtin_return_address(0));
+  }
   maybe_yield();
 }
 
@@ -194,8 +221,8 @@ void store_box(const TensorMap* map, int row, int column, uint32_t shared) {
   const auto thread = static_cast<size_t>(current->idx);
   stores[thread].push_back(
       {*map, row, column, shared, store_groups[thread], false, __builtin_return_address(0)});
-  if (block.schedule.copies == Copies::kEager ||
-      (block.schedule.copies == Copies::kRandom && one_in(2))) {
+  if (cluster.schedule.copies == Copies::kEager ||
+      (cluster.schedule.copies == Copies::kRandom && one_in(2))) {
     land_store(current->idx, stores[thread].back());
   }
 }

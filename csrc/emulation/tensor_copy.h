@@ -24,6 +24,8 @@ cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base, int64
 
 void prefetch_tensor_map(const TensorMap* map);
 void load_box(uint32_t shared, const TensorMap* map, int row, int column, uint32_t barrier);
+void load_box_to_blocks(uint32_t shared, const TensorMap* map, int row, int column,
+                        uint32_t barrier, uint16_t blocks);
 void store_box(const TensorMap* map, int row, int column, uint32_t shared);
 void store_commit();
 

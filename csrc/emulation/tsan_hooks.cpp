@@ -8,11 +8,11 @@ namespace sparse_unified::emulation {
 namespace {
 
 void check(const void* pointer, size_t num_bytes, race::Kind kind, const void* code) {
-  if (is_shared_arena(pointer)) {
-    const auto offset = static_cast<const unsigned char*>(pointer) - block.shared;
-    if (offset < 0 || offset + static_cast<int64_t>(num_bytes) > block.shared_bytes) {
+  if (const Block* block = block_of_shared(pointer)) {
+    const auto offset = static_cast<const unsigned char*>(pointer) - block->shared;
+    if (offset < 0 || offset + static_cast<int64_t>(num_bytes) > cluster.shared_bytes) {
       fail("access to byte %lld of %lld of shared memory at %s", static_cast<long long>(offset),
-           static_cast<long long>(block.shared_bytes), describe_code(code).c_str());
+           static_cast<long long>(cluster.shared_bytes), describe_code(code).c_str());
     }
   }
   race::access(current->idx, pointer, static_cast<int>(num_bytes), kind, code);

@@ -98,7 +98,8 @@ struct Descriptor {
     race::access(race::products_of(current->warp()),
                  shared_pointer("wgmma", address, kChunkBytes, kChunkBytes), kChunkBytes,
                  race::Kind::kRead, reinterpret_cast<const void*>(&issue_product));
-    return static_cast<const uint16_t*>(async_pointer("wgmma", address, kChunkBytes, kChunkBytes));
+    return static_cast<const uint16_t*>(
+        async_pointer("wgmma", current->rank, address, kChunkBytes, kChunkBytes));
   }
 };
 
@@ -196,8 +197,8 @@ void issue(WgmmaLane* lanes) {
   Accumulators& target = find_accumulators(warp, lanes);
   if (target.n != lanes[0].n) fail("wgmma: accumulators of another product");
   target.products.push_back({lanes[0], warp.group, false});
-  const bool is_now = block.schedule.copies == Copies::kEager ||
-                      (block.schedule.copies == Copies::kRandom && one_in(2));
+  const bool is_now = cluster.schedule.copies == Copies::kEager ||
+                      (cluster.schedule.copies == Copies::kRandom && one_in(2));
   if (is_now) {
     for (Product& product : target.products) multiply(target, product);
   }
@@ -223,7 +224,7 @@ void finish_products(int num_pending) {
 
 void issue_product(WgmmaLane lane) {
   const InEmulator in_emulator;
-  if (block.num_threads % 128 != 0) fail("wgmma: the block must consist of warpgroups");
+  if (cluster.block_threads % 128 != 0) fail("wgmma: the block must consist of warpgroups");
   warp_collective<WgmmaLane>("wgmma", lane, issue);
 }
 
@@ -234,7 +235,7 @@ void wait_for_products(int num_pending) {
 }
 
 void begin_products() {
-  warps.assign(static_cast<size_t>(block.num_threads / kLanes), {});
+  warps.assign(static_cast<size_t>(cluster.num_warps()), {});
   warpgroups.assign(warps.size() / kWarpgroupWarps, {});
 }
 

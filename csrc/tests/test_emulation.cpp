@@ -106,6 +106,12 @@ void test_launch() {
   check_equal("threads", 2048, code(dim3(1), 2048, 0), cudaErrorInvalidConfiguration);
   check_equal("grid.y", 65536, code(dim3(1, 65536), 32, 0), cudaErrorInvalidConfiguration);
   check_equal("shared", 0, code(dim3(1), 32, 227 * 1024 + 1), cudaErrorInvalidValue);
+  LaunchConfig config{dim3(3), 32};
+  for (const int cluster_blocks : {0, 2, 9}) {
+    config.cluster_blocks = cluster_blocks;
+    check_equal("cluster", cluster_blocks, launch(reverse_kernel, config, ReverseParams{}),
+                cudaErrorInvalidConfiguration);
+  }
 }
 
 __global__ void check_kernel(const int wrong_thread) {

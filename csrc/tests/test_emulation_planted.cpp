@@ -96,6 +96,15 @@ constexpr Bug kBugs[] = {
     BUG(warps_differ, kEvery, "warps of a warpgroup issue different products", nullptr),
     BUG(warp_left_out, kEvery, "not all warps of a warpgroup issued",
         "could fall two phases behind"),
+    BUG(released_by_own_block, kEvery, kWrong, "race on"),
+    BUG(released_to_wrong_block, kEvery, "deadlock", "race on"),
+    BUG(box_to_one_block, kEvery, "0 arrivals and 1024 bytes missing", nullptr),
+    BUG(bytes_of_other_block, kEvery, "transfers to shared memory under way", "race on"),
+    BUG(block_leaves_early, kEvery, "of the cluster has ended", nullptr),
+    BUG(cluster_used_at_once, kEvery, "no barrier was initialised there", "race on"),
+    BUG(cluster_not_fenced, kEvery, "no fence after barrier_init", nullptr),
+    BUG(block_sits_out, kEvery, "0 arrivals and 2048 bytes missing", nullptr),
+    BUG(wait_at_other_block, kEvery, "takes no address of another block", nullptr),
 };
 #undef BUG
 

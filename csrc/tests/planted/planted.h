@@ -86,6 +86,17 @@ Run stage_refilled_early;          // the producer does not wait for free stages
 Run warps_differ;                  // a warp issues products of its own
 Run warp_left_out;                 // a warp issues none
 
+// cluster.cu: two blocks that fill each other's stages
+Run released_by_own_block;    // a stage is refilled when the consumers of one block have read it
+Run released_to_wrong_block;  // both arrivals at the block's own barrier
+Run box_to_one_block;         // a block's box is brought to itself alone
+Run bytes_of_other_block;     // a full barrier does not expect those of the other block's box
+Run block_leaves_early;       // no sync_cluster at the end
+Run cluster_used_at_once;     // sync_threads in place of sync_cluster after barrier_init
+Run cluster_not_fenced;       // no fence after it
+Run block_sits_out;           // a block without rows of its own leaves its part of the boxes out
+Run wait_at_other_block;      // at the address of map_to_block
+
 // Input, output and length of the kernels.
 struct Params {
   const int32_t* in;

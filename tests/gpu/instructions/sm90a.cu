@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every instruction of csrc/device that sm_90a adds, alone, against a formula for one element
 // written from the PTX manual: "mbarrier", "cp.async.bulk.tensor", "Swizzling Modes", "wgmma
-// Register Fragment and Shared Memory Matrix Layout", "bar.sync", "elect.sync", "setmaxnreg".
+// Register Fragment and Shared Memory Matrix Layout", "bar.sync", "elect.sync", "setmaxnreg",
+// "mapa", "barrier.cluster".
 #include <utility>
 
 #include "device/async_copy.h"
 #include "device/barrier.h"
+#include "device/cluster.h"
 #include "device/launch.h"
 #include "device/tensor_copy.h"
 #include "device/warp.h"
@@ -166,6 +168,124 @@ void test_boxes() {
       const bool stored_here =
           r >= row && r < row + kBoxRows && c >= column && c < column + kBoxColumns && c < kColumns;
       check_equal("stored", i, value(out[i]), stored_here ? value(in[i]) : -7.0);
+    }
+  }
+}
+
+struct ClusterParams {
+  int32_t* out;  // [grid blocks, 3, 32]
+  int num_blocks;
+};
+
+// Every block says its rank; the warps of two blocks arrive at each other's barriers, round by
+// round, and what one wrote the other reads after the cluster's barrier. A block may be alone.
+__global__ void cluster_kernel(const ClusterParams p) {
+  constexpr int kRounds = 5;
+  const int rank = cluster_rank();
+  const int other = (rank ^ 1) % p.num_blocks;
+  if (threadIdx.x == 0) {
+    barrier_init(barrier_address(1), 32);
+    fence_barrier_init();
+  }
+  sync_cluster();
+  const auto slot = [&](int block, int row) {
+    const int first_block = static_cast<int>(blockIdx.x) - rank;
+    return p.out + ((first_block + block) * 3 + row) * kWarpSize + lane_idx();
+  };
+  *slot(rank, 0) = rank;
+  for (int round = 0; round < kRounds; ++round) {
+    barrier_arrive_cluster(map_to_block(barrier_address(1), other));
+    barrier_wait(barrier_address(1), round & 1);
+    sync_warp();  // a lane that waits while others arrive again would miss the phase
+  }
+  *slot(rank, 1) = 100 * rank + lane_idx();
+  sync_cluster();
+  *slot(rank, 2) = *slot(other, 1);
+}
+
+void test_clusters() {
+  for (const int num_blocks : {1, 2, 4}) {
+    constexpr int kClusters = 3;
+    DeviceArray<int32_t> out(kClusters * num_blocks * 3 * 32);
+    LaunchConfig config{dim3(static_cast<unsigned>(kClusters * num_blocks)), 32, kBarrierBytes};
+    config.cluster_blocks = num_blocks;
+    check_launch(launch(cluster_kernel, config, ClusterParams{out.get(), num_blocks}));
+    synchronize();
+    for (int block = 0; block < kClusters * num_blocks; ++block) {
+      const int rank = block % num_blocks;
+      for (int lane = 0; lane < 32; ++lane) {
+        const int at = block * 3 * 32 + lane;
+        check_equal("rank", at, out[at], rank);
+        check_equal("own", at, out[at + 32], 100 * rank + lane);
+        check_equal("of the other block", at, out[at + 64], 100 * ((rank ^ 1) % num_blocks) + lane);
+      }
+    }
+  }
+}
+
+struct MulticastParams {
+  TensorMap source;
+  uint16_t* out;  // [blocks, num_elements]: the boxes as they lie in each block
+  int num_blocks;
+  int num_boxes;  // one more than blocks: the last goes to block 0 alone
+  int box_elements;
+};
+
+// Block b brings box b to all blocks, and block 1 the last one to block 0.
+__global__ void multicast_kernel(const __grid_constant__ MulticastParams p) {
+  const int rank = cluster_rank();
+  const int box_bytes = 2 * p.box_elements;
+  const uint32_t barrier = barrier_address(0);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    fence_barrier_init();
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < p.num_boxes * p.box_elements; i += 32) {
+    reinterpret_cast<uint16_t*>(tile())[i] = 7;
+  }
+  fence_async_proxy();
+  sync_cluster();
+  if (threadIdx.x == 0) {
+    const auto all = static_cast<uint16_t>((1 << p.num_blocks) - 1);
+    barrier_arrive_expect_bytes(barrier, (p.num_blocks + (rank == 0 ? 1 : 0)) * box_bytes);
+    load_box_to_blocks(tile_address() + static_cast<uint32_t>(rank * box_bytes), &p.source,
+                       16 * rank, 0, barrier, all);
+    if (rank == 1) {
+      load_box_to_blocks(tile_address() + static_cast<uint32_t>(p.num_blocks * box_bytes),
+                         &p.source, 16 * p.num_blocks, 0, barrier, 1);
+    }
+  }
+  barrier_wait(barrier, 0);
+  const int num_elements = p.num_boxes * p.box_elements;
+  for (int i = static_cast<int>(threadIdx.x); i < num_elements; i += 32) {
+    p.out[rank * num_elements + i] = reinterpret_cast<const uint16_t*>(tile())[i];
+  }
+  sync_cluster();
+}
+
+void test_multicast() {
+  constexpr int kBoxRows = 16, kBoxColumns = 64;
+  constexpr int kBoxElements = kBoxRows * kBoxColumns;
+  for (const int num_blocks : {2, 4}) {
+    const int num_boxes = num_blocks + 1;
+    DeviceArray<BFloat16> in(num_boxes * kBoxElements);
+    DeviceArray<uint16_t> out(num_blocks * num_boxes * kBoxElements);
+    for (int64_t i = 0; i < in.size(); ++i) in[i] = stored<BFloat16>(static_cast<int>(i % 251));
+    MulticastParams p{{}, out.get(), num_blocks, num_boxes, kBoxElements};
+    check_launch(make_tensor_map(&p.source, DType::kBFloat16, in.get(), num_boxes * kBoxRows,
+                                 kBoxColumns, kBoxColumns, kBoxRows, kBoxColumns, true));
+    LaunchConfig config{dim3(static_cast<unsigned>(num_blocks)), 32,
+                        kBarrierBytes + 2 * num_boxes * kBoxElements};
+    config.cluster_blocks = num_blocks;
+    check_launch(launch(multicast_kernel, config, p));
+    synchronize();
+    for (int64_t i = 0; i < out.size(); ++i) {
+      const int64_t block = i / (num_boxes * kBoxElements);
+      const int64_t at = i % (num_boxes * kBoxElements);
+      // 128-byte swizzle: bits 4 to 6 of the byte offset are XORed with bits 7 to 9.
+      const int64_t source = (2 * at ^ (2 * at >> 7 & 7) << 4) / 2;
+      const bool is_brought = at < num_blocks * kBoxElements || block == 0;
+      check_equal("brought", i, out[i], is_brought ? in[source].bits : 7);
     }
   }
 }
@@ -334,6 +454,8 @@ int run() {
   test("cp.async and mbarrier", test_after_copies);
   test("TMA boxes", test_boxes<false>);
   test("TMA boxes, swizzled", test_boxes<true>);
+  test("clusters", test_clusters);
+  test("TMA boxes to several blocks", test_multicast);
   test_products<BFloat16>();
   test_products<Float16>();
   test("setmaxnreg, bar.sync, elect", test_roles);
