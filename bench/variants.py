@@ -33,7 +33,7 @@ VARIABLE = "SPARSE_UNIFIED_GROUPED_FFN"
 CHOSEN = "chosen"
 _DIRECTIONS = {"fwd": ("up", "down"), "fwd_bwd": ("grad_hidden", "grad_rows", "grad_weights")}
 # What else than tiles the kernels for Hopper can be told, forward.
-_HOPPER_SWITCHES = ("overlap=off", "fence=producer")
+_HOPPER_SWITCHES = ("overlap=off", "fence=producer", "multicast=on")
 
 Run = Callable[[int], tuple[Tensor, ...]]
 

@@ -92,6 +92,7 @@ INSTRUCTIONS = {
     "wgmma": "wgmma.mma_async",
     "mma": "mma.sync",
     "TMA load": "cp.async.bulk.tensor.2d.shared",
+    "of them multicast": ".multicast::cluster",
     "TMA store": "cp.async.bulk.tensor.2d.global",
     "cp.async": "cp.async.cg",
 }
@@ -150,11 +151,15 @@ def compile_report(source: Path, limits: Limits) -> dict[str, dict[str, Any]]:
 
 
 def record_launches(capability: int) -> list[Launch]:
-    """The launches of BAGEL's sparse FFN, forward and backward, and of half of its dense one."""
+    """The launches of BAGEL's sparse FFN, forward and backward, and of half of its dense one.
+
+    Forward also where blocks share the weights, which Hopper's kernels alone have.
+    """
     import torch
 
     from sparse_unified import ops
     from sparse_unified.bench.cases import CASES
+    from sparse_unified.bench.variants import CHOSEN, set_variant
 
     torch.ops.load_library(LIBRARY)
     emulation = torch.ops.sparse_unified_emulation
@@ -174,10 +179,12 @@ def record_launches(capability: int) -> list[Launch]:
     rows = ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows)
     y = ops.combine(rows, 1 + topk_logits, token_rows)
     torch.autograd.backward([y, logits], [torch.empty_like(y), torch.empty_like(logits)])
+    kept = torch.arange(0, width // 64, 2, dtype=torch.int32)
     with torch.inference_mode():
-        ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj)
-        kept = torch.arange(0, width // 64, 2, dtype=torch.int32)
-        ops.pruned_ffn(x, kept, gate_proj, up_proj, down_proj, 64)
+        for variant in (CHOSEN, "multicast=on"):
+            set_variant(variant)
+            ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj)
+            ops.pruned_ffn(x, kept, gate_proj, up_proj, down_proj, 64)
     lines = emulation.recorded_launches().splitlines()
     return [
         (short_name(name), int(threads), int(shared))

@@ -234,6 +234,7 @@ def test_variants_are_asked_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
         "family=sm90a,down=128x128x64x6",
         "family=sm90a,overlap=off",
         "family=sm90a,fence=producer",
+        "family=sm90a,multicast=on",
     )
     backward = find_variants(refuse, "fwd_bwd")
     assert backward[-1] == "family=sm90a"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -316,6 +317,23 @@ def test_generated_documents_are_up_to_date() -> None:
     assert read("README.md") == render.readme(read("README.md"), results), "run make docs"
     pages = read("docs/checkpoints.md")
     assert pages == render.checkpoints(pages), "run make docs"
+
+
+def test_kernels_do_not_spill_and_hopper_s_use_its_instructions() -> None:
+    records = json.loads((ROOT / "docs" / "resources.json").read_text())["records"]
+    assert not [record["kernel"] for record in records if record["spilled_bytes"]]
+    gemms = {
+        record["kernel"]: record["instructions"]
+        for record in records
+        if record["architecture"] == "sm_90a"
+        and re.match(r"grouped_ffn|up_sm90a::|rows_gemm_sm90a::", record["kernel"])
+    }
+    assert len(gemms) >= 8
+    for kernel, instructions in gemms.items():
+        assert {"wgmma", "TMA load"} <= instructions.keys(), kernel
+        shares_weights = kernel.endswith(", 2>")
+        assert ("of them multicast" in instructions) == shares_weights, kernel
+    assert sum(kernel.endswith(", 2>") for kernel in gemms) == 3
 
 
 def test_makefile_takes_its_pins_from_one_line_of_pyproject() -> None:

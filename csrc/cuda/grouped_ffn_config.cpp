@@ -63,6 +63,9 @@ bool apply_entry(std::string_view entry, GroupedFfnConfig& config) {
   if (name == "fence") {
     return apply_switch(value, "consumer", "producer", config.sm90a.fences_producer);
   }
+  if (name == "multicast") {
+    return apply_switch(value, "off", "on", config.sm90a.multicasts_weights);
+  }
   if (name == "family") {
     bool is_sm90a = false;
     if (!apply_switch(value, "sm80", "sm90a", is_sm90a)) return false;
@@ -199,6 +202,9 @@ std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const De
   if (!problem.has_sm90a_code) {
     return "the library must be built for 9.0a for family=sm90a, got a build without it";
   }
+  if (options.multicasts_weights && options.fences_producer) {
+    return "fence must be consumer for multicast=on, got producer";
+  }
   if (problem.block_size > 0) return sm90a_blocks_refusal(problem, options);
   if (problem.expert_width % kStepK != 0) {
     return "expert_width must be a multiple of 16 for family=sm90a, got " +
@@ -213,8 +219,8 @@ std::string grouped_ffn_override_error(const std::string& text) {
   if (!wrong) return "";
   std::string message = std::string(kGroupedFfnOverrideVariable) +
                         " must be NAME=VALUE with commas between: family=sm80 or sm90a, "
-                        "overlap=on or off, fence=consumer or producer, or PHASE=TILE, PHASE one "
-                        "of all";
+                        "overlap=on or off, fence=consumer or producer, multicast=on or off, or "
+                        "PHASE=TILE, PHASE one of all";
   for (const char* name : kPhaseNames) message += std::string(", ") + name;
   return message + ", TILE one of " + tile_names(kGroupedFfnTiles) + "; of sm90a up one of " +
          tile_names(kGroupedFfnSm90aUpTiles) + ", down one of " +
@@ -239,7 +245,8 @@ std::string to_string(const GroupedFfnConfig& config) {
   if (config.family == GroupedFfnFamily::kSm90a) {
     return "sm90a up=" + tile_name(config.sm90a.up) + " down=" + tile_name(config.sm90a.down) +
            " overlap=" + (config.sm90a.overlaps_kernels ? "on" : "off") +
-           " fence=" + (config.sm90a.fences_producer ? "producer" : "consumer");
+           " fence=" + (config.sm90a.fences_producer ? "producer" : "consumer") +
+           " multicast=" + (config.sm90a.multicasts_weights ? "on" : "off");
   }
   std::string text = "sm80";
   for (int i = 0; i < kNumGroupedFfnPhases; ++i) {

@@ -6,7 +6,7 @@ namespace sparse_unified {
 
 namespace {
 
-template <typename T>
+template <typename T, int kBlocks>
 cudaError_t choose_down(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                         const GroupedFfnSm90aOptions& options, const void* hidden,
                         cudaStream_t stream) {
@@ -17,13 +17,22 @@ cudaError_t choose_down(const GroupedFfnCudaParams& params, const DeviceInfo& de
   const bool overlaps = options.overlaps_kernels;
   switch (options.down) {
     case k256x4:
-      return run<T, k256x4, 1, Major::kK>(params, device, operands, y, overlaps, stream);
+      return run<T, k256x4, 1, Major::kK, kBlocks>(params, device, operands, y, overlaps, stream);
     case k256x3:
-      return run<T, k256x3, 1, Major::kK>(params, device, operands, y, overlaps, stream);
+      return run<T, k256x3, 1, Major::kK, kBlocks>(params, device, operands, y, overlaps, stream);
     case k128x6:
-      return run<T, k128x6, 1, Major::kK>(params, device, operands, y, overlaps, stream);
+      return run<T, k128x6, 1, Major::kK, kBlocks>(params, device, operands, y, overlaps, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <int kBlocks>
+cudaError_t choose_type(const GroupedFfnCudaParams& params, const DeviceInfo& device,
+                        const GroupedFfnSm90aOptions& options, const void* hidden,
+                        cudaStream_t stream) {
+  return params.dtype == DType::kBFloat16
+             ? choose_down<BFloat16, kBlocks>(params, device, options, hidden, stream)
+             : choose_down<Float16, kBlocks>(params, device, options, hidden, stream);
 }
 
 }  // namespace
@@ -31,9 +40,8 @@ cudaError_t choose_down(const GroupedFfnCudaParams& params, const DeviceInfo& de
 cudaError_t grouped_ffn_down_sm90a(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                                    const GroupedFfnSm90aOptions& options, const void* hidden,
                                    cudaStream_t stream) {
-  return params.dtype == DType::kBFloat16
-             ? choose_down<BFloat16>(params, device, options, hidden, stream)
-             : choose_down<Float16>(params, device, options, hidden, stream);
+  return options.multicasts_weights ? choose_type<2>(params, device, options, hidden, stream)
+                                    : choose_type<1>(params, device, options, hidden, stream);
 }
 
 }  // namespace sparse_unified

@@ -16,13 +16,16 @@
 // that are its own. `out` has no padding, so a tile leaves through shared memory by stores of 16
 // bytes that stop at the end of the group.
 //
+// Two blocks may share the weights: a cluster takes two neighbouring tiles of rows, and each block
+// has TMA bring half of the columns' weights to both. Where a group has no second tile, that block
+// loads no rows and multiplies nothing.
+//
 // Bytes: A is read N / n times and the weights once for 16 row tiles (tile_scheduler.h), both
-// mostly from L2; out is written once. FLOPs: 2 R N h for each operand.
+// mostly from L2, the weights for every tile of rows or for two; out is written once. FLOPs:
+// 2 R N h for each operand.
 // Preconditions: N % 8 == 0, h % 16 == 0, rows of the weights on 16-byte boundaries; of a list of
 // blocks, block size and h multiples of 64.
 #pragma once
-
-#include <algorithm>
 
 #include "cuda/grouped_ffn_neurons.h"
 #include "cuda/grouped_ffn_sm90a.h"
@@ -60,10 +63,11 @@ constexpr int kOutVectors = kOutColumns * 2 / kVectorBytes;  // of a row
 constexpr int kOutRowStep = kWarpgroupSize / kOutVectors;
 
 constexpr int kFullArrivals = 1;
-constexpr int kEmptyArrivals = kNumConsumers * kWarpgroupSize / kWarpSize;
+constexpr int kConsumerWarps = kNumConsumers * kWarpgroupSize / kWarpSize;
 
-template <int kN, int kNumStages>
+template <int kN, int kNumStages, int kNumBlocks>
 struct RowsTile {
+  static constexpr int kBlocks = kNumBlocks;  // of a cluster
   static constexpr int kColumns = kN;
   static constexpr int kStages = kNumStages;
   static constexpr int kAccumulators = kColumns / 2;  // of a thread: 64 n / 128
@@ -74,17 +78,23 @@ struct RowsTile {
   static constexpr int kStageBytes = kRowsBytes + kWeightBytes;
   static_assert(kColumns / kBoxColumns * kBoxBytes == kWeightBytes);
 
+  // What a block of the cluster brings of the weights to all of them.
+  static constexpr int kPartColumns = kColumns / kBlocks;
+  static constexpr int kPartBytes = kWeightBytes / kBlocks;
+  static_assert(kPartColumns % kBoxColumns == 0 && kPartBytes % kSwizzleAtomBytes == 0);
+
   // Shared memory: stages of {A, B}, parts of tiles of out, barriers.
   static constexpr int kOutOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kOutOffset + kNumConsumers * kOutBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + RingBarriers<kStages>::kBytes;
+  using Ring = RingBarriers<kStages, kBlocks>;
+  static constexpr int kSharedBytes = kBarrierOffset + Ring::kBytes;
   static_assert(kSharedBytes <= 227 * 1024);
 };
 
 template <typename T, int kOperands>
 struct Params {
   TensorMap rows[kOperands];      // A [padded rows, h], boxes [128, 64]
-  TensorMap weights[kOperands];   // B, boxes [n, 64] or [64, 64]
+  TensorMap weights[kOperands];   // B, boxes [n / blocks, 64] or [64, 64]
   NeuronGroups neurons;           // columns or rows of B
   const int32_t* expert_offsets;  // [E + 1], or null
   T* out;                         // [R, N]
@@ -96,31 +106,34 @@ struct Params {
   int num_k;                      // stages of one operand
 };
 
+// One block's part of the weights, to all blocks of the cluster.
 template <class Tile, Major kMajorB>
 SPARSE_UNIFIED_DEVICE void load_weights(const TensorMap* weights, uint32_t shared, int column,
                                         int neuron, uint32_t barrier) {
   if constexpr (kMajorB == Major::kK) {
-    load_box(shared, weights, column, neuron, barrier);
+    load_box_to_all<Tile::kBlocks>(shared, weights, column, neuron, barrier);
   } else {
 #pragma unroll
-    for (int box = 0; box < Tile::kColumns / kBoxColumns; ++box) {
-      load_box(shared + box * kBoxBytes, weights, neuron, column + box * kBoxColumns, barrier);
+    for (int box = 0; box < Tile::kPartColumns / kBoxColumns; ++box) {
+      load_box_to_all<Tile::kBlocks>(shared + box * kBoxBytes, weights, neuron,
+                                     column + box * kBoxColumns, barrier);
     }
   }
 }
 
 template <typename T, class Tile, int kOperands, Major kMajorB>
 SPARSE_UNIFIED_DEVICE void produce(const Params<T, kOperands>& params, uint32_t shared,
-                                   const RingBarriers<Tile::kStages>& ring) {
+                                   const typename Tile::Ring& ring) {
   // NOTE: the other lanes do not even wait: nothing would keep them from falling two phases behind,
   // and a wait names the parity of its phase alone.
   const bool copies_boxes = elect_lane();
   RingPosition<Tile::kStages> at;
   RowTile tile;
   wait_for_previous_kernel();  // of which this one reads the rows
-  for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
+  const int part = Tile::kBlocks == 1 ? 0 : cluster_rank();
+  for (int idx = first_tile<Tile::kBlocks>(); find_row_tile<kTileRows, Tile::kBlocks>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
-       idx += static_cast<int>(gridDim.x)) {
+       idx += tile_step<Tile::kBlocks>()) {
     const NeuronMap neurons = params.neurons.of(tile.group);
 #pragma unroll
     for (int operand = 0; operand < kOperands; ++operand) {
@@ -133,10 +146,15 @@ SPARSE_UNIFIED_DEVICE void produce(const Params<T, kOperands>& params, uint32_t 
         ring.wait_empty(at);
         const uint32_t stage = shared + at.stage * Tile::kStageBytes;
         const uint32_t full = ring.full(at.stage);
-        barrier_arrive_expect_bytes(full, Tile::kStageBytes);
-        load_box(stage, &params.rows[operand], tile.slot * kTileRows, k * kTileK, full);
-        load_weights<Tile, kMajorB>(&params.weights[operand], stage + Tile::kRowsBytes,
-                                    tile.n * Tile::kColumns, neuron, full);
+        if (Tile::kBlocks == 1 || tile.has_rows()) {
+          barrier_arrive_expect_bytes(full, Tile::kStageBytes);
+          load_box(stage, &params.rows[operand], tile.slot * kTileRows, k * kTileK, full);
+        } else {
+          barrier_arrive_expect_bytes(full, Tile::kWeightBytes);
+        }
+        load_weights<Tile, kMajorB>(
+            &params.weights[operand], stage + Tile::kRowsBytes + part * Tile::kPartBytes,
+            tile.n * Tile::kColumns + part * Tile::kPartColumns, neuron, full);
       }
     }
   }
@@ -174,14 +192,18 @@ SPARSE_UNIFIED_DEVICE void store_tile(const Params<T, kOperands>& params, const 
 
 template <typename T, class Tile, int kOperands, Major kMajorB>
 SPARSE_UNIFIED_DEVICE void consume(const Params<T, kOperands>& params, uint32_t shared,
-                                   const RingBarriers<Tile::kStages>& ring) {
+                                   const typename Tile::Ring& ring) {
   const int consumer = warp_idx() / 4 - 1;
   const int own_rows = consumer * kConsumerRows * kSwizzleRowBytes;
   RingPosition<Tile::kStages> at;
   RowTile tile;
-  for (int idx = static_cast<int>(blockIdx.x); find_row_tile<kTileRows>(
+  for (int idx = first_tile<Tile::kBlocks>(); find_row_tile<kTileRows, Tile::kBlocks, false>(
            params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
-       idx += static_cast<int>(gridDim.x)) {
+       idx += tile_step<Tile::kBlocks>()) {
+    if (Tile::kBlocks > 1 && !tile.has_rows()) {
+      skip_stages(kOperands * params.num_k, ring, at);
+      continue;
+    }
     float d[Tile::kAccumulators];
     multiply_stages<T, Tile::kColumns, Major::kK, kMajorB, false>(
         d, kOperands * params.num_k, ring, at,
@@ -195,21 +217,21 @@ SPARSE_UNIFIED_DEVICE void consume(const Params<T, kOperands>& params, uint32_t 
   }
 }
 
-template <typename T, int kN, int kNumStages, int kOperands, Major kMajorB>
+template <typename T, int kN, int kNumStages, int kOperands, Major kMajorB, int kNumBlocks>
 __global__ void __launch_bounds__(kNumThreads, 1)
     kernel(const __grid_constant__ Params<T, kOperands> params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(SPARSE_UNIFIED_EMULATION)
-  using Tile = RowsTile<kN, kNumStages>;
+  using Tile = RowsTile<kN, kNumStages, kNumBlocks>;
   const uint32_t shared = shared_address(dynamic_shared_memory());
-  const RingBarriers<Tile::kStages> ring{shared + Tile::kBarrierOffset};
+  const typename Tile::Ring ring{shared + Tile::kBarrierOffset};
   if (threadIdx.x == 0) {
-    ring.init(kFullArrivals, kEmptyArrivals);
+    ring.init(kFullArrivals, kConsumerWarps);
     for (int operand = 0; operand < kOperands; ++operand) {
       prefetch_tensor_map(&params.rows[operand]);
       prefetch_tensor_map(&params.weights[operand]);
     }
   }
-  sync_threads();
+  sync_blocks<kNumBlocks>();
   if (warp_idx() < kWarpgroupSize / kWarpSize) {
     decrease_registers<kProducerRegisters>();
     if (warp_idx() == 0) produce<T, Tile, kOperands, kMajorB>(params, shared, ring);
@@ -217,6 +239,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     increase_registers<kConsumerRegisters>();
     consume<T, Tile, kOperands, kMajorB>(params, shared, ring);
   }
+  if constexpr (kNumBlocks > 1) sync_cluster();
 #else
   device_check(false);
 #endif
@@ -229,12 +252,12 @@ struct Operand {
   int64_t weights_stride;  // elements between its rows
 };
 
-template <typename T, GroupedFfnSm90aDownTile kId, int kOperands, Major kMajorB>
+template <typename T, GroupedFfnSm90aDownTile kId, int kOperands, Major kMajorB, int kBlocks = 1>
 cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
                 const Operand (&operands)[kOperands], T* out, bool overlaps_previous,
                 cudaStream_t stream) {
   constexpr GroupedFfnSm90aTile kTile = kGroupedFfnSm90aDownTiles[static_cast<int>(kId)];
-  using Tile = RowsTile<kTile.n, kTile.num_stages>;
+  using Tile = RowsTile<kTile.n, kTile.num_stages, kBlocks>;
   Params<T, kOperands> params{};
   params.neurons = neuron_groups(ffn);
   params.expert_offsets = ffn.expert_offsets;
@@ -255,22 +278,23 @@ cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
     error =
         kMajorB == Major::kK
             ? make_tensor_map(&params.weights[i], ffn.dtype, operands[i].weights, ffn.hidden_size,
-                              width, operands[i].weights_stride, Tile::kColumns, kTileK, true)
+                              width, operands[i].weights_stride, Tile::kPartColumns, kTileK, true)
             : make_tensor_map(&params.weights[i], ffn.dtype, operands[i].weights, width,
                               ffn.hidden_size, operands[i].weights_stride, kTileK, kBoxColumns,
                               true);
     if (error != cudaSuccess) return error;
   }
 
-  const int64_t most_tiles = padded_rows / kTileRows * params.num_n;
+  const int64_t most_tiles =
+      max_row_tiles(ffn.num_rows, ffn.num_experts, kBlocks * kTileRows) * params.num_n;
   LaunchConfig config{};
-  config.grid =
-      dim3(static_cast<unsigned>(std::min<int64_t>(most_tiles, device.num_multiprocessors)));
+  config.grid = dim3(num_persistent_blocks(most_tiles, device.num_multiprocessors, kBlocks));
+  config.cluster_blocks = kBlocks;
   config.num_threads = kNumThreads;
   config.shared_bytes = Tile::kSharedBytes;
   config.stream = stream;
   config.overlaps_previous = overlaps_previous;
-  return launch(kernel<T, kTile.n, kTile.num_stages, kOperands, kMajorB>, config, params);
+  return launch(kernel<T, kTile.n, kTile.num_stages, kOperands, kMajorB, kBlocks>, config, params);
 }
 
 }  // namespace sparse_unified::rows_gemm_sm90a

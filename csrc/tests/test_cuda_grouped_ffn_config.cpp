@@ -76,7 +76,7 @@ void test_bagel_shapes() {
     GroupedFfnProblem with_code = problem;
     with_code.has_sm90a_code = true;
     check_text("H200 with its code", to_string(choose_grouped_ffn_config(with_code, kH200)),
-               "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer");
+               "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off");
     check_text("RTX 4090 with the code", to_string(choose_grouped_ffn_config(with_code, kRtx4090)),
                medium);
     check_text("RTX 4090", to_string(choose_grouped_ffn_config(problem, kRtx4090)), medium);
@@ -97,7 +97,7 @@ void test_lists_of_blocks() {
   for (const int64_t num_tokens : {256, 1024, 4096, 16384}) {
     for (const int64_t block_size : {64, 128}) {
       check_text("forward", text(bagel_half(num_tokens, block_size)),
-                 "sm90a up=128x256x64x4 down=128x256x64x4 overlap=on fence=consumer");
+                 "sm90a up=128x256x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off");
       check_text("backward", text(bagel_half(num_tokens, block_size, true)).substr(0, 5), "sm80 ");
       check_text("another device", text(bagel_half(num_tokens, block_size), kRtx4090).substr(0, 5),
                  "sm80 ");
@@ -157,6 +157,12 @@ void test_what_hopper_kernels_do_not_take() {
              "family must be sm80 for the gradients of a list of blocks, got sm90a");
   problem = bagel(4096, 16, 8);
   problem.has_sm90a_code = true;
+  options.multicasts_weights = true;
+  check_text("multicast", refusal(kH200), "");
+  options.fences_producer = true;
+  check_text("multicast and the producer's fence", refusal(kH200),
+             "fence must be consumer for multicast=on, got producer");
+  options = {};
   problem.expert_width = 296;
   check_text("width", refusal(kH200),
              "expert_width must be a multiple of 16 for family=sm90a, got 296");
@@ -178,9 +184,11 @@ void test_overrides() {
              "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 "
              "grad_rows=64x128x32x4 grad_weights=128x256x32x4");
   check_text("options", choose("family=sm90a,overlap=off,fence=producer"),
-             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=off fence=producer");
+             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=off fence=producer multicast=off");
+  check_text("multicast", choose("family=sm90a,multicast=on"),
+             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=on");
   check_text("tiles of both", choose("family=sm90a,up=128x240x64x3,down=128x128x64x6"),
-             "sm90a up=128x240x64x3 down=128x128x64x6 overlap=on fence=consumer");
+             "sm90a up=128x240x64x3 down=128x128x64x6 overlap=on fence=consumer multicast=off");
   check_text("later entries win", choose("all=128x128x32x3,down=64x128x32x4"),
              "sm80 up=128x128x32x3 down=64x128x32x4 grad_hidden=128x128x32x3 "
              "grad_rows=128x128x32x3 grad_weights=128x128x32x3");
@@ -190,14 +198,14 @@ void test_wrong_overrides_are_named() {
   for (const char* text :
        {"up", "up=", "up=128x256x32", "left=128x256x32x4", "=128x256x32x4", "up=128x256x32x4,",
         ",up=128x256x32x4", "up=128x256x32x4 ", "all=128x240x64x4", "down=128x240x64x4",
-        "grad_rows=128x256x64x4", "family=sm70", "overlap=yes", "fence="}) {
+        "grad_rows=128x256x64x4", "family=sm70", "overlap=yes", "fence=", "multicast=2"}) {
     if (grouped_ffn_override_error(text).empty()) fail(text, 0, 0, 1);
   }
   check_text(
       "message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
       "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80 or "
-      "sm90a, overlap=on or off, fence=consumer or producer, or PHASE=TILE, PHASE one of all, "
-      "up, down, grad_hidden, grad_rows, grad_weights, TILE one of 128x256x32x4, "
+      "sm90a, overlap=on or off, fence=consumer or producer, multicast=on or off, or PHASE=TILE, "
+      "PHASE one of all, up, down, grad_hidden, grad_rows, grad_weights, TILE one of 128x256x32x4, "
       "128x128x32x3, 64x128x32x4; of sm90a up one of 128x240x64x4, 128x240x64x3, 128x256x64x4, "
       "down one of 128x256x64x4, 128x256x64x3, 128x128x64x6; got \"up=7\"");
 }

@@ -306,6 +306,32 @@ def test_blocks_of_64_run_forward_on_the_kernels_for_hopper(
     assert "grad_hidden_sm90a" not in launches
 
 
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_blocks_that_share_the_weights_change_no_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulation = torch.ops.sparse_unified_emulation
+    emulation.set_device(90)
+    experts = ffn_case(200, 72, 3, 80, 2, dtype).arguments
+    pruned = (*pruned_case(dtype, 3, 64), 64)
+
+    def run(variant: str) -> tuple[Tensor, Tensor]:
+        monkeypatch.setenv(VARIABLE, variant)
+        return ops.grouped_ffn(*experts), ops.pruned_ffn(*pruned)
+
+    for shared, alone in zip(run("family=sm90a,multicast=on"), run("family=sm90a"), strict=True):
+        assert torch.equal(shared, alone)
+    emulation.record_launches(True)
+    try:
+        run("family=sm90a,multicast=on")
+        launches = emulation.recorded_launches().splitlines()
+    finally:
+        emulation.record_launches(False)
+    assert len(launches) == 4
+    assert all(", 2>(" in launch for launch in launches), launches
+
+
 # Whatever bench/gpu_check.py times side by side is right first.
 def test_every_variant_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.ops.sparse_unified_emulation.set_device(90)
@@ -313,7 +339,7 @@ def test_every_variant_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = reference.grouped_ffn(*wide(case.arguments))
     in_torch = torch_grouped_ffn(*case.arguments)
     variants = find_variants(lambda: ops.grouped_ffn(*case.arguments), "fwd")
-    assert sum(variant.startswith("family=sm90a") for variant in variants) == 9
+    assert sum(variant.startswith("family=sm90a") for variant in variants) == 10
     for variant in variants:
         monkeypatch.setenv(VARIABLE, variant)
         assert_as_good_as_torch(ops.grouped_ffn(*case.arguments), in_torch, expected)
