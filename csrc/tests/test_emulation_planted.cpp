@@ -97,7 +97,7 @@ constexpr Bug kBugs[] = {
     BUG(warp_left_out, kEvery, "not all warps of a warpgroup issued",
         "could fall two phases behind"),
     BUG(released_by_own_block, kEvery, kWrong, "race on"),
-    BUG(released_to_wrong_block, kEvery, "deadlock", "race on"),
+    BUG(released_to_wrong_block, kEvery, kWrong, "race on"),
     BUG(box_to_one_block, kEvery, "0 arrivals and 1024 bytes missing", nullptr),
     BUG(bytes_of_other_block, kEvery, "transfers to shared memory under way", "race on"),
     BUG(block_leaves_early, kEvery, "of the cluster has ended", nullptr),
