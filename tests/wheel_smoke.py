@@ -5,10 +5,10 @@
     python tests/wheel_smoke.py dist --python python3.10 --torch torch==2.13.0
     python tests/wheel_smoke.py dist --sdist                    # the wheel of the unpacked sdist
 
-Each interpreter gets a virtual environment outside the tree. Without --torch it borrows torch,
-numpy and safetensors from the interpreter that runs this, which must be of the same version; with
-it pip installs them. --sdist unpacks the source archive and builds a wheel of it without a network,
-in a namespace of its own where that is allowed.
+Each interpreter gets a virtual environment outside the tree. Without --torch it borrows torch and
+all else from the interpreter that runs this, which must be of the same version and have the
+packages of the extra `bagel`; with it pip installs them. --sdist unpacks the source archive and
+builds a wheel of it without a network, in a namespace of its own where that is allowed.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def smoke(wheel: Path, interpreter: str, torch_spec: str | None, scratch: Path) 
         run(*pip, "--no-index", "--no-deps", wheel, where=scratch)
     else:
         run(*pip, torch_spec, where=scratch)
-        run(*pip, wheel, where=scratch)
+        run(*pip, f"{wheel}[bagel]", where=scratch)
     told = json.loads(run(python, "-c", USE, where=scratch))
     work = scratch / f"work-{Path(interpreter).name}"
     work.mkdir()
