@@ -107,7 +107,7 @@ kernels: $(VENV)/installed  ## the kernels without torch, their C++ tests and nu
 
 ctest: kernels  ## run the C++ tests
 	@echo "== ctest"
-	@$(RUN) ctest --test-dir build/cmake --output-on-failure
+	@$(RUN) ctest --test-dir build/cmake --output-on-failure --parallel $$(nproc)
 
 # The emulated kernels take the place of the CPU's, so they need a process of their own.
 emulated: $(LIBRARY) kernels  ## the CUDA side of the ops, on emulated kernels
