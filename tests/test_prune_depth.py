@@ -31,6 +31,7 @@ from sparse_unified import (
     skip_layers_,
 )
 from sparse_unified.bagel import Bagel
+from sparse_unified.bagel.embeddings import grid_positions
 
 COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
 
@@ -81,7 +82,8 @@ def written_out(model: Bagel, texts: list[int], image: Tensor, skipped: dict[str
     marks = torch.tensor([special.start_of_image, special.end_of_image])
     num_text = len(ids)
     und = decoder.embed_tokens(torch.cat([ids, marks]))
-    gen = model._embed(image, (2, len(image) // 2), torch.tensor([0.7]))
+    places = grid_positions(2, len(image) // 2, model.config.max_latent_size)
+    gen = model.embed_latent(image, places, torch.tensor([0.7]))
     positions = torch.tensor([*range(num_text), *[num_text] * (2 + len(image))])
     num_und = len(und)
     length = num_und + len(image)
