@@ -68,7 +68,10 @@ def test_cuda_is_told_as_the_dispatcher_knows_it(found: BuildInfo) -> None:
     assert all(re.fullmatch(r"(sm|compute)_\d+[a-z]?", name) for name in found.cuda_architectures)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="x86_64")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.uname().machine != "x86_64",
+    reason="reads the flags of an x86-64 processor in /proc/cpuinfo",
+)
 def test_the_instructions_that_run_are_those_of_the_processor(found: BuildInfo) -> None:
     flags = set(re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
     best = "baseline"

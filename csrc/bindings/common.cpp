@@ -4,6 +4,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
+#include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace sparse_unified {
@@ -76,6 +78,11 @@ void check_tensor(const char* op, const char* argument, const Tensor& tensor, in
   check(tensor.defined(), op, argument, "be a tensor", "None");
   check(tensor.dim() == rank, op, argument, "have " + std::to_string(rank) + " dimensions",
         "shape ", shape_text(tensor));
+  // Rows without columns take no memory, so nothing else bounds their number.
+  for (int64_t dim = 0; dim < rank; ++dim) {
+    check(tensor.size(dim) <= std::numeric_limits<int32_t>::max(), op, argument,
+          "have at most 2^31 - 1 rows and columns", "shape ", shape_text(tensor));
+  }
   const Place found = place_of(tensor);
   check(found == place, op, argument, "be on " + place_text(place) + " like the other arguments",
         place_text(found));

@@ -37,8 +37,6 @@ PrunedFfn::PrunedFfn(const char* op, Tensor x_in, Tensor kept_blocks_in, Tensor 
       block_size(block_size_in) {
   const PrunedFfnSizes sizes =
       check_pruned_ffn(op, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
-  // Tokens without channels take no memory, so nothing else bounds their number.
-  check(sizes.num_tokens <= INT32_MAX, op, "x", "have at most 2^31 - 1 rows", sizes.num_tokens);
   dtype = sizes.dtype;
   scalar_type = x.scalar_type();
   num_tokens = sizes.num_tokens;

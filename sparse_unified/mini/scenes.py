@@ -152,7 +152,7 @@ def placed_prompts() -> list[ScenePrompt]:
     """Returns prompts that say in which half of the picture objects are, for training alone.
 
     Such as "a red square left" and "a square left and a cross": steps on the way to "a square left
-    of a cross". The shipped model took the first of them.
+    of a cross", which the shipped model did not take (docs/miniature.md).
     """
     alone = [
         (Part(shape=shape, colour=colour, place=place),)
