@@ -231,7 +231,8 @@ def test_expanding_velocities_is_expanding_last_hidden_states(model: Bagel) -> N
             of_hidden.add(time, state)
             of_velocity.add(time, model.llm2vae(state))
         expected = model.llm2vae(of_hidden.at(0.3))
-    torch.testing.assert_close(of_velocity.at(0.3), expected, rtol=1e-3, atol=1e-3)
+    # fp32 rounding times the weights of so far an extrapolation; 4e-6 of 1 + |expected| was seen.
+    torch.testing.assert_close(of_velocity.at(0.3), expected, rtol=2e-5, atol=2e-5)
     assert of_velocity.nbytes / of_hidden.nbytes == 16 / model.config.llm.hidden_size
 
 
