@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -42,18 +40,18 @@ def test_every_single_mistake_scores_0():
         wrong_shape = next(s for s in scenes.SHAPES if s not in {o.shape for o in objects})
         used = {(o.row, o.column) for o in objects}
         free = [(r, c) for r in range(2) for c in range(2) if (r, c) not in used]
-        mistakes = [others, [replace(first, shape=wrong_shape), *others]]
-        mistakes += [[*objects, replace(first, row=r, column=c)] for r, c in free]
+        mistakes = [others, [first._replace(shape=wrong_shape), *others]]
+        mistakes += [[*objects, first._replace(row=r, column=c)] for r, c in free]
         if prompt.parts[0].colour:
             wrong = next(c for c in scenes.COLOURS if c != first.colour)
-            mistakes.append([replace(first, colour=wrong), *others])
+            mistakes.append([first._replace(colour=wrong), *others])
         if prompt.relation:
             second = objects[1]
             place = {"row": first.row, "column": first.column}
             mistakes.append(
                 [
-                    replace(first, row=second.row, column=second.column),
-                    replace(second, **place),
+                    first._replace(row=second.row, column=second.column),
+                    second._replace(**place),
                 ]
             )
         for mistake in mistakes:
@@ -99,7 +97,7 @@ def test_placed_prompts_hold_in_their_half_alone_and_are_not_tested():
                 "below": {"row": 0},
                 None: {},
             }[part.place]
-            moved = [replace(o, **opposite) if o is item else o for o in objects]
+            moved = [o._replace(**opposite) if o is item else o for o in objects]
             assert prompt.holds(moved) == (part.place is None), prompt.text
     assert not {p.text for p in scenes.placed_prompts()} & {p.text for p in scenes.all_prompts()}
 

@@ -82,6 +82,7 @@ class Masters:
         self._sum = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             weight.grad = self._sum[name]
+        self._summed = [(parameter, self._sum[name]) for name, parameter in self._own.items()]
         # A shard may be empty, which fused steps do not take.
         decayed = [w for n, w in self.weights.items() if self.parameters[n].ndim > 1 and w.numel()]
         plain = [w for n, w in self.weights.items() if self.parameters[n].ndim <= 1 and w.numel()]
@@ -106,8 +107,8 @@ class Masters:
         as it is there, so that few exist at a time. Of sharded parameters they are there only after
         the pass, so the block gets a function to call then.
         """
-        for name, parameter in self._own.items():
-            parameter.grad = self._sum[name]
+        for parameter, total in self._summed:
+            parameter.grad = total
         hooks = [
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, self._sum[name]))
             for name, parameter in self._copies.items()

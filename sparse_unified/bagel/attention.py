@@ -107,9 +107,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        weight = self.weight
+        # Rounded before it is weighted, as the official code does: so the weight is not passed on.
+        return weight * F.rms_norm(x.float(), weight.shape, eps=self.eps).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
@@ -203,7 +203,7 @@ class MoTAttention(nn.Module):
         if isinstance(packing, JointPacking):
             num_key_heads = next(iter(streams.values()))[1].shape[1]
             reads = {s: key_heads_read(getattr(self, f"q_proj{s}"), num_key_heads) for s in streams}
-            mixed = attend_jointly(streams, reads, packing.groups)
+            mixed = attend_jointly(streams, reads, packing)
         else:
             mixed = self._attend_to_contexts(streams, packing)
         outputs = {s: getattr(self, f"o_proj{s}")(out) for s, out in mixed.items()}
@@ -213,14 +213,12 @@ class MoTAttention(nn.Module):
         self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns rotated queries [N, H, d], keys and values [N, K, d] of a stream."""
-        q, k, v = (
-            getattr(self, f"{name}_proj{stream}")(x).unflatten(-1, (-1, self.head_dim))
-            for name in ("q", "k", "v")
-        )
-        q, k = (
-            rotate(getattr(self, f"{name}_norm{stream}")(out), angles).to(x.dtype)
-            for name, out in (("q", q), ("k", k))
-        )
+        heads = (-1, self.head_dim)
+        q = getattr(self, f"q_proj{stream}")(x).unflatten(-1, heads)
+        k = getattr(self, f"k_proj{stream}")(x).unflatten(-1, heads)
+        v = getattr(self, f"v_proj{stream}")(x).unflatten(-1, heads)
+        q = rotate(getattr(self, f"q_norm{stream}")(q), angles).to(x.dtype)
+        k = rotate(getattr(self, f"k_norm{stream}")(k), angles).to(x.dtype)
         return q, k, v
 
     def _attend_to_contexts(

@@ -93,10 +93,11 @@ class TimestepEmbedder(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Returns the cosines and sines that rotate heads at `positions` [n]: [n, 1, head_dim] fp32."""
+    """Returns what `rotate` turns heads at `positions` [n] by: cosines and sines, [n, 1, head_dim]
+    fp32; the sines of the first half are negated."""
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[:, None].float() * (1.0 / theta**steps)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    angles = torch.cat([-angles, angles], dim=-1)[:, None]
     return angles.cos(), angles.sin()
 
 
@@ -104,5 +105,4 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Applies rotary positions to heads x [n, heads, head_dim], in fp32."""
     cos, sin = angles
     x = x.float()
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,7 @@ class JointPacking:
         und_angles, gen_angles: rotary cosines and sines of each token; None without gen tokens.
         text_rows, vit_rows: rows of the und stream of text and of ViT tokens; None when all are
             text.
+        rows: rows of each group, by stream.
         routed: takes the router logits [T, E] of the sparse blocks of a layer, by component.
     """
 
@@ -95,6 +96,11 @@ class JointPacking:
     text_rows: Tensor | None = None
     vit_rows: Tensor | None = None
     routed: dict[str, Tensor] | None = None
+    rows: Mapping[str, list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = {s: [group.num_rows(s) for group in self.groups] for s in (UND, GEN)}
+        object.__setattr__(self, "rows", rows)
 
     def recording(self, dtype: torch.dtype) -> JointPacking:
         """Returns the same with an empty `routed`, and masks to add to scores of `dtype`.
@@ -116,56 +122,66 @@ class JointPacking:
 def attend_jointly(
     heads: Mapping[str, tuple[Tensor, Tensor, Tensor]],
     reads: Mapping[str, Sequence[int]],
-    groups: Sequence[Group],
+    packing: JointPacking,
 ) -> dict[str, Tensor]:
     """Lets every sequence attend to itself.
 
     Args:
         heads: queries [N, H, d], keys and values [N, K, d] of each stream that takes part.
         reads: key heads that the queries of a stream read.
-        groups: how the streams divide into sequences.
+        packing: how the streams divide into sequences.
 
     Returns:
         The mixed values [N, H * d] of each stream.
     """
-    # One split a tensor: the gradients of slices would each be a tensor of the whole stream.
-    split = {}
-    for stream, parts in heads.items():
-        rows = [group.num_rows(stream) for group in groups]
-        split[stream] = [x.split(rows) for x in parts]
+    # All heads of a stream in one tensor, which is divided, gathered and joined at once. One split:
+    # the gradients of slices would each be a tensor of the whole stream.
+    split = {
+        stream: torch.cat(parts, dim=1).split(packing.rows[stream])
+        for stream, parts in heads.items()
+    }
+    num_key_heads = next(iter(heads.values()))[1].shape[1]
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
-    for i, group in enumerate(groups):
+    for i, group in enumerate(packing.groups):
         own = {
-            stream: [group.gathered(stream, x[i]) for x in parts]
+            stream: group.gathered(stream, parts[i])
             for stream, parts in split.items()
             if group.lengths[stream]
         }
-        for stream, out in _attend(own, reads, group).items():
+        for stream, out in _attend(own, reads, num_key_heads, group).items():
             mixed[stream].append(group.scattered(stream, out))
-    return {stream: torch.cat(parts) for stream, parts in mixed.items()}
+    return {stream: _joined(parts, dim=0) for stream, parts in mixed.items()}
 
 
 def _attend(
-    own: Mapping[str, Sequence[Tensor]], reads: Mapping[str, Sequence[int]], group: Group
+    own: Mapping[str, Tensor], reads: Mapping[str, Sequence[int]], num_key_heads: int, group: Group
 ) -> dict[str, Tensor]:
-    """Returns the mixed values [B, n, H * d] of each stream of a group."""
+    """Returns the mixed values [B, n, H * d] of each stream of a group.
+
+    Args:
+        own: queries, keys and values [B, n, H + 2 K, d] of each stream.
+    """
     if not own:
         return {}
-    queries, keys, values = zip(*own.values(), strict=True)
-    key, value = (torch.cat(parts, dim=1).transpose(1, 2) for parts in (keys, values))
     mask = group.mask
+    length = sum(x.shape[1] for x in own.values())
     # Of a group with tokens of both streams, one may not take part in this layer.
-    is_part = mask is not None and key.shape[2] < mask.shape[-1]
+    is_part = mask is not None and length < mask.shape[-1]
     if mask is not None and is_part:
         mask = torch.cat([mask[..., group.span(stream)] for stream in own], dim=-1)
-    if all(len(reads[stream]) == key.shape[1] for stream in own):
+    if all(len(reads[stream]) == num_key_heads for stream in own):
         if mask is not None and is_part:
             mask = torch.cat([mask[..., group.span(stream), :] for stream in own], dim=-2)
-        out = _mix(torch.cat(queries, dim=1), key, value, mask, group.causal)
+        query, key, value = _divided(_joined(list(own.values()), dim=1), num_key_heads)
+        out = _mix(query, key, value, mask, group.causal)
+        if len(own) == 1:
+            return dict.fromkeys(own, out)
         lengths = [group.lengths[stream] for stream in own]
         return dict(zip(own, out.split(lengths, dim=1), strict=True))
+    queries, keys, values = zip(*(_divided(x, num_key_heads) for x in own.values()), strict=True)
+    key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
     mixed = {}
-    for stream, (query, _, _) in own.items():
+    for stream, query in zip(own, queries, strict=True):
         # Stacked views: an index would have to be copied to the device.
         own_key, own_value = (
             torch.stack([x[:, head] for head in reads[stream]], dim=1) for x in (key, value)
@@ -175,14 +191,25 @@ def _attend(
     return mixed
 
 
+def _joined(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def _divided(heads: Tensor, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes [B, n, H + 2 K, d] apart: queries [B, H, n, d], keys and values [B, K, n, d]."""
+    sizes = [heads.shape[2] - 2 * num_key_heads, num_key_heads, num_key_heads]
+    query, key, value = heads.transpose(1, 2).split(sizes, dim=1)
+    return query, key, value
+
+
 def _mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention of queries [B, n, H, d] to keys and values [B, K, m, d]: [B, n, H * d]."""
+    """Attention of queries [B, H, n, d] to keys and values [B, K, m, d]: [B, n, H * d]."""
     out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
+        query,
         key,
         value,
         attn_mask=mask,
         is_causal=causal,
-        enable_gqa=query.shape[2] != key.shape[1],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).flatten(2)

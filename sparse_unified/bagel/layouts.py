@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +16,85 @@ from sparse_unified.bagel.joint_attention import GEN, UND, Group, Padding
 Layout = tuple[tuple[str, int], ...]
 TEXT, VIT, CLEAN, NOISED = "text", "vit", "clean", "noised"
 MARKERS = 2
+_KINDS = (TEXT, VIT, CLEAN, NOISED)
 
 # Padding pays where calls cost more than what they compute: short sequences, little of it.
 _MOST_PADDED_TOKENS = 256
 _MOST_PADDED_COST = 2.0
 
 
-def stream_lengths(layout: Layout) -> dict[str, int]:
-    """Returns the tokens of a sequence in each stream."""
-    gen = sum(length for kind, length in layout if kind in (CLEAN, NOISED))
-    markers = MARKERS * sum(kind != TEXT for kind, _ in layout)
-    return {UND: sum(length for _, length in layout) - gen + markers, GEN: gen}
+class Streams(NamedTuple):
+    """The tokens of a sequence in the und and in the gen stream.
+
+    Attributes:
+        und_positions, gen_positions: rotary positions.
+        und_tags, gen_tags: the segment, counted from 0, and the kind of each token, as one number.
+    """
+
+    und_positions: list[int]
+    gen_positions: list[int]
+    und_tags: list[int]
+    gen_tags: list[int]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens in each stream."""
+        return {UND: len(self.und_tags), GEN: len(self.gen_tags)}
 
 
-def stream_positions(layout: Layout) -> tuple[list[int], list[int]]:
-    """Returns the rotary positions of the tokens of a sequence in the und and the gen stream."""
-    und: list[int] = []
-    gen: list[int] = []
+@lru_cache(maxsize=1024)
+def streams_of(layout: Layout) -> Streams:
+    """Returns the tokens of a sequence, to be read only."""
+    streams = Streams([], [], [], [])
+    und_positions, gen_positions, und_tags, gen_tags = streams
     position = 0
-    for kind, length in layout:
+    for i, (kind, length) in enumerate(layout):
+        tag = _tag(i, kind)
         if kind == TEXT:
-            und += range(position, position + length)
+            und_positions += range(position, position + length)
+            und_tags += [tag] * length
             position += length
             continue
         if kind == VIT:
-            und += [position] * length
+            und_positions += [position] * (length + MARKERS)
+            und_tags += [tag] * (length + MARKERS)
         else:
-            gen += [position] * length
-        und += [position] * MARKERS
+            und_positions += [position] * MARKERS
+            und_tags += [tag] * MARKERS
+            gen_positions += [position] * length
+            gen_tags += [tag] * length
         position += kind != NOISED
-    return und, gen
+    return streams
+
+
+def _tag(segment: int, kind: str) -> int:
+    return segment * len(_KINDS) + _KINDS.index(kind)
+
+
+def _masks(many: Sequence[Streams], lengths: Mapping[str, int]) -> Tensor:
+    """Returns who sees whom in sequences that are padded to so many tokens: [n, L, L] bool.
+
+    Row i sees column j; und tokens come first. Padding is a segment before all others, and a noised
+    one: it sees itself, so that no row of scores is empty, and nothing sees it.
+    """
+    padding = _tag(-1, NOISED)
+    tags = torch.tensor(
+        [
+            [
+                *streams.und_tags,
+                *[padding] * (lengths[UND] - len(streams.und_tags)),
+                *streams.gen_tags,
+                *[padding] * (lengths[GEN] - len(streams.gen_tags)),
+            ]
+            for streams in many
+        ]
+    )
+    segment, kind = tags // len(_KINDS), tags % len(_KINDS)
+    is_text, is_noised = kind == _KINDS.index(TEXT), kind == _KINDS.index(NOISED)
+    index = torch.arange(tags.shape[1])
+    same = segment[:, :, None] == segment[:, None]
+    before = (segment[:, :, None] > segment[:, None]) & ~is_noised[:, None]
+    return before | same & (~is_text[:, :, None] | (index[:, None] >= index))
 
 
 @lru_cache(maxsize=1024)
@@ -52,20 +102,8 @@ def _mask(layout: Layout) -> tuple[Tensor | None, bool]:
     """Returns who sees whom ([L, L] bool, und tokens first; None for all), and if it is causal."""
     if all(kind == TEXT for kind, _ in layout):
         return None, True
-    segment: list[list[int]] = [[], []]  # of each und, of each gen token
-    for i, (kind, length) in enumerate(layout):
-        segment[0] += [i] * (length if kind == TEXT else MARKERS)
-        if kind == VIT:
-            segment[0] += [i] * length
-        elif kind in (CLEAN, NOISED):
-            segment[1] += [i] * length
-    of = torch.tensor(segment[0] + segment[1])
-    noised = torch.tensor([kind == NOISED for kind, _ in layout])[of]
-    text = torch.tensor([kind == TEXT for kind, _ in layout])[of]
-    index = torch.arange(len(of))
-    same = of[:, None] == of
-    before = (of[:, None] > of) & ~noised
-    mask = before | same & (~text[:, None] | (index[:, None] >= index))
+    streams = streams_of(layout)
+    mask = _masks([streams], streams.lengths)[0]
     return (None if bool(mask.all()) else mask), False
 
 
@@ -79,21 +117,27 @@ def make_groups(layouts: Sequence[tuple[Layout, int]], device: torch.device | st
     Returns:
         One padded group, or one group a layout where padding would cost too much.
     """
-    lengths = [stream_lengths(layout) for layout, _ in layouts]
+    many = [streams_of(layout) for layout, _ in layouts]
     counts = [count for _, count in layouts]
-    longest = {stream: max(own[stream] for own in lengths) for stream in (UND, GEN)}
+    longest = {
+        UND: max(len(streams.und_tags) for streams in many),
+        GEN: max(len(streams.gen_tags) for streams in many),
+    }
     most = sum(longest.values())
-    needed = sum(sum(own.values()) ** 2 * n for own, n in zip(lengths, counts, strict=True))
+    needed = sum(
+        (len(streams.und_tags) + len(streams.gen_tags)) ** 2 * count
+        for streams, count in zip(many, counts, strict=True)
+    )
     pays = most <= _MOST_PADDED_TOKENS and most**2 * sum(counts) <= _MOST_PADDED_COST * needed
     if len(layouts) > 1 and pays:
-        return [_padded(layouts, lengths, longest, device)]
+        return [_padded(many, counts, longest, device)]
     groups = []
-    for (layout, count), own in zip(layouts, lengths, strict=True):
+    for (layout, count), streams in zip(layouts, many, strict=True):
         mask, causal = _mask(layout)
         groups.append(
             Group(
                 count=count,
-                lengths=own,
+                lengths=streams.lengths,
                 mask=None if mask is None else mask.to(device),
                 causal=causal,
             )
@@ -102,32 +146,23 @@ def make_groups(layouts: Sequence[tuple[Layout, int]], device: torch.device | st
 
 
 def _padded(
-    layouts: Sequence[tuple[Layout, int]],
-    lengths: Sequence[dict[str, int]],
-    longest: dict[str, int],
+    many: Sequence[Streams],
+    counts: Sequence[int],
+    longest: Mapping[str, int],
     device: torch.device | str,
 ) -> Group:
-    counts = torch.tensor([count for _, count in layouts])
-    most = sum(longest.values())
-    # Every token sees itself, padding too, so that no row of scores is empty.
-    masks = torch.eye(most, dtype=torch.bool).repeat(len(layouts), 1, 1)
-    for mask, (layout, _), own in zip(masks, layouts, lengths, strict=True):
-        at = torch.cat([torch.arange(own[UND]), longest[UND] + torch.arange(own[GEN])])
-        seen, _ = _mask(layout)
-        if seen is None:
-            seen = torch.ones(len(at), len(at), dtype=torch.bool)
-            seen = seen.tril() if all(kind == TEXT for kind, _ in layout) else seen
-        mask[at[:, None], at] = seen
+    repeats = torch.tensor(counts)
     padding = {}
-    for stream, length in longest.items():
-        own_lengths = torch.tensor([own[stream] for own in lengths]).repeat_interleave(counts)
-        is_token = torch.arange(length) < own_lengths[:, None]  # [B, length]
+    for stream, own_lengths in (
+        (UND, [len(streams.und_tags) for streams in many]),
+        (GEN, [len(streams.gen_tags) for streams in many]),
+    ):
+        last = torch.tensor(own_lengths).repeat_interleave(repeats)[:, None]
+        is_token = torch.arange(longest[stream]) < last  # [B, length]
         kept = is_token.flatten().nonzero()[:, 0]
         rows = (is_token.flatten().cumsum(0) - 1).clamp_(min=0)
         padding[stream] = Padding(rows=rows.to(device), kept=kept.to(device))
+    masks = _masks(many, longest).repeat_interleave(repeats, dim=0)
     return Group(
-        count=int(counts.sum()),
-        lengths=longest,
-        mask=masks.repeat_interleave(counts, dim=0)[:, None].to(device),
-        padding=padding,
+        count=sum(counts), lengths=longest, mask=masks[:, None].to(device), padding=padding
     )

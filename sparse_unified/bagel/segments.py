@@ -28,7 +28,7 @@ from sparse_unified.bagel.layouts import (
     VIT,
     Layout,
     make_groups,
-    stream_positions,
+    streams_of,
 )
 from sparse_unified.bagel.vision import patchify
 
@@ -141,9 +141,9 @@ class _Rows:
         self, config: BagelConfig, layout: Layout, sequences: Sequence[Sequence[Segment]]
     ) -> None:
         """Adds sequences of one layout."""
-        und_positions, gen_positions = stream_positions(layout)
-        self.und_positions += und_positions * len(sequences)
-        self.gen_positions += gen_positions * len(sequences)
+        streams = streams_of(layout)
+        self.und_positions += streams.und_positions * len(sequences)
+        self.gen_positions += streams.gen_positions * len(sequences)
         start, end = config.special_tokens.start_of_image, config.special_tokens.end_of_image
         lengths, ids = [length for _, length in layout], self.ids
         for sequence in sequences:
@@ -162,8 +162,13 @@ class _Rows:
                     self.latents.append(segment)
 
 
-def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
+def _layout(
+    config: BagelConfig, sequence: Sequence[Segment], known: dict[tuple[str, torch.Size], int]
+) -> Layout:
     """Checks a sequence and returns the kinds and lengths of its segments.
+
+    Args:
+        known: patches of images that fit, by name and shape; those of this sequence are added.
 
     Raises:
         ValueError: it is empty, or a segment does not fit the model.
@@ -184,33 +189,34 @@ def _layout(config: BagelConfig, sequence: Sequence[Segment]) -> Layout:
                 )
             layout.append((TEXT, len(segment.token_ids)))
         elif isinstance(segment, VitSegment):
-            length = _patches(
-                "pixels",
-                segment.pixels,
-                config.vision.num_channels,
-                config.vision.patch_size,
-                config.vit_max_num_patch_per_side,
-            )
-            layout.append((VIT, length))
+            key = ("pixels", segment.pixels.shape)
+            if key not in known:
+                known[key] = _patches(
+                    *key,
+                    config.vision.num_channels,
+                    config.vision.patch_size,
+                    config.vit_max_num_patch_per_side,
+                )
+            layout.append((VIT, known[key]))
         else:
-            length = _patches(
-                "latent",
-                segment.latent,
-                config.token_channels // config.latent_patch_size**2,
-                config.latent_patch_size,
-                config.max_latent_size,
-            )
-            layout.append((CLEAN if segment.time is None else NOISED, length))
+            key = ("latent", segment.latent.shape)
+            if key not in known:
+                known[key] = _patches(
+                    *key,
+                    config.token_channels // config.latent_patch_size**2,
+                    config.latent_patch_size,
+                    config.max_latent_size,
+                )
+            layout.append((CLEAN if segment.time is None else NOISED, known[key]))
     return tuple(layout)
 
 
-def _patches(name: str, image: Tensor, channels: int, patch: int, side: int) -> int:
-    height, width = image.shape[-2:]
-    if image.ndim != 3 or image.shape[0] != channels:
+def _patches(name: str, shape: torch.Size, channels: int, patch: int, side: int) -> int:
+    if len(shape) != 3 or shape[0] != channels:
         raise ValueError(
-            f"pack_training: {name} must have shape [{channels}, height, width], "
-            f"got {list(image.shape)}"
+            f"pack_training: {name} must have shape [{channels}, height, width], got {list(shape)}"
         )
+    height, width = shape[1:]
     if height % patch or width % patch or not 0 < max(height, width) <= side * patch:
         raise ValueError(
             f"pack_training: sides of {name} must be multiples of {patch} up to {side * patch}, "
@@ -252,8 +258,9 @@ def pack_training(
     if not sequences:
         raise ValueError("pack_training: sequences must hold at least one sequence, got none")
     by_layout: dict[Layout, list[Sequence[Segment]]] = {}
+    known: dict[tuple[str, torch.Size], int] = {}
     for sequence in sequences:
-        by_layout.setdefault(_layout(config, sequence), []).append(sequence)
+        by_layout.setdefault(_layout(config, sequence, known), []).append(sequence)
     by_kinds: dict[tuple[str, ...], dict[Layout, list[Sequence[Segment]]]] = {}
     for layout, members in by_layout.items():
         by_kinds.setdefault(tuple(kind for kind, _ in layout), {})[layout] = members

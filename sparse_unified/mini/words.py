@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from sparse_unified.bagel.optional import optional
@@ -42,8 +42,13 @@ def encode(text: str) -> list[int]:
 
 @lru_cache(maxsize=4096)
 def _encoded(text: str) -> tuple[int, ...]:
-    ids = vocabulary()
+    ids = _ids()
     return tuple(ids.get(word, ids[UNKNOWN]) for word in text.lower().split())
+
+
+@cache
+def _ids() -> dict[str, int]:
+    return vocabulary()
 
 
 def write_tokenizer(directory: str | os.PathLike[str]) -> None:

@@ -35,5 +35,6 @@ class QueryProjection(nn.Linear):
 
 def key_heads_read(query: nn.Module, num_key_heads: int) -> tuple[int, ...]:
     """Returns the key head that each group of a query projection reads; a plain one reads all."""
-    heads: tuple[int, ...] = getattr(query, "key_heads", tuple(range(num_key_heads)))
-    return heads
+    # Not getattr: to a module that lacks it, torch makes an error with a text each time.
+    heads: tuple[int, ...] | None = vars(query).get("key_heads")
+    return tuple(range(num_key_heads)) if heads is None else heads
