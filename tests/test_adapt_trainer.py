@@ -12,7 +12,7 @@ import torch
 from adapt_models import CONFIG, Mixed, bagel, losses, trainer
 
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
-from sparse_unified.adapt.draws import DataOrder, sequence_generator
+from sparse_unified.adapt.draws import DataOrder, generator_for, sequence_generators
 from sparse_unified.bagel import Segment, TextSegment, pack_training, training_forward
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,6 +59,11 @@ def test_order_is_another_permutation_every_epoch() -> None:
     assert [DataOrder(7, seed=3)[i] for i in (20, 0)] == [epochs[2][6], epochs[0][0]]
 
 
+def test_every_sequence_draws_from_a_hash_of_seed_step_and_place() -> None:
+    for place, generator in zip((0, 7, 31), sequence_generators(3, 12, (0, 7, 31)), strict=True):
+        assert generator.initial_seed() == generator_for(3, 1, 12, place).initial_seed()
+
+
 def test_a_step_is_clipped_adamw_on_losses_over_all_tokens() -> None:
     own = trainer(micro_batch_size=4, max_grad_norm=0.5, warmup_steps=0, z_weight=0.1)
     config = own.config
@@ -67,8 +72,9 @@ def test_a_step_is_clipped_adamw_on_losses_over_all_tokens() -> None:
     model = bagel()
     freeze(model, "expert_frozen")
     data, order = Mixed(model), DataOrder(5, config.seed)
+    generators = sequence_generators(config.seed, 0, range(4))
     sequences = [
-        data.sequence(order[place], sequence_generator(config.seed, 0, place)) for place in range(4)
+        data.sequence(order[place], generator) for place, generator in enumerate(generators)
     ]
     batch = pack_training(model.config, sequences, device="cpu")
     out = training_forward(model, batch)

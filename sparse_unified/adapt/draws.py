@@ -8,6 +8,7 @@ and so does one on any number of processes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,13 +18,21 @@ _ORDER, _SEQUENCE = 0, 1
 def generator_for(seed: int, *place: int) -> torch.Generator:
     """Returns a CPU generator whose seed is a hash of all the numbers."""
     text = " ".join(map(str, (seed, *place)))
-    digest = hashlib.sha256(text.encode()).digest()
+    return _generator(hashlib.sha256(text.encode()).digest())
+
+
+def sequence_generators(seed: int, step: int, places: Iterable[int]) -> Iterator[torch.Generator]:
+    """Yields what the sequences at places of the batch of a step draw from: for each place
+    `generator_for(seed, _SEQUENCE, step, place)`."""
+    common = hashlib.sha256(f"{seed} {_SEQUENCE} {step} ".encode())
+    for place in places:
+        own = common.copy()
+        own.update(str(place).encode())
+        yield _generator(own.digest())
+
+
+def _generator(digest: bytes) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def sequence_generator(seed: int, step: int, place: int) -> torch.Generator:
-    """Returns what the sequence at a place of the batch of a step draws from."""
-    return generator_for(seed, _SEQUENCE, step, place)
 
 
 class DataOrder:

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.draws import sequence_generator
+from sparse_unified.adapt.draws import sequence_generators
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.run import RunConfig, latest_state, prepare
 from sparse_unified.adapt.sharding import num_processes
@@ -72,9 +72,10 @@ def plan(
     prepared = prepare(model, out, data, config, run)
     dataset, trainer = prepared.dataset, prepared.trainer
     size = config.batch_size // config.passes
+    generators = sequence_generators(config.seed, 0, range(size))
     sequences = [
-        dataset.sequence(index % len(dataset), sequence_generator(config.seed, 0, index))
-        for index in range(size)
+        dataset.sequence(index % len(dataset), generator)
+        for index, generator in enumerate(generators)
     ]
     batch = pack_training(trainer.model.config, sequences, device=trainer.model.device)
     image_tokens = 0 if batch.latents is None else len(batch.latents)

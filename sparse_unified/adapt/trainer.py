@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparse_unified.adapt import state
 from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.draws import DataOrder, sequence_generator
+from sparse_unified.adapt.draws import DataOrder, sequence_generators
 from sparse_unified.adapt.masters import Masters
 from sparse_unified.adapt.reports import LOSSES, StepRecord, TrainingReport
 from sparse_unified.adapt.sharding import num_processes, shard_, this_process
@@ -262,13 +262,11 @@ class Trainer:
         for number in range(config.passes):
             own = number % num_processes() == this_process()
             places = range(number * size, (number + 1) * size) if own else ()
+            generators = sequence_generators(config.seed, step, places)
             passes.append(
                 [
-                    self.dataset.sequence(
-                        self._order[step * config.batch_size + place],
-                        sequence_generator(config.seed, step, place),
-                    )
-                    for place in places
+                    self.dataset.sequence(self._order[step * config.batch_size + place], generator)
+                    for place, generator in zip(places, generators, strict=True)
                 ]
             )
         return passes

@@ -62,12 +62,15 @@ def run_ffn(
         named["packed_vit_token_indexes"] = packing.vit_rows
         if packing.text_rows is not None:
             named["packed_text_indexes"] = packing.text_rows
-    weight = next(ffn.parameters(), x)
-    if weight.device == x.device or weight.is_meta or torch.is_grad_enabled():
+    home = x.device
+    if not torch.is_grad_enabled():
+        weight = next(ffn.parameters(), x)
+        home = home if weight.is_meta else weight.device
+    if home == x.device:
         # With several devices, layers get rows on theirs and the packing on the first one.
         out = ffn(x, **{name: rows.to(x.device) for name, rows in named.items()})
     else:
-        out = visit_ffn(ffn, x, named, home=weight.device)
+        out = visit_ffn(ffn, x, named, home=home)
     if not isinstance(out, tuple):
         return out
     if packing is not None and packing.routed is not None:

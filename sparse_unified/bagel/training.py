@@ -89,8 +89,7 @@ def training_forward(
             block: Any = layer.mlp if component == "und" else layer.mlp_moe_gen
             routed[component, index] = (values, block.top_k)
 
-    zero = torch.zeros((), device=und.device)
-    text_loss = image_loss = balance = z_loss = zero
+    text_loss = image_loss = balance = z_loss = torch.zeros((), device=und.device)
     if batch.text_tokens:
         hidden = decoder.norm(und.index_select(0, batch.label_rows))
         text_loss = F.cross_entropy(language.lm_head(hidden).float(), batch.labels, reduction="sum")
@@ -99,11 +98,16 @@ def training_forward(
             decoder.norm_moe_gen(gen.index_select(0, batch.velocity_rows))
         ).float()
         image_loss = (predicted - batch.velocities).square().mean(-1).sum()
-    loads = {}
+    loads: dict[tuple[str, int], Tensor] = {}
+    alike: dict[tuple[torch.Size, int], list[tuple[str, int]]] = {}
     for key, (logits, top_k) in routed.items():
-        loads[key] = expert_load(logits, top_k)
-        balance = balance + balance_loss(logits, loads[key])
-        z_loss = z_loss + logits.logsumexp(-1).square().mean()
+        alike.setdefault((logits.shape, top_k), []).append(key)
+    for (_, top_k), keys in alike.items():
+        logits = torch.stack([routed[key][0] for key in keys])  # [blocks, T, E]
+        load = expert_load(logits, top_k)
+        loads.update(zip(keys, load.unbind(), strict=True))
+        balance = balance + balance_loss(logits, load).sum()
+        z_loss = z_loss + logits.logsumexp(-1).square().mean(-1).sum()
     blocks = max(len(routed), 1)
     return TrainingOutput(
         text_loss_sum=text_loss,
@@ -117,13 +121,15 @@ def training_forward(
 
 
 def expert_load(logits: Tensor, top_k: int) -> Tensor:
-    """Counts the tokens of each expert, [E] int64, for router logits [T, E]; ties as in routing."""
-    chosen = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    return torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
+    """Counts the tokens of each expert, [..., E] int64, for router logits [..., T, E]; ties as in
+    routing."""
+    order = logits.detach().sort(dim=-1, descending=True, stable=True).indices
+    taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order[..., :top_k], True)
+    return taken.sum(-2)
 
 
 def balance_loss(logits: Tensor, load: Tensor) -> Tensor:
-    """Returns the load-balance loss of one block, for logits [T, E] and its load [E]; see
+    """Returns the load-balance loss of blocks, [...], for logits [..., T, E] and load [..., E]; see
     `TrainingOutput`."""
-    share = load / load.sum()
-    return logits.shape[-1] * (share * logits.softmax(-1).mean(0)).sum()
+    share = load / load.sum(-1, keepdim=True)
+    return logits.shape[-1] * (share * logits.softmax(-1).mean(-2)).sum(-1)
