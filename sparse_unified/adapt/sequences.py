@@ -92,20 +92,14 @@ def editing_sequence(
     config = config or SequenceConfig()
     time = draw_time(generator, config.timestep_shift)
     noise = torch.randn(latent.shape, generator=generator)
-    chances = torch.rand(3, generator=generator).tolist()
-    keeps_text, keeps_vit, keeps_vae = (
-        chance >= dropout
-        for chance, dropout in zip(
-            chances, (config.text_dropout, config.vit_dropout, config.vae_dropout), strict=True
-        )
-    )
+    text_chance, vit_chance, vae_chance = torch.rand(3, generator=generator).tolist()
     segments: list[Segment] = []
     for source in sources:
-        if source.latent is not None and keeps_vae:
+        if source.latent is not None and vae_chance >= config.vae_dropout:
             segments.append(LatentSegment(latent=source.latent))
-        if source.vit_pixels is not None and keeps_vit:
+        if source.vit_pixels is not None and vit_chance >= config.vit_dropout:
             segments.append(VitSegment(pixels=source.vit_pixels))
-    if keeps_text:
+    if text_chance >= config.text_dropout:
         segments.append(text(special_tokens, prompt_ids))
     return [*segments, LatentSegment(latent=latent, time=time, noise=noise)]
 

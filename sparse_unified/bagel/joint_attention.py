@@ -9,7 +9,7 @@ nearly one layout are padded to one, for this call alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -62,6 +62,10 @@ class Group:
         """Rows, and columns, of the mask that belong to a stream."""
         start = 0 if stream == UND else self.lengths[UND]
         return slice(start, start + self.lengths[stream])
+
+    def is_part(self, streams: Container[str]) -> bool:
+        """Whether one of the streams that have tokens here does not take part."""
+        return any(length and stream not in streams for stream, length in self.lengths.items())
 
     def gathered(self, stream: str, rows: Tensor) -> Tensor:
         """Brings rows [n, ...] of the group to sequences [B, length, ...]."""
@@ -141,6 +145,7 @@ def attend_jointly(
         for stream, parts in heads.items()
     }
     num_key_heads = next(iter(heads.values()))[1].shape[1]
+    are_alike = all(len(reads[stream]) == num_key_heads for stream in heads)
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
     for i, group in enumerate(packing.groups):
         own = {
@@ -148,38 +153,46 @@ def attend_jointly(
             for stream, parts in split.items()
             if group.lengths[stream]
         }
-        for stream, out in _attend(own, reads, num_key_heads, group).items():
+        if not own:
+            continue
+        outs = (
+            _attend_alike(own, num_key_heads, group)
+            if are_alike
+            else _attend_apart(own, reads, num_key_heads, group)
+        )
+        for stream, out in outs.items():
             mixed[stream].append(group.scattered(stream, out))
     return {stream: _joined(parts, dim=0) for stream, parts in mixed.items()}
 
 
-def _attend(
-    own: Mapping[str, Tensor], reads: Mapping[str, Sequence[int]], num_key_heads: int, group: Group
-) -> dict[str, Tensor]:
-    """Returns the mixed values [B, n, H * d] of each stream of a group.
+def _attend_alike(own: Mapping[str, Tensor], num_key_heads: int, group: Group) -> dict[str, Tensor]:
+    """Returns the mixed values [B, n, H * d] of each stream of a group, all of which read all key
+    heads.
 
     Args:
         own: queries, keys and values [B, n, H + 2 K, d] of each stream.
     """
-    if not own:
-        return {}
+    query, key, value = _divided(_joined(list(own.values()), dim=1), num_key_heads)
     mask = group.mask
-    length = sum(x.shape[1] for x in own.values())
-    # Of a group with tokens of both streams, one may not take part in this layer.
-    is_part = mask is not None and length < mask.shape[-1]
-    if mask is not None and is_part:
-        mask = torch.cat([mask[..., group.span(stream)] for stream in own], dim=-1)
-    if all(len(reads[stream]) == num_key_heads for stream in own):
-        if mask is not None and is_part:
-            mask = torch.cat([mask[..., group.span(stream), :] for stream in own], dim=-2)
-        query, key, value = _divided(_joined(list(own.values()), dim=1), num_key_heads)
-        out = _mix(query, key, value, mask, group.causal)
-        if len(own) == 1:
-            return dict.fromkeys(own, out)
-        lengths = [group.lengths[stream] for stream in own]
-        return dict(zip(own, out.split(lengths, dim=1), strict=True))
+    if mask is not None and group.is_part(own):
+        columns = torch.cat([mask[..., group.span(stream)] for stream in own], dim=-1)
+        mask = torch.cat([columns[..., group.span(stream), :] for stream in own], dim=-2)
+    out = _mix(query, key, value, mask, group.causal)
+    if len(own) == 1:
+        return dict.fromkeys(own, out)
+    lengths = [group.lengths[stream] for stream in own]
+    return dict(zip(own, out.split(lengths, dim=1), strict=True))
+
+
+def _attend_apart(
+    own: Mapping[str, Tensor], reads: Mapping[str, Sequence[int]], num_key_heads: int, group: Group
+) -> dict[str, Tensor]:
+    """Returns what `_attend_alike` does where a stream reads some of the key heads."""
     queries, keys, values = zip(*(_divided(x, num_key_heads) for x in own.values()), strict=True)
     key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+    mask = group.mask
+    if mask is not None and group.is_part(own):
+        mask = torch.cat([mask[..., group.span(stream)] for stream in own], dim=-1)
     mixed = {}
     for stream, query in zip(own, queries, strict=True):
         # Stacked views: an index would have to be copied to the device.

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparse_unified.bagel.joint_attention import GEN, UND, Group, Padding
 
-# Kind and number of tokens, without markers, of each segment of a sequence.
+# Kind and number of tokens, without markers, of each segment of a sequence. Texts that follow each
+# other are one: they see, and are seen, alike.
 Layout = tuple[tuple[str, int], ...]
 TEXT, VIT, CLEAN, NOISED = "text", "vit", "clean", "noised"
 MARKERS = 2
@@ -29,12 +30,17 @@ class Streams(NamedTuple):
     Attributes:
         und_positions, gen_positions: rotary positions.
         und_tags, gen_tags: the segment, counted from 0, and the kind of each token, as one number.
+        is_vit: which und tokens are seen through the ViT; the markers around them are not.
+        vit_lengths, latent_lengths: tokens of each image.
     """
 
     und_positions: list[int]
     gen_positions: list[int]
     und_tags: list[int]
     gen_tags: list[int]
+    is_vit: list[bool]
+    vit_lengths: list[int]
+    latent_lengths: list[int]
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -45,22 +51,27 @@ class Streams(NamedTuple):
 @lru_cache(maxsize=1024)
 def streams_of(layout: Layout) -> Streams:
     """Returns the tokens of a sequence, to be read only."""
-    streams = Streams([], [], [], [])
-    und_positions, gen_positions, und_tags, gen_tags = streams
+    streams = Streams([], [], [], [], [], [], [])
+    und_positions, gen_positions, und_tags, gen_tags, is_vit, vit_lengths, latent_lengths = streams
     position = 0
     for i, (kind, length) in enumerate(layout):
         tag = _tag(i, kind)
         if kind == TEXT:
             und_positions += range(position, position + length)
             und_tags += [tag] * length
+            is_vit += [False] * length
             position += length
             continue
         if kind == VIT:
             und_positions += [position] * (length + MARKERS)
             und_tags += [tag] * (length + MARKERS)
+            is_vit += [False, *[True] * length, False]
+            vit_lengths.append(length)
         else:
             und_positions += [position] * MARKERS
             und_tags += [tag] * MARKERS
+            is_vit += [False] * MARKERS
+            latent_lengths.append(length)
             gen_positions += [position] * length
             gen_tags += [tag] * length
         position += kind != NOISED

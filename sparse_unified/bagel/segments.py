@@ -131,7 +131,9 @@ class _Rows:
     ids: list[int] = field(default_factory=list)
     und_positions: list[int] = field(default_factory=list)
     gen_positions: list[int] = field(default_factory=list)
-    vit_spans: list[tuple[int, int]] = field(default_factory=list)
+    is_vit: list[bool] = field(default_factory=list)
+    vit_lengths: list[int] = field(default_factory=list)
+    latent_lengths: list[int] = field(default_factory=list)
     label_rows: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
@@ -141,24 +143,28 @@ class _Rows:
         self, config: BagelConfig, layout: Layout, sequences: Sequence[Sequence[Segment]]
     ) -> None:
         """Adds sequences of one layout."""
-        streams = streams_of(layout)
-        self.und_positions += streams.und_positions * len(sequences)
-        self.gen_positions += streams.gen_positions * len(sequences)
-        start, end = config.special_tokens.start_of_image, config.special_tokens.end_of_image
-        lengths, ids = [length for _, length in layout], self.ids
+        streams, count = streams_of(layout), len(sequences)
+        self.und_positions += streams.und_positions * count
+        self.gen_positions += streams.gen_positions * count
+        self.is_vit += streams.is_vit * count
+        self.vit_lengths += streams.vit_lengths * count
+        self.latent_lengths += streams.latent_lengths * count
+        markers = config.special_tokens.start_of_image, config.special_tokens.end_of_image
+        start, end = markers
+        ids = self.ids
         for sequence in sequences:
-            for segment, length in zip(sequence, lengths, strict=True):
+            lengths = iter(streams.vit_lengths)
+            for segment in sequence:
                 if isinstance(segment, TextSegment):
                     if segment.predict:
-                        self.label_rows += range(len(ids), len(ids) + length - 1)
+                        self.label_rows += range(len(ids), len(ids) + len(segment.token_ids) - 1)
                         self.labels += segment.token_ids[1:]
                     ids += segment.token_ids
                 elif isinstance(segment, VitSegment):
-                    self.vit_spans.append((len(ids) + 1, length))
-                    ids += [start, *[0] * length, end]
+                    ids += (start, *[0] * next(lengths), end)
                     self.pixels.append(segment.pixels)
                 else:
-                    ids += (start, end)
+                    ids += markers
                     self.latents.append(segment)
 
 
@@ -177,18 +183,23 @@ def _layout(
         raise ValueError("pack_training: a sequence must have at least one segment, got none")
     vocab_size = config.llm.vocab_size
     layout = []
+    text_length = 0
     for segment in sequence:
         if isinstance(segment, TextSegment):
-            if not segment.token_ids:
+            ids = segment.token_ids
+            if not ids:
                 raise ValueError("pack_training: token_ids must hold at least one id, got none")
-            least, most = min(segment.token_ids), max(segment.token_ids)
-            if least < 0 or most >= vocab_size:
+            if min(ids) < 0 or max(ids) >= vocab_size:
                 raise ValueError(
                     f"pack_training: token_ids must be from 0 to {vocab_size - 1}, "
-                    f"got {least if least < 0 else most}"
+                    f"got {min(ids) if min(ids) < 0 else max(ids)}"
                 )
-            layout.append((TEXT, len(segment.token_ids)))
-        elif isinstance(segment, VitSegment):
+            text_length += len(ids)
+            continue
+        if text_length:
+            layout.append((TEXT, text_length))
+            text_length = 0
+        if isinstance(segment, VitSegment):
             key = ("pixels", segment.pixels.shape)
             if key not in known:
                 known[key] = _patches(
@@ -208,6 +219,8 @@ def _layout(
                     config.max_latent_size,
                 )
             layout.append((CLEAN if segment.time is None else NOISED, known[key]))
+    if text_length:
+        layout.append((TEXT, text_length))
     return tuple(layout)
 
 
@@ -234,9 +247,12 @@ def _patchify_all(images: Sequence[Tensor], patch: int) -> Tensor:
 
 
 def _grids(images: Sequence[Tensor], patch: int, side: int) -> Tensor:
-    sizes = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
-    grids = {size: grid_positions(*size, side) for size in dict.fromkeys(sizes)}
-    return torch.cat([grids[size] for size in sizes])
+    shapes = [image.shape for image in images]
+    grids = {
+        shape: grid_positions(shape[1] // patch, shape[2] // patch, side)
+        for shape in dict.fromkeys(shapes)
+    }
+    return torch.cat([grids[shape] for shape in shapes])
 
 
 def pack_training(
@@ -263,7 +279,7 @@ def pack_training(
         by_layout.setdefault(_layout(config, sequence, known), []).append(sequence)
     by_kinds: dict[tuple[str, ...], dict[Layout, list[Sequence[Segment]]]] = {}
     for layout, members in by_layout.items():
-        by_kinds.setdefault(tuple(kind for kind, _ in layout), {})[layout] = members
+        by_kinds.setdefault(next(zip(*layout, strict=True)), {})[layout] = members
     rows, groups = _Rows(), []
     for near in by_kinds.values():
         for layout, members in near.items():
@@ -288,16 +304,14 @@ def _batch(
     def angles(positions: list[int]) -> tuple[Tensor, Tensor]:
         return rotary_angles(integers(positions), config.llm.head_dim, config.llm.rope_theta)
 
-    is_vit = torch.zeros(num_und, dtype=torch.bool)
-    for start, length in rows.vit_spans:
-        is_vit[start : start + length] = True
+    is_vit = torch.tensor(rows.is_vit, dtype=torch.bool)
     clean = [s.latent for s in rows.latents]
-    counts = torch.tensor([(x.shape[1] // patch) * (x.shape[2] // patch) for x in clean])
     times = torch.tensor([s.time or 0.0 for s in rows.latents])
-    time_rows = torch.arange(len(clean)).repeat_interleave(counts) if clean else None
+    time_rows = None
     latents, velocity_rows = None, torch.empty(0, dtype=torch.int64)
     velocities = torch.empty(0, config.token_channels)
     if clean:
+        time_rows = torch.arange(len(clean)).repeat_interleave(torch.tensor(rows.latent_lengths))
         asked = torch.tensor([s.time is not None for s in rows.latents])[time_rows]
         data = _patchify_all(clean, patch).float().cpu()
         noise = [torch.zeros_like(s.latent) if s.noise is None else s.noise for s in rows.latents]
@@ -317,7 +331,7 @@ def _batch(
             if vit
             else None
         ),
-        vit_lengths=tuple(length for _, length in rows.vit_spans),
+        vit_lengths=tuple(rows.vit_lengths),
         latents=latents,
         latent_positions=integers(_grids(clean, patch, config.max_latent_size)) if clean else None,
         times=times.to(device) if clean else None,

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import permutations, product
 from typing import NamedTuple
 
@@ -331,7 +331,11 @@ def questions_about(objects: Sequence[Object]) -> list[Question]:
     Counts are asked of every shape that is there, colours and places of shapes that are there once,
     and positions of two objects of different shapes that are not on a diagonal.
     """
-    scene = tuple(objects)
+    return list(_questions(tuple(objects)))
+
+
+@lru_cache(maxsize=4096)
+def _questions(scene: tuple[Object, ...]) -> tuple[Question, ...]:
     counts = Counter(item.shape for item in scene)
     asked = [
         ("count", f"how many {PLURALS[shape]} ?", NUMBERS[count]) for shape, count in counts.items()
@@ -352,7 +356,7 @@ def questions_about(objects: Sequence[Object]) -> list[Question]:
             if relation := relation_of(first, second):
                 text = f"where is the {first.shape} seen from the {second.shape} ?"
                 asked.append(("position", text, relation.split()[0]))
-    return [Question(kind, scene, text, answer) for kind, text, answer in asked]
+    return tuple(Question(kind, scene, text, answer) for kind, text, answer in asked)
 
 
 QUESTION_KINDS = ("count", "colour", "position")
