@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
+        if x.dtype == weight.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         # Rounded before it is weighted, as the official code does: so the weight is not passed on.
         return weight * F.rms_norm(x.float(), weight.shape, eps=self.eps).to(x.dtype)
 
@@ -135,6 +137,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor
         enable_gqa=query.shape[1] != key.shape[0],
     )
     return out[0].transpose(0, 1).flatten(1)
+
+
+class _Parts(NamedTuple):
+    """Names of the modules of a stream."""
+
+    query: str
+    key: str
+    value: str
+    query_norm: str
+    key_norm: str
+    output: str
+
+
+_NAMES = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
+_UND, _GEN = (_Parts(*(f"{name}{stream}" for name in _NAMES)) for stream in (UND, GEN))
+_PARTS = {UND: _UND, GEN: _GEN}
 
 
 class MoTAttention(nn.Module):
@@ -194,51 +212,61 @@ class MoTAttention(nn.Module):
             The two streams after the output projections, shaped as they came.
         """
         streams = {}
+        num_key_heads = 0
         if und is not None:
-            streams[UND] = self._heads(und, UND, packing.und_angles)
+            streams[UND], num_key_heads = self._heads(und, _UND, packing.und_angles)
         if gen is not None and packing.gen_angles is not None:
-            streams[GEN] = self._heads(gen, GEN, packing.gen_angles)
+            streams[GEN], num_key_heads = self._heads(gen, _GEN, packing.gen_angles)
         if not streams:
             return None, None
+        part: Any = self._modules
+        reads = {s: key_heads_read(part[_PARTS[s].query], num_key_heads) for s in streams}
         if isinstance(packing, JointPacking):
-            num_key_heads = next(iter(streams.values()))[1].shape[1]
-            reads = {s: key_heads_read(getattr(self, f"q_proj{s}"), num_key_heads) for s in streams}
-            mixed = attend_jointly(streams, reads, packing)
+            mixed = attend_jointly(streams, reads, num_key_heads, packing)
         else:
-            mixed = self._attend_to_contexts(streams, packing)
-        outputs = {s: getattr(self, f"o_proj{s}")(out) for s, out in mixed.items()}
-        return outputs.get(UND), outputs.get(GEN)
+            mixed = self._attend_to_contexts(streams, reads, num_key_heads, packing)
+        return (
+            part[_UND.output](mixed[UND]) if UND in mixed else None,
+            part[_GEN.output](mixed[GEN]) if GEN in mixed else None,
+        )
 
-    def _heads(
-        self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns rotated queries [N, H, d], keys and values [N, K, d] of a stream."""
+    def _heads(self, x: Tensor, names: _Parts, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        """Returns rotated queries, rotated keys, and values of a stream, [N, H + 2 K, d], and K."""
+        part: Any = self._modules
         heads = (-1, self.head_dim)
-        q = getattr(self, f"q_proj{stream}")(x).unflatten(-1, heads)
-        k = getattr(self, f"k_proj{stream}")(x).unflatten(-1, heads)
-        v = getattr(self, f"v_proj{stream}")(x).unflatten(-1, heads)
-        q = rotate(getattr(self, f"q_norm{stream}")(q), angles).to(x.dtype)
-        k = rotate(getattr(self, f"k_norm{stream}")(k), angles).to(x.dtype)
-        return q, k, v
+        query = part[names.query_norm](part[names.query](x).unflatten(-1, heads))
+        key = part[names.key_norm](part[names.key](x).unflatten(-1, heads))
+        value = part[names.value](x).unflatten(-1, heads)
+        turned = rotate(torch.cat([query, key], dim=1), angles).to(x.dtype)
+        return torch.cat([turned, value], dim=1), value.shape[1]
 
     def _attend_to_contexts(
-        self, streams: Mapping[str, tuple[Tensor, ...]], packing: Packing
+        self,
+        streams: Mapping[str, Tensor],
+        reads: Mapping[str, Sequence[int]],
+        num_key_heads: int,
+        packing: Packing,
     ) -> dict[str, Tensor]:
         """Returns the mixed values [N, H * d] of each stream, sequence by sequence."""
         lengths = {UND: packing.und_lengths, GEN: packing.gen_lengths or ()}
-        split = {
-            stream: list(zip(*(x.split(list(lengths[stream])) for x in heads), strict=True))
-            for stream, heads in streams.items()
-        }
+        split = {}
+        for stream, heads in streams.items():
+            sizes = [heads.shape[1] - 2 * num_key_heads, num_key_heads, num_key_heads]
+            own = heads.split(list(lengths[stream]))
+            split[stream] = [x.split(sizes, dim=1) for x in own]
         mixed: dict[str, list[Tensor]] = {stream: [] for stream in streams}
         for i, context in enumerate(packing.contexts):
             own = {stream: heads[i] for stream, heads in split.items()}
-            for stream, out in self._attend(context, own, packing).items():
+            for stream, out in self._attend(context, own, reads, packing).items():
                 mixed[stream].append(out)
         return {stream: torch.cat(parts) for stream, parts in mixed.items()}
 
     def _attend(
-        self, context: Context, own: Mapping[str, tuple[Tensor, ...]], packing: Packing
+        self,
+        context: Context,
+        own: Mapping[str, Sequence[Tensor]],
+        reads: Mapping[str, Sequence[int]],
+        packing: Packing,
     ) -> dict[str, Tensor]:
         """Returns the mixed values [n, H * d] of the und and gen tokens of one sequence."""
         k, v = (torch.cat([heads[i] for heads in own.values()]).transpose(0, 1) for i in (1, 2))
@@ -246,7 +274,6 @@ class MoTAttention(nn.Module):
         if packing.extend:
             context.keys[self.layer], context.values[self.layer] = key, value
         lengths = [len(heads[0]) for heads in own.values()]
-        reads = {s: key_heads_read(getattr(self, f"q_proj{s}"), len(key)) for s in own}
         if all(len(heads) == len(key) for heads in reads.values()):
             q = torch.cat([heads[0] for heads in own.values()])
             out = attend(q, key, value, causal=packing.causal)

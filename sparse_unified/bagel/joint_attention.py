@@ -124,27 +124,24 @@ class JointPacking:
 
 
 def attend_jointly(
-    heads: Mapping[str, tuple[Tensor, Tensor, Tensor]],
+    heads: Mapping[str, Tensor],
     reads: Mapping[str, Sequence[int]],
+    num_key_heads: int,
     packing: JointPacking,
 ) -> dict[str, Tensor]:
     """Lets every sequence attend to itself.
 
     Args:
-        heads: queries [N, H, d], keys and values [N, K, d] of each stream that takes part.
+        heads: queries, keys and values [N, H + 2 K, d] of each stream that takes part.
         reads: key heads that the queries of a stream read.
+        num_key_heads: K.
         packing: how the streams divide into sequences.
 
     Returns:
         The mixed values [N, H * d] of each stream.
     """
-    # All heads of a stream in one tensor, which is divided, gathered and joined at once. One split:
-    # the gradients of slices would each be a tensor of the whole stream.
-    split = {
-        stream: torch.cat(parts, dim=1).split(packing.rows[stream])
-        for stream, parts in heads.items()
-    }
-    num_key_heads = next(iter(heads.values()))[1].shape[1]
+    # One split: the gradients of slices would each be a tensor of the whole stream.
+    split = {stream: x.split(packing.rows[stream]) for stream, x in heads.items()}
     are_alike = all(len(reads[stream]) == num_key_heads for stream in heads)
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
     for i, group in enumerate(packing.groups):
