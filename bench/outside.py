@@ -67,13 +67,16 @@ class Shares:
         return self.owners[OUTSIDE] / self.samples
 
 
-def read_stacks(lines: Iterable[str], within: str, phases: Sequence[str] = ()) -> Shares:
+def read_stacks(
+    lines: Iterable[str], within: str, phases: Sequence[str] = (), *, apart: str | None = None
+) -> Shares:
     """Counts sampled stacks by owner.
 
     Args:
         lines: `NAME (FILE:LINE);NAME (FILE:LINE);... COUNT`, outermost frame first, with whole
             paths, as py-spy writes them.
-        within: function that a stack must hold to count. phases: functions to count beside it.
+        within: function that a stack must hold to count; apart: one that it must not hold.
+        phases: functions to count beside it.
     """
     shares = Shares()
     for line in lines:
@@ -81,7 +84,7 @@ def read_stacks(lines: Iterable[str], within: str, phases: Sequence[str] = ()) -
         found = [_FRAME.fullmatch(frame) for frame in text.split(";")]
         frames = [(match["name"], match["file"]) for match in found if match]
         names = {name for name, _ in frames}
-        if within not in names:
+        if within not in names or apart in names:
             continue
         count = int(number)
         shares.inside.update({name: count for name in phases if name in names})

@@ -3,10 +3,15 @@
 
     python -m sparse_unified.bench.training_step [--only TEXT ...] [--json FILE.json]
 
-A process trains; py-spy (extra `test`) stops it at random moments and reads its stack, native
-frames included, so that what runs is not slowed down by being watched: see `outside.py` for whose
-a moment is. All of a step counts: drawing and packing sequences, forward, backward, optimizer,
-average, and a line of the log. Two checks come with every number:
+A process trains; py-spy (extra `test`) stops it now and then and reads its stack, native frames
+included, so that what runs is not slowed down by being watched: see `outside.py` for whose a moment
+is. All of a step counts: drawing and packing sequences, forward, backward, optimizer, average, and
+a line of the log. Two things would make the shares wrong by half, and are kept away. A stack takes
+py-spy some 10 ms: asked for more of them than it can read, it catches up by reading one spot again
+and again, so it is asked for few. And its moments are periodic, as steps are: between steps the
+process sleeps for a random time, which does not count.
+
+Two checks come with every number:
 
     phases        shares of the phases by samples, beside those that clocks around them give
     instructions  of the interpreter, outside of torch, in one step: counted, so without noise
@@ -18,8 +23,8 @@ import argparse
 import dataclasses
 import datetime
 import json
+import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,7 +47,7 @@ from sparse_unified.bagel.model import Bagel
 from sparse_unified.mini import MiniTask, mini_config, training_data
 from sparse_unified.swap import MoEConfig, apply_moe_
 
-from .outside import Shares, count_instructions, read_stacks
+from .outside import OUTSIDE, Shares, count_instructions, read_stacks
 from .report import commit, versions
 from .target import processor_name
 
@@ -58,7 +63,7 @@ PHASES = (
 )
 BOUND = 0.05
 
-_WITHIN, _WARMUP, _COUNTED, _CLOCKED = "train_until", 3, 3, 20
+_WARMUP, _COUNTED, _CLOCKED, _PAUSE = 3, 3, 20, 0.06
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +117,22 @@ class _EnoughError(Exception):
     """Ends a training."""
 
 
-def train_until(run: Trainer, log: TrainingLog, enough: Callable[[], bool]) -> None:
-    """Trains and logs as `adapt` does."""
+def pause() -> None:
+    """Sleeps for a random time, up to some moments of py-spy."""
+    time.sleep(random.uniform(0, _PAUSE))
+
+
+def train_until(
+    run: Trainer, log: TrainingLog, enough: Callable[[], bool], *, pauses: bool = False
+) -> None:
+    """Trains and logs as `adapt` does; `pauses` between the steps, if asked."""
 
     def on_step(record: StepRecord) -> None:
         log.write(record)
         if enough():
             raise _EnoughError
+        if pauses:
+            pause()
 
     with suppress(_EnoughError):
         run.run(on_step)
@@ -191,7 +205,7 @@ def serve(names: Sequence[str]) -> None:
                 "instructions": instructions,
             }
             print(json.dumps(found), flush=True)
-            train_until(run, log, enough.is_set)
+            train_until(run, log, enough.is_set, pauses=True)
         enough.clear()
 
 
@@ -231,7 +245,7 @@ def _summary(rounds: Sequence[Shares]) -> dict[str, Any]:
     functions: Counter[str] = sum((shares.functions for shares in rounds), Counter())
     inside: Counter[str] = sum((shares.inside for shares in rounds), Counter())
     return {
-        "outside": statistics.median(shares.outside for shares in rounds),
+        "outside": sum(shares.owners[OUTSIDE] for shares in rounds) / samples,
         "rounds": [round(shares.outside, 4) for shares in rounds],
         "samples": samples,
         "sampled": {phase: inside[phase] / samples for phase in PHASES},
@@ -254,7 +268,7 @@ def _sample(pid: int, seconds: float, rate: int, out: Path) -> Shares:
     if done.returncode or not out.exists():
         raise RuntimeError(f"training_step: py-spy must watch {pid}, got {done.stderr[-300:]}")
     with out.open(encoding="utf-8") as lines:
-        return read_stacks(lines, _WITHIN, PHASES)
+        return read_stacks(lines, train_until.__name__, PHASES, apart=pause.__name__)
 
 
 def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -272,9 +286,9 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints; returns 1 if a share is above the bound."""
     parser = argparse.ArgumentParser(prog="training_step", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a round of samples")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a round of samples")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rate", type=int, default=100, help="samples a second")
+    parser.add_argument("--rate", type=int, default=40, help="samples a second")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="cases whose names, as scenes-64-dense-1, hold one"
     )

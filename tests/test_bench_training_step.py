@@ -55,6 +55,12 @@ def test_a_moment_belongs_to_the_innermost_owner(inner: str, owner: str) -> None
     assert shares.outside == (owner == OUTSIDE)
 
 
+def test_pauses_between_steps_do_not_count() -> None:
+    pause = "main (a.py:1);train_until (/b/training_step.py:9);pause (/b/training_step.py:5) 50"
+    shares = read_stacks([f"{STEP} 2", pause], "train_until", apart="pause")
+    assert shares.samples == 2
+
+
 def test_outside_is_listed_by_function_and_phases_hold_what_they_call() -> None:
     lines = [
         f"{STEP};pack_training ({OURS}/bagel/segments.py:3);zip (/usr/lib/libpython3.so) 2",
