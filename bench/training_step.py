@@ -40,7 +40,15 @@ from typing import Any
 
 import torch
 
-from sparse_unified.adapt import StepRecord, Trainer, TrainingConfig, freeze, init_router_, trainer
+from sparse_unified.adapt import (
+    StepRecord,
+    Trainer,
+    TrainingConfig,
+    ahead,
+    freeze,
+    init_router_,
+    trainer,
+)
 from sparse_unified.adapt.log import TrainingLog
 from sparse_unified.adapt.masters import Masters
 from sparse_unified.bagel.model import Bagel
@@ -55,8 +63,7 @@ MODELS = ("dense", "router", "expert_frozen", "full")
 HIDDEN_SIZES = (64, 96)
 THREADS = (1, 2)
 PHASES = (
-    "Trainer._sequences",
-    "pack_training",
+    "_receive",
     "TrainingPass.forward",
     "Tensor.backward",
     "Masters.step",
@@ -110,7 +117,7 @@ def new_trainer(case: Case) -> Trainer:
     training = TrainingConfig(
         steps=10**6, batch_size=case.batch_size, learning_rate=1e-3, ema_decay=0.995
     )
-    return Trainer(model.train(), training_data(task), training)
+    return Trainer(model.train(), training_data(task), training, ahead=True)
 
 
 class _EnoughError(Exception):
@@ -155,8 +162,7 @@ def clocks() -> Iterator[dict[str, float]]:
     """Counts the seconds that the phases take inside the block."""
     spent = dict.fromkeys(PHASES, 0.0)
     owners: dict[str, Any] = {
-        "Trainer._sequences": Trainer,
-        "pack_training": trainer,
+        "_receive": ahead,
         "TrainingPass.forward": trainer.TrainingPass,
         "Tensor.backward": torch.Tensor,
         "Masters.step": Masters,

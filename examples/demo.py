@@ -196,7 +196,7 @@ def tune(model: Bagel, task: MiniTask, steps: int) -> None:
         config = TrainingConfig(
             steps=steps, batch_size=32, learning_rate=1e-3, warmup_steps=5, seed=1 + number
         )
-        Trainer(model, training_data(task), config).run()
+        Trainer(model, training_data(task), config, ahead=True).run()
 
 
 def sparse_blocks(pipeline: BagelPipeline) -> list[SparseMoE]:

@@ -13,7 +13,7 @@ from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.run import RunConfig, latest_state, prepare
 from sparse_unified.adapt.sharding import num_processes
 from sparse_unified.adapt.state import read_facts
-from sparse_unified.bagel.segments import pack_training
+from sparse_unified.bagel.packing import pack_training
 from sparse_unified.checkpoint.report import Report, format_table
 
 

@@ -21,13 +21,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_unified.adapt import state
+from sparse_unified.adapt.ahead import prepared_ahead
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.draws import DataOrder, sequence_generators
 from sparse_unified.adapt.masters import Masters
 from sparse_unified.adapt.reports import LOSSES, StepRecord, TrainingReport
 from sparse_unified.adapt.sharding import num_processes, shard_, this_process
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.segments import Segment, TrainingBatch, pack_training
+from sparse_unified.bagel.packing import pack_training
+from sparse_unified.bagel.segments import Segment, TrainingBatch
 from sparse_unified.bagel.training import training_forward
 from sparse_unified.nn import SparseMoE
 
@@ -91,6 +93,8 @@ class Trainer:
         dataset: what it is trained on, at least one sequence.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
+        ahead: while a step of `run` computes, let another process prepare the next; the dataset may
+            touch no accelerator. Changes nothing of what is computed.
 
     Raises:
         ValueError: there is nothing to train or to train on, or the passes of a step do not divide
@@ -104,6 +108,7 @@ class Trainer:
         config: TrainingConfig,
         *,
         identity: Mapping[str, Any] | None = None,
+        ahead: bool = False,
     ) -> None:
         if len(dataset) < 1:
             raise ValueError("Trainer: dataset must hold a sequence, got none")
@@ -118,6 +123,7 @@ class Trainer:
         self.config = config
         self.steps_done = 0
         self._identity = dict(identity or {})
+        self._ahead = ahead
         self.parameters = sum(p.numel() for p in model.parameters())
         self.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._pass = TrainingPass(model, config)
@@ -138,14 +144,13 @@ class Trainer:
         Raises:
             RuntimeError: the loss is not finite; model and state are as before the step.
         """
+        return self._step(lambda: self._batches(self.steps_done))
+
+    def _step(self, prepared: Callable[[], list[TrainingBatch]]) -> StepRecord:
         start = time.perf_counter()
         number, config = self.steps_done, self.config
-        sequences = self._sequences(number)
         device = self.model.device
-        batches = [
-            pack_training(self.model.config, own, device=device)
-            for own in sequences[this_process() :: num_processes()]
-        ]
+        batches = [batch.to(device) for batch in prepared()]
         counts = torch.tensor(
             [[b.text_tokens, b.image_tokens, b.num_tokens] for b in batches], device=device
         ).sum(0)
@@ -198,9 +203,9 @@ class Trainer:
             on_step: called after each; may save.
         """
         losses, tokens, seconds = [], 0, 0.0
-        with _without_old_objects():
+        with _without_old_objects(), self._prepared() as prepared:
             while self.steps_done < self.config.steps:
-                record = self.step()
+                record = self._step(prepared)
                 losses.append(record.loss)
                 tokens += record.tokens
                 seconds += record.seconds
@@ -255,6 +260,22 @@ class Trainer:
             "sequences": len(self.dataset),
             **self._identity,
         }
+
+    @contextmanager
+    def _prepared(self) -> Iterator[Callable[[], list[TrainingBatch]]]:
+        """Yields a function that returns the batches of the next step, however far the run is."""
+        if self._ahead:
+            with prepared_ahead(self._batches, self.steps_done, self.config.steps) as prepared:
+                yield prepared
+        else:
+            yield lambda: self._batches(self.steps_done)
+
+    def _batches(self, step: int) -> list[TrainingBatch]:
+        """Returns the passes of a step that are this process's, on the CPU."""
+        return [
+            pack_training(self.model.config, own)
+            for own in self._sequences(step)[this_process() :: num_processes()]
+        ]
 
     def _sequences(self, step: int) -> list[list[Sequence[Segment]]]:
         """Returns the sequences of every pass of a step; only those of this process are made."""

@@ -18,6 +18,7 @@ from sparse_unified.bagel.execution import Execution
 from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer
 from sparse_unified.bagel.loading import load_bagel, load_vae
 from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.bagel.results import GenerationResult, Report, TextResult
 from sparse_unified.bagel.sampler import Renorm, SamplingConfig, sample_latents
@@ -27,7 +28,6 @@ from sparse_unified.bagel.segments import (
     TextSegment,
     TrainingBatch,
     VitSegment,
-    pack_training,
 )
 from sparse_unified.bagel.step_cache import StepCache
 from sparse_unified.bagel.text import generate_tokens

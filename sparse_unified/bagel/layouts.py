@@ -118,12 +118,11 @@ def _mask(layout: Layout) -> tuple[Tensor | None, bool]:
     return (None if bool(mask.all()) else mask), False
 
 
-def make_groups(layouts: Sequence[tuple[Layout, int]], device: torch.device | str) -> list[Group]:
+def make_groups(layouts: Sequence[tuple[Layout, int]]) -> list[Group]:
     """Groups sequences of one order of kinds, which lie in the streams as they are given.
 
     Args:
         layouts: different layouts, each with its number of sequences.
-        device: of the masks.
 
     Returns:
         One padded group, or one group a layout where padding would cost too much.
@@ -141,7 +140,7 @@ def make_groups(layouts: Sequence[tuple[Layout, int]], device: torch.device | st
     )
     pays = most <= _MOST_PADDED_TOKENS and most**2 * sum(counts) <= _MOST_PADDED_COST * needed
     if len(layouts) > 1 and pays:
-        return [_padded(many, counts, longest, device)]
+        return [_padded(many, counts, longest)]
     groups = []
     for (layout, count), streams in zip(layouts, many, strict=True):
         mask, causal = _mask(layout)
@@ -149,7 +148,7 @@ def make_groups(layouts: Sequence[tuple[Layout, int]], device: torch.device | st
             Group(
                 count=count,
                 lengths=streams.lengths,
-                mask=None if mask is None else mask.to(device),
+                mask=mask,
                 causal=causal,
             )
         )
@@ -160,7 +159,6 @@ def _padded(
     many: Sequence[Streams],
     counts: Sequence[int],
     longest: Mapping[str, int],
-    device: torch.device | str,
 ) -> Group:
     repeats = torch.tensor(counts)
     padding = {}
@@ -172,8 +170,6 @@ def _padded(
         is_token = torch.arange(longest[stream]) < last  # [B, length]
         kept = is_token.flatten().nonzero()[:, 0]
         rows = (is_token.flatten().cumsum(0) - 1).clamp_(min=0)
-        padding[stream] = Padding(rows=rows.to(device), kept=kept.to(device))
+        padding[stream] = Padding(rows=rows, kept=kept)
     masks = _masks(many, longest).repeat_interleave(repeats, dim=0)
-    return Group(
-        count=sum(counts), lengths=longest, mask=masks[:, None].to(device), padding=padding
-    )
+    return Group(count=sum(counts), lengths=longest, mask=masks[:, None], padding=padding)

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparse_unified.adapt import SequenceConfig, generation_sequence
 from sparse_unified.bagel.conditioning import build_guidance
 from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.sampler import SamplingConfig, initial_noise, sample_latents
-from sparse_unified.bagel.segments import pack_training
 from sparse_unified.bagel.training import training_forward
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify

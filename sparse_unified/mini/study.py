@@ -342,6 +342,7 @@ class _Study:
                 warmup_steps=min(10, config.steps - 1),
                 seed=1 + len(STAGES) * self.seed + stage,
             ),
+            ahead=True,
         ).run()
 
     def _calibrate(self, task: str) -> tuple[FfnStatistics, Similarity]:

@@ -72,7 +72,7 @@ def train_dense(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     model = new_model(task, training.seed)
-    trainer = Trainer(model, training_data(task), training.config())
+    trainer = Trainer(model, training_data(task), training.config(), ahead=True)
     with (out / "log.jsonl").open("w", encoding="utf-8") as log:
 
         def on_step(record: StepRecord) -> None:
