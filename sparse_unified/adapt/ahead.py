@@ -3,8 +3,7 @@
 
 What a step draws depends on the seed and its number alone, so it makes no difference which process
 draws it. Tensors travel through a pipe as arrays: of small ones, a copy costs less than the file
-that torch would share each by. The pipe holds less than a batch, so the other process is never
-more than one ahead.
+that torch would share each by. What the pipe holds is how far the other process is ahead.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +24,9 @@ from torch import Tensor
 from sparse_unified.bagel.segments import TrainingBatch
 
 Prepare = Callable[[int], list[TrainingBatch]]
+# Of 64 KiB, as pipes come, a batch would wait for its reader several times on its way. More than
+# this takes privileges.
+_PIPE_BYTES = 1 << 20
 
 
 @contextmanager
@@ -41,6 +44,11 @@ def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("fork" if "fork" in methods else None)
     ours, theirs = context.Pipe(duplex=False)
+    if sys.platform == "linux":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     process = context.Process(
         target=_serve, args=(prepare, first, end, ours, theirs), name="batches", daemon=True
     )

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -155,25 +156,18 @@ class Trainer:
             [[b.text_tokens, b.image_tokens, b.num_tokens] for b in batches], device=device
         ).sum(0)
         text_tokens, image_tokens, tokens = map(int, _over_processes(counts).tolist())
-        loss = torch.zeros((), device=device)
-        sums = {name: torch.zeros((), device=device) for name in LOSSES}
-        load = {
-            key: torch.zeros(count, dtype=torch.int64, device=device)
-            for key, count in self._experts.items()
-        }
+        losses: list[Tensor] = []
+        loads: list[dict[tuple[str, int], Tensor]] = []
         with _deterministic(device), self.masters.collecting() as collect:
             for batch in batches:
-                own, parts, own_load = self._pass(batch, text_tokens, image_tokens)
+                own, parts, load = self._pass(batch, text_tokens, image_tokens)
                 # Without a graph nothing that trains took part: routers in a pass of text alone.
                 if own.requires_grad:
                     own.backward()
                 collect()
-                loss += own.detach()
-                for name, part in parts.items():
-                    sums[name] += part
-                for key, counted in own_load.items():
-                    load[key] += counted
-        found = _over_processes(torch.stack([loss, *sums.values()]).double()).tolist()
+                losses.append(torch.stack([own.detach(), *parts.values()]))
+                loads.append(load)
+        found = _over_processes(torch.stack(losses).double().sum(0)).tolist()
         if not all(map(math.isfinite, found)):
             self.masters.clear()
             raise RuntimeError(
@@ -182,18 +176,18 @@ class Trainer:
         rate = config.learning_rate_at(number)
         norm = self.masters.step(rate)
         self.steps_done += 1
-        losses: dict[str, Any] = dict(zip(LOSSES, found[1:], strict=True))
-        losses["text_loss"] = losses["text_loss"] if text_tokens else None
-        losses["image_loss"] = losses["image_loss"] if image_tokens else None
+        means: dict[str, Any] = dict(zip(LOSSES, found[1:], strict=True))
+        means["text_loss"] = means["text_loss"] if text_tokens else None
+        means["image_loss"] = means["image_loss"] if image_tokens else None
         return StepRecord(
             step=self.steps_done,
             loss=found[0],
             grad_norm=norm,
             learning_rate=rate,
             tokens=tokens,
-            expert_load=_read_load(load),
+            expert_load=self._read_load(loads, device),
             seconds=time.perf_counter() - start,
-            **losses,
+            **means,
         )
 
     def run(self, on_step: Callable[[StepRecord], object] | None = None) -> TrainingReport:
@@ -221,6 +215,22 @@ class Trainer:
             first_loss=sum(losses[:tenth]) / tenth if losses else None,
             last_loss=sum(losses[-tenth:]) / tenth if losses else None,
         )
+
+    def _read_load(
+        self, loads: Sequence[dict[tuple[str, int], Tensor]], device: torch.device
+    ) -> dict[tuple[str, int], list[int]]:
+        """Returns the tokens of each expert, summed over passes and processes."""
+        if not self._experts:
+            return {}
+        # A pass has none of a component that has no tokens in it.
+        none = {
+            key: torch.zeros(count, dtype=torch.int64, device=device)
+            for key, count in self._experts.items()
+            if any(key not in load for load in loads)
+        }
+        passes = [torch.cat([(none | load)[key] for key in self._experts]) for load in loads]
+        flat = iter(_over_processes(torch.stack(passes).sum(0)).tolist())
+        return {key: list(islice(flat, count)) for key, count in self._experts.items()}
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -301,14 +311,6 @@ def _over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def _read_load(load: dict[tuple[str, int], Tensor]) -> dict[tuple[str, int], list[int]]:
-    if not load:
-        return {}
-    flat = _over_processes(torch.cat(list(load.values())))
-    parts = flat.split([len(part) for part in load.values()])
-    return {key: part.tolist() for key, part in zip(load, parts, strict=True)}
-
-
 @contextmanager
 def _without_old_objects() -> Iterator[None]:
     """Spares Python's garbage collector the objects that are there before the block.
@@ -318,7 +320,6 @@ def _without_old_objects() -> Iterator[None]:
     if gc.get_freeze_count():
         yield
         return
-    gc.collect()
     gc.freeze()
     try:
         yield

@@ -108,10 +108,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if x.dtype == weight.dtype == torch.float32:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
         # Rounded before it is weighted, as the official code does: so the weight is not passed on.
-        return weight * F.rms_norm(x.float(), weight.shape, eps=self.eps).to(x.dtype)
+        return weight * F.rms_norm(x, weight.shape, eps=self.eps)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:

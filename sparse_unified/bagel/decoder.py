@@ -57,25 +57,26 @@ def run_ffn(
     there on few rows, and on the device of x on many.
     """
     named: dict[str, Tensor] = {}
-    two_routers = getattr(ffn, "gate_img", None) is not None
-    if two_routers and packing is not None and packing.vit_rows is not None:
-        named["packed_vit_token_indexes"] = packing.vit_rows
-        if packing.text_rows is not None:
-            named["packed_text_indexes"] = packing.text_rows
-    home = x.device
-    if not torch.is_grad_enabled():
-        weight = next(ffn.parameters(), x)
-        home = home if weight.is_meta else weight.device
-    if home == x.device:
+    if packing is not None and packing.vit_rows is not None and _has_two_routers(ffn):
         # With several devices, layers get rows on theirs and the packing on the first one.
-        out = ffn(x, **{name: rows.to(x.device) for name, rows in named.items()})
+        named["packed_vit_token_indexes"] = packing.vit_rows.to(x.device)
+        if packing.text_rows is not None:
+            named["packed_text_indexes"] = packing.text_rows.to(x.device)
+    home = None if torch.is_grad_enabled() else next(ffn.parameters(), x)
+    if home is None or home.is_meta or home.device == x.device:
+        out = ffn(x, **named)
     else:
-        out = visit_ffn(ffn, x, named, home=home)
+        out = visit_ffn(ffn, x, named, home=home.device)
     if not isinstance(out, tuple):
         return out
     if packing is not None and packing.routed is not None:
         packing.routed[component] = out[1]
     return out[0]
+
+
+def _has_two_routers(ffn: nn.Module) -> bool:
+    # Not getattr: to a module that lacks it, torch makes an error with a text each time.
+    return ffn._modules.get("gate_img") is not None
 
 
 def visit_ffn(ffn: nn.Module, x: Tensor, named: Mapping[str, Tensor], *, home: torch.device) -> Any:
@@ -126,24 +127,25 @@ class DecoderLayer(nn.Module):
         self, und: Tensor, gen: Tensor | None, packing: Packing | JointPacking
     ) -> tuple[Tensor, Tensor | None]:
         """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes."""
+        und_norm, gen_norm = self.input_layernorm, self.input_layernorm_moe_gen
         und_mixed, gen_mixed = self.self_attn(
-            _normed(self.input_layernorm, und), _normed(self.input_layernorm_moe_gen, gen), packing
+            None if und_norm is None else und_norm(und),
+            None if gen_norm is None or gen is None else gen_norm(gen),
+            packing,
         )
         if und_mixed is not None:
             und = und + und_mixed
-        hidden = _normed(self.post_attention_layernorm, und)
-        if self.mlp is not None and hidden is not None:
-            und = und + run_ffn(self.mlp, hidden, packing)
-        if gen is not None and gen_mixed is not None:
+        norm, ffn = self.post_attention_layernorm, self.mlp
+        if norm is not None and ffn is not None:
+            und = und + run_ffn(ffn, norm(und), packing)
+        if gen is None:
+            return und, None
+        if gen_mixed is not None:
             gen = gen + gen_mixed
-        hidden = _normed(self.post_attention_layernorm_moe_gen, gen)
-        if gen is not None and self.mlp_moe_gen is not None and hidden is not None:
-            gen = gen + run_ffn(self.mlp_moe_gen, hidden, packing, component="gen")
+        norm, ffn = self.post_attention_layernorm_moe_gen, self.mlp_moe_gen
+        if norm is not None and ffn is not None:
+            gen = gen + run_ffn(ffn, norm(gen), packing, component="gen")
         return und, gen
-
-
-def _normed(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:
-    return None if norm is None or x is None else norm(x)
 
 
 class Decoder(nn.Module):

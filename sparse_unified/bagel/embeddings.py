@@ -102,7 +102,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Applies rotary positions to heads x [n, heads, head_dim], in fp32."""
+    """Applies rotary positions to heads x [n, heads, head_dim]; computes and returns fp32."""
     cos, sin = angles
-    x = x.float()
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

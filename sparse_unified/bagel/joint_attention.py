@@ -9,7 +9,7 @@ nearly one layout are padded to one, for this call alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -39,9 +39,8 @@ class Group:
     Attributes:
         count: B, sequences.
         lengths: tokens of one sequence in the und and in the gen stream, padding included.
-        mask: [L, L], or [B, 1, L, L] with padding, row i sees column j; und tokens first, then gen
-            tokens. Bool, or 0 and -inf in the dtype of the queries. None where every token sees
-            all, or where `causal` says it all.
+        mask: [L, L], or [B, 1, L, L] with padding, bool: row i sees column j; und tokens first,
+            then gen tokens. None where every token sees all, or where `causal` says it all.
         causal: token i sees the tokens up to i.
         padding: by stream, where the sequences are not equally long.
     """
@@ -63,9 +62,9 @@ class Group:
         start = 0 if stream == UND else self.lengths[UND]
         return slice(start, start + self.lengths[stream])
 
-    def is_part(self, streams: Container[str]) -> bool:
+    def is_part(self, streams: Sized) -> bool:
         """Whether one of the streams that have tokens here does not take part."""
-        return any(length and stream not in streams for stream, length in self.lengths.items())
+        return len(streams) == 1 and all(self.lengths.values())
 
     def gathered(self, stream: str, rows: Tensor) -> Tensor:
         """Brings rows [n, ...] of the group to sequences [B, length, ...]."""
@@ -91,6 +90,7 @@ class JointPacking:
         text_rows, vit_rows: rows of the und stream of text and of ViT tokens; None when all are
             text.
         rows: rows of each group, by stream.
+        masks: of the groups, 0 and -inf in the dtype of the queries, once they are `recording`.
         routed: takes the router logits [T, E] of the sparse blocks of a layer, by component.
     """
 
@@ -99,6 +99,7 @@ class JointPacking:
     gen_angles: tuple[Tensor, Tensor] | None = None
     text_rows: Tensor | None = None
     vit_rows: Tensor | None = None
+    masks: Sequence[Tensor | None] = ()
     routed: dict[str, Tensor] | None = None
     rows: Mapping[str, list[int]] = field(init=False)
 
@@ -111,16 +112,13 @@ class JointPacking:
 
         Attention would turn a mask of bools into such a one in every layer.
         """
-        groups = [
-            group
+        masks = [
+            None
             if group.mask is None
-            else replace(
-                group,
-                mask=torch.zeros_like(group.mask, dtype=dtype).masked_fill_(~group.mask, -math.inf),
-            )
+            else torch.zeros_like(group.mask, dtype=dtype).masked_fill_(~group.mask, -math.inf)
             for group in self.groups
         ]
-        return replace(self, groups=groups, routed={})
+        return replace(self, masks=masks, routed={})
 
 
 def attend_jointly(
@@ -144,7 +142,8 @@ def attend_jointly(
     split = {stream: x.split(packing.rows[stream]) for stream, x in heads.items()}
     are_alike = all(len(reads[stream]) == num_key_heads for stream in heads)
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
-    for i, group in enumerate(packing.groups):
+    masks = packing.masks or [group.mask for group in packing.groups]
+    for i, (group, mask) in enumerate(zip(packing.groups, masks, strict=True)):
         own = {
             stream: group.gathered(stream, parts[i])
             for stream, parts in split.items()
@@ -153,41 +152,48 @@ def attend_jointly(
         if not own:
             continue
         outs = (
-            _attend_alike(own, num_key_heads, group)
+            _attend_alike(own, num_key_heads, group, mask)
             if are_alike
-            else _attend_apart(own, reads, num_key_heads, group)
+            else _attend_apart(own, reads, num_key_heads, group, mask)
         )
         for stream, out in outs.items():
             mixed[stream].append(group.scattered(stream, out))
-    return {stream: _joined(parts, dim=0) for stream, parts in mixed.items()}
+    return {
+        stream: parts[0] if len(parts) == 1 else torch.cat(parts) for stream, parts in mixed.items()
+    }
 
 
-def _attend_alike(own: Mapping[str, Tensor], num_key_heads: int, group: Group) -> dict[str, Tensor]:
+def _attend_alike(
+    own: Mapping[str, Tensor], num_key_heads: int, group: Group, mask: Tensor | None
+) -> dict[str, Tensor]:
     """Returns the mixed values [B, n, H * d] of each stream of a group, all of which read all key
     heads.
 
     Args:
         own: queries, keys and values [B, n, H + 2 K, d] of each stream.
+        mask: of the group.
     """
-    query, key, value = _divided(_joined(list(own.values()), dim=1), num_key_heads)
-    mask = group.mask
+    parts = list(own.values())
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if mask is not None and group.is_part(own):
         columns = torch.cat([mask[..., group.span(stream)] for stream in own], dim=-1)
         mask = torch.cat([columns[..., group.span(stream), :] for stream in own], dim=-2)
-    out = _mix(query, key, value, mask, group.causal)
-    if len(own) == 1:
+    out = _mix(*_divided(joined, num_key_heads), mask=mask, causal=group.causal)
+    if len(parts) == 1:
         return dict.fromkeys(own, out)
-    lengths = [group.lengths[stream] for stream in own]
-    return dict(zip(own, out.split(lengths, dim=1), strict=True))
+    return dict(zip(own, out.split([group.lengths[stream] for stream in own], dim=1), strict=True))
 
 
 def _attend_apart(
-    own: Mapping[str, Tensor], reads: Mapping[str, Sequence[int]], num_key_heads: int, group: Group
+    own: Mapping[str, Tensor],
+    reads: Mapping[str, Sequence[int]],
+    num_key_heads: int,
+    group: Group,
+    mask: Tensor | None,
 ) -> dict[str, Tensor]:
     """Returns what `_attend_alike` does where a stream reads some of the key heads."""
     queries, keys, values = zip(*(_divided(x, num_key_heads) for x in own.values()), strict=True)
     key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-    mask = group.mask
     if mask is not None and group.is_part(own):
         mask = torch.cat([mask[..., group.span(stream)] for stream in own], dim=-1)
     mixed = {}
@@ -197,12 +203,8 @@ def _attend_apart(
             torch.stack([x[:, head] for head in reads[stream]], dim=1) for x in (key, value)
         )
         rows = None if mask is None else mask[..., group.span(stream), :]
-        mixed[stream] = _mix(query, own_key, own_value, rows, group.causal)
+        mixed[stream] = _mix(query, own_key, own_value, mask=rows, causal=group.causal)
     return mixed
-
-
-def _joined(parts: Sequence[Tensor], *, dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def _divided(heads: Tensor, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +214,7 @@ def _divided(heads: Tensor, num_key_heads: int) -> tuple[Tensor, Tensor, Tensor]
     return query, key, value
 
 
-def _mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _mix(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
     """Attention of queries [B, H, n, d] to keys and values [B, K, m, d]: [B, n, H * d]."""
     out = F.scaled_dot_product_attention(
         query,

@@ -49,7 +49,7 @@ def _run_layer(
     assert routed is not None
     routed.clear()
     und, gen = layer(und, gen, packing)
-    return und, gen, dict(routed)
+    return und, gen, routed.copy()
 
 
 def training_forward(

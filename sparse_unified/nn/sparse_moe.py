@@ -152,8 +152,9 @@ class SparseMoE(OfficialState):
         )
         weights = 1 + topk_logits  # [T, K]
         shared = self.layout.shared_width
-        gate_proj, up_proj, down_proj = self.plain_weights()
-        experts = (gate_proj[shared:], up_proj[shared:], down_proj[:, shared:])
+        experts = gate_proj, up_proj, down_proj = self.plain_weights()
+        if shared:
+            experts = gate_proj[shared:], up_proj[shared:], down_proj[:, shared:]
         if use_kernels:
             expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, self.num_experts)
             if torch.is_grad_enabled():
@@ -197,9 +198,11 @@ class SparseMoE(OfficialState):
                 f"{list(x.shape)}"
             )
         tokens = x.reshape(-1, self.hidden_size)
-        device = tokens.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            tokens = tokens.to(self.gate_proj.dtype)
+        dtype = self.gate_proj.dtype
+        if tokens.dtype != dtype:
+            device = tokens.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                tokens = tokens.to(dtype)
         return tokens
 
     def _use_kernels(self) -> bool:
