@@ -63,7 +63,7 @@ MODELS = ("dense", "router", "expert_frozen", "full")
 HIDDEN_SIZES = (64, 96)
 THREADS = (1, 2)
 PHASES = (
-    "_receive",
+    "_Reader.receive",
     "TrainingPass.forward",
     "Tensor.backward",
     "Masters.step",
@@ -162,7 +162,7 @@ def clocks() -> Iterator[dict[str, float]]:
     """Counts the seconds that the phases take inside the block."""
     spent = dict.fromkeys(PHASES, 0.0)
     owners: dict[str, Any] = {
-        "_receive": ahead,
+        "_Reader.receive": ahead._Reader,
         "TrainingPass.forward": trainer.TrainingPass,
         "Tensor.backward": torch.Tensor,
         "Masters.step": Masters,

@@ -2,18 +2,21 @@
 """Batches of the steps to come, prepared by another process while this one computes.
 
 What a step draws depends on the seed and its number alone, so it makes no difference which process
-draws it. Tensors travel through a pipe as arrays: of small ones, a copy costs less than the file
-that torch would share each by. What the pipe holds is how far the other process is ahead.
+draws it. Tensors travel through a pipe, as arrays beside what holds them, and are read to where
+they stay: of small ones, a copy costs less than the file that torch would share each by. What the
+pipe holds is how far the other process is ahead.
 """
 
 from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
+import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,6 +30,9 @@ Prepare = Callable[[int], list[TrainingBatch]]
 # Of 64 KiB, as pipes come, a batch would wait for its reader several times on its way. More than
 # this takes privileges.
 _PIPE_BYTES = 1 << 20
+# A message: how many bytes hold the arrays, how many are the arrays, the arrays, what holds them.
+_HEADER = struct.Struct("=QQ")
+_ALIGNMENT = 64
 
 
 @contextmanager
@@ -58,7 +64,7 @@ def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[
         process.start()
     theirs.close()
     try:
-        yield lambda: _receive(ours)
+        yield _Reader(ours).receive
     finally:
         ours.close()
         process.terminate()
@@ -66,16 +72,48 @@ def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[
         process.close()
 
 
-def _receive(pipe: Connection) -> Any:
-    try:
-        found = pickle.loads(pipe.recv_bytes())
-    except EOFError:
-        raise RuntimeError(
-            "Trainer: the process that prepares batches must live until the last step, got its end"
-        ) from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+class _Reader:
+    """Reads messages from a pipe; the tensors of one are there until the next but one is read."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._memory = [bytearray(), bytearray()]
+
+    def receive(self) -> Any:
+        """Returns the next value, or raises it."""
+        header = bytearray(_HEADER.size)
+        self._fill(memoryview(header))
+        holder_bytes, array_bytes = _HEADER.unpack(header)
+        self._memory.reverse()
+        if len(self._memory[0]) < holder_bytes + array_bytes:
+            self._memory[0] = bytearray(2 * (holder_bytes + array_bytes))
+        message = memoryview(self._memory[0])[: holder_bytes + array_bytes]
+        self._fill(message)
+        sizes, holder = pickle.loads(message[array_bytes:])
+        starts = _starts(sizes)
+        arrays = [message[at : at + size] for at, size in zip(starts, sizes, strict=False)]
+        found = pickle.loads(holder, buffers=arrays)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _fill(self, memory: memoryview) -> None:
+        while memory:
+            count = os.readv(self._pipe.fileno(), [memory])
+            if not count:
+                raise RuntimeError(
+                    "Trainer: the process that prepares batches must live until the last step, "
+                    "got its end"
+                )
+            memory = memory[count:]
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Returns where arrays of so many bytes start, and where the last one ends, aligned."""
+    starts = [0]
+    for size in sizes:
+        starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
+    return starts
 
 
 def _serve(prepare: Prepare, first: int, end: int, ours: Connection, theirs: Connection) -> None:
@@ -88,21 +126,37 @@ def _serve(prepare: Prepare, first: int, end: int, ours: Connection, theirs: Con
                 found: Any = prepare(step)
             except Exception as error:
                 found = error
-            theirs.send_bytes(_pickled(found))
+            _send(theirs, found)
             if isinstance(found, Exception):
                 return
 
 
-def _pickled(value: Any) -> bytes:
+def _send(pipe: Connection, value: Any) -> None:
+    buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
-    _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    return stream.getvalue()
+    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
+    arrays = [buffer.raw() for buffer in buffers]
+    sizes = [array.nbytes for array in arrays]
+    starts = _starts(sizes)
+    memory = bytearray(starts[-1])
+    for at, array in zip(starts, arrays, strict=False):
+        memory[at : at + array.nbytes] = array
+    holder = pickle.dumps((sizes, stream.getvalue()))
+    with os.fdopen(os.dup(pipe.fileno()), "wb") as file:
+        file.write(_HEADER.pack(len(holder), len(memory)) + memory + holder)
 
 
 class _Pickler(pickle.Pickler):
-    """Writes tensors of the CPU as arrays."""
+    """Writes tensors of the CPU as buffers."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return torch.from_numpy, (value.numpy(),)
+            memory = pickle.PickleBuffer(value.contiguous().numpy())
+            return _tensor, (memory, value.dtype, *value.shape)
         return NotImplemented
+
+
+def _tensor(memory: Any, dtype: torch.dtype, *shape: int) -> Tensor:
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -218,7 +218,9 @@ class MoTAttention(nn.Module):
         if not streams:
             return None, None
         part: Any = self._modules
-        reads = {s: key_heads_read(part[_PARTS[s].query], num_key_heads) for s in streams}
+        reads = {}
+        for stream in streams:
+            reads[stream] = key_heads_read(part[_PARTS[stream].query], num_key_heads)
         if isinstance(packing, JointPacking):
             mixed = attend_jointly(streams, reads, num_key_heads, packing)
         else:
