@@ -8,8 +8,8 @@ included, so that what runs is not slowed down by being watched: see `outside.py
 is. All of a step counts: drawing and packing sequences, forward, backward, optimizer, average, and
 a line of the log. Two things would make the shares wrong by half, and are kept away. A stack takes
 py-spy some 10 ms: asked for more of them than it can read, it catches up by reading one spot again
-and again, so it is asked for few. And its moments are periodic, as steps are: between steps the
-process sleeps for a random time, which does not count.
+and again, so it is asked for few. And its moments are periodic, as steps are: now and then the process
+sleeps between two steps for a random time, which does not count.
 
 Two checks come with every number:
 
@@ -70,7 +70,9 @@ PHASES = (
 )
 BOUND = 0.05
 
-_WARMUP, _COUNTED, _CLOCKED, _PAUSE = 3, 3, 20, 0.06
+_WARMUP, _COUNTED, _CLOCKED = 3, 3, 20
+# Seconds, at most, and steps.
+_PAUSE, _PAUSE_EVERY = 0.06, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +134,13 @@ def pause() -> None:
 def train_until(
     run: Trainer, log: TrainingLog, enough: Callable[[], bool], *, pauses: bool = False
 ) -> None:
-    """Trains and logs as `adapt` does; `pauses` between the steps, if asked."""
+    """Trains and logs as `adapt` does; `pauses` after every few steps, if asked."""
 
     def on_step(record: StepRecord) -> None:
         log.write(record)
         if enough():
             raise _EnoughError
-        if pauses:
+        if pauses and record.step % _PAUSE_EVERY == 0:
             pause()
 
     with suppress(_EnoughError):

@@ -151,7 +151,8 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            memory = pickle.PickleBuffer(value.contiguous().numpy())
+            array: Any = value.contiguous().numpy()
+            memory = pickle.PickleBuffer(array)
             return _tensor, (memory, value.dtype, *value.shape)
         return NotImplemented
 

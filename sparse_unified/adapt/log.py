@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +16,13 @@ from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
+_WRITE_EVERY = 1.0  # seconds
 
 
 class TrainingLog:
     """Appends what the steps did to `log.jsonl` of a directory, and to `tensorboard/` if asked.
+
+    Steps are written a second's worth at a time, before a state is saved, and at the end.
 
     Args:
         directory: of the run.
@@ -40,19 +44,30 @@ class TrainingLog:
         kept = [line for line in read_lines(self._path) if line["step"] <= steps]
         replace_file(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._stream = self._path.open("a", encoding="utf-8")
+        self._waiting: list[StepRecord] = []
+        self._written_at = time.monotonic()
 
     def write(self, record: StepRecord) -> None:
         """Logs one step."""
-        values = record.to_dict()
-        self._stream.write(json.dumps(values) + "\n")
+        self._waiting.append(record)
+        if time.monotonic() >= self._written_at + _WRITE_EVERY:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        for record in self._waiting:
+            values = record.to_dict()
+            self._stream.write(json.dumps(values) + "\n")
+            if self._events is not None:
+                for name, value in values.items():
+                    if name not in ("step", "expert_load"):
+                        self._events.add_scalar(name, value, record.step)
         self._stream.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                if name not in ("step", "expert_load"):
-                    self._events.add_scalar(name, value, record.step)
+        self._waiting.clear()
+        self._written_at = time.monotonic()
 
     def sync(self) -> None:
         """Makes what was logged survive a crash of the machine."""
+        self._write_waiting()
         os.fsync(self._stream.fileno())
         if self._events is not None:
             self._events.flush()
@@ -66,6 +81,7 @@ class TrainingLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._write_waiting()
         self._stream.close()
         if self._events is not None:
             self._events.close()

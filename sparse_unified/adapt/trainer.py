@@ -152,10 +152,14 @@ class Trainer:
         number, config = self.steps_done, self.config
         device = self.model.device
         batches = [batch.to(device) for batch in prepared()]
-        counts = torch.tensor(
-            [[b.text_tokens, b.image_tokens, b.num_tokens] for b in batches], device=device
-        ).sum(0)
-        text_tokens, image_tokens, tokens = map(int, _over_processes(counts).tolist())
+        counts = [
+            sum(batch.text_tokens for batch in batches),
+            sum(batch.image_tokens for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+        ]
+        if num_processes() > 1:
+            counts = _over_processes(torch.tensor(counts, device=device)).tolist()
+        text_tokens, image_tokens, tokens = counts
         losses: list[Tensor] = []
         loads: list[dict[tuple[str, int], Tensor]] = []
         with _deterministic(device), self.masters.collecting() as collect:

@@ -140,7 +140,7 @@ def attend_jointly(
     """
     # One split: the gradients of slices would each be a tensor of the whole stream.
     split = {stream: x.split(packing.rows[stream]) for stream, x in heads.items()}
-    are_alike = all([len(read) == num_key_heads for read in reads.values()])
+    are_alike = all(len(read) == num_key_heads for read in reads.values())
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
     masks = packing.masks or [group.mask for group in packing.groups]
     for i, (group, mask) in enumerate(zip(packing.groups, masks, strict=True)):

@@ -113,8 +113,6 @@ class SparseMoE(OfficialState):
     @property
     def active_backend(self) -> str:
         """What runs this block: "cpu" or "cuda" (our kernels), or "torch: <why>" (torch ops)."""
-        if self.gate_proj.is_cpu:
-            return backend.CPU
         return backend.choose(
             self.gate_proj.device,
             dtype=self.gate_proj.dtype,
