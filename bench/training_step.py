@@ -5,11 +5,11 @@
 
 A process trains; py-spy (extra `test`) stops it now and then and reads its stack, native frames
 included, so that what runs is not slowed down by being watched: see `outside.py` for whose a moment
-is. All of a step counts: drawing and packing sequences, forward, backward, optimizer, average, and
-a line of the log. Two things would make the shares wrong by half, and are kept away. A stack takes
-py-spy some 10 ms: asked for more of them than it can read, it catches up by reading one spot again
-and again, so it is asked for few. And its moments are periodic, as steps are: now and then the process
-sleeps between two steps for a random time, which does not count.
+is. All of a step counts: receiving or preparing its batch, forward, backward, optimizer, average,
+and a line of the log. Two things would make the shares wrong by half, and are kept away. A stack
+takes py-spy some 10 ms: asked for more of them than it can read, it catches up by reading one spot
+again and again, so it is asked for few. And its moments are periodic, as steps are: now and then
+the process sleeps between two steps for a random time, which does not count.
 
 Two checks come with every number:
 
@@ -52,7 +52,8 @@ from sparse_unified.adapt import (
 from sparse_unified.adapt.log import TrainingLog
 from sparse_unified.adapt.masters import Masters
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.mini import MiniTask, mini_config, training_data
+from sparse_unified.mini import MiniTask, StudyConfig, mini_config, training_data
+from sparse_unified.mini.train import DENSE
 from sparse_unified.swap import MoEConfig, apply_moe_
 
 from .outside import OUTSIDE, Shares, count_instructions, read_stacks
@@ -70,7 +71,7 @@ PHASES = (
 )
 BOUND = 0.05
 
-_WARMUP, _COUNTED, _CLOCKED = 3, 3, 20
+_WARMUP, _COUNTED, _CLOCKED = 3, 3, 60
 # Seconds, at most, and steps.
 _PAUSE, _PAUSE_EVERY = 0.06, 4
 
@@ -82,14 +83,19 @@ class Case:
     Attributes:
         task: of the miniature. hidden_size: of the decoder.
         model: "dense", or the stage in which a sparse model, 16 experts of which 8 are active, is.
-        threads: of torch. batch_size: sequences of a step.
+        threads: of torch.
     """
 
     task: str
     hidden_size: int
     model: str
     threads: int
-    batch_size: int = 32
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a step, as the shipped models were trained, or are tuned in the study."""
+        task = MiniTask(self.task)
+        return DENSE[task].batch_size if self.model == "dense" else StudyConfig().batch_size
 
     @property
     def name(self) -> str:
@@ -242,7 +248,12 @@ def watch(
                     for _ in range(rounds)
                 ]
                 process.send_signal(signal.SIGUSR1)
-                yield asdict(case) | json.loads(line) | _summary(found)
+                yield (
+                    asdict(case)
+                    | {"batch_size": case.batch_size}
+                    | json.loads(line)
+                    | _summary(found)
+                )
         except BaseException:
             process.kill()
             raise
@@ -281,13 +292,13 @@ def _sample(pid: int, seconds: float, rate: int, out: Path) -> Shares:
 
 def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yields a line for each case."""
-    yield "| task | hidden | model | threads | step, ms | outside | of rounds | instructions |"
-    yield "|---|---:|---|---:|---:|---:|---|---:|"
+    yield "| task | hidden | model | batch | threads | step, ms | outside | samples | instr. |"
+    yield "|---|---:|---|---:|---:|---:|---:|---:|---:|"
     for r in records:
         yield (
-            f"| {r['task']} | {r['hidden_size']} | {r['model']} | {r['threads']} "
-            f"| {r['step_ms']:.1f} | {r['outside']:.1%} "
-            f"| {min(r['rounds']):.1%} to {max(r['rounds']):.1%} | {r['instructions']:,.0f} |"
+            f"| {r['task']} | {r['hidden_size']} | {r['model']} | {r['batch_size']} "
+            f"| {r['threads']} | {r['step_ms']:.1f} | {r['outside']:.1%} | {r['samples']:,} "
+            f"| {r['instructions']:,.0f} |"
         )
 
 

@@ -2,21 +2,18 @@
 """Batches of the steps to come, prepared by another process while this one computes.
 
 What a step draws depends on the seed and its number alone, so it makes no difference which process
-draws it. Tensors travel through a pipe, as arrays beside what holds them, and are read to where
-they stay: of small ones, a copy costs less than the file that torch would share each by. What the
-pipe holds is how far the other process is ahead.
+draws it. Tensors lie in memory that both processes see, in two places that take turns: of small
+ones, the file that torch would share each by costs more than the step saves.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import multiprocessing
-import os
 import pickle
-import struct
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,36 +24,33 @@ from torch import Tensor
 from sparse_unified.bagel.segments import TrainingBatch
 
 Prepare = Callable[[int], list[TrainingBatch]]
-# Of 64 KiB, as pipes come, a batch would wait for its reader several times on its way. More than
-# this takes privileges.
-_PIPE_BYTES = 1 << 20
-# A message: how many bytes hold the arrays, how many are the arrays, the arrays, what holds them.
-_HEADER = struct.Struct("=QQ")
-_ALIGNMENT = 64
+# Of each place; memory that is never written to is never taken. What does not fit is sent.
+_SHARED_BYTES = 1 << 28
+_PLACES, _ALIGNMENT = 2, 64
+
+
+def can_fork() -> bool:
+    """Whether processes here start as copies of this one, and see its shared memory."""
+    return "fork" in multiprocessing.get_all_start_methods()
 
 
 @contextmanager
 def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[[], Any]]:
-    """Prepares the steps from `first` to `end` - 1 inside the block.
+    """Prepares the steps from `first` to `end` - 1 inside the block; needs `can_fork`.
 
     Args:
         prepare: returns the batches of a step. It runs in a copy of this process, with one thread,
-            and may touch no accelerator; where processes are not forked it has to be picklable.
+            and may touch no accelerator.
 
     Yields:
-        A function that returns the batches of the next step. It raises what `prepare` raised, and
-        RuntimeError if the other process died.
+        A function that returns the batches of the next step, whose tensors are there until it is
+        called again. It raises what `prepare` raised, and RuntimeError if the other process died.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("fork" if "fork" in methods else None)
-    ours, theirs = context.Pipe(duplex=False)
-    if sys.platform == "linux":
-        import fcntl
-
-        with suppress(OSError):
-            fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    memory = [mmap.mmap(-1, _SHARED_BYTES) for _ in range(_PLACES)]
     process = context.Process(
-        target=_serve, args=(prepare, first, end, ours, theirs), name="batches", daemon=True
+        target=_serve, args=(prepare, first, end, ours, theirs, memory), name="batches", daemon=True
     )
     with warnings.catch_warnings():
         # A forked process that computes with one thread needs none of those it lost.
@@ -64,7 +58,7 @@ def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[
         process.start()
     theirs.close()
     try:
-        yield _Reader(ours).receive
+        yield _Reader(ours, memory).receive
     finally:
         ours.close()
         process.terminate()
@@ -73,77 +67,74 @@ def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[
 
 
 class _Reader:
-    """Reads messages from a pipe; the tensors of one are there until the next but one is read."""
+    """Reads what the other process sends."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, memory: list[mmap.mmap]) -> None:
         self._pipe = pipe
-        self._memory = [bytearray(), bytearray()]
+        self._memory = [memoryview(place) for place in memory]
 
     def receive(self) -> Any:
         """Returns the next value, or raises it."""
-        header = bytearray(_HEADER.size)
-        self._fill(memoryview(header))
-        holder_bytes, array_bytes = _HEADER.unpack(header)
+        with suppress(OSError):
+            # What was read last is done with, so its place is free. Nobody may be there to hear it.
+            self._pipe.send_bytes(b"1")
+        try:
+            spans, holder = pickle.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
+            raise RuntimeError(
+                "Trainer: the process that prepares batches must live until the last step, "
+                "got its end"
+            ) from None
+        place = self._memory[0]
         self._memory.reverse()
-        if len(self._memory[0]) < holder_bytes + array_bytes:
-            self._memory[0] = bytearray(2 * (holder_bytes + array_bytes))
-        message = memoryview(self._memory[0])[: holder_bytes + array_bytes]
-        self._fill(message)
-        sizes, holder = pickle.loads(message[array_bytes:])
-        starts = _starts(sizes)
-        arrays = [message[at : at + size] for at, size in zip(starts, sizes, strict=False)]
-        found = pickle.loads(holder, buffers=arrays)
+        found = pickle.loads(holder, buffers=[place[start:end] for start, end in spans])
         if isinstance(found, Exception):
             raise found
         return found
 
-    def _fill(self, memory: memoryview) -> None:
-        while memory:
-            count = os.readv(self._pipe.fileno(), [memory])
-            if not count:
-                raise RuntimeError(
-                    "Trainer: the process that prepares batches must live until the last step, "
-                    "got its end"
-                )
-            memory = memory[count:]
 
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    """Returns where arrays of so many bytes start, and where the last one ends, aligned."""
-    starts = [0]
-    for size in sizes:
-        starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
-    return starts
-
-
-def _serve(prepare: Prepare, first: int, end: int, ours: Connection, theirs: Connection) -> None:
+def _serve(
+    prepare: Prepare,
+    first: int,
+    end: int,
+    ours: Connection,
+    theirs: Connection,
+    memory: list[mmap.mmap],
+) -> None:
     # Else this process would keep the pipe open, and wait for a reader that is gone.
     ours.close()
     torch.set_num_threads(1)
-    with suppress(BrokenPipeError, KeyboardInterrupt):
+    with suppress(EOFError, OSError, KeyboardInterrupt):
         for step in range(first, end):
             try:
                 found: Any = prepare(step)
             except Exception as error:
                 found = error
-            _send(theirs, found)
+            # The other process works in one place until it asks for the next value.
+            if step > first:
+                theirs.recv_bytes()
+            theirs.send_bytes(_packed(found, memory[(step - first) % _PLACES]))
             if isinstance(found, Exception):
                 return
 
 
-def _send(pipe: Connection, value: Any) -> None:
-    buffers: list[pickle.PickleBuffer] = []
+def _packed(value: Any, place: mmap.mmap) -> bytes:
+    """Puts the tensors of a value into shared memory; returns where, and what holds them."""
+    spans: list[tuple[int, int]] = []
+
+    def is_sent(buffer: pickle.PickleBuffer) -> bool:
+        array = buffer.raw()
+        last = spans[-1][1] if spans else 0
+        start = -(-last // _ALIGNMENT) * _ALIGNMENT
+        if start + array.nbytes > len(place):
+            return True
+        place[start : start + array.nbytes] = array
+        spans.append((start, start + array.nbytes))
+        return False
+
     stream = io.BytesIO()
-    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)
-    arrays = [buffer.raw() for buffer in buffers]
-    sizes = [array.nbytes for array in arrays]
-    starts = _starts(sizes)
-    memory = bytearray(starts[-1])
-    for at, array in zip(starts, arrays, strict=False):
-        memory[at : at + array.nbytes] = array
-    holder = pickle.dumps((sizes, stream.getvalue()))
-    with os.fdopen(os.dup(pipe.fileno()), "wb") as file:
-        file.write(_HEADER.pack(len(holder), len(memory)) + memory + holder)
+    _Pickler(stream, protocol=5, buffer_callback=is_sent).dump(value)
+    return pickle.dumps((spans, stream.getvalue()))
 
 
 class _Pickler(pickle.Pickler):
