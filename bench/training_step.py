@@ -62,7 +62,7 @@ from .target import processor_name
 
 MODELS = ("dense", "router", "expert_frozen", "full")
 HIDDEN_SIZES = (64, 96)
-THREADS = (1, 2)
+THREADS = (1,)
 PHASES = (
     "_Reader.receive",
     "TrainingPass.forward",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import mmap
 import multiprocessing
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,14 +30,21 @@ _SHARED_BYTES = 1 << 28
 _PLACES, _ALIGNMENT = 2, 64
 
 
-def can_fork() -> bool:
-    """Whether processes here start as copies of this one, and see its shared memory."""
-    return "fork" in multiprocessing.get_all_start_methods()
+def can_help() -> bool:
+    """Whether another process can prepare batches: a copy of this one, on a core that is idle.
+
+    Where torch's threads take all cores they wait for each other actively, and to displace one of
+    them costs more than a batch.
+    """
+    if multiprocessing.current_process().daemon:
+        return False
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    return can_fork and torch.get_num_threads() < len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[[], Any]]:
-    """Prepares the steps from `first` to `end` - 1 inside the block; needs `can_fork`.
+    """Prepares the steps from `first` to `end` - 1 inside the block; needs `can_help`.
 
     Args:
         prepare: returns the batches of a step. It runs in a copy of this process, with one thread,
@@ -61,7 +69,7 @@ def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[
         yield _Reader(ours, memory).receive
     finally:
         ours.close()
-        process.terminate()
+        process.kill()
         process.join()
         process.close()
 

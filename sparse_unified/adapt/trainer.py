@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_unified.adapt import state
-from sparse_unified.adapt.ahead import can_fork, prepared_ahead
+from sparse_unified.adapt.ahead import can_help, prepared_ahead
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.draws import DataOrder, sequence_generators
 from sparse_unified.adapt.masters import Masters
@@ -94,8 +94,9 @@ class Trainer:
         dataset: what it is trained on, at least one sequence.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
-        ahead: while a step of `run` computes, let another process prepare the next, where processes
-            can be forked; the dataset may touch no accelerator. Nothing that is computed changes.
+        ahead: while a step of `run` computes, let another process prepare the next, if processes can
+            be forked and torch's threads leave a core idle; the dataset may touch no accelerator.
+            Nothing that is computed changes.
 
     Raises:
         ValueError: there is nothing to train or to train on, or the passes of a step do not divide
@@ -278,7 +279,7 @@ class Trainer:
     @contextmanager
     def _prepared(self) -> Iterator[Callable[[], list[TrainingBatch]]]:
         """Yields a function that returns the batches of the next step, however far the run is."""
-        if self._ahead and can_fork():
+        if self._ahead and can_help():
             with prepared_ahead(self._batches, self.steps_done, self.config.steps) as prepared:
                 yield prepared
         else:
