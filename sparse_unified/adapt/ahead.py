@@ -38,8 +38,10 @@ def can_help() -> bool:
     """
     if multiprocessing.current_process().daemon:
         return False
+    own = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
     can_fork = "fork" in multiprocessing.get_all_start_methods()
-    return can_fork and torch.get_num_threads() < len(os.sched_getaffinity(0))
+    return can_fork and torch.get_num_threads() < cores
 
 
 @contextmanager

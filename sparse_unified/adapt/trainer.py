@@ -94,9 +94,9 @@ class Trainer:
         dataset: what it is trained on, at least one sequence.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
-        ahead: while a step of `run` computes, let another process prepare the next, if processes can
-            be forked and torch's threads leave a core idle; the dataset may touch no accelerator.
-            Nothing that is computed changes.
+        ahead: while a step of `run` computes, let another process prepare the next, if processes
+            can be forked and torch's threads leave a core idle; the dataset may touch no
+            accelerator. Nothing that is computed changes.
 
     Raises:
         ValueError: there is nothing to train or to train on, or the passes of a step do not divide
