@@ -60,7 +60,7 @@ def test_tensors_arrive_as_they_were_wherever_they_fit(
     monkeypatch: pytest.MonkeyPatch, shared: int
 ) -> None:
     monkeypatch.setattr(ahead, "_SHARED_BYTES", shared)
-    with prepared_ahead(tensors, 3, 12) as receive:  # type: ignore[arg-type]
+    with prepared_ahead(tensors, 3, 12) as receive:
         for step in range(3, 12):
             for found, wanted in zip(receive(), tensors(step), strict=True):
                 assert found.dtype == wanted.dtype
@@ -86,7 +86,7 @@ def test_the_end_of_the_other_process_is_an_error() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return [torch.tensor(step)]
 
-    with prepared_ahead(prepare, 0, 3) as receive:  # type: ignore[arg-type]
+    with prepared_ahead(prepare, 0, 3) as receive:
         assert receive()[0] == 0
         with pytest.raises(RuntimeError, match="must live until the last step, got its end"):
             receive()

@@ -2,8 +2,11 @@
 """Batches of the steps to come, prepared by another process while this one computes.
 
 What a step draws depends on the seed and its number alone, so it makes no difference which process
-draws it. Tensors lie in memory that both processes see, in two places that take turns: of small
-ones, the file that torch would share each by costs more than the step saves.
+draws it. Tensors lie in memory that both processes see, in two places that take turns.
+
+This is not torch's DataLoader because that shares every tensor by a file of its own. To receive a
+batch of the miniature (25 small tensors, 3 to 7 ms to make) took 10 to 13 ms by it, and 0.4 to 0.7
+ms so.
 """
 
 from __future__ import annotations
@@ -17,14 +20,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sparse_unified.bagel.segments import TrainingBatch
-
-Prepare = Callable[[int], list[TrainingBatch]]
+T = TypeVar("T")
 # Of each place; memory that is never written to is never taken. What does not fit is sent.
 _SHARED_BYTES = 1 << 28
 _PLACES, _ALIGNMENT = 2, 64
@@ -45,15 +46,15 @@ def can_help() -> bool:
 
 
 @contextmanager
-def prepared_ahead(prepare: Prepare, first: int, end: int) -> Iterator[Callable[[], Any]]:
+def prepared_ahead(prepare: Callable[[int], T], first: int, end: int) -> Iterator[Callable[[], T]]:
     """Prepares the steps from `first` to `end` - 1 inside the block; needs `can_help`.
 
     Args:
-        prepare: returns the batches of a step. It runs in a copy of this process, with one thread,
+        prepare: returns what a step needs. It runs in a copy of this process, with one thread,
             and may touch no accelerator.
 
     Yields:
-        A function that returns the batches of the next step, whose tensors are there until it is
+        A function that returns what the next step needs, whose tensors are there until it is
         called again. It raises what `prepare` raised, and RuntimeError if the other process died.
     """
     context = multiprocessing.get_context("fork")
@@ -104,7 +105,7 @@ class _Reader:
 
 
 def _serve(
-    prepare: Prepare,
+    prepare: Callable[[int], object],
     first: int,
     end: int,
     ours: Connection,

@@ -320,7 +320,8 @@ def _over_processes(values: Tensor) -> Tensor:
 def _without_old_objects() -> Iterator[None]:
     """Spares Python's garbage collector the objects that are there before the block.
 
-    Those of the imported libraries are some 400,000; to visit them takes as long as a small step.
+    With the imported libraries they are some 400,000; to visit them takes longer than a step of a
+    small model.
     """
     if gc.get_freeze_count():
         yield

@@ -149,8 +149,7 @@ class _Parts(NamedTuple):
 
 
 _NAMES = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
-_UND, _GEN = (_Parts(*(f"{name}{stream}" for name in _NAMES)) for stream in (UND, GEN))
-_PARTS = {UND: _UND, GEN: _GEN}
+_PARTS = {stream: _Parts(*(f"{name}{stream}" for name in _NAMES)) for stream in (UND, GEN)}
 
 
 class MoTAttention(nn.Module):
@@ -212,9 +211,9 @@ class MoTAttention(nn.Module):
         streams = {}
         num_key_heads = 0
         if und is not None:
-            streams[UND], num_key_heads = self._heads(und, _UND, packing.und_angles)
+            streams[UND], num_key_heads = self._heads(und, _PARTS[UND], packing.und_angles)
         if gen is not None and packing.gen_angles is not None:
-            streams[GEN], num_key_heads = self._heads(gen, _GEN, packing.gen_angles)
+            streams[GEN], num_key_heads = self._heads(gen, _PARTS[GEN], packing.gen_angles)
         if not streams:
             return None, None
         part: Any = self._modules
@@ -226,8 +225,8 @@ class MoTAttention(nn.Module):
         else:
             mixed = self._attend_to_contexts(streams, reads, num_key_heads, packing)
         return (
-            part[_UND.output](mixed[UND]) if UND in mixed else None,
-            part[_GEN.output](mixed[GEN]) if GEN in mixed else None,
+            part[_PARTS[UND].output](mixed[UND]) if UND in mixed else None,
+            part[_PARTS[GEN].output](mixed[GEN]) if GEN in mixed else None,
         )
 
     def _heads(self, x: Tensor, names: _Parts, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:

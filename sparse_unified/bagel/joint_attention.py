@@ -133,7 +133,7 @@ def attend_jointly(
         heads: queries, keys and values [N, H + 2 K, d] of each stream that takes part.
         reads: key heads that the queries of a stream read.
         num_key_heads: K.
-        packing: how the streams divide into sequences.
+        packing: how the streams divide into sequences; with masks, see `JointPacking.recording`.
 
     Returns:
         The mixed values [N, H * d] of each stream.
@@ -142,8 +142,7 @@ def attend_jointly(
     split = {stream: x.split(packing.rows[stream]) for stream, x in heads.items()}
     are_alike = all(len(read) == num_key_heads for read in reads.values())
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
-    masks = packing.masks or [group.mask for group in packing.groups]
-    for i, (group, mask) in enumerate(zip(packing.groups, masks, strict=True)):
+    for i, (group, mask) in enumerate(zip(packing.groups, packing.masks, strict=True)):
         own = {
             stream: group.gathered(stream, parts[i])
             for stream, parts in split.items()

@@ -48,7 +48,8 @@ class Streams(NamedTuple):
         return {UND: len(self.und_tags), GEN: len(self.gen_tags)}
 
 
-@lru_cache(maxsize=1024)
+# Few: of an image of 1024 x 1024 pixels the lists are half a megabyte.
+@lru_cache(maxsize=64)
 def streams_of(layout: Layout) -> Streams:
     """Returns the tokens of a sequence, to be read only."""
     streams = Streams([], [], [], [], [], [], [])
@@ -108,7 +109,6 @@ def _masks(many: Sequence[Streams], lengths: Mapping[str, int]) -> Tensor:
     return before | same & (~is_text[:, :, None] | (index[:, None] >= index))
 
 
-@lru_cache(maxsize=1024)
 def _mask(layout: Layout) -> tuple[Tensor | None, bool]:
     """Returns who sees whom ([L, L] bool, und tokens first; None for all), and if it is causal."""
     if all(kind == TEXT for kind, _ in layout):

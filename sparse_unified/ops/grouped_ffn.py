@@ -49,11 +49,8 @@ def grouped_ffn(
         RuntimeError: a shape, dtype or index does not fit.
     """
     arguments = (x, row_token, expert_offsets, gate_proj, up_proj, down_proj, token_rows)
-    wants_gradient = torch.is_grad_enabled() and (
-        x.requires_grad
-        or gate_proj.requires_grad
-        or up_proj.requires_grad
-        or down_proj.requires_grad
+    wants_gradient = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x, gate_proj, up_proj, down_proj)
     )
     y: Tensor
     if wants_gradient and not recompute:
@@ -150,12 +147,10 @@ def _gradients(
     grad_x = None
     if needs_x:
         grad_x = _sum_rows(grad_rows, row_token, x, rest[0] if rest else None)
-    if not needs_weights:
-        return grad_x, *[None] * 6
-    wanted = [
+    wanted = (
         grad if needed else None
         for grad, needed in zip(grad_weights, ctx.needs_input_grad[3:6], strict=True)
-    ]
+    )
     return grad_x, None, None, *wanted, None
 
 
