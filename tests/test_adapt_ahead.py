@@ -80,13 +80,25 @@ def test_an_error_of_the_data_is_raised_as_it_is() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_the_end_of_the_other_process_is_an_error() -> None:
-    def prepare(step: int) -> list[Tensor]:
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return [torch.tensor(step)]
+def test_what_was_prepared_before_an_error_arrives() -> None:
+    def prepare(step: int) -> Tensor:
+        if step == 6:
+            raise ValueError("step 6 must be there, got none")
+        return torch.tensor(step)
 
-    with prepared_ahead(prepare, 0, 3) as receive:
-        assert receive()[0] == 0
+    with prepared_ahead(prepare, 0, 9) as receive:
+        assert [int(receive()) for _ in range(6)] == [*range(6)]
+        with pytest.raises(ValueError, match="step 6 must be there"):
+            receive()
+
+
+def test_the_end_of_the_other_process_is_an_error() -> None:
+    def prepare(step: int) -> Tensor:
+        if step == ahead._STEPS_AT_ONCE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(step)
+
+    with prepared_ahead(prepare, 0, 9) as receive:
+        assert [int(receive()) for _ in range(ahead._STEPS_AT_ONCE)] == [0, 1, 2, 3]
         with pytest.raises(RuntimeError, match="must live until the last step, got its end"):
             receive()

@@ -99,8 +99,9 @@ def sequences(config: BagelConfig) -> list[list[Segment]]:
         ],
         [VitSegment(pixels=picture(config, 1, 2, 6)), text(30), text(31, 32, predict=True)],
         [text(40, predict=True), noised(1, 1, 0.9, 7), text(41, 42, predict=True)],
-        # Padded to the first: the same kinds, other lengths.
+        # Padded to the first: other lengths, no text at all.
         [text(14), noised(2, 2, 0.4, 8)],
+        [noised(2, 3, 0.6, 9)],
     ]
 
 
@@ -141,7 +142,7 @@ def assert_as_inference(model: Bagel) -> None:
     torch.testing.assert_close(found.text_loss_sum, sum(t for t, _ in expected), rtol=2e-5, atol=0)
     torch.testing.assert_close(found.image_loss_sum, sum(i for _, i in expected), rtol=2e-5, atol=0)
     assert found.text_tokens == 2 + 3 + 2 + 3
-    assert found.image_tokens == 6 + 6 + 3 + 1 + 4
+    assert found.image_tokens == 6 + 6 + 3 + 1 + 4 + 6
 
 
 def test_losses_are_those_of_the_inference_path(config: BagelConfig, model: Bagel) -> None:
@@ -180,6 +181,13 @@ def test_sequences_are_padded_together_where_it_costs_little(config: BagelConfig
     assert groups(5, 6, 5, 7) == [4]
     assert groups(5, 5) == [2]  # one layout
     assert groups(1, 1, 79) == [2, 1]  # mostly padding
+
+
+def test_a_sequence_without_its_text_is_padded_to_those_with_it(config: BagelConfig) -> None:
+    image = LatentSegment(latent=latent(config, 2, 3, 1))
+    other = VitSegment(pixels=picture(config, 2, 3, 4))
+    batch = [[text(11, 12), image], [text(11, 12), other], [image], [text(11, 12), image]]
+    assert [group.count for group in pack_training(config, batch).packing.groups] == [3, 1]
 
 
 def test_nothing_later_sees_noised_latents(model: Bagel) -> None:

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -29,6 +30,8 @@ T = TypeVar("T")
 # Of each place; memory that is never written to is never taken. What does not fit is sent.
 _SHARED_BYTES = 1 << 28
 _PLACES, _ALIGNMENT = 2, 64
+# Processes wake each other once for so many steps.
+_STEPS_AT_ONCE = 4
 
 
 def can_help() -> bool:
@@ -83,9 +86,18 @@ class _Reader:
     def __init__(self, pipe: Connection, memory: list[mmap.mmap]) -> None:
         self._pipe = pipe
         self._memory = [memoryview(place) for place in memory]
+        self._waiting: deque[Any] = deque()
 
     def receive(self) -> Any:
         """Returns the next value, or raises it."""
+        if not self._waiting:
+            self._waiting.extend(self._read())
+        found = self._waiting.popleft()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _read(self) -> list[Any]:
         with suppress(OSError):
             # What was read last is done with, so its place is free. Nobody may be there to hear it.
             self._pipe.send_bytes(b"1")
@@ -98,9 +110,7 @@ class _Reader:
             ) from None
         place = self._memory[0]
         self._memory.reverse()
-        found = pickle.loads(holder, buffers=[place[start:end] for start, end in spans])
-        if isinstance(found, Exception):
-            raise found
+        found: list[Any] = pickle.loads(holder, buffers=[place[start:end] for start, end in spans])
         return found
 
 
@@ -116,16 +126,18 @@ def _serve(
     ours.close()
     torch.set_num_threads(1)
     with suppress(EOFError, OSError, KeyboardInterrupt):
-        for step in range(first, end):
+        for number, start in enumerate(range(first, end, _STEPS_AT_ONCE)):
+            found: list[Any] = []
             try:
-                found: Any = prepare(step)
+                for step in range(start, min(start + _STEPS_AT_ONCE, end)):
+                    found.append(prepare(step))
             except Exception as error:
-                found = error
-            # The other process works in one place until it asks for the next value.
-            if step > first:
+                found.append(error)
+            # The other process works in one place until it asks for the next values.
+            if number:
                 theirs.recv_bytes()
-            theirs.send_bytes(_packed(found, memory[(step - first) % _PLACES]))
-            if isinstance(found, Exception):
+            theirs.send_bytes(_packed(found, memory[number % _PLACES]))
+            if isinstance(found[-1], Exception):
                 return
 
 

@@ -2,8 +2,8 @@
 """Attention of whole sequences at once, without a past: what training runs.
 
 Sequences of one layout (the same kinds of segments, of the same lengths) lie next to each other in
-both streams, so that a layer attends to all of them in one call, on views. Short sequences of
-nearly one layout are padded to one, for this call alone.
+both streams, so that a layer attends to all of them in one call, on views. Short sequences
+with the same images are padded to one layout, for this call alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 UND, GEN = "", "_moe_gen"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Padding:
     """How the rows of a group become sequences of one length, and back.
 
@@ -32,7 +32,7 @@ class Padding:
     kept: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Sequences that are attended to in one call.
 
@@ -80,7 +80,7 @@ class Group:
         return rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class JointPacking:
     """Where the sequences of a batch lie in the two streams, and who sees whom.
 

@@ -119,7 +119,7 @@ def _mask(layout: Layout) -> tuple[Tensor | None, bool]:
 
 
 def make_groups(layouts: Sequence[tuple[Layout, int]]) -> list[Group]:
-    """Groups sequences of one order of kinds, which lie in the streams as they are given.
+    """Groups sequences of the same images, which lie in the streams as they are given.
 
     Args:
         layouts: different layouts, each with its number of sequences.

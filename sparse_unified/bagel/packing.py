@@ -169,7 +169,8 @@ def pack_training(
     *,
     device: torch.device | str = "cpu",
 ) -> TrainingBatch:
-    """Packs sequences for `training_forward`, on the CPU; those of one layout come to lie together.
+    """Packs sequences for `training_forward`, on the CPU; those with the same images come to lie
+    together.
 
     Args:
         config: of the model.
@@ -185,11 +186,13 @@ def pack_training(
     known: dict[tuple[str, torch.Size], int] = {}
     for sequence in sequences:
         by_layout.setdefault(_layout(config, sequence, known), []).append(sequence)
-    by_kinds: dict[tuple[str, ...], dict[Layout, list[Sequence[Segment]]]] = {}
+    # Those with the same images: a text may be shorter, or left out.
+    by_images: dict[tuple[str, ...], dict[Layout, list[Sequence[Segment]]]] = {}
     for layout, members in by_layout.items():
-        by_kinds.setdefault(next(zip(*layout, strict=True)), {})[layout] = members
+        images = tuple(kind for kind, _ in layout if kind != TEXT)
+        by_images.setdefault(images, {})[layout] = members
     rows, groups = _Rows(), []
-    for near in by_kinds.values():
+    for near in by_images.values():
         for layout, members in near.items():
             rows.add(config, layout, members)
         groups += make_groups([(layout, len(members)) for layout, members in near.items()])

@@ -77,7 +77,8 @@ class LatentSegment:
 Segment = TextSegment | VitSegment | LatentSegment
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots, as what it holds: between processes, those are copied one by one in Python.
+@dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
     """Packed sequences. U und tokens, G gen tokens, all tensors on one device.
 

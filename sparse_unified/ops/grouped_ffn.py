@@ -147,6 +147,8 @@ def _gradients(
     grad_x = None
     if needs_x:
         grad_x = _sum_rows(grad_rows, row_token, x, rest[0] if rest else None)
+    if not needs_weights:
+        return grad_x, *[None] * 6
     wanted = (
         grad if needed else None
         for grad, needed in zip(grad_weights, ctx.needs_input_grad[3:6], strict=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def _shared_width(intermediate_size: int, num_experts: int, num_shared_experts: int) -> int:
@@ -35,6 +35,10 @@ class ExpertLayout:
         shared_intermediate_size: width of the shared expert in neurons, for files that give it
             directly; by default it follows from the formula above.
 
+    Attributes:
+        shared_width: neurons of the shared expert; 0 without one.
+        expert_width: neurons of each routed expert.
+
     Raises:
         ValueError: a count is out of range, or E does not divide the routed neurons.
     """
@@ -43,6 +47,9 @@ class ExpertLayout:
     num_experts: int
     num_shared_experts: int = 0
     shared_intermediate_size: int | None = None
+    # Kept, because every forward pass of every block asks for the two.
+    shared_width: int = field(init=False, repr=False, compare=False)
+    expert_width: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -63,34 +70,26 @@ class ExpertLayout:
                 "ExpertLayout: shared_intermediate_size must be from 0 to "
                 f"intermediate_size - 1 = {self.intermediate_size - 1}, got {shared!r}"
             )
+        counts = self.num_experts, self.num_shared_experts
+        width = _shared_width(self.intermediate_size, *counts) if shared is None else shared
+        object.__setattr__(self, "shared_width", width)
         legal = dividing_expert_counts(self.intermediate_size, self.num_shared_experts)
-        if shared is None and self.num_shared_experts and not self.shared_width:
+        if shared is None and self.num_shared_experts and not width:
             raise ValueError(
                 "ExpertLayout: num_shared_experts must leave every expert one of the "
                 f"{self.intermediate_size} neurons of intermediate_size, got "
                 f"{self.num_shared_experts} beside {self.num_experts} experts; with these counts "
                 f"of experts it does: {', '.join(map(str, legal)) or 'none'}"
             )
-        routed = self.intermediate_size - self.shared_width
+        routed = self.intermediate_size - width
         if routed < self.num_experts or routed % self.num_experts != 0:
             raise ValueError(
                 f"ExpertLayout: num_experts must divide the {routed} neurons that remain of "
-                f"intermediate_size {self.intermediate_size} after {self.shared_width} shared, got "
+                f"intermediate_size {self.intermediate_size} after {width} shared, got "
                 f"{self.num_experts}; with num_shared_experts={self.num_shared_experts} these "
                 f"counts do: {', '.join(map(str, legal)) or 'none'}"
             )
-
-    @property
-    def shared_width(self) -> int:
-        """Neurons of the shared expert; 0 without one."""
-        if self.shared_intermediate_size is not None:
-            return self.shared_intermediate_size
-        return _shared_width(self.intermediate_size, self.num_experts, self.num_shared_experts)
-
-    @property
-    def expert_width(self) -> int:
-        """Neurons of each routed expert."""
-        return (self.intermediate_size - self.shared_width) // self.num_experts
+        object.__setattr__(self, "expert_width", routed // self.num_experts)
 
     def shared_range(self) -> tuple[int, int]:
         """Returns the half-open neuron range of the shared expert."""
