@@ -233,7 +233,8 @@ class Trainer:
             for key, count in self._experts.items()
             if any(key not in load for load in loads)
         }
-        passes = [torch.cat([(none | load)[key] for key in self._experts]) for load in loads]
+        whole = [none | load for load in loads]
+        passes = [torch.cat([load[key] for key in self._experts]) for load in whole]
         flat = iter(_over_processes(torch.stack(passes).sum(0)).tolist())
         return {key: list(islice(flat, count)) for key, count in self._experts.items()}
 

@@ -139,15 +139,14 @@ def attend_jointly(
         The mixed values [N, H * d] of each stream.
     """
     # One split: the gradients of slices would each be a tensor of the whole stream.
-    split = {stream: x.split(packing.rows[stream]) for stream, x in heads.items()}
+    split = [(stream, x.split(packing.rows[stream])) for stream, x in heads.items()]
     are_alike = all(len(read) == num_key_heads for read in reads.values())
     mixed: dict[str, list[Tensor]] = {stream: [] for stream in heads}
     for i, (group, mask) in enumerate(zip(packing.groups, packing.masks, strict=True)):
-        own = {
-            stream: group.gathered(stream, parts[i])
-            for stream, parts in split.items()
-            if group.lengths[stream]
-        }
+        own = {}
+        for stream, parts in split:
+            if group.lengths[stream]:
+                own[stream] = group.gathered(stream, parts[i])
         if not own:
             continue
         outs = (
