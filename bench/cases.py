@@ -145,7 +145,8 @@ class Work:
 def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Work:
     """FLOPs and bytes of one call: every operand read or written once.
 
-    A backward pass counts as the GEMMs it repeats; with frozen experts, all but one of three.
+    A backward pass counts as the GEMMs it repeats; with frozen experts, all but one of three. That
+    of `permute` and `combine`, which run none, moves rows the other way.
     """
     t, d, e, r = case.tokens, case.hidden_size, case.num_experts, case.rows
     size = dtype.itemsize
@@ -173,7 +174,15 @@ def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Wor
             2 * t * d * size + weights * case.top_k // case.num_experts,
         ),
     }
-    return _repeated(formulas[op], direction)
+    backward = {
+        "permute": Work(r * d, (t + r) * d * size + r * 4),
+        # Gradients of the rows, written, and of their weights, for which the rows are read.
+        "combine": Work(3 * r * d, (t + 2 * r) * d * size + 3 * r * 4),
+    }
+    forward = formulas[op]
+    if direction == "fwd" or op not in backward:
+        return _repeated(forward, direction)
+    return Work(forward.flops + backward[op].flops, forward.bytes + backward[op].bytes)
 
 
 def pruned_work(

@@ -220,15 +220,15 @@ def block_rows(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def op_rows(content: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a table of our ops alone."""
-    yield "| op | case | dtype | us | GB/s | x torch reference |"
-    yield "|---|---|---|---:|---:|---:|"
+    """Yields a table of our ops alone: a line per op, case and direction."""
+    yield "| op | case | pass | dtype | us | GB/s | x torch reference |"
+    yield "|---|---|---|---|---:|---:|---:|"
     for record in content["records"]:
         if record["op"] not in WHOLE_FFNS and record["provider"] == "sparse_unified":
             ratio = record["speedup"].get("torch")
             yield (
-                f"| {record['op']} | {record['case']} | {record['dtype']} "
-                f"| {record['median_us']:,.0f} | {record['gbps']:.1f} "
+                f"| {record['op']} | {record['case']} | {record['direction']} "
+                f"| {record['dtype']} | {record['median_us']:,.0f} | {record['gbps']:.1f} "
                 f"| {f'{ratio:.1f}' if ratio else ''} |"
             )
 
@@ -331,7 +331,7 @@ def performance(results: Results) -> str:
             *block_rows(content),
             *missing_rows(content),
             "",
-            "Each op alone, forward:",
+            "Each op alone:",
             "",
             *op_rows(content),
         ]

@@ -98,6 +98,14 @@ def test_backward_counts_the_gemms_it_repeats() -> None:
     assert work("sparse_ffn", SMALL, torch.float32, "fwd_bwd_frozen").flops == 2 * forward.flops
 
 
+def test_backward_of_ops_without_gemms_counts_the_rows_it_moves() -> None:
+    rows = 4 * SMALL.hidden_size * SMALL.rows
+    tokens = 4 * SMALL.hidden_size * SMALL.tokens
+    for op, moved in (("permute", 2 * (tokens + rows)), ("combine", 2 * tokens + 3 * rows)):
+        indices = work(op, SMALL, torch.float32, "fwd_bwd").bytes - moved
+        assert 0 < indices < 0.1 * moved
+
+
 def test_cases_of_cuda_are_those_of_bagel_at_two_splits() -> None:
     names = [name for name in CUDA_DEFAULTS if name in CASES]
     assert len(names) == 6

@@ -5,7 +5,7 @@ What a step draws depends on the seed and its number alone, so it makes no diffe
 draws it. Tensors lie in memory that both processes see, in two places that take turns.
 
 This is not torch's DataLoader because that shares every tensor by a file of its own. To receive a
-batch of the miniature (25 small tensors, 3 to 7 ms to make) took 10 to 13 ms by it, and 0.4 to 0.7
+batch of the miniature (25 small tensors, 3 to 7 ms to make) took 10 to 13 ms by it, and 0.2 to 0.3
 ms so.
 """
 
