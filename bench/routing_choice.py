@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_unified.nn import SparseMoE, SwiGLU
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     ExpertLayout,
     Partition,
     RouterInit,
@@ -29,6 +28,7 @@ from sparse_unified.partition import (
     order_neurons,
     random_router,
 )
+from sparse_unified.nn import SparseMoE, SwiGLU
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 512, 16, 8
 CALIBRATION_TOKENS = 512

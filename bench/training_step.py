@@ -54,7 +54,7 @@ from sparse_unified.adapt.masters import Masters
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.mini import MiniTask, StudyConfig, mini_config, training_data
 from sparse_unified.mini.train import DENSE
-from sparse_unified.swap import MoEConfig, apply_moe_
+from sparse_unified.surgery import MoEConfig, apply_moe_
 
 from .outside import OUTSIDE, Shares, count_instructions, read_stacks
 from .report import commit, versions

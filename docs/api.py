@@ -18,9 +18,9 @@ API = Path(__file__).parent / "api.md"
 MODULES = (
     "sparse_unified.ops",
     "sparse_unified.nn",
-    "sparse_unified.partition",
+    "sparse_unified.experts",
     "sparse_unified.checkpoint",
-    "sparse_unified.swap",
+    "sparse_unified.surgery",
     "sparse_unified.bagel",
     "sparse_unified.analysis",
     "sparse_unified.adapt",

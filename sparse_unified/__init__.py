@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse mixture-of-experts FFNs for unified multimodal models.
 
-Data flows one way: checkpoint files -> partition -> nn modules -> ops -> C++ kernels. Importing the
+Data flows one way: checkpoint files -> experts -> nn modules -> ops -> C++ kernels. Importing the
 package registers the ops; everything else is imported when it is first asked for.
 """
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sparse_unified import ops  # registers torch.ops.sparse_unified with fakes and autograd
 
 if TYPE_CHECKING:
-    from sparse_unified import analysis, bagel, checkpoint, nn, partition, swap, testing
-    from sparse_unified.swap import (
+    from sparse_unified import analysis, bagel, checkpoint, experts, nn, surgery, testing
+    from sparse_unified.surgery import (
         MoEConfig,
         PruneHeadsConfig,
         PruneReport,
@@ -52,27 +52,27 @@ __all__ = [
     "bagel",
     "checkpoint",
     "count_parameters",
+    "experts",
     "load_moe_",
     "nn",
     "ops",
-    "partition",
     "prune_heads_",
     "prune_width_",
     "quantize_weights_",
     "restore_",
     "skip_layers_",
-    "swap",
+    "surgery",
     "testing",
 ]
 
-_MODULES = ("analysis", "bagel", "checkpoint", "nn", "partition", "swap", "testing")
+_MODULES = ("analysis", "bagel", "checkpoint", "experts", "nn", "surgery", "testing")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
-        return getattr(importlib.import_module(f"{__name__}.swap"), name)
+        return getattr(importlib.import_module(f"{__name__}.surgery"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

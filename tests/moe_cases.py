@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE, SwiGLU
-from sparse_unified.partition import ExpertLayout, snake_partition
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -26,7 +26,7 @@ from sparse_unified.bagel import (
 from sparse_unified.bagel.cache import Context
 from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.fixtures import write_tokenizer
-from sparse_unified.swap import prune_heads_, prune_width_, skip_layers_
+from sparse_unified.surgery import prune_heads_, prune_width_, skip_layers_
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,9 +17,9 @@ from sparse_unified.analysis.adapter import find_adapter
 from sparse_unified.analysis.criteria import join_experts
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.scores import resolve_scores
+from sparse_unified.experts import magnitude_scores, random_scores
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.partition import magnitude_scores, random_scores
-from sparse_unified.swap import PruneWidthConfig, prune_width_
+from sparse_unified.surgery import PruneWidthConfig, prune_width_
 
 LOUD, HEARD, DEAD = [3, 10], [7, 20], [1, 15]
 

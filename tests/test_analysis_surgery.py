@@ -14,7 +14,7 @@ from torch import nn
 from sparse_unified.analysis import find_adapter
 from sparse_unified.analysis.head_surgery import fewer_heads, read_attention
 from sparse_unified.analysis.surgery import as_module, narrowed, without_layers, without_part
-from sparse_unified.swap import Part
+from sparse_unified.surgery import Part
 
 IDS = torch.arange(3, 15)[None]
 

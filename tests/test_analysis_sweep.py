@@ -31,7 +31,7 @@ from sparse_unified.analysis.store import open_store
 from sparse_unified.analysis.surgery import narrowed
 from sparse_unified.analysis.sweep import run_sweep
 from sparse_unified.analysis.transforms import layers_to_skip, legal_axes
-from sparse_unified.swap import Part
+from sparse_unified.surgery import Part
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 

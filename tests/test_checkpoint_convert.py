@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import index_key, read_sidecar
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     ExpertLayout,
     magnitude_scores,
     random_scores,

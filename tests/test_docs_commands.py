@@ -25,7 +25,7 @@ from sparse_unified.bench import full_scale
 from sparse_unified.checkpoint import convert, prune
 from sparse_unified.cli import build_parser, main
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.swap import SkipLayersConfig
+from sparse_unified.surgery import SkipLayersConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_cases import GOLDEN
 from safetensors.torch import load_file
 
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     ExpertLayout,
     magnitude_scores,
     random_scores,

@@ -19,10 +19,10 @@ from moe_cases import (
 )
 from torch import Tensor
 
+from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.nn import sparse_moe as sparse_moe_module
 from sparse_unified.ops import backend, composed
-from sparse_unified.partition import ExpertLayout
 
 
 @pytest.mark.parametrize("name", ["moe_block", "moe_block_shared"])

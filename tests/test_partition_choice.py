@@ -19,8 +19,7 @@ from sparse_unified.bench.routing_choice import (
     sparse_error,
     unit_tokens,
 )
-from sparse_unified.ops import reference
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     ExpertLayout,
     Partition,
     RouterInit,
@@ -32,6 +31,7 @@ from sparse_unified.partition import (
     random_partition,
     snake_partition,
 )
+from sparse_unified.ops import reference
 
 LAYOUT = ExpertLayout(intermediate_size=512, num_experts=16)
 

@@ -26,12 +26,12 @@ PACKAGE = ROOT / "sparse_unified"
 ORDER = (
     "_library",
     "errors",
-    "partition",
+    "experts",
     "ops",
     "nn",
     "checkpoint",
     "build",
-    "swap",
+    "surgery",
     "bagel",
     "engines",
     "analysis",
@@ -44,10 +44,10 @@ ORDER = (
 )
 # ... but these no more than this.
 NARROWER = {
-    "partition": {"errors"},
+    "experts": {"errors"},
     "ops": {"_library", "errors"},
-    "nn": {"_library", "errors", "ops", "partition"},
-    "checkpoint": {"errors", "partition", "nn"},
+    "nn": {"_library", "errors", "ops", "experts"},
+    "checkpoint": {"errors", "experts", "nn"},
 }
 MAY_PRINT = {"bench", "cli"}
 HEAVY = (

@@ -36,7 +36,7 @@ from sparse_unified import (
     skip_layers_,
 )
 from sparse_unified.checkpoint import Checkpoint, convert, info, prune, verify
-from sparse_unified.partition import ExpertLayout, keep_in_experts
+from sparse_unified.experts import ExpertLayout, keep_in_experts
 
 SHARED = pytest.mark.parametrize(("experts", "shared"), [(4, 0), (3, 1), (4, 2)])
 

@@ -147,7 +147,7 @@ def test_hooks_of_what_is_skipped_come_back() -> None:
 def test_an_interrupted_pruning_leaves_the_model_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparse_unified.swap import depth, heads, width
+    from sparse_unified.surgery import depth, heads, width
 
     model = small_bagel()
     before, wanted = snapshot(model), outputs(model)

@@ -25,8 +25,8 @@ from sparse_unified import (
     PruneWidthConfig,
     prune_width_,
 )
+from sparse_unified.experts import Budget, keep_units, magnitude_scores
 from sparse_unified.nn import SwiGLU
-from sparse_unified.partition import Budget, keep_units, magnitude_scores
 
 COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
 

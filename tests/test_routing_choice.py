@@ -25,8 +25,8 @@ from sparse_unified.bench.routing_choice import block_ffn, unit_tokens
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import read_sidecar
 from sparse_unified.cli import main
+from sparse_unified.experts import Partition, magnitude_scores, snake_partition
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.partition import Partition, magnitude_scores, snake_partition
 
 INPUTS = StatisticsConfig(num_inputs=32)
 

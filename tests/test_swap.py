@@ -26,8 +26,8 @@ from torch import nn
 
 import sparse_unified
 from sparse_unified import MoEConfig, apply_moe_, restore_
+from sparse_unified.experts import ExpertLayout, magnitude_scores, snake_partition
 from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import ExpertLayout, magnitude_scores, snake_partition
 
 HALF = MoEConfig(num_experts=4, top_k=2)
 MLPS = pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
@@ -252,7 +252,7 @@ def test_top_level_names_are_there_and_cheap() -> None:
         "import sys, time, torch\n"
         "start = time.perf_counter(); import sparse_unified\n"
         "print(time.perf_counter() - start)\n"
-        "assert 'sparse_unified.swap' not in sys.modules\n"
+        "assert 'sparse_unified.surgery' not in sys.modules\n"
         "assert sparse_unified.MoEConfig().num_experts == 16\n"
     )
     seconds = subprocess.run(

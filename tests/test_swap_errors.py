@@ -21,7 +21,7 @@ from swap_models import (
 from torch import nn
 
 from sparse_unified import MoEConfig, apply_moe_, restore_
-from sparse_unified.swap import blocks, exchange, restore, transforms
+from sparse_unified.surgery import blocks, exchange, restore, transforms
 
 HALF = MoEConfig(num_experts=4, top_k=2)
 AT = r"apply_moe_: layer 2 \(language_model\.model\.layers\.2\.mlp_moe_gen\): "

@@ -314,7 +314,7 @@ def test_hooks_of_users_see_the_name_that_the_caller_gave() -> None:
 
 
 def test_an_interrupted_swap_leaves_no_name_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_unified.swap import exchange
+    from sparse_unified.surgery import exchange
 
     model, calls = Model(), []
     original = exchange.take_name

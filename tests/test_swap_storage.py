@@ -24,7 +24,7 @@ from sparse_unified import (
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.stored import is_packed, unpacked
-from sparse_unified.swap.storage import ffn_bytes
+from sparse_unified.surgery.storage import ffn_bytes
 
 pytest.importorskip("torchao")
 # Half a step of 127 over the largest of a row, relative to the rms: about 1 % a matrix; fp8 has 3

@@ -29,7 +29,7 @@ from sparse_unified.bagel.conditioning import see_images
 from sparse_unified.bagel.training import balance_loss, expert_load
 from sparse_unified.bagel.vision import patchify
 from sparse_unified.ops import reference
-from sparse_unified.swap import PruneHeadsConfig
+from sparse_unified.surgery import PruneHeadsConfig
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"

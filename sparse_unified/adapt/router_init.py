@@ -13,9 +13,9 @@ from torch import Tensor
 from sparse_unified.analysis import FfnStatistics
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.report import Report, format_table
-from sparse_unified.partition import RouterInit, check_inputs
-from sparse_unified.swap.routing import first_router, set_routers_
-from sparse_unified.swap.sparse_blocks import find_sparse_blocks
+from sparse_unified.experts import RouterInit, check_inputs
+from sparse_unified.surgery.routing import first_router, set_routers_
+from sparse_unified.surgery.sparse_blocks import find_sparse_blocks
 
 Inputs = Mapping[str, Mapping[int, Tensor]]
 
@@ -71,7 +71,7 @@ def init_router_(
 
     "zero" is how conversion leaves them: a tie, which the first top_k experts win on every token.
     "random" draws small weights. "activation" fits each router to how much its experts give on
-    calibration tokens, see `sparse_unified.partition.fit_router`. The routers of und blocks for
+    calibration tokens, see `sparse_unified.experts.fit_router`. The routers of und blocks for
     text and for ViT tokens start the same; that of a shared expert becomes zero.
 
     Args:

@@ -20,7 +20,7 @@ from sparse_unified.analysis.stand_in import StandIn
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
 from sparse_unified.nn import SparseMoE
-from sparse_unified.swap.skipped import SkippedFFN
+from sparse_unified.surgery.skipped import SkippedFFN
 
 __all__ = [
     "LAYOUTS",

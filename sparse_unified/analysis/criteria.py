@@ -18,7 +18,7 @@ from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.writer import encode_tensors
-from sparse_unified.partition import check_scores, magnitude_scores, random_scores
+from sparse_unified.experts import check_scores, magnitude_scores, random_scores
 
 NeuronScores = dict[str, dict[FfnKey, Tensor]]
 

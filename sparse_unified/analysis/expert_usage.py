@@ -17,7 +17,7 @@ from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.analysis.sums import StatisticsConfig
 from sparse_unified.analysis.usage import ExpertUsage, LayerUsage
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.swap.sparse_blocks import SparseBlock, find_sparse_blocks
+from sparse_unified.surgery.sparse_blocks import SparseBlock, find_sparse_blocks
 
 Progress = Callable[[int, int], object]
 

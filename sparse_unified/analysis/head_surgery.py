@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified.analysis.adapter import Adapter
-from sparse_unified.partition import check_scores, head_magnitude_scores
+from sparse_unified.experts import check_scores, head_magnitude_scores
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FUSED = ("query_key_value", "dense")

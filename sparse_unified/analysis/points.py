@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_unified.analysis.criteria import find_criterion
 from sparse_unified.analysis.sums import StatisticsConfig
-from sparse_unified.swap import Budget, Part
+from sparse_unified.surgery import Budget, Part
 
 
 class Axis(str, Enum):

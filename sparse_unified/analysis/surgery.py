@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Narrower FFNs, fewer layers and layers without a part, for models known by their adapter alone.
 
-Models with the two components of BAGEL have the transforms of `sparse_unified.swap`; here are those
-that any decoder takes, and in `head_surgery` fewer heads. All are undone exactly when their block
-is left.
+Models with the two components of BAGEL have the transforms of `sparse_unified.surgery`; here
+are those that any decoder takes, and in `head_surgery` fewer heads. All are undone exactly when
+their block is left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_unified.analysis.adapter import Adapter, Block, Ffn, FfnKey
 from sparse_unified.analysis.stand_in import StandIn, learn_conventions
-from sparse_unified.swap import Part
+from sparse_unified.surgery import Part
 
 
 @contextmanager

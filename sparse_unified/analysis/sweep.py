@@ -21,7 +21,7 @@ from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.store import open_store
 from sparse_unified.analysis.task_run import TaskRun
 from sparse_unified.analysis.transforms import legal_axes
-from sparse_unified.partition import select_layers
+from sparse_unified.experts import select_layers
 
 Progress = Callable[[int, int, str], object]
 

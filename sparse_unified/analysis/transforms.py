@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a live model the one of a point, for as long as it is looked at.
 
-Models with the components of BAGEL go through the transforms of `sparse_unified.swap`, all others
-through `surgery`. Either way what was replaced is the same object again afterwards.
+Models with the components of BAGEL go through the transforms of `sparse_unified.surgery`, all
+others through `surgery`. Either way what was replaced is the same object again afterwards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sparse_unified.analysis.surgery import as_module, narrowed, without_layers,
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.report import format_layers
-from sparse_unified.partition import keep_units, select_layers
-from sparse_unified.swap import (
+from sparse_unified.experts import keep_units, select_layers
+from sparse_unified.surgery import (
     Part,
     PruneHeadsConfig,
     PruneReport,
@@ -34,7 +34,7 @@ from sparse_unified.swap import (
     restore_,
     skip_layers_,
 )
-from sparse_unified.swap.find import takes_absent_parts
+from sparse_unified.surgery.find import takes_absent_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

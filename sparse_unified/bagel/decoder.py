@@ -95,7 +95,7 @@ class DecoderLayer(nn.Module):
     A part that a stream skips is None, its norm with it: nothing of it runs.
     """
 
-    # What `sparse_unified.swap` asks for before it takes an attention out of a layer.
+    # What `sparse_unified.surgery` asks for before it takes an attention out of a layer.
     takes_absent_parts = True
 
     mlp: nn.Module | None

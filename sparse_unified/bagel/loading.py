@@ -37,7 +37,7 @@ from sparse_unified.checkpoint.reader import read_json
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.stored import is_packed
-from sparse_unified.swap.storage import quantize_ffn_
+from sparse_unified.surgery.storage import quantize_ffn_
 
 _BLOCK_BYTES = 64 * 2**20  # read at a time; an embedding of the released models has 1.1 GB
 

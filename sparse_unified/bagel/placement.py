@@ -14,7 +14,7 @@ from torch import nn
 
 from sparse_unified.bagel.config import LLMConfig
 from sparse_unified.checkpoint.keys import FFN_NAMES, layer_prefix, module_prefixes
-from sparse_unified.swap.storage import STORAGES
+from sparse_unified.surgery.storage import STORAGES
 
 LAYERS = "language_model.model.layers"
 Device = torch.device | str | int

@@ -41,7 +41,7 @@ from sparse_unified.checkpoint.writer import (
     build_header,
     write_text,
 )
-from sparse_unified.partition import Partition, RouterInit
+from sparse_unified.experts import Partition, RouterInit
 
 WHAT = "convert"
 

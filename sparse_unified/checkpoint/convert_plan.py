@@ -12,7 +12,7 @@ from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.report import format_layers
 from sparse_unified.checkpoint.surroundings import require_surroundings
-from sparse_unified.partition import ExpertLayout, select_layers
+from sparse_unified.experts import ExpertLayout, select_layers
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

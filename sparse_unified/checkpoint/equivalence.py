@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.moves import expert_ranges
 from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.partition import ExpertLayout
+from sparse_unified.experts import ExpertLayout
 
 _NUM_TOKENS = 16
 _BLOCK_NEURONS = 512

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import FFNs, SparseLayer, list_some
 from sparse_unified.checkpoint.recipe import RECIPE
-from sparse_unified.partition import ExpertLayout
+from sparse_unified.experts import ExpertLayout
 
 if TYPE_CHECKING:
     from sparse_unified.checkpoint.held import Layers

@@ -18,7 +18,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.moves import expert_ranges, read_words, row_blocks
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.safetensors_file import TensorSpec
-from sparse_unified.partition import ExpertLayout
+from sparse_unified.experts import ExpertLayout
 
 _COLUMNS = 512
 _MAX_PROBLEMS = 3

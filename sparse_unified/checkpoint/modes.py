@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.partition import Budget, Partition, RouterInit, select_layers
+from sparse_unified.experts import Budget, Partition, RouterInit, select_layers
 
 # More layers than any model has; a selection is parsed against it before the model is known.
 MAX_LAYERS = 1 << 16

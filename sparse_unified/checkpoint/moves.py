@@ -13,7 +13,7 @@ import numpy as np
 
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_bytes
-from sparse_unified.partition import ExpertLayout
+from sparse_unified.experts import ExpertLayout
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # Rows of down_proj handled at once: enough to amortise a read, few enough to stay in cache.

@@ -25,7 +25,7 @@ from sparse_unified.checkpoint.recipe import LayerHeads, Step
 from sparse_unified.checkpoint.report import format_layers
 from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
 from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     ExpertLayout,
     HeadPlan,
     check_experts,

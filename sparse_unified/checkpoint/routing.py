@@ -14,7 +14,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     ExpertLayout,
     Partition,
     RouterInit,

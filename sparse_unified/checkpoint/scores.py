@@ -22,7 +22,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import SparseLayer, list_some
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     as_scores,
     check_scores,
     head_magnitude_scores,

@@ -14,7 +14,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.moves import expert_ranges, to_experts
 from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec, as_bytes
 from sparse_unified.checkpoint.writer import FileWriter
-from sparse_unified.partition import ExpertLayout
+from sparse_unified.experts import ExpertLayout
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 

@@ -32,7 +32,7 @@ from sparse_unified.checkpoint.verify_pruned import (
     pruned_table,
 )
 from sparse_unified.checkpoint.writer import ByteCounter, Progress
-from sparse_unified.partition import ExpertLayout
+from sparse_unified.experts import ExpertLayout
 
 WHAT = "verify"
 

@@ -14,7 +14,7 @@ from sparse_unified.checkpoint.matching import find_bijection
 from sparse_unified.checkpoint.moves import expert_ranges, read_words
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.report import format_layers, format_table
-from sparse_unified.partition import ExpertLayout
+from sparse_unified.experts import ExpertLayout
 
 _SHOWN = 40  # characters of a list of removed units in a table
 

@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
 def _count(options: argparse.Namespace, drawn: Path) -> int:
     from sparse_unified.analysis import expert_usage, write_usage_plot
     from sparse_unified.analysis.samples import Task
-    from sparse_unified.swap.sparse_blocks import find_sparse_blocks
+    from sparse_unified.surgery.sparse_blocks import find_sparse_blocks
 
     for option in ("plot", "json"):
         check_output(getattr(options, option), f"--{option}")

@@ -107,7 +107,7 @@ def _modes(options: argparse.Namespace, axis: str) -> list[Mode]:
         PruneWidthConfig,
         SkipLayersConfig,
     )
-    from sparse_unified.partition import Budget
+    from sparse_unified.experts import Budget
 
     components = options.component
     if axis == "depth":

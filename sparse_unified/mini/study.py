@@ -44,11 +44,11 @@ from sparse_unified.analysis import (
 )
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.experts import Partition
 from sparse_unified.mini.data import MiniDataset, training_data
 from sparse_unified.mini.evaluate import EvaluationConfig, answers, evaluate, generate
 from sparse_unified.mini.model import MiniTask, mini_config, trained_weights
-from sparse_unified.partition import Partition
-from sparse_unified.swap import (
+from sparse_unified.surgery import (
     MoEConfig,
     PruneWidthConfig,
     SkipLayersConfig,

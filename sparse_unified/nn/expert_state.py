@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn.stored import is_packed, unpacked
-from sparse_unified.partition import ExpertLayout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

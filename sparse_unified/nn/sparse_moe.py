@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_unified import ops
+from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn.expert_state import OfficialState, expert_views
 from sparse_unified.nn.stored import is_packed
 from sparse_unified.ops import backend, composed, reference
-from sparse_unified.partition import ExpertLayout
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from sparse_unified.bagel import (
     sample_latents,
 )
 from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import ExpertLayout, snake_partition
 from sparse_unified.testing.cases import Case, is_number, read_case
 from sparse_unified.testing.contexts import (
     read_context_images,

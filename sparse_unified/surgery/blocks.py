@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE, SwiGLU
-from sparse_unified.partition import ExpertLayout
-from sparse_unified.swap.find import Target
-from sparse_unified.swap.weights import DenseWeights, offload_like, projection
+from sparse_unified.surgery.find import Target
+from sparse_unified.surgery.weights import DenseWeights, offload_like, projection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

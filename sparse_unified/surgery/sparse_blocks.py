@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.nn import SparseMoE
-from sparse_unified.swap.find import find_host
+from sparse_unified.surgery.find import find_host
 
 
 class SparseBlock(NamedTuple):

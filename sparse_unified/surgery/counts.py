@@ -9,8 +9,8 @@ from sparse_unified.checkpoint.counts import Counts, count_weight
 from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules, ffn_modules
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.stored import is_packed
-from sparse_unified.swap.find import Host, find_host
-from sparse_unified.swap.storage import stored_bytes
+from sparse_unified.surgery.find import Host, find_host
+from sparse_unified.surgery.storage import stored_bytes
 
 
 def count_parameters(model: object) -> dict[str, Counts]:

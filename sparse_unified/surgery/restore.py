@@ -9,7 +9,7 @@ import torch
 
 from sparse_unified.checkpoint.keys import COMPONENT_OF_FFN
 from sparse_unified.nn import SparseMoE
-from sparse_unified.swap.exchange import (
+from sparse_unified.surgery.exchange import (
     Change,
     Place,
     all_or_nothing,
@@ -19,8 +19,14 @@ from sparse_unified.swap.exchange import (
     is_unmoved_meta,
     put_back,
 )
-from sparse_unified.swap.find import Target, find_host
-from sparse_unified.swap.report import PrunedPart, SwappedLayer, SwapReport, describe, part_entries
+from sparse_unified.surgery.find import Target, find_host
+from sparse_unified.surgery.report import (
+    PrunedPart,
+    SwappedLayer,
+    SwapReport,
+    describe,
+    part_entries,
+)
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified.partition.layout import ExpertLayout
-from sparse_unified.partition.scores import check_scores
-from sparse_unified.partition.snake import rank_neurons
+from sparse_unified.experts.layout import ExpertLayout
+from sparse_unified.experts.scores import check_scores
+from sparse_unified.experts.snake import rank_neurons
 
 MIN_TOKENS = 8
 _WHERE = "coactivation_partition"

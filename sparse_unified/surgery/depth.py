@@ -10,14 +10,14 @@ from torch import nn
 
 from sparse_unified.checkpoint.keys import attention_modules, ffn_modules
 from sparse_unified.checkpoint.modes import Part, SkipLayersConfig
+from sparse_unified.experts import select_layers
 from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import select_layers
-from sparse_unified.swap.counts import count_component
-from sparse_unified.swap.exchange import Change, all_or_nothing, next_order, put_in
-from sparse_unified.swap.find import Host, find_host, read_dense, takes_absent_parts
-from sparse_unified.swap.probe import returns_tuple
-from sparse_unified.swap.report import PruneReport, part_entries
-from sparse_unified.swap.skipped import SkippedFFN
+from sparse_unified.surgery.counts import count_component
+from sparse_unified.surgery.exchange import Change, all_or_nothing, next_order, put_in
+from sparse_unified.surgery.find import Host, find_host, read_dense, takes_absent_parts
+from sparse_unified.surgery.probe import returns_tuple
+from sparse_unified.surgery.report import PruneReport, part_entries
+from sparse_unified.surgery.skipped import SkippedFFN
 
 
 @torch.no_grad()

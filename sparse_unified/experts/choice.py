@@ -8,10 +8,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from sparse_unified.partition.coactivation import coactivation_partition
-from sparse_unified.partition.layout import ExpertLayout
-from sparse_unified.partition.scores import check_scores
-from sparse_unified.partition.snake import rank_neurons, snake_partition
+from sparse_unified.experts.coactivation import coactivation_partition
+from sparse_unified.experts.layout import ExpertLayout
+from sparse_unified.experts.scores import check_scores
+from sparse_unified.experts.snake import rank_neurons, snake_partition
 
 _WHERE = "random_partition"
 

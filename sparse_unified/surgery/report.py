@@ -12,9 +12,9 @@ from sparse_unified.checkpoint.counts import Counts, format_counts
 from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules
 from sparse_unified.checkpoint.report import Report, format_layers, format_table
 from sparse_unified.nn import SparseMoE
-from sparse_unified.swap.exchange import Change, like
-from sparse_unified.swap.find import Target
-from sparse_unified.swap.skipped import SkippedFFN
+from sparse_unified.surgery.exchange import Change, like
+from sparse_unified.surgery.find import Target
+from sparse_unified.surgery.skipped import SkippedFFN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified.checkpoint.modes import MoEConfig
-from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     Partition,
     RouterFit,
     RouterInit,
@@ -17,7 +16,8 @@ from sparse_unified.partition import (
     order_neurons,
     random_router,
 )
-from sparse_unified.swap.blocks import Plan
+from sparse_unified.nn import SparseMoE
+from sparse_unified.surgery.blocks import Plan
 
 
 def neuron_order(plan: Plan, config: MoEConfig, scores: Tensor, inputs: Tensor | None) -> Tensor:

@@ -15,22 +15,22 @@ from sparse_unified.checkpoint.hub import find_model, is_hub_id
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.routing import Inputs, resolve_inputs
+from sparse_unified.experts import ExpertLayout, RouterInit, check_scores, magnitude_scores
 from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import ExpertLayout, RouterInit, check_scores, magnitude_scores
-from sparse_unified.swap.blocks import Plan, check_keys, loaded_block, permuted_block, refuse
-from sparse_unified.swap.exchange import all_or_nothing, next_order, put_in
-from sparse_unified.swap.find import (
+from sparse_unified.surgery.blocks import Plan, check_keys, loaded_block, permuted_block, refuse
+from sparse_unified.surgery.exchange import all_or_nothing, next_order, put_in
+from sparse_unified.surgery.find import (
     Host,
     Target,
     find_host,
     read_dense,
     select_held,
 )
-from sparse_unified.swap.probe import returns_tuple
-from sparse_unified.swap.report import SwapReport, describe
-from sparse_unified.swap.routing import neuron_order, start_routers_
-from sparse_unified.swap.scores import Scores, by_layer, of_component
-from sparse_unified.swap.weights import DenseWeights
+from sparse_unified.surgery.probe import returns_tuple
+from sparse_unified.surgery.report import SwapReport, describe
+from sparse_unified.surgery.routing import neuron_order, start_routers_
+from sparse_unified.surgery.scores import Scores, by_layer, of_component
+from sparse_unified.surgery.weights import DenseWeights
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_unified.checkpoint.ffn import list_some
-from sparse_unified.partition import as_scores
+from sparse_unified.experts import as_scores
 
 LayerScores = Mapping[int, Tensor] | Tensor
 Scores = Mapping[str, LayerScores] | LayerScores

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_unified.partition.keep import Budget, keep_units
-from sparse_unified.partition.layout import ExpertLayout
+from sparse_unified.experts.keep import Budget, keep_units
+from sparse_unified.experts.layout import ExpertLayout
 
 
 def keep_in_experts(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_unified.swap.weights import hooks_of
+from sparse_unified.surgery.weights import hooks_of
 
 # Attribute -> its value without hooks. State dict hooks are not among them: they know the keys of
 # the module they were written for.

@@ -14,8 +14,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from sparse_unified.partition.coactivation import check_inputs, hidden_activations
-from sparse_unified.partition.layout import ExpertLayout
+from sparse_unified.experts.coactivation import check_inputs, hidden_activations
+from sparse_unified.experts.layout import ExpertLayout
 
 # Bounds of the root mean square of the logits: enough to keep their order in bf16, and little
 # enough that an expert weighs about 1, as conversion leaves it.

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who goes where: which neuron of a dense FFN is whose, and which layers are split."""
 
-from sparse_unified.partition.choice import Partition, order_neurons, random_partition
-from sparse_unified.partition.coactivation import (
+from sparse_unified.experts.choice import Partition, order_neurons, random_partition
+from sparse_unified.experts.coactivation import (
     check_inputs,
     coactivation_partition,
     hidden_activations,
 )
-from sparse_unified.partition.experts import check_experts, keep_in_experts
-from sparse_unified.partition.heads import HeadPlan, plan_heads
-from sparse_unified.partition.keep import Budget, keep_units
-from sparse_unified.partition.layout import ExpertLayout
-from sparse_unified.partition.router import RouterFit, RouterInit, fit_router, random_router
-from sparse_unified.partition.scores import (
+from sparse_unified.experts.experts import check_experts, keep_in_experts
+from sparse_unified.experts.heads import HeadPlan, plan_heads
+from sparse_unified.experts.keep import Budget, keep_units
+from sparse_unified.experts.layout import ExpertLayout
+from sparse_unified.experts.router import RouterFit, RouterInit, fit_router, random_router
+from sparse_unified.experts.scores import (
     as_scores,
     check_scores,
     head_magnitude_scores,
@@ -20,8 +20,8 @@ from sparse_unified.partition.scores import (
     magnitude_scores,
     random_scores,
 )
-from sparse_unified.partition.select import select_layers
-from sparse_unified.partition.snake import snake_partition
+from sparse_unified.experts.select import select_layers
+from sparse_unified.experts.snake import snake_partition
 
 __all__ = [
     "Budget",

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_unified.partition.layout import ExpertLayout
-from sparse_unified.partition.scores import check_scores
+from sparse_unified.experts.layout import ExpertLayout
+from sparse_unified.experts.scores import check_scores
 
 
 def rank_neurons(scores: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified.swap.hooks import move_hooks, take_name
-from sparse_unified.swap.weights import offloaded
+from sparse_unified.surgery.hooks import move_hooks, take_name
+from sparse_unified.surgery.weights import offloaded
 
 # NOTE: kept in the instance dict, inside a dataclass, so that what was replaced is no submodule: it
 # has no part in state dicts, optimisers, `.to()` or `.train()`, but in deepcopy and pickle.

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified.swap.find import Target
-from sparse_unified.swap.hooks import undisturbed
-from sparse_unified.swap.weights import DenseWeights
+from sparse_unified.surgery.find import Target
+from sparse_unified.surgery.hooks import undisturbed
+from sparse_unified.surgery.weights import DenseWeights
 
 # Far above the rounding of bf16 (below 1 %), far below what another activation makes of
 # pre-activations of this size (GELU: more than 10 %).

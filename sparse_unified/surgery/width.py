@@ -7,17 +7,17 @@ import torch
 
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import PruneWidthConfig
+from sparse_unified.experts import check_experts, keep_in_experts, keep_units
 from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import check_experts, keep_in_experts, keep_units
-from sparse_unified.swap.blocks import narrow_block, narrow_ffn
-from sparse_unified.swap.counts import count_component
-from sparse_unified.swap.exchange import all_or_nothing, next_order, put_in
-from sparse_unified.swap.find import Target, find_host, read_dense, select_held
-from sparse_unified.swap.probe import returns_tuple
-from sparse_unified.swap.report import PruneReport, part_entries
-from sparse_unified.swap.scores import Scores, by_layer, of_component
-from sparse_unified.swap.transforms import neuron_scores, require_distinct
-from sparse_unified.swap.weights import DenseWeights
+from sparse_unified.surgery.blocks import narrow_block, narrow_ffn
+from sparse_unified.surgery.counts import count_component
+from sparse_unified.surgery.exchange import all_or_nothing, next_order, put_in
+from sparse_unified.surgery.find import Target, find_host, read_dense, select_held
+from sparse_unified.surgery.probe import returns_tuple
+from sparse_unified.surgery.report import PruneReport, part_entries
+from sparse_unified.surgery.scores import Scores, by_layer, of_component
+from sparse_unified.surgery.transforms import neuron_scores, require_distinct
+from sparse_unified.surgery.weights import DenseWeights
 
 
 @torch.no_grad()

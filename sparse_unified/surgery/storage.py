@@ -20,8 +20,8 @@ from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.checkpoint.report import Report, format_bytes, format_table
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.stored import is_packed
-from sparse_unified.swap.find import Target, find_host, select_held
-from sparse_unified.swap.weights import projection_names, read_weights
+from sparse_unified.surgery.find import Target, find_host, select_held
+from sparse_unified.surgery.weights import projection_names, read_weights
 
 # Storage -> the configuration of torchao that makes it.
 STORAGES = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}

@@ -14,15 +14,15 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.partition import Budget
-from sparse_unified.swap.counts import count_parameters
-from sparse_unified.swap.depth import skip_layers_
-from sparse_unified.swap.heads import prune_heads_
-from sparse_unified.swap.report import PrunedPart, PruneReport, SwappedLayer, SwapReport
-from sparse_unified.swap.restore import restore_
-from sparse_unified.swap.storage import QuantizeConfig, QuantizeReport, quantize_weights_
-from sparse_unified.swap.transforms import apply_moe_, load_moe_
-from sparse_unified.swap.width import prune_width_
+from sparse_unified.experts import Budget
+from sparse_unified.surgery.counts import count_parameters
+from sparse_unified.surgery.depth import skip_layers_
+from sparse_unified.surgery.heads import prune_heads_
+from sparse_unified.surgery.report import PrunedPart, PruneReport, SwappedLayer, SwapReport
+from sparse_unified.surgery.restore import restore_
+from sparse_unified.surgery.storage import QuantizeConfig, QuantizeReport, quantize_weights_
+from sparse_unified.surgery.transforms import apply_moe_, load_moe_
+from sparse_unified.surgery.width import prune_width_
 
 __all__ = [
     "Budget",

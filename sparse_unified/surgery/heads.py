@@ -2,7 +2,7 @@
 """prune_heads_: groups of attention heads out of a live model.
 
 A group is a key head with the query heads that read it. The components of a layer share the key
-heads, see `sparse_unified.partition.heads` for which of them stay and in which order.
+heads, see `sparse_unified.experts.heads` for which of them stay and in which order.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.keys import ATTENTION_PROJECTIONS, SUFFIXES
 from sparse_unified.checkpoint.modes import BOTH, PruneHeadsConfig
-from sparse_unified.nn import QueryProjection, key_heads_read
-from sparse_unified.partition import (
+from sparse_unified.experts import (
     HeadPlan,
     check_scores,
     head_magnitude_scores,
@@ -26,11 +25,12 @@ from sparse_unified.partition import (
     keep_units,
     plan_heads,
 )
-from sparse_unified.swap.counts import count_component
-from sparse_unified.swap.exchange import Change, all_or_nothing, next_order, put_in
-from sparse_unified.swap.find import Host, find_host, select_held, takes_absent_parts
-from sparse_unified.swap.report import PruneReport, part_entries
-from sparse_unified.swap.scores import Scores, by_layer, of_component
+from sparse_unified.nn import QueryProjection, key_heads_read
+from sparse_unified.surgery.counts import count_component
+from sparse_unified.surgery.exchange import Change, all_or_nothing, next_order, put_in
+from sparse_unified.surgery.find import Host, find_host, select_held, takes_absent_parts
+from sparse_unified.surgery.report import PruneReport, part_entries
+from sparse_unified.surgery.scores import Scores, by_layer, of_component
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
+from sparse_unified.experts import select_layers
 from sparse_unified.nn import SparseMoE
-from sparse_unified.partition import select_layers
-from sparse_unified.swap.exchange import Change
-from sparse_unified.swap.skipped import SkippedFFN
-from sparse_unified.swap.weights import (
+from sparse_unified.surgery.exchange import Change
+from sparse_unified.surgery.skipped import SkippedFFN
+from sparse_unified.surgery.weights import (
     MERGED_PROJECTIONS,
     DenseWeights,
     describe_module,
