@@ -285,7 +285,7 @@ def test_scores_are_taken_in_every_documented_form(tmp_path: Path) -> None:
         (torch.full((4, 96), torch.nan), "scores must be finite, got nan for neuron 0"),
         (torch.full((4, 96), torch.inf), "scores must be finite, got inf for neuron 0"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_scores_that_do_not_fit_are_refused(scores: Any, message: str, tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
@@ -340,7 +340,7 @@ def test_a_scores_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         ({"component": "vit"}, "component must be gen or und, got 'vit'"),
         ({"seed": 1, "scores": torch.rand(4, 96)}, "must not both be given"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_arguments_out_of_range_are_refused(
     options: dict[str, Any], message: str, tmp_path: Path

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -221,20 +220,6 @@ def test_importing_the_package_leaves_the_extras_alone() -> None:
         f"print([n for n in {HEAVY} if n in set(sys.modules) - before])"
     )
     assert run_python(code) == "[]"
-
-
-def test_importing_the_package_takes_little_longer_than_importing_torch() -> None:
-    code = (
-        "import time, torch; start = time.perf_counter(); import sparse_unified; "
-        "print(time.perf_counter() - start)"
-    )
-    # A busy machine slows single runs, so the median of five decides, and three tries.
-    medians = []
-    for _ in range(3):
-        medians.append(median(float(run_python(code)) for _ in range(5)))
-        if medians[-1] <= 0.3:
-            return
-    pytest.fail(f"import must take at most 0.3 s more than torch, got {medians}")
 
 
 def documents() -> list[Path]:
