@@ -203,15 +203,6 @@ def test_missing_tokenizer_is_reported(dense: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_tokenizer_without_markers_is_refused() -> None:
-    class Plain:
-        def get_vocab(self) -> dict[str, int]:
-            return {"a": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-
-    with pytest.raises(ValueError, match=r"got no <\|vision_start\|>, <\|vision_end\|>"):
-        Tokenizer(Plain())
-
-
 def test_pipeline_refuses_a_foreign_tokenizer(dense: Path) -> None:
     foreign = SpecialTokens(bos=7, eos=4, start_of_image=5, end_of_image=6)
     model, vae = load_bagel(dense, special_tokens=foreign)

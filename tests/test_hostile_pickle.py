@@ -40,6 +40,14 @@ def violations(source: str) -> list[str]:
             called = ast.unparse(node.func)
             if called in CALLS:
                 found.append(f"line {node.lineno}: {called}()")
+            given = {keyword.arg for keyword in node.keywords}
+            ours = called == "BagelPipeline.from_pretrained"
+            if (
+                called.endswith(".from_pretrained")
+                and not ours
+                and "trust_remote_code" not in given
+            ):
+                found.append(f"line {node.lineno}: {called}() without trust_remote_code")
             for keyword in node.keywords:
                 risky = keyword.arg in ("allow_pickle", "trust_remote_code")
                 if risky and ast.unparse(keyword.value) != "False":
@@ -77,6 +85,7 @@ def test_what_passes_between_own_processes_is_read_from_no_file() -> None:
         "import numpy as np\nnp.load('x', allow_pickle=True)",
         "eval(text)",
         "Auto.from_pretrained(name, trust_remote_code=True)",
+        "Auto.from_pretrained(name, local_files_only=True)",
     ],
 )
 def test_the_check_sees_what_it_looks_for(source: str) -> None:

@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.optional import optional
+from sparse_unified.checkpoint.reader import read_json
 
 _SPECIAL_TEXTS = {
     "bos": "<|im_start|>",
     "eos": "<|im_end|>",
     "start_of_image": "<|vision_start|>",
     "end_of_image": "<|vision_end|>",
+}
+# What tokenizer_config.json may name, and the class of transformers that reads it.
+_CLASSES = {
+    "Qwen2Tokenizer": "Qwen2TokenizerFast",
+    "Qwen2TokenizerFast": "Qwen2TokenizerFast",
+    "PreTrainedTokenizerFast": "PreTrainedTokenizerFast",
+    "TokenizersBackend": "PreTrainedTokenizerFast",  # its name since transformers 5
 }
 
 
@@ -43,18 +52,40 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Tokenizer:
-        """Reads the tokenizer files of a model directory; nothing is downloaded.
+        """Reads the tokenizer files of a model directory.
+
+        Only the classes in `_CLASSES` are made. Code that the directory names (`auto_map`) is
+        never looked for, so nothing is executed, asked on stdin or downloaded.
 
         Raises:
-            ValueError: there is no tokenizer in it, or a marker is not in its vocabulary.
+            ValueError: there is no tokenizer in it, it is damaged or of another class, or a marker
+                is not in its vocabulary.
         """
-        auto = optional("transformers").AutoTokenizer
+        path = Path(directory)
+        fast = (path / "tokenizer.json").is_file()
+        if not fast and not all((path / name).is_file() for name in ("vocab.json", "merges.txt")):
+            raise ValueError(
+                f"{path}: directory must hold a tokenizer, got neither tokenizer.json nor "
+                "vocab.json and merges.txt"
+            )
+        settings = path / "tokenizer_config.json"
+        name = read_json(settings).get("tokenizer_class") if settings.exists() else None
+        if name is None:
+            name = "PreTrainedTokenizerFast" if fast else "Qwen2Tokenizer"
+        if not isinstance(name, str) or name not in _CLASSES:
+            raise ValueError(
+                f"{settings}: tokenizer_class must be one of {', '.join(_CLASSES)}, "
+                f"got {name!r:.120}"
+            )
+        kind = getattr(optional("transformers"), _CLASSES[name])
         try:
-            backend = auto.from_pretrained(os.fspath(directory), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            backend = kind.from_pretrained(
+                os.fspath(path), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises plain Exception
             first_line = str(error).partition("\n")[0]
             raise ValueError(
-                f"{os.fspath(directory)}: directory must hold a tokenizer, got {first_line}"
+                f"{path}: directory must hold a readable tokenizer, got {first_line:.200}"
             ) from error
         return cls(backend)
 

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tokenizer is read as data: no code of its directory runs, and damage is one clear error."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from sparse_unified.bagel.tokenizer import Tokenizer
+from sparse_unified.fixtures import write_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS = ["a photo of a cat", "<|im_start|>über\n€", ""]
+BOTH = {"AutoTokenizer": ["evil.Tok", "evil.Tok"], "AutoConfig": "evil.Config"}
+# What tokenizer_config.json and config.json are given, and if the tokenizer can still be read.
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "auto_map": ({"tokenizer_class": "EvilTok", "auto_map": BOTH}, {}, False),
+    "auto_map as a list": (
+        {"tokenizer_class": "EvilTok", "auto_map": BOTH["AutoTokenizer"]},
+        {},
+        False,
+    ),
+    "config.json": ({}, {"model_type": "evil", "auto_map": BOTH}, True),
+    "both files": (
+        {"tokenizer_class": "EvilTok", "auto_map": BOTH},
+        {"model_type": "evil", "auto_map": BOTH, "tokenizer_class": "EvilTok"},
+        False,
+    ),
+    "no class": (
+        {"tokenizer_class": None, "auto_map": BOTH},
+        {"model_type": "evil", "auto_map": BOTH},
+        True,
+    ),
+    "a repository": (
+        {"tokenizer_class": "EvilTok", "auto_map": {"AutoTokenizer": [None, "a/b--evil.Tok"]}},
+        {},
+        False,
+    ),
+    "a known class": ({"auto_map": BOTH, "trust_remote_code": True}, {"auto_map": BOTH}, True),
+}
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("RAN").touch()
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+class Tok(PreTrainedTokenizerFast): pass
+class Config(PretrainedConfig): model_type = "evil"
+"""
+
+
+def change(path: Path, fields: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | fields))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_code_of_a_directory_is_not_run(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("neither stdin nor the network may be used")
+
+    monkeypatch.setattr(builtins, "input", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    write_tokenizer(tmp_path)
+    expected = [Tokenizer.from_directory(tmp_path).encode(text) for text in TEXTS]
+    tokenizer_config, config, readable = LAYOUTS[layout]
+    (tmp_path / "evil.py").write_text(EVIL)
+    change(tmp_path / "tokenizer_config.json", tokenizer_config)
+    if config:
+        change(tmp_path / "config.json", config)
+    if readable:
+        tokenizer = Tokenizer.from_directory(tmp_path)
+        assert [tokenizer.encode(text) for text in TEXTS] == expected
+    else:
+        with pytest.raises(ValueError, match=r"tokenizer_class must be one of .* 'EvilTok'"):
+            Tokenizer.from_directory(tmp_path)
+    assert not (tmp_path / "RAN").exists()
+
+
+def write_qwen2(directory: Path, *, files: str) -> None:
+    """Writes files as the released models have them, with a vocabulary of bytes and two merges."""
+    markers = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    letters = sorted(set(bytes_to_unicode().values()))
+    tokens = [*letters, "Ġa", "th", "<|endoftext|>"]
+    fast = transformers.Qwen2TokenizerFast(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[("Ġ", "a"), ("t", "h")]
+    )
+    fast.add_special_tokens({"additional_special_tokens": markers})
+    fast.save_pretrained(directory)
+    if files == "vocab.json":
+        (directory / "tokenizer.json").unlink()
+        (directory / "vocab.json").write_text(json.dumps(fast._vocab))
+        (directory / "merges.txt").write_text("#version: 0.2\nĠ a\nt h\n")
+        added = {
+            str(i): {"content": token, "special": True}
+            for token, i in fast.get_added_vocab().items()
+        }
+        change(directory / "tokenizer_config.json", {"added_tokens_decoder": added})
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Returns the character that a byte has in the vocabulary of a byte-level BPE."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json"])
+def test_released_files_are_read_as_transformers_reads_them(tmp_path: Path, files: str) -> None:
+    write_qwen2(tmp_path, files=files)
+    change(tmp_path / "config.json", {"model_type": "bagel"})
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    for text in (*TEXTS, "that  is\n\na  thé <|vision_start|>  12"):
+        ids = tokenizer.encode(text)
+        assert ids == auto.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == auto.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.special_tokens.bos == auto.convert_tokens_to_ids("<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{", "readable tokenizer"),
+        ("tokenizer.json", "[]", "readable tokenizer"),
+        ("tokenizer.json", '{"version": "1.0", "model": 3}', "readable tokenizer"),
+        ("tokenizer_config.json", "{", "must be JSON"),
+        ("tokenizer_config.json", "[]", "must hold a JSON object"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class must be one of"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"a": 1}}', "readable tokenizer"),
+        ("tokenizer.json", None, "hold a tokenizer"),
+    ],
+)
+def test_damaged_files_are_one_error(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_directory(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_without_markers_is_refused() -> None:
+    class Plain:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+
+    with pytest.raises(ValueError, match=r"got no <\|vision_start\|>, <\|vision_end\|>"):
+        Tokenizer(Plain())
