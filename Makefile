@@ -6,7 +6,7 @@
 #   PYTHON       the interpreter that the environment is made with (python3)
 #   TORCH_SPEC   what pip is given to install torch, an index included (the pin of pyproject.toml)
 #   PIP_ARGS     further arguments of every pip install
-#   PYTEST_ARGS  further arguments of pytest
+#   PYTEST_ARGS  further arguments of pytest (-n0 runs the tests in one process)
 #   PYTHONS      interpreters that wheel-test makes environments of (that of .venv, which lends torch)
 # The first three are read when the environment is made; `make distclean` lets you choose again.
 
@@ -76,9 +76,29 @@ $(LIBRARY): $(CPP) | $(VENV)/installed
 	  touch $@; \
 	fi
 
+cuda: | $(VENV)/installed  ## compile the CUDA kernels into the library, where nvcc is found
+	@echo "== cuda"
+	@mkdir -p build
+	@SPARSE_UNIFIED_CUDA=auto $(RUN) $(BIN)/python setup.py -q build_ext --inplace \
+	  > build/library.log 2>&1 || { cat build/library.log; exit 1; }
+	@touch $(LIBRARY)
+
 ## Checks
 
-test: lint types abi ctest emulated pytest  ## all of the checks below
+# What a change needs, in minutes. Without a GPU the library is built without CUDA kernels, which
+# the emulator runs all the same, unless they are part of it already (make cuda).
+test: export SPARSE_UNIFIED_CUDA ?= $(shell { grep -qs nv_fatbin $(LIBRARY) || nvidia-smi -L; } \
+  > /dev/null 2>&1 && echo auto || echo off)
+test: lint types abi ctest emulated pytest  ## the checks of a change
+
+# Sanitizers, deep fuzzing, processes killed at any point, full scale, CUDA compiled, wheels.
+test-all: export SPARSE_UNIFIED_TEST_DEEP := 1
+test-all: SANITIZE := ON
+test-all: MARKED :=
+test-all: cuda lint types abi ctest emulated pytest wheel-test  ## all of the checks
+
+SANITIZE := OFF
+MARKED := -m "not slow"
 
 lint: $(VENV)/installed  ## ruff, clang-format, spelling
 	@echo "== lint"
@@ -101,6 +121,7 @@ abi: $(LIBRARY)  ## prove stable torch ABI and abi3
 kernels: $(VENV)/installed  ## the kernels without torch, their C++ tests and numpy module
 	@echo "== kernels"
 	@$(RUN) cmake -S . -B build/cmake -G Ninja --log-level=WARNING \
+	  -DSPARSE_UNIFIED_SANITIZE=$(SANITIZE) \
 	  -DPython_EXECUTABLE=$(BIN)/python $$(if [ -d $(HEADERS) ]; then \
 	  echo -DPython_INCLUDE_DIR=$(HEADERS)/python; fi)
 	@$(RUN) cmake --build build/cmake -- --quiet
@@ -116,7 +137,7 @@ emulated: $(LIBRARY) kernels  ## the CUDA side of the ops, on emulated kernels
 
 pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 	@echo "== pytest"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(MARKED) $(PYTEST_ARGS)
 
 ## Use
 
@@ -160,4 +181,4 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 FORCE:
-.PHONY: env build test lint types abi kernels ctest emulated pytest demo reproduce bench docs resources wheel wheel-test clean distclean help FORCE
+.PHONY: env build cuda test test-all lint types abi kernels ctest emulated pytest demo reproduce bench docs resources wheel wheel-test clean distclean help FORCE

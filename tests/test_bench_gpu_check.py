@@ -50,6 +50,7 @@ def summary(out: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_dry_run_fills_the_folder_of_the_environment(tmp_path: Path) -> None:
     parts = ("environment", "instructions", "checks", "variants", "sanitizer")
     ran = run(tmp_path, "--dry-run", "--parts", ",".join(parts))
@@ -70,6 +71,7 @@ def test_dry_run_fills_the_folder_of_the_environment(tmp_path: Path) -> None:
     assert "grouped_ffn" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_measured_in_every_way(tmp_path: Path) -> None:
     ran = run(tmp_path, "--dry-run", "--parts", "model")
     assert ran.returncode == 0, (tmp_path / "log.txt").read_text()

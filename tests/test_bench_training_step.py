@@ -24,6 +24,8 @@ from sparse_unified.bench.training_step import MODELS, Case, new_trainer, step_i
 from sparse_unified.mini import MiniTask
 from sparse_unified.mini.words import vocabulary
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 RECORDS = json.loads((ROOT / "bench" / "results" / "training_step.json").read_text())["records"]
 OURS, THEIRS = Path(sparse_unified.__file__).parent, Path(torch.__file__).parent

@@ -12,8 +12,9 @@ import pytest
 from checkpoint_files import child_environment
 from hostile_cases import CORPUS
 from op_fuzz import OPS, check_refusal, draw_case, legal_case, run_case
+from tiers import num_cases
 
-NUM_CASES = 20_000
+NUM_CASES = num_cases(20_000)
 HERE = Path(__file__).parent
 
 

@@ -110,6 +110,7 @@ def available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_bytes() < 7 * 2**30, reason="needs 7 GiB of free memory")
 def test_more_than_2_to_the_31_row_elements() -> None:
     num_tokens, top_k, hidden_size = 3, 683, 2**20  # 2^31 + 2^20 elements, 4.3 GB

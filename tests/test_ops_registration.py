@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import DTYPES, ffn_case
+from op_cases import ffn_case
 from torch import Tensor
 
 from sparse_unified import ops
@@ -122,8 +122,7 @@ def with_grad(arguments: tuple[object, ...]) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [0, 7])
+@pytest.mark.parametrize(("dtype", "num_tokens"), [(torch.bfloat16, 7), (torch.float32, 0)])
 def test_opcheck(name: str, dtype: torch.dtype, num_tokens: int) -> None:
     for arguments in example_inputs(dtype, num_tokens)[name]:
         torch.library.opcheck(overload(name), arguments)

@@ -4,10 +4,12 @@
 #   sanitized  address and undefined-behaviour sanitizers (with SPARSE_UNIFIED_SANITIZE)
 #   race       every access of the kernels reaches a race detector (likewise)
 # Each is a library sparse_unified_emulated_VARIANT of emulator and kernels. The emulator alone is
-# also built as on processors for which it has no switch of its own (portable).
+# also built as on processors for which it has no switch of its own (portable, likewise).
 set(emulation_variants plain)
+set(emulator_variants plain)
 if(SPARSE_UNIFIED_SANITIZE)
   list(APPEND emulation_variants sanitized race)
+  list(APPEND emulator_variants sanitized race portable)
 endif()
 
 set(emulation_sanitize -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined
@@ -52,7 +54,7 @@ target_compile_definitions(sparse_unified_emulation_products PRIVATE SPARSE_UNIF
 target_compile_options(sparse_unified_emulation_products PRIVATE -O3 -g1 -Wall -Wextra)
 list(FILTER emulation_sources EXCLUDE REGEX "/products\\.cpp$")
 
-foreach(variant ${emulation_variants} portable)
+foreach(variant ${emulator_variants})
   set(usage sparse_unified_emulation_${variant})
   add_library(${usage} INTERFACE)
   target_include_directories(${usage} INTERFACE csrc csrc/include csrc/tests)
@@ -105,7 +107,9 @@ foreach(source ${emulated_tests})
   add_emulated_test(${name})
 endforeach()
 add_emulated_test(test_emulation)
-add_emulated_test_variant(test_emulation portable)
+if(SPARSE_UNIFIED_SANITIZE)
+  add_emulated_test_variant(test_emulation portable)
+endif()
 file(GLOB planted_sources CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR} csrc/tests/planted/*.cu)
 add_emulated_test(test_emulation_planted ${planted_sources})
 

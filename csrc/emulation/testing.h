@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -20,11 +21,12 @@
 
 namespace sparse_unified::emulation {
 
-// Builds with sanitizers or race detection take a tenth of the speed: they run small shapes.
+// Builds with sanitizers or race detection take a tenth of the speed: they run small shapes. So do
+// the others, unless the environment asks for the deep tests (make test-all).
 #if defined(SPARSE_UNIFIED_EMULATION_SMALL)
 constexpr bool kIsSmall = true;
 #else
-constexpr bool kIsSmall = false;
+inline const bool kIsSmall = std::getenv("SPARSE_UNIFIED_TEST_DEEP") == nullptr;
 #endif
 
 // Whether every access of a kernel reaches the race detector.
@@ -34,14 +36,14 @@ constexpr bool kDetectsRaces = true;
 constexpr bool kDetectsRaces = false;
 #endif
 
-// Of a shape or a count, the one for this build.
+// Of a shape or a count, the one for this scale.
 template <typename T>
-constexpr T by_scale(T full, T small) {
+T by_scale(T full, T small) {
   return kIsSmall ? small : full;
 }
 
 // Schedules that between them show most bugs: every order of threads with every timing of copies,
-// then `num_random` further seeds. Small builds take a few; the environment variables of schedule.h
+// then `num_random` further seeds. Small scale takes a few; the environment variables of schedule.h
 // leave one.
 inline std::vector<Schedule> schedules(int num_random = 2) {
   if (is_schedule_from_environment()) return {schedule()};

@@ -23,6 +23,7 @@ def test_on_cuda(name: str) -> None:
     run(CHECKS[name], "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if check.is_small])
 def test_on_cpu(name: str) -> None:
     run(CHECKS[name], "cpu")
