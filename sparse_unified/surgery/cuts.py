@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pruning takes from a model, planned once, by official key.
+
+    cuts = plan(config, shapes, sizes, scores)  # {key: Cut(dim, keep) or GONE}
+
+The planner sees scores and sizes, no weights. `convert.prune` carries a plan out on the tensors of
+files, `surgery.prune` on the modules of a live model, `verify` compares with it. A key that is not
+named stays whole. Several plans are made one after the other, each for what the last one left:
+
+    more = plan(config2, shapes_left(shapes, sizes, cuts), sizes_left(sizes, cuts), scores)
+    cuts = then(cuts, more)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified.checkpoint.modes import (
+    BOTH,
+    Part,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+)
+from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
+from sparse_unified.experts import (
+    ExpertLayout,
+    check_experts,
+    check_scores,
+    head_magnitude_scores,
+    joint_scores,
+    keep_in_experts,
+    keep_units,
+    magnitude_scores,
+    select_layers,
+)
+
+PruneConfig = PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """What stays of one tensor: the indices `keep` [n] int64, ascending, of dimension `dim`."""
+
+    dim: int
+    keep: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns what stays of a tensor, a copy, bit for bit."""
+        return tensor.index_select(self.dim, self.keep.to(tensor.device))
+
+
+GONE = Cut(0, torch.empty(0, dtype=torch.int64))  # nothing stays, the key neither
+
+Cuts = dict[str, Cut]
+Sizes = Mapping[str, Sequence[int]]  # key -> shape of its tensor
+Scores = Callable[[str, int], Tensor]  # (component, layer) -> [I] in expert order, or [groups]
+
+
+def select(
+    layers: str | Sequence[int], num_layers: int, has: Callable[[int], bool], what: str
+) -> tuple[int, ...]:
+    """Returns the selected layers; "all" and "middle" pass over those that lack what is cut.
+
+    Args:
+        layers: as in the configs. has: tells whether a layer has it. what: its name in the error.
+
+    Raises:
+        ValueError: a layer that is named lacks it, or all do.
+    """
+    selected = select_layers(layers, num_layers)
+    left = tuple(layer for layer in selected if has(layer))
+    if not left or (layers not in ("all", "middle") and len(left) < len(selected)):
+        gone = [layer for layer in selected if layer not in left]
+        raise ValueError(f"layers must have a {what}, got {list_some(gone)}, which skip it")
+    return left
+
+
+def plan(
+    config: PruneConfig, shapes: LayerShapes, sizes: Sizes, scores: Scores | None = None
+) -> Cuts:
+    """Plans one step of pruning.
+
+    Args:
+        config: what is asked for; its `layers` are not looked at.
+        shapes: of the layers to prune. Heads need all components that have the attention.
+        sizes: the shape of every tensor of these layers.
+        scores: importance of neurons, or of groups of heads; not needed to skip layers.
+
+    Returns:
+        what stays of each tensor that is pruned, also where all of it does.
+
+    Raises:
+        ValueError: block_size or budget do not suit an FFN, scores do not fit, or a component has
+            no queries for some KV heads of which both are to lose the same.
+    """
+    if isinstance(config, SkipLayersConfig):
+        return _skip(config, shapes, sizes)
+    assert scores is not None
+    if isinstance(config, PruneWidthConfig):
+        return _narrow(config, shapes[config.component], scores)
+    return _drop_heads(config, shapes, sizes, scores)
+
+
+def _narrow(config: PruneWidthConfig, own: Mapping[int, LayerShape], scores: Scores) -> Cuts:
+    component = config.component
+    for layer, shape in own.items():
+        at = f"{component} layer {layer}"
+        if isinstance(shape.ffn, ExpertLayout):
+            check_experts(shape.ffn, budget=config.budget, block_size=config.block_size, where=at)
+        elif shape.ffn % config.block_size:
+            raise ValueError(
+                f"{at}: block_size must divide the {shape.ffn} neurons, got {config.block_size}"
+            )
+    ranking = {}
+    for layer, shape in own.items():
+        ranking[layer] = scores(component, layer)
+        check_scores(ranking[layer], shape.width, where=f"{component} layer {layer}")
+    kept = keep_units(
+        {layer: ranking[layer] for layer, shape in own.items() if isinstance(shape.ffn, int)},
+        keep_ratio=config.keep_ratio,
+        budget=config.budget,
+        block_size=config.block_size,
+    )
+    cuts: Cuts = {}
+    for layer, shape in own.items():
+        if isinstance(shape.ffn, ExpertLayout):
+            kept[layer], _ = keep_in_experts(
+                ranking[layer],
+                shape.ffn,
+                keep_ratio=config.keep_ratio,
+                block_size=config.block_size,
+            )
+        for prefix, (start, stop) in ffn_parts(shape.ffn).items():
+            inside = (kept[layer] >= start) & (kept[layer] < stop)
+            for name in keys.PROJECTIONS:
+                key = f"{keys.ffn_prefix(component, layer)}{prefix}{name}.weight"
+                cuts[key] = Cut(1 if name == "down_proj" else 0, kept[layer][inside] - start)
+    return cuts
+
+
+def ffn_parts(ffn: int | ExpertLayout) -> dict[str, tuple[int, int]]:
+    """Returns the neurons of each part of an FFN, by the start of its keys, in expert order."""
+    if isinstance(ffn, int):
+        return {"": (0, ffn)}
+    shared = {"shared_expert.": ffn.shared_range()} if ffn.shared_width else {}
+    return shared | {f"experts.{e}.": ffn.expert_range(e) for e in range(ffn.num_experts)}
+
+
+def _drop_heads(
+    config: PruneHeadsConfig, shapes: LayerShapes, sizes: Sizes, scores: Scores
+) -> Cuts:
+    ranking = {}
+    for layer in shapes[config.components[0]]:
+        values = []
+        for component in config.components:
+            shape, at = shapes[component][layer], f"{component} layer {layer}"
+            if config.component == BOTH and shape.query_groups != shape.kv_heads:
+                raise ValueError(
+                    f"{at}: component 'both' must have queries for all {len(shape.kv_heads)} "
+                    f"KV heads, got {len(shape.query_groups)} groups"
+                )
+            own = scores(component, layer)
+            check_scores(own, len(shape.query_groups), where=f"{at}: heads")
+            values.append(own)
+        ranking[layer] = joint_scores(values) if config.component == BOTH else values[0]
+    kept = keep_units(ranking, keep_ratio=config.keep_ratio, budget=config.budget)
+    cuts: Cuts = {}
+    for layer, index in kept.items():
+        cuts |= _cut_heads(layer, shapes, sizes, dict.fromkeys(config.components, index))
+    return cuts
+
+
+def _cut_heads(layer: int, shapes: LayerShapes, sizes: Sizes, kept: Mapping[str, Tensor]) -> Cuts:
+    """Cuts the groups of query heads that are not kept, and KV heads that nothing reads then.
+
+    The components share the KV heads of a layer: those of a group go once no component reads them;
+    until then the component that dropped the group merely stops reading them.
+    """
+    own = {
+        component: layers[layer]
+        for component, layers in shapes.items()
+        if layer in layers and layers[layer].has_attention
+    }
+    groups = {c: kept.get(c, torch.arange(len(shape.query_groups))) for c, shape in own.items()}
+    places = {c: torch.tensor(shape.query_places)[groups[c]] for c, shape in own.items()}
+    kv_places = torch.cat([*places.values()]).unique()  # sorted
+    cuts: Cuts = {}
+    for component, shape in own.items():
+        if component not in kept and len(kv_places) == len(shape.kv_heads):
+            continue
+        for name in keys.ATTENTION_PROJECTIONS:
+            module = _attention_module(component, layer, name)
+            reads_groups = name in ("q_proj", "o_proj")
+            units = groups[component] if reads_groups else kv_places
+            count = len(shape.query_groups) if reads_groups else len(shape.kv_heads)
+            dim = 1 if name == "o_proj" else 0
+            cut = Cut(dim, _spread(units, sizes[f"{module}.weight"][dim] // count))
+            cuts[f"{module}.weight"] = cut
+            if dim == 0 and f"{module}.bias" in sizes:
+                cuts[f"{module}.bias"] = cut
+    return cuts
+
+
+def _attention_module(component: str, layer: int, name: str) -> str:
+    return f"{keys.layer_prefix(layer)}self_attn.{name}{keys.SUFFIXES[component]}"
+
+
+def _spread(units: Tensor, width: int) -> Tensor:
+    """Returns the channels [units * width] of the given heads or groups."""
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _skip(config: SkipLayersConfig, shapes: LayerShapes, sizes: Sizes) -> Cuts:
+    modules: list[str] = []
+    if Part.ATTENTION in config.parts:
+        modules += keys.attention_modules(config.component)
+    if Part.FFN in config.parts:
+        modules += keys.ffn_modules(config.component)
+    starts = tuple(
+        prefix
+        for layer in shapes[config.component]
+        for prefix in keys.module_prefixes(layer, modules)
+    )
+    return {key: GONE for key in sizes if key.startswith(starts)}
+
+
+def then(cuts: Cuts, more: Cuts) -> Cuts:
+    """Returns the cuts that do at once what `cuts` and then `more` do."""
+    joined = cuts | more
+    for key, cut in more.items():
+        first = cuts.get(key)
+        if first is not None and cut is not GONE:
+            joined[key] = Cut(cut.dim, first.keep[cut.keep])
+    return joined
+
+
+def sizes_left(sizes: Sizes, cuts: Cuts) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that cuts leave."""
+    left = {}
+    for key, size in sizes.items():
+        cut = cuts.get(key)
+        if cut is None:
+            left[key] = tuple(size)
+        elif cut is not GONE:
+            left[key] = (*size[: cut.dim], len(cut.keep), *size[cut.dim + 1 :])
+    return left
+
+
+def shapes_left(shapes: LayerShapes, sizes: Sizes, cuts: Cuts) -> dict[str, dict[int, LayerShape]]:
+    """Returns the shapes of the layers that cuts leave; `sizes` are those before."""
+    return {
+        component: {
+            layer: _shape_left(component, layer, shape, sizes, cuts)
+            for layer, shape in layers.items()
+        }
+        for component, layers in shapes.items()
+    }
+
+
+def _shape_left(
+    component: str, layer: int, shape: LayerShape, sizes: Sizes, cuts: Cuts
+) -> LayerShape:
+    prefix = keys.ffn_prefix(component, layer)
+    widths = {
+        part: len(cuts[key].keep)
+        for part in ffn_parts(shape.ffn)
+        if (key := f"{prefix}{part}gate_proj.weight") in cuts
+    }
+    if widths and isinstance(shape.ffn, int):
+        shape = replace(shape, ffn=widths[""])
+    elif widths and isinstance(shape.ffn, ExpertLayout):
+        sizes_of = {
+            "intermediate_size": sum(widths.values()),
+            "shared_intermediate_size": widths.get("shared_expert.", 0),
+        }
+        shape = replace(shape, ffn=replace(shape.ffn, **sizes_of) if any(widths.values()) else 0)
+    query, key = (f"{_attention_module(component, layer, n)}.weight" for n in ("q_proj", "k_proj"))
+    if cuts.get(query) is GONE:
+        return replace(shape, kv_heads=(), query_groups=())
+    kv_heads = _units_left(shape.kv_heads, key, sizes, cuts)
+    groups = _units_left(shape.query_groups, query, sizes, cuts)
+    return replace(shape, kv_heads=kv_heads, query_groups=groups)
+
+
+def _units_left(units: tuple[int, ...], key: str, sizes: Sizes, cuts: Cuts) -> tuple[int, ...]:
+    if key not in cuts:
+        return units
+    width = sizes[key][0] // len(units)
+    return tuple(units[channel // width] for channel in cuts[key].keep[::width].tolist())
+
+
+def neuron_magnitudes(
+    read: Callable[[str], Tensor], component: str, layer: int, ffn: int | ExpertLayout
+) -> Tensor:
+    """Ranks the neurons of an FFN by weight magnitude, [I] fp32 in expert order.
+
+    Args:
+        read: official key -> tensor; one part of the FFN is asked for after the other.
+    """
+    # Parts get the bits that the whole layer would: every neuron is summed by itself.
+    prefix = keys.ffn_prefix(component, layer)
+    parts = [
+        magnitude_scores(*(read(f"{prefix}{part}{name}.weight") for name in keys.PROJECTIONS))
+        for part in ffn_parts(ffn)
+    ]
+    return torch.cat(parts)
+
+
+def head_magnitudes(
+    read: Callable[[str], Tensor], component: str, layer: int, shape: LayerShape
+) -> Tensor:
+    """Ranks the groups of query heads of an attention by weight magnitude, [groups] fp32."""
+    values = read(f"{_attention_module(component, layer, 'v_proj')}.weight")
+    output = read(f"{_attention_module(component, layer, 'o_proj')}.weight")
+    return head_magnitude_scores(
+        values.unflatten(0, (len(shape.kv_heads), -1))[list(shape.query_places)],
+        output.unflatten(1, (len(shape.query_groups), -1)),
+    )
