@@ -183,7 +183,7 @@ def test_a_pass_has_few_gradients_at_a_time(dtype: torch.dtype) -> None:
             handle.remove()
     found = of_batch(model, batch, config)
     assert peak <= found.pass_gradients
-    assert masters.step(0.0) > 0
+    assert masters.gradient_norm() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

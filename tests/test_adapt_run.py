@@ -225,6 +225,31 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_diverges_leaves_its_last_state_and_goes_on_with_smaller_steps(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    start = ["adapt", str(root / "model"), str(out), "--data", str(root / "data"), *OPTIONS]
+    # The rate of the first step is 0, and no weight survives that of the second.
+    assert main([*start, "--checkpoint-every", "1", "--min-lr", "1e308"]) == 1
+    message = capsys.readouterr().err
+    assert re.search(r"must stay finite, got .* at step 2; .*--resume.*--lr", message), message
+    assert not out.exists()
+    assert [p.name for p in Path(f"{out}.training").glob("*step*")] == ["step-1"]
+    assert main([*start, "--resume"]) == 0
+    assert all(Checkpoint(out).read(key).isfinite().all() for key in Checkpoint(out).specs)
+
+    # What is written is looked at once more.
+    monkeypatch.setattr("sparse_unified.adapt.masters.Masters.are_finite", lambda _: True)
+    start[2] = str(tmp_path / "second")
+    assert main([*start, "--steps", "1", "--lr", "3e38"]) == 1
+    assert "must be finite to be written" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
 def test_targets_that_exist_are_refused(root: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**CONFIG)
     (tmp_path / "out").mkdir()

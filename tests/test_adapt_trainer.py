@@ -199,12 +199,23 @@ def test_a_state_before_the_first_step_resumes(tmp_path: Path) -> None:
 def test_load_refuses_another_run(tmp_path: Path) -> None:
     own = trainer()
     own.save(tmp_path / "state")
-    with pytest.raises(ValueError, match=r"learning_rate must be that of the run .* 0.1, got 0.01"):
-        trainer(learning_rate=0.1).load(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"weight_decay must be that of the run .* 0.2, got 0.1"):
+        trainer(weight_decay=0.2).load(tmp_path / "state")
     with pytest.raises(ValueError, match=r"tensors must be the state of the \d+ trained"):
         trainer("full").load(tmp_path / "state")
     with pytest.raises(ValueError, match=r"target must not exist"):
         own.save(tmp_path / "state")
+
+
+def test_a_run_goes_on_with_smaller_steps_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer().save(tmp_path / "state")
+    smaller = trainer(learning_rate=1e-4, max_grad_norm=0.1)
+    smaller.load(tmp_path / "state")
+    assert "learning_rate is now 0.0001, was 0.01" in caplog.text
+    assert "max_grad_norm is now 0.1, was 1.0" in caplog.text
+    assert smaller.step().learning_rate == 5e-5
 
 
 def test_load_refuses_a_damaged_state_and_fills_nothing(tmp_path: Path) -> None:
@@ -233,6 +244,54 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
         own.step()
     assert own.steps_done == 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+@pytest.mark.parametrize("max_grad_norm", [1.0, None])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    factor: float, max_grad_norm: float | None, tmp_path: Path
+) -> None:
+    own = trainer(max_grad_norm=max_grad_norm)
+    expected = losses(trainer(max_grad_norm=max_grad_norm), 2)
+    name, parameter = next(iter(own.masters.parameters.items()))
+    hook = parameter.register_hook(lambda grad: grad * (factor if own.steps_done == 1 else 1))
+    assert losses(own, 1) == expected[:1]
+    before = {key: value.clone() for key, value in own.masters.state().items()}
+    with pytest.raises(RuntimeError, match=r"gradient norm must stay finite, got (inf|nan) at ste"):
+        own.step()
+    assert own.steps_done == 1
+    for key, value in own.masters.state().items():
+        assert torch.equal(value, before[key]), key
+    own.save(tmp_path / "state")
+    hook.remove()
+    assert losses(own, 1) == expected[1:]
+    own.masters.weights[name][0] = factor
+    with pytest.raises(RuntimeError, match=rf"master.{name} must be finite"):
+        own.save(tmp_path / "poisoned")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_to_weights_that_are_not_finite_is_not_counted(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    own = trainer(dtype=dtype, learning_rate=3e38, warmup_steps=0)
+    with pytest.raises(RuntimeError, match=r"weights must stay finite.* at step 1; .*--lr"):
+        own.run()
+    assert own.steps_done == 0
+    with pytest.raises(RuntimeError, match=r"must be finite"):
+        own.save(tmp_path / "state")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_huge_finite_weights_are_no_error() -> None:
+    own = trainer(dtype=torch.float32)
+    parameter = own.model.get_parameter("language_model.lm_head.weight")
+    parameter.requires_grad_(True)
+    own = Trainer(own.model, own.dataset, own.config)
+    with torch.no_grad():
+        parameter[0] = 1e30  # its norm is infinite
+    assert own.masters.are_finite()
 
 
 def test_trainer_refuses_nothing_to_train_and_nothing_to_train_on() -> None:

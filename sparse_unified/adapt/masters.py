@@ -9,6 +9,7 @@ nothing here. Of a sharded parameter each process holds the state of its own sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -126,13 +127,12 @@ class Masters:
             _move_gradient(self._sum[name], parameter)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, norm: float) -> None:
         """Takes a step along the collected gradients, and clears them.
 
-        Returns:
-            The norm of the gradient before it is clipped, over all parameters and processes.
+        Args:
+            norm: of these gradients, finite; decides whether they are clipped.
         """
-        norm = self._norm()
         limit = self._config.max_grad_norm
         if limit is not None and norm > limit:
             torch._foreach_mul_(list(self._sum.values()), limit / norm)
@@ -145,7 +145,6 @@ class Masters:
             )
         self.clear()
         self._publish(self.weights)
-        return norm
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -206,7 +205,9 @@ class Masters:
         own = local(self.parameters[name].detach())
         return own.data_ptr() == self.weights[name].data_ptr() and own.dtype == torch.float32
 
-    def _norm(self) -> float:
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Returns the norm of the collected gradients, over all parameters and processes."""
         norms = torch.stack(torch._foreach_norm(list(self._sum.values())))
         square = norms.double().square().sum()
         first = next(iter(self.parameters.values()))
@@ -214,6 +215,22 @@ class Masters:
             square = square.to(first.device)
             dist.all_reduce(square)
         return float(square.sqrt())
+
+    @torch.no_grad()
+    def are_finite(self) -> bool:
+        """Whether the trained weights of the model are finite, in all processes."""
+        parts = [local(p.detach()) for p in self.parameters.values()]
+        parts = [part for part in parts if part.numel()]
+        # One read of the weights. Their norm can be infinite where they are not: then look closer.
+        norms = list(torch._foreach_norm(parts)) if parts else []
+        finite = all(map(math.isfinite, torch.stack(norms).tolist())) if norms else True
+        finite = finite or all(bool(part.isfinite().all()) for part in parts)
+        if self._sharded:
+            device = next(iter(self.parameters.values())).device
+            flag = torch.tensor(int(finite), device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+            finite = bool(flag)
+        return finite
 
     @torch.no_grad()
     def _publish(self, weights: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ which step they belong to and what they go on with. The directory appears comple
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +27,11 @@ from sparse_unified.checkpoint.writer import FileWriter, build_header, write_tex
 
 TENSORS, FACTS = "training.safetensors", "training.json"
 FORMAT, FORMAT_VERSION = "sparse_unified.training", 1
-# What may change when a run goes on: these decide how a step is computed, not what.
+# What may change when a run goes on: how a step is computed, and how far it goes, so that a run
+# which diverges can go on with smaller steps.
 _FREE = ("checkpointing", "optimizer_device")
+_STEP_SIZE = ("learning_rate", "min_learning_rate", "max_grad_norm")
+_log = logging.getLogger(__name__)
 
 
 def save_state(
@@ -40,7 +44,8 @@ def save_state(
         masters: the tensors. facts: what the JSON says beside the format.
 
     Raises:
-        ValueError: the directory exists. RuntimeError: writing failed; nothing is left.
+        ValueError: the directory exists. RuntimeError: writing failed, or a tensor is not finite;
+            nothing is left.
     """
     if this_process():
         for key in masters.state():
@@ -55,7 +60,9 @@ def save_state(
     with atomic_directory(directory, what="adapt") as partial:
         with FileWriter(partial / TENSORS, build_header(entries), lambda _: None) as writer:
             for key, _, _ in entries:
-                writer.write(as_bytes(_whole(masters, key)))
+                whole = _whole(masters, key)
+                require_finite(whole, f"adapt: {key}")
+                writer.write(as_bytes(whole))
         write_text(partial / FACTS, json.dumps(content, indent=2) + "\n")
     if num_processes() > 1:
         dist.barrier()
@@ -97,6 +104,13 @@ def load_state(
     return found
 
 
+def require_finite(tensor: torch.Tensor, what: str) -> None:
+    """Raises RuntimeError if a tensor that is to be written holds NaN or infinity."""
+    # A sum reads the tensor once and keeps NaN and infinity; it can also overflow.
+    if not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
+        raise RuntimeError(f"{what} must be finite to be written, got NaN or infinity")
+
+
 def read_facts(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns what the JSON of a saved state says.
 
@@ -131,6 +145,9 @@ def _refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str,
         now.pop("steps", None)
     for name in now:
         if before.get(name) != now[name]:
+            if name in _STEP_SIZE:
+                _log.warning("adapt: %s is now %s, was %s", name, now[name], before.get(name))
+                continue
             raise ValueError(
                 f"{path}: {name} must be that of the run that goes on, {now[name]!r}, "
                 f"got {before.get(name)!r:.120}"

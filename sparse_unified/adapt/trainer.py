@@ -144,7 +144,8 @@ class Trainer:
         """Takes the next step.
 
         Raises:
-            RuntimeError: the loss is not finite; model and state are as before the step.
+            RuntimeError: loss or gradient are not finite; model and state are as before the step.
+                Or the updated weights are not; then no state can be saved.
         """
         return self._step(lambda: self._batches(self.steps_done))
 
@@ -175,11 +176,15 @@ class Trainer:
         found = _over_processes(torch.stack(losses).double().sum(0)).tolist()
         if not all(map(math.isfinite, found)):
             self.masters.clear()
-            raise RuntimeError(
-                f"Trainer: loss must stay finite, got {found[0]} at step {number + 1}"
-            )
+            raise self._diverged("loss", found[0])
+        norm = self.masters.gradient_norm()
+        if not math.isfinite(norm):
+            self.masters.clear()
+            raise self._diverged("gradient norm", norm)
         rate = config.learning_rate_at(number)
-        norm = self.masters.step(rate)
+        self.masters.step(rate, norm)
+        if not self.masters.are_finite():
+            raise self._diverged("weights", "NaN or infinity")
         self.steps_done += 1
         means: dict[str, Any] = dict(zip(LOSSES, found[1:], strict=True))
         means["text_loss"] = means["text_loss"] if text_tokens else None
@@ -193,6 +198,13 @@ class Trainer:
             expert_load=self._read_load(loads, device),
             seconds=time.perf_counter() - start,
             **means,
+        )
+
+    def _diverged(self, what: str, value: object) -> RuntimeError:
+        return RuntimeError(
+            f"Trainer: {what} must stay finite, got {value} at step {self.steps_done + 1}; go on "
+            "from the last saved state (--resume) with a lower learning_rate (--lr) or "
+            "max_grad_norm (--max-grad-norm)"
         )
 
     def run(self, on_step: Callable[[StepRecord], object] | None = None) -> TrainingReport:

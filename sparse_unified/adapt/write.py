@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_unified.adapt.masters import Masters
 from sparse_unified.adapt.sharding import gather, num_processes, this_process
+from sparse_unified.adapt.state import require_finite
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.atomic import atomic_directory
 from sparse_unified.checkpoint.files import copy_files, list_files, require_room
@@ -53,7 +54,8 @@ def write_adapted(
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ValueError: the target exists. RuntimeError: writing failed; nothing is left under `out`.
+        ValueError: the target exists. RuntimeError: writing failed, or a trained weight is not
+            finite; nothing is left under `out`.
     """
     weights = masters.weights if masters.ema is None else masters.ema
 
@@ -85,7 +87,9 @@ def write_adapted(
                         writer.copy(spec)
                         continue
                     parameter, part = trained[key]
-                    writer.write(as_bytes(part(whole(parameter)).to(spec.dtype).contiguous()))
+                    tensor = part(whole(parameter)).to(spec.dtype).contiguous()
+                    require_finite(tensor, f"{WHAT}: {key}")
+                    writer.write(as_bytes(tensor))
         write_text(partial / RECIPE, recipe.to_json())
         for name, text in (texts or {}).items():
             write_text(partial / name, text)
