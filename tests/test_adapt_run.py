@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
 from sparse_unified.adapt.log import read_lines
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert
+from sparse_unified.checkpoint.atomic import MARKER
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 
@@ -144,9 +146,10 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(
 
 def test_what_a_kill_leaves_is_no_state(root: Path, expected: list[float], tmp_path: Path) -> None:
     out, running = tmp_path / "out", tmp_path / "out.training"
-    for name in (".step-2.partial", ".step-1.removed"):
+    for name in (".step-2.partial/step-2", ".step-1.removed"):
         (running / name).mkdir(parents=True)
         (running / name / "training.json").write_text("{")
+    (running / ".step-2.partial" / MARKER).touch()
     (running / "log.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "lo')
     run = RunConfig(resume=True, checkpoint_every=2)
     adapt(root / "model", out, root / "data", TrainingConfig(**CONFIG), run)
@@ -155,6 +158,19 @@ def test_what_a_kill_leaves_is_no_state(root: Path, expected: list[float], tmp_p
         "step-2",
         "step-4",
     ]
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_model_and_data_where_the_target_is_written_are_refused_and_stay(
+    root: Path, what: str, tmp_path: Path
+) -> None:
+    given = {name: root / name for name in ("model", "data")}
+    given[what] = shutil.copytree(given[what], tmp_path / ".out.partial" / "out")
+    (tmp_path / ".out.partial" / MARKER).touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"\.out\.partial"):
+        adapt(given["model"], tmp_path / "out", given["data"], TrainingConfig(**CONFIG))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_state_whose_files_are_not_whole_is_no_start(root: Path, tmp_path: Path) -> None:

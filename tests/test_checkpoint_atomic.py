@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_files import child_environment, make_dense, snapshot
+from safetensors.torch import save_file
 
-from sparse_unified.checkpoint import Checkpoint, convert, invert
-from sparse_unified.checkpoint.atomic import atomic_directory, partial_path
+from sparse_unified.checkpoint import Checkpoint, PruneWidthConfig, convert, invert, prune
+from sparse_unified.checkpoint.atomic import MARKER, atomic_directory, partial_path
 
 HERE = Path(__file__).parent
 
@@ -50,15 +52,78 @@ def test_what_a_killed_run_left_is_removed_with_a_message(
 ) -> None:
     dense = make_dense(tmp_path / "dense")
     partial = partial_path(tmp_path / "out")
-    (partial / "sub").mkdir(parents=True)
-    (partial / "sub" / "x").write_text("left")
-    (partial / "ema.safetensors").write_text("left")
-    (partial / "link").symlink_to(dense)
+    content = partial / "out"
+    (content / "sub").mkdir(parents=True)
+    (partial / MARKER).touch()
+    (content / "sub" / "x").write_text("left")
+    (content / "ema.safetensors").write_text("left")
+    (content / "link").symlink_to(dense)
     sparsify(dense, tmp_path / "out")
     assert f"removing what an interrupted run left in {partial}" in caplog.text
     assert not partial.exists()
     assert not (tmp_path / "out" / "link").exists()
+    assert not list((tmp_path / "out").rglob(MARKER))
     assert (dense / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["foreign", "marked"])
+@pytest.mark.parametrize("place", ["itself", "below", "linked", "link", "scores"])
+@pytest.mark.parametrize("operation", ["convert", "prune", "invert"])
+def test_inputs_where_the_target_is_written_are_refused_and_stay(
+    operation: str, place: str, marked: bool, tmp_path: Path
+) -> None:
+    dense = make_dense(tmp_path / "dense")
+    source = dense
+    if operation == "invert":
+        source = tmp_path / "sparse"
+        sparsify(dense, source)
+    partial = partial_path(tmp_path / "out")
+    scores = None
+    if place == "itself":
+        source = source.rename(partial)
+    elif place in ("below", "linked"):
+        partial.mkdir()
+        source = source.rename(partial / "out")
+        if place == "linked":
+            (tmp_path / "name").symlink_to(source)
+            source = tmp_path / "name"
+    elif place == "link":
+        partial.symlink_to(source)
+    else:
+        (partial / "out").mkdir(parents=True)
+        scores = partial / "out" / "scores.safetensors"
+        save_file({"scores": torch.rand(4, 96)}, scores)
+    if marked:
+        (partial / MARKER).touch()
+    before = snapshot(tmp_path)
+    run: Callable[[], object] = {
+        "convert": lambda: convert(source, tmp_path / "out", num_experts=4, top_k=2, scores=scores),
+        "prune": lambda: prune(source, tmp_path / "out", PruneWidthConfig(), scores=scores),
+        "invert": lambda: invert(source, tmp_path / "out"),
+    }[operation]
+    if operation == "invert" and place == "scores" and marked:
+        run()  # there is nothing of its inputs in what it removes
+        return
+    with pytest.raises(ValueError, match=r"\.out\.partial"):
+        run()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", ["directory", "file", "marked and more"])
+def test_what_no_run_of_ours_left_is_not_removed(left: str, tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense")
+    partial = partial_path(tmp_path / "out")
+    if left == "file":
+        partial.write_text("mine")
+    else:
+        partial.mkdir()
+        (partial / "mine").write_text("mine")
+        if left != "directory":
+            (partial / MARKER).touch()
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"partial must be absent or left by an interrupted run"):
+        sparsify(dense, tmp_path / "out")
+    assert snapshot(tmp_path) == before
 
 
 def test_two_runs_do_not_write_one_target(tmp_path: Path) -> None:

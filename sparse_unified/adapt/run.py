@@ -34,7 +34,7 @@ from sparse_unified.adapt.trainer import Trainer
 from sparse_unified.adapt.write import WHAT, write_adapted
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
-from sparse_unified.checkpoint.files import refuse_nesting
+from sparse_unified.checkpoint.atomic import refuse_foreign_partial, refuse_overlap
 from sparse_unified.checkpoint.hub import find_model
 from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.checkpoint.report import format_table
@@ -210,7 +210,7 @@ def prepare(
 ) -> Prepared:
     """Reads and checks what `adapt` is given; raises as it does."""
     source = Checkpoint(find_model(model, where="adapt"))
-    running = check_target(source, out, resume=run.resume)
+    running = check_target(source, out, data, resume=run.resume)
     require_surroundings(source)
     source.moe  # noqa: B018  (refuses whatever disagrees)
     records = open_records(data)
@@ -230,15 +230,22 @@ def prepare(
     return Prepared(source=source, running=running, dataset=dataset, trainer=trainer)
 
 
-def check_target(source: Checkpoint, out: str | os.PathLike[str], *, resume: bool) -> Path:
+def check_target(
+    source: Checkpoint,
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    resume: bool,
+) -> Path:
     """Returns the directory of the run to `out`.
 
     Raises:
-        ValueError: `out` exists or has no parent, lies inside the model, or its run exists and is
-            not to be resumed.
+        ValueError: `out` exists or has no parent, lies inside the model, the model or the data lie
+            where it is written, or its run exists and is not to be resumed.
     """
     target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
-    refuse_nesting(source.directory, target, what=WHAT)
+    refuse_overlap(target, source.directory, data, what=WHAT)
+    refuse_foreign_partial(target, what=WHAT)
     if os.path.lexists(target):
         raise ValueError(f"{WHAT}: target must not exist, got {out}")
     if not target.parent.is_dir():

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.atomic import atomic_directory
+from sparse_unified.checkpoint.atomic import atomic_directory, refuse_overlap
 from sparse_unified.checkpoint.convert_plan import plan_layouts
-from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
+from sparse_unified.checkpoint.files import copy_files, list_files, require_room
 from sparse_unified.checkpoint.index import rewrite_indices
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.modes import MoEConfig
@@ -142,7 +142,7 @@ def convert(
     """
     start = time.perf_counter()
     source = Checkpoint(dense)
-    refuse_nesting(source.directory, out, what=WHAT)
+    refuse_overlap(out, source.directory, scores, what=WHAT)
     layouts = plan_layouts(
         source, num_experts, top_k, num_shared_experts, layers, component, what=WHAT
     )

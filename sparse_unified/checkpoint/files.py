@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 from collections.abc import Callable, Collection
@@ -75,16 +74,14 @@ def copy_files(
         copy_file(file.source, path, advance)
 
 
-def refuse_nesting(source: Path, out: str | os.PathLike[str], *, what: str) -> None:
-    """Raises ValueError when `out` would lie inside `source`, which has to stay untouched."""
-    if source.resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
-        raise ValueError(f"{what}: target must lie outside {source}, got {out}")
-
-
 def require_room(directory: Path, nbytes: int, *, what: str) -> None:
-    """Raises RuntimeError when the file system of `directory` has fewer than `nbytes` free."""
+    """Raises RuntimeError when the file system has fewer than `nbytes` free.
+
+    Args:
+        directory: as `atomic_directory` yields it.
+    """
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         raise RuntimeError(
-            f"{what}: {directory.parent} must have {nbytes:,} bytes free, got {free:,}"
+            f"{what}: {directory.parents[1]} must have {nbytes:,} bytes free, got {free:,}"
         )

@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass
 
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.atomic import atomic_directory
+from sparse_unified.checkpoint.atomic import atomic_directory, refuse_overlap
 from sparse_unified.checkpoint.ffn import list_some
-from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
+from sparse_unified.checkpoint.files import copy_files, list_files, require_room
 from sparse_unified.checkpoint.layout import MoELayout
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.moves import to_dense
@@ -80,7 +80,7 @@ def invert(
     """
     start = time.perf_counter()
     source = Checkpoint(sparse)
-    refuse_nesting(source.directory, out, what=WHAT)
+    refuse_overlap(out, source.directory, what=WHAT)
     sidecar = read_sidecar(source.directory / SIDECAR)
     # Training leaves the experts where they are.
     steps = source.recipe.steps if source.recipe is not None else ()

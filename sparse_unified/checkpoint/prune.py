@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.atomic import atomic_directory
+from sparse_unified.checkpoint.atomic import atomic_directory, refuse_overlap
 from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
-from sparse_unified.checkpoint.files import copy_files, list_files, refuse_nesting, require_room
+from sparse_unified.checkpoint.files import copy_files, list_files, require_room
 from sparse_unified.checkpoint.held import kept_channels
 from sparse_unified.checkpoint.index import rewrite_indices
 from sparse_unified.checkpoint.layout import CONFIG
@@ -111,7 +111,7 @@ def prune(
     """
     start = time.perf_counter()
     source = Checkpoint(model)
-    refuse_nesting(source.directory, out, what=WHAT)
+    refuse_overlap(out, source.directory, scores, what=WHAT)
     listed = list(modes) if isinstance(modes, Sequence) else [modes]
     if not listed:
         raise ValueError(f"{WHAT}: modes must name at least one, got none")

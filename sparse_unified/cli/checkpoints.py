@@ -146,6 +146,7 @@ def _add_convert(commands: Any) -> None:
 
 def _run_convert(options: argparse.Namespace) -> int:
     from sparse_unified.checkpoint import convert
+    from sparse_unified.checkpoint.atomic import refuse_overlap
 
     check_output(options.json, "--json")
     needing = [
@@ -162,6 +163,7 @@ def _run_convert(options: argparse.Namespace) -> int:
         )
     inputs = None
     if options.stats is not None:
+        refuse_overlap(options.out, options.dense, options.stats, what="convert")
         inputs = _read_inputs(options.stats, options.dense, options.component)
     with progress_bar("converting", quiet=options.quiet) as progress:
         report = convert(
