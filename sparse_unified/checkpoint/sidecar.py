@@ -32,7 +32,7 @@ from sparse_unified.checkpoint.writer import FileWriter, build_header
 SIDECAR = "partition.safetensors"
 # The sidecar of an earlier conversion, of the other component, that the new one lies on top of.
 EARLIER_SIDECAR = "partition.earlier.safetensors"
-FORMAT = "sparse_unified.experts"
+FORMAT = "sparse_unified.partition"
 FORMAT_VERSION = "1"
 
 

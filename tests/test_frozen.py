@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command writes is what it was: files, reports, latents and trained weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FROZEN = Path(__file__).parent / "frozen"
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("frozen_record", FROZEN / "record.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return json.loads(json.dumps(module.record()))
+
+
+@pytest.fixture(scope="module")
+def frozen() -> dict[str, Any]:
+    return json.loads((FROZEN / "behaviour.json").read_text())
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Lists where two JSON values differ; floats may differ by rounding."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = [f"{at}/{key}: only on one side" for key in sorted(old.keys() ^ new.keys())]
+        return found + [
+            d for k in old.keys() & new for d in differences(old[k], new[k], f"{at}/{k}")
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            d
+            for i, (o, n) in enumerate(zip(old, new, strict=True))
+            for d in differences(o, n, f"{at}/{i}")
+        ]
+    if isinstance(old, float) and isinstance(new, (int, float)):
+        return [] if new == pytest.approx(old, rel=1e-3, abs=1e-5) else [f"{at}: {old} -> {new}"]
+    return [] if old == new else [f"{at}: {old!r:.80} -> {new!r:.80}"]
+
+
+@pytest.mark.parametrize("kind", ["files", "reports", "numbers"])
+def test_commands_write_what_they_wrote(kind: str, recorded: dict, frozen: dict) -> None:
+    assert differences(frozen[kind], recorded[kind]) == []
+
+
+def test_on_one_machine_bits_stay(recorded: dict, frozen: dict) -> None:
+    if frozen["signature"] != recorded["signature"]:
+        pytest.skip(f"recorded on {frozen['signature']}: other processors round differently")
+    assert differences(frozen["bits"], recorded["bits"]) == []
