@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified import ops  # registers torch.ops.sparse_unified with fakes and autograd
+from sparse_unified._version import __version__
 
 if TYPE_CHECKING:
     from sparse_unified import analysis, bagel, checkpoint, experts, nn, surgery, testing
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
         restore_,
         skip_layers_,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MoEConfig",

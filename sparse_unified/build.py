@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from sparse_unified import __version__, _library
-from sparse_unified.checkpoint.report import Report, format_table
+from sparse_unified import _library
+from sparse_unified._common import Report, format_table
+from sparse_unified._version import __version__
 
 _NONE = "none"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from sparse_unified.bagel.optional import optional
+from sparse_unified._common import optional
 from sparse_unified.testing import Case, read_case
 
 _SPECIAL_IDS = {

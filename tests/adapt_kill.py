@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from checkpoint_kill import die_at_call
 
+from sparse_unified._common import optional
 from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
 from sparse_unified.adapt import run as adapt_run
 from sparse_unified.adapt.log import read_lines
-from sparse_unified.bagel.optional import optional
 
 FIRST_CALL, CALLS_MORE = 9, 450
 CONFIG = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, seed=5)

@@ -13,6 +13,7 @@ import torch
 from adapt_models import CONFIG, GOLDEN, Mixed
 from torch import Tensor
 
+from sparse_unified._common import format_bytes
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.select import freeze_component
@@ -20,7 +21,6 @@ from sparse_unified.bagel import Bagel, LatentSegment, TextSegment, pack_trainin
 from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
 from sparse_unified.bagel.layer_config import ExpertConfig
 from sparse_unified.bagel.segments import TrainingBatch
-from sparse_unified.checkpoint.report import format_bytes
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparse_unified._common import optional
 from sparse_unified.bagel import BagelPipeline, SpecialTokens, load_bagel, loading
 from sparse_unified.bagel.loading import official_tensors
-from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import TensorSpec
 from sparse_unified.checkpoint.hub import find_model

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sparse_unified._common import optional
 from sparse_unified.adapt.reports import StepRecord
-from sparse_unified.bagel.optional import optional
 from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 

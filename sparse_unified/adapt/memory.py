@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_unified._common import Report, format_bytes, format_table
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.run import RunConfig
@@ -34,7 +35,6 @@ from sparse_unified.bagel.shapes import vae_config
 from sparse_unified.bagel.transforms import vae_transform
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.hub import find_model
-from sparse_unified.checkpoint.report import Report, format_bytes, format_table
 from sparse_unified.checkpoint.safetensors_file import read_header
 from sparse_unified.nn import SparseMoE
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_unified._common import list_some
 from sparse_unified.adapt.records import WHERE, Records
 from sparse_unified.adapt.sequences import (
     SequenceConfig,
@@ -27,7 +28,6 @@ from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.transforms import ImageTransform, to_rgb
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.atomic import replace_file
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.safetensors_file import as_bytes, read_header, read_tensor
 from sparse_unified.checkpoint.writer import encode_tensors
 

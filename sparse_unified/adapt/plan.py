@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
+from sparse_unified._common import Report, format_table
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.draws import sequence_generators
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
@@ -14,7 +15,6 @@ from sparse_unified.adapt.run import RunConfig, latest_state, prepare
 from sparse_unified.adapt.sharding import num_processes
 from sparse_unified.adapt.state import read_facts
 from sparse_unified.bagel.packing import pack_training
-from sparse_unified.checkpoint.report import Report, format_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sparse_unified._common import optional
 from sparse_unified.analysis.samples import PICTURE_SUFFIXES, Task, is_file_name
-from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.pictures import open_picture
 from sparse_unified.checkpoint import strict_json
 

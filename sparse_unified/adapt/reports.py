@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparse_unified.checkpoint.report import Report, format_table
+from sparse_unified._common import Report, format_table
 
 LOSSES = ("text_loss", "image_loss", "balance_loss", "router_z_loss")
 

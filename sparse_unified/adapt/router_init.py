@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_unified._common import Report, format_table, list_some
 from sparse_unified.analysis import FfnStatistics
-from sparse_unified.checkpoint.ffn import list_some
-from sparse_unified.checkpoint.report import Report, format_table
 from sparse_unified.experts import RouterInit, check_inputs
 from sparse_unified.surgery.routing import first_router, set_routers_
 from sparse_unified.surgery.sparse_blocks import find_sparse_blocks

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from sparse_unified._common import Progress, format_table
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.log import LOG, TrainingLog, read_lines
@@ -37,9 +38,7 @@ from sparse_unified.checkpoint import AdaptConfig, Checkpoint
 from sparse_unified.checkpoint.atomic import refuse_foreign_partial, refuse_overlap
 from sparse_unified.checkpoint.hub import find_model
 from sparse_unified.checkpoint.modes import BOTH
-from sparse_unified.checkpoint.report import format_table
 from sparse_unified.checkpoint.surroundings import require_surroundings
-from sparse_unified.checkpoint.writer import Progress
 
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparse_unified._common import Progress
 from sparse_unified.adapt.masters import Masters
 from sparse_unified.adapt.sharding import gather, num_processes, this_process
 from sparse_unified.adapt.state import require_finite
@@ -21,7 +22,7 @@ from sparse_unified.checkpoint.modes import AdaptConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.safetensors_file import as_bytes
 from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, Progress, write_text
+from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, write_text
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
 

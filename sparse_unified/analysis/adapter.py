@@ -15,9 +15,9 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from sparse_unified._common import list_some
 from sparse_unified.analysis.parts import Adapter, Block, Ffn, FfnKey
 from sparse_unified.analysis.stand_in import StandIn
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.skipped import SkippedFFN

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sparse_unified._common import Progress
 from sparse_unified.analysis.adapter import Adapter
 from sparse_unified.analysis.bagel_probes import run_samples
 from sparse_unified.analysis.collect import collect
@@ -14,8 +15,6 @@ from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import StatisticsConfig
 from sparse_unified.bagel import BagelPipeline
-
-Progress = Callable[[int, int], object]
 
 
 def calibrate(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified._common import Progress
 from sparse_unified.analysis.bagel_probes import run_samples
 from sparse_unified.analysis.collect import observe_time
 from sparse_unified.analysis.metrics import Settings
@@ -18,8 +19,6 @@ from sparse_unified.analysis.sums import StatisticsConfig
 from sparse_unified.analysis.usage import ExpertUsage, LayerUsage
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.surgery.sparse_blocks import SparseBlock, find_sparse_blocks
-
-Progress = Callable[[int, int], object]
 
 _WHERE = "expert_usage"
 

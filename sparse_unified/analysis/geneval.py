@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_unified._common import optional
 from sparse_unified.analysis.evaluate import Better, directions
 from sparse_unified.analysis.metrics import Settings
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.bagel.optional import optional
 from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 

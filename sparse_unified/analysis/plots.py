@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparse_unified._common import optional
 from sparse_unified.analysis.activation import NO_TIME, ActivationMap
 from sparse_unified.analysis.evaluate import Better
 from sparse_unified.analysis.figure import (
@@ -27,7 +28,6 @@ from sparse_unified.analysis.figure import (
 from sparse_unified.analysis.points import Axis
 from sparse_unified.analysis.results import SweepResult, TaskResult
 from sparse_unified.analysis.similarity import PARTS
-from sparse_unified.bagel.optional import optional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparse_unified._common import Report, format_bytes, format_table
 from sparse_unified.analysis.activation import ActivationMap
 from sparse_unified.analysis.cost import Cost
 from sparse_unified.analysis.evaluate import Better
 from sparse_unified.analysis.plain import from_plain, numbers
 from sparse_unified.analysis.points import Axis, Point
 from sparse_unified.analysis.similarity import Similarity
-from sparse_unified.checkpoint.report import Report, format_bytes, format_table
 
 _ARROWS = {Better.LOWER: "lower is better", Better.HIGHER: "higher is better"}
 

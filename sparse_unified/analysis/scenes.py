@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_unified.bagel.optional import optional
+from sparse_unified._common import optional
 
 SIZE = 256  # pixels, height and width
 

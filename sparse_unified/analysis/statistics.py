@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified._common import list_some
 from sparse_unified.analysis.active_sets import mean_overlap, successive_overlap
 from sparse_unified.analysis.adapter import FfnKey, find_adapter
 from sparse_unified.analysis.kept_inputs import keep_lowest, no_inputs
@@ -34,7 +35,6 @@ from sparse_unified.analysis.sums import (
 )
 from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.checkpoint.writer import encode_tensors

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.reader import read_json
 
 _RUN, _POINTS, _LOCK = "run.json", "points.jsonl", ".lock"

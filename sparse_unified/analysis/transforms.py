@@ -13,15 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
+from sparse_unified._common import format_layers, list_some
 from sparse_unified.analysis.adapter import Adapter
 from sparse_unified.analysis.criteria import NeuronScores, join_experts
 from sparse_unified.analysis.head_surgery import fewer_heads, read_attention
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.similarity import Similarity
 from sparse_unified.analysis.surgery import as_module, narrowed, without_layers, without_part
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.checkpoint.report import format_layers
 from sparse_unified.experts import keep_units, select_layers
 from sparse_unified.surgery import (
     Part,

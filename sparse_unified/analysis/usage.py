@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified._common import format_table
 from sparse_unified.analysis.activation import NO_TIME
-from sparse_unified.checkpoint.report import format_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_unified._common import optional
 from sparse_unified.analysis.figure import STYLE, bright_map, grid_ticks, heading, panels_of
 from sparse_unified.analysis.usage import ExpertUsage, LayerUsage
-from sparse_unified.bagel.optional import optional
 from sparse_unified.checkpoint.atomic import replace_file
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union, cast
 
+from sparse_unified._common import optional
 from sparse_unified.bagel.config import BagelConfig
-from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.sampler import Renorm, SamplingConfig
 from sparse_unified.bagel.step_cache import StepCache
 

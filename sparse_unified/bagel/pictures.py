@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from sparse_unified._common import optional
 from sparse_unified.bagel.conditioning import ContextImage
 from sparse_unified.bagel.config import BagelConfig
-from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.transforms import to_image, to_rgb, vae_transform, vit_transform
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify

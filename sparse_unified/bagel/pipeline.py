@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sparse_unified._common import progress_bar
 from sparse_unified.bagel import inputs
 from sparse_unified.bagel.conditioning import Guidance, build_guidance, see_images
 from sparse_unified.bagel.execution import Execution
@@ -18,7 +20,6 @@ from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.pictures import Pictures
 from sparse_unified.bagel.placement import Device, Offload, Placement, Task, choice, storages
-from sparse_unified.bagel.progress import progress_bar
 from sparse_unified.bagel.results import (
     GenerationResult,
     Report,
@@ -224,7 +225,8 @@ class BagelPipeline:
         report = start_report(self.model)
         thoughts, latents, drawn = [], [], []
         num_steps = len(batches) * (num_timesteps - 1)
-        with progress_bar(num_steps, show=progress) as advance:
+        done = count(1)
+        with progress_bar("denoising", "step", show=progress) as bar:
             for indices, config in batches:
                 batch = [wanted[i] for i in indices]
                 guidance = self._read(batch, think, report)
@@ -233,7 +235,9 @@ class BagelPipeline:
                     thoughts += self._plan(
                         guidance, max_think_length, think_temperature, seeds, report
                     )
-                tokens = self._denoise(batch, guidance, config, report, advance)
+                tokens = self._denoise(
+                    batch, guidance, config, report, lambda: bar(next(done), num_steps)
+                )
                 drawn += self._draw(batch, tokens, report)
                 latents += [x.cpu() for x in tokens]
         order = sorted(range(len(wanted)), key=[i for own, _ in batches for i in own].__getitem__)

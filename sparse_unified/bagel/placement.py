@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from sparse_unified._common import optional
 from sparse_unified.bagel.config import LLMConfig
 from sparse_unified.checkpoint.keys import FFN_NAMES, layer_prefix, module_prefixes
 from sparse_unified.surgery.storage import STORAGES
@@ -197,13 +197,7 @@ def dispatch(
 
 def accelerate_library(module: str) -> Any:
     """Imports a module of accelerate; ImportError says how to get it."""
-    try:
-        return importlib.import_module(f"accelerate.{module}")
-    except ImportError as error:
-        raise ImportError(
-            "from_pretrained: accelerate must be installed for device_map "
-            f"(pip install 'sparse_unified[offload]'), got {error}"
-        ) from error
+    return optional(f"accelerate.{module}", "offload", purpose="device_map")
 
 
 def _fill(

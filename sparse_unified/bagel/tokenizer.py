@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_unified._common import optional
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.optional import optional
 from sparse_unified.checkpoint.reader import read_json
 
 _SPECIAL_TEXTS = {

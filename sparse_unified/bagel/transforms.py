@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_unified._common import optional
 from sparse_unified.bagel.config import BagelConfig
-from sparse_unified.bagel.optional import optional
 
 if TYPE_CHECKING:
     from PIL.Image import Image

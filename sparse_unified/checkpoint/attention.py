@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.held import Layers, absent_prefixes
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.recipe import RECIPE

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
-from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified._common import list_some
 
 Shapes = Mapping[str, Sequence[int]]
 _NORM_GROUPS = 32

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.reader import VAE_FILE, Checkpoint
 from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_bytes

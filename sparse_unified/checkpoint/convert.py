@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparse_unified._common import Progress, Report, format_bytes, format_layers, format_table
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.atomic import atomic_directory, refuse_overlap
 from sparse_unified.checkpoint.convert_plan import plan_layouts
@@ -23,7 +24,6 @@ from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.reader import Checkpoint, read_text
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
-from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
 from sparse_unified.checkpoint.routing import Inputs, Routing, resolve_inputs
 from sparse_unified.checkpoint.scores import Scores, resolve_scores
 from sparse_unified.checkpoint.sidecar import (
@@ -34,13 +34,7 @@ from sparse_unified.checkpoint.sidecar import (
     write_sidecar,
 )
 from sparse_unified.checkpoint.split import Split, split_entries, write_split
-from sparse_unified.checkpoint.writer import (
-    ByteCounter,
-    FileWriter,
-    Progress,
-    build_header,
-    write_text,
-)
+from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, build_header, write_text
 from sparse_unified.experts import Partition, RouterInit
 
 WHAT = "convert"

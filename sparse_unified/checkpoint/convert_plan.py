@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from sparse_unified._common import format_layers, list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.checkpoint.report import format_layers
 from sparse_unified.checkpoint.surroundings import require_surroundings
 from sparse_unified.experts import ExpertLayout, select_layers
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from sparse_unified._common import format_table
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.report import format_table
 
 _TITLES = {
     "parameters": "parameters",

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
+
+from sparse_unified._common import optional
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -31,13 +32,7 @@ def find_model(name: str | os.PathLike[str], *, where: str = "from_pretrained") 
             f"{where}: model must be a directory or a hub id 'owner/name', got {text!r}, "
             "which is neither"
         )
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise ImportError(
-            f"{where}: huggingface_hub must be installed (pip install 'sparse_unified[bagel]') "
-            f"to download {text!r}, got {error}"
-        ) from error
+    hub = optional("huggingface_hub", purpose=f"the download of {text!r}")
     try:
         return Path(hub.snapshot_download(text, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:  # every error of the hub is one of these

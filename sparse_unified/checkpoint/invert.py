@@ -11,16 +11,22 @@ import os
 import time
 from dataclasses import dataclass
 
+from sparse_unified._common import (
+    Progress,
+    Report,
+    format_bytes,
+    format_layers,
+    format_table,
+    list_some,
+)
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.atomic import atomic_directory, refuse_overlap
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.files import copy_files, list_files, require_room
 from sparse_unified.checkpoint.layout import MoELayout
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.moves import to_dense
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.recipe import RECIPE
-from sparse_unified.checkpoint.report import Report, format_bytes, format_layers, format_table
 from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
@@ -29,7 +35,7 @@ from sparse_unified.checkpoint.sidecar import (
     parse_dense_headers,
     read_sidecar,
 )
-from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, Progress, write_text
+from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, write_text
 
 WHAT = "invert"
 

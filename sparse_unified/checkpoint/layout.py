@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import FFNs, SparseLayer, list_some
+from sparse_unified.checkpoint.ffn import FFNs, SparseLayer
 from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.experts import ExpertLayout
 

@@ -13,9 +13,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparse_unified._common import Report, format_bytes, format_table
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.checkpoint.report import Report, format_bytes, format_table
 from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header
 
 BUDGETS = (12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes, of cards one can buy

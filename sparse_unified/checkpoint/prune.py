@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_unified._common import Progress, Report, format_bytes, format_table
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.atomic import atomic_directory, refuse_overlap
 from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
@@ -29,17 +30,10 @@ from sparse_unified.checkpoint.moves import read_words, row_blocks
 from sparse_unified.checkpoint.prune_plan import WHAT, PrunePlan, plan_pruning
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe
-from sparse_unified.checkpoint.report import Report, format_bytes, format_table
 from sparse_unified.checkpoint.safetensors_file import TensorSpec
 from sparse_unified.checkpoint.scores import Scores
 from sparse_unified.checkpoint.surroundings import require_surroundings
-from sparse_unified.checkpoint.writer import (
-    ByteCounter,
-    FileWriter,
-    Progress,
-    build_header,
-    write_text,
-)
+from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, build_header, write_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

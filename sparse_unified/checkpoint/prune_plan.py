@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_unified._common import format_layers, list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.held import Layers, skip, whole_layers
 from sparse_unified.checkpoint.modes import (
     BOTH,
@@ -22,7 +22,6 @@ from sparse_unified.checkpoint.modes import (
 )
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.recipe import LayerHeads, Step
-from sparse_unified.checkpoint.report import format_layers
 from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.experts import (

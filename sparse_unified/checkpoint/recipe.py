@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparse_unified._common import format_layers
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import (
     AdaptConfig,
@@ -28,7 +29,6 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.checkpoint.report import format_layers
 
 RECIPE = "sparse_unified.json"
 FORMAT = "sparse_unified.recipe"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.experts import (

@@ -18,8 +18,9 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import SparseLayer, list_some
+from sparse_unified.checkpoint.ffn import SparseLayer
 from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.experts import (

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_unified._version import __version__
 from sparse_unified.checkpoint import keys, strict_json
 from sparse_unified.checkpoint.reader import is_plain_name
 from sparse_unified.checkpoint.safetensors_file import (
@@ -59,8 +60,6 @@ class Sidecar:
 
 def tool_version() -> str:
     """Returns name and version of this package."""
-    from sparse_unified import __version__  # the package imports this module while it starts
-
     return f"sparse_unified {__version__}"
 
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
 
 VIT_CONFIG = "vit_config.json"
 _VIT_LAYER = re.compile(rf"(vit_model\..*?\.layers)\.{keys.INDEX}\.(.+)")

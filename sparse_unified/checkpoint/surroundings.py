@@ -8,9 +8,9 @@ have, vit_config.json their layers, and ae.safetensors must hold exactly an auto
 
 from __future__ import annotations
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.autoencoder import check_autoencoder
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.held import absent_prefixes
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.reader import VAE_FILE, Checkpoint

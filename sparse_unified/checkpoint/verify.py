@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparse_unified._common import Progress, Report, format_table
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.compare import (
     compare_configs,
@@ -24,14 +25,13 @@ from sparse_unified.checkpoint.compare import (
 from sparse_unified.checkpoint.equivalence import compare_outputs
 from sparse_unified.checkpoint.matching import find_bijection
 from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.checkpoint.report import Report, format_table
 from sparse_unified.checkpoint.verify_pruned import (
     PrunedVerdict,
     find_changes,
     judge_change,
     pruned_table,
 )
-from sparse_unified.checkpoint.writer import ByteCounter, Progress
+from sparse_unified.checkpoint.writer import ByteCounter
 from sparse_unified.experts import ExpertLayout
 
 WHAT = "verify"

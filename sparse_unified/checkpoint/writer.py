@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_unified._common import Progress
 from sparse_unified.checkpoint.safetensors_file import DTYPE_NAMES, TensorSpec, as_bytes
 
 CHUNK_BYTES = 8 << 20
 # One call of the kernel copies at most this much, so that progress and Ctrl-C get their turn.
 RANGE_BYTES = 64 << 20
 _NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
-
-Progress = Callable[[int, int], None]
 
 
 class ByteCounter:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sparse_unified._common import progress_bar
 from sparse_unified.cli import values
-from sparse_unified.cli.console import Usage, add_common, check_output, progress_bar, write_result
+from sparse_unified.cli.console import Usage, add_common, check_output, show_progress, write_result
 from sparse_unified.cli.models import check_device
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _run_adapt(options: argparse.Namespace) -> int:
         quiet = options.quiet or not first
         with (
             _steps_bar(options.steps, quiet=quiet) as on_step,
-            progress_bar("writing", quiet=quiet) as progress,
+            show_progress("writing", "B", quiet=quiet) as progress,
         ):
             report = adapt(
                 options.model,
@@ -329,15 +330,8 @@ def _steps_bar(steps: int, *, quiet: bool) -> Iterator[Callable[[StepRecord], ob
 
         yield line
         return
-    from tqdm import tqdm
-
-    with tqdm(desc="adapt", unit="step", total=steps, file=sys.stderr) as bar:
-
-        def advance(record: StepRecord) -> None:
-            bar.set_postfix_str(_summary(record))
-            bar.update(record.step - bar.n)
-
-        yield advance
+    with progress_bar("adapt", "step", show=True) as bar:
+        yield lambda record: bar(record.step, steps, _summary(record))
 
 
 def _summary(record: StepRecord) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli.analyze_options import TASKS, add_parser
-from sparse_unified.cli.console import Usage, check_output, write_result
+from sparse_unified.cli.console import Usage, check_output, show_progress, write_result
 from sparse_unified.cli.models import load_pipeline
 
 if TYPE_CHECKING:
@@ -75,7 +72,7 @@ def _analyze(options: argparse.Namespace, drawn: Path) -> int:
         "statistics": {task: found.samples for task, found in statistics.items()},
         "dtype": str(pipeline.model.dtype).removeprefix("torch."),
     }
-    with _points_bar(quiet=options.quiet) as progress:
+    with show_progress("analyze", "point", quiet=options.quiet) as progress:
         result = run_sweep(
             pipeline,
             probes,
@@ -162,22 +159,3 @@ def _probe(
             scorer=scorer or None,
         )
     return bagel_probe(pipeline, task, samples, settings, evaluators=own)
-
-
-@contextmanager
-def _points_bar(*, quiet: bool) -> Iterator[Callable[[int, int, str], object] | None]:
-    """Yields a callback (done, total, name of the next) that moves a bar on a terminal's stderr."""
-    if quiet or importlib.util.find_spec("tqdm") is None or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc="analyze", unit="point", file=sys.stderr) as bar:
-
-        def advance(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(done - bar.n)
-            bar.refresh()
-
-        yield advance

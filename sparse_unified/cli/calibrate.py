@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli import values
-from sparse_unified.cli.console import Usage, add_common, check_output, write_result
+from sparse_unified.cli.console import Usage, add_common, check_output, show_progress, write_result
 from sparse_unified.cli.models import add_model, load_pipeline
 from sparse_unified.cli.samples import (
     TASKS,
@@ -18,7 +18,6 @@ from sparse_unified.cli.samples import (
     add_time_ranges,
     read_samples_of,
     read_settings,
-    samples_bar,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _calibrate(options: argparse.Namespace, drawn: Path) -> int:
     pipeline = load_pipeline(options)
     for statistics in earlier:
         statistics.check(pipeline)
-    with samples_bar("calibrate", quiet=options.quiet) as progress:
+    with show_progress("calibrate", "sample", quiet=options.quiet) as progress:
         found = calibrate(
             pipeline,
             task,

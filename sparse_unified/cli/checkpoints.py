@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli import values
-from sparse_unified.cli.console import Usage, add_common, check_output, progress_bar, write_result
+from sparse_unified.cli.console import Usage, add_common, check_output, show_progress, write_result
 
 if TYPE_CHECKING:
     from sparse_unified.checkpoint.routing import Inputs
@@ -165,7 +165,7 @@ def _run_convert(options: argparse.Namespace) -> int:
     if options.stats is not None:
         refuse_overlap(options.out, options.dense, options.stats, what="convert")
         inputs = _read_inputs(options.stats, options.dense, options.component)
-    with progress_bar("converting", quiet=options.quiet) as progress:
+    with show_progress("converting", "B", quiet=options.quiet) as progress:
         report = convert(
             options.dense,
             options.out,
@@ -205,7 +205,7 @@ def _run_verify(options: argparse.Namespace) -> int:
     from sparse_unified.checkpoint import verify
 
     check_output(options.json, "--json")
-    with progress_bar("verifying", quiet=options.quiet) as progress:
+    with show_progress("verifying", "B", quiet=options.quiet) as progress:
         report = verify(options.sparse, options.against, seed=options.seed, progress=progress)
     write_result(options.json, report.to_text(), report.to_json())
     return 0 if report.ok else 1
@@ -215,7 +215,7 @@ def _run_invert(options: argparse.Namespace) -> int:
     from sparse_unified.checkpoint import invert
 
     check_output(options.json, "--json")
-    with progress_bar("inverting", quiet=options.quiet) as progress:
+    with show_progress("inverting", "B", quiet=options.quiet) as progress:
         report = invert(options.sparse, options.out, progress=progress)
     write_result(options.json, report.to_text(), report.to_json())
     return 0

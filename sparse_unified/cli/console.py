@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
-PROG = "sparse-unified"
+from sparse_unified._common import Advance, progress_bar
 
-Advance = Callable[[int, int], None]
+PROG = "sparse-unified"
 
 
 class Usage(Exception):
@@ -80,25 +79,9 @@ def write_result(json_path: str | None, text: str, json_text: str) -> None:
         replace_file(Path(json_path), (json_text + "\n").encode())
 
 
-@contextmanager
-def progress_bar(name: str, *, quiet: bool) -> Iterator[Advance | None]:
-    """Yields a callback (done, total) in bytes that moves a bar on a terminal's stderr.
-
-    Yields None when there is no terminal, or tqdm is not installed.
-    """
-    found = importlib.util.find_spec("tqdm") is not None
-    if quiet or not found or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit="B", unit_scale=True, file=sys.stderr) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance
+def show_progress(name: str, unit: str, *, quiet: bool) -> AbstractContextManager[Advance]:
+    """Returns what moves a bar on a terminal's stderr."""
+    return progress_bar(name, unit, show=False if quiet else None)
 
 
 def one_line(message: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sparse_unified.cli.console import Usage, add_common, check_output, write_result
+from sparse_unified.cli.console import Usage, add_common, check_output, show_progress, write_result
 from sparse_unified.cli.models import add_model, load_pipeline
 from sparse_unified.cli.samples import (
     TASKS,
@@ -17,7 +17,6 @@ from sparse_unified.cli.samples import (
     add_time_ranges,
     read_samples_of,
     read_settings,
-    samples_bar,
 )
 
 _DESCRIPTION = """\
@@ -68,7 +67,7 @@ def _count(options: argparse.Namespace, drawn: Path) -> int:
     components = None if options.component is None else [options.component]
     pipeline = load_pipeline(options)
     find_sparse_blocks(pipeline, components, where=f"expert-usage: {options.model}")
-    with samples_bar("expert-usage", quiet=options.quiet) as progress:
+    with show_progress("expert-usage", "sample", quiet=options.quiet) as progress:
         usage = expert_usage(
             pipeline,
             task,

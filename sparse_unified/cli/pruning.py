@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified.cli import values
-from sparse_unified.cli.console import Usage, add_common, check_output, progress_bar, write_result
+from sparse_unified.cli.console import Usage, add_common, check_output, show_progress, write_result
 
 if TYPE_CHECKING:
     from sparse_unified.checkpoint.modes import Mode
@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
     seed = options.seed
     if options.criterion == "random" and seed is None:
         seed = 0
-    with progress_bar("pruning", quiet=options.quiet) as progress:
+    with show_progress("pruning", "B", quiet=options.quiet) as progress:
         report = prune(
             options.model, options.out, modes, scores=options.scores, seed=seed, progress=progress
         )

@@ -4,10 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,21 +85,3 @@ def read_samples_of(
             raise Usage(f"{command}: --images must come with --prompts, got none")
         return built_in_samples(task, options.samples, options.seed, folder=drawn)
     return read_samples(options.prompts, options.images, task, options.samples, options.seed)
-
-
-@contextmanager
-def samples_bar(name: str, *, quiet: bool) -> Iterator[Callable[[int, int], object] | None]:
-    """Yields a callback (done, total) that moves a bar on a terminal's stderr."""
-    if quiet or importlib.util.find_spec("tqdm") is None or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit="sample", file=sys.stderr) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-            bar.refresh()
-
-        yield advance

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_unified._common import optional
 from sparse_unified.bagel import AutoEncoder, Bagel, BagelPipeline, StepCache
-from sparse_unified.bagel.optional import optional
 from sparse_unified.bagel.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

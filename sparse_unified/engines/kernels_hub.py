@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from sparse_unified import __version__
+from sparse_unified._version import __version__
 from sparse_unified.checkpoint.atomic import replace_file
 
 NAME = "sparse-unified"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import Checkpoint
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.nn import SparseMoE
 
 _WHERE = "SparseBagelPipeline"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.bagel.optional import optional
+from sparse_unified._common import optional
 
 SIZE = 8
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

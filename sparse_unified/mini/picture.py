@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from sparse_unified.bagel.optional import optional
+from sparse_unified._common import optional
 from sparse_unified.mini.model import MiniTask
 from sparse_unified.mini.report import Record, Values, gather
 from sparse_unified.mini.study import STAGES, WIDTHS

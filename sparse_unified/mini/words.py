@@ -7,7 +7,7 @@ import os
 from functools import cache, lru_cache
 from typing import Any
 
-from sparse_unified.bagel.optional import optional
+from sparse_unified._common import optional
 from sparse_unified.mini import digits, scenes
 
 UNKNOWN = "<|endoftext|>"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import Checkpoint, keys
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.surgery.find import Target

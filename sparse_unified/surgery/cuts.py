@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import list_some
 from sparse_unified.checkpoint.modes import (
     BOTH,
     Part,

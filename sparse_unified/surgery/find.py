@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.experts import select_layers
 from sparse_unified.nn import SparseMoE

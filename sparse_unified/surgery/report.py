@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparse_unified._common import Report, format_layers, format_table
 from sparse_unified.checkpoint.counts import Counts, format_counts
 from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules
-from sparse_unified.checkpoint.report import Report, format_layers, format_table
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.exchange import Change, like
 from sparse_unified.surgery.find import Target

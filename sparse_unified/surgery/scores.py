@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified._common import list_some
 from sparse_unified.experts import as_scores
 
 LayerScores = Mapping[int, Tensor] | Tensor

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.find import find_host

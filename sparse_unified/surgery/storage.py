@@ -7,7 +7,6 @@ unpacks its three weights for the call, one layer at a time, and computes as bef
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified._common import Report, format_bytes, format_table, optional
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import BOTH
-from sparse_unified.checkpoint.report import Report, format_bytes, format_table
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.stored import is_packed
 from sparse_unified.surgery.find import Target, find_host, select_held
@@ -145,12 +144,7 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> QuantizeReport:
 
 def torchao(where: str) -> Any:
     """Imports torchao's quantization; ImportError says how to get it."""
-    try:
-        return importlib.import_module("torchao.quantization")
-    except ImportError as error:
-        raise ImportError(
-            f"{where}: torchao must be installed (pip install 'sparse_unified[quant]'), got {error}"
-        ) from error
+    return optional("torchao.quantization", "quant", purpose=where)
 
 
 @torch.no_grad()

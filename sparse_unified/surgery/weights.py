@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_unified.checkpoint.ffn import list_some
+from sparse_unified._common import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
 from sparse_unified.nn import SparseMoE
 

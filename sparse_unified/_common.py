@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every part of the package shares: optional imports, error messages, progress, reports.
+
+A function checks its arguments with "<argument> must <rule>, got <value>"; the public function it
+serves, or the reader of a file, puts its name in front with `context`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+# Called with (done, total) while something long runs.
+Progress = Callable[[int, int], object]
+
+
+def optional(module: str, extra: str = "bagel", *, purpose: str = "") -> Any:
+    """Imports a package that only some functions need.
+
+    Args:
+        module: full name, `tqdm.auto`.
+        extra: of this package that brings it.
+        purpose: what it is needed for, named in the error.
+
+    Raises:
+        ImportError: it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        wanted = f" for {purpose}" if purpose else ""
+        raise ImportError(
+            f"sparse_unified: {module.partition('.')[0]} must be installed{wanted} "
+            f"(pip install 'sparse_unified[{extra}]'), got {error}"
+        ) from error
+
+
+def list_some(values: Iterable[object], limit: int = 6) -> str:
+    """Writes a list for a message: the first few, shortened, and how many more."""
+    texts = [text if len(text) <= 160 else text[:157] + "..." for text in map(str, values)]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return (", ".join(texts[:limit]) or "none") + more
+
+
+@contextmanager
+def context(where: object) -> Iterator[None]:
+    """Puts "<where>: " in front of errors raised inside, as a `with` or as a decorator.
+
+    The innermost context names the error: a file that is read inside an operation stays the one
+    that is named. Type, traceback and cause stay as they are.
+
+    Args:
+        where: the public function, or the file.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        text = str(error)
+        fault: Any = error
+        if text.startswith(f"{where}: "):
+            fault.named = True
+        if getattr(error, "named", False):
+            raise
+        if type(error).__str__ is BaseException.__str__:
+            fault.args = (f"{where}: {text}", *error.args[1:])
+            fault.named = True
+            raise
+        kinds = (ValueError, TypeError, RuntimeError)  # its text is made of something else
+        fault = next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {text}")
+        fault.named = True
+        raise fault from error
+
+
+class Advance(Protocol):
+    """What moves a progress bar: a `Progress` that takes a note beside the counts."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> object: ...
+
+
+@contextmanager
+def progress_bar(name: str, unit: str, *, show: bool | None = None) -> Iterator[Advance]:
+    """Yields what moves a bar on stderr; without a bar, it does nothing.
+
+    Args:
+        name: in front of the bar. unit: of what is counted; "B" is shown in kB, MB, GB.
+        show: None shows a bar on a terminal, where tqdm is installed.
+
+    Raises:
+        ImportError: `show` is true and tqdm is not installed.
+    """
+    if show is None:
+        show = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+    if not show:
+        yield lambda done, total, note="": None
+        return
+    tqdm = optional("tqdm.auto").tqdm
+    with tqdm(desc=name, unit=unit, unit_scale=unit == "B", file=sys.stderr) as bar:
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            bar.total = total
+            if note:
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
+            if done == total or note:
+                bar.refresh()
+
+        yield advance
+
+
+class Report:
+    """Base of the dataclasses that operations return: their fields as dict, JSON and text.
+
+    A subclass gives `table` and, where it needs them, `headings`, `title` and `notes`.
+    """
+
+    __slots__ = ()
+    # Properties that `to_dict` gives after the fields.
+    derived: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain dicts and lists, ready for json.dump."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        for name in values:
+            if isinstance(part := getattr(self, name), Report):
+                values[name] = part.to_dict()
+        return values | {name: getattr(self, name) for name in self.derived}
+
+    def to_json(self) -> str:
+        """Returns the report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def title(self) -> str:
+        """Returns the line above the table; "" is none."""
+        return ""
+
+    def headings(self) -> Sequence[str]:
+        """Returns the names of the columns; none leaves them out."""
+        return ()
+
+    def table(self) -> Sequence[Sequence[object]]:
+        """Returns the rows of the table below the headings; by default a field a row."""
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return [(name.replace("_", " "), str(getattr(self, name))) for name in names]
+
+    def notes(self) -> Sequence[str]:
+        """Returns the lines below the table."""
+        return ()
+
+    def to_text(self) -> str:
+        """Returns the report as a table for people."""
+        rows, headings = self.table(), self.headings()
+        table = [format_table([headings, *rows] if headings else rows, header=bool(headings))]
+        notes = "\n".join(self.notes())
+        parts = [self.title(), *(table if rows else []), *(["", notes] if notes else [])]
+        return "\n".join(parts[not parts[0] :])
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def format_table(rows: Sequence[Sequence[object]], *, header: bool = False) -> str:
+    """Lays out rows in columns, numbers to the right; `header` underlines the first row."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = []
+    for row, cells in zip(texts, rows, strict=True):
+        padded = [
+            text.rjust(width) if isinstance(cell, (int, float)) else text.ljust(width)
+            for text, cell, width in zip(row, cells, widths, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    if header:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def format_layers(layers: Sequence[int]) -> str:
+    """Writes ascending layer indices with ranges: `1-26` or `0, 2-5`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return ", ".join(parts) or "none"
+
+
+def format_bytes(count: int) -> str:
+    """Writes a size in decimal units, as disks are sold: `29.2 GB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
