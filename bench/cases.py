@@ -46,15 +46,13 @@ def _family(prefix: str, tokens: list[int], hidden_size: int, intermediate_size:
     ]
 
 
-def _odd(
-    name: str, tokens: int, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int
-) -> Case:
+def _odd(name: str, tokens: int, hidden_size: int, width: int, experts: int, top_k: int) -> Case:
     return Case(
         name=name,
         tokens=tokens,
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_experts=num_experts,
+        intermediate_size=experts * width,
+        num_experts=experts,
         top_k=top_k,
     )
 
@@ -66,10 +64,10 @@ CASES = {
         *_family("quarter", [512, 1024, 4096], 896, 4736),
         *_family("bagel", [256, 1024, 4096], 3584, 18944),
         # Sizes that fit no tile: to see that they run, not how fast.
-        _odd("odd-16to16-T37", 37, 256, 16 * 592, 16, 16),  # every expert
-        _odd("odd-5to2-T1", 1, 136, 5 * 24, 5, 2),  # experts without a token
-        _odd("odd-12to5-T777", 777, 1000, 12 * 208, 12, 5),  # no power of two
-        _odd("odd-7to3-T300", 300, 72, 7 * 40, 7, 3),
+        _odd("odd-16to16-T37", 37, 256, 592, 16, 16),  # every expert
+        _odd("odd-5to2-T1", 1, 136, 24, 5, 2),  # experts without a token
+        _odd("odd-12to5-T777", 777, 1000, 208, 12, 5),  # no power of two
+        _odd("odd-7to3-T300", 300, 72, 40, 7, 3),
         _odd("odd-1to1-T129", 129, 512, 1184, 1, 1),
     )
 }

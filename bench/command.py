@@ -12,30 +12,16 @@ from typing import NoReturn
 
 import torch
 
-from .block import measure_block
 from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS, PRUNED_CASES
-from .op_suite import measure_ops
+from .measure import Session
 from .peers import PEERS
-from .pruned_suite import OP as PRUNED
-from .pruned_suite import measure_pruned
 from .report import Report, save
-from .roof import measure_roof
-from .suites import measure_overhead
-from .target import Target, find_target
+from .suites import BLOCK, PRUNED, Suite, block_suite, measure_overhead, op_suites, pruned_suite
+from .suites import OPS as SINGLE
+from .target import Target, find_target, measure_roof
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BLOCK = "sparse_ffn"
-OPS = (
-    BLOCK,
-    "route_topk",
-    "sort_by_expert",
-    "permute",
-    "combine",
-    "grouped_ffn",
-    "grouped_ffn_combine",
-    "ffn_importance",
-    PRUNED,
-)
+OPS = (BLOCK, *SINGLE, PRUNED)
 _SAVED_IN = "bench-results"
 
 
@@ -100,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         help="save the records as JSON in FILE; without FILE print them instead of the table",
     )
     parser.add_argument(
+        "--plot", metavar="FILE", help="draw the measured providers; needs matplotlib"
+    )
+    parser.add_argument(
         "--out",
         metavar="DIR",
         help=f"directory of DEVICE.json and DEVICE.txt (default, without --json: {_SAVED_IN})",
@@ -144,67 +133,36 @@ def run(
     providers: Sequence[str] | None = None,
     graph: bool = False,
     on_round: Callable[[], object] | None = None,
-    on_group: Callable[[], object] | None = None,
 ) -> None:
-    """Adds to a report what the arguments ask for, case by case; `on_group` after each part."""
-    target, roof, measured = report.target, report.roof, report.measured
-    single = [op for op in ops if op not in (BLOCK, PRUNED)]
+    """Adds to a report what the arguments ask for, case by case."""
+    device = report.target.device
+    session = Session(
+        device=device,
+        timer=report.target.timer,
+        roof=report.roof,
+        repeats=repeats,
+        graph=graph,
+        on_round=on_round,
+    )
+    single = [op for op in ops if op in SINGLE]
     for name in cases:
-        if name in PRUNED_CASES:
-            for direction in directions if PRUNED in ops else ():
-                found = measure_pruned(
-                    PRUNED_CASES[name],
-                    dtype,
-                    direction,
-                    target,
-                    roof,
-                    repeats=repeats,
-                    graph=graph,
-                    progress=on_round,
-                )
-                measured.records += found.records
-                measured.missing += found.missing
-                if on_group is not None:
-                    on_group()
-            continue
-        case = CASES[name]
         # First, on a heap that other providers have not yet cut up: the steps are so short that
         # the page faults of a single buffer would be most of what is measured.
-        if not target.is_cuda and set(ops) == set(OPS):
-            report.overhead[case.name] = measure_overhead(
-                case, dtype, repeats, on_round or (lambda: 0)
-            )
+        if name in CASES and device.type == "cpu" and set(ops) == set(OPS):
+            report.overhead[CASES[name].name] = measure_overhead(CASES[name], dtype, session)
         for direction in directions:
-            if BLOCK in ops:
-                found = measure_block(
-                    case,
-                    dtype,
-                    direction,
-                    target,
-                    roof,
-                    repeats=repeats,
-                    providers=providers,
-                    graph=graph,
-                    progress=on_round,
-                )
-                measured.records += found.records
-                measured.missing += found.missing
-            if single:
-                found = measure_ops(
-                    case,
-                    dtype,
-                    direction,
-                    target,
-                    roof,
-                    repeats=repeats,
-                    ops=single,
-                    graph=graph,
-                    progress=on_round,
-                )
-                measured.records += found.records
-                measured.missing += found.missing
-            if on_group is not None:
-                on_group()
+            suites: list[Suite] = []
+            if name in PRUNED_CASES:
+                if PRUNED in ops:
+                    suites.append(pruned_suite(PRUNED_CASES[name], dtype, direction, device))
+            else:
+                case = CASES[name]
+                if BLOCK in ops:
+                    suites.append(block_suite(case, dtype, direction, device, providers=providers))
+                suites += op_suites(case, dtype, direction, device, single)
+            while suites:
+                suite = suites.pop(0)
+                report.measured += session.measure(suite.subject, suite.candidates, suite.baselines)
 
 
 def start(target: Target, dtype: torch.dtype) -> Report:
@@ -263,4 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         save(path, content)
         if arguments.json != "-":
             print(f"\nsaved {path}")
+    if arguments.plot is not None:
+        from .plots import plot
+
+        plot(report.as_json(), Path(arguments.plot))
     return 0

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that only a GPU can tell, in one call of less than ten minutes.
 
-    python bench/gpu_check.py [--out DIR] [--budget 540] [--parts NAME,...] [--dry-run]
+    python bench/gpu_check.py [--out DIR] [--parts NAME,...] [--seconds 540]
 
-Needs a source tree with the built library, torch, and a GPU; no installation. Each part runs in a
-process of its own with a time limit. `--parts model` draws with the whole 7B model, on a GPU of
-80 GB, which takes as long as all others. In DIR ($OUT, or build/gpu_check) lie summary.json with
-what each part found, log.txt, and DEVICE.json with the speeds, which belongs into bench/results;
-the part at work keeps its own file up to date, so that nothing is lost when it is stopped. The exit
-status is 1 when a part failed.
-
-With --build, the programs that test single instructions are compiled into build/gpu, for a machine
-without a compiler. With --dry-run, every part runs on the CPU as far as it can.
+Needs a source tree with the built library, torch and a GPU; no installation, no git, no pytest.
+Parts: environment; instructions, each instruction of csrc/device alone; checks, the properties that
+tests hold on the CPU; bench, the block and its ops beside dense, an expert loop and grouped_mm;
+tune, all configurations of the expert GEMMs; sanitizer, compute-sanitizer over small checks. Each
+runs in a process of its own and writes DIR/PART.json as soon as there is something to save; the
+speeds are DIR/DEVICE.json, which belongs into bench/results. The exit status is 1 when a part
+failed. `--build` compiles the instruction programs into build/gpu for a machine without nvcc;
+`--device cpu` tries the script itself on small shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
+import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -29,192 +28,371 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Part -> its share of the budget; they run in this order.
+CHECKS = ROOT / "tests" / "gpu"
+PROGRAMS = ROOT / "tests" / "gpu" / "instructions"
+BUILT = ROOT / "build" / "gpu"
+# Part -> its share of the time; they run in this order.
 PARTS = {
-    "environment": 45,
-    "instructions": 55,
-    "checks": 140,
-    "speed": 150,
-    "variants": 40,
-    "peers": 30,
+    "environment": 20,
+    "instructions": 60,
+    "checks": 150,
+    "bench": 170,
+    "tune": 60,
     "sanitizer": 80,
 }
-BUDGET = sum(PARTS.values())
-# Those that are run when they are asked for alone: the whole 7B model, on a GPU of 80 GB.
-PARTS_APART = {"model": 500}
-_ALL = PARTS | PARTS_APART
-# Of the budget, kept for stopping a part and writing the summary.
-_RESERVE = 6
+# Measured in one process; other packages may do anything to it.
+PROVIDERS = (
+    "dense",
+    "dense_half",
+    "dense_ours",
+    "expert_loop",
+    "grouped_mm",
+    "transformers_grouped_mm",
+    "sparse_unified",
+)
+LARGE = ("bagel-16to8-T4096", "bagel-32to16-T4096")
+PRUNED = ("bagel-half-bs64-T4096", "bagel-half-bs16-T4096")
+SMALLER = ("bagel-16to8-T1024", "bagel-16to8-T256", "bagel-32to16-T1024")
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Each op forward and backward, ragged and empty experts, sizes that fit no tile.
+SANITIZED = (
+    "checks_routing.route_of_exact_logits[bfloat16-37-(5, 2)]",
+    "checks_routing.sort_is_the_stable_one[gaps-37-(16, 8)]",
+    "checks_routing.permute_and_combine[bfloat16-37-41]",
+    "checks_ffn.ffn_of_extreme_routings[bfloat16-gaps-37]",
+    "checks_ffn.ffn_of_sizes_that_fit_no_tile[float16-(72, 56)]",
+    "checks_gradients.gradients_of_route_topk[bfloat16-53]",
+    "checks_gradients.gradients_of_permute_and_combine[bfloat16-41]",
+    "checks_gradients.gradients_of_grouped_ffn[bfloat16-gaps-False]",
+)
 
 
 def use_tree() -> None:
-    """Makes the package importable from the tree, its `bench` included, installed or not."""
+    """Makes package, `bench` and checks importable from the tree, installed or not."""
     # NOTE: a script's own directory comes first there, and modules of other packages that have the
     # name of one of ours would be ours.
-    sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "bench")]
+    kept = [path for path in sys.path if Path(path).resolve() != ROOT / "bench"]
+    sys.path[:] = [str(ROOT), str(ROOT / "tests"), str(CHECKS), *kept]
     import sparse_unified
 
     if str(ROOT) not in sparse_unified.__path__:
         sparse_unified.__path__.append(str(ROOT))
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description="Tests and measures everything that only a GPU can tell."
-    )
-    made.add_argument("--out", type=Path, help="directory of results ($OUT, or build/gpu_check)")
-    made.add_argument("--budget", type=float, default=float(BUDGET), help="seconds for everything")
-    made.add_argument("--parts", help=f"some of {','.join(_ALL)}, with commas between")
-    made.add_argument("--dry-run", action="store_true", help="on the CPU, as far as that goes")
-    made.add_argument("--build", action="store_true", help="compile instruction tests, no more")
-    made.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    made.add_argument("--part", help=argparse.SUPPRESS)
-    made.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
-    return made
+def save(path: Path, content: Any) -> None:
+    """Writes JSON; readers see the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
-def run_part(name: str, out: Path, device: str, seconds: float) -> int:
-    """Runs one part in this process; its exit status."""
-    use_tree()
-    from sparse_unified.bench.gpu import checks, environment, instructions, sanitizer, speed
-    from sparse_unified.bench.gpu.job import FAILED, Job
+def environment(out: Path, device: str, seconds: float) -> bool:
+    """Facts of the machine; fails where the library has no kernels for the device."""
+    import torch
 
-    job = Job(name=name, out=out, device=device, seconds=seconds)
-    runs = {
-        "environment": environment.run,
-        "instructions": instructions.run,
-        "checks": checks.run,
-        "speed": speed.run,
-        "variants": speed.run_variants,
-        "peers": speed.run_peers,
-        "sanitizer": sanitizer.run,
-        "model": run_model,
+    from sparse_unified.bench.cases import CASES
+    from sparse_unified.bench.peers import PEERS, Setting
+    from sparse_unified.bench.report import commit, versions
+    from sparse_unified.bench.target import find_target
+
+    target = find_target(device)
+    key = "CUDA" if target.is_cuda else "CPU"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = {
+        op: bool(has_kernel(f"sparse_unified::{op}", key))
+        for op in (
+            "route_topk",
+            "sort_by_expert",
+            "permute",
+            "combine",
+            "grouped_ffn",
+            "pruned_ffn",
+        )
     }
-    try:
-        if name.startswith("peer-"):
-            return 0 if speed.run_peer(job, name.removeprefix("peer-")) else 1
-        return 0 if runs[name](job) else 1
-    except Exception as error:
-        job.save(FAILED, f"{type(error).__name__}: {error}"[:500])
-        raise
-
-
-def run_model(job: Any) -> bool:
-    """Imports what only this part needs; the others run where that is not installed."""
-    from sparse_unified.bench.gpu import model
-
-    return model.run(job)
-
-
-def start_part(command: Sequence[str], log: Path, seconds: float) -> int | None:
-    """Runs a command into the log; its status, or None when its time was up."""
-    with log.open("a") as lines:
-        process = subprocess.Popen(
-            command, stdout=lines, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
-        )
-        try:
-            return process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            # What the part started goes with it, also when this process is stopped.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-class Summary:
-    """The verdicts and findings of all parts, on disk after each."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.rows: list[dict[str, Any]] = []
-        self.parts: dict[str, Any] = {}
-
-    @property
-    def is_ok(self) -> bool:
-        return all(row["status"] != "failed" for row in self.rows)
-
-    def add(self, name: str, status: int | None, seconds: float, why: str = "") -> None:
-        """Takes what a part left in its file, and how it ended."""
-        path = self.out / f"{name}.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        row = {
-            "part": name,
-            "status": found.get("status", "failed") if status == 0 else "failed",
-            "seconds": round(seconds, 1),
-            "summary": "; ".join(filter(None, (why, found.get("summary", "left no result")))),
+    setting = Setting(case=CASES[LARGE[0]], dtype=torch.bfloat16, device=target.device)
+    content = {
+        "commit": commit(),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": target.name,
+        "state": target.state(),
+        "ops": ops,
+        "tools": {name: shutil.which(name) for name in ("nvcc", "compute-sanitizer", "ncu")},
+        "peers": {name: peer.unavailable(setting) or "here" for name, peer in PEERS.items()},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("SPARSE_UNIFIED", "CUDA", "TORCH", "NVIDIA"))
+        },
+    }
+    if target.is_cuda:
+        facts = torch.cuda.get_device_properties(target.device)
+        content["facts"] = {
+            name: getattr(facts, name, None)
+            for name in ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
         }
-        self.rows.append(row)
-        self.parts[name] = found
-        content = {"ok": self.is_ok, "rows": self.rows, "parts": self.parts}
-        (self.out / "summary.json").write_text(json.dumps(content, indent=1) + "\n")
-        path.unlink(missing_ok=True)
-        print(line(row), flush=True)
+    save(out / "environment.json", content)
+    print(target.name, "torch", torch.__version__)
+    return all(ops.values())
 
 
-def check(names: Sequence[str], out: Path, device: str, budget: float) -> int:
-    """Runs parts one after the other and writes the summary after each."""
-    deadline = time.monotonic() + budget
-    log = out / "log.txt"
-    log.write_text("")
-    for name in _ALL:  # an older run's
-        (out / f"{name}.json").unlink(missing_ok=True)
-    scale = budget / sum(_ALL[name] for name in names)
-    summary = Summary(out)
-    for position, name in enumerate(names):
-        left = deadline - time.monotonic() - _RESERVE
-        later = sum(_ALL[other] for other in names[position + 1 :]) * scale
-        # A part may use what those before it left over, and never what those after it need.
-        seconds = max(min(left, max(_ALL[name] * scale, left - later)), 0.0)
-        if seconds < 1.0:
-            summary.add(name, None, 0.0, "no time left")
-            continue
-        command = [sys.executable, "-u", str(Path(__file__).resolve()), "--part", name]
-        command += ["--out", str(out), "--device", device, "--seconds", f"{seconds - 1:.0f}"]
-        with log.open("a") as lines:
-            lines.write(f"\n==== {name}, {seconds:.0f} s\n")
-        began = time.monotonic()
+def build(architectures: dict[str, str]) -> dict[str, Path]:
+    """Compiles the programs of single instructions; program -> executable.
+
+    Args:
+        architectures: program -> arguments of -gencode, with spaces between.
+    """
+    BUILT.mkdir(parents=True, exist_ok=True)
+    for name, codes in architectures.items():
+        sources = [PROGRAMS / f"{name}.cu"]
+        sources += [ROOT / "csrc" / "cuda" / "tensor_map.cu"] if name == "sm90a" else []
+        folders = (ROOT / "csrc", ROOT / "csrc" / "include", PROGRAMS)
+        command = [
+            "nvcc",
+            "-std=c++20",
+            "-O2",
+            *(f"-gencode=arch={code}" for code in codes.split()),
+        ]
+        command += [*(f"-I{folder}" for folder in folders), *map(str, sources)]
+        subprocess.run([*command, "-o", str(BUILT / name)], check=True)
+    return {name: BUILT / name for name in architectures}
+
+
+def instructions(out: Path, device: str, seconds: float) -> bool:
+    """Each instruction that the kernels use, alone; the emulator runs the same programs.
+
+    Where one passes there and fails here, emulator and wrapper share a misreading.
+    """
+    import torch
+
+    if device == "cpu":
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    names = ("sm80", "sm90a") if (major, minor) == (9, 0) else ("sm80",)  # 9.0a runs on 9.0 alone
+    paths = {name: BUILT / name for name in names}
+    if not all(path.exists() for path in paths.values()):
+        own = f"compute_{major}{minor},code=sm_{major}{minor}"
+        codes = {"sm80": own, "sm90a": "compute_90a,code=sm_90a"}
+        paths = build({name: codes[name] for name in names})
+    found: dict[str, Any] = {}
+    for name, path in paths.items():
+        ran = subprocess.run([path], capture_output=True, text=True, timeout=seconds, check=False)
+        lines = [line.split(maxsplit=1) for line in ran.stdout.splitlines()]
+        results = {line[1]: line[0] for line in lines if line and line[0] in ("PASS", "FAIL")}
+        found[name] = {"status": ran.returncode, "tests": results, "log": ran.stderr[-2000:]}
+        save(out / "instructions.json", found)
+        print(name, ran.returncode, f"{len(results)} tests", *results.items(), sep="\n")
+    return all(
+        f["status"] == 0 and f["tests"] and "FAIL" not in f["tests"].values()
+        for f in found.values()
+    )
+
+
+def work(device: str, names: Sequence[str]) -> None:
+    """Runs checks by name in this process; a line of JSON before and after each."""
+    import torch
+    from registry import Skip, all_checks
+
+    checks = all_checks()
+    for name in names:
+        print(json.dumps({"name": name, "outcome": "started"}), flush=True)
+        outcome, text = "passed", ""
         try:
-            status = start_part(command, log, seconds)
-        except SystemExit:
-            summary.add(name, None, time.monotonic() - began, "stopped from outside")
-            raise
-        summary.add(
-            name, status, time.monotonic() - began, "" if status is not None else "out of time"
+            checks[name](torch.device(device))
+            if device != "cpu":
+                torch.cuda.synchronize()
+        except Skip as reason:
+            outcome, text = "skipped", str(reason)
+        except Exception as error:
+            outcome, text = "failed", f"{type(error).__name__}: {error}"[:2000]
+        print(json.dumps({"name": name, "outcome": outcome, "text": text}), flush=True)
+        if outcome == "failed" and "CUDA error" in text:
+            return  # nothing that this process computes after it can be trusted
+
+
+def worker(device: str, names: Sequence[str], around: Sequence[str] = ()) -> list[str]:
+    """The command of a process that runs checks, in a tool if one is named."""
+    return [*around, sys.executable, __file__, "--device", device, "--work", json.dumps(names)]
+
+
+def checks(out: Path, device: str, seconds: float) -> bool:
+    """All checks, in workers; one that ends or hangs fails its check, and another goes on."""
+    from registry import all_checks
+
+    deadline = time.monotonic() + seconds
+    known = all_checks()
+    left = [name for name, check in known.items() if device != "cpu" or check.is_small]
+    left = left[:: 40 if device == "cpu" else 1]
+    found: dict[str, dict[str, str]] = {}
+    while left and time.monotonic() < deadline:
+        text, why = "", "ended the process"
+        try:
+            wait = deadline - time.monotonic()
+            command = worker(device, left)
+            text = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, timeout=wait, check=False
+            ).stdout
+        except subprocess.TimeoutExpired as error:
+            text, why = (error.stdout or b"").decode(), "out of time"
+        for line in text.splitlines():
+            said = json.loads(line)
+            found[said["name"]] = said
+        for said in found.values():
+            if said["outcome"] == "started":
+                said |= {"outcome": "failed", "text": why}
+        if not text:
+            break
+        left = [name for name in left if name not in found]
+        save(out / "checks.json", {"not_run": left, "checks": list(found.values())})
+    failed = [
+        f"{said['name']}: {said['text']}" for said in found.values() if said["outcome"] == "failed"
+    ]
+    print(f"{len(found)} ran, {len(left)} not, {len(failed)} failed", *failed, sep="\n")
+    return bool(found) and not failed and not left
+
+
+def bench(out: Path, device: str, seconds: float) -> bool:
+    """The most wanted numbers first, saved after each."""
+    import torch
+
+    from sparse_unified.bench import command, suites
+    from sparse_unified.bench.target import find_target
+
+    deadline = time.monotonic() + seconds
+    dtype, repeats = (torch.float32, 2) if device == "cpu" else (torch.bfloat16, 30)
+    report = command.start(find_target(device), dtype)
+    block: dict[str, Any] = {"ops": (suites.BLOCK,), "providers": PROVIDERS}
+    graphs = block | {"providers": ("dense", "sparse_unified"), "graph": True}
+    steps = [(name, "fwd", block) for name in LARGE]
+    steps += [(name, "fwd_bwd", block) for name in LARGE]
+    steps += [(name, "fwd", {"ops": suites.OPS}) for name in LARGE]
+    steps += [(name, "fwd", {"ops": (suites.PRUNED,)}) for name in PRUNED]
+    steps += [(name, "fwd", block) for name in SMALLER] + [(n, "fwd", graphs) for n in SMALLER]
+    steps += [(LARGE[0], "fwd_bwd_frozen", block)]
+    steps += [(name, "fwd_bwd", {"ops": suites.OPS}) for name in LARGE]
+    if device == "cpu":
+        steps = [("odd-7to3-T300", "fwd", block)]
+    for case, direction, options in steps:
+        if time.monotonic() > deadline - 10:
+            print(f"no time for {case} {direction}")
+            continue
+        command.run(
+            report, cases=(case,), dtype=dtype, directions=(direction,), repeats=repeats, **options
         )
-    total = sum(row["seconds"] for row in summary.rows)
-    print(f"{'':<23}{total:>6.0f} s\n\nresults in {out}", flush=True)
-    return 0 if summary.is_ok else 1
+        report.states["after"] = report.target.state()
+        save(out / f"{report.target.slug}.json", report.as_json())
+    print(report.text())
+    ours = [m for m in report.measured.missing if m.provider == "sparse_unified"]
+    return not ours and any(r.provider == "sparse_unified" for r in report.measured.records)
 
 
-def line(row: dict[str, Any]) -> str:
-    return f"{row['part']:<14}{row['status']:<9}{row['seconds']:>6.0f} s  {row['summary'][:300]}"
+def tune(out: Path, device: str, seconds: float) -> bool:
+    """Every configuration of the expert GEMMs beside the chosen one."""
+    import torch
+
+    from sparse_unified.bench.cases import CASES
+    from sparse_unified.bench.command import start
+    from sparse_unified.bench.measure import Session
+    from sparse_unified.bench.target import find_target
+    from sparse_unified.bench.tune import measure_variants
+
+    deadline = time.monotonic() + seconds
+    report = start(find_target(device), torch.bfloat16)
+    target = report.target
+    repeats = 2 if device == "cpu" else 20
+    session = Session(device=target.device, timer=target.timer, roof=report.roof, repeats=repeats)
+    for direction in ("fwd", "fwd_bwd"):
+        for name in ("odd-7to3-T300",) if device == "cpu" else LARGE:
+            if time.monotonic() < deadline - 10:
+                found = measure_variants(CASES[name], torch.bfloat16, direction, session)
+                report.measured += found
+                save(out / "tune.json", report.as_json())
+    print(report.text())
+    return bool(report.measured.records)
+
+
+def sanitizer(out: Path, device: str, seconds: float) -> bool:
+    """compute-sanitizer's tools on small checks, side by side, looking at our kernels alone."""
+    if device == "cpu":
+        return True
+    options = ("--kernel-name", "kernel_substring=sparse_unified", "--target-processes", "all")
+    started = {}
+    for tool in SANITIZERS:
+        around = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *options]
+        log = (out / f"{tool}.txt").open("w")
+        command = worker(device, SANITIZED, around)
+        started[tool] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + seconds
+    found: dict[str, Any] = {}
+    for tool, process in started.items():
+        try:
+            status: int | None = process.wait(max(deadline - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = None
+        passed = (out / f"{tool}.txt").read_text(errors="replace").count('"outcome": "passed"')
+        found[tool] = {"status": status, "checks": passed, "of": len(SANITIZED)}
+        save(out / "sanitizer.json", found)
+    print(found)
+    return all(f["status"] == 0 and f["checks"] == len(SANITIZED) for f in found.values())
+
+
+RUN = {
+    "environment": environment,
+    "instructions": instructions,
+    "checks": checks,
+    "bench": bench,
+    "tune": tune,
+    "sanitizer": sanitizer,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    out = arguments.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")
-    out = out.resolve()
-    if arguments.build:
-        use_tree()
-        from sparse_unified.bench.gpu import instructions
-
-        built = instructions.build(None, ("sm80", "sm90a"))
-        print(*built.values(), sep="\n")
-        return 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="directory of results ($OUT, or build/gpu_check)")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for everything")
+    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}, with commas between")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--build", action="store_true", help="compile instruction tests, no more")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    out = (options.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.part:
-        return run_part(arguments.part, out, arguments.device, arguments.seconds)
-    names = list(PARTS) if arguments.parts is None else arguments.parts.split(",")
-    unknown = [name for name in names if name not in _ALL]
-    if unknown or not names:
-        print(f"gpu_check: --parts must be some of {','.join(_ALL)}, got {arguments.parts!r}")
-        return 2
-    device = "cpu" if arguments.dry_run else arguments.device
-    # A caller's time limit ends the part at work, so that its results so far are summed up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    return check(names, out, device, arguments.budget)
+    if options.build:
+        portable = "compute_80,code=sm_80 compute_90,code=sm_90 compute_80,code=compute_80"
+        build({"sm80": portable, "sm90a": "compute_90a,code=sm_90a"})
+        return 0
+    if options.work or options.part:
+        use_tree()
+        if options.work:
+            work(options.device, json.loads(options.work))
+            return 0
+        return 0 if RUN[options.part](out, options.device, options.seconds) else 1
+    names = options.parts.split(",") if options.parts else list(PARTS)
+    unknown = sorted(set(names) - set(PARTS))
+    if unknown:
+        parser.error(f"--parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    scale = options.seconds / sum(PARTS[name] for name in names)
+    rows = []
+    for name in names:
+        seconds = PARTS[name] * scale
+        command = [sys.executable, __file__, "--part", name, "--out", str(out)]
+        command += ["--device", options.device, "--seconds", f"{0.9 * seconds - 2:.0f}"]
+        began = time.monotonic()
+        with (out / f"{name}.log").open("w") as log:
+            try:
+                status = subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = -1
+        took = time.monotonic() - began
+        rows.append({"part": name, "ok": status == 0, "status": status, "seconds": round(took, 1)})
+        save(out / "summary.json", {"ok": all(row["ok"] for row in rows), "rows": rows})
+        print(f"{name:<14}{'passed' if status == 0 else 'FAILED':<8}{took:>6.0f} s", flush=True)
+    print(f"results in {out}")
+    return 0 if all(row["ok"] for row in rows) else 1
 
 
 if __name__ == "__main__":

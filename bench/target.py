@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on: a device, its name, how its calls are timed, and the state it is in."""
+"""What is measured on: a device, its name and state, how calls are timed, and what it reaches."""
 
 from __future__ import annotations
 
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .timing import EventTimer, Timer, WallTimer
+from sparse_unified import ops
+
+from .measure import Call, EventTimer, Roof, Timer, WallTimer, inputs, measure_interleaved
 
 # Newer drivers call the reasons of a lowered clock events.
 _STATE_FIELDS = (
@@ -130,3 +133,72 @@ def device_state(device: torch.device) -> dict[str, str]:
         if run.returncode == 0 and len(values) == len(fields):
             return {**dict(zip(_STATE_FIELDS, values, strict=False)), "clocks_reasons": values[-1]}
     return {"nvidia-smi": answer.splitlines()[-1] if answer else "no answer"}
+
+
+# (m, n, k) of x [m, k] @ w [n, k].T: a large square, and the products of the dense BAGEL FFN.
+_CUDA_GEMMS = {
+    "square": (8192, 8192, 8192),
+    "up": (4096, 18944, 3584),
+    "down": (4096, 3584, 18944),
+}
+_CPU_GEMM = (2048, 2048, 2048)
+_CPU_FFN = (1024, 896, 4736)  # T, D, I
+_CPU_COPY_BYTES, _CUDA_COPY_BYTES = 2**28, 2**31
+_CPU_SOURCE = (
+    "the fastest of large matrix products by torch (MKL), by oneDNN and by our own kernel; below "
+    "the peak of the processor"
+)
+_CUDA_SOURCE = "the fastest of large cuBLAS products"
+
+
+def _product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Call:
+    m, n, k = shape
+    (x,), (w,) = (inputs((rows, k), dtype, 1, device=device) for rows in (m, n))
+    return lambda _: x @ w.t()
+
+
+def _cpu_products(dtype: torch.dtype) -> dict[str, tuple[Call, float]]:
+    """Name -> product and FLOPs; the best comes close to the peak of the processor."""
+    t, d, i = _CPU_FFN
+    flops = 2.0 * _CPU_GEMM[0] * _CPU_GEMM[1] * _CPU_GEMM[2]
+    found = {"torch": (_product(_CPU_GEMM, dtype, torch.device("cpu")), flops)}
+    if torch.backends.mkldnn.is_available() and dtype != torch.float16:
+        (x,), (w,) = (inputs(_CPU_GEMM[:2], dtype, 1) for _ in range(2))
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
+        linear = torch.ops.mkldnn._linear_pointwise
+        found["onednn"] = (lambda _: linear(x, packed, None, "none", [], ""), flops)
+    (tokens,), (gate,), (up,) = (inputs((n, d), dtype, 1) for n in (t, i, i))
+    (down,) = inputs((d, i), dtype, 1)
+    kept = torch.arange(i // 64, dtype=torch.int32)
+    ffn = (lambda _: ops.pruned_ffn(tokens, kept, gate, up, down, 64), 6.0 * t * d * i)
+    return found | {"pruned_ffn": ffn}
+
+
+def measure_roof(dtype: torch.dtype, target: Target, repeats: int | None = None) -> Roof:
+    """Measures matrix products of random data in `dtype`, and a copy of a large array."""
+    copy_bytes = _CUDA_COPY_BYTES if target.is_cuda else _CPU_COPY_BYTES
+    with torch.inference_mode():
+        if target.is_cuda:
+            products = {
+                name: (_product(shape, dtype, target.device), 2.0 * shape[0] * shape[1] * shape[2])
+                for name, shape in _CUDA_GEMMS.items()
+            }
+        else:
+            products = _cpu_products(dtype)
+        (source,) = inputs((copy_bytes // 4,), torch.float32, 1, device=target.device)
+        copy = torch.empty_like(source)
+        calls = {name: call for name, (call, _) in products.items()}
+        seconds = measure_interleaved(
+            calls | {"copy": lambda _: copy.copy_(source)},
+            repeats=repeats or (20 if target.is_cuda else 5),
+            timer=target.timer,
+        )
+    return Roof(
+        tflops=max(flops / min(seconds[name]) for name, (_, flops) in products.items()) / 1e12,
+        gbps=2 * copy_bytes / min(seconds["copy"]) / 1e9,
+        gemms={
+            name: flops / statistics.median(seconds[name]) / 1e12
+            for name, (_, flops) in products.items()
+        },
+        source=_CUDA_SOURCE if target.is_cuda else _CPU_SOURCE,
+    )

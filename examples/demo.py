@@ -29,8 +29,8 @@ from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bench.cases import CASES
-from sparse_unified.bench.harness import inputs, measure_interleaved
-from sparse_unified.bench.providers import block_providers
+from sparse_unified.bench.measure import inputs, measure_interleaved
+from sparse_unified.bench.suites import block_providers
 from sparse_unified.checkpoint import PruneWidthConfig, convert, invert, prune, verify
 from sparse_unified.mini import scenes
 from sparse_unified.mini.data import training_data

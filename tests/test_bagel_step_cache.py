@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from step_cache import main as bench
 from torch import Tensor
 
 from sparse_unified.bagel import (
@@ -28,7 +29,6 @@ from sparse_unified.bagel.sampler import (
     timestep_grid,
 )
 from sparse_unified.bagel.step_cache import Expansion
-from sparse_unified.bench.step_cache import main as bench
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import analysis_models
+import full_scale
 import pytest
 import torch
 from checkpoint_files import GOLDEN
 
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.bench import full_scale
 from sparse_unified.checkpoint import convert, prune
 from sparse_unified.cli import build_parser, main
 from sparse_unified.fixtures import write_checkpoint
@@ -70,7 +70,7 @@ OPEN: dict[str, tuple[str, ...]] = {"prune": ("--skip-layers", "1", "--keep-rati
 NOT_RUN = {
     "make": "a target of the Makefile, which runs this test or what CI runs beside it",
     "pip install": "changes the environment; tests/wheel_smoke.py installs into one of its own",
-    "python -m sparse_unified.bench.full_scale": "writes a model of 29 GB",
+    "python experiments/full_scale.py": "writes a model of 29 GB",
     "sparse-unified mini train": "takes an hour; tests/test_mini_study.py trains a few steps",
     "pytest": "BAGEL_REPO names a checkout that is not here; tests/test_swap_official.py is run",
 }
@@ -205,11 +205,11 @@ def test_the_command_that_writes_29_gb_is_understood(
         command
         for path in DOCUMENTS
         for command in commands(path)
-        if command.startswith("python -m sparse_unified.bench.full_scale")
+        if command.startswith("python experiments/full_scale.py")
     ]
     assert found
     for command in found:
-        assert shlex.split(command)[3] == "DIR"
+        assert shlex.split(command)[2] == "DIR"
         assert set(options_named(command)) <= set(known)
 
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from sparse_unified.bench.routing_choice import (
+from routing_choice import (
     FfnWeights,
     block_ffn,
     compare,
@@ -19,6 +17,8 @@ from sparse_unified.bench.routing_choice import (
     sparse_error,
     unit_tokens,
 )
+from torch import Tensor
+
 from sparse_unified.experts import (
     ExpertLayout,
     Partition,

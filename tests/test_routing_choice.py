@@ -11,6 +11,7 @@ import analysis_models as models
 import pytest
 import torch
 from checkpoint_files import make_dense
+from routing_choice import block_ffn, unit_tokens
 from swap_models import LAYERS, Model, TensorMLP, ffn
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from sparse_unified.analysis.adapter import find_adapter
 from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
 from sparse_unified.analysis.metrics import Settings
 from sparse_unified.analysis.samples import Task, built_in_samples
-from sparse_unified.bench.routing_choice import block_ffn, unit_tokens
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import read_sidecar
 from sparse_unified.cli import main

@@ -21,7 +21,7 @@ from op_cases import (
 from torch import Tensor
 
 from sparse_unified import ops
-from sparse_unified.bench.variants import VARIABLE, find_variants
+from sparse_unified.bench.tune import VARIABLE, find_variants
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import backend, reference
 

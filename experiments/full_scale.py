@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of convert, verify, invert and prune on BAGEL-7B-MoT's true shapes.
 
-    python -m sparse_unified.bench.full_scale DIR [--layers 28] [--json FILE.json]
+    python experiments/full_scale.py DIR [--layers 28] [--json FILE.json]
 
 Writes a model of random weights into DIR, under BAGEL's keys and shapes in bf16, with as many
 decoder layers as the disk takes (28 are 28.7 GB, and twice that is needed), and runs the
@@ -39,6 +39,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparse_unified.bagel import AutoEncoder, Bagel, BagelConfig, LLMConfig, VAEConfig, VisionConfig
+from sparse_unified.bench.report import commit, versions
+from sparse_unified.bench.target import processor_name
 from sparse_unified.checkpoint import (
     Checkpoint,
     PruneHeadsConfig,
@@ -50,9 +52,6 @@ from sparse_unified.checkpoint import (
     verify,
 )
 from sparse_unified.checkpoint.writer import FileWriter, build_header
-
-from .report import commit, versions
-from .target import processor_name
 
 LIMIT_BYTES = 1_500_000_000
 NUM_LAYERS = 28
@@ -168,7 +167,7 @@ def measure(root: Path, num_layers: int) -> dict[str, Any]:
     generated = time.perf_counter() - start
     before = digest(root / "dense" / "ema.safetensors")
     nbytes = (root / "dense" / "ema.safetensors").stat().st_size
-    command = [sys.executable, "-m", __spec__.name, str(root), "--operation"]
+    command = [sys.executable, __file__, str(root), "--operation"]
     records = []
     for operation, first, second in _STEPS:
         if operation == "invert":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What extrapolated steps are worth: `python -m sparse_unified.bench.step_cache`.
+"""Error and savings of step caches: `python experiments/step_cache.py`.
 
 Draws pictures with the trained model of scenes (`sparse_unified.mini`), all steps computed, then
 with step caches, then with so many fewer timesteps, and prints how far the latents are from those

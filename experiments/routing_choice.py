@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What partitions and first routers are worth: `python -m sparse_unified.bench.routing_choice`.
+"""Error of partitions and first routers, untuned: `python experiments/routing_choice.py`.
 
 Prints the relative L2 error of a sparse FFN against the dense one it was cut from, 16 experts with
 8 active, nothing tuned, on tokens that calibration has not seen: for random FFNs whose neurons come

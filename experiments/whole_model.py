@@ -3,25 +3,30 @@
 
 BAGEL-7B-MoT, and the same with 26 generation FFNs of 16 experts with 8 active, draw one image of
 1024 x 1024 pixels in 50 timesteps with text guidance: op by op, as CUDA graphs, compiled, and both;
-the two models take turns. Peaks are put beside what `sparse-unified info --memory` computes. In a
-dry run both are small and on the CPU, which records no graphs.
+the two models take turns. Peaks are put beside what `sparse-unified info --memory` computes.
+
+    python experiments/whole_model.py [--device cuda] [--json FILE]
+
+On a GPU of 80 GB; with --device cpu both models are small, and no graphs are recorded.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from full_scale import bagel_shapes
 from torch import Tensor, nn
 
 from sparse_unified.bagel import (
@@ -45,8 +50,6 @@ from sparse_unified.bagel.sampler import computed_steps, guided_steps, initial_n
 from sparse_unified.checkpoint.memory import memory
 from sparse_unified.checkpoint.writer import build_header
 
-from .job import FAILED, PASSED, Job
-
 CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs
 _EXPERTS, _TOP_K = 16, 8
 _PROMPT_TOKENS = 100
@@ -60,21 +63,19 @@ class Way:
 
     Args:
         name: of it. compile, cuda_graphs: of `Execution`. cache: of `SamplingConfig`.
-        seconds: that it may take, compilation included.
     """
 
     name: str
     compile: bool = False
     cuda_graphs: bool = False
     cache: StepCache | None = None
-    seconds: float = 25.0
 
 
 WAYS = (
     Way(name="eager"),
     Way(name="graphs", cuda_graphs=True),
     Way(name="eager, step cache", cache=StepCache()),
-    Way(name="compiled", compile=True, seconds=150.0),
+    Way(name="compiled", compile=True),
     Way(name="compiled, graphs", compile=True, cuda_graphs=True),
 )
 
@@ -105,8 +106,6 @@ class Setup:
 
 def full() -> Setup:
     """BAGEL-7B-MoT and 1024 x 1024 pixels."""
-    from ..full_scale import bagel_shapes
-
     return Setup(
         config=bagel_shapes(28),
         vae=VAEConfig(),
@@ -276,10 +275,14 @@ def ratios(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def run(job: Job) -> bool:
-    """Measures the ways in turn as long as there is time; fails if an image is not finite."""
-    device = job.torch_device
-    setup = small() if job.is_dry else full()
+def measure(device: torch.device, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures the ways in turn; `save` is given what was found so far after each.
+
+    Raises:
+        RuntimeError: an image is not finite.
+    """
+    is_small = device.type == "cpu"
+    setup = small() if is_small else full()
     configs = {_DENSE: setup.config, _SPARSE: setup.sparse()}
     models: dict[str, Bagel] = {}
     weights: dict[str, int] = {}
@@ -292,45 +295,39 @@ def run(job: Job) -> bool:
         models[name] = random_model(config, device)
         weights[name] = _allocated(device) - before
     records: list[dict[str, Any]] = []
-    missing: list[str] = []
     images: dict[str, Tensor] = {}
-    job.content |= {
+    content: dict[str, Any] = {
         "ceiling": CEILING,
         "grid": list(setup.grid),
         "num_timesteps": setup.num_timesteps,
         "records": records,
-        "missing": missing,
         "memory": {},
     }
-    ok = True
     for way in WAYS:
-        if job.is_dry and way.cuda_graphs:
+        if is_small and way.cuda_graphs:
             continue
         for name, model in models.items():
-            if job.left() < way.seconds and not job.is_dry:
-                missing.append(f"{name}, {way.name}")
-                continue
             execution = Execution(
                 compile=way.compile, cuda_graphs=way.cuda_graphs, backend=setup.backend
             )
             record = {"model": name} | draw(model, setup, way, execution)
             image = record.pop("image")
-            ok &= bool(image.isfinite().all())
+            if not image.isfinite().all():
+                raise RuntimeError(f"whole_model: the image of {name}, {way.name} must be finite")
             first = images.setdefault(name, image)
             record["relative_to_eager"] = float((image - first).norm() / first.norm())
             if record["peak_bytes"] is not None:
-                others = sum(n for other, n in weights.items() if other != name)
-                record["peak_bytes"] -= others
+                record["peak_bytes"] -= sum(n for other, n in weights.items() if other != name)
             records.append(record)
-            job.content["ratios"] = ratios(records)
-            job.save(PASSED if ok else FAILED, _summary(job.content))
+            content["ratios"] = ratios(records)
+            save(content)
             del execution
             gc.collect()
-    job.content["decode"] = decoded = decode(vae, setup, device)
+    content["decode"] = decoded = decode(vae, setup, device)
     for name, config in configs.items():
         predicted = predicted_bytes(config, setup.vae, setup.grid)
         found: dict[str, Any] = {"predicted": predicted}
-        if device.type == "cuda":
+        if not is_small:
             others = sum(n for other, n in weights.items() if other != name)
             eager = [r["peak_bytes"] for r in records if r["model"] == name and r["way"] == "eager"]
             found |= {
@@ -340,17 +337,30 @@ def run(job: Job) -> bool:
             }
             peak = max([*eager, found["peak_decode"]])
             found["peak_over_predicted"] = peak / (predicted["weights"] + predicted["working"])
-        job.content["memory"][name] = found
-    job.save(PASSED if ok else FAILED, _summary(job.content))
-    return ok
+        content["memory"][name] = found
+    save(content)
+    return content
 
 
-def _summary(content: dict[str, Any]) -> str:
-    parts = [f"dense / sparse, {way}: {ratio:.2f}x" for way, ratio in content["ratios"].items()]
-    parts.append(f"ceiling {content['ceiling']}x")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, and prints the ratios."""
+    parser = argparse.ArgumentParser(prog="whole_model", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="kept up to date while it measures")
+    options = parser.parse_args(argv)
+
+    def save(content: dict[str, Any]) -> None:
+        if options.json is not None:
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+    content = measure(torch.device(options.device), save)
+    for way, ratio in content["ratios"].items():
+        print(f"dense / sparse, {way}: {ratio:.2f}x (ceiling {content['ceiling']}x)")
     for name, found in content["memory"].items():
         if "peak_over_predicted" in found:
-            parts.append(f"{name} peak {found['peak_over_predicted']:.2f} of the predicted")
-    if content["missing"]:
-        parts.append(f"no time for {', '.join(content['missing'])}")
-    return "; ".join(parts)
+            print(f"{name}: peak {found['peak_over_predicted']:.2f} of the predicted")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

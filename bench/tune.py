@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of the expert GEMMs side by side, in interleaved rounds of one process.
+
+    python -m sparse_unified.bench.tune --device cuda [--case NAME] [--json FILE]
+
+The choice of kernels and tiles is overridden by an environment variable that the kernels read at
+each call. What a configuration computes is compared with the chosen one before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_unified import ops
+from sparse_unified.nn import SwiGLU
+
+from .cases import CASES, PRUNED_CASES, Case, PrunedCase, pruned_work, work
+from .check import judge_rows
+from .measure import Call, Candidate, Measured, Session, Subject, inputs, name_of
+from .report import Report, save
+from .suites import OpCalls, PrunedFfn, sparse_block
+from .target import find_target, measure_roof
+
+VARIABLE = "SPARSE_UNIFIED_GROUPED_FFN"
+CHOSEN = "chosen"
+_DIRECTIONS = {"fwd": ("up", "down"), "fwd_bwd": ("grad_hidden", "grad_rows", "grad_weights")}
+# What else than tiles the kernels for Hopper can be told, forward.
+_HOPPER_SWITCHES = ("overlap=off", "fence=producer", "multicast=on")
+
+Run = Callable[[int], tuple[Tensor, ...]]
+
+
+def set_variant(variant: str) -> None:
+    """Makes the calls that follow use a variant; `CHOSEN` is the kernels' own choice."""
+    if variant == CHOSEN:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = variant
+
+
+def variants_of_error(text: str, direction: str) -> tuple[str, ...]:
+    """The variants of a direction by what the refusal of a wrong override lists.
+
+    "... TILE one of A, B; of sm90a up one of C, D, down one of E, F; got ...": each family as it
+    is, every tile for every phase of the portable kernels, and of Hopper's, which have a choice
+    forward only, every tile and switch, one at a time.
+    """
+    match = re.search(
+        r"TILE one of (?P<tiles>.+?); "
+        r"of sm90a up one of (?P<up>.+?), down one of (?P<down>.+?); got",
+        text,
+    )
+    if not match:
+        return ()
+    portable = [
+        f"{phase}={tile}" for phase in _DIRECTIONS[direction] for tile in match["tiles"].split(", ")
+    ]
+    hopper: list[str] = []
+    if direction == "fwd":
+        hopper += [
+            f"{phase}={tile}" for phase in ("up", "down") for tile in match[phase].split(", ")
+        ]
+        hopper += _HOPPER_SWITCHES
+    return (
+        *("family=sm80", *(f"family=sm80,{entry}" for entry in portable)),
+        *("family=sm90a", *(f"family=sm90a,{entry}" for entry in hopper)),
+    )
+
+
+def find_variants(call: Callable[[], object], direction: str) -> tuple[str, ...]:
+    """The variants of a direction, asked of the kernels; none where they are not overridden."""
+    set_variant("all=?")
+    try:
+        call()
+    except RuntimeError as error:
+        return variants_of_error(str(error), direction)
+    finally:
+        set_variant(CHOSEN)
+    return ()
+
+
+def _grouped_ffn(case: Case, dtype: torch.dtype, direction: str, device: torch.device) -> Run:
+    xs = inputs((case.tokens, case.hidden_size), dtype, device=device)
+    with torch.no_grad():
+        calls = OpCalls(sparse_block(case, dtype, device=device), xs[0])
+        grad = torch.randn_like(ops.permute(xs[0], *calls.maps))
+    return _run(calls.ours["grouped_ffn"], calls.leaves["grouped_ffn"], xs, grad, direction)
+
+
+def _pruned_ffn(case: PrunedCase, dtype: torch.dtype, direction: str, device: torch.device) -> Run:
+    xs = inputs((case.tokens, case.hidden_size), dtype, device=device)
+    dense = SwiGLU(case.hidden_size, case.intermediate_size, dtype=dtype, device=device)
+    module = PrunedFfn(dense, case.block_size, case.num_kept)
+    return _run(module, tuple(module.parameters()), xs, torch.randn_like(xs[0]), direction)
+
+
+def _run(
+    op: Callable[[Tensor], Any],
+    leaves: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    grad: Tensor,
+    direction: str,
+) -> Run:
+    """What one turn returns: the output, or the gradients of tokens and weights."""
+
+    def forward(turn: int) -> tuple[Tensor, ...]:
+        with torch.inference_mode():
+            return (op(xs[turn % len(xs)]),)
+
+    def both(turn: int) -> tuple[Tensor, ...]:
+        x = xs[turn % len(xs)].detach().requires_grad_()
+        return torch.autograd.grad(op(x), (x, *leaves), grad)
+
+    return forward if direction == "fwd" else both
+
+
+def measure_variants(
+    case: Case | PrunedCase,
+    dtype: torch.dtype,
+    direction: str,
+    session: Session,
+    variants: Sequence[str] | None = None,
+) -> Measured:
+    """Measures grouped_ffn, or pruned_ffn, in each variant, and in the one chosen without.
+
+    Args:
+        case: of grouped_ffn, or a `PrunedCase` of pruned_ffn.
+        variants: values of the environment variable; by default all that the kernels know.
+
+    Returns:
+        A record of each variant that runs and computes what the chosen one does, named after it,
+        with its ratio over the chosen one; the others with the reason.
+    """
+    if isinstance(case, PrunedCase):
+        op, run = "pruned_ffn", _pruned_ffn(case, dtype, direction, session.device)
+        cost = pruned_work(case, dtype, direction, share=case.kept_share)
+    else:
+        op, run = "grouped_ffn", _grouped_ffn(case, dtype, direction, session.device)
+        cost = work(op, case, dtype, direction)
+    expected = run(0)
+
+    def build(variant: str) -> Call:
+        set_variant(variant)
+        for position, (found, wanted) in enumerate(zip(run(0), expected, strict=True)):
+            judge_rows(f"result {position}", found, wanted, dtype=found.dtype)
+
+        def call(turn: int) -> None:
+            set_variant(variant)
+            run(turn)
+
+        return call
+
+    if variants is None:
+        variants = find_variants(lambda: run(0), direction)
+    try:
+        return session.measure(
+            Subject(op=op, case=case.name, direction=direction, dtype=name_of(dtype)),
+            {
+                variant: Candidate(build=partial(build, variant), work=cost, can_capture=False)
+                for variant in (CHOSEN, *variants)
+            },
+            (CHOSEN,),
+        )
+    finally:
+        set_variant(CHOSEN)
+
+
+def main() -> None:
+    """Measures every configuration and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--case", action="append", choices=(*CASES, *PRUNED_CASES), metavar="NAME")
+    parser.add_argument("--direction", choices=("fwd", "fwd_bwd"), default="fwd")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    target = find_target(options.device)
+    roof = measure_roof(torch.bfloat16, target)
+    session = Session(device=target.device, timer=target.timer, roof=roof, repeats=options.repeats)
+    report = Report(target=target, roof=roof)
+    for name in options.case or ("bagel-16to8-T4096", "bagel-32to16-T4096"):
+        case = PRUNED_CASES[name] if name in PRUNED_CASES else CASES[name]
+        report.measured += measure_variants(case, torch.bfloat16, options.direction, session)
+    print(report.text())
+    if options.json is not None:
+        save(options.json, json.dumps(report.as_json(), indent=1))
+
+
+if __name__ == "__main__":
+    main()
