@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
     seen = Loaded()
     load = BagelPipeline.from_pretrained
 
+    @functools.wraps(load)
     def recorded(name: str, **options: Any) -> BagelPipeline:
         seen.arguments.append(options)
         seen.pipelines.append(load(name, **options))

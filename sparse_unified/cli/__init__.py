@@ -12,19 +12,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparse_unified.cli import (
-    adapt,
-    analyze,
-    benchmark,
-    calibrate,
-    chat,
-    checkpoints,
-    expert_usage,
-    generate,
-    mini,
-    pruning,
+from sparse_unified.cli import adapt, analysis, checkpoint, generate
+from sparse_unified.cli import mini as study
+from sparse_unified.cli.console import (
+    PROG,
+    CommandParser,
+    Usage,
+    add_commands,
+    one_line,
+    split_json_flag,
 )
-from sparse_unified.cli.console import PROG, CommandParser, Usage, one_line, split_json_flag
 
 _DESCRIPTION = """\
 Sparse mixture-of-experts versions of unified multimodal models: make them from dense
@@ -37,16 +34,27 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog=PROG, description=_DESCRIPTION)
     parser.add_argument("--version", action="store_true", help="print version and build, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    checkpoints.add_commands(commands)
-    pruning.add_commands(commands)
-    generate.add_commands(commands)
-    chat.add_commands(commands)
-    calibrate.add_commands(commands)
-    analyze.add_commands(commands)
-    expert_usage.add_commands(commands)
-    adapt.add_commands(commands)
-    mini.add_commands(commands)
-    benchmark.add_commands(commands)
+    add_commands(
+        commands,
+        *(checkpoint.CONVERT, checkpoint.VERIFY, checkpoint.INVERT, checkpoint.INFO),
+        *(checkpoint.PRUNE, generate.GENERATE, generate.CHAT),
+        *(analysis.CALIBRATE, analysis.ANALYZE, analysis.EXPERT_USAGE, adapt.ADAPT),
+    )
+    mini = commands.add_parser(
+        "mini",
+        help="write a BAGEL in miniature",
+        description="A small BAGEL that is trained on two tasks: the 8 x 8 digits of scikit-learn, "
+        "and 16 x 16 scenes of coloured shapes. See docs/miniature.md.",
+    )
+    actions = mini.add_subparsers(title="actions", metavar="ACTION", required=True)
+    add_commands(actions, checkpoint.MINI_WRITE)
+    study.add_commands(actions)
+    commands.add_parser(
+        "bench",
+        help="measure the sparse FFN beside its baselines",
+        description="Measures on this machine; see sparse-unified bench --help.",
+        add_help=False,
+    )
     return parser
 
 
@@ -55,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         # Its arguments belong to the benchmark, whatever they look like.
-        return _guard(lambda: benchmark.run(arguments[1:]), show_traceback=False)
+        return _guard(lambda: _bench(arguments[1:]), show_traceback=False)
     parser = build_parser()
     try:
         options = parser.parse_args(split_json_flag(arguments))
@@ -66,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Usage as error:
         return _fail(str(error), 2)
     return _guard(lambda: int(options.run(options)), show_traceback=options.traceback)
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    from sparse_unified.bench import main
+
+    return int(main(list(arguments)) or 0)
 
 
 def _print_version() -> int:

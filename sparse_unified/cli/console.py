@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands share: one-line errors, progress on stderr, results as text or JSON."""
+"""What all commands share: the parser, one-line errors, progress on stderr, text or JSON out."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparse_unified._common import Advance, progress_bar
+from sparse_unified._common import Advance, Report, progress_bar
 
 PROG = "sparse-unified"
 
@@ -20,30 +21,101 @@ class Usage(Exception):
     """The command line is wrong; ends with exit status 2."""
 
 
-class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are exceptions, and which takes no abbreviated options."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output(Report):
+    """What a command found out that no report of the package holds."""
 
-    def __init__(self, **options: Any) -> None:
+    text: str
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.document)
+
+    def to_text(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name, help, description: as `--help` shows them.
+        add: adds its options; called when the command is the one that is run.
+        run: returns what to print, or None in a process that prints nothing.
+        outputs: options that name files to write, which must be writable before it starts.
+    """
+
+    name: str
+    help: str
+    description: str
+    add: Callable[[CommandParser], None]
+    run: Callable[[argparse.Namespace], Report | None]
+    outputs: tuple[str, ...] = ()
+
+    def __call__(self, options: argparse.Namespace) -> int:
+        """Runs the command and returns its exit status: 1 if what it checked does not hold."""
+        for name in (*self.outputs, "json"):
+            _check_output(getattr(options, name), f"--{name}")
+        report = self.run(options)
+        if report is None:
+            return 0
+        text, document = report.to_text(), report.to_json()
+        sys.stdout.write((document if options.json == "-" else text) + "\n")
+        sys.stdout.flush()
+        if options.json not in (None, "-"):
+            from sparse_unified.checkpoint.atomic import replace_file
+
+            replace_file(Path(options.json), (document + "\n").encode())
+        holds = getattr(report, "ok", True) and not getattr(report, "problems", ())
+        return 0 if holds else 1
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are exceptions, and which takes no abbreviated options.
+
+    The options of a command are added when it is parsed, since they come from modules that are
+    slow to import.
+    """
+
+    def __init__(self, *, command: Command | None = None, **options: Any) -> None:
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
+        self.command = command
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.fill()
+        return super().parse_known_args(args, namespace)
+
+    def fill(self) -> None:
+        """Adds the options of the command, once."""
+        if self.command is None:
+            return
+        command, self.command = self.command, None
+        command.add(self)
+        self.add_argument(
+            "--json",
+            metavar="PATH.json",
+            help="write the result as JSON to this file; without a file (or with -), print it "
+            "instead of text",
+        )
+        self.add_argument("--quiet", action="store_true", help="show no progress on stderr")
+        self.add_argument(
+            "--traceback", action="store_true", help="show where in the code an error came from"
+        )
+        self.set_defaults(run=command)
 
     def error(self, message: str) -> NoReturn:
         raise Usage(f"{message} (see {self.prog} --help)")
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that every command has."""
-    parser.add_argument(
-        "--json",
-        metavar="PATH.json",
-        help="write the result as JSON to this file; without a file (or with -), print it instead "
-        "of text",
-    )
-    parser.add_argument("--quiet", action="store_true", help="show no progress on stderr")
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where in the code an error came from"
-    )
+def add_commands(commands: Any, *added: Command) -> None:
+    """Adds commands to the parser."""
+    for command in added:
+        commands.add_parser(
+            command.name, help=command.help, description=command.description, command=command
+        )
 
 
 def split_json_flag(arguments: Sequence[str]) -> list[str]:
@@ -58,32 +130,24 @@ def split_json_flag(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def check_output(path: str | None, option: str) -> None:
-    """Refuses an output file that could not be written, before anything is computed."""
-    if path is None or path == "-":
-        return
-    parent = Path(path).absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{option}: directory must be there and writable, got {parent}")
-    if Path(path).is_dir():
-        raise ValueError(f"{option}: path must be a file, got the directory {path}")
-
-
-def write_result(json_path: str | None, text: str, json_text: str) -> None:
-    """Prints the text, or the JSON when `json_path` is "-"; writes the JSON to any other path."""
-    sys.stdout.write((json_text if json_path == "-" else text) + "\n")
-    sys.stdout.flush()
-    if json_path is not None and json_path != "-":
-        from sparse_unified.checkpoint.atomic import replace_file
-
-        replace_file(Path(json_path), (json_text + "\n").encode())
-
-
-def show_progress(name: str, unit: str, *, quiet: bool) -> AbstractContextManager[Advance]:
-    """Returns what moves a bar on a terminal's stderr."""
-    return progress_bar(name, unit, show=False if quiet else None)
+def show_progress(
+    options: argparse.Namespace, name: str, unit: str = "B"
+) -> AbstractContextManager[Advance]:
+    """Returns what moves a bar on a terminal's stderr, unless the command is to be quiet."""
+    return progress_bar(name, unit, show=False if options.quiet else None)
 
 
 def one_line(message: str) -> str:
     """Folds a message into one line."""
     return " ".join(message.split())
+
+
+def _check_output(path: object, option: str) -> None:
+    """Refuses an output file that could not be written, before anything is computed."""
+    if path is None or path == "-":
+        return
+    parent = Path(str(path)).absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: directory must be there and writable, got {parent}")
+    if Path(str(path)).is_dir():
+        raise ValueError(f"{option}: path must be a file, got the directory {path}")

@@ -1,45 +1,166 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate: images from prompts, and from images and prompts."""
+"""generate and chat, and how every command that runs a model loads it."""
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_unified.cli import values
-from sparse_unified.cli.console import (
-    Usage,
-    add_common,
-    check_output,
-    write_result,
+from sparse_unified.cli.console import Command, CommandParser, Output, Usage
+from sparse_unified.cli.options import (
+    IMAGE_FORMATS,
+    add_options,
+    arguments,
+    device_map,
+    dtype_of,
+    image_path,
+    max_memory,
+    positive,
+    prompt,
+    side,
+    size,
+    storage,
 )
-from sparse_unified.cli.models import add_model, load_pipeline, open_images
-from sparse_unified.cli.placement import add_placement
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
-    from sparse_unified.bagel import StepCache
+    from sparse_unified.bagel import BagelPipeline
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the command to the parser."""
-    parser = commands.add_parser(
-        "generate",
-        help="generate or edit images",
-        description="Generates one image per prompt. With --image, edits it.",
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, its dtype and its device."""
+    from sparse_unified.bagel import BagelPipeline
+
+    parser.add_argument("model", metavar="MODEL", help="a model directory or a hub id owner/name")
+    add_options(
+        parser,
+        BagelPipeline.from_pretrained,
+        *("dtype", "device"),
+        dtype="of weights and computation (default: as in the files)",
+        device="cpu, cuda, cuda:1, ...",
     )
+
+
+def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
+    """Adds what `from_pretrained` takes for small GPUs.
+
+    Args:
+        tasks: the command draws images, so that parts of the model may be left out.
+    """
+    from sparse_unified.bagel import BagelPipeline
+
+    load = BagelPipeline.from_pretrained
+    group = parser.add_argument_group(
+        "small GPUs", "what fits where: sparse-unified info MODEL --memory"
+    )
+    if tasks:
+        add_options(group, load, "task")
+    add_options(
+        group,
+        load,
+        *("offload", "storage", "device_map", "max_memory", "offload_folder"),
+        storage={
+            "type": storage,
+            "metavar": "KIND",
+            "help": "FFN weights in 8 bits: int8, fp8, or by component und=int8,gen=fp8",
+        },
+        device_map={
+            "type": device_map,
+            "metavar": "MAP",
+            "help": "auto, or MODULE=DEVICE,...: where decoder layers go, by accelerate",
+        },
+        max_memory={
+            "type": max_memory,
+            "metavar": "DEVICE=SIZE,...",
+            "help": "with --device-map auto, such as 0=20GiB,cpu=60GiB",
+        },
+    )
+    if not tasks:
+        return
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=(True, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        metavar="MODE",
+        help="compile the denoising step as one graph, in a mode of torch.compile",
+    )
+    speed.add_argument(
+        "--cuda-graphs", action="store_true", help="record the denoising step and replay it"
+    )
+
+
+def check_device(name: str, option: str) -> torch.device:
+    """Returns a device; ValueError says why it cannot be used."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{option}: name must be a device of this torch, got {name!r}: {reason}"
+        ) from error
+    if device.type == "meta":
+        raise ValueError(f"{option}: name must be a device that holds data, got 'meta'")
+    return device
+
+
+def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
+    """Loads the model that `add_model` asked for, placed as `add_placement` says, if it was added.
+
+    Raises:
+        Usage: options do not go together. ValueError: something is wrong with the model.
+    """
+    from sparse_unified.bagel import BagelPipeline
+
+    placement: dict[str, Any] = {}
+    if "offload" in options:
+        _check_placement(options)
+        placement = arguments(BagelPipeline.from_pretrained, options)
+    placement |= {"device": check_device(options.device, "--device")}
+    placement |= {"dtype": dtype_of(options.dtype)}
+    return BagelPipeline.from_pretrained(options.model, **placement)
+
+
+def _check_placement(options: argparse.Namespace) -> None:
+    task = getattr(options, "task", "all")
+    if task == "image" and getattr(options, "image", None):
+        raise Usage("generate: --task must be edit or all with --image, got image")
+    if task != "all" and getattr(options, "think", False):
+        raise Usage(f"generate: --task must be all with --think, got {task}")
+    if options.device_map is None and (options.max_memory or options.offload_folder):
+        given = "--max-memory" if options.max_memory else "--offload-folder"
+        raise Usage(f"{given} must come with --device-map, got none")
+    if options.device_map is not None and (options.storage or options.offload != "none"):
+        given = "--storage" if options.storage else "--offload"
+        raise Usage(f"--device-map must come without {given}, got both")
+
+
+def _open_images(paths: Sequence[str]) -> list[Image]:
+    """Reads images whole; ValueError names the one that cannot be."""
+    if not paths:
+        return []
+    from sparse_unified.bagel.pictures import open_picture
+
+    return [open_picture(path, where="--image") for path in paths]
+
+
+def _add_generate(parser: CommandParser) -> None:
+    from sparse_unified.bagel import BagelPipeline
+
     add_model(parser)
     parser.add_argument(
-        "--prompt",
-        action="append",
-        type=values.prompt,
-        default=[],
-        help="what to show (repeatable)",
+        "--prompt", action="append", type=prompt, default=[], help="what to show (repeatable)"
     )
     parser.add_argument(
         "--prompts-file", metavar="FILE", help="more prompts, one a line; blank lines are skipped"
@@ -49,7 +170,7 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a picture to edit: with one prompt repeatable, with several one for all or one each",
+        help="an image to edit: with one prompt repeatable, with several one for all or one each",
     )
     parser.add_argument(
         "--edit", action="store_true", help="insist on editing: without --image it is an error"
@@ -57,56 +178,41 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        type=values.image_path,
+        type=image_path,
         metavar="FILE",
-        help="the picture to write (.png, .jpg, .webp); with several prompts x.png becomes "
+        help="the image to write (.png, .jpg, .webp); with several prompts x.png becomes "
         "x-0.png, x-1.png, ...",
     )
     parser.add_argument(
-        "--seed",
-        type=values.seed,
-        help="of the noise, counted up from image to image (default random)",
+        "--size", type=size, metavar="HxW", help="height and width in pixels, multiples of 16"
     )
-    parser.add_argument(
-        "--size",
-        type=values.size,
-        metavar="HxW",
-        help="height and width in pixels, multiples of 16",
-    )
-    parser.add_argument("--height", type=values.side, help="instead of --size, with --width")
-    parser.add_argument("--width", type=values.side, help="instead of --size, with --height")
-    parser.add_argument(
-        "--steps",
-        type=values.positive,
-        default=50,
-        help="timesteps (default 50, which is 49 forwards)",
-    )
-    parser.add_argument(
-        "--timestep-shift", type=float, default=3.0, help="more noise for longer (default 3)"
-    )
-    parser.add_argument(
-        "--cfg-text-scale", type=float, default=4.0, help="weight of the prompt (default 4)"
-    )
-    parser.add_argument(
-        "--cfg-img-scale", type=float, help="weight of the picture (default 2 when editing, else 1)"
-    )
-    parser.add_argument(
-        "--cfg-interval",
-        type=values.interval,
-        metavar="LO,HI",
-        help="times at which guidance is on (default 0,1 when editing, else 0.4,1)",
-    )
-    parser.add_argument(
-        "--cfg-renorm-type",
-        choices=("global", "channel", "text_channel"),
-        help="what guidance is renormalised over (default text_channel when editing, else global)",
-    )
-    parser.add_argument(
-        "--cfg-renorm-min", type=float, default=0.0, help="least factor of it (default 0)"
+    parser.add_argument("--height", type=side, help="instead of --size, with --width")
+    parser.add_argument("--width", type=side, help="instead of --size, with --height")
+    add_options(
+        parser,
+        BagelPipeline.generate,
+        *("seed", "steps=num_timesteps", "timestep_shift", "cfg_text_scale", "cfg_img_scale"),
+        *("cfg_interval", "cfg_renorm_type", "cfg_renorm_min", "think"),
+        *("max_think_tokens=max_think_length", "think_temperature", "batch_size"),
+        seed="of the noise, counted up from image to image (default random)",
+        num_timesteps="timesteps, one more than forward passes",
+        timestep_shift="above 1 has more noise for longer",
+        cfg_text_scale="of classifier-free guidance: weight of the prompt",
+        cfg_img_scale="weight of the image (default 2 when editing, else 1)",
+        cfg_interval={
+            "metavar": "LO,HI",
+            "help": "times at which guidance is on (default 0,1 when editing, else 0.4,1)",
+        },
+        cfg_renorm_type="what guidance is renormalised over (default text_channel when editing, "
+        "else global)",
+        cfg_renorm_min="least factor of it",
+        max_think_length="most tokens of the plan",
+        think_temperature="draw the plan at this temperature; without it, the likeliest tokens",
+        batch_size="most images computed together, which bounds memory (default all)",
     )
     parser.add_argument(
         "--cache-interval",
-        type=values.positive,
+        type=positive,
         default=1,
         metavar="N",
         help="compute every Nth step, after the first ones, and extrapolate the others (default 1)",
@@ -118,29 +224,11 @@ def add_commands(commands: Any) -> None:
         default=2,
         help="degree of the extrapolation: 0 repeats the last velocity (default 2)",
     )
-    parser.add_argument("--think", action="store_true", help="let the model plan in text first")
-    parser.add_argument(
-        "--max-think-tokens",
-        type=values.positive,
-        default=1000,
-        help="most tokens of the plan (default 1000)",
-    )
-    parser.add_argument(
-        "--think-temperature",
-        type=float,
-        help="draw the plan at this temperature; without it, the likeliest tokens",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=values.positive,
-        help="most images computed together, which bounds memory (default all)",
-    )
     add_placement(parser, tasks=True)
-    add_common(parser)
-    parser.set_defaults(run=_run_generate)
 
 
-def _run_generate(options: argparse.Namespace) -> int:
+def _generate(options: argparse.Namespace) -> Output:
+    from sparse_unified.bagel import StepCache
     from sparse_unified.checkpoint.atomic import replace_file
 
     prompts = options.prompt + _read_prompts(options.prompts_file)
@@ -148,75 +236,41 @@ def _run_generate(options: argparse.Namespace) -> int:
         raise Usage("generate: --prompt or --prompts-file must give a prompt, got none")
     if options.edit and not options.image:
         raise Usage("generate: --edit must come with --image, got none")
-    check_output(str(options.out), "--out")
-    check_output(options.json, "--json")
-    size = _choose_size(options)
-    images = _assign_images(open_images(options.image), len(prompts))
-    cache = _choose_cache(options)
+    given: dict[str, Any] = {
+        "size": _choose_size(options),
+        "images": _assign_images(_open_images(options.image), len(prompts)),
+        "progress": not options.quiet and sys.stderr.isatty(),
+    }
+    if options.cache_interval > 1:
+        given["cache"] = StepCache(interval=options.cache_interval, order=options.cache_order)
     pipeline = load_pipeline(options)
-    result = pipeline.generate(
-        prompts,
-        images=images,
-        seed=options.seed,
-        size=size,
-        num_timesteps=options.steps,
-        timestep_shift=options.timestep_shift,
-        cfg_text_scale=options.cfg_text_scale,
-        cfg_img_scale=options.cfg_img_scale,
-        cfg_interval=options.cfg_interval,
-        cfg_renorm_type=options.cfg_renorm_type,
-        cfg_renorm_min=options.cfg_renorm_min,
-        cache=cache,
-        think=options.think,
-        max_think_length=options.max_think_tokens,
-        think_temperature=options.think_temperature,
-        batch_size=options.batch_size,
-        progress=not options.quiet and sys.stderr.isatty(),
-    )
-    out: Path = options.out
-    paths = (
-        [out]
-        if len(prompts) == 1
-        else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(prompts))]
-    )
-    for path, image in zip(paths, result.images, strict=True):
-        buffer = io.BytesIO()
-        image.save(buffer, format=values.IMAGE_FORMATS[path.suffix.lower()])
-        replace_file(path, buffer.getvalue())
+    result = pipeline.generate(prompts, **arguments(pipeline.generate, options, **given))
 
-    pictures = [
-        {"file": str(path), "prompt": prompt, "seed": seed, "height": height, "width": width}
-        for path, prompt, seed, (height, width) in zip(
-            paths, prompts, result.seeds, result.sizes, strict=True
-        )
-    ]
-    for entry, thought in zip(pictures, result.thoughts or [], strict=False):
-        entry["thought"] = thought
+    out: Path = options.out
+    many = len(prompts) > 1
+    pictures: list[dict[str, Any]] = []
+    for i, (image, (height, width)) in enumerate(zip(result.images, result.sizes, strict=True)):
+        path = out.with_name(f"{out.stem}-{i}{out.suffix}") if many else out
+        buffer = io.BytesIO()
+        image.save(buffer, format=IMAGE_FORMATS[path.suffix.lower()])
+        replace_file(path, buffer.getvalue())
+        entry = {"file": str(path), "prompt": prompts[i], "seed": result.seeds[i]}
+        pictures.append({**entry, "height": height, "width": width})
+        if result.thoughts is not None:
+            pictures[-1]["thought"] = result.thoughts[i]
+
     facts = result.report.as_dict()
+    steps = f"{facts['steps']} steps of {facts['seconds_per_step']:.3f} s"
+    if facts["computed_steps"] < facts["steps"]:
+        seconds = sum(facts["step_seconds"])
+        steps = f"{facts['steps']} steps, {facts['computed_steps']} computed, in {seconds:.3f} s"
     lines = [f"{p['file']}  {p['height']}x{p['width']}  seed {p['seed']}" for p in pictures]
     lines.append(
-        f"{_steps(facts)}, "
-        f"{facts['total_seconds']:.1f} s in all, {facts['image_tokens']} image tokens, "
+        f"{steps}, {facts['total_seconds']:.1f} s in all, {facts['image_tokens']} image tokens, "
         f"backend {facts['backend']}, peak memory {facts['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     document = {"model": options.model, "images": pictures, **facts}
-    write_result(options.json, "\n".join(lines), json.dumps(document, indent=2, ensure_ascii=False))
-    return 0
-
-
-def _choose_cache(options: argparse.Namespace) -> StepCache | None:
-    from sparse_unified.bagel import StepCache
-
-    if options.cache_interval == 1:
-        return None
-    return StepCache(interval=options.cache_interval, order=options.cache_order)
-
-
-def _steps(facts: dict[str, Any]) -> str:
-    if facts["computed_steps"] == facts["steps"]:
-        return f"{facts['steps']} steps of {facts['seconds_per_step']:.3f} s"
-    seconds = sum(facts["step_seconds"])
-    return f"{facts['steps']} steps, {facts['computed_steps']} computed, in {seconds:.3f} s"
+    return Output(text="\n".join(lines), document=document)
 
 
 def _assign_images(images: list[Image], num_prompts: int) -> list[list[Image]] | None:
@@ -251,8 +305,59 @@ def _read_prompts(path: str | None) -> list[str]:
 def _choose_size(options: argparse.Namespace) -> tuple[int, int] | None:
     sides = (options.height, options.width)
     if sides == (None, None):
-        size: tuple[int, int] | None = options.size
-        return size
+        chosen: tuple[int, int] | None = options.size
+        return chosen
     if options.size is not None or None in sides:
         raise Usage("generate: size must be --size HxW, or --height and --width together")
     return sides
+
+
+def _add_chat(parser: CommandParser) -> None:
+    from sparse_unified.bagel import BagelPipeline
+
+    add_model(parser)
+    parser.add_argument("--prompt", type=prompt, required=True, help="the question")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image (repeatable)"
+    )
+    add_options(
+        parser,
+        BagelPipeline.chat,
+        *("max_tokens=max_length", "temperature", "seed", "think"),
+        max_length="most tokens of the answer",
+        temperature="draw tokens at this temperature; without it, the likeliest",
+        seed="of the drawing (default random)",
+    )
+    add_placement(parser, tasks=False)
+
+
+def _chat(options: argparse.Namespace) -> Output:
+    images = _open_images(options.image)
+    pipeline = load_pipeline(options)
+    given = arguments(pipeline.chat, options, images=images or None)
+    result = pipeline.chat(**given)
+    document = {
+        "model": options.model,
+        "prompt": options.prompt,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        **result.report.as_dict(),
+    }
+    return Output(text=result.text, document=document)
+
+
+GENERATE = Command(
+    name="generate",
+    help="generate or edit images",
+    description="Generates one image per prompt. With --image, edits it.",
+    add=_add_generate,
+    run=_generate,
+    outputs=("out",),
+)
+CHAT = Command(
+    name="chat",
+    help="answer a prompt, with or without images, in text",
+    description="Prints the answer to a prompt; images come before it.",
+    add=_add_chat,
+    run=_chat,
+)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparse_unified.cli.console import add_common, check_output, write_result
+from sparse_unified.cli.console import Command, Output
+from sparse_unified.cli.console import add_commands as add
 
 _TASKS = ("digits", "scenes")
 _PARTS = (
@@ -19,36 +20,17 @@ _PARTS = (
 )
 
 
-def add_commands(commands: Any) -> None:
-    """Adds the command to the parser."""
-    parser = commands.add_parser(
-        "mini",
-        help="write, train and study a BAGEL in miniature",
-        description="A small BAGEL on two tasks: the 8 x 8 digits of scikit-learn, and 16 x 16 "
-        "scenes of coloured shapes with an exact GenEval-like score. See docs/miniature.md.",
-    )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    _add_write(actions)
-    _add_train(actions)
-    _add_study(actions)
-    _add_report(actions)
+def add_commands(actions: Any) -> None:
+    """Adds the commands of the study."""
+    for name, text, options, run in (
+        ("train", "train the dense model from nothing", _add_train, _run_train),
+        ("study", "run the study, or what is missing of it", _add_study, _run_study),
+        ("report", "tables and a picture from the records", _add_report, _run_report),
+    ):
+        add(actions, Command(name=name, help=text, description=text, add=options, run=run))
 
 
-def _parser(actions: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
-    add_common(parser)
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_write(actions: Any) -> None:
-    parser = _parser(actions, "write", "write the trained model as a model directory", _run_write)
-    parser.add_argument("task", choices=_TASKS)
-    parser.add_argument("out", metavar="OUT", help="model directory, for generate, convert, ...")
-
-
-def _add_train(actions: Any) -> None:
-    parser = _parser(actions, "train", "train the dense model from nothing", _run_train)
+def _add_train(parser: Any) -> None:
     parser.add_argument("task", choices=_TASKS)
     parser.add_argument("out", metavar="OUT", help="folder of weights, log and configuration")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: as shipped)")
@@ -57,8 +39,7 @@ def _add_train(actions: Any) -> None:
     parser.add_argument("--seed", type=int, help="of weights and data")
 
 
-def _add_study(actions: Any) -> None:
-    parser = _parser(actions, "study", "run the study, or what is missing of it", _run_study)
+def _add_study(parser: Any) -> None:
     parser.add_argument("out", metavar="OUT", help="folder of records, one for each part")
     parser.add_argument("--task", nargs="+", choices=_TASKS, default=list(_TASKS))
     parser.add_argument("--part", nargs="+", choices=_PARTS, default=list(_PARTS))
@@ -76,20 +57,10 @@ def _add_study(actions: Any) -> None:
     )
 
 
-def _add_report(actions: Any) -> None:
-    parser = _parser(actions, "report", "tables and a picture from the records", _run_report)
+def _add_report(parser: Any) -> None:
     parser.add_argument("records", metavar="RECORDS", help="folder of records, or their JSON file")
     parser.add_argument("--markdown", metavar="FILE", help="fill the tables into this page")
     parser.add_argument("--plot", metavar="FILE", help="draw a PNG")
-
-
-def _run_write(options: argparse.Namespace) -> int:
-    from sparse_unified.mini.model import MiniTask, write_model
-
-    check_output(options.json, "--json")
-    written = write_model(MiniTask(options.task), options.out)
-    write_result(options.json, str(written), json.dumps({"model": str(written)}))
-    return 0
 
 
 def _given(options: argparse.Namespace, **names: str) -> dict[str, Any]:
@@ -98,7 +69,7 @@ def _given(options: argparse.Namespace, **names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _run_train(options: argparse.Namespace) -> int:
+def _run_train(options: argparse.Namespace) -> Output:
     from dataclasses import replace
 
     import torch
@@ -116,19 +87,16 @@ def _run_train(options: argparse.Namespace) -> int:
         if record.step % LOG_EVERY == 0 and not options.quiet:
             sys.stderr.write(f"step {record.step}: loss {record.loss:.4f}\n")
 
-    check_output(options.json, "--json")
     out = train_dense(task, options.out, replace(DENSE[task], **changed), tell)
     about = (out / "training.json").read_text(encoding="utf-8").rstrip()
-    write_result(options.json, str(out), about)
-    return 0
+    return Output(text=str(out), document=json.loads(about))
 
 
-def _run_study(options: argparse.Namespace) -> int:
+def _run_study(options: argparse.Namespace) -> Output:
     from sparse_unified.mini.model import MiniTask
     from sparse_unified.mini.report import to_json, to_text
     from sparse_unified.mini.study import StudyConfig, run_study
 
-    check_output(options.json, "--json")
     config = StudyConfig(
         seeds=tuple(options.seeds),
         **_given(
@@ -154,14 +122,12 @@ def _run_study(options: argparse.Namespace) -> int:
         progress=tell,
     )
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    write_result(options.json, to_text(records), to_json(records))
-    return 0
+    return Output(text=to_text(records), document=json.loads(to_json(records)))
 
 
-def _run_report(options: argparse.Namespace) -> int:
+def _run_report(options: argparse.Namespace) -> Output:
     from sparse_unified.mini.report import fill_page, read_records, to_json, to_text
 
-    check_output(options.json, "--json")
     records = read_records(options.records)
     if options.markdown:
         fill_page(Path(options.markdown), records)
@@ -169,5 +135,4 @@ def _run_report(options: argparse.Namespace) -> int:
         from sparse_unified.mini.picture import write_plot
 
         write_plot(records, options.plot)
-    write_result(options.json, to_text(records), to_json(records))
-    return 0
+    return Output(text=to_text(records), document=json.loads(to_json(records)))

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""convert, prune, verify, invert, info and mini write: commands on model directories."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_unified._common import Report
+from sparse_unified.cli.console import (
+    Command,
+    CommandParser,
+    Output,
+    Usage,
+    show_progress,
+)
+from sparse_unified.cli.options import add_options, arguments, names, ratio
+
+_OUT = "the directory to make; must not exist"
+
+
+# convert
+
+
+def _add_convert(parser: CommandParser) -> None:
+    from sparse_unified.checkpoint import MoEConfig, convert
+
+    parser.add_argument("dense", metavar="DENSE", help="the dense model directory")
+    parser.add_argument("out", metavar="OUT", help=_OUT)
+    add_options(
+        parser,
+        convert,
+        *("num_experts", "top_k", "num_shared_experts", "layers", "component"),
+        num_experts={"metavar": "E"},
+        top_k={"metavar": "K"},
+        num_shared_experts={"metavar": "S"},
+        layers="layers to split: middle (all but the first and last, the default), all, 1-26, or "
+        "a list such as 1,4-6",
+        component={
+            "choices": ("gen", "und"),
+            "help": "FFNs to split: generation (default) or understanding",
+        },
+    )
+    ranking = parser.add_mutually_exclusive_group()
+    add_options(
+        ranking,
+        convert,
+        *("scores", "seed"),
+        scores={
+            "metavar": "FILE",
+            "help": "importance of each neuron: a safetensors file with one tensor 'scores' "
+            "[num_layers, width], or one tensor [width] per layer named by its index, or by "
+            "component and index as in gen.3; without it, neurons are ranked by weight magnitude",
+        },
+        seed="rank neurons at random, from this seed",
+    )
+    routing = parser.add_argument_group("who goes where")
+    add_options(routing, MoEConfig, "partition", "router_init")
+    add_options(routing, convert, "partition_seed")
+    routing.add_argument(
+        "--stats",
+        metavar="FILE.safetensors",
+        help="statistics of DENSE that calibrate gathered with --inputs, for coactivation and "
+        "activation",
+    )
+
+
+def _convert(options: argparse.Namespace) -> Report:
+    from sparse_unified.checkpoint import convert
+    from sparse_unified.checkpoint.atomic import refuse_overlap
+
+    needing = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in (("partition", "coactivation"), ("router_init", "activation"))
+        if getattr(options, name) == value
+    ]
+    if needing and options.stats is None:
+        raise Usage(f"convert: {' and '.join(needing)} must come with --stats, got none")
+    if options.stats is not None and not needing:
+        raise Usage(
+            "convert: --stats must come with --partition coactivation or --router-init activation, "
+            "got neither"
+        )
+    inputs = None
+    if options.stats is not None:
+        refuse_overlap(options.out, options.dense, options.stats, what="convert")
+        inputs = _read_inputs(options.stats, options.dense, options.component)
+    with show_progress(options, "converting") as progress:
+        return convert(**arguments(convert, options, inputs=inputs, progress=progress))
+
+
+def _read_inputs(path: str, dense: str, component: str) -> Mapping[int, Any]:
+    """Returns the inputs that a statistics file keeps, checked to be of the model directory."""
+    from sparse_unified.analysis import FfnStatistics
+    from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
+    from sparse_unified.checkpoint import Checkpoint
+
+    statistics = FfnStatistics.load(path)
+    try:
+        check_against_checkpoint(statistics, Checkpoint(dense), component)
+        kept = statistics.inputs(component)
+    except ValueError as error:
+        raise ValueError(f"--stats: {path}: {error}") from error
+    return {key: x for key, x in kept.items() if isinstance(key, int)}
+
+
+CONVERT = Command(
+    name="convert",
+    help="make a sparse checkpoint from a dense one",
+    description="""\
+Splits the FFNs of DENSE into experts and writes the result to OUT, tensor by tensor. Weights stay
+as they are: neurons are reordered, routers are added, all else is copied. OUT appears complete or
+not at all.""",
+    add=_add_convert,
+    run=_convert,
+)
+
+
+# prune
+
+
+def _add_prune(parser: CommandParser) -> None:
+    from sparse_unified.checkpoint import PruneWidthConfig, SkipLayersConfig, prune
+
+    parser.add_argument("model", metavar="MODEL", help="a model directory, dense, sparse or pruned")
+    parser.add_argument("out", metavar="OUT", help=_OUT)
+    parser.add_argument(
+        "--component",
+        type=names("und", "gen"),
+        required=True,
+        metavar="und,gen",
+        help="which weights: understanding, generation, or both; both lose the same heads, so "
+        "that their keys and values go too",
+    )
+    parser.add_argument(
+        "--axis",
+        type=names("depth", "width", "heads"),
+        default=("width",),
+        metavar="depth,width,heads",
+        help="what to prune, in this order (default width)",
+    )
+    # Unset where not given, so that options that nothing looks at are refused.
+    add_options(
+        parser,
+        PruneWidthConfig,
+        *("keep_ratio", "layers", "budget", "block_size"),
+        unset=True,
+        keep_ratio={
+            "type": ratio,
+            "help": "share of the neurons and of the groups of heads that stays, in (0, 1]",
+        },
+        layers="layers to make narrower or take heads from: all (default), middle, 1-26, 1,4-6",
+    )
+    parser.add_argument("--skip-layers", metavar="A,B-C", help="layers to skip, with --axis depth")
+    add_options(
+        parser,
+        SkipLayersConfig,
+        "skip_part=part",
+        unset=True,
+        part={"dest": "skip_part", "help": "what of them to skip (default block)"},
+    )
+    ranking = parser.add_mutually_exclusive_group()
+    ranking.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="importance of neurons and heads: a safetensors file as for convert, with tensors "
+        "such as gen.3 [width] and gen.3.heads [groups]",
+    )
+    ranking.add_argument(
+        "--criterion",
+        choices=("magnitude", "random"),
+        help="without scores: rank by weight magnitude (default), or at random",
+    )
+    add_options(parser, prune, "seed", seed="of --criterion random")
+
+
+def _prune(options: argparse.Namespace) -> Report:
+    from sparse_unified.checkpoint import prune
+
+    modes = [mode for axis in options.axis for mode in _modes(options, axis)]
+    _refuse_unused(options)
+    seed = options.seed
+    if options.criterion == "random" and seed is None:
+        seed = 0
+    with show_progress(options, "pruning") as progress:
+        return prune(
+            options.model, options.out, modes, scores=options.scores, seed=seed, progress=progress
+        )
+
+
+def _modes(options: argparse.Namespace, axis: str) -> list[Any]:
+    from sparse_unified.checkpoint import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
+
+    components = options.component
+    if axis == "depth":
+        if options.skip_layers is None:
+            raise Usage("--skip-layers must be given with --axis depth, got none")
+        part: dict[str, Any] = {} if options.skip_part is None else {"part": options.skip_part}
+        return [
+            SkipLayersConfig(component=name, layers=options.skip_layers, **part)
+            for name in components
+        ]
+    if options.keep_ratio is None:
+        raise Usage(f"--keep-ratio must be given with --axis {axis}, got none")
+    kind: Any = PruneHeadsConfig if axis == "heads" else PruneWidthConfig
+    given = {k: v for k, v in arguments(kind, options).items() if v is not None}
+    if axis == "heads" and len(components) == 2:
+        components = ("both",)
+    return [kind(**given | {"component": name}) for name in components]
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raises Usage for an option that nothing of what is asked for looks at."""
+    ranked = {"width", "heads"} & set(options.axis)
+    needs = {
+        "skip_layers": "depth" in options.axis,
+        "skip_part": "depth" in options.axis,
+        "block_size": "width" in options.axis,
+        "seed": options.criterion == "random",
+    }
+    needs |= dict.fromkeys(("keep_ratio", "layers", "budget", "scores", "criterion"), bool(ranked))
+    for name, used in needs.items():
+        if getattr(options, name) is not None and not used:
+            option = "--" + name.replace("_", "-")
+            wanted = "--criterion random" if name == "seed" else "an --axis that it belongs to"
+            raise Usage(f"{option} must be given with {wanted}, got {option} without")
+
+
+PRUNE = Command(
+    name="prune",
+    help="make a smaller checkpoint: narrower FFNs, fewer heads, skipped layers",
+    description="""\
+Leaves neurons, attention heads or layers of MODEL out and writes the rest to OUT, tensor by tensor.
+What stays, stays bit for bit; sparse_unified.json in OUT says what was done. OUT appears complete
+or not at all.""",
+    add=_add_prune,
+    run=_prune,
+)
+
+
+# verify, invert, info
+
+
+def _add_verify(parser: CommandParser) -> None:
+    from sparse_unified.checkpoint import verify
+
+    parser.add_argument("sparse", metavar="SPARSE", help="the sparse or pruned model directory")
+    parser.add_argument(
+        "--against", metavar="DENSE", required=True, help="the dense model directory"
+    )
+    add_options(parser, verify, "seed")
+
+
+def _verify(options: argparse.Namespace) -> Report:
+    from sparse_unified.checkpoint import verify
+
+    with show_progress(options, "verifying") as progress:
+        return verify(options.sparse, options.against, seed=options.seed, progress=progress)
+
+
+VERIFY = Command(
+    name="verify",
+    help="prove that a checkpoint is a dense one, reordered or pruned",
+    description="""\
+Proves from the weights alone that the experts of SPARSE are the neurons of DENSE, each once and bit
+for bit, that every other tensor is the same, and that with all experts active the FFNs compute the
+same. Of a pruned checkpoint, what is left is proved to be there and what is gone is listed.
+Exit status 1 when anything differs.""",
+    add=_add_verify,
+    run=_verify,
+)
+
+
+def _add_invert(parser: CommandParser) -> None:
+    parser.add_argument("sparse", metavar="SPARSE", help="a directory that convert wrote")
+    parser.add_argument("out", metavar="OUT", help=_OUT)
+
+
+def _invert(options: argparse.Namespace) -> Report:
+    from sparse_unified.checkpoint import invert
+
+    with show_progress(options, "inverting") as progress:
+        return invert(options.sparse, options.out, progress=progress)
+
+
+INVERT = Command(
+    name="invert",
+    help="give the dense checkpoint back, bit for bit",
+    description="""\
+Writes the dense directory that convert made SPARSE from. Where experts were trained since, the
+dense FFNs hold the trained weights; routers are dropped.""",
+    add=_add_invert,
+    run=_invert,
+)
+
+
+def _add_info(parser: CommandParser) -> None:
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="a model directory")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="show instead which devices each way of loading it fits, computed from the headers",
+    )
+
+
+def _info(options: argparse.Namespace) -> Report:
+    from sparse_unified.build import build_info
+    from sparse_unified.checkpoint import info
+    from sparse_unified.checkpoint.memory import memory
+
+    if options.directory is None:
+        if options.memory:
+            raise Usage("info: --memory must come with DIR, got none")
+        return build_info()
+    return memory(options.directory) if options.memory else info(options.directory)
+
+
+INFO = Command(
+    name="info",
+    help="show what a model directory holds, or what this build is, and what disagrees",
+    description="""\
+Shows what a model directory holds, dense or sparse, and what disagrees in it. Reads headers only.
+Without DIR: version, ABI and build of the compiled library, and what it runs on.
+Exit status 1 when anything disagrees.""",
+    add=_add_info,
+    run=_info,
+)
+
+
+# mini
+
+
+def _add_mini_write(parser: CommandParser) -> None:
+    from sparse_unified.mini.model import MiniTask
+
+    parser.add_argument("task", choices=[task.value for task in MiniTask])
+    parser.add_argument("out", metavar="OUT", help="model directory, for generate, convert, ...")
+
+
+def _mini_write(options: argparse.Namespace) -> Output:
+    from sparse_unified.mini.model import MiniTask, write_model
+
+    written = str(write_model(MiniTask(options.task), options.out))
+    return Output(text=written, document={"model": written})
+
+
+MINI_WRITE = Command(
+    name="write",
+    help="write the trained model as a model directory",
+    description="Writes the trained model as a model directory, for every other command.",
+    add=_add_mini_write,
+    run=_mini_write,
+)
