@@ -13,13 +13,13 @@ from torch import Tensor
 
 import sparse_unified
 from sparse_unified.analysis import CRITERIA, FfnStatistics, collect, save_scores, score
-from sparse_unified.analysis.adapter import find_adapter
 from sparse_unified.analysis.criteria import join_experts
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.scores import resolve_scores
 from sparse_unified.experts import magnitude_scores, random_scores
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery import PruneWidthConfig, prune_width_
+from sparse_unified.surgery.decoder import find_adapter
 
 LOUD, HEARD, DEAD = [3, 10], [7, 20], [1, 15]
 

@@ -24,10 +24,10 @@ from sparse_unified.analysis.active_sets import (
     successive_overlap,
     unpack_bits,
 )
-from sparse_unified.analysis.adapter import find_adapter
 from sparse_unified.bagel.sampler import timestep_grid
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed, reference
+from sparse_unified.surgery.decoder import find_adapter
 
 CONFIG = StatisticsConfig(threshold=0.05, active_fraction=0.25, num_time_ranges=3)
 

@@ -12,9 +12,15 @@ import torch
 from torch import nn
 
 from sparse_unified.analysis import find_adapter
-from sparse_unified.analysis.head_surgery import fewer_heads, read_attention
-from sparse_unified.analysis.surgery import as_module, narrowed, without_layers, without_part
 from sparse_unified.surgery import Part
+from sparse_unified.surgery.temporary import (
+    as_module,
+    fewer_heads,
+    narrowed,
+    read_attention,
+    without_layers,
+    without_part,
+)
 
 IDS = torch.arange(3, 15)[None]
 

@@ -28,10 +28,10 @@ from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.store import open_store
-from sparse_unified.analysis.surgery import narrowed
 from sparse_unified.analysis.sweep import run_sweep
 from sparse_unified.analysis.transforms import layers_to_skip, legal_axes
 from sparse_unified.surgery import Part
+from sparse_unified.surgery.temporary import narrowed
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 

@@ -19,7 +19,7 @@ from sparse_unified.checkpoint.memory import MemoryRow, memory
 from sparse_unified.checkpoint.writer import build_header
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.surgery.storage import stored_bytes
+from sparse_unified.surgery.report import stored_bytes
 
 RELEASED = Released(num_experts=16, top_k=8)
 DENSE_FFN = 28 * 3 * 18944 * 3584 * 2

@@ -18,7 +18,6 @@ from torch import Tensor
 from sparse_unified import MoEConfig, apply_moe_, restore_
 from sparse_unified.adapt import init_router_
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, calibrate, collect
-from sparse_unified.analysis.adapter import find_adapter
 from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
 from sparse_unified.analysis.metrics import Settings
 from sparse_unified.analysis.samples import Task, built_in_samples
@@ -27,6 +26,7 @@ from sparse_unified.checkpoint.sidecar import read_sidecar
 from sparse_unified.cli import main
 from sparse_unified.experts import Partition, magnitude_scores, snake_partition
 from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.surgery.decoder import find_adapter
 
 INPUTS = StatisticsConfig(num_inputs=32)
 

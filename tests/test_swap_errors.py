@@ -21,7 +21,7 @@ from swap_models import (
 from torch import nn
 
 from sparse_unified import MoEConfig, apply_moe_, restore_
-from sparse_unified.surgery import blocks, exchange, restore, transforms
+from sparse_unified.surgery import exchange, moe, restore
 
 HALF = MoEConfig(num_experts=4, top_k=2)
 AT = r"apply_moe_: layer 2 \(language_model\.model\.layers\.2\.mlp_moe_gen\): "
@@ -278,23 +278,23 @@ def test_scores_that_do_not_fit(scores: Any, match: str) -> None:
 def test_an_error_while_blocks_are_built_leaves_the_model_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    built = []
+    built, permuted_block = [], moe._permuted_block
 
     def fail_second(*args: Any) -> Any:
         if built:
             raise MemoryError("no more")
-        built.append(blocks.permuted_block(*args))
+        built.append(permuted_block(*args))
         return built[0]
 
-    monkeypatch.setattr(transforms, "permuted_block", fail_second)
+    monkeypatch.setattr(moe, "_permuted_block", fail_second)
     refuse(Model(), "no more", error=MemoryError)
 
 
-@pytest.mark.parametrize("attribute", ["describe", "exchange.move_hooks"])
+@pytest.mark.parametrize("attribute", ["describe_swap", "exchange._move_hooks"])
 def test_an_interrupted_exchange_leaves_the_model_alone(
     attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside = [exchange] if "." in attribute else [transforms, restore]
+    inside = [exchange] if "." in attribute else [moe, restore]
     name = attribute.rpartition(".")[2]
     function, calls = getattr(inside[0], name), []
 

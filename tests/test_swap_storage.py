@@ -128,7 +128,10 @@ def test_packed_weights_go_into_no_other_transform_and_take_no_state() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda layer: setattr(layer, "mlp_moe_gen", EngineMLP(*SIZES)), "must be an nn.Linear"),
+        (
+            lambda layer: setattr(layer, "mlp_moe_gen", EngineMLP(*SIZES)),
+            "must be an nn.Linear each",
+        ),
         (lambda layer: layer.mlp_moe_gen.to("meta"), "plain tensor in memory, got a meta tensor"),
         (lambda layer: setattr(layer, "mlp_moe_gen", Bare(fc1=nn.Linear(2, 2))), "FFN must have"),
     ],

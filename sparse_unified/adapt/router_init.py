@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Report, format_table, list_some
+from sparse_unified._common import Report, context, format_table, list_some
 from sparse_unified.analysis import FfnStatistics
 from sparse_unified.experts import RouterInit, check_inputs
-from sparse_unified.surgery.routing import first_router, set_routers_
-from sparse_unified.surgery.sparse_blocks import find_sparse_blocks
+from sparse_unified.surgery.decoder import find_sparse_blocks
+from sparse_unified.surgery.moe import first_router, set_routers_
 
 Inputs = Mapping[str, Mapping[int, Tensor]]
 
@@ -97,7 +97,8 @@ def init_router_(
         raise ValueError(f"{_WHERE}: method must be one of {legal}, got {method!r}") from None
     if type(seed) is not int or seed < 0:
         raise ValueError(f"{_WHERE}: seed must be an integer of at least 0, got {seed!r}")
-    blocks = find_sparse_blocks(model, components, where=_WHERE)
+    with context(_WHERE):
+        blocks = find_sparse_blocks(model, components)
     inputs: Inputs = {}
     if (chosen is RouterInit.ACTIVATION) != (statistics is not None):
         got = "none" if statistics is None else f"{type(statistics).__name__} with {chosen.value!r}"
@@ -128,7 +129,7 @@ def init_router_(
             check_inputs(x, block.hidden_size, where=at)
         if block.gate.weight.is_meta:
             raise ValueError(f"{at}: weights must be in memory, got meta")
-        weight, fit = first_router(block, chosen, layer=layer, seed=seed, inputs=x, where=at)
+        weight, fit = first_router(block, chosen, layer=layer, seed=seed, inputs=x)
         if fit is not None and not math.isfinite(fit.logit_rms):
             raise ValueError(f"{at}: experts must give finite values, got NaN or infinity")
         weights.append(weight)

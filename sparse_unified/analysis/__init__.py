@@ -9,17 +9,6 @@ models), `store`, `probe`, `task_run`, `sweep`, `bagel_probes`, `results`, `plot
 """
 
 from sparse_unified.analysis.activation import ActivationMap, activation_maps
-from sparse_unified.analysis.adapter import (
-    LAYOUTS,
-    Adapter,
-    Block,
-    BlockNames,
-    DecoderAdapter,
-    Ffn,
-    FfnKey,
-    Layout,
-    find_adapter,
-)
 from sparse_unified.analysis.bagel_probes import bagel_probe
 from sparse_unified.analysis.calibrate import calibrate
 from sparse_unified.analysis.collect import Collector, collect
@@ -28,7 +17,6 @@ from sparse_unified.analysis.criteria import CRITERIA, Criterion, save_scores, s
 from sparse_unified.analysis.evaluate import Better, Evaluator, evaluator, load_evaluator
 from sparse_unified.analysis.expert_usage import ExpertWatch, expert_usage, watch_experts
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
-from sparse_unified.analysis.head_surgery import Attention, fewer_heads, read_attention
 from sparse_unified.analysis.metrics import DenseDistance, Settings, TextAgreement, VelocityError
 from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
@@ -42,10 +30,27 @@ from sparse_unified.analysis.similarity import (
 )
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
-from sparse_unified.analysis.surgery import narrowed, without_layers, without_part
 from sparse_unified.analysis.sweep import run_sweep
 from sparse_unified.analysis.usage import ExpertUsage, LayerUsage
 from sparse_unified.analysis.usage_plot import write_usage_plot
+from sparse_unified.surgery.decoder import (
+    LAYOUTS,
+    Adapter,
+    Block,
+    BlockNames,
+    Ffn,
+    FfnKey,
+    Layout,
+    find_adapter,
+)
+from sparse_unified.surgery.temporary import (
+    Attention,
+    fewer_heads,
+    narrowed,
+    read_attention,
+    without_layers,
+    without_part,
+)
 
 __all__ = [
     "CRITERIA",
@@ -60,7 +65,6 @@ __all__ = [
     "Collector",
     "Cost",
     "Criterion",
-    "DecoderAdapter",
     "DenseDistance",
     "Evaluator",
     "ExpertUsage",

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.analysis.adapter import FfnKey
 from sparse_unified.analysis.statistics import FfnStatistics
+from sparse_unified.surgery.decoder import FfnKey
 
 NO_TIME = "no time"  # text, ViT tokens, finished images
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparse_unified._common import Progress
-from sparse_unified.analysis.adapter import Adapter
 from sparse_unified.analysis.bagel_probes import run_samples
 from sparse_unified.analysis.collect import collect
 from sparse_unified.analysis.metrics import Settings
@@ -15,6 +14,7 @@ from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import StatisticsConfig
 from sparse_unified.bagel import BagelPipeline
+from sparse_unified.surgery.decoder import Adapter
 
 
 def calibrate(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified.analysis.active_sets import most_active, pack_bits
-from sparse_unified.analysis.adapter import Adapter, Ffn, FfnKey, find_adapter
 from sparse_unified.analysis.kept_inputs import KeptInputs
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.sums import FfnSums, StatisticsConfig, hash_ffns
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed
+from sparse_unified.surgery.decoder import Adapter, Ffn, FfnKey, find_adapter
 
 
 @dataclass(slots=True)

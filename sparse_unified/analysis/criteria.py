@@ -13,12 +13,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sparse_unified.analysis.adapter import Ffn, FfnKey, find_adapter
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.writer import encode_tensors
 from sparse_unified.experts import check_scores, magnitude_scores, random_scores
+from sparse_unified.surgery.decoder import Ffn, FfnKey, find_adapter
 
 NeuronScores = dict[str, dict[FfnKey, Tensor]]
 

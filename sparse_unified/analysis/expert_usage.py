@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Progress
+from sparse_unified._common import Progress, context
 from sparse_unified.analysis.bagel_probes import run_samples
 from sparse_unified.analysis.collect import observe_time
 from sparse_unified.analysis.metrics import Settings
@@ -18,7 +18,7 @@ from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.analysis.sums import StatisticsConfig
 from sparse_unified.analysis.usage import ExpertUsage, LayerUsage
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.surgery.sparse_blocks import SparseBlock, find_sparse_blocks
+from sparse_unified.surgery.decoder import SparseBlock, find_sparse_blocks
 
 _WHERE = "expert_usage"
 
@@ -101,7 +101,8 @@ def watch_experts(
             out of range.
     """
     config = StatisticsConfig(num_time_ranges=num_time_ranges)
-    blocks = find_sparse_blocks(model, components, where=_WHERE)
+    with context(_WHERE):
+        blocks = find_sparse_blocks(model, components)
     for block in blocks:
         if block.module.gate.weight.is_meta:
             raise ValueError(

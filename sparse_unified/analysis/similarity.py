@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import Report, format_table
-from sparse_unified.analysis.adapter import Adapter, Block, find_adapter
 from sparse_unified.analysis.plain import from_plain
 from sparse_unified.checkpoint.reader import read_json
+from sparse_unified.surgery.decoder import Adapter, Block, find_adapter
 
 PARTS = ("block", "attention", "ffn")
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from sparse_unified._common import list_some
 from sparse_unified.analysis.active_sets import mean_overlap, successive_overlap
-from sparse_unified.analysis.adapter import FfnKey, find_adapter
 from sparse_unified.analysis.kept_inputs import keep_lowest, no_inputs
 from sparse_unified.analysis.statistics_check import check_sums, walk
 from sparse_unified.analysis.sums import (
@@ -38,6 +37,7 @@ from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.checkpoint.writer import encode_tensors
+from sparse_unified.surgery.decoder import FfnKey, find_adapter
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_unified._common import list_some
-from sparse_unified.analysis.parts import FfnKey
 from sparse_unified.analysis.sums import TENSORS, FfnSums
+from sparse_unified.surgery.decoder import FfnKey
 
 if TYPE_CHECKING:
     from sparse_unified.analysis.statistics import FfnStatistics

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unified.analysis.adapter import find_adapter
+from sparse_unified.surgery.decoder import find_adapter
 
 _SAMPLED = 256  # values of each weight that its hash looks at
 

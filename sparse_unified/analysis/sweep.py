@@ -12,8 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sparse_unified.analysis.adapter import Adapter, find_adapter
-from sparse_unified.analysis.head_surgery import read_attention
 from sparse_unified.analysis.points import Axis, SweepConfig
 from sparse_unified.analysis.probe import Probe
 from sparse_unified.analysis.results import SweepResult
@@ -22,6 +20,8 @@ from sparse_unified.analysis.store import open_store
 from sparse_unified.analysis.task_run import TaskRun
 from sparse_unified.analysis.transforms import legal_axes
 from sparse_unified.experts import select_layers
+from sparse_unified.surgery.decoder import Adapter, find_adapter
+from sparse_unified.surgery.temporary import read_attention
 
 Progress = Callable[[int, int, str], object]
 

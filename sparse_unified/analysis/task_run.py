@@ -9,7 +9,6 @@ from contextlib import ExitStack
 
 from sparse_unified.analysis import evaluate
 from sparse_unified.analysis.activation import activation_maps
-from sparse_unified.analysis.adapter import Adapter
 from sparse_unified.analysis.collect import collect
 from sparse_unified.analysis.cost import Cost, measure_cost
 from sparse_unified.analysis.criteria import NeuronScores, score
@@ -20,8 +19,9 @@ from sparse_unified.analysis.results import PointResult, TaskResult
 from sparse_unified.analysis.similarity import Similarity, measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.analysis.store import Store
-from sparse_unified.analysis.surgery import as_module
 from sparse_unified.analysis.transforms import transformed
+from sparse_unified.surgery.decoder import Adapter
+from sparse_unified.surgery.temporary import as_module
 
 logger = logging.getLogger(__name__)
 

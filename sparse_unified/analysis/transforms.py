@@ -1,39 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a live model the one of a point, for as long as it is looked at.
 
-Models with the components of BAGEL go through the transforms of `sparse_unified.surgery`, all
-others through `surgery`. Either way what was replaced is the same object again afterwards.
+See `sparse_unified.surgery.changed`: what was replaced is the same object again afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from sparse_unified._common import format_layers, list_some
-from sparse_unified.analysis.adapter import Adapter
-from sparse_unified.analysis.criteria import NeuronScores, join_experts
-from sparse_unified.analysis.head_surgery import fewer_heads, read_attention
+from sparse_unified.analysis.criteria import NeuronScores
 from sparse_unified.analysis.points import Axis, Point, SweepConfig
 from sparse_unified.analysis.similarity import Similarity
-from sparse_unified.analysis.surgery import as_module, narrowed, without_layers, without_part
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.experts import keep_units, select_layers
-from sparse_unified.surgery import (
-    Part,
-    PruneHeadsConfig,
-    PruneReport,
-    PruneWidthConfig,
-    SkipLayersConfig,
-    prune_heads_,
-    prune_width_,
-    restore_,
-    skip_layers_,
-)
-from sparse_unified.surgery.find import takes_absent_parts
+from sparse_unified.experts import select_layers
+from sparse_unified.surgery import Part, PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
+from sparse_unified.surgery.cuts import PruneConfig
+from sparse_unified.surgery.decoder import Adapter, takes_absent_parts
+from sparse_unified.surgery.temporary import changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,119 +92,34 @@ def transformed(
     Raises:
         ValueError: the transform refuses the model; the message says why.
     """
-    if point.keep_ratio == 1:
-        yield Change()
-    elif set(adapter.components) == set(FFN_NAMES):
-        yield from _swap(host, adapter, point, config, similarity, scores)
-    else:
-        yield from _cut(host, adapter, point, config, similarity, workload, scores)
-
-
-def _swap(
-    host: object,
-    adapter: Adapter,
-    point: Point,
-    config: SweepConfig,
-    similarity: Similarity,
-    scores: NeuronScores | None,
-) -> Iterator[Change]:
     layers: tuple[int, ...] = ()
     if point.axis is Axis.DEPTH:
         layers = layers_to_skip(point, config, adapter.num_layers(), similarity)
-        if not layers:
-            yield Change()
-            return
-        report = skip_layers_(
-            host, SkipLayersConfig(component=point.component, layers=layers, part=config.part)
-        )
-    elif point.axis is Axis.WIDTH:
-        assert scores is not None
-        report = prune_width_(
-            host,
-            PruneWidthConfig(
-                component=point.component,
-                layers=config.layers,
-                keep_ratio=point.keep_ratio,
-                budget=config.budget,
-                block_size=config.block_size,
-            ),
-            join_experts(scores[point.component]),
-        )
-    else:
-        report = prune_heads_(
-            host,
-            PruneHeadsConfig(
-                component=point.component,
-                layers=config.layers,
-                keep_ratio=point.keep_ratio,
-                budget=config.budget,
-            ),
-        )
-    try:
-        yield Change(text=_words(layers, report, config), skipped_layers=layers)
-    finally:
-        restore_(host, latest=True)
+    if point.keep_ratio == 1 or (point.axis is Axis.DEPTH and not layers):
+        yield Change()
+        return
+    with changed(
+        host,
+        _mode(point, config, layers),
+        scores[point.component] if point.axis is Axis.WIDTH and scores is not None else None,
+        adapter=adapter,
+        component=point.component,
+        forward=lambda: workload()(),
+    ) as text:
+        yield Change(text=text, skipped_layers=layers)
 
 
-def _cut(
-    host: object,
-    adapter: Adapter,
-    point: Point,
-    config: SweepConfig,
-    similarity: Similarity,
-    workload: Callable[[], Callable[[], object]],
-    scores: NeuronScores | None,
-) -> Iterator[Change]:
-    component = point.component
-    legal = select_layers(config.layers, adapter.num_layers())
+def _mode(point: Point, config: SweepConfig, layers: tuple[int, ...]) -> PruneConfig:
+    # The only component of a decoder that is not BAGEL's is its und.
+    component = point.component if point.component in FFN_NAMES else "und"
     if point.axis is Axis.DEPTH:
-        layers = layers_to_skip(point, config, adapter.num_layers(), similarity)
-        without = (
-            without_layers(as_module(host), adapter, component, layers)
-            if config.part is Part.BLOCK
-            else without_part(adapter, component, layers, config.part, workload())
-        )
-        with without:
-            yield Change(text=_without(layers, config), skipped_layers=layers)
-        return
+        return SkipLayersConfig(component=component, layers=layers, part=config.part)
+    shared: dict[str, Any] = {
+        "component": component,
+        "layers": config.layers,
+        "keep_ratio": point.keep_ratio,
+        "budget": config.budget,
+    }
     if point.axis is Axis.HEADS:
-        attentions = [read_attention(adapter, component, layer) for layer in legal]
-        groups = keep_units(
-            {attention.layer: attention.scores() for attention in attentions},
-            keep_ratio=point.keep_ratio,
-            budget=config.budget,
-        )
-        changed = [(a.text(), a.text(len(groups[a.layer]))) for a in attentions]
-        with fewer_heads(attentions, {n: index.tolist() for n, index in groups.items()}):
-            yield Change(text=_each(changed))
-        return
-    assert scores is not None
-    ffns = [ffn for ffn in adapter.ffns(component) if ffn.layer in legal]
-    kept = keep_units(
-        {i: scores[component][ffn.key] for i, ffn in enumerate(ffns)},
-        keep_ratio=point.keep_ratio,
-        budget=config.budget,
-        block_size=config.block_size,
-    )
-    by_key = {ffn.key: kept[i] for i, ffn in enumerate(ffns)}
-    widths = [(f"{f.intermediate_size} neurons", f"{len(by_key[f.key])} neurons") for f in ffns]
-    with narrowed(ffns, by_key):
-        yield Change(text=_each(widths))
-
-
-def _words(layers: tuple[int, ...], report: PruneReport, config: SweepConfig) -> str:
-    if layers:
-        return _without(layers, config)
-    return _each((part.before, part.after) for part in report.parts)
-
-
-def _without(layers: Sequence[int], config: SweepConfig) -> str:
-    if not layers:
-        return "nothing"
-    part = "" if config.part is Part.BLOCK else f"{config.part.value} of "
-    return f"{part}{format_layers(layers)} skipped"
-
-
-def _each(changes: Iterable[tuple[str, str]]) -> str:
-    texts = dict.fromkeys(f"{old} -> {new}" for old, new in changes if old != new)
-    return list_some(texts, 2) if texts else "nothing"
+        return PruneHeadsConfig(**shared)
+    return PruneWidthConfig(**shared, block_size=config.block_size)

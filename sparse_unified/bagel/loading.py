@@ -251,7 +251,7 @@ def load_bagel(
         if storage is not None and isinstance(ffn, nn.Module):
             # One by one, so that a device holds one FFN more than it has to.
             fill_part_(ffn, specs, placement, where=os.fspath(directory), prefix=prefix)
-            quantize_ffn_(ffn.requires_grad_(False), storage, where="from_pretrained")
+            quantize_ffn_(ffn.requires_grad_(False), storage)
     fill_part_(model, specs, placement, where=os.fspath(directory))
     if placement.device_map is not None:
         dispatch(model, placement.device_map, device=placement.device, folder=offload_folder)

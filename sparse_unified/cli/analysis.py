@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from sparse_unified._common import Report
+from sparse_unified._common import Report, context
 from sparse_unified.cli.console import Command, CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.generate import add_model, load_pipeline
 from sparse_unified.cli.options import add_options, arguments, names, natural, positive
@@ -234,7 +234,7 @@ def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
     from sparse_unified.analysis import expert_usage, write_usage_plot
     from sparse_unified.analysis.metrics import Settings
     from sparse_unified.analysis.samples import Task
-    from sparse_unified.surgery.sparse_blocks import find_sparse_blocks
+    from sparse_unified.surgery.decoder import find_sparse_blocks
 
     if options.plot is not None:
         if not options.plot.lower().endswith(".png"):
@@ -244,7 +244,8 @@ def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
     samples = _read_samples(options, task, drawn, options.prompts, options.images)
     components = None if options.component is None else [options.component]
     pipeline = load_pipeline(options)
-    find_sparse_blocks(pipeline, components, where=f"expert-usage: {options.model}")
+    with context(f"expert-usage: {options.model}"):
+        find_sparse_blocks(pipeline, components)
     with show_progress(options, "expert-usage", "sample") as progress:
         usage = expert_usage(
             pipeline,

@@ -99,3 +99,8 @@ class ExpertLayout:
         """Returns the half-open neuron range of routed expert `expert`."""
         start = self.shared_width + expert * self.expert_width
         return start, start + self.expert_width
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Returns the neuron range of each expert by its official name, in expert order."""
+        shared = {"shared_expert": self.shared_range()} if self.shared_width else {}
+        return shared | {f"experts.{e}": self.expert_range(e) for e in range(self.num_experts)}

@@ -9,29 +9,31 @@ import torch
 from torch import Tensor
 
 
-def as_scores(value: object, *, where: str) -> Tensor:
+def as_scores(value: object, *, where: str = "") -> Tensor:
     """Returns a tensor of `value`, itself where it is one; TypeError when it cannot become one."""
+    at = f"{where}: " if where else ""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{where}: scores must be a tensor, got {type(value).__name__} that is none"
+            f"{at}scores must be a tensor, got {type(value).__name__} that is none"
         ) from error
 
 
-def check_scores(scores: Tensor, intermediate_size: int, *, where: str) -> None:
+def check_scores(scores: Tensor, intermediate_size: int, *, where: str = "") -> None:
     """Raises ValueError unless `scores` is a finite float tensor [intermediate_size]."""
+    at = f"{where}: " if where else ""
     if scores.ndim != 1 or scores.shape[0] != intermediate_size:
         raise ValueError(
-            f"{where}: scores must have shape [{intermediate_size}], got {list(scores.shape)}"
+            f"{at}scores must have shape [{intermediate_size}], got {list(scores.shape)}"
         )
     if not scores.dtype.is_floating_point:
-        raise ValueError(f"{where}: scores must be floating point, got {scores.dtype}")
+        raise ValueError(f"{at}scores must be floating point, got {scores.dtype}")
     bad = torch.nonzero(~torch.isfinite(scores))
     if bad.numel():
         first = int(bad[0])
         raise ValueError(
-            f"{where}: scores must be finite, got {scores[first].item()} for neuron {first} "
+            f"{at}scores must be finite, got {scores[first].item()} for neuron {first} "
             f"({bad.shape[0]} of {intermediate_size} are not finite)"
         )
 

@@ -29,11 +29,9 @@ def expert_views(
         `experts.<e>.<projection>.weight` and, with a shared expert,
         `shared_expert.<projection>.weight` -> view of the storage.
     """
-    ranges = {f"experts.{e}": layout.expert_range(e) for e in range(layout.num_experts)}
-    if layout.shared_width:
-        ranges["shared_expert"] = layout.shared_range()
     views = {}
-    for owner, (start, stop) in ranges.items():
+    # The official code has the shared expert behind the others.
+    for owner, (start, stop) in sorted(layout.ranges().items(), key=lambda own: own[1] == 0):
         slices = (gate_proj[start:stop], up_proj[start:stop], down_proj[:, start:stop])
         for projection, view in zip(PROJECTIONS, slices, strict=True):
             views[f"{owner}.{projection}.weight"] = view

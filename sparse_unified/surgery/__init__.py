@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse, narrower and skipped parts into a live model, in place, and out of it again.
 
-Reading order: `weights` (what a dense FFN is), `find` (which modules), `probe` (what they return),
-`blocks` (what goes in their place), `exchange` (in and out), `counts`, `report`, `transforms`
-(sparse FFNs), `width`, `depth`, `heads`, `storage`, `restore`.
+Reading order: `exchange` (one module for another, and back), `ffn` (what a dense FFN is), `decoder`
+(where modules are), `cuts` (what pruning takes away), `report`, `prune`, `moe` (sparse FFNs),
+`storage`, `restore`, `temporary` (for as long as a block runs).
 """
 
 from sparse_unified.checkpoint.counts import Counts
@@ -15,14 +15,18 @@ from sparse_unified.checkpoint.modes import (
     SkipLayersConfig,
 )
 from sparse_unified.experts import Budget
-from sparse_unified.surgery.counts import count_parameters
-from sparse_unified.surgery.depth import skip_layers_
-from sparse_unified.surgery.heads import prune_heads_
-from sparse_unified.surgery.report import PrunedPart, PruneReport, SwappedLayer, SwapReport
+from sparse_unified.surgery.moe import apply_moe_, load_moe_
+from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
+from sparse_unified.surgery.report import (
+    PrunedPart,
+    PruneReport,
+    SwappedLayer,
+    SwapReport,
+    count_parameters,
+)
 from sparse_unified.surgery.restore import restore_
 from sparse_unified.surgery.storage import QuantizeConfig, QuantizeReport, quantize_weights_
-from sparse_unified.surgery.transforms import apply_moe_, load_moe_
-from sparse_unified.surgery.width import prune_width_
+from sparse_unified.surgery.temporary import changed
 
 __all__ = [
     "Budget",
@@ -39,6 +43,7 @@ __all__ = [
     "SwapReport",
     "SwappedLayer",
     "apply_moe_",
+    "changed",
     "count_parameters",
     "load_moe_",
     "prune_heads_",

@@ -13,7 +13,8 @@ named stays whole. Several plans are made one after the other, each for what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,9 +31,8 @@ from sparse_unified.checkpoint.modes import (
 )
 from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
 from sparse_unified.experts import (
+    Budget,
     ExpertLayout,
-    check_experts,
-    check_scores,
     head_magnitude_scores,
     joint_scores,
     keep_in_experts,
@@ -63,6 +63,15 @@ Sizes = Mapping[str, Sequence[int]]  # key -> shape of its tensor
 Scores = Callable[[str, int], Tensor]  # (component, layer) -> [I] in expert order, or [groups]
 
 
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Puts the name of a layer in front of a ValueError, behind that of the public function."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
 def select(
     layers: str | Sequence[int], num_layers: int, has: Callable[[int], bool], what: str
 ) -> tuple[int, ...]:
@@ -91,14 +100,14 @@ def plan(
         config: what is asked for; its `layers` are not looked at.
         shapes: of the layers to prune. Heads need all components that have the attention.
         sizes: the shape of every tensor of these layers.
-        scores: importance of neurons, or of groups of heads; not needed to skip layers.
+        scores: importance of neurons, or of groups of heads, checked; not needed to skip layers.
 
     Returns:
         what stays of each tensor that is pruned, also where all of it does.
 
     Raises:
-        ValueError: block_size or budget do not suit an FFN, scores do not fit, or a component has
-            no queries for some KV heads of which both are to lose the same.
+        ValueError: block_size or budget do not suit an FFN, or a component has
+            no queries for some KV heads where both are to lose the same.
     """
     if isinstance(config, SkipLayersConfig):
         return _skip(config, shapes, sizes)
@@ -111,17 +120,9 @@ def plan(
 def _narrow(config: PruneWidthConfig, own: Mapping[int, LayerShape], scores: Scores) -> Cuts:
     component = config.component
     for layer, shape in own.items():
-        at = f"{component} layer {layer}"
-        if isinstance(shape.ffn, ExpertLayout):
-            check_experts(shape.ffn, budget=config.budget, block_size=config.block_size, where=at)
-        elif shape.ffn % config.block_size:
-            raise ValueError(
-                f"{at}: block_size must divide the {shape.ffn} neurons, got {config.block_size}"
-            )
-    ranking = {}
-    for layer, shape in own.items():
-        ranking[layer] = scores(component, layer)
-        check_scores(ranking[layer], shape.width, where=f"{component} layer {layer}")
+        with naming(f"{component} layer {layer}"):
+            _check_width(shape.ffn, config)
+    ranking = {layer: scores(component, layer) for layer in own}
     kept = keep_units(
         {layer: ranking[layer] for layer, shape in own.items() if isinstance(shape.ffn, int)},
         keep_ratio=config.keep_ratio,
@@ -145,12 +146,28 @@ def _narrow(config: PruneWidthConfig, own: Mapping[int, LayerShape], scores: Sco
     return cuts
 
 
+def _check_width(ffn: int | ExpertLayout, config: PruneWidthConfig) -> None:
+    size = config.block_size
+    if isinstance(ffn, int):
+        if ffn % size:
+            raise ValueError(f"block_size must divide the {ffn} neurons, got {size}")
+        return
+    widths = [width for width in (ffn.shared_width, ffn.expert_width) if width]
+    if any(width % size for width in widths):
+        listed = " and ".join(map(str, widths))
+        raise ValueError(f"block_size must divide the {listed} neurons of an expert, got {size}")
+    if config.budget is not Budget.UNIFORM:
+        raise ValueError(
+            "budget must be 'uniform' for sparse FFNs, whose experts have one width, "
+            f"got {config.budget.value!r}"
+        )
+
+
 def ffn_parts(ffn: int | ExpertLayout) -> dict[str, tuple[int, int]]:
-    """Returns the neurons of each part of an FFN, by the start of its keys, in expert order."""
+    """Returns which neurons each part of an FFN holds, by the start of its keys, in order."""
     if isinstance(ffn, int):
         return {"": (0, ffn)}
-    shared = {"shared_expert.": ffn.shared_range()} if ffn.shared_width else {}
-    return shared | {f"experts.{e}.": ffn.expert_range(e) for e in range(ffn.num_experts)}
+    return {f"{name}.": neurons for name, neurons in ffn.ranges().items()}
 
 
 def _drop_heads(
@@ -160,15 +177,13 @@ def _drop_heads(
     for layer in shapes[config.components[0]]:
         values = []
         for component in config.components:
-            shape, at = shapes[component][layer], f"{component} layer {layer}"
+            shape = shapes[component][layer]
             if config.component == BOTH and shape.query_groups != shape.kv_heads:
                 raise ValueError(
-                    f"{at}: component 'both' must have queries for all {len(shape.kv_heads)} "
-                    f"KV heads, got {len(shape.query_groups)} groups"
+                    f"{component} layer {layer}: component 'both' must have queries for all "
+                    f"{len(shape.kv_heads)} KV heads, got {len(shape.query_groups)} groups"
                 )
-            own = scores(component, layer)
-            check_scores(own, len(shape.query_groups), where=f"{at}: heads")
-            values.append(own)
+            values.append(scores(component, layer))
         ranking[layer] = joint_scores(values) if config.component == BOTH else values[0]
     kept = keep_units(ranking, keep_ratio=config.keep_ratio, budget=config.budget)
     cuts: Cuts = {}
@@ -218,17 +233,22 @@ def _spread(units: Tensor, width: int) -> Tensor:
 
 
 def _skip(config: SkipLayersConfig, shapes: LayerShapes, sizes: Sizes) -> Cuts:
+    starts = tuple(
+        prefix
+        for layer in shapes[config.component]
+        for prefix in keys.module_prefixes(layer, skipped_modules(config))
+    )
+    return {key: GONE for key in sizes if key.startswith(starts)}
+
+
+def skipped_modules(config: SkipLayersConfig) -> list[str]:
+    """Returns the modules of a decoder layer that are skipped."""
     modules: list[str] = []
     if Part.ATTENTION in config.parts:
         modules += keys.attention_modules(config.component)
     if Part.FFN in config.parts:
         modules += keys.ffn_modules(config.component)
-    starts = tuple(
-        prefix
-        for layer in shapes[config.component]
-        for prefix in keys.module_prefixes(layer, modules)
-    )
-    return {key: GONE for key in sizes if key.startswith(starts)}
+    return modules
 
 
 def then(cuts: Cuts, more: Cuts) -> Cuts:

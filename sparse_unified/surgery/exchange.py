@@ -1,37 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One module for another in a live model, or for nothing, and what is remembered to undo it."""
+"""One module for another in a live model, or for nothing, and what is remembered to undo it.
+
+A new module takes over what is attached to the old one from outside: hooks on its call,
+accelerate's patched forward, the name that its tokens go by.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified.surgery.hooks import move_hooks, take_name
-from sparse_unified.surgery.weights import offloaded
-
 # NOTE: kept in the instance dict, inside a dataclass, so that what was replaced is no submodule: it
 # has no part in state dicts, optimisers, `.to()` or `.train()`, but in deepcopy and pickle.
-_STATE = "_replaced"
-_ABSENT = "_absent"
+_UNDO = "_undo"  # of the module that stands there now
+_ABSENT = "_absent"  # of the owner, by name, where nothing stands there now
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A replaceable attribute: module `name` of `owner`, found under `path` in the model."""
+
+    owner: nn.Module
+    name: str
+    path: str
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What stands there now."""
+        return self.owner._modules[self.name]
+
+
+class Change(NamedTuple):
+    """A slot, what stands there, and what is to; None is nothing."""
+
+    slot: Slot
+    old: nn.Module | None
+    new: nn.Module | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replaced:
-    """What stood in a place before: the module itself, or None where it was not kept.
+class Undo:
+    """What stood in a slot before: the module itself, or None where it was not kept.
 
     Attributes:
         order: transforms of a model are numbered from 1 as they come.
-        dtype, device, training: how the place of an absent module was, see `_mark`; None where a
-            module took its place.
+        dtype, device, training: of the slot while a module was in it; None where one still is.
     """
 
-    type_name: str
     module: nn.Module | None
     order: int
     dtype: torch.dtype | None = None
@@ -39,62 +64,32 @@ class Replaced:
     training: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A place in a model, what stands there, and what is to; None is nothing."""
+class Step(NamedTuple):
+    """One entry of the undo log of a slot: what stands there now, and what did before."""
 
-    owner: nn.Module
-    name: str
-    old: nn.Module | None
-    new: nn.Module | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A place in which something was replaced, and by which transforms: the latest one's state."""
-
-    owner: nn.Module
-    name: str
-    path: str
+    slot: Slot
     now: nn.Module | None
-    state: Replaced
+    undo: Undo
 
 
-def find_replaced(module: nn.Module, path: str) -> list[Place]:
-    """Returns every place below a module in which something was replaced, in model order."""
-    places = []
+def undo_log(module: nn.Module, path: str) -> list[Step]:
+    """Returns what was done to the slots below a module, slot by slot, the latest first."""
+    steps = []
     for prefix, owner in module.named_modules(prefix=path):
         absent = owner.__dict__.get(_ABSENT, {})
         for name, now in owner._modules.items():
-            state = absent.get(name) if now is None else now.__dict__.get(_STATE)
-            if isinstance(state, Replaced):
-                at = f"{prefix}.{name}"
-                places.append(Place(owner=owner, name=name, path=at, now=now, state=state))
-    return places
-
-
-def below(place: Place) -> Place | None:
-    """Returns what a place looks like once its latest transform is undone; None if that was all."""
-    kept = place.state.module
-    state = None if kept is None else kept.__dict__.get(_STATE)
-    if not isinstance(state, Replaced):
-        return None
-    return Place(owner=place.owner, name=place.name, path=place.path, now=kept, state=state)
+            undo = absent.get(name) if now is None else now.__dict__.get(_UNDO)
+            while isinstance(undo, Undo):
+                steps.append(Step(Slot(owner, name, f"{prefix}.{name}"), now, undo))
+                now = undo.module
+                undo = None if now is None else now.__dict__.get(_UNDO)
+    return steps
 
 
 def next_order(layers: Iterable[nn.Module]) -> int:
     """Returns the number of the next transform of a model."""
-    found = itertools.chain.from_iterable(find_replaced(layer, "") for layer in layers)
-    return 1 + max((place.state.order for place in found), default=0)
-
-
-def like(module: nn.Module) -> Tensor | None:
-    """Returns a tensor of a module that tells where and what it is; None without any."""
-    weight = getattr(module, "gate_proj", None)
-    weight = getattr(weight, "weight", weight)
-    if isinstance(weight, Tensor):
-        return weight
-    return next(itertools.chain(module.parameters(), module.buffers()), None)
+    steps = itertools.chain.from_iterable(undo_log(layer, "") for layer in layers)
+    return 1 + max((step.undo.order for step in steps), default=0)
 
 
 @contextmanager
@@ -105,7 +100,7 @@ def all_or_nothing(changes: Sequence[Change]) -> Iterator[None]:
     """
     # NOTE: attributes are moved between modules: the hook dicts go as objects. Children, buffers
     # and pre-hooks are what changes inside its dict.
-    modules = [m for c in changes for m in (c.owner, c.old, c.new) if m is not None]
+    modules = [m for c in changes for m in (c.slot.owner, c.old, c.new) if m is not None]
     saved = [(m, dict(m.__dict__), _contents(m)) for m in modules]
     try:
         yield
@@ -133,79 +128,248 @@ def _contents(module: nn.Module) -> dict[str, Any]:
 
 
 def put_in(change: Change, *, order: int, keep: bool = True) -> None:
-    """Carries out a change. A new module takes over the hooks of the old one."""
-    owner, name, old, new = change.owner, change.name, change.old, change.new
+    """Carries out a change and logs it. A new module takes over the hooks of the old one."""
+    (owner, name), old, new = (change.slot.owner, change.slot.name), change.old, change.new
     assert old is not None
-    kept, type_name = old if keep else None, type(old).__name__
+    kept = old if keep else None
     if new is not None:
-        new.__dict__[_STATE] = Replaced(type_name=type_name, module=kept, order=order)
+        new.__dict__[_UNDO] = Undo(module=kept, order=order)
         setattr(owner, name, new)
-        move_hooks(old, new)
+        _move_hooks(old, new)
         take_name(old, new)
         return
-    marker = _mark(owner, name, old)
-    state = Replaced(
-        type_name=type_name,
+    # An empty buffer stays where the module was, and moves when the model is moved.
+    weight = like(old)
+    marker = torch.empty(0) if weight is None else weight.new_empty(0)
+    owner.register_buffer(_marker(name), marker.detach(), persistent=False)
+    undo = Undo(
         module=kept,
         order=order,
         dtype=marker.dtype,
         device=marker.device,
         training=owner.training,
     )
-    owner.__dict__[_ABSENT] = {**owner.__dict__.get(_ABSENT, {}), name: state}
+    owner.__dict__[_ABSENT] = {**owner.__dict__.get(_ABSENT, {}), name: undo}
     setattr(owner, name, None)
-
-
-def _mark(owner: nn.Module, name: str, old: nn.Module) -> Tensor:
-    """Leaves an empty buffer where a module was, that moves when the model is moved."""
-    weight = like(old)
-    marker = torch.empty(0) if weight is None else weight.new_empty(0)
-    owner.register_buffer(_marker(name), marker.detach(), persistent=False)
-    return marker
 
 
 def _marker(name: str) -> str:
     return f"absent_{name}"
 
 
-def is_unmoved_meta(place: Place) -> bool:
-    """Tells whether what is kept of a place holds no data, while the model got its own."""
-    module = place.state.module
-    kept = None if module is None or offloaded(module) else like(module)
-    now = place.owner._buffers[_marker(place.name)] if place.now is None else like(place.now)
-    return kept is not None and now is not None and kept.is_meta and not now.is_meta
-
-
-def follow(place: Place) -> None:
-    """Moves a kept module to the device, dtype and mode that its place has come to have."""
-    kept, state = place.state.module, place.state
-    assert kept is not None
-    weight = None if offloaded(kept) else like(kept)  # else accelerate moves them
-    now = place.owner._buffers[_marker(place.name)] if place.now is None else like(place.now)
-    if weight is not None and now is not None:
-        then = (weight.device, weight.dtype)
-        if state.dtype is not None and state.device is not None:
-            then = (state.device, state.dtype)
-        if (now.device, now.dtype) != then:
-            kept.to(device=now.device, dtype=now.dtype)
-    training = (place.owner if place.now is None else place.now).training
-    if training != (kept.training if state.training is None else state.training):
-        kept.train(training)
-
-
-def put_back(place: Place) -> None:
-    """Puts what was replaced back into its place; it takes its hooks back."""
-    owner, name, kept = place.owner, place.name, place.state.module
+def put_back(step: Step) -> None:
+    """Puts what was replaced back into its slot; it takes its hooks back."""
+    owner, name, kept = step.slot.owner, step.slot.name, step.undo.module
     assert kept is not None
     setattr(owner, name, kept)
-    if place.now is not None:
-        move_hooks(place.now, kept)
-        take_name(place.now, kept)
+    if step.now is not None:
+        _move_hooks(step.now, kept)
+        take_name(step.now, kept)
         return
     del owner._buffers[_marker(name)]
     owner._non_persistent_buffers_set.discard(_marker(name))
-    left = {key: state for key, state in owner.__dict__[_ABSENT].items() if key != name}
+    left = {key: undo for key, undo in owner.__dict__[_ABSENT].items() if key != name}
     if left:
         owner.__dict__[_ABSENT] = left
     else:
         del owner.__dict__[_ABSENT]
+
+
+def is_unmoved_meta(step: Step) -> bool:
+    """Tells whether what is kept holds no data, while the model got its own."""
+    module = step.undo.module
+    kept = None if module is None or offloaded(module) else like(module)
+    now = _stands_for(step)
+    return kept is not None and now is not None and kept.is_meta and not now.is_meta
+
+
+def follow(step: Step) -> None:
+    """Moves a kept module to the device, dtype and mode that its slot has come to have."""
+    kept, undo = step.undo.module, step.undo
+    assert kept is not None
+    weight = None if offloaded(kept) else like(kept)  # else accelerate moves them
+    now = _stands_for(step)
+    if weight is not None and now is not None:
+        then = (undo.device or weight.device, undo.dtype or weight.dtype)
+        if (now.device, now.dtype) != then:
+            kept.to(device=now.device, dtype=now.dtype)
+    training = (step.slot.owner if step.now is None else step.now).training
+    if training != (kept.training if undo.training is None else undo.training):
+        kept.train(training)
+
+
+def _stands_for(step: Step) -> Tensor | None:
+    """Returns a tensor that tells where a slot is now, and of which dtype."""
+    if step.now is None:
+        return step.slot.owner._buffers[_marker(step.slot.name)]
+    return like(step.now)
+
+
+def like(module: nn.Module) -> Tensor | None:
+    """Returns a tensor of a module that tells where and what it is; None without any."""
+    weight = getattr(module, "gate_proj", None)
+    weight = getattr(weight, "weight", weight)
+    if isinstance(weight, Tensor):
+        return weight
+    return next(itertools.chain(module.parameters(), module.buffers()), None)
+
+
+# Hooks. Attribute -> its value without hooks. State dict hooks are not among them: they know the
+# keys of the module they were written for.
+_CALL_HOOKS: dict[str, Callable[[], Any]] = {
+    "_forward_pre_hooks": OrderedDict,
+    "_forward_pre_hooks_with_kwargs": OrderedDict,
+    "_forward_hooks": OrderedDict,
+    "_forward_hooks_with_kwargs": OrderedDict,
+    "_forward_hooks_always_called": OrderedDict,
+    "_backward_pre_hooks": OrderedDict,
+    "_backward_hooks": OrderedDict,
+    "_is_full_backward_hook": lambda: None,
+}
+
+
+def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Moves the forward and backward hooks of a module, and accelerate's hook, to another one.
+
+    The dicts move as objects, so that the handles users hold still remove their hooks.
+    """
+    for name, empty in _CALL_HOOKS.items():
+        if name in source.__dict__:
+            target.__dict__[name] = source.__dict__[name]
+            source.__dict__[name] = empty()
+    _move_patch(source, target)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Inside, calls into the module's tree fire no hooks, run in eval mode and leave no trace."""
+    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+    for part in module.modules():
+        kept = {name: part.__dict__[name] for name in _CALL_HOOKS if name in part.__dict__}
+        buffers = {
+            name: buffer if buffer is None else buffer.clone()
+            for name, buffer in part._buffers.items()
+        }
+        saved.append((part, {**kept, "training": part.training}, dict(part._buffers)))
+        for name in kept:
+            part.__dict__[name] = _CALL_HOOKS[name]()
+        part.__dict__["training"] = False
+        part._buffers = buffers
+    try:
+        yield
+    finally:
+        for part, kept, buffers in saved:
+            part.__dict__.update(kept)
+            part._buffers = buffers
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A forward pre-hook that takes the tokens by the name that a replaced module had for them."""
+
+    name: str
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if args or self.name not in kwargs:
+            return None
+        return (kwargs[self.name],), {k: v for k, v in kwargs.items() if k != self.name}
+
+
+def take_name(source: nn.Module, target: nn.Module) -> None:
+    """Lets the tokens of `target` be given by the keyword that `source` takes them by.
+
+    The hooks of `source` have been moved to `target` before, the one of an earlier transform, which
+    knows the name, among them.
+    """
+    hooks = target._forward_pre_hooks
+    known = [key for key, hook in hooks.items() if isinstance(hook, _Renamed)]
+    name, own = _token_name(source), _token_name(target)
+    if known:
+        name = next(hook.name for hook in hooks.values() if isinstance(hook, _Renamed))
+    for key in known:
+        del hooks[key]
+        target._forward_pre_hooks_with_kwargs.pop(key, None)
+    if name is not None and name != own:
+        target.register_forward_pre_hook(_Renamed(name), with_kwargs=True)
+
+
+def _token_name(module: nn.Module) -> str | None:
+    """Returns the name of the first parameter of a forward, None where it has none."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return None
+    return parameters[0].name
+
+
+# accelerate sets, on the instance: _hf_hook, _old_forward (what it wraps) and forward, a partial of
+# one generic function over the module, which reads the other two.
+
+
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """Yields the hooks that accelerate has put on a module, those of a sequence one by one."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
+
+
+def offloaded(module: nn.Module) -> Any:
+    """Returns a hook by which accelerate brings weights to where a module runs; else None."""
+    for part in module.modules():
+        for hook in hooks_of(part):
+            if getattr(hook, "offload", False):
+                return hook
+    return None
+
+
+def offload_like(module: nn.Module, other: nn.Module) -> None:
+    """Lets accelerate keep the weights of a module on the CPU if it does so for another one's."""
+    hook = offloaded(other)
+    if hook is None:
+        return
+    accelerate = importlib.import_module("accelerate.hooks")  # it made the hook
+    accelerate.add_hook_to_module(
+        module,
+        accelerate.AlignDevicesHook(
+            execution_device=hook.execution_device, offload=True, place_submodules=True
+        ),
+    )
+
+
+def _move_patch(source: nn.Module, target: nn.Module) -> None:
+    patched = source.__dict__.get("forward")
+    if not isinstance(patched, functools.partial) or "_old_forward" not in source.__dict__:
+        return
+    if not patched.args or patched.args[0] is not source:
+        return
+    # A hook that brings the weights of a module knows their names and stays with it.
+    hooks = list(hooks_of(source))
+    staying = [hook for hook in hooks if getattr(hook, "offload", False)]
+    moving = [hook for hook in hooks if hook not in staying]
+    if staying and not moving:
+        return
+    if staying:
+        source.__dict__["_hf_hook"] = _joined(staying)
+    else:
+        del source.__dict__["forward"]
+        wrapped = source.__dict__.pop("_old_forward")
+        if getattr(wrapped, "__func__", None) is not type(source).forward:
+            source.__dict__["forward"] = wrapped
+        source.__dict__.pop("_hf_hook", None)
+    own = list(hooks_of(target))
+    target.__dict__["_hf_hook"] = _joined([*moving, *own])
+    if own:
+        return
+    target.__dict__["_old_forward"] = target.forward
+    moved = functools.partial(patched.func, target, *patched.args[1:], **patched.keywords)
+    target.__dict__["forward"] = functools.update_wrapper(moved, target.forward)
+
+
+def _joined(hooks: list[Any]) -> Any:
+    if len(hooks) < 2:
+        return hooks[0] if hooks else None
+    return importlib.import_module("accelerate.hooks").SequentialHook(*hooks)

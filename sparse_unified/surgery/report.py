@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a swap changed, layer by layer."""
+"""What a transform changed, layer by layer, and what the decoder layers of a live model cost."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from sparse_unified._common import Report, format_layers, format_table
-from sparse_unified.checkpoint.counts import Counts, format_counts
-from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules
+from sparse_unified._common import Report, context, format_layers, format_table
+from sparse_unified.checkpoint.counts import Counts, count_weight, format_counts
+from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules, ffn_modules
 from sparse_unified.nn import SparseMoE
+from sparse_unified.nn.stored import is_packed
+from sparse_unified.surgery.decoder import Decoder, find_decoder
 from sparse_unified.surgery.exchange import Change, like
-from sparse_unified.surgery.find import Target
-from sparse_unified.surgery.skipped import SkippedFFN
+from sparse_unified.surgery.ffn import Skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +97,17 @@ class PruneReport(Report):
     before: Counts
     after: Counts
 
-    def to_text(self) -> str:
-        return (
-            f"{self.action}: {_summary(self.parts)}\n{_parts_table(self.parts)}\n\n"
-            + format_counts(self.before, self.after)
-        )
+    def title(self) -> str:
+        return f"{self.action}: {_summary(self.parts)}"
 
-    def __str__(self) -> str:
-        return self.to_text()
+    def headings(self) -> Sequence[str]:
+        return _PART_HEADINGS
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return _part_rows(self.parts)
+
+    def notes(self) -> Sequence[str]:
+        return format_counts(self.before, self.after).splitlines()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +126,8 @@ class SwapReport(Report):
     def to_text(self) -> str:
         texts = [self._layers_text()] if self.layers else []
         if self.parts:
-            texts.append(f"{self.action}: {_summary(self.parts)}\n{_parts_table(self.parts)}")
+            rows = [_PART_HEADINGS, *_part_rows(self.parts)]
+            texts += [f"{self.action}: {_summary(self.parts)}", format_table(rows, header=True)]
         return "\n".join(texts)
 
     def _layers_text(self) -> str:
@@ -142,25 +147,23 @@ class SwapReport(Report):
             + format_table(rows, header=True)
         )
 
-    def __str__(self) -> str:
-        return self.to_text()
 
-
-def describe(
-    target: Target, block: SparseMoE, *, before: str, after: str, restored: bool = False
-) -> SwappedLayer:
-    """Returns the entry of one FFN whose sparse form is `block`."""
+def describe_swap(layer: int, component: str, change: Change) -> SwappedLayer:
+    """Returns the entry of a dense FFN that became sparse, or the other way round."""
+    restored = not isinstance(change.new, SparseMoE)
+    block = change.old if restored else change.new
+    assert isinstance(block, SparseMoE)
     layout, hidden = block.layout, block.hidden_size
     dense = 3 * hidden * layout.intermediate_size
     sparse = sum(weight.numel() for weight in block.parameters())
     active = sparse - 3 * hidden * layout.expert_width * (block.num_experts - block.top_k)
     counts = ((sparse, dense), (active, dense)) if restored else ((dense, sparse), (dense, active))
     return SwappedLayer(
-        layer=target.layer,
-        component=target.component,
-        path=target.path,
-        before=before,
-        after=after,
+        layer=layer,
+        component=component,
+        path=change.slot.path,
+        before=type(change.old).__name__,
+        after=type(change.new).__name__,
         num_experts=block.num_experts,
         top_k=block.top_k,
         num_shared_experts=block.num_shared_experts,
@@ -174,58 +177,61 @@ def describe(
     )
 
 
-def part_entries(changes: Iterable[tuple[int, Change]]) -> list[PrunedPart]:
-    """Returns the entries of exchanged modules, given as (layer, exchange), one for each part."""
+def part_entries(changes: Iterable[tuple[int, Change]]) -> tuple[PrunedPart, ...]:
+    """Returns the entries of exchanged modules, given as (layer, change), one for each part."""
     groups: dict[tuple[int, str, str], list[Change]] = {}
     for layer, change in changes:
-        component = "gen" if change.name.endswith(SUFFIXES["gen"]) else "und"
-        inner = {name.rpartition(".")[2] for name in attention_modules(component)}
-        part = "attention" if change.name in inner else "ffn"
+        name = change.slot.name
+        component = "gen" if name.endswith(SUFFIXES["gen"]) else "und"
+        inner = {module.rpartition(".")[2] for module in attention_modules(component)}
+        part = "attention" if name in inner else "ffn"
         groups.setdefault((layer, component, part), []).append(change)
     entries = []
-    for (layer, component, part), own in sorted(groups.items()):
-        describe_side = _attention_text if part == "attention" else _ffn_text
-        old = {c.name.removesuffix(SUFFIXES[component]): (c.owner, c.old) for c in own}
-        new = {c.name.removesuffix(SUFFIXES[component]): (c.owner, c.new) for c in own}
+    for (layer, component, part), own in sorted(groups.items(), key=lambda item: item[0]):
+        names = [change.slot.name.removesuffix(SUFFIXES[component]) for change in own]
+        old = dict(zip(names, (change.old for change in own), strict=True))
+        new = dict(zip(names, (change.new for change in own), strict=True))
+        owners = dict(zip(names, (change.slot.owner for change in own), strict=True))
         entries.append(
             PrunedPart(
                 layer=layer,
                 component=component,
                 part=part,
-                before=describe_side(old),
-                after=describe_side(new),
+                before=_text(part, old, owners),
+                after=_text(part, new, owners),
                 parameters_before=_parameters(old),
                 parameters_after=_parameters(new),
             )
         )
-    return entries
+    return tuple(entries)
 
 
-_Side = Mapping[str, tuple[nn.Module, nn.Module | None]]
+_Side = Mapping[str, nn.Module | None]
 
 
 def _parameters(side: _Side) -> int:
-    modules = [module for _, module in side.values() if module is not None]
+    modules = [module for module in side.values() if module is not None]
     return sum(weight.numel() for module in modules for weight in module.parameters())
 
 
-def _ffn_text(side: _Side) -> str:
-    ffn = side["mlp"][1]
-    if ffn is None or isinstance(ffn, SkippedFFN):
+def _text(part: str, side: _Side, owners: Mapping[str, nn.Module]) -> str:
+    if part == "ffn":
+        return _ffn_text(side["mlp"])
+    query, key = side["q_proj"], side["k_proj"]
+    if query is None or key is None:
+        return "skipped"
+    head_dim = owners["q_proj"].head_dim
+    counts = [like(module).shape[0] // head_dim for module in (query, key)]  # type: ignore
+    return f"{counts[0]} query heads, {counts[1]} key heads"
+
+
+def _ffn_text(ffn: nn.Module | None) -> str:
+    if ffn is None or isinstance(ffn, Skipped):
         return "skipped"
     if isinstance(ffn, SparseMoE):
         return f"{ffn.num_experts} experts of {ffn.layout.expert_width} neurons"
     down_proj = getattr(getattr(ffn, "down_proj", None), "weight", None)
     return f"{0 if down_proj is None else down_proj.shape[1]} neurons"
-
-
-def _attention_text(side: _Side) -> str:
-    owner, query = side["q_proj"]
-    key = side["k_proj"][1]
-    if query is None or key is None:
-        return "skipped"
-    counts = [like(part).shape[0] // owner.head_dim for part in (query, key)]  # type: ignore
-    return f"{counts[0]} query heads, {counts[1]} key heads"
 
 
 def _summary(parts: Sequence[PrunedPart]) -> str:
@@ -236,13 +242,72 @@ def _summary(parts: Sequence[PrunedPart]) -> str:
     return f"{len(parts)} parts changed ({where})"
 
 
-def _parts_table(parts: Sequence[PrunedPart]) -> str:
-    rows: list[Sequence[object]] = [("layer", "component", "part", "before", "after", "parameters")]
-    for entry in parts:
-        change = _change(entry.parameters_before, entry.parameters_after)
-        rows.append((entry.layer, entry.component, entry.part, entry.before, entry.after, change))
-    return format_table(rows, header=True)
+_PART_HEADINGS = ("layer", "component", "part", "before", "after", "parameters")
+
+
+def _part_rows(parts: Sequence[PrunedPart]) -> list[Sequence[object]]:
+    return [
+        (
+            entry.layer,
+            entry.component,
+            entry.part,
+            entry.before,
+            entry.after,
+            _change(entry.parameters_before, entry.parameters_after),
+        )
+        for entry in parts
+    ]
 
 
 def _change(before: int, after: int) -> str:
     return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def count_parameters(model: object) -> dict[str, Counts]:
+    """Returns what the decoder layers of each component of a live model cost.
+
+    Args:
+        model: a module or pipeline, as `apply_moe_` takes it, swapped or not.
+
+    Raises:
+        ValueError: it has no decoder layers of a known structure.
+    """
+    with context("count_parameters"):
+        decoder = find_decoder(model)
+    return {component: count_component(decoder, component) for component in SUFFIXES}
+
+
+def count_component(decoder: Decoder, component: str) -> Counts:
+    """Returns what the decoder layers of one component cost."""
+    counts = Counts()
+    for layer in range(len(decoder.layers)):
+        for name in (*attention_modules(component), *ffn_modules(component)):
+            slot = decoder.slot(layer, name)
+            if slot is not None and slot.module is not None:
+                role = name.rpartition(".")[2].removesuffix(SUFFIXES["gen"])
+                counts += _count_module(slot.module, role)
+    return counts
+
+
+def _count_module(module: nn.Module, role: str) -> Counts:
+    """Returns what one module of a decoder layer costs; `role` says what it is, as in `q_proj`."""
+    counts = Counts()
+    for path, weight in module.named_parameters():
+        inner = path.rpartition(".")[0] or role
+        counts += count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
+        if is_packed(weight):
+            unpacked_bytes = weight.numel() * weight.dtype.itemsize
+            counts += Counts(bytes=stored_bytes(weight) - unpacked_bytes)
+    if isinstance(module, SparseMoE):
+        idle = module.num_experts - module.top_k
+        flops = 2 * 3 * module.hidden_size * module.layout.expert_width * idle
+        counts += Counts(flops_per_token=-flops)
+    return counts
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Returns the bytes that a plain or packed weight takes."""
+    if not is_packed(weight):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(getattr(weight, name).nbytes for name in names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores as users give them to a transform, brought into one shape and checked."""
+"""Scores as users give them to a transform, brought into one form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LayerScores = Mapping[int, Tensor] | Tensor
 Scores = Mapping[str, LayerScores] | LayerScores
 
 
-def of_component(scores: Scores | None, component: str, *, where: str) -> LayerScores | None:
+def of_component(scores: Scores | None, component: str) -> LayerScores | None:
     """Returns the scores of one component, which may be given alone or beside those of others.
 
     Raises:
@@ -25,20 +25,13 @@ def of_component(scores: Scores | None, component: str, *, where: str) -> LayerS
     if not any(isinstance(key, str) and not key.isdigit() for key in by_name):
         return scores  # type: ignore[return-value]
     if component not in by_name:
-        raise ValueError(
-            f"{where}: scores must hold component {component}, got {list_some(by_name)}"
-        )
+        raise ValueError(f"scores must hold component {component}, got {list_some(by_name)}")
     found: LayerScores = by_name[component]
     return found
 
 
-def by_layer(
-    scores: LayerScores | None,
-    selected: Sequence[int],
-    num_layers: int,
-    *,
-    where: str,
-    exact: bool = False,
+def scores_by_layer(
+    scores: LayerScores | None, selected: Sequence[int], num_layers: int, *, exact: bool = False
 ) -> Mapping[int, Tensor] | None:
     """Returns scores by layer, at least those of every selected one; None when there are none.
 
@@ -51,10 +44,10 @@ def by_layer(
     if scores is None:
         return None
     if not isinstance(scores, Mapping):
-        stacked = as_scores(scores, where=where)
+        stacked = as_scores(scores)
         if stacked.ndim != 2 or stacked.shape[0] != num_layers:
             raise ValueError(
-                f"{where}: scores must have shape [{num_layers} layers, intermediate_size], "
+                f"scores must have shape [{num_layers} layers, intermediate_size], "
                 f"got {list(stacked.shape)}"
             )
         return dict(enumerate(stacked))
@@ -65,9 +58,7 @@ def by_layer(
         got = [f"none for {list_some(missing)}"] * bool(missing)
         got += [f"some for {list_some(extra)}"] * bool(extra)
         raise ValueError(
-            f"{where}: scores must be given for the selected layers, {list_some(selected)}, "
+            f"scores must be given for the selected layers, {list_some(selected)}, "
             f"got {' and '.join(got)}"
         )
-    return {
-        layer: as_scores(value, where=f"{where}: layer {layer}") for layer, value in scores.items()
-    }
+    return {layer: as_scores(value) for layer, value in scores.items()}

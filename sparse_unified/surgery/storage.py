@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Report, format_bytes, format_table, optional
-from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified._common import Report, context, format_bytes, optional
+from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.stored import is_packed
-from sparse_unified.surgery.find import Target, find_host, select_held
-from sparse_unified.surgery.weights import projection_names, read_weights
+from sparse_unified.surgery.cuts import naming, select
+from sparse_unified.surgery.decoder import Target, find_decoder
+from sparse_unified.surgery.ffn import projection_names, read_weights
+from sparse_unified.surgery.report import stored_bytes
 
 # Storage -> the configuration of torchao that makes it.
 STORAGES = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
-_FUSED = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,20 +77,24 @@ class QuantizeReport(Report):
     storage: str
     layers: tuple[QuantizedLayer, ...]
 
-    def to_text(self) -> str:
-        before = sum(entry.bytes_before for entry in self.layers)
-        after = sum(entry.bytes_after for entry in self.layers)
-        rows: list[Sequence[object]] = [("layer", "module", "before", "after")]
-        for entry in self.layers:
-            sizes = (format_bytes(entry.bytes_before), format_bytes(entry.bytes_after))
-            rows.append((entry.layer, entry.path, *sizes))
+    def title(self) -> str:
+        sizes = [sum(getattr(entry, name) for entry in self.layers) for name in _SIZES]
         return (
             f"quantize_weights_: {len(self.layers)} FFNs stored as {self.storage}, "
-            f"{format_bytes(before)} -> {format_bytes(after)}\n{format_table(rows, header=True)}"
+            f"{format_bytes(sizes[0])} -> {format_bytes(sizes[1])}"
         )
 
-    def __str__(self) -> str:
-        return self.to_text()
+    def headings(self) -> Sequence[str]:
+        return "layer", "module", "before", "after"
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
+            (entry.layer, entry.path, *(format_bytes(getattr(entry, name)) for name in _SIZES))
+            for entry in self.layers
+        ]
+
+
+_SIZES = ("bytes_before", "bytes_after")
 
 
 @torch.no_grad()
@@ -115,26 +119,26 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> QuantizeReport:
         TypeError: config is no QuantizeConfig.
         ImportError: torchao is not installed.
     """
-    where = "quantize_weights_"
-    if not isinstance(config, QuantizeConfig):
-        raise TypeError(f"{where}: config must be a QuantizeConfig, got {type(config).__name__}")
-    targets: list[Target] = []
-    for component in config.components:
-        host = find_host(model, where=where, component=component)
-        for layer in select_held(host, config.layers, [FFN_NAMES[component]], where=where):
-            targets.append(host.target(layer, component, where=where))
-    for target in targets:
-        _check(target.ffn, target.describe(where))
-    torchao(where)
+    with context("quantize_weights_"):
+        if not isinstance(config, QuantizeConfig):
+            raise TypeError(f"config must be a QuantizeConfig, got {type(config).__name__}")
+        targets = [
+            target
+            for component in config.components
+            for target in _targets(model, component, config)
+        ]
+        for target in targets:
+            with naming(target):
+                _check(target.ffn)
     entries = []
     for target in targets:
         before = ffn_bytes(target.ffn)
-        quantize_ffn_(target.ffn, config.storage, where=where)
+        quantize_ffn_(target.ffn, config.storage)
         entries.append(
             QuantizedLayer(
                 layer=target.layer,
                 component=target.component,
-                path=target.path,
+                path=target.slot.path,
                 bytes_before=before,
                 bytes_after=ffn_bytes(target.ffn),
             )
@@ -142,42 +146,42 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> QuantizeReport:
     return QuantizeReport(storage=config.storage, layers=tuple(entries))
 
 
-def torchao(where: str) -> Any:
-    """Imports torchao's quantization; ImportError says how to get it."""
-    return optional("torchao.quantization", "quant", purpose=where)
+def _targets(model: object, component: str, config: QuantizeConfig) -> list[Target]:
+    decoder, name = find_decoder(model, component), FFN_NAMES[component]
+    layers = select(
+        config.layers,
+        len(decoder.layers),
+        lambda layer: decoder.has(layer, name),
+        f"{component} FFN",
+    )
+    return [decoder.target(layer, component) for layer in layers]
 
 
 @torch.no_grad()
-def quantize_ffn_(ffn: nn.Module, storage: str, *, where: str) -> None:
-    """Packs the weights of one checked FFN, see `quantize_weights_`."""
-    if isinstance(ffn, SparseMoE):
-        for name in _FUSED:
-            setattr(ffn, name, _packed(getattr(ffn, name), storage, where))
-        return
-    for name in projection_names(ffn):
-        part = getattr(ffn, name)
-        part.weight = _packed(part.weight, storage, where)
+def quantize_ffn_(ffn: nn.Module, storage: str) -> None:
+    """Packs the weights of one checked FFN, see `quantize_weights_`.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    for module, name in _weights(ffn):
+        setattr(module, name, _packed(getattr(module, name), storage))
 
 
 def ffn_bytes(ffn: nn.Module) -> int:
     """Returns the bytes of the three weights of a FFN as they are stored."""
+    return sum(stored_bytes(getattr(module, name)) for module, name in _weights(ffn))
+
+
+def _weights(ffn: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Returns the modules that hold the weights of a FFN, with their attributes."""
     if isinstance(ffn, SparseMoE):
-        weights = [getattr(ffn, name) for name in _FUSED]
-    else:
-        weights = [getattr(ffn, name).weight for name in projection_names(ffn)]
-    return sum(map(stored_bytes, weights))
+        return [(ffn, name) for name in PROJECTIONS]
+    return [(getattr(ffn, name), "weight") for name in projection_names(ffn)]
 
 
-def stored_bytes(weight: Tensor) -> int:
-    """Returns the bytes that a plain or packed weight takes."""
-    if not is_packed(weight):
-        return weight.nbytes
-    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
-    return sum(getattr(weight, name).nbytes for name in names)
-
-
-def _packed(weight: Tensor, storage: str, where: str) -> nn.Parameter:
-    library = torchao(where)
+def _packed(weight: Tensor, storage: str) -> nn.Parameter:
+    library = optional("torchao.quantization", "quant")
     # torchao packs the weights of linear layers, so each one takes a turn in one.
     shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     shell.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -186,18 +190,15 @@ def _packed(weight: Tensor, storage: str, where: str) -> nn.Parameter:
     return nn.Parameter(shell.weight.detach(), requires_grad=False)
 
 
-def _check(ffn: nn.Module, at: str) -> None:
-    if isinstance(ffn, SparseMoE):
-        for name in _FUSED:
-            weight = getattr(ffn, name)
-            if is_packed(weight) or weight.is_meta:
-                got = "a meta tensor" if weight.is_meta else type(weight).__name__
-                raise ValueError(f"{at}: {name} must be a plain tensor in memory, got {got}")
-        return
-    read_weights(ffn, at)
-    for name in projection_names(ffn):
-        part = getattr(ffn, name)
-        if not isinstance(part, nn.Linear):
-            raise ValueError(f"{at}: {name} must be an nn.Linear, got a {type(part).__name__}")
-        if part.weight.is_meta:
-            raise ValueError(f"{at}: {name} must be a plain tensor in memory, got a meta tensor")
+def _check(ffn: nn.Module) -> None:
+    if not isinstance(ffn, SparseMoE):
+        read_weights(ffn)
+    for module, name in _weights(ffn):
+        weight = getattr(module, name)
+        if module is not ffn and not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"projections must be an nn.Linear each, got a {type(module).__name__}"
+            )
+        if is_packed(weight) or weight.is_meta:
+            got = "a meta tensor" if weight.is_meta else type(weight).__name__
+            raise ValueError(f"{name} must be a plain tensor in memory, got {got}")
