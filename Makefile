@@ -145,8 +145,8 @@ demo: $(LIBRARY)  ## from nothing to a table and a picture under demo/
 	@$(RUN) python examples/demo.py --out demo
 
 reproduce: $(LIBRARY)  ## the study of docs/miniature.md, or what is missing of it, in build/study
-	@$(RUN) sparse-unified mini study build/study --jobs 2
-	@$(RUN) sparse-unified mini report build/study --plot build/study.png > build/study.md
+	@$(RUN) python examples/miniature study build/study --jobs 2
+	@$(RUN) python examples/miniature report build/study --plot build/study.png > build/study.md
 
 bench: $(LIBRARY)  ## the speed of the block beside its baselines, on the CPU
 	@$(RUN) sparse-unified bench --device cpu

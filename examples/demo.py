@@ -24,6 +24,9 @@ import torch
 from demo_picture import Bar, Row, draw
 from torch import Tensor
 
+from miniature import scenes
+from miniature.data import training_data
+from miniature.evaluate import EvaluationConfig, evaluate, generate
 from sparse_unified import __version__
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.bagel import BagelPipeline
@@ -32,9 +35,6 @@ from sparse_unified.bench.cases import CASES
 from sparse_unified.bench.measure import inputs, measure_interleaved
 from sparse_unified.bench.suites import block_providers
 from sparse_unified.checkpoint import PruneWidthConfig, convert, invert, prune, verify
-from sparse_unified.mini import scenes
-from sparse_unified.mini.data import training_data
-from sparse_unified.mini.evaluate import EvaluationConfig, evaluate, generate
 from sparse_unified.mini.model import MiniTask, load_pipeline, write_model
 from sparse_unified.nn import SparseMoE
 
@@ -196,7 +196,7 @@ def tune(model: Bagel, task: MiniTask, steps: int) -> None:
         config = TrainingConfig(
             steps=steps, batch_size=32, learning_rate=1e-3, warmup_steps=5, seed=1 + number
         )
-        Trainer(model, training_data(task), config, ahead=True).run()
+        Trainer(model, training_data(task), config).run()
 
 
 def sparse_blocks(pipeline: BagelPipeline) -> list[SparseMoE]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error and savings of step caches: `python experiments/step_cache.py`.
+"""Error and savings of step caches: `PYTHONPATH=examples python experiments/step_cache.py`.
 
 Draws pictures with the trained model of scenes (`sparse_unified.mini`), all steps computed, then
 with step caches, then with so many fewer timesteps, and prints how far the latents are from those
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from miniature import scenes
+from miniature.evaluate import generate, held_out_prompts
 from sparse_unified.bagel import Bagel, SamplingConfig, StepCache
 from sparse_unified.bagel.sampler import computed_steps
-from sparse_unified.mini import scenes
-from sparse_unified.mini.evaluate import generate, held_out_prompts
 from sparse_unified.mini.model import SHAPES, MiniTask, mini_config, trained_weights
 
 _TASK = MiniTask.SCENES

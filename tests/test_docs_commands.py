@@ -21,6 +21,7 @@ import pytest
 import torch
 from checkpoint_files import GOLDEN
 
+from miniature.__main__ import main as miniature
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import convert, prune
 from sparse_unified.cli import build_parser, main
@@ -71,7 +72,7 @@ NOT_RUN = {
     "make": "a target of the Makefile, which runs this test or what CI runs beside it",
     "pip install": "changes the environment; tests/wheel_smoke.py installs into one of its own",
     "python experiments/full_scale.py": "writes a model of 29 GB",
-    "sparse-unified mini train": "takes an hour; tests/test_mini_study.py trains a few steps",
+    "python examples/miniature train": "takes an hour",
     "pytest": "BAGEL_REPO names a checkout that is not here; tests/test_swap_official.py is run",
 }
 LANGUAGES = ("", "sh", "bash")
@@ -164,6 +165,10 @@ def test_the_commands_of_a_document_run(
         if not_run(command) is not None:
             continue
         arguments = arguments_of(command)
+        if arguments[0] == "examples/miniature":
+            miniature(arguments[1:])
+            made.add("miniature")
+            continue
         writes = arguments[0] in ("convert", "prune", "invert", "adapt")
         if writes and (folder / arguments[2]).exists():
             shutil.rmtree(arguments[2])  # of the command before, or there for documents without it

@@ -6,11 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from miniature import digits, scenes
 from sparse_unified.bagel.tokenizer import Tokenizer
-from sparse_unified.mini import digits, scenes
 from sparse_unified.mini.autoencoder import identity_autoencoder
-from sparse_unified.mini.model import MiniTask, load_pipeline, new_model, write_model
-from sparse_unified.mini.words import MARKERS, encode, write_tokenizer
+from sparse_unified.mini.model import (
+    MARKERS,
+    TOKENIZER,
+    MiniTask,
+    encode,
+    load_pipeline,
+    new_model,
+    write_model,
+)
 
 
 def test_a_scene_drawn_from_any_prompt_scores_1():
@@ -144,9 +151,8 @@ def test_the_judge_of_digits_knows_held_out_digits():
     assert found["frechet"] < digits.score(numbers[test].tolist(), -pixels[test])["frechet"] / 10
 
 
-def test_the_tokenizer_gives_every_word_its_own_id(tmp_path):
-    write_tokenizer(tmp_path)
-    tokenizer = Tokenizer.from_directory(tmp_path)
+def test_the_tokenizer_gives_every_word_its_own_id():
+    tokenizer = Tokenizer.from_directory(TOKENIZER)
     texts = [prompt.text for prompt in scenes.all_prompts()]
     texts += [digits.prompt_of(n) for n in range(10)] + [digits.QUESTION, "An unknown word"]
     for text in texts:

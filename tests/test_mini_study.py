@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from miniature.__main__ import main
+from miniature.data import training_data
+from miniature.evaluate import EvaluationConfig, evaluate, generate, velocity_error
+from miniature.report import BEGIN, END, Verdict, fill_page, read_records, verdicts
+from miniature.study import StudyConfig, run_study
 from sparse_unified.bagel.segments import LatentSegment, TextSegment, VitSegment
 from sparse_unified.checkpoint import convert
-from sparse_unified.cli import build_parser, main
-from sparse_unified.mini.data import training_data
-from sparse_unified.mini.evaluate import EvaluationConfig, evaluate, generate, velocity_error
 from sparse_unified.mini.model import WEIGHTS, MiniTask, load_pipeline, write_model
-from sparse_unified.mini.report import BEGIN, END, Verdict, fill_page, read_records, verdicts
-from sparse_unified.mini.study import PARTS, StudyConfig, run_study
 from sparse_unified.nn import SparseMoE
 
 SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=6, pictures=1)
@@ -56,7 +56,7 @@ def test_what_is_shipped_says_how_it_was_made_and_is_small(task):
     assert (folder / "ema.safetensors").stat().st_size <= 4 * 2**20
     about = json.loads((folder / "training.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert about["command"] == f"sparse-unified mini train {task.value} OUT"
+    assert about["command"] == f"python examples/miniature train {task.value} OUT"
     assert log[-1]["step"] == about["training"]["steps"]
     assert log[-1]["loss"] < log[0]["loss"] / 4
     with safe_open(folder / "ema.safetensors", "pt") as file:
@@ -123,13 +123,8 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path):
     assert "control: static half, untrained | 0 | not run" in page.read_text()
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("after\n")
-    assert main(["mini", "report", str(tmp_path), "--json", str(tmp_path / "all.json")]) == 0
+    main(["report", str(tmp_path), "--json", str(tmp_path / "all.json")])
     assert read_records(tmp_path / "all.json") == records
-
-
-def test_the_command_offers_every_part():
-    for name in PARTS:
-        assert build_parser().parse_args(["mini", "study", "out", "--part", name]).part == [name]
 
 
 def test_a_verdict_needs_every_seed():

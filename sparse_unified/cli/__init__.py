@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sparse_unified.cli import adapt, analysis, checkpoint, generate
-from sparse_unified.cli import mini as study
 from sparse_unified.cli.console import (
     PROG,
     CommandParser,
@@ -48,7 +47,6 @@ def build_parser() -> CommandParser:
     )
     actions = mini.add_subparsers(title="actions", metavar="ACTION", required=True)
     add_commands(actions, checkpoint.MINI_WRITE)
-    study.add_commands(actions)
     commands.add_parser(
         "bench",
         help="measure the sparse FFN beside its baselines",

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,11 +19,18 @@ from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.mini import digits, scenes
 from sparse_unified.mini.autoencoder import identity_autoencoder
-from sparse_unified.mini.words import MARKERS, vocabulary, write_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
+TOKENIZER = WEIGHTS / "tokenizer"
+UNKNOWN = "<|endoftext|>"
+# The fields of `SpecialTokens`, and the texts that the tokenizer of BAGEL has for them.
+MARKERS = {
+    "bos": "<|im_start|>",
+    "eos": "<|im_end|>",
+    "start_of_image": "<|vision_start|>",
+    "end_of_image": "<|vision_end|>",
+}
 
 
 class MiniTask(str, Enum):
@@ -49,8 +58,8 @@ class MiniShape:
 
 
 SHAPES = {
-    MiniTask.DIGITS: MiniShape(image_size=digits.SIZE, downsample=1, gain=1.0, timestep_shift=1.0),
-    MiniTask.SCENES: MiniShape(image_size=scenes.SIZE, downsample=2, gain=1.0, timestep_shift=2.0),
+    MiniTask.DIGITS: MiniShape(image_size=8, downsample=1, gain=1.0, timestep_shift=1.0),
+    MiniTask.SCENES: MiniShape(image_size=16, downsample=2, gain=1.0, timestep_shift=2.0),
 }
 _LATENT_PATCH = 2
 _LLM = LLMConfig(
@@ -59,9 +68,22 @@ _LLM = LLMConfig(
     num_hidden_layers=6,
     num_attention_heads=4,
     num_key_value_heads=2,
-    vocab_size=len(vocabulary()),
+    vocab_size=43,
     rope_theta=1e4,
 )
+
+
+@cache
+def vocabulary() -> dict[str, int]:
+    """Returns the id of every word and marker, from 0; a word outside becomes `UNKNOWN`."""
+    stated = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    return dict(stated["model"]["vocab"])
+
+
+def encode(text: str) -> list[int]:
+    """Returns the ids of a text, without bos and eos, as the tokenizer does."""
+    ids = vocabulary()
+    return [ids.get(word, ids[UNKNOWN]) for word in text.lower().split()]
 
 
 def mini_config(task: MiniTask) -> BagelConfig:
@@ -159,7 +181,7 @@ def write_model(
     }
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-    write_tokenizer(directory)
+    shutil.copytree(TOKENIZER, directory, dirs_exist_ok=True)
     return directory
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from miniature.data import training_data
 from sparse_unified.adapt import StepRecord, Trainer, TrainingConfig
-from sparse_unified.mini.data import training_data
 from sparse_unified.mini.model import MiniTask, new_model
 
 LOG_EVERY, WRITE_EVERY = 20, 200
@@ -72,7 +72,7 @@ def train_dense(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     model = new_model(task, training.seed)
-    trainer = Trainer(model, training_data(task), training.config(), ahead=True)
+    trainer = Trainer(model, training_data(task), training.config())
     with (out / "log.jsonl").open("w", encoding="utf-8") as log:
 
         def on_step(record: StepRecord) -> None:
@@ -93,7 +93,7 @@ def train_dense(
     _write_weights(trainer, out)
     about = {
         "task": task.value,
-        "command": f"sparse-unified mini train {task.value} OUT",
+        "command": f"python examples/miniature train {task.value} OUT",
         "training": training.config().to_dict(),
         "parameters": report.parameters,
         "seconds": round(report.seconds, 1),

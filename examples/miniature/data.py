@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from miniature import digits, scenes
 from sparse_unified.adapt import (
     SequenceConfig,
     SequenceDataset,
@@ -13,9 +14,7 @@ from sparse_unified.adapt import (
     understanding_sequence,
 )
 from sparse_unified.bagel.segments import Segment
-from sparse_unified.mini import digits, scenes
-from sparse_unified.mini.model import SHAPES, MiniTask, mini_config
-from sparse_unified.mini.words import encode
+from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_config
 
 _SCENES_PER_EPOCH = 4096
 _QUESTIONS_PER_SCENE = 4

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from miniature import digits, scenes
+from miniature.data import latent_of
 from sparse_unified.adapt import SequenceConfig, generation_sequence
 from sparse_unified.bagel.conditioning import build_guidance
 from sparse_unified.bagel.model import Bagel
@@ -18,10 +20,7 @@ from sparse_unified.bagel.sampler import SamplingConfig, initial_noise, sample_l
 from sparse_unified.bagel.training import training_forward
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify
-from sparse_unified.mini import digits, scenes
-from sparse_unified.mini.data import latent_of
-from sparse_unified.mini.model import SHAPES, MiniTask, mini_autoencoder
-from sparse_unified.mini.words import encode
+from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_autoencoder
 
 _NUM_TIMESTEPS = 21
 _BATCH = 100

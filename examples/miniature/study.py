@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from miniature.data import MiniDataset, training_data
+from miniature.evaluate import EvaluationConfig, answers, evaluate, generate
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze, init_router_
 from sparse_unified.analysis import (
     FfnKey,
@@ -45,8 +47,6 @@ from sparse_unified.analysis import (
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.experts import Partition
-from sparse_unified.mini.data import MiniDataset, training_data
-from sparse_unified.mini.evaluate import EvaluationConfig, answers, evaluate, generate
 from sparse_unified.mini.model import MiniTask, mini_config, trained_weights
 from sparse_unified.surgery import (
     MoEConfig,
@@ -342,7 +342,6 @@ class _Study:
                 warmup_steps=min(10, config.steps - 1),
                 seed=1 + len(STAGES) * self.seed + stage,
             ),
-            ahead=True,
         ).run()
 
     def _calibrate(self, task: str) -> tuple[FfnStatistics, Similarity]:
