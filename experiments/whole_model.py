@@ -44,8 +44,7 @@ from sparse_unified.bagel import (
     build_guidance,
     sample_latents,
 )
-from sparse_unified.bagel.loading import official_tensors
-from sparse_unified.bagel.placement import Task, leave_out, unneeded
+from sparse_unified.bagel.loading import Task, leave_out, official_tensors, unneeded
 from sparse_unified.bagel.sampler import computed_steps, guided_steps, initial_noise
 from sparse_unified.checkpoint.memory import memory
 from sparse_unified.checkpoint.writer import build_header

@@ -21,7 +21,7 @@ from sparse_unified.adapt import (
     understanding_sequence,
 )
 from sparse_unified.bagel import Bagel
-from sparse_unified.bagel.segments import Segment
+from sparse_unified.bagel.packing import Segment
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"

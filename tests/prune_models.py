@@ -23,7 +23,7 @@ from sparse_unified.bagel import (
     build_guidance,
     load_bagel,
 )
-from sparse_unified.bagel.cache import Context
+from sparse_unified.bagel.attention import KVCache
 from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.surgery import prune_heads_, prune_width_, skip_layers_
@@ -118,7 +118,7 @@ def layer_of(model: Bagel, layer: int) -> Any:
     return model.language_model.model.layers[layer]
 
 
-def contexts(model: Bagel) -> list[Context]:
+def contexts(model: Bagel) -> list[KVCache]:
     """Returns the contexts of two prompts, one behind an image seen through VAE and ViT."""
     generator = torch.Generator().manual_seed(1)
     image = ContextImage(

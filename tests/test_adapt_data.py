@@ -20,7 +20,7 @@ from sparse_unified.adapt.pictures import PictureDataset
 from sparse_unified.adapt.records import Records, open_records
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel import BagelPipeline, LatentSegment, TextSegment, VitSegment
-from sparse_unified.bagel.conditioning import ContextImage
+from sparse_unified.bagel.images import ContextImage
 from sparse_unified.fixtures import write_checkpoint
 
 GENERATION, EDITING, UNDERSTANDING = Task.GENERATION, Task.EDITING, Task.UNDERSTANDING
@@ -142,7 +142,7 @@ def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").unlink()
     (tmp_path / "x.txt").write_text("a caption")
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"x.png: .* must be a readable picture"):
+    with pytest.raises(ValueError, match=r"x.png: .* must be a readable image"):
         open_records(tmp_path).read(0)
 
 
@@ -151,7 +151,7 @@ def test_sequences_hold_what_the_pipeline_would_show(
 ) -> None:
     data: Records = open_records(write_folder(tmp_path / "data"))
     never = SequenceConfig(text_dropout=0, vit_dropout=0, vae_dropout=0)
-    dataset = PictureDataset(data, pipeline.pictures, pipeline.tokenizer, never)
+    dataset = PictureDataset(data, pipeline.image_processor, pipeline.tokenizer, never)
     assert [task for _, task in dataset.samples] == [task for tasks in TASKS for task in tasks]
     draws = torch.Generator().manual_seed(0)
     generation = dataset.sequence(0, draws)
@@ -165,7 +165,7 @@ def test_sequences_hold_what_the_pipeline_would_show(
     ids = pipeline.tokenizer.encode("picture 0")
     assert list(text.token_ids) == [special.bos, *ids, special.eos]
     assert not text.predict
-    seen = pipeline.pictures.look(data.read(0).image, vae=True)
+    seen = pipeline.image_processor.encode(data.read(0).image, vae=True)
     assert seen.latent is not None
     torch.testing.assert_close(noised.latent, seen.latent)
     assert noised.time is not None
@@ -176,7 +176,7 @@ def test_sequences_hold_what_the_pipeline_would_show(
     assert [type(part) for part in answer] == [VitSegment, TextSegment, TextSegment]
     assert [part.predict for part in answer if isinstance(part, TextSegment)] == [False, True]
     assert isinstance(answer[0], VitSegment)
-    look = pipeline.pictures.look(data.read(1).image, vae=False)
+    look = pipeline.image_processor.encode(data.read(1).image, vae=False)
     torch.testing.assert_close(answer[0].pixels, look.vit_pixels)
 
     assert [type(part) for part in edit] == [LatentSegment, VitSegment, TextSegment, LatentSegment]
@@ -188,9 +188,9 @@ def test_latents_are_encoded_once_where_they_are_kept(
     pipeline: BagelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = open_records(write_folder(tmp_path / "data"))
-    plain = PictureDataset(data, pipeline.pictures, pipeline.tokenizer)
+    plain = PictureDataset(data, pipeline.image_processor, pipeline.tokenizer)
     kept = PictureDataset(
-        data, pipeline.pictures, pipeline.tokenizer, latent_cache=tmp_path / "latents"
+        data, pipeline.image_processor, pipeline.tokenizer, latent_cache=tmp_path / "latents"
     )
 
     def latent(dataset: PictureDataset) -> Tensor:
@@ -207,23 +207,23 @@ def test_max_side_and_tasks_choose(pipeline: BagelPipeline, tmp_path: Path) -> N
     data = open_records(write_folder(tmp_path / "data"))
     step = pipeline.model.config.latent_downsample
     small = PictureDataset(
-        data, pipeline.pictures, pipeline.tokenizer, tasks=["generation"], max_side=2 * step
+        data, pipeline.image_processor, pipeline.tokenizer, tasks=["generation"], max_side=2 * step
     )
     assert {task for _, task in small.samples} == {GENERATION}
     last = small.sequence(0, torch.Generator())[-1]
     assert isinstance(last, LatentSegment)
     assert max(last.latent.shape[1:]) == 2 * pipeline.model.config.latent_patch_size
     with pytest.raises(ValueError, match=r"--max-side: side must be at least"):
-        PictureDataset(data, pipeline.pictures, pipeline.tokenizer, max_side=step - 1)
+        PictureDataset(data, pipeline.image_processor, pipeline.tokenizer, max_side=step - 1)
     with pytest.raises(ValueError, match=r"--tasks: name must be one of .*, got 'drawing'"):
-        PictureDataset(data, pipeline.pictures, pipeline.tokenizer, tasks=["drawing"])
+        PictureDataset(data, pipeline.image_processor, pipeline.tokenizer, tasks=["drawing"])
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "0.png").write_bytes(picture(0))
     (tmp_path / "one" / "0.txt").write_text("x")
     with pytest.raises(ValueError, match=r"a record must be of use for editing, got none of 1"):
         PictureDataset(
             open_records(tmp_path / "one"),
-            pipeline.pictures,
+            pipeline.image_processor,
             pipeline.tokenizer,
             tasks=[EDITING],
         )

@@ -18,9 +18,14 @@ from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.select import freeze_component
 from sparse_unified.bagel import Bagel, LatentSegment, TextSegment, pack_training, training_forward
-from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
-from sparse_unified.bagel.layer_config import ExpertConfig
-from sparse_unified.bagel.segments import TrainingBatch
+from sparse_unified.bagel.config import (
+    BagelConfig,
+    ExpertConfig,
+    LLMConfig,
+    SpecialTokens,
+    VisionConfig,
+)
+from sparse_unified.bagel.packing import TrainingBatch
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 

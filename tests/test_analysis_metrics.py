@@ -60,7 +60,7 @@ def test_velocity_error_is_the_flow_matching_loss(pipeline: Any, tmp_path: Path)
     losses = []
     for sample in samples:
         assert sample.image is not None
-        pixels = pipeline.pictures.for_vae(Image.open(sample.image))
+        pixels = pipeline.image_processor.for_vae(Image.open(sample.image))
         x0 = patchify(pipeline.vae.encode(pixels[None])[0], 2)
         noise = initial_noise(*x0.shape, sample.seed)
         context = guidance_of(pipeline, sample).full

@@ -111,9 +111,9 @@ def test_drawn_pictures_show_their_shapes_and_are_always_the_same(tmp_path: Path
         ({"prompt": "x", "image": 3}, "image must be a file name, got 3"),
         (
             {"prompt": "x", "image": "none.png"},
-            r"none\.png must be a readable picture, got No",
+            r"none\.png must be a readable image, got No",
         ),
-        ({"prompt": "x", "image": "p.jsonl"}, "must be a readable picture, got a file of another"),
+        ({"prompt": "x", "image": "p.jsonl"}, "must be a readable image, got a file of another"),
     ],
 )
 def test_damaged_lines_are_refused(line: Any, message: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sparse_unified.bagel import (
     VAEConfig,
     VisionConfig,
 )
-from sparse_unified.bagel.shapes import bagel_config, vae_config
+from sparse_unified.bagel.config import bagel_config, vae_config
 from sparse_unified.testing import build_vae, read_case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -157,8 +157,8 @@ def test_illegal_sizes_are_refused(make: Any, message: str) -> None:
     ],
 )
 def test_illegal_image_sizes_are_refused(height: Any, width: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"here: {message}"):
-        describe().token_grid(height, width, where="here")
+    with pytest.raises(ValueError, match=message):
+        describe().token_grid(height, width)
 
 
 def test_sparse_layers_are_copied_from_the_caller() -> None:

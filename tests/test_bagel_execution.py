@@ -21,11 +21,10 @@ from sparse_unified.bagel import (
     SamplingConfig,
     StepCache,
     build_guidance,
-    execution,
     sample_latents,
 )
-from sparse_unified.bagel.denoiser import Denoiser
 from sparse_unified.bagel.execution import ReplayedStep
+from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE
@@ -133,11 +132,23 @@ class Emulated:
         return replay, results
 
 
-def test_a_recorded_step_is_replayed_with_other_images_and_times(model: Bagel) -> None:
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    """CUDA graphs, on the CPU."""
+    recorder = Emulated()
+    monkeypatch.setattr(ReplayedStep, "_warm_up", lambda step: recorder.warm_up(step._run))
+    monkeypatch.setattr(ReplayedStep, "_record", lambda step: recorder.record(step._run))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Execution, "check", lambda self, model: None)
+    return recorder
+
+
+def test_a_recorded_step_is_replayed_with_other_images_and_times(
+    model: Bagel, emulated: Emulated
+) -> None:
     [guidance] = build_guidance(model, [[21, 30]])
     denoiser = Denoiser(model, [(2, 3)], [[guidance.full, guidance.without_text]])
-    emulated = Emulated()
-    step = ReplayedStep(denoiser, emulated)
+    step = ReplayedStep(denoiser, torch.device("cpu"), None)
     kept = []
     for number, time in enumerate((0.9, 0.7, 0.2)):
         x = [torch.randn(6, 16, generator=torch.Generator().manual_seed(number))]
@@ -152,11 +163,8 @@ def test_a_recorded_step_is_replayed_with_other_images_and_times(model: Bagel) -
 
 @pytest.mark.parametrize("cache", [None, StepCache(interval=2, order=1, first=2)])
 def test_images_of_replayed_steps_are_those_of_plain_ones(
-    model: Bagel, monkeypatch: pytest.MonkeyPatch, cache: StepCache | None
+    model: Bagel, emulated: Emulated, cache: StepCache | None
 ) -> None:
-    emulated = Emulated()
-    monkeypatch.setattr(execution, "CudaRecorder", lambda device: emulated)
-    monkeypatch.setattr(Execution, "check", lambda self, model: None)
     prompts = [[21, 30], [33]]
     replayed = draw(model, prompts, run=Execution(cuda_graphs=True), cache=cache)
     for own, expected in zip(replayed, draw(model, prompts, cache=cache), strict=True):

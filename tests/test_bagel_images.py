@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sparse_unified.bagel import AutoEncoder, VAEConfig
-from sparse_unified.bagel.transforms import (
+from sparse_unified.bagel.images import (
     ImageTransform,
     to_image,
     to_rgb,

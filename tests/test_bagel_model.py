@@ -25,11 +25,11 @@ from sparse_unified.bagel import (
     generate_tokens,
     sample_latents,
 )
-from sparse_unified.bagel.attention import RMSNorm, attend
-from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.bagel.attention import RMSNorm, attend, rotary_angles, rotate
 from sparse_unified.bagel.decoder import run_ffn
-from sparse_unified.bagel.embeddings import grid_positions, rotary_angles, rotate, sincos_table
-from sparse_unified.bagel.vision import patchify, unpatchify
+from sparse_unified.bagel.model import sincos_table
+from sparse_unified.bagel.sampler import see_images
+from sparse_unified.bagel.vision import grid_positions, patchify, unpatchify
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -100,7 +100,7 @@ def test_attention_equals_its_definition(past: int, length: int, causal: bool) -
         ahead = torch.arange(past + length) > torch.arange(past, past + length)[:, None]
         scores = scores.masked_fill(ahead, float("-inf"))
     expected = torch.einsum("hls,hsd->lhd", scores.softmax(-1), value.repeat_interleave(3, 0))
-    out = attend(query, key, value, causal=causal)
+    out = attend(query.transpose(0, 1)[None], key[None], value[None], causal=causal)[0]
     torch.testing.assert_close(out, expected.flatten(1))
 
 

@@ -15,14 +15,18 @@ from torch import Tensor
 from sparse_unified.bagel import (
     BagelPipeline,
     ContextImage,
-    Renorm,
     SamplingConfig,
     build_guidance,
     sample_latents,
 )
-from sparse_unified.bagel.inputs import check_seeds, sampling_config
-from sparse_unified.bagel.sampler import initial_noise
-from sparse_unified.bagel.thinking import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
+from sparse_unified.bagel.pipeline import (
+    THINK_BEFORE_ANSWER,
+    THINK_BEFORE_IMAGE,
+    ImageRequest,
+    check_seeds,
+    image_batches,
+)
+from sparse_unified.bagel.sampler import Renorm, initial_noise
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.testing import read_case, replay
 
@@ -219,13 +223,13 @@ def test_chat_without_pictures_is_text_to_text(pipeline: BagelPipeline) -> None:
 
 def test_chat_sees_through_the_vit_alone(pipeline: BagelPipeline, photo: Image.Image) -> None:
     answer = pipeline.chat("hello", images=photo, max_length=2)
-    rows, columns = (side // 14 for side in pipeline.pictures.for_vit.size(128, 80)[::-1])
+    rows, columns = (side // 14 for side in pipeline.image_processor.for_vit.size(128, 80)[::-1])
     assert answer.report.context_tokens == rows * columns + 2 + len("hello") + 2
 
 
 def test_report_counts_and_times(pipeline: BagelPipeline) -> None:
     report = pipeline.generate(["a cup", "a dog"], seed=0, **QUICK).report
-    facts = report.as_dict()
+    facts = report.to_dict()
     assert (facts["steps"], facts["image_tokens"]) == (3, 12)
     assert facts["context_tokens"] == 2 * (len("a cup") + 2)
     assert facts["seconds_per_step"] > 0
@@ -257,17 +261,14 @@ def test_bf16_pipeline_stays_near_fp32(pipeline: BagelPipeline, tmp_path: Path) 
 
 
 def test_official_settings_by_task() -> None:
-    given: dict[str, Any] = {
-        "num_timesteps": 50,
-        "timestep_shift": 3.0,
-        "cfg_text_scale": 4.0,
-        "cfg_img_scale": None,
-        "cfg_interval": None,
-        "cfg_renorm_type": None,
-        "cfg_renorm_min": 0.0,
-    }
-    assert sampling_config(False, **given) == SamplingConfig()
-    editing = sampling_config(True, **given)
+    def request(images: list[Any]) -> ImageRequest:
+        return ImageRequest(text="a", images=images, seed=0, size=(32, 32))
+
+    settings = {"cfg_img_scale": None, "cfg_interval": None, "cfg_renorm_type": None}
+    wanted = [request([]), request([object()]), request([])]
+    (alone, plain), (after, editing) = image_batches(wanted, None, settings)
+    assert (alone, after) == ([0, 2], [1])
+    assert plain == SamplingConfig()
     assert (editing.cfg_img_scale, editing.cfg_interval) == (2.0, (0.0, 1.0))
     assert editing.cfg_renorm_type is Renorm.TEXT_CHANNEL
 
@@ -335,4 +336,4 @@ def test_chat_refuses_empty_prompts_and_bad_temperatures(pipeline: BagelPipeline
 
 
 def test_seeds_are_fresh_when_none_is_given() -> None:
-    assert check_seeds(None, 1, where="x") != check_seeds(None, 1, where="x")
+    assert check_seeds(None, 1) != check_seeds(None, 1)

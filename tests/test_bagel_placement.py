@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_, restore_
-from sparse_unified.bagel import BagelPipeline, decoder
-from sparse_unified.bagel.decoder import MAX_HOST_ROWS, run_ffn, visit_ffn
-from sparse_unified.bagel.placement import LAYERS, Offload, Placement, Task, unneeded
+from sparse_unified.bagel import BagelPipeline
+from sparse_unified.bagel.attention import Packing
+from sparse_unified.bagel.decoder import MAX_HOST_ROWS, run_ffn
+from sparse_unified.bagel.loading import LAYERS, Offload, Placement, Task, unneeded
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.nn.stored import is_packed
@@ -73,33 +74,22 @@ def test_und_ffns_stay_in_host_memory() -> None:
 
 @pytest.mark.parametrize("rows", [2, MAX_HOST_ROWS, MAX_HOST_ROWS + 1])
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_rows_and_weights_that_visit_each_other_compute_the_same(kind: str, rows: int) -> None:
+def test_ffns_in_host_memory_compute_the_same(kind: str, rows: int) -> None:
     torch.manual_seed(0)
     sparse = SparseMoE(16, 48, 4, 2, gate_img=True)
+    torch.nn.init.normal_(sparse.gate_img.weight)
     ffn = sparse if kind == "sparse" else SwiGLU(16, 48)
-    named = {"packed_vit_token_indexes": torch.arange(rows)} if kind == "sparse" else {}
+    none = (torch.empty(0, 1, 8), torch.empty(0, 1, 8))
+    packing = Packing(groups=[], und_angles=none, vit_rows=torch.arange(rows))
     x = torch.randn(rows, 16)
     with torch.no_grad():
-        torch.nn.init.normal_(sparse.gate_img.weight)
-        expected = ffn(x, **named)
-        out = visit_ffn(ffn, x, named, home=torch.device("cpu"))
-    expected, out = (y[0] if isinstance(y, tuple) else y for y in (expected, out))
-    assert torch.equal(out, expected)
-
-
-def test_weights_elsewhere_visit_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meta device stands for a GPU: rows there, weights in host memory."""
-    ffn = SwiGLU(16, 48)
-    with torch.no_grad():
-        y = run_ffn(ffn, torch.empty(MAX_HOST_ROWS + 1, 16, device="meta"))
-    assert y.shape == (MAX_HOST_ROWS + 1, 16)
-    assert y.is_meta
-    assert not any(p.is_meta for p in ffn.parameters())
-    homes = []
-    monkeypatch.setattr(decoder, "visit_ffn", lambda ffn, x, named, home: homes.append(home) or x)
-    with torch.no_grad():
-        run_ffn(ffn, torch.empty(2, 16, device="meta"))
-    assert homes == [torch.device("cpu")]
+        expected = run_ffn(ffn, x, packing)
+        assert torch.equal(run_ffn(ffn, x, packing, on_host=True), expected)
+        # The meta device stands for a GPU: weights come to many rows, few rows go to the weights.
+        y = run_ffn(SwiGLU(16, 48), torch.empty(MAX_HOST_ROWS + 1, 16, device="meta"), on_host=True)
+        assert y.is_meta
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            run_ffn(SwiGLU(16, 48), torch.empty(2, 16, device="meta"), on_host=True)
 
 
 def test_offload_and_swaps_go_together(models: dict[str, Path]) -> None:

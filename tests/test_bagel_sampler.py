@@ -13,13 +13,12 @@ from torch import Tensor
 from sparse_unified.bagel import (
     Bagel,
     ContextImage,
-    Renorm,
     SamplingConfig,
     build_guidance,
     sample_latents,
 )
-from sparse_unified.bagel.denoiser import Denoiser
-from sparse_unified.bagel.sampler import guide, initial_noise, timestep_grid
+from sparse_unified.bagel.model import Denoiser
+from sparse_unified.bagel.sampler import Renorm, guide, initial_noise, timestep_grid
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"

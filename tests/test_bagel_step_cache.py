@@ -21,14 +21,14 @@ from sparse_unified.bagel import (
     sample_latents,
     sampler,
 )
-from sparse_unified.bagel.denoiser import Denoiser
+from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import (
+    Expansion,
     computed_steps,
     guided_steps,
     initial_noise,
     timestep_grid,
 )
-from sparse_unified.bagel.step_cache import Expansion
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -484,8 +484,8 @@ def test_pictures_are_edited_and_talked_about(
 
     (tmp_path / "text.png").write_text("no picture")
     for wrong, words in [
-        (["--image", str(tmp_path / "text.png")], "must be a readable picture"),
-        (["--image", str(tmp_path / "none.png")], "must be a readable picture"),
+        (["--image", str(tmp_path / "text.png")], "must be a readable image"),
+        (["--image", str(tmp_path / "none.png")], "must be a readable image"),
         (["--prompts-file", str(tmp_path / "none.txt")], "must be readable text"),
         (["--device", "toaster"], "must be a device of this torch"),
         (["--device", "meta"], "--device: name must be a device that holds data, got 'meta'"),

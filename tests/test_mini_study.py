@@ -14,7 +14,7 @@ from miniature.data import training_data
 from miniature.evaluate import EvaluationConfig, evaluate, generate, velocity_error
 from miniature.report import BEGIN, END, Verdict, fill_page, read_records, verdicts
 from miniature.study import StudyConfig, run_study
-from sparse_unified.bagel.segments import LatentSegment, TextSegment, VitSegment
+from sparse_unified.bagel.packing import LatentSegment, TextSegment, VitSegment
 from sparse_unified.checkpoint import convert
 from sparse_unified.mini.model import WEIGHTS, MiniTask, load_pipeline, write_model
 from sparse_unified.nn import SparseMoE

@@ -50,11 +50,6 @@ PASSED_ON = {"sparse_unified": set(ORDER), "sparse_unified.checkpoint": {"conver
 # Modules that still import each other, if only for types or inside functions.
 CYCLES = [
     {"sparse_unified.analysis.statistics", "sparse_unified.analysis.statistics_check"},
-    {
-        "sparse_unified.bagel.denoiser",
-        "sparse_unified.bagel.model",
-        "sparse_unified.bagel.training",
-    },
     {"sparse_unified.checkpoint.held", "sparse_unified.checkpoint.layout"},
 ]
 HEAVY = (

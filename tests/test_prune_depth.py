@@ -31,7 +31,7 @@ from sparse_unified import (
     skip_layers_,
 )
 from sparse_unified.bagel import Bagel
-from sparse_unified.bagel.embeddings import grid_positions
+from sparse_unified.bagel.vision import grid_positions
 
 COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
 

@@ -19,7 +19,7 @@ from sparse_unified.bagel import (
     generate_tokens,
     sample_latents,
 )
-from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.bagel.sampler import see_images
 from sparse_unified.testing import build_model, read_case, replay
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -21,12 +21,11 @@ from sparse_unified.bagel import (
     LatentSegment,
     Segment,
     TextSegment,
-    TrainingOutput,
     VitSegment,
     pack_training,
 )
-from sparse_unified.bagel.conditioning import see_images
-from sparse_unified.bagel.training import balance_loss, expert_load
+from sparse_unified.bagel.model import TrainingOutput, balance_loss, expert_load
+from sparse_unified.bagel.sampler import see_images
 from sparse_unified.bagel.vision import patchify
 from sparse_unified.ops import reference
 from sparse_unified.surgery import PruneHeadsConfig

@@ -13,7 +13,7 @@ from sparse_unified.adapt import (
     generation_sequence,
     understanding_sequence,
 )
-from sparse_unified.bagel.segments import Segment
+from sparse_unified.bagel.packing import Segment
 from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_config
 
 _SCENES_PER_EPOCH = 4096

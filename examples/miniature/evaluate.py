@@ -13,11 +13,14 @@ from torch import Tensor
 from miniature import digits, scenes
 from miniature.data import latent_of
 from sparse_unified.adapt import SequenceConfig, generation_sequence
-from sparse_unified.bagel.conditioning import build_guidance
-from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.model import Bagel, training_forward
 from sparse_unified.bagel.packing import pack_training
-from sparse_unified.bagel.sampler import SamplingConfig, initial_noise, sample_latents
-from sparse_unified.bagel.training import training_forward
+from sparse_unified.bagel.sampler import (
+    SamplingConfig,
+    build_guidance,
+    initial_noise,
+    sample_latents,
+)
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify
 from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_autoencoder

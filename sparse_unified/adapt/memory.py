@@ -22,17 +22,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_unified._common import Report, format_bytes, format_table
+from sparse_unified._common import Report, context, format_bytes, format_table
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.run import RunConfig
 from sparse_unified.adapt.select import freeze_component
 from sparse_unified.bagel.attention import GEN
-from sparse_unified.bagel.config import BagelConfig, SpecialTokens
+from sparse_unified.bagel.config import BagelConfig, SpecialTokens, vae_config
+from sparse_unified.bagel.images import vae_transform
 from sparse_unified.bagel.loading import read_config
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.shapes import vae_config
-from sparse_unified.bagel.transforms import vae_transform
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.hub import find_model
 from sparse_unified.checkpoint.safetensors_file import read_header
@@ -151,10 +150,8 @@ def estimate_memory(
     side = vae_transform(built.config).max_side
     if run.max_side is not None:
         side = min(side, run.max_side)
-    grid = built.config.token_grid(
-        *[side // built.config.latent_downsample * built.config.latent_downsample] * 2,
-        where="--max-side",
-    )
+    with context("--max-side"):
+        grid = built.config.token_grid(*[side - side % built.config.latent_downsample] * 2)
     count = config.micro_batch_size or config.batch_size // processes
     images, texts = count * grid[0] * grid[1], count * (_TEXT_TOKENS + 2)
     return estimate(

@@ -21,11 +21,9 @@ from sparse_unified.adapt.sequences import (
     understanding_sequence,
 )
 from sparse_unified.analysis.samples import Task
-from sparse_unified.bagel.conditioning import ContextImage
-from sparse_unified.bagel.pictures import Pictures
-from sparse_unified.bagel.segments import Segment
+from sparse_unified.bagel.images import ContextImage, ImageProcessor, ImageTransform, to_rgb
+from sparse_unified.bagel.packing import Segment
 from sparse_unified.bagel.tokenizer import Tokenizer
-from sparse_unified.bagel.transforms import ImageTransform, to_rgb
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.safetensors_file import as_bytes, read_header, read_tensor
@@ -54,7 +52,7 @@ class PictureDataset:
     def __init__(
         self,
         records: Records,
-        pictures: Pictures,
+        pictures: ImageProcessor,
         tokenizer: Tokenizer,
         config: SequenceConfig | None = None,
         *,

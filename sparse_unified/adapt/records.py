@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparse_unified._common import optional
 from sparse_unified.analysis.samples import PICTURE_SUFFIXES, Task, is_file_name
-from sparse_unified.bagel.pictures import open_picture
+from sparse_unified.bagel.images import open_image
 from sparse_unified.checkpoint import strict_json
 
 if TYPE_CHECKING:
@@ -185,11 +185,11 @@ def _record(where: str, fields: Mapping[str, Any]) -> Record:
 
 def _open(value: Any, where: str) -> Image:
     if isinstance(value, Path):
-        return open_picture(value, where=where)
+        return open_image(value, where=where)
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        return open_picture(value, where=where)
+        return open_image(value, where=where)
     if not isinstance(value, bytes):
         image: Image = value  # decoded already
         return image
@@ -197,7 +197,7 @@ def _open(value: Any, where: str) -> Image:
         image = optional("PIL.Image").open(io.BytesIO(value))
         image.load()
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{where}: image must be a readable picture, got {error}") from error
+        raise ValueError(f"{where}: image must be a readable image, got {error}") from error
     return image
 
 

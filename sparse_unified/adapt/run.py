@@ -216,7 +216,7 @@ def prepare(
     pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)
     dataset = PictureDataset(
         records,
-        pipeline.pictures,
+        pipeline.image_processor,
         pipeline.tokenizer,
         run.sequences,
         tasks=run.tasks,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unified.bagel.conditioning import ContextImage
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.segments import LatentSegment, Segment, TextSegment, VitSegment
+from sparse_unified.bagel.images import ContextImage
+from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,10 +28,8 @@ from sparse_unified.adapt.draws import DataOrder, sequence_generators
 from sparse_unified.adapt.masters import Masters
 from sparse_unified.adapt.reports import LOSSES, StepRecord, TrainingReport
 from sparse_unified.adapt.sharding import num_processes, shard_, this_process
-from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.packing import pack_training
-from sparse_unified.bagel.segments import Segment, TrainingBatch
-from sparse_unified.bagel.training import training_forward
+from sparse_unified.bagel.model import Bagel, training_forward
+from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
 from sparse_unified.nn import SparseMoE
 
 _FFNS = {"und": "mlp", "gen": "mlp_moe_gen"}

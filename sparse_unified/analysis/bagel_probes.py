@@ -22,8 +22,8 @@ from sparse_unified.analysis.metrics import (
 from sparse_unified.analysis.probe import Probe
 from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.bagel import BagelPipeline, generate_tokens
-from sparse_unified.bagel.inputs import choose_sizes
-from sparse_unified.bagel.pictures import open_picture
+from sparse_unified.bagel.images import open_image
+from sparse_unified.bagel.pipeline import choose_sizes
 from sparse_unified.bagel.sampler import initial_noise
 
 
@@ -89,7 +89,7 @@ def run_samples(
             with torch.no_grad():
                 generate_tokens(pipeline.model, [context], max_length=settings.max_length)
         else:
-            sources: Any = [open_picture(path, where="samples") for path in sample.sources]
+            sources: Any = [open_image(path, where="samples") for path in sample.sources]
             pipeline.generate(
                 sample.prompt,
                 images=sources or None,
@@ -107,10 +107,10 @@ def _workload(
     if task is Task.UNDERSTANDING:
         looks = look_at(pipeline, sample, vae=False)
         return lambda: question_context(pipeline, sample, looks)
-    pictures = [open_picture(path, where="samples") for path in sample.sources]
-    edited = pipeline.pictures.for_vae.size(*pictures[-1].size)[::-1] if pictures else None
-    (size,) = choose_sizes(settings.size, [edited], model.config, where="analyze")
-    grid = model.config.token_grid(*size, where="analyze")
+    pictures = [open_image(path, where="samples") for path in sample.sources]
+    edited = pipeline.image_processor.for_vae.size(*pictures[-1].size)[::-1] if pictures else None
+    (size,) = choose_sizes(settings.size, [edited], model.config)
+    grid = model.config.token_grid(*size)
     noise = initial_noise(grid[0] * grid[1], model.config.token_channels, sample.seed)
     context = guidance_of(pipeline, sample).full
     time = torch.tensor([0.5])

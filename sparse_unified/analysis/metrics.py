@@ -17,10 +17,9 @@ from torch import Tensor
 from sparse_unified.analysis.evaluate import Better
 from sparse_unified.analysis.samples import Sample
 from sparse_unified.bagel import BagelPipeline, Guidance, build_guidance, generate_tokens
-from sparse_unified.bagel.cache import Context
-from sparse_unified.bagel.conditioning import ContextImage, see_images
-from sparse_unified.bagel.pictures import open_picture
-from sparse_unified.bagel.sampler import initial_noise
+from sparse_unified.bagel.attention import KVCache
+from sparse_unified.bagel.images import ContextImage, open_image
+from sparse_unified.bagel.sampler import initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
 
 if TYPE_CHECKING:
@@ -61,12 +60,12 @@ class Settings:
 
 
 def _open(path: Path) -> Image:
-    return open_picture(path, where="samples")
+    return open_image(path, where="samples")
 
 
 def look_at(pipeline: BagelPipeline, sample: Sample, *, vae: bool) -> list[ContextImage]:
     """Prepares the pictures before a prompt."""
-    return [pipeline.pictures.look(_open(path), vae=vae) for path in sample.sources]
+    return [pipeline.image_processor.encode(_open(path), vae=vae) for path in sample.sources]
 
 
 def guidance_of(pipeline: BagelPipeline, sample: Sample) -> Guidance:
@@ -78,7 +77,7 @@ def guidance_of(pipeline: BagelPipeline, sample: Sample) -> Guidance:
 
 def question_context(
     pipeline: BagelPipeline, sample: Sample, looks: Sequence[ContextImage] | None = None
-) -> Context:
+) -> KVCache:
     """Lets the model read what a text is to follow; `looks` are its pictures, if prepared."""
     contexts = pipeline.model.new_contexts(1)
     looks = look_at(pipeline, sample, vae=False) if looks is None else looks
@@ -115,7 +114,7 @@ class VelocityError:
         self._latents = []
         for sample in self.samples:
             assert sample.image is not None
-            pixels = pipeline.pictures.for_vae(_open(sample.image))
+            pixels = pipeline.image_processor.for_vae(_open(sample.image))
             latent = pipeline.vae.encode(pixels[None])[0]
             grid = (latent.shape[1] // patch, latent.shape[2] // patch)
             self._latents.append((patchify(latent, patch).float().cpu(), grid))
@@ -230,6 +229,6 @@ class TextAgreement:
         return {"text_agreement": agreed / tokens, "perplexity": math.exp(mean)}
 
 
-def _continue(pipeline: BagelPipeline, context: Context, ids: Sequence[int]) -> Tensor:
+def _continue(pipeline: BagelPipeline, context: KVCache, ids: Sequence[int]) -> Tensor:
     """Returns the logits [L - 1, vocab_size] for all tokens but the first."""
     return pipeline.model.text_logits([context.fork()], [ids[:-1]])[0]

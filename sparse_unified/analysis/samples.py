@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_unified.analysis.scenes import SCENES, draw_scenes
-from sparse_unified.bagel.pictures import open_picture
+from sparse_unified.bagel.images import open_image
 from sparse_unified.checkpoint import strict_json
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -157,7 +157,7 @@ def read_samples(
                 f"got none for {sample.prompt!r:.120}"
             )
         for picture in (*sample.sources, *([sample.image] if sample.image else [])):
-            open_picture(picture, where="--images")
+            open_image(picture, where="--images")
     return samples
 
 

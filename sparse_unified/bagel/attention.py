@@ -1,62 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a mixture of transformers: two sets of projections, one attention over all tokens.
 
-Tokens travel in two streams, und (text, markers, ViT) and gen (VAE latents). Each stream is one
-packed tensor that holds its tokens of every sequence, one sequence after the other; the streams
-meet only here. Shapes: U und tokens, G gen tokens, H query heads, K key heads, d = head_dim.
+Tokens travel in two streams, und (text, markers, ViT) and gen (VAE latents). A stream is one packed
+tensor that holds its tokens of every sequence, one sequence after the other; a `Packing` says where
+each sequence lies and what it attends to. The streams meet only here. Shapes: U und tokens, G gen
+tokens, B sequences of a group, H query heads, K KV heads, d = head_dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_unified.bagel.cache import Context
 from sparse_unified.bagel.config import LLMConfig
-from sparse_unified.bagel.embeddings import rotary_angles, rotate
-from sparse_unified.bagel.joint_attention import GEN, UND, JointPacking, attend_jointly
 from sparse_unified.nn import QueryProjection, key_heads_read
 
-__all__ = ["GEN", "MoTAttention", "Packing", "RMSNorm", "attend", "pack"]
+# The streams, by the suffix that their modules have in official keys.
+UND, GEN = "", "_moe_gen"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """Where each sequence lies in the two streams, and how it may look.
+class KVCache:
+    """The KV cache of one sequence: keys and values [num_kv_heads, length, head_dim] per layer.
 
-    Args:
-        contexts: the past of each sequence.
-        und_lengths: und tokens of each sequence.
-        gen_lengths: gen tokens of each sequence; None when there is no gen stream.
-        und_angles, gen_angles: rotary cosines and sines of each token of the streams.
-        causal: a token sees itself and what comes before it; otherwise all of its sequence.
-        extend: contexts take up the new keys and values.
-        text_rows, vit_rows: rows of the und stream that hold text and ViT tokens, for FFNs that
-            route the two apart; None when all are text.
+    Tensors are replaced and never written to, so a fork costs nothing and shares them.
     """
 
-    contexts: Sequence[Context]
-    und_lengths: Sequence[int]
-    und_angles: tuple[Tensor, Tensor]
-    gen_lengths: Sequence[int] | None = None
-    gen_angles: tuple[Tensor, Tensor] | None = None
+    __slots__ = ("keys", "length", "position", "values")
+
+    def __init__(self, num_layers: int) -> None:
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.length = 0  # tokens
+        self.position = 0  # the next rotary position
+
+    def fork(self) -> KVCache:
+        """Returns a cache of the same past that grows on its own."""
+        copy = KVCache(len(self.keys))
+        copy.keys, copy.values = list(self.keys), list(self.values)
+        copy.length, copy.position = self.length, self.position
+        return copy
+
+    def joined(
+        self, layer: int, key: Tensor, value: Tensor, *, extend: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the past of a layer followed by `key` and `value` [num_kv_heads, n, head_dim].
+
+        Args:
+            extend: keep them as the past of what comes next.
+        """
+        past_key, past_value = self.keys[layer], self.values[layer]
+        if past_key is not None and past_value is not None:
+            key = torch.cat([past_key, key], dim=1)
+            value = torch.cat([past_value, value], dim=1)
+        if extend:
+            # Not as views, which would keep the queries beside them.
+            self.keys[layer], self.values[layer] = key.contiguous(), value.contiguous()
+        return key, value
+
+    def advance(self, num_tokens: int, num_positions: int) -> None:
+        """Counts tokens whose keys and values every layer has taken up."""
+        self.length += num_tokens
+        self.position += num_positions
+
+    def same_past(self, other: KVCache) -> bool:
+        """Tells whether both are forks of one cache that nothing was added to."""
+        return (
+            self.length == other.length
+            and self.position == other.position
+            and all(mine is theirs for mine, theirs in zip(self.keys, other.keys, strict=True))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """How the rows of a group become sequences of one length, and back.
+
+    Attributes:
+        rows: [B * length] int64, the row, in the group, of every token; any for padding.
+        kept: [n] int64, the token of every row of the group.
+    """
+
+    rows: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Sequences that are attended to in one call; one, where there is a KV cache.
+
+    Attributes:
+        count: B, sequences.
+        lengths: tokens of one sequence in each stream, padding included.
+        causal: token i sees the tokens up to i; else, without a mask, all of its sequence.
+        mask: [L, L], or [B, 1, L, L] with padding: row i sees column j; und tokens first, then
+            gen tokens. bool, or 0 and -inf once it is `Packing.additive`.
+        padding: by stream, where the sequences are not equally long.
+        cache: the past of the sequence.
+    """
+
+    count: int
+    lengths: Mapping[str, int]
     causal: bool = False
+    mask: Tensor | None = None
+    padding: Mapping[str, Padding] | None = None
+    cache: KVCache | None = None
+
+    def num_rows(self, stream: str) -> int:
+        """Rows of a stream that belong to the group."""
+        if self.padding is not None:
+            return len(self.padding[stream].kept)
+        return self.count * self.lengths[stream]
+
+    def span(self, stream: str) -> slice:
+        """Rows, and columns, of the mask that belong to a stream."""
+        start = 0 if stream == UND else self.lengths[UND]
+        return slice(start, start + self.lengths[stream])
+
+    def gathered(self, stream: str, rows: Tensor) -> Tensor:
+        """Brings rows [n, ...] of the group to sequences [B, length, ...]."""
+        if self.padding is not None:
+            rows = rows.index_select(0, self.padding[stream].rows)
+        return rows.unflatten(0, (self.count, self.lengths[stream]))
+
+    def scattered(self, stream: str, sequences: Tensor) -> Tensor:
+        """Undoes `gathered`."""
+        rows = sequences.flatten(0, 1)
+        if self.padding is not None:
+            rows = rows.index_select(0, self.padding[stream].kept)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """Where sequences lie in the two streams, and what they attend to.
+
+    Attributes:
+        groups: in the order in which they lie in the streams.
+        und_angles: rotary cosines and sines of each und token.
+        gen_angles: of each gen token; None without any.
+        extend: KV caches take up the new keys and values.
+        text_rows: rows of the und stream that hold text, for FFNs that route text and ViT tokens
+            apart; None when all are text.
+        vit_rows: rows of the und stream that hold ViT tokens; None without any.
+        rows: rows of each group, by stream.
+    """
+
+    groups: Sequence[Group]
+    und_angles: tuple[Tensor, Tensor]
+    gen_angles: tuple[Tensor, Tensor] | None = None
     extend: bool = False
     text_rows: Tensor | None = None
     vit_rows: Tensor | None = None
+    rows: Mapping[str, list[int]] = field(init=False)
 
-    # A pass that reads and writes keeps no router logits; `JointPacking` does.
-    routed: None = None
+    def __post_init__(self) -> None:
+        rows = {s: [group.num_rows(s) for group in self.groups] for s in (UND, GEN)}
+        object.__setattr__(self, "rows", rows)
+
+    def additive(self, dtype: torch.dtype) -> Packing:
+        """Returns the same with masks to add to scores of `dtype`, made once for all layers."""
+        groups = [
+            group
+            if (mask := group.mask) is None
+            else replace(
+                group, mask=torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+            )
+            for group in self.groups
+        ]
+        return replace(self, groups=groups)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Returns what heads at `positions` [n] are rotated by: cosines and sines, [n, 1, head_dim]
+    fp32; the sines of the first half are negated."""
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[:, None].float() * (1.0 / theta**steps)
+    angles = torch.cat([-angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
 
 
 def pack(
     config: LLMConfig,
-    contexts: Sequence[Context],
+    caches: Sequence[KVCache],
     und_lengths: Sequence[int],
     *,
     gen_lengths: Sequence[int] | None = None,
@@ -66,29 +197,36 @@ def pack(
     vit_rows: Tensor | None = None,
     device: torch.device | str,
 ) -> Packing:
-    """Builds the packing of sequences that go on from `contexts`.
+    """Packs sequences that follow what is in their KV caches.
 
     Causal tokens take consecutive positions; otherwise (an image) all share the next one.
     """
 
     def angles(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        starts = torch.tensor([context.position for context in contexts])
+        starts = torch.tensor([cache.position for cache in caches])
         positions = starts.repeat_interleave(torch.tensor(lengths))
         if causal:
             positions += torch.cat([torch.arange(length) for length in lengths])
         return rotary_angles(positions.to(device), config.head_dim, config.rope_theta)
 
+    lengths = zip(und_lengths, gen_lengths or [0] * len(caches), strict=True)
     return Packing(
-        contexts=contexts,
-        und_lengths=und_lengths,
+        groups=[
+            Group(count=1, lengths={UND: und, GEN: gen}, causal=causal, cache=cache)
+            for cache, (und, gen) in zip(caches, lengths, strict=True)
+        ],
         und_angles=angles(und_lengths),
-        gen_lengths=gen_lengths,
         gen_angles=None if gen_lengths is None else angles(gen_lengths),
-        causal=causal,
         extend=extend,
         text_rows=text_rows,
         vit_rows=vit_rows,
     )
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Applies rotary positions to heads x [n, heads, head_dim]; computes and returns fp32."""
+    cos, sin = angles
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -112,29 +250,40 @@ class RMSNorm(nn.Module):
         return weight * F.rms_norm(x, weight.shape, eps=self.eps)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    """Scaled dot product attention of one sequence, with grouped keys.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Scaled dot product attention with grouped query heads.
 
     Args:
-        query: [L, H, d]; key, value: [K, P + L, d], the past first.
-        causal: query i sees the keys up to P + i; otherwise all.
+        query: [B, H, n, d].
+        key: [B, K, P + n, d], the past first.
+        value: as key.
+        mask: who sees whom, see `Group`.
+        causal: query i sees the keys up to P + i; otherwise, without a mask, all.
 
     Returns:
-        [L, H * d].
+        [B, n, H * d].
     """
-    length, past = query.shape[0], key.shape[1] - query.shape[0]
-    mask = None
+    length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past and length > 1:
-        mask = torch.ones(length, key.shape[1], dtype=torch.bool, device=query.device).tril(past)
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(past)
     out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key[None],
-        value[None],
+        query,
+        key,
+        value,
         attn_mask=mask,
         is_causal=causal and not past,
-        enable_gqa=query.shape[1] != key.shape[0],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out[0].transpose(0, 1).flatten(1)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _divided(heads: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes [B, n, H + 2 K, d] apart: queries [B, H, n, d], keys and values [B, K, n, d]."""
+    sizes = [heads.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
+    query, key, value = heads.transpose(1, 2).split(sizes, dim=1)
+    return query, key, value
 
 
 class _Parts(NamedTuple):
@@ -155,9 +304,9 @@ _PARTS = {stream: _Parts(*(f"{name}{stream}" for name in _NAMES)) for stream in 
 class MoTAttention(nn.Module):
     """Self-attention with separate und and gen projections and per-head norms of queries and keys.
 
-    Every component has its own query heads; the key heads are shared. A component whose attention
-    is skipped has no projections here: its tokens neither ask nor are seen in this layer. One that
-    lost query heads reads the key heads that its `QueryProjection` names.
+    Every component has its own query heads; the KV heads are shared. A component whose attention
+    is skipped has no projections here: its tokens neither attend nor are attended to in this layer.
+    One that lost query heads reads the KV heads that its `QueryProjection` names.
 
     Source: the inference path of BAGEL's packed mixture-of-transformers attention.
     """
@@ -197,33 +346,28 @@ class MoTAttention(nn.Module):
                 self.register_module(f"{name}_norm{stream}", norm if q_width else None)
 
     def forward(
-        self, und: Tensor | None, gen: Tensor | None, packing: Packing | JointPacking
+        self, und: Tensor | None, gen: Tensor | None, packing: Packing
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Lets every sequence attend to its context, if it has one, and to itself.
+        """Lets every sequence attend to its KV cache, if it has one, and to itself.
 
         Args:
-            und: [U, D]; gen: [G, D]; None where there are no such tokens, or they skip this
-                attention. packing: how they divide into sequences.
+            und: [U, D]; None where there are no such tokens, or they skip this attention.
+            gen: [G, D], or None likewise.
+            packing: how they divide into sequences.
 
         Returns:
             The two streams after the output projections, shaped as they came.
         """
-        streams = {}
-        num_key_heads = 0
+        streams, num_kv_heads = {}, 0
         if und is not None:
-            streams[UND], num_key_heads = self._heads(und, _PARTS[UND], packing.und_angles)
+            streams[UND], num_kv_heads = self._heads(und, _PARTS[UND], packing.und_angles)
         if gen is not None and packing.gen_angles is not None:
-            streams[GEN], num_key_heads = self._heads(gen, _PARTS[GEN], packing.gen_angles)
+            streams[GEN], num_kv_heads = self._heads(gen, _PARTS[GEN], packing.gen_angles)
         if not streams:
             return None, None
         part: Any = self._modules
-        reads = {}
-        for stream in streams:
-            reads[stream] = key_heads_read(part[_PARTS[stream].query], num_key_heads)
-        if isinstance(packing, JointPacking):
-            mixed = attend_jointly(streams, reads, num_key_heads, packing)
-        else:
-            mixed = self._attend_to_contexts(streams, reads, num_key_heads, packing)
+        reads = {s: key_heads_read(part[_PARTS[s].query], num_kv_heads) for s in streams}
+        mixed = self._attend_all(streams, reads, num_kv_heads, packing)
         return (
             part[_PARTS[UND].output](mixed[UND]) if UND in mixed else None,
             part[_PARTS[GEN].output](mixed[GEN]) if GEN in mixed else None,
@@ -239,52 +383,75 @@ class MoTAttention(nn.Module):
         turned = rotate(torch.cat([query, key], dim=1), angles).to(x.dtype)
         return torch.cat([turned, value], dim=1), value.shape[1]
 
-    def _attend_to_contexts(
+    def _attend_all(
         self,
         streams: Mapping[str, Tensor],
         reads: Mapping[str, Sequence[int]],
-        num_key_heads: int,
+        num_kv_heads: int,
         packing: Packing,
     ) -> dict[str, Tensor]:
-        """Returns the mixed values [N, H * d] of each stream, sequence by sequence."""
-        lengths = {UND: packing.und_lengths, GEN: packing.gen_lengths or ()}
-        split = {}
-        for stream, heads in streams.items():
-            sizes = [heads.shape[1] - 2 * num_key_heads, num_key_heads, num_key_heads]
-            own = heads.split(list(lengths[stream]))
-            split[stream] = [x.split(sizes, dim=1) for x in own]
+        """Returns the mixed values [N, H * d] of each stream, group by group.
+
+        Args:
+            streams: queries, keys and values [N, H + 2 K, d].
+            reads: KV heads that the queries of a stream read.
+        """
+        # One split: the gradients of slices would each be a tensor of the whole stream.
+        split = [(stream, x.split(packing.rows[stream])) for stream, x in streams.items()]
         mixed: dict[str, list[Tensor]] = {stream: [] for stream in streams}
-        for i, context in enumerate(packing.contexts):
-            own = {stream: heads[i] for stream, heads in split.items()}
-            for stream, out in self._attend(context, own, reads, packing).items():
-                mixed[stream].append(out)
-        return {stream: torch.cat(parts) for stream, parts in mixed.items()}
+        for i, group in enumerate(packing.groups):
+            own = {
+                stream: group.gathered(stream, parts[i])
+                for stream, parts in split
+                if group.lengths[stream]
+            }
+            if own:
+                outs = self._attend(own, reads, num_kv_heads, group, extend=packing.extend)
+                for stream, out in outs.items():
+                    mixed[stream].append(group.scattered(stream, out))
+        return {s: parts[0] if len(parts) == 1 else torch.cat(parts) for s, parts in mixed.items()}
 
     def _attend(
         self,
-        context: Context,
-        own: Mapping[str, Sequence[Tensor]],
+        own: Mapping[str, Tensor],
         reads: Mapping[str, Sequence[int]],
-        packing: Packing,
+        num_kv_heads: int,
+        group: Group,
+        *,
+        extend: bool,
     ) -> dict[str, Tensor]:
-        """Returns the mixed values [n, H * d] of the und and gen tokens of one sequence."""
-        k, v = (torch.cat([heads[i] for heads in own.values()]).transpose(0, 1) for i in (1, 2))
-        key, value = context.joined(self.layer, k, v)
-        if packing.extend:
-            context.keys[self.layer], context.values[self.layer] = key, value
-        lengths = [len(heads[0]) for heads in own.values()]
-        if all(len(heads) == len(key) for heads in reads.values()):
-            q = torch.cat([heads[0] for heads in own.values()])
-            out = attend(q, key, value, causal=packing.causal)
-            return dict(zip(own, out.split(lengths), strict=True))
+        """Returns the mixed values [B, n, H * d] of each stream of a group.
+
+        Args:
+            own: queries, keys and values [B, n, H + 2 K, d] of each stream that takes part.
+        """
+        # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
+        are_alike = all(len(reads[stream]) == num_kv_heads for stream in own)
+        parts = list(own.values())
+        if are_alike and len(parts) > 1:
+            parts = [torch.cat(parts, dim=1)]
+        queries, keys, values = zip(*(_divided(x, num_kv_heads) for x in parts), strict=True)
+        key = keys[0] if len(keys) == 1 else torch.cat(keys, dim=2)
+        value = values[0] if len(values) == 1 else torch.cat(values, dim=2)
+        if group.cache is not None:
+            joined = group.cache.joined(self.layer, key[0], value[0], extend=extend)
+            key, value = (x[None] for x in joined)
+        mask = group.mask
+        if mask is not None and len(own) == 1:
+            mask = mask[..., group.span(*own)]  # columns; no slice if this is the only stream
+        if are_alike:
+            if mask is not None and len(own) == 1:
+                mask = mask[..., group.span(*own), :]
+            out = attend(queries[0], key, value, mask=mask, causal=group.causal)
+            if len(own) == 1:
+                return dict.fromkeys(own, out)
+            return dict(zip(own, out.split([group.lengths[s] for s in own], dim=1), strict=True))
         mixed = {}
-        end = key.shape[1] - sum(lengths)
-        for (stream, (q, _, _)), length in zip(own.items(), lengths, strict=True):
-            end += length
-            seen = end if packing.causal else key.shape[1]
+        for stream, query in zip(own, queries, strict=True):
             # Stacked views: an index would have to be copied to the device.
             own_key, own_value = (
-                torch.stack([x[head, :seen] for head in reads[stream]]) for x in (key, value)
+                torch.stack([x[:, head] for head in reads[stream]], dim=1) for x in (key, value)
             )
-            mixed[stream] = attend(q, own_key, own_value, causal=packing.causal)
+            rows = None if mask is None else mask[..., group.span(stream), :]
+            mixed[stream] = attend(query, own_key, own_value, mask=rows, causal=group.causal)
         return mixed

@@ -1,15 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a BAGEL is made of: validated, immutable descriptions of its parts."""
+"""What a BAGEL is made of: immutable descriptions, and how they are read off a checkpoint."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from typing import Any
 
-from sparse_unified.bagel.layer_config import ExpertConfig, PrunedLayer, require_counts
-from sparse_unified.checkpoint.structure import VIT_CONFIG, check_vision_layers
+from sparse_unified.checkpoint.held import Held
+from sparse_unified.checkpoint.keys import FFN_NAMES
+
+_NORM_GROUPS = 32  # of the autoencoder
+# More than any model has, few enough for products of three to be counted in 64 bits.
+_MOST = 1 << 20
+
+
+def require_counts(config: Any, *, or_zero: tuple[str, ...] = ()) -> None:
+    """Raises ValueError unless every field typed int is from 1 (0 for `or_zero`) to 2^20."""
+    for known in fields(config):
+        value, least = getattr(config, known.name), 0 if known.name in or_zero else 1
+        if known.type != "int" or (type(value) is int and least <= value <= _MOST):
+            continue
+        limit = f"at most {_MOST}" if type(value) is int and value > _MOST else f"at least {least}"
+        raise ValueError(
+            f"{type(config).__name__}: {known.name} must be an integer of {limit}, "
+            f"got {value!r:.120}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertConfig:
+    """One sparse FFN: E routed experts of `expert_width` neurons, `top_k` of them active."""
+
+    num_experts: int
+    top_k: int
+    expert_width: int
+    num_shared_experts: int = 0
+    shared_width: int = 0
+
+    def __post_init__(self) -> None:
+        require_counts(self, or_zero=("num_shared_experts", "shared_width"))
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"ExpertConfig: top_k must be at most num_experts = {self.num_experts}, "
+                f"got {self.top_k}"
+            )
+
+    @property
+    def intermediate_size(self) -> int:
+        """Neurons of the block, shared ones included."""
+        return self.shared_width + self.num_experts * self.expert_width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedLayer:
+    """What one decoder layer still holds for one component, whose tokens pass by what is gone.
+
+    Args:
+        intermediate_size: neurons of the FFN; 0 where it is skipped.
+        num_attention_heads: query heads; 0 where the attention is skipped.
+        num_key_value_heads: key heads of the layer, the same for both components where both have
+            an attention; 0 where the attention is skipped.
+        key_heads: the key head that each group of query heads reads; None where they read all.
+    """
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    key_heads: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require_counts(self, or_zero=self.__slots__)
+        if (self.num_attention_heads == 0) != (self.num_key_value_heads == 0):
+            raise ValueError(
+                "PrunedLayer: num_attention_heads and num_key_value_heads must both be 0 or "
+                f"neither, got {self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+        heads = range(self.num_key_value_heads) if self.key_heads is None else self.key_heads
+        groups = len(heads)
+        if not set(heads) <= set(range(self.num_key_value_heads)) or len(set(heads)) < groups:
+            raise ValueError(
+                "PrunedLayer: key_heads must be different key heads below "
+                f"{self.num_key_value_heads}, got {list(heads)}"
+            )
+        if self.num_attention_heads % max(1, groups):
+            raise ValueError(
+                f"PrunedLayer: num_attention_heads must be a multiple of the {groups} key heads "
+                f"they read, got {self.num_attention_heads}"
+            )
 
 
 def _require_multiple(config: object, name: str, divisor: str) -> None:
@@ -157,9 +238,14 @@ class VisionConfig:
         Official files name one layer more than they hold (BAGEL drops the last one), so both the
         number of layers held and that number plus one are accepted.
         """
-        where = VIT_CONFIG
-        if problems := check_vision_layers(source, range(num_hidden_layers)):
-            raise ValueError(problems[0])
+        where = "vit_config.json"
+        stated = source.get("num_hidden_layers", num_hidden_layers)
+        if stated not in (num_hidden_layers, num_hidden_layers + 1):
+            raise ValueError(
+                f"{where}: num_hidden_layers must be {num_hidden_layers} or "
+                f"{num_hidden_layers + 1} for weights of {num_hidden_layers} layers, "
+                f"got {stated!r:.120}"
+            )
         activation = source.get("hidden_act", "gelu_pytorch_tanh")
         if activation != "gelu_pytorch_tanh":
             raise ValueError(
@@ -196,10 +282,10 @@ class VAEConfig:
         if not self.ch_mult:
             raise ValueError("VAEConfig: ch_mult must name at least one resolution, got ()")
         for multiple in self.ch_mult:
-            if self.ch * multiple % 32:
+            if self.ch * multiple % _NORM_GROUPS:
                 raise ValueError(
-                    "VAEConfig: ch * ch_mult must be multiples of 32, the groups of its norms, "
-                    f"got {self.ch} * {multiple}"
+                    f"VAEConfig: ch * ch_mult must be multiples of {_NORM_GROUPS}, the groups of "
+                    f"its norms, got {self.ch} * {multiple}"
                 )
 
     @property
@@ -259,7 +345,7 @@ class BagelConfig:
         """Numbers in one token of a generated image: p * p * C."""
         return self.latent_patch_size**2 * self.latent_channels
 
-    def token_grid(self, height: int, width: int, *, where: str) -> tuple[int, int]:
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns the rows and columns of tokens of an image of `height` x `width` pixels.
 
         Raises:
@@ -270,11 +356,234 @@ class BagelConfig:
         for name, side in (("height", height), ("width", width)):
             if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % step:
                 raise ValueError(
-                    f"{where}: {name} must be a positive multiple of {step} pixels, "
-                    f"got {side!r:.120}"
+                    f"{name} must be a positive multiple of {step} pixels, got {side!r:.120}"
                 )
             if side > step * limit:
-                raise ValueError(
-                    f"{where}: {name} must be at most {step * limit} pixels, got {side}"
-                )
+                raise ValueError(f"{name} must be at most {step * limit} pixels, got {side}")
         return height // step, width // step
+
+
+# ---- Descriptions read off the names and shapes of tensors.
+#
+# The JSON files of a checkpoint can be wrong without any key being missing, so shapes decide
+# wherever they can, and a JSON field that contradicts them is an error.
+
+Shapes = Mapping[str, Sequence[int]]
+_LAYER = re.compile(r"language_model\.model\.layers\.(\d{1,6})\.(.+)")
+_VIT_LAYER = re.compile(r"vit_model\..*?\.layers\.(\d{1,6})\..+")
+_QUERY_NORM = re.compile(r"self_attn\.q_norm(_moe_gen)?\.weight")
+
+
+def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
+    """Returns the description of the autoencoder with these tensors.
+
+    Args:
+        shapes: shape of every tensor, by key.
+        where: name of the file, for messages.
+        factors: `scale_factor` and `shift_factor`, which no shape shows.
+
+    Raises:
+        ValueError: a tensor that decides is missing or has no such shape.
+    """
+    stem = _shape(shapes, "encoder.conv_in.weight", 4, where)  # [ch, in, 3, 3]
+    levels = _first_absent(shapes, "encoder.down.{}.block.")
+    outputs = [
+        _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight", 4, where)[0]
+        for level in range(max(levels, 1))
+    ]
+    if any(channels % stem[0] for channels in outputs):
+        raise ValueError(
+            f"{where}: channels of every resolution must be multiples of {stem[0]}, got {outputs}"
+        )
+    if any(channels % _NORM_GROUPS for channels in (stem[0], *outputs)):
+        raise ValueError(
+            f"{where}: channels of every resolution must be multiples of {_NORM_GROUPS}, the "
+            f"groups of its norms, got {[stem[0], *outputs]}"
+        )
+    return VAEConfig(
+        ch=stem[0],
+        ch_mult=tuple(channels // stem[0] for channels in outputs),
+        num_res_blocks=_first_absent(shapes, "encoder.down.0.block.{}."),
+        z_channels=_shape(shapes, "decoder.conv_in.weight", 4, where)[1],
+        in_channels=stem[1],
+        out_ch=_shape(shapes, "decoder.conv_out.weight", 4, where)[0],
+        **factors,
+    )
+
+
+def bagel_config(
+    shapes: Shapes,
+    llm: Mapping[str, Any],
+    vit: Mapping[str, Any],
+    *,
+    latent_channels: int,
+    vae_downsample: int,
+    special_tokens: SpecialTokens,
+    top_k: int | None = None,
+    num_shared_experts: int = 0,
+    pruned: Mapping[str, Mapping[int, Held]] | None = None,
+    stated: Mapping[str, Any] | None = None,
+    where: str = "ema.safetensors",
+) -> BagelConfig:
+    """Returns the description of the model with these tensors.
+
+    Args:
+        shapes: shape of every tensor of the model, by official key.
+        llm: contents of llm_config.json.
+        vit: contents of vit_config.json.
+        latent_channels: what the autoencoder says.
+        vae_downsample: what the autoencoder says.
+        top_k: active experts of the sparse FFNs, which no key tells.
+        num_shared_experts: how many expert widths the shared expert is made of.
+        pruned: what pruning has left of each layer of a component; None where it took nothing.
+        stated: contents of config.json, checked against the shapes where it repeats them.
+        where: name of the weight file, for messages.
+
+    Raises:
+        ValueError: a tensor that decides is missing, or a JSON field contradicts the shapes.
+    """
+    layers = _layers(shapes)
+    whole = LLMConfig.from_json(llm)
+    routing: Any = {"top_k": top_k, "num_shared_experts": num_shared_experts}
+    config = replace(
+        whole,
+        sparse_gen=_sparse_layers(layers, "gen", **routing, where=where),
+        sparse_und=_sparse_layers(layers, "und", **routing, where=where),
+        pruned_gen=_pruned_layers(whole, (pruned or {}).get("gen", {})),
+        pruned_und=_pruned_layers(whole, (pruned or {}).get("und", {})),
+    )
+    embeddings = _shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
+    _agree("llm_config.json", "vocab_size", config.vocab_size, embeddings[0])
+    _agree("llm_config.json", "hidden_size", config.hidden_size, embeddings[1])
+    if pruned is None:
+        num_layers = max(layers, default=-1) + 1
+        _agree("llm_config.json", "num_hidden_layers", config.num_hidden_layers, num_layers)
+    norms = [own[name] for own in layers.values() for name in own if _QUERY_NORM.fullmatch(name)]
+    if not norms and pruned is None:
+        norms = [_shape(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", 1, where)]
+    for norm in norms[:1]:
+        _agree("llm_config.json", "hidden_size / num_attention_heads", config.head_dim, *norm)
+
+    token_channels = _shape(shapes, "vae2llm.weight", 2, where)[1]
+    patch = math.isqrt(token_channels // latent_channels)
+    if patch * patch * latent_channels != token_channels:
+        raise ValueError(
+            f"{where}: vae2llm.weight must have p * p * {latent_channels} columns for latents of "
+            f"{latent_channels} channels, got {token_channels}"
+        )
+    result = BagelConfig(
+        llm=config,
+        vision=VisionConfig.from_json(vit, num_hidden_layers=_count_vision_layers(shapes, where)),
+        latent_channels=latent_channels,
+        vae_downsample=vae_downsample,
+        latent_patch_size=patch,
+        max_latent_size=_side(shapes, "latent_pos_embed.pos_embed", where),
+        vit_max_num_patch_per_side=_side(shapes, "vit_pos_embed.pos_embed", where),
+        special_tokens=special_tokens,
+    )
+    for name in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"):
+        _agree("config.json", name, (stated or {}).get(name), getattr(result, name))
+    if (stated or {}).get("interpolate_pos"):
+        raise ValueError("config.json: interpolate_pos must be false, got true")
+    return result
+
+
+def _layers(shapes: Shapes) -> dict[int, dict[str, Sequence[int]]]:
+    """Returns the tensors of each decoder layer, by the rest of their keys."""
+    found: dict[int, dict[str, Sequence[int]]] = {}
+    for key, shape in shapes.items():
+        if match := _LAYER.fullmatch(key):
+            found.setdefault(int(match[1]), {})[match[2]] = shape
+    return found
+
+
+def _sparse_layers(
+    layers: Mapping[int, Shapes],
+    component: str,
+    *,
+    top_k: int | None,
+    num_shared_experts: int,
+    where: str,
+) -> dict[int, ExpertConfig]:
+    ffn = FFN_NAMES[component]
+    expert = re.compile(rf"{ffn}\.experts\.(\d{{1,6}})\.")
+    found: dict[int, ExpertConfig] = {}
+    for layer, own in sorted(layers.items()):
+        num_experts = max((int(m[1]) + 1 for m in map(expert.match, own) if m), default=0)
+        if num_experts == 0:
+            continue
+        if top_k is None:
+            raise ValueError(
+                f"{where}: top_k must be given for the {num_experts} experts of layer {layer}, "
+                "got none"
+            )
+        shared = f"{ffn}.shared_expert.gate_proj.weight"
+        found[layer] = ExpertConfig(
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_width=_shape(own, f"{ffn}.experts.0.gate_proj.weight", 2, where)[0],
+            num_shared_experts=num_shared_experts,
+            shared_width=_shape(own, shared, 2, where)[0] if shared in own else 0,
+        )
+    return found
+
+
+def _pruned_layers(whole: LLMConfig, layers: Mapping[int, Held]) -> dict[int, PrunedLayer]:
+    """Returns the description of each layer that lost something."""
+    per_key = whole.num_attention_heads // whole.num_key_value_heads
+    pruned = {
+        layer: PrunedLayer(
+            intermediate_size=held.width,
+            num_attention_heads=per_key * len(held.reads),
+            num_key_value_heads=len(held.keys),
+            key_heads=tuple(map(held.keys.index, held.reads))
+            if len(held.reads) < len(held.keys)
+            else None,
+        )
+        for layer, held in layers.items()
+    }
+    return {n: left for n, left in pruned.items() if left != whole.held(n, gen=True)}
+
+
+def _count_vision_layers(shapes: Shapes, where: str) -> int:
+    layers = {int(match[1]) for match in map(_VIT_LAYER.fullmatch, shapes) if match}
+    if missing := set(range(max(layers, default=-1) + 1)) - layers:
+        raise ValueError(
+            f"{where}: layers of the vision transformer must be 0 to {max(layers)} as the highest "
+            f"says, got no {min(missing)}"
+        )
+    return len(layers)
+
+
+def _shape(shapes: Shapes, key: str, num_dims: int, where: str) -> Sequence[int]:
+    """Returns the shape of a tensor that must have `num_dims` dimensions above 0."""
+    if key not in shapes:
+        raise ValueError(f"{where}: {key} must be in the file, got {len(shapes)} other tensors")
+    if len(shapes[key]) != num_dims or 0 in shapes[key]:
+        raise ValueError(
+            f"{where}: {key} must have {num_dims} dimensions above 0, got {list(shapes[key])}"
+        )
+    return shapes[key]
+
+
+def _side(shapes: Shapes, key: str, where: str) -> int:
+    """Returns the side of the square grid that a table of positions has rows for."""
+    rows = _shape(shapes, key, 2, where)[0]
+    side = math.isqrt(rows)
+    if side * side != rows:
+        raise ValueError(f"{where}: {key} must have a square number of rows, got {rows}")
+    return side
+
+
+def _first_absent(shapes: Shapes, start: str) -> int:
+    """Returns the first number with which no key starts: a stray number makes no long list."""
+    return next(
+        number
+        for number in count()
+        if not any(key.startswith(start.format(number)) for key in shapes)
+    )
+
+
+def _agree(where: str, name: str, stated: Any, found: Any) -> None:
+    if stated is not None and stated != found:
+        raise ValueError(f"{where}: {name} must be {found} as the tensors say, got {stated}")

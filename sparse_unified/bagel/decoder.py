@@ -6,14 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparse_unified.bagel.attention import GEN, MoTAttention, Packing, RMSNorm
-from sparse_unified.bagel.config import LLMConfig
-from sparse_unified.bagel.joint_attention import JointPacking
-from sparse_unified.bagel.layer_config import ExpertConfig
+from sparse_unified.bagel.config import ExpertConfig, LLMConfig
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 
@@ -44,55 +41,44 @@ MAX_HOST_ROWS = 64
 
 
 def run_ffn(
-    ffn: nn.Module,
-    x: Tensor,
-    packing: Packing | JointPacking | None = None,
-    *,
-    component: str = "und",
+    ffn: nn.Module, x: Tensor, packing: Packing | None = None, *, on_host: bool = False
 ) -> Tensor:
-    """Runs a dense or sparse FFN on x [T, D]; router logits go to `packing.routed`, if it is there.
+    """Runs a dense or sparse FFN on x [T, D].
 
     Rows of text and of ViT tokens are named only to a block that routes the two apart, as the
-    official code does in the pass over a ViT image. Outside of training, a FFN in host memory runs
-    there on few rows, and on the device of x on many.
+    official code does in the pass over a ViT image.
+
+    Args:
+        on_host: its weights are in host memory: it runs there on few rows, and on the device of x
+            on many.
     """
     named: dict[str, Tensor] = {}
-    if packing is not None and packing.vit_rows is not None and _has_two_routers(ffn):
+    # Not getattr: to a module that lacks it, torch makes an error with a text each time.
+    has_two_routers = ffn._modules.get("gate_img") is not None
+    if packing is not None and packing.vit_rows is not None and has_two_routers:
         # With several devices, layers get rows on theirs and the packing on the first one.
         named["packed_vit_token_indexes"] = packing.vit_rows.to(x.device)
         if packing.text_rows is not None:
             named["packed_text_indexes"] = packing.text_rows.to(x.device)
-    home = None if torch.is_grad_enabled() else next(ffn.parameters(), x)
-    if home is None or home.is_meta or home.device == x.device:
+    if not on_host:
         out = ffn(x, **named)
-    else:
-        out = visit_ffn(ffn, x, named, home=home.device)
-    if not isinstance(out, tuple):
-        return out
-    if packing is not None and packing.routed is not None:
-        packing.routed[component] = out[1]
-    return out[0]
-
-
-def _has_two_routers(ffn: nn.Module) -> bool:
-    # Not getattr: to a module that lacks it, torch makes an error with a text each time.
-    return ffn._modules.get("gate_img") is not None
-
-
-def visit_ffn(ffn: nn.Module, x: Tensor, named: Mapping[str, Tensor], *, home: torch.device) -> Any:
-    """Runs a FFN whose weights are at `home` on x elsewhere; what it returns is where x is."""
-    if len(x) > MAX_HOST_ROWS:
+    elif len(x) > MAX_HOST_ROWS:
         visiting = {name: weight.to(x.device) for name, weight in ffn.named_parameters()}
-        rows = {name: value.to(x.device) for name, value in named.items()}
-        return functional_call(ffn, visiting, (x,), rows)
-    out = ffn(x.to(home), **{name: value.to(home) for name, value in named.items()})
-    return tuple(y.to(x.device) for y in out) if isinstance(out, tuple) else out.to(x.device)
+        out = functional_call(ffn, visiting, (x,), named)
+    else:
+        out = ffn(x.cpu(), **{name: rows.cpu() for name, rows in named.items()})
+    # A sparse block returns its router logits too.
+    y: Tensor = out[0] if isinstance(out, tuple) else out
+    return y.to(x.device) if on_host else y
 
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)), each stream with its own weights.
 
     A part that a stream skips is None, its norm with it: nothing of it runs.
+
+    Attributes:
+        und_on_host: the weights of `mlp` stay in host memory, see `run_ffn`.
     """
 
     # What `sparse_unified.surgery` asks for before it takes an attention out of a layer.
@@ -107,6 +93,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LLMConfig, layer: int, **factory: Any) -> None:
         super().__init__()
+        self.und_on_host = False
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = MoTAttention(config, layer, **factory)
         ffns = {
@@ -124,7 +111,7 @@ class DecoderLayer(nn.Module):
                 self.register_module(f"{name}{stream}", norm if part else None)
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, packing: Packing | JointPacking
+        self, und: Tensor, gen: Tensor | None, packing: Packing
     ) -> tuple[Tensor, Tensor | None]:
         """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes."""
         und_norm, gen_norm = self.input_layernorm, self.input_layernorm_moe_gen
@@ -137,14 +124,14 @@ class DecoderLayer(nn.Module):
             und = und + und_mixed
         norm, ffn = self.post_attention_layernorm, self.mlp
         if norm is not None and ffn is not None:
-            und = und + run_ffn(ffn, norm(und), packing)
+            und = und + run_ffn(ffn, norm(und), packing, on_host=self.und_on_host)
         if gen is None:
             return und, None
         if gen_mixed is not None:
             gen = gen + gen_mixed
         norm, ffn = self.post_attention_layernorm_moe_gen, self.mlp_moe_gen
         if norm is not None and ffn is not None:
-            gen = gen + run_ffn(ffn, norm(gen), packing, component="gen")
+            gen = gen + run_ffn(ffn, norm(gen), packing)
         return und, gen
 
 
@@ -161,7 +148,7 @@ class Decoder(nn.Module):
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, packing: Packing | JointPacking
+        self, und: Tensor, gen: Tensor | None, packing: Packing
     ) -> tuple[Tensor, Tensor | None]:
         """Runs embedded streams und [U, D] and gen [G, D] (or None) through all layers."""
         for layer in self.layers:

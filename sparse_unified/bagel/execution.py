@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_unified.bagel.denoiser import Denoiser, predict
-from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.model import Bagel, Denoiser
 
 Step = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
 
@@ -22,55 +21,17 @@ _MODES = ("default", *_MODES_WITH_GRAPHS, "max-autotune-no-cudagraphs")
 _MOST_GRAPHS = 64
 
 
-class Recorder(Protocol):
-    """What records a run and replays it: CUDA, or what stands for it."""
-
-    def warm_up(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Runs as usual, so that all that is done once is done, and returns the results."""
-
-    def record(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
-        """Returns what replays a run, and the tensors into which it does."""
-
-
-class CudaRecorder:
-    """CUDA graphs whose memory is shared, because they are replayed one after the other.
-
-    Args:
-        device: where the runs take place.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Runs on a stream of its own, as a capture will."""
-        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            results = run()
-        current.wait_stream(stream)
-        return [result.clone() for result in results]
-
-    def record(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
-        """Captures a run."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            results = run()
-        return graph.replay, results
-
-
 class ReplayedStep:
-    """A step that is run once, recorded once, and from then on replayed.
+    """A step that is run once, recorded once as a CUDA graph, and from then on replayed.
 
     Args:
         step: reads its arguments and what stays as it is, and nothing else.
-        recorder: of its runs.
+        device: where it runs.
+        pool: memory that graphs share, because they are replayed one after the other.
     """
 
-    def __init__(self, step: Step, recorder: Recorder) -> None:
-        self._step = step
-        self._recorder = recorder
+    def __init__(self, step: Step, device: torch.device, pool: Any) -> None:
+        self._step, self._device, self._pool = step, device, pool
         self._inputs: list[Tensor] = []  # where a replay finds them: the images, then the time
         self._outputs: list[Tensor] = []
         self._replay: Callable[[], object] | None = None
@@ -80,18 +41,33 @@ class ReplayedStep:
         """As `Denoiser`; what it returns is the caller's to keep."""
         if not self._inputs:
             self._inputs = [x.clone() for x in (*tokens, time)]
-            return self._recorder.warm_up(self._run)
+            return self._warm_up()
         for own, given in zip(self._inputs, (*tokens, time), strict=True):
             own.copy_(given)
         if self._replay is None:
-            # A capture computes nothing.
-            self._replay, self._outputs = self._recorder.record(self._run)
+            self._replay, self._outputs = self._record()  # a capture computes nothing
         self._replay()
         return [out.clone() for out in self._outputs]
 
     def _run(self) -> list[Tensor]:
         *tokens, time = self._inputs
         return self._step(tokens, time)
+
+    def _warm_up(self) -> list[Tensor]:
+        """Runs on a stream of its own, as a capture will, so that all that is done once is done."""
+        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            results = self._run()
+        current.wait_stream(stream)
+        return [result.clone() for result in results]
+
+    def _record(self) -> tuple[Callable[[], object], list[Tensor]]:
+        """Returns what replays a run, and the tensors into which it does."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+            results = self._run()
+        return graph.replay, results
 
 
 class Execution:
@@ -130,15 +106,15 @@ class Execution:
             )
         self.compile = compile
         self.cuda_graphs = cuda_graphs
-        self._predict = predict
-        self._recorders: dict[torch.device, Recorder] = {}
+        self._predict: Callable[..., list[Tensor]] = Denoiser.predict
+        self._pools: dict[torch.device, Any] = {}  # memory of graphs
         if compile is not False:
             mode = None if compile is True else compile
             # Newer versions of torch count graphs for each function that is compiled.
             known = inspect.signature(torch.compile).parameters
             limit: Any = {"recompile_limit": _MOST_GRAPHS} if "recompile_limit" in known else {}
             self._predict = torch.compile(
-                predict, fullgraph=True, dynamic=False, mode=mode, backend=backend, **limit
+                Denoiser.predict, fullgraph=True, dynamic=False, mode=mode, backend=backend, **limit
             )
 
     @property
@@ -184,14 +160,15 @@ class Execution:
         if not self.cuda_graphs:
             return step
         device = denoiser.model.device
-        if device not in self._recorders:
-            self._recorders[device] = CudaRecorder(device)
-        return ReplayedStep(step, self._recorders[device])
+        if device not in self._pools:
+            self._pools[device] = torch.cuda.graph_pool_handle()
+        return ReplayedStep(step, device, self._pools[device])
 
 
 def _let_lengths_vary(denoiser: Denoiser) -> None:
     """Tells the compiler that what was read before is of any length."""
-    for context in denoiser.packing.contexts:
-        for past in (*context.keys, *context.values):
+    for group in denoiser.packing.groups:
+        assert group.cache is not None
+        for past in (*group.cache.keys, *group.cache.values):
             if past is not None:
                 torch._dynamo.maybe_mark_dynamic(past, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from files into a model, block by block.
+"""Weights from files into a model: which parts, on which devices, block by block.
 
 Modules are described on the meta device, checked against the headers of the files, given memory
 on their device, and filled block of rows by block of rows. Host memory holds the weights that stay
@@ -10,36 +10,116 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import reduce
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified.bagel.config import BagelConfig, SpecialTokens, VAEConfig
-from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.placement import (
-    Device,
-    Placement,
-    dispatch,
-    layer_ffns,
-    leave_out,
-    plan_device_map,
-    unneeded,
+from sparse_unified._common import optional
+from sparse_unified.bagel.config import (
+    BagelConfig,
+    LLMConfig,
+    SpecialTokens,
+    VAEConfig,
+    bagel_config,
+    vae_config,
 )
-from sparse_unified.bagel.shapes import bagel_config, vae_config
+from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint.keys import FFN_NAMES, module_prefixes
 from sparse_unified.checkpoint.reader import read_json
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.stored import is_packed
-from sparse_unified.surgery.storage import quantize_ffn_
+from sparse_unified.surgery.storage import STORAGES, quantize_ffn_
 
+LAYERS = "language_model.model.layers"
+Device = torch.device | str | int
 _BLOCK_BYTES = 64 * 2**20  # read at a time; an embedding of the released models has 1.1 GB
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+class Task(str, Enum):
+    """What a model is loaded for; parts that the task never reads are left in the file."""
+
+    ALL = "all"
+    EDIT = "edit"  # images from texts and images
+    IMAGE = "image"  # images from texts
+
+
+class Offload(str, Enum):
+    """What stays in host memory while the rest is on the device."""
+
+    NONE = "none"
+    UND = "und"  # the understanding FFNs
+
+
+def _choice(kind: type[_Choice], value: object, name: str) -> _Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        legal = ", ".join(member.value for member in kind)
+        raise ValueError(f"{name} must be one of {legal}, got {value!r}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How `load_bagel` lays out a model.
+
+    Args:
+        device: of all that is not placed elsewhere.
+        task: a `Task` or its name, see `unneeded`.
+        offload: an `Offload` or its name; UND keeps the understanding FFNs on the CPU, see
+            `bagel.decoder.run_ffn`.
+        storage: "int8" or "fp8" for all FFNs, or {"und": ..., "gen": ...}: how their weights are
+            quantized; None, and what is not named, stays as it is.
+        device_map: "auto", or module path -> device, "cpu" or "disk", carried out by accelerate.
+        max_memory: with "auto", bytes by device, as accelerate takes them.
+        offload_folder: where weights on "disk" are written.
+
+    Raises:
+        ValueError: a value is none of these, or `device_map` comes with `offload` or `storage`.
+    """
+
+    device: Device = "cpu"
+    task: Task | str = Task.ALL
+    offload: Offload | str = Offload.NONE
+    storage: str | Mapping[str, str] | None = None
+    device_map: str | Mapping[str, Device] | None = None
+    max_memory: Mapping[Any, Any] | None = None
+    offload_folder: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", _choice(Task, self.task, "task"))
+        object.__setattr__(self, "offload", _choice(Offload, self.offload, "offload"))
+        given = self.storage or {}
+        storage = dict.fromkeys(FFN_NAMES, given) if isinstance(given, str) else dict(given)
+        if not (storage.keys() <= FFN_NAMES.keys() and set(storage.values()) <= set(STORAGES)):
+            raise ValueError(
+                f"storage must be one of {', '.join(STORAGES)}, or map {' or '.join(FFN_NAMES)} "
+                f"to one of them, got {self.storage!r}"
+            )
+        if self.device_map is not None and (storage or self.offload is not Offload.NONE):
+            raise ValueError(
+                "device_map must come without offload and storage, got "
+                f"offload={Offload(self.offload).value!r}, storage={self.storage!r}"
+            )
+        object.__setattr__(self, "storage", storage)
+
+    def of_tensor(self, key: str) -> Device:
+        """Returns where the tensor of this key lies while it is loaded."""
+        if isinstance(self.device_map, Mapping):
+            place = _longest(self.device_map, key)
+            return "cpu" if place is None or place == "disk" else place
+        inner = key.removeprefix(f"{LAYERS}.").partition(".")[2]
+        if self.offload is Offload.UND and inner.startswith(f"{FFN_NAMES['und']}."):
+            return "cpu"
+        return self.device
 
 
 def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -57,10 +137,15 @@ def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def check_tensors(
-    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor], *, where: str
-) -> None:
-    """Raises one ValueError that lists every missing, extra and misshapen tensor of a file."""
+def tensor_problems(
+    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor]
+) -> list[str]:
+    """Returns every missing, extra and misshapen tensor of a file.
+
+    Args:
+        targets: what a model holds, by official key; may be on the meta device.
+        specs: what the file holds.
+    """
     problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
     problems += [f"extra {key} {list(specs[key].shape)}" for key in specs if key not in targets]
     for key in targets:
@@ -72,7 +157,14 @@ def check_tensors(
             problems.append(f"misshapen {key} {list(spec.shape)}, not {shape}")
         elif not spec.dtype.is_floating_point:
             problems.append(f"{key} of {spec.dtype}, not floating point")
-    if problems:
+    return problems
+
+
+def check_tensors(
+    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor], *, where: str
+) -> None:
+    """Raises one ValueError that lists all `tensor_problems` of a file."""
+    if problems := tensor_problems(targets, specs):
         raise ValueError(f"{where}: tensors must be those of the model, got " + "; ".join(problems))
 
 
@@ -90,25 +182,6 @@ def _blocks(spec: TensorSpec) -> Iterator[tuple[slice | EllipsisType, TensorSpec
 
 @torch.no_grad()
 def fill_(
-    module: nn.Module,
-    specs: Mapping[str, TensorSpec],
-    *,
-    device: torch.device | str,
-    where: str,
-) -> None:
-    """Moves a module from the meta device to `device` and fills it from a file.
-
-    Tensors are read in blocks of whole rows of at most 64 MiB, or of one row if that is larger.
-
-    Raises:
-        ValueError: the file does not hold exactly the tensors of the module.
-    """
-    check_tensors(official_tensors(module), specs, where=where)
-    fill_part_(module, specs, Placement(device=device), where=where)
-
-
-@torch.no_grad()
-def fill_part_(
     module: nn.Module,
     specs: Mapping[str, TensorSpec],
     placement: Placement,
@@ -145,7 +218,7 @@ def fill_part_(
 def load_vae(
     file: str | os.PathLike[str],
     *,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype | None = None,
     stated: Mapping[str, object] | None = None,
 ) -> AutoEncoder:
@@ -165,7 +238,8 @@ def load_vae(
     config = vae_config({key: spec.shape for key, spec in specs.items()}, where=where, **factors)
     dtype = dtype or specs["decoder.conv_in.weight"].dtype
     vae = AutoEncoder(config, device="meta", dtype=dtype).eval()
-    fill_(vae, specs, device=device, where=where)
+    check_tensors(official_tensors(vae), specs, where=where)
+    fill_(vae, specs, Placement(device=device), where=where)
     return vae
 
 
@@ -208,30 +282,29 @@ def load_bagel(
     dtype: torch.dtype | None = None,
     special_tokens: SpecialTokens | None = None,
     placement: Placement | None = None,
-    device_map: str | Mapping[str, Device] | None = None,
-    max_memory: Mapping[Any, Any] | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[Bagel, AutoEncoder]:
     """Loads a dense, sparse or pruned model and its autoencoder from a directory.
 
     Args:
         directory: holds the weights, llm_config.json, vit_config.json, ae.safetensors and, if
             there is one, config.json.
+        device: where all of it goes.
         dtype: of the weights; None keeps that of each file.
         special_tokens: ids of the markers; None takes those of the released checkpoints.
         placement: which parts go where, and how they are stored, in the place of `device`.
-        device_map, max_memory, offload_folder: see `BagelPipeline.from_pretrained`.
 
     Raises:
         ValueError: a file is missing or damaged, or keys, shapes and JSON files disagree.
     """
+    where = os.fspath(directory)
+    placement = placement or Placement(device=device)
     checkpoint = Checkpoint(directory)
     stated_file = Path(directory) / "config.json"
     stated = read_json(stated_file) if stated_file.exists() else {}
     stated_vae = stated.get("vae_config")
     vae = load_vae(
         checkpoint.vae_file,
-        device=device,
+        device=placement.device,
         dtype=dtype,
         stated=stated_vae if isinstance(stated_vae, dict) else None,
     )
@@ -239,20 +312,160 @@ def load_bagel(
     specs = checkpoint.specs
     dtype = dtype or specs["language_model.model.embed_tokens.weight"].dtype
     model = Bagel(config, device="meta", dtype=dtype)
-    check_tensors(official_tensors(model), specs, where=os.fspath(directory))
-    placement = placement if placement is not None else Placement(device=device)
-    leave_out(model, unneeded(config.llm, placement.task))
-    if device_map is not None:
-        planned = plan_device_map(model, device_map, device=placement.device, max_memory=max_memory)
-        placement = replace(placement, device_map=planned)
-    for prefix in layer_ffns(config.llm.num_hidden_layers):
-        storage = placement.storage_of(prefix)
-        ffn = reduce(lambda at, name: getattr(at, name), prefix[:-1].split("."), model)
-        if storage is not None and isinstance(ffn, nn.Module):
-            # One by one, so that a device holds one FFN more than it has to.
-            fill_part_(ffn, specs, placement, where=os.fspath(directory), prefix=prefix)
-            quantize_ffn_(ffn.requires_grad_(False), storage)
-    fill_part_(model, specs, placement, where=os.fspath(directory))
+    check_tensors(official_tensors(model), specs, where=where)
+    leave_out(model, unneeded(config.llm, Task(placement.task)))
     if placement.device_map is not None:
-        dispatch(model, placement.device_map, device=placement.device, folder=offload_folder)
+        placement = replace(placement, device_map=plan_device_map(model, placement))
+    assert isinstance(placement.storage, Mapping)
+    layers: Any = model.language_model.model.layers
+    for index, layer in enumerate(layers):
+        layer.und_on_host = placement.offload is Offload.UND
+        for component, storage in placement.storage.items():
+            name = FFN_NAMES[component]
+            if (ffn := getattr(layer, name)) is not None:
+                # One by one, so that a device holds one FFN more than it has to.
+                fill_(ffn, specs, placement, where=where, prefix=f"{LAYERS}.{index}.{name}.")
+                quantize_ffn_(ffn.requires_grad_(False), storage)
+    fill_(model, specs, placement, where=where)
+    if placement.device_map is not None:
+        _dispatch(model, placement)
     return model, vae
+
+
+def unneeded(config: LLMConfig, task: Task) -> tuple[str, ...]:
+    """Returns the starts of the keys that a task never reads; without them its images are the same.
+
+    Images are read off the gen stream, so nothing sees what the last layer's und FFN makes, nor the
+    head. Every other und weight is needed: prompts pass through it, and so do, in each step, the
+    two markers of the image, whose keys and values the image sees. From texts alone, the ViT and
+    what belongs to it is not needed either.
+    """
+    if task is Task.ALL:
+        return ()
+    last = config.num_hidden_layers - 1
+    names = (FFN_NAMES["und"], "post_attention_layernorm")
+    prefixes = ("language_model.lm_head.", *module_prefixes(last, names))
+    if task is Task.IMAGE:
+        prefixes += ("vit_model.", "connector.", "vit_pos_embed.")
+    return prefixes
+
+
+def leave_out(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Takes modules out of a model: what stands there is None."""
+    for prefix in prefixes:
+        path, _, name = prefix.rstrip(".").rpartition(".")
+        setattr(model.get_submodule(path), name, None)
+
+
+def plan_device_map(model: nn.Module, placement: Placement) -> dict[str, Device]:
+    """Returns where each part of a model goes, for accelerate.
+
+    "auto" fills devices with decoder layers in turn, by `max_memory`. A mapping is taken as it is;
+    what it does not name goes to `device`, and so must all that is no decoder layer.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        ValueError: a path names nothing, or what is no decoder layer is not on `device`.
+        ImportError: accelerate is not installed.
+    """
+    device_map, device = placement.device_map, placement.device
+    if device_map == "auto":
+        return _fill_devices(model, device=device, max_memory=placement.max_memory)
+    if not isinstance(device_map, Mapping):
+        raise ValueError(
+            f"device_map must be 'auto' or a mapping of module paths to devices, got {device_map!r}"
+        )
+    known = {name for name, _ in model.named_modules()}
+    for path, place in device_map.items():
+        if path not in known:
+            raise ValueError(f"device_map must name modules, got {path!r}")
+        in_layers = path == LAYERS or path.startswith(f"{LAYERS}.")
+        if not in_layers and str(place) != str(device):
+            raise ValueError(
+                f"device_map may place {LAYERS} and what is below; all else is on {device}, "
+                f"got {path!r} on {place!r}"
+            )
+    layers = [f"{LAYERS}.{name}" for name, _ in model.get_submodule(LAYERS).named_children()]
+    rest = [path for path in (*_outside(model), *layers) if _longest(device_map, path) is None]
+    return {**dict.fromkeys(rest, device), **device_map}
+
+
+def _fill_devices(
+    model: nn.Module, *, device: Device, max_memory: Mapping[Any, Any] | None
+) -> dict[str, Device]:
+    utils = _accelerate("utils")
+    room = dict(utils.get_max_memory(None if max_memory is None else dict(max_memory)))
+    main = torch.device(device)
+    name = main.type if main.type == "cpu" else main.index or 0
+    outside = sum(
+        weight.nbytes
+        for key, weight in model.named_parameters()
+        if not key.startswith(f"{LAYERS}.")
+    )
+    if name in room:
+        room[name] = max(0, room[name] - outside)
+    layers = model.get_submodule(LAYERS)
+    filled = utils.infer_auto_device_map(
+        layers, max_memory=room, no_split_module_classes=["DecoderLayer"]
+    )
+    placed: dict[str, Device] = dict.fromkeys(_outside(model), device)
+    if set(filled) == {""}:
+        return placed | {LAYERS: filled[""]}
+    return placed | {f"{LAYERS}.{path}": place for path, place in filled.items()}
+
+
+def _outside(model: nn.Module) -> list[str]:
+    """Returns the paths of the largest modules without decoder layers in them."""
+    paths: list[str] = []
+    for path, _ in model.named_modules():
+        above = path == "" or LAYERS.startswith(f"{path}.")
+        if (
+            not above
+            and not path.startswith(LAYERS)
+            and not path.startswith(tuple(f"{known}." for known in paths))
+        ):
+            paths.append(path)
+    return paths
+
+
+def _dispatch(model: nn.Module, placement: Placement) -> None:
+    """Lets accelerate put its hooks on a loaded model.
+
+    Raises:
+        ValueError: something goes to "disk" and there is no folder for it.
+    """
+    device_map, folder = placement.device_map, placement.offload_folder
+    assert isinstance(device_map, Mapping)
+    if "disk" in device_map.values() and folder is None:
+        raise ValueError("offload_folder must be given for what goes to disk, got None")
+    # Hooks ask for parameters by name; the state dict of a sparse FFN has those of its experts.
+    state = {key: weight.detach() for key, weight in model.named_parameters()}
+    state |= dict(model.named_buffers())
+    on_disk = {key: tensor for key, tensor in state.items() if _longest(device_map, key) == "disk"}
+    if on_disk:
+        _accelerate("utils").offload_state_dict(folder, on_disk)
+    _accelerate("big_modeling").dispatch_model(
+        model,
+        dict(device_map),
+        main_device=placement.device,
+        state_dict=state,
+        offload_dir=folder,
+        preload_module_classes=["SparseMoE"],  # it reads its routers without calling them
+        force_hooks=True,
+    )
+
+
+def _accelerate(module: str) -> Any:
+    return optional(f"accelerate.{module}", "offload", purpose="device_map")
+
+
+def _longest(device_map: Mapping[str, Device], key: str) -> Device | None:
+    """Returns the place of the longest path in a map that is the start of a key."""
+    path = key
+    while path:
+        if path in device_map:
+            return device_map[path]
+        path = path.rpartition(".")[0]
+    return device_map.get("")

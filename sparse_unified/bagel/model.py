@@ -1,28 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
 """BAGEL: one decoder that reads text and images, writes text, and denoises images.
 
-Every method works on several sequences at once, in one packed pass. A sequence is known by its
-`Context`; the `prefill_*` methods extend contexts in place, the others only read them or, for
-text, add the token they are given.
+Every method of `Bagel` works on several sequences at once, in one packed pass. A sequence is known
+by its KV cache, its context; the `prefill_*` methods extend contexts in place, the others only read
+them or, for text, add the token they are given. `Denoiser` is the repeated step of generation,
+`training_forward` the forward pass of training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from sparse_unified.bagel.attention import pack
-from sparse_unified.bagel.cache import Context
+from sparse_unified._common import context
+from sparse_unified.bagel.attention import KVCache, pack
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.decoder import LanguageModel
-from sparse_unified.bagel.denoiser import Denoiser, packing_of_images
-from sparse_unified.bagel.embeddings import PositionTable, TimestepEmbedder, grid_positions
-from sparse_unified.bagel.segments import TrainingBatch
-from sparse_unified.bagel.training import TrainingOutput, training_forward
-from sparse_unified.bagel.vision import FeedForward, VisionModel, patchify
+from sparse_unified.bagel.packing import TrainingBatch
+from sparse_unified.bagel.vision import FeedForward, VisionModel, grid_positions, patchify
+from sparse_unified.nn import SparseMoE
+
+_MAX_PERIOD = 10000.0
+
+
+def sincos_table(side: int, channels: int) -> Tensor:
+    """Returns the sine-cosine embedding of a square grid, [side * side, channels] fp32.
+
+    The first half of the channels encodes the column, the second the row; each half is sines, then
+    cosines, of the coordinate times 10000^(-i / (channels / 4)).
+
+    Raises:
+        ValueError: channels is not a multiple of 4.
+    """
+    if channels % 4:
+        raise ValueError(f"sincos_table: channels must be a multiple of 4, got {channels}")
+    steps = torch.arange(channels // 4, dtype=torch.float64) / (channels / 4)
+    angles = torch.outer(torch.arange(side, dtype=torch.float64), _MAX_PERIOD**-steps)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, channels / 2]
+    columns = line.repeat(side, 1)
+    rows = line.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()
+
+
+class PositionTable(nn.Module):
+    """A frozen table of grid positions, stored in the checkpoint as `pos_embed`."""
+
+    def __init__(
+        self,
+        side: int,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if device is not None and torch.device(device).type == "meta":
+            table = torch.empty(side * side, channels, device=device, dtype=dtype)
+        else:
+            table = sincos_table(side, channels).to(device=device, dtype=dtype)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Returns the rows of `position_ids` [n] int64: [n, channels]."""
+        return self.pos_embed[position_ids]
+
+
+class TimestepEmbedder(nn.Module):
+    """Turns a diffusion time into a hidden vector: 256 cosines and sines, then a two-layer MLP."""
+
+    num_frequencies = 256
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.num_frequencies, hidden_size, device=device, dtype=dtype),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype),
+        )
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Maps times [n] fp32 to [n, D] in the dtype of the weights."""
+        half = self.num_frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=time.device)
+        frequencies = torch.exp(-math.log(_MAX_PERIOD) * exponents / half)
+        angles = time[:, None].float() * frequencies  # [n, 128]
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class Bagel(nn.Module):
@@ -70,16 +147,17 @@ class Bagel(nn.Module):
         """What the parameters are stored as."""
         return self.llm2vae.weight.dtype
 
-    def new_contexts(self, count: int) -> list[Context]:
-        """Returns the contexts of `count` sequences that have seen nothing yet."""
-        return [Context(self.config.llm.num_hidden_layers) for _ in range(count)]
+    def new_contexts(self, count: int) -> list[KVCache]:
+        """Returns empty KV caches for `count` sequences."""
+        return [KVCache(self.config.llm.num_hidden_layers) for _ in range(count)]
 
     def forward(self, batch: TrainingBatch, *, checkpointing: bool = False) -> TrainingOutput:
         """Returns the losses of packed training sequences; see `training_forward`."""
         return training_forward(self, batch, checkpointing=checkpointing)
 
+    @context("prefill_text")
     @torch.no_grad()
-    def prefill_text(self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]) -> None:
+    def prefill_text(self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]) -> None:
         """Lets each context read a text, given as ids without bos and eos, which are added.
 
         Raises:
@@ -89,35 +167,36 @@ class Bagel(nn.Module):
         texts = [[special.bos, *ids, special.eos] for ids in token_ids]
         for token in (token for text in texts for token in text):
             if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"prefill_text: token_ids must be from 0 to {vocab_size - 1}, got {token}"
-                )
+                raise ValueError(f"token_ids must be from 0 to {vocab_size - 1}, got {token}")
         self._read(contexts, texts)
 
+    @context("next_logits")
     @torch.no_grad()
-    def next_logits(self, contexts: Sequence[Context], tokens: Sequence[int]) -> Tensor:
+    def next_logits(self, contexts: Sequence[KVCache], tokens: Sequence[int]) -> Tensor:
         """Appends a token to each context; returns logits [B, vocab_size] fp32 of the next ones."""
-        head = _loaded(self.language_model.lm_head, "next_logits: lm_head")
+        head = _loaded(self.language_model.lm_head, "lm_head")
         hidden = self._read(contexts, [[token] for token in tokens])
         logits: Tensor = head(hidden).float()
         return logits
 
+    @context("text_logits")
     @torch.no_grad()
     def text_logits(
-        self, contexts: Sequence[Context], token_ids: Sequence[Sequence[int]]
+        self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]
     ) -> list[Tensor]:
         """Appends a text of its own to each context, bos and eos only where they are given.
 
         Returns:
             For each text the logits [L, vocab_size] fp32 of what follows each of its L tokens.
         """
-        head = _loaded(self.language_model.lm_head, "text_logits: lm_head")
+        head = _loaded(self.language_model.lm_head, "lm_head")
         hidden = self._read(contexts, token_ids)
         logits = head(hidden).float()
         return list(logits.split([len(ids) for ids in token_ids]))
 
+    @context("prefill_vit")
     @torch.no_grad()
-    def prefill_vit(self, contexts: Sequence[Context], images: Sequence[Tensor]) -> None:
+    def prefill_vit(self, contexts: Sequence[KVCache], images: Sequence[Tensor]) -> None:
         """Lets each context see an image through the ViT.
 
         Args:
@@ -126,14 +205,14 @@ class Bagel(nn.Module):
         Raises:
             ValueError: a side is not a multiple of the patch size, or too long.
         """
-        vit_model = _loaded(self.vit_model, "prefill_vit: vit_model")
+        vit_model = _loaded(self.vit_model, "vit_model")
         side, patch_size = self.config.vit_max_num_patch_per_side, self.config.vision.patch_size
         patches, positions = [], []
         for image in images:
             rows, columns = (length // patch_size for length in image.shape[1:])
             if max(rows, columns) > side:
                 raise ValueError(
-                    f"prefill_vit: image sides must be at most {side * patch_size} pixels, "
+                    f"image sides must be at most {side * patch_size} pixels, "
                     f"got {image.shape[1]} x {image.shape[2]}"
                 )
             patches.append(patchify(image.to(self.device, self.dtype), patch_size))
@@ -158,11 +237,12 @@ class Bagel(nn.Module):
             device=self.device,
         )
         self.language_model.model(torch.cat(parts), None, packing)
-        for context, length in zip(contexts, lengths, strict=True):
-            context.advance(length + 2, 1)
+        for past, length in zip(contexts, lengths, strict=True):
+            past.advance(length + 2, 1)
 
+    @context("prefill_latents")
     @torch.no_grad()
-    def prefill_latents(self, contexts: Sequence[Context], latents: Sequence[Tensor]) -> None:
+    def prefill_latents(self, contexts: Sequence[KVCache], latents: Sequence[Tensor]) -> None:
         """Lets each context see an image through the VAE, as a finished generation (time 0).
 
         Args:
@@ -177,7 +257,7 @@ class Bagel(nn.Module):
             _, height, width = latent.shape
             if max(height, width) > patch * self.config.max_latent_size:
                 raise ValueError(
-                    "prefill_latents: latent sides must be at most "
+                    "latent sides must be at most "
                     f"{patch * self.config.max_latent_size}, got {height} x {width}"
                 )
             tokens.append(patchify(latent, patch))
@@ -188,11 +268,18 @@ class Bagel(nn.Module):
             self.embed_latent(x, grid_positions(*grid, side, device=self.device), time)
             for x, grid in zip(tokens, grids, strict=True)
         ]
-        packing = packing_of_images(self, contexts, [len(part) for part in gen], extend=True)
+        packing = pack(
+            self.config.llm,
+            contexts,
+            [2] * len(contexts),
+            gen_lengths=[len(part) for part in gen],
+            extend=True,
+            device=self.device,
+        )
         markers = self.markers().repeat(len(gen), 1)
         self.language_model.model(markers, torch.cat(gen), packing)
-        for context, part in zip(contexts, gen, strict=True):
-            context.advance(len(part) + 2, 1)
+        for past, part in zip(contexts, gen, strict=True):
+            past.advance(len(part) + 2, 1)
 
     @torch.no_grad()
     def velocity(
@@ -200,7 +287,7 @@ class Bagel(nn.Module):
         tokens: Sequence[Tensor],
         grids: Sequence[tuple[int, int]],
         time: Tensor,
-        branches: Sequence[Sequence[Context]],
+        branches: Sequence[Sequence[KVCache]],
     ) -> list[Tensor]:
         """Predicts d x / d t of several noisy images, each in several contexts, in one packed pass.
 
@@ -214,7 +301,7 @@ class Bagel(nn.Module):
         """
         return Denoiser(self, grids, branches)(tokens, time.to(self.device))
 
-    def _read(self, contexts: Sequence[Context], texts: Sequence[Sequence[int]]) -> Tensor:
+    def _read(self, contexts: Sequence[KVCache], texts: Sequence[Sequence[int]]) -> Tensor:
         """Runs texts causally behind their contexts; returns the final states of all tokens."""
         lengths = [len(text) for text in texts]
         ids = torch.tensor([token for text in texts for token in text], device=self.device)
@@ -224,8 +311,8 @@ class Bagel(nn.Module):
         hidden, _ = self.language_model.model(
             self.language_model.model.embed_tokens(ids), None, packing
         )
-        for context, length in zip(contexts, lengths, strict=True):
-            context.advance(length, length)
+        for past, length in zip(contexts, lengths, strict=True):
+            past.advance(length, length)
         return hidden
 
     def markers(self) -> Tensor:
@@ -256,3 +343,189 @@ def _loaded(module: Any, what: str) -> Any:
             "load it with task='all'"
         )
     return module
+
+
+class Denoiser:
+    """Predicts d x / d t of several noisy images, each in several contexts, in one packed pass.
+
+    What no step changes is computed once. A call then makes no tensor on the host and asks
+    nothing of the device, so that it can be compiled as one graph and recorded as a CUDA graph.
+
+    Args:
+        model: on the device where it runs.
+        grids: rows and columns of tokens of each image, N of them.
+        branches: contexts in which to predict each image; they are only read.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        grids: Sequence[tuple[int, int]],
+        branches: Sequence[Sequence[KVCache]],
+    ) -> None:
+        flat = [past for contexts in branches for past in contexts]
+        self.model = model
+        self.num_branches = [len(contexts) for contexts in branches]
+        self.packing = pack(
+            model.config.llm,
+            flat,
+            [2] * len(flat),  # the markers around each image
+            gen_lengths=[r * c for (r, c), own in zip(grids, branches, strict=True) for _ in own],
+            device=model.device,
+        )
+        self.markers = model.markers().repeat(len(flat), 1)
+        self.positions = [
+            grid_positions(*grid, model.config.max_latent_size, device=model.device)
+            for grid in grids
+        ]
+
+    @torch.no_grad()
+    def __call__(self, tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
+        """Runs the model once.
+
+        Args:
+            tokens: noisy image [N, p * p * C] of each image.
+            time: [1] fp32 on the device of the model, 1 for noise and 0 for a finished image.
+
+        Returns:
+            For each image the velocities [number of its branches, N, p * p * C], fp32.
+        """
+        return self.predict(tokens, time)
+
+    def predict(self, tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
+        """What a call does, with gradients where they are on; compiled by `Execution`."""
+        model, counts = self.model, self.num_branches
+        gen: list[Tensor] = []
+        for x, positions, count in zip(tokens, self.positions, counts, strict=True):
+            gen += [model.embed_latent(x, positions, time)] * count
+        hidden = model.language_model.model(self.markers, torch.cat(gen), self.packing)[1]
+        out = model.llm2vae(hidden).float()
+        lengths = [len(x) * count for x, count in zip(tokens, counts, strict=True)]
+        return [
+            part.view(count, len(x), -1)
+            for part, x, count in zip(out.split(lengths), tokens, counts, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOutput:
+    """Losses of a batch, fp32 scalars with a graph; zero, without one, where nothing asks for them.
+
+    Attributes:
+        text_loss_sum: cross-entropy, summed over the `text_tokens` that are asked for.
+        image_loss_sum: squared error of the velocity, mean over channels, summed over the
+            `image_tokens` that are asked for.
+        balance_loss: E * sum_e f_e * P_e, mean over the sparse blocks: f_e is the share of
+            assignments that expert e takes, P_e its mean probability under softmax. 1 when both are
+            even. Source: Switch Transformer (arXiv 2101.03961), with top-k counts.
+        router_z_loss: mean of logsumexp(logits)^2, mean over the sparse blocks (arXiv 2202.08906).
+        expert_load: tokens that each expert took, [E] int64, by (component, layer).
+    """
+
+    text_loss_sum: Tensor
+    text_tokens: int
+    image_loss_sum: Tensor
+    image_tokens: int
+    balance_loss: Tensor
+    router_z_loss: Tensor
+    expert_load: dict[tuple[str, int], Tensor]
+
+
+def training_forward(
+    model: Bagel, batch: TrainingBatch, *, checkpointing: bool = False
+) -> TrainingOutput:
+    """Runs packed sequences through the model and returns their losses.
+
+    Args:
+        model: dense or sparse, any part of it trainable.
+        batch: of `pack_training`, on the device of the model.
+        checkpointing: keep only the inputs of each layer for the backward pass and run the layer a
+            second time there.
+    """
+    language, dtype = model.language_model, model.dtype
+    decoder = language.model
+    und = decoder.embed_tokens(batch.und_ids)
+    if batch.vit_patches is not None and batch.packing.vit_rows is not None:
+        seen = model.vit_model(
+            batch.vit_patches.to(dtype), batch.vit_positions, list(batch.vit_lengths)
+        )
+        seen = model.connector(seen) + model.vit_pos_embed(batch.vit_positions)
+        und = und.index_copy(0, batch.packing.vit_rows, seen.to(und.dtype))
+    gen = None
+    if batch.latents is not None:
+        gen = model.vae2llm(batch.latents.to(dtype)) + model.latent_pos_embed(
+            batch.latent_positions
+        )
+        gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
+    packing = batch.packing.additive(dtype)
+    with _router_logits(decoder.layers) as routed:
+        for layer in decoder.layers:
+            if checkpointing:
+                und, gen = checkpoint(layer, und, gen, packing, use_reentrant=False)
+            else:
+                und, gen = layer(und, gen, packing)
+
+    text_loss = image_loss = balance = z_loss = torch.zeros((), device=und.device)
+    if batch.text_tokens:
+        hidden = decoder.norm(und.index_select(0, batch.label_rows))
+        text_loss = F.cross_entropy(language.lm_head(hidden).float(), batch.labels, reduction="sum")
+    if batch.image_tokens and gen is not None:
+        predicted = model.llm2vae(
+            decoder.norm_moe_gen(gen.index_select(0, batch.velocity_rows))
+        ).float()
+        image_loss = (predicted - batch.velocities).square().mean(-1).sum()
+    loads: dict[tuple[str, int], Tensor] = {}
+    alike: dict[tuple[torch.Size, int], list[tuple[str, int]]] = {}
+    for key, (logits, top_k) in routed.items():
+        alike.setdefault((logits.shape, top_k), []).append(key)
+    for (_, top_k), keys in alike.items():
+        logits = torch.stack([routed[key][0] for key in keys])  # [blocks, T, E]
+        load = expert_load(logits, top_k)
+        loads.update(zip(keys, load.unbind(), strict=True))
+        balance = balance + balance_loss(logits, load).sum()
+        z_loss = z_loss + logits.logsumexp(-1).square().mean(-1).sum()
+    blocks = max(len(routed), 1)
+    return TrainingOutput(
+        text_loss_sum=text_loss,
+        text_tokens=batch.text_tokens,
+        image_loss_sum=image_loss,
+        image_tokens=batch.image_tokens,
+        balance_loss=balance / blocks,
+        router_z_loss=z_loss / blocks,
+        expert_load=loads,
+    )
+
+
+@contextmanager
+def _router_logits(
+    layers: nn.ModuleList,
+) -> Iterator[dict[tuple[str, int], tuple[Tensor, int]]]:
+    """Yields a dict that takes logits and top_k of each sparse block run, by (component, layer)."""
+    routed: dict[tuple[str, int], tuple[Tensor, int]] = {}
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
+                if isinstance(block, SparseMoE) and block.return_router_logits:
+
+                    def keep(
+                        block: Any, _: Any, out: Any, key: tuple[str, int] = (component, index)
+                    ) -> None:
+                        routed[key] = (out[1], block.top_k)
+
+                    hooks.callback(block.register_forward_hook(keep).remove)
+        yield routed
+
+
+def expert_load(logits: Tensor, top_k: int) -> Tensor:
+    """Counts the tokens of each expert, [..., E] int64, for router logits [..., T, E]; ties as in
+    routing."""
+    order = logits.detach().sort(dim=-1, descending=True, stable=True).indices
+    taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order[..., :top_k], True)
+    return taken.sum(-2)
+
+
+def balance_loss(logits: Tensor, load: Tensor) -> Tensor:
+    """Returns the load-balance loss of blocks, [...], for logits [..., T, E] and load [..., E]; see
+    `TrainingOutput`."""
+    share = load / load.sum(-1, keepdim=True)
+    return logits.shape[-1] * (share * logits.softmax(-1).mean(-2)).sum(-1)

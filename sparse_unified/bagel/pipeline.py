@@ -1,52 +1,342 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and pictures in, pictures or text out."""
+"""Prompts and images in, images or text out."""
 
 from __future__ import annotations
 
+import math
 import os
+import resource
+import secrets
+import sys
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
 from torch import Tensor
 
-from sparse_unified._common import progress_bar
-from sparse_unified.bagel import inputs
-from sparse_unified.bagel.conditioning import Guidance, build_guidance, see_images
+from sparse_unified._common import Report, context, optional, progress_bar
+from sparse_unified.bagel.attention import KVCache
+from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.execution import Execution
-from sparse_unified.bagel.loading import load_bagel
+from sparse_unified.bagel.images import ImageProcessor
+from sparse_unified.bagel.loading import Device, Offload, Placement, Task, load_bagel
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.pictures import Pictures
-from sparse_unified.bagel.placement import Device, Offload, Placement, Task, choice, storages
-from sparse_unified.bagel.results import (
-    GenerationResult,
-    Report,
-    TextResult,
-    peak_memory,
-    start_report,
-)
 from sparse_unified.bagel.sampler import (
+    Guidance,
     Renorm,
     SamplingConfig,
+    StepCache,
+    build_guidance,
     computed_steps,
     initial_noise,
     sample_latents,
+    see_images,
 )
-from sparse_unified.bagel.step_cache import StepCache
-from sparse_unified.bagel.text import generate_tokens
-from sparse_unified.bagel.thinking import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.hub import find_model
+from sparse_unified.nn import SparseMoE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Images = Union["Image", Sequence["Image"], None]
+Size = tuple[int, int]
+
+# The words that switch thinking on, those of BAGEL's inferencer letter by letter, because the
+# released checkpoints were trained on them; the blank at the end of each first line is theirs.
+THINK_BEFORE_IMAGE = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. "
+    "<think> planning process here </think> image here"
+)
+THINK_BEFORE_ANSWER = (
+    "You should first think about the reasoning process in the mind and then provide the user "
+    "with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. "
+    "<think> reasoning process here </think> answer here"
+)
+# The official settings where editing differs from text to image, whose are the defaults.
+_EDITING: dict[str, Any] = {
+    "cfg_img_scale": 2.0,
+    "cfg_interval": (0.0, 1.0),
+    "cfg_renorm_type": Renorm.TEXT_CHANNEL,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Timing(Report):
+    """Seconds, tokens and memory of one call.
+
+    Attributes:
+        backend: what runs the sparse FFNs; "dense" without one.
+        context_tokens: tokens read before the output, over all contexts.
+        image_tokens: latent tokens generated.
+        text_tokens: text tokens generated.
+        steps: denoising steps, of all batches.
+        computed_steps: those in which the model ran; a step cache extrapolates the others.
+        step_seconds: of each step.
+        prefill_seconds: reading the context.
+        text_seconds: writing text.
+        decode_seconds: turning latents into pixels.
+        total_seconds: of the whole call.
+        peak_memory_bytes: on a GPU the most allocated during the call, on the CPU the most
+            resident memory the process ever had.
+    """
+
+    derived: ClassVar[tuple[str, ...]] = ("seconds_per_step",)
+
+    device: str
+    dtype: str
+    backend: str
+    context_tokens: int = 0
+    image_tokens: int = 0
+    text_tokens: int = 0
+    steps: int = 0
+    computed_steps: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    text_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    total_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median seconds of a denoising step; 0 without steps."""
+        return median(self.step_seconds) if self.step_seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResult:
+    """Generated images.
+
+    Attributes:
+        images: one per prompt.
+        latents: latent tokens [N, p * p * C] fp32 of each, before decoding, on the CPU.
+        thoughts: the text each was planned with; None without thinking.
+        seeds: the seed of each.
+        sizes: height and width of each, in pixels.
+        report: what it took.
+    """
+
+    images: list[Image]
+    latents: list[Tensor]
+    thoughts: list[str] | None
+    seeds: list[int]
+    sizes: list[Size]
+    report: Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextResult:
+    """Generated text, its token ids (bos first, without eos), and what it took."""
+
+    text: str
+    token_ids: list[int]
+    report: Timing
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# ---- What a user asks for, brought into one shape and checked before anything is computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """One image to generate: the text, the images before it, the seed, and the size in pixels."""
+
+    text: str
+    images: list[Image]
+    seed: int
+    size: Size
+
+
+def check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Returns the prompts as a list, each a string that is not blank."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    for prompt in listed:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise ValueError(f"prompt must not be empty, got {prompt!r}")
+    return listed
+
+
+def check_images(
+    images: Images | Sequence[Images], prompts: str | Sequence[str]
+) -> list[list[Image]]:
+    """Returns the images before each prompt.
+
+    One prompt as a string takes an image or a list of them; a list of prompts takes a list of the
+    same length, each entry an image, a list of images, or None.
+    """
+    num_prompts = 1 if isinstance(prompts, str) else len(prompts)
+    if images is None:
+        return [[] for _ in range(num_prompts)]
+    kind = optional("PIL.Image").Image
+    is_one = isinstance(images, kind)
+    entries: Any = [images] if isinstance(prompts, str) or is_one else images
+    if len(entries) != num_prompts or (is_one and not isinstance(prompts, str)):
+        raise ValueError(
+            f"images must be a list with one entry for each of {num_prompts} prompts, "
+            f"got {len(entries)}"
+        )
+    listed = [[] if e is None else [e] if isinstance(e, kind) else list(e) for e in entries]
+    for image in (image for own in listed for image in own):
+        if not isinstance(image, kind):
+            raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
+        if 0 in image.size:
+            raise ValueError(f"image must hold pixels, got size {image.size}")
+    return listed
+
+
+def check_seeds(seed: int | Sequence[int] | None, num_images: int) -> list[int]:
+    """Returns one seed per image: as given, counted up from one number, or drawn at random."""
+    seeds: list[Any] = list(seed) if isinstance(seed, Sequence) else [seed]
+    if seed is None:
+        seeds = [secrets.randbits(32)]
+    elif isinstance(seed, Sequence) and len(seeds) != num_images:
+        raise ValueError(f"seed must be one integer or {num_images}, got {len(seeds)}")
+    for value in seeds:
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"seed must be an integer from 0 to {2**63 - 1}, got {value!r}")
+    if isinstance(seed, Sequence):
+        return seeds
+    return [(seeds[0] + i) % 2**63 for i in range(num_images)]
+
+
+def choose_sizes(
+    size: Size | Sequence[Size] | None, edited: Sequence[Size | None], config: BagelConfig
+) -> list[Size]:
+    """Returns the height and width of each image to generate.
+
+    Args:
+        size: one (height, width) for all, one per prompt, or None.
+        edited: size of the last image before each prompt, which None then takes; prompts without
+            one get 1024 x 1024, or less if the model takes less.
+    """
+    step = config.latent_downsample
+    side = min(1024 // step, config.max_latent_size) * step
+    if size is None:
+        return [own or (side, side) for own in edited]
+    listed: Any = size
+    if not isinstance(size, Sequence) or not size:
+        raise ValueError(f"size must be a pair (height, width), got {size!r}")
+    if all(isinstance(value, int) for value in listed):
+        listed = [size] * len(edited)
+    if len(listed) != len(edited):
+        raise ValueError(f"size must be one (height, width) or {len(edited)}, got {len(listed)}")
+    for pair in listed:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"size must be a pair (height, width), got {pair!r}")
+        config.token_grid(*pair)
+    return [(height, width) for height, width in listed]
+
+
+def image_batches(
+    requests: Sequence[ImageRequest], batch_size: int | None, settings: Mapping[str, Any]
+) -> list[tuple[list[int], SamplingConfig]]:
+    """Groups requests into batches of one way to sample.
+
+    What an image is sampled with depends on its own request alone, independent of the rest of the
+    batch.
+
+    Args:
+        batch_size: most requests in a batch; None is any number.
+        settings: of `SamplingConfig`; None takes the official one, for editing or for text to
+            image.
+
+    Returns:
+        The positions of the requests of each batch, in order, and how to sample them.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    groups: dict[SamplingConfig, list[int]] = {}
+    for index, request in enumerate(requests):
+        config = SamplingConfig(**((_EDITING if request.images else {}) | given))
+        groups.setdefault(config, []).append(index)
+    return [
+        (indices[start : start + step], config)
+        for config, indices in groups.items()
+        for step in [batch_size or len(indices)]
+        for start in range(0, len(indices), step)
+    ]
+
+
+# ---- Text, token by token
+
+
+@context("generate_tokens")
+def generate_tokens(
+    model: Bagel,
+    contexts: Sequence[KVCache],
+    *,
+    max_length: int,
+    temperature: float | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Continues each context with a text, several sequences at once.
+
+    Args:
+        contexts: KV caches of what the sequences have seen; they are only read.
+        max_length: most tokens of a sequence, the leading bos included.
+        temperature: None takes the likeliest token; otherwise tokens are drawn from
+            softmax(logits / temperature).
+        seeds: one per sequence, for drawing; a sequence gets the same text alone or in a batch.
+
+    Returns:
+        Token ids of each sequence, from bos up to but without eos.
+
+    Raises:
+        ValueError: max_length or temperature is out of range, or seeds are missing.
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+    if temperature is not None and (seeds is None or len(seeds) != len(contexts)):
+        raise ValueError(f"seeds must be {len(contexts)} integers when sampling, got {seeds}")
+    special = model.config.special_tokens
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0] * len(contexts)]
+    pasts = [past.fork() for past in contexts]
+    texts = [[special.bos] for _ in pasts]
+    active = list(range(len(pasts)))
+    for _ in range(max_length - 1):
+        logits = model.next_logits([pasts[i] for i in active], [texts[i][-1] for i in active])
+        if temperature is None:
+            chosen = logits.argmax(dim=-1).tolist()
+        else:
+            # Drawn on the CPU, so that a seed means the same on every device.
+            rows = torch.softmax(logits / temperature, dim=-1).cpu()
+            chosen = [
+                int(torch.multinomial(row, 1, generator=generators[i]))
+                for row, i in zip(rows, active, strict=True)
+            ]
+        for i, token in zip(active, chosen, strict=True):
+            if token != special.eos:
+                texts[i].append(token)
+        active = [i for i, token in zip(active, chosen, strict=True) if token != special.eos]
+        if not active:
+            break
+    return texts
+
 
 class BagelPipeline:
     """A model, its autoencoder and its tokenizer.
+
+    Example:
+        >>> pipeline = BagelPipeline.from_pretrained("BAGEL-MoE", device="cuda")
+        >>> pipeline.generate("a red bench", seed=1).images[0].save("bench.png")
+        >>> print(pipeline.chat("What is in the image?", images=Image.open("bench.png")))
 
     Args:
         model: dense or sparse.
@@ -76,9 +366,10 @@ class BagelPipeline:
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
-        self.pictures = Pictures(model.config, vae)
+        self.image_processor = ImageProcessor(model.config, vae)
 
     @classmethod
+    @context("from_pretrained")
     def from_pretrained(
         cls,
         name: str | os.PathLike[str],
@@ -105,61 +396,52 @@ class BagelPipeline:
                 Images are the same bit for bit.
             offload: "und" keeps the und FFNs in host memory. Prompts bring them to the device one
                 after the other; the two markers of an image, two rows a step, visit them instead.
-            storage: "int8" or "fp8" for all FFNs, or a mapping of "und" and "gen" to either: how
-                they are stored, packed one by one as they are loaded. Needs the `quant` extra.
+            storage: "int8" or "fp8" for all FFNs, or a mapping of "und" and "gen" to either: their
+                weights are quantized one by one as they are loaded. Needs the `quant` extra.
             device_map: "auto", or module path -> device, "cpu" or "disk": where decoder layers go,
                 by accelerate (the `offload` extra); all else is on `device`.
             max_memory: with "auto", bytes by device, as accelerate takes them.
             offload_folder: where weights on "disk" are written.
-            compile, cuda_graphs: how the steps of denoising are run, see `Execution`.
+            compile: how the steps of denoising are run, see `Execution`.
+            cuda_graphs: likewise.
 
         Raises:
             ValueError: there is no such model, its files are damaged or disagree, or the arguments
                 do not go together.
             ImportError: an extra is not installed.
         """
-        where = "from_pretrained"
         execution = Execution(compile=compile, cuda_graphs=cuda_graphs)
         placement = Placement(
             device=device,
-            task=choice(Task, task, f"{where}: task"),
-            offload=choice(Offload, offload, f"{where}: offload"),
-            storage=storages(storage, where=where),
-        )
-        if device_map is not None and (placement.storage or placement.offload is not Offload.NONE):
-            raise ValueError(
-                f"{where}: device_map must come without offload and storage, got "
-                f"offload={placement.offload.value!r}, storage={storage!r}"
-            )
-        if not execution.is_plain:
-            execution.check_device(torch.device(device))
-            if device_map is not None or placement.offload is not Offload.NONE:
-                raise ValueError(
-                    f"{where}: compile and cuda_graphs must come without device_map and offload, "
-                    f"got device_map={device_map!r}, offload={placement.offload.value!r}"
-                )
-        directory = find_model(name)
-        tokenizer = Tokenizer.from_directory(directory)
-        model, vae = load_bagel(
-            directory,
-            device=device,
-            dtype=dtype,
-            special_tokens=tokenizer.special_tokens,
-            placement=placement,
+            task=task,
+            offload=offload,
+            storage=storage,
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=offload_folder,
         )
+        if not execution.is_plain:
+            execution.check_device(torch.device(device))
+            if device_map is not None or placement.offload is not Offload.NONE:
+                raise ValueError(
+                    "compile and cuda_graphs must come without device_map and offload, "
+                    f"got device_map={device_map!r}, offload={Offload(offload).value!r}"
+                )
+        directory = find_model(name)
+        tokenizer = Tokenizer.from_directory(directory)
+        special = tokenizer.special_tokens
+        model, vae = load_bagel(directory, dtype=dtype, special_tokens=special, placement=placement)
         return cls(model, vae, tokenizer, execution=execution)
 
+    @context("generate")
     @torch.no_grad()
     def generate(
         self,
         prompts: str | Sequence[str],
         *,
-        images: inputs.Images | Sequence[inputs.Images] = None,
+        images: Images | Sequence[Images] = None,
         seed: int | Sequence[int] | None = None,
-        size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        size: Size | Sequence[Size] | None = None,
         num_timesteps: int = 50,
         timestep_shift: float = 3.0,
         cfg_text_scale: float = 4.0,
@@ -178,96 +460,102 @@ class BagelPipeline:
 
         Args:
             prompts: one text or several.
-            images: pictures to edit: for one text a picture or a list; for several texts a list of
-                such, or None, one for each.
+            images: to edit: for one text an image or a list; for several texts a list of such, or
+                None, one for each.
             seed: one per image; a single number is counted up from image to image; None is random.
                 The same prompt and seed give the same image alone or among others.
             size: (height, width) in pixels, multiples of 16; one for all or one per prompt. None is
-                that of the last picture, or 1024 x 1024.
-            num_timesteps, timestep_shift, cfg_text_scale, cfg_img_scale, cfg_interval,
-            cfg_renorm_type, cfg_renorm_min: see `SamplingConfig`. None takes the official
-                setting for each prompt by itself: 1, (0.4, 1), "global" for text alone; 2, (0, 1),
-                "text_channel" for a prompt with pictures.
+                that of the last image, or 1024 x 1024.
+            num_timesteps: see `SamplingConfig`, as for the next six. None takes the official
+                setting for each prompt by itself.
+            timestep_shift: more steps near the noise above 1.
+            cfg_text_scale: strength of text guidance.
+            cfg_img_scale: of image guidance. None is 1 for text alone, 2 for a prompt with images.
+            cfg_interval: times of guidance. None is (0.4, 1.0) for text alone, (0.0, 1.0) with
+                images.
+            cfg_renorm_type: see `Renorm`. None is "global" for text alone, "text_channel" with
+                images.
+            cfg_renorm_min: least factor of the renormalisation.
             cache: extrapolate the velocities of some steps instead of computing them.
             think: let the model plan in text first.
-            max_think_length, think_temperature: of that text; temperature None is greedy.
+            max_think_length: most tokens of that text.
+            think_temperature: of that text; None is greedy.
             batch_size: most images computed together, of those with one setting; None is all.
             progress: show a bar.
 
         Raises:
             ValueError, TypeError: an argument is out of range.
         """
-        where = "generate"
-        wanted = inputs.image_requests(
-            prompts,
-            images,
-            seed,
-            size,
-            config=self.model.config,
-            resized=self.pictures.for_vae.size,
-            where=where,
-        )
-        batches = inputs.image_batches(
-            wanted,
-            batch_size,
-            where=where,
-            num_timesteps=num_timesteps,
-            timestep_shift=timestep_shift,
-            cfg_text_scale=cfg_text_scale,
-            cfg_img_scale=cfg_img_scale,
-            cfg_interval=cfg_interval,
-            cfg_renorm_type=cfg_renorm_type,
-            cfg_renorm_min=cfg_renorm_min,
-            cache=cache,
-        )
+        texts, before = check_prompts(prompts), check_images(images, prompts)
+        resized = self.image_processor.for_vae.size
+        edited = [resized(*own[-1].size)[::-1] if own else None for own in before]
+        seeds = check_seeds(seed, len(texts))
+        sizes = choose_sizes(size, edited, self.model.config)
+        wanted = [
+            ImageRequest(text=text, images=own, seed=number, size=pair)
+            for text, own, number, pair in zip(texts, before, seeds, sizes, strict=True)
+        ]
+        settings = {
+            "num_timesteps": num_timesteps,
+            "timestep_shift": timestep_shift,
+            "cfg_text_scale": cfg_text_scale,
+            "cfg_img_scale": cfg_img_scale,
+            "cfg_interval": cfg_interval,
+            "cfg_renorm_type": cfg_renorm_type,
+            "cfg_renorm_min": cfg_renorm_min,
+            "cache": cache,
+        }
+        batches = image_batches(wanted, batch_size, settings)
 
         start = clock.perf_counter()
-        report = start_report(self.model)
+        report = self._timing()
         thoughts, latents, drawn = [], [], []
-        num_steps = len(batches) * (num_timesteps - 1)
-        done = count(1)
+        done, num_steps = count(1), len(batches) * (num_timesteps - 1)
         with progress_bar("denoising", "step", show=progress) as bar:
             for indices, config in batches:
                 batch = [wanted[i] for i in indices]
                 guidance = self._read(batch, think, report)
                 if think:
-                    seeds = [request.seed for request in batch]
+                    own = [request.seed for request in batch]
                     thoughts += self._plan(
-                        guidance, max_think_length, think_temperature, seeds, report
+                        guidance, max_think_length, think_temperature, own, report
                     )
                 tokens = self._denoise(
                     batch, guidance, config, report, lambda: bar(next(done), num_steps)
                 )
-                drawn += self._draw(batch, tokens, report)
+                before_decoding = clock.perf_counter()
+                for x, request in zip(tokens, batch, strict=True):
+                    drawn.append(self.image_processor.decode(x, request.size))
+                report.decode_seconds += self._since(before_decoding)
                 latents += [x.cpu() for x in tokens]
         order = sorted(range(len(wanted)), key=[i for own, _ in batches for i in own].__getitem__)
-        report.total_seconds = self._since(start)
-        report.peak_memory_bytes = peak_memory(self.model.device)
+        self._finish(report, start)
         return GenerationResult(
             images=[drawn[i] for i in order],
             latents=[latents[i] for i in order],
             thoughts=[thoughts[i] for i in order] if think else None,
-            seeds=[request.seed for request in wanted],
-            sizes=[request.size for request in wanted],
+            seeds=seeds,
+            sizes=sizes,
             report=report,
         )
 
+    @context("chat")
     @torch.no_grad()
     def chat(
         self,
         prompt: str,
         *,
-        images: inputs.Images = None,
+        images: Images = None,
         max_length: int = 500,
         temperature: float | None = None,
         seed: int | None = None,
         think: bool = False,
     ) -> TextResult:
-        """Answers a text, with or without pictures before it, in text.
+        """Answers a text, with or without images before it, in text.
 
         Args:
             prompt: the text.
-            images: a picture or a list of them.
+            images: an image or a list of them.
             max_length: most tokens of the answer, its start marker included.
             temperature: None takes the likeliest token each time; otherwise tokens are drawn.
             seed: for drawing; None is random.
@@ -276,18 +564,16 @@ class BagelPipeline:
         Raises:
             ValueError, TypeError: an argument is out of range.
         """
-        where = "chat"
-        inputs.check_prompts(prompt if isinstance(prompt, str) else [prompt], where=where)
-        pictures = inputs.check_images(images, prompt, where=where)[0]
-        seeds = inputs.check_seeds(seed, 1, where=where)
+        check_prompts(prompt if isinstance(prompt, str) else [prompt])
+        own = check_images(images, prompt)[0]
+        seeds = check_seeds(seed, 1)
         start = clock.perf_counter()
-        report = start_report(self.model)
+        report = self._timing()
         contexts = self.model.new_contexts(1)
         if think:
             self.model.prefill_text(contexts, [self.tokenizer.encode(THINK_BEFORE_ANSWER)])
-        see_images(
-            self.model, contexts, [[self.pictures.look(image, vae=False) for image in pictures]]
-        )
+        seen = [self.image_processor.encode(image, vae=False) for image in own]
+        see_images(self.model, contexts, [seen])
         self.model.prefill_text(contexts, [self.tokenizer.encode(prompt)])
         report.context_tokens = contexts[0].length
         report.prefill_seconds = self._since(start)
@@ -297,20 +583,16 @@ class BagelPipeline:
         )[0]
         report.text_tokens = len(ids) - 1
         report.text_seconds = self._since(before)
-        report.total_seconds = self._since(start)
-        report.peak_memory_bytes = peak_memory(self.model.device)
+        self._finish(report, start)
         return TextResult(text=self.tokenizer.decode(ids[1:]), token_ids=ids, report=report)
 
-    def _read(
-        self, batch: Sequence[inputs.ImageRequest], think: bool, report: Report
-    ) -> list[Guidance]:
+    def _read(self, batch: Sequence[ImageRequest], think: bool, report: Timing) -> list[Guidance]:
         start = clock.perf_counter()
+        encode = self.image_processor.encode
         guidance = build_guidance(
             self.model,
             [self.tokenizer.encode(request.text) for request in batch],
-            images=[
-                [self.pictures.look(p, vae=True) for p in request.pictures] for request in batch
-            ],
+            images=[[encode(image, vae=True) for image in request.images] for request in batch],
             system_ids=self.tokenizer.encode(THINK_BEFORE_IMAGE) if think else None,
         )
         report.context_tokens += sum(g.full.length for g in guidance)
@@ -323,9 +605,9 @@ class BagelPipeline:
         max_length: int,
         temperature: float | None,
         seeds: Sequence[int],
-        report: Report,
+        report: Timing,
     ) -> list[str]:
-        """Lets the full contexts write and then read a plan; the poorer ones never see it."""
+        """Lets the full contexts write and then read a plan; unconditional ones never see it."""
         start = clock.perf_counter()
         full = [g.full for g in guidance]
         written = generate_tokens(
@@ -339,14 +621,14 @@ class BagelPipeline:
 
     def _denoise(
         self,
-        batch: Sequence[inputs.ImageRequest],
+        batch: Sequence[ImageRequest],
         guidance: Sequence[Guidance],
         config: SamplingConfig,
-        report: Report,
-        advance: Callable[[], Any],
+        report: Timing,
+        advance: Callable[[], object],
     ) -> list[Tensor]:
         model = self.model.config
-        grids = [model.token_grid(*request.size, where="generate") for request in batch]
+        grids = [model.token_grid(*request.size) for request in batch]
         noise = [
             initial_noise(rows * columns, model.token_channels, request.seed)
             for (rows, columns), request in zip(grids, batch, strict=True)
@@ -370,15 +652,26 @@ class BagelPipeline:
         report.image_tokens += sum(len(x) for x in tokens)
         return tokens
 
-    def _draw(
-        self, batch: Sequence[inputs.ImageRequest], tokens: Sequence[Tensor], report: Report
-    ) -> list[Image]:
-        start = clock.perf_counter()
-        drawn = [
-            self.pictures.draw(x, request.size) for x, request in zip(tokens, batch, strict=True)
-        ]
-        report.decode_seconds += self._since(start)
-        return drawn
+    def _timing(self) -> Timing:
+        """Starts counting; on a GPU the peak is that of this call."""
+        model = self.model
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        backends = {m.active_backend for m in model.modules() if isinstance(m, SparseMoE)}
+        return Timing(
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            backend=", ".join(sorted(backends)) or "dense",
+        )
+
+    def _finish(self, report: Timing, start: float) -> None:
+        report.total_seconds = self._since(start)
+        if self.model.device.type == "cuda":
+            report.peak_memory_bytes = torch.cuda.max_memory_allocated(self.model.device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            report.peak_memory_bytes = peak * unit
 
     def _since(self, start: float) -> float:
         if self.model.device.type == "cuda":

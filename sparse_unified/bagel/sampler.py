@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From noise to a latent: timesteps, guidance, renormalisation and Euler steps.
+"""From a prompt to a latent: classifier-free guidance, timesteps, Euler steps, step cache.
 
-t runs from 1 (noise) to 0; the model predicts v = d x / d t. On the steps with lo < t <= hi
+t runs from 1 (noise) to 0; the model predicts v = d x / d t. On the steps with lo < t <= hi the
+predictions of the unconditional branches (without the prompt, without the images) guide it:
 
     v_text  = v_no_text + cfg_text_scale * (v - v_no_text)
     v_image = v_no_image + cfg_img_scale * (v_text - v_no_image)
     v      <- v_image * clamp(|v| / (|v_image| + 1e-8), cfg_renorm_min, 1)
 
 where a scale of 1 leaves its line out. The three predictions of all images are one packed pass, or
-extrapolated from those of earlier steps, see `step_cache`.
+extrapolated from those of earlier steps:
+
+    v(t) = c_0 + c_1 (t - t_0) + c_2 (t - t_0) (t - t_1) + ...
+
+is the polynomial of degree K in Newton's form through the velocities of the last K + 1 computed
+steps, at times t_0 (the newest) to t_K; c_k is their k-th divided difference, an approximation of
+the k-th derivative over k!. Only what leaves the model is expanded, nothing of a layer: the last
+projection is linear, so this is the expansion of the last hidden states, at p * p * C numbers a
+token instead of D. Source: TaylorSeer (arXiv 2503.06923), which divides all differences by the
+distance of the last two computed steps; divided by the distance of their own steps they are exact
+for polynomials of degree K, on any grid of times.
 """
 
 from __future__ import annotations
@@ -22,16 +33,166 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from sparse_unified.bagel.cache import Context
-from sparse_unified.bagel.conditioning import Guidance
-from sparse_unified.bagel.denoiser import Denoiser
+from sparse_unified._common import context
+from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.execution import Execution, Step
-from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.step_cache import Expansion, StepCache
+from sparse_unified.bagel.images import ContextImage
+from sparse_unified.bagel.model import Bagel, Denoiser
 
 _EPS = 1e-8
-# Of each image the velocities [N, p * p * C] in its contexts, stacked or not.
+_MAX_ORDER = 3
+# Of each image the velocities [N, p * p * C] in its branches, stacked or not.
 Predictions = Sequence[Tensor | Sequence[Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """The KV caches of one image: of all it is generated from, and of the unconditional branches.
+
+    Attributes:
+        full: images and prompt.
+        without_text: images alone.
+        without_image: prompt alone.
+    """
+
+    full: KVCache
+    without_text: KVCache
+    without_image: KVCache
+
+
+def see_images(
+    model: Bagel, contexts: Sequence[KVCache], images: Sequence[Sequence[ContextImage]]
+) -> None:
+    """Lets each context see its images, in order; contexts may have different numbers of them."""
+    for turn in range(max((len(own) for own in images), default=0)):
+        pairs = [
+            (past, own[turn]) for past, own in zip(contexts, images, strict=True) if turn < len(own)
+        ]
+        through_vae = [(c, i.latent) for c, i in pairs if i.latent is not None]
+        if through_vae:
+            model.prefill_latents([c for c, _ in through_vae], [x for _, x in through_vae])
+        through_vit = [(c, i.vit_pixels) for c, i in pairs if i.vit_pixels is not None]
+        if through_vit:
+            model.prefill_vit([c for c, _ in through_vit], [x for _, x in through_vit])
+
+
+def build_guidance(
+    model: Bagel,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    images: Sequence[Sequence[ContextImage]] | None = None,
+    system_ids: Sequence[int] | None = None,
+) -> list[Guidance]:
+    """Reads prompts, with the images before them, into the KV caches that guidance needs.
+
+    Args:
+        prompt_ids: token ids of each prompt, without bos and eos.
+        images: images before each prompt; None for none.
+        system_ids: token ids of a text before everything, kept in all three.
+
+    Returns:
+        One guidance per prompt. Without images `without_image` is a fork of `full`, so that it is
+        recognised as the same and not computed twice.
+    """
+    count = len(prompt_ids)
+    full = model.new_contexts(count)
+    if system_ids is not None:
+        model.prefill_text(full, [system_ids] * count)
+    without_image = [past.fork() for past in full]
+    seen = images if images is not None else [()] * count
+    see_images(model, full, seen)
+    without_text = [past.fork() for past in full]
+    model.prefill_text(full, prompt_ids)
+    edited = [i for i in range(count) if seen[i]]
+    if edited:
+        model.prefill_text([without_image[i] for i in edited], [prompt_ids[i] for i in edited])
+    return [
+        Guidance(
+            full=full[i],
+            without_text=without_text[i],
+            without_image=without_image[i] if seen[i] else full[i].fork(),
+        )
+        for i in range(count)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCache:
+    """Which steps are computed, and how the others are extrapolated from them.
+
+    Between images nothing is kept. During one, every branch of guidance holds
+    (order + 1) * N * p * p * C numbers in fp32, 3 MiB for 1024 x 1024 pixels and order 2.
+
+    Args:
+        interval: after the first steps, every interval-th is computed; 1 computes all.
+        order: degree of the extrapolation, 0 to 3, as far as steps were computed; 0 repeats the
+            last velocity.
+        first, last: steps at the beginning and at the end that are computed in any case.
+
+    Raises:
+        TypeError, ValueError: a value is no integer, or out of range.
+    """
+
+    interval: int = 3
+    order: int = 2
+    first: int = 3
+    last: int = 1
+
+    @context("StepCache")
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("interval", 1, None),
+            ("order", 0, _MAX_ORDER),
+            ("first", 1, None),
+            ("last", 0, None),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < least or (most is not None and value > most):
+                rule = f"be at least {least}" if most is None else f"be from {least} to {most}"
+                raise ValueError(f"{name} must {rule}, got {value}")
+
+    def computes(self, step: int, num_steps: int) -> bool:
+        """Tells whether a step, counted from 0, is computed on its own account."""
+        if step < self.first or step >= num_steps - self.last:
+            return True
+        return (step - self.first + 1) % self.interval == 0
+
+
+class Expansion:
+    """Velocities of one branch of guidance of one image as a polynomial in the time.
+
+    Args:
+        order: degree, as far as there are velocities.
+    """
+
+    __slots__ = ("differences", "order", "times")
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self.times: list[float] = []  # of the last computed steps, the newest first
+        self.differences: list[Tensor] = []  # c_0 to c_K
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        return sum(tensor.nbytes for tensor in self.differences)
+
+    def add(self, time: float, velocity: Tensor) -> None:
+        """Takes up a computed velocity at a new time."""
+        differences = [velocity]
+        for then, older in zip(self.times[: self.order], self.differences, strict=False):
+            differences.append((differences[-1] - older) / (time - then))
+        self.times = [time, *self.times[: self.order]]
+        self.differences = differences
+
+    def at(self, time: float) -> Tensor:
+        """Returns the velocity at another time."""
+        *rest, value = self.differences
+        for then, difference in reversed(list(zip(self.times, rest, strict=False))):
+            value = difference + (time - then) * value
+        return value
 
 
 class Renorm(str, Enum):
@@ -69,27 +230,21 @@ class SamplingConfig:
     cfg_renorm_min: float = 0.0
     cache: StepCache | None = None
 
+    @context("SamplingConfig")
     def __post_init__(self) -> None:
         if isinstance(self.num_timesteps, bool) or not isinstance(self.num_timesteps, int):
-            raise TypeError(
-                f"SamplingConfig: num_timesteps must be an integer, got {self.num_timesteps!r}"
-            )
+            raise TypeError(f"num_timesteps must be an integer, got {self.num_timesteps!r}")
         if self.num_timesteps < 2:
-            raise ValueError(
-                f"SamplingConfig: num_timesteps must be at least 2, got {self.num_timesteps}"
-            )
+            raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
         object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
         if len(self.cfg_interval) != 2:
-            raise ValueError(
-                f"SamplingConfig: cfg_interval must be a pair (lo, hi), got {self.cfg_interval}"
-            )
+            raise ValueError(f"cfg_interval must be a pair (lo, hi), got {self.cfg_interval}")
         try:
             object.__setattr__(self, "cfg_renorm_type", Renorm(self.cfg_renorm_type))
         except ValueError:
             legal = ", ".join(f"'{choice.value}'" for choice in Renorm)
             raise ValueError(
-                f"SamplingConfig: cfg_renorm_type must be one of {legal}, "
-                f"got {self.cfg_renorm_type!r}"
+                f"cfg_renorm_type must be one of {legal}, got {self.cfg_renorm_type!r}"
             ) from None
         self._check("timestep_shift", self.timestep_shift, above=0.0)
         self._check("cfg_text_scale", self.cfg_text_scale)
@@ -98,21 +253,17 @@ class SamplingConfig:
             self._check("cfg_interval", bound)
         self._check("cfg_renorm_min", self.cfg_renorm_min)
         if not 0 <= self.cfg_renorm_min <= 1:
-            raise ValueError(
-                f"SamplingConfig: cfg_renorm_min must be from 0 to 1, got {self.cfg_renorm_min}"
-            )
+            raise ValueError(f"cfg_renorm_min must be from 0 to 1, got {self.cfg_renorm_min}")
         if self.cache is not None and not isinstance(self.cache, StepCache):
-            raise TypeError(
-                f"SamplingConfig: cache must be a StepCache or None, got {self.cache!r}"
-            )
+            raise TypeError(f"cache must be a StepCache or None, got {self.cache!r}")
 
     @staticmethod
     def _check(name: str, value: float, *, above: float = -math.inf) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"SamplingConfig: {name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, got {value!r}")
         if not math.isfinite(value) or value <= above:
             rule = "be finite" if above == -math.inf else f"be finite and above {above:g}"
-            raise ValueError(f"SamplingConfig: {name} must {rule}, got {value}")
+            raise ValueError(f"{name} must {rule}, got {value}")
 
 
 def timestep_grid(num_timesteps: int, shift: float) -> Tensor:
@@ -187,7 +338,7 @@ class _Branches:
     def __init__(
         self, guidance: Sequence[Guidance], config: SamplingConfig, *, guided: bool
     ) -> None:
-        self.contexts: list[list[Context]] = []
+        self.contexts: list[list[KVCache]] = []
         self.picks: list[list[int]] = []
         for own in guidance:
             wanted = [own.full]
@@ -195,13 +346,13 @@ class _Branches:
                 wanted.append(own.without_text)
             if guided and config.cfg_img_scale > 1:
                 wanted.append(own.without_image)
-            contexts: list[Context] = []
+            contexts: list[KVCache] = []
             pick = []
-            for context in wanted:
-                same = (i for i, other in enumerate(contexts) if context.same_past(other))
+            for past in wanted:
+                same = (i for i, other in enumerate(contexts) if past.same_past(other))
                 index = next(same, len(contexts))
                 if index == len(contexts):
-                    contexts.append(context)
+                    contexts.append(past)
                 pick.append(index)
             self.contexts.append(contexts)
             self.picks.append(pick)
@@ -218,6 +369,7 @@ class _Branches:
         return combined
 
 
+@context("sample_latents")
 def sample_latents(
     model: Bagel,
     guidance: Sequence[Guidance],
@@ -246,13 +398,13 @@ def sample_latents(
     channels = model.config.token_channels
     if not len(guidance) == len(noise) == len(grids):
         raise ValueError(
-            "sample_latents: guidance, noise and grids must have one entry per image, "
+            "guidance, noise and grids must have one entry per image, "
             f"got {len(guidance)}, {len(noise)} and {len(grids)}"
         )
     for x, (rows, columns) in zip(noise, grids, strict=True):
         if tuple(x.shape) != (rows * columns, channels):
             raise ValueError(
-                f"sample_latents: noise must have shape [{rows * columns}, {channels}] for "
+                f"noise must have shape [{rows * columns}, {channels}] for "
                 f"{rows} x {columns} tokens, got {list(x.shape)}"
             )
     tokens = [x.to(model.device, torch.float32) for x in noise]

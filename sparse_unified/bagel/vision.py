@@ -38,6 +38,16 @@ def unpatchify(tokens: Tensor, rows: int, columns: int, patch_size: int) -> Tens
     return grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
 
 
+def grid_positions(
+    height: int, width: int, side: int, *, device: torch.device | str | None = None
+) -> Tensor:
+    """Returns the rows of a table of `side` x `side` positions that an image of `height` x `width`
+    patches takes, row by row: [height * width] int64."""
+    rows = torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
+    return (rows[:, None] * side + columns).flatten()
+
+
 class VisionAttention(nn.Module):
     """Full attention inside each image."""
 

@@ -150,9 +150,9 @@ def _open_images(paths: Sequence[str]) -> list[Image]:
     """Reads images whole; ValueError names the one that cannot be."""
     if not paths:
         return []
-    from sparse_unified.bagel.pictures import open_picture
+    from sparse_unified.bagel.images import open_image
 
-    return [open_picture(path, where="--image") for path in paths]
+    return [open_image(path, where="--image") for path in paths]
 
 
 def _add_generate(parser: CommandParser) -> None:
@@ -259,7 +259,7 @@ def _generate(options: argparse.Namespace) -> Output:
         if result.thoughts is not None:
             pictures[-1]["thought"] = result.thoughts[i]
 
-    facts = result.report.as_dict()
+    facts = result.report.to_dict()
     steps = f"{facts['steps']} steps of {facts['seconds_per_step']:.3f} s"
     if facts["computed_steps"] < facts["steps"]:
         seconds = sum(facts["step_seconds"])
@@ -341,7 +341,7 @@ def _chat(options: argparse.Namespace) -> Output:
         "prompt": options.prompt,
         "text": result.text,
         "token_ids": result.token_ids,
-        **result.report.as_dict(),
+        **result.report.to_dict(),
     }
     return Output(text=result.text, document=document)
 

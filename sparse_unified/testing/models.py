@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from sparse_unified.bagel import AutoEncoder, Bagel, SpecialTokens, VAEConfig
+from sparse_unified.bagel.config import bagel_config, vae_config
 from sparse_unified.bagel.loading import check_tensors, official_tensors
-from sparse_unified.bagel.shapes import bagel_config, vae_config
 from sparse_unified.testing.cases import Case
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified._common import context
 from sparse_unified.bagel import (
     ContextImage,
     SamplingConfig,
@@ -16,7 +17,7 @@ from sparse_unified.bagel import (
     generate_tokens,
     sample_latents,
 )
-from sparse_unified.bagel.conditioning import see_images
+from sparse_unified.bagel.sampler import see_images
 from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE
 from sparse_unified.testing.cases import Case, is_number, read_case
@@ -72,7 +73,8 @@ def _replay_images(case: Case) -> dict[str, Tensor]:
     model = build_model(case)
     prompts = read_prompts(case, model.config.llm.vocab_size)
     sizes = read_sizes(case, len(prompts))
-    grids = [model.config.token_grid(*size, where=case.json_file) for size in sizes]
+    with context(case.json_file):
+        grids = [model.config.token_grid(*size) for size in sizes]
     lengths = [rows * columns for rows, columns in grids]
     noise = case.tensor("init_noise", [sum(lengths), model.config.token_channels])
     images = read_context_images(case, model, len(prompts))

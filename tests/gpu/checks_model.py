@@ -22,7 +22,7 @@ from sparse_unified.bagel import (
     build_guidance,
     sample_latents,
 )
-from sparse_unified.bagel.denoiser import Denoiser
+from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import initial_noise
 
 KINDS = ("dense", "sparse")

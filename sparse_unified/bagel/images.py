@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures to tensors and back: colour, size and range as the VAE and the ViT expect them."""
+"""Images to tensors and back: files, colour, size and range as the VAE and the ViT expect them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from sparse_unified._common import optional
 from sparse_unified.bagel.config import BagelConfig
+from sparse_unified.bagel.vae import AutoEncoder
+from sparse_unified.bagel.vision import unpatchify
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,8 +23,24 @@ if TYPE_CHECKING:
 _MAX_PIXELS = 14 * 14 * 9 * 1024
 
 
+def open_image(path: str | os.PathLike[str], *, where: str) -> Image:
+    """Reads an image from a file, whole.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            image: Image = optional("PIL.Image").open(stream)
+            image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or "a file of another or a damaged format"
+        raise ValueError(f"{where}: {path} must be a readable image, got {reason}") from error
+    return image
+
+
 def to_rgb(image: Image) -> Image:
-    """Returns the picture in RGB; transparent parts are laid over white."""
+    """Returns the image in RGB; transparent parts are laid over white."""
     if image.mode != "RGBA" and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -30,14 +50,14 @@ def to_rgb(image: Image) -> Image:
 
 
 def to_image(pixels: Tensor) -> Image:
-    """Turns pixels [3, H, W] in [-1, 1] into a picture; values outside are clamped."""
+    """Turns pixels [3, H, W] in [-1, 1] into a image; values outside are clamped."""
     bytes_ = ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return optional("PIL.Image").fromarray(bytes_.permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTransform:
-    """Resizes a picture to sides between two limits that are multiples of a stride.
+    """Resizes a image to sides between two limits that are multiples of a stride.
 
     Args:
         max_side, min_side: limits of the longer and the shorter side in pixels; the upper one wins.
@@ -53,7 +73,7 @@ class ImageTransform:
     max_pixels: int = _MAX_PIXELS
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Returns the width and height that a picture of this size is resized to."""
+        """Returns the width and height that a image of this size is resized to."""
         scale = min(self.max_side / max(width, height), 1.0)
         scale = max(scale, self.min_side / min(width, height))
         width, height = self._scaled(width, height, scale)
@@ -65,11 +85,11 @@ class ImageTransform:
         return width, height
 
     def resize(self, image: Image) -> Image:
-        """Returns the picture at its new size, by bicubic interpolation."""
+        """Returns the image at its new size, by bicubic interpolation."""
         return image.resize(self.size(*image.size), optional("PIL.Image").Resampling.BICUBIC)
 
     def __call__(self, image: Image) -> Tensor:
-        """Returns the resized RGB picture as pixels [3, H, W] fp32 in [-1, 1]."""
+        """Returns the resized RGB image as pixels [3, H, W] fp32 in [-1, 1]."""
         pixels = torch.from_numpy(np.array(self.resize(to_rgb(image)), dtype=np.float32))
         return pixels.permute(2, 0, 1) / 255 * 2 - 1
 
@@ -92,3 +112,46 @@ def vit_transform(config: BagelConfig) -> ImageTransform:
     patch_size = config.vision.patch_size
     limit = min(980, config.vit_max_num_patch_per_side * patch_size)
     return ImageTransform(max_side=limit, min_side=min(224, limit), stride=patch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextImage:
+    """An image a sequence looks at: through the VAE, through the ViT, or both, in this order.
+
+    Args:
+        latent: scaled VAE latent [C, h, w], or None.
+        vit_pixels: normalised pixels [3, H, W], or None.
+    """
+
+    latent: Tensor | None = None
+    vit_pixels: Tensor | None = None
+
+
+class ImageProcessor:
+    """The transforms and the autoencoder of one model.
+
+    Args:
+        config: the model, which limits sizes.
+        vae: its autoencoder.
+    """
+
+    def __init__(self, config: BagelConfig, vae: AutoEncoder) -> None:
+        self.config = config
+        self.vae = vae
+        self.for_vae = vae_transform(config)
+        self.for_vit = vit_transform(config)
+
+    def encode(self, image: Image, *, vae: bool) -> ContextImage:
+        """Prepares an image for a context, through the ViT and, to be edited, the VAE too.
+
+        As in the source the ViT sees the image at the size it has for the VAE.
+        """
+        image = self.for_vae.resize(to_rgb(image))
+        latent = self.vae.encode(self.for_vae(image)[None])[0] if vae else None
+        return ContextImage(latent=latent, vit_pixels=self.for_vit(image))
+
+    def decode(self, tokens: Tensor, size: tuple[int, int]) -> Image:
+        """Turns latent tokens [N, p * p * C] into an image of `size` (height, width) pixels."""
+        grid = self.config.token_grid(*size)
+        latent = unpatchify(tokens, *grid, self.config.latent_patch_size)
+        return to_image(self.vae.decode(latent[None])[0])
