@@ -77,6 +77,19 @@ def context(where: object) -> Iterator[None]:
         raise fault from error
 
 
+@contextmanager
+def naming(part: object) -> Iterator[None]:
+    """Puts "<part>: " in front of errors raised inside, such as the layer that is looked at.
+
+    Unlike `context`, it leaves the name of the public function to be put in front of that.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{part}: {error}") from error
+
+
 class Advance(Protocol):
     """What moves a progress bar: a `Progress` that takes a note beside the counts."""
 

@@ -18,7 +18,7 @@ from sparse_unified.bagel.decoder import MAX_HOST_ROWS, run_ffn
 from sparse_unified.bagel.loading import LAYERS, Offload, Placement, Task, unneeded
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
-from sparse_unified.nn.stored import is_packed
+from sparse_unified.nn.expert_state import is_packed
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = pytest.mark.parametrize("case", ["t2i_dense", "t2i_moe"])

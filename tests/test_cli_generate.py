@@ -15,7 +15,7 @@ from PIL import Image as image
 from sparse_unified.bagel import BagelPipeline, Execution, StepCache
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.nn.stored import is_packed
+from sparse_unified.nn.expert_state import is_packed
 
 GOLDEN = Path(__file__).parent / "golden"
 

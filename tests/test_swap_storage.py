@@ -23,7 +23,7 @@ from sparse_unified import (
     restore_,
 )
 from sparse_unified.nn import SparseMoE
-from sparse_unified.nn.stored import is_packed, unpacked
+from sparse_unified.nn.expert_state import is_packed, unpacked
 from sparse_unified.surgery.storage import ffn_bytes
 
 pytest.importorskip("torchao")

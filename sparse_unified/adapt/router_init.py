@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Report, context, format_table, list_some
+from sparse_unified._common import Report, context, format_table, list_some, naming
 from sparse_unified.analysis import FfnStatistics
 from sparse_unified.experts import RouterInit, check_inputs
 from sparse_unified.surgery.decoder import find_sparse_blocks
@@ -126,7 +126,8 @@ def init_router_(
                     f"{at}: statistics must hold inputs of it, got some of {component} layers "
                     f"{list_some(inputs.get(component, {}))}"
                 )
-            check_inputs(x, block.hidden_size, where=at)
+            with naming(at):
+                check_inputs(x, block.hidden_size)
         if block.gate.weight.is_meta:
             raise ValueError(f"{at}: weights must be in memory, got meta")
         weight, fit = first_router(block, chosen, layer=layer, seed=seed, inputs=x)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from sparse_unified._common import naming
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
@@ -164,7 +165,8 @@ def score(
                 means = [statistics.mean_abs(task, component, ffn.key) for task in used]
                 mean_abs = torch.stack(means).mean(0)
             own = chosen.score(ffn, mean_abs, seed).to("cpu", torch.float32)
-            check_scores(own, ffn.intermediate_size, where=f"{chosen.name}: {ffn.name}")
+            with naming(f"{chosen.name}: {ffn.name}"):
+                check_scores(own, ffn.intermediate_size)
             scores[component][ffn.key] = own
     return scores
 

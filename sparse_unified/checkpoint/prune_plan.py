@@ -25,13 +25,11 @@ from sparse_unified.checkpoint.recipe import LayerHeads, Step
 from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.experts import (
+    Budget,
     ExpertLayout,
-    HeadPlan,
-    check_experts,
     joint_scores,
     keep_in_experts,
     keep_units,
-    plan_heads,
     select_layers,
 )
 
@@ -180,7 +178,7 @@ def _narrow(
         block_size=config.block_size,
     )
     for layer, layout in layouts.items():
-        kept[layer], _ = keep_in_experts(
+        kept[layer] = keep_in_experts(
             scores_of(layer), layout, keep_ratio=config.keep_ratio, block_size=config.block_size
         )
     kept = {layer: kept[layer] for layer in selected}
@@ -284,4 +282,51 @@ def _check_dtype(source: Checkpoint, dtype: torch.dtype) -> None:
         raise ValueError(
             f"{source.directory}: FFN dtype must be one of {', '.join(map(str, _DTYPES))}, "
             f"got {dtype}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadPlan:
+    """What stays of an attention; everything ascends.
+
+    Attributes:
+        key_heads: key heads that stay, of those before.
+        query_groups: `{component: groups that stay, of its groups before}`.
+        reads: `{component: the key head each of its groups reads}`, of those that stay.
+    """
+
+    key_heads: tuple[int, ...]
+    query_groups: Mapping[str, tuple[int, ...]]
+    reads: Mapping[str, tuple[int, ...]]
+
+
+def plan_heads(reads: Mapping[str, Sequence[int]], kept: Mapping[str, Sequence[int]]) -> HeadPlan:
+    """Plans which heads stay.
+
+    Args:
+        reads: `{component: the key head each of its groups reads}`, of those with an attention.
+        kept: `{component: which of its groups stay}`; those not named keep all.
+    """
+    groups = {name: tuple(kept.get(name, range(len(heads)))) for name, heads in reads.items()}
+    still = {name: [reads[name][group] for group in own] for name, own in groups.items()}
+    key_heads = sorted({head for heads in still.values() for head in heads})
+    return HeadPlan(
+        key_heads=tuple(key_heads),
+        query_groups=groups,
+        reads={name: tuple(map(key_heads.index, heads)) for name, heads in still.items()},
+    )
+
+
+def check_experts(layout: ExpertLayout, *, budget: Budget, block_size: int, where: str) -> None:
+    """Raises ValueError unless experts can be made narrower as is asked for."""
+    widths = [width for width in (layout.shared_width, layout.expert_width) if width]
+    if any(width % block_size for width in widths):
+        raise ValueError(
+            f"{where}: block_size must divide the {' and '.join(map(str, widths))} neurons of an "
+            f"expert, got {block_size}"
+        )
+    if budget is not Budget.UNIFORM:
+        raise ValueError(
+            f"{where}: budget must be 'uniform' for sparse FFNs, whose experts have one width, "
+            f"got {budget.value!r}"
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some
+from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.reader import Checkpoint
@@ -77,7 +77,8 @@ def resolve_inputs(
                 f"{what}: inputs must hold a tensor for layers {list_some(sizes)}, "
                 f"got {type(value).__name__} for layer {layer}"
             )
-        check_inputs(value, hidden_size, where=f"{what}: layer {layer}")
+        with naming(f"{what}: layer {layer}"):
+            check_inputs(value, hidden_size)
         found[layer] = value
     return found
 
@@ -151,7 +152,6 @@ class Routing:
                 down_proj[:, index],
                 self.layouts[layer],
                 config.top_k,
-                where=f"{self.what}: {component} layer {layer}",
             ).weight
         return {
             name: zero if name == "gate_shared" else weight.to(ffn.dtype)

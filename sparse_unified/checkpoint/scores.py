@@ -18,7 +18,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some
+from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import SparseLayer
 from sparse_unified.checkpoint.reader import Checkpoint
@@ -128,7 +128,8 @@ def _given(
             f"{what}: scores must have layers {list_some(sizes)}, got no {list_some(missing)}"
         )
     for layer, size in sizes.items():
-        check_scores(given[layer], size, where=f"{what}: layer {layer}")
+        with naming(f"{what}: layer {layer}"):
+            check_scores(given[layer], size)
     return given, name
 
 
@@ -169,11 +170,9 @@ def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | Lay
 
 def _by_layer(scores: LayerScores, num_layers: int, what: str) -> dict[int, Tensor]:
     if isinstance(scores, Mapping):
-        return {
-            _layer_index(layer, what): as_scores(value, where=f"{what}: layer {layer}")
-            for layer, value in scores.items()
-        }
-    scores = as_scores(scores, where=what)
+        return {_layer_index(layer, what): as_scores(value) for layer, value in scores.items()}
+    with naming(what):
+        scores = as_scores(scores)
     if scores.ndim != 2 or scores.shape[0] != num_layers:
         raise ValueError(
             f"{what}: scores must have shape [{num_layers} layers, intermediate_size], "
@@ -214,7 +213,8 @@ def _magnitudes(source: Checkpoint, component: str, layer: int, what: str) -> Te
             rows = [read_tensor(spec.rows(start, stop), what=what) for spec in (gate_proj, up_proj)]
             parts.append(magnitude_scores(rows[0], rows[1], columns[:, start:stop].contiguous()))
     scores = torch.cat(parts)
-    check_scores(scores, scores.shape[0], where=what)
+    with naming(what):
+        check_scores(scores, scores.shape[0])
     return scores
 
 
@@ -229,5 +229,6 @@ def _head_magnitudes(
     scores = head_magnitude_scores(
         values.unflatten(0, (-1, channels))[list(heads)], output.unflatten(1, (len(heads), -1))
     )
-    check_scores(scores, len(heads), where=at)
+    with naming(at):
+        check_scores(scores, len(heads))
     return scores

@@ -1,9 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the neurons of one FFN divide into a shared expert and routed experts of equal width."""
+"""How the neurons of one FFN divide into a shared expert and routed experts of equal width.
+
+`ExpertLayout` says how wide experts are; the partitions say which neuron goes where: by rank
+(the official snake), by chance, or those that fire together, by balanced k-means.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_unified._common import context
+from sparse_unified.experts.scores import check_scores, layer_generator
+
+MIN_TOKENS = 8
+_ITERATIONS = 16
+_RESTARTS = 3
 
 
 def _shared_width(intermediate_size: int, num_experts: int, num_shared_experts: int) -> int:
@@ -104,3 +121,208 @@ class ExpertLayout:
         """Returns the neuron range of each expert by its official name, in expert order."""
         shared = {"shared_expert": self.shared_range()} if self.shared_width else {}
         return shared | {f"experts.{e}": self.expert_range(e) for e in range(self.num_experts)}
+
+
+class Partition(str, Enum):
+    """How the neurons that the shared expert leaves are dealt to the routed experts."""
+
+    SNAKE = "snake"  # by rank, in turn: every expert gets neurons of every rank; the official way
+    RANDOM = "random"  # drawn by seed
+    COACTIVATION = "coactivation"  # neurons that fire together go together
+
+
+@context("order_neurons")
+def order_neurons(
+    partition: Partition,
+    scores: Tensor,
+    layout: ExpertLayout,
+    *,
+    seed: int = 0,
+    layer: int = 0,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """Orders the neurons of a dense FFN by expert, the shared expert first.
+
+    Args:
+        partition: how. scores: [I]. layout: the widths to deal to.
+        seed, layer: of `random_partition` and `coactivation_partition`.
+        hidden: [N, I], of `coactivation_partition` alone.
+
+    Returns:
+        neuron_index [I] int64, position in expert order -> dense neuron; a permutation.
+
+    Raises:
+        ValueError: scores or hidden do not fit, or hidden is not given where it is needed.
+    """
+    if partition is Partition.SNAKE:
+        return snake_partition(scores, layout)
+    if partition is Partition.RANDOM:
+        return random_partition(scores, layout, seed=seed, layer=layer)
+    if hidden is None:
+        raise ValueError("hidden must be given for a partition by coactivation, got None")
+    return coactivation_partition(scores, layout, hidden, seed=seed, layer=layer)
+
+
+def rank_neurons(scores: Tensor) -> Tensor:
+    """Returns the neurons [I] int64 on the CPU by score [I], highest first, stable."""
+    scores = scores.cpu()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()  # exact; the narrow dtypes do not all sort
+    return torch.argsort(scores, descending=True, stable=True)
+
+
+@context("snake_partition")
+def snake_partition(scores: Tensor, layout: ExpertLayout) -> Tensor:
+    """Orders the neurons of a dense FFN by expert.
+
+    Neurons are sorted by score, in its own precision, highest first and stable. The first
+    `layout.shared_width` form the shared expert. The rest are read as rows of E with every second
+    row reversed; expert e takes column e, so that every expert gets neurons of every rank.
+
+    Args:
+        scores: importance of each neuron, [I], any float dtype, finite.
+        layout: the widths to deal to.
+
+    Returns:
+        neuron_index [I] int64: `neuron_index[i]` is the dense neuron at position i of the expert
+        order. It is a permutation.
+
+    Raises:
+        ValueError: scores have another shape or are not finite.
+
+    Source: `dense_to_moe_with_explicit_shared` of the official SparseUnifiedModel code.
+    """
+    check_scores(scores, layout.intermediate_size)
+    shared, routed = rank_neurons(scores).split(
+        [layout.shared_width, layout.intermediate_size - layout.shared_width]
+    )
+    rows = routed.view(-1, layout.num_experts).clone()  # [h, E]
+    rows[1::2] = rows[1::2].flip(1)
+    return torch.cat([shared, rows.t().reshape(-1)])
+
+
+@context("random_partition")
+def random_partition(scores: Tensor, layout: ExpertLayout, *, seed: int, layer: int = 0) -> Tensor:
+    """Orders the neurons of a dense FFN by expert, drawn at random.
+
+    The first `layout.shared_width` neurons by score form the shared expert, as in the snake; the
+    rest are shuffled.
+
+    Args:
+        scores: importance of each neuron, [I], any float dtype, finite.
+        layout: the widths to deal to.
+        seed, layer: what is drawn from; the same on every machine.
+
+    Returns:
+        neuron_index [I] int64, position in expert order -> dense neuron; a permutation.
+
+    Raises:
+        ValueError: scores have another shape or are not finite.
+    """
+    check_scores(scores, layout.intermediate_size)
+    ranked = rank_neurons(scores)
+    shared, routed = ranked[: layout.shared_width], ranked[layout.shared_width :]
+    # From neuron order, so that what is drawn depends on the scores by the shared expert alone.
+    drawn = routed.sort().values[
+        torch.randperm(len(routed), generator=layer_generator(seed, layer))
+    ]
+    return torch.cat([shared, drawn])
+
+
+@context("coactivation_partition")
+def coactivation_partition(
+    scores: Tensor, layout: ExpertLayout, hidden: Tensor, *, seed: int = 0, layer: int = 0
+) -> Tensor:
+    """Orders the neurons of a dense FFN by expert, those that fire on the same tokens together.
+
+    The first `layout.shared_width` neurons by score form the shared expert, as in the snake. Of the
+    others, |h| over the tokens, minus its mean and divided by its norm, is the profile p. Spherical
+    k-means with clusters of exactly I_routed / E neurons maximises sum_i p_i . c_{a(i)}, where c_e
+    is the normalised sum of the profiles of expert e: the correlation of neurons with their expert.
+    Of three starts (k-means++) and all their iterations the best assignment is taken.
+
+    Args:
+        scores: importance of each neuron, [I], any float dtype, finite.
+        layout: the widths to deal to.
+        hidden: what the neurons gave on N >= 8 tokens, [N, I], any float dtype, finite; see
+            `hidden_activations`.
+        seed, layer: what the starts are drawn from.
+
+    Returns:
+        neuron_index [I] int64 on the CPU, position in expert order -> dense neuron; a permutation.
+        Within an expert the neurons ascend.
+
+    Raises:
+        ValueError: scores or hidden have another shape or are not finite.
+    """
+    check_scores(scores, layout.intermediate_size)
+    if hidden.ndim != 2 or hidden.shape[1] != layout.intermediate_size or len(hidden) < MIN_TOKENS:
+        raise ValueError(
+            f"hidden must have shape [N, {layout.intermediate_size}] of at least "
+            f"{MIN_TOKENS} tokens, got {list(hidden.shape)}"
+        )
+    if not bool(torch.isfinite(hidden).all()):
+        raise ValueError("hidden must be finite, got NaN or infinity")
+    ranked = rank_neurons(scores)
+    shared = ranked[: layout.shared_width]
+    routed = ranked[layout.shared_width :].sort().values
+    size = hidden[:, routed.to(hidden.device)].abs().float()  # [N, n]
+    profiles = F.normalize((size - size.mean(0)).t(), dim=1)  # [n, N]
+    owner = _balanced_kmeans(profiles, layout.num_experts, layer_generator(seed, layer))
+    return torch.cat([shared, routed[owner.sort(stable=True).indices]])
+
+
+def _balanced_kmeans(profiles: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Assigns unit rows [n, N] to `count` clusters of n / count rows; [n] int64 on the CPU."""
+    best, most = torch.empty(0), -math.inf
+    for _ in range(_RESTARTS):
+        centres = profiles[_spread_out(profiles, count, generator)]
+        previous: Tensor | None = None
+        for _ in range(_ITERATIONS):
+            similarity = (profiles @ centres.t()).cpu()  # [n, E]
+            owner = _assign_evenly(similarity)
+            total = float(similarity.gather(1, owner[:, None]).double().sum())
+            if total > most:
+                best, most = owner, total
+            if previous is not None and torch.equal(owner, previous):
+                break
+            previous = owner
+            sums = torch.zeros_like(centres).index_add_(0, owner.to(centres.device), profiles)
+            centres = F.normalize(sums, dim=1)
+    return best
+
+
+def _spread_out(profiles: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """Draws rows to start from, by the square of the distance to those drawn before."""
+    chosen = [int(torch.randint(len(profiles), (1,), generator=generator))]
+    distance = torch.full((len(profiles),), math.inf)
+    for _ in range(count - 1):
+        distance = torch.minimum(distance, 1 - (profiles @ profiles[chosen[-1]]).cpu())
+        weights = distance.clamp_min(0).square()
+        weights[chosen] = 0
+        if not bool(weights.sum() > 0):  # the rest are copies of those chosen
+            weights = torch.ones_like(weights)
+            weights[chosen] = 0
+        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
+    return chosen
+
+
+def _assign_evenly(similarity: Tensor) -> Tensor:
+    """Gives every row of [n, E] an owner, n / E rows to each, those first that have most to lose.
+
+    In each round all rows that are left ask for the most similar owner with room. An owner with
+    too little room takes those whose second choice is worst by comparison.
+    """
+    count, num_owners = similarity.shape
+    owner = torch.full((count,), -1)
+    room = torch.full((num_owners,), count // num_owners)
+    while len(free := (owner < 0).nonzero()[:, 0]):
+        open_owners = (room > 0).nonzero()[:, 0]
+        best = similarity[free][:, open_owners].topk(min(2, len(open_owners)), dim=1)
+        loss = best.values[:, 0] - best.values[:, -1]
+        for place, taker in enumerate(open_owners.tolist()):
+            asking = (best.indices[:, 0] == place).nonzero()[:, 0]
+            order = loss[asking].sort(descending=True, stable=True).indices[: int(room[taker])]
+            owner[free[asking[order]]] = taker
+            room[taker] -= len(order)
+    return owner

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified.experts.coactivation import check_inputs, hidden_activations
-from sparse_unified.experts.layout import ExpertLayout
+from sparse_unified._common import context
+from sparse_unified.experts.layout import MIN_TOKENS, ExpertLayout
+from sparse_unified.experts.scores import layer_generator
 
 # Bounds of the root mean square of the logits: enough to keep their order in bf16, and little
 # enough that an expert weighs about 1, as conversion leaves it.
 MIN_LOGIT_RMS, MAX_LOGIT_RMS = 0.01, 0.1
 RANDOM_LOGIT_RMS = 0.02
+_TILE_NEURONS = 1024
 _HELD_OUT = 5  # every fifth token
 _PENALTIES = tuple(10.0**power for power in range(-4, 5))
 
@@ -31,6 +34,37 @@ class RouterInit(str, Enum):
     ZERO = "zero"  # the official way
     RANDOM = "random"  # drawn by seed
     ACTIVATION = "activation"  # fitted to calibration inputs
+
+
+def check_inputs(inputs: Tensor, hidden_size: int) -> None:
+    """Raises ValueError unless inputs of an FFN are finite floats [N >= 8, hidden_size]."""
+    if inputs.ndim != 2 or inputs.shape[1] != hidden_size or inputs.shape[0] < MIN_TOKENS:
+        raise ValueError(
+            f"inputs must have shape [N, {hidden_size}] of at least {MIN_TOKENS} tokens, "
+            f"got {list(inputs.shape)}"
+        )
+    if not inputs.dtype.is_floating_point:
+        raise ValueError(f"inputs must be floating point, got {inputs.dtype}")
+    bad = (~torch.isfinite(inputs)).nonzero()
+    if len(bad):
+        at = tuple(bad[0].tolist())
+        raise ValueError(
+            f"inputs must be finite, got {inputs[at].item()} of token {at[0]} at {at[1]}"
+        )
+
+
+def hidden_activations(inputs: Tensor, gate_proj: Tensor, up_proj: Tensor) -> Tensor:
+    """What the neurons of a SwiGLU FFN give: h = silu(gate_proj x) * up_proj x.
+
+    Args:
+        inputs: [N, D], any float dtype. gate_proj, up_proj: [I, D], any float dtype.
+
+    Returns:
+        [N, I] fp32, on the device of the weights.
+    """
+    x = inputs.to(gate_proj.device, torch.float32)
+    tiles = zip(gate_proj.split(_TILE_NEURONS), up_proj.split(_TILE_NEURONS), strict=True)
+    return torch.cat([F.silu(x @ gate.float().t()) * (x @ up.float().t()) for gate, up in tiles], 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +87,11 @@ class RouterFit:
 
 def random_router(num_experts: int, hidden_size: int, *, seed: int, layer: int = 0) -> Tensor:
     """Draws router weights [E, D] fp32 whose logits on inputs of unit mean square have 0.02."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
-    drawn = torch.randn(num_experts, hidden_size, generator=generator)
+    drawn = torch.randn(num_experts, hidden_size, generator=layer_generator(seed, layer))
     return drawn * (RANDOM_LOGIT_RMS * hidden_size**-0.5)
 
 
+@context("fit_router")
 def fit_router(
     inputs: Tensor,
     gate_proj: Tensor,
@@ -65,8 +99,6 @@ def fit_router(
     down_proj: Tensor,
     layout: ExpertLayout,
     top_k: int,
-    *,
-    where: str = "fit_router",
 ) -> RouterFit:
     """Fits a router to how much each expert gives on calibration tokens.
 
@@ -82,7 +114,6 @@ def fit_router(
         inputs: x of N >= 8 tokens, [N, D], any float dtype, finite.
         gate_proj, up_proj: [I, D]; down_proj: [D, I]; neurons in expert order, shared first.
         layout: neuron ranges. top_k: experts a token uses.
-        where: start of messages.
 
     Returns:
         the router, on the device of the weights, and its errors.
@@ -90,7 +121,7 @@ def fit_router(
     Raises:
         ValueError: inputs have another shape, too few tokens, or are not finite.
     """
-    check_inputs(inputs, gate_proj.shape[1], where=where)
+    check_inputs(inputs, gate_proj.shape[1])
     x = inputs.to(gate_proj.device, torch.float32)
     outputs = _expert_outputs(x, gate_proj, up_proj, down_proj, layout)  # [N, E, D]
     held_out = torch.arange(len(x), device=x.device) % _HELD_OUT == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importance of each FFN neuron where no calibration statistics are at hand."""
+"""Importance of each FFN neuron or head where no calibration statistics are at hand."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ import torch
 from torch import Tensor
 
 
-def as_scores(value: object, *, where: str = "") -> Tensor:
+def as_scores(value: object) -> Tensor:
     """Returns a tensor of `value`, itself where it is one; TypeError when it cannot become one."""
-    at = f"{where}: " if where else ""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{at}scores must be a tensor, got {type(value).__name__} that is none"
+            f"scores must be a tensor, got {type(value).__name__} that is none"
         ) from error
 
 
-def check_scores(scores: Tensor, intermediate_size: int, *, where: str = "") -> None:
-    """Raises ValueError unless `scores` is a finite float tensor [intermediate_size]."""
-    at = f"{where}: " if where else ""
-    if scores.ndim != 1 or scores.shape[0] != intermediate_size:
-        raise ValueError(
-            f"{at}scores must have shape [{intermediate_size}], got {list(scores.shape)}"
-        )
+def check_scores(scores: Tensor, size: int) -> None:
+    """Raises ValueError unless `scores` is a finite float tensor [size]."""
+    if scores.ndim != 1 or scores.shape[0] != size:
+        raise ValueError(f"scores must have shape [{size}], got {list(scores.shape)}")
     if not scores.dtype.is_floating_point:
-        raise ValueError(f"{at}scores must be floating point, got {scores.dtype}")
+        raise ValueError(f"scores must be floating point, got {scores.dtype}")
     bad = torch.nonzero(~torch.isfinite(scores))
     if bad.numel():
         first = int(bad[0])
         raise ValueError(
-            f"{at}scores must be finite, got {scores[first].item()} for neuron {first} "
-            f"({bad.shape[0]} of {intermediate_size} are not finite)"
+            f"scores must be finite, got {scores[first].item()} for neuron {first} "
+            f"({bad.shape[0]} of {size} are not finite)"
         )
+
+
+def layer_generator(seed: int, layer: int) -> torch.Generator:
+    """Returns the random numbers of one layer, the same on every machine."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+
+
+def random_scores(intermediate_size: int, *, seed: int, layer: int) -> Tensor:
+    """Returns scores [I] fp32 in [0, 1), the same for the same seed and layer on every machine."""
+    return torch.rand(intermediate_size, generator=layer_generator(seed, layer))
 
 
 def magnitude_scores(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -57,13 +63,21 @@ def magnitude_scores(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> T
     return scores
 
 
+def _column_norms(weight: Tensor, rows_at_once: int = 64) -> Tensor:
+    """L2 norm of each column [I] fp32; a library norm over the rows is 15 times slower."""
+    squares = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+    for rows in weight.split(rows_at_once):
+        squares += rows.float().square().sum(0)
+    return squares.sqrt()
+
+
 def head_magnitude_scores(v_proj: Tensor, o_proj: Tensor) -> Tensor:
     """Ranks groups of heads by weight magnitude: |values| * |their output columns|, L2 norms.
 
     Queries and keys have no part in it: both are normalised per head, whatever their weights are.
 
     Args:
-        v_proj: [G, d, D], value rows of the key head of each of G groups, any float dtype.
+        v_proj: [G, d, D], value rows of the KV head of each of G groups, any float dtype.
         o_proj: [D, G, n], output columns of the n = queries_per_key * d channels of each group.
 
     Returns:
@@ -81,17 +95,3 @@ def joint_scores(scores: Sequence[Tensor]) -> Tensor:
         size = wide.abs().mean()
         total += wide / size if size > 0 else wide
     return total
-
-
-def _column_norms(weight: Tensor, rows_at_once: int = 64) -> Tensor:
-    """L2 norm of each column [I] fp32; a library norm over the rows is 15 times slower."""
-    squares = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
-    for rows in weight.split(rows_at_once):
-        squares += rows.float().square().sum(0)
-    return squares.sqrt()
-
-
-def random_scores(intermediate_size: int, *, seed: int, layer: int) -> Tensor:
-    """Returns scores [I] fp32 in [0, 1), the same for the same seed and layer on every machine."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
-    return torch.rand(intermediate_size, generator=generator)

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified.experts import ExpertLayout
-from sparse_unified.nn.stored import is_packed, unpacked
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Tells whether a weight is a tensor subclass that stores less and unpacks itself."""
+    return type(weight).dequantize is not Tensor.dequantize
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """Returns a weight as a plain tensor: itself, or what a packed one unpacks to for one call."""
+    return weight.dequantize() if is_packed(weight) else weight
 
 
 def expert_views(

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified.experts import ExpertLayout
-from sparse_unified.nn.expert_state import OfficialState, expert_views
-from sparse_unified.nn.stored import is_packed
+from sparse_unified.nn.expert_state import OfficialState, expert_views, is_packed
 from sparse_unified.ops import backend, composed, reference
 
 logger = logging.getLogger(__name__)

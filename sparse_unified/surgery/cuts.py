@@ -13,14 +13,13 @@ named stays whole. Several plans are made one after the other, each for what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some
+from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.modes import (
     BOTH,
@@ -61,15 +60,6 @@ GONE = Cut(0, torch.empty(0, dtype=torch.int64))  # nothing stays, the key neith
 Cuts = dict[str, Cut]
 Sizes = Mapping[str, Sequence[int]]  # key -> shape of its tensor
 Scores = Callable[[str, int], Tensor]  # (component, layer) -> [I] in expert order, or [groups]
-
-
-@contextmanager
-def naming(what: object) -> Iterator[None]:
-    """Puts the name of a layer in front of a ValueError, behind that of the public function."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 def select(
@@ -132,7 +122,7 @@ def _narrow(config: PruneWidthConfig, own: Mapping[int, LayerShape], scores: Sco
     cuts: Cuts = {}
     for layer, shape in own.items():
         if isinstance(shape.ffn, ExpertLayout):
-            kept[layer], _ = keep_in_experts(
+            kept[layer] = keep_in_experts(
                 ranking[layer],
                 shape.ffn,
                 keep_ratio=config.keep_ratio,

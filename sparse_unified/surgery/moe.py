@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context, list_some
+from sparse_unified._common import context, list_some, naming
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.hub import find_model, is_hub_id
 from sparse_unified.checkpoint.modes import MoEConfig
@@ -28,7 +28,7 @@ from sparse_unified.experts import (
     random_router,
 )
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.cuts import naming, select
+from sparse_unified.surgery.cuts import select
 from sparse_unified.surgery.decoder import Decoder, Target, find_decoder
 from sparse_unified.surgery.exchange import (
     Change,
@@ -259,7 +259,8 @@ def _ranking(weights: DenseWeights, given: Tensor | None) -> Tensor:
     if weights.gate_proj.is_meta:
         raise ValueError("scores must be given for weights without data, got meta tensors")
     ranking = magnitude_scores(*weights)
-    check_scores(ranking, width, where="magnitude of its weights")
+    with naming("magnitude of its weights"):
+        check_scores(ranking, width)
     return ranking
 
 

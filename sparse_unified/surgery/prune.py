@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import context
+from sparse_unified._common import context, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
@@ -25,7 +25,6 @@ from sparse_unified.surgery.cuts import (
     Cuts,
     PruneConfig,
     head_magnitudes,
-    naming,
     neuron_magnitudes,
     plan,
     select,

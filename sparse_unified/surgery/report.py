@@ -12,7 +12,7 @@ from sparse_unified._common import Report, context, format_layers, format_table
 from sparse_unified.checkpoint.counts import Counts, count_weight, format_counts
 from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules, ffn_modules
 from sparse_unified.nn import SparseMoE
-from sparse_unified.nn.stored import is_packed
+from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.decoder import Decoder, find_decoder
 from sparse_unified.surgery.exchange import Change, like
 from sparse_unified.surgery.ffn import Skipped

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Report, context, format_bytes, optional
+from sparse_unified._common import Report, context, format_bytes, naming, optional
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
-from sparse_unified.nn.stored import is_packed
-from sparse_unified.surgery.cuts import naming, select
+from sparse_unified.nn.expert_state import is_packed
+from sparse_unified.surgery.cuts import select
 from sparse_unified.surgery.decoder import Target, find_decoder
 from sparse_unified.surgery.ffn import projection_names, read_weights
 from sparse_unified.surgery.report import stored_bytes

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import format_layers, list_some
+from sparse_unified._common import format_layers, list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import (
     Part,
@@ -411,7 +411,8 @@ class Attention:
         found = head_magnitude_scores(
             rows.unflatten(0, (self.num_groups, -1)), columns.unflatten(1, (self.num_groups, -1))
         )
-        check_scores(found, self.num_groups, where=f"heads: layer {self.layer}")
+        with naming(f"heads: layer {self.layer}"):
+            check_scores(found, self.num_groups)
         return found
 
     def text(self, groups: int | None = None) -> str:
