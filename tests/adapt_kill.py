@@ -22,7 +22,7 @@ from checkpoint_kill import die_at_call
 from sparse_unified._common import optional
 from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
 from sparse_unified.adapt import run as adapt_run
-from sparse_unified.adapt.log import read_lines
+from sparse_unified.adapt.report import read_lines
 
 FIRST_CALL, CALLS_MORE = 9, 450
 CONFIG = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, seed=5)
@@ -34,9 +34,9 @@ def start(model: Path, out: Path, data: Path, prepare: Callable[[], None]) -> in
     if child == 0:
         try:
             torch.set_num_threads(1)
-            find = adapt_run.latest_state
+            find = adapt_run._latest_state
             # Reading the model is over by then.
-            adapt_run.latest_state = lambda running: (find(running), prepare())[0]
+            adapt_run._latest_state = lambda running: (find(running), prepare())[0]
             run = RunConfig(checkpoint_every=1, keep=1, resume=True)
             adapt(model, out, data, CONFIG, run)
             os._exit(0)

@@ -51,7 +51,7 @@ def main(rank: int, ports: list[str], directory: Path) -> None:
         resumed.load(directory / f"two-{name}")
         found[f"{name} from two"] = losses(resumed)
         found[f"{name} norm"] = sharded.step().grad_norm
-        local = sum(t.nbytes for t in sharded.masters.state().values())
+        local = sum(t.nbytes for t in sharded.optimizer.state().values())
         found[f"{name} state"] = local
     if rank == 0:
         (directory / "result.json").write_text(json.dumps(found))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparse_unified._common import format_bytes
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
+from sparse_unified.adapt.freeze import freeze_component
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
-from sparse_unified.adapt.select import freeze_component
 from sparse_unified.bagel import Bagel, LatentSegment, TextSegment, pack_training, training_forward
 from sparse_unified.bagel.config import (
     BagelConfig,
@@ -141,8 +141,8 @@ def test_state_takes_the_bytes_it_was_said_to(
     freeze(model, stage)
     config = TrainingConfig(**(CONFIG | {"ema_decay": ema}))
     found = estimate(model, config, image_tokens=1, text_tokens=1, predicted_tokens=0)
-    masters = Trainer(model, Mixed(model), config).masters
-    state = masters.state()
+    optimizer = Trainer(model, Mixed(model), config).optimizer
+    state = optimizer.state()
     shared = {p.data_ptr() for p in model.parameters()}
 
     def held(kind: str) -> int:
@@ -156,7 +156,7 @@ def test_state_takes_the_bytes_it_was_said_to(
     assert found.masters == held("master")
     assert found.moments == held("exp_avg") + held("exp_avg_sq")
     assert found.average == held("ema")
-    gradients = [weight.grad for weight in masters.weights.values()]
+    gradients = [weight.grad for weight in optimizer.weights.values()]
     assert found.gradients == sum(g.nbytes for g in gradients if g is not None)
     assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -167,8 +167,10 @@ def test_a_pass_has_few_gradients_at_a_time(dtype: torch.dtype) -> None:
     freeze(model, "expert_frozen")
     config = TrainingConfig(**CONFIG)
     batch = pictures(model.config)
-    masters = Trainer(model, Mixed(model), config).masters
-    own = {weight.grad.data_ptr() for weight in masters.weights.values() if weight.grad is not None}
+    optimizer = Trainer(model, Mixed(model), config).optimizer
+    own = {
+        weight.grad.data_ptr() for weight in optimizer.weights.values() if weight.grad is not None
+    }
     peak = 0
 
     def count(_: Any) -> None:
@@ -176,7 +178,7 @@ def test_a_pass_has_few_gradients_at_a_time(dtype: torch.dtype) -> None:
         held = [p.grad for p in model.parameters() if p.grad is not None]
         peak = max(peak, sum(g.nbytes for g in held if g.data_ptr() not in own))
 
-    with masters.collecting():
+    with optimizer.accumulating():
         handles = [
             parameter.register_post_accumulate_grad_hook(count)
             for parameter in model.parameters()
@@ -188,7 +190,7 @@ def test_a_pass_has_few_gradients_at_a_time(dtype: torch.dtype) -> None:
             handle.remove()
     found = of_batch(model, batch, config)
     assert peak <= found.pass_gradients
-    assert masters.gradient_norm() > 0
+    assert optimizer.gradient_norm() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ import torch
 from adapt_models import GOLDEN, write_folder
 from safetensors.torch import load_file
 
-from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
-from sparse_unified.adapt.log import read_lines
+from sparse_unified.adapt import RunConfig, Stage, StepRecord, TrainingConfig, adapt
+from sparse_unified.adapt.report import read_lines
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert
 from sparse_unified.checkpoint.atomic import MARKER
@@ -97,7 +100,7 @@ def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
 ) -> None:
     dense = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
-    run = RunConfig(stage="full", checkpoint_every=4)
+    run = RunConfig(stage=Stage.FULL, checkpoint_every=4)
     adapt(tmp_path / "sparse", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
     after = Checkpoint(tmp_path / "out")
     tensors = load_file(tmp_path / "out.training" / "step-4" / "training.safetensors")
@@ -188,6 +191,73 @@ def test_a_state_whose_files_are_not_whole_is_no_start(root: Path, tmp_path: Pat
     assert not out.exists()
 
 
+@pytest.fixture(scope="module")
+def stopped(root: Path) -> Path:
+    """The directory of a run that was cut short after its second step."""
+
+    def stop(record: StepRecord) -> None:
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    run = RunConfig(checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(
+            root / "model",
+            root / "cut",
+            root / "data",
+            TrainingConfig(**CONFIG),
+            run,
+            on_step=stop,
+        )
+    return root / "cut.training"
+
+
+def damage_tensors(running: Path) -> None:
+    path = running / "step-2" / "training.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def rename_state(running: Path) -> None:
+    (running / "step-2").rename(running / "step-3")
+
+
+def remove_log(running: Path) -> None:
+    (running / "log.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "rule"),
+    [
+        (damage_tensors, r"training.safetensors: tensors must have the checksum \d+ of training"),
+        (rename_state, r"step-3/training.json: step must be that of its directory, got 2"),
+        (remove_log, r"log.jsonl: log must hold the steps 1 to 2 of the state, got 0"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(
+    damage: Callable[[Path], None], rule: str, stopped: Path, root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, tmp_path / "out.training")
+    damage(tmp_path / "out.training")
+    run, config = RunConfig(resume=True), TrainingConfig(**CONFIG)
+    with pytest.raises(ValueError, match=rule):
+        adapt(root / "model", tmp_path / "out", root / "data", config, run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_to_one_target_do_not_mix(stopped: Path, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "out.training")
+    run, config = RunConfig(resume=True), TrainingConfig(**CONFIG)
+    lock = os.open(tmp_path / "out.training", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"out.training must belong to one run"):
+            adapt(root / "model", tmp_path / "out", root / "data", config, run)
+    finally:
+        os.close(lock)
+
+
 def test_tensorboard_holds_the_losses(root: Path, expected: list[float], tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = RunConfig(tensorboard=True)
@@ -221,7 +291,7 @@ def test_dry_run_checks_everything_and_writes_nothing(
         ),
         (["--data", "{root}/data", "--lr", "-1"], 1, "learning_rate must be finite and at least 0"),
         (["--data", "{root}/data", "--device", "nowhere"], 1, "--device: name must be a device"),
-        (["--data", "{root}/data", "--text-dropout", "2"], 1, "text_dropout must be from 0 to 1"),
+        (["--data", "{root}/data", "--text-dropout", "2"], 1, "text_dropout must be .*from 0 to 1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -259,7 +329,7 @@ def test_a_run_that_diverges_leaves_its_last_state_and_goes_on_with_smaller_step
     assert all(Checkpoint(out).read(key).isfinite().all() for key in Checkpoint(out).specs)
 
     # What is written is looked at once more.
-    monkeypatch.setattr("sparse_unified.adapt.masters.Masters.are_finite", lambda _: True)
+    monkeypatch.setattr("sparse_unified.adapt.optimizer.Optimizer.are_finite", lambda _: True)
     start[2] = str(tmp_path / "second")
     assert main([*start, "--steps", "1", "--lr", "3e38"]) == 1
     assert "must be finite to be written" in capsys.readouterr().err

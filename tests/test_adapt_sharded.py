@@ -16,7 +16,7 @@ from adapt_models import GOLDEN, losses, trainer, write_folder
 from adapt_processes import DTYPES
 
 from sparse_unified.adapt import TrainingConfig, adapt
-from sparse_unified.adapt.log import read_lines
+from sparse_unified.adapt.report import read_lines
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.fixtures import write_checkpoint
 
@@ -71,7 +71,7 @@ def test_two_processes_lose_what_one_loses(name: str, result: dict[str, Any]) ->
     assert result[name] == pytest.approx(expected, rel=TOLERANCES[name])
     norm = own.step().grad_norm
     assert result[f"{name} norm"] == pytest.approx(norm, rel=10 * TOLERANCES[name])
-    whole = sum(tensor.nbytes for tensor in own.masters.state().values())
+    whole = sum(tensor.nbytes for tensor in own.optimizer.state().values())
     assert 0.45 * whole < result[f"{name} state"] < 0.55 * whole
 
 

@@ -22,10 +22,10 @@ from checkpoint_files import GOLDEN, make_dense
 from hostile_cases import CORPUS, change_bytes, change_file, change_json, refusal
 
 from sparse_unified.adapt import TrainingConfig
-from sparse_unified.adapt.log import read_lines
-from sparse_unified.adapt.masters import Masters
-from sparse_unified.adapt.records import open_records
-from sparse_unified.adapt.state import load_state, save_state
+from sparse_unified.adapt.data import open_records
+from sparse_unified.adapt.optimizer import Optimizer
+from sparse_unified.adapt.report import read_lines
+from sparse_unified.adapt.saving import load_state, save_state
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
 from sparse_unified.analysis.cost import Cost
 from sparse_unified.analysis.geneval import read_metadata
@@ -55,7 +55,7 @@ def tiny() -> torch.nn.Module:
 
 
 def load_training_state(path: Path) -> None:
-    load_state(path.parent, Masters(tiny(), TRAINING), FACTS)
+    load_state(path.parent, Optimizer(tiny(), TRAINING), FACTS)
 
 
 def read_points(path: Path) -> None:
@@ -143,8 +143,7 @@ def make_run(root: Path) -> Path:
 
 
 def make_state(root: Path, name: str) -> Path:
-    masters = Masters(tiny(), TRAINING)
-    save_state(root / "state", masters, FACTS)
+    save_state(root / "state", Optimizer(tiny(), TRAINING), FACTS)
     return root / "state" / name
 
 

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptation: tuning of a converted or pruned model, from frozen experts to all of its weights."""
 
-from sparse_unified.adapt.config import Schedule, TrainingConfig
-from sparse_unified.adapt.freeze import FreezeReport, Stage, freeze
-from sparse_unified.adapt.memory import MemoryEstimate, estimate_memory
-from sparse_unified.adapt.plan import Plan, plan
-from sparse_unified.adapt.reports import StepRecord, TrainingReport
-from sparse_unified.adapt.router_init import RouterReport, StartedRouter, init_router_
-from sparse_unified.adapt.run import AdaptReport, RunConfig, adapt
-from sparse_unified.adapt.sequences import (
+from sparse_unified.adapt.config import (
+    RunConfig,
+    Schedule,
     SequenceConfig,
+    Stage,
+    TrainingConfig,
+)
+from sparse_unified.adapt.freeze import FreezeReport, freeze
+from sparse_unified.adapt.memory import MemoryEstimate, estimate_memory
+from sparse_unified.adapt.report import AdaptReport, Plan, StepRecord, TrainingReport
+from sparse_unified.adapt.router_init import RouterReport, StartedRouter, init_router_
+from sparse_unified.adapt.run import adapt, plan
+from sparse_unified.adapt.sequences import (
     draw_time,
     editing_sequence,
     generation_sequence,

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters a stage of adaptation trains."""
+"""Which parameters a stage of adaptation trains, and of which component."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from torch import nn
 
+from sparse_unified.adapt.config import Stage, choice_of
+from sparse_unified.checkpoint.keys import FFN_NAMES, SUFFIXES
+from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
+from sparse_unified.nn.expert_state import PROJECTIONS
 
-_EXPERT_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 _ROUTERS = ("gate", "gate_img", "gate_shared")
 # Sine tables, stored in the checkpoint and never trained.
 _TABLES = ("vit_pos_embed.pos_embed", "latent_pos_embed.pos_embed")
-
-
-class Stage(str, Enum):
-    """What is trained."""
-
-    ROUTER = "router"  # the routers of the sparse blocks alone
-    EXPERT_FROZEN = "expert_frozen"  # everything but the experts of the sparse blocks
-    FULL = "full"  # everything
+# Outside the decoder layers, what only latents run through.
+_GEN_MODULES = ("vae2llm", "llm2vae", "time_embedder", "latent_pos_embed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +26,10 @@ class FreezeReport:
 
     Attributes:
         stage: that was set.
-        trained, frozen: names of the parameters, in the order of the model.
-        trained_parameters, frozen_parameters: their sizes, in numbers.
+        trained: names of the trained parameters, in the order of the model.
+        frozen: names of all others.
+        trained_parameters: number of trained values.
+        frozen_parameters: number of all others.
     """
 
     stage: Stage
@@ -57,21 +55,14 @@ def freeze(model: nn.Module, stage: Stage | str) -> FreezeReport:
 
     Source: the two tunings of arXiv 2512.02351, and one of the routers alone.
     """
-    try:
-        stage = Stage(stage)
-    except ValueError:
-        legal = ", ".join(one.value for one in Stage)
-        raise ValueError(f"freeze: stage must be one of {legal}, got {stage!r}") from None
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, SparseMoE)}
+    stage = choice_of(Stage, stage, "freeze: stage")
+    blocks = [name for name, module in model.named_modules() if isinstance(module, SparseMoE)]
     if stage is not Stage.FULL and not blocks:
         raise ValueError(
             f"freeze: stage must be full for a model without sparse blocks, got {stage.value}"
         )
-    experts = {f"{name}.{part}".lstrip(".") for name in blocks for part in _EXPERT_WEIGHTS}
+    experts = {f"{name}.{part}".lstrip(".") for name in blocks for part in PROJECTIONS}
     routers = {f"{name}.{part}.weight".lstrip(".") for name in blocks for part in _ROUTERS}
-    trained: list[str] = []
-    frozen: list[str] = []
-    sizes = [0, 0]
     for name, parameter in model.named_parameters():
         if stage is Stage.ROUTER:
             wanted = name in routers
@@ -80,12 +71,30 @@ def freeze(model: nn.Module, stage: Stage | str) -> FreezeReport:
         parameter.requires_grad_(wanted)
         if not wanted:
             parameter.grad = None
-        (trained if wanted else frozen).append(name)
-        sizes[not wanted] += parameter.numel()
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: p.numel() for name, p in model.named_parameters() if name not in trained}
     return FreezeReport(
         stage=stage,
         trained=tuple(trained),
         frozen=tuple(frozen),
-        trained_parameters=sizes[0],
-        frozen_parameters=sizes[1],
+        trained_parameters=sum(trained.values()),
+        frozen_parameters=sum(frozen.values()),
     )
+
+
+def freeze_component(model: nn.Module, component: str) -> None:
+    """Takes the parameters of the other component out of training; "both" leaves all as it is.
+
+    Raises:
+        ValueError: there is no such component, or nothing is left to train.
+    """
+    if component not in (*FFN_NAMES, BOTH):
+        raise ValueError(f"adapt: component must be gen, und or both, got {component!r}")
+    for name, parameter in model.named_parameters():
+        is_gen = f"{SUFFIXES['gen']}." in name or name.startswith(_GEN_MODULES)
+        if component not in (BOTH, "gen" if is_gen else "und"):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"adapt: component must have weights that its stage trains, got none in {component}"
+        )

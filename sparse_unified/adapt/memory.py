@@ -16,17 +16,16 @@ only the inputs of the layers are kept, and one layer at a time is as above.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_unified._common import Report, context, format_bytes, format_table
-from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.freeze import freeze
-from sparse_unified.adapt.run import RunConfig
-from sparse_unified.adapt.select import freeze_component
+from sparse_unified._common import Report, context, format_bytes
+from sparse_unified.adapt.config import RunConfig, TrainingConfig
+from sparse_unified.adapt.freeze import freeze, freeze_component
 from sparse_unified.bagel.attention import GEN
 from sparse_unified.bagel.config import BagelConfig, SpecialTokens, vae_config
 from sparse_unified.bagel.images import vae_transform
@@ -46,19 +45,26 @@ class MemoryEstimate(Report):
     """Bytes of one process.
 
     Attributes:
-        parameters, trained: numbers of values, of the whole model.
-        weights: of the model, in its dtype. autoencoder: of its own.
-        pass_gradients: those of a pass before they are summed: of sharded parameters all, elsewhere
-            the largest one, and none where they are summed in place.
-        gradients, masters, moments, average: fp32, of the trained parameters alone; masters are
-            0 where parameters are fp32 themselves.
-        activations: kept for backward by one pass, a forward pass of the largest picture with a
+        parameters: number of values of the whole model.
+        trained: number of those that are trained.
+        weights: of the model, in its dtype.
+        autoencoder: of its weights.
+        pass_gradients: those of a pass before they are accumulated: of sharded parameters all,
+            elsewhere the largest one, and none where they are accumulated in place.
+        gradients: accumulated, fp32.
+        masters: fp32 master weights; 0 where parameters are fp32 themselves.
+        moments: of AdamW, fp32.
+        average: of the weights, fp32.
+        activations: kept for backward by one pass, a forward pass of the largest image with a
             caption for each of its sequences.
         gathered: whole weights of the layers at work, where they are sharded.
-        optimizer_on_host: whether gradients, masters, moments and average are in host memory.
-        tokens: of the pass, of pictures and of text.
+        optimizer_on_host: whether gradients, master weights, moments and average are in host
+            memory.
+        tokens: of the pass, of images and of text.
         processes: over which weights and optimizer are sharded.
     """
+
+    derived = ("device", "host")
 
     parameters: int
     trained: int
@@ -77,48 +83,47 @@ class MemoryEstimate(Report):
 
     @property
     def optimizer(self) -> int:
-        """Gradients, masters, moments and average."""
+        """Gradients, master weights, moments and average."""
         return self.gradients + self.masters + self.moments + self.average
 
     @property
     def device(self) -> int:
         """All that is in the memory of the device."""
-        kept = 0 if self.optimizer_on_host else self.optimizer
         always = self.weights + self.autoencoder + self.pass_gradients
-        return always + self.activations + self.gathered + kept
+        return always + self.activations + self.gathered + self.optimizer - self.host
 
     @property
     def host(self) -> int:
         """What is in host memory."""
         return self.optimizer if self.optimizer_on_host else 0
 
-    def to_dict(self) -> dict[str, object]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"device": self.device, "host": self.host}
-
-    def to_text(self) -> str:
-        where = "host" if self.optimizer_on_host else "device"
+    def title(self) -> str:
         images, texts = self.tokens
-        rows: list[tuple[str, str, str]] = [
-            ("", "bytes", "where"),
-            ("weights", format_bytes(self.weights), "device"),
-            ("autoencoder", format_bytes(self.autoencoder), "device"),
-            ("gradients of a pass", format_bytes(self.pass_gradients), "device"),
-            ("summed gradients", format_bytes(self.gradients), where),
-            ("fp32 masters", format_bytes(self.masters), where),
-            ("moments", format_bytes(self.moments), where),
-            ("average", format_bytes(self.average), where),
-            ("activations", format_bytes(self.activations), "device"),
-            ("gathered layers", format_bytes(self.gathered), "device"),
-            ("in all", format_bytes(self.device), "device"),
-            ("", format_bytes(self.host), "host"),
-        ]
-        head = (
+        return (
             f"{self.trained:,} of {self.parameters:,} parameters trained, {self.processes} "
             f"process{'es' * (self.processes > 1)}, a pass of {images:,} image and {texts:,} text "
             "tokens"
         )
-        return f"{head}\n{format_table(rows, header=True)}"
+
+    def headings(self) -> Sequence[str]:
+        return ("", "bytes", "where")
+
+    def table(self) -> Sequence[Sequence[object]]:
+        where = "host" if self.optimizer_on_host else "device"
+        rows = (
+            ("weights", self.weights, "device"),
+            ("autoencoder", self.autoencoder, "device"),
+            ("gradients of a pass", self.pass_gradients, "device"),
+            ("accumulated gradients", self.gradients, where),
+            ("fp32 master weights", self.masters, where),
+            ("moments", self.moments, where),
+            ("average", self.average, where),
+            ("activations", self.activations, "device"),
+            ("gathered layers", self.gathered, "device"),
+            ("in all", self.device, "device"),
+            ("", self.host, "host"),
+        )
+        return [(name, format_bytes(count), place) for name, count, place in rows]
 
 
 def estimate_memory(
@@ -151,14 +156,13 @@ def estimate_memory(
     if run.max_side is not None:
         side = min(side, run.max_side)
     with context("--max-side"):
-        grid = built.config.token_grid(*[side - side % built.config.latent_downsample] * 2)
+        rows, columns = built.config.token_grid(*[side - side % built.config.latent_downsample] * 2)
     count = config.micro_batch_size or config.batch_size // processes
-    images, texts = count * grid[0] * grid[1], count * (_TEXT_TOKENS + 2)
     return estimate(
         built,
         config,
-        image_tokens=images,
-        text_tokens=texts,
+        image_tokens=count * rows * columns,
+        text_tokens=count * (_TEXT_TOKENS + 2),
         predicted_tokens=0,
         autoencoder=sum(spec.nbytes for spec in specs.values()),
         processes=processes,
@@ -179,41 +183,41 @@ def estimate(
 
     Args:
         model: its parameters with `requires_grad` are trained.
-        image_tokens, text_tokens: of one pass, in the gen and the und stream.
+        image_tokens: of one pass, in the gen stream.
+        text_tokens: of one pass, in the und stream.
         predicted_tokens: text tokens with a loss.
         autoencoder: its bytes.
         processes: over which the model is sharded.
     """
     every = list(model.parameters())
-    trained = sum(p.numel() for p in every if p.requires_grad)
-    needs_master = sum(
-        p.numel()
-        for p in every
-        if p.requires_grad
-        and (p.dtype != torch.float32 or config.optimizer_device not in (None, str(p.device)))
-    )
-    layers = list(model.language_model.model.layers)
-    layer_bytes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    trained = [p for p in every if p.requires_grad]
+    copied = [
+        p
+        for p in trained
+        if p.dtype != torch.float32 or config.optimizer_device not in (None, str(p.device))
+    ]
     weights = sum(p.nbytes for p in every)
     gathered = 0
     if processes > 1:
         # The layer at work, the next one on its way, and all outside the layers.
+        layers = model.language_model.model.layers
+        layer_bytes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
         gathered = weights - sum(layer_bytes) + sum(sorted(layer_bytes)[-2:])
-    if processes > 1:
-        pass_gradients = sum(p.nbytes for p in every if p.requires_grad) // processes
+        pass_gradients = sum(p.nbytes for p in trained) // processes
     else:
         # In its own dtype, and as fp32 on its way to the sum.
-        moved = [p.nbytes + _FP32 * p.numel() for p in every if p.requires_grad]
-        pass_gradients = max(moved) if needs_master else 0
-    fp32 = _FP32 * trained // processes
+        moved = [p.nbytes + _FP32 * p.numel() for p in trained]
+        pass_gradients = max(moved) if copied else 0
+    count = sum(p.numel() for p in trained)
+    fp32 = _FP32 * count // processes
     return MemoryEstimate(
         parameters=sum(p.numel() for p in every),
-        trained=trained,
+        trained=count,
         weights=weights // processes,
         autoencoder=autoencoder,
         pass_gradients=pass_gradients,
         gradients=fp32,
-        masters=_FP32 * needs_master // processes,
+        masters=_FP32 * sum(p.numel() for p in copied) // processes,
         moments=2 * fp32,
         average=fp32 if config.ema_decay is not None else 0,
         activations=_activations(model, config, image_tokens, text_tokens, predicted_tokens),
@@ -230,10 +234,8 @@ def _activations(
     layers = list(model.language_model.model.layers)
     size = model.dtype.itemsize
     kept = [
-        sum(
-            tokens * _stream_bytes(model.config, n, layer, stream, size)
-            for stream, tokens in (("", texts), (GEN, images))
-        )
+        texts * _stream_bytes(model.config, n, layer, "", size)
+        + images * _stream_bytes(model.config, n, layer, GEN, size)
         for n, layer in enumerate(layers)
     ]
     width = model.config.llm.hidden_size

@@ -2,109 +2,44 @@
 """From a checkpoint and data to a trained checkpoint, by way of states that a run resumes from.
 
 While a run to `OUT` lasts, its log and its states lie in `OUT.training`: `log.jsonl`,
-`tensorboard/`, and `step-N/` as `state` writes them. `OUT` itself appears once, complete.
+`tensorboard/`, and `step-N/` as `saving` writes them. `OUT` itself appears once, complete.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparse_unified._common import Progress, format_table
-from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.freeze import freeze
-from sparse_unified.adapt.log import LOG, TrainingLog, read_lines
-from sparse_unified.adapt.pictures import PictureDataset
-from sparse_unified.adapt.records import open_records
-from sparse_unified.adapt.reports import StepRecord, TrainingReport
-from sparse_unified.adapt.select import freeze_component
-from sparse_unified.adapt.sequences import SequenceConfig
-from sparse_unified.adapt.sharding import num_processes, this_process
+from sparse_unified._common import Progress
+from sparse_unified.adapt.config import RunConfig, TrainingConfig
+from sparse_unified.adapt.data import ImageDataset, open_records
+from sparse_unified.adapt.freeze import freeze, freeze_component
+from sparse_unified.adapt.memory import estimate
+from sparse_unified.adapt.optimizer import num_processes, this_process
+from sparse_unified.adapt.report import LOG, AdaptReport, Plan, StepRecord, TrainingLog, read_lines
+from sparse_unified.adapt.saving import FACTS, WHAT, read_facts, write_adapted
+from sparse_unified.adapt.sequences import sequence_generator
 from sparse_unified.adapt.trainer import Trainer
-from sparse_unified.adapt.write import WHAT, write_adapted
+from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
 from sparse_unified.checkpoint.atomic import refuse_foreign_partial, refuse_overlap
 from sparse_unified.checkpoint.hub import find_model
-from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.checkpoint.surroundings import require_surroundings
 
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """What is trained on what, and what is kept while it lasts.
-
-    Args:
-        stage: "router", "expert_frozen" or "full", see `freeze`.
-        component: "gen" or "und" trains the weights of one component alone.
-        sequences: how times, noise and dropout are drawn.
-        tasks: which uses of the records are trained; None is all, see `PictureDataset`.
-        max_side: longest side of a picture in pixels; None is what the model takes.
-        device, dtype: of the model; dtype None is that of the files.
-        checkpoint_every: steps between states, a last one after the last step; None saves none.
-        keep: how many states are kept.
-        resume: go on from the latest state, if there is one.
-        tensorboard: write event files too.
-        cache_latents: encode every picture once and keep its latent beside the states.
-
-    Raises:
-        ValueError: a count is below 1.
-    """
-
-    stage: str = "expert_frozen"
-    component: str = BOTH
-    sequences: SequenceConfig = field(default_factory=SequenceConfig)
-    tasks: tuple[str, ...] | None = None
-    max_side: int | None = None
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype | None = None
-    checkpoint_every: int | None = None
-    keep: int = 2
-    resume: bool = False
-    tensorboard: bool = False
-    cache_latents: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"RunConfig: {name} must be an integer of at least 1, got {value}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptReport(TrainingReport):
-    """What `adapt` did.
-
-    Attributes:
-        out: the directory it wrote; log: the log of the run.
-        stage, component: what was trained. resumed_from: the step it went on from, 0 from scratch.
-    """
-
-    out: str
-    log: str
-    stage: str
-    component: str
-    resumed_from: int
-
-    def to_text(self) -> str:
-        rows = [("written", self.out), ("log", self.log), ("stage", self.stage)]
-        if self.resumed_from:
-            rows.append(("resumed from", f"step {self.resumed_from}"))
-        return f"{format_table(rows)}\n{TrainingReport.to_text(self)}"
 
 
 def adapt(
@@ -117,7 +52,7 @@ def adapt(
     on_step: Callable[[StepRecord], object] | None = None,
     progress: Progress | None = None,
 ) -> AdaptReport:
-    """Trains a checkpoint on pictures and texts, and writes the trained checkpoint.
+    """Trains a checkpoint on images and texts, and writes the trained checkpoint.
 
     Under torchrun, with torch.distributed initialised, all processes call this alike.
 
@@ -132,23 +67,24 @@ def adapt(
     Raises:
         ValueError: an argument, the checkpoint or the data are not as described; nothing is
             written.
-        RuntimeError: the loss is not finite, or writing failed; nothing is left under `out`.
+        RuntimeError: a step is not finite, or writing failed; nothing is left under `out`.
         ImportError: the `bagel` extra is missing, or `train`, where the data or the log need it.
     """
     run = run or RunConfig()
-    prepared = prepare(model, out, data, config, run)
+    prepared = _prepare(model, out, data, config, run)
     source, running, trainer = prepared.source, prepared.running, prepared.trainer
-    state = latest_state(running) if run.resume else None
-    if state is not None:
-        trainer.load(state)
-    resumed_from = trainer.steps_done
+    is_first = this_process() == 0
     with ExitStack() as stack:
+        if is_first:
+            stack.enter_context(_own_directory(running, resume=run.resume))
+        state = _latest_state(running) if run.resume else None
+        if state is not None:
+            trainer.load(state)
+        resumed_from = trainer.steps_done
         log = None
-        if this_process() == 0:
-            running.mkdir(exist_ok=True)
-            log = stack.enter_context(
-                TrainingLog(running, trainer.steps_done, tensorboard=run.tensorboard)
-            )
+        if is_first:
+            log = TrainingLog(running, resumed_from, tensorboard=run.tensorboard)
+            stack.callback(log.close)
 
         def after_step(record: StepRecord) -> None:
             if log is not None:
@@ -164,57 +100,96 @@ def adapt(
                 on_step(record)
 
         report = trainer.run(after_step)
-    final = AdaptReport(
-        **{f.name: getattr(report, f.name) for f in dataclasses.fields(report)},
+        if log is not None:
+            log.sync()
+        write_adapted(
+            source,
+            out,
+            trainer.model,
+            trainer.optimizer,
+            AdaptConfig(
+                stage=run.stage.value,
+                component=run.component,
+                steps=config.steps,
+                seed=config.seed,
+                layers=tuple(range(source.num_layers)),
+            ),
+            texts={"adaptation.json": _facts(config, run, running)},
+            progress=progress,
+        )
+    return AdaptReport(
+        **{field.name: getattr(report, field.name) for field in dataclasses.fields(report)},
         out=os.fspath(out),
         log=str(running / LOG),
-        stage=run.stage,
+        stage=run.stage.value,
         component=run.component,
         resumed_from=resumed_from,
     )
-    write_adapted(
-        source,
-        out,
-        trainer.model,
-        trainer.masters,
-        AdaptConfig(
-            stage=run.stage,
-            component=run.component,
-            steps=config.steps,
-            seed=config.seed,
-            layers=tuple(range(source.num_layers)),
+
+
+def plan(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    config: TrainingConfig,
+    run: RunConfig | None = None,
+) -> Plan:
+    """Reads and checks all that `adapt` is given, one pass of sequences included.
+
+    Arguments and errors are those of `adapt`; nothing is written but latents, where they are kept.
+    """
+    run = run or RunConfig()
+    prepared = _prepare(model, out, data, config, run)
+    dataset, trainer = prepared.dataset, prepared.trainer
+    sequences = [
+        dataset.sequence(place % len(dataset), sequence_generator(config.seed, 0, place))
+        for place in range(config.batch_size // config.passes)
+    ]
+    batch = pack_training(trainer.model.config, sequences, device=trainer.model.device)
+    image_tokens = 0 if batch.latents is None else len(batch.latents)
+    state = _latest_state(prepared.running) if run.resume else None
+    return Plan(
+        sequences=dict(Counter(task.value for _, task in dataset.samples)),
+        steps=config.steps,
+        epochs=config.steps * config.batch_size / len(dataset),
+        passes=config.passes,
+        resumes_from=0 if state is None else read_facts(state)["step"],
+        memory=estimate(
+            trainer.model,
+            config,
+            image_tokens=image_tokens,
+            text_tokens=batch.num_tokens - image_tokens,
+            predicted_tokens=batch.text_tokens,
+            autoencoder=sum(p.nbytes for p in dataset.autoencoder.parameters()),
+            processes=num_processes(),
         ),
-        texts={"adaptation.json": _facts(config, run, running)} if log is not None else None,
-        progress=progress,
     )
-    return final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class _Prepared:
     """All that a run needs, read and checked; nothing is written yet."""
 
     source: Checkpoint
     running: Path
-    dataset: PictureDataset
+    dataset: ImageDataset
     trainer: Trainer
 
 
-def prepare(
+def _prepare(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     data: str | os.PathLike[str],
     config: TrainingConfig,
     run: RunConfig,
-) -> Prepared:
-    """Reads and checks what `adapt` is given; raises as it does."""
-    source = Checkpoint(find_model(model, where="adapt"))
-    running = check_target(source, out, data, resume=run.resume)
+) -> _Prepared:
+    source = Checkpoint(find_model(model, where=WHAT))
+    running = _check_target(source, out, data, resume=run.resume)
     require_surroundings(source)
     source.moe  # noqa: B018  (refuses whatever disagrees)
     records = open_records(data)
     pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)
-    dataset = PictureDataset(
+    dataset = ImageDataset(
         records,
         pipeline.image_processor,
         pipeline.tokenizer,
@@ -226,10 +201,10 @@ def prepare(
     freeze(pipeline.model, run.stage)
     freeze_component(pipeline.model, run.component)
     trainer = Trainer(pipeline.model, dataset, config, identity=_identity(source, run))
-    return Prepared(source=source, running=running, dataset=dataset, trainer=trainer)
+    return _Prepared(source=source, running=running, dataset=dataset, trainer=trainer)
 
 
-def check_target(
+def _check_target(
     source: Checkpoint,
     out: str | os.PathLike[str],
     data: str | os.PathLike[str],
@@ -243,32 +218,64 @@ def check_target(
             where it is written, or its run exists and is not to be resumed.
     """
     target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
+    running = target.with_name(f"{target.name}.training")
     refuse_overlap(target, source.directory, data, what=WHAT)
+    refuse_overlap(running, source.directory, what=WHAT)
     refuse_foreign_partial(target, what=WHAT)
     if os.path.lexists(target):
         raise ValueError(f"{WHAT}: target must not exist, got {out}")
     if not target.parent.is_dir():
         raise ValueError(f"{WHAT}: parent of {out} must be a directory, got {target.parent}")
-    running = target.with_name(f"{target.name}.training")
     if not resume and os.path.lexists(running) and this_process() == 0:
-        raise ValueError(
-            f"{WHAT}: {running} must not exist, got an earlier run; --resume goes on with it"
-        )
+        raise _earlier_run(running)
     return running
 
 
-def latest_state(running: Path) -> Path | None:
-    """Returns the state of the latest step in the directory of a run."""
-    states = _states(running)
-    return states[-1] if states else None
+def _earlier_run(running: Path) -> ValueError:
+    return ValueError(
+        f"{WHAT}: {running} must not exist, got an earlier run; --resume goes on with it"
+    )
+
+
+@contextmanager
+def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
+    """Makes the directory of a run, and keeps other runs out of it."""
+    try:
+        running.mkdir(exist_ok=resume)
+    except FileExistsError:
+        raise _earlier_run(running) from None
+    lock = os.open(running, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{WHAT}: {running} must belong to one run, got one that has not ended"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(lock)
 
 
 def _states(running: Path) -> list[Path]:
+    """Returns the states of a run, oldest first."""
     found = {}
     for path in running.glob("step-*"):
         if match := re.fullmatch(r"step-(\d+)", path.name):
             found[int(match[1])] = path
     return [found[step] for step in sorted(found)]
+
+
+def _latest_state(running: Path) -> Path | None:
+    states = _states(running)
+    if not states:
+        return None
+    step = read_facts(states[-1])["step"]
+    if states[-1].name != f"step-{step}":
+        raise ValueError(f"{states[-1] / FACTS}: step must be that of its directory, got {step}")
+    return states[-1]
 
 
 def _drop_states(running: Path, keep: int) -> None:
@@ -281,9 +288,10 @@ def _drop_states(running: Path, keep: int) -> None:
 
 
 def _identity(source: Checkpoint, run: RunConfig) -> dict[str, Any]:
+    """Returns what a state must have in common with a run that goes on, beside its config."""
     return {
         "model": _fingerprint(source),
-        "stage": run.stage,
+        "stage": run.stage.value,
         "component": run.component,
         "dtype": str(run.dtype),
         "data": {
@@ -310,15 +318,14 @@ def _fingerprint(source: Checkpoint) -> str:
 
 def _facts(config: TrainingConfig, run: RunConfig, running: Path) -> str:
     """Returns what the trained directory says about its training, with the loss of every step."""
-    lines = read_lines(running / LOG)
     facts = {
         "training": config.to_dict(),
-        "stage": run.stage,
+        "stage": run.stage.value,
         "component": run.component,
         "processes": num_processes(),
         "sequences": dataclasses.asdict(run.sequences),
         "tasks": run.tasks,
         "max_side": run.max_side,
-        "losses": [line["loss"] for line in lines],
+        "losses": [line["loss"] for line in read_lines(running / LOG)],
     }
     return json.dumps(facts, indent=2) + "\n"

@@ -1,53 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training sequences from texts, pictures and latents, as BAGEL composes them.
+"""Training sequences from texts, images and latents as BAGEL composes them, and what they draw.
 
-A picture is generated from what comes before it in its sequence; each of these conditions is left
+An image is generated from what comes before it in its sequence; each of these conditions is left
 out now and then, so that the model also learns the poorer contexts that guidance compares with.
-Draws come from the generator that is passed, in a fixed order and number.
+All randomness of a run is a function of its seed and of the place in the run, so a run that is
+resumed, or runs on another number of processes, draws the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparse_unified.adapt.config import SequenceConfig
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 
+_ORDER, _SEQUENCE = 0, 1
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceConfig:
-    """How sequences are drawn. Defaults are those of BAGEL's training.
+
+def sequence_generator(seed: int, step: int, place: int) -> torch.Generator:
+    """Returns what the sequence at a place of the batch of a step draws from."""
+    return _generator(seed, _SEQUENCE, step, place)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """Returns a CPU generator whose seed is a hash of the numbers."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class DataOrder:
+    """The order in which a run sees its data: a new permutation every epoch.
 
     Args:
-        timestep_shift: s of t <- s t / (1 + (s - 1) t); above 1 trains more near the noise.
-        text_dropout: how often the text before a picture to generate is left out.
-        vit_dropout, vae_dropout: how often the ViT, or the VAE, view of a picture to edit is.
-
-    Raises:
-        ValueError: a value is out of range.
+        length: of the data; at least 1.
+        seed: of the run.
     """
 
-    timestep_shift: float = 1.0
-    text_dropout: float = 0.1
-    vit_dropout: float = 0.3
-    vae_dropout: float = 0.3
+    def __init__(self, length: int, seed: int) -> None:
+        self._length = length
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
 
-    def __post_init__(self) -> None:
-        if not 0 < self.timestep_shift < float("inf"):
-            raise ValueError(
-                "SequenceConfig: timestep_shift must be finite and above 0, "
-                f"got {self.timestep_shift!r}"
-            )
-        for name in ("text_dropout", "vit_dropout", "vae_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"SequenceConfig: {name} must be from 0 to 1, got {getattr(self, name)!r}"
-                )
+    def __getitem__(self, position: int) -> int:
+        """Returns the index of the datum at a position of the run, counted from 0."""
+        epoch, place = divmod(position, self._length)
+        if epoch != self._epoch:
+            generator = _generator(self._seed, _ORDER, epoch)
+            self._order = torch.randperm(self._length, generator=generator).tolist()
+            self._epoch = epoch
+        return self._order[place]
 
 
 def draw_time(generator: torch.Generator, shift: float = 1.0) -> float:
@@ -63,13 +71,13 @@ def generation_sequence(
     generator: torch.Generator,
     config: SequenceConfig | None = None,
 ) -> list[Segment]:
-    """Returns a text and a picture to generate from it.
+    """Returns a text and an image to generate from it.
 
     Args:
         special_tokens: markers of the model.
         prompt_ids: of the text, without bos and eos.
-        latent: scaled latent [C, h, w] of the picture.
-        generator: of time, noise and dropout.
+        latent: scaled latent [C, h, w] of the image.
+        generator: of time, noise and dropout, in a fixed order and number.
         config: how they are drawn.
     """
     return editing_sequence(special_tokens, (), prompt_ids, latent, generator, config)
@@ -83,10 +91,10 @@ def editing_sequence(
     generator: torch.Generator,
     config: SequenceConfig | None = None,
 ) -> list[Segment]:
-    """Returns pictures, an instruction, and the picture to generate from them.
+    """Returns images, an instruction, and the image to generate from them.
 
     Args:
-        sources: the pictures before, each through the VAE, the ViT, or both, in this order.
+        sources: the images before, each through the VAE, the ViT, or both, in this order.
         prompt_ids, latent, generator, config: as in `generation_sequence`.
     """
     config = config or SequenceConfig()
@@ -100,31 +108,31 @@ def editing_sequence(
         if source.vit_pixels is not None and vit_chance >= config.vit_dropout:
             segments.append(VitSegment(pixels=source.vit_pixels))
     if text_chance >= config.text_dropout:
-        segments.append(text(special_tokens, prompt_ids))
+        segments.append(_text(special_tokens, prompt_ids))
     return [*segments, LatentSegment(latent=latent, time=time, noise=noise)]
 
 
 def understanding_sequence(
     special_tokens: SpecialTokens,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     question_ids: Sequence[int],
     answer_ids: Sequence[int],
 ) -> list[Segment]:
-    """Returns pictures, a question about them, and the answer to predict.
+    """Returns images, a question about them, and the answer to predict.
 
     Args:
         special_tokens: markers of the model.
-        pictures: normalised pixels [3, H, W] for the ViT.
+        images: normalised pixels [3, H, W] for the ViT.
         question_ids: without bos and eos; may be empty, as for a caption.
         answer_ids: without bos and eos, at least one.
     """
-    segments: list[Segment] = [VitSegment(pixels=pixels) for pixels in pictures]
+    segments: list[Segment] = [VitSegment(pixels=pixels) for pixels in images]
     if question_ids:
-        segments.append(text(special_tokens, question_ids))
-    return [*segments, text(special_tokens, answer_ids, predict=True)]
+        segments.append(_text(special_tokens, question_ids))
+    return [*segments, _text(special_tokens, answer_ids, predict=True)]
 
 
-def text(
+def _text(
     special_tokens: SpecialTokens, ids: Sequence[int], *, predict: bool = False
 ) -> TextSegment:
     """Returns a text between bos and eos; `predict` trains the model to write it and its eos."""

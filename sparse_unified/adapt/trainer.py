@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
@@ -21,18 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_unified.adapt import state
-from sparse_unified.adapt.ahead import can_help, prepared_ahead
 from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.draws import DataOrder, sequence_generators
-from sparse_unified.adapt.masters import Masters
-from sparse_unified.adapt.reports import LOSSES, StepRecord, TrainingReport
-from sparse_unified.adapt.sharding import num_processes, shard_, this_process
+from sparse_unified.adapt.optimizer import Optimizer, num_processes, shard_, this_process
+from sparse_unified.adapt.report import StepRecord, TrainingReport
+from sparse_unified.adapt.saving import load_state, save_state
+from sparse_unified.adapt.sequences import DataOrder, sequence_generator
 from sparse_unified.bagel.model import Bagel, training_forward
 from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
+from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.nn import SparseMoE
-
-_FFNS = {"und": "mlp", "gen": "mlp_moe_gen"}
 
 
 class SequenceDataset(Protocol):
@@ -92,13 +89,16 @@ class Trainer:
         dataset: what it is trained on, at least one sequence.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
-        ahead: while a step of `run` computes, let another process prepare the next, if processes
-            can be forked and torch's threads leave a core idle; the dataset may touch no
-            accelerator. Nothing that is computed changes.
 
     Raises:
         ValueError: there is nothing to train or to train on, or the passes of a step do not divide
             over the processes.
+
+    Attributes:
+        steps_done: so far.
+        optimizer: master weights, moments and average.
+        parameters: number of values of the model.
+        trained_parameters: number of those that are trained.
     """
 
     def __init__(
@@ -108,7 +108,6 @@ class Trainer:
         config: TrainingConfig,
         *,
         identity: Mapping[str, Any] | None = None,
-        ahead: bool = False,
     ) -> None:
         if len(dataset) < 1:
             raise ValueError("Trainer: dataset must hold a sequence, got none")
@@ -123,18 +122,18 @@ class Trainer:
         self.config = config
         self.steps_done = 0
         self._identity = dict(identity or {})
-        self._ahead = ahead
         self.parameters = sum(p.numel() for p in model.parameters())
         self.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._pass = TrainingPass(model, config)
+        layers = model.language_model.model.layers
         if num_processes() > 1:
-            shard_(self._pass, model.language_model.model.layers)
-        self.masters = Masters(model, config)
+            shard_(self._pass, layers)
+        self.optimizer = Optimizer(model, config)
         self._order = DataOrder(len(dataset), config.seed)
         self._experts = {
             (component, n): ffn.num_experts
-            for component, name in _FFNS.items()
-            for n, layer in enumerate(model.language_model.model.layers)
+            for component, name in FFN_NAMES.items()
+            for n, layer in enumerate(layers)
             if isinstance(ffn := getattr(layer, name), SparseMoE)
         }
 
@@ -145,13 +144,9 @@ class Trainer:
             RuntimeError: loss or gradient are not finite; model and state are as before the step.
                 Or the updated weights are not; then no state can be saved.
         """
-        return self._step(lambda: self._batches(self.steps_done))
-
-    def _step(self, prepared: Callable[[], list[TrainingBatch]]) -> StepRecord:
         start = time.perf_counter()
-        number, config = self.steps_done, self.config
-        device = self.model.device
-        batches = [batch.to(device) for batch in prepared()]
+        config, device = self.config, self.model.device
+        batches = [batch.to(device) for batch in self._batches()]
         counts = [
             sum(batch.text_tokens for batch in batches),
             sum(batch.image_tokens for batch in batches),
@@ -162,46 +157,53 @@ class Trainer:
         text_tokens, image_tokens, tokens = counts
         losses: list[Tensor] = []
         loads: list[dict[tuple[str, int], Tensor]] = []
-        with _deterministic(device), self.masters.collecting() as collect:
+        with _deterministic(device), self.optimizer.accumulating() as collect_shards:
             for batch in batches:
                 own, parts, load = self._pass(batch, text_tokens, image_tokens)
                 # Without a graph nothing that trains took part: routers in a pass of text alone.
                 if own.requires_grad:
                     own.backward()
-                collect()
+                collect_shards()
                 losses.append(torch.stack([own.detach(), *parts.values()]))
                 loads.append(load)
         found = _over_processes(torch.stack(losses).double().sum(0)).tolist()
-        if not all(map(math.isfinite, found)):
-            self.masters.clear()
-            raise self._diverged("loss", found[0])
-        norm = self.masters.gradient_norm()
-        if not math.isfinite(norm):
-            self.masters.clear()
-            raise self._diverged("gradient norm", norm)
-        rate = config.learning_rate_at(number)
-        self.masters.step(rate, norm)
-        if not self.masters.are_finite():
-            raise self._diverged("weights", "NaN or infinity")
+        rate = config.learning_rate_at(self.steps_done)
+        norm = self._update(found, rate)
         self.steps_done += 1
-        means: dict[str, Any] = dict(zip(LOSSES, found[1:], strict=True))
-        means["text_loss"] = means["text_loss"] if text_tokens else None
-        means["image_loss"] = means["image_loss"] if image_tokens else None
+        loss, text_loss, image_loss, balance_loss, router_z_loss = found
         return StepRecord(
             step=self.steps_done,
-            loss=found[0],
+            loss=loss,
+            text_loss=text_loss if text_tokens else None,
+            image_loss=image_loss if image_tokens else None,
+            balance_loss=balance_loss,
+            router_z_loss=router_z_loss,
             grad_norm=norm,
             learning_rate=rate,
             tokens=tokens,
             expert_load=self._read_load(loads, device),
             seconds=time.perf_counter() - start,
-            **means,
         )
 
-    def _diverged(self, what: str, value: object) -> RuntimeError:
-        return RuntimeError(
-            f"Trainer: {what} must stay finite, got {value} at step {self.steps_done + 1}; go on "
-            "from the last saved state (--resume) with a lower learning_rate (--lr) or "
+    def _update(self, losses: Sequence[float], rate: float) -> float:
+        """Updates the weights and returns the gradient's norm; refuses what is not finite."""
+        wrong: tuple[str, object] | None = None
+        norm = math.nan
+        if not all(map(math.isfinite, losses)):
+            wrong = "loss", losses[0]
+        elif not math.isfinite(norm := self.optimizer.gradient_norm()):
+            wrong = "gradient norm", norm
+        if wrong is not None:
+            self.optimizer.clear()
+        else:
+            self.optimizer.step(rate, norm)
+            if not self.optimizer.are_finite():
+                wrong = "weights", "NaN or infinity"
+        if wrong is None:
+            return norm
+        raise RuntimeError(
+            f"Trainer: {wrong[0]} must stay finite, got {wrong[1]} at step {self.steps_done + 1}; "
+            "go on from the last saved state (--resume) with a lower learning_rate (--lr) or "
             "max_grad_norm (--max-grad-norm)"
         )
 
@@ -212,9 +214,9 @@ class Trainer:
             on_step: called after each; may save.
         """
         losses, tokens, seconds = [], 0, 0.0
-        with _without_old_objects(), self._prepared() as prepared:
+        with _without_old_objects():
             while self.steps_done < self.config.steps:
-                record = self._step(prepared)
+                record = self.step()
                 losses.append(record.loss)
                 tokens += record.tokens
                 seconds += record.seconds
@@ -248,15 +250,13 @@ class Trainer:
         flat = iter(_over_processes(torch.stack(passes).sum(0)).tolist())
         return {key: list(islice(flat, count)) for key, count in self._experts.items()}
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Lets the model compute with the averages of its weights inside the block.
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Lets the model compute with the averages of its weights inside a `with` block.
 
         Raises:
             ValueError: no average is kept.
         """
-        with self.masters.ema_weights():
-            yield
+        return self.optimizer.ema_weights()
 
     def copy_ema_(self) -> None:
         """Gives the model the averages of its weights for good.
@@ -264,20 +264,22 @@ class Trainer:
         Raises:
             ValueError: no average is kept.
         """
-        self.masters.copy_ema_()
+        self.optimizer.copy_ema_()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes what `load` needs to go on exactly from here; see `state.save_state`."""
-        state.save_state(directory, self.masters, self._facts())
+        """Writes what `load` needs to go on exactly from here; see `saving.save_state`."""
+        save_state(directory, self.optimizer, self._facts())
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Goes on from what `save` wrote, on any number of processes.
 
+        The size of steps (learning_rate, min_learning_rate, max_grad_norm) may be another one,
+        which is logged.
+
         Raises:
             ValueError: it is damaged, of another model, other data or another configuration.
         """
-        facts = state.load_state(directory, self.masters, self._facts())
-        self.steps_done = facts["step"]
+        self.steps_done = load_state(directory, self.optimizer, self._facts())
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -287,38 +289,21 @@ class Trainer:
             **self._identity,
         }
 
-    @contextmanager
-    def _prepared(self) -> Iterator[Callable[[], list[TrainingBatch]]]:
-        """Yields a function that returns the batches of the next step, however far the run is."""
-        if self._ahead and can_help():
-            with prepared_ahead(self._batches, self.steps_done, self.config.steps) as prepared:
-                yield prepared
-        else:
-            yield lambda: self._batches(self.steps_done)
-
-    def _batches(self, step: int) -> list[TrainingBatch]:
-        """Returns the passes of a step that are this process's, on the CPU."""
-        return [
-            pack_training(self.model.config, own)
-            for own in self._sequences(step)[this_process() :: num_processes()]
-        ]
-
-    def _sequences(self, step: int) -> list[list[Sequence[Segment]]]:
-        """Returns the sequences of every pass of a step; only those of this process are made."""
-        config = self.config
+    def _batches(self) -> list[TrainingBatch]:
+        """Returns the passes of the next step that are this process's, on the CPU."""
+        config, step = self.config, self.steps_done
         size = config.batch_size // config.passes
-        passes: list[list[Sequence[Segment]]] = []
-        for number in range(config.passes):
-            own = number % num_processes() == this_process()
-            places = range(number * size, (number + 1) * size) if own else ()
-            generators = sequence_generators(config.seed, step, places)
-            passes.append(
-                [
-                    self.dataset.sequence(self._order[step * config.batch_size + place], generator)
-                    for place, generator in zip(places, generators, strict=True)
-                ]
-            )
-        return passes
+        batches = []
+        for number in range(this_process(), config.passes, num_processes()):
+            sequences = [
+                self.dataset.sequence(
+                    self._order[step * config.batch_size + place],
+                    sequence_generator(config.seed, step, place),
+                )
+                for place in range(number * size, (number + 1) * size)
+            ]
+            batches.append(pack_training(self.model.config, sequences))
+        return batches
 
 
 def _over_processes(values: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def _run(options: argparse.Namespace) -> Report | None:
 
 def _configs(options: argparse.Namespace) -> tuple[TrainingConfig, RunConfig]:
     from sparse_unified.adapt import RunConfig, SequenceConfig, TrainingConfig
-    from sparse_unified.adapt.sharding import num_processes
+    from sparse_unified.adapt.optimizer import num_processes
 
     share = max(1, options.batch_size // num_processes())
     training = {

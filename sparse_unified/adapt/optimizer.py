@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW on float32 master weights, and FSDP2 where several processes train together.
+
+A trained parameter in float32 on the optimizer's device is its own master weight. Any other has a
+master weight there, takes its rounded value after every step, and hands over its gradient after
+every backward pass, so that gradients are accumulated in float32. Parameters that are not trained
+have nothing here. Of a sharded parameter each process holds the state of its own shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_unified.adapt.config import TrainingConfig
+
+_MASTER, _EMA = "master", "ema"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def num_processes() -> int:
+    """Returns the number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_process() -> int:
+    """Returns the rank of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class Optimizer:
+    """Master weights, gradients, moments and average of the trained parameters of a model.
+
+    Args:
+        model: parameters with `requires_grad` are trained.
+        config: of optimizer and average.
+
+    Raises:
+        ValueError: nothing is to be trained, or a trained parameter is not fp32, bf16 or fp16.
+
+    Attributes:
+        parameters: what is trained, by name.
+        weights: master weights; of a sharded parameter, as everywhere below, the local part.
+        gradients: accumulated, fp32.
+        ema: average of the master weights, None where none is kept.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("Trainer: model must have parameters with requires_grad, got none")
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"Trainer: {name} must be float32, bfloat16 or float16, got {parameter.dtype}"
+                )
+        self._config = config
+        self._sharded = {n: p for n, p in self.parameters.items() if _is_sharded(p)}
+        self.weights: dict[str, Tensor] = {}
+        # Parameters beside their master weights, and those that are their own.
+        self._copies: dict[str, nn.Parameter] = {}
+        self._own: dict[str, nn.Parameter] = {}
+        for name, parameter in self.parameters.items():
+            local = _local(parameter.detach())
+            device = torch.device(config.optimizer_device or local.device)
+            self.weights[name] = local.to(device, torch.float32)
+            kind = self._own if self.weights[name] is local else self._copies
+            kind[name] = parameter
+        self.gradients = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            weight.grad = self.gradients[name]
+        self.ema: dict[str, Tensor] | None = None
+        if config.ema_decay is not None:
+            self.ema = {name: weight.clone() for name, weight in self.weights.items()}
+        # A shard may be empty, which fused steps do not take.
+        decayed = [w for n, w in self.weights.items() if self.parameters[n].ndim > 1 and w.numel()]
+        plain = [w for n, w in self.weights.items() if self.parameters[n].ndim <= 1 and w.numel()]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    @contextmanager
+    def accumulating(self) -> Iterator[Callable[[], None]]:
+        """Accumulates the gradients of the backward passes inside the block.
+
+        Where a parameter is its own master weight they are added in place; elsewhere each is moved
+        as soon as it is there, so that few exist at a time. Of sharded parameters they are there
+        only after the pass, so the block gets a function to call then.
+        """
+        hooks = []
+        for name, parameter in self.parameters.items():
+            if name in self._sharded:
+                continue
+            if name in self._own:
+                parameter.grad = self.gradients[name]
+            else:
+                move = partial(_move_gradient, self.gradients[name])
+                hooks.append(parameter.register_post_accumulate_grad_hook(move))
+
+        def collect_shards() -> None:
+            for name, parameter in self._sharded.items():
+                _move_gradient(self.gradients[name], parameter)
+
+        try:
+            yield collect_shards
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in self.parameters.values():
+                parameter.grad = None
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Returns the norm of the gradient, over all parameters and processes."""
+        norms = torch.stack(torch._foreach_norm(list(self.gradients.values())))
+        square = norms.double().square().sum()
+        if self._sharded:
+            square = square.to(next(iter(self.parameters.values())).device)
+            dist.all_reduce(square)
+        return float(square.sqrt())
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, norm: float) -> None:
+        """Takes a step along the gradient, and clears it.
+
+        Args:
+            norm: of the gradient, finite; decides whether it is clipped.
+        """
+        limit = self._config.max_grad_norm
+        if limit is not None and norm > limit:
+            torch._foreach_mul_(list(self.gradients.values()), limit / norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        if self.ema is not None and self._config.ema_decay is not None:
+            torch._foreach_lerp_(
+                list(self.ema.values()), list(self.weights.values()), 1 - self._config.ema_decay
+            )
+        self.clear()
+        _assign(self._copies, self.weights)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forgets the gradient of a step that is not taken."""
+        torch._foreach_zero_(list(self.gradients.values()))
+
+    @torch.no_grad()
+    def are_finite(self) -> bool:
+        """Whether the trained weights of the model are finite, in all processes."""
+        parts = [_local(p.detach()) for p in self.parameters.values()]
+        parts = [part for part in parts if part.numel()]
+        # One read of the weights. Their norm can be infinite where they are not: then look closer.
+        norms = list(torch._foreach_norm(parts)) if parts else []
+        finite = all(map(math.isfinite, torch.stack(norms).tolist())) if norms else True
+        finite = finite or all(bool(part.isfinite().all()) for part in parts)
+        if self._sharded:
+            flag = torch.tensor(int(finite), device=next(iter(self.parameters.values())).device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+            finite = bool(flag)
+        return finite
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Lets the model compute with the averages inside the block.
+
+        Raises:
+            ValueError: no average is kept.
+        """
+        average = self._average()
+        kept = {name: self.weights[name].clone() for name in self._own}
+        _assign(self.parameters, average)
+        try:
+            yield
+        finally:
+            _assign(self._own, kept)
+            _assign(self._copies, self.weights)
+
+    def copy_ema_(self) -> None:
+        """Gives model and master weights the averages.
+
+        Raises:
+            ValueError: no average is kept.
+        """
+        _assign(self.weights, self._average())
+        _assign(self._copies, self.weights)
+
+    def _average(self) -> dict[str, Tensor]:
+        if self.ema is None:
+            raise ValueError("Trainer: ema_decay must be given for an average, got None")
+        return self.ema
+
+    def state(self) -> dict[str, Tensor]:
+        """Names what a run has to keep: master weights, moments and averages, `kind.parameter`.
+
+        The tensors are the state itself, of a sharded parameter the local part.
+        """
+        found = {f"{_MASTER}.{name}": weight for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            moments: dict[str, Any] = self._adamw.state[weight]
+            if not moments:  # as AdamW makes them at its first step
+                moments["step"] = torch.zeros((), device=weight.device)
+                moments |= {moment: torch.zeros_like(weight) for moment in _MOMENTS}
+            found |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS}
+        return found | {f"{_EMA}.{name}": average for name, average in (self.ema or {}).items()}
+
+    def restored(self, steps: int) -> None:
+        """Says that `state()` now holds what it held after so many steps."""
+        for weight in self.weights.values():
+            self._adamw.state[weight]["step"].fill_(float(steps))
+        _assign(self._copies, self.weights)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _local(tensor: Any) -> Tensor:
+    """Returns the part of a tensor that lies in this process: all of it unless it is sharded."""
+    part: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
+    return part
+
+
+@torch.no_grad()
+def _move_gradient(total: Tensor, parameter: Tensor) -> None:
+    """Adds the gradient of a parameter to its sum and frees it."""
+    if parameter.grad is not None:
+        total.add_(_local(parameter.grad).to(total.device, torch.float32))
+        parameter.grad = None
+
+
+@torch.no_grad()
+def _assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        _local(target.detach()).copy_(values[name])
+
+
+def shard_(root: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Shards the parameters of a module over all processes: each layer a group, the rest one more.
+
+    Gradients are summed over the processes, in fp32. FSDP2 reduces the gradients of a group
+    together, so the same parameters must have one in every process; what a process does not use in
+    a pass (the ViT without an image, a stream without tokens) gets a gradient of zero here.
+
+    Args:
+        root: returns (loss, ...) from its forward. layers: inside it; return their two streams.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = next(root.parameters()).device.type
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(device, (num_processes(),)),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
+    modules = [*layers, root]
+    grouped: set[int] = set()
+    # Our hooks come before FSDP's own, which free the whole parameters.
+    for module in modules:
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        own = [name for name, p in trained.items() if id(p) not in grouped]
+        grouped |= {id(p) for p in module.parameters()}
+        if own:
+            module.register_forward_hook(partial(_use_all, own))
+    for module in modules:
+        sharded: Any = fully_shard(module, **settings)
+        sharded.set_gradient_divide_factor(1.0)
+        # Not every backend can scale while it reduces.
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _use_all(names: list[str], module: nn.Module, _: Any, outputs: Any) -> Any:
+    """A forward hook that lets every output depend on the named parameters, by a zero."""
+    parameters = [module.get_parameter(name) for name in names]
+    nothing = torch.stack([p.flatten()[:1].sum().float() * 0 for p in parameters]).sum()
+    return tuple(x + nothing.to(x.dtype) if isinstance(x, Tensor) else x for x in outputs)
+
+
+def gather(parameter: nn.Parameter, shard: Tensor) -> Tensor:
+    """Returns the whole tensor of which each process holds the part that its parameter has.
+
+    Args:
+        parameter: a parameter, sharded or not. shard: what belongs to the local part of it.
+    """
+    if not _is_sharded(parameter):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = parameter
+    whole = DTensor.from_local(
+        shard.to(sharded.device_mesh.device_type),
+        sharded.device_mesh,
+        sharded.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    full: Tensor = whole.full_tensor()
+    return full
+
+
+def local_rows(parameter: nn.Parameter) -> tuple[int, int] | None:
+    """Returns the first row and the end of the rows that lie in this process; None is all."""
+    if not _is_sharded(parameter):
+        return None
+    rows = parameter.shape[0]
+    each = -(-rows // num_processes())
+    start = min(this_process() * each, rows)
+    return start, min(start + each, rows)
