@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, score
-from sparse_unified.analysis.calibrate import calibrate
-from sparse_unified.analysis.metrics import Settings
+from sparse_unified.analysis.bagel_task import Settings
+from sparse_unified.analysis.calibration import calibrate
 from sparse_unified.analysis.samples import Sample, Task, built_in_samples
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.cli import main

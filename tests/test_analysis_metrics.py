@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sparse_unified.analysis import evaluate
-from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
-from sparse_unified.analysis.metrics import (
+from sparse_unified.analysis.bagel_task import (
     DenseDistance,
     Settings,
     TextAgreement,
@@ -26,6 +25,7 @@ from sparse_unified.analysis.metrics import (
     guidance_of,
     question_context,
 )
+from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
 from sparse_unified.analysis.samples import Sample
 from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.bagel.vision import patchify

@@ -17,7 +17,7 @@ from PIL import Image
 from sparse_unified.analysis import plots
 from sparse_unified.analysis.activation import ActivationMap
 from sparse_unified.analysis.cost import Cost
-from sparse_unified.analysis.evaluate import Better
+from sparse_unified.analysis.evaluators import Better
 from sparse_unified.analysis.points import Axis, Point
 from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect, hash_ffns
-from sparse_unified.analysis.active_sets import (
+from sparse_unified.analysis.statistics import (
     mean_overlap,
     most_active,
     pack_bits,

@@ -17,21 +17,17 @@ from torch import nn
 
 import sparse_unified
 from sparse_unified.analysis import find_adapter
-from sparse_unified.analysis.bagel_probes import bagel_probe
+from sparse_unified.analysis.bagel_task import Settings, bagel_probe
 from sparse_unified.analysis.criteria import score
-from sparse_unified.analysis.evaluate import evaluator
-from sparse_unified.analysis.identity import fingerprint
-from sparse_unified.analysis.metrics import Settings
-from sparse_unified.analysis.points import Axis, Point, SweepConfig
-from sparse_unified.analysis.probe import Probe
+from sparse_unified.analysis.evaluators import Probe, evaluator
+from sparse_unified.analysis.points import Axis, Point, SweepConfig, layers_to_skip, legal_axes
+from sparse_unified.analysis.records import open_store
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
 from sparse_unified.analysis.statistics import FfnStatistics
-from sparse_unified.analysis.store import open_store
+from sparse_unified.analysis.surgery import narrowed
 from sparse_unified.analysis.sweep import run_sweep
-from sparse_unified.analysis.transforms import layers_to_skip, legal_axes
 from sparse_unified.surgery import Part
-from sparse_unified.surgery.temporary import narrowed
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 

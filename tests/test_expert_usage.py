@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_
 from sparse_unified.analysis import LayerUsage, expert_usage, watch_experts, write_usage_plot
-from sparse_unified.analysis.metrics import Settings
+from sparse_unified.analysis.bagel_task import Settings
+from sparse_unified.analysis.plots import usage_figure
 from sparse_unified.analysis.samples import Task, built_in_samples
-from sparse_unified.analysis.usage_plot import usage_figure
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE

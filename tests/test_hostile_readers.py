@@ -30,10 +30,10 @@ from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
 from sparse_unified.analysis.cost import Cost
 from sparse_unified.analysis.geneval import read_metadata
 from sparse_unified.analysis.points import Axis, Point
+from sparse_unified.analysis.records import open_store, read_records
 from sparse_unified.analysis.results import PointResult
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
-from sparse_unified.analysis.store import open_store, read_records
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.checkpoint import Checkpoint, convert, info

@@ -18,8 +18,8 @@ from torch import Tensor
 from sparse_unified import MoEConfig, apply_moe_, restore_
 from sparse_unified.adapt import init_router_
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, calibrate, collect
+from sparse_unified.analysis.bagel_task import Settings
 from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
-from sparse_unified.analysis.metrics import Settings
 from sparse_unified.analysis.samples import Task, built_in_samples
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import read_sidecar

@@ -36,7 +36,6 @@ from miniature.data import MiniDataset, training_data
 from miniature.evaluate import EvaluationConfig, answers, evaluate, generate
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze, init_router_
 from sparse_unified.analysis import (
-    FfnKey,
     FfnStatistics,
     Similarity,
     StatisticsConfig,
@@ -44,6 +43,7 @@ from sparse_unified.analysis import (
     measure_similarity,
     score,
 )
+from sparse_unified.surgery.decoder import FfnKey
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.experts import Partition

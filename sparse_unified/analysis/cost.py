@@ -56,9 +56,10 @@ def measure_cost(
     """Measures a model at work.
 
     Args:
-        model: whose weights count; every tensor once.
+        model: its weights count, every tensor once.
         workload: sets the forward up.
-        repeats: timed forwards; warmup: forwards before them.
+        repeats: timed forwards.
+        warmup: forwards before them.
 
     Raises:
         ValueError: repeats is below 1 or warmup below 0.
@@ -104,86 +105,60 @@ class ActivationMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._live = 0
-        self._known: set[int] = set()
+        self._bytes = 0
+        self._live: dict[int, int] = {}  # storage -> bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = {storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and storage_of(tensor) not in given | self._known:
-                self._add(tensor)
+        given = {key for key, _ in _storages((args, kwargs))}
+        for key, storage in _storages(out):
+            if key not in given and key not in self._live:
+                self._live[key] = storage.nbytes()
+                self._bytes += storage.nbytes()
+                self.peak = max(self.peak, self._bytes)
+                weakref.finalize(storage, self._remove, key)
         return out
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self._live += size
-        self.peak = max(self.peak, self._live)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._live -= size
+    def _remove(self, key: int) -> None:
+        self._bytes -= self._live.pop(key)
 
 
-def storage_of(tensor: Tensor) -> int:
-    """Identifies the storage of a tensor."""
-    return tensor.untyped_storage()._cdata
+def _storages(tree: object) -> list[tuple[int, torch.UntypedStorage]]:
+    """Returns the storages of the tensors in nested containers, each with what identifies it."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [(t.untyped_storage()._cdata, t.untyped_storage()) for t in tensors]
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Returns the FLOPs, from shapes, of operations that torch's counter does not know."""
+
+    def attention(query: Shape, key: Shape, *rest: Any, **options: Any) -> int:
+        batch, heads, length, head_dim = query
+        return 4 * batch * heads * length * key[-2] * head_dim
+
+    def route(x: Shape, gate: Shape, *rest: Any, **options: Any) -> int:
+        return 2 * x[0] * gate[0] * gate[1]
+
+    def grouped(
+        x: Shape, row_token: Shape, offsets: Shape, gate: Shape, *rest: Any, **options: Any
+    ) -> int:
+        return 6 * row_token[0] * (gate[0] // (offsets[0] - 1)) * gate[1]
+
+    def grouped_combine(x: Shape, weights: Shape, *rest: Any, **options: Any) -> int:
+        row_token, _, offsets, gate = rest[:4]
+        return grouped(x, row_token, offsets, gate)
+
+    def pruned(x: Shape, kept_blocks: Shape, *rest: Any, **options: Any) -> int:
+        return 6 * x[0] * kept_blocks[0] * rest[3] * x[1]  # rest: three weights, the block size
+
     ours = torch.ops.sparse_unified
     return {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        ours.route_topk: _route,
-        ours.grouped_ffn: _grouped,
-        ours.grouped_ffn_combine: _grouped_combine,
-        ours.pruned_ffn: _pruned,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        ours.route_topk: route,
+        ours.grouped_ffn: grouped,
+        ours.grouped_ffn_combine: grouped_combine,
+        ours.pruned_ffn: pruned,
     }
-
-
-def _attention(query: Shape, key: Shape, *rest: Any, **options: Any) -> int:
-    batch, heads, length, head_dim = query
-    return 4 * batch * heads * length * key[-2] * head_dim
-
-
-def _route(x: Shape, gate: Shape, *rest: Any, **options: Any) -> int:
-    return 2 * x[0] * gate[0] * gate[1]
-
-
-def _grouped(
-    x: Shape, row_token: Shape, offsets: Shape, gate_proj: Shape, *rest: Any, **options: Any
-) -> int:
-    expert_width = gate_proj[0] // (offsets[0] - 1)
-    return 6 * row_token[0] * expert_width * gate_proj[1]
-
-
-def _grouped_combine(
-    x: Shape,
-    weights: Shape,
-    row_token: Shape,
-    token_rows: Shape,
-    offsets: Shape,
-    gate_proj: Shape,
-    *rest: Any,
-    **options: Any,
-) -> int:
-    return _grouped(x, row_token, offsets, gate_proj)
-
-
-def _pruned(
-    x: Shape,
-    kept_blocks: Shape,
-    gate_proj: Shape,
-    up_proj: Shape,
-    down_proj: Shape,
-    block_size: int,
-    **options: Any,
-) -> int:
-    return 6 * x[0] * kept_blocks[0] * block_size * x[1]

@@ -1,26 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts which experts tokens choose while a model runs, by hooks that change nothing."""
+"""How evenly the experts of sparse blocks are used, and how that changes over denoising.
+
+`watch_experts` counts the choices of any block of code by hooks that change nothing, `expert_usage`
+runs a model on samples and counts those.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Progress, context
-from sparse_unified.analysis.bagel_probes import run_samples
-from sparse_unified.analysis.collect import observe_time
-from sparse_unified.analysis.metrics import Settings
-from sparse_unified.analysis.samples import Sample, Task
-from sparse_unified.analysis.sums import StatisticsConfig
-from sparse_unified.analysis.usage import ExpertUsage, LayerUsage
-from sparse_unified.bagel import BagelPipeline
+from sparse_unified._common import Progress, Report, context, format_table
+from sparse_unified.analysis.bagel_task import Settings, run_task
+from sparse_unified.analysis.calibration import observe_time
+from sparse_unified.analysis.samples import Task
+from sparse_unified.analysis.statistics import StatisticsConfig, plain
 from sparse_unified.surgery.decoder import SparseBlock, find_sparse_blocks
 
 _WHERE = "expert_usage"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerUsage:
+    """Which experts the tokens of one block chose, range of time by range of time.
+
+    Range 0 holds the tokens that have no time: text, ViT tokens, and finished images (t = 0). Range
+    r of R holds the times ((r - 1) / R, r / R], 1 being noise.
+
+    Attributes:
+        component: of the block.
+        layer: of the block.
+        top_k: K, experts a token uses.
+        tokens: [R + 1] int64, tokens that ran through it.
+        load: [R + 1, E] int64, tokens that chose each expert; a row sums to K times its tokens.
+    """
+
+    component: str
+    layer: int
+    top_k: int
+    tokens: Tensor
+    load: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.load.shape[1]
+
+    def share(self) -> Tensor:
+        """Returns the share of all tokens that chose each expert, [E] fp64; even is K / E."""
+        return self.load.sum(0).double() / self.tokens.sum()
+
+    def entropy(self) -> float:
+        """Returns the entropy of the load over log E: 1 is even; NaN without tokens."""
+        return float(_entropy(self.load.sum(0)[None])[0])
+
+    def range_entropy(self) -> Tensor:
+        """Returns the same in each range, [R + 1] fp64."""
+        return _entropy(self.load)
+
+    def dead_experts(self) -> list[int]:
+        """Returns the experts that no token chose; none where there were no tokens."""
+        unused = (self.load.sum(0) == 0) & bool(self.tokens.sum() > 0)
+        return [int(expert) for expert in unused.nonzero()[:, 0]]
+
+    def change(self) -> Tensor:
+        """Returns how far the load moves between successive ranges of time, [R - 1] fp64.
+
+        Entry r - 1 is the total variation distance of the loads in ranges r and r + 1: the share of
+        the choices that go to other experts, 0 to 1; NaN where a range has no tokens.
+        """
+        shares = self.load[1:].double() / self.load[1:].sum(1, keepdim=True)
+        return (shares.diff(dim=0).abs().sum(1)) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, None for NaN."""
+        return {
+            "component": self.component,
+            "layer": self.layer,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "tokens": self.tokens.tolist(),
+            "load": self.load.tolist(),
+            "share": plain(self.share()),
+            "entropy": plain(torch.tensor(self.entropy())),
+            "range_entropy": plain(self.range_entropy()),
+            "dead_experts": self.dead_experts(),
+            "change": plain(self.change()),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertUsage(Report):
+    """The blocks of a model on one task.
+
+    Attributes:
+        task: what the model did.
+        samples: how many samples ran.
+        ranges: names of the R + 1 ranges of time, in the order of rows.
+        layers: one entry per block, component by component.
+    """
+
+    task: str
+    samples: int
+    ranges: tuple[str, ...]
+    layers: tuple[LayerUsage, ...]
+
+    def of(self, component: str) -> list[LayerUsage]:
+        """Returns the blocks of a component."""
+        return [entry for entry in self.layers if entry.component == component]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "samples": self.samples,
+            "ranges": list(self.ranges),
+            "layers": [entry.to_dict() for entry in self.layers],
+        }
+
+    def to_text(self) -> str:
+        rows: list[tuple[object, ...]] = [
+            ("layer", "tokens", "experts", "entropy", "least", "most", "dead", "change over time")
+        ]
+        for entry in self.layers:
+            share = entry.share()
+            rows.append(
+                (
+                    f"{entry.component} {entry.layer}",
+                    int(entry.tokens.sum()),
+                    f"{entry.top_k} of {entry.num_experts}",
+                    _format(entry.entropy(), ".3f"),
+                    _format(float(share.min()), ".1%"),
+                    _format(float(share.max()), ".1%"),
+                    len(entry.dead_experts()),
+                    _format(float(entry.change().nanmean()), ".3f"),
+                )
+            )
+        notes = [
+            "entropy: of the load, 1 is even; least, most: tokens that use an expert;",
+            "dead: experts that no token uses; change: choices that move between times",
+        ]
+        head = f"{self.task}, {self.samples} samples"
+        return "\n".join([head, "", format_table(rows, header=True), "", *notes])
 
 
 class ExpertWatch:
@@ -28,11 +153,11 @@ class ExpertWatch:
 
     def __init__(self, blocks: Sequence[SparseBlock], config: StatisticsConfig) -> None:
         self._config, self._range, self._blocks = config, 0, blocks
-        self._tokens = [torch.zeros(config.num_ranges, dtype=torch.int64) for _ in blocks]
+        ranges = config.num_ranges
+        self._tokens = [torch.zeros(ranges, dtype=torch.int64) for _ in blocks]
         self._load = [
             torch.zeros(
-                config.num_ranges,
-                block.module.num_experts,
+                (ranges, block.module.num_experts),
                 dtype=torch.int64,
                 device=block.module.gate.weight.device,
             )
@@ -40,18 +165,24 @@ class ExpertWatch:
         ]
 
     def set_time(self, time: float | None) -> None:
-        """Says at which time of denoising the model runs; None for tokens that have none.
+        """Sets the time of denoising at which the model runs; None for tokens that have none.
 
-        Of BAGEL models it is read from their time embedder, and need not be said.
+        Of BAGEL models it is read from their time embedder, and need not be set.
         """
         self._range = self._config.range_of(time)
 
-    def count(self, place: int, topk_idx: Tensor) -> None:
-        """Adds the choices [T, K] of tokens in the block of that place."""
-        load = self._load[place]
-        counts = torch.bincount(topk_idx.flatten().long(), minlength=load.shape[1])
-        load[self._range] += counts.to(load.device)
-        self._tokens[place][self._range] += len(topk_idx)
+    def watch(self, index: int) -> Any:
+        """Hooks one block; returns the handle."""
+        block, load, tokens = self._blocks[index].module, self._load[index], self._tokens[index]
+
+        @torch.no_grad()
+        def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            topk_idx = block.route(*arguments, **named)[2]  # [T, K]
+            counts = torch.bincount(topk_idx.flatten().long(), minlength=block.num_experts)
+            load[self._range] += counts.to(load.device)
+            tokens[self._range] += len(topk_idx)
+
+        return block.register_forward_pre_hook(before, with_kwargs=True)
 
     def usage(self, task: str = "run", samples: int = 1) -> ExpertUsage:
         """Returns what was counted, under a name and a number of samples.
@@ -67,7 +198,7 @@ class ExpertWatch:
         return ExpertUsage(
             task=task,
             samples=samples,
-            num_time_ranges=self._config.num_time_ranges,
+            ranges=tuple(self._config.range_names()),
             layers=tuple(
                 LayerUsage(
                     component=block.component,
@@ -94,7 +225,7 @@ def watch_experts(
     Args:
         model: a model or pipeline with `SparseMoE` blocks.
         num_time_ranges: R, into how many ranges the times of denoising are cut.
-        components: whose blocks; None is all.
+        components: of which components; None is all.
 
     Raises:
         ValueError: there are no sparse blocks, their weights are not in memory, or an argument is
@@ -103,20 +234,21 @@ def watch_experts(
     config = StatisticsConfig(num_time_ranges=num_time_ranges)
     with context(_WHERE):
         blocks = find_sparse_blocks(model, components)
-    for block in blocks:
-        if block.module.gate.weight.is_meta:
-            raise ValueError(
-                f"{_WHERE}: {block.component} layer {block.layer}: router must be in memory, "
-                "got meta (offloaded weights)"
-            )
+        for block in blocks:
+            if block.module.gate.weight.is_meta:
+                raise ValueError(
+                    f"router of {block.component} layer {block.layer} must be in memory, "
+                    "got meta (offloaded weights)"
+                )
     watch = ExpertWatch(blocks, config)
     with ExitStack() as hooks:
-        for place, block in enumerate(blocks):
-            _observe(hooks, watch, place, block)
+        for index in range(len(blocks)):
+            hooks.callback(watch.watch(index).remove)
         observe_time(hooks, watch.set_time, model)
         yield watch
 
 
+@context(_WHERE)
 def expert_usage(
     model: Any,
     task: Task | str,
@@ -137,47 +269,26 @@ def expert_usage(
         run: what to do with a sample, for models that are no BAGEL pipeline.
         settings: of the built-in runs: size, steps, length of answers.
         num_time_ranges: R, into how many ranges the times of denoising are cut.
-        components: whose blocks; None is all.
+        components: of which components; None is all.
         progress: called with the number of finished samples and of all.
 
     Raises:
         ValueError: there are no samples, no sparse blocks, or none that sees a token; the task or
             model is none that can be run.
     """
-    if not samples:
-        raise ValueError(f"{_WHERE}: samples must be at least one, got none")
-    if run is None and not isinstance(model, BagelPipeline):
-        raise ValueError(
-            f"{_WHERE}: model must be a BagelPipeline, or come with run, "
-            f"got a {type(model).__name__} alone"
-        )
-    name = task.value if isinstance(task, Task) else task
-    if run is None and name not in {known.value for known in Task}:
-        legal = ", ".join(known.value for known in Task)
-        raise ValueError(f"{_WHERE}: task must be one of {legal}, got {task!r}")
-    tell: Progress = progress or (lambda *_: None)
+    name = str(task.value if isinstance(task, Task) else task)
     with watch_experts(model, num_time_ranges=num_time_ranges, components=components) as watch:
-        if run is None:
-            listed: Sequence[Sample] = samples
-            run_samples(
-                model,
-                Task(name),
-                listed,
-                settings or Settings(),
-                on_sample=lambda index: tell(index, len(samples)),
-            )
-        else:
-            for index, sample in enumerate(samples):
-                tell(index, len(samples))
-                run(sample)
-    tell(len(samples), len(samples))
+        run_task(model, name, samples, run=run, settings=settings, progress=progress)
     return watch.usage(name, len(samples))
 
 
-def _observe(hooks: ExitStack, watch: ExpertWatch, place: int, block: SparseBlock) -> None:
-    def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        with torch.no_grad():
-            watch.count(place, block.module.route(*arguments, **named)[2])
+def _entropy(load: Tensor) -> Tensor:
+    """[n, E] -> [n] fp64, over log E; NaN of an empty load, 1 of a single expert."""
+    shares = load.double() / load.sum(1, keepdim=True)
+    if load.shape[1] == 1:
+        return shares[:, 0]
+    return -torch.special.xlogy(shares, shares).sum(1) / math.log(load.shape[1])
 
-    handle = block.module.register_forward_pre_hook(before, with_kwargs=True)
-    hooks.callback(handle.remove)
+
+def _format(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

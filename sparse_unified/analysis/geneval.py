@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified._common import optional
-from sparse_unified.analysis.evaluate import Better, directions
-from sparse_unified.analysis.metrics import Settings
+from sparse_unified.analysis.bagel_task import Settings
+from sparse_unified.analysis.evaluators import Better, directions
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
@@ -74,13 +74,16 @@ def write_geneval(
 ) -> Path:
     """Generates the images of every prompt into the folders that the official scorer reads.
 
-    Image i of a prompt has the seed `seed` + i, so that models are compared at equal noise. What a
-    former, interrupted run has completed for a prompt is kept.
+    Image i of a prompt has the seed `seed` + i, so that models are compared at equal noise. Prompts
+    that an interrupted run has completed are kept.
 
     Args:
+        pipeline: the model.
         metadata: of `read_metadata`.
         out: the folder of the folders; made if it is not there.
         num_images: per prompt.
+        seed: of the first image of each prompt.
+        settings: size and steps.
         grid: write `grid.png`, too.
         on_image: called after each image.
 
@@ -119,13 +122,16 @@ def write_geneval(
 
 
 class GenEvalImages:
-    """Writes the images of every point of a sweep, and scores them if it is given a scorer.
+    """An evaluator that writes the images of every point of a sweep, and may score them.
 
     Args:
-        metadata, num_images, seed, settings: as in `write_geneval`.
+        metadata: as in `write_geneval`.
         out: holds one folder per point.
         scorer: a function from such a folder to numbers by name, with `better` as an evaluator has
             it; None only writes the images, for the official scorer to be run on them.
+        num_images: as in `write_geneval`.
+        seed: as in `write_geneval`.
+        settings: as in `write_geneval`.
     """
 
     def __init__(
@@ -133,32 +139,33 @@ class GenEvalImages:
         metadata: list[dict[str, Any]],
         out: str | os.PathLike[str],
         *,
+        scorer: Callable[[Path], Mapping[str, float]] | None = None,
         num_images: int = 4,
         seed: int = 0,
         settings: Settings | None = None,
-        scorer: Callable[[Path], Mapping[str, float]] | None = None,
     ) -> None:
         self.metadata, self.out, self.scorer = metadata, Path(out), scorer
-        self.options: dict[str, Any] = {
-            "num_images": num_images,
-            "seed": seed,
-            "settings": settings,
-        }
+        self.num_images, self.seed, self.settings = num_images, seed, settings
         self.point = "dense"
-        self.better: Mapping[str, Better] = (
-            {"geneval_images": Better.HIGHER}
-            if scorer is None
-            else directions(scorer, where="GenEvalImages: scorer")
-        )
+        self.better: Mapping[str, Better] = {"geneval_images": Better.HIGHER}
+        if scorer is not None:
+            self.better = directions(scorer, where="GenEvalImages: scorer")
 
     def begin(self, point: str) -> None:
         """Names the folder of the images that follow."""
         self.point = point
 
     def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:
-        folder = write_geneval(pipeline, self.metadata, self.out / self.point, **self.options)
+        folder = write_geneval(
+            pipeline,
+            self.metadata,
+            self.out / self.point,
+            num_images=self.num_images,
+            seed=self.seed,
+            settings=self.settings,
+        )
         if self.scorer is None:
-            return {"geneval_images": len(self.metadata) * self.options["num_images"]}
+            return {"geneval_images": len(self.metadata) * self.num_images}
         return self.scorer(folder)
 
 

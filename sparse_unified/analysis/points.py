@@ -1,17 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep goes through: tasks, components, axes and ratios."""
+"""What a sweep goes through, and how a live model becomes that of a point for a while."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from sparse_unified.analysis.criteria import find_criterion
-from sparse_unified.analysis.sums import StatisticsConfig
-from sparse_unified.surgery import Budget, Part
+import torch
+
+from sparse_unified.analysis.criteria import CRITERIA, NeuronScores
+from sparse_unified.analysis.similarity import Similarity
+from sparse_unified.analysis.statistics import StatisticsConfig
+from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified.experts import select_layers
+from sparse_unified.surgery import (
+    Budget,
+    Part,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+)
+from sparse_unified.surgery.cuts import PruneConfig
+from sparse_unified.surgery.decoder import Adapter, takes_absent_parts
+from sparse_unified.surgery.temporary import changed
 
 
 class Axis(str, Enum):
@@ -59,41 +73,43 @@ class SweepConfig:
     )
 
     def __post_init__(self) -> None:
+        values: dict[str, Any] = {}
         for name in ("components", "axes", "ratios"):
-            object.__setattr__(self, name, _listed(name, getattr(self, name)))
-        object.__setattr__(self, "axes", tuple(_as(Axis, "axis", axis) for axis in self.axes))
-        object.__setattr__(self, "part", _as(Part, "part", self.part))
-        object.__setattr__(self, "budget", _as(Budget, "budget", self.budget))
-        find_criterion(self.criterion)
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+                raise ValueError(f"analyze: {name} must be a list of at least one, got {given!r}")
+            if len(set(given)) != len(given):
+                raise ValueError(f"analyze: {name} must be given once each, got {given}")
+            values[name] = tuple(given)
+        values["axes"] = tuple(_choice(Axis, "axis", axis) for axis in self.axes)
+        values["part"] = _choice(Part, "part", self.part)
+        values["budget"] = _choice(Budget, "budget", self.budget)
         if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        for ratio in self.ratios:
-            is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-            if not is_number or not math.isfinite(ratio) or not 0 < ratio <= 1:
-                raise ValueError(f"analyze: ratio must be above 0 and at most 1, got {ratio!r}")
-        size = self.block_size
-        if type(size) is not int or not (size == 1 or 16 <= size <= 128):
-            raise ValueError(f"analyze: block_size must be 1 or 16 to 128, got {size!r}")
-        if type(self.repeats) is not int or self.repeats < 1:
-            raise ValueError(f"analyze: repeats must be at least 1, got {self.repeats!r}")
+            values["layers"] = tuple(self.layers)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        size, repeats = self.block_size, self.repeats
+        for name, value, is_legal, rule in (
+            *(("ratio", r, _is_ratio(r), "above 0 and at most 1") for r in self.ratios),
+            ("criterion", self.criterion, self.criterion in CRITERIA, f"of {', '.join(CRITERIA)}"),
+            ("block_size", size, size == 1 or size in range(16, 129), "1 or 16 to 128"),
+            ("repeats", repeats, type(repeats) is int and repeats >= 1, "at least 1"),
+        ):
+            if not is_legal:
+                raise ValueError(f"analyze: {name} must be {rule}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, for JSON."""
         return {
-            name: value.value
-            if isinstance(value, Enum)
-            else [v.value if isinstance(v, Enum) else v for v in value]
-            if isinstance(value, tuple)
-            else value
-            for name, value in asdict(self).items()
+            name: value.value if isinstance(value, Enum) else value
+            for name, value in {**asdict(self), "axes": [axis.value for axis in self.axes]}.items()
         }
 
-    def points(self, task: str, components: Iterable[str]) -> list[Point]:
+    def points(self, task: str, components: Sequence[str]) -> list[Point]:
         """Returns the points of a task, for those components that take part in it."""
         return [
             Point(task=task, component=component, axis=axis, keep_ratio=float(ratio))
-            for component in self.components
-            if component in components
+            for component in components
             for axis in self.axes
             for ratio in sorted(self.ratios, reverse=True)
         ]
@@ -114,19 +130,106 @@ class Point:
         return f"{self.task}-{self.component}-{self.axis.value}-{self.keep_ratio:g}"
 
 
-def _listed(name: str, values: Any) -> tuple[Any, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise ValueError(f"analyze: {name} must be a list of at least one, got {values!r}")
-    if len(set(values)) != len(values):
-        raise ValueError(
-            f"analyze: {name} must be given once each, got {', '.join(map(str, values))}"
+def legal_axes(adapter: Adapter, part: Part = Part.BLOCK) -> tuple[Axis, ...]:
+    """Returns the axes along which models of an adapter can be made smaller.
+
+    Args:
+        adapter: of the model.
+        part: what a skipped layer is to lose.
+    """
+    # An attention that components share would be lost to all of them at once.
+    has_own_attentions = len(adapter.components) == 1 or (
+        set(adapter.components) == set(FFN_NAMES)
+        and all(
+            takes_absent_parts(adapter.block(layer, component).layer_module)
+            for component in adapter.components
+            for layer in range(adapter.num_layers())
+            if adapter.holds(layer, component)
         )
-    return tuple(values)
+    )
+    if has_own_attentions:
+        return tuple(Axis)
+    return (Axis.DEPTH, Axis.WIDTH) if part is Part.FFN else (Axis.WIDTH,)
 
 
-def _as(kind: Any, name: str, value: object) -> Any:
+def layers_to_skip(
+    point: Point, config: SweepConfig, num_layers: int, similarity: Similarity
+) -> tuple[int, ...]:
+    """Returns the layers a point skips: the most redundant ones, or random ones.
+
+    Of N layers that may go, max(1, round(keep_ratio * N)) stay.
+    """
+    measured = {entry.layer for entry in similarity.of(point.component)}
+    legal = [n for n in select_layers(config.layers, num_layers) if n in measured]
+    count = len(legal) - max(1, round(point.keep_ratio * len(legal)))
+    if config.criterion == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(legal), generator=generator).tolist()
+        return tuple(sorted(legal[i] for i in order[:count]))
+    return similarity.redundant(point.component, count, config.part.value, layers=legal)
+
+
+@contextmanager
+def made_smaller(
+    host: object,
+    adapter: Adapter,
+    point: Point,
+    config: SweepConfig,
+    *,
+    similarity: Similarity,
+    forward: Callable[[], object],
+    scores: NeuronScores | None = None,
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Inside, the model is that of the point; afterwards it is as it was, bit for bit.
+
+    Args:
+        host: the model or pipeline.
+        adapter: of it.
+        point: what is kept.
+        config: of the sweep.
+        similarity: ranks layers.
+        forward: runs the model once.
+        scores: rank neurons; needed along width.
+
+    Yields:
+        What was done, in words, and the layers that are skipped.
+
+    Raises:
+        ValueError: the transform refuses the model; the message says why.
+    """
+    layers: tuple[int, ...] = ()
+    if point.axis is Axis.DEPTH:
+        layers = layers_to_skip(point, config, adapter.num_layers(), similarity)
+    if point.keep_ratio == 1 or (point.axis is Axis.DEPTH and not layers):
+        yield "nothing", ()
+        return
+    shared: dict[str, Any] = {
+        # The only component of a decoder that is not BAGEL's is its und.
+        "component": point.component if point.component in FFN_NAMES else "und",
+        "layers": layers or config.layers,
+    }
+    ranked: dict[str, Any] = {"keep_ratio": point.keep_ratio, "budget": config.budget}
+    mode: PruneConfig
+    if point.axis is Axis.DEPTH:
+        mode = SkipLayersConfig(**shared, part=config.part)
+    elif point.axis is Axis.HEADS:
+        mode = PruneHeadsConfig(**shared, **ranked)
+    else:
+        mode = PruneWidthConfig(**shared, **ranked, block_size=config.block_size)
+    own = scores[point.component] if scores is not None and point.axis is Axis.WIDTH else None
+    with changed(
+        host, mode, own, adapter=adapter, component=point.component, forward=forward
+    ) as text:
+        yield text, layers
+
+
+def _choice(kind: Any, name: str, value: object) -> Any:
     try:
         return kind(value)
     except ValueError:
         legal = ", ".join(choice.value for choice in kind)
         raise ValueError(f"analyze: {name} must be one of {legal}, got {value!r}") from None
+
+
+def _is_ratio(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1  # type: ignore[operator]

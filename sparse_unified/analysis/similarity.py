@@ -23,11 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import Report, format_table
-from sparse_unified.analysis.plain import from_plain
+from sparse_unified.analysis.records import NUMBER, has_form
 from sparse_unified.checkpoint.reader import read_json
-from sparse_unified.surgery.decoder import Adapter, Block, find_adapter
+from sparse_unified.surgery.decoder import Block, find_adapter
 
 PARTS = ("block", "attention", "ffn")
+_ENTRY = {
+    "component": (str,),
+    "layer": (int,),
+    "tokens": (int,),
+    **dict.fromkeys(PARTS, NUMBER),
+}
+_FORM = {"layers": [_ENTRY]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +62,10 @@ class Similarity(Report):
         Raises:
             ValueError: it is missing or damaged.
         """
-        listed = read_json(path).get("layers")
-        if not isinstance(listed, list):
-            raise ValueError(f"{path}: layers must be a list, got {listed!r:.120}")
-        where = f"{path}: an entry of layers"
-        return cls(layers=tuple(from_plain(LayerSimilarity, entry, where) for entry in listed))
+        found = read_json(path)
+        if not has_form(found, _FORM):
+            raise ValueError(f"{path}: layers must be cosines of each layer, got {found!r:.240}")
+        return cls(layers=tuple(LayerSimilarity(**entry) for entry in found["layers"]))
 
     def of(self, component: str) -> list[LayerSimilarity]:
         """Returns the layers of a component in order.
@@ -84,6 +90,9 @@ class Similarity(Report):
         """Returns the `count` layers whose part changes the least, ascending.
 
         Args:
+            component: whose layers.
+            count: how many.
+            part: "block", "attention" or "ffn".
             layers: to choose among; None is all.
 
         Raises:
@@ -97,11 +106,8 @@ class Similarity(Report):
                 f"similarity: count must be from 0 to {len(entries)} layers, got {count}"
             )
         values = {entry.layer: float(getattr(entry, part)) for entry in entries}
-        for layer, value in values.items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"similarity: {part} of layer {layer} ({component}) must be finite, got {value}"
-                )
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError(f"similarity: {part} of {component} must be finite, got {values}")
         ranked = sorted(values, key=lambda layer: (-values[layer], layer))
         return tuple(sorted(ranked[:count]))
 
@@ -113,69 +119,13 @@ class Similarity(Report):
         return format_table(rows, header=True)
 
 
-class SimilarityMeter:
-    """Sums the cosines of one block while the model runs."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.tokens = 0
-        self._sums: Tensor | None = None  # [3] fp64, on the device of the model
-        self._stream: dict[str, Tensor] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Inside, every pass through the block is counted."""
-        handles = [
-            self.block.input_norm.register_forward_pre_hook(self._enter),
-            self.block.post_attention_norm.register_forward_pre_hook(self._between),
-            self.block.ffn.register_forward_hook(self._leave),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._stream.clear()
-
-    def result(self) -> LayerSimilarity:
-        """Returns the means so far."""
-        assert self._sums is not None
-        block, attention, ffn = (self._sums / self.tokens).tolist()
-        return LayerSimilarity(
-            component=self.block.component,
-            layer=self.block.layer,
-            tokens=self.tokens,
-            block=block,
-            attention=attention,
-            ffn=ffn,
-        )
-
-    def _enter(self, module: object, args: tuple[Any, ...]) -> None:
-        self._stream["x"] = args[0]
-
-    def _between(self, module: object, args: tuple[Any, ...]) -> None:
-        self._stream["x1"] = args[0]
-
-    def _leave(self, module: object, args: tuple[Any, ...], output: Any) -> None:
-        branch = output[0] if isinstance(output, tuple) else output
-        x, x1 = (self._stream.pop(name).detach().flatten(0, -2) for name in ("x", "x1"))
-        if not len(x1):
-            return
-        y = x1 + branch.detach().reshape(x1.shape)
-        cosines = torch.stack([_cosine_sum(*pair) for pair in ((x, y), (x, x1), (x1, y))])
-        self._sums = cosines if self._sums is None else self._sums + cosines
-        self.tokens += len(x1)
-
-
-def _cosine_sum(a: Tensor, b: Tensor) -> Tensor:
-    return F.cosine_similarity(a.float(), b.float(), dim=-1).sum(dtype=torch.float64)
-
-
 class Measurement:
     """What `measure_similarity` yields; `result()` is read after the runs."""
 
-    def __init__(self, meters: Sequence[SimilarityMeter]) -> None:
-        self._meters = meters
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self.tokens = [0] * len(blocks)
+        self.sums: list[Any] = [0.0] * len(blocks)  # [3] fp64, on the device of the model
 
     def result(self) -> Similarity:
         """Returns the similarities of all layers that have seen tokens.
@@ -183,10 +133,41 @@ class Measurement:
         Raises:
             ValueError: none has.
         """
-        seen = tuple(meter.result() for meter in self._meters if meter.tokens)
+        seen = []
+        for block, tokens, sums in zip(self.blocks, self.tokens, self.sums, strict=True):
+            if tokens:
+                cosines = dict(zip(PARTS, (sums / tokens).tolist(), strict=True))
+                entry = LayerSimilarity(
+                    component=block.component, layer=block.layer, tokens=tokens, **cosines
+                )
+                seen.append(entry)
         if not seen:
             raise ValueError("measure_similarity: model must run on tokens meanwhile, got none")
-        return Similarity(layers=seen)
+        return Similarity(layers=tuple(seen))
+
+    def watch(self, index: int) -> list[Any]:
+        """Hooks one block; returns the handles."""
+        block = self.blocks[index]
+        stream: dict[str, Tensor] = {}
+
+        def leave(module: object, args: tuple[Any, ...], output: Any) -> None:
+            branch = output[0] if isinstance(output, tuple) else output
+            x, x1 = (stream.pop(name).detach().flatten(0, -2) for name in ("x", "x1"))
+            if not len(x1):
+                return
+            y = x1 + branch.detach().reshape(x1.shape)
+            self.sums[index] += torch.stack(
+                [_cosine_sum(x, y), _cosine_sum(x, x1), _cosine_sum(x1, y)]
+            )
+            self.tokens[index] += len(x1)
+
+        return [
+            block.input_norm.register_forward_pre_hook(lambda _, args: stream.update(x=args[0])),
+            block.post_attention_norm.register_forward_pre_hook(
+                lambda _, args: stream.update(x1=args[0])
+            ),
+            block.ffn.register_forward_hook(leave),
+        ]
 
 
 @contextmanager
@@ -194,6 +175,10 @@ def measure_similarity(
     model: object, components: Sequence[str] | None = None
 ) -> Iterator[Measurement]:
     """Inside, every forward of the model adds to the similarities of its blocks; it is unchanged.
+
+        with measure_similarity(model) as measured:
+            model(**batch)
+        print(measured.result().to_text())
 
     Layers that skip a part are left out. Costs a few reads of the residual stream; sums stay on the
     device until `result()`.
@@ -205,14 +190,21 @@ def measure_similarity(
     Raises:
         ValueError: no adapter fits, or the model lacks a component.
     """
-    adapter: Adapter = find_adapter(model)
-    meters = [
-        SimilarityMeter(adapter.block(layer, component))
-        for component in (adapter.components if components is None else components)
-        for layer in range(adapter.num_layers())
-        if adapter.holds(layer, component)
-    ]
-    with ExitStack() as stack:
-        for meter in meters:
-            stack.enter_context(meter.attached())
-        yield Measurement(meters)
+    adapter = find_adapter(model)
+    measurement = Measurement(
+        [
+            adapter.block(layer, component)
+            for component in (adapter.components if components is None else components)
+            for layer in range(adapter.num_layers())
+            if adapter.holds(layer, component)
+        ]
+    )
+    with ExitStack() as hooks:
+        for index in range(len(measurement.blocks)):
+            for handle in measurement.watch(index):
+                hooks.callback(handle.remove)
+        yield measurement
+
+
+def _cosine_sum(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.float(), b.float(), dim=-1).sum(dtype=torch.float64)

@@ -1,45 +1,146 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the neurons of a model did on a task: sums over tokens, and who was active on each sample.
+"""What the neurons of a model did on a task: sums over tokens, and active neurons per sample.
 
-Everything is kept per task, component, FFN and *range* of the denoising time. Range 0 holds the
-tokens that have no time: text, ViT tokens, and finished images (t = 0). Range r of R holds the
-times ((r - 1) / R, r / R], 1 being noise.
+Statistics are kept per task, component, FFN and *range* of the denoising time. Range 0 holds the
+tokens without a time: text, ViT tokens, and finished images (t = 0). Range r of R holds the times
+((r - 1) / R, r / R], 1 being noise.
 
-A file is safetensors. Of each FFN, under the name `TASK.COMPONENT.LAYER` (then `.PATH` for one
-expert of a mixture), it has the tensors of `FfnSums`; the metadata says where it comes from.
+A file is safetensors. It holds the tensors of `FfnSums` of each FFN, under `TASK.COMPONENT.LAYER`
+(then `.PATH` for one expert of a mixture); the metadata says where they come from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_unified._common import list_some
-from sparse_unified.analysis.active_sets import mean_overlap, successive_overlap
-from sparse_unified.analysis.kept_inputs import keep_lowest, no_inputs
-from sparse_unified.analysis.statistics_check import check_sums, walk
-from sparse_unified.analysis.sums import (
-    INPUT_TENSORS,
-    TENSORS,
-    FfnSums,
-    StatisticsConfig,
-    hash_ffns,
-)
-from sparse_unified.checkpoint import strict_json
+from sparse_unified.checkpoint import Checkpoint, keys, strict_json
 from sparse_unified.checkpoint.atomic import replace_file
-from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header, read_tensor
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.checkpoint.writer import encode_tensors
 from sparse_unified.surgery.decoder import FfnKey, find_adapter
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
+NO_TIME = "no time"  # text, ViT tokens, finished images
+
+# Files of a config that keeps no inputs do not have these.
+_INPUT_TENSORS = ("inputs", "input_draws")
+_HASHED = 256  # values of each weight that its hash looks at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsConfig:
+    """What is counted.
+
+    Args:
+        threshold: a neuron fires on a token when |h| is above.
+        active_fraction: the active set of a sample is this share of the neurons, those of the
+            largest mean |h|.
+        num_time_ranges: R, into how many ranges the times of denoising are cut.
+        num_inputs: number of tokens of a task, drawn at random, whose FFN inputs are kept.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    threshold: float = 0.1
+    active_fraction: float = 0.25
+    num_time_ranges: int = 4
+    num_inputs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kinds, is_legal, rule in (
+            ("threshold", (int, float), lambda x: 0 <= x < math.inf, "finite and at least 0"),
+            ("active_fraction", (int, float), lambda x: 0 < x < 1, "above 0 and below 1"),
+            ("num_time_ranges", (int,), lambda x: x >= 1, "an integer of at least 1"),
+            ("num_inputs", (int,), lambda x: x >= 0, "an integer of at least 0"),
+        ):
+            value = getattr(self, name)
+            if type(value) not in kinds or not is_legal(value):
+                raise ValueError(f"StatisticsConfig: {name} must be {rule}, got {value!r}")
+
+    @property
+    def num_ranges(self) -> int:
+        """R + 1, the range without a time among them."""
+        return self.num_time_ranges + 1
+
+    def range_of(self, time: float | None) -> int:
+        """Returns the range of a time from 0 to 1, or of tokens without one."""
+        return 0 if not time else min(math.ceil(time * self.num_time_ranges), self.num_time_ranges)
+
+    def range_names(self) -> list[str]:
+        """Returns a name for each range: `NO_TIME`, then its times from image to noise."""
+        count = self.num_time_ranges
+        return [NO_TIME, *(f"{r / count:.3g}-{(r - 1) / count:.3g}" for r in range(1, count + 1))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FfnSums:
+    """Sums of one FFN of I neurons on one task, over R + 1 ranges and S samples.
+
+    Attributes:
+        tokens: [R + 1] int64.
+        sum_abs: [R + 1, I] fp64, of |h|.
+        sum_squares: [R + 1, I] fp64, of h^2.
+        num_fired: [R + 1, I] fp64, of the tokens that fire.
+        sample_tokens: [S, R + 1] int64.
+        active: [S, R + 1, ceil(I / 8)] uint8, the active set of each sample, a bit per neuron.
+        inputs: [n, D] bf16, what the FFN was given on the n tokens that are kept.
+        input_draws: [n] int64, ascending: what those were drawn by, the lowest of all tokens.
+    """
+
+    tokens: Tensor
+    sum_abs: Tensor
+    sum_squares: Tensor
+    num_fired: Tensor
+    sample_tokens: Tensor
+    active: Tensor
+    inputs: Tensor
+    input_draws: Tensor
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.sum_abs.shape[1]
+
+    def check(self, config: StatisticsConfig, num_samples: int) -> None:
+        """Raises ValueError that names the first tensor that is not as it must be."""
+        ranges, width = [config.num_ranges], list(self.sum_abs.shape[-1:])
+        kept = [min(config.num_inputs, int(self.tokens.sum()))]
+        packed = [(size + 7) // 8 for size in width]
+        for name, dtype, shape in (
+            ("tokens", torch.int64, ranges),
+            ("sum_abs", torch.float64, ranges + width),
+            ("sum_squares", torch.float64, ranges + width),
+            ("num_fired", torch.float64, ranges + width),
+            ("sample_tokens", torch.int64, [num_samples, *ranges]),
+            ("active", torch.uint8, [num_samples, *ranges, *packed]),
+            ("inputs", torch.bfloat16, [*kept, *self.inputs.shape[-1:]]),
+            ("input_draws", torch.int64, kept),
+        ):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or list(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} must be {dtype} of shape {shape}, "
+                    f"got {tensor.dtype} of {list(tensor.shape)}"
+                )
+            is_signed = name == "inputs"
+            illegal = (~torch.isfinite(tensor) | ((tensor < 0) & (not is_signed))).nonzero()
+            if len(illegal):
+                at = illegal[0].tolist()
+                rule = "finite" if is_signed else "finite and at least 0"
+                raise ValueError(f"{name} must be {rule}, got {tensor[tuple(at)].item()} at {at}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +165,29 @@ class FfnStatistics:
     tool: str = field(default_factory=tool_version)
 
     def __post_init__(self) -> None:
-        check_sums(self)
+        if not self.ffns or self.ffns.keys() != self.samples.keys():
+            raise ValueError(
+                f"statistics: tasks must be those of the samples, {list_some(self.samples)}, "
+                f"got {list_some(self.ffns)}"
+            )
+        components = {component for own in self.ffns.values() for component in own}
+        if components != set(self.model_hashes):
+            raise ValueError(
+                f"statistics: model_hashes must be of {list_some(sorted(components))}, "
+                f"got {list_some(sorted(self.model_hashes))}"
+            )
+        tokens: dict[str, int] = dict.fromkeys(self.ffns, 0)
+        for task, component, key, sums in self._walk():
+            try:
+                sums.check(self.config, len(self.samples[task]))
+            except ValueError as error:
+                raise ValueError(f"statistics: {task}.{component} {key!r:.120}: {error}") from None
+            tokens[task] += int(sums.tokens.sum())
+        idle = [task for task, count in tokens.items() if not count]
+        if idle:
+            raise ValueError(
+                f"statistics: tokens of {list_some(idle)} must be at least one, got none"
+            )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -72,7 +195,7 @@ class FfnStatistics:
 
     def keys(self, task: str, component: str) -> list[FfnKey]:
         """Returns the keys of the FFNs, in the order of the rows of the tensors below."""
-        return list(self._component(task, component))
+        return list(self._sums(task, component))
 
     def mean_abs(self, task: str, component: str, key: FfnKey) -> Tensor:
         """Returns the mean of |h| over all tokens of a task, [I] fp64.
@@ -80,7 +203,7 @@ class FfnStatistics:
         Raises:
             ValueError: the FFN is not there, or has seen no token (an expert may not).
         """
-        found = self._component(task, component)
+        found = self._sums(task, component)
         if key not in found:
             raise ValueError(f"statistics: FFN must be one of {list_some(found)}, got {key!r:.120}")
         tokens = int(found[key].tokens.sum())
@@ -97,28 +220,24 @@ class FfnStatistics:
             ValueError: there are none: config.num_inputs was 0, or an FFN saw no token.
         """
         chosen = [task for task in self.ffns if component in self.ffns[task]]
-        chosen = chosen if tasks is None else list(tasks)
-        parts = [self._component(task, component) for task in chosen]
-        found = {
-            key: torch.cat([own[key].inputs.float() for own in parts if key in own])
-            for key in dict.fromkeys(key for own in parts for key in own)
-        }
-        lacking = [key for key, kept in found.items() if not len(kept)]
-        if not found or lacking:
+        found: dict[FfnKey, list[Tensor]] = {}
+        for task in chosen if tasks is None else tasks:
+            for key, sums in self._sums(task, component).items():
+                found.setdefault(key, []).append(sums.inputs.float())
+        inputs = {key: torch.cat(parts) for key, parts in found.items()}
+        lacking = [key for key, kept in inputs.items() if not len(kept)]
+        if not inputs or lacking:
             raise ValueError(
                 f"statistics: inputs of {component} must be kept, as calibrate does with --inputs "
-                f"(num_inputs), got none for {list_some(lacking) if found else 'any FFN'} with "
+                f"(num_inputs), got none for {list_some(lacking) if inputs else 'any FFN'} with "
                 f"num_inputs = {self.config.num_inputs}"
             )
-        return found
+        return inputs
 
     def firing_rate(self, task: str, component: str) -> Tensor:
         """Returns the share of (token, neuron) that fire, [F, R + 1] fp64; NaN without tokens."""
-        rates = [
-            sums.num_fired.mean(1) / sums.tokens.double()  # 0 / 0 where there were none
-            for sums in self._component(task, component).values()
-        ]
-        return torch.stack(rates)
+        sums = self._sums(task, component).values()
+        return torch.stack([own.num_fired.mean(1) / own.tokens.double() for own in sums])
 
     def sample_overlap(self, task: str, component: str) -> Tensor:
         """Returns the mean Jaccard overlap of the active sets of two samples, [F, R + 1] fp64.
@@ -126,17 +245,17 @@ class FfnStatistics:
         NaN where fewer than two samples have tokens. Two sets drawn at random, a share q of the
         neurons each, overlap by about q / (2 - q).
         """
-        sums = self._component(task, component).values()
-        return torch.stack([mean_overlap(one.active, one.sample_tokens > 0) for one in sums])
+        sums = self._sums(task, component).values()
+        return torch.stack([mean_overlap(own.active, own.sample_tokens > 0) for own in sums])
 
     def step_overlap(self, task: str, component: str) -> Tensor:
         """Returns the mean overlap of a sample's active sets in successive ranges of time.
 
         [F, R - 1] fp64, entry r - 1 for ranges r and r + 1; NaN where no sample has both.
         """
-        sums = self._component(task, component).values()
+        sums = self._sums(task, component).values()
         return torch.stack(
-            [successive_overlap(one.active[:, 1:], one.sample_tokens[:, 1:] > 0) for one in sums]
+            [successive_overlap(own.active[:, 1:], own.sample_tokens[:, 1:] > 0) for own in sums]
         )
 
     def merge(self, *others: FfnStatistics) -> FfnStatistics:
@@ -157,39 +276,37 @@ class FfnStatistics:
         Args:
             model: a model, pipeline or adapter.
         """
-        adapter = find_adapter(model)
-        for task, components in self.ffns.items():
-            for component, found in components.items():
-                wanted = {ffn.key: ffn.intermediate_size for ffn in adapter.ffns(component)}
-                where = f"statistics: {component} FFNs of {task}"
-                if set(wanted) != set(found):
-                    raise ValueError(
-                        f"{where}: keys must be those of the model, {list_some(wanted)}, "
-                        f"got {list_some(found)}"
-                    )
-                for key, width in wanted.items():
-                    if found[key].intermediate_size != width:
-                        raise ValueError(
-                            f"{where}: {key!r:.120} must have {width} neurons as in the model, "
-                            f"got {found[key].intermediate_size}"
-                        )
-        for component, wanted_hash in self.model_hashes.items():
-            own = hash_ffns(adapter, component)
-            if own != wanted_hash:
-                raise ValueError(
-                    f"statistics: model must have the {component} FFNs they were gathered on, with "
-                    f"hash {wanted_hash}, got {own}"
-                )
+        for component in self.model_hashes:
+            self._check_hash(component, hash_ffns(model, component))
+
+    def check_checkpoint(self, checkpoint: Checkpoint, component: str) -> None:
+        """Raises ValueError unless the statistics are of the FFNs in a model directory.
+
+        Args:
+            checkpoint: its FFNs of the component are dense; it is read, not loaded.
+        """
+        if component not in self.model_hashes:
+            raise ValueError(
+                f"statistics: component must be one of {', '.join(self.model_hashes)}, "
+                f"got {component!r}"
+            )
+        specs = {
+            layer: [checkpoint.spec(keys.dense_key(component, layer, p)) for p in keys.PROJECTIONS]
+            for layer in checkpoint.ffns.get(component, {})
+        }
+        self._check_hash(
+            component,
+            _hash((key, [_read_spaced(spec) for spec in own]) for key, own in specs.items()),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file; an existing one is replaced whole or not at all."""
         tensors: dict[str, Tensor] = {}
-        listed: list[tuple[str, str, int, str | None]] = []
-        for task, component, key, sums in walk(self.ffns):
-            layer, name = key if isinstance(key, tuple) else (key, None)
-            listed.append((task, component, layer, name))
-            for tensor in _tensors_of(self.config):
-                tensors[f"{_prefix(*listed[-1])}.{tensor}"] = getattr(sums, tensor)
+        listed: list[_Entry] = []
+        for task, component, key, sums in self._walk():
+            listed.append((task, component, *(key if isinstance(key, tuple) else (key, None))))
+            for name in _stored(self.config):
+                tensors[f"{_prefix(listed[-1])}.{name}"] = getattr(sums, name)
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -210,42 +327,43 @@ class FfnStatistics:
                 infinities or no tokens.
         """
         header = read_header(path)
-        form = header.metadata.get("format"), header.metadata.get("format_version")
+        meta = header.metadata
+        form = meta.get("format"), meta.get("format_version")
         if form != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
         try:
-            config = StatisticsConfig(**strict_json.loads(header.metadata["config"]))
+            config = StatisticsConfig(**strict_json.loads(meta["config"]))
             samples = {
                 str(task): tuple(map(str, own))
-                for task, own in strict_json.loads(header.metadata["samples"]).items()
+                for task, own in strict_json.loads(meta["samples"]).items()
             }
-            listed = [_parse_entry(entry) for entry in strict_json.loads(header.metadata["ffns"])]
-            hashes = strict_json.loads(header.metadata["model_hashes"])
+            listed = [_parse_entry(entry) for entry in strict_json.loads(meta["ffns"])]
+            hashes = strict_json.loads(meta["model_hashes"])
             model_hashes = {str(component): str(own) for component, own in hashes.items()}
-            tool = header.metadata["tool"]
+            tool = meta["tool"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{path}: metadata must be what calibrate writes, got {error!s:.400}"
             ) from error
-        held = _tensors_of(config)
-        names = [f"{_prefix(*entry)}.{tensor}" for entry in listed for tensor in held]
-        missing, extra = set(names) - set(header.tensors), set(header.tensors) - set(names)
-        if missing or extra or len(set(names)) != len(names):
+        stored = _stored(config)
+        names = [f"{_prefix(entry)}.{name}" for entry in listed for name in stored]
+        if len(set(names)) != len(names) or set(names) != set(header.tensors):
             raise ValueError(
-                f"{path}: tensors must be those that its metadata lists, got none of "
-                f"{list_some(sorted(missing))} and also {list_some(sorted(extra))}"
+                f"{path}: tensors must be those that its metadata lists, "
+                f"{list_some(sorted(set(names) - set(header.tensors)))} too, "
+                f"got {list_some(sorted(set(header.tensors) - set(names)))} as well"
             )
         ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
-        for task, component, layer, name in listed:
-            prefix = _prefix(task, component, layer, name)
-            own = {
-                tensor: read_tensor(header.tensors[f"{prefix}.{tensor}"], what=str(path))
-                for tensor in held
+        for entry in listed:
+            task, component, layer, name = entry
+            tensors = {
+                tensor: read_tensor(header.tensors[f"{_prefix(entry)}.{tensor}"], what=str(path))
+                for tensor in stored
             }
             if not config.num_inputs:
-                own |= zip(INPUT_TENSORS, no_inputs(), strict=True)
+                tensors |= zip(_INPUT_TENSORS, no_inputs(), strict=True)
             key = layer if name is None else (layer, name)
-            ffns.setdefault(task, {}).setdefault(component, {})[key] = FfnSums(**own)
+            ffns.setdefault(task, {}).setdefault(component, {})[key] = FfnSums(**tensors)
         try:
             return cls(
                 model_hashes=model_hashes, config=config, samples=samples, ffns=ffns, tool=tool
@@ -253,52 +371,207 @@ class FfnStatistics:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def _component(self, task: str, component: str) -> Mapping[FfnKey, FfnSums]:
-        for what, name, legal in (
-            ("task", task, self.ffns),
-            ("component", component, self.ffns.get(task, {})),
-        ):
+    def _walk(self) -> Iterator[tuple[str, str, FfnKey, FfnSums]]:
+        for task, components in self.ffns.items():
+            for component, keyed in components.items():
+                for key, sums in keyed.items():
+                    yield task, component, key, sums
+
+    def _sums(self, task: str, component: str) -> Mapping[FfnKey, FfnSums]:
+        components = self.ffns.get(task, {})
+        for what, name, legal in (("task", task, self.ffns), ("component", component, components)):
             if name not in legal:
                 raise ValueError(
                     f"statistics: {what} must be one of {', '.join(legal)}, got {name!r:.120}"
                 )
-        return self.ffns[task][component]
+        return components[component]
+
+    def _check_hash(self, component: str, own: str) -> None:
+        if own != self.model_hashes[component]:
+            raise ValueError(
+                f"statistics: model must have the {component} FFNs they were gathered on, with "
+                f"hash {self.model_hashes[component]}, got {own}"
+            )
+
+
+def activation_maps(statistics: FfnStatistics, task: str) -> list[dict[str, Any]]:
+    """Returns plain values per component that show how its neurons fire in a task, for JSON.
+
+    Of L layers (of a mixture, the mean over its experts), None where there were no tokens:
+
+        ranges   names of the C ranges of time that have tokens, from noise to image, then `NO_TIME`
+        firing   [L][C] share of the neurons that fire on a token, 0 to 1
+        overlap  [L] share of the active neurons that two samples have in common (Jaccard), the mean
+                 over the ranges
+        steps    [L] the same of one sample in successive ranges of time
+        chance   what sets drawn at random would overlap by
+    """
+    columns = [*range(statistics.config.num_time_ranges, 0, -1), 0]
+    fraction = statistics.config.active_fraction
+    maps = []
+    for component in statistics.ffns.get(task, {}):
+        rates = statistics.firing_rate(task, component)[:, columns]
+        seen = ~rates.isnan().all(0)
+        names = statistics.config.range_names()
+        owners = [k if isinstance(k, int) else k[0] for k in statistics.keys(task, component)]
+        layers = sorted(set(owners))
+
+        def by_layer(
+            values: Tensor, owners: list[int] = owners, layers: list[int] = layers
+        ) -> list[Any]:
+            rows = [values[[owner == layer for owner in owners]].nanmean(0) for layer in layers]
+            return plain(torch.stack(rows))
+
+        maps.append(
+            {
+                "component": component,
+                "layers": layers,
+                "ranges": [
+                    names[r] for r, used in zip(columns, seen.tolist(), strict=True) if used
+                ],
+                "firing": by_layer(rates[:, seen]),
+                "overlap": by_layer(statistics.sample_overlap(task, component).nanmean(1)),
+                "steps": by_layer(statistics.step_overlap(task, component).nanmean(1)),
+                "chance": fraction / (2 - fraction),
+            }
+        )
+    return maps
+
+
+def plain(values: Tensor) -> Any:
+    """Returns a tensor as numbers or lists of them, None for NaN, for JSON."""
+    if values.ndim:
+        return [plain(row) for row in values]
+    return None if values.isnan() else values.item()
+
+
+def hash_ffns(model: object, component: str) -> str:
+    """Returns a hash of the FFN weights of one component, 16 hex digits.
+
+    Of every weight it takes the shape and evenly spaced values, rounded to bf16, so that a model
+    has one hash whether it was loaded in fp32 or bf16; it reads little, and two models that differ
+    in a few values alone may have the same.
+
+    Args:
+        model: a model, pipeline or adapter.
+    """
+    return _hash(
+        (
+            ffn.key,
+            [
+                (w.shape, w.reshape(-1)[:: _step(w.numel())])
+                for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
+            ],
+        )
+        for ffn in find_adapter(model).ffns(component)
+    )
+
+
+def hash_model(model: torch.nn.Module) -> str:
+    """Returns a hash of names, shapes, dtypes and evenly spaced values of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        values = weight.detach().reshape(-1)[:: _step(weight.numel())]
+        digest.update(values.to("cpu", torch.float64).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool [..., I] -> uint8 [..., ceil(I / 8)], neuron i in bit i % 8 of byte i // 8."""
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, size: int | None = None) -> Tensor:
+    """uint8 [..., bytes] -> bool [..., size]; None is all bits."""
+    bits = np.unpackbits(packed.numpy(), axis=-1, count=size, bitorder="little")
+    return torch.from_numpy(bits).bool()
+
+
+def most_active(values: Tensor, fraction: float) -> Tensor:
+    """Marks the largest of values [..., I]: max(1, round(fraction * I)), lower indices in ties.
+
+    Returns:
+        bool [..., I].
+    """
+    count = max(1, round(fraction * values.shape[-1]))
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def mean_overlap(active: Tensor, seen: Tensor) -> Tensor:
+    """Mean Jaccard overlap |a & b| / |a | b| of the sets of all pairs of samples.
+
+    Args:
+        active: packed sets [S, R, bytes].
+        seen: which of them count, [S, R] bool.
+
+    Returns:
+        [R] fp64, NaN where fewer than two sets count.
+    """
+    means = []
+    for column in range(active.shape[1]):
+        sets = unpack_bits(active[seen[:, column], column]).double()
+        common, sizes = sets @ sets.t(), sets.sum(1)  # [S, S], [S]
+        jaccard = common / (sizes[:, None] + sizes - common)
+        means.append(jaccard[torch.ones_like(jaccard, dtype=torch.bool).triu(1)].mean())
+    return torch.stack(means)
+
+
+def successive_overlap(active: Tensor, seen: Tensor) -> Tensor:
+    """Mean Jaccard overlap of the sets of one sample in successive ranges.
+
+    Args:
+        active: packed sets [S, R, bytes].
+        seen: which of them count, [S, R] bool.
+
+    Returns:
+        [R - 1] fp64, NaN where no sample has both sets.
+    """
+    sets, both = unpack_bits(active), seen[:, :-1] & seen[:, 1:]
+    common = (sets[:, :-1] & sets[:, 1:]).sum(2).double()
+    jaccard = common / (sets[:, :-1] | sets[:, 1:]).sum(2)
+    return jaccard.where(both, torch.nan).nanmean(0)  # [S, R - 1] -> [R - 1]
+
+
+def no_inputs(hidden_size: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns the inputs [0, D] and draws [0] of an FFN of which none are kept."""
+    inputs = torch.empty(0, hidden_size, dtype=torch.bfloat16)
+    return inputs, torch.empty(0, dtype=torch.int64)
+
+
+def keep_lowest(inputs: Tensor, draws: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the inputs [n, D] of the `count` lowest draws [n], and these, ascending."""
+    draws, order = draws.sort(stable=True)
+    return inputs[order[:count]].clone(), draws[:count].clone()
 
 
 def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
-    if first.config != second.config:
-        raise ValueError(f"merge: config must be the same, {first.config}, got {second.config}")
+    pairs: dict[str, tuple[object, object]] = {"config": (first.config, second.config)}
     for component in first.model_hashes.keys() & second.model_hashes.keys():
-        hashes = [s.model_hashes[component] for s in (first, second)]
-        if hashes[0] != hashes[1]:
-            raise ValueError(
-                f"merge: model must be the same, with hash {hashes[0]} of its {component} FFNs, "
-                f"got {hashes[1]}"
-            )
+        pairs[f"hash of the {component} FFNs"] = (
+            first.model_hashes[component],
+            second.model_hashes[component],
+        )
     for task in first.ffns.keys() & second.ffns.keys():
+        keys_of = [[entry[:3] for entry in s._walk() if entry[0] == task] for s in (first, second)]
+        pairs[f"FFNs of {task}"] = (keys_of[0], keys_of[1])
         twice = set(first.samples[task]) & set(second.samples[task])
         if twice:
             raise ValueError(
                 f"merge: samples of {task} must be distinct, got {list_some(sorted(twice))} twice"
             )
-        keys = [[entry[1:3] for entry in walk({task: s.ffns[task]})] for s in (first, second)]
-        if keys[0] != keys[1]:
-            raise ValueError(
-                f"merge: FFNs of {task} must be the same, {list_some(keys[0])}, "
-                f"got {list_some(keys[1])}"
-            )
+    for what, (own, other) in pairs.items():
+        if own != other:
+            raise ValueError(f"merge: {what} must be the same, {own!s:.240}, got {other!s:.240}")
     samples: dict[str, tuple[str, ...]] = {}
-    ffns: dict[str, Any] = {}
-    for task in dict.fromkeys([*first.ffns, *second.ffns]):
-        sources = [s for s in (first, second) if task in s.ffns]
-        samples[task] = tuple(name for s in sources for name in s.samples[task])
-        ffns[task] = {
-            component: {
-                key: _add([s.ffns[task][component][key] for s in sources], first.config)
-                for key in keyed
-            }
-            for component, keyed in sources[0].ffns[task].items()
-        }
+    ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
+    for source in (first, second):
+        for task, own in source.samples.items():
+            samples[task] = samples.get(task, ()) + own
+        for task, component, key, sums in source._walk():
+            keyed = ffns.setdefault(task, {}).setdefault(component, {})
+            keyed[key] = _add(keyed[key], sums, first.config) if key in keyed else sums
     return FfnStatistics(
         model_hashes={**first.model_hashes, **second.model_hashes},
         config=first.config,
@@ -307,33 +580,56 @@ def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
     )
 
 
-def _tensors_of(config: StatisticsConfig) -> list[str]:
+def _add(first: FfnSums, second: FfnSums, config: StatisticsConfig) -> FfnSums:
+    pairs = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(FfnSums)}
+    summed = ("tokens", "sum_abs", "sum_squares", "num_fired")
+    added = {n: a + b if n in summed else torch.cat([a, b]) for n, (a, b) in pairs.items()}
+    kept = keep_lowest(added["inputs"], added["input_draws"], config.num_inputs)
+    return FfnSums(**added | dict(zip(_INPUT_TENSORS, kept, strict=True)))
+
+
+# The FFN of a file: task, component, layer, and its path if it is one expert of a mixture.
+_Entry = tuple[str, str, int, str | None]
+
+
+def _stored(config: StatisticsConfig) -> list[str]:
     """Names the tensors of an FFN that a file holds."""
-    return [name for name in TENSORS if config.num_inputs or name not in INPUT_TENSORS]
+    names = [f.name for f in fields(FfnSums)]
+    return [name for name in names if config.num_inputs or name not in _INPUT_TENSORS]
 
 
-def _add(parts: Sequence[FfnSums], config: StatisticsConfig) -> FfnSums:
-    summed = {
-        name: torch.stack([getattr(part, name) for part in parts]).sum(0)
-        for name in ("tokens", "sum_abs", "sum_squares", "num_fired")
-    }
-    listed = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("sample_tokens", "active")
-    }
-    inputs, draws = (torch.cat([getattr(part, name) for part in parts]) for name in INPUT_TENSORS)
-    kept = keep_lowest(inputs, draws, config.num_inputs)
-    return FfnSums(**summed, **listed, inputs=kept[0], input_draws=kept[1])
+def _prefix(entry: _Entry) -> str:
+    return ".".join(str(part) for part in entry if part is not None)
 
 
-def _prefix(task: str, component: str, layer: int, name: str | None) -> str:
-    return ".".join([task, component, str(layer), *([] if name is None else [name])])
-
-
-def _parse_entry(entry: Any) -> tuple[str, str, int, str | None]:
+def _parse_entry(entry: Any) -> _Entry:
     task, component, layer, name = entry
-    if not (isinstance(task, str) and isinstance(component, str) and type(layer) is int):
-        raise ValueError(f"the FFN {entry!r:.120}")
-    if name is not None and not isinstance(name, str):
+    texts = (task, component, *([] if name is None else [name]))
+    if not all(isinstance(text, str) for text in texts) or type(layer) is not int:
         raise ValueError(f"the FFN {entry!r:.120}")
     return task, component, layer, name
+
+
+def _step(count: int) -> int:
+    """Returns how far apart the values lie that a hash looks at, of a weight of `count`."""
+    return max(1, count // _HASHED)
+
+
+def _hash(ffns: Iterable[tuple[FfnKey, Sequence[tuple[Sequence[int], Tensor]]]]) -> str:
+    """Hashes (key, (shape, spaced values) of each weight) of FFNs."""
+    digest = hashlib.sha256()
+    for key, weights in ffns:
+        digest.update(f"{key!r}".encode())
+        for shape, values in weights:
+            digest.update(f" {list(shape)}".encode())
+            rounded = values.bfloat16().cpu().view(torch.int16)
+            digest.update(rounded.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_spaced(spec: TensorSpec) -> tuple[Sequence[int], Tensor]:
+    """Reads the pages of a file that hold the values a hash looks at."""
+    count = math.prod(spec.shape)
+    words = {2: np.int16, 4: np.int32, 8: np.int64}[spec.dtype.itemsize]
+    mapped = np.memmap(spec.file, words, "r", spec.start, (count,))
+    return spec.shape, torch.from_numpy(mapped[:: _step(count)].copy()).view(spec.dtype)

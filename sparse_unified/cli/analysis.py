@@ -38,7 +38,7 @@ def _in_a_folder(
 
 def _add_settings(group: Any, *more: str) -> None:
     """Adds how many samples there are, and how the model runs on them."""
-    from sparse_unified.analysis.metrics import Settings
+    from sparse_unified.analysis.bagel_task import Settings
 
     group.add_argument("--samples", type=positive, metavar="N", help="the first N prompts")
     add_options(
@@ -50,7 +50,7 @@ def _add_settings(group: Any, *more: str) -> None:
 def _add_samples(parser: CommandParser) -> None:
     """Adds the task of a command with one, its samples, and how the model runs on them."""
     from sparse_unified.analysis.points import SweepConfig
-    from sparse_unified.analysis.sums import StatisticsConfig
+    from sparse_unified.analysis.statistics import StatisticsConfig
 
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument(
@@ -97,7 +97,7 @@ def _need_matplotlib(purpose: str, instead: str = "") -> None:
 
 
 def _add_calibrate(parser: CommandParser) -> None:
-    from sparse_unified.analysis.sums import StatisticsConfig
+    from sparse_unified.analysis.statistics import StatisticsConfig
 
     add_model(parser)
     parser.add_argument(
@@ -136,8 +136,8 @@ def _add_calibrate(parser: CommandParser) -> None:
 @_in_a_folder
 def _calibrate(options: argparse.Namespace, drawn: Path) -> Output:
     from sparse_unified.analysis import FfnStatistics, StatisticsConfig, save_scores, score
-    from sparse_unified.analysis.calibrate import calibrate
-    from sparse_unified.analysis.metrics import Settings
+    from sparse_unified.analysis.bagel_task import Settings
+    from sparse_unified.analysis.calibration import calibrate
     from sparse_unified.analysis.samples import Task
 
     if options.criterion and not options.scores:
@@ -232,7 +232,7 @@ def _add_expert_usage(parser: CommandParser) -> None:
 @_in_a_folder
 def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
     from sparse_unified.analysis import expert_usage, write_usage_plot
-    from sparse_unified.analysis.metrics import Settings
+    from sparse_unified.analysis.bagel_task import Settings
     from sparse_unified.analysis.samples import Task
     from sparse_unified.surgery.decoder import find_sparse_blocks
 
@@ -279,7 +279,7 @@ of denoising. MODEL must have sparse FFNs.""",
 
 def _add_analyze(parser: CommandParser) -> None:
     from sparse_unified.analysis.points import SweepConfig
-    from sparse_unified.analysis.sums import StatisticsConfig
+    from sparse_unified.analysis.statistics import StatisticsConfig
 
     add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
@@ -362,12 +362,11 @@ def _add_measures(group: Any) -> None:
 @_in_a_folder
 def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
     from sparse_unified.analysis import FfnStatistics
-    from sparse_unified.analysis.evaluate import load_evaluator
-    from sparse_unified.analysis.identity import fingerprint
-    from sparse_unified.analysis.metrics import Settings
+    from sparse_unified.analysis.bagel_task import Settings
+    from sparse_unified.analysis.evaluators import load_evaluator
     from sparse_unified.analysis.points import SweepConfig
     from sparse_unified.analysis.samples import Task
-    from sparse_unified.analysis.sums import StatisticsConfig
+    from sparse_unified.analysis.statistics import StatisticsConfig, hash_model
     from sparse_unified.analysis.sweep import run_sweep
 
     if options.geneval_scorer and not options.geneval:
@@ -388,7 +387,7 @@ def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
     pipeline = load_pipeline(options)
     probes = [_probe(options, pipeline, t, samples[t], settings, more) for t in options.task]
     description = {
-        "model": fingerprint(pipeline.model),
+        "model": hash_model(pipeline.model),
         "device": pipeline.model.device.type,
         "statistics": {task: found.samples for task, found in statistics.items()},
         "dtype": str(pipeline.model.dtype).removeprefix("torch."),
@@ -428,8 +427,8 @@ def _probe(
     settings: Any,
     more: dict[str, Any],
 ) -> Any:
-    from sparse_unified.analysis.bagel_probes import bagel_probe
-    from sparse_unified.analysis.evaluate import load_evaluator
+    from sparse_unified.analysis.bagel_task import bagel_probe
+    from sparse_unified.analysis.evaluators import load_evaluator
     from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
     from sparse_unified.analysis.samples import Task
 

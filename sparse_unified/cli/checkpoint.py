@@ -93,12 +93,11 @@ def _convert(options: argparse.Namespace) -> Report:
 def _read_inputs(path: str, dense: str, component: str) -> Mapping[int, Any]:
     """Returns the inputs that a statistics file keeps, checked to be of the model directory."""
     from sparse_unified.analysis import FfnStatistics
-    from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
     from sparse_unified.checkpoint import Checkpoint
 
     statistics = FfnStatistics.load(path)
     try:
-        check_against_checkpoint(statistics, Checkpoint(dense), component)
+        statistics.check_checkpoint(Checkpoint(dense), component)
         kept = statistics.inputs(component)
     except ValueError as error:
         raise ValueError(f"--stats: {path}: {error}") from error

@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluators that come with the package, for BAGEL pipelines."""
+"""The three tasks of a BAGEL pipeline: how they run, and what they are measured by."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified.analysis.evaluate import Better
-from sparse_unified.analysis.samples import Sample
+from sparse_unified.analysis.evaluators import Better, Evaluator, Probe
+from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.bagel import BagelPipeline, Guidance, build_guidance, generate_tokens
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.images import ContextImage, open_image
+from sparse_unified.bagel.pipeline import choose_sizes
 from sparse_unified.bagel.sampler import initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _MAX_LOSS = 700.0  # exp of more is no double
 
@@ -50,26 +47,100 @@ class Settings:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("num_timesteps", "max_length"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"Settings: {name} must be at least 2, got {getattr(self, name)}")
-        if self.batch_size < 1:
-            raise ValueError(f"Settings: batch_size must be at least 1, got {self.batch_size}")
+        for name, least in (("num_timesteps", 2), ("max_length", 2), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"Settings: {name} must be at least {least}, got {value}")
         if not self.times or not all(0 < time <= 1 for time in self.times):
             raise ValueError(f"Settings: times must be above 0 and at most 1, got {self.times}")
 
 
-def _open(path: Path) -> Image:
-    return open_image(path, where="samples")
+# Running
+
+
+def run_task(
+    model: Any,
+    task: str,
+    samples: Sequence[Any],
+    *,
+    run: Callable[[Any], object] | None = None,
+    settings: Settings | None = None,
+    begin: Callable[[str], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Runs a model on samples, one after the other.
+
+    Args:
+        model: a BAGEL pipeline; with `run`, any model.
+        task: generation, understanding or editing; with `run`, any name.
+        samples: `Sample`s; with `run`, whatever it takes.
+        run: what to do with a sample; None is what the task does.
+        settings: of the built-in runs.
+        begin: called before each sample with its fingerprint, or its number if it has none.
+        progress: called with the number of finished samples and of all.
+
+    Raises:
+        ValueError: there are no samples, or the task or model is none that can be run.
+    """
+    if not samples:
+        raise ValueError("samples must be at least one, got none")
+    if run is None:
+        if not isinstance(model, BagelPipeline):
+            raise ValueError(
+                "model must be a BagelPipeline, or come with run, "
+                f"got a {type(model).__name__} alone"
+            )
+        legal = [known.value for known in Task]
+        if task not in legal:
+            raise ValueError(f"task must be one of {', '.join(legal)}, got {task!r}")
+        chosen = settings or Settings()
+
+        def run(sample: Sample) -> None:
+            _run_sample(model, Task(task), sample, chosen)
+
+    for index, sample in enumerate(samples):
+        if progress is not None:
+            progress(index, len(samples))
+        if begin is not None:
+            begin(sample.fingerprint() if isinstance(sample, Sample) else str(index))
+        run(sample)
+    if progress is not None:
+        progress(len(samples), len(samples))
+
+
+def _run_sample(pipeline: BagelPipeline, task: Task, sample: Sample, settings: Settings) -> None:
+    if task is Task.UNDERSTANDING:
+        context = question_context(pipeline, sample)
+        with torch.no_grad():
+            generate_tokens(pipeline.model, [context], max_length=settings.max_length)
+    else:
+        _generate(pipeline, [sample], settings)
+
+
+def _generate(pipeline: BagelPipeline, samples: Sequence[Sample], settings: Settings) -> Any:
+    images: list[Any] = [_open_all(sample) or None for sample in samples]
+    return pipeline.generate(
+        [sample.prompt for sample in samples],
+        images=images,
+        seed=[sample.seed for sample in samples],
+        size=settings.size,
+        num_timesteps=settings.num_timesteps,
+        batch_size=settings.batch_size,
+        progress=False,
+    )
+
+
+def _open_all(sample: Sample) -> list[Any]:
+    return [open_image(path, where="samples") for path in sample.sources]
 
 
 def look_at(pipeline: BagelPipeline, sample: Sample, *, vae: bool) -> list[ContextImage]:
-    """Prepares the pictures before a prompt."""
-    return [pipeline.image_processor.encode(_open(path), vae=vae) for path in sample.sources]
+    """Prepares the images before a prompt."""
+    return [pipeline.image_processor.encode(image, vae=vae) for image in _open_all(sample)]
 
 
 def guidance_of(pipeline: BagelPipeline, sample: Sample) -> Guidance:
-    """Lets the model read what an image is generated from."""
+    """Prefills the contexts that an image is generated from."""
     looks = look_at(pipeline, sample, vae=True)
     ids = pipeline.tokenizer.encode(sample.prompt)
     return build_guidance(pipeline.model, [ids], images=[looks])[0]
@@ -78,12 +149,15 @@ def guidance_of(pipeline: BagelPipeline, sample: Sample) -> Guidance:
 def question_context(
     pipeline: BagelPipeline, sample: Sample, looks: Sequence[ContextImage] | None = None
 ) -> KVCache:
-    """Lets the model read what a text is to follow; `looks` are its pictures, if prepared."""
+    """Prefills the context that a text is to follow; `looks` are its images, if prepared."""
     contexts = pipeline.model.new_contexts(1)
     looks = look_at(pipeline, sample, vae=False) if looks is None else looks
     see_images(pipeline.model, contexts, [looks])
     pipeline.model.prefill_text(contexts, [pipeline.tokenizer.encode(sample.prompt)])
     return contexts[0]
+
+
+# Measuring
 
 
 class VelocityError:
@@ -114,7 +188,7 @@ class VelocityError:
         self._latents = []
         for sample in self.samples:
             assert sample.image is not None
-            pixels = pipeline.image_processor.for_vae(_open(sample.image))
+            pixels = pipeline.image_processor.for_vae(open_image(sample.image, where="samples"))
             latent = pipeline.vae.encode(pixels[None])[0]
             grid = (latent.shape[1] // patch, latent.shape[2] // patch)
             self._latents.append((patchify(latent, patch).float().cpu(), grid))
@@ -136,7 +210,7 @@ class VelocityError:
 
 
 class DenseDistance:
-    """How far whole generations are from those of the dense model at the same seeds.
+    """Distance of whole generations from those of the dense model at the same seeds.
 
     `latent_distance` is |x - x_dense| / |x_dense| of the latent tokens, `image_distance` the root
     mean square difference of the pixels, of which 1 is the whole range; means over the samples.
@@ -153,35 +227,27 @@ class DenseDistance:
 
     def prepare(self, pipeline: BagelPipeline) -> None:
         """Generates with the dense model."""
-        self._dense = self._generate(pipeline)
+        self._dense = self._latents_and_pixels(pipeline)
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
         if not self._dense:
             raise RuntimeError("DenseDistance: prepare must have seen the dense model, got no call")
         latent, image = 0.0, 0.0
-        for (x, pixels), (x0, pixels0) in zip(self._generate(pipeline), self._dense, strict=True):
+        found = self._latents_and_pixels(pipeline)
+        for (x, pixels), (x0, pixels0) in zip(found, self._dense, strict=True):
             latent += float((x - x0).norm() / x0.norm())
             image += float((pixels - pixels0).square().mean().sqrt())
         count = len(self.samples)
         return {"latent_distance": latent / count, "image_distance": image / count}
 
-    def _generate(self, pipeline: BagelPipeline) -> list[tuple[Tensor, Tensor]]:
-        sources: list[Any] = [[_open(p) for p in s.sources] or None for s in self.samples]
-        result = pipeline.generate(
-            [sample.prompt for sample in self.samples],
-            images=sources,
-            seed=[sample.seed for sample in self.samples],
-            size=self.settings.size,
-            num_timesteps=self.settings.num_timesteps,
-            batch_size=self.settings.batch_size,
-            progress=False,
-        )
+    def _latents_and_pixels(self, pipeline: BagelPipeline) -> list[tuple[Tensor, Tensor]]:
+        result = _generate(pipeline, self.samples, self.settings)
         pixels = [torch.from_numpy(np.array(image)).float() / 255 for image in result.images]
         return list(zip(result.latents, pixels, strict=True))
 
 
 class TextAgreement:
-    """How much the model goes on agreeing with the answers of the dense one.
+    """Agreement of the model with the answers of the dense one.
 
     `text_agreement` is the share of the tokens of the dense model's greedy answers, its end marker
     included, that are the model's first choice after the same beginning. `perplexity` is exp of the
@@ -199,7 +265,7 @@ class TextAgreement:
         self._answers: list[list[int]] = []
 
     def prepare(self, pipeline: BagelPipeline) -> None:
-        """Lets the dense model answer."""
+        """Takes the answers of the dense model."""
         special = pipeline.model.config.special_tokens
         self._answers = []
         for sample in self.samples:
@@ -215,20 +281,84 @@ class TextAgreement:
         agreed, tokens, loss, reference_tokens = 0, 0, 0.0, 0
         for sample, answer in zip(self.samples, self._answers, strict=True):
             context = question_context(pipeline, sample)
-            logits = _continue(pipeline, context, answer)
-            wanted = torch.tensor(answer[1:], device=logits.device)
+            logits, wanted = _teacher_forced(pipeline, context, answer)
             agreed += int((logits.argmax(-1) == wanted).sum())
             tokens += len(wanted)
             if sample.answer is not None:
                 ids = [special.bos, *pipeline.tokenizer.encode(sample.answer), special.eos]
-                logits = _continue(pipeline, context, ids)
-                wanted = torch.tensor(ids[1:], device=logits.device)
+                logits, wanted = _teacher_forced(pipeline, context, ids)
             loss += F.cross_entropy(logits, wanted, reduction="sum").item()
             reference_tokens += len(wanted)
         mean = min(loss / reference_tokens, _MAX_LOSS)
         return {"text_agreement": agreed / tokens, "perplexity": math.exp(mean)}
 
 
-def _continue(pipeline: BagelPipeline, context: KVCache, ids: Sequence[int]) -> Tensor:
-    """Returns the logits [L - 1, vocab_size] for all tokens but the first."""
-    return pipeline.model.text_logits([context.fork()], [ids[:-1]])[0]
+def _teacher_forced(
+    pipeline: BagelPipeline, context: KVCache, ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Returns the logits [L - 1, vocab_size] of all tokens but the first, and these tokens."""
+    logits = pipeline.model.text_logits([context.fork()], [ids[:-1]])[0]
+    return logits, torch.tensor(ids[1:], device=logits.device)
+
+
+# A task to sweep
+
+
+def bagel_probe(
+    pipeline: BagelPipeline,
+    task: Task,
+    samples: Sequence[Sample],
+    settings: Settings | None = None,
+    *,
+    evaluators: Mapping[str, Evaluator] | None = None,
+) -> Probe:
+    """Returns the probe of one task.
+
+    Generation and editing are measured by the distance of whole generations to those of the dense
+    model, and where every sample has its held-out image by the velocity error too; understanding
+    by the agreement of text. The forward whose cost is measured is one velocity, without guidance,
+    at the size of the first sample; of understanding, the reading of the first question with its
+    images.
+
+    Args:
+        pipeline: the model.
+        task: which of the three.
+        samples: what it is run on.
+        settings: size, steps, length of answers.
+        evaluators: more of them, by name.
+    """
+    settings = settings or Settings()
+    measures: dict[str, Evaluator]
+    if task is Task.UNDERSTANDING:
+        measures = {"text": TextAgreement(samples, settings)}
+    else:
+        measures = {"distance": DenseDistance(samples, settings)}
+        if all(sample.image is not None for sample in samples):
+            measures["velocity"] = VelocityError(samples, settings.times)
+    return Probe(
+        task=task.value,
+        evaluators={**measures, **(evaluators or {})},
+        run=lambda begin: run_task(pipeline, task.value, samples, settings=settings, begin=begin),
+        workload=lambda: _workload(pipeline, task, samples[0], settings),
+        description={
+            "samples": [sample.fingerprint() for sample in samples],
+            "settings": asdict(settings),
+        },
+    )
+
+
+def _workload(
+    pipeline: BagelPipeline, task: Task, sample: Sample, settings: Settings
+) -> Callable[[], object]:
+    model = pipeline.model
+    if task is Task.UNDERSTANDING:
+        looks = look_at(pipeline, sample, vae=False)
+        return lambda: question_context(pipeline, sample, looks)
+    images = _open_all(sample)
+    edited = pipeline.image_processor.for_vae.size(*images[-1].size)[::-1] if images else None
+    (size,) = choose_sizes(settings.size, [edited], model.config)
+    grid = model.config.token_grid(*size)
+    noise = initial_noise(grid[0] * grid[1], model.config.token_channels, sample.seed)
+    context = guidance_of(pipeline, sample).full
+    time = torch.tensor([0.5])
+    return lambda: model.velocity([noise], [grid], time, [[context]])

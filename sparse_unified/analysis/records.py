@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a sweep: what it is a run of, and the points that are finished.
+"""The folder of a sweep: what is run, and the points that are finished.
 
-run.json        what was asked for; a run that goes on in the folder must ask for the same
+run.json        what was asked for; a run that is resumed in the folder must ask for the same
 points.jsonl    one line per finished point, appended when it is finished
 """
 
@@ -20,6 +20,21 @@ from sparse_unified.checkpoint import strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.reader import read_json
 
+NUMBER = (int, float)
+_METRICS = {str: NUMBER}
+_COST = {
+    **dict.fromkeys(("parameters", "weight_bytes", "flops", "peak_bytes"), (int,)),
+    "seconds": NUMBER,
+}
+_DENSE = {"name": (str,), "metrics": _METRICS, "cost": _COST}
+_POINT = {
+    **dict.fromkeys(("name", "task", "component", "axis", "change"), (str,)),
+    "keep_ratio": NUMBER,
+    "skipped_layers": [(int,)],
+    "metrics": _METRICS,
+    "before": _COST,
+    "after": _COST,
+}
 _RUN, _POINTS, _LOCK = "run.json", "points.jsonl", ".lock"
 
 
@@ -33,27 +48,20 @@ class Store:
     def append(self, record: dict[str, Any]) -> None:
         """Adds a finished point, which has a `name`; it is on the disk when this returns."""
         line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
-        path = self.folder / _POINTS
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            written = os.write(handle, line)
-            if written != len(line):
-                raise OSError(f"{path}: disk must have room for {len(line)} bytes, got {written}")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with (self.folder / _POINTS).open("ab") as stream:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
         self.records[record["name"]] = record
 
-    def write(self, name: str, text: str) -> Path:
+    def write(self, name: str, text: str) -> None:
         """Writes or replaces a file of the folder at once."""
-        path = self.folder / name
-        replace_file(path, text.encode())
-        return path
+        replace_file(self.folder / name, text.encode())
 
 
 @contextmanager
 def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> Iterator[Store]:
-    """Opens the folder of a run, new or to be gone on with, for this process alone.
+    """Opens the folder of a run, new or to be resumed, for this process alone.
 
     Args:
         out: made if it is not there; its parent must be.
@@ -64,12 +72,11 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
         RuntimeError: another process has it open.
     """
     folder = Path(out)
+    run = folder / _RUN
     if not folder.parent.is_dir():
         raise ValueError(f"--out: parent of {folder} must be a folder, got none there")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out: {folder} must be a folder, got a file")
-    wanted = json.loads(json.dumps(description))
-    run = folder / _RUN
     if folder.exists() and not run.exists() and {p.name for p in folder.iterdir()} - {_LOCK}:
         raise ValueError(
             f"--out: {folder} must be new, empty, or of a run of analyze, got other files"
@@ -84,9 +91,10 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
                 f"--out: {folder} must be used by one run at a time, got another"
             ) from None
         if run.exists():
-            _require_same(run, wanted)
+            _require_same(run, description)
         else:
-            replace_file(run, (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+            replace_file(run, text.encode())
         yield Store(folder, read_records(folder / _POINTS))
     finally:
         os.close(lock)
@@ -107,31 +115,46 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            record = strict_json.loads(line.decode("utf-8"))
+            record = strict_json.loads(line.decode("utf-8"), finite=True)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} must be JSON, got {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        if not has_form(record, _POINT) and not has_form(record, _DENSE):
             raise ValueError(
-                f"{path}: line {number} must be a point with a name, got {record!r:.120}"
+                f"{path}: line {number} must be a point as analyze writes it, got {record!r:.240}"
             )
         records.append(record)
     return records
 
 
-def _require_same(run: Path, wanted: dict[str, Any]) -> None:
-    found = read_json(run)
-    differences = _differences(found, wanted)
+def has_form(value: object, form: Any) -> bool:
+    """Tells whether a JSON value has a form.
+
+    Args:
+        value: what was read.
+        form: a tuple of types; `[form]`, a list of such; `{str: form}`, an object of such; or
+            `{key: form, ...}`, an object with these keys.
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        form = dict.fromkeys(value, form[str]) if str in form else form
+        return value.keys() == form.keys() and all(has_form(value[k], f) for k, f in form.items())
+    return type(value) in form
+
+
+def _require_same(run: Path, wanted: Mapping[str, Any]) -> None:
+    differences = _differences(read_json(run), json.loads(json.dumps(wanted)))
     if differences:
-        listed = list_some(
-            f"{name} {there} there and {here} here" for name, there, here in differences
-        )
         raise ValueError(
-            f"--out: {run.parent} must be of the same run, or another folder, got {listed}"
+            f"--out: {run.parent} must be of the same run, or another folder, "
+            f"got {list_some(differences)}"
         )
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[tuple[str, str, str]]:
-    """Returns (name, value in the file, value wanted) of everything that differs."""
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """Returns what differs: the name, its value in the file, and the value wanted."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         return [
             difference
@@ -140,9 +163,8 @@ def _differences(found: Any, wanted: Any, name: str = "") -> list[tuple[str, str
                 found.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)
             )
         ]
-    return [] if found == wanted else [(name or "run", _short(found), _short(wanted))]
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if found == wanted:
+        return []
+    texts = ["nothing" if v is None else json.dumps(v, ensure_ascii=False) for v in (found, wanted)]
+    there, here = (text if len(text) <= 80 else text[:77] + "..." for text in texts)
+    return [f"{name or 'run'} {there} there and {here} here"]

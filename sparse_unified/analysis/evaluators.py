@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quality is measured by: functions from a model to numbers, and tasks that bring them.
+
+An evaluator is called with the model, or with the pipeline that holds it, and returns numbers by
+name. The decorator `evaluator` makes one of any such function, `load_evaluator` finds it by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
+
+from sparse_unified.analysis.cost import Workload
+
+
+class Better(str, Enum):
+    """Which way a metric improves."""
+
+    LOWER = "lower"
+    HIGHER = "higher"
+
+
+class Evaluator(Protocol):
+    """Measures a model.
+
+    Two more methods are called if they are there: `prepare(model)` with the dense model before
+    anything is changed, and `begin(name)` with the name of each point of a sweep.
+
+    Attributes:
+        better: metric -> which way it improves.
+    """
+
+    better: Mapping[str, Better]
+
+    def __call__(self, model: Any, /) -> Mapping[str, float]:
+        """Returns the value of every metric that `better` names."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def evaluator(**better: Better | str) -> Callable[[F], F]:
+    """Declares a function as an evaluator.
+
+        @evaluator(loss="lower")
+        def loss(model):
+            return {"loss": float(model(input_ids=ids, labels=ids).loss)}
+
+    Args:
+        better: its metrics, each "lower" or "higher".
+
+    Raises:
+        ValueError: a direction is neither, or there is none.
+    """
+
+    def declare(function: F) -> F:
+        function.better = better  # type: ignore[attr-defined]
+        directions(function, where=getattr(function, "__name__", "evaluator"))
+        return function
+
+    return declare
+
+
+def directions(function: object, *, where: str) -> dict[str, Better]:
+    """Returns which way each metric of an evaluator improves.
+
+    Raises:
+        ValueError: it is no evaluator, or a direction is neither "lower" nor "higher".
+    """
+    declared = getattr(function, "better", None)
+    legal = {way.value for way in Better}
+    if (
+        not callable(function)
+        or not isinstance(declared, Mapping)
+        or not declared
+        or not legal.issuperset(declared.values())
+    ):
+        raise ValueError(
+            f"{where}: evaluator must be callable and declare its metrics by "
+            f'`better = {{"name": "lower" or "higher"}}`, got {function!r} with {declared!r:.120}'
+        )
+    return {str(name): Better(direction) for name, direction in declared.items()}
+
+
+def measure(function: Evaluator, model: object, *, where: str) -> dict[str, float]:
+    """Runs an evaluator.
+
+    Raises:
+        ValueError: what it returns is not what it declared, or not finite.
+    """
+    better = directions(function, where=where)
+    result = function(model)
+    if not isinstance(result, Mapping) or set(result) != set(better):
+        got = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
+        raise ValueError(
+            f"{where}: evaluator must return the metrics {', '.join(better)}, got {got}"
+        )
+    values = {}
+    for name in better:
+        try:
+            values[name] = float(result[name])
+        except (TypeError, ValueError):
+            values[name] = math.nan
+        if not math.isfinite(values[name]):
+            raise ValueError(
+                f"{where}: metric {name} must be a finite number, got {result[name]!r:.120}"
+            )
+    return values
+
+
+def load_evaluator(name: str) -> Evaluator:
+    """Loads an evaluator, named `module:function` or `path/to/file.py:function`.
+
+    Raises:
+        ValueError: there is no such module or function, or it is no evaluator.
+    """
+    source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        raise ValueError(f"--evaluator: name must be module:function, got {name!r}")
+    try:
+        is_file = source.endswith(".py")
+        module = _load_file(Path(source)) if is_file else importlib.import_module(source)
+    except ImportError as error:
+        raise ValueError(
+            f"--evaluator: module {source} must be importable, got {type(error).__name__}: {error}"
+        ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ValueError(f"--evaluator: {source} must define {attribute}, got a module without it")
+    directions(found, where=f"--evaluator: {name}")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A task that a model is put to: what it runs, and what it is measured by.
+
+    Attributes:
+        task: its name.
+        evaluators: by name; each is given the model or pipeline that is swept.
+        run: runs the model once on the samples of the task, which is observed meanwhile; it is
+            given a function to call before each sample, with a unique name of the sample.
+        workload: sets up the forward whose cost is measured.
+        description: plain values that identify samples and settings; a sweep that is resumed must
+            have the same.
+    """
+
+    task: str
+    evaluators: Mapping[str, Evaluator]
+    run: Callable[[Callable[[str], object]], object]
+    workload: Workload
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    def better(self) -> dict[str, Better]:
+        """Returns which way each metric improves.
+
+        Raises:
+            ValueError: there are no evaluators, one is none, or two have a metric in common.
+        """
+        found: dict[str, Better] = {}
+        for name, function in self.evaluators.items():
+            for metric, way in directions(function, where=name).items():
+                if metric in found:
+                    raise ValueError(
+                        f"{self.task}: metric {metric} must come from one evaluator, "
+                        f"got a second one, {name}"
+                    )
+                found[metric] = way
+        if not found:
+            raise ValueError(f"{self.task}: evaluators must be at least one, got none")
+        return found
+
+
+def _load_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"evaluator_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ImportError(f"no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
