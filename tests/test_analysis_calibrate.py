@@ -11,10 +11,16 @@ import analysis_models as models
 import pytest
 import torch
 
-from sparse_unified.analysis import FfnStatistics, StatisticsConfig, score
-from sparse_unified.analysis.bagel_task import Settings
-from sparse_unified.analysis.calibration import calibrate
-from sparse_unified.analysis.samples import Sample, Task, built_in_samples
+from sparse_unified.analysis import (
+    FfnStatistics,
+    Sample,
+    Settings,
+    StatisticsConfig,
+    Task,
+    built_in_samples,
+    calibrate,
+    score,
+)
 from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
@@ -125,14 +131,13 @@ def test_any_model_is_calibrated_by_how_it_is_run() -> None:
 
 
 def test_what_cannot_be_run_is_refused(pipeline: Any) -> None:
-    with pytest.raises(ValueError, match="calibrate: samples must be at least one, got none"):
-        calibrate(pipeline, Task.GENERATION, [])
-    with pytest.raises(
-        ValueError, match="model must be a BagelPipeline, or come with run, got a B"
+    for model, task, samples, message in (
+        (pipeline, Task.GENERATION, [], "samples must be at least one"),
+        (models.Bailing(), Task.GENERATION, [1], "model must be a BagelPipeline, or come with run"),
+        (pipeline, "talk", [1], "task must be one of generation"),
     ):
-        calibrate(models.Bailing(), Task.GENERATION, [1])
-    with pytest.raises(ValueError, match=r"calibrate: task must be one of gen.*, got 'talk'"):
-        calibrate(pipeline, "talk", built_in_samples(Task.GENERATION, 1))
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, task, samples)
 
 
 # The command

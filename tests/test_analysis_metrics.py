@@ -16,17 +16,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sparse_unified.analysis import evaluate
+from sparse_unified.analysis import Sample, Settings, evaluator, write_geneval
 from sparse_unified.analysis.bagel_task import (
     DenseDistance,
-    Settings,
     TextAgreement,
     VelocityError,
     guidance_of,
     question_context,
 )
-from sparse_unified.analysis.geneval import GenEvalImages, read_metadata, write_geneval
-from sparse_unified.analysis.samples import Sample
+from sparse_unified.analysis.evaluators import Better, directions, load_evaluator, measure
+from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
 from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.bagel.vision import patchify
 
@@ -69,7 +68,7 @@ def test_velocity_error_is_the_flow_matching_loss(pipeline: Any, tmp_path: Path)
             x = (1 - t) * x0 + t * noise
             v = pipeline.model.velocity([x], [(side, side)], torch.tensor([t]), [[context]])[0][0]
             losses.append(F.mse_loss(v, noise - x0).item())
-    value = evaluate.measure(metric, pipeline, where="test")["velocity_error"]
+    value = measure(metric, pipeline, where="test")["velocity_error"]
     assert value == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert metric(pipeline)["velocity_error"] == value  # repeats bit for bit
     with pytest.raises(ValueError, match="samples must have an image each, got none for 'x'"):
@@ -145,16 +144,13 @@ def test_agreement_falls_when_the_model_changes(pipeline: Any, disturbed: Any) -
     assert metric(disturbed)["text_agreement"] < 1
 
 
-def test_settings_are_checked() -> None:
-    for changes, message in (
-        ({"num_timesteps": 1}, "num_timesteps must be at least 2, got 1"),
-        ({"max_length": 1}, "max_length must be at least 2, got 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"times": (0.0,)}, "times must be above 0"),
-        ({"times": ()}, "times must be above 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Settings(**changes)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_timesteps", 1), ("max_length", 1), ("batch_size", 0), ("times", (0.0,)), ("times", ())],
+)
+def test_settings_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"Settings: {name} must be"):
+        Settings(**{name: value})
 
 
 METADATA = [
@@ -194,7 +190,7 @@ def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Pat
     assert second.tobytes() == alone.tobytes()
 
 
-def test_geneval_goes_on_where_it_stopped(pipeline: Any, tmp_path: Path) -> None:
+def test_geneval_resumes_where_it_stopped(pipeline: Any, tmp_path: Path) -> None:
     out = tmp_path / "images"
     write_geneval(pipeline, METADATA, out, num_images=1, settings=SETTINGS)
     kept = (out / "00000" / "samples" / "00000.png").stat().st_mtime_ns
@@ -211,16 +207,16 @@ def test_geneval_goes_on_where_it_stopped(pipeline: Any, tmp_path: Path) -> None
 def test_geneval_evaluator_writes_a_folder_per_point(pipeline: Any, tmp_path: Path) -> None:
     metric = GenEvalImages(METADATA[:1], tmp_path, num_images=1, settings=SETTINGS)
     metric.begin("gen-width-0.5")
-    assert evaluate.measure(metric, pipeline, where="t") == {"geneval_images": 1.0}
+    assert measure(metric, pipeline, where="t") == {"geneval_images": 1.0}
     assert read_as_the_scorer_does(tmp_path / "gen-width-0.5") == {"a bench": ["00000.png"]}
 
-    @evaluate.evaluator(score="higher")
+    @evaluator(score="higher")
     def scorer(folder: Path) -> dict[str, float]:
         return {"score": float(len(read_as_the_scorer_does(folder)))}
 
     metric = GenEvalImages(METADATA, tmp_path, num_images=1, settings=SETTINGS, scorer=scorer)
     metric.begin("dense")
-    assert evaluate.measure(metric, pipeline, where="t") == {"score": 2.0}
+    assert measure(metric, pipeline, where="t") == {"score": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -228,66 +224,65 @@ def test_geneval_evaluator_writes_a_folder_per_point(pipeline: Any, tmp_path: Pa
     [
         ("", "must hold at least one prompt"),
         ("{", "line 1 must be a JSON object"),
-        ("[]", "line 1 must be a JSON object, got a list"),
-        ('{"prompt": "x", "tag": "y"}', "line 1: include must be given, got None"),
+        ("[]", "line 1 must be a JSON object"),
+        ('{"prompt": "x", "tag": "y"}', "line 1: include must be given"),
+        (None, "must be readable text"),
     ],
 )
-def test_damaged_geneval_metadata_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_damaged_geneval_metadata_is_refused(
+    text: str | None, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "m.jsonl"
-    file.write_text(text)
+    if text is not None:
+        file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_metadata(file)
-    with pytest.raises(ValueError, match="must be readable text, got No such file"):
-        read_metadata(tmp_path / "none")
 
 
 def test_evaluators_declare_their_metrics() -> None:
-    @evaluate.evaluator(loss="lower", score="higher")
+    @evaluator(loss="lower", score="higher")
     def good(model: object) -> dict[str, float]:
         return {"score": 1, "loss": 2}
 
-    assert evaluate.measure(good, None, where="x") == {"loss": 2.0, "score": 1.0}
-    assert evaluate.directions(good, where="x")["loss"] is evaluate.Better.LOWER
-    with pytest.raises(ValueError, match="x: evaluator must be callable and declare its metrics"):
-        evaluate.measure(lambda model: {}, None, where="x")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="metric a must be better 'lower' or 'higher', got 'up'"):
-        evaluate.evaluator(a="up")(lambda model: {})
+    assert measure(good, None, where="x") == {"loss": 2.0, "score": 1.0}
+    assert directions(good, where="x")["loss"] is Better.LOWER
+    for wrong in ({}, {"a": "up"}):
+        with pytest.raises(ValueError, match="evaluator must be callable and declare its metrics"):
+            evaluator(**wrong)(lambda model: {})
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ({"a": float("nan")}, "x: metric a must be finite, got nan"),
-        ({"a": float("inf")}, "x: metric a must be finite, got inf"),
-        ({"a": "high"}, "x: metric a must be a number, got 'high'"),
-        ({"b": 1.0}, r"x: evaluator must return the metrics a, got \['b'\]"),
-        ({"a": 1.0, "b": 1.0}, r"must return the metrics a, got \['a', 'b'\]"),
-        (3.0, "must return the metrics a, got float"),
+        ({"a": float("nan")}, "metric a must be a finite number"),
+        ({"a": float("inf")}, "metric a must be a finite number"),
+        ({"a": "high"}, "metric a must be a finite number"),
+        ({"b": 1.0}, "evaluator must return the metrics a"),
+        ({"a": 1.0, "b": 1.0}, "evaluator must return the metrics a"),
+        (3.0, "evaluator must return the metrics a, got float"),
     ],
 )
 def test_what_an_evaluator_returns_is_checked(result: Any, message: str) -> None:
-    function = evaluate.evaluator(a="lower")(lambda model: result)
-    with pytest.raises(ValueError, match=message):
-        evaluate.measure(function, None, where="x")
+    with pytest.raises(ValueError, match=f"x: {message}"):
+        measure(evaluator(a="lower")(lambda model: result), None, where="x")
 
 
 def test_evaluators_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "mine.py"
-    file.write_text(
+    (tmp_path / "mine.py").write_text(
         "def good(model):\n    return {'a': 1}\ngood.better = {'a': 'lower'}\n"
         "def bare(model):\n    return {}\n"
     )
-    loaded = evaluate.load_evaluator(f"{file}:good")
-    assert evaluate.measure(loaded, None, where="x") == {"a": 1.0}
+    loaded = load_evaluator(f"{tmp_path}/mine.py:good")
+    assert measure(loaded, None, where="x") == {"a": 1.0}
     monkeypatch.syspath_prepend(tmp_path)
-    assert evaluate.load_evaluator("mine:good").better == {"a": "lower"}
+    assert load_evaluator("mine:good").better == {"a": "lower"}
     for name, message in (
-        ("mine", "name must be module:function, got 'mine'"),
+        ("mine", "name must be module:function"),
         ("mine:", "name must be module:function"),
         ("no_such_module:f", "module no_such_module must be importable"),
-        ("mine:none", "mine must define none, got a module without it"),
-        ("mine:bare", "mine:bare: evaluator must be callable and declare"),
-        (f"{tmp_path}/none.py:f", "none.py must be a file, got none there"),
+        ("mine:none", "mine must define none"),
+        ("mine:bare", "mine:bare: evaluator must be callable"),
+        (f"{tmp_path}/none.py:f", "none.py must be importable"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.load_evaluator(name)
+            load_evaluator(name)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,62 +13,54 @@ import pytest
 import torch
 from PIL import Image
 
-from sparse_unified.analysis import plots
-from sparse_unified.analysis.activation import ActivationMap
-from sparse_unified.analysis.cost import Cost
-from sparse_unified.analysis.evaluators import Better
-from sparse_unified.analysis.points import Axis, Point
-from sparse_unified.analysis.results import PointResult, SweepResult, TaskResult
-from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
+from sparse_unified.analysis import SweepResult, plots
 
-COST = Cost(parameters=10, weight_bytes=40, flops=20, seconds=0.1, peak_bytes=50)
+COST = {"parameters": 10, "weight_bytes": 40, "flops": 20, "seconds": 0.1, "peak_bytes": 50}
 RATIOS = (0.75, 0.5, 0.25)
 
 
-def task(components: tuple[str, ...] = ("und", "gen")) -> TaskResult:
-    layers = tuple(
-        LayerSimilarity(component=c, layer=i, tokens=1, block=0.9 - i / 10, attention=0.8, ffn=0.7)
-        for c in components
-        for i in range(4)
-    )
-    points = [
-        PointResult(
-            point=Point(task="generation", component=c, axis=axis, keep_ratio=ratio),
-            metrics={"loss": 2 - ratio, "score": ratio},
-            before=COST,
-            after=COST,
-            change="",
-        )
-        for c in components
-        for axis in (Axis.DEPTH, Axis.WIDTH)
-        for ratio in RATIOS
-    ]
-    return TaskResult(
-        task="generation",
-        better={"loss": Better.LOWER, "score": Better.HIGHER},
-        dense={"loss": 1.0, "score": 1.0},
-        cost=COST,
-        similarity=Similarity(layers=layers),
-        points=points,
-    )
+def task(components: tuple[str, ...] = ("und", "gen")) -> dict[str, Any]:
+    return {
+        "better": {"loss": "lower", "score": "higher"},
+        "dense": {"loss": 1.0, "score": 1.0},
+        "cost": COST,
+        "idle": [],
+        "similarity": [
+            {
+                **{"component": component, "layer": i, "tokens": 1},
+                **{"block": 0.9 - i / 10, "attention": 0.8, "ffn": 0.7},
+            }
+            for component in components
+            for i in range(4)
+        ],
+        "activation": [],
+        "points": [
+            {
+                **{"component": component, "axis": axis, "keep_ratio": ratio, "change": ""},
+                **{"metrics": {"loss": 2 - ratio, "score": ratio}, "before": COST, "after": COST},
+            }
+            for component in components
+            for axis in ("depth", "width")
+            for ratio in RATIOS
+        ],
+    }
 
 
-def activation_map(component: str, num_ranges: int) -> ActivationMap:
-    return ActivationMap(
-        task="generation",
-        component=component,
-        layers=[0, 1, 2, 3],
-        ranges=[f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(num_ranges)],
-        firing=torch.rand(4, num_ranges) / 2,
-        overlap=torch.rand(4),
-        steps=torch.rand(4) if num_ranges > 1 else torch.full((4,), torch.nan),
-        chance=0.15,
-    )
+def activation_map(component: str, num_ranges: int) -> dict[str, Any]:
+    return {
+        "component": component,
+        "layers": [0, 1, 2, 3],
+        "ranges": [f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(num_ranges)],
+        "firing": (torch.rand(4, num_ranges) / 2).tolist(),
+        "overlap": torch.rand(4).tolist(),
+        "steps": torch.rand(4).tolist() if num_ranges > 1 else [None] * 4,
+        "chance": 0.15,
+    }
 
 
 def test_every_picture_is_written_and_not_empty(tmp_path: Path) -> None:
     maps = [activation_map("und", 1), activation_map("gen", 10)]
-    result = SweepResult(run={}, tasks=[replace(task(), activation=maps)])
+    result = SweepResult(run={}, tasks={"generation": task() | {"activation": maps}})
     written = plots.write_plots(result, tmp_path / "plots")
     kinds = ("sensitivity", "similarity", "activation", "overlap")
     assert [path.name for path in written] == [f"{kind}-generation.png" for kind in kinds]
@@ -87,7 +78,7 @@ def lines(panel: Any) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_curves_are_the_points_and_end_at_the_dense_model() -> None:
-    figure = plots.sensitivity(task())
+    figure = plots.sensitivity("generation", task())
     panels = np.array(figure.axes).reshape(2, 2)
     assert [panel.get_title(loc="left") for panel in panels[0]] == ["depth", "width"]
     assert panels[0][0].get_ylabel() == "loss\n(lower is better)"
@@ -102,7 +93,7 @@ def test_curves_are_the_points_and_end_at_the_dense_model() -> None:
 
 
 def test_similarity_has_a_panel_per_component_and_a_line_per_part() -> None:
-    figure = plots.similarity(task())
+    figure = plots.similarity("generation", task())
     und, gen = figure.axes
     assert (und.get_title(loc="left"), gen.get_title(loc="left")) == ("und", "gen")
     assert lines(gen)["block"] == [(i, pytest.approx(0.9 - i / 10)) for i in range(4)]
@@ -122,19 +113,19 @@ def test_components_keep_their_colours_in_every_picture() -> None:
         colors = {
             color(figure, label)
             for figure in (
-                plots.sensitivity(task()),
-                plots.sensitivity(task((label,))),
-                plots.overlap(maps),
+                plots.sensitivity("generation", task()),
+                plots.sensitivity("generation", task((label,))),
+                plots.overlap("generation", maps),
             )
         }
         assert len(colors) == 1
-    assert color(plots.sensitivity(task(("a", "b"))), "a") != color(
-        plots.sensitivity(task(("a", "b"))), "b"
+    assert color(plots.sensitivity("generation", task(("a", "b"))), "a") != color(
+        plots.sensitivity("generation", task(("a", "b"))), "b"
     )
 
 
 def test_names_of_timestep_ranges_do_not_run_into_each_other() -> None:
-    figure = plots.activation([activation_map("und", 1), activation_map("gen", 10)])
+    figure = plots.activation("generation", [activation_map("und", 1), activation_map("gen", 10)])
     figure.canvas.draw()
     for panel in figure.axes[:2]:
         boxes = [label.get_window_extent() for label in panel.get_xticklabels()]
@@ -149,14 +140,14 @@ def test_without_matplotlib_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"matplotlib must be installed .*\[plot\]"):
-        plots.write_plots(SweepResult(run={}), tmp_path)
+        plots.write_plots(SweepResult(run={}, tasks={}), tmp_path)
 
 
 def test_overlap_has_a_panel_for_steps_only_where_there_are_some() -> None:
-    figure = plots.overlap([activation_map("und", 1), activation_map("gen", 3)])
+    figure = plots.overlap("generation", [activation_map("und", 1), activation_map("gen", 3)])
     samples, steps = figure.axes
     assert set(lines(samples)) == {"und", "gen", "chance"}
     assert set(lines(steps)) == {"gen", "chance"}
-    alone = replace(activation_map("und", 1), overlap=torch.full((4,), torch.nan))
-    (panel,) = plots.overlap([alone]).axes
+    alone = activation_map("und", 1) | {"overlap": [None] * 4}
+    (panel,) = plots.overlap("generation", [alone]).axes
     assert "one sample" in panel.texts[0].get_text()

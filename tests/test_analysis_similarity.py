@@ -134,5 +134,5 @@ def test_nan_and_impossible_counts_are_refused_when_ranking() -> None:
     model.model.language_model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
     with measure_similarity(model) as measured:
         model(input_ids=torch.arange(3, 9)[None])
-    with pytest.raises(ValueError, match=r"block of layer 1 \(text\) must be finite, got nan"):
+    with pytest.raises(ValueError, match="block of text must be finite"):
         measured.result().redundant("text", 1)

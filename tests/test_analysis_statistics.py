@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_
-from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect, hash_ffns
+from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect, find_adapter
 from sparse_unified.analysis.statistics import (
+    activation_maps,
+    hash_ffns,
+    hash_model,
     mean_overlap,
     most_active,
     pack_bits,
@@ -25,9 +28,7 @@ from sparse_unified.analysis.statistics import (
     unpack_bits,
 )
 from sparse_unified.bagel.sampler import timestep_grid
-from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed, reference
-from sparse_unified.surgery.decoder import find_adapter
 
 CONFIG = StatisticsConfig(threshold=0.05, active_fraction=0.25, num_time_ranges=3)
 
@@ -190,37 +191,27 @@ def test_times_fall_into_their_ranges() -> None:
 # Sets
 
 
-def test_bits_come_back() -> None:
-    for size in (1, 7, 8, 9, 24, 100):
-        mask = torch.rand(3, 2, size) > 0.5
-        packed = pack_bits(mask)
-        assert packed.shape == (3, 2, (size + 7) // 8)
-        assert packed.dtype == torch.uint8
-        assert torch.equal(unpack_bits(packed, size), mask)
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 100])
+def test_bits_come_back(size: int) -> None:
+    mask = torch.rand(3, 2, size) > 0.5
+    packed = pack_bits(mask)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (3, 2, (size + 7) // 8))
+    assert torch.equal(unpack_bits(packed, size), mask)
+    assert packed[0, 0, 0] & 1 == mask[0, 0, 0]  # neuron 0 is the lowest bit
 
 
 def test_ties_of_the_active_set_go_to_lower_indices() -> None:
-    assert most_active(torch.tensor([1.0, 3.0, 1.0, 1.0]), 0.5).tolist() == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    marked = most_active(torch.tensor([1.0, 3.0, 1.0, 1.0]), 0.5)
+    assert marked.tolist() == [True, True, False, False]
     assert most_active(torch.zeros(5), 0.01).tolist() == [True, False, False, False, False]
 
 
 def test_overlap_is_the_mean_jaccard_of_pairs() -> None:
     sets = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]], dtype=torch.bool)
-    active = pack_bits(sets)[:, None]
-    seen = torch.ones(3, 1, dtype=torch.bool)
-    # 1 of 3, 2 of 3, 2 of 3.
-    torch.testing.assert_close(
-        mean_overlap(active, seen), torch.tensor([5 / 9], dtype=torch.float64)
-    )
+    active, seen = pack_bits(sets)[:, None], torch.ones(3, 1, dtype=torch.bool)
+    assert mean_overlap(active, seen).item() == pytest.approx(5 / 9)  # 1 of 3, 2 of 3, 2 of 3
     seen[1] = False
-    torch.testing.assert_close(
-        mean_overlap(active, seen), torch.tensor([2 / 3], dtype=torch.float64)
-    )
+    assert mean_overlap(active, seen).item() == pytest.approx(2 / 3)
     seen[0] = False
     assert mean_overlap(active, seen).isnan().all()
 
@@ -229,11 +220,10 @@ def test_successive_overlap_compares_a_sample_with_itself() -> None:
     sets = torch.tensor(
         [[[1, 1, 0], [1, 1, 0], [0, 1, 1]], [[1, 0, 0], [0, 0, 1], [1, 1, 1]]], dtype=torch.bool
     )
-    seen = torch.tensor([[True, True, True], [True, True, False]])
-    out = successive_overlap(pack_bits(sets), seen)
-    torch.testing.assert_close(out, torch.tensor([0.5, 1 / 3], dtype=torch.float64))
-    assert successive_overlap(pack_bits(sets), seen & False).isnan().all()
-    assert successive_overlap(pack_bits(sets)[:, :1], seen[:, :1]).shape == (0,)
+    active, seen = pack_bits(sets), torch.tensor([[True, True, True], [True, True, False]])
+    assert successive_overlap(active, seen).tolist() == pytest.approx([0.5, 1 / 3])
+    assert successive_overlap(active, seen & False).isnan().all()
+    assert successive_overlap(active[:, :1], seen[:, :1]).shape == (0,)
 
 
 def test_equal_samples_overlap_whole_and_others_less(model: models.Bailing) -> None:
@@ -255,13 +245,51 @@ def test_accessors_have_a_row_for_every_ffn(
     seen = torch.tensor([int(s.tokens[0]) > 0 for s in statistics.ffns["text"]["text"].values()])
     assert ((rates[seen, 0] > 0) & (rates[seen, 0] < 1)).all()
     assert rates[:, 1:].isnan().all()
-    for call in (statistics.firing_rate, statistics.sample_overlap, statistics.step_overlap):
-        with pytest.raises(ValueError, match="task must be one of text, got 'nonsense'"):
-            call("nonsense", "text")
-        with pytest.raises(ValueError, match="component must be one of text, got 'gen'"):
-            call("text", "gen")
-    with pytest.raises(ValueError, match="FFN must be one of"):
-        statistics.mean_abs("text", "text", 99)
+    for call, message in (
+        (lambda: statistics.firing_rate("x", "text"), "task must be one of text, got 'x'"),
+        (lambda: statistics.step_overlap("text", "gen"), "component must be one of text"),
+        (lambda: statistics.mean_abs("text", "text", 99), "FFN must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@torch.no_grad()
+def test_maps_run_from_noise_to_image_and_end_with_what_has_no_time() -> None:
+    model = models.bagel()
+    config = StatisticsConfig(num_time_ranges=4, active_fraction=0.25)
+    with collect(model, "task", config=config) as collector:
+        for sample in (11, 12):
+            collector.begin(str(sample))
+            contexts = model.new_contexts(1)
+            model.prefill_text(contexts, [[10, sample]])
+            for time in (0.9, 0.2):  # the ranges between stay empty
+                x = torch.randn(4, model.config.token_channels)
+                model.velocity([x], [(2, 2)], torch.tensor([time]), [contexts])
+    statistics = collector.statistics()
+    und, gen = activation_maps(statistics, "task")
+    assert (und["component"], gen["component"]) == ("und", "gen")
+    assert gen["layers"] == [0, 1, 2]
+    assert gen["ranges"] == ["1-0.75", "0.25-0"]
+    assert und["ranges"] == ["1-0.75", "0.25-0", "no time"]
+    assert gen["firing"] == statistics.firing_rate("task", "gen")[:, [4, 1]].tolist()
+    assert gen["overlap"] == statistics.sample_overlap("task", "gen").nanmean(1).tolist()
+    assert gen["steps"] == [None] * 3  # no sample has two ranges side by side
+    assert gen["chance"] == pytest.approx(0.25 / 1.75)
+    json.dumps([und, gen], allow_nan=False)
+    assert activation_maps(statistics, "other") == []
+
+
+def test_maps_of_a_mixture_are_means_over_the_experts_that_saw_tokens(
+    model: models.Bailing,
+) -> None:
+    statistics = gather(model, {"a": torch.tensor([[3]]), "b": torch.tensor([[5]])})
+    (found,) = activation_maps(statistics, "text")
+    keys, rates = statistics.keys("text", "text"), statistics.firing_rate("text", "text")[:, 0]
+    own = rates[[isinstance(key, tuple) and key[0] == 1 for key in keys]]
+    assert own.isnan().any()  # two samples of one token leave experts idle
+    assert found["layers"] == [0, 1, 2]
+    assert found["firing"][1][0] == own.nanmean()
 
 
 # Files
@@ -319,27 +347,25 @@ def test_merging_tasks_keeps_them_apart(model: models.Bailing, statistics: FfnSt
 def test_what_does_not_fit_together_is_not_merged(
     model: models.Bailing, statistics: FfnStatistics
 ) -> None:
-    with pytest.raises(ValueError, match="merge: samples of text must be distinct, got a twice"):
-        statistics.merge(gather(model, {"a": ids(1)}))
-    with pytest.raises(ValueError, match="merge: model must be the same, with hash"):
-        statistics.merge(dataclasses.replace(statistics, model_hashes={"text": "0" * 16}))
-    with pytest.raises(ValueError, match="merge: config must be the same"):
-        statistics.merge(
-            dataclasses.replace(statistics, config=StatisticsConfig(num_time_ranges=3))
-        )
     keyed = dict(statistics.ffns["text"]["text"])
     keyed.popitem()
-    fewer = dataclasses.replace(
-        statistics, ffns={"text": {"text": keyed}}, samples={"text": ("x", "y", "z")}
-    )
-    with pytest.raises(ValueError, match="merge: FFNs of text must be the same"):
-        statistics.merge(fewer)
+    names = {"text": ("x", "y", "z")}
+    for other, message in (
+        (gather(model, {"a": ids(1)}), "samples of text must be distinct, got a"),
+        ({"samples": names, "model_hashes": {"text": "0" * 16}}, "hash of .* must be the same"),
+        ({"samples": names, "config": StatisticsConfig(num_time_ranges=3)}, "config must be the"),
+        ({"samples": names, "ffns": {"text": {"text": keyed}}}, "FFNs of text must be the same"),
+    ):
+        if isinstance(other, dict):
+            other = dataclasses.replace(statistics, **other)
+        with pytest.raises(ValueError, match=f"merge: {message}"):
+            statistics.merge(other)
 
 
-def damaged(statistics: FfnStatistics, **tensors: Tensor) -> dict[str, Any]:
+def damage(statistics: FfnStatistics, **tensors: Tensor) -> FfnStatistics:
     keyed = dict(statistics.ffns["text"]["text"])
     keyed[0] = dataclasses.replace(keyed[0], **tensors)
-    return {"ffns": {"text": {"text": keyed}}}
+    return dataclasses.replace(statistics, ffns={"text": {"text": keyed}})
 
 
 @pytest.mark.parametrize("name", ["sum_abs", "sum_squares", "num_fired"])
@@ -349,56 +375,47 @@ def test_sums_that_are_no_sums_are_refused(
 ) -> None:
     tensor = getattr(statistics.ffns["text"]["text"][0], name).clone()
     tensor[1, 2] = value
-    with pytest.raises(
-        ValueError, match=rf"statistics: text.text 0: {name} must be finite and .*\[1, 2\]"
-    ):
-        dataclasses.replace(statistics, **damaged(statistics, **{name: tensor}))
+    with pytest.raises(ValueError, match=rf"text.text 0: {name} must be finite .*\[1, 2\]"):
+        damage(statistics, **{name: tensor})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sum_squares": torch.zeros(4, 5, dtype=torch.float64)},
+        {"tokens": torch.ones(4)},
+        {"tokens": torch.ones(3, dtype=torch.int64)},
+        {"active": torch.zeros(2, 4, 3, dtype=torch.uint8)},
+        {"inputs": torch.zeros(1, 16, dtype=torch.bfloat16)},
+    ],
+    ids=["width", "dtype", "ranges", "samples", "inputs"],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    statistics: FfnStatistics, change: dict[str, Tensor]
+) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=f"text.text 0: {name} must be torch"):
+        damage(statistics, **change)
 
 
 def test_a_model_that_gave_nan_is_refused(model: models.Bailing) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.shared_experts.up_proj.weight[3, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"statistics: text.text .*must be finite"):
+    with pytest.raises(ValueError, match=r"text.text .*must be finite"):
         gather(model, {"a": ids(1)})
 
 
 def test_no_tokens_are_refused(model: models.Bailing, statistics: FfnStatistics) -> None:
-    message = "statistics of text must be gathered on at least one token, got none"
     with collect(model, "text") as collector:
         pass
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="tokens of text must be at least one, got none"):
         collector.statistics()
     idle = {
         key: dataclasses.replace(sums, tokens=torch.zeros_like(sums.tokens))
         for key, sums in statistics.ffns["text"]["text"].items()
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="tokens of text must be at least one, got none"):
         dataclasses.replace(statistics, ffns={"text": {"text": idle}})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sum_abs": torch.zeros(4, 5, dtype=torch.float64)}, "sum_squares must be .* \\[4, 5\\]"),
-        (
-            {"tokens": torch.ones(4)},
-            "tokens must be torch.int64 of shape \\[4\\], got torch.float32",
-        ),
-        (
-            {"tokens": torch.ones(3, dtype=torch.int64)},
-            "tokens must be torch.int64 of shape \\[4\\]",
-        ),
-        (
-            {"active": torch.zeros(2, 4, 3, dtype=torch.uint8)},
-            "active must be torch.uint8 of shape",
-        ),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(
-    statistics: FfnStatistics, change: dict[str, Tensor], message: str
-) -> None:
-    with pytest.raises(ValueError, match=f"statistics: text.text 0: {message}"):
-        dataclasses.replace(statistics, **damaged(statistics, **change))
 
 
 def rewritten(path: Path, change: Any) -> Path:
@@ -413,41 +430,46 @@ def rewritten(path: Path, change: Any) -> Path:
     return out
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("format", "other", "format must be sparse_unified.statistics 1"),
+        ("format_version", "2", "format must be sparse_unified.statistics 1"),
+        ("config", "{", "metadata must be"),
+        ("config", '{"threshold": -1}', "threshold must be"),
+        ("samples", "3", "metadata must be"),
+        ("samples", '{"text": ["a"]}', "must be torch.int64 of shape"),
+        ("samples", '{"talk": ["a", "b", "c"]}', "tasks must be"),
+        ("ffns", "[[1, 2, 3, 4]]", "metadata must be"),
+        ("ffns", '[["text", "text", 0, null]]', "tensors must be those"),
+        ("model_hashes", None, "metadata must be"),
+        ("model_hashes", "{}", "model_hashes must be of text, got none"),
+    ],
+)
 def test_files_that_are_no_statistics_are_refused(
+    statistics: FfnStatistics, tmp_path: Path, name: str, value: str | None, message: str
+) -> None:
+    def change(header: dict[str, Any]) -> None:
+        if value is None:
+            del header["__metadata__"][name]
+        else:
+            header["__metadata__"][name] = value
+
+    path = tmp_path / "statistics.safetensors"
+    statistics.save(path)
+    with pytest.raises(ValueError, match=f"changed.safetensors: .*{message}"):
+        FfnStatistics.load(rewritten(path, change))
+
+
+def test_files_that_are_missing_or_truncated_are_refused(
     statistics: FfnStatistics, tmp_path: Path
 ) -> None:
     path = tmp_path / "statistics.safetensors"
     with pytest.raises(ValueError, match="file must be readable"):
         FfnStatistics.load(path)
     statistics.save(path)
-
-    def meta(name: str, value: str | None) -> Any:
-        def change(header: dict[str, Any]) -> None:
-            if value is None:
-                del header["__metadata__"][name]
-            else:
-                header["__metadata__"][name] = value
-
-        return change
-
-    for change, message in (
-        (meta("format", "other"), "format must be sparse_unified.statistics 1"),
-        (meta("format_version", "2"), "format must be sparse_unified.statistics 1"),
-        (meta("config", "{"), "metadata must be what calibrate writes"),
-        (meta("config", '{"threshold": -1}'), "threshold must be finite and at least 0"),
-        (meta("samples", "3"), "metadata must be what calibrate writes"),
-        (meta("samples", '{"text": ["a"]}'), "must be torch.int64 of shape"),
-        (meta("samples", '{"talk": ["a", "b", "c"]}'), "tasks must be those of the samples"),
-        (meta("ffns", "[[1, 2, 3, 4]]"), "metadata must be what calibrate writes"),
-        (meta("ffns", '[["text", "text", 0, null]]'), "tensors must be those that its metadata"),
-        (meta("model_hashes", None), "metadata must be what calibrate writes"),
-        (meta("model_hashes", "{}"), "model_hashes must be of text, got none"),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            FfnStatistics.load(rewritten(path, change))
-        assert "changed.safetensors" in str(caught.value)
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(ValueError, match=r"statistics\.safetensors"):
         FfnStatistics.load(path)
 
 
@@ -459,46 +481,51 @@ def test_statistics_fit_their_model_and_no_other(
 ) -> None:
     statistics.check(model)
     statistics.check(find_adapter(model))
+    shorter, wider = models.Bailing(), models.Bailing()
+    shorter.model.layers = shorter.model.layers[:2]
+    wider.model.layers[0].mlp = models.MLP(models.WIDTH + 8)
     with torch.no_grad():
         model.model.layers[1].mlp.experts[2].down_proj.weight.neg_()
-    with pytest.raises(ValueError, match="model must have the text FFNs they were gathered on"):
-        statistics.check(model)
-    shorter = models.Bailing()
-    shorter.model.layers = shorter.model.layers[:2]
-    with pytest.raises(ValueError, match="text FFNs of text: keys must be those of the model"):
-        statistics.check(shorter)
-    wider = models.Bailing()
-    wider.model.layers[0].mlp = models.MLP(models.WIDTH + 8)
-    with pytest.raises(ValueError, match="0 must have 32 neurons as in the model, got 24"):
-        statistics.check(wider)
+    for other in (model, shorter, wider):
+        with pytest.raises(ValueError, match="model must have the text FFNs they were gathered"):
+            statistics.check(other)
 
 
-def test_hash_is_that_of_the_bf16_weights() -> None:
+def test_hash_is_that_of_the_bf16_weights_of_the_ffns() -> None:
     model = models.Bailing()
     own = hash_ffns(model, "text")
+    assert len(own) == 16
     assert hash_ffns(find_adapter(model), "text") == own
     assert hash_ffns(models.Bailing().bfloat16(), "text") == own
-    assert len(own) == 16
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert hash_ffns(model, "text") == own
 
 
+def test_hash_of_a_model_is_of_names_shapes_and_values() -> None:
+    first, changed = hash_model(models.qwen()), models.qwen()
+    assert first == hash_model(models.qwen())
+    with torch.no_grad():
+        changed.model.language_model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    assert len({first, hash_model(changed), hash_model(models.qwen().half())}) == 3
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value"),
     [
-        ({"threshold": -0.1}, "threshold must be finite and at least 0, got -0.1"),
-        ({"threshold": float("nan")}, "threshold must be finite and at least 0, got nan"),
-        ({"threshold": "x"}, "threshold must be finite and at least 0, got 'x'"),
-        ({"active_fraction": 0}, "active_fraction must be above 0 and below 1, got 0"),
-        ({"active_fraction": 1.0}, "active_fraction must be above 0 and below 1, got 1.0"),
-        ({"num_time_ranges": 0}, "num_time_ranges must be an integer of at least 1, got 0"),
-        ({"num_time_ranges": 2.0}, "num_time_ranges must be an integer of at least 1, got 2.0"),
+        ("threshold", -0.1),
+        ("threshold", float("nan")),
+        ("threshold", "x"),
+        ("active_fraction", 0),
+        ("active_fraction", 1.0),
+        ("num_time_ranges", 0),
+        ("num_time_ranges", 2.0),
+        ("num_inputs", -1),
     ],
 )
-def test_bad_configs_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"calibrate: {message}"):
-        StatisticsConfig(**change)
+def test_bad_configs_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"StatisticsConfig: {name} must be .*, got {value!r}"):
+        StatisticsConfig(**{name: value})
 
 
 @pytest.mark.parametrize("shared", [0, 1])
@@ -532,13 +559,3 @@ def test_experts_count_the_tokens_that_are_routed_to_them(shared: int) -> None:
         assert int(sums.tokens.sum()) == int(rows.sum())
         torch.testing.assert_close(sums.sum_abs[0], h.abs().double().sum(0), rtol=1e-5, atol=1e-6)
         assert torch.equal(sums.num_fired[0], (h.abs() > 0.05).double().sum(0))
-
-
-def test_text_and_vit_tokens_are_counted_where_their_own_router_sends_them() -> None:
-    block = SparseMoE(8, 12, 3, 1, gate_img=True)
-    torch.nn.init.normal_(block.gate.weight)
-    torch.nn.init.normal_(block.gate_img.weight)
-    x, text, vit = torch.randn(6, 8), torch.tensor([0, 3, 5]), torch.tensor([1, 2, 4])
-    chosen = block.route(x, packed_text_indexes=text, packed_vit_token_indexes=vit)[2]
-    _, logits = block(x, text, vit)
-    assert torch.equal(chosen[:, 0].long(), logits.argmax(1))

@@ -15,10 +15,16 @@ from swap_models import Model, TensorMLP, TupleMLP, ffn
 from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_
-from sparse_unified.analysis import LayerUsage, expert_usage, watch_experts, write_usage_plot
-from sparse_unified.analysis.bagel_task import Settings
+from sparse_unified.analysis import (
+    Settings,
+    Task,
+    built_in_samples,
+    expert_usage,
+    watch_experts,
+    write_usage_plot,
+)
+from sparse_unified.analysis.expert_usage import LayerUsage
 from sparse_unified.analysis.plots import usage_figure
-from sparse_unified.analysis.samples import Task, built_in_samples
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE
@@ -127,22 +133,16 @@ def test_vit_tokens_of_und_are_counted_by_their_own_router() -> None:
 
 
 def test_what_cannot_be_counted_is_refused() -> None:
-    dense = Model(TensorMLP)
-    with pytest.raises(
-        ValueError, match=r"expert_usage: model must have sparse FFNs of und or gen"
+    dense, sparse = Model(TensorMLP), sparse_model(TensorMLP, "gen")
+    for model, samples, options, message in (
+        (dense, [1], {"run": print}, "model must have sparse FFNs of und or gen"),
+        (sparse, [1], {"run": lambda _: None}, "any must send tokens through a sparse FFN of gen"),
+        (sparse, [], {"run": print}, "samples must be at least one"),
+        (sparse, [1], {}, "model must be a BagelPipeline, or come with run"),
+        (sparse, [1], {"run": print, "num_time_ranges": 0}, "num_time_ranges must be"),
     ):
-        expert_usage(dense, "any", [1], run=print)
-    sparse = sparse_model(TensorMLP, "gen")
-    with pytest.raises(
-        ValueError, match=r"any must send tokens through a sparse FFN of gen, got n"
-    ):
-        expert_usage(sparse, "any", [1], run=lambda _: None)
-    with pytest.raises(ValueError, match="samples must be at least one, got none"):
-        expert_usage(sparse, "any", [], run=print)
-    with pytest.raises(ValueError, match="must be a BagelPipeline, or come with run, got a Model"):
-        expert_usage(sparse, "any", [1])
-    with pytest.raises(ValueError, match="num_time_ranges must be an integer of at least 1, got 0"):
-        expert_usage(sparse, "any", [1], run=print, num_time_ranges=0)
+        with pytest.raises(ValueError, match=message):
+            expert_usage(model, "any", samples, **options)
 
 
 # The pipeline and the command

@@ -27,11 +27,8 @@ from sparse_unified.adapt.optimizer import Optimizer
 from sparse_unified.adapt.report import read_lines
 from sparse_unified.adapt.saving import load_state, save_state
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
-from sparse_unified.analysis.cost import Cost
 from sparse_unified.analysis.geneval import read_metadata
-from sparse_unified.analysis.points import Axis, Point
 from sparse_unified.analysis.records import open_store, read_records
-from sparse_unified.analysis.results import PointResult
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
 from sparse_unified.bagel.config import SpecialTokens
@@ -56,13 +53,6 @@ def tiny() -> torch.nn.Module:
 
 def load_training_state(path: Path) -> None:
     load_state(path.parent, Optimizer(tiny(), TRAINING), FACTS)
-
-
-def read_points(path: Path) -> None:
-    for record in read_records(path):
-        if record["name"].endswith("dense"):
-            continue
-        PointResult.from_record(record, str(path))
 
 
 def open_run(path: Path) -> None:
@@ -120,14 +110,14 @@ def make_geneval(root: Path) -> Path:
 
 
 def make_points(root: Path) -> Path:
-    cost = Cost(parameters=3, weight_bytes=12, flops=6, seconds=0.1, peak_bytes=24)
-    point = Point(task="text", component="und", axis=Axis("depth"), keep_ratio=0.5)
-    result = PointResult(
-        point=point, metrics={"loss": 1.5}, before=cost, after=cost, change="one layer less",
-        skipped_layers=(1,),
-    )  # fmt: skip
-    dense = {"name": "text-dense", "metrics": {"loss": 1.0}, "cost": cost.to_dict()}
-    return write_lines(root / "points.jsonl", dense, result.to_record())
+    cost = {"parameters": 3, "weight_bytes": 12, "flops": 6, "seconds": 0.1, "peak_bytes": 24}
+    dense = {"name": "text-dense", "metrics": {"loss": 1.0}, "cost": cost}
+    point = {
+        **{"name": "text-und-depth-0.5", "task": "text", "component": "und", "axis": "depth"},
+        **{"keep_ratio": 0.5, "change": "one layer less", "skipped_layers": [1]},
+        **{"metrics": {"loss": 1.5}, "before": cost, "after": cost},
+    }
+    return write_lines(root / "points.jsonl", dense, point)
 
 
 def make_similarity(root: Path) -> Path:
@@ -179,7 +169,7 @@ READERS: dict[str, Reader] = {
     "data": (make_data, open_records),
     "log": (make_log, read_lines),
     "geneval": (make_geneval, read_metadata),
-    "points": (make_points, read_points),
+    "points": (make_points, read_records),
     "similarity": (make_similarity, Similarity.load),
     "run": (make_run, open_run),
     "state": (lambda root: make_state(root, "training.json"), load_training_state),

@@ -49,7 +49,6 @@ REFUSED = {"ops": {"experts"}}
 PASSED_ON = {"sparse_unified": set(ORDER), "sparse_unified.checkpoint": {"convert"}}
 # Modules that still import each other, if only for types or inside functions.
 CYCLES = [
-    {"sparse_unified.analysis.statistics", "sparse_unified.analysis.statistics_check"},
     {"sparse_unified.checkpoint.held", "sparse_unified.checkpoint.layout"},
 ]
 HEAVY = (

@@ -19,7 +19,6 @@ from sparse_unified import MoEConfig, apply_moe_, restore_
 from sparse_unified.adapt import init_router_
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, calibrate, collect
 from sparse_unified.analysis.bagel_task import Settings
-from sparse_unified.analysis.checkpoint_hash import check_against_checkpoint
 from sparse_unified.analysis.samples import Task, built_in_samples
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import read_sidecar
@@ -335,7 +334,7 @@ def test_commands_calibrate_then_convert(
     quick = ["--samples", "1", "--steps", "3", "--size", "32x32", "--quiet"]
     command = ["calibrate", str(dense), "--task", "generation", "--out", stats, "--inputs", "24"]
     assert main([*command, *quick]) == 0
-    check_against_checkpoint(FfnStatistics.load(stats), Checkpoint(dense), "gen")
+    FfnStatistics.load(stats).check_checkpoint(Checkpoint(dense), "gen")
     chosen = ["--partition", "coactivation", "--router-init", "activation"]
     counts = ["--num-experts", "4", "--top-k", "2", "--layers", "all", "--quiet"]
     assert main(["convert", str(dense), out, *counts, *chosen, "--stats", stats]) == 0

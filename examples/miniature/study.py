@@ -43,7 +43,6 @@ from sparse_unified.analysis import (
     measure_similarity,
     score,
 )
-from sparse_unified.surgery.decoder import FfnKey
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.experts import Partition
@@ -57,6 +56,7 @@ from sparse_unified.surgery import (
     restore_,
     skip_layers_,
 )
+from sparse_unified.surgery.decoder import FfnKey
 
 SPARSE = ((16, 8), (32, 16))
 PARTS = (

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparse_unified._common import Report, context, format_bytes, format_table
@@ -192,7 +192,7 @@ class _TaskRun:
             "dense": dense["metrics"],
             "cost": dense["cost"],
             "idle": [name for name in self.config.components if name not in self.components],
-            "similarity": self.similarity.to_dict()["layers"],
+            "similarity": [asdict(entry) for entry in self.similarity.layers],
             "activation": activation_maps(self.statistics, task) if self.statistics else [],
             "points": [self.store.records[point.name] for point in self.points],
         }
