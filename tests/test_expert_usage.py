@@ -204,7 +204,7 @@ def test_command_prints_table_and_json_and_draws(
     [
         (["--component", "und"], 1, "must have sparse FFNs of und, got none"),
         (["--plot", "x.pdf"], 2, "--plot must end in .png, got 'x.pdf'"),
-        (["--images", "x"], 2, "expert-usage: --images must come with --prompts, got none"),
+        (["--images", "x"], 2, "--images must come with --prompts"),
         (["--plot", "none/x.png"], 1, "--plot: directory must be there and writable"),
     ],
 )

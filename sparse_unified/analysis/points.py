@@ -91,7 +91,12 @@ class SweepConfig:
         size, repeats = self.block_size, self.repeats
         for name, value, is_legal, rule in (
             *(("ratio", r, _is_ratio(r), "above 0 and at most 1") for r in self.ratios),
-            ("criterion", self.criterion, self.criterion in CRITERIA, f"of {', '.join(CRITERIA)}"),
+            (
+                "criterion",
+                self.criterion,
+                self.criterion in CRITERIA,
+                f"one of {', '.join(CRITERIA)}",
+            ),
             ("block_size", size, size == 1 or size in range(16, 129), "1 or 16 to 128"),
             ("repeats", repeats, type(repeats) is int and repeats >= 1, "at least 1"),
         ):
