@@ -34,7 +34,6 @@ from sparse_unified.bagel import (
     Bagel,
     BagelConfig,
     Execution,
-    ExpertConfig,
     LLMConfig,
     SamplingConfig,
     SpecialTokens,
@@ -97,10 +96,9 @@ class Setup:
     def sparse(self) -> BagelConfig:
         """Returns the description with all but the first and last generation FFN sparse."""
         llm = self.config.llm
-        width = llm.intermediate_size // _EXPERTS
-        expert = ExpertConfig(num_experts=_EXPERTS, top_k=_TOP_K, expert_width=width)
         layers = range(1, llm.num_hidden_layers - 1)
-        return replace(self.config, llm=replace(llm, sparse_gen=dict.fromkeys(layers, expert)))
+        sparse = llm.with_experts("gen", layers, num_experts=_EXPERTS, top_k=_TOP_K)
+        return replace(self.config, llm=sparse)
 
 
 def full() -> Setup:
@@ -175,8 +173,7 @@ def predicted_bytes(config: BagelConfig, vae: VAEConfig, grid: tuple[int, int]) 
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names = (*sizes, "num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_theta")
     content = {name: llm[name] for name in names}
-    if config.llm.sparse_gen:
-        layers = sorted(config.llm.sparse_gen)
+    if layers := sorted(config.llm.sparse_layers("gen")):
         content |= {"num_experts": _EXPERTS, "top_k": _TOP_K, "num_shared_experts": 0}
         content |= {"transformed_gen": layers}
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,6 @@ from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.bagel import Bagel, LatentSegment, TextSegment, pack_training, training_forward
 from sparse_unified.bagel.config import (
     BagelConfig,
-    ExpertConfig,
     LLMConfig,
     SpecialTokens,
     VisionConfig,
@@ -35,7 +34,6 @@ AUTOENCODER = 335_304_388  # bytes of the released ae.safetensors
 
 def released() -> BagelConfig:
     """BAGEL-7B-MoT with 16 experts, 8 active, in the generation FFNs of its middle layers."""
-    expert = ExpertConfig(num_experts=16, top_k=8, expert_width=1184)
     llm = LLMConfig(
         hidden_size=3584,
         intermediate_size=18944,
@@ -43,8 +41,7 @@ def released() -> BagelConfig:
         num_attention_heads=28,
         num_key_value_heads=4,
         vocab_size=152064,
-        sparse_gen=dict.fromkeys(range(1, 27), expert),
-    )
+    ).with_experts("gen", range(1, 27), num_experts=16, top_k=8)
     vision = VisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
@@ -66,7 +63,6 @@ def released() -> BagelConfig:
 
 def scaled() -> BagelConfig:
     """The same at a sixteenth of its widths and 6 of its layers."""
-    expert = ExpertConfig(num_experts=16, top_k=8, expert_width=74)
     llm = LLMConfig(
         hidden_size=224,
         intermediate_size=1184,
@@ -74,8 +70,7 @@ def scaled() -> BagelConfig:
         num_attention_heads=14,
         num_key_value_heads=2,
         vocab_size=500,
-        sparse_gen=dict.fromkeys(range(1, 5), expert),
-    )
+    ).with_experts("gen", range(1, 5), num_experts=16, top_k=8)
     vision = VisionConfig(
         hidden_size=32,
         intermediate_size=64,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 
 from sparse_unified.bagel import (
     BagelConfig,
-    ExpertConfig,
     LLMConfig,
     SpecialTokens,
     VAEConfig,
@@ -53,8 +53,9 @@ def test_shapes_say_what_json_does_not() -> None:
     assert config.vision.num_hidden_layers == 2
     assert config.latent_downsample == 16
     assert config.token_channels == 16
-    assert config.llm.sparse_gen == {1: ExpertConfig(num_experts=4, top_k=2, expert_width=24)}
-    assert config.llm.sparse_und == {}
+    ((layer, experts),) = config.llm.sparse_layers("gen").items()
+    assert (layer, experts.num_experts, experts.expert_width, config.llm.top_k) == (1, 4, 24, 2)
+    assert config.llm.sparse_layers("und") == {}
 
 
 def test_vision_json_may_count_the_layer_that_is_left_out() -> None:
@@ -91,7 +92,7 @@ def test_autoencoder_is_read_off_its_shapes() -> None:
         ({"stated": {"max_latent_size": 64}}, "max_latent_size must be 8 as .* got 64"),
         ({"stated": {"interpolate_pos": True}}, "interpolate_pos must be false"),
         ({"top_k": None}, "top_k must be given for the 4 experts of layer 1"),
-        ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
+        ({"top_k": 5}, "top_k must be from 1 to the 4 experts"),
         ({"latent_channels": 5}, r"vae2llm.weight must have p \* p \* 5 columns"),
         ({"shapes": {"latent_pos_embed.pos_embed": (60, 32)}}, "square number of rows, got 60"),
         ({"shapes": {"vae2llm.weight": (32,)}}, r"vae2llm.weight must have 2 dimensions .* \[32\]"),
@@ -132,7 +133,10 @@ def test_rope_theta_may_stand_in_rope_parameters() -> None:
         (lambda: LLMConfig.from_json({**LLM, "hidden_size": 0}), "hidden_size must be an integer"),
         (lambda: LLMConfig.from_json({**LLM, "num_key_value_heads": 3}), "multiple of num_key"),
         (lambda: LLMConfig.from_json({**LLM, "hidden_size": 36}), "must be even"),
-        (lambda: ExpertConfig(num_experts=4, top_k=0, expert_width=8), "top_k must be an integer"),
+        (
+            lambda: LLMConfig.from_json(LLM).with_experts("gen", [1], num_experts=4, top_k=0),
+            "top_k must be from 1 to the 4 experts of layer 1 of gen, got 0",
+        ),
         (lambda: VAEConfig(ch=20), "multiples of 32, the groups of its norms, got 20"),
         (lambda: VAEConfig(ch_mult=()), "at least one resolution"),
         (
@@ -162,7 +166,8 @@ def test_illegal_image_sizes_are_refused(height: Any, width: Any, message: str) 
 
 
 def test_sparse_layers_are_copied_from_the_caller() -> None:
-    layers = {1: ExpertConfig(num_experts=4, top_k=2, expert_width=24)}
-    config = LLMConfig.from_json(LLM, sparse_gen=layers)
+    whole = LLMConfig.from_json(LLM)
+    layers = {1: replace(whole.layer(1, "gen"), ffn=0)}
+    config = replace(whole, layers={"gen": layers})
     layers.clear()
-    assert list(config.sparse_gen) == [1]
+    assert config.layer(1, "gen").width == 0

@@ -292,18 +292,16 @@ def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path:
     # As in the released models, the embeddings are far larger than all other tensors.
     from dataclasses import replace
 
-    from sparse_unified.bagel import Bagel, ExpertConfig
+    from sparse_unified.bagel import Bagel
 
     small, _ = load_bagel(dense, special_tokens=SPECIAL)
-    experts = ExpertConfig(num_experts=16, top_k=8, expert_width=32)
     llm = replace(
         small.config.llm,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
         vocab_size=32768,
-        sparse_gen={1: experts},
-    )
+    ).with_experts("gen", [1], num_experts=16, top_k=8)
     big = Bagel(replace(small.config, llm=llm))
     directory = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "big")
     state = big.state_dict()

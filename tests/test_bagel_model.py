@@ -19,7 +19,6 @@ from sparse_unified.bagel import (
     Bagel,
     BagelConfig,
     ContextImage,
-    ExpertConfig,
     SamplingConfig,
     build_guidance,
     generate_tokens,
@@ -33,7 +32,7 @@ from sparse_unified.bagel.vision import grid_positions, patchify, unpatchify
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"
-EXPERTS = ExpertConfig(num_experts=4, top_k=2, expert_width=24)
+EXPERTS = {"num_experts": 4, "top_k": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +201,8 @@ def test_branches_in_one_pass_equal_branches_one_by_one(model: Bagel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparse_layers_of_both_components_run(model: Bagel, dtype: torch.dtype) -> None:
-    llm = replace(model.config.llm, sparse_gen={0: EXPERTS, 2: EXPERTS}, sparse_und={1: EXPERTS})
+    llm = model.config.llm.with_experts("gen", [0, 2], **EXPERTS)
+    llm = llm.with_experts("und", [1], **EXPERTS)
     sparse = with_random_weights(replace(model.config, llm=llm), dtype=dtype)
     context = sparse.new_contexts(1)
     image = ContextImage(latent=torch.randn(4, 4, 4), vit_pixels=torch.randn(3, 28, 28))
@@ -215,7 +215,7 @@ def test_sparse_layers_of_both_components_run(model: Bagel, dtype: torch.dtype) 
 
 
 def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> None:
-    llm = replace(model.config.llm, sparse_und={1: EXPERTS})
+    llm = model.config.llm.with_experts("und", [1], **EXPERTS)
     sparse = with_random_weights(replace(model.config, llm=llm))
     image = torch.randn(3, 28, 28)
 
@@ -237,7 +237,7 @@ def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> N
 
 
 def test_text_never_uses_the_router_of_vit_tokens(model: Bagel) -> None:
-    llm = replace(model.config.llm, sparse_und={0: EXPERTS, 1: EXPERTS, 2: EXPERTS})
+    llm = model.config.llm.with_experts("und", range(3), **EXPERTS)
     sparse = with_random_weights(replace(model.config, llm=llm))
     context = sparse.new_contexts(1)
     sparse.prefill_text(context, [[21, 42]])

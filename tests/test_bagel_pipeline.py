@@ -68,7 +68,7 @@ def test_generation_equals_the_steps_by_hand(pipeline: BagelPipeline) -> None:
 def test_text_to_image_equals_the_recording_up_to_its_noise(
     pipeline: BagelPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "t2i_moe" if pipeline.model.config.llm.sparse_gen else "t2i_dense"
+    name = "t2i_moe" if pipeline.model.config.llm.sparse_layers("gen") else "t2i_dense"
     case = read_case(GOLDEN / name)
     monkeypatch.setattr(
         "sparse_unified.bagel.pipeline.initial_noise", lambda *_: case.tensors["init_noise"]
@@ -235,7 +235,7 @@ def test_report_counts_and_times(pipeline: BagelPipeline) -> None:
     assert facts["seconds_per_step"] > 0
     assert facts["total_seconds"] >= sum(facts["step_seconds"])
     assert facts["peak_memory_bytes"] > 2**20
-    sparse = bool(pipeline.model.config.llm.sparse_gen)
+    sparse = bool(pipeline.model.config.llm.sparse_layers("gen"))
     assert facts["backend"] == ("cpu" if sparse else "dense")
     assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
 
@@ -250,13 +250,13 @@ def test_progress_bar_counts_steps(
 
 
 def test_bf16_pipeline_stays_near_fp32(pipeline: BagelPipeline, tmp_path: Path) -> None:
-    name = "t2i_moe" if pipeline.model.config.llm.sparse_gen else "t2i_dense"
+    name = "t2i_moe" if pipeline.model.config.llm.sparse_layers("gen") else "t2i_dense"
     directory = write_checkpoint(GOLDEN / name, tmp_path)
     low = BagelPipeline.from_pretrained(directory, dtype=torch.bfloat16)
     latents = [p.generate("a red bench", seed=1, **QUICK).latents[0] for p in (pipeline, low)]
     assert latents[1].dtype == torch.float32
     # Routing may flip near a tie, so the sparse model may differ by more than rounding.
-    limit = 0.2 if pipeline.model.config.llm.sparse_gen else 0.05
+    limit = 0.2 if pipeline.model.config.llm.sparse_layers("gen") else 0.05
     assert relative_error(latents[1], latents[0]) < limit
 
 

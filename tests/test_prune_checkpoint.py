@@ -334,7 +334,7 @@ def test_models_loaded_from_pruned_checkpoints_can_be_copied(dense: Path, tmp_pa
     prune(dense, tmp_path / "out", CASES["all"])
     model = load(tmp_path / "out")
     assert_equal(outputs(model), outputs(copy.deepcopy(model)))
-    assert model.config.llm.pruned_und[1].intermediate_size == 0
+    assert model.config.llm.layer(1, "und").width == 0
     attention = model.language_model.model.layers[2].self_attn
     assert attention.q_proj.key_heads != tuple(range(KEY_HEADS))
     assert attention.k_proj.weight.shape == (KEY_HEADS * HEAD_DIM, HIDDEN)

@@ -185,7 +185,7 @@ def test_a_hub_id_loads_from_the_cache_of_the_hub(
     assert len(load_moe_(model, HUB_ID).layers) == 26
     assert isinstance(model.layers[1].mlp_moe_gen, SparseMoE)
     pipeline = BagelPipeline.from_pretrained(HUB_ID)
-    assert pipeline.model.config.llm.sparse_gen.keys() == set(released.sparse)
+    assert pipeline.model.config.llm.sparse_layers("gen").keys() == set(released.sparse)
 
 
 def test_a_hub_id_without_network_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

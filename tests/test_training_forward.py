@@ -17,7 +17,6 @@ from sparse_unified.bagel import (
     Bagel,
     BagelConfig,
     ContextImage,
-    ExpertConfig,
     LatentSegment,
     Segment,
     TextSegment,
@@ -32,7 +31,7 @@ from sparse_unified.surgery import PruneHeadsConfig
 from sparse_unified.testing import build_model, read_case
 
 GOLDEN = Path(__file__).parent / "golden"
-EXPERTS = ExpertConfig(num_experts=4, top_k=2, expert_width=24)
+EXPERTS = {"num_experts": 4, "top_k": 2}
 
 
 def random_model(config: BagelConfig) -> Bagel:
@@ -54,7 +53,8 @@ def config() -> BagelConfig:
 @pytest.fixture(scope="module")
 def sparse_config(config: BagelConfig) -> BagelConfig:
     return replace(
-        config, llm=replace(config.llm, sparse_gen={1: EXPERTS}, sparse_und={0: EXPERTS})
+        config,
+        llm=config.llm.with_experts("gen", [1], **EXPERTS).with_experts("und", [0], **EXPERTS),
     )
 
 

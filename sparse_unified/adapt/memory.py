@@ -251,12 +251,13 @@ def _activations(
 def _stream_bytes(config: BagelConfig, n: int, layer: Any, stream: str, size: int) -> int:
     """Returns the bytes that one token of a stream leaves for backward in one layer."""
     llm = config.llm
-    held = llm.held(n, gen=stream == GEN)
+    shape = llm.layer(n, "gen" if stream == GEN else "und")
     total = 0
-    if held.num_attention_heads:
+    if shape.has_attention:
         attention = layer.self_attn
-        queries = held.num_attention_heads * llm.head_dim
-        keys = held.num_key_value_heads * llm.head_dim
+        group = llm.num_attention_heads // llm.num_key_value_heads
+        queries = group * len(shape.query_groups) * llm.head_dim
+        keys = len(shape.kv_heads) * llm.head_dim
         trains = {
             name: size * _trains(getattr(attention, f"{name}{stream}"))
             for name in ("q_norm", "k_norm", "q_proj", "o_proj")
@@ -276,7 +277,7 @@ def _stream_bytes(config: BagelConfig, n: int, layer: Any, stream: str, size: in
         total += size * (3 + ffn.gate_proj.requires_grad) * ffn.layout.shared_width
         return total + 3 * _FP32 * ffn.num_experts
     total += size * llm.hidden_size * _trains(ffn.gate_proj)
-    return total + size * held.intermediate_size * (3 + _trains(ffn.down_proj))
+    return total + size * shape.width * (3 + _trains(ffn.down_proj))
 
 
 def _trains(module: nn.Module) -> bool:

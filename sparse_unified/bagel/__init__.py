@@ -7,9 +7,7 @@ Reading order: `config`, `attention`, `decoder`, `vision`, `vae`, `model`, `exec
 
 from sparse_unified.bagel.config import (
     BagelConfig,
-    ExpertConfig,
     LLMConfig,
-    PrunedLayer,
     SpecialTokens,
     VAEConfig,
     VisionConfig,
@@ -43,11 +41,9 @@ __all__ = [
     "BagelPipeline",
     "ContextImage",
     "Execution",
-    "ExpertConfig",
     "Guidance",
     "LLMConfig",
     "LatentSegment",
-    "PrunedLayer",
     "SamplingConfig",
     "Segment",
     "SpecialTokens",

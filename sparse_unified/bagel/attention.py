@@ -23,6 +23,7 @@ from sparse_unified.nn import QueryProjection, key_heads_read
 
 # The streams, by the suffix that their modules have in official keys.
 UND, GEN = "", "_moe_gen"
+COMPONENTS = {"und": UND, "gen": GEN}
 
 
 class KVCache:
@@ -323,10 +324,12 @@ class MoTAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         width = config.hidden_size
-        for stream in ("", GEN):
-            held = config.held(layer, gen=stream == GEN)
-            q_width = held.num_attention_heads * config.head_dim
-            kv_width = held.num_key_value_heads * config.head_dim
+        group = config.num_attention_heads // config.num_key_value_heads * config.head_dim
+        for component, stream in COMPONENTS.items():
+            shape = config.layer(layer, component)
+            q_width = group * len(shape.query_groups)
+            kv_width = config.head_dim * len(shape.kv_heads)
+            reads = None if shape.query_groups == shape.kv_heads else shape.query_places
             sizes = {
                 "q": (width, q_width),
                 "k": (width, kv_width),
@@ -336,8 +339,8 @@ class MoTAttention(nn.Module):
             for name, (inputs, outputs) in sizes.items():
                 factory: Any = {"bias": name != "o", "device": device, "dtype": dtype}
                 linear: nn.Linear | None = None
-                if q_width and name == "q" and held.key_heads is not None:
-                    linear = QueryProjection(inputs, outputs, key_heads=held.key_heads, **factory)
+                if q_width and name == "q" and reads is not None:
+                    linear = QueryProjection(inputs, outputs, key_heads=reads, **factory)
                 elif q_width:
                     linear = nn.Linear(inputs, outputs, **factory)
                 self.register_module(f"{name}_proj{stream}", linear)

@@ -5,92 +5,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Any
 
 from sparse_unified.checkpoint.held import Held
 from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
+from sparse_unified.experts import ExpertLayout
 
 _NORM_GROUPS = 32  # of the autoencoder
 # More than any model has, few enough for products of three to be counted in 64 bits.
 _MOST = 1 << 20
 
 
-def require_counts(config: Any, *, or_zero: tuple[str, ...] = ()) -> None:
-    """Raises ValueError unless every field typed int is from 1 (0 for `or_zero`) to 2^20."""
+def _require_counts(config: Any) -> None:
+    """Raises ValueError unless every field typed int is from 1 to 2^20."""
     for known in fields(config):
-        value, least = getattr(config, known.name), 0 if known.name in or_zero else 1
-        if known.type != "int" or (type(value) is int and least <= value <= _MOST):
+        value = getattr(config, known.name)
+        if known.type != "int" or (type(value) is int and 1 <= value <= _MOST):
             continue
-        limit = f"at most {_MOST}" if type(value) is int and value > _MOST else f"at least {least}"
+        limit = f"at most {_MOST}" if type(value) is int and value > _MOST else "at least 1"
         raise ValueError(
             f"{type(config).__name__}: {known.name} must be an integer of {limit}, "
             f"got {value!r:.120}"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertConfig:
-    """One sparse FFN: E routed experts of `expert_width` neurons, `top_k` of them active."""
-
-    num_experts: int
-    top_k: int
-    expert_width: int
-    num_shared_experts: int = 0
-    shared_width: int = 0
-
-    def __post_init__(self) -> None:
-        require_counts(self, or_zero=("num_shared_experts", "shared_width"))
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"ExpertConfig: top_k must be at most num_experts = {self.num_experts}, "
-                f"got {self.top_k}"
-            )
-
-    @property
-    def intermediate_size(self) -> int:
-        """Neurons of the block, shared ones included."""
-        return self.shared_width + self.num_experts * self.expert_width
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrunedLayer:
-    """What one decoder layer still holds for one component, whose tokens pass by what is gone.
-
-    Args:
-        intermediate_size: neurons of the FFN; 0 where it is skipped.
-        num_attention_heads: query heads; 0 where the attention is skipped.
-        num_key_value_heads: key heads of the layer, the same for both components where both have
-            an attention; 0 where the attention is skipped.
-        key_heads: the key head that each group of query heads reads; None where they read all.
-    """
-
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    key_heads: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        require_counts(self, or_zero=self.__slots__)
-        if (self.num_attention_heads == 0) != (self.num_key_value_heads == 0):
-            raise ValueError(
-                "PrunedLayer: num_attention_heads and num_key_value_heads must both be 0 or "
-                f"neither, got {self.num_attention_heads} and {self.num_key_value_heads}"
-            )
-        heads = range(self.num_key_value_heads) if self.key_heads is None else self.key_heads
-        groups = len(heads)
-        if not set(heads) <= set(range(self.num_key_value_heads)) or len(set(heads)) < groups:
-            raise ValueError(
-                "PrunedLayer: key_heads must be different key heads below "
-                f"{self.num_key_value_heads}, got {list(heads)}"
-            )
-        if self.num_attention_heads % max(1, groups):
-            raise ValueError(
-                f"PrunedLayer: num_attention_heads must be a multiple of the {groups} key heads "
-                f"they read, got {self.num_attention_heads}"
-            )
 
 
 def _require_multiple(config: object, name: str, divisor: str) -> None:
@@ -118,9 +58,10 @@ def _number(source: Mapping[str, Any], name: str, where: str) -> float:
 class LLMConfig:
     """The mixture of transformers: a Qwen2 decoder with a second set of weights for generation.
 
-    `sparse_gen` and `sparse_und` map the layers whose generation or understanding FFN is a sparse
-    mixture of experts to its description; all other layers are dense. `pruned_gen` and
-    `pruned_und` map the layers that lost something to what they still hold.
+    Args:
+        layers: component -> layer -> what it holds; layers that are not named hold a dense FFN of
+            `intermediate_size` neurons and all heads.
+        top_k: active experts of a token in sparse layers; None without any.
     """
 
     hidden_size: int
@@ -131,16 +72,11 @@ class LLMConfig:
     vocab_size: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    sparse_gen: Mapping[int, ExpertConfig] = field(default_factory=dict)
-    sparse_und: Mapping[int, ExpertConfig] = field(default_factory=dict)
-    pruned_gen: Mapping[int, PrunedLayer] = field(default_factory=dict)
-    pruned_und: Mapping[int, PrunedLayer] = field(default_factory=dict)
+    layers: LayerShapes = field(default_factory=dict)
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
-        # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
-        for name in ("sparse_gen", "sparse_und", "pruned_gen", "pruned_und"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
-        require_counts(self)
+        _require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
         _require_multiple(self, "num_attention_heads", "num_key_value_heads")
         if self.head_dim % 2:
@@ -148,31 +84,59 @@ class LLMConfig:
                 "LLMConfig: hidden_size / num_attention_heads must be even, for rotary positions, "
                 f"got {self.head_dim}"
             )
+        # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
+        layers = {component: dict(own) for component, own in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
+        for component, own in layers.items():
+            for layer, shape in own.items():
+                self._check_layer(f"layer {layer} of {component}", shape)
+
+    def _check_layer(self, name: str, shape: LayerShape) -> None:
+        heads, groups = shape.kv_heads, shape.query_groups
+        if not 0 <= shape.width <= _MOST:
+            raise ValueError(f"LLMConfig: width of {name} must be 0 to {_MOST}, got {shape.width}")
+        if not set(groups) <= set(heads) <= set(range(self.num_key_value_heads)):
+            raise ValueError(
+                f"LLMConfig: KV heads of {name} must be below {self.num_key_value_heads}, and its "
+                f"query_groups among them, got {heads} and {groups}"
+            )
+        if isinstance(shape.ffn, ExpertLayout):
+            most = shape.ffn.num_experts
+            if type(self.top_k) is not int or not 1 <= self.top_k <= most:
+                raise ValueError(
+                    f"LLMConfig: top_k must be from 1 to the {most} experts of {name}, "
+                    f"got {self.top_k!r:.120}"
+                )
 
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
-    def held(self, layer: int, *, gen: bool) -> PrunedLayer:
-        """Returns what a layer holds for the generation or the understanding component."""
-        whole = PrunedLayer(
-            intermediate_size=self.intermediate_size,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-        )
-        return (self.pruned_gen if gen else self.pruned_und).get(layer, whole)
+    def layer(self, index: int, component: str) -> LayerShape:
+        """Returns what a layer holds of a component."""
+        all_heads = tuple(range(self.num_key_value_heads))
+        whole = LayerShape(ffn=self.intermediate_size, kv_heads=all_heads, query_groups=all_heads)
+        return self.layers.get(component, {}).get(index, whole)
+
+    def sparse_layers(self, component: str) -> dict[int, ExpertLayout]:
+        """Returns the sparse FFNs of a component, by layer."""
+        shapes = self.layers.get(component, {}).items()
+        return {n: shape.ffn for n, shape in shapes if isinstance(shape.ffn, ExpertLayout)}
+
+    def with_experts(
+        self, component: str, layers: Iterable[int], *, num_experts: int, top_k: int
+    ) -> LLMConfig:
+        """Returns the same model with some FFNs of a component divided into experts."""
+        own = dict(self.layers.get(component, {}))
+        for n in layers:
+            shape = self.layer(n, component)
+            ffn = ExpertLayout(intermediate_size=shape.width, num_experts=num_experts)
+            own[n] = replace(shape, ffn=ffn)
+        return replace(self, layers={**self.layers, component: own}, top_k=top_k)
 
     @classmethod
-    def from_json(
-        cls,
-        source: Mapping[str, Any],
-        *,
-        sparse_gen: Mapping[int, ExpertConfig] | None = None,
-        sparse_und: Mapping[int, ExpertConfig] | None = None,
-        pruned_gen: Mapping[int, PrunedLayer] | None = None,
-        pruned_und: Mapping[int, PrunedLayer] | None = None,
-    ) -> LLMConfig:
+    def from_json(cls, source: Mapping[str, Any]) -> LLMConfig:
         """Reads the contents of llm_config.json.
 
         Raises:
@@ -202,10 +166,6 @@ class LLMConfig:
             vocab_size=_field(source, "vocab_size", where),
             rms_norm_eps=_number(source, "rms_norm_eps", where),
             rope_theta=_number({**rope, **source}, "rope_theta", where),
-            sparse_gen=sparse_gen or {},
-            sparse_und=sparse_und or {},
-            pruned_gen=pruned_gen or {},
-            pruned_und=pruned_und or {},
         )
 
 
@@ -223,7 +183,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        require_counts(self)
+        _require_counts(self)
         _require_multiple(self, "hidden_size", "num_attention_heads")
 
     @property
@@ -278,7 +238,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        require_counts(self)
+        _require_counts(self)
         if not self.ch_mult:
             raise ValueError("VAEConfig: ch_mult must name at least one resolution, got ()")
         for multiple in self.ch_mult:
@@ -326,7 +286,7 @@ class BagelConfig:
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
 
     def __post_init__(self) -> None:
-        require_counts(self)
+        _require_counts(self)
         for name in SpecialTokens.__slots__:
             token = getattr(self.special_tokens, name)
             if not 0 <= token < self.llm.vocab_size:
@@ -444,14 +404,24 @@ def bagel_config(
     """
     layers = _layers(shapes)
     whole = LLMConfig.from_json(llm)
-    routing: Any = {"top_k": top_k, "num_shared_experts": num_shared_experts}
-    config = replace(
-        whole,
-        sparse_gen=_sparse_layers(layers, "gen", **routing, where=where),
-        sparse_und=_sparse_layers(layers, "und", **routing, where=where),
-        pruned_gen=_pruned_layers(whole, (pruned or {}).get("gen", {})),
-        pruned_und=_pruned_layers(whole, (pruned or {}).get("und", {})),
-    )
+    found = {
+        component: _layer_shapes(
+            whole, layers, component, (pruned or {}).get(component, {}), num_shared_experts, where
+        )
+        for component in FFN_NAMES
+    }
+    sparse = [
+        (shape.ffn.num_experts, layer)
+        for own in found.values()
+        for layer, shape in own.items()
+        if isinstance(shape.ffn, ExpertLayout)
+    ]
+    if sparse and top_k is None:
+        raise ValueError(
+            f"{where}: top_k must be given for the {sparse[0][0]} experts of layer {sparse[0][1]}, "
+            "got none"
+        )
+    config = replace(whole, layers=found, top_k=top_k if sparse else None)
     embeddings = _shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
     _agree("llm_config.json", "vocab_size", config.vocab_size, embeddings[0])
     _agree("llm_config.json", "hidden_size", config.hidden_size, embeddings[1])
@@ -497,52 +467,37 @@ def _layers(shapes: Shapes) -> dict[int, dict[str, Sequence[int]]]:
     return found
 
 
-def _sparse_layers(
+def _layer_shapes(
+    whole: LLMConfig,
     layers: Mapping[int, Shapes],
     component: str,
-    *,
-    top_k: int | None,
+    pruned: Mapping[int, Held],
     num_shared_experts: int,
     where: str,
-) -> dict[int, ExpertConfig]:
+) -> dict[int, LayerShape]:
+    """Returns the layers of a component that are not as in the dense model."""
     ffn = FFN_NAMES[component]
     expert = re.compile(rf"{ffn}\.experts\.(\d{{1,6}})\.")
-    found: dict[int, ExpertConfig] = {}
-    for layer, own in sorted(layers.items()):
+    found: dict[int, LayerShape] = {}
+    for layer in sorted(layers.keys() | pruned.keys()):
+        own, shape = layers.get(layer, {}), whole.layer(layer, component)
+        if (left := pruned.get(layer)) is not None:
+            shape = LayerShape(ffn=left.width, kv_heads=left.keys, query_groups=left.reads)
         num_experts = max((int(m[1]) + 1 for m in map(expert.match, own) if m), default=0)
-        if num_experts == 0:
-            continue
-        if top_k is None:
-            raise ValueError(
-                f"{where}: top_k must be given for the {num_experts} experts of layer {layer}, "
-                "got none"
+        if num_experts:
+            name = f"{ffn}.shared_expert.gate_proj.weight"
+            shared = _shape(own, name, 2, where)[0] if name in own else 0
+            width = _shape(own, f"{ffn}.experts.0.gate_proj.weight", 2, where)[0]
+            experts = ExpertLayout(
+                intermediate_size=shared + num_experts * width,
+                num_experts=num_experts,
+                num_shared_experts=num_shared_experts,
+                shared_intermediate_size=shared,
             )
-        shared = f"{ffn}.shared_expert.gate_proj.weight"
-        found[layer] = ExpertConfig(
-            num_experts=num_experts,
-            top_k=top_k,
-            expert_width=_shape(own, f"{ffn}.experts.0.gate_proj.weight", 2, where)[0],
-            num_shared_experts=num_shared_experts,
-            shared_width=_shape(own, shared, 2, where)[0] if shared in own else 0,
-        )
+            shape = replace(shape, ffn=experts)
+        if shape != whole.layer(layer, component):
+            found[layer] = shape
     return found
-
-
-def _pruned_layers(whole: LLMConfig, layers: Mapping[int, Held]) -> dict[int, PrunedLayer]:
-    """Returns the description of each layer that lost something."""
-    per_key = whole.num_attention_heads // whole.num_key_value_heads
-    pruned = {
-        layer: PrunedLayer(
-            intermediate_size=held.width,
-            num_attention_heads=per_key * len(held.reads),
-            num_key_value_heads=len(held.keys),
-            key_heads=tuple(map(held.keys.index, held.reads))
-            if len(held.reads) < len(held.keys)
-            else None,
-        )
-        for layer, held in layers.items()
-    }
-    return {n: left for n, left in pruned.items() if left != whole.held(n, gen=True)}
 
 
 def _count_vision_layers(shapes: Shapes, where: str) -> int:

@@ -3,34 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparse_unified.bagel.attention import GEN, MoTAttention, Packing, RMSNorm
-from sparse_unified.bagel.config import ExpertConfig, LLMConfig
+from sparse_unified.bagel.attention import COMPONENTS, MoTAttention, Packing, RMSNorm
+from sparse_unified.bagel.config import LLMConfig
+from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 
-def _ffn(
-    config: LLMConfig, experts: Mapping[int, ExpertConfig], layer: int, *, und: bool, **factory: Any
-) -> nn.Module | None:
-    width = config.held(layer, gen=not und).intermediate_size
-    if not width:
-        return None
-    if layer not in experts:
-        return SwiGLU(config.hidden_size, width, **factory)
-    expert = experts[layer]
+def _ffn(config: LLMConfig, layer: int, component: str, **factory: Any) -> nn.Module | None:
+    ffn = config.layer(layer, component).ffn
+    if not isinstance(ffn, ExpertLayout):
+        return SwiGLU(config.hidden_size, ffn, **factory) if ffn else None
+    assert config.top_k is not None
     return SparseMoE(
         config.hidden_size,
-        expert.intermediate_size,
-        expert.num_experts,
-        expert.top_k,
-        expert.num_shared_experts,
-        shared_intermediate_size=expert.shared_width,
-        gate_img=und,
+        ffn.intermediate_size,
+        ffn.num_experts,
+        config.top_k,
+        ffn.num_shared_experts,
+        shared_intermediate_size=ffn.shared_width,
+        gate_img=component == "und",
         **factory,
     )
 
@@ -96,19 +92,15 @@ class DecoderLayer(nn.Module):
         self.und_on_host = False
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = MoTAttention(config, layer, **factory)
-        ffns = {
-            "": _ffn(config, config.sparse_und, layer, und=True, **factory),
-            GEN: _ffn(config, config.sparse_gen, layer, und=False, **factory),
-        }
-        for stream, ffn in ffns.items():
-            held = config.held(layer, gen=stream == GEN)
-            self.register_module(f"mlp{stream}", ffn)
-            for name, part in (
-                ("input_layernorm", held.num_attention_heads),
-                ("post_attention_layernorm", held.intermediate_size),
+        for component, stream in COMPONENTS.items():
+            shape = config.layer(layer, component)
+            self.register_module(f"mlp{stream}", _ffn(config, layer, component, **factory))
+            for name, is_there in (
+                ("input_layernorm", shape.has_attention),
+                ("post_attention_layernorm", bool(shape.width)),
             ):
-                norm = RMSNorm(width, eps, **factory)
-                self.register_module(f"{name}{stream}", norm if part else None)
+                norm = RMSNorm(width, eps, **factory) if is_there else None
+                self.register_module(f"{name}{stream}", norm)
 
     def forward(
         self, und: Tensor, gen: Tensor | None, packing: Packing

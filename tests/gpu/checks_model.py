@@ -14,7 +14,6 @@ from sparse_unified.bagel import (
     Bagel,
     BagelConfig,
     Execution,
-    ExpertConfig,
     LLMConfig,
     SamplingConfig,
     SpecialTokens,
@@ -33,7 +32,6 @@ PROMPTS = ([[21, 30]], [[33, 40, 41, 42]])
 @torch.no_grad()
 def model_on(device: torch.device, kind: str) -> Bagel:
     """A model of three layers in bf16, whose middle generation FFN may be sparse."""
-    expert = ExpertConfig(num_experts=16, top_k=8, expert_width=16)
     config = BagelConfig(
         llm=LLMConfig(
             hidden_size=64,
@@ -42,8 +40,7 @@ def model_on(device: torch.device, kind: str) -> Bagel:
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=128,
-            sparse_gen={1: expert} if kind == "sparse" else {},
-        ),
+        ).with_experts("gen", [1] if kind == "sparse" else [], num_experts=16, top_k=8),
         vision=VisionConfig(
             hidden_size=32,
             intermediate_size=64,
