@@ -7,14 +7,13 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparse_unified import _library
-from sparse_unified._common import Report, format_table
+from sparse_unified._common import Report
 from sparse_unified._version import __version__
-
-_NONE = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +23,9 @@ class BuildInfo(Report):
     Attributes:
         version: of the package. library_version: of the sources the library was compiled from.
         commit: of those sources, with -dirty where files differed; "unknown" without a trace.
-        library: the file.
-        torch_built: release of the headers. torch_abi: oldest release it loads into.
-        python_abi: oldest Python it loads into. cxx_abi: standard library of the strings.
-        cuda_toolkit: CUDA of the kernels, "none" in a CPU build. cuda_architectures: theirs.
+        torch_built: release of the headers. torch_abi, python_abi: oldest ones it loads into.
+        cuda_toolkit: CUDA of the kernels, "none" in a CPU build.
         instruction_sets: that the CPU kernels were compiled for. instruction_set: that they run.
-        torch, torch_cuda, python, platform: what runs. threads: of an op.
         devices: "cuda:0: NAME, 9.0" of each GPU that torch sees.
         problems: what does not fit together; empty when everything does.
     """
@@ -57,10 +53,9 @@ class BuildInfo(Report):
     devices: tuple[str, ...]
     problems: tuple[str, ...]
 
-    def to_text(self) -> str:
-        architectures = " ".join(self.cuda_architectures) or _NONE
-        openmp = "OpenMP" if self.openmp else "no OpenMP"
-        rows = [
+    def table(self) -> list[tuple[str, str]]:
+        architectures = " ".join(self.cuda_architectures) or "none"
+        return [
             ("sparse_unified", f"{self.version}, commit {self.commit}"),
             ("library", self.library),
             ("torch", f"{self.torch}, built against {self.torch_built}"),
@@ -70,14 +65,14 @@ class BuildInfo(Report):
             ("compiler", f"{self.compiler} {self.compiler_flags}"),
             ("CUDA kernels", f"{architectures}, toolkit {self.cuda_toolkit}"),
             ("CUDA of torch", self.torch_cuda),
-            ("devices", "; ".join(self.devices) or _NONE),
+            ("devices", "; ".join(self.devices) or "none"),
             ("CPU kernels", f"{self.instruction_set}, of {', '.join(self.instruction_sets)}"),
-            ("threads", f"{self.threads}, {openmp}"),
+            ("threads", f"{self.threads}, {'OpenMP' if self.openmp else 'no OpenMP'}"),
             ("platform", self.platform),
         ]
-        lines = [format_table(rows), ""]
-        lines += [f"disagrees: {problem}" for problem in self.problems]
-        return "\n".join(lines if self.problems else [*lines, "nothing disagrees"])
+
+    def notes(self) -> list[str]:
+        return [f"disagrees: {p}" for p in self.problems] or ["nothing disagrees"]
 
     def to_line(self) -> str:
         """Returns what tells builds of one version apart, in one line."""
@@ -101,47 +96,35 @@ def build_info() -> BuildInfo:
             "build_info: library must be built from the sources of this package, got an older one "
             f"in {library.__file__}"
         )
-    facts: dict[str, str] = library.build_info()
-    architectures = _split(facts["cuda_architectures"])
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(count)]
+    facts: dict[str, Any] = dict(library.build_info())
+    facts["library_version"] = facts.pop("version")
+    facts["threads"] = int(facts["threads"])
+    facts["instruction_sets"] = tuple(facts["instruction_sets"].split(", "))
+    listed = facts["cuda_architectures"]
+    architectures = facts["cuda_architectures"] = () if listed == "none" else tuple(listed.split())
     problems = []
-    if facts["version"] != __version__:
+    if facts["library_version"] != __version__:
         problems.append(
-            f"library: version must be {__version__} like the package, got {facts['version']}"
+            f"library: version must be {__version__} like the package, "
+            f"got {facts['library_version']}"
         )
-    problems += [
-        f"cuda:{i}: architecture must be one of {' '.join(architectures)}, got "
-        f"{capability[0]}.{capability[1]}"
-        for i, capability in enumerate(capabilities)
-        if architectures and not runs_on(architectures, capability)
-    ]
+    devices = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        devices.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {major}.{minor}")
+        if architectures and not runs_on(architectures, (major, minor)):
+            problems.append(f"cuda:{i}: architecture must be one of {listed}, got {major}.{minor}")
     return BuildInfo(
         version=__version__,
-        library_version=facts["version"],
-        commit=facts["commit"],
         library=str(Path(str(library.__file__))),
-        torch_built=facts["torch_built"],
-        torch_abi=facts["torch_abi"],
-        python_abi=facts["python_abi"],
-        cxx_abi=facts["cxx_abi"],
-        compiler=facts["compiler"],
-        compiler_flags=facts["compiler_flags"],
-        cuda_toolkit=facts["cuda_toolkit"],
-        cuda_architectures=architectures,
-        instruction_sets=tuple(facts["instruction_sets"].split(", ")),
-        instruction_set=facts["instruction_set"],
         torch=torch.__version__,
-        torch_cuda=torch.version.cuda or _NONE,
+        torch_cuda=torch.version.cuda or "none",
         openmp=torch.backends.openmp.is_available(),
-        threads=int(facts["threads"]),
         python=platform.python_version(),
         platform=platform.platform(),
-        devices=tuple(
-            f"cuda:{i}: {torch.cuda.get_device_name(i)}, {major}.{minor}"
-            for i, (major, minor) in enumerate(capabilities)
-        ),
+        devices=tuple(devices),
         problems=tuple(problems),
+        **facts,
     )
 
 
@@ -153,21 +136,11 @@ def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool
             exactly its own) or compute_80 (translated, for all newer ones).
         capability: of the device, as (major, minor).
     """
-    for name in architectures:
-        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name)
-        if match is None:
-            continue
-        found = (int(match[2]), int(match[3]))
-        if match[4]:
-            fits = found == capability
-        elif match[1] == "compute":
-            fits = found <= capability
-        else:
-            fits = found[0] == capability[0] and found <= capability
-        if fits:
+    for kind, major, minor, exact in re.findall(
+        r"\b(sm|compute)_(\d+)(\d)([a-z]?)\b", " ".join(architectures)
+    ):
+        own = (int(major), int(minor))
+        newer = own <= capability and (kind == "compute" or own[0] == capability[0])
+        if own == capability if exact else newer:
             return True
     return False
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return () if text == _NONE else tuple(text.split())
