@@ -133,7 +133,7 @@ ctest: kernels  ## run the C++ tests
 # The emulated kernels take the place of the CPU's, so they need a process of their own.
 emulated: $(LIBRARY) kernels  ## the CUDA side of the ops, on emulated kernels
 	@echo "== emulated"
-	@SPARSE_UNIFIED_TEST_EMULATED=1 $(BIN)/python -m pytest -q tests/emulated
+	@SPARSE_UNIFIED_TEST_EMULATED=1 $(BIN)/python -m pytest -q tests/ops
 
 pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 	@echo "== pytest"

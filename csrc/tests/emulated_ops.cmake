@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The CUDA bindings over emulated kernels, registered in place of the CPU kernels: tests/emulated
-# loads it into torch. Needs the torch of the interpreter.
+# The CUDA bindings over emulated kernels, registered in place of the CPU kernels:
+# tests/ops/conftest.py loads it into torch. Needs the torch of the interpreter.
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c
     "from torch.utils.cpp_extension import include_paths, library_paths; \

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of checks that a device must pass; each is a function of the device.
+"""Properties of the ops, each a function of a device: one statement for every backend.
 
-pytest runs them (`test_gpu.py`), and so does `run.py`, which needs nothing but torch and goes on
-after a check that took the process or the device with it.
+pytest runs them on the CPU kernels, on the CUDA bindings over emulated kernels (`make emulated`),
+and on a GPU (`test_checks.py`); `bench/gpu_check.py` runs them where there is nothing but torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +18,27 @@ import torch
 
 MODULES = (
     "checks_routing",
-    "checks_ffn",
-    "checks_pruned",
-    "checks_gradients",
+    "checks_experts",
     "checks_torch",
     "checks_block",
     "checks_model",
     "checks_large",
 )
+CPU, EMULATED, CUDA = "cpu", "emulated", "cuda"
+EVERYWHERE = (CPU, EMULATED, CUDA)
+# In a process with this variable the CUDA bindings over emulated kernels replace the CPU's.
+VARIABLE = "SPARSE_UNIFIED_TEST_EMULATED"
 
 
 class Skip(Exception):
     """The device cannot be asked this; the text says why."""
+
+
+def backend_of(device: torch.device) -> str:
+    """What runs the ops on tensors of a device, in this process."""
+    if device.type == "cuda":
+        return CUDA
+    return EMULATED if VARIABLE in os.environ else CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +48,14 @@ class Check:
     Args:
         name: module.function[parameters].
         function, parameters: what to call, besides the device.
+        backends: where it holds.
         is_small: seconds on a CPU, and enough for a sanitizer.
     """
 
     name: str
     function: Callable[..., None]
     parameters: Mapping[str, Any]
+    backends: tuple[str, ...]
     is_small: bool
 
     def __call__(self, device: torch.device) -> None:
@@ -58,16 +70,20 @@ class Check:
 
 
 _checks: dict[str, Check] = {}
+Predicate = Callable[..., bool]
 
 
 def check(
-    *parameters: Mapping[str, Any], small: bool | Callable[..., bool] = True
+    *parameters: Mapping[str, Any],
+    on: tuple[str, ...] | Callable[..., tuple[str, ...]] = EVERYWHERE,
+    small: bool | Predicate = True,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function of the device, once for each set of further parameters.
 
     Args:
         parameters: of each check; one without any by default.
-        small: whether it is `is_small`; may depend on the parameters.
+        on: the backends, or a function of the parameters.
+        small: whether it is `is_small`, or a function of the parameters.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -77,15 +93,24 @@ def check(
             values = "-".join(str(value).removeprefix("torch.") for value in one.values())
             name = f"{function.__module__}.{function.__name__}" + (f"[{values}]" if values else "")
             assert name not in _checks, f"{name} is registered twice"
-            is_small = small(**one) if callable(small) else small
-            _checks[name] = Check(name=name, function=function, parameters=one, is_small=is_small)
+            _checks[name] = Check(
+                name=name,
+                function=function,
+                parameters=one,
+                backends=on(**one) if callable(on) else on,
+                is_small=small(**one) if callable(small) else small,
+            )
         return function
 
     return register
 
 
-def all_checks() -> dict[str, Check]:
-    """Every check by name, in the order in which they say most when the first of them fails."""
+def all_checks(backend: str | None = None) -> dict[str, Check]:
+    """The checks of a backend, or all, in the order in which they say most when one fails."""
     for module in MODULES:
         importlib.import_module(module)
-    return dict(_checks)
+    return {
+        name: check
+        for name, check in _checks.items()
+        if backend is None or (backend in check.backends and (check.is_small or backend == CUDA))
+    }

@@ -6,7 +6,7 @@ A case is {"op": name, "arguments": [...]}. A tensor is {"shape", "dtype", "fill
 lie in memory. `run_case` calls the op and holds it to its promise: a refusal in words, or what
 plain torch computes, with the memory around every argument untouched.
 
-Usage: op_fuzz.py FIRST COUNT, runs the cases of these seeds, telling each before it is run, so
+Usage: fuzz.py FIRST COUNT, runs the cases of these seeds, telling each before it is run, so
 that whoever reads knows which one ended the process.
 """
 

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import DTYPES, each_thread_count, layouts
+from problems import DTYPES, each_thread_count, layouts
 from torch import Tensor
 
 from sparse_unified import ops
@@ -58,9 +57,13 @@ def assert_sums(
     assert ((num_fired - exact_fired).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 37, 300])
-@pytest.mark.parametrize("width", [1, 15, 16, 50, 1100])
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens", "width"),
+    [
+        (DTYPES[i % 3], n, w)
+        for i, (n, w) in enumerate(itertools.product((1, 37, 300), (1, 15, 50, 1100)))
+    ],
+)
 def test_sums_are_as_exact_as_torch(dtype: torch.dtype, num_tokens: int, width: int) -> None:
     assert_sums(*arguments(num_tokens, 40, width, dtype), threshold=0.1)
 
@@ -128,15 +131,6 @@ def test_sums_of_parts_are_the_sum_of_the_whole() -> None:
         torch.testing.assert_close(first + second, own, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_repeats_give_the_same_bits(dtype: torch.dtype) -> None:
-    given = arguments(300, 48, 600, dtype)
-    expected = ops.ffn_importance(*given)
-    for _ in range(3):
-        for own, other in zip(ops.ffn_importance(*given), expected, strict=True):
-            assert torch.equal(own, other)
-
-
 def test_thread_counts_only_change_the_rounding_of_torchs_gemm() -> None:
     given = arguments(300, 48, 600)
     expected = ops.ffn_importance(*given)
@@ -161,51 +155,6 @@ def test_layout_of_the_arguments_does_not_matter(position: int) -> None:
         strict=True,
     ):
         assert torch.equal(own, exact)
-
-
-def test_no_gradient_is_given() -> None:
-    x, gate, up = arguments()
-    with pytest.raises(RuntimeError, match="ffn_importance: arguments must not need a gradient"):
-        ops.ffn_importance(x.requires_grad_(), gate, up)[0].sum().backward()
-
-
-def test_it_compiles_without_a_graph_break() -> None:
-    torch._dynamo.reset()
-
-    def function(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        sums = ops.ffn_importance(x, gate, up, 0.1)
-        return sums[0] / len(x) + sums[2]
-
-    given = arguments()
-    compiled = torch.compile(function, fullgraph=True, backend="inductor", dynamic=True)
-    torch.testing.assert_close(compiled(*given), function(*given))
-
-
-def test_bad_arguments_are_named() -> None:
-    x, gate, up = arguments(6, 8, 10)
-    nan, ones = float("nan"), torch.ones(6)
-    for bad, pattern in (
-        ((x[0], gate, up), "x must have 2 dimensions"),
-        ((x.double(), gate, up), "x must be float32, bfloat16 or float16, got float64"),
-        ((x, gate[:, :7], up), "gate_proj must have the hidden size"),
-        ((x, gate.half(), up), "gate_proj must have dtype float32, got float16"),
-        ((x, gate, up[:9]), "up_proj must have the width of gate_proj"),
-        ((x, gate, up, -0.5), "threshold must be finite and at least 0, got -0.5"),
-        ((x, gate, up, nan), "threshold must be finite and at least 0, got nan"),
-        ((x, gate, up, float("inf")), "threshold must be finite and at least 0, got inf"),
-        ((x, gate, up, 0.0, ones[:5]), "token_weights must have the number of tokens"),
-        ((x, gate, up, 0.0, ones.bool()), "token_weights must have dtype float32"),
-        (
-            (x, gate, up, 0.0, -ones),
-            "token_weights must be finite and at least 0, got -1 for token 0",
-        ),
-        ((x, gate, up, 0.0, ones * nan), "token_weights must be finite and at least 0, got nan"),
-    ):
-        with pytest.raises(RuntimeError, match=f"ffn_importance: {pattern}") as caught:
-            ops.ffn_importance(*bad)
-        assert re.search(r"^\w+: \w+ must .+, got .+", str(caught.value))
-    with pytest.raises(RuntimeError, match="ffn_importance: arguments must be on one device"):
-        ops.ffn_importance(x, gate.to("meta"), up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

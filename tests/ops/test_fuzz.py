@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import child_environment
+from fuzz import OPS, check_refusal, draw_case, legal_case, run_case
 from hostile_cases import CORPUS
-from op_fuzz import OPS, check_refusal, draw_case, legal_case, run_case
 from tiers import num_cases
 
 NUM_CASES = num_cases(20_000)
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 def run(first: int, count: int) -> subprocess.CompletedProcess[str]:
     """Runs seeds in a process of their own, which may die."""
     return subprocess.run(
-        [sys.executable, str(HERE / "op_fuzz.py"), str(first), str(count)],
+        [sys.executable, str(HERE / "fuzz.py"), str(first), str(count)],
         env=child_environment(),
         capture_output=True,
         text=True,
@@ -47,8 +47,8 @@ def test_no_arguments_crash_an_op_or_make_it_answer_wrongly() -> None:
 
 def test_a_seed_whose_process_ends_is_told() -> None:
     code = (
-        "import os, op_fuzz; op_fuzz.run_case = lambda case: os.abort() if case['op'] == 'permute' "
-        "else 'refused'; op_fuzz.main(0, 10)"
+        "import os, fuzz; fuzz.run_case = lambda case: os.abort() if case['op'] == 'permute' "
+        "else 'refused'; fuzz.main(0, 10)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

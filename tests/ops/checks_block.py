@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from checks_torch import block_on
-from device_cases import HALVES, assert_equal, grid, needs_cuda, refusal
-from registry import check
+from problems import DTYPES, HALVES, assert_equal, grid, refusal, with_kernel
+from registry import CUDA, check
 from torch import Tensor
 
 from sparse_unified.nn import SparseMoE
+from sparse_unified.ops import backend
 
 
 def twin(block: SparseMoE, device: str, dtype: torch.dtype) -> SparseMoE:
@@ -31,17 +34,22 @@ def twin(block: SparseMoE, device: str, dtype: torch.dtype) -> SparseMoE:
     return other
 
 
+def composed_of_torch_ops() -> AbstractContextManager[object]:
+    """Lets blocks run without any kernel of ours."""
+    return mock.patch.object(backend, "choose", return_value="torch: asked for by a check")
+
+
 def assert_near(name: str, out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     error = (out.double().cpu() - exact.double().cpu()).norm() / exact.double().norm().cpu()
     allowed = 4 * torch.finfo(dtype).eps
     assert error < allowed, f"{name} is off by {error:.2g}, allowed {allowed:.2g}"
 
 
-@check(*grid(dtype=HALVES, shared=(0, 1), gate_img=(False, True)))
+@check(*grid(dtype=DTYPES, shared=(0, 1), gate_img=(False, True)), on=with_kernel)
 def block_is_that_of_the_cpu(
     device: torch.device, dtype: torch.dtype, shared: int, gate_img: bool
 ) -> None:
-    """Outputs and gradients beside fp32 on the CPU; integers route, so that no choice flips."""
+    """Outputs and gradients beside torch ops in fp32; integers route, so that no choice flips."""
     block = block_on(
         device,
         dtype,
@@ -62,7 +70,8 @@ def block_is_that_of_the_cpu(
         indexes = (torch.arange(0, 40), torch.arange(40, 61)) if gate_img else ()
     y, logits = block(x, *indexes)
     wide = x.detach().float().cpu().requires_grad_()
-    expected, expected_logits = exact(wide, *(i.cpu() for i in indexes))
+    with composed_of_torch_ops():
+        expected, expected_logits = exact(wide, *(i.cpu() for i in indexes))
     assert_equal("logits", logits.cpu(), expected_logits)
     assert_near("y", y, expected, dtype)
     y.backward(grad)
@@ -80,9 +89,8 @@ def block_is_that_of_the_cpu(
         assert_near(f"gradient of {name}", parameter.grad, other.grad, dtype)
 
 
-@check()
+@check(on=(CUDA,))
 def block_says_what_runs_it(device: torch.device) -> None:
-    needs_cuda(device)
     assert block_on(device, torch.bfloat16, strict=True).active_backend == "cuda"
     for dtype, width in ((torch.float32, 48), (torch.bfloat16, 12)):
         block = block_on(device, dtype, intermediate_size=8 * width)

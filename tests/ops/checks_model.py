@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 
 import torch
-from device_cases import assert_equal, grid, needs_cuda
-from registry import check
+from problems import assert_equal, grid
+from registry import CUDA, check
 from torch import Tensor
 
 from sparse_unified.bagel import (
@@ -79,9 +79,8 @@ def guided_step(model: Bagel) -> tuple[Denoiser, list[Tensor], Tensor]:
     return denoiser, [tokens], torch.full((1,), 0.7, device=model.device)
 
 
-@check(*grid(kind=KINDS))
+@check(*grid(kind=KINDS), on=(CUDA,))
 def step_waits_for_nothing(device: torch.device, kind: str) -> None:
-    needs_cuda(device)
     denoiser, tokens, time = guided_step(model_on(device, kind))
     expected = denoiser(tokens, time)[0]  # loads what is loaded once
     torch.cuda.synchronize()
@@ -93,20 +92,18 @@ def step_waits_for_nothing(device: torch.device, kind: str) -> None:
     assert_equal("velocity", out, expected)
 
 
-@check(*grid(kind=KINDS))
+@check(*grid(kind=KINDS), on=(CUDA,))
 def replayed_steps_draw_the_image_of_plain_ones(device: torch.device, kind: str) -> None:
-    needs_cuda(device)
     model = model_on(device, kind)
     graphs = Execution(cuda_graphs=True)
     for prompt in PROMPTS:
         assert_equal("image", draw(model, prompt, graphs), draw(model, prompt))
 
 
-@check(*grid(kind=KINDS, graphs=(False, True)), small=False)
+@check(*grid(kind=KINDS, graphs=(False, True)), on=(CUDA,))
 def compiled_steps_draw_the_image_of_plain_ones(
     device: torch.device, kind: str, graphs: bool
 ) -> None:
-    needs_cuda(device)
     torch.compiler.reset()
     model = model_on(device, kind)
     compiled = Execution(compile=True, cuda_graphs=graphs)

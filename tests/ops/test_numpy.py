@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_unified import ops
 
-BUILD = Path(__file__).parent.parent / "build" / "cmake"
+BUILD = Path(__file__).parent.parent.parent / "build" / "cmake"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

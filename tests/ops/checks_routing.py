@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""route_topk, sort_by_expert, permute, combine: exactly where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from problems import (
+    DTYPES,
+    ROUTINGS,
+    assert_all_equal,
+    assert_as_good_as_torch,
+    assert_equal,
+    assert_gradients,
+    cycle,
+    doubles,
+    draw_routing,
+    each_thread_count,
+    grid,
+    layouts,
+    poison,
+    torch_combine,
+)
+from registry import CPU, check
+from torch import Tensor
+
+from sparse_unified import ops
+from sparse_unified.ops import reference
+
+TOKENS = (0, 1, 37, 4096)
+EXPERTS = ((16, 8), (32, 16), (5, 2), (12, 12), (1, 1), (33, 7))
+
+
+def few(num_tokens: int = 0, **_: object) -> bool:
+    return num_tokens < 1000
+
+
+def rows_of(device: torch.device, num_tokens: int, experts: int, top_k: int) -> tuple[Tensor, ...]:
+    """topk_idx, row_token, token_rows of a random routing."""
+    with torch.device(device):
+        topk_idx = draw_routing("random", num_tokens, experts, top_k)
+        return topk_idx, *reference.sort_by_expert(topk_idx, experts)[1:]
+
+
+@check(
+    *cycle(grid(num_tokens=TOKENS, experts=EXPERTS), dtype=DTYPES, hidden_size=(96, 300, 41, 130)),
+    *cycle(grid(hidden_size=(3584, 8, 1), dtype=DTYPES), num_tokens=(37,), experts=EXPERTS),
+    small=few,
+)
+def route_of_exact_logits(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_tokens: int,
+    experts: tuple[int, int],
+    hidden_size: int,
+) -> None:
+    """Integers: sums are exact in every order, ties included."""
+    num_experts, top_k = experts
+    with torch.device(device):
+        x = torch.randint(-3, 4, (num_tokens, hidden_size)).to(dtype)
+        gate = torch.randint(-2, 3, (num_experts, hidden_size)).to(dtype)
+    shapes = ((num_tokens, num_experts), (num_tokens, top_k))
+    poison(device, *((shape, torch.float32) for shape in shapes))
+    expected = reference.route_topk(x, gate, top_k)
+    assert_all_equal("route_topk", ops.route_topk(x, gate, top_k), expected)
+
+
+@check(*grid(dtype=DTYPES, num_tokens=(1, 37, 4096)), small=few)
+def route_of_random_logits(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
+    """The choice is the sorted one of the logits returned, which are close to exact; a token is
+    routed the same in any company."""
+    with torch.device(device):
+        x = torch.randn(num_tokens, 1792).to(dtype)
+        gate = (torch.randn(16, 1792) * 1792**-0.5).to(dtype)
+    logits, topk_logits, topk_idx = found = ops.route_topk(x, gate, 8)
+    error = (logits.double() - x.double() @ gate.double().t()).abs().max().item()
+    assert error < 2e-5, f"logits are off by {error:.2g}"
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :8]
+    assert_equal("topk_idx", topk_idx, order.int())
+    assert_equal("topk_logits", topk_logits, logits.gather(1, order))
+    for tokens in (slice(0, 1), slice(3, 20)):
+        alone = ops.route_topk(x[tokens], gate, 8)
+        assert_all_equal("in other company", alone, [part[tokens] for part in found])
+
+
+@check(*grid(dtype=DTYPES, num_experts=(4, 16, 33)))
+def route_of_extreme_logits(device: torch.device, dtype: torch.dtype, num_experts: int) -> None:
+    """NaN first, infinities in order, zeros of both signs alike, ties to the lowest index."""
+    most = torch.finfo(dtype).max
+    values = (0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, most, -most)
+    with torch.device(device):
+        wanted = torch.tensor(values)[torch.randint(len(values), (24, num_experts))]
+        wanted[:4] = torch.tensor([0.0, -1.0, torch.nan, -torch.inf])[:, None]
+        one = torch.ones(1, 1).to(dtype)
+    for logits in wanted:  # a product with 0 would make NaN of inf: one hidden value of 1
+        gate = logits[:, None].to(dtype)
+        found = ops.route_topk(one, gate, num_experts // 2)
+        keys = [(v == v, 0.0 if v != v else -v, e) for e, v in enumerate(gate[:, 0].tolist())]
+        chosen = [key[2] for key in sorted(keys)[: num_experts // 2]]
+        assert found[2][0].tolist() == chosen, f"{logits.tolist()}: {found[2].tolist()}"
+        expected = reference.route_topk(one, gate, num_experts // 2)
+        assert_all_equal(str(logits.tolist()), found, expected)
+
+
+@check(
+    *cycle(grid(routing=ROUTINGS, num_tokens=TOKENS), experts=EXPERTS),
+    *cycle(grid(experts=(*EXPERTS, (256, 3))), routing=ROUTINGS, num_tokens=(300, 37)),
+    *grid(routing=("random", "repeated"), num_tokens=(1000, 70_000), experts=((16, 8), (200, 3))),
+    small=few,
+)
+def sort_is_the_stable_one(
+    device: torch.device, routing: str, num_tokens: int, experts: tuple[int, int]
+) -> None:
+    num_experts, top_k = experts
+    with torch.device(device):
+        topk_idx = draw_routing(routing, num_tokens, num_experts, top_k)
+    expected = reference.sort_by_expert(topk_idx, num_experts)
+    found = ops.sort_by_expert(topk_idx, num_experts)
+    assert_all_equal("sort_by_expert", found, expected)
+    # The invariants of routing, without the reference: every row once, of its own token.
+    rows = found[2].reshape(-1).long()
+    assert_equal("rows", rows.sort().values, torch.arange(len(rows), device=device))
+    tokens = torch.arange(len(rows), device=device).int() // top_k
+    assert_equal("row_token", found[1][rows], tokens)
+
+
+@check(
+    *cycle(grid(num_tokens=TOKENS, hidden_size=(1, 8, 67, 1000, 3584)), dtype=DTYPES, top_k=(8, 1)),
+    small=few,
+)
+def permute_and_combine(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, hidden_size: int, top_k: int
+) -> None:
+    _, row_token, token_rows = rows_of(device, num_tokens, 16, top_k)
+    with torch.device(device):
+        x = torch.randn(num_tokens, hidden_size).to(dtype)
+        y = torch.randn(num_tokens * top_k, hidden_size).to(dtype)
+        weights = torch.randn(num_tokens, top_k) * top_k**-0.5
+        whole = torch.randint(-9, 10, x.shape).to(dtype)
+    poison(device, (tuple(y.shape), dtype))
+    rows = ops.permute(x, row_token, token_rows)
+    assert_equal("permute", rows, reference.permute(x, row_token))
+    poison(device, (tuple(x.shape), dtype))
+    for each in (weights, None):
+        out = ops.combine(y, each, token_rows)
+        exact = reference.combine(y.float(), each, token_rows)
+        assert_as_good_as_torch(out, torch_combine(y, each, token_rows), exact)
+        # One rounding of an fp32 sum.
+        assert_equal("rounded once", out, ops.combine(y.float(), each, token_rows).to(dtype))
+    # Every row once: the sum over the rows of a token is K times the token, exact for integers.
+    back = ops.combine(ops.permute(whole, row_token, token_rows), None, token_rows)
+    assert_equal("combine of permute", back, (top_k * whole.float()).to(dtype))
+
+
+@check(*grid(dtype=DTYPES, hidden_size=(896, 897)), on=(CPU,))
+def permute_of_more_than_the_caches_hold(
+    device: torch.device, dtype: torch.dtype, hidden_size: int
+) -> None:
+    """16 MB and more: rows of whole cache lines go past the caches, others cannot."""
+    _, row_token, token_rows = rows_of(device, 1201, 16, 8)
+    x = torch.randn(1201, hidden_size).to(dtype)
+    for name, view in layouts(x):
+        y = ops.permute(view, row_token, token_rows)
+        assert y.nbytes > 2**24
+        assert_equal(name, y, reference.permute(x, row_token))
+
+
+@check(*grid(dtype=DTYPES))
+def routing_ops_take_any_layout(device: torch.device, dtype: torch.dtype) -> None:
+    topk_idx, row_token, token_rows = rows_of(device, 37, 5, 2)
+    with torch.device(device):
+        x = torch.randint(-3, 4, (37, 40)).to(dtype)
+        gate = torch.randint(-2, 3, (5, 40)).to(dtype)
+        y = torch.randn(74, 40).to(dtype)
+        weights = torch.randn(37, 2)
+    calls: dict[str, tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]] = {
+        "permute": (x, lambda view: [ops.permute(view, row_token, token_rows)]),
+        "route_topk of x": (x, lambda view: ops.route_topk(view, gate, 2)),
+        "route_topk of gate": (gate, lambda view: ops.route_topk(x, view, 2)),
+        "combine of y": (y, lambda view: [ops.combine(view, weights, token_rows)]),
+        "combine of weights": (weights, lambda view: [ops.combine(y, view, token_rows)]),
+        "combine of token_rows": (token_rows, lambda view: [ops.combine(y, weights, view)]),
+        "sort_by_expert": (topk_idx, lambda view: ops.sort_by_expert(view, 5)),
+    }
+    for what, (tensor, run) in calls.items():
+        expected = run(tensor)
+        for name, view in (
+            [("transposed", tensor.t().contiguous().t())]
+            if (tensor.dtype == torch.int32)
+            else layouts(tensor)
+        ):
+            assert_all_equal(f"{what}: {name}", run(view), expected)
+    one = x[:1].expand(37, 40)
+    expanded = ops.permute(one, row_token, token_rows)
+    assert_equal("one token expanded", expanded, one[row_token.long()])
+
+
+@check()
+def routing_ops_repeat_bit_for_bit(device: torch.device) -> None:
+    """On any number of threads."""
+    topk_idx, row_token, token_rows = rows_of(device, 301, 16, 8)
+    with torch.device(device):
+        x, gate = torch.randn(301, 130), torch.randn(16, 130)
+        y, weights = torch.randn(2408, 50), torch.randn(301, 8)
+
+    def run() -> list[Tensor]:
+        found = [*ops.route_topk(x, gate, 8), *ops.sort_by_expert(topk_idx, 16)]
+        return [*found, ops.permute(x, row_token, token_rows), ops.combine(y, weights, token_rows)]
+
+    expected = run()
+    for _ in each_thread_count():
+        assert_all_equal("repeat", run(), expected)
+
+
+@check()
+def non_finite_rows_touch_only_their_token(device: torch.device) -> None:
+    _, _, token_rows = rows_of(device, 12, 4, 2)
+    with torch.device(device):
+        y = torch.randn(24, 40)
+        weights = torch.ones(12, 2)
+    y[token_rows[5, 1].long()] = torch.nan
+    y[token_rows[7, 0].long()] = torch.inf
+    out = ops.combine(y, weights, token_rows)
+    assert out.isnan().all(1).nonzero().flatten().tolist() == [5]
+    assert (out == torch.inf).all(1).nonzero().flatten().tolist() == [7]
+    assert out.isfinite().all(1).sum() == 10
+
+
+@check()
+def no_slots_give_no_rows(device: torch.device) -> None:
+    empty = torch.empty(4, 0, dtype=torch.int32, device=device)
+    expert_offsets, row_token, token_rows = ops.sort_by_expert(empty, 3)
+    assert expert_offsets.tolist() == [0, 0, 0, 0]
+    assert row_token.shape == (0,)
+    assert token_rows.shape == (4, 0)
+
+
+# Gradients
+
+
+@check(*grid(dtype=DTYPES, num_tokens=(1, 53, 1000)), small=few)
+def gradients_of_route_topk(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
+    """Against fp64, both at once and each argument alone."""
+    with torch.device(device):
+        tensors = (
+            torch.randint(-3, 4, (num_tokens, 72)).to(dtype),
+            torch.randint(-2, 3, (17, 72)).to(dtype),
+        )
+        grads = torch.randn(num_tokens, 17), torch.randn(num_tokens, 5)
+    wide = doubles(*tensors)
+    exact_logits, exact_topk, _ = reference.route_topk(*wide, 5)
+    double_grads = [grad.double() for grad in grads]
+    exact = torch.autograd.grad((exact_logits, exact_topk), wide, double_grads)
+    for trained in ((0, 1), (0,), (1,)):
+        leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(tensors)]
+        logits, topk_logits, topk_idx = ops.route_topk(*leaves, 5)
+        assert not topk_idx.requires_grad
+        torch.autograd.backward((logits, topk_logits), grads)
+        assert [leaf.grad is not None for leaf in leaves] == [i in trained for i in range(2)]
+        own = [leaves[i].grad for i in trained]
+        assert_gradients([g for g in own if g is not None], [exact[i] for i in trained], dtype)
+
+
+@check(*grid(dtype=DTYPES, num_tokens=(1, 41, 1000)), small=few)
+def gradients_of_permute_and_combine(
+    device: torch.device, dtype: torch.dtype, num_tokens: int
+) -> None:
+    _, row_token, token_rows = rows_of(device, num_tokens, 5, 3)
+    with torch.device(device):
+        x, grad = (torch.randn(num_tokens, 72).to(dtype) for _ in range(2))
+        y, grad_y = (torch.randn(3 * num_tokens, 72).to(dtype) for _ in range(2))
+        weights = torch.randn(num_tokens, 3)
+    for tensor in (x, y, weights):
+        tensor.requires_grad_()
+    x64, y64, weights64 = doubles(x, y, weights)
+    own = torch.autograd.grad(ops.permute(x, row_token, token_rows), x, grad_y)
+    exact = torch.autograd.grad(reference.permute(x64, row_token), x64, grad_y.double())
+    assert_gradients(own, exact, dtype)
+    out = reference.combine(y64, weights64, token_rows)
+    exact = torch.autograd.grad(out, (y64, weights64), grad.double())
+    own = torch.autograd.grad(ops.combine(y, weights, token_rows), (y, weights), grad)
+    assert_gradients(own[:1], exact[:1], dtype)
+    assert_gradients(own[1:], exact[1:], torch.float32)
+    alone = torch.autograd.grad(ops.combine(y, weights.detach(), token_rows), y, grad)
+    assert_all_equal("rows alone", alone, own[:1])
+    alone = torch.autograd.grad(ops.combine(y.detach(), weights, token_rows), weights, grad)
+    assert_all_equal("weights alone", alone, own[1:])
+    own = torch.autograd.grad(ops.combine(y, None, token_rows), y, grad)
+    exact = torch.autograd.grad(reference.combine(y64, None, token_rows), y64, grad.double())
+    assert_gradients(own, exact, dtype)

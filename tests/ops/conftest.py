@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the CUDA bindings over emulated kernels behind the ops, in a process that asks for it.
+
+They take the place of the CPU kernels, so `make emulated` runs them in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from registry import VARIABLE  # noqa: E402
+
+import sparse_unified  # noqa: E402, F401  (registers the ops that are replaced here)
+
+LIBRARY = HERE.parent.parent / "build" / "cmake" / "libsparse_unified_emulated_ops.so"
+ON_EMULATED = ("test_checks.py", "test_emulated.py")
+
+if VARIABLE in os.environ:
+    torch.ops.load_library(LIBRARY)
+    collect_ignore = [path.name for path in HERE.glob("test_*") if path.name not in ON_EMULATED]
+else:
+    collect_ignore = ["test_emulated.py"]

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemas are pinned: callers, saved graphs and other languages rely on them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from checks_torch import OPS
+from registry import CUDA, all_checks
+
+from sparse_unified.bench.gpu_check import SANITIZED
+
+LIBRARY = Path(__file__).parent.parent.parent / "csrc" / "bindings" / "library.cpp"
+
+# A new optional argument with a default
+# goes to the end of a pinned schema; anything else needs a new op.
+SCHEMAS = {
+    "route_topk": "(Tensor x, Tensor gate, int top_k) -> (Tensor, Tensor, Tensor)",
+    "route_topk_backward": "(Tensor grad_logits, Tensor grad_topk_logits, Tensor topk_idx, "
+    "Tensor x, Tensor gate, bool needs_x, bool needs_gate) -> (Tensor, Tensor)",
+    "sort_by_expert": "(Tensor topk_idx, int num_experts) -> (Tensor, Tensor, Tensor)",
+    "permute": "(Tensor x, Tensor row_token, Tensor token_rows) -> Tensor",
+    "combine": "(Tensor y, Tensor? weights, Tensor token_rows) -> Tensor",
+    "combine_backward": "(Tensor grad_out, Tensor y, Tensor weights, Tensor token_rows, "
+    "bool needs_y, bool needs_weights) -> (Tensor, Tensor)",
+    "grouped_ffn": "(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
+    "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> Tensor",
+    "grouped_ffn_train": "(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
+    "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> (Tensor, Tensor, Tensor)",
+    "grouped_ffn_combine": "(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, "
+    "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj) -> Tensor",
+    "grouped_ffn_backward": "(Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, "
+    "Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, "
+    "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pruned_ffn": "(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
+    "Tensor down_proj, int block_size) -> Tensor",
+    "pruned_ffn_train": "(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
+    "Tensor down_proj, int block_size) -> (Tensor, Tensor, Tensor)",
+    "pruned_ffn_backward": "(Tensor grad_y, Tensor x, Tensor kept_blocks, Tensor gate_proj, "
+    "Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, int block_size, "
+    "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ffn_importance": "(Tensor x, Tensor gate_proj, Tensor up_proj, float threshold=0., "
+    "Tensor? token_weights=None) -> (Tensor, Tensor, Tensor)",
+}
+
+
+def test_every_registered_op_is_pinned_and_checked() -> None:
+    registered = set(re.findall(r'm\.def\(\s*"(\w+)\(', LIBRARY.read_text()))
+    assert registered == set(SCHEMAS) == set(OPS)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema_is_backward_compatible(name: str) -> None:
+    pinned = torch._C.parse_schema(f"sparse_unified::{name}{SCHEMAS[name]}")
+    own = getattr(torch.ops.sparse_unified, name).default._schema
+    assert own.is_backward_compatible_with(pinned)
+
+
+def test_the_checks_that_run_under_compute_sanitizer_exist() -> None:
+    checks = all_checks(CUDA)
+    assert [name for name in SANITIZED if name not in checks] == []
+    assert all(checks[name].is_small for name in SANITIZED)
