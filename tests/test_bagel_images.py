@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import subprocess
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from PIL import Image
 from sparse_unified.bagel import AutoEncoder, VAEConfig
 from sparse_unified.bagel.images import (
     ImageTransform,
+    open_image,
     to_image,
     to_rgb,
     vae_transform,
@@ -87,6 +92,56 @@ def test_transparent_parts_become_white() -> None:
     palette.info["transparency"] = 0
     assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
     assert to_rgb(Image.new("L", (1, 1), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path: Path) -> None:
+    values = np.arange(4096).reshape(64, 64) * 16
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "grey.png")
+    image = open_image(tmp_path / "grey.png", where="x")
+    for again in (image, image.convert("I")):
+        assert np.array_equal(np.array(to_rgb(again))[..., 0], np.round(values / 257))
+    with pytest.raises(ValueError, match="must have 8 or 16 bits a channel"):
+        to_rgb(Image.new("F", (2, 2)))
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG file of which there are only the header and some bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n%%EOF\n", "format"),
+        (b"DDS " + struct.pack("<I", 124) + bytes(120), "format"),
+        (png(8, 8)[:45], "format"),
+        (png(30_000, 30_000), "format"),  # refused by Pillow
+        (png(1, 10**8), "1 x 100000000 pixels, more than"),
+        (b"", "format"),
+        (None, "No such file"),
+    ],
+)
+def test_files_that_are_no_image_are_refused(
+    content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("no program may be run for an image")
+
+    monkeypatch.setattr(subprocess, "Popen", run)
+    path = tmp_path / "photo.png"
+    if content is not None:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"x: an image must be a readable image.*{reason}"):
+            open_image(io.BytesIO(content), where="x")
+    with pytest.raises(ValueError, match=rf"x: .*photo.png must be a readable image.*{reason}"):
+        open_image(path, where="x")
 
 
 def test_transforms_keep_within_what_the_model_takes() -> None:

@@ -269,16 +269,11 @@ def _tasks(where: str, fields: Mapping[str, Any]) -> tuple[Task, ...]:
 def _open(value: Any, where: str) -> Image:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return open_image(io.BytesIO(value), where=where)
     if isinstance(value, (Path, str)):
         return open_image(value, where=where)
-    if not isinstance(value, bytes):
-        image: Image = value  # decoded already
-        return image
-    try:
-        image = optional("PIL.Image").open(io.BytesIO(value))
-        image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{where}: image must be readable, got {error}") from error
+    image: Image = value  # decoded already
     return image
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -21,46 +20,70 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MAX_PIXELS = 14 * 14 * 9 * 1024
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_MOST_PIXELS = 1 << 26
 
 
-def open_image(path: str | os.PathLike[str], *, where: str) -> Image:
-    """Reads an image from a file, whole.
+def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Image:
+    """Reads an image, whole: the first frame, as it is stored (EXIF orientation is not applied, as
+    in the official code).
+
+    Args:
+        source: a file, or its opened contents. PNG, JPEG, WebP, GIF, BMP and TIFF of up to 2^26
+            pixels are read; formats that Pillow reads by running other programs are not.
+        where: whose argument it is, for the message.
 
     Raises:
         ValueError: it cannot be read.
     """
+    pil = optional("PIL.Image")
+    reason = ""
     try:
-        with Path(path).open("rb") as stream:
-            image: Image = optional("PIL.Image").open(stream)
-            image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or "a file of another or a damaged format"
-        raise ValueError(f"{where}: {path} must be a readable image, got {reason}") from error
+        image: Image = pil.open(source, formats=_FORMATS)
+        if image.width * image.height > _MOST_PIXELS:
+            reason = f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}"
+            raise ValueError(reason)
+        image.load()
+    except Exception as error:  # plugins raise errors of many kinds for damaged files
+        name = "an image" if hasattr(source, "read") else source
+        reason = reason or getattr(error, "strerror", None) or "another or a damaged format"
+        raise ValueError(f"{where}: {name} must be a readable image, got {reason}") from error
     return image
 
 
 def to_rgb(image: Image) -> Image:
-    """Returns the image in RGB; transparent parts are laid over white."""
+    """Returns the image in RGB of 8 bits; transparent parts are laid over white.
+
+    Raises:
+        ValueError: its values are floating point numbers, of which no range is known.
+    """
+    pil = optional("PIL.Image")
+    if image.mode == "F":
+        raise ValueError("image must have 8 or 16 bits a channel, got floating point numbers")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip to 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = pil.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode != "RGBA" and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    white = optional("PIL.Image").new("RGB", image.size, (255, 255, 255))
+    white = pil.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))
     return white
 
 
 def to_image(pixels: Tensor) -> Image:
-    """Turns pixels [3, H, W] in [-1, 1] into a image; values outside are clamped."""
+    """Turns pixels [3, H, W] in [-1, 1] into an image; values outside are clamped."""
     bytes_ = ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return optional("PIL.Image").fromarray(bytes_.permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTransform:
-    """Resizes a image to sides between two limits that are multiples of a stride.
+    """Resizes an image to sides between two limits that are multiples of a stride.
 
     Args:
-        max_side, min_side: limits of the longer and the shorter side in pixels; the upper one wins.
+        max_side: limit of the longer side in pixels, which wins.
+        min_side: limit of the shorter side.
         stride: both sides become multiples of it.
         max_pixels: limit of the area.
 
@@ -73,7 +96,7 @@ class ImageTransform:
     max_pixels: int = _MAX_PIXELS
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Returns the width and height that a image of this size is resized to."""
+        """Returns the width and height that an image of this size is resized to."""
         scale = min(self.max_side / max(width, height), 1.0)
         scale = max(scale, self.min_side / min(width, height))
         width, height = self._scaled(width, height, scale)
