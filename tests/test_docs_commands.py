@@ -73,7 +73,7 @@ NOT_RUN = {
     "pip install": "changes the environment; tests/wheel_smoke.py installs into one of its own",
     "python experiments/full_scale.py": "writes a model of 29 GB",
     "python examples/miniature train": "takes an hour",
-    "pytest": "BAGEL_REPO names a checkout that is not here; tests/test_swap_official.py is run",
+    "pytest": "BAGEL_REPO names a checkout that is not here; tests/test_surgery_official.py is run",
 }
 LANGUAGES = ("", "sh", "bash")
 PROGRAMS = ("sparse-unified", "python", "torchrun", "make", "pip", "pytest")

@@ -11,7 +11,7 @@ from typing import Any
 import analysis_models as models
 import pytest
 import torch
-from swap_models import Model, TensorMLP, TupleMLP, ffn
+from surgery_models import Model, TensorMLP, TupleMLP, ffn
 from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_

@@ -338,3 +338,22 @@ def test_makefile_takes_its_pins_from_one_line_of_pyproject() -> None:
     pins = re.findall(r"^requires = \[(.*)\]$", read("pyproject.toml"), re.MULTILINE)
     assert len(pins) == 1
     assert re.search(r'"torch==[0-9.]+"', pins[0])
+
+
+def test_top_level_names_are_there_and_cheap() -> None:
+    assert set(sparse_unified.__all__) <= set(dir(sparse_unified))
+    for name in sparse_unified.__all__:
+        assert getattr(sparse_unified, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = sparse_unified.nonsense
+    script = (
+        "import sys, time, torch\n"
+        "start = time.perf_counter(); import sparse_unified\n"
+        "print(time.perf_counter() - start)\n"
+        "assert 'sparse_unified.swap' not in sys.modules\n"
+        "assert sparse_unified.MoEConfig().num_experts == 16\n"
+    )
+    seconds = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    assert float(seconds) < 0.3

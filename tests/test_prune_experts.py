@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from prune_models import (
     DEPTH,
     LAYERS,
     WIDTH,
-    assert_close,
     assert_equal,
-    layer_of,
     load,
     outputs,
     small_bagel,
@@ -36,114 +33,8 @@ from sparse_unified import (
     skip_layers_,
 )
 from sparse_unified.checkpoint import Checkpoint, convert, info, prune, verify
-from sparse_unified.experts import ExpertLayout, keep_in_experts
 
 SHARED = pytest.mark.parametrize(("experts", "shared"), [(4, 0), (3, 1), (4, 2)])
-
-
-def routed_model(experts: int = 4, shared: int = 0, component: str = "gen") -> Any:
-    """A model with sparse middle layers whose routers decide."""
-    model = small_bagel()
-    how = MoEConfig(num_experts=experts, top_k=2, num_shared_experts=shared, component=component)
-    apply_moe_(model, how)
-    generator = torch.Generator().manual_seed(0)
-    for i in (1, 2):
-        block = layer_of(model, i).mlp_moe_gen if component == "gen" else layer_of(model, i).mlp
-        for router in (block.gate, block.gate_shared, block.gate_img):
-            if router is not None:
-                router.weight.data.normal_(generator=generator)
-    return model
-
-
-@SHARED
-@pytest.mark.parametrize("component", ["gen", "und"])
-def test_pruned_neurons_of_experts_are_as_if_their_output_were_zero(
-    experts: int, shared: int, component: str
-) -> None:
-    model = routed_model(experts, shared, component)
-    zeroed = copy.deepcopy(model)
-    scores = torch.rand(LAYERS, WIDTH)
-    kept: dict[int, torch.Tensor] = {}
-    name = "mlp_moe_gen" if component == "gen" else "mlp"
-    for i in (1, 2):
-        block = getattr(layer_of(zeroed, i), name)
-        kept[i] = keep_in_experts(scores[i], block.layout, keep_ratio=0.5)
-        gone = torch.ones(WIDTH, dtype=torch.bool)
-        gone[kept[i]] = False
-        block.down_proj.data[:, gone] = 0
-    before = count_parameters(model)[component]
-    dense = outputs(model)
-    report = prune_width_(
-        model, PruneWidthConfig(component=component, layers="middle"), {component: scores}
-    )
-    assert_close(outputs(model), outputs(zeroed))
-    assert report.before == before
-    assert report.after == count_parameters(model)[component]
-    assert report.after.flops_per_token < before.flops_per_token
-    block = getattr(layer_of(model, 1), name)
-    assert block.layout.expert_width == WIDTH // (experts + shared) // 2
-    assert block.layout.shared_width == shared * block.layout.expert_width
-    assert block.intermediate_size == len(kept[1]) == len(block.gate_proj)
-    restored = restore_(model, latest=True)
-    assert [part.after for part in restored.parts] == [
-        f"{experts} experts of {WIDTH // (experts + shared)} neurons"
-    ] * 2
-    assert_equal(outputs(model), dense)
-    restore_(model)
-    assert_equal(outputs(model), outputs(small_bagel()))
-
-
-@pytest.mark.parametrize(
-    ("ratio", "block_size", "width"),
-    [(1.0, 1, 24), (0.5, 1, 12), (0.001, 1, 1), (0.3, 8, 8), (0.7, 8, 16)],
-)
-def test_every_expert_keeps_as_many_of_its_best(ratio: float, block_size: int, width: int) -> None:
-    layout = ExpertLayout(intermediate_size=96, num_experts=4)
-    scores = torch.rand(96)
-    kept = keep_in_experts(scores, layout, keep_ratio=ratio, block_size=block_size)
-    assert len(kept) == 4 * width
-    assert torch.equal(kept, kept.sort().values)
-    for e in range(4):
-        start, stop = layout.expert_range(e)
-        own = kept[(kept >= start) & (kept < stop)] - start
-        blocks = scores[start:stop].view(-1, block_size).sum(1)
-        best = blocks.argsort(descending=True)[: width // block_size].sort().values
-        assert torch.equal(own.view(-1, block_size)[:, 0] // block_size, best)
-
-
-def test_a_shared_expert_keeps_a_width_that_its_count_tells() -> None:
-    for width, experts, shared in ((96, 3, 1), (96, 4, 2), (101, 3, 4), (100, 4, 2), (74, 2, 5)):
-        layout = ExpertLayout(
-            intermediate_size=width, num_experts=experts, num_shared_experts=shared
-        )
-        for ratio in (0.1, 0.5, 0.9, 0.97, 1.0):
-            kept = keep_in_experts(torch.rand(width), layout, keep_ratio=ratio)
-            by_count = ExpertLayout(
-                intermediate_size=len(kept), num_experts=experts, num_shared_experts=shared
-            )
-            assert by_count.shared_width == (kept < layout.shared_width).sum()
-    odd = ExpertLayout(
-        intermediate_size=50, num_experts=4, num_shared_experts=1, shared_intermediate_size=30
-    )
-    kept = keep_in_experts(torch.rand(50), odd, keep_ratio=0.6)
-    assert ((kept < 30).sum(), len(kept)) == (18, 18 + 4 * 3)
-
-
-def test_the_block_keeps_what_it_was_told() -> None:
-    model = routed_model(component="und")
-    block: Any = layer_of(model, 1).mlp
-    block.up_proj.requires_grad_(False)
-    block.strict = True
-    narrow_model = copy.deepcopy(model)
-    prune_width_(narrow_model, PruneWidthConfig(component="und", layers=[1]))
-    narrow: Any = layer_of(narrow_model, 1).mlp
-    assert (narrow.strict, narrow.training, narrow.top_k) == (True, block.training, 2)
-    assert narrow.return_router_logits == block.return_router_logits
-    assert not narrow.up_proj.requires_grad
-    for name in ("gate", "gate_shared", "gate_img"):
-        ours, theirs = (getattr(b, name).weight for b in (narrow, block))
-        assert torch.equal(ours, theirs)
-        assert ours.data_ptr() != theirs.data_ptr()
 
 
 @SHARED

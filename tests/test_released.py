@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from released_files import SMALL, Released, make_tensor, write_released
-from swap_models import Bare, Model, TensorMLP, TupleMLP, tokens
+from surgery_models import Bare, Model, TensorMLP, TupleMLP, tokens
 from torch import nn
 
 from sparse_unified import load_moe_, restore_

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoint_files import make_dense
 from routing_choice import block_ffn, unit_tokens
-from swap_models import LAYERS, Model, TensorMLP, ffn
+from surgery_models import LAYERS, Model, TensorMLP, ffn
 from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_, restore_

@@ -22,7 +22,8 @@ from sparse_unified._common import optional
 from sparse_unified.analysis.bagel_task import Settings
 from sparse_unified.analysis.evaluators import Better, directions
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.checkpoint.files import loads_strict, replace_file
+from sparse_unified.checkpoint import strict_json
+from sparse_unified.checkpoint.atomic import replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +47,7 @@ def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         where = f"--geneval: {file}: line {number}"
         try:
-            entry = loads_strict(line)
+            entry = strict_json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where} must be a JSON object, got {error}") from error
         if not isinstance(entry, dict):

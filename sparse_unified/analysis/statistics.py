@@ -25,15 +25,11 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import list_some
-from sparse_unified.checkpoint import Checkpoint, keys
-from sparse_unified.checkpoint.files import loads_strict, replace_file
-from sparse_unified.checkpoint.safetensors_io import (
-    TensorSpec,
-    encode_tensors,
-    read_header,
-    read_tensor,
-)
+from sparse_unified.checkpoint import Checkpoint, keys, strict_json
+from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header, read_tensor
 from sparse_unified.checkpoint.sidecar import tool_version
+from sparse_unified.checkpoint.writer import encode_tensors
 from sparse_unified.surgery.decoder import FfnKey, find_adapter
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
@@ -336,13 +332,13 @@ class FfnStatistics:
         if form != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
         try:
-            config = StatisticsConfig(**loads_strict(meta["config"]))
+            config = StatisticsConfig(**strict_json.loads(meta["config"]))
             samples = {
                 str(task): tuple(map(str, own))
-                for task, own in loads_strict(meta["samples"]).items()
+                for task, own in strict_json.loads(meta["samples"]).items()
             }
-            listed = [_parse_entry(entry) for entry in loads_strict(meta["ffns"])]
-            hashes = loads_strict(meta["model_hashes"])
+            listed = [_parse_entry(entry) for entry in strict_json.loads(meta["ffns"])]
+            hashes = strict_json.loads(meta["model_hashes"])
             model_hashes = {str(component): str(own) for component, own in hashes.items()}
             tool = meta["tool"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:

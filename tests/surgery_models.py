@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models with the structure of the official ones, for the tests of swaps."""
+"""Small models with the structure of the official ones and of engines, for tests of surgery."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN, WIDTH, LAYERS = 8, 24, 4
@@ -43,6 +44,69 @@ class TupleMLP(TensorMLP):
     ) -> Any:
         self.act_cnt += 1
         return super().forward(hidden_state), None
+
+
+class MarkedParameter(nn.Parameter):
+    """A weight as serving engines mark it: a subclass of Parameter with a loader."""
+
+    weight_loader: Any = None
+
+
+class EngineLinear(nn.Module):
+    """A linear layer as in vLLM: returns (y, bias to be added later)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = MarkedParameter(torch.randn(outputs, inputs) / 4, requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
+class MergedMLP(nn.Module):
+    """gate_proj and up_proj in one nn.Linear."""
+
+    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class EngineMLP(MergedMLP):
+    """Merged, of an engine's linears."""
+
+    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
+        nn.Module.__init__(self)
+        self.gate_up_proj: Any = EngineLinear(hidden, 2 * width)
+        self.down_proj: Any = EngineLinear(width, hidden)
+
+    def forward(self, x: Tensor) -> Any:
+        gate_up, _ = self.gate_up_proj(x)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)[0]
+
+
+class SplitEngineMLP(nn.Module):
+    """Three projections of an engine's linears, as in vLLM-Omni's BAGEL."""
+
+    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
+        super().__init__()
+        self.gate_proj = EngineLinear(hidden, width)
+        self.up_proj = EngineLinear(hidden, width)
+        self.down_proj = EngineLinear(width, hidden)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down_proj(F.silu(self.gate_proj(x)[0]) * self.up_proj(x)[0])[0]
+
+
+class MergedTupleMLP(MergedMLP):
+    def forward(self, x: Tensor, packed_text_indexes: Any = None, **_: Any) -> Any:
+        return super().forward(x), None
 
 
 class Layer(nn.Module):
@@ -91,6 +155,15 @@ class Model(nn.Module):
         for layer in self.layers:
             und, gen = layer(und, gen)
         return und, gen
+
+
+def foreign_model(mlp: Any, *sizes: int, layers: int = LAYERS) -> Model:
+    """Returns a model with FFNs of another make; those that return tuples have layers to match."""
+    is_tuple = mlp in (TupleMLP, MergedTupleMLP)
+    model = Model(TupleMLP if is_tuple else TensorMLP, layers)
+    for layer in model.layers:
+        layer.mlp, layer.mlp_moe_gen = mlp(*sizes), mlp(*sizes)
+    return model
 
 
 def ffn(model: Model, layer: int, component: str = "gen") -> Any:

@@ -9,20 +9,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from swap_models import (
+from surgery_models import (
     HIDDEN,
     LAYERS,
     WIDTH,
-    Bare,
+    EngineMLP,
+    MergedMLP,
+    MergedTupleMLP,
     Model,
+    SplitEngineMLP,
     TensorMLP,
     TupleMLP,
     assert_same,
     ffn,
+    foreign_model,
     snapshot,
     tokens,
 )
-from test_swap_load import LAYER, official_model, sparse_dir  # noqa: F401
+from test_surgery_moe import GATE, official_model, sparse_dir  # noqa: F401
 from torch import Tensor, nn
 
 from sparse_unified import (
@@ -38,6 +42,7 @@ from sparse_unified import (
 )
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.nn import SparseMoE
+from sparse_unified.surgery.ffn import read_weights
 
 HALF = MoEConfig(num_experts=4, top_k=2)
 ALL = MoEConfig(num_experts=4, top_k=4, layers="all")
@@ -48,77 +53,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-class MarkedParameter(nn.Parameter):
-    """A weight as serving engines mark it: a subclass of Parameter with a loader."""
-
-    weight_loader: Any = None
-
-
-class EngineLinear(nn.Module):
-    """A linear layer as in vLLM: returns (y, bias to be added later)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = MarkedParameter(torch.randn(outputs, inputs) / 4, requires_grad=False)
-        self.register_parameter("bias", None)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight), None
-
-
-class MergedMLP(nn.Module):
-    """gate_proj and up_proj in one nn.Linear."""
-
-    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Any:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class EngineMLP(MergedMLP):
-    """Merged, of an engine's linears."""
-
-    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
-        nn.Module.__init__(self)
-        self.gate_up_proj: Any = EngineLinear(hidden, 2 * width)
-        self.down_proj: Any = EngineLinear(width, hidden)
-
-    def forward(self, x: Tensor) -> Any:
-        gate_up, _ = self.gate_up_proj(x)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)[0]
-
-
-class SplitEngineMLP(nn.Module):
-    """Three projections of an engine's linears, as in vLLM-Omni's BAGEL."""
-
-    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
-        super().__init__()
-        self.gate_proj = EngineLinear(hidden, width)
-        self.up_proj = EngineLinear(hidden, width)
-        self.down_proj = EngineLinear(width, hidden)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.down_proj(F.silu(self.gate_proj(x)[0]) * self.up_proj(x)[0])[0]
-
-
-class MergedTupleMLP(MergedMLP):
-    def forward(self, x: Tensor, packed_text_indexes: Any = None, **_: Any) -> Any:
-        return super().forward(x), None
-
-
 FOREIGN = pytest.mark.parametrize("mlp", [MergedMLP, EngineMLP, SplitEngineMLP, MergedTupleMLP])
-
-
-def foreign_model(mlp: Any, *sizes: int, layers: int = LAYERS) -> Model:
-    model = Model(TupleMLP if mlp is MergedTupleMLP else TensorMLP, layers)
-    for layer in model.layers:
-        layer.mlp, layer.mlp_moe_gen = mlp(*sizes), mlp(*sizes)
-    return model
 
 
 @FOREIGN
@@ -142,8 +77,14 @@ def test_merged_and_engine_layers_become_sparse_and_come_back(mlp: Any, componen
 @FOREIGN
 def test_merged_and_engine_layers_get_narrower(mlp: Any) -> None:
     model = foreign_model(mlp)
-    before, counts = snapshot(model), count_parameters(model)["gen"]
-    report = prune_width_(model, PruneWidthConfig(component="gen", keep_ratio=0.5))
+    scores = torch.rand(LAYERS, WIDTH)
+    before, counts, dense = snapshot(model), count_parameters(model)["gen"], ffn(model, 1)
+    report = prune_width_(model, PruneWidthConfig(component="gen", keep_ratio=0.5), scores)
+    kept = scores[1].topk(WIDTH // 2).indices.sort().values
+    narrow, (gate, up, down) = ffn(model, 1), read_weights(dense)
+    assert torch.equal(narrow.gate_proj.weight, gate[kept])
+    assert torch.equal(narrow.up_proj.weight, up[kept])
+    assert torch.equal(narrow.down_proj.weight, down[:, kept])
     assert {(part.before, part.after) for part in report.parts} == {("24 neurons", "12 neurons")}
     assert report.before == counts
     assert counts.parameters == LAYERS * 3 * HIDDEN * WIDTH
@@ -155,18 +96,6 @@ def test_merged_and_engine_layers_get_narrower(mlp: Any) -> None:
     assert_same(before, snapshot(model))
 
 
-def test_half_of_the_neurons_of_a_merged_layer_are_those_with_the_highest_scores() -> None:
-    model = foreign_model(MergedMLP)
-    dense = ffn(model, 1)
-    scores = torch.rand(LAYERS, WIDTH)
-    kept = scores[1].topk(WIDTH // 2).indices.sort().values
-    prune_width_(model, PruneWidthConfig(component="gen", keep_ratio=0.5), scores)
-    narrow = ffn(model, 1)
-    assert torch.equal(narrow.gate_proj.weight, dense.gate_up_proj.weight[kept])
-    assert torch.equal(narrow.up_proj.weight, dense.gate_up_proj.weight[WIDTH:][kept])
-    assert torch.equal(narrow.down_proj.weight, dense.down_proj.weight[:, kept])
-
-
 @pytest.mark.parametrize("mlp", [MergedMLP, EngineMLP, SplitEngineMLP])
 def test_checkpoints_load_into_merged_and_engine_layers(mlp: Any, sparse_dir: Path) -> None:  # noqa: F811
     model = foreign_model(mlp, 32, 96, layers=3)
@@ -176,7 +105,7 @@ def test_checkpoints_load_into_merged_and_engine_layers(mlp: Any, sparse_dir: Pa
     x = tokens(6, 32)
     assert torch.equal(model.layers[1].mlp_moe_gen(x), official.layers[1].mlp_moe_gen(x))
     key = "experts.2.down_proj.weight"
-    stored = Checkpoint(sparse_dir).read(f"{LAYER}.{key}")
+    stored = Checkpoint(sparse_dir).read(f"{GATE}.{key}")
     assert torch.equal(model.layers[1].mlp_moe_gen.state_dict()[key], stored)
 
 
@@ -248,21 +177,6 @@ def test_a_decoder_without_a_generation_ffn_says_what_it_has() -> None:
         apply_moe_(qwen2(), HALF)
 
 
-def test_layers_at_an_unusual_place_are_found() -> None:
-    class Pipeline:
-        """Holds a transformer as the pipelines of diffusers do, and is no module."""
-
-        def __init__(self, model: nn.Module) -> None:
-            self.transformer = model
-            self.vae = nn.Linear(2, 2)
-
-    model = Model()
-    decoder = Bare(transformer_blocks=model.layers)
-    report = apply_moe_(Pipeline(decoder), HALF)
-    assert report.layers[0].path == "transformer.transformer_blocks.1.mlp_moe_gen"
-    assert len(restore_(Pipeline(decoder)).layers) == 2
-
-
 # The name that the tokens go by.
 
 
@@ -311,26 +225,6 @@ def test_hooks_of_users_see_the_name_that_the_caller_gave() -> None:
     handle.remove()
     ffn(model, 1)(hidden_state=tokens(5))
     assert seen == [["hidden_state"]]
-
-
-def test_an_interrupted_swap_leaves_no_name_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_unified.surgery import exchange
-
-    model, calls = Model(), []
-    original = exchange.take_name
-
-    def interrupted(*modules: nn.Module) -> None:
-        original(*modules)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    dense = ffn(model, 1)(hidden_state=tokens(5))
-    monkeypatch.setattr(exchange, "take_name", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        apply_moe_(model, ALL)
-    assert torch.equal(ffn(model, 1)(hidden_state=tokens(5)), dense)
-    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 # Weights that are parts of others.

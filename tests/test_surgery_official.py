@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 from official_models import official_bagel, official_code, official_image
-from swap_models import assert_same, snapshot, tokens
-from test_swap_load import FFNS, GOLDEN, latent, relative_error
+from surgery_models import assert_same, snapshot, tokens
+from test_surgery_moe import FFNS, GOLDEN, latent, relative_error
 
 from sparse_unified import (
     MoEConfig,

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse FFNs go into a live model, from its own weights or from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from surgery_models import (
+    HIDDEN,
+    LAYERS,
+    WIDTH,
+    Bare,
+    Layer,
+    Model,
+    TensorMLP,
+    TupleMLP,
+    assert_same,
+    ffn,
+    foreign_model,
+    snapshot,
+    tokens,
+)
+from torch import Tensor, nn
+
+from sparse_unified import MoEConfig, apply_moe_, load_moe_, restore_
+from sparse_unified.bagel import (
+    Bagel,
+    BagelPipeline,
+    SamplingConfig,
+    build_guidance,
+    sample_latents,
+)
+from sparse_unified.checkpoint import Checkpoint, convert
+from sparse_unified.experts import ExpertLayout, magnitude_scores, snake_partition
+from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.nn import SparseMoE, SwiGLU
+from sparse_unified.testing import Case, build_model, read_case
+
+GOLDEN = Path(__file__).parent / "golden"
+FFNS = {"gen": "mlp_moe_gen", "und": "mlp"}
+GATE = "language_model.model.layers.1.mlp_moe_gen"
+HALF = MoEConfig(num_experts=4, top_k=2)
+MLPS = pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
+COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# From the weights of the model
+
+
+@MLPS
+@COMPONENTS
+@pytest.mark.parametrize("shared", [0, 2])
+def test_all_experts_with_zero_router_equal_dense(
+    mlp: type[TensorMLP], component: str, shared: int
+) -> None:
+    model = Model(mlp)
+    dense = model(tokens(5), tokens(7))
+    config = MoEConfig(
+        num_experts=4, top_k=4, num_shared_experts=shared, component=component, layers="all"
+    )
+    apply_moe_(model, config)
+    for sparse, expected in zip(model(tokens(5), tokens(7)), dense, strict=True):
+        torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-6)
+    for i in range(LAYERS):
+        block = ffn(model, i, component)
+        assert type(block) is SparseMoE
+        assert (block.gate_img is not None) == (component == "und")
+        out = block(tokens())
+        assert isinstance(out, tuple) == (mlp is TupleMLP)
+
+
+@pytest.mark.parametrize("form", ["magnitude", "tensor", "dict", "numpy"])
+def test_weights_are_permuted_bit_for_bit_by_score(form: str) -> None:
+    model = Model()
+    weights = [getattr(ffn(model, 2), n).weight for n in ("gate_proj", "up_proj", "down_proj")]
+    given = torch.rand(LAYERS, WIDTH)
+    given[0] = float("nan")  # of a layer that stays dense
+    scores: Any = {
+        "magnitude": None,
+        "tensor": given,
+        "dict": {1: given[1], 2: given[2]},
+        "numpy": given.double().numpy(),
+    }[form]
+    ranking = magnitude_scores(*weights) if scores is None else given[2]
+    order = snake_partition(ranking, ExpertLayout(intermediate_size=WIDTH, num_experts=4))
+    apply_moe_(model, HALF, scores)
+    block = ffn(model, 2)
+    assert torch.equal(block.gate_proj, weights[0][order])
+    assert torch.equal(block.up_proj, weights[1][order])
+    assert torch.equal(block.down_proj, weights[2][:, order])
+    assert not block.gate.weight.any()
+    assert not block.gate_shared.weight.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_mode_and_requires_grad_are_kept(dtype: torch.dtype) -> None:
+    model = Model(TupleMLP).to(dtype)
+    dense = ffn(model, 1).eval()
+    dense.up_proj.requires_grad_(False)
+    apply_moe_(model, HALF)
+    block = ffn(model, 1)
+    assert {p.dtype for p in block.parameters()} == {dtype}
+    assert not block.training
+    assert not block.gate.training
+    assert ffn(model, 2).training
+    assert {name for name, p in block.named_parameters() if not p.requires_grad} == {"up_proj"}
+    assert dense.act_cnt == 0  # the run that shows what it returns leaves no trace
+
+
+def test_frozen_experts_train_routers_alone() -> None:
+    model = Model().requires_grad_(False)
+    apply_moe_(model, HALF)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.rsplit(".", 2)[-2] for n in trained} == {"gate", "gate_shared"}
+    model(tokens(), tokens())[1].sum().backward()
+    assert ffn(model, 1).gate.weight.grad.any()
+
+
+def test_meta_weights_are_swapped_when_scores_are_given() -> None:
+    with torch.device("meta"):
+        model = Model(TupleMLP)
+    report = apply_moe_(model, HALF, torch.rand(LAYERS, WIDTH))
+    assert ffn(model, 1).gate_proj.is_meta
+    assert ffn(model, 1).return_router_logits
+    assert report.layers[0].backend == ffn(model, 1).active_backend
+
+
+class Holder:
+    """No module, but holds one, as pipelines do."""
+
+    def __init__(self, **parts: Any) -> None:
+        vars(self).update(parts)
+
+
+class Wrapper(nn.Module):
+    """Shows the attributes of the layer inside it."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.wrapped = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return self._modules[name] if name == "wrapped" else getattr(self.wrapped, name)
+
+
+@pytest.mark.parametrize(
+    ("lead", "path"),
+    [
+        (lambda m: Holder(model=m), "model.language_model.model.layers"),
+        (lambda m: m.language_model, "model.layers"),
+        (lambda m: m.language_model.model, "layers"),
+        (lambda m: Holder(layers=list(m.layers)), "layers"),
+        (lambda m: Bare(layers=nn.ModuleList(map(Wrapper, m.layers))), "layers"),
+        (
+            lambda m: Holder(transformer=Bare(blocks=m.layers), vae=nn.Linear(2, 2)),
+            "transformer.blocks",
+        ),
+    ],
+)
+def test_layers_are_found_from_every_object_that_leads_to_them(lead: Any, path: str) -> None:
+    model = Model()
+    host = lead(model)
+    report = apply_moe_(host, HALF)
+    assert [entry.path for entry in report.layers] == [f"{path}.{i}.mlp_moe_gen" for i in (1, 2)]
+    is_sparse = [isinstance(ffn(model, i), SparseMoE) for i in range(LAYERS)]
+    assert is_sparse == [False, True, True, False]
+    assert len(restore_(host).layers) == 2
+    assert not any(isinstance(ffn(model, i), SparseMoE) for i in range(LAYERS))
+
+
+def test_report_says_what_changed() -> None:
+    model = Model()
+    report = apply_moe_(model, MoEConfig(num_experts=4, top_k=2, num_shared_experts=2))
+    entry = report.layers[0]
+    assert [e.layer for e in report.layers] == [1, 2]
+    assert (entry.before, entry.after) == ("TensorMLP", "SparseMoE")
+    assert entry.path == GATE
+    assert (entry.num_experts, entry.top_k, entry.num_shared_experts) == (4, 2, 2)
+    assert (entry.expert_width, entry.shared_width) == (4, 8)
+    assert entry.parameters_before == entry.active_before == 3 * HIDDEN * WIDTH
+    assert entry.parameters_after == sum(p.numel() for p in ffn(model, 1).parameters())
+    assert entry.active_after == entry.parameters_after - 2 * 3 * HIDDEN * 4
+    assert entry.backend == "cpu"
+    read = json.loads(report.to_json())
+    assert (read["action"], read["layers"][1]["layer"]) == ("apply_moe_", 2)
+    text = str(report)
+    assert text.startswith("apply_moe_: 2 FFNs changed (gen 1-2); parameters 1,152 -> ")
+    assert len(text.splitlines()) == 5
+    back = restore_(model).layers[0]
+    assert (back.before, back.after, back.backend) == ("SparseMoE", "TensorMLP", "dense")
+    assert (back.active_before, back.active_after) == (entry.active_after, entry.active_before)
+
+
+# From a checkpoint
+
+
+@pytest.fixture(scope="module")
+def sparse_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden sparse model (layer 1 of 3: 4 experts, 2 active) as a model directory."""
+    return write_checkpoint(GOLDEN / "t2i_moe", tmp_path_factory.mktemp("sparse"))
+
+
+def official_model(mlp: type[TensorMLP] = TensorMLP, layers: int = 3) -> Model:
+    """The official structure at the sizes of the golden model."""
+    return foreign_model(mlp, 32, 96, layers=layers)
+
+
+def dense_bagel(case: Case) -> Bagel:
+    """Our model with the weights of a sparse case, and noise in a dense FFN for the sparse one."""
+    fields = {name: value for name, value in case.fields.items() if name != "moe"}
+    tensors = {k: t for k, t in case.tensors.items() if "layers.1.mlp_moe_gen." not in k}
+    for name, shape in (("gate_proj", (96, 32)), ("up_proj", (96, 32)), ("down_proj", (32, 96))):
+        tensors[f"model.{GATE}.{name}.weight"] = torch.randn(shape) / 6
+    return build_model(Case(name=case.name, fields=fields, tensors=tensors))
+
+
+def latent(model: Bagel, case: Case) -> Tensor:
+    fields = case.fields
+    names = [name for name in SamplingConfig.__slots__ if name in fields]
+    config = SamplingConfig(**{name: fields[name] for name in names})
+    guidance = build_guidance(model, fields["prompt_ids"])
+    return sample_latents(model, guidance, [case.tensor("init_noise")], [(4, 4)], config)[0]
+
+
+def relative_error(out: Tensor, gold: Tensor) -> float:
+    return float((out - gold).norm() / gold.norm())
+
+
+def test_golden_sparse_weights_in_our_dense_model_give_the_golden_image(sparse_dir: Path) -> None:
+    case = read_case(GOLDEN / "t2i_moe")
+    model = dense_bagel(case)
+    dense, before = latent(model, case), snapshot(model)
+    report = load_moe_(model, sparse_dir)
+    assert [(e.layer, e.component, e.before) for e in report.layers] == [(1, "gen", "SwiGLU")]
+    assert relative_error(latent(model, case), case.tensor("latent.0")) < 1e-5
+    assert model.state_dict().keys() == case.weights.keys()
+    restore_(model)
+    assert_same(before, snapshot(model))
+    assert torch.equal(latent(model, case), dense)
+
+
+def test_our_dense_model_with_all_experts_active_draws_the_dense_image() -> None:
+    case = read_case(GOLDEN / "t2i_dense")
+    model = build_model(case)
+    for component in FFNS:
+        apply_moe_(model, MoEConfig(num_experts=4, top_k=4, component=component, layers="all"))
+    assert sum(isinstance(m, SparseMoE) for m in model.modules()) == 6
+    assert relative_error(latent(model, case), case.tensor("latent.0")) < 1e-5
+
+
+def test_a_pipeline_is_taken_as_it_is(tmp_path: Path) -> None:
+    source = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
+    pipeline = BagelPipeline.from_pretrained(source)
+    options: Any = {"seed": 1, "num_timesteps": 3, "size": (32, 32), "progress": False}
+    dense = pipeline.generate("a", **options).latents[0]
+    apply_moe_(pipeline, HALF)
+    result = pipeline.generate("a", **options)
+    assert result.report.backend == "cpu"
+    assert not torch.equal(result.latents[0], dense)
+    restore_(pipeline)
+    assert torch.equal(pipeline.generate("a", **options).latents[0], dense)
+
+
+@MLPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [Path, str, Checkpoint])
+def test_official_models_compute_what_the_file_says(
+    mlp: type[TensorMLP], dtype: torch.dtype, given: Any, sparse_dir: Path
+) -> None:
+    model = official_model(mlp).to(dtype)
+    model.layers[1].mlp_moe_gen.eval()
+    model.layers[1].mlp_moe_gen.down_proj.requires_grad_(False)
+    load_moe_(model, given(sparse_dir))
+    recorded = {
+        key.removeprefix(f"{GATE}."): tensor.to(dtype)
+        for key, tensor in load_file(sparse_dir / "ema.safetensors").items()
+        if key.startswith(GATE)
+    }
+    block = model.layers[1].mlp_moe_gen
+    state = block.state_dict()
+    assert state.keys() == recorded.keys()
+    assert all(torch.equal(state[key], recorded[key]) for key in recorded)
+    assert (block.num_experts, block.top_k, block.training) == (4, 2, False)
+    assert [n for n, p in block.named_parameters() if not p.requires_grad] == ["down_proj"]
+    reference = SparseMoE(32, 96, 4, 2, dtype=dtype)
+    reference.load_state_dict(recorded)
+    x = tokens(6, 32).to(dtype)
+    out = block(x)
+    assert isinstance(out, tuple) == (mlp is TupleMLP)
+    assert torch.equal(out[0] if isinstance(out, tuple) else out, reference(x)[0])
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 2])
+def test_loading_a_conversion_equals_applying_it(tmp_path: Path, num_shared_experts: int) -> None:
+    source = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
+    scores = torch.rand(3, 96)
+    counts: Any = {"num_experts": 4, "top_k": 2, "num_shared_experts": num_shared_experts}
+    case = read_case(GOLDEN / "t2i_dense")
+    applied, loaded = build_model(case), build_model(case)
+    for component in FFNS:
+        out = tmp_path / component
+        convert(source, out, **counts, component=component, layers="1-2", scores=scores)
+        apply_moe_(applied, MoEConfig(**counts, component=component, layers="1-2"), scores)
+        source = out
+    report = load_moe_(loaded, source)
+    found = sorted((entry.component, entry.layer) for entry in report.layers)
+    assert found == [("gen", 1), ("gen", 2), ("und", 1), ("und", 2)]
+    mine, theirs = applied.state_dict(), loaded.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    restore_(loaded)
+    assert all(isinstance(layer.mlp, SwiGLU) for layer in loaded.language_model.model.layers)
+
+
+# What is refused when loading
+
+
+def refuse(model: Any, source: Any, match: str, error: type = ValueError) -> None:
+    before = snapshot(model)
+    with pytest.raises(error, match=match) as caught:
+        load_moe_(model, source)
+    assert "\n" not in str(caught.value)
+    assert_same(before, snapshot(model))
+
+
+def narrow_model() -> Model:
+    model = official_model()
+    model.layers[1].mlp_moe_gen = TensorMLP(32, 48)
+    return model
+
+
+def sparse_model() -> Model:
+    model = official_model()
+    apply_moe_(model, HALF)
+    return model
+
+
+def meta_model() -> Model:
+    model = official_model()
+    model.layers[1].mlp_moe_gen.to("meta")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: official_model(layers=4), "model must have 3 layers as .*, got 4 under"),
+        (
+            narrow_model,
+            r"got layer 1 .*mlp_moe_gen\) \[I, D\] = \[96, 32\] in the file, \[48, 32\] in",
+        ),
+        (Bare, "load_moe_: model must have decoder layers with mlp_moe_gen"),
+        (sparse_model, "load_moe_: layer 1 .*FFN must be dense, got a SparseMoE"),
+        (meta_model, "load_moe_: layer 1 .*weights must be in memory, got meta"),
+    ],
+)
+def test_models_that_do_not_fit_the_file_are_refused(
+    make: Any, match: str, sparse_dir: Path
+) -> None:
+    refuse(make(), sparse_dir, match)
+
+
+def test_what_is_no_sparse_checkpoint_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
+    refuse(official_model(), source, "checkpoint must be sparse, got a dense one")
+    refuse(official_model(), tmp_path / "no", "checkpoint must be a directory, got nothing there")
+
+
+def rewrite(source: Path, out: Path, change: Any) -> Path:
+    """Copies a model directory with other tensors or another config."""
+    out.mkdir()
+    config = json.loads((source / "llm_config.json").read_text())
+    tensors = load_file(source / "ema.safetensors")
+    change(tensors, config)
+    (out / "llm_config.json").write_text(json.dumps(config))
+    save_file(tensors, out / "ema.safetensors")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t, c: t.pop(f"{GATE}.experts.3.up_proj.weight"), "experts.3.up_proj.weight"),
+        (lambda t, c: c.update(top_k=5), "top_k must equal num_experts_per_tok, both 1 to 4"),
+    ],
+)
+def test_files_that_disagree_with_themselves_are_refused(
+    change: Any, match: str, sparse_dir: Path, tmp_path: Path
+) -> None:
+    refuse(official_model(), rewrite(sparse_dir, tmp_path / "bad", change), match)
+
+
+def test_keys_that_differ_from_the_block_are_listed_together(
+    sparse_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(sparse_dir)
+    assert checkpoint.moe is not None  # judged before the tensors change under it
+    specs = checkpoint.specs
+    del specs[f"{GATE}.experts.0.gate_proj.weight"]
+    specs[f"{GATE}.gate.bias"] = specs[f"{GATE}.gate.weight"]
+    specs[f"{GATE}.gate.weight"] = specs[f"{GATE}.gate_shared.weight"]
+    monkeypatch.setattr(Checkpoint, "specs", specs)
+    refuse(
+        official_model(),
+        checkpoint,
+        r"got missing \S+experts\.0\.gate_proj\.weight \[24, 32\], extra \S+gate\.bias \[4, 32\], "
+        r"misshapen \S+gate\.weight \[1, 32\], not \[4, 32\]",
+    )
+
+
+def test_a_file_cut_short_while_it_is_read_leaves_the_model_alone(
+    sparse_dir: Path, tmp_path: Path
+) -> None:
+    source = rewrite(sparse_dir, tmp_path / "cut", lambda tensors, config: None)
+    checkpoint = Checkpoint(source)
+    with (source / "ema.safetensors").open("r+b") as stream:
+        stream.truncate(min(spec.start for spec in checkpoint.specs.values()) + 100)
+    refuse(official_model(), checkpoint, "file must not change while it is read", RuntimeError)

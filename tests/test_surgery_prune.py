@@ -1,0 +1,547 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Narrower FFNs, fewer heads and skipped layers of a live model: what stays, what it computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prune_models import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KEY_HEADS,
+    LAYERS,
+    SUFFIX,
+    WIDTH,
+    assert_close,
+    assert_equal,
+    calls_counted,
+    contexts,
+    differs,
+    layer_of,
+    outputs,
+    small_bagel,
+)
+from surgery_models import Model, TensorMLP, TupleMLP, ffn, snapshot, tokens
+from torch import Tensor
+
+from sparse_unified import (
+    MoEConfig,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+    apply_moe_,
+    count_parameters,
+    prune_heads_,
+    prune_width_,
+    restore_,
+    skip_layers_,
+)
+from sparse_unified.bagel import Bagel
+from sparse_unified.bagel.vision import grid_positions
+from sparse_unified.experts import (
+    Budget,
+    ExpertLayout,
+    keep_in_experts,
+    keep_units,
+    magnitude_scores,
+)
+from sparse_unified.nn import SwiGLU
+
+COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
+SHARED = pytest.mark.parametrize(("experts", "shared"), [(4, 0), (3, 1), (4, 2)])
+MLPS = pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
+
+
+# Width
+
+
+def projections(module: Any) -> list[Tensor]:
+    return [getattr(module, name).weight for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+@COMPONENTS
+@pytest.mark.parametrize("block_size", [1, 16, 32])
+def test_pruned_neurons_are_as_if_their_output_were_zero(component: str, block_size: int) -> None:
+    model = small_bagel()
+    scores = torch.rand(LAYERS, WIDTH)
+    config = PruneWidthConfig(component=component, keep_ratio=0.6, block_size=block_size)
+    zeroed = copy.deepcopy(model)
+    kept = keep_units(
+        dict(enumerate(scores)), keep_ratio=0.6, budget=Budget.UNIFORM, block_size=block_size
+    )
+    for i in range(LAYERS):
+        gone = torch.ones(WIDTH, dtype=torch.bool)
+        gone[kept[i]] = False
+        with torch.no_grad():
+            getattr(layer_of(zeroed, i), f"mlp{SUFFIX[component]}").down_proj.weight[:, gone] = 0
+    prune_width_(model, config, {component: scores})
+    assert_close(outputs(model), outputs(zeroed))
+
+
+def test_weights_are_physically_shorter_and_keep_their_order_bit_for_bit() -> None:
+    model = small_bagel()
+    dense = projections(layer_of(model, 1).mlp_moe_gen)
+    order = magnitude_scores(*dense).argsort(descending=True)[:48].sort().values
+    prune_width_(model, PruneWidthConfig(layers=[1]))
+    gate_proj, up_proj, down_proj = projections(layer_of(model, 1).mlp_moe_gen)
+    assert torch.equal(gate_proj, dense[0][order])
+    assert torch.equal(up_proj, dense[1][order])
+    assert torch.equal(down_proj, dense[2][:, order])
+    assert down_proj.is_contiguous()
+    assert layer_of(model, 0).mlp_moe_gen.gate_proj.weight.shape == (WIDTH, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "block_size", "kept"),
+    [(1.0, 1, 96), (0.5, 1, 48), (0.001, 1, 1), (0.001, 16, 16), (0.6, 32, 64), (0.75, 48, 96)],
+)
+def test_kept_widths_are_rounded_to_blocks(ratio: float, block_size: int, kept: int) -> None:
+    model = small_bagel()
+    prune_width_(model, PruneWidthConfig(keep_ratio=ratio, block_size=block_size))
+    widths = {len(projections(layer_of(model, i).mlp_moe_gen)[0]) for i in range(LAYERS)}
+    assert widths == {kept}
+
+
+def test_a_global_budget_goes_where_the_scores_are() -> None:
+    scores = torch.rand(LAYERS, WIDTH) * torch.tensor([1.0, 100.0, 1.0, 1.0])[:, None]
+    scores[2, 1:] = 0  # one neuron does everything in layer 2
+    model = small_bagel()
+    config = PruneWidthConfig(keep_ratio=0.5, budget="global")
+    prune_width_(model, config, scores)
+    widths = [len(projections(layer_of(model, i).mlp_moe_gen)[0]) for i in range(LAYERS)]
+    assert sum(widths) == LAYERS * WIDTH // 2
+    assert widths[2] == 1
+    # The scale of a layer's scores is not its importance.
+    assert max(widths[0], widths[1], widths[3]) - min(widths[0], widths[1], widths[3]) < 30
+
+
+def test_no_layer_is_emptied_by_a_global_budget() -> None:
+    scores = {0: torch.rand(32), 1: torch.full((32,), -5.0)}
+    kept = keep_units(scores, keep_ratio=0.01, budget=Budget.GLOBAL)
+    assert [len(index) for index in kept.values()] == [1, 1]
+
+
+@MLPS
+@COMPONENTS
+def test_models_of_another_make_keep_their_return_convention(mlp: Any, component: str) -> None:
+    model = Model(mlp)
+    before = model(tokens(), tokens())
+    prune_width_(model, PruneWidthConfig(component=component, keep_ratio=0.5))
+    after = model(tokens(), tokens())
+    changed = component == "gen"
+    assert torch.equal(before[not changed], after[not changed])
+    assert not torch.allclose(before[changed], after[changed])
+    assert isinstance(ffn(model, 0, component)(tokens()), tuple) == (mlp is TupleMLP)
+
+
+def test_dtype_mode_and_requires_grad_are_kept() -> None:
+    model = small_bagel(dtype=torch.bfloat16)
+    layer_of(model, 1).mlp_moe_gen.up_proj.requires_grad_(False)
+    prune_width_(model, PruneWidthConfig(layers=[1]))
+    narrow = layer_of(model, 1).mlp_moe_gen
+    assert type(narrow) is SwiGLU
+    assert not narrow.training
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    assert [p.requires_grad for p in projections(narrow)] == [True, False, True]
+
+
+# Width inside experts
+
+
+def routed_model(experts: int = 4, shared: int = 0, component: str = "gen") -> Any:
+    """A model with sparse middle layers whose routers decide."""
+    model = small_bagel()
+    how = MoEConfig(num_experts=experts, top_k=2, num_shared_experts=shared, component=component)
+    apply_moe_(model, how)
+    generator = torch.Generator().manual_seed(0)
+    for i in (1, 2):
+        block = layer_of(model, i).mlp_moe_gen if component == "gen" else layer_of(model, i).mlp
+        for router in (block.gate, block.gate_shared, block.gate_img):
+            if router is not None:
+                router.weight.data.normal_(generator=generator)
+    return model
+
+
+@SHARED
+@pytest.mark.parametrize("component", ["gen", "und"])
+def test_pruned_neurons_of_experts_are_as_if_their_output_were_zero(
+    experts: int, shared: int, component: str
+) -> None:
+    model = routed_model(experts, shared, component)
+    zeroed = copy.deepcopy(model)
+    scores = torch.rand(LAYERS, WIDTH)
+    kept: dict[int, torch.Tensor] = {}
+    name = "mlp_moe_gen" if component == "gen" else "mlp"
+    for i in (1, 2):
+        block = getattr(layer_of(zeroed, i), name)
+        kept[i] = keep_in_experts(scores[i], block.layout, keep_ratio=0.5)
+        gone = torch.ones(WIDTH, dtype=torch.bool)
+        gone[kept[i]] = False
+        block.down_proj.data[:, gone] = 0
+    before = count_parameters(model)[component]
+    dense = outputs(model)
+    report = prune_width_(
+        model, PruneWidthConfig(component=component, layers="middle"), {component: scores}
+    )
+    assert_close(outputs(model), outputs(zeroed))
+    assert report.before == before
+    assert report.after == count_parameters(model)[component]
+    assert report.after.flops_per_token < before.flops_per_token
+    block = getattr(layer_of(model, 1), name)
+    assert block.layout.expert_width == WIDTH // (experts + shared) // 2
+    assert block.layout.shared_width == shared * block.layout.expert_width
+    assert block.intermediate_size == len(kept[1]) == len(block.gate_proj)
+    restored = restore_(model, latest=True)
+    assert [part.after for part in restored.parts] == [
+        f"{experts} experts of {WIDTH // (experts + shared)} neurons"
+    ] * 2
+    assert_equal(outputs(model), dense)
+    restore_(model)
+    assert_equal(outputs(model), outputs(small_bagel()))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "block_size", "width"),
+    [(1.0, 1, 24), (0.5, 1, 12), (0.001, 1, 1), (0.3, 8, 8), (0.7, 8, 16)],
+)
+def test_every_expert_keeps_as_many_of_its_best(ratio: float, block_size: int, width: int) -> None:
+    layout = ExpertLayout(intermediate_size=96, num_experts=4)
+    scores = torch.rand(96)
+    kept = keep_in_experts(scores, layout, keep_ratio=ratio, block_size=block_size)
+    assert len(kept) == 4 * width
+    assert torch.equal(kept, kept.sort().values)
+    for e in range(4):
+        start, stop = layout.expert_range(e)
+        own = kept[(kept >= start) & (kept < stop)] - start
+        blocks = scores[start:stop].view(-1, block_size).sum(1)
+        best = blocks.argsort(descending=True)[: width // block_size].sort().values
+        assert torch.equal(own.view(-1, block_size)[:, 0] // block_size, best)
+
+
+def test_a_shared_expert_keeps_a_width_that_its_count_tells() -> None:
+    for width, experts, shared in ((96, 3, 1), (96, 4, 2), (101, 3, 4), (100, 4, 2), (74, 2, 5)):
+        layout = ExpertLayout(
+            intermediate_size=width, num_experts=experts, num_shared_experts=shared
+        )
+        for ratio in (0.1, 0.5, 0.9, 0.97, 1.0):
+            kept = keep_in_experts(torch.rand(width), layout, keep_ratio=ratio)
+            by_count = ExpertLayout(
+                intermediate_size=len(kept), num_experts=experts, num_shared_experts=shared
+            )
+            assert by_count.shared_width == (kept < layout.shared_width).sum()
+    odd = ExpertLayout(
+        intermediate_size=50, num_experts=4, num_shared_experts=1, shared_intermediate_size=30
+    )
+    kept = keep_in_experts(torch.rand(50), odd, keep_ratio=0.6)
+    assert ((kept < 30).sum(), len(kept)) == (18, 18 + 4 * 3)
+
+
+def test_the_block_keeps_what_it_was_told() -> None:
+    model = routed_model(component="und")
+    block: Any = layer_of(model, 1).mlp
+    block.up_proj.requires_grad_(False)
+    block.strict = True
+    narrow_model = copy.deepcopy(model)
+    prune_width_(narrow_model, PruneWidthConfig(component="und", layers=[1]))
+    narrow: Any = layer_of(narrow_model, 1).mlp
+    assert (narrow.strict, narrow.training, narrow.top_k) == (True, block.training, 2)
+    assert narrow.return_router_logits == block.return_router_logits
+    assert not narrow.up_proj.requires_grad
+    for name in ("gate", "gate_shared", "gate_img"):
+        ours, theirs = (getattr(b, name).weight for b in (narrow, block))
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() != theirs.data_ptr()
+
+
+# Heads
+
+
+PER_GROUP = HEADS // KEY_HEADS * HEAD_DIM
+
+
+def zero_heads(model: Bagel, component: str, kept: dict[int, list[int]]) -> None:
+    """Zeroes the output columns of all groups but the kept ones."""
+    for i, groups in kept.items():
+        weight = getattr(layer_of(model, i).self_attn, f"o_proj{SUFFIX[component]}").weight
+        with torch.no_grad():
+            for group in set(range(KEY_HEADS)) - set(groups):
+                weight[:, group * PER_GROUP : (group + 1) * PER_GROUP] = 0
+
+
+def scores_for(kept: dict[int, list[int]]) -> dict[int, Tensor]:
+    """Scores that keep exactly these groups."""
+    return {
+        i: torch.tensor([float(group in groups) for group in range(KEY_HEADS)])
+        for i, groups in kept.items()
+    }
+
+
+UND = {0: [0, 2], 1: [2, 3], 2: [0, 1], 3: [1, 3]}
+GEN = {0: [0, 2], 1: [0, 1], 2: [1, 3], 3: [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("und", "gen"), [(UND, None), (None, GEN), (UND, GEN)], ids=["und", "gen", "both"]
+)
+def test_pruned_heads_are_as_if_their_output_were_zero(und: Any, gen: Any) -> None:
+    model, zeroed = small_bagel(), small_bagel()
+    for component, kept in (("und", und), ("gen", gen)):
+        if kept is not None:
+            zero_heads(zeroed, component, kept)
+            config = PruneHeadsConfig(component=component, keep_ratio=0.5)
+            prune_heads_(model, config, {component: scores_for(kept)})
+    assert differs(outputs(model), outputs(small_bagel()))
+    assert_close(outputs(model), outputs(zeroed))
+    for i in range(LAYERS):
+        attention = layer_of(model, i).self_attn
+        seen = set(und[i] if und else range(KEY_HEADS)) | set(gen[i] if gen else range(KEY_HEADS))
+        for suffix, kept in (("", und), ("_moe_gen", gen)):
+            groups = KEY_HEADS if kept is None else len(kept[i])
+            assert getattr(attention, f"q_proj{suffix}").out_features == groups * PER_GROUP
+            assert getattr(attention, f"o_proj{suffix}").in_features == groups * PER_GROUP
+            assert getattr(attention, f"k_proj{suffix}").out_features == len(seen) * HEAD_DIM
+            assert getattr(attention, f"v_proj{suffix}").out_features == len(seen) * HEAD_DIM
+
+
+def test_heads_that_nobody_reads_leave_the_cache() -> None:
+    model = small_bagel()
+    report = prune_heads_(model, PruneHeadsConfig(component="both", keep_ratio=0.5))
+    keys = [key for context in contexts(model) for key in context.keys if key is not None]
+    assert {key.shape[0] for key in keys} == {KEY_HEADS // 2}
+    assert report.after.kv_bytes_per_token * 2 == report.before.kv_bytes_per_token
+    assert report.after.flops_per_pair * 2 == report.before.flops_per_pair
+
+
+def test_both_components_lose_the_same_heads() -> None:
+    model, zeroed = small_bagel(), small_bagel()
+    for component in ("und", "gen"):
+        zero_heads(zeroed, component, UND)
+    scores = {"und": scores_for(UND), "gen": scores_for(UND)}
+    prune_heads_(model, PruneHeadsConfig(component="both", keep_ratio=0.5), scores)
+    assert_close(outputs(model), outputs(zeroed))
+
+
+def test_heads_are_pruned_again_of_what_is_left() -> None:
+    model, zeroed = small_bagel(), small_bagel()
+    zero_heads(zeroed, "und", {0: [2]})
+    zero_heads(zeroed, "gen", {0: [1]})
+    for component, first, second in (
+        ("und", [0, 0, 1, 1], [1, 0]),
+        ("gen", [0, 1, 1, 0], [1, 0]),
+    ):
+        config = PruneHeadsConfig(component=component, layers=[0], keep_ratio=0.5)
+        for values in (first, second):
+            prune_heads_(model, config, {0: torch.tensor(values, dtype=torch.float32)})
+    assert layer_of(model, 0).self_attn.k_proj.out_features == 2 * HEAD_DIM
+    assert_close(outputs(model), outputs(zeroed))
+
+
+def test_heads_of_one_component_in_a_layer_that_the_other_skips() -> None:
+    model, zeroed = small_bagel(), small_bagel()
+    skip = SkipLayersConfig(component="und", layers=[1], part="attention")
+    skip_layers_(model, skip)
+    skip_layers_(zeroed, skip)
+    zero_heads(zeroed, "gen", {1: [1, 3]})
+    config = PruneHeadsConfig(component="gen", layers=[1], keep_ratio=0.5)
+    prune_heads_(model, config, scores_for({1: [1, 3]}))
+    assert layer_of(model, 1).self_attn.k_proj_moe_gen.out_features == 2 * HEAD_DIM
+    assert_close(outputs(model), outputs(zeroed))
+
+
+def test_heads_are_ranked_by_the_weights_of_values_and_output() -> None:
+    model, zeroed = small_bagel(), small_bagel()
+    with torch.no_grad():
+        for each in (model, zeroed):
+            for i in range(LAYERS):
+                attention = layer_of(each, i).self_attn
+                attention.v_proj_moe_gen.weight[2 * HEAD_DIM : 3 * HEAD_DIM] *= 9
+                attention.o_proj_moe_gen.weight[:, :PER_GROUP] *= 9
+                attention.k_proj_moe_gen.weight[HEAD_DIM : 2 * HEAD_DIM] *= 99
+    zero_heads(zeroed, "gen", {i: [0, 2] for i in range(LAYERS)})
+    prune_heads_(model, PruneHeadsConfig(component="gen", keep_ratio=0.5))
+    assert_close(outputs(model), outputs(zeroed))
+
+
+# Depth
+
+
+@COMPONENTS
+@pytest.mark.parametrize("part", ["block", "attention", "ffn"])
+def test_what_is_skipped_does_not_run_and_the_rest_does(component: str, part: str) -> None:
+    model = small_bagel()
+    with calls_counted(model) as whole:
+        outputs(model)
+    skip_layers_(model, SkipLayersConfig(component=component, layers=[1], part=part))
+    with calls_counted(model) as left:
+        outputs(model)
+    suffix = SUFFIX[component]
+    attention = {f"self_attn.{n}_proj{suffix}" for n in "qkvo"} | {
+        f"self_attn.{n}_norm{suffix}" for n in "qk"
+    }
+    attention.add(f"input_layernorm{suffix}")
+    of_ffn = {f"post_attention_layernorm{suffix}", f"mlp{suffix}"}
+    of_ffn |= {f"mlp{suffix}.{name}_proj" for name in ("gate", "up", "down")}
+    gone = {"block": attention | of_ffn, "attention": attention, "ffn": of_ffn}[part]
+    gone = {f"1.{name}" for name in gone}
+    assert gone <= set(whole)
+    assert set(whole) - set(left) == gone
+    assert all(left[name] == count for name, count in whole.items() if name not in gone)
+
+
+@COMPONENTS
+def test_a_skipped_ffn_is_one_whose_output_is_zero(component: str) -> None:
+    model, zeroed = small_bagel(), small_bagel()
+    skip_layers_(model, SkipLayersConfig(component=component, layers="1-2", part="ffn"))
+    for i in (1, 2):
+        torch.nn.init.zeros_(
+            getattr(layer_of(zeroed, i), f"mlp{SUFFIX[component]}").down_proj.weight
+        )
+    assert_close(outputs(model), outputs(zeroed))
+
+
+def written_out(model: Bagel, texts: list[int], image: Tensor, skipped: dict[str, set[int]]) -> Any:
+    """Computes text, then an image, layer by layer with plain matrices and without a cache.
+
+    Returns the logits of the text and the velocity of the image. `skipped` has the layers whose
+    attention each component skips.
+    """
+    llm, decoder = model.config.llm, model.language_model.model
+    special = model.config.special_tokens
+    ids = torch.tensor([special.bos, *texts, special.eos])
+    marks = torch.tensor([special.start_of_image, special.end_of_image])
+    num_text = len(ids)
+    und = decoder.embed_tokens(torch.cat([ids, marks]))
+    places = grid_positions(2, len(image) // 2, model.config.max_latent_size)
+    gen = model.embed_latent(image, places, torch.tensor([0.7]))
+    positions = torch.tensor([*range(num_text), *[num_text] * (2 + len(image))])
+    num_und = len(und)
+    length = num_und + len(image)
+    seen = torch.ones(length, length, dtype=torch.bool)
+    seen[:num_text] = False
+    seen[:num_text, :num_text] = torch.ones(num_text, num_text).tril().bool()
+    frequency = llm.rope_theta ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    angle = positions[:, None] * frequency
+    cos, sin = angle.cos().repeat(1, 2)[:, None], angle.sin().repeat(1, 2)[:, None]
+
+    def turned(x: Tensor) -> Tensor:
+        half = HEAD_DIM // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    def norm(weight: Tensor, x: Tensor) -> Tensor:
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + llm.rms_norm_eps)
+
+    for i, layer in enumerate(decoder.layers):
+        rows = {"und": slice(0, num_und), "gen": slice(num_und, length)}
+        q, k, v = (torch.zeros(length, heads, HEAD_DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+        asks = torch.zeros(length, dtype=torch.bool)
+        for component, x in (("und", und), ("gen", gen)):
+            if i in skipped.get(component, ()):
+                continue
+            suffix, own, at = SUFFIX[component], rows[component], layer.self_attn
+            x = norm(getattr(layer, f"input_layernorm{suffix}").weight, x)
+            for name, target in (("q", q), ("k", k), ("v", v)):
+                linear = getattr(at, f"{name}_proj{suffix}")
+                out = F.linear(x, linear.weight, linear.bias).unflatten(-1, (-1, HEAD_DIM))
+                if name != "v":
+                    out = norm(getattr(at, f"{name}_norm{suffix}").weight, out)
+                target[own] = out
+            asks[own] = True
+        k, v = (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (turned(k), v))
+        scores = torch.einsum("lhd,shd->hls", turned(q), k) / HEAD_DIM**0.5
+        scores = scores.masked_fill(~(seen & asks), float("-inf"))
+        mixed = torch.einsum("hls,shd->lhd", scores.softmax(-1), v).flatten(1)
+        new = []
+        for component, x in (("und", und), ("gen", gen)):
+            suffix = SUFFIX[component]
+            if i not in skipped.get(component, ()):
+                x = x + getattr(layer.self_attn, f"o_proj{suffix}")(mixed[rows[component]])
+            hidden = norm(getattr(layer, f"post_attention_layernorm{suffix}").weight, x)
+            new.append(x + getattr(layer, f"mlp{suffix}")(hidden))
+        und, gen = new
+    logits = model.language_model.lm_head(norm(decoder.norm.weight, und[:num_text]))
+    return logits, model.llm2vae(norm(decoder.norm_moe_gen.weight, gen))
+
+
+@pytest.mark.parametrize(
+    "skipped",
+    [{}, {"und": {1}}, {"gen": {0, 3}}, {"und": {1, 2}, "gen": {2}}, {"und": {0, 1, 2, 3}}],
+)
+@torch.no_grad()
+def test_tokens_that_skip_an_attention_neither_ask_nor_are_seen(
+    skipped: dict[str, set[int]],
+) -> None:
+    model = small_bagel()
+    image = torch.randn(6, 16)
+    expected_logits, expected = written_out(model, [21, 42, 38], image, skipped)
+    for component, layers in skipped.items():
+        config = SkipLayersConfig(component=component, layers=sorted(layers), part="attention")
+        skip_layers_(model, config)
+    context = model.new_contexts(1)
+    special = model.config.special_tokens
+    for i, token in enumerate((special.bos, 21, 42, 38, special.eos)):
+        logits = model.next_logits(context, [token])
+        torch.testing.assert_close(logits[0], expected_logits[i], rtol=1e-4, atol=1e-4)
+    velocity = model.velocity([image], [(2, 3)], torch.tensor([0.7]), [context])[0][0]
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_contexts_hold_the_keys_of_tokens_that_are_seen_and_positions_stay() -> None:
+    model = small_bagel()
+    whole = contexts(model)
+    skip_layers_(model, SkipLayersConfig(component="und", layers=[1]))
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[2], part="attention"))
+    made = contexts(model)
+    for old, new in zip(whole, made, strict=True):
+        assert (old.length, old.position) == (new.length, new.position)
+    first, second = made[0], made[2]
+    lengths = [0 if key is None else key.shape[1] for key in first.keys]
+    # 4 latent tokens and 2 markers, 6 patches and 2 markers, 3 ids with bos and eos.
+    assert first.length == 6 + 8 + 5
+    assert lengths == [19, 4, 15, 19]
+    assert second.keys[1] is None
+    assert second.keys[2] is not None
+    assert second.keys[2].shape[1] == 3
+
+
+def test_packed_contexts_equal_contexts_alone_when_layers_are_skipped() -> None:
+    model = small_bagel()
+    skip_layers_(model, SkipLayersConfig(component="und", layers=[1, 2]))
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[3]))
+    packed = model.new_contexts(2)
+    model.prefill_text(packed, [[21, 42, 38], [33]])
+    images = [torch.randn(6, 16), torch.randn(4, 16)]
+    time = torch.tensor([0.3])
+    together = model.velocity(images, [(2, 3), (2, 2)], time, [packed[:1], packed[1:]])
+    for i, ids in enumerate(([21, 42, 38], [33])):
+        single = model.new_contexts(1)
+        model.prefill_text(single, [ids])
+        grid = [[(2, 3)], [(2, 2)]][i]
+        alone = model.velocity(images[i : i + 1], grid, time, [single])
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@MLPS
+def test_ffns_of_models_of_another_make_are_skipped(mlp: Any) -> None:
+    model = Model(mlp)
+    before = snapshot(model)
+    und, gen = model(tokens(), tokens())
+    counted = []
+    for i in (1, 2):
+        ffn(model, i).register_forward_pre_hook(lambda *_: counted.append(1))
+        ffn(model, i).gate_proj.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[1, 2], part="ffn"))
+    skipped_und, skipped_gen = model(tokens(), tokens())
+    assert torch.equal(und, skipped_und)
+    expected = tokens()
+    for i in (0, 3):
+        out = ffn(model, i)(expected)
+        expected = expected + (out[0] if isinstance(out, tuple) else out)
+    assert torch.equal(skipped_gen, expected)
+    assert not torch.equal(skipped_gen, gen)
+    restore_(model)
+    assert before["modules"] == dict(model.named_modules(remove_duplicate=False))

@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be swapped or pruned is refused by name, and the model is left as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from prune_models import LAYERS as BAGEL_LAYERS
+from prune_models import WIDTH as BAGEL_WIDTH
+from prune_models import small_bagel
+from surgery_models import (
+    HIDDEN,
+    LAYERS,
+    WIDTH,
+    Bare,
+    Model,
+    TensorMLP,
+    assert_same,
+    attach_like_accelerate,
+    snapshot,
+)
+from torch import Tensor, nn
+
+from sparse_unified import (
+    MoEConfig,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+    apply_moe_,
+    prune_heads_,
+    prune_width_,
+    restore_,
+    skip_layers_,
+)
+from sparse_unified.surgery import exchange, moe, prune, restore
+
+HALF = MoEConfig(num_experts=4, top_k=2)
+AT = r"apply_moe_: layer 2 \(language_model\.model\.layers\.2\.mlp_moe_gen\): "
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def refuse(
+    model: Any, match: str, config: Any = HALF, scores: Any = None, error: type = ValueError
+) -> None:
+    before = snapshot(model)
+    with pytest.raises(error, match=match) as caught:
+        apply_moe_(model, config, scores)
+    assert "\n" not in str(caught.value)
+    assert_same(before, snapshot(model))
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "match"),
+    [
+        (MoEConfig, {"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
+        (MoEConfig, {"num_experts": 4.0}, "num_experts must be an integer"),
+        (MoEConfig, {"top_k": True}, "top_k must be an integer"),
+        (MoEConfig, {"top_k": 17}, "top_k must be at most num_experts = 16, got 17"),
+        (MoEConfig, {"num_shared_experts": -1}, "num_shared_experts must be an integer"),
+        (MoEConfig, {"component": "vit"}, "component must be one of und, gen, got 'vit'"),
+        (MoEConfig, {"layers": "first"}, "layers must be 'middle'"),
+        (MoEConfig, {"layers": [-1]}, "layers must lie in"),
+        (MoEConfig, {"partition": "spiral"}, "partition must be one of"),
+        (MoEConfig, {"router_init": "one"}, "router_init must be one of"),
+        (MoEConfig, {"seed": True}, "seed must be an integer"),
+        (PruneWidthConfig, {"keep_ratio": 0}, "keep_ratio must be above 0 and at most 1, got 0"),
+        (PruneWidthConfig, {"keep_ratio": 1.01}, "keep_ratio must be above 0 and at most 1"),
+        (PruneWidthConfig, {"keep_ratio": float("nan")}, "keep_ratio must be .* got nan"),
+        (PruneWidthConfig, {"keep_ratio": True}, "keep_ratio must be .* got True"),
+        (PruneWidthConfig, {"keep_ratio": "half"}, "keep_ratio must be .* got 'half'"),
+        (PruneWidthConfig, {"component": "both"}, "component must be one of und, gen, got 'both'"),
+        (PruneWidthConfig, {"block_size": 8}, "block_size must be 1 or 16 to 128, got 8"),
+        (PruneWidthConfig, {"block_size": 129}, "block_size must be 1 or 16 to 128, got 129"),
+        (PruneWidthConfig, {"block_size": 16.0}, "block_size must be 1 or 16 to 128"),
+        (PruneWidthConfig, {"budget": "all"}, "budget must be one of 'uniform', 'global', got"),
+        (PruneWidthConfig, {"layers": "3-1"}, "layers must ascend"),
+        (PruneHeadsConfig, {"component": "all"}, "component must be one of und, gen, both"),
+        (SkipLayersConfig, {"layers": []}, "layers must name at least one"),
+        (SkipLayersConfig, {"layers": [1], "part": "mlp"}, "part must be one of 'block', 'att"),
+        (SkipLayersConfig, {"layers": [1], "component": "both"}, "component must be one of und"),
+    ],
+)
+def test_configs_are_checked_when_they_are_made(kind: Any, fields: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        kind(**fields)
+
+
+def test_layers_are_text_or_a_sequence_and_configs_of_their_own_type() -> None:
+    with pytest.raises(TypeError, match="layers must be a string or a sequence"):
+        MoEConfig(layers=3)  # type: ignore[arg-type]
+    assert hash(MoEConfig(layers=[1, 2])) == hash(MoEConfig(layers=(1, 2)))
+    for run in (apply_moe_, prune_width_, prune_heads_, skip_layers_):
+        with pytest.raises(TypeError, match=f"{run.__name__}: config must be a"):
+            run(Model(), {"layers": "all"})
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            lambda: Bare(encoder=nn.Linear(2, 2)),
+            r"apply_moe_: model must have decoder layers .* under language_model\.model\.layers or "
+            r".*got a Bare \(encoder\)",
+        ),
+        (lambda: Bare(layers=nn.ModuleList([Bare(mlp=TensorMLP())] * 2)), r"layers: 2 x Bare \(ml"),
+        (lambda: Bare(layers=nn.ModuleList()), "; layers: 0 x none"),
+        (lambda: Bare(layers=nn.Linear(2, 2)), r"; layers: Linear \(none\)"),
+        (lambda: Model(num_layers=2), "layers must name at least one of 2 layers"),
+    ],
+)
+def test_models_without_the_layers_are_described(make: Any, match: str) -> None:
+    refuse(make(), match)
+
+
+def test_several_lists_of_layers_are_not_guessed_at() -> None:
+    stacks = [nn.ModuleList(Bare(mlp=TensorMLP()) for _ in range(3)) for _ in range(2)]
+    refuse(
+        Bare(encoder=Bare(blocks=stacks[0]), decoder=Bare(blocks=stacks[1])),
+        r"one list of decoder layers, got 2: encoder\.blocks, decoder\.blocks; give the module",
+        MoEConfig(num_experts=4, top_k=2, component="und"),
+    )
+
+
+def test_restore_without_a_change() -> None:
+    with pytest.raises(ValueError, match="restore_: model must have FFNs replaced by apply_moe_"):
+        restore_(Model())
+    with pytest.raises(ValueError, match="restore_: model must have decoder layers"):
+        restore_(nn.Linear(2, 2))
+
+
+# FFNs: what happens to that of layer 2, and what is said about it.
+
+
+class Packed(torch.Tensor):
+    """A tensor that stores something else than its values."""
+
+
+def _offload(layer: Any) -> None:
+    attach_like_accelerate(layer.mlp_moe_gen.to("meta").gate_proj)
+
+
+def _infinite(layer: Any) -> None:
+    with torch.no_grad():
+        layer.mlp_moe_gen.up_proj.weight[3, 1] = float("inf")
+
+
+def _weight(of: Any) -> Any:
+    def change(layer: Any) -> None:
+        weight = nn.Parameter(of(torch.zeros(WIDTH, HIDDEN)), requires_grad=False)
+        layer.mlp_moe_gen.gate_proj.weight = weight
+
+    return change
+
+
+def _put(name: str, module: Any) -> Any:
+    return lambda layer: setattr(
+        layer.mlp_moe_gen if name else layer, name or "mlp_moe_gen", module
+    )
+
+
+SPARSE = Bare(gate=nn.Linear(2, 2), experts=nn.ModuleList())
+SCORES = torch.rand(LAYERS, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (_put("", TensorMLP(HIDDEN, 22)), "ExpertLayout: num_experts must divide .*: 2, 11, 22"),
+        (_put("", SPARSE), "FFN must be dense, got a Bare, sparse already"),
+        (_put("", None), r"must be a module of the layer, got NoneType in a Layer \(mlp"),
+        (_put("", Bare(fc1=nn.Linear(2, 2))), r"FFN must have gate_proj, .* got a Bare \(fc1\)"),
+        (_put("up_proj", nn.Identity()), "up_proj must have a weight, got a Identity"),
+        (_put("down_proj", nn.Linear(WIDTH, HIDDEN)), "down_proj must have no bias, got Linear"),
+        (_put("down_proj", nn.Linear(25, HIDDEN, bias=False)), r"weights must have shapes .* 25\]"),
+        (_weight(Tensor.double), "gate_proj.weight must be float32, bfloat16 or float16.*float64"),
+        (_weight(lambda w: w.to(torch.int8)), "gate_proj.weight must be float32.*got torch.int8"),
+        (_weight(lambda w: w.to(torch.float8_e4m3fn)), "must be float32.*got torch.float8_e4m3fn"),
+        (_weight(lambda w: w.as_subclass(Packed)), "must be a plain tensor, got Packed"),
+        (
+            lambda layer: setattr(layer.mlp_moe_gen.up_proj, "lora_A", nn.Linear(HIDDEN, 2)),
+            r"FFN must have no parameters but its 3 weights, got up_proj\.lora_A",
+        ),
+        (lambda layer: layer.mlp_moe_gen.up_proj.bfloat16(), "weights must share one dtype, got"),
+        (lambda layer: layer.mlp_moe_gen.up_proj.to("meta"), "must share one device, got cpu, met"),
+        (lambda layer: layer.mlp_moe_gen.to("meta"), "scores must be given for weights without"),
+        (_offload, "weights must be in memory, got weights offloaded"),
+        (_infinite, "magnitude of its weights: scores must be finite, got inf for neuron 3"),
+        (
+            _put("forward", lambda x: (x, x, x)),
+            r"return y \[1, 8\] or \(y, router_logits\), got",
+        ),
+        (_put("forward", lambda x: {"y": x}), "forward must return .* got dict"),
+        (_put("forward", lambda x: x[:, :3]), r"forward must return .* got \[1, 3\]"),
+        (_put("forward", lambda x, y: x), r"forward must run on one token \[1, 8\], got TypeError"),
+    ],
+)
+def test_ffns_that_are_no_plain_swiglu_are_refused(change: Any, match: str) -> None:
+    model = Model()
+    change(model.layers[2])
+    refuse(model, AT + ".*" + match)
+
+
+def test_ffns_that_are_sparse_or_shared_are_refused() -> None:
+    model = Model()
+    apply_moe_(model, MoEConfig(num_experts=4, top_k=2, layers=[2]))
+    refuse(model, AT + "FFN must be dense, got a SparseMoE, sparse already")
+    model = Model()
+    model.layers[2].mlp_moe_gen = model.layers[1].mlp_moe_gen
+    refuse(model, AT + r"FFN must be its own module, got that of .*layers\.1\.mlp_moe_gen")
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(), nn.Tanh()])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_other_than_silu(act: nn.Module, scale: float, dtype: torch.dtype) -> None:
+    model = Model().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    model.layers[2].mlp_moe_gen.act_fn = act
+    refuse(model, AT + r"FFN must compute down_proj\(silu\(gate_proj\(x\)\) \* up_proj\(x\)\)")
+
+
+# Scores
+
+
+def _nan(*shape: int) -> Tensor:
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    scores[2, 1] = float("nan")
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("scores", "match"),
+    [
+        (torch.rand(WIDTH), r"scores must have shape \[4 layers, intermediate_size\], got \[24\]"),
+        (torch.rand(2, WIDTH), r"scores must have shape \[4 layers"),
+        (torch.rand(LAYERS, 23), r"layer 1 .*scores must have shape \[24\], got \[23\]"),
+        (_nan(LAYERS, WIDTH), AT + "scores must be finite, got nan for neuron 1"),
+        (torch.ones(LAYERS, WIDTH, dtype=torch.int64), "scores must be floating point"),
+        ({1: SCORES[1]}, "scores must be given for the selected layers, 1, 2, got none for 2"),
+        (dict.fromkeys((1, 2, 3), SCORES[1]), "selected layers, 1, 2, got some for 3"),
+        ({"1": SCORES[1]}, "got none for 1, 2 and some for 1"),
+        ({1: SCORES[1], 2: SCORES[:1]}, AT + r"scores must have shape \[24\], got \[1, 24\]"),
+    ],
+)
+def test_scores_that_do_not_fit(scores: Any, match: str) -> None:
+    refuse(Model(), match, scores=scores)
+
+
+@pytest.mark.parametrize("scores", [object(), {1: "high", 2: "low"}])
+def test_scores_that_are_no_tensors(scores: Any) -> None:
+    refuse(Model(), "apply_moe_: scores must be a tensor", scores=scores, error=TypeError)
+
+
+@pytest.mark.parametrize(
+    ("run", "match"),
+    [
+        (lambda m: prune_width_(m, PruneWidthConfig(layers=[0, 4])), "layers must lie in 0 to 3"),
+        (lambda m: prune_heads_(m, PruneHeadsConfig(layers="2-9")), "layers must lie in 0 to 3"),
+        (lambda m: skip_layers_(m, SkipLayersConfig(layers="9")), "layers must lie in 0 to 3"),
+        (
+            lambda m: prune_width_(m, PruneWidthConfig(), torch.rand(BAGEL_LAYERS, 95)),
+            r"prune_width_: layer 0 .*scores must have shape \[96\], got \[95\]",
+        ),
+        (
+            lambda m: prune_width_(m, PruneWidthConfig(), _nan(BAGEL_LAYERS, BAGEL_WIDTH)),
+            "layer 2 .*finite",
+        ),
+        (
+            lambda m: prune_width_(m, PruneWidthConfig(), {"und": _nan(BAGEL_LAYERS, BAGEL_WIDTH)}),
+            "prune_width_: scores must hold component gen, got und",
+        ),
+        (
+            lambda m: prune_width_(m, PruneWidthConfig(), {"gen": {0: torch.rand(BAGEL_WIDTH)}}),
+            "scores must be given for the selected layers, 0, 1, 2, 3, got none for 1, 2, 3",
+        ),
+        (
+            lambda m: prune_width_(m, PruneWidthConfig(block_size=36)),
+            "prune_width_: gen layer 0: block_size must divide the 96 neurons, got 36",
+        ),
+        (
+            lambda m: prune_heads_(m, PruneHeadsConfig(), torch.rand(BAGEL_LAYERS, 5)),
+            r"prune_heads_: layer 0 .*scores must have shape \[4\], got \[5\]",
+        ),
+        (lambda m: prune_heads_(m, PruneHeadsConfig(), _nan(BAGEL_LAYERS, 4)), "layer 2 .*finite"),
+    ],
+)
+def test_prunings_with_bad_input_leave_the_model_alone(run: Any, match: str) -> None:
+    model = small_bagel()
+    torch.rand(1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match):
+        run(model)
+    assert_same(before, snapshot(model) | {"random": before["random"]})
+
+
+def test_orders_that_make_no_sense_are_refused_by_name() -> None:
+    model = small_bagel()
+    sparse = MoEConfig(num_experts=4, top_k=2, layers=[1])
+    apply_moe_(model, sparse)
+    skip_layers_(model, SkipLayersConfig(component="gen", layers=[2]))
+
+    def refused(run: Any, config: Any, match: str) -> None:
+        with pytest.raises(ValueError, match=f"{run.__name__}: {match}"):
+            run(model, config)
+
+    refused(apply_moe_, sparse, "layer 1 .*FFN must be dense, got a SparseMoE")
+    refused(prune_width_, PruneWidthConfig(layers=[1], budget="global"), ".*budget must be 'unifo")
+    wide = PruneWidthConfig(layers=[1], block_size=32)
+    refused(prune_width_, wide, "gen layer 1: block_size must divide the 24 neurons of an expert")
+    refused(prune_width_, PruneWidthConfig(layers=[2]), "layers must have a gen FFN, got 2, which")
+    refused(apply_moe_, MoEConfig(layers=[2]), "layers must have a gen FFN, got 2, which skip it")
+    for component in ("gen", "both"):
+        config = PruneHeadsConfig(component=component, layers=[2])
+        refused(prune_heads_, config, "layers must have a .*gen attention, got 2, which skip it")
+    for layers in ([2], "1-2"):
+        config = SkipLayersConfig(component="gen", layers=layers)
+        refused(skip_layers_, config, "layers must have a gen block left, got 2, which skip it")
+    # "all" and "middle" pass over layers that lack it, unless all do.
+    und = MoEConfig(num_experts=4, top_k=2, component="und", layers="all")
+    assert len(apply_moe_(model, und).layers) == BAGEL_LAYERS
+    assert len(prune_heads_(model, PruneHeadsConfig(component="both")).parts) == 2 * 3
+    middle = SkipLayersConfig(component="gen", layers="middle")
+    skip_layers_(model, middle)
+    refused(skip_layers_, middle, "layers must have a gen block left, got 1, 2, which skip it")
+
+
+def test_attentions_of_models_of_another_make_stay() -> None:
+    model = Model()
+    before = snapshot(model)
+    for part in ("attention", "block"):
+        with pytest.raises(ValueError, match=r"skip_layers_: layer 1 .*attention must be one that"):
+            skip_layers_(model, SkipLayersConfig(component="gen", layers=[1], part=part))
+    with pytest.raises(ValueError, match=r"prune_heads_: layer 0 .*weights tell its heads, as in"):
+        prune_heads_(model, PruneHeadsConfig())
+    assert_same(before, snapshot(model))
+
+
+# Errors and interrupts in the middle
+
+
+def _interrupt(patch: pytest.MonkeyPatch, modules: list[Any], name: str) -> None:
+    """Lets the second call of a function of these modules be interrupted."""
+    function, calls = getattr(modules[0], name), []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(function(*args, **kwargs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    for module in modules:
+        patch.setattr(module, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("modules", "name"),
+    [
+        ([moe], "_permuted_block"),
+        ([moe], "put_in"),
+        ([moe], "describe_swap"),
+        ([exchange], "_move_hooks"),
+        ([exchange], "take_name"),
+    ],
+)
+def test_an_interrupted_swap_leaves_the_model_alone(
+    modules: list[Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    hook = attach_like_accelerate(model.layers[1].mlp_moe_gen)
+    model.layers[1].mlp_moe_gen.register_forward_hook(lambda *args: None)
+    with monkeypatch.context() as patch:
+        _interrupt(patch, modules, name)
+        refuse(model, "^$", error=KeyboardInterrupt)
+    hook.calls.clear()
+    x = torch.randn(3, HIDDEN)
+    model(x, x)
+    assert hook.calls == ["pre TensorMLP", "post TensorMLP"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "name"),
+    [
+        ([restore], "put_back"),
+        ([restore], "describe_swap"),
+        ([exchange], "_move_hooks"),
+        ([exchange], "take_name"),
+    ],
+)
+def test_an_interrupted_restore_leaves_the_model_alone(
+    modules: list[Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    hook = attach_like_accelerate(model.layers[1].mlp_moe_gen)
+    apply_moe_(model, HALF)
+    model.layers[2].mlp_moe_gen.register_forward_hook(lambda *args: None)
+    before = snapshot(model)
+    with monkeypatch.context() as patch:
+        _interrupt(patch, modules, name)
+        with pytest.raises(KeyboardInterrupt):
+            restore_(model)
+    assert_same(before, snapshot(model))
+    x = torch.randn(3, HIDDEN)
+    for kind in ("SparseMoE", "TensorMLP"):
+        hook.calls.clear()
+        model(x, x)
+        assert hook.calls == [f"pre {kind}", f"post {kind}"]
+        if kind == "SparseMoE":
+            restore_(model)
+
+
+@pytest.mark.parametrize("name", ["count_component", "put_in"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model: prune_width_(model, PruneWidthConfig()),
+        lambda model: skip_layers_(model, SkipLayersConfig(layers=[1])),
+        lambda model: prune_heads_(model, PruneHeadsConfig(component="both")),
+    ],
+)
+def test_an_interrupted_pruning_leaves_the_model_alone(
+    name: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_bagel()
+    before = snapshot(model)
+    _interrupt(monkeypatch, [prune], name)
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    assert_same(before, snapshot(model))
+
+
+def test_kept_meta_weights_are_not_put_back_under_real_ones() -> None:
+    with torch.device("meta"):
+        model = Model()
+    apply_moe_(model, HALF, torch.rand(LAYERS, WIDTH))
+    model.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"layer 1 .*kept weights must hold data, got meta"):
+        restore_(model)
