@@ -91,31 +91,6 @@ def test_tasks_differ_in_who_works(pipeline: Any, tmp_path: Path) -> None:
     assert list(score("activation", pipeline, merged, tasks=["editing"])) == ["und", "gen"]
 
 
-def test_passes_over_parts_merge_into_one(pipeline: Any) -> None:
-    samples = built_in_samples(Task.GENERATION, 3)
-    whole = calibrate(pipeline, Task.GENERATION, samples, settings=QUICK)
-    parts = [
-        calibrate(pipeline, "generation", part, settings=QUICK)
-        for part in (samples[:1], samples[1:])
-    ]
-    merged = parts[0].merge(parts[1])
-    assert merged.samples == whole.samples
-    for component, keyed in whole.ffns["generation"].items():
-        for key, sums in keyed.items():
-            own = merged.ffns["generation"][component][key]
-            assert torch.equal(own.active, sums.active)
-            torch.testing.assert_close(own.sum_abs, sums.sum_abs, rtol=1e-13, atol=0)
-
-
-def test_progress_counts_samples(pipeline: Any) -> None:
-    seen: list[tuple[int, int]] = []
-    samples = built_in_samples(Task.UNDERSTANDING, 2)
-    calibrate(
-        pipeline, Task.UNDERSTANDING, samples, settings=QUICK, progress=lambda *at: seen.append(at)
-    )
-    assert seen == [(0, 2), (1, 2), (2, 2)]
-
-
 @torch.no_grad()
 def test_any_model_is_calibrated_by_how_it_is_run() -> None:
     model = models.Bailing()
@@ -222,13 +197,9 @@ def test_command_merges_and_prints_json(
     [
         (["--task", "talk"], 2, "invalid choice: 'talk'"),
         (["--task", "generation", "--images", "x"], 2, "--images must come with --prompts"),
-        (
-            ["--task", "generation", "--criterion", "wanda"],
-            2,
-            "--criterion must come with --scores",
-        ),
-        (["--task", "generation", "--threshold", "-1"], 1, "threshold must be finite and at least"),
-        (["--task", "generation", "--active-fraction", "2"], 1, "active_fraction must be above 0"),
+        (["--task", "generation", "--criterion", "wanda"], 2, "--criterion must come with"),
+        (["--task", "generation", "--threshold", "-1"], 1, "threshold must be"),
+        (["--task", "generation", "--active-fraction", "2"], 1, "active_fraction must be"),
         (["--task", "generation", "--merge", "none"], 1, "file must be readable"),
         (["--task", "generation", "--samples", "99"], 1, "must hold --samples = 99 prompts"),
     ],

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers, neurons and heads of a model matter, measured on a task.
 
-Reading order: `statistics` and `calibration` (what neurons do), `criteria`, `similarity` (what is
-ranked), `samples`, `evaluators`, `bagel_task`, `geneval` (what a model is run on and measured by),
-`cost`, `records`, `sweep` (smaller models, point by point), `expert_usage`, `plots`.
+Reading order: `activation`, `statistics` and `calibration` (what neurons do), `criteria`,
+`similarity` (what is ranked), `samples`, `evaluators`, `bagel_task`, `geneval` (what a model is run
+on and measured by), `cost`, `points`, `records`, `sweep` (smaller models, point by point),
+`expert_usage`, `plots`.
 """
 
 from sparse_unified.analysis.bagel_task import Settings, bagel_probe

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified._common import Progress, context
+from sparse_unified.analysis.activation import most_active, pack_bits
 from sparse_unified.analysis.bagel_task import Settings, run_task
 from sparse_unified.analysis.samples import Task
 from sparse_unified.analysis.statistics import (
@@ -24,9 +25,7 @@ from sparse_unified.analysis.statistics import (
     StatisticsConfig,
     hash_ffns,
     keep_lowest,
-    most_active,
     no_inputs,
-    pack_bits,
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import naming
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
@@ -112,7 +112,7 @@ def score(
         scores[component] = {}
         for ffn in adapter.ffns(component):
             own = chosen(ffn, partial(mean_abs, ffn), seed).to("cpu", torch.float32)
-            with context(f"{name}: {ffn.name}"):
+            with naming(f"{name}: {ffn.name}"):
                 check_scores(own, ffn.intermediate_size)
             scores[component][ffn.key] = own
     return scores

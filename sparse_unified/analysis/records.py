@@ -145,7 +145,12 @@ def has_form(value: object, form: Any) -> bool:
 
 
 def _require_same(run: Path, wanted: Mapping[str, Any]) -> None:
-    differences = _differences(read_json(run), json.loads(json.dumps(wanted)))
+    found, here = _flat(read_json(run)), _flat(json.loads(json.dumps(wanted)))
+    differences = [
+        f"{name} {found.get(name)!r:.80} there and {here.get(name)!r:.80} here"
+        for name in {**found, **here}
+        if found.get(name) != here.get(name)
+    ]
     if differences:
         raise ValueError(
             f"--out: {run.parent} must be of the same run, or another folder, "
@@ -153,18 +158,12 @@ def _require_same(run: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """Returns what differs: the name, its value in the file, and the value wanted."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [
-            difference
-            for key in dict.fromkeys([*found, *wanted])
-            for difference in _differences(
-                found.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)
-            )
-        ]
-    if found == wanted:
-        return []
-    texts = ["nothing" if v is None else json.dumps(v, ensure_ascii=False) for v in (found, wanted)]
-    there, here = (text if len(text) <= 80 else text[:77] + "..." for text in texts)
-    return [f"{name or 'run'} {there} there and {here} here"]
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Returns the values of nested objects by dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {
+        inner: own
+        for key, part in value.items()
+        for inner, own in _flat(part, f"{name}.{key}" if name else str(key)).items()
+    }

@@ -16,15 +16,16 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some
+from sparse_unified._common import list_some, naming
+from sparse_unified.analysis.activation import mean_overlap, successive_overlap
 from sparse_unified.checkpoint import Checkpoint, keys, strict_json
 from sparse_unified.checkpoint.atomic import replace_file
 from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header, read_tensor
@@ -86,6 +87,32 @@ class StatisticsConfig:
         return [NO_TIME, *(f"{r / count:.3g}-{(r - 1) / count:.3g}" for r in range(1, count + 1))]
 
 
+class Kind(NamedTuple):
+    """A tensor of `FfnSums`.
+
+    Attributes:
+        shape: a letter a dimension: R ranges, I neurons, B bytes of I bits, S samples, n inputs, D.
+        is_summed: merging adds it; else it joins it along the first dimension.
+    """
+
+    dtype: torch.dtype
+    shape: str
+    is_summed: bool = False
+
+
+# In the order of a file.
+TENSORS: Mapping[str, Kind] = {
+    "tokens": Kind(torch.int64, "R", is_summed=True),
+    "sum_abs": Kind(torch.float64, "RI", is_summed=True),
+    "sum_squares": Kind(torch.float64, "RI", is_summed=True),
+    "num_fired": Kind(torch.float64, "RI", is_summed=True),
+    "sample_tokens": Kind(torch.int64, "SR"),
+    "active": Kind(torch.uint8, "SRB"),
+    "inputs": Kind(torch.bfloat16, "nD"),
+    "input_draws": Kind(torch.int64, "n"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FfnSums:
     """Sums of one FFN of I neurons on one task, over R + 1 ranges and S samples.
@@ -115,31 +142,27 @@ class FfnSums:
         return self.sum_abs.shape[1]
 
     def check(self, config: StatisticsConfig, num_samples: int) -> None:
-        """Raises ValueError that names the first tensor that is not as it must be."""
-        ranges, width = [config.num_ranges], list(self.sum_abs.shape[-1:])
-        kept = [min(config.num_inputs, int(self.tokens.sum()))]
-        packed = [(size + 7) // 8 for size in width]
-        for name, dtype, shape in (
-            ("tokens", torch.int64, ranges),
-            ("sum_abs", torch.float64, ranges + width),
-            ("sum_squares", torch.float64, ranges + width),
-            ("num_fired", torch.float64, ranges + width),
-            ("sample_tokens", torch.int64, [num_samples, *ranges]),
-            ("active", torch.uint8, [num_samples, *ranges, *packed]),
-            ("inputs", torch.bfloat16, [*kept, *self.inputs.shape[-1:]]),
-            ("input_draws", torch.int64, kept),
-        ):
-            tensor = getattr(self, name)
-            if tensor.dtype != dtype or list(tensor.shape) != shape:
+        """Raises ValueError that names the first tensor that is not as `TENSORS` says."""
+        width = [0, *self.sum_abs.shape][-1]
+        sizes = {
+            "R": config.num_ranges,
+            "I": width,
+            "B": (width + 7) // 8,
+            "S": num_samples,
+            "n": min(config.num_inputs, int(self.tokens.sum())),
+            "D": [0, *self.inputs.shape][-1],
+        }
+        for name, kind in TENSORS.items():
+            tensor, shape = getattr(self, name), [sizes[letter] for letter in kind.shape]
+            if tensor.dtype != kind.dtype or list(tensor.shape) != shape:
                 raise ValueError(
-                    f"{name} must be {dtype} of shape {shape}, "
+                    f"{name} must be {kind.dtype} of shape {shape}, "
                     f"got {tensor.dtype} of {list(tensor.shape)}"
                 )
-            is_signed = name == "inputs"
-            illegal = (~torch.isfinite(tensor) | ((tensor < 0) & (not is_signed))).nonzero()
+            illegal = (~torch.isfinite(tensor) | ((tensor < 0) & (name != "inputs"))).nonzero()
             if len(illegal):
                 at = illegal[0].tolist()
-                rule = "finite" if is_signed else "finite and at least 0"
+                rule = "finite" if name == "inputs" else "finite and at least 0"
                 raise ValueError(f"{name} must be {rule}, got {tensor[tuple(at)].item()} at {at}")
 
 
@@ -178,10 +201,8 @@ class FfnStatistics:
             )
         tokens: dict[str, int] = dict.fromkeys(self.ffns, 0)
         for task, component, key, sums in self._walk():
-            try:
+            with naming(f"statistics: {task}.{component} {key!r:.120}"):
                 sums.check(self.config, len(self.samples[task]))
-            except ValueError as error:
-                raise ValueError(f"statistics: {task}.{component} {key!r:.120}: {error}") from None
             tokens[task] += int(sums.tokens.sum())
         idle = [task for task, count in tokens.items() if not count]
         if idle:
@@ -258,6 +279,49 @@ class FfnStatistics:
             [successive_overlap(own.active[:, 1:], own.sample_tokens[:, 1:] > 0) for own in sums]
         )
 
+    def activation_maps(self, task: str) -> list[dict[str, Any]]:
+        """Returns plain values per component that show how its neurons fire in a task, for JSON.
+
+        Of L layers (of a mixture, the mean over its experts), None where there were no tokens:
+
+            ranges   names of the C ranges that have tokens, from noise to image, then `NO_TIME`
+            firing   [L][C] share of the neurons that fire on a token, 0 to 1
+            overlap  [L] share of the active neurons that two samples have in common (Jaccard), the
+                     mean over the ranges
+            steps    [L] the same of one sample in successive ranges of time
+            chance   what sets drawn at random would overlap by
+        """
+        columns = [*range(self.config.num_time_ranges, 0, -1), 0]
+        names, fraction = self.config.range_names(), self.config.active_fraction
+        maps = []
+        for component in self.ffns.get(task, {}):
+            rates = self.firing_rate(task, component)[:, columns]
+            seen = (~rates.isnan().all(0)).nonzero()[:, 0]
+            rows: dict[int, list[int]] = {}  # of each layer: one, or one per expert
+            for row, key in enumerate(self.keys(task, component)):
+                rows.setdefault(key if isinstance(key, int) else key[0], []).append(row)
+            layers = sorted(rows)
+            firing, overlap, steps = (
+                plain(torch.stack([values[rows[layer]].nanmean(0) for layer in layers]))
+                for values in (
+                    rates[:, seen],
+                    self.sample_overlap(task, component).nanmean(1),
+                    self.step_overlap(task, component).nanmean(1),
+                )
+            )
+            maps.append(
+                {
+                    "component": component,
+                    "layers": layers,
+                    "ranges": [names[columns[i]] for i in seen.tolist()],
+                    "firing": firing,
+                    "overlap": overlap,
+                    "steps": steps,
+                    "chance": fraction / (2 - fraction),
+                }
+            )
+        return maps
+
     def merge(self, *others: FfnStatistics) -> FfnStatistics:
         """Returns the statistics of all samples of all, as one pass over them would give them.
 
@@ -332,14 +396,12 @@ class FfnStatistics:
         if form != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
         try:
-            config = StatisticsConfig(**strict_json.loads(meta["config"]))
-            samples = {
-                str(task): tuple(map(str, own))
-                for task, own in strict_json.loads(meta["samples"]).items()
-            }
-            listed = [_parse_entry(entry) for entry in strict_json.loads(meta["ffns"])]
-            hashes = strict_json.loads(meta["model_hashes"])
-            model_hashes = {str(component): str(own) for component, own in hashes.items()}
+            fields = ("config", "samples", "ffns", "model_hashes")
+            found = {name: strict_json.loads(meta[name]) for name in fields}
+            config = StatisticsConfig(**found["config"])
+            samples = {task: tuple(map(str, own)) for task, own in found["samples"].items()}
+            listed = [_parse_entry(entry) for entry in found["ffns"]]
+            model_hashes = {component: str(own) for component, own in found["model_hashes"].items()}
             tool = meta["tool"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -347,11 +409,11 @@ class FfnStatistics:
             ) from error
         stored = _stored(config)
         names = [f"{_prefix(entry)}.{name}" for entry in listed for name in stored]
-        if len(set(names)) != len(names) or set(names) != set(header.tensors):
+        if sorted(names) != sorted(header.tensors):
+            differing = sorted(set(names) ^ set(header.tensors))
             raise ValueError(
-                f"{path}: tensors must be those that its metadata lists, "
-                f"{list_some(sorted(set(names) - set(header.tensors)))} too, "
-                f"got {list_some(sorted(set(header.tensors) - set(names)))} as well"
+                f"{path}: tensors must be those of its metadata, each once, "
+                f"got a difference in {list_some(differing)}"
             )
         ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
         for entry in listed:
@@ -364,12 +426,10 @@ class FfnStatistics:
                 tensors |= zip(_INPUT_TENSORS, no_inputs(), strict=True)
             key = layer if name is None else (layer, name)
             ffns.setdefault(task, {}).setdefault(component, {})[key] = FfnSums(**tensors)
-        try:
+        with naming(path):
             return cls(
                 model_hashes=model_hashes, config=config, samples=samples, ffns=ffns, tool=tool
             )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     def _walk(self) -> Iterator[tuple[str, str, FfnKey, FfnSums]]:
         for task, components in self.ffns.items():
@@ -392,50 +452,6 @@ class FfnStatistics:
                 f"statistics: model must have the {component} FFNs they were gathered on, with "
                 f"hash {self.model_hashes[component]}, got {own}"
             )
-
-
-def activation_maps(statistics: FfnStatistics, task: str) -> list[dict[str, Any]]:
-    """Returns plain values per component that show how its neurons fire in a task, for JSON.
-
-    Of L layers (of a mixture, the mean over its experts), None where there were no tokens:
-
-        ranges   names of the C ranges of time that have tokens, from noise to image, then `NO_TIME`
-        firing   [L][C] share of the neurons that fire on a token, 0 to 1
-        overlap  [L] share of the active neurons that two samples have in common (Jaccard), the mean
-                 over the ranges
-        steps    [L] the same of one sample in successive ranges of time
-        chance   what sets drawn at random would overlap by
-    """
-    columns = [*range(statistics.config.num_time_ranges, 0, -1), 0]
-    fraction = statistics.config.active_fraction
-    maps = []
-    for component in statistics.ffns.get(task, {}):
-        rates = statistics.firing_rate(task, component)[:, columns]
-        seen = ~rates.isnan().all(0)
-        names = statistics.config.range_names()
-        owners = [k if isinstance(k, int) else k[0] for k in statistics.keys(task, component)]
-        layers = sorted(set(owners))
-
-        def by_layer(
-            values: Tensor, owners: list[int] = owners, layers: list[int] = layers
-        ) -> list[Any]:
-            rows = [values[[owner == layer for owner in owners]].nanmean(0) for layer in layers]
-            return plain(torch.stack(rows))
-
-        maps.append(
-            {
-                "component": component,
-                "layers": layers,
-                "ranges": [
-                    names[r] for r, used in zip(columns, seen.tolist(), strict=True) if used
-                ],
-                "firing": by_layer(rates[:, seen]),
-                "overlap": by_layer(statistics.sample_overlap(task, component).nanmean(1)),
-                "steps": by_layer(statistics.step_overlap(task, component).nanmean(1)),
-                "chance": fraction / (2 - fraction),
-            }
-        )
-    return maps
 
 
 def plain(values: Tensor) -> Any:
@@ -475,63 +491,6 @@ def hash_model(model: torch.nn.Module) -> str:
         values = weight.detach().reshape(-1)[:: _step(weight.numel())]
         digest.update(values.to("cpu", torch.float64).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """bool [..., I] -> uint8 [..., ceil(I / 8)], neuron i in bit i % 8 of byte i // 8."""
-    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, size: int | None = None) -> Tensor:
-    """uint8 [..., bytes] -> bool [..., size]; None is all bits."""
-    bits = np.unpackbits(packed.numpy(), axis=-1, count=size, bitorder="little")
-    return torch.from_numpy(bits).bool()
-
-
-def most_active(values: Tensor, fraction: float) -> Tensor:
-    """Marks the largest of values [..., I]: max(1, round(fraction * I)), lower indices in ties.
-
-    Returns:
-        bool [..., I].
-    """
-    count = max(1, round(fraction * values.shape[-1]))
-    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order[..., :count], True)
-
-
-def mean_overlap(active: Tensor, seen: Tensor) -> Tensor:
-    """Mean Jaccard overlap |a & b| / |a | b| of the sets of all pairs of samples.
-
-    Args:
-        active: packed sets [S, R, bytes].
-        seen: which of them count, [S, R] bool.
-
-    Returns:
-        [R] fp64, NaN where fewer than two sets count.
-    """
-    means = []
-    for column in range(active.shape[1]):
-        sets = unpack_bits(active[seen[:, column], column]).double()
-        common, sizes = sets @ sets.t(), sets.sum(1)  # [S, S], [S]
-        jaccard = common / (sizes[:, None] + sizes - common)
-        means.append(jaccard[torch.ones_like(jaccard, dtype=torch.bool).triu(1)].mean())
-    return torch.stack(means)
-
-
-def successive_overlap(active: Tensor, seen: Tensor) -> Tensor:
-    """Mean Jaccard overlap of the sets of one sample in successive ranges.
-
-    Args:
-        active: packed sets [S, R, bytes].
-        seen: which of them count, [S, R] bool.
-
-    Returns:
-        [R - 1] fp64, NaN where no sample has both sets.
-    """
-    sets, both = unpack_bits(active), seen[:, :-1] & seen[:, 1:]
-    common = (sets[:, :-1] & sets[:, 1:]).sum(2).double()
-    jaccard = common / (sets[:, :-1] | sets[:, 1:]).sum(2)
-    return jaccard.where(both, torch.nan).nanmean(0)  # [S, R - 1] -> [R - 1]
 
 
 def no_inputs(hidden_size: int = 0) -> tuple[Tensor, Tensor]:
@@ -581,9 +540,10 @@ def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
 
 
 def _add(first: FfnSums, second: FfnSums, config: StatisticsConfig) -> FfnSums:
-    pairs = {f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(FfnSums)}
-    summed = ("tokens", "sum_abs", "sum_squares", "num_fired")
-    added = {n: a + b if n in summed else torch.cat([a, b]) for n, (a, b) in pairs.items()}
+    added = {}
+    for name, kind in TENSORS.items():
+        a, b = getattr(first, name), getattr(second, name)
+        added[name] = a + b if kind.is_summed else torch.cat([a, b])
     kept = keep_lowest(added["inputs"], added["input_draws"], config.num_inputs)
     return FfnSums(**added | dict(zip(_INPUT_TENSORS, kept, strict=True)))
 
@@ -594,8 +554,7 @@ _Entry = tuple[str, str, int, str | None]
 
 def _stored(config: StatisticsConfig) -> list[str]:
     """Names the tensors of an FFN that a file holds."""
-    names = [f.name for f in fields(FfnSums)]
-    return [name for name in names if config.num_inputs or name not in _INPUT_TENSORS]
+    return [name for name in TENSORS if config.num_inputs or name not in _INPUT_TENSORS]
 
 
 def _prefix(entry: _Entry) -> str:

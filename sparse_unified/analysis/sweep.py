@@ -23,7 +23,7 @@ from sparse_unified.analysis.evaluators import Probe, measure
 from sparse_unified.analysis.points import Axis, Point, SweepConfig, legal_axes, made_smaller
 from sparse_unified.analysis.records import Store, open_store
 from sparse_unified.analysis.similarity import Similarity, measure_similarity
-from sparse_unified.analysis.statistics import FfnStatistics, activation_maps
+from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.experts import select_layers
 from sparse_unified.surgery.decoder import Adapter, find_adapter
 from sparse_unified.surgery.temporary import as_module, read_attention
@@ -46,7 +46,7 @@ class SweepResult(Report):
             cost        of it, see `Cost`
             idle        components without tokens in this task, so that they were not swept
             similarity  of its layers, see `LayerSimilarity`
-            activation  what its neurons did, see `activation_maps`
+            activation  what its neurons did, see `FfnStatistics.activation_maps`
             points      one row per point: its name, task, component, axis and keep_ratio, the
                         change in words, skipped_layers, metrics, and the cost before and after
     """
@@ -193,7 +193,7 @@ class _TaskRun:
             "cost": dense["cost"],
             "idle": [name for name in self.config.components if name not in self.components],
             "similarity": [asdict(entry) for entry in self.similarity.layers],
-            "activation": activation_maps(self.statistics, task) if self.statistics else [],
+            "activation": self.statistics.activation_maps(task) if self.statistics else [],
             "points": [self.store.records[point.name] for point in self.points],
         }
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sparse_unified.bagel import BagelPipeline
 
 TASKS = ("generation", "understanding", "editing")
-CRITERIA = ("activation", "wanda", "magnitude", "random", "reference")
 
 
 def _in_a_folder(
@@ -97,6 +96,7 @@ def _need_matplotlib(purpose: str, instead: str = "") -> None:
 
 
 def _add_calibrate(parser: CommandParser) -> None:
+    from sparse_unified.analysis.criteria import CRITERIA
     from sparse_unified.analysis.statistics import StatisticsConfig
 
     add_model(parser)
@@ -126,7 +126,7 @@ def _add_calibrate(parser: CommandParser) -> None:
     group.add_argument("--scores", metavar="FILE.safetensors", help="write scores there")
     group.add_argument(
         "--criterion",
-        choices=CRITERIA,
+        choices=tuple(CRITERIA),
         help="what they are: mean |h| (activation); that times the norm of the down_proj column "
         "(wanda, the default); of the weights alone (magnitude); drawn (random); the official "
         "score with its fault (reference)",
@@ -278,6 +278,7 @@ of denoising. MODEL must have sparse FFNs.""",
 
 
 def _add_analyze(parser: CommandParser) -> None:
+    from sparse_unified.analysis.criteria import CRITERIA
     from sparse_unified.analysis.points import SweepConfig
     from sparse_unified.analysis.statistics import StatisticsConfig
 
@@ -298,7 +299,7 @@ def _add_analyze(parser: CommandParser) -> None:
         "block_size",
         components={"required": False, "default": ("und", "gen")},
         axes="what is pruned, comma-separated: depth, width, heads",
-        criterion={"choices": CRITERIA, "help": "what ranks the neurons"},
+        criterion={"choices": tuple(CRITERIA), "help": "what ranks the neurons"},
     )
     add_options(
         swept, StatisticsConfig, "time_ranges=num_time_ranges", num_time_ranges={"default": 8}
