@@ -128,6 +128,7 @@ def png(width: int, height: int) -> bytes:
         (None, "No such file"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_files_that_are_no_image_are_refused(
     content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

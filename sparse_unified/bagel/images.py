@@ -46,7 +46,9 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Imag
         image.load()
     except Exception as error:  # plugins raise errors of many kinds for damaged files
         name = "an image" if hasattr(source, "read") else source
-        reason = reason or getattr(error, "strerror", None) or "another or a damaged format"
+        reason = (
+            reason or getattr(error, "strerror", None) or "a file of another or a damaged format"
+        )
         raise ValueError(f"{where}: {name} must be a readable image, got {reason}") from error
     return image
 
