@@ -51,7 +51,7 @@ from sparse_unified.checkpoint import (
     prune,
     verify,
 )
-from sparse_unified.checkpoint.writer import FileWriter, build_header
+from sparse_unified.checkpoint.safetensors_io import FileWriter, build_header
 
 LIMIT_BYTES = 1_500_000_000
 NUM_LAYERS = 28

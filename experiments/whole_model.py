@@ -45,8 +45,8 @@ from sparse_unified.bagel import (
 )
 from sparse_unified.bagel.loading import Task, leave_out, official_tensors, unneeded
 from sparse_unified.bagel.sampler import computed_steps, guided_steps, initial_noise
-from sparse_unified.checkpoint.memory import memory
-from sparse_unified.checkpoint.writer import build_header
+from sparse_unified.checkpoint.safetensors_io import build_header
+from sparse_unified.convert.memory import memory
 
 CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs
 _EXPERTS, _TOP_K = 16, 8

@@ -23,7 +23,7 @@ from sparse_unified.adapt import RunConfig, Stage, StepRecord, TrainingConfig, a
 from sparse_unified.adapt.report import read_lines
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert
-from sparse_unified.checkpoint.atomic import MARKER
+from sparse_unified.checkpoint.files import MARKER
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 

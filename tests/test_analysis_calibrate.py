@@ -21,7 +21,7 @@ from sparse_unified.analysis import (
     calibrate,
     score,
 )
-from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 from sparse_unified.cli import main
 from sparse_unified.fixtures import write_checkpoint
 

@@ -18,8 +18,8 @@ from sparse_unified.bagel import BagelPipeline, SpecialTokens, load_bagel, loadi
 from sparse_unified.bagel.loading import official_tensors
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import TensorSpec
-from sparse_unified.checkpoint.hub import find_model
-from sparse_unified.checkpoint.safetensors_file import read_tensor
+from sparse_unified.checkpoint.model_dir import find_model
+from sparse_unified.checkpoint.safetensors_io import read_tensor
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.testing import read_case
 

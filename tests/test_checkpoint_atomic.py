@@ -19,7 +19,7 @@ from checkpoint_files import child_environment, make_dense, snapshot
 from safetensors.torch import save_file
 
 from sparse_unified.checkpoint import Checkpoint, PruneWidthConfig, convert, invert, prune
-from sparse_unified.checkpoint.atomic import MARKER, atomic_directory, partial_path
+from sparse_unified.checkpoint.files import MARKER, atomic_directory, partial_path
 
 HERE = Path(__file__).parent
 

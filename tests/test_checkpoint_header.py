@@ -14,8 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 
-from sparse_unified.checkpoint.safetensors_file import DTYPES, Header, read_header, read_tensor
-from sparse_unified.checkpoint.writer import FileWriter, build_header
+from sparse_unified.checkpoint.safetensors_io import (
+    DTYPES,
+    FileWriter,
+    Header,
+    build_header,
+    read_header,
+    read_tensor,
+)
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),

@@ -14,7 +14,7 @@ from checkpoint_files import LAYER, edit_config, edit_weights, make_autoencoder,
 from torch import Tensor
 
 from sparse_unified.checkpoint import convert, info, verify
-from sparse_unified.checkpoint.matching import find_bijection
+from sparse_unified.convert.matching import find_bijection
 
 Weights = dict[str, Tensor]
 
@@ -225,7 +225,7 @@ def test_equal_hashes_are_not_believed(
         def digest(self) -> bytes:
             return self._digest
 
-    monkeypatch.setattr("sparse_unified.checkpoint.matching.blake2b", Colliding)
+    monkeypatch.setattr("sparse_unified.convert.matching.blake2b", Colliding)
     report = verify(sparse, pair[0])
     assert not report.ok
     assert "expert 3, neuron 5: gate_proj must be equal" in report.layers[0].problems

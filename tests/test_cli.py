@@ -349,8 +349,8 @@ def test_an_interrupted_conversion_cleans_up(number: signal.Signals, tmp_path: P
     dense = make_dense(tmp_path / "dense")
     # The last file waits a minute, with everything else written.
     code = (
-        "import sys, time, sparse_unified.checkpoint; from sparse_unified import cli; "
-        "convert = sys.modules['sparse_unified.checkpoint.convert']; "
+        "import sys, time, sparse_unified.convert; from sparse_unified import cli; "
+        "convert = sys.modules['sparse_unified.convert.convert']; "
         "convert.write_sidecar = lambda *a: (print('here', flush=True), time.sleep(60)); "
         "sys.exit(cli.main(sys.argv[1:]))"
     )

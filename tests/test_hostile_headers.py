@@ -15,10 +15,14 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
 from sparse_unified.checkpoint import convert
-from sparse_unified.checkpoint.safetensors_file import as_bytes, read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_io import (
+    as_bytes,
+    build_header,
+    read_header,
+    read_tensor,
+)
 from sparse_unified.checkpoint.scores import read_scores
 from sparse_unified.checkpoint.sidecar import parse_dense_headers, read_sidecar
-from sparse_unified.checkpoint.writer import build_header
 
 NUM_CASES = 20_000
 

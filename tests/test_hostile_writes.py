@@ -16,7 +16,7 @@ import torch
 from checkpoint_files import child_environment, make_dense
 
 from sparse_unified.analysis import save_scores
-from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.files import replace_file
 
 HERE = Path(__file__).parent
 
@@ -57,15 +57,7 @@ def test_a_result_file_keeps_its_old_content_when_the_disk_fails(
     def fail(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if call == "write":
-        opened = Path.open
-
-        def open_full(self: Path, *args: Any, **options: Any) -> Any:
-            return _FullFile(opened(self, *args, **options))
-
-        monkeypatch.setattr(Path, "open", open_full)
-    else:
-        monkeypatch.setattr(Path if call == "replace" else os, call, fail)
+    monkeypatch.setattr(Path if call == "replace" else os, call, fail)
     with pytest.raises(
         RuntimeError, match="must be writable with room to spare, got No space left"
     ):
@@ -75,17 +67,14 @@ def test_a_result_file_keeps_its_old_content_when_the_disk_fails(
     assert [file.name for file in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
-class _FullFile:
-    """A file on a disk that takes nothing more."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> _FullFile:
-        return self
-
-    def __exit__(self, *trace: object) -> None:
-        self._stream.close()
-
-    def write(self, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_a_result_file_is_no_way_to_other_files_and_keeps_its_mode(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "r.json"
+    victim.write_text("precious")
+    (tmp_path / ".r.json.partial").symlink_to(victim)
+    path.write_text("old")
+    path.chmod(0o600)
+    replace_file(path, b"new")
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert victim.read_text() == "precious"
+    assert not path.is_symlink()

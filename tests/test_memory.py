@@ -15,9 +15,9 @@ import torch
 from released_files import GOLDEN, Released
 
 from sparse_unified.bagel import AutoEncoder, BagelPipeline, VAEConfig
-from sparse_unified.checkpoint.memory import MemoryRow, memory
-from sparse_unified.checkpoint.writer import build_header
+from sparse_unified.checkpoint.safetensors_io import build_header
 from sparse_unified.cli import main
+from sparse_unified.convert.memory import MemoryRow, memory
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery.report import stored_bytes
 

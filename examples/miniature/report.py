@@ -20,7 +20,7 @@ from typing import Any
 from miniature import scenes
 from miniature.study import DEPTHS, SPARSE, STAGES, WIDTHS
 from sparse_unified._common import optional
-from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.mini.model import MiniTask
 
 BEGIN, END = "<!-- study -->", "<!-- /study -->"

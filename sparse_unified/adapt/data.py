@@ -38,10 +38,13 @@ from sparse_unified.bagel.images import (
 from sparse_unified.bagel.packing import Segment
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.checkpoint import strict_json
-from sparse_unified.checkpoint.atomic import replace_file
-from sparse_unified.checkpoint.safetensors_file import as_bytes, read_header, read_tensor
-from sparse_unified.checkpoint.writer import encode_tensors
+from sparse_unified.checkpoint.files import loads_strict, replace_file
+from sparse_unified.checkpoint.safetensors_io import (
+    as_bytes,
+    encode_tensors,
+    read_header,
+    read_tensor,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -172,7 +175,7 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}:{number}"
         try:
-            fields = strict_json.loads(line)
+            fields = loads_strict(line)
         except ValueError as error:
             raise ValueError(f"{where}: line must be a JSON object, got {error}") from error
         if not isinstance(fields, dict):

@@ -32,8 +32,8 @@ from sparse_unified.bagel.images import vae_transform
 from sparse_unified.bagel.loading import read_config
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint import Checkpoint
-from sparse_unified.checkpoint.hub import find_model
-from sparse_unified.checkpoint.safetensors_file import read_header
+from sparse_unified.checkpoint.model_dir import find_model
+from sparse_unified.checkpoint.safetensors_io import read_header
 from sparse_unified.nn import SparseMoE
 
 _TEXT_TOKENS = 128  # of a caption, with some to spare

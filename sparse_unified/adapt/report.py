@@ -13,8 +13,7 @@ from typing import Any
 
 from sparse_unified._common import Report, optional
 from sparse_unified.adapt.memory import MemoryEstimate
-from sparse_unified.checkpoint import strict_json
-from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.files import loads_strict, replace_file
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 _WRITE_EVERY = 1.0  # seconds
@@ -246,7 +245,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return found
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            values = strict_json.loads(line)
+            values = loads_strict(line)
         except ValueError:
             break
         if not isinstance(values, dict) or type(values.get("step")) is not int:

@@ -34,8 +34,8 @@ from sparse_unified.adapt.trainer import Trainer
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
-from sparse_unified.checkpoint.atomic import refuse_foreign_partial, refuse_overlap
-from sparse_unified.checkpoint.hub import find_model
+from sparse_unified.checkpoint.files import refuse_foreign_partial, refuse_overlap
+from sparse_unified.checkpoint.model_dir import find_model
 from sparse_unified.checkpoint.surroundings import require_surroundings
 
 # Of the weight files, this much in so many places tells one model from another.

@@ -31,13 +31,18 @@ from sparse_unified.adapt.optimizer import (
     this_process,
 )
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
-from sparse_unified.checkpoint.atomic import atomic_directory
-from sparse_unified.checkpoint.files import copy_files, list_files, require_room
-from sparse_unified.checkpoint.reader import read_json
+from sparse_unified.checkpoint.files import atomic_directory, read_json, write_text
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
-from sparse_unified.checkpoint.safetensors_file import as_bytes, read_header, read_tensor
+from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
+from sparse_unified.checkpoint.safetensors_io import (
+    FileWriter,
+    TensorSpec,
+    as_bytes,
+    build_header,
+    read_header,
+    read_tensor,
+)
 from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, build_header, write_text
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
 
@@ -234,29 +239,29 @@ def write_adapted(
     if this_process():
         for header in headers.values():
             for key in header.tensors:
-                trained.read(key)  # takes part in gathering it
+                if key in trained:
+                    trained.read(key)  # takes part in gathering it
         _wait_for_all()
         return
     recipe = (source.recipe or Recipe()).then(Step(config=config, scores=None, tool=tool_version()))
-    others = list_files(source.directory, skip={*headers, RECIPE, *texts}, what=WHAT)
-    total = sum(file.nbytes for file in others)
-    for header in headers.values():
-        total += 8 + len(header.text.encode()) + sum(s.nbytes for s in header.tensors.values())
-    counter = ByteCounter(total, progress)
-    with atomic_directory(out, what=WHAT) as partial:
-        require_room(partial, total, what=WHAT)
-        copy_files(others, partial, rename={}, advance=counter.advance)
-        for name, header in headers.items():
-            with FileWriter(partial / name, header.text, counter.advance) as writer:
-                for key, spec in header.tensors.items():
-                    tensor = trained.read(key)
-                    if tensor is None:
-                        writer.copy(spec)
-                    else:
-                        writer.write(_finite_bytes(tensor.to(spec.dtype).contiguous(), key))
-        for name, text in {RECIPE: recipe.to_json(), **texts}.items():
-            write_text(partial / name, text)
-        Checkpoint(partial).moe  # noqa: B018  (a last look through the reader's eyes)
+
+    def edit(key: str, spec: TensorSpec) -> Edit:
+        def blocks() -> Blocks:
+            yield _finite_bytes(trained.read(key).to(spec.dtype).contiguous(), key)
+
+        return Edit(entries=((key, spec.dtype, spec.shape),), blocks=blocks)
+
+    rewrite(
+        source,
+        out,
+        {key: edit(key, spec) for key, spec in source.specs.items() if key in trained},
+        {RECIPE: recipe.to_json(), **texts},
+        what=WHAT,
+        headers=headers,
+        # A last look through the reader's eyes.
+        finish=lambda partial: Checkpoint(partial).moe,
+        progress=progress,
+    )
     _wait_for_all()
 
 
@@ -288,12 +293,17 @@ class _TrainedTensors:
 
         self._whole, self._experts = whole, experts
 
-    def read(self, key: str) -> Tensor | None:
-        """Returns the tensor of a key, on the CPU; None if it was not trained."""
-        if key in self._plain:
-            return self._whole(key)
+    def __contains__(self, key: str) -> bool:
+        return key in self._plain or self._block_of(key) is not None
+
+    def read(self, key: str) -> Tensor:
+        """Returns the tensor of a trained key, on the CPU."""
+        name = self._block_of(key)
+        return self._whole(key) if name is None else self._experts(name)[key[len(name) + 1 :]]
+
+    def _block_of(self, key: str) -> str | None:
         for part in (".experts.", ".shared_expert."):
             name, found, _ = key.partition(part)
             if found and name in self._blocks:
-                return self._experts(name)[key[len(name) + 1 :]]
+                return name
         return None

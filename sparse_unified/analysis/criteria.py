@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparse_unified._common import naming
 from sparse_unified.analysis.statistics import FfnStatistics
-from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.checkpoint.writer import encode_tensors
+from sparse_unified.checkpoint.safetensors_io import encode_tensors
 from sparse_unified.experts import check_scores, magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import Ffn, FfnKey, find_adapter
 from sparse_unified.surgery.temporary import join_experts

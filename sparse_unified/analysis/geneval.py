@@ -22,8 +22,7 @@ from sparse_unified._common import optional
 from sparse_unified.analysis.bagel_task import Settings
 from sparse_unified.analysis.evaluators import Better, directions
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.checkpoint import strict_json
-from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.files import loads_strict, replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +46,7 @@ def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         where = f"--geneval: {file}: line {number}"
         try:
-            entry = strict_json.loads(line)
+            entry = loads_strict(line)
         except ValueError as error:
             raise ValueError(f"{where} must be a JSON object, got {error}") from error
         if not isinstance(entry, dict):

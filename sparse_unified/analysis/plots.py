@@ -21,7 +21,7 @@ from sparse_unified.analysis.expert_usage import ExpertUsage
 from sparse_unified.analysis.similarity import PARTS
 from sparse_unified.analysis.statistics import NO_TIME
 from sparse_unified.analysis.sweep import SweepResult
-from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

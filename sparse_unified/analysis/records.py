@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_unified._common import list_some
-from sparse_unified.checkpoint import strict_json
-from sparse_unified.checkpoint.atomic import replace_file
-from sparse_unified.checkpoint.reader import read_json
+from sparse_unified.checkpoint.files import loads_strict, read_json, replace_file
 
 NUMBER = (int, float)
 _METRICS = {str: NUMBER}
@@ -115,7 +113,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            record = strict_json.loads(line.decode("utf-8"), finite=True)
+            record = loads_strict(line.decode("utf-8"), finite=True)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} must be JSON, got {error}") from error
         if not has_form(record, _POINT) and not has_form(record, _DENSE):

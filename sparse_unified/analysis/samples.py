@@ -15,7 +15,7 @@ import numpy as np
 
 from sparse_unified._common import optional
 from sparse_unified.bagel.images import open_image
-from sparse_unified.checkpoint import strict_json
+from sparse_unified.checkpoint.files import loads_strict
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # Bytes of a name and of a path that file systems take; messages stay short, too.
@@ -263,7 +263,7 @@ def is_file_name(value: object) -> bool:
 
 def _parse(line: str, folder: Path, where: str) -> Sample:
     try:
-        fields: Any = strict_json.loads(line)
+        fields: Any = loads_strict(line)
     except ValueError as error:
         raise ValueError(f"{where}: line must be a JSON object, got {error}") from error
     if not isinstance(fields, dict):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparse_unified._common import Report, format_table
 from sparse_unified.analysis.records import NUMBER, has_form
-from sparse_unified.checkpoint.reader import read_json
+from sparse_unified.checkpoint.files import read_json
 from sparse_unified.surgery.decoder import Block, find_adapter
 
 PARTS = ("block", "attention", "ffn")

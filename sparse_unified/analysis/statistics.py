@@ -26,11 +26,15 @@ from torch import Tensor
 
 from sparse_unified._common import list_some, naming
 from sparse_unified.analysis.activation import mean_overlap, successive_overlap
-from sparse_unified.checkpoint import Checkpoint, keys, strict_json
-from sparse_unified.checkpoint.atomic import replace_file
-from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header, read_tensor
+from sparse_unified.checkpoint import Checkpoint, keys
+from sparse_unified.checkpoint.files import loads_strict, replace_file
+from sparse_unified.checkpoint.safetensors_io import (
+    TensorSpec,
+    encode_tensors,
+    read_header,
+    read_tensor,
+)
 from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.checkpoint.writer import encode_tensors
 from sparse_unified.surgery.decoder import FfnKey, find_adapter
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
@@ -397,7 +401,7 @@ class FfnStatistics:
             raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
         try:
             fields = ("config", "samples", "ffns", "model_hashes")
-            found = {name: strict_json.loads(meta[name]) for name in fields}
+            found = {name: loads_strict(meta[name]) for name in fields}
             config = StatisticsConfig(**found["config"])
             samples = {task: tuple(map(str, own)) for task, own in found["samples"].items()}
             listed = [_parse_entry(entry) for entry in found["ffns"]]

@@ -31,9 +31,9 @@ from sparse_unified.bagel.config import (
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.keys import FFN_NAMES, module_prefixes
-from sparse_unified.checkpoint.reader import read_json
-from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.storage import STORAGES, quantize_ffn_

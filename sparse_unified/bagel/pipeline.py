@@ -38,7 +38,7 @@ from sparse_unified.bagel.sampler import (
 )
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.checkpoint.hub import find_model
+from sparse_unified.checkpoint.model_dir import find_model
 from sparse_unified.nn import SparseMoE
 
 if TYPE_CHECKING:

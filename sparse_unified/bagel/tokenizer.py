@@ -10,7 +10,7 @@ from typing import Any
 
 from sparse_unified._common import optional
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.checkpoint.reader import read_json
+from sparse_unified.checkpoint.files import read_json
 
 _SPECIAL_TEXTS = {
     "bos": "<|im_start|>",

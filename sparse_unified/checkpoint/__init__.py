@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model directories: reading them, and turning dense ones into sparse ones and back."""
+"""Model directories: reading, describing and rewriting them.
 
-from sparse_unified.checkpoint.convert import ConvertReport, convert
+What makes one directory from another is in `sparse_unified.convert`, and can be imported from here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.ffn import SparseLayer
-from sparse_unified.checkpoint.info import ComponentInfo, Info, info
-from sparse_unified.checkpoint.invert import InvertReport, invert
 from sparse_unified.checkpoint.layout import MoELayout
+from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import (
     AdaptConfig,
     MoEConfig,
@@ -15,36 +21,44 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.checkpoint.prune import PrunedCheckpoint, prune
-from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.recipe import Recipe, Step
-from sparse_unified.checkpoint.safetensors_file import TensorSpec
-from sparse_unified.checkpoint.verify import LayerVerdict, VerifyReport, verify
+from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
-__all__ = [
-    "AdaptConfig",
-    "Checkpoint",
+# Names of `sparse_unified.convert`, which stands above the models and this package below them.
+_OF_CONVERT = (
     "ComponentInfo",
     "ConvertReport",
-    "Counts",
     "Info",
     "InvertReport",
     "LayerVerdict",
-    "MoEConfig",
-    "MoELayout",
-    "Part",
-    "PruneHeadsConfig",
-    "PruneWidthConfig",
     "PrunedCheckpoint",
-    "Recipe",
-    "SkipLayersConfig",
-    "SparseLayer",
-    "Step",
-    "TensorSpec",
     "VerifyReport",
     "convert",
     "info",
     "invert",
     "prune",
     "verify",
+)
+
+__all__ = [
+    "AdaptConfig",
+    "Checkpoint",
+    "Counts",
+    "MoEConfig",
+    "MoELayout",
+    "Part",
+    "PruneHeadsConfig",
+    "PruneWidthConfig",
+    "Recipe",
+    "SkipLayersConfig",
+    "SparseLayer",
+    "Step",
+    "TensorSpec",
+    *_OF_CONVERT,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_CONVERT:
+        return getattr(importlib.import_module("sparse_unified.convert"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.held import Layers, absent_prefixes
 from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.recipe import RECIPE
-from sparse_unified.checkpoint.safetensors_file import TensorSpec
+from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
 _SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 

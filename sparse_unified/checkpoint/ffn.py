@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.safetensors_file import TensorSpec
+from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
 
 class SparseLayer(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the importance of neurons and heads comes from when a checkpoint is converted or pruned.
+"""What users give for each layer of a checkpoint: importance of neurons and heads, and inputs.
 
 A scores file is a safetensors file that holds one tensor `scores` [num_layers, I], or one tensor
 [I] per layer, named by its index (`"1"`, `"2"`, ...), or by component and index (`"gen.1"`), beside
@@ -21,10 +21,14 @@ from torch import Tensor
 from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.ffn import SparseLayer
-from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
+from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.modes import MoEConfig
+from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 from sparse_unified.experts import (
+    Partition,
+    RouterInit,
     as_scores,
+    check_inputs,
     check_scores,
     head_magnitude_scores,
     magnitude_scores,
@@ -35,6 +39,9 @@ _BLOCK_NEURONS = 1024
 
 LayerScores = Mapping[int, Tensor] | Tensor
 Scores = Mapping[str, LayerScores] | LayerScores | str | os.PathLike[str]
+
+LayerInputs = Mapping[int, Tensor]
+Inputs = Mapping[str, LayerInputs] | LayerInputs
 
 HEADS = ".heads"
 _LAYER = re.compile(keys.INDEX)
@@ -143,6 +150,60 @@ def _of_component(
     if component not in by_name:
         raise ValueError(f"{what}: scores must hold {component}, got {list_some(by_name)}")
     found: LayerScores = by_name[component]
+    return found
+
+
+def resolve_inputs(
+    inputs: Inputs | None, config: MoEConfig, sizes: Mapping[int, int], *, what: str
+) -> LayerInputs:
+    """Returns the calibration inputs of each layer, checked; {} where none are needed.
+
+    Args:
+        inputs: `{layer: [N, D]}`, or `{component: {layer: [N, D]}}`.
+        config: what is done with them; they must be given exactly where it needs them.
+        sizes: layer -> hidden size D, of the layers that must be there.
+        what: start of messages.
+
+    Raises:
+        ValueError: they are missing, not needed, lack the component or a layer, or do not fit.
+        TypeError: they are no tensors by layer.
+    """
+    asked = [] if config.partition is not Partition.COACTIVATION else ["partition 'coactivation'"]
+    if config.router_init is RouterInit.ACTIVATION:
+        asked.append("router_init 'activation'")
+    if inputs is None and asked:
+        raise ValueError(
+            f"{what}: inputs must be given for {' and '.join(asked)}, got none; statistics that "
+            "calibrate gathers with --inputs hold them"
+        )
+    if inputs is None:
+        return {}
+    if not asked:
+        raise ValueError(
+            f"{what}: inputs must come with partition 'coactivation' or router_init 'activation', "
+            f"got {config.partition.value!r:.120} and {config.router_init.value!r:.120}"
+        )
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"{what}: inputs must map layers to tensors, got {type(inputs).__name__}")
+    own: Mapping[object, object] = inputs  # type: ignore[assignment]
+    if any(name in own for name in keys.FFN_NAMES):
+        by_layer = own.get(config.component)
+        if not isinstance(by_layer, Mapping):
+            raise ValueError(
+                f"{what}: inputs must hold {config.component}, got {list_some(sorted(own))}"  # type: ignore[type-var]
+            )
+        own = by_layer
+    found = {}
+    for layer, hidden_size in sizes.items():
+        value = own.get(layer)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{what}: inputs must hold a tensor for layers {list_some(sizes)}, "
+                f"got {type(value).__name__} for layer {layer}"
+            )
+        with naming(f"{what}: layer {layer}"):
+            check_inputs(value, hidden_size)
+        found[layer] = value
     return found
 
 

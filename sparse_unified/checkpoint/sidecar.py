@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from sparse_unified._version import __version__
-from sparse_unified.checkpoint import keys, strict_json
-from sparse_unified.checkpoint.reader import is_plain_name
-from sparse_unified.checkpoint.safetensors_file import (
+from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.files import is_plain_name, loads_strict
+from sparse_unified.checkpoint.safetensors_io import (
     Header,
+    load_tensors,
     parse_header,
-    read_header,
     read_tensor,
+    save_tensors,
 )
-from sparse_unified.checkpoint.writer import FileWriter, build_header
 
 SIDECAR = "partition.safetensors"
 # The sidecar of an earlier conversion, of the other component, that the new one lies on top of.
@@ -70,11 +70,12 @@ def index_key(component: str, layer: int) -> str:
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:
     """Writes and syncs a sidecar file."""
-    header = build_header(
-        [
-            (index_key(sidecar.component, layer), torch.int32, index.shape)
+    save_tensors(
+        path,
+        {
+            index_key(sidecar.component, layer): torch.from_numpy(index).int()
             for layer, index in sidecar.neuron_index.items()
-        ],
+        },
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -85,9 +86,6 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
             "texts": json.dumps(dict(sidecar.texts), ensure_ascii=False),
         },
     )
-    with FileWriter(path, header, lambda _: None) as writer:
-        for index in sidecar.neuron_index.values():
-            writer.write(index.astype("<i4"))
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -101,11 +99,8 @@ def read_sidecar(path: Path) -> Sidecar:
             f"{path}: file must be there, as convert writes it, to give the dense neuron order; "
             "got nothing"
         )
-    header = read_header(path)
+    header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
     metadata = header.metadata
-    form = metadata.get("format"), metadata.get("format_version")
-    if form != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
     component = metadata.get("component", "")
     if component not in keys.FFN_NAMES:
         raise ValueError(f"{path}: component must be gen or und, got {component!r:.80}")
@@ -149,7 +144,7 @@ def _read_indices(path: Path, header: Header, component: str) -> dict[int, np.nd
 
 def _read_map(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
     try:
-        value = strict_json.loads(metadata.get(field, ""))
+        value = loads_strict(metadata.get(field, ""))
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -13,8 +13,8 @@ from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.autoencoder import check_autoencoder
 from sparse_unified.checkpoint.held import absent_prefixes
 from sparse_unified.checkpoint.layout import CONFIG
-from sparse_unified.checkpoint.reader import VAE_FILE, Checkpoint
-from sparse_unified.checkpoint.safetensors_file import read_header
+from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
+from sparse_unified.checkpoint.safetensors_io import read_header
 from sparse_unified.checkpoint.structure import (
     check_structure,
     check_vision_layers,

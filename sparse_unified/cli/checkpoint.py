@@ -68,7 +68,7 @@ def _add_convert(parser: CommandParser) -> None:
 
 def _convert(options: argparse.Namespace) -> Report:
     from sparse_unified.checkpoint import convert
-    from sparse_unified.checkpoint.atomic import refuse_overlap
+    from sparse_unified.checkpoint.files import refuse_overlap
 
     needing = [
         f"--{name.replace('_', '-')} {value}"
@@ -306,7 +306,7 @@ def _add_info(parser: CommandParser) -> None:
 def _info(options: argparse.Namespace) -> Report:
     from sparse_unified.build import build_info
     from sparse_unified.checkpoint import info
-    from sparse_unified.checkpoint.memory import memory
+    from sparse_unified.convert.memory import memory
 
     if options.directory is None:
         if options.memory:

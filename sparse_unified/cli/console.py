@@ -64,7 +64,7 @@ class Command:
         sys.stdout.write((document if options.json == "-" else text) + "\n")
         sys.stdout.flush()
         if options.json not in (None, "-"):
-            from sparse_unified.checkpoint.atomic import replace_file
+            from sparse_unified.checkpoint.files import replace_file
 
             replace_file(Path(options.json), (document + "\n").encode())
         holds = getattr(report, "ok", True) and not getattr(report, "problems", ())

@@ -229,7 +229,7 @@ def _add_generate(parser: CommandParser) -> None:
 
 def _generate(options: argparse.Namespace) -> Output:
     from sparse_unified.bagel import StepCache
-    from sparse_unified.checkpoint.atomic import replace_file
+    from sparse_unified.checkpoint.files import replace_file
 
     prompts = options.prompt + _read_prompts(options.prompts_file)
     if not prompts:

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from sparse_unified._version import __version__
-from sparse_unified.checkpoint.atomic import replace_file
+from sparse_unified.checkpoint.files import replace_file
 
 NAME = "sparse-unified"
 BACKENDS = ("cpu", "cuda")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sparse_unified._common import context, list_some, naming
 from sparse_unified.checkpoint import Checkpoint, keys
-from sparse_unified.checkpoint.hub import find_model, is_hub_id
+from sparse_unified.checkpoint.model_dir import find_model, is_hub_id
 from sparse_unified.checkpoint.modes import MoEConfig
-from sparse_unified.checkpoint.routing import Inputs, resolve_inputs
+from sparse_unified.checkpoint.scores import Inputs, resolve_inputs
 from sparse_unified.experts import (
     ExpertLayout,
     Partition,

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_unified.checkpoint.reader import read_json
-from sparse_unified.checkpoint.safetensors_file import read_header, read_tensor
+from sparse_unified.checkpoint.files import read_json
+from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 
 _SHOWN = 80  # characters of a value in a message
 

@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict reading of safetensors headers, and reading of tensor bytes, without any unpickling.
+"""Safetensors files: headers read strictly, tensors read alone, files written as a stream.
 
 A file is `u64 header length | JSON header | tensor bytes`. The header is believed only if every
 tensor lies inside the file, tensors neither overlap nor leave holes, and each takes exactly the
-bytes that its shape and dtype say.
+bytes that its shape and dtype say. Nothing is unpickled, and nothing mapped into memory: a file
+that another process cuts short is an error, not a crash.
 
 Source: the format description of the safetensors project.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified.checkpoint import strict_json
+from sparse_unified.checkpoint.files import loads_strict, replace_file, require_regular
 
 MAX_HEADER_BYTES = 100_000_000
+CHUNK_BYTES = 8 << 20
+# One call of the kernel copies at most this much, so that progress and Ctrl-C get their turn.
+RANGE_BYTES = 64 << 20
+_NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -44,6 +51,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -77,16 +85,6 @@ class Header:
     tensors: dict[str, TensorSpec]
     metadata: dict[str, str]
     text: str
-
-
-def require_regular(path: Path) -> None:
-    """Raises ValueError for what never ends or waits for a writer: devices, pipes and sockets.
-
-    Links are followed, as those of a hub's cache are; OSError where there is nothing to follow.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path}: file must be a regular file, got {stat.filemode(mode)}")
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -169,9 +167,172 @@ def read_tensor(spec: TensorSpec, *, what: str) -> Tensor:
     return tensor
 
 
+def read_words(spec: TensorSpec) -> np.ndarray:
+    """Returns a tensor as words of its element size: its bits, whatever they stand for."""
+    words = np.empty(spec.shape, dtype=WORDS[spec.dtype.itemsize])
+    with spec.file.open("rb", buffering=0) as stream:
+        read_bytes(stream, spec.start, words, what=str(spec.file))
+    return words
+
+
 def as_bytes(tensor: Tensor) -> np.ndarray:
     """Returns the memory of a contiguous CPU tensor as a flat uint8 array, not a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def build_header(
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Returns the header text of a file that holds `(key, dtype, shape)` in this order.
+
+    The text is padded with spaces so that the tensors start at a multiple of 8 bytes.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for key, dtype, shape in entries:
+        end = position + math.prod(shape) * dtype.itemsize
+        header[key] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return text + " " * (-len(text.encode()) % 8)
+
+
+def encode_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Returns a whole safetensors file of CPU tensors, widest element types first.
+
+    The same tensors and metadata give the same bytes, which the safetensors package does not
+    promise for metadata of several entries.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    header = build_header(
+        [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in ordered], metadata
+    ).encode()
+    data = (as_bytes(tensor.contiguous()).tobytes() for _, tensor in ordered)
+    return b"".join([len(header).to_bytes(8, "little"), header, *data])
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file of CPU tensors, complete or not at all, over one that was there."""
+    replace_file(path, encode_tensors(tensors, metadata))
+
+
+def load_tensors(path: str | os.PathLike[str], *, kind: str, version: str) -> Header:
+    """Reads the header of a file whose metadata must say `format` and `format_version`.
+
+    Raises:
+        ValueError: it is no safetensors file, or of another format or version.
+    """
+    header = read_header(path)
+    form = header.metadata.get("format"), header.metadata.get("format_version")
+    if form != (kind, version):
+        raise ValueError(f"{path}: format must be {kind} {version}, got {form!r:.120}")
+    return header
+
+
+class FileWriter:
+    """Writes one safetensors file front to back: the header, then tensors in its order.
+
+    Nothing is buffered beyond what one call is given. Leaving the `with` block syncs the file.
+
+    Args:
+        path: the file to create.
+        header: its header text.
+        advance: called with the number of bytes after each piece that is written.
+    """
+
+    def __init__(self, path: Path, header: str, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._path = path
+        self._stream: BinaryIO = path.open("xb", buffering=0)
+        encoded = header.encode()
+        self.write(np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, dtype=np.uint8))
+
+    def write(self, data: np.ndarray) -> None:
+        """Appends the bytes of a contiguous array."""
+        view = data.reshape(-1).view(np.uint8).data
+        for start in range(0, len(view), RANGE_BYTES):
+            piece = view[start : start + RANGE_BYTES]
+            done = 0
+            while done < len(piece):
+                done += os.write(self._stream.fileno(), piece[done:])
+            self._advance(len(piece))
+
+    def copy(self, spec: TensorSpec) -> None:
+        """Appends the bytes of a tensor of another file."""
+        with spec.file.open("rb", buffering=0) as source:
+            copy_range(source, spec.start, spec.nbytes, self._stream, self._advance)
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                os.fsync(self._stream.fileno())
+        except OSError as failure:
+            failure.filename = str(self._path)
+            raise
+        finally:
+            self._stream.close()
+
+
+def copy_range(
+    source: BinaryIO,
+    start: int,
+    nbytes: int,
+    target: BinaryIO,
+    advance: Callable[[int], None],
+) -> None:
+    """Appends `nbytes` bytes of `source` from `start` to `target`, in the kernel where it can.
+
+    Raises:
+        RuntimeError: the source ends early.
+    """
+    position = start
+    end = start + nbytes
+    in_kernel = hasattr(os, "copy_file_range")
+    while position < end:
+        count = 0
+        if in_kernel:
+            try:
+                count = os.copy_file_range(
+                    source.fileno(),
+                    target.fileno(),
+                    min(end - position, RANGE_BYTES),
+                    offset_src=position,
+                )
+            except OSError as error:
+                if error.errno not in _NO_RANGE_COPY:
+                    raise
+            # Some file systems answer 0 where they cannot; reading decides whether it is the end.
+            in_kernel = count > 0
+        if count == 0:
+            data = os.pread(source.fileno(), min(end - position, CHUNK_BYTES), position)
+            if not data:
+                raise RuntimeError(
+                    f"{source.name}: file must not change while it is read, "
+                    f"got its end at byte {position}"
+                )
+            view = memoryview(data)
+            while view:
+                view = view[os.write(target.fileno(), view) :]
+            count = len(data)
+        position += count
+        advance(count)
 
 
 def _read_text(path: Path, stream: BinaryIO, size: int) -> str:
@@ -193,7 +354,7 @@ def _parse_json(path: Path, text: str) -> dict[str, Any]:
     if not text.startswith("{"):
         raise ValueError(f"{path}: header must start with '{{', got {_short(text[:8])}")
     try:
-        entries = strict_json.loads(text, finite=True)
+        entries = loads_strict(text, finite=True)
     except ValueError as error:
         raise ValueError(f"{path}: header must be JSON with distinct keys, got {error}") from error
     assert isinstance(entries, dict)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.moves import expert_ranges
-from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.convert.matching import expert_ranges
 from sparse_unified.experts import ExpertLayout
 
 _NUM_TOKENS = 16

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_unified._common import list_some
+from sparse_unified._common import Progress, list_some
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.layout import CONFIG
-from sparse_unified.checkpoint.reader import VAE_FILE, Checkpoint
-from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_bytes
-from sparse_unified.checkpoint.writer import CHUNK_BYTES, ByteCounter
+from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
+from sparse_unified.checkpoint.safetensors_io import CHUNK_BYTES, TensorSpec, read_bytes
+
+# ? import ByteCounter
 
 _MOE_FIELDS = {"num_experts", "num_shared_experts", "top_k", "num_experts_per_tok"}
 _MOE_FIELDS |= set(keys.TRANSFORMED.values())
@@ -29,6 +30,21 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _MODEL_FILES = (VAE_FILE, "vit_config.json", "config.json", *_TOKENIZER_FILES)
+
+
+class ByteCounter:
+    """Counts compared bytes and tells a progress callback (done, total)."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done = 0
+        self.total = total
+        self._progress = progress
+
+    def advance(self, nbytes: int) -> None:
+        """Adds bytes that were compared."""
+        self.done += nbytes
+        if self._progress is not None:
+            self._progress(self.done, self.total)
 
 
 def compare_specs(got: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> Iterator[str]:

@@ -15,9 +15,9 @@ from hashlib import blake2b
 import numpy as np
 
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.moves import expert_ranges, read_words, row_blocks
-from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.checkpoint.safetensors_file import TensorSpec
+from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.rewrite import row_blocks
+from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_words
 from sparse_unified.experts import ExpertLayout
 
 _COLUMNS = 512
@@ -25,6 +25,15 @@ _MAX_PROBLEMS = 3
 
 # One list per projection, one digest per neuron.
 Digests = tuple[list[bytes], ...]
+
+
+def expert_ranges(layout: ExpertLayout) -> list[tuple[int | None, int, int]]:
+    """Returns (expert, start, stop) in expert order; the shared expert is None and comes first."""
+    ranges: list[tuple[int | None, int, int]] = []
+    if layout.shared_width:
+        ranges.append((None, *layout.shared_range()))
+    ranges += [(expert, *layout.expert_range(expert)) for expert in range(layout.num_experts)]
+    return ranges
 
 
 def find_bijection(

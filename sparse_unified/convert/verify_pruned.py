@@ -11,9 +11,9 @@ import numpy as np
 from sparse_unified._common import format_layers, format_table
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.held import Held, Layers, kept_channels, whole_layers
-from sparse_unified.checkpoint.matching import find_bijection
-from sparse_unified.checkpoint.moves import expert_ranges, read_words
-from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.safetensors_io import read_words
+from sparse_unified.convert.matching import expert_ranges, find_bijection
 from sparse_unified.experts import ExpertLayout
 
 _SHOWN = 40  # characters of a list of removed units in a table

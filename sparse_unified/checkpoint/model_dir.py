@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model directory, read lazily: headers and JSON when it is opened, tensors when asked for."""
+"""A model directory, read lazily: headers and JSON when it is opened, tensors when asked for.
+
+A model is named by its directory, or by its id on the hub.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,22 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_unified.checkpoint import strict_json
+from sparse_unified._common import optional
 from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.ffn import FFNs, scan_ffns
+from sparse_unified.checkpoint.files import is_plain_name, read_json
 from sparse_unified.checkpoint.held import Layers, follow_recipe, whole_layers
 from sparse_unified.checkpoint.layout import CONFIG, MoELayout, check_layout
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
-from sparse_unified.checkpoint.safetensors_file import (
-    Header,
-    TensorSpec,
-    read_header,
-    read_tensor,
-    require_regular,
-)
+from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec, read_header, read_tensor
+from sparse_unified.checkpoint.shapes import LayerShape
+from sparse_unified.experts import ExpertLayout
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_FILES = ("ema.safetensors", "model.safetensors")
 VAE_FILE = "ae.safetensors"
-_LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name is a little longer
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 class Checkpoint:
@@ -158,6 +158,31 @@ class Checkpoint:
         self._refuse(follow_recipe(layers, self.recipe))
         return layers
 
+    @cached_property
+    def shapes(self) -> dict[str, dict[int, LayerShape]]:
+        """What each layer has of each component, pruned or not.
+
+        Raises:
+            ValueError: as of `moe` and `held`.
+        """
+        moe = self.moe
+
+        def ffn(component: str, layer: int) -> int | ExpertLayout:
+            if moe is not None and layer in moe.layers.get(component, {}):
+                return moe.expert_layout(component, layer)
+            found = self.ffns.get(component, {}).get(layer)
+            return 0 if found is None else found.intermediate_size
+
+        return {
+            component: {
+                layer: LayerShape(
+                    ffn=ffn(component, layer), kv_heads=left.keys, query_groups=left.reads
+                )
+                for layer, left in layers.items()
+            }
+            for component, layers in (self.held or whole_layers(self.llm_config)).items()
+        }
+
     def check_recipe(self) -> list[str]:
         """Returns a sentence for each thing in the keys that the recipe does not account for."""
         problems = []
@@ -184,43 +209,6 @@ class Checkpoint:
         if problems:
             more = f" (and {len(problems) - 1} more disagreements)" if problems[1:] else ""
             raise ValueError(f"{self.directory}: {problems[0]}{more}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file; raises ValueError when it is none."""
-    return parse_json(path, read_text(path))
-
-
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 file without touching its line ends; raises ValueError when it is none."""
-    try:
-        require_regular(path)
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: file must be readable, got {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: file must be UTF-8, got {error.reason}") from error
-
-
-def parse_json(path: Path, text: str) -> dict[str, Any]:
-    """Parses a JSON object; raises ValueError with the path when it is none."""
-    try:
-        value = strict_json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: file must be JSON, got {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: file must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def is_plain_name(name: object) -> bool:
-    """Tells whether `name` is a file name that stays in its directory."""
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and not any(c in name for c in "/\\\0")
-        and len(name.encode()) <= _LONGEST_NAME
-    )
 
 
 def _find_index(directory: Path) -> Path:
@@ -257,3 +245,42 @@ def _read_shards(index_file: Path) -> dict[str, Header]:
         if name in headers and key not in headers[name].tensors:
             raise ValueError(f"{index_file}: {name} must hold {key!r:.120}, got a file without it")
     return headers
+
+
+def find_model(name: str | os.PathLike[str], *, where: str = "from_pretrained") -> Path:
+    """Returns the directory of a model, given as such or as a hub id, which is downloaded.
+
+    Args:
+        name: a directory, or an id such as "LLM-Drop/BAGEL-MoE-7B-GEN-16to8". What is already in
+            the hub's cache is not downloaded again.
+        where: the start of messages.
+
+    Raises:
+        ValueError: `name` is neither a directory nor the id of a model that can be had.
+        ImportError: it is an id, and huggingface_hub is not installed.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    text = os.fspath(name)
+    if not is_hub_id(name):
+        raise ValueError(
+            f"{where}: model must be a directory or a hub id 'owner/name', got {text!r}, "
+            "which is neither"
+        )
+    hub = optional("huggingface_hub", purpose=f"the download of {text!r}")
+    try:
+        return Path(hub.snapshot_download(text, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:  # every error of the hub is one of these
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{where}: model must be a directory or a hub id that can be downloaded, "
+            f"got {text!r}: {first_line}"
+        ) from error
+
+
+def is_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Tells whether a name is written as an id of the hub is, and no file of that name exists."""
+    parts = os.fspath(name).split("/")
+    written = len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
+    return isinstance(name, str) and written and not Path(name).exists()

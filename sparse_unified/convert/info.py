@@ -14,9 +14,9 @@ from sparse_unified.checkpoint.ffn import FFN, FFNs, scan_ffns
 from sparse_unified.checkpoint.files import list_files
 from sparse_unified.checkpoint.held import Held, Layers
 from sparse_unified.checkpoint.layout import check_layout, find_top_k
-from sparse_unified.checkpoint.reader import Checkpoint
+from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.recipe import Recipe
-from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header
+from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
 from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
 from sparse_unified.checkpoint.surroundings import check_surroundings
 

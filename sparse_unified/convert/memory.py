@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from sparse_unified._common import Report, format_bytes, format_table
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.checkpoint.safetensors_file import TensorSpec, read_header
+from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
 
 BUDGETS = (12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes, of cards one can buy
 _TEXT_TO_IMAGE_LACKS = ("vit_model.", "connector.", "vit_pos_embed.", "language_model.lm_head.")

@@ -11,6 +11,8 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
 from sparse_unified._common import (
     Progress,
     Report,
@@ -20,14 +22,13 @@ from sparse_unified._common import (
     list_some,
 )
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.atomic import atomic_directory, refuse_overlap
-from sparse_unified.checkpoint.files import copy_files, list_files, require_room
+from sparse_unified.checkpoint.files import refuse_overlap
 from sparse_unified.checkpoint.layout import MoELayout
+from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
-from sparse_unified.checkpoint.moves import to_dense
-from sparse_unified.checkpoint.reader import Checkpoint
 from sparse_unified.checkpoint.recipe import RECIPE
-from sparse_unified.checkpoint.safetensors_file import Header, TensorSpec
+from sparse_unified.checkpoint.rewrite import Edit, gather, rewrite
+from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
     SIDECAR,
@@ -35,7 +36,8 @@ from sparse_unified.checkpoint.sidecar import (
     parse_dense_headers,
     read_sidecar,
 )
-from sparse_unified.checkpoint.writer import ByteCounter, FileWriter, write_text
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.surgery.cuts import ffn_parts
 
 WHAT = "invert"
 
@@ -111,43 +113,51 @@ def invert(
         )
     _check_tensors(source, sidecar, headers, moe)
 
-    skip = {*source.headers, *sidecar.texts, *headers, RECIPE}
-    others = list_files(source.directory, skip=skip | {SIDECAR}, what=WHAT)
-    total = sum(file.nbytes for file in others)
-    for header in headers.values():
-        total += 8 + len(header.text.encode()) + sum(s.nbytes for s in header.tensors.values())
-    counter = ByteCounter(total, progress)
-
-    with atomic_directory(out, what=WHAT) as partial:
-        require_room(partial, total, what=WHAT)
-        copy_files(others, partial, rename={EARLIER_SIDECAR: SIDECAR}, advance=counter.advance)
-        for name, header in headers.items():
-            with FileWriter(partial / name, header.text, counter.advance) as writer:
-                for key in header.tensors:
-                    part = _split_part(sidecar, key)
-                    if part is None:
-                        writer.copy(source.spec(key))
-                        continue
-                    layer, projection = part
-                    for block in to_dense(
-                        source.spec,
-                        sidecar.component,
-                        layer,
-                        projection,
-                        sidecar.neuron_index[layer],
-                        moe.expert_layout(sidecar.component, layer),
-                    ):
-                        writer.write(block)
-        for name, text in sidecar.texts.items():
-            write_text(partial / name, text)
+    edits = {}
+    for layer, index in sidecar.neuron_index.items():
+        position = np.empty_like(index)
+        position[index] = np.arange(len(index))  # dense neuron -> place in expert order
+        layout = moe.expert_layout(sidecar.component, layer)
+        for name in keys.PROJECTIONS:
+            key = keys.dense_key(sidecar.component, layer, name)
+            edits[key] = _join(source, sidecar.component, layer, layout, name, position)
+    bytes_written = rewrite(
+        source,
+        out,
+        edits,
+        sidecar.texts,
+        what=WHAT,
+        headers=headers,
+        rename={EARLIER_SIDECAR: SIDECAR},
+        skip=(RECIPE, SIDECAR),
+        progress=progress,
+    )
     return InvertReport(
         out=str(out),
         component=sidecar.component,
         layers=layers,
         converted_by=sidecar.tool,
-        bytes_written=counter.done,
+        bytes_written=bytes_written,
         seconds=time.perf_counter() - start,
     )
+
+
+def _join(
+    source: Checkpoint,
+    component: str,
+    layer: int,
+    layout: ExpertLayout,
+    name: str,
+    position: np.ndarray,
+) -> Edit:
+    """Returns one dense projection, put together from its experts."""
+    prefix = keys.ffn_prefix(component, layer)
+    specs = [source.spec(f"{prefix}{part}{name}.weight") for part in ffn_parts(layout)]
+    dim = 1 if name == "down_proj" else 0
+    shape = list(specs[0].shape)
+    shape[dim] = len(position)
+    entry = (keys.dense_key(component, layer, name), specs[0].dtype, tuple(shape))
+    return Edit(entries=(entry,), blocks=lambda: gather(specs, dim, [position]))
 
 
 def _split_part(sidecar: Sidecar, key: str) -> tuple[int, str] | None:

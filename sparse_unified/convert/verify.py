@@ -14,24 +14,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# ? import ByteCounter
 from sparse_unified._common import Progress, Report, format_table
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.compare import (
+from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.convert.compare import (
+    ByteCounter,
     compare_configs,
     compare_files,
     compare_specs,
     compare_tensors,
 )
-from sparse_unified.checkpoint.equivalence import compare_outputs
-from sparse_unified.checkpoint.matching import find_bijection
-from sparse_unified.checkpoint.reader import Checkpoint
-from sparse_unified.checkpoint.verify_pruned import (
+from sparse_unified.convert.equivalence import compare_outputs
+from sparse_unified.convert.matching import find_bijection
+from sparse_unified.convert.verify_pruned import (
     PrunedVerdict,
     find_changes,
     judge_change,
     pruned_table,
 )
-from sparse_unified.checkpoint.writer import ByteCounter
 from sparse_unified.experts import ExpertLayout
 
 WHAT = "verify"

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model directory from another one, as a stream: tensors are copied, cut, joined, split or new.
+
+What changes is data: `{key of the source: Edit}`. Files are written front to back. Bytes that stay
+are copied in the kernel; of what is cut or reordered one tensor at most is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparse_unified._common import Progress
+from sparse_unified.checkpoint.files import (
+    atomic_directory,
+    list_files,
+    parse_json,
+    read_text,
+    require_room,
+    write_text,
+)
+from sparse_unified.checkpoint.model_dir import INDEX_SUFFIX, Checkpoint
+from sparse_unified.checkpoint.safetensors_io import (
+    WORDS,
+    FileWriter,
+    Header,
+    TensorSpec,
+    build_header,
+    copy_range,
+    read_words,
+)
+
+# Rows handled at once: enough to amortise a read, few enough to stay in cache.
+_BLOCK_BYTES = 4 << 20
+
+Entry = tuple[str, torch.dtype, tuple[int, ...]]
+# Bytes of the result, in order: of a file, or in memory.
+Blocks = Iterable[TensorSpec | np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """What takes the place of one tensor.
+
+    Attributes:
+        entries: (key, dtype, shape) of each new tensor, in the order of their bytes; none where
+            the tensor is left out.
+        blocks: gives the bytes of all of them; called when they are written.
+    """
+
+    entries: tuple[Entry, ...]
+    blocks: Callable[[], Blocks]
+
+
+GONE = Edit(entries=(), blocks=tuple)
+Edits = Mapping[str, Edit]
+
+
+def rewrite(
+    source: Checkpoint,
+    out: str | os.PathLike[str],
+    edits: Edits,
+    texts: Mapping[str, str],
+    *,
+    what: str,
+    headers: Mapping[str, Header] | None = None,
+    rename: Mapping[str, str] | None = None,
+    skip: Iterable[str] = (),
+    finish: Callable[[Path], object] = lambda partial: None,
+    progress: Progress | None = None,
+) -> int:
+    """Writes a directory with edited tensors and texts and everything else copied.
+
+    It appears complete or not at all. The indices of sharded weights are not touched; see
+    `index_texts`.
+
+    Args:
+        source: the directory that is read.
+        out: the directory to make; it must not exist.
+        edits: by key; keys that are not named are copied.
+        texts: files with new contents, by name.
+        what: the operation, for messages.
+        headers: the weight files of the result where they are not those of the source: their
+            headers, byte for byte, and with them the keys to write. A file that is left without
+            tensors is not written otherwise.
+        rename: new names of files directly inside the source.
+        skip: files directly inside the source that are left out.
+        finish: called with the directory before it gets its name.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        the bytes that were copied and written, texts left out.
+
+    Raises:
+        ValueError: the target exists or has no parent.
+        RuntimeError: reading or writing failed, there is no room, or the source changed meanwhile;
+            nothing is left under `out`.
+    """
+    files = _plan_files(source, edits, headers)
+    others = list_files(source.directory, skip={*source.headers, *files, *texts, *skip}, what=what)
+    total = sum(8 + len(text.encode()) for text, _ in files.values())
+    total += sum(_size(entry) for _, parts in files.values() for part in parts for entry in part[0])
+    total += sum(file.nbytes for file in others)
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    with atomic_directory(out, what=what) as partial:
+        require_room(partial, total, what=what)
+        for file in others:
+            path = partial / (rename or {}).get(str(file.name), str(file.name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(file.source, path, advance)
+        for name, (text, parts) in files.items():
+            with FileWriter(partial / name, text, advance) as writer:
+                for _, blocks in parts:
+                    for block in blocks():
+                        if isinstance(block, TensorSpec):
+                            writer.copy(block)
+                        else:
+                            writer.write(block)
+        for name, text in texts.items():
+            write_text(partial / name, text)
+        finish(partial)
+    return done
+
+
+_Part = tuple[tuple[Entry, ...], Callable[[], Blocks]]
+
+
+def _plan_files(
+    source: Checkpoint, edits: Edits, headers: Mapping[str, Header] | None
+) -> dict[str, tuple[str, list[_Part]]]:
+    """Returns the header text of each weight file of the result, and what comes after it."""
+
+    def part(key: str) -> _Part:
+        edit = edits.get(key)
+        if edit is not None:
+            return edit.entries, edit.blocks
+        spec = source.spec(key)
+        return ((key, spec.dtype, spec.shape),), lambda: (spec,)
+
+    files = {}
+    for name, header in (source.headers if headers is None else headers).items():
+        parts = [part(key) for key in header.tensors]
+        entries = [entry for own, _ in parts for entry in own]
+        if headers is not None:
+            files[name] = header.text, parts
+        elif entries or not header.tensors:
+            files[name] = build_header(entries, header.metadata), parts
+    return files
+
+
+def _size(entry: Entry) -> int:
+    return math.prod(entry[2]) * entry[1].itemsize
+
+
+def _copy_file(source: Path, target: Path, advance: Callable[[int], None]) -> None:
+    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        copy_range(reader, 0, os.fstat(reader.fileno()).st_size, writer, advance)
+        os.fsync(writer.fileno())
+
+
+def gather(
+    specs: Sequence[TensorSpec], dim: int, indices: Sequence[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yields the bits of chosen rows (dim 0) or columns (dim 1) of tensors, in blocks.
+
+    One tensor at most is in memory; a few megabytes where a tensor is only cut, or where columns
+    make one tensor.
+
+    Args:
+        specs: tensors of one kind, which are taken as joined along `dim`.
+        dim: the dimension that `indices` are of.
+        indices: of the joined tensor, int64, for each tensor of the result.
+    """
+    first = specs[0]
+    if dim == 1:
+        yield from _gather_columns(specs, indices)
+    elif len(specs) == len(indices) == 1 and np.all(np.diff(indices[0]) > 0):
+        (index,) = indices
+        for top, bottom in row_blocks(first):
+            inside = index[(index >= top) & (index < bottom)]
+            if len(inside):
+                yield read_words(first.rows(top, bottom))[inside - top]
+    else:
+        bounds = np.cumsum([0, *(spec.shape[0] for spec in specs)])
+        joined = np.empty((bounds[-1], *first.shape[1:]), dtype=WORDS[first.dtype.itemsize])
+        for spec, (start, stop) in zip(specs, pairwise(bounds), strict=True):
+            joined[start:stop] = read_words(spec)
+        step = _rows_of_a_block(first)
+        for index in indices:
+            yield from (joined[index[i : i + step]] for i in range(0, len(index), step))
+
+
+def _gather_columns(
+    specs: Sequence[TensorSpec], indices: Sequence[np.ndarray]
+) -> Iterator[np.ndarray]:
+    num_rows, dtype = specs[0].shape[0], WORDS[specs[0].dtype.itemsize]
+    every = np.concatenate(indices)
+    bounds = np.cumsum([0, *map(len, indices)])
+    parts = [np.empty((num_rows if indices[1:] else 0, len(own)), dtype) for own in indices]
+    for top, bottom in row_blocks(specs[0]):
+        rows = [read_words(spec.rows(top, bottom)) for spec in specs]
+        block = np.take(np.concatenate(rows, axis=1) if rows[1:] else rows[0], every, axis=1)
+        if not indices[1:]:
+            yield block
+            continue
+        for part, (start, stop) in zip(parts, pairwise(bounds), strict=True):
+            part[top:bottom] = block[:, start:stop]
+    if indices[1:]:
+        yield from parts
+
+
+def row_blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Yields consecutive row ranges of about 4 MB each."""
+    step = _rows_of_a_block(spec)
+    for start in range(0, spec.shape[0], step):
+        yield start, min(spec.shape[0], start + step)
+
+
+def _rows_of_a_block(spec: TensorSpec) -> int:
+    return max(1, _BLOCK_BYTES // max(1, math.prod(spec.shape[1:]) * spec.dtype.itemsize))
+
+
+def index_texts(source: Checkpoint, edits: Edits) -> dict[str, str]:
+    """Returns the new text of every `*.safetensors.index.json` that speaks of edited tensors.
+
+    Besides the index that names the shards this can be one that lies next to a single weight file.
+    """
+    renamed = {key: [entry[0] for entry in edit.entries] for key, edit in edits.items()}
+    added = sum(_size(entry) for edit in edits.values() for entry in edit.entries)
+    added -= sum(source.spec(key).nbytes for key in edits)
+    texts: dict[str, str] = {}
+    for path in sorted(source.directory.iterdir()):
+        if not path.name.endswith(INDEX_SUFFIX):
+            continue
+        index = parse_json(path, read_text(path))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict):
+            continue
+        affected = {
+            key
+            for key, name in weight_map.items()
+            if name in source.headers and renamed.get(key, [key]) != [key]
+        }
+        speaks_of_them = any(key in source.specs for key in weight_map)
+        if not affected and not (added and speaks_of_them):
+            continue
+        index["weight_map"] = {
+            new: name
+            for key, name in weight_map.items()
+            for new in (renamed[key] if key in affected else [key])
+        }
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and type(metadata.get("total_size")) is int:
+            metadata["total_size"] += added
+        texts[path.name] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    return texts

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint -> smaller checkpoint: neurons, heads and layers are left out, nothing is computed.
+
+What goes is planned by `surgery.cuts` from headers and scores alone, and cut from the files here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_unified._common import Progress, Report, format_bytes, format_table
+from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
+from sparse_unified.checkpoint.files import list_files, refuse_overlap
+from sparse_unified.checkpoint.layout import CONFIG
+from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.modes import (
+    Mode,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+)
+from sparse_unified.checkpoint.recipe import RECIPE, LayerHeads, Recipe, Step
+from sparse_unified.checkpoint.rewrite import GONE as NOTHING
+from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
+from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
+from sparse_unified.checkpoint.shapes import LayerShape
+from sparse_unified.checkpoint.sidecar import tool_version
+from sparse_unified.checkpoint.surroundings import require_surroundings
+from sparse_unified.surgery.cuts import (
+    GONE,
+    Cuts,
+    PruneConfig,
+    plan,
+    select,
+    shapes_left,
+    sizes_left,
+    then,
+)
+
+WHAT = "prune"
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Shapes = dict[str, dict[int, LayerShape]]
+Sizes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedCheckpoint(Report):
+    """What `prune` wrote.
+
+    Attributes:
+        steps: what the recipe gained, as in `sparse_unified.json`.
+        before, after: `{component: Counts}` of the decoder layers.
+        bytes_before, bytes_written: of the whole directory.
+    """
+
+    out: str
+    steps: tuple[dict[str, Any], ...]
+    before: dict[str, Counts]
+    after: dict[str, Counts]
+    bytes_before: int
+    bytes_written: int
+    seconds: float
+    summary: tuple[str, ...]
+
+    def to_text(self) -> str:
+        size = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_written)}"
+        rows = [("written", self.out), *(("step", line) for line in self.summary)]
+        rows += [("size", size), ("time", f"{self.seconds:.1f} s")]
+        tables = [
+            f"{component}\n{format_counts(self.before[component], self.after[component])}"
+            for component in self.before
+        ]
+        return "\n\n".join([format_table(rows), *tables])
+
+
+def prune(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    modes: Mode | Sequence[Mode],
+    *,
+    scores: Scores | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> PrunedCheckpoint:
+    """Writes a smaller version of a checkpoint directory.
+
+    What stays, stays bit for bit and keeps its order; layers keep their numbers, and a part that is
+    skipped has no keys. The steps are added to the recipe, `sparse_unified.json`, which
+    `from_pretrained`, `info`, `verify` and later steps read. The result computes what the live
+    transforms of the same configs compute, bit for bit. The directory appears complete or not at
+    all.
+
+    Args:
+        model: the model directory, dense, sparse or pruned already.
+        out: the directory to make; it must not exist.
+        modes: PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, one or several in order. Of a
+            sparse FFN every expert becomes as narrow as the others.
+        scores: importance of neurons [I] (of a sparse FFN in expert order) or groups of heads [G]:
+            `{layer: scores}`, a tensor [num_layers, I], a mapping of "gen", "und", "gen.heads",
+            "und.heads" to either, or a safetensors file (see `sparse_unified.checkpoint.scores`).
+            Without scores and seed, both are ranked by weight magnitude.
+        seed: rank at random instead.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        a report of what was written, with what each component costs before and after.
+
+    Raises:
+        ValueError: an argument or the checkpoint is not as described; nothing is written.
+        TypeError: a mode is none that prunes.
+        RuntimeError: reading or writing failed; nothing is left under `out`.
+    """
+    start = time.perf_counter()
+    source = Checkpoint(model)
+    refuse_overlap(out, source.directory, scores, what=WHAT)
+    listed = list(modes) if isinstance(modes, Sequence) else [modes]
+    if not listed:
+        raise ValueError(f"{WHAT}: modes must name at least one, got none")
+    moe = source.moe  # refuses whatever disagrees
+    require_surroundings(source)
+    try:
+        cuts, after, steps = _plan(source, listed, scores, seed)
+    except ValueError as error:
+        raise ValueError(f"{WHAT}: {str(error).removeprefix(f'{WHAT}: ')}") from error
+    sizes = {key: spec.shape for key, spec in source.specs.items()}
+    left = sizes_left(sizes, cuts)
+    edits = {key: _edit(source, key, cuts, left) for key in cuts}
+    texts = {RECIPE: (source.recipe or Recipe()).then(*steps).to_json()}
+    texts |= _config_text(source, after) | index_texts(source, edits)
+
+    def finish(partial: Path) -> None:
+        # A last look through the reader's eyes, before the directory gets its name.
+        written = Checkpoint(partial)
+        if written.shapes != after or (moe is None and written.moe is not None):
+            raise RuntimeError(f"{WHAT}: {partial} must read as it was planned, got something else")
+
+    nbytes = rewrite(source, out, edits, texts, what=WHAT, finish=finish, progress=progress)
+    before, now = (_count(source, own) for own in (sizes, left))
+    return PrunedCheckpoint(
+        out=str(out),
+        steps=tuple(step.to_dict() for step in steps),
+        before=before,
+        after=now,
+        bytes_before=sum(file.nbytes for file in list_files(source.directory, what=WHAT)),
+        bytes_written=nbytes + sum(len(text.encode()) for text in texts.values()),
+        seconds=time.perf_counter() - start,
+        summary=tuple(step.to_text() for step in steps),
+    )
+
+
+def _edit(source: Checkpoint, key: str, cuts: Cuts, left: Sizes) -> Edit:
+    cut, spec = cuts[key], source.spec(key)
+    if cut is GONE:
+        return NOTHING
+    entries = ((key, spec.dtype, left[key]),)
+    if left[key] == spec.shape:
+        return Edit(entries=entries, blocks=lambda: (spec,))
+    return Edit(entries=entries, blocks=lambda: gather([spec], cut.dim, [cut.keep.numpy()]))
+
+
+def _plan(
+    source: Checkpoint, modes: Sequence[Mode], scores: Scores | None, seed: int | None
+) -> tuple[Cuts, Shapes, list[Step]]:
+    """Plans modes one after the other; returns all cuts, what they leave, and the steps."""
+    shapes: Shapes = {component: dict(own) for component, own in source.shapes.items()}
+    sizes: Sizes = {key: spec.shape for key, spec in source.specs.items()}
+    cuts: Cuts = {}
+    steps: list[Step] = []
+    ranked: set[str] = set()
+    for config in modes:
+        if not isinstance(config, PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig):
+            raise TypeError(
+                f"{WHAT}: modes must be PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, "
+                f"got {type(config).__name__}"
+            )
+        components = _components(config)
+        _require_parts(source, config, components)
+        if not isinstance(config, SkipLayersConfig):
+            # Scores are those of the file, so that each part of it is ranked once.
+            names = {f"{config.mode} of {component}" for component in components}
+            if again := sorted(names & ranked):
+                raise ValueError(
+                    f"modes must name the {again[0]} once; prune the result again, got it twice"
+                )
+            ranked |= names
+        layers = _select(shapes, config, components)
+        own = {component: {n: by[n] for n in layers} for component, by in shapes.items()}
+        ranking, origin = _rank(source, config, components, layers, scores, seed)
+        more = plan(config, own, sizes, ranking)
+        left = shapes_left(own, sizes, more)
+        for component, by_layer in left.items():
+            shapes[component] |= by_layer
+        sizes, cuts = sizes_left(sizes, more), then(cuts, more)
+        step = Step(config=replace(config, layers=layers), scores=origin, tool=tool_version())
+        if isinstance(config, PruneWidthConfig):
+            widths = {n: shape.width for n, shape in left[config.component].items()}
+            step = replace(step, widths=widths)
+        elif isinstance(config, PruneHeadsConfig):
+            step = replace(step, heads={n: _heads(left, n) for n in layers})
+        steps.append(step)
+    return cuts, shapes, steps
+
+
+def _components(config: PruneConfig) -> tuple[str, ...]:
+    return config.components if isinstance(config, PruneHeadsConfig) else (config.component,)
+
+
+def _parts(config: PruneConfig) -> tuple[str, ...]:
+    """Returns what of a layer loses something."""
+    if isinstance(config, SkipLayersConfig):
+        return tuple(part.value for part in config.parts)
+    return ("attention",) if isinstance(config, PruneHeadsConfig) else ("ffn",)
+
+
+def _require_parts(source: Checkpoint, config: PruneConfig, components: Sequence[str]) -> None:
+    """Raises ValueError where a file holds nothing at all of what is to be pruned."""
+    part = _parts(config)[0]
+    for component in components:
+        if part == "ffn":
+            found = bool(source.ffns.get(component))
+            example = keys.dense_key(component, 0, "gate_proj")
+        else:
+            last = keys.attention_modules(component)[1]
+            found = any(key.endswith(f"{last}.weight") for key in source.specs)
+            example = f"{keys.layer_prefix(0)}{last}.weight"
+        if not found:
+            raise ValueError(
+                f"{source.directory}: keys must hold {component} layers with {part} "
+                f"({example} and so on), got none"
+            )
+
+
+def _select(shapes: Shapes, config: PruneConfig, components: Sequence[str]) -> tuple[int, ...]:
+    parts = _parts(config)
+
+    def has(layer: int) -> bool:
+        left = [
+            bool(own.width) if part == "ffn" else own.has_attention
+            for own in (shapes[component][layer] for component in components)
+            for part in parts
+        ]
+        return any(left) if isinstance(config, SkipLayersConfig) else all(left)
+
+    what = f"{' and '.join(components)} {' or '.join(parts)}"
+    return select(config.layers, len(shapes["gen"]), has, what)
+
+
+def _rank(
+    source: Checkpoint,
+    config: PruneConfig,
+    components: Sequence[str],
+    layers: Sequence[int],
+    scores: Scores | None,
+    seed: int | None,
+) -> tuple[Callable[[str, int], Tensor] | None, str | None]:
+    """Returns (component, layer) -> scores of what is ranked, and what the recipe calls them."""
+    if isinstance(config, SkipLayersConfig):
+        return None, None
+    ranking: dict[str, dict[int, Tensor]] = {}
+    origin = None
+    for component in components:
+        if isinstance(config, PruneHeadsConfig):
+            reads = {n: source.shapes[component][n].query_places for n in layers}
+            ranking[component], origin = resolve_head_scores(
+                source, component, reads, scores=scores, seed=seed, what=WHAT
+            )
+            continue
+        dtypes = {source.ffns[component][layer].dtype for layer in layers} - set(_DTYPES)
+        if dtypes:
+            raise ValueError(
+                f"{source.directory}: FFN dtype must be one of {', '.join(map(str, _DTYPES))}, "
+                f"got {dtypes.pop()}"
+            )
+        scores_of, origin = resolve_scores(
+            source, component, layers, scores=scores, seed=seed, what=WHAT
+        )
+        ranking[component] = {layer: scores_of(layer) for layer in layers}
+    return lambda component, layer: ranking[component][layer], origin
+
+
+def _heads(shapes: Mapping[str, Mapping[int, LayerShape]], layer: int) -> LayerHeads:
+    own = {component: by_layer[layer] for component, by_layer in shapes.items()}
+    return LayerHeads(
+        keys=max((shape.kv_heads for shape in own.values()), key=len),
+        reads={component: shape.query_groups for component, shape in own.items()},
+    )
+
+
+def _count(source: Checkpoint, sizes: Sizes) -> dict[str, Counts]:
+    top_k = None if source.moe is None else source.moe.top_k
+    tensors = {key: (source.spec(key).dtype, shape) for key, shape in sizes.items()}
+    return {name: count_tensors(tensors, name, top_k=top_k) for name in keys.FFN_NAMES}
+
+
+def _config_text(source: Checkpoint, after: Shapes) -> dict[str, str]:
+    """Returns llm_config.json where sparse layers went and it has to say so."""
+    fields: dict[str, Any] = {}
+    for component, layers in (source.moe.layers if source.moe is not None else {}).items():
+        left = [layer for layer in layers if after[component][layer].width]
+        if len(left) < len(layers):
+            fields[keys.TRANSFORMED[component]] = left or False
+    if not fields:
+        return {}
+    return {CONFIG: json.dumps(source.llm_config | fields, indent=2, ensure_ascii=False) + "\n"}
