@@ -196,6 +196,7 @@ def test_options_that_documents_name_are_taken_by_their_command(path: Path) -> N
         words = command.split()
         if words[0] != "sparse-unified" or words[1] in ("bench", "mini"):
             continue
+        parsers[words[1]].fill()
         known = parsers[words[1]]._option_string_actions
         assert [name for name in options_named(command) if name not in known] == [], command
 

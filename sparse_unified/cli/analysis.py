@@ -51,7 +51,7 @@ def _add_samples(parser: CommandParser) -> None:
     from sparse_unified.analysis.points import SweepConfig
     from sparse_unified.analysis.statistics import StatisticsConfig
 
-    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--task", required=True, choices=TASKS, help="what the model does")
     parser.add_argument(
         "--component", choices=("und", "gen"), help="whose FFNs are looked at (default both)"
     )
