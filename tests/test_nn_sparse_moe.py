@@ -116,23 +116,20 @@ def test_splitting_the_batch_changes_nothing(grad: bool, num_tokens: int) -> Non
     assert torch.equal(torch.cat([p[1] for p in parts]), logits)
 
 
-def test_leading_dimensions_are_tokens() -> None:
-    moe = random_block()
-    x = torch.randn(2, 3, 5, 24)
-    y, logits = moe(x)
-    assert y.shape == x.shape
-    assert logits.shape == (30, 5)
-    assert torch.equal(y.view(30, 24), moe(x.view(30, 24))[0])
-    assert torch.equal(moe(x.transpose(0, 2))[0], moe(x.transpose(0, 2).contiguous())[0])
-
-
-def test_no_tokens_give_no_outputs() -> None:
+def test_leading_dimensions_are_tokens_none_too_and_logits_can_be_left_out() -> None:
     for moe in (random_block(), random_block(24, 60, 4, 2, 1)):
-        y, logits = moe(torch.randn(0, 24))
-        assert y.shape == (0, 24)
-        assert logits.shape == (0, moe.num_experts)
-        y.sum().backward()
+        x = torch.randn(2, 3, 5, 24)
+        y, logits = moe(x)
+        assert y.shape == x.shape
+        assert (logits.shape, logits.dtype) == ((30, moe.num_experts), torch.float32)
+        assert torch.equal(y.view(30, 24), moe(x.view(30, 24))[0])
+        assert torch.equal(moe(x.transpose(0, 2))[0], moe(x.transpose(0, 2).contiguous())[0])
+        empty, no_logits = moe(x[:0])
+        assert (empty.shape, no_logits.shape) == ((0, 3, 5, 24), (0, moe.num_experts))
+        empty.sum().backward()
         assert moe.gate_proj.grad.abs().max() == 0
+        moe.return_router_logits = False
+        assert torch.equal(moe(x), y)
 
 
 def test_outputs_repeat_bit_for_bit_in_training_and_eval() -> None:
@@ -147,16 +144,6 @@ def test_outputs_repeat_bit_for_bit_in_training_and_eval() -> None:
         torch.testing.assert_close(moe(x)[0], expected[0], rtol=1e-5, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(moe(x)[0], expected[0], rtol=1e-5, atol=1e-5)
-
-
-def test_router_logits_can_be_left_out() -> None:
-    moe = random_block()
-    x = torch.randn(9, 24)
-    y, logits = moe(x)
-    assert logits.shape == (9, 5)
-    assert logits.dtype == torch.float32
-    moe.return_router_logits = False
-    assert torch.equal(moe(x), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -307,34 +294,16 @@ def run_and_differentiate(
 @pytest.mark.parametrize("num_shared_experts", [0, 1])
 def test_block_compiles_without_a_graph_break(num_shared_experts: int) -> None:
     torch._dynamo.reset()
-    moe = random_block(24, 60, 4, 2, num_shared_experts)
+    moe = random_block(24, 60, 4, 2, num_shared_experts, gate_img=True)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    x = torch.randn(23, 24)
+    x, text, vit = torch.randn(9, 24), torch.tensor([0, 3, 4]), torch.tensor([1, 2, 8])
     own, expected = run_and_differentiate(compiled, moe, x), run_and_differentiate(moe, moe, x)
     for one, other in zip(own, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x)[0], moe(x)[0], rtol=1e-5, atol=1e-5)
-
-
-def test_und_block_compiles_without_a_graph_break() -> None:
-    torch._dynamo.reset()
-    moe = random_block(gate_img=True)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    x, text, vit = torch.randn(9, 24), torch.tensor([0, 3, 4]), torch.tensor([1, 2, 8])
-    for indexes in ((None, None), (None, vit), (text, vit)):
-        torch.testing.assert_close(compiled(x, *indexes)[0], moe(x, *indexes)[0])
-
-
-def test_a_copied_block_is_independent() -> None:
-    moe = random_block()
-    x = torch.randn(5, 24)
-    expected = moe(x)[0]
-    other = copy.deepcopy(moe)
-    with torch.no_grad():
-        other.down_proj.zero_()
-    assert torch.equal(moe(x)[0], expected)
-    assert other(x)[0].abs().max() == 0
+        for indexes in ((None, None), (None, vit), (text, vit)):
+            y = moe(x, *indexes)[0]
+            torch.testing.assert_close(compiled(x, *indexes)[0], y, rtol=1e-5, atol=1e-5)
 
 
 def test_dtype_and_device_conversions_keep_the_block_whole() -> None:
@@ -353,16 +322,10 @@ def test_dtype_and_device_conversions_keep_the_block_whole() -> None:
     ("arguments", "message"),
     [
         ((8, 18944, 24, 4), "num_experts must divide .*got 24; .*counts do: 2, 4, 8, 16, 32, 37"),
-        ((8, 18944, 16, 8, 1), "num_experts must divide .*counts do: .*7, .*15, .*31"),
         ((8, 64, 4, 5), "top_k must be an integer from 1 to num_experts = 4, got 5"),
         ((8, 64, 4, 0), "top_k must be an integer from 1 to num_experts = 4, got 0"),
         ((8, 64, 4, 2.0), "top_k must be an integer from 1 to num_experts = 4, got 2.0"),
-        ((8, 64, 4, True), "top_k must be an integer from 1 to num_experts = 4, got True"),
         ((0, 64, 4, 2), "hidden_size must be an integer of at least 1, got 0"),
-        ((8.0, 64, 4, 2), "hidden_size must be an integer of at least 1, got 8.0"),
-        ((8, 0, 4, 2), "intermediate_size must be an integer of at least 1, got 0"),
-        ((8, 64, 0, 2), "num_experts must be an integer of at least 1, got 0"),
-        ((8, 64, 4, 2, -1), "num_shared_experts must be an integer of at least 0, got -1"),
     ],
 )
 def test_bad_sizes_are_named(arguments: tuple[int, ...], message: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_cases import GOLDEN, random_block
+from moe_cases import random_block
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,38 +45,6 @@ def test_keys_and_shapes_are_the_official_ones(fields: dict[str, int]) -> None:
     assert {key: list(t.shape) for key, t in moe.official_views().items()} == expected_shapes(moe)
 
 
-@pytest.mark.parametrize("name", ["moe_block", "moe_block_shared"])
-def test_keys_are_those_of_recorded_blocks(name: str) -> None:
-    recorded = {
-        key.removeprefix("model."): list(t.shape)
-        for key, t in load_file(GOLDEN / f"{name}.safetensors").items()
-        if key.startswith("model.")
-    }
-    d = recorded["gate.weight"][1]
-    num_experts = recorded["gate.weight"][0]
-    h = recorded["experts.0.up_proj.weight"][0]
-    shared = recorded.get("shared_expert.up_proj.weight", [0])[0]
-    moe = SparseMoE(
-        d,
-        num_experts * h + shared,
-        num_experts,
-        1,
-        int(shared > 0),
-        shared_intermediate_size=shared,
-    )
-    assert {key: list(t.shape) for key, t in moe.state_dict().items()} == recorded
-
-
-@pytest.mark.parametrize("fields", BLOCKS)
-def test_round_trip_is_exact(fields: dict[str, int]) -> None:
-    moe, other = random_block(**fields), random_block(**fields)
-    result = other.load_state_dict(moe.state_dict(), strict=True)
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    for own, loaded in zip(moe.parameters(), other.parameters(), strict=True):
-        assert torch.equal(own, loaded)
-
-
 def test_state_tensors_are_copies_that_savers_take() -> None:
     moe = random_block()
     state = moe.state_dict()
@@ -94,16 +62,9 @@ def test_save_load_save_is_byte_stable(tmp_path: Path) -> None:
         first, second = tmp_path / f"{number}.first", tmp_path / f"{number}.second"
         save_file(moe.state_dict(), first)
         other.load_state_dict(load_file(first))
+        assert all(map(torch.equal, moe.parameters(), other.parameters()))
         save_file(other.state_dict(), second)
         assert first.read_bytes() == second.read_bytes()
-
-
-def test_views_load_the_block() -> None:
-    moe, other = random_block(gate_img=True), random_block(gate_img=True)
-    for key, view in other.official_views().items():
-        view.copy_(moe.state_dict()[key])
-    x = torch.randn(7, 24)
-    assert torch.equal(moe(x)[0], other(x)[0])
 
 
 class Layer(nn.Module):
@@ -145,13 +106,6 @@ def test_missing_and_unexpected_keys_are_all_named(prefix: str) -> None:
     assert set(result.unexpected_keys) == {prefix + key for key in extra}
 
 
-def test_a_second_router_where_none_belongs_is_unexpected() -> None:
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"gate_img.weight"'):
-        random_block().load_state_dict(random_block(gate_img=True).state_dict())
-    with pytest.raises(RuntimeError, match=r'Missing key.*"gate_img.weight"'):
-        random_block(gate_img=True).load_state_dict(random_block().state_dict())
-
-
 def test_misshapen_tensors_are_named_and_nothing_is_written() -> None:
     moe = random_block()
     before = moe.up_proj.detach().clone()
@@ -164,11 +118,6 @@ def test_misshapen_tensors_are_named_and_nothing_is_written() -> None:
     assert "experts.1.up_proj.weight must have shape [12, 24], got [11, 24]" in message
     assert "experts.2.down_proj.weight must have shape [24, 12], got [12, 24]" in message
     assert torch.equal(moe.up_proj, before)
-
-
-def test_a_file_of_another_expert_count_does_not_load() -> None:
-    with pytest.raises(RuntimeError, match=r"experts\.5\.up_proj\.weight"):
-        random_block().load_state_dict(random_block(num_experts=6).state_dict())
 
 
 def test_loading_converts_the_dtype() -> None:
@@ -189,17 +138,6 @@ def test_assign_takes_device_and_dtype_of_the_state() -> None:
     assert not moe.up_proj.requires_grad
     x = torch.randn(6, 24).bfloat16()
     assert torch.equal(moe(x)[0], source(x)[0])
-
-
-def test_a_meta_block_takes_no_memory_and_loads_after_to_empty() -> None:
-    moe = SparseMoE(3584, 18944, 16, 8, device="meta", dtype=torch.bfloat16)
-    assert all(p.device.type == "meta" for p in moe.parameters())
-    assert moe.state_dict()["experts.15.down_proj.weight"].shape == (3584, 1184)
-    source = random_block()
-    small = SparseMoE(24, 60, 5, 2, device="meta").to_empty(device="cpu")
-    small.load_state_dict(source.state_dict())
-    x = torch.randn(6, 24)
-    assert torch.equal(small(x)[0], source(x)[0])
 
 
 def test_routers_start_at_zero_and_experts_do_not() -> None:

@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from sparse_unified.analysis import find_adapter
-from sparse_unified.surgery import Part
+from sparse_unified.surgery import (
+    Part,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+    changed,
+)
 from sparse_unified.surgery.temporary import (
     as_module,
     fewer_heads,
@@ -35,12 +41,62 @@ def state(model: nn.Module) -> dict[str, Any]:
     return {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
 
 
+def size(before: dict[str, Any]) -> int:
+    return sum(values.numel() for _, values in before.values())
+
+
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     after = state(model)
     assert after.keys() == before.keys()
     for name, (identity, values) in before.items():
         assert after[name][0] == identity
         assert torch.equal(after[name][1], values)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "text"),
+    [
+        (models.qwen, PruneWidthConfig(component="und"), "24 neurons -> 12 neurons"),
+        (
+            models.Bailing,
+            PruneWidthConfig(component="und"),
+            "24 neurons -> 12 neurons, 48 neurons -> 24 neurons",
+        ),
+        (
+            models.qwen,
+            PruneHeadsConfig(component="und"),
+            "4 query heads, 2 key heads -> 2 query heads, 1 key heads",
+        ),
+        (models.qwen, SkipLayersConfig(layers=[0, 1]), "0-1 skipped"),
+        (models.Bailing, SkipLayersConfig(layers=[1], part="ffn"), "ffn of 1 skipped"),
+        (models.bagel, PruneWidthConfig(component="gen"), "96 neurons -> 48 neurons"),
+        (models.bagel, SkipLayersConfig(layers=[1], part="attention"), "attention of 1 skipped"),
+        (models.bagel, PruneWidthConfig(component="gen", keep_ratio=1), "nothing"),
+    ],
+)
+def test_a_model_is_changed_for_as_long_as_the_block_runs(
+    make: Any, config: Any, text: str
+) -> None:
+    model = make()
+    before, modules = state(model), dict(model.named_modules())
+    scores = None
+    if config.mode == "width":
+        ffns = find_adapter(model).ffns("gen" if make is models.bagel else "text")
+        scores = {ffn.key: torch.rand(ffn.intermediate_size) for ffn in ffns}
+    for given in (scores, None):
+        with changed(model, config, given, forward=lambda: run(model)) as said:
+            assert said == text
+            assert (text == "nothing") == (
+                sum(p.numel() for p in model.parameters()) == size(before)
+            )
+        assert_unchanged(model, before)
+        assert dict(model.named_modules()) == modules
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        changed(model, config, forward=lambda: run(model)),
+    ):
+        raise RuntimeError("stop")
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("make", [models.qwen, models.Bailing])
