@@ -8,31 +8,20 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bagel_models import EXPERTS, GOLDEN, draw, random_model, relative_error
 from torch import Tensor, nn
 
-from sparse_unified.bagel import (
-    Bagel,
-    BagelConfig,
-    ContextImage,
-    SamplingConfig,
-    build_guidance,
-    generate_tokens,
-    sample_latents,
-)
-from sparse_unified.bagel.attention import RMSNorm, attend, rotary_angles, rotate
+from sparse_unified.bagel import Bagel, ContextImage, generate_tokens
+from sparse_unified.bagel.attention import KVCache, RMSNorm, attend, rotary_angles, rotate
 from sparse_unified.bagel.decoder import run_ffn
 from sparse_unified.bagel.model import sincos_table
 from sparse_unified.bagel.sampler import see_images
 from sparse_unified.bagel.vision import grid_positions, patchify, unpatchify
 from sparse_unified.testing import build_model, read_case
-
-GOLDEN = Path(__file__).parent / "golden"
-EXPERTS = {"num_experts": 4, "top_k": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -43,22 +32,6 @@ def _same_numbers() -> None:
 @pytest.fixture(scope="module")
 def model() -> Bagel:
     return build_model(read_case(GOLDEN / "understand"))
-
-
-def with_random_weights(config: BagelConfig, **factory: Any) -> Bagel:
-    """Builds a model whose routers are not zero."""
-    model = Bagel(config, **factory)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
-    return model
-
-
-def relative_error(out: Tensor, gold: Tensor) -> float:
-    return float((out.double() - gold.double()).norm() / gold.double().norm())
 
 
 def test_state_dict_has_the_official_keys(model: Bagel) -> None:
@@ -77,11 +50,6 @@ def test_patches_go_back_to_the_image() -> None:
     assert patches.shape == (6, 14 * 14 * 3)
     assert torch.equal(patches[4].view(14, 14, 3), image[:, 14:28, 14:28].permute(1, 2, 0))
     assert torch.equal(unpatchify(patches, 2, 3, 14), image)
-
-
-def test_patchify_refuses_ragged_images() -> None:
-    with pytest.raises(ValueError, match="multiples of 14, got 28 x 30"):
-        patchify(torch.zeros(3, 28, 30), 14)
 
 
 def test_grid_positions_stride_over_the_whole_table() -> None:
@@ -123,40 +91,39 @@ def test_norm_of_low_precision_is_taken_in_full() -> None:
     assert torch.allclose(norm(x).float(), torch.ones(64), atol=1e-3)
 
 
+def assert_same_caches(mine: KVCache, theirs: KVCache) -> None:
+    """In double precision: what differs is the order of sums, which depends on the processor."""
+    assert (mine.length, mine.position) == (theirs.length, theirs.position)
+    for own, other in zip(mine.keys + mine.values, theirs.keys + theirs.values, strict=True):
+        assert own is not None
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
 def test_contexts_packed_together_equal_contexts_alone(model: Bagel) -> None:
-    model.double()  # what differs is the order of sums, which depends on the processor
+    model.double()
     texts = [[21, 42, 38], [33], [40, 41, 42, 43, 44]]
     images = [torch.randn(3, 28, 14), torch.randn(3, 14, 56), torch.randn(3, 42, 42)]
     latents = [torch.randn(4, 2, 4), torch.randn(4, 4, 4), torch.randn(4, 6, 2)]
-    packed = model.new_contexts(3)
-    model.prefill_latents(packed, latents)
-    model.prefill_vit(packed, images)
-    model.prefill_text(packed, texts)
-    for i, context in enumerate(packed):
-        single = model.new_contexts(1)
-        model.prefill_latents(single, latents[i : i + 1])
-        model.prefill_vit(single, images[i : i + 1])
-        model.prefill_text(single, texts[i : i + 1])
-        assert (context.length, context.position) == (single[0].length, single[0].position)
-        for mine, theirs in zip(
-            context.keys + context.values, single[0].keys + single[0].values, strict=True
-        ):
-            assert mine is not None
-            assert theirs is not None
-            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+    def read(own: slice) -> list[KVCache]:
+        contexts = model.new_contexts(len(texts[own]))
+        model.prefill_latents(contexts, latents[own])
+        model.prefill_vit(contexts, images[own])
+        model.prefill_text(contexts, texts[own])
+        return contexts
+
+    for i, context in enumerate(read(slice(None))):
+        assert_same_caches(context, read(slice(i, i + 1))[0])
 
 
 def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
-    model.double()  # what differs is the order of sums, which depends on the processor
+    model.double()
     special = model.config.special_tokens
     whole, pieces = model.new_contexts(1), model.new_contexts(1)
     model.prefill_text(whole, [[21, 42, 38]])
     for token in (special.bos, 21, 42, 38, special.eos):
         model.next_logits(pieces, [token])
-    for mine, theirs in zip(whole[0].keys, pieces[0].keys, strict=True):
-        assert mine is not None
-        assert theirs is not None
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert_same_caches(whole[0], pieces[0])
 
 
 def test_an_image_takes_one_position(model: Bagel) -> None:
@@ -177,21 +144,15 @@ def test_forks_share_the_past_and_not_the_future(model: Bagel) -> None:
     assert (first.length, fork.length) == (3, 6)
 
 
-def test_velocity_leaves_contexts_as_they_are(model: Bagel) -> None:
-    context = model.new_contexts(1)[0]
-    model.prefill_text([context], [[21, 42]])
-    before = context.fork()
-    model.velocity([torch.randn(6, 16)], [(2, 3)], torch.tensor([0.5]), [[context]])
-    assert context.same_past(before)
-
-
 def test_branches_in_one_pass_equal_branches_one_by_one(model: Bagel) -> None:
     contexts = model.new_contexts(3)
     model.prefill_text(contexts[:2], [[21, 42, 38], [33]])
     tokens, grids = [torch.randn(6, 16), torch.randn(8, 16)], [(2, 3), (4, 2)]
     time = torch.tensor([0.7])
     branches = [[contexts[0], contexts[2]], [contexts[1], contexts[2], contexts[0]]]
+    before = [context.fork() for context in contexts]
     together = model.velocity(tokens, grids, time, branches)
+    assert all(map(KVCache.same_past, contexts, before))  # only read
     for x, grid, own, out in zip(tokens, grids, branches, together, strict=True):
         assert out.shape == (len(own), len(x), 16)
         for context, velocity in zip(own, out, strict=True):
@@ -203,7 +164,7 @@ def test_branches_in_one_pass_equal_branches_one_by_one(model: Bagel) -> None:
 def test_sparse_layers_of_both_components_run(model: Bagel, dtype: torch.dtype) -> None:
     llm = model.config.llm.with_experts("gen", [0, 2], **EXPERTS)
     llm = llm.with_experts("und", [1], **EXPERTS)
-    sparse = with_random_weights(replace(model.config, llm=llm), dtype=dtype)
+    sparse = random_model(replace(model.config, llm=llm), dtype=dtype)
     context = sparse.new_contexts(1)
     image = ContextImage(latent=torch.randn(4, 4, 4), vit_pixels=torch.randn(3, 28, 28))
     see_images(sparse, context, [[image]])
@@ -216,7 +177,7 @@ def test_sparse_layers_of_both_components_run(model: Bagel, dtype: torch.dtype) 
 
 def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> None:
     llm = model.config.llm.with_experts("und", [1], **EXPERTS)
-    sparse = with_random_weights(replace(model.config, llm=llm))
+    sparse = random_model(replace(model.config, llm=llm))
     image = torch.randn(3, 28, 28)
 
     def last_key() -> Tensor:
@@ -238,7 +199,7 @@ def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> N
 
 def test_text_never_uses_the_router_of_vit_tokens(model: Bagel) -> None:
     llm = model.config.llm.with_experts("und", range(3), **EXPERTS)
-    sparse = with_random_weights(replace(model.config, llm=llm))
+    sparse = random_model(replace(model.config, llm=llm))
     context = sparse.new_contexts(1)
     sparse.prefill_text(context, [[21, 42]])
     before = sparse.next_logits([context[0].fork()], [3])
@@ -257,17 +218,12 @@ class TupleFFN(nn.Module):
         return 2 * x, None
 
 
-def test_ffns_may_return_router_logits() -> None:
+def test_ffns_may_return_router_logits_and_be_swapped_on_a_live_model() -> None:
     assert torch.equal(run_ffn(TupleFFN(), torch.ones(2, 3)), torch.full((2, 3), 2.0))
-
-
-def test_generation_ffn_can_be_swapped_on_a_live_model() -> None:
     model = build_model(read_case(GOLDEN / "t2i_dense"))
-    args = ([torch.randn(6, 16)], [(2, 3)], torch.tensor([1.0]))
-    before = model.velocity(*args, [model.new_contexts(1)])[0]
+    [before] = draw(model, [[21]])
     model.language_model.model.layers[1].mlp_moe_gen = TupleFFN()
-    after = model.velocity(*args, [model.new_contexts(1)])[0]
-    assert not torch.allclose(before, after)
+    assert not torch.allclose(before, draw(model, [[21]])[0])
 
 
 def test_bf16_stays_near_fp32(model: Bagel) -> None:
@@ -280,19 +236,6 @@ def test_bf16_stays_near_fp32(model: Bagel) -> None:
         x = torch.linspace(-2, 2, 96).view(6, 16)
         outs.append(each.velocity([x], [(2, 3)], torch.tensor([0.8]), [context])[0])
     assert relative_error(outs[1], outs[0]) < 0.03
-
-
-@pytest.mark.parametrize("token", [-1, 96])
-def test_token_ids_outside_the_vocabulary_are_refused(model: Bagel, token: int) -> None:
-    with pytest.raises(ValueError, match=f"token_ids must be from 0 to 95, got {token}"):
-        model.prefill_text(model.new_contexts(1), [[token]])
-
-
-def test_images_too_large_for_the_position_tables_are_refused(model: Bagel) -> None:
-    with pytest.raises(ValueError, match="at most 112 pixels, got 14 x 126"):
-        model.prefill_vit(model.new_contexts(1), [torch.zeros(3, 14, 126)])
-    with pytest.raises(ValueError, match="at most 16, got 18 x 2"):
-        model.prefill_latents(model.new_contexts(1), [torch.zeros(4, 18, 2)])
 
 
 def test_generated_text_is_the_same_alone_and_in_a_batch(model: Bagel) -> None:
@@ -320,17 +263,26 @@ def test_text_stops_before_eos(model: Bagel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("call", "argument", "message"),
     [
-        ({"max_length": 0}, "max_length must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be finite and above 0, got nan"),
-        ({"temperature": 1.0}, "seeds must be 1 integers when sampling, got None"),
+        (Bagel.prefill_text, [-1], "prefill_text: token_ids must be from 0 to 95, got -1"),
+        (Bagel.prefill_text, [96], "prefill_text: token_ids must be from 0 to 95, got 96"),
+        (Bagel.prefill_vit, torch.zeros(3, 14, 126), "at most 112 pixels, got 14 x 126"),
+        (Bagel.prefill_vit, torch.zeros(3, 28, 30), "multiples of 14, got 28 x 30"),
+        (Bagel.prefill_latents, torch.zeros(4, 18, 2), "at most 16, got 18 x 2"),
+        (generate_tokens, {"max_length": 0}, "max_length must be at least 1"),
+        (generate_tokens, {"temperature": 0.0}, "temperature must be finite and above 0"),
+        (generate_tokens, {"temperature": float("nan")}, "temperature must be finite"),
+        (generate_tokens, {"temperature": 1.0}, "seeds must be 1 integers when sampling"),
     ],
 )
-def test_bad_text_options_are_refused(model: Bagel, change: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused(model: Bagel, call: Any, argument: Any, message: str) -> None:
+    given: Any = [[argument]]
+    options: Any = {}
+    if isinstance(argument, dict):
+        given, options = [], {"max_length": 4, **argument}
     with pytest.raises(ValueError, match=message):
-        generate_tokens(model, model.new_contexts(1), **{"max_length": 4, **change})
+        call(model, model.new_contexts(1), *given, **options)
 
 
 def test_every_tensor_is_on_the_device_of_the_model(model: Bagel) -> None:
@@ -339,16 +291,10 @@ def test_every_tensor_is_on_the_device_of_the_model(model: Bagel) -> None:
     image = ContextImage(
         latent=torch.empty(4, 4, 4, device="meta"), vit_pixels=torch.empty(3, 28, 28)
     )
-    guidance = build_guidance(away, [[21, 42], [33]], images=[[image], []])
-    latents = sample_latents(
-        away,
-        guidance,
-        [torch.zeros(6, 16), torch.zeros(4, 16)],
-        [(2, 3), (2, 2)],
-        SamplingConfig(num_timesteps=3, cfg_img_scale=2.0),
-    )
+    latents = draw(away, [[21, 42], [33]], images=[[image], []], cfg_img_scale=2.0)
     assert [tokens.device.type for tokens in latents] == ["meta", "meta"]
-    assert away.next_logits([guidance[0].full], [3]).shape == (1, 96)
+    context = away.new_contexts(1)
+    assert away.next_logits(context, [3]).shape == (1, 96)
 
 
 def saved_and_loaded(model: Bagel) -> Bagel:

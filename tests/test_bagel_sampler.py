@@ -1,28 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling: the time grid, guidance, renormalisation of each image, batches."""
+"""Sampling: the time grid, guidance, renormalisation, and steps that a cache extrapolates."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from bagel_models import GOLDEN, draw, relative_error
+from step_cache import main as bench
 from torch import Tensor
 
 from sparse_unified.bagel import (
     Bagel,
     ContextImage,
     SamplingConfig,
+    StepCache,
     build_guidance,
     sample_latents,
 )
 from sparse_unified.bagel.model import Denoiser
-from sparse_unified.bagel.sampler import Renorm, guide, initial_noise, timestep_grid
+from sparse_unified.bagel.sampler import (
+    Expansion,
+    Renorm,
+    computed_steps,
+    guide,
+    guided_steps,
+    initial_noise,
+    timestep_grid,
+)
 from sparse_unified.testing import build_model, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
+IMAGE = ContextImage(latent=torch.ones(4, 4, 4), vit_pixels=torch.ones(3, 28, 28))
 
 
 @pytest.fixture(autouse=True)
@@ -32,31 +43,28 @@ def _same_numbers() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Bagel:
+    torch.set_num_threads(1)
     return build_model(read_case(GOLDEN / "edit"))
 
 
-def relative_error(out: Tensor, gold: Tensor) -> float:
-    return float((out - gold).norm() / gold.norm())
-
-
-def count_sequences(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Records how many sequences each packed pass computes."""
-    counts: list[int] = []
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[Tensor]]]:
+    """The branches of each image in each packed pass, and what they predict."""
+    found: list[tuple[list[int], list[Tensor]]] = []
     call = Denoiser.__call__
 
     def counted(self: Denoiser, tokens: Any, time: Tensor) -> list[Tensor]:
-        counts.append(sum(self.num_branches))
-        return call(self, tokens, time)
+        found.append((self.num_branches, call(self, tokens, time)))
+        return found[-1][1]
 
     monkeypatch.setattr(Denoiser, "__call__", counted)
-    return counts
+    return found
 
 
 def test_time_runs_from_one_to_zero_and_shift_moves_it_to_the_noise() -> None:
     plain, shifted = timestep_grid(6, 1.0), timestep_grid(6, 3.0)
     torch.testing.assert_close(plain, torch.linspace(1, 0, 6))
     assert (shifted[0], shifted[-1]) == (1, 0)
-    assert (shifted[1:-1] > plain[1:-1]).all()
     torch.testing.assert_close(shifted[2], torch.tensor(3 * 0.6 / (1 + 2 * 0.6)))
 
 
@@ -69,148 +77,246 @@ def test_noise_depends_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("image_scale", [None, 1.5])
 def test_guidance_equals_its_formula(renorm: Renorm, image_scale: float | None) -> None:
     v, no_text, no_image = torch.randn(3, 10, 16)
-    config = SamplingConfig(
-        cfg_text_scale=4.0,
-        cfg_img_scale=image_scale or 1.0,
-        cfg_renorm_type=renorm,
-        cfg_renorm_min=0.2,
-    )
+
+    def shortened(guided: Tensor, dim: int | None) -> Tensor:
+        ratio = v.norm(dim=dim, keepdim=True) / guided.norm(dim=dim, keepdim=True)
+        return guided * ratio.clamp(0.2, 1)
+
     guided = no_text + 4 * (v - no_text)
     if renorm is Renorm.TEXT_CHANNEL:
-        ratio = v.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True)
-        guided = guided * ratio.clamp(0.2, 1)
+        guided = shortened(guided, 1)
     if image_scale is not None:
         guided = no_image + image_scale * (guided - no_image)
-    if renorm is Renorm.CHANNEL:
-        ratio = v.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True)
-        guided = guided * ratio.clamp(0.2, 1)
-    if renorm is Renorm.GLOBAL:
-        guided = guided * (v.norm() / guided.norm()).clamp(0.2, 1)
-    out = guide(v, no_text, no_image if image_scale is not None else None, config)
+    if renorm is not Renorm.TEXT_CHANNEL:
+        guided = shortened(guided, 1 if renorm is Renorm.CHANNEL else None)
+    config = SamplingConfig(
+        cfg_img_scale=image_scale or 1.0, cfg_renorm_type=renorm, cfg_renorm_min=0.2
+    )
+    out = guide(v, no_text, None if image_scale is None else no_image, config)
     torch.testing.assert_close(out, guided)
 
 
 def test_renormalisation_never_lengthens() -> None:
-    v, no_text = torch.randn(10, 16), torch.zeros(10, 16)
-    out = guide(v, v + 0.9 * (no_text - v), None, SamplingConfig(cfg_text_scale=1.01))
+    v = torch.randn(10, 16)
+    out = guide(v, 0.1 * v, None, SamplingConfig(cfg_text_scale=1.01))
     assert out.norm() <= v.norm() * 1.0001
 
 
 @pytest.mark.parametrize("renorm", list(Renorm))
-def test_images_of_a_batch_do_not_influence_each_other(model: Bagel, renorm: Renorm) -> None:
-    config = SamplingConfig(num_timesteps=5, cfg_renorm_type=renorm)
-    prompts = [[21, 42], [33, 30, 31], [40]]
+@pytest.mark.parametrize("cache", [None, StepCache(interval=3, order=2, first=2)])
+def test_images_of_a_batch_do_not_influence_each_other(
+    model: Bagel, renorm: Renorm, cache: StepCache | None
+) -> None:
+    options: dict[str, Any] = {"cfg_renorm_type": renorm, "cfg_img_scale": 1.5, "cache": cache}
+    prompts, images = [[21, 42], [33, 30, 31], [40]], [[IMAGE, IMAGE], [], [IMAGE]]
     # A loud neighbour would change a norm that is taken over the batch.
-    noise = [initial_noise(6, 16, 0), 30 * initial_noise(8, 16, 1), initial_noise(4, 16, 2)]
-    grids = [(2, 3), (4, 2), (2, 2)]
-    together = sample_latents(model, build_guidance(model, prompts), noise, grids, config)
+    noise = [scale * initial_noise(6, 16, i) for i, scale in enumerate((1, 30, 1))]
+    together = draw(model, prompts, images=images, noise=noise, **options)
     for i in range(3):
         own = slice(i, i + 1)
-        guidance = build_guidance(model, prompts[own])
-        alone = sample_latents(model, guidance, noise[own], grids[own], config)
+        alone = draw(model, prompts[own], images=images[own], noise=noise[own], **options)
         assert relative_error(together[i], alone[0]) < 1e-5
 
 
-def test_guidance_is_on_inside_its_interval_only(
-    model: Bagel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "images", "counts"),
+    [
+        # t = 1, 0.8, 0.6, 0.4, 0.2: lo is outside, hi inside.
+        (
+            {"num_timesteps": 6, "timestep_shift": 1.0, "cfg_interval": (0.2, 0.8)},
+            None,
+            [1, 2, 2, 2, 1],
+        ),
+        # Without an image, dropping it changes nothing: identical branches are computed once.
+        ({"num_timesteps": 2, "cfg_img_scale": 2.0}, None, [2]),
+        ({"num_timesteps": 2, "cfg_img_scale": 2.0}, [[IMAGE]], [3]),
+        ({"num_timesteps": 3, "cfg_text_scale": 1.0, "cfg_img_scale": 2.0}, None, [1, 1]),
+    ],
+)
+def test_branches_are_those_that_guidance_needs(
+    model: Bagel, passes: Any, options: dict[str, Any], images: Any, counts: list[int]
 ) -> None:
-    counts = count_sequences(monkeypatch)
-    config = SamplingConfig(num_timesteps=6, timestep_shift=1.0, cfg_interval=(0.2, 0.8))
-    guidance = build_guidance(model, [[21]])
-    sample_latents(model, guidance, [initial_noise(4, 16, 0)], [(2, 2)], config)
-    assert counts == [1, 2, 2, 2, 1]  # t = 1, 0.8, 0.6, 0.4, 0.2: lo is outside, hi inside
-
-
-def test_identical_branches_are_computed_once(
-    model: Bagel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counts = count_sequences(monkeypatch)
-    noise, grid = [initial_noise(4, 16, 0)], [(2, 2)]
-    config = SamplingConfig(num_timesteps=2, cfg_img_scale=2.0)
-    sample_latents(model, build_guidance(model, [[21]]), noise, grid, config)
-    image = ContextImage(latent=torch.randn(4, 4, 4), vit_pixels=torch.randn(3, 28, 28))
-    edited = build_guidance(model, [[21]], images=[[image]])
-    sample_latents(model, edited, noise, grid, config)
-    assert counts == [2, 3]  # without an image, dropping it changes nothing
-
-
-def test_without_text_guidance_there_is_none(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = count_sequences(monkeypatch)
-    config = SamplingConfig(num_timesteps=3, cfg_text_scale=1.0, cfg_img_scale=2.0)
-    guidance = build_guidance(model, [[21]])
-    sample_latents(model, guidance, [initial_noise(4, 16, 0)], [(2, 2)], config)
-    assert counts == [1, 1]
+    draw(model, [[21]], images=images, **options)
+    assert [branches for branches, _ in passes] == [[count] for count in counts]
 
 
 def test_steps_are_reported(model: Bagel) -> None:
     seen: list[tuple[int, float]] = []
-    config = SamplingConfig(num_timesteps=4)
-    sample_latents(
-        model,
-        build_guidance(model, [[21]]),
-        [initial_noise(4, 16, 0)],
-        [(2, 2)],
-        config,
-        on_step=lambda step, seconds: seen.append((step, seconds)),
-    )
+    draw(model, [[21]], num_timesteps=4, on_step=lambda *step: seen.append(step))
     assert [step for step, _ in seen] == [0, 1, 2]
     assert all(seconds > 0 for _, seconds in seen)
 
 
-def test_prompts_with_different_numbers_of_images(model: Bagel) -> None:
-    def image(seed: int) -> ContextImage:
-        generator = torch.Generator().manual_seed(seed)
-        return ContextImage(
-            latent=torch.randn(4, 2, 4, generator=generator),
-            vit_pixels=torch.randn(3, 28, 14, generator=generator),
-        )
+# ---- Step cache
 
-    config = SamplingConfig(num_timesteps=4, cfg_img_scale=2.0, cfg_renorm_type=Renorm.CHANNEL)
-    prompts = [[21, 42], [33], [40, 41]]
-    images = [[image(0), image(1)], [], [image(2)]]
-    noise, grids = [initial_noise(4, 16, i) for i in range(3)], [(2, 2)] * 3
-    guidance = build_guidance(model, prompts, images=images)
-    together = sample_latents(model, guidance, noise, grids, config)
-    for i in range(3):
-        own = slice(i, i + 1)
-        guidance = build_guidance(model, prompts[own], images=images[own])
-        alone = sample_latents(model, guidance, noise[own], grids[own], config)
-        assert relative_error(together[i], alone[0]) < 1e-5
+
+def polynomial(degree: int) -> list[Tensor]:
+    """Coefficients [N, C] of a velocity that is a polynomial in the time."""
+    generator = torch.Generator().manual_seed(degree)
+    return [torch.randn(4, 16, generator=generator) for _ in range(degree + 1)]
+
+
+def value(coefficients: Sequence[Tensor], time: float) -> Tensor:
+    return sum((c * time**k for k, c in enumerate(coefficients)), torch.zeros(4, 16))
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_a_velocity_polynomial_in_time_is_extrapolated_exactly(degree: int) -> None:
+    coefficients = polynomial(degree)
+    times = [float(t) for t in timestep_grid(12, 3.0)]  # far from equal distances
+    expansion, lower = Expansion(degree), Expansion(max(degree - 1, 0))
+    for time in times[: degree + 2]:  # the oldest is forgotten
+        for each in (expansion, lower):
+            each.add(time, value(coefficients, time))
+    assert torch.equal(expansion.at(times[degree + 1]), value(coefficients, times[degree + 1]))
+    for time in (*times[: degree + 1], *times[degree + 2 : degree + 5]):
+        torch.testing.assert_close(
+            expansion.at(time), value(coefficients, time), rtol=1e-4, atol=1e-4
+        )
+    if degree:
+        last = times[degree + 4]
+        assert (lower.at(last) - value(coefficients, last)).norm() > 0.1
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_an_image_whose_velocity_is_polynomial_is_the_same_in_fewer_steps(
+    model: Bagel, monkeypatch: pytest.MonkeyPatch, degree: int
+) -> None:
+    coefficients = polynomial(degree)
+    calls = []
+
+    def velocity(self: Denoiser, tokens: Any, time: Tensor) -> list[Tensor]:
+        calls.append(float(time))
+        return [torch.stack([value(coefficients, float(time))] * self.num_branches[0])]
+
+    monkeypatch.setattr(Denoiser, "__call__", velocity)
+    options: dict[str, Any] = {"grid": (2, 2), "num_timesteps": 22, "cfg_text_scale": 1.0}
+    cache = StepCache(interval=4, order=degree, first=degree + 1, last=0)
+    [plain], [cached] = (draw(model, [[21]], cache=c, **options) for c in (None, cache))
+    torch.testing.assert_close(plain, cached, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 21 + degree + 1 + (21 - degree - 1) // 4
+
+
+@pytest.mark.parametrize("images", [None, [[IMAGE]]])
+def test_interval_one_is_no_cache_bit_for_bit(model: Bagel, images: Any) -> None:
+    every = StepCache(interval=1, order=3, first=1, last=0)
+    [plain], [cached] = (
+        draw(model, [[21, 30]], images=images, cfg_img_scale=1.5, cache=cache)
+        for cache in (None, every)
+    )
+    assert torch.equal(plain, cached)
+
+
+def test_first_last_and_every_nth_step_are_computed() -> None:
+    cache = StepCache(interval=3, order=1, first=2, last=2)
+    config = SamplingConfig(num_timesteps=13, cfg_text_scale=1.0, cache=cache)
+    computed = [step for step, runs in enumerate(computed_steps(config)) if runs]
+    assert computed == [0, 1, 4, 7, 10, 11]
+
+
+def test_where_guidance_sets_in_its_branches_are_computed(model: Bagel, passes: Any) -> None:
+    options: dict[str, Any] = {
+        "num_timesteps": 13,
+        "timestep_shift": 1.0,
+        "cfg_interval": (0.2, 0.7),
+        "cache": StepCache(interval=4, order=1, first=1, last=0),
+    }
+    config = SamplingConfig(**options)
+    assert guided_steps(config) == [False] * 4 + [True] * 6 + [False] * 2
+    assert [step for step, runs in enumerate(computed_steps(config)) if runs] == [0, 4, 8]
+    assert draw(model, [[21]], **options)[0].isfinite().all()
+    assert [branches for branches, _ in passes] == [[1], [2], [2]]
+
+
+def test_every_branch_of_every_image_has_its_own_expansion(model: Bagel, passes: Any) -> None:
+    """With order 0 and one computed step, guidance combines the three kept predictions."""
+    cache = StepCache(interval=9, order=0, first=1, last=0)
+    options: dict[str, Any] = {"num_timesteps": 3, "cfg_img_scale": 1.5, "cache": cache}
+    latents = draw(model, [[21, 30], [33]], images=[[IMAGE], []], **options)
+    ((branches, predictions),) = passes
+    assert branches == [3, 2]  # the second has no image to leave out
+    for i, (v, out) in enumerate(zip(predictions, latents, strict=True)):
+        velocity = guide(v[0], v[1], v[2] if len(v) == 3 else v[0], SamplingConfig(**options))
+        torch.testing.assert_close(out, initial_noise(6, 16, i) - velocity)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_memory_held_is_that_of_the_velocities_alone(
+    model: Bagel, monkeypatch: pytest.MonkeyPatch, order: int
+) -> None:
+    held: list[int] = []
+    alive: set[Expansion] = set()
+    add = Expansion.add
+
+    def counted(self: Expansion, time: float, velocity: Tensor) -> None:
+        add(self, time, velocity)
+        alive.add(self)
+        held.append(sum(expansion.nbytes for expansion in alive))
+
+    monkeypatch.setattr(Expansion, "add", counted)
+    draw(model, [[21]], num_timesteps=12, cache=StepCache(interval=2, order=order))
+    num_branches = 2
+    assert max(held) == num_branches * (order + 1) * 6 * 16 * 4
+
+
+def test_expanding_velocities_is_expanding_last_hidden_states(model: Bagel) -> None:
+    of_hidden, of_velocity = Expansion(2), Expansion(2)
+    with torch.no_grad():
+        for time in (0.9, 0.7, 0.6):
+            state = torch.randn(6, model.config.llm.hidden_size)
+            of_hidden.add(time, state)
+            of_velocity.add(time, model.llm2vae(state))
+        expected = model.llm2vae(of_hidden.at(0.3))
+    # fp32 rounding times the weights of so far an extrapolation; 4e-6 of 1 + |expected| was seen.
+    torch.testing.assert_close(of_velocity.at(0.3), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_benchmark_compares_caches_with_fewer_timesteps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ["--pictures", "1", "--timesteps", "11"]
+    assert bench([*sizes, "--intervals", "1", "3", "--orders", "0", "2"]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = {name: cells for name, *cells in lines}
+    assert rows["all steps"][:3] == ["10 of 10", "0%", "0.0000"]
+    assert rows["interval 1, order 2"] == rows["all steps"]
+    flat, curved = (rows[f"interval 3, order {order}"] for order in (0, 2))
+    assert flat[:2] == curved[:2] == ["6 of 10", "40%"]
+    assert 0 < float(curved[2]) < float(flat[2]) < 1
+    assert rows["7 timesteps, no cache"][:2] == ["6 of 6", "40%"]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "change", "message"),
     [
-        ({"num_timesteps": 1}, "num_timesteps must be at least 2, got 1"),
-        ({"timestep_shift": 0.0}, "timestep_shift must be finite and above 0, got 0.0"),
-        ({"timestep_shift": NAN}, "timestep_shift must be finite and above 0, got nan"),
-        ({"cfg_text_scale": NAN}, "cfg_text_scale must be finite, got nan"),
-        ({"cfg_img_scale": float("inf")}, "cfg_img_scale must be finite, got inf"),
-        ({"cfg_interval": (0.4, NAN)}, "cfg_interval must be finite, got nan"),
-        ({"cfg_interval": (0.4,)}, r"cfg_interval must be a pair \(lo, hi\), got \(0.4,\)"),
-        ({"cfg_renorm_min": 1.5}, "cfg_renorm_min must be from 0 to 1, got 1.5"),
-        (
-            {"cfg_renorm_type": "batch"},
-            "cfg_renorm_type must be one of 'global', 'channel', 'text_channel', got 'batch'",
-        ),
+        (SamplingConfig, {"num_timesteps": 1}, "num_timesteps must be at least 2"),
+        (SamplingConfig, {"num_timesteps": 5.0}, "num_timesteps must be an integer"),
+        (SamplingConfig, {"timestep_shift": 0.0}, "timestep_shift must be finite and above 0"),
+        (SamplingConfig, {"timestep_shift": NAN}, "timestep_shift must be finite"),
+        (SamplingConfig, {"cfg_text_scale": NAN}, "cfg_text_scale must be finite"),
+        (SamplingConfig, {"cfg_text_scale": "4"}, "cfg_text_scale must be a number"),
+        (SamplingConfig, {"cfg_img_scale": INF}, "cfg_img_scale must be finite"),
+        (SamplingConfig, {"cfg_interval": (0.4, NAN)}, "cfg_interval must be finite"),
+        (SamplingConfig, {"cfg_interval": (0.4,)}, "cfg_interval must be a pair"),
+        (SamplingConfig, {"cfg_renorm_min": 1.5}, "cfg_renorm_min must be from 0 to 1"),
+        (SamplingConfig, {"cfg_renorm_min": None}, "cfg_renorm_min must be a number"),
+        (SamplingConfig, {"cfg_renorm_type": "batch"}, "cfg_renorm_type must be one of"),
+        (SamplingConfig, {"cache": 3}, "cache must be a StepCache or None"),
+        (StepCache, {"interval": 0}, "interval must be at least 1"),
+        (StepCache, {"interval": 2.0}, "interval must be an integer"),
+        (StepCache, {"order": 4}, "order must be from 0 to 3"),
+        (StepCache, {"order": -1}, "order must be from 0 to 3"),
+        (StepCache, {"first": 0}, "first must be at least 1"),
+        (StepCache, {"last": -1}, "last must be at least 0"),
     ],
 )
-def test_bad_sampling_options_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingConfig(**change)
-
-
-@pytest.mark.parametrize(
-    "change", [{"num_timesteps": 5.0}, {"cfg_text_scale": "4"}, {"cfg_renorm_min": None}]
-)
-def test_sampling_options_of_another_type_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=next(iter(change))):
-        SamplingConfig(**change)
+def test_bad_options_are_refused(kind: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"{kind.__name__}: {message}"):
+        kind(**change)
 
 
 def test_noise_of_another_shape_is_refused(model: Bagel) -> None:
-    guidance = build_guidance(model, [[21]])
     with pytest.raises(ValueError, match=r"noise must have shape \[6, 16\] for 2 x 3"):
-        sample_latents(model, guidance, [torch.zeros(6, 8)], [(2, 3)], SamplingConfig())
+        draw(model, [[21]], noise=[torch.zeros(6, 8)])
     with pytest.raises(ValueError, match="one entry per image, got 1, 0 and 1"):
-        sample_latents(model, guidance, [], [(2, 3)], SamplingConfig())
+        sample_latents(model, build_guidance(model, [[21]]), [], [(2, 3)], SamplingConfig())
