@@ -1,69 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading: official directories, dense and sparse, in little memory; damage is reported whole."""
+"""Loading: whole or in parts, in little memory, in several places; damage is reported whole."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from bagel_models import GOLDEN, SPECIAL
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from sparse_unified import MoEConfig, apply_moe_, restore_
 from sparse_unified._common import optional
-from sparse_unified.bagel import BagelPipeline, SpecialTokens, load_bagel, loading
-from sparse_unified.bagel.loading import official_tensors
+from sparse_unified.bagel import Bagel, BagelPipeline, SpecialTokens, load_bagel, loading
+from sparse_unified.bagel.attention import Packing
+from sparse_unified.bagel.decoder import MAX_HOST_ROWS, run_ffn
+from sparse_unified.bagel.loading import (
+    LAYERS,
+    Offload,
+    Placement,
+    Task,
+    official_tensors,
+    unneeded,
+)
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import TensorSpec
 from sparse_unified.checkpoint.model_dir import find_model
 from sparse_unified.checkpoint.safetensors_io import read_tensor
 from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.nn import SparseMoE, SwiGLU
+from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.testing import read_case
 
-GOLDEN = Path(__file__).parent / "golden"
-SPECIAL = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)
+CASES = ("t2i_dense", "t2i_moe", "edit")
+by_case = pytest.mark.parametrize("case", CASES[:2])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories that no test changes."""
+    folder = tmp_path_factory.mktemp("models")
+    return {case: write_checkpoint(GOLDEN / case, folder / case) for case in CASES}
 
 
 @pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    return write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
+def dense(models: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models["t2i_dense"], tmp_path / "dense"))
 
 
 @pytest.fixture
-def sparse(tmp_path: Path) -> Path:
-    return write_checkpoint(GOLDEN / "t2i_moe", tmp_path / "sparse")
+def sparse(models: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models["t2i_moe"], tmp_path / "sparse"))
+
+
+def load(directory: Path, **options: Any) -> tuple[Bagel, torch.nn.Module]:
+    return load_bagel(directory, special_tokens=SPECIAL, **options)
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    content = json.loads(file.read_text())
-    content.update(changes)
-    file.write_text(json.dumps(content))
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
 
 
-@pytest.mark.parametrize("case", ["t2i_dense", "t2i_moe", "edit"])
-def test_loaded_weights_are_those_of_the_case(case: str, tmp_path: Path) -> None:
-    directory = write_checkpoint(GOLDEN / case, tmp_path)
-    model, vae = load_bagel(directory, special_tokens=SPECIAL)
-    for module, source in ((model, case), (vae, "vae")):
-        weights = read_case(GOLDEN / source).weights
-        state = module.state_dict()
+def edit_tensors(file: Path, **changes: Tensor | None) -> None:
+    tensors = load_file(file) | changes
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, file)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loaded_weights_are_those_of_the_case(case: str, models: dict[str, Path]) -> None:
+    for module, source in zip(load(models[case]), (case, "vae"), strict=True):
+        weights, state = read_case(GOLDEN / source).weights, module.state_dict()
         assert set(state) == set(weights)
         assert all(torch.equal(state[key], weights[key]) for key in weights)
         assert not module.training
 
 
-def test_official_conventions_are_written(sparse: Path) -> None:
-    vit = json.loads((sparse / "vit_config.json").read_text())
-    llm = json.loads((sparse / "llm_config.json").read_text())
+def test_official_conventions_are_written(models: dict[str, Path]) -> None:
+    vit, llm = (
+        json.loads((models["t2i_moe"] / f"{name}_config.json").read_text())
+        for name in ("vit", "llm")
+    )
     assert vit["num_hidden_layers"] == 3  # one more than the file holds
     assert (llm["top_k"], llm["num_experts_per_tok"], llm["transformed_gen"]) == (2, 2, [1])
 
 
-def test_tokenizer_gives_the_recorded_ids(dense: Path) -> None:
-    tokenizer = Tokenizer.from_directory(dense)
+def test_tokenizer_gives_the_recorded_ids(models: dict[str, Path]) -> None:
+    tokenizer = Tokenizer.from_directory(models["t2i_dense"])
     assert tokenizer.special_tokens == SPECIAL
     for name, prompt_field in (("t2i_dense", "prompts"), ("edit", "prompts")):
         fields = read_case(GOLDEN / name).fields
@@ -74,23 +107,17 @@ def test_tokenizer_gives_the_recorded_ids(dense: Path) -> None:
     assert tokenizer.encode("<|im_start|>a\n€") == [3, 21, 20, 9]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_is_as_asked(sparse: Path, dtype: torch.dtype) -> None:
-    model, vae = load_bagel(sparse, dtype=dtype, special_tokens=SPECIAL)
-    found = {p.dtype for module in (model, vae) for p in module.parameters()}
-    assert found == {dtype}
-
-
-def test_each_file_keeps_its_dtype_unless_asked(dense: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, None])
+def test_dtype_is_as_asked_or_that_of_each_file(dense: Path, dtype: torch.dtype | None) -> None:
     file = dense / "ema.safetensors"
     save_file({key: t.bfloat16() for key, t in load_file(file).items()}, file)
-    model, vae = load_bagel(dense, special_tokens=SPECIAL)
-    assert (model.dtype, next(vae.parameters()).dtype) == (torch.bfloat16, torch.float32)
+    found = [{p.dtype for p in module.parameters()} for module in load(dense, dtype=dtype)]
+    assert found == [{dtype or torch.bfloat16}, {dtype or torch.float32}]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 300, 1000])
 def test_tensors_are_read_in_blocks_of_rows(
-    sparse: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     read: list[TensorSpec] = []
 
@@ -100,14 +127,14 @@ def test_tensors_are_read_in_blocks_of_rows(
 
     monkeypatch.setattr(loading, "_BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(loading, "read_tensor", remember)
-    model, _ = load_bagel(sparse, special_tokens=SPECIAL)
+    model, _ = load(models["t2i_moe"])
     weights = read_case(GOLDEN / "t2i_moe").weights
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert all(spec.nbytes <= block_bytes or spec.shape[0] == 1 for spec in read)
 
 
-def test_official_tensors_are_views_that_load_the_model(sparse: Path) -> None:
-    model, _ = load_bagel(sparse, special_tokens=SPECIAL)
+def test_official_tensors_are_views_that_load_the_model(models: dict[str, Path]) -> None:
+    model, _ = load(models["t2i_moe"])
     targets = official_tensors(model)
     assert set(targets) == set(model.state_dict())
     key = "language_model.model.layers.1.mlp_moe_gen.experts.2.down_proj.weight"
@@ -116,7 +143,7 @@ def test_official_tensors_are_views_that_load_the_model(sparse: Path) -> None:
     assert torch.equal(model.state_dict()[key], torch.full((32, 24), 7.0))
 
 
-def test_shards_load_like_one_file(dense: Path, tmp_path: Path) -> None:
+def test_shards_load_like_one_file(dense: Path) -> None:
     tensors = load_file(dense / "ema.safetensors")
     keys = sorted(tensors)
     shards = {"model-1.safetensors": keys[::2], "model-2.safetensors": keys[1::2]}
@@ -125,20 +152,25 @@ def test_shards_load_like_one_file(dense: Path, tmp_path: Path) -> None:
     index = {"weight_map": {key: name for name, own in shards.items() for key in own}}
     (dense / "model.safetensors.index.json").write_text(json.dumps(index))
     (dense / "ema.safetensors").unlink()
-    model, _ = load_bagel(dense, special_tokens=SPECIAL)
+    model, _ = load(dense)
     assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
 
 
+def test_optional_config_gives_the_factors(dense: Path) -> None:
+    edit_json(dense / "config.json", max_latent_size=8, vae_config={"scale_factor": 0.5})
+    assert load(dense)[1].config.scale_factor == 0.5
+
+
 def test_one_error_lists_everything_that_is_wrong(dense: Path) -> None:
-    file = dense / "ema.safetensors"
-    tensors = load_file(file)
-    tensors["llm2vae.bias"] = torch.zeros(17)
-    tensors["visitor.weight"] = torch.zeros(2)
-    del tensors["connector.fc1.bias"]
-    tensors["time_embedder.mlp.0.bias"] = torch.zeros(32, dtype=torch.int64)
-    save_file(tensors, file)
+    changes: dict[str, Tensor | None] = {
+        "llm2vae.bias": torch.zeros(17),
+        "visitor.weight": torch.zeros(2),
+        "connector.fc1.bias": None,
+        "time_embedder.mlp.0.bias": torch.zeros(32, dtype=torch.int64),
+    }
+    edit_tensors(dense / "ema.safetensors", **changes)
     with pytest.raises(ValueError, match="tensors must be those of the model") as error:
-        load_bagel(dense, special_tokens=SPECIAL)
+        load(dense)
     for part in (
         "missing connector.fc1.bias [32]",
         "extra visitor.weight [2]",
@@ -149,83 +181,61 @@ def test_one_error_lists_everything_that_is_wrong(dense: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    return lambda file: edit_json(file, **changes)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "damage", "message"),
     [
-        ({"top_k": 5}, "top_k"),
-        ({"top_k": 3}, "num_experts_per_tok"),
-        ({"transformed_gen": [0, 1]}, r"transformed_gen must be \[1\]"),
-        ({"transformed_gen": False}, r"transformed_gen must be \[1\]"),
-        ({"num_experts": 8}, "num_experts must be 4"),
-        ({"hidden_size": 48}, "hidden_size"),
+        ("llm_config.json", edited(top_k=5), "top_k"),
+        ("llm_config.json", edited(top_k=3), "num_experts_per_tok"),
+        ("llm_config.json", edited(transformed_gen=[0, 1]), r"transformed_gen must be \[1\]"),
+        ("llm_config.json", edited(transformed_gen=False), r"transformed_gen must be \[1\]"),
+        ("llm_config.json", edited(num_experts=8), "num_experts must be 4"),
+        ("llm_config.json", edited(hidden_size=48), "hidden_size"),
+        ("config.json", edited(max_latent_size=32), "max_latent_size must be 8 .*, got 32"),
+        ("ema.safetensors", truncate, "ema.safetensors.*truncated"),
+        ("ae.safetensors", truncate, "ae.safetensors.*truncated"),
+        ("ema.safetensors", Path.unlink, "ema.safetensors"),
+        ("ae.safetensors", Path.unlink, "ae.safetensors"),
+        ("llm_config.json", Path.unlink, "llm_config.json"),
+        ("vit_config.json", Path.unlink, "vit_config.json"),
+        ("tokenizer.json", Path.unlink, "directory must hold a tokenizer"),
     ],
 )
-def test_config_that_contradicts_the_keys_is_refused(
-    sparse: Path, changes: dict[str, Any], message: str
+def test_damaged_directories_are_refused(
+    sparse: Path, name: str, damage: Callable[[Path], None], message: str
 ) -> None:
-    edit_json(sparse / "llm_config.json", **changes)
-    with pytest.raises(ValueError, match=message):
-        load_bagel(sparse, special_tokens=SPECIAL)
-
-
-def test_optional_config_is_checked_and_gives_the_factors(dense: Path) -> None:
-    (dense / "config.json").write_text(
-        json.dumps({"max_latent_size": 8, "vae_config": {"scale_factor": 0.5}})
-    )
-    assert load_bagel(dense, special_tokens=SPECIAL)[1].config.scale_factor == 0.5
-    edit_json(dense / "config.json", max_latent_size=32)
-    with pytest.raises(ValueError, match="max_latent_size must be 8 as the tensors say, got 32"):
-        load_bagel(dense, special_tokens=SPECIAL)
-
-
-@pytest.mark.parametrize("name", ["ema.safetensors", "ae.safetensors"])
-def test_truncated_files_are_refused(dense: Path, name: str) -> None:
-    content = (dense / name).read_bytes()
-    (dense / name).write_bytes(content[:-100])
-    with pytest.raises(ValueError, match=rf"{name}.*truncated"):
-        load_bagel(dense, special_tokens=SPECIAL)
-
-
-@pytest.mark.parametrize(
-    "name", ["ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json"]
-)
-def test_missing_files_are_named(dense: Path, name: str) -> None:
-    (dense / name).unlink()
-    with pytest.raises(ValueError, match=name):
-        load_bagel(dense, special_tokens=SPECIAL)
-
-
-def test_missing_tokenizer_is_reported(dense: Path) -> None:
-    for file in dense.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ValueError, match="directory must hold a tokenizer") as error:
-        BagelPipeline.from_pretrained(dense)
+    damage(sparse / name)
+    with pytest.raises(ValueError, match=message) as error:
+        BagelPipeline.from_pretrained(sparse)
     assert "\n" not in str(error.value)
 
 
-def test_pipeline_refuses_a_foreign_tokenizer(dense: Path) -> None:
+def test_pipeline_refuses_a_foreign_tokenizer(models: dict[str, Path]) -> None:
     foreign = SpecialTokens(bos=7, eos=4, start_of_image=5, end_of_image=6)
-    model, vae = load_bagel(dense, special_tokens=foreign)
+    model, vae = load_bagel(models["t2i_dense"], special_tokens=foreign)
     with pytest.raises(ValueError, match="must have the marker ids of the model"):
-        BagelPipeline(model, vae, Tokenizer.from_directory(dense))
+        BagelPipeline(model, vae, Tokenizer.from_directory(models["t2i_dense"]))
 
 
-@pytest.mark.parametrize("name", ["", "nowhere", "/nowhere/at/all", "../a/b", "a/"])
+@pytest.mark.parametrize("name", [__file__, "nowhere", "/nowhere/at/all", "../a/b", "a/"])
 def test_what_is_neither_directory_nor_hub_id_is_refused(name: str) -> None:
-    if name == "":
-        name = __file__
     with pytest.raises(ValueError, match="must be a directory or a hub id"):
         find_model(name)
 
 
-def test_hub_id_is_downloaded(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
+def test_hub_id_is_downloaded(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def download(name: str, **_: Any) -> str:
         asked.append(name)
-        return str(dense)
+        return str(models["t2i_dense"])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert BagelPipeline.from_pretrained("owner/name").model.config.max_latent_size == 8
@@ -233,8 +243,6 @@ def test_hub_id_is_downloaded(dense: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     def download(name: str, **_: Any) -> str:
         raise OSError("no network\nand much more")
 
@@ -290,11 +298,7 @@ print(json.dumps({"peak": status("VmHWM") - before}))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path: Path) -> None:
     # As in the released models, the embeddings are far larger than all other tensors.
-    from dataclasses import replace
-
-    from sparse_unified.bagel import Bagel
-
-    small, _ = load_bagel(dense, special_tokens=SPECIAL)
+    small, _ = load(dense)
     llm = replace(
         small.config.llm,
         hidden_size=256,
@@ -303,7 +307,7 @@ def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path:
         vocab_size=32768,
     ).with_experts("gen", [1], num_experts=16, top_k=8)
     big = Bagel(replace(small.config, llm=llm))
-    directory = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "big")
+    directory = Path(shutil.copytree(dense, tmp_path / "big"))
     state = big.state_dict()
     save_file(state, directory / "ema.safetensors")
     edit_json(
@@ -334,3 +338,134 @@ def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path:
     # filled is not resident, so only tensors as large as all that follow them can tell.
     assert 3 * largest > weights + block + slack
     assert 0.9 * weights < peak < weights + block + slack
+
+
+# ---- Placement
+
+
+def image(pipeline: BagelPipeline, **options: Any) -> Tensor:
+    options = {"seed": 1, "num_timesteps": 3, "size": (32, 32), "progress": False} | options
+    return pipeline.generate("a red bench", **options).latents[0]
+
+
+def names(pipeline: BagelPipeline) -> set[str]:
+    return set(pipeline.model.state_dict())
+
+
+@by_case
+def test_a_model_without_what_images_never_read_draws_the_same(
+    case: str, models: dict[str, Path]
+) -> None:
+    whole = BagelPipeline.from_pretrained(models[case])
+    picture = Image.new("RGB", (40, 30), (200, 30, 30))
+    for task in ("image", "edit"):
+        part = BagelPipeline.from_pretrained(models[case], task=task)
+        gone = unneeded(whole.model.config.llm, Task(task))
+        assert "language_model.model.layers.2.mlp." in gone
+        assert names(part) == {n for n in names(whole) if not n.startswith(gone)}
+        assert torch.equal(image(part), image(whole))
+        if task == "edit":
+            assert torch.equal(image(part, images=picture), image(whole, images=picture))
+        else:
+            with pytest.raises(ValueError, match="prefill_vit: vit_model must be loaded for this"):
+                image(part, images=picture)
+        with pytest.raises(ValueError, match=r"lm_head must be loaded .* load it with task='all'"):
+            part.chat("a")
+        with pytest.raises(ValueError, match="lm_head must be loaded"):
+            image(part, think=True)
+
+
+def test_und_ffns_stay_in_host_memory() -> None:
+    placement = Placement(device="cuda:1", offload=Offload.UND)
+    at = "language_model.model.layers.3."
+    assert placement.of_tensor(f"{at}mlp.gate_proj.weight") == "cpu"
+    assert placement.of_tensor(f"{at}mlp.experts.0.up_proj.weight") == "cpu"
+    assert placement.of_tensor(f"{at}mlp_moe_gen.gate_proj.weight") == "cuda:1"
+    assert placement.of_tensor(f"{at}self_attn.q_proj.weight") == "cuda:1"
+    assert placement.of_tensor("vit_model.vision_model.encoder.layers.0.mlp.fc1.weight") == "cuda:1"
+
+
+@pytest.mark.parametrize("rows", [2, MAX_HOST_ROWS, MAX_HOST_ROWS + 1])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_ffns_in_host_memory_compute_the_same(kind: str, rows: int) -> None:
+    torch.manual_seed(0)
+    sparse = SparseMoE(16, 48, 4, 2, gate_img=True)
+    torch.nn.init.normal_(sparse.gate_img.weight)
+    ffn = sparse if kind == "sparse" else SwiGLU(16, 48)
+    none = (torch.empty(0, 1, 8), torch.empty(0, 1, 8))
+    packing = Packing(groups=[], und_angles=none, vit_rows=torch.arange(rows))
+    x = torch.randn(rows, 16)
+    with torch.no_grad():
+        expected = run_ffn(ffn, x, packing)
+        assert torch.equal(run_ffn(ffn, x, packing, on_host=True), expected)
+        # The meta device stands for a GPU: weights come to many rows, few rows go to the weights.
+        y = run_ffn(SwiGLU(16, 48), torch.empty(MAX_HOST_ROWS + 1, 16, device="meta"), on_host=True)
+        assert y.is_meta
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            run_ffn(SwiGLU(16, 48), torch.empty(2, 16, device="meta"), on_host=True)
+
+
+def test_offload_and_swaps_go_together(models: dict[str, Path]) -> None:
+    pipeline = BagelPipeline.from_pretrained(models["t2i_dense"], offload="und", task="image")
+    dense = image(pipeline)
+    assert torch.equal(dense, image(BagelPipeline.from_pretrained(models["t2i_dense"])))
+    apply_moe_(pipeline, MoEConfig(num_experts=4, top_k=2, component="und", layers=[0, 1]))
+    assert not torch.equal(image(pipeline), dense)
+    restore_(pipeline)
+    assert torch.equal(image(pipeline), dense)
+
+
+@by_case
+@pytest.mark.parametrize("storage", ["int8", {"und": "int8", "gen": "fp8"}, {"gen": "int8"}])
+def test_ffns_are_packed_as_they_are_loaded(
+    case: str, storage: Any, models: dict[str, Path]
+) -> None:
+    pytest.importorskip("torchao")
+    pipeline = BagelPipeline.from_pretrained(models[case], storage=storage)
+    wanted = {"und", "gen"} if storage == "int8" else set(storage)
+    for layer in pipeline.model.language_model.model.layers:
+        for component, ffn in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
+            weight = ffn.gate_proj if isinstance(ffn, SparseMoE) else ffn.gate_proj.weight
+            assert is_packed(weight) == (component in wanted)
+    plain = image(BagelPipeline.from_pretrained(models[case]))
+    assert 0 < float((image(pipeline) - plain).norm() / plain.norm()) < 0.1
+
+
+@by_case
+def test_accelerate_places_layers(case: str, models: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    plain = image(BagelPipeline.from_pretrained(models[case]))
+    places: list[Any] = ["auto", {"": "cpu"}, {f"{LAYERS}.1": "disk"}, {LAYERS: "disk"}]
+    for number, device_map in enumerate(places):
+        pipeline = BagelPipeline.from_pretrained(
+            models[case], device_map=device_map, offload_folder=tmp_path / f"{case}{number}"
+        )
+        layer = pipeline.model.language_model.model.layers[1]
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        assert all(p.is_meta == on_disk for p in layer.parameters())
+        assert pipeline.model.device.type == "cpu"
+        assert torch.equal(image(pipeline), plain)
+        assert all(p.is_meta == on_disk for p in layer.parameters())
+    apply_moe_(pipeline, MoEConfig(num_experts=4, top_k=4, component="und"))
+    assert float((image(pipeline) - plain).norm() / plain.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"task": "video"}, "task must be one of all, edit, image, got 'video'"),
+        ({"offload": "gen"}, "offload must be one of none, und, got 'gen'"),
+        ({"storage": "int4"}, "storage must be one of int8, fp8, or map und or gen"),
+        ({"storage": {"vit": "int8"}}, "storage must be one of int8, fp8, or map und or gen"),
+        ({"device_map": "auto", "offload": "und"}, "device_map must come without offload"),
+        ({"device_map": "balanced"}, "device_map must be 'auto' or a mapping"),
+        ({"device_map": {"layers.0": "cpu"}}, "device_map must name modules, got 'layers.0'"),
+        ({"device_map": {"llm2vae": "cuda"}}, "all else is on cpu, got 'llm2vae' on 'cuda'"),
+        ({"device_map": {f"{LAYERS}.0": "disk"}}, "offload_folder must be given"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    options: Any, match: str, models: dict[str, Path]
+) -> None:
+    with pytest.raises(ValueError, match=f"from_pretrained: .*{match}"):
+        BagelPipeline.from_pretrained(models["t2i_dense"], **options)
