@@ -21,7 +21,7 @@ import re
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -318,10 +318,14 @@ def change_tensor(spec: Spec, source: random.Random) -> None:
 def expected(op: str, arguments: list[Any]) -> tuple[Tensor, ...]:
     """What plain torch computes, in fp32."""
     kept = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-    if op == "grouped_ffn_backward":
-        return grouped_gradients(*kept)
-    if op == "pruned_ffn_backward":
-        return pruned_gradients(*kept)
+    if op.startswith("pruned_ffn"):
+        return pruned(op, *kept)
+    if op == "grouped_ffn_combine":
+        x, weights, row_token, token_rows, offsets, *projections = kept
+        y = grouped("grouped_ffn", x, row_token, offsets, *projections)[0]
+        return (reference.combine(y, weights, token_rows),)
+    if op.startswith("grouped_ffn"):
+        return grouped(op, *kept)
     if op == "route_topk_backward":
         grad_logits, grad_topk, idx, x, gate, needs_x, needs_gate = kept
         grad = grad_logits.clone()
@@ -336,14 +340,6 @@ def expected(op: str, arguments: list[Any]) -> tuple[Tensor, ...]:
         grad_y[flat] = spread
         dots = (y[token_rows.long()] * grad_out[:, None]).sum(-1)
         return grad_y[: None if needs_y else 0], dots[: None if needs_weights else 0]
-    if op == "grouped_ffn_combine":
-        x, weights, row_token, token_rows, offsets, *projections = kept
-        y = grouped_rows(x, row_token, offsets, *projections)[0]
-        return (reference.combine(y, weights, token_rows),)
-    if op in ("grouped_ffn", "grouped_ffn_train"):
-        return grouped_rows(*kept[:6])[: 1 if op == "grouped_ffn" else 3]
-    if op in ("pruned_ffn", "pruned_ffn_train"):
-        return pruned_rows(*kept)[: 1 if op == "pruned_ffn" else 3]
     if op == "permute":
         return (reference.permute(*kept[:2]),)
     if op in ("route_topk", "sort_by_expert"):
@@ -352,84 +348,68 @@ def expected(op: str, arguments: list[Any]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def grouped_rows(
-    x: Tensor, row_token: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [R, D] and the activations [R, h] of gate and up."""
-    width = gate.shape[0] // (offsets.shape[0] - 1)
-    rows = x[row_token.long()]
-    found: list[list[Tensor]] = [[], [], []]
-    for e, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
-        own = slice(e * width, (e + 1) * width)
-        g, u = rows[start:stop] @ gate[own].t(), rows[start:stop] @ up[own].t()
-        for parts, part in zip(found, ((F.silu(g) * u) @ down[:, own].t(), g, u), strict=True):
-            parts.append(part)
-    y, g, u = (torch.cat(parts) for parts in found)
-    return y, g, u
+def ffn(rows: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    """y of some rows, and their activations of gate and up."""
+    g, u = rows @ gate.t(), rows @ up.t()
+    return (F.silu(g) * u) @ down.t(), g, u
 
 
-def pruned_rows(
-    x: Tensor, kept: Tensor, gate: Tensor, up: Tensor, down: Tensor, block: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    own = (kept.long()[:, None] * block + torch.arange(block)).reshape(-1)
-    g, u = x @ gate[own].t(), x @ up[own].t()
-    return (F.silu(g) * u) @ down[:, own].t(), g, u
-
-
-def activation_gradients(grad_hidden: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    sigmoid = torch.sigmoid(g)
-    return grad_hidden * u * sigmoid * (1 + g * (1 - sigmoid)), grad_hidden * F.silu(g)
-
-
-def grouped_gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    row_token: Tensor,
-    offsets: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate_rows: Tensor,
-    up_rows: Tensor,
-    needs_x: bool,
-    needs_weights: bool,
+def ffn_gradients(
+    grad: Tensor, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, g: Tensor, u: Tensor
 ) -> tuple[Tensor, ...]:
-    width = gate.shape[0] // (offsets.shape[0] - 1)
+    """Gradients of rows and weights, from that of y and the activations."""
+    sigmoid = torch.sigmoid(g)
+    grad_hidden = grad @ down
+    grad_g = grad_hidden * u * sigmoid * (1 + g * (1 - sigmoid))
+    grad_u = grad_hidden * F.silu(g)
+    weights = grad_g.t() @ rows, grad_u.t() @ rows, grad.t() @ (F.silu(g) * u)
+    return grad_g @ gate + grad_u @ up, *weights
+
+
+def wanted(found: Sequence[Tensor], needs_x: bool, needs_weights: bool) -> tuple[Tensor, ...]:
+    """Leaves out what was not asked for, as the backward ops do."""
+    return (
+        found[0][: None if needs_x else 0],
+        *(grad[: None if needs_weights else 0] for grad in found[1:]),
+    )
+
+
+def grouped(op: str, *arguments: Any) -> tuple[Tensor, ...]:
+    is_backward = op.endswith("backward")
+    x, row_token, offsets, *weights = arguments[is_backward:][:6]
+    width = weights[0].shape[0] // (offsets.shape[0] - 1)
     rows = x[row_token.long()]
-    grad_rows = torch.zeros_like(rows)
-    grad_gate, grad_up, grad_down = (torch.zeros_like(w) for w in (gate, up, down))
+    found = [torch.zeros_like(tensor) for tensor in (rows, *weights)]
+    outputs: list[tuple[Tensor, ...]] = []
     for e, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         own, part = slice(e * width, (e + 1) * width), slice(start, stop)
-        g, u = gate_rows[part], up_rows[part]
-        grad_g, grad_u = activation_gradients(grad_y[part] @ down[:, own], g, u)
-        grad_rows[part] = grad_g @ gate[own] + grad_u @ up[own]
-        grad_gate[own], grad_up[own] = grad_g.t() @ rows[part], grad_u.t() @ rows[part]
-        grad_down[:, own] = grad_y[part].t() @ (F.silu(g) * u)
-    end = None if needs_weights else 0
-    return grad_rows[: None if needs_x else 0], grad_gate[:end], grad_up[:end], grad_down[:end]
+        experts = weights[0][own], weights[1][own], weights[2][:, own]
+        if is_backward:
+            active = arguments[7][part], arguments[8][part]
+            grads = ffn_gradients(arguments[0][part], rows[part], *experts, *active)
+            found[0][part], found[1][own], found[2][own], found[3][:, own] = grads
+        else:
+            outputs.append(ffn(rows[part], *experts))
+    if is_backward:
+        return wanted(found, *arguments[-2:])
+    joined = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+    return tuple(joined[: 1 if op == "grouped_ffn" else 3])
 
 
-def pruned_gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate_rows: Tensor,
-    up_rows: Tensor,
-    block: int,
-    needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor, ...]:
+def pruned(op: str, *arguments: Any) -> tuple[Tensor, ...]:
+    is_backward = op.endswith("backward")
+    x, kept, *weights = arguments[is_backward:][:5]
+    block = arguments[8] if is_backward else arguments[5]
     own = (kept.long()[:, None] * block + torch.arange(block)).reshape(-1)
-    grad_g, grad_u = activation_gradients(grad_y @ down[:, own], gate_rows, up_rows)
-    grad_gate, grad_up, grad_down = (torch.zeros_like(w) for w in (gate, up, down))
-    grad_gate[own], grad_up[own] = grad_g.t() @ x, grad_u.t() @ x
-    grad_down[:, own] = grad_y.t() @ (F.silu(gate_rows) * up_rows)
-    end = None if needs_weights else 0
-    grad_x = (grad_g @ gate[own] + grad_u @ up[own])[: None if needs_x else 0]
-    return grad_x, grad_gate[:end], grad_up[:end], grad_down[:end]
+    experts = weights[0][own], weights[1][own], weights[2][:, own]
+    if not is_backward:
+        return ffn(x, *experts)[: 1 if op == "pruned_ffn" else 3]
+    grad_x, grad_gate, grad_up, grad_down = ffn_gradients(
+        arguments[0], x, *experts, arguments[6], arguments[7]
+    )
+    found = [grad_x, *(torch.zeros_like(weight) for weight in weights)]
+    found[1][own], found[2][own], found[3][:, own] = grad_gate, grad_up, grad_down
+    return wanted(found, *arguments[-2:])
 
 
 def memory_of(arguments: list[Any]) -> list[bytes]:
