@@ -40,6 +40,7 @@ PARTS = {
     "tune": 60,
     "sanitizer": 80,
 }
+OPS = ("route_topk", "sort_by_expert", "permute", "combine", "grouped_ffn", "pruned_ffn")
 # Measured in one process; other packages may do anything to it.
 PROVIDERS = (
     "dense",
@@ -91,50 +92,30 @@ def environment(out: Path, device: str, seconds: float) -> bool:
     """Facts of the machine; fails where the library has no kernels for the device."""
     import torch
 
-    from sparse_unified.bench.cases import CASES
-    from sparse_unified.bench.peers import PEERS, Setting
     from sparse_unified.bench.report import commit, versions
     from sparse_unified.bench.target import find_target
+    from sparse_unified.build import build_info
 
     target = find_target(device)
     key = "CUDA" if target.is_cuda else "CPU"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    ops = {
-        op: bool(has_kernel(f"sparse_unified::{op}", key))
-        for op in (
-            "route_topk",
-            "sort_by_expert",
-            "permute",
-            "combine",
-            "grouped_ffn",
-            "pruned_ffn",
-        )
-    }
-    setting = Setting(case=CASES[LARGE[0]], dtype=torch.bfloat16, device=target.device)
-    content = {
+    content: dict[str, Any] = {
         "commit": commit(),
         "versions": versions(),
         "platform": platform.platform(),
         "device": target.name,
         "state": target.state(),
-        "ops": ops,
+        "build": json.loads(build_info().to_json()),
+        "ops": {op: bool(has_kernel(f"sparse_unified::{op}", key)) for op in OPS},
         "tools": {name: shutil.which(name) for name in ("nvcc", "compute-sanitizer", "ncu")},
-        "peers": {name: peer.unavailable(setting) or "here" for name, peer in PEERS.items()},
-        "environment": {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith(("SPARSE_UNIFIED", "CUDA", "TORCH", "NVIDIA"))
-        },
     }
     if target.is_cuda:
         facts = torch.cuda.get_device_properties(target.device)
-        content["facts"] = {
-            name: getattr(facts, name, None)
-            for name in ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
-        }
+        names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+        content["facts"] = {name: getattr(facts, name, None) for name in names}
     save(out / "environment.json", content)
     print(target.name, "torch", torch.__version__)
-    return all(ops.values())
+    return all(content["ops"].values())
 
 
 def build(architectures: dict[str, str]) -> dict[str, Path]:

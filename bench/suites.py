@@ -32,7 +32,7 @@ from .peers import PEERS, Peer, Setting, draw_weights
 BLOCK, PRUNED = "sparse_ffn", "pruned_ffn"
 OURS = "sparse_unified"
 # Providers of the block that need no package but torch, for the demo.
-BLOCK_PROVIDERS = ("dense", "dense_half", "expert_loop", OURS)
+BLOCK_PROVIDERS = ("dense", "dense_half", "dense_ours", "expert_loop", OURS)
 # Ops with a gradient; and those of them for which frozen experts make a difference.
 _TRAINED_OPS = {
     "fwd_bwd": ("route_topk", "permute", "combine", "grouped_ffn"),
