@@ -1,0 +1,590 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plants mistakes one at a time and asks whether the tests that should notice do.
+
+    python experiments/mutations.py [--only TEXT] [--kind python|cpu|emulated] [--json FILE]
+
+Works in a copy of the tree under build/mutations, with its own builds of the library (CPU) and of
+the ops over emulated CUDA kernels, which are made once and then compiled piece by piece. Each
+mutation names the tests that must fail; one that they let pass is a hole. The exit status is 1 when
+a mutation was missed, does not apply any more, or does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = ROOT / "build" / "mutations"
+EMULATED = "SPARSE_UNIFIED_TEST_EMULATED"
+LIBRARY = "sparse_unified/_C.abi3.so"
+
+CHECKS, FUZZ = "tests/ops/test_checks.py", "tests/ops/test_fuzz.py"
+REFUSED = "tests/ops/test_refused.py"
+MOE = "tests/test_nn_sparse_moe.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A mistake: `old`, which stands once in `file`, becomes `new`; `tests` must fail.
+
+    Args:
+        tests: arguments of pytest; patterns of files are expanded.
+        kind: what is to be built before: nothing ("python"), the library ("cpu"), or the ops over
+            emulated kernels ("emulated").
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    kind: str = "python"
+
+
+def cpu(file: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(f"csrc/{file}", old, new, tests or (CHECKS,), "cpu")
+
+
+def emulated(file: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(f"csrc/{file}", old, new, tests or (CHECKS,), "emulated")
+
+
+def python(file: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(f"sparse_unified/{file}", old, new, tests)
+
+
+def k(word: str) -> tuple[str, str, str]:
+    """The checks of the ops whose names hold a word."""
+    return (CHECKS, "-k", word)
+
+
+CPU_KERNELS = (
+    cpu("cpu/combine.cpp", "acc += token.weight(k) * load(", "acc -= token.weight(k) * load("),
+    cpu("cpu/combine.cpp", "weights != nullptr ? weights[k] : 1.0f", "1.0f", *k("combine")),
+    cpu(
+        "cpu/combine.cpp",
+        "slot < (token + 1) * params.top_k",
+        "slot < (token + 1) * params.top_k - 1",
+        *k("permute_and_combine"),
+    ),
+    cpu(
+        "cpu/combine.cpp", "params.weights[slot], grad_y", "1.0f, grad_y", *k("permute_and_combine")
+    ),
+    cpu("cpu/permute.cpp", "params.x.columns % kLineBytes == 0 &&", "true &&", *k("caches")),
+    cpu("cpu/permute.cpp", "y + rows[k] * row_bytes", "y + rows[0] * row_bytes", *k("permute")),
+    cpu(
+        "cpu/route_topk.cpp",
+        "return !std::isnan(b) && a >= b",
+        "return !std::isnan(b) && a > b",
+        *k("route"),
+    ),
+    cpu(
+        "cpu/route_topk.cpp", "index > e ? own - 1 : own", "index > e ? own : own - 1", *k("route")
+    ),
+    cpu(
+        "cpu/route_topk.cpp",
+        "logits == 0.0f ? Int{} : bits",
+        "bits - bits == Int{} ? bits : bits",
+        *k("route_of_extreme"),
+    ),
+    cpu("cpu/route_topk.cpp", "sums[e] += acc[e];", "sums[e] = acc[e];", *k("gradients_of_route")),
+    cpu(
+        "cpu/route_topk.cpp",
+        "acc += grad[e] * (n == kLanes",
+        "acc += grad[0] * (n == kLanes",
+        *k("gradients_of_route"),
+    ),
+    cpu(
+        "cpu/sort_by_expert.cpp",
+        "next[params.topk_idx[i]]++",
+        "next[params.topk_idx[i]]",
+        *k("sort"),
+    ),
+    cpu("cpu/sort_by_expert.cpp", "params.topk_idx[i] >= params.num_experts", "false", REFUSED),
+    cpu(
+        "cpu/swiglu.cpp",
+        "(1.0f + gate * (1.0f - s))",
+        "(1.0f + gate * s)",
+        *k("gradients_of_experts"),
+    ),
+    cpu(
+        "cpu/swiglu.cpp",
+        "grad * silu, silu * up}",
+        "grad * s, silu * up}",
+        *k("gradients_of_experts"),
+    ),
+    cpu(
+        "cpu/ffn_importance.cpp",
+        "size > params.threshold",
+        "size >= params.threshold",
+        "tests/ops/test_importance.py",
+    ),
+    cpu("cpu/ffn_importance.cpp", "if (weight == 0) continue;", "", "tests/ops/test_importance.py"),
+    cpu(
+        "cpu/ffn_importance.cpp",
+        "sums.squares += weight * hidden * hidden",
+        "sums.squares += weight * hidden * size",
+        "tests/ops/test_importance.py",
+    ),
+    cpu("cpu/ffn_tiles.h", "return r % 2 == 0 ?", "return r % 2 != 0 ?", *k("ffn")),
+    cpu(
+        "cpu/ffn_tiles.h", "std::min(v * kLanes + lane, count - 1)", "v * kLanes + lane", *k("ffn")
+    ),
+    cpu(
+        "cpu/ffn_tiles.h", "block == 0 ? acc[r][v] : sums[r][v] + acc[r][v]", "acc[r][v]", *k("ffn")
+    ),
+    cpu(
+        "cpu/ffn_tiles.h",
+        "__builtin_shuffle(low01, low23, kOdd)",
+        "__builtin_shuffle(low01, low23, kEven)",
+        *k("ffn"),
+    ),
+    cpu(
+        "cpu/grouped_ffn.cpp", "targets.weights + v * kLanes", "targets.weights", *k("any_routing")
+    ),
+    cpu("cpu/grouped_ffn.cpp", "(1u << num_columns) - 1", "(1u << num_columns) - 2", *k("ffn")),
+    cpu(
+        "cpu/vector.h",
+        "+ ((bits >> 16) & 1u)) >> 16",
+        ") >> 16",
+        "tests/ops/test_numpy.py",
+        *k("combine"),
+    ),
+    cpu(
+        "cpu/vector.h",
+        "magnitude >= 0x477ff000u ? infinity",
+        "magnitude >= 0x47800000u ? infinity",
+        "tests/ops/test_numpy.py",
+        CHECKS,
+    ),
+)
+
+BINDINGS = (
+    cpu(
+        "bindings/arguments.cpp",
+        'check_size(op, "gate", gate, 1, x.size(1), "the hidden size of x");',
+        "",
+        REFUSED,
+    ),
+    cpu(
+        "bindings/arguments.cpp",
+        'check_dtype(op, "row_token", row_token, ScalarType::Int);\n  sizes.num_rows',
+        "sizes.num_rows",
+        REFUSED,
+    ),
+    cpu("bindings/arguments.cpp", "sizes.width % block_size == 0,", "true,", REFUSED),
+    cpu("bindings/pruned_ffn_arguments.cpp", "if (seen[data[i]]) {", "if (false) {", REFUSED),
+    cpu(
+        "bindings/pruned_ffn_arguments.cpp",
+        "slab->runs.back().first + slab->runs.back().count == first",
+        "slab->runs.back().first + block_size == first",
+        *k("pruned"),
+    ),
+    cpu("bindings/pruned_ffn_arguments.cpp", "slab->width += block_size;", "", *k("pruned")),
+    cpu(
+        "bindings/combine.cpp",
+        'if (!context.is_cuda()) check_indices(kOp, "token_rows", token_rows, y.size(0));',
+        "",
+        REFUSED,
+        FUZZ,
+    ),
+    cpu("bindings/combine.cpp", "grad_out = with_dense_rows(grad_out);", "", FUZZ),
+    cpu(
+        "bindings/grouped_ffn_combine.cpp",
+        "row_weights[token_rows_[slot]] = weights_[slot];",
+        "row_weights[token_rows_[slot]] = weights_[token_begin * top_k_];",
+        *k("any_routing"),
+    ),
+)
+
+CUDA_KERNELS = (
+    emulated("cuda/combine.cu", "if (k + 4 <= p.top_k) {", "if (k + 4 < p.top_k) {", *k("combine")),
+    emulated(
+        "cuda/combine.cu",
+        "fmaf(weight, values[c], sums[c])",
+        "fmaf(weight, values[c], 0.0f)",
+        *k("combine"),
+    ),
+    emulated(
+        "cuda/combine.cu", "sync_threads();\n\n  const TokenRows", "const TokenRows", *k("combine")
+    ),
+    emulated("cuda/combine_backward.cu", "grads[c] *= weight;", "", *k("permute_and_combine")),
+    emulated("cuda/combine_backward.cu", "dot = warp_sum(dot);", "", *k("permute_and_combine")),
+    emulated(
+        "cuda/permute.cu", "unit + kStep - kWarpSize < num_units", "unit < num_units", *k("permute")
+    ),
+    emulated("cuda/permute.cu", "if (row >= p.num_rows) return;", "", *k("permute")),
+    emulated(
+        "cuda/sort_by_expert.cu",
+        "before += b < block_idx ? count : 0;",
+        "before += b <= block_idx ? count : 0;",
+        "tests/ops",
+        "-k",
+        "sort",
+    ),
+    emulated(
+        "cuda/sort_by_expert.cu", "((1u << lane_idx()) - 1)", "((2u << lane_idx()) - 1)", *k("sort")
+    ),
+    emulated(
+        "cuda/sort_by_expert.cu",
+        "row.peers &= is_set ? set : ~set;",
+        "row.peers &= set;",
+        *k("sort"),
+    ),
+    emulated(
+        "cuda/route_topk.cu",
+        "other < expert ? !(value < logit) : !(value <= logit)",
+        "!(value <= logit)",
+        *k("route"),
+    ),
+    emulated(
+        "cuda/route_topk.cu",
+        "rank += is_nan ? is_before_nan : is_before;",
+        "rank += is_before;",
+        *k("route_of_extreme"),
+    ),
+    emulated(
+        "cuda/route_topk.cu",
+        "sums[i / 4 / kTiles][i / 4 % kTiles][i % 4]",
+        "sums[i / 4 / kTiles][i / 4 % kTiles][i % 4 ^ 1]",
+        *k("route"),
+    ),
+    emulated(
+        "cuda/grouped_ffn_up_sm80.cu",
+        "row % 16 < 8 ? gate_proj",
+        "row % 16 >= 8 ? gate_proj",
+        *k("ffn"),
+    ),
+    emulated(
+        "cuda/grouped_ffn_up_sm80.cu",
+        "row < at.end_row && neuron < width",
+        "row <= at.end_row && neuron < width",
+        CHECKS,
+    ),
+    emulated(
+        "cuda/grouped_ffn_down_sm80.cu",
+        "min(first_column + row, hidden_size - 1)",
+        "first_column + row",
+        CHECKS,
+    ),
+    emulated(
+        "cuda/grouped_ffn_down_sm80.cu",
+        "neuron_groups(ffn).of(at.group), width",
+        "neuron_groups(ffn).of(0), width",
+        *k("ffn"),
+    ),
+    emulated(
+        "cuda/grouped_ffn_grad_hidden_sm80.cu",
+        "store_vector(grad_row + width, narrow<T>(up))",
+        "store_vector(grad_row + width, narrow<T>(gate))",
+        *k("gradients"),
+    ),
+    emulated(
+        "cuda/grouped_ffn_up_sm90a.cu",
+        "is_valid[i] = row_idx < tile.end_row;",
+        "is_valid[i] = row_idx <= tile.end_row;",
+        CHECKS,
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/grouped_ffn_up_sm90a.cu",
+        "neuron < params.expert_width ? neurons(neuron)",
+        "neuron <= params.expert_width ? neurons(neuron)",
+        CHECKS,
+    ),
+)
+
+PACKAGE = (
+    python(
+        "ops/grouped_ffn.py",
+        "any(ctx.needs_input_grad[3:6])",
+        "any(ctx.needs_input_grad[3:5])",
+        *k("each_argument"),
+    ),
+    python(
+        "ops/grouped_ffn.py",
+        "x.new_empty((row_token.shape[0], x.shape[1]))",
+        "x.new_empty((x.shape[0], x.shape[1]))",
+        *k("opcheck"),
+    ),
+    python("ops/grouped_ffn.py", 'refuse_gradient("grouped_ffn_backward")', "", *k("second")),
+    python("nn/sparse_moe.py", "weights = 1 + topk_logits", "weights = topk_logits", MOE),
+    python(
+        "nn/sparse_moe.py",
+        "return y + y * self.gate_shared(tokens)",
+        "return y * self.gate_shared(tokens)",
+        MOE,
+    ),
+    python(
+        "nn/sparse_moe.py",
+        "vit = route(tokens[vit_indexes], self.gate_img.weight",
+        "vit = route(tokens[vit_indexes], self.gate.weight",
+        "tests/test_nn_gate_img.py",
+    ),
+    python(
+        "nn/sparse_moe.py",
+        "if least < 0 or most >= num_tokens:",
+        "if least < 0:",
+        MOE,
+        "tests/test_nn_gate_img.py",
+    ),
+    python(
+        "experts/layout.py", "rows[1::2] = rows[1::2].flip(1)", "", "tests/test_nn_partition.py"
+    ),
+    python(
+        "experts/layout.py",
+        "routed < self.num_experts or routed",
+        "routed",
+        "tests/test_nn_partition.py",
+    ),
+    python(
+        "experts/layout.py",
+        "loss[asking].sort(descending=True, stable=True)",
+        "loss[asking].sort(descending=False, stable=True)",
+        "tests/test_partition_choice.py",
+    ),
+    python(
+        "experts/keep.py",
+        "relative[relative.argmax()] = torch.inf",
+        "pass",
+        "tests/test_surgery_*.py",
+    ),
+    python(
+        "experts/keep.py",
+        "return list(range(1, num_layers - 1))",
+        "return list(range(num_layers))",
+        "tests/test_checkpoint_convert.py",
+        "tests/test_surgery_*.py",
+        "tests/test_nn_partition.py",
+    ),
+    python(
+        "experts/scores.py",
+        "values * torch.linalg.vector_norm(o_proj",
+        "torch.linalg.vector_norm(o_proj",
+        "tests/test_surgery_*.py",
+    ),
+    python(
+        "experts/router.py",
+        "residual = (goal - vectors",
+        "residual = (goal + vectors",
+        "tests/test_partition_choice.py",
+    ),
+    python(
+        "experts/router.py",
+        "1 - chosen * (1 + logits)",
+        "1 - chosen",
+        "tests/test_partition_choice.py",
+    ),
+    python(
+        "surgery/cuts.py",
+        'Cut(1 if name == "down_proj" else 0',
+        'Cut(1 if name == "up_proj" else 0',
+        "tests/test_surgery_*.py",
+    ),
+    python("surgery/cuts.py", "first.keep[cut.keep]", "cut.keep", "tests/test_prune_*.py"),
+    python(
+        "surgery/cuts.py",
+        "if component not in kept and len(kv_places) == len(shape.kv_heads):",
+        "if component not in kept:",
+        "tests/test_surgery_*.py",
+    ),
+    python(
+        "bagel/sampler.py",
+        "differences[-1] - older) / (time - then)",
+        "differences[-1] - older) / (then - time)",
+        "tests/test_bagel_step_cache.py",
+    ),
+    python(
+        "bagel/sampler.py",
+        "(times > low) & (times <= high)",
+        "(times >= low) & (times <= high)",
+        "tests/test_bagel_sampler.py",
+    ),
+    python(
+        "bagel/sampler.py",
+        "return shift * times / (1 + (shift - 1) * times)",
+        "return shift * times / (1 + shift * times)",
+        "tests/test_bagel_sampler.py",
+        "tests/test_replay.py",
+    ),
+    python(
+        "bagel/sampler.py",
+        "clamp(min=least, max=1.0)",
+        "clamp(min=least)",
+        "tests/test_bagel_sampler.py",
+        "tests/test_replay.py",
+    ),
+    python(
+        "bagel/attention.py",
+        "torch.cat([-angles, angles], dim=-1)",
+        "torch.cat([angles, angles], dim=-1)",
+        "tests/test_replay.py",
+    ),
+    python(
+        "bagel/packing.py",
+        "position += kind != _NOISED",
+        "position += 1",
+        "tests/test_training_forward.py",
+    ),
+    python(
+        "bagel/packing.py",
+        "segment[:, None]) & ~is_noised[:, None]",
+        "segment[:, None])",
+        "tests/test_training_forward.py",
+    ),
+    python(
+        "checkpoint/safetensors_io.py",
+        "if spec.start != position:",
+        "if spec.start < position:",
+        "tests/test_checkpoint_header.py",
+        "tests/test_hostile_headers.py",
+    ),
+    python(
+        "checkpoint/safetensors_io.py",
+        "os.fsync(self._stream.fileno())",
+        "pass",
+        "tests/test_checkpoint_atomic.py",
+    ),
+    python(
+        "checkpoint/safetensors_io.py",
+        '" " * (-len(text.encode()) % 8)',
+        '""',
+        "tests/test_checkpoint_header.py",
+        "tests/test_checkpoint_convert.py",
+        "tests/test_frozen.py",
+    ),
+    python("adapt/optimizer.py", "limit / norm)", "norm / limit)", "tests/test_adapt_trainer.py"),
+    python(
+        "adapt/optimizer.py",
+        "1 - self._config.ema_decay",
+        "self._config.ema_decay",
+        "tests/test_adapt_trainer.py",
+    ),
+    python(
+        "adapt/optimizer.py",
+        "total.add_(_local",
+        "total.copy_(_local",
+        "tests/test_adapt_trainer.py",
+    ),
+)
+
+MUTATIONS = (*CPU_KERNELS, *BINDINGS, *CUDA_KERNELS, *PACKAGE)
+
+
+def run(command: Sequence[str], log: Path, **environment: str) -> int:
+    with log.open("w") as stream:
+        return subprocess.run(
+            command,
+            cwd=COPY,
+            env=os.environ | {"SPARSE_UNIFIED_CUDA": "off"} | environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+
+
+def refresh() -> None:
+    """Brings the copy up to date, so that what has not changed is not compiled again."""
+    COPY.mkdir(parents=True, exist_ok=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in listed:
+        source, target = ROOT / name, COPY / name
+        if source.is_file() and (not target.exists() or target.read_bytes() != source.read_bytes()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    bench = COPY / "sparse_unified" / "bench"  # where an installed package has it
+    if not bench.exists():
+        bench.symlink_to(COPY / "bench")
+
+
+def build(kind: str, log: Path) -> int:
+    """Compiles what a kind of mutation changes."""
+    if kind == "cpu":
+        return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], log)
+    if kind == "emulated":
+        tree = ["-S", ".", "-B", "build/cmake", "-G", "Ninja", "--log-level=WARNING"]
+        tree += ["-DSPARSE_UNIFIED_SANITIZE=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+        target = ["--target", "sparse_unified_emulated_ops", "sparse_unified_test"]
+        return run(["cmake", *tree], log) or run(["cmake", "--build", "build/cmake", *target], log)
+    return 0
+
+
+def expanded(tests: Sequence[str]) -> list[str]:
+    """Returns arguments of pytest with patterns replaced by the files that match, if any do."""
+    found = []
+    for test in tests:
+        paths = sorted(COPY.glob(test)) if "*" in test else []
+        found += [str(path.relative_to(COPY)) for path in paths] or [test]
+    return found
+
+
+def try_mutation(mutation: Mutation, log: Path) -> str:
+    """Returns "caught", "missed", or why there is no answer."""
+    path = COPY / mutation.file
+    text = path.read_text() if path.exists() else ""
+    if text.count(mutation.old) != 1:
+        return f"stale: {mutation.old!r} stands {text.count(mutation.old)} times in {mutation.file}"
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        if build(mutation.kind, log) != 0:
+            return "does not compile"
+        environment = {EMULATED: "1"} if mutation.kind == "emulated" else {}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-m", "not slow", *expanded(mutation.tests)]
+        status = run(command, log, **environment)
+    finally:
+        path.write_text(text)
+    if status in (4, 5):
+        return "no tests"  # pytest found no file, or nothing in it
+    return "missed" if status == 0 else "caught"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="of the files that hold this text")
+    parser.add_argument("--kind", choices=("python", "cpu", "emulated"))
+    parser.add_argument("--json", type=Path, help="where the outcomes are kept up to date")
+    options = parser.parse_args()
+    refresh()
+    chosen = [m for m in MUTATIONS if options.only in m.file and options.kind in (None, m.kind)]
+    logs = COPY / "build" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    kinds = {m.kind for m in chosen}
+    if "cpu" not in kinds:  # what is built is what the other kinds need
+        shutil.copyfile(ROOT / LIBRARY, COPY / LIBRARY)
+    for kind in sorted(kinds):
+        if build(kind, logs / f"{kind}.log") != 0:
+            print(f"the tree itself does not build: {logs / kind}.log")
+            return 1
+    outcomes = []
+    last = ""
+    for number, mutation in enumerate(sorted(chosen, key=lambda m: m.kind)):
+        if last not in ("", "python") and mutation.kind != last:
+            build(last, logs / "restore.log")  # the last mistake of a kind is compiled out
+        last = mutation.kind
+        began = time.monotonic()
+        outcome = try_mutation(mutation, logs / f"{number}.log")
+        seconds = round(time.monotonic() - began, 1)
+        outcomes.append(asdict(mutation) | {"outcome": outcome, "seconds": seconds})
+        print(f"{outcome:<8} {seconds:>6} s  {mutation.file}: {mutation.new[:60]!r}", flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(outcomes, indent=1) + "\n")
+    if last not in ("", "python"):
+        build(last, logs / "restore.log")
+    caught = sum(o["outcome"] == "caught" for o in outcomes)
+    print(f"{caught} of {len(outcomes)} caught")
+    return int(caught < len(outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
