@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPY = ROOT / "build" / "mutations"
+COPY = ROOT / "build" / "mutations"  # and of each kind, where one is chosen
 EMULATED = "SPARSE_UNIFIED_TEST_EMULATED"
 LIBRARY = "sparse_unified/_C.abi3.so"
 
@@ -341,8 +341,8 @@ PACKAGE = (
     ),
     python(
         "experts/layout.py",
-        "routed < self.num_experts or routed",
-        "routed",
+        "start = self.shared_width + expert * self.expert_width",
+        "start = expert * self.expert_width",
         "tests/test_nn_partition.py",
     ),
     python(
@@ -555,6 +555,8 @@ def main() -> int:
     parser.add_argument("--kind", choices=("python", "cpu", "emulated"))
     parser.add_argument("--json", type=Path, help="where the outcomes are kept up to date")
     options = parser.parse_args()
+    global COPY
+    COPY = COPY / (options.kind or "all")
     refresh()
     chosen = [m for m in MUTATIONS if options.only in m.file and options.kind in (None, m.kind)]
     logs = COPY / "build" / "logs"

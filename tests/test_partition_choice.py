@@ -31,6 +31,7 @@ from sparse_unified.experts import (
     random_partition,
     snake_partition,
 )
+from sparse_unified.experts.layout import _assign_evenly
 from sparse_unified.ops import reference
 
 LAYOUT = ExpertLayout(intermediate_size=512, num_experts=16)
@@ -101,6 +102,13 @@ def test_coactivation_is_reproducible_and_takes_half_precision(ffn: FfnWeights) 
     hidden = hidden_activations(unit_tokens(64), ffn.gate_proj, ffn.up_proj).half()
     first = coactivation_partition(scores, LAYOUT, hidden, seed=1)
     assert torch.equal(first, coactivation_partition(scores, LAYOUT, hidden, seed=1))
+
+
+def test_neurons_that_lose_most_by_their_second_choice_choose_first() -> None:
+    similarity = torch.tensor(
+        [[1.0, 0.9], [0.95, 0.0]]
+    )  # both prefer expert 0, which has one place
+    assert _assign_evenly(similarity).tolist() == [1, 0]
 
 
 def test_hidden_activations_are_those_of_the_ffn(ffn: FfnWeights) -> None:

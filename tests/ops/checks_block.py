@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from checks_torch import block_on
-from problems import DTYPES, HALVES, assert_equal, grid, refusal, with_kernel
+from problems import DTYPES, assert_equal, grid, refusal, with_kernel
 from registry import CUDA, check
 from torch import Tensor
 
@@ -103,7 +103,7 @@ def block_says_what_runs_it(device: torch.device) -> None:
         assert "strict" in refusal(partial(block, x))
 
 
-@check(*grid(dtype=HALVES))
+@check(*grid(dtype=DTYPES), on=with_kernel)
 def all_experts_with_a_zero_router_are_the_dense_ffn(
     device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -118,7 +118,11 @@ def all_experts_with_a_zero_router_are_the_dense_ffn(
     assert_near("y", y, hidden @ wide[2].t(), dtype)
 
 
-@check(*grid(dtype=HALVES, num_tokens=(300, 4096)), small=lambda num_tokens, **_: num_tokens < 1000)
+@check(
+    *grid(dtype=DTYPES, num_tokens=(40, 300, 4096)),
+    on=with_kernel,
+    small=lambda num_tokens, **_: num_tokens < 1000,
+)
 def splitting_the_batch_changes_nothing(
     device: torch.device, dtype: torch.dtype, num_tokens: int
 ) -> None:
@@ -132,7 +136,7 @@ def splitting_the_batch_changes_nothing(
     assert_near("y", torch.cat([part[0] for part in parts]), whole, dtype)
 
 
-@check(*grid(dtype=HALVES))
+@check(*grid(dtype=DTYPES), on=with_kernel)
 def inference_and_training_agree(device: torch.device, dtype: torch.dtype) -> None:
     block = block_on(device, dtype)
     x = torch.randn(300, 64, device=device).to(dtype)
