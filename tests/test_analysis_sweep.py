@@ -421,17 +421,18 @@ def test_bad_configurations_are_refused(changes: dict[str, Any], message: str) -
         config(**changes)
 
 
-def test_probes_are_checked(tmp_path: Path) -> None:
+def test_tasks_and_metrics_are_given_once_each(tmp_path: Path) -> None:
     model = models.qwen()
-    for probes, message in (
-        ([text_probe(model), text_probe(model)], "tasks must be given once each, got text, text"),
-        ([], "tasks must be given once each, got none"),
-        ([text_probe(model, a=loss, b=loss)], "metric loss must come from one evaluator"),
-        ([text_probe(model, a=lambda model: {})], "evaluator must be callable and declare"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for probes in ([text_probe(model), text_probe(model)], []):
+        with pytest.raises(ValueError, match="tasks must be given once each"):
             sweep(model, tmp_path / "out", probes)
     assert not (tmp_path / "out").exists()
+    for evaluators, message in (
+        ({"a": loss, "b": loss}, "evaluators must have metrics, each once, got loss, loss"),
+        ({"a": lambda model: {}}, "evaluator must be callable and declare"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text_probe(model, **evaluators)
 
 
 def test_the_most_redundant_layers_go_first() -> None:

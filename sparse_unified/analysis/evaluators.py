@@ -91,20 +91,15 @@ def directions(function: object, *, where: str) -> dict[str, Better]:
 
 
 def measure(function: Evaluator, model: object, *, where: str) -> dict[str, float]:
-    """Runs an evaluator.
-
-    Raises:
-        ValueError: what it returns is not what it declared, or not finite.
-    """
-    better = directions(function, where=where)
+    """Runs an evaluator; ValueError if a metric is not there, not declared or not finite."""
     result = function(model)
-    if not isinstance(result, Mapping) or set(result) != set(better):
+    if not isinstance(result, Mapping) or set(result) != set(function.better):
         got = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
         raise ValueError(
-            f"{where}: evaluator must return the metrics {', '.join(better)}, got {got}"
+            f"{where}: evaluator must return the metrics {', '.join(function.better)}, got {got}"
         )
     values = {}
-    for name in better:
+    for name in function.better:
         try:
             values[name] = float(result[name])
         except (TypeError, ValueError):
@@ -151,6 +146,9 @@ class Probe:
         workload: sets up the forward whose cost is measured.
         description: plain values that identify samples and settings; a sweep that is resumed must
             have the same.
+
+    Raises:
+        ValueError: there are no evaluators, one is none, or two have a metric in common.
     """
 
     task: str
@@ -159,24 +157,23 @@ class Probe:
     workload: Workload
     description: Mapping[str, Any] = field(default_factory=dict)
 
-    def better(self) -> dict[str, Better]:
-        """Returns which way each metric improves.
+    def __post_init__(self) -> None:
+        owners = [
+            metric
+            for name, function in self.evaluators.items()
+            for metric in directions(function, where=f"{self.task}: {name}")
+        ]
+        if not owners or len(set(owners)) < len(owners):
+            raise ValueError(
+                f"{self.task}: evaluators must have metrics, each once, "
+                f"got {', '.join(owners) or 'none'}"
+            )
 
-        Raises:
-            ValueError: there are no evaluators, one is none, or two have a metric in common.
-        """
-        found: dict[str, Better] = {}
-        for name, function in self.evaluators.items():
-            for metric, way in directions(function, where=name).items():
-                if metric in found:
-                    raise ValueError(
-                        f"{self.task}: metric {metric} must come from one evaluator, "
-                        f"got a second one, {name}"
-                    )
-                found[metric] = way
-        if not found:
-            raise ValueError(f"{self.task}: evaluators must be at least one, got none")
-        return found
+    @property
+    def better(self) -> dict[str, str]:
+        """Which way each metric improves: "lower" or "higher"."""
+        declared = (function.better.items() for function in self.evaluators.values())
+        return {str(name): Better(way).value for own in declared for name, way in own}
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from sparse_unified.analysis.bagel_task import Settings, run_task
 from sparse_unified.analysis.calibration import observe_time
 from sparse_unified.analysis.samples import Task
 from sparse_unified.analysis.statistics import StatisticsConfig, plain
-from sparse_unified.surgery.decoder import SparseBlock, find_sparse_blocks
+from sparse_unified.nn import SparseMoE
+from sparse_unified.surgery.decoder import find_sparse_blocks
 
 _WHERE = "expert_usage"
 
@@ -151,18 +152,9 @@ class ExpertUsage(Report):
 class ExpertWatch:
     """What `watch_experts` yields: `usage` gives the counts so far."""
 
-    def __init__(self, blocks: Sequence[SparseBlock], config: StatisticsConfig) -> None:
-        self._config, self._range, self._blocks = config, 0, blocks
-        ranges = config.num_ranges
-        self._tokens = [torch.zeros(ranges, dtype=torch.int64) for _ in blocks]
-        self._load = [
-            torch.zeros(
-                (ranges, block.module.num_experts),
-                dtype=torch.int64,
-                device=block.module.gate.weight.device,
-            )
-            for block in blocks
-        ]
+    def __init__(self, config: StatisticsConfig) -> None:
+        self._config, self._range = config, 0
+        self._layers: list[LayerUsage] = []
 
     def set_time(self, time: float | None) -> None:
         """Sets the time of denoising at which the model runs; None for tokens that have none.
@@ -171,15 +163,22 @@ class ExpertWatch:
         """
         self._range = self._config.range_of(time)
 
-    def watch(self, index: int) -> Any:
+    def watch(self, component: str, layer: int, block: SparseMoE) -> Any:
         """Hooks one block; returns the handle."""
-        block, load, tokens = self._blocks[index].module, self._load[index], self._tokens[index]
+        ranges, device = self._config.num_ranges, block.gate.weight.device
+        tokens = torch.zeros(ranges, dtype=torch.int64)
+        load = torch.zeros(ranges, block.num_experts, dtype=torch.int64, device=device)
+        self._layers.append(
+            LayerUsage(
+                component=component, layer=layer, top_k=block.top_k, tokens=tokens, load=load
+            )
+        )
 
         @torch.no_grad()
         def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             topk_idx = block.route(*arguments, **named)[2]  # [T, K]
             counts = torch.bincount(topk_idx.flatten().long(), minlength=block.num_experts)
-            load[self._range] += counts.to(load.device)
+            load[self._range] += counts.to(device)
             tokens[self._range] += len(topk_idx)
 
         return block.register_forward_pre_hook(before, with_kwargs=True)
@@ -190,8 +189,8 @@ class ExpertWatch:
         Raises:
             ValueError: no token ran through a sparse block.
         """
-        if not any(int(tokens.sum()) for tokens in self._tokens):
-            where = ", ".join(dict.fromkeys(block.component for block in self._blocks))
+        if not any(int(entry.tokens.sum()) for entry in self._layers):
+            where = ", ".join(dict.fromkeys(entry.component for entry in self._layers))
             raise ValueError(
                 f"{_WHERE}: {task} must send tokens through a sparse FFN of {where}, got none"
             )
@@ -200,14 +199,8 @@ class ExpertWatch:
             samples=samples,
             ranges=tuple(self._config.range_names()),
             layers=tuple(
-                LayerUsage(
-                    component=block.component,
-                    layer=block.layer,
-                    top_k=block.module.top_k,
-                    tokens=tokens.clone(),
-                    load=load.to("cpu", copy=True),
-                )
-                for block, tokens, load in zip(self._blocks, self._tokens, self._load, strict=True)
+                replace(own, tokens=own.tokens.clone(), load=own.load.to("cpu", copy=True))
+                for own in self._layers
             ),
         )
 
@@ -240,10 +233,10 @@ def watch_experts(
                     f"router of {block.component} layer {block.layer} must be in memory, "
                     "got meta (offloaded weights)"
                 )
-    watch = ExpertWatch(blocks, config)
+    watch = ExpertWatch(config)
     with ExitStack() as hooks:
-        for index in range(len(blocks)):
-            hooks.callback(watch.watch(index).remove)
+        for block in blocks:
+            hooks.callback(watch.watch(*block).remove)
         observe_time(hooks, watch.set_time, model)
         yield watch
 

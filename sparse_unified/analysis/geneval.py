@@ -3,7 +3,6 @@
 
     NNNNN/metadata.jsonl      one object: tag, include, perhaps exclude, prompt
     NNNNN/samples/NNNNN.png   images of that prompt, counted from 00000
-    NNNNN/grid.png            the images side by side, for people; optional
 
 NNNNN counts the lines of the metadata file. The scorer is `evaluation/evaluate_images.py` of
 djghosh13/geneval (it skips folders whose name is no number, and images that are not `\\d+.png`).
@@ -16,16 +15,13 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparse_unified._common import optional
 from sparse_unified.analysis.bagel_task import Settings
 from sparse_unified.analysis.evaluators import Better, directions
+from sparse_unified.analysis.samples import read_lines, read_object
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.checkpoint.files import loads_strict, replace_file
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from sparse_unified.checkpoint.files import replace_file
 
 
 def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -34,29 +30,15 @@ def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: it cannot be read, or a line lacks prompt, tag or include.
     """
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--geneval: {file} must be readable text, got {reason}") from error
     entries = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"--geneval: {file}: line {number}"
-        try:
-            entry = loads_strict(line)
-        except ValueError as error:
-            raise ValueError(f"{where} must be a JSON object, got {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} must be a JSON object, got a {type(entry).__name__}")
+    for where, line in read_lines(path, "--geneval"):
+        entry = read_object(line, where)
         for name, kind in (("prompt", str), ("tag", str), ("include", list)):
             if not isinstance(entry.get(name), kind) or not entry[name]:
                 raise ValueError(f"{where}: {name} must be given, got {entry.get(name)!r:.120}")
         entries.append(entry)
     if not entries:
-        raise ValueError(f"--geneval: {file} must hold at least one prompt, got none")
+        raise ValueError(f"--geneval: {path} must hold at least one prompt, got none")
     return entries
 
 
@@ -68,8 +50,6 @@ def write_geneval(
     num_images: int = 4,
     seed: int = 0,
     settings: Settings | None = None,
-    grid: bool = False,
-    on_image: Callable[[], object] | None = None,
 ) -> Path:
     """Generates the images of every prompt into the folders that the official scorer reads.
 
@@ -83,8 +63,6 @@ def write_geneval(
         num_images: per prompt.
         seed: of the first image of each prompt.
         settings: size and steps.
-        grid: write `grid.png`, too.
-        on_image: called after each image.
 
     Returns:
         `out`.
@@ -109,14 +87,11 @@ def write_geneval(
                 progress=False,
             ).images
             for file, image in zip(files, images, strict=True):
-                replace_file(file, _png(image))
-            if grid:
-                replace_file(folder / "grid.png", _png(_grid(images)))
+                buffer = io.BytesIO()
+                image.save(buffer, format="PNG")
+                replace_file(file, buffer.getvalue())
             # Last, so that a folder with its metadata is complete.
             replace_file(described, text.encode())
-        for _ in files:
-            if on_image is not None:
-                on_image()
     return out
 
 
@@ -166,17 +141,3 @@ class GenEvalImages:
         if self.scorer is None:
             return {"geneval_images": len(self.metadata) * self.num_images}
         return self.scorer(folder)
-
-
-def _png(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _grid(images: list[Image]) -> Image:
-    width, height = images[0].size
-    sheet: Image = optional("PIL.Image").new("RGB", (width * len(images), height))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i * width, 0))
-    return sheet

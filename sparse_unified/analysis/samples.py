@@ -110,8 +110,8 @@ class Task(str, Enum):
     """What the model does while it is probed."""
 
     GENERATION = "generation"  # text to image
-    UNDERSTANDING = "understanding"  # pictures and text to text
-    EDITING = "editing"  # picture and text to image
+    UNDERSTANDING = "understanding"  # images and text to text
+    EDITING = "editing"  # image and text to image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +120,8 @@ class Sample:
 
     Attributes:
         prompt: the text; of editing the instruction, of understanding the question.
-        sources: pictures before it.
-        image: the picture that generation or editing should lead to; None if there is none.
+        sources: images before it.
+        image: the image that generation or editing should lead to; None if there is none.
         answer: the text that understanding should lead to; None if there is none.
         seed: of the noise.
     """
@@ -133,7 +133,7 @@ class Sample:
     seed: int = 0
 
     def fingerprint(self) -> str:
-        """Returns a hash of the text, the seed, and the bytes of the pictures."""
+        """Returns a hash of the text, the seed, and the bytes of the images."""
         digest = hashlib.sha256(repr((self.prompt, self.answer, self.seed)).encode())
         for path in (*self.sources, self.image):
             digest.update(b"none" if path is None else hashlib.sha256(path.read_bytes()).digest())
@@ -182,45 +182,39 @@ def read_samples(
 ) -> list[Sample]:
     """Reads samples from a file.
 
-    A `.jsonl` file has an object a line: `prompt`, and perhaps `source` (a picture before it, or a
-    list), `image` (the picture to be reached) and `answer`. Any other file has a prompt a line; the
-    pictures of the folder, sorted by name, then belong to the lines one by one: what generation
+    A `.jsonl` file has an object a line: `prompt`, and perhaps `source` (an image before it, or a
+    list), `image` (the image to be reached) and `answer`. Any other file has a prompt a line; the
+    images of the folder, sorted by name, then belong to the lines one by one: what generation
     should lead to, or what editing and understanding start from.
 
     Args:
         prompts: the file.
-        images: folder of the pictures; of a .jsonl file, None is the folder of the file.
-        task: what the pictures of a plain file are for.
+        images: folder of the images; of a .jsonl file, None is the folder of the file.
+        task: what the images of a plain file are for.
         count: how many samples, from the top; None is all.
         seed: of the noise of the first sample; counted up from sample to sample.
 
     Raises:
-        ValueError: a line or picture is missing, damaged or of the wrong kind, or there are fewer
+        ValueError: a line or image is missing, damaged or of the wrong kind, or there are fewer
             samples than wanted.
     """
-    path = Path(prompts)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--prompts: {path} must be readable text, got {reason}") from error
-    numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    path, lines = Path(prompts), read_lines(prompts, "--prompts")
     if path.suffix == ".jsonl":
         folder = path.parent if images is None else _folder(images)
-        samples = [_parse(line, folder, f"{path}: line {i}") for i, line in numbered]
+        samples = [_parse(read_object(line, where), folder, where) for where, line in lines]
     else:
-        samples = [Sample(prompt=line) for _, line in numbered]
+        samples = [Sample(prompt=line) for _, line in lines]
         if images is not None:
-            samples = _with_pictures(samples, _folder(images), task)
+            samples = _with_images(samples, _folder(images), task)
     samples = _take(samples, count, seed, f"--prompts: {path}")
     for sample in samples:
         if task is Task.EDITING and not sample.sources:
             raise ValueError(
-                f"--prompts: {path}: each line must have a picture to edit, "
+                f"--prompts: {path}: each line must have an image to edit, "
                 f"got none for {sample.prompt!r:.120}"
             )
-        for picture in (*sample.sources, *([sample.image] if sample.image else [])):
-            open_image(picture, where="--images")
+        for image in (*sample.sources, *([sample.image] if sample.image else [])):
+            open_image(image, where="--images")
     return samples
 
 
@@ -235,20 +229,20 @@ def _take(samples: list[Sample], count: int | None, seed: int, where: str) -> li
 def _folder(images: str | os.PathLike[str]) -> Path:
     folder = Path(images)
     if not folder.is_dir():
-        raise ValueError(f"--images: {folder} must be a folder of pictures, got none there")
+        raise ValueError(f"--images: {folder} must be a folder of images, got none there")
     return folder
 
 
-def _with_pictures(samples: Sequence[Sample], folder: Path, task: Task) -> list[Sample]:
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-    if len(pictures) != len(samples):
+def _with_images(samples: Sequence[Sample], folder: Path, task: Task) -> list[Sample]:
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+    if len(images) != len(samples):
         raise ValueError(
-            f"--images: {folder} must hold one picture ({', '.join(PICTURE_SUFFIXES)}) for each of "
-            f"{len(samples)} prompts, got {len(pictures)}"
+            f"--images: {folder} must hold one image ({', '.join(PICTURE_SUFFIXES)}) for each of "
+            f"{len(samples)} prompts, got {len(images)}"
         )
     if task is Task.GENERATION:
-        return [Sample(prompt=s.prompt, image=p) for s, p in zip(samples, pictures, strict=True)]
-    return [Sample(prompt=s.prompt, sources=(p,)) for s, p in zip(samples, pictures, strict=True)]
+        return [replace(own, image=path) for own, path in zip(samples, images, strict=True)]
+    return [replace(own, sources=(path,)) for own, path in zip(samples, images, strict=True)]
 
 
 def is_file_name(value: object) -> bool:
@@ -261,32 +255,54 @@ def is_file_name(value: object) -> bool:
     )
 
 
-def _parse(line: str, folder: Path, where: str) -> Sample:
+def read_lines(path: str | os.PathLike[str], option: str) -> list[tuple[str, str]]:
+    """Returns the lines of a text file that are not blank, each with its place for messages."""
     try:
-        fields: Any = loads_strict(line)
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{option}: {path} must be readable text, got {reason}") from error
+    placed = [(f"{option}: {path}: line {i}", line.strip()) for i, line in enumerate(lines, 1)]
+    return [(where, line) for where, line in placed if line]
+
+
+def read_object(line: str, where: str) -> dict[str, Any]:
+    """Reads a line of JSON that must be an object."""
+    try:
+        value = loads_strict(line)
     except ValueError as error:
-        raise ValueError(f"{where}: line must be a JSON object, got {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: line must be a JSON object, got a {type(fields).__name__}")
+        raise ValueError(f"{where} must be a JSON object, got {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _parse(fields: dict[str, Any], folder: Path, where: str) -> Sample:
     prompt, answer = fields.get("prompt"), fields.get("answer")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: prompt must be a text, got {prompt!r:.120}")
-    if answer is not None and (not isinstance(answer, str) or not answer.strip()):
-        raise ValueError(f"{where}: answer must be a text, got {answer!r:.120}")
     sources, image = fields.get("source") or [], fields.get("image")
     sources = [sources] if isinstance(sources, str) else sources
-    if not isinstance(sources, list) or not all(is_file_name(name) for name in sources):
-        raise ValueError(
-            f"{where}: source must be a file name or a list of them, got {sources!r:.120}"
-        )
-    if image is not None and not is_file_name(image):
-        raise ValueError(f"{where}: image must be a file name, got {image!r:.120}")
+    for name, is_legal, rule in (
+        ("prompt", _is_text(prompt), "a text"),
+        ("answer", answer is None or _is_text(answer), "a text"),
+        (
+            "source",
+            isinstance(sources, list) and all(map(is_file_name, sources)),
+            "a file name or a list of them",
+        ),
+        ("image", image is None or is_file_name(image), "a file name"),
+    ):
+        if not is_legal:
+            raise ValueError(f"{where}: {name} must be {rule}, got {fields.get(name)!r:.120}")
     return Sample(
-        prompt=prompt,
+        prompt=str(prompt),
         sources=tuple(folder / name for name in sources),
         image=None if image is None else folder / image,
         answer=answer,
     )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _draw(background: Sequence[int], shapes: Sequence[Any]) -> np.ndarray:

@@ -99,8 +99,6 @@ class Similarity(Report):
             ValueError: there are not so many, or a cosine is not a number.
         """
         entries = [e for e in self.of(component) if layers is None or e.layer in layers]
-        if part not in PARTS:
-            raise ValueError(f"similarity: part must be one of {', '.join(PARTS)}, got {part!r}")
         if not 0 <= count <= len(entries):
             raise ValueError(
                 f"similarity: count must be from 0 to {len(entries)} layers, got {count}"

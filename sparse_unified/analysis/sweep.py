@@ -124,7 +124,7 @@ def run_sweep(
         **(description or {}),
         "sweep": config.to_dict(),
         "tasks": {
-            probe.task: {"metrics": list(probe.better()), **probe.description} for probe in probes
+            probe.task: {"metrics": list(probe.better), **probe.description} for probe in probes
         },
     }
     stated = json.loads(json.dumps(stated))  # as the folder will give it back
@@ -188,7 +188,7 @@ class _TaskRun:
         task = self.probe.task
         dense = self.store.records[f"{task}-dense"]
         return {
-            "better": {name: way.value for name, way in self.probe.better().items()},
+            "better": self.probe.better,
             "dense": dense["metrics"],
             "cost": dense["cost"],
             "idle": [name for name in self.config.components if name not in self.components],
