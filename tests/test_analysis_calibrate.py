@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from sparse_unified.analysis import (
-    FfnStatistics,
     Sample,
     Settings,
     StatisticsConfig,
@@ -21,9 +19,6 @@ from sparse_unified.analysis import (
     calibrate,
     score,
 )
-from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
-from sparse_unified.cli import main
-from sparse_unified.fixtures import write_checkpoint
 
 QUICK = Settings(size=(32, 32), num_timesteps=4, max_length=5)
 SMALL = ["--size", "32x32", "--steps", "4", "--max-tokens", "5", "--quiet"]
@@ -113,123 +108,3 @@ def test_what_cannot_be_run_is_refused(pipeline: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, task, samples)
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path_factory.mktemp("m") / "model")
-
-
-def run(model: Path, out: Path, *arguments: str) -> int:
-    return main(["calibrate", str(model), "--out", str(out), *SMALL, *arguments])
-
-
-def test_command_writes_statistics_and_scores_that_prune_takes(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, scores = tmp_path / "s.safetensors", tmp_path / "scores.safetensors"
-    more = ["--time-ranges", "3", "--threshold", "0.01", "--active-fraction", "0.5"]
-    assert (
-        run(model, out, "--task", "generation", "--samples", "2", "--scores", str(scores), *more)
-        == 0
-    )
-    printed = capsys.readouterr().out
-    assert "generation: 2 samples" in printed
-    assert f"{out}\n{scores}\n" in printed
-    statistics = FfnStatistics.load(out)
-    assert statistics.config == StatisticsConfig(
-        threshold=0.01, active_fraction=0.5, num_time_ranges=3
-    )
-    expected = score("wanda", models.pipeline(tmp_path / "again"), statistics)
-    header = read_header(scores)
-    for component, keyed in expected.items():
-        for layer, own in keyed.items():
-            assert torch.equal(read_tensor(header.tensors[f"{component}.{layer}"], what=""), own)
-    pruned = ["prune", str(model), str(tmp_path / "pruned"), "--scores", str(scores), "--quiet"]
-    assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
-
-
-def test_command_takes_sparse_models_and_writes_scores_in_expert_order(
-    model: Path, tmp_path: Path
-) -> None:
-    sparse, out = tmp_path / "sparse", tmp_path / "s.safetensors"
-    convert = ["convert", str(model), str(sparse), "--num-experts", "4", "--top-k", "4", "--quiet"]
-    assert main([*convert, "--layers", "1"]) == 0
-    scores = tmp_path / "scores.safetensors"
-    arguments = ["--task", "generation", "--samples", "1", "--scores", str(scores)]
-    assert run(sparse, out, *arguments, "--criterion", "activation") == 0
-    statistics = FfnStatistics.load(out)
-    keys = [key for key in statistics.ffns["generation"]["gen"] if not isinstance(key, int)]
-    assert [(layer, name.rpartition(".mlp_moe_gen.")[2]) for layer, name in keys] == [
-        (1, f"experts.{e}") for e in range(4)
-    ]
-    found = read_header(scores).tensors
-    joined = read_tensor(found["gen.1"], what="")
-    means = [statistics.mean_abs("generation", "gen", key) for key in keys]
-    assert torch.equal(joined, torch.cat(means).float())
-    # What und did there counts for the dense model too.
-    assert run(sparse, out, "--task", "understanding", "--samples", "1") == 0
-    FfnStatistics.load(out).check(models.pipeline(tmp_path / "dense"))
-
-
-def test_command_merges_and_prints_json(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    assert run(model, first, "--task", "understanding", "--samples", "1") == 0
-    assert run(model, second, "--task", "generation", "--samples", "1", "--merge", str(first)) == 0
-    capsys.readouterr()
-    assert FfnStatistics.load(second).tasks == ("generation", "understanding")
-    third = ["--task", "generation", "--samples", "2", "--seed", "9", "--merge", str(second)]
-    assert run(model, tmp_path / "c.safetensors", *third, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["tasks"]["generation"]["samples"] == 3
-    gen = facts["tasks"]["generation"]["components"]["gen"]
-    assert gen["tokens"] > 0
-    assert 0 < gen["sample_overlap"] <= 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["--task", "talk"], 2, "invalid choice: 'talk'"),
-        (["--task", "generation", "--images", "x"], 2, "--images must come with --prompts"),
-        (["--task", "generation", "--criterion", "wanda"], 2, "--criterion must come with"),
-        (["--task", "generation", "--threshold", "-1"], 1, "threshold must be"),
-        (["--task", "generation", "--active-fraction", "2"], 1, "active_fraction must be"),
-        (["--task", "generation", "--merge", "none"], 1, "file must be readable"),
-        (["--task", "generation", "--samples", "99"], 1, "must hold --samples = 99 prompts"),
-    ],
-)
-def test_bad_arguments_are_one_line(
-    model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    status: int,
-    message: str,
-) -> None:
-    assert run(model, tmp_path / "s.safetensors", *arguments) == status
-    stderr = capsys.readouterr().err
-    assert message in stderr
-    assert stderr.count("\n") == 1
-    assert not (tmp_path / "s.safetensors").exists()
-
-
-def test_statistics_of_another_model_are_not_merged(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = models.bagel()
-    with torch.no_grad():
-        other.language_model.model.layers[0].mlp.gate_proj.weight.neg_()
-
-    def read(ids: list[int]) -> None:
-        other.prefill_text(other.new_contexts(1), [ids])
-
-    calibrate(other, "understanding", [[12, 13]], run=read).save(tmp_path / "other")
-    merge = ["--task", "understanding", "--samples", "1", "--merge", str(tmp_path / "other")]
-    assert run(model, tmp_path / "s.safetensors", *merge) == 1
-    assert "model must have the und FFNs they were gathered on" in capsys.readouterr().err

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import analysis_models as models
 import pytest
@@ -25,8 +24,6 @@ from sparse_unified.analysis import (
 )
 from sparse_unified.analysis.expert_usage import LayerUsage
 from sparse_unified.analysis.plots import usage_figure
-from sparse_unified.cli import main
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 
@@ -145,12 +142,7 @@ def test_what_cannot_be_counted_is_refused() -> None:
             expert_usage(model, "any", samples, **options)
 
 
-# The pipeline and the command
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(models.GOLDEN / "t2i_moe", tmp_path_factory.mktemp("u") / "model")
+# A pipeline
 
 
 def test_generation_moves_through_the_times(tmp_path: Path) -> None:
@@ -182,49 +174,3 @@ def test_generation_moves_through_the_times(tmp_path: Path) -> None:
     assert drawn.sum() == pytest.approx(first.num_experts)  # 1 each when even
     write_usage_plot(usage, tmp_path / "u.png")
     assert (tmp_path / "u.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_command_prints_table_and_json_and_draws(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plot, out = tmp_path / "usage.png", tmp_path / "usage.json"
-    command = ["expert-usage", str(model), "--task", "generation", *SMALL]
-    assert main([*command, "--plot", str(plot), "--json", str(out), "--time-ranges", "3"]) == 0
-    printed = capsys.readouterr().out
-    assert "generation, 1 samples" in printed
-    assert "entropy" in printed
-    assert plot.stat().st_size > 5000
-    facts = json.loads(out.read_text())
-    assert facts["ranges"] == ["no time", "0.333-0", "0.667-0.333", "1-0.667"]
-    assert all(len(layer["load"]) == 4 for layer in facts["layers"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["--component", "und"], 1, "must have sparse FFNs of und, got none"),
-        (["--plot", "x.pdf"], 2, "--plot must end in .png, got 'x.pdf'"),
-        (["--images", "x"], 2, "--images must come with --prompts"),
-        (["--plot", "none/x.png"], 1, "--plot: directory must be there and writable"),
-    ],
-)
-def test_bad_arguments_are_one_line(
-    model: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    status: int,
-    message: str,
-) -> None:
-    assert main(["expert-usage", str(model), "--task", "generation", *SMALL, *arguments]) == status
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_a_dense_model_is_an_error_that_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dense = write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path / "dense")
-    assert main(["expert-usage", str(dense), "--task", "generation", *SMALL]) == 1
-    error: Any = capsys.readouterr().err
-    assert f"expert-usage: {dense}: model must have sparse FFNs of und or gen, got none" in error

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""calibrate, analyze and expert-usage: from a model directory to statistics, tables and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import analysis_models as models
+import pytest
+import torch
+from PIL import Image
+
+from sparse_unified.analysis import FfnStatistics, StatisticsConfig, calibrate, score
+from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
+from sparse_unified.cli import main
+from sparse_unified.fixtures import write_checkpoint
+
+SMALL = ["--size", "32x32", "--steps", "4", "--max-tokens", "5", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path_factory.mktemp("d") / "model")
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(models.GOLDEN / "t2i_moe", tmp_path_factory.mktemp("s") / "model")
+
+
+# calibrate
+
+
+def run_calibrate(model: Path, out: Path, *arguments: str) -> int:
+    return main(["calibrate", str(model), "--out", str(out), *SMALL, *arguments])
+
+
+def test_calibrate_writes_statistics_and_scores_that_prune_takes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, scores = tmp_path / "s.safetensors", tmp_path / "scores.safetensors"
+    more = ["--time-ranges", "3", "--threshold", "0.01", "--active-fraction", "0.5"]
+    assert (
+        run_calibrate(
+            model, out, "--task", "generation", "--samples", "2", "--scores", str(scores), *more
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "generation: 2 samples" in printed
+    assert f"{out}\n{scores}\n" in printed
+    statistics = FfnStatistics.load(out)
+    assert statistics.config == StatisticsConfig(
+        threshold=0.01, active_fraction=0.5, num_time_ranges=3
+    )
+    expected = score("wanda", models.pipeline(tmp_path / "again"), statistics)
+    header = read_header(scores)
+    for component, keyed in expected.items():
+        for layer, own in keyed.items():
+            assert torch.equal(read_tensor(header.tensors[f"{component}.{layer}"], what=""), own)
+    pruned = ["prune", str(model), str(tmp_path / "pruned"), "--scores", str(scores), "--quiet"]
+    assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
+
+
+def test_calibrate_takes_sparse_models_and_writes_scores_in_expert_order(
+    model: Path, tmp_path: Path
+) -> None:
+    sparse, out = tmp_path / "sparse", tmp_path / "s.safetensors"
+    convert = ["convert", str(model), str(sparse), "--num-experts", "4", "--top-k", "4", "--quiet"]
+    assert main([*convert, "--layers", "1"]) == 0
+    scores = tmp_path / "scores.safetensors"
+    arguments = ["--task", "generation", "--samples", "1", "--scores", str(scores)]
+    assert run_calibrate(sparse, out, *arguments, "--criterion", "activation") == 0
+    statistics = FfnStatistics.load(out)
+    keys = [key for key in statistics.ffns["generation"]["gen"] if not isinstance(key, int)]
+    assert [(layer, name.rpartition(".mlp_moe_gen.")[2]) for layer, name in keys] == [
+        (1, f"experts.{e}") for e in range(4)
+    ]
+    found = read_header(scores).tensors
+    joined = read_tensor(found["gen.1"], what="")
+    means = [statistics.mean_abs("generation", "gen", key) for key in keys]
+    assert torch.equal(joined, torch.cat(means).float())
+    # What und did there counts for the dense model too.
+    assert run_calibrate(sparse, out, "--task", "understanding", "--samples", "1") == 0
+    FfnStatistics.load(out).check(models.pipeline(tmp_path / "dense"))
+
+
+def test_calibrate_merges_and_prints_json(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert run_calibrate(model, first, "--task", "understanding", "--samples", "1") == 0
+    assert (
+        run_calibrate(
+            model, second, "--task", "generation", "--samples", "1", "--merge", str(first)
+        )
+        == 0
+    )
+    capsys.readouterr()
+    assert FfnStatistics.load(second).tasks == ("generation", "understanding")
+    third = ["--task", "generation", "--samples", "2", "--seed", "9", "--merge", str(second)]
+    assert run_calibrate(model, tmp_path / "c.safetensors", *third, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tasks"]["generation"]["samples"] == 3
+    gen = facts["tasks"]["generation"]["components"]["gen"]
+    assert gen["tokens"] > 0
+    assert 0 < gen["sample_overlap"] <= 1
+
+
+def test_statistics_of_another_model_are_not_merged(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = models.bagel()
+    with torch.no_grad():
+        other.language_model.model.layers[0].mlp.gate_proj.weight.neg_()
+
+    def read(ids: list[int]) -> None:
+        other.prefill_text(other.new_contexts(1), [ids])
+
+    calibrate(other, "understanding", [[12, 13]], run=read).save(tmp_path / "other")
+    merge = ["--task", "understanding", "--samples", "1", "--merge", str(tmp_path / "other")]
+    assert run_calibrate(model, tmp_path / "s.safetensors", *merge) == 1
+    assert "model must have the und FFNs they were gathered on" in capsys.readouterr().err
+
+
+# expert-usage
+
+
+def test_expert_usage_prints_table_and_json_and_draws(
+    sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot, out = tmp_path / "usage.png", tmp_path / "usage.json"
+    command = ["expert-usage", str(sparse), "--task", "generation", "--samples", "1", *SMALL]
+    assert main([*command, "--plot", str(plot), "--json", str(out), "--time-ranges", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "generation, 1 samples" in printed
+    assert "entropy" in printed
+    assert plot.stat().st_size > 5000
+    facts = json.loads(out.read_text())
+    assert facts["ranges"] == ["no time", "0.333-0", "0.667-0.333", "1-0.667"]
+    assert all(len(layer["load"]) == 4 for layer in facts["layers"])
+
+
+# analyze
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[str]:
+    models.pictures(tmp_path / "images", 2)
+    (tmp_path / "prompts.txt").write_text("make it red\na boat\n")
+    return ["--prompts", f"{tmp_path}/prompts.txt", "--images", f"{tmp_path}/images"]
+
+
+def analyze(model: Path, out: Path, *arguments: str) -> int:
+    return main(["analyze", str(model), "--out", str(out), *SMALL, "--repeats", "1", *arguments])
+
+
+def test_all_tasks_and_axes_in_one_command(
+    model: Path, samples: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [
+        *samples,
+        *("--task", "generation,understanding,editing", "--component", "und,gen"),
+        *("--axis", "depth,width,heads", "--ratios", ".5"),
+        *("--json", f"{tmp_path}/result.json"),
+    ]
+    assert analyze(model, out, *arguments) == 0
+    printed = capsys.readouterr().out
+    for word in ("generation", "latent_distance", "velocity_error", "perplexity", "und", "heads"):
+        assert word in printed
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result == json.loads((out / "results.json").read_text())
+    assert {name: len(task["points"]) for name, task in result["tasks"].items()} == {
+        "generation": 6,
+        "understanding": 3,
+        "editing": 6,
+    }
+    report = (out / "report.md").read_text()
+    assert report.count("\n## ") == 3
+    plots = {path.stem: Image.open(path).size for path in (out / "plots").iterdir()}
+    for task in result["tasks"]:
+        for kind in ("sensitivity", "similarity", "activation", "overlap"):
+            assert min(plots[f"{kind}-{task}"]) > 300
+    maps = {found["component"]: found for found in result["tasks"]["editing"]["activation"]}
+    assert maps["gen"]["ranges"][0] == "1-0.875"  # from noise to image
+    assert maps["gen"]["ranges"][-1] == "no time"  # the picture that is edited
+    for found in maps.values():
+        assert all(0 <= rate <= 1 for row in found["firing"] for rate in row if rate is not None)
+        assert all(0 < share <= 1 for share in found["overlap"])
+    # A second run finds everything done.
+    assert analyze(model, out, *arguments) == 0
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert analyze(model, out, *arguments, "--seed", "1") == 1
+    assert "must be of the same run, or another folder, got sweep.seed 0" in capsys.readouterr().err
+
+
+def test_editing_needs_no_files(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--task", "editing", "--samples", "1", "--component", "gen", "--axis", "width"]
+    arguments += ["--ratios", ".5", "--no-plots", "--json"]
+    assert analyze(model, tmp_path / "out", *arguments) == 0
+    (point,) = json.loads(capsys.readouterr().out)["tasks"]["editing"]["points"]
+    assert point["metrics"]["latent_distance"] > 0
+    assert analyze(model, tmp_path / "out", *arguments) == 0  # drawn anew, and the same run
+
+
+def test_statistics_of_one_run_serve_another(
+    model: Path, samples: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*samples, "--task", "generation", "--component", "gen", "--axis", "width"]
+    common += ["--ratios", ".5", "--no-plots", "--json"]
+    assert analyze(model, tmp_path / "a", *common) == 0
+    first = json.loads(capsys.readouterr().out)["tasks"]["generation"]
+    file = tmp_path / "a" / "statistics-generation.safetensors"
+    assert analyze(model, tmp_path / "b", *common, "--stats", str(file)) == 0
+    second = json.loads(capsys.readouterr().out)["tasks"]["generation"]
+    assert second["points"][0]["metrics"] == first["points"][0]["metrics"]
+    assert second["activation"] == first["activation"]
+    assert not (tmp_path / "b" / "statistics-generation.safetensors").exists()
+    others = write_checkpoint(models.GOLDEN / "edit", tmp_path / "other")
+    assert analyze(others, tmp_path / "c", *common, "--stats", str(file)) == 1
+    assert "statistics" in capsys.readouterr().err
+
+
+def test_built_in_prompts_evaluators_of_ones_own_and_geneval(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def parameters(pipeline):\n"
+        "    return {'parameters': sum(p.numel() for p in pipeline.model.parameters())}\n"
+        "parameters.better = {'parameters': 'lower'}\n"
+        "def score(folder):\n"
+        "    return {'score': len(list(folder.glob('*/samples/*.png')))}\n"
+        "score.better = {'score': 'higher'}\n"
+    )
+    metadata = {
+        "tag": "single",
+        "include": [{"class": "cup", "count": 1}],
+        "prompt": "a cup",
+    }
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(metadata))
+    out = tmp_path / "out"
+    status = analyze(
+        model,
+        out,
+        *("--task", "generation", "--component", "gen", "--axis", "width", "--ratios", ".5"),
+        *("--criterion", "magnitude", "--samples", "1", "--no-plots", "--json"),
+        *("--evaluator", f"{file}:parameters", "--geneval", f"{tmp_path}/metadata.jsonl"),
+        *("--geneval-images", "2", "--geneval-scorer", f"{file}:score"),
+    )
+    assert status == 0
+    task = json.loads(capsys.readouterr().out)["tasks"]["generation"]
+    (point,) = task["points"]
+    assert point["metrics"]["parameters"] == point["after"]["parameters"]
+    assert task["dense"]["parameters"] == point["before"]["parameters"]
+    assert task["dense"]["score"] == point["metrics"]["score"] == 2
+    for name in ("generation-dense", "generation-gen-width-0.5"):
+        assert (out / "geneval" / name / "00000" / "samples" / "00001.png").exists()
+    assert not (out / "plots").exists()
+
+
+def test_tasks_can_have_samples_of_their_own(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models.pictures(tmp_path, 1)
+    (tmp_path / "e.jsonl").write_text('{"prompt": "make it red", "source": "0.png"}\n')
+    status = analyze(
+        model,
+        tmp_path / "out",
+        *("--task", "understanding,editing", "--component", "und", "--axis", "depth"),
+        *("--ratios", "1", "--prompts", f"editing={tmp_path}/e.jsonl", "--no-plots", "--json"),
+    )
+    assert status == 0
+    tasks = json.loads(capsys.readouterr().out)["run"]["tasks"]
+    assert (len(tasks["understanding"]["samples"]), len(tasks["editing"]["samples"])) == (8, 1)
+
+
+# Refusals
+
+ANALYZE = ["analyze", "--task", "generation", "--out", "OUT", "--repeats", "1"]
+CALIBRATE = ["calibrate", "--task", "generation", "--out", "OUT"]
+USAGE = ["expert-usage", "--task", "generation"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (CALIBRATE, ["--threshold", "-1"], "threshold must be"),
+        (CALIBRATE, ["--active-fraction", "2"], "active_fraction must be"),
+        (CALIBRATE, ["--merge", "none"], "file must be readable"),
+        (CALIBRATE, ["--samples", "99"], "must hold --samples = 99 prompts"),
+        (USAGE, [], "must have sparse FFNs of und or gen, got none"),
+        (USAGE, ["--component", "und"], "must have sparse FFNs of und, got none"),
+        (USAGE, ["--plot", "none/x.png"], "--plot: directory must be there and writable"),
+        (ANALYZE, ["--component", "vision"], "component must be one of und, gen"),
+        (ANALYZE, ["--layers", "1-9"], "layers must lie in 0 to 2, got 3"),
+        (ANALYZE, ["--block-size", "8"], "block_size must be 1 or 16 to 128"),
+        (ANALYZE, ["--block-size", "64"], "block_size must divide the 96 neurons"),
+        (ANALYZE, ["--evaluator", "no_such:f"], "module no_such must be importable"),
+        (ANALYZE, ["--samples", "99"], "must hold --samples = 99 prompts"),
+    ],
+)
+def test_what_cannot_be_done_ends_in_one_line(
+    model: Path,
+    command: list[str],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = str(tmp_path / "out")
+    name, *options = [out if option == "OUT" else option for option in command]
+    assert main([name, str(model), *options, *SMALL, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
