@@ -330,7 +330,7 @@ def public() -> Iterator[Path]:
 _RESTRICTED = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
-import sparse_unified.cli, sparse_unified.checkpoint
+import sparse_unified.cli.checkpoint
 os.geteuid() or (os.setgroups([]), os.setgid(65534), os.setuid(65534))
 sys.exit(sparse_unified.cli.main(sys.argv[1:]))
 """
@@ -410,7 +410,7 @@ def test_an_unexpected_error_is_one_line_too(
     def fail(*args: object) -> None:
         raise KeyError("x\ny")
 
-    monkeypatch.setattr("sparse_unified.checkpoint.info", fail)
+    monkeypatch.setattr("sparse_unified.cli.checkpoint.info", fail)
     assert main(["info", "x"]) == 1
     assert_one_line(capsys.readouterr().err, "internal error KeyError")
     assert main(["info", "x", "--traceback"]) == 1

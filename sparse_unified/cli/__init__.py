@@ -12,12 +12,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparse_unified.cli import adapt, analysis, checkpoint, generate
 from sparse_unified.cli.console import (
     PROG,
     CommandParser,
     Usage,
-    add_commands,
     one_line,
     split_json_flag,
 )
@@ -26,6 +24,21 @@ _DESCRIPTION = """\
 Sparse mixture-of-experts versions of unified multimodal models: make them from dense
 checkpoints, check them, run them, measure them. Results go to stdout, progress to stderr.
 Exit status: 0 success, 1 bad data or a failed check, 2 wrong usage, 130 interrupted."""
+# {name: (where it is, help)}
+_COMMANDS = {
+    "convert": ("checkpoint.CONVERT", "make a sparse checkpoint from a dense one"),
+    "verify": ("checkpoint.VERIFY", "prove that a checkpoint is a dense one, reordered or pruned"),
+    "invert": ("checkpoint.INVERT", "give the dense checkpoint back, bit for bit"),
+    "info": ("checkpoint.INFO", "show what a model directory or this build is, and what disagrees"),
+    "prune": ("checkpoint.PRUNE", "make a smaller one: narrower FFNs, fewer heads, skipped layers"),
+    "generate": ("generate.GENERATE", "generate or edit images"),
+    "chat": ("generate.CHAT", "answer a prompt, with or without images, in text"),
+    "calibrate": ("analysis.CALIBRATE", "gather statistics of the neurons on a task"),
+    "analyze": ("analysis.ANALYZE", "measure what a model can do without"),
+    "expert-usage": ("analysis.EXPERT_USAGE", "count which experts a task uses"),
+    "adapt": ("adapt.ADAPT", "tune a model"),
+}
+_MINI = {"write": ("checkpoint.MINI_WRITE", "write the trained model as a model directory")}
 
 
 def build_parser() -> CommandParser:
@@ -33,12 +46,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog=PROG, description=_DESCRIPTION)
     parser.add_argument("--version", action="store_true", help="print version and build, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    add_commands(
-        commands,
-        *(checkpoint.CONVERT, checkpoint.VERIFY, checkpoint.INVERT, checkpoint.INFO),
-        *(checkpoint.PRUNE, generate.GENERATE, generate.CHAT),
-        *(analysis.CALIBRATE, analysis.ANALYZE, analysis.EXPERT_USAGE, adapt.ADAPT),
-    )
+    for name, (where, text) in _COMMANDS.items():
+        commands.add_parser(name, help=text, command=where)
     mini = commands.add_parser(
         "mini",
         help="write a BAGEL in miniature",
@@ -46,7 +55,8 @@ def build_parser() -> CommandParser:
         "and 16 x 16 scenes of coloured shapes. See docs/miniature.md.",
     )
     actions = mini.add_subparsers(title="actions", metavar="ACTION", required=True)
-    add_commands(actions, checkpoint.MINI_WRITE)
+    for name, (where, text) in _MINI.items():
+        actions.add_parser(name, help=text, command=where)
     commands.add_parser(
         "bench",
         help="measure the sparse FFN beside its baselines",
@@ -62,16 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["bench"]:
         # Its arguments belong to the benchmark, whatever they look like.
         return _guard(lambda: _bench(arguments[1:]), show_traceback=False)
-    parser = build_parser()
-    try:
-        options = parser.parse_args(split_json_flag(arguments))
-        if options.version:
-            return _guard(_print_version, show_traceback=False)
-        if "run" not in options:
-            raise Usage(f"a command must be given, got none (see {PROG} --help)")
-    except Usage as error:
-        return _fail(str(error), 2)
-    return _guard(lambda: int(options.run(options)), show_traceback=options.traceback)
+    return _guard(lambda: _run(arguments), show_traceback="--traceback" in arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = build_parser().parse_args(split_json_flag(arguments))
+    if options.version:
+        return _print_version()
+    if "run" not in options:
+        raise Usage(f"a command must be given, got none (see {PROG} --help)")
+    return int(options.run(options))
 
 
 def _bench(arguments: Sequence[str]) -> int:

@@ -8,29 +8,38 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from sparse_unified._common import Report, progress_bar
+from sparse_unified.adapt import (
+    RunConfig,
+    SequenceConfig,
+    StepRecord,
+    TrainingConfig,
+    adapt,
+    estimate_memory,
+    plan,
+)
+from sparse_unified.adapt.freeze import Stage
+from sparse_unified.adapt.optimizer import num_processes
+from sparse_unified.analysis.samples import Task
 from sparse_unified.cli.console import Command, CommandParser, Usage, show_progress
 from sparse_unified.cli.generate import check_device
-from sparse_unified.cli.options import DTYPES, add_options, arguments, dtype_of, names
-
-if TYPE_CHECKING:
-    from sparse_unified.adapt import RunConfig, StepRecord, TrainingConfig
+from sparse_unified.cli.options import DTYPES, add_flags, add_options, arguments, dtype_of, names
 
 
 def _add(parser: CommandParser) -> None:
-    from sparse_unified.adapt import RunConfig, SequenceConfig, TrainingConfig
-    from sparse_unified.adapt.freeze import Stage
-    from sparse_unified.analysis.samples import Task
-
-    parser.add_argument("model", metavar="MODEL", help="a model directory or a hub id owner/name")
-    parser.add_argument("out", metavar="OUT", help="the directory to make; must not exist")
-    parser.add_argument(
-        "--data",
-        metavar="DATA",
-        help="a folder, a file or a pattern: .parquet or .tar shards; or a .jsonl file with image, "
-        "text, question, answer, source; or pictures, each with a .txt file of the same name",
+    add_flags(
+        parser,
+        """
+        MODEL        a model directory or a hub id owner/name
+        OUT          the directory to make; must not exist
+        --data DATA  a folder, a file or a pattern: .parquet or .tar shards; or a .jsonl file with
+                     image, text, question, answer, source; or pictures, each with a .txt file of
+                     the same name
+        """,
     )
     add_options(
         parser,
@@ -86,33 +95,28 @@ def _add(parser: CommandParser) -> None:
         optimizer_device="where gradients, float32 weights and moments are kept, as in cpu "
         "(default: with the model)",
     )
-    memory.add_argument(
-        "--estimate-memory",
-        action="store_true",
-        help="print what the run would take, from the headers of MODEL alone, and stop",
+    add_flags(
+        memory,
+        "--estimate-memory  print what the run would take, from the headers of MODEL alone, "
+        "and stop",
     )
 
     run = parser.add_argument_group("run", "log and states of a run lie in OUT.training")
     add_options(run, RunConfig, "checkpoint_every", "keep", "resume", "tensorboard")
-    run.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="read model and data, check everything, report, and stop before the first step",
+    add_flags(
+        run,
+        "--dry-run  read model and data, check everything, report, and stop before the first step",
     )
 
 
 def _run(options: argparse.Namespace) -> Report | None:
     if options.estimate_memory:
-        from sparse_unified.adapt import estimate_memory
-
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         return estimate_memory(options.model, *_configs(options), processes=processes)
     for name in ("data", "steps"):
         if getattr(options, name) is None:
             raise Usage(f"adapt: --{name} must be given, got none")
     with _processes(options) as first:
-        from sparse_unified.adapt import adapt, plan
-
         for name in ("device", "optimizer_device"):
             if getattr(options, name) is not None:
                 check_device(getattr(options, name), f"--{name.replace('_', '-')}")
@@ -130,9 +134,6 @@ def _run(options: argparse.Namespace) -> Report | None:
 
 
 def _configs(options: argparse.Namespace) -> tuple[TrainingConfig, RunConfig]:
-    from sparse_unified.adapt import RunConfig, SequenceConfig, TrainingConfig
-    from sparse_unified.adapt.optimizer import num_processes
-
     share = max(1, options.batch_size // num_processes())
     training = {
         "steps": options.steps or 1,
@@ -155,8 +156,6 @@ def _processes(options: argparse.Namespace) -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
         return
-    import torch
-    import torch.distributed as dist
 
     on_gpu = options.device.startswith("cuda")
     if on_gpu:
@@ -205,8 +204,6 @@ def _summary(record: StepRecord) -> str:
 
 
 ADAPT = Command(
-    name="adapt",
-    help="tune a model",
     description="""\
 Trains MODEL on images and texts and writes the trained model to OUT, which appears complete or
 not at all. While the run lasts, its log and its states lie in OUT.training; with --resume a run

@@ -8,17 +8,31 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparse_unified._common import Report, context
+from sparse_unified.analysis import (
+    FfnStatistics,
+    expert_usage,
+    save_scores,
+    score,
+    write_usage_plot,
+)
+from sparse_unified.analysis.bagel_task import Settings, bagel_probe
+from sparse_unified.analysis.calibration import calibrate
+from sparse_unified.analysis.criteria import CRITERIA
+from sparse_unified.analysis.evaluators import load_evaluator
+from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
+from sparse_unified.analysis.plots import write_plots
+from sparse_unified.analysis.points import SweepConfig
+from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
+from sparse_unified.analysis.statistics import StatisticsConfig, hash_model
+from sparse_unified.analysis.sweep import run_sweep
+from sparse_unified.bagel import BagelPipeline
 from sparse_unified.cli.console import Command, CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.generate import add_model, load_pipeline
-from sparse_unified.cli.options import add_options, arguments, names, natural, positive
-
-if TYPE_CHECKING:
-    from sparse_unified.analysis import FfnStatistics
-    from sparse_unified.analysis.samples import Sample, Task
-    from sparse_unified.bagel import BagelPipeline
+from sparse_unified.cli.options import add_flags, add_options, arguments, names, natural, positive
+from sparse_unified.surgery.decoder import find_sparse_blocks
 
 TASKS = ("generation", "understanding", "editing")
 
@@ -37,8 +51,6 @@ def _in_a_folder(
 
 def _add_settings(group: Any, *more: str) -> None:
     """Adds how many samples there are, and how the model runs on them."""
-    from sparse_unified.analysis.bagel_task import Settings
-
     group.add_argument("--samples", type=positive, metavar="N", help="the first N prompts")
     add_options(
         group, Settings, "size", "steps=num_timesteps", "max_tokens=max_length", *more,
@@ -48,24 +60,19 @@ def _add_settings(group: Any, *more: str) -> None:
 
 def _add_samples(parser: CommandParser) -> None:
     """Adds the task of a command with one, its samples, and how the model runs on them."""
-    from sparse_unified.analysis.points import SweepConfig
-    from sparse_unified.analysis.statistics import StatisticsConfig
-
     parser.add_argument("--task", required=True, choices=TASKS, help="what the model does")
     parser.add_argument(
         "--component", choices=("und", "gen"), help="whose FFNs are looked at (default both)"
     )
     group = parser.add_argument_group("samples")
-    group.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="a prompt a line, or .jsonl with prompt and source (default: built-in prompts)",
-    )
-    group.add_argument(
-        "--images",
-        metavar="DIR",
-        help="images, one per prompt in the order of their names, that editing and understanding "
-        "start from; of .jsonl, where its files are",
+    add_flags(
+        group,
+        """
+        --prompts FILE  a prompt a line, or .jsonl with prompt and source (default: built-in
+                        prompts)
+        --images DIR    images, one per prompt in the order of their names, that editing and
+                        understanding start from; of .jsonl, where its files are
+        """,
     )
     _add_settings(group)
     add_options(group, SweepConfig, "seed", seed="of noise and of random choices")
@@ -75,8 +82,6 @@ def _add_samples(parser: CommandParser) -> None:
 def _read_samples(
     options: argparse.Namespace, task: Task, drawn: Path, prompts: str | None, images: str | None
 ) -> list[Sample]:
-    from sparse_unified.analysis.samples import built_in_samples, read_samples
-
     if prompts is not None:
         return read_samples(prompts, images, task, options.samples, options.seed)
     if images is not None:
@@ -96,19 +101,14 @@ def _need_matplotlib(purpose: str, instead: str = "") -> None:
 
 
 def _add_calibrate(parser: CommandParser) -> None:
-    from sparse_unified.analysis.criteria import CRITERIA
-    from sparse_unified.analysis.statistics import StatisticsConfig
-
     add_model(parser)
     parser.add_argument(
         "--out", required=True, metavar="FILE.safetensors", help="where the statistics go"
     )
-    parser.add_argument(
-        "--merge",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="statistics of the same model, of other samples or tasks, to be added (repeatable)",
+    add_flags(
+        parser,
+        "--merge FILE...  statistics of the same model, of other samples or tasks, to be "
+        "added (repeatable)",
     )
     _add_samples(parser)
     counted = parser.add_argument_group("what is counted")
@@ -123,7 +123,7 @@ def _add_calibrate(parser: CommandParser) -> None:
         "coactivation and --router-init activation; 512 are plenty (default: none)",
     )
     group = parser.add_argument_group("scores")
-    group.add_argument("--scores", metavar="FILE.safetensors", help="write scores there")
+    add_flags(group, "--scores FILE.safetensors  write scores there")
     group.add_argument(
         "--criterion",
         choices=tuple(CRITERIA),
@@ -135,11 +135,6 @@ def _add_calibrate(parser: CommandParser) -> None:
 
 @_in_a_folder
 def _calibrate(options: argparse.Namespace, drawn: Path) -> Output:
-    from sparse_unified.analysis import FfnStatistics, StatisticsConfig, save_scores, score
-    from sparse_unified.analysis.bagel_task import Settings
-    from sparse_unified.analysis.calibration import calibrate
-    from sparse_unified.analysis.samples import Task
-
     if options.criterion and not options.scores:
         raise Usage("calibrate: --criterion must come with --scores, got none")
     config = StatisticsConfig(**arguments(StatisticsConfig, options))
@@ -208,8 +203,6 @@ def _calibrated(options: argparse.Namespace, statistics: FfnStatistics) -> Outpu
 
 
 CALIBRATE = Command(
-    name="calibrate",
-    help="gather statistics of the neurons on a task",
     description="""\
 Runs MODEL on samples of a task and writes what its FFN neurons did: mean |h|, firing, and the
 active neurons of each sample, per component, layer and range of the denoising time. With --scores
@@ -226,16 +219,11 @@ it also writes the importance of the neurons, as convert and prune take it.""",
 def _add_expert_usage(parser: CommandParser) -> None:
     add_model(parser)
     _add_samples(parser)
-    parser.add_argument("--plot", metavar="FILE.png", help="draw load and change there")
+    add_flags(parser, "--plot FILE.png  draw load and change there")
 
 
 @_in_a_folder
 def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
-    from sparse_unified.analysis import expert_usage, write_usage_plot
-    from sparse_unified.analysis.bagel_task import Settings
-    from sparse_unified.analysis.samples import Task
-    from sparse_unified.surgery.decoder import find_sparse_blocks
-
     if options.plot is not None:
         if not options.plot.lower().endswith(".png"):
             raise Usage(f"expert-usage: --plot must end in .png, got {options.plot!r}")
@@ -262,8 +250,6 @@ def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
 
 
 EXPERT_USAGE = Command(
-    name="expert-usage",
-    help="count which experts a task uses",
     description="""\
 Runs the sparse MODEL on samples of a task and counts which experts its tokens choose: load and its
 entropy per component and layer, experts that no token uses, and how the load moves over the times
@@ -278,10 +264,6 @@ of denoising. MODEL must have sparse FFNs.""",
 
 
 def _add_analyze(parser: CommandParser) -> None:
-    from sparse_unified.analysis.criteria import CRITERIA
-    from sparse_unified.analysis.points import SweepConfig
-    from sparse_unified.analysis.statistics import StatisticsConfig
-
     add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
@@ -304,29 +286,21 @@ def _add_analyze(parser: CommandParser) -> None:
     add_options(
         swept, StatisticsConfig, "time_ranges=num_time_ranges", num_time_ranges={"default": 8}
     )
-    swept.add_argument(
-        "--stats",
-        action="append",
-        default=[],
-        metavar="[TASK=]FILE",
-        help="statistics of neurons from an earlier run, instead of new ones (repeatable)",
+    add_flags(
+        swept,
+        "--stats [TASK=]FILE...  statistics of neurons from an earlier run, instead of new "
+        "ones (repeatable)",
     )
     measured = parser.add_argument_group("what it is measured on")
-    measured.add_argument(
-        "--prompts",
-        action="append",
-        default=[],
-        metavar="[TASK=]FILE",
-        help="a prompt a line, or .jsonl with prompt, source, image and answer (repeatable; "
-        "default: built-in prompts)",
-    )
-    measured.add_argument(
-        "--images",
-        action="append",
-        default=[],
-        metavar="[TASK=]DIR",
-        help="images, one per prompt in the order of their names: what generation should lead "
-        "to, what editing and understanding start from; of .jsonl, where its files are",
+    add_flags(
+        measured,
+        """
+        --prompts [TASK=]FILE...  a prompt a line, or .jsonl with prompt, source, image and answer
+                                  (repeatable; default: built-in prompts)
+        --images [TASK=]DIR...    images, one per prompt in the order of their names: what
+                                  generation should lead to, what editing and understanding start
+                                  from; of .jsonl, where its files are
+        """,
     )
     _add_settings(measured, "batch_size")
     add_options(measured, SweepConfig, "seed", seed="of noise and of random choices")
@@ -334,42 +308,26 @@ def _add_analyze(parser: CommandParser) -> None:
 
 
 def _add_measures(group: Any) -> None:
-    from sparse_unified.analysis.points import SweepConfig
-
-    group.add_argument(
-        "--evaluator",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="more metrics: a function from the pipeline to numbers by name (repeatable); a file "
-        "may be named instead of a module",
-    )
-    group.add_argument(
-        "--geneval",
-        metavar="FILE.jsonl",
-        help="GenEval metadata: write its images for every point of generation, in the folders "
-        "that the official scorer reads",
+    add_flags(
+        group,
+        """
+        --evaluator MODULE:FUNCTION...  more metrics: a function from the pipeline to numbers by
+                                        name (repeatable); a file may be named instead of a module
+        --geneval FILE.jsonl            GenEval metadata: write its images for every point of
+                                        generation, in the folders that the official scorer reads
+        """,
     )
     group.add_argument("--geneval-images", type=positive, default=4, help="per prompt (default 4)")
-    group.add_argument(
-        "--geneval-scorer",
-        metavar="MODULE:FUNCTION",
-        help="a function from such a folder to numbers by name",
+    add_flags(
+        group,
+        "--geneval-scorer MODULE:FUNCTION  a function from such a folder to numbers by name",
     )
     add_options(group, SweepConfig, "repeats")
-    group.add_argument("--no-plots", action="store_true", help="draw no plots")
+    add_flags(group, "--no-plots  draw no plots")
 
 
 @_in_a_folder
 def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
-    from sparse_unified.analysis import FfnStatistics
-    from sparse_unified.analysis.bagel_task import Settings
-    from sparse_unified.analysis.evaluators import load_evaluator
-    from sparse_unified.analysis.points import SweepConfig
-    from sparse_unified.analysis.samples import Task
-    from sparse_unified.analysis.statistics import StatisticsConfig, hash_model
-    from sparse_unified.analysis.sweep import run_sweep
-
     if options.geneval_scorer and not options.geneval:
         raise Usage("analyze: --geneval-scorer must come with --geneval, got none")
     if not options.no_plots:
@@ -404,8 +362,6 @@ def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
             progress=progress,
         )
     if not options.no_plots:
-        from sparse_unified.analysis.plots import write_plots
-
         write_plots(result, Path(options.out) / "plots")
     text = f"{result.to_text()}\n\n{options.out}/report.md"
     return Output(text=text, document=result.to_dict())
@@ -428,11 +384,6 @@ def _probe(
     settings: Any,
     more: dict[str, Any],
 ) -> Any:
-    from sparse_unified.analysis.bagel_task import bagel_probe
-    from sparse_unified.analysis.evaluators import load_evaluator
-    from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
-    from sparse_unified.analysis.samples import Task
-
     own = dict(more)
     if options.geneval and task == "generation":
         scorer: Any = options.geneval_scorer and load_evaluator(options.geneval_scorer)
@@ -448,8 +399,6 @@ def _probe(
 
 
 ANALYZE = Command(
-    name="analyze",
-    help="measure what a model can do without",
     description="""\
 Makes MODEL smaller in memory, point by point, and measures each: its components (und, gen) along
 its axes (depth, width, heads) at every ratio that is kept, on every task. OUT gets report.md,

@@ -8,6 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_unified._common import Report
+from sparse_unified.analysis import FfnStatistics
+from sparse_unified.build import build_info
+from sparse_unified.checkpoint import (
+    Checkpoint,
+    MoEConfig,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+    convert,
+    info,
+    invert,
+    prune,
+    verify,
+)
+from sparse_unified.checkpoint.files import refuse_overlap
 from sparse_unified.cli.console import (
     Command,
     CommandParser,
@@ -15,7 +30,9 @@ from sparse_unified.cli.console import (
     Usage,
     show_progress,
 )
-from sparse_unified.cli.options import add_options, arguments, names, ratio
+from sparse_unified.cli.options import add_flags, add_options, arguments, names, ratio
+from sparse_unified.convert.memory import memory
+from sparse_unified.mini.model import MiniTask, write_model
 
 _OUT = "the directory to make; must not exist"
 
@@ -24,10 +41,13 @@ _OUT = "the directory to make; must not exist"
 
 
 def _add_convert(parser: CommandParser) -> None:
-    from sparse_unified.checkpoint import MoEConfig, convert
-
-    parser.add_argument("dense", metavar="DENSE", help="the dense model directory")
-    parser.add_argument("out", metavar="OUT", help=_OUT)
+    add_flags(
+        parser,
+        """
+        DENSE  the dense model directory
+        OUT    the directory to make; must not exist
+        """,
+    )
     add_options(
         parser,
         convert,
@@ -58,18 +78,14 @@ def _add_convert(parser: CommandParser) -> None:
     routing = parser.add_argument_group("who goes where")
     add_options(routing, MoEConfig, "partition", "router_init")
     add_options(routing, convert, "partition_seed")
-    routing.add_argument(
-        "--stats",
-        metavar="FILE.safetensors",
-        help="statistics of DENSE that calibrate gathered with --inputs, for coactivation and "
-        "activation",
+    add_flags(
+        routing,
+        "--stats FILE.safetensors  statistics of DENSE that calibrate gathered with --inputs, "
+        "for coactivation and activation",
     )
 
 
 def _convert(options: argparse.Namespace) -> Report:
-    from sparse_unified.checkpoint import convert
-    from sparse_unified.checkpoint.files import refuse_overlap
-
     needing = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in (("partition", "coactivation"), ("router_init", "activation"))
@@ -92,9 +108,6 @@ def _convert(options: argparse.Namespace) -> Report:
 
 def _read_inputs(path: str, dense: str, component: str) -> Mapping[int, Any]:
     """Returns the inputs that a statistics file keeps, checked to be of the model directory."""
-    from sparse_unified.analysis import FfnStatistics
-    from sparse_unified.checkpoint import Checkpoint
-
     statistics = FfnStatistics.load(path)
     try:
         statistics.check_checkpoint(Checkpoint(dense), component)
@@ -105,8 +118,6 @@ def _read_inputs(path: str, dense: str, component: str) -> Mapping[int, Any]:
 
 
 CONVERT = Command(
-    name="convert",
-    help="make a sparse checkpoint from a dense one",
     description="""\
 Splits the FFNs of DENSE into experts and writes the result to OUT, tensor by tensor. Weights stay
 as they are: neurons are reordered, routers are added, all else is copied. OUT appears complete or
@@ -120,10 +131,13 @@ not at all.""",
 
 
 def _add_prune(parser: CommandParser) -> None:
-    from sparse_unified.checkpoint import PruneWidthConfig, SkipLayersConfig, prune
-
-    parser.add_argument("model", metavar="MODEL", help="a model directory, dense, sparse or pruned")
-    parser.add_argument("out", metavar="OUT", help=_OUT)
+    add_flags(
+        parser,
+        """
+        MODEL  a model directory, dense, sparse or pruned
+        OUT    the directory to make; must not exist
+        """,
+    )
     parser.add_argument(
         "--component",
         type=names("und", "gen"),
@@ -151,7 +165,7 @@ def _add_prune(parser: CommandParser) -> None:
         },
         layers="layers to make narrower or take heads from: all (default), middle, 1-26, 1,4-6",
     )
-    parser.add_argument("--skip-layers", metavar="A,B-C", help="layers to skip, with --axis depth")
+    add_flags(parser, "--skip-layers A,B-C  layers to skip, with --axis depth")
     add_options(
         parser,
         SkipLayersConfig,
@@ -160,11 +174,10 @@ def _add_prune(parser: CommandParser) -> None:
         part={"dest": "skip_part", "help": "what of them to skip (default block)"},
     )
     ranking = parser.add_mutually_exclusive_group()
-    ranking.add_argument(
-        "--scores",
-        metavar="FILE",
-        help="importance of neurons and heads: a safetensors file as for convert, with tensors "
-        "such as gen.3 [width] and gen.3.heads [groups]",
+    add_flags(
+        ranking,
+        "--scores FILE  importance of neurons and heads: a safetensors file as for convert, "
+        "with tensors such as gen.3 [width] and gen.3.heads [groups]",
     )
     ranking.add_argument(
         "--criterion",
@@ -175,8 +188,6 @@ def _add_prune(parser: CommandParser) -> None:
 
 
 def _prune(options: argparse.Namespace) -> Report:
-    from sparse_unified.checkpoint import prune
-
     modes = [mode for axis in options.axis for mode in _modes(options, axis)]
     _refuse_unused(options)
     seed = options.seed
@@ -189,8 +200,6 @@ def _prune(options: argparse.Namespace) -> Report:
 
 
 def _modes(options: argparse.Namespace, axis: str) -> list[Any]:
-    from sparse_unified.checkpoint import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
-
     components = options.component
     if axis == "depth":
         if options.skip_layers is None:
@@ -227,8 +236,6 @@ def _refuse_unused(options: argparse.Namespace) -> None:
 
 
 PRUNE = Command(
-    name="prune",
-    help="make a smaller checkpoint: narrower FFNs, fewer heads, skipped layers",
     description="""\
 Leaves neurons, attention heads or layers of MODEL out and writes the rest to OUT, tensor by tensor.
 What stays, stays bit for bit; sparse_unified.json in OUT says what was done. OUT appears complete
@@ -242,9 +249,7 @@ or not at all.""",
 
 
 def _add_verify(parser: CommandParser) -> None:
-    from sparse_unified.checkpoint import verify
-
-    parser.add_argument("sparse", metavar="SPARSE", help="the sparse or pruned model directory")
+    add_flags(parser, "SPARSE  the sparse or pruned model directory")
     parser.add_argument(
         "--against", metavar="DENSE", required=True, help="the dense model directory"
     )
@@ -252,15 +257,11 @@ def _add_verify(parser: CommandParser) -> None:
 
 
 def _verify(options: argparse.Namespace) -> Report:
-    from sparse_unified.checkpoint import verify
-
     with show_progress(options, "verifying") as progress:
         return verify(options.sparse, options.against, seed=options.seed, progress=progress)
 
 
 VERIFY = Command(
-    name="verify",
-    help="prove that a checkpoint is a dense one, reordered or pruned",
     description="""\
 Proves from the weights alone that the experts of SPARSE are the neurons of DENSE, each once and bit
 for bit, that every other tensor is the same, and that with all experts active the FFNs compute the
@@ -272,20 +273,21 @@ Exit status 1 when anything differs.""",
 
 
 def _add_invert(parser: CommandParser) -> None:
-    parser.add_argument("sparse", metavar="SPARSE", help="a directory that convert wrote")
-    parser.add_argument("out", metavar="OUT", help=_OUT)
+    add_flags(
+        parser,
+        """
+        SPARSE  a directory that convert wrote
+        OUT     the directory to make; must not exist
+        """,
+    )
 
 
 def _invert(options: argparse.Namespace) -> Report:
-    from sparse_unified.checkpoint import invert
-
     with show_progress(options, "inverting") as progress:
         return invert(options.sparse, options.out, progress=progress)
 
 
 INVERT = Command(
-    name="invert",
-    help="give the dense checkpoint back, bit for bit",
     description="""\
 Writes the dense directory that convert made SPARSE from. Where experts were trained since, the
 dense FFNs hold the trained weights; routers are dropped.""",
@@ -296,18 +298,14 @@ dense FFNs hold the trained weights; routers are dropped.""",
 
 def _add_info(parser: CommandParser) -> None:
     parser.add_argument("directory", metavar="DIR", nargs="?", help="a model directory")
-    parser.add_argument(
-        "--memory",
-        action="store_true",
-        help="show instead which devices each way of loading it fits, computed from the headers",
+    add_flags(
+        parser,
+        "--memory  show instead which devices each way of loading it fits, computed from the "
+        "headers",
     )
 
 
 def _info(options: argparse.Namespace) -> Report:
-    from sparse_unified.build import build_info
-    from sparse_unified.checkpoint import info
-    from sparse_unified.convert.memory import memory
-
     if options.directory is None:
         if options.memory:
             raise Usage("info: --memory must come with DIR, got none")
@@ -316,8 +314,6 @@ def _info(options: argparse.Namespace) -> Report:
 
 
 INFO = Command(
-    name="info",
-    help="show what a model directory holds, or what this build is, and what disagrees",
     description="""\
 Shows what a model directory holds, dense or sparse, and what disagrees in it. Reads headers only.
 Without DIR: version, ABI and build of the compiled library, and what it runs on.
@@ -331,22 +327,16 @@ Exit status 1 when anything disagrees.""",
 
 
 def _add_mini_write(parser: CommandParser) -> None:
-    from sparse_unified.mini.model import MiniTask
-
     parser.add_argument("task", choices=[task.value for task in MiniTask])
-    parser.add_argument("out", metavar="OUT", help="model directory, for generate, convert, ...")
+    add_flags(parser, "OUT  model directory, for generate, convert, ...")
 
 
 def _mini_write(options: argparse.Namespace) -> Output:
-    from sparse_unified.mini.model import MiniTask, write_model
-
     written = str(write_model(MiniTask(options.task), options.out))
     return Output(text=written, document={"model": written})
 
 
 MINI_WRITE = Command(
-    name="write",
-    help="write the trained model as a model directory",
     description="Writes the trained model as a model directory, for every other command.",
     add=_add_mini_write,
     run=_mini_write,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,17 +38,15 @@ class Output(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One command.
+    """What a command does.
 
     Attributes:
-        name, help, description: as `--help` shows them.
-        add: adds its options; called when the command is the one that is run.
+        description: as `--help` shows it.
+        add: adds its options.
         run: returns what to print, or None in a process that prints nothing.
         outputs: options that name files to write, which must be writable before it starts.
     """
 
-    name: str
-    help: str
     description: str
     add: Callable[[CommandParser], None]
     run: Callable[[argparse.Namespace], Report | None]
@@ -74,25 +73,29 @@ class Command:
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are exceptions, and which takes no abbreviated options.
 
-    The options of a command are added when it is parsed, since they come from modules that are
-    slow to import.
+    The module of a command, which imports what it runs, is imported when the command is parsed.
+
+    Args:
+        command: `module.NAME` of a `Command` in this package.
     """
 
-    def __init__(self, *, command: Command | None = None, **options: Any) -> None:
+    def __init__(self, *, command: str = "", **options: Any) -> None:
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
-        self.command = command
+        self._command = command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
         return super().parse_known_args(args, namespace)
 
     def fill(self) -> None:
-        """Adds the options of the command, once."""
-        if self.command is None:
+        """Adds description and options of the command, once."""
+        if not self._command:
             return
-        command, self.command = self.command, None
+        (module, name), self._command = self._command.split("."), ""
+        command: Command = getattr(import_module(f"{__package__}.{module}"), name)
+        self.description = command.description
         command.add(self)
         self.add_argument(
             "--json",
@@ -108,14 +111,6 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise Usage(f"{message} (see {self.prog} --help)")
-
-
-def add_commands(commands: Any, *added: Command) -> None:
-    """Adds commands to the parser."""
-    for command in added:
-        commands.add_parser(
-            command.name, help=command.help, description=command.description, command=command
-        )
 
 
 def split_json_flag(arguments: Sequence[str]) -> list[str]:

@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from sparse_unified.bagel import BagelPipeline, StepCache
+from sparse_unified.bagel.images import open_image
+from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.cli.console import Command, CommandParser, Output, Usage
 from sparse_unified.cli.options import (
     IMAGE_FORMATS,
+    add_flags,
     add_options,
     arguments,
     device_map,
     dtype_of,
     image_path,
     max_memory,
-    positive,
     prompt,
     side,
     size,
@@ -27,17 +32,12 @@ from sparse_unified.cli.options import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
-
-    from sparse_unified.bagel import BagelPipeline
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the model, its dtype and its device."""
-    from sparse_unified.bagel import BagelPipeline
-
-    parser.add_argument("model", metavar="MODEL", help="a model directory or a hub id owner/name")
+    add_flags(parser, "MODEL  a model directory or a hub id owner/name")
     add_options(
         parser,
         BagelPipeline.from_pretrained,
@@ -53,8 +53,6 @@ def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
     Args:
         tasks: the command draws images, so that parts of the model may be left out.
     """
-    from sparse_unified.bagel import BagelPipeline
-
     load = BagelPipeline.from_pretrained
     group = parser.add_argument_group(
         "small GPUs", "what fits where: sparse-unified info MODEL --memory"
@@ -93,15 +91,11 @@ def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
         metavar="MODE",
         help="compile the denoising step as one graph, in a mode of torch.compile",
     )
-    speed.add_argument(
-        "--cuda-graphs", action="store_true", help="record the denoising step and replay it"
-    )
+    add_flags(speed, "--cuda-graphs  record the denoising step and replay it")
 
 
 def check_device(name: str, option: str) -> torch.device:
     """Returns a device; ValueError says why it cannot be used."""
-    import torch
-
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -121,8 +115,6 @@ def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
     Raises:
         Usage: options do not go together. ValueError: something is wrong with the model.
     """
-    from sparse_unified.bagel import BagelPipeline
-
     placement: dict[str, Any] = {}
     if "offload" in options:
         _check_placement(options)
@@ -148,32 +140,22 @@ def _check_placement(options: argparse.Namespace) -> None:
 
 def _open_images(paths: Sequence[str]) -> list[Image]:
     """Reads images whole; ValueError names the one that cannot be."""
-    if not paths:
-        return []
-    from sparse_unified.bagel.images import open_image
-
     return [open_image(path, where="--image") for path in paths]
 
 
 def _add_generate(parser: CommandParser) -> None:
-    from sparse_unified.bagel import BagelPipeline
-
     add_model(parser)
     parser.add_argument(
         "--prompt", action="append", type=prompt, default=[], help="what to show (repeatable)"
     )
-    parser.add_argument(
-        "--prompts-file", metavar="FILE", help="more prompts, one a line; blank lines are skipped"
-    )
-    parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="an image to edit: with one prompt repeatable, with several one for all or one each",
-    )
-    parser.add_argument(
-        "--edit", action="store_true", help="insist on editing: without --image it is an error"
+    add_flags(
+        parser,
+        """
+        --prompts-file FILE  more prompts, one a line; blank lines are skipped
+        --image FILE...      an image to edit: with one prompt repeatable, with several one for all
+                             or one each
+        --edit               insist on editing: without --image it is an error
+        """,
     )
     parser.add_argument(
         "--out",
@@ -210,27 +192,23 @@ def _add_generate(parser: CommandParser) -> None:
         think_temperature="draw the plan at this temperature; without it, the likeliest tokens",
         batch_size="most images computed together, which bounds memory (default all)",
     )
-    parser.add_argument(
-        "--cache-interval",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="compute every Nth step, after the first ones, and extrapolate the others (default 1)",
-    )
-    parser.add_argument(
-        "--cache-order",
-        type=int,
-        choices=range(4),
-        default=2,
-        help="degree of the extrapolation: 0 repeats the last velocity (default 2)",
+    add_options(
+        parser,
+        StepCache,
+        *("cache_interval=interval", "cache_order=order"),
+        interval={
+            "default": 1,
+            "help": "compute every Nth step, after the first ones, and extrapolate the others",
+        },
+        order={
+            "choices": range(4),
+            "help": "degree of the extrapolation: 0 repeats the last velocity",
+        },
     )
     add_placement(parser, tasks=True)
 
 
 def _generate(options: argparse.Namespace) -> Output:
-    from sparse_unified.bagel import StepCache
-    from sparse_unified.checkpoint.files import replace_file
-
     prompts = options.prompt + _read_prompts(options.prompts_file)
     if not prompts:
         raise Usage("generate: --prompt or --prompts-file must give a prompt, got none")
@@ -241,8 +219,8 @@ def _generate(options: argparse.Namespace) -> Output:
         "images": _assign_images(_open_images(options.image), len(prompts)),
         "progress": not options.quiet and sys.stderr.isatty(),
     }
-    if options.cache_interval > 1:
-        given["cache"] = StepCache(interval=options.cache_interval, order=options.cache_order)
+    if options.interval > 1:
+        given["cache"] = StepCache(**arguments(StepCache, options))
     pipeline = load_pipeline(options)
     result = pipeline.generate(prompts, **arguments(pipeline.generate, options, **given))
 
@@ -313,13 +291,9 @@ def _choose_size(options: argparse.Namespace) -> tuple[int, int] | None:
 
 
 def _add_chat(parser: CommandParser) -> None:
-    from sparse_unified.bagel import BagelPipeline
-
     add_model(parser)
     parser.add_argument("--prompt", type=prompt, required=True, help="the question")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image (repeatable)"
-    )
+    add_flags(parser, "--image FILE...  an image (repeatable)")
     add_options(
         parser,
         BagelPipeline.chat,
@@ -347,16 +321,12 @@ def _chat(options: argparse.Namespace) -> Output:
 
 
 GENERATE = Command(
-    name="generate",
-    help="generate or edit images",
     description="Generates one image per prompt. With --image, edits it.",
     add=_add_generate,
     run=_generate,
     outputs=("out",),
 )
 CHAT = Command(
-    name="chat",
-    help="answer a prompt, with or without images, in text",
     description="Prints the answer to a prompt; images come before it.",
     add=_add_chat,
     run=_chat,

@@ -67,6 +67,27 @@ def add_options(
         raise TypeError(f"add_options: changes must be of the flags, got {', '.join(changes)}")
 
 
+def add_flags(group: Any, table: str) -> None:
+    """Adds what takes text as it is, given as a table: usage, two blanks or more, and help.
+
+    MODEL is an argument, `--image FILE` an option, `--image FILE...` one that may be repeated, and
+    `--edit` a switch. A line without usage goes on with the help above it.
+    """
+    for row in re.split(r"\n(?=\S)", inspect.cleandoc(table)):
+        usage, text = re.split(r" {2,}", row, maxsplit=1)
+        flag, _, metavar = usage.partition(" ")
+        options: dict[str, Any] = {"help": " ".join(text.split()).replace("%", "%%")}
+        if metavar.endswith("..."):
+            options |= {"action": "append", "default": [], "metavar": metavar[:-3]}
+        elif metavar:
+            options |= {"metavar": metavar}
+        elif flag.startswith("--"):
+            options |= {"action": "store_true"}
+        else:
+            flag, options["metavar"] = flag.lower(), flag
+        group.add_argument(flag, **options)
+
+
 def arguments(
     source: Callable[..., Any], options: argparse.Namespace, **more: Any
 ) -> dict[str, Any]:
