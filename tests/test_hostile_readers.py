@@ -36,7 +36,6 @@ from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.checkpoint import Checkpoint, convert, info
 from sparse_unified.cli.generate import _read_prompts
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.testing import build_model, read_case
 
 CASES = 400
 HERE = CORPUS / "readers"
@@ -58,10 +57,6 @@ def load_training_state(path: Path) -> None:
 def open_run(path: Path) -> None:
     with open_store(path.parent, RUN):
         pass
-
-
-def replay_case(path: Path) -> None:
-    build_model(read_case(path))
 
 
 def load_model(path: Path) -> None:
@@ -137,12 +132,6 @@ def make_state(root: Path, name: str) -> Path:
     return root / "state" / name
 
 
-def make_case(root: Path, suffix: str) -> Path:
-    for file in GOLDEN.glob("t2i_moe.*"):
-        shutil.copy(file, root)
-    return root / f"t2i_moe{suffix}"
-
-
 def make_model(root: Path, name: str) -> Path:
     model = write_checkpoint(GOLDEN / "t2i_moe", root / "model")
     stated = {"vae_config": {"z_channels": 4, "downsample": 2}, "max_latent_size": 8}
@@ -174,14 +163,12 @@ READERS: dict[str, Reader] = {
     "run": (make_run, open_run),
     "state": (lambda root: make_state(root, "training.json"), load_training_state),
     "moments": (lambda root: make_state(root, "training.safetensors"), load_training_state),
-    "case": (lambda root: make_case(root, ".json"), replay_case),
-    "tensors": (lambda root: make_case(root, ".safetensors"), replay_case),
     "llm": (lambda root: make_model(root, "llm_config.json"), load_model),
     "vit": (lambda root: make_model(root, "vit_config.json"), load_model),
     "vae": (lambda root: make_model(root, "ae.safetensors"), load_model),
     "config": (lambda root: make_model(root, "config.json"), load_model),
 }
-SLOW = {"llm", "vit", "vae", "config", "case", "tensors"}
+SLOW = {"llm", "vit", "vae", "config"}
 
 
 def change(path: Path, data: bytes, source: random.Random) -> None:

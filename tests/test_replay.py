@@ -248,7 +248,7 @@ def test_context_images_and_tensors_must_match(
     sizes: Any, tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     tensors = {"init_noise": torch.zeros(16, 16), **tensors}
-    with pytest.raises(ValueError, match=r"case\.safetensors: .* must hold"):
+    with pytest.raises(ValueError, match=r"case: .* must hold"):
         replay(write_case(tmp_path, "edit", {"context_image": sizes}, tensors))
 
 
@@ -307,13 +307,30 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         replay(tmp_path / "half")
 
 
-def test_missing_input_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must hold init_noise"):
-        replay(write_case(tmp_path, "t2i_dense", {}, {}))
+@pytest.mark.parametrize(
+    ("source", "fields", "rule"),
+    [
+        ("t2i_dense", {}, "case must hold 'init_noise'"),
+        ("moe_block", {"num_experts": 7}, "tensors must be those of the model"),
+        ("moe_block", {"top_k": 99}, "top_k must"),
+        ("partition", {"num_experts": 7}, "num_experts must divide"),
+    ],
+)
+def test_a_case_that_does_not_fit_is_named(
+    source: str, fields: dict[str, Any], rule: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^case.*: .*{rule}"):
+        replay(write_case(tmp_path, source, fields, {}))
 
 
-def test_unknown_kind_is_refused(tmp_path: Path) -> None:
+def test_unknown_kinds_and_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text('{"surprise": 1}')
     save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match="surprise"):
+        replay(tmp_path / "odd")
+    (tmp_path / "odd.json").write_text("{")
+    with pytest.raises(ValueError, match=r"odd\.json: file must"):
+        replay(tmp_path / "odd")
+    (tmp_path / "odd.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=r"odd\.safetensors: .* must"):
         replay(tmp_path / "odd")
