@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from sparse_unified.bagel import StepCache
-from sparse_unified.engines.diffusers_pipeline import BagelDiffusionPipeline
+from sparse_unified.engines.diffusers import BagelDiffusionPipeline
 from sparse_unified.fixtures import write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"

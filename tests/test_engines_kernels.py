@@ -13,8 +13,8 @@ from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 from kernels.layer.layer import _validate_layer
 from torch import Tensor, nn
 
-from sparse_unified.engines import layers
-from sparse_unified.engines.kernels_hub import BACKENDS, write_kernel_repository
+from sparse_unified.engines import kernels as layers
+from sparse_unified.engines.kernels import BACKENDS, write_kernel_repository
 from sparse_unified.nn import SparseMoE
 
 HIDDEN, EXPERTS, WIDTH, TOP_K = 16, 4, 8, 2

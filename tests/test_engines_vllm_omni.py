@@ -139,7 +139,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, BUILT_IN, built_in)
     yield made
-    sys.modules.pop("sparse_unified.engines.vllm_omni_pipeline", None)
+    sys.modules.pop("sparse_unified.engines.vllm_omni", None)
 
 
 def plugin() -> EntryPoint:

@@ -1,7 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters to what others serve models with; docs/engines.md.
 
-`vllm_omni` registers with vLLM-Omni, `diffusers_pipeline` is a pipeline of diffusers, `layers` and
-`kernels_hub` are stateless layers for kernels. Each module imports its engine, or leaves it alone
-until it is used; none is imported from here.
+`vllm_omni` is a pipeline of vLLM-Omni, `diffusers` one of diffusers, `kernels` layers for the
+package of that name. Each imports its engine, or needs it when it is used; none is imported here.
 """
+
+from __future__ import annotations
+
+import importlib
+
+
+def register_vllm_omni() -> None:
+    """Puts our pipeline in the place of vLLM-Omni's BAGEL; calling it again changes nothing.
+
+    vLLM-Omni calls this in every process: it is an entry point of `vllm_omni.general_plugins`.
+
+    Raises:
+        ImportError: vLLM-Omni is not installed, or too old to take pipelines from outside.
+    """
+    name = "vllm_omni.diffusion.registry"
+    try:
+        register = importlib.import_module(name).register_diffusion_model
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"sparse_unified.engines: {name}.register_diffusion_model must be there "
+            f"(vLLM-Omni 0.30 has it), got {error}"
+        ) from error
+    # The functions before and after the pipeline keep their names, which the module exports.
+    register("BagelPipeline", "sparse_unified.engines.vllm_omni", "SparseBagelPipeline")

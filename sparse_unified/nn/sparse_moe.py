@@ -154,17 +154,8 @@ class SparseMoE(OfficialState):
         experts = gate_proj, up_proj, down_proj = self.plain_weights()
         if shared:
             experts = gate_proj[shared:], up_proj[shared:], down_proj[:, shared:]
-        if use_kernels:
-            expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, self.num_experts)
-            if torch.is_grad_enabled():
-                rows = ops.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
-                y = ops.combine(rows, weights, token_rows)
-            else:
-                y = ops.grouped_ffn_combine(
-                    tokens, weights, row_token, token_rows, expert_offsets, *experts
-                )
-        else:
-            y = composed.expert_ffn(tokens, weights, topk_idx, self.num_experts, *experts)
+        run = run_experts if use_kernels else composed.expert_ffn
+        y = run(tokens, weights, topk_idx, self.num_experts, *experts)
         if shared:
             own = (gate_proj[:shared], up_proj[:shared], down_proj[:, :shared])
             y = y + self._shared_expert(tokens, *own)
@@ -312,3 +303,26 @@ def _warn_once(active: str) -> None:
     if active not in _warned and not torch.compiler.is_compiling():
         _warned.add(active)
         logger.warning("SparseMoE runs composed torch ops (%s)", active)
+
+
+def run_experts(
+    tokens: Tensor,
+    weights: Tensor,
+    topk_idx: Tensor,
+    num_experts: int,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+) -> Tensor:
+    """Returns sum_k weights[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D], by the kernels.
+
+    Args:
+        tokens: [T, D]. weights: [T, K] fp32. topk_idx: [T, K] int32.
+        gate_proj, up_proj: [E * h, D]; down_proj: [D, E * h].
+    """
+    expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
+    experts = (gate_proj, up_proj, down_proj)
+    if torch.is_grad_enabled():
+        rows = ops.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+        return ops.combine(rows, weights, token_rows)
+    return ops.grouped_ffn_combine(tokens, weights, row_token, token_rows, expert_offsets, *experts)
