@@ -43,9 +43,8 @@ def bagel(case: str = "t2i_moe", dtype: torch.dtype = torch.float32) -> Bagel:
 class Mixed:
     """Five sequences, pictures to generate and pictures to answer about in turn."""
 
-    def __init__(self, model: Bagel, *, scale: float = 1.0) -> None:
+    def __init__(self, model: Bagel) -> None:
         self.config = model.config
-        self.scale = scale
 
     def __len__(self) -> int:
         return 5
@@ -58,7 +57,7 @@ class Mixed:
             image = torch.randn(3, 2 * pixels, pixels, generator=own)
             return understanding_sequence(special, [image], [20 + index, 21], [30, 31 + index])
         channels = self.config.token_channels // patch**2
-        latent = self.scale * torch.randn(channels, 2 * patch, 2 * patch, generator=own)
+        latent = torch.randn(channels, 2 * patch, 2 * patch, generator=own)
         config = SequenceConfig(text_dropout=0.5)
         return generation_sequence(special, [11 + index, 12], latent, generator, config)
 

@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
         ({"learning_rate": -1.0}, "learning_rate must be finite and at least 0, got -1.0"),
         ({"eps": 0.0}, "eps must be finite and above 0, got 0.0"),
         ({"betas": (0.9, 1.0)}, "betas must be finite and from 0 to below 1, got 1.0"),
-        ({"schedule": "linear"}, "schedule must be one of cosine, constant, got 'linear'"),
+        ({"schedule": "linear"}, "schedule must be one of 'cosine', 'constant', got 'linear'"),
         ({"ema_decay": 1.5}, "ema_decay must be finite and from 0 to 1, got 1.5"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be finite and above 0, got 0.0"),
         ({"seed": 2**63}, "seed must be from 0 to"),
@@ -155,39 +155,26 @@ def test_average_follows_the_weights_and_is_lent_to_the_model() -> None:
         pass
 
 
-def test_optimizer_on_another_device_computes_the_same() -> None:
-    # "cpu" is the model's device too; what differs is the path: nothing is shared.
-    assert losses(trainer(optimizer_device="cpu"), 3) == losses(trainer(), 3)
-
-
 def test_seed_decides_all_draws() -> None:
     assert losses(trainer(), 2) == losses(trainer(), 2)
     assert losses(trainer(seed=1), 2) != losses(trainer(), 2)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
-    dtype: torch.dtype, tmp_path: Path
+    dtype: torch.dtype, steps: int, tmp_path: Path
 ) -> None:
-    whole = trainer(dtype=dtype)
+    whole, half = trainer(dtype=dtype), trainer(dtype=dtype)
     expected = losses(whole)
-    half = trainer(dtype=dtype)
-    assert losses(half, 2) == expected[:2]
+    assert losses(half, steps) == expected[:steps]
     half.save(tmp_path / "state")
     resumed = trainer(dtype=dtype, checkpointing=True)
     resumed.load(tmp_path / "state")
-    assert resumed.steps_done == 2
-    assert losses(resumed) == expected[2:]
+    assert resumed.steps_done == steps
+    assert losses(resumed) == expected[steps:]
     for key, value in whole.optimizer.state().items():
         assert torch.equal(value, resumed.optimizer.state()[key]), key
-
-
-def test_a_state_before_the_first_step_resumes(tmp_path: Path) -> None:
-    fresh = trainer()
-    fresh.save(tmp_path / "state")
-    resumed = trainer()
-    resumed.load(tmp_path / "state")
-    assert losses(resumed, 2) == losses(fresh, 2)
 
 
 def test_load_refuses_another_run(tmp_path: Path) -> None:
@@ -229,29 +216,21 @@ def test_load_refuses_a_damaged_state_and_fills_nothing(tmp_path: Path) -> None:
         other.load(tmp_path / "state")
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
-    model = bagel()
-    freeze(model, "expert_frozen")
-    own = Trainer(model, Mixed(model, scale=float("inf")), TrainingConfig(**CONFIG))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match=r"loss must stay finite, got (inf|nan) at step 1"):
-        own.step()
-    assert own.steps_done == 0
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
 @pytest.mark.parametrize("max_grad_norm", [1.0, None])
-def test_a_gradient_that_is_not_finite_stops_before_the_step(
-    factor: float, max_grad_norm: float | None, tmp_path: Path
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(
+    what: str, max_grad_norm: float | None, tmp_path: Path
 ) -> None:
-    own = trainer(max_grad_norm=max_grad_norm)
-    expected = losses(trainer(max_grad_norm=max_grad_norm), 2)
+    own, other = (trainer(max_grad_norm=max_grad_norm) for _ in range(2))
+    expected = losses(other, 2)
     name, parameter = next(iter(own.optimizer.parameters.items()))
-    hook = parameter.register_hook(lambda grad: grad * (factor if own.steps_done == 1 else 1))
     assert losses(own, 1) == expected[:1]
     before = {key: value.clone() for key, value in own.optimizer.state().items()}
-    with pytest.raises(RuntimeError, match=r"gradient norm must stay finite, got (inf|nan) at ste"):
+    if what == "loss":
+        hook = own.model.llm2vae.register_forward_hook(lambda *args: args[2] * float("inf"))
+    else:
+        hook = parameter.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(RuntimeError, match=f"{what} must stay finite, got (inf|nan) at step 2"):
         own.step()
     assert own.steps_done == 1
     for key, value in own.optimizer.state().items():
@@ -259,7 +238,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     own.save(tmp_path / "state")
     hook.remove()
     assert losses(own, 1) == expected[1:]
-    own.optimizer.weights[name][0] = factor
+    own.optimizer.weights[name][0] = float("nan")
     with pytest.raises(RuntimeError, match=rf"master.{name} must be finite"):
         own.save(tmp_path / "poisoned")
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
@@ -270,22 +249,12 @@ def test_a_step_to_weights_that_are_not_finite_is_not_counted(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     own = trainer(dtype=dtype, learning_rate=3e38, warmup_steps=0)
-    with pytest.raises(RuntimeError, match=r"weights must stay finite.* at step 1; .*--lr"):
+    with torch.no_grad():
+        own.model.get_parameter("llm2vae.weight")[0] = 1e30  # finite, though its norm is not
+    assert own.optimizer.are_finite()
+    with pytest.raises(RuntimeError, match=r"must stay finite.* at step 1; .*--lr"):
         own.run()
     assert own.steps_done == 0
-    with pytest.raises(RuntimeError, match=r"must be finite"):
-        own.save(tmp_path / "state")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_huge_finite_weights_are_no_error() -> None:
-    own = trainer(dtype=torch.float32)
-    parameter = own.model.get_parameter("language_model.lm_head.weight")
-    parameter.requires_grad_(True)
-    own = Trainer(own.model, own.dataset, own.config)
-    with torch.no_grad():
-        parameter[0] = 1e30  # its norm is infinite
-    assert own.optimizer.are_finite()
 
 
 def test_trainer_refuses_nothing_to_train_and_nothing_to_train_on() -> None:

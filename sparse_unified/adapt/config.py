@@ -223,7 +223,7 @@ def choice_of(kind: type[Choice], value: object, where: str) -> Choice:
     try:
         return kind(value)
     except ValueError:
-        legal = ", ".join(str(one.value) for one in kind)
+        legal = ", ".join(repr(one.value) for one in kind)
         raise ValueError(f"{where} must be one of {legal}, got {value!r:.80}") from None
 
 

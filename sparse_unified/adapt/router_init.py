@@ -4,21 +4,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Report, context, format_table, list_some, naming
+from sparse_unified._common import Report, context, list_some, naming
+from sparse_unified.adapt.config import choice_of
 from sparse_unified.analysis import FfnStatistics
 from sparse_unified.experts import RouterInit, check_inputs
 from sparse_unified.surgery.decoder import find_sparse_blocks
 from sparse_unified.surgery.moe import first_router, set_routers_
 
 Inputs = Mapping[str, Mapping[int, Tensor]]
-
-_WHERE = "init_router_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,17 +45,19 @@ class RouterReport(Report):
     method: str
     layers: tuple[StartedRouter, ...]
 
-    def to_text(self) -> str:
-        rows: list[tuple[object, ...]] = [
-            ("layer", "error with zeros", f"error with {self.method}", "logits")
-        ]
+    def headings(self) -> Sequence[str]:
+        return ("layer", "error with zeros", f"error with {self.method}", "logits")
+
+    def table(self) -> Sequence[Sequence[object]]:
+        rows = []
         for entry in self.layers:
             found = (entry.error_zero, entry.error, entry.logit_rms)
             numbers = ("-" if value is None else f"{value:.3f}" for value in found)
             rows.append((f"{entry.component} {entry.layer}", *numbers))
-        return format_table(rows, header=True)
+        return rows
 
 
+@context("init_router_")
 def init_router_(
     model: object,
     method: RouterInit | str,
@@ -90,60 +91,50 @@ def init_router_(
         ValueError: there are no sparse blocks, the method is none of these, or statistics are
             missing, not needed, keep no inputs or do not fit. The model is as before.
     """
-    try:
-        chosen = RouterInit(method)
-    except ValueError:
-        legal = ", ".join(repr(known.value) for known in RouterInit)
-        raise ValueError(f"{_WHERE}: method must be one of {legal}, got {method!r}") from None
+    chosen = choice_of(RouterInit, method, "method")
     if type(seed) is not int or seed < 0:
-        raise ValueError(f"{_WHERE}: seed must be an integer of at least 0, got {seed!r}")
-    with context(_WHERE):
-        blocks = find_sparse_blocks(model, components)
-    inputs: Inputs = {}
+        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
     if (chosen is RouterInit.ACTIVATION) != (statistics is not None):
         got = "none" if statistics is None else f"{type(statistics).__name__} with {chosen.value!r}"
         raise ValueError(
-            f"{_WHERE}: statistics must be given with method 'activation', and with no other, "
-            f"got {got}"
+            f"statistics must be given with method 'activation', and with no other, got {got}"
         )
-    if isinstance(statistics, FfnStatistics):
-        owners = dict.fromkeys(component for component, _, _ in blocks)
-        kept = {component: statistics.inputs(component, tasks) for component in owners}
-        inputs = {
-            component: {layer: x for layer, x in own.items() if isinstance(layer, int)}
-            for component, own in kept.items()
-        }
-    elif statistics is not None:
-        inputs = statistics
+    blocks = find_sparse_blocks(model, components)
+    inputs = _inputs(statistics, {component for component, _, _ in blocks}, tasks)
     started, weights = [], []
     for component, layer, block in blocks:
-        at = f"{_WHERE}: {component} layer {layer}"
-        x = None
-        if chosen is RouterInit.ACTIVATION:
+        with naming(f"{component} layer {layer}"):
             x = inputs.get(component, {}).get(layer)
-            if x is None:
-                raise ValueError(
-                    f"{at}: statistics must hold inputs of it, got some of {component} layers "
-                    f"{list_some(inputs.get(component, {}))}"
-                )
-            with naming(at):
+            if chosen is RouterInit.ACTIVATION:
+                if x is None:
+                    raise ValueError(
+                        f"statistics must hold inputs of it, got some of {component} layers "
+                        f"{list_some(inputs.get(component, {}))}"
+                    )
                 check_inputs(x, block.hidden_size)
-        if block.gate.weight.is_meta:
-            raise ValueError(f"{at}: weights must be in memory, got meta")
-        weight, fit = first_router(block, chosen, layer=layer, seed=seed, inputs=x)
-        if fit is not None and not math.isfinite(fit.logit_rms):
-            raise ValueError(f"{at}: experts must give finite values, got NaN or infinity")
+            if block.gate.weight.is_meta:
+                raise ValueError("weights must be in memory, got meta")
+            weight, fit = first_router(block, chosen, layer=layer, seed=seed, inputs=x)
+            if fit is not None and not math.isfinite(fit.logit_rms):
+                raise ValueError("experts must give finite values, got NaN or infinity")
         weights.append(weight)
-        started.append(
-            StartedRouter(
-                component=component,
-                layer=layer,
-                error_zero=None if fit is None else fit.error_zero,
-                error=None if fit is None else fit.error,
-                logit_rms=None if fit is None else fit.logit_rms,
-            )
-        )
+        found = {name: getattr(fit, name, None) for name in ("error_zero", "error", "logit_rms")}
+        started.append(StartedRouter(component=component, layer=layer, **found))
     with torch.no_grad():
         for (_, _, block), weight in zip(blocks, weights, strict=True):
             set_routers_(block, weight)
     return RouterReport(method=chosen.value, layers=tuple(started))
+
+
+def _inputs(
+    statistics: FfnStatistics | Inputs | None,
+    components: Iterable[str],
+    tasks: Sequence[str] | None,
+) -> Inputs:
+    if not isinstance(statistics, FfnStatistics):
+        return statistics or {}
+    kept = {component: statistics.inputs(component, tasks) for component in components}
+    return {
+        component: {layer: x for layer, x in own.items() if isinstance(layer, int)}
+        for component, own in kept.items()
+    }
