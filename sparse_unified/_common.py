@@ -11,13 +11,16 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from enum import Enum
+from typing import Any, ClassVar, Protocol, TypeVar
 
 # Called with (done, total) while something long runs.
 Progress = Callable[[int, int], object]
+_Choice = TypeVar("_Choice", bound=Enum)
 
 
 def optional(module: str, extra: str = "bagel", *, purpose: str = "") -> Any:
@@ -46,6 +49,34 @@ def list_some(values: Iterable[object], limit: int = 6) -> str:
     texts = [text if len(text) <= 160 else text[:157] + "..." for text in map(str, values)]
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return (", ".join(texts[:limit]) or "none") + more
+
+
+def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raises TypeError unless a value is an integer, ValueError unless it is in range."""
+    if type(value) is int and least <= value and (most is None or value <= most):
+        return
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    kind = ValueError if type(value) is int else TypeError
+    raise kind(f"{name} must be an integer {limits}, got {value!r:.120}")
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raises TypeError unless a value is a number, ValueError unless it is finite and in range."""
+    is_number = type(value) in (int, float)
+    if is_number and math.isfinite(value) and least <= value <= most:
+        return
+    limits = "" if math.isinf(least) else f" from {least:g} to {most:g}"
+    kind = ValueError if is_number else TypeError
+    raise kind(f"{name} must be a finite number{limits}, got {value!r:.120}")
+
+
+def choice(name: str, kind: type[_Choice], value: object) -> _Choice:
+    """Returns the member of an enum that a value names; ValueError lists them all."""
+    try:
+        return kind(value)
+    except ValueError:
+        legal = ", ".join(member.value for member in kind)
+        raise ValueError(f"{name} must be one of {legal}, got {value!r:.120}") from None
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import optional
+from sparse_unified._common import choice, optional
 from sparse_unified.bagel.config import (
     BagelConfig,
     LLMConfig,
@@ -41,7 +41,6 @@ from sparse_unified.surgery.storage import STORAGES, quantize_ffn_
 LAYERS = "language_model.model.layers"
 Device = torch.device | str | int
 _BLOCK_BYTES = 64 * 2**20  # read at a time; an embedding of the released models has 1.1 GB
-_Choice = TypeVar("_Choice", bound=Enum)
 
 
 class Task(str, Enum):
@@ -57,14 +56,6 @@ class Offload(str, Enum):
 
     NONE = "none"
     UND = "und"  # the understanding FFNs
-
-
-def _choice(kind: type[_Choice], value: object, name: str) -> _Choice:
-    try:
-        return kind(value)
-    except ValueError:
-        legal = ", ".join(member.value for member in kind)
-        raise ValueError(f"{name} must be one of {legal}, got {value!r}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +86,8 @@ class Placement:
     offload_folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "task", _choice(Task, self.task, "task"))
-        object.__setattr__(self, "offload", _choice(Offload, self.offload, "offload"))
+        object.__setattr__(self, "task", choice("task", Task, self.task))
+        object.__setattr__(self, "offload", choice("offload", Offload, self.offload))
         given = self.storage or {}
         storage = dict.fromkeys(FFN_NAMES, given) if isinstance(given, str) else dict(given)
         if not (storage.keys() <= FFN_NAMES.keys() and set(storage.values()) <= set(STORAGES)):

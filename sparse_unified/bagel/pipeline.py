@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Report, context, optional, progress_bar
+from sparse_unified._common import Report, check_int, context, optional, progress_bar
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.execution import Execution
@@ -206,8 +206,7 @@ def check_seeds(seed: int | Sequence[int] | None, num_images: int) -> list[int]:
     elif isinstance(seed, Sequence) and len(seeds) != num_images:
         raise ValueError(f"seed must be one integer or {num_images}, got {len(seeds)}")
     for value in seeds:
-        if type(value) is not int or not 0 <= value < 2**63:
-            raise ValueError(f"seed must be an integer from 0 to {2**63 - 1}, got {value!r}")
+        check_int("seed", value, 0, 2**63 - 1)
     if isinstance(seed, Sequence):
         return seeds
     return [(seeds[0] + i) % 2**63 for i in range(num_images)]
@@ -257,8 +256,8 @@ def image_batches(
     Returns:
         The positions of the requests of each batch, in order, and how to sample them.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size is not None:
+        check_int("batch_size", batch_size, 1)
     given = {name: value for name, value in settings.items() if value is not None}
     groups: dict[SamplingConfig, list[int]] = {}
     for index, request in enumerate(requests):
@@ -299,8 +298,7 @@ def generate_tokens(
     Raises:
         ValueError: max_length or temperature is out of range, or seeds are missing.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    check_int("max_length", max_length, 1)
     if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
     if temperature is not None and (seeds is None or len(seeds) != len(contexts)):

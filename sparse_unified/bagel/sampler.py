@@ -24,7 +24,6 @@ for polynomials of degree K, on any grid of times.
 
 from __future__ import annotations
 
-import math
 import time as clock
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import check_int, check_number, choice, context
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.execution import Execution, Step
 from sparse_unified.bagel.images import ContextImage
@@ -127,7 +126,8 @@ class StepCache:
         interval: after the first steps, every interval-th is computed; 1 computes all.
         order: degree of the extrapolation, 0 to 3, as far as steps were computed; 0 repeats the
             last velocity.
-        first, last: steps at the beginning and at the end that are computed in any case.
+        first: steps at the beginning that are computed in any case.
+        last: steps at the end likewise.
 
     Raises:
         TypeError, ValueError: a value is no integer, or out of range.
@@ -140,18 +140,10 @@ class StepCache:
 
     @context("StepCache")
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("interval", 1, None),
-            ("order", 0, _MAX_ORDER),
-            ("first", 1, None),
-            ("last", 0, None),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least or (most is not None and value > most):
-                rule = f"be at least {least}" if most is None else f"be from {least} to {most}"
-                raise ValueError(f"{name} must {rule}, got {value}")
+        check_int("interval", self.interval, 1)
+        check_int("order", self.order, 0, _MAX_ORDER)
+        check_int("first", self.first, 1)
+        check_int("last", self.last, 0)
 
     def computes(self, step: int, num_steps: int) -> bool:
         """Tells whether a step, counted from 0, is computed on its own account."""
@@ -210,8 +202,8 @@ class SamplingConfig:
     Args:
         num_timesteps: points of the time grid, one more than the steps.
         timestep_shift: s of t <- s t / (1 + (s - 1) t); above 1 spends more steps near the noise.
-        cfg_text_scale, cfg_img_scale: strength of guidance; 1 is none. Without text guidance there
-            is no image guidance either.
+        cfg_text_scale: strength of text guidance; 1 is none, of the images neither.
+        cfg_img_scale: strength of image guidance; 1 is none.
         cfg_interval: guidance is on where lo < t <= hi.
         cfg_renorm_type: see `Renorm`; a string is accepted.
         cfg_renorm_min: least factor of the renormalisation.
@@ -232,38 +224,22 @@ class SamplingConfig:
 
     @context("SamplingConfig")
     def __post_init__(self) -> None:
-        if isinstance(self.num_timesteps, bool) or not isinstance(self.num_timesteps, int):
-            raise TypeError(f"num_timesteps must be an integer, got {self.num_timesteps!r}")
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
+        check_int("num_timesteps", self.num_timesteps, 2)
+        check_number("timestep_shift", self.timestep_shift)
+        if self.timestep_shift <= 0:
+            raise ValueError(f"timestep_shift must be above 0, got {self.timestep_shift}")
+        check_number("cfg_text_scale", self.cfg_text_scale)
+        check_number("cfg_img_scale", self.cfg_img_scale)
         object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
         if len(self.cfg_interval) != 2:
             raise ValueError(f"cfg_interval must be a pair (lo, hi), got {self.cfg_interval}")
-        try:
-            object.__setattr__(self, "cfg_renorm_type", Renorm(self.cfg_renorm_type))
-        except ValueError:
-            legal = ", ".join(f"'{choice.value}'" for choice in Renorm)
-            raise ValueError(
-                f"cfg_renorm_type must be one of {legal}, got {self.cfg_renorm_type!r}"
-            ) from None
-        self._check("timestep_shift", self.timestep_shift, above=0.0)
-        self._check("cfg_text_scale", self.cfg_text_scale)
-        self._check("cfg_img_scale", self.cfg_img_scale)
         for bound in self.cfg_interval:
-            self._check("cfg_interval", bound)
-        self._check("cfg_renorm_min", self.cfg_renorm_min)
-        if not 0 <= self.cfg_renorm_min <= 1:
-            raise ValueError(f"cfg_renorm_min must be from 0 to 1, got {self.cfg_renorm_min}")
+            check_number("cfg_interval", bound)
+        renorm = choice("cfg_renorm_type", Renorm, self.cfg_renorm_type)
+        object.__setattr__(self, "cfg_renorm_type", renorm)
+        check_number("cfg_renorm_min", self.cfg_renorm_min, 0, 1)
         if self.cache is not None and not isinstance(self.cache, StepCache):
             raise TypeError(f"cache must be a StepCache or None, got {self.cache!r}")
-
-    @staticmethod
-    def _check(name: str, value: float, *, above: float = -math.inf) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value) or value <= above:
-            rule = "be finite" if above == -math.inf else f"be finite and above {above:g}"
-            raise ValueError(f"{name} must {rule}, got {value}")
 
 
 def timestep_grid(num_timesteps: int, shift: float) -> Tensor:

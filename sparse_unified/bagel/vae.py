@@ -98,42 +98,31 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution."""
+    """The residual blocks of one resolution, then a change to the next one, if there is one.
 
-    def __init__(self, inputs: int, outputs: int, num_blocks: int, **factory: Any) -> None:
+    Args:
+        resample: "downsample" or "upsample"; "" stays at this resolution.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, num_blocks: int, resample: str = "", **factory: Any
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(outputs if block else inputs, outputs, **factory)
             for block in range(num_blocks)
         )
+        if resample:
+            kind = Downsample if resample == "downsample" else Upsample
+            self.register_module(resample, kind(outputs, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, inputs, H, W] to [B, outputs, H, W], at another resolution in subclasses."""
-        for block in self.block:
-            x = block(x)
+        """Maps [B, inputs, H, W] to [B, outputs, H', W']."""
+        blocks, *resample = self.children()
+        assert isinstance(blocks, nn.ModuleList)
+        for module in (*blocks, *resample):
+            x = module(x)
         return x
-
-
-class DownLevel(Level):
-    """Blocks, then half the resolution."""
-
-    def __init__(self, inputs: int, outputs: int, num_blocks: int, **factory: Any) -> None:
-        super().__init__(inputs, outputs, num_blocks, **factory)
-        self.downsample = Downsample(outputs, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(super().forward(x))
-
-
-class UpLevel(Level):
-    """Blocks, then twice the resolution."""
-
-    def __init__(self, inputs: int, outputs: int, num_blocks: int, **factory: Any) -> None:
-        super().__init__(inputs, outputs, num_blocks, **factory)
-        self.upsample = Upsample(outputs, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upsample(super().forward(x))
 
 
 class Encoder(nn.Module):
@@ -145,8 +134,8 @@ class Encoder(nn.Module):
         widths = [config.ch, *(config.ch * multiple for multiple in config.ch_mult)]
         self.down = nn.ModuleList()
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            kind = DownLevel if i < len(config.ch_mult) - 1 else Level
-            self.down.append(kind(inputs, outputs, config.num_res_blocks, **factory))
+            resample = "downsample" if i < len(config.ch_mult) - 1 else ""
+            self.down.append(Level(inputs, outputs, config.num_res_blocks, resample, **factory))
         self.mid = Middle(widths[-1], **factory)
         self.norm_out = _norm(widths[-1], **factory)
         self.conv_out = _conv3(widths[-1], 2 * config.z_channels, **factory)
@@ -170,8 +159,8 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i, outputs in enumerate(widths):
             inputs = widths[min(i + 1, len(widths) - 1)]
-            kind = UpLevel if i else Level
-            self.up.append(kind(inputs, outputs, config.num_res_blocks + 1, **factory))
+            num_blocks, resample = config.num_res_blocks + 1, "upsample" if i else ""
+            self.up.append(Level(inputs, outputs, num_blocks, resample, **factory))
         self.norm_out = _norm(widths[0], **factory)
         self.conv_out = _conv3(widths[0], config.out_ch, **factory)
 
