@@ -370,7 +370,7 @@ def _interrupt(patch: pytest.MonkeyPatch, modules: list[Any], name: str) -> None
     ("modules", "name"),
     [
         ([moe], "_permuted_block"),
-        ([moe], "put_in"),
+        ([exchange], "put_in"),
         ([moe], "describe_swap"),
         ([exchange], "_move_hooks"),
         ([exchange], "take_name"),
@@ -422,7 +422,7 @@ def test_an_interrupted_restore_leaves_the_model_alone(
             restore_(model)
 
 
-@pytest.mark.parametrize("name", ["count_component", "put_in"])
+@pytest.mark.parametrize(("module", "name"), [(prune, "count_component"), (exchange, "put_in")])
 @pytest.mark.parametrize(
     "run",
     [
@@ -432,11 +432,11 @@ def test_an_interrupted_restore_leaves_the_model_alone(
     ],
 )
 def test_an_interrupted_pruning_leaves_the_model_alone(
-    name: str, run: Any, monkeypatch: pytest.MonkeyPatch
+    module: Any, name: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_bagel()
     before = snapshot(model)
-    _interrupt(monkeypatch, [prune], name)
+    _interrupt(monkeypatch, [module], name)
     with pytest.raises(KeyboardInterrupt):
         run(model)
     assert_same(before, snapshot(model))

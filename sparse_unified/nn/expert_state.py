@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,17 +66,28 @@ class OfficialState(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        fused = self.plain_weights()
-        if not keep_vars:
-            fused = tuple(weight.detach() for weight in fused)  # type: ignore[assignment]
-        for key, view in expert_views(self.layout, *fused).items():
+        for key, view in expert_views(self.layout, *self.plain_weights()).items():
             destination[prefix + key] = (
-                view if keep_vars else view.clone(memory_format=torch.contiguous_format)
+                view if keep_vars else view.detach().clone(memory_format=torch.contiguous_format)
             )
 
     def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        # Hooks run before keys are looked up, so this cannot be one: theirs come first.
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            for hook in hooks.values():
+                hook(state_dict, prefix, *rest, **named)
+            self._join(state_dict, prefix, *rest)
+            super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    @torch.no_grad()
+    def _join(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Mapping[str, Any],
         strict: bool,
@@ -84,83 +95,52 @@ class OfficialState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # nn.Module's own loading knows one tensor per parameter; what else it does is done here.
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+        """Puts the fused weights into a state dict in place of those of the experts.
+
+        Where that cannot be, the block's own weights are put there, which changes nothing.
+        """
+        for name in PROJECTIONS:
+            if prefix + name in state_dict and strict:
+                unexpected_keys.append(prefix + name)
+        own = [getattr(self, name) for name in PROJECTIONS]
+        state_dict.update({prefix + name: w for name, w in zip(PROJECTIONS, own, strict=True)})
         if is_packed(self.gate_proj):
+            kind = type(self.gate_proj).__name__
             error_msgs.append(
-                f"SparseMoE: {prefix}gate_proj must be a plain tensor to load into, got "
-                f"{type(self.gate_proj).__name__}"
+                f"SparseMoE: {prefix}gate_proj must be a plain tensor to load into, got {kind}"
             )
             return
-        own = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
-        found = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
-        missing = [prefix + key for key in own if key not in found]
+        views = expert_views(self.layout, *own)
+        found = {key: state_dict.pop(prefix + key) for key in views if prefix + key in state_dict}
+        missing = [prefix + key for key in views if key not in found]
         missing_keys.extend(missing)
-        if strict:
-            children = tuple(f"{prefix}{name}." for name in self._modules if self._modules[name])
-            unexpected_keys.extend(
-                key
-                for key in state_dict
-                if key.startswith(prefix)
-                and not key.startswith(children)
-                and key[len(prefix) :] not in own
-            )
         wrong = [
             f"SparseMoE: {prefix}{key} must {problem}"
             for key in sorted(found)
-            if (problem := _problem(found[key], own[key]))
+            if (problem := _problem(found[key], views[key]))
         ]
         error_msgs.extend(wrong)
         if wrong or not found:
             return
-        with torch.no_grad():
-            if local_metadata.get("assign_to_params_buffers", False):
-                self._reallocate([*found.values()], keep=bool(missing))
-            elif self.gate_proj.is_meta and not all(value.is_meta for value in found.values()):
-                warnings.warn(
-                    f"for {prefix}{next(iter(found))} and {len(found) - 1} more: copying from a "
-                    "non-meta parameter in the checkpoint to a meta parameter in the current "
-                    "model, which is a no-op. (Did you mean to pass `assign=True`?)",
-                    stacklevel=2,
-                )
-            views = expert_views(self.layout, self.gate_proj, self.up_proj, self.down_proj)
-            error_msgs.extend(
-                f"SparseMoE: {prefix}{key} must hold data, got a meta tensor"
-                for key, value in found.items()
-                if value.is_meta and not views[key].is_meta
-            )
-            for key, value in found.items():
-                if not value.is_meta:
-                    views[key].copy_(value)
-
-    def _reallocate(self, values: list[Tensor], *, keep: bool) -> None:
-        """Gives the weights the device and dtype of `values`, and their old values if `keep`."""
-        like = next((value for value in values if not value.is_meta), values[0])
-        if keep and like.is_meta and not self.gate_proj.is_meta:
-            return  # what is kept holds data, so its storage has to
-        for name in PROJECTIONS:
-            old = getattr(self, name)
-            fused = torch.empty_like(old, device=like.device, dtype=like.dtype)
-            if keep and old.is_meta:
-                fused.zero_()
-            elif keep:
-                fused.copy_(old)
-            setattr(self, name, nn.Parameter(fused, requires_grad=old.requires_grad))
+        like = next((value for value in found.values() if not value.is_meta), None)
+        if like is None:
+            like = next(iter(found.values()))
+        joined = [torch.empty_like(w, device=like.device, dtype=like.dtype) for w in own]
+        if missing:
+            for old, new in zip(own, joined, strict=True):
+                new.zero_() if old.is_meta else new.copy_(old)
+        for key, view in expert_views(self.layout, *joined).items():
+            if key in found:
+                view.copy_(found[key])
+        state_dict.update({prefix + name: w for name, w in zip(PROJECTIONS, joined, strict=True)})
 
 
 def _problem(value: object, own: Tensor) -> str | None:
     """Says what a value of a state dict must be to load into `own`, None when it is."""
     if not isinstance(value, Tensor):
         return f"be a tensor, got {type(value).__name__}"
+    if value.is_meta and not own.is_meta:
+        return "hold data, got a meta tensor"
     if value.shape != own.shape:
         return f"have shape {list(own.shape)}, got {list(value.shape)}"
     return None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparse_unified._common import list_some
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.nn import SparseMoE
+from sparse_unified.surgery.cuts import select
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     MERGED_PROJECTIONS,
@@ -192,19 +193,6 @@ LAYOUTS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """One FFN of a live model and its slot."""
-
-    layer: int
-    component: str
-    slot: Slot
-    ffn: nn.Module
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} ({self.slot.path})"
-
-
 class Decoder:
     """The decoder layers of a model, found under the attribute path `path`; an `Adapter`."""
 
@@ -228,7 +216,7 @@ class Decoder:
         # A wrapper may show the attribute of the layer inside it; what counts is where it is.
         for owner in _modules(module):
             if last in owner._modules and owner._modules[last] is found:
-                return Slot(owner, last, f"{self.path}.{layer}.{name}")
+                return Slot(owner, last, layer, f"{self.path}.{layer}.{name}")
         return None
 
     def has(self, layer: int, name: str) -> bool:
@@ -238,8 +226,8 @@ class Decoder:
             return slot is None or not isinstance(slot.module, Skipped)
         return not takes_absent_parts(self.layers[layer])
 
-    def target(self, layer: int, component: str) -> Target:
-        """Returns the FFN of one layer.
+    def ffn(self, layer: int, component: str) -> tuple[Slot, nn.Module]:
+        """Returns the FFN of one layer and its slot.
 
         Raises:
             ValueError: the layer has none.
@@ -253,7 +241,27 @@ class Decoder:
                 f"layer, got {type(getattr(module, name, None)).__name__} in a "
                 f"{describe_module(module)}"
             )
-        return Target(layer=layer, component=component, slot=slot, ffn=slot.module)
+        return slot, slot.module
+
+    def select_ffns(
+        self, layers: str | Sequence[int], component: str
+    ) -> list[tuple[Slot, nn.Module]]:
+        """Returns the FFNs of the selected layers; "all" and "middle" pass over skipped ones.
+
+        Raises:
+            ValueError: a layer that is named lacks it, or all do, or two layers share a module.
+        """
+        name = FFN_NAMES[component]
+        selected = select(
+            layers, len(self.layers), lambda layer: self.has(layer, name), f"{component} FFN"
+        )
+        found = [self.ffn(layer, component) for layer in selected]
+        paths: dict[int, str] = {}
+        for slot, module in found:
+            first = paths.setdefault(id(module), slot.path)
+            if first != slot.path:
+                raise ValueError(f"{slot}: FFN must be its own module, got that of {first}")
+        return found
 
     def holds(self, layer: int, component: str) -> bool:
         parts = [getattr(self.layers[layer], name, None) for name in self._names(component).all()]

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,11 +28,15 @@ _ABSENT = "_absent"  # of the owner, by name, where nothing stands there now
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A replaceable attribute: module `name` of `owner`, found under `path` in the model."""
+    """A replaceable attribute: module `name` of `owner` in decoder layer `layer`."""
 
     owner: nn.Module
     name: str
+    layer: int
     path: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} ({self.path})"
 
     @property
     def module(self) -> nn.Module | None:
@@ -72,24 +76,31 @@ class Step(NamedTuple):
     undo: Undo
 
 
-def undo_log(module: nn.Module, path: str) -> list[Step]:
-    """Returns what was done to the slots below a module, slot by slot, the latest first."""
+def undo_log(layers: Sequence[nn.Module], path: str = "") -> list[Step]:
+    """Returns what was done to the slots of decoder layers, slot by slot, the latest first."""
     steps = []
-    for prefix, owner in module.named_modules(prefix=path):
-        absent = owner.__dict__.get(_ABSENT, {})
-        for name, now in owner._modules.items():
-            undo = absent.get(name) if now is None else now.__dict__.get(_UNDO)
-            while isinstance(undo, Undo):
-                steps.append(Step(Slot(owner, name, f"{prefix}.{name}"), now, undo))
-                now = undo.module
-                undo = None if now is None else now.__dict__.get(_UNDO)
+    for layer, module in enumerate(layers):
+        for prefix, owner in module.named_modules(prefix=f"{path}.{layer}"):
+            absent = owner.__dict__.get(_ABSENT, {})
+            for name, now in owner._modules.items():
+                undo = absent.get(name) if now is None else now.__dict__.get(_UNDO)
+                while isinstance(undo, Undo):
+                    steps.append(Step(Slot(owner, name, layer, f"{prefix}.{name}"), now, undo))
+                    now = undo.module
+                    undo = None if now is None else now.__dict__.get(_UNDO)
     return steps
 
 
-def next_order(layers: Iterable[nn.Module]) -> int:
-    """Returns the number of the next transform of a model."""
-    steps = itertools.chain.from_iterable(undo_log(layer, "") for layer in layers)
-    return 1 + max((step.undo.order for step in steps), default=0)
+@contextmanager
+def exchanged(
+    layers: Sequence[nn.Module], changes: Sequence[Change], *, keep: bool
+) -> Iterator[None]:
+    """Carries out changes of decoder layers as one transform; an error inside takes them back."""
+    order = 1 + max((step.undo.order for step in undo_log(layers)), default=0)
+    with all_or_nothing(changes):
+        for change in changes:
+            put_in(change, order=order, keep=keep)
+        yield
 
 
 @contextmanager
@@ -127,7 +138,7 @@ def _contents(module: nn.Module) -> dict[str, Any]:
     return {name: module.__dict__[name].copy() for name in names if name in module.__dict__}
 
 
-def put_in(change: Change, *, order: int, keep: bool = True) -> None:
+def put_in(change: Change, *, order: int, keep: bool) -> None:
     """Carries out a change and logs it. A new module takes over the hooks of the old one."""
     (owner, name), old, new = (change.slot.owner, change.slot.name), change.old, change.new
     assert old is not None

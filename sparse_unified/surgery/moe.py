@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_unified._common import context, list_some, naming
+from sparse_unified._common import context, naming
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.model_dir import find_model, is_hub_id
 from sparse_unified.checkpoint.modes import MoEConfig
@@ -28,17 +28,9 @@ from sparse_unified.experts import (
     random_router,
 )
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.cuts import select
-from sparse_unified.surgery.decoder import Decoder, Target, find_decoder
-from sparse_unified.surgery.exchange import (
-    Change,
-    all_or_nothing,
-    next_order,
-    offload_like,
-    put_in,
-)
+from sparse_unified.surgery.decoder import Decoder, find_decoder
+from sparse_unified.surgery.exchange import Change, Slot, exchanged, offload_like
 from sparse_unified.surgery.ffn import DenseWeights, projection, read_weights, returns_tuple
-from sparse_unified.surgery.prune import require_distinct
 from sparse_unified.surgery.report import SwapReport, describe_swap
 from sparse_unified.surgery.scores import Scores, of_component, scores_by_layer
 
@@ -93,36 +85,30 @@ def apply_moe_(
         if not isinstance(config, MoEConfig):
             raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
         component = config.component
-        decoder, name = find_decoder(model, component), keys.FFN_NAMES[component]
-        num_layers = len(decoder.layers)
-        selected = select(
-            config.layers, num_layers, lambda layer: decoder.has(layer, name), f"{component} FFN"
-        )
+        decoder = find_decoder(model, component)
+        ffns = decoder.select_ffns(config.layers, component)
         own = of_component(scores, component)
-        given = scores_by_layer(own, selected, num_layers, exact=own is scores)
+        selected = [slot.layer for slot, _ in ffns]
+        given = scores_by_layer(own, selected, len(decoder.layers), exact=own is scores)
         plans, rankings = [], []
-        for layer in selected:
-            target = decoder.target(layer, component)
-            with naming(target):
-                weights = read_weights(target.ffn)
+        for slot, ffn in ffns:
+            with naming(slot):
+                weights = read_weights(ffn)
                 layout = ExpertLayout(
                     intermediate_size=weights.gate_proj.shape[0],
                     num_experts=config.num_experts,
                     num_shared_experts=config.num_shared_experts,
                 )
-                is_tuple = returns_tuple(target.ffn, weights)
-                rankings.append(_ranking(weights, None if given is None else given[layer]))
-            plans.append(_Plan(target, weights, layout, config.top_k, is_tuple))
-        require_distinct(plan.target for plan in plans)
-        sizes = {plan.target.layer: plan.weights.gate_proj.shape[1] for plan in plans}
+                plans.append(_plan(slot, ffn, weights, layout, config.top_k))
+                rankings.append(_ranking(weights, None if given is None else given[slot.layer]))
+        sizes = {plan.slot.layer: plan.weights.gate_proj.shape[1] for plan in plans}
         calibration = resolve_inputs(inputs, config, sizes, what="apply_moe_")
         blocks = []
         for plan, ranking in zip(plans, rankings, strict=True):
-            with naming(plan.target):
-                blocks.append(
-                    _permuted_block(plan, config, ranking, calibration.get(plan.target.layer))
-                )
-        return _exchange("apply_moe_", decoder, plans, blocks, keep_dense=keep_dense)
+            with naming(plan.slot):
+                own_inputs = calibration.get(plan.slot.layer)
+                blocks.append(_permuted_block(plan, config, ranking, own_inputs))
+        return _exchange("apply_moe_", decoder, plans, blocks, keep_dense)
 
 
 @torch.no_grad()
@@ -162,41 +148,43 @@ def load_moe_(
                 f"model must have {checkpoint.num_layers} layers as {checkpoint.directory} "
                 f"has, got {len(decoder.layers)} under {decoder.path}"
             )
-        plans, problems = [], []
+        plans = []
         for component, layers in moe.layers.items():
-            for layer in layers:
-                target = decoder.target(layer, component)
-                with naming(target):
-                    weights = read_weights(target.ffn)
+            for slot, ffn in decoder.select_ffns(list(layers), component):
+                with naming(slot):
+                    weights = read_weights(ffn)
                     if weights.gate_proj.is_meta:
                         raise ValueError("weights must be in memory, got meta")
-                    is_tuple = returns_tuple(target.ffn, weights)
-                layout = moe.expert_layout(component, layer)
-                plan = _Plan(target, weights, layout, moe.top_k, is_tuple)
-                problems += plan.misfits(checkpoint)
-                plans.append(plan)
-        if problems:
-            raise ValueError(
-                f"{checkpoint.directory}: sparse FFNs must be those of the model, "
-                f"got {list_some(problems)}"
-            )
-        require_distinct(plan.target for plan in plans)
+                    found = checkpoint.ffns[component][slot.layer]
+                    sizes = [found.intermediate_size, found.hidden_size]
+                    if sizes != list(weights.gate_proj.shape):
+                        raise ValueError(
+                            f"sparse FFNs must be those of the model, got [I, D] = {sizes} in the "
+                            f"file, {list(weights.gate_proj.shape)} in the model"
+                        )
+                    layout = moe.expert_layout(component, slot.layer)
+                    plans.append(_plan(slot, ffn, weights, layout, moe.top_k))
         blocks = [_loaded_block(plan, checkpoint) for plan in plans]
-        return _exchange("load_moe_", decoder, plans, blocks, keep_dense=keep_dense)
+        return _exchange("load_moe_", decoder, plans, blocks, keep_dense)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """A checked replacement: nothing about it can fail any more but memory and files."""
 
-    target: Target
+    slot: Slot
+    ffn: nn.Module
     weights: DenseWeights
     layout: ExpertLayout
     top_k: int
     return_router_logits: bool
 
-    def empty_block(self, device: torch.device | str) -> SparseMoE:
-        """Returns the block with the mode, dtype and requires_grad of the dense FFN.
+    @property
+    def component(self) -> str:
+        return keys.COMPONENT_OF_FFN[self.slot.name]
+
+    def empty_block(self) -> SparseMoE:
+        """Returns the block with the device, mode, dtype and requires_grad of the dense FFN.
 
         Routers are zero, expert weights uninitialised. No random numbers are drawn.
         """
@@ -208,46 +196,22 @@ class _Plan:
             self.top_k,
             self.layout.num_shared_experts,
             shared_intermediate_size=self.layout.shared_intermediate_size,
-            gate_img=self.target.component == "und",
+            gate_img=self.component == "und",
             return_router_logits=self.return_router_logits,
             device="meta",
             dtype=gate_proj.dtype,
-        ).to_empty(device=device)
+        ).to_empty(device=gate_proj.device)
         set_routers_(block, torch.zeros(block.gate.weight.shape))
         for name in keys.PROJECTIONS:
-            trained = projection(self.target.ffn, name).weight.requires_grad
+            trained = projection(self.ffn, name).weight.requires_grad
             getattr(block, name).requires_grad_(trained)
-        return block.train(self.target.ffn.training)
+        return block.train(self.ffn.training)
 
-    def misfits(self, checkpoint: Checkpoint) -> list[str]:
-        """Returns a phrase for each tensor that is missing, extra or misshapen in a file."""
-        component, layer = self.target.component, self.target.layer
-        found = checkpoint.ffns[component][layer]
-        sizes = [found.intermediate_size, found.hidden_size]
-        if sizes != list(self.weights.gate_proj.shape):
-            return [
-                f"{self.target} [I, D] = {sizes} in the file, "
-                f"{list(self.weights.gate_proj.shape)} in the model"
-            ]
-        prefix = keys.ffn_prefix(component, layer)
-        wanted = {
-            prefix + key: list(view.shape)
-            for key, view in self.empty_block("meta").official_views().items()
-        }
-        held = {
-            key: list(spec.shape)
-            for key, spec in checkpoint.specs.items()
-            if key.startswith(prefix)
-        }
-        return [
-            *(f"missing {key} {wanted[key]}" for key in wanted if key not in held),
-            *(f"extra {key} {held[key]}" for key in held if key not in wanted),
-            *(
-                f"misshapen {key} {held[key]}, not {wanted[key]}"
-                for key in wanted
-                if key in held and held[key] != wanted[key]
-            ),
-        ]
+
+def _plan(
+    slot: Slot, ffn: nn.Module, weights: DenseWeights, layout: ExpertLayout, top_k: int
+) -> _Plan:
+    return _Plan(slot, ffn, weights, layout, top_k, returns_tuple(ffn, weights))
 
 
 def _ranking(weights: DenseWeights, given: Tensor | None) -> Tensor:
@@ -274,13 +238,13 @@ def _permuted_block(
             f"weights must be in memory for partition {config.partition.value!r} and "
             f"router_init {config.router_init.value!r}, got meta"
         )
-    layer, hidden = plan.target.layer, None
+    layer, hidden = plan.slot.layer, None
     if config.partition is Partition.COACTIVATION and inputs is not None:
         hidden = hidden_activations(inputs, plan.weights.gate_proj, plan.weights.up_proj)
     neuron_index = order_neurons(
         config.partition, ranking, plan.layout, seed=config.seed, layer=layer, hidden=hidden
     ).to(plan.weights.gate_proj.device)
-    block = plan.empty_block(plan.weights.gate_proj.device)
+    block = plan.empty_block()
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
         fused = getattr(block, name).data
         torch.index_select(getattr(plan.weights, name), dim, neuron_index, out=fused)
@@ -288,18 +252,17 @@ def _permuted_block(
         block, config.router_init, layer=layer, seed=config.seed, inputs=inputs
     )
     set_routers_(block, weight)
-    offload_like(block, plan.target.ffn)
+    offload_like(block, plan.ffn)
     return block
 
 
 def _loaded_block(plan: _Plan, checkpoint: Checkpoint) -> SparseMoE:
     """Returns the block with the weights of a file, read one official tensor at a time."""
-    gate_proj = plan.weights.gate_proj
-    block = plan.empty_block(gate_proj.device)
-    prefix = keys.ffn_prefix(plan.target.component, plan.target.layer)
+    block = plan.empty_block()
+    prefix = keys.ffn_prefix(plan.component, plan.slot.layer)
     for key, view in block.official_views().items():
-        view.copy_(checkpoint.read(prefix + key).to(gate_proj.dtype))
-    offload_like(block, plan.target.ffn)
+        view.copy_(checkpoint.read(prefix + key).to(view.dtype))
+    offload_like(block, plan.ffn)
     return block
 
 
@@ -308,19 +271,12 @@ def _exchange(
     decoder: Decoder,
     plans: Sequence[_Plan],
     blocks: Sequence[SparseMoE],
-    *,
     keep_dense: bool,
 ) -> SwapReport:
-    changes = [
-        Change(plan.target.slot, plan.target.ffn, block)
-        for plan, block in zip(plans, blocks, strict=True)
-    ]
-    order, entries = next_order(decoder.layers), []
-    with all_or_nothing(changes):
-        for plan, change in zip(plans, changes, strict=True):
-            put_in(change, order=order, keep=keep_dense)
-            entries.append(describe_swap(plan.target.layer, plan.target.component, change))
-    return SwapReport(action=action, layers=tuple(entries))
+    pairs = zip(plans, blocks, strict=True)
+    changes = [Change(plan.slot, plan.ffn, block) for plan, block in pairs]
+    with exchanged(decoder.layers, changes, keep=keep_dense):
+        return SwapReport(action=action, layers=tuple(map(describe_swap, changes)))
 
 
 @torch.no_grad()

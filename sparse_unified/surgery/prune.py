@@ -23,7 +23,6 @@ from sparse_unified.nn import QueryProjection, SparseMoE, key_heads_read
 from sparse_unified.surgery.cuts import (
     Cut,
     Cuts,
-    PruneConfig,
     head_magnitudes,
     neuron_magnitudes,
     plan,
@@ -31,8 +30,8 @@ from sparse_unified.surgery.cuts import (
     shapes_left,
     skipped_modules,
 )
-from sparse_unified.surgery.decoder import Decoder, Target, find_decoder, takes_absent_parts
-from sparse_unified.surgery.exchange import Change, all_or_nothing, next_order, put_in
+from sparse_unified.surgery.decoder import Decoder, find_decoder, takes_absent_parts
+from sparse_unified.surgery.exchange import Change, exchanged
 from sparse_unified.surgery.ffn import DTYPES, narrow_ffn, read_weights, skipped_ffn
 from sparse_unified.surgery.report import PruneReport, count_component, part_entries
 from sparse_unified.surgery.scores import Scores, of_component, scores_by_layer
@@ -78,34 +77,31 @@ def prune_width_(
         _check_config(config, PruneWidthConfig)
         component = config.component
         decoder = find_decoder(model, component)
-        layers = _select(decoder, config, [keys.FFN_NAMES[component]], f"{component} FFN")
-        given = of_component(scores, component)
-        given = scores_by_layer(given, layers, len(decoder.layers))
-        targets = [decoder.target(layer, component) for layer in layers]
-        require_distinct(targets)
+        ffns = decoder.select_ffns(config.layers, component)
+        given = scores_by_layer(
+            of_component(scores, component), [slot.layer for slot, _ in ffns], len(decoder.layers)
+        )
         tensors: dict[str, Tensor] = {}
         shapes: Shapes = {component: {}}
         ranking: dict[tuple[str, int], Tensor] = {}
-        for target in targets:
-            layer = target.layer
-            with naming(target):
-                shape, own = _read_ffn(target)
+        for slot, ffn in ffns:
+            layer = slot.layer
+            with naming(slot):
+                shape, own = _read_ffn(ffn, keys.ffn_prefix(component, layer))
                 if given is None:
                     _require_data(own.values())
-                    ranking[component, layer] = neuron_magnitudes(
-                        own.__getitem__, component, layer, shape.ffn
-                    )
+                    values = neuron_magnitudes(own.__getitem__, component, layer, shape.ffn)
                 else:
-                    ranking[component, layer] = given[layer]
-                check_scores(ranking[component, layer], shape.width)
-            shapes[component][layer] = shape
+                    values = given[layer]
+                check_scores(values, shape.width)
+            ranking[component, layer], shapes[component][layer] = values, shape
             tensors |= own
         cuts = plan(config, shapes, _sizes(tensors), lambda *at: ranking[at])
         changes = []
-        for target in targets:
-            with naming(target):
-                new = _narrow_ffn(target, cuts)
-            changes.append((target.layer, Change(target.slot, target.ffn, new)))
+        for slot, ffn in ffns:
+            with naming(slot):
+                new = _narrow_ffn(ffn, keys.ffn_prefix(component, slot.layer), cuts)
+            changes.append(Change(slot, ffn, new))
         return _exchange("prune_width_", decoder, [component], changes, keep_dense)
 
 
@@ -147,7 +143,12 @@ def prune_heads_(
         _check_config(config, PruneHeadsConfig)
         decoder = find_decoder(model)
         names = [f"self_attn.q_proj{keys.SUFFIXES[component]}" for component in config.components]
-        layers = _select(decoder, config, names, f"{' and '.join(config.components)} attention")
+        layers = select(
+            config.layers,
+            len(decoder.layers),
+            lambda layer: all(decoder.has(layer, name) for name in names),
+            f"{' and '.join(config.components)} attention",
+        )
         tensors: dict[str, Tensor] = {}
         shapes: Shapes = {component: {} for component in keys.SUFFIXES}
         for layer in layers:
@@ -215,33 +216,13 @@ def skip_layers_(
         layers = select(
             config.layers, len(decoder.layers), has, f"{component} {config.part.value} left"
         )
-        changes = [(layer, change) for layer in layers for change in found[layer]]
+        changes = [change for layer in layers for change in found[layer]]
         return _exchange("skip_layers_", decoder, [component], changes, keep_dense)
 
 
 def _check_config(config: object, kind: type) -> None:
     if not isinstance(config, kind):
         raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
-
-
-def _select(
-    decoder: Decoder, config: PruneConfig, names: Sequence[str], what: str
-) -> tuple[int, ...]:
-    return select(
-        config.layers,
-        len(decoder.layers),
-        lambda layer: all(decoder.has(layer, name) for name in names),
-        what,
-    )
-
-
-def require_distinct(targets: Iterable[Target]) -> None:
-    """Raises ValueError when one module is the FFN of two layers."""
-    paths: dict[int, str] = {}
-    for target in targets:
-        first = paths.setdefault(id(target.ffn), target.slot.path)
-        if first != target.slot.path:
-            raise ValueError(f"{target}: FFN must be its own module, got that of {first}")
 
 
 def _require_data(tensors: Iterable[Tensor]) -> None:
@@ -253,9 +234,8 @@ def _sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _read_ffn(target: Target) -> tuple[LayerShape, dict[str, Tensor]]:
+def _read_ffn(ffn: nn.Module, prefix: str) -> tuple[LayerShape, dict[str, Tensor]]:
     """Returns the shape of a FFN, attention left out, and its weights by official key."""
-    prefix, ffn = keys.ffn_prefix(target.component, target.layer), target.ffn
     if isinstance(ffn, SparseMoE):
         if ffn.gate_proj.is_meta and hasattr(ffn, "_hf_hook"):
             raise ValueError("weights must be in memory, got weights offloaded by accelerate")
@@ -266,8 +246,7 @@ def _read_ffn(target: Target) -> tuple[LayerShape, dict[str, Tensor]]:
     return shape, {f"{prefix}{name}.weight": w for name, w in weights._asdict().items()}
 
 
-def _narrow_ffn(target: Target, cuts: Cuts) -> nn.Module:
-    prefix, ffn = keys.ffn_prefix(target.component, target.layer), target.ffn
+def _narrow_ffn(ffn: nn.Module, prefix: str, cuts: Cuts) -> nn.Module:
     if not isinstance(ffn, SparseMoE):
         return narrow_ffn(ffn, read_weights(ffn), cuts[f"{prefix}gate_proj.weight"].keep)
     kept = {
@@ -361,7 +340,7 @@ def _plain_linear(module: nn.Module) -> nn.Linear:
     )
 
 
-def _narrow_attentions(decoder: Decoder, cuts: Cuts, left: Shapes) -> list[tuple[int, Change]]:
+def _narrow_attentions(decoder: Decoder, cuts: Cuts, left: Shapes) -> list[Change]:
     changes = []
     for component, shapes in left.items():
         for layer, shape in shapes.items():
@@ -375,7 +354,7 @@ def _narrow_attentions(decoder: Decoder, cuts: Cuts, left: Shapes) -> list[tuple
                 assert isinstance(linear, nn.Linear)
                 reads_some = len(shape.query_groups) < len(shape.kv_heads) and "q_proj" in name
                 new = _narrow_linear(linear, cut, shape.query_places if reads_some else None)
-                changes.append((layer, Change(slot, linear, new)))
+                changes.append(Change(slot, linear, new))
     return changes
 
 
@@ -412,16 +391,16 @@ def _skip(decoder: Decoder, layer: int, config: SkipLayersConfig) -> list[Change
     if not absent_ok:
         if not decoder.has(layer, keys.FFN_NAMES[component]):
             return []
-        target = decoder.target(layer, component)
-        with naming(target):
-            return [Change(target.slot, target.ffn, skipped_ffn(target.ffn))]
+        slot, ffn = decoder.ffn(layer, component)
+        with naming(slot):
+            return [Change(slot, ffn, skipped_ffn(ffn))]
     changes = []
     for name in skipped_modules(config):
-        slot = decoder.slot(layer, name)
-        if slot is None:
+        place = decoder.slot(layer, name)
+        if place is None:
             raise ValueError(f"layer {layer}: {name} must be a module of the layer, got none")
-        if slot.module is not None:
-            changes.append(Change(slot, slot.module, None))
+        if place.module is not None:
+            changes.append(Change(place, place.module, None))
     return changes
 
 
@@ -429,14 +408,12 @@ def _exchange(
     action: str,
     decoder: Decoder,
     components: Sequence[str],
-    changes: Sequence[tuple[int, Change]],
+    changes: Sequence[Change],
     keep_dense: bool,
 ) -> PruneReport:
     def count() -> Counts:
         return sum((count_component(decoder, name) for name in components), Counts())
 
-    before, order = count(), next_order(decoder.layers)
-    with all_or_nothing([change for _, change in changes]):
-        for _, change in changes:
-            put_in(change, order=order, keep=keep_dense)
+    before = count()
+    with exchanged(decoder.layers, changes, keep=keep_dense):
         return PruneReport(action=action, parts=part_entries(changes), before=before, after=count())

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from sparse_unified._common import Report, context, format_layers, format_table
 from sparse_unified.checkpoint.counts import Counts, count_weight, format_counts
-from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules, ffn_modules
+from sparse_unified.checkpoint.keys import (
+    COMPONENT_OF_FFN,
+    SUFFIXES,
+    attention_modules,
+    ffn_modules,
+)
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.decoder import Decoder, find_decoder
@@ -46,22 +51,6 @@ class SwappedLayer:
     active_before: int
     active_after: int
     backend: str
-
-    def columns(self) -> dict[str, object]:
-        """Returns what a table shows of this entry, by heading."""
-        return {
-            "layer": self.layer,
-            "module": self.path,
-            "before": self.before,
-            "after": self.after,
-            "experts": self.num_experts,
-            "active": self.top_k,
-            "width": self.expert_width,
-            "shared": self.shared_width,
-            "parameters": _change(self.parameters_before, self.parameters_after),
-            "used per token": _change(self.active_before, self.active_after),
-            "backend": self.backend,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,32 +112,54 @@ class SwapReport(Report):
     layers: tuple[SwappedLayer, ...]
     parts: tuple[PrunedPart, ...] = ()
 
+    def title(self) -> str:
+        counts = [sum(getattr(entry, name) for entry in self.layers) for name in _COUNTS]
+        by_component: dict[str, list[int]] = {}
+        for entry in self.layers:
+            by_component.setdefault(entry.component, []).append(entry.layer)
+        where = "; ".join(f"{name} {format_layers(ls)}" for name, ls in by_component.items())
+        return (
+            f"{self.action}: {len(self.layers)} FFNs changed ({where}); "
+            f"parameters {_change(*counts[:2])}, used per token {_change(*counts[2:])}"
+        )
+
+    def headings(self) -> Sequence[str]:
+        return (*_SWAPPED.values(), "parameters", "used per token", "backend")
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
+            (
+                *(getattr(entry, name) for name in _SWAPPED),
+                _change(entry.parameters_before, entry.parameters_after),
+                _change(entry.active_before, entry.active_after),
+                entry.backend,
+            )
+            for entry in self.layers
+        ]
+
     def to_text(self) -> str:
-        texts = [self._layers_text()] if self.layers else []
+        texts = [Report.to_text(self)] if self.layers else []
         if self.parts:
             rows = [_PART_HEADINGS, *_part_rows(self.parts)]
             texts += [f"{self.action}: {_summary(self.parts)}", format_table(rows, header=True)]
         return "\n".join(texts)
 
-    def _layers_text(self) -> str:
-        counts = [
-            sum(getattr(entry, name) for entry in self.layers)
-            for name in ("parameters_before", "parameters_after", "active_before", "active_after")
-        ]
-        by_component: dict[str, list[int]] = {}
-        for entry in self.layers:
-            by_component.setdefault(entry.component, []).append(entry.layer)
-        where = "; ".join(f"{name} {format_layers(ls)}" for name, ls in by_component.items())
-        cells = [entry.columns() for entry in self.layers]
-        rows: list[list[object]] = [list(cells[0]), *(list(row.values()) for row in cells)]
-        return (
-            f"{self.action}: {len(self.layers)} FFNs changed ({where}); "
-            f"parameters {_change(*counts[:2])}, used per token {_change(*counts[2:])}\n"
-            + format_table(rows, header=True)
-        )
+
+_COUNTS = ("parameters_before", "parameters_after", "active_before", "active_after")
+# Field of a `SwappedLayer` -> its heading.
+_SWAPPED = {
+    "layer": "layer",
+    "path": "module",
+    "before": "before",
+    "after": "after",
+    "num_experts": "experts",
+    "top_k": "active",
+    "expert_width": "width",
+    "shared_width": "shared",
+}
 
 
-def describe_swap(layer: int, component: str, change: Change) -> SwappedLayer:
+def describe_swap(change: Change) -> SwappedLayer:
     """Returns the entry of a dense FFN that became sparse, or the other way round."""
     restored = not isinstance(change.new, SparseMoE)
     block = change.old if restored else change.new
@@ -159,8 +170,8 @@ def describe_swap(layer: int, component: str, change: Change) -> SwappedLayer:
     active = sparse - 3 * hidden * layout.expert_width * (block.num_experts - block.top_k)
     counts = ((sparse, dense), (active, dense)) if restored else ((dense, sparse), (dense, active))
     return SwappedLayer(
-        layer=layer,
-        component=component,
+        layer=change.slot.layer,
+        component=COMPONENT_OF_FFN[change.slot.name],
         path=change.slot.path,
         before=type(change.old).__name__,
         after=type(change.new).__name__,
@@ -177,11 +188,11 @@ def describe_swap(layer: int, component: str, change: Change) -> SwappedLayer:
     )
 
 
-def part_entries(changes: Iterable[tuple[int, Change]]) -> tuple[PrunedPart, ...]:
-    """Returns the entries of exchanged modules, given as (layer, change), one for each part."""
+def part_entries(changes: Iterable[Change]) -> tuple[PrunedPart, ...]:
+    """Returns the entries of exchanged modules, one for each part of a layer."""
     groups: dict[tuple[int, str, str], list[Change]] = {}
-    for layer, change in changes:
-        name = change.slot.name
+    for change in changes:
+        name, layer = change.slot.name, change.slot.layer
         component = "gen" if name.endswith(SUFFIXES["gen"]) else "und"
         inner = {module.rpartition(".")[2] for module in attention_modules(component)}
         part = "attention" if name in inner else "ffn"

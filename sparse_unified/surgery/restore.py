@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 
 from sparse_unified._common import context
-from sparse_unified.checkpoint.keys import COMPONENT_OF_FFN
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.decoder import find_decoder
 from sparse_unified.surgery.exchange import (
@@ -39,48 +38,40 @@ def restore_(model: object, *, latest: bool = False) -> SwapReport:
     """
     with context("restore_"):
         decoder = find_decoder(model)
-        log = [
-            (layer, step)
-            for layer, module in enumerate(decoder.layers)
-            for step in undo_log(module, f"{decoder.path}.{layer}")
-        ]
+        log = undo_log(decoder.layers, decoder.path)
         if not log:
             raise ValueError(
                 "model must have FFNs replaced by apply_moe_ or load_moe_, or parts pruned, "
                 f"got none among the {len(decoder.layers)} layers under {decoder.path}"
             )
-        last = max(step.undo.order for _, step in log)
-        log = [(layer, step) for layer, step in log if not latest or step.undo.order == last]
-        for layer, step in log:
-            at = f"layer {layer} ({step.slot.path})"
+        last = max(step.undo.order for step in log)
+        log = [step for step in log if not latest or step.undo.order == last]
+        for step in log:
             if step.undo.module is None:
                 raise RuntimeError(
-                    f"{at}: dense FFN must have been kept, got keep_dense=False at the swap"
+                    f"{step.slot}: dense FFN must have been kept, got keep_dense=False at the swap"
                 )
             if is_unmoved_meta(step):
-                raise RuntimeError(f"{at}: kept weights must hold data, got meta tensors")
-    changes = [
-        (layer, step.undo.order, Change(step.slot, step.now, step.undo.module))
-        for layer, step in log
-    ]
-    for _, step in log:
+                raise RuntimeError(f"{step.slot}: kept weights must hold data, got meta tensors")
+    for step in log:
         follow(step)
-    with all_or_nothing([change for _, _, change in changes]):
-        for _, step in log:
+    changes = {step: Change(step.slot, step.now, step.undo.module) for step in log}
+    with all_or_nothing([*changes.values()]):
+        for step in log:
             put_back(step)
-        swapped = [
-            describe_swap(layer, COMPONENT_OF_FFN[change.slot.name], change)
-            for layer, _, change in changes
-            if _is_swap(change)
-        ]
+        swapped = [step for step, change in changes.items() if _is_swap(change)]
         parts: list[PrunedPart] = []
-        for wanted in sorted({order for _, order, _ in changes}, reverse=True):
+        for order in sorted({step.undo.order for step in log}, reverse=True):
             parts += part_entries(
-                (layer, change)
-                for layer, order, change in changes
-                if order == wanted and not _is_swap(change)
+                change
+                for step, change in changes.items()
+                if step.undo.order == order and step not in swapped
             )
-        return SwapReport(action="restore_", layers=tuple(swapped), parts=tuple(parts))
+        return SwapReport(
+            action="restore_",
+            layers=tuple(describe_swap(changes[step]) for step in swapped),
+            parts=tuple(parts),
+        )
 
 
 def _is_swap(change: Change) -> bool:

@@ -18,8 +18,7 @@ from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
-from sparse_unified.surgery.cuts import select
-from sparse_unified.surgery.decoder import Target, find_decoder
+from sparse_unified.surgery.decoder import find_decoder
 from sparse_unified.surgery.ffn import projection_names, read_weights
 from sparse_unified.surgery.report import stored_bytes
 
@@ -122,39 +121,28 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> QuantizeReport:
     with context("quantize_weights_"):
         if not isinstance(config, QuantizeConfig):
             raise TypeError(f"config must be a QuantizeConfig, got {type(config).__name__}")
-        targets = [
-            target
+        ffns = [
+            (component, slot, ffn)
             for component in config.components
-            for target in _targets(model, component, config)
+            for slot, ffn in find_decoder(model, component).select_ffns(config.layers, component)
         ]
-        for target in targets:
-            with naming(target):
-                _check(target.ffn)
+        for _, slot, ffn in ffns:
+            with naming(slot):
+                _check(ffn)
     entries = []
-    for target in targets:
-        before = ffn_bytes(target.ffn)
-        quantize_ffn_(target.ffn, config.storage)
+    for component, slot, ffn in ffns:
+        before = ffn_bytes(ffn)
+        quantize_ffn_(ffn, config.storage)
         entries.append(
             QuantizedLayer(
-                layer=target.layer,
-                component=target.component,
-                path=target.slot.path,
+                layer=slot.layer,
+                component=component,
+                path=slot.path,
                 bytes_before=before,
-                bytes_after=ffn_bytes(target.ffn),
+                bytes_after=ffn_bytes(ffn),
             )
         )
     return QuantizeReport(storage=config.storage, layers=tuple(entries))
-
-
-def _targets(model: object, component: str, config: QuantizeConfig) -> list[Target]:
-    decoder, name = find_decoder(model, component), FFN_NAMES[component]
-    layers = select(
-        config.layers,
-        len(decoder.layers),
-        lambda layer: decoder.has(layer, name),
-        f"{component} FFN",
-    )
-    return [decoder.target(layer, component) for layer in layers]
 
 
 @torch.no_grad()
