@@ -233,7 +233,7 @@ def decoder_names() -> dict[str, Any]:
 
 
 class MineBlock(torch.nn.Module):
-    """A block with the names of the layout that docs/adapters.md describes."""
+    """A block with the names of the layout that docs/analysis.md describes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,21 +250,19 @@ class Mine(torch.nn.Module):
 
 
 def analysis_names() -> dict[str, Any]:
-    return {"rate": lambda image: 1.0}
+    return {**decoder_names(), "rate": lambda image: 1.0}
 
 
-def routing_names() -> dict[str, Any]:
+def adaptation_names() -> dict[str, Any]:
     from sparse_unified.analysis import Task, built_in_samples
 
-    return {**bagel_names(), "samples": built_in_samples(Task.GENERATION, 1)}
-
-
-def training_names() -> dict[str, Any]:
     model = BagelPipeline.from_pretrained("BAGEL-16to8").model
     config = model.config
     patch, pixels = config.latent_patch_size, config.vision.patch_size
     latent = torch.randn(config.token_channels // patch**2, 2 * patch, 2 * patch)
     return {
+        "pipeline": BagelPipeline.from_pretrained("BAGEL-7B-MoT"),
+        "samples": built_in_samples(Task.GENERATION, 1),
         "model": model,
         "prompt": [11, 12],
         "question": [13],
@@ -277,14 +275,10 @@ def training_names() -> dict[str, Any]:
 
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": bagel_names,
-    "adaptation.md": dict,
-    "adapters.md": decoder_names,
+    "adaptation.md": adaptation_names,
     "analysis.md": analysis_names,
-    "engines.md": bagel_names,
     "quickstart.md": bagel_names,
-    "routing.md": routing_names,
     "serving.md": bagel_names,
-    "training.md": training_names,
 }
 
 

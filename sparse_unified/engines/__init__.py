@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters to what others serve models with; docs/engines.md.
+"""Adapters to serving engines; docs/serving.md.
 
 `vllm_omni` is a pipeline of vLLM-Omni, `diffusers` one of diffusers, `kernels` layers for the
 package of that name. Each imports its engine, or needs it when it is used; none is imported here.
