@@ -246,7 +246,7 @@ def test_links_of_a_hub_cache_are_followed_and_circles_refused(tmp_path: Path) -
         (linked / path.name).symlink_to(path)
     sparsify(linked, tmp_path / "a")
     assert not any(path.is_symlink() for path in (tmp_path / "a").rglob("*"))
-    assert Checkpoint(tmp_path / "a").moe is not None
+    assert Checkpoint(tmp_path / "a").experts
     invert(tmp_path / "a", tmp_path / "b")
     assert snapshot(tmp_path / "b") == snapshot(real)
 

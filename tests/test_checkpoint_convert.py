@@ -153,9 +153,7 @@ def test_both_components_can_be_sparse_and_come_off_in_turn(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="must be 4, 0 and 2 as in the component that is sparse"):
         convert(tmp_path / "gen", tmp_path / "x", num_experts=8, top_k=2, component="und")
     convert(tmp_path / "gen", tmp_path / "both", num_experts=4, top_k=2, component="und")
-    moe = Checkpoint(tmp_path / "both").moe
-    assert moe is not None
-    assert set(moe.layers) == {"gen", "und"}
+    assert set(Checkpoint(tmp_path / "both").experts) == {"gen", "und"}
     assert verify(tmp_path / "both", dense).ok
     invert(tmp_path / "both", tmp_path / "gen2")
     assert snapshot(tmp_path / "gen2") == snapshot(tmp_path / "gen")

@@ -15,7 +15,8 @@ from checkpoint_files import LAYER, edit_config, edit_weights, make_dense, make_
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_unified.checkpoint import Checkpoint, SparseLayer, convert
+from sparse_unified.checkpoint import Checkpoint, convert
+from sparse_unified.experts import ExpertLayout
 
 Weights = dict[str, Tensor]
 
@@ -44,7 +45,7 @@ def test_reads_every_tensor_of_every_file_layout(
         spec = checkpoint.spec(key)
         assert (spec.dtype, spec.shape, spec.nbytes) == (dtype, tensor.shape, tensor.nbytes)
         assert torch.equal(checkpoint.read(key), tensor)
-    assert checkpoint.moe is None
+    assert (checkpoint.experts, checkpoint.top_k) == ({}, None)
     assert checkpoint.vae_file.is_file()
     assert checkpoint.vit_config == {}
 
@@ -59,27 +60,24 @@ def test_ema_is_preferred_to_other_weight_files(tmp_path: Path) -> None:
 
 
 def test_the_keys_say_which_layers_are_sparse(sparse: Path) -> None:
-    moe = Checkpoint(sparse).moe
-    assert moe is not None
-    assert moe.layers == {"gen": {1: SparseLayer(4, 24, 0), 2: SparseLayer(4, 24, 0)}}
-    assert (moe.num_experts, moe.top_k, moe.num_shared_experts) == (4, 2, 0)
-    assert moe.expert_layout("gen", 1).expert_range(3) == (72, 96)
+    checkpoint = Checkpoint(sparse)
+    layout = ExpertLayout(intermediate_size=96, num_experts=4, shared_intermediate_size=0)
+    assert checkpoint.experts == {"gen": {1: layout, 2: layout}}
+    assert checkpoint.top_k == 2
+    assert checkpoint.shapes["gen"][1].ffn == layout
+    assert checkpoint.shapes["gen"][0].ffn == checkpoint.shapes["und"][1].ffn == 96
 
 
 def test_a_config_of_the_released_kind_is_taken(sparse: Path) -> None:
     edit_config(sparse, num_experts_per_tok=None, transformed_und=False)
-    moe = Checkpoint(sparse).moe
-    assert moe is not None
-    assert moe.top_k == 2
+    assert Checkpoint(sparse).top_k == 2
 
 
 def test_transformed_true_means_every_layer(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     convert(dense, tmp_path / "s", num_experts=4, top_k=2, layers="all")
     edit_config(tmp_path / "s", transformed_gen=True)
-    moe = Checkpoint(tmp_path / "s").moe
-    assert moe is not None
-    assert list(moe.layers["gen"]) == [0, 1, 2, 3]
+    assert list(Checkpoint(tmp_path / "s").experts["gen"]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +109,7 @@ def test_a_config_that_disagrees_with_the_keys_is_refused(
 ) -> None:
     edit_config(sparse, **fields)
     with pytest.raises(ValueError, match=message):
-        _ = Checkpoint(sparse).moe
+        _ = Checkpoint(sparse).experts
 
 
 def _drop(*names: str) -> Callable[[Weights], None]:
@@ -168,7 +166,7 @@ def test_missing_extra_and_renamed_tensors_are_named(
 ) -> None:
     edit_weights(sparse, edit)
     with pytest.raises(ValueError, match=message):
-        _ = Checkpoint(sparse).moe
+        _ = Checkpoint(sparse).experts
 
 
 def test_sparse_layers_of_different_kinds_are_refused(tmp_path: Path) -> None:
@@ -185,14 +183,14 @@ def test_sparse_layers_of_different_kinds_are_refused(tmp_path: Path) -> None:
     edit_weights(tmp_path / "a", mix)
     edit_config(tmp_path / "a", transformed_gen=[1, 2])
     with pytest.raises(ValueError, match=r"4 x 24 \+ 0, 8 x 12 \+ 0"):
-        _ = Checkpoint(tmp_path / "a").moe
+        _ = Checkpoint(tmp_path / "a").experts
 
 
 def test_a_dense_file_that_claims_sparse_layers_is_refused(tmp_path: Path) -> None:
     directory = make_dense(tmp_path / "m")
     edit_config(directory, transformed_gen=[1], num_experts=4, top_k=2)
     with pytest.raises(ValueError, match=r"transformed_gen must be false or absent, .* got \[1\]"):
-        _ = Checkpoint(directory).moe
+        _ = Checkpoint(directory).experts
 
 
 @pytest.mark.parametrize(
@@ -244,7 +242,7 @@ def test_a_broken_config_is_refused(text: bytes, tmp_path: Path) -> None:
     directory = make_dense(tmp_path / "m")
     (directory / "llm_config.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"llm_config.json: file must"):
-        _ = Checkpoint(directory).moe
+        _ = Checkpoint(directory).experts
 
 
 def test_a_file_cut_short_while_open_is_a_clear_error(tmp_path: Path) -> None:

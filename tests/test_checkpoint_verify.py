@@ -14,7 +14,7 @@ from checkpoint_files import LAYER, edit_config, edit_weights, make_autoencoder,
 from torch import Tensor
 
 from sparse_unified.checkpoint import convert, info, verify
-from sparse_unified.convert.matching import find_bijection
+from sparse_unified.convert.compare import find_bijection
 
 Weights = dict[str, Tensor]
 
@@ -202,8 +202,7 @@ def test_the_bijection_found_is_the_one_written(pair: tuple[Path, Path]) -> None
     from sparse_unified.checkpoint.sidecar import read_sidecar
 
     dense, sparse = (Checkpoint(path) for path in pair)
-    assert sparse.moe is not None
-    layout = sparse.moe.expert_layout("gen", 2)
+    layout = sparse.experts["gen"][2]
     index, problems = find_bijection(sparse, dense, "gen", 2, layout)
     assert not problems
     assert index is not None
@@ -225,7 +224,7 @@ def test_equal_hashes_are_not_believed(
         def digest(self) -> bytes:
             return self._digest
 
-    monkeypatch.setattr("sparse_unified.convert.matching.blake2b", Colliding)
+    monkeypatch.setattr("sparse_unified.convert.compare.blake2b", Colliding)
     report = verify(sparse, pair[0])
     assert not report.ok
     assert "expert 3, neuron 5: gate_proj must be equal" in report.layers[0].problems

@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {"num_layers": 3, "width": 16, "hidden": 4, "vocabulary"
 def read_layout(directory: Path) -> None:
     """Reads headers and JSON, as every operation does first."""
     checkpoint = Checkpoint(directory)
-    _ = checkpoint.moe, checkpoint.held, checkpoint.num_layers
+    _ = checkpoint.shapes, checkpoint.top_k, checkpoint.num_layers
 
 
 def read_info(directory: Path) -> None:

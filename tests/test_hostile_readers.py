@@ -227,7 +227,7 @@ def test_links_that_end_nowhere_or_in_a_device_are_refused(tmp_path: Path) -> No
                 os.mkfifo(root / "fifo")
             path.symlink_to(path if target == "loop" else root / target)
             if name != "ae.safetensors":
-                assert refusal(lambda p=model: Checkpoint(p).moe, name), target  # type: ignore[misc]
+                assert refusal(lambda p=model: Checkpoint(p).experts, name), target  # type: ignore[misc]
             elif refusal(lambda p=model: info(p), name) is None:  # type: ignore[misc]
                 assert any(name in problem for problem in info(model).problems), target
             out = root / "out"

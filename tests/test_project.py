@@ -48,9 +48,7 @@ REFUSED = {"ops": {"experts"}}
 # Names that a package passes on when they are first asked for.
 PASSED_ON = {"sparse_unified": set(ORDER), "sparse_unified.checkpoint": {"convert"}}
 # Modules that still import each other, if only for types or inside functions.
-CYCLES = [
-    {"sparse_unified.checkpoint.held", "sparse_unified.checkpoint.layout"},
-]
+CYCLES: list[set[str]] = []
 HEAVY = (
     "transformers",
     "tokenizers",

@@ -59,7 +59,7 @@ NAN[2, 5] = float("nan")
         ([], {}, "modes must name at least one"),
         (PruneWidthConfig(layers=[0, 4]), {}, "layers must lie in 0 to 3, got 4"),
         (SkipLayersConfig(layers="2-7"), {}, "layers must lie in 0 to 3, got 4"),
-        (PruneWidthConfig(block_size=36), {}, "block_size must divide the 96 neurons of gen"),
+        (PruneWidthConfig(block_size=36), {}, "gen layer 0: block_size must divide the 96 neurons"),
         (WHOLE, {"scores": NAN}, "prune: layer 2: scores must be finite, got nan for neuron 5"),
         (WHOLE, {"scores": NAN[:, :9]}, r"layer 0: scores must have shape \[96\], got \[9\]"),
         (WHOLE, {"scores": NAN[:3]}, r"scores must have shape \[4 layers"),
@@ -137,7 +137,7 @@ def test_components_that_a_file_lacks_are_refused(dense: Path, tmp_path: Path) -
         source, lambda w: [w.pop(k) for k in list(w) if ".layers." in k and "moe_gen" in k]
     )
     refuse("keys must hold gen FFNs", source, tmp_path, PruneWidthConfig())
-    refuse("keys must hold a gen attention", source, tmp_path, PruneHeadsConfig())
+    refuse("keys must hold gen attention", source, tmp_path, PruneHeadsConfig())
     refuse("keys must hold gen layers", source, tmp_path, DEPTH[1])
 
 

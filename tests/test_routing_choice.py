@@ -263,7 +263,7 @@ def test_every_partition_verifies_and_inverts(
         read_sidecar(sparse.directory / "partition.safetensors").neuron_index[1]
     )
     weights = [Checkpoint(dense).read(keys.dense_key(component, 1, n)) for n in keys.PROJECTIONS]
-    layout = sparse.moe.expert_layout(component, 1)  # type: ignore[union-attr]
+    layout = sparse.experts[component][1]
     snake = snake_partition(magnitude_scores(*weights), layout)
     assert torch.equal(index[:32], snake[:32])
     assert not torch.equal(index, snake)

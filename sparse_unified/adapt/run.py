@@ -186,7 +186,7 @@ def _prepare(
     source = Checkpoint(find_model(model, where=WHAT))
     running = _check_target(source, out, data, resume=run.resume)
     require_surroundings(source)
-    source.moe  # noqa: B018  (refuses whatever disagrees)
+    source.experts  # noqa: B018  (refuses whatever disagrees)
     records = open_records(data)
     pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)
     dataset = ImageDataset(

@@ -259,7 +259,7 @@ def write_adapted(
         what=WHAT,
         headers=headers,
         # A last look through the reader's eyes.
-        finish=lambda partial: Checkpoint(partial).moe,
+        finish=lambda partial: Checkpoint(partial).experts,
         progress=progress,
     )
     _wait_for_all()

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Any
 
-from sparse_unified.checkpoint.held import Held
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
 from sparse_unified.experts import ExpertLayout
@@ -381,7 +380,7 @@ def bagel_config(
     special_tokens: SpecialTokens,
     top_k: int | None = None,
     num_shared_experts: int = 0,
-    pruned: Mapping[str, Mapping[int, Held]] | None = None,
+    pruned: LayerShapes | None = None,
     stated: Mapping[str, Any] | None = None,
     where: str = "ema.safetensors",
 ) -> BagelConfig:
@@ -471,7 +470,7 @@ def _layer_shapes(
     whole: LLMConfig,
     layers: Mapping[int, Shapes],
     component: str,
-    pruned: Mapping[int, Held],
+    pruned: Mapping[int, LayerShape],
     num_shared_experts: int,
     where: str,
 ) -> dict[int, LayerShape]:
@@ -482,7 +481,7 @@ def _layer_shapes(
     for layer in sorted(layers.keys() | pruned.keys()):
         own, shape = layers.get(layer, {}), whole.layer(layer, component)
         if (left := pruned.get(layer)) is not None:
-            shape = LayerShape(ffn=left.width, kv_heads=left.keys, query_groups=left.reads)
+            shape = left
         num_experts = max((int(m[1]) + 1 for m in map(expert.match, own) if m), default=0)
         if num_experts:
             name = f"{ffn}.shared_expert.gate_proj.weight"

@@ -250,7 +250,8 @@ def read_config(
     Raises:
         ValueError: keys, shapes and JSON files disagree.
     """
-    moe = checkpoint.moe
+    experts = checkpoint.experts
+    layouts = [layout for layers in experts.values() for layout in layers.values()]
     return bagel_config(
         {key: spec.shape for key, spec in checkpoint.specs.items()},
         checkpoint.llm_config,
@@ -258,9 +259,9 @@ def read_config(
         latent_channels=vae.z_channels,
         vae_downsample=vae.downsample,
         special_tokens=special_tokens or SpecialTokens(),
-        top_k=None if moe is None else moe.top_k,
-        num_shared_experts=0 if moe is None else moe.num_shared_experts,
-        pruned=checkpoint.held,
+        top_k=checkpoint.top_k,
+        num_shared_experts=layouts[0].num_shared_experts if layouts else 0,
+        pruned=checkpoint.left,
         stated=stated or {},
         where=os.fspath(checkpoint.directory),
     )

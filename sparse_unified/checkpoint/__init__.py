@@ -10,8 +10,6 @@ import importlib
 from typing import Any
 
 from sparse_unified.checkpoint.counts import Counts
-from sparse_unified.checkpoint.ffn import SparseLayer
-from sparse_unified.checkpoint.layout import MoELayout
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import (
     AdaptConfig,
@@ -23,6 +21,7 @@ from sparse_unified.checkpoint.modes import (
 )
 from sparse_unified.checkpoint.recipe import Recipe, Step
 from sparse_unified.checkpoint.safetensors_io import TensorSpec
+from sparse_unified.checkpoint.shapes import LayerShape
 
 # Names of `sparse_unified.convert`, which stands above the models and this package below them.
 _OF_CONVERT = (
@@ -44,14 +43,13 @@ __all__ = [
     "AdaptConfig",
     "Checkpoint",
     "Counts",
+    "LayerShape",
     "MoEConfig",
-    "MoELayout",
     "Part",
     "PruneHeadsConfig",
     "PruneWidthConfig",
     "Recipe",
     "SkipLayersConfig",
-    "SparseLayer",
     "Step",
     "TensorSpec",
     *_OF_CONVERT,

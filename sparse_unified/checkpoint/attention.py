@@ -10,10 +10,9 @@ from typing import Any
 
 from sparse_unified._common import list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.held import Layers, absent_prefixes
-from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.safetensors_io import TensorSpec
+from sparse_unified.checkpoint.shapes import CONFIG, LayerShapes, absent_prefixes
 
 _SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 
@@ -29,7 +28,7 @@ class _Tensor:
 
 
 def check_attention(
-    layers: Layers | None, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
+    layers: LayerShapes | None, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
 ) -> list[str]:
     """Returns a sentence for each attention whose keys or shapes are not what the files say.
 
@@ -58,7 +57,7 @@ def check_attention(
             held = layers[tensor.component].get(tensor.layer)
             if held is None or not held.has_attention:
                 continue
-            num_reads, num_keys = len(held.reads), len(held.keys)
+            num_reads, num_keys = len(held.query_groups), len(held.kv_heads)
         heads = {"q_proj": num_reads * (queries // key_heads), "k_proj": num_keys}
         heads |= {"o_proj": heads["q_proj"], "v_proj": num_keys}
         channels = heads.get(tensor.module, 1) * width

@@ -7,6 +7,7 @@ A model is named by its directory, or by its id on the hub.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,20 @@ from torch import Tensor
 
 from sparse_unified._common import optional
 from sparse_unified.checkpoint.attention import check_attention
-from sparse_unified.checkpoint.ffn import FFNs, scan_ffns
 from sparse_unified.checkpoint.files import is_plain_name, read_json
-from sparse_unified.checkpoint.held import Layers, follow_recipe, whole_layers
-from sparse_unified.checkpoint.layout import CONFIG, MoELayout, check_layout
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec, read_header, read_tensor
-from sparse_unified.checkpoint.shapes import LayerShape
+from sparse_unified.checkpoint.shapes import (
+    CONFIG,
+    FFNs,
+    LayerShape,
+    check_ffns,
+    find_top_k,
+    follow_recipe,
+    scan_ffns,
+    whole_layers,
+)
 from sparse_unified.experts import ExpertLayout
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -118,21 +125,38 @@ class Checkpoint:
     @property
     def num_layers(self) -> int:
         """Decoder layers, those of which pruning has left nothing included."""
-        if self.held is not None:
-            return len(self.held["gen"])
+        if self.left is not None:
+            return len(self.left["gen"])
         return max((max(layers) + 1 for layers in self.ffns.values()), default=0)
 
     @cached_property
-    def moe(self) -> MoELayout | None:
-        """The sparse FFNs as the keys give them, checked against the config; None when dense.
+    def experts(self) -> dict[str, dict[int, ExpertLayout]]:
+        """The sparse FFNs, `{component: {layer: layout}}`, of components that have some.
+
+        As the keys give them, checked against llm_config.json and the recipe.
 
         Raises:
-            ValueError: keys disagree among themselves or with llm_config.json; the message names
+            ValueError: keys disagree among themselves or with these files; the message names
                 what was found and what would be legal.
         """
-        moe, problems = check_layout(self.ffns, self.llm_config, self.held)
+        problems = check_ffns(self.ffns, self.llm_config, self.left)
         self._refuse(problems + self.check_recipe())
-        return moe
+        shared: Any = self.llm_config.get("num_shared_experts")
+        found = {
+            component: {
+                layer: replace(ffn.layout, num_shared_experts=shared)
+                for layer, ffn in layers.items()
+                if ffn.layout is not None
+            }
+            for component, layers in self.ffns.items()
+        }
+        return {component: layers for component, layers in found.items() if layers}
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts a token uses, as llm_config.json says; None of a dense model."""
+        layouts = [layout for layers in self.experts.values() for layout in layers.values()]
+        return find_top_k(layouts[0].num_experts, self.llm_config)[0] if layouts else None
 
     @cached_property
     def recipe(self) -> Recipe | None:
@@ -145,8 +169,8 @@ class Checkpoint:
         return parse_recipe(path, read_json(path)) if path.exists() else None
 
     @cached_property
-    def held(self) -> Layers | None:
-        """What each layer holds of each component after pruning; None where nothing was pruned.
+    def left(self) -> dict[str, dict[int, LayerShape]] | None:
+        """What pruning has left, with the neurons of sparse FFNs together; None without pruning.
 
         Raises:
             ValueError: the recipe cannot have been carried out on the dense model of the config.
@@ -163,42 +187,36 @@ class Checkpoint:
         """What each layer has of each component, pruned or not.
 
         Raises:
-            ValueError: as of `moe` and `held`.
+            ValueError: as of `experts` and `left`.
         """
-        moe = self.moe
 
         def ffn(component: str, layer: int) -> int | ExpertLayout:
-            if moe is not None and layer in moe.layers.get(component, {}):
-                return moe.expert_layout(component, layer)
+            sparse = self.experts.get(component, {}).get(layer)
             found = self.ffns.get(component, {}).get(layer)
-            return 0 if found is None else found.intermediate_size
+            return sparse or (0 if found is None else found.intermediate_size)
 
         return {
             component: {
-                layer: LayerShape(
-                    ffn=ffn(component, layer), kv_heads=left.keys, query_groups=left.reads
-                )
-                for layer, left in layers.items()
+                layer: replace(shape, ffn=ffn(component, layer)) for layer, shape in layers.items()
             }
-            for component, layers in (self.held or whole_layers(self.llm_config)).items()
+            for component, layers in (self.left or whole_layers(self.llm_config)).items()
         }
 
     def check_recipe(self) -> list[str]:
         """Returns a sentence for each thing in the keys that the recipe does not account for."""
         problems = []
-        if self.held is not None:
-            problems += check_attention(self.held, self._specs, self.llm_config)
+        if self.left is not None:
+            problems += check_attention(self.left, self._specs, self.llm_config)
         for step in self.recipe.steps if self.recipe is not None else ():
             config = step.config
             if not isinstance(config, MoEConfig):
                 continue
             for layer in map(int, config.layers):
                 ffn = self.ffns.get(config.component, {}).get(layer)
-                if ffn is None or (
-                    ffn.sparse is not None and ffn.sparse.num_experts == config.num_experts
-                ):
+                layout = None if ffn is None else ffn.layout
+                if ffn is None or (layout is not None and layout.num_experts == config.num_experts):
                     continue
-                found = "a dense FFN" if ffn.sparse is None else str(ffn.sparse.num_experts)
+                found = "a dense FFN" if layout is None else str(layout.num_experts)
                 problems.append(
                     f"{RECIPE}: {config.component} layer {layer} must have {config.num_experts} "
                     f"experts in the keys, got {found}"

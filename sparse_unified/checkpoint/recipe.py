@@ -41,19 +41,6 @@ MODES: Mapping[str, type[Mode]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerHeads:
-    """The heads of one layer, by their numbers in the dense checkpoint.
-
-    Attributes:
-        keys: key heads that are there, ascending.
-        reads: `{component: key heads its query groups read}`; () where it skips the attention.
-    """
-
-    keys: tuple[int, ...]
-    reads: Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One step of a recipe.
 
@@ -62,14 +49,16 @@ class Step:
         scores: what neurons or heads were ranked by; None where nothing was ranked.
         tool: name and version of what did it.
         widths: neurons of each layer afterwards, of a "width" step.
-        heads: heads of each layer afterwards, of a "heads" step.
+        heads: heads of each layer afterwards, of a "heads" step, ascending, by their numbers in the
+            dense checkpoint: "keys", the KV heads that are there, and of each component those that
+            its query groups read; () where it skips the attention.
     """
 
     config: Mode
     scores: str | None
     tool: str
     widths: Mapping[int, int] = field(default_factory=dict)
-    heads: Mapping[int, LayerHeads] = field(default_factory=dict)
+    heads: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the step as plain values, ready for json.dump."""
@@ -82,10 +71,7 @@ class Step:
         if self.widths:
             result["widths"] = {str(layer): width for layer, width in self.widths.items()}
         if self.heads:
-            result["heads"] = {
-                str(layer): {"keys": heads.keys, **heads.reads}
-                for layer, heads in self.heads.items()
-            }
+            result["heads"] = {str(layer): dict(heads) for layer, heads in self.heads.items()}
         return result
 
     def to_text(self) -> str:
@@ -205,7 +191,7 @@ def _width(where: str, layer: int, value: object) -> int:
     return value
 
 
-def _heads(where: str, layer: int, value: object) -> LayerHeads:
+def _heads(where: str, layer: int, value: object) -> dict[str, tuple[int, ...]]:
     names = ("keys", *FFN_NAMES)
     if not isinstance(value, dict) or set(value) != set(names):
         raise ValueError(
@@ -225,6 +211,4 @@ def _heads(where: str, layer: int, value: object) -> LayerHeads:
                 f"{where}: {name} of layer {layer} must be among its keys {lists['keys']}, "
                 f"got {lists[name]}"
             )
-    return LayerHeads(
-        keys=tuple(lists["keys"]), reads={name: tuple(lists[name]) for name in FFN_NAMES}
-    )
+    return {name: tuple(numbers) for name, numbers in lists.items()}

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.ffn import SparseLayer
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
+from sparse_unified.checkpoint.shapes import ffn_parts
 from sparse_unified.experts import (
     Partition,
     RouterInit,
@@ -251,19 +251,11 @@ def _layer_index(layer: object, what: str) -> int:
     raise ValueError(f"{what}: scores must be named by layer index, got {layer!r:.120}")
 
 
-def _prefixes(sparse: SparseLayer | None) -> list[str]:
-    """Returns the starts of the keys of each part of a FFN, in expert order."""
-    if sparse is None:
-        return [""]
-    shared = ["shared_expert."] * bool(sparse.shared_width)
-    return [*shared, *(f"experts.{expert}." for expert in range(sparse.num_experts))]
-
-
 def _magnitudes(source: Checkpoint, component: str, layer: int, what: str) -> Tensor:
     # Parts get the bits that the whole layer would: every neuron is summed by itself.
     what = f"{what}: {component} layer {layer} of the weights"
     parts = []
-    for prefix in _prefixes(source.ffns[component][layer].sparse):
+    for prefix in ffn_parts(source.ffns[component][layer].ffn):
         gate_proj, up_proj, down_proj = (
             source.spec(f"{keys.ffn_prefix(component, layer)}{prefix}{name}.weight")
             for name in keys.PROJECTIONS

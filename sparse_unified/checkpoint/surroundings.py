@@ -11,10 +11,9 @@ from __future__ import annotations
 from sparse_unified._common import list_some
 from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.autoencoder import check_autoencoder
-from sparse_unified.checkpoint.held import absent_prefixes
-from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
 from sparse_unified.checkpoint.safetensors_io import read_header
+from sparse_unified.checkpoint.shapes import CONFIG, absent_prefixes
 from sparse_unified.checkpoint.structure import (
     check_structure,
     check_vision_layers,
@@ -43,12 +42,12 @@ def require_surroundings(source: Checkpoint) -> None:
 
 
 def _check_keys(source: Checkpoint) -> list[str]:
-    return check_structure(source.keys(), absent_prefixes(source.held or {}))
+    return check_structure(source.keys(), absent_prefixes(source.left or {}))
 
 
 def _check_heads(source: Checkpoint) -> list[str]:
     # Of a pruned model, `check_recipe` compares the heads with those that the recipe leaves.
-    return [] if source.held else check_attention(None, source.specs, source.llm_config)
+    return [] if source.left else check_attention(None, source.specs, source.llm_config)
 
 
 def _check_vocabulary(source: Checkpoint) -> list[str]:

@@ -30,13 +30,13 @@ from sparse_unified._common import (
 )
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import read_text, refuse_overlap
-from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.safetensors_io import as_bytes
 from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs, resolve_scores
+from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
     SIDECAR,
@@ -55,7 +55,6 @@ from sparse_unified.experts import (
     random_router,
     select_layers,
 )
-from sparse_unified.surgery.cuts import ffn_parts
 
 WHAT = "convert"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -219,7 +218,7 @@ def convert(
         )
         write_sidecar(partial / SIDECAR, sidecar)
         # A last look through the reader's eyes, before the directory gets its name.
-        if Checkpoint(partial).moe is None:
+        if component not in Checkpoint(partial).experts:
             raise RuntimeError(f"{WHAT}: {partial} must read as sparse, got a dense checkpoint")
 
     bytes_written = rewrite(
@@ -268,11 +267,11 @@ def _plan_layouts(
             f"{source.directory}: keys must hold {component} FFNs "
             f"({keys.dense_key(component, 0, 'gate_proj')} and so on), got none"
         )
-    moe = source.moe
-    if moe is not None and component in moe.layers:
+    experts = source.experts
+    if component in experts:
         raise ValueError(
             f"{source.directory}: {component} FFNs must all be dense, got sparse layers "
-            f"{format_layers(list(moe.layers[component]))}; invert gives the dense files back"
+            f"{format_layers(list(experts[component]))}; invert gives the dense files back"
         )
     selected = select_layers(layers, source.num_layers)
     if layers in ("all", "middle"):
@@ -297,7 +296,7 @@ def _plan_layouts(
                 num_shared_experts=num_shared_experts,
             )
         except ValueError as error:
-            at = f"{component} layer {layer}: " if source.held is not None else ""
+            at = f"{component} layer {layer}: " if source.left is not None else ""
             raise ValueError(f"{at}{error}") from error
     if type(top_k) is not int or not 1 <= top_k <= num_experts:
         raise ValueError(
@@ -305,12 +304,14 @@ def _plan_layouts(
         )
     # The config has one set of counts for both components.
     wanted = (num_experts, num_shared_experts, top_k)
-    if moe is not None and (moe.num_experts, moe.num_shared_experts, moe.top_k) != wanted:
-        raise ValueError(
-            f"{WHAT}: num_experts, num_shared_experts and top_k must be {moe.num_experts}, "
-            f"{moe.num_shared_experts} and {moe.top_k} as in the component that is sparse "
-            f"already, got {num_experts}, {num_shared_experts} and {top_k}"
-        )
+    for other in (layout for layers in experts.values() for layout in layers.values()):
+        found = (other.num_experts, other.num_shared_experts, source.top_k)
+        if found != wanted:
+            raise ValueError(
+                f"{WHAT}: num_experts, num_shared_experts and top_k must be {found[0]}, "
+                f"{found[1]} and {found[2]} as in the component that is sparse already, "
+                f"got {num_experts}, {num_shared_experts} and {top_k}"
+            )
     return layouts
 
 

@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparse_unified._common import Report, format_bytes, format_layers, format_table
-from sparse_unified.checkpoint.ffn import FFN, FFNs, scan_ffns
 from sparse_unified.checkpoint.files import list_files
-from sparse_unified.checkpoint.held import Held, Layers
-from sparse_unified.checkpoint.layout import check_layout, find_top_k
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.recipe import Recipe
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
+from sparse_unified.checkpoint.shapes import (
+    FFN,
+    FFNs,
+    LayerShape,
+    LayerShapes,
+    check_ffns,
+    find_top_k,
+    scan_ffns,
+)
 from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
 from sparse_unified.checkpoint.surroundings import check_surroundings
 
@@ -149,19 +155,19 @@ def info(directory: str | os.PathLike[str]) -> Info:
     ffns, problems = scan_ffns(source.specs)
     config: dict[str, Any] = {}
     recipe: Recipe | None = None
-    held: Layers | None = None
+    left: LayerShapes | None = None
     try:
         config = source.llm_config
         recipe = source.recipe
-        held = source.held
-        problems += check_layout(ffns, config, held)[1]
+        left = source.left
+        problems += check_ffns(ffns, config, left)
         problems += source.check_recipe() if not problems else []
     except ValueError as error:
         problems.append(str(error))
     problems = list(dict.fromkeys(check_surroundings(source) + problems))
 
-    sparse = [f.sparse for layers in ffns.values() for f in layers.values() if f.sparse is not None]
-    counts = {sizes.num_experts for sizes in sparse}
+    layouts = [ffn.layout for layers in ffns.values() for ffn in layers.values()]
+    counts = {layout.num_experts for layout in layouts if layout is not None}
     num_experts = counts.pop() if len(counts) == 1 else None
     top_k = find_top_k(num_experts, config)[0] if num_experts is not None else None
 
@@ -170,7 +176,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
         parts[_component_of(key)][key] = spec
     parts["vae"] = _vae_specs(source)
     components = tuple(
-        _describe(name, specs, ffns.get(name, {}), top_k, (held or {}).get(name))
+        _describe(name, specs, ffns.get(name, {}), top_k, (left or {}).get(name))
         for name, specs in parts.items()
         if specs
     )
@@ -189,7 +195,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
         dtypes=dtypes,
         weight_files=tuple(source.headers),
         files={str(f.name): f.nbytes for f in list_files(source.directory, skip=(), what="info")},
-        sidecar=_describe_sidecar(source, ffns, held or {}, problems),
+        sidecar=_describe_sidecar(source, ffns, left or {}, problems),
         recipe=tuple(step.to_dict() for step in recipe.steps) if recipe is not None else (),
         steps=tuple(step.to_text() for step in recipe.steps) if recipe is not None else (),
         problems=tuple(problems),
@@ -216,16 +222,15 @@ def _describe(
     specs: Mapping[str, TensorSpec],
     ffns: Mapping[int, FFN],
     top_k: int | None,
-    held: Mapping[int, Held] | None,
+    left: Mapping[int, LayerShape] | None,
 ) -> ComponentInfo:
     parameters = sum(math.prod(spec.shape) for spec in specs.values())
-    sparse = {layer: ffn for layer, ffn in ffns.items() if ffn.sparse is not None}
+    sparse = {layer: ffn.layout for layer, ffn in ffns.items() if ffn.layout is not None}
     idle = 0
-    for ffn in sparse.values():
-        assert ffn.sparse is not None
-        unused = ffn.sparse.num_experts - (top_k or 0)
-        idle += 3 * ffn.hidden_size * ffn.sparse.expert_width * unused
-    kinds = sorted({ffn.sparse for ffn in sparse.values() if ffn.sparse is not None})
+    for layer, layout in sparse.items():
+        unused = layout.num_experts - (top_k or 0)
+        idle += 3 * ffns[layer].hidden_size * layout.expert_width * unused
+    kinds = {(own.num_experts, own.expert_width, own.shared_width) for own in sparse.values()}
     return ComponentInfo(
         name=name,
         tensors=len(specs),
@@ -234,28 +239,27 @@ def _describe(
         layers=tuple(ffns),
         sparse_layers=tuple(sparse),
         experts=tuple(
-            f"{kind.num_experts} x {kind.expert_width}"
-            + (f" + {kind.shared_width} shared" if kind.shared_width else "")
-            for kind in kinds
+            f"{num_experts} x {width}" + (f" + {shared} shared" if shared else "")
+            for num_experts, width, shared in sorted(kinds)
         ),
-        pruned=_describe_pruned(held or {}),
+        pruned=_describe_pruned(left or {}),
     )
 
 
-def _describe_pruned(held: Mapping[int, Held]) -> tuple[str, ...]:
-    if not held:
+def _describe_pruned(shapes: Mapping[int, LayerShape]) -> tuple[str, ...]:
+    if not shapes:
         return ()
-    heads = max(len(left.keys) for left in held.values())
+    heads = max(len(own.kv_heads) for own in shapes.values())
     lost = {
-        "no FFN": [layer for layer, left in held.items() if not left.width],
-        "no attention": [layer for layer, left in held.items() if not left.has_attention],
-        "fewer heads": [layer for layer, left in held.items() if 0 < len(left.reads) < heads],
+        "no FFN": [n for n, own in shapes.items() if not own.width],
+        "no attention": [n for n, own in shapes.items() if not own.has_attention],
+        "fewer heads": [n for n, own in shapes.items() if 0 < len(own.query_groups) < heads],
     }
     texts = [f"{what} in {format_layers(layers)}" for what, layers in lost.items() if layers]
     widths: dict[int, list[int]] = {}
-    for layer, left in held.items():
-        if left.width:
-            widths.setdefault(left.width, []).append(layer)
+    for layer, own in shapes.items():
+        if own.width:
+            widths.setdefault(own.width, []).append(layer)
     spread = sorted(widths)
     if len(spread) > 3:
         texts.append(f"{spread[0]} to {spread[-1]} neurons")
@@ -265,7 +269,7 @@ def _describe_pruned(held: Mapping[int, Held]) -> tuple[str, ...]:
 
 
 def _describe_sidecar(
-    source: Checkpoint, ffns: FFNs, held: Layers, problems: list[str]
+    source: Checkpoint, ffns: FFNs, left: LayerShapes, problems: list[str]
 ) -> dict[str, Any] | None:
     path = source.directory / SIDECAR
     if not path.exists():
@@ -279,9 +283,9 @@ def _describe_sidecar(
     narrowed = source.recipe.narrowed_experts(sidecar.component) if source.recipe else set()
     for layer, index in sidecar.neuron_index.items():
         ffn = found.get(layer)
-        if layer in narrowed or (held and not held[sidecar.component][layer].width):
+        if layer in narrowed or (left and not left[sidecar.component][layer].width):
             continue  # narrower or skipped since
-        if ffn is None or ffn.sparse is None or ffn.intermediate_size != len(index):
+        if ffn is None or ffn.layout is None or ffn.intermediate_size != len(index):
             problems.append(
                 f"{SIDECAR}: {sidecar.component} layer {layer} must be sparse with {len(index)} "
                 "neurons in the keys, got something else"

@@ -23,12 +23,12 @@ from sparse_unified._common import (
 )
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import refuse_overlap
-from sparse_unified.checkpoint.layout import MoELayout
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.rewrite import Edit, gather, rewrite
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec
+from sparse_unified.checkpoint.shapes import ffn_parts
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
     SIDECAR,
@@ -37,7 +37,6 @@ from sparse_unified.checkpoint.sidecar import (
     read_sidecar,
 )
 from sparse_unified.experts import ExpertLayout
-from sparse_unified.surgery.cuts import ffn_parts
 
 WHAT = "invert"
 
@@ -103,21 +102,20 @@ def invert(
             f"{last.component}: what was pruned is gone"
         )
     headers = parse_dense_headers(source.directory / SIDECAR, sidecar)
-    moe = source.moe
+    experts = source.experts.get(sidecar.component, {})
     layers = tuple(sidecar.neuron_index)
-    found = tuple(moe.layers.get(sidecar.component, {})) if moe is not None else ()
-    if moe is None or found != layers:
+    if tuple(experts) != layers:
         raise ValueError(
             f"{source.directory}: sparse {sidecar.component} layers must be "
-            f"{format_layers(layers)} as {SIDECAR} says, got {format_layers(found)}"
+            f"{format_layers(layers)} as {SIDECAR} says, got {format_layers(tuple(experts))}"
         )
-    _check_tensors(source, sidecar, headers, moe)
+    _check_tensors(source, sidecar, headers)
 
     edits = {}
     for layer, index in sidecar.neuron_index.items():
         position = np.empty_like(index)
         position[index] = np.arange(len(index))  # dense neuron -> place in expert order
-        layout = moe.expert_layout(sidecar.component, layer)
+        layout = experts[layer]
         for name in keys.PROJECTIONS:
             key = keys.dense_key(sidecar.component, layer, name)
             edits[key] = _join(source, sidecar.component, layer, layout, name, position)
@@ -168,9 +166,7 @@ def _split_part(sidecar: Sidecar, key: str) -> tuple[int, str] | None:
     return found[1], found[2].removesuffix(".weight")
 
 
-def _check_tensors(
-    source: Checkpoint, sidecar: Sidecar, headers: dict[str, Header], moe: MoELayout
-) -> None:
+def _check_tensors(source: Checkpoint, sidecar: Sidecar, headers: dict[str, Header]) -> None:
     """Every dense tensor must follow from the sparse file, and no sparse tensor be left over."""
     specs = source.specs
     kept: set[str] = set()
@@ -191,7 +187,7 @@ def _check_tensors(
                     f"{SIDECAR} says, got {have}"
                 )
     for layer, index in sidecar.neuron_index.items():
-        width = moe.expert_layout(sidecar.component, layer).intermediate_size
+        width = source.ffns[sidecar.component][layer].intermediate_size
         lost = [name for name in keys.PROJECTIONS if (layer, name) not in split]
         if len(index) != width or lost:
             raise ValueError(

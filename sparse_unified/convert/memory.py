@@ -161,10 +161,9 @@ def working_bytes(
     number = embedding.dtype.itemsize
     tokens = 2 * images * ((size[0] // 16) * (size[1] // 16) + 2)
     ffn = 3 * tokens * width
-    moe = source.moe
-    if moe is not None:
-        rows = tokens * moe.top_k
-        ffn = max(ffn, rows * hidden + rows * width // moe.num_experts)
+    for layout in (own for layers in source.experts.values() for own in layers.values()):
+        rows = tokens * (source.top_k or 0)
+        ffn = max(ffn, rows * hidden + rows * width // layout.num_experts)
     step = 12 * tokens * hidden + ffn
     if storage is not None or offload == "und":
         step += 3 * width * hidden

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, format_bytes, format_table
+from sparse_unified._common import Progress, Report, format_bytes, format_table, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
 from sparse_unified.checkpoint.files import list_files, refuse_overlap
-from sparse_unified.checkpoint.layout import CONFIG
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import (
     Mode,
@@ -29,11 +28,11 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.checkpoint.recipe import RECIPE, LayerHeads, Recipe, Step
+from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
 from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
-from sparse_unified.checkpoint.shapes import LayerShape
+from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.checkpoint.surroundings import require_surroundings
 from sparse_unified.surgery.cuts import (
@@ -127,12 +126,9 @@ def prune(
     listed = list(modes) if isinstance(modes, Sequence) else [modes]
     if not listed:
         raise ValueError(f"{WHAT}: modes must name at least one, got none")
-    moe = source.moe  # refuses whatever disagrees
+    experts = source.experts  # refuses whatever disagrees
     require_surroundings(source)
-    try:
-        cuts, after, steps = _plan(source, listed, scores, seed)
-    except ValueError as error:
-        raise ValueError(f"{WHAT}: {str(error).removeprefix(f'{WHAT}: ')}") from error
+    cuts, after, steps = _plan(source, listed, scores, seed)
     sizes = {key: spec.shape for key, spec in source.specs.items()}
     left = sizes_left(sizes, cuts)
     edits = {key: _edit(source, key, cuts, left) for key in cuts}
@@ -142,7 +138,7 @@ def prune(
     def finish(partial: Path) -> None:
         # A last look through the reader's eyes, before the directory gets its name.
         written = Checkpoint(partial)
-        if written.shapes != after or (moe is None and written.moe is not None):
+        if written.shapes != after or (not experts and written.experts):
             raise RuntimeError(f"{WHAT}: {partial} must read as it was planned, got something else")
 
     nbytes = rewrite(source, out, edits, texts, what=WHAT, finish=finish, progress=progress)
@@ -191,13 +187,16 @@ def _plan(
             names = {f"{config.mode} of {component}" for component in components}
             if again := sorted(names & ranked):
                 raise ValueError(
-                    f"modes must name the {again[0]} once; prune the result again, got it twice"
+                    f"{WHAT}: modes must name the {again[0]} once; prune the result again, "
+                    "got it twice"
                 )
             ranked |= names
-        layers = _select(shapes, config, components)
+        with naming(WHAT):
+            layers = _select(shapes, config, components)
         own = {component: {n: by[n] for n in layers} for component, by in shapes.items()}
         ranking, origin = _rank(source, config, components, layers, scores, seed)
-        more = plan(config, own, sizes, ranking)
+        with naming(WHAT):
+            more = plan(config, own, sizes, ranking)
         left = shapes_left(own, sizes, more)
         for component, by_layer in left.items():
             shapes[component] |= by_layer
@@ -236,7 +235,8 @@ def _require_parts(source: Checkpoint, config: PruneConfig, components: Sequence
             example = f"{keys.layer_prefix(0)}{last}.weight"
         if not found:
             raise ValueError(
-                f"{source.directory}: keys must hold {component} layers with {part} "
+                f"{source.directory}: keys must hold {component} "
+                f"{'FFNs' if part == 'ffn' else 'attention'} "
                 f"({example} and so on), got none"
             )
 
@@ -252,7 +252,10 @@ def _select(shapes: Shapes, config: PruneConfig, components: Sequence[str]) -> t
         ]
         return any(left) if isinstance(config, SkipLayersConfig) else all(left)
 
-    what = f"{' and '.join(components)} {' or '.join(parts)}"
+    name = "FFN" if parts == ("ffn",) else parts[0]
+    if isinstance(config, SkipLayersConfig):
+        name = f"{config.part.value} left"
+    what = f"{' and '.join(components)} {name}"
     return select(config.layers, len(shapes["gen"]), has, what)
 
 
@@ -289,24 +292,23 @@ def _rank(
     return lambda component, layer: ranking[component][layer], origin
 
 
-def _heads(shapes: Mapping[str, Mapping[int, LayerShape]], layer: int) -> LayerHeads:
+def _heads(
+    shapes: Mapping[str, Mapping[int, LayerShape]], layer: int
+) -> dict[str, tuple[int, ...]]:
     own = {component: by_layer[layer] for component, by_layer in shapes.items()}
-    return LayerHeads(
-        keys=max((shape.kv_heads for shape in own.values()), key=len),
-        reads={component: shape.query_groups for component, shape in own.items()},
-    )
+    kv_heads = max((shape.kv_heads for shape in own.values()), key=len)
+    return {"keys": kv_heads} | {name: shape.query_groups for name, shape in own.items()}
 
 
 def _count(source: Checkpoint, sizes: Sizes) -> dict[str, Counts]:
-    top_k = None if source.moe is None else source.moe.top_k
     tensors = {key: (source.spec(key).dtype, shape) for key, shape in sizes.items()}
-    return {name: count_tensors(tensors, name, top_k=top_k) for name in keys.FFN_NAMES}
+    return {name: count_tensors(tensors, name, top_k=source.top_k) for name in keys.FFN_NAMES}
 
 
 def _config_text(source: Checkpoint, after: Shapes) -> dict[str, str]:
     """Returns llm_config.json where sparse layers went and it has to say so."""
     fields: dict[str, Any] = {}
-    for component, layers in (source.moe.layers if source.moe is not None else {}).items():
+    for component, layers in source.experts.items():
         left = [layer for layer in layers if after[component][layer].width]
         if len(left) < len(layers):
             fields[keys.TRANSFORMED[component]] = left or False

@@ -93,20 +93,19 @@ class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[name-defined
 
     def _put_in_blocks(self, checkpoint: Checkpoint) -> dict[int, SparseMoE]:
         """Replaces dense generation FFNs; returns the sparse ones by layer."""
-        moe = checkpoint.moe
-        if moe is None:
+        experts, top_k = checkpoint.experts, checkpoint.top_k
+        if top_k is None:
             return {}
-        if set(moe.layers) != {"gen"} or checkpoint.held is not None:
-            what = "pruned" if checkpoint.held is not None else "sparse und FFNs"
+        if set(experts) != {"gen"} or checkpoint.left is not None:
+            what = "pruned" if checkpoint.left is not None else "sparse und FFNs"
             raise ValueError(
                 f"{_WHERE}: {checkpoint.directory} must have sparse gen FFNs and be dense "
                 f"otherwise, got {what}"
             )
         blocks = {}
-        for layer in moe.layers["gen"]:
+        for layer, layout in experts["gen"].items():
             at = f"{_WHERE}: layer {layer}"
             owner = self.language_model.model.layers[layer]
-            layout = moe.expert_layout("gen", layer)
             down = getattr(owner.mlp_moe_gen.down_proj, "weight", None)
             hidden = checkpoint.ffns["gen"][layer].hidden_size
             wanted = [hidden, layout.intermediate_size]
@@ -124,7 +123,7 @@ class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[name-defined
                 hidden,
                 layout.intermediate_size,
                 layout.num_experts,
-                moe.top_k,
+                top_k,
                 layout.num_shared_experts,
                 shared_intermediate_size=layout.shared_width,
                 return_router_logits=False,

@@ -28,7 +28,7 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
+from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes, ffn_parts
 from sparse_unified.experts import (
     Budget,
     ExpertLayout,
@@ -153,13 +153,6 @@ def _check_width(ffn: int | ExpertLayout, config: PruneWidthConfig) -> None:
         )
 
 
-def ffn_parts(ffn: int | ExpertLayout) -> dict[str, tuple[int, int]]:
-    """Returns which neurons each part of an FFN holds, by the start of its keys, in order."""
-    if isinstance(ffn, int):
-        return {"": (0, ffn)}
-    return {f"{name}.": neurons for name, neurons in ffn.ranges().items()}
-
-
 def _drop_heads(
     config: PruneHeadsConfig, shapes: LayerShapes, sizes: Sizes, scores: Scores
 ) -> Cuts:
@@ -206,7 +199,7 @@ def _cut_heads(layer: int, shapes: LayerShapes, sizes: Sizes, kept: Mapping[str,
             units = groups[component] if reads_groups else kv_places
             count = len(shape.query_groups) if reads_groups else len(shape.kv_heads)
             dim = 1 if name == "o_proj" else 0
-            cut = Cut(dim, _spread(units, sizes[f"{module}.weight"][dim] // count))
+            cut = Cut(dim, spread(units, sizes[f"{module}.weight"][dim] // count))
             cuts[f"{module}.weight"] = cut
             if dim == 0 and f"{module}.bias" in sizes:
                 cuts[f"{module}.bias"] = cut
@@ -217,7 +210,7 @@ def _attention_module(component: str, layer: int, name: str) -> str:
     return f"{keys.layer_prefix(layer)}self_attn.{name}{keys.SUFFIXES[component]}"
 
 
-def _spread(units: Tensor, width: int) -> Tensor:
+def spread(units: Tensor, width: int) -> Tensor:
     """Returns the channels [units * width] of the given heads or groups."""
     return (units[:, None] * width + torch.arange(width)).flatten()
 

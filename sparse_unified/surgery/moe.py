@@ -138,8 +138,8 @@ def load_moe_(
         if is_hub_id(checkpoint):
             checkpoint = find_model(checkpoint, where="load_moe_")
         checkpoint = Checkpoint(checkpoint)
-    moe = checkpoint.moe
-    if moe is None:
+    experts, top_k = checkpoint.experts, checkpoint.top_k
+    if top_k is None:
         raise ValueError(f"{checkpoint.directory}: checkpoint must be sparse, got a dense one")
     with context("load_moe_"):
         decoder = find_decoder(model)
@@ -163,7 +163,7 @@ def load_moe_(
                             f"file, {list(weights.gate_proj.shape)} in the model"
                         )
                     layout = moe.expert_layout(component, slot.layer)
-                    plans.append(_plan(slot, ffn, weights, layout, moe.top_k))
+                    plans.append(_plan(slot, ffn, weights, layout, top_k))
         blocks = [_loaded_block(plan, checkpoint) for plan in plans]
         return _exchange("load_moe_", decoder, plans, blocks, keep_dense)
 
