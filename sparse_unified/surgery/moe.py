@@ -149,7 +149,7 @@ def load_moe_(
                 f"has, got {len(decoder.layers)} under {decoder.path}"
             )
         plans = []
-        for component, layers in moe.layers.items():
+        for component, layers in experts.items():
             for slot, ffn in decoder.select_ffns(list(layers), component):
                 with naming(slot):
                     weights = read_weights(ffn)
@@ -162,7 +162,7 @@ def load_moe_(
                             f"sparse FFNs must be those of the model, got [I, D] = {sizes} in the "
                             f"file, {list(weights.gate_proj.shape)} in the model"
                         )
-                    layout = moe.expert_layout(component, slot.layer)
+                    layout = layers[slot.layer]
                     plans.append(_plan(slot, ffn, weights, layout, top_k))
         blocks = [_loaded_block(plan, checkpoint) for plan in plans]
         return _exchange("load_moe_", decoder, plans, blocks, keep_dense)
