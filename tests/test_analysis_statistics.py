@@ -88,7 +88,7 @@ def test_sums_are_those_of_what_each_ffn_saw(model: models.Bailing) -> None:
             torch.testing.assert_close(own[0], expected.double(), rtol=1e-5, atol=1e-6)
             assert torch.count_nonzero(own[1:]) == 0
         if len(x):
-            mean = statistics.mean_abs("text", "text", ffn.key)
+            mean = sums.mean_abs()
             torch.testing.assert_close(mean, exact[0] / len(x), rtol=1e-5, atol=1e-6)
 
 
@@ -225,31 +225,24 @@ def test_successive_overlap_compares_a_sample_with_itself() -> None:
 
 
 def test_equal_samples_overlap_whole_and_others_less(model: models.Bailing) -> None:
-    same = gather(model, {"a": ids(1), "b": ids(1)})
-    other = gather(model, {"a": ids(1), "b": ids(2)})
-    assert same.sample_overlap("text", "text")[0].tolist()[0] == 1.0
-    assert 0 < other.sample_overlap("text", "text")[0].tolist()[0] < 1.0
-    assert other.sample_overlap("text", "text")[:, 1:].isnan().all()
+    same, other = (gather(model, {"a": ids(1), "b": ids(n)}).of("text", "text")[0] for n in (1, 2))
+    assert same.sample_overlap()[0] == 1
+    assert 0 < other.sample_overlap()[0] < 1
+    assert other.sample_overlap()[1:].isnan().all()
 
 
-def test_accessors_have_a_row_for_every_ffn(
-    model: models.Bailing, statistics: FfnStatistics
-) -> None:
-    keys = statistics.keys("text", "text")
-    assert keys == [ffn.key for ffn in find_adapter(model).ffns("text")]
-    rates = statistics.firing_rate("text", "text")
-    assert rates.shape == statistics.sample_overlap("text", "text").shape == (len(keys), 4)
-    assert statistics.step_overlap("text", "text").shape == (len(keys), 2)
-    seen = torch.tensor([int(s.tokens[0]) > 0 for s in statistics.ffns["text"]["text"].values()])
-    assert ((rates[seen, 0] > 0) & (rates[seen, 0] < 1)).all()
-    assert rates[:, 1:].isnan().all()
-    for call, message in (
-        (lambda: statistics.firing_rate("x", "text"), "task must be one of text, got 'x'"),
-        (lambda: statistics.step_overlap("text", "gen"), "component must be one of text"),
-        (lambda: statistics.mean_abs("text", "text", 99), "FFN must be one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+def test_every_ffn_has_its_numbers(model: models.Bailing, statistics: FfnStatistics) -> None:
+    found = statistics.of("text", "text")
+    assert list(found) == [ffn.key for ffn in find_adapter(model).ffns("text")]
+    for sums in found.values():
+        assert sums.sample_overlap().shape == (4,)
+        assert sums.step_overlap().shape == (2,)
+        assert sums.firing_rate()[1:].isnan().all()
+        if sums.tokens.sum():
+            assert 0 < sums.firing_rate()[0] < 1
+    for names, message in ((("x", "text"), "task must be"), (("text", "gen"), "component must be")):
+        with pytest.raises(ValueError, match=f"{message} one of text"):
+            statistics.of(*names)
 
 
 @torch.no_grad()
@@ -270,8 +263,9 @@ def test_maps_run_from_noise_to_image_and_end_with_what_has_no_time() -> None:
     assert gen["layers"] == [0, 1, 2]
     assert gen["ranges"] == ["1-0.75", "0.25-0"]
     assert und["ranges"] == ["1-0.75", "0.25-0", "no time"]
-    assert gen["firing"] == statistics.firing_rate("task", "gen")[:, [4, 1]].tolist()
-    assert gen["overlap"] == statistics.sample_overlap("task", "gen").nanmean(1).tolist()
+    for row, sums in enumerate(statistics.of("task", "gen").values()):
+        assert gen["firing"][row] == sums.firing_rate()[[4, 1]].tolist()
+        assert gen["overlap"][row] == sums.sample_overlap().nanmean()
     assert gen["steps"] == [None] * 3  # no sample has two ranges side by side
     assert gen["chance"] == pytest.approx(0.25 / 1.75)
     json.dumps([und, gen], allow_nan=False)
@@ -283,8 +277,9 @@ def test_maps_of_a_mixture_are_means_over_the_experts_that_saw_tokens(
 ) -> None:
     statistics = gather(model, {"a": torch.tensor([[3]]), "b": torch.tensor([[5]])})
     (found,) = statistics.activation_maps("text")
-    keys, rates = statistics.keys("text", "text"), statistics.firing_rate("text", "text")[:, 0]
-    own = rates[[isinstance(key, tuple) and key[0] == 1 for key in keys]]
+    keyed = statistics.of("text", "text").items()
+    experts = [sums for key, sums in keyed if isinstance(key, tuple) and key[0] == 1]
+    own = torch.stack([sums.firing_rate()[0] for sums in experts])
     assert own.isnan().any()  # two samples of one token leave experts idle
     assert found["layers"] == [0, 1, 2]
     assert found["firing"][1][0] == own.nanmean()
@@ -335,7 +330,7 @@ def test_merging_equals_one_pass_over_both(model: models.Bailing) -> None:
     both = merged.merge(other)
     assert both.tasks == ("text", "captions")
     assert both.samples == {"text": tuple(samples), "captions": ("a",)}
-    means = [own.mean_abs("captions", "text", 0) for own in (both, other)]
+    means = [own.of("captions", "text")[0].mean_abs() for own in (both, other)]
     assert torch.equal(*means)
 
 

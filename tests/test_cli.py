@@ -189,6 +189,7 @@ def test_options_come_from_the_fields_of_a_config() -> None:
             ]
         ),
         ("calibrate m --task editing --out o --criterion wanda", "--criterion must come with"),
+        ("expert-usage m --task editing --plot x.pdf", "--plot must end in .png"),
         ("adapt m o --steps 1", "--data must be given"),
         ("adapt m o --data d", "--steps must be given"),
     ],

@@ -79,7 +79,7 @@ def test_calibrate_takes_sparse_models_and_writes_scores_in_expert_order(
     ]
     found = read_header(scores).tensors
     joined = read_tensor(found["gen.1"], what="")
-    means = [statistics.mean_abs("generation", "gen", key) for key in keys]
+    means = [statistics.of("generation", "gen")[key].mean_abs() for key in keys]
     assert torch.equal(joined, torch.cat(means).float())
     # What und did there counts for the dense model too.
     assert run_calibrate(sparse, out, "--task", "understanding", "--samples", "1") == 0
@@ -167,28 +167,17 @@ def test_all_tasks_and_axes_in_one_command(
         *("--json", f"{tmp_path}/result.json"),
     ]
     assert analyze(model, out, *arguments) == 0
-    printed = capsys.readouterr().out
-    for word in ("generation", "latent_distance", "velocity_error", "perplexity", "und", "heads"):
-        assert word in printed
+    assert "latent_distance" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == json.loads((out / "results.json").read_text())
-    assert {name: len(task["points"]) for name, task in result["tasks"].items()} == {
-        "generation": 6,
-        "understanding": 3,
-        "editing": 6,
-    }
-    report = (out / "report.md").read_text()
-    assert report.count("\n## ") == 3
+    assert (out / "report.md").read_text().count("\n## ") == 3
     plots = {path.stem: Image.open(path).size for path in (out / "plots").iterdir()}
     for task in result["tasks"]:
         for kind in ("sensitivity", "similarity", "activation", "overlap"):
             assert min(plots[f"{kind}-{task}"]) > 300
     maps = {found["component"]: found for found in result["tasks"]["editing"]["activation"]}
     assert maps["gen"]["ranges"][0] == "1-0.875"  # from noise to image
-    assert maps["gen"]["ranges"][-1] == "no time"  # the picture that is edited
-    for found in maps.values():
-        assert all(0 <= rate <= 1 for row in found["firing"] for rate in row if rate is not None)
-        assert all(0 < share <= 1 for share in found["overlap"])
+    assert maps["gen"]["ranges"][-1] == "no time"  # the image that is edited
     # A second run finds everything done.
     assert analyze(model, out, *arguments) == 0
     assert json.loads((tmp_path / "result.json").read_text()) == result

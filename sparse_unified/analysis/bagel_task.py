@@ -180,27 +180,18 @@ class VelocityError:
             got = f"none for {missing[0]!r}" if missing else "no samples"
             raise ValueError(f"VelocityError: samples must have an image each, got {got}")
         self.samples, self.times = samples, times
-        self._latents: list[tuple[Tensor, tuple[int, int]]] = []
-
-    def prepare(self, pipeline: BagelPipeline) -> None:
-        """Encodes the images, once."""
-        patch = pipeline.model.config.latent_patch_size
-        self._latents = []
-        for sample in self.samples:
-            assert sample.image is not None
-            pixels = pipeline.image_processor.for_vae(open_image(sample.image, where="samples"))
-            latent = pipeline.vae.encode(pixels[None])[0]
-            grid = (latent.shape[1] // patch, latent.shape[2] // patch)
-            self._latents.append((patchify(latent, patch).float().cpu(), grid))
 
     @torch.no_grad()
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
-        if not self._latents:
-            self.prepare(pipeline)
-        errors = []
-        for sample, (clean, grid) in zip(self.samples, self._latents, strict=True):
-            context = guidance_of(pipeline, sample).full
+        patch, errors = pipeline.model.config.latent_patch_size, []
+        for sample in self.samples:
+            assert sample.image is not None
+            image = open_image(sample.image, where="samples")
+            latent = pipeline.vae.encode(pipeline.image_processor.for_vae(image)[None])[0]
+            grid = (latent.shape[1] // patch, latent.shape[2] // patch)
+            clean = patchify(latent, patch).float().cpu()
             noise = initial_noise(clean.shape[0], clean.shape[1], sample.seed)
+            context = guidance_of(pipeline, sample).full
             for time in self.times:
                 noisy = (1 - time) * clean + time * noise
                 at = torch.tensor([time])

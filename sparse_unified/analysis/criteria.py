@@ -103,16 +103,22 @@ def score(
 
     def mean_abs(ffn: Ffn) -> Tensor:
         if statistics is None:
-            raise ValueError(f"{name}: statistics must be given, got none")
-        means = [statistics.mean_abs(task, ffn.component, ffn.key) for task in used]
+            raise ValueError("statistics must be given, got none")
+        means = []
+        for task in used:
+            found = statistics.of(task, ffn.component)
+            if ffn.key not in found:
+                raise ValueError(f"statistics of {task} must hold the FFN, got none")
+            with naming(task):
+                means.append(found[ffn.key].mean_abs())
         return torch.stack(means).mean(0)
 
     scores: NeuronScores = {}
     for component in adapter.components if components is None else components:
         scores[component] = {}
         for ffn in adapter.ffns(component):
-            own = chosen(ffn, partial(mean_abs, ffn), seed).to("cpu", torch.float32)
             with naming(f"{name}: {ffn.name}"):
+                own = chosen(ffn, partial(mean_abs, ffn), seed).to("cpu", torch.float32)
                 check_scores(own, ffn.intermediate_size)
             scores[component][ffn.key] = own
     return scores

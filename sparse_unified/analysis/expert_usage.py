@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Progress, Report, context, format_table
+from sparse_unified._common import Progress, Report, context
 from sparse_unified.analysis.bagel_task import Settings, run_task
 from sparse_unified.analysis.calibration import observe_time
 from sparse_unified.analysis.samples import Task
@@ -123,30 +123,41 @@ class ExpertUsage(Report):
             "layers": [entry.to_dict() for entry in self.layers],
         }
 
-    def to_text(self) -> str:
-        rows: list[tuple[object, ...]] = [
-            ("layer", "tokens", "experts", "entropy", "least", "most", "dead", "change over time")
-        ]
-        for entry in self.layers:
-            share = entry.share()
-            rows.append(
-                (
-                    f"{entry.component} {entry.layer}",
-                    int(entry.tokens.sum()),
-                    f"{entry.top_k} of {entry.num_experts}",
-                    _format(entry.entropy(), ".3f"),
-                    _format(float(share.min()), ".1%"),
-                    _format(float(share.max()), ".1%"),
-                    len(entry.dead_experts()),
-                    _format(float(entry.change().nanmean()), ".3f"),
-                )
+    def title(self) -> str:
+        return f"{self.task}, {self.samples} samples\n"
+
+    def headings(self) -> Sequence[str]:
+        return (
+            "layer",
+            "tokens",
+            "experts",
+            "entropy",
+            "least",
+            "most",
+            "dead",
+            "change over time",
+        )
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
+            (
+                f"{entry.component} {entry.layer}",
+                int(entry.tokens.sum()),
+                f"{entry.top_k} of {entry.num_experts}",
+                _format(entry.entropy(), ".3f"),
+                _format(float(entry.share().min()), ".1%"),
+                _format(float(entry.share().max()), ".1%"),
+                len(entry.dead_experts()),
+                _format(float(entry.change().nanmean()), ".3f"),
             )
-        notes = [
+            for entry in self.layers
+        ]
+
+    def notes(self) -> Sequence[str]:
+        return (
             "entropy: of the load, 1 is even; least, most: tokens that use an expert;",
             "dead: experts that no token uses; change: choices that move between times",
-        ]
-        head = f"{self.task}, {self.samples} samples"
-        return "\n".join([head, "", format_table(rows, header=True), "", *notes])
+        )
 
 
 class ExpertWatch:

@@ -73,35 +73,32 @@ class SweepConfig:
     )
 
     def __post_init__(self) -> None:
-        values: dict[str, Any] = {}
         for name in ("components", "axes", "ratios"):
             given = getattr(self, name)
             if isinstance(given, str) or not isinstance(given, Sequence) or not given:
                 raise ValueError(f"analyze: {name} must be a list of at least one, got {given!r}")
             if len(set(given)) != len(given):
                 raise ValueError(f"analyze: {name} must be given once each, got {given}")
-            values[name] = tuple(given)
-        values["axes"] = tuple(_choice(Axis, "axis", axis) for axis in self.axes)
-        values["part"] = _choice(Part, "part", self.part)
-        values["budget"] = _choice(Budget, "budget", self.budget)
+            object.__setattr__(self, name, tuple(given))
         if not isinstance(self.layers, str):
-            values["layers"] = tuple(self.layers)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        size, repeats = self.block_size, self.repeats
-        for name, value, is_legal, rule in (
-            *(("ratio", r, _is_ratio(r), "above 0 and at most 1") for r in self.ratios),
-            (
-                "criterion",
-                self.criterion,
-                self.criterion in CRITERIA,
-                f"one of {', '.join(CRITERIA)}",
-            ),
-            ("block_size", size, size == 1 or size in range(16, 129), "1 or 16 to 128"),
-            ("repeats", repeats, type(repeats) is int and repeats >= 1, "at least 1"),
-        ):
-            if not is_legal:
-                raise ValueError(f"analyze: {name} must be {rule}, got {value!r}")
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if not set(self.axes) <= {axis.value for axis in Axis}:
+            raise ValueError(f"analyze: axes must be of depth, width, heads, got {self.axes}")
+        object.__setattr__(self, "axes", tuple(map(Axis, self.axes)))
+        if self.criterion not in CRITERIA:
+            raise ValueError(
+                f"analyze: criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}"
+            )
+        if type(self.repeats) is not int or self.repeats < 1:
+            raise ValueError(f"analyze: repeats must be at least 1, got {self.repeats!r}")
+        # The configs of the points refuse the rest.
+        for ratio in self.ratios:
+            width = PruneWidthConfig(
+                keep_ratio=ratio, budget=self.budget, block_size=self.block_size
+            )
+        depth = SkipLayersConfig(layers=(0,), part=self.part)
+        object.__setattr__(self, "budget", width.budget)
+        object.__setattr__(self, "part", depth.part)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, for JSON."""
@@ -226,15 +223,3 @@ def made_smaller(
         host, mode, own, adapter=adapter, component=point.component, forward=forward
     ) as text:
         yield text, layers
-
-
-def _choice(kind: Any, name: str, value: object) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        legal = ", ".join(choice.value for choice in kind)
-        raise ValueError(f"analyze: {name} must be one of {legal}, got {value!r}") from None
-
-
-def _is_ratio(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value <= 1  # type: ignore[operator]

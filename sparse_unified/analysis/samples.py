@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
-import numpy as np
-
-from sparse_unified._common import optional
 from sparse_unified.bagel.images import open_image
 from sparse_unified.checkpoint.files import loads_strict
 
@@ -45,64 +43,16 @@ UNDERSTANDING_PROMPTS = (
 )
 
 
-# Images to edit, so that editing needs no files: instruction, background and shapes, drawn one over
-# the other. They are integers alone and written uncompressed, so that the files are the same
-# everywhere, and with them the fingerprints of the samples.
-_SIZE = 256  # pixels, height and width
-_WHITE, _BLACK, _GREY = (255, 255, 255), (20, 20, 20), (128, 128, 128)
-_RED, _GREEN, _BLUE = (210, 30, 30), (50, 150, 60), (40, 80, 200)
-_YELLOW, _BROWN, _SKY = (250, 210, 40), (130, 85, 45), (150, 205, 250)
-_SCENES: tuple[tuple[str, tuple[int, ...], tuple[Any, ...]], ...] = (
-    ("make the red ball blue", _WHITE, (("disc", _RED, 128, 128, 70),)),
-    (
-        "paint the roof of the house green",
-        _SKY,
-        (
-            ("box", _GREEN, 190, 0, 256, 256),
-            ("box", _WHITE, 120, 70, 210, 186),
-            ("roof", _RED, 120, 55, 201, 70),
-            ("box", _BROWN, 160, 115, 210, 141),
-        ),
-    ),
-    (
-        "turn the day into night",
-        _SKY,
-        (("disc", _YELLOW, 70, 180, 35), ("box", _BLUE, 150, 0, 256, 256)),
-    ),
-    (
-        "remove the small box",
-        _GREY,
-        (("box", _BLUE, 60, 30, 220, 150), ("box", _YELLOW, 170, 180, 220, 230)),
-    ),
-    (
-        "add a fourth ball on the right",
-        _WHITE,
-        tuple(("disc", _GREEN, 128, 35 + 60 * i, 25) for i in range(3)),
-    ),
-    (
-        "let the boat sail in the rain",
-        _SKY,
-        (
-            ("box", _BLUE, 180, 0, 256, 256),
-            ("box", _BROWN, 165, 70, 195, 190),
-            ("roof", _WHITE, 160, 90, 180, 110),
-        ),
-    ),
-    (
-        "give the cup a handle",
-        _YELLOW,
-        (("box", _BROWN, 200, 0, 256, 256), ("box", _WHITE, 110, 85, 200, 170)),
-    ),
-    (
-        "switch the traffic light to green",
-        _SKY,
-        (
-            ("box", _BLACK, 30, 88, 226, 168),
-            ("disc", _RED, 70, 128, 27),
-            ("disc", _GREY, 128, 128, 27),
-            ("disc", _GREY, 186, 128, 27),
-        ),
-    ),
+# What is to be done with the images of scenes.zip, a few flat shapes each.
+EDITING_PROMPTS = (
+    "make the red ball blue",
+    "paint the roof of the house green",
+    "turn the day into night",
+    "remove the small box",
+    "add a fourth ball on the right",
+    "let the boat sail in the rain",
+    "give the cup a handle",
+    "switch the traffic light to green",
 )
 
 
@@ -153,7 +103,7 @@ def built_in_samples(
         task: for which.
         count: see `read_samples`.
         seed: see `read_samples`.
-        folder: where the images to edit are drawn; of editing only. It has to stay for as long as
+        folder: where the images to edit are put; of editing only. It has to stay for as long as
             the samples are used.
 
     Raises:
@@ -164,12 +114,12 @@ def built_in_samples(
         return _take([Sample(prompt=prompt) for prompt in prompts], count, seed, "--prompts")
     if folder is None:
         raise ValueError("built_in_samples: folder must be given for the images to edit, got none")
-    drawn = _folder(folder)
-    paths = [drawn / f"{index:02d}.bmp" for index in range(len(_SCENES))]
-    samples = [Sample(prompt=s[0], sources=(p,)) for s, p in zip(_SCENES, paths, strict=True)]
+    paths = [_folder(folder) / f"{index:02d}.bmp" for index in range(len(EDITING_PROMPTS))]
+    pairs = zip(EDITING_PROMPTS, paths, strict=True)
+    samples = [Sample(prompt=prompt, sources=(path,)) for prompt, path in pairs]
     samples = _take(samples, count, seed, "--prompts")
-    for (_, background, shapes), path in list(zip(_SCENES, paths, strict=True))[: len(samples)]:
-        optional("PIL.Image").fromarray(_draw(background, shapes)).save(path)
+    with ZipFile(Path(__file__).with_name("scenes.zip")) as scenes:
+        scenes.extractall(folder, [sample.sources[0].name for sample in samples])
     return samples
 
 
@@ -303,22 +253,3 @@ def _parse(fields: dict[str, Any], folder: Path, where: str) -> Sample:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _draw(background: Sequence[int], shapes: Sequence[Any]) -> np.ndarray:
-    """Returns an image [_SIZE, _SIZE, 3] uint8 of a few flat shapes."""
-    row, column = np.indices((_SIZE, _SIZE))
-    image = np.full((_SIZE, _SIZE, 3), background, np.uint8)
-    for kind, color, *at in shapes:
-        if kind == "disc":
-            center_row, center_column, radius = at
-            inside = (row - center_row) ** 2 + (column - center_column) ** 2 < radius**2
-        elif kind == "box":  # up to bottom and right, without them
-            top, left, bottom, right = at
-            inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
-        else:  # a triangle on the line from left to right
-            base, left, right, height = at
-            from_edge = np.minimum(column - left, right - column)
-            inside = (row < base) & (2 * height * from_edge >= (base - row) * (right - left))
-        image[inside] = color
-    return image

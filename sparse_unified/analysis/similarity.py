@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import Report, format_table
+from sparse_unified._common import Report
 from sparse_unified.analysis.records import NUMBER, has_form
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.surgery.decoder import Block, find_adapter
@@ -109,12 +109,14 @@ class Similarity(Report):
         ranked = sorted(values, key=lambda layer: (-values[layer], layer))
         return tuple(sorted(ranked[:count]))
 
-    def to_text(self) -> str:
-        rows: list[list[object]] = [["component", "layer", *PARTS, "tokens"]]
-        for entry in self.layers:
-            cosines = [f"{getattr(entry, part):.4f}" for part in PARTS]
-            rows.append([entry.component, entry.layer, *cosines, entry.tokens])
-        return format_table(rows, header=True)
+    def headings(self) -> Sequence[str]:
+        return ("component", "layer", *PARTS, "tokens")
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
+            (e.component, e.layer, *(f"{getattr(e, part):.4f}" for part in PARTS), e.tokens)
+            for e in self.layers
+        ]
 
 
 class Measurement:

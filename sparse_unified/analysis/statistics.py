@@ -145,6 +145,35 @@ class FfnSums:
     def intermediate_size(self) -> int:
         return self.sum_abs.shape[1]
 
+    def mean_abs(self) -> Tensor:
+        """Returns the mean of |h| over all tokens, [I] fp64.
+
+        Raises:
+            ValueError: there was no token; an expert may have none.
+        """
+        if not self.tokens.sum():
+            raise ValueError("tokens must be at least one, got none")
+        return self.sum_abs.sum(0) / self.tokens.sum()
+
+    def firing_rate(self) -> Tensor:
+        """Returns the share of (token, neuron) that fire, [R + 1] fp64; NaN without tokens."""
+        return self.num_fired.mean(1) / self.tokens.double()
+
+    def sample_overlap(self) -> Tensor:
+        """Returns the mean Jaccard overlap of the active sets of two samples, [R + 1] fp64.
+
+        NaN where fewer than two samples have tokens. Two sets drawn at random, a share q of the
+        neurons each, overlap by about q / (2 - q).
+        """
+        return mean_overlap(self.active, self.sample_tokens > 0)
+
+    def step_overlap(self) -> Tensor:
+        """Returns the mean overlap of a sample's active sets in successive ranges of time.
+
+        [R - 1] fp64, entry r - 1 for ranges r and r + 1; NaN where no sample has both.
+        """
+        return successive_overlap(self.active[:, 1:], self.sample_tokens[:, 1:] > 0)
+
     def check(self, config: StatisticsConfig, num_samples: int) -> None:
         """Raises ValueError that names the first tensor that is not as `TENSORS` says."""
         width = [0, *self.sum_abs.shape][-1]
@@ -218,25 +247,15 @@ class FfnStatistics:
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.ffns)
 
-    def keys(self, task: str, component: str) -> list[FfnKey]:
-        """Returns the keys of the FFNs, in the order of the rows of the tensors below."""
-        return list(self._sums(task, component))
-
-    def mean_abs(self, task: str, component: str, key: FfnKey) -> Tensor:
-        """Returns the mean of |h| over all tokens of a task, [I] fp64.
-
-        Raises:
-            ValueError: the FFN is not there, or has seen no token (an expert may not).
-        """
-        found = self._sums(task, component)
-        if key not in found:
-            raise ValueError(f"statistics: FFN must be one of {list_some(found)}, got {key!r:.120}")
-        tokens = int(found[key].tokens.sum())
-        if not tokens:
-            raise ValueError(
-                f"statistics: {component} {key!r:.120} must have seen tokens of {task}, got none"
-            )
-        return found[key].sum_abs.sum(0) / tokens
+    def of(self, task: str, component: str) -> Mapping[FfnKey, FfnSums]:
+        """Returns the sums of the FFNs of a component in a task; ValueError if it has none."""
+        components = self.ffns.get(task, {})
+        for what, name, legal in (("task", task, self.ffns), ("component", component, components)):
+            if name not in legal:
+                raise ValueError(
+                    f"statistics: {what} must be one of {', '.join(legal)}, got {name!r:.120}"
+                )
+        return components[component]
 
     def inputs(self, component: str, tasks: Sequence[str] | None = None) -> dict[FfnKey, Tensor]:
         """Returns the inputs x [N, D] fp32 that are kept of each FFN, of all or some tasks.
@@ -247,7 +266,7 @@ class FfnStatistics:
         chosen = [task for task in self.ffns if component in self.ffns[task]]
         found: dict[FfnKey, list[Tensor]] = {}
         for task in chosen if tasks is None else tasks:
-            for key, sums in self._sums(task, component).items():
+            for key, sums in self.of(task, component).items():
                 found.setdefault(key, []).append(sums.inputs.float())
         inputs = {key: torch.cat(parts) for key, parts in found.items()}
         lacking = [key for key, kept in inputs.items() if not len(kept)]
@@ -258,30 +277,6 @@ class FfnStatistics:
                 f"num_inputs = {self.config.num_inputs}"
             )
         return inputs
-
-    def firing_rate(self, task: str, component: str) -> Tensor:
-        """Returns the share of (token, neuron) that fire, [F, R + 1] fp64; NaN without tokens."""
-        sums = self._sums(task, component).values()
-        return torch.stack([own.num_fired.mean(1) / own.tokens.double() for own in sums])
-
-    def sample_overlap(self, task: str, component: str) -> Tensor:
-        """Returns the mean Jaccard overlap of the active sets of two samples, [F, R + 1] fp64.
-
-        NaN where fewer than two samples have tokens. Two sets drawn at random, a share q of the
-        neurons each, overlap by about q / (2 - q).
-        """
-        sums = self._sums(task, component).values()
-        return torch.stack([mean_overlap(own.active, own.sample_tokens > 0) for own in sums])
-
-    def step_overlap(self, task: str, component: str) -> Tensor:
-        """Returns the mean overlap of a sample's active sets in successive ranges of time.
-
-        [F, R - 1] fp64, entry r - 1 for ranges r and r + 1; NaN where no sample has both.
-        """
-        sums = self._sums(task, component).values()
-        return torch.stack(
-            [successive_overlap(own.active[:, 1:], own.sample_tokens[:, 1:] > 0) for own in sums]
-        )
 
     def activation_maps(self, task: str) -> list[dict[str, Any]]:
         """Returns plain values per component that show how its neurons fire in a task, for JSON.
@@ -298,29 +293,33 @@ class FfnStatistics:
         columns = [*range(self.config.num_time_ranges, 0, -1), 0]
         names, fraction = self.config.range_names(), self.config.active_fraction
         maps = []
-        for component in self.ffns.get(task, {}):
-            rates = self.firing_rate(task, component)[:, columns]
-            seen = (~rates.isnan().all(0)).nonzero()[:, 0]
-            rows: dict[int, list[int]] = {}  # of each layer: one, or one per expert
-            for row, key in enumerate(self.keys(task, component)):
-                rows.setdefault(key if isinstance(key, int) else key[0], []).append(row)
-            layers = sorted(rows)
+        for component, keyed in self.ffns.get(task, {}).items():
+            by_layer: dict[int, list[FfnSums]] = {}  # one, or one per expert
+            for key, sums in keyed.items():
+                by_layer.setdefault(key if isinstance(key, int) else key[0], []).append(sums)
+            layers = sorted(by_layer)
             firing, overlap, steps = (
-                plain(torch.stack([values[rows[layer]].nanmean(0) for layer in layers]))
-                for values in (
-                    rates[:, seen],
-                    self.sample_overlap(task, component).nanmean(1),
-                    self.step_overlap(task, component).nanmean(1),
+                torch.stack(
+                    [
+                        torch.stack([number(sums) for sums in by_layer[layer]]).nanmean(0)
+                        for layer in layers
+                    ]
+                )
+                for number in (
+                    lambda sums: sums.firing_rate()[columns],
+                    lambda sums: sums.sample_overlap().nanmean(),
+                    lambda sums: sums.step_overlap().nanmean(),
                 )
             )
+            seen = (~firing.isnan().all(0)).nonzero()[:, 0]
             maps.append(
                 {
                     "component": component,
                     "layers": layers,
                     "ranges": [names[columns[i]] for i in seen.tolist()],
-                    "firing": firing,
-                    "overlap": overlap,
-                    "steps": steps,
+                    "firing": plain(firing[:, seen]),
+                    "overlap": plain(overlap),
+                    "steps": plain(steps),
                     "chance": fraction / (2 - fraction),
                 }
             )
@@ -440,15 +439,6 @@ class FfnStatistics:
             for component, keyed in components.items():
                 for key, sums in keyed.items():
                     yield task, component, key, sums
-
-    def _sums(self, task: str, component: str) -> Mapping[FfnKey, FfnSums]:
-        components = self.ffns.get(task, {})
-        for what, name, legal in (("task", task, self.ffns), ("component", component, components)):
-            if name not in legal:
-                raise ValueError(
-                    f"statistics: {what} must be one of {', '.join(legal)}, got {name!r:.120}"
-                )
-        return components[component]
 
     def _check_hash(self, component: str, own: str) -> None:
         if own != self.model_hashes[component]:

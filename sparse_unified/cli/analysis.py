@@ -165,6 +165,8 @@ def _calibrate(options: argparse.Namespace, drawn: Path) -> Output:
 
 
 def _calibrated(options: argparse.Namespace, statistics: FfnStatistics) -> Output:
+    import torch
+
     tasks: dict[str, Any] = {}
     lines = []
     for task in statistics.tasks:
@@ -176,7 +178,7 @@ def _calibrated(options: argparse.Namespace, statistics: FfnStatistics) -> Outpu
             fired = sum(
                 float(sums.num_fired.sum()) / sums.intermediate_size for sums in keyed.values()
             )
-            overlap = statistics.sample_overlap(task, component)
+            overlap = torch.stack([sums.sample_overlap() for sums in keyed.values()])
             overlap = overlap[~overlap.isnan()]
             found = components[component] = {
                 "ffns": len(keyed),
