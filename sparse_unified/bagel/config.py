@@ -84,7 +84,7 @@ class LLMConfig:
                 f"got {self.head_dim}"
             )
         # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
-        layers = {component: dict(own) for component, own in self.layers.items()}
+        layers = {component: dict(own) for component, own in self.layers.items() if own}
         object.__setattr__(self, "layers", layers)
         for component, own in layers.items():
             for layer, shape in own.items():

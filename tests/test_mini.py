@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The miniature: the models that the package holds, what they were trained on, and the study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from miniature import digits, scenes
+from miniature.__main__ import main
+from miniature.data import training_data
+from miniature.evaluate import EvaluationConfig, evaluate, generate, velocity_error
+from miniature.report import BEGIN, END, Verdict, fill_page, read_records, verdicts
+from miniature.study import StudyConfig, run_study
+from sparse_unified.bagel.tokenizer import Tokenizer
+from sparse_unified.checkpoint import convert
+from sparse_unified.mini import MiniTask, encode, load_pipeline, new_model, write_model
+from sparse_unified.mini.autoencoder import identity_autoencoder
+from sparse_unified.mini.model import TOKENIZER, WEIGHTS
+from sparse_unified.nn import SparseMoE
+
+SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=6, pictures=1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[MiniTask, Path]:
+    root = tmp_path_factory.mktemp("mini")
+    return {task: write_model(task, root / task.value) for task in MiniTask}
+
+
+# Models
+
+
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_the_autoencoder_is_the_identity(downsample: int, generator: torch.Generator) -> None:
+    vae = identity_autoencoder(1.5, downsample)
+    blocks = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
+    pixels = blocks.repeat_interleave(downsample, 2).repeat_interleave(downsample, 3)
+    latent = vae.encode(pixels)
+    torch.testing.assert_close(latent, 1.5 * blocks, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(latent), pixels, rtol=4e-4, atol=1e-5)
+
+
+def test_the_tokenizer_gives_every_word_its_own_id() -> None:
+    tokenizer = Tokenizer.from_directory(TOKENIZER)
+    texts = [prompt.text for prompt in scenes.all_prompts()]
+    texts += [digits.prompt_of(n) for n in range(10)] + [digits.QUESTION]
+    for text in texts:
+        assert tokenizer.encode(text) == encode(text)
+        assert tokenizer.decode(encode(text)) == text
+    assert tokenizer.encode("An unknown word") == encode("An unknown word")
+
+
+@pytest.mark.parametrize("task", MiniTask)
+def test_a_written_model_is_a_checkpoint_like_any_other(task: MiniTask, tmp_path: Path) -> None:
+    model = new_model(task, 0)
+    pipeline = load_pipeline(write_model(task, tmp_path, model))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(pipeline.model.state_dict()[name], tensor), name
+    assert pipeline.model.config == model.config
+    side = model.config.vision.image_size
+    result = pipeline.generate("a cross", seed=0, num_timesteps=3, progress=False)
+    assert result.images[0].size == (side, side)
+    assert pipeline.chat("which digit ?", images=result.images, max_length=2).token_ids[0] == 1
+
+
+@pytest.mark.parametrize("task", MiniTask)
+def test_what_is_shipped_says_how_it_was_made_and_is_small(task: MiniTask) -> None:
+    folder = WEIGHTS / task.value
+    assert (folder / "ema.safetensors").stat().st_size <= 4 * 2**20
+    about = json.loads((folder / "training.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert about["command"] == f"python examples/miniature train {task.value} OUT"
+    assert log[-1]["step"] == about["training"]["steps"]
+    assert log[-1]["loss"] < log[0]["loss"] / 4
+    with safe_open(folder / "ema.safetensors", "pt") as file:
+        counted = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    assert counted == about["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "most", "least"),
+    [
+        (
+            MiniTask.DIGITS,
+            EvaluationConfig(questions=100, pictures=3),
+            {"velocity": 0.31},
+            {"understanding": 0.93, "generation": 0.5},
+        ),
+        (
+            MiniTask.SCENES,
+            EvaluationConfig(questions=90, pictures=4),
+            {"velocity": 0.16},
+            {"question_colour": 0.85, "question_count": 0.75, "generation": 0.5},
+        ),
+    ],
+)
+def test_trained_models_read_and_draw(
+    task: MiniTask,
+    config: EvaluationConfig,
+    most: dict[str, float],
+    least: dict[str, float],
+    dense: dict[MiniTask, Path],
+) -> None:
+    found = evaluate(load_pipeline(dense[task]).model, task, config)
+    assert all(found[name] <= value for name, value in most.items()), found
+    assert all(found[name] >= value for name, value in least.items()), found
+
+
+@pytest.mark.parametrize("task", MiniTask)
+def test_all_experts_together_are_the_dense_model(
+    task: MiniTask, dense: dict[MiniTask, Path], tmp_path: Path
+) -> None:
+    convert(dense[task], tmp_path / "sparse", num_experts=32, top_k=32, layers="all")
+    models = [load_pipeline(path).model for path in (dense[task], tmp_path / "sparse")]
+    assert sum(isinstance(m, SparseMoE) for m in models[1].modules()) == 6
+    few = EvaluationConfig(velocities=20)
+    errors = [velocity_error(model, task, few) for model in models]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-5)
+    prompts = ["the digit two", "a red square"]
+    pictures = [generate(model, task, prompts, [0, 1]) for model in models]
+    torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-4, atol=1e-4)
+
+
+# Data and judges
+
+
+def test_a_scene_is_read_back_and_scores_1(generator: torch.Generator) -> None:
+    prompts = scenes.all_prompts()
+    assert len({p.text for p in prompts}) == len(prompts) == 87
+    drawn = [prompt.draw(generator) for prompt in prompts]
+    pictures = [scenes.render(objects) for objects in drawn]
+    for objects, picture in zip(drawn, pictures, strict=True):
+        assert set(scenes.read_scene(picture)) == set(objects)
+    assert scenes.score(prompts, pictures) == dict.fromkeys((*scenes.COLUMNS, "overall"), 1.0)
+    noisy = pictures[-1] + 0.1 * torch.randn(pictures[-1].shape, generator=generator)
+    assert scenes.score(prompts[-1:], [noisy])["attribute"] == 1
+    faint = scenes.render([scenes.Object(shape="square", colour="red", row=0, column=0)]) / 2
+    assert scenes.read_scene(faint) == [None]
+    assert not prompts[0].holds(scenes.read_scene(faint))
+    with pytest.raises(ValueError, match="one for each of 1 prompts, got 0"):
+        scenes.score(prompts[:1], [])
+
+
+def test_every_single_mistake_scores_0(generator: torch.Generator) -> None:
+    for prompt in scenes.all_prompts()[::2]:
+        objects = prompt.draw(generator)
+        first, others = objects[0], objects[1:]
+        wrong_shape = next(s for s in scenes.SHAPES if s not in {o.shape for o in objects})
+        used = {(o.row, o.column) for o in objects}
+        free = [(r, c) for r in range(2) for c in range(2) if (r, c) not in used]
+        mistakes = [others, [first._replace(shape=wrong_shape), *others]]
+        mistakes += [[*objects, first._replace(row=r, column=c)] for r, c in free]
+        if prompt.parts[0].colour:
+            wrong = next(c for c in scenes.COLOURS if c != first.colour)
+            mistakes.append([first._replace(colour=wrong), *others])
+        if prompt.relation:
+            second = objects[1]
+            swapped = first._replace(row=second.row, column=second.column)
+            mistakes.append([swapped, second._replace(row=first.row, column=first.column)])
+        for mistake in mistakes:
+            assert scenes.score([prompt], [scenes.render(mistake)])["overall"] == 0, prompt.text
+
+
+def test_what_is_tested_is_not_trained_on() -> None:
+    train, test = ({p.text for p in prompts} for prompts in scenes.split_prompts())
+    assert train & test == {"a square", "a triangle", "a cross"}
+    assert train | test == {p.text for p in scenes.all_prompts()}
+    assert {p.column for p in scenes.split_prompts()[1]} == set(scenes.COLUMNS)
+    assert not {p.text for p in scenes.placed_prompts()} & (train | test)
+    trained, tested = (set(index.tolist()) for index in digits.split())
+    assert not trained & tested
+    assert len(trained | tested) == 1797
+
+
+def test_placed_prompts_hold_in_their_half_alone(generator: torch.Generator) -> None:
+    sides = {
+        "left": ("column", 1),
+        "right": ("column", 0),
+        "above": ("row", 1),
+        "below": ("row", 0),
+    }
+    for prompt in scenes.placed_prompts():
+        objects = prompt.draw(generator)
+        assert prompt.holds(objects), prompt.text
+        for item, part in zip(objects, prompt.parts, strict=True):
+            opposite = dict([sides[part.place]]) if part.place else {}
+            moved = [o._replace(**opposite) if o is item else o for o in objects]
+            assert prompt.holds(moved) == (part.place is None), prompt.text
+
+
+def test_answers_follow_from_the_scene(generator: torch.Generator) -> None:
+    for kind in (*scenes.QUESTION_KINDS, "place") * 20:
+        asked = scenes.draw_question(kind, generator)
+        words = asked.text.split()
+        by_name = {o.shape: o for o in asked.objects}
+        if kind == "count":
+            count = sum(scenes.PLURALS[o.shape] == words[2] for o in asked.objects)
+            wanted = scenes.NUMBERS[count]
+        elif kind == "colour":
+            wanted = by_name[words[4]].colour
+        elif kind == "place":
+            only = by_name[words[3]]
+            wanted = scenes.places_of(only)[words[6] != "above"]
+        else:
+            wanted = scenes.relation_of(by_name[words[3]], by_name[words[7]]).split()[0]
+        assert asked.answer == wanted
+    with pytest.raises(ValueError, match="kind must be"):
+        scenes.draw_question("x", generator)
+
+
+def test_the_judge_of_digits_knows_held_out_digits() -> None:
+    pixels, numbers = digits.load()
+    test = digits.split()[1]
+    found = digits.score(numbers[test].tolist(), pixels[test])
+    assert found["overall"] >= 0.98
+    assert found["frechet"] < digits.score(numbers[test].tolist(), -pixels[test])["frechet"] / 10
+
+
+@pytest.mark.parametrize("task", MiniTask)
+def test_sequences_are_functions_of_index_and_generator(task: MiniTask) -> None:
+    data = training_data(task)
+    for index in (0, 1, 2, 3, len(data) - 2, len(data) - 1):
+        made = [data.sequence(index, torch.Generator().manual_seed(7)) for _ in range(2)]
+        first, again = ([repr(segment) for segment in sequence] for sequence in made)
+        assert first == again
+        kinds = {type(segment).__name__ for segment in made[0]}
+        assert kinds == {"TextSegment", "VitSegment" if index % 2 else "LatentSegment"}
+
+
+# The study
+
+
+def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    names = ("dense", "sparse-16-8", "coactivation-16-8")
+    run: list[str] = []
+
+    def study(config: StudyConfig = SMALL) -> list[Path]:
+        return run_study(
+            tmp_path,
+            config,
+            tasks=(MiniTask.DIGITS,),
+            names=names,
+            progress=lambda part, *_: run.append(part.name),
+        )
+
+    files = study()
+    assert run == list(names)
+    kept = [file.read_bytes() for file in files]
+    files[0].unlink()
+    study()
+    assert run[3:] == ["dense"]
+    assert [file.read_bytes() for file in files] == kept
+    with pytest.raises(ValueError, match="config must be that of this study"):
+        study(StudyConfig(seeds=(0,), steps=3))
+
+    snake, together = (json.loads(file.read_text())["results"] for file in files[1:])
+    assert set(snake) == {"zero", "untrained", "router", "expert_frozen", "full"}
+    records = read_records(tmp_path)
+    assert {v.result for v in verdicts(records) if v.task == "scenes"} == {"not run"}
+    compared = [v for v in verdicts(records) if v.task == "digits" and "coactivation" in v.text]
+    for verdict, stage in zip(compared, ("untrained", "full"), strict=True):
+        gain = snake[stage]["velocity"] - together[stage]["velocity"]
+        assert gain != 0
+        assert verdict.differences == (gain,)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    fill_page(page, records)
+    assert "control: static half, untrained | 0 | not run" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    main(["report", str(tmp_path), "--json", str(tmp_path / "all.json")])
+    assert read_records(tmp_path / "all.json") == records
+
+
+@pytest.mark.parametrize(
+    ("differences", "result"),
+    [
+        ((0.1, 0.2), "holds"),
+        ((0.1, -0.2), "undecided"),
+        ((-0.1, 0.0), "does not hold"),
+        ((), "not run"),
+    ],
+)
+def test_a_verdict_needs_every_seed(differences: tuple[float, ...], result: str) -> None:
+    assert Verdict(task="digits", text="", differences=differences).result == result
