@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains again and again in child processes that are killed; run by test_adapt_run.
 
-Usage: adapt_kill.py MODEL DATA ROOT. Prints one JSON object: the losses that the run which was
+Usage: adapt_kill.py MODEL DATA ROOT CALLS, where each child dies CALLS calls later than the one
+before it. Prints one JSON object: the losses that the run which was
 killed most often logged, and how many children died. Children are forked from a process that has
 not run a torch op yet.
 """
@@ -24,7 +25,7 @@ from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
 from sparse_unified.adapt import run as adapt_run
 from sparse_unified.adapt.report import read_lines
 
-FIRST_CALL, CALLS_MORE = 9, 450
+FIRST_CALL = 9
 CONFIG = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, seed=5)
 
 
@@ -46,7 +47,7 @@ def start(model: Path, out: Path, data: Path, prepare: Callable[[], None]) -> in
     return child
 
 
-def run(model: Path, data: Path, root: Path) -> dict[str, object]:
+def run(model: Path, data: Path, root: Path, calls: int) -> dict[str, object]:
     # Children need not import these each by itself.
     for module in ("transformers.models.auto.tokenization_auto", "PIL.Image", "PIL.PngImagePlugin"):
         optional(module)
@@ -55,7 +56,7 @@ def run(model: Path, data: Path, root: Path) -> dict[str, object]:
     # Of the calls that reach the disk, each child makes a few more than the one before it; those
     # that resume have fewer to make.
     while not out.exists():
-        number = FIRST_CALL + CALLS_MORE * killed
+        number = FIRST_CALL + calls * killed
         status = os.waitpid(start(model, out, data, partial(die_at_call, number)), 0)[1]
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, -signal.SIGKILL), code
@@ -65,4 +66,4 @@ def run(model: Path, data: Path, root: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(run(*map(Path, sys.argv[1:4]))) + "\n")
+    sys.stdout.write(json.dumps(run(*map(Path, sys.argv[1:4]), int(sys.argv[4]))) + "\n")

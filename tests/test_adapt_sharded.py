@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapt_models import GOLDEN, losses, trainer, write_folder
 from adapt_processes import DTYPES
+from tiers import IS_DEEP
 
 from sparse_unified.adapt import TrainingConfig, adapt
 from sparse_unified.adapt.report import read_lines
@@ -22,6 +23,7 @@ from sparse_unified.fixtures import write_checkpoint
 
 # Sums of gradients are taken in another order; in bf16 each share is rounded before it is added.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}
+NAMES = [*DTYPES] if IS_DEEP else ["float32"]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +32,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sharded")
     write_checkpoint(GOLDEN / "t2i_moe", root / "model")
     torch.set_num_threads(1)
-    for name, dtype in DTYPES.items():
-        own = trainer(dtype=dtype)
+    for name in NAMES:
+        own = trainer(dtype=DTYPES[name])
         losses(own, 2)
         own.save(root / f"one-{name}")
     ports = []
@@ -42,7 +44,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).parent / "adapt_processes.py"
     runs = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), *ports, str(root)],
+            [sys.executable, str(script), str(rank), *ports, str(root), *NAMES],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -64,7 +66,7 @@ def result(directory: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_lose_what_one_loses(name: str, result: dict[str, Any]) -> None:
     own = trainer(dtype=DTYPES[name])
     expected = losses(own)
@@ -75,7 +77,7 @@ def test_two_processes_lose_what_one_loses(name: str, result: dict[str, Any]) ->
     assert 0.45 * whole < result[f"{name} state"] < 0.55 * whole
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_states_go_on_in_any_number_of_processes(
     name: str, directory: Path, result: dict[str, Any]
 ) -> None:
