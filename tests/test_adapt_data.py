@@ -38,6 +38,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+def dataset_of(pipeline: BagelPipeline, data: Path, **options: Any) -> ImageDataset:
+    records = open_records(data)
+    return ImageDataset(records, pipeline.image_processor, pipeline.tokenizer, **options)
+
+
 def write_parquet(folder: Path) -> Path:
     import datasets
 
@@ -127,22 +132,22 @@ def test_a_bad_line_is_named(line: str, rule: str, tmp_path: Path) -> None:
         open_records(tmp_path)
 
 
-def test_data_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"--data: .*nothing must be a folder, a file or a pattern"
-    ):
-        open_records(tmp_path / "nothing")
-    (tmp_path / "x.png").write_bytes(picture(0))
-    with pytest.raises(ValueError, match=r"--data: .* must hold .parquet or .tar shards"):
-        open_records(tmp_path)
-    (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"--data: .*x.parquet .* must be readable parquet shards"):
-        open_records(tmp_path)
-    (tmp_path / "x.parquet").unlink()
-    (tmp_path / "x.txt").write_text("a caption")
-    (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"x.png: .* must be a readable image"):
-        open_records(tmp_path).read(0)
+@pytest.mark.parametrize(
+    ("files", "rule"),
+    [
+        ({}, "--data: .* must be a folder, a file or a pattern"),
+        ({"x.png": picture(0)}, "--data: .* must hold .parquet or .tar shards"),
+        ({"x.parquet": b"none"}, "--data: .*x.parquet .* must be readable parquet shards"),
+        ({"a.jsonl": b"", "b.jsonl": b""}, "must hold one .jsonl file, got 2"),
+        ({"x.txt": b"\xff", "x.png": picture(0)}, "x.txt must be readable text"),
+        ({"x.txt": b"a caption", "x.png": b"none"}, "x.png: .* must be a readable image"),
+    ],
+)
+def test_data_that_is_none_is_refused(files: dict[str, bytes], rule: str, tmp_path: Path) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rule):
+        open_records(tmp_path if files else tmp_path / "nothing").read(0)
 
 
 def test_sequences_hold_what_the_pipeline_would_show(
@@ -186,11 +191,9 @@ def test_sequences_hold_what_the_pipeline_would_show(
 def test_latents_are_encoded_once_where_they_are_kept(
     pipeline: BagelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = open_records(write_folder(tmp_path / "data"))
-    plain = ImageDataset(data, pipeline.image_processor, pipeline.tokenizer)
-    kept = ImageDataset(
-        data, pipeline.image_processor, pipeline.tokenizer, latent_cache=tmp_path / "latents"
-    )
+    data = write_folder(tmp_path / "data")
+    plain = dataset_of(pipeline, data)
+    kept = dataset_of(pipeline, data, latent_cache=tmp_path / "latents")
 
     def latent(dataset: ImageDataset) -> Tensor:
         last = dataset.sequence(0, torch.Generator().manual_seed(0))[-1]
@@ -203,29 +206,30 @@ def test_latents_are_encoded_once_where_they_are_kept(
 
 
 def test_max_side_and_tasks_choose(pipeline: BagelPipeline, tmp_path: Path) -> None:
-    data = open_records(write_folder(tmp_path / "data"))
-    step = pipeline.model.config.latent_downsample
-    small = ImageDataset(
-        data, pipeline.image_processor, pipeline.tokenizer, tasks=["generation"], max_side=2 * step
-    )
+    data = write_folder(tmp_path / "data")
+    side = 2 * pipeline.model.config.latent_downsample
+    small = dataset_of(pipeline, data, tasks=["generation"], max_side=side)
     assert {task for _, task in small.samples} == {GENERATION}
     last = small.sequence(0, torch.Generator())[-1]
     assert isinstance(last, LatentSegment)
     assert max(last.latent.shape[1:]) == 2 * pipeline.model.config.latent_patch_size
-    with pytest.raises(ValueError, match=r"--max-side: side must be at least"):
-        ImageDataset(data, pipeline.image_processor, pipeline.tokenizer, max_side=step - 1)
-    with pytest.raises(ValueError, match=r"--tasks: name must be one of .*, got 'drawing'"):
-        ImageDataset(data, pipeline.image_processor, pipeline.tokenizer, tasks=["drawing"])
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "0.png").write_bytes(picture(0))
-    (tmp_path / "one" / "0.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"a record must be of use for editing, got none of 1"):
-        ImageDataset(
-            open_records(tmp_path / "one"),
-            pipeline.image_processor,
-            pipeline.tokenizer,
-            tasks=[EDITING],
-        )
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"max_side": 1}, "--max-side: side must be at least"),
+        ({"tasks": ["drawing"]}, "--tasks: name must be one of .*, got 'drawing'"),
+        ({"tasks": [EDITING]}, "a record must be of use for editing, got none of 1"),
+    ],
+)
+def test_a_choice_that_leaves_nothing_is_refused(
+    options: dict[str, Any], rule: str, pipeline: BagelPipeline, tmp_path: Path
+) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "0.txt").write_text("x")
+    with pytest.raises(ValueError, match=rule):
+        dataset_of(pipeline, tmp_path, **options)
 
 
 def test_conditions_are_left_out_as_often_as_asked(pipeline: BagelPipeline) -> None:
