@@ -66,6 +66,19 @@ def test_layers_meet_the_rules_of_kernels(host: type[PlainFFN], repository: Path
     _validate_layer(check_cls=host, cls=layer, repo=source)
 
 
+def outputs(model: nn.Module, x: Tensor, *, train: bool) -> list[Tensor]:
+    """Returns what a model gives and, where it trains, the gradients of x and the parameters."""
+    x = x.clone().requires_grad_(train)
+    with torch.set_grad_enabled(train):
+        out = model(x)
+    found = [out] if isinstance(out, Tensor) else [*out]
+    if not train:
+        return found
+    model.zero_grad()
+    found[0].square().sum().backward()
+    return [*found, *(leaf.grad for leaf in (x, *model.parameters()) if leaf.grad is not None)]
+
+
 @pytest.mark.parametrize(
     "mode", [Mode.INFERENCE, Mode.TRAINING, Mode.INFERENCE | Mode.TORCH_COMPILE]
 )
@@ -73,38 +86,15 @@ def test_layers_meet_the_rules_of_kernels(host: type[PlainFFN], repository: Path
 def test_a_kernelized_model_computes_the_same(
     host: type[PlainFFN], mode: Mode, repository: Path
 ) -> None:
+    name, train = host.kernel_layer_name, mode == Mode.TRAINING
     model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), host())
     x = torch.randn(3, 7, HIDDEN)
-    mapping = {
-        name: {"cpu": LocalLayerRepository(repository, layer_name=name)}
-        for name in ("SparseFFN", "SparseFFNWithLogits")
-    }
-    leaf = x.clone().requires_grad_()
-    expected = model(leaf)
-    y = expected if isinstance(expected, Tensor) else expected[0]
-    y.square().sum().backward()
-    gradients = [leaf.grad] + [p.grad for p in model.parameters()]
-    model.zero_grad(set_to_none=True)
+    expected = outputs(model, x, train=train)
+    mapping = {name: {"cpu": LocalLayerRepository(repository, layer_name=name)}}
     with use_kernel_mapping(mapping):
         kernelize(model, mode=mode, device="cpu", use_fallback=False)
-    assert model[1].forward.__func__ is getattr(layers, host.kernel_layer_name).forward
-    if mode == Mode.TRAINING:
-        again = x.clone().requires_grad_()
-        out = model(again)
-        y = out if isinstance(out, Tensor) else out[0]
-        y.square().sum().backward()
-        for own, other in zip(
-            [again.grad] + [p.grad for p in model.parameters()], gradients, strict=True
-        ):
-            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
-    else:
-        with torch.no_grad():
-            out = model(x)
-    for own, other in zip(
-        (out,) if isinstance(out, Tensor) else out,
-        (expected,) if isinstance(expected, Tensor) else expected,
-        strict=True,
-    ):
+    assert model[1].forward.__func__ is getattr(layers, name).forward
+    for own, other in zip(outputs(model, x, train=train), expected, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
 
 

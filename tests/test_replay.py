@@ -90,86 +90,65 @@ def test_case_may_be_named_by_either_file(suffix: str) -> None:
     assert set(replay(str(GOLDEN / f"moe_block{suffix}"))) == {"output", "router_logits"}
 
 
+def latents(directory: Path, source: str, fields: dict[str, Any], **tensors: Tensor) -> Any:
+    """Returns the images of a case that differs from a golden one; `__` is a dot of a name."""
+    named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    outputs = replay(write_case(directory, source, fields, named))
+    return [outputs[f"latent.{i}"] for i in range(len(outputs))]
+
+
 @pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
 def test_several_prompts_of_several_sizes_equal_single_ones(renorm: str, tmp_path: Path) -> None:
     prompts = [[21, 42, 38], [33, 30, 31, 25, 42, 29, 40]]
     sizes = [[64, 48], [32, 96]]
-    noise = [torch.randn(12, 16), torch.randn(12, 16)]
+    noise = torch.randn(24, 16)
     shared = {"cfg_renorm_type": renorm, "cfg_renorm_min": 0.1}
-    together = replay(
-        write_case(
-            tmp_path,
-            "t2i_dense",
-            {**shared, "prompt_ids": prompts, "image_size": sizes},
-            {"init_noise": torch.cat(noise)},
-        )
-    )
-    assert sorted(together) == ["latent.0", "latent.1"]
-    for i in range(2):
-        alone = replay(
-            write_case(
-                tmp_path,
-                "t2i_dense",
-                {**shared, "prompt_ids": prompts[i : i + 1], "image_size": sizes[i]},
-                {"init_noise": noise[i]},
-            )
-        )
-        assert relative_error(together[f"latent.{i}"], alone["latent.0"]) < TOLERANCE
+
+    def of(prompts: Any, sizes: Any, noise: Tensor) -> Any:
+        fields = shared | {"prompt_ids": prompts, "image_size": sizes}
+        return latents(tmp_path, "t2i_dense", fields, init_noise=noise.clone())
+
+    together = of(prompts, sizes, noise)
+    assert len(together) == 2
+    for i, found in enumerate(together):
+        (alone,) = of(prompts[i : i + 1], sizes[i], noise[12 * i : 12 * i + 12])
+        assert relative_error(found, alone) < TOLERANCE
 
 
 def test_one_size_serves_all_prompts(tmp_path: Path) -> None:
-    case = write_case(
-        tmp_path,
-        "t2i_moe",
-        {"prompt_ids": [[21], [42, 38]], "image_size": [32, 64]},
-        {"init_noise": torch.randn(16, 16)},
-    )
-    assert [tuple(latent.shape) for latent in replay(case).values()] == [(8, 16), (8, 16)]
+    fields = {"prompt_ids": [[21], [42, 38]], "image_size": [32, 64]}
+    found = latents(tmp_path, "t2i_moe", fields, init_noise=torch.randn(16, 16))
+    assert [tuple(latent.shape) for latent in found] == [(8, 16), (8, 16)]
 
 
 def test_each_prompt_may_have_its_own_context_image(tmp_path: Path) -> None:
     prompts = [[33, 21], [31, 25, 42]]
-    latents, pixels = torch.randn(2, 4, 4, 6), torch.randn(2, 3, 28, 42)
+    images, pixels = torch.randn(2, 4, 4, 6), torch.randn(2, 3, 28, 42)
     noise = torch.randn(32, 16)
 
-    together = replay(
-        write_case(
-            tmp_path,
-            "edit",
-            {"prompt_ids": prompts, "context_image": [32, 48]},
-            {"init_noise": noise, "context.latent": latents, "context.vit_pixels": pixels},
-        )
-    )
-    for i in range(2):
-        alone = replay(
-            write_case(
-                tmp_path,
-                "edit",
-                {"prompt_ids": [prompts[i]], "context_image": [[32, 48]]},
-                {
-                    "init_noise": noise[16 * i : 16 * i + 16].clone(),
-                    "context.latent": latents[i : i + 1].clone(),
-                    "context.vit_pixels": pixels[i].clone(),
-                },
-            )
-        )
-        assert relative_error(together[f"latent.{i}"], alone["latent.0"]) < TOLERANCE
+    def of(prompts: Any, size: Any, rows: slice, images: Tensor, pixels: Tensor) -> Any:
+        fields = {"prompt_ids": prompts, "context_image": size}
+        seen = {"context__latent": images.clone(), "context__vit_pixels": pixels.clone()}
+        return latents(tmp_path, "edit", fields, init_noise=noise[rows].clone(), **seen)
+
+    together = of(prompts, [32, 48], slice(None), images, pixels)
+    for i, found in enumerate(together):
+        rows = slice(16 * i, 16 * i + 16)
+        (alone,) = of([prompts[i]], [[32, 48]], rows, images[i : i + 1], pixels[i])
+        assert relative_error(found, alone) < TOLERANCE
 
 
 def test_padded_context_latents_are_cropped_to_their_image(tmp_path: Path) -> None:
-    case = read_case(GOLDEN / "edit")
-    padded = torch.nn.functional.pad(case.tensors["context.latent"], (0, 4, 0, 2))
-    path = write_case(
+    tensors = read_case(GOLDEN / "edit").tensors
+    (found,) = latents(
         tmp_path,
         "edit",
         {},
-        {
-            "init_noise": case.tensors["init_noise"],
-            "context.latent": padded,
-            "context.vit_pixels": case.tensors["context.vit_pixels"],
-        },
+        init_noise=tensors["init_noise"],
+        context__latent=torch.nn.functional.pad(tensors["context.latent"], (0, 4, 0, 2)),
+        context__vit_pixels=tensors["context.vit_pixels"],
     )
-    assert relative_error(replay(path)["latent.0"], case.tensors["latent.0"]) < TOLERANCE
+    assert relative_error(found, tensors["latent.0"]) < TOLERANCE
 
 
 def fixed(*shape: int, seed: int) -> Tensor:
