@@ -267,7 +267,7 @@ def test_text_stops_before_eos(model: Bagel) -> None:
     [
         (Bagel.prefill_text, [-1], "prefill_text: token_ids must be from 0 to 95, got -1"),
         (Bagel.prefill_text, [96], "prefill_text: token_ids must be from 0 to 95, got 96"),
-        (Bagel.prefill_vit, torch.zeros(3, 14, 126), "at most 112 pixels, got 14 x 126"),
+        (Bagel.prefill_vit, torch.zeros(3, 14, 126), "at most 112, got 14 x 126"),
         (Bagel.prefill_vit, torch.zeros(3, 28, 30), "multiples of 14, got 28 x 30"),
         (Bagel.prefill_latents, torch.zeros(4, 18, 2), "at most 16, got 18 x 2"),
         (generate_tokens, {"max_length": 0}, "max_length must be an integer of at least 1"),

@@ -168,14 +168,14 @@ class Bagel(nn.Module):
         for token in (token for text in texts for token in text):
             if not 0 <= token < vocab_size:
                 raise ValueError(f"token_ids must be from 0 to {vocab_size - 1}, got {token}")
-        self._read(contexts, texts)
+        self._read_text(contexts, texts)
 
     @context("next_logits")
     @torch.no_grad()
     def next_logits(self, contexts: Sequence[KVCache], tokens: Sequence[int]) -> Tensor:
         """Appends a token to each context; returns logits [B, vocab_size] fp32 of the next ones."""
         head = _loaded(self.language_model.lm_head, "lm_head")
-        hidden = self._read(contexts, [[token] for token in tokens])
+        hidden = self._read_text(contexts, [[token] for token in tokens])
         logits: Tensor = head(hidden).float()
         return logits
 
@@ -184,13 +184,13 @@ class Bagel(nn.Module):
     def text_logits(
         self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """Appends a text of its own to each context, bos and eos only where they are given.
+        """Appends a text to each context, with bos and eos only where they are given.
 
         Returns:
             For each text the logits [L, vocab_size] fp32 of what follows each of its L tokens.
         """
         head = _loaded(self.language_model.lm_head, "lm_head")
-        hidden = self._read(contexts, token_ids)
+        hidden = self._read_text(contexts, token_ids)
         logits = head(hidden).float()
         return list(logits.split([len(ids) for ids in token_ids]))
 
@@ -206,39 +206,25 @@ class Bagel(nn.Module):
             ValueError: a side is not a multiple of the patch size, or too long.
         """
         vit_model = _loaded(self.vit_model, "vit_model")
-        side, patch_size = self.config.vit_max_num_patch_per_side, self.config.vision.patch_size
-        patches, positions = [], []
-        for image in images:
-            rows, columns = (length // patch_size for length in image.shape[1:])
-            if max(rows, columns) > side:
-                raise ValueError(
-                    f"image sides must be at most {side * patch_size} pixels, "
-                    f"got {image.shape[1]} x {image.shape[2]}"
-                )
-            patches.append(patchify(image.to(self.device, self.dtype), patch_size))
-            positions.append(grid_positions(rows, columns, side, device=self.device))
-        lengths = [len(patch) for patch in patches]
-        position_ids = torch.cat(positions)
-        seen = vit_model(torch.cat(patches), position_ids, lengths)
-        seen = self.connector(seen) + self.vit_pos_embed(position_ids)  # [N, D]
+        side, patch = self.config.vit_max_num_patch_per_side, self.config.vision.patch_size
+        cut = [self._patches(image.to(self.dtype), patch, side) for image in images]
+        lengths = [len(patches) for patches, _ in cut]
+        positions = torch.cat([own for _, own in cut])
+        seen = vit_model(torch.cat([patches for patches, _ in cut]), positions, lengths)
+        seen = self.connector(seen) + self.vit_pos_embed(positions)  # [N, D]
 
         start, end = self.markers().split(1)
         parts = [torch.cat([start, part, end]) for part in seen.split(lengths)]
         is_marker = torch.cat(
             [torch.tensor([True] + [False] * length + [True]) for length in lengths]
         )
-        packing = pack(
-            self.config.llm,
+        self._read(
             contexts,
+            torch.cat(parts),
             [length + 2 for length in lengths],
-            extend=True,
             text_rows=is_marker.nonzero()[:, 0].to(self.device),
             vit_rows=(~is_marker).nonzero()[:, 0].to(self.device),
-            device=self.device,
         )
-        self.language_model.model(torch.cat(parts), None, packing)
-        for past, length in zip(contexts, lengths, strict=True):
-            past.advance(length + 2, 1)
 
     @context("prefill_latents")
     @torch.no_grad()
@@ -251,35 +237,12 @@ class Bagel(nn.Module):
         Raises:
             ValueError: a side is not a multiple, or the image is too large.
         """
-        patch = self.config.latent_patch_size
-        tokens, grids = [], []
-        for latent in latents:
-            _, height, width = latent.shape
-            if max(height, width) > patch * self.config.max_latent_size:
-                raise ValueError(
-                    "latent sides must be at most "
-                    f"{patch * self.config.max_latent_size}, got {height} x {width}"
-                )
-            tokens.append(patchify(latent, patch))
-            grids.append((height // patch, width // patch))
         time = torch.zeros(1, device=self.device)
-        side = self.config.max_latent_size
-        gen = [
-            self.embed_latent(x, grid_positions(*grid, side, device=self.device), time)
-            for x, grid in zip(tokens, grids, strict=True)
-        ]
-        packing = pack(
-            self.config.llm,
-            contexts,
-            [2] * len(contexts),
-            gen_lengths=[len(part) for part in gen],
-            extend=True,
-            device=self.device,
-        )
+        patch, side = self.config.latent_patch_size, self.config.max_latent_size
+        gen = [self.embed_latent(*self._patches(latent, patch, side), time) for latent in latents]
         markers = self.markers().repeat(len(gen), 1)
-        self.language_model.model(markers, torch.cat(gen), packing)
-        for past, part in zip(contexts, gen, strict=True):
-            past.advance(len(part) + 2, 1)
+        lengths = [len(part) for part in gen]
+        self._read(contexts, markers, [2] * len(gen), gen=torch.cat(gen), gen_lengths=lengths)
 
     @torch.no_grad()
     def velocity(
@@ -292,7 +255,8 @@ class Bagel(nn.Module):
         """Predicts d x / d t of several noisy images, each in several contexts, in one packed pass.
 
         Args:
-            tokens: noisy image [N, p * p * C] of each image; grids: its rows and columns of tokens.
+            tokens: noisy image [N, p * p * C] of each image.
+            grids: its rows and columns of tokens.
             time: [1] fp32, 1 for noise and 0 for a finished image.
             branches: contexts in which to predict each image.
 
@@ -301,19 +265,48 @@ class Bagel(nn.Module):
         """
         return Denoiser(self, grids, branches)(tokens, time.to(self.device))
 
-    def _read(self, contexts: Sequence[KVCache], texts: Sequence[Sequence[int]]) -> Tensor:
-        """Runs texts causally behind their contexts; returns the final states of all tokens."""
-        lengths = [len(text) for text in texts]
+    def _read_text(self, contexts: Sequence[KVCache], texts: Sequence[Sequence[int]]) -> Tensor:
+        """Lets each context read token ids; returns the final states of all of them."""
         ids = torch.tensor([token for text in texts for token in text], device=self.device)
+        und = self.language_model.model.embed_tokens(ids)
+        return self._read(contexts, und, [len(text) for text in texts], causal=True)
+
+    def _read(
+        self,
+        contexts: Sequence[KVCache],
+        und: Tensor,
+        lengths: Sequence[int],
+        *,
+        gen: Tensor | None = None,
+        gen_lengths: Sequence[int] | None = None,
+        causal: bool = False,
+        **rows: Tensor,
+    ) -> Tensor:
+        """Runs embedded tokens behind their contexts; returns the final states of the und ones."""
         packing = pack(
-            self.config.llm, contexts, lengths, causal=True, extend=True, device=self.device
+            self.config.llm,
+            contexts,
+            lengths,
+            gen_lengths=gen_lengths,
+            causal=causal,
+            extend=True,
+            device=self.device,
+            **rows,
         )
-        hidden, _ = self.language_model.model(
-            self.language_model.model.embed_tokens(ids), None, packing
-        )
-        for past, length in zip(contexts, lengths, strict=True):
-            past.advance(length, length)
+        hidden: Tensor = self.language_model.model(und, gen, packing)[0]
+        for past, length, more in zip(
+            contexts, lengths, gen_lengths or [0] * len(lengths), strict=True
+        ):
+            past.advance(length + more, length if causal else 1)
         return hidden
+
+    def _patches(self, image: Tensor, patch: int, side: int) -> tuple[Tensor, Tensor]:
+        """Returns the patches of an image and their places in a table of `side` x `side`."""
+        height, width = image.shape[1:]
+        if max(height, width) > side * patch:
+            raise ValueError(f"image sides must be at most {side * patch}, got {height} x {width}")
+        positions = grid_positions(height // patch, width // patch, side, device=self.device)
+        return patchify(image.to(self.device), patch), positions
 
     def markers(self) -> Tensor:
         """Returns the embeddings of start and end of image, [2, D]."""

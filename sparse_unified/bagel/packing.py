@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_unified._common import context
 from sparse_unified.bagel.attention import GEN, UND, Group, Packing, Padding, rotary_angles
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.vision import grid_positions, patchify
@@ -280,26 +281,20 @@ def _padded(many: Sequence[_Streams], counts: Sequence[int], longest: Mapping[st
     return Group(count=sum(counts), lengths=longest, mask=masks[:, None], padding=padding)
 
 
-def _layout_of(
-    config: BagelConfig, sequence: Sequence[Segment], known: dict[tuple[str, torch.Size], int]
-) -> _Layout:
-    """Checks a sequence and returns the kinds and lengths of its segments.
-
-    Args:
-        known: patches of images that fit, by name and shape; those of this sequence are added.
-    """
+def _layout_of(config: BagelConfig, sequence: Sequence[Segment]) -> _Layout:
+    """Checks a sequence and returns the kinds and lengths of its segments."""
     if not sequence:
-        raise ValueError("pack_training: a sequence must have at least one segment, got none")
+        raise ValueError("a sequence must have at least one segment, got none")
     vocab_size = config.llm.vocab_size
     layout: list[tuple[str, int]] = []
     for segment in sequence:
         if isinstance(segment, TextSegment):
             ids = segment.token_ids
             if not ids:
-                raise ValueError("pack_training: token_ids must hold at least one id, got none")
+                raise ValueError("token_ids must hold at least one id, got none")
             if min(ids) < 0 or max(ids) >= vocab_size:
                 raise ValueError(
-                    f"pack_training: token_ids must be from 0 to {vocab_size - 1}, "
+                    f"token_ids must be from 0 to {vocab_size - 1}, "
                     f"got {min(ids) if min(ids) < 0 else max(ids)}"
                 )
             kind, length = _TEXT, len(ids)
@@ -308,40 +303,28 @@ def _layout_of(
         elif isinstance(segment, VitSegment):
             channels, patch = config.vision.num_channels, config.vision.patch_size
             side = config.vit_max_num_patch_per_side
-            kind = _VIT
-            length = _patches("pixels", segment.pixels.shape, channels, patch, side, known)
+            kind, length = _VIT, _count("pixels", segment.pixels, channels, patch, side)
         else:
             channels, patch = config.latent_channels, config.latent_patch_size
             kind = _CLEAN if segment.time is None else _NOISED
-            length = _patches(
-                "latent", segment.latent.shape, channels, patch, config.max_latent_size, known
-            )
+            length = _count("latent", segment.latent, channels, patch, config.max_latent_size)
         layout.append((kind, length))
     return tuple(layout)
 
 
-def _patches(
-    name: str,
-    shape: torch.Size,
-    channels: int,
-    patch: int,
-    side: int,
-    known: dict[tuple[str, torch.Size], int],
-) -> int:
-    if (name, shape) in known:
-        return known[name, shape]
-    if len(shape) != 3 or shape[0] != channels:
+def _count(name: str, image: Tensor, channels: int, patch: int, side: int) -> int:
+    """Returns the patches of an image that fits the model."""
+    if image.ndim != 3 or image.shape[0] != channels:
         raise ValueError(
-            f"pack_training: {name} must have shape [{channels}, height, width], got {list(shape)}"
+            f"{name} must have shape [{channels}, height, width], got {list(image.shape)}"
         )
-    height, width = shape[1:]
+    height, width = image.shape[1:]
     if height % patch or width % patch or not 0 < max(height, width) <= side * patch:
         raise ValueError(
-            f"pack_training: sides of {name} must be multiples of {patch} up to {side * patch}, "
+            f"sides of {name} must be multiples of {patch} up to {side * patch}, "
             f"got {height} x {width}"
         )
-    known[name, shape] = (height // patch) * (width // patch)
-    return known[name, shape]
+    return (height // patch) * (width // patch)
 
 
 def _patchify_all(images: Sequence[Tensor], patch: int) -> Tensor:
@@ -363,6 +346,7 @@ def _grids(images: Sequence[Tensor], patch: int, side: int) -> Tensor:
     return torch.cat([grids[shape] for shape in shapes])
 
 
+@context("pack_training")
 def pack_training(
     config: BagelConfig,
     sequences: Sequence[Sequence[Segment]],
@@ -381,12 +365,11 @@ def pack_training(
         ValueError: there is no sequence, or one does not fit the model.
     """
     if not sequences:
-        raise ValueError("pack_training: sequences must hold at least one sequence, got none")
+        raise ValueError("sequences must hold at least one sequence, got none")
     # By their images first: a text may be shorter, or left out.
     near: dict[tuple[str, ...], dict[_Layout, list[Sequence[Segment]]]] = {}
-    known: dict[tuple[str, torch.Size], int] = {}
     for sequence in sequences:
-        layout = _layout_of(config, sequence, known)
+        layout = _layout_of(config, sequence)
         images = tuple(kind for kind, _ in layout if kind != _TEXT)
         near.setdefault(images, {}).setdefault(layout, []).append(sequence)
     groups = []
