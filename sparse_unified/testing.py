@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from sparse_unified.bagel import (
     generate_tokens,
     sample_latents,
 )
-from sparse_unified.bagel.config import bagel_config, vae_config
+from sparse_unified.bagel.config import LLMConfig, bagel_config, vae_config
 from sparse_unified.bagel.loading import check_tensors, official_tensors
 from sparse_unified.bagel.sampler import see_images
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
+from sparse_unified.checkpoint.shapes import scan_ffns
 from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE
 
@@ -128,6 +129,7 @@ def build_model(case: Case) -> Bagel:
     fields = case.fields
     moe = fields.get("moe") or {}
     markers = {name: fields["new_token_ids"][field] for name, field in _MARKERS.items()}
+    whole, weights = LLMConfig.from_json(fields["llm_config"]), cast("Any", case.weights)
     config = bagel_config(
         {key: tuple(tensor.shape) for key, tensor in case.weights.items()},
         fields["llm_config"],
@@ -135,8 +137,13 @@ def build_model(case: Case) -> Bagel:
         latent_channels=fields["vae_config"]["z_channels"],
         vae_downsample=fields["vae_config"]["downsample"],
         special_tokens=SpecialTokens(**markers),
+        layers={
+            component: {
+                n: replace(whole.layer(n, component), ffn=own.ffn) for n, own in ffns.items()
+            }
+            for component, ffns in scan_ffns(weights)[0].items()
+        },
         top_k=moe.get("top_k"),
-        num_shared_experts=moe.get("num_shared_experts") or 0,
         stated=fields,
         where=f"{case.name}.safetensors",
     )

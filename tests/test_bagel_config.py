@@ -24,6 +24,9 @@ from sparse_unified.testing import build_vae, read_case
 CASE = read_case(GOLDEN / "t2i_moe")
 SHAPES = {key: tuple(tensor.shape) for key, tensor in CASE.weights.items()}
 LLM, VIT = CASE.fields["llm_config"], CASE.fields["vit_config"]
+WHOLE = LLMConfig.from_json(LLM)
+HEADS = LayerShape(ffn=8, kv_heads=(0,), query_groups=(0,))
+SPARSE = WHOLE.with_experts("gen", [1], num_experts=4, top_k=2).layer(1, "gen")
 
 
 def describe(
@@ -41,6 +44,7 @@ def describe(
             "latent_channels": 4,
             "vae_downsample": 8,
             "special_tokens": SPECIAL,
+            "layers": {"gen": {1: SPARSE}},
             "top_k": 2,
             **options,
         },
@@ -55,9 +59,11 @@ def test_shapes_say_what_json_does_not() -> None:
     assert config.vision.num_hidden_layers == 2
     assert config.latent_downsample == 16
     assert config.token_channels == 16
-    ((layer, experts),) = config.llm.sparse_layers("gen").items()
-    assert (layer, experts.num_experts, experts.expert_width, config.llm.top_k) == (1, 4, 24, 2)
+    assert config.llm.sparse_layers("gen") == {1: SPARSE.ffn}
     assert config.llm.sparse_layers("und") == {}
+    assert config.llm.layers == {"gen": {1: SPARSE}}
+    whole = {n: WHOLE.layer(n, "und") for n in range(3)}
+    assert describe(layers={"und": whole}).llm.layers == {"und": {}}
 
 
 def test_vision_json_may_count_the_layer_that_is_left_out() -> None:
@@ -77,10 +83,6 @@ def test_autoencoder_is_read_off_its_shapes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"llm": {"hidden_size": 64}}, "hidden_size must be 32 as the tensors say, got 64"),
-        ({"llm": {"vocab_size": 100}}, "vocab_size must be 96 as the tensors say, got 100"),
-        ({"llm": {"num_hidden_layers": 4}}, "num_hidden_layers must be 3 as the tensors say"),
-        ({"llm": {"num_attention_heads": 2}}, "num_attention_heads must be 8 as .* got 16"),
         ({"llm": {"hidden_act": "gelu"}}, "hidden_act must be 'silu', got 'gelu'"),
         ({"llm": {"rope_scaling": {"factor": 2}}}, "rope_scaling must be absent"),
         ({"llm": {"use_sliding_window": True}}, "use_sliding_window must be false"),
@@ -90,7 +92,7 @@ def test_autoencoder_is_read_off_its_shapes() -> None:
         ({"vit": {"patch_size": None}}, "vit_config.json: patch_size must be given"),
         ({"stated": {"max_latent_size": 64}}, "max_latent_size must be 8 as .* got 64"),
         ({"stated": {"interpolate_pos": True}}, "interpolate_pos must be false"),
-        ({"top_k": None}, "top_k must be given for the 4 experts of layer 1"),
+        ({"top_k": None}, "top_k must be from 1 to the 4 experts of layer 1 of gen, got None"),
         ({"top_k": 5}, "top_k must be from 1 to the 4 experts"),
         ({"latent_channels": 5}, r"vae2llm.weight must have p \* p \* 5 columns"),
         ({"shapes": {"latent_pos_embed.pos_embed": (60, 32)}}, "square number of rows, got 60"),
@@ -111,10 +113,6 @@ def test_rope_theta_may_stand_in_rope_parameters() -> None:
     source = {key: value for key, value in LLM.items() if key != "rope_theta"}
     config = LLMConfig.from_json({**source, "rope_parameters": {"rope_theta": 5e5}})
     assert config.rope_theta == 5e5
-
-
-WHOLE = LLMConfig.from_json(LLM)
-HEADS = LayerShape(ffn=8, kv_heads=(0,), query_groups=(0,))
 
 
 @pytest.mark.parametrize(

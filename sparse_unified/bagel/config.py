@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Any
 
-from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified._common import context
 from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
 from sparse_unified.experts import ExpertLayout
 
@@ -40,16 +40,16 @@ def _require_multiple(config: object, name: str, divisor: str) -> None:
         )
 
 
-def _field(source: Mapping[str, Any], name: str, where: str) -> Any:
+def _field(source: Mapping[str, Any], name: str) -> Any:
     if source.get(name) is None:
-        raise ValueError(f"{where}: {name} must be given, got keys {sorted(source)}")
+        raise ValueError(f"{name} must be given, got keys {sorted(source)}")
     return source[name]
 
 
-def _number(source: Mapping[str, Any], name: str, where: str) -> float:
-    value = _field(source, name, where)
+def _number(source: Mapping[str, Any], name: str) -> float:
+    value = _field(source, name)
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{where}: {name} must be a finite number, got {value!r:.120}")
+        raise ValueError(f"{name} must be a finite number, got {value!r:.120}")
     return float(value)
 
 
@@ -135,36 +135,29 @@ class LLMConfig:
         return replace(self, layers={**self.layers, component: own}, top_k=top_k)
 
     @classmethod
+    @context("llm_config.json")
     def from_json(cls, source: Mapping[str, Any]) -> LLMConfig:
         """Reads the contents of llm_config.json.
 
         Raises:
             ValueError: a size is missing or illegal, or an option this model lacks is switched on.
         """
-        where = "llm_config.json"
         if source.get("hidden_act", "silu") != "silu":
-            raise ValueError(
-                f"{where}: hidden_act must be 'silu', got {source['hidden_act']!r:.120}"
-            )
+            raise ValueError(f"hidden_act must be 'silu', got {source['hidden_act']!r:.120}")
         if source.get("rope_scaling"):
-            raise ValueError(
-                f"{where}: rope_scaling must be absent, got {source['rope_scaling']!r:.120}"
-            )
+            raise ValueError(f"rope_scaling must be absent, got {source['rope_scaling']!r:.120}")
         if source.get("use_sliding_window"):
-            raise ValueError(f"{where}: use_sliding_window must be false, got true")
+            raise ValueError("use_sliding_window must be false, got true")
         # Newer transformers write rope_theta inside rope_parameters.
         rope = source.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
-            raise ValueError(f"{where}: rope_parameters must be an object, got {rope!r:.120}")
+            raise ValueError(f"rope_parameters must be an object, got {rope!r:.120}")
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        heads = ("num_attention_heads", "num_key_value_heads")
         return cls(
-            hidden_size=_field(source, "hidden_size", where),
-            intermediate_size=_field(source, "intermediate_size", where),
-            num_hidden_layers=_field(source, "num_hidden_layers", where),
-            num_attention_heads=_field(source, "num_attention_heads", where),
-            num_key_value_heads=_field(source, "num_key_value_heads", where),
-            vocab_size=_field(source, "vocab_size", where),
-            rms_norm_eps=_number(source, "rms_norm_eps", where),
-            rope_theta=_number({**rope, **source}, "rope_theta", where),
+            **{name: _field(source, name) for name in (*sizes, *heads)},
+            rms_norm_eps=_number(source, "rms_norm_eps"),
+            rope_theta=_number({**rope, **source}, "rope_theta"),
         )
 
 
@@ -191,34 +184,28 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @classmethod
+    @context("vit_config.json")
     def from_json(cls, source: Mapping[str, Any], *, num_hidden_layers: int) -> VisionConfig:
         """Reads the contents of vit_config.json for a file that holds `num_hidden_layers` layers.
 
         Official files name one layer more than they hold (BAGEL drops the last one), so both the
         number of layers held and that number plus one are accepted.
         """
-        where = "vit_config.json"
         stated = source.get("num_hidden_layers", num_hidden_layers)
         if stated not in (num_hidden_layers, num_hidden_layers + 1):
             raise ValueError(
-                f"{where}: num_hidden_layers must be {num_hidden_layers} or "
-                f"{num_hidden_layers + 1} for weights of {num_hidden_layers} layers, "
-                f"got {stated!r:.120}"
+                f"num_hidden_layers must be {num_hidden_layers} or {num_hidden_layers + 1} for "
+                f"weights of {num_hidden_layers} layers, got {stated!r:.120}"
             )
         activation = source.get("hidden_act", "gelu_pytorch_tanh")
         if activation != "gelu_pytorch_tanh":
-            raise ValueError(
-                f"{where}: hidden_act must be 'gelu_pytorch_tanh', got {activation!r:.120}"
-            )
+            raise ValueError(f"hidden_act must be 'gelu_pytorch_tanh', got {activation!r:.120}")
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
         return cls(
-            hidden_size=_field(source, "hidden_size", where),
-            intermediate_size=_field(source, "intermediate_size", where),
+            **{name: _field(source, name) for name in (*sizes, "patch_size", "image_size")},
             num_hidden_layers=num_hidden_layers,
-            num_attention_heads=_field(source, "num_attention_heads", where),
-            patch_size=_field(source, "patch_size", where),
-            image_size=_field(source, "image_size", where),
             num_channels=source.get("num_channels", 3),
-            layer_norm_eps=_number({"layer_norm_eps": 1e-6, **source}, "layer_norm_eps", where),
+            layer_norm_eps=_number({"layer_norm_eps": 1e-6, **source}, "layer_norm_eps"),
         )
 
 
@@ -322,15 +309,12 @@ class BagelConfig:
         return height // step, width // step
 
 
-# ---- Descriptions read off the names and shapes of tensors.
-#
-# The JSON files of a checkpoint can be wrong without any key being missing, so shapes decide
-# wherever they can, and a JSON field that contradicts them is an error.
+# ---- Descriptions read off the names and shapes of tensors. The JSON files of a checkpoint can be
+# wrong without any key being missing, so shapes decide, and a JSON field that contradicts them is
+# an error. Whether the tensors are those of the model, the model says, see `loading.check_tensors`.
 
 Shapes = Mapping[str, Sequence[int]]
-_LAYER = re.compile(r"language_model\.model\.layers\.(\d{1,6})\.(.+)")
 _VIT_LAYER = re.compile(r"vit_model\..*?\.layers\.(\d{1,6})\..+")
-_QUERY_NORM = re.compile(r"self_attn\.q_norm(_moe_gen)?\.weight")
 
 
 def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
@@ -344,30 +328,24 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
     Raises:
         ValueError: a tensor that decides is missing or has no such shape.
     """
-    stem = _shape(shapes, "encoder.conv_in.weight", 4, where)  # [ch, in, 3, 3]
-    levels = _first_absent(shapes, "encoder.down.{}.block.")
-    outputs = [
-        _shape(shapes, f"encoder.down.{level}.block.0.conv2.weight", 4, where)[0]
-        for level in range(max(levels, 1))
-    ]
-    if any(channels % stem[0] for channels in outputs):
-        raise ValueError(
-            f"{where}: channels of every resolution must be multiples of {stem[0]}, got {outputs}"
+    with context(where):
+        ch, in_channels, *_ = _shape(shapes, "encoder.conv_in.weight", 4)
+        levels = max(_first_absent(shapes, "encoder.down.{}.block."), 1)
+        keys = [f"encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
+        outputs = [_shape(shapes, key, 4)[0] for key in keys]
+        if any(channels % ch for channels in outputs):
+            raise ValueError(
+                f"channels of every resolution must be multiples of {ch}, got {outputs}"
+            )
+        return VAEConfig(
+            ch=ch,
+            ch_mult=tuple(channels // ch for channels in outputs),
+            num_res_blocks=_first_absent(shapes, "encoder.down.0.block.{}."),
+            z_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
+            in_channels=in_channels,
+            out_ch=_shape(shapes, "decoder.conv_out.weight", 4)[0],
+            **factors,
         )
-    if any(channels % _NORM_GROUPS for channels in (stem[0], *outputs)):
-        raise ValueError(
-            f"{where}: channels of every resolution must be multiples of {_NORM_GROUPS}, the "
-            f"groups of its norms, got {[stem[0], *outputs]}"
-        )
-    return VAEConfig(
-        ch=stem[0],
-        ch_mult=tuple(channels // stem[0] for channels in outputs),
-        num_res_blocks=_first_absent(shapes, "encoder.down.0.block.{}."),
-        z_channels=_shape(shapes, "decoder.conv_in.weight", 4, where)[1],
-        in_channels=stem[1],
-        out_ch=_shape(shapes, "decoder.conv_out.weight", 4, where)[0],
-        **factors,
-    )
 
 
 def bagel_config(
@@ -375,12 +353,11 @@ def bagel_config(
     llm: Mapping[str, Any],
     vit: Mapping[str, Any],
     *,
+    layers: LayerShapes,
+    top_k: int | None = None,
     latent_channels: int,
     vae_downsample: int,
     special_tokens: SpecialTokens,
-    top_k: int | None = None,
-    num_shared_experts: int = 0,
-    pruned: LayerShapes | None = None,
     stated: Mapping[str, Any] | None = None,
     where: str = "ema.safetensors",
 ) -> BagelConfig:
@@ -390,142 +367,77 @@ def bagel_config(
         shapes: shape of every tensor of the model, by official key.
         llm: contents of llm_config.json.
         vit: contents of vit_config.json.
+        layers: what the layers hold.
+        top_k: active experts of the sparse FFNs.
         latent_channels: what the autoencoder says.
         vae_downsample: what the autoencoder says.
-        top_k: active experts of the sparse FFNs, which no key tells.
-        num_shared_experts: how many expert widths the shared expert is made of.
-        pruned: what pruning has left of each layer of a component; None where it took nothing.
         stated: contents of config.json, checked against the shapes where it repeats them.
         where: name of the weight file, for messages.
 
     Raises:
         ValueError: a tensor that decides is missing, or a JSON field contradicts the shapes.
     """
-    layers = _layers(shapes)
-    whole = LLMConfig.from_json(llm)
-    found = {
-        component: _layer_shapes(
-            whole, layers, component, (pruned or {}).get(component, {}), num_shared_experts, where
-        )
-        for component in FFN_NAMES
-    }
-    sparse = [
-        (shape.ffn.num_experts, layer)
-        for own in found.values()
-        for layer, shape in own.items()
-        if isinstance(shape.ffn, ExpertLayout)
-    ]
-    if sparse and top_k is None:
-        raise ValueError(
-            f"{where}: top_k must be given for the {sparse[0][0]} experts of layer {sparse[0][1]}, "
-            "got none"
-        )
-    config = replace(whole, layers=found, top_k=top_k if sparse else None)
-    embeddings = _shape(shapes, "language_model.model.embed_tokens.weight", 2, where)
-    _agree("llm_config.json", "vocab_size", config.vocab_size, embeddings[0])
-    _agree("llm_config.json", "hidden_size", config.hidden_size, embeddings[1])
-    if pruned is None:
-        num_layers = max(layers, default=-1) + 1
-        _agree("llm_config.json", "num_hidden_layers", config.num_hidden_layers, num_layers)
-    norms = [own[name] for own in layers.values() for name in own if _QUERY_NORM.fullmatch(name)]
-    if not norms and pruned is None:
-        norms = [_shape(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", 1, where)]
-    for norm in norms[:1]:
-        _agree("llm_config.json", "hidden_size / num_attention_heads", config.head_dim, *norm)
-
-    token_channels = _shape(shapes, "vae2llm.weight", 2, where)[1]
-    patch = math.isqrt(token_channels // latent_channels)
-    if patch * patch * latent_channels != token_channels:
-        raise ValueError(
-            f"{where}: vae2llm.weight must have p * p * {latent_channels} columns for latents of "
-            f"{latent_channels} channels, got {token_channels}"
-        )
-    result = BagelConfig(
-        llm=config,
-        vision=VisionConfig.from_json(vit, num_hidden_layers=_count_vision_layers(shapes, where)),
-        latent_channels=latent_channels,
-        vae_downsample=vae_downsample,
-        latent_patch_size=patch,
-        max_latent_size=_side(shapes, "latent_pos_embed.pos_embed", where),
-        vit_max_num_patch_per_side=_side(shapes, "vit_pos_embed.pos_embed", where),
-        special_tokens=special_tokens,
-    )
-    for name in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"):
-        _agree("config.json", name, (stated or {}).get(name), getattr(result, name))
-    if (stated or {}).get("interpolate_pos"):
-        raise ValueError("config.json: interpolate_pos must be false, got true")
-    return result
-
-
-def _layers(shapes: Shapes) -> dict[int, dict[str, Sequence[int]]]:
-    """Returns the tensors of each decoder layer, by the rest of their keys."""
-    found: dict[int, dict[str, Sequence[int]]] = {}
-    for key, shape in shapes.items():
-        if match := _LAYER.fullmatch(key):
-            found.setdefault(int(match[1]), {})[match[2]] = shape
-    return found
-
-
-def _layer_shapes(
-    whole: LLMConfig,
-    layers: Mapping[int, Shapes],
-    component: str,
-    pruned: Mapping[int, LayerShape],
-    num_shared_experts: int,
-    where: str,
-) -> dict[int, LayerShape]:
-    """Returns the layers of a component that are not as in the dense model."""
-    ffn = FFN_NAMES[component]
-    expert = re.compile(rf"{ffn}\.experts\.(\d{{1,6}})\.")
-    found: dict[int, LayerShape] = {}
-    for layer in sorted(layers.keys() | pruned.keys()):
-        own, shape = layers.get(layer, {}), whole.layer(layer, component)
-        if (left := pruned.get(layer)) is not None:
-            shape = left
-        num_experts = max((int(m[1]) + 1 for m in map(expert.match, own) if m), default=0)
-        if num_experts:
-            name = f"{ffn}.shared_expert.gate_proj.weight"
-            shared = _shape(own, name, 2, where)[0] if name in own else 0
-            width = _shape(own, f"{ffn}.experts.0.gate_proj.weight", 2, where)[0]
-            experts = ExpertLayout(
-                intermediate_size=shared + num_experts * width,
-                num_experts=num_experts,
-                num_shared_experts=num_shared_experts,
-                shared_intermediate_size=shared,
+    stated = stated or {}
+    with context(where):
+        whole = LLMConfig.from_json(llm)
+        cut = {
+            component: {n: own for n, own in shapes.items() if own != whole.layer(n, component)}
+            for component, shapes in layers.items()
+        }
+        token_channels = _shape(shapes, "vae2llm.weight", 2)[1]
+        patch = math.isqrt(token_channels // latent_channels)
+        if patch * patch * latent_channels != token_channels:
+            raise ValueError(
+                f"vae2llm.weight must have p * p * {latent_channels} columns for latents of "
+                f"{latent_channels} channels, got {token_channels}"
             )
-            shape = replace(shape, ffn=experts)
-        if shape != whole.layer(layer, component):
-            found[layer] = shape
-    return found
+        vision = VisionConfig.from_json(vit, num_hidden_layers=_count_vision_layers(shapes))
+        config = BagelConfig(
+            llm=replace(whole, layers=cut, top_k=top_k),
+            vision=vision,
+            latent_channels=latent_channels,
+            vae_downsample=vae_downsample,
+            latent_patch_size=patch,
+            max_latent_size=_side(shapes, "latent_pos_embed.pos_embed"),
+            vit_max_num_patch_per_side=_side(shapes, "vit_pos_embed.pos_embed"),
+            special_tokens=special_tokens,
+        )
+        for name in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"):
+            found, value = getattr(config, name), stated.get(name)
+            if value is not None and value != found:
+                raise ValueError(
+                    f"config.json: {name} must be {found} as the tensors say, got {value!r:.120}"
+                )
+        if stated.get("interpolate_pos"):
+            raise ValueError("config.json: interpolate_pos must be false, got true")
+    return config
 
 
-def _count_vision_layers(shapes: Shapes, where: str) -> int:
+def _count_vision_layers(shapes: Shapes) -> int:
     layers = {int(match[1]) for match in map(_VIT_LAYER.fullmatch, shapes) if match}
     if missing := set(range(max(layers, default=-1) + 1)) - layers:
         raise ValueError(
-            f"{where}: layers of the vision transformer must be 0 to {max(layers)} as the highest "
-            f"says, got no {min(missing)}"
+            f"layers of the vision transformer must be 0 to {max(layers)} as the highest says, "
+            f"got no {min(missing)}"
         )
     return len(layers)
 
 
-def _shape(shapes: Shapes, key: str, num_dims: int, where: str) -> Sequence[int]:
+def _shape(shapes: Shapes, key: str, num_dims: int) -> Sequence[int]:
     """Returns the shape of a tensor that must have `num_dims` dimensions above 0."""
     if key not in shapes:
-        raise ValueError(f"{where}: {key} must be in the file, got {len(shapes)} other tensors")
+        raise ValueError(f"{key} must be in the file, got {len(shapes)} other tensors")
     if len(shapes[key]) != num_dims or 0 in shapes[key]:
-        raise ValueError(
-            f"{where}: {key} must have {num_dims} dimensions above 0, got {list(shapes[key])}"
-        )
+        raise ValueError(f"{key} must have {num_dims} dimensions above 0, got {list(shapes[key])}")
     return shapes[key]
 
 
-def _side(shapes: Shapes, key: str, where: str) -> int:
+def _side(shapes: Shapes, key: str) -> int:
     """Returns the side of the square grid that a table of positions has rows for."""
-    rows = _shape(shapes, key, 2, where)[0]
+    rows = _shape(shapes, key, 2)[0]
     side = math.isqrt(rows)
     if side * side != rows:
-        raise ValueError(f"{where}: {key} must have a square number of rows, got {rows}")
+        raise ValueError(f"{key} must have a square number of rows, got {rows}")
     return side
 
 
@@ -536,8 +448,3 @@ def _first_absent(shapes: Shapes, start: str) -> int:
         for number in count()
         if not any(key.startswith(start.format(number)) for key in shapes)
     )
-
-
-def _agree(where: str, name: str, stated: Any, found: Any) -> None:
-    if stated is not None and stated != found:
-        raise ValueError(f"{where}: {name} must be {found} as the tensors say, got {stated}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import choice, optional
+from sparse_unified._common import choice, list_some, optional
 from sparse_unified.bagel.config import (
     BagelConfig,
     LLMConfig,
@@ -154,9 +154,11 @@ def tensor_problems(
 def check_tensors(
     targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor], *, where: str
 ) -> None:
-    """Raises one ValueError that lists all `tensor_problems` of a file."""
+    """Raises one ValueError that lists the `tensor_problems` of a file."""
     if problems := tensor_problems(targets, specs):
-        raise ValueError(f"{where}: tensors must be those of the model, got " + "; ".join(problems))
+        raise ValueError(
+            f"{where}: tensors must be those of the model, got {list_some(problems, 20)}"
+        )
 
 
 def _blocks(spec: TensorSpec) -> Iterator[tuple[slice | EllipsisType, TensorSpec]]:
@@ -244,14 +246,13 @@ def read_config(
     """Returns the description of the model of a checkpoint, from headers and JSON files alone.
 
     Args:
-        vae: its autoencoder. stated: config.json, if there is one.
+        vae: its autoencoder.
+        stated: config.json, if there is one.
         special_tokens: ids of the markers; None takes those of the released checkpoints.
 
     Raises:
         ValueError: keys, shapes and JSON files disagree.
     """
-    experts = checkpoint.experts
-    layouts = [layout for layers in experts.values() for layout in layers.values()]
     return bagel_config(
         {key: spec.shape for key, spec in checkpoint.specs.items()},
         checkpoint.llm_config,
@@ -259,9 +260,8 @@ def read_config(
         latent_channels=vae.z_channels,
         vae_downsample=vae.downsample,
         special_tokens=special_tokens or SpecialTokens(),
+        layers=checkpoint.shapes,
         top_k=checkpoint.top_k,
-        num_shared_experts=layouts[0].num_shared_experts if layouts else 0,
-        pruned=checkpoint.left,
         stated=stated or {},
         where=os.fspath(checkpoint.directory),
     )
