@@ -213,8 +213,11 @@ def checks(out: Path, device: str, seconds: float) -> bool:
                 command, stdout=subprocess.PIPE, text=True, timeout=wait, check=False
             ).stdout
         except subprocess.TimeoutExpired as error:
-            text, why = (error.stdout or b"").decode(), "out of time"
+            written: Any = error.stdout or b""  # bytes, whatever `text` says
+            text, why = written.decode() if isinstance(written, bytes) else written, "out of time"
         for line in text.splitlines():
+            if not line.startswith("{"):
+                continue  # of a compiler or a library
             said = json.loads(line)
             found[said["name"]] = said
         for said in found.values():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import sparse_unified
+from sparse_unified.checkpoint.files import replace_file
 
 from .measure import Measured, Record, Roof
 from .suites import Overhead
@@ -145,9 +146,4 @@ def _line(r: Record) -> str:
 
 def save(path: Path, text: str) -> None:
     """Writes a result; an existing file is replaced whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, (text + "\n").encode())
