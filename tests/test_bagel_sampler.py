@@ -100,6 +100,8 @@ def test_renormalisation_never_lengthens() -> None:
     v = torch.randn(10, 16)
     out = guide(v, 0.1 * v, None, SamplingConfig(cfg_text_scale=1.01))
     assert out.norm() <= v.norm() * 1.0001
+    shorter = guide(v, 2 * v, None, SamplingConfig(cfg_text_scale=1.5))
+    torch.testing.assert_close(shorter, 0.5 * v)
 
 
 @pytest.mark.parametrize("renorm", list(Renorm))
