@@ -239,7 +239,7 @@ def no_slots_give_no_rows(device: torch.device) -> None:
 # Gradients
 
 
-@check(*grid(dtype=DTYPES, num_tokens=(1, 53, 1000)), small=few)
+@check(*grid(dtype=DTYPES, num_tokens=(1, 53, 300, 1000)), small=few)
 def gradients_of_route_topk(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
     """Against fp64, both at once and each argument alone."""
     with torch.device(device):
@@ -262,7 +262,7 @@ def gradients_of_route_topk(device: torch.device, dtype: torch.dtype, num_tokens
         assert_gradients([g for g in own if g is not None], [exact[i] for i in trained], dtype)
 
 
-@check(*grid(dtype=DTYPES, num_tokens=(1, 41, 1000)), small=few)
+@check(*grid(dtype=DTYPES, num_tokens=(1, 41, 300, 1000)), small=few)
 def gradients_of_permute_and_combine(
     device: torch.device, dtype: torch.dtype, num_tokens: int
 ) -> None:
