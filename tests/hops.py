@@ -48,8 +48,7 @@ def sizes(calls: Calls) -> tuple[int, int]:
 
 def paths(folder: Path) -> dict[str, Calls]:
     """Returns the calls of each main path, by its name."""
-    from sparse_unified.analysis import Task, built_in_samples, save_scores, score
-    from sparse_unified.analysis.calibrate import calibrate
+    from sparse_unified.analysis import Task, built_in_samples, calibrate, save_scores, score
     from sparse_unified.bagel import BagelPipeline
     from sparse_unified.checkpoint import PruneWidthConfig, convert, prune
     from sparse_unified.mini import MiniTask, write_model

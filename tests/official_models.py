@@ -187,7 +187,7 @@ def official_image(code: SimpleNamespace, model: Any, case: Case) -> Tensor:
     prompt, lens, rope = model.prepare_prompts([0], [0], ids, tokenizer, markers)
     context = model.forward_cache_update_text(cache(), **prompt)
     inputs = model.prepare_vae_latent(lens, rope, size, markers)
-    inputs["packed_init_noises"] = case.tensor("init_noise").clone()
+    inputs["packed_init_noises"] = case.tensors["init_noise"].clone()
     without = model.prepare_vae_latent_cfg([0], [0], size)
     options = {
         name: fields[name]

@@ -229,7 +229,7 @@ def latent(model: Bagel, case: Case) -> Tensor:
     names = [name for name in SamplingConfig.__slots__ if name in fields]
     config = SamplingConfig(**{name: fields[name] for name in names})
     guidance = build_guidance(model, fields["prompt_ids"])
-    return sample_latents(model, guidance, [case.tensor("init_noise")], [(4, 4)], config)[0]
+    return sample_latents(model, guidance, [case.tensors["init_noise"]], [(4, 4)], config)[0]
 
 
 def relative_error(out: Tensor, gold: Tensor) -> float:
@@ -242,7 +242,7 @@ def test_golden_sparse_weights_in_our_dense_model_give_the_golden_image(sparse_d
     dense, before = latent(model, case), snapshot(model)
     report = load_moe_(model, sparse_dir)
     assert [(e.layer, e.component, e.before) for e in report.layers] == [(1, "gen", "SwiGLU")]
-    assert relative_error(latent(model, case), case.tensor("latent.0")) < 1e-5
+    assert relative_error(latent(model, case), case.tensors["latent.0"]) < 1e-5
     assert model.state_dict().keys() == case.weights.keys()
     restore_(model)
     assert_same(before, snapshot(model))
@@ -255,7 +255,7 @@ def test_our_dense_model_with_all_experts_active_draws_the_dense_image() -> None
     for component in FFNS:
         apply_moe_(model, MoEConfig(num_experts=4, top_k=4, component=component, layers="all"))
     assert sum(isinstance(m, SparseMoE) for m in model.modules()) == 6
-    assert relative_error(latent(model, case), case.tensor("latent.0")) < 1e-5
+    assert relative_error(latent(model, case), case.tensors["latent.0"]) < 1e-5
 
 
 def test_a_pipeline_is_taken_as_it_is(tmp_path: Path) -> None:
