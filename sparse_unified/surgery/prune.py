@@ -162,12 +162,12 @@ def prune_heads_(
             given = scores_by_layer(given, layers, len(decoder.layers))
             for layer in layers:
                 shape = shapes[component][layer]
-                if given is None:
-                    _require_data(tensors.values())
-                    values = head_magnitudes(tensors.__getitem__, component, layer, shape)
-                else:
-                    values = given[layer]
                 with naming(f"layer {layer} ({decoder.path}.{layer}.self_attn), {component}"):
+                    if given is None:
+                        _require_data(tensors.values())
+                        values = head_magnitudes(tensors.__getitem__, component, layer, shape)
+                    else:
+                        values = given[layer]
                     check_scores(values, len(shape.query_groups))
                 ranking[component, layer] = values
         cuts = plan(config, shapes, _sizes(tensors), lambda *at: ranking[at])

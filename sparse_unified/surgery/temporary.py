@@ -31,7 +31,7 @@ from sparse_unified.experts import (
     magnitude_scores,
     select_layers,
 )
-from sparse_unified.surgery.cuts import PruneConfig
+from sparse_unified.surgery.cuts import PruneConfig, spread
 from sparse_unified.surgery.decoder import Adapter, Block, Ffn, FfnKey, find_adapter
 from sparse_unified.surgery.ffn import Skipped, hidden_states
 from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
@@ -505,8 +505,8 @@ def fewer_heads(
 
 def _drop_heads(put: _Put, attention: Attention, groups: Sequence[int]) -> None:
     size, module = attention.head_dim, attention.module
-    queries = _channels(groups, attention.queries * size)
-    keys = _channels(groups, size)
+    queries = spread(torch.tensor(groups), attention.queries * size)
+    keys = spread(torch.tensor(groups), size)
     rows: dict[nn.Linear, list[Tensor]] = {}
     for (linear, start), index in zip(attention.inputs, (queries, keys, keys), strict=True):
         rows.setdefault(linear, []).append(start + index)
@@ -517,11 +517,6 @@ def _drop_heads(put: _Put, attention: Attention, groups: Sequence[int]) -> None:
     for name, count in (counts | dict.fromkeys(_KEY_COUNTS, len(groups))).items():
         if name in module.__dict__:
             put(module.__dict__, name, count)
-
-
-def _channels(units: Sequence[int], width: int) -> Tensor:
-    """Returns the channels [units * width] of the given groups."""
-    return (torch.tensor(list(units))[:, None] * width + torch.arange(width)).flatten()
 
 
 def as_module(model: Any) -> nn.Module:
