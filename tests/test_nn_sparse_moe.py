@@ -104,18 +104,6 @@ def test_permuting_tokens_permutes_outputs(grad: bool, num_tokens: int) -> None:
     assert torch.equal(permuted_logits, logits[order])
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("num_tokens", [40, 600])
-def test_splitting_the_batch_changes_nothing(grad: bool, num_tokens: int) -> None:
-    moe = random_block()
-    x = torch.randn(num_tokens, 24)
-    with torch.set_grad_enabled(grad):
-        y, logits = moe(x)
-        parts = [moe(part) for part in x.split([1, 7, num_tokens - 8])]
-    torch.testing.assert_close(torch.cat([p[0] for p in parts]), y, rtol=1e-5, atol=1e-5)
-    assert torch.equal(torch.cat([p[1] for p in parts]), logits)
-
-
 def test_leading_dimensions_are_tokens_none_too_and_logits_can_be_left_out() -> None:
     for moe in (random_block(), random_block(24, 60, 4, 2, 1)):
         x = torch.randn(2, 3, 5, 24)
