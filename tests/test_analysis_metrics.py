@@ -24,7 +24,7 @@ from sparse_unified.analysis.bagel_task import (
     guidance_of,
     question_context,
 )
-from sparse_unified.analysis.evaluators import Better, directions, load_evaluator, measure
+from sparse_unified.analysis.evaluators import directions, load_evaluator, measure
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
 from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.bagel.vision import patchify
@@ -240,7 +240,7 @@ def test_evaluators_declare_their_metrics() -> None:
         return {"score": 1, "loss": 2}
 
     assert measure(good, None, where="x") == {"loss": 2.0, "score": 1.0}
-    assert directions(good, where="x")["loss"] is Better.LOWER
+    assert directions(good, where="x") == {"loss": "lower", "score": "higher"}
     for wrong in ({}, {"a": "up"}):
         with pytest.raises(ValueError, match="evaluator must be callable and declare its metrics"):
             evaluator(**wrong)(lambda model: {})

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified.analysis.evaluators import Better, Evaluator, Probe
+from sparse_unified.analysis.evaluators import Evaluator, Probe
 from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.bagel import BagelPipeline, Guidance, build_guidance, generate_tokens
 from sparse_unified.bagel.attention import KVCache
@@ -172,7 +172,7 @@ class VelocityError:
         times: t of the forward passes.
     """
 
-    better: Mapping[str, Better] = {"velocity_error": Better.LOWER}
+    better: Mapping[str, str] = {"velocity_error": "lower"}
 
     def __init__(self, samples: Sequence[Sample], times: Sequence[float]) -> None:
         missing = [sample.prompt for sample in samples if sample.image is None]
@@ -207,10 +207,7 @@ class DenseDistance:
     mean square difference of the pixels, of which 1 is the whole range; means over the samples.
     """
 
-    better: Mapping[str, Better] = {
-        "latent_distance": Better.LOWER,
-        "image_distance": Better.LOWER,
-    }
+    better: Mapping[str, str] = {"latent_distance": "lower", "image_distance": "lower"}
 
     def __init__(self, samples: Sequence[Sample], settings: Settings) -> None:
         self.samples, self.settings = samples, settings
@@ -246,10 +243,7 @@ class TextAgreement:
     the dense model's own where a sample has none.
     """
 
-    better: Mapping[str, Better] = {
-        "text_agreement": Better.HIGHER,
-        "perplexity": Better.LOWER,
-    }
+    better: Mapping[str, str] = {"text_agreement": "higher", "perplexity": "lower"}
 
     def __init__(self, samples: Sequence[Sample], settings: Settings) -> None:
         self.samples, self.settings = samples, settings

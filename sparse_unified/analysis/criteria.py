@@ -14,9 +14,8 @@ from torch import Tensor
 
 from sparse_unified._common import naming
 from sparse_unified.analysis.statistics import FfnStatistics
-from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.checkpoint.safetensors_io import encode_tensors
+from sparse_unified.checkpoint.safetensors_io import save_tensors
 from sparse_unified.experts import check_scores, magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import Ffn, FfnKey, find_adapter
 from sparse_unified.surgery.temporary import join_experts
@@ -145,4 +144,4 @@ def save_scores(
     }
     if not tensors:
         raise ValueError(f"{path}: scores must be given for at least one layer, got none")
-    replace_file(Path(path), encode_tensors(tensors))
+    save_tensors(Path(path), tensors)

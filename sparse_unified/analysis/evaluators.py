@@ -13,19 +13,11 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from sparse_unified.analysis.cost import Workload
-
-
-class Better(str, Enum):
-    """Which way a metric improves."""
-
-    LOWER = "lower"
-    HIGHER = "higher"
 
 
 class Evaluator(Protocol):
@@ -35,10 +27,10 @@ class Evaluator(Protocol):
     anything is changed, and `begin(name)` with the name of each point of a sweep.
 
     Attributes:
-        better: metric -> which way it improves.
+        better: metric -> "lower" or "higher", which way it improves.
     """
 
-    better: Mapping[str, Better]
+    better: Mapping[str, str]
 
     def __call__(self, model: Any, /) -> Mapping[str, float]:
         """Returns the value of every metric that `better` names."""
@@ -47,7 +39,7 @@ class Evaluator(Protocol):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def evaluator(**better: Better | str) -> Callable[[F], F]:
+def evaluator(**better: str) -> Callable[[F], F]:
     """Declares a function as an evaluator.
 
         @evaluator(loss="lower")
@@ -69,25 +61,24 @@ def evaluator(**better: Better | str) -> Callable[[F], F]:
     return declare
 
 
-def directions(function: object, *, where: str) -> dict[str, Better]:
+def directions(function: object, *, where: str) -> dict[str, str]:
     """Returns which way each metric of an evaluator improves.
 
     Raises:
         ValueError: it is no evaluator, or a direction is neither "lower" nor "higher".
     """
     declared = getattr(function, "better", None)
-    legal = {way.value for way in Better}
     if (
         not callable(function)
         or not isinstance(declared, Mapping)
         or not declared
-        or not legal.issuperset(declared.values())
+        or not {"lower", "higher"}.issuperset(declared.values())
     ):
         raise ValueError(
             f"{where}: evaluator must be callable and declare its metrics by "
             f'`better = {{"name": "lower" or "higher"}}`, got {function!r} with {declared!r:.120}'
         )
-    return {str(name): Better(direction) for name, direction in declared.items()}
+    return dict(declared)
 
 
 def measure(function: Evaluator, model: object, *, where: str) -> dict[str, float]:
@@ -173,7 +164,7 @@ class Probe:
     def better(self) -> dict[str, str]:
         """Which way each metric improves: "lower" or "higher"."""
         declared = (function.better.items() for function in self.evaluators.values())
-        return {str(name): Better(way).value for own in declared for name, way in own}
+        return {name: way for own in declared for name, way in own}
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_unified.analysis.bagel_task import Settings
-from sparse_unified.analysis.evaluators import Better, directions
+from sparse_unified.analysis.evaluators import directions
 from sparse_unified.analysis.samples import read_lines, read_object
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint.files import replace_file
@@ -121,7 +121,7 @@ class GenEvalImages:
         self.metadata, self.out, self.scorer = metadata, Path(out), scorer
         self.num_images, self.seed, self.settings = num_images, seed, settings
         self.point = "dense"
-        self.better: Mapping[str, Better] = {"geneval_images": Better.HIGHER}
+        self.better = {"geneval_images": "higher"}
         if scorer is not None:
             self.better = directions(scorer, where="GenEvalImages: scorer")
 

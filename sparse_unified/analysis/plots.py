@@ -99,8 +99,8 @@ def sensitivity(task: str, found: Mapping[str, Any]) -> Figure:
     axes_swept = list(dict.fromkeys(row["axis"] for row in found["points"]))
     components = list(dict.fromkeys(row["component"] for row in found["points"]))
     metrics = list(found["better"])
-    figure, panels = _panels(len(metrics), len(axes_swept), width=3.1, height=2.3)
-    _heading(figure, f"Sensitivity: {task}", "metrics over the share that is kept")
+    title, note = f"Sensitivity: {task}", "metrics over the share that is kept"
+    figure, panels = _panels(len(metrics), len(axes_swept), title, note, width=3.1, height=2.3)
     for metric, row in zip(metrics, panels, strict=True):
         dense = found["dense"][metric]
         for axis, panel in zip(axes_swept, row, strict=True):
@@ -128,11 +128,13 @@ def sensitivity(task: str, found: Mapping[str, Any]) -> Figure:
 def similarity(task: str, found: Mapping[str, Any]) -> Figure:
     """Draws the cosine of each layer and part, one panel per component."""
     components = list(dict.fromkeys(entry["component"] for entry in found["similarity"]))
-    figure, panels = _panels(1, len(components), width=4.2, height=2.9)
-    _heading(
-        figure,
+    figure, panels = _panels(
+        1,
+        len(components),
         f"Similarity per layer: {task}",
         "cosine of input and output after the residual add; near 1 is redundant",
+        width=4.2,
+        height=2.9,
     )
     for panel, component in zip(panels[0], components, strict=True):
         entries = [entry for entry in found["similarity"] if entry["component"] == component]
@@ -151,23 +153,24 @@ def similarity(task: str, found: Mapping[str, Any]) -> Figure:
 
 def activation(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws the share of firing neurons, layer by timestep range, one panel per component."""
-    figure, panels = _panels(1, len(maps), width=4.4, height=3.4)
-    _heading(
-        figure,
+    figure, panels = _panels(
+        1,
+        len(maps),
         f"Activation: {task}",
         "share of the neurons that fire on a token; the rest is sparsity",
+        width=4.4,
+        height=3.4,
     )
     rates = [_array(own["firing"]) for own in maps]
     low, high = (f([f(own) for own in rates]) for f in (np.nanmin, np.nanmax))
     image: Any = None
     for panel, own, values in zip(panels[0], maps, rates, strict=True):
-        image = _heat_map(panel, values, low, high if high > low else low + 0.01)
-        _grid_ticks(panel, own["ranges"], own["layers"])
+        limits = (low, high if high > low else low + 0.01)
+        image = _heat_map(panel, values, own["ranges"], own["layers"], limits)
         if NO_TIME in own["ranges"][1:]:
             panel.axvline(own["ranges"].index(NO_TIME) - 0.5, color="white", linewidth=4)
         panel.set_title(own["component"], loc="left", weight="bold")
         panel.set_xlabel("time, from noise to image" if len(own["ranges"]) > 1 else "")
-        panel.set_ylabel("layer")
     _color_bar(figure, image, panels[0], "firing rate", fraction=0.035)
     return figure
 
@@ -180,11 +183,13 @@ def overlap(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
         for title, name in sides.items()
     }
     shown = {title: listed for title, listed in shown.items() if listed} or {"between samples": []}
-    figure, panels = _panels(1, len(shown), width=4.6, height=3.0)
-    _heading(
-        figure,
+    figure, panels = _panels(
+        1,
+        len(shown),
         f"Overlap of active neurons: {task}",
         "Jaccard overlap of the most active neurons; near chance is dynamic sparsity",
+        width=4.6,
+        height=3.0,
     )
     components = [own["component"] for own in maps]
     for panel, (title, listed) in zip(panels[0], shown.items(), strict=True):
@@ -212,12 +217,14 @@ def usage_figure(usage: ExpertUsage) -> Figure:
     ]
     moves = [_stack([entry.change().flip(0) for entry in usage.of(c)]) for c in components]
     has_times = not all(np.isnan(move).all() for move in moves)
-    figure, panels = _panels(2 if has_times else 1, len(components), width=4.6, height=2.9)
-    _heading(
-        figure,
+    figure, panels = _panels(
+        2 if has_times else 1,
+        len(components),
         f"Expert usage: {usage.task}",
         "load of each expert, 1 is even"
         + ("; share of the choices that move from one range of times to the next" * has_times),
+        width=4.6,
+        height=2.9,
     )
     steps = [f"to {name}" for name in usage.ranges[-2:0:-1]]  # from noise to image
     for column, component in enumerate(components):
@@ -229,9 +236,7 @@ def usage_figure(usage: ExpertUsage) -> Figure:
         for row, (values, names, label, x_label) in enumerate(rows):
             panel = panels[row][column]
             high = 0.0 if np.isnan(values).all() else float(np.nanmax(values))
-            image = _heat_map(panel, values, 0, high if high > 0 else 1.0)
-            _grid_ticks(panel, names, layers)
-            panel.set_ylabel("layer")
+            image = _heat_map(panel, values, names, layers, (0, high if high > 0 else 1.0))
             _color_bar(figure, image, panel, label, fraction=0.04)
             panel.set_xlabel(x_label)
         panels[0][column].set_title(component, loc="left", weight="bold")
@@ -251,26 +256,25 @@ def _stack(rows: Sequence[Any]) -> np.ndarray:
     return stacked
 
 
-def _panels(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """Returns a figure and its panels [rows][columns]; sizes of a panel in inches."""
+def _panels(
+    rows: int, columns: int, title: str, note: str, *, width: float, height: float
+) -> tuple[Figure, Any]:
+    """Returns a figure and its panels [rows][columns] under a heading; sizes in inches."""
     from matplotlib.figure import Figure
 
     # Room for the heading above, whatever the number of rows.
     figure = Figure(
         figsize=(max(width * columns + 1.0, 5.6), height * rows + 1.0), layout="constrained"
     )
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", size=13, weight="bold")
+    above = 1 - 0.36 / figure.get_size_inches()[1]
+    figure.text(0.01, above, note, size=9, color=SOFT, va="top")
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
         panel.tick_params(length=0)
     return figure, panels
-
-
-def _heading(figure: Figure, title: str, note: str) -> None:
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", size=13, weight="bold")
-    height = figure.get_size_inches()[1]
-    figure.text(0.01, 1 - 0.36 / height, note, size=9, color=SOFT, va="top")
 
 
 def _curve(
@@ -283,19 +287,34 @@ def _curve(
     panel.plot(x, y, **{"color": color, "marker": "o", "markersize": 4, "linewidth": 1.6, **style})
 
 
-def _heat_map(panel: Any, values: np.ndarray, low: float, high: float) -> Any:
-    """Draws values from dark to bright, and grey where there were no tokens."""
+def _heat_map(
+    panel: Any,
+    values: np.ndarray,
+    columns: Sequence[str],
+    layers: Sequence[int],
+    limits: tuple[float, float],
+) -> Any:
+    """Draws values from dark to bright, grey where there were no tokens; names columns and rows."""
     from matplotlib import colormaps
 
-    return panel.imshow(
+    image = panel.imshow(
         values,
         cmap=colormaps["magma"].with_extremes(bad=LINE),
-        vmin=low,
-        vmax=high,
+        vmin=limits[0],
+        vmax=limits[1],
         aspect="auto",
         interpolation="nearest",
         origin="lower",
     )
+    panel.grid(False)
+    panel.set_ylabel("layer")
+    step = max(1, len(layers) // 14)
+    panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    # As many names as there is room for, at some 40 letters a panel; the last one always.
+    step = max(1, math.ceil(len(columns) * (max(map(len, columns)) + 2) / 40))
+    ticks = list(range(len(columns) - 1, -1, -step))
+    panel.set_xticks(ticks, [columns[tick] for tick in ticks])
+    return image
 
 
 def _color_bar(figure: Figure, image: Any, panels: Any, label: str, *, fraction: float) -> None:
@@ -318,14 +337,3 @@ def _share_rows(panels: Any) -> None:
             panel.set_ylim(low, high)
         for panel in row[1:]:
             panel.tick_params(labelleft=False)
-
-
-def _grid_ticks(panel: Any, columns: Sequence[str], rows: Sequence[int]) -> None:
-    """Names the columns and rows of a heat map, as many as there is room for."""
-    panel.grid(False)
-    step = max(1, len(rows) // 14)
-    panel.set_yticks(range(0, len(rows), step), [str(row) for row in rows[::step]])
-    # As many names as there is room for, at some 40 letters a panel; the last one always.
-    step = max(1, math.ceil(len(columns) * (max(map(len, columns)) + 2) / 40))
-    ticks = list(range(len(columns) - 1, -1, -step))
-    panel.set_xticks(ticks, [columns[tick] for tick in ticks])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -99,13 +99,6 @@ class SweepConfig:
         depth = SkipLayersConfig(layers=(0,), part=self.part)
         object.__setattr__(self, "budget", width.budget)
         object.__setattr__(self, "part", depth.part)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, for JSON."""
-        return {
-            name: value.value if isinstance(value, Enum) else value
-            for name, value in {**asdict(self), "axes": [axis.value for axis in self.axes]}.items()
-        }
 
     def points(self, task: str, components: Sequence[str]) -> list[Point]:
         """Returns the points of a task, for those components that take part in it."""

@@ -52,10 +52,6 @@ class Store:
             os.fsync(stream.fileno())
         self.records[record["name"]] = record
 
-    def write(self, name: str, text: str) -> None:
-        """Writes or replaces a file of the folder at once."""
-        replace_file(self.folder / name, text.encode())
-
 
 @contextmanager
 def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> Iterator[Store]:

@@ -27,12 +27,12 @@ from torch import Tensor
 from sparse_unified._common import list_some, naming
 from sparse_unified.analysis.activation import mean_overlap, successive_overlap
 from sparse_unified.checkpoint import Checkpoint, keys
-from sparse_unified.checkpoint.files import loads_strict, replace_file
+from sparse_unified.checkpoint.files import loads_strict
 from sparse_unified.checkpoint.safetensors_io import (
     TensorSpec,
-    encode_tensors,
-    read_header,
+    load_tensors,
     read_tensor,
+    save_tensors,
 )
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.surgery.decoder import FfnKey, find_adapter
@@ -383,7 +383,7 @@ class FfnStatistics:
             "samples": json.dumps({task: list(own) for task, own in self.samples.items()}),
             "ffns": json.dumps(listed),
         }
-        replace_file(Path(path), encode_tensors(tensors, metadata))
+        save_tensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FfnStatistics:
@@ -393,11 +393,8 @@ class FfnStatistics:
             ValueError: it is missing, damaged, no statistics, of a later format, or holds NaN,
                 infinities or no tokens.
         """
-        header = read_header(path)
+        header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
         meta = header.metadata
-        form = meta.get("format"), meta.get("format_version")
-        if form != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
         try:
             fields = ("config", "samples", "ffns", "model_hashes")
             found = {name: loads_strict(meta[name]) for name in fields}

@@ -24,6 +24,7 @@ from sparse_unified.analysis.points import Axis, Point, SweepConfig, legal_axes,
 from sparse_unified.analysis.records import Store, open_store
 from sparse_unified.analysis.similarity import Similarity, measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics
+from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.experts import select_layers
 from sparse_unified.surgery.decoder import Adapter, find_adapter
 from sparse_unified.surgery.temporary import as_module, read_attention
@@ -122,7 +123,7 @@ def run_sweep(
     _check(adapter, config, probes)
     stated = {
         **(description or {}),
-        "sweep": config.to_dict(),
+        "sweep": asdict(config),
         "tasks": {
             probe.task: {"metrics": list(probe.better), **probe.description} for probe in probes
         },
@@ -142,8 +143,11 @@ def run_sweep(
         if progress is not None:
             progress(len(steps), len(steps), "done")
         result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
-        store.write("results.json", result.to_json() + "\n")
-        store.write("report.md", result.to_markdown())
+        for name, text in (
+            ("results.json", result.to_json() + "\n"),
+            ("report.md", result.to_markdown()),
+        ):
+            replace_file(store.folder / name, text.encode())
     return result
 
 
@@ -220,7 +224,7 @@ class _TaskRun:
             self.statistics = collector.statistics()
             self.statistics.save(counts)
         found = measured.result()
-        self.store.write(path.name, found.to_json() + "\n")
+        replace_file(path, (found.to_json() + "\n").encode())
         return found
 
     def _rank(self) -> NeuronScores:
