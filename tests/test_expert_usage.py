@@ -55,19 +55,14 @@ def test_measures_of_known_loads() -> None:
     assert plain["change"] == [1, 0.5]
 
 
-def test_even_loads_have_entropy_one_and_do_not_change() -> None:
-    usage = layer_usage([[2, 2, 2, 2]] * 3, top_k=2)
-    assert usage.entropy() == pytest.approx(1)
-    assert usage.share().tolist() == [0.5] * 4
-    assert usage.change().tolist() == [0]
-    assert usage.dead_experts() == []
-
-
-def test_a_block_without_tokens_has_no_numbers_and_no_dead_experts() -> None:
-    usage = layer_usage([[0, 0], [0, 0]])
-    assert math.isnan(usage.entropy())
-    assert usage.dead_experts() == []
-    assert usage.to_dict()["share"] == [None, None]
+def test_even_and_empty_loads() -> None:
+    even, empty = layer_usage([[2, 2, 2, 2]] * 3, top_k=2), layer_usage([[0, 0], [0, 0]])
+    assert even.entropy() == pytest.approx(1)
+    assert even.share().tolist() == [0.5] * 4
+    assert even.change().tolist() == [0]
+    assert even.dead_experts() == empty.dead_experts() == []
+    assert math.isnan(empty.entropy())
+    assert empty.to_dict()["share"] == [None, None]
 
 
 # What is counted

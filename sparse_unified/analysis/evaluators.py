@@ -72,7 +72,7 @@ def directions(function: object, *, where: str) -> dict[str, str]:
         not callable(function)
         or not isinstance(declared, Mapping)
         or not declared
-        or not {"lower", "higher"}.issuperset(declared.values())
+        or any(way not in ("lower", "higher") for way in declared.values())
     ):
         raise ValueError(
             f"{where}: evaluator must be callable and declare its metrics by "
