@@ -63,7 +63,7 @@ def test_shapes_say_what_json_does_not() -> None:
     assert config.llm.sparse_layers("und") == {}
     assert config.llm.layers == {"gen": {1: SPARSE}}
     whole = {n: WHOLE.layer(n, "und") for n in range(3)}
-    assert describe(layers={"und": whole}).llm.layers == {"und": {}}
+    assert describe(layers={"und": whole}).llm.layers == {}
 
 
 def test_vision_json_may_count_the_layer_that_is_left_out() -> None:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bagel_models import GOLDEN, draw
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,19 +19,15 @@ from sparse_unified.bagel import (
     Bagel,
     BagelPipeline,
     Execution,
-    SamplingConfig,
     StepCache,
     build_guidance,
-    sample_latents,
 )
 from sparse_unified.bagel.execution import ReplayedStep
 from sparse_unified.bagel.model import Denoiser
-from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE
 from sparse_unified.testing import build_model, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("t2i_dense", "t2i_moe")
 
 
@@ -38,22 +35,6 @@ MODELS = ("t2i_dense", "t2i_moe")
 def model(request: pytest.FixtureRequest) -> Bagel:
     torch.set_num_threads(1)
     return build_model(read_case(GOLDEN / request.param))
-
-
-def draw(
-    model: Bagel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    run: Execution | None = None,
-    **options: Any,
-) -> list[Tensor]:
-    """Denoises images of 2 x 3 tokens; guidance is on in some of the steps."""
-    config = SamplingConfig(**{"num_timesteps": 7} | options)
-    noise = [initial_noise(6, model.config.token_channels, i) for i in range(len(prompts))]
-    grids = [(2, 3)] * len(prompts)
-    return sample_latents(
-        model, build_guidance(model, prompts), noise, grids, config, execution=run
-    )
 
 
 def keep_one_layer(model: Bagel) -> Bagel:
@@ -219,6 +200,7 @@ def test_a_step_depends_on_no_value(model: Bagel) -> None:
     assert velocity.shape == (2, 6, 16)
 
 
+@pytest.mark.slow
 def test_packed_weights_compile_as_one_graph(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     torch.compiler.reset()

@@ -298,6 +298,7 @@ print(json.dumps({"peak": status("VmHWM") - before}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_host_memory_holds_the_weights_and_one_block_more(dense: Path, tmp_path: Path) -> None:
     # As in the released models, the embeddings are far larger than all other tensors.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from checkpoint_files import make_dense, snapshot
 from hostile_cases import change_bytes, change_file, change_json, refusal
+from tiers import num_cases
 
 from sparse_unified.checkpoint import (
     Checkpoint,
@@ -26,7 +27,7 @@ from sparse_unified.checkpoint import (
     verify,
 )
 
-NUM_CASES = 1_200
+NUM_CASES = num_cases(1_200)
 SIZES: dict[str, Any] = {"num_layers": 3, "width": 16, "hidden": 4, "vocabulary": 2}
 
 
