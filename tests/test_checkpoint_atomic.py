@@ -47,6 +47,22 @@ def test_kill_9_at_any_point_leaves_the_target_absent_or_complete(
     assert counts["leftovers"] > 50
 
 
+def test_weights_are_on_the_disk_before_they_get_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, synced, sync = make_dense(tmp_path / "dense"), set(), os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)  # which a rename keeps
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    sparsify(dense, tmp_path / "out")
+    written = [path for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors"]
+    assert written
+    assert {path.stat().st_ino for path in written} <= synced
+
+
 def test_what_a_killed_run_left_is_removed_with_a_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -46,6 +46,8 @@ def rows_of(device: torch.device, num_tokens: int, experts: int, top_k: int) -> 
 @check(
     *cycle(grid(num_tokens=TOKENS, experts=EXPERTS), dtype=DTYPES, hidden_size=(96, 300, 41, 130)),
     *cycle(grid(hidden_size=(3584, 8, 1), dtype=DTYPES), num_tokens=(37,), experts=EXPERTS),
+    # More experts than are compared each with each.
+    *grid(num_tokens=(37,), experts=((100, 9),), dtype=DTYPES, hidden_size=(96,)),
     small=few,
 )
 def route_of_exact_logits(
@@ -84,7 +86,7 @@ def route_of_random_logits(device: torch.device, dtype: torch.dtype, num_tokens:
         assert_all_equal("in other company", alone, [part[tokens] for part in found])
 
 
-@check(*grid(dtype=DTYPES, num_experts=(4, 16, 33)))
+@check(*grid(dtype=DTYPES, num_experts=(4, 16, 33, 100)))
 def route_of_extreme_logits(device: torch.device, dtype: torch.dtype, num_experts: int) -> None:
     """NaN first, infinities in order, zeros of both signs alike, ties to the lowest index."""
     most = torch.finfo(dtype).max
