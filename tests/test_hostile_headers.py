@@ -13,6 +13,7 @@ from checkpoint_files import make_dense
 from hostile_cases import CORPUS, change_file, refusal
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
+from tiers import num_cases
 
 from sparse_unified.checkpoint import convert
 from sparse_unified.checkpoint.safetensors_io import (
@@ -24,7 +25,7 @@ from sparse_unified.checkpoint.safetensors_io import (
 from sparse_unified.checkpoint.scores import read_scores
 from sparse_unified.checkpoint.sidecar import parse_dense_headers, read_sidecar
 
-NUM_CASES = 20_000
+NUM_CASES = num_cases(20_000)
 
 
 def read_all(path: Path) -> None:

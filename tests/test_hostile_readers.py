@@ -20,6 +20,7 @@ import pytest
 import torch
 from checkpoint_files import GOLDEN, make_dense
 from hostile_cases import CORPUS, change_bytes, change_file, change_json, refusal
+from tiers import num_cases
 
 from sparse_unified.adapt import TrainingConfig
 from sparse_unified.adapt.data import open_records
@@ -37,7 +38,7 @@ from sparse_unified.checkpoint import Checkpoint, convert, info
 from sparse_unified.cli.generate import _read_prompts
 from sparse_unified.fixtures import write_checkpoint
 
-CASES = 400
+CASES = num_cases(400)
 HERE = CORPUS / "readers"
 RUN = {"model": "a", "config": {"ratios": [0.5], "axes": ["depth"]}}
 TRAINING = TrainingConfig(steps=4, batch_size=1, learning_rate=0.1)
