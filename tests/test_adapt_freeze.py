@@ -105,6 +105,16 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
         block(x)
 
 
+def test_a_component_is_trained_alone(block: Block) -> None:
+    gen = {name for name, _ in block.named_parameters() if name.startswith("mlp_moe_gen")}
+    assert set(freeze(block, "full", component="gen").trained) == gen
+    with pytest.raises(ValueError, match=r"freeze: component must have weights .* none in und"):
+        freeze(block, "router", component="und")
+    with pytest.raises(ValueError, match="freeze: component must be gen, und or both, got 'vit'"):
+        freeze(block, "router", component="vit")
+    assert {name for name, p in block.named_parameters() if p.requires_grad} == gen
+
+
 def test_unknown_stages_and_stages_without_blocks_are_refused(block: Block) -> None:
     with pytest.raises(ValueError, match="freeze: stage must be one of 'router', 'expert_frozen'"):
         freeze(block, "experts")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparse_unified._common import format_bytes
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
-from sparse_unified.adapt.freeze import freeze_component
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.bagel import Bagel, LatentSegment, TextSegment, pack_training, training_forward
 from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
@@ -173,8 +172,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 def test_the_table_of_the_documentation_is_what_is_computed(case: str) -> None:
     stage, component, changes, processes = CASES[case]
     model = Bagel(RELEASED, device="meta", dtype=torch.bfloat16)
-    freeze(model, stage)
-    freeze_component(model, component)
+    freeze(model, stage, component=component)
     found = estimate(
         model,
         TrainingConfig(steps=1, batch_size=8, micro_batch_size=1, checkpointing=True, **changes),

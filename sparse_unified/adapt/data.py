@@ -271,10 +271,9 @@ def _open(value: Any, where: str) -> Image:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return open_image(io.BytesIO(value), where=where)
-    if isinstance(value, (Path, str)):
-        return open_image(value, where=where)
-    image: Image = value  # decoded already
-    return image
+    if not isinstance(value, (Path, str)):
+        raise ValueError(f"{where}: image must be a file or its bytes, got {value!r:.80}")
+    return open_image(value, where=where)
 
 
 class ImageDataset:

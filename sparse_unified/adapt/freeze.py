@@ -39,7 +39,7 @@ class FreezeReport:
     frozen_parameters: int
 
 
-def freeze(model: nn.Module, stage: Stage | str) -> FreezeReport:
+def freeze(model: nn.Module, stage: Stage | str, *, component: str = BOTH) -> FreezeReport:
     """Sets `requires_grad` of every parameter as a stage wants it.
 
     A frozen expert gets no weight gradient, and keeps no activation for one; the gradient still
@@ -48,14 +48,17 @@ def freeze(model: nn.Module, stage: Stage | str) -> FreezeReport:
     Args:
         model: with `SparseMoE` blocks anywhere; `full` takes dense models too.
         stage: what to train.
+        component: "gen" or "und" freezes the weights of the other component of a BAGEL.
 
     Raises:
-        ValueError: there is no such stage, or it needs sparse blocks and the model has none; then
-            nothing was changed.
+        ValueError: there is no such stage or component, the stage needs sparse blocks and the
+            model has none, or nothing is left to train; then nothing was changed.
 
     Source: the two tunings of arXiv 2512.02351, and one of the routers alone.
     """
     stage = choice_of(Stage, stage, "freeze: stage")
+    if component not in (*FFN_NAMES, BOTH):
+        raise ValueError(f"freeze: component must be gen, und or both, got {component!r}")
     blocks = [name for name, module in model.named_modules() if isinstance(module, SparseMoE)]
     if stage is not Stage.FULL and not blocks:
         raise ValueError(
@@ -63,16 +66,25 @@ def freeze(model: nn.Module, stage: Stage | str) -> FreezeReport:
         )
     experts = {f"{name}.{part}".lstrip(".") for name in blocks for part in PROJECTIONS}
     routers = {f"{name}.{part}.weight".lstrip(".") for name in blocks for part in _ROUTERS}
-    for name, parameter in model.named_parameters():
+
+    def is_trained(name: str) -> bool:
+        is_gen = f"{SUFFIXES['gen']}." in name or name.startswith(_GEN_MODULES)
+        if component not in (BOTH, "gen" if is_gen else "und"):
+            return False
         if stage is Stage.ROUTER:
-            wanted = name in routers
-        else:
-            wanted = not name.endswith(_TABLES) and (stage is Stage.FULL or name not in experts)
-        parameter.requires_grad_(wanted)
-        if not wanted:
-            parameter.grad = None
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+            return name in routers
+        return not name.endswith(_TABLES) and (stage is Stage.FULL or name not in experts)
+
+    trained = {name: p.numel() for name, p in model.named_parameters() if is_trained(name)}
     frozen = {name: p.numel() for name, p in model.named_parameters() if name not in trained}
+    if not trained:
+        raise ValueError(
+            f"freeze: component must have weights that its stage trains, got none in {component}"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        if name in frozen:
+            parameter.grad = None
     return FreezeReport(
         stage=stage,
         trained=tuple(trained),
@@ -80,21 +92,3 @@ def freeze(model: nn.Module, stage: Stage | str) -> FreezeReport:
         trained_parameters=sum(trained.values()),
         frozen_parameters=sum(frozen.values()),
     )
-
-
-def freeze_component(model: nn.Module, component: str) -> None:
-    """Takes the parameters of the other component out of training; "both" leaves all as it is.
-
-    Raises:
-        ValueError: there is no such component, or nothing is left to train.
-    """
-    if component not in (*FFN_NAMES, BOTH):
-        raise ValueError(f"adapt: component must be gen, und or both, got {component!r}")
-    for name, parameter in model.named_parameters():
-        is_gen = f"{SUFFIXES['gen']}." in name or name.startswith(_GEN_MODULES)
-        if component not in (BOTH, "gen" if is_gen else "und"):
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            f"adapt: component must have weights that its stage trains, got none in {component}"
-        )

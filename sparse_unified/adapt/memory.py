@@ -25,7 +25,7 @@ from torch import nn
 
 from sparse_unified._common import Report, context, format_bytes
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
-from sparse_unified.adapt.freeze import freeze, freeze_component
+from sparse_unified.adapt.freeze import freeze
 from sparse_unified.bagel.attention import GEN
 from sparse_unified.bagel.config import BagelConfig, SpecialTokens, vae_config
 from sparse_unified.bagel.images import vae_transform
@@ -150,8 +150,7 @@ def estimate_memory(
     # The ids of the markers take no memory, and only the tokenizer knows them.
     ids = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
     built = Bagel(read_config(source, vae, special_tokens=ids), device="meta", dtype=dtype)
-    freeze(built, run.stage)
-    freeze_component(built, run.component)
+    freeze(built, run.stage, component=run.component)
     side = vae_transform(built.config).max_side
     if run.max_side is not None:
         side = min(side, run.max_side)

@@ -24,7 +24,7 @@ from typing import Any
 from sparse_unified._common import Progress
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.adapt.data import ImageDataset, open_records
-from sparse_unified.adapt.freeze import freeze, freeze_component
+from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.memory import estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process
 from sparse_unified.adapt.report import LOG, AdaptReport, Plan, StepRecord, TrainingLog, read_lines
@@ -198,8 +198,7 @@ def _prepare(
         max_side=run.max_side,
         latent_cache=running / "latents" / str(this_process()) if run.cache_latents else None,
     )
-    freeze(pipeline.model, run.stage)
-    freeze_component(pipeline.model, run.component)
+    freeze(pipeline.model, run.stage, component=run.component)
     trainer = Trainer(pipeline.model, dataset, config, identity=_identity(source, run))
     return _Prepared(source=source, running=running, dataset=dataset, trainer=trainer)
 
