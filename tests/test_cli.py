@@ -305,6 +305,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -337,6 +338,7 @@ sys.exit(sparse_unified.cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_target_or_source_without_permission_is_one_line(public: Path) -> None:
     dense = make_dense(public / "dense")
     for path in dense.rglob("*.safetensors"):
@@ -368,6 +370,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_an_interrupted_conversion_cleans_up(number: signal.Signals, tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     child = subprocess.Popen(
@@ -389,6 +392,7 @@ def test_an_interrupted_conversion_cleans_up(number: signal.Signals, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(pair: tuple[Path, Path]) -> None:
     child = subprocess.Popen(
         [sys.executable, "-m", "sparse_unified.cli", "info", str(pair[1]), "--json"],

@@ -164,6 +164,7 @@ def test_a_model_without_what_images_never_read_draws_the_same_picture(
     assert loaded.arguments[0][options[0].strip("-")] == options[1]
 
 
+@pytest.mark.slow
 def test_a_picture_is_edited_without_what_that_never_reads(
     model: Path, picture: Path, tmp_path: Path, loaded: Loaded
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_picture_is_edited_without_what_that_never_reads(
 
 
 @pytest.mark.parametrize("component", ["und", "gen"])
+@pytest.mark.slow
 def test_weights_are_stored_in_8_bits(
     model: Path, tmp_path: Path, loaded: Loaded, component: str
 ) -> None:
@@ -187,6 +189,7 @@ def test_weights_are_stored_in_8_bits(
     assert is_packed(dense) == (component == "und")
 
 
+@pytest.mark.slow
 def test_a_device_map_reaches_the_model(
     model: Path, plain: Any, tmp_path: Path, loaded: Loaded
 ) -> None:

@@ -104,6 +104,7 @@ def test_what_is_shipped_says_how_it_was_made_and_is_small(task: MiniTask) -> No
         ),
     ],
 )
+@pytest.mark.slow
 def test_trained_models_read_and_draw(
     task: MiniTask,
     config: EvaluationConfig,
@@ -117,6 +118,7 @@ def test_trained_models_read_and_draw(
 
 
 @pytest.mark.parametrize("task", MiniTask)
+@pytest.mark.slow
 def test_all_experts_together_are_the_dense_model(
     task: MiniTask, dense: dict[MiniTask, Path], tmp_path: Path
 ) -> None:
@@ -218,6 +220,7 @@ def test_answers_follow_from_the_scene(generator: torch.Generator) -> None:
         scenes.draw_question("x", generator)
 
 
+@pytest.mark.slow
 def test_the_judge_of_digits_knows_held_out_digits() -> None:
     pixels, numbers = digits.load()
     test = digits.split()[1]
@@ -240,6 +243,7 @@ def test_sequences_are_functions_of_index_and_generator(task: MiniTask) -> None:
 # The study
 
 
+@pytest.mark.slow
 def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     names = ("dense", "sparse-16-8", "coactivation-16-8")
     run: list[str] = []

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sparse_unified._common import Report, context
+from sparse_unified._common import Report, context, optional
 from sparse_unified.analysis import (
     FfnStatistics,
     expert_usage,
@@ -87,14 +86,6 @@ def _read_samples(
     if images is not None:
         raise Usage(f"--images must come with --prompts for {task.value}, got none")
     return built_in_samples(task, options.samples, options.seed, folder=drawn)
-
-
-def _need_matplotlib(purpose: str, instead: str = "") -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            f"matplotlib must be installed for {purpose} "
-            f"(pip install 'sparse_unified[plot]'{instead}), got none"
-        )
 
 
 # calibrate
@@ -229,7 +220,7 @@ def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
     if options.plot is not None:
         if not options.plot.lower().endswith(".png"):
             raise Usage(f"expert-usage: --plot must end in .png, got {options.plot!r}")
-        _need_matplotlib("--plot")
+        optional("matplotlib", "plot", purpose="--plot")
     task = Task(options.task)
     samples = _read_samples(options, task, drawn, options.prompts, options.images)
     components = None if options.component is None else [options.component]
@@ -333,7 +324,7 @@ def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
     if options.geneval_scorer and not options.geneval:
         raise Usage("analyze: --geneval-scorer must come with --geneval, got none")
     if not options.no_plots:
-        _need_matplotlib("plots", ", or --no-plots")
+        optional("matplotlib", "plot", purpose="plots (or --no-plots)")
     counted = StatisticsConfig(**arguments(StatisticsConfig, options))
     config = SweepConfig(**arguments(SweepConfig, options, statistics=counted))
     files = {task: _of_task(options.stats, task, "--stats") for task in options.task}
