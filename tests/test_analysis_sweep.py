@@ -93,6 +93,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("make", [models.qwen, models.Bailing])
+@pytest.mark.slow
 def test_models_that_are_not_bagel_are_swept_and_left_alone(
     make: Callable[[], Any], tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def tiny_bagel(tmp_path: Path) -> tuple[Any, dict[Task, Probe]]:
     return pipeline, probes
 
 
+@pytest.mark.slow
 def test_bagel_is_swept_on_all_tasks_and_axes(tmp_path: Path) -> None:
     pipeline, probes = tiny_bagel(tmp_path)
     before = snapshot(pipeline.model)
@@ -246,6 +248,7 @@ def test_measured_criteria_rank_what_the_task_uses(tmp_path: Path) -> None:
     assert again.tasks["text"]["points"][1]["metrics"] == task["points"][1]["metrics"]
 
 
+@pytest.mark.slow
 def test_sparse_models_are_watched_and_swept(tmp_path: Path) -> None:
     pipeline, probes = tiny_bagel(tmp_path)
     how = sparse_unified.MoEConfig(num_experts=4, top_k=4, layers="all")

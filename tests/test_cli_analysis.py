@@ -63,6 +63,7 @@ def test_calibrate_writes_statistics_and_scores_that_prune_takes(
     assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
 
 
+@pytest.mark.slow
 def test_calibrate_takes_sparse_models_and_writes_scores_in_expert_order(
     model: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +157,7 @@ def analyze(model: Path, out: Path, *arguments: str) -> int:
     return main(["analyze", str(model), "--out", str(out), *SMALL, "--repeats", "1", *arguments])
 
 
+@pytest.mark.slow
 def test_all_tasks_and_axes_in_one_command(
     model: Path, samples: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +198,7 @@ def test_editing_needs_no_files(
     assert analyze(model, tmp_path / "out", *arguments) == 0  # drawn anew, and the same run
 
 
+@pytest.mark.slow
 def test_statistics_of_one_run_serve_another(
     model: Path, samples: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +217,7 @@ def test_statistics_of_one_run_serve_another(
     assert "statistics" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_built_in_prompts_evaluators_of_ones_own_and_geneval(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +256,7 @@ def test_built_in_prompts_evaluators_of_ones_own_and_geneval(
     assert not (out / "plots").exists()
 
 
+@pytest.mark.slow
 def test_tasks_can_have_samples_of_their_own(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
