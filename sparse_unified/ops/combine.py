@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import refuse_gradient, register_fake
+from sparse_unified.ops.registration import refuse_gradient, register_autograd, register_fake
 
 
 def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
@@ -74,5 +74,5 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
     return grad_y if needs_y else None, grad_weights if needs_weights else None, None
 
 
-torch.library.register_autograd("sparse_unified::combine", _backward, setup_context=_setup_context)
+register_autograd("combine", _backward, _setup_context)
 refuse_gradient("combine_backward")

@@ -8,12 +8,19 @@ backward does not. The function below picks the second where a gradient will be 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import refuse_gradient, register_fake
+from sparse_unified.ops.registration import (
+    call_ffn,
+    fake_ffn_gradients,
+    keep_wanted,
+    register_fake,
+    register_ffn_autograd,
+)
 
 
 def grouped_ffn(
@@ -49,15 +56,7 @@ def grouped_ffn(
         RuntimeError: a shape, dtype or index does not fit.
     """
     arguments = (x, row_token, expert_offsets, gate_proj, up_proj, down_proj, token_rows)
-    wants_gradient = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (x, gate_proj, up_proj, down_proj)
-    )
-    y: Tensor
-    if wants_gradient and not recompute:
-        y, _, _ = torch.ops.sparse_unified.grouped_ffn_train(*arguments)
-    else:
-        y = torch.ops.sparse_unified.grouped_ffn(*arguments)
-    return y
+    return call_ffn("grouped_ffn", arguments, recompute=recompute)
 
 
 @register_fake("grouped_ffn")
@@ -106,13 +105,7 @@ def _fake_backward(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden_size, width = x.shape[1], gate_proj.shape[0]
-    return (
-        x.new_empty((row_token.shape[0] if needs_x else 0, hidden_size)),
-        x.new_empty((width if needs_weights else 0, hidden_size)),
-        x.new_empty((width if needs_weights else 0, hidden_size)),
-        x.new_empty((hidden_size if needs_weights else 0, width)),
-    )
+    return fake_ffn_gradients(x, row_token.shape[0], gate_proj.shape[0], needs_x, needs_weights)
 
 
 def _sum_rows(grad_rows: Tensor, row_token: Tensor, x: Tensor, token_rows: Tensor | None) -> Tensor:
@@ -127,65 +120,19 @@ def _sum_rows(grad_rows: Tensor, row_token: Tensor, x: Tensor, token_rows: Tenso
 
 
 def _gradients(
-    ctx: Any, grad_y: Tensor, activations: tuple[Tensor, Tensor], saved: tuple[Tensor, ...]
+    needs: Sequence[bool],
+    grad_y: Tensor,
+    inputs: tuple[Any, ...],
+    activations: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
-    x, row_token, expert_offsets, gate_proj, up_proj, down_proj, *rest = saved
-    needs_x = ctx.needs_input_grad[0]
-    needs_weights = any(ctx.needs_input_grad[3:6])
+    *arguments, token_rows = inputs
+    needs_x, needs_weights = needs[0], any(needs[3:6])
     grad_rows, *grad_weights = torch.ops.sparse_unified.grouped_ffn_backward(
-        grad_y,
-        x,
-        row_token,
-        expert_offsets,
-        gate_proj,
-        up_proj,
-        down_proj,
-        *activations,
-        needs_x,
-        needs_weights,
+        grad_y, *arguments, *activations, needs_x, needs_weights
     )
-    grad_x = None
-    if needs_x:
-        grad_x = _sum_rows(grad_rows, row_token, x, rest[0] if rest else None)
-    if not needs_weights:
-        return grad_x, *[None] * 6
-    wanted = (
-        grad if needed else None
-        for grad, needed in zip(grad_weights, ctx.needs_input_grad[3:6], strict=True)
-    )
-    return grad_x, None, None, *wanted, None
+    x, row_token = arguments[:2]
+    grad_x = _sum_rows(grad_rows, row_token, x, token_rows) if needs_x else None
+    return grad_x, None, None, *keep_wanted(grad_weights, needs[3:6]), None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], *activations: Tensor) -> None:
-    present = inputs if inputs[-1] is not None else inputs[:-1]
-    ctx.save_for_backward(*present, *activations)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    _, gate_rows, up_rows = torch.ops.sparse_unified.grouped_ffn_train(*saved[:6])
-    return _gradients(ctx, grad_y, (gate_rows, up_rows), saved)
-
-
-def _setup_context_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gate_rows, up_rows = output
-    ctx.mark_non_differentiable(gate_rows, up_rows)
-    _save(ctx, inputs, gate_rows, up_rows)
-
-
-def _backward_train(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *saved, gate_rows, up_rows = ctx.saved_tensors
-    return _gradients(ctx, grad_y, (gate_rows, up_rows), tuple(saved))
-
-
-torch.library.register_autograd(
-    "sparse_unified::grouped_ffn", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "sparse_unified::grouped_ffn_train", _backward_train, setup_context=_setup_context_train
-)
-refuse_gradient("grouped_ffn_backward")
+register_ffn_autograd("grouped_ffn", _gradients)

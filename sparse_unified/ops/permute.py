@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import register_fake
+from sparse_unified.ops.registration import register_autograd, register_fake
 
 
 def permute(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
@@ -43,4 +43,4 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.sparse_unified.combine(grad_y, None, token_rows), None, None
 
 
-torch.library.register_autograd("sparse_unified::permute", _backward, setup_context=_setup_context)
+register_autograd("permute", _backward, _setup_context)

@@ -7,12 +7,19 @@ recomputes its activations when a gradient is asked of it, `pruned_ffn_train` re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import refuse_gradient, register_fake
+from sparse_unified.ops.registration import (
+    call_ffn,
+    fake_ffn_gradients,
+    keep_wanted,
+    register_fake,
+    register_ffn_autograd,
+)
 
 
 def pruned_ffn(
@@ -47,15 +54,7 @@ def pruned_ffn(
         RuntimeError: a shape, dtype, block or block size does not fit.
     """
     arguments = (x, kept_blocks, gate_proj, up_proj, down_proj, block_size)
-    wants_gradient = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (x, gate_proj, up_proj, down_proj)
-    )
-    y: Tensor
-    if wants_gradient and not recompute:
-        y, _, _ = torch.ops.sparse_unified.pruned_ffn_train(*arguments)
-    else:
-        y = torch.ops.sparse_unified.pruned_ffn(*arguments)
-    return y
+    return call_ffn("pruned_ffn", arguments, recompute=recompute)
 
 
 @register_fake("pruned_ffn")
@@ -97,55 +96,20 @@ def _fake_backward(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden_size, width = x.shape[1], gate_proj.shape[0]
-    return (
-        x.new_empty((x.shape[0] if needs_x else 0, hidden_size)),
-        x.new_empty((width if needs_weights else 0, hidden_size)),
-        x.new_empty((width if needs_weights else 0, hidden_size)),
-        x.new_empty((hidden_size if needs_weights else 0, width)),
-    )
+    return fake_ffn_gradients(x, x.shape[0], gate_proj.shape[0], needs_x, needs_weights)
 
 
 def _gradients(
-    ctx: Any, grad_y: Tensor, activations: tuple[Tensor, Tensor], saved: tuple[Tensor, ...]
+    needs: Sequence[bool],
+    grad_y: Tensor,
+    inputs: tuple[Any, ...],
+    activations: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
-    needs_x, _, *needs_weights, _ = ctx.needs_input_grad
+    *tensors, block_size = inputs
     grad_x, *grad_weights = torch.ops.sparse_unified.pruned_ffn_backward(
-        grad_y, *saved, *activations, ctx.block_size, needs_x, any(needs_weights)
+        grad_y, *tensors, *activations, block_size, needs[0], any(needs[2:5])
     )
-    wanted = (
-        grad if needed else None for grad, needed in zip(grad_weights, needs_weights, strict=True)
-    )
-    return grad_x if needs_x else None, None, *wanted, None
+    return grad_x if needs[0] else None, None, *keep_wanted(grad_weights, needs[2:5]), None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.block_size = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    _, gate_rows, up_rows = torch.ops.sparse_unified.pruned_ffn_train(*saved, ctx.block_size)
-    return _gradients(ctx, grad_y, (gate_rows, up_rows), saved)
-
-
-def _setup_context_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gate_rows, up_rows = output
-    ctx.mark_non_differentiable(gate_rows, up_rows)
-    *tensors, ctx.block_size = inputs
-    ctx.save_for_backward(*tensors, gate_rows, up_rows)
-
-
-def _backward_train(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *saved, gate_rows, up_rows = ctx.saved_tensors
-    return _gradients(ctx, grad_y, (gate_rows, up_rows), tuple(saved))
-
-
-torch.library.register_autograd(
-    "sparse_unified::pruned_ffn", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    "sparse_unified::pruned_ffn_train", _backward_train, setup_context=_setup_context_train
-)
-refuse_gradient("pruned_ffn_backward")
+register_ffn_autograd("pruned_ffn", _gradients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +64,81 @@ def _check(op: str, name: str, value: Any, annotation: str) -> None:
         raise RuntimeError(f"{op}: {name} must have at least 2 entries, got {value.shape[0]}")
 
 
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Registers the backward pass of `sparse_unified::<op>`."""
+    name = f"sparse_unified::{op}"
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+
+
+# needs_input_grad, gradient of y, inputs, activations -> a gradient or None for each input.
+FfnGradients = Callable[
+    [Sequence[bool], Tensor, tuple[Any, ...], tuple[Tensor, ...]], tuple[Tensor | None, ...]
+]
+
+
+def register_ffn_autograd(op: str, gradients: FfnGradients) -> None:
+    """Registers the backward passes of an FFN.
+
+    That of `<op>` computes the two activations again, that of `<op>_train` has kept them.
+    """
+    train = getattr(torch.ops.sparse_unified, f"{op}_train")
+
+    def save(ctx: Any, inputs: tuple[Any, ...], activations: tuple[Tensor, ...] = ()) -> None:
+        ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        ctx.save_for_backward(*tensors, *activations)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, inputs)
+
+    def setup_context_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        save(ctx, inputs, output[1:])
+
+    def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        inputs = tuple(next(tensors) if held is None else held[0] for held in ctx.constants)
+        activations = tuple(tensors) or train(*inputs)[1:]
+        return gradients(ctx.needs_input_grad, grad_y, inputs, activations)
+
+    register_autograd(op, backward, setup_context)
+    register_autograd(f"{op}_train", backward, setup_context_train)
+    refuse_gradient(f"{op}_backward")
+
+
+def call_ffn(op: str, arguments: tuple[Any, ...], *, recompute: bool) -> Tensor:
+    """Calls `<op>`, or `<op>_train` where a gradient will be wanted of kept activations."""
+    wants_gradient = torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in arguments
+    )
+    y: Tensor
+    if wants_gradient and not recompute:
+        y, _, _ = getattr(torch.ops.sparse_unified, f"{op}_train")(*arguments)
+    else:
+        y = getattr(torch.ops.sparse_unified, op)(*arguments)
+    return y
+
+
+def fake_ffn_gradients(
+    x: Tensor, num_rows: int, width: int, needs_x: bool, needs_weights: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the rows and of the three weights, empty where unwanted."""
+    hidden_size = x.shape[1]
+    return (
+        x.new_empty((num_rows if needs_x else 0, hidden_size)),
+        x.new_empty((width if needs_weights else 0, hidden_size)),
+        x.new_empty((width if needs_weights else 0, hidden_size)),
+        x.new_empty((hidden_size if needs_weights else 0, width)),
+    )
+
+
+def keep_wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Each gradient that is needed, None for the others."""
+    return tuple(grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
+
+
 def refuse_gradient(op: str, *, advice: str = "") -> None:
     """Makes a backward pass through `sparse_unified::<op>` an error.
 
@@ -79,4 +154,4 @@ def refuse_gradient(op: str, *, advice: str = "") -> None:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{op}: arguments must not need a gradient, got a backward pass{advice}")
 
-    torch.library.register_autograd(f"sparse_unified::{op}", backward, setup_context=setup_context)
+    register_autograd(op, backward, setup_context)

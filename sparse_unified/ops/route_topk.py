@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.ops.registration import refuse_gradient, register_fake
+from sparse_unified.ops.registration import refuse_gradient, register_autograd, register_fake
 
 
 def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +77,5 @@ def _backward(
     return grad_x if needs_x else None, grad_gate if needs_gate else None, None
 
 
-torch.library.register_autograd(
-    "sparse_unified::route_topk", _backward, setup_context=_setup_context
-)
+register_autograd("route_topk", _backward, _setup_context)
 refuse_gradient("route_topk_backward")
