@@ -35,6 +35,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 HEADERS := $(abspath $(VENV)/headers)
 export CPATH := $(HEADERS)/python:$(HEADERS)/root$(if $(CPATH),:$(CPATH))
 
+export SPARSE_UNIFIED_STRICT := 1
+
 LIBRARY := sparse_unified/_C.abi3.so
 CPP := $(shell find csrc -type f)
 CPP_FORMATTED = $(filter %.h %.cpp %.cu %.cuh,$(CPP) $(wildcard tests/gpu/instructions/*))
@@ -134,6 +136,10 @@ ctest: kernels  ## run the C++ tests
 emulated: $(LIBRARY) kernels  ## the CUDA side of the ops, on emulated kernels
 	@echo "== emulated"
 	@SPARSE_UNIFIED_TEST_EMULATED=1 $(BIN)/python -m pytest -q tests/ops
+	@if [ $(SANITIZE) = ON ]; then unset SPARSE_UNIFIED_TEST_DEEP; \
+	  SPARSE_UNIFIED_TEST_EMULATED=race $(BIN)/python -m pytest -q tests/ops; \
+	  SPARSE_UNIFIED_TEST_EMULATED=sanitized ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" $(BIN)/python -m pytest -q tests/ops; fi
 
 pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 	@echo "== pytest"

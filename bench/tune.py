@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified import ops
+from sparse_unified._library import module as library
 from sparse_unified.nn import SwiGLU
 
 from .cases import CASES, PRUNED_CASES, Case, PrunedCase, pruned_work, work
@@ -33,10 +33,6 @@ from .target import find_target, measure_roof
 
 VARIABLE = "SPARSE_UNIFIED_GROUPED_FFN"
 CHOSEN = "chosen"
-_DIRECTIONS = {"fwd": ("up", "down"), "fwd_bwd": ("grad_hidden", "grad_rows", "grad_weights")}
-# What else than tiles the kernels for Hopper can be told, forward.
-_HOPPER_SWITCHES = ("overlap=off", "fence=producer", "multicast=on")
-
 Run = Callable[[int], tuple[Tensor, ...]]
 
 
@@ -48,45 +44,11 @@ def set_variant(variant: str) -> None:
         os.environ[VARIABLE] = variant
 
 
-def variants_of_error(text: str, direction: str) -> tuple[str, ...]:
-    """The variants of a direction by what the refusal of a wrong override lists.
-
-    "... TILE one of A, B; of sm90a up one of C, D, down one of E, F; got ...": each family as it
-    is, every tile for every phase of the portable kernels, and of Hopper's, which have a choice
-    forward only, every tile and switch, one at a time.
-    """
-    match = re.search(
-        r"TILE one of (?P<tiles>.+?); "
-        r"of sm90a up one of (?P<up>.+?), down one of (?P<down>.+?); got",
-        text,
-    )
-    if not match:
-        return ()
-    portable = [
-        f"{phase}={tile}" for phase in _DIRECTIONS[direction] for tile in match["tiles"].split(", ")
-    ]
-    hopper: list[str] = []
-    if direction == "fwd":
-        hopper += [
-            f"{phase}={tile}" for phase in ("up", "down") for tile in match[phase].split(", ")
-        ]
-        hopper += _HOPPER_SWITCHES
-    return (
-        *("family=sm80", *(f"family=sm80,{entry}" for entry in portable)),
-        *("family=sm90a", *(f"family=sm90a,{entry}" for entry in hopper)),
-    )
-
-
-def find_variants(call: Callable[[], object], direction: str) -> tuple[str, ...]:
-    """The variants of a direction, asked of the kernels; none where they are not overridden."""
-    set_variant("all=?")
-    try:
-        call()
-    except RuntimeError as error:
-        return variants_of_error(str(error), direction)
-    finally:
-        set_variant(CHOSEN)
-    return ()
+def find_variants(direction: str) -> tuple[str, ...]:
+    """The variants of a direction, as the library lists them."""
+    listed: list[str] = library.grouped_ffn_variants()
+    is_backward = direction == "fwd_bwd"
+    return tuple(v for v in listed if "," not in v or (",grad_" in v) == is_backward)
 
 
 def _grouped_ffn(case: Case, dtype: torch.dtype, direction: str, device: torch.device) -> Run:
@@ -161,7 +123,7 @@ def measure_variants(
         return call
 
     if variants is None:
-        variants = find_variants(lambda: run(0), direction)
+        variants = find_variants(direction) if session.device.type == "cuda" else ()
     try:
         return session.measure(
             Subject(op=op, case=case.name, direction=direction, dtype=name_of(dtype)),

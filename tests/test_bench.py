@@ -43,7 +43,7 @@ from sparse_unified.bench.plots import ceiling, plot
 from sparse_unified.bench.report import best_dense
 from sparse_unified.bench.suites import BLOCK_PROVIDERS, block_providers, op_suites, pruned_suite
 from sparse_unified.bench.target import find_target, slug
-from sparse_unified.bench.tune import CHOSEN, measure_variants, variants_of_error
+from sparse_unified.bench.tune import CHOSEN, find_variants, measure_variants
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(name="small", tokens=37, hidden_size=32, intermediate_size=96, num_experts=8, top_k=3)
@@ -198,15 +198,11 @@ def test_configurations_are_compared_with_the_chosen_one(case: Case | PrunedCase
 
 
 def test_configurations_are_those_that_the_kernels_list() -> None:
-    text = "x must y, TILE one of 1x2, 3x4; of sm90a up one of 5, down one of 6; got z"
-    assert variants_of_error(text, "fwd") == (
-        "family=sm80",
-        *(f"family=sm80,{phase}={tile}" for phase in ("up", "down") for tile in ("1x2", "3x4")),
-        *("family=sm90a", "family=sm90a,up=5", "family=sm90a,down=6"),
-        *(f"family=sm90a,{switch}" for switch in ("overlap=off", "fence=producer", "multicast=on")),
-    )
-    assert "family=sm80,grad_rows=3x4" in variants_of_error(text, "fwd_bwd")
-    assert variants_of_error("something else", "fwd") == ()
+    forward, backward = find_variants("fwd"), find_variants("fwd_bwd")
+    assert set(forward) & set(backward) == {"family=sm80", "family=sm90a"}
+    assert "family=sm80,down=64x128x32x4" in forward
+    assert "family=sm80,grad_rows=64x128x32x4" in backward
+    assert {"family=sm90a,overlap=off", "family=sm90a,multicast=on"} < set(forward)
 
 
 class FakeCuda:

@@ -4,7 +4,9 @@
 #include <limits>
 #include <utility>
 
+#include "bindings/context.h"
 #include "sparse_unified/pruned_ffn.h"
+#include "sparse_unified/route_topk.h"
 
 namespace sparse_unified {
 namespace {
@@ -14,21 +16,21 @@ constexpr int64_t kBlockMultiple = 16;
 // up_proj [I, D] and down_proj [D, I] beside a gate_proj [I, D] that fits x.
 void check_other_weights(const char* op, const Tensor& gate_proj, const Tensor& up_proj,
                          const Tensor& down_proj) {
-  const Place place = place_of(gate_proj);
+  const Device device = device_of(gate_proj);
   const int64_t width = gate_proj.size(0);
   const int64_t hidden_size = gate_proj.size(1);
-  check_tensor(op, "up_proj", up_proj, 2, place);
+  check_tensor(op, "up_proj", up_proj, 2, device);
   check_dtype(op, "up_proj", up_proj, gate_proj.scalar_type());
   check_size(op, "up_proj", up_proj, 0, width, "the width of gate_proj");
   check_size(op, "up_proj", up_proj, 1, hidden_size, "the hidden size of x");
-  check_tensor(op, "down_proj", down_proj, 2, place);
+  check_tensor(op, "down_proj", down_proj, 2, device);
   check_dtype(op, "down_proj", down_proj, gate_proj.scalar_type());
   check_size(op, "down_proj", down_proj, 0, hidden_size, "the hidden size of x");
   check_size(op, "down_proj", down_proj, 1, width, "the width of gate_proj");
 }
 
 void check_gate(const char* op, const Tensor& x, const Tensor& gate_proj) {
-  check_tensor(op, "gate_proj", gate_proj, 2, place_of(x));
+  check_tensor(op, "gate_proj", gate_proj, 2, device_of(x));
   check_dtype(op, "gate_proj", gate_proj, x.scalar_type());
   check_size(op, "gate_proj", gate_proj, 1, x.size(1), "the hidden size of x");
 }
@@ -43,25 +45,26 @@ std::string legal_block_sizes(int64_t width) {
 
 }  // namespace
 
-DType check_router(const char* op, const Tensor& x, const Tensor& gate) {
-  const Place place = place_of(x);
-  check_tensor(op, "x", x, 2, place);
-  const DType dtype = check_float(op, "x", x);
-  check_tensor(op, "gate", gate, 2, place);
+void check_router(const char* op, const Tensor& x, const Tensor& gate) {
+  const Device device = device_of(x);
+  check_tensor(op, "x", x, 2, device);
+  check_float(op, "x", x);
+  check_tensor(op, "gate", gate, 2, device);
   check_dtype(op, "gate", gate, x.scalar_type());
   check_size(op, "gate", gate, 1, x.size(1), "the hidden size of x");
-  return dtype;
+  check(!runs_on_cuda(x) || gate.size(0) <= kMaxCudaExperts, op, "gate",
+        "have at most " + std::to_string(kMaxCudaExperts) + " experts on CUDA", gate.size(0));
 }
 
 void check_router_gradients(const char* op, const Tensor& grad_logits,
                             const Tensor& grad_topk_logits, const Tensor& topk_idx, const Tensor& x,
                             const Tensor& gate) {
-  const Place place = place_of(x);
-  check_tensor(op, "grad_logits", grad_logits, 2, place);
+  const Device device = device_of(x);
+  check_tensor(op, "grad_logits", grad_logits, 2, device);
   check_dtype(op, "grad_logits", grad_logits, ScalarType::Float);
-  check_tensor(op, "grad_topk_logits", grad_topk_logits, 2, place);
+  check_tensor(op, "grad_topk_logits", grad_topk_logits, 2, device);
   check_dtype(op, "grad_topk_logits", grad_topk_logits, ScalarType::Float);
-  check_tensor(op, "topk_idx", topk_idx, 2, place);
+  check_tensor(op, "topk_idx", topk_idx, 2, device);
   check_dtype(op, "topk_idx", topk_idx, ScalarType::Int);
   check_router(op, x, gate);
   check_size(op, "grad_logits", grad_logits, 0, x.size(0), "the number of tokens");
@@ -72,41 +75,42 @@ void check_router_gradients(const char* op, const Tensor& grad_logits,
 }
 
 void check_routing(const char* op, const Tensor& topk_idx, int64_t num_experts) {
-  check_tensor(op, "topk_idx", topk_idx, 2, place_of(topk_idx));
+  check_tensor(op, "topk_idx", topk_idx, 2, device_of(topk_idx));
   check_dtype(op, "topk_idx", topk_idx, ScalarType::Int);
   check(topk_idx.numel() <= std::numeric_limits<int32_t>::max(), op, "topk_idx",
         "hold at most 2^31 - 1 entries", topk_idx.numel());
   check(num_experts >= 1, op, "num_experts", "be at least 1", num_experts);
   check(num_experts <= std::numeric_limits<int32_t>::max(), op, "num_experts",
         "be at most 2^31 - 1", num_experts);
+  check(!runs_on_cuda(topk_idx) || num_experts <= kMaxCudaExperts, op, "num_experts",
+        "be at most " + std::to_string(kMaxCudaExperts) + " on CUDA", num_experts);
 }
 
-DType check_permute(const char* op, const Tensor& x, const Tensor& row_token,
-                    const Tensor& token_rows) {
-  const Place place = place_of(x);
-  check_tensor(op, "x", x, 2, place);
-  const DType dtype = check_float(op, "x", x);
-  check_tensor(op, "row_token", row_token, 1, place);
+void check_permute(const char* op, const Tensor& x, const Tensor& row_token,
+                   const Tensor& token_rows) {
+  const Device device = device_of(x);
+  check_tensor(op, "x", x, 2, device);
+  check_float(op, "x", x);
+  check_tensor(op, "row_token", row_token, 1, device);
   check_dtype(op, "row_token", row_token, ScalarType::Int);
-  check_tensor(op, "token_rows", token_rows, 2, place);
+  check_tensor(op, "token_rows", token_rows, 2, device);
   check_dtype(op, "token_rows", token_rows, ScalarType::Int);
   check_size(op, "token_rows", token_rows, 0, x.size(0), "the number of tokens");
   check(token_rows.numel() == row_token.size(0), op, "token_rows",
         "hold " + std::to_string(row_token.size(0)) + " indices, one for each row",
         token_rows.numel());
-  return dtype;
 }
 
 void check_combine(const char* op, const Tensor& y, const std::optional<Tensor>& weights,
                    const Tensor& token_rows) {
-  const Place place = place_of(y);
-  check_tensor(op, "y", y, 2, place);
+  const Device device = device_of(y);
+  check_tensor(op, "y", y, 2, device);
   check_float(op, "y", y);
   if (weights) {
-    check_tensor(op, "weights", *weights, 2, place);
+    check_tensor(op, "weights", *weights, 2, device);
     check_dtype(op, "weights", *weights, ScalarType::Float);
   }
-  check_tensor(op, "token_rows", token_rows, 2, place);
+  check_tensor(op, "token_rows", token_rows, 2, device);
   check_dtype(op, "token_rows", token_rows, ScalarType::Int);
   check(token_rows.numel() == y.size(0), op, "token_rows",
         "name each of the " + std::to_string(y.size(0)) + " rows of y once", "shape ",
@@ -120,7 +124,7 @@ void check_combine(const char* op, const Tensor& y, const std::optional<Tensor>&
 
 void check_combine_gradient(const char* op, const Tensor& grad_out, const Tensor& y,
                             const Tensor& token_rows) {
-  check_tensor(op, "grad_out", grad_out, 2, place_of(y));
+  check_tensor(op, "grad_out", grad_out, 2, device_of(y));
   check_dtype(op, "grad_out", grad_out, y.scalar_type());
   check_size(op, "grad_out", grad_out, 0, token_rows.size(0), "the number of tokens");
   check_size(op, "grad_out", grad_out, 1, y.size(1), "the hidden size");
@@ -129,15 +133,15 @@ void check_combine_gradient(const char* op, const Tensor& grad_out, const Tensor
 GroupedFfnSizes check_grouped_ffn(const char* op, const Tensor& x, const Tensor& row_token,
                                   const Tensor& expert_offsets, const Tensor& gate_proj,
                                   const Tensor& up_proj, const Tensor& down_proj) {
-  const Place place = place_of(x);
+  const Device device = device_of(x);
   GroupedFfnSizes sizes{};
-  check_tensor(op, "x", x, 2, place);
+  check_tensor(op, "x", x, 2, device);
   sizes.dtype = check_float(op, "x", x);
   sizes.hidden_size = x.size(1);
-  check_tensor(op, "row_token", row_token, 1, place);
+  check_tensor(op, "row_token", row_token, 1, device);
   check_dtype(op, "row_token", row_token, ScalarType::Int);
   sizes.num_rows = row_token.size(0);
-  check_tensor(op, "expert_offsets", expert_offsets, 1, place);
+  check_tensor(op, "expert_offsets", expert_offsets, 1, device);
   check_dtype(op, "expert_offsets", expert_offsets, ScalarType::Int);
   sizes.num_experts = expert_offsets.size(0) - 1;
   check(sizes.num_experts >= 1, op, "expert_offsets", "have at least 2 entries",
@@ -154,11 +158,11 @@ GroupedFfnSizes check_grouped_ffn(const char* op, const Tensor& x, const Tensor&
 PrunedFfnSizes check_pruned_ffn(const char* op, const Tensor& x, const Tensor& kept_blocks,
                                 const Tensor& gate_proj, const Tensor& up_proj,
                                 const Tensor& down_proj, int64_t block_size) {
-  const Place place = place_of(x);
+  const Device device = device_of(x);
   PrunedFfnSizes sizes{};
-  check_tensor(op, "x", x, 2, place);
+  check_tensor(op, "x", x, 2, device);
   sizes.dtype = check_float(op, "x", x);
-  check_tensor(op, "kept_blocks", kept_blocks, 1, place);
+  check_tensor(op, "kept_blocks", kept_blocks, 1, device);
   check_dtype(op, "kept_blocks", kept_blocks, ScalarType::Int);
   check_gate(op, x, gate_proj);
   sizes.width = gate_proj.size(0);
@@ -181,13 +185,13 @@ PrunedFfnSizes check_pruned_ffn(const char* op, const Tensor& x, const Tensor& k
 
 void check_ffn_gradients(const char* op, const Tensor& x, int64_t num_rows, int64_t width,
                          const Tensor& grad_y, const Tensor& gate_rows, const Tensor& up_rows) {
-  const Place place = place_of(x);
-  check_tensor(op, "grad_y", grad_y, 2, place);
+  const Device device = device_of(x);
+  check_tensor(op, "grad_y", grad_y, 2, device);
   check_dtype(op, "grad_y", grad_y, x.scalar_type());
   check_size(op, "grad_y", grad_y, 0, num_rows, "the number of rows");
   check_size(op, "grad_y", grad_y, 1, x.size(1), "the hidden size of x");
   for (const auto& [name, rows] : {std::pair{"gate_rows", &gate_rows}, {"up_rows", &up_rows}}) {
-    check_tensor(op, name, *rows, 2, place);
+    check_tensor(op, name, *rows, 2, device);
     check_dtype(op, name, *rows, x.scalar_type());
     check_size(op, name, *rows, 0, num_rows, "the number of rows");
     check_size(op, name, *rows, 1, width, "the width of the activations");

@@ -9,15 +9,15 @@
 
 namespace sparse_unified {
 
-// x [T, D], gate [E, D] -> their element type.
-DType check_router(const char* op, const Tensor& x, const Tensor& gate);
+// x [T, D], gate [E, D].
+void check_router(const char* op, const Tensor& x, const Tensor& gate);
 
 // topk_idx [T, K] of a router with num_experts experts, values unseen.
 void check_routing(const char* op, const Tensor& topk_idx, int64_t num_experts);
 
-// x [T, D], row_token [R], token_rows [T, K] -> the element type of x.
-DType check_permute(const char* op, const Tensor& x, const Tensor& row_token,
-                    const Tensor& token_rows);
+// x [T, D], row_token [R], token_rows [T, K].
+void check_permute(const char* op, const Tensor& x, const Tensor& row_token,
+                   const Tensor& token_rows);
 
 // y [R, D], weights [T, K], token_rows [T, K] as combine and its backward take them.
 void check_combine(const char* op, const Tensor& y, const std::optional<Tensor>& weights,

@@ -33,6 +33,11 @@ std::string shape_text(const std::initializer_list<int64_t>& sizes) {
   return text.str();
 }
 
+std::string device_text(const Device& device) {
+  if (device.is_cuda()) return "cuda:" + std::to_string(device.index());
+  return device.is_cpu() ? "the CPU" : "another device";
+}
+
 }  // namespace
 
 std::string shape_text(const Tensor& tensor) {
@@ -62,19 +67,13 @@ std::string dtype_text(ScalarType dtype) {
   }
 }
 
-Place place_of(const Tensor& tensor) {
-  if (!tensor.defined()) return {};  // None; `check_tensor` refuses it
-  if (tensor.is_cpu()) return {};
-  return {tensor.is_cuda(), tensor.get_device_index()};
-}
-
-std::string place_text(const Place& place) {
-  if (place.is_cuda) return "cuda:" + std::to_string(place.index);
-  return place == Place{} ? "the CPU" : "another device";
+Device device_of(const Tensor& tensor) {
+  if (!tensor.defined() || tensor.is_cpu()) return torch::headeronly::DeviceType::CPU;
+  return tensor.device();
 }
 
 void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank,
-                  const Place& place) {
+                  const Device& device) {
   check(tensor.defined(), op, argument, "be a tensor", "None");
   check(tensor.dim() == rank, op, argument, "have " + std::to_string(rank) + " dimensions",
         "shape ", shape_text(tensor));
@@ -83,15 +82,17 @@ void check_tensor(const char* op, const char* argument, const Tensor& tensor, in
     check(tensor.size(dim) <= std::numeric_limits<int32_t>::max(), op, argument,
           "have at most 2^31 - 1 rows and columns", "shape ", shape_text(tensor));
   }
-  const Place found = place_of(tensor);
-  check(found == place, op, argument, "be on " + place_text(place) + " like the other arguments",
-        place_text(found));
+  const Device found = device_of(tensor);
+  check(found == device, op, argument, "be on " + device_text(device) + " like the other arguments",
+        device_text(found));
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype) {
   check(tensor.scalar_type() == dtype, op, argument, "have dtype " + dtype_text(dtype),
         dtype_text(tensor.scalar_type()));
 }
+
+DType dtype_of(const Tensor& tensor) { return check_float("sparse_unified", "arguments", tensor); }
 
 DType check_float(const char* op, const char* argument, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -117,7 +118,7 @@ void check_size(const char* op, const char* argument, const Tensor& tensor, int6
 }
 
 void check_indices(const char* op, const char* argument, const Tensor& indices, int64_t limit) {
-  const auto* data = static_cast<const int32_t*>(indices.const_data_ptr());
+  const auto* data = indices.const_data_ptr<int32_t>();
   const int64_t count = indices.numel();
   for (int64_t i = 0; i < count; ++i) {
     if (data[i] < 0 || data[i] >= limit) {
@@ -131,7 +132,7 @@ void check_bijection(const char* op, const char* argument, const Tensor& indices
   check(indices.numel() == limit, op, argument,
         "hold " + std::to_string(limit) + " indices, one for each row", indices.numel());
   check_indices(op, argument, indices, limit);
-  const auto* data = static_cast<const int32_t*>(indices.const_data_ptr());
+  const auto* data = indices.const_data_ptr<int32_t>();
   std::vector<char> seen(static_cast<size_t>(limit));
   for (int64_t i = 0; i < limit; ++i) {
     if (seen[data[i]]) fail(op, argument, "name every row once", data[i], " again at position ", i);
@@ -145,8 +146,8 @@ void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token
   check_dtype(op, "token_rows", token_rows, ScalarType::Int);
   check_size(op, "token_rows", token_rows, 0, num_tokens, "the number of tokens");
   check_bijection(op, "token_rows", token_rows, row_token.size(0));
-  const auto* tokens = static_cast<const int32_t*>(row_token.const_data_ptr());
-  const auto* rows = static_cast<const int32_t*>(token_rows.const_data_ptr());
+  const auto* tokens = row_token.const_data_ptr<int32_t>();
+  const auto* rows = token_rows.const_data_ptr<int32_t>();
   const int64_t top_k = token_rows.size(1);
   for (int64_t token = 0, slot = 0; token < num_tokens; ++token) {
     for (int64_t k = 0; k < top_k; ++k, ++slot) {
@@ -168,6 +169,16 @@ Tensor with_dense_rows(const Tensor& tensor) {
   return is_dense && is_forward ? tensor : as_contiguous(tensor);
 }
 
+Matrix matrix_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+Matrix bytes_of(const Tensor& tensor) {
+  const int64_t element = element_bytes(dtype_of(tensor));
+  return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1) * element,
+          tensor.stride(0) * element};
+}
+
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty_like_sized(like, sizes, like.scalar_type());
 }
@@ -179,18 +190,15 @@ Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes
 
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,
                    int64_t row_stride) {
-  const std::array<int64_t, 2> sizes = {rows, columns};
-  const std::array<int64_t, 2> strides = {row_stride, 1};
-  return torch::stable::from_blob(data, sizes, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+  return torch::stable::from_blob(data, std::array{rows, columns},
+                                  std::array{row_stride, int64_t{1}},
+                                  Device(torch::headeronly::DeviceType::CPU), dtype);
 }
 
-Tensor transposed_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,
-                       int64_t row_stride) {
-  const std::array<int64_t, 2> sizes = {columns, rows};
-  const std::array<int64_t, 2> strides = {1, row_stride};
-  return torch::stable::from_blob(data, sizes, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+Tensor transposed(const Tensor& matrix) {
+  return torch::stable::from_blob(matrix.data_ptr(), std::array{matrix.size(1), matrix.size(0)},
+                                  std::array{int64_t{1}, matrix.stride(0)},
+                                  Device(torch::headeronly::DeviceType::CPU), matrix.scalar_type());
 }
 
 void matmul_out(Tensor out, const Tensor& a, const Tensor& b) {

@@ -12,10 +12,12 @@
 #include <string>
 
 #include "sparse_unified/dtype.h"
+#include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
 using torch::stable::Tensor;
 
 // Throws "<op>: <argument> must <rule>, got <value>".
@@ -39,21 +41,15 @@ void check(bool ok, const char* op, const char* argument, const std::string& rul
 std::string shape_text(const Tensor& tensor);
 std::string dtype_text(ScalarType dtype);
 
-// A device as error messages and checks see it.
-struct Place {
-  bool is_cuda = false;
-  int32_t index = -1;
-  bool operator==(const Place& other) const = default;
-};
-
-Place place_of(const Tensor& tensor);
-std::string place_text(const Place& place);
+// The device of a tensor; the CPU when it is None, which check_tensor refuses.
+Device device_of(const Tensor& tensor);
 
 // The rank, the device (that of the call's first tensor) and the element type of an argument.
 void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank,
-                  const Place& place = {});
+                  const Device& device = torch::headeronly::DeviceType::CPU);
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype);
 DType check_float(const char* op, const char* argument, const Tensor& tensor);
+DType dtype_of(const Tensor& tensor);  // of one that check_float accepts
 void check_size(const char* op, const char* argument, const Tensor& tensor, int64_t dim,
                 int64_t size, const char* meaning);
 
@@ -74,14 +70,19 @@ Tensor as_contiguous(const Tensor& tensor);
 // The tensor itself when its rows are dense, a contiguous copy otherwise.
 Tensor with_dense_rows(const Tensor& tensor);
 
+// A tensor with dense rows as kernels take it: its elements, or its bytes.
+Matrix matrix_of(const Tensor& tensor);
+Matrix bytes_of(const Tensor& tensor);
+
 // Uninitialised tensors next to `like`.
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes);
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
-// A view of memory somebody else owns: [rows, columns] with a row stride, or its transpose.
+// A view of memory somebody else owns: [rows, columns] with a row stride.
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t row_stride);
-Tensor transposed_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,
-                       int64_t row_stride);
+
+// The transpose of a matrix with dense rows, as a view.
+Tensor transposed(const Tensor& matrix);
 
 // out = a @ b by torch's own CPU GEMM, straight at the kernel: no autograd, no dispatch keys, so
 // that worker threads may call it.

@@ -26,7 +26,7 @@ void check_token_weights(const char* op, const Tensor& token_weights, int64_t nu
 // A copy of the sums in fp32.
 Tensor rounded(const Tensor& like, const std::vector<double>& sums) {
   Tensor out = empty_like_sized(like, {static_cast<int64_t>(sums.size())}, ScalarType::Float);
-  auto* data = static_cast<float*>(out.mutable_data_ptr());
+  auto* data = out.mutable_data_ptr<float>();
   std::transform(sums.begin(), sums.end(), data, [](double v) { return static_cast<float>(v); });
   return out;
 }
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_importance(Tensor x, Tensor gate_proj, Te
   if (token_weights) {
     check_token_weights(kOp, *token_weights, num_tokens);
     token_weights = as_contiguous(*token_weights);
-    const auto* weights = static_cast<const float*>(token_weights->const_data_ptr());
+    const auto* weights = token_weights->const_data_ptr<float>();
     for (int64_t token = 0; token < num_tokens; ++token) {
       if (!(weights[token] >= 0) || !std::isfinite(weights[token])) {
         fail(kOp, "token_weights", "be finite and at least 0", weights[token], " for token ",
@@ -79,28 +79,26 @@ std::tuple<Tensor, Tensor, Tensor> ffn_importance(Tensor x, Tensor gate_proj, Te
   std::vector<double> num_fired(size);
   for (int64_t neuron = 0; neuron < width; neuron += kTileNeurons) {
     const int64_t m = std::min(kTileNeurons, width - neuron);
-    const Tensor gate_t =
-        transposed_view(rows(gate_proj, neuron), scalar_type, m, hidden_size, gate_proj.stride(0));
-    const Tensor up_t =
-        transposed_view(rows(up_proj, neuron), scalar_type, m, hidden_size, up_proj.stride(0));
+    const auto neurons_t = [&](const Tensor& weight) {
+      return transposed(
+          matrix_view(rows(weight, neuron), scalar_type, m, hidden_size, weight.stride(0)));
+    };
+    const Tensor gate_t = neurons_t(gate_proj);
+    const Tensor up_t = neurons_t(up_proj);
     for (int64_t token = 0; token < num_tokens; token += kTileTokens) {
       const int64_t n = std::min(kTileTokens, num_tokens - token);
       const Tensor tokens = matrix_view(rows(x, token), scalar_type, n, hidden_size, x.stride(0));
       matmul_out(matrix_view(gate.data_ptr(), scalar_type, n, m, m), tokens, gate_t);
       matmul_out(matrix_view(up.data_ptr(), scalar_type, n, m, m), tokens, up_t);
-      FfnImportanceParams params{};
-      params.dtype = dtype;
-      params.gate = gate.data_ptr();
-      params.up = up.data_ptr();
-      params.row_stride = m;
-      params.token_weights =
-          token_weights ? static_cast<const float*>(token_weights->const_data_ptr()) + token
-                        : nullptr;
-      params.threshold = static_cast<float>(threshold);
-      params.sum_abs = sum_abs.data() + neuron;
-      params.sum_squares = sum_squares.data() + neuron;
-      params.num_fired = num_fired.data() + neuron;
-      params.num_tokens = n;
+      const FfnImportanceParams params{
+          .dtype = dtype,
+          .gate = {gate.const_data_ptr(), n, m, m},
+          .up = {up.const_data_ptr(), n, m, m},
+          .token_weights = token_weights ? token_weights->const_data_ptr<float>() + token : nullptr,
+          .threshold = static_cast<float>(threshold),
+          .sum_abs = sum_abs.data() + neuron,
+          .sum_squares = sum_squares.data() + neuron,
+          .num_fired = num_fired.data() + neuron};
       torch::stable::parallel_for(0, m, kGrainNeurons, [&](int64_t begin, int64_t end) {
         ffn_importance_cpu(params, begin, end);
       });

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of the expert FFN on the CPU. The rows of an expert are cut into tasks that threads take
+// Forward of the expert FFN. On the CPU, the rows of an expert are cut into tasks that threads take
 // without waiting for each other. fp32 on AVX-512 runs the fused kernel of csrc/cpu; other dtypes
 // and machines, and the few rows of a decoding step, run torch's GEMMs on gathered rows.
 #include "bindings/grouped_ffn.h"
 
+#include "bindings/cuda_ffn.h"
 #include "bindings/ops.h"
 #include "bindings/parallel_tasks.h"
 #include "sparse_unified/swiglu.h"
@@ -46,11 +47,13 @@ class LibraryPath {
 
     ffn_.gather(rows, x_rows);
     const Tensor x = ffn_.matrix(x_rows, n, hidden_size);
-    matmul_out(ffn_.matrix(gate, n, h), x, ffn_.expert_rows_t(ffn_.gate_proj, rows.expert));
-    matmul_out(ffn_.matrix(up, n, h), x, ffn_.expert_rows_t(ffn_.up_proj, rows.expert));
+    matmul_out(ffn_.matrix(gate, n, h), x,
+               transposed(ffn_.expert_rows(ffn_.gate_proj, rows.expert)));
+    matmul_out(ffn_.matrix(up, n, h), x, transposed(ffn_.expert_rows(ffn_.up_proj, rows.expert)));
     swiglu_cpu(SwigluParams{ffn_.dtype, gate, up, hidden, n * h});
     matmul_out(ffn_.matrix(ffn_.row(y_, rows.begin, hidden_size), n, hidden_size),
-               ffn_.matrix(hidden, n, h), ffn_.expert_columns_t(ffn_.down_proj, rows.expert));
+               ffn_.matrix(hidden, n, h),
+               transposed(ffn_.expert_columns(ffn_.down_proj, rows.expert)));
   }
 
  private:
@@ -80,8 +83,8 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
                             4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
   const LibraryPath library(ffn, y, nullptr, workers, kKernelLeastRows);
   const GroupedFfnParams params = ffn.kernel_params();
-  const auto* row_token = static_cast<const int32_t*>(ffn.row_token.const_data_ptr());
-  auto* out = static_cast<float*>(y.mutable_data_ptr());
+  const auto* row_token = ffn.row_token.const_data_ptr<int32_t>();
+  auto* out = y.mutable_data_ptr<float>();
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {
     const ExpertRows& rows = tasks[task];
     if (rows.count() < kKernelLeastRows) return library.run(rows, worker);
@@ -90,16 +93,20 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
     kernel_rows.count = rows.count();
     kernel_rows.row_token = row_token + rows.begin;
     kernel_rows.out = out + rows.begin * ffn.hidden_size;
-    grouped_ffn_cpu(params, kernel_rows, reinterpret_cast<float*>(workspace.get(worker)));
+    grouped_ffn_cpu(params, kernel_rows, workspace.floats(worker));
   });
   return y;
 }
 
-// The gradient of x will trust token_rows.
-void check_token_rows(const char* op, const GroupedFfn& ffn,
+// The gradient of x will use token_rows; a GPU would have to be waited for to look at its values.
+void check_token_rows(const char* op, const Tensor& x, const Tensor& row_token,
                       const std::optional<Tensor>& token_rows) {
   if (!token_rows) return;
-  check_row_maps(op, ffn.row_token, as_contiguous(*token_rows), ffn.x.size(0));
+  check_tensor(op, "token_rows", *token_rows, 2, device_of(x));
+  check_dtype(op, "token_rows", *token_rows, ScalarType::Int);
+  check_size(op, "token_rows", *token_rows, 0, x.size(0), "the number of tokens");
+  if (runs_on_cuda(x)) return;
+  check_row_maps(op, as_contiguous(row_token), as_contiguous(*token_rows), x.size(0));
 }
 
 }  // namespace
@@ -111,8 +118,16 @@ Tensor grouped_ffn_forward(const GroupedFfn& ffn) {
 Tensor grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
                    Tensor up_proj, Tensor down_proj, std::optional<Tensor> token_rows) {
   constexpr const char* kOp = "grouped_ffn";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      const auto ffn =
+          CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+      check_token_rows(kOp, x, row_token, token_rows);
+      return ffn.forward();
+    }
+  }
   const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-  check_token_rows(kOp, ffn, token_rows);
+  check_token_rows(kOp, x, row_token, token_rows);
   return grouped_ffn_forward(ffn);
 }
 
@@ -121,8 +136,16 @@ std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
                                                      Tensor up_proj, Tensor down_proj,
                                                      std::optional<Tensor> token_rows) {
   constexpr const char* kOp = "grouped_ffn_train";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      const auto ffn =
+          CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+      check_token_rows(kOp, x, row_token, token_rows);
+      return ffn.train();
+    }
+  }
   const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-  check_token_rows(kOp, ffn, token_rows);
+  check_token_rows(kOp, x, row_token, token_rows);
   const Activations kept{empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width}),
                          empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width})};
   Tensor y = library_forward(ffn, &kept);

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The checked arguments of grouped_ffn, shared by forward and backward.
+// The checked arguments of grouped_ffn on the CPU, shared by forward and backward.
 #pragma once
 
 #include <vector>
 
-#include "bindings/common.h"
-#include "bindings/workspace.h"
+#include "bindings/arguments.h"
 #include "sparse_unified/grouped_ffn.h"
 
 namespace sparse_unified {
@@ -18,7 +17,7 @@ struct ExpertRows {
   int64_t count() const { return end - begin; }
 };
 
-struct GroupedFfn {
+struct GroupedFfn : GroupedFfnSizes {
   // Checks the arguments in order; `op` names the caller in the messages.
   GroupedFfn(const char* op, Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
              Tensor up_proj, Tensor down_proj);
@@ -35,14 +34,11 @@ struct GroupedFfn {
   void gather(const ExpertRows& rows, void* out) const;
 
   // Views of one expert's weights: rows of gate_proj / up_proj, columns of down_proj.
-  Tensor expert_rows(const Tensor& weight, int64_t expert) const;       // [h, D]
-  Tensor expert_rows_t(const Tensor& weight, int64_t expert) const;     // [D, h]
-  Tensor expert_columns(const Tensor& weight, int64_t expert) const;    // [D, h]
-  Tensor expert_columns_t(const Tensor& weight, int64_t expert) const;  // [h, D]
+  Tensor expert_rows(const Tensor& weight, int64_t expert) const;     // [h, D]
+  Tensor expert_columns(const Tensor& weight, int64_t expert) const;  // [D, h]
 
-  // Contiguous [n, columns] matrix at `data`, and its transpose.
+  // Contiguous [n, columns] matrix at `data`.
   Tensor matrix(void* data, int64_t n, int64_t columns) const;
-  Tensor matrix_t(void* data, int64_t n, int64_t columns) const;
 
   // First byte of row `row` of a contiguous matrix of `columns` columns.
   void* row(const Tensor& matrix, int64_t row, int64_t columns) const;
@@ -50,7 +46,6 @@ struct GroupedFfn {
   // Bytes of an [n, columns] matrix, rounded up to a cache line.
   int64_t matrix_bytes(int64_t n, int64_t columns) const;
 
-  DType dtype;
   ScalarType scalar_type;
   Tensor x;               // [T, D]
   Tensor row_token;       // [R] int32
@@ -58,10 +53,6 @@ struct GroupedFfn {
   Tensor gate_proj;       // [E * h, D]
   Tensor up_proj;         // [E * h, D]
   Tensor down_proj;       // [D, E * h]
-  int64_t num_rows;       // R
-  int64_t hidden_size;    // D
-  int64_t num_experts;    // E
-  int64_t expert_width;   // h
 };
 
 // y [R, D] of the whole op, by whichever path takes its dtype.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the expert FFN on the CPU, one task per expert, since a weight gradient sums over all
-// rows of its expert. Frozen experts skip three of the six GEMMs.
-#include "bindings/arguments.h"
+// Backward of the expert FFN: on the CPU, one task per expert, since a weight gradient sums over
+// all rows of its expert. Frozen experts skip three of the six GEMMs.
+#include "bindings/cuda_ffn.h"
 #include "bindings/grouped_ffn.h"
 #include "bindings/ops.h"
 #include "bindings/parallel_tasks.h"
@@ -35,16 +35,14 @@ void activation_gradients(const GroupedFfn& ffn, const ExpertRows& rows, const T
   const Tensor grad = ffn.matrix(ffn.row(grad_y, rows.begin, ffn.hidden_size), n, ffn.hidden_size);
   matmul_out(ffn.matrix(buffers.grad_hidden, n, h), grad,
              ffn.expert_columns(ffn.down_proj, rows.expert));
-  SwigluBackwardParams params{};
-  params.dtype = ffn.dtype;
-  params.grad_hidden = buffers.grad_hidden;
-  params.gate = ffn.row(gate_rows, rows.begin, h);
-  params.up = ffn.row(up_rows, rows.begin, h);
-  params.hidden = needs_hidden ? buffers.hidden : nullptr;
-  params.grad_gate = buffers.grad_gate;
-  params.grad_up = buffers.grad_up;
-  params.num_values = n * h;
-  swiglu_backward_cpu(params);
+  swiglu_backward_cpu({.dtype = ffn.dtype,
+                       .grad_hidden = buffers.grad_hidden,
+                       .gate = ffn.row(gate_rows, rows.begin, h),
+                       .up = ffn.row(up_rows, rows.begin, h),
+                       .hidden = needs_hidden ? buffers.hidden : nullptr,
+                       .grad_gate = buffers.grad_gate,
+                       .grad_up = buffers.grad_up,
+                       .num_values = n * h});
 }
 
 void weight_gradients(const GroupedFfn& ffn, const ExpertRows& rows, const Tensor& grad_y,
@@ -53,12 +51,13 @@ void weight_gradients(const GroupedFfn& ffn, const ExpertRows& rows, const Tenso
   const int64_t h = ffn.expert_width;
   ffn.gather(rows, buffers.x_rows);
   const Tensor x = ffn.matrix(buffers.x_rows, n, ffn.hidden_size);
-  matmul_out(ffn.expert_rows(grads.gate_proj, rows.expert), ffn.matrix_t(buffers.grad_gate, n, h),
-             x);
-  matmul_out(ffn.expert_rows(grads.up_proj, rows.expert), ffn.matrix_t(buffers.grad_up, n, h), x);
+  matmul_out(ffn.expert_rows(grads.gate_proj, rows.expert),
+             transposed(ffn.matrix(buffers.grad_gate, n, h)), x);
+  matmul_out(ffn.expert_rows(grads.up_proj, rows.expert),
+             transposed(ffn.matrix(buffers.grad_up, n, h)), x);
   void* grad = ffn.row(grad_y, rows.begin, ffn.hidden_size);
   matmul_out(ffn.expert_columns(grads.down_proj, rows.expert),
-             ffn.matrix_t(grad, n, ffn.hidden_size), ffn.matrix(buffers.hidden, n, h));
+             transposed(ffn.matrix(grad, n, ffn.hidden_size)), ffn.matrix(buffers.hidden, n, h));
 }
 
 void row_gradients(const GroupedFfn& ffn, const ExpertRows& rows, const ExpertBuffers& buffers,
@@ -74,7 +73,7 @@ void row_gradients(const GroupedFfn& ffn, const ExpertRows& rows, const ExpertBu
 
 // Experts without a row take no part in the loop above: their weight gradients are zero.
 void zero_idle_experts(const GroupedFfn& ffn, const Gradients& grads) {
-  const auto* offsets = static_cast<const int32_t*>(ffn.expert_offsets.const_data_ptr());
+  const auto* offsets = ffn.expert_offsets.const_data_ptr<int32_t>();
   for (int64_t expert = 0; expert < ffn.num_experts; ++expert) {
     if (offsets[expert] != offsets[expert + 1]) continue;
     Tensor gate = ffn.expert_rows(grads.gate_proj, expert);
@@ -93,6 +92,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
     Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, bool needs_x,
     bool needs_weights) {
   constexpr const char* kOp = "grouped_ffn_backward";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      return CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj)
+          .backward(grad_y, gate_rows, up_rows, needs_x, needs_weights);
+    }
+  }
   const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
   const int64_t h = ffn.expert_width;
   check_ffn_gradients(kOp, x, ffn.num_rows, h, grad_y, gate_rows, up_rows);

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Schemas, once, and their CPU kernels. Fakes and autograd are registered in Python.
+// Schemas, once, and the functions behind them, which serve the CPU and CUDA. Fakes and autograd
+// are registered in Python. In the emulator the CUDA kernels take the place of the CPU's, so that
+// tests reach them through the same ops.
 #include "bindings/ops.h"
+
+#if !defined(SPARSE_UNIFIED_EMULATION)
 
 STABLE_TORCH_LIBRARY(sparse_unified, m) {
   m.def("route_topk(Tensor x, Tensor gate, int top_k) -> (Tensor, Tensor, Tensor)");
@@ -41,19 +45,37 @@ STABLE_TORCH_LIBRARY(sparse_unified, m) {
       "Tensor? token_weights=None) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CPU, m) {
-  m.impl("route_topk", TORCH_BOX(&sparse_unified::route_topk));
-  m.impl("route_topk_backward", TORCH_BOX(&sparse_unified::route_topk_backward));
-  m.impl("sort_by_expert", TORCH_BOX(&sparse_unified::sort_by_expert));
-  m.impl("permute", TORCH_BOX(&sparse_unified::permute));
-  m.impl("combine", TORCH_BOX(&sparse_unified::combine));
-  m.impl("combine_backward", TORCH_BOX(&sparse_unified::combine_backward));
-  m.impl("grouped_ffn", TORCH_BOX(&sparse_unified::grouped_ffn));
-  m.impl("grouped_ffn_train", TORCH_BOX(&sparse_unified::grouped_ffn_train));
-  m.impl("grouped_ffn_combine", TORCH_BOX(&sparse_unified::grouped_ffn_combine));
-  m.impl("grouped_ffn_backward", TORCH_BOX(&sparse_unified::grouped_ffn_backward));
-  m.impl("pruned_ffn", TORCH_BOX(&sparse_unified::pruned_ffn));
-  m.impl("pruned_ffn_train", TORCH_BOX(&sparse_unified::pruned_ffn_train));
-  m.impl("pruned_ffn_backward", TORCH_BOX(&sparse_unified::pruned_ffn_backward));
-  m.impl("ffn_importance", TORCH_BOX(&sparse_unified::ffn_importance));
+#endif
+
+namespace sparse_unified {
+namespace {
+
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("route_topk", TORCH_BOX(&route_topk));
+  m.impl("route_topk_backward", TORCH_BOX(&route_topk_backward));
+  m.impl("sort_by_expert", TORCH_BOX(&sort_by_expert));
+  m.impl("permute", TORCH_BOX(&permute));
+  m.impl("combine", TORCH_BOX(&combine));
+  m.impl("combine_backward", TORCH_BOX(&combine_backward));
+  m.impl("grouped_ffn", TORCH_BOX(&grouped_ffn));
+  m.impl("grouped_ffn_train", TORCH_BOX(&grouped_ffn_train));
+  m.impl("grouped_ffn_combine", TORCH_BOX(&grouped_ffn_combine));
+  m.impl("grouped_ffn_backward", TORCH_BOX(&grouped_ffn_backward));
+  m.impl("pruned_ffn", TORCH_BOX(&pruned_ffn));
+  m.impl("pruned_ffn_train", TORCH_BOX(&pruned_ffn_train));
+  m.impl("pruned_ffn_backward", TORCH_BOX(&pruned_ffn_backward));
 }
+
+}  // namespace
+}  // namespace sparse_unified
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CPU, m) {
+  sparse_unified::implement(m);
+#if !defined(SPARSE_UNIFIED_EMULATION)
+  m.impl("ffn_importance", TORCH_BOX(&sparse_unified::ffn_importance));
+#endif
+}
+
+#if defined(SPARSE_UNIFIED_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CUDA, m) { sparse_unified::implement(m); }
+#endif

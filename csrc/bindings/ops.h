@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU side of every op, as registered in library.cpp. Shapes: T tokens, D hidden, E experts,
-// h expert width, K top_k, R = T * K rows.
+// Every op, on the CPU and on CUDA, as registered in library.cpp. Shapes: T tokens, D hidden, E
+// experts, h expert width, K top_k, R = T * K rows.
 #pragma once
 
 #include <optional>

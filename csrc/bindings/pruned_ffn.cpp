@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FFN over kept width blocks on the CPU. fp32 on AVX-512 runs the kernel of csrc/cpu on blocks
+// The FFN over kept width blocks. On the CPU, fp32 on AVX-512 runs the kernel of csrc/cpu on blocks
 // of tokens; other dtypes and machines, few tokens, and training run torch's GEMMs on slabs of kept
 // neurons.
 #include "bindings/pruned_ffn.h"
 
+#include "bindings/cuda_ffn.h"
 #include "bindings/ops.h"
 #include "sparse_unified/swiglu.h"
 
@@ -59,27 +60,20 @@ int64_t count_tasks(int64_t num_tokens, int64_t num_threads) {
 
 Tensor kernel_forward(const PrunedFfn& ffn) {
   Tensor y = empty_like_sized(ffn.x, {ffn.num_tokens, ffn.hidden_size});
-  PrunedFfnParams params{};
-  params.x = static_cast<const float*>(ffn.x.const_data_ptr());
-  params.x_stride = ffn.x.stride(0);
-  params.gate_proj = static_cast<const float*>(ffn.gate_proj.const_data_ptr());
-  params.gate_stride = ffn.gate_proj.stride(0);
-  params.up_proj = static_cast<const float*>(ffn.up_proj.const_data_ptr());
-  params.up_stride = ffn.up_proj.stride(0);
-  params.down_proj = static_cast<const float*>(ffn.down_proj.const_data_ptr());
-  params.down_stride = ffn.down_proj.stride(0);
-  params.kept_blocks = static_cast<const int32_t*>(ffn.kept_blocks.const_data_ptr());
-  params.num_kept = ffn.num_kept;
-  params.block_size = ffn.block_size;
-  params.hidden_size = ffn.hidden_size;
-  params.y = static_cast<float*>(y.mutable_data_ptr());
+  const PrunedFfnParams params{.x = matrix_of(ffn.x),
+                               .gate_proj = matrix_of(ffn.gate_proj),
+                               .up_proj = matrix_of(ffn.up_proj),
+                               .down_proj = matrix_of(ffn.down_proj),
+                               .kept_blocks = ffn.kept_blocks.const_data_ptr<int32_t>(),
+                               .num_kept = ffn.num_kept,
+                               .block_size = ffn.block_size,
+                               .y = y.mutable_data_ptr<float>()};
   const int64_t num_tasks = count_tasks(ffn.num_tokens, torch::stable::get_num_threads());
   const Workspace workspace(ffn.x, num_workers(num_tasks),
                             4 * pruned_ffn_workspace_floats(ffn.hidden_size));
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {
     pruned_ffn_cpu(params, ffn.num_tokens * task / num_tasks,
-                   ffn.num_tokens * (task + 1) / num_tasks,
-                   reinterpret_cast<float*>(workspace.get(worker)));
+                   ffn.num_tokens * (task + 1) / num_tasks, workspace.floats(worker));
   });
   return y;
 }
@@ -88,7 +82,14 @@ Tensor kernel_forward(const PrunedFfn& ffn) {
 
 Tensor pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, Tensor down_proj,
                   int64_t block_size) {
-  const PrunedFfn ffn("pruned_ffn", x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
+  constexpr const char* kOp = "pruned_ffn";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      return CudaFfn::pruned(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size)
+          .forward();
+    }
+  }
+  const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
   if (ffn.num_kept > 0 && ffn.num_tokens >= kKernelTokens && ffn.dtype == DType::kFloat32 &&
       pruned_ffn_cpu_supported()) {
     return kernel_forward(ffn);
@@ -100,8 +101,14 @@ Tensor pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj
 std::tuple<Tensor, Tensor, Tensor> pruned_ffn_train(Tensor x, Tensor kept_blocks, Tensor gate_proj,
                                                     Tensor up_proj, Tensor down_proj,
                                                     int64_t block_size) {
-  const PrunedFfn ffn("pruned_ffn_train", x, kept_blocks, gate_proj, up_proj, down_proj,
-                      block_size);
+  constexpr const char* kOp = "pruned_ffn_train";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      return CudaFfn::pruned(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size)
+          .train();
+    }
+  }
+  const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
   const Activations activations = empty_activations(ffn);
   const Tensor hidden = empty_like_sized(ffn.x, {ffn.num_tokens, ffn.kept_width});
   Tensor y = library_forward(ffn, activations, hidden);

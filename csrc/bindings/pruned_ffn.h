@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The checked arguments of pruned_ffn, shared by forward and backward, and its GEMMs through torch.
+// The checked arguments of pruned_ffn on the CPU, shared by forward and backward, and its GEMMs
+// through torch.
 #pragma once
 
 #include <vector>
 
-#include "bindings/common.h"
+#include "bindings/arguments.h"
 #include "bindings/parallel_tasks.h"
-#include "bindings/workspace.h"
 #include "sparse_unified/pruned_ffn.h"
 
 namespace sparse_unified {
@@ -34,7 +34,7 @@ struct Range {
 // 0 to `size` in equal parts of at most `largest`.
 std::vector<Range> split_range(int64_t size, int64_t largest);
 
-struct PrunedFfn {
+struct PrunedFfn : PrunedFfnSizes {
   // Checks the arguments in order; `op` names the caller in the messages.
   PrunedFfn(const char* op, Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj,
             Tensor down_proj, int64_t block_size);
@@ -62,19 +62,13 @@ struct PrunedFfn {
   // The address of element [row, column].
   char* at(const Tensor& matrix, int64_t row, int64_t column) const;
 
-  DType dtype;
   ScalarType scalar_type;
-  Tensor x;             // [T, D]
-  Tensor kept_blocks;   // [B] int32
-  Tensor gate_proj;     // [I, D]
-  Tensor up_proj;       // [I, D]
-  Tensor down_proj;     // [D, I]
-  int64_t num_tokens;   // T
-  int64_t hidden_size;  // D
-  int64_t width;        // I
-  int64_t num_kept;     // B
+  Tensor x;            // [T, D]
+  Tensor kept_blocks;  // [B] int32
+  Tensor gate_proj;    // [I, D]
+  Tensor up_proj;      // [I, D]
+  Tensor down_proj;    // [D, I]
   int64_t block_size;
-  int64_t kept_width;  // J = B * block_size
 };
 
 // Sums matrix products into `out` [n, m], rows of any stride: in fp32, with one rounding to 16
@@ -95,9 +89,6 @@ class ProductSum {
   float* sum_;     // [n, m]
   char* partial_;  // [n, m], one product
 };
-
-// The transpose of a matrix with dense rows.
-Tensor transposed(const Tensor& matrix);
 
 // The most tokens and outputs of a GEMM, which is a task for one thread.
 constexpr int64_t kGemmTokens = 512;

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "bindings/arguments.h"
 #include "bindings/pruned_ffn.h"
 #include "sparse_unified/accumulate.h"
 
@@ -15,7 +14,7 @@ constexpr int64_t kGatherTokens = 32;
 
 void check_kept_blocks(const char* op, const Tensor& kept_blocks, int64_t num_blocks) {
   check_indices(op, "kept_blocks", kept_blocks, num_blocks);
-  const auto* data = static_cast<const int32_t*>(kept_blocks.const_data_ptr());
+  const auto* data = kept_blocks.const_data_ptr<int32_t>();
   std::vector<char> seen(static_cast<size_t>(num_blocks));
   for (int64_t i = 0; i < kept_blocks.numel(); ++i) {
     if (seen[data[i]]) {
@@ -29,31 +28,20 @@ void check_kept_blocks(const char* op, const Tensor& kept_blocks, int64_t num_bl
 
 PrunedFfn::PrunedFfn(const char* op, Tensor x_in, Tensor kept_blocks_in, Tensor gate_proj_in,
                      Tensor up_proj_in, Tensor down_proj_in, int64_t block_size_in)
-    : x(x_in),
-      kept_blocks(kept_blocks_in),
-      gate_proj(gate_proj_in),
-      up_proj(up_proj_in),
-      down_proj(down_proj_in),
+    : PrunedFfnSizes(check_pruned_ffn(op, x_in, kept_blocks_in, gate_proj_in, up_proj_in,
+                                      down_proj_in, block_size_in)),
+      scalar_type(x_in.scalar_type()),
+      x(with_dense_rows(x_in)),
+      kept_blocks(as_contiguous(kept_blocks_in)),
+      gate_proj(with_dense_rows(gate_proj_in)),
+      up_proj(with_dense_rows(up_proj_in)),
+      down_proj(with_dense_rows(down_proj_in)),
       block_size(block_size_in) {
-  const PrunedFfnSizes sizes =
-      check_pruned_ffn(op, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
-  dtype = sizes.dtype;
-  scalar_type = x.scalar_type();
-  num_tokens = sizes.num_tokens;
-  hidden_size = sizes.hidden_size;
-  width = sizes.width;
-  num_kept = sizes.num_kept;
-  kept_width = sizes.kept_width;
-  kept_blocks = as_contiguous(kept_blocks);
   check_kept_blocks(op, kept_blocks, width / block_size);
-  x = with_dense_rows(x);
-  gate_proj = with_dense_rows(gate_proj);
-  up_proj = with_dense_rows(up_proj);
-  down_proj = with_dense_rows(down_proj);
 }
 
 std::vector<KeptSlab> PrunedFfn::slabs() const {
-  const auto* blocks = static_cast<const int32_t*>(kept_blocks.const_data_ptr());
+  const auto* blocks = kept_blocks.const_data_ptr<int32_t>();
   std::vector<KeptSlab> found;
   for (int64_t i = 0; i < num_kept; ++i) {
     const int64_t first = blocks[i] * block_size;
@@ -178,8 +166,7 @@ void ProductSum::add(const Tensor& a, const Tensor& b) {
   if (is_direct()) return is_first ? matmul_out(out_, a, b) : matmul_add(out_, a, b);
   const int64_t n = out_.size(0);
   const int64_t m = out_.size(1);
-  const DType dtype =
-      out_.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+  const DType dtype = dtype_of(out_);
   matmul_out(matrix_view(partial_, out_.scalar_type(), n, m, m), a, b);
   accumulate_cpu({dtype, partial_, sum_, n * m});
   if (num_added_ < num_products_) return;
@@ -187,11 +174,6 @@ void ProductSum::add(const Tensor& a, const Tensor& b) {
     char* out = static_cast<char*>(out_.data_ptr()) + row * out_.stride(0) * element_bytes(dtype);
     round_cpu({dtype, sum_ + row * m, out, m});
   }
-}
-
-Tensor transposed(const Tensor& matrix) {
-  return transposed_view(matrix.data_ptr(), matrix.scalar_type(), matrix.size(0), matrix.size(1),
-                         matrix.stride(0));
 }
 
 }  // namespace sparse_unified

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the FFN over kept width blocks on the CPU. Frozen weights skip three of the six
+// Backward of the FFN over kept width blocks. Frozen weights skip three of the six
 // GEMMs.
 #include <utility>
 
-#include "bindings/arguments.h"
+#include "bindings/cuda_ffn.h"
 #include "bindings/ops.h"
 #include "bindings/pruned_ffn.h"
 #include "sparse_unified/swiglu.h"
@@ -40,16 +40,15 @@ void slab_gradients(const PrunedFfn& ffn, const std::vector<KeptSlab>& slabs, co
                ffn.hidden_view(grad_y, tokens, all),
                ffn.neuron_columns(ffn.down_proj, slab, all, scratch));
     for (int64_t token = 0; token < ffn.num_tokens; ++token) {
-      SwigluBackwardParams params{};
-      params.dtype = ffn.dtype;
-      params.grad_hidden = ffn.at(grads.gate_rows, token, slab.offset);
-      params.gate = ffn.at(activations.gate_rows, token, slab.offset);
-      params.up = ffn.at(activations.up_rows, token, slab.offset);
-      if (weights != nullptr) params.hidden = hidden + token * n * element_bytes(ffn.dtype);
-      params.grad_gate = ffn.at(grads.gate_rows, token, slab.offset);
-      params.grad_up = ffn.at(grads.up_rows, token, slab.offset);
-      params.num_values = n;
-      swiglu_backward_cpu(params);
+      swiglu_backward_cpu(
+          {.dtype = ffn.dtype,
+           .grad_hidden = ffn.at(grads.gate_rows, token, slab.offset),
+           .gate = ffn.at(activations.gate_rows, token, slab.offset),
+           .up = ffn.at(activations.up_rows, token, slab.offset),
+           .hidden = weights != nullptr ? hidden + token * n * element_bytes(ffn.dtype) : nullptr,
+           .grad_gate = ffn.at(grads.gate_rows, token, slab.offset),
+           .grad_up = ffn.at(grads.up_rows, token, slab.offset),
+           .num_values = n});
     }
     if (weights == nullptr) return;
     const Tensor grad_gate = ffn.kept_view(grads.gate_rows, tokens, slab.offset, n);
@@ -73,6 +72,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pruned_ffn_backward(
     Tensor grad_y, Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, Tensor down_proj,
     Tensor gate_rows, Tensor up_rows, int64_t block_size, bool needs_x, bool needs_weights) {
   constexpr const char* kOp = "pruned_ffn_backward";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      return CudaFfn::pruned(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size)
+          .backward(grad_y, gate_rows, up_rows, needs_x, needs_weights);
+    }
+  }
   const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
   check_ffn_gradients(kOp, x, ffn.num_tokens, ffn.kept_width, grad_y, gate_rows, up_rows);
   gate_rows = as_contiguous(gate_rows);

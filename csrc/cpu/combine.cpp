@@ -16,13 +16,12 @@ constexpr int64_t kColumns = kVectors * kLanes;
 // The rows of one token and their weights.
 template <typename T>
 struct TokenRows {
-  const T* y;
-  int64_t y_stride;
+  Matrix y;
   const int32_t* rows;   // [K]
   const float* weights;  // [K]; null means ones
   int64_t top_k;
 
-  const T* row(int64_t k) const { return y + rows[k] * y_stride; }
+  const T* row(int64_t k) const { return y.row<T>(rows[k]); }
   float weight(int64_t k) const { return weights != nullptr ? weights[k] : 1.0f; }
 };
 
@@ -49,14 +48,15 @@ SPARSE_UNIFIED_INLINE void sum_rows(const TokenRows<T>& token, T* out, int64_t h
 }
 
 template <typename T>
-SPARSE_UNIFIED_INLINE void combine(const CombineParams& params, int64_t token_begin,
-                                   int64_t token_end) {
+SPARSE_UNIFIED_MULTIVERSION void combine(const CombineParams& params, int64_t token_begin,
+                                         int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) {
     const int64_t slot = token * params.top_k;
-    const TokenRows<T> rows{
-        static_cast<const T*>(params.y), params.y_stride, params.token_rows + slot,
-        params.weights != nullptr ? params.weights + slot : nullptr, params.top_k};
-    sum_rows(rows, static_cast<T*>(params.out) + token * params.hidden_size, params.hidden_size);
+    const TokenRows<T> rows{params.y, params.token_rows + slot,
+                            params.weights != nullptr ? params.weights + slot : nullptr,
+                            params.top_k};
+    const int64_t hidden_size = params.y.columns;
+    sum_rows(rows, static_cast<T*>(params.out) + token * hidden_size, hidden_size);
   }
 }
 
@@ -77,16 +77,15 @@ SPARSE_UNIFIED_INLINE void scale(const T* source, float factor, T* target, int64
 }
 
 template <typename T>
-SPARSE_UNIFIED_INLINE void combine_backward(const CombineBackwardParams& params,
-                                            int64_t token_begin, int64_t token_end) {
-  const int64_t hidden_size = params.hidden_size;
+SPARSE_UNIFIED_MULTIVERSION void combine_backward(const CombineBackwardParams& params,
+                                                  int64_t token_begin, int64_t token_end) {
+  const int64_t hidden_size = params.y.columns;
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const T* grad_out = static_cast<const T*>(params.grad_out) + token * params.grad_stride;
+    const T* grad_out = params.grad_out.row<T>(token);
     for (int64_t slot = token * params.top_k; slot < (token + 1) * params.top_k; ++slot) {
       const int64_t row = params.token_rows[slot];
       if (params.grad_weights != nullptr) {
-        const T* y = static_cast<const T*>(params.y) + row * params.y_stride;
-        params.grad_weights[slot] = dot(grad_out, y, hidden_size);
+        params.grad_weights[slot] = dot(grad_out, params.y.row<T>(row), hidden_size);
       }
       if (params.grad_y != nullptr) {
         T* grad_y = static_cast<T*>(params.grad_y) + row * hidden_size;
@@ -96,43 +95,16 @@ SPARSE_UNIFIED_INLINE void combine_backward(const CombineBackwardParams& params,
   }
 }
 
-#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                     \
-  SPARSE_UNIFIED_MULTIVERSION void combine_##suffix(const CombineParams& params, int64_t begin,   \
-                                                    int64_t end) {                                \
-    combine<T>(params, begin, end);                                                               \
-  }                                                                                               \
-  SPARSE_UNIFIED_MULTIVERSION void combine_backward_##suffix(const CombineBackwardParams& params, \
-                                                             int64_t begin, int64_t end) {        \
-    combine_backward<T>(params, begin, end);                                                      \
-  }
-SPARSE_UNIFIED_INSTANTIATE(float, float32)
-SPARSE_UNIFIED_INSTANTIATE(BFloat16, bfloat16)
-SPARSE_UNIFIED_INSTANTIATE(Float16, float16)
-#undef SPARSE_UNIFIED_INSTANTIATE
-
 }  // namespace
 
 void combine_cpu(const CombineParams& params, int64_t token_begin, int64_t token_end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return combine_float32(params, token_begin, token_end);
-    case DType::kBFloat16:
-      return combine_bfloat16(params, token_begin, token_end);
-    case DType::kFloat16:
-      return combine_float16(params, token_begin, token_end);
-  }
+  dispatch_dtype(params.dtype, [&]<typename T>(T) { combine<T>(params, token_begin, token_end); });
 }
 
 void combine_backward_cpu(const CombineBackwardParams& params, int64_t token_begin,
                           int64_t token_end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return combine_backward_float32(params, token_begin, token_end);
-    case DType::kBFloat16:
-      return combine_backward_bfloat16(params, token_begin, token_end);
-    case DType::kFloat16:
-      return combine_backward_float16(params, token_begin, token_end);
-  }
+  dispatch_dtype(params.dtype,
+                 [&]<typename T>(T) { combine_backward<T>(params, token_begin, token_end); });
 }
 
 }  // namespace sparse_unified

@@ -24,15 +24,14 @@ struct Sums {
 template <typename T>
 SPARSE_UNIFIED_INLINE Sums sum_tokens(const FfnImportanceParams& params, int64_t neuron,
                                       int64_t lanes, int64_t token, int64_t token_end) {
-  const T* gate = static_cast<const T*>(params.gate);
-  const T* up = static_cast<const T*>(params.up);
   Sums sums;
   for (; token < token_end; ++token) {
     const float weight = params.token_weights != nullptr ? params.token_weights[token] : 1.0f;
     if (weight == 0) continue;
-    const int64_t at = token * params.row_stride + neuron;
-    const Float g = lanes == kLanes ? load(gate + at) : load(gate + at, lanes);
-    const Float u = lanes == kLanes ? load(up + at) : load(up + at, lanes);
+    const T* gate = params.gate.row<T>(token) + neuron;
+    const T* up = params.up.row<T>(token) + neuron;
+    const Float g = lanes == kLanes ? load(gate) : load(gate, lanes);
+    const Float u = lanes == kLanes ? load(up) : load(up, lanes);
     const Float hidden = g * sigmoid(g) * u;
     const Float size = bit_cast<Float>(bit_cast<UInt>(hidden) & 0x7fffffffu);
     sums.abs += weight * size;
@@ -43,13 +42,13 @@ SPARSE_UNIFIED_INLINE Sums sum_tokens(const FfnImportanceParams& params, int64_t
 }
 
 template <typename T>
-SPARSE_UNIFIED_INLINE void ffn_importance(const FfnImportanceParams& params, int64_t begin,
-                                          int64_t end) {
+SPARSE_UNIFIED_MULTIVERSION void ffn_importance(const FfnImportanceParams& params, int64_t begin,
+                                                int64_t end) {
   for (int64_t neuron = begin; neuron < end; neuron += kLanes) {
     const int64_t lanes = std::min(kLanes, end - neuron);
     Sums sums;
-    for (int64_t token = 0; token < params.num_tokens; token += kSumTokens) {
-      const int64_t token_end = std::min(token + kSumTokens, params.num_tokens);
+    for (int64_t token = 0; token < params.gate.rows; token += kSumTokens) {
+      const int64_t token_end = std::min(token + kSumTokens, params.gate.rows);
       const Sums block = sum_tokens<T>(params, neuron, lanes, token, token_end);
       sums.abs += block.abs;
       sums.squares += block.squares;
@@ -63,27 +62,10 @@ SPARSE_UNIFIED_INLINE void ffn_importance(const FfnImportanceParams& params, int
   }
 }
 
-#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                 \
-  SPARSE_UNIFIED_MULTIVERSION void ffn_importance_##suffix(const FfnImportanceParams& params, \
-                                                           int64_t begin, int64_t end) {      \
-    ffn_importance<T>(params, begin, end);                                                    \
-  }
-SPARSE_UNIFIED_INSTANTIATE(float, float32)
-SPARSE_UNIFIED_INSTANTIATE(BFloat16, bfloat16)
-SPARSE_UNIFIED_INSTANTIATE(Float16, float16)
-#undef SPARSE_UNIFIED_INSTANTIATE
-
 }  // namespace
 
 void ffn_importance_cpu(const FfnImportanceParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return ffn_importance_float32(params, begin, end);
-    case DType::kBFloat16:
-      return ffn_importance_bfloat16(params, begin, end);
-    case DType::kFloat16:
-      return ffn_importance_float16(params, begin, end);
-  }
+  dispatch_dtype(params.dtype, [&]<typename T>(T) { ffn_importance<T>(params, begin, end); });
 }
 
 }  // namespace sparse_unified

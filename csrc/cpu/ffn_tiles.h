@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/vector.h"
+#include "sparse_unified/matrix.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
@@ -126,17 +127,18 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_AVX512 void load_columns(const float* const
   columns[3] = __builtin_shuffle(high01, high23, kOdd);
 }
 
-// panel[d][i] = x[row_token[i]][d], or x[i][d] without row_token; lanes beyond `count` repeat the
-// last row.
+// panel[d][i] = x[row_token[i]][d], or x[i][d] without row_token, for i from `first` on; lanes
+// beyond `count` repeat the last row.
 template <int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void gather_panel(const float* x, int64_t x_stride, const int32_t* row_token,
-                                        int64_t count, int64_t hidden_size, float* panel) {
+SPARSE_UNIFIED_AVX512 void gather_panel(const Matrix& x, const int32_t* row_token, int64_t first,
+                                        int64_t count, float* panel) {
+  const int64_t hidden_size = x.columns;
   const int64_t whole = hidden_size / kLanes * kLanes;
   for (int64_t v = 0; v < kVectors; ++v) {
     const float* sources[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t i = std::min(v * kLanes + lane, count - 1);
-      sources[lane] = x + (row_token != nullptr ? row_token[i] : i) * x_stride;
+      const int64_t i = first + std::min(v * kLanes + lane, count - 1);
+      sources[lane] = x.row<float>(row_token != nullptr ? row_token[i] : i);
     }
     for (int64_t d = 0; d < whole; d += kLanes) {
 #pragma GCC unroll 16
@@ -157,6 +159,36 @@ SPARSE_UNIFIED_AVX512 void gather_panel(const float* x, int64_t x_stride, const 
         panel[(d * kVectors + v) * kLanes + lane] = sources[lane][d];
       }
     }
+  }
+}
+
+// The panels of `count` rows, one after the other: [count / 32][D][32].
+SPARSE_UNIFIED_AVX512 inline void gather_panels(const Matrix& x, const int32_t* row_token,
+                                                int64_t first, int64_t count, float* panels) {
+  for (int64_t row = 0; row < count; row += kPanelRows) {
+    const int64_t in_panel = std::min(kPanelRows, count - row);
+    const auto gather = in_panel > kLanes ? gather_panel<2> : gather_panel<1>;
+    gather(x, row_token, first + row, in_panel, panels + row * x.columns);
+  }
+}
+
+// Rows worked on at once, at most `most_rows` and `most_floats` of D, in whole panels.
+inline int64_t rows_of_chunk(int64_t hidden_size, int64_t most_rows, int64_t most_floats) {
+  const int64_t rows = most_floats / std::max<int64_t>(hidden_size, 1);
+  return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, most_rows);
+}
+
+// run(first, count) for chunks of [begin, end) of at most `max_rows` rows: equal shares in whole
+// panels, so that only the last panel of all may be short.
+template <class Run>
+void for_each_chunk(int64_t begin, int64_t end, int64_t max_rows, const Run& run) {
+  const int64_t num_chunks = (end - begin + max_rows - 1) / max_rows;
+  for (int64_t chunk = 0, first = begin; chunk < num_chunks; ++chunk) {
+    const int64_t share = (end - first + num_chunks - chunk - 1) / (num_chunks - chunk);
+    const int64_t whole = (share + kPanelRows - 1) / kPanelRows * kPanelRows;
+    const int64_t count = std::min(whole, end - first);
+    run(first, count);
+    first += count;
   }
 }
 

@@ -32,8 +32,7 @@ constexpr int64_t kChunkRows = 320;
 constexpr int64_t kOutputs = 16;
 
 int64_t chunk_rows(int64_t hidden_size) {
-  const int64_t rows = kChunkFloats / std::max<int64_t>(hidden_size, 1);
-  return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, kChunkRows);
+  return rows_of_chunk(hidden_size, kChunkRows, kChunkFloats);
 }
 
 // Where the rows of a panel go.
@@ -145,33 +144,23 @@ SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t outputs, const WeightTile& ti
 // [count / 32][h][32].
 SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const GroupedFfnRows& rows,
                                      int64_t first, int64_t count, float* workspace) {
+  const int64_t hidden_size = params.x.columns;
   const int64_t width = params.expert_width;
-  const int64_t max_rows = chunk_rows(params.hidden_size);
+  const int64_t max_rows = chunk_rows(hidden_size);
   float* panels = workspace;
-  float* hidden = panels + max_rows * params.hidden_size;
+  float* hidden = panels + max_rows * hidden_size;
 
-  for (int64_t row = 0; row < count; row += kPanelRows) {
-    const int64_t in_panel = std::min(kPanelRows, count - row);
-    float* panel = panels + row * params.hidden_size;
-    if (in_panel > kLanes) {
-      gather_panel<2>(params.x, params.x_stride, rows.row_token + first + row, in_panel,
-                      params.hidden_size, panel);
-    } else {
-      gather_panel<1>(params.x, params.x_stride, rows.row_token + first + row, in_panel,
-                      params.hidden_size, panel);
-    }
-  }
+  gather_panels(params.x, rows.row_token, first, count, panels);
 
   // A tile of weights stays in the cache while every panel passes by.
   for (int64_t j = 0, pairs; j < width; j += pairs) {
     pairs = tile_size(width - j, kTilePairs);
-    const WeightTile tile{params.gate_proj + (rows.expert * width + j) * params.gate_stride,
-                          params.gate_stride,
-                          params.up_proj + (rows.expert * width + j) * params.up_stride,
-                          params.up_stride, params.hidden_size};
+    const int64_t neuron = rows.expert * width + j;
+    const WeightTile tile{params.gate_proj.row<float>(neuron), params.gate_proj.stride,
+                          params.up_proj.row<float>(neuron), params.up_proj.stride, hidden_size};
     for (int64_t row = 0; row < count; row += kPanelRows) {
       const int64_t num_rows = std::min(kPanelRows, count - row);
-      run_hidden_tile(pairs, num_rows, tile, panels + row * params.hidden_size,
+      run_hidden_tile(pairs, num_rows, tile, panels + row * hidden_size,
                       hidden + row * width + j * panel_lanes(num_rows));
     }
   }
@@ -180,13 +169,13 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
   PanelTargets targets[kChunkRows / kPanelRows];
   for (int64_t row = 0; row < count; row += kPanelRows) {
     targets[row / kPanelRows] =
-        panel_targets(rows, first + row, std::min(kPanelRows, count - row), params.hidden_size);
+        panel_targets(rows, first + row, std::min(kPanelRows, count - row), hidden_size);
   }
-  for (int64_t d = 0, outputs; d < params.hidden_size; d += outputs) {
-    outputs = outputs_size(params.hidden_size - d);
-    const float* down = params.down_proj + rows.expert * width + d * params.down_stride;
-    const WeightTile tile{down, 2 * params.down_stride, down + params.down_stride,
-                          2 * params.down_stride, width};
+  for (int64_t d = 0, outputs; d < hidden_size; d += outputs) {
+    outputs = outputs_size(hidden_size - d);
+    const float* down = params.down_proj.row<float>(d) + rows.expert * width;
+    const WeightTile tile{down, 2 * params.down_proj.stride, down + params.down_proj.stride,
+                          2 * params.down_proj.stride, width};
     for (int64_t row = 0; row < count; row += kPanelRows) {
       const PanelTargets& panel = targets[row / kPanelRows];
       if (panel.count > kLanes) {
@@ -203,16 +192,9 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
 bool grouped_ffn_cpu_supported() { return __builtin_cpu_supports("x86-64-v4"); }
 
 void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows, float* workspace) {
-  const int64_t max_rows = chunk_rows(params.hidden_size);
-  const int64_t num_chunks = (rows.count + max_rows - 1) / max_rows;
-  for (int64_t chunk = 0, first = 0; chunk < num_chunks; ++chunk) {
-    // Equal shares in whole panels; only the last panel of all may be short.
-    const int64_t share = (rows.count - first + num_chunks - chunk - 1) / (num_chunks - chunk);
-    const int64_t whole = (share + kPanelRows - 1) / kPanelRows * kPanelRows;
-    const int64_t count = std::min(whole, rows.count - first);
+  for_each_chunk(0, rows.count, chunk_rows(params.x.columns), [&](int64_t first, int64_t count) {
     run_chunk(params, rows, first, count, workspace);
-    first += count;
-  }
+  });
 }
 
 int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width) {

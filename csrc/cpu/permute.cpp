@@ -21,8 +21,8 @@ constexpr int64_t kLeastStreamedBytes = int64_t{8} << 20;
 
 bool streams(const PermuteParams& params) {
   const auto address = reinterpret_cast<intptr_t>(params.y);
-  return params.num_rows * params.row_bytes >= kLeastStreamedBytes &&
-         params.row_bytes % kLineBytes == 0 && address % kLineBytes == 0;
+  return params.num_rows * params.x.columns >= kLeastStreamedBytes &&
+         params.x.columns % kLineBytes == 0 && address % kLineBytes == 0;
 }
 
 // Whole lines, `target` on a line.
@@ -52,32 +52,33 @@ void end_streaming() {}
 
 void permute_cpu(const PermuteParams& params, int64_t token_begin, int64_t token_end) {
   char* y = static_cast<char*>(params.y);
+  const int64_t row_bytes = params.x.columns;
   const bool is_streamed = streams(params);
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const char* source = static_cast<const char*>(params.x) + token * params.x_stride_bytes;
+    const char* source = params.x.row<char>(token);
     const int32_t* rows = params.token_rows + token * params.top_k;
     // The next token is on its way while this one is written.
-    for (int64_t byte = 0; byte < params.row_bytes; byte += kLineBytes) {
-      __builtin_prefetch(source + params.x_stride_bytes + byte);
+    for (int64_t byte = 0; byte < row_bytes; byte += kLineBytes) {
+      __builtin_prefetch(source + params.x.stride + byte);
     }
     for (int64_t k = 0; k < params.top_k; ++k) {
-      char* target = y + rows[k] * params.row_bytes;
+      char* target = y + rows[k] * row_bytes;
       if (is_streamed) {
-        stream_row(target, source, params.row_bytes);
+        stream_row(target, source, row_bytes);
       } else {
-        std::memcpy(target, source, static_cast<size_t>(params.row_bytes));
+        std::memcpy(target, source, static_cast<size_t>(row_bytes));
       }
     }
   }
   if (is_streamed) end_streaming();
 }
 
-void gather_rows_cpu(const GatherRowsParams& params) {
-  const char* x = static_cast<const char*>(params.x);
+void gather_rows_cpu(const PermuteParams& params) {
   char* y = static_cast<char*>(params.y);
+  const int64_t row_bytes = params.x.columns;
   for (int64_t row = 0; row < params.num_rows; ++row) {
-    std::memcpy(y + row * params.row_bytes, x + params.row_token[row] * params.x_stride_bytes,
-                static_cast<size_t>(params.row_bytes));
+    std::memcpy(y + row * row_bytes, params.x.row<char>(params.row_token[row]),
+                static_cast<size_t>(row_bytes));
   }
 }
 

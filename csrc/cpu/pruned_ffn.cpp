@@ -27,8 +27,7 @@ constexpr int64_t kChunkFloats = 256 * 896;
 constexpr int64_t kChunkRows = 256;
 
 int64_t chunk_rows(int64_t hidden_size) {
-  const int64_t rows = kChunkFloats / std::max<int64_t>(hidden_size, 1);
-  return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, kChunkRows);
+  return rows_of_chunk(hidden_size, kChunkRows, kChunkFloats);
 }
 
 // Adjacent neurons of a slice: [first, first + count) of the width, from `offset` of the slice.
@@ -135,22 +134,13 @@ SPARSE_UNIFIED_AVX512 void store_panel(const float* y, int64_t count, int64_t hi
 // hidden is [count / 32][slice width][32].
 SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count,
                                      float* workspace) {
-  const int64_t hidden_size = params.hidden_size;
+  const int64_t hidden_size = params.x.columns;
   const int64_t max_rows = chunk_rows(hidden_size);
   float* x_panels = workspace;
   float* y_panels = x_panels + max_rows * hidden_size;
   float* hidden = y_panels + max_rows * hidden_size;
 
-  for (int64_t row = 0; row < count; row += kPanelRows) {
-    const int64_t in_panel = std::min(kPanelRows, count - row);
-    const float* x = params.x + (first + row) * params.x_stride;
-    float* panel = x_panels + row * hidden_size;
-    if (in_panel > kLanes) {
-      gather_panel<2>(x, params.x_stride, nullptr, in_panel, hidden_size, panel);
-    } else {
-      gather_panel<1>(x, params.x_stride, nullptr, in_panel, hidden_size, panel);
-    }
-  }
+  gather_panels(params.x, nullptr, first, count, x_panels);
 
   Slice slice;
   for (int64_t block = 0; block < params.num_kept;) {
@@ -162,9 +152,9 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t firs
       const Run& run = slice.runs[i];
       for (int64_t j = 0, pairs; j < run.count; j += pairs) {
         pairs = tile_size(run.count - j, kTilePairs);
-        const WeightTile tile{
-            params.gate_proj + (run.first + j) * params.gate_stride, params.gate_stride,
-            params.up_proj + (run.first + j) * params.up_stride, params.up_stride, hidden_size};
+        const WeightTile tile{params.gate_proj.row<float>(run.first + j), params.gate_proj.stride,
+                              params.up_proj.row<float>(run.first + j), params.up_proj.stride,
+                              hidden_size};
         for (int64_t row = 0; row < count; row += kPanelRows) {
           const int64_t num_rows = std::min(kPanelRows, count - row);
           run_hidden_tile(pairs, num_rows, tile, x_panels + row * hidden_size,
@@ -175,10 +165,10 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t firs
 
     for (int64_t d = 0, outputs; d < hidden_size; d += outputs) {
       outputs = tile_size(hidden_size - d, kTileRows);
-      const float* down = params.down_proj + d * params.down_stride;
+      const float* down = params.down_proj.row<float>(d);
       for (int64_t row = 0; row < count; row += kPanelRows) {
         const int64_t num_rows = std::min(kPanelRows, count - row);
-        run_output_tile(outputs, num_rows, down, params.down_stride, slice, is_first,
+        run_output_tile(outputs, num_rows, down, params.down_proj.stride, slice, is_first,
                         hidden + row * slice.width,
                         y_panels + row * hidden_size + d * panel_lanes(num_rows));
       }
@@ -207,16 +197,8 @@ int64_t pruned_ffn_workspace_floats(int64_t hidden_size) {
 
 void pruned_ffn_cpu(const PrunedFfnParams& params, int64_t token_begin, int64_t token_end,
                     float* workspace) {
-  const int64_t max_rows = chunk_rows(params.hidden_size);
-  const int64_t num_chunks = (token_end - token_begin + max_rows - 1) / max_rows;
-  for (int64_t chunk = 0, first = token_begin; chunk < num_chunks; ++chunk) {
-    // Equal shares in whole panels; only the last panel of all may be short.
-    const int64_t share = (token_end - first + num_chunks - chunk - 1) / (num_chunks - chunk);
-    const int64_t whole = (share + kPanelRows - 1) / kPanelRows * kPanelRows;
-    const int64_t count = std::min(whole, token_end - first);
-    run_chunk(params, first, count, workspace);
-    first += count;
-  }
+  for_each_chunk(token_begin, token_end, chunk_rows(params.x.columns),
+                 [&](int64_t first, int64_t count) { run_chunk(params, first, count, workspace); });
 }
 
 #else

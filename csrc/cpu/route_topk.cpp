@@ -58,32 +58,32 @@ SPARSE_UNIFIED_INLINE void dot_experts(const float* x, int64_t x_stride, const f
 
 template <typename T, int64_t kCount>
 SPARSE_UNIFIED_INLINE void route_tokens(const RouteTopkParams& params, int64_t token) {
-  const T* x = static_cast<const T*>(params.x) + token * params.x_stride;
-  const int64_t gate_stride = padded_experts(params.num_experts);
+  const T* x = params.x.row<T>(token);
+  const int64_t gate_stride = padded_experts(params.gate.rows);
   float block[kCount][kBlock];
-  for (int64_t first = 0; first < params.num_experts; first += kExpertLanes) {
+  for (int64_t first = 0; first < params.gate.rows; first += kExpertLanes) {
     Float sums[kCount] = {};
-    for (int64_t column = 0; column < params.hidden_size; column += kBlock) {
-      const int64_t num_columns = std::min(kBlock, params.hidden_size - column);
+    for (int64_t column = 0; column < params.x.columns; column += kBlock) {
+      const int64_t num_columns = std::min(kBlock, params.x.columns - column);
       const float* gate_t = params.gate_t + column * gate_stride + first;
-      prefetch_block(x + kCount * params.x_stride + column, params.x_stride, kCount);
+      prefetch_block(x + kCount * params.x.stride + column, params.x.stride, kCount);
       if constexpr (std::is_same_v<T, float>) {
-        dot_experts<kCount>(x + column, params.x_stride, gate_t, gate_stride, num_columns, sums);
+        dot_experts<kCount>(x + column, params.x.stride, gate_t, gate_stride, num_columns, sums);
       } else {
-        widen_block(x + column, params.x_stride, num_columns, kCount, block);
+        widen_block(x + column, params.x.stride, num_columns, kCount, block);
         dot_experts<kCount>(block[0], kBlock, gate_t, gate_stride, num_columns, sums);
       }
     }
-    const int64_t count = std::min(kExpertLanes, params.num_experts - first);
+    const int64_t count = std::min(kExpertLanes, params.gate.rows - first);
     for (int64_t t = 0; t < kCount; ++t) {
-      store(params.logits + (token + t) * params.num_experts + first, sums[t], count);
+      store(params.logits + (token + t) * params.gate.rows + first, sums[t], count);
     }
   }
 }
 
 template <typename T>
-SPARSE_UNIFIED_INLINE void route_tokens(const RouteTopkParams& params, int64_t token_begin,
-                                        int64_t token_end) {
+SPARSE_UNIFIED_MULTIVERSION void route_tokens(const RouteTopkParams& params, int64_t token_begin,
+                                              int64_t token_end) {
   int64_t token = token_begin;
   for (; token + kTokens <= token_end; token += kTokens) route_tokens<T, kTokens>(params, token);
   for (; token < token_end; ++token) route_tokens<T, 1>(params, token);
@@ -153,30 +153,30 @@ SPARSE_UNIFIED_INLINE void select_by_rank(const float* logits, int64_t num_exper
 SPARSE_UNIFIED_MULTIVERSION void select_topk(const RouteTopkParams& params, int64_t token_begin,
                                              int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const float* logits = params.logits + token * params.num_experts;
+    const float* logits = params.logits + token * params.gate.rows;
     float* topk_logits = params.topk_logits + token * params.top_k;
     int32_t* topk_idx = params.topk_idx + token * params.top_k;
-    if (params.num_experts <= kMaxRanked) {
-      select_by_rank(logits, params.num_experts, params.top_k, topk_logits, topk_idx);
+    if (params.gate.rows <= kMaxRanked) {
+      select_by_rank(logits, params.gate.rows, params.top_k, topk_logits, topk_idx);
     } else {
-      select_by_insertion(logits, params.num_experts, params.top_k, topk_logits, topk_idx);
+      select_by_insertion(logits, params.gate.rows, params.top_k, topk_logits, topk_idx);
     }
   }
 }
 
 // grad_x[t] = sum_e grad[t, e] * gate[e], one vector of columns at a time.
 template <typename T>
-SPARSE_UNIFIED_INLINE void backward_x(const RouteTopkBackwardParams& params, int64_t token_begin,
-                                      int64_t token_end) {
-  const T* gate = static_cast<const T*>(params.gate);
+SPARSE_UNIFIED_MULTIVERSION void backward_x(const RouteTopkBackwardParams& params,
+                                            int64_t token_begin, int64_t token_end) {
+  const T* gate = params.gate.row<T>(0);
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const float* grad = params.grad_logits + token * params.num_experts;
-    T* grad_x = static_cast<T*>(params.grad_x) + token * params.hidden_size;
-    for (int64_t column = 0; column < params.hidden_size; column += kLanes) {
-      const int64_t n = std::min(kLanes, params.hidden_size - column);
+    const float* grad = params.grad_logits + token * params.gate.rows;
+    T* grad_x = static_cast<T*>(params.grad_x) + token * params.x.columns;
+    for (int64_t column = 0; column < params.x.columns; column += kLanes) {
+      const int64_t n = std::min(kLanes, params.x.columns - column);
       Float acc = {};
-      for (int64_t e = 0; e < params.num_experts; ++e) {
-        const T* source = gate + e * params.gate_stride + column;
+      for (int64_t e = 0; e < params.gate.rows; ++e) {
+        const T* source = gate + e * params.gate.stride + column;
         acc += grad[e] * (n == kLanes ? load(source) : load(source, n));
       }
       store(grad_x + column, acc, n);
@@ -187,29 +187,29 @@ SPARSE_UNIFIED_INLINE void backward_x(const RouteTopkBackwardParams& params, int
 // grad_gate[e] = sum_t grad[t, e] * x[t] for kExperts experts and one vector of columns, summed in
 // blocks of tokens to keep fp32 rounding small.
 template <typename T>
-SPARSE_UNIFIED_INLINE void backward_gate(const RouteTopkBackwardParams& params,
-                                         int64_t column_begin, int64_t column_end) {
+SPARSE_UNIFIED_MULTIVERSION void backward_gate(const RouteTopkBackwardParams& params,
+                                               int64_t column_begin, int64_t column_end) {
   constexpr int64_t kExperts = 8;
-  const T* x = static_cast<const T*>(params.x);
+  const T* x = params.x.row<T>(0);
   T* grad_gate = static_cast<T*>(params.grad_gate);
   for (int64_t column = column_begin; column < column_end; column += kLanes) {
     const int64_t n = std::min(kLanes, column_end - column);
-    for (int64_t first = 0; first < params.num_experts; first += kExperts) {
-      const int64_t count = std::min(kExperts, params.num_experts - first);
+    for (int64_t first = 0; first < params.gate.rows; first += kExperts) {
+      const int64_t count = std::min(kExperts, params.gate.rows - first);
       Float sums[kExperts] = {};
-      for (int64_t block = 0; block < params.num_tokens; block += kBlock) {
-        const int64_t block_end = std::min(block + kBlock, params.num_tokens);
+      for (int64_t block = 0; block < params.x.rows; block += kBlock) {
+        const int64_t block_end = std::min(block + kBlock, params.x.rows);
         Float acc[kExperts] = {};
         for (int64_t token = block; token < block_end; ++token) {
-          const float* grad = params.grad_logits + token * params.num_experts + first;
-          const T* source = x + token * params.x_stride + column;
+          const float* grad = params.grad_logits + token * params.gate.rows + first;
+          const T* source = x + token * params.x.stride + column;
           const Float value = n == kLanes ? load(source) : load(source, n);
           for (int64_t e = 0; e < count; ++e) acc[e] += grad[e] * value;
         }
         for (int64_t e = 0; e < count; ++e) sums[e] += acc[e];
       }
       for (int64_t e = 0; e < count; ++e) {
-        store(grad_gate + (first + e) * params.hidden_size + column, sums[e], n);
+        store(grad_gate + (first + e) * params.x.columns + column, sums[e], n);
       }
     }
   }
@@ -217,91 +217,43 @@ SPARSE_UNIFIED_INLINE void backward_gate(const RouteTopkBackwardParams& params,
 
 // gate_t [D, padded E] from gate [E, D], a vector of columns at a time.
 template <typename T>
-void pack(const T* gate, int64_t gate_stride, int64_t num_experts, int64_t hidden_size,
-          float* gate_t) {
-  const int64_t stride = padded_experts(num_experts);
+void pack(const Matrix& gate, float* gate_t) {
+  const int64_t hidden_size = gate.columns;
+  const int64_t stride = padded_experts(gate.rows);
   std::fill(gate_t, gate_t + hidden_size * stride, 0.0f);
-  for (int64_t e = 0; e < num_experts; ++e) {
+  for (int64_t e = 0; e < gate.rows; ++e) {
     for (int64_t d = 0; d < hidden_size; d += kLanes) {
       const int64_t n = std::min(kLanes, hidden_size - d);
       float values[kLanes];
-      const T* source = gate + e * gate_stride + d;
+      const T* source = gate.row<T>(e) + d;
       store(values, n == kLanes ? load(source) : load(source, n));
       for (int64_t lane = 0; lane < n; ++lane) gate_t[(d + lane) * stride + e] = values[lane];
     }
   }
 }
 
-#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                    \
-  SPARSE_UNIFIED_MULTIVERSION void route_topk_##suffix(const RouteTopkParams& params,            \
-                                                       int64_t begin, int64_t end) {             \
-    route_tokens<T>(params, begin, end);                                                         \
-  }                                                                                              \
-  SPARSE_UNIFIED_MULTIVERSION void backward_x_##suffix(const RouteTopkBackwardParams& params,    \
-                                                       int64_t begin, int64_t end) {             \
-    backward_x<T>(params, begin, end);                                                           \
-  }                                                                                              \
-  SPARSE_UNIFIED_MULTIVERSION void backward_gate_##suffix(const RouteTopkBackwardParams& params, \
-                                                          int64_t begin, int64_t end) {          \
-    backward_gate<T>(params, begin, end);                                                        \
-  }
-SPARSE_UNIFIED_INSTANTIATE(float, float32)
-SPARSE_UNIFIED_INSTANTIATE(BFloat16, bfloat16)
-SPARSE_UNIFIED_INSTANTIATE(Float16, float16)
-#undef SPARSE_UNIFIED_INSTANTIATE
-
 }  // namespace
 
-void pack_gate(DType dtype, const void* gate, int64_t gate_stride, int64_t num_experts,
-               int64_t hidden_size, float* gate_t) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return pack(static_cast<const float*>(gate), gate_stride, num_experts, hidden_size, gate_t);
-    case DType::kBFloat16:
-      return pack(static_cast<const BFloat16*>(gate), gate_stride, num_experts, hidden_size,
-                  gate_t);
-    case DType::kFloat16:
-      return pack(static_cast<const Float16*>(gate), gate_stride, num_experts, hidden_size, gate_t);
-  }
+void pack_gate(DType dtype, const Matrix& gate, float* gate_t) {
+  dispatch_dtype(dtype, [&]<typename T>(T) { pack<T>(gate, gate_t); });
 }
 
 void route_topk_cpu(const RouteTopkParams& params, int64_t token_begin, int64_t token_end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      route_topk_float32(params, token_begin, token_end);
-      break;
-    case DType::kBFloat16:
-      route_topk_bfloat16(params, token_begin, token_end);
-      break;
-    case DType::kFloat16:
-      route_topk_float16(params, token_begin, token_end);
-      break;
-  }
+  dispatch_dtype(params.dtype,
+                 [&]<typename T>(T) { route_tokens<T>(params, token_begin, token_end); });
   select_topk(params, token_begin, token_end);
 }
 
 void route_topk_backward_x_cpu(const RouteTopkBackwardParams& params, int64_t token_begin,
                                int64_t token_end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return backward_x_float32(params, token_begin, token_end);
-    case DType::kBFloat16:
-      return backward_x_bfloat16(params, token_begin, token_end);
-    case DType::kFloat16:
-      return backward_x_float16(params, token_begin, token_end);
-  }
+  dispatch_dtype(params.dtype,
+                 [&]<typename T>(T) { backward_x<T>(params, token_begin, token_end); });
 }
 
 void route_topk_backward_gate_cpu(const RouteTopkBackwardParams& params, int64_t column_begin,
                                   int64_t column_end) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return backward_gate_float32(params, column_begin, column_end);
-    case DType::kBFloat16:
-      return backward_gate_bfloat16(params, column_begin, column_end);
-    case DType::kFloat16:
-      return backward_gate_float16(params, column_begin, column_end);
-  }
+  dispatch_dtype(params.dtype,
+                 [&]<typename T>(T) { backward_gate<T>(params, column_begin, column_end); });
 }
 
 }  // namespace sparse_unified

@@ -8,7 +8,7 @@ namespace sparse_unified {
 namespace {
 
 template <typename T>
-SPARSE_UNIFIED_INLINE void swiglu(const SwigluParams& params) {
+SPARSE_UNIFIED_MULTIVERSION void swiglu(const SwigluParams& params) {
   const T* gate = static_cast<const T*>(params.gate);
   const T* up = static_cast<const T*>(params.up);
   T* hidden = static_cast<T*>(params.hidden);
@@ -61,7 +61,7 @@ SPARSE_UNIFIED_INLINE void swiglu_backward(const SwigluBackwardParams& params) {
 }
 
 template <typename T>
-SPARSE_UNIFIED_INLINE void swiglu_backward(const SwigluBackwardParams& params) {
+SPARSE_UNIFIED_MULTIVERSION void swiglu_backward(const SwigluBackwardParams& params) {
   if (params.hidden != nullptr) {
     swiglu_backward<T, true>(params);
   } else {
@@ -69,40 +69,14 @@ SPARSE_UNIFIED_INLINE void swiglu_backward(const SwigluBackwardParams& params) {
   }
 }
 
-#define SPARSE_UNIFIED_INSTANTIATE(T, suffix)                                                     \
-  SPARSE_UNIFIED_MULTIVERSION void swiglu_##suffix(const SwigluParams& params) {                  \
-    swiglu<T>(params);                                                                            \
-  }                                                                                               \
-  SPARSE_UNIFIED_MULTIVERSION void swiglu_backward_##suffix(const SwigluBackwardParams& params) { \
-    swiglu_backward<T>(params);                                                                   \
-  }
-SPARSE_UNIFIED_INSTANTIATE(float, float32)
-SPARSE_UNIFIED_INSTANTIATE(BFloat16, bfloat16)
-SPARSE_UNIFIED_INSTANTIATE(Float16, float16)
-#undef SPARSE_UNIFIED_INSTANTIATE
-
 }  // namespace
 
 void swiglu_cpu(const SwigluParams& params) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return swiglu_float32(params);
-    case DType::kBFloat16:
-      return swiglu_bfloat16(params);
-    case DType::kFloat16:
-      return swiglu_float16(params);
-  }
+  dispatch_dtype(params.dtype, [&]<typename T>(T) { swiglu<T>(params); });
 }
 
 void swiglu_backward_cpu(const SwigluBackwardParams& params) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return swiglu_backward_float32(params);
-    case DType::kBFloat16:
-      return swiglu_backward_bfloat16(params);
-    case DType::kFloat16:
-      return swiglu_backward_float16(params);
-  }
+  dispatch_dtype(params.dtype, [&]<typename T>(T) { swiglu_backward<T>(params); });
 }
 
 }  // namespace sparse_unified

@@ -4,8 +4,9 @@
 #include "sparse_unified/cuda/grouped_ffn.h"
 
 #include <cstdlib>
+#include <utility>
 
-#include "cuda/grouped_ffn_sm80.cuh"
+#include "cuda/grouped_ffn_sm80.h"
 #include "cuda/grouped_ffn_sm90a.h"
 #include "sparse_unified/cuda/grouped_ffn_config.h"
 
@@ -29,7 +30,7 @@ GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, Direction direc
                              const DeviceInfo& device) {
   return {.dtype = params.dtype,
           .num_rows = params.num_rows,
-          .hidden_size = params.hidden_size,
+          .hidden_size = params.x.columns,
           .num_experts = num_groups(params),
           .expert_width = params.expert_width,
           .block_size = params.blocks.kept_blocks == nullptr ? 0 : params.blocks.block_size,
@@ -74,34 +75,24 @@ std::string blocks_refusal(const GroupedFfnCudaParams& params) {
 // Kernels count rows, columns and neurons in 32 bits; offsets have 64.
 std::string size_refusal(const GroupedFfnCudaParams& params) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  const struct {
-    const char* name;
-    int64_t value;
-  } sizes[] = {{"the number of tokens", params.num_tokens},
-               {"the number of rows", params.num_rows},
-               {"hidden_size", params.hidden_size},
-               {"the width of the weights", weights_width(params)}};
-  for (const auto& size : sizes) {
-    if (size.value >= kLimit) return must(size.name, "be below 2^30", size.value);
+  for (const auto& [name, size] : {std::pair{"the number of tokens", params.x.rows},
+                                   {"the number of rows", params.num_rows},
+                                   {"hidden_size", params.x.columns},
+                                   {"the width of the weights", params.gate_proj.rows}}) {
+    if (size >= kLimit) return must(name, "be below 2^30", size);
   }
   return "";
 }
 
 std::string layout_refusal(const GroupedFfnCudaParams& params) {
-  const struct {
-    const char* name;
-    const void* pointer;
-    int64_t stride;
-  } matrices[] = {{"x", params.x, params.x_stride},
-                  {"gate_proj", params.gate_proj, params.gate_stride},
-                  {"up_proj", params.up_proj, params.up_stride},
-                  {"down_proj", params.down_proj, params.down_stride}};
-  for (const auto& matrix : matrices) {
-    if (!is_aligned(matrix.pointer)) {
-      return std::string(matrix.name) + " must start at a multiple of 16 bytes";
-    }
+  for (const auto& [name, matrix] : {std::pair{"x", params.x},
+                                     {"gate_proj", params.gate_proj},
+                                     {"up_proj", params.up_proj},
+                                     {"down_proj", params.down_proj}}) {
+    if (!is_aligned(matrix.data))
+      return std::string(name) + " must start at a multiple of 16 bytes";
     if (matrix.stride % kChunkElements != 0) {
-      return must(matrix.name, "have rows a multiple of 8 elements apart", matrix.stride);
+      return must(name, "have rows a multiple of 8 elements apart", matrix.stride);
     }
   }
   for (const void* pointer : {params.gate_rows, params.up_rows, params.y}) {
@@ -127,33 +118,30 @@ std::string config_refusal(const GroupedFfnCudaParams& params, Direction directi
   return "";
 }
 
-template <typename T>
-cudaError_t forward(const GroupedFfnForwardKernelParams& params, const GroupedFfnConfig& config,
-                    cudaStream_t stream) {
-  const cudaError_t error =
-      grouped_ffn_up_sm80<T>(config.tile(GroupedFfnPhase::kUp), params, stream);
+cudaError_t forward_sm80(const GroupedFfnForwardKernelParams& params,
+                         const GroupedFfnConfig& config, cudaStream_t stream) {
+  const cudaError_t error = grouped_ffn_up_sm80(config.tile(GroupedFfnPhase::kUp), params, stream);
   if (error != cudaSuccess) return error;
-  return grouped_ffn_down_sm80<T>(config.tile(GroupedFfnPhase::kDown), params, stream);
+  return grouped_ffn_down_sm80(config.tile(GroupedFfnPhase::kDown), params, stream);
 }
 
-template <typename T>
-cudaError_t backward(const GroupedFfnBackwardKernelParams& params, const GroupedFfnConfig& config,
-                     cudaStream_t stream) {
+cudaError_t backward_sm80(const GroupedFfnBackwardKernelParams& params,
+                          const GroupedFfnConfig& config, cudaStream_t stream) {
   const GroupedFfnBackwardCudaParams& ffn = params.ffn;
   cudaError_t error =
-      grouped_ffn_grad_hidden_sm80<T>(config.tile(GroupedFfnPhase::kGradHidden), params, stream);
+      grouped_ffn_grad_hidden_sm80(config.tile(GroupedFfnPhase::kGradHidden), params, stream);
   if (error != cudaSuccess) return error;
   if (ffn.grad_rows != nullptr) {
-    error = grouped_ffn_grad_rows_sm80<T>(config.tile(GroupedFfnPhase::kGradRows), params, stream);
+    error = grouped_ffn_grad_rows_sm80(config.tile(GroupedFfnPhase::kGradRows), params, stream);
     if (error != cudaSuccess) return error;
   }
   const GroupedFfnTileId tile = config.tile(GroupedFfnPhase::kGradWeights);
   if (ffn.grad_gate_proj != nullptr || ffn.grad_up_proj != nullptr) {
-    error = grouped_ffn_grad_weights_sm80<T>(tile, {params, false}, stream);
+    error = grouped_ffn_grad_weights_sm80(tile, {params, false}, stream);
     if (error != cudaSuccess) return error;
   }
   if (ffn.grad_down_proj != nullptr) {
-    error = grouped_ffn_grad_weights_sm80<T>(tile, {params, true}, stream);
+    error = grouped_ffn_grad_weights_sm80(tile, {params, true}, stream);
   }
   return error;
 }
@@ -187,8 +175,8 @@ std::string refusal(const GroupedFfnCudaParams& params, Direction direction,
   if (device.compute_capability < 80) {
     return must("the device", "have compute capability 80 or more", device.compute_capability);
   }
-  if (params.hidden_size % kChunkElements != 0) {
-    return must("hidden_size", "be a multiple of 8", params.hidden_size);
+  if (params.x.columns % kChunkElements != 0) {
+    return must("hidden_size", "be a multiple of 8", params.x.columns);
   }
   if (params.expert_width % kChunkElements != 0) {
     return must("expert_width", "be a multiple of 8", params.expert_width);
@@ -233,15 +221,7 @@ cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInf
     if (error != cudaSuccess) return error;
     return grouped_ffn_down_sm90a(params, device, config.sm90a, workspace, stream);
   }
-  switch (params.dtype) {
-    case DType::kBFloat16:
-      return forward<BFloat16>(kernel_params, config, stream);
-    case DType::kFloat16:
-      return forward<Float16>(kernel_params, config, stream);
-    case DType::kFloat32:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return forward_sm80(kernel_params, config, stream);
 }
 
 cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params,
@@ -257,16 +237,7 @@ cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params
   if (config.family == GroupedFfnFamily::kSm90a) {
     return backward_sm90a(params, device, {bytes, bytes + one_matrix, hidden}, stream);
   }
-  const GroupedFfnBackwardKernelParams kernel_params{params, bytes, hidden};
-  switch (params.forward.dtype) {
-    case DType::kBFloat16:
-      return backward<BFloat16>(kernel_params, config, stream);
-    case DType::kFloat16:
-      return backward<Float16>(kernel_params, config, stream);
-    case DType::kFloat32:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return backward_sm80({params, bytes, hidden}, config, stream);
 }
 
 }  // namespace sparse_unified

@@ -3,8 +3,10 @@
 #include "sparse_unified/cuda/grouped_ffn_config.h"
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 
 namespace sparse_unified {
 namespace {
@@ -25,70 +27,83 @@ std::string tile_name(const GroupedFfnSm90aTile& tile) {
 std::string tile_name(GroupedFfnSm90aUpTile id) {
   return tile_name(kGroupedFfnSm90aUpTiles[static_cast<int>(id)]);
 }
-std::string tile_name(GroupedFfnSm90aDownTile id) {
-  return tile_name(kGroupedFfnSm90aDownTiles[static_cast<int>(id)]);
+// One thing an override can set: a name, the values it takes as people write them, and where the
+// index of the value lies in a configuration.
+struct Setting {
+  const char* name;
+  std::vector<std::string> values;
+  GroupedFfnFamily family;  // whose kernels it is for
+  bool is_tile;
+  std::function<void(GroupedFfnConfig&, int)> set;
+  std::function<int(const GroupedFfnConfig&)> get;
+};
+
+template <typename Field>
+Setting make_setting(const char* name, std::vector<std::string> values, GroupedFfnFamily family,
+                     bool is_tile, const Field& field) {
+  return {name,
+          std::move(values),
+          family,
+          is_tile,
+          [=](GroupedFfnConfig& config, int idx) {
+            auto& target = field(config);
+            target = static_cast<std::remove_reference_t<decltype(target)>>(idx);
+          },
+          [=](const GroupedFfnConfig& config) { return static_cast<int>(field(config)); }};
 }
 
-// The tile of that name in a table whose indices are the values of Id.
-template <typename Id, typename Tile, size_t kCount>
-std::optional<Id> find_tile(const Tile (&tiles)[kCount], std::string_view name) {
-  for (size_t idx = 0; idx < kCount; ++idx) {
-    if (name == tile_name(tiles[idx])) return static_cast<Id>(idx);
-  }
-  return std::nullopt;
-}
-
-// "A, B, C"
 template <typename Tile, size_t kCount>
-std::string tile_names(const Tile (&tiles)[kCount]) {
-  std::string names;
-  for (const Tile& tile : tiles) names += (names.empty() ? "" : ", ") + tile_name(tile);
+std::vector<std::string> tile_names(const Tile (&tiles)[kCount]) {
+  std::vector<std::string> names;
+  for (const Tile& tile : tiles) names.push_back(tile_name(tile));
   return names;
 }
 
-// A choice of two values by name; false when the value is neither.
-bool apply_switch(std::string_view value, std::string_view off, std::string_view on, bool& is_on) {
-  if (value != off && value != on) return false;
-  is_on = value == on;
-  return true;
+// Those of a family in the order in which to_string lists them.
+const std::vector<Setting>& settings() {
+  static const std::vector<Setting> all = [] {
+    constexpr auto kHopper = GroupedFfnFamily::kSm90a;
+    std::vector<Setting> list{
+        make_setting("up", tile_names(kGroupedFfnSm90aUpTiles), kHopper, true,
+                     [](auto& config) -> auto& { return config.sm90a.up; }),
+        make_setting("down", tile_names(kGroupedFfnSm90aDownTiles), kHopper, true,
+                     [](auto& config) -> auto& { return config.sm90a.down; }),
+        make_setting("overlap", {"off", "on"}, kHopper, false,
+                     [](auto& config) -> auto& { return config.sm90a.overlaps_kernels; }),
+        make_setting("fence", {"consumer", "producer"}, kHopper, false,
+                     [](auto& config) -> auto& { return config.sm90a.fences_producer; }),
+        make_setting("multicast", {"off", "on"}, kHopper, false,
+                     [](auto& config) -> auto& { return config.sm90a.multicasts_weights; })};
+    for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
+      list.push_back(make_setting(kPhaseNames[i], tile_names(kGroupedFfnTiles),
+                                  GroupedFfnFamily::kSm80, true,
+                                  [i](auto& config) -> auto& { return config.tiles[i]; }));
+    }
+    return list;
+  }();
+  return all;
+}
+
+const char* family_name(GroupedFfnFamily family) {
+  return family == GroupedFfnFamily::kSm90a ? "sm90a" : "sm80";
 }
 
 // Sets what one "NAME=VALUE" says; false when it says nothing.
 bool apply_entry(std::string_view entry, GroupedFfnConfig& config) {
-  const size_t equals = entry.find('=');
-  if (equals == std::string_view::npos) return false;
-  const std::string_view name = entry.substr(0, equals);
-  const std::string_view value = entry.substr(equals + 1);
-  if (name == "overlap") return apply_switch(value, "off", "on", config.sm90a.overlaps_kernels);
-  if (name == "fence") {
-    return apply_switch(value, "consumer", "producer", config.sm90a.fences_producer);
-  }
-  if (name == "multicast") {
-    return apply_switch(value, "off", "on", config.sm90a.multicasts_weights);
-  }
-  if (name == "family") {
-    bool is_sm90a = false;
-    if (!apply_switch(value, "sm80", "sm90a", is_sm90a)) return false;
-    config.family = is_sm90a ? GroupedFfnFamily::kSm90a : GroupedFfnFamily::kSm80;
-    return true;
-  }
-  if (const auto up = find_tile<GroupedFfnSm90aUpTile>(kGroupedFfnSm90aUpTiles, value);
-      up && name == "up") {
-    config.sm90a.up = *up;
-    return true;
-  }
-  if (const auto down = find_tile<GroupedFfnSm90aDownTile>(kGroupedFfnSm90aDownTiles, value);
-      down && name == "down") {
-    config.sm90a.down = *down;
-    return true;
-  }
-  const auto tile = find_tile<GroupedFfnTileId>(kGroupedFfnTiles, value);
-  if (!tile) return false;
   bool is_known = false;
-  for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
-    if (name != "all" && name != kPhaseNames[i]) continue;
-    config.tiles[i] = *tile;
+  for (const auto family : {GroupedFfnFamily::kSm80, GroupedFfnFamily::kSm90a}) {
+    if (entry != std::string("family=") + family_name(family)) continue;
+    config.family = family;
     is_known = true;
+  }
+  for (const Setting& setting : settings()) {
+    const bool is_portable = setting.family == GroupedFfnFamily::kSm80;
+    for (size_t idx = 0; idx < setting.values.size(); ++idx) {
+      const std::string value = "=" + setting.values[idx];
+      if (entry != setting.name + value && !(is_portable && entry == "all" + value)) continue;
+      setting.set(config, static_cast<int>(idx));
+      is_known = true;
+    }
   }
   return is_known;
 }
@@ -136,7 +151,7 @@ GroupedFfnTileId choose_tile(GroupedFfnPhase phase, const GroupedFfnProblem& pro
   const GroupedFfnTile& small = grouped_ffn_tile(GroupedFfnTileId::kSmall);
   if (gemm.num_m <= small.m) return GroupedFfnTileId::kSmall;
 
-  // The large tile pays where shared memory limits the tensor cores (grouped_ffn_sm80.cuh): on the
+  // The large tile pays where shared memory limits the tensor cores (grouped_ffn_sm80.h): on the
   // parts with the wide ones, which are those with 164 KB and more of shared memory. One block
   // fills a multiprocessor, so that several rounds of blocks are needed to even out the last.
   constexpr int64_t kWideSharedBytes = 160 * 1024;
@@ -218,13 +233,33 @@ std::string grouped_ffn_override_error(const std::string& text) {
   const auto wrong = apply_override(text, config);
   if (!wrong) return "";
   std::string message = std::string(kGroupedFfnOverrideVariable) +
-                        " must be NAME=VALUE with commas between: family=sm80 or sm90a, "
-                        "overlap=on or off, fence=consumer or producer, multicast=on or off, or "
-                        "PHASE=TILE, PHASE one of all";
-  for (const char* name : kPhaseNames) message += std::string(", ") + name;
-  return message + ", TILE one of " + tile_names(kGroupedFfnTiles) + "; of sm90a up one of " +
-         tile_names(kGroupedFfnSm90aUpTiles) + ", down one of " +
-         tile_names(kGroupedFfnSm90aDownTiles) + "; got \"" + *wrong + "\"";
+                        " must be NAME=VALUE with commas between: family=sm80|sm90a";
+  for (const Setting& setting : settings()) {
+    const char* separator = "=";
+    message += std::string(", ") + setting.name;
+    for (const std::string& value : setting.values) {
+      message += separator + value;
+      separator = "|";
+    }
+  }
+  return message + ", or all=TILE for every phase of sm80; got \"" + *wrong + "\"";
+}
+
+std::vector<std::string> grouped_ffn_variants() {
+  std::vector<std::string> variants;
+  const GroupedFfnConfig chosen{};
+  for (const auto family : {GroupedFfnFamily::kSm80, GroupedFfnFamily::kSm90a}) {
+    const std::string kernels = std::string("family=") + family_name(family);
+    variants.push_back(kernels);
+    for (const Setting& setting : settings()) {
+      if (setting.family != family) continue;
+      for (size_t idx = 0; idx < setting.values.size(); ++idx) {
+        if (!setting.is_tile && static_cast<int>(idx) == setting.get(chosen)) continue;
+        variants.push_back(kernels + "," + setting.name + "=" + setting.values[idx]);
+      }
+    }
+  }
+  return variants;
 }
 
 GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
@@ -242,15 +277,11 @@ GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,
 }
 
 std::string to_string(const GroupedFfnConfig& config) {
-  if (config.family == GroupedFfnFamily::kSm90a) {
-    return "sm90a up=" + tile_name(config.sm90a.up) + " down=" + tile_name(config.sm90a.down) +
-           " overlap=" + (config.sm90a.overlaps_kernels ? "on" : "off") +
-           " fence=" + (config.sm90a.fences_producer ? "producer" : "consumer") +
-           " multicast=" + (config.sm90a.multicasts_weights ? "on" : "off");
-  }
-  std::string text = "sm80";
-  for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
-    text += std::string(" ") + kPhaseNames[i] + "=" + tile_name(grouped_ffn_tile(config.tiles[i]));
+  std::string text = family_name(config.family);
+  for (const Setting& setting : settings()) {
+    if (setting.family != config.family) continue;
+    text += std::string(" ") + setting.name + "=" +
+            setting.values[static_cast<size_t>(setting.get(config))];
   }
   return text;
 }

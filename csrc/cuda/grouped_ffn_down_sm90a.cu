@@ -4,44 +4,22 @@
 
 namespace sparse_unified {
 
-namespace {
-
-template <typename T, int kBlocks>
-cudaError_t choose_down(const GroupedFfnCudaParams& params, const DeviceInfo& device,
-                        const GroupedFfnSm90aOptions& options, const void* hidden,
-                        cudaStream_t stream) {
-  using enum GroupedFfnSm90aDownTile;
-  using rows_gemm_sm90a::run;
-  const rows_gemm_sm90a::Operand operands[1] = {{hidden, params.down_proj, params.down_stride}};
-  T* y = static_cast<T*>(params.y);
-  const bool overlaps = options.overlaps_kernels;
-  switch (options.down) {
-    case k256x4:
-      return run<T, k256x4, 1, Major::kK, kBlocks>(params, device, operands, y, overlaps, stream);
-    case k256x3:
-      return run<T, k256x3, 1, Major::kK, kBlocks>(params, device, operands, y, overlaps, stream);
-    case k128x6:
-      return run<T, k128x6, 1, Major::kK, kBlocks>(params, device, operands, y, overlaps, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
-template <int kBlocks>
-cudaError_t choose_type(const GroupedFfnCudaParams& params, const DeviceInfo& device,
-                        const GroupedFfnSm90aOptions& options, const void* hidden,
-                        cudaStream_t stream) {
-  return params.dtype == DType::kBFloat16
-             ? choose_down<BFloat16, kBlocks>(params, device, options, hidden, stream)
-             : choose_down<Float16, kBlocks>(params, device, options, hidden, stream);
-}
-
-}  // namespace
-
 cudaError_t grouped_ffn_down_sm90a(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                                    const GroupedFfnSm90aOptions& options, const void* hidden,
                                    cudaStream_t stream) {
-  return options.multicasts_weights ? choose_type<2>(params, device, options, hidden, stream)
-                                    : choose_type<1>(params, device, options, hidden, stream);
+  using enum GroupedFfnSm90aDownTile;
+  const rows_gemm_sm90a::Operand operands[1] = {{hidden, params.down_proj}};
+  const int num_blocks = options.multicasts_weights ? 2 : 1;
+  return dispatch_half(params.dtype, [&]<typename T>(T) {
+    return dispatch_value<k256x4, k256x3, k128x6>(
+        options.down, [&]<GroupedFfnSm90aDownTile kTile>() {
+          return dispatch_value<1, 2>(num_blocks, [&]<int kBlocks>() {
+            return rows_gemm_sm90a::run<T, kTile, 1, Major::kK, kBlocks>(
+                params, device, operands, static_cast<T*>(params.y), options.overlaps_kernels,
+                stream);
+          });
+        });
+  });
 }
 
 }  // namespace sparse_unified

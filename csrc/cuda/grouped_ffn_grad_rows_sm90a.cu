@@ -8,14 +8,12 @@ cudaError_t grouped_ffn_grad_rows_sm90a(const GroupedFfnBackwardCudaParams& para
                                         const DeviceInfo& device, const void* grad_gate,
                                         const void* grad_up, cudaStream_t stream) {
   const GroupedFfnCudaParams& ffn = params.forward;
-  const rows_gemm_sm90a::Operand operands[2] = {{grad_gate, ffn.gate_proj, ffn.gate_stride},
-                                                {grad_up, ffn.up_proj, ffn.up_stride}};
+  const rows_gemm_sm90a::Operand operands[2] = {{grad_gate, ffn.gate_proj}, {grad_up, ffn.up_proj}};
   constexpr auto kTile = GroupedFfnSm90aDownTile::k256x4;
-  return ffn.dtype == DType::kBFloat16
-             ? rows_gemm_sm90a::run<BFloat16, kTile, 2, Major::kMN>(
-                   ffn, device, operands, static_cast<BFloat16*>(params.grad_rows), false, stream)
-             : rows_gemm_sm90a::run<Float16, kTile, 2, Major::kMN>(
-                   ffn, device, operands, static_cast<Float16*>(params.grad_rows), false, stream);
+  return dispatch_half(ffn.dtype, [&]<typename T>(T) {
+    return rows_gemm_sm90a::run<T, kTile, 2, Major::kMN>(
+        ffn, device, operands, static_cast<T*>(params.grad_rows), false, stream);
+  });
 }
 
 }  // namespace sparse_unified

@@ -15,11 +15,4 @@ SPARSE_UNIFIED_HOST_DEVICE NeuronGroups neuron_groups(const GroupedFfnCudaParams
           static_cast<int>(blocks.num_blocks), group_width};
 }
 
-// I, neurons of the weights.
-SPARSE_UNIFIED_HOST_DEVICE int64_t weights_width(const GroupedFfnCudaParams& ffn) {
-  const WidthBlocks& blocks = ffn.blocks;
-  return blocks.kept_blocks == nullptr ? ffn.num_experts * ffn.expert_width
-                                       : blocks.num_blocks * blocks.block_size;
-}
-
 }  // namespace sparse_unified

@@ -20,11 +20,6 @@ cudaError_t grouped_ffn_up_sm90a(const GroupedFfnCudaParams& params, const Devic
                                  const GroupedFfnSm90aOptions& options, void* hidden,
                                  cudaStream_t stream);
 
-// The same by pairs of blocks that share the weights, with the fence of the consumers.
-cudaError_t grouped_ffn_up_sm90a_multicast(const GroupedFfnCudaParams& params,
-                                           const DeviceInfo& device, GroupedFfnSm90aUpTile tile,
-                                           void* hidden, cudaStream_t stream);
-
 // y [R, D] = hidden down^T.
 cudaError_t grouped_ffn_down_sm90a(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                                    const GroupedFfnSm90aOptions& options, const void* hidden,

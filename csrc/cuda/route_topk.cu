@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // route_topk on CUDA: logits[t, e] = <x[t], gate[e]> in fp32, and the K largest of each token.
 //
-// Grid mapping: a block takes kBlockTokens tokens and all experts, kGroupExperts at a time. Its
+// Grid mapping: a CTA takes kBlockTokens tokens and all experts, kGroupExperts at a time. Its
 // warps share D: in steps of kStepColumns, warp w takes the kWarpColumns columns from
 // w * kWarpColumns. A lane loads 16 bytes of a row of x or gate straight into registers, which is a
 // fragment of mma.sync for 16-bit types once the columns are renumbered alike in x and gate (a sum
@@ -10,8 +10,8 @@
 // the bits of a token depend on x[t] and gate alone.
 //
 // Bytes and operations at T = 4096, D = 3584, E = 32, 16 bits, on an H200: x is 29.4 MB, read once
-// from memory: 6.8 us at 4.3 TB/s. gate, 229 kB, is read by each of the 128 blocks, which are one
-// wave on 132 multiprocessors: 29.4 MB from the L2 cache, meanwhile (half of it for E = 16). The
+// from memory: 6.8 us at 4.3 TB/s. gate, 229 kB, is read by each of the 128 CTAs, which are one
+// wave on 132 SMs: 29.4 MB from the L2 cache, meanwhile (half of it for E = 16). The
 // 0.94 GFLOP are 1 us of the tensor cores, the 32 comparisons for each of T * E logits below 1 us.
 // By this count, not by measurement, about 12 us with the launch. In fp32 the multiply-adds take
 // 14 us and x 13.7 us. For more than 32 experts x is read once a group, from the L2 cache after the
@@ -19,7 +19,7 @@
 //
 // Selection: the rank of a logit is the number of logits that precede it (larger first, NaN before
 // everything, equal ones by lower index); a rank below K is its place. No sorting, no exchange.
-#include "sparse_unified/cuda/route_topk.h"
+#include "sparse_unified/route_topk.h"
 
 #include <cmath>
 
@@ -64,10 +64,9 @@ struct SumIndex {
 
 // The rows that a lane loads: rows beyond the last are the last again, whose sums nobody reads.
 template <typename T>
-SPARSE_UNIFIED_DEVICE const T* clamped_row(const void* rows, int64_t row_idx, int64_t num_rows,
-                                           int64_t stride) {
-  const int64_t last = num_rows - 1;
-  return static_cast<const T*>(rows) + (row_idx < last ? row_idx : last) * stride;
+SPARSE_UNIFIED_DEVICE const T* clamped_row(const Matrix& matrix, int64_t idx) {
+  const int64_t last = matrix.rows - 1;
+  return matrix.row<T>(idx < last ? idx : last);
 }
 
 // The warp's share of the sums of kBlockTokens tokens and kTiles * kTileExperts experts.
@@ -91,16 +90,15 @@ struct WarpSums {
   const T* gate[kTiles];  // [D]
   float sums[kRows / 2][kTiles][4] = {};
 
-  SPARSE_UNIFIED_DEVICE WarpSums(const RouteTopkCudaParams& p, int64_t token, int64_t expert) {
+  SPARSE_UNIFIED_DEVICE WarpSums(const RouteTopkParams& p, int64_t token, int64_t expert) {
     const int row = lane_idx() / 4;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      x[i] = clamped_row<T>(p.x, token + 8 * i + row, p.num_tokens, p.x_stride);
+      x[i] = clamped_row<T>(p.x, token + 8 * i + row);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      gate[n] =
-          clamped_row<T>(p.gate, expert + kTileExperts * n + row, p.num_experts, p.gate_stride);
+      gate[n] = clamped_row<T>(p.gate, expert + kTileExperts * n + row);
     }
   }
 
@@ -159,15 +157,14 @@ struct WarpSums<float, kTiles, kIsAligned> {
     int64_t column;
   };
 
-  SPARSE_UNIFIED_DEVICE WarpSums(const RouteTopkCudaParams& p, int64_t token, int64_t expert) {
+  SPARSE_UNIFIED_DEVICE WarpSums(const RouteTopkParams& p, int64_t token, int64_t expert) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      x[i] = clamped_row<float>(p.x, token + 4 * i + lane_idx() / 8, p.num_tokens, p.x_stride);
+      x[i] = clamped_row<float>(p.x, token + 4 * i + lane_idx() / 8);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      gate[n] = clamped_row<float>(p.gate, expert + kTileExperts * n + lane_idx() % 8,
-                                   p.num_experts, p.gate_stride);
+      gate[n] = clamped_row<float>(p.gate, expert + kTileExperts * n + lane_idx() % 8);
     }
   }
 
@@ -220,26 +217,26 @@ SPARSE_UNIFIED_DEVICE int rank_of(const float* logits, int expert, int num_exper
 }
 
 template <typename T, int kTiles, bool kIsAligned>
-__global__ void __launch_bounds__(kThreads, 1) route_topk_kernel(const RouteTopkCudaParams p) {
+__global__ void __launch_bounds__(kThreads, 1) route_topk_kernel(const RouteTopkParams p) {
   using Sums = WarpSums<T, kTiles, kIsAligned>;
   constexpr int kGroupExperts = kTiles * kTileExperts;
   constexpr int kLaneSums = SharedSums<kTiles>::kLaneSums;
   auto* memory = reinterpret_cast<float*>(dynamic_shared_memory());
   const SharedSums<kTiles> shared{memory, memory + SharedSums<kTiles>::kPartials};
   const int thread_idx = static_cast<int>(threadIdx.x);
-  const int num_experts = static_cast<int>(p.num_experts);
+  const int num_experts = static_cast<int>(p.gate.rows);
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kBlockTokens;
-  const int64_t tokens_left = p.num_tokens - first_token;
+  const int64_t tokens_left = p.x.rows - first_token;
   const int num_tokens = static_cast<int>(tokens_left < kBlockTokens ? tokens_left : kBlockTokens);
 
   for (int first_expert = 0; first_expert < num_experts; first_expert += kGroupExperts) {
     Sums sums(p, first_token, first_expert);
     int64_t column = warp_idx() * kWarpColumns;
-    auto step = sums.load(column, p.hidden_size);
+    auto step = sums.load(column, p.x.columns);
 #pragma unroll 1
-    for (; column < p.hidden_size; column += kStepColumns) {
-      const auto next_step = sums.load(column + kStepColumns, p.hidden_size);
-      sums.add(step, p.hidden_size);
+    for (; column < p.x.columns; column += kStepColumns) {
+      const auto next_step = sums.load(column + kStepColumns, p.x.columns);
+      sums.add(step, p.x.columns);
       step = next_step;
     }
 #pragma unroll
@@ -277,37 +274,30 @@ __global__ void __launch_bounds__(kThreads, 1) route_topk_kernel(const RouteTopk
 }
 
 template <typename T, int kTiles, bool kIsAligned>
-cudaError_t launch_route_topk(const RouteTopkCudaParams& params, cudaStream_t stream) {
+cudaError_t launch_route_topk(const RouteTopkParams& params, cudaStream_t stream) {
   LaunchConfig config{};
-  config.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(params.num_tokens, kBlockTokens)));
+  config.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(params.x.rows, kBlockTokens)));
   config.num_threads = kThreads;
-  config.shared_bytes = SharedSums<kTiles>::bytes(params.num_experts);
+  config.shared_bytes = SharedSums<kTiles>::bytes(params.gate.rows);
   config.stream = stream;
   return launch(route_topk_kernel<T, kTiles, kIsAligned>, config, params);
 }
 
 template <typename T>
-cudaError_t launch_route_topk(const RouteTopkCudaParams& params, cudaStream_t stream) {
+cudaError_t launch_route_topk(const RouteTopkParams& params, cudaStream_t stream) {
   const bool is_aligned =
-      has_aligned_columns<T>(params.x, params.x_stride, params.hidden_size) &&
-      has_aligned_columns<T>(params.gate, params.gate_stride, params.hidden_size);
+      has_aligned_columns<T>(params.x.data, params.x.stride, params.x.columns) &&
+      has_aligned_columns<T>(params.gate.data, params.gate.stride, params.x.columns);
   if (!is_aligned) return launch_route_topk<T, 2, false>(params, stream);
-  if (params.num_experts <= 2 * kTileExperts) return launch_route_topk<T, 2, true>(params, stream);
+  if (params.gate.rows <= 2 * kTileExperts) return launch_route_topk<T, 2, true>(params, stream);
   return launch_route_topk<T, 4, true>(params, stream);
 }
 
 }  // namespace
 
-cudaError_t route_topk_cuda(const RouteTopkCudaParams& params, cudaStream_t stream) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch_route_topk<float>(params, stream);
-    case DType::kBFloat16:
-      return launch_route_topk<BFloat16>(params, stream);
-    case DType::kFloat16:
-      return launch_route_topk<Float16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+cudaError_t route_topk_cuda(const RouteTopkParams& params, cudaStream_t stream) {
+  return dispatch_dtype(params.dtype,
+                        [&]<typename T>(T) { return launch_route_topk<T>(params, stream); });
 }
 
 }  // namespace sparse_unified

@@ -3,20 +3,20 @@
 // i = t * K + k, e = topk_idx[i] and pos(i) = expert_offsets[e] + |{j < i : topk_idx[j] = e}|,
 //   token_rows[i] = pos(i),  row_token[pos(i)] = i / K.
 //
-// Grid mapping: block b takes the rows [b * block_rows, (b + 1) * block_rows) of the flat index, in
-// tiles of kThreads; at most kMaxBlocks blocks, so that the scan over blocks is one load of a warp.
-// count_kernel leaves the rows of each block on each expert in block_counts. place_kernel adds them
-// up, every block for itself (512 bytes an expert, from the L2 cache), which costs less than a
-// third launch, and places the rows of the block. The rank within a warp comes from ballots over
+// Grid mapping: CTA b takes the rows [b * block_rows, (b + 1) * block_rows) of the flat index, in
+// tiles of kThreads; at most kMaxBlocks CTAs, so that the scan over CTAs is one load of a warp.
+// count_kernel leaves the rows of each CTA on each expert in block_counts. place_kernel adds them
+// up, every CTA for itself (512 bytes an expert, from the L2 cache), which costs less than a
+// third launch, and places the rows of the CTA. The rank within a warp comes from ballots over
 // the bits of e, that across warps from a scan of the counts of warps in shared memory. Each
 // counter has one writer at a time, so nothing depends on the order of threads.
 //
 // Bytes moved: 2 * 4 R read, 2 * 4 R written. That is 1 MB at R = 65536, so launches and latencies
-// decide. Up to kOneBlockRows rows one block counts for itself, and there is one launch: a tile
+// decide. Up to kOneBlockRows rows one CTA counts for itself, and there is one launch: a tile
 // costs about as much as half a launch, and each is read twice.
 //
 // Precondition: R < 2^31, as rows are int32.
-#include "sparse_unified/cuda/sort_by_expert.h"
+#include "sparse_unified/sort_by_expert.h"
 
 #include "device/launch.h"
 #include "device/warp.h"

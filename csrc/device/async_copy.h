@@ -4,13 +4,11 @@
 
 #include "device/platform.h"
 
-namespace sparse_unified {
-
 #if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
 #include "emulation/async_copy.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // cp.async.cg.shared.global 16 bytes: the first `source_bytes` (0 to 16) are read, the rest is
 // filled with zeros. Both addresses aligned to 16; with 0 the global address is not read.
@@ -32,6 +30,6 @@ SPARSE_UNIFIED_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-#endif
-
 }  // namespace sparse_unified
+
+#endif

@@ -5,13 +5,11 @@
 
 #include "device/platform.h"
 
-namespace sparse_unified {
-
 #if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
 #include "emulation/barrier.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // mbarrier.init.shared::cta.b64: phases of `num_arrivals` arrivals. One thread initialises.
 SPARSE_UNIFIED_DEVICE void barrier_init(uint32_t barrier, int num_arrivals) {
@@ -63,6 +61,6 @@ SPARSE_UNIFIED_DEVICE void barrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
-#endif
-
 }  // namespace sparse_unified
+
+#endif

@@ -6,13 +6,11 @@
 
 #include "device/platform.h"
 
-namespace sparse_unified {
-
 #if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
 #include "emulation/cluster.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // %cluster_ctarank: index of this block in its cluster.
 SPARSE_UNIFIED_DEVICE int cluster_rank() {
@@ -38,6 +36,6 @@ SPARSE_UNIFIED_DEVICE void sync_cluster() {
           : "memory");
 }
 
-#endif
-
 }  // namespace sparse_unified
+
+#endif

@@ -8,9 +8,6 @@
 
 namespace sparse_unified {
 
-// Which index of an operand is contiguous in memory.
-enum class Major { kK, kMn };
-
 // kExtent rows of the operand. ldmatrix.x4 brings 16 of them at a time.
 template <class Tile, Major kMajor, int kExtent>
 struct WarpOperand {

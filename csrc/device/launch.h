@@ -18,11 +18,21 @@ struct LaunchConfig {
   int cluster_blocks = 1;
 };
 
-#if defined(SPARSE_UNIFIED_EMULATION)
+// run.operator()<value>() for a `value` that is one of kValues, which kernels are compiled for.
+template <auto... kValues, typename Value, class Run>
+cudaError_t dispatch_value(Value value, const Run& run) {
+  cudaError_t error = cudaErrorInvalidValue;
+  (void)((value == kValues && (error = run.template operator()<kValues>(), true)) || ...);
+  return error;
+}
+
 }  // namespace sparse_unified
+
+#if defined(SPARSE_UNIFIED_EMULATION)
 #include "emulation/launch.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // What a block may use without asking the driver for more.
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;
@@ -57,6 +67,6 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, const Par
   return cudaLaunchKernelEx(&launch_config, kernel, params);
 }
 
-#endif
-
 }  // namespace sparse_unified
+
+#endif

@@ -5,13 +5,11 @@
 
 #include "device/platform.h"
 
-namespace sparse_unified {
-
 #if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
 #include "emulation/math.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // ex2.approx.ftz.f32: 2^value; infinity above 128, 0 below -126.
 SPARSE_UNIFIED_DEVICE float exp2_approx(float value) {
@@ -27,7 +25,11 @@ SPARSE_UNIFIED_DEVICE float reciprocal_approx(float value) {
   return out;
 }
 
+}  // namespace sparse_unified
+
 #endif
+
+namespace sparse_unified {
 
 // 1 / (1 + exp(-value)).
 SPARSE_UNIFIED_DEVICE float sigmoid(float value) {

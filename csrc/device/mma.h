@@ -7,13 +7,11 @@
 #include "device/platform.h"
 #include "sparse_unified/dtype.h"
 
-namespace sparse_unified {
-
 #if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
 #include "emulation/mma.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane l gives the address of row l % 8 of matrix l / 8
 // (16 bytes, aligned) and gets two adjacent elements of each of the four matrices.
@@ -57,6 +55,6 @@ SPARSE_UNIFIED_DEVICE void multiply_add<Float16>(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-#endif
-
 }  // namespace sparse_unified
+
+#endif

@@ -19,6 +19,9 @@ namespace sparse_unified {
 
 constexpr int kWarpSize = 32;
 
+// Which index of an operand [M or N, K] of a product is contiguous in memory.
+enum class Major { kK, kMN };
+
 #if !defined(SPARSE_UNIFIED_EMULATION)
 
 // The dynamic shared memory of the block, the only kind kernels use: the emulator fills it with NaN

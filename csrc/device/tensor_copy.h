@@ -9,13 +9,11 @@
 #include <cuda.h>
 #endif
 
-namespace sparse_unified {
-
 #if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
 #include "emulation/tensor_copy.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // A matrix of 16-bit elements and the box that one copy moves. Kernels take it as a member of
 // their __grid_constant__ parameters.
@@ -83,6 +81,6 @@ SPARSE_UNIFIED_DEVICE void store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-#endif
-
 }  // namespace sparse_unified
+
+#endif

@@ -18,11 +18,13 @@ struct alignas(kVectorBytes) Vector16 {
 template <typename T>
 constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 
-#if defined(SPARSE_UNIFIED_EMULATION)
 }  // namespace sparse_unified
+
+#if defined(SPARSE_UNIFIED_EMULATION)
 #include "emulation/convert.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 SPARSE_UNIFIED_DEVICE Vector16 load_vector(const void* pointer) {
   return *static_cast<const Vector16*>(pointer);
@@ -90,7 +92,11 @@ SPARSE_UNIFIED_DEVICE uint32_t pack<Float16>(float low, float high) {
 // exp with an error of 2 units in the last place, as CUDA's expf.
 SPARSE_UNIFIED_DEVICE float exponential(float value) { return expf(value); }
 
+}  // namespace sparse_unified
+
 #endif
+
+namespace sparse_unified {
 
 // The two values of a word that `pack` made.
 template <typename T>

@@ -4,13 +4,11 @@
 
 #include "device/platform.h"
 
-namespace sparse_unified {
-
 #if defined(SPARSE_UNIFIED_EMULATION)
-}  // namespace sparse_unified
 #include "emulation/warp.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 constexpr uint32_t kFullMask = 0xffffffffu;
 
@@ -41,7 +39,11 @@ SPARSE_UNIFIED_DEVICE uint32_t ballot(bool predicate) {
 SPARSE_UNIFIED_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 SPARSE_UNIFIED_DEVICE int find_first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)); }
 
+}  // namespace sparse_unified
+
 #endif
+
+namespace sparse_unified {
 
 // Sum over the lanes of a warp, in the fixed order of a butterfly; every lane gets it.
 SPARSE_UNIFIED_DEVICE float warp_sum(float value) {

@@ -10,11 +10,13 @@ namespace sparse_unified {
 
 constexpr int kWarpgroupSize = 128;
 
-#if defined(SPARSE_UNIFIED_EMULATION)
 }  // namespace sparse_unified
+
+#if defined(SPARSE_UNIFIED_EMULATION)
 #include "emulation/warpgroup.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // setmaxnreg.{inc,dec}.sync.aligned.u32: registers of each thread of this warpgroup, a multiple of
 // 8. The kernel needs __launch_bounds__(threads, 1).
@@ -61,6 +63,6 @@ SPARSE_UNIFIED_DEVICE void allow_next_kernel() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-#endif
-
 }  // namespace sparse_unified
+
+#endif

@@ -14,9 +14,6 @@
 
 namespace sparse_unified {
 
-// Which index of an operand [M or N, K] is contiguous in shared memory.
-enum class Major { kK, kMN };
-
 // Bytes of one row of the 128-byte swizzle, of the group of 8 rows that it repeats after.
 constexpr int kSwizzleRowBytes = 128;
 constexpr int kSwizzleAtomBytes = 8 * kSwizzleRowBytes;
@@ -45,11 +42,13 @@ SPARSE_UNIFIED_HOST_DEVICE uint64_t operand_descriptor(uint32_t shared, Major ma
   return address | leading << 16 | stride << 32 | kSwizzle128;
 }
 
-#if defined(SPARSE_UNIFIED_EMULATION)
 }  // namespace sparse_unified
+
+#if defined(SPARSE_UNIFIED_EMULATION)
 #include "emulation/wgmma.h"
-namespace sparse_unified {
 #else
+
+namespace sparse_unified {
 
 // wgmma.fence: before the first product, and after registers of the accumulator were touched.
 SPARSE_UNIFIED_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -138,7 +137,11 @@ SPARSE_UNIFIED_WGMMA(256,
 #undef SPARSE_UNIFIED_WGMMA
 #undef SPARSE_UNIFIED_WGMMA_TYPE
 
+}  // namespace sparse_unified
+
 #endif
+
+namespace sparse_unified {
 
 // wgmma.mma_async.m64nNk16.f32: d [64, N] = (is_accumulating ? d : 0) + a [64, 16] * b [N, 16]^T,
 // operands by descriptor. T is bf16 or fp16.

@@ -36,8 +36,9 @@ DeviceInfo& current() {
 
 DeviceInfo device_info() { return current(); }
 
-void set_device(int compute_capability) {
+void set_device(int compute_capability, int num_multiprocessors) {
   current() = find_device(std::to_string(compute_capability));
+  if (num_multiprocessors > 0) current().num_multiprocessors = num_multiprocessors;
 }
 
 }  // namespace sparse_unified::emulation

@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole test harness: checks that print both values and where, a random source, arrays that end
-// where their memory ends, and storage types by name. A test program returns `failures() != 0`.
+// where their memory ends, and storage types by name. The arguments of a test program choose among
+// its tests.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <memory>
 #include <random>
+#include <vector>
 
 #include "sparse_unified/dtype.h"
 
@@ -39,9 +44,33 @@ inline void check_close(const char* what, int64_t at, double out, double expecte
   if (!(std::abs(out - expected) <= tolerance)) fail(what, at, out, expected);
 }
 
-inline int finish(const char* name) {
-  std::printf("%s: %d failed checks\n", name, failures());
-  return failures() != 0;
+// One test of a program.
+struct Test {
+  const char* name;
+  std::function<void()> run;
+};
+
+// Runs the tests with a name that contains an argument of the program, or all without arguments;
+// an exception fails its test. What main returns.
+inline int run_tests(int argc, char** argv, const std::vector<Test>& tests) {
+  int num_run = 0;
+  for (const Test& test : tests) {
+    const auto names = [&](const char* argument) {
+      return std::strstr(test.name, argument) != nullptr;
+    };
+    if (argc > 1 && std::none_of(argv + 1, argv + argc, names)) continue;
+    const int before = failures();
+    try {
+      test.run();
+    } catch (const std::exception& error) {
+      ++failures();
+      std::fprintf(stderr, "%s\n", error.what());
+    }
+    if (failures() != before) std::fprintf(stderr, "%s: failed\n", test.name);
+    ++num_run;
+  }
+  std::printf("%d tests, %d failed checks\n", num_run, failures());
+  return num_run == 0 || failures() != 0;
 }
 
 // Heap memory of exactly n values, so that the address sanitizer sees one value too many. `lead`

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# The CUDA bindings over emulated kernels, registered in place of the CPU kernels:
-# tests/ops/conftest.py loads it into torch. Needs the torch of the interpreter.
+# The ops over emulated kernels, registered in place of the CPU kernels: tests/ops/conftest.py loads one
+# of them into torch, sparse_unified_emulated_ops (plain), ..._race or ..._sanitized. Needs the torch of
+# the interpreter.
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c
     "from torch.utils.cpp_extension import include_paths, library_paths; \
@@ -10,12 +11,18 @@ string(REPLACE "\n" "|" torch_paths "${torch_paths}")
 string(REGEX REPLACE "\\|.*" "" torch_includes "${torch_paths}")
 string(REGEX REPLACE ".*\\|" "" torch_libraries "${torch_paths}")
 
-file(GLOB cuda_bindings CONFIGURE_DEPENDS csrc/bindings/cuda/*.cpp)
-add_library(sparse_unified_emulated_ops MODULE
-  csrc/tests/emulated_ops.cpp csrc/bindings/arguments.cpp csrc/bindings/common.cpp ${cuda_bindings})
-target_include_directories(sparse_unified_emulated_ops SYSTEM PRIVATE ${torch_includes})
-target_compile_definitions(sparse_unified_emulated_ops PRIVATE
-  TORCH_TARGET_VERSION=0x020a000000000000)
-target_link_directories(sparse_unified_emulated_ops PRIVATE ${torch_libraries})
-target_link_libraries(sparse_unified_emulated_ops PRIVATE
-  sparse_unified_emulated_plain torch torch_cpu c10)
+# Bindings serve the CPU and CUDA; compiled for the emulator they go to the emulated kernels.
+file(STRINGS ${sources_file} binding_sources REGEX "^bindings/.*\\.cpp$")
+list(FILTER binding_sources EXCLUDE REGEX "python_module")
+list(TRANSFORM binding_sources PREPEND csrc/)
+
+foreach(variant ${emulation_variants})
+  string(REPLACE "_plain" "" emulated_ops sparse_unified_emulated_ops_${variant})
+  add_library(${emulated_ops} MODULE csrc/tests/emulated_ops.cpp ${binding_sources})
+  target_include_directories(${emulated_ops} SYSTEM PRIVATE ${torch_includes})
+  target_compile_definitions(${emulated_ops} PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
+  target_compile_options(${emulated_ops} PRIVATE -Wno-missing-field-initializers)
+  target_link_directories(${emulated_ops} PRIVATE ${torch_libraries})
+  target_link_libraries(${emulated_ops} PRIVATE sparse_unified_emulated_${variant}
+                                                sparse_unified_kernels torch torch_cpu c10)
+endforeach()

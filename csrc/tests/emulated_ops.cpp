@@ -18,8 +18,8 @@ void set_schedule_by_index(int64_t seed, int64_t order, int64_t copies) {
       {static_cast<uint64_t>(seed), static_cast<Order>(order), static_cast<Copies>(copies)});
 }
 
-void set_device_by_capability(int64_t compute_capability) {
-  set_device(static_cast<int>(compute_capability));
+void set_device_by_capability(int64_t compute_capability, int64_t num_multiprocessors) {
+  set_device(static_cast<int>(compute_capability), static_cast<int>(num_multiprocessors));
 }
 
 // A line for each: threads, bytes of shared memory, kernel.
@@ -37,7 +37,7 @@ std::string recorded_launches_as_text() {
 
 STABLE_TORCH_LIBRARY(sparse_unified_emulation, m) {
   m.def("set_schedule(int seed, int order, int copies) -> ()");
-  m.def("set_device(int compute_capability) -> ()");
+  m.def("set_device(int compute_capability, int num_multiprocessors=0) -> ()");
   m.def("record_launches(bool is_recording) -> ()");
   m.def("recorded_launches() -> str");
 }

@@ -118,14 +118,19 @@ py::tuple route_topk(const py::array& x_in, const py::array& gate_in, int64_t to
   if (gate.shape(1) != hidden_size) throw py::value_error("gate must have the hidden size of x");
   if (top_k < 1 || top_k > num_experts) throw py::value_error("top_k must be from 1 to E");
   Dense<float> gate_t = empty<float>({hidden_size, padded_experts(num_experts)});
-  pack_gate(dtype, gate.data(), hidden_size, num_experts, hidden_size, gate_t.mutable_data());
   Dense<float> logits = empty<float>({num_tokens, num_experts});
   Dense<float> topk_logits = empty<float>({num_tokens, top_k});
   Dense<int32_t> topk_idx = empty<int32_t>({num_tokens, top_k});
-  route_topk_cpu(
-      {dtype, x.data(), hidden_size, gate_t.data(), logits.mutable_data(),
-       topk_logits.mutable_data(), topk_idx.mutable_data(), hidden_size, num_experts, top_k},
-      0, num_tokens);
+  const RouteTopkParams params{.dtype = dtype,
+                               .x = {x.data(), num_tokens, hidden_size, hidden_size},
+                               .gate = {gate.data(), num_experts, hidden_size, hidden_size},
+                               .gate_t = gate_t.data(),
+                               .logits = logits.mutable_data(),
+                               .topk_logits = topk_logits.mutable_data(),
+                               .topk_idx = topk_idx.mutable_data(),
+                               .top_k = top_k};
+  pack_gate(dtype, params.gate, gate_t.mutable_data());
+  route_topk_cpu(params, 0, num_tokens);
   return py::make_tuple(logits, topk_logits, topk_idx);
 }
 
@@ -162,9 +167,13 @@ py::array permute(const py::array& x_in, const Dense<int32_t>& token_rows,
   check_range("token_rows", token_rows, token_rows.size());
   py::array y = empty_like(x, {token_rows.size(), x.shape(1)});
   const int64_t row_bytes = x.shape(1) * element_bytes(dtype);
-  permute_cpu(
-      {x.data(), row_bytes, token_rows.data(), y.mutable_data(), row_bytes, token_rows.shape(1)}, 0,
-      x.shape(0));
+  const PermuteParams params{.x = {x.data(), x.shape(0), row_bytes, row_bytes},
+                             .row_token = nullptr,
+                             .token_rows = token_rows.data(),
+                             .y = y.mutable_data(),
+                             .num_rows = token_rows.size(),
+                             .top_k = token_rows.shape(1)};
+  permute_cpu(params, 0, x.shape(0));
   return y;
 }
 
@@ -178,9 +187,14 @@ py::array combine(const py::array& y_in, const std::optional<Dense<float>>& weig
   }
   check_range("token_rows", token_rows, y.shape(0));
   py::array out = empty_like(y, {token_rows.shape(0), y.shape(1)});
-  combine_cpu({dtype, y.data(), y.shape(1), weights ? weights->data() : nullptr, token_rows.data(),
-               out.mutable_data(), y.shape(1), token_rows.shape(1)},
-              0, token_rows.shape(0));
+  const CombineParams params{.dtype = dtype,
+                             .y = {y.data(), y.shape(0), y.shape(1), y.shape(1)},
+                             .weights = weights ? weights->data() : nullptr,
+                             .token_rows = token_rows.data(),
+                             .out = out.mutable_data(),
+                             .num_tokens = token_rows.shape(0),
+                             .top_k = token_rows.shape(1)};
+  combine_cpu(params, 0, params.num_tokens);
   return out;
 }
 

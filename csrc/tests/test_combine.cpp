@@ -45,9 +45,13 @@ template <typename T>
 void test_forward(const Shape& shape, bool has_weights, Random& random) {
   Case<T> c(shape, random);
   Array<T> out(shape.num_tokens * shape.hidden_size, shape.lead);
-  const CombineParams params{
-      Traits<T>::kDType,  c.y.get(), c.stride,          has_weights ? c.weights.get() : nullptr,
-      c.token_rows.get(), out.get(), shape.hidden_size, shape.top_k};
+  const CombineParams params{.dtype = Traits<T>::kDType,
+                             .y = {c.y.get(), c.num_rows, shape.hidden_size, c.stride},
+                             .weights = has_weights ? c.weights.get() : nullptr,
+                             .token_rows = c.token_rows.get(),
+                             .out = out.get(),
+                             .num_tokens = shape.num_tokens,
+                             .top_k = shape.top_k};
   // Two calls, as two threads would make them.
   combine_cpu(params, 0, shape.num_tokens / 2);
   combine_cpu(params, shape.num_tokens / 2, shape.num_tokens);
@@ -75,10 +79,16 @@ void test_backward(const Shape& shape, Random& random) {
   Array<T> grad_y(c.num_rows * shape.hidden_size);
   Array<float> grad_weights(c.num_rows);
   fill_normal(grad_out, 1.0, random);
-  combine_backward_cpu(
-      {Traits<T>::kDType, grad_out.get(), c.stride, c.y.get(), c.stride, c.weights.get(),
-       c.token_rows.get(), grad_y.get(), grad_weights.get(), shape.hidden_size, shape.top_k},
-      0, shape.num_tokens);
+  const CombineBackwardParams params{
+      .dtype = Traits<T>::kDType,
+      .grad_out = {grad_out.get(), shape.num_tokens, shape.hidden_size, c.stride},
+      .y = {c.y.get(), c.num_rows, shape.hidden_size, c.stride},
+      .weights = c.weights.get(),
+      .token_rows = c.token_rows.get(),
+      .grad_y = grad_y.get(),
+      .grad_weights = grad_weights.get(),
+      .top_k = shape.top_k};
+  combine_backward_cpu(params, 0, shape.num_tokens);
   for (int64_t slot = 0; slot < c.num_rows; ++slot) {
     const int64_t row = c.token_rows[slot];
     double dot = 0;
@@ -108,8 +118,15 @@ void test_permute(const Shape& shape, Random& random) {
   for (int64_t r = 0; r < num_rows; ++r) {
     row_token[r] = static_cast<int32_t>(random() % static_cast<uint64_t>(shape.num_tokens));
   }
-  gather_rows_cpu({x.get(), stride * static_cast<int64_t>(sizeof(T)), row_token.get(), y.get(),
-                   shape.hidden_size * static_cast<int64_t>(sizeof(T)), num_rows});
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(T));
+  PermuteParams params{
+      .x = {x.get(), shape.num_tokens, shape.hidden_size * kBytes, stride * kBytes},
+      .row_token = row_token.get(),
+      .token_rows = nullptr,
+      .y = y.get(),
+      .num_rows = num_rows,
+      .top_k = shape.top_k};
+  gather_rows_cpu(params);
   for (int64_t i = 0; i < y.size(); ++i) {
     const int64_t token = row_token[i / shape.hidden_size];
     check_equal("gather_rows", i, Traits<T>::value(y[i]),
@@ -119,9 +136,8 @@ void test_permute(const Shape& shape, Random& random) {
   // Slot i goes to row num_rows - 1 - i.
   Array<int32_t> token_rows(num_rows);
   for (int64_t i = 0; i < num_rows; ++i) token_rows[i] = static_cast<int32_t>(num_rows - 1 - i);
-  permute_cpu({x.get(), stride * static_cast<int64_t>(sizeof(T)), token_rows.get(), y.get(),
-               shape.hidden_size * static_cast<int64_t>(sizeof(T)), shape.top_k, num_rows},
-              0, shape.num_tokens);
+  params.token_rows = token_rows.get();
+  permute_cpu(params, 0, shape.num_tokens);
   for (int64_t i = 0; i < y.size(); ++i) {
     const int64_t token = (num_rows - 1 - i / shape.hidden_size) / shape.top_k;
     check_equal("permute", i, Traits<T>::value(y[i]),
@@ -150,11 +166,11 @@ void test_all() {
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
-  test_all<float>();
-  test_all<BFloat16>();
-  test_all<Float16>();
-  return finish("combine");
+  return run_tests(argc, argv,
+                   {{"float32", test_all<float>},
+                    {"bfloat16", test_all<BFloat16>},
+                    {"float16", test_all<Float16>}});
 }

@@ -434,20 +434,22 @@ constexpr Case kCases[] = {
     {"cp.async groups", test_copy_groups},
 };
 
-int run() {
-  int num_failed = 0;
-  for (const Case& one : kCases) {
-    num_failed +=
-        emulation::for_each_schedule(one.name, emulation::schedules(), failures, one.body);
-  }
-  test_conversions<BFloat16>({8, 7});
-  test_conversions<Float16>({5, 10});
-  test_exponential();
-  if (!emulation::kDetectsRaces) test_orders();
-  return finish("test_emulation") || num_failed != 0;
-}
-
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main() { return sparse_unified::test::run(); }
+int main(int argc, char** argv) {
+  using namespace sparse_unified;
+  using namespace sparse_unified::test;
+  std::vector<Test> tests;
+  for (const Case& one : kCases) {
+    tests.push_back({one.name, [&] {
+                       failures() += emulation::for_each_schedule(one.name, emulation::schedules(),
+                                                                  failures, one.body);
+                     }});
+  }
+  tests.push_back({"conversions bfloat16", [] { test_conversions<BFloat16>({8, 7}); }});
+  tests.push_back({"conversions float16", [] { test_conversions<Float16>({5, 10}); }});
+  tests.push_back({"exponential", test_exponential});
+  if (!emulation::kDetectsRaces) tests.push_back({"orders", test_orders});
+  return run_tests(argc, argv, tests);
+}

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "check.h"
@@ -146,7 +147,7 @@ std::string report_of(planted::Run* run, Case which) {
   return report;
 }
 
-void test_bug(const Bug& bug, bool is_verbose) {
+void test_bug(const Bug& bug) {
   const auto complain = [&](const char* what, const std::string& report) {
     ++failures();
     std::fprintf(stderr, "%s: %s, got: %s\n", bug.name, what, report.c_str());
@@ -166,16 +167,15 @@ void test_bug(const Bug& bug, bool is_verbose) {
     const std::string after = report_of(bug.run, Case::kWithoutAfterPlanted);
     if (!after.empty()) complain("a failure must leave nothing to the launches after it", after);
   }
-  if (is_verbose) std::puts(report.c_str());
-}
-
-// With an argument, the reports are printed.
-int run(bool is_verbose) {
-  for (const Bug& bug : kBugs) test_bug(bug, is_verbose);
-  return finish("test_emulation_planted");
+  if (std::getenv("SPARSE_UNIFIED_TEST_VERBOSE") != nullptr) std::puts(report.c_str());
 }
 
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main(int argc, char**) { return sparse_unified::test::run(argc > 1); }
+int main(int argc, char** argv) {
+  using namespace sparse_unified::test;
+  std::vector<Test> tests;
+  for (const Bug& bug : kBugs) tests.push_back({bug.name, [&] { test_bug(bug); }});
+  return run_tests(argc, argv, tests);
+}

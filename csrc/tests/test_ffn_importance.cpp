@@ -30,15 +30,13 @@ void test_sums(int64_t num_tokens, int64_t width, bool has_weights, Random& rand
   for (int64_t i = 0; i < sums.size(); ++i) sums[i] = static_cast<double>(i);
   FfnImportanceParams params{};
   params.dtype = Traits<T>::kDType;
-  params.gate = gate.get();
-  params.up = up.get();
-  params.row_stride = stride;
+  params.gate = {gate.get(), num_tokens, width, stride};
+  params.up = {up.get(), num_tokens, width, stride};
   params.token_weights = has_weights ? weights.get() : nullptr;
   params.threshold = static_cast<float>(kThreshold);
   params.sum_abs = sums.get();
   params.sum_squares = sums.get() + width;
   params.num_fired = sums.get() + 2 * width;
-  params.num_tokens = num_tokens;
   // In two calls, as two threads would.
   ffn_importance_cpu(params, 0, width / 2);
   ffn_importance_cpu(params, width / 2, width);
@@ -65,7 +63,8 @@ void test_sums(int64_t num_tokens, int64_t width, bool has_weights, Random& rand
 }
 
 template <typename T>
-void test_all(Random& random) {
+void test_all() {
+  Random random(9);
   for (const int64_t num_tokens : {0, 1, 31, 32, 33, 100}) {
     for (const int64_t width : {0, 1, 15, 16, 17, 40, 64}) {
       test_sums<T>(num_tokens, width, false, random);
@@ -77,12 +76,11 @@ void test_all(Random& random) {
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
-  Random random(9);
-  test_all<float>(random);
-  test_all<BFloat16>(random);
-  test_all<Float16>(random);
-  return finish("ffn_importance");
+  return run_tests(argc, argv,
+                   {{"float32", test_all<float>},
+                    {"bfloat16", test_all<BFloat16>},
+                    {"float16", test_all<Float16>}});
 }

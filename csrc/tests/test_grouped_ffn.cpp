@@ -51,8 +51,12 @@ struct Case {
   }
 
   GroupedFfnParams params() {
-    return {x.get(),  x_stride,   gate.get(),  x_stride,          up.get(),
-            x_stride, down.get(), down_stride, shape.hidden_size, shape.expert_width};
+    const int64_t d = shape.hidden_size;
+    return {{x.get(), num_tokens, d, x_stride},
+            {gate.get(), neurons, d, x_stride},
+            {up.get(), neurons, d, x_stride},
+            {down.get(), d, neurons, down_stride},
+            shape.expert_width};
   }
 
   // [count, D]
@@ -127,16 +131,7 @@ void test_rows(const Shape& shape, int64_t expert, Random& random) {
   }
 }
 
-}  // namespace
-}  // namespace sparse_unified::test
-
-int main() {
-  using namespace sparse_unified;
-  using namespace sparse_unified::test;
-  if (!grouped_ffn_cpu_supported()) {
-    std::printf("grouped_ffn: this machine lacks AVX-512\n");
-    return 77;  // ctest counts it as skipped
-  }
+void test_remainders() {
   Random random(6);
   for (const int64_t count : {0, 1, 15, 16, 17, 31, 32, 33, 48, 49, 100}) {
     for (const int64_t hidden_size : {0, 1, 13, 16, 29, 48}) {
@@ -146,8 +141,24 @@ int main() {
       }
     }
   }
+}
+
+void test_blocks() {
+  Random random(7);
   test_rows({700, 40, 20, 0}, 1, random);   // several chunks of rows
   test_rows({40, 1300, 9, 3}, 2, random);   // several blocks of a sum, in and out
   test_rows({40, 20, 1100, 0}, 0, random);  // the same for the down-projection
-  return finish("grouped_ffn");
+}
+
+}  // namespace
+}  // namespace sparse_unified::test
+
+int main(int argc, char** argv) {
+  using namespace sparse_unified;
+  using namespace sparse_unified::test;
+  if (!grouped_ffn_cpu_supported()) {
+    std::printf("grouped_ffn: this machine lacks AVX-512\n");
+    return 77;  // ctest counts it as skipped
+  }
+  return run_tests(argc, argv, {{"remainders", test_remainders}, {"blocks", test_blocks}});
 }

@@ -48,18 +48,13 @@ void test_blocks(const Shape& shape, const std::vector<int32_t>& kept, Random& r
   std::fill_n(y.get(), y.size(), std::nanf(""));
   Array<float> workspace(pruned_ffn_workspace_floats(d));
   PrunedFfnParams params{};
-  params.x = x.get();
-  params.x_stride = stride;
-  params.gate_proj = gate.get();
-  params.gate_stride = stride;
-  params.up_proj = up.get();
-  params.up_stride = stride;
-  params.down_proj = down.get();
-  params.down_stride = down_stride;
+  params.x = {x.get(), shape.num_tokens, d, stride};
+  params.gate_proj = {gate.get(), width, d, stride};
+  params.up_proj = {up.get(), width, d, stride};
+  params.down_proj = {down.get(), d, width, down_stride};
   params.kept_blocks = blocks.get();
   params.num_kept = blocks.size();
   params.block_size = shape.block_size;
-  params.hidden_size = d;
   params.y = y.get();
   // In two calls, as two threads would.
   const int64_t middle = shape.num_tokens / 3;
@@ -110,34 +105,48 @@ void test_accumulate(Random& random) {
   }
 }
 
-}  // namespace
-}  // namespace sparse_unified::test
-
-int main() {
-  using namespace sparse_unified;
-  using namespace sparse_unified::test;
+void test_accumulates() {
   Random random(8);
   test_accumulate<float>(random);
   test_accumulate<BFloat16>(random);
   test_accumulate<Float16>(random);
-  if (pruned_ffn_cpu_supported()) {
-    for (const int64_t num_tokens : {0, 1, 15, 16, 17, 33, 48, 49, 100}) {
-      for (const int64_t hidden_size : {0, 1, 13, 14, 15, 29, 48}) {
-        for (const int64_t block_size : {1, 7, 16, 32}) {
-          const int64_t padding = (num_tokens + hidden_size + block_size) % 2 * 3;
-          test_blocks({num_tokens, hidden_size, 6, block_size, padding}, {4, 1, 2, 5}, random);
-        }
+}
+
+void test_remainders() {
+  Random random(9);
+  for (const int64_t num_tokens : {0, 1, 15, 16, 17, 33, 48, 49, 100}) {
+    for (const int64_t hidden_size : {0, 1, 13, 14, 15, 29, 48}) {
+      for (const int64_t block_size : {1, 7, 16, 32}) {
+        const int64_t padding = (num_tokens + hidden_size + block_size) % 2 * 3;
+        test_blocks({num_tokens, hidden_size, 6, block_size, padding}, {4, 1, 2, 5}, random);
       }
     }
-    std::vector<int32_t> many;  // several slices, the last not full; runs short and long
-    for (int32_t block = 0; block < 80; ++block) {
-      if (block < 30 || block % 2 == 1) many.push_back(block);
-    }
-    test_blocks({40, 20, 80, 16, 0}, many, random);
-    test_blocks({40, 20, 9, 128, 3}, {8, 0, 1, 2, 3, 5}, random);
-    test_blocks({40, 1300, 3, 16, 3}, {2, 0}, random);  // several blocks of a sum
-    test_blocks({700, 40, 3, 16, 0}, {2, 0}, random);   // several chunks of tokens
-    test_blocks({5, 6, 1, 16, 0}, {0}, random);
   }
-  return finish("pruned_ffn");
+}
+
+void test_slices() {
+  Random random(10);
+  std::vector<int32_t> many;  // several slices, the last not full; runs short and long
+  for (int32_t block = 0; block < 80; ++block) {
+    if (block < 30 || block % 2 == 1) many.push_back(block);
+  }
+  test_blocks({40, 20, 80, 16, 0}, many, random);
+  test_blocks({40, 20, 9, 128, 3}, {8, 0, 1, 2, 3, 5}, random);
+  test_blocks({40, 1300, 3, 16, 3}, {2, 0}, random);  // several blocks of a sum
+  test_blocks({700, 40, 3, 16, 0}, {2, 0}, random);   // several chunks of tokens
+  test_blocks({5, 6, 1, 16, 0}, {0}, random);
+}
+
+}  // namespace
+}  // namespace sparse_unified::test
+
+int main(int argc, char** argv) {
+  using namespace sparse_unified;
+  using namespace sparse_unified::test;
+  std::vector<Test> tests{{"accumulate", test_accumulates}};
+  if (pruned_ffn_cpu_supported()) {
+    tests.push_back({"remainders", test_remainders});
+    tests.push_back({"slices", test_slices});
+  }
+  return run_tests(argc, argv, tests);
 }

@@ -37,12 +37,15 @@ struct Router {
 
   void run() {
     Array<float> gate_t(shape.hidden_size * padded_experts(shape.num_experts));
-    pack_gate(Traits<T>::kDType, gate.get(), stride, shape.num_experts, shape.hidden_size,
-              gate_t.get());
-    const RouteTopkParams params{Traits<T>::kDType, x.get(),           stride,
-                                 gate_t.get(),      logits.get(),      topk_logits.get(),
-                                 topk_idx.get(),    shape.hidden_size, shape.num_experts,
-                                 shape.top_k};
+    const RouteTopkParams params{.dtype = Traits<T>::kDType,
+                                 .x = {x.get(), shape.num_tokens, shape.hidden_size, stride},
+                                 .gate = {gate.get(), shape.num_experts, shape.hidden_size, stride},
+                                 .gate_t = gate_t.get(),
+                                 .logits = logits.get(),
+                                 .topk_logits = topk_logits.get(),
+                                 .topk_idx = topk_idx.get(),
+                                 .top_k = shape.top_k};
+    pack_gate(params.dtype, params.gate, gate_t.get());
     route_topk_cpu(params, 0, shape.num_tokens / 3);
     route_topk_cpu(params, shape.num_tokens / 3, shape.num_tokens);
   }
@@ -135,10 +138,16 @@ void test_backward(const Shape& shape, Random& random) {
   fill_integers(router.x, 1, random);
   fill_integers(router.gate, 1, random);
   fill_integers(grad, 1, random);
-  const RouteTopkBackwardParams params{Traits<T>::kDType, grad.get(),        router.x.get(),
-                                       router.stride,     router.gate.get(), router.stride,
-                                       grad_x.get(),      grad_gate.get(),   shape.num_tokens,
-                                       shape.hidden_size, shape.num_experts};
+  const RouteTopkBackwardParams params{
+      .dtype = Traits<T>::kDType,
+      .grad_logits = grad.get(),
+      .grad_topk_logits = nullptr,
+      .topk_idx = nullptr,
+      .x = {router.x.get(), shape.num_tokens, shape.hidden_size, router.stride},
+      .gate = {router.gate.get(), shape.num_experts, shape.hidden_size, router.stride},
+      .grad_x = grad_x.get(),
+      .grad_gate = grad_gate.get(),
+      .top_k = 0};
   route_topk_backward_x_cpu(params, 0, shape.num_tokens / 2);
   route_topk_backward_x_cpu(params, shape.num_tokens / 2, shape.num_tokens);
   route_topk_backward_gate_cpu(params, 0, shape.hidden_size / 2);
@@ -218,15 +227,7 @@ void test_all() {
   test_backward<T>({200, 20, 9, 2, 0}, random);  // several blocks of tokens
 }
 
-}  // namespace
-}  // namespace sparse_unified::test
-
-int main() {
-  using namespace sparse_unified;
-  using namespace sparse_unified::test;
-  test_all<float>();
-  test_all<BFloat16>();
-  test_all<Float16>();
+void test_sorts() {
   Random random(5);
   for (const int64_t num_tokens : {0, 1, 37, 200}) {
     for (const int64_t top_k : {1, 2, 8}) {
@@ -235,5 +236,17 @@ int main() {
       test_sort(num_tokens, top_k, 1, 1, random);
     }
   }
-  return finish("routing");
+}
+
+}  // namespace
+}  // namespace sparse_unified::test
+
+int main(int argc, char** argv) {
+  using namespace sparse_unified;
+  using namespace sparse_unified::test;
+  return run_tests(argc, argv,
+                   {{"route float32", test_all<float>},
+                    {"route bfloat16", test_all<BFloat16>},
+                    {"route float16", test_all<Float16>},
+                    {"sort", test_sorts}});
 }

@@ -80,11 +80,11 @@ void test_all() {
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
-  test_all<float>();
-  test_all<BFloat16>();
-  test_all<Float16>();
-  return finish("swiglu");
+  return run_tests(argc, argv,
+                   {{"float32", test_all<float>},
+                    {"bfloat16", test_all<BFloat16>},
+                    {"float16", test_all<Float16>}});
 }

@@ -150,14 +150,14 @@ void test_sum_lanes() {
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
-  test_widen_every_pattern<BFloat16>({8, 7});
-  test_widen_every_pattern<Float16>({5, 10});
-  test_narrow<BFloat16>({8, 7});
-  test_narrow<Float16>({5, 10});
-  test_exp_and_sigmoid();
-  test_sum_lanes();
-  return finish("vector");
+  return run_tests(argc, argv,
+                   {{"widen bfloat16", [] { test_widen_every_pattern<BFloat16>({8, 7}); }},
+                    {"widen float16", [] { test_widen_every_pattern<Float16>({5, 10}); }},
+                    {"narrow bfloat16", [] { test_narrow<BFloat16>({8, 7}); }},
+                    {"narrow float16", [] { test_narrow<Float16>({5, 10}); }},
+                    {"exp and sigmoid", test_exp_and_sigmoid},
+                    {"sum_lanes", test_sum_lanes}});
 }

@@ -11,7 +11,7 @@ CPU = "cpu"
 CUDA = "cuda"
 
 # What the CUDA kernels take: csrc/cuda/grouped_ffn.cu refuses the same, kMaxCudaExperts is of
-# csrc/include/sparse_unified/cuda/route_topk.h; tests/ops/test_emulated.py compares.
+# csrc/include/sparse_unified/route_topk.h; tests/ops/test_emulated.py compares.
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_MULTIPLE = 8
 _CUDA_MAX_EXPERTS = 256

@@ -66,18 +66,13 @@ def problems_of(variant: str, dtype: torch.dtype, *, backward: bool = False) -> 
     return problems(dtype)[:taken]
 
 
-def variants(direction: str) -> tuple[str, ...]:
-    arguments = ffn_case(2, 8, 1, 8, 1, torch.bfloat16).arguments
-    return find_variants(lambda: ops.grouped_ffn(*arguments), direction)
-
-
 def test_the_kernels_of_both_families_have_configurations() -> None:
-    assert sum(variant.startswith("family=sm90a") for variant in variants("fwd")) == 10
-    assert len(variants("fwd_bwd")) > 6
+    assert sum(variant.startswith("family=sm90a") for variant in find_variants("fwd")) == 10
+    assert len(find_variants("fwd_bwd")) > 6
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("variant", variants("fwd"))
+@pytest.mark.parametrize("variant", find_variants("fwd"))
 def test_every_configuration_computes_the_same(
     variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +84,7 @@ def test_every_configuration_computes_the_same(
 
 
 @pytest.mark.parametrize("dtype", HALVES if IS_DEEP else HALVES[:1])
-@pytest.mark.parametrize("variant", variants("fwd_bwd"))
+@pytest.mark.parametrize("variant", find_variants("fwd_bwd"))
 def test_every_configuration_has_the_same_gradients(
     variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +124,7 @@ def test_blocks_that_share_the_weights_change_no_bit(
         with recorded() as launches:
             problem.y()
         assert len(launches) == 2
-        assert all(", 2>(" in launch for launch in launches), launches
+        assert all(", 2>" in launch for launch in launches), launches
 
 
 @pytest.mark.parametrize(

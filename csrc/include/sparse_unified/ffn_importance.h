@@ -2,23 +2,20 @@
 // ffn_importance: what each neuron of a SwiGLU FFN does on some tokens, summed over them.
 #pragma once
 
-#include <cstdint>
-
 #include "sparse_unified/dtype.h"
+#include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
 struct FfnImportanceParams {
   DType dtype;                 // of gate and up
-  const void* gate;            // [n, m], rows row_stride elements apart
-  const void* up;              // [n, m], likewise
-  int64_t row_stride;          //
+  Matrix gate;                 // [n, m]
+  Matrix up;                   // [n, m]
   const float* token_weights;  // [n]; null means all ones
   float threshold;             //
   double* sum_abs;             // [m]
   double* sum_squares;         // [m]
   double* num_fired;           // [m]
-  int64_t num_tokens;          // n
 };
 
 // With h = silu(gate) * up and weights w, adds for the neurons [begin, end) of m

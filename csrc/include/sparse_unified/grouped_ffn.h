@@ -2,21 +2,16 @@
 // grouped_ffn: the fp32 SwiGLU FFN of one expert over gathered rows, on CPUs with AVX-512.
 #pragma once
 
-#include <cstdint>
+#include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
 struct GroupedFfnParams {
-  const float* x;          // [T, D], rows x_stride elements apart
-  int64_t x_stride;        //
-  const float* gate_proj;  // [E * h, D], rows gate_stride elements apart
-  int64_t gate_stride;     //
-  const float* up_proj;    // [E * h, D], rows up_stride elements apart
-  int64_t up_stride;       //
-  const float* down_proj;  // [D, E * h], rows down_stride elements apart
-  int64_t down_stride;     //
-  int64_t hidden_size;     // D
-  int64_t expert_width;    // h
+  Matrix x;              // [T, D]
+  Matrix gate_proj;      // [E * h, D]
+  Matrix up_proj;        // [E * h, D]
+  Matrix down_proj;      // [D, E * h]
+  int64_t expert_width;  // h
 };
 
 // Rows of one expert and where their results go.

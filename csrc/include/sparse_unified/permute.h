@@ -1,34 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// permute: copies every token to its rows.
+// permute: copies every token to its rows, y[r] = x[row_token[r]], and y[token_rows[t, k]] = x[t].
 #pragma once
 
-#include <cstdint>
+#include "sparse_unified/cuda/cuda_types.h"
+#include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
 struct PermuteParams {
-  const void* x;              // [T, D], rows x_stride_bytes apart
-  int64_t x_stride_bytes;     //
-  const int32_t* token_rows;  // [T, K]
-  void* y;                    // [R, D], R = T * K
-  int64_t row_bytes;          // D * element size
-  int64_t top_k;              // K
+  Matrix x;                   // [T, D], of bytes: columns and stride count them
+  const int32_t* row_token;   // [R]; not read by permute_cpu
+  const int32_t* token_rows;  // [T, K]; read by permute_cpu alone
+  void* y;                    // [R, D]
   int64_t num_rows;           // R
+  int64_t top_k;              // K
 };
 
-// y[token_rows[t, k]] = x[t] for tokens [token_begin, token_end).
+// Goes by token, for tokens [token_begin, token_end).
 void permute_cpu(const PermuteParams& params, int64_t token_begin, int64_t token_end);
 
-struct GatherRowsParams {
-  const void* x;             // [T, D], rows x_stride_bytes apart
-  int64_t x_stride_bytes;    //
-  const int32_t* row_token;  // [n]
-  void* y;                   // [n, D]
-  int64_t row_bytes;         // D * element size
-  int64_t num_rows;          // n
-};
+// Goes by row, any alignment; a token outside [0, T) ends the kernel with an error.
+cudaError_t permute_cuda(const PermuteParams& params, cudaStream_t stream);
 
-// y[r] = x[row_token[r]]: the same copy for a few adjacent rows, of one expert say.
-void gather_rows_cpu(const GatherRowsParams& params);
+// Goes by row: the same copy for a few adjacent rows, of one expert say.
+void gather_rows_cpu(const PermuteParams& params);
 
 }  // namespace sparse_unified

@@ -2,23 +2,18 @@
 // pruned_ffn: the fp32 SwiGLU FFN over kept blocks of its width, on CPUs with AVX-512.
 #pragma once
 
-#include <cstdint>
+#include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
 struct PrunedFfnParams {
-  const float* x;              // [T, D], rows x_stride elements apart
-  int64_t x_stride;            //
-  const float* gate_proj;      // [I, D], rows gate_stride elements apart
-  int64_t gate_stride;         //
-  const float* up_proj;        // [I, D], rows up_stride elements apart
-  int64_t up_stride;           //
-  const float* down_proj;      // [D, I], rows down_stride elements apart
-  int64_t down_stride;         //
+  Matrix x;                    // [T, D]
+  Matrix gate_proj;            // [I, D]
+  Matrix up_proj;              // [I, D]
+  Matrix down_proj;            // [D, I]
   const int32_t* kept_blocks;  // [B], block b holds the neurons [b * block_size, (b + 1) * ...)
   int64_t num_kept;            // B, at least 1
   int64_t block_size;          // from 1 to kMaxPrunedBlock
-  int64_t hidden_size;         // D
   float* y;                    // [T, D]
 };
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "sparse_unified/cuda/cuda_types.h"
+
 namespace sparse_unified {
 
 struct SortByExpertParams {
@@ -21,5 +23,14 @@ int64_t find_bad_expert(const SortByExpertParams& params);
 
 // Rows of one expert keep the order of the flat (token, slot) index.
 void sort_by_expert_cpu(const SortByExpertParams& params);
+
+// Bytes of device memory, aligned to 256, that the launch below works in.
+int64_t sort_by_expert_cuda_workspace_bytes(const SortByExpertParams& params);
+
+// The same maps, bit for bit; no atomics decide a position. An expert outside [0, E) ends the
+// kernel with an error (the host cannot look without waiting). E at most kMaxCudaExperts of
+// route_topk.h.
+cudaError_t sort_by_expert_cuda(const SortByExpertParams& params, void* workspace,
+                                cudaStream_t stream);
 
 }  // namespace sparse_unified

@@ -9,6 +9,7 @@
 #include "sparse_unified/cuda/cuda_types.h"
 #include "sparse_unified/cuda/device_info.h"
 #include "sparse_unified/dtype.h"
+#include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
@@ -24,20 +25,14 @@ struct WidthBlocks {
 
 struct GroupedFfnCudaParams {
   DType dtype;                    // bf16 or fp16, of all matrices
-  const void* x;                  // [T, D], rows x_stride elements apart
-  int64_t x_stride;               //
+  Matrix x;                       // [T, D]
   const int32_t* row_token;       // [R]; null: row r is token r
   const int32_t* expert_offsets;  // [E + 1]; null: one group of all rows
-  const void* gate_proj;          // [I, D], rows gate_stride elements apart
-  int64_t gate_stride;            //
-  const void* up_proj;            // [I, D], rows up_stride elements apart
-  int64_t up_stride;              //
-  const void* down_proj;          // [D, I], rows down_stride elements apart
-  int64_t down_stride;            //
+  Matrix gate_proj;               // [I, D]
+  Matrix up_proj;                 // [I, D]
+  Matrix down_proj;               // [D, I]
   WidthBlocks blocks;             //
-  int64_t num_tokens;             // T
   int64_t num_rows;               // R
-  int64_t hidden_size;            // D
   int64_t num_experts;            // E, groups
   int64_t expert_width;           // h, neurons of a group
   void* gate_rows;                // [R, h], kept for backward; null when not wanted

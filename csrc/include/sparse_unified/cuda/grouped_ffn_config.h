@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "sparse_unified/cuda/device_info.h"
 #include "sparse_unified/dtype.h"
@@ -97,6 +98,11 @@ constexpr const char* kGroupedFfnOverrideVariable = "SPARSE_UNIFIED_GROUPED_FFN"
 // the kernels, "family=sm80" or "family=sm90a", and what those for Hopper choose between:
 // "up=128x240x64x3", "down=128x128x64x6", "overlap=off", "fence=producer" and "multicast=on".
 std::string grouped_ffn_override_error(const std::string& text);
+
+// Overrides worth timing side by side: each family as it is, then with one tile or switch other
+// than its own choice. Those that name a gradient are for the backward pass, the others for the
+// forward pass, and a family alone for both.
+std::vector<std::string> grouped_ffn_variants();
 
 // The choice for a problem, with what a valid override says in place of it.
 GroupedFfnConfig choose_grouped_ffn_config(const GroupedFfnProblem& problem,

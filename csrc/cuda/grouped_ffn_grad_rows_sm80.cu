@@ -6,12 +6,11 @@
 // and grad_up side by side, and row k of B is a gate neuron for k < h, an up neuron after that. 4 R
 // h D FLOP, one fp32 sum, one rounding; writes R D elements. Preconditions: D and h multiples of 8,
 // pointers aligned to 16 bytes, strides multiples of 8.
-#pragma once
-
-#include "cuda/grouped_ffn_sm80.cuh"
+#include "cuda/grouped_ffn_sm80.h"
 #include "device/epilogue.h"
 
 namespace sparse_unified {
+namespace {
 
 // Rows of gate_proj, then of up_proj, as MnContiguousLoader takes them.
 template <typename T>
@@ -35,9 +34,9 @@ struct GateUpRows {
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_ffn_grad_rows_kernel(const GroupedFfnBackwardKernelParams params) {
-  using Loop = Mainloop<T, Shape, Major::kK, Major::kMn>;
+  using Loop = Mainloop<T, Shape, Major::kK, Major::kMN>;
   const GroupedFfnCudaParams& ffn = params.ffn.forward;
-  const int hidden_size = static_cast<int>(ffn.hidden_size);
+  const int hidden_size = static_cast<int>(ffn.x.columns);
   const int width = static_cast<int>(ffn.expert_width);
 
   RowTile at;
@@ -55,10 +54,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   using LoaderB = MnContiguousLoader<T, typename Loop::TileB, Shape::kThreads, GateUpRows<T>>;
   const int column = min(first_column + LoaderB::column(), hidden_size - kChunkElements);
-  const GateUpRows<T> rows_b{static_cast<const T*>(ffn.gate_proj) + column,  // [I, D]
-                             static_cast<const T*>(ffn.up_proj) + column,    // [I, D]
-                             ffn.gate_stride,
-                             ffn.up_stride,
+  const GateUpRows<T> rows_b{ffn.gate_proj.row<T>(0) + column,  // [I, D]
+                             ffn.up_proj.row<T>(0) + column,    // [I, D]
+                             ffn.gate_proj.stride,
+                             ffn.up_proj.stride,
                              neuron_groups(ffn).of(at.group),
                              width};
   LoaderB loader_b(rows_b, 2 * width);
@@ -79,27 +78,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   });
 }
 
-template <typename T, GroupedFfnTileId kId>
-cudaError_t launch_grouped_ffn_grad_rows(const GroupedFfnBackwardKernelParams& params,
-                                         cudaStream_t stream) {
-  const GroupedFfnCudaParams& ffn = params.ffn.forward;
-  return launch_tiles<kId>(grouped_ffn_grad_rows_kernel<T, typename TileShapeOf<kId>::Shape>,
-                           params, num_row_gemm_tiles(kId, ffn, ffn.hidden_size), stream);
-}
+}  // namespace
 
-template <typename T>
 cudaError_t grouped_ffn_grad_rows_sm80(GroupedFfnTileId id,
                                        const GroupedFfnBackwardKernelParams& params,
                                        cudaStream_t stream) {
-  switch (id) {
-    case GroupedFfnTileId::kLarge:
-      return launch_grouped_ffn_grad_rows<T, GroupedFfnTileId::kLarge>(params, stream);
-    case GroupedFfnTileId::kMedium:
-      return launch_grouped_ffn_grad_rows<T, GroupedFfnTileId::kMedium>(params, stream);
-    case GroupedFfnTileId::kSmall:
-      return launch_grouped_ffn_grad_rows<T, GroupedFfnTileId::kSmall>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  const GroupedFfnCudaParams& ffn = params.ffn.forward;
+  return dispatch_tile(ffn.dtype, id, [&]<typename T, GroupedFfnTileId kId>() {
+    return launch_tiles<kId>(grouped_ffn_grad_rows_kernel<T, TileShapeOf<kId>>, params,
+                             num_row_gemm_tiles(kId, ffn, ffn.x.columns), stream);
+  });
 }
 
 }  // namespace sparse_unified

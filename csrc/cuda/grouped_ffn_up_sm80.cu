@@ -6,20 +6,19 @@
 // register position of neighbouring accumulators. 4 R h D FLOP; reads (with L2) x, gate_proj and
 // up_proj, writes R h elements, and twice more when gate_rows and up_rows are kept. Preconditions:
 // D and h multiples of 8, pointers aligned to 16 bytes, strides multiples of 8.
-#pragma once
-
-#include "cuda/grouped_ffn_sm80.cuh"
+#include "cuda/grouped_ffn_sm80.h"
 #include "device/epilogue.h"
 #include "device/math.h"
 
 namespace sparse_unified {
+namespace {
 
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_ffn_up_kernel(const GroupedFfnForwardKernelParams params) {
   using Loop = Mainloop<T, Shape, Major::kK, Major::kK>;
   const GroupedFfnCudaParams& ffn = params.ffn;
-  const int hidden_size = static_cast<int>(ffn.hidden_size);
+  const int hidden_size = static_cast<int>(ffn.x.columns);
   const int width = static_cast<int>(ffn.expert_width);
 
   RowTile at;
@@ -30,23 +29,23 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
   const int first_neuron = at.n * (Shape::kN / 2);
 
-  const auto* x = static_cast<const T*>(ffn.x);  // [T, D]
-  const GatheredIndex tokens{ffn.row_token, 0, static_cast<int>(ffn.num_tokens)};
+  const auto* x = ffn.x.row<T>(0);  // [T, D]
+  const GatheredIndex tokens{ffn.row_token, 0, static_cast<int>(ffn.x.rows)};
   KContiguousLoader<T, typename Loop::TileA, Shape::kThreads, LinearIndex> loader_a(
       [&](int row) {
         const int at_row = at.clamped(row);
-        return x + tokens.resolve(tokens.look_up(at_row), at_row) * ffn.x_stride;
+        return x + tokens.resolve(tokens.look_up(at_row), at_row) * ffn.x.stride;
       },
       LinearIndex{}, hidden_size);
 
-  const auto* gate_proj = static_cast<const T*>(ffn.gate_proj);  // [I, D]
-  const auto* up_proj = static_cast<const T*>(ffn.up_proj);      // [I, D]
+  const auto* gate_proj = ffn.gate_proj.row<T>(0);  // [I, D]
+  const auto* up_proj = ffn.up_proj.row<T>(0);      // [I, D]
   const NeuronMap neurons = neuron_groups(ffn).of(at.group);
   KContiguousLoader<T, typename Loop::TileB, Shape::kThreads, LinearIndex> loader_b(
       [&](int row) {
         const int weight_row = neurons(min(first_neuron + row / 16 * 8 + row % 8, width - 1));
-        return row % 16 < 8 ? gate_proj + weight_row * ffn.gate_stride
-                            : up_proj + weight_row * ffn.up_stride;
+        return row % 16 < 8 ? gate_proj + weight_row * ffn.gate_proj.stride
+                            : up_proj + weight_row * ffn.up_proj.stride;
       },
       LinearIndex{}, hidden_size);
 
@@ -90,26 +89,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
 }
 
-template <typename T, GroupedFfnTileId kId>
-cudaError_t launch_grouped_ffn_up(const GroupedFfnForwardKernelParams& params,
-                                  cudaStream_t stream) {
-  return launch_tiles<kId>(grouped_ffn_up_kernel<T, typename TileShapeOf<kId>::Shape>, params,
-                           num_row_gemm_tiles(kId, params.ffn, 2 * params.ffn.expert_width),
-                           stream);
-}
+}  // namespace
 
-template <typename T>
 cudaError_t grouped_ffn_up_sm80(GroupedFfnTileId id, const GroupedFfnForwardKernelParams& params,
                                 cudaStream_t stream) {
-  switch (id) {
-    case GroupedFfnTileId::kLarge:
-      return launch_grouped_ffn_up<T, GroupedFfnTileId::kLarge>(params, stream);
-    case GroupedFfnTileId::kMedium:
-      return launch_grouped_ffn_up<T, GroupedFfnTileId::kMedium>(params, stream);
-    case GroupedFfnTileId::kSmall:
-      return launch_grouped_ffn_up<T, GroupedFfnTileId::kSmall>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  const GroupedFfnCudaParams& ffn = params.ffn;
+  return dispatch_tile(ffn.dtype, id, [&]<typename T, GroupedFfnTileId kId>() {
+    return launch_tiles<kId>(grouped_ffn_up_kernel<T, TileShapeOf<kId>>, params,
+                             num_row_gemm_tiles(kId, ffn, 2 * ffn.expert_width), stream);
+  });
 }
 
 }  // namespace sparse_unified

@@ -93,15 +93,16 @@ void test_most_row_tiles_is_reached_and_never_exceeded() {
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace sparse_unified::test;
-  test_accesses_do_not_conflict<128, 32>();
-  test_accesses_do_not_conflict<256, 32>();
-  test_accesses_do_not_conflict<128, 64>();
-  test_accesses_do_not_conflict<32, 64>();
-  test_accesses_do_not_conflict<32, 128>();
-  test_accesses_do_not_conflict<32, 256>();
-  test_raster_visits_every_tile_once();
-  test_most_row_tiles_is_reached_and_never_exceeded();
-  return finish("test_cuda_grouped_ffn_tiles");
+  return run_tests(argc, argv,
+                   {{"accesses do not conflict128 32", test_accesses_do_not_conflict<128, 32>},
+                    {"accesses do not conflict256 32", test_accesses_do_not_conflict<256, 32>},
+                    {"accesses do not conflict128 64", test_accesses_do_not_conflict<128, 64>},
+                    {"accesses do not conflict32 64", test_accesses_do_not_conflict<32, 64>},
+                    {"accesses do not conflict32 128", test_accesses_do_not_conflict<32, 128>},
+                    {"accesses do not conflict32 256", test_accesses_do_not_conflict<32, 256>},
+                    {"raster visits every tile once", test_raster_visits_every_tile_once},
+                    {"most row tiles is reached and never exceeded",
+                     test_most_row_tiles_is_reached_and_never_exceeded}});
 }

@@ -7,20 +7,19 @@
 // and N; one kernel, two launches. 4 R h D and 2 R h D FLOP. An expert without rows has K = 0 and
 // gets zeros. With kept blocks only their neurons are written.
 // Preconditions: D and h multiples of 8, pointers aligned to 16 bytes, strides multiples of 8.
-#pragma once
-
-#include "cuda/grouped_ffn_sm80.cuh"
+#include "cuda/grouped_ffn_sm80.h"
 #include "device/epilogue.h"
 
 namespace sparse_unified {
+namespace {
 
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_ffn_grad_weights_kernel(const GroupedFfnGradWeightsKernelParams params) {
-  using Loop = Mainloop<T, Shape, Major::kMn, Major::kMn>;
+  using Loop = Mainloop<T, Shape, Major::kMN, Major::kMN>;
   const GroupedFfnBackwardCudaParams& backward = params.backward.ffn;
   const GroupedFfnCudaParams& ffn = backward.forward;
-  const int hidden_size = static_cast<int>(ffn.hidden_size);
+  const int hidden_size = static_cast<int>(ffn.x.columns);
   const int width = static_cast<int>(ffn.expert_width);
   const int num_m = params.is_down ? hidden_size : 2 * width;
   const int num_n = params.is_down ? width : hidden_size;
@@ -45,11 +44,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   using RowsB = MatrixRows<T, GatheredIndex>;
   using LoaderB = MnContiguousLoader<T, typename Loop::TileB, Shape::kThreads, RowsB>;
-  const auto* b = static_cast<const T*>(params.is_down ? params.backward.hidden : ffn.x);
+  const auto* b = static_cast<const T*>(params.is_down ? params.backward.hidden : ffn.x.data);
   const int column_b = min(first_n + LoaderB::column(), num_n - kChunkElements);
-  const int limit = static_cast<int>(params.is_down ? ffn.num_rows : ffn.num_tokens);
+  const int limit = static_cast<int>(params.is_down ? ffn.num_rows : ffn.x.rows);
   const GatheredIndex index_b{params.is_down ? nullptr : ffn.row_token, rows.begin, limit};
-  LoaderB loader_b(RowsB{b + column_b, params.is_down ? num_n : ffn.x_stride, index_b}, num_rows);
+  LoaderB loader_b(RowsB{b + column_b, params.is_down ? num_n : ffn.x.stride, index_b}, num_rows);
 
   WarpTile<Shape> tile;
   const bool is_active = first_m + tile.first_row < num_m && first_n + tile.first_column < num_n;
@@ -60,9 +59,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   auto* grad_up_proj = static_cast<T*>(backward.grad_up_proj);      // [I, D] or null
   auto* grad_down_proj = static_cast<T*>(backward.grad_down_proj);  // [D, I]
   const NeuronMap neurons = neuron_groups(ffn).of(group);
-  const int64_t down_columns = ffn.blocks.kept_blocks == nullptr
-                                   ? ffn.num_experts * ffn.expert_width
-                                   : ffn.blocks.num_blocks * ffn.blocks.block_size;  // I
+  const int64_t down_columns = ffn.down_proj.columns;  // I
   store_rounded<T>(tile, [&](int tile_row, int tile_column, const Vector16& vector) {
     const int m = first_m + tile_row;
     const int n = first_n + tile_column;
@@ -78,32 +75,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   });
 }
 
-template <typename T, GroupedFfnTileId kId>
-cudaError_t launch_grouped_ffn_grad_weights(const GroupedFfnGradWeightsKernelParams& params,
-                                            cudaStream_t stream) {
-  constexpr const GroupedFfnTile& tile = grouped_ffn_tile(kId);
-  const GroupedFfnCudaParams& ffn = params.backward.ffn.forward;
-  const int64_t num_m = params.is_down ? ffn.hidden_size : 2 * ffn.expert_width;
-  const int64_t num_n = params.is_down ? ffn.expert_width : ffn.hidden_size;
-  return launch_tiles<kId>(
-      grouped_ffn_grad_weights_kernel<T, typename TileShapeOf<kId>::Shape>, params,
-      ffn.num_experts * ceil_div<int64_t>(num_m, tile.m) * ceil_div<int64_t>(num_n, tile.n),
-      stream);
-}
+}  // namespace
 
-template <typename T>
 cudaError_t grouped_ffn_grad_weights_sm80(GroupedFfnTileId id,
                                           const GroupedFfnGradWeightsKernelParams& params,
                                           cudaStream_t stream) {
-  switch (id) {
-    case GroupedFfnTileId::kLarge:
-      return launch_grouped_ffn_grad_weights<T, GroupedFfnTileId::kLarge>(params, stream);
-    case GroupedFfnTileId::kMedium:
-      return launch_grouped_ffn_grad_weights<T, GroupedFfnTileId::kMedium>(params, stream);
-    case GroupedFfnTileId::kSmall:
-      return launch_grouped_ffn_grad_weights<T, GroupedFfnTileId::kSmall>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  const GroupedFfnCudaParams& ffn = params.backward.ffn.forward;
+  const int64_t num_m = params.is_down ? ffn.x.columns : 2 * ffn.expert_width;
+  const int64_t num_n = params.is_down ? ffn.expert_width : ffn.x.columns;
+  return dispatch_tile(ffn.dtype, id, [&]<typename T, GroupedFfnTileId kId>() {
+    return launch_tiles<kId>(grouped_ffn_grad_weights_kernel<T, TileShapeOf<kId>>, params,
+                             ffn.num_experts * ceil_div<int64_t>(num_m, grouped_ffn_tile(kId).m) *
+                                 ceil_div<int64_t>(num_n, grouped_ffn_tile(kId).n),
+                             stream);
+  });
 }
 
 }  // namespace sparse_unified

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "check.h"
+#include "sparse_unified/cuda/grouped_ffn.h"
 #include "sparse_unified/cuda/grouped_ffn_config.h"
 
 namespace sparse_unified::test {
@@ -203,25 +204,71 @@ void test_wrong_overrides_are_named() {
   }
   check_text(
       "message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
-      "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80 or "
-      "sm90a, overlap=on or off, fence=consumer or producer, multicast=on or off, or PHASE=TILE, "
-      "PHASE one of all, up, down, grad_hidden, grad_rows, grad_weights, TILE one of 128x256x32x4, "
-      "128x128x32x3, 64x128x32x4; of sm90a up one of 128x240x64x4, 128x240x64x3, 128x256x64x4, "
-      "down one of 128x256x64x4, 128x256x64x3, 128x128x64x6; got \"up=7\"");
+      "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80|sm90a, "
+      "up=128x240x64x4|128x240x64x3|128x256x64x4, down=128x256x64x4|128x256x64x3|128x128x64x6, "
+      "overlap=off|on, fence=consumer|producer, multicast=off|on, "
+      "up=128x256x32x4|128x128x32x3|64x128x32x4, down=128x256x32x4|128x128x32x3|64x128x32x4, "
+      "grad_hidden=128x256x32x4|128x128x32x3|64x128x32x4, "
+      "grad_rows=128x256x32x4|128x128x32x3|64x128x32x4, "
+      "grad_weights=128x256x32x4|128x128x32x3|64x128x32x4, or all=TILE for every phase of sm80; "
+      "got \"up=7\"");
+  for (const std::string& variant : grouped_ffn_variants()) {
+    check_text(variant.c_str(), grouped_ffn_override_error(variant), "");
+  }
+}
+
+// What bindings cannot bring about is refused all the same.
+void test_refusals_name_what_and_got() {
+  alignas(16) static const char memory[16] = {};
+  GroupedFfnCudaParams legal{};
+  legal.dtype = DType::kBFloat16;
+  legal.x = legal.gate_proj = legal.up_proj = legal.down_proj = {memory, 64, 64, 64};
+  legal.num_rows = 64;
+  legal.num_experts = 1;
+  legal.expert_width = 64;
+  const auto refuse = [&](const char* refusal, const auto& change) {
+    GroupedFfnCudaParams params = legal;
+    DeviceInfo device = kH200;
+    change(params, device);
+    check_text("refusal", grouped_ffn_cuda_refusal(params, device), refusal);
+  };
+  refuse("", [](auto&, auto&) {});
+  refuse("x must be bfloat16 or float16", [](auto& p, auto&) { p.dtype = DType::kFloat32; });
+  refuse("the device must have compute capability 80 or more, got 75",
+         [](auto&, auto& device) { device.compute_capability = 75; });
+  refuse("hidden_size must be a multiple of 8, got 100", [](auto& p, auto&) { p.x.columns = 100; });
+  refuse("expert_width must be a multiple of 8, got 148",
+         [](auto& p, auto&) { p.expert_width = 148; });
+  refuse("x must start at a multiple of 16 bytes", [](auto& p, auto&) { p.x.data = memory + 2; });
+  refuse("down_proj must have rows a multiple of 8 elements apart, got 281",
+         [](auto& p, auto&) { p.down_proj.stride = 281; });
+  const int32_t kept[] = {0, 1};
+  refuse("block_size must be a multiple of 16, got 24",
+         [&](auto& p, auto&) { p.blocks = {kept, 2, 24, 2}; });
+  refuse("expert_width must share the kept blocks out equally, got 64",
+         [&](auto& p, auto&) { p.blocks = {kept, 2, 16, 4}; });
+  refuse("the number of rows must be below 2^30, got 1073741824",
+         [](auto& p, auto&) { p.num_rows = int64_t{1} << 30; });
+  refuse("shared memory of a block must hold a tile of every kernel, got 4096",
+         [](auto& p, auto& device) {
+           p.num_rows = 1;
+           device.shared_bytes_block = 4096;
+         });
 }
 
 }  // namespace
 }  // namespace sparse_unified::test
 
-int main() {
+int main(int argc, char** argv) {
   using namespace sparse_unified::test;
-  test_every_choice_fits_the_device();
-  test_bagel_shapes();
-  test_lists_of_blocks();
-  test_few_tiles_are_smaller();
-  test_few_rows_take_small_tiles();
-  test_what_hopper_kernels_do_not_take();
-  test_overrides();
-  test_wrong_overrides_are_named();
-  return finish("test_cuda_grouped_ffn_config");
+  return run_tests(argc, argv,
+                   {{"every choice fits the device", test_every_choice_fits_the_device},
+                    {"bagel shapes", test_bagel_shapes},
+                    {"lists of blocks", test_lists_of_blocks},
+                    {"few tiles are smaller", test_few_tiles_are_smaller},
+                    {"few rows take small tiles", test_few_rows_take_small_tiles},
+                    {"what hopper kernels do not take", test_what_hopper_kernels_do_not_take},
+                    {"overrides", test_overrides},
+                    {"wrong overrides are named", test_wrong_overrides_are_named},
+                    {"refusals", test_refusals_name_what_and_got}});
 }

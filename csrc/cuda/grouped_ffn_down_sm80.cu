@@ -5,19 +5,18 @@
 // (kept blocks: 8 neurons of a chunk are neighbours). 2 R h D FLOP; reads hidden and down_proj,
 // writes R D elements.
 // Preconditions: D and h multiples of 8, pointers aligned to 16 bytes, strides multiples of 8.
-#pragma once
-
-#include "cuda/grouped_ffn_sm80.cuh"
+#include "cuda/grouped_ffn_sm80.h"
 #include "device/epilogue.h"
 
 namespace sparse_unified {
+namespace {
 
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_ffn_down_kernel(const GroupedFfnForwardKernelParams params) {
   using Loop = Mainloop<T, Shape, Major::kK, Major::kK>;
   const GroupedFfnCudaParams& ffn = params.ffn;
-  const int hidden_size = static_cast<int>(ffn.hidden_size);
+  const int hidden_size = static_cast<int>(ffn.x.columns);
   const int width = static_cast<int>(ffn.expert_width);
 
   RowTile at;
@@ -33,10 +32,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       [&](int row) { return hidden + static_cast<int64_t>(at.clamped(row)) * width; },
       LinearIndex{}, width);
 
-  const auto* down_proj = static_cast<const T*>(ffn.down_proj);  // [D, I]
+  const auto* down_proj = ffn.down_proj.row<T>(0);  // [D, I]
   KContiguousLoader<T, typename Loop::TileB, Shape::kThreads, NeuronMap> loader_b(
       [&](int row) {
-        return down_proj + min(first_column + row, hidden_size - 1) * ffn.down_stride;
+        return down_proj + min(first_column + row, hidden_size - 1) * ffn.down_proj.stride;
       },
       neuron_groups(ffn).of(at.group), width);
 
@@ -56,25 +55,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   });
 }
 
-template <typename T, GroupedFfnTileId kId>
-cudaError_t launch_grouped_ffn_down(const GroupedFfnForwardKernelParams& params,
-                                    cudaStream_t stream) {
-  return launch_tiles<kId>(grouped_ffn_down_kernel<T, typename TileShapeOf<kId>::Shape>, params,
-                           num_row_gemm_tiles(kId, params.ffn, params.ffn.hidden_size), stream);
-}
+}  // namespace
 
-template <typename T>
 cudaError_t grouped_ffn_down_sm80(GroupedFfnTileId id, const GroupedFfnForwardKernelParams& params,
                                   cudaStream_t stream) {
-  switch (id) {
-    case GroupedFfnTileId::kLarge:
-      return launch_grouped_ffn_down<T, GroupedFfnTileId::kLarge>(params, stream);
-    case GroupedFfnTileId::kMedium:
-      return launch_grouped_ffn_down<T, GroupedFfnTileId::kMedium>(params, stream);
-    case GroupedFfnTileId::kSmall:
-      return launch_grouped_ffn_down<T, GroupedFfnTileId::kSmall>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  const GroupedFfnCudaParams& ffn = params.ffn;
+  return dispatch_tile(ffn.dtype, id, [&]<typename T, GroupedFfnTileId kId>() {
+    return launch_tiles<kId>(grouped_ffn_down_kernel<T, TileShapeOf<kId>>, params,
+                             num_row_gemm_tiles(kId, ffn, ffn.x.columns), stream);
+  });
 }
 
 }  // namespace sparse_unified

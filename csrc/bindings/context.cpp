@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "bindings/cuda/context.h"
+#include "bindings/context.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -7,11 +7,11 @@
 
 #if defined(SPARSE_UNIFIED_EMULATION)
 #include "emulation/device.h"
-#else
+#elif defined(SPARSE_UNIFIED_WITH_CUDA)
 #include <dlfcn.h>
 #endif
 
-namespace sparse_unified::cuda {
+namespace sparse_unified {
 namespace {
 
 constexpr int64_t kRowAlignment = 16;
@@ -22,7 +22,7 @@ cudaStream_t current_stream(const char*, int32_t) { return nullptr; }
 
 DeviceInfo describe_device(int32_t) { return emulation::device_info(); }
 
-#else
+#elif defined(SPARSE_UNIFIED_WITH_CUDA)
 
 // NOTE: found at run time, so that one library loads where torch has no CUDA too.
 cudaStream_t current_stream(const char* op, int32_t device) {
@@ -70,21 +70,34 @@ DeviceInfo describe_device(int32_t device) {
 
 }  // namespace
 
-Context::Context(const char* op, const Tensor& like)
-    : op_(op),
-      like_(like),
-#if !defined(SPARSE_UNIFIED_EMULATION)
-      guard_(like.get_device_index()),
+bool runs_on_cuda([[maybe_unused]] const Tensor& tensor) {
+#if defined(SPARSE_UNIFIED_EMULATION)
+  return true;
+#else
+  return kHasCuda && device_of(tensor).is_cuda();
 #endif
-      stream_(current_stream(op, like.get_device_index())),
-      device_(describe_device(like.get_device_index())) {
 }
 
-void Context::check(cudaError_t error) const {
+Context::Context(const char* op, const Tensor& like)
+    : op_(op), like_(like), is_cuda_(runs_on_cuda(like)) {
+#if defined(SPARSE_UNIFIED_WITH_CUDA) || defined(SPARSE_UNIFIED_EMULATION)
+  if (!is_cuda_) return;
+  const int32_t device = like.get_device_index();
+#if !defined(SPARSE_UNIFIED_EMULATION)
+  guard_.emplace(device);
+#endif
+  stream_ = current_stream(op, device);
+  device_ = describe_device(device);
+#endif
+}
+
+void Context::check([[maybe_unused]] cudaError_t error) const {
+#if defined(SPARSE_UNIFIED_WITH_CUDA) || defined(SPARSE_UNIFIED_EMULATION)
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(op_) +
                              ": the kernel could not be launched: " + cudaGetErrorString(error));
   }
+#endif
 }
 
 Tensor Context::workspace(int64_t bytes) const {
@@ -92,7 +105,7 @@ Tensor Context::workspace(int64_t bytes) const {
 }
 
 Tensor contiguous_vector_rows(const Tensor& tensor) {
-  return with_vector_rows(torch::stable::contiguous(tensor));
+  return with_vector_rows(as_contiguous(tensor));
 }
 
 Tensor with_vector_rows(const Tensor& tensor) {
@@ -102,7 +115,7 @@ Tensor with_vector_rows(const Tensor& tensor) {
       reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % kRowAlignment == 0 &&
       (dense.size(0) <= 1 || row_bytes % kRowAlignment == 0);
   if (is_aligned) return dense;
-  return dense.is_contiguous() ? torch::stable::clone(dense) : torch::stable::contiguous(dense);
+  return dense.is_contiguous() ? torch::stable::clone(dense) : as_contiguous(dense);
 }
 
-}  // namespace sparse_unified::cuda
+}  // namespace sparse_unified

@@ -8,20 +8,19 @@
 // stays fp32 and leaves only as the gradients made of it. 2 R h D FLOP; reads grad_y, down_proj,
 // gate_rows, up_rows, writes 2 R h elements, or 3 R h.
 // Preconditions: D and h multiples of 8, pointers aligned to 16 bytes, strides multiples of 8.
-#pragma once
-
-#include "cuda/grouped_ffn_sm80.cuh"
+#include "cuda/grouped_ffn_sm80.h"
 #include "device/epilogue.h"
 #include "device/math.h"
 
 namespace sparse_unified {
+namespace {
 
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grouped_ffn_grad_hidden_kernel(const GroupedFfnBackwardKernelParams params) {
-  using Loop = Mainloop<T, Shape, Major::kK, Major::kMn>;
+  using Loop = Mainloop<T, Shape, Major::kK, Major::kMN>;
   const GroupedFfnCudaParams& ffn = params.ffn.forward;
-  const int hidden_size = static_cast<int>(ffn.hidden_size);
+  const int hidden_size = static_cast<int>(ffn.x.columns);
   const int width = static_cast<int>(ffn.expert_width);
 
   RowTile at;
@@ -39,10 +38,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   using RowsB = MatrixRows<T, LinearIndex>;
   using LoaderB = MnContiguousLoader<T, typename Loop::TileB, Shape::kThreads, RowsB>;
-  const auto* down_proj = static_cast<const T*>(ffn.down_proj);  // [D, I]
+  const auto* down_proj = ffn.down_proj.row<T>(0);  // [D, I]
   const int copied_neuron = min(first_neuron + LoaderB::column(), width - kChunkElements);
   const int column = neuron_groups(ffn).of(at.group)(copied_neuron);
-  LoaderB loader_b(RowsB{down_proj + column, ffn.down_stride, {}}, hidden_size);
+  LoaderB loader_b(RowsB{down_proj + column, ffn.down_proj.stride, {}}, hidden_size);
 
   WarpTile<Shape> tile;
   const bool is_active =
@@ -97,27 +96,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
 }
 
-template <typename T, GroupedFfnTileId kId>
-cudaError_t launch_grouped_ffn_grad_hidden(const GroupedFfnBackwardKernelParams& params,
-                                           cudaStream_t stream) {
-  const GroupedFfnCudaParams& ffn = params.ffn.forward;
-  return launch_tiles<kId>(grouped_ffn_grad_hidden_kernel<T, typename TileShapeOf<kId>::Shape>,
-                           params, num_row_gemm_tiles(kId, ffn, ffn.expert_width), stream);
-}
+}  // namespace
 
-template <typename T>
 cudaError_t grouped_ffn_grad_hidden_sm80(GroupedFfnTileId id,
                                          const GroupedFfnBackwardKernelParams& params,
                                          cudaStream_t stream) {
-  switch (id) {
-    case GroupedFfnTileId::kLarge:
-      return launch_grouped_ffn_grad_hidden<T, GroupedFfnTileId::kLarge>(params, stream);
-    case GroupedFfnTileId::kMedium:
-      return launch_grouped_ffn_grad_hidden<T, GroupedFfnTileId::kMedium>(params, stream);
-    case GroupedFfnTileId::kSmall:
-      return launch_grouped_ffn_grad_hidden<T, GroupedFfnTileId::kSmall>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  const GroupedFfnCudaParams& ffn = params.ffn.forward;
+  return dispatch_tile(ffn.dtype, id, [&]<typename T, GroupedFfnTileId kId>() {
+    return launch_tiles<kId>(grouped_ffn_grad_hidden_kernel<T, TileShapeOf<kId>>, params,
+                             num_row_gemm_tiles(kId, ffn, ffn.expert_width), stream);
+  });
 }
 
 }  // namespace sparse_unified

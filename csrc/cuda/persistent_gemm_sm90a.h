@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// The shell of the GEMMs for Hopper: a persistent, warp-specialised kernel, one CTA per SM, that
+// strides over its tiles by the size of the grid. Three warpgroups:
+//   producer   fills the stages of a ring in shared memory (Gemm::produce)
+//   consumers  two of them, 64 rows of the tile each: wgmma m64nNk16 over the stages, N / 2 fp32
+//              accumulators a thread, then the epilogue (Gemm::store)
+// A stage has two mbarriers: full (the producer's copies have landed) and empty (all consumer warps
+// have released it). Registers move from the producer to the consumers.
+//
+// With kBlocks = 2 the CTAs of a cluster take neighbouring tiles of rows and share the boxes of
+// weights by multicast; where a group has no second tile, that CTA only releases the stages.
+//
+// A Gemm is a type with
+//   T, Params, Tile         element type, kernel parameters, coordinates of one tile
+//   kBlocks, kStages        CTAs of a cluster, stages of the ring
+//   kColumns                N of the product
+//   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
+//   kMayBeEmpty             a tile may have no stage, and is then zero
+//   kAllowsNextKernel       the next kernel may start (programmatic dependent launch)
+//   kFences                 operands are written by cp.async, so that consumers fence the async
+//   proxy kProducerRegisters, kConsumerRegisters, kProducerWarps, kFullArrivals kStageBytes,
+//   kOutBytes  shared memory of a stage, and of the epilogue of both consumers
+//   find<kIsProducer>(params, idx, tile) -> whether there is a tile `idx`
+//   num_stages(params, tile), steps(params, k)   stages of a tile, k16 steps of stage k that count
+//   prefetch(params), produce(params, shared, ring)
+//   operands(stage, consumer) -> StageOperands, store(params, tile, d, consumer), finish()
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/grouped_ffn_sm90a.h"
+#include "device/launch.h"
+#include "device/mainloop_sm90a.h"
+#include "device/tile_scheduler.h"
+#include "device/warpgroup.h"
+
+namespace sparse_unified {
+
+constexpr int kTileRows = kSm90aTileRows;
+constexpr int kTileK = kStageK;
+static_assert(kTileK == kSm90aTileK);
+constexpr int kNumConsumers = 2;
+constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupSize;
+constexpr int kConsumerRows = kTileRows / kNumConsumers;
+static_assert(kConsumerRows == 64, "the M of wgmma");
+constexpr int kConsumerWarps = kNumConsumers * kWarpgroupSize / kWarpSize;
+
+// A stage of an operand, in tiles of 64 elements (128 bytes) by 64: boxes of TMA.
+constexpr int kBoxElements = 64;
+constexpr int kBoxBytes = kTileK * kSwizzleRowBytes;
+
+// Shared memory: stages, tiles on their way out, barriers.
+template <class Gemm>
+struct SharedLayout {
+  using Ring = RingBarriers<Gemm::kStages, Gemm::kBlocks>;
+  static constexpr int kOutOffset = Gemm::kStages * Gemm::kStageBytes;
+  static constexpr int kBarrierOffset = kOutOffset + Gemm::kOutBytes;
+  static constexpr int kBytes = kBarrierOffset + Ring::kBytes;
+  static_assert(kBytes <= 227 * 1024);
+};
+
+// What Gemms over tiles of grouped rows share. A slot, the tile's place in padded rows, takes a
+// second look at the groups when CTAs form clusters: who needs none says so.
+template <int kNumBlocks, bool kProducerFindsSlot, bool kConsumerFindsSlot>
+struct RowTiles {
+  using Tile = RowTile;
+  static constexpr int kBlocks = kNumBlocks;
+  static constexpr bool kMayBeEmpty = false;
+
+  template <bool kIsProducer, class Params>
+  static SPARSE_UNIFIED_DEVICE bool find(const Params& params, int idx, RowTile& tile) {
+    return find_row_tile<kTileRows, kBlocks, kIsProducer ? kProducerFindsSlot : kConsumerFindsSlot>(
+        params.expert_offsets, params.num_experts, params.num_rows, params.num_n, idx, tile);
+  }
+  template <class Params>
+  static SPARSE_UNIFIED_DEVICE int num_stages(const Params& params, const RowTile&) {
+    return params.num_k;
+  }
+};
+
+// body(tile) for every tile of this CTA.
+template <class Gemm, bool kIsProducer, class Body>
+SPARSE_UNIFIED_DEVICE void for_each_tile(const typename Gemm::Params& params, const Body& body) {
+  typename Gemm::Tile tile;
+  for (int idx = first_tile<Gemm::kBlocks>(); Gemm::template find<kIsProducer>(params, idx, tile);
+       idx += tile_step<Gemm::kBlocks>()) {
+    body(tile);
+  }
+}
+
+template <class Gemm>
+SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t shared,
+                                   const typename SharedLayout<Gemm>::Ring& ring) {
+  const int consumer = warp_idx() / 4 - 1;
+  RingPosition<Gemm::kStages> at;
+  for_each_tile<Gemm, false>(params, [&](const typename Gemm::Tile& tile) {
+    const int num_stages = Gemm::num_stages(params, tile);
+    if constexpr (Gemm::kBlocks > 1) {
+      if (!tile.has_rows()) return skip_stages(num_stages, ring, at);
+    }
+    float d[Gemm::kColumns / 2];
+    if constexpr (Gemm::kMayBeEmpty) {
+      if (num_stages == 0) {
+#pragma unroll
+        for (float& value : d) value = 0.0f;
+      }
+    }
+    multiply_stages<typename Gemm::T, Gemm::kColumns, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
+        d, num_stages, ring, at,
+        [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
+        [&](int k) { return Gemm::steps(params, k); });
+    Gemm::store(params, tile, d, consumer);
+  });
+  Gemm::finish();
+}
+
+template <class Gemm>
+__global__ void __launch_bounds__(kNumThreads, 1)
+    persistent_gemm(const __grid_constant__ typename Gemm::Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(SPARSE_UNIFIED_EMULATION)
+  using Layout = SharedLayout<Gemm>;
+  const uint32_t shared = shared_address(dynamic_shared_memory());
+  const typename Layout::Ring ring{shared + Layout::kBarrierOffset};
+  if (threadIdx.x == 0) {
+    ring.init(Gemm::kFullArrivals, kConsumerWarps);
+    Gemm::prefetch(params);
+  }
+  sync_blocks<Gemm::kBlocks>();
+  if constexpr (Gemm::kAllowsNextKernel) allow_next_kernel();
+  if (warp_idx() < kWarpgroupSize / kWarpSize) {
+    decrease_registers<Gemm::kProducerRegisters>();
+    if (warp_idx() < Gemm::kProducerWarps) Gemm::produce(params, shared, ring);
+  } else {
+    increase_registers<Gemm::kConsumerRegisters>();
+    consume<Gemm>(params, shared, ring);
+  }
+  if constexpr (Gemm::kBlocks > 1) sync_cluster();
+#else
+  device_check(false);
+#endif
+}
+
+template <class Gemm>
+cudaError_t launch_persistent_gemm(const typename Gemm::Params& params, int64_t num_tiles,
+                                   const DeviceInfo& device, cudaStream_t stream,
+                                   bool overlaps_previous = false) {
+  LaunchConfig config{};
+  config.grid = dim3(num_persistent_blocks(num_tiles, device.num_multiprocessors, Gemm::kBlocks));
+  config.cluster_blocks = Gemm::kBlocks;
+  config.num_threads = kNumThreads;
+  config.shared_bytes = SharedLayout<Gemm>::kBytes;
+  config.stream = stream;
+  config.overlaps_previous = overlaps_previous;
+  return launch(persistent_gemm<Gemm>, config, params);
+}
+
+}  // namespace sparse_unified
