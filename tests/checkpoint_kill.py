@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes again and again in child processes that are killed; run by test_checkpoint_atomic.
 
-Usage: checkpoint_kill.py convert|prune DENSE ROOT. Prints one JSON object: how many runs died, how
-many left the target absent, and how many left it complete. Any other state is an error. Children
-are forked from a process that has not run a torch op yet, which keeps a run at a few milliseconds.
+Usage: checkpoint_kill.py convert|prune DENSE ROOT STRIDE, to die at every STRIDE-th call. Prints
+one JSON object: how many runs died, how many left the target absent, and how many left it complete.
+Any other state is an error. Children are forked from a process that has not run a torch op yet,
+which keeps a run at a few milliseconds.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def die_at_call(number: int) -> None:
         wrap(Path, name)
 
 
-def run(dense: Path, root: Path) -> dict[str, int]:
+def run(dense: Path, root: Path, stride: int) -> dict[str, int]:
     out = root / "out"
     leftover = root / ".out.partial"
     before = snapshot(dense)
@@ -90,10 +91,10 @@ def run(dense: Path, root: Path) -> dict[str, int]:
             counts["absent"] += 1
         return code == 0
 
-    # At every single call that touches the disk, until a run gets through.
+    # At calls that touch the disk, until a run gets through.
     number = 0
     while not check(os.waitpid(start(dense, out, partial(die_at_call, number)), 0)[1]):
-        number += 1
+        number += stride
     assert number > 50, number
 
     # And from outside, at any moment.
@@ -101,7 +102,7 @@ def run(dense: Path, root: Path) -> dict[str, int]:
     check(os.waitpid(start(dense, out, lambda: None), 0)[1])
     duration = time.perf_counter() - began
     generator = random.Random(0)
-    for _ in range(40):
+    for _ in range(40 // stride):
         child = start(dense, out, lambda: None)
         time.sleep(generator.uniform(0, 1.1 * duration))
         os.kill(child, signal.SIGKILL)
@@ -113,4 +114,4 @@ def run(dense: Path, root: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(run(Path(sys.argv[2]), Path(sys.argv[3]))) + "\n")
+    sys.stdout.write(json.dumps(run(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))) + "\n")

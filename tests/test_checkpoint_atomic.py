@@ -28,13 +28,21 @@ def sparsify(dense: Path, out: Path) -> None:
     convert(dense, out, num_experts=4, top_k=2)
 
 
-@pytest.mark.parametrize("operation", ["convert", "prune"])
+@pytest.mark.parametrize(
+    ("operation", "stride"),
+    [
+        ("convert", 8),
+        pytest.param("convert", 1, marks=pytest.mark.slow),
+        pytest.param("prune", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_kill_9_at_any_point_leaves_the_target_absent_or_complete(
-    operation: str, tmp_path: Path
+    operation: str, stride: int, tmp_path: Path
 ) -> None:
     dense = make_dense(tmp_path / "dense", num_layers=3, width=16)
+    script = [str(HERE / "checkpoint_kill.py"), operation, str(dense), str(tmp_path), str(stride)]
     done = subprocess.run(
-        [sys.executable, str(HERE / "checkpoint_kill.py"), operation, str(dense), str(tmp_path)],
+        [sys.executable, *script],
         env=child_environment(),
         capture_output=True,
         text=True,
@@ -42,9 +50,9 @@ def test_kill_9_at_any_point_leaves_the_target_absent_or_complete(
     )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert counts["killed"] > 60
-    assert counts["absent"] > 50
-    assert counts["leftovers"] > 50
+    assert counts["killed"] > 60 // stride
+    assert counts["absent"] > 50 // stride
+    assert counts["leftovers"] > 40 // stride
 
 
 def test_weights_are_on_the_disk_before_they_get_their_name(

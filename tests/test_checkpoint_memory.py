@@ -17,6 +17,7 @@ HIDDEN, WIDTH, LAYERS = 512, 4096, 6
 PROJECTION = HIDDEN * WIDTH * 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_peak_memory_is_a_few_projections(tmp_path: Path) -> None:
     big = make_dense(

@@ -35,6 +35,7 @@ def run(what: str, tmp_path: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_at_any_call_leaves_the_target_absent_or_complete(tmp_path: Path) -> None:
     counts = run("fail", tmp_path)
     assert counts["convert refused"] > 30
@@ -42,6 +43,7 @@ def test_a_disk_that_fails_at_any_call_leaves_the_target_absent_or_complete(tmp_
     assert counts["invert refused"] > 20
 
 
+@pytest.mark.slow
 def test_of_conversions_to_one_target_at_once_exactly_one_is_done(tmp_path: Path) -> None:
     assert run("race", tmp_path) == {"done": 40, "refused": 80}
 

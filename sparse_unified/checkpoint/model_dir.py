@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from sparse_unified._common import optional
-from sparse_unified.checkpoint.attention import check_attention
 from sparse_unified.checkpoint.files import is_plain_name, read_json
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
@@ -205,8 +204,6 @@ class Checkpoint:
     def check_recipe(self) -> list[str]:
         """Returns a sentence for each thing in the keys that the recipe does not account for."""
         problems = []
-        if self.left is not None:
-            problems += check_attention(self.left, self._specs, self.llm_config)
         for step in self.recipe.steps if self.recipe is not None else ():
             config = step.config
             if not isinstance(config, MoEConfig):

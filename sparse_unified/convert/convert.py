@@ -44,7 +44,7 @@ from sparse_unified.checkpoint.sidecar import (
     tool_version,
     write_sidecar,
 )
-from sparse_unified.checkpoint.surroundings import require_surroundings
+from sparse_unified.convert.schema import require_model
 from sparse_unified.experts import (
     ExpertLayout,
     Partition,
@@ -260,7 +260,7 @@ def _plan_layouts(
     """Returns the neuron ranges of each layer that is to be split, ascending."""
     if component not in keys.FFN_NAMES:
         raise ValueError(f"{WHAT}: component must be gen or und, got {component!r:.120}")
-    require_surroundings(source)
+    require_model(source)
     ffns = source.ffns.get(component, {})
     if not ffns:
         raise ValueError(

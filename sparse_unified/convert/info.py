@@ -24,7 +24,7 @@ from sparse_unified.checkpoint.shapes import (
     scan_ffns,
 )
 from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
-from sparse_unified.checkpoint.surroundings import check_surroundings
+from sparse_unified.convert.schema import check_model
 
 # Group of keys outside the language model -> the component it counts to.
 _GROUPS: Mapping[str, str] = {
@@ -164,7 +164,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
         problems += source.check_recipe() if not problems else []
     except ValueError as error:
         problems.append(str(error))
-    problems = list(dict.fromkeys(check_surroundings(source) + problems))
+    problems = list(dict.fromkeys(check_model(source) + problems))
 
     layouts = [ffn.layout for layers in ffns.values() for ffn in layers.values()]
     counts = {layout.num_experts for layout in layouts if layout is not None}

@@ -34,7 +34,7 @@ from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
 from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
 from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.checkpoint.surroundings import require_surroundings
+from sparse_unified.convert.schema import require_model
 from sparse_unified.surgery.cuts import (
     GONE,
     Cuts,
@@ -127,7 +127,7 @@ def prune(
     if not listed:
         raise ValueError(f"{WHAT}: modes must name at least one, got none")
     experts = source.experts  # refuses whatever disagrees
-    require_surroundings(source)
+    require_model(source)
     cuts, after, steps = _plan(source, listed, scores, seed)
     sizes = {key: spec.shape for key, spec in source.specs.items()}
     left = sizes_left(sizes, cuts)
