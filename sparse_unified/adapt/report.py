@@ -16,7 +16,7 @@ from sparse_unified.adapt.memory import MemoryEstimate
 from sparse_unified.checkpoint.files import loads_strict, replace_file
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
-_WRITE_EVERY = 1.0  # seconds
+_FLUSH_EVERY = 1.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +174,7 @@ class Plan(Report):
 class TrainingLog:
     """Appends what the steps did to `log.jsonl` of a directory, and to `tensorboard/` if asked.
 
-    Steps are written a second's worth at a time, before a state is saved, and at the end.
+    Steps reach the disk about once a second, before a state is saved, and at the end.
 
     Args:
         directory: of the run.
@@ -202,40 +202,32 @@ class TrainingLog:
             )
         replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._stream = path.open("a", encoding="utf-8")
-        self._waiting: list[StepRecord] = []
-        self._written_at = time.monotonic()
+        self._flushed_at = time.monotonic()
 
     def write(self, record: StepRecord) -> None:
         """Logs one step."""
-        self._waiting.append(record)
-        if time.monotonic() >= self._written_at + _WRITE_EVERY:
-            self._write_waiting()
+        values = record.to_dict()
+        self._stream.write(json.dumps(values) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                if name not in ("step", "expert_load"):
+                    self._events.add_scalar(name, value, record.step)
+        if time.monotonic() >= self._flushed_at + _FLUSH_EVERY:
+            self._stream.flush()
+            self._flushed_at = time.monotonic()
 
     def sync(self) -> None:
         """Makes what was logged survive a crash of the machine."""
-        self._write_waiting()
+        self._stream.flush()
         os.fsync(self._stream.fileno())
         if self._events is not None:
             self._events.flush()
 
     def close(self) -> None:
         """Writes what is left, and closes the files."""
-        self._write_waiting()
         self._stream.close()
         if self._events is not None:
             self._events.close()
-
-    def _write_waiting(self) -> None:
-        for record in self._waiting:
-            values = record.to_dict()
-            self._stream.write(json.dumps(values) + "\n")
-            if self._events is not None:
-                for name, value in values.items():
-                    if name not in ("step", "expert_load"):
-                        self._events.add_scalar(name, value, record.step)
-        self._stream.flush()
-        self._waiting.clear()
-        self._written_at = time.monotonic()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
