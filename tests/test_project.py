@@ -306,7 +306,7 @@ def test_top_level_names_are_there_and_cheap() -> None:
         "import sys, time, torch\n"
         "start = time.perf_counter(); import sparse_unified\n"
         "print(time.perf_counter() - start)\n"
-        "assert 'sparse_unified.swap' not in sys.modules\n"
+        "assert 'sparse_unified.surgery' not in sys.modules\n"
         "assert sparse_unified.MoEConfig().num_experts == 16\n"
     )
     seconds = subprocess.run(
