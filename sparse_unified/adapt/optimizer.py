@@ -35,6 +35,12 @@ def this_process() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def wait_for_all() -> None:
+    """Waits until every process is here."""
+    if num_processes() > 1:
+        dist.barrier()
+
+
 class Optimizer:
     """Master weights, gradients, moments and average of the trained parameters of a model.
 

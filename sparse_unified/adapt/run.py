@@ -26,7 +26,7 @@ from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.adapt.data import ImageDataset, open_records
 from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.memory import estimate
-from sparse_unified.adapt.optimizer import num_processes, this_process
+from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.report import LOG, AdaptReport, Plan, StepRecord, TrainingLog, read_lines
 from sparse_unified.adapt.saving import FACTS, WHAT, read_facts, write_adapted
 from sparse_unified.adapt.sequences import sequence_generator
@@ -77,6 +77,7 @@ def adapt(
     with ExitStack() as stack:
         if is_first:
             stack.enter_context(_own_directory(running, resume=run.resume))
+        wait_for_all()  # latents of others are written into the directory
         state = _latest_state(running) if run.resume else None
         if state is not None:
             trainer.load(state)

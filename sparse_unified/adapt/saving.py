@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_unified._common import Progress
@@ -27,8 +26,8 @@ from sparse_unified.adapt.optimizer import (
     Optimizer,
     gather,
     local_rows,
-    num_processes,
     this_process,
+    wait_for_all,
 )
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
 from sparse_unified.checkpoint.files import atomic_directory, read_json, write_text
@@ -93,7 +92,7 @@ def save_state(
             header = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
             content = {**header, **facts, "crc32": checksum}
             write_text(partial / FACTS, json.dumps(content, indent=2) + "\n")
-    _wait_for_all()
+    wait_for_all()
 
 
 def load_state(
@@ -202,11 +201,6 @@ def _finite_bytes(tensor: Tensor, key: str) -> Any:
     return as_bytes(tensor)
 
 
-def _wait_for_all() -> None:
-    if num_processes() > 1:
-        dist.barrier()
-
-
 def write_adapted(
     source: Checkpoint,
     out: str | os.PathLike[str],
@@ -241,7 +235,7 @@ def write_adapted(
             for key in header.tensors:
                 if key in trained:
                     trained.read(key)  # takes part in gathering it
-        _wait_for_all()
+        wait_for_all()
         return
     recipe = (source.recipe or Recipe()).then(Step(config=config, scores=None, tool=tool_version()))
 
@@ -262,7 +256,7 @@ def write_adapted(
         finish=lambda partial: Checkpoint(partial).experts,
         progress=progress,
     )
-    _wait_for_all()
+    wait_for_all()
 
 
 class _TrainedTensors:
