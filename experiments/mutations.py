@@ -303,8 +303,8 @@ CUDA_KERNELS = (
 PACKAGE = (
     python(
         "ops/grouped_ffn.py",
-        "any(ctx.needs_input_grad[3:6])",
-        "any(ctx.needs_input_grad[3:5])",
+        "any(needs[3:6])",
+        "any(needs[3:5])",
         *k("each_argument"),
     ),
     python(
@@ -313,7 +313,7 @@ PACKAGE = (
         "x.new_empty((x.shape[0], x.shape[1]))",
         *k("opcheck"),
     ),
-    python("ops/grouped_ffn.py", 'refuse_gradient("grouped_ffn_backward")', "", *k("second")),
+    python("ops/registration.py", 'refuse_gradient(f"{op}_backward")', "", *k("second")),
     python("nn/sparse_moe.py", "weights = 1 + topk_logits", "weights = topk_logits", MOE),
     python(
         "nn/sparse_moe.py",
