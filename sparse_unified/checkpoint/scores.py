@@ -231,7 +231,12 @@ def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | Lay
 
 def _by_layer(scores: LayerScores, num_layers: int, what: str) -> dict[int, Tensor]:
     if isinstance(scores, Mapping):
-        return {_layer_index(layer, what): as_scores(value) for layer, value in scores.items()}
+        found = {}
+        for layer, value in scores.items():
+            with naming(f"{what}: layer {layer}"):
+                tensor = as_scores(value)
+            found[_layer_index(layer, what)] = tensor
+        return found
     with naming(what):
         scores = as_scores(scores)
     if scores.ndim != 2 or scores.shape[0] != num_layers:
