@@ -30,7 +30,7 @@ from sparse_unified import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.checkpoint import convert, info, prune, verify
+from sparse_unified.checkpoint import Part, convert, info, prune, verify
 from sparse_unified.checkpoint.recipe import parse_recipe
 
 
@@ -229,6 +229,16 @@ def test_verify_names_what_was_changed_since(
     assert not report.ok
     with pytest.raises(AssertionError, match=match):
         raise AssertionError(report.to_text())
+
+
+def test_verify_sees_keys_of_what_is_skipped(dense: Path, tmp_path: Path) -> None:
+    prune(dense, tmp_path / "out", [SkipLayersConfig(layers=[1], part=Part.ATTENTION)])
+    key = "language_model.model.layers.1.self_attn.q_norm.weight"
+    assert verify(tmp_path / "out", dense).ok
+    edit_weights(tmp_path / "out", lambda weights: weights.update({key: torch.ones(8)}))
+    report = verify(tmp_path / "out", dense)
+    assert not report.ok
+    assert f"{key}: must not be there" in report.to_text()
 
 
 def test_verify_sees_a_neuron_that_was_changed_before_it_became_an_expert(

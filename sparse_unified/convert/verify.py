@@ -19,6 +19,7 @@ import torch
 from sparse_unified._common import Progress, Report, format_layers, format_table
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.safetensors_io import read_words
 from sparse_unified.checkpoint.shapes import LayerShape, ffn_parts
 from sparse_unified.convert.compare import (
@@ -346,6 +347,9 @@ def _judge_change(
         kept, total = len(new), len(old)
         removed = [place for place, head in enumerate(old) if head not in new]
         problems = _compare_heads(here, there, change) if kept else []
+    if not kept:
+        over = [key for key in here.specs if key.startswith(change.prefixes())]
+        problems = [f"{key}: must not be there, as {RECIPE} says it is skipped" for key in over[:1]]
     return PrunedVerdict(
         component=change.component,
         layer=change.layer,
