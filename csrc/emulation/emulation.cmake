@@ -14,9 +14,9 @@ endif()
 
 set(emulation_sanitize -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined
                        -fno-sanitize-recover=all)
-# Sources that hold kernels, and the emulator itself. Variables that nobody sets start as 0xfefe...
+# Sources that hold kernels, and the emulator itself. Uninitialised variables start as 0xfefe...
 # where the shapes are small anyway. The hooks of the thread sanitizer do not see the memcpy and
-# memset that loops were turned into, nor do they have the atomics that guard statics of the host.
+# memset that loops were turned into, nor do they have the atomics that guard static variables of the host.
 set(emulation_kernel_flags_plain -O2 -g1)
 set(emulation_kernel_flags_sanitized ${emulation_sanitize} -ftrivial-auto-var-init=pattern)
 set(emulation_kernel_flags_race -O2 -g1 -ftrivial-auto-var-init=pattern -fsanitize=thread

@@ -95,7 +95,7 @@ class Kind(NamedTuple):
     """A tensor of `FfnSums`.
 
     Attributes:
-        shape: a letter a dimension: R ranges, I neurons, B bytes of I bits, S samples, n inputs, D.
+        shape: a letter a dimension: R ranges, I neurons, B bytes of I bits, S samples, T tokens of inputs, D.
         is_summed: merging adds it; else it joins it along the first dimension.
     """
 
@@ -112,8 +112,8 @@ TENSORS: Mapping[str, Kind] = {
     "num_fired": Kind(torch.float64, "RI", is_summed=True),
     "sample_tokens": Kind(torch.int64, "SR"),
     "active": Kind(torch.uint8, "SRB"),
-    "inputs": Kind(torch.bfloat16, "nD"),
-    "input_draws": Kind(torch.int64, "n"),
+    "inputs": Kind(torch.bfloat16, "TD"),
+    "input_draws": Kind(torch.int64, "T"),
 }
 
 
@@ -182,7 +182,7 @@ class FfnSums:
             "I": width,
             "B": (width + 7) // 8,
             "S": num_samples,
-            "n": min(config.num_inputs, int(self.tokens.sum())),
+            "T": min(config.num_inputs, int(self.tokens.sum())),
             "D": [0, *self.inputs.shape][-1],
         }
         for name, kind in TENSORS.items():
