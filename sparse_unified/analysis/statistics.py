@@ -95,7 +95,8 @@ class Kind(NamedTuple):
     """A tensor of `FfnSums`.
 
     Attributes:
-        shape: a letter a dimension: R ranges, I neurons, B bytes of I bits, S samples, T tokens of inputs, D.
+        shape: a letter a dimension: R ranges, I neurons, B bytes of I bits, S samples, T tokens
+            whose inputs are kept, D hidden.
         is_summed: merging adds it; else it joins it along the first dimension.
     """
 

@@ -101,7 +101,7 @@ def rewrite(
 
     Raises:
         ValueError: the target exists or has no parent.
-        RuntimeError: reading or writing failed, there is no room, or the source changed meanwhile;
+        RuntimeError: reading or writing failed, there is no room, or the source got shorter;
             nothing is left under `out`.
     """
     files = _plan_files(source, edits, headers)
