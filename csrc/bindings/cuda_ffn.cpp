@@ -68,15 +68,15 @@ void CudaFfn::refuse(const std::string& reason) const {
 
 Tensor CudaFfn::forward(void* gate_rows, void* up_rows) const {
   const DeviceInfo& device = context_.device();
-  refuse(grouped_ffn_cuda_refusal(params_, device));
+  if constexpr (kHasCuda) refuse(grouped_ffn_cuda_refusal(params_, device));
   if (params_.expert_width == 0) return zeros(x_, {params_.num_rows, x_.size(1)});
   Tensor y = empty_like_sized(x_, {params_.num_rows, x_.size(1)});
   GroupedFfnCudaParams params = params_;
   params.gate_rows = gate_rows;
   params.up_rows = up_rows;
   params.y = y.mutable_data_ptr();
-  Tensor workspace = context_.workspace(grouped_ffn_cuda_workspace_bytes(params, device));
   context_.launch([&](cudaStream_t stream) {
+    Tensor workspace = context_.workspace(grouped_ffn_cuda_workspace_bytes(params, device));
     return grouped_ffn_cuda(params, device, workspace.mutable_data_ptr(), stream);
   });
   return y;
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tens
                                                              bool needs_weights) const {
   check_ffn_gradients(op_, x_, params_.num_rows, params_.expert_width, grad_y, gate_rows, up_rows);
   const DeviceInfo& device = context_.device();
-  refuse(grouped_ffn_backward_cuda_refusal(params_, device));
+  if constexpr (kHasCuda) refuse(grouped_ffn_backward_cuda_refusal(params_, device));
   grad_y = contiguous_vector_rows(grad_y);
   gate_rows = contiguous_vector_rows(gate_rows);
   up_rows = contiguous_vector_rows(up_rows);
@@ -121,9 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tens
         .grad_down_proj = needs_weights ? grad_down_proj.mutable_data_ptr() : nullptr};
     params.forward.gate_rows = gate_rows.data_ptr();
     params.forward.up_rows = up_rows.data_ptr();
-    Tensor workspace =
-        context_.workspace(grouped_ffn_backward_cuda_workspace_bytes(params, device));
     context_.launch([&](cudaStream_t stream) {
+      Tensor workspace =
+          context_.workspace(grouped_ffn_backward_cuda_workspace_bytes(params, device));
       return grouped_ffn_backward_cuda(params, device, workspace.mutable_data_ptr(), stream);
     });
   }
