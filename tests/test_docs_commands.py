@@ -277,6 +277,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": bagel_names,
     "adaptation.md": adaptation_names,
     "analysis.md": analysis_names,
+    "kernels.md": dict,
     "quickstart.md": bagel_names,
     "serving.md": bagel_names,
 }

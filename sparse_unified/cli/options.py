@@ -49,7 +49,10 @@ def add_options(
         parameter = parameters[name]
         annotation = parameter.annotation
         if isinstance(annotation, str):
-            annotation = eval(annotation, vars(sys.modules[source.__module__]))
+            # Of this parameter alone: others may name what only a type checker imports.
+            alone = types.SimpleNamespace(__annotations__={name: annotation})
+            module = sys.modules[source.__module__]
+            annotation = typing.get_type_hints(alone, vars(module))[name]
         required = parameter.default is inspect.Parameter.empty
         default = None if required or unset else plain(parameter.default)
         made = {"dest": name, **_type_of(name, annotation, parameter.default)}
