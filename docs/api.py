@@ -36,14 +36,14 @@ def signature(value: object) -> str:
         text = str(inspect.signature(value))
     except (TypeError, ValueError):
         return ""
-    # Defaults without a repr of their own show where they lie in memory.
+    # Annotations are strings. Defaults without a repr of their own show where they lie in memory.
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
     return re.sub(r"<(\w[\w.]*)[^<>]* at 0x[0-9a-f]+>", r"<\1>", text)
 
 
 def describe(name: str, value: object) -> Iterator[str]:
     """Yields the lines of one public name and, of a class, of its public methods."""
     yield f"### {name}"
-    yield ""
     yield "```text"
     yield f"{name}{signature(value)}"
     text = inspect.getdoc(value) if isinstance(value, type) or callable(value) else None

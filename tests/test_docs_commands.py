@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command and every piece of Python in the documents is run, on models of a few kilobytes.
 
-A document is read from the top in a folder of its own, where the models, pictures and files that it
+A document is read from the top in a folder of its own, where the models, images and files that it
 names lie. What makes it small is stated below and nothing else is changed: REPLACED in what is
 written, ADDED to the options, and NOT_RUN, the commands that are only looked up, with the reason.
 """
@@ -119,7 +119,7 @@ def arguments_of(command: str) -> list[str]:
         text = bare
     words = shlex.split(text)[1:]
     words += OPEN.get(words[0], ()) if "[" in command else ()
-    tiny = words[:2] == ["generate", "model"]  # of mini write, whose pictures have 8 pixels
+    tiny = words[:2] == ["generate", "model"]  # of mini write, whose images have 8 pixels
     return [*words, *(() if tiny else ADDED.get(words[0], ()))]
 
 
@@ -136,9 +136,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune(dense, root / "PRUNED", [SkipLayersConfig(component="und", layers=[1])])
     for name in ("MODEL", "DENSE"):
         shutil.copytree(dense, root / name)
-    for picture in analysis_models.pictures(root / "pictures", 2, size=(48, 32)):
+    for picture in analysis_models.pictures(root / "images", 2, size=(48, 32)):
         picture.with_suffix(".txt").write_text("a bench")
-    shutil.copy(root / "pictures" / "0.png", root / "room.png")
+    shutil.copy(root / "images" / "0.png", root / "room.png")
     (root / "FILE").write_text("a bench\na dog\n")
     for name in ("miniature.json", "miniature.md"):
         shutil.copy(ROOT / "docs" / name, root / name)
