@@ -51,7 +51,8 @@ from sparse_unified.checkpoint import (
     prune,
     verify,
 )
-from sparse_unified.checkpoint.safetensors_io import FileWriter, build_header
+from sparse_unified.checkpoint.files import create_file, write_all
+from sparse_unified.checkpoint.safetensors_io import build_header, encode_header
 
 LIMIT_BYTES = 1_500_000_000
 NUM_LAYERS = 28
@@ -103,12 +104,13 @@ def write_dense(directory: Path, num_layers: int) -> None:
     directory.mkdir()
     header = build_header([(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()])
     generator = np.random.default_rng(0)
-    with FileWriter(directory / "ema.safetensors", header, lambda _: None) as writer:
+    with create_file(directory / "ema.safetensors") as target:
+        write_all(target, encode_header(header))
         for tensor in tensors.values():
             for start in range(0, tensor.numel(), _PIECE):
                 count = min(_PIECE, tensor.numel() - start)
                 bits = np.frombuffer(generator.bytes(2 * count), dtype=np.uint16)
-                writer.write(bits & _FREE | _FIXED)
+                write_all(target, bits & _FREE | _FIXED)
     vae = AutoEncoder(VAEConfig(), device="meta", dtype=torch.float32).state_dict()
     save_file({key: torch.ones(t.shape) for key, t in vae.items()}, directory / "ae.safetensors")
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

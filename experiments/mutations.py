@@ -444,9 +444,21 @@ PACKAGE = (
         "tests/test_hostile_headers.py",
     ),
     python(
-        "checkpoint/safetensors_io.py",
-        "os.fsync(self._stream.fileno())",
-        "pass",
+        "checkpoint/files.py",
+        "yield handle\n        os.fsync(handle)",
+        "yield handle",
+        "tests/test_checkpoint_atomic.py",
+    ),
+    python(
+        "checkpoint/files.py",
+        "if old != new:",
+        "if False:",
+        "tests/test_checkpoint_atomic.py",
+    ),
+    python(
+        "checkpoint/rewrite.py",
+        "        source.refuse_change()\n",
+        "",
         "tests/test_checkpoint_atomic.py",
     ),
     python(

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from checkpoint_files import child_environment, make_dense, snapshot
 from safetensors.torch import save_file
 
-from sparse_unified.checkpoint import Checkpoint, PruneWidthConfig, convert, invert, prune
+from sparse_unified.checkpoint import Checkpoint, PruneWidthConfig, convert, invert, prune, verify
 from sparse_unified.checkpoint.files import MARKER, atomic_directory, partial_path
 
 HERE = Path(__file__).parent
@@ -262,13 +263,16 @@ def test_file_systems_without_range_copies_work_too(
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
-def test_links_of_a_hub_cache_are_followed_and_circles_refused(tmp_path: Path) -> None:
+def test_links_of_a_hub_cache_are_followed_and_circles_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     real = make_dense(tmp_path / "blobs")
-    linked = tmp_path / "snapshot"
-    linked.mkdir()
-    for path in real.iterdir():
-        (linked / path.name).symlink_to(path)
+    linked = tmp_path / "snapshots" / "1"
+    for name in snapshot(real):
+        (linked / name).parent.mkdir(parents=True, exist_ok=True)
+        (linked / name).symlink_to(real / name)
     sparsify(linked, tmp_path / "a")
+    assert not caplog.records
     assert not any(path.is_symlink() for path in (tmp_path / "a").rglob("*"))
     assert Checkpoint(tmp_path / "a").experts
     invert(tmp_path / "a", tmp_path / "b")
@@ -285,3 +289,58 @@ def test_links_of_a_hub_cache_are_followed_and_circles_refused(tmp_path: Path) -
     os.mkfifo(linked / "pipe")
     with pytest.raises(ValueError, match="pipe must be a file or a directory"):
         sparsify(linked, tmp_path / "c")
+
+
+def replace_by_rename(path: Path, data: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(data)
+    other.replace(path)
+
+
+CHANGES: dict[str, Callable[[Path, bytes], object]] = {
+    "replaced": replace_by_rename,
+    "rewritten": lambda path, data: path.write_bytes(data),
+    "cut short": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "removed": lambda path, data: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    dense = make_dense(root / "dense", num_shards=2)
+    sparsify(dense, root / "sparse")
+    return {"dense": dense, "sparse": root / "sparse"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("moment", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "llm_config.json"])
+@pytest.mark.parametrize("operation", ["convert", "prune", "invert", "verify", "against"])
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    operation: str, name: str, moment: float, change: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    dense = Path(shutil.copytree(sources["dense"], tmp_path / "dense"))
+    sparse = Path(shutil.copytree(sources["sparse"], tmp_path / "sparse"))
+    path = (sparse if operation in ("invert", "verify") else dense) / name
+    done = []
+
+    def progress(read: int, total: int) -> None:
+        if read >= moment * total and not done:
+            done.append(path.stat())
+            data = path.read_bytes()
+            CHANGES[change](path, data[:-1] + bytes([data[-1] ^ 1]))
+
+    run: dict[str, Callable[[], object]] = {
+        "convert": lambda: convert(
+            dense, tmp_path / "out", num_experts=4, top_k=2, progress=progress
+        ),
+        "prune": lambda: prune(dense, tmp_path / "out", PruneWidthConfig(), progress=progress),
+        "invert": lambda: invert(sparse, tmp_path / "out", progress=progress),
+        "verify": lambda: verify(sparse, dense, progress=progress),
+        "against": lambda: verify(sparse, dense, progress=progress),
+    }
+    with pytest.raises((ValueError, RuntimeError), match=rf"{name}.* must .*got"):
+        run[operation]()
+    assert done
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "sparse"}

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 
+from sparse_unified.checkpoint.files import create_file, write_all
 from sparse_unified.checkpoint.safetensors_io import (
     DTYPES,
-    FileWriter,
     Header,
     build_header,
+    encode_header,
     read_header,
     read_tensor,
 )
@@ -53,9 +54,10 @@ def test_reads_what_the_official_library_writes(tmp_path: Path) -> None:
 def test_the_official_library_reads_what_the_writer_writes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     entries = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in TENSORS.items()]
-    with FileWriter(path, build_header(entries, {"ключ": "é\n"}), lambda _: None) as writer:
+    with create_file(path) as target:
+        write_all(target, encode_header(build_header(entries, {"ключ": "é\n"})))
         for tensor in TENSORS.values():
-            writer.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            write_all(target, tensor.reshape(-1).view(torch.uint8).numpy())
     loaded = load_file(path)
     assert all(torch.equal(loaded[key], tensor) for key, tensor in TENSORS.items())
     assert read_header(path).metadata == {"ключ": "é\n"}

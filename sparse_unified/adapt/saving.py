@@ -30,14 +30,20 @@ from sparse_unified.adapt.optimizer import (
     wait_for_all,
 )
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
-from sparse_unified.checkpoint.files import atomic_directory, read_json, write_text
+from sparse_unified.checkpoint.files import (
+    atomic_directory,
+    create_file,
+    read_json,
+    write_all,
+    write_text,
+)
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
 from sparse_unified.checkpoint.safetensors_io import (
-    FileWriter,
     TensorSpec,
     as_bytes,
     build_header,
+    encode_header,
     read_header,
     read_tensor,
 )
@@ -84,11 +90,12 @@ def save_state(
         ]
         checksum = 0
         with atomic_directory(directory, what=WHAT) as partial:
-            with FileWriter(partial / TENSORS, build_header(entries), lambda _: None) as writer:
+            with create_file(partial / TENSORS) as target:
+                write_all(target, encode_header(build_header(entries)))
                 for key, tensor in tensors():
                     data = _finite_bytes(tensor, key)
                     checksum = zlib.crc32(data, checksum)
-                    writer.write(data)
+                    write_all(target, data)
             header = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
             content = {**header, **facts, "crc32": checksum}
             write_text(partial / FACTS, json.dumps(content, indent=2) + "\n")

@@ -5,43 +5,85 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import logging
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
+
+from sparse_unified._common import list_some
 
 logger = logging.getLogger(__name__)
 
 # The file that says that a partial directory is ours to remove.
 MARKER = "sparse_unified.partial"
+CHUNK_BYTES = 8 << 20
+# One call of the kernel copies at most this much, so that progress and Ctrl-C get their turn.
+_RANGE_BYTES = 64 << 20
+_NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name is a little longer
+_MOST_FILES = 100_000  # of a directory; links can make a few directories into millions
+
+# What tells a file from another one under its name: device, inode, bytes, ns of the last change.
+Stamp = tuple[int, int, int, int]
 
 
 # Reading
 
 
-def require_regular(path: Path) -> None:
-    """Raises ValueError for what never ends or waits for a writer: devices, pipes and sockets.
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Returns what changes when a file is replaced or rewritten."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    Links are followed, as those of a hub's cache are; OSError where there is nothing to follow.
+
+@contextmanager
+def open_source(path: Path, stamp: Stamp | None = None) -> Iterator[io.FileIO]:
+    """Opens a regular file to be read, unbuffered, and holds that it stays the same.
+
+    Args:
+        path: links are followed, as those of a hub's cache are.
+        stamp: of the file when reading began; by default it begins here.
+
+    Raises:
+        ValueError: there is nothing to read, or a device, pipe or socket, which may never end.
+        RuntimeError: the file is another one than `stamp` tells, now or when the block ends.
     """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path}: file must be a regular file, got {stat.filemode(mode)}")
+    try:
+        # Not to wait for the writer of a pipe.
+        stream = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except OSError as error:
+        raise ValueError(f"{path}: file must be readable, got {error.strerror}") from error
+    with stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            kind = stat.filemode(status.st_mode)
+            raise ValueError(f"{path}: file must be a regular file, got {kind}")
+        yield stream
+        refuse_change(path, stamp or stamp_of(status), os.fstat(stream.fileno()))
+
+
+def refuse_change(path: Path, stamp: Stamp, status: os.stat_result) -> None:
+    """Raises RuntimeError when a file is no longer the one that a stamp was taken of."""
+    for name, old, new in zip(
+        ("device", "inode", "size", "time of change"), stamp, stamp_of(status), strict=True
+    ):
+        if old != new:
+            raise RuntimeError(f"{path}: file must not change while it is read, got another {name}")
 
 
 def read_text(path: Path) -> str:
     """Reads a UTF-8 file without touching its line ends; raises ValueError when it is none."""
     try:
-        require_regular(path)
-        return path.read_bytes().decode("utf-8")
+        with open_source(path) as stream:
+            return stream.readall().decode("utf-8")
     except OSError as error:
         raise ValueError(f"{path}: file must be readable, got {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -68,6 +110,7 @@ def loads_strict(text: str, *, finite: bool = False) -> Any:
     """Parses JSON text with distinct keys, moderate nesting, and strings that can be encoded.
 
     Args:
+        text: what to parse.
         finite: refuse NaN and infinities, which Python's json writes and no standard knows.
 
     Raises:
@@ -92,10 +135,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r:.80} twice")
-            seen.add(key)
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r:.80} twice")
     return result
 
 
@@ -113,17 +154,13 @@ def is_plain_name(name: object) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlainFile:
-    """One file of a directory: its path inside the directory, where it lies, its size."""
+def list_files(
+    directory: Path, *, skip: Collection[str] = (), what: str
+) -> dict[str, os.stat_result]:
+    """Lists all files below a directory, `{path in it: status}`.
 
-    name: Path
-    source: Path
-    nbytes: int
-
-
-def list_files(directory: Path, *, skip: Collection[str] = (), what: str) -> list[PlainFile]:
-    """Lists all files below a directory, links followed as hub caches need it.
+    Links to files are followed, and links to directories that lie inside. What is taken from
+    elsewhere is logged, unless it is the hub's cache.
 
     Args:
         directory: the model directory.
@@ -131,59 +168,149 @@ def list_files(directory: Path, *, skip: Collection[str] = (), what: str) -> lis
         what: the operation, for messages.
 
     Raises:
-        ValueError: something is neither a file nor a directory, a link leads nowhere, or links
-            run in a circle.
+        ValueError: something can not be read or is neither a file nor a directory, or a link
+            leads nowhere, in a circle, or to a directory outside.
     """
-    found: list[PlainFile] = []
-
-    def visit(folder: Path, parents: tuple[Path, ...]) -> None:
-        real = folder.resolve()
-        if real in parents:
-            raise ValueError(f"{what}: links must not run in a circle, got {folder}")
-        for path in sorted(folder.iterdir()):
-            if folder == directory and path.name in skip:
-                continue
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise ValueError(
-                    f"{what}: {path} must be readable, got {error.strerror}"
-                ) from error
-            if stat.S_ISDIR(status.st_mode):
-                visit(path, (*parents, real))
-            elif stat.S_ISREG(status.st_mode):
-                name = path.relative_to(directory)
-                found.append(PlainFile(name=name, source=path, nbytes=status.st_size))
-            else:
-                raise ValueError(f"{what}: {path} must be a file or a directory, got neither")
-
-    visit(directory, ())
-    return found
+    found: dict[Path, os.stat_result] = {}
+    foreign = []
+    root = directory.resolve()
+    own = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    pending: list[tuple[Path, tuple[Path, ...]]] = [(directory, (root,))]
+    num_seen = 0
+    try:
+        while pending:
+            folder, parents = pending.pop()
+            for path in folder.iterdir():
+                if folder == directory and path.name in skip:
+                    continue
+                num_seen += 1
+                if num_seen > _MOST_FILES:
+                    raise ValueError(
+                        f"{what}: {directory} must hold at most {_MOST_FILES:,} files, got more"
+                    )
+                status, real = path.stat(), parents[-1] / path.name
+                if path.is_symlink():
+                    real = path.resolve()
+                    leaves = not any(map(real.is_relative_to, own))
+                    if leaves and stat.S_ISDIR(status.st_mode):
+                        raise ValueError(
+                            f"{what}: {path} must not be a link to a directory outside, got "
+                            f"{real}; copy what belongs to the model"
+                        )
+                    foreign += [f"{path} -> {real}"] * leaves
+                if stat.S_ISREG(status.st_mode):
+                    found[path.relative_to(directory)] = status
+                elif not stat.S_ISDIR(status.st_mode):
+                    raise ValueError(f"{what}: {path} must be a file or a directory, got neither")
+                elif real in parents:
+                    raise ValueError(f"{what}: links must not run in a circle, got {path}")
+                else:
+                    pending.append((path, (*parents, real)))
+    except OSError as error:
+        raise ValueError(
+            f"{what}: {error.filename} must be readable, got {error.strerror}"
+        ) from error
+    if foreign:
+        logger.warning("%s: links lead out of the directory: %s", what, list_some(foreign))
+    return {str(path): found[path] for path in sorted(found)}
 
 
 # Writing
 
 
+@contextmanager
+def create_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
+    """Creates a file, yields its descriptor, and syncs it when the block ends well.
+
+    Args:
+        path: nothing may be there, not even a link.
+        mode: its permissions, of which the umask takes its part.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        yield handle
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_all(
+    handle: int, data: bytes | np.ndarray, advance: Callable[[int], object] = lambda nbytes: None
+) -> None:
+    """Writes all of some bytes, or of a contiguous array.
+
+    Args:
+        handle: the descriptor of the file.
+        data: what to write.
+        advance: called with the number of bytes after each piece that is written.
+    """
+    view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
+    while view:
+        count = os.write(handle, view[:_RANGE_BYTES])
+        advance(count)
+        view = view[count:]
+
+
+def copy_range(
+    source: io.FileIO, start: int, nbytes: int, target: int, advance: Callable[[int], object]
+) -> None:
+    """Appends bytes of an open file to another, in the kernel where the file system can.
+
+    Args:
+        source: see `open_source`.
+        start: first byte.
+        nbytes: how many.
+        target: descriptor of the file that is written.
+        advance: called with the number of bytes after each piece that is copied.
+
+    Raises:
+        RuntimeError: the source ends early, as it does when another process cuts it short.
+    """
+    position, end = start, start + nbytes
+    in_kernel = hasattr(os, "copy_file_range")
+    while position < end:
+        count = 0
+        if in_kernel:
+            limit = min(end - position, _RANGE_BYTES)
+            try:
+                count = os.copy_file_range(source.fileno(), target, limit, offset_src=position)
+            except OSError as error:
+                if error.errno not in _NO_RANGE_COPY:
+                    raise
+            # Some file systems answer 0 where they cannot; reading decides whether it is the end.
+            in_kernel = count > 0
+            advance(count)
+        if count == 0:
+            data = os.pread(source.fileno(), min(end - position, CHUNK_BYTES), position)
+            if not data:
+                raise RuntimeError(
+                    f"{source.name}: file must not change while it is read, "
+                    f"got its end at byte {position}"
+                )
+            write_all(target, data, advance)
+            count = len(data)
+        position += count
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name of its own, syncs it, and moves it into place.
 
-    The mode of a file that was there stays.
+    The mode of a file that was there stays; a link is replaced, never written through.
 
     Raises:
         RuntimeError: the file system refuses; what was there before stays.
     """
-    partial: str | None = None
+    partial: Path | None = None
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        partial = Path(name)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(handle, view) :]
+            write_all(handle, data)
             os.fchmod(handle, _mode(path))
             os.fsync(handle)
         finally:
             os.close(handle)
-        Path(partial).replace(path)
+        partial.replace(path)
         partial = None
     except OSError as error:
         raise RuntimeError(
@@ -192,7 +319,7 @@ def replace_file(path: Path, data: bytes) -> None:
     finally:
         if partial is not None:
             with suppress(OSError):
-                Path(partial).unlink(missing_ok=True)
+                partial.unlink()
 
 
 def _mode(path: Path) -> int:
@@ -204,12 +331,10 @@ def _mode(path: Path) -> int:
         return 0o666 & ~mask
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small UTF-8 file, byte for byte as given, and syncs it."""
-    with path.open("xb") as stream:
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Creates a small UTF-8 file, byte for byte as given; see `create_file`."""
+    with create_file(path, mode=mode) as handle:
+        write_all(handle, text.encode())
 
 
 def partial_path(out: str | os.PathLike[str]) -> Path:
@@ -222,7 +347,9 @@ def partial_path(out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def atomic_directory(out: str | os.PathLike[str], *, what: str) -> Iterator[Path]:
+def atomic_directory(
+    out: str | os.PathLike[str], *, what: str, mode: int = 0o777
+) -> Iterator[Path]:
     """Yields an empty directory beside `out` that becomes `out` when the block ends well.
 
     The sibling `partial_path(out)` that holds it is locked while it is written, so two runs never
@@ -233,6 +360,7 @@ def atomic_directory(out: str | os.PathLike[str], *, what: str) -> Iterator[Path
     Args:
         out: the target, which must not exist; its parent must.
         what: the operation, for messages.
+        mode: permissions of `out`, of which the umask takes its part.
 
     Raises:
         ValueError: the target exists, its parent does not, or something that no run of ours left
@@ -257,12 +385,13 @@ def atomic_directory(out: str | os.PathLike[str], *, what: str) -> Iterator[Path
             shutil.rmtree(content)
         with (partial / MARKER).open("wb") as stream:
             os.fsync(stream.fileno())
-        content.mkdir()
+        content.mkdir(mode=mode | stat.S_IRWXU)
         yield content
         _sync_tree(content)
         _refuse_existing(target, what)
         content.rename(target)
-        _sync(target.parent)
+        with suppress(PermissionError):  # a parent may be written and not read
+            _sync(target.parent)
     except OSError as error:
         culprit = error.filename or target
         raise RuntimeError(
@@ -386,16 +515,3 @@ def _sync(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def require_room(directory: Path, nbytes: int, *, what: str) -> None:
-    """Raises RuntimeError when the file system has fewer than `nbytes` free.
-
-    Args:
-        directory: as `atomic_directory` yields it.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise RuntimeError(
-            f"{what}: {directory.parents[1]} must have {nbytes:,} bytes free, got {free:,}"
-        )

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_unified._common import optional
-from sparse_unified.checkpoint.files import is_plain_name, read_json
+from sparse_unified.checkpoint.files import is_plain_name, read_json, refuse_change, stamp_of
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec, read_header, read_tensor
@@ -63,6 +63,11 @@ class Checkpoint:
         self.index_file: Path | None = None
         self.headers: dict[str, Header] = {}
         try:
+            self._stamps = {
+                path: stamp_of(path.stat())
+                for path in self.directory.iterdir()
+                if path.suffix in (".json", ".safetensors") and path.exists()
+            }
             single = [name for name in SINGLE_FILES if (self.directory / name).exists()]
             if not single:
                 self.index_file = _find_index(self.directory)
@@ -88,7 +93,17 @@ class Checkpoint:
 
     def read(self, key: str) -> Tensor:
         """Reads one tensor to the CPU, into memory of its own, and nothing else."""
-        return read_tensor(self.spec(key), what=f"{self.directory}: {key}")
+        return read_tensor(self.spec(key))
+
+    def refuse_change(self) -> None:
+        """Raises RuntimeError when weights or JSON files are no longer those that were opened."""
+        for path, stamp in self._stamps.items():
+            try:
+                refuse_change(path, stamp, path.stat())
+            except OSError as error:
+                raise RuntimeError(
+                    f"{path}: file must not change while it is read, got {error.strerror}"
+                ) from error
 
     @cached_property
     def llm_config(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,20 +23,23 @@ import torch
 from sparse_unified._common import Progress
 from sparse_unified.checkpoint.files import (
     atomic_directory,
+    copy_range,
+    create_file,
     list_files,
+    open_source,
     parse_json,
     read_text,
-    require_room,
+    stamp_of,
+    write_all,
     write_text,
 )
 from sparse_unified.checkpoint.model_dir import INDEX_SUFFIX, Checkpoint
 from sparse_unified.checkpoint.safetensors_io import (
     WORDS,
-    FileWriter,
     Header,
     TensorSpec,
     build_header,
-    copy_range,
+    encode_header,
     read_words,
 )
 
@@ -101,14 +106,16 @@ def rewrite(
 
     Raises:
         ValueError: the target exists or has no parent.
-        RuntimeError: reading or writing failed, there is no room, or the source got shorter;
+        RuntimeError: reading or writing failed, there is no room, or the source changed meanwhile;
             nothing is left under `out`.
     """
     files = _plan_files(source, edits, headers)
-    others = list_files(source.directory, skip={*source.headers, *files, *texts, *skip}, what=what)
+    found = list_files(source.directory, what=what)
+    left_out = {*source.headers, *files, *texts, *skip}
+    others = {name: status for name, status in found.items() if name not in left_out}
     total = sum(8 + len(text.encode()) for text, _ in files.values())
     total += sum(_size(entry) for _, parts in files.values() for part in parts for entry in part[0])
-    total += sum(file.nbytes for file in others)
+    total += sum(status.st_size for status in others.values())
     done = 0
 
     def advance(nbytes: int) -> None:
@@ -117,23 +124,38 @@ def rewrite(
         if progress is not None:
             progress(done, total)
 
-    with atomic_directory(out, what=what) as partial:
-        require_room(partial, total, what=what)
-        for file in others:
-            path = partial / (rename or {}).get(str(file.name), str(file.name))
+    def mode(name: str) -> int:
+        """Permissions: those of the file of the source, and the owner may always change it."""
+        return stat.S_IMODE(found[name].st_mode) & 0o777 | 0o600 if name in found else 0o666
+
+    directory_mode = stat.S_IMODE(source.directory.stat().st_mode) & 0o777
+    with atomic_directory(out, what=what, mode=directory_mode) as partial:
+        free = shutil.disk_usage(partial).free
+        if free < total:
+            raise RuntimeError(
+                f"{what}: {partial.parents[1]} must have {total:,} bytes free, got {free:,}"
+            )
+        for name, status in others.items():
+            path = partial / (rename or {}).get(name, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _copy_file(file.source, path, advance)
+            with (
+                open_source(source.directory / name, stamp_of(status)) as stream,
+                create_file(path, mode=mode(name)) as target,
+            ):
+                copy_range(stream, 0, status.st_size, target, advance)
         for name, (text, parts) in files.items():
-            with FileWriter(partial / name, text, advance) as writer:
-                for _, blocks in parts:
-                    for block in blocks():
-                        if isinstance(block, TensorSpec):
-                            writer.copy(block)
-                        else:
-                            writer.write(block)
+            with create_file(partial / name, mode=mode(name)) as target:
+                write_all(target, encode_header(text), advance)
+                for block in (block for _, blocks in parts for block in blocks()):
+                    if isinstance(block, TensorSpec):
+                        with open_source(block.file, block.stamp) as stream:
+                            copy_range(stream, block.start, block.nbytes, target, advance)
+                    else:
+                        write_all(target, block, advance)
         for name, text in texts.items():
-            write_text(partial / name, text)
+            write_text(partial / name, text, mode=mode(name))
         finish(partial)
+        source.refuse_change()
     return done
 
 
@@ -165,12 +187,6 @@ def _plan_files(
 
 def _size(entry: Entry) -> int:
     return math.prod(entry[2]) * entry[1].itemsize
-
-
-def _copy_file(source: Path, target: Path, advance: Callable[[int], None]) -> None:
-    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
-        copy_range(reader, 0, os.fstat(reader.fileno()).st_size, writer, advance)
-        os.fsync(writer.fileno())
 
 
 def gather(

@@ -4,34 +4,37 @@
 A file is `u64 header length | JSON header | tensor bytes`. The header is believed only if every
 tensor lies inside the file, tensors neither overlap nor leave holes, and each takes exactly the
 bytes that its shape and dtype say. Nothing is unpickled, and nothing mapped into memory: a file
-that another process cuts short is an error, not a crash.
+that another process cuts short is an error, not a crash. A tensor is read only from the file that
+its header was read from: one that was replaced or rewritten since is refused.
 
 Source: the format description of the safetensors project.
 """
 
 from __future__ import annotations
 
-import errno
+import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified.checkpoint.files import loads_strict, replace_file, require_regular
+from sparse_unified.checkpoint.files import (
+    Stamp,
+    loads_strict,
+    open_source,
+    replace_file,
+    stamp_of,
+)
 
-MAX_HEADER_BYTES = 100_000_000
-CHUNK_BYTES = 8 << 20
-# One call of the kernel copies at most this much, so that progress and Ctrl-C get their turn.
-RANGE_BYTES = 64 << 20
-_NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
+# The format allows 100 MB, which is 1.5 million tensors and takes a minute to check.
+MAX_HEADER_BYTES = 16_000_000
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -58,21 +61,25 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Where one tensor lies: `nbytes` bytes from byte `start` of `file`, row-major."""
+    """Where one tensor lies: `nbytes` bytes from byte `start` of `file`, row-major.
+
+    Attributes:
+        stamp: of the file when its header was read; None where there is no file yet.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
     start: int
     nbytes: int
+    stamp: Stamp | None = None
 
     def rows(self, start: int, stop: int) -> TensorSpec:
         """Returns where rows `start` to `stop` of the tensor lie, a tensor of their own."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return TensorSpec(
-            dtype=self.dtype,
+        return replace(
+            self,
             shape=(stop - start, *self.shape[1:]),
-            file=self.file,
             start=self.start + start * row_bytes,
             nbytes=(stop - start) * row_bytes,
         )
@@ -99,19 +106,21 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     try:
-        require_regular(path)
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            text = _read_text(path, stream, size)
+        with open_source(path) as stream:
+            stamp = stamp_of(os.fstat(stream.fileno()))
+            text = _read_text(path, stream)
     except OSError as error:
         raise ValueError(f"{path}: file must be readable, got {error.strerror}") from error
-    return parse_header(path, text, data_bytes=size - 8 - len(text.encode()))
+    return parse_header(path, text, stamp)
 
 
-def parse_header(path: Path, text: str, *, data_bytes: int | None = None) -> Header:
-    """Checks header `text` of the file `path`, whose tensors take `data_bytes` bytes.
+def parse_header(path: Path, text: str, stamp: Stamp | None = None) -> Header:
+    """Checks header `text` of the file `path`.
 
-    Without `data_bytes` the size of the data is believed as the header gives it.
+    Args:
+        path: for messages, and for the tensors.
+        text: the header.
+        stamp: of the file, which must have the size that the header says; None without a file.
     """
     entries = _parse_json(path, text)
     metadata = entries.pop("__metadata__", {})
@@ -120,7 +129,9 @@ def parse_header(path: Path, text: str, *, data_bytes: int | None = None) -> Hea
             f"{path}: __metadata__ must map strings to strings, got {_short(metadata)}"
         )
     data_start = 8 + len(text.encode())
-    tensors = {key: _parse_entry(path, key, entry, data_start) for key, entry in entries.items()}
+    tensors = {
+        key: _parse_entry(path, key, entry, data_start, stamp) for key, entry in entries.items()
+    }
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
 
     # Tensors must tile the data: each starts where the one before it ends.
@@ -133,16 +144,16 @@ def parse_header(path: Path, text: str, *, data_bytes: int | None = None) -> Hea
                 f"got {spec.start - data_start}, which would {what}"
             )
         position += spec.nbytes
-    if data_bytes is not None and position - data_start != data_bytes:
-        state = "truncated" if data_bytes < position - data_start else "longer than its header says"
+    if stamp is not None and position != stamp[2]:
+        state = "truncated" if stamp[2] < position else "longer than its header says"
         raise ValueError(
-            f"{path}: file must hold {position - data_start} bytes of tensors as its header says, "
-            f"got {data_bytes}; it is {state}"
+            f"{path}: file must hold {position} bytes as its header says, got {stamp[2]}; "
+            f"it is {state}"
         )
     return Header(tensors=tensors, metadata=metadata, text=text)
 
 
-def read_bytes(stream: BinaryIO, start: int, target: np.ndarray, *, what: str) -> None:
+def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
     """Fills `target`, a contiguous array, from byte `start` of an open file.
 
     Raises:
@@ -154,24 +165,25 @@ def read_bytes(stream: BinaryIO, start: int, target: np.ndarray, *, what: str) -
         count = os.preadv(stream.fileno(), [view[done:]], start + done)
         if count == 0:
             raise RuntimeError(
-                f"{what}: file must not change while it is read, got its end at byte {start + done}"
+                f"{stream.name}: file must not change while it is read, "
+                f"got its end at byte {start + done}"
             )
         done += count
 
 
-def read_tensor(spec: TensorSpec, *, what: str) -> Tensor:
+def read_tensor(spec: TensorSpec, *, what: str = "") -> Tensor:
     """Returns the tensor of `spec` on the CPU, in memory of its own."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
-    with spec.file.open("rb") as stream:
-        read_bytes(stream, spec.start, as_bytes(tensor), what=what)
+    with open_source(spec.file, spec.stamp) as stream:
+        read_bytes(stream, spec.start, as_bytes(tensor))
     return tensor
 
 
 def read_words(spec: TensorSpec) -> np.ndarray:
     """Returns a tensor as words of its element size: its bits, whatever they stand for."""
     words = np.empty(spec.shape, dtype=WORDS[spec.dtype.itemsize])
-    with spec.file.open("rb", buffering=0) as stream:
-        read_bytes(stream, spec.start, words, what=str(spec.file))
+    with open_source(spec.file, spec.stamp) as stream:
+        read_bytes(stream, spec.start, words)
     return words
 
 
@@ -202,6 +214,12 @@ def build_header(
     return text + " " * (-len(text.encode()) % 8)
 
 
+def encode_header(text: str) -> bytes:
+    """Returns the bytes in front of the tensors of a file: the length of a header and its text."""
+    data = text.encode()
+    return len(data).to_bytes(8, "little") + data
+
+
 def encode_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> bytes:
@@ -211,11 +229,10 @@ def encode_tensors(
     promise for metadata of several entries.
     """
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header = build_header(
-        [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in ordered], metadata
-    ).encode()
+    entries = [(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in ordered]
+    header = encode_header(build_header(entries, metadata))
     data = (as_bytes(tensor.contiguous()).tobytes() for _, tensor in ordered)
-    return b"".join([len(header).to_bytes(8, "little"), header, *data])
+    return b"".join([header, *data])
 
 
 def save_tensors(
@@ -238,104 +255,8 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str, version: str) -> He
     return header
 
 
-class FileWriter:
-    """Writes one safetensors file front to back: the header, then tensors in its order.
-
-    Nothing is buffered beyond what one call is given. Leaving the `with` block syncs the file.
-
-    Args:
-        path: the file to create.
-        header: its header text.
-        advance: called with the number of bytes after each piece that is written.
-    """
-
-    def __init__(self, path: Path, header: str, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-        self._path = path
-        self._stream: BinaryIO = path.open("xb", buffering=0)
-        encoded = header.encode()
-        self.write(np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, dtype=np.uint8))
-
-    def write(self, data: np.ndarray) -> None:
-        """Appends the bytes of a contiguous array."""
-        view = data.reshape(-1).view(np.uint8).data
-        for start in range(0, len(view), RANGE_BYTES):
-            piece = view[start : start + RANGE_BYTES]
-            done = 0
-            while done < len(piece):
-                done += os.write(self._stream.fileno(), piece[done:])
-            self._advance(len(piece))
-
-    def copy(self, spec: TensorSpec) -> None:
-        """Appends the bytes of a tensor of another file."""
-        with spec.file.open("rb", buffering=0) as source:
-            copy_range(source, spec.start, spec.nbytes, self._stream, self._advance)
-
-    def __enter__(self) -> FileWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if error is None:
-                os.fsync(self._stream.fileno())
-        except OSError as failure:
-            failure.filename = str(self._path)
-            raise
-        finally:
-            self._stream.close()
-
-
-def copy_range(
-    source: BinaryIO,
-    start: int,
-    nbytes: int,
-    target: BinaryIO,
-    advance: Callable[[int], None],
-) -> None:
-    """Appends `nbytes` bytes of `source` from `start` to `target`, in the kernel where it can.
-
-    Raises:
-        RuntimeError: the source ends early.
-    """
-    position = start
-    end = start + nbytes
-    in_kernel = hasattr(os, "copy_file_range")
-    while position < end:
-        count = 0
-        if in_kernel:
-            try:
-                count = os.copy_file_range(
-                    source.fileno(),
-                    target.fileno(),
-                    min(end - position, RANGE_BYTES),
-                    offset_src=position,
-                )
-            except OSError as error:
-                if error.errno not in _NO_RANGE_COPY:
-                    raise
-            # Some file systems answer 0 where they cannot; reading decides whether it is the end.
-            in_kernel = count > 0
-        if count == 0:
-            data = os.pread(source.fileno(), min(end - position, CHUNK_BYTES), position)
-            if not data:
-                raise RuntimeError(
-                    f"{source.name}: file must not change while it is read, "
-                    f"got its end at byte {position}"
-                )
-            view = memoryview(data)
-            while view:
-                view = view[os.write(target.fileno(), view) :]
-            count = len(data)
-        position += count
-        advance(count)
-
-
-def _read_text(path: Path, stream: BinaryIO, size: int) -> str:
+def _read_text(path: Path, stream: io.FileIO) -> str:
+    size = os.fstat(stream.fileno()).st_size
     if size < 8:
         raise ValueError(f"{path}: file must hold an 8 byte header length, got {size} bytes")
     length = int.from_bytes(stream.read(8), "little")
@@ -361,7 +282,9 @@ def _parse_json(path: Path, text: str) -> dict[str, Any]:
     return entries
 
 
-def _parse_entry(path: Path, key: str, entry: object, data_start: int) -> TensorSpec:
+def _parse_entry(
+    path: Path, key: str, entry: object, data_start: int, stamp: Stamp | None
+) -> TensorSpec:
     where = f"{path}: tensor {_short(key)}"
     fields = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != fields:
@@ -387,7 +310,12 @@ def _parse_entry(path: Path, key: str, entry: object, data_start: int) -> Tensor
             f"{where}: shape must have strides below 2^63, empty or not, got {_short(shape)}"
         )
     return TensorSpec(
-        dtype=dtype, shape=tuple(shape), file=path, start=data_start + offsets[0], nbytes=nbytes
+        dtype=dtype,
+        shape=tuple(shape),
+        file=path,
+        start=data_start + offsets[0],
+        nbytes=nbytes,
+        stamp=stamp,
     )
 
 

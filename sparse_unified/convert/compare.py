@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sparse_unified._common import Progress, list_some
 from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.files import CHUNK_BYTES, Stamp, open_source
 from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
 from sparse_unified.checkpoint.rewrite import row_blocks
 from sparse_unified.checkpoint.safetensors_io import (
-    CHUNK_BYTES,
     TensorSpec,
     read_bytes,
     read_words,
@@ -90,7 +90,8 @@ def compare_tensors(
         a, b = got[key], wanted[key]
         if a.nbytes != b.nbytes:
             continue
-        first = _first_difference(a.file, a.start, b.file, b.start, a.nbytes)
+        sides = (a.file, a.stamp, a.start), (b.file, b.stamp, b.start)
+        first = _first_difference(*sides, a.nbytes)
         if first is not None:
             element = first // a.dtype.itemsize
             yield f"{key}: must be equal, got another value at element {element}"
@@ -110,7 +111,7 @@ def compare_files(got: Checkpoint, wanted: Checkpoint) -> Iterator[str]:
         sizes = a.stat().st_size, b.stat().st_size
         if sizes[0] != sizes[1]:
             yield f"{name}: file must have {sizes[1]} bytes, got {sizes[0]}"
-        elif (first := _first_difference(a, 0, b, 0, sizes[0])) is not None:
+        elif (first := _first_difference((a, None, 0), (b, None, 0), sizes[0])) is not None:
             yield f"{name}: file must be equal, got another value at byte {first}"
 
 
@@ -123,13 +124,16 @@ def compare_configs(got: Checkpoint, wanted: Checkpoint) -> Iterator[str]:
             yield f"{CONFIG}: {field} must be {right!r:.120}, got {left!r:.120}"
 
 
-def _first_difference(a: Path, a_start: int, b: Path, b_start: int, nbytes: int) -> int | None:
-    with a.open("rb", buffering=0) as left, b.open("rb", buffering=0) as right:
+_Place = tuple[Path, Stamp | None, int]  # a file, what it was when it was opened, the first byte
+
+
+def _first_difference(a: _Place, b: _Place, nbytes: int) -> int | None:
+    with open_source(*a[:2]) as left, open_source(*b[:2]) as right:
         buffers = [np.empty(min(nbytes, CHUNK_BYTES), dtype=np.uint8) for _ in range(2)]
         for start in range(0, nbytes, CHUNK_BYTES):
             x, y = (buffer[: min(CHUNK_BYTES, nbytes - start)] for buffer in buffers)
-            read_bytes(left, a_start + start, x, what=str(a))
-            read_bytes(right, b_start + start, y, what=str(b))
+            read_bytes(left, a[2] + start, x)
+            read_bytes(right, b[2] + start, y)
             if x.data != y.data:
                 return start + int(np.flatnonzero(x != y)[0])
     return None

@@ -194,7 +194,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
         top_k=top_k,
         dtypes=dtypes,
         weight_files=tuple(source.headers),
-        files={str(f.name): f.nbytes for f in list_files(source.directory, skip=(), what="info")},
+        files={n: s.st_size for n, s in list_files(source.directory, what="info").items()},
         sidecar=_describe_sidecar(source, ffns, left or {}, problems),
         recipe=tuple(step.to_dict() for step in recipe.steps) if recipe is not None else (),
         steps=tuple(step.to_text() for step in recipe.steps) if recipe is not None else (),

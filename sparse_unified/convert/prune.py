@@ -148,7 +148,7 @@ def prune(
         steps=tuple(step.to_dict() for step in steps),
         before=before,
         after=now,
-        bytes_before=sum(file.nbytes for file in list_files(source.directory, what=WHAT)),
+        bytes_before=sum(s.st_size for s in list_files(source.directory, what=WHAT).values()),
         bytes_written=nbytes + sum(len(text.encode()) for text in texts.values()),
         seconds=time.perf_counter() - start,
         summary=tuple(step.to_text() for step in steps),

@@ -164,6 +164,7 @@ def verify(
 
     Raises:
         ValueError: a directory cannot be read as a checkpoint, or there is nothing to compare.
+        RuntimeError: a file changed while it was read.
     """
     start = time.perf_counter()
     left, right = Checkpoint(sparse), Checkpoint(against)
@@ -210,6 +211,8 @@ def verify(
         *compare_files(left, right),
         *compare_configs(left, right),
     ]
+    left.refuse_change()
+    right.refuse_change()
     return VerifyReport(
         sparse=str(sparse),
         against=str(against),
