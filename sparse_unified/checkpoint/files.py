@@ -92,14 +92,11 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file; raises ValueError when it is none."""
-    return parse_json(path, read_text(path))
-
-
-def parse_json(path: Path, text: str) -> dict[str, Any]:
-    """Parses a JSON object; raises ValueError with the path when it is none."""
     try:
-        value = loads_strict(text)
+        value = loads_strict(read_text(path))
     except ValueError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise ValueError(f"{path}: file must be JSON, got {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: file must hold a JSON object, got {type(value).__name__}")

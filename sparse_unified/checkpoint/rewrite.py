@@ -27,8 +27,7 @@ from sparse_unified.checkpoint.files import (
     create_file,
     list_files,
     open_source,
-    parse_json,
-    read_text,
+    read_json,
     stamp_of,
     write_all,
     write_text,
@@ -263,7 +262,7 @@ def index_texts(source: Checkpoint, edits: Edits) -> dict[str, str]:
     for path in sorted(source.directory.iterdir()):
         if not path.name.endswith(INDEX_SUFFIX):
             continue
-        index = parse_json(path, read_text(path))
+        index = read_json(path)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict):
             continue

@@ -19,12 +19,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_unified._common import context
 from sparse_unified.checkpoint.files import (
     Stamp,
     loads_strict,
@@ -105,12 +106,21 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             format; the message names the rule and what was found.
     """
     path = Path(path)
-    try:
-        with open_source(path) as stream:
-            stamp = stamp_of(os.fstat(stream.fileno()))
-            text = _read_text(path, stream)
-    except OSError as error:
-        raise ValueError(f"{path}: file must be readable, got {error.strerror}") from error
+    with open_source(path) as stream, context(path):
+        stamp = stamp_of(os.fstat(stream.fileno()))
+        size = stamp[2]
+        if size < 8:
+            raise ValueError(f"file must hold an 8 byte header length, got {size} bytes")
+        length = int.from_bytes(stream.read(8), "little")
+        limit = min(size - 8, MAX_HEADER_BYTES)
+        if length > limit:
+            raise ValueError(
+                f"header length must be at most {limit} in a file of {size} bytes, got {length}"
+            )
+        try:
+            text = stream.read(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"header must be UTF-8, got {error.reason}") from error
     return parse_header(path, text, stamp)
 
 
@@ -122,35 +132,64 @@ def parse_header(path: Path, text: str, stamp: Stamp | None = None) -> Header:
         text: the header.
         stamp: of the file, which must have the size that the header says; None without a file.
     """
-    entries = _parse_json(path, text)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(
-            f"{path}: __metadata__ must map strings to strings, got {_short(metadata)}"
-        )
-    data_start = 8 + len(text.encode())
-    tensors = {
-        key: _parse_entry(path, key, entry, data_start, stamp) for key, entry in entries.items()
-    }
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
-
-    # Tensors must tile the data: each starts where the one before it ends.
-    position = data_start
-    for key, spec in tensors.items():
-        if spec.start != position:
-            what = "overlap the tensor before it" if spec.start < position else "leave a hole"
-            raise ValueError(
-                f"{path}: data_offsets of {_short(key)} must start at {position - data_start}, "
-                f"got {spec.start - data_start}, which would {what}"
+    with context(path):
+        if not text.startswith("{"):
+            raise ValueError(f"header must start with '{{', got {text[:8]!r}")
+        try:
+            entries = loads_strict(text, finite=True)
+        except ValueError as error:
+            raise ValueError(f"header must be JSON with distinct keys, got {error}") from error
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError(f"__metadata__ must map strings to strings, got {metadata!r:.120}")
+        start = position = 8 + len(text.encode())
+        found = [_parse_entry(key, entry) for key, entry in entries.items()]
+        tensors = {}
+        # Tensors must tile the data: each starts where the one before it ends.
+        for begin, nbytes, key, dtype, shape in sorted(found, key=lambda entry: entry[:2]):
+            if start + begin != position:
+                overlaps = start + begin < position
+                raise ValueError(
+                    f"data_offsets of {key!r:.120} must start at {position - start}, got {begin}, "
+                    f"which would {'overlap the tensor before it' if overlaps else 'leave a hole'}"
+                )
+            tensors[key] = TensorSpec(
+                dtype=dtype, shape=shape, file=path, start=position, nbytes=nbytes, stamp=stamp
             )
-        position += spec.nbytes
-    if stamp is not None and position != stamp[2]:
-        state = "truncated" if stamp[2] < position else "longer than its header says"
-        raise ValueError(
-            f"{path}: file must hold {position} bytes as its header says, got {stamp[2]}; "
-            f"it is {state}"
-        )
+            position += nbytes
+        if stamp is not None and position != stamp[2]:
+            state = "truncated" if stamp[2] < position else "longer than its header says"
+            raise ValueError(
+                f"file must hold {position} bytes as its header says, got {stamp[2]}; it is {state}"
+            )
     return Header(tensors=tensors, metadata=metadata, text=text)
+
+
+def _parse_entry(key: str, entry: Any) -> tuple[int, int, str, torch.dtype, tuple[int, ...]]:
+    """Returns where a tensor begins in the data, its bytes, key, dtype and shape."""
+
+    def refuse(rule: str, value: object) -> NoReturn:
+        raise ValueError(f"tensor {key!r:.120}: {rule}, got {value!r:.120}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        refuse("entry must have data_offsets, dtype, shape", entry)
+    name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(name, str) or name not in DTYPES:
+        refuse(f"dtype must be one of {', '.join(DTYPES)}", name)
+    # Sizes past int64 cannot be tensors; refusing them here bounds every later product and message.
+    for value in (shape, offsets):
+        sizes = isinstance(value, list) and len(value) <= 64
+        if not sizes or not all(type(size) is int and 0 <= size < 2**63 for size in value):
+            refuse("shape and data_offsets must be lists of sizes", value)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        refuse("data_offsets must be [begin, end]", offsets)
+    nbytes = math.prod(shape) * DTYPES[name].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        expected = f"{nbytes} bytes" if nbytes < 2**63 else "more bytes than there are"
+        refuse(f"data_offsets must span {expected} for {name} {shape!r:.120}", offsets)
+    if math.prod(max(size, 1) for size in shape) * _WIDEST >= 2**63:
+        refuse("shape must have strides below 2^63, empty or not", shape)
+    return offsets[0], nbytes, key, DTYPES[name], tuple(shape)
 
 
 def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
@@ -253,81 +292,3 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str, version: str) -> He
     if form != (kind, version):
         raise ValueError(f"{path}: format must be {kind} {version}, got {form!r:.120}")
     return header
-
-
-def _read_text(path: Path, stream: io.FileIO) -> str:
-    size = os.fstat(stream.fileno()).st_size
-    if size < 8:
-        raise ValueError(f"{path}: file must hold an 8 byte header length, got {size} bytes")
-    length = int.from_bytes(stream.read(8), "little")
-    limit = min(size - 8, MAX_HEADER_BYTES)
-    if length > limit:
-        raise ValueError(
-            f"{path}: header length must be at most {limit} in a file of {size} bytes, got {length}"
-        )
-    try:
-        return stream.read(length).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: header must be UTF-8, got {error.reason}") from error
-
-
-def _parse_json(path: Path, text: str) -> dict[str, Any]:
-    if not text.startswith("{"):
-        raise ValueError(f"{path}: header must start with '{{', got {_short(text[:8])}")
-    try:
-        entries = loads_strict(text, finite=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: header must be JSON with distinct keys, got {error}") from error
-    assert isinstance(entries, dict)
-    return entries
-
-
-def _parse_entry(
-    path: Path, key: str, entry: object, data_start: int, stamp: Stamp | None
-) -> TensorSpec:
-    where = f"{path}: tensor {_short(key)}"
-    fields = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or set(entry) != fields:
-        raise ValueError(
-            f"{where}: entry must have {', '.join(sorted(fields))}, got {_short(entry)}"
-        )
-    name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"{where}: dtype must be one of {', '.join(DTYPES)}, got {_short(name)}")
-    if not _is_sizes(shape):
-        raise ValueError(f"{where}: shape must be a list of sizes, got {_short(shape)}")
-    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{where}: data_offsets must be [begin, end], got {_short(offsets)}")
-    dtype = DTYPES[name]
-    nbytes = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != nbytes:
-        raise ValueError(
-            f"{where}: data_offsets must span {_short(nbytes)} bytes for {name} {_short(shape)}, "
-            f"got {offsets[1] - offsets[0]}"
-        )
-    if math.prod(max(size, 1) for size in shape) * _WIDEST >= 2**63:
-        raise ValueError(
-            f"{where}: shape must have strides below 2^63, empty or not, got {_short(shape)}"
-        )
-    return TensorSpec(
-        dtype=dtype,
-        shape=tuple(shape),
-        file=path,
-        start=data_start + offsets[0],
-        nbytes=nbytes,
-        stamp=stamp,
-    )
-
-
-def _is_sizes(value: object) -> bool:
-    # Sizes past int64 cannot be tensors; refusing them here bounds every later product and message.
-    return (
-        isinstance(value, list)
-        and len(value) <= 64
-        and all(type(size) is int and 0 <= size < 2**63 for size in value)
-    )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
