@@ -16,7 +16,6 @@ from sparse_unified.analysis import (
     CRITERIA,
     FfnStatistics,
     collect,
-    find_adapter,
     save_scores,
     score,
 )
@@ -25,7 +24,7 @@ from sparse_unified.checkpoint.scores import resolve_scores
 from sparse_unified.experts import magnitude_scores, random_scores
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery import PruneWidthConfig, prune_width_
-from sparse_unified.surgery.decoder import Ffn
+from sparse_unified.surgery.decoder import Ffn, find_adapter
 from sparse_unified.surgery.temporary import join_experts
 
 LOUD, HEARD, DEAD = [3, 10], [7, 20], [1, 15]
@@ -212,5 +211,5 @@ def test_what_does_not_fit_is_refused(model: models.Official, statistics: FfnSta
     partly = dataclasses.replace(
         statistics, ffns={"generation": {"und": keyed["und"], "gen": idle}}
     )
-    with pytest.raises(ValueError, match="generation: tokens must be at least one, got none"):
+    with pytest.raises(ValueError, match="tokens must be at least one, got none"):
         score("activation", model, partly)

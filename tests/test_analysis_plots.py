@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparse_unified.analysis import SweepResult, plots
+from sparse_unified.analysis import plots
+from sparse_unified.analysis.sweep import SweepResult
 
 COST = {"parameters": 10, "weight_bytes": 40, "flops": 20, "seconds": 0.1, "peak_bytes": 50}
 RATIOS = (0.75, 0.5, 0.25)

@@ -23,16 +23,14 @@ from sparse_unified.analysis import (
     Task,
     bagel_probe,
     evaluator,
-    find_adapter,
-    narrowed,
     read_samples,
     run_sweep,
     score,
 )
-from sparse_unified.analysis.points import Axis, Point, layers_to_skip, legal_axes
 from sparse_unified.analysis.records import open_store
-from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
-from sparse_unified.surgery import Part
+from sparse_unified.analysis.sweep import Axis, check_axes
+from sparse_unified.surgery.decoder import find_adapter
+from sparse_unified.surgery.temporary import narrowed
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 
@@ -210,10 +208,6 @@ def test_models_of_the_official_structure_are_swept(tmp_path: Path) -> None:
     for row in task["points"]:
         assert row["metrics"]["distance"] > 0
         assert row["after"]["flops"] < row["before"]["flops"]
-    for axis, part in (("depth", "block"), ("depth", "attention"), ("heads", "ffn")):
-        changes = {"components": ("gen",), "axes": (axis,), "part": part}
-        with pytest.raises(ValueError, match=r"axis must be one of .*width for this model"):
-            sweep(model, tmp_path / "b", [probe], config=changes)
 
 
 def comparable(result: Any) -> Any:
@@ -326,9 +320,7 @@ def test_nan_names_its_point_and_loses_nothing(tmp_path: Path) -> None:
         return {"loss": float("nan")} if narrow else found
 
     probe = text_probe(model, mine=evaluator(loss="lower")(broken))
-    with pytest.raises(
-        ValueError, match=r"text-text-width-0.5: mine: metric loss must .* nan; the 4 points"
-    ):
+    with pytest.raises(ValueError, match=r"text-text-width-0.5: mine: metric loss must .* nan"):
         sweep(model, tmp_path / "out", [probe])
     assert_same(before, snapshot(model))
     fixed = text_probe(model, mine=loss)
@@ -357,70 +349,43 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    for out, message in (
-        (other, "must be new, empty, or of a run of analyze"),
-        (tmp_path / "none" / "out", "parent of .* must be a folder"),
-        (other / "notes.txt", "must be a folder, got a file"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for out in (other, tmp_path / "none" / "out", other / "notes.txt"):
+        with pytest.raises((ValueError, OSError)):
             sweep(models.qwen(), out)
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
-
-
-def test_damaged_records_are_refused_and_one_run_at_a_time_writes(tmp_path: Path) -> None:
-    out = tmp_path / "out"
     with (
-        open_store(out, {"a": 1}),
+        open_store(tmp_path / "out", {"a": 1}),
         pytest.raises(RuntimeError, match="must be used by one run at a time"),
-        open_store(out, {"a": 1}),
+        open_store(tmp_path / "out", {"a": 1}),
     ):
         pass
-    for text, message in (
-        ("nonsense\n", "line 1 must be JSON"),
-        ("[]\n", "line 1 must be a point"),
-        ('{"name": "x"}\n', "line 1 must be a point"),
-    ):
-        (out / "points.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=message), open_store(out, {"a": 1}):
-            pass
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "word"),
     [
-        ({"components": ("gen",)}, "component must be one of text, got 'gen'"),
-        ({"layers": "1-9"}, "layers must lie in 0 to 2, got 3"),
-        ({"layers": (7,)}, "layers must lie in 0 to 2, got 7"),
-        ({"block_size": 16}, "block_size must divide the 24 neurons of .*, got 16"),
+        ({"components": ("gen",)}, "component must be one of text"),
+        ({"layers": "1-9"}, "layers"),
+        ({"layers": (7,)}, "layers"),
+        ({"ratios": (0.0,)}, "ratio"),
+        ({"ratios": (float("nan"),)}, "ratio"),
+        ({"ratios": ()}, "ratios"),
+        ({"ratios": (0.5, 0.5)}, "ratios"),
+        ({"axes": ("length",)}, "axes"),
+        ({"components": "und"}, "components"),
+        ({"part": "head"}, "part"),
+        ({"budget": "all"}, "budget"),
+        ({"criterion": "luck"}, "criterion"),
+        ({"repeats": 0}, "repeats"),
+        ({"block_size": 8}, "block_size"),
     ],
 )
-def test_what_the_model_lacks_is_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
+def test_what_cannot_be_swept_is_refused(
+    changes: dict[str, Any], word: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=word):
         sweep(models.qwen(), tmp_path / "out", config=changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ratios": (0.0,)}, "ratio must be"),
-        ({"ratios": (1.5,)}, "ratio must be"),
-        ({"ratios": (float("nan"),)}, "ratio must be"),
-        ({"ratios": ()}, "ratios must be a list of at least one"),
-        ({"ratios": (0.5, 0.5)}, "ratios must be given once each"),
-        ({"axes": ("length",)}, "axes must be of depth, width, heads"),
-        ({"components": "und"}, "components must be a list"),
-        ({"part": "head"}, "part must be one of"),
-        ({"budget": "all"}, "budget must be one of"),
-        ({"criterion": "luck"}, "criterion must be one of"),
-        ({"repeats": 0}, "repeats must be"),
-        ({"block_size": 8}, "block_size must be"),
-    ],
-)
-def test_bad_configurations_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        config(**changes)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tasks_and_metrics_are_given_once_each(tmp_path: Path) -> None:
@@ -430,39 +395,47 @@ def test_tasks_and_metrics_are_given_once_each(tmp_path: Path) -> None:
             sweep(model, tmp_path / "out", probes)
     assert not (tmp_path / "out").exists()
     for evaluators, message in (
-        ({"a": loss, "b": loss}, "evaluators must have metrics, each once, got loss, loss"),
+        ({"a": loss, "b": loss}, "evaluators must have metrics, each once"),
         ({"a": lambda model: {}}, "evaluator must be callable and declare"),
     ):
         with pytest.raises(ValueError, match=message):
             text_probe(model, **evaluators)
 
 
-def test_the_most_redundant_layers_go_first() -> None:
-    values = (0.1, 0.9, 0.5, 0.8)
-    found = Similarity(
-        layers=tuple(
-            LayerSimilarity(
-                component="und", layer=i, tokens=1, block=v, attention=1 - v, ffn=(v * 7) % 1
-            )
-            for i, v in enumerate(values)
-        )
-    )
+def test_the_most_redundant_layers_go_first(tmp_path: Path) -> None:
+    model = models.qwen()
+    with torch.no_grad():  # layer 1 adds nothing, layer 2 little
+        for layer, factor in ((1, 0.0), (2, 1e-2)):
+            for name, weight in model.model.language_model.layers[layer].named_parameters():
+                if "down_proj" in name or "o_proj" in name:
+                    weight.mul_(factor)
 
-    def skipped(ratio: float, **changes: Any) -> tuple[int, ...]:
-        point = Point(task="t", component="und", axis=Axis.DEPTH, keep_ratio=ratio)
-        return layers_to_skip(point, config(components=("und",), **changes), 4, found)
+    def skipped(ratio: float, **changes: Any) -> list[int]:
+        fields = {"axes": ("depth",), "ratios": (ratio,), **changes}
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        return sweep(model, out, config=fields).tasks["text"]["points"][0]["skipped_layers"]
 
-    assert skipped(0.75) == (1,)
-    assert skipped(0.5) == (1, 3)
-    assert skipped(0.01) == (1, 2, 3)
-    assert skipped(0.5, part="attention") == (0, 2)
-    assert skipped(0.5, layers="middle") == (1,)
-    assert len({skipped(0.5, criterion="random", seed=seed) for seed in range(20)}) > 1
+    assert skipped(0.7) == [1]
+    assert skipped(0.01) == [1, 2]
+    assert skipped(0.7, part="attention") == [1]
+    assert skipped(0.01, layers="0,2") == [2]
+    assert skipped(0.7, criterion="random", seed=0) != skipped(0.7, criterion="random", seed=1)
 
 
 def test_axes_follow_from_the_components() -> None:
-    assert legal_axes(find_adapter(models.bagel())) == tuple(Axis)
-    assert legal_axes(find_adapter(models.qwen())) == tuple(Axis)
+    bagel, qwen = find_adapter(models.bagel()), find_adapter(models.qwen())
     official = find_adapter(models.Official())
-    assert legal_axes(official) == (Axis.WIDTH,)
-    assert legal_axes(official, Part.FFN) == (Axis.DEPTH, Axis.WIDTH)
+    for adapter, axis, part, is_legal in (
+        *((own, axis, "block", True) for own in (bagel, qwen) for axis in Axis),
+        (official, "width", "block", True),
+        (official, "depth", "ffn", True),
+        (official, "depth", "block", False),
+        (official, "depth", "attention", False),
+        (official, "heads", "ffn", False),
+    ):
+        chosen = config(components=("und",), axes=(axis,), part=part)
+        if is_legal:
+            check_axes(adapter, chosen)
+        else:
+            with pytest.raises(ValueError, match="axis must be one of"):
+                check_axes(adapter, chosen)

@@ -19,11 +19,9 @@ from sparse_unified.analysis import (
     Task,
     built_in_samples,
     expert_usage,
-    watch_experts,
-    write_usage_plot,
 )
-from sparse_unified.analysis.expert_usage import LayerUsage
-from sparse_unified.analysis.plots import usage_figure
+from sparse_unified.analysis.expert_usage import LayerUsage, watch_experts
+from sparse_unified.analysis.plots import usage_figure, write_usage_plot
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import sparse_unified
-from sparse_unified.analysis import BlockNames, Layout, find_adapter
-from sparse_unified.surgery.decoder import Adapter
+from sparse_unified.surgery.decoder import Adapter, BlockNames, Layout, find_adapter
 
 
 def test_bagel_has_two_components_and_the_live_weights() -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_unified.analysis import find_adapter
 from sparse_unified.surgery import (
     Part,
     PruneHeadsConfig,
@@ -19,6 +18,7 @@ from sparse_unified.surgery import (
     SkipLayersConfig,
     changed,
 )
+from sparse_unified.surgery.decoder import find_adapter
 from sparse_unified.surgery.temporary import (
     as_module,
     fewer_heads,

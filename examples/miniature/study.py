@@ -37,12 +37,12 @@ from miniature.evaluate import EvaluationConfig, answers, evaluate, generate
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze, init_router_
 from sparse_unified.analysis import (
     FfnStatistics,
-    Similarity,
     StatisticsConfig,
     collect,
     measure_similarity,
     score,
 )
+from sparse_unified.analysis.similarity import Similarity
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.experts import Partition

@@ -27,7 +27,7 @@ from sparse_unified.adapt.sequences import (
     generation_sequence,
     understanding_sequence,
 )
-from sparse_unified.analysis.samples import PICTURE_SUFFIXES, Task, is_file_name
+from sparse_unified.analysis.samples import IMAGE_SUFFIXES, Task, is_file_name
 from sparse_unified.bagel.images import (
     ContextImage,
     ImageProcessor,
@@ -54,8 +54,8 @@ _TEXTS = ("text", "question", "answer")
 _IMAGES = ("image", "source")
 # Other names under which the fields are found, tar members by their extensions among them.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
-    "image": ("file_name", *(suffix[1:] for suffix in PICTURE_SUFFIXES)),
-    "source": tuple(f"source{suffix}" for suffix in PICTURE_SUFFIXES),
+    "image": ("file_name", *(suffix[1:] for suffix in IMAGE_SUFFIXES)),
+    "source": tuple(f"source{suffix}" for suffix in IMAGE_SUFFIXES),
     "text": ("caption", "prompt", "txt"),
     "question": ("question.txt",),
     "answer": ("answer.txt",),
@@ -160,7 +160,7 @@ def _files(data: str) -> list[Path]:
 
 
 def _read_captions(files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    images = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     return [
         (str(path), {"image": path, "text": _read_text(caption).strip()})
         for path in images

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_unified._common import Progress, check_int, choice, context
 from sparse_unified.analysis.evaluators import Evaluator, Probe
 from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.bagel import BagelPipeline, Guidance, build_guidance, generate_tokens
@@ -35,9 +37,6 @@ class Settings:
         times: at which the velocity is measured on held-out pairs, 1 being noise.
         max_length: most tokens of an answer, its start marker included.
         batch_size: most images computed together.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     size: tuple[int, int] | None = None
@@ -47,12 +46,12 @@ class Settings:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("num_timesteps", 2), ("max_length", 2), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"Settings: {name} must be at least {least}, got {value}")
-        if not self.times or not all(0 < time <= 1 for time in self.times):
-            raise ValueError(f"Settings: times must be above 0 and at most 1, got {self.times}")
+        with context("Settings"):
+            check_int("num_timesteps", self.num_timesteps, 2)
+            check_int("max_length", self.max_length, 2)
+            check_int("batch_size", self.batch_size, 1)
+            if not self.times or not all(0 < time <= 1 for time in self.times):
+                raise ValueError(f"times must be above 0 and at most 1, got {self.times}")
 
 
 # Running
@@ -62,11 +61,10 @@ def run_task(
     model: Any,
     task: str,
     samples: Sequence[Any],
-    *,
+    begin: Callable[[str], object] | None = None,
     run: Callable[[Any], object] | None = None,
     settings: Settings | None = None,
-    begin: Callable[[str], object] | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Runs a model on samples, one after the other.
 
@@ -74,9 +72,9 @@ def run_task(
         model: a BAGEL pipeline; with `run`, any model.
         task: generation, understanding or editing; with `run`, any name.
         samples: `Sample`s; with `run`, whatever it takes.
+        begin: called before each sample with its fingerprint, or its number if it has none.
         run: what to do with a sample; None is what the task does.
         settings: of the built-in runs.
-        begin: called before each sample with its fingerprint, or its number if it has none.
         progress: called with the number of finished samples and of all.
 
     Raises:
@@ -86,18 +84,9 @@ def run_task(
         raise ValueError("samples must be at least one, got none")
     if run is None:
         if not isinstance(model, BagelPipeline):
-            raise ValueError(
-                "model must be a BagelPipeline, or come with run, "
-                f"got a {type(model).__name__} alone"
-            )
-        legal = [known.value for known in Task]
-        if task not in legal:
-            raise ValueError(f"task must be one of {', '.join(legal)}, got {task!r}")
-        chosen = settings or Settings()
-
-        def run(sample: Sample) -> None:
-            _run_sample(model, Task(task), sample, chosen)
-
+            kind = type(model).__name__
+            raise ValueError(f"model must be a BagelPipeline, or come with run, got a {kind} alone")
+        run = partial(run_sample, model, choice("task", Task, task), settings or Settings())
     for index, sample in enumerate(samples):
         if progress is not None:
             progress(index, len(samples))
@@ -108,20 +97,20 @@ def run_task(
         progress(len(samples), len(samples))
 
 
-def _run_sample(pipeline: BagelPipeline, task: Task, sample: Sample, settings: Settings) -> None:
+def run_sample(pipeline: BagelPipeline, task: Task, settings: Settings, sample: Sample) -> None:
+    """Does what a task asks of a sample."""
     if task is Task.UNDERSTANDING:
-        context = question_context(pipeline, sample)
+        asked = question_context(pipeline, sample)
         with torch.no_grad():
-            generate_tokens(pipeline.model, [context], max_length=settings.max_length)
+            generate_tokens(pipeline.model, [asked], max_length=settings.max_length)
     else:
         _generate(pipeline, [sample], settings)
 
 
 def _generate(pipeline: BagelPipeline, samples: Sequence[Sample], settings: Settings) -> Any:
-    images: list[Any] = [_open_all(sample) or None for sample in samples]
     return pipeline.generate(
         [sample.prompt for sample in samples],
-        images=images,
+        images=[_open_all(sample) for sample in samples],
         seed=[sample.seed for sample in samples],
         size=settings.size,
         num_timesteps=settings.num_timesteps,
@@ -175,10 +164,9 @@ class VelocityError:
     better: Mapping[str, str] = {"velocity_error": "lower"}
 
     def __init__(self, samples: Sequence[Sample], times: Sequence[float]) -> None:
-        missing = [sample.prompt for sample in samples if sample.image is None]
-        if missing or not samples:
-            got = f"none for {missing[0]!r}" if missing else "no samples"
-            raise ValueError(f"VelocityError: samples must have an image each, got {got}")
+        for sample in samples:
+            if sample.image is None:
+                raise ValueError(f"samples must have an image each, got none for {sample.prompt!r}")
         self.samples, self.times = samples, times
 
     @torch.no_grad()
@@ -218,8 +206,6 @@ class DenseDistance:
         self._dense = self._latents_and_pixels(pipeline)
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
-        if not self._dense:
-            raise RuntimeError("DenseDistance: prepare must have seen the dense model, got no call")
         latent, image = 0.0, 0.0
         found = self._latents_and_pixels(pipeline)
         for (x, pixels), (x0, pixels0) in zip(found, self._dense, strict=True):
@@ -260,8 +246,6 @@ class TextAgreement:
             self._answers.append(ids + [special.eos] * ended)
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
-        if not self._answers:
-            raise RuntimeError("TextAgreement: prepare must have seen the dense model, got no call")
         special = pipeline.model.config.special_tokens
         agreed, tokens, loss, reference_tokens = 0, 0, 0.0, 0
         for sample, answer in zip(self.samples, self._answers, strict=True):
@@ -323,7 +307,7 @@ def bagel_probe(
     return Probe(
         task=task.value,
         evaluators={**measures, **(evaluators or {})},
-        run=lambda begin: run_task(pipeline, task.value, samples, settings=settings, begin=begin),
+        run=lambda begin: run_task(pipeline, task.value, samples, begin, settings=settings),
         workload=lambda: _workload(pipeline, task, samples[0], settings),
         description={
             "samples": [sample.fingerprint() for sample in samples],

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified._common import Progress, context
-from sparse_unified.analysis.activation import most_active, pack_bits
 from sparse_unified.analysis.bagel_task import Settings, run_task
 from sparse_unified.analysis.samples import Task
 from sparse_unified.analysis.statistics import (
@@ -25,49 +24,81 @@ from sparse_unified.analysis.statistics import (
     StatisticsConfig,
     hash_ffns,
     keep_lowest,
+    most_active,
     no_inputs,
+    pack_bits,
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed
 from sparse_unified.surgery.decoder import Adapter, Ffn, find_adapter
 
 
-class Collector:
-    """What `collect` yields: samples begin with `begin`; `statistics` gives the result."""
+class Observer:
+    """Counts by hooks while a model runs, each time in the range of the denoising time."""
 
-    def __init__(
-        self, adapter: Adapter, task: str, config: StatisticsConfig, components: Sequence[str]
-    ) -> None:
-        self.adapter, self.task, self.config = adapter, task, config
-        self.samples: list[str] = []
-        self.sums = {
-            component: {ffn.key: _Sums(ffn, config) for ffn in adapter.ffns(component)}
-            for component in components
-        }
-        self._range = 0
-
-    def begin(self, sample: str) -> None:
-        """Starts another sample: what runs from here on belongs to it.
-
-        Args:
-            sample: a name of its own, such as a fingerprint.
-
-        Raises:
-            ValueError: there was a sample of this name.
-        """
-        if sample in self.samples:
-            raise ValueError(f"collect: samples must be distinct, got {sample!r} twice")
-        self._finish_sample()
-        self.samples.append(sample)
-        for own in self._all():
-            own.begin(sample)
+    def __init__(self, config: StatisticsConfig) -> None:
+        self.config, self.time_range = config, 0
 
     def set_time(self, time: float | None) -> None:
         """Sets the time of denoising at which the model runs; None for tokens that have none.
 
         Of BAGEL models it is read from their time embedder, and need not be set.
         """
-        self._range = self.config.range_of(time)
+        self.time_range = self.config.range_of(time)
+
+    @contextmanager
+    def observing(
+        self, model: object, hooks: Iterable[tuple[nn.Module, Callable[..., None]]]
+    ) -> Iterator[None]:
+        """Hooks modules before their forward, and reads the time from embedder to last layer."""
+        with ExitStack() as stack:
+            for module, before in hooks:
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+            for host in (model, getattr(model, "model", None)):
+                embedder = getattr(host, "time_embedder", None)
+                if isinstance(embedder, nn.Module):
+                    decoder: nn.Module = host.language_model.model  # type: ignore[union-attr]
+                    for handle in (
+                        embedder.register_forward_pre_hook(
+                            lambda _, given: self.set_time(float(given[0].reshape(-1)[0]))
+                        ),
+                        decoder.register_forward_hook(
+                            lambda *_: self.set_time(None), always_call=True
+                        ),
+                    ):
+                        stack.callback(handle.remove)
+                    break
+            yield
+
+
+class Collector(Observer):
+    """What `collect` yields: samples begin with `begin`; `statistics` gives the result."""
+
+    def __init__(
+        self, adapter: Adapter, task: str, config: StatisticsConfig, components: Sequence[str]
+    ) -> None:
+        super().__init__(config)
+        self.adapter, self.task = adapter, task
+        self.samples: list[str] = []
+        self.sums = {
+            component: {ffn.key: _Sums(ffn, config) for ffn in adapter.ffns(component)}
+            for component in components
+        }
+
+    def begin(self, sample: str) -> None:
+        """Starts another sample: what runs from here on belongs to it.
+
+        Args:
+            sample: a name that no other sample has, such as a fingerprint.
+        """
+        if sample in self.samples:
+            raise ValueError(f"collect: samples must be distinct, got {sample!r} twice")
+        self._finish_sample()
+        self.samples.append(sample)
+        digest = hashlib.sha256(sample.encode()).digest()
+        for own in self._all():
+            own.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
 
     def statistics(self) -> FfnStatistics:
         """Returns what was gathered, the running sample included; may be asked for repeatedly.
@@ -80,7 +111,7 @@ class Collector:
         seen = {
             component: {key: own.result() for key, own in keyed.items()}
             for component, keyed in self.sums.items()
-            if any(int(own.tokens.sum()) for own in keyed.values())
+            if any(int(tokens.sum()) for own in keyed.values() for tokens in own.sample_tokens)
         }
         return FfnStatistics(
             model_hashes={component: hash_ffns(self.adapter, component) for component in seen},
@@ -89,14 +120,18 @@ class Collector:
             ffns={self.task: seen},
         )
 
-    def watch(self, module: nn.Module, watched: Sequence[_Sums]) -> Any:
-        """Hooks one module, an FFN or a `SparseMoE` with all of its experts; returns the handle."""
+    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
+        """Yields each FFN, or `SparseMoE` with all of its experts, with what counts its tokens."""
+        by_module: dict[nn.Module, list[_Sums]] = {}
+        for own in self._all():
+            by_module.setdefault(own.ffn.module, []).append(own)
 
-        def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             if not self.samples:
                 raise RuntimeError("collect: begin must be called before the model runs")
             given = arguments[0] if arguments else next(iter(named.values()))
             x = given.detach().reshape(-1, given.shape[-1])
+            watched = by_module[module]
             parts = [x] * len(watched)
             if isinstance(module, SparseMoE):
                 count = module.num_experts
@@ -104,9 +139,9 @@ class Collector:
                     chosen = module.route(*arguments, **named)[2]
                 parts[-count:] = [x[rows] for rows in _rows(chosen, count)]
             for own, tokens in zip(watched, parts, strict=True):
-                own.add(tokens, self._range)
+                own.add(tokens, self.time_range)
 
-        return module.register_forward_pre_hook(before, with_kwargs=True)
+        return ((module, before) for module in by_module)
 
     def _all(self) -> Iterator[_Sums]:
         return (own for keyed in self.sums.values() for own in keyed.values())
@@ -127,23 +162,16 @@ class _Sums:
 
     def __init__(self, ffn: Ffn, config: StatisticsConfig) -> None:
         self.ffn, self.config = ffn, config
-        shape = (config.num_ranges, ffn.intermediate_size)
-
-        def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=ffn.gate_proj.device)
-
+        shape = (config.num_time_ranges + 1, ffn.intermediate_size)
+        self.sum_abs, self.sum_squares, self.num_fired, self.running = (
+            torch.zeros(shape, dtype=torch.float64, device=ffn.gate_proj.device) for _ in range(4)
+        )
         # Tokens are counted on the CPU, the rest stays on the device until it is asked for.
-        self.tokens, self.sample = (torch.zeros(shape[0], dtype=torch.int64) for _ in range(2))
-        self.sum_abs, self.sum_squares, self.num_fired = zeros(), zeros(), zeros()
-        self.sample_sum_abs = zeros()
+        self.running_tokens = torch.zeros(shape[0], dtype=torch.int64)
         self.sample_tokens: list[Tensor] = []
         self.active: list[Tensor] = []
-        self.inputs, self.draws = no_inputs(ffn.gate_proj.shape[1] if config.num_inputs else 0)
+        self.kept = no_inputs(ffn.gate_proj.shape[1] if config.num_inputs else 0)
         self.generator = torch.Generator()
-
-    def begin(self, sample: str) -> None:
-        digest = hashlib.sha256(sample.encode()).digest()
-        self.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
 
     @torch.no_grad()
     def add(self, x: Tensor, time_range: int) -> None:
@@ -152,48 +180,42 @@ class _Sums:
             return
         importance = ops.ffn_importance if x.device.type == "cpu" else composed.ffn_importance
         gate, up = self.ffn.gate_proj, self.ffn.up_proj
-        sum_abs, sum_squares, num_fired = importance(
-            x.to(gate.dtype), gate, up, self.config.threshold
-        )
-        self.sample[time_range] += len(x)
-        self.sample_sum_abs[time_range] += sum_abs
-        self.sum_squares[time_range] += sum_squares
-        self.num_fired[time_range] += num_fired
+        found = importance(x.to(gate.dtype), gate, up, self.config.threshold)
+        totals = (self.running, self.sum_squares, self.num_fired)
+        for total, own in zip(totals, found, strict=True):
+            total[time_range] += own
+        self.running_tokens[time_range] += len(x)
         if self.config.num_inputs:
-            self.keep(x)
-
-    def keep(self, x: Tensor) -> None:
-        draws = torch.randint(2**62, (len(x),), generator=self.generator)
-        full = len(self.draws) == self.config.num_inputs
-        near = (draws < self.draws[-1]).nonzero()[:, 0] if full else torch.arange(len(x))
-        if len(near):
+            draws = torch.randint(2**62, (len(x),), generator=self.generator)
+            known = self.kept["input_draws"]
+            is_full = len(known) == self.config.num_inputs
+            near = (draws < known[-1]).nonzero()[:, 0] if is_full else torch.arange(len(x))
             new = x[near.to(x.device)].to("cpu", torch.bfloat16)
-            self.inputs, self.draws = keep_lowest(
-                torch.cat([self.inputs, new]),
-                torch.cat([self.draws, draws[near]]),
+            self.kept = keep_lowest(
+                torch.cat([self.kept["inputs"], new]),
+                torch.cat([known, draws[near]]),
                 self.config.num_inputs,
             )
 
     def finish_sample(self) -> None:
-        active = most_active(self.sample_sum_abs, self.config.active_fraction).cpu()
-        active[self.sample == 0] = False
+        active = most_active(self.running, self.config.active_fraction).cpu()
+        active[self.running_tokens == 0] = False
         self.active.append(pack_bits(active))
-        self.sample_tokens.append(self.sample.clone())
-        self.tokens += self.sample
-        self.sum_abs += self.sample_sum_abs
-        self.sample.zero_()
-        self.sample_sum_abs.zero_()
+        self.sample_tokens.append(self.running_tokens.clone())
+        self.sum_abs += self.running
+        self.running_tokens.zero_()
+        self.running.zero_()
 
     def result(self) -> FfnSums:
+        sample_tokens = torch.stack(self.sample_tokens)
         return FfnSums(
-            tokens=self.tokens.clone(),
+            tokens=sample_tokens.sum(0),
             sum_abs=self.sum_abs.to("cpu", copy=True),
             sum_squares=self.sum_squares.to("cpu", copy=True),
             num_fired=self.num_fired.to("cpu", copy=True),
-            sample_tokens=torch.stack(self.sample_tokens),
+            sample_tokens=sample_tokens,
             active=torch.stack(self.active),
-            inputs=self.inputs.clone(),
-            input_draws=self.draws.clone(),
+            **self.kept,
         )
 
 
@@ -220,25 +242,11 @@ def collect(
         config: what is counted.
         components: None is all that the adapter names.
         adapter: None finds one.
-
-    Raises:
-        ValueError: no adapter fits, or a component is lacking.
     """
     adapter = find_adapter(model) if adapter is None else adapter
-    collector = Collector(
-        adapter,
-        task,
-        config or StatisticsConfig(),
-        adapter.components if components is None else components,
-    )
-    by_module: dict[nn.Module, list[_Sums]] = {}
-    for keyed in collector.sums.values():
-        for own in keyed.values():
-            by_module.setdefault(own.ffn.module, []).append(own)
-    with ExitStack() as hooks:
-        for module, watched in by_module.items():
-            hooks.callback(collector.watch(module, watched).remove)
-        observe_time(hooks, collector.set_time, model)
+    wanted = adapter.components if components is None else components
+    collector = Collector(adapter, task, config or StatisticsConfig(), wanted)
+    with collector.observing(model, collector.hooks()):
         yield collector
 
 
@@ -260,6 +268,10 @@ def calibrate(
     The same model, samples and settings give the same statistics: noise comes from the seed of each
     sample, and text is the likeliest.
 
+    Example:
+        statistics = calibrate(pipeline, "generation", read_samples("prompts.txt"))
+        save_scores("scores.safetensors", score("wanda", pipeline, statistics))
+
     Args:
         model: a BAGEL pipeline; with `run`, any model that an adapter fits.
         task: generation, understanding or editing; with `run`, any name.
@@ -276,40 +288,10 @@ def calibrate(
         ValueError: there are no samples, the task or model is none that can be run, no adapter
             fits, or a FFN gave a value that is not finite.
     """
-    name = str(task.value if isinstance(task, Task) else task)
+    name = Task(task).value if isinstance(task, Task) else task
     with collect(model, name, config=config, components=components, adapter=adapter) as collector:
-        run_task(
-            model,
-            name,
-            samples,
-            run=run,
-            settings=settings,
-            begin=collector.begin,
-            progress=progress,
-        )
+        run_task(model, name, samples, collector.begin, run, settings, progress)
     return collector.statistics()
-
-
-def observe_time(hooks: ExitStack, set_time: Callable[[float | None], None], model: object) -> None:
-    """Reads the time where a denoising model takes it: from its time embedder to its last layer.
-
-    Args:
-        hooks: what removes the hooks again.
-        set_time: called with each time, and with None after the layers.
-        model: a model or pipeline; one without a time embedder is left alone.
-    """
-    for host in (model, getattr(model, "model", None)):
-        embedder = getattr(host, "time_embedder", None)
-        if isinstance(embedder, nn.Module):
-            decoder: nn.Module = host.language_model.model  # type: ignore[union-attr]
-            for handle in (
-                embedder.register_forward_pre_hook(
-                    lambda _, arguments: set_time(float(arguments[0].reshape(-1)[0]))
-                ),
-                decoder.register_forward_hook(lambda *_: set_time(None), always_call=True),
-            ):
-                hooks.callback(handle.remove)
-            return
 
 
 def _rows(chosen: Tensor, num_experts: int) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -45,10 +45,6 @@ class Cost:
     seconds: float
     peak_bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, for JSON."""
-        return asdict(self)
-
 
 def measure_cost(
     model: nn.Module, workload: Workload, *, repeats: int = 5, warmup: int = 1
@@ -60,7 +56,6 @@ def measure_cost(
         workload: sets the forward up.
         repeats: timed forwards.
         warmup: forwards before them.
-
     """
     weights = [*model.parameters(), *model.buffers()]
     device = weights[0].device if weights else torch.device("cpu")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_unified._common import naming
+from sparse_unified._common import list_some, naming
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.safetensors_io import save_tensors
@@ -80,8 +80,7 @@ def score(
         CPU, as `apply_moe_`, `prune_width_` and, through `save_scores`, `convert` take them.
 
     Raises:
-        ValueError: the criterion is unknown, statistics are missing or of another model, or a FFN
-            has seen no token.
+        ValueError: statistics are missing or of another model, or a FFN has seen no token.
     """
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "score")
     chosen = CRITERIA.get(criterion) if isinstance(criterion, str) else criterion
@@ -92,24 +91,16 @@ def score(
     if statistics is not None:
         statistics.check(adapter)
         if not used or not set(used) <= set(statistics.tasks):
-            raise ValueError(
-                f"{name}: tasks must be of {', '.join(statistics.tasks)}, "
-                f"got {', '.join(used) or 'none'}"
-            )
-        held = [set(statistics.ffns[task]) for task in used]
+            legal = ", ".join(statistics.tasks)
+            raise ValueError(f"{name}: tasks must be of {legal}, got {list_some(used)}")
         if components is None:
-            components = [c for c in statistics.ffns[used[0]] if all(c in own for own in held)]
+            first, *others = (statistics.ffns[task] for task in used)
+            components = [c for c in first if all(c in held for held in others)]
 
     def mean_abs(ffn: Ffn) -> Tensor:
         if statistics is None:
             raise ValueError("statistics must be given, got none")
-        means = []
-        for task in used:
-            found = statistics.of(task, ffn.component)
-            if ffn.key not in found:
-                raise ValueError(f"statistics of {task} must hold the FFN, got none")
-            with naming(task):
-                means.append(found[ffn.key].mean_abs())
+        means = [statistics.of(task, ffn.component)[ffn.key].mean_abs() for task in used]
         return torch.stack(means).mean(0)
 
     scores: NeuronScores = {}
@@ -137,11 +128,8 @@ def save_scores(
         raise ValueError(
             f"{path}: component must be one of {', '.join(FFN_NAMES)}, got {', '.join(scores)}"
         )
-    tensors = {
-        f"{component}.{layer}": own
-        for component, keyed in scores.items()
-        for layer, own in join_experts(keyed).items()
-    }
+    joined = {component: join_experts(keyed) for component, keyed in scores.items()}
+    tensors = {f"{c}.{layer}": own for c, layers in joined.items() for layer, own in layers.items()}
     if not tensors:
         raise ValueError(f"{path}: scores must be given for at least one layer, got none")
     save_tensors(Path(path), tensors)

@@ -8,13 +8,10 @@ name. The decorator `evaluator` makes one of any such function, `load_evaluator`
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
-import sys
+import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from sparse_unified.analysis.cost import Workload
@@ -48,9 +45,6 @@ def evaluator(**better: str) -> Callable[[F], F]:
 
     Args:
         better: its metrics, each "lower" or "higher".
-
-    Raises:
-        ValueError: a direction is neither, or there is none.
     """
 
     def declare(function: F) -> F:
@@ -62,18 +56,10 @@ def evaluator(**better: str) -> Callable[[F], F]:
 
 
 def directions(function: object, *, where: str) -> dict[str, str]:
-    """Returns which way each metric of an evaluator improves.
-
-    Raises:
-        ValueError: it is no evaluator, or a direction is neither "lower" nor "higher".
-    """
-    declared = getattr(function, "better", None)
-    if (
-        not callable(function)
-        or not isinstance(declared, Mapping)
-        or not declared
-        or any(way not in ("lower", "higher") for way in declared.values())
-    ):
+    """Returns which way each metric of an evaluator improves; ValueError if it is none."""
+    declared: Any = getattr(function, "better", None)
+    is_mapping = isinstance(declared, Mapping) and bool(declared)
+    if not callable(function) or not is_mapping or set(declared.values()) - {"lower", "higher"}:
         raise ValueError(
             f"{where}: evaluator must be callable and declare its metrics by "
             f'`better = {{"name": "lower" or "higher"}}`, got {function!r} with {declared!r:.120}'
@@ -85,42 +71,35 @@ def measure(function: Evaluator, model: object, *, where: str) -> dict[str, floa
     """Runs an evaluator; ValueError if a metric is not there, not declared or not finite."""
     result = function(model)
     if not isinstance(result, Mapping) or set(result) != set(function.better):
-        got = sorted(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
         raise ValueError(
-            f"{where}: evaluator must return the metrics {', '.join(function.better)}, got {got}"
+            f"{where}: evaluator must return the metrics {', '.join(function.better)}, "
+            f"got {result!r:.120}"
         )
     values = {}
-    for name in function.better:
+    for name, value in result.items():
         try:
-            values[name] = float(result[name])
+            values[name] = float(value)
         except (TypeError, ValueError):
             values[name] = math.nan
         if not math.isfinite(values[name]):
-            raise ValueError(
-                f"{where}: metric {name} must be a finite number, got {result[name]!r:.120}"
-            )
+            raise ValueError(f"{where}: metric {name} must be a finite number, got {value!r:.120}")
     return values
 
 
 def load_evaluator(name: str) -> Evaluator:
-    """Loads an evaluator, named `module:function` or `path/to/file.py:function`.
-
-    Raises:
-        ValueError: there is no such module or function, or it is no evaluator.
-    """
+    """Loads an evaluator, named `module:function` or `path/to/file.py:function`."""
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise ValueError(f"--evaluator: name must be module:function, got {name!r}")
     try:
-        is_file = source.endswith(".py")
-        module = _load_file(Path(source)) if is_file else importlib.import_module(source)
-    except ImportError as error:
+        if source.endswith(".py"):
+            found: Any = runpy.run_path(source).get(attribute)
+        else:
+            found = getattr(importlib.import_module(source), attribute, None)
+    except (ImportError, OSError) as error:
         raise ValueError(
             f"--evaluator: module {source} must be importable, got {type(error).__name__}: {error}"
         ) from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        raise ValueError(f"--evaluator: {source} must define {attribute}, got a module without it")
     directions(found, where=f"--evaluator: {name}")
     return found
 
@@ -137,9 +116,6 @@ class Probe:
         workload: sets up the forward whose cost is measured.
         description: plain values that identify samples and settings; a sweep that is resumed must
             have the same.
-
-    Raises:
-        ValueError: there are no evaluators, one is none, or two have a metric in common.
     """
 
     task: str
@@ -149,29 +125,16 @@ class Probe:
     description: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        owners = [
+        listed = [
             metric
             for name, function in self.evaluators.items()
             for metric in directions(function, where=f"{self.task}: {name}")
         ]
-        if not owners or len(set(owners)) < len(owners):
-            raise ValueError(
-                f"{self.task}: evaluators must have metrics, each once, "
-                f"got {', '.join(owners) or 'none'}"
-            )
+        if not listed or len(set(listed)) < len(listed):
+            raise ValueError(f"{self.task}: evaluators must have metrics, each once, got {listed}")
 
     @property
     def better(self) -> dict[str, str]:
         """Which way each metric improves: "lower" or "higher"."""
         declared = (function.better.items() for function in self.evaluators.values())
         return {name: way for own in declared for name, way in own}
-
-
-def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"evaluator_{path.stem}", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ImportError(f"no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,21 +18,17 @@ from torch import Tensor, nn
 
 from sparse_unified._common import Progress, Report, context
 from sparse_unified.analysis.bagel_task import Settings, run_task
-from sparse_unified.analysis.calibration import observe_time
+from sparse_unified.analysis.calibration import Observer
 from sparse_unified.analysis.samples import Task
 from sparse_unified.analysis.statistics import StatisticsConfig, plain
-from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.decoder import find_sparse_blocks
-
-_WHERE = "expert_usage"
+from sparse_unified.surgery.decoder import SparseBlock, find_sparse_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerUsage:
     """Which experts the tokens of one block chose, range of time by range of time.
 
-    Range 0 holds the tokens that have no time: text, ViT tokens, and finished images (t = 0). Range
-    r of R holds the times ((r - 1) / R, r / R], 1 being noise.
+    Ranges are those of `analysis.statistics`: the first holds tokens without a time.
 
     Attributes:
         component: of the block.
@@ -116,27 +112,15 @@ class ExpertUsage(Report):
         return [entry for entry in self.layers if entry.component == component]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "task": self.task,
-            "samples": self.samples,
-            "ranges": list(self.ranges),
-            "layers": [entry.to_dict() for entry in self.layers],
-        }
+        values = {name: getattr(self, name) for name in ("task", "samples", "ranges")}
+        return {**values, "layers": [entry.to_dict() for entry in self.layers]}
 
     def title(self) -> str:
         return f"{self.task}, {self.samples} samples\n"
 
     def headings(self) -> Sequence[str]:
-        return (
-            "layer",
-            "tokens",
-            "experts",
-            "entropy",
-            "least",
-            "most",
-            "dead",
-            "change over time",
-        )
+        counts = ("layer", "tokens", "experts", "entropy", "least", "most", "dead")
+        return (*counts, "change over time")
 
     def table(self) -> Sequence[Sequence[object]]:
         return [
@@ -144,11 +128,10 @@ class ExpertUsage(Report):
                 f"{entry.component} {entry.layer}",
                 int(entry.tokens.sum()),
                 f"{entry.top_k} of {entry.num_experts}",
-                _format(entry.entropy(), ".3f"),
-                _format(float(entry.share().min()), ".1%"),
-                _format(float(entry.share().max()), ".1%"),
+                *(_text(value, ".3f") for value in (entry.entropy(),)),
+                *(_text(value, ".1%") for value in entry.share().aminmax()),
                 len(entry.dead_experts()),
-                _format(float(entry.change().nanmean()), ".3f"),
+                _text(entry.change().nanmean(), ".3f"),
             )
             for entry in self.layers
         ]
@@ -160,39 +143,38 @@ class ExpertUsage(Report):
         )
 
 
-class ExpertWatch:
+class ExpertWatch(Observer):
     """What `watch_experts` yields: `usage` gives the counts so far."""
 
-    def __init__(self, config: StatisticsConfig) -> None:
-        self._config, self._range = config, 0
-        self._layers: list[LayerUsage] = []
-
-    def set_time(self, time: float | None) -> None:
-        """Sets the time of denoising at which the model runs; None for tokens that have none.
-
-        Of BAGEL models it is read from their time embedder, and need not be set.
-        """
-        self._range = self._config.range_of(time)
-
-    def watch(self, component: str, layer: int, block: SparseMoE) -> Any:
-        """Hooks one block; returns the handle."""
-        ranges, device = self._config.num_ranges, block.gate.weight.device
-        tokens = torch.zeros(ranges, dtype=torch.int64)
-        load = torch.zeros(ranges, block.num_experts, dtype=torch.int64, device=device)
-        self._layers.append(
+    def __init__(self, config: StatisticsConfig, blocks: Sequence[SparseBlock]) -> None:
+        super().__init__(config)
+        ranges = config.num_time_ranges + 1
+        self.layers = [
             LayerUsage(
-                component=component, layer=layer, top_k=block.top_k, tokens=tokens, load=load
+                component=block.component,
+                layer=block.layer,
+                top_k=block.module.top_k,
+                tokens=torch.zeros(ranges, dtype=torch.int64),
+                load=torch.zeros(
+                    (ranges, block.module.num_experts),
+                    dtype=torch.int64,
+                    device=block.module.gate.weight.device,
+                ),
             )
-        )
+            for block in blocks
+        ]
+
+    def count(self, own: LayerUsage) -> Callable[..., None]:
+        """Returns the hook of a block."""
 
         @torch.no_grad()
-        def before(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            topk_idx = block.route(*arguments, **named)[2]  # [T, K]
-            counts = torch.bincount(topk_idx.flatten().long(), minlength=block.num_experts)
-            load[self._range] += counts.to(device)
-            tokens[self._range] += len(topk_idx)
+        def before(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            topk_idx = block.route(*arguments, **named)[2]  # type: ignore[operator]  # [T, K]
+            counts = torch.bincount(topk_idx.flatten().long(), minlength=own.num_experts)
+            own.load[self.time_range] += counts
+            own.tokens[self.time_range] += len(topk_idx)
 
-        return block.register_forward_pre_hook(before, with_kwargs=True)
+        return before
 
     def usage(self, task: str = "run", samples: int = 1) -> ExpertUsage:
         """Returns what was counted, under a name and a number of samples.
@@ -200,18 +182,16 @@ class ExpertWatch:
         Raises:
             ValueError: no token ran through a sparse block.
         """
-        if not any(int(entry.tokens.sum()) for entry in self._layers):
-            where = ", ".join(dict.fromkeys(entry.component for entry in self._layers))
-            raise ValueError(
-                f"{_WHERE}: {task} must send tokens through a sparse FFN of {where}, got none"
-            )
+        if not any(int(entry.tokens.sum()) for entry in self.layers):
+            where = ", ".join(dict.fromkeys(entry.component for entry in self.layers))
+            raise ValueError(f"{task} must send tokens through a sparse FFN of {where}, got none")
         return ExpertUsage(
             task=task,
             samples=samples,
-            ranges=tuple(self._config.range_names()),
+            ranges=tuple(self.config.range_names()),
             layers=tuple(
                 replace(own, tokens=own.tokens.clone(), load=own.load.to("cpu", copy=True))
-                for own in self._layers
+                for own in self.layers
             ),
         )
 
@@ -227,32 +207,20 @@ def watch_experts(
         print(watch.usage().to_text())
 
     Args:
-        model: a model or pipeline with `SparseMoE` blocks.
+        model: a model or pipeline with `SparseMoE` blocks, whose routers are in memory.
         num_time_ranges: R, into how many ranges the times of denoising are cut.
         components: of which components; None is all.
-
-    Raises:
-        ValueError: there are no sparse blocks, their weights are not in memory, or an argument is
-            out of range.
     """
-    config = StatisticsConfig(num_time_ranges=num_time_ranges)
-    with context(_WHERE):
-        blocks = find_sparse_blocks(model, components)
-        for block in blocks:
-            if block.module.gate.weight.is_meta:
-                raise ValueError(
-                    f"router of {block.component} layer {block.layer} must be in memory, "
-                    "got meta (offloaded weights)"
-                )
-    watch = ExpertWatch(config)
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.callback(watch.watch(*block).remove)
-        observe_time(hooks, watch.set_time, model)
+    blocks = find_sparse_blocks(model, components)
+    watch = ExpertWatch(StatisticsConfig(num_time_ranges=num_time_ranges), blocks)
+    hooks = [
+        (block.module, watch.count(own)) for block, own in zip(blocks, watch.layers, strict=True)
+    ]
+    with watch.observing(model, hooks):
         yield watch
 
 
-@context(_WHERE)
+@context("expert_usage")
 def expert_usage(
     model: Any,
     task: Task | str,
@@ -280,7 +248,7 @@ def expert_usage(
         ValueError: there are no samples, no sparse blocks, or none that sees a token; the task or
             model is none that can be run.
     """
-    name = str(task.value if isinstance(task, Task) else task)
+    name = task.value if isinstance(task, Task) else task
     with watch_experts(model, num_time_ranges=num_time_ranges, components=components) as watch:
         run_task(model, name, samples, run=run, settings=settings, progress=progress)
     return watch.usage(name, len(samples))
@@ -294,5 +262,5 @@ def _entropy(load: Tensor) -> Tensor:
     return -torch.special.xlogy(shares, shares).sum(1) / math.log(load.shape[1])
 
 
-def _format(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+def _text(value: float | Tensor, form: str) -> str:
+    return "-" if math.isnan(value) else format(float(value), form)

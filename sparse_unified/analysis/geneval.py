@@ -25,11 +25,7 @@ from sparse_unified.checkpoint.files import replace_file
 
 
 def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads a GenEval metadata file, such as its `prompts/evaluation_metadata.jsonl`.
-
-    Raises:
-        ValueError: it cannot be read, or a line lacks prompt, tag or include.
-    """
+    """Reads a GenEval metadata file, such as its `prompts/evaluation_metadata.jsonl`."""
     entries = []
     for where, line in read_lines(path, "--geneval"):
         entry = read_object(line, where)
@@ -103,9 +99,8 @@ class GenEvalImages:
         out: holds one folder per point.
         scorer: a function from such a folder to numbers by name, with `better` as an evaluator has
             it; None only writes the images, for the official scorer to be run on them.
-        num_images: as in `write_geneval`.
-        seed: as in `write_geneval`.
-        settings: as in `write_geneval`.
+        num_images: per prompt.
+        options: seed and settings, as in `write_geneval`.
     """
 
     def __init__(
@@ -115,12 +110,10 @@ class GenEvalImages:
         *,
         scorer: Callable[[Path], Mapping[str, float]] | None = None,
         num_images: int = 4,
-        seed: int = 0,
-        settings: Settings | None = None,
+        **options: Any,
     ) -> None:
         self.metadata, self.out, self.scorer = metadata, Path(out), scorer
-        self.num_images, self.seed, self.settings = num_images, seed, settings
-        self.point = "dense"
+        self.num_images, self.options, self.point = num_images, options, "dense"
         self.better = {"geneval_images": "higher"}
         if scorer is not None:
             self.better = directions(scorer, where="GenEvalImages: scorer")
@@ -130,14 +123,8 @@ class GenEvalImages:
         self.point = point
 
     def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:
-        folder = write_geneval(
-            pipeline,
-            self.metadata,
-            self.out / self.point,
-            num_images=self.num_images,
-            seed=self.seed,
-            settings=self.settings,
-        )
+        folder = self.out / self.point
+        write_geneval(pipeline, self.metadata, folder, num_images=self.num_images, **self.options)
         if self.scorer is None:
             return {"geneval_images": len(self.metadata) * self.num_images}
         return self.scorer(folder)

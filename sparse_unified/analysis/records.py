@@ -67,31 +67,33 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
     """
     folder = Path(out)
     run = folder / _RUN
-    if not folder.parent.is_dir():
-        raise ValueError(f"--out: parent of {folder} must be a folder, got none there")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out: {folder} must be a folder, got a file")
-    if folder.exists() and not run.exists() and {p.name for p in folder.iterdir()} - {_LOCK}:
+    if folder.is_dir() and not run.exists() and {p.name for p in folder.iterdir()} - {_LOCK}:
         raise ValueError(
             f"--out: {folder} must be new, empty, or of a run of analyze, got other files"
         )
     folder.mkdir(exist_ok=True)
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with (folder / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(
                 f"--out: {folder} must be used by one run at a time, got another"
             ) from None
-        if run.exists():
-            _require_same(run, description)
-        else:
+        if not run.exists():
             text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
             replace_file(run, text.encode())
+        found, here = _flat(read_json(run)), _flat(description)
+        differences = [
+            f"{name} {found.get(name)!r:.80} there and {here.get(name)!r:.80} here"
+            for name in found | here
+            if found.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"--out: {folder} must be of the same run, or another folder, "
+                f"got {list_some(differences)}"
+            )
         yield Store(folder, read_records(folder / _POINTS))
-    finally:
-        os.close(lock)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -136,20 +138,6 @@ def has_form(value: object, form: Any) -> bool:
         form = dict.fromkeys(value, form[str]) if str in form else form
         return value.keys() == form.keys() and all(has_form(value[k], f) for k, f in form.items())
     return type(value) in form
-
-
-def _require_same(run: Path, wanted: Mapping[str, Any]) -> None:
-    found, here = _flat(read_json(run)), _flat(json.loads(json.dumps(wanted)))
-    differences = [
-        f"{name} {found.get(name)!r:.80} there and {here.get(name)!r:.80} here"
-        for name in {**found, **here}
-        if found.get(name) != here.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"--out: {run.parent} must be of the same run, or another folder, "
-            f"got {list_some(differences)}"
-        )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+from sparse_unified._common import naming
 from sparse_unified.bagel.images import open_image
-from sparse_unified.checkpoint.files import loads_strict
+from sparse_unified.checkpoint.files import loads_strict, read_text
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# Bytes of a name and of a path that file systems take; messages stay short, too.
-_LONGEST_NAME = 255
-_LONGEST_PATH = 1024
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 # Of objects, counts, colours and positions, as text-to-image benchmarks ask for them.
 GENERATION_PROMPTS = (
@@ -106,8 +103,6 @@ def built_in_samples(
         folder: where the images to edit are put; of editing only. It has to stay for as long as
             the samples are used.
 
-    Raises:
-        ValueError: editing lacks a folder, it is none, or more samples are wanted than there are.
     """
     if task is not Task.EDITING:
         prompts = GENERATION_PROMPTS if task is Task.GENERATION else UNDERSTANDING_PROMPTS
@@ -125,8 +120,8 @@ def built_in_samples(
 
 def read_samples(
     prompts: str | os.PathLike[str],
-    images: str | os.PathLike[str] | None,
-    task: Task,
+    images: str | os.PathLike[str] | None = None,
+    task: Task = Task.GENERATION,
     count: int | None = None,
     seed: int = 0,
 ) -> list[Sample]:
@@ -155,7 +150,18 @@ def read_samples(
     else:
         samples = [Sample(prompt=line) for _, line in lines]
         if images is not None:
-            samples = _with_images(samples, _folder(images), task)
+            found = [p for p in _folder(images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+            if len(found) != len(samples):
+                raise ValueError(
+                    f"--images: {images} must hold one image ({', '.join(IMAGE_SUFFIXES)}) for "
+                    f"each of {len(samples)} prompts, got {len(found)}"
+                )
+            samples = [
+                replace(own, image=image)
+                if task is Task.GENERATION
+                else replace(own, sources=(image,))
+                for own, image in zip(samples, sorted(found), strict=True)
+            ]
     samples = _take(samples, count, seed, f"--prompts: {path}")
     for sample in samples:
         if task is Task.EDITING and not sample.sources:
@@ -183,35 +189,10 @@ def _folder(images: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _with_images(samples: Sequence[Sample], folder: Path, task: Task) -> list[Sample]:
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-    if len(images) != len(samples):
-        raise ValueError(
-            f"--images: {folder} must hold one image ({', '.join(PICTURE_SUFFIXES)}) for each of "
-            f"{len(samples)} prompts, got {len(images)}"
-        )
-    if task is Task.GENERATION:
-        return [replace(own, image=path) for own, path in zip(samples, images, strict=True)]
-    return [replace(own, sources=(path,)) for own, path in zip(samples, images, strict=True)]
-
-
-def is_file_name(value: object) -> bool:
-    """Tells whether a JSON value can name a file, there or not."""
-    return (
-        isinstance(value, str)
-        and "\0" not in value
-        and len(value) <= _LONGEST_PATH
-        and all(len(part.encode()) <= _LONGEST_NAME for part in value.split("/"))
-    )
-
-
 def read_lines(path: str | os.PathLike[str], option: str) -> list[tuple[str, str]]:
     """Returns the lines of a text file that are not blank, each with its place for messages."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{option}: {path} must be readable text, got {reason}") from error
+    with naming(option):
+        lines = read_text(Path(path)).splitlines()
     placed = [(f"{option}: {path}: line {i}", line.strip()) for i, line in enumerate(lines, 1)]
     return [(where, line) for where, line in placed if line]
 
@@ -227,21 +208,24 @@ def read_object(line: str, where: str) -> dict[str, Any]:
     return value
 
 
+def is_file_name(value: object) -> bool:
+    """Tells whether a JSON value can name a file, there or not, within what file systems take."""
+    is_path = isinstance(value, str) and "\0" not in value and len(value) <= 1024
+    return is_path and all(len(part.encode()) <= 255 for part in str(value).split("/"))
+
+
 def _parse(fields: dict[str, Any], folder: Path, where: str) -> Sample:
     prompt, answer = fields.get("prompt"), fields.get("answer")
     sources, image = fields.get("source") or [], fields.get("image")
     sources = [sources] if isinstance(sources, str) else sources
-    for name, is_legal, rule in (
-        ("prompt", _is_text(prompt), "a text"),
-        ("answer", answer is None or _is_text(answer), "a text"),
-        (
-            "source",
-            isinstance(sources, list) and all(map(is_file_name, sources)),
-            "a file name or a list of them",
-        ),
-        ("image", image is None or is_file_name(image), "a file name"),
+    for name, is_legal in (
+        ("prompt", _is_text(prompt)),
+        ("answer", answer is None or _is_text(answer)),
+        ("source", isinstance(sources, list) and all(map(is_file_name, sources))),
+        ("image", image is None or is_file_name(image)),
     ):
         if not is_legal:
+            rule = "a text" if name in ("prompt", "answer") else "a file name"
             raise ValueError(f"{where}: {name} must be {rule}, got {fields.get(name)!r:.120}")
     return Sample(
         prompt=str(prompt),

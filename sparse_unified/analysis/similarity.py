@@ -22,19 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import Report
+from sparse_unified._common import Report, check_int
 from sparse_unified.analysis.records import NUMBER, has_form
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.surgery.decoder import Block, find_adapter
 
 PARTS = ("block", "attention", "ffn")
-_ENTRY = {
-    "component": (str,),
-    "layer": (int,),
-    "tokens": (int,),
-    **dict.fromkeys(PARTS, NUMBER),
-}
-_FORM = {"layers": [_ENTRY]}
+_ENTRY = {"component": (str,), "layer": (int,), "tokens": (int,), **dict.fromkeys(PARTS, NUMBER)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,22 +51,14 @@ class Similarity(Report):
 
     @classmethod
     def load(cls, path: Path) -> Similarity:
-        """Reads a file that holds `to_json`.
-
-        Raises:
-            ValueError: it is missing or damaged.
-        """
+        """Reads a file that holds `to_json`; ValueError if it is missing or damaged."""
         found = read_json(path)
-        if not has_form(found, _FORM):
+        if not has_form(found, {"layers": [_ENTRY]}):
             raise ValueError(f"{path}: layers must be cosines of each layer, got {found!r:.240}")
         return cls(layers=tuple(LayerSimilarity(**entry) for entry in found["layers"]))
 
     def of(self, component: str) -> list[LayerSimilarity]:
-        """Returns the layers of a component in order.
-
-        Raises:
-            ValueError: none of its layers has seen a token.
-        """
+        """Returns the layers of a component in order; ValueError if none has seen a token."""
         found = [entry for entry in self.layers if entry.component == component]
         if not found:
             raise ValueError(
@@ -99,10 +85,7 @@ class Similarity(Report):
             ValueError: there are not so many, or a cosine is not a number.
         """
         entries = [e for e in self.of(component) if layers is None or e.layer in layers]
-        if not 0 <= count <= len(entries):
-            raise ValueError(
-                f"similarity: count must be from 0 to {len(entries)} layers, got {count}"
-            )
+        check_int("similarity: count", count, 0, len(entries))
         values = {entry.layer: float(getattr(entry, part)) for entry in entries}
         if not all(map(math.isfinite, values.values())):
             raise ValueError(f"similarity: {part} of {component} must be finite, got {values}")
@@ -122,44 +105,38 @@ class Similarity(Report):
 class Measurement:
     """What `measure_similarity` yields; `result()` is read after the runs."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = blocks
-        self.tokens = [0] * len(blocks)
-        self.sums: list[Any] = [0.0] * len(blocks)  # [3] fp64, on the device of the model
+    def __init__(self) -> None:
+        self.tokens: dict[tuple[str, int], int] = {}  # of each component and layer
+        self.sums: dict[tuple[str, int], Any] = {}  # [3] fp64, on the device of the model
 
     def result(self) -> Similarity:
-        """Returns the similarities of all layers that have seen tokens.
-
-        Raises:
-            ValueError: none has.
-        """
-        seen = []
-        for block, tokens, sums in zip(self.blocks, self.tokens, self.sums, strict=True):
+        """Returns the similarities of all layers that have seen tokens; ValueError if none has."""
+        layers = []
+        for (component, layer), tokens in self.tokens.items():
             if tokens:
-                cosines = dict(zip(PARTS, (sums / tokens).tolist(), strict=True))
-                entry = LayerSimilarity(
-                    component=block.component, layer=block.layer, tokens=tokens, **cosines
+                means = (self.sums[component, layer] / tokens).tolist()
+                cosines = dict(zip(PARTS, means, strict=True))
+                layers.append(
+                    LayerSimilarity(component=component, layer=layer, tokens=tokens, **cosines)
                 )
-                seen.append(entry)
-        if not seen:
+        if not layers:
             raise ValueError("measure_similarity: model must run on tokens meanwhile, got none")
-        return Similarity(layers=tuple(seen))
+        return Similarity(layers=tuple(layers))
 
-    def watch(self, index: int) -> list[Any]:
+    def watch(self, block: Block) -> list[Any]:
         """Hooks one block; returns the handles."""
-        block = self.blocks[index]
         stream: dict[str, Tensor] = {}
+        key = (block.component, block.layer)
+        self.tokens[key], self.sums[key] = 0, 0.0
 
         def leave(module: object, args: tuple[Any, ...], output: Any) -> None:
             branch = output[0] if isinstance(output, tuple) else output
             x, x1 = (stream.pop(name).detach().flatten(0, -2) for name in ("x", "x1"))
-            if not len(x1):
-                return
             y = x1 + branch.detach().reshape(x1.shape)
-            self.sums[index] += torch.stack(
-                [_cosine_sum(x, y), _cosine_sum(x, x1), _cosine_sum(x1, y)]
-            )
-            self.tokens[index] += len(x1)
+            pairs = {"block": (x, y), "attention": (x, x1), "ffn": (x1, y)}
+            sums = torch.stack([_cosine_sum(*pairs[part]) for part in PARTS])
+            self.sums[key] += sums
+            self.tokens[key] += len(x1)
 
         return [
             block.input_norm.register_forward_pre_hook(lambda _, args: stream.update(x=args[0])),
@@ -186,23 +163,14 @@ def measure_similarity(
     Args:
         model: a model, a pipeline, or an adapter.
         components: to measure; None is all.
-
-    Raises:
-        ValueError: no adapter fits, or the model lacks a component.
     """
-    adapter = find_adapter(model)
-    measurement = Measurement(
-        [
-            adapter.block(layer, component)
-            for component in (adapter.components if components is None else components)
-            for layer in range(adapter.num_layers())
-            if adapter.holds(layer, component)
-        ]
-    )
+    adapter, measurement = find_adapter(model), Measurement()
     with ExitStack() as hooks:
-        for index in range(len(measurement.blocks)):
-            for handle in measurement.watch(index):
-                hooks.callback(handle.remove)
+        for component in adapter.components if components is None else components:
+            for layer in range(adapter.num_layers()):
+                if adapter.holds(layer, component):
+                    for handle in measurement.watch(adapter.block(layer, component)):
+                        hooks.callback(handle.remove)
         yield measurement
 
 

@@ -15,17 +15,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some, naming
-from sparse_unified.analysis.activation import mean_overlap, successive_overlap
+from sparse_unified._common import check_int, check_number, context, list_some, naming
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.files import loads_strict
 from sparse_unified.checkpoint.safetensors_io import (
@@ -40,8 +39,19 @@ from sparse_unified.surgery.decoder import FfnKey, find_adapter
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
 NO_TIME = "no time"  # text, ViT tokens, finished images
 
-# Files of a config that keeps no inputs do not have these.
-_INPUT_TENSORS = ("inputs", "input_draws")
+# The tensors of `FfnSums` in the order of a file, with a letter for each dimension: R ranges, I
+# neurons, B bytes of I bits, S samples, T tokens whose inputs are kept, D hidden.
+TENSORS = {
+    "tokens": (torch.int64, "R"),
+    "sum_abs": (torch.float64, "RI"),
+    "sum_squares": (torch.float64, "RI"),
+    "num_fired": (torch.float64, "RI"),
+    "sample_tokens": (torch.int64, "SR"),
+    "active": (torch.uint8, "SRB"),
+    "inputs": (torch.bfloat16, "TD"),
+    "input_draws": (torch.int64, "T"),
+}
+SUMMED = ("tokens", "sum_abs", "sum_squares", "num_fired")  # when merged; others are joined
 _HASHED = 256  # values of each weight that its hash looks at
 
 
@@ -55,9 +65,6 @@ class StatisticsConfig:
             largest mean |h|.
         num_time_ranges: R, into how many ranges the times of denoising are cut.
         num_inputs: number of tokens of a task, drawn at random, whose FFN inputs are kept.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     threshold: float = 0.1
@@ -66,20 +73,11 @@ class StatisticsConfig:
     num_inputs: int = 0
 
     def __post_init__(self) -> None:
-        for name, kinds, is_legal, rule in (
-            ("threshold", (int, float), lambda x: 0 <= x < math.inf, "finite and at least 0"),
-            ("active_fraction", (int, float), lambda x: 0 < x < 1, "above 0 and below 1"),
-            ("num_time_ranges", (int,), lambda x: x >= 1, "an integer of at least 1"),
-            ("num_inputs", (int,), lambda x: x >= 0, "an integer of at least 0"),
-        ):
-            value = getattr(self, name)
-            if type(value) not in kinds or not is_legal(value):
-                raise ValueError(f"StatisticsConfig: {name} must be {rule}, got {value!r}")
-
-    @property
-    def num_ranges(self) -> int:
-        """R + 1, the range without a time among them."""
-        return self.num_time_ranges + 1
+        with context("StatisticsConfig"):
+            check_number("threshold", self.threshold, 0)
+            check_number("active_fraction", self.active_fraction, 0, 1)
+            check_int("num_time_ranges", self.num_time_ranges, 1)
+            check_int("num_inputs", self.num_inputs, 0)
 
     def range_of(self, time: float | None) -> int:
         """Returns the range of a time from 0 to 1, or of tokens without one."""
@@ -89,33 +87,6 @@ class StatisticsConfig:
         """Returns a name for each range: `NO_TIME`, then its times from image to noise."""
         count = self.num_time_ranges
         return [NO_TIME, *(f"{r / count:.3g}-{(r - 1) / count:.3g}" for r in range(1, count + 1))]
-
-
-class Kind(NamedTuple):
-    """A tensor of `FfnSums`.
-
-    Attributes:
-        shape: a letter a dimension: R ranges, I neurons, B bytes of I bits, S samples, T tokens
-            whose inputs are kept, D hidden.
-        is_summed: merging adds it; else it joins it along the first dimension.
-    """
-
-    dtype: torch.dtype
-    shape: str
-    is_summed: bool = False
-
-
-# In the order of a file.
-TENSORS: Mapping[str, Kind] = {
-    "tokens": Kind(torch.int64, "R", is_summed=True),
-    "sum_abs": Kind(torch.float64, "RI", is_summed=True),
-    "sum_squares": Kind(torch.float64, "RI", is_summed=True),
-    "num_fired": Kind(torch.float64, "RI", is_summed=True),
-    "sample_tokens": Kind(torch.int64, "SR"),
-    "active": Kind(torch.uint8, "SRB"),
-    "inputs": Kind(torch.bfloat16, "TD"),
-    "input_draws": Kind(torch.int64, "T"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,16 +113,8 @@ class FfnSums:
     inputs: Tensor
     input_draws: Tensor
 
-    @property
-    def intermediate_size(self) -> int:
-        return self.sum_abs.shape[1]
-
     def mean_abs(self) -> Tensor:
-        """Returns the mean of |h| over all tokens, [I] fp64.
-
-        Raises:
-            ValueError: there was no token; an expert may have none.
-        """
+        """Returns the mean of |h| over all tokens, [I] fp64; ValueError if there was none."""
         if not self.tokens.sum():
             raise ValueError("tokens must be at least one, got none")
         return self.sum_abs.sum(0) / self.tokens.sum()
@@ -175,34 +138,46 @@ class FfnSums:
         """
         return successive_overlap(self.active[:, 1:], self.sample_tokens[:, 1:] > 0)
 
+    def merge(self, other: FfnSums, config: StatisticsConfig) -> FfnSums:
+        """Returns the sums over the samples of both."""
+        made = {}
+        for name in TENSORS:
+            own, others = getattr(self, name), getattr(other, name)
+            made[name] = own + others if name in SUMMED else torch.cat([own, others])
+        return replace(
+            FfnSums(**made),
+            **keep_lowest(made["inputs"], made["input_draws"], config.num_inputs),
+        )
+
     def check(self, config: StatisticsConfig, num_samples: int) -> None:
         """Raises ValueError that names the first tensor that is not as `TENSORS` says."""
         width = [0, *self.sum_abs.shape][-1]
         sizes = {
-            "R": config.num_ranges,
+            "R": config.num_time_ranges + 1,
             "I": width,
             "B": (width + 7) // 8,
             "S": num_samples,
             "T": min(config.num_inputs, int(self.tokens.sum())),
             "D": [0, *self.inputs.shape][-1],
         }
-        for name, kind in TENSORS.items():
-            tensor, shape = getattr(self, name), [sizes[letter] for letter in kind.shape]
-            if tensor.dtype != kind.dtype or list(tensor.shape) != shape:
+        for name, (dtype, letters) in TENSORS.items():
+            tensor, shape = getattr(self, name), [sizes[letter] for letter in letters]
+            if tensor.dtype != dtype or list(tensor.shape) != shape:
                 raise ValueError(
-                    f"{name} must be {kind.dtype} of shape {shape}, "
+                    f"{name} must be {dtype} of shape {shape}, "
                     f"got {tensor.dtype} of {list(tensor.shape)}"
                 )
-            illegal = (~torch.isfinite(tensor) | ((tensor < 0) & (name != "inputs"))).nonzero()
-            if len(illegal):
-                at = illegal[0].tolist()
-                rule = "finite" if name == "inputs" else "finite and at least 0"
-                raise ValueError(f"{name} must be {rule}, got {tensor[tuple(at)].item()} at {at}")
+            legal = torch.isfinite(tensor) & ((tensor >= 0) | (name == "inputs"))
+            if not legal.all():
+                raise ValueError(
+                    f"{name} must be finite{'' if name == 'inputs' else ' and at least 0'}, "
+                    f"got {tensor[~legal][0].item()}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FfnStatistics:
-    """Statistics of the FFNs of one model on one or several tasks.
+    """Statistics of the FFNs of one model on one or several tasks; `calibrate` gathers them.
 
     Attributes:
         model_hashes: component -> hash of its FFN weights, see `hash_ffns`.
@@ -222,27 +197,23 @@ class FfnStatistics:
     tool: str = field(default_factory=tool_version)
 
     def __post_init__(self) -> None:
-        if not self.ffns or self.ffns.keys() != self.samples.keys():
-            raise ValueError(
-                f"statistics: tasks must be those of the samples, {list_some(self.samples)}, "
-                f"got {list_some(self.ffns)}"
-            )
         components = {component for own in self.ffns.values() for component in own}
-        if components != set(self.model_hashes):
-            raise ValueError(
-                f"statistics: model_hashes must be of {list_some(sorted(components))}, "
-                f"got {list_some(sorted(self.model_hashes))}"
-            )
+        for name, found, wanted in (
+            ("tasks", set(self.samples), set(self.ffns)),
+            ("model_hashes", set(self.model_hashes), components),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"statistics: {name} must be of {list_some(sorted(wanted))}, "
+                    f"got {list_some(sorted(found))}"
+                )
         tokens: dict[str, int] = dict.fromkeys(self.ffns, 0)
         for task, component, key, sums in self._walk():
             with naming(f"statistics: {task}.{component} {key!r:.120}"):
                 sums.check(self.config, len(self.samples[task]))
             tokens[task] += int(sums.tokens.sum())
-        idle = [task for task, count in tokens.items() if not count]
-        if idle:
-            raise ValueError(
-                f"statistics: tokens of {list_some(idle)} must be at least one, got none"
-            )
+        if not tokens or not all(tokens.values()):
+            raise ValueError(f"statistics: tokens must be at least one a task, got {tokens}")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -251,11 +222,11 @@ class FfnStatistics:
     def of(self, task: str, component: str) -> Mapping[FfnKey, FfnSums]:
         """Returns the sums of the FFNs of a component in a task; ValueError if it has none."""
         components = self.ffns.get(task, {})
-        for what, name, legal in (("task", task, self.ffns), ("component", component, components)):
-            if name not in legal:
-                raise ValueError(
-                    f"statistics: {what} must be one of {', '.join(legal)}, got {name!r:.120}"
-                )
+        if component not in components:
+            raise ValueError(
+                f"statistics: task must be one of {list_some(self.ffns)} with component "
+                f"{component}, got {task!r:.120} with {list_some(components)}"
+            )
         return components[component]
 
     def inputs(self, component: str, tasks: Sequence[str] | None = None) -> dict[FfnKey, Tensor]:
@@ -264,9 +235,8 @@ class FfnStatistics:
         Raises:
             ValueError: there are none: config.num_inputs was 0, or an FFN saw no token.
         """
-        chosen = [task for task in self.ffns if component in self.ffns[task]]
         found: dict[FfnKey, list[Tensor]] = {}
-        for task in chosen if tasks is None else tasks:
+        for task in [t for t in self.ffns if component in self.ffns[t]] if tasks is None else tasks:
             for key, sums in self.of(task, component).items():
                 found.setdefault(key, []).append(sums.inputs.float())
         inputs = {key: torch.cat(parts) for key, parts in found.items()}
@@ -295,32 +265,26 @@ class FfnStatistics:
         names, fraction = self.config.range_names(), self.config.active_fraction
         maps = []
         for component, keyed in self.ffns.get(task, {}).items():
-            by_layer: dict[int, list[FfnSums]] = {}  # one, or one per expert
+            layers: dict[int, list[FfnSums]] = {}  # one FFN, or one per expert
             for key, sums in keyed.items():
-                by_layer.setdefault(key if isinstance(key, int) else key[0], []).append(sums)
-            layers = sorted(by_layer)
-            firing, overlap, steps = (
-                torch.stack(
-                    [
-                        torch.stack([number(sums) for sums in by_layer[layer]]).nanmean(0)
-                        for layer in layers
-                    ]
-                )
-                for number in (
-                    lambda sums: sums.firing_rate()[columns],
-                    lambda sums: sums.sample_overlap().nanmean(),
-                    lambda sums: sums.step_overlap().nanmean(),
-                )
-            )
+                layers.setdefault(key if isinstance(key, int) else key[0], []).append(sums)
+
+            def means(
+                number: Callable[[FfnSums], Tensor], layers: dict[int, list[FfnSums]] = layers
+            ) -> Tensor:
+                rows = [torch.stack([number(sums) for sums in own]) for own in layers.values()]
+                return torch.stack([row.nanmean(0) for row in rows])
+
+            firing = means(lambda sums: sums.firing_rate()[columns])
             seen = (~firing.isnan().all(0)).nonzero()[:, 0]
             maps.append(
                 {
                     "component": component,
-                    "layers": layers,
+                    "layers": list(layers),
                     "ranges": [names[columns[i]] for i in seen.tolist()],
                     "firing": plain(firing[:, seen]),
-                    "overlap": plain(overlap),
-                    "steps": plain(steps),
+                    "overlap": plain(means(lambda sums: sums.sample_overlap().nanmean())),
+                    "steps": plain(means(lambda sums: sums.step_overlap().nanmean())),
                     "chance": fraction / (2 - fraction),
                 }
             )
@@ -335,8 +299,31 @@ class FfnStatistics:
         """
         merged = self
         for other in others:
-            merged = _merge(merged, other)
+            merged = merged._add(other)
         return merged
+
+    def _add(self, other: FfnStatistics) -> FfnStatistics:
+        hashes = {**self.model_hashes, **other.model_hashes}
+        for what, own, others in (
+            ("config", self.config, other.config),
+            ("model_hashes", {**hashes, **self.model_hashes}, hashes),
+        ):
+            if own != others:
+                raise ValueError(f"merge: {what} must be the same, {own}, got {others}")
+        samples, ffns = dict(self.samples), {t: dict(own) for t, own in self.ffns.items()}
+        for task, names in other.samples.items():
+            if twice := set(names) & set(samples.get(task, ())):
+                raise ValueError(f"merge: samples of {task} must differ, got {list_some(twice)}")
+            samples[task] = samples.get(task, ()) + names
+        for task, component, key, sums in other._walk():
+            keyed = ffns.setdefault(task, {}).get(component, {})
+            added = keyed[key].merge(sums, self.config) if key in keyed else sums
+            ffns[task][component] = {**keyed, key: added}
+        # Where one has other FFNs in a task, the samples of an FFN are not as many as the task's.
+        with context("merge"):
+            return FfnStatistics(
+                model_hashes=hashes, config=self.config, samples=samples, ffns=ffns
+            )
 
     def check(self, model: object) -> None:
         """Raises ValueError unless the statistics are of this model, judged by its FFNs.
@@ -352,38 +339,44 @@ class FfnStatistics:
 
         Args:
             checkpoint: its FFNs of the component are dense; it is read, not loaded.
+            component: one that was calibrated.
         """
         if component not in self.model_hashes:
             raise ValueError(
                 f"statistics: component must be one of {', '.join(self.model_hashes)}, "
                 f"got {component!r}"
             )
-        specs = {
-            layer: [checkpoint.spec(keys.dense_key(component, layer, p)) for p in keys.PROJECTIONS]
-            for layer in checkpoint.ffns.get(component, {})
-        }
-        self._check_hash(
-            component,
-            _hash((key, [_read_spaced(spec) for spec in own]) for key, own in specs.items()),
+        layers = checkpoint.ffns.get(component, {})
+        specs = (
+            (n, [checkpoint.spec(keys.dense_key(component, n, p)) for p in keys.PROJECTIONS])
+            for n in layers
         )
+        self._check_hash(component, _hash((n, map(_read_spaced, own)) for n, own in specs))
+
+    def _check_hash(self, component: str, own: str) -> None:
+        if own != self.model_hashes[component]:
+            raise ValueError(
+                f"statistics: model must have the {component} FFNs they were gathered on, with "
+                f"hash {self.model_hashes[component]}, got {own}"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file; an existing one is replaced whole or not at all."""
         tensors: dict[str, Tensor] = {}
-        listed: list[_Entry] = []
+        entries = []
         for task, component, key, sums in self._walk():
-            listed.append((task, component, *(key if isinstance(key, tuple) else (key, None))))
+            entry = (task, component, *(key if isinstance(key, tuple) else (key, None)))
+            entries.append(entry)
             for name in _stored(self.config):
-                tensors[f"{_prefix(listed[-1])}.{name}"] = getattr(sums, name)
-        metadata = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "tool": self.tool,
-            "model_hashes": json.dumps(dict(self.model_hashes)),
-            "config": json.dumps(asdict(self.config)),
-            "samples": json.dumps({task: list(own) for task, own in self.samples.items()}),
-            "ffns": json.dumps(listed),
+                tensors[_tensor_name(entry, name)] = getattr(sums, name)
+        described = {
+            "model_hashes": dict(self.model_hashes),
+            "config": asdict(self.config),
+            "samples": {task: list(own) for task, own in self.samples.items()},
+            "ffns": entries,
         }
+        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "tool": self.tool}
+        metadata |= {name: json.dumps(value) for name, value in described.items()}
         save_tensors(Path(path), tensors, metadata)
 
     @classmethod
@@ -395,42 +388,36 @@ class FfnStatistics:
                 infinities or no tokens.
         """
         header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
-        meta = header.metadata
+        ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
         try:
-            fields = ("config", "samples", "ffns", "model_hashes")
-            found = {name: loads_strict(meta[name]) for name in fields}
+            names = ("config", "samples", "ffns", "model_hashes")
+            found = {name: loads_strict(header.metadata[name]) for name in names}
             config = StatisticsConfig(**found["config"])
-            samples = {task: tuple(map(str, own)) for task, own in found["samples"].items()}
-            listed = [_parse_entry(entry) for entry in found["ffns"]]
-            model_hashes = {component: str(own) for component, own in found["model_hashes"].items()}
-            tool = meta["tool"]
+            for task, component, layer, part in found["ffns"]:
+                if type(layer) is not int:
+                    raise TypeError(f"layer {layer!r:.80}")
+                tensors = {
+                    name: read_tensor(
+                        header.tensors[_tensor_name((task, component, layer, part), name)],
+                        what=str(path),
+                    )
+                    for name in _stored(config)
+                }
+                keyed = ffns.setdefault(task, {}).setdefault(component, {})
+                keyed[layer if part is None else (layer, part)] = FfnSums(**(no_inputs() | tensors))
+            if len(header.tensors) != len(found["ffns"]) * len(_stored(config)):
+                raise ValueError("tensors of other FFNs")
+            return cls(
+                model_hashes={c: str(own) for c, own in found["model_hashes"].items()},
+                config=config,
+                samples={task: tuple(map(str, own)) for task, own in found["samples"].items()},
+                ffns=ffns,
+                tool=header.metadata["tool"],
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"{path}: metadata must be what calibrate writes, got {error!s:.400}"
+                f"{path}: must be as calibrate writes it, got {error!s:.400}"
             ) from error
-        stored = _stored(config)
-        names = [f"{_prefix(entry)}.{name}" for entry in listed for name in stored]
-        if sorted(names) != sorted(header.tensors):
-            differing = sorted(set(names) ^ set(header.tensors))
-            raise ValueError(
-                f"{path}: tensors must be those of its metadata, each once, "
-                f"got a difference in {list_some(differing)}"
-            )
-        ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
-        for entry in listed:
-            task, component, layer, name = entry
-            tensors = {
-                tensor: read_tensor(header.tensors[f"{_prefix(entry)}.{tensor}"], what=str(path))
-                for tensor in stored
-            }
-            if not config.num_inputs:
-                tensors |= zip(_INPUT_TENSORS, no_inputs(), strict=True)
-            key = layer if name is None else (layer, name)
-            ffns.setdefault(task, {}).setdefault(component, {})[key] = FfnSums(**tensors)
-        with naming(path):
-            return cls(
-                model_hashes=model_hashes, config=config, samples=samples, ffns=ffns, tool=tool
-            )
 
     def _walk(self) -> Iterator[tuple[str, str, FfnKey, FfnSums]]:
         for task, components in self.ffns.items():
@@ -438,12 +425,14 @@ class FfnStatistics:
                 for key, sums in keyed.items():
                     yield task, component, key, sums
 
-    def _check_hash(self, component: str, own: str) -> None:
-        if own != self.model_hashes[component]:
-            raise ValueError(
-                f"statistics: model must have the {component} FFNs they were gathered on, with "
-                f"hash {self.model_hashes[component]}, got {own}"
-            )
+
+def _stored(config: StatisticsConfig) -> list[str]:
+    """Names the tensors of an FFN that a file holds."""
+    return [name for name in TENSORS if config.num_inputs or not name.startswith("input")]
+
+
+def _tensor_name(entry: Iterable[object], name: str) -> str:
+    return ".".join([*(str(part) for part in entry if part is not None), name])
 
 
 def plain(values: Tensor) -> Any:
@@ -451,6 +440,24 @@ def plain(values: Tensor) -> Any:
     if values.ndim:
         return [plain(row) for row in values]
     return None if values.isnan() else values.item()
+
+
+# Inputs that are kept
+
+
+def no_inputs(hidden_size: int = 0) -> dict[str, Tensor]:
+    """Returns the inputs [0, D] and draws [0] of an FFN of which none are kept."""
+    inputs = torch.empty(0, hidden_size, dtype=torch.bfloat16)
+    return {"inputs": inputs, "input_draws": torch.empty(0, dtype=torch.int64)}
+
+
+def keep_lowest(inputs: Tensor, draws: Tensor, count: int) -> dict[str, Tensor]:
+    """Returns the inputs [n, D] of the `count` lowest draws [n], and these, ascending."""
+    draws, order = draws.sort(stable=True)
+    return {"inputs": inputs[order[:count]].clone(), "input_draws": draws[:count].clone()}
+
+
+# Hashes of weights: shapes, and evenly spaced values
 
 
 def hash_ffns(model: object, component: str) -> str:
@@ -462,15 +469,10 @@ def hash_ffns(model: object, component: str) -> str:
 
     Args:
         model: a model, pipeline or adapter.
+        component: of the adapter.
     """
     return _hash(
-        (
-            ffn.key,
-            [
-                (w.shape, w.reshape(-1)[:: _step(w.numel())])
-                for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
-            ],
-        )
+        (ffn.key, [_spaced(w) for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)])
         for ffn in find_adapter(model).ffns(component)
     )
 
@@ -479,108 +481,94 @@ def hash_model(model: torch.nn.Module) -> str:
     """Returns a hash of names, shapes, dtypes and evenly spaced values of all weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        values = weight.detach().reshape(-1)[:: _step(weight.numel())]
+        shape, values = _spaced(weight.detach())
+        digest.update(f"{name} {shape} {weight.dtype}".encode())
         digest.update(values.to("cpu", torch.float64).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def no_inputs(hidden_size: int = 0) -> tuple[Tensor, Tensor]:
-    """Returns the inputs [0, D] and draws [0] of an FFN of which none are kept."""
-    inputs = torch.empty(0, hidden_size, dtype=torch.bfloat16)
-    return inputs, torch.empty(0, dtype=torch.int64)
+_Spaced = tuple[list[int], Tensor]  # the shape of a weight, and its spaced values
 
 
-def keep_lowest(inputs: Tensor, draws: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the inputs [n, D] of the `count` lowest draws [n], and these, ascending."""
-    draws, order = draws.sort(stable=True)
-    return inputs[order[:count]].clone(), draws[:count].clone()
-
-
-def _merge(first: FfnStatistics, second: FfnStatistics) -> FfnStatistics:
-    pairs: dict[str, tuple[object, object]] = {"config": (first.config, second.config)}
-    for component in first.model_hashes.keys() & second.model_hashes.keys():
-        pairs[f"hash of the {component} FFNs"] = (
-            first.model_hashes[component],
-            second.model_hashes[component],
-        )
-    for task in first.ffns.keys() & second.ffns.keys():
-        keys_of = [[entry[:3] for entry in s._walk() if entry[0] == task] for s in (first, second)]
-        pairs[f"FFNs of {task}"] = (keys_of[0], keys_of[1])
-        twice = set(first.samples[task]) & set(second.samples[task])
-        if twice:
-            raise ValueError(
-                f"merge: samples of {task} must be distinct, got {list_some(sorted(twice))} twice"
-            )
-    for what, (own, other) in pairs.items():
-        if own != other:
-            raise ValueError(f"merge: {what} must be the same, {own!s:.240}, got {other!s:.240}")
-    samples: dict[str, tuple[str, ...]] = {}
-    ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
-    for source in (first, second):
-        for task, own in source.samples.items():
-            samples[task] = samples.get(task, ()) + own
-        for task, component, key, sums in source._walk():
-            keyed = ffns.setdefault(task, {}).setdefault(component, {})
-            keyed[key] = _add(keyed[key], sums, first.config) if key in keyed else sums
-    return FfnStatistics(
-        model_hashes={**first.model_hashes, **second.model_hashes},
-        config=first.config,
-        samples=samples,
-        ffns=ffns,
-    )
-
-
-def _add(first: FfnSums, second: FfnSums, config: StatisticsConfig) -> FfnSums:
-    added = {}
-    for name, kind in TENSORS.items():
-        a, b = getattr(first, name), getattr(second, name)
-        added[name] = a + b if kind.is_summed else torch.cat([a, b])
-    kept = keep_lowest(added["inputs"], added["input_draws"], config.num_inputs)
-    return FfnSums(**added | dict(zip(_INPUT_TENSORS, kept, strict=True)))
-
-
-# The FFN of a file: task, component, layer, and its path if it is one expert of a mixture.
-_Entry = tuple[str, str, int, str | None]
-
-
-def _stored(config: StatisticsConfig) -> list[str]:
-    """Names the tensors of an FFN that a file holds."""
-    return [name for name in TENSORS if config.num_inputs or name not in _INPUT_TENSORS]
-
-
-def _prefix(entry: _Entry) -> str:
-    return ".".join(str(part) for part in entry if part is not None)
-
-
-def _parse_entry(entry: Any) -> _Entry:
-    task, component, layer, name = entry
-    texts = (task, component, *([] if name is None else [name]))
-    if not all(isinstance(text, str) for text in texts) or type(layer) is not int:
-        raise ValueError(f"the FFN {entry!r:.120}")
-    return task, component, layer, name
-
-
-def _step(count: int) -> int:
-    """Returns how far apart the values lie that a hash looks at, of a weight of `count`."""
-    return max(1, count // _HASHED)
-
-
-def _hash(ffns: Iterable[tuple[FfnKey, Sequence[tuple[Sequence[int], Tensor]]]]) -> str:
-    """Hashes (key, (shape, spaced values) of each weight) of FFNs."""
+def _hash(ffns: Iterable[tuple[FfnKey, Iterable[_Spaced]]]) -> str:
     digest = hashlib.sha256()
     for key, weights in ffns:
         digest.update(f"{key!r}".encode())
         for shape, values in weights:
-            digest.update(f" {list(shape)}".encode())
+            digest.update(f" {shape}".encode())
             rounded = values.bfloat16().cpu().view(torch.int16)
             digest.update(rounded.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _read_spaced(spec: TensorSpec) -> tuple[Sequence[int], Tensor]:
-    """Reads the pages of a file that hold the values a hash looks at."""
+def _spaced(weight: Tensor) -> _Spaced:
+    return list(weight.shape), weight.reshape(-1)[:: max(1, weight.numel() // _HASHED)]
+
+
+def _read_spaced(spec: TensorSpec) -> _Spaced:
+    """Reads the pages of a file that hold the spaced values."""
     count = math.prod(spec.shape)
     words = {2: np.int16, 4: np.int32, 8: np.int64}[spec.dtype.itemsize]
     mapped = np.memmap(spec.file, words, "r", spec.start, (count,))
-    return spec.shape, torch.from_numpy(mapped[:: _step(count)].copy()).view(spec.dtype)
+    values = mapped[:: max(1, count // _HASHED)].copy()
+    return list(spec.shape), torch.from_numpy(values).view(spec.dtype)
+
+
+# Sets of active neurons, as bits, and how much they have in common
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """bool [..., I] -> uint8 [..., ceil(I / 8)], neuron i in bit i % 8 of byte i // 8."""
+    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, size: int | None = None) -> Tensor:
+    """uint8 [..., bytes] -> bool [..., size]; None is all bits."""
+    bits = np.unpackbits(packed.numpy(), axis=-1, count=size, bitorder="little")
+    return torch.from_numpy(bits).bool()
+
+
+def most_active(values: Tensor, fraction: float) -> Tensor:
+    """Marks the largest of values [..., I]: max(1, round(fraction * I)), lower indices in ties.
+
+    Returns:
+        bool [..., I].
+    """
+    count = max(1, round(fraction * values.shape[-1]))
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
+def mean_overlap(active: Tensor, seen: Tensor) -> Tensor:
+    """Mean Jaccard overlap |a & b| / |a | b| of the sets of all pairs of samples.
+
+    Args:
+        active: packed sets [S, R, bytes].
+        seen: which of them count, [S, R] bool.
+
+    Returns:
+        [R] fp64, NaN where fewer than two sets count.
+    """
+    means = []
+    for column in range(active.shape[1]):
+        sets = unpack_bits(active[seen[:, column], column]).double()
+        common, sizes = sets @ sets.t(), sets.sum(1)  # [S, S], [S]
+        jaccard = common / (sizes[:, None] + sizes - common)
+        means.append(jaccard[torch.ones_like(jaccard, dtype=torch.bool).triu(1)].mean())
+    return torch.stack(means)
+
+
+def successive_overlap(active: Tensor, seen: Tensor) -> Tensor:
+    """Mean Jaccard overlap of the sets of one sample in successive ranges.
+
+    Args:
+        active: packed sets [S, R, bytes].
+        seen: which of them count, [S, R] bool.
+
+    Returns:
+        [R - 1] fp64, NaN where no sample has both sets.
+    """
+    sets, both = unpack_bits(active), seen[:, :-1] & seen[:, 1:]
+    common = (sets[:, :-1] & sets[:, 1:]).sum(2).double()
+    jaccard = common / (sets[:, :-1] | sets[:, 1:]).sum(2)
+    return jaccard.where(both, torch.nan).nanmean(0)  # [S, R - 1] -> [R - 1]

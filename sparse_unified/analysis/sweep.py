@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a model smaller point by point, measures it, and restores it.
 
-Every point is written to disk as soon as it is finished; a sweep that was interrupted is resumed in
-the same folder. Nothing is random but by its seeds. Results are the plain values of `results.json`.
+A point keeps a share of one component along one axis. Every point is written to disk as soon as it
+is finished; a sweep that was interrupted is resumed in the same folder. Nothing is random but by
+its seeds. Results are the plain values of `results.json`.
 """
 
 from __future__ import annotations
@@ -12,26 +13,126 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
-from sparse_unified._common import Report, context, format_bytes, format_table
+import torch
+
+from sparse_unified._common import (
+    Report,
+    check_int,
+    choice,
+    context,
+    format_bytes,
+    format_table,
+)
 from sparse_unified.analysis.calibration import collect
 from sparse_unified.analysis.cost import measure_cost
-from sparse_unified.analysis.criteria import NeuronScores, score
+from sparse_unified.analysis.criteria import CRITERIA, NeuronScores, score
 from sparse_unified.analysis.evaluators import Probe, measure
-from sparse_unified.analysis.points import Axis, Point, SweepConfig, legal_axes, made_smaller
 from sparse_unified.analysis.records import Store, open_store
-from sparse_unified.analysis.similarity import Similarity, measure_similarity
-from sparse_unified.analysis.statistics import FfnStatistics
+from sparse_unified.analysis.similarity import PARTS, Similarity, measure_similarity
+from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.checkpoint.files import replace_file
+from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.experts import select_layers
-from sparse_unified.surgery.decoder import Adapter, find_adapter
-from sparse_unified.surgery.temporary import as_module, read_attention
+from sparse_unified.surgery import (
+    Budget,
+    Part,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+)
+from sparse_unified.surgery.decoder import Adapter, find_adapter, takes_absent_parts
+from sparse_unified.surgery.temporary import as_module, changed
 
 Progress = Callable[[int, int, str], object]
 
 logger = logging.getLogger(__name__)
+
+
+class Axis(str, Enum):
+    """Along what a model is made smaller."""
+
+    DEPTH = "depth"  # layers that a component skips
+    WIDTH = "width"  # neurons of its FFNs
+    HEADS = "heads"  # groups of its attention heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfig:
+    """What to sweep, and how.
+
+    Args:
+        components: of the model, such as "und" and "gen".
+        axes: `Axis` values or their names.
+        ratios: shares that are kept, in (0, 1].
+        criterion: what ranks the neurons along width, see `criteria`. Layers are ranked by
+            similarity (drawn at random for `random`), heads by the magnitude of their weights.
+        layers: which of them may lose something: "all", "middle", "a-b", or indices.
+        part: what a skipped layer loses.
+        budget: of width and heads: "uniform", every layer keeps the ratio, or "global".
+        block_size: neurons go in blocks of so many.
+        seed: of the criterion `random`.
+        repeats: timed forwards per point.
+        statistics: what is counted of the neurons while the dense model runs the samples.
+    """
+
+    components: tuple[str, ...]
+    axes: tuple[Axis, ...] = (Axis.DEPTH, Axis.WIDTH)
+    ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    criterion: str = "activation"
+    layers: str | tuple[int, ...] = "all"
+    part: Part = Part.BLOCK
+    budget: Budget = Budget.UNIFORM
+    block_size: int = 1
+    seed: int = 0
+    repeats: int = 5
+    statistics: StatisticsConfig = field(
+        default_factory=lambda: StatisticsConfig(num_time_ranges=8)
+    )
+
+    def __post_init__(self) -> None:
+        with context("analyze"):
+            for name in ("components", "axes", "ratios"):
+                given = getattr(self, name)
+                if isinstance(given, str) or not given or len(set(given)) < len(given):
+                    raise ValueError(f"{name} must be a list, each once, got {given!r}")
+            if self.criterion not in CRITERIA:
+                raise ValueError(
+                    f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}"
+                )
+            check_int("repeats", self.repeats, 1)
+            for ratio in self.ratios:
+                width = PruneWidthConfig(
+                    keep_ratio=ratio, budget=self.budget, block_size=self.block_size
+                )
+            layers = self.layers if isinstance(self.layers, str) else tuple(self.layers)
+            for name, value in (
+                ("components", tuple(self.components)),
+                ("axes", tuple(choice("axes", Axis, axis) for axis in self.axes)),
+                ("ratios", tuple(self.ratios)),
+                ("layers", layers),
+                ("part", SkipLayersConfig(layers=(0,), part=self.part).part),
+                ("budget", width.budget),
+            ):
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One model of a sweep: what is kept of one component along one axis, seen on one task."""
+
+    task: str
+    component: str
+    axis: Axis
+    keep_ratio: float
+
+    @property
+    def name(self) -> str:
+        """Returns a name that is unique in a sweep and fit for a folder."""
+        return f"{self.task}-{self.component}-{self.axis.value}-{self.keep_ratio:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,37 +157,31 @@ class SweepResult(Report):
     tasks: Mapping[str, Mapping[str, Any]]
 
     def to_text(self) -> str:
-        parts = []
-        for name, found in self.tasks.items():
-            parts.append(f"{name}\n{format_table(_rows(found), header=True)}")
-            parts += [f"{metric}: {way} is better" for metric, way in found["better"].items()]
-            parts += [*_idle(name, found), ""]
-        return "\n".join(parts).rstrip()
+        return "\n\n".join(
+            "\n".join([name, format_table(_rows(found), header=True), *_notes(name, found)])
+            for name, found in self.tasks.items()
+        )
 
     def to_markdown(self) -> str:
         """Returns the tables, before and after side by side, and the similarities."""
-        parts = ["# Analysis", ""]
+        parts = ["# Analysis"]
         for name, found in self.tasks.items():
-            ways = ", ".join(f"{m} ({way} is better)" for m, way in found["better"].items())
-            parts += [f"## {name}", "", f"Metrics: {ways}.", ""]
-            for line in _idle(name, found):
-                parts += [line, ""]
-            parts += [*_markdown(_rows(found)), ""]
+            cosines: list[Sequence[object]] = [("component", "layer", *PARTS)]
+            for entry in found["similarity"]:
+                values = (f"{entry[part]:.4f}" for part in PARTS)
+                cosines.append((entry["component"], entry["layer"], *values))
             parts += [
+                f"## {name}",
+                "\n".join(_notes(name, found)),
+                _markdown(_rows(found)),
                 "Each row was measured right after the dense model, in the same process: before -> "
                 "after. FLOPs and memory are those of one forward; memory is weights and the "
                 "results of operations.",
-                "",
                 f"Similarity of the layers in {name} (cosine of what goes in and what comes "
                 "out, after the residual add; near 1 changes little):",
-                "",
+                _markdown(cosines),
             ]
-            rows: list[list[object]] = [["component", "layer", "block", "attention", "ffn"]]
-            for entry in found["similarity"]:
-                cosines = [f"{entry[part]:.4f}" for part in ("block", "attention", "ffn")]
-                rows.append([entry["component"], entry["layer"], *cosines])
-            parts += [*_markdown(rows), ""]
-        return "\n".join(parts)
+        return "\n\n".join(parts) + "\n"
 
 
 @context("analyze")
@@ -120,14 +215,23 @@ def run_sweep(
             or an evaluator returns something else than finite numbers. Finished points are kept.
     """
     adapter = find_adapter(host) if adapter is None else adapter
-    _check(adapter, config, probes)
-    stated = {
-        **(description or {}),
-        "sweep": asdict(config),
-        "tasks": {
-            probe.task: {"metrics": list(probe.better), **probe.description} for probe in probes
-        },
-    }
+    tasks = {probe.task: {"metrics": list(probe.better), **probe.description} for probe in probes}
+    if not tasks or len(tasks) < len(probes):
+        raise ValueError(f"tasks must be given once each, got {list(tasks)}")
+    for component in config.components:
+        if component not in adapter.components:
+            legal = ", ".join(adapter.components)
+            raise ValueError(f"component must be one of {legal}, got {component!r}")
+    check_axes(adapter, config)
+    layers = select_layers(config.layers, adapter.num_layers())
+    for component in config.components if Axis.WIDTH in config.axes else ():
+        for ffn in adapter.ffns(component):
+            if ffn.layer in layers and ffn.intermediate_size % config.block_size:
+                raise ValueError(
+                    f"block_size must divide the {ffn.intermediate_size} neurons of {ffn.name}, "
+                    f"got {config.block_size}"
+                )
+    stated = {**(description or {}), "sweep": asdict(config), "tasks": tasks}
     stated = json.loads(json.dumps(stated))  # as the folder will give it back
     with open_store(out, stated) as store:
         given = statistics or {}
@@ -143,12 +247,32 @@ def run_sweep(
         if progress is not None:
             progress(len(steps), len(steps), "done")
         result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
-        for name, text in (
-            ("results.json", result.to_json() + "\n"),
-            ("report.md", result.to_markdown()),
-        ):
-            replace_file(store.folder / name, text.encode())
+        replace_file(store.folder / "results.json", (result.to_json() + "\n").encode())
+        replace_file(store.folder / "report.md", result.to_markdown().encode())
     return result
+
+
+def check_axes(adapter: Adapter, config: SweepConfig) -> None:
+    """Raises ValueError for an axis along which a model cannot be made smaller.
+
+    An attention that components share would be lost to all of them at once.
+    """
+    has_own_attentions = len(adapter.components) == 1 or all(
+        takes_absent_parts(adapter.block(layer, component).layer_module)
+        for component in adapter.components
+        for layer in range(adapter.num_layers())
+        if adapter.holds(layer, component)
+    )
+    legal = [axis for axis in Axis if has_own_attentions or axis is Axis.WIDTH]
+    if config.part is Part.FFN and Axis.DEPTH not in legal:
+        legal.append(Axis.DEPTH)
+    for axis in config.axes:
+        if axis not in legal:
+            raise ValueError(
+                f"axis must be one of {', '.join(a.value for a in legal)} for this model, "
+                f"got {axis.value!r}; its components share the attentions, so that they can skip "
+                "part 'ffn' of a layer alone, and lose no heads"
+            )
 
 
 class _TaskRun:
@@ -168,7 +292,12 @@ class _TaskRun:
         self.similarity = self._observe()
         active = {entry.component for entry in self.similarity.layers}
         self.components = [name for name in config.components if name in active]
-        self.points = config.points(probe.task, self.components)
+        self.points = [
+            Point(task=probe.task, component=component, axis=axis, keep_ratio=float(ratio))
+            for component in self.components
+            for axis in config.axes
+            for ratio in sorted(config.ratios, reverse=True)
+        ]
         self._scores: NeuronScores | None = None
         self._is_prepared = False
 
@@ -227,62 +356,93 @@ class _TaskRun:
         replace_file(path, (found.to_json() + "\n").encode())
         return found
 
-    def _rank(self) -> NeuronScores:
-        """Returns the scores of the neurons of the components that take part."""
-        task = self.probe.task
-        has_task = self.statistics is not None and task in self.statistics.tasks
-        return score(
-            self.config.criterion,
-            self.adapter,
-            self.statistics,
-            tasks=[task] if has_task else None,
-            components=self.components,
-            seed=self.config.seed,
-        )
-
     def _measure(self, point: Point) -> dict[str, Any]:
-        if point.axis is Axis.WIDTH and self._scores is None:
-            self._scores = self._rank()
+        layers = self.skipped(point) if point.axis is Axis.DEPTH else ()
         before = self._cost()
-        with made_smaller(
-            self.host,
-            self.adapter,
-            point,
-            self.config,
-            similarity=self.similarity,
-            forward=lambda: self.probe.workload()(),
-            scores=self._scores,
-        ) as (change, skipped_layers):
+        with ExitStack() as inside:
+            change = "nothing"
+            if point.keep_ratio < 1 and (layers or point.axis is not Axis.DEPTH):
+                change = inside.enter_context(self._changed(point, layers))
             after = self._cost()
             metrics = self._metrics(point.name)
         return {
+            **asdict(point),
             "name": point.name,
-            "task": point.task,
-            "component": point.component,
             "axis": point.axis.value,
-            "keep_ratio": point.keep_ratio,
             "change": change,
-            "skipped_layers": list(skipped_layers),
+            "skipped_layers": list(layers),
             "metrics": metrics,
             "before": before,
             "after": after,
         }
 
+    def _changed(self, point: Point, layers: Sequence[int]) -> Any:
+        """Returns a context in which the model is that of a point; it yields what changed."""
+        config, component = self.config, point.component
+        shared: dict[str, Any] = {
+            # The only component of a decoder that is not BAGEL's is its und.
+            "component": component if component in FFN_NAMES else "und",
+            "layers": layers or config.layers,
+        }
+        ranked: dict[str, Any] = {"keep_ratio": point.keep_ratio, "budget": config.budget}
+        scores = None
+        mode: SkipLayersConfig | PruneHeadsConfig | PruneWidthConfig
+        if point.axis is Axis.DEPTH:
+            mode = SkipLayersConfig(**shared, part=config.part)
+        elif point.axis is Axis.HEADS:
+            mode = PruneHeadsConfig(**shared, **ranked)
+        else:
+            mode = PruneWidthConfig(**shared, **ranked, block_size=config.block_size)
+            scores = self._rank()[component]
+        return changed(
+            self.host,
+            mode,
+            scores,
+            adapter=self.adapter,
+            component=component,
+            forward=lambda: self.probe.workload()(),
+        )
+
+    def skipped(self, point: Point) -> tuple[int, ...]:
+        """Returns the layers a point skips: the most redundant ones, or random ones.
+
+        Of N layers that may go, max(1, round(keep_ratio * N)) stay.
+        """
+        measured = {entry.layer for entry in self.similarity.of(point.component)}
+        selected = select_layers(self.config.layers, self.adapter.num_layers())
+        legal = [layer for layer in selected if layer in measured]
+        count = len(legal) - max(1, round(point.keep_ratio * len(legal)))
+        if self.config.criterion == "random":
+            generator = torch.Generator().manual_seed(self.config.seed)
+            order = torch.randperm(len(legal), generator=generator).tolist()
+            return tuple(sorted(legal[i] for i in order[:count]))
+        part = self.config.part.value
+        return self.similarity.redundant(point.component, count, part, layers=legal)
+
+    def _rank(self) -> NeuronScores:
+        """Returns the scores of the neurons of the components that take part."""
+        if self._scores is None:
+            task = self.probe.task
+            has_task = self.statistics is not None and task in self.statistics.tasks
+            self._scores = score(
+                self.config.criterion,
+                self.adapter,
+                self.statistics,
+                tasks=[task] if has_task else None,
+                components=self.components,
+                seed=self.config.seed,
+            )
+        return self._scores
+
     def _cost(self) -> dict[str, Any]:
         model, repeats = as_module(self.host), self.config.repeats
-        return measure_cost(model, self.probe.workload, repeats=repeats).to_dict()
+        return asdict(measure_cost(model, self.probe.workload, repeats=repeats))
 
     def _metrics(self, name: str) -> dict[str, float]:
         found: dict[str, float] = {}
         for label, function in self.probe.evaluators.items():
             getattr(function, "begin", lambda name: None)(name)
-            try:
-                found |= measure(function, self.host, where=f"{name}: {label}")
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}; the {len(self.store.records)} points finished before are kept in "
-                    f"{self.store.folder}"
-                ) from error
+            found |= measure(function, self.host, where=f"{name}: {label}")
         return found
 
 
@@ -297,38 +457,6 @@ def _has_plain_ffns(adapter: Adapter) -> bool:
     return True
 
 
-def _check(adapter: Adapter, config: SweepConfig, probes: Sequence[Probe]) -> None:
-    """Raises ValueError for what the model lacks, before anything is run."""
-    for component in config.components:
-        if component not in adapter.components:
-            raise ValueError(
-                f"component must be one of {', '.join(adapter.components)}, got {component!r}"
-            )
-    legal = legal_axes(adapter, config.part)
-    for axis in config.axes:
-        if axis not in legal:
-            raise ValueError(
-                f"axis must be one of {', '.join(a.value for a in legal)} for this model, "
-                f"got {axis.value!r}; its components share the attentions, so that they can skip "
-                "part 'ffn' of a layer alone, and lose no heads"
-            )
-    layers = select_layers(config.layers, adapter.num_layers())
-    if Axis.WIDTH in config.axes:
-        for component in config.components:
-            for ffn in adapter.ffns(component):
-                if ffn.layer in layers and ffn.intermediate_size % config.block_size:
-                    raise ValueError(
-                        f"block_size must divide the {ffn.intermediate_size} neurons of "
-                        f"{ffn.name}, got {config.block_size}"
-                    )
-    if Axis.HEADS in config.axes and len(adapter.components) == 1:
-        for layer in layers:
-            read_attention(adapter, config.components[0], layer)
-    tasks = [probe.task for probe in probes]
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"tasks must be given once each, got {', '.join(tasks) or 'none'}")
-
-
 # Tables
 
 
@@ -336,13 +464,13 @@ def _rows(found: Mapping[str, Any]) -> list[list[object]]:
     """Returns the table of a task, headings first and the dense model second."""
     names, dense = list(found["better"]), found["cost"]
     rows: list[list[object]] = [
-        ["component", "axis", "kept", "change", *names, "parameters", "FLOPs", "ms", "memory"],
-        ["dense", "", "1", "", *(f"{found['dense'][n]:.4g}" for n in names), *_texts(dense)],
+        ["component", "axis", "kept", "change", *names, "parameters", "GFLOPs", "ms", "memory"],
+        ["dense", "", "1", "", *(f"{found['dense'][n]:.4g}" for n in names), *_costs(dense)],
     ]
     for row in found["points"]:
         costs = [
             before if before == after else f"{before} -> {after}"
-            for before, after in zip(_texts(row["before"]), _texts(row["after"]), strict=True)
+            for before, after in zip(_costs(row["before"]), _costs(row["after"]), strict=True)
         ]
         costs[2] += f" ({row['before']['seconds'] / row['after']['seconds']:.2f}x)"
         kept, metrics = f"{row['keep_ratio']:g}", [f"{row['metrics'][n]:.4g}" for n in names]
@@ -350,31 +478,25 @@ def _rows(found: Mapping[str, Any]) -> list[list[object]]:
     return rows
 
 
-def _texts(cost: Mapping[str, Any]) -> list[str]:
-    """Returns parameters, FLOPs, milliseconds and bytes for people."""
-    flops, unit = float(cost["flops"]), ""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if flops < 1000 or unit == "P":
-            break
-        flops /= 1000
+def _costs(cost: Mapping[str, Any]) -> list[str]:
+    """Returns parameters, GFLOPs, milliseconds and bytes for people."""
     return [
         f"{cost['parameters']:,}",
-        f"{flops:.3g}{unit}" if unit != "P" else f"{flops:.4g}P",
+        f"{cost['flops'] / 1e9:.4g}",
         f"{1e3 * cost['seconds']:.3g}",
         format_bytes(cost["peak_bytes"]),
     ]
 
 
-def _idle(task: str, found: Mapping[str, Any]) -> list[str]:
-    if not found["idle"]:
-        return []
-    return [
-        f"Not swept: {', '.join(found['idle'])} has no tokens in {task}, "
-        "so nothing of it would change the result."
-    ]
+def _notes(task: str, found: Mapping[str, Any]) -> list[str]:
+    lines = [f"{metric}: {way} is better" for metric, way in found["better"].items()]
+    if found["idle"]:
+        idle = ", ".join(found["idle"])
+        lines.append(f"Not swept: {idle} has no tokens in {task}, so it would change nothing.")
+    return lines
 
 
-def _markdown(rows: Sequence[Sequence[object]]) -> list[str]:
-    head, *body = [[str(cell) for cell in row] for row in rows]
+def _markdown(rows: Sequence[Sequence[object]]) -> str:
+    head, *body = rows
     lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

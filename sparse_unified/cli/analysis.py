@@ -15,18 +15,16 @@ from sparse_unified.analysis import (
     expert_usage,
     save_scores,
     score,
-    write_usage_plot,
 )
 from sparse_unified.analysis.bagel_task import Settings, bagel_probe
 from sparse_unified.analysis.calibration import calibrate
 from sparse_unified.analysis.criteria import CRITERIA
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
-from sparse_unified.analysis.plots import write_plots
-from sparse_unified.analysis.points import SweepConfig
+from sparse_unified.analysis.plots import write_plots, write_usage_plot
 from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
 from sparse_unified.analysis.statistics import StatisticsConfig, hash_model
-from sparse_unified.analysis.sweep import run_sweep
+from sparse_unified.analysis.sweep import SweepConfig, run_sweep
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.cli.console import Command, CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.generate import add_model, load_pipeline
@@ -166,9 +164,7 @@ def _calibrated(options: argparse.Namespace, statistics: FfnStatistics) -> Outpu
         lines.append(f"{task}: {num_samples} samples")
         for component, keyed in statistics.ffns[task].items():
             tokens = sum(int(sums.tokens.sum()) for sums in keyed.values())
-            fired = sum(
-                float(sums.num_fired.sum()) / sums.intermediate_size for sums in keyed.values()
-            )
+            fired = sum(float(sums.num_fired.mean(1).sum()) for sums in keyed.values())
             overlap = torch.stack([sums.sample_overlap() for sums in keyed.values()])
             overlap = overlap[~overlap.isnan()]
             found = components[component] = {
