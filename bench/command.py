@@ -12,13 +12,14 @@ from typing import NoReturn
 
 import torch
 
-from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS, PRUNED_CASES
+from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS
 from .measure import Session
 from .peers import PEERS
 from .report import Report, save
 from .suites import BLOCK, PRUNED, Suite, block_suite, measure_overhead, op_suites, pruned_suite
 from .suites import OPS as SINGLE
 from .target import Target, find_target, measure_roof
+from .tune import measure_variants
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPS = (BLOCK, *SINGLE, PRUNED)
@@ -43,10 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--case",
         action="append",
-        choices=sorted((*CASES, *PRUNED_CASES)),
+        choices=sorted(CASES),
         metavar="NAME",
         help=f"shape by name, repeatable (default on the cpu: {', '.join(CPU_DEFAULTS)}; on cuda: "
-        f"{', '.join(CUDA_DEFAULTS)}); one of {', '.join((*CASES, *PRUNED_CASES))}",
+        f"{', '.join(CUDA_DEFAULTS)}); one of {', '.join(CASES)}",
     )
     parser.add_argument(
         "--op",
@@ -69,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=(*DIRECTIONS, "all"),
         default="fwd",
         help="forward, with backward, with backward and experts frozen (default: fwd)",
+    )
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="time every configuration of the expert GEMMs beside the chosen one instead",
     )
     parser.add_argument(
         "--dtype", choices=sorted(_DTYPES), help="default: float32 on the cpu, bfloat16 on cuda"
@@ -132,6 +138,7 @@ def run(
     ops: Sequence[str] = OPS,
     providers: Sequence[str] | None = None,
     graph: bool = False,
+    variants: bool = False,
     on_round: Callable[[], object] | None = None,
 ) -> None:
     """Adds to a report what the arguments ask for, case by case."""
@@ -146,17 +153,21 @@ def run(
     )
     single = [op for op in ops if op in SINGLE]
     for name in cases:
+        case = CASES[name]
+        if variants:
+            for direction in directions:
+                report.measured += measure_variants(case, dtype, direction, session)
+            continue
         # First, on a heap that other providers have not yet cut up: the steps are so short that
         # the page faults of a single buffer would be most of what is measured.
-        if name in CASES and device.type == "cpu" and set(ops) == set(OPS):
-            report.overhead[CASES[name].name] = measure_overhead(CASES[name], dtype, session)
+        if not case.block_size and device.type == "cpu" and set(ops) == set(OPS):
+            report.overhead[case.name] = measure_overhead(case, dtype, session)
         for direction in directions:
             suites: list[Suite] = []
-            if name in PRUNED_CASES:
+            if case.block_size:
                 if PRUNED in ops:
-                    suites.append(pruned_suite(PRUNED_CASES[name], dtype, direction, device))
+                    suites.append(pruned_suite(case, dtype, direction, device))
             else:
-                case = CASES[name]
                 if BLOCK in ops:
                     suites.append(block_suite(case, dtype, direction, device, providers=providers))
                 suites += op_suites(case, dtype, direction, device, single)
@@ -201,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ops=arguments.op or OPS,
             providers=arguments.provider,
             graph=arguments.graph,
+            variants=arguments.variants,
             on_round=on_round,
         )
     report.states["after"] = target.state()

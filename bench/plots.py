@@ -3,22 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cases import CASES
 from .report import BASELINE, OURS
 
 Record = Mapping[str, Any]
-
-
-def ceiling(case: str) -> float | None:
-    """Dense over active arithmetic: 2 of "quarter-16to8-T1024" and of "bagel-half-bs64-T256"."""
-    split = re.search(r"-(\d+)to(\d+)-", case)
-    if split:
-        return int(split[1]) / int(split[2])
-    return 2.0 if "-half-" in case else None
 
 
 def plot(content: Mapping[str, Any], path: Path) -> None:
@@ -69,9 +61,9 @@ def _draw_bars(axes: Any, records: Sequence[Record]) -> None:
         colour = "C3" if provider == OURS else None
         axes.bar(at, heights, width, yerr=errors, label=provider, color=colour)
     for index, case in enumerate(cases):
-        top = ceiling(case)
-        if top:
-            axes.hlines(top, index - 0.45, index + 0.45, colors="black", linestyles="dashed")
+        if case in CASES:
+            limits = index - 0.45, index + 0.45
+            axes.hlines(CASES[case].ceiling, *limits, colors="black", linestyles="dashed")
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right", fontsize="small")
     axes.set_ylabel("times the dense FFN of torch\n(dashed: ceiling at the same rate)")
     axes.legend(fontsize="x-small")

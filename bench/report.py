@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
     }
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
-    for name in ("triton", "transformers", "liger-kernel", "sonic-moe", "quack-kernels"):
+    for name in ("triton", "transformers", "sonic-moe", "quack-kernels"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -15,7 +15,7 @@ from sparse_unified import ops
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.ops import reference
 
-from .cases import Case, PrunedCase, pruned_work, work
+from .cases import Case, work
 from .check import check_backward, check_forward
 from .measure import (
     Call,
@@ -255,24 +255,21 @@ class PrunedFfn(nn.Module):
         return ops.pruned_ffn(x, self.kept_blocks, *weights, self.block_size)
 
 
-def pruned_suite(
-    case: PrunedCase, dtype: torch.dtype, direction: str, device: torch.device
-) -> Suite:
+def pruned_suite(case: Case, dtype: torch.dtype, direction: str, device: torch.device) -> Suite:
     """Half of a FFN: pruned_ffn on half of the blocks, the dense FFN, and one of half the width.
 
     `dense_ours` is pruned_ffn on all blocks: the dense FFN at the rate of our own kernel.
     """
     torch.manual_seed(0)
-    half = int(case.intermediate_size * case.kept_share)
     dense, dense_half = (
         SwiGLU(case.hidden_size, width, dtype=dtype, device=device)
-        for width in (case.intermediate_size, half)
+        for width in (case.intermediate_size, case.active_width)
     )
     modules = {
         "dense": dense,
-        "dense_ours": PrunedFfn(dense, case.block_size, case.intermediate_size // case.block_size),
+        "dense_ours": PrunedFfn(dense, case.block_size, case.num_blocks),
         "dense_half": dense_half,
-        OURS: PrunedFfn(dense, case.block_size, case.num_kept),
+        OURS: PrunedFfn(dense, case.block_size, case.num_blocks // 2),
     }
     shape = (case.tokens, case.hidden_size)
     xs, grads = (inputs(shape, dtype, device=device) for _ in range(2))
@@ -283,11 +280,11 @@ def pruned_suite(
         {
             name: Candidate(
                 build=partial(module_call, module, direction, xs, grads),
-                work=pruned_work(
+                work=work(
+                    "dense_ffn" if name in ("dense", "dense_ours") else "half_ffn",
                     case,
                     dtype,
                     direction,
-                    share=1 if name in ("dense", "dense_ours") else case.kept_share,
                 ),
             )
             for name, module in modules.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from sparse_unified import ops
 
 from .measure import Call, EventTimer, Roof, Timer, WallTimer, inputs, measure_interleaved
 
-# Newer drivers call the reasons of a lowered clock events.
 _STATE_FIELDS = (
     "clocks.sm",
     "clocks.max.sm",
@@ -26,8 +24,8 @@ _STATE_FIELDS = (
     "power.limit",
     "temperature.gpu",
     "memory.used",
+    "clocks_event_reasons.active",
 )
-_REASON_FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,34 +103,20 @@ def device_state(device: torch.device) -> dict[str, str]:
     Returns:
         Field -> value; {"nvidia-smi": why} where it gives none.
     """
-    if shutil.which("nvidia-smi") is None:
-        return {"nvidia-smi": "not found"}
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = f"GPU-{uuid}" if uuid is not None else str(device.index or 0)
-    answer = ""
-    for reason in _REASON_FIELDS:
-        fields = (*_STATE_FIELDS, reason)
-        try:
-            run = subprocess.run(
-                [
-                    "nvidia-smi",
-                    "-i",
-                    which,
-                    f"--query-gpu={','.join(fields)}",
-                    "--format=csv,noheader",
-                ],
-                capture_output=True,
-                text=True,
-                timeout=20,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return {"nvidia-smi": str(error)}
-        answer = (run.stdout or run.stderr).strip()
-        values = [value.strip() for value in answer.split(",")]
-        if run.returncode == 0 and len(values) == len(fields):
-            return {**dict(zip(_STATE_FIELDS, values, strict=False)), "clocks_reasons": values[-1]}
-    return {"nvidia-smi": answer.splitlines()[-1] if answer else "no answer"}
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={','.join(_STATE_FIELDS)}"]
+    try:
+        run = subprocess.run(
+            [*query, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia-smi": str(error)}
+    values = (value.strip() for value in run.stdout.split(","))
+    return dict(zip(_STATE_FIELDS, values, strict=False))
 
 
 # (m, n, k) of x [m, k] @ w [n, k].T: a large square, and the products of the dense BAGEL FFN.

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of the expert GEMMs side by side, in interleaved rounds of one process.
-
-    python -m sparse_unified.bench.tune --device cuda [--case NAME] [--json FILE]
+"""Configurations of the expert GEMMs side by side: `sparse-unified bench --variants`.
 
 The choice of kernels and tiles is overridden by an environment variable that the kernels read at
 each call. What a configuration computes is compared with the chosen one before it is timed.
@@ -9,12 +7,9 @@ each call. What a configuration computes is compared with the chosen one before 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +19,10 @@ from sparse_unified import ops
 from sparse_unified._library import module as library
 from sparse_unified.nn import SwiGLU
 
-from .cases import CASES, PRUNED_CASES, Case, PrunedCase, pruned_work, work
+from .cases import Case, work
 from .check import judge_rows
 from .measure import Call, Candidate, Measured, Session, Subject, inputs, name_of
-from .report import Report, save
 from .suites import OpCalls, PrunedFfn, sparse_block
-from .target import find_target, measure_roof
 
 VARIABLE = "SPARSE_UNIFIED_GROUPED_FFN"
 CHOSEN = "chosen"
@@ -59,10 +52,10 @@ def _grouped_ffn(case: Case, dtype: torch.dtype, direction: str, device: torch.d
     return _run(calls.ours["grouped_ffn"], calls.leaves["grouped_ffn"], xs, grad, direction)
 
 
-def _pruned_ffn(case: PrunedCase, dtype: torch.dtype, direction: str, device: torch.device) -> Run:
+def _pruned_ffn(case: Case, dtype: torch.dtype, direction: str, device: torch.device) -> Run:
     xs = inputs((case.tokens, case.hidden_size), dtype, device=device)
     dense = SwiGLU(case.hidden_size, case.intermediate_size, dtype=dtype, device=device)
-    module = PrunedFfn(dense, case.block_size, case.num_kept)
+    module = PrunedFfn(dense, case.block_size, case.num_blocks // 2)
     return _run(module, tuple(module.parameters()), xs, torch.randn_like(xs[0]), direction)
 
 
@@ -87,7 +80,7 @@ def _run(
 
 
 def measure_variants(
-    case: Case | PrunedCase,
+    case: Case,
     dtype: torch.dtype,
     direction: str,
     session: Session,
@@ -96,19 +89,18 @@ def measure_variants(
     """Measures grouped_ffn, or pruned_ffn, in each variant, and in the one chosen without.
 
     Args:
-        case: of grouped_ffn, or a `PrunedCase` of pruned_ffn.
+        case: of grouped_ffn, or of pruned_ffn where it has blocks.
         variants: values of the environment variable; by default all that the kernels know.
 
     Returns:
         A record of each variant that runs and computes what the chosen one does, named after it,
         with its ratio over the chosen one; the others with the reason.
     """
-    if isinstance(case, PrunedCase):
+    if case.block_size:
         op, run = "pruned_ffn", _pruned_ffn(case, dtype, direction, session.device)
-        cost = pruned_work(case, dtype, direction, share=case.kept_share)
     else:
         op, run = "grouped_ffn", _grouped_ffn(case, dtype, direction, session.device)
-        cost = work(op, case, dtype, direction)
+    cost = work("half_ffn" if case.block_size else op, case, dtype, direction)
     expected = run(0)
 
     def build(variant: str) -> Call:
@@ -135,28 +127,3 @@ def measure_variants(
         )
     finally:
         set_variant(CHOSEN)
-
-
-def main() -> None:
-    """Measures every configuration and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--case", action="append", choices=(*CASES, *PRUNED_CASES), metavar="NAME")
-    parser.add_argument("--direction", choices=("fwd", "fwd_bwd"), default="fwd")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    target = find_target(options.device)
-    roof = measure_roof(torch.bfloat16, target)
-    session = Session(device=target.device, timer=target.timer, roof=roof, repeats=options.repeats)
-    report = Report(target=target, roof=roof)
-    for name in options.case or ("bagel-16to8-T4096", "bagel-32to16-T4096"):
-        case = PRUNED_CASES[name] if name in PRUNED_CASES else CASES[name]
-        report.measured += measure_variants(case, torch.bfloat16, options.direction, session)
-    print(report.text())
-    if options.json is not None:
-        save(options.json, json.dumps(report.as_json(), indent=1))
-
-
-if __name__ == "__main__":
-    main()

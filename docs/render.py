@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_unified.bench.plots import ceiling
+from sparse_unified.bench.cases import CASES
 from sparse_unified.bench.report import best_dense
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,6 @@ def our_rows(content: Content) -> Iterator[list[str]]:
     for r in content["records"]:
         best = best_dense(r["speedup"])
         if r["op"] in WHOLE_FFNS and r["provider"] == OURS and best is not None:
-            top = ceiling(r["case"])
             yield [
                 r["case"],
                 r["direction"],
@@ -70,7 +69,7 @@ def our_rows(content: Content) -> Iterator[list[str]]:
                 milliseconds(r["median_us"]),
                 f"{r['speedup']['dense']:.2f}",
                 f"{r['speedup'][best]:.2f} ({best})",
-                f"{top:g}" if top else "",
+                f"{CASES[r['case']].ceiling:g}",
             ]
 
 

@@ -20,10 +20,7 @@ from sparse_unified.bench.cases import (
     CASES,
     CUDA_DEFAULTS,
     DIRECTIONS,
-    PRUNED_CASES,
     Case,
-    PrunedCase,
-    pruned_work,
     work,
 )
 from sparse_unified.bench.measure import (
@@ -39,7 +36,7 @@ from sparse_unified.bench.measure import (
     measure_interleaved,
     summarize,
 )
-from sparse_unified.bench.plots import ceiling, plot
+from sparse_unified.bench.plots import plot
 from sparse_unified.bench.report import best_dense
 from sparse_unified.bench.suites import BLOCK_PROVIDERS, block_providers, op_suites, pruned_suite
 from sparse_unified.bench.target import find_target, slug
@@ -47,7 +44,7 @@ from sparse_unified.bench.tune import CHOSEN, find_variants, measure_variants
 
 ROOT = Path(__file__).parent.parent
 SMALL = Case(name="small", tokens=37, hidden_size=32, intermediate_size=96, num_experts=8, top_k=3)
-SMALL_PRUNED = PrunedCase(
+SMALL_PRUNED = Case(
     name="small-half-T37", tokens=37, hidden_size=32, intermediate_size=96, block_size=16
 )
 ROOF = Roof(tflops=1.0, gbps=10.0)
@@ -69,10 +66,9 @@ def test_half_of_the_experts_or_blocks_are_half_of_the_dense_flops() -> None:
     assert dense.flops == pytest.approx(1.669e12, rel=1e-3)  # spec: 1.669 TFLOP a layer
     for op in ("grouped_ffn", "half_ffn"):
         assert work(op, case, torch.bfloat16).flops * 2 == dense.flops
-    pruned = PRUNED_CASES["bagel-half-bs64-T4096"]
-    assert pruned_work(pruned, torch.bfloat16, share=1) == dense
-    half = pruned_work(pruned, torch.bfloat16, share=pruned.kept_share)
-    assert (pruned.kept_share, 2 * half.flops) == (0.5, dense.flops)
+    pruned = CASES["bagel-half-bs64-T4096"]
+    assert work("dense_ffn", pruned, torch.bfloat16) == dense
+    assert 2 * work("half_ffn", pruned, torch.bfloat16).flops == dense.flops
 
 
 def test_backward_counts_the_products_it_repeats_and_the_rows_it_moves() -> None:
@@ -88,25 +84,14 @@ def test_cases_have_whole_experts_and_blocks_and_cuda_measures_bagel() -> None:
     for case in CASES.values():
         assert case.expert_width * case.num_experts == case.intermediate_size
         assert 1 <= case.top_k <= case.num_experts
-    for pruned in PRUNED_CASES.values():
-        assert pruned.intermediate_size % pruned.block_size == 0
-        assert abs(pruned.kept_share - 0.5) <= pruned.block_size / pruned.intermediate_size
-    bagel = [CASES[name] for name in CUDA_DEFAULTS if name in CASES]
-    assert {case.expert_width for case in bagel} == {1184, 592}
+        if case.block_size:
+            assert case.num_blocks * case.block_size == case.intermediate_size
+            assert abs(2 * case.active_width / case.intermediate_size - 1) <= 0.03
+    bagel = [CASES[name] for name in CUDA_DEFAULTS]
+    assert {case.expert_width for case in bagel if not case.block_size} == {1184, 592}
     assert {(case.hidden_size, case.intermediate_size) for case in bagel} == {(3584, 18944)}
-
-
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("quarter-16to8-T1024", 2),
-        ("odd-5to2-T1", 2.5),
-        ("bagel-half-bs64-T256", 2),
-        ("small", None),
-    ],
-)
-def test_the_ceiling_is_dense_over_active_arithmetic(case: str, expected: float | None) -> None:
-    assert ceiling(case) == expected
+    ceilings = {name: CASES[name].ceiling for name in ("odd-5to2-T1", "bagel-half-bs64-T4096")}
+    assert ceilings == {"odd-5to2-T1": 2.5, "bagel-half-bs64-T4096": 2}
 
 
 def test_the_best_dense_is_the_fastest_one() -> None:
@@ -191,7 +176,7 @@ def test_providers_of_the_demo_need_no_package() -> None:
 
 
 @pytest.mark.parametrize("case", [SMALL, SMALL_PRUNED], ids=["grouped_ffn", "pruned_ffn"])
-def test_configurations_are_compared_with_the_chosen_one(case: Case | PrunedCase) -> None:
+def test_configurations_are_compared_with_the_chosen_one(case: Case) -> None:
     found = measure_variants(case, torch.float32, "fwd_bwd", session(1), ("all=none",))
     assert [r.provider for r in found.records] == [CHOSEN, "all=none"]  # the CPU knows none
     assert found.records[1].speedup.keys() == {CHOSEN}
@@ -299,11 +284,11 @@ def test_capture_warms_up_and_makes_a_graph_an_input() -> None:
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     """The command on small cases, in a directory of its own, without the time of the roof."""
     monkeypatch.setitem(CASES, "bagel-16to8-T256", SMALL)
-    monkeypatch.setitem(PRUNED_CASES, "bagel-half-bs16-T256", SMALL_PRUNED)
+    monkeypatch.setitem(CASES, "bagel-half-bs16-T256", SMALL_PRUNED)
     monkeypatch.setattr("sparse_unified.bench.command.measure_roof", lambda *_: ROOF)
     monkeypatch.chdir(tmp_path)
     arguments = ["--case", "bagel-16to8-T256", "--repeats", "2"]
-    for name in (*BLOCK_PROVIDERS, "liger"):
+    for name in (*BLOCK_PROVIDERS, "vllm"):
         arguments += ["--provider", name]
     return lambda *more: main([*arguments, *more])
 
@@ -327,7 +312,7 @@ def test_command_prints_a_table_and_saves_the_schema(
     ours = next(r for r in block if r["provider"] == "sparse_unified")
     assert ours["speedup"].keys() == set(BLOCK_PROVIDERS) - {"sparse_unified"}
     assert saved["overhead"]["small"].keys() == {"alone", "fused"}
-    assert {m["provider"] for m in saved["not_measured"]} == {"liger"}
+    assert {m["provider"] for m in saved["not_measured"]} == {"vllm"}
     assert not Path("bench-results").exists()
 
 

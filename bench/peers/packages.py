@@ -64,36 +64,6 @@ def _no_transformers(setting: Setting, name: str) -> str | None:
     return None
 
 
-class Liger(StackedExperts):
-    """Liger-Kernel's fused MoE, Triton: `LigerFusedMoEFunction.apply(x, gate_up_proj [E, 2h, D],
-    down_proj [E, D, h], index int32, weights)` (liger-kernel 0.8.5, `ops/fused_moe.py`)."""
-
-    def run(self, x: Tensor, weights: Tensor, topk_idx: Tensor) -> Tensor:
-        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-
-        y: Tensor = LigerFusedMoEFunction.apply(
-            x, self.gate_up_proj, self.down_proj, topk_idx.int(), weights.to(x.dtype)
-        )
-        return y
-
-
-class ScatterMoE(StackedExperts):
-    """ScatterMoE, Triton: `flatten_sort_count(index, num_experts)`, then `parallel_linear(x,
-    weights [E, in, out], k, *order)`; `gates` [T, K] makes the second product sum the rows of a
-    token (scattermoe 0.3.0, `parallel_experts.py`). Its histogram reads an index back."""
-
-    def run(self, x: Tensor, weights: Tensor, topk_idx: Tensor) -> Tensor:
-        from scattermoe import flatten_sort_count, parallel_linear
-
-        order = flatten_sort_count(topk_idx, num_experts=self.num_experts)
-        up_weights, down_weights = (w.permute(0, 2, 1) for w in (self.gate_up_proj, self.down_proj))
-        gate_up = parallel_linear(x, up_weights, self.top_k, *order, grouped_out=True)
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden, gates = F.silu(gate) * up, weights.to(x.dtype)
-        y: Tensor = parallel_linear(hidden, down_weights, 1, *order, grouped_in=True, gates=gates)
-        return y
-
-
 class VllmExperts(StackedExperts):
     """vLLM's fused experts, Triton, forward only: `fused_experts(hidden_states, w1 [E, 2h, D],
     w2 [E, D, h], topk_weights fp32, topk_ids)`."""
@@ -211,20 +181,6 @@ def _transformers(name: str) -> Peer:
 PEERS = (
     _transformers("grouped_mm"),
     _transformers("batched_mm"),
-    Peer(
-        name="liger",
-        build=Liger,
-        unavailable=lambda setting: (
-            needs_cuda(setting) or missing_package("liger_kernel.ops.fused_moe", "liger-kernel")
-        ),
-        synchronises=True,
-    ),
-    Peer(
-        name="scattermoe",
-        build=ScatterMoE,
-        unavailable=lambda s: needs_cuda(s) or missing_package("scattermoe", "scattermoe"),
-        synchronises=True,
-    ),
     Peer(
         name="vllm",
         build=VllmExperts,

@@ -195,6 +195,8 @@ def _no_grouped_mm(setting: Setting) -> str | None:
 def _no_onednn(setting: Setting) -> str | None:
     if setting.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return "needs oneDNN on the CPU"
+    if setting.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16 needs AVX-512 or AVX-NE-CONVERT"
     return needs_dtype(setting, torch.float32, torch.bfloat16)
 
 
