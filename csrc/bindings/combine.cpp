@@ -17,7 +17,7 @@ Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows) {
   check_combine(kOp, y, weights, token_rows);
   const Context context(kOp, y);
   y = with_dense_rows(y);
-  token_rows = as_contiguous(token_rows);
+  token_rows = own_indices(token_rows);
   if (!context.is_cuda()) check_indices(kOp, "token_rows", token_rows, y.size(0));
   if (weights) weights = as_contiguous(*weights);
 
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor we
   grad_out = with_dense_rows(grad_out);
   y = with_dense_rows(y);
   weights = as_contiguous(weights);
-  token_rows = as_contiguous(token_rows);
+  token_rows = own_indices(token_rows);
   if (!context.is_cuda()) check_bijection(kOp, "token_rows", token_rows, y.size(0));
 
   Tensor grad_y = empty_like_sized(y, {needs_y ? y.size(0) : 0, y.size(1)});

@@ -5,32 +5,75 @@
 
 #include <array>
 #include <cstdint>
+#include <iomanip>
 #include <limits>
 #include <vector>
 
 namespace sparse_unified {
 namespace {
 
-// Runs a call of torch that takes memory. NOTE: the stable ABI keeps nothing of torch's own error.
-template <typename Make>
-Tensor allocate(const Make& make, const std::string& shape) {
-  try {
-    return make();
-  } catch (const std::exception&) {
-    fail("sparse_unified", "arguments", "leave enough memory", "no room for a tensor of shape ",
-         shape);
-  }
-}
-
-std::string shape_text(const std::initializer_list<int64_t>& sizes) {
+template <typename Sizes>
+std::string text_of(const Sizes& sizes) {
   std::ostringstream text;
-  const char* separator = "[";
+  text << "[";
+  const char* separator = "";
   for (const int64_t size : sizes) {
     text << separator << size;
     separator = ", ";
   }
   text << "]";
   return text.str();
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) sizes.push_back(tensor.size(dim));
+  return sizes;
+}
+
+// Runs a call of torch that takes memory. NOTE: the stable ABI keeps nothing of torch's own error.
+template <typename Make, typename Sizes>
+Tensor allocate(const Make& make, const Sizes& sizes, size_t element_size) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    auto bytes = static_cast<double>(element_size);  // sizes may be anything
+    for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+    std::ostringstream text;
+    text << "a tensor of shape " << text_of(sizes) << ", " << std::fixed << std::setprecision(0)
+         << bytes << " bytes";
+    throw OutOfMemory(text.str());
+  }
+}
+
+// Runs a product of torch, which takes memory of its own.
+void multiply(AOTITorchError error, const Tensor& a, const Tensor& b) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  const auto bytes = static_cast<size_t>(a.size(0) * b.size(1)) * a.element_size();
+  throw OutOfMemory("the product of " + shape_text(a) + " and " + shape_text(b) + ", " +
+                    std::to_string(bytes) + " bytes");
+}
+
+// Of an element of what ops allocate.
+size_t allocated_bytes(ScalarType dtype) {
+  if (dtype == ScalarType::Byte) return 1;
+  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? 2 : 4;
+}
+
+int64_t storage_bytes(const Tensor& tensor) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  return bytes;
+}
+
+// Whether the storage holds every element; that of a tensor may be resized at any time.
+bool has_memory(const Tensor& tensor) {
+  int64_t last = tensor.storage_offset();
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.size(dim) == 0) return true;
+    last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  }
+  return (last + 1) * static_cast<int64_t>(tensor.element_size()) <= storage_bytes(tensor);
 }
 
 std::string device_text(const Device& device) {
@@ -40,13 +83,7 @@ std::string device_text(const Device& device) {
 
 }  // namespace
 
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
-  text << "]";
-  return text.str();
-}
+std::string shape_text(const Tensor& tensor) { return text_of(sizes_of(tensor)); }
 
 std::string dtype_text(ScalarType dtype) {
   switch (dtype) {
@@ -85,6 +122,8 @@ void check_tensor(const char* op, const char* argument, const Tensor& tensor, in
   const Device found = device_of(tensor);
   check(found == device, op, argument, "be on " + device_text(device) + " like the other arguments",
         device_text(found));
+  check(has_memory(tensor), op, argument, "have memory for all of its elements", "a storage of ",
+        storage_bytes(tensor), " bytes for shape ", shape_text(tensor));
 }
 
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype) {
@@ -160,7 +199,15 @@ void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token
 }
 
 Tensor as_contiguous(const Tensor& tensor) {
-  return allocate([&] { return torch::stable::contiguous(tensor); }, shape_text(tensor));
+  if (tensor.is_contiguous()) return tensor;
+  return allocate([&] { return torch::stable::contiguous(tensor); }, sizes_of(tensor),
+                  tensor.element_size());
+}
+
+Tensor contiguous_copy(const Tensor& tensor) {
+  if (!tensor.is_contiguous()) return as_contiguous(tensor);
+  return allocate([&] { return torch::stable::clone(tensor); }, sizes_of(tensor),
+                  tensor.element_size());
 }
 
 Tensor with_dense_rows(const Tensor& tensor) {
@@ -185,7 +232,13 @@ Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes
 
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes,
                         ScalarType dtype) {
-  return allocate([&] { return torch::stable::new_empty(like, sizes, dtype); }, shape_text(sizes));
+  return allocate([&] { return torch::stable::new_empty(like, sizes, dtype); }, sizes,
+                  allocated_bytes(dtype));
+}
+
+Tensor zeros_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return allocate([&] { return torch::stable::new_zeros(like, sizes); }, sizes,
+                  like.element_size());
 }
 
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,
@@ -202,12 +255,11 @@ Tensor transposed(const Tensor& matrix) {
 }
 
 void matmul_out(Tensor out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  multiply(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()), a, b);
 }
 
 void matmul_add(Tensor out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  multiply(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0), a, b);
 }
 
 }  // namespace sparse_unified

@@ -16,6 +16,11 @@
 
 namespace sparse_unified {
 
+// What there was no room for; where ops are registered, it becomes an error with the op's name.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 using torch::headeronly::ScalarType;
 using torch::stable::Device;
 using torch::stable::Tensor;
@@ -44,7 +49,8 @@ std::string dtype_text(ScalarType dtype);
 // The device of a tensor; the CPU when it is None, which check_tensor refuses.
 Device device_of(const Tensor& tensor);
 
-// The rank, the device (that of the call's first tensor) and the element type of an argument.
+// The rank, the device (that of the call's first tensor), the memory and the element type of an
+// argument.
 void check_tensor(const char* op, const char* argument, const Tensor& tensor, int64_t rank,
                   const Device& device = torch::headeronly::DeviceType::CPU);
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype);
@@ -64,8 +70,9 @@ void check_bijection(const char* op, const char* argument, const Tensor& indices
 void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token_rows,
                     int64_t num_tokens);
 
-// A contiguous tensor of the same values: itself or a copy.
+// A contiguous tensor of the same values: itself or a copy, or always a copy.
 Tensor as_contiguous(const Tensor& tensor);
+Tensor contiguous_copy(const Tensor& tensor);
 
 // The tensor itself when its rows are dense, a contiguous copy otherwise.
 Tensor with_dense_rows(const Tensor& tensor);
@@ -77,6 +84,7 @@ Matrix bytes_of(const Tensor& tensor);
 // Uninitialised tensors next to `like`.
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes);
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor zeros_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes);
 
 // A view of memory somebody else owns: [rows, columns] with a row stride.
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t row_stride);

@@ -104,6 +104,10 @@ Tensor Context::workspace(int64_t bytes) const {
   return empty_like_sized(like_, {bytes}, ScalarType::Byte);
 }
 
+Tensor own_indices(const Tensor& indices) {
+  return runs_on_cuda(indices) ? as_contiguous(indices) : contiguous_copy(indices);
+}
+
 Tensor contiguous_vector_rows(const Tensor& tensor) {
   return with_vector_rows(as_contiguous(tensor));
 }
@@ -115,7 +119,7 @@ Tensor with_vector_rows(const Tensor& tensor) {
       reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % kRowAlignment == 0 &&
       (dense.size(0) <= 1 || row_bytes % kRowAlignment == 0);
   if (is_aligned) return dense;
-  return dense.is_contiguous() ? torch::stable::clone(dense) : as_contiguous(dense);
+  return dense.is_contiguous() ? contiguous_copy(dense) : as_contiguous(dense);
 }
 
 }  // namespace sparse_unified

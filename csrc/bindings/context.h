@@ -58,6 +58,10 @@ class Context {
   DeviceInfo device_{};
 };
 
+// Indices as an op looks at them and then uses them: contiguous, and on the CPU always a copy, so
+// that no other thread can change them in between.
+Tensor own_indices(const Tensor& indices);
+
 // The tensor itself when its rows are dense and start at multiples of 16 bytes, as kernels load
 // them; a contiguous copy otherwise.
 Tensor with_vector_rows(const Tensor& tensor);

@@ -4,15 +4,6 @@
 #include "bindings/arguments.h"
 
 namespace sparse_unified {
-namespace {
-
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  Tensor out = empty_like_sized(like, sizes);
-  torch::stable::zero_(out);
-  return out;
-}
-
-}  // namespace
 
 // Tensors with rows as kernels load them.
 CudaFfn::CudaFfn(const char* op, const Tensor& x, const Tensor& gate_proj, const Tensor& up_proj,
@@ -69,7 +60,7 @@ void CudaFfn::refuse(const std::string& reason) const {
 Tensor CudaFfn::forward(void* gate_rows, void* up_rows) const {
   const DeviceInfo& device = context_.device();
   if constexpr (kHasCuda) refuse(grouped_ffn_cuda_refusal(params_, device));
-  if (params_.expert_width == 0) return zeros(x_, {params_.num_rows, x_.size(1)});
+  if (params_.expert_width == 0) return zeros_like_sized(x_, {params_.num_rows, x_.size(1)});
   Tensor y = empty_like_sized(x_, {params_.num_rows, x_.size(1)});
   GroupedFfnCudaParams params = params_;
   params.gate_rows = gate_rows;
@@ -104,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tens
       params_.blocks.block_size == 0
           ? +[](const Tensor& like,
                 std::initializer_list<int64_t> sizes) { return empty_like_sized(like, sizes); }
-          : zeros;
+          : zeros_like_sized;
   const int64_t hidden_size = x_.size(1);
   const int64_t width = gate_proj_.size(0);
   Tensor grad_rows = allocate(x_, {needs_x ? params_.num_rows : 0, hidden_size});

@@ -106,7 +106,7 @@ void check_token_rows(const char* op, const Tensor& x, const Tensor& row_token,
   check_dtype(op, "token_rows", *token_rows, ScalarType::Int);
   check_size(op, "token_rows", *token_rows, 0, x.size(0), "the number of tokens");
   if (runs_on_cuda(x)) return;
-  check_row_maps(op, as_contiguous(row_token), as_contiguous(*token_rows), x.size(0));
+  check_row_maps(op, own_indices(row_token), own_indices(*token_rows), x.size(0));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "bindings/context.h"
 #include "bindings/grouped_ffn.h"
 #include "bindings/parallel_tasks.h"
 #include "sparse_unified/permute.h"
@@ -11,8 +12,8 @@ GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor 
                                         up_proj_in, down_proj_in)),
       scalar_type(x_in.scalar_type()),
       x(with_dense_rows(x_in)),
-      row_token(as_contiguous(row_token_in)),
-      expert_offsets(as_contiguous(expert_offsets_in)),
+      row_token(own_indices(row_token_in)),
+      expert_offsets(own_indices(expert_offsets_in)),
       gate_proj(with_dense_rows(gate_proj_in)),
       up_proj(with_dense_rows(up_proj_in)),
       down_proj(with_dense_rows(down_proj_in)) {

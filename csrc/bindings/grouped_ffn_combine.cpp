@@ -110,7 +110,7 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
   check_tensor(kOp, "weights", weights, 2);
   check_dtype(kOp, "weights", weights, ScalarType::Float);
   check_tensor(kOp, "token_rows", token_rows, 2);
-  token_rows = as_contiguous(token_rows);
+  token_rows = own_indices(token_rows);
   check_row_maps(kOp, ffn.row_token, token_rows, num_tokens);
   check_size(kOp, "weights", weights, 0, num_tokens, "the number of tokens");
   check_size(kOp, "weights", weights, 1, token_rows.size(1), "the columns of token_rows");

@@ -2,6 +2,10 @@
 // Schemas, once, and the functions behind them, which serve the CPU and CUDA. Fakes and autograd
 // are registered in Python. In the emulator the CUDA kernels take the place of the CPU's, so that
 // tests reach them through the same ops.
+#include <algorithm>
+#include <new>
+#include <utility>
+
 #include "bindings/ops.h"
 
 #if !defined(SPARSE_UNIFIED_EMULATION)
@@ -50,21 +54,50 @@ STABLE_TORCH_LIBRARY(sparse_unified, m) {
 namespace sparse_unified {
 namespace {
 
+template <size_t kSize>
+struct Name {
+  constexpr Name(const char (&text)[kSize]) { std::copy_n(text, kSize, chars); }
+  char chars[kSize];
+};
+
+// An op that says which one it is when memory runs out.
+template <Name kName, auto kFunction>
+struct Op;
+
+template <Name kName, typename Result, typename... Argument, Result (*kFunction)(Argument...)>
+struct Op<kName, kFunction> {
+  static Result run(Argument... arguments) {
+    try {
+      return kFunction(std::move(arguments)...);
+    } catch (const OutOfMemory& error) {
+      fail(kName.chars, "arguments", "leave enough memory", "no room for ", error.what());
+    } catch (const std::bad_alloc&) {
+      fail(kName.chars, "arguments", "leave enough memory", "no room for working memory");
+    }
+  }
+};
+
+#define SPARSE_UNIFIED_OP(op) m.impl(#op, TORCH_BOX((&Op<#op, &op>::run)))
+
 void implement(torch::stable::detail::StableLibrary& m) {
-  m.impl("route_topk", TORCH_BOX(&route_topk));
-  m.impl("route_topk_backward", TORCH_BOX(&route_topk_backward));
-  m.impl("sort_by_expert", TORCH_BOX(&sort_by_expert));
-  m.impl("permute", TORCH_BOX(&permute));
-  m.impl("combine", TORCH_BOX(&combine));
-  m.impl("combine_backward", TORCH_BOX(&combine_backward));
-  m.impl("grouped_ffn", TORCH_BOX(&grouped_ffn));
-  m.impl("grouped_ffn_train", TORCH_BOX(&grouped_ffn_train));
-  m.impl("grouped_ffn_combine", TORCH_BOX(&grouped_ffn_combine));
-  m.impl("grouped_ffn_backward", TORCH_BOX(&grouped_ffn_backward));
-  m.impl("pruned_ffn", TORCH_BOX(&pruned_ffn));
-  m.impl("pruned_ffn_train", TORCH_BOX(&pruned_ffn_train));
-  m.impl("pruned_ffn_backward", TORCH_BOX(&pruned_ffn_backward));
+  SPARSE_UNIFIED_OP(route_topk);
+  SPARSE_UNIFIED_OP(route_topk_backward);
+  SPARSE_UNIFIED_OP(sort_by_expert);
+  SPARSE_UNIFIED_OP(permute);
+  SPARSE_UNIFIED_OP(combine);
+  SPARSE_UNIFIED_OP(combine_backward);
+  SPARSE_UNIFIED_OP(grouped_ffn);
+  SPARSE_UNIFIED_OP(grouped_ffn_train);
+  SPARSE_UNIFIED_OP(grouped_ffn_combine);
+  SPARSE_UNIFIED_OP(grouped_ffn_backward);
+  SPARSE_UNIFIED_OP(pruned_ffn);
+  SPARSE_UNIFIED_OP(pruned_ffn_train);
+  SPARSE_UNIFIED_OP(pruned_ffn_backward);
 }
+
+#if !defined(SPARSE_UNIFIED_EMULATION)
+void implement_cpu(torch::stable::detail::StableLibrary& m) { SPARSE_UNIFIED_OP(ffn_importance); }
+#endif
 
 }  // namespace
 }  // namespace sparse_unified
@@ -72,7 +105,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_IMPL(sparse_unified, CPU, m) {
   sparse_unified::implement(m);
 #if !defined(SPARSE_UNIFIED_EMULATION)
-  m.impl("ffn_importance", TORCH_BOX(&sparse_unified::ffn_importance));
+  sparse_unified::implement_cpu(m);
 #endif
 }
 

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
+#include <mutex>
 
 #include "bindings/common.h"
 
@@ -20,9 +22,17 @@ inline int64_t num_workers(int64_t num_tasks) {
 template <typename F>
 void parallel_tasks(int64_t num_tasks, const F& run) {
   std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_mutex;
   torch::stable::parallel_for(0, num_workers(num_tasks), 1, [&](int64_t worker, int64_t) {
-    for (int64_t task = next++; task < num_tasks; task = next++) run(task, worker);
+    try {
+      for (int64_t task = next++; task < num_tasks; task = next++) run(task, worker);
+    } catch (...) {  // torch would keep nothing of it
+      const std::lock_guard lock(error_mutex);
+      error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 constexpr int64_t kLineBytes = 64;

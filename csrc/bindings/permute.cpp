@@ -12,8 +12,8 @@ Tensor permute(Tensor x, Tensor row_token, Tensor token_rows) {
   constexpr int64_t kGrainTokens = 16;
   check_permute(kOp, x, row_token, token_rows);
   const Context context(kOp, x);
-  row_token = as_contiguous(row_token);
-  token_rows = as_contiguous(token_rows);
+  row_token = own_indices(row_token);
+  token_rows = own_indices(token_rows);
   if (!context.is_cuda()) check_row_maps(kOp, row_token, token_rows, x.size(0));
   x = with_dense_rows(x);
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bindings/context.h"
 #include "bindings/pruned_ffn.h"
 #include "sparse_unified/accumulate.h"
 
@@ -32,7 +33,7 @@ PrunedFfn::PrunedFfn(const char* op, Tensor x_in, Tensor kept_blocks_in, Tensor 
                                       down_proj_in, block_size_in)),
       scalar_type(x_in.scalar_type()),
       x(with_dense_rows(x_in)),
-      kept_blocks(as_contiguous(kept_blocks_in)),
+      kept_blocks(own_indices(kept_blocks_in)),
       gate_proj(with_dense_rows(gate_proj_in)),
       up_proj(with_dense_rows(up_proj_in)),
       down_proj(with_dense_rows(down_proj_in)),

@@ -87,10 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pruned_ffn_backward(
   const std::vector<KeptSlab> slabs = ffn.slabs();
   const Activations grads = empty_activations(ffn);
   const int64_t width = needs_weights ? ffn.width : 0;
-  Tensor grad_gate = torch::stable::new_zeros(ffn.x, {width, ffn.hidden_size});
-  Tensor grad_up = torch::stable::new_zeros(ffn.x, {width, ffn.hidden_size});
-  Tensor grad_down =
-      torch::stable::new_zeros(ffn.x, {needs_weights ? ffn.hidden_size : 0, ffn.width});
+  Tensor grad_gate = zeros_like_sized(ffn.x, {width, ffn.hidden_size});
+  Tensor grad_up = zeros_like_sized(ffn.x, {width, ffn.hidden_size});
+  Tensor grad_down = zeros_like_sized(ffn.x, {needs_weights ? ffn.hidden_size : 0, ffn.width});
   if (ffn.num_tokens > 0) {
     const WeightGradients weights{grad_gate, grad_up, grad_down};
     slab_gradients(ffn, slabs, grad_y, {gate_rows, up_rows}, grads,

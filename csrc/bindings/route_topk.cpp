@@ -13,7 +13,7 @@ constexpr int64_t kGrainColumns = 64;
 
 // The selected logits are logits: their gradients add up in one [T, E] matrix.
 Tensor add_topk(const Tensor& grad_logits, const Tensor& grad_topk_logits, const Tensor& topk_idx) {
-  Tensor sum = torch::stable::clone(as_contiguous(grad_logits));
+  Tensor sum = contiguous_copy(grad_logits);
   auto* data = sum.mutable_data_ptr<float>();
   const auto* grad_topk = grad_topk_logits.const_data_ptr<float>();
   const auto* idx = topk_idx.const_data_ptr<int32_t>();
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> route_topk_backward(Tensor grad_logits, Tensor grad_t
   const Context context(kOp, x);
   x = with_dense_rows(x);
   gate = with_dense_rows(gate);
-  topk_idx = as_contiguous(topk_idx);
+  topk_idx = own_indices(topk_idx);
   grad_topk_logits = as_contiguous(grad_topk_logits);
   if (context.is_cuda()) {
     grad_logits = as_contiguous(grad_logits);

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(Tensor topk_idx, int64_t num_e
   constexpr const char* kOp = "sort_by_expert";
   check_routing(kOp, topk_idx, num_experts);
   const Context context(kOp, topk_idx);
-  topk_idx = as_contiguous(topk_idx);
+  topk_idx = own_indices(topk_idx);
 
   SortByExpertParams params{.topk_idx = topk_idx.const_data_ptr<int32_t>(),
                             .num_rows = topk_idx.numel(),

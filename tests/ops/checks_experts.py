@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from problems import (
@@ -12,7 +12,6 @@ from problems import (
     FLOATS,
     HALVES,
     ROUTINGS,
-    FfnCase,
     Problem,
     assert_all_equal,
     assert_as_good_as_torch,
@@ -22,11 +21,11 @@ from problems import (
     cycle,
     doubles,
     each_thread_count,
-    ffn_case,
     grid,
+    grouped_problem,
+    grouped_values,
     layouts,
     poison,
-    problem_of,
     pruned_problem,
     refusal,
     torch_combine,
@@ -44,26 +43,26 @@ def assert_problem(problem: Problem) -> None:
     exact, in_torch = problem.exact(), problem.in_torch(*problem.leaves)
     device, shape = exact.device, (tuple(exact.shape), in_torch.dtype)
     poison(device, shape)
-    y = problem.y()
+    y = problem.call()
     assert_as_good_as_torch(y, in_torch, exact)
     poison(device, shape)
-    trained, *activations = problem.train(*problem.leaves)
+    trained, *activations = problem.call(f"{problem.op}_train")
     assert_as_good_as_torch(trained, in_torch, exact)
     for rows in activations:
         assert not rows.isnan().any(), "activations have elements that nothing wrote"
-    assert_equal("repeat", problem.y(), y)
+    assert_equal("repeat", problem.call(), y)
 
 
-def assert_case(case: FfnCase) -> None:
+def assert_grouped(problem: Problem) -> None:
     """grouped_ffn, and what combines its rows."""
-    problem = problem_of(case)
     assert_problem(problem)
-    expected = reference.combine(problem.exact(), case.weights, case.token_rows)
+    weights, token_rows = problem.values["weights"], problem.values["token_rows"]
+    expected = reference.combine(problem.exact(), weights, token_rows)
     rows = problem.in_torch(*problem.leaves)
     poison(expected.device, (tuple(expected.shape), rows.dtype))
-    out = ops.grouped_ffn_combine(*case.fused_arguments)
-    assert_as_good_as_torch(out, torch_combine(rows, case.weights, case.token_rows), expected)
-    assert_equal("repeat", ops.grouped_ffn_combine(*case.fused_arguments), out)
+    out = problem.call("grouped_ffn_combine")
+    assert_as_good_as_torch(out, torch_combine(rows, weights, token_rows), expected)
+    assert_equal("repeat", problem.call("grouped_ffn_combine"), out)
 
 
 # Forward
@@ -75,7 +74,7 @@ def assert_case(case: FfnCase) -> None:
         dtype=DTYPES,
         routing=ROUTINGS,
     ),
-    *grid(num_tokens=(38, 150), experts=((5, 2), (5, 1)), dtype=DTYPES, routing=ROUTINGS),
+    *grid(num_tokens=(60, 150), experts=((5, 2), (5, 1)), dtype=DTYPES, routing=ROUTINGS),
     on=with_kernel,
 )
 def ffn_of_any_routing(
@@ -88,8 +87,8 @@ def ffn_of_any_routing(
     """Experts without a row; all rows on one, the first, the last; several tiles of rows."""
     size = (136, 80) if num_tokens == 150 else (40, 24)
     num_experts, top_k = experts
-    case = ffn_case(num_tokens, size[0], num_experts, size[1], top_k, dtype, routing, device)
-    assert_case(case)
+    sizes = (num_tokens, size[0], num_experts, size[1], top_k)
+    assert_grouped(grouped_problem(*sizes, dtype, routing, device))
 
 
 @check(
@@ -101,15 +100,15 @@ def ffn_of_any_routing(
 def ffn_of_bagel_widths(
     device: torch.device, dtype: torch.dtype, width: int, num_tokens: int, hidden_size: int
 ) -> None:
-    assert_case(ffn_case(num_tokens, hidden_size, 3, width, 2, dtype, device=device))
+    assert_grouped(grouped_problem(num_tokens, hidden_size, 3, width, 2, dtype, device=device))
 
 
 @check(*grid(experts=((16, 8), (32, 16)), num_tokens=(256, 4096)), on=(CUDA,))
 def ffn_of_bagel_layers(device: torch.device, experts: tuple[int, int], num_tokens: int) -> None:
     num_experts, top_k = experts
     width = 18944 // num_experts
-    case = ffn_case(num_tokens, 3584, num_experts, width, top_k, HALVES[0], device=device)
-    assert_case(case)
+    sizes = (num_tokens, 3584, num_experts, width, top_k)
+    assert_grouped(grouped_problem(*sizes, HALVES[0], device=device))
 
 
 @check(
@@ -137,14 +136,14 @@ def ffn_of_sizes_that_fit_no_tile(
     on: tuple[str, ...] = (),
 ) -> None:
     """Multiples of 8, which is what 16-byte accesses need, and of nothing else; on the CPU any."""
-    assert_case(ffn_case(num_tokens, sizes[0], 3, sizes[1], 2, dtype, device=device))
+    assert_grouped(grouped_problem(num_tokens, sizes[0], 3, sizes[1], 2, dtype, device=device))
 
 
 @check(*grid(dtype=DTYPES[:2]), on=with_kernel)
 def ffn_of_any_number_of_rows(device: torch.device, dtype: torch.dtype) -> None:
     """Around the heights of tiles, all on the last expert."""
     for rows in (1, 7, 8, 9, 15, 17, 31, 33, 47, 49, 63, 64, 65, 127, 129, 191, 193, 255, 257, 385):
-        assert_case(ffn_case(rows, 64, 2, 32, 1, dtype, "last", device))
+        assert_grouped(grouped_problem(rows, 64, 2, 32, 1, dtype, "last", device))
 
 
 @check(
@@ -194,12 +193,12 @@ def pruned_ffn_of_odd_sizes(
 @check(*grid(dtype=DTYPES, num_tokens=(4, 100)), on=with_kernel)
 def what_is_not_kept_is_not_read(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
     problem = pruned_problem(num_tokens, 72, 10, 64, (5, 1, 2, 9), dtype, device)
-    expected = problem.y()
+    expected = problem.call()
     gate, up, down = (tensor.clone() for tensor in problem.leaves[1:])
     for weight in (gate, up, down.t()):
-        weight[problem.idle] = torch.nan
-    assert_equal("y", problem.y(gate_proj=gate, up_proj=up, down_proj=down), expected)
-    none = pruned_problem(num_tokens, 72, 10, 64, (), dtype, device).y()
+        weight[problem.idle()] = torch.nan
+    assert_equal("y", problem.call(gate_proj=gate, up_proj=up, down_proj=down), expected)
+    none = problem.call(kept_blocks=problem.values["kept_blocks"][:0])
     assert_equal("y of no blocks", none, torch.zeros_like(none))
 
 
@@ -209,39 +208,27 @@ def finer_blocks_in_the_same_order_give_the_same_bits(
 ) -> None:
     coarse = pruned_problem(100, 40, 10, 32, (7, 1, 2, 9), dtype, device)
     fine = torch.tensor([2 * b + half for b in (7, 1, 2, 9) for half in (0, 1)]).int()
-    assert_equal("y", ops.pruned_ffn(coarse.leaves[0], fine, *coarse.leaves[1:], 16), coarse.y())
-
-
-@check(*grid(sizes=((5, 8, 0), (300, 8, 0), (5, 0, 3), (300, 0, 3))), on=(CPU,))
-def sizes_of_zero_are_taken(device: torch.device, sizes: tuple[int, int, int]) -> None:
-    num_tokens, hidden_size, width = sizes
-    case = ffn_case(num_tokens, hidden_size, 2, width, 1)
-    for y in (ops.grouped_ffn(*case.arguments), ops.grouped_ffn_combine(*case.fused_arguments)):
-        assert_equal("y", y, torch.zeros(num_tokens, hidden_size))
-    assert pruned_problem(num_tokens, 0).y().shape == (num_tokens, 0)
-    none = pruned_problem(num_tokens, 24, 0, 16, ()).y()
-    assert_equal("y of no width", none, torch.zeros(num_tokens, 24))
+    assert_equal("y", coarse.call(kept_blocks=fine, block_size=16), coarse.call())
 
 
 @check(*grid(dtype=DTYPES, num_tokens=(5, 150)), on=with_kernel)
 def experts_take_any_layout(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
-    case = ffn_case(num_tokens, 40, 3, 24, 2, dtype, device=device)
-    problems = [problem_of(case), pruned_problem(num_tokens, 40, dtype=dtype, device=device)]
-    fused = ops.grouped_ffn_combine(*case.fused_arguments)
+    grouped = grouped_problem(num_tokens, 40, 3, 24, 2, dtype, device=device)
+    problems = [
+        grouped,
+        Problem("grouped_ffn_combine", grouped.values),
+        pruned_problem(num_tokens, 40, dtype=dtype, device=device),
+    ]
     # A library of the CPU may choose another kernel for another stride: rounding, no more.
     close = (1e-5, 1e-5) if dtype == torch.float32 else (2e-2, 3e-2)
     rtol, atol = close if backend_of(device) == CPU else (0.0, 0.0)
     for problem in problems:
-        expected = problem.y()
+        expected = problem.call()
         for name in FLOATS:
-            for layout, view in layouts(problem.tensors[name]):
-                found = [(problem.y(**{name: view}), expected)]
-                if problem.op == "grouped_ffn":
-                    other = dataclasses.replace(case, **{name: view})
-                    found.append((ops.grouped_ffn_combine(*other.fused_arguments), fused))
+            for layout, view in layouts(problem.values[name]):
                 message = f"{problem.op}, {name}: {layout}: {{}}".format
-                for own, exact in found:
-                    torch.testing.assert_close(own, exact, rtol=rtol, atol=atol, msg=message)
+                found = problem.call(**{name: view})
+                torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=message)
 
 
 def is_avx512() -> bool:
@@ -252,14 +239,16 @@ def is_avx512() -> bool:
 def experts_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
     """Whatever the number of threads, which libraries do not promise for a few tokens, nor on other
     processors."""
-    case = ffn_case(num_tokens, 48, 5, 40, 2, dtype, device=device)
-    problems = [problem_of(case)]
-    if num_tokens >= 8:
-        problems.append(pruned_problem(num_tokens, 48, dtype=dtype, device=device))
-    expected = [ops.grouped_ffn_combine(*case.fused_arguments), *(p.y() for p in problems)]
+    grouped = grouped_problem(num_tokens, 48, 5, 40, 2, dtype, device=device)
+    pruned = pruned_problem(num_tokens, 48, dtype=dtype, device=device)
+
+    def run() -> list[Tensor]:
+        found = [grouped.call(), grouped.call("grouped_ffn_combine")]
+        return [*found, pruned.call()] if num_tokens >= 8 else found
+
+    expected = run()
     for _ in each_thread_count() if is_avx512() else range(3):
-        found = [ops.grouped_ffn_combine(*case.fused_arguments), *(p.y() for p in problems)]
-        assert_all_equal("repeat", found, expected)
+        assert_all_equal("repeat", run(), expected)
 
 
 @check(*grid(dtype=DTYPES, num_tokens=(40, 300)), on=with_kernel)
@@ -267,30 +256,28 @@ def non_finite_tokens_touch_only_their_rows(
     device: torch.device, dtype: torch.dtype, num_tokens: int
 ) -> None:
     for problem in both_problems(device, dtype, num_tokens):
-        clean = problem.y()
-        x = problem.tensors["x"].clone()
+        clean = problem.call()
+        x = problem.values["x"].clone()
         x[3], x[7, 5] = torch.nan, torch.inf
-        bad = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-        bad[[3, 7]] = True
-        bad_rows = bad[problem.token_of_row]
-        y = problem.y(x=x)
+        token = problem.token_of_row()
+        bad_rows = (token == 3) | (token == 7)
+        y = problem.call(x=x)
         assert_equal("rows that stay finite", y.isfinite().all(1), ~bad_rows)
         assert_equal("rows", y[~bad_rows], clean[~bad_rows])
 
 
 @check(*grid(dtype=DTYPES), on=with_kernel)
 def tokens_in_another_order_give_the_same_rows(device: torch.device, dtype: torch.dtype) -> None:
-    case = ffn_case(150, 64, 4, 72, 2, dtype, device=device)
-    order = torch.randperm(150, device=device)
-    experts = torch.repeat_interleave(torch.arange(4, device=device), case.expert_offsets.diff())
-    idx = experts[case.token_rows.long()].int()[order].contiguous()
-    offsets, row_token, token_rows = ops.sort_by_expert(idx, 4)
-    maps = (row_token, token_rows, offsets)
-    out = ops.grouped_ffn_combine(case.x[order], case.weights[order], *maps, *case.experts)
-    expected = ops.grouped_ffn_combine(*case.fused_arguments)[order]
+    grouped = grouped_problem(150, 64, 4, 72, 2, dtype, device=device)
+    v, order = grouped.values, torch.randperm(150, device=device)
+    names = ("expert_offsets", "row_token", "token_rows")
+    maps = dict(zip(names, ops.sort_by_expert(v["topk_idx"][order], 4), strict=True))
+    out = grouped.call("grouped_ffn_combine", x=v["x"][order], weights=v["weights"][order], **maps)
     pruned = pruned_problem(150, 40, dtype=dtype, device=device)
-    same = [(out, expected), (pruned.y(x=pruned.tensors["x"][order]), pruned.y()[order])]
-    for own, other in same:
+    for own, other in (
+        (out, grouped.call("grouped_ffn_combine")[order]),
+        (pruned.call(x=pruned.values["x"][order]), pruned.call()[order]),
+    ):
         if backend_of(device) == CPU and dtype != torch.float32:
             torch.testing.assert_close(own, other, rtol=2e-2, atol=3e-2)
         else:
@@ -300,29 +287,28 @@ def tokens_in_another_order_give_the_same_rows(device: torch.device, dtype: torc
 @check(*grid(dtype=DTYPES), on=with_kernel)
 def activations_saturate_like_silu(device: torch.device, dtype: torch.dtype) -> None:
     """Large gates pass on or are zero; tokens and weights of zeros give zeros."""
-    case = ffn_case(40, 40, 2, 24, 1, dtype, device=device)
-    for problem in (problem_of(case), pruned_problem(dtype=dtype, device=device)):
-        zeros = torch.zeros_like(problem.tensors["x"])
-        assert problem.y(x=zeros).abs().max() == 0
-        problem.tensors["gate_proj"].mul_(200)
+    grouped = grouped_problem(40, 40, 2, 24, 1, dtype, device=device)
+    for problem in (grouped, pruned_problem(dtype=dtype, device=device)):
+        zeros = torch.zeros_like(problem.values["x"])
+        assert problem.call(x=zeros).abs().max() == 0
+        problem.values["gate_proj"].mul_(200)
         exact = problem.in_torch(*doubles(*problem.leaves))
-        error = (problem.y().double() - exact).norm() / exact.norm()
+        error = (problem.call().double() - exact).norm() / exact.norm()
         assert error < 16 * torch.finfo(dtype).eps, f"off by {error:.2g}"
-        least = torch.full_like(problem.tensors["gate_proj"], torch.finfo(dtype).min)
+        least = torch.full_like(problem.values["gate_proj"], torch.finfo(dtype).min)
         ones = torch.ones_like(zeros)
-        assert problem.y(x=ones / 64, gate_proj=least).abs().max() == 0
-    unused = dataclasses.replace(case, weights=torch.zeros_like(case.weights))
-    assert ops.grouped_ffn_combine(*unused.fused_arguments).abs().max() == 0
+        assert problem.call(x=ones / 64, gate_proj=least).abs().max() == 0
+    unused = torch.zeros_like(grouped.values["weights"])
+    assert grouped.call("grouped_ffn_combine", weights=unused).abs().max() == 0
 
 
 @check(on=(CUDA,))
 def what_no_kernel_takes_is_refused(device: torch.device) -> None:
     """fp32, and widths that are no multiple of 8: an error that names the op."""
     for dtype, width in ((torch.float32, 24), (torch.bfloat16, 12)):
-        case = ffn_case(width=width, dtype=dtype, device=device)
-        assert "grouped_ffn" in refusal(lambda case=case: ops.grouped_ffn(*case.arguments))
-        fused = case.fused_arguments
-        assert "grouped_ffn" in refusal(lambda fused=fused: ops.grouped_ffn_combine(*fused))
+        problem = grouped_problem(width=width, dtype=dtype, device=device)
+        for op in ("grouped_ffn", "grouped_ffn_combine"):
+            assert "grouped_ffn" in refusal(partial(problem.call, op))
 
 
 # Backward
@@ -332,11 +318,8 @@ def gradients(
     problem: Problem, grad: Tensor, recompute: bool = False, wanted: Sequence[str] = FLOATS
 ) -> tuple[Tensor, ...]:
     """Of some of the tensors, which alone ask for one."""
-    leaves = {
-        name: tensor.detach().requires_grad_(name in wanted)
-        for name, tensor in problem.tensors.items()
-    }
-    y = problem.call(*leaves.values(), recompute=recompute)
+    leaves = {name: problem.values[name].detach().requires_grad_(name in wanted) for name in FLOATS}
+    y = problem.run(*leaves.values(), recompute=recompute)
     return torch.autograd.grad(y, [leaves[name] for name in wanted], grad)
 
 
@@ -359,16 +342,17 @@ def gradients_of_experts(
     width: int = 56,
 ) -> None:
     """Against fp64; neurons that no row uses get zeros; repeats give the same bits."""
-    case = ffn_case(num_tokens, 72, 5, width, 2, dtype, routing, device)
-    kept = (5, 1, 2, 6)
-    for problem in (problem_of(case), pruned_problem(num_tokens, 72, 7, 64, kept, dtype, device)):
+    for problem in (
+        grouped_problem(num_tokens, 72, 5, width, 2, dtype, routing, device),
+        pruned_problem(num_tokens, 72, 7, 64, dtype=dtype, device=device),
+    ):
         grad = torch.randn(problem.exact().shape, device=device).to(dtype)
         own = gradients(problem, grad, recompute)
         wide = doubles(*problem.leaves)
         exact = torch.autograd.grad(problem.in_torch(*wide), wide, grad.double())
         assert_gradients(own, exact, dtype)
         for weight in (own[1], own[2], own[3].t()):
-            assert not weight[problem.idle].any(), "a neuron without a row has a gradient"
+            assert not weight[problem.idle()].any(), "a neuron without a row has a gradient"
         assert_all_equal("recomputed", gradients(problem, grad, not recompute), own)
         strided = gradients(problem, grad.t().contiguous().t(), recompute)
         assert_all_equal("gradient of another layout", strided, own)
@@ -378,27 +362,26 @@ def gradients_of_experts(
 def each_argument_gets_its_gradient_alone(device: torch.device, dtype: torch.dtype) -> None:
     """Frozen weights pass the same gradient on, and skip the products of their own."""
     for problem in both_problems(device, dtype, 37):
-        y, *activations = problem.train(*problem.leaves)
+        y, gate_rows, up_rows = problem.call(f"{problem.op}_train")
         grad = torch.randn(y.shape, device=device).to(dtype)
         everything = gradients(problem, grad)
         for recompute in (False, True):
             for position, name in enumerate(FLOATS):
                 alone = gradients(problem, grad, recompute, (name,))
                 assert_equal(f"gradient of {name} alone", alone[0], everything[position])
-        sizes = [tensor.numel() for tensor in problem.leaves]
-        for needs in ((True, False), (False, True)):
-            found = problem.backward(grad, *problem.leaves, *activations, *needs)
-            wanted = [sizes[0] * needs[0], *(size * needs[1] for size in sizes[1:])]
-            written = [tensor.numel() for tensor in found]
-            assert written[1:] == wanted[1:]
-            assert (written[0] > 0) == needs[0]
+        for needs_x, needs_weights in ((True, False), (False, True)):
+            needs = {"needs_x": needs_x, "needs_weights": needs_weights}
+            kept = {"grad_y": grad, "gate_rows": gate_rows, "up_rows": up_rows}
+            found = problem.call(f"{problem.op}_backward", **kept, **needs)
+            written = [tensor.numel() > 0 for tensor in found]
+            assert written == [needs_x, *[needs_weights] * 3]
 
 
 @check(*cycle(grid(num_tokens=(37, 300)), dtype=HALVES), {"num_tokens": 300, "dtype": DTYPES[0]},
        on=with_kernel)  # fmt: skip
 def gradients_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
     for problem in both_problems(device, dtype, num_tokens):
-        grad = torch.randn(problem.y().shape, device=device).to(dtype)
+        grad = torch.randn(problem.call().shape, device=device).to(dtype)
         expected = gradients(problem, grad)
         for _ in each_thread_count() if is_avx512() else range(3):
             assert_all_equal("gradient", gradients(problem, grad), expected)
@@ -408,14 +391,14 @@ def gradients_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, num_t
 def gradients_are_slopes(device: torch.device) -> None:
     """gradcheck in fp32. Central differences with step s err by u |f| / s for rounding, a few u =
     6e-8, and by s^2 |f'''| / 6: near 2e-5 each at s = 1e-2 and sizes of 1; sizes reach 10: 1e-3."""
-    problems = [problem_of(ffn_case(4, 3, 3, 2, 2, routing=kind)) for kind in ("random", "first")]
+    problems = [grouped_problem(4, 3, 3, 2, 2, routing=kind) for kind in ("random", "first")]
     for problem in (*problems, pruned_problem(3, 2, 3, 16, (2, 0))):
         for recompute in (False, True):
 
             def function(
                 *leaves: Tensor, problem: Problem = problem, recompute: bool = recompute
             ) -> Tensor:
-                return problem.call(*leaves, recompute=recompute)
+                return problem.run(*leaves, recompute=recompute)
 
             leaves = tuple(tensor.detach().requires_grad_() for tensor in problem.leaves)
             assert torch.autograd.gradcheck(
@@ -431,12 +414,12 @@ def gradients_of_routing_are_slopes(device: torch.device) -> None:
         x, gate = torch.randn(3, 5), torch.randn(4, 5)
         if (x @ gate.t()).sort(1).values.diff(dim=1).min() > 0.2:
             break
-    case = ffn_case(4, 3, 3, 2, 2)
-    maps, rows = (case.row_token, case.token_rows), torch.randn(8, 3)
+    v = grouped_values(4, 3, 3, 2, 2)
+    maps = v["row_token"], v["token_rows"]
     checked = [
-        (lambda y, w: ops.combine(y, w, maps[1]), (rows, case.weights)),
-        (lambda y: ops.combine(y, None, maps[1]), (rows,)),
-        (lambda x: ops.permute(x, *maps), (case.x,)),
+        (lambda y, w: ops.combine(y, w, maps[1]), (v["y"], v["weights"])),
+        (lambda y: ops.combine(y, None, maps[1]), (v["y"],)),
+        (lambda x: ops.permute(x, *maps), (v["x"],)),
         *((lambda x, g, k=k: ops.route_topk(x, g, k)[:2], (x, gate)) for k in (1, 2, 4)),
     ]
     for function, tensors in checked:
@@ -449,12 +432,12 @@ def gradients_of_routing_are_slopes(device: torch.device) -> None:
 @check(*grid(dtype=HALVES), on=(CUDA, "emulated"))
 def a_step_down_the_gradient_goes_down(device: torch.device, dtype: torch.dtype) -> None:
     """The loss falls by about what the gradient says."""
-    problem = problem_of(ffn_case(64, 64, 4, 32, 2, dtype, device=device))
+    problem = grouped_problem(64, 64, 4, 32, 2, dtype, device=device)
     target = torch.randn(128, 64, device=device)
     leaves = [tensor.requires_grad_() for tensor in problem.leaves]
 
     def loss(*tensors: Tensor) -> Tensor:
-        return (problem.call(*tensors).float() - target).square().mean()
+        return (problem.run(*tensors).float() - target).square().mean()
 
     start = loss(*leaves)
     grads = torch.autograd.grad(start, leaves)
@@ -473,14 +456,10 @@ def a_step_down_the_gradient_goes_down(device: torch.device, dtype: torch.dtype)
 def tokens_with_unequal_numbers_of_rows_get_their_gradients(device: torch.device) -> None:
     """Token 0 has three rows and token 1 one: no [T, K] map exists, and none is needed."""
     dtype = torch.float32 if backend_of(device) == CPU else torch.bfloat16
-    case = ffn_case(2, 16, 2, 8, 2, dtype, device=device)
-    row_token = torch.tensor([0, 0, 0, 1], dtype=torch.int32, device=device)
-    leaves = [case.x, *case.experts]
-    for leaf in leaves:
-        leaf.requires_grad_()
+    problem = grouped_problem(2, 16, 2, 8, 2, dtype, device=device)
+    problem.values["row_token"] = torch.tensor([0, 0, 0, 1], dtype=torch.int32, device=device)
+    problem.values["token_rows"] = None
     grad = torch.randn(4, 16, device=device).to(dtype)
-    y = ops.grouped_ffn(case.x, row_token, case.expert_offsets, *case.experts)
-    wide = doubles(*leaves)
-    exact = reference.grouped_ffn(wide[0], row_token, case.expert_offsets, *wide[1:])
-    own = torch.autograd.grad(y, leaves, grad)
-    assert_gradients(own, torch.autograd.grad(exact, wide, grad.double()), dtype)
+    wide = doubles(*problem.leaves)
+    exact = torch.autograd.grad(problem.in_torch(*wide), wide, grad.double())
+    assert_gradients(gradients(problem, grad), exact, dtype)

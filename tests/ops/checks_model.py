@@ -4,25 +4,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from problems import assert_equal, grid
 from registry import CUDA, check
 from torch import Tensor
 
-from sparse_unified.bagel import (
-    Bagel,
-    BagelConfig,
-    Execution,
-    LLMConfig,
-    SamplingConfig,
-    SpecialTokens,
-    VisionConfig,
-    build_guidance,
-    sample_latents,
-)
+from sparse_unified.bagel import Bagel, Execution, SamplingConfig, build_guidance, sample_latents
 from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import initial_noise
+from sparse_unified.mini import MiniTask, mini_config
 
 KINDS = ("dense", "sparse")
 GRID = (2, 3)
@@ -31,31 +23,11 @@ PROMPTS = ([[21, 30]], [[33, 40, 41, 42]])
 
 @torch.no_grad()
 def model_on(device: torch.device, kind: str) -> Bagel:
-    """A model of three layers in bf16, whose middle generation FFN may be sparse."""
-    config = BagelConfig(
-        llm=LLMConfig(
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-        ).with_experts("gen", [1] if kind == "sparse" else [], num_experts=16, top_k=8),
-        vision=VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            patch_size=14,
-            image_size=56,
-        ),
-        latent_channels=4,
-        vae_downsample=8,
-        latent_patch_size=2,
-        max_latent_size=4,
-        vit_max_num_patch_per_side=4,
-        special_tokens=SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4),
-    )
+    """A small model in bf16, whose middle generation FFNs may be sparse."""
+    config = mini_config(MiniTask.DIGITS)
+    if kind == "sparse":
+        llm = config.llm.with_experts("gen", range(1, 5), num_experts=16, top_k=8)
+        config = replace(config, llm=llm)
     model = Bagel(config, device=device, dtype=torch.bfloat16)
     for weight in model.parameters():
         if weight.ndim > 1:

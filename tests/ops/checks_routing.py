@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from problems import (
+    ARGUMENTS,
     DTYPES,
     ROUTINGS,
     assert_all_equal,
     assert_as_good_as_torch,
     assert_equal,
     assert_gradients,
+    call,
     cycle,
     doubles,
     draw_routing,
     each_thread_count,
     grid,
+    grouped_values,
     layouts,
     poison,
     torch_combine,
@@ -36,18 +37,11 @@ def few(num_tokens: int = 0, **_: object) -> bool:
     return num_tokens < 1000
 
 
-def rows_of(device: torch.device, num_tokens: int, experts: int, top_k: int) -> tuple[Tensor, ...]:
-    """topk_idx, row_token, token_rows of a random routing."""
-    with torch.device(device):
-        topk_idx = draw_routing("random", num_tokens, experts, top_k)
-        return topk_idx, *reference.sort_by_expert(topk_idx, experts)[1:]
-
-
 @check(
     *cycle(grid(num_tokens=TOKENS, experts=EXPERTS), dtype=DTYPES, hidden_size=(96, 300, 41, 130)),
     *cycle(grid(hidden_size=(3584, 8, 1), dtype=DTYPES), num_tokens=(37,), experts=EXPERTS),
     # More experts than are compared each with each.
-    *grid(num_tokens=(37,), experts=((100, 9),), dtype=DTYPES, hidden_size=(96,)),
+    *grid(num_tokens=(37,), experts=((100, 9), (256, 8)), dtype=DTYPES, hidden_size=(96,)),
     small=few,
 )
 def route_of_exact_logits(
@@ -108,8 +102,13 @@ def route_of_extreme_logits(device: torch.device, dtype: torch.dtype, num_expert
 @check(
     *cycle(grid(routing=ROUTINGS, num_tokens=TOKENS), experts=EXPERTS),
     *cycle(grid(experts=(*EXPERTS, (256, 3))), routing=ROUTINGS, num_tokens=(300, 37)),
+    # Both sides of the borders between tiles of the kernels, and between one block and several.
+    *cycle(
+        grid(experts=((7, 1), (33, 1), (256, 1)), num_tokens=(31, 33, 511, 513, 1023, 1025, 1537)),
+        routing=("random", "gaps"),
+    ),
     *grid(routing=("random", "repeated"), num_tokens=(1000, 70_000), experts=((16, 8), (200, 3))),
-    small=few,
+    small=lambda num_tokens, **_: num_tokens < 2000,
 )
 def sort_is_the_stable_one(
     device: torch.device, routing: str, num_tokens: int, experts: tuple[int, int]
@@ -138,24 +137,20 @@ def sort_is_the_stable_one(
 def permute_and_combine(
     device: torch.device, dtype: torch.dtype, num_tokens: int, hidden_size: int, top_k: int
 ) -> None:
-    _, row_token, token_rows = rows_of(device, num_tokens, 16, top_k)
-    with torch.device(device):
-        x = torch.randn(num_tokens, hidden_size).to(dtype)
-        y = torch.randn(num_tokens * top_k, hidden_size).to(dtype)
-        weights = torch.randn(num_tokens, top_k) * top_k**-0.5
-        whole = torch.randint(-9, 10, x.shape).to(dtype)
+    v = grouped_values(num_tokens, hidden_size, 16, 0, top_k, dtype, device=device)
+    x, y, token_rows = v["x"], v["y"], v["token_rows"]
     poison(device, (tuple(y.shape), dtype))
-    rows = ops.permute(x, row_token, token_rows)
-    assert_equal("permute", rows, reference.permute(x, row_token))
+    assert_equal("permute", call("permute", v), reference.permute(x, v["row_token"]))
     poison(device, (tuple(x.shape), dtype))
-    for each in (weights, None):
-        out = ops.combine(y, each, token_rows)
-        exact = reference.combine(y.float(), each, token_rows)
-        assert_as_good_as_torch(out, torch_combine(y, each, token_rows), exact)
+    for weights in (v["weights"], None):
+        out = ops.combine(y, weights, token_rows)
+        exact = reference.combine(y.float(), weights, token_rows)
+        assert_as_good_as_torch(out, torch_combine(y, weights, token_rows), exact)
         # One rounding of an fp32 sum.
-        assert_equal("rounded once", out, ops.combine(y.float(), each, token_rows).to(dtype))
+        assert_equal("rounded once", out, ops.combine(y.float(), weights, token_rows).to(dtype))
     # Every row once: the sum over the rows of a token is K times the token, exact for integers.
-    back = ops.combine(ops.permute(whole, row_token, token_rows), None, token_rows)
+    whole = (4 * x).round()
+    back = ops.combine(call("permute", v | {"x": whole}), None, token_rows)
     assert_equal("combine of permute", back, (top_k * whole.float()).to(dtype))
 
 
@@ -164,55 +159,41 @@ def permute_of_more_than_the_caches_hold(
     device: torch.device, dtype: torch.dtype, hidden_size: int
 ) -> None:
     """16 MB and more: rows of whole cache lines go past the caches, others cannot."""
-    _, row_token, token_rows = rows_of(device, 1201, 16, 8)
-    x = torch.randn(1201, hidden_size).to(dtype)
-    for name, view in layouts(x):
-        y = ops.permute(view, row_token, token_rows)
+    v = grouped_values(1201, hidden_size, 16, 0, 8, dtype)
+    for name, view in layouts(v["x"]):
+        y = call("permute", v | {"x": view})
         assert y.nbytes > 2**24
-        assert_equal(name, y, reference.permute(x, row_token))
+        assert_equal(name, y, reference.permute(v["x"], v["row_token"]))
 
 
 @check(*grid(dtype=DTYPES))
 def routing_ops_take_any_layout(device: torch.device, dtype: torch.dtype) -> None:
-    topk_idx, row_token, token_rows = rows_of(device, 37, 5, 2)
-    with torch.device(device):
-        x = torch.randint(-3, 4, (37, 40)).to(dtype)
-        gate = torch.randint(-2, 3, (5, 40)).to(dtype)
-        y = torch.randn(74, 40).to(dtype)
-        weights = torch.randn(37, 2)
-    calls: dict[str, tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]] = {
-        "permute": (x, lambda view: [ops.permute(view, row_token, token_rows)]),
-        "route_topk of x": (x, lambda view: ops.route_topk(view, gate, 2)),
-        "route_topk of gate": (gate, lambda view: ops.route_topk(x, view, 2)),
-        "combine of y": (y, lambda view: [ops.combine(view, weights, token_rows)]),
-        "combine of weights": (weights, lambda view: [ops.combine(y, view, token_rows)]),
-        "combine of token_rows": (token_rows, lambda view: [ops.combine(y, weights, view)]),
-        "sort_by_expert": (topk_idx, lambda view: ops.sort_by_expert(view, 5)),
-    }
-    for what, (tensor, run) in calls.items():
-        expected = run(tensor)
-        for name, view in (
-            [("transposed", tensor.t().contiguous().t())]
-            if (tensor.dtype == torch.int32)
-            else layouts(tensor)
-        ):
-            assert_all_equal(f"{what}: {name}", run(view), expected)
-    one = x[:1].expand(37, 40)
-    expanded = ops.permute(one, row_token, token_rows)
-    assert_equal("one token expanded", expanded, one[row_token.long()])
+    v = grouped_values(dtype=dtype, device=device)
+    for name in ("x", "gate"):  # integers: sums are exact in every order
+        v[name] = (4 * v[name]).round()
+    for op in ("permute", "route_topk", "combine", "sort_by_expert", "combine_backward"):
+        expected = call(op, v)
+        for name in ARGUMENTS[op]:
+            if isinstance(v[name], Tensor):
+                for layout, view in layouts(v[name]):
+                    found, what = call(op, v | {name: view}), f"{op}, {name}: {layout}"
+                    if isinstance(found, Tensor):
+                        assert_equal(what, found, expected)
+                    else:
+                        assert_all_equal(what, found, expected)
+    one = v["x"][:1].expand(37, 40)
+    expanded = call("permute", v | {"x": one})
+    assert_equal("one token expanded", expanded, one[v["row_token"].long()])
 
 
 @check()
 def routing_ops_repeat_bit_for_bit(device: torch.device) -> None:
     """On any number of threads."""
-    topk_idx, row_token, token_rows = rows_of(device, 301, 16, 8)
-    with torch.device(device):
-        x, gate = torch.randn(301, 130), torch.randn(16, 130)
-        y, weights = torch.randn(2408, 50), torch.randn(301, 8)
+    v = grouped_values(301, 130, 16, 0, 8, device=device)
 
     def run() -> list[Tensor]:
-        found = [*ops.route_topk(x, gate, 8), *ops.sort_by_expert(topk_idx, 16)]
-        return [*found, ops.permute(x, row_token, token_rows), ops.combine(y, weights, token_rows)]
+        found = [*call("route_topk", v), *call("sort_by_expert", v)]
+        return [*found, call("permute", v), call("combine", v)]
 
     expected = run()
     for _ in each_thread_count():
@@ -221,13 +202,11 @@ def routing_ops_repeat_bit_for_bit(device: torch.device) -> None:
 
 @check()
 def non_finite_rows_touch_only_their_token(device: torch.device) -> None:
-    _, _, token_rows = rows_of(device, 12, 4, 2)
-    with torch.device(device):
-        y = torch.randn(24, 40)
-        weights = torch.ones(12, 2)
+    v = grouped_values(12, 40, 4, 0, 2, device=device)
+    y, token_rows = v["y"], v["token_rows"]
     y[token_rows[5, 1].long()] = torch.nan
     y[token_rows[7, 0].long()] = torch.inf
-    out = ops.combine(y, weights, token_rows)
+    out = ops.combine(y, torch.ones_like(v["weights"]), token_rows)
     assert out.isnan().all(1).nonzero().flatten().tolist() == [5]
     assert (out == torch.inf).all(1).nonzero().flatten().tolist() == [7]
     assert out.isfinite().all(1).sum() == 10
@@ -248,37 +227,30 @@ def no_slots_give_no_rows(device: torch.device) -> None:
 @check(*grid(dtype=DTYPES, num_tokens=(1, 53, 300, 1000)), small=few)
 def gradients_of_route_topk(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
     """Against fp64, both at once and each argument alone."""
-    with torch.device(device):
-        tensors = (
-            torch.randint(-3, 4, (num_tokens, 72)).to(dtype),
-            torch.randint(-2, 3, (17, 72)).to(dtype),
-        )
-        grads = torch.randn(num_tokens, 17), torch.randn(num_tokens, 5)
+    v = grouped_values(num_tokens, 72, 17, 0, 5, device=device)
+    tensors = [(4 * v["x"]).round().to(dtype), (4 * v["gate"]).round().to(dtype)]
+    grads = v["grad_logits"], v["grad_topk_logits"]
     wide = doubles(*tensors)
-    exact_logits, exact_topk, _ = reference.route_topk(*wide, 5)
-    double_grads = [grad.double() for grad in grads]
-    exact = torch.autograd.grad((exact_logits, exact_topk), wide, double_grads)
+    exact = torch.autograd.grad(
+        reference.route_topk(*wide, 5)[:2], wide, [grad.double() for grad in grads]
+    )
     for trained in ((0, 1), (0,), (1,)):
         leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(tensors)]
         logits, topk_logits, topk_idx = ops.route_topk(*leaves, 5)
         assert not topk_idx.requires_grad
-        torch.autograd.backward((logits, topk_logits), grads)
-        assert [leaf.grad is not None for leaf in leaves] == [i in trained for i in range(2)]
-        own = [leaves[i].grad for i in trained]
-        assert_gradients([g for g in own if g is not None], [exact[i] for i in trained], dtype)
+        own = torch.autograd.grad((logits, topk_logits), [leaves[i] for i in trained], grads)
+        assert_gradients(own, [exact[i] for i in trained], dtype)
 
 
 @check(*grid(dtype=DTYPES, num_tokens=(1, 41, 300, 1000)), small=few)
 def gradients_of_permute_and_combine(
     device: torch.device, dtype: torch.dtype, num_tokens: int
 ) -> None:
-    _, row_token, token_rows = rows_of(device, num_tokens, 5, 3)
-    with torch.device(device):
-        x, grad = (torch.randn(num_tokens, 72).to(dtype) for _ in range(2))
-        y, grad_y = (torch.randn(3 * num_tokens, 72).to(dtype) for _ in range(2))
-        weights = torch.randn(num_tokens, 3)
-    for tensor in (x, y, weights):
-        tensor.requires_grad_()
+    v = grouped_values(num_tokens, 72, 5, 0, 3, dtype, device=device)
+    x, y, weights = (v[name].requires_grad_() for name in ("x", "y", "weights"))
+    row_token, token_rows, grad, grad_y = (
+        v[name] for name in ("row_token", "token_rows", "grad_out", "grad_y")
+    )
     x64, y64, weights64 = doubles(x, y, weights)
     own = torch.autograd.grad(ops.permute(x, row_token, token_rows), x, grad_y)
     exact = torch.autograd.grad(reference.permute(x64, row_token), x64, grad_y.double())

@@ -4,15 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from problems import (
+    ARGUMENTS,
     HALVES,
+    KERNELS,
+    OPS,
+    Values,
+    assert_all_equal,
     assert_equal,
-    draw_routing,
-    ffn_case,
+    call,
     grid,
-    pruned_problem,
+    grouped_problem,
+    grouped_values,
+    pruned_values,
     refusal,
 )
 from registry import CPU, CUDA, Skip, check
@@ -22,30 +29,11 @@ from sparse_unified import ops
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 
-# Which of the ops on the left is differentiable.
-OPS = {
-    "route_topk": True,
-    "route_topk_backward": False,
-    "sort_by_expert": False,
-    "permute": True,
-    "combine": True,
-    "combine_backward": False,
-    "grouped_ffn": True,
-    "grouped_ffn_train": True,
-    "grouped_ffn_combine": False,
-    "grouped_ffn_backward": False,
-    "pruned_ffn": True,
-    "pruned_ffn_train": True,
-    "pruned_ffn_backward": False,
-    "ffn_importance": False,
-}
-
 
 def block_on(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    hidden_size: int = 64,
     intermediate_size: int = 8 * 48,
     num_experts: int = 8,
     top_k: int = 3,
@@ -53,7 +41,7 @@ def block_on(
 ) -> SparseMoE:
     """A block whose outputs have about unit size and whose router decides."""
     block = SparseMoE(
-        hidden_size,
+        64,
         intermediate_size,
         num_experts,
         top_k,
@@ -69,43 +57,22 @@ def block_on(
     return block
 
 
-def arguments_of(
-    op: str, device: torch.device, dtype: torch.dtype, num_tokens: int
-) -> list[tuple[object, ...]]:
+def forms_of(op: str, device: torch.device, dtype: torch.dtype, num_tokens: int) -> list[Values]:
     """Arguments of an op, in each form that it takes."""
-    case = ffn_case(num_tokens, dtype=dtype, device=device)
-    pruned = pruned_problem(num_tokens, dtype=dtype, device=device)
-    with torch.device(device):
-        topk_idx = draw_routing("random", num_tokens, 5, 2)
-        gate = torch.randn(5, 40).to(dtype)
-        rows = torch.randn(2 * num_tokens, 40).to(dtype)
-        grad = torch.randn(num_tokens, 40).to(dtype)
-        active = tuple(torch.randn(2 * num_tokens, 24).to(dtype) for _ in range(2))
-        kept_rows = tuple(torch.randn(num_tokens, 32).to(dtype) for _ in range(2))
-        router_grads = torch.randn(num_tokens, 5), torch.randn(num_tokens, 2)
-        token_weights = torch.rand(num_tokens)
-        kept = torch.tensor([2, 0], dtype=torch.int32)
-    both = ((True, True), (True, False), (False, True))
-    x, *weights = pruned.leaves
-    listed = (x, kept, *weights)
-    combined = (case.weights, case.token_rows)
-    arguments: dict[str, list[tuple[object, ...]]] = {
-        "route_topk": [(case.x, gate, 2), (case.x, gate, 5)],
-        "route_topk_backward": [(*router_grads, topk_idx, case.x, gate, *n) for n in both],
-        "sort_by_expert": [(topk_idx, 5)],
-        "permute": [(case.x, case.row_token, case.token_rows)],
-        "combine": [(rows, *combined), (rows, None, case.token_rows)],
-        "combine_backward": [(grad, rows, *combined, *needs) for needs in both],
-        "grouped_ffn": [case.arguments, (*case.arguments, case.token_rows)],
-        "grouped_ffn_train": [(*case.arguments, case.token_rows)],
-        "grouped_ffn_combine": [case.fused_arguments],
-        "grouped_ffn_backward": [(rows, *case.arguments, *active, *needs) for needs in both],
-        "pruned_ffn": [(*listed, 16), (x, kept[:0], *weights, 16)],
-        "pruned_ffn_train": [(*listed, 16)],
-        "pruned_ffn_backward": [(grad, *listed, *kept_rows, 16, *needs) for needs in both],
-        "ffn_importance": [(x, *weights[:2], 0.1), (x, *weights[:2], 0.1, token_weights)],
+    draw = pruned_values if op.startswith("pruned") else grouped_values
+    values = draw(num_tokens, dtype=dtype, device=device)
+    none = torch.tensor([], dtype=torch.int32, device=device)
+    changes: dict[str, list[Values]] = {
+        "route_topk": [{"top_k": 5}],
+        "combine": [{"weights": None}],
+        "grouped_ffn": [{"token_rows": None}],
+        "pruned_ffn": [{"kept_blocks": none}],
+        "ffn_importance": [{"token_weights": None}],
     }
-    return arguments[op]
+    if op.endswith("backward"):
+        changes[op] = [{name: False} for name in ARGUMENTS[op][-2:]]
+    forms = [values, *(values | change for change in changes.get(op, []))]
+    return [{name: form[name] for name in ARGUMENTS[op]} for form in forms]
 
 
 @check(
@@ -115,29 +82,29 @@ def arguments_of(
 )
 def opcheck(device: torch.device, op: str, dtype: torch.dtype, num_tokens: int) -> None:
     """Schema, fake and autograd as torch wants them; the fake has the kernel's strides too."""
-    call = getattr(torch.ops.sparse_unified, op).default
-    forms = arguments_of(op, device, dtype, num_tokens)
+    kernel = getattr(KERNELS, op).default
+    forms = [tuple(form.values()) for form in forms_of(op, device, dtype, num_tokens)]
     for arguments in forms:
-        torch.library.opcheck(call, arguments)
+        torch.library.opcheck(kernel, arguments)
         meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
-        real, fake = (r if isinstance(r, tuple) else (r,) for r in (call(*arguments), call(*meta)))
+        real, fake = (
+            r if isinstance(r, tuple) else (r,) for r in (kernel(*arguments), kernel(*meta))
+        )
         for own, other in zip(real, fake, strict=True):
             assert other.device.type == "meta"
             facts = [(t.shape, t.dtype, t.stride()) for t in (own, other)]
             assert facts[0] == facts[1], f"{op}: {facts}"
-        if OPS[op] and num_tokens and arguments is forms[0]:
-            for argument in arguments:
-                if isinstance(argument, Tensor) and argument.is_floating_point():
-                    argument.requires_grad_()
-            torch.library.opcheck(call, arguments)
+    if OPS[op] and num_tokens:
+        for argument in forms[0]:
+            if isinstance(argument, Tensor) and argument.is_floating_point():
+                argument.requires_grad_()
+        torch.library.opcheck(kernel, forms[0])
 
 
 @check(*grid(op=("route_topk", "combine", "grouped_ffn", "pruned_ffn")), on=(CPU,))
 def a_second_derivative_is_refused_and_not_zero(device: torch.device, op: str) -> None:
-    arguments = arguments_of(op, device, torch.float32, 6)[0]
-    leaf = arguments[0]
-    assert isinstance(leaf, Tensor)
-    leaf.requires_grad_()
+    arguments = list(forms_of(op, device, torch.float32, 6)[0].values())
+    leaf = arguments[0].requires_grad_()
     found = getattr(ops, op)(*arguments)
     y = found[0] if isinstance(found, tuple) else found
     (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
@@ -147,8 +114,7 @@ def a_second_derivative_is_refused_and_not_zero(device: torch.device, op: str) -
 
 @check(*grid(op=("grouped_ffn_combine", "ffn_importance")), on=(CPU,))
 def ops_without_a_backward_refuse_one(device: torch.device, op: str) -> None:
-    arguments = arguments_of(op, device, torch.float32, 6)[0]
-    assert isinstance(arguments[0], Tensor)
+    arguments = list(forms_of(op, device, torch.float32, 6)[0].values())
     arguments[0].requires_grad_()
     found = getattr(ops, op)(*arguments)
     y = found[0] if isinstance(found, tuple) else found
@@ -167,9 +133,10 @@ def all_ops(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
     return out + logits.mean() + ops.pruned_ffn(x, kept, *weights, 16)
 
 
-def all_inputs(num_tokens: int = 19) -> list[Tensor]:
-    case = ffn_case(num_tokens, 24, 4, 16, 2)
-    return [t.detach().requires_grad_() for t in (case.x, torch.randn(4, 24) / 5, *case.experts)]
+def all_inputs() -> list[Tensor]:
+    problem = grouped_problem(19, 24, 4, 16, 2)
+    x, *weights = problem.leaves
+    return [t.requires_grad_() for t in (x, problem.values["gate"], *weights)]
 
 
 @check(on=(CPU,))
@@ -193,15 +160,25 @@ def all_ops_compile_as_one_graph_for_every_number_of_tokens(device: torch.device
 def all_ops_compile_with_inductor(device: torch.device) -> None:
     torch._dynamo.reset()
     inputs = [t.detach() for t in all_inputs()]  # compiling backward takes 10 s
-    case = ffn_case(19, 24, 4, 16, 2)
+    values = grouped_values(19, 24, 4, 16, 2)
 
     def function(*inputs: Tensor) -> Tensor:
-        fused = ops.grouped_ffn_combine(inputs[0], *case.fused_arguments[1:])
+        fused = call("grouped_ffn_combine", values | {"x": inputs[0]})
         importance = ops.ffn_importance(inputs[0], *inputs[2:4], 0.1)
         return all_ops(*inputs) + fused + importance[0].mean()
 
     compiled = torch.compile(function, fullgraph=True, backend="inductor")
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+def gradients(
+    block: SparseMoE, run: Callable[..., object], x: Tensor, grad: Tensor
+) -> list[Tensor]:
+    """y, and the gradients of tokens and all weights."""
+    leaf = x.detach().requires_grad_()
+    y: Tensor = run(leaf)[0]  # type: ignore[index]
+    leaves = (leaf, block.gate.weight, block.gate_proj, block.up_proj, block.down_proj)
+    return [y, *torch.autograd.grad(y, leaves, grad)]
 
 
 @check(
@@ -214,27 +191,19 @@ def block_compiles_as_one_graph(device: torch.device, dtype: torch.dtype, backen
     torch.compiler.reset()
     block = block_on(device, dtype)
     compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=False)
-    x = torch.randn(37, 64, device=device).to(dtype)
+    x, grad = (torch.randn(37, 64, device=device).to(dtype) for _ in range(2))
     with torch.no_grad():
         (y, logits), (other, other_logits) = block(x), compiled(x)
     assert_equal("logits", other_logits, logits)
     torch.testing.assert_close(other, y, rtol=1e-2, atol=1e-2)
-    grad = torch.randn(37, 64, device=device).to(dtype)
-    grads = []
-    for run in (block, compiled):
-        leaf = x.clone().requires_grad_()
-        block.zero_grad()
-        run(leaf)[0].backward(grad)
-        assert leaf.grad is not None
-        assert block.gate_proj.grad is not None
-        grads.append((leaf.grad, block.gate_proj.grad.clone()))
-    for own, expected in zip(grads[1], grads[0], strict=True):
-        torch.testing.assert_close(own, expected, rtol=2e-2, atol=2e-2)
+    expected, found = (gradients(block, run, x, grad) for run in (block, compiled))
+    for own, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, exact, rtol=2e-2, atol=2e-2)
 
 
 def captured(
-    run: Callable[[], tuple[Tensor, ...]],
-) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    run: Callable[[], list[Tensor]],
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -247,50 +216,30 @@ def captured(
     return graph, outputs
 
 
-def some_tokens(device: torch.device, dtype: torch.dtype, kind: str, gate: Tensor) -> Tensor:
-    """Tokens [257, 64] that are routed at random, or all alike."""
-    if kind == "random":
-        return torch.randn(257, 64, device=device).to(dtype)
-    return gate[:1].detach().expand(257, -1).contiguous() * 3
-
-
-@check(*grid(dtype=HALVES), on=(CUDA,))
-def graph_replays_with_other_routing(device: torch.device, dtype: torch.dtype) -> None:
+@check(*grid(dtype=HALVES, trains=(False, True)), on=(CUDA,))
+def graph_replays_with_other_routing(
+    device: torch.device, dtype: torch.dtype, trains: bool
+) -> None:
+    """Forward, and a training step: tokens routed at random, or all alike."""
     block = block_on(device, dtype)
-    static = some_tokens(device, dtype, "random", block.gate.weight)
-    with torch.inference_mode():
-        graph, (y, logits) = captured(lambda: block(static))
-        for kind in ("random", "one", "random"):
-            static.copy_(some_tokens(device, dtype, kind, block.gate.weight))
-            expected = block(static)
-            y.fill_(torch.nan)
-            graph.replay()
-            assert_equal(f"y, {kind}", y, expected[0])
-            assert_equal(f"logits, {kind}", logits, expected[1])
+    static, grad = (torch.randn(257, 64, device=device).to(dtype) for _ in range(2))
 
-
-@check(*grid(dtype=HALVES), on=(CUDA,))
-def graph_replays_a_training_step(device: torch.device, dtype: torch.dtype) -> None:
-    block = block_on(device, dtype)
-    static = some_tokens(device, dtype, "random", block.gate.weight)
-    grad = torch.randn(257, 64, device=device).to(dtype)
-    weights = (block.gate.weight, block.gate_proj, block.up_proj, block.down_proj)
-
-    def run() -> tuple[Tensor, ...]:
-        x = static.detach().requires_grad_()
-        y, _ = block(x)
-        return (y, *torch.autograd.grad(y, (x, *weights), grad))
+    def run() -> list[Tensor]:
+        if trains:
+            return gradients(block, block, static, grad)
+        with torch.inference_mode():
+            return list(block(static))
 
     graph, outputs = captured(run)
-    for kind in ("random", "one"):
-        with torch.no_grad():
-            static.copy_(some_tokens(device, dtype, kind, block.gate.weight))
-        expected = [t.clone() for t in run()]
-        for output in outputs:
-            output.detach().fill_(torch.nan)
+    alike = block.gate.weight[:1].detach().expand(257, -1) * 3
+    for tokens in (torch.randn_like(static), alike, torch.randn_like(static)):
+        static.copy_(tokens)
+        expected = [t.detach().clone() for t in run()]
+        with torch.inference_mode():
+            for output in outputs:
+                output.fill_(torch.nan)
         graph.replay()
-        for position, (own, other) in enumerate(zip(outputs, expected, strict=True)):
-            assert_equal(f"output {position}, {kind}", own.detach(), other.detach())
+        assert_all_equal("replay", [t.detach() for t in outputs], expected)
 
 
 @check(on=(CUDA,))
@@ -307,8 +256,7 @@ def ops_run_on_the_stream_of_the_caller(device: torch.device) -> None:
         with torch.cuda.stream(side):
             torch.cuda._sleep(200_000_000)
             x.copy_(last)
-            y = block(x)[0]
-            y = y.clone()
+            y = block(x)[0].clone()
         assert not side.query(), "the op waited for its stream"
         side.synchronize()
         assert_equal("y", y, expected)
@@ -333,24 +281,19 @@ def ops_do_not_wait_for_the_device(device: torch.device) -> None:
 def ops_run_on_the_device_of_their_tensors(device: torch.device) -> None:
     if torch.cuda.device_count() < 2:
         raise Skip("needs two CUDA devices")
-    other = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
-    case = ffn_case(dtype=torch.bfloat16, device=other)
     before = torch.cuda.current_device()
-    out = ops.grouped_ffn_combine(*case.fused_arguments)
+    other = torch.device("cuda", (before + 1) % torch.cuda.device_count())
+    problem = grouped_problem(dtype=torch.bfloat16, device=other)
+    out = problem.call("grouped_ffn_combine")
     assert out.device == other
     assert torch.cuda.current_device() == before
-    wide = [t.float() if t.is_floating_point() else t for t in case.arguments]
-    rows = reference.grouped_ffn(*wide)
-    expected = reference.combine(rows, case.weights, case.token_rows)
+    values = problem.values
+    expected = reference.combine(problem.exact(), values["weights"], values["token_rows"])
     torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
 
 
 @check(on=(CUDA,))
 def tensors_on_two_devices_are_refused(device: torch.device) -> None:
-    case = ffn_case(dtype=torch.bfloat16, device=device)
-    for call in (
-        lambda: ops.permute(case.x, case.row_token.cpu(), case.token_rows),
-        lambda: ops.grouped_ffn(case.x, *case.arguments[1:3], *(w.cpu() for w in case.experts)),
-        lambda: ops.combine(case.x.cpu(), None, case.token_rows),
-    ):
-        assert refusal(call)
+    values = grouped_values(dtype=torch.bfloat16, device=device)
+    for op, name in (("permute", "row_token"), ("grouped_ffn", "up_proj"), ("combine", "y")):
+        assert refusal(partial(call, op, values | {name: values[name].cpu()}))

@@ -24,10 +24,10 @@ BUILD = os.environ.get(VARIABLE, "").strip("1")
 LIBRARY = (
     HERE.parent.parent / f"build/cmake/libsparse_unified_emulated_ops{BUILD and '_' + BUILD}.so"
 )
-ON_EMULATED = ("test_checks.py", "test_emulated.py", "test_kernel_edges.py")
+ON_EMULATED = ("test_checks.py", "test_emulated.py")
 
 if VARIABLE in os.environ:
     torch.ops.load_library(LIBRARY)
     collect_ignore = [path.name for path in HERE.glob("test_*") if path.name not in ON_EMULATED]
 else:
-    collect_ignore = ["test_emulated.py", "test_kernel_edges.py"]
+    collect_ignore = ["test_emulated.py"]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of the ops, what torch computes of them, the tolerance, and comparisons that name bits."""
+"""Arguments of every op, drawn by name; what torch computes of them; comparisons that name bits.
+
+T tokens, D hidden size, E experts, h expert width, K top_k, R = T * K rows.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,33 @@ from registry import CPU, EVERYWHERE, Skip
 from torch import Tensor
 
 from sparse_unified import ops
+from sparse_unified.ops import reference
 
+KERNELS = torch.ops.sparse_unified
+# Which of the ops on the left is differentiable.
+OPS = {
+    "route_topk": True,
+    "route_topk_backward": False,
+    "sort_by_expert": False,
+    "permute": True,
+    "combine": True,
+    "combine_backward": False,
+    "grouped_ffn": True,
+    "grouped_ffn_train": True,
+    "grouped_ffn_combine": False,
+    "grouped_ffn_backward": False,
+    "pruned_ffn": True,
+    "pruned_ffn_train": True,
+    "pruned_ffn_backward": False,
+    "ffn_importance": False,
+}
+ARGUMENTS = {op: [a.name for a in getattr(KERNELS, op).default._schema.arguments] for op in OPS}
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 ROUTINGS = ("random", "repeated", "first", "last", "one", "gaps")
 FLOATS = ("x", "gate_proj", "up_proj", "down_proj")
+Values = dict[str, Any]
+Device = torch.device | str
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -40,7 +65,12 @@ def with_kernel(dtype: torch.dtype, **_: Any) -> tuple[str, ...]:
     return EVERYWHERE if dtype in HALVES else (CPU,)
 
 
-# Routing
+# Arguments
+
+
+def call(op: str, values: Values) -> Any:
+    """An op on its arguments among the values."""
+    return getattr(KERNELS, op)(*(values[name] for name in ARGUMENTS[op]))
 
 
 def draw_routing(kind: str, num_tokens: int, num_experts: int, top_k: int) -> Tensor:
@@ -56,47 +86,7 @@ def draw_routing(kind: str, num_tokens: int, num_experts: int, top_k: int) -> Te
     return torch.full(shape, expert, dtype=torch.int32)
 
 
-def torch_combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
-    """What torch computes in the dtype of y."""
-    rows = y[token_rows.long()]
-    if weights is not None:
-        rows = rows * weights.to(y.dtype).unsqueeze(-1)
-    return rows.sum(1)
-
-
-# FFNs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FfnCase:
-    """Arguments of grouped_ffn with outputs of about unit size, and combine's weights."""
-
-    x: Tensor  # [T, D]
-    weights: Tensor  # [T, K] fp32
-    expert_offsets: Tensor
-    row_token: Tensor
-    token_rows: Tensor
-    gate_proj: Tensor  # [E * h, D]
-    up_proj: Tensor  # [E * h, D]
-    down_proj: Tensor  # [D, E * h]
-
-    @property
-    def experts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.gate_proj, self.up_proj, self.down_proj
-
-    @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        """As grouped_ffn takes them, without token_rows."""
-        return (self.x, self.row_token, self.expert_offsets, *self.experts)
-
-    @property
-    def fused_arguments(self) -> tuple[Tensor, ...]:
-        """As grouped_ffn_combine takes them."""
-        maps = (self.row_token, self.token_rows, self.expert_offsets)
-        return (self.x, self.weights, *maps, *self.experts)
-
-
-def ffn_case(
+def grouped_values(
     num_tokens: int = 37,
     hidden_size: int = 40,
     num_experts: int = 5,
@@ -104,168 +94,158 @@ def ffn_case(
     top_k: int = 2,
     dtype: torch.dtype = torch.float32,
     routing: str = "random",
-    device: torch.device | str = "cpu",
-) -> FfnCase:
-    """Draws a case on a device."""
+    device: Device = "cpu",
+) -> Values:
+    """Arguments of all ops but pruned_ffn, by name; FFNs have outputs of about unit size."""
+    t, d, e, k, rows = num_tokens, hidden_size, num_experts, top_k, num_tokens * top_k
+    scale = max(d, 1) ** -0.5
+    randn = partial(torch.randn, device=device)
     with torch.device(device):
-        topk_idx = draw_routing(routing, num_tokens, num_experts, top_k)
-        expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
-        neurons = num_experts * width
-        scale = max(hidden_size, 1) ** -0.5
-        return FfnCase(
-            x=torch.randn(num_tokens, hidden_size).to(dtype),
-            weights=(1 + torch.randn(num_tokens, top_k)) * top_k**-0.5,
-            expert_offsets=expert_offsets,
-            row_token=row_token,
-            token_rows=token_rows,
-            gate_proj=(torch.randn(neurons, hidden_size) * scale).to(dtype),
-            up_proj=(torch.randn(neurons, hidden_size) * scale).to(dtype),
-            down_proj=(torch.randn(hidden_size, neurons) * 0.5 * max(width, 1) ** -0.5).to(dtype),
-        )
+        topk_idx = draw_routing(routing, t, e, k)
+    expert_offsets, row_token, token_rows = reference.sort_by_expert(topk_idx, e)
+    return {
+        "x": randn(t, d).to(dtype),
+        "gate": (randn(e, d) * scale).to(dtype),
+        "y": randn(rows, d).to(dtype),
+        "weights": randn(t, k) * k**-0.5,
+        "gate_proj": (randn(e * width, d) * scale).to(dtype),
+        "up_proj": (randn(e * width, d) * scale).to(dtype),
+        "down_proj": (randn(d, e * width) * 0.7 * max(width, 1) ** -0.5).to(dtype),
+        "gate_rows": randn(rows, width).to(dtype),
+        "up_rows": randn(rows, width).to(dtype),
+        "grad_y": randn(rows, d).to(dtype),
+        "grad_out": randn(t, d).to(dtype),
+        "grad_logits": randn(t, e),
+        "grad_topk_logits": randn(t, k),
+        "token_weights": randn(t).abs(),
+        "threshold": 0.1,
+        "top_k": k,
+        "topk_idx": topk_idx,
+        "num_experts": e,
+        "expert_offsets": expert_offsets,
+        "row_token": row_token,
+        "token_rows": token_rows,
+    } | dict.fromkeys(("needs_x", "needs_y", "needs_gate", "needs_weights"), True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A FFN op on drawn tensors. All functions take x and the three projections.
-
-    Args:
-        tensors: x, gate_proj, up_proj, down_proj by name.
-        call: the op, -> y; takes `recompute` too.
-        train, backward: the ops behind it: -> (y, gate_rows, up_rows), and its gradients of
-            (grad_y, tensors, gate_rows, up_rows, needs_x, needs_weights).
-        in_torch: by torch in the dtype of the tensors, one rounding an op; with fp32 or fp64
-            tensors, the reference.
-        token_of_row: of each row of y.
-        idle: neurons that no row uses, bool [I].
-    """
-
-    op: str
-    tensors: dict[str, Tensor]
-    call: Callable[..., Tensor]
-    train: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, ...]]
-    in_torch: Callable[..., Tensor]
-    token_of_row: Tensor
-    idle: Tensor
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return list(self.tensors.values())
-
-    def y(self, **changed: Tensor) -> Tensor:
-        """The op, with some of the tensors replaced."""
-        return self.call(*(self.tensors | changed).values())
-
-    def exact(self) -> Tensor:
-        """In fp32."""
-        return self.in_torch(*(tensor.float() for tensor in self.leaves))
-
-    def trained(self, *names: str) -> Problem:
-        """Lets some of the tensors, or all, ask for gradients."""
-        for name in names or FLOATS:
-            self.tensors[name].requires_grad_()
-        return self
-
-
-def _torch_grouped(maps: Sequence[Tensor], x: Tensor, *weights: Tensor) -> Tensor:
-    row_token, expert_offsets = maps
-    num_experts = expert_offsets.shape[0] - 1
-    rows = x[row_token.long()].split(expert_offsets.diff().tolist())
-    gate, up, down = (w.chunk(num_experts, dim=d) for w, d in zip(weights, (0, 0, 1), strict=True))
-    if gate[0].numel() == 0:
-        return x.new_zeros(len(row_token), x.shape[1])
-    return torch.cat(
-        [
-            F.linear(F.silu(F.linear(own, g)) * F.linear(own, u), d)
-            for own, g, u, d in zip(rows, gate, up, down, strict=True)
-        ]
-    )
-
-
-def problem_of(case: FfnCase) -> Problem:
-    """grouped_ffn on a case."""
-    maps = (case.row_token, case.expert_offsets)
-
-    def call(x: Tensor, *weights: Tensor, recompute: bool = False) -> Tensor:
-        return ops.grouped_ffn(x, *maps, *weights, case.token_rows, recompute=recompute)
-
-    def backward(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        return torch.ops.sparse_unified.grouped_ffn_backward(grad, x, *maps, *others)
-
-    num_experts = len(case.expert_offsets) - 1
-    width = len(case.gate_proj) // num_experts
-    return Problem(
-        op="grouped_ffn",
-        tensors={name: getattr(case, name) for name in FLOATS},
-        call=call,
-        train=lambda x, *weights: torch.ops.sparse_unified.grouped_ffn_train(x, *maps, *weights),
-        backward=backward,
-        in_torch=partial(_torch_grouped, maps),
-        token_of_row=case.row_token.long(),
-        idle=(case.expert_offsets.diff() == 0).repeat_interleave(width),
-    )
-
-
-def _torch_pruned(own: Tensor, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(x, gate[own])) * F.linear(x, up[own]), down[:, own])
-
-
-def pruned_problem(
+def pruned_values(
     num_tokens: int = 37,
     hidden_size: int = 40,
     num_blocks: int = 7,
     block_size: int = 16,
     kept: Sequence[int] = (5, 1, 2, 6),
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Problem:
-    """pruned_ffn on drawn tensors with outputs of about unit size."""
-    width = num_blocks * block_size
-    scale, kept_width = max(hidden_size, 1) ** -0.5, max(len(kept) * block_size, 1)
-    with torch.device(device):
-        blocks = torch.tensor(list(kept), dtype=torch.int32)
-        own = (blocks.long()[:, None] * block_size + torch.arange(block_size)).reshape(-1)
-        idle = torch.ones(width, dtype=torch.bool).index_fill(0, own, False)
-        tensors = {
-            "x": torch.randn(num_tokens, hidden_size).to(dtype),
-            "gate_proj": (torch.randn(width, hidden_size) * scale).to(dtype),
-            "up_proj": (torch.randn(width, hidden_size) * scale).to(dtype),
-            "down_proj": (torch.randn(hidden_size, width) * kept_width**-0.5).to(dtype),
-        }
-        token_of_row = torch.arange(num_tokens)
+    device: Device = "cpu",
+) -> Values:
+    """Arguments of pruned_ffn and its backward, likewise."""
+    t, d, width, inner = num_tokens, hidden_size, num_blocks * block_size, len(kept) * block_size
+    scale = max(d, 1) ** -0.5
+    randn = partial(torch.randn, device=device)
+    return {
+        "x": randn(t, d).to(dtype),
+        "gate_proj": (randn(width, d) * scale).to(dtype),
+        "up_proj": (randn(width, d) * scale).to(dtype),
+        "down_proj": (randn(d, width) * max(inner, 1) ** -0.5).to(dtype),
+        "gate_rows": randn(t, inner).to(dtype),
+        "up_rows": randn(t, inner).to(dtype),
+        "grad_y": randn(t, d).to(dtype),
+        "kept_blocks": torch.tensor(list(kept), dtype=torch.int32, device=device),
+        "block_size": block_size,
+        "needs_x": True,
+        "needs_weights": True,
+    }
 
-    def call(x: Tensor, *weights: Tensor, recompute: bool = False) -> Tensor:
-        return ops.pruned_ffn(x, blocks, *weights, block_size, recompute=recompute)
 
-    def backward(
-        grad: Tensor, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: Any
-    ) -> tuple[Tensor, ...]:
-        gate_rows, up_rows, *needs = rest
-        return torch.ops.sparse_unified.pruned_ffn_backward(
-            grad, x, blocks, gate, up, down, gate_rows, up_rows, block_size, *needs
+# FFNs
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """grouped_ffn or pruned_ffn on drawn values. Functions of tensors take x and three weights."""
+
+    op: str
+    values: Values
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.values[name] for name in FLOATS]
+
+    def groups(self) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and neurons of each group of rows of y."""
+        v = self.values
+        device = v["x"].device
+        if self.op.startswith("pruned"):
+            block = torch.arange(v["block_size"], device=device)
+            neurons = v["kept_blocks"].long()[:, None] * v["block_size"] + block
+            return [(torch.arange(len(v["x"]), device=device), neurons.flatten())]
+        tokens = v["row_token"].long().split(v["expert_offsets"].diff().tolist())
+        neurons = torch.arange(len(v["gate_proj"]), device=device).tensor_split(len(tokens))
+        return list(zip(tokens, neurons, strict=True))
+
+    def call(self, op: str = "", **changed: Any) -> Any:
+        """The op, or another one, with some values replaced."""
+        return call(op or self.op, self.values | changed)
+
+    def run(self, *leaves: Tensor, recompute: bool = False) -> Tensor:
+        """The public function of the op."""
+        values = self.values | dict(zip(FLOATS, leaves, strict=True))
+        arguments = (values[name] for name in ARGUMENTS[self.op])
+        y: Tensor = getattr(ops, self.op)(*arguments, recompute=recompute)
+        return y
+
+    def in_torch(self, *leaves: Tensor) -> Tensor:
+        """By torch in the dtype of the tensors, one rounding an op; the reference in fp32."""
+        x, gate, up, down = leaves
+        return torch.cat(
+            [
+                F.linear(F.silu(F.linear(x[t], gate[n])) * F.linear(x[t], up[n]), down[:, n])
+                for t, n in self.groups()
+            ]
         )
 
-    return Problem(
-        op="pruned_ffn",
-        tensors=tensors,
-        call=call,
-        train=lambda x, *w: torch.ops.sparse_unified.pruned_ffn_train(x, blocks, *w, block_size),
-        backward=backward,
-        in_torch=partial(_torch_pruned, own),
-        token_of_row=token_of_row,
-        idle=idle,
-    )
+    def exact(self) -> Tensor:
+        """In fp32."""
+        return self.in_torch(*(tensor.float() for tensor in self.leaves))
+
+    def token_of_row(self) -> Tensor:
+        return torch.cat([tokens for tokens, _ in self.groups()])
+
+    def idle(self) -> Tensor:
+        """Neurons that no row uses, bool [I]."""
+        gate = self.values["gate_proj"]
+        idle = torch.ones(len(gate), dtype=torch.bool, device=gate.device)
+        for tokens, neurons in self.groups():
+            idle[neurons] &= len(tokens) == 0
+        return idle
+
+
+def grouped_problem(*sizes: Any, **named: Any) -> Problem:
+    """grouped_ffn on `grouped_values`."""
+    return Problem("grouped_ffn", grouped_values(*sizes, **named))
+
+
+def pruned_problem(*sizes: Any, **named: Any) -> Problem:
+    """pruned_ffn on `pruned_values`."""
+    return Problem("pruned_ffn", pruned_values(*sizes, **named))
 
 
 def both_problems(
-    device: torch.device, dtype: torch.dtype, num_tokens: int, hidden_size: int = 72
-) -> Iterator[Problem]:
-    """grouped_ffn and pruned_ffn with several tiles of rows, experts without rows, lost blocks."""
-    yield problem_of(
-        ffn_case(num_tokens, hidden_size, 5, 56, 2, dtype, routing="gaps", device=device)
-    )
+    device: Device, dtype: torch.dtype, num_tokens: int, hidden_size: int = 72
+) -> list[Problem]:
+    """Both with several tiles of rows, experts without rows, lost blocks."""
     kept = (11, 1, 2, 3, 8, 0)
-    yield pruned_problem(num_tokens, hidden_size, 12, 64, kept, dtype, device)
+    return [
+        grouped_problem(num_tokens, hidden_size, 5, 56, 2, dtype, "gaps", device),
+        pruned_problem(num_tokens, hidden_size, 12, 64, kept, dtype, device),
+    ]
+
+
+def torch_combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
+    """What torch computes in the dtype of y."""
+    rows = y[token_rows.long()]
+    if weights is not None:
+        rows = rows * weights.to(y.dtype).unsqueeze(-1)
+    return rows.sum(1)
 
 
 # Comparing
@@ -315,12 +295,11 @@ def assert_as_good_as_torch(out: Tensor, torch_out: Tensor, ref32: Tensor) -> No
 
 def assert_gradients(own: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Relative error below what a few dozen roundings of the dtype make of it."""
-    tolerance = 16 * torch.finfo(dtype).eps
     for position, (gradient, expected) in enumerate(zip(own, exact, strict=True)):
         assert gradient.shape == expected.shape
         assert gradient.dtype == dtype
         error = (gradient.double() - expected).norm()
-        allowed = tolerance * expected.norm()
+        allowed = 16 * torch.finfo(dtype).eps * expected.norm()
         assert error <= allowed, f"gradient {position} is off by {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -328,10 +307,10 @@ def doubles(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
-def refusal(call: Callable[[], object]) -> str:
+def refusal(run: Callable[[], object]) -> str:
     """The text of the error that a call must end with."""
     try:
-        call()
+        run()
     except RuntimeError as error:
         return str(error)
     raise AssertionError("a call was taken that must be refused")
@@ -356,22 +335,39 @@ def needs_memory(device: torch.device, num_bytes: int) -> None:
         raise Skip(f"needs {num_bytes / 2**30:.0f} GiB of free memory, has {free / 2**30:.0f}")
 
 
-def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields matrices of equal value and other layouts: padded, misaligned, strided, transposed."""
+# Layouts
+
+LAYOUTS = (
+    "padded rows",
+    "misaligned columns",
+    "misaligned start",
+    "strided columns",
+    "strided rows",
+    "transposed",
+)
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """A vector or matrix of equal value in another layout, with NaN or 77 around its elements."""
+    if tensor.dim() == 1:
+        return lay_out(tensor[:, None], layout)[:, 0]
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
     rows, columns = tensor.shape
-    padded = tensor.new_full((rows, columns + 5), torch.nan)
-    padded[:, :columns] = tensor
-    yield "padded rows", padded[:, :columns]
-    shifted = tensor.new_full((rows, columns + 5), torch.nan)
-    shifted[:, 1 : columns + 1] = tensor
-    yield "misaligned columns", shifted[:, 1 : columns + 1]
-    flat = tensor.new_empty(rows * columns + 1)
-    flat[1:] = tensor.reshape(-1)
-    yield "misaligned start", flat[1:].view(rows, columns)
-    every_second = tensor.new_full((rows, 2 * columns), torch.nan)
-    every_second[:, ::2] = tensor
-    yield "strided columns", every_second[:, ::2]
-    every_third = tensor.new_full((3 * rows, columns), torch.nan)
-    every_third[::3] = tensor
-    yield "strided rows", every_third[::3]
-    yield "transposed", tensor.t().contiguous().t()
+    every = slice(None)
+    shape, index = {
+        "padded rows": ((rows, columns + 5), (every, slice(columns))),
+        "misaligned columns": ((rows, columns + 5), (every, slice(1, columns + 1))),
+        "misaligned start": ((1, rows * columns + 1), (0, slice(1, None))),
+        "strided columns": ((rows, 2 * columns), (every, slice(None, None, 2))),
+        "strided rows": ((3 * rows, columns), (slice(None, None, 3), every)),
+    }[layout]
+    around = torch.nan if tensor.is_floating_point() else 77
+    view = tensor.new_full(shape, around)[index].view(rows, columns)
+    return view.copy_(tensor)
+
+
+def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same matrix in each layout."""
+    for layout in LAYOUTS:
+        yield layout, lay_out(tensor, layout)

@@ -1,39 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only emulated kernels can tell: which of them run, every configuration, refusals."""
+"""What only emulated kernels can tell: every configuration, the edges of tiles, every schedule.
+
+All new memory is NaN there.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from problems import (
     HALVES,
     Problem,
+    assert_all_equal,
     assert_as_good_as_torch,
-    assert_gradients,
-    doubles,
-    ffn_case,
-    problem_of,
+    call,
+    grouped_problem,
+    grouped_values,
+    lay_out,
     pruned_problem,
 )
 from tiers import IS_DEEP
+from torch import Tensor
 
 from sparse_unified import ops
 from sparse_unified.bench.tune import VARIABLE, find_variants
 from sparse_unified.ops import backend
 
 EMULATION = torch.ops.sparse_unified_emulation
+DTYPES = HALVES if IS_DEEP else HALVES[:1]
+# Seed, index of emulation/schedule.h's Order, then of its Copies.
+SCHEDULES = [(1, 0, 0), (2, 1, 2), (3, 2, 1), (4, 3, 2)]
+if IS_DEEP:
+    SCHEDULES += [
+        (5 + 3 * order + copies, order, copies) for order in range(4) for copies in range(3)
+    ]
+# Number of multiprocessors (few make a block compute several tiles), variant.
+SM80 = {
+    "large": (0, "family=sm80,all=128x256x32x4"),
+    "medium": (0, "family=sm80,all=128x128x32x3"),
+    "small": (0, "family=sm80,all=64x128x32x4"),
+}
+SM90A = {
+    "sm90a": (3, "family=sm90a"),
+    "sm90a-multicast": (5, "family=sm90a,multicast=on"),
+    "sm90a-fence": (3, "family=sm90a,fence=producer,up=128x240x64x3,down=128x256x64x3"),
+}
+# Tokens, hidden size, expert width, rows of each expert: tails of 8 in every dimension.
+CASES = {
+    "ragged": (60, 72, 40, (0, 1, 37, 130, 0, 64, 0)),
+    "every token on every expert": (5, 8, 8, (5, 5, 5)),
+    "more experts than lanes": (9, 16, 8, (0, 1, 2, 3) * 10 + (0, 1)),
+    "an expert width of BAGEL": (40, 72, 592, (3, 40)),
+    "all rows on one expert": (300, 264, 136, (0, 300, 0)),
+    "more tiles of rows than one band": (20, 136, 72, (3, 17 * 64 + 5)),
+    "no rows": (4, 16, 16, (0, 0)),
+}
+# Widths are multiples of 16; odd and even numbers of tiles of 128 rows.
+HOPPER_CASES = {
+    "ragged": (60, 200, 144, (0, 1, 37, 130, 0, 64, 0)),
+    "wider than a tile": (300, 264, 272, (0, 300, 0)),
+    "every token on every expert": (5, 8, 16, (5, 5, 5)),
+    "a long sum over one step of rows": (40, 520, 48, (64, 65)),
+    "pairs of tiles": (50, 72, 144, (0, 300, 128, 0, 1, 129)),
+    "more tiles of rows than one band": (30, 72, 144, (17 * 128 + 3,)),
+    "no rows": (4, 16, 16, (0, 0)),
+}
+if not IS_DEEP:
+    del CASES["more tiles of rows than one band"], HOPPER_CASES["more tiles of rows than one band"]
 
 
 @pytest.fixture(autouse=True)
-def _hopper() -> Iterator[None]:
+def _emulator() -> Iterator[None]:
     EMULATION.set_device(90)
     EMULATION.set_schedule(4, 3, 2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
-    os.environ.pop(VARIABLE, None)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Chooses kernels by a name in SM80 or SM90A, or by variant; "" leaves the choice to them."""
+
+    def choose(name: str) -> None:
+        multiprocessors, variant = (SM80 | SM90A).get(name, (0, name))
+        EMULATION.set_device(80 if name in SM80 else 90, multiprocessors)
+        monkeypatch.setenv(VARIABLE, variant) if variant else monkeypatch.delenv(VARIABLE)
+
+    return choose
 
 
 @contextlib.contextmanager
@@ -48,22 +105,71 @@ def recorded() -> Iterator[list[str]]:
         EMULATION.record_launches(False)
 
 
-def problems(dtype: torch.dtype, num_tokens: int = 150) -> list[Problem]:
-    """Several tiles of rows and of neurons, an expert without rows, blocks of 64 and of 32."""
-    grouped = ffn_case(num_tokens, 136, 3, 80, 2, dtype, routing="gaps")
-    kept = (7, 1, 2, 8)
-    return [
-        problem_of(grouped),
-        pruned_problem(num_tokens, 136, 9, 64, kept, dtype),
-        pruned_problem(num_tokens, 136, 9, 32, kept, dtype),
-    ]
+def problem_of(
+    case: tuple[int, int, int, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16
+) -> Problem:
+    """grouped_ffn on given rows; rows of the weights lie apart, with NaN between them."""
+    num_tokens, hidden_size, width, rows = case
+    problem = grouped_problem(num_tokens, hidden_size, len(rows), width, 1, dtype)
+    values = problem.values
+    values["expert_offsets"] = torch.tensor((0, *rows)).cumsum(0).int()
+    values["row_token"] = torch.randint(num_tokens, (sum(rows),), dtype=torch.int32)
+    values["token_rows"] = None
+    values["grad_y"] = torch.randn(sum(rows), hidden_size).to(dtype)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        values[name] = lay_out(values[name] * 2, "padded rows")
+    return problem
+
+
+def results(problem: Problem) -> list[Tensor]:
+    """y, then the gradients of the rows and of the three weights, by the kernels."""
+    y, gate_rows, up_rows = problem.call(f"{problem.op}_train")
+    kept = {"gate_rows": gate_rows, "up_rows": up_rows}
+    return [y, *problem.call(f"{problem.op}_backward", **kept)]
+
+
+def results_in_torch(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
+    x, *weights = (leaf.detach().to(dtype) for leaf in problem.leaves)
+    tokens = problem.token_of_row()
+    values = {"row_token": torch.arange(len(tokens))} if "row_token" in problem.values else {}
+    rows = Problem(problem.op, problem.values | values | {"x": x[tokens]})
+    leaves = [leaf.clone().requires_grad_() for leaf in (x[tokens], *weights)]
+    y = rows.in_torch(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, problem.values["grad_y"].to(dtype))]
+
+
+def assert_results(problem: Problem, dtype: torch.dtype, count: int = 5) -> None:
+    exact, in_torch = (results_in_torch(problem, d) for d in (torch.float32, dtype))
+    found = results(problem) if count > 1 else [problem.call()]
+    for own, other, ref in zip(found, in_torch[:count], exact[:count], strict=True):
+        assert_as_good_as_torch(own, other, ref)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kernels", "case"),
+    [
+        *((kernels, case) for kernels in SM80 for case in CASES),
+        *((kernels, case) for kernels in SM90A for case in HOPPER_CASES),
+    ],
+)
+def test_the_edges_of_tiles(
+    kernels: str, case: str, dtype: torch.dtype, use: Callable[[str], None]
+) -> None:
+    use(kernels)
+    assert_results(problem_of((CASES if kernels in SM80 else HOPPER_CASES)[case], dtype), dtype)
 
 
 def problems_of(variant: str, dtype: torch.dtype, *, backward: bool = False) -> list[Problem]:
-    """Those that a configuration takes; the kernels for Hopper take lists of blocks of 64 forward,
-    in tiles of whole blocks."""
-    taken = 3 if "sm90a" not in variant else 1 if backward or "x240x" in variant else 2
-    return problems(dtype)[:taken]
+    """Several tiles of rows and of neurons, an expert without rows, and those of blocks of 64 and
+    32 that a configuration takes: for Hopper lists of blocks of 64, forward, in whole blocks."""
+    kept = (7, 1, 2, 8)
+    problems = [
+        grouped_problem(150, 136, 3, 80, 2, dtype, "gaps"),
+        pruned_problem(150, 136, 9, 64, kept, dtype),
+        pruned_problem(150, 136, 9, 32, kept, dtype),
+    ]
+    return problems[: 3 if "sm90a" not in variant else 1 if backward or "x240x" in variant else 2]
 
 
 def test_the_kernels_of_both_families_have_configurations() -> None:
@@ -71,58 +177,59 @@ def test_the_kernels_of_both_families_have_configurations() -> None:
     assert len(find_variants("fwd_bwd")) > 6
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("variant", find_variants("fwd"))
+@pytest.mark.parametrize(
+    ("direction", "variant"), [(d, v) for d in ("fwd", "fwd_bwd") for v in find_variants(d)]
+)
 def test_every_configuration_computes_the_same(
-    variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    direction: str, variant: str, use: Callable[[str], None]
 ) -> None:
-    for problem in problems_of(variant, dtype):
-        exact, in_torch = problem.exact(), problem.in_torch(*problem.leaves)
-        monkeypatch.setenv(VARIABLE, variant)
-        assert_as_good_as_torch(problem.y(), in_torch, exact)
-        monkeypatch.delenv(VARIABLE)
+    use(variant)
+    backward = direction == "fwd_bwd"
+    for dtype in DTYPES if backward else HALVES:
+        for problem in problems_of(variant, dtype, backward=backward):
+            assert_results(problem, dtype, 5 if backward else 1)
 
 
-@pytest.mark.parametrize("dtype", HALVES if IS_DEEP else HALVES[:1])
-@pytest.mark.parametrize("variant", find_variants("fwd_bwd"))
-def test_every_configuration_has_the_same_gradients(
-    variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for problem in problems_of(variant, dtype, backward=True):
-        leaves = problem.trained().leaves
-        grad = torch.randn(problem.exact().shape).to(dtype)
-        wide = doubles(*leaves)
-        exact = torch.autograd.grad(problem.in_torch(*wide), wide, grad.double())
-        monkeypatch.setenv(VARIABLE, variant)
-        own = torch.autograd.grad(problem.call(*leaves), leaves, grad)
-        monkeypatch.delenv(VARIABLE)
-        assert_gradients(own, exact, dtype)
+@pytest.mark.parametrize("kernels", [*SM80, *SM90A])
+def test_no_schedule_changes_a_bit(kernels: str, use: Callable[[str], None]) -> None:
+    use(kernels)
+    problem = problem_of((CASES if kernels in SM80 else HOPPER_CASES)["ragged"])
+    expected = results(problem)
+    for schedule in SCHEDULES:
+        EMULATION.set_schedule(*schedule)
+        assert_all_equal(str(schedule), results(problem), expected)
+        assert_all_equal(str(schedule), [problem.call()], expected[:1])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_row_does_not_depend_on_its_place(dtype: torch.dtype, use: Callable[[str], None]) -> None:
+    for kernels in (*SM80, "sm90a"):
+        use(kernels)
+        y = problem_of((1, 72, 48, (200,)), dtype).call()
+        assert torch.equal(y, y[:1].expand_as(y)), kernels
 
 
 @pytest.mark.parametrize(("block_size", "is_hopper"), [(32, False), (64, True), (128, True)])
 def test_blocks_of_64_run_forward_on_the_kernels_for_hopper(
     block_size: int, is_hopper: bool
 ) -> None:
-    problem = pruned_problem(70, 72, 9, block_size, (7, 1, 2, 8), torch.bfloat16).trained()
+    problem = pruned_problem(70, 72, 9, block_size, (7, 1, 2, 8), torch.bfloat16)
     with recorded() as launches:
-        problem.call(*problem.leaves).sum().backward()
+        results(problem)
     text = "\n".join(launches)
     assert ("up_sm90a" in text) == is_hopper
     assert ("grouped_ffn_up_kernel" in text) != is_hopper
     assert "grad_hidden_sm90a" not in text
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_blocks_that_share_the_weights_change_no_bit(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for problem in problems(dtype, 200)[:2]:
-        monkeypatch.setenv(VARIABLE, "family=sm90a")
-        alone = problem.y()
-        monkeypatch.setenv(VARIABLE, "family=sm90a,multicast=on")
-        assert torch.equal(problem.y(), alone)
+def test_blocks_that_share_the_weights_change_no_bit(use: Callable[[str], None]) -> None:
+    for problem in problems_of("family=sm90a", torch.bfloat16):
+        use("family=sm90a")
+        alone = problem.call()
+        use("family=sm90a,multicast=on")
+        assert torch.equal(problem.call(), alone)
         with recorded() as launches:
-            problem.y()
+            problem.call()
         assert len(launches) == 2
         assert all(", 2>" in launch for launch in launches), launches
 
@@ -143,37 +250,61 @@ def test_python_and_the_library_refuse_alike(
     why = backend.cuda_refusal(
         dtype=dtype, hidden_size=hidden_size, widths=(width, 0), num_experts=num_experts
     )
-    offsets = torch.zeros(num_experts + 1, dtype=torch.int32)
-    offsets[1:] = 1
-    arguments = (
-        torch.randn(1, hidden_size).to(dtype),
-        torch.zeros(1, dtype=torch.int32),
-        offsets,
-        torch.randn(num_experts * width, hidden_size).to(dtype),
-        torch.randn(num_experts * width, hidden_size).to(dtype),
-        torch.randn(hidden_size, num_experts * width).to(dtype),
-    )
+    problem = grouped_problem(3, hidden_size, num_experts, width, 1, dtype)
     if why is None:
-        assert ops.grouped_ffn(*arguments).shape == (1, hidden_size)
+        assert problem.call().shape == (3, hidden_size)
     else:
         with pytest.raises(RuntimeError, match="grouped_ffn"):
-            ops.grouped_ffn(*arguments)
+            problem.call()
+
+
+@pytest.mark.parametrize("kernels", ["medium", "sm90a"])
+@pytest.mark.parametrize(
+    ("op", "name", "at", "value"),
+    [
+        ("sort_by_expert", "topk_idx", (-1, -1), 5),
+        ("sort_by_expert", "topk_idx", (0, 0), -1),
+        ("permute", "row_token", 3, 800),
+        ("combine", "token_rows", (3, 1), 1600),
+        ("combine", "token_rows", (3, 1), -1),
+        ("combine_backward", "token_rows", (3, 1), 1600),
+        ("route_topk_backward", "topk_idx", (0, 1), 5),
+        ("grouped_ffn", "row_token", 3, 800),
+        ("grouped_ffn", "row_token", 3, -1),
+        ("grouped_ffn", "expert_offsets", -1, 1601),
+        ("grouped_ffn", "expert_offsets", 2, 1601),
+        ("pruned_ffn", "kept_blocks", -1, 7),
+        ("pruned_ffn", "kept_blocks", 0, -1),
+    ],
+)
+def test_an_index_outside_ends_the_kernel(
+    op: str, name: str, at: int, value: int, kernels: str, use: Callable[[str], None]
+) -> None:
+    use(kernels)
+    values = grouped_values(800, 72, 5, 48, 2, torch.bfloat16)
+    if op == "pruned_ffn":
+        values = pruned_problem(70, 40, 7, 64, dtype=torch.bfloat16).values
+    values[name][at] = value
+    with pytest.raises(RuntimeError, match="device_check"):
+        call(op, values)
 
 
 def test_bad_arguments_are_named_before_a_kernel_runs() -> None:
-    x = torch.randn(4, 16).bfloat16()
-    with pytest.raises(
-        RuntimeError, match=r"route_topk: gate must have dtype bfloat16, got float32"
+    values = grouped_values(dtype=torch.bfloat16)
+    for op, change, message in (
+        (
+            "route_topk",
+            {"gate": values["gate"].float()},
+            "route_topk: gate must have dtype bfloat16",
+        ),
+        ("route_topk", {"top_k": 6}, "route_topk: top_k must be from 1 to .* 5, got 6"),
+        (
+            "sort_by_expert",
+            {"num_experts": 257},
+            "num_experts must be at most 256 on CUDA, got 257",
+        ),
     ):
-        ops.route_topk(x, torch.randn(3, 16), 2)
-    with pytest.raises(RuntimeError, match=r"route_topk: top_k must be from 1 to .* 3, got 4"):
-        ops.route_topk(x, torch.randn(3, 16).bfloat16(), 4)
-    with pytest.raises(RuntimeError, match=r"sort_by_expert: topk_idx must have dtype int32"):
+        with pytest.raises(RuntimeError, match=message):
+            call(op, values | change)
+    with pytest.raises(RuntimeError, match="topk_idx must have dtype int32"):
         ops.sort_by_expert(torch.zeros(3, 2, dtype=torch.int64), 4)
-    with pytest.raises(RuntimeError, match=r"at most 256"):
-        ops.sort_by_expert(torch.zeros(3, 2, dtype=torch.int32), 257)
-
-
-def test_an_index_out_of_range_ends_the_kernel() -> None:
-    with pytest.raises(RuntimeError):
-        ops.sort_by_expert(torch.tensor([[0, 7]], dtype=torch.int32), 4)

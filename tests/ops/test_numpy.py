@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from problems import call, grouped_values
 from torch import Tensor
-
-from sparse_unified import ops
 
 BUILD = Path(__file__).parent.parent.parent / "build" / "cmake"
 DTYPES = {
@@ -24,20 +22,11 @@ DTYPES = {
 }
 
 
-def find_module() -> Path | None:
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    path = BUILD / f"sparse_unified_test{suffix}"
-    return path if path.exists() else None
-
-
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    path = find_module()
-    if path is None:
-        pytest.skip(
-            f"sparse_unified_test is not built for Python {sys.version_info.major}."
-            f"{sys.version_info.minor} in {BUILD} (make kernels)"
-        )
+    path = BUILD / f"sparse_unified_test{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    if not path.exists():
+        pytest.skip(f"{path} is not built (make kernels)")
     spec = importlib.util.spec_from_file_location("sparse_unified_test", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -99,27 +88,27 @@ def test_swiglu(kernels: ModuleType, name: str, size: int) -> None:
 @pytest.mark.parametrize("name", DTYPES)
 def test_kernels_and_ops_give_the_same_bits(kernels: ModuleType, name: str) -> None:
     dtype = DTYPES[name]
-    x, gate = torch.randn(37, 67).to(dtype), torch.randn(17, 67).to(dtype)
-    expected = ops.route_topk(x, gate, 5)
-    routed = kernels.route_topk(to_numpy(x), to_numpy(gate), 5, name)
-    for own, other in zip(routed, expected, strict=True):
-        assert np.array_equal(own, other.numpy())
-
-    rows = ops.sort_by_expert(expected[2], 17)
-    for own, other in zip(kernels.sort_by_expert(routed[2], 17), rows, strict=True):
-        assert np.array_equal(own, other.numpy())
-
-    _, row_token, token_rows = rows
-    y = ops.permute(x, row_token, token_rows)
-    own = kernels.permute(to_numpy(x), token_rows.numpy(), name)
-    assert np.array_equal(own, to_numpy(y))
-
-    weights = torch.randn(37, 5)
-    for given in (weights, None):
-        out = ops.combine(y, given, token_rows)
-        array = None if given is None else given.numpy()
-        own = kernels.combine(to_numpy(y), array, token_rows.numpy(), name)
-        assert np.array_equal(own, to_numpy(out))
+    v = grouped_values(37, 67, 17, 0, 5, dtype)
+    x, y = to_numpy(v["x"]), to_numpy(v["y"])
+    topk_idx, token_rows, weights = (
+        v[name].numpy() for name in ("topk_idx", "token_rows", "weights")
+    )
+    found = [
+        *kernels.route_topk(x, to_numpy(v["gate"]), 5, name),
+        *kernels.sort_by_expert(topk_idx, 17),
+        kernels.permute(x, token_rows, name),
+        kernels.combine(y, weights, token_rows, name),
+        kernels.combine(y, None, token_rows, name),
+    ]
+    expected = [
+        *call("route_topk", v),
+        *call("sort_by_expert", v),
+        call("permute", v),
+        call("combine", v),
+        call("combine", v | {"weights": None}),
+    ]
+    for own, other in zip(found, expected, strict=True):
+        assert np.array_equal(own, to_numpy(other))
 
 
 def test_bad_arguments_are_value_errors(kernels: ModuleType) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks_torch import OPS
+from problems import OPS
 from registry import CUDA, all_checks
 
 from sparse_unified.bench.gpu_check import SANITIZED
