@@ -137,12 +137,12 @@ ctest: kernels  ## run the C++ tests
 # must find libstdc++ loaded to see exceptions.
 emulated: $(LIBRARY) kernels  ## the CUDA side of the ops, on emulated kernels
 	@echo "== emulated"
-	@SPARSE_UNIFIED_TEST_EMULATED=1 $(BIN)/python -m pytest -q tests/ops
+	@SPARSE_UNIFIED_TEST_EMULATED=1 $(BIN)/python -m pytest -q -n auto --dist worksteal tests/ops
 	@if [ $(SANITIZE) = ON ]; then unset SPARSE_UNIFIED_TEST_DEEP; \
-	  SPARSE_UNIFIED_TEST_EMULATED=race $(BIN)/python -m pytest -q tests/ops; \
+	  SPARSE_UNIFIED_TEST_EMULATED=race $(BIN)/python -m pytest -q -n auto --dist worksteal tests/ops; \
 	  SPARSE_UNIFIED_TEST_EMULATED=sanitized ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(BIN)/python -m pytest -q tests/ops; fi
+	    $(BIN)/python -m pytest -q -n auto --dist worksteal tests/ops; fi
 
 pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 	@echo "== pytest"

@@ -27,8 +27,7 @@ COPY = ROOT / "build" / "mutations"  # and of each kind, where one is chosen
 EMULATED = "SPARSE_UNIFIED_TEST_EMULATED"
 LIBRARY = "sparse_unified/_C.abi3.so"
 
-CHECKS, FUZZ = "tests/ops/test_checks.py", "tests/ops/test_fuzz.py"
-REFUSED = "tests/ops/test_refused.py"
+CHECKS, ATTACK = "tests/ops/test_checks.py", "tests/ops/test_attack.py"
 MOE = "tests/test_nn_sparse_moe.py"
 
 
@@ -108,7 +107,7 @@ CPU_KERNELS = (
         "next[params.topk_idx[i]]",
         *k("sort"),
     ),
-    cpu("cpu/sort_by_expert.cpp", "params.topk_idx[i] >= params.num_experts", "false", REFUSED),
+    cpu("cpu/sort_by_expert.cpp", "params.topk_idx[i] >= params.num_experts", "false", ATTACK),
     cpu(
         "cpu/swiglu.cpp",
         "(1.0f + gate * (1.0f - s))",
@@ -170,16 +169,16 @@ BINDINGS = (
         "bindings/arguments.cpp",
         'check_size(op, "gate", gate, 1, x.size(1), "the hidden size of x");',
         "",
-        REFUSED,
+        ATTACK,
     ),
     cpu(
         "bindings/arguments.cpp",
         'check_dtype(op, "row_token", row_token, ScalarType::Int);\n  sizes.num_rows',
         "sizes.num_rows",
-        REFUSED,
+        ATTACK,
     ),
-    cpu("bindings/arguments.cpp", "sizes.width % block_size == 0,", "true,", REFUSED),
-    cpu("bindings/pruned_ffn_arguments.cpp", "if (seen[data[i]]) {", "if (false) {", REFUSED),
+    cpu("bindings/arguments.cpp", "sizes.width % block_size == 0,", "true,", ATTACK),
+    cpu("bindings/pruned_ffn_arguments.cpp", "if (seen[data[i]]) {", "if (false) {", ATTACK),
     cpu(
         "bindings/pruned_ffn_arguments.cpp",
         "slab->runs.back().count += block_size;",
@@ -191,10 +190,9 @@ BINDINGS = (
         "bindings/combine.cpp",
         'if (!context.is_cuda()) check_indices(kOp, "token_rows", token_rows, y.size(0));',
         "",
-        REFUSED,
-        FUZZ,
+        ATTACK,
     ),
-    cpu("bindings/combine.cpp", "grad_out = with_dense_rows(grad_out);", "", FUZZ),
+    cpu("bindings/combine.cpp", "grad_out = with_dense_rows(grad_out);", "", ATTACK),
     cpu(
         "bindings/grouped_ffn_combine.cpp",
         "row_weights[token_rows_[slot]] = weights_[slot];",
