@@ -121,7 +121,7 @@ abi: $(LIBRARY)  ## prove stable torch ABI and abi3
 	@if [ -x $(BIN)/torch-abi-audit ]; then $(BIN)/torch-abi-audit --check both $(LIBRARY); \
 	else echo "torch-abi-audit needs Python 3.11: only the imported names were checked"; fi
 
-kernels: $(VENV)/installed  ## the kernels without torch, their C++ tests and numpy module
+kernels: $(VENV)/installed  ## the kernels without torch, their C++ tests, the emulated ops
 	@echo "== kernels"
 	@$(RUN) cmake -S . -B build/cmake -G Ninja --log-level=WARNING \
 	  -DSPARSE_UNIFIED_SANITIZE=$(SANITIZE) \

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import copy
 from functools import partial
 from unittest import mock
 
@@ -18,25 +18,11 @@ from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import backend
 
 
-def twin(block: SparseMoE, device: str, dtype: torch.dtype) -> SparseMoE:
-    """The same block elsewhere, through its state dict."""
-    other = SparseMoE(
-        block.hidden_size,
-        block.intermediate_size,
-        block.num_experts,
-        block.top_k,
-        block.num_shared_experts,
-        gate_img=block.gate_img is not None,
-        dtype=dtype,
-        device=device,
-    )
-    other.load_state_dict({k: v.to(device, dtype) for k, v in block.state_dict().items()})
+def twin(block: SparseMoE) -> SparseMoE:
+    """The same block on the CPU in fp32, where anything may run it."""
+    other = copy.deepcopy(block).to("cpu", torch.float32)
+    other.strict = False
     return other
-
-
-def composed_of_torch_ops() -> AbstractContextManager[object]:
-    """Lets blocks run without any kernel of ours."""
-    return mock.patch.object(backend, "choose", return_value="torch: asked for by a check")
 
 
 def assert_near(name: str, out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -63,14 +49,14 @@ def block_is_that_of_the_cpu(
     with torch.no_grad():
         for router in routers:
             router.weight.copy_(torch.randint(-2, 3, router.weight.shape) / 8)
-    exact = twin(block, "cpu", torch.float32)
+    exact = twin(block)
     with torch.device(device):
         x = (torch.randint(-4, 5, (61, 64)) / 4).to(dtype).requires_grad_()
         grad = torch.randn(61, 64).to(dtype)
         indexes = (torch.arange(0, 40), torch.arange(40, 61)) if gate_img else ()
     y, logits = block(x, *indexes)
     wide = x.detach().float().cpu().requires_grad_()
-    with composed_of_torch_ops():
+    with mock.patch.object(backend, "choose", return_value="torch: asked for by a check"):
         expected, expected_logits = exact(wide, *(i.cpu() for i in indexes))
     assert_equal("logits", logits.cpu(), expected_logits)
     assert_near("y", y, expected, dtype)
@@ -96,9 +82,7 @@ def block_says_what_runs_it(device: torch.device) -> None:
         block = block_on(device, dtype, intermediate_size=8 * width)
         assert block.active_backend.startswith("torch: "), block.active_backend
         x = torch.randn(37, 64, device=device).to(dtype)
-        assert_near(
-            "fallback", block(x)[0], twin(block, "cpu", torch.float32)(x.float().cpu())[0], dtype
-        )
+        assert_near("fallback", block(x)[0], twin(block)(x.float().cpu())[0], dtype)
         block.strict = True
         assert "strict" in refusal(partial(block, x))
 
