@@ -19,10 +19,8 @@ from sparse_unified.analysis import (
     save_scores,
     score,
 )
-from sparse_unified.checkpoint import Checkpoint
-from sparse_unified.checkpoint.scores import resolve_scores
+from sparse_unified.checkpoint.scores import given_scores
 from sparse_unified.experts import magnitude_scores, random_scores
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery import PruneWidthConfig, prune_width_
 from sparse_unified.surgery.decoder import Ffn, find_adapter
 from sparse_unified.surgery.temporary import join_experts
@@ -166,19 +164,17 @@ def test_scores_lead_a_pruning_to_the_planted_neurons() -> None:
 
 
 def test_scores_file_is_what_convert_and_prune_read(tmp_path: Path) -> None:
-    directory = write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path / "dense")
-    source = Checkpoint(directory)
     scores = score("magnitude", models.bagel())
     path = tmp_path / "scores.safetensors"
     save_scores(path, scores)
     for component, keyed in scores.items():
-        layers = list(keyed)
-        given, _ = resolve_scores(source, component, layers, scores=path, seed=None, what="prune")
-        for layer in layers:
-            assert torch.equal(given(layer), keyed[layer])
+        sizes = {layer: len(own) for layer, own in keyed.items()}
+        given = given_scores(path, component, sizes, len(keyed))
+        assert given is not None
+        assert all(torch.equal(given[layer], own) for layer, own in keyed.items())
     save_scores(path, {"gen": scores["gen"]})
     with pytest.raises(ValueError, match="und"):
-        resolve_scores(source, "und", [0], scores=path, seed=None, what="prune")
+        given_scores(path, "und", {0: 1}, 1)
 
 
 def test_scores_of_experts_are_joined_the_shared_one_first() -> None:

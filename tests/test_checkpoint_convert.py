@@ -237,11 +237,7 @@ def order_of(directory: Path, layer: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_scores_neurons_are_ranked_by_magnitude(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Blocks smaller than the width: reading in blocks must not change one bit of a score.
-    monkeypatch.setattr("sparse_unified.checkpoint.scores._BLOCK_NEURONS", 32)
+def test_without_scores_neurons_are_ranked_by_magnitude(dtype: torch.dtype, tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense", dtype=dtype)
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
     weights = load_file(dense / "ema.safetensors")

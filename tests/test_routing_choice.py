@@ -85,7 +85,7 @@ def test_routers_start_small_and_those_of_und_alike() -> None:
         (
             {"partition": "coactivation", "router_init": "activation"},
             None,
-            "for partition 'coactivation' and router_init 'activation', got none; .*--inputs",
+            "inputs must be given for .*, got none; .*--inputs",
         ),
         ({}, {1: torch.zeros(9, 8)}, "got 'snake' and 'zero'"),
         ({"router_init": "activation"}, {1: torch.zeros(9, 8)}, "got NoneType for layer 2"),

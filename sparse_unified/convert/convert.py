@@ -22,6 +22,7 @@ from torch import Tensor
 from sparse_unified._common import (
     Progress,
     Report,
+    context,
     format_bytes,
     format_layers,
     format_table,
@@ -35,7 +36,7 @@ from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.safetensors_io import as_bytes
-from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs, resolve_scores
+from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs
 from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
@@ -44,6 +45,7 @@ from sparse_unified.checkpoint.sidecar import (
     tool_version,
     write_sidecar,
 )
+from sparse_unified.convert.ranking import ranking
 from sparse_unified.convert.schema import require_model
 from sparse_unified.experts import (
     ExpertLayout,
@@ -57,7 +59,6 @@ from sparse_unified.experts import (
 )
 
 WHAT = "convert"
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,7 @@ class ConvertReport(Report):
         return format_table(rows)
 
 
+@context(WHAT)
 def convert(
     dense: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -166,10 +168,8 @@ def convert(
         seed=partition_seed,
     )
     sizes = {layer: source.ffns[component][layer].hidden_size for layer in layouts}
-    given = resolve_inputs(inputs, config, sizes, what=WHAT)
-    scores_of, origin = resolve_scores(
-        source, component, tuple(layouts), scores=scores, seed=seed, what=WHAT
-    )
+    given = resolve_inputs(inputs, config, sizes)
+    scores_of, origin = ranking(source, component, tuple(layouts), scores=scores, seed=seed)
 
     @cache
     def index_of(layer: int) -> np.ndarray:
@@ -219,7 +219,7 @@ def convert(
         write_sidecar(partial / SIDECAR, sidecar)
         # A last look through the reader's eyes, before the directory gets its name.
         if component not in Checkpoint(partial).experts:
-            raise RuntimeError(f"{WHAT}: {partial} must read as sparse, got a dense checkpoint")
+            raise RuntimeError(f"{partial} must read as sparse, got a dense checkpoint")
 
     bytes_written = rewrite(
         source,
@@ -259,7 +259,7 @@ def _plan_layouts(
 ) -> dict[int, ExpertLayout]:
     """Returns the neuron ranges of each layer that is to be split, ascending."""
     if component not in keys.FFN_NAMES:
-        raise ValueError(f"{WHAT}: component must be gen or und, got {component!r:.120}")
+        raise ValueError(f"component must be gen or und, got {component!r:.120}")
     require_model(source)
     ffns = source.ffns.get(component, {})
     if not ffns:
@@ -279,13 +279,7 @@ def _plan_layouts(
     skipped = [layer for layer in selected if layer not in ffns]
     if skipped:
         raise ValueError(
-            f"{WHAT}: layers must have a {component} FFN, got {list_some(skipped)}, which skip it"
-        )
-    dtypes = {ffns[layer].dtype for layer in selected} - set(_DTYPES)
-    if dtypes:
-        raise ValueError(
-            f"{source.directory}: FFN dtype must be one of "
-            f"{', '.join(map(str, _DTYPES))}, got {dtypes.pop()}"
+            f"layers must have a {component} FFN, got {list_some(skipped)}, which skip it"
         )
     layouts = {}
     for layer in selected:
@@ -299,16 +293,14 @@ def _plan_layouts(
             at = f"{component} layer {layer}: " if source.left is not None else ""
             raise ValueError(f"{at}{error}") from error
     if type(top_k) is not int or not 1 <= top_k <= num_experts:
-        raise ValueError(
-            f"{WHAT}: top_k must be 1 to num_experts = {num_experts}, got {top_k!r:.120}"
-        )
+        raise ValueError(f"top_k must be 1 to num_experts = {num_experts}, got {top_k!r:.120}")
     # The config has one set of counts for both components.
     wanted = (num_experts, num_shared_experts, top_k)
     for other in (layout for layers in experts.values() for layout in layers.values()):
         found = (other.num_experts, other.num_shared_experts, source.top_k)
         if found != wanted:
             raise ValueError(
-                f"{WHAT}: num_experts, num_shared_experts and top_k must be {found[0]}, "
+                f"num_experts, num_shared_experts and top_k must be {found[0]}, "
                 f"{found[1]} and {found[2]} as in the component that is sparse already, "
                 f"got {num_experts}, {num_shared_experts} and {top_k}"
             )
@@ -372,7 +364,7 @@ def _neuron_index(
             _read(source, config.component, layer, name) for name in keys.PROJECTIONS[:2]
         )
         hidden = hidden_activations(inputs, gate_proj, up_proj)
-    with naming(f"{WHAT}: {config.component} layer {layer}"):
+    with naming(f"{config.component} layer {layer}"):
         index = order_neurons(
             config.partition, scores, layout, seed=config.seed, layer=layer, hidden=hidden
         )
@@ -400,7 +392,7 @@ def _routers(
             _read(source, config.component, layer, name) for name in keys.PROJECTIONS
         )
         order = torch.from_numpy(index)
-        with naming(f"{WHAT}: {config.component} layer {layer}"):
+        with naming(f"{config.component} layer {layer}"):
             weight = fit_router(
                 inputs,
                 gate_proj[order],

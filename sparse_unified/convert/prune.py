@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, format_bytes, format_table, naming
+from sparse_unified._common import Progress, Report, context, format_bytes, format_table
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
 from sparse_unified.checkpoint.files import list_files, refuse_overlap
@@ -31,9 +30,10 @@ from sparse_unified.checkpoint.modes import (
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
 from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
-from sparse_unified.checkpoint.scores import Scores, resolve_head_scores, resolve_scores
+from sparse_unified.checkpoint.scores import Scores
 from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
 from sparse_unified.checkpoint.sidecar import tool_version
+from sparse_unified.convert.ranking import ranking
 from sparse_unified.convert.schema import require_model
 from sparse_unified.surgery.cuts import (
     GONE,
@@ -47,7 +47,6 @@ from sparse_unified.surgery.cuts import (
 )
 
 WHAT = "prune"
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Shapes = dict[str, dict[int, LayerShape]]
 Sizes = Mapping[str, tuple[int, ...]]
@@ -83,6 +82,7 @@ class PrunedCheckpoint(Report):
         return "\n\n".join([format_table(rows), *tables])
 
 
+@context(WHAT)
 def prune(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -125,7 +125,7 @@ def prune(
     refuse_overlap(out, source.directory, scores, what=WHAT)
     listed = list(modes) if isinstance(modes, Sequence) else [modes]
     if not listed:
-        raise ValueError(f"{WHAT}: modes must name at least one, got none")
+        raise ValueError("modes must name at least one, got none")
     experts = source.experts  # refuses whatever disagrees
     require_model(source)
     cuts, after, steps = _plan(source, listed, scores, seed)
@@ -139,7 +139,7 @@ def prune(
         # A last look through the reader's eyes, before the directory gets its name.
         written = Checkpoint(partial)
         if written.shapes != after or (not experts and written.experts):
-            raise RuntimeError(f"{WHAT}: {partial} must read as it was planned, got something else")
+            raise RuntimeError(f"{partial} must read as it was planned, got something else")
 
     nbytes = rewrite(source, out, edits, texts, what=WHAT, finish=finish, progress=progress)
     before, now = (_count(source, own) for own in (sizes, left))
@@ -177,7 +177,7 @@ def _plan(
     for config in modes:
         if not isinstance(config, PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig):
             raise TypeError(
-                f"{WHAT}: modes must be PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, "
+                f"modes must be PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, "
                 f"got {type(config).__name__}"
             )
         components = _components(config)
@@ -187,16 +187,13 @@ def _plan(
             names = {f"{config.mode} of {component}" for component in components}
             if again := sorted(names & ranked):
                 raise ValueError(
-                    f"{WHAT}: modes must name the {again[0]} once; prune the result again, "
-                    "got it twice"
+                    f"modes must name the {again[0]} once; prune the result again, got it twice"
                 )
             ranked |= names
-        with naming(WHAT):
-            layers = _select(shapes, config, components)
+        layers = _select(shapes, config, components)
         own = {component: {n: by[n] for n in layers} for component, by in shapes.items()}
-        ranking, origin = _rank(source, config, components, layers, scores, seed)
-        with naming(WHAT):
-            more = plan(config, own, sizes, ranking)
+        scores_of, origin = _rank(source, config, components, layers, scores, seed)
+        more = plan(config, own, sizes, scores_of)
         left = shapes_left(own, sizes, more)
         for component, by_layer in left.items():
             shapes[component] |= by_layer
@@ -270,26 +267,15 @@ def _rank(
     """Returns (component, layer) -> scores of what is ranked, and what the recipe calls them."""
     if isinstance(config, SkipLayersConfig):
         return None, None
-    ranking: dict[str, dict[int, Tensor]] = {}
+    ranked: dict[str, dict[int, Tensor]] = {}
     origin = None
+    heads = isinstance(config, PruneHeadsConfig)
     for component in components:
-        if isinstance(config, PruneHeadsConfig):
-            reads = {n: source.shapes[component][n].query_places for n in layers}
-            ranking[component], origin = resolve_head_scores(
-                source, component, reads, scores=scores, seed=seed, what=WHAT
-            )
-            continue
-        dtypes = {source.ffns[component][layer].dtype for layer in layers} - set(_DTYPES)
-        if dtypes:
-            raise ValueError(
-                f"{source.directory}: FFN dtype must be one of {', '.join(map(str, _DTYPES))}, "
-                f"got {dtypes.pop()}"
-            )
-        scores_of, origin = resolve_scores(
-            source, component, layers, scores=scores, seed=seed, what=WHAT
+        scores_of, origin = ranking(
+            source, component, layers, heads=heads, scores=scores, seed=seed
         )
-        ranking[component] = {layer: scores_of(layer) for layer in layers}
-    return lambda component, layer: ranking[component][layer], origin
+        ranked[component] = {layer: scores_of(layer) for layer in layers}
+    return lambda component, layer: ranked[component][layer], origin
 
 
 def _heads(

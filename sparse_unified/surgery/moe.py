@@ -102,7 +102,7 @@ def apply_moe_(
                 plans.append(_plan(slot, ffn, weights, layout, config.top_k))
                 rankings.append(_ranking(weights, None if given is None else given[slot.layer]))
         sizes = {plan.slot.layer: plan.weights.gate_proj.shape[1] for plan in plans}
-        calibration = resolve_inputs(inputs, config, sizes, what="apply_moe_")
+        calibration = resolve_inputs(inputs, config, sizes)
         blocks = []
         for plan, ranking in zip(plans, rankings, strict=True):
             with naming(plan.slot):
