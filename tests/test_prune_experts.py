@@ -123,9 +123,9 @@ def test_verify_sees_experts_that_are_not_the_ones_pruned(what: str, tmp_path: P
     assert not verdict.ok
     (failed,) = [part for part in verdict.pruned if not part.ok]
     expected = {
-        "experts.1.up_proj": "expert 1, neuron 0: must be a dense neuron of its own",
-        "gate": "gate.weight must be equal, got another",
-        "swapped": "neurons must stay in their expert, got one of 1 in 0",
+        "experts.1.up_proj": "experts.1, neuron 0: must be a dense neuron of its own",
+        "gate": "gate.weight: must be equal, got another value",
+        "swapped": "neurons must stay in their expert, got others",
     }
     assert (failed.layer, failed.part) == (1, "ffn")
     assert any(expected[what] in problem for problem in failed.problems)

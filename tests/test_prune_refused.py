@@ -210,8 +210,8 @@ def test_without_its_recipe_a_pruned_checkpoint_is_refused(dense: Path, tmp_path
     ("key", "match"),
     [
         ("mlp.gate_proj.weight", r"und layer 0 ffn, neuron 5: must be a dense neuron of its own"),
-        ("self_attn.q_proj.weight", r"q_proj.weight: must be equal, got another value in channel"),
-        ("self_attn.o_proj.weight", r"o_proj.weight: must be equal, got another value in channel"),
+        ("self_attn.q_proj.weight", r"q_proj.weight: must be equal, got another value at element"),
+        ("self_attn.o_proj.weight", r"o_proj.weight: must be equal, got another value at element"),
         ("self_attn.k_proj.bias", r"k_proj.bias: must be equal, got another value at element 5"),
         ("input_layernorm.weight", r"input_layernorm.weight: must be equal"),
     ],
