@@ -36,7 +36,6 @@ from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
 from sparse_unified.checkpoint.files import refuse_foreign_partial, refuse_overlap
 from sparse_unified.checkpoint.model_dir import find_model
-from sparse_unified.convert.schema import require_model
 
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
@@ -186,7 +185,6 @@ def _prepare(
 ) -> _Prepared:
     source = Checkpoint(find_model(model, where=WHAT))
     running = _check_target(source, out, data, resume=run.resume)
-    require_model(source)
     source.experts  # noqa: B018  (refuses whatever disagrees)
     records = open_records(data)
     pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_unified._common import optional
+from sparse_unified._common import naming, optional
 from sparse_unified.checkpoint.files import is_plain_name, read_json, refuse_change, stamp_of
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
@@ -25,9 +25,8 @@ from sparse_unified.checkpoint.shapes import (
     LayerShape,
     check_ffns,
     find_top_k,
-    follow_recipe,
     scan_ffns,
-    whole_layers,
+    wanted_layers,
 )
 from sparse_unified.experts import ExpertLayout
 
@@ -56,6 +55,8 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(f"checkpoint must be a path, got {type(directory).__name__}")
         self.directory = Path(directory)
         if not self.directory.is_dir():
             state = "a file" if self.directory.exists() else "nothing there"
@@ -126,22 +127,43 @@ class Checkpoint:
         return dict(self._specs)
 
     @cached_property
+    def _scanned(self) -> tuple[FFNs, list[str]]:
+        return scan_ffns(self._specs)
+
+    @property
     def ffns(self) -> FFNs:
         """`{component: {layer: FFN}}` as the keys say.
 
         Raises:
             ValueError: a key is missing, extra or renamed, or shapes disagree.
         """
-        ffns, problems = scan_ffns(self._specs)
+        ffns, problems = self._scanned
         self._refuse(problems)
         return ffns
 
     @property
     def num_layers(self) -> int:
         """Decoder layers, those of which pruning has left nothing included."""
-        if self.left is not None:
-            return len(self.left["gen"])
-        return max((max(layers) + 1 for layers in self.ffns.values()), default=0)
+        return len(self._wanted["gen"])
+
+    def problems(self) -> list[str]:
+        """Returns a sentence for each disagreement of the FFNs, llm_config.json and the recipe."""
+        ffns, problems = self._scanned
+        is_pruned = self.left is not None
+        problems = [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
+        for step in () if problems or self.recipe is None else self.recipe.steps:
+            config = step.config
+            if not isinstance(config, MoEConfig):
+                continue
+            for layer in config.layers:
+                ffn = ffns.get(config.component, {}).get(int(layer))
+                found = 0 if ffn is None or ffn.layout is None else ffn.layout.num_experts
+                if ffn is not None and found != config.num_experts:
+                    problems.append(
+                        f"{RECIPE}: {config.component} layer {layer} must have "
+                        f"{config.num_experts} experts in the keys, got {found}"
+                    )
+        return problems
 
     @cached_property
     def experts(self) -> dict[str, dict[int, ExpertLayout]]:
@@ -153,8 +175,7 @@ class Checkpoint:
             ValueError: keys disagree among themselves or with these files; the message names
                 what was found and what would be legal.
         """
-        problems = check_ffns(self.ffns, self.llm_config, self.left)
-        self._refuse(problems + self.check_recipe())
+        self._refuse(self.problems())
         shared: Any = self.llm_config.get("num_shared_experts")
         found = {
             component: {
@@ -170,7 +191,7 @@ class Checkpoint:
     def top_k(self) -> int | None:
         """Experts a token uses, as llm_config.json says; None of a dense model."""
         layouts = [layout for layers in self.experts.values() for layout in layers.values()]
-        return find_top_k(layouts[0].num_experts, self.llm_config)[0] if layouts else None
+        return find_top_k(self.llm_config, layouts[0].num_experts) if layouts else None
 
     @cached_property
     def recipe(self) -> Recipe | None:
@@ -183,6 +204,12 @@ class Checkpoint:
         return parse_recipe(path, read_json(path)) if path.exists() else None
 
     @cached_property
+    def _wanted(self) -> dict[str, dict[int, LayerShape]]:
+        """What the layers must hold, with the neurons of sparse FFNs together."""
+        with naming(self.directory):
+            return wanted_layers(self.llm_config, self.recipe)
+
+    @property
     def left(self) -> dict[str, dict[int, LayerShape]] | None:
         """What pruning has left, with the neurons of sparse FFNs together; None without pruning.
 
@@ -190,11 +217,8 @@ class Checkpoint:
             ValueError: the recipe cannot have been carried out on the dense model of the config.
         """
         keeps_all = (MoEConfig, AdaptConfig)
-        if self.recipe is None or all(isinstance(s.config, keeps_all) for s in self.recipe.steps):
-            return None
-        layers = whole_layers(self.llm_config)
-        self._refuse(follow_recipe(layers, self.recipe))
-        return layers
+        steps = self.recipe.steps if self.recipe is not None else ()
+        return None if all(isinstance(s.config, keeps_all) for s in steps) else self._wanted
 
     @cached_property
     def shapes(self) -> dict[str, dict[int, LayerShape]]:
@@ -203,37 +227,16 @@ class Checkpoint:
         Raises:
             ValueError: as of `experts` and `left`.
         """
-
-        def ffn(component: str, layer: int) -> int | ExpertLayout:
-            sparse = self.experts.get(component, {}).get(layer)
-            found = self.ffns.get(component, {}).get(layer)
-            return sparse or (0 if found is None else found.intermediate_size)
-
-        return {
-            component: {
-                layer: replace(shape, ffn=ffn(component, layer)) for layer, shape in layers.items()
-            }
-            for component, layers in (self.left or whole_layers(self.llm_config)).items()
-        }
-
-    def check_recipe(self) -> list[str]:
-        """Returns a sentence for each thing in the keys that the recipe does not account for."""
-        problems = []
-        for step in self.recipe.steps if self.recipe is not None else ():
-            config = step.config
-            if not isinstance(config, MoEConfig):
-                continue
-            for layer in map(int, config.layers):
-                ffn = self.ffns.get(config.component, {}).get(layer)
-                layout = None if ffn is None else ffn.layout
-                if ffn is None or (layout is not None and layout.num_experts == config.num_experts):
-                    continue
-                found = "a dense FFN" if layout is None else str(layout.num_experts)
-                problems.append(
-                    f"{RECIPE}: {config.component} layer {layer} must have {config.num_experts} "
-                    f"experts in the keys, got {found}"
-                )
-        return problems
+        experts, ffns = self.experts, self.ffns
+        shapes: dict[str, dict[int, LayerShape]] = {}
+        for component, layers in self._wanted.items():
+            own = shapes[component] = dict(layers)
+            for layer, shape in layers.items():
+                found = ffns.get(component, {}).get(layer)
+                width = 0 if found is None else found.intermediate_size
+                ffn = experts.get(component, {}).get(layer, width)
+                own[layer] = replace(shape, ffn=ffn)
+        return shapes
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:

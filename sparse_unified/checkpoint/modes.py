@@ -6,12 +6,12 @@ Scoring, choosing and surgery are elsewhere; a list of these is a recipe (`recip
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from sparse_unified._common import check_int, check_number, choice, context
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.experts import Budget, Partition, RouterInit, select_layers
 
@@ -30,8 +30,52 @@ class Part(str, Enum):
     FFN = "ffn"
 
 
+class _Mode:
+    """What configs share: a component, layers, and checks when one is made."""
+
+    __slots__ = ()
+    mode: ClassVar[str]
+    _legal: ClassVar[tuple[str, ...]] = tuple(FFN_NAMES)
+    component: str
+    layers: Layers
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components it is about."""
+        return tuple(FFN_NAMES) if self.component == BOTH else (self.component,)
+
+    def __post_init__(self) -> None:
+        with context(type(self).__name__):
+            if self.component not in self._legal:
+                raise ValueError(
+                    f"component must be one of {', '.join(self._legal)}, "
+                    f"got {self.component!r:.120}"
+                )
+            if not isinstance(self.layers, str):
+                if not isinstance(self.layers, Iterable):
+                    raise TypeError(
+                        "layers must be a string or a sequence of integers, "
+                        f"got {self.layers!r:.120}"
+                    )
+                self._set("layers", tuple(self.layers))
+            if self.layers not in ("middle", "all"):
+                select_layers(self.layers, MAX_LAYERS)
+            self._check()
+
+    def _check(self) -> None:
+        """Checks what one mode has and others have not."""
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_ratio(self, ratio: float) -> None:
+        check_number("keep_ratio", ratio, 0, 1)
+        if not ratio:
+            raise ValueError(f"keep_ratio must be above 0, got {ratio!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoEConfig:
+class MoEConfig(_Mode):
     """Sparse FFNs of one component; the defaults are those of the released 16to8 checkpoint.
 
     Args:
@@ -64,27 +108,16 @@ class MoEConfig:
     router_init: RouterInit = RouterInit.ZERO
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("num_experts", 1),
-            ("top_k", 1),
-            ("num_shared_experts", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(
-                    f"MoEConfig: {name} must be an integer of at least {least}, got {value!r:.120}"
-                )
+    def _check(self) -> None:
+        for name, least in (("num_experts", 1), ("top_k", 1), ("num_shared_experts", 0)):
+            check_int(name, getattr(self, name), least)
+        check_int("seed", self.seed, 0)
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"MoEConfig: top_k must be at most num_experts = {self.num_experts}, "
-                f"got {self.top_k}"
+                f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}"
             )
-        _check_component(self, tuple(FFN_NAMES))
-        _check_layers(self)
-        _as_enum(self, "partition", Partition)
-        _as_enum(self, "router_init", RouterInit)
+        self._set("partition", choice("partition", Partition, self.partition))
+        self._set("router_init", choice("router_init", RouterInit, self.router_init))
 
     @property
     def needs_inputs(self) -> bool:
@@ -93,7 +126,7 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneWidthConfig:
+class PruneWidthConfig(_Mode):
     """FFNs of one component made narrower: the neurons with the highest scores stay.
 
     Args:
@@ -116,20 +149,16 @@ class PruneWidthConfig:
     budget: Budget = Budget.UNIFORM
     block_size: int = 1
 
-    def __post_init__(self) -> None:
-        _check_component(self, tuple(FFN_NAMES))
-        _check_layers(self)
-        _check_ratio(self)
-        _as_enum(self, "budget", Budget)
-        size = self.block_size
-        if type(size) is not int or not (size == 1 or 16 <= size <= 128):
-            raise ValueError(
-                f"PruneWidthConfig: block_size must be 1 or 16 to 128, got {size!r:.120}"
-            )
+    def _check(self) -> None:
+        self._check_ratio(self.keep_ratio)
+        self._set("budget", choice("budget", Budget, self.budget))
+        check_int("block_size", self.block_size, 1, 128)
+        if 1 < self.block_size < 16:
+            raise ValueError(f"block_size must be 1 or 16 to 128, got {self.block_size}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneHeadsConfig:
+class PruneHeadsConfig(_Mode):
     """Attention heads of one component dropped, in groups: a key head and the queries that read it.
 
     The queries of a group go, with their columns of the output projection. Its keys and values go
@@ -146,26 +175,20 @@ class PruneHeadsConfig:
     """
 
     mode: ClassVar[str] = "heads"
+    _legal: ClassVar[tuple[str, ...]] = (*FFN_NAMES, BOTH)
 
     component: str = "gen"
     layers: Layers = "all"
     keep_ratio: float = 0.5
     budget: Budget = Budget.UNIFORM
 
-    def __post_init__(self) -> None:
-        _check_component(self, (*FFN_NAMES, BOTH))
-        _check_layers(self)
-        _check_ratio(self)
-        _as_enum(self, "budget", Budget)
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """The components that lose heads."""
-        return tuple(FFN_NAMES) if self.component == BOTH else (self.component,)
+    def _check(self) -> None:
+        self._check_ratio(self.keep_ratio)
+        self._set("budget", choice("budget", Budget, self.budget))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SkipLayersConfig:
+class SkipLayersConfig(_Mode):
     """Decoder layers that the tokens of one component pass by, on the residual.
 
     The other component's tokens still run through them. Tokens that skip an attention neither ask
@@ -186,10 +209,8 @@ class SkipLayersConfig:
     layers: Layers
     part: Part = Part.BLOCK
 
-    def __post_init__(self) -> None:
-        _check_component(self, tuple(FFN_NAMES))
-        _check_layers(self)
-        _as_enum(self, "part", Part)
+    def _check(self) -> None:
+        self._set("part", choice("part", Part, self.part))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -198,7 +219,7 @@ class SkipLayersConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptConfig:
+class AdaptConfig(_Mode):
     """Weights trained; keys and shapes stay. Written by `adapt`, it says how a model came about.
 
     Args:
@@ -212,6 +233,7 @@ class AdaptConfig:
     """
 
     mode: ClassVar[str] = "adapt"
+    _legal: ClassVar[tuple[str, ...]] = (*FFN_NAMES, BOTH)
 
     stage: str
     steps: int
@@ -219,58 +241,11 @@ class AdaptConfig:
     component: str = BOTH
     layers: Layers = "all"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         if not isinstance(self.stage, str) or not self.stage:
-            raise ValueError(f"AdaptConfig: stage must be a name, got {self.stage!r}")
-        for name, least in (("steps", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(
-                    f"AdaptConfig: {name} must be an integer of at least {least}, got {value!r}"
-                )
-        _check_component(self, (*FFN_NAMES, BOTH))
-        _check_layers(self)
+            raise ValueError(f"stage must be a name, got {self.stage!r}")
+        check_int("steps", self.steps, 1)
+        check_int("seed", self.seed, 0)
 
 
 Mode = MoEConfig | PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig | AdaptConfig
-
-
-def _check_component(config: Any, legal: tuple[str, ...]) -> None:
-    if config.component not in legal:
-        raise ValueError(
-            f"{type(config).__name__}: component must be one of {', '.join(legal)}, "
-            f"got {config.component!r:.120}"
-        )
-
-
-def _check_layers(config: Any) -> None:
-    if not isinstance(config.layers, str):
-        try:
-            object.__setattr__(config, "layers", tuple(config.layers))
-        except TypeError as error:
-            raise TypeError(
-                f"{type(config).__name__}: layers must be a string or a sequence of integers, "
-                f"got {config.layers!r:.120}"
-            ) from error
-    if config.layers not in ("middle", "all"):
-        select_layers(config.layers, MAX_LAYERS)
-
-
-def _check_ratio(config: Any) -> None:
-    ratio = config.keep_ratio
-    is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-    if not is_number or not math.isfinite(ratio) or not 0 < ratio <= 1:
-        raise ValueError(
-            f"{type(config).__name__}: keep_ratio must be above 0 and at most 1, got {ratio!r:.120}"
-        )
-
-
-def _as_enum(config: Any, name: str, kind: type[Enum]) -> None:
-    try:
-        object.__setattr__(config, name, kind(getattr(config, name)))
-    except ValueError:
-        legal = ", ".join(f"'{choice.value}'" for choice in kind)
-        raise ValueError(
-            f"{type(config).__name__}: {name} must be one of {legal}, "
-            f"got {getattr(config, name)!r:.120}"
-        ) from None

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +25,6 @@ from sparse_unified._common import (
     context,
     format_bytes,
     format_layers,
-    format_table,
-    list_some,
     naming,
 )
 from sparse_unified.checkpoint import keys
@@ -37,7 +35,7 @@ from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.safetensors_io import as_bytes
 from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs
-from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts
+from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts, ffn_shapes
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
     SIDECAR,
@@ -46,7 +44,6 @@ from sparse_unified.checkpoint.sidecar import (
     write_sidecar,
 )
 from sparse_unified.convert.ranking import ranking
-from sparse_unified.convert.schema import require_model
 from sparse_unified.experts import (
     ExpertLayout,
     Partition,
@@ -55,8 +52,8 @@ from sparse_unified.experts import (
     hidden_activations,
     order_neurons,
     random_router,
-    select_layers,
 )
+from sparse_unified.surgery.cuts import select
 
 WHAT = "convert"
 
@@ -84,10 +81,10 @@ class ConvertReport(Report):
     bytes_written: int
     seconds: float
 
-    def to_text(self) -> str:
+    def table(self) -> Sequence[Sequence[object]]:
         least, most = min(self.expert_widths), max(self.expert_widths)
         width = f"{most}" if least == most else f"{least} to {most}"
-        rows = [
+        return [
             ("written", self.out),
             ("component", self.component),
             ("sparse layers", format_layers(self.layers)),
@@ -99,7 +96,6 @@ class ConvertReport(Report):
             ("size", format_bytes(self.bytes_written)),
             ("time", f"{self.seconds:.1f} s"),
         ]
-        return format_table(rows)
 
 
 @context(WHAT)
@@ -156,17 +152,18 @@ def convert(
     start = time.perf_counter()
     source = Checkpoint(dense)
     refuse_overlap(out, source.directory, scores, what=WHAT)
-    layouts = _plan_layouts(source, num_experts, top_k, num_shared_experts, layers, component)
     config = MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
         num_shared_experts=num_shared_experts,
         component=component,
-        layers=tuple(layouts),
+        layers=layers,
         partition=partition,  # type: ignore[arg-type]
         router_init=router_init,  # type: ignore[arg-type]
         seed=partition_seed,
     )
+    layouts = _plan_layouts(source, config)
+    config = replace(config, layers=tuple(layouts))
     sizes = {layer: source.ffns[component][layer].hidden_size for layer in layouts}
     given = resolve_inputs(inputs, config, sizes)
     scores_of, origin = ranking(source, component, tuple(layouts), scores=scores, seed=seed)
@@ -249,60 +246,36 @@ def convert(
     )
 
 
-def _plan_layouts(
-    source: Checkpoint,
-    num_experts: int,
-    top_k: int,
-    num_shared_experts: int,
-    layers: str | Sequence[int],
-    component: str,
-) -> dict[int, ExpertLayout]:
+def _plan_layouts(source: Checkpoint, config: MoEConfig) -> dict[int, ExpertLayout]:
     """Returns the neuron ranges of each layer that is to be split, ascending."""
-    if component not in keys.FFN_NAMES:
-        raise ValueError(f"component must be gen or und, got {component!r:.120}")
-    require_model(source)
-    ffns = source.ffns.get(component, {})
+    component, ffns = config.component, source.ffns.get(config.component, {})
+    experts = source.experts  # refuses whatever disagrees
     if not ffns:
         raise ValueError(
             f"{source.directory}: keys must hold {component} FFNs "
             f"({keys.dense_key(component, 0, 'gate_proj')} and so on), got none"
         )
-    experts = source.experts
     if component in experts:
         raise ValueError(
             f"{source.directory}: {component} FFNs must all be dense, got sparse layers "
             f"{format_layers(list(experts[component]))}; invert gives the dense files back"
         )
-    selected = select_layers(layers, source.num_layers)
-    if layers in ("all", "middle"):
-        selected = tuple(layer for layer in selected if layer in ffns) or selected
-    skipped = [layer for layer in selected if layer not in ffns]
-    if skipped:
-        raise ValueError(
-            f"layers must have a {component} FFN, got {list_some(skipped)}, which skip it"
-        )
     layouts = {}
-    for layer in selected:
-        try:
+    for layer in select(config.layers, source.num_layers, ffns.__contains__, f"{component} FFN"):
+        with naming(f"{component} layer {layer}"):
             layouts[layer] = ExpertLayout(
                 intermediate_size=ffns[layer].intermediate_size,
-                num_experts=num_experts,
-                num_shared_experts=num_shared_experts,
+                num_experts=config.num_experts,
+                num_shared_experts=config.num_shared_experts,
             )
-        except ValueError as error:
-            at = f"{component} layer {layer}: " if source.left is not None else ""
-            raise ValueError(f"{at}{error}") from error
-    if type(top_k) is not int or not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k must be 1 to num_experts = {num_experts}, got {top_k!r:.120}")
     # The config has one set of counts for both components.
-    wanted = (num_experts, num_shared_experts, top_k)
+    wanted = (config.num_experts, config.num_shared_experts, config.top_k)
     for other in (layout for layers in experts.values() for layout in layers.values()):
         found = (other.num_experts, other.num_shared_experts, source.top_k)
         if found != wanted:
             raise ValueError(
-                f"num_experts, num_shared_experts and top_k must be {found[0]}, "
-                f"{found[1]} and {found[2]} as in the component that is sparse already, "
-                f"got {num_experts}, {num_shared_experts} and {top_k}"
+                f"num_experts, num_shared_experts and top_k must be {found} as in the component "
+                f"that is sparse already, got {wanted}"
             )
     return layouts
 
@@ -317,35 +290,30 @@ def _split(
 ) -> dict[str, Edit]:
     """Returns what takes the place of the three projections of one dense FFN."""
     component = config.component
-    prefix, parts = keys.ffn_prefix(component, layer), ffn_parts(layout)
-    routers = {
-        keys.router_key(component, layer, name): 1 if name == "gate_shared" else layout.num_experts
-        for name in keys.router_names(component)
-    }
+    ffn, prefix = source.ffns[component][layer], keys.ffn_prefix(component, layer)
+    shapes = ffn_shapes(layout, ffn.hidden_size, component)
     edits = {}
     for name in keys.PROJECTIONS:
-        spec = source.spec(keys.dense_key(component, layer, name))
-        dim = 1 if name == "down_proj" else 0
-        entries = []
-        for part, (start, stop) in parts.items():
-            shape = (spec.shape[0], stop - start) if dim else (stop - start, spec.shape[1])
-            entries.append((f"{prefix}{part}{name}.weight", spec.dtype, shape))
-        if name == "gate_proj":
-            hidden = spec.shape[1]
-            entries = [
-                *((key, spec.dtype, (rows, hidden)) for key, rows in routers.items()),
-                *entries,
-            ]
+        entries = tuple(
+            (prefix + rest, ffn.dtype, shape)
+            for rest, shape in shapes.items()
+            if rest.endswith(f"{name}.weight")
+            or (name == "gate_proj" and keys.ROUTER_KEY.fullmatch(rest))
+        )
 
-        def blocks(name: str = name, dim: int = dim) -> Blocks:
+        def blocks(name: str = name) -> Blocks:
             index = index_of(layer)
             if name == "gate_proj":
-                for router in _routers(source, config, layer, layout, index, inputs):
-                    yield as_bytes(router.contiguous())
-            spec = source.spec(keys.dense_key(component, layer, name))
-            yield from gather([spec], dim, [index[a:b] for a, b in parts.values()])
+                router = _first_router(source, config, layer, layout, index, inputs).to(ffn.dtype)
+                for own in keys.router_names(component):
+                    # That of the shared expert is zero; those of und blocks start the same.
+                    weight = torch.zeros_like(router[:1]) if own == "gate_shared" else router
+                    yield as_bytes(weight.contiguous())
+            spec = source.spec(f"{prefix}{name}.weight")
+            parts = [index[start:stop] for start, stop in ffn_parts(layout).values()]
+            yield from gather([spec], 1 if name == "down_proj" else 0, parts)
 
-        edits[keys.dense_key(component, layer, name)] = Edit(entries=tuple(entries), blocks=blocks)
+        edits[f"{prefix}{name}.weight"] = Edit(entries=entries, blocks=blocks)
     return edits
 
 
@@ -360,10 +328,7 @@ def _neuron_index(
     """Returns neuron_index [I] int64, position in expert order -> dense neuron."""
     hidden = None
     if config.partition is Partition.COACTIVATION and inputs is not None:
-        gate_proj, up_proj = (
-            _read(source, config.component, layer, name) for name in keys.PROJECTIONS[:2]
-        )
-        hidden = hidden_activations(inputs, gate_proj, up_proj)
+        hidden = hidden_activations(inputs, *_projections(source, config, layer, 2))
     with naming(f"{config.component} layer {layer}"):
         index = order_neurons(
             config.partition, scores, layout, seed=config.seed, layer=layer, hidden=hidden
@@ -371,43 +336,27 @@ def _neuron_index(
     return index.numpy()
 
 
-def _routers(
+def _first_router(
     source: Checkpoint,
     config: MoEConfig,
     layer: int,
     layout: ExpertLayout,
     index: np.ndarray,
     inputs: Tensor | None,
-) -> list[Tensor]:
-    """Returns the weights of each router in the order of `keys.router_names`.
-
-    Both routers of und blocks start the same; the shared expert's is zero.
-    """
-    ffn = source.ffns[config.component][layer]
-    weight = torch.zeros(config.num_experts, ffn.hidden_size)
+) -> Tensor:
+    """Returns the weight [E, D] fp32 that routers start from."""
+    shape = (config.num_experts, source.ffns[config.component][layer].hidden_size)
     if config.router_init is RouterInit.RANDOM:
-        weight = random_router(config.num_experts, ffn.hidden_size, seed=config.seed, layer=layer)
-    elif config.router_init is RouterInit.ACTIVATION and inputs is not None:
-        gate_proj, up_proj, down_proj = (
-            _read(source, config.component, layer, name) for name in keys.PROJECTIONS
-        )
-        order = torch.from_numpy(index)
-        with naming(f"{config.component} layer {layer}"):
-            weight = fit_router(
-                inputs,
-                gate_proj[order],
-                up_proj[order],
-                down_proj[:, order],
-                layout,
-                config.top_k,
-            ).weight
-    return [
-        torch.zeros(1, ffn.hidden_size, dtype=ffn.dtype)
-        if name == "gate_shared"
-        else weight.to(ffn.dtype)
-        for name in keys.router_names(config.component)
-    ]
+        return random_router(*shape, seed=config.seed, layer=layer)
+    if config.router_init is RouterInit.ZERO or inputs is None:
+        return torch.zeros(shape)
+    gate_proj, up_proj, down_proj = _projections(source, config, layer, 3)
+    order = torch.from_numpy(index)
+    weights = (gate_proj[order], up_proj[order], down_proj[:, order])
+    with naming(f"{config.component} layer {layer}"):
+        return fit_router(inputs, *weights, layout, config.top_k).weight
 
 
-def _read(source: Checkpoint, component: str, layer: int, name: str) -> Tensor:
-    return source.read(keys.dense_key(component, layer, name))
+def _projections(source: Checkpoint, config: MoEConfig, layer: int, count: int) -> list[Tensor]:
+    names = keys.PROJECTIONS[:count]
+    return [source.read(keys.dense_key(config.component, layer, name)) for name in names]

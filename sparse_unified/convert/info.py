@@ -5,26 +5,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from sparse_unified._common import Report, format_bytes, format_layers, format_table
+from sparse_unified._common import Report, format_bytes, format_layers, format_table, list_some
+from sparse_unified.bagel import AutoEncoder, Bagel, SpecialTokens
+from sparse_unified.bagel.config import vae_config
+from sparse_unified.bagel.loading import official_tensors, read_config, tensor_problems
+from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import list_files
-from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
 from sparse_unified.checkpoint.recipe import Recipe
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
-from sparse_unified.checkpoint.shapes import (
-    FFN,
-    FFNs,
-    LayerShape,
-    LayerShapes,
-    check_ffns,
-    find_top_k,
-    scan_ffns,
-)
+from sparse_unified.checkpoint.shapes import FFN, FFNs, LayerShape, find_top_k, scan_ffns
 from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
-from sparse_unified.convert.schema import check_model
 
 # Group of keys outside the language model -> the component it counts to.
 _GROUPS: Mapping[str, str] = {
@@ -36,6 +31,7 @@ _GROUPS: Mapping[str, str] = {
     "llm2vae": "latent",
     "latent_pos_embed": "latent",
 }
+_T = TypeVar("_T")
 _COMPONENTS = ("und", "gen", "embeddings", "vit", "latent", "vae", "unknown")
 
 
@@ -88,60 +84,46 @@ class Info(Report):
     steps: tuple[str, ...]
     problems: tuple[str, ...]
 
-    def to_text(self) -> str:
-        rows: list[tuple[object, ...]] = [
+    def title(self) -> str:
+        return f"{self.directory}\n"
+
+    def headings(self) -> Sequence[str]:
+        names = ("component", "tensors", "parameters", "active")
+        return (*names, "layers", "sparse", "experts", "pruned")
+
+    def table(self) -> Sequence[Sequence[object]]:
+        rows = [
             (
-                "component",
-                "tensors",
-                "parameters",
-                "active",
-                "layers",
-                "sparse",
-                "experts",
-                "pruned",
+                part.name,
+                part.tensors,
+                f"{part.parameters:,}",
+                "?" if part.active is None else f"{part.active:,}",
+                format_layers(part.layers) if part.layers else "",
+                format_layers(part.sparse_layers) if part.layers else "",
+                "; ".join(part.experts),
+                "; ".join(part.pruned),
             )
+            for part in self.components
         ]
-        for part in self.components:
-            rows.append(
-                (
-                    part.name,
-                    part.tensors,
-                    f"{part.parameters:,}",
-                    _count(part.active),
-                    format_layers(part.layers) if part.layers else "",
-                    format_layers(part.sparse_layers) if part.layers else "",
-                    "; ".join(part.experts),
-                    "; ".join(part.pruned),
-                )
-            )
-        rows.append(
-            (
-                "all",
-                sum(part.tensors for part in self.components),
-                f"{self.parameters:,}",
-                _count(self.active),
-                "",
-                "",
-                f"top_k {self.top_k}" if self.top_k is not None else "",
-                "",
-            )
-        )
-        others = {name: size for name, size in self.files.items() if name not in self.weight_files}
+        tensors = sum(part.tensors for part in self.components)
+        active = "?" if self.active is None else f"{self.active:,}"
+        top_k = "" if self.top_k is None else f"top_k {self.top_k}"
+        return [*rows, ("all", tensors, f"{self.parameters:,}", active, "", "", top_k, "")]
+
+    def notes(self) -> Sequence[str]:
+        weights = [f"{name} ({format_bytes(self.files[name])})" for name in self.weight_files]
+        others = [size for name, size in self.files.items() if name not in self.weight_files]
         facts = [
-            (
-                "weights",
-                ", ".join(f"{n} ({format_bytes(self.files[n])})" for n in self.weight_files),
-            ),
+            ("weights", ", ".join(weights)),
             ("dtypes", ", ".join(f"{name} {count:,}" for name, count in self.dtypes.items())),
-            ("other files", f"{len(others)} ({format_bytes(sum(others.values()))})"),
+            ("other files", f"{len(others)} ({format_bytes(sum(others))})"),
         ]
         if self.sidecar is not None:
             arguments = ", ".join(f"{k} {v}" for k, v in self.sidecar["arguments"].items())
             facts.append(("converted by", f"{self.sidecar['tool']}: {arguments}"))
         facts += [(f"step {i}", step) for i, step in enumerate(self.steps)]
-        lines = [self.directory, "", format_table(rows, header=True), "", format_table(facts), ""]
-        lines += [f"disagrees: {problem}" for problem in self.problems]
-        return "\n".join(lines if self.problems else [*lines, "nothing disagrees"])
+        problems = [f"disagrees: {problem}" for problem in self.problems] or ["nothing disagrees"]
+        return [*format_table(facts).splitlines(), "", *problems]
 
 
 def info(directory: str | os.PathLike[str]) -> Info:
@@ -150,35 +132,45 @@ def info(directory: str | os.PathLike[str]) -> Info:
     Raises:
         ValueError: there is no readable weight file. Whatever disagrees inside a readable one is
             listed in `problems` instead.
+
+    Example:
+        >>> print(info("BAGEL-MoE"))  # doctest: +SKIP
     """
     source = Checkpoint(directory)
     ffns, problems = scan_ffns(source.specs)
-    config: dict[str, Any] = {}
-    recipe: Recipe | None = None
-    left: LayerShapes | None = None
-    try:
-        config = source.llm_config
-        recipe = source.recipe
-        left = source.left
-        problems += check_ffns(ffns, config, left)
-        problems += source.check_recipe() if not problems else []
-    except ValueError as error:
-        problems.append(str(error))
-    problems = list(dict.fromkeys(check_model(source) + problems))
+    problems = list(problems)
 
+    def tried(read: Callable[[], _T], otherwise: _T) -> _T:
+        """Reads one thing; what of the directory cannot be read is a problem."""
+        try:
+            return read()
+        except ValueError as error:
+            problems.append(str(error))
+            return otherwise
+
+    problems += tried(source.problems, [])
+    problems += tried(lambda: _model_problems(source), [])
+    recipe = tried(lambda: source.recipe, None) or Recipe()
+    left = tried(lambda: source.left, None) or {}
+    sidecar = tried(lambda: _describe_sidecar(source), None)
+    if sidecar is not None:
+        problems += tried(lambda: _sidecar_problems(source, ffns), [])
     layouts = [ffn.layout for layers in ffns.values() for ffn in layers.values()]
     counts = {layout.num_experts for layout in layouts if layout is not None}
     num_experts = counts.pop() if len(counts) == 1 else None
-    top_k = find_top_k(num_experts, config)[0] if num_experts is not None else None
+    top_k = None
+    if num_experts is not None:
+        top_k = tried(lambda: find_top_k(source.llm_config, num_experts), None)
 
-    parts: dict[str, dict[str, TensorSpec]] = {name: {} for name in _COMPONENTS}
+    specs: dict[str, dict[str, TensorSpec]] = {name: {} for name in _COMPONENTS}
     for key, spec in source.specs.items():
-        parts[_component_of(key)][key] = spec
-    parts["vae"] = _vae_specs(source)
+        specs[_component_of(key)][key] = spec
+    if source.vae_file.exists():
+        specs["vae"] = tried(lambda: read_header(source.vae_file).tensors, {})
     components = tuple(
-        _describe(name, specs, ffns.get(name, {}), top_k, (left or {}).get(name))
-        for name, specs in parts.items()
-        if specs
+        _describe(name, own, ffns.get(name, {}), top_k, left.get(name, {}))
+        for name, own in specs.items()
+        if own
     )
     dtypes: dict[str, int] = {}
     for spec in source.specs.values():
@@ -195,11 +187,32 @@ def info(directory: str | os.PathLike[str]) -> Info:
         dtypes=dtypes,
         weight_files=tuple(source.headers),
         files={n: s.st_size for n, s in list_files(source.directory, what="info").items()},
-        sidecar=_describe_sidecar(source, ffns, left or {}, problems),
-        recipe=tuple(step.to_dict() for step in recipe.steps) if recipe is not None else (),
-        steps=tuple(step.to_text() for step in recipe.steps) if recipe is not None else (),
-        problems=tuple(problems),
+        sidecar=sidecar,
+        recipe=tuple(step.to_dict() for step in recipe.steps),
+        steps=tuple(step.to_text() for step in recipe.steps),
+        problems=tuple(dict.fromkeys(problems)),
     )
+
+
+def _model_problems(source: Checkpoint) -> list[str]:
+    """Returns what the loader would refuse; the model on the meta device is the schema.
+
+    A file that holds FFNs alone, or has no autoencoder beside it, is a part of a model.
+    """
+    if not source.vae_file.exists() or all(map(keys.find_ffn_key, source.specs)):
+        return []
+    specs = read_header(source.vae_file).tensors
+    vae = vae_config({key: spec.shape for key, spec in specs.items()}, where=VAE_FILE)
+    problems = {VAE_FILE: tensor_problems(official_tensors(AutoEncoder(vae, device="meta")), specs)}
+    if not source.problems():
+        ids = SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0)
+        model = Bagel(read_config(source, vae, special_tokens=ids), device="meta")
+        problems["keys"] = tensor_problems(official_tensors(model), source.specs)
+    return [
+        f"{where}: tensors must be those of the model, got {list_some(found)}"
+        for where, found in problems.items()
+        if found
+    ]
 
 
 def _component_of(key: str) -> str:
@@ -210,26 +223,19 @@ def _component_of(key: str) -> str:
     return "und" if key.startswith("language_model.model.") and "embed" not in key else "embeddings"
 
 
-def _vae_specs(source: Checkpoint) -> dict[str, TensorSpec]:
-    try:
-        return read_header(source.vae_file).tensors if source.vae_file.exists() else {}
-    except ValueError:
-        return {}  # `check_surroundings` tells why
-
-
 def _describe(
     name: str,
     specs: Mapping[str, TensorSpec],
     ffns: Mapping[int, FFN],
     top_k: int | None,
-    left: Mapping[int, LayerShape] | None,
+    left: Mapping[int, LayerShape],
 ) -> ComponentInfo:
     parameters = sum(math.prod(spec.shape) for spec in specs.values())
     sparse = {layer: ffn.layout for layer, ffn in ffns.items() if ffn.layout is not None}
-    idle = 0
-    for layer, layout in sparse.items():
-        unused = layout.num_experts - (top_k or 0)
-        idle += 3 * ffns[layer].hidden_size * layout.expert_width * unused
+    idle = sum(
+        3 * ffns[layer].hidden_size * layout.expert_width * (layout.num_experts - (top_k or 0))
+        for layer, layout in sparse.items()
+    )
     kinds = {(own.num_experts, own.expert_width, own.shared_width) for own in sparse.values()}
     return ComponentInfo(
         name=name,
@@ -242,14 +248,12 @@ def _describe(
             f"{num_experts} x {width}" + (f" + {shared} shared" if shared else "")
             for num_experts, width, shared in sorted(kinds)
         ),
-        pruned=_describe_pruned(left or {}),
+        pruned=_describe_pruned(left),
     )
 
 
 def _describe_pruned(shapes: Mapping[int, LayerShape]) -> tuple[str, ...]:
-    if not shapes:
-        return ()
-    heads = max(len(own.kv_heads) for own in shapes.values())
+    heads = max((len(own.kv_heads) for own in shapes.values()), default=0)
     lost = {
         "no FFN": [n for n, own in shapes.items() if not own.width],
         "no attention": [n for n, own in shapes.items() if not own.has_attention],
@@ -260,42 +264,31 @@ def _describe_pruned(shapes: Mapping[int, LayerShape]) -> tuple[str, ...]:
     for layer, own in shapes.items():
         if own.width:
             widths.setdefault(own.width, []).append(layer)
-    spread = sorted(widths)
-    if len(spread) > 3:
-        texts.append(f"{spread[0]} to {spread[-1]} neurons")
-    else:
-        texts += [f"{width} neurons in {format_layers(widths[width])}" for width in spread]
-    return tuple(texts)
+    if len(widths) > 3:
+        return (*texts, f"{min(widths)} to {max(widths)} neurons")
+    return (*texts, *(f"{n} neurons in {format_layers(widths[n])}" for n in sorted(widths)))
 
 
-def _describe_sidecar(
-    source: Checkpoint, ffns: FFNs, left: LayerShapes, problems: list[str]
-) -> dict[str, Any] | None:
+def _describe_sidecar(source: Checkpoint) -> dict[str, Any] | None:
     path = source.directory / SIDECAR
     if not path.exists():
         return None
-    try:
-        sidecar = read_sidecar(path)
-    except ValueError as error:
-        problems.append(str(error))
-        return None
-    found = ffns.get(sidecar.component, {})
-    narrowed = source.recipe.narrowed_experts(sidecar.component) if source.recipe else set()
+    sidecar = read_sidecar(path)
+    return {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")}
+
+
+def _sidecar_problems(source: Checkpoint, ffns: FFNs) -> list[str]:
+    sidecar = read_sidecar(source.directory / SIDECAR)
+    component, problems = sidecar.component, []
+    left = (source.left or {}).get(component, {})
+    narrowed = source.recipe.narrowed_experts(component) if source.recipe else set()
     for layer, index in sidecar.neuron_index.items():
-        ffn = found.get(layer)
-        if layer in narrowed or (left and not left[sidecar.component][layer].width):
+        if layer in narrowed or (layer in left and not left[layer].width):
             continue  # narrower or skipped since
+        ffn = ffns.get(component, {}).get(layer)
         if ffn is None or ffn.layout is None or ffn.intermediate_size != len(index):
             problems.append(
-                f"{SIDECAR}: {sidecar.component} layer {layer} must be sparse with {len(index)} "
-                "neurons in the keys, got something else"
+                f"{SIDECAR}: {component} layer {layer} must be sparse with {len(index)} neurons in "
+                "the keys, got something else"
             )
-    return {
-        "tool": sidecar.tool,
-        "component": sidecar.component,
-        "arguments": dict(sidecar.arguments),
-    }
-
-
-def _count(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"
+    return problems

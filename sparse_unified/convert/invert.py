@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,9 @@ import numpy as np
 from sparse_unified._common import (
     Progress,
     Report,
+    context,
     format_bytes,
     format_layers,
-    format_table,
-    list_some,
 )
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import refuse_overlap
@@ -27,8 +27,8 @@ from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.rewrite import Edit, gather, rewrite
-from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec
-from sparse_unified.checkpoint.shapes import ffn_parts
+from sparse_unified.checkpoint.safetensors_io import Header
+from sparse_unified.checkpoint.shapes import ffn_parts, ffn_shapes
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
     SIDECAR,
@@ -36,7 +36,6 @@ from sparse_unified.checkpoint.sidecar import (
     parse_dense_headers,
     read_sidecar,
 )
-from sparse_unified.experts import ExpertLayout
 
 WHAT = "invert"
 
@@ -52,8 +51,8 @@ class InvertReport(Report):
     bytes_written: int
     seconds: float
 
-    def to_text(self) -> str:
-        rows = [
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
             ("written", self.out),
             ("component", self.component),
             ("layers made dense", format_layers(self.layers)),
@@ -61,9 +60,9 @@ class InvertReport(Report):
             ("size", format_bytes(self.bytes_written)),
             ("time", f"{self.seconds:.1f} s"),
         ]
-        return format_table(rows)
 
 
+@context(WHAT)
 def invert(
     sparse: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -102,23 +101,15 @@ def invert(
             f"{last.component}: what was pruned is gone"
         )
     headers = parse_dense_headers(source.directory / SIDECAR, sidecar)
-    experts = source.experts.get(sidecar.component, {})
-    layers = tuple(sidecar.neuron_index)
-    if tuple(experts) != layers:
-        raise ValueError(
-            f"{source.directory}: sparse {sidecar.component} layers must be "
-            f"{format_layers(layers)} as {SIDECAR} says, got {format_layers(tuple(experts))}"
-        )
     _check_tensors(source, sidecar, headers)
-
     edits = {}
     for layer, index in sidecar.neuron_index.items():
         position = np.empty_like(index)
         position[index] = np.arange(len(index))  # dense neuron -> place in expert order
-        layout = experts[layer]
         for name in keys.PROJECTIONS:
-            key = keys.dense_key(sidecar.component, layer, name)
-            edits[key] = _join(source, sidecar.component, layer, layout, name, position)
+            edits[keys.dense_key(sidecar.component, layer, name)] = _join(
+                source, sidecar.component, layer, name, position
+            )
     bytes_written = rewrite(
         source,
         out,
@@ -133,88 +124,56 @@ def invert(
     return InvertReport(
         out=str(out),
         component=sidecar.component,
-        layers=layers,
+        layers=tuple(sidecar.neuron_index),
         converted_by=sidecar.tool,
         bytes_written=bytes_written,
         seconds=time.perf_counter() - start,
     )
 
 
-def _join(
-    source: Checkpoint,
-    component: str,
-    layer: int,
-    layout: ExpertLayout,
-    name: str,
-    position: np.ndarray,
-) -> Edit:
+def _join(source: Checkpoint, component: str, layer: int, name: str, position: np.ndarray) -> Edit:
     """Returns one dense projection, put together from its experts."""
-    prefix = keys.ffn_prefix(component, layer)
-    specs = [source.spec(f"{prefix}{part}{name}.weight") for part in ffn_parts(layout)]
+    prefix, ffn = keys.ffn_prefix(component, layer), source.ffns[component][layer]
+    specs = [source.spec(f"{prefix}{part}{name}.weight") for part in ffn_parts(ffn.ffn)]
+    key = f"{name}.weight"
+    shape = ffn_shapes(len(position), ffn.hidden_size, component)[key]
     dim = 1 if name == "down_proj" else 0
-    shape = list(specs[0].shape)
-    shape[dim] = len(position)
-    entry = (keys.dense_key(component, layer, name), specs[0].dtype, tuple(shape))
-    return Edit(entries=(entry,), blocks=lambda: gather(specs, dim, [position]))
+    return Edit(
+        entries=((prefix + key, ffn.dtype, shape),), blocks=lambda: gather(specs, dim, [position])
+    )
 
 
-def _split_part(sidecar: Sidecar, key: str) -> tuple[int, str] | None:
-    """Returns (layer, projection) when dense tensor `key` is spread over experts, else None."""
-    found = keys.find_ffn_key(key)
-    if found is None or found[0] != sidecar.component or found[1] not in sidecar.neuron_index:
-        return None
-    return found[1], found[2].removesuffix(".weight")
-
-
-def _check_tensors(source: Checkpoint, sidecar: Sidecar, headers: dict[str, Header]) -> None:
-    """Every dense tensor must follow from the sparse file, and no sparse tensor be left over."""
-    specs = source.specs
-    kept: set[str] = set()
-    split: set[tuple[int, str]] = set()
-    for header in headers.values():
-        for key, wanted in header.tensors.items():
-            part = _split_part(sidecar, key)
-            if part is None:
-                got = specs.get(key)
-                kept.add(key)
-            else:
-                got = _dense_spec(source, sidecar, *part)
-                split.add(part)
-            if got is None or (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
-                have = f"{got.dtype} {list(got.shape)}" if got is not None else "nothing"
-                raise ValueError(
-                    f"{source.directory}: {key} must be {wanted.dtype} {list(wanted.shape)} as "
-                    f"{SIDECAR} says, got {have}"
-                )
-    for layer, index in sidecar.neuron_index.items():
-        width = source.ffns[sidecar.component][layer].intermediate_size
-        lost = [name for name in keys.PROJECTIONS if (layer, name) not in split]
-        if len(index) != width or lost:
-            raise ValueError(
-                f"{source.directory}: {SIDECAR} must describe three projections and {width} "
-                f"neurons of layer {layer}, got {3 - len(lost)} and {len(index)}"
-            )
-    extra = [
-        key
-        for key in specs
-        if key not in kept
-        and ((ffn := keys.find_ffn_key(key)) is None or ffn[0] != sidecar.component)
-    ]
-    if extra:
+def _check_tensors(source: Checkpoint, sidecar: Sidecar, headers: Mapping[str, Header]) -> None:
+    """Raises ValueError unless the dense tensors are those that follow from the sparse file."""
+    component, experts = sidecar.component, source.experts.get(sidecar.component, {})
+    widths = {layer: layout.intermediate_size for layer, layout in experts.items()}
+    if widths != {layer: len(index) for layer, index in sidecar.neuron_index.items()}:
         raise ValueError(
-            f"{source.directory}: keys must be those {SIDECAR} describes, "
-            f"got {list_some(extra)} too"
+            f"{source.directory}: sparse {component} layers must be "
+            f"{format_layers(tuple(sidecar.neuron_index))} as {SIDECAR} says, and as wide, got "
+            f"{format_layers(tuple(experts))}"
         )
-
-
-def _dense_spec(
-    source: Checkpoint, sidecar: Sidecar, layer: int, projection: str
-) -> TensorSpec | None:
-    if projection not in keys.PROJECTIONS:
-        return None
-    ffn = source.ffns[sidecar.component][layer]
-    shape = (ffn.intermediate_size, ffn.hidden_size)
-    if projection == "down_proj":
-        shape = shape[::-1]
-    first = source.spec(keys.router_key(sidecar.component, layer, "gate"))
-    return TensorSpec(dtype=ffn.dtype, shape=shape, file=first.file, start=0, nbytes=0)
+    split = tuple(keys.ffn_prefix(component, layer) for layer in experts)
+    found = {
+        key: (spec.dtype, spec.shape)
+        for key, spec in source.specs.items()
+        if not key.startswith(split)
+    }
+    for layer, width in widths.items():
+        ffn, prefix = source.ffns[component][layer], keys.ffn_prefix(component, layer)
+        shapes = ffn_shapes(width, ffn.hidden_size, component)
+        found |= {prefix + rest: (ffn.dtype, shape) for rest, shape in shapes.items()}
+    wanted = {
+        key: (spec.dtype, spec.shape)
+        for header in headers.values()
+        for key, spec in header.tensors.items()
+    }
+    wrong = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if wrong:
+        got, rule = (
+            f"{own[wrong[0]][0]} {list(own[wrong[0]][1])}" if wrong[0] in own else "nothing"
+            for own in (found, wanted)
+        )
+        raise ValueError(
+            f"{source.directory}: {wrong[0]} must be {rule} as {SIDECAR} says, got {got}"
+        )

@@ -2,7 +2,7 @@
 """How much memory a model directory takes on a device, in each way of loading it, computed.
 
 Weights are those of the headers, byte for byte. What a step and the decoding of an image need
-besides is estimated from the shapes of their largest tensors, see `working_bytes`; no part of the
+besides is estimated from the shapes of their largest tensors, see `_working_bytes`; no part of the
 table was measured.
 """
 
@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from sparse_unified._common import Report, format_bytes, format_table
+from sparse_unified._common import Report, check_int, context, format_bytes
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
 
 BUDGETS = (12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes, of cards one can buy
 _TEXT_TO_IMAGE_LACKS = ("vit_model.", "connector.", "vit_pos_embed.", "language_model.lm_head.")
-_ROUTERS = ("gate.", "gate_shared.", "gate_img.")
 _PACKED_SCALE_BYTES = 5  # of a row stored as int8: a scale and a zero point
 
 
@@ -30,8 +30,9 @@ class MemoryRow:
 
     Attributes:
         options: of `from_pretrained`.
-        weights: bytes on the device, the autoencoder included. working: bytes beside them at the
-            peak. host: bytes that stay in host memory.
+        weights: bytes on the device, the autoencoder included.
+        working: bytes beside them at the peak.
+        host: bytes that stay in host memory.
         fits: budgets, in GB, that hold weights and working memory.
     """
 
@@ -52,21 +53,26 @@ class MemoryReport(Report):
     budgets: tuple[int, ...]
     rows: tuple[MemoryRow, ...]
 
-    def to_text(self) -> str:
-        headings = ("from_pretrained(...)", "weights", "working", "peak", "host")
-        budgets = [f"{budget} GB" for budget in self.budgets]
-        table: list[Sequence[object]] = [(*headings, *budgets)]
-        for row in self.rows:
-            peak = row.weights + row.working
-            sizes = [format_bytes(n) for n in (row.weights, row.working, peak, row.host)]
-            marks = ["fits" if budget in row.fits else "-" for budget in self.budgets]
-            table.append((row.options, *sizes, *marks))
+    def title(self) -> str:
         what = f"{self.images} image{'s' * (self.images > 1)} of {self.size[0]} x {self.size[1]}"
-        return f"memory for {what} with text guidance, computed, not measured\n" + format_table(
-            table, header=True
-        )
+        return f"memory for {what} with text guidance, computed, not measured"
+
+    def headings(self) -> Sequence[str]:
+        names = ("from_pretrained(...)", "weights", "working", "peak", "host")
+        return (*names, *(f"{budget} GB" for budget in self.budgets))
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
+            (
+                row.options,
+                *map(format_bytes, (row.weights, row.working, row.weights + row.working, row.host)),
+                *("fits" if budget in row.fits else "-" for budget in self.budgets),
+            )
+            for row in self.rows
+        ]
 
 
+@context("memory")
 def memory(
     directory: str | os.PathLike[str],
     *,
@@ -77,74 +83,66 @@ def memory(
     """Computes what a model directory takes on a device in each way of loading it.
 
     Args:
-        size: height and width of the images, in pixels. images: drawn together.
+        directory: a model directory.
+        size: height and width of the images, in pixels.
+        images: drawn together.
         budgets: memories of devices, in GB of 10^9 bytes.
 
     Raises:
         ValueError: the directory is no readable model, or an argument is below 1.
     """
     for name, value in (("size", min(size)), ("images", images), ("budgets", min(budgets))):
-        if value < 1:
-            raise ValueError(f"memory: {name} must be at least 1, got {value}")
+        check_int(name, value, 1)
     source = Checkpoint(directory)
     vae = read_header(source.vae_file).tensors if source.vae_file.exists() else {}
     rows = []
-    for task in ("all", "image"):
-        for offload in ("none", "und"):
-            for storage in (None, "int8"):
-                rows.append(_row(source, vae, task, offload, storage, size=size, images=images))
+    for task, offload, storage in product(("all", "image"), ("none", "und"), (None, "int8")):
+        weights, host = _weight_bytes(source, task, offload, storage)
+        weights += sum(spec.nbytes for spec in vae.values())
+        is_whole_ffn = storage is not None or offload == "und"
+        working = _working_bytes(source, vae, is_whole_ffn, size, images)
+        options = [f"task={task!r}"] if task != "all" else []
+        options += [f"offload={offload!r}"] if offload != "none" else []
+        options += [f"storage={storage!r}"] if storage is not None else []
+        row = MemoryRow(
+            options=", ".join(options) or "as it is",
+            weights=weights,
+            working=working,
+            host=host,
+            fits=tuple(budget for budget in budgets if weights + working <= budget * 10**9),
+        )
+        rows.append(row)
     return MemoryReport(
-        directory=str(directory),
-        size=size,
-        images=images,
-        budgets=tuple(budgets),
-        rows=tuple(_with_fits(row, budgets) for row in rows),
+        directory=str(directory), size=size, images=images, budgets=tuple(budgets), rows=tuple(rows)
     )
 
 
-def _row(
-    source: Checkpoint,
-    vae: dict[str, TensorSpec],
-    task: str,
-    offload: str,
-    storage: str | None,
-    *,
-    size: tuple[int, int],
-    images: int,
-) -> MemoryRow:
-    weights = sum(spec.nbytes for spec in vae.values())
-    host = 0
-    last = source.num_layers - 1
-    lacks = (*_TEXT_TO_IMAGE_LACKS, *keys.module_prefixes(last, keys.ffn_modules("und")))
+def _weight_bytes(
+    source: Checkpoint, task: str, offload: str, storage: str | None
+) -> tuple[int, int]:
+    """Returns the bytes of the weights on the device and in host memory."""
+    lacks: tuple[str, ...] = ()
+    if task == "image":
+        last = keys.module_prefixes(source.num_layers - 1, keys.ffn_modules("und"))
+        lacks = (*_TEXT_TO_IMAGE_LACKS, *last)
+    on_device = on_host = 0
     for key, spec in source.specs.items():
-        if task == "image" and key.startswith(lacks):
+        ffn, nbytes = keys.find_ffn_key(key), spec.nbytes
+        if lacks and key.startswith(lacks):
             continue
-        ffn = keys.find_ffn_key(key)
-        nbytes = spec.nbytes
-        if ffn is not None and storage is not None and not ffn[2].startswith(_ROUTERS):
+        if ffn is not None and storage is not None and not keys.ROUTER_KEY.fullmatch(ffn[2]):
             nbytes = math.prod(spec.shape) + spec.shape[0] * _PACKED_SCALE_BYTES
-        if ffn is not None and offload == "und" and ffn[0] == "und":
-            host += nbytes
+        if ffn is not None and ffn[0] == offload:
+            on_host += nbytes
         else:
-            weights += nbytes
-    given = {"task": task, "offload": offload, "storage": storage}
-    defaults = {"task": "all", "offload": "none", "storage": None}
-    options = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]]
-    return MemoryRow(
-        options=", ".join(options) or "as it is",
-        weights=weights,
-        working=working_bytes(source, vae, storage, offload, size=size, images=images),
-        host=host,
-        fits=(),
-    )
+            on_device += nbytes
+    return on_device, on_host
 
 
-def working_bytes(
+def _working_bytes(
     source: Checkpoint,
-    vae: dict[str, TensorSpec],
-    storage: str | None,
-    offload: str,
-    *,
+    vae: Mapping[str, TensorSpec],
+    is_whole_ffn: bool,
     size: tuple[int, int],
     images: int,
 ) -> int:
@@ -153,35 +151,21 @@ def working_bytes(
     With T tokens (two branches of all images), hidden D, FFN width I, top_k K of E experts and b
     bytes a number, a step holds 12 T D b for streams, norms and attention, and in an FFN the larger
     of 3 T I b (dense) and T K (D + I / E) b (sparse). An FFN that is unpacked or visits the device
-    adds its 3 I D b. Decoding holds three maps of the widest layer at full resolution.
+    (`is_whole_ffn`) adds its 3 I D b. Decoding holds three maps of the widest layer at full
+    resolution.
     """
     hidden = int(source.llm_config["hidden_size"])
     width = int(source.llm_config["intermediate_size"])
-    embedding = source.specs["language_model.model.embed_tokens.weight"]
-    number = embedding.dtype.itemsize
+    number = source.spec("language_model.model.embed_tokens.weight").dtype.itemsize
     tokens = 2 * images * ((size[0] // 16) * (size[1] // 16) + 2)
     ffn = 3 * tokens * width
     for layout in (own for layers in source.experts.values() for own in layers.values()):
         rows = tokens * (source.top_k or 0)
         ffn = max(ffn, rows * hidden + rows * width // layout.num_experts)
-    step = 12 * tokens * hidden + ffn
-    if storage is not None or offload == "und":
-        step += 3 * width * hidden
+    step = 12 * tokens * hidden + ffn + 3 * width * hidden * is_whole_ffn
     maps = [
-        (max(spec.shape[:2]), spec.dtype.itemsize)
+        3 * max(spec.shape[:2]) * size[0] * size[1] * spec.dtype.itemsize
         for key, spec in vae.items()
         if key.startswith("decoder.up.0.") and len(spec.shape) == 4
     ]
-    decode = max((3 * c * size[0] * size[1] * b for c, b in maps), default=0)
-    return max(step * number, decode)
-
-
-def _with_fits(row: MemoryRow, budgets: Sequence[int]) -> MemoryRow:
-    peak = row.weights + row.working
-    return MemoryRow(
-        options=row.options,
-        weights=row.weights,
-        working=row.working,
-        host=row.host,
-        fits=tuple(budget for budget in budgets if peak <= budget * 10**9),
-    )
+    return max(step * number, *maps, 0)

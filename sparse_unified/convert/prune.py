@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, context, format_bytes, format_table
+from sparse_unified._common import Progress, Report, context, format_bytes
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
 from sparse_unified.checkpoint.files import list_files, refuse_overlap
@@ -34,7 +34,6 @@ from sparse_unified.checkpoint.scores import Scores
 from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.convert.ranking import ranking
-from sparse_unified.convert.schema import require_model
 from sparse_unified.surgery.cuts import (
     GONE,
     Cuts,
@@ -71,15 +70,17 @@ class PrunedCheckpoint(Report):
     seconds: float
     summary: tuple[str, ...]
 
-    def to_text(self) -> str:
+    def table(self) -> Sequence[Sequence[object]]:
         size = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_written)}"
-        rows = [("written", self.out), *(("step", line) for line in self.summary)]
-        rows += [("size", size), ("time", f"{self.seconds:.1f} s")]
+        steps = [("step", line) for line in self.summary]
+        return [("written", self.out), *steps, ("size", size), ("time", f"{self.seconds:.1f} s")]
+
+    def notes(self) -> Sequence[str]:
         tables = [
-            f"{component}\n{format_counts(self.before[component], self.after[component])}"
-            for component in self.before
+            f"{component}\n{format_counts(before, self.after[component])}"
+            for component, before in self.before.items()
         ]
-        return "\n\n".join([format_table(rows), *tables])
+        return "\n\n".join(tables).splitlines()
 
 
 @context(WHAT)
@@ -126,8 +127,6 @@ def prune(
     listed = list(modes) if isinstance(modes, Sequence) else [modes]
     if not listed:
         raise ValueError("modes must name at least one, got none")
-    experts = source.experts  # refuses whatever disagrees
-    require_model(source)
     cuts, after, steps = _plan(source, listed, scores, seed)
     sizes = {key: spec.shape for key, spec in source.specs.items()}
     left = sizes_left(sizes, cuts)
@@ -138,7 +137,7 @@ def prune(
     def finish(partial: Path) -> None:
         # A last look through the reader's eyes, before the directory gets its name.
         written = Checkpoint(partial)
-        if written.shapes != after or (not experts and written.experts):
+        if written.shapes != after or (not source.experts and written.experts):
             raise RuntimeError(f"{partial} must read as it was planned, got something else")
 
     nbytes = rewrite(source, out, edits, texts, what=WHAT, finish=finish, progress=progress)
@@ -177,23 +176,29 @@ def _plan(
     for config in modes:
         if not isinstance(config, PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig):
             raise TypeError(
-                f"modes must be PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, "
+                "modes must be PruneWidthConfig, PruneHeadsConfig or SkipLayersConfig, "
                 f"got {type(config).__name__}"
             )
-        components = _components(config)
-        _require_parts(source, config, components)
-        if not isinstance(config, SkipLayersConfig):
-            # Scores are those of the file, so that each part of it is ranked once.
-            names = {f"{config.mode} of {component}" for component in components}
-            if again := sorted(names & ranked):
-                raise ValueError(
-                    f"modes must name the {again[0]} once; prune the result again, got it twice"
-                )
-            ranked |= names
-        layers = _select(shapes, config, components)
+        is_heads = isinstance(config, PruneHeadsConfig)
+        layers = _select(source, shapes, config)
         own = {component: {n: by[n] for n in layers} for component, by in shapes.items()}
-        scores_of, origin = _rank(source, config, components, layers, scores, seed)
-        more = plan(config, own, sizes, scores_of)
+        values: dict[tuple[str, int], Tensor] = {}
+        origin = None
+        for component in () if isinstance(config, SkipLayersConfig) else config.components:
+            # Scores are those of the file, so that each part of it is ranked once.
+            name = f"{config.mode} of {component}"
+            if name in ranked:
+                raise ValueError(
+                    f"modes must name the {name} once; prune the result again, got it twice"
+                )
+            ranked.add(name)
+            if is_heads:
+                _check_heads(source, component, layers)
+            scores_of, origin = ranking(
+                source, component, layers, heads=is_heads, scores=scores, seed=seed
+            )
+            values |= {(component, layer): scores_of(layer) for layer in layers}
+        more = plan(config, own, sizes, lambda *at, values=values: values[at])
         left = shapes_left(own, sizes, more)
         for component, by_layer in left.items():
             shapes[component] |= by_layer
@@ -202,80 +207,50 @@ def _plan(
         if isinstance(config, PruneWidthConfig):
             widths = {n: shape.width for n, shape in left[config.component].items()}
             step = replace(step, widths=widths)
-        elif isinstance(config, PruneHeadsConfig):
+        elif is_heads:
             step = replace(step, heads={n: _heads(left, n) for n in layers})
         steps.append(step)
     return cuts, shapes, steps
 
 
-def _components(config: PruneConfig) -> tuple[str, ...]:
-    return config.components if isinstance(config, PruneHeadsConfig) else (config.component,)
+def _select(source: Checkpoint, shapes: Shapes, config: PruneConfig) -> tuple[int, ...]:
+    """Returns the layers of a mode; "all" and "middle" pass over those that lack what is cut."""
 
-
-def _parts(config: PruneConfig) -> tuple[str, ...]:
-    """Returns what of a layer loses something."""
-    if isinstance(config, SkipLayersConfig):
-        return tuple(part.value for part in config.parts)
-    return ("attention",) if isinstance(config, PruneHeadsConfig) else ("ffn",)
-
-
-def _require_parts(source: Checkpoint, config: PruneConfig, components: Sequence[str]) -> None:
-    """Raises ValueError where a file holds nothing at all of what is to be pruned."""
-    part = _parts(config)[0]
-    for component in components:
+    def has(component: str, layer: int, part: str) -> bool:
         if part == "ffn":
-            found = bool(source.ffns.get(component))
-            example = keys.dense_key(component, 0, "gate_proj")
-        else:
-            last = keys.attention_modules(component)[1]
-            found = any(key.endswith(f"{last}.weight") for key in source.specs)
-            example = f"{keys.layer_prefix(0)}{last}.weight"
-        if not found:
-            raise ValueError(
-                f"{source.directory}: keys must hold {component} "
-                f"{'FFNs' if part == 'ffn' else 'attention'} "
-                f"({example} and so on), got none"
-            )
+            return bool(shapes[component][layer].width)
+        query = f"{keys.layer_prefix(layer)}{keys.attention_modules(component)[1]}.weight"
+        return shapes[component][layer].has_attention and query in source.specs
+
+    parts: tuple[str, ...] = ("ffn",)
+    name, enough = "FFN", all
+    if isinstance(config, PruneHeadsConfig):
+        parts, name = ("attention",), "attention"
+    elif isinstance(config, SkipLayersConfig):
+        parts, name = config.parts, f"{config.part.value} left"
+        enough = any
+    return select(
+        config.layers,
+        source.num_layers,
+        lambda layer: enough(has(c, layer, part) for c in config.components for part in parts),
+        f"{' and '.join(config.components)} {name}",
+    )
 
 
-def _select(shapes: Shapes, config: PruneConfig, components: Sequence[str]) -> tuple[int, ...]:
-    parts = _parts(config)
-
-    def has(layer: int) -> bool:
-        left = [
-            bool(own.width) if part == "ffn" else own.has_attention
-            for own in (shapes[component][layer] for component in components)
-            for part in parts
-        ]
-        return any(left) if isinstance(config, SkipLayersConfig) else all(left)
-
-    name = "FFN" if parts == ("ffn",) else parts[0]
-    if isinstance(config, SkipLayersConfig):
-        name = f"{config.part.value} left"
-    what = f"{' and '.join(components)} {name}"
-    return select(config.layers, len(shapes["gen"]), has, what)
-
-
-def _rank(
-    source: Checkpoint,
-    config: PruneConfig,
-    components: Sequence[str],
-    layers: Sequence[int],
-    scores: Scores | None,
-    seed: int | None,
-) -> tuple[Callable[[str, int], Tensor] | None, str | None]:
-    """Returns (component, layer) -> scores of what is ranked, and what the recipe calls them."""
-    if isinstance(config, SkipLayersConfig):
-        return None, None
-    ranked: dict[str, dict[int, Tensor]] = {}
-    origin = None
-    heads = isinstance(config, PruneHeadsConfig)
-    for component in components:
-        scores_of, origin = ranking(
-            source, component, layers, heads=heads, scores=scores, seed=seed
+def _check_heads(source: Checkpoint, component: str, layers: Sequence[int]) -> None:
+    """Raises ValueError unless projections have the heads that config and recipe count."""
+    for layer in layers:
+        shape = source.shapes[component][layer]
+        query, key, _, _, norm = (
+            source.spec(f"{keys.layer_prefix(layer)}{module}.weight").shape
+            for module in keys.attention_modules(component)[1:6]
         )
-        ranked[component] = {layer: scores_of(layer) for layer in layers}
-    return lambda component, layer: ranked[component][layer], origin
+        width = norm[0]
+        if key[0] != len(shape.kv_heads) * width or query[0] % (len(shape.query_groups) * width):
+            raise ValueError(
+                f"{CONFIG}: num_key_value_heads must be what the attention of {component} layer "
+                f"{layer} has, {len(shape.kv_heads)} of {width} channels, got {key[0]} channels"
+            )
 
 
 def _heads(
