@@ -14,10 +14,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparse_unified
-from sparse_unified.bagel import AutoEncoder, VAEConfig
+from sparse_unified.bagel import (
+    AutoEncoder,
+    Bagel,
+    BagelConfig,
+    LLMConfig,
+    SpecialTokens,
+    VAEConfig,
+    VisionConfig,
+)
 from sparse_unified.checkpoint import keys
 
 GOLDEN = Path(__file__).parent / "golden"
+VISION = {
+    "hidden_size": 4,
+    "intermediate_size": 8,
+    "num_attention_heads": 1,
+    "patch_size": 2,
+    "image_size": 4,
+}
 LAYER = "language_model.model.layers.1.mlp_moe_gen."
 
 
@@ -31,39 +46,44 @@ def make_weights(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Returns random tensors under every official key of a dense model."""
+    config = BagelConfig(
+        llm=LLMConfig(
+            hidden_size=hidden,
+            intermediate_size=width,
+            num_hidden_layers=num_layers,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            vocab_size=vocabulary,
+        ),
+        vision=VisionConfig(**VISION, num_hidden_layers=2),
+        latent_channels=4,
+        vae_downsample=1,
+        latent_patch_size=2,
+        max_latent_size=2,
+        vit_max_num_patch_per_side=2,
+        special_tokens=SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0),
+    )
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
-
-    weights = {key: random(hidden) for key in keys.LANGUAGE_KEYS if ".norm" in key}
-    weights |= {key: random(vocabulary, hidden) for key in keys.LANGUAGE_KEYS if ".norm" not in key}
-    for layer in range(num_layers):
-        prefix = keys.layer_prefix(layer)
-        for name in (*keys.ATTENTION_KEYS, *keys.NORM_KEYS):
-            flat = "norm" in name or name.endswith("bias")
-            weights[prefix + name] = random(hidden) if flat else random(hidden, hidden)
-        for component in keys.FFN_NAMES:
-            for name in keys.PROJECTIONS:
-                shape = (hidden, width) if name == "down_proj" else (width, hidden)
-                weights[keys.dense_key(component, layer, name)] = random(*shape)
-    for group, names in keys.OTHER_GROUPS.items():
-        weights |= {f"{group}.{name}": random(4, hidden) for name in names}
-    for layer in range(2):
-        weights[f"vit_model.vision_model.encoder.layers.{layer}.mlp.fc1.weight"] = random(8, 4)
-    return weights
+    return {
+        key: (torch.randn(w.shape, generator=generator) * w.shape[-1] ** -0.5).to(dtype)
+        for key, w in Bagel(config, device="meta").state_dict().items()
+    }
 
 
 def make_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Returns the llm_config.json that fits dense weights."""
     width, hidden = weights[keys.dense_key("gen", 0, "gate_proj")].shape
     layers = sum(key.endswith("mlp_moe_gen.gate_proj.weight") for key in weights)
+    embeddings = weights.get("language_model.model.embed_tokens.weight", ())
     return {
         "hidden_size": hidden,
         "intermediate_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
+        "vocab_size": len(embeddings),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
     }
 
 
@@ -86,7 +106,7 @@ def make_dense(directory: Path, *, num_shards: int = 0, **sizes: Any) -> Path:
         save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
     # Tabs and a missing line end, so that a text that was parsed and printed again shows.
     (directory / "llm_config.json").write_text(json.dumps(make_config(weights), indent="\t"))
-    (directory / "vit_config.json").write_text("{}")
+    (directory / "vit_config.json").write_text(json.dumps(VISION))
     save_file(make_autoencoder(), directory / "ae.safetensors")
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "merges.txt").write_bytes(b"a b\r\nc d\n")

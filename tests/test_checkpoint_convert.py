@@ -150,7 +150,7 @@ def test_an_index_beside_a_single_file_is_rewritten_and_restored(tmp_path: Path)
 def test_both_components_can_be_sparse_and_come_off_in_turn(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     convert(dense, tmp_path / "gen", num_experts=4, top_k=2)
-    with pytest.raises(ValueError, match="must be 4, 0 and 2 as in the component that is sparse"):
+    with pytest.raises(ValueError, match=r"must be \(4, 0, 2\) as in the component that is sparse"):
         convert(tmp_path / "gen", tmp_path / "x", num_experts=8, top_k=2, component="und")
     convert(tmp_path / "gen", tmp_path / "both", num_experts=4, top_k=2, component="und")
     assert set(Checkpoint(tmp_path / "both").experts) == {"gen", "und"}
@@ -324,14 +324,14 @@ def test_a_scores_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         ({"num_experts": 5}, "these counts do: 2, 3, 4, 6, 8, 12, 16, 24, 32, 48"),
         ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
         ({"num_experts": 97}, "num_experts must divide the 96 neurons"),
-        ({"top_k": 5}, "convert: top_k must be 1 to num_experts = 4, got 5"),
-        ({"top_k": 0}, "convert: top_k must be 1 to num_experts = 4, got 0"),
+        ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"num_shared_experts": -1}, "num_shared_experts must be an integer of at least 0, got -1"),
         ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 89 neurons"),
         ({"layers": "1-9"}, "layers must lie in 0 to 3, got 4"),
         ({"layers": "some"}, "layers must be 'middle', 'all'"),
-        ({"layers": []}, "layers must name at least one of 4 layers"),
-        ({"component": "vit"}, "component must be gen or und, got 'vit'"),
+        ({"layers": []}, "layers must name at least one of"),
+        ({"component": "vit"}, "component must be one of und, gen, got 'vit'"),
         ({"seed": 1, "scores": torch.rand(4, 96)}, "must not both be given"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -351,16 +351,12 @@ def test_what_is_not_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must all be dense, got sparse layers 1-2; invert gives"):
         convert(tmp_path / "sparse", tmp_path / "out", num_experts=4, top_k=2)
 
-    # One tensor renamed, one gone: each is named, wherever it is.
+    # What is split must be whole; all else is copied, see `info`.
     for number, (old, new, message) in enumerate(
         [
-            ("language_model.model.norm.weight", "norm", "names must be official BAGEL names"),
-            ("language_model.model.norm.weight", None, "got no language_model.model.norm.weight"),
-            (keys.layer_prefix(2) + keys.ATTENTION_KEYS[0], None, "got no language_model"),
-            ("llm2vae.bias", None, "got no llm2vae.bias"),
-            ("vit_model.vision_model.encoder.layers.1.mlp.fc1.weight", "x.y", "got x.y"),
-            (LAYER + "up_proj.weight", None, "a dense FFN must hold gate_proj.weight"),
-            (LAYER + "up_proj.weight", LAYER + "up.weight", "got language_model"),
+            (LAYER + "up_proj.weight", None, "those of a dense FFN, got no up_proj.weight"),
+            (LAYER + "up_proj.weight", LAYER + "up.weight", "got .*, up.weight too"),
+            (LAYER + "gate_proj.weight", None, "gate_proj.weight must be a matrix"),
         ]
     ):
         directory = make_dense(tmp_path / str(number))
@@ -400,7 +396,7 @@ def test_invert_refuses_what_its_sidecar_does_not_describe(tmp_path: Path) -> No
 
     extra = converted("extra")
     edit_weights(extra, lambda weights: weights.update({"lora": torch.ones(2)}))
-    with pytest.raises(ValueError, match="got lora too"):
+    with pytest.raises(ValueError, match=r"lora must be nothing .* got torch\.float32"):
         invert(extra, tmp_path / "out")
 
     other = converted("other")

@@ -128,13 +128,14 @@ def test_other_files_and_fields_that_differ_are_named(
     pair: tuple[Path, Path], sparse: Path
 ) -> None:
     edit_config(sparse, rms_norm_eps=1e-5)
-    (sparse / "vit_config.json").write_text("{} ")
+    with (sparse / "vit_config.json").open("a") as stream:
+        stream.write(" ")
     data = bytearray((sparse / "ae.safetensors").read_bytes())
     data[-1] ^= 1
     (sparse / "ae.safetensors").write_bytes(bytes(data))
     problems = "\n".join(verify(sparse, pair[0]).problems)
-    assert "llm_config.json: rms_norm_eps must be 'nothing', got 1e-05" in problems
-    assert "vit_config.json: must be torch.uint8 [2], got torch.uint8 [3]" in problems
+    assert "llm_config.json: rms_norm_eps must be 1e-06, got 1e-05" in problems
+    assert "vit_config.json: must be torch.uint8 [" in problems
     assert (
         f"ae.safetensors: must be equal, got another value at element {len(data) - 1}" in problems
     )
@@ -239,7 +240,6 @@ def test_info_describes_and_never_raises_on_a_disagreement(
 
     edit_config(sparse, top_k=3, transformed_gen=[1])
     edit_weights(sparse, lambda weights: weights.pop(LAYER + "experts.1.up_proj.weight"))
-    edit_weights(sparse, lambda weights: weights.update({"lora": torch.ones(2)}))
     (sparse / "ae.safetensors").write_bytes(b"cut")
     (sparse / "partition.safetensors").write_bytes(b"cut")
     problems = info(sparse).problems
@@ -247,7 +247,6 @@ def test_info_describes_and_never_raises_on_a_disagreement(
         "top_k",
         "transformed_gen",
         "experts.1.up_proj",
-        "got lora",
         "ae.saf",
         "partition",
     ):

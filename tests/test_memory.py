@@ -84,9 +84,9 @@ def test_larger_images_and_more_of_them_need_more(directory: Path) -> None:
 
 
 def test_arguments_are_checked(directory: Path) -> None:
-    with pytest.raises(ValueError, match="memory: images must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="memory: images must be an integer of at least 1, got 0"):
         memory(directory, images=0)
-    with pytest.raises(ValueError, match="memory: size must be at least 1"):
+    with pytest.raises(ValueError, match="memory: size must be an integer of at least 1"):
         memory(directory, size=(0, 16))
 
 

@@ -213,7 +213,9 @@ def check_ffns(
         own = wanted[component]
         absent = [n for n, shape in own.items() if shape.width and n not in layers]
         if absent:
-            problems.append(f"{name} must be whole, got no whole layer {list_some(absent)}")
+            problems.append(
+                f"{name} must be 0 to {len(own) - 1}, got no whole layer {list_some(absent)}"
+            )
         if extra := [n for n in layers if n not in own]:
             problems.append(
                 f"{name} must be 0 to {len(own) - 1} as num_hidden_layers of {CONFIG} says, "
@@ -258,21 +260,21 @@ def _check_sparse(
     if claimed != set(layouts):
         problems.append(
             f"{CONFIG}: {field} must be {sorted(layouts) or 'false or absent'}, the layers that "
-            f"are sparse in the keys, got {value if field in config else 'nothing'!r:.120}"
+            f"are sparse in the keys, got {_got(config, field)}"
         )
     for layout in layouts.values():
         num_experts, width = layout.num_experts, layout.shared_width
-        given = config.get("num_experts", "nothing")
-        if type(given) is not int or given != num_experts:
+        if type(config.get("num_experts")) is not int or config["num_experts"] != num_experts:
             problems.append(
-                f"{CONFIG}: num_experts must be {num_experts} as the keys say, got {given!r:.120}"
+                f"{CONFIG}: num_experts must be {num_experts} as the keys say, "
+                f"got {_got(config, 'num_experts')}"
             )
-        given = config.get("num_shared_experts", "nothing")
+        given: Any = config.get("num_shared_experts")
         is_count = type(given) is int and given >= 0 and bool(given) == bool(width)
         if not is_count or given * (layout.intermediate_size // (num_experts + given)) != width:
             problems.append(
-                f"{CONFIG}: num_shared_experts must be the number of experts whose width is the "
-                f"shared {width} neurons in the keys, got {given!r:.120}"
+                f"{CONFIG}: num_shared_experts must give the {width} shared neurons in the keys, "
+                f"got {_got(config, 'num_shared_experts')}"
             )
         try:
             find_top_k(config, num_experts)
@@ -281,14 +283,18 @@ def _check_sparse(
     return list(dict.fromkeys(problems))
 
 
+def _got(config: Mapping[str, Any], field: str) -> str:
+    return f"{config[field]!r:.120}" if field in config else "nothing"
+
+
 def find_top_k(config: Mapping[str, Any], num_experts: int) -> int:
     """Returns top_k as llm_config.json gives it under one or both of its names."""
     given = [config[name] for name in ("top_k", "num_experts_per_tok") if name in config]
     top_k = given[0] if given and type(given[0]) is int else 0
     if not 1 <= top_k <= num_experts or given[1:] not in ([], [top_k]):
         raise ValueError(
-            f"{CONFIG}: top_k, and num_experts_per_tok alike, must be 1 to {num_experts}, the "
-            f"number of experts in the keys, got {list_some(given)}"
+            f"{CONFIG}: top_k must be 1 to {num_experts}, the number of experts in the keys, and "
+            f"num_experts_per_tok the same, got {list_some(given)}"
         )
     return top_k
 
