@@ -191,7 +191,7 @@ def verify(
 
     Raises:
         ValueError: a directory cannot be read as a checkpoint, or there is nothing to compare.
-        RuntimeError: a file goes, or gets shorter, while it is read.
+        RuntimeError: a file changed while it was read.
 
     Example:
         >>> verify("BAGEL-MoE", "BAGEL-7B-MoT").ok  # doctest: +SKIP
@@ -242,6 +242,8 @@ def verify(
         if progress is not None:
             progress(total - left, total)
     problems += _compare_files(here, there)
+    here.refuse_change()
+    there.refuse_change()
     return VerifyReport(
         sparse=str(sparse),
         against=str(against),
