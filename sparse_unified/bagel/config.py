@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Any
 
-from sparse_unified._common import context
+from sparse_unified._common import context, list_some
 from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
 from sparse_unified.experts import ExpertLayout
 
@@ -42,7 +42,7 @@ def _require_multiple(config: object, name: str, divisor: str) -> None:
 
 def _field(source: Mapping[str, Any], name: str) -> Any:
     if source.get(name) is None:
-        raise ValueError(f"{name} must be given, got keys {sorted(source)}")
+        raise ValueError(f"{name} must be given, got keys {list_some(sorted(source))}")
     return source[name]
 
 
