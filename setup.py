@@ -7,8 +7,8 @@ of CUDA 13: one for each CUDA major, and one for the CPU.
 Environment:
     SPARSE_UNIFIED_CUDA: auto (default: CUDA kernels where nvcc is found), on (an error without
         nvcc) or off. Torch itself may be a CPU build.
-    TORCH_CUDA_ARCH_LIST: architectures of the CUDA kernels (default: all, 8.0 to 12.0); those
-        below 8.0 are left out.
+    TORCH_CUDA_ARCH_LIST: architectures of the CUDA kernels (default: all, 8.0 to 12.0, and PTX
+        for what comes after); those below 8.0 are left out.
     CUDA_HOME: the CUDA toolkit (default: that of the nvcc on the PATH).
     SPARSE_UNIFIED_STRICT: 1 makes a kernel that spills registers an error (default: no).
     MAX_JOBS: compilers at once (default: by cores and free memory).
@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -42,8 +43,9 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
 # Set by the Makefile.
 STRICT = "SPARSE_UNIFIED_STRICT"
 
-# A100; RTX 30; RTX 40; H100 and H200 with their own instructions; B200; RTX 50.
-CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0"
+# A100, and PTX that the driver translates for any other (Thor, what comes after 12.x); RTX 30;
+# RTX 40; H100 and H200 with their own instructions; B200; RTX 50.
+CUDA_ARCHITECTURES = "8.0+PTX 8.6 8.9 9.0a 10.0 12.0"
 
 CXX_FLAGS = [
     "-O3",
@@ -101,6 +103,18 @@ def find_cuda() -> Path | None:
     return Path(top.group(1) if top else Path(nvcc).parent.parent).resolve()
 
 
+def find_runtime(cuda: Path) -> Path:
+    """The static CUDA runtime of a toolkit for this processor: a toolkit may hold several."""
+    machine = platform.machine()
+    kinds = ("sbsa", "aarch64") if machine == "aarch64" else (machine,)
+    folders = ["lib64", "lib", f"lib/{machine}-linux-gnu"]
+    for folder in [*folders, *(f"targets/{kind}-linux/lib" for kind in kinds)]:
+        runtime = cuda / folder / "libcudart_static.a"
+        if runtime.exists():
+            return runtime
+    raise SystemExit(f"setup: {cuda} must hold libcudart_static.a for {machine}, got none")
+
+
 def wheel_tag() -> str:
     """Build tag of a wheel's name, which tells builds of one version apart: 0cpu or 0cu13."""
     cuda = find_cuda()
@@ -127,9 +141,10 @@ def architecture_flags() -> list[str]:
         if int(match[1]) < 8:
             sys.stderr.write(f"setup: no CUDA kernels for {name}: they need 8.0 or newer\n")
             continue
-        number = match[1] + match[2] + ("a" if match[1] + match[2] == "90" else match[3])
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[4]:
+        number = match[1] + match[2]
+        own = number + ("a" if number == "90" else match[3])
+        flags.append(f"-gencode=arch=compute_{own},code=sm_{own}")
+        if match[4]:  # without the letter: PTX of 9.0a is for 9.0 alone
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
@@ -180,11 +195,8 @@ def extension() -> Extension:
         # NOTE: torch looks for a toolkit only when torch itself was built with CUDA.
         cpp_extension.CUDA_HOME = str(cuda)
         include_dirs.append(cuda / "include")
-        runtime = next(cuda.glob("**/libcudart_static.a"), None)
-        if runtime is None:
-            raise SystemExit(f"setup: {cuda} must hold libcudart_static.a, got none")
         options = {
-            "extra_objects": [str(runtime)],
+            "extra_objects": [str(find_runtime(cuda))],
             "libraries": ["dl", "rt", "pthread"],
             "extra_link_args": ["-Wl,--exclude-libs,ALL"],
         }
@@ -201,6 +213,11 @@ def extension() -> Extension:
         py_limited_api=True,
         **options,
     )
+
+
+# NOTE: torch refuses an nvcc of another CUDA major than its own. Through the stable ABI and with a
+# CUDA runtime of its own, the library does not care.
+cpp_extension._check_cuda_version = lambda *_: None
 
 
 class IncrementalBuild(cpp_extension.BuildExtension):

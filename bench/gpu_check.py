@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that only a GPU can tell, in one call of less than ten minutes.
+"""Everything that only a GPU can tell, in two calls of about four minutes.
 
-    python bench/gpu_check.py [--out DIR] [--parts NAME,...] [--seconds 540]
+    python bench/gpu_check.py --parts first    [--out DIR] [--seconds N]
+    python bench/gpu_check.py --parts second   once the first is right
 
 Needs a source tree with the built library, torch and a GPU; no installation, no git, no pytest.
-Parts: environment; instructions, each instruction of csrc/device alone; checks, the properties that
-tests hold on the CPU; bench, the block and its ops beside dense, an expert loop and grouped_mm;
-tune, all configurations of the expert GEMMs; sanitizer, compute-sanitizer over small checks. Each
-runs in a process of its own and writes DIR/PART.json as soon as there is something to save; the
-speeds are DIR/DEVICE.json, which belongs into bench/results. The exit status is 1 when a part
-failed. `--build` compiles the instruction programs into build/gpu for a machine without nvcc;
+Parts of the first call: environment; instructions, each instruction of csrc/device alone; checks,
+the properties that tests hold on the CPU; bench, the block and its ops beside dense, an expert loop
+and grouped_mm. Of the second: tune, all configurations of the expert GEMMs; compile, the checks
+that wait for a compiler; sanitizer, compute-sanitizer over small checks. Each runs in a process of
+its own and writes DIR/PART.json as soon as there is something to save; the speeds are
+DIR/DEVICE.json, which belongs into bench/results. The exit status is 1 when a part failed.
+`--build` compiles the instruction programs into build/gpu for a machine without nvcc;
 `--device cpu` tries the script itself on small shapes.
 """
 
@@ -19,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,15 +34,17 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKS = ROOT / "tests" / "ops"
 PROGRAMS = ROOT / "tests" / "gpu" / "instructions"
 BUILT = ROOT / "build" / "gpu"
-# Part -> its share of the time; they run in this order.
+# Part -> its seconds; they run in this order.
 PARTS = {
-    "environment": 20,
-    "instructions": 60,
-    "checks": 150,
-    "bench": 170,
-    "tune": 60,
+    "environment": 25,
+    "instructions": 15,
+    "checks": 60,
+    "bench": 130,
+    "tune": 50,
+    "compile": 100,
     "sanitizer": 80,
 }
+CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 OPS = ("route_topk", "sort_by_expert", "permute", "combine", "grouped_ffn", "pruned_ffn")
 # Measured in one process; other packages may do anything to it.
 PROVIDERS = (
@@ -188,8 +193,13 @@ def work(device: str, names: Sequence[str]) -> None:
         except Exception as error:
             outcome, text = "failed", f"{type(error).__name__}: {error}"[:2000]
         print(json.dumps({"name": name, "outcome": outcome, "text": text}), flush=True)
-        if outcome == "failed" and "CUDA error" in text:
-            return  # nothing that this process computes after it can be trusted
+        if outcome == "failed":
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
+            try:
+                if device != "cpu":
+                    torch.cuda.synchronize()
+            except RuntimeError:
+                return  # the context is broken, and with it all that this process would compute
 
 
 def worker(device: str, names: Sequence[str], around: Sequence[str] = ()) -> list[str]:
@@ -197,25 +207,33 @@ def worker(device: str, names: Sequence[str], around: Sequence[str] = ()) -> lis
     return [*around, sys.executable, __file__, "--device", device, "--work", json.dumps(names)]
 
 
-def checks(out: Path, device: str, seconds: float) -> bool:
-    """All checks, in workers; one that ends or hangs fails its check, and another goes on."""
+def is_compiled(name: str) -> bool:
+    """Whether a check waits for a compiler, up to a minute."""
+    return "compile" in name
+
+
+def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
+    """The checks of a part, in workers; one that ends or hangs fails its check, another goes on.
+
+    DIR/PART.txt gets each result as it comes.
+    """
     from registry import all_checks
 
     deadline = time.monotonic() + seconds
     left = list(all_checks("cpu" if device == "cpu" else "cuda"))[:: 40 if device == "cpu" else 1]
+    left = [name for name in left if is_compiled(name) == (part == "compile")]
     found: dict[str, dict[str, str]] = {}
+    lines = out / f"{part}.txt"
+    lines.write_text("")
     while left and time.monotonic() < deadline:
-        text, why = "", "ended the process"
+        why, before = "ended the process", len(found)
         try:
-            wait = deadline - time.monotonic()
-            command = worker(device, left)
-            text = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, timeout=wait, check=False
-            ).stdout
-        except subprocess.TimeoutExpired as error:
-            written: Any = error.stdout or b""  # bytes, whatever `text` says
-            text, why = written.decode() if isinstance(written, bytes) else written, "out of time"
-        for line in text.splitlines():
+            with lines.open("a") as log:
+                wait = deadline - time.monotonic()
+                subprocess.run(worker(device, left), stdout=log, timeout=wait, check=False)
+        except subprocess.TimeoutExpired:
+            why = "out of time"
+        for line in lines.read_text().splitlines():
             if not line.startswith("{"):
                 continue  # of a compiler or a library
             said = json.loads(line)
@@ -223,15 +241,25 @@ def checks(out: Path, device: str, seconds: float) -> bool:
         for said in found.values():
             if said["outcome"] == "started":
                 said |= {"outcome": "failed", "text": why}
-        if not text:
+        if len(found) == before:
             break
         left = [name for name in left if name not in found]
-        save(out / "checks.json", {"not_run": left, "checks": list(found.values())})
+        save(out / f"{part}.json", {"not_run": left, "checks": list(found.values())})
     failed = [
         f"{said['name']}: {said['text']}" for said in found.values() if said["outcome"] == "failed"
     ]
     print(f"{len(found)} ran, {len(left)} not, {len(failed)} failed", *failed, sep="\n")
-    return bool(found) and not failed and not left
+    return not failed and not left
+
+
+def checks(out: Path, device: str, seconds: float) -> bool:
+    """All checks but those that wait for a compiler."""
+    return run_checks(out, device, seconds, "checks")
+
+
+def compile(out: Path, device: str, seconds: float) -> bool:
+    """The checks that wait for a compiler."""
+    return run_checks(out, device, seconds, "compile")
 
 
 def bench(out: Path, device: str, seconds: float) -> bool:
@@ -295,16 +323,25 @@ def tune(out: Path, device: str, seconds: float) -> bool:
 
 
 def sanitizer(out: Path, device: str, seconds: float) -> bool:
-    """compute-sanitizer's tools on small checks, side by side, looking at our kernels alone."""
+    """compute-sanitizer's tools on small checks, side by side.
+
+    Three look at our kernels alone. initcheck must see who writes what ours read, torch's kernels,
+    so it looks at all, and reports that name ours count.
+    """
     if device == "cpu":
         return True
-    options = ("--kernel-name", "kernel_substring=sparse_unified", "--target-processes", "all")
+    ours = ("--error-exitcode", "99", "--kernel-name", "kernel_substring=sparse_unified")
+    # The cache of torch's allocator would hide accesses outside of a tensor.
+    variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     started = {}
     for tool in SANITIZERS:
-        around = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *options]
+        around = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
+        around += ours if tool != "initcheck" else ()
         log = (out / f"{tool}.txt").open("w")
         command = worker(device, SANITIZED, around)
-        started[tool] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        started[tool] = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=variables
+        )
     deadline = time.monotonic() + seconds
     found: dict[str, Any] = {}
     for tool, process in started.items():
@@ -313,11 +350,16 @@ def sanitizer(out: Path, device: str, seconds: float) -> bool:
         except subprocess.TimeoutExpired:
             process.kill()
             status = None
-        passed = (out / f"{tool}.txt").read_text(errors="replace").count('"outcome": "passed"')
-        found[tool] = {"status": status, "checks": passed, "of": len(SANITIZED)}
+        text = (out / f"{tool}.txt").read_text(errors="replace")
+        reports = len(re.findall(r"^========= +at .*sparse_unified", text, re.MULTILINE))
+        passed = text.count('"outcome": "passed"')
+        found[tool] = {"status": status, "reports": reports, "checks": passed}
         save(out / "sanitizer.json", found)
-    print(found)
-    return all(f["status"] == 0 and f["checks"] == len(SANITIZED) for f in found.values())
+    print(found, "of", len(SANITIZED))
+    return all(
+        f["status"] == 0 and f["reports"] == 0 and f["checks"] == len(SANITIZED)
+        for f in found.values()
+    )
 
 
 RUN = {
@@ -326,6 +368,7 @@ RUN = {
     "checks": checks,
     "bench": bench,
     "tune": tune,
+    "compile": compile,
     "sanitizer": sanitizer,
 }
 
@@ -333,8 +376,10 @@ RUN = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="directory of results ($OUT, or build/gpu_check)")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for everything")
-    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}, with commas between")
+    parser.add_argument("--seconds", type=float, help="for everything (first 230, second 230)")
+    parser.add_argument(
+        "--parts", help=f"first, second, or some of {','.join(PARTS)}, with commas between"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--build", action="store_true", help="compile instruction tests, no more")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -352,11 +397,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             work(options.device, json.loads(options.work))
             return 0
         return 0 if RUN[options.part](out, options.device, options.seconds) else 1
-    names = options.parts.split(",") if options.parts else list(PARTS)
+    names = CALLS.get(options.parts) or (options.parts or ",".join(PARTS)).split(",")
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
         parser.error(f"--parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    scale = options.seconds / sum(PARTS[name] for name in names)
+    total = sum(PARTS[name] for name in names)
+    scale = (options.seconds or total) / total
     rows = []
     for name in names:
         seconds = PARTS[name] * scale
@@ -374,6 +420,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"part": name, "ok": status == 0, "status": status, "seconds": round(took, 1)})
         save(out / "summary.json", {"ok": all(row["ok"] for row in rows), "rows": rows})
         print(f"{name:<14}{'passed' if status == 0 else 'FAILED':<8}{took:>6.0f} s", flush=True)
+        if status != 0:  # a machine that goes back may take its files along
+            print((out / f"{name}.log").read_text(errors="replace")[-2000:], flush=True)
     print(f"results in {out}")
     return 0 if all(row["ok"] for row in rows) else 1
 

@@ -33,13 +33,12 @@ _NAME = 24
 
 def commit() -> str:
     """Commit of the source tree this file lies in, or what the environment says, or the version."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    known = found.stdout.strip() or os.environ.get(COMMIT_VARIABLE, "")
+    known = ""
+    with contextlib.suppress(OSError):  # no git
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        known = found.stdout.strip()
+    known = known or os.environ.get(COMMIT_VARIABLE, "")
     return known or f"version {sparse_unified.__version__}"
 
 

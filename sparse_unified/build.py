@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import platform
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from sparse_unified import _library
 from sparse_unified._common import Report
 from sparse_unified._version import __version__
+from sparse_unified.ops import backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,8 @@ class BuildInfo(Report):
         version: of the package. library_version: of the sources the library was compiled from.
         commit: of those sources, with -dirty where files differed; "unknown" without a trace.
         torch_built: release of the headers. torch_abi, python_abi: oldest ones it loads into.
-        cuda_toolkit: CUDA of the kernels, "none" in a CPU build.
+        cuda_toolkit: CUDA of the kernels, "none" in a CPU build. cuda_driver: newest CUDA that the
+            driver runs, "none" without a driver or in a CPU build.
         instruction_sets: that the CPU kernels were compiled for. instruction_set: that they run.
         devices: "cuda:0: NAME, 9.0" of each GPU that torch sees.
         problems: what does not fit together; empty when everything does.
@@ -41,6 +42,7 @@ class BuildInfo(Report):
     compiler: str
     compiler_flags: str
     cuda_toolkit: str
+    cuda_driver: str
     cuda_architectures: tuple[str, ...]
     instruction_sets: tuple[str, ...]
     instruction_set: str
@@ -63,7 +65,10 @@ class BuildInfo(Report):
             ("Python", f"{self.python}, {self.python_abi} and newer"),
             ("C++", self.cxx_abi),
             ("compiler", f"{self.compiler} {self.compiler_flags}"),
-            ("CUDA kernels", f"{architectures}, toolkit {self.cuda_toolkit}"),
+            (
+                "CUDA kernels",
+                f"{architectures}, toolkit {self.cuda_toolkit}, driver {self.cuda_driver}",
+            ),
             ("CUDA of torch", self.torch_cuda),
             ("devices", "; ".join(self.devices) or "none"),
             ("CPU kernels", f"{self.instruction_set}, of {', '.join(self.instruction_sets)}"),
@@ -112,8 +117,9 @@ def build_info() -> BuildInfo:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(i)
         devices.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {major}.{minor}")
-        if architectures and not runs_on(architectures, (major, minor)):
-            problems.append(f"cuda:{i}: architecture must be one of {listed}, got {major}.{minor}")
+        why = backend.device_refusal(torch.device("cuda", i)) if architectures else None
+        if why is not None:
+            problems.append(f"cuda:{i}: {why}")
     return BuildInfo(
         version=__version__,
         library=str(Path(str(library.__file__))),
@@ -126,21 +132,3 @@ def build_info() -> BuildInfo:
         problems=tuple(problems),
         **facts,
     )
-
-
-def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
-    """Whether code of one of the architectures runs on a device.
-
-    Args:
-        architectures: sm_80 (runs on its major version from its minor version on), sm_90a (on
-            exactly its own) or compute_80 (translated, for all newer ones).
-        capability: of the device, as (major, minor).
-    """
-    for kind, major, minor, exact in re.findall(
-        r"\b(sm|compute)_(\d+)(\d)([a-z]?)\b", " ".join(architectures)
-    ):
-        own = (int(major), int(minor))
-        newer = own <= capability and (kind == "compute" or own[0] == capability[0])
-        if own == capability if exact else newer:
-            return True
-    return False

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import setuptools
 import torch
+from torch.utils import cpp_extension
 
 import sparse_unified
 from sparse_unified import _library
-from sparse_unified.build import BuildInfo, build_info, runs_on
+from sparse_unified.build import BuildInfo, build_info
 from sparse_unified.cli import main
-from sparse_unified.ops.backend import has_cuda_kernels
+from sparse_unified.ops import backend
 
 ROOT = Path(__file__).parent.parent
 SETUP = (ROOT / "setup.py").read_text()
@@ -46,7 +51,9 @@ def test_versions_and_abis_are_those_of_package_torch_and_setup(found: BuildInfo
     assert found.python_abi == f"abi3 {python >> 24}.{python >> 16 & 255}"
     assert Path(found.library).name == "_C.abi3.so"
     assert f"_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}" in found.cxx_abi
-    assert (found.cuda_toolkit != "none") == bool(found.cuda_architectures) == has_cuda_kernels()
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("sparse_unified::combine", "CUDA")
+    assert (found.cuda_toolkit != "none") == bool(found.cuda_architectures) == has_kernels
+    assert re.fullmatch(r"none|\d+\.\d+", found.cuda_driver)
     assert all(re.fullmatch(r"(sm|compute)_\d+[a-z]?", name) for name in found.cuda_architectures)
 
 
@@ -96,48 +103,35 @@ def test_commands_tell_the_build(found: BuildInfo, capsys: pytest.CaptureFixture
 
 
 def test_what_does_not_fit_together_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    request.addfinalizer(backend._device_refusal.cache_clear)
     facts = {**_library.module.build_info(), "version": "0.0.1", "cuda_toolkit": "13.0"}
-    facts["cuda_architectures"] = "sm_80 sm_90a"
+    facts |= {"cuda_architectures": "sm_80 sm_90a", "cuda_driver": "13.0"}
     module = SimpleNamespace(build_info=lambda: facts, __file__="_C.abi3.so")
     monkeypatch.setattr(_library, "module", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (7, 5)][i])
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda d: capabilities[getattr(d, "index", d)]
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["new", "old"][i])
     told = build_info()
     assert told.devices == ("cuda:0: new, 9.0", "cuda:1: old, 7.5")
     assert len(told.problems) == 2
     assert "version must be" in told.problems[0]
-    assert told.problems[1] == "cuda:1: architecture must be one of sm_80 sm_90a, got 7.5"
+    assert told.problems[1] == (
+        "cuda:1: the CUDA kernels have code for sm_80 sm_90a, got compute capability 7.5"
+    )
     assert "CUDA 13.0: sm_80 sm_90a" in told.to_line()
     assert main(["info"]) == 1
     assert "library: version must be" in capsys.readouterr().out
     monkeypatch.setattr(_library, "module", SimpleNamespace(__file__="_C.abi3.so"))
     assert main(["info"]) == 1
     assert "library must be built" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("architecture", "capability", "runs"),
-    [
-        ("sm_80", (8, 0), True),
-        ("sm_80", (8, 9), True),
-        ("sm_86", (8, 0), False),
-        ("sm_80", (9, 0), False),
-        ("sm_90a", (9, 0), True),
-        ("sm_100a", (10, 3), False),
-        ("sm_100", (10, 3), True),
-        ("compute_80", (12, 0), True),
-        ("compute_90", (8, 0), False),
-    ],
-)
-def test_code_runs_on_its_own_major_version(
-    architecture: str, capability: tuple[int, int], runs: bool
-) -> None:
-    assert runs_on((architecture,), capability) is runs
-    assert not runs_on((), capability)
 
 
 def test_the_commit_lies_in_a_header_that_one_file_includes() -> None:
@@ -147,3 +141,91 @@ def test_the_commit_lies_in_a_header_that_one_file_includes() -> None:
         if path.is_file() and "build_info_generated.h" in path.read_text()
     ]
     assert users == ["python_module.cpp"]
+
+
+# setup.py
+
+
+@pytest.fixture
+def build_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[], SimpleNamespace]:
+    """Runs setup.py up to the building; returns its names."""
+    monkeypatch.setenv("SPARSE_UNIFIED_CUDA", "off")
+    monkeypatch.setenv("MAX_JOBS", "1")
+    monkeypatch.delenv("SPARSE_UNIFIED_STRICT", raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    # Restores what setup.py replaces.
+    monkeypatch.setattr(cpp_extension, "_check_cuda_version", cpp_extension._check_cuda_version)
+    return lambda: SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+
+@pytest.mark.parametrize(
+    ("wish", "codes"),
+    [
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "sm_80 sm_86 sm_90a sm_100 sm_120 compute_120"),
+        ("9.0a", "sm_90a"),
+        ("8.0;9.0+PTX", "sm_80 sm_90a compute_90"),
+        ("10.0a+PTX", "sm_100a compute_100"),
+        ("7.0 7.5+PTX", ""),
+    ],
+)
+def test_architectures_are_those_the_kernels_compile_for(
+    wish: str,
+    codes: str,
+    build_script: Callable[[], SimpleNamespace],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+    flags = build_script().architecture_flags()
+    assert [flag.rpartition("code=")[2] for flag in flags] == codes.split()
+    assert len(capsys.readouterr().err.splitlines()) == wish.count("7.")
+
+
+def test_every_gpu_from_ampere_on_runs_the_default_build(
+    build_script: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    codes = tuple(flag.rpartition("code=")[2] for flag in build_script().architecture_flags())
+    for capability in ((8, 0), (8, 7), (8, 9), (9, 0), (10, 3), (11, 0), (12, 1), (13, 0)):
+        assert backend.runs_on(codes, capability), capability
+
+
+def test_torch_may_have_another_cuda_than_nvcc(
+    build_script: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    version = torch.torch_version.TorchVersion("12.2")
+    with pytest.raises(RuntimeError):
+        cpp_extension._check_cuda_version("g++", version)
+    build_script()
+    cpp_extension._check_cuda_version("g++", version)
+
+
+def test_the_cuda_runtime_is_that_of_the_processor(
+    build_script: Callable[[], SimpleNamespace], tmp_path: Path
+) -> None:
+    machine = platform.machine()
+    own = "sbsa" if machine == "aarch64" else machine
+    for kind in ("armv7", "ppc64le", "riscv64", own):
+        folder = tmp_path / "targets" / f"{kind}-linux" / "lib"
+        folder.mkdir(parents=True)
+        (folder / "libcudart_static.a").touch()
+    script = build_script()
+    found = script.find_runtime(tmp_path)
+    assert found.relative_to(tmp_path).parts[1] == f"{own}-linux"
+    found.unlink()
+    with pytest.raises(SystemExit, match=machine):
+        script.find_runtime(tmp_path)
+
+
+def test_spills_are_errors_for_us_alone(
+    build_script: Callable[[], SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any("Werror" in flag for flag in build_script().NVCC_FLAGS)
+    monkeypatch.setenv("SPARSE_UNIFIED_STRICT", "1")
+    assert any("Werror" in flag for flag in build_script().NVCC_FLAGS)

@@ -66,6 +66,18 @@ def test_gen_blocks_ignore_the_indices() -> None:
     assert torch.equal(moe(x, packed_vit_token_indexes=VIT)[0], moe(x)[0])
 
 
+def test_indices_are_read_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x = random_block(24, 60, 5, 2, gate_img=True), torch.randn(12, 24)
+    expected = moe(x, TEXT, VIT)[0]
+
+    def wait(self: Tensor) -> None:
+        raise AssertionError("the host waited for the device")
+
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    monkeypatch.setattr(Tensor, "aminmax", wait)
+    assert torch.equal(moe(x, TEXT, VIT)[0], expected)
+
+
 @pytest.mark.parametrize("name", ["packed_text_indexes", "packed_vit_token_indexes"])
 @pytest.mark.parametrize(
     ("indexes", "error", "got"),

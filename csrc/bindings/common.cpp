@@ -217,13 +217,15 @@ Tensor with_dense_rows(const Tensor& tensor) {
 }
 
 Matrix matrix_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0)};
+  // A single row may have any stride, which kernels would have to align.
+  const int64_t stride = tensor.size(0) <= 1 ? tensor.size(1) : tensor.stride(0);
+  return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), stride};
 }
 
 Matrix bytes_of(const Tensor& tensor) {
   const int64_t element = element_bytes(dtype_of(tensor));
-  return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1) * element,
-          tensor.stride(0) * element};
+  const Matrix elements = matrix_of(tensor);
+  return {elements.data, elements.rows, elements.columns * element, elements.stride * element};
 }
 
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes) {

@@ -3,12 +3,17 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #if defined(SPARSE_UNIFIED_EMULATION)
 #include "emulation/device.h"
 #elif defined(SPARSE_UNIFIED_WITH_CUDA)
 #include <dlfcn.h>
+
+#include <map>
+#include <mutex>
 #endif
 
 namespace sparse_unified {
@@ -47,22 +52,57 @@ cudaStream_t current_stream(const char* op, int32_t device) {
 
 int attribute(cudaDeviceAttr which, int32_t device) {
   int value = 0;
-  if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) {
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess) {
     throw std::runtime_error("sparse_unified: attribute " + std::to_string(which) +
-                             " of cuda:" + std::to_string(device) + " could not be read");
+                             " of cuda:" + std::to_string(device) +
+                             " could not be read: " + cudaGetErrorString(error));
   }
   return value;
 }
 
-// NOTE: attributes are kept by the runtime on the host; reading them costs less than a microsecond
-// and waits for nothing.
-DeviceInfo describe_device(int32_t device) {
+DeviceInfo read_device(int32_t device) {
   DeviceInfo info{};
   info.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                             attribute(cudaDevAttrComputeCapabilityMinor, device);
   info.num_multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   info.shared_bytes_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   info.shared_bytes_processor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return info;
+}
+
+// Read once a device; a failure is not remembered.
+DeviceInfo describe_device(int32_t device) {
+  static std::mutex mutex;
+  static std::map<int32_t, DeviceInfo> known;
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known[device] = read_device(device);
+}
+
+// NOTE: torch's guard makes no call where the device is current already, so a thread may come here
+// without a context, which the encoding of tensor maps needs; from CUDA 12 on this binds it.
+void bind_context(int32_t device) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) {
+    throw std::runtime_error("sparse_unified: cuda:" + std::to_string(device) +
+                             " could not be used: " + cudaGetErrorString(error));
+  }
+}
+
+#endif
+
+#if defined(SPARSE_UNIFIED_WITH_CUDA) || defined(SPARSE_UNIFIED_EMULATION)
+
+// The device without the multiprocessors that the process leaves to others (NCCL, other streams): a
+// persistent kernel with more blocks than free ones takes twice as long.
+DeviceInfo usable_part(const char* op, DeviceInfo info) {
+  constexpr const char* kVariable = "SPARSE_UNIFIED_NUM_SMS";
+  if (const char* text = std::getenv(kVariable)) {
+    const int limit = std::atoi(text);
+    check(limit >= 1, op, kVariable, "be at least 1", text);
+    info.num_multiprocessors = std::min(info.num_multiprocessors, limit);
+  }
   return info;
 }
 
@@ -85,9 +125,10 @@ Context::Context(const char* op, const Tensor& like)
   const int32_t device = like.get_device_index();
 #if !defined(SPARSE_UNIFIED_EMULATION)
   guard_.emplace(device);
+  bind_context(device);
 #endif
   stream_ = current_stream(op, device);
-  device_ = describe_device(device);
+  device_ = usable_part(op, describe_device(device));
 #endif
 }
 

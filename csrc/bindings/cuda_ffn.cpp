@@ -53,13 +53,15 @@ CudaFfn CudaFfn::pruned(const char* op, const Tensor& x, const Tensor& kept_bloc
   return ffn;
 }
 
-void CudaFfn::refuse(const std::string& reason) const {
-  if (!reason.empty()) throw std::runtime_error(std::string(op_) + ": " + reason);
+GroupedFfnCudaPlan CudaFfn::plan_for([[maybe_unused]] bool is_backward) const {
+  GroupedFfnCudaPlan plan{};
+  if constexpr (kHasCuda) plan = plan_grouped_ffn_cuda(params_, context_.device(), is_backward);
+  if (!plan.refusal.empty()) throw std::runtime_error(std::string(op_) + ": " + plan.refusal);
+  return plan;
 }
 
 Tensor CudaFfn::forward(void* gate_rows, void* up_rows) const {
-  const DeviceInfo& device = context_.device();
-  if constexpr (kHasCuda) refuse(grouped_ffn_cuda_refusal(params_, device));
+  const GroupedFfnCudaPlan plan = plan_for(/*is_backward=*/false);
   if (params_.expert_width == 0) return zeros_like_sized(x_, {params_.num_rows, x_.size(1)});
   Tensor y = empty_like_sized(x_, {params_.num_rows, x_.size(1)});
   GroupedFfnCudaParams params = params_;
@@ -67,8 +69,8 @@ Tensor CudaFfn::forward(void* gate_rows, void* up_rows) const {
   params.up_rows = up_rows;
   params.y = y.mutable_data_ptr();
   context_.launch([&](cudaStream_t stream) {
-    Tensor workspace = context_.workspace(grouped_ffn_cuda_workspace_bytes(params, device));
-    return grouped_ffn_cuda(params, device, workspace.mutable_data_ptr(), stream);
+    Tensor workspace = context_.workspace(plan.matrix_bytes);
+    return grouped_ffn_cuda(params, context_.device(), plan, workspace.mutable_data_ptr(), stream);
   });
   return y;
 }
@@ -84,8 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tens
                                                              Tensor up_rows, bool needs_x,
                                                              bool needs_weights) const {
   check_ffn_gradients(op_, x_, params_.num_rows, params_.expert_width, grad_y, gate_rows, up_rows);
-  const DeviceInfo& device = context_.device();
-  if constexpr (kHasCuda) refuse(grouped_ffn_backward_cuda_refusal(params_, device));
+  const GroupedFfnCudaPlan plan = plan_for(/*is_backward=*/true);
   grad_y = contiguous_vector_rows(grad_y);
   gate_rows = contiguous_vector_rows(gate_rows);
   up_rows = contiguous_vector_rows(up_rows);
@@ -113,9 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tens
     params.forward.gate_rows = gate_rows.data_ptr();
     params.forward.up_rows = up_rows.data_ptr();
     context_.launch([&](cudaStream_t stream) {
-      Tensor workspace =
-          context_.workspace(grouped_ffn_backward_cuda_workspace_bytes(params, device));
-      return grouped_ffn_backward_cuda(params, device, workspace.mutable_data_ptr(), stream);
+      Tensor workspace = context_.workspace((needs_weights ? 3 : 2) * plan.matrix_bytes);
+      return grouped_ffn_backward_cuda(params, context_.device(), plan,
+                                       workspace.mutable_data_ptr(), stream);
     });
   }
   return {grad_rows, grad_gate_proj, grad_up_proj, grad_down_proj};

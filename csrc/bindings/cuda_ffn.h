@@ -33,7 +33,7 @@ class CudaFfn {
   CudaFfn(const char* op, const Tensor& x, const Tensor& gate_proj, const Tensor& up_proj,
           const Tensor& down_proj);
   Tensor forward(void* gate_rows, void* up_rows) const;
-  void refuse(const std::string& reason) const;
+  GroupedFfnCudaPlan plan_for(bool is_backward) const;  // throws where none is possible
 
   const char* op_;
   Context context_;

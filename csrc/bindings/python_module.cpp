@@ -49,6 +49,17 @@ std::string cuda_toolkit() {
 #endif
 }
 
+// The newest CUDA that the driver runs. Loads the driver, no more.
+std::string cuda_driver() {
+#if defined(SPARSE_UNIFIED_WITH_CUDA)
+  int version = 0;
+  if (cudaDriverGetVersion(&version) == cudaSuccess && version > 0) {
+    return dotted(version / 1000, version % 1000 / 10);
+  }
+#endif
+  return "none";
+}
+
 using sparse_unified::instruction_set_used;
 using sparse_unified::instruction_sets_compiled;
 
@@ -65,6 +76,7 @@ std::vector<std::pair<const char*, std::string>> build_facts() {
       {"compiler", compiler()},
       {"compiler_flags", SPARSE_UNIFIED_CXX_FLAGS},
       {"cuda_toolkit", cuda_toolkit()},
+      {"cuda_driver", cuda_driver()},
       {"cuda_architectures", SPARSE_UNIFIED_CUDA_ARCHITECTURES},
       {"instruction_sets", instruction_sets_compiled()},
       {"instruction_set", instruction_set_used()},

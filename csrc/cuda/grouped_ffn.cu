@@ -20,27 +20,20 @@ std::string override_text() {
   return text == nullptr ? "" : text;
 }
 
-enum class Direction { kForward, kBackward };
-
 int64_t num_groups(const GroupedFfnCudaParams& params) {
   return params.expert_offsets == nullptr ? 1 : params.num_experts;
 }
 
-GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, Direction direction,
-                             const DeviceInfo& device) {
+GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, const DeviceInfo& device,
+                             bool is_backward) {
   return {.dtype = params.dtype,
           .num_rows = params.num_rows,
           .hidden_size = params.x.columns,
           .num_experts = num_groups(params),
           .expert_width = params.expert_width,
           .block_size = params.blocks.kept_blocks == nullptr ? 0 : params.blocks.block_size,
-          .is_backward = direction == Direction::kBackward,
+          .is_backward = is_backward,
           .has_sm90a_code = device.compute_capability == 90 && grouped_ffn_sm90a_is_compiled()};
-}
-
-GroupedFfnConfig choose_config(const GroupedFfnCudaParams& params, Direction direction,
-                               const DeviceInfo& device) {
-  return choose_grouped_ffn_config(problem_of(params, direction, device), device, override_text());
 }
 
 // Of one intermediate matrix, [rows, h] elements of 16 bits; the kernels for Hopper pad the rows.
@@ -101,13 +94,10 @@ std::string layout_refusal(const GroupedFfnCudaParams& params) {
   return "";
 }
 
-std::string config_refusal(const GroupedFfnCudaParams& params, Direction direction,
-                           const DeviceInfo& device) {
-  const std::string error = grouped_ffn_override_error(override_text());
-  if (!error.empty()) return error;
-  const GroupedFfnConfig config = choose_config(params, direction, device);
+std::string config_refusal(const GroupedFfnProblem& problem, const DeviceInfo& device,
+                           const GroupedFfnConfig& config) {
   if (config.family == GroupedFfnFamily::kSm90a) {
-    return grouped_ffn_sm90a_refusal(problem_of(params, direction, device), device, config.sm90a);
+    return grouped_ffn_sm90a_refusal(problem, device, config.sm90a);
   }
   for (const GroupedFfnTileId id : config.tiles) {
     if (grouped_ffn_tile(id).shared_bytes() > device.shared_bytes_block) {
@@ -167,8 +157,7 @@ cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const Dev
                                         workspace.hidden, stream);
 }
 
-std::string refusal(const GroupedFfnCudaParams& params, Direction direction,
-                    const DeviceInfo& device) {
+std::string params_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
   if (params.dtype != DType::kBFloat16 && params.dtype != DType::kFloat16) {
     return "x must be bfloat16 or float16";
   }
@@ -185,37 +174,29 @@ std::string refusal(const GroupedFfnCudaParams& params, Direction direction,
     const std::string reason = rule(params);
     if (!reason.empty()) return reason;
   }
-  return config_refusal(params, direction, device);
+  return "";
 }
 
 }  // namespace
 
-std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
-  return refusal(params, Direction::kForward, device);
-}
-
-std::string grouped_ffn_backward_cuda_refusal(const GroupedFfnCudaParams& params,
-                                              const DeviceInfo& device) {
-  return refusal(params, Direction::kBackward, device);
-}
-
-int64_t grouped_ffn_cuda_workspace_bytes(const GroupedFfnCudaParams& params,
-                                         const DeviceInfo& device) {
-  return matrix_bytes(params, choose_config(params, Direction::kForward, device).family);
-}
-
-// Gradients of gate and up, and hidden where the gradient of down_proj needs it.
-int64_t grouped_ffn_backward_cuda_workspace_bytes(const GroupedFfnBackwardCudaParams& params,
-                                                  const DeviceInfo& device) {
-  const GroupedFfnConfig config = choose_config(params.forward, Direction::kBackward, device);
-  return (params.grad_down_proj == nullptr ? 2 : 3) * matrix_bytes(params.forward, config.family);
+GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
+                                         const DeviceInfo& device, bool is_backward) {
+  GroupedFfnCudaPlan plan{.refusal = params_refusal(params, device), .config = {}, .matrix_bytes = 0};
+  const std::string text = override_text();
+  if (plan.refusal.empty()) plan.refusal = grouped_ffn_override_error(text);
+  if (!plan.refusal.empty()) return plan;
+  const GroupedFfnProblem problem = problem_of(params, device, is_backward);
+  plan.config = choose_grouped_ffn_config(problem, device, text);
+  plan.refusal = config_refusal(problem, device, plan.config);
+  plan.matrix_bytes = matrix_bytes(params, plan.config.family);
+  return plan;
 }
 
 cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInfo& device,
-                             void* workspace, cudaStream_t stream) {
-  if (!grouped_ffn_cuda_refusal(params, device).empty()) return cudaErrorInvalidValue;
+                             const GroupedFfnCudaPlan& plan, void* workspace, cudaStream_t stream) {
+  if (!plan.refusal.empty()) return cudaErrorInvalidValue;
   const GroupedFfnForwardKernelParams kernel_params{params, workspace};
-  const GroupedFfnConfig config = choose_config(params, Direction::kForward, device);
+  const GroupedFfnConfig& config = plan.config;
   if (config.family == GroupedFfnFamily::kSm90a) {
     const cudaError_t error = grouped_ffn_up_sm90a(params, device, config.sm90a, workspace, stream);
     if (error != cudaSuccess) return error;
@@ -225,19 +206,16 @@ cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInf
 }
 
 cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params,
-                                      const DeviceInfo& device, void* workspace,
-                                      cudaStream_t stream) {
-  if (!grouped_ffn_backward_cuda_refusal(params.forward, device).empty()) {
-    return cudaErrorInvalidValue;
-  }
-  const GroupedFfnConfig config = choose_config(params.forward, Direction::kBackward, device);
-  const int64_t one_matrix = matrix_bytes(params.forward, config.family);
+                                      const DeviceInfo& device, const GroupedFfnCudaPlan& plan,
+                                      void* workspace, cudaStream_t stream) {
+  if (!plan.refusal.empty()) return cudaErrorInvalidValue;
+  const int64_t one_matrix = plan.matrix_bytes;
   auto* bytes = static_cast<unsigned char*>(workspace);
   void* hidden = params.grad_down_proj == nullptr ? nullptr : bytes + 2 * one_matrix;
-  if (config.family == GroupedFfnFamily::kSm90a) {
+  if (plan.config.family == GroupedFfnFamily::kSm90a) {
     return backward_sm90a(params, device, {bytes, bytes + one_matrix, hidden}, stream);
   }
-  return backward_sm80({params, bytes, hidden}, config, stream);
+  return backward_sm80({params, bytes, hidden}, plan.config, stream);
 }
 
 }  // namespace sparse_unified

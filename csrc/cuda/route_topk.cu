@@ -279,6 +279,7 @@ cudaError_t launch_route_topk(const RouteTopkParams& params, cudaStream_t stream
   config.grid = dim3(static_cast<unsigned>(ceil_div<int64_t>(params.x.rows, kBlockTokens)));
   config.num_threads = kThreads;
   config.shared_bytes = SharedSums<kTiles>::bytes(params.gate.rows);
+  config.shared_limit = SharedSums<kTiles>::bytes(kMaxCudaExperts);
   config.stream = stream;
   return launch(route_topk_kernel<T, kTiles, kIsAligned>, config, params);
 }

@@ -44,7 +44,12 @@ cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base, int64
              CU_TENSOR_MAP_INTERLEAVE_NONE,
              is_swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  // Also what an earlier kernel of this process did: the numbers of both enumerations agree.
+  static_assert(int{CUDA_ERROR_INVALID_VALUE} == int{cudaErrorInvalidValue});
+  static_assert(int{CUDA_ERROR_INVALID_CONTEXT} == int{cudaErrorDeviceUninitialized});
+  static_assert(int{CUDA_ERROR_ILLEGAL_ADDRESS} == int{cudaErrorIllegalAddress});
+  static_assert(int{CUDA_ERROR_LAUNCH_FAILED} == int{cudaErrorLaunchFailure});
+  return static_cast<cudaError_t>(result);
 }
 
 }  // namespace sparse_unified

@@ -2,6 +2,8 @@
 // One way to start a kernel, under nvcc and in the emulator.
 #pragma once
 
+#include <algorithm>
+
 #include "device/platform.h"
 
 namespace sparse_unified {
@@ -10,6 +12,7 @@ struct LaunchConfig {
   dim3 grid;
   int num_threads;           // of a block, a multiple of kWarpSize
   int64_t shared_bytes = 0;  // dynamic shared memory of a block
+  int64_t shared_limit = 0;  // the most that any launch of the kernel takes, where they differ
   cudaStream_t stream = nullptr;
   // May start before the kernel in front of it has ended (programmatic dependent launch, sm_90 and
   // up); the kernel calls wait_for_previous_kernel before it reads what that one writes.
@@ -42,9 +45,11 @@ constexpr int64_t kDefaultSharedBytes = 48 * 1024;
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params) {
   if (config.grid.x == 0 || config.grid.y == 0 || config.grid.z == 0) return cudaSuccess;
-  if (config.shared_bytes > kDefaultSharedBytes) {
+  // NOTE: the limit is the kernel's, not the launch's: another thread may launch it with less.
+  const int64_t limit = std::max(config.shared_bytes, config.shared_limit);
+  if (limit > kDefaultSharedBytes) {
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared_bytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t launch_config{};
@@ -52,8 +57,14 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, const Par
   launch_config.blockDim = dim3(static_cast<unsigned>(config.num_threads));
   launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
   launch_config.stream = config.stream;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   launch_config.attrs = attributes;
+  if (config.shared_bytes >= kDefaultSharedBytes) {
+    // Or the driver may leave room for one block where registers allow several.
+    cudaLaunchAttribute& carveout = attributes[launch_config.numAttrs++];
+    carveout.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    carveout.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  }
   if (config.overlaps_previous) {
     cudaLaunchAttribute& overlap = attributes[launch_config.numAttrs++];
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

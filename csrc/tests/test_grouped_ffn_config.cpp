@@ -230,7 +230,7 @@ void test_refusals_name_what_and_got() {
     GroupedFfnCudaParams params = legal;
     DeviceInfo device = kH200;
     change(params, device);
-    check_text("refusal", grouped_ffn_cuda_refusal(params, device), refusal);
+    check_text("refusal", plan_grouped_ffn_cuda(params, device, false).refusal, refusal);
   };
   refuse("", [](auto&, auto&) {});
   refuse("x must be bfloat16 or float16", [](auto& p, auto&) { p.dtype = DType::kFloat32; });

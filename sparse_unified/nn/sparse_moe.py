@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from sparse_unified import ops
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn.expert_state import OfficialState, expert_views, is_packed
-from sparse_unified.ops import backend, composed, reference
+from sparse_unified.ops import backend, composed
 
 logger = logging.getLogger(__name__)
+
+KERNELS = (backend.CPU, backend.CUDA)
 
 
 class SparseMoE(OfficialState):
@@ -111,14 +114,31 @@ class SparseMoE(OfficialState):
 
     @property
     def active_backend(self) -> str:
-        """What runs this block: "cpu" or "cuda" (our kernels), or "torch: <why>" (torch ops)."""
-        return backend.choose(
-            self.gate_proj.device,
-            dtype=self.gate_proj.dtype,
+        """What runs this block: "cpu" or "cuda" (our kernels), or "torch: <why>" (torch ops).
+
+        Asked under autocast, what runs it there.
+        """
+        return self._choose()[1]
+
+    def _choose(self) -> tuple[torch.dtype, str]:
+        """Dtype of the experts and what runs them.
+
+        Autocast's dtype where no kernel takes fp32 weights, the weights' own elsewhere.
+        """
+        weight = self.gate_proj
+        dtype, device = weight.dtype, weight.device
+        choose = functools.partial(
+            backend.choose,
+            device,
             hidden_size=self.hidden_size,
             widths=(self.layout.expert_width, self.layout.shared_width),
             num_experts=self.num_experts,
         )
+        active = choose(dtype=dtype)
+        if dtype == torch.float32 and active not in KERNELS and _is_autocast(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            active = choose(dtype=dtype)
+        return dtype, active
 
     def forward(
         self,
@@ -129,7 +149,9 @@ class SparseMoE(OfficialState):
         """Runs the block.
 
         Args:
-            x: tokens [..., D], dtype and device of the weights.
+            x: tokens [..., D], dtype and device of the weights. Under autocast any dtype; fp32
+                weights that no kernel takes are then cast for the call. Routers may have a dtype
+                of their own.
             packed_text_indexes: flat indices of text tokens, [n] int64 or int32; *und* blocks
                 only, others ignore both.
             packed_vit_token_indexes: flat indices of ViT tokens, [n] int64 or int32; *und* blocks
@@ -140,18 +162,23 @@ class SparseMoE(OfficialState):
             `return_router_logits` is False.
 
         Raises:
-            ValueError: x does not end in D; indices are not [n] or name no token.
+            ValueError: x does not end in D; indices are not [n] or, on the CPU, name no token.
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
         tokens = self._tokens(x)
-        use_kernels = self._use_kernels()
+        dtype, active = self._choose()
+        use_kernels = self._use_kernels(active)
         logits, topk_logits, topk_idx = self._route(
             tokens, packed_text_indexes, packed_vit_token_indexes, use_kernels=use_kernels
         )
         weights = 1 + topk_logits  # [T, K]
         shared = self.layout.shared_width
         experts = gate_proj, up_proj, down_proj = self.plain_weights()
+        if dtype != gate_proj.dtype:
+            tokens = tokens.to(dtype)
+            gate_proj, up_proj, down_proj = (weight.to(dtype) for weight in experts)
+            experts = gate_proj, up_proj, down_proj
         if shared:
             experts = gate_proj[shared:], up_proj[shared:], down_proj[:, shared:]
         run = run_experts if use_kernels else composed.expert_ffn
@@ -177,11 +204,11 @@ class SparseMoE(OfficialState):
             self._tokens(x),
             packed_text_indexes,
             packed_vit_token_indexes,
-            use_kernels=self._use_kernels(),
+            use_kernels=self._use_kernels(self.active_backend),
         )
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [T, D], under autocast in the dtype of the weights."""
+        """x [..., D] -> [T, D], under autocast in the dtype of the weights, which routes."""
         if x.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"SparseMoE: x must end in hidden_size = {self.hidden_size}, got shape "
@@ -189,15 +216,12 @@ class SparseMoE(OfficialState):
             )
         tokens = x.reshape(-1, self.hidden_size)
         dtype = self.gate_proj.dtype
-        if tokens.dtype != dtype:
-            device = tokens.device.type
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                tokens = tokens.to(dtype)
+        if tokens.dtype != dtype and _is_autocast(tokens.device.type):
+            tokens = tokens.to(dtype)
         return tokens
 
-    def _use_kernels(self) -> bool:
-        active = self.active_backend
-        if active in (backend.CPU, backend.CUDA):
+    def _use_kernels(self, active: str) -> bool:
+        if active in KERNELS:
             return True
         if self.strict:
             raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {active}")
@@ -213,18 +237,23 @@ class SparseMoE(OfficialState):
         use_kernels: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """logits [T, E], topk_logits [T, K], topk_idx [T, K] by the router of each token."""
-        route: Any = ops.route_topk if use_kernels else reference.route_topk
-        if self.gate_img is not None:
+        route = ops.route_topk if use_kernels else composed.route_topk
+        gate = self.gate.weight
+        gate_img = None if self.gate_img is None else self.gate_img.weight
+        if gate.dtype != tokens.dtype:  # fp32 routers of bf16 experts
+            wide = torch.promote_types(gate.dtype, tokens.dtype)
+            tokens, gate = tokens.to(wide), gate.to(wide)
+            gate_img = None if gate_img is None else gate_img.to(wide)
+        if gate_img is not None:
             text_indexes = _checked("packed_text_indexes", text_indexes, len(tokens))
             vit_indexes = _checked("packed_vit_token_indexes", vit_indexes, len(tokens))
-        if self.gate_img is None or vit_indexes is None:
-            routed: tuple[Tensor, Tensor, Tensor] = route(tokens, self.gate.weight, self.top_k)
-            return routed
+        if gate_img is None or vit_indexes is None:
+            return route(tokens, gate, self.top_k)
         if text_indexes is None:
-            return route(tokens, self.gate_img.weight, self.top_k)
+            return route(tokens, gate_img, self.top_k)
         # A token in neither list has logits of zero: the tie goes to the first K experts.
-        text = route(tokens[text_indexes], self.gate.weight, self.top_k)
-        vit = route(tokens[vit_indexes], self.gate_img.weight, self.top_k)
+        text = route(tokens[text_indexes], gate, self.top_k)
+        vit = route(tokens[vit_indexes], gate_img, self.top_k)
         tie = torch.arange(self.top_k, dtype=text[2].dtype, device=tokens.device)
         bases = (
             text[0].new_zeros(tokens.shape[0], self.num_experts),
@@ -242,7 +271,8 @@ class SparseMoE(OfficialState):
     ) -> Tensor:
         hidden = F.silu(F.linear(tokens, gate_proj)) * F.linear(tokens, up_proj)
         y = F.linear(hidden, down_proj)
-        return y + y * self.gate_shared(tokens)
+        weight = self.gate_shared(tokens.to(self.gate_shared.weight.dtype))
+        return y + y * weight.to(y.dtype)
 
     def official_views(self) -> dict[str, Tensor]:
         """Names every tensor of the official layout -> view of the storage, routers included.
@@ -284,9 +314,9 @@ def _checked(name: str, indexes: Tensor | None, num_tokens: int) -> Tensor | Non
         raise TypeError(f"SparseMoE: {name} must be an int64 or int32 tensor, got {got}")
     if indexes.ndim != 1:
         raise ValueError(f"SparseMoE: {name} must have shape [n], got {list(indexes.shape)}")
-    # Values are read where they can be: not while compiling, not from meta or fake tensors.
+    # Values are read where that waits for nothing: not while compiling, not from fake tensors.
     readable = not torch.compiler.is_compiling() and type(indexes) is Tensor
-    if readable and not indexes.is_meta and indexes.numel():
+    if readable and indexes.is_cpu and indexes.numel():
         least, most = (int(bound) for bound in indexes.aminmax())
         if least < 0 or most >= num_tokens:
             raise ValueError(
@@ -294,6 +324,10 @@ def _checked(name: str, indexes: Tensor | None, num_tokens: int) -> Tensor | Non
                 f"{least if least < 0 else most}"
             )
     return indexes.long()
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 _warned: set[str] = set()

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
+
+from sparse_unified import _library
 
 CPU = "cpu"
 CUDA = "cuda"
@@ -15,15 +18,54 @@ CUDA = "cuda"
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_MULTIPLE = 8
 _CUDA_MAX_EXPERTS = 256
-_CUDA_LEAST_CAPABILITY = (8, 0)
+
+
+def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether code of one of the architectures runs on a device.
+
+    Args:
+        architectures: sm_80 (runs on its major version from its minor version on), sm_90a (on
+            exactly its own) or compute_80 (translated, for all newer ones).
+        capability: of the device, as (major, minor).
+    """
+    for kind, major, minor, exact in re.findall(
+        r"\b(sm|compute)_(\d+)(\d)([a-z]?)\b", " ".join(architectures)
+    ):
+        own = (int(major), int(minor))
+        newer = own <= capability and (kind == "compute" or own[0] == capability[0])
+        if own == capability if exact else newer:
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result  # the compiler could not trace it
+def device_refusal(device: torch.device) -> str | None:
+    """Says why this library runs no CUDA kernel on a device of type "cuda", or None."""
+    return _device_refusal(device)
 
 
 @functools.cache
-def has_cuda_kernels() -> bool:
-    """Whether this build of the library holds CUDA kernels."""
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key("sparse_unified::grouped_ffn", "CUDA")
+def _device_refusal(device: torch.device) -> str | None:
+    facts = _library.module.build_info()
+    codes, toolkit, driver = (
+        facts[f"cuda_{name}"] for name in ("architectures", "toolkit", "driver")
     )
+    if codes == "none":
+        return "this build has no CUDA kernels, because it was made without nvcc"
+    if torch.version.hip:
+        return "the CUDA kernels do not run on ROCm"
+    # A driver runs code of all toolkits of its major version; compressed code needs 12.4.
+    newest = int(toolkit.split(".")[0])
+    least = (newest, 4 if newest == 12 else 0)
+    if driver == "none" or tuple(map(int, driver.split("."))) < least:
+        return (
+            f"CUDA kernels of toolkit {toolkit} need a driver for CUDA {least[0]}.{least[1]} or "
+            f"newer, got one for {driver}"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if not runs_on(tuple(codes.split()), (major, minor)):
+        return f"the CUDA kernels have code for {codes}, got compute capability {major}.{minor}"
+    return None
 
 
 def cuda_refusal(
@@ -67,13 +109,7 @@ def choose(
         return CPU
     if device.type != "cuda":
         return f"torch: this build has no kernel for device type {device.type!r}"
-    if not has_cuda_kernels():
-        return "torch: this build has no CUDA kernels, because it was made without nvcc"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _CUDA_LEAST_CAPABILITY:
-        return (
-            "torch: the CUDA kernels need compute capability 8.0, got "
-            f"{capability[0]}.{capability[1]}"
-        )
-    why = cuda_refusal(dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts)
+    why = device_refusal(device) or cuda_refusal(
+        dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts
+    )
     return CUDA if why is None else f"torch: {why}"

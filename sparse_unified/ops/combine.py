@@ -54,11 +54,9 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, weights, token_rows = inputs
     ctx.has_weights = weights is not None
-    if weights is None:
-        ctx.num_rows = y.shape[0]
-        ctx.save_for_backward(token_rows)
-    else:
-        ctx.save_for_backward(y, weights, token_rows)
+    ctx.keeps_y = ctx.has_weights and ctx.needs_input_grad[1]  # of size [R, D]
+    kept = [y] if ctx.keeps_y else []
+    ctx.save_for_backward(*kept, *([weights] if ctx.has_weights else []), token_rows)
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -66,8 +64,10 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
         (token_rows,) = ctx.saved_tensors
         row_token = torch.argsort(token_rows.reshape(-1)) // token_rows.shape[1]
         return torch.ops.sparse_unified.permute(grad_out, row_token.int(), token_rows), None, None
-    y, weights, token_rows = ctx.saved_tensors
+    *kept, weights, token_rows = ctx.saved_tensors
     needs_y, needs_weights = ctx.needs_input_grad[:2]
+    # Every row has one slot; the values of y are for the gradient of the weights alone.
+    y = kept[0] if kept else grad_out.new_empty((token_rows.numel(), grad_out.shape[1]))
     grad_y, grad_weights = torch.ops.sparse_unified.combine_backward(
         grad_out, y, weights, token_rows, needs_y, needs_weights
     )

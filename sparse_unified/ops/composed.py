@@ -16,6 +16,14 @@ from sparse_unified.ops import reference
 _TILE_NEURONS = 1024
 
 
+def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.route_topk`; under autocast too, which would round the logits to 16 bits."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return reference.route_topk(x, gate, top_k)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.route_topk(x, gate, top_k)
+
+
 def expert_ffn(
     x: Tensor,
     weights: Tensor,

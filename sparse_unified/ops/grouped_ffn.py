@@ -109,13 +109,20 @@ def _fake_backward(
 
 
 def _sum_rows(grad_rows: Tensor, row_token: Tensor, x: Tensor, token_rows: Tensor | None) -> Tensor:
-    """Gradient of x [T, D] from that of its rows [R, D]; without token_rows in row order."""
+    """Gradient of x [T, D] from that of its rows [R, D]; without token_rows in row order.
+
+    NOTE: index_add adds in order on the CPU and by atomics on CUDA, index_put the other way round.
+    """
     summed: Tensor
     if token_rows is not None:
         summed = torch.ops.sparse_unified.combine(grad_rows, None, token_rows)
     else:
         wide = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        summed = wide.index_add(0, row_token, grad_rows.float()).to(x.dtype)
+        if x.is_cuda:
+            wide = wide.index_put((row_token.long(),), grad_rows.float(), accumulate=True)
+        else:
+            wide = wide.index_add(0, row_token, grad_rows.float())
+        summed = wide.to(x.dtype)
     return summed
 
 

@@ -211,7 +211,7 @@ def finer_blocks_in_the_same_order_give_the_same_bits(
     assert_equal("y", coarse.call(kept_blocks=fine, block_size=16), coarse.call())
 
 
-@check(*grid(dtype=DTYPES, num_tokens=(5, 150)), on=with_kernel)
+@check(*grid(dtype=DTYPES, num_tokens=(1, 5, 150)), on=with_kernel)
 def experts_take_any_layout(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
     grouped = grouped_problem(num_tokens, 40, 3, 24, 2, dtype, device=device)
     problems = [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -240,6 +241,26 @@ def graph_replays_with_other_routing(
                 output.fill_(torch.nan)
         graph.replay()
         assert_all_equal("replay", [t.detach() for t in outputs], expected)
+
+
+@check()
+def a_thread_may_begin_with_a_backward_pass(device: torch.device) -> None:
+    """Nothing that this thread runs before has bound it to the device."""
+    problem = grouped_problem(150, 64, 3, 48, dtype=torch.bfloat16, device=device)
+    x, *weights = problem.leaves
+    x.requires_grad_()
+    grad = problem.values["grad_y"]
+    found: list[Tensor] = []
+
+    def run() -> None:
+        y = problem.run(x, *weights)
+        thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(y, x, grad)))
+        thread.start()
+        thread.join()
+
+    run()
+    run()  # the allocator has what it needs, and makes no call
+    assert_equal("gradient", found[1], found[0])
 
 
 @check(on=(CUDA,))

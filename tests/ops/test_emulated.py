@@ -234,6 +234,22 @@ def test_blocks_that_share_the_weights_change_no_bit(use: Callable[[str], None])
         assert all(", 2>" in launch for launch in launches), launches
 
 
+def test_a_process_may_leave_multiprocessors_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer of them the same tiles are more rounds, enough for the large ones."""
+    EMULATION.set_device(80)
+    problem = grouped_problem(600, 136, 3, 80, 2, torch.bfloat16)
+    kernels = []
+    for limit in ("108", "2"):
+        monkeypatch.setenv("SPARSE_UNIFIED_NUM_SMS", limit)
+        with recorded() as launches:
+            problem.call()
+        kernels.append(launches)
+    assert kernels[0] != kernels[1]
+    monkeypatch.setenv("SPARSE_UNIFIED_NUM_SMS", "none")
+    with pytest.raises(RuntimeError, match=r"SPARSE_UNIFIED_NUM_SMS must be at least 1, got none"):
+        problem.call()
+
+
 @pytest.mark.parametrize(
     ("dtype", "hidden_size", "width", "num_experts"),
     [

@@ -8,6 +8,7 @@
 
 #include "sparse_unified/cuda/cuda_types.h"
 #include "sparse_unified/cuda/device_info.h"
+#include "sparse_unified/cuda/grouped_ffn_config.h"
 #include "sparse_unified/dtype.h"
 #include "sparse_unified/matrix.h"
 
@@ -49,24 +50,24 @@ struct GroupedFfnBackwardCudaParams {
   void* grad_down_proj;          // [D, I]
 };
 
-// Why no kernel of the forward or backward pass takes these shapes, strides and addresses on this
-// device, for people to read; empty when one does.
-std::string grouped_ffn_cuda_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device);
-std::string grouped_ffn_backward_cuda_refusal(const GroupedFfnCudaParams& params,
-                                              const DeviceInfo& device);
-
-// Bytes of device memory, aligned to 256, that the launches below work in.
-int64_t grouped_ffn_cuda_workspace_bytes(const GroupedFfnCudaParams& params,
-                                         const DeviceInfo& device);
-int64_t grouped_ffn_backward_cuda_workspace_bytes(const GroupedFfnBackwardCudaParams& params,
-                                                  const DeviceInfo& device);
+// What a call runs, decided once.
+struct GroupedFfnCudaPlan {
+  // Why no kernel takes these shapes, strides and addresses on this device, for people to read;
+  // empty when one does.
+  std::string refusal;
+  GroupedFfnConfig config;
+  int64_t matrix_bytes;  // of an intermediate matrix, aligned to 256
+};
+GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
+                                         const DeviceInfo& device, bool is_backward);
 
 // fp32 accumulation in a fixed order; hidden and y are rounded once each. Neither reads anything
-// back to the host.
+// back to the host. The workspace is device memory, aligned to 256: one intermediate matrix
+// forward; backward two, or three with grad_down_proj.
 cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInfo& device,
-                             void* workspace, cudaStream_t stream);
+                             const GroupedFfnCudaPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params,
-                                      const DeviceInfo& device, void* workspace,
-                                      cudaStream_t stream);
+                                      const DeviceInfo& device, const GroupedFfnCudaPlan& plan,
+                                      void* workspace, cudaStream_t stream);
 
 }  // namespace sparse_unified
