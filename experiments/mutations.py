@@ -29,6 +29,7 @@ LIBRARY = "sparse_unified/_C.abi3.so"
 
 CHECKS, ATTACK = "tests/ops/test_checks.py", "tests/ops/test_attack.py"
 MOE = "tests/test_nn_sparse_moe.py"
+BACKEND = "tests/ops/test_backend.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,14 +328,14 @@ PACKAGE = (
     python("nn/sparse_moe.py", "weights = 1 + topk_logits", "weights = topk_logits", MOE),
     python(
         "nn/sparse_moe.py",
-        "return y + y * self.gate_shared(tokens)",
-        "return y * self.gate_shared(tokens)",
+        "return y + y * weight.to(y.dtype)",
+        "return y * weight.to(y.dtype)",
         MOE,
     ),
     python(
         "nn/sparse_moe.py",
-        "vit = route(tokens[vit_indexes], self.gate_img.weight",
-        "vit = route(tokens[vit_indexes], self.gate.weight",
+        "vit = route(tokens[vit_indexes], gate_img",
+        "vit = route(tokens[vit_indexes], gate",
         "tests/test_nn_gate_img.py",
     ),
     python(
@@ -344,6 +345,16 @@ PACKAGE = (
         MOE,
         "tests/test_nn_gate_img.py",
     ),
+    python(
+        "nn/sparse_moe.py",
+        "active not in KERNELS and _is_autocast",
+        "_is_autocast",
+        MOE,
+        "tests/ops/test_backend.py",
+    ),
+    python("ops/backend.py", "@torch.compiler.assume_constant_result", "", BACKEND),
+    python("ops/backend.py", "4 if newest == 12 else 0", "0", BACKEND),
+    python("ops/backend.py", "own[0] == capability[0]", "True", BACKEND),
     python("experts/layout.py", "rows[1::2] = rows[1::2].flip(1)", "", "tests/test_experts.py"),
     python(
         "experts/layout.py",
