@@ -304,6 +304,24 @@ CUDA_KERNELS = (
         "tests/ops/test_emulated.py",
     ),
     emulated(
+        "cuda/grouped_ffn_grad_hidden_sm90a.cu",
+        "kBlocks == 1 ? 0 : cluster_rank() * kPartBoxes",
+        "0",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/persistent_gemm_sm90a.h",
+        "for (; is_tile; tile = next)",
+        "for (; is_tile;)",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/rows_gemm_sm90a.h",
+        "k < params.num_k ? k : k - params.num_k",
+        "k",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
         "cuda/grouped_ffn_up_sm90a.cu",
         "neuron < params.expert_width ? neurons(neuron)",
         "neuron <= params.expert_width ? neurons(neuron)",

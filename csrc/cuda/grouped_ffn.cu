@@ -144,13 +144,14 @@ struct Sm90aWorkspace {
 };
 
 cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const DeviceInfo& device,
-                           const Sm90aWorkspace& workspace, cudaStream_t stream) {
-  cudaError_t error = grouped_ffn_grad_hidden_sm90a(params, device, workspace.grad_gate,
+                           const GroupedFfnSm90aOptions& options, const Sm90aWorkspace& workspace,
+                           cudaStream_t stream) {
+  cudaError_t error = grouped_ffn_grad_hidden_sm90a(params, device, options, workspace.grad_gate,
                                                     workspace.grad_up, workspace.hidden, stream);
   if (error != cudaSuccess) return error;
   if (params.grad_rows != nullptr) {
-    error =
-        grouped_ffn_grad_rows_sm90a(params, device, workspace.grad_gate, workspace.grad_up, stream);
+    error = grouped_ffn_grad_rows_sm90a(params, device, options, workspace.grad_gate,
+                                        workspace.grad_up, stream);
     if (error != cudaSuccess) return error;
   }
   return grouped_ffn_grad_weights_sm90a(params, device, workspace.grad_gate, workspace.grad_up,
@@ -181,7 +182,8 @@ std::string params_refusal(const GroupedFfnCudaParams& params, const DeviceInfo&
 
 GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
                                          const DeviceInfo& device, bool is_backward) {
-  GroupedFfnCudaPlan plan{.refusal = params_refusal(params, device), .config = {}, .matrix_bytes = 0};
+  GroupedFfnCudaPlan plan{
+      .refusal = params_refusal(params, device), .config = {}, .matrix_bytes = 0};
   const std::string text = override_text();
   if (plan.refusal.empty()) plan.refusal = grouped_ffn_override_error(text);
   if (!plan.refusal.empty()) return plan;
@@ -213,7 +215,8 @@ cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params
   auto* bytes = static_cast<unsigned char*>(workspace);
   void* hidden = params.grad_down_proj == nullptr ? nullptr : bytes + 2 * one_matrix;
   if (plan.config.family == GroupedFfnFamily::kSm90a) {
-    return backward_sm90a(params, device, {bytes, bytes + one_matrix, hidden}, stream);
+    return backward_sm90a(params, device, plan.config.sm90a, {bytes, bytes + one_matrix, hidden},
+                          stream);
   }
   return backward_sm80({params, bytes, hidden}, plan.config, stream);
 }

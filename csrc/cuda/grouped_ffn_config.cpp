@@ -73,7 +73,9 @@ const std::vector<Setting>& settings() {
         make_setting("fence", {"consumer", "producer"}, kHopper, false,
                      [](auto& config) -> auto& { return config.sm90a.fences_producer; }),
         make_setting("multicast", {"off", "on"}, kHopper, false,
-                     [](auto& config) -> auto& { return config.sm90a.multicasts_weights; })};
+                     [](auto& config) -> auto& { return config.sm90a.multicasts_weights; }),
+        make_setting("grad_multicast", {"off", "on"}, kHopper, false,
+                     [](auto& config) -> auto& { return config.sm90a.multicasts_backward; })};
     for (int i = 0; i < kNumGroupedFfnPhases; ++i) {
       list.push_back(make_setting(kPhaseNames[i], tile_names(kGroupedFfnTiles),
                                   GroupedFfnFamily::kSm80, true,

@@ -13,8 +13,11 @@
 // tiles; padding rows get zeros, which the weight gradients rely on: what the tile holds there are
 // the rows of another expert.
 //
-// Bytes: grad_y is read h / 256 times, down once for 16 row tiles, mostly from L2; 2 R h elements
-// are read and 3 R h written. FLOPs: 2 R D h.
+// Clusters of two CTAs take two neighbouring tiles of rows and multicast the weights, two of the
+// boxes each. Where a group has no second tile, that CTA loads no rows and stores nothing.
+//
+// Bytes: grad_y is read h / 256 times, down once for 16 row tiles, mostly from L2, where every tile
+// of rows or two share its reads; 2 R h elements are read and 3 R h written. FLOPs: 2 R D h.
 // Preconditions: D % 8 == 0, h % 16 == 0, rows of down and grad_y on 16-byte boundaries.
 #include "cuda/persistent_gemm_sm90a.h"
 #include "device/math.h"
@@ -65,11 +68,12 @@ SPARSE_UNIFIED_DEVICE void store_pair(const GradHiddenParams<T>& params, int64_t
   }
 }
 
-template <typename T_>
-struct GradHiddenGemm : RowTiles<1, true, true> {
+template <typename T_, int kNumBlocks>
+struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   using T = T_;
   using Params = GradHiddenParams<T>;
-  using Ring = RingBarriers<4>;
+  using Ring = RingBarriers<4, kNumBlocks>;
+  using RowTiles<kNumBlocks, false, true>::kBlocks;
   static constexpr int kStages = 4;
   static constexpr int kColumns = kTileNeurons;
   static constexpr Major kMajorA = Major::kK;
@@ -83,6 +87,7 @@ struct GradHiddenGemm : RowTiles<1, true, true> {
   static constexpr int kFullArrivals = 1;
   static constexpr int kStageBytes = kRowsBytes + kNumBoxes * kBoxBytes;
   static constexpr int kOutBytes = 0;
+  static constexpr int kPartBoxes = kNumBoxes / kBlocks;
 
   static SPARSE_UNIFIED_DEVICE void prefetch(const Params& params) {
     prefetch_tensor_map(&params.grad_y);
@@ -95,6 +100,7 @@ struct GradHiddenGemm : RowTiles<1, true, true> {
     // behind, and a wait names the parity of its phase alone.
     const bool copies_boxes = elect_lane();
     RingPosition<kStages> at;
+    const int first_box = kBlocks == 1 ? 0 : cluster_rank() * kPartBoxes;  // that this CTA brings
     for_each_tile<GradHiddenGemm, true>(params, [&](const RowTile& tile) {
       const int neuron = tile.group * params.expert_width + tile.n * kTileNeurons;
       for (int k = 0; k < params.num_k; ++k, at.advance()) {
@@ -102,12 +108,17 @@ struct GradHiddenGemm : RowTiles<1, true, true> {
         ring.wait_empty(at);
         const uint32_t stage = shared + at.stage * kStageBytes;
         const uint32_t full = ring.full(at.stage);
-        barrier_arrive_expect_bytes(full, kStageBytes);
-        load_box(stage, &params.grad_y, tile.first_row, k * kTileK, full);
+        if (kBlocks == 1 || tile.has_rows()) {
+          barrier_arrive_expect_bytes(full, kStageBytes);
+          load_box(stage, &params.grad_y, tile.first_row, k * kTileK, full);
+        } else {
+          barrier_arrive_expect_bytes(full, kStageBytes - kRowsBytes);
+        }
 #pragma unroll
-        for (int box = 0; box < kNumBoxes; ++box) {
-          load_box(stage + kRowsBytes + box * kBoxBytes, &params.down_proj, k * kTileK,
-                   neuron + box * kBoxElements, full);
+        for (int i = 0; i < kPartBoxes; ++i) {
+          const int box = first_box + i;
+          load_box_to_all<kBlocks>(stage + kRowsBytes + box * kBoxBytes, &params.down_proj,
+                                   k * kTileK, neuron + box * kBoxElements, full);
         }
       }
     });
@@ -156,7 +167,7 @@ struct GradHiddenGemm : RowTiles<1, true, true> {
   static SPARSE_UNIFIED_DEVICE void finish() {}
 };
 
-template <typename T>
+template <typename T, int kBlocks>
 cudaError_t launch_grad_hidden(const GroupedFfnBackwardCudaParams& backward,
                                const DeviceInfo& device, void* grad_gate, void* grad_up,
                                void* hidden, cudaStream_t stream) {
@@ -182,18 +193,21 @@ cudaError_t launch_grad_hidden(const GroupedFfnBackwardCudaParams& backward,
                           down.stride, kTileK, kBoxElements, true);
   if (error != cudaSuccess) return error;
 
-  const int64_t padded_rows = grouped_ffn_sm90a_padded_rows(ffn.num_rows, ffn.num_experts);
-  return launch_persistent_gemm<GradHiddenGemm<T>>(params, padded_rows / kTileRows * params.num_n,
-                                                   device, stream);
+  const int64_t most_tiles =
+      max_row_tiles(ffn.num_rows, ffn.num_experts, kBlocks * kTileRows) * params.num_n;
+  return launch_persistent_gemm<GradHiddenGemm<T, kBlocks>>(params, most_tiles, device, stream);
 }
 
 }  // namespace
 
 cudaError_t grouped_ffn_grad_hidden_sm90a(const GroupedFfnBackwardCudaParams& params,
-                                          const DeviceInfo& device, void* grad_gate, void* grad_up,
-                                          void* hidden, cudaStream_t stream) {
+                                          const DeviceInfo& device,
+                                          const GroupedFfnSm90aOptions& options, void* grad_gate,
+                                          void* grad_up, void* hidden, cudaStream_t stream) {
   return dispatch_half(params.forward.dtype, [&]<typename T>(T) {
-    return launch_grad_hidden<T>(params, device, grad_gate, grad_up, hidden, stream);
+    return dispatch_value<1, 2>(options.multicasts_backward ? 2 : 1, [&]<int kBlocks>() {
+      return launch_grad_hidden<T, kBlocks>(params, device, grad_gate, grad_up, hidden, stream);
+    });
   });
 }
 

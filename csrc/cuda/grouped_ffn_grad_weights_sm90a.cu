@@ -53,6 +53,7 @@ struct Out {
   static constexpr int kPitchBytes = kRowElements * 2 + kVectorBytes;
   static constexpr int kBytes = kRows * kPitchBytes;  // of a consumer
   static constexpr int kVectors = kRowElements * 2 / kVectorBytes;
+  static constexpr int kRowStep = kWarpgroupSize / kVectors;
 };
 
 template <typename T>
@@ -209,8 +210,16 @@ struct GradWeightsGemm {
       }
       sync_named(1 + consumer, kWarpgroupSize);
       const int vector = thread % Part::kVectors;
-      for (int row = thread / Part::kVectors; row < Part::kRows;
-           row += kWarpgroupSize / Part::kVectors) {
+      constexpr int kThreadRows = Part::kRows / Part::kRowStep;
+      Vector16 vectors[kThreadRows];  // all on the way at once
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+        const int row = thread / Part::kVectors + i * Part::kRowStep;
+        vectors[i] = load_vector(out + row * Part::kPitchBytes + vector * kVectorBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+        const int row = thread / Part::kVectors + i * Part::kRowStep;
         const int across = vector * kVectorElements<T>;
         const int neuron = first_neuron + (kIsDown ? across : row);
         const int column = tile.column + part * Part::kPartColumns + (kIsDown ? row : across);
@@ -219,8 +228,7 @@ struct GradWeightsGemm {
         const int64_t width = static_cast<int64_t>(params.num_experts) * params.expert_width;
         const int64_t offset =
             kIsDown ? column * width + of_all : of_all * params.hidden_size + column;
-        store_vector(params.out[consumer] + offset,
-                     load_vector(out + row * Part::kPitchBytes + vector * kVectorBytes));
+        store_vector(params.out[consumer] + offset, vectors[i]);
       }
     }
   }

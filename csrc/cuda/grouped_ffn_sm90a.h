@@ -28,13 +28,16 @@ cudaError_t grouped_ffn_down_sm90a(const GroupedFfnCudaParams& params, const Dev
 // grad_gate, grad_up and hidden [padded rows, h] from grad_y down and the kept activations; zeros
 // in padding rows; hidden may be null.
 cudaError_t grouped_ffn_grad_hidden_sm90a(const GroupedFfnBackwardCudaParams& params,
-                                          const DeviceInfo& device, void* grad_gate, void* grad_up,
-                                          void* hidden, cudaStream_t stream);
+                                          const DeviceInfo& device,
+                                          const GroupedFfnSm90aOptions& options, void* grad_gate,
+                                          void* grad_up, void* hidden, cudaStream_t stream);
 
 // grad_rows [R, D] = grad_gate gate + grad_up up.
 cudaError_t grouped_ffn_grad_rows_sm90a(const GroupedFfnBackwardCudaParams& params,
-                                        const DeviceInfo& device, const void* grad_gate,
-                                        const void* grad_up, cudaStream_t stream);
+                                        const DeviceInfo& device,
+                                        const GroupedFfnSm90aOptions& options,
+                                        const void* grad_gate, const void* grad_up,
+                                        cudaStream_t stream);
 
 // grad_gate_proj = grad_gate^T x, grad_up_proj = grad_up^T x, grad_down_proj = grad_y^T hidden,
 // each over the rows of an expert.

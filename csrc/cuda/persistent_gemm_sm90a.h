@@ -93,10 +93,22 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
                                    const typename SharedLayout<Gemm>::Ring& ring) {
   const int consumer = warp_idx() / 4 - 1;
   RingPosition<Gemm::kStages> at;
-  for_each_tile<Gemm, false>(params, [&](const typename Gemm::Tile& tile) {
+  typename Gemm::Tile tile, next;
+  int idx = first_tile<Gemm::kBlocks>();
+  bool is_tile = Gemm::template find<false>(params, idx, tile);
+  // NOTE: a look for the next tile takes some 500 clocks, in the shadow of products here.
+  const auto find_next = [&] {
+    idx += tile_step<Gemm::kBlocks>();
+    is_tile = Gemm::template find<false>(params, idx, next);
+  };
+  for (; is_tile; tile = next) {
     const int num_stages = Gemm::num_stages(params, tile);
     if constexpr (Gemm::kBlocks > 1) {
-      if (!tile.has_rows()) return skip_stages(num_stages, ring, at);
+      if (!tile.has_rows()) {
+        skip_stages(num_stages, ring, at);
+        find_next();
+        continue;
+      }
     }
     float d[Gemm::kColumns / 2];
     if constexpr (Gemm::kMayBeEmpty) {
@@ -108,9 +120,9 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
     multiply_stages<typename Gemm::T, Gemm::kColumns, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
         d, num_stages, ring, at,
         [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
-        [&](int k) { return Gemm::steps(params, k); });
+        [&](int k) { return Gemm::steps(params, k); }, find_next);
     Gemm::store(params, tile, d, consumer);
-  });
+  }
   Gemm::finish();
 }
 

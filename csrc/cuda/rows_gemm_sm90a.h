@@ -39,6 +39,7 @@ constexpr int kOutPitchBytes = kOutColumns * 2 + kVectorBytes;
 constexpr int kOutPartBytes = kConsumerRows * kOutPitchBytes;  // of a consumer
 constexpr int kOutVectors = kOutColumns * 2 / kVectorBytes;    // of a row
 constexpr int kOutRowStep = kWarpgroupSize / kOutVectors;
+constexpr int kOutRows = kConsumerRows / kOutRowStep;  // of a thread
 
 template <typename T, int kOperands>
 struct Params {
@@ -150,7 +151,9 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
   }
   // The last stage of an expert may reach into the neurons of the next one.
   static SPARSE_UNIFIED_DEVICE int steps(const Params& params, int k) {
-    return (params.expert_width - k % params.num_k * kTileK) / kStepK;
+    static_assert(kOperands <= 2);
+    const int of_operand = k < params.num_k ? k : k - params.num_k;
+    return (params.expert_width - of_operand * kTileK) / kStepK;
   }
 
   static SPARSE_UNIFIED_DEVICE void store(const Params& params, const RowTile& tile,
@@ -173,13 +176,20 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
       sync_named(1 + consumer, kWarpgroupSize);
       const int vector = thread % kOutVectors;
       const int column = tile.n * kColumns + part * kOutColumns + vector * kVectorElements<T>;
-      const int first_row = tile.first_row + consumer * kConsumerRows;
+      const int first_row = thread / kOutVectors;
+      Vector16 values[kOutRows];  // all on the way at once
+#pragma unroll
+      for (int i = 0; i < kOutRows; ++i) {
+        const int row = first_row + i * kOutRowStep;
+        values[i] = load_vector(out + row * kOutPitchBytes + vector * kVectorBytes);
+      }
       if (column >= params.num_columns) continue;
-      for (int row = thread / kOutVectors; row < kConsumerRows; row += kOutRowStep) {
-        if (first_row + row >= tile.end_row) break;
-        store_vector(
-            params.out + static_cast<int64_t>(first_row + row) * params.num_columns + column,
-            load_vector(out + row * kOutPitchBytes + vector * kVectorBytes));
+#pragma unroll
+      for (int i = 0; i < kOutRows; ++i) {
+        const int row = tile.first_row + consumer * kConsumerRows + first_row + i * kOutRowStep;
+        if (row >= tile.end_row) continue;
+        store_vector(params.out + static_cast<int64_t>(row) * params.num_columns + column,
+                     values[i]);
       }
     }
   }

@@ -10,8 +10,9 @@
 
 namespace sparse_unified {
 
-// cp.async.cg.shared.global.L2::128B (which L2 fetches at least) 16 bytes: the first `source_bytes` (0 to 16) are read, the rest is
-// filled with zeros. Both addresses aligned to 16; with 0 the global address is not read.
+// cp.async.cg.shared.global 16 bytes: the first `source_bytes` (0 to 16) are read, the rest is
+// filled with zeros. Both addresses aligned to 16; with 0 the global address is not read. L2
+// fetches 128 bytes: a tile of 32 k reads half of a line, and the next step the other half.
 SPARSE_UNIFIED_DEVICE void copy_async_16(uint32_t shared, const void* global, int source_bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(source_bytes)

@@ -21,23 +21,19 @@ struct StageOperands {
   uint64_t b;
 };
 
-// Every stage is whole.
-struct WholeStages {
-  SPARSE_UNIFIED_DEVICE int operator()(int) const { return kStageSteps; }
-};
-
 // d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one.
 //   operands(stage)  StageOperands of a stage of the ring
 //   steps(k)         steps of 16 k of the k-th stage that count; the last stages of a sum may have
 //                    less than kStageSteps
+//   meanwhile()      what is done while the last products run
 // With kFences the operands were written by the generic proxy as well. When there is no stage, d
 // stays as it is.
 template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages, int kBlocks,
-          class Operands, class Steps = WholeStages>
+          class Operands, class Steps, class Meanwhile>
 SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
                                            const RingBarriers<kStages, kBlocks>& ring,
                                            RingPosition<kStages>& at, const Operands& operands,
-                                           const Steps& steps = {}) {
+                                           const Steps& steps, const Meanwhile& meanwhile) {
   constexpr uint64_t kStepA = kMajorA == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
   constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
   int previous_stage = 0;
@@ -70,6 +66,7 @@ SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
     if (k > 0) ring.release(previous_stage);
     previous_stage = at.stage;
   }
+  meanwhile();
   wgmma_finish(d);
   if (num_stages > 0) ring.release(previous_stage);
 }

@@ -77,7 +77,8 @@ void test_bagel_shapes() {
     GroupedFfnProblem with_code = problem;
     with_code.has_sm90a_code = true;
     check_text("H200 with its code", to_string(choose_grouped_ffn_config(with_code, kH200)),
-               "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off");
+               "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off "
+               "grad_multicast=off");
     check_text("RTX 4090 with the code", to_string(choose_grouped_ffn_config(with_code, kRtx4090)),
                medium);
     check_text("RTX 4090", to_string(choose_grouped_ffn_config(problem, kRtx4090)), medium);
@@ -98,7 +99,8 @@ void test_lists_of_blocks() {
   for (const int64_t num_tokens : {256, 1024, 4096, 16384}) {
     for (const int64_t block_size : {64, 128}) {
       check_text("forward", text(bagel_half(num_tokens, block_size)),
-                 "sm90a up=128x256x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off");
+                 "sm90a up=128x256x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off "
+                 "grad_multicast=off");
       check_text("backward", text(bagel_half(num_tokens, block_size, true)).substr(0, 5), "sm80 ");
       check_text("another device", text(bagel_half(num_tokens, block_size), kRtx4090).substr(0, 5),
                  "sm80 ");
@@ -185,11 +187,14 @@ void test_overrides() {
              "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 "
              "grad_rows=64x128x32x4 grad_weights=128x256x32x4");
   check_text("options", choose("family=sm90a,overlap=off,fence=producer"),
-             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=off fence=producer multicast=off");
+             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=off fence=producer multicast=off "
+             "grad_multicast=off");
   check_text("multicast", choose("family=sm90a,multicast=on"),
-             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=on");
+             "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=on "
+             "grad_multicast=off");
   check_text("tiles of both", choose("family=sm90a,up=128x240x64x3,down=128x128x64x6"),
-             "sm90a up=128x240x64x3 down=128x128x64x6 overlap=on fence=consumer multicast=off");
+             "sm90a up=128x240x64x3 down=128x128x64x6 overlap=on fence=consumer multicast=off "
+             "grad_multicast=off");
   check_text("later entries win", choose("all=128x128x32x3,down=64x128x32x4"),
              "sm80 up=128x128x32x3 down=64x128x32x4 grad_hidden=128x128x32x3 "
              "grad_rows=128x128x32x3 grad_weights=128x128x32x3");
@@ -206,7 +211,7 @@ void test_wrong_overrides_are_named() {
       "message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
       "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80|sm90a, "
       "up=128x240x64x4|128x240x64x3|128x256x64x4, down=128x256x64x4|128x256x64x3|128x128x64x6, "
-      "overlap=off|on, fence=consumer|producer, multicast=off|on, "
+      "overlap=off|on, fence=consumer|producer, multicast=off|on, grad_multicast=off|on, "
       "up=128x256x32x4|128x128x32x3|64x128x32x4, down=128x256x32x4|128x128x32x3|64x128x32x4, "
       "grad_hidden=128x256x32x4|128x128x32x3|64x128x32x4, "
       "grad_rows=128x256x32x4|128x128x32x3|64x128x32x4, "

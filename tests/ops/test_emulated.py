@@ -45,7 +45,7 @@ SM80 = {
 }
 SM90A = {
     "sm90a": (3, "family=sm90a"),
-    "sm90a-multicast": (5, "family=sm90a,multicast=on"),
+    "sm90a-multicast": (5, "family=sm90a,multicast=on,grad_multicast=on"),
     "sm90a-fence": (3, "family=sm90a,fence=producer,up=128x240x64x3,down=128x256x64x3"),
 }
 # Tokens, hidden size, expert width, rows of each expert: tails of 8 in every dimension.

@@ -60,6 +60,8 @@ struct GroupedFfnSm90aOptions {
   bool fences_producer = false;
   // Forward, two blocks with neighbouring tiles of rows bring each box of weights once for both.
   bool multicasts_weights = false;
+  // The same in the backward pass, for the gradients of hidden and of rows.
+  bool multicasts_backward = false;
 };
 
 // Block tiles m x n x k that the sm80 kernels are compiled for; kernels and this table are held
@@ -96,7 +98,8 @@ constexpr const char* kGroupedFfnOverrideVariable = "SPARSE_UNIFIED_GROUPED_FFN"
 // Why `text` is no override; empty when it is one. An override names the tiles of some phases,
 // "up=128x256x32x4,grad_rows=128x128x32x3" ("all=..." stands for every phase of the sm80 kernels),
 // the kernels, "family=sm80" or "family=sm90a", and what those for Hopper choose between:
-// "up=128x240x64x3", "down=128x128x64x6", "overlap=off", "fence=producer" and "multicast=on".
+// "up=128x240x64x3", "down=128x128x64x6", "overlap=off", "fence=producer", "multicast=on" and
+// "grad_multicast=on".
 std::string grouped_ffn_override_error(const std::string& text);
 
 // Overrides worth timing side by side: each family as it is, then with one tile or switch other
@@ -114,7 +117,8 @@ std::string grouped_ffn_sm90a_refusal(const GroupedFfnProblem& problem, const De
                                       const GroupedFfnSm90aOptions& options);
 
 // "sm80 up=128x256x32x4 down=... grad_hidden=... grad_rows=... grad_weights=...", or
-// "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off".
+// "sm90a up=128x240x64x4 down=128x256x64x4 overlap=on fence=consumer multicast=off
+// grad_multicast=off".
 std::string to_string(const GroupedFfnConfig& config);
 
 }  // namespace sparse_unified
