@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file that is read is attacked: what is damaged is refused in one sentence, or read right.
+
+`python tests/test_hostile_files.py NAME COUNT` runs the first cases of one reader, as the tests do
+for those that hand a file to other libraries, which may crash or hang.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import analysis_models
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import GOLDEN, child_environment, make_dense
+from hostile_cases import CORPUS, attack, refusal
+from safetensors import deserialize
+from safetensors.torch import save
+from tiers import IS_DEEP, num_cases
+
+from sparse_unified.adapt import TrainingConfig
+from sparse_unified.adapt.data import open_records
+from sparse_unified.adapt.optimizer import Optimizer
+from sparse_unified.adapt.report import read_lines
+from sparse_unified.adapt.saving import load_state, save_state
+from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
+from sparse_unified.analysis.geneval import read_metadata
+from sparse_unified.analysis.records import open_store, read_records
+from sparse_unified.analysis.samples import Task, read_samples
+from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
+from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel.images import open_image, to_rgb
+from sparse_unified.bagel.loading import load_bagel
+from sparse_unified.bagel.tokenizer import Tokenizer
+from sparse_unified.checkpoint import (
+    Checkpoint,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+    convert,
+    info,
+    invert,
+    prune,
+    verify,
+)
+from sparse_unified.checkpoint.safetensors_io import as_bytes, read_header, read_tensor
+from sparse_unified.checkpoint.scores import read_scores
+from sparse_unified.checkpoint.sidecar import parse_dense_headers, read_sidecar
+from sparse_unified.cli.generate import _read_prompts
+from sparse_unified.fixtures import write_checkpoint, write_tokenizer
+
+SIZES: dict[str, Any] = {"num_layers": 3, "width": 16, "hidden": 4, "vocabulary": 2}
+RUN = {"model": "a", "config": {"ratios": [0.5], "axes": ["depth"]}}
+TRAINING = TrainingConfig(steps=4, batch_size=1, learning_rate=0.1)
+TOKENS = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
+FACTS = {"config": {"steps": 4, "schedule": "cosine"}, "data": "x", "step": 2}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of file.
+
+    Attributes:
+        make: writes a whole one, with what belongs to it, into a new directory.
+        read: reads it, and raises where it does not mean what it says.
+        cases: in a deep run.
+        links: the file must be a regular one, or a link to one.
+        lenient: damage may well leave a legal file.
+        alone: reading it is left to other libraries, and tried in a process of its own.
+    """
+
+    make: Callable[[Path], Path]
+    read: Callable[[Path], object]
+    cases: int = 2_000
+    links: bool = False
+    lenient: bool = False
+    alone: bool = False
+
+
+# Safetensors files, read as the official library does
+
+
+def write(name: str, data: bytes) -> Callable[[Path], Path]:
+    def make(root: Path) -> Path:
+        root.mkdir()
+        (root / name).write_bytes(data)
+        return root / name
+
+    return make
+
+
+def read_all(path: Path) -> None:
+    header = read_header(path)
+    official = dict(deserialize(path.read_bytes()))
+    assert set(official) == set(header.tensors)
+    for key, spec in header.tensors.items():
+        tensor = read_tensor(spec)
+        assert list(tensor.shape) == list(official[key]["shape"])
+        assert np.array_equal(as_bytes(tensor), np.frombuffer(official[key]["data"], np.uint8))
+
+
+TENSORS = {
+    "a": torch.arange(6.0).view(2, 3),
+    "b.weight": torch.ones(4, dtype=torch.bfloat16),
+    "empty": torch.empty(0, 5, dtype=torch.float16),
+    "scalar": torch.tensor(3),
+}
+HEADERS = {
+    "tensors": Target(
+        write("x.safetensors", save(TENSORS, {"format": "pt"})), read_all, 20_000, links=True
+    ),
+    "scores": Target(
+        write("x.safetensors", save({"scores": torch.ones(3, 16)})), read_scores, 15_000
+    ),
+    "layers": Target(
+        write("x.safetensors", save({"gen.1": torch.ones(16), "gen.1.heads": torch.ones(2)})),
+        read_scores,
+        15_000,
+    ),
+}
+
+
+# Model directories: refused, or done right by everything that takes them
+
+
+def make_dense_model(root: Path) -> Path:
+    return make_dense(root, **SIZES)
+
+
+def make_sparse(root: Path) -> Path:
+    with TemporaryDirectory() as folder:
+        convert(make_dense(Path(folder) / "dense", **SIZES), root, num_experts=4, top_k=2)
+    return root
+
+
+def make_both(root: Path) -> Path:
+    """Experts of und on fewer neurons and one block skipped: every kind of step and file."""
+    modes = [
+        PruneWidthConfig(component="und", keep_ratio=0.5),
+        PruneHeadsConfig(component="gen", keep_ratio=1.0),
+        SkipLayersConfig(component="und", layers=[1]),
+    ]
+    with TemporaryDirectory() as folder:
+        pruned = Path(folder) / "pruned"
+        prune(make_dense(Path(folder) / "dense", **SIZES), pruned, modes)
+        convert(pruned, root, num_experts=2, top_k=1, component="und", layers="all")
+    return root
+
+
+def make_shards(root: Path) -> Path:
+    return make_dense(root, num_shards=2, **SIZES)
+
+
+def describe(directory: Path) -> None:
+    """What disagrees in a directory must be worded as an error is."""
+    report = info(directory)
+    report.to_text().encode()
+    report.to_json().encode()
+    for problem in report.problems:
+        refusal(lambda p=problem: (_ for _ in ()).throw(ValueError(p)), "")  # type: ignore[misc]
+
+
+def use_model(path: Path) -> None:
+    """Does with a model directory what can be done; raises the last refusal."""
+    directory = path.parent
+    out = directory.with_name("out")
+    options: dict[str, Any] = {"num_experts": 2, "top_k": 1, "layers": "all"}
+    steps: list[Callable[[], object]] = [
+        lambda: Checkpoint(directory).shapes,
+        lambda: describe(directory),
+        lambda: prune(directory, out, [PruneWidthConfig(component="gen")]),
+        lambda: convert(directory, out, component="gen", **options),
+    ]
+    if path.parent.joinpath("partition.safetensors").exists():
+        steps[2:] = [lambda: invert(directory, out)]
+    messages = []
+    for step in steps:
+        messages.append(refusal(step, ""))
+        if out.exists():
+            assert len(steps) == 3 or verify(out, directory).ok
+            shutil.rmtree(out)
+    if any(messages):
+        raise ValueError(next(filter(None, messages)))
+
+
+def model(make: Callable[[Path], Path], name: str) -> Target:
+    return Target(lambda root: make(root) / name, use_model, 100, links=True)
+
+
+MODELS = {
+    "dense config": model(make_dense_model, "llm_config.json"),
+    "dense vit": model(make_dense_model, "vit_config.json"),
+    "dense weights": model(make_dense_model, "ema.safetensors"),
+    "dense autoencoder": model(make_dense_model, "ae.safetensors"),
+    "sparse config": model(make_sparse, "llm_config.json"),
+    "sparse weights": model(make_sparse, "ema.safetensors"),
+    "sparse recipe": model(make_sparse, "sparse_unified.json"),
+    "sparse sidecar": model(make_sparse, "partition.safetensors"),
+    "both config": model(make_both, "llm_config.json"),
+    "both recipe": model(make_both, "sparse_unified.json"),
+    "index": model(make_shards, "model.safetensors.index.json"),
+    "shard": model(make_shards, "model-00001-of-00002.safetensors"),
+    "sidecar": Target(
+        lambda root: make_sparse(root) / "partition.safetensors",
+        lambda path: parse_dense_headers(path, read_sidecar(path)),
+        10_000,
+        links=True,
+    ),
+}
+
+
+# Files that users give, and runs leave
+
+
+def write_lines(path: Path, *records: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def make_statistics(root: Path) -> Path:
+    root.mkdir()
+    host = analysis_models.Bailing()
+    config = StatisticsConfig(num_time_ranges=2, num_inputs=3)
+    with torch.no_grad(), collect(host, "text", config=config) as collector:
+        collector.begin("a")
+        host(torch.arange(3, 9)[None])
+    collector.statistics().save(root / "statistics.safetensors")
+    return root / "statistics.safetensors"
+
+
+def make_samples(root: Path) -> Path:
+    root.mkdir()
+    image = analysis_models.pictures(root, 1)[0].name
+    return write_lines(
+        root / "samples.jsonl",
+        {"prompt": "a bench", "image": image, "source": [image], "answer": "yes"},
+        {"prompt": "a dog", "source": image},
+    )
+
+
+def make_data(root: Path) -> Path:
+    root.mkdir()
+    image = analysis_models.pictures(root, 1)[0].name
+    return write_lines(
+        root / "data.jsonl",
+        {"image": image, "text": "a bench"},
+        {"image": image, "question": "what?", "answer": "a bench"},
+    )
+
+
+def make_geneval(root: Path) -> Path:
+    include = [{"class": "bench", "count": 1}]
+    return write_lines(
+        root / "geneval.jsonl", {"tag": "single_object", "include": include, "prompt": "a bench"}
+    )
+
+
+def make_points(root: Path) -> Path:
+    cost = {"parameters": 3, "weight_bytes": 12, "flops": 6, "seconds": 0.1, "peak_bytes": 24}
+    dense = {"name": "text-dense", "metrics": {"loss": 1.0}, "cost": cost}
+    point = {
+        **{"name": "text-und-depth-0.5", "task": "text", "component": "und", "axis": "depth"},
+        **{"keep_ratio": 0.5, "change": "one layer less", "skipped_layers": [1]},
+        **{"metrics": {"loss": 1.5}, "before": cost, "after": cost},
+    }
+    return write_lines(root / "points.jsonl", dense, point)
+
+
+def read_points(path: Path) -> None:
+    data = path.read_bytes()
+    try:
+        read_records(path)
+    finally:  # it cuts off what an interruption tore
+        path.write_bytes(data)
+
+
+def make_similarity(root: Path) -> Path:
+    layer = LayerSimilarity(component="und", layer=0, tokens=3, block=0.5, attention=0.5, ffn=1)
+    return write("similarity.json", Similarity(layers=(layer,)).to_json().encode())(root)
+
+
+def make_run(root: Path) -> Path:
+    with open_store(root, RUN):
+        return next(root.glob("*.json"))
+
+
+def open_run(path: Path) -> None:
+    with open_store(path.parent, RUN):
+        pass
+
+
+def optimizer() -> Optimizer:
+    torch.manual_seed(0)
+    return Optimizer(torch.nn.Linear(3, 2), TRAINING)
+
+
+def make_state(root: Path) -> Path:
+    save_state(root, optimizer(), FACTS)
+    return root
+
+
+def load_training_state(path: Path) -> None:
+    load_state(path.parent, optimizer(), FACTS)
+
+
+def make_log(root: Path) -> Path:
+    return write_lines(root / "log.jsonl", {"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5})
+
+
+READERS = {
+    "statistics": Target(make_statistics, FfnStatistics.load),
+    "samples": Target(make_samples, lambda path: read_samples(path, None, Task.EDITING)),
+    "prompts": Target(
+        write("prompts.txt", b"a bench\na dog\n"),
+        lambda path: read_samples(path, None, Task.GENERATION),
+    ),
+    "lines": Target(
+        write("prompts.txt", b"a bench\na dog\n"),
+        lambda path: _read_prompts(str(path)),
+        lenient=True,
+    ),
+    "data": Target(make_data, open_records),
+    "log": Target(make_log, read_lines, lenient=True),
+    "geneval": Target(make_geneval, read_metadata),
+    "points": Target(make_points, read_points),
+    "similarity": Target(make_similarity, Similarity.load),
+    "run": Target(make_run, open_run),
+    "state": Target(lambda root: make_state(root) / "training.json", load_training_state),
+    "moments": Target(lambda root: make_state(root) / "training.safetensors", load_training_state),
+}
+
+
+# What models are run with, which other libraries read
+
+
+def make_golden(root: Path, name: str) -> Path:
+    directory = write_checkpoint(GOLDEN / "t2i_moe", root)
+    stated = {"vae_config": {"z_channels": 4, "downsample": 2}, "max_latent_size": 8}
+    if name == "config.json":
+        (directory / name).write_text(json.dumps(stated))
+    return directory / name
+
+
+def make_tokenizer(root: Path, name: str) -> Path:
+    root.mkdir()
+    write_tokenizer(root)
+    return root / name
+
+
+def make_image(root: Path, suffix: str) -> Path:
+    root.mkdir()
+    analysis_models.pictures(root, 1)[0].unlink()
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(root / f"x{suffix}")
+    return root / f"x{suffix}"
+
+
+MODEL_FILES = ("llm_config.json", "vit_config.json", "ae.safetensors", "config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tiff")
+OTHERS = {
+    **{
+        f"loading {name}": Target(
+            lambda root, name=name: make_golden(root, name),  # type: ignore[misc]
+            lambda path: load_bagel(path.parent, special_tokens=TOKENS),
+            200,
+            links=True,
+        )
+        for name in MODEL_FILES
+    },
+    **{
+        name: Target(
+            lambda root, name=name: make_tokenizer(root, name),  # type: ignore[misc]
+            lambda path: Tokenizer.from_directory(path.parent).encode("a bench"),
+            400,
+            links=True,
+            alone=True,
+        )
+        for name in TOKENIZER_FILES
+    },
+    **{
+        f"image{suffix}": Target(
+            lambda root, suffix=suffix: make_image(root, suffix),  # type: ignore[misc]
+            lambda path: to_rgb(open_image(path, where="image")),
+            1_000,
+            lenient=suffix == ".bmp",
+            alone=True,
+        )
+        for suffix in SUFFIXES
+    },
+}
+TARGETS = HEADERS | MODELS | READERS | OTHERS
+
+
+def num_tried(name: str) -> int:
+    return max(10, num_cases(TARGETS[name].cases) // (1 if IS_DEEP else 4))
+
+
+def run(name: str, count: int, root: Path) -> None:
+    target = TARGETS[name]
+    path = target.make(root / "files")
+    target.read(path)
+    refused = attack(name, path, target.read, count, links=target.links, tell=target.alone)
+    assert refused > 0 or target.lenient
+
+
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if not target.alone])
+def test_a_damaged_file_is_refused_or_read_right(name: str, tmp_path: Path) -> None:
+    run(name, num_tried(name), tmp_path)
+
+
+def test_a_damaged_file_of_other_libraries_ends_no_process() -> None:
+    pytest.importorskip("transformers")
+    alone = [name for name, target in TARGETS.items() if target.alone]
+    done = subprocess.run(
+        [sys.executable, __file__, *(a for n in alone for a in (n, str(num_tried(n))))],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("file", sorted((CORPUS / "files").iterdir()), ids=lambda p: p.name)
+def test_files_of_the_corpus_are_refused(file: Path, tmp_path: Path) -> None:
+    target = TARGETS[file.name.partition("-")[0]]
+    path = target.make(tmp_path / "files")
+    shutil.copy(file, path)
+    assert refusal(lambda: target.read(path), str(path))
+
+
+if __name__ == "__main__":
+    for each, count in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        with TemporaryDirectory() as folder:
+            run(each, int(count), Path(folder))
