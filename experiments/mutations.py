@@ -480,7 +480,7 @@ PACKAGE = (
         "if start + begin != position:",
         "if start + begin < position:",
         "tests/test_checkpoint_header.py",
-        "tests/test_hostile_headers.py",
+        "tests/test_hostile_files.py",
     ),
     python(
         "checkpoint/files.py",

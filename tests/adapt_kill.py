@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from checkpoint_kill import die_at_call
+from disk_faults import die_at_call
 
 from sparse_unified._common import optional
 from sparse_unified.adapt import RunConfig, TrainingConfig, adapt

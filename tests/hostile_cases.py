@@ -18,7 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from checkpoint_files import snapshot
+from safetensors import deserialize
+
+from sparse_unified.checkpoint.safetensors_io import as_bytes, read_header, read_tensor
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -69,6 +73,17 @@ def refusal(call: Callable[[], object], where: str) -> str | None:
     assert len(message) <= _LONGEST, message[:_LONGEST]
     message.encode()  # it must be fit to print
     return message
+
+
+def read_all(path: Path) -> None:
+    """Reads a safetensors file, which must give what the official library gives."""
+    header = read_header(path)
+    official = dict(deserialize(path.read_bytes()))
+    assert set(official) == set(header.tensors)
+    for key, spec in header.tensors.items():
+        tensor = read_tensor(spec)
+        assert list(tensor.shape) == list(official[key]["shape"])
+        assert np.array_equal(as_bytes(tensor), np.frombuffer(official[key]["data"], np.uint8))
 
 
 def attack(

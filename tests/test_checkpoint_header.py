@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile_cases import read_all, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load_file, save_file
 
 from sparse_unified.checkpoint.files import create_file, write_all
 from sparse_unified.checkpoint.safetensors_io import (
     DTYPES,
-    Header,
     build_header,
     encode_header,
     read_header,
@@ -46,7 +47,7 @@ def test_reads_what_the_official_library_writes(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt"}
     assert set(header.tensors) == set(TENSORS)
     for key, spec in header.tensors.items():
-        tensor = read_tensor(spec, what=key)
+        tensor = read_tensor(spec)
         assert tensor.dtype == TENSORS[key].dtype
         assert torch.equal(tensor, TENSORS[key])
 
@@ -69,7 +70,7 @@ def test_every_dtype_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     data = bytes(range(dtype.itemsize)) if name != "BOOL" else b"\1"
     entry = {"dtype": name, "shape": [1], "data_offsets": [0, dtype.itemsize]}
     path = write_raw(tmp_path / "x", {"t": entry}, data)
-    tensor = read_tensor(read_header(path).tensors["t"], what="t")
+    tensor = read_tensor(read_header(path).tensors["t"])
     assert tensor.dtype == dtype
     assert tensor.view(torch.uint8).numpy().tobytes() == data
 
@@ -132,48 +133,6 @@ def test_a_missing_file_or_a_directory_is_a_value_error(tmp_path: Path) -> None:
             read_header(path)
 
 
-def read_or_refuse(path: Path) -> Header | None:
-    """Reads a header; any error but one in the house's words is let through."""
-    try:
-        return read_header(path)
-    except ValueError as error:
-        if str(error).startswith(f"{path}: "):
-            return None
-        raise
-
-
-VALID = save(TENSORS, metadata={"format": "pt"})
-
-
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    edits=st.lists(
-        st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=6
-    ),
-    cut=st.integers(0, len(VALID)),
-)
-def test_mutated_bytes_are_read_like_the_official_library_or_refused(
-    edits: list[tuple[int, int]], cut: int, tmp_path: Path
-) -> None:
-    data = bytearray(VALID)
-    for position, value in edits:
-        data[position] = value
-    for candidate in (bytes(data), bytes(data[:cut])):
-        path = tmp_path / "x.safetensors"
-        path.write_bytes(candidate)
-        header = read_or_refuse(path)
-        if header is None:
-            continue
-        # What is accepted here the official reader accepts too, with the same tensors.
-        theirs = load(candidate)
-        assert set(theirs) == set(header.tensors)
-        for key, spec in header.tensors.items():
-            assert theirs[key].shape == spec.shape
-            assert (theirs[key].dtype, theirs[key].nbytes) == (spec.dtype, spec.nbytes)
-
-
 ENTRY = st.fixed_dictionaries(
     {},
     optional={
@@ -198,6 +157,18 @@ def test_made_up_headers_never_give_anything_but_a_house_error(
     header: dict[str, Any], data: bytes, tmp_path: Path
 ) -> None:
     path = write_raw(tmp_path / "x.safetensors", header, data)
-    read = read_or_refuse(path)
-    if read is not None:
-        assert sum(spec.nbytes for spec in read.tensors.values()) == len(data)
+    refusal(lambda: read_all(path), str(path))
+
+
+def test_tensors_far_into_a_large_file_are_found(tmp_path: Path) -> None:
+    nbytes = 6 << 30  # a hole: takes no room on the disk
+    rows = nbytes // 4096
+    entries = [("first", torch.float16, (rows, 2048)), ("second", torch.float32, (rows, 1024))]
+    head = encode_header(build_header(entries))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(head)
+    os.truncate(path, len(head) + 2 * nbytes)
+    specs = read_header(path).tensors
+    assert [spec.start - len(head) for spec in specs.values()] == [0, nbytes]
+    row = read_tensor(specs["second"].rows(rows - 1, rows))
+    assert torch.equal(row, torch.zeros(1, 1024))

@@ -22,8 +22,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import GOLDEN, child_environment, make_dense
-from hostile_cases import CORPUS, attack, refusal
-from safetensors import deserialize
+from hostile_cases import CORPUS, attack, read_all, refusal
 from safetensors.torch import save
 from tiers import IS_DEEP, num_cases
 
@@ -52,7 +51,6 @@ from sparse_unified.checkpoint import (
     prune,
     verify,
 )
-from sparse_unified.checkpoint.safetensors_io import as_bytes, read_header, read_tensor
 from sparse_unified.checkpoint.scores import read_scores
 from sparse_unified.checkpoint.sidecar import parse_dense_headers, read_sidecar
 from sparse_unified.cli.generate import _read_prompts
@@ -96,16 +94,6 @@ def write(name: str, data: bytes) -> Callable[[Path], Path]:
         return root / name
 
     return make
-
-
-def read_all(path: Path) -> None:
-    header = read_header(path)
-    official = dict(deserialize(path.read_bytes()))
-    assert set(official) == set(header.tensors)
-    for key, spec in header.tensors.items():
-        tensor = read_tensor(spec)
-        assert list(tensor.shape) == list(official[key]["shape"])
-        assert np.array_equal(as_bytes(tensor), np.frombuffer(official[key]["data"], np.uint8))
 
 
 TENSORS = {

@@ -54,13 +54,15 @@ def open_source(path: Path, stamp: Stamp | None = None) -> Iterator[io.FileIO]:
 
     Raises:
         ValueError: there is nothing to read, or a device, pipe or socket, which may never end.
-        RuntimeError: the file is another one than `stamp` tells, now or when the block ends.
+        RuntimeError: the file is gone, or another one than `stamp` tells, now or in the end.
     """
     try:
         # Not to wait for the writer of a pipe.
         stream = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except OSError as error:
-        raise ValueError(f"{path}: file must be readable, got {error.strerror}") from error
+        raise (ValueError if stamp is None else RuntimeError)(
+            f"{path}: file must be readable, got {error.strerror}"
+        ) from error
     with stream:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -444,7 +446,7 @@ def refuse_overlap(
     """
     target = _absolute(out)
     resolved = target.parent.resolve() / target.name
-    inside = Path(source).resolve()
+    inside = to_path(source, "source").resolve()
     if inside in (resolved, *resolved.parents):
         raise ValueError(f"{what}: target must lie outside {source}, got {out}")
     # Where the target is written before it has its name; a run removes what lies there.
@@ -453,7 +455,7 @@ def refuse_overlap(
     for path in (source, *files):
         if not isinstance(path, str | os.PathLike):
             continue
-        for own in {Path(path).resolve(), _absolute(path)}:
+        for own in {to_path(path, "input").resolve(), _absolute(path)}:
             if places & {own, *own.parents}:
                 raise ValueError(
                     f"{what}: {path} must lie outside {partial}, where {out} is written until it "
@@ -461,8 +463,17 @@ def refuse_overlap(
                 )
 
 
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow the last link)
+def to_path(value: object, name: str) -> Path:
+    """Returns a path that was given; TypeError or ValueError tell argument `name` if it is none."""
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"{name} must be a path, got {value!r:.120}")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"{name} must be a path, got a NUL character in {value!r:.120}")
+    return Path(value)
+
+
+def _absolute(path: object, name: str = "target") -> Path:
+    return Path(os.path.abspath(to_path(path, name)))  # noqa: PTH100  (resolve follows links)
 
 
 def _refuse_existing(target: Path, what: str) -> None:

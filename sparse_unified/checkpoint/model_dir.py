@@ -15,7 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from sparse_unified._common import naming, optional
-from sparse_unified.checkpoint.files import is_plain_name, read_json, refuse_change, stamp_of
+from sparse_unified.checkpoint.files import (
+    is_plain_name,
+    read_json,
+    refuse_change,
+    stamp_of,
+    to_path,
+)
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec, read_header, read_tensor
@@ -55,9 +61,7 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        if not isinstance(directory, str | os.PathLike):
-            raise TypeError(f"checkpoint must be a path, got {type(directory).__name__}")
-        self.directory = Path(directory)
+        self.directory = to_path(directory, "checkpoint")
         if not self.directory.is_dir():
             state = "a file" if self.directory.exists() else "nothing there"
             raise ValueError(f"{self.directory}: checkpoint must be a directory, got {state}")

@@ -32,6 +32,7 @@ from sparse_unified.checkpoint.files import (
     open_source,
     replace_file,
     stamp_of,
+    to_path,
 )
 
 # The format allows 100 MB, which is 1.5 million tensors and takes a minute to check.
@@ -105,7 +106,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         ValueError: the file cannot be opened, is truncated, or its header breaks a rule of the
             format; the message names the rule and what was found.
     """
-    path = Path(path)
+    path = to_path(path, "file")
     with open_source(path) as stream, context(path):
         stamp = stamp_of(os.fstat(stream.fileno()))
         size = stamp[2]
@@ -201,7 +202,12 @@ def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
     view = target.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
-        count = os.preadv(stream.fileno(), [view[done:]], start + done)
+        try:
+            count = os.preadv(stream.fileno(), [view[done:]], start + done)
+        except OSError as error:
+            raise RuntimeError(
+                f"{stream.name}: file must stay readable, got {error.strerror}"
+            ) from error
         if count == 0:
             raise RuntimeError(
                 f"{stream.name}: file must not change while it is read, "
