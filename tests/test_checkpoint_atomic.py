@@ -241,7 +241,7 @@ def test_links_out_of_a_directory_are_told_or_refused(
     (dense / "inside").symlink_to(dense / "tokenizer")
     (dense / "notes").symlink_to(tmp_path / "secret" / "key")
     sparsify(dense, tmp_path / "a")
-    assert f"{dense / 'notes'} -> {tmp_path / 'secret' / 'key'}" in caplog.text
+    assert "links lead out of the directory: notes -> /" in caplog.text
     assert (tmp_path / "a" / "inside" / "merges.txt").is_file()
     (dense / "assets").symlink_to("../secret")
     with pytest.raises(ValueError, match=r"assets must not be a link to a directory outside"):

@@ -82,7 +82,10 @@ class Tokenizer:
             backend = kind.from_pretrained(
                 os.fspath(path), local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # tokenizers raises plain Exception
+            backend.encode("a")  # some settings are looked at only now
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises plain Exception, and its panics none
             first_line = str(error).partition("\n")[0]
             raise ValueError(
                 f"{path}: directory must hold a readable tokenizer, got {first_line:.200}"

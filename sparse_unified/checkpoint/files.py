@@ -9,11 +9,11 @@ import io
 import json
 import logging
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -196,7 +196,7 @@ def list_files(
                             f"{what}: {path} must not be a link to a directory outside, got "
                             f"{real}; copy what belongs to the model"
                         )
-                    foreign += [f"{path} -> {real}"] * leaves
+                    foreign += [f"{path.relative_to(directory)} -> {real}"] * leaves
                 if stat.S_ISREG(status.st_mode):
                     found[path.relative_to(directory)] = status
                 elif not stat.S_ISDIR(status.st_mode):
@@ -299,35 +299,21 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         RuntimeError: the file system refuses; what was there before stays.
     """
-    partial: Path | None = None
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        partial = Path(name)
-        try:
+        with create_file(partial) as handle:
+            with suppress(FileNotFoundError):
+                os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
             write_all(handle, data)
-            os.fchmod(handle, _mode(path))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
         partial.replace(path)
-        partial = None
-    except OSError as error:
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise RuntimeError(
             f"{path}: file must be writable with room to spare, got {error.strerror or error}"
         ) from error
-    finally:
-        if partial is not None:
-            with suppress(OSError):
-                partial.unlink()
-
-
-def _mode(path: Path) -> int:
-    try:
-        return stat.S_IMODE(path.stat().st_mode)
-    except OSError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
@@ -372,116 +358,43 @@ def atomic_directory(
         raise ValueError(f"{what}: parent of {out} must be a directory, got {target.parent}")
     partial = partial_path(target)
     content = partial / target.name
-    lock = -1
-    is_ours = False
-    try:
-        refuse_foreign_partial(target, what=what)
-        lock = _lock(partial, what)
-        refuse_foreign_partial(target, what=what)
-        is_ours = True
-        if content.exists():
-            logger.warning("removing what an interrupted run left in %s", partial)
-            shutil.rmtree(content)
-        with (partial / MARKER).open("wb") as stream:
-            os.fsync(stream.fileno())
-        content.mkdir(mode=mode | stat.S_IRWXU)
-        yield content
-        _sync_tree(content)
-        _refuse_existing(target, what)
-        content.rename(target)
-        with suppress(PermissionError):  # a parent may be written and not read
-            _sync(target.parent)
-    except OSError as error:
-        culprit = error.filename or target
-        raise RuntimeError(
-            f"{what}: {culprit} must be accessible with room to spare, "
-            f"got {error.strerror or error}"
-        ) from error
-    finally:
-        if is_ours:
-            # The marker goes last, so that what a run killed here leaves is known as ours.
-            with suppress(OSError):
-                shutil.rmtree(content, ignore_errors=True)
-                (partial / MARKER).unlink(missing_ok=True)
-                partial.rmdir()
-        if lock >= 0:
-            os.close(lock)
+    with ExitStack() as stack:
+        try:
+            refuse_foreign_partial(target, what=what)
+            stack.callback(os.close, _lock(partial, what))
+            refuse_foreign_partial(target, what=what)
+            stack.callback(_remove_partial, partial, content)
+            if content.exists():
+                logger.warning("removing what an interrupted run left in %s", partial)
+                shutil.rmtree(content)
+            with (partial / MARKER).open("wb") as stream:
+                os.fsync(stream.fileno())
+            content.mkdir(mode=mode | stat.S_IRWXU)
+            yield content
+            # Files are synced by whoever writes them; here it is the names.
+            for folder, _, _ in os.walk(content):
+                _sync(folder)
+            _refuse_existing(target, what)
+            content.rename(target)
+            with suppress(PermissionError):  # a parent may be written and not read
+                _sync(target.parent)
+        except OSError as error:
+            raise RuntimeError(
+                f"{what}: {error.filename or target} must be accessible with room to spare, "
+                f"got {error.strerror or error}"
+            ) from error
 
 
-def refuse_foreign_partial(out: str | os.PathLike[str], *, what: str) -> None:
-    """Raises ValueError when what stands at `partial_path(out)` was not left by a run of ours."""
-    partial = partial_path(out)
-    try:
-        found = None if partial.is_symlink() else list(partial.iterdir())
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        found = None
-    names = {path.name for path in found or []}
-    own = {MARKER, _absolute(out).name}
-    if found is None or any(path.is_symlink() for path in found):
-        state = "a link or a file"
-    elif names and not (MARKER in names and names <= own):
-        state = f"a directory with {min(names - {MARKER})}"
-    else:
-        return
-    raise ValueError(
-        f"{what}: {partial} must be absent or left by an interrupted run, which may be removed, "
-        f"got {state}; move it elsewhere"
-    )
-
-
-def refuse_overlap(
-    out: str | os.PathLike[str],
-    source: str | os.PathLike[str],
-    *files: object,
-    what: str,
-) -> None:
-    """Raises ValueError when writing `out` would touch what it is made from; links are followed.
-
-    Args:
-        out: the directory to make.
-        source: the directory that it is made from; `out` must not lie in it.
-        files: further inputs; what is no path is passed over.
-    """
-    target = _absolute(out)
-    resolved = target.parent.resolve() / target.name
-    inside = to_path(source, "source").resolve()
-    if inside in (resolved, *resolved.parents):
-        raise ValueError(f"{what}: target must lie outside {source}, got {out}")
-    # Where the target is written before it has its name; a run removes what lies there.
-    partial = partial_path(target)
-    places = {resolved.with_name(partial.name), partial.resolve()}
-    for path in (source, *files):
-        if not isinstance(path, str | os.PathLike):
-            continue
-        for own in {to_path(path, "input").resolve(), _absolute(path)}:
-            if places & {own, *own.parents}:
-                raise ValueError(
-                    f"{what}: {path} must lie outside {partial}, where {out} is written until it "
-                    "is whole"
-                )
-
-
-def to_path(value: object, name: str) -> Path:
-    """Returns a path that was given; TypeError or ValueError tell argument `name` if it is none."""
-    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
-        raise TypeError(f"{name} must be a path, got {value!r:.120}")
-    if "\0" in os.fspath(value):
-        raise ValueError(f"{name} must be a path, got a NUL character in {value!r:.120}")
-    return Path(value)
-
-
-def _absolute(path: object, name: str = "target") -> Path:
-    return Path(os.path.abspath(to_path(path, name)))  # noqa: PTH100  (resolve follows links)
-
-
-def _refuse_existing(target: Path, what: str) -> None:
-    if os.path.lexists(target):
-        raise ValueError(f"{what}: target must not exist, got {target}")
+def _remove_partial(partial: Path, content: Path) -> None:
+    # The marker goes last, so that what a run killed here leaves is known as ours.
+    with suppress(OSError):
+        shutil.rmtree(content, ignore_errors=True)
+        (partial / MARKER).unlink(missing_ok=True)
+        partial.rmdir()
 
 
 def _lock(partial: Path, what: str) -> int:
+    """Makes a directory if there is none, and returns a descriptor that locks it."""
     while True:
         partial.mkdir(exist_ok=True)
         try:
@@ -501,25 +414,78 @@ def _lock(partial: Path, what: str) -> int:
                 raise
             logger.warning("%s: this file system has no locks; run one conversion at a time", what)
         # The run that held the lock may have removed the directory meanwhile.
-        try:
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), partial.lstat()):
                 return lock
-        except FileNotFoundError:
-            pass
         os.close(lock)
 
 
-def _sync_tree(directory: Path) -> None:
-    # Files are synced by whoever writes them; here it is the names.
-    for path in directory.iterdir():
-        if path.is_dir():
-            _sync_tree(path)
-    _sync(directory)
-
-
-def _sync(directory: Path) -> None:
+def _sync(directory: str | Path) -> None:
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refuse_foreign_partial(out: str | os.PathLike[str], *, what: str) -> None:
+    """Raises ValueError when what stands at `partial_path(out)` was not left by a run of ours."""
+    partial = partial_path(out)
+    try:
+        found = [partial] if partial.is_symlink() else list(partial.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        found = [partial]
+    names = {path.name for path in found}
+    own = MARKER in names and names <= {MARKER, _absolute(out).name}
+    if (names and not own) or any(path.is_symlink() for path in found):
+        raise ValueError(
+            f"{what}: {partial} must be absent or left by an interrupted run, which may be "
+            f"removed, got {list_some(sorted(names))}; move it elsewhere"
+        )
+
+
+def refuse_overlap(
+    out: str | os.PathLike[str], source: str | os.PathLike[str], *files: object, what: str
+) -> None:
+    """Raises ValueError when writing `out` would touch what it is made from; links are followed.
+
+    Args:
+        out: the directory to make.
+        source: the directory that it is made from; `out` must not lie in it.
+        files: further inputs; what is no path is passed over.
+        what: the operation, for messages.
+    """
+    target, partial = _absolute(out), partial_path(out)
+    resolved = target.parent.resolve() / target.name
+    if to_path(source, "source").resolve() in (resolved, *resolved.parents):
+        raise ValueError(f"{what}: target must lie outside {source}, got {out}")
+    # Where the target is written before it has its name; a run removes what lies there.
+    places = {resolved.with_name(partial.name), partial.resolve()}
+    for path in (source, *files):
+        if isinstance(path, str | os.PathLike):
+            for own in (_absolute(path, "input"), Path(path).resolve()):
+                if places & {own, *own.parents}:
+                    raise ValueError(
+                        f"{what}: {path} must lie outside {partial}, where {out} is written until "
+                        "it is whole"
+                    )
+
+
+def to_path(value: object, name: str) -> Path:
+    """Returns a path that was given; TypeError or ValueError tell argument `name` if it is none."""
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"{name} must be a path, got {value!r:.120}")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"{name} must be a path, got a NUL character in {value!r:.120}")
+    return Path(value)
+
+
+def _absolute(path: object, name: str = "target") -> Path:
+    return Path(os.path.abspath(to_path(path, name)))  # noqa: PTH100  (resolve follows links)
+
+
+def _refuse_existing(target: Path, what: str) -> None:
+    if os.path.lexists(target):
+        raise ValueError(f"{what}: target must not exist, got {target}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_unified._common import naming, optional
 from sparse_unified.checkpoint.files import (
+    Stamp,
     is_plain_name,
     read_json,
     refuse_change,
@@ -67,12 +68,11 @@ class Checkpoint:
             raise ValueError(f"{self.directory}: checkpoint must be a directory, got {state}")
         self.index_file: Path | None = None
         self.headers: dict[str, Header] = {}
+        self._stamps: dict[Path, Stamp] = {}
         try:
-            self._stamps = {
-                path: stamp_of(path.stat())
-                for path in self.directory.iterdir()
-                if path.suffix in (".json", ".safetensors") and path.exists()
-            }
+            for path in self.directory.iterdir():
+                if path.suffix in (".json", ".safetensors") and path.exists():
+                    self._stamps[path] = stamp_of(path.stat())
             single = [name for name in SINGLE_FILES if (self.directory / name).exists()]
             if not single:
                 self.index_file = _find_index(self.directory)

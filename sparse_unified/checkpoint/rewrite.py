@@ -93,8 +93,8 @@ def rewrite(
         texts: files with new contents, by name.
         what: the operation, for messages.
         headers: the weight files of the result where they are not those of the source: their
-            headers, byte for byte, and with them the keys to write. A file that is left without
-            tensors is not written otherwise.
+            headers, byte for byte, and with them the keys to write. Without them, a file that is
+            left without tensors is not written.
         rename: new names of files directly inside the source.
         skip: files directly inside the source that are left out.
         finish: called with the directory before it gets its name.
@@ -113,7 +113,9 @@ def rewrite(
     left_out = {*source.headers, *files, *texts, *skip}
     others = {name: status for name, status in found.items() if name not in left_out}
     total = sum(8 + len(text.encode()) for text, _ in files.values())
-    total += sum(_size(entry) for _, parts in files.values() for part in parts for entry in part[0])
+    total += sum(
+        _size(entry) for _, parts in files.values() for own in parts for entry in own.entries
+    )
     total += sum(status.st_size for status in others.values())
     done = 0
 
@@ -145,7 +147,7 @@ def rewrite(
         for name, (text, parts) in files.items():
             with create_file(partial / name, mode=mode(name)) as target:
                 write_all(target, encode_header(text), advance)
-                for block in (block for _, blocks in parts for block in blocks()):
+                for block in (block for own in parts for block in own.blocks()):
                     if isinstance(block, TensorSpec):
                         with open_source(block.file, block.stamp) as stream:
                             copy_range(stream, block.start, block.nbytes, target, advance)
@@ -158,25 +160,21 @@ def rewrite(
     return done
 
 
-_Part = tuple[tuple[Entry, ...], Callable[[], Blocks]]
-
-
 def _plan_files(
     source: Checkpoint, edits: Edits, headers: Mapping[str, Header] | None
-) -> dict[str, tuple[str, list[_Part]]]:
+) -> dict[str, tuple[str, list[Edit]]]:
     """Returns the header text of each weight file of the result, and what comes after it."""
 
-    def part(key: str) -> _Part:
-        edit = edits.get(key)
-        if edit is not None:
-            return edit.entries, edit.blocks
+    def part(key: str) -> Edit:
+        if key in edits:
+            return edits[key]
         spec = source.spec(key)
-        return ((key, spec.dtype, spec.shape),), lambda: (spec,)
+        return Edit(entries=((key, spec.dtype, spec.shape),), blocks=lambda: (spec,))
 
     files = {}
-    for name, header in (source.headers if headers is None else headers).items():
+    for name, header in (headers or source.headers).items():
         parts = [part(key) for key in header.tensors]
-        entries = [entry for own, _ in parts for entry in own]
+        entries = [entry for own in parts for entry in own.entries]
         if headers is not None:
             files[name] = header.text, parts
         elif entries or not header.tensors:
@@ -215,9 +213,9 @@ def gather(
         joined = np.empty((bounds[-1], *first.shape[1:]), dtype=WORDS[first.dtype.itemsize])
         for spec, (start, stop) in zip(specs, pairwise(bounds), strict=True):
             joined[start:stop] = read_words(spec)
-        step = _rows_of_a_block(first)
         for index in indices:
-            yield from (joined[index[i : i + step]] for i in range(0, len(index), step))
+            for top, bottom in row_blocks(first, len(index)):
+                yield joined[index[top:bottom]]
 
 
 def _gather_columns(
@@ -239,15 +237,12 @@ def _gather_columns(
         yield from parts
 
 
-def row_blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """Yields consecutive row ranges of about 4 MB each."""
-    step = _rows_of_a_block(spec)
-    for start in range(0, spec.shape[0], step):
-        yield start, min(spec.shape[0], start + step)
-
-
-def _rows_of_a_block(spec: TensorSpec) -> int:
-    return max(1, _BLOCK_BYTES // max(1, math.prod(spec.shape[1:]) * spec.dtype.itemsize))
+def row_blocks(spec: TensorSpec, num_rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yields consecutive row ranges of about 4 MB each, of all rows or of another number."""
+    step = max(1, _BLOCK_BYTES // max(1, math.prod(spec.shape[1:]) * spec.dtype.itemsize))
+    num_rows = spec.shape[0] if num_rows is None else num_rows
+    for start in range(0, num_rows, step):
+        yield start, min(num_rows, start + step)
 
 
 def index_texts(source: Checkpoint, edits: Edits) -> dict[str, str]:
