@@ -113,11 +113,17 @@ def test_a_broken_header_is_refused(header: Any, data: bytes, message: str, tmp_
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("length", [3, 10**8 + 1, 2**63, 2**64 - 1])
-def test_a_header_longer_than_the_file_is_refused_unread(length: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [3, 16_000_001, 2**63, 2**64 - 1])
+def test_a_header_longer_than_the_file_or_the_limit_is_refused_unread(
+    length: int, tmp_path: Path
+) -> None:
     path = write_raw(tmp_path / "x", b"{}", length=length)
     with pytest.raises(ValueError, match="header length must be at most 2 in a file of 10 bytes"):
         read_header(path)
+    os.truncate(path, 1 << 40)
+    if length > 3:
+        with pytest.raises(ValueError, match="header length must be at most 16000000 in a file"):
+            read_header(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"1234567"])

@@ -52,10 +52,11 @@ from sparse_unified.checkpoint import (
     verify,
 )
 from sparse_unified.checkpoint.scores import read_scores
-from sparse_unified.checkpoint.sidecar import parse_dense_headers, read_sidecar
+from sparse_unified.checkpoint.sidecar import SIDECAR, parse_dense_headers, read_sidecar
 from sparse_unified.cli.generate import _read_prompts
 from sparse_unified.fixtures import write_checkpoint, write_tokenizer
 
+IMAGE = "0.png"
 SIZES: dict[str, Any] = {"num_layers": 3, "width": 16, "hidden": 4, "vocabulary": 2}
 RUN = {"model": "a", "config": {"ratios": [0.5], "axes": ["depth"]}}
 TRAINING = TrainingConfig(steps=4, batch_size=1, learning_rate=0.1)
@@ -120,32 +121,25 @@ HEADERS = {
 # Model directories: refused, or done right by everything that takes them
 
 
-def make_dense_model(root: Path) -> Path:
-    return make_dense(root, **SIZES)
-
-
-def make_sparse(root: Path) -> Path:
+def make_model(root: Path, kind: str) -> Path:
+    if kind in ("dense", "shards"):
+        return make_dense(root, num_shards=2 * (kind == "shards"), **SIZES)
     with TemporaryDirectory() as folder:
-        convert(make_dense(Path(folder) / "dense", **SIZES), root, num_experts=4, top_k=2)
+        source = make_dense(Path(folder) / "dense", **SIZES)
+        if kind == "sparse":
+            convert(source, root, num_experts=4, top_k=2)
+            return root
+        # Experts of und on fewer neurons and one block skipped: every kind of step and file.
+        modes = [
+            PruneWidthConfig(component="und", keep_ratio=0.5),
+            PruneHeadsConfig(component="gen", keep_ratio=1.0),
+            SkipLayersConfig(component="und", layers=[1]),
+        ]
+        prune(source, Path(folder) / "pruned", modes)
+        convert(
+            Path(folder) / "pruned", root, num_experts=2, top_k=1, component="und", layers="all"
+        )
     return root
-
-
-def make_both(root: Path) -> Path:
-    """Experts of und on fewer neurons and one block skipped: every kind of step and file."""
-    modes = [
-        PruneWidthConfig(component="und", keep_ratio=0.5),
-        PruneHeadsConfig(component="gen", keep_ratio=1.0),
-        SkipLayersConfig(component="und", layers=[1]),
-    ]
-    with TemporaryDirectory() as folder:
-        pruned = Path(folder) / "pruned"
-        prune(make_dense(Path(folder) / "dense", **SIZES), pruned, modes)
-        convert(pruned, root, num_experts=2, top_k=1, component="und", layers="all")
-    return root
-
-
-def make_shards(root: Path) -> Path:
-    return make_dense(root, num_shards=2, **SIZES)
 
 
 def describe(directory: Path) -> None:
@@ -168,7 +162,7 @@ def use_model(path: Path) -> None:
         lambda: prune(directory, out, [PruneWidthConfig(component="gen")]),
         lambda: convert(directory, out, component="gen", **options),
     ]
-    if path.parent.joinpath("partition.safetensors").exists():
+    if (directory / SIDECAR).exists():
         steps[2:] = [lambda: invert(directory, out)]
     messages = []
     for step in steps:
@@ -180,39 +174,44 @@ def use_model(path: Path) -> None:
         raise ValueError(next(filter(None, messages)))
 
 
-def model(make: Callable[[Path], Path], name: str) -> Target:
-    return Target(lambda root: make(root) / name, use_model, 100, links=True)
-
-
-MODELS = {
-    "dense config": model(make_dense_model, "llm_config.json"),
-    "dense vit": model(make_dense_model, "vit_config.json"),
-    "dense weights": model(make_dense_model, "ema.safetensors"),
-    "dense autoencoder": model(make_dense_model, "ae.safetensors"),
-    "sparse config": model(make_sparse, "llm_config.json"),
-    "sparse weights": model(make_sparse, "ema.safetensors"),
-    "sparse recipe": model(make_sparse, "sparse_unified.json"),
-    "sparse sidecar": model(make_sparse, "partition.safetensors"),
-    "both config": model(make_both, "llm_config.json"),
-    "both recipe": model(make_both, "sparse_unified.json"),
-    "index": model(make_shards, "model.safetensors.index.json"),
-    "shard": model(make_shards, "model-00001-of-00002.safetensors"),
-    "sidecar": Target(
-        lambda root: make_sparse(root) / "partition.safetensors",
-        lambda path: parse_dense_headers(path, read_sidecar(path)),
-        10_000,
-        links=True,
-    ),
+FILES = {
+    "dense": ("llm_config.json", "vit_config.json", "ema.safetensors", "ae.safetensors"),
+    "sparse": ("llm_config.json", "ema.safetensors", "sparse_unified.json", SIDECAR),
+    "both": ("llm_config.json", "sparse_unified.json"),
+    "shards": ("model.safetensors.index.json", "model-00001-of-00002.safetensors"),
 }
+MODELS = {
+    f"{kind} {name}": Target(
+        lambda root, kind=kind, name=name: make_model(root, kind) / name,  # type: ignore[misc]
+        use_model,
+        100,
+        links=True,
+    )
+    for kind, names in FILES.items()
+    for name in names
+}
+MODELS["sidecar"] = Target(
+    MODELS[f"sparse {SIDECAR}"].make,
+    lambda path: parse_dense_headers(path, read_sidecar(path)),
+    10_000,
+    links=True,
+)
 
 
 # Files that users give, and runs leave
 
 
-def write_lines(path: Path, *records: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def lines(*records: dict[str, Any], images: int = 0) -> Callable[[Path], Path]:
+    """Makes a file of JSON lines, beside images."""
+
+    def make(root: Path) -> Path:
+        root.mkdir()
+        analysis_models.pictures(root, images)
+        path = root / "x.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return make
 
 
 def make_statistics(root: Path) -> Path:
@@ -226,42 +225,15 @@ def make_statistics(root: Path) -> Path:
     return root / "statistics.safetensors"
 
 
-def make_samples(root: Path) -> Path:
-    root.mkdir()
-    image = analysis_models.pictures(root, 1)[0].name
-    return write_lines(
-        root / "samples.jsonl",
-        {"prompt": "a bench", "image": image, "source": [image], "answer": "yes"},
-        {"prompt": "a dog", "source": image},
-    )
+COST = {"parameters": 3, "weight_bytes": 12, "flops": 6, "seconds": 0.1, "peak_bytes": 24}
+POINT = {
+    **{"name": "text-und-depth-0.5", "task": "text", "component": "und", "axis": "depth"},
+    **{"keep_ratio": 0.5, "change": "one layer less", "skipped_layers": [1]},
+    **{"metrics": {"loss": 1.5}, "before": COST, "after": COST},
+}
 
 
-def make_data(root: Path) -> Path:
-    root.mkdir()
-    image = analysis_models.pictures(root, 1)[0].name
-    return write_lines(
-        root / "data.jsonl",
-        {"image": image, "text": "a bench"},
-        {"image": image, "question": "what?", "answer": "a bench"},
-    )
-
-
-def make_geneval(root: Path) -> Path:
-    include = [{"class": "bench", "count": 1}]
-    return write_lines(
-        root / "geneval.jsonl", {"tag": "single_object", "include": include, "prompt": "a bench"}
-    )
-
-
-def make_points(root: Path) -> Path:
-    cost = {"parameters": 3, "weight_bytes": 12, "flops": 6, "seconds": 0.1, "peak_bytes": 24}
-    dense = {"name": "text-dense", "metrics": {"loss": 1.0}, "cost": cost}
-    point = {
-        **{"name": "text-und-depth-0.5", "task": "text", "component": "und", "axis": "depth"},
-        **{"keep_ratio": 0.5, "change": "one layer less", "skipped_layers": [1]},
-        **{"metrics": {"loss": 1.5}, "before": cost, "after": cost},
-    }
-    return write_lines(root / "points.jsonl", dense, point)
+LAYER = LayerSimilarity(component="und", layer=0, tokens=3, block=0.5, attention=0.5, ffn=1)
 
 
 def read_points(path: Path) -> None:
@@ -270,11 +242,6 @@ def read_points(path: Path) -> None:
         read_records(path)
     finally:  # it cuts off what an interruption tore
         path.write_bytes(data)
-
-
-def make_similarity(root: Path) -> Path:
-    layer = LayerSimilarity(component="und", layer=0, tokens=3, block=0.5, attention=0.5, ffn=1)
-    return write("similarity.json", Similarity(layers=(layer,)).to_json().encode())(root)
 
 
 def make_run(root: Path) -> Path:
@@ -301,13 +268,16 @@ def load_training_state(path: Path) -> None:
     load_state(path.parent, optimizer(), FACTS)
 
 
-def make_log(root: Path) -> Path:
-    return write_lines(root / "log.jsonl", {"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5})
-
-
 READERS = {
     "statistics": Target(make_statistics, FfnStatistics.load),
-    "samples": Target(make_samples, lambda path: read_samples(path, None, Task.EDITING)),
+    "samples": Target(
+        lines(
+            {"prompt": "a", "image": IMAGE, "source": [IMAGE], "answer": "yes"},
+            {"prompt": "a dog", "source": IMAGE},
+            images=1,
+        ),
+        lambda path: read_samples(path, None, Task.EDITING),
+    ),
     "prompts": Target(
         write("prompts.txt", b"a bench\na dog\n"),
         lambda path: read_samples(path, None, Task.GENERATION),
@@ -317,11 +287,33 @@ READERS = {
         lambda path: _read_prompts(str(path)),
         lenient=True,
     ),
-    "data": Target(make_data, open_records),
-    "log": Target(make_log, read_lines, lenient=True),
-    "geneval": Target(make_geneval, read_metadata),
-    "points": Target(make_points, read_points),
-    "similarity": Target(make_similarity, Similarity.load),
+    "data": Target(
+        lines(
+            {"image": IMAGE, "text": "a"},
+            {"image": IMAGE, "question": "what?", "answer": "a"},
+            images=1,
+        ),
+        open_records,
+    ),
+    "log": Target(
+        lines({"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}), read_lines, lenient=True
+    ),
+    "geneval": Target(
+        lines(
+            {
+                "tag": "single_object",
+                "include": [{"class": "bench", "count": 1}],
+                "prompt": "a bench",
+            }
+        ),
+        read_metadata,
+    ),
+    "points": Target(
+        lines({"name": "text-dense", "metrics": {"loss": 1.0}, "cost": COST}, POINT), read_points
+    ),
+    "similarity": Target(
+        write("x.json", Similarity(layers=(LAYER,)).to_json().encode()), Similarity.load
+    ),
     "run": Target(make_run, open_run),
     "state": Target(lambda root: make_state(root) / "training.json", load_training_state),
     "moments": Target(lambda root: make_state(root) / "training.safetensors", load_training_state),
@@ -347,7 +339,6 @@ def make_tokenizer(root: Path, name: str) -> Path:
 
 def make_image(root: Path, suffix: str) -> Path:
     root.mkdir()
-    analysis_models.pictures(root, 1)[0].unlink()
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -28,29 +28,20 @@ def violations(source: str) -> list[str]:
     """Names every import and call in Python source that could run code out of a data file."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-            found += [f"line {node.lineno}: {a.name}" for a in node.names if a.name in MODULES]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [f"{node.lineno}: {n}" for n in names if n.split(".")[0] in MODULES]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called in CALLS:
-                found.append(f"line {node.lineno}: {called}()")
-            given = {keyword.arg for keyword in node.keywords}
-            ours = called == "BagelPipeline.from_pretrained"
-            if (
-                called.endswith(".from_pretrained")
-                and not ours
-                and "trust_remote_code" not in given
-            ):
-                found.append(f"line {node.lineno}: {called}() without trust_remote_code")
-            for keyword in node.keywords:
-                risky = keyword.arg in ("allow_pickle", "trust_remote_code")
-                if risky and ast.unparse(keyword.value) != "False":
-                    found.append(f"line {node.lineno}: {keyword.arg}")
-        found += [f"line {node.lineno}: {n}" for n in names if n.split(".")[0] in MODULES]  # type: ignore[attr-defined]
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called.endswith(".from_pretrained") and called != "BagelPipeline.from_pretrained":
+                given.setdefault("trust_remote_code", "not given")
+            found += [f"{node.lineno}: {called}"] * (called in CALLS)
+            found += [
+                f"{node.lineno}: {name}"
+                for name in ("allow_pickle", "trust_remote_code")
+                if given.get(name, "False") != "False"
+            ]
     return found
 
 
