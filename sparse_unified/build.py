@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,13 @@ class BuildInfo(Report):
     """Facts of the compiled library, told by itself, and of what it runs in.
 
     Attributes:
-        version: of the package. library_version: of the sources the library was compiled from.
+        version: of the package.
+        library_version: of the sources the library was compiled from.
         commit: of those sources, with -dirty where files differed; "unknown" without a trace.
-        torch_built: release of the headers. torch_abi, python_abi: oldest ones it loads into.
-        cuda_toolkit: CUDA of the kernels, "none" in a CPU build. cuda_driver: newest CUDA that the
-            driver runs, "none" without a driver or in a CPU build.
-        instruction_sets: that the CPU kernels were compiled for. instruction_set: that they run.
+        torch_built: release of the headers.
+        cuda_driver: newest CUDA that the driver runs, "none" without a driver or in a CPU build.
+        instruction_sets: that the CPU kernels were compiled for.
+        instruction_set: that they run.
         devices: "cuda:0: NAME, 9.0" of each GPU that torch sees.
         problems: what does not fit together; empty when everything does.
     """
@@ -60,16 +60,11 @@ class BuildInfo(Report):
         return [
             ("sparse_unified", f"{self.version}, commit {self.commit}"),
             ("library", self.library),
-            ("torch", f"{self.torch}, built against {self.torch_built}"),
-            ("stable ABI", f"torch {self.torch_abi} and newer"),
-            ("Python", f"{self.python}, {self.python_abi} and newer"),
-            ("C++", self.cxx_abi),
-            ("compiler", f"{self.compiler} {self.compiler_flags}"),
-            (
-                "CUDA kernels",
-                f"{architectures}, toolkit {self.cuda_toolkit}, driver {self.cuda_driver}",
-            ),
-            ("CUDA of torch", self.torch_cuda),
+            ("torch", f"{self.torch}, built against {self.torch_built}, ABI {self.torch_abi}"),
+            ("Python", f"{self.python}, ABI {self.python_abi}"),
+            ("compiler", f"{self.compiler} {self.compiler_flags}, {self.cxx_abi}"),
+            ("CUDA kernels", f"{architectures}, toolkit {self.cuda_toolkit}"),
+            ("CUDA", f"driver {self.cuda_driver}, torch {self.torch_cuda}"),
             ("devices", "; ".join(self.devices) or "none"),
             ("CPU kernels", f"{self.instruction_set}, of {', '.join(self.instruction_sets)}"),
             ("threads", f"{self.threads}, {'OpenMP' if self.openmp else 'no OpenMP'}"),
@@ -90,29 +85,16 @@ class BuildInfo(Report):
 
 
 def build_info() -> BuildInfo:
-    """Asks the compiled library what it is, and torch and Python what they are.
-
-    Raises:
-        RuntimeError: the library is of a time before it could tell.
-    """
-    library = _library.module
-    if not hasattr(library, "build_info"):
-        raise RuntimeError(
-            "build_info: library must be built from the sources of this package, got an older one "
-            f"in {library.__file__}"
-        )
-    facts: dict[str, Any] = dict(library.build_info())
-    facts["library_version"] = facts.pop("version")
+    """Asks the compiled library what it is, and torch and Python what they are."""
+    facts: dict[str, Any] = dict(_library.module.build_info())
+    built = facts["library_version"] = facts.pop("version")
     facts["threads"] = int(facts["threads"])
     facts["instruction_sets"] = tuple(facts["instruction_sets"].split(", "))
     listed = facts["cuda_architectures"]
     architectures = facts["cuda_architectures"] = () if listed == "none" else tuple(listed.split())
     problems = []
-    if facts["library_version"] != __version__:
-        problems.append(
-            f"library: version must be {__version__} like the package, "
-            f"got {facts['library_version']}"
-        )
+    if built != __version__:
+        problems.append(f"library: version must be {__version__} like the package, got {built}")
     devices = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(i)
@@ -122,7 +104,7 @@ def build_info() -> BuildInfo:
             problems.append(f"cuda:{i}: {why}")
     return BuildInfo(
         version=__version__,
-        library=str(Path(str(library.__file__))),
+        library=str(_library.module.__file__),
         torch=torch.__version__,
         torch_cuda=torch.version.cuda or "none",
         openmp=torch.backends.openmp.is_available(),

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import resource
 import shutil
 import signal
@@ -118,13 +120,13 @@ def test_options_come_from_the_fields_of_a_config() -> None:
         "steps": "how many",
     }
     parser = argparse.ArgumentParser()
-    add_options(parser, Config, "size", "low", "lr=rate", "steps", steps={"default": 5})
+    add_options(parser, Config, "size low lr=rate steps", steps={"default": 5})
     parsed = parser.parse_args(["--lr", "2", "--size", "7"])
     made = Config(**arguments(Config, parsed, high=4.0))
     assert made == Config(size=7, low=0.5, high=4.0, rate=2.0, steps=5)
     assert "ends of a range (default 0.5)" in parser.format_help()
     with pytest.raises(TypeError, match="changes must be of the flags, got other"):
-        add_options(parser, Config, other="help")
+        add_options(parser, Config, "", other="help")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_options_come_from_the_fields_of_a_config() -> None:
         ("convert a b --num-experts 4 --top-k 2 --num-exp 3", "--num-exp"),
         ("convert a b --num-experts 4 --top-k 2 --component vit", "'vit'"),
         ("convert a b --num-experts 4 --top-k 2 --seed 1 --scores f", "--scores"),
-        ("convert a b --num-experts 4 --top-k 2 --router-init activation", "come with --stats"),
+        ("convert a b --num-experts 4 --top-k 2 --router-init activation", "--stats must"),
         ("convert a b --num-experts 4 --top-k 2 --stats f", "--stats must come with"),
         ("verify a", "--against"),
         ("prune m o --component und --axis depth", "--skip-layers must be given"),
@@ -148,9 +150,9 @@ def test_options_come_from_the_fields_of_a_config() -> None:
         ("prune m o --component und --keep-ratio .5 --seed 1", "--criterion random"),
         ("prune m o --component und --axis depth --skip-layers 1 --layers 1", "--layers must be"),
         ("generate m --out x.png", "--prompt or --prompts-file"),
-        ("generate m --out x.tiff --prompt a", "must end in .png"),
+        ("generate m --out x.tiff --prompt a", "ends in .png"),
         ("generate m --prompt a", "--out"),
-        ("chat m --prompt ''", "prompt must not be empty"),
+        ("chat m --prompt ''", "a prompt that is not empty"),
         *(
             (f"generate m --out x.png --prompt a {wrong}", words)
             for wrong, words in [
@@ -166,12 +168,12 @@ def test_options_come_from_the_fields_of_a_config() -> None:
                 ("--dtype int8", "'int8'"),
                 ("--cache-order 4", "--cache-order"),
                 ("--storage int4", "--storage: must be int8, fp8"),
-                ("--storage und=int8,und=fp8", "--storage: must be int8, fp8 or und=KIND"),
+                ("--storage und=int8,und=fp8", "--storage: must be int8, fp8"),
                 ("--device-map cpu", "--device-map: must be auto or MODULE=DEVICE"),
                 ("--max-memory cpu=1GiB", "--max-memory must come with --device-map"),
                 ("--offload-folder x", "--offload-folder must come with --device-map"),
-                ("--device-map auto --offload und", "--device-map must come without --offload"),
-                ("--device-map auto --storage int8", "--device-map must come without --storage"),
+                ("--device-map auto --offload und", "device_map must come without offload"),
+                ("--device-map auto --storage int8", "offload and storage"),
                 ("--task image --think", "--task must be all with --think"),
                 ("--compile fast", "--compile"),
             ]
@@ -179,7 +181,7 @@ def test_options_come_from_the_fields_of_a_config() -> None:
         *(
             (f"analyze m --out o --no-plots --task generation {wrong}", words)
             for wrong, words in [
-                ("--ratios 1.5", "must be above 0 and at most 1, got '1.5'"),
+                ("--ratios 1.5", "above 0 and at most 1"),
                 ("--ratios .5,.5", "each once"),
                 ("--axis length", "depth, width, heads"),
                 ("--task singing", "generation, understanding, editing"),
@@ -407,6 +409,38 @@ def test_a_closed_pipe_is_no_traceback(pair: tuple[Path, Path]) -> None:
     assert child.stderr.read() == ""
     child.stderr.close()
     assert child.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize("stdout", ["closed", "full"])
+def test_work_whose_result_cannot_be_printed_is_done(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stdout: str,
+) -> None:
+    report = tmp_path / "r.json"
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", None if stdout == "closed" else full)
+        command = ["convert", str(pair[0]), str(tmp_path / "o"), *COUNTS, "--json", str(report)]
+        assert main(command) == 1
+    assert_one_line(capsys.readouterr().err, "the command is done, but")
+    assert snapshot(tmp_path / "o") == snapshot(pair[1])
+    assert json.loads(report.read_text())["top_k"] == 2
+
+
+def test_what_stdout_cannot_encode_is_escaped(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("\u00fc\U0001f600", os.fsdecode(b"\xff")):
+        out, printed, file = tmp_path / name, io.BytesIO(), tmp_path / "r.json"
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+        assert main(["convert", str(pair[0]), str(out), *COUNTS, "--json", str(file)]) == 0
+        assert str(tmp_path) in printed.getvalue().decode()
+        assert json.loads(file.read_text())["out"] == str(out)
+        assert main(["info", str(out), "--json"]) == 0
+        text = printed.getvalue().decode()
+        assert json.loads(text[text.index("{") :])["directory"] == str(out)
 
 
 def test_an_unexpected_error_is_one_line_too(

@@ -92,7 +92,7 @@ def test_a_picture_for_each_prompt_whatever_the_batch(
     assert report["image_tokens"] == 3 * 3 * 4
     assert report["peak_memory_bytes"] > 0
     assert report["seconds_per_step"] > 0
-    assert "2 steps of " in capsys.readouterr().out
+    assert "2 steps, 2 computed, " in capsys.readouterr().out
     assert draw(model, tmp_path / "y.png", *prompts, *size, *think, "--batch-size", 1) == 0
     for number in range(3):
         assert image.open(tmp_path / f"x-{number}.png").size == (64, 48)
@@ -123,7 +123,7 @@ def test_pictures_are_edited_and_talked_about(
     [
         ("--image text.png", 1, "must be a readable"),
         ("--image none.png", 1, "must be a readable"),
-        ("--prompts-file none.txt", 1, "must be readable text"),
+        ("--prompts-file none.txt", 1, "must be readable"),
         ("--device toaster", 1, "must be a device of this torch"),
         ("--device meta", 1, "must be a device that holds data, got 'meta'"),
         ("--out no/x.png", 1, "--out: directory must be there"),
@@ -218,7 +218,7 @@ def test_steps_are_extrapolated(
 ) -> None:
     out = tmp_path / "x.png"
     assert draw(model, out, "--cache-interval", 3, "--cache-order", 1) == 0
-    assert "7 steps, 5 computed, in " in capsys.readouterr().out
+    assert "7 steps, 5 computed, " in capsys.readouterr().out
     options = {"seed": 1, "num_timesteps": 8, "size": (32, 32), "progress": False}
     result = loaded.pipelines[0].generate("a red bench", cache=StepCache(order=1), **options)
     assert image.open(out).tobytes() == result.images[0].tobytes()

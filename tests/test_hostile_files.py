@@ -35,6 +35,7 @@ from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
 from sparse_unified.analysis.geneval import read_metadata
 from sparse_unified.analysis.records import open_store, read_records
 from sparse_unified.analysis.samples import Task, read_samples
+from sparse_unified.analysis.samples import read_lines as read_text_lines
 from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import open_image, to_rgb
@@ -53,7 +54,6 @@ from sparse_unified.checkpoint import (
 )
 from sparse_unified.checkpoint.scores import read_scores
 from sparse_unified.checkpoint.sidecar import SIDECAR, parse_dense_headers, read_sidecar
-from sparse_unified.cli.generate import _read_prompts
 from sparse_unified.fixtures import write_checkpoint, write_tokenizer
 
 IMAGE = "0.png"
@@ -284,7 +284,7 @@ READERS = {
     ),
     "lines": Target(
         write("prompts.txt", b"a bench\na dog\n"),
-        lambda path: _read_prompts(str(path)),
+        lambda path: read_text_lines(path, "--prompts-file"),
         lenient=True,
     ),
     "data": Target(

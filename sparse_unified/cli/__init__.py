@@ -10,44 +10,47 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from sparse_unified.cli.console import (
     PROG,
     CommandParser,
+    Unshown,
     Usage,
-    one_line,
+    execute,
+    show,
     split_json_flag,
 )
 
 _DESCRIPTION = """\
 Sparse mixture-of-experts versions of unified multimodal models: make them from dense
 checkpoints, check them, run them, measure them. Results go to stdout, progress to stderr.
-Exit status: 0 success, 1 bad data or a failed check, 2 wrong usage, 130 interrupted."""
-# {name: (where it is, help)}
+Exit status: 0 success, 1 bad data, a failed check or a result that cannot be printed,
+2 wrong usage, 130 interrupted."""
+# {name: (module, help)}
 _COMMANDS = {
-    "convert": ("checkpoint.CONVERT", "make a sparse checkpoint from a dense one"),
-    "verify": ("checkpoint.VERIFY", "prove that a checkpoint is a dense one, reordered or pruned"),
-    "invert": ("checkpoint.INVERT", "give the dense checkpoint back, bit for bit"),
-    "info": ("checkpoint.INFO", "show what a model directory or this build is, and what disagrees"),
-    "prune": ("checkpoint.PRUNE", "make a smaller one: narrower FFNs, fewer heads, skipped layers"),
-    "generate": ("generate.GENERATE", "generate or edit images"),
-    "chat": ("generate.CHAT", "answer a prompt, with or without images, in text"),
-    "calibrate": ("analysis.CALIBRATE", "gather statistics of the neurons on a task"),
-    "analyze": ("analysis.ANALYZE", "measure what a model can do without"),
-    "expert-usage": ("analysis.EXPERT_USAGE", "count which experts a task uses"),
-    "adapt": ("adapt.ADAPT", "tune a model"),
+    "convert": ("checkpoint", "make a sparse checkpoint from a dense one"),
+    "verify": ("checkpoint", "prove that a checkpoint is a dense one, reordered or pruned"),
+    "invert": ("checkpoint", "give the dense checkpoint back, bit for bit"),
+    "info": ("checkpoint", "show what a model directory or this build is, and what disagrees"),
+    "prune": ("checkpoint", "make a smaller one: narrower FFNs, fewer heads, skipped layers"),
+    "generate": ("generate", "generate or edit images"),
+    "chat": ("generate", "answer a prompt, with or without images, in text"),
+    "calibrate": ("analysis", "gather statistics of the neurons on a task"),
+    "analyze": ("analysis", "measure what a model can do without"),
+    "expert-usage": ("analysis", "count which experts a task uses"),
+    "adapt": ("adapt", "tune a model"),
 }
-_MINI = {"write": ("checkpoint.MINI_WRITE", "write the trained model as a model directory")}
 
 
 def build_parser() -> CommandParser:
-    """Returns the parser of all commands; each sets `run`, a function from arguments to status."""
+    """Returns the parser of all commands."""
     parser = CommandParser(prog=PROG, description=_DESCRIPTION)
     parser.add_argument("--version", action="store_true", help="print version and build, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (where, text) in _COMMANDS.items():
-        commands.add_parser(name, help=text, command=where)
+    for name, (module, text) in _COMMANDS.items():
+        commands.add_parser(name, help=text, command=f"{module}.{name.replace('-', '_')}")
     mini = commands.add_parser(
         "mini",
         help="write a BAGEL in miniature",
@@ -55,8 +58,8 @@ def build_parser() -> CommandParser:
         "and 16 x 16 scenes of coloured shapes. See docs/miniature.md.",
     )
     actions = mini.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, (where, text) in _MINI.items():
-        actions.add_parser(name, help=text, command=where)
+    text = "write the trained model as a model directory"
+    actions.add_parser("write", help=text, command="checkpoint.mini_write")
     commands.add_parser(
         "bench",
         help="measure the sparse FFN beside its baselines",
@@ -78,10 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(split_json_flag(arguments))
     if options.version:
-        return _print_version()
+        from sparse_unified.build import build_info
+
+        found = build_info()
+        show(f"{PROG} {found.version}\n{found.to_line()}\n")
+        return 0
     if "run" not in options:
         raise Usage(f"a command must be given, got none (see {PROG} --help)")
-    return int(options.run(options))
+    return execute(options)
 
 
 def _bench(arguments: Sequence[str]) -> int:
@@ -90,17 +97,9 @@ def _bench(arguments: Sequence[str]) -> int:
     return int(main(list(arguments)) or 0)
 
 
-def _print_version() -> int:
-    from sparse_unified.build import build_info
-
-    found = build_info()
-    sys.stdout.write(f"{PROG} {found.version}\n{found.to_line()}\n")
-    return 0
-
-
 def _guard(run: Callable[[], int], *, show_traceback: bool) -> int:
     logging.basicConfig(format=f"{PROG}: %(message)s", level=logging.WARNING)
-    # A polite kill takes the same way out as an error, so that nothing half-written stays.
+    # SIGTERM ends as an error does, so that partial output is cleaned up.
     in_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
@@ -109,10 +108,12 @@ def _guard(run: Callable[[], int], *, show_traceback: bool) -> int:
         return _fail("interrupted", 130, kind="")
     except Usage as error:
         return _fail(str(error), 2)
-    except BrokenPipeError:
-        # Whoever read our output has gone; a second complaint at exit would help nobody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except (Unshown, BrokenPipeError) as error:
+        # What stdout still buffers cannot be written either; Python would complain at exit.
+        with suppress(AttributeError, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        is_told = isinstance(error, Unshown) and error.args
+        return _fail(str(error), 1) if is_told else 1
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
@@ -137,5 +138,6 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _fail(message: str, status: int, kind: str = "error: ") -> int:
-    sys.stderr.write(f"{PROG}: {kind}{one_line(message)}\n")
+    with suppress(AttributeError, OSError):  # stderr may be closed
+        sys.stderr.write(f"{PROG}: {kind}{' '.join(message.split())}\n")
     return status

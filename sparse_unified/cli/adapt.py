@@ -25,12 +25,12 @@ from sparse_unified.adapt import (
 from sparse_unified.adapt.freeze import Stage
 from sparse_unified.adapt.optimizer import num_processes
 from sparse_unified.analysis.samples import Task
-from sparse_unified.cli.console import Command, CommandParser, Usage, show_progress
+from sparse_unified.cli.console import CommandParser, Usage, show_progress
 from sparse_unified.cli.generate import check_device
 from sparse_unified.cli.options import DTYPES, add_flags, add_options, arguments, dtype_of, names
 
 
-def _add(parser: CommandParser) -> None:
+def add_adapt(parser: CommandParser) -> None:
     add_flags(
         parser,
         """
@@ -44,7 +44,7 @@ def _add(parser: CommandParser) -> None:
     add_options(
         parser,
         RunConfig,
-        *("stage", "component", "device", "dtype"),
+        "stage component device dtype",
         stage={
             "choices": [stage.value for stage in Stage],
             "help": "what is trained: the routers alone; all but the experts; all",
@@ -59,12 +59,11 @@ def _add(parser: CommandParser) -> None:
     add_options(parser, TrainingConfig, "steps", unset=True)
 
     data = parser.add_argument_group("data")
-    add_options(data, SequenceConfig, "timestep_shift")
-    add_options(data, SequenceConfig, "text_dropout", "vit_dropout", "vae_dropout")
+    add_options(data, SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
     add_options(
         data,
         RunConfig,
-        *("tasks", "max_side", "cache_latents"),
+        "tasks max_side cache_latents",
         tasks={
             "type": names(*(task.value for task in Task)),
             "help": "which uses of the records are trained (default all that they allow)",
@@ -75,13 +74,10 @@ def _add(parser: CommandParser) -> None:
     add_options(
         optimizer,
         TrainingConfig,
-        *("batch_size", "lr=learning_rate", "min_lr=min_learning_rate", "schedule"),
-        *("warmup=warmup_steps", "betas", "eps", "weight_decay", "max_grad_norm", "ema=ema_decay"),
-        *("ce_weight", "mse_weight", "balance_weight", "z_weight", "seed"),
+        "batch_size lr=learning_rate min_lr=min_learning_rate schedule warmup=warmup_steps betas "
+        "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight z_weight "
+        "seed",
         batch_size={"default": 8, "required": False},
-        learning_rate="learning rate",
-        schedule="of the learning rate",
-        ema_decay="decay of averages of the weights, which are written (default: not)",
         max_grad_norm="norm that gradients are scaled down to; 0 does not",
     )
 
@@ -89,11 +85,9 @@ def _add(parser: CommandParser) -> None:
     add_options(
         memory,
         TrainingConfig,
-        *("micro_batch_size", "checkpointing", "optimizer_device"),
+        "micro_batch_size checkpointing optimizer_device",
         micro_batch_size="sequences of one forward and backward pass, a divisor of --batch-size "
         "(default: a process's share)",
-        optimizer_device="where gradients, float32 weights and moments are kept, as in cpu "
-        "(default: with the model)",
     )
     add_flags(
         memory,
@@ -102,14 +96,21 @@ def _add(parser: CommandParser) -> None:
     )
 
     run = parser.add_argument_group("run", "log and states of a run lie in OUT.training")
-    add_options(run, RunConfig, "checkpoint_every", "keep", "resume", "tensorboard")
+    add_options(run, RunConfig, "checkpoint_every keep resume tensorboard")
     add_flags(
         run,
         "--dry-run  read model and data, check everything, report, and stop before the first step",
     )
 
 
-def _run(options: argparse.Namespace) -> Report | None:
+def run_adapt(options: argparse.Namespace) -> Report | None:
+    """Trains MODEL on images and texts and writes the trained model to OUT.
+
+    OUT appears complete or not at all. While the run lasts, its log and its states lie in
+    OUT.training; with --resume a run that was cut short goes on from its latest state, exactly as
+    if it had not been. Under torchrun, weights and optimizer are sharded over the processes with
+    FSDP2.
+    """
     if options.estimate_memory:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         return estimate_memory(options.model, *_configs(options), processes=processes)
@@ -201,14 +202,3 @@ def _summary(record: StepRecord) -> str:
     if record.load_imbalance is not None:
         parts.append(f"busiest expert {record.load_imbalance:.2f}x")
     return "  ".join([*parts, f"{record.tokens_per_second:,.0f} tokens/s"])
-
-
-ADAPT = Command(
-    description="""\
-Trains MODEL on images and texts and writes the trained model to OUT, which appears complete or
-not at all. While the run lasts, its log and its states lie in OUT.training; with --resume a run
-that was cut short goes on from its latest state, exactly as if it had not been.
-Under torchrun, weights and optimizer are sharded over the processes with FSDP2.""",
-    add=_add,
-    run=_run,
-)

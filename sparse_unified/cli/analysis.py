@@ -4,55 +4,52 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from sparse_unified._common import Report, context, optional
 from sparse_unified.analysis import (
     FfnStatistics,
+    Probe,
+    Sample,
+    Settings,
+    StatisticsConfig,
+    SweepConfig,
+    Task,
+    bagel_probe,
+    built_in_samples,
+    calibrate,
     expert_usage,
+    read_samples,
+    run_sweep,
     save_scores,
     score,
+    write_plots,
 )
-from sparse_unified.analysis.bagel_task import Settings, bagel_probe
-from sparse_unified.analysis.calibration import calibrate
 from sparse_unified.analysis.criteria import CRITERIA
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
-from sparse_unified.analysis.plots import write_plots, write_usage_plot
-from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
-from sparse_unified.analysis.statistics import StatisticsConfig, hash_model
-from sparse_unified.analysis.sweep import SweepConfig, run_sweep
+from sparse_unified.analysis.plots import write_usage_plot
+from sparse_unified.analysis.statistics import hash_model
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.cli.console import Command, CommandParser, Output, Usage, show_progress
+from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.generate import add_model, load_pipeline
-from sparse_unified.cli.options import add_flags, add_options, arguments, names, natural, positive
+from sparse_unified.cli.options import add_flags, add_options, arguments, names, positive
 from sparse_unified.surgery.decoder import find_sparse_blocks
 
-TASKS = ("generation", "understanding", "editing")
+TASKS = tuple(task.value for task in Task)
 
 
-def _in_a_folder(
-    run: Callable[[argparse.Namespace, Path], Report],
-) -> Callable[[argparse.Namespace], Report]:
-    """Gives a command a folder for as long as it runs, where pictures of built-in samples go."""
-
-    def within(options: argparse.Namespace) -> Report:
-        with TemporaryDirectory() as drawn:
-            return run(options, Path(drawn))
-
-    return within
-
-
-def _add_settings(group: Any, *more: str) -> None:
+def _add_settings(group: Any, more: str = "") -> None:
     """Adds how many samples there are, and how the model runs on them."""
     group.add_argument("--samples", type=positive, metavar="N", help="the first N prompts")
-    add_options(
-        group, Settings, "size", "steps=num_timesteps", "max_tokens=max_length", *more,
-        num_timesteps="timesteps of a generation", max_length="most tokens of an answer",
-    )  # fmt: skip
+    add_options(group, Settings, f"size steps=num_timesteps max_tokens=max_length {more}")
+    add_options(group, SweepConfig, "seed", seed="of noise and of random choices")
 
 
 def _add_samples(parser: CommandParser) -> None:
@@ -72,25 +69,46 @@ def _add_samples(parser: CommandParser) -> None:
         """,
     )
     _add_settings(group)
-    add_options(group, SweepConfig, "seed", seed="of noise and of random choices")
     add_options(group, StatisticsConfig, "time_ranges=num_time_ranges")
 
 
-def _read_samples(
-    options: argparse.Namespace, task: Task, drawn: Path, prompts: str | None, images: str | None
-) -> list[Sample]:
-    if prompts is not None:
-        return read_samples(prompts, images, task, options.samples, options.seed)
-    if images is not None:
-        raise Usage(f"--images must come with --prompts for {task.value}, got none")
-    return built_in_samples(task, options.samples, options.seed, folder=drawn)
+@contextmanager
+def _samples(options: argparse.Namespace) -> Iterator[dict[str, list[Sample]]]:
+    """Reads the samples of each task; images of built-in ones stay for as long as the block."""
+    tasks = [options.task] if isinstance(options.task, str) else options.task
+    with TemporaryDirectory() as folder:
+        found = {}
+        for task in tasks:
+            prompts = _of_task(options.prompts, task, "--prompts")
+            images = _of_task(options.images, task, "--images")
+            how: tuple[Any, ...] = (Task(task), options.samples, options.seed)
+            if prompts is not None:
+                found[task] = read_samples(prompts, images, *how)
+            elif images is not None:
+                raise Usage(f"--images must come with --prompts for {task}, got none")
+            else:
+                found[task] = built_in_samples(*how, folder=folder)
+        yield found
+
+
+def _of_task(given: str | Sequence[str] | None, task: str, option: str) -> str | None:
+    """Returns the value of `TASK=VALUE` for a task, or else that of a plain VALUE."""
+    if given is None or isinstance(given, str):
+        return given
+    split = [(v.partition("=")[0] if v.partition("=")[0] in TASKS else "", v) for v in given]
+    own = [v.partition("=")[2] for name, v in split if name == task]
+    plain = [v for name, v in split if not name]
+    if len(own) > 1 or len(plain) > 1:
+        raise Usage(f"analyze: {option} must be given once for {task}, got {', '.join(given)}")
+    return next(iter(own or plain), None)
 
 
 # calibrate
 
 
-def _add_calibrate(parser: CommandParser) -> None:
+def add_calibrate(parser: CommandParser) -> None:
     add_model(parser)
+    parser.set_defaults(outputs=("out", "scores"))
     parser.add_argument(
         "--out", required=True, metavar="FILE.safetensors", help="where the statistics go"
     )
@@ -101,15 +119,12 @@ def _add_calibrate(parser: CommandParser) -> None:
     )
     _add_samples(parser)
     counted = parser.add_argument_group("what is counted")
-    add_options(counted, StatisticsConfig, "threshold", "active_fraction")
-    counted.add_argument(
-        "--inputs",
-        dest="num_inputs",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="keep what each FFN was given on N tokens drawn at random, for convert --partition "
-        "coactivation and --router-init activation; 512 are plenty (default: none)",
+    add_options(
+        counted,
+        StatisticsConfig,
+        "threshold active_fraction inputs=num_inputs",
+        num_inputs="keep what each FFN was given on N tokens drawn at random, for convert "
+        "--partition coactivation and --router-init activation; 512 are plenty (default: none)",
     )
     group = parser.add_argument_group("scores")
     add_flags(group, "--scores FILE.safetensors  write scores there")
@@ -122,67 +137,52 @@ def _add_calibrate(parser: CommandParser) -> None:
     )
 
 
-@_in_a_folder
-def _calibrate(options: argparse.Namespace, drawn: Path) -> Output:
+def run_calibrate(options: argparse.Namespace) -> Report:
+    """Runs MODEL on samples of a task and writes what its FFN neurons did.
+
+    That is mean |h|, firing, and the active neurons of each sample, per component, layer and range
+    of the denoising time. With --scores it also writes the importance of the neurons, as convert
+    and prune take it.
+    """
     if options.criterion and not options.scores:
         raise Usage("calibrate: --criterion must come with --scores, got none")
     config = StatisticsConfig(**arguments(StatisticsConfig, options))
-    task = Task(options.task)
-    samples = _read_samples(options, task, drawn, options.prompts, options.images)
-    earlier = [FfnStatistics.load(path) for path in options.merge]
     components = None if options.component is None else [options.component]
-    pipeline = load_pipeline(options)
-    for statistics in earlier:
-        statistics.check(pipeline)
-    with show_progress(options, "calibrate", "sample") as progress:
+    with _samples(options) as samples, show_progress(options, "calibrate", "sample") as progress:
+        earlier = [FfnStatistics.load(path) for path in options.merge]
+        pipeline = load_pipeline(options)
+        for statistics in earlier:
+            statistics.check(pipeline)
         found = calibrate(
             pipeline,
-            task,
-            samples,
+            options.task,
+            samples[options.task],
             settings=Settings(**arguments(Settings, options)),
             config=config,
             components=components,
             progress=progress,
-        )
-    found = found.merge(*earlier)
+        ).merge(*earlier)
     found.save(options.out)
     if options.scores:
         criterion = options.criterion or "wanda"
         scores = score(criterion, pipeline, found, components=components, seed=options.seed)
         save_scores(options.scores, scores)
-    return _calibrated(options, found)
-
-
-def _calibrated(options: argparse.Namespace, statistics: FfnStatistics) -> Output:
-    import torch
-
-    tasks: dict[str, Any] = {}
+    tasks = {
+        task: {
+            "samples": len(found.samples[task]),
+            "components": {name: _totals(found, task, name) for name in found.ffns[task]},
+        }
+        for task in found.tasks
+    }
     lines = []
-    for task in statistics.tasks:
-        components = {}
-        num_samples = len(statistics.samples[task])
-        lines.append(f"{task}: {num_samples} samples")
-        for component, keyed in statistics.ffns[task].items():
-            tokens = sum(int(sums.tokens.sum()) for sums in keyed.values())
-            fired = sum(float(sums.num_fired.mean(1).sum()) for sums in keyed.values())
-            overlap = torch.stack([sums.sample_overlap() for sums in keyed.values()])
-            overlap = overlap[~overlap.isnan()]
-            found = components[component] = {
-                "ffns": len(keyed),
-                "tokens": tokens // len(keyed),
-                "firing_rate": fired / tokens if tokens else None,
-                "sample_overlap": float(overlap.mean()) if len(overlap) else None,
-            }
-            line = f"  {component}  {found['ffns']} FFNs, {found['tokens']} tokens each"
-            if found["firing_rate"] is not None:
-                line += f", {found['firing_rate']:.1%} fire"
-            if found["sample_overlap"] is not None:
-                line += f", overlap of samples {found['sample_overlap']:.2f}"
-            lines.append(line)
-        tasks[task] = {"samples": num_samples, "components": components}
+    for task, own in tasks.items():
+        lines.append(f"{task}: {own['samples']} samples")
+        for name, totals in own["components"].items():  # type: ignore[attr-defined]
+            numbers = [f"{key} {value:.4g}" for key, value in totals.items() if value is not None]
+            lines.append(f"  {name}  {', '.join(numbers)}".replace("_", " "))
     document = {
         "model": options.model,
-        "model_hashes": dict(statistics.model_hashes),
+        "model_hashes": dict(found.model_hashes),
         "statistics": options.out,
         "scores": options.scores,
         "tasks": tasks,
@@ -191,43 +191,49 @@ def _calibrated(options: argparse.Namespace, statistics: FfnStatistics) -> Outpu
     return Output(text="\n".join(lines), document=document)
 
 
-CALIBRATE = Command(
-    description="""\
-Runs MODEL on samples of a task and writes what its FFN neurons did: mean |h|, firing, and the
-active neurons of each sample, per component, layer and range of the denoising time. With --scores
-it also writes the importance of the neurons, as convert and prune take it.""",
-    add=_add_calibrate,
-    run=_calibrate,
-    outputs=("out", "scores"),
-)
+def _totals(statistics: FfnStatistics, task: str, component: str) -> dict[str, Any]:
+    """Returns the number of FFNs, tokens of each, and means over them; None without tokens."""
+    listed = list(statistics.of(task, component).values())
+    tokens = sum(int(sums.tokens.sum()) for sums in listed)
+    fired = sum(float(sums.num_fired.mean(1).sum()) for sums in listed)
+    overlap = torch.stack([sums.sample_overlap() for sums in listed]).nanmean()
+    return {
+        "ffns": len(listed),
+        "tokens": tokens // len(listed),
+        "firing_rate": fired / tokens if tokens else None,
+        "sample_overlap": None if overlap.isnan() else float(overlap),
+    }
 
 
 # expert-usage
 
 
-def _add_expert_usage(parser: CommandParser) -> None:
+def add_expert_usage(parser: CommandParser) -> None:
     add_model(parser)
+    parser.set_defaults(outputs=("plot",))
     _add_samples(parser)
     add_flags(parser, "--plot FILE.png  draw load and change there")
 
 
-@_in_a_folder
-def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
+def run_expert_usage(options: argparse.Namespace) -> Report:
+    """Runs the sparse MODEL on samples of a task and counts which experts its tokens choose.
+
+    That is load and its entropy per component and layer, experts that no token uses, and how the
+    load moves over the times of denoising. MODEL must have sparse FFNs.
+    """
     if options.plot is not None:
         if not options.plot.lower().endswith(".png"):
             raise Usage(f"expert-usage: --plot must end in .png, got {options.plot!r}")
         optional("matplotlib", "plot", purpose="--plot")
-    task = Task(options.task)
-    samples = _read_samples(options, task, drawn, options.prompts, options.images)
     components = None if options.component is None else [options.component]
-    pipeline = load_pipeline(options)
-    with context(f"expert-usage: {options.model}"):
-        find_sparse_blocks(pipeline, components)
-    with show_progress(options, "expert-usage", "sample") as progress:
+    with _samples(options) as samples, show_progress(options, "expert-usage", "sample") as progress:
+        pipeline = load_pipeline(options)
+        with context(f"expert-usage: {options.model}"):
+            find_sparse_blocks(pipeline, components)
         usage = expert_usage(
             pipeline,
-            task,
-            samples,
+            options.task,
+            samples[options.task],
             settings=Settings(**arguments(Settings, options)),
             num_time_ranges=options.num_time_ranges,
             components=components,
@@ -235,24 +241,13 @@ def _expert_usage(options: argparse.Namespace, drawn: Path) -> Report:
         )
     if options.plot is not None:
         write_usage_plot(usage, options.plot)
-    return Output(text=usage.to_text(), document=usage.to_dict())
-
-
-EXPERT_USAGE = Command(
-    description="""\
-Runs the sparse MODEL on samples of a task and counts which experts its tokens choose: load and its
-entropy per component and layer, experts that no token uses, and how the load moves over the times
-of denoising. MODEL must have sparse FFNs.""",
-    add=_add_expert_usage,
-    run=_expert_usage,
-    outputs=("plot",),
-)
+    return usage
 
 
 # analyze
 
 
-def _add_analyze(parser: CommandParser) -> None:
+def add_analyze(parser: CommandParser) -> None:
     add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
@@ -266,8 +261,7 @@ def _add_analyze(parser: CommandParser) -> None:
     add_options(
         swept,
         SweepConfig,
-        *("component=components", "axis=axes", "ratios", "criterion", "layers", "part", "budget"),
-        "block_size",
+        "component=components axis=axes ratios criterion layers part budget block_size",
         components={"required": False, "default": ("und", "gen")},
         axes="what is pruned, comma-separated: depth, width, heads",
         criterion={"choices": tuple(CRITERIA), "help": "what ranks the neurons"},
@@ -292,31 +286,30 @@ def _add_analyze(parser: CommandParser) -> None:
         """,
     )
     _add_settings(measured, "batch_size")
-    add_options(measured, SweepConfig, "seed", seed="of noise and of random choices")
-    _add_measures(parser.add_argument_group("what is measured"))
-
-
-def _add_measures(group: Any) -> None:
+    group = parser.add_argument_group("what is measured")
     add_flags(
         group,
         """
-        --evaluator MODULE:FUNCTION...  more metrics: a function from the pipeline to numbers by
-                                        name (repeatable); a file may be named instead of a module
-        --geneval FILE.jsonl            GenEval metadata: write its images for every point of
-                                        generation, in the folders that the official scorer reads
+        --evaluator MODULE:FUNCTION...     more metrics: a function from the pipeline to numbers by
+                                           name (repeatable); a file may be named instead of a
+                                           module
+        --geneval FILE.jsonl               GenEval metadata: write its images for every point of
+                                           generation, in the folders that the official scorer reads
+        --geneval-scorer MODULE:FUNCTION   a function from such a folder to numbers by name
         """,
     )
     group.add_argument("--geneval-images", type=positive, default=4, help="per prompt (default 4)")
-    add_flags(
-        group,
-        "--geneval-scorer MODULE:FUNCTION  a function from such a folder to numbers by name",
-    )
     add_options(group, SweepConfig, "repeats")
     add_flags(group, "--no-plots  draw no plots")
 
 
-@_in_a_folder
-def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
+def run_analyze(options: argparse.Namespace) -> Report:
+    """Makes MODEL smaller in memory, point by point, and measures each point.
+
+    Its components (und, gen) are pruned along its axes (depth, width, heads) at every ratio that is
+    kept, on every task. OUT gets report.md, results.json and plots. A run that was interrupted goes
+    on when it is started again.
+    """
     if options.geneval_scorer and not options.geneval:
         raise Usage("analyze: --geneval-scorer must come with --geneval, got none")
     if not options.no_plots:
@@ -326,21 +319,30 @@ def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
     files = {task: _of_task(options.stats, task, "--stats") for task in options.task}
     statistics = {task: FfnStatistics.load(file) for task, file in files.items() if file}
     settings = Settings(**arguments(Settings, options))
-    samples = {}
-    for task in options.task:
-        prompts = _of_task(options.prompts, task, "--prompts")
-        images = _of_task(options.images, task, "--images")
-        samples[task] = _read_samples(options, Task(task), drawn, prompts, images)
-    more = {name: load_evaluator(name) for name in options.evaluator}
-    pipeline = load_pipeline(options)
-    probes = [_probe(options, pipeline, t, samples[t], settings, more) for t in options.task]
-    description = {
-        "model": hash_model(pipeline.model),
-        "device": pipeline.model.device.type,
-        "statistics": {task: found.samples for task, found in statistics.items()},
-        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
-    }
-    with show_progress(options, "analyze", "point") as progress:
+    evaluators: dict[str, Any] = {name: load_evaluator(name) for name in options.evaluator}
+    geneval: dict[str, Any] = {}
+    if options.geneval:
+        scorer: Any = options.geneval_scorer and load_evaluator(options.geneval_scorer)
+        geneval["geneval"] = GenEvalImages(
+            read_metadata(options.geneval),
+            Path(options.out) / "geneval",
+            num_images=options.geneval_images,
+            seed=options.seed,
+            settings=settings,
+            scorer=scorer or None,
+        )
+    with _samples(options) as samples, show_progress(options, "analyze", "point") as progress:
+        pipeline: BagelPipeline = load_pipeline(options)
+        probes: list[Probe] = []
+        for task, own in samples.items():
+            more = evaluators | (geneval if task == "generation" else {})
+            probes.append(bagel_probe(pipeline, Task(task), own, settings, evaluators=more))
+        description = {
+            "model": hash_model(pipeline.model),
+            "device": pipeline.model.device.type,
+            "statistics": {task: found.samples for task, found in statistics.items()},
+            "dtype": str(pipeline.model.dtype).removeprefix("torch."),
+        }
         result = run_sweep(
             pipeline,
             probes,
@@ -352,46 +354,4 @@ def _analyze(options: argparse.Namespace, drawn: Path) -> Output:
         )
     if not options.no_plots:
         write_plots(result, Path(options.out) / "plots")
-    text = f"{result.to_text()}\n\n{options.out}/report.md"
-    return Output(text=text, document=result.to_dict())
-
-
-def _of_task(given: Sequence[str], task: str, option: str) -> str | None:
-    """Returns the value of `TASK=VALUE` for a task, or else that of a plain VALUE."""
-    own = [v.partition("=")[2] for v in given if v.partition("=")[0] == task and "=" in v]
-    plain = [v for v in given if v.partition("=")[0] not in TASKS or "=" not in v]
-    if len(own) > 1 or len(plain) > 1:
-        raise Usage(f"analyze: {option} must be given once for {task}, got {', '.join(given)}")
-    return next(iter(own or plain), None)
-
-
-def _probe(
-    options: argparse.Namespace,
-    pipeline: BagelPipeline,
-    task: str,
-    samples: list[Sample],
-    settings: Any,
-    more: dict[str, Any],
-) -> Any:
-    own = dict(more)
-    if options.geneval and task == "generation":
-        scorer: Any = options.geneval_scorer and load_evaluator(options.geneval_scorer)
-        own["geneval"] = GenEvalImages(
-            read_metadata(options.geneval),
-            Path(options.out) / "geneval",
-            num_images=options.geneval_images,
-            seed=options.seed,
-            settings=settings,
-            scorer=scorer or None,
-        )
-    return bagel_probe(pipeline, Task(task), samples, settings, evaluators=own)
-
-
-ANALYZE = Command(
-    description="""\
-Makes MODEL smaller in memory, point by point, and measures each: its components (und, gen) along
-its axes (depth, width, heads) at every ratio that is kept, on every task. OUT gets report.md,
-results.json and plots. A run that was interrupted goes on when it is started again.""",
-    add=_add_analyze,
-    run=_analyze,
-)
+    return result

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_unified._common import Report
+from sparse_unified._common import Report, naming
 from sparse_unified.analysis import FfnStatistics
 from sparse_unified.build import build_info
 from sparse_unified.checkpoint import (
@@ -23,24 +23,15 @@ from sparse_unified.checkpoint import (
     verify,
 )
 from sparse_unified.checkpoint.files import refuse_overlap
-from sparse_unified.cli.console import (
-    Command,
-    CommandParser,
-    Output,
-    Usage,
-    show_progress,
-)
+from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.options import add_flags, add_options, arguments, names, ratio
 from sparse_unified.convert.memory import memory
 from sparse_unified.mini.model import MiniTask, write_model
 
-_OUT = "the directory to make; must not exist"
-
-
 # convert
 
 
-def _add_convert(parser: CommandParser) -> None:
+def add_convert(parser: CommandParser) -> None:
     add_flags(
         parser,
         """
@@ -51,7 +42,7 @@ def _add_convert(parser: CommandParser) -> None:
     add_options(
         parser,
         convert,
-        *("num_experts", "top_k", "num_shared_experts", "layers", "component"),
+        "num_experts top_k num_shared_experts layers component",
         num_experts={"metavar": "E"},
         top_k={"metavar": "K"},
         num_shared_experts={"metavar": "S"},
@@ -66,7 +57,7 @@ def _add_convert(parser: CommandParser) -> None:
     add_options(
         ranking,
         convert,
-        *("scores", "seed"),
+        "scores seed",
         scores={
             "metavar": "FILE",
             "help": "importance of each neuron: a safetensors file with one tensor 'scores' "
@@ -76,7 +67,7 @@ def _add_convert(parser: CommandParser) -> None:
         seed="rank neurons at random, from this seed",
     )
     routing = parser.add_argument_group("who goes where")
-    add_options(routing, MoEConfig, "partition", "router_init")
+    add_options(routing, MoEConfig, "partition router_init")
     add_options(routing, convert, "partition_seed")
     add_flags(
         routing,
@@ -85,52 +76,34 @@ def _add_convert(parser: CommandParser) -> None:
     )
 
 
-def _convert(options: argparse.Namespace) -> Report:
-    needing = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in (("partition", "coactivation"), ("router_init", "activation"))
-        if getattr(options, name) == value
-    ]
-    if needing and options.stats is None:
-        raise Usage(f"convert: {' and '.join(needing)} must come with --stats, got none")
-    if options.stats is not None and not needing:
+def run_convert(options: argparse.Namespace) -> Report:
+    """Splits the FFNs of DENSE into experts and writes the result to OUT, tensor by tensor.
+
+    Weights stay as they are: neurons are reordered, routers are added, all else is copied. OUT
+    appears complete or not at all.
+    """
+    is_needed = options.partition == "coactivation" or options.router_init == "activation"
+    if is_needed != (options.stats is not None):
         raise Usage(
             "convert: --stats must come with --partition coactivation or --router-init activation, "
-            "got neither"
+            "and these with --stats"
         )
-    inputs = None
-    if options.stats is not None:
+    inputs: Mapping[int, Any] | None = None
+    if is_needed:
         refuse_overlap(options.out, options.dense, options.stats, what="convert")
-        inputs = _read_inputs(options.stats, options.dense, options.component)
+        with naming(f"--stats: {options.stats}"):
+            statistics = FfnStatistics.load(options.stats)
+            statistics.check_checkpoint(Checkpoint(options.dense), options.component)
+            kept = statistics.inputs(options.component)
+        inputs = {key: x for key, x in kept.items() if isinstance(key, int)}
     with show_progress(options, "converting") as progress:
         return convert(**arguments(convert, options, inputs=inputs, progress=progress))
-
-
-def _read_inputs(path: str, dense: str, component: str) -> Mapping[int, Any]:
-    """Returns the inputs that a statistics file keeps, checked to be of the model directory."""
-    statistics = FfnStatistics.load(path)
-    try:
-        statistics.check_checkpoint(Checkpoint(dense), component)
-        kept = statistics.inputs(component)
-    except ValueError as error:
-        raise ValueError(f"--stats: {path}: {error}") from error
-    return {key: x for key, x in kept.items() if isinstance(key, int)}
-
-
-CONVERT = Command(
-    description="""\
-Splits the FFNs of DENSE into experts and writes the result to OUT, tensor by tensor. Weights stay
-as they are: neurons are reordered, routers are added, all else is copied. OUT appears complete or
-not at all.""",
-    add=_add_convert,
-    run=_convert,
-)
 
 
 # prune
 
 
-def _add_prune(parser: CommandParser) -> None:
+def add_prune(parser: CommandParser) -> None:
     add_flags(
         parser,
         """
@@ -157,7 +130,7 @@ def _add_prune(parser: CommandParser) -> None:
     add_options(
         parser,
         PruneWidthConfig,
-        *("keep_ratio", "layers", "budget", "block_size"),
+        "keep_ratio layers budget block_size",
         unset=True,
         keep_ratio={
             "type": ratio,
@@ -187,12 +160,24 @@ def _add_prune(parser: CommandParser) -> None:
     add_options(parser, prune, "seed", seed="of --criterion random")
 
 
-def _prune(options: argparse.Namespace) -> Report:
+def run_prune(options: argparse.Namespace) -> Report:
+    """Leaves neurons, attention heads or layers of MODEL out and writes the rest to OUT.
+
+    What stays, stays bit for bit; sparse_unified.json in OUT says what was done. OUT appears
+    complete or not at all.
+    """
     modes = [mode for axis in options.axis for mode in _modes(options, axis)]
-    _refuse_unused(options)
-    seed = options.seed
-    if options.criterion == "random" and seed is None:
-        seed = 0
+    is_ranked = bool({"width", "heads"} & set(options.axis))
+    for name, is_used in (
+        *((name, "depth" in options.axis) for name in ("skip_layers", "skip_part")),
+        ("block_size", "width" in options.axis),
+        *((name, is_ranked) for name in ("keep_ratio", "layers", "budget", "scores", "criterion")),
+        ("seed", options.criterion == "random"),
+    ):
+        if getattr(options, name) is not None and not is_used:
+            wanted = "--criterion random" if name == "seed" else "an --axis that it belongs to"
+            raise Usage(f"--{name.replace('_', '-')} must be given with {wanted}, got none")
+    seed = options.seed or 0 if options.criterion == "random" else None
     with show_progress(options, "pruning") as progress:
         return prune(
             options.model, options.out, modes, scores=options.scores, seed=seed, progress=progress
@@ -200,55 +185,27 @@ def _prune(options: argparse.Namespace) -> Report:
 
 
 def _modes(options: argparse.Namespace, axis: str) -> list[Any]:
-    components = options.component
+    """Returns the configs of an axis, one per component."""
+    kind, needed = {
+        "depth": (SkipLayersConfig, "skip_layers"),
+        "width": (PruneWidthConfig, "keep_ratio"),
+        "heads": (PruneHeadsConfig, "keep_ratio"),
+    }[axis]
+    if getattr(options, needed) is None:
+        raise Usage(f"--{needed.replace('_', '-')} must be given with --axis {axis}, got none")
+    given = arguments(kind, options)
     if axis == "depth":
-        if options.skip_layers is None:
-            raise Usage("--skip-layers must be given with --axis depth, got none")
-        part: dict[str, Any] = {} if options.skip_part is None else {"part": options.skip_part}
-        return [
-            SkipLayersConfig(component=name, layers=options.skip_layers, **part)
-            for name in components
-        ]
-    if options.keep_ratio is None:
-        raise Usage(f"--keep-ratio must be given with --axis {axis}, got none")
-    kind: Any = PruneHeadsConfig if axis == "heads" else PruneWidthConfig
-    given = {k: v for k, v in arguments(kind, options).items() if v is not None}
-    if axis == "heads" and len(components) == 2:
-        components = ("both",)
+        given |= {"layers": options.skip_layers, "part": options.skip_part}
+    given = {name: value for name, value in given.items() if value is not None}
+    shared = axis == "heads" and len(options.component) == 2
+    components = ("both",) if shared else options.component
     return [kind(**given | {"component": name}) for name in components]
 
 
-def _refuse_unused(options: argparse.Namespace) -> None:
-    """Raises Usage for an option that nothing of what is asked for looks at."""
-    ranked = {"width", "heads"} & set(options.axis)
-    needs = {
-        "skip_layers": "depth" in options.axis,
-        "skip_part": "depth" in options.axis,
-        "block_size": "width" in options.axis,
-        "seed": options.criterion == "random",
-    }
-    needs |= dict.fromkeys(("keep_ratio", "layers", "budget", "scores", "criterion"), bool(ranked))
-    for name, used in needs.items():
-        if getattr(options, name) is not None and not used:
-            option = "--" + name.replace("_", "-")
-            wanted = "--criterion random" if name == "seed" else "an --axis that it belongs to"
-            raise Usage(f"{option} must be given with {wanted}, got {option} without")
+# verify, invert, info, mini write
 
 
-PRUNE = Command(
-    description="""\
-Leaves neurons, attention heads or layers of MODEL out and writes the rest to OUT, tensor by tensor.
-What stays, stays bit for bit; sparse_unified.json in OUT says what was done. OUT appears complete
-or not at all.""",
-    add=_add_prune,
-    run=_prune,
-)
-
-
-# verify, invert, info
-
-
-def _add_verify(parser: CommandParser) -> None:
+def add_verify(parser: CommandParser) -> None:
     add_flags(parser, "SPARSE  the sparse or pruned model directory")
     parser.add_argument(
         "--against", metavar="DENSE", required=True, help="the dense model directory"
@@ -256,23 +213,18 @@ def _add_verify(parser: CommandParser) -> None:
     add_options(parser, verify, "seed")
 
 
-def _verify(options: argparse.Namespace) -> Report:
+def run_verify(options: argparse.Namespace) -> Report:
+    """Proves from the weights alone that the experts of SPARSE are the neurons of DENSE.
+
+    Each is there once and bit for bit, every other tensor is the same, and with all experts active
+    the FFNs compute the same. Of a pruned checkpoint, what is left is proved to be there and what
+    is gone is listed. Exit status 1 when anything differs.
+    """
     with show_progress(options, "verifying") as progress:
         return verify(options.sparse, options.against, seed=options.seed, progress=progress)
 
 
-VERIFY = Command(
-    description="""\
-Proves from the weights alone that the experts of SPARSE are the neurons of DENSE, each once and bit
-for bit, that every other tensor is the same, and that with all experts active the FFNs compute the
-same. Of a pruned checkpoint, what is left is proved to be there and what is gone is listed.
-Exit status 1 when anything differs.""",
-    add=_add_verify,
-    run=_verify,
-)
-
-
-def _add_invert(parser: CommandParser) -> None:
+def add_invert(parser: CommandParser) -> None:
     add_flags(
         parser,
         """
@@ -282,21 +234,16 @@ def _add_invert(parser: CommandParser) -> None:
     )
 
 
-def _invert(options: argparse.Namespace) -> Report:
+def run_invert(options: argparse.Namespace) -> Report:
+    """Writes the dense directory that convert made SPARSE from.
+
+    Where experts were trained since, the dense FFNs hold the trained weights; routers are dropped.
+    """
     with show_progress(options, "inverting") as progress:
         return invert(options.sparse, options.out, progress=progress)
 
 
-INVERT = Command(
-    description="""\
-Writes the dense directory that convert made SPARSE from. Where experts were trained since, the
-dense FFNs hold the trained weights; routers are dropped.""",
-    add=_add_invert,
-    run=_invert,
-)
-
-
-def _add_info(parser: CommandParser) -> None:
+def add_info(parser: CommandParser) -> None:
     parser.add_argument("directory", metavar="DIR", nargs="?", help="a model directory")
     add_flags(
         parser,
@@ -305,7 +252,12 @@ def _add_info(parser: CommandParser) -> None:
     )
 
 
-def _info(options: argparse.Namespace) -> Report:
+def run_info(options: argparse.Namespace) -> Report:
+    """Shows what a model directory holds, dense or sparse, and what disagrees in it.
+
+    Reads headers only. Without DIR: version, ABI and build of the compiled library, and what it
+    runs on. Exit status 1 when anything disagrees.
+    """
     if options.directory is None:
         if options.memory:
             raise Usage("info: --memory must come with DIR, got none")
@@ -313,31 +265,12 @@ def _info(options: argparse.Namespace) -> Report:
     return memory(options.directory) if options.memory else info(options.directory)
 
 
-INFO = Command(
-    description="""\
-Shows what a model directory holds, dense or sparse, and what disagrees in it. Reads headers only.
-Without DIR: version, ABI and build of the compiled library, and what it runs on.
-Exit status 1 when anything disagrees.""",
-    add=_add_info,
-    run=_info,
-)
-
-
-# mini
-
-
-def _add_mini_write(parser: CommandParser) -> None:
+def add_mini_write(parser: CommandParser) -> None:
     parser.add_argument("task", choices=[task.value for task in MiniTask])
     add_flags(parser, "OUT  model directory, for generate, convert, ...")
 
 
-def _mini_write(options: argparse.Namespace) -> Output:
+def run_mini_write(options: argparse.Namespace) -> Report:
+    """Writes the trained model as a model directory, for every other command."""
     written = str(write_model(MiniTask(options.task), options.out))
     return Output(text=written, document={"model": written})
-
-
-MINI_WRITE = Command(
-    description="Writes the trained model as a model directory, for every other command.",
-    add=_add_mini_write,
-    run=_mini_write,
-)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands share: the parser, one-line errors, progress on stderr, text or JSON out."""
+"""What all commands share: the parser, how they run, progress on stderr, text or JSON out."""
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,6 +22,10 @@ PROG = "sparse-unified"
 
 class Usage(Exception):
     """The command line is wrong; ends with exit status 2."""
+
+
+class Unshown(Exception):
+    """The command is done, and its result cannot be shown; ends with exit status 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,47 +42,15 @@ class Output(Report):
         return self.text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """What a command does.
-
-    Attributes:
-        description: as `--help` shows it.
-        add: adds its options.
-        run: returns what to print, or None in a process that prints nothing.
-        outputs: options that name files to write, which must be writable before it starts.
-    """
-
-    description: str
-    add: Callable[[CommandParser], None]
-    run: Callable[[argparse.Namespace], Report | None]
-    outputs: tuple[str, ...] = ()
-
-    def __call__(self, options: argparse.Namespace) -> int:
-        """Runs the command and returns its exit status: 1 if what it checked does not hold."""
-        for name in (*self.outputs, "json"):
-            _check_output(getattr(options, name), f"--{name}")
-        report = self.run(options)
-        if report is None:
-            return 0
-        text, document = report.to_text(), report.to_json()
-        sys.stdout.write((document if options.json == "-" else text) + "\n")
-        sys.stdout.flush()
-        if options.json not in (None, "-"):
-            from sparse_unified.checkpoint.files import replace_file
-
-            replace_file(Path(options.json), (document + "\n").encode())
-        holds = getattr(report, "ok", True) and not getattr(report, "problems", ())
-        return 0 if holds else 1
-
-
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are exceptions, and which takes no abbreviated options.
 
-    The module of a command, which imports what it runs, is imported when the command is parsed.
+    A command NAME is two functions of a module of this package: `add_NAME(parser)` adds its
+    options, `run_NAME(options)` returns the report to print (None prints nothing), and its
+    docstring is the description. The module is imported when the command is parsed.
 
     Args:
-        command: `module.NAME` of a `Command` in this package.
+        command: `module.NAME`.
     """
 
     def __init__(self, *, command: str = "", **options: Any) -> None:
@@ -93,10 +67,12 @@ class CommandParser(argparse.ArgumentParser):
         """Adds description and options of the command, once."""
         if not self._command:
             return
-        (module, name), self._command = self._command.split("."), ""
-        command: Command = getattr(import_module(f"{__package__}.{module}"), name)
-        self.description = command.description
-        command.add(self)
+        (module_name, name), self._command = self._command.split("."), ""
+        module = import_module(f"{__package__}.{module_name}")
+        run = getattr(module, f"run_{name}")
+        self.description = inspect.getdoc(run)
+        self.set_defaults(run=run, outputs=())
+        getattr(module, f"add_{name}")(self)
         self.add_argument(
             "--json",
             metavar="PATH.json",
@@ -107,21 +83,63 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument(
             "--traceback", action="store_true", help="show where in the code an error came from"
         )
-        self.set_defaults(run=command)
 
     def error(self, message: str) -> NoReturn:
         raise Usage(f"{message} (see {self.prog} --help)")
 
 
+def execute(options: argparse.Namespace) -> int:
+    """Runs a command and returns its exit status: 1 if what it checked does not hold.
+
+    Raises:
+        Unshown: all is done but to show the result.
+    """
+    for name in (*options.outputs, "json"):
+        _check_output(getattr(options, name), f"--{name}")
+    report: Report | None = options.run(options)
+    if report is None:
+        return 0
+    try:
+        document = report.to_json() + "\n"
+        if options.json not in (None, "-"):
+            from sparse_unified.checkpoint.files import replace_file
+
+            replace_file(Path(options.json), document.encode("utf-8", _ESCAPE))
+        show(document if options.json == "-" else report.to_text() + "\n")
+    except BrokenPipeError:
+        raise Unshown from None
+    except Exception as error:
+        raise Unshown(f"the command is done, but not shown is its result: {error}") from error
+    holds = getattr(report, "ok", True) and not getattr(report, "problems", ())
+    return 0 if holds else 1
+
+
+def show(text: str) -> None:
+    """Prints text to stdout; what its encoding lacks is written as JSON escapes."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, _ESCAPE).decode(encoding))
+    sys.stdout.flush()
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Writes what an encoding lacks, and bytes of paths that are no text, as JSON escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4)), error.end
+
+
+_ESCAPE = "sparse_unified.escape"
+codecs.register_error(_ESCAPE, _escape)
+
+
 def split_json_flag(arguments: Sequence[str]) -> list[str]:
     """Gives `--json` the value "-" where what follows is not a JSON file, so it works as a flag."""
     result: list[str] = []
-    for position, argument in enumerate(arguments):
-        result.append(argument)
-        if argument == "--json":
-            following = arguments[position + 1 : position + 2]
-            if not following or not (following[0] == "-" or following[0].endswith(".json")):
-                result[-1] = "--json=-"
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        is_flag = argument == "--json" and following != "-" and not following.endswith(".json")
+        result.append("--json=-" if is_flag else argument)
     return result
 
 
@@ -130,11 +148,6 @@ def show_progress(
 ) -> AbstractContextManager[Advance]:
     """Returns what moves a bar on a terminal's stderr, unless the command is to be quiet."""
     return progress_bar(name, unit, show=False if options.quiet else None)
-
-
-def one_line(message: str) -> str:
-    """Folds a message into one line."""
-    return " ".join(message.split())
 
 
 def _check_output(path: object, option: str) -> None:

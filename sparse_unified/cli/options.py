@@ -22,30 +22,28 @@ import torch
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = ("float32", "bfloat16", "float16")
-_MULTIPLE = 16
-# No more digits than a seed has; int() of thousands of them is an error of its own.
-_NUMBER = re.compile(r"[0-9]{1,19}")
 
 # What `add_options` may be told of a flag: other help, or other arguments of add_argument.
 Changes = str | Mapping[str, Any]
 
 
 def add_options(
-    group: Any, source: Callable[..., Any], *flags: str, unset: bool = False, **changes: Changes
+    group: Any, source: Callable[..., Any], flags: str, *, unset: bool = False, **changes: Changes
 ) -> None:
     """Adds flags for parameters of a config dataclass or a function.
 
     Args:
         group: of a parser.
         source: whose parameters they are.
-        flags: "seed" for --seed, or "lr=learning_rate" where the flag is named otherwise.
+        flags: with blanks between: "seed" for --seed, "lr=learning_rate" for one that is named
+            otherwise.
         unset: flags that are not given are None, whatever their default.
         changes: by parameter: its help, or what else `add_argument` is to be given.
     """
     parameters, said = inspect.signature(source).parameters, described(source)
-    for flag in flags:
+    for flag in flags.split():
         short, _, name = flag.partition("=")
-        name = name or short.replace("-", "_")
+        name = name or short
         parameter = parameters[name]
         annotation = parameter.annotation
         if isinstance(annotation, str):
@@ -53,18 +51,16 @@ def add_options(
             alone = types.SimpleNamespace(__annotations__={name: annotation})
             module = sys.modules[source.__module__]
             annotation = typing.get_type_hints(alone, vars(module))[name]
-        required = parameter.default is inspect.Parameter.empty
-        default = None if required or unset else plain(parameter.default)
         made = {"dest": name, **_type_of(name, annotation, parameter.default)}
-        made |= {"required": True} if required and not unset else {}
-        made |= {"default": default} if default is not None else {}
+        if not unset and parameter.default is inspect.Parameter.empty:
+            made["required"] = True
+        elif not unset and made.get("action") != "store_true":
+            made["default"] = plain(parameter.default)
         if short != name and not {"metavar", "choices", "action"} & made.keys():
-            made["metavar"] = short.replace("-", "_").upper()
+            made["metavar"] = short.upper()
         change = changes.pop(name, {})
         made |= {"help": change} if isinstance(change, str) else change
-        made["help"] = _help(made.get("help") or said.get(name, ""), made)
-        if made.get("action") == "store_true":
-            made.pop("default", None)
+        made["help"] = _help(made.get("help") or said.get(name, ""), made.get("default"))
         group.add_argument("--" + short.replace("_", "-"), **made)
     if changes:
         raise TypeError(f"add_options: changes must be of the flags, got {', '.join(changes)}")
@@ -118,32 +114,30 @@ def described(source: Callable[..., Any]) -> dict[str, str]:
 
 def _type_of(name: str, annotation: Any, default: Any) -> dict[str, Any]:
     """Returns the type, choices or action of a flag, for `add_argument`."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         annotation = typing.get_args(annotation)[0]
-        origin = typing.get_origin(annotation)
     inner = typing.get_args(annotation)
     if annotation is bool:
         return {"action": "store_true"}
     if annotation is torch.dtype:
         return {"choices": DTYPES}
-    if origin is tuple and inner[0] is float:
-        return {"type": ratios if inner[1] is ... else interval}
-    if origin is tuple and inner[0] is int:
-        return {"type": size, "metavar": "HxW"}
-    if origin is tuple and issubclass(inner[0], Enum):
-        return {"type": names(*(choice.value for choice in inner[0]))}
-    if origin is tuple:
-        return {"type": listed}
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return {"choices": tuple(choice.value for choice in annotation)}
+    if annotation is float:
+        return {"type": float}
     if annotation is int:
         return {"type": seed if name.endswith("seed") else natural if default == 0 else positive}
-    return {"type": float} if annotation is float else {}
+    if typing.get_origin(annotation) is not tuple:
+        return {}
+    if inner[0] is float:
+        return {"type": ratios if inner[1] is ... else interval}
+    if inner[0] is int:
+        return {"type": size, "metavar": "HxW"}
+    is_enum = issubclass(inner[0], Enum)
+    return {"type": names(*(choice.value for choice in inner[0])) if is_enum else listed}
 
 
-def _help(text: str, made: Mapping[str, Any]) -> str:
-    default = made.get("default")
+def _help(text: str, default: Any) -> str:
     if default is not None and default is not False and "default" not in text:
         values = default if isinstance(default, tuple) else (default,)
         shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
@@ -163,142 +157,105 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def prompt(text: str) -> str:
-    """A prompt that is not blank."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"prompt must not be empty, got {text!r}")
-    return text
+# Types of values
 
 
-def side(text: str) -> int:
-    """A side of an image: a positive multiple of 16 pixels."""
-    if not _NUMBER.fullmatch(text) or int(text) < _MULTIPLE or int(text) % _MULTIPLE:
-        raise argparse.ArgumentTypeError(
-            f"must be a positive multiple of {_MULTIPLE} pixels, got {text!r}"
-        )
-    return int(text)
+def value(rule: str, read: Callable[[str], Any], holds: Callable[[Any], object]) -> Any:
+    """Returns the type of a value that is read from text and must then hold a rule."""
 
-
-def size(text: str) -> tuple[int, int]:
-    """`HxW` -> (height, width)."""
-    match = re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 1024x768, got {text!r}")
-    return side(match[1]), side(match[2])
-
-
-def positive(text: str) -> int:
-    """A positive integer."""
-    if not _NUMBER.fullmatch(text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0."""
-    if not _NUMBER.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """A seed: an integer from 0 to 2^63 - 1."""
-    if not _NUMBER.fullmatch(text) or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {2**63 - 1}, got {text!r}")
-    return int(text)
-
-
-def ratio(text: str) -> float:
-    """A share: above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
-    return value
-
-
-def interval(text: str) -> tuple[float, float]:
-    """`LO,HI` -> two floats."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be two numbers LO,HI, got {text!r}") from None
-    if not low <= high:
-        raise argparse.ArgumentTypeError(f"must be LO,HI with LO at most HI, got {text!r}")
-    return low, high
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Comma-separated names, each once."""
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found) or len(set(found)) != len(found):
-        raise argparse.ArgumentTypeError(
-            f"must be names with commas between, each once, got {text!r}"
-        )
-    return found
-
-
-def names(*legal: str) -> Callable[[str], tuple[str, ...]]:
-    """Returns the type of a comma-separated list of different names, each of them legal."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        found = tuple(part.strip() for part in text.split(","))
-        if len(set(found)) < len(found) or not set(found) <= set(legal):
-            raise argparse.ArgumentTypeError(
-                f"must be different ones of {', '.join(legal)}, comma-separated, got {text!r}"
-            )
+    def parse(text: str) -> Any:
+        try:
+            found = read(text)
+            is_legal = bool(holds(found))
+        except (ValueError, KeyError):
+            is_legal = False
+        if not is_legal:
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r:.200}")
         return found
 
     return parse
 
 
-def ratios(text: str) -> tuple[float, ...]:
-    """Comma-separated shares above 0 and at most 1, each once."""
-    return tuple(ratio(part) for part in listed(text))
-
-
-def image_path(text: str) -> Path:
-    """A path whose ending names an image format that can be written."""
-    path = Path(text)
-    if path.suffix.lower() not in IMAGE_FORMATS:
-        raise argparse.ArgumentTypeError(f"must end in {', '.join(IMAGE_FORMATS)}, got {text!r}")
-    return path
-
-
-def storage(text: str) -> str | dict[str, str]:
-    """`KIND`, or `und=KIND,gen=KIND` -> {component: kind}; KIND is int8 or fp8."""
-    kinds = {"int8", "fp8"}
-    if text in kinds:
-        return text
-    found = _pairs(text, "int8, fp8 or und=KIND,gen=KIND") if "=" in text else {}
-    if not found or not set(found) <= {"und", "gen"} or not set(found.values()) <= kinds:
-        raise argparse.ArgumentTypeError(
-            f"must be int8, fp8, or und= and gen= with one of them, got {text!r}"
-        )
+def _each_once(text: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found) or len(set(found)) < len(found):
+        raise ValueError
     return found
 
 
-def device_map(text: str) -> str | dict[str, str | int]:
-    """`auto`, or `MODULE=DEVICE,...` -> {module path: device}, numbers as integers."""
-    if text == "auto":
-        return text
-    found = _pairs(text, "auto or MODULE=DEVICE,...")
-    return {key: int(value) if _NUMBER.fullmatch(value) else value for key, value in found.items()}
-
-
-def max_memory(text: str) -> dict[str | int, str]:
-    """`DEVICE=SIZE,...` -> {device: size}, numbers as integers."""
-    found = _pairs(text, "DEVICE=SIZE,...")
-    return {int(key) if _NUMBER.fullmatch(key) else key: value for key, value in found.items()}
-
-
-def _pairs(text: str, form: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for part in text.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not key or not equals or not value or key in found:
-            raise argparse.ArgumentTypeError(f"must be {form}, each once, got {text!r}")
-        found[key] = value
+def _pairs(text: str) -> dict[Any, Any]:
+    """Reads `KEY=VALUE,...`, each key once, as texts."""
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    found = {key.strip(): own.strip() for key, own in pairs}
+    if len(found) < len(pairs) or not all(found) or not all(found.values()):
+        raise ValueError
     return found
+
+
+def _number(text: str) -> int:
+    # Digits alone, and no more than a seed has: int() of thousands is an error of its own.
+    return int(text) if re.fullmatch(r"[0-9]{1,19}", text) else -1
+
+
+def _number_or_text(text: str) -> int | str:
+    return text if _number(text) < 0 else int(text)
+
+
+def names(*legal: str) -> Any:
+    """Returns the type of a comma-separated list of different names, each of them legal."""
+    rule = f"different ones of {', '.join(legal)}, comma-separated"
+    return value(rule, _each_once, lambda found: set(found) <= set(legal))
+
+
+def _is_share(share: float) -> bool:
+    return 0 < share <= 1
+
+
+prompt = value("a prompt that is not empty", str, str.strip)
+positive = value("a positive integer", _number, lambda n: n > 0)
+natural = value("an integer of at least 0", _number, lambda n: n >= 0)
+seed = value(f"an integer from 0 to {2**63 - 1}", _number, lambda n: 0 <= n < 2**63)
+side = value("a positive multiple of 16 pixels", _number, lambda n: n > 0 and n % 16 == 0)
+size = value(
+    "HEIGHTxWIDTH such as 1024x768, each a positive multiple of 16 pixels",
+    lambda text: tuple(map(_number, text.lower().split("x"))),
+    lambda found: len(found) == 2 and all(n > 0 and n % 16 == 0 for n in found),
+)
+ratio = value("above 0 and at most 1", float, _is_share)
+ratios = value(
+    "numbers above 0 and at most 1, each once",
+    lambda text: tuple(map(float, _each_once(text))),
+    lambda found: all(map(_is_share, found)),
+)
+interval = value(
+    "two numbers LO,HI with LO at most HI",
+    lambda text: tuple(map(float, text.split(","))),
+    lambda found: len(found) == 2 and found[0] <= found[1],
+)
+listed = value("names with commas between, each once", _each_once, bool)
+image_path = value(
+    f"a path that ends in {', '.join(IMAGE_FORMATS)}",
+    Path,
+    lambda path: path.suffix.lower() in IMAGE_FORMATS,
+)
+storage = value(
+    "int8, fp8, or und=KIND,gen=KIND with one of them",
+    lambda text: _pairs(text) if "=" in text else text,
+    lambda found: (
+        set(found.values()) <= {"int8", "fp8"} and set(found) <= {"und", "gen"}
+        if isinstance(found, dict)
+        else found in ("int8", "fp8")
+    ),
+)
+device_map = value(
+    "auto or MODULE=DEVICE,...",
+    lambda text: (
+        text if text == "auto" else {key: _number_or_text(own) for key, own in _pairs(text).items()}
+    ),
+    bool,
+)
+max_memory = value(
+    "DEVICE=SIZE,...",
+    lambda text: {_number_or_text(key): own for key, own in _pairs(text).items()},
+    bool,
+)
