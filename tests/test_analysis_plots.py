@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from sparse_unified.analysis.sweep import SweepResult
 
 COST = {"parameters": 10, "weight_bytes": 40, "flops": 20, "seconds": 0.1, "peak_bytes": 50}
 RATIOS = (0.75, 0.5, 0.25)
+
+
+@pytest.fixture(autouse=True)
+def style() -> Iterator[None]:
+    with pytest.importorskip("matplotlib").rc_context(plots.STYLE):
+        yield
 
 
 def task(components: tuple[str, ...] = ("und", "gen")) -> dict[str, Any]:
@@ -102,27 +109,16 @@ def test_similarity_has_a_panel_per_component_and_a_line_per_part() -> None:
 
 
 def test_components_keep_their_colours_in_every_picture() -> None:
-    def color(figure: Any, label: str) -> str:
-        for panel in figure.axes:
-            for line in panel.get_lines():
-                if line.get_label() == label:
-                    return str(line.get_color())
-        raise AssertionError(label)
-
     maps = [activation_map("gen", 3), activation_map("und", 1)]
-    for label in ("und", "gen"):
-        colors = {
-            color(figure, label)
-            for figure in (
-                plots.sensitivity("generation", task()),
-                plots.sensitivity("generation", task((label,))),
-                plots.overlap("generation", maps),
-            )
-        }
-        assert len(colors) == 1
-    assert color(plots.sensitivity("generation", task(("a", "b"))), "a") != color(
-        plots.sensitivity("generation", task(("a", "b"))), "b"
-    )
+    colors = {}
+    for figure in (
+        plots.sensitivity("generation", task()),
+        plots.sensitivity("generation", task(("gen", "a", "b"))),
+        plots.overlap("generation", maps),
+    ):
+        for line in figure.axes[-1].get_lines():
+            assert colors.setdefault(line.get_label(), line.get_color()) == line.get_color()
+    assert len({colors[name] for name in ("und", "gen", "a", "b")}) == 4
 
 
 def test_names_of_timestep_ranges_do_not_run_into_each_other() -> None:

@@ -162,7 +162,7 @@ def test_generation_moves_through_the_times(tmp_path: Path) -> None:
     panels = [axes for axes in figure.axes if axes.images and axes.get_ylabel() == "layer"]
     components = {entry.component for entry in usage.layers}
     assert len(panels) == 2 * len(components)
-    first = usage.of(panels[0].get_title(loc="left"))[0]
+    first = usage.of(panels[0].get_title())[0]
     drawn = panels[0].images[0].get_array()[0]
     assert drawn.sum() == pytest.approx(first.num_experts)  # 1 each when even
     write_usage_plot(usage, tmp_path / "u.png")
