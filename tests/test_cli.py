@@ -13,8 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -319,47 +318,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         assert done.returncode == 1
         assert_one_line(done.stderr, "must be accessible with room to spare", "File too large")
         assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A directory that other users can enter, which those of pytest are not."""
-    directory = Path(tempfile.mkdtemp())
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
-
-
-# As root nothing is forbidden: become somebody else, who may look but not touch.
-_RESTRICTED = """
-import os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import sparse_unified.cli.checkpoint
-os.geteuid() or (os.setgroups([]), os.setgid(65534), os.setuid(65534))
-sys.exit(sparse_unified.cli.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_a_target_or_source_without_permission_is_one_line(public: Path) -> None:
-    dense = make_dense(public / "dense")
-    for path in dense.rglob("*.safetensors"):
-        path.chmod(0o644)
-    closed = public / "closed"
-    closed.mkdir(mode=0o555)
-
-    def run_restricted(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return run_cli(child_environment()["PYTHONPATH"], *arguments, code=_RESTRICTED)
-
-    done = run_restricted("convert", dense, closed / "out", *COUNTS)
-    assert done.returncode == 1
-    assert_one_line(done.stderr, "must be accessible", "Permission denied")
-    assert list(closed.iterdir()) == []
-    (dense / "ema.safetensors").chmod(0)
-    assert_one_line(run_restricted("info", dense).stderr, "must be readable, got Permission denied")
-    dense.chmod(0)
-    assert_one_line(run_restricted("info", dense).stderr, "must be readable, got Permission denied")
-    dense.chmod(0o755)
 
 
 # What is written waits a minute before it is on the disk.

@@ -79,40 +79,22 @@ def test_routers_start_small_and_those_of_und_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "inputs", "message"),
+    ("changes", "inputs"),
     [
-        ({"partition": "coactivation"}, None, r"inputs must be given for partition 'coactivation'"),
-        (
-            {"partition": "coactivation", "router_init": "activation"},
-            None,
-            "inputs must be given for .*, got none; .*--inputs",
-        ),
-        ({}, {1: torch.zeros(9, 8)}, "got 'snake' and 'zero'"),
-        ({"router_init": "activation"}, {1: torch.zeros(9, 8)}, "got NoneType for layer 2"),
-        ({"router_init": "activation"}, {"und": {}}, "inputs must hold gen, got und"),
-        (
-            {"router_init": "activation"},
-            dict.fromkeys(range(4), torch.zeros(9, 7)),
-            r"layer 1: inputs must have shape \[N, 8\]",
-        ),
+        ({"partition": "coactivation"}, None),
+        ({"router_init": "activation"}, None),
+        ({}, {1: torch.zeros(9, 8)}),
+        ({"router_init": "activation"}, {1: torch.zeros(9, 8)}),
+        ({"router_init": "activation"}, {"und": {}}),
+        ({"router_init": "activation"}, dict.fromkeys(range(4), torch.zeros(9, 7))),
     ],
 )
-def test_unfit_inputs_leave_the_model_alone(
-    changes: dict[str, Any], inputs: Any, message: str
-) -> None:
+def test_unfit_inputs_leave_the_model_alone(changes: dict[str, Any], inputs: Any) -> None:
     model = Model(TensorMLP)
     before = dict(model.named_modules())
-    with pytest.raises(ValueError, match=f"apply_moe_: .*{message}"):
+    with pytest.raises(ValueError, match=r"apply_moe_: .*inputs"):
         apply_moe_(model, MoEConfig(num_experts=4, top_k=2, **changes), inputs=inputs)
     assert dict(model.named_modules()) == before
-
-
-@pytest.mark.parametrize(
-    "field", [{"partition": "spiral"}, {"router_init": "one"}, {"seed": -1}, {"seed": True}]
-)
-def test_config_refuses_what_is_no_choice(field: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"MoEConfig: {next(iter(field))} must be"):
-        MoEConfig(**field)
 
 
 # Routers of blocks that are sparse already
@@ -158,20 +140,21 @@ def test_a_fitted_router_beats_the_tie_in_every_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        ({"method": "best"}, "method must be one of 'zero', 'random', 'activation', got 'best'"),
-        ({"method": "activation"}, "statistics must be given with method 'activation'"),
-        ({"method": "zero", "statistics": {}}, ".*and with no other, got dict with 'zero'"),
-        ({"method": "activation", "statistics": {"gen": {}}}, "gen layer 1: statistics must hold"),
-        ({"method": "random", "components": ["und"]}, "model must have sparse FFNs of und, got no"),
-        ({"method": "random", "components": ["vit"]}, "components must be of und, gen, got vit"),
-        ({"method": "random", "seed": -1}, "seed must be an integer of at least 0, got -1"),
+        {"method": "best"},
+        {"method": "activation"},
+        {"method": "zero", "statistics": {}},
+        {"method": "activation", "statistics": {"gen": {}}},
+        {"method": "random", "components": ["und"]},
+        {"method": "random", "components": ["vit"]},
+        {"method": "random", "seed": -1},
     ],
+    ids=str,
 )
-def test_init_router_refuses(arguments: dict[str, Any], message: str) -> None:
+def test_init_router_refuses(arguments: dict[str, Any]) -> None:
     model = block_model("snake")
-    with pytest.raises(ValueError, match=f"init_router_: {message}"):
+    with pytest.raises(ValueError, match="init_router_: "):
         init_router_(model, **arguments)
     assert not ffn(model, 1, "gen").gate.weight.any()
 
@@ -210,16 +193,6 @@ def test_kept_inputs_are_what_the_ffn_saw_and_the_same_tokens_everywhere(tmp_pat
     loaded = FfnStatistics.load(tmp_path / "s.safetensors")
     assert torch.equal(loaded.inputs("text")[0], kept)
     assert gather(model, ids, count=99).ffns["text"]["text"][0].inputs.shape[0] == 27
-
-
-def test_statistics_without_inputs_say_so(tmp_path: Path) -> None:
-    statistics = gather(models.Bailing(), {"a": torch.tensor([[3, 4]])}, count=0)
-    with pytest.raises(
-        ValueError, match=r"inputs of text must be kept, .*--inputs .*num_inputs = 0"
-    ):
-        statistics.inputs("text")
-    with pytest.raises(ValueError, match="num_inputs must be an integer of at least 0, got -1"):
-        StatisticsConfig(num_inputs=-1)
 
 
 # Files
@@ -285,25 +258,11 @@ def test_live_model_and_file_agree(tmp_path: Path, pipeline: Any) -> None:
         settings=Settings(size=(32, 32), num_timesteps=4),
     )
     inputs = statistics.inputs("gen")
-    config = MoEConfig(
-        num_experts=4,
-        top_k=2,
-        layers="all",
-        partition="coactivation",
-        router_init="activation",  # type: ignore[arg-type]
-    )
-    convert(
-        dense,
-        tmp_path / "sparse",
-        num_experts=4,
-        top_k=2,
-        layers="all",
-        partition="coactivation",
-        router_init="activation",
-        inputs={"gen": inputs},  # type: ignore[dict-item]
-    )
+    how: dict[str, Any] = {"num_experts": 4, "top_k": 2, "layers": "all"}
+    how |= {"partition": "coactivation", "router_init": "activation"}
+    convert(dense, tmp_path / "sparse", **how, inputs={"gen": inputs})  # type: ignore[dict-item]
     live = models.bagel()
-    apply_moe_(live, config, inputs={"gen": inputs})  # type: ignore[dict-item]
+    apply_moe_(live, MoEConfig(**how), inputs={"gen": inputs})  # type: ignore[dict-item]
     sparse = Checkpoint(tmp_path / "sparse")
     for key, weight in live.state_dict().items():
         if "mlp_moe_gen" in key:
@@ -341,25 +300,17 @@ def test_commands_calibrate_then_convert(
     assert main(["verify", out, "--against", str(dense), "--quiet"]) == 0
     capsys.readouterr()
 
-    def refused(*arguments: str) -> str:
-        status = main(["convert", *arguments, *counts])
+    other, bare = str(make_dense(tmp_path / "other")), str(tmp_path / "bare")
+    assert main([*command[:5], bare, *quick]) == 0  # keeps no inputs
+    capsys.readouterr()
+    for source, options, status, words in (
+        (dense, chosen[:2], 2, "--stats must come with"),
+        (dense, ["--stats", stats], 2, "--stats must come with"),
+        (other, [*chosen, "--stats", stats], 1, "model must have the gen FFNs they were"),
+        (dense, [*chosen, "--stats", bare], 1, "inputs of gen must be kept"),
+    ):
+        assert main(["convert", str(source), str(tmp_path / "x"), *options, *counts]) == status
         error = capsys.readouterr().err
+        assert words in error
         assert error.count("\n") == 1
         assert not (tmp_path / "x").exists()
-        return f"{status} {error}"
-
-    new = str(tmp_path / "x")
-    assert "--partition coactivation must come with --stats" in refused(
-        str(dense), new, *chosen[:2]
-    )
-    assert "2 sparse-unified: error: convert: --stats must" in refused(
-        str(dense), new, "--stats", stats
-    )
-    other = str(make_dense(tmp_path / "other"))
-    assert "model must have the gen FFNs they were" in refused(
-        other, new, *chosen, "--stats", stats
-    )
-    assert main([*command[:5], str(tmp_path / "bare"), *quick]) == 0
-    capsys.readouterr()
-    bare = refused(str(dense), new, *chosen, "--stats", str(tmp_path / "bare"))
-    assert "inputs of gen must be kept, as calibrate does with --inputs" in bare

@@ -66,19 +66,10 @@ def run_task(
     settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Runs a model on samples, one after the other.
+    """Runs a model on samples, one after the other; arguments as in `calibrate`.
 
     Args:
-        model: a BAGEL pipeline; with `run`, any model.
-        task: generation, understanding or editing; with `run`, any name.
-        samples: `Sample`s; with `run`, whatever it takes.
         begin: called before each sample with its fingerprint, or its number if it has none.
-        run: what to do with a sample; None is what the task does.
-        settings: of the built-in runs.
-        progress: called with the number of finished samples and of all.
-
-    Raises:
-        ValueError: there are no samples, or the task or model is none that can be run.
     """
     if not samples:
         raise ValueError("samples must be at least one, got none")

@@ -87,11 +87,7 @@ class Collector(Observer):
         }
 
     def begin(self, sample: str) -> None:
-        """Starts another sample: what runs from here on belongs to it.
-
-        Args:
-            sample: a name that no other sample has, such as a fingerprint.
-        """
+        """Starts a sample, of a name that no other has: what runs from here on belongs to it."""
         if sample in self.samples:
             raise ValueError(f"collect: samples must be distinct, got {sample!r} twice")
         self._finish_sample()
@@ -101,11 +97,7 @@ class Collector(Observer):
             own.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
 
     def statistics(self) -> FfnStatistics:
-        """Returns what was gathered, the running sample included; may be asked for repeatedly.
-
-        Raises:
-            ValueError: no FFN saw a token, or a sum is not finite.
-        """
+        """Returns what was gathered, the running sample included; may be asked for repeatedly."""
         self._finish_sample()
         # Tasks leave components out: text-only understanding runs no gen FFN.
         seen = {
@@ -295,11 +287,7 @@ def calibrate(
 
 
 def _rows(chosen: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    """Returns the tokens of each expert, ascending; reads the counts back once.
-
-    Args:
-        chosen: [T, K] experts of each token.
-    """
+    """Returns the tokens of each expert, ascending, from the experts [T, K] of each token."""
     flat = chosen.flatten().long()
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     return (flat.argsort(stable=True) // chosen.shape[1]).split(counts)

@@ -128,7 +128,7 @@ class ExpertUsage(Report):
                 f"{entry.component} {entry.layer}",
                 int(entry.tokens.sum()),
                 f"{entry.top_k} of {entry.num_experts}",
-                *(_text(value, ".3f") for value in (entry.entropy(),)),
+                _text(entry.entropy(), ".3f"),
                 *(_text(value, ".1%") for value in entry.share().aminmax()),
                 len(entry.dead_experts()),
                 _text(entry.change().nanmean(), ".3f"),
@@ -177,11 +177,7 @@ class ExpertWatch(Observer):
         return before
 
     def usage(self, task: str = "run", samples: int = 1) -> ExpertUsage:
-        """Returns what was counted, under a name and a number of samples.
-
-        Raises:
-            ValueError: no token ran through a sparse block.
-        """
+        """Returns what was counted, under a name; ValueError if no token ran through a block."""
         if not any(int(entry.tokens.sum()) for entry in self.layers):
             where = ", ".join(dict.fromkeys(entry.component for entry in self.layers))
             raise ValueError(f"{task} must send tokens through a sparse FFN of {where}, got none")

@@ -95,7 +95,7 @@ class GenEvalImages:
     """An evaluator that writes the images of every point of a sweep, and may score them.
 
     Args:
-        metadata: as in `write_geneval`.
+        metadata: of `read_metadata`.
         out: holds one folder per point.
         scorer: a function from such a folder to numbers by name, with `better` as an evaluator has
             it; None only writes the images, for the official scorer to be run on them.

@@ -57,13 +57,8 @@ class Store:
 def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> Iterator[Store]:
     """Opens the folder of a run, new or to be resumed, for this process alone.
 
-    Args:
-        out: made if it is not there; its parent must be.
-        description: plain values that say what is run.
-
-    Raises:
-        ValueError: the folder holds other files, or a run of something else, or is damaged.
-        RuntimeError: another process has it open.
+    `description` are plain values that say what is run; ValueError if the folder is of something
+    else, RuntimeError if another process has it open.
     """
     folder = Path(out)
     run = folder / _RUN
@@ -97,11 +92,7 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Reads finished points; a last line that an interruption tore is cut off.
-
-    Raises:
-        ValueError: another line is damaged.
-    """
+    """Reads finished points; a last line that an interruption tore is cut off."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -125,10 +116,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def has_form(value: object, form: Any) -> bool:
     """Tells whether a JSON value has a form.
 
-    Args:
-        value: what was read.
-        form: a tuple of types; `[form]`, a list of such; `{str: form}`, an object of such; or
-            `{key: form, ...}`, an object with these keys.
+    That is a tuple of types; `[form]`, a list of such; `{str: form}`, an object of such; or `{key:
+    form, ...}`, an object with these keys.
     """
     if isinstance(form, list):
         return isinstance(value, list) and all(has_form(item, form[0]) for item in value)

@@ -139,9 +139,6 @@ def read_samples(
         count: how many samples, from the top; None is all.
         seed: of the noise of the first sample; counted up from sample to sample.
 
-    Raises:
-        ValueError: a line or image is missing, damaged or of the wrong kind, or there are fewer
-            samples than wanted.
     """
     path, lines = Path(prompts), read_lines(prompts, "--prompts")
     if path.suffix == ".jsonl":

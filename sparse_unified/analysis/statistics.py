@@ -26,10 +26,12 @@ from torch import Tensor
 
 from sparse_unified._common import check_int, check_number, context, list_some, naming
 from sparse_unified.checkpoint import Checkpoint, keys
-from sparse_unified.checkpoint.files import loads_strict
+from sparse_unified.checkpoint.files import loads_strict, open_source
 from sparse_unified.checkpoint.safetensors_io import (
     TensorSpec,
+    as_bytes,
     load_tensors,
+    read_bytes,
     read_tensor,
     save_tensors,
 )
@@ -232,8 +234,7 @@ class FfnStatistics:
     def inputs(self, component: str, tasks: Sequence[str] | None = None) -> dict[FfnKey, Tensor]:
         """Returns the inputs x [N, D] fp32 that are kept of each FFN, of all or some tasks.
 
-        Raises:
-            ValueError: there are none: config.num_inputs was 0, or an FFN saw no token.
+        ValueError if there are none: config.num_inputs was 0, or an FFN saw no token.
         """
         found: dict[FfnKey, list[Tensor]] = {}
         for task in [t for t in self.ffns if component in self.ffns[t]] if tasks is None else tasks:
@@ -326,26 +327,12 @@ class FfnStatistics:
             )
 
     def check(self, model: object) -> None:
-        """Raises ValueError unless the statistics are of this model, judged by its FFNs.
-
-        Args:
-            model: a model, pipeline or adapter.
-        """
+        """Raises ValueError unless these are of a model, pipeline or adapter, by its FFNs."""
         for component in self.model_hashes:
             self._check_hash(component, hash_ffns(model, component))
 
     def check_checkpoint(self, checkpoint: Checkpoint, component: str) -> None:
-        """Raises ValueError unless the statistics are of the FFNs in a model directory.
-
-        Args:
-            checkpoint: its FFNs of the component are dense; it is read, not loaded.
-            component: one that was calibrated.
-        """
-        if component not in self.model_hashes:
-            raise ValueError(
-                f"statistics: component must be one of {', '.join(self.model_hashes)}, "
-                f"got {component!r}"
-            )
+        """Raises ValueError unless these are of the dense FFNs in a model directory."""
         layers = checkpoint.ffns.get(component, {})
         specs = (
             (n, [checkpoint.spec(keys.dense_key(component, n, p)) for p in keys.PROJECTIONS])
@@ -354,10 +341,10 @@ class FfnStatistics:
         self._check_hash(component, _hash((n, map(_read_spaced, own)) for n, own in specs))
 
     def _check_hash(self, component: str, own: str) -> None:
-        if own != self.model_hashes[component]:
+        if own != (known := self.model_hashes.get(component)):
             raise ValueError(
                 f"statistics: model must have the {component} FFNs they were gathered on, with "
-                f"hash {self.model_hashes[component]}, got {own}"
+                f"hash {known}, got {own}"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -381,12 +368,7 @@ class FfnStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FfnStatistics:
-        """Reads a file that `save` wrote.
-
-        Raises:
-            ValueError: it is missing, damaged, no statistics, of a later format, or holds NaN,
-                infinities or no tokens.
-        """
+        """Reads a file that `save` wrote; ValueError if it is damaged or something else."""
         header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
         ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
         try:
@@ -398,8 +380,7 @@ class FfnStatistics:
                     raise TypeError(f"layer {layer!r:.80}")
                 tensors = {
                     name: read_tensor(
-                        header.tensors[_tensor_name((task, component, layer, part), name)],
-                        what=str(path),
+                        header.tensors[_tensor_name((task, component, layer, part), name)]
                     )
                     for name in _stored(config)
                 }
@@ -466,10 +447,6 @@ def hash_ffns(model: object, component: str) -> str:
     Of every weight it takes the shape and evenly spaced values, rounded to bf16, so that a model
     has one hash whether it was loaded in fp32 or bf16; it reads little, and two models that differ
     in a few values alone may have the same.
-
-    Args:
-        model: a model, pipeline or adapter.
-        component: of the adapter.
     """
     return _hash(
         (ffn.key, [_spaced(w) for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)])
@@ -506,12 +483,14 @@ def _spaced(weight: Tensor) -> _Spaced:
 
 
 def _read_spaced(spec: TensorSpec) -> _Spaced:
-    """Reads the pages of a file that hold the spaced values."""
-    count = math.prod(spec.shape)
-    words = {2: np.int16, 4: np.int32, 8: np.int64}[spec.dtype.itemsize]
-    mapped = np.memmap(spec.file, words, "r", spec.start, (count,))
-    values = mapped[:: max(1, count // _HASHED)].copy()
-    return list(spec.shape), torch.from_numpy(values).view(spec.dtype)
+    """Reads the spaced values from a file, one by one."""
+    count, size = math.prod(spec.shape), spec.dtype.itemsize
+    places = range(0, count, max(1, count // _HASHED))
+    values = torch.empty(len(places), dtype=spec.dtype)
+    with open_source(spec.file, spec.stamp) as stream:
+        for value, place in zip(values, places, strict=True):
+            read_bytes(stream, spec.start + place * size, as_bytes(value))
+    return list(spec.shape), values
 
 
 # Sets of active neurons, as bits, and how much they have in common
@@ -529,11 +508,7 @@ def unpack_bits(packed: Tensor, size: int | None = None) -> Tensor:
 
 
 def most_active(values: Tensor, fraction: float) -> Tensor:
-    """Marks the largest of values [..., I]: max(1, round(fraction * I)), lower indices in ties.
-
-    Returns:
-        bool [..., I].
-    """
+    """Marks the max(1, round(fraction * I)) largest of [..., I], lower indices in ties, as bool."""
     count = max(1, round(fraction * values.shape[-1]))
     order = torch.sort(values, dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order[..., :count], True)
@@ -542,12 +517,8 @@ def most_active(values: Tensor, fraction: float) -> Tensor:
 def mean_overlap(active: Tensor, seen: Tensor) -> Tensor:
     """Mean Jaccard overlap |a & b| / |a | b| of the sets of all pairs of samples.
 
-    Args:
-        active: packed sets [S, R, bytes].
-        seen: which of them count, [S, R] bool.
-
-    Returns:
-        [R] fp64, NaN where fewer than two sets count.
+    Packed sets [S, R, bytes], and which of them count, [S, R] bool -> [R] fp64, NaN where fewer
+    than two sets count.
     """
     means = []
     for column in range(active.shape[1]):
@@ -561,12 +532,8 @@ def mean_overlap(active: Tensor, seen: Tensor) -> Tensor:
 def successive_overlap(active: Tensor, seen: Tensor) -> Tensor:
     """Mean Jaccard overlap of the sets of one sample in successive ranges.
 
-    Args:
-        active: packed sets [S, R, bytes].
-        seen: which of them count, [S, R] bool.
-
-    Returns:
-        [R - 1] fp64, NaN where no sample has both sets.
+    Packed sets [S, R, bytes], and which of them count, [S, R] bool -> [R - 1] fp64, NaN where no
+    sample has both sets.
     """
     sets, both = unpack_bits(active), seen[:, :-1] & seen[:, 1:]
     common = (sets[:, :-1] & sets[:, 1:]).sum(2).double()

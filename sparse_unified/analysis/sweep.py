@@ -275,41 +275,42 @@ def check_axes(adapter: Adapter, config: SweepConfig) -> None:
             )
 
 
+@dataclass(slots=True)
 class _TaskRun:
     """One task of a sweep: observes the dense model once, then measures point after point."""
 
-    def __init__(
-        self,
-        host: object,
-        adapter: Adapter,
-        probe: Probe,
-        config: SweepConfig,
-        store: Store,
-        statistics: FfnStatistics | None,
-    ) -> None:
-        self.host, self.adapter, self.probe = host, adapter, probe
-        self.config, self.store, self.statistics = config, store, statistics
+    host: object
+    adapter: Adapter
+    probe: Probe
+    config: SweepConfig
+    store: Store
+    statistics: FfnStatistics | None
+    similarity: Similarity = field(init=False)
+    components: list[str] = field(init=False)
+    points: list[Point] = field(init=False)
+    scores: NeuronScores | None = None
+    is_prepared: bool = False
+
+    def __post_init__(self) -> None:
         self.similarity = self._observe()
         active = {entry.component for entry in self.similarity.layers}
-        self.components = [name for name in config.components if name in active]
+        self.components = [name for name in self.config.components if name in active]
         self.points = [
-            Point(task=probe.task, component=component, axis=axis, keep_ratio=float(ratio))
+            Point(task=self.probe.task, component=component, axis=axis, keep_ratio=float(ratio))
             for component in self.components
-            for axis in config.axes
-            for ratio in sorted(config.ratios, reverse=True)
+            for axis in self.config.axes
+            for ratio in sorted(self.config.ratios, reverse=True)
         ]
-        self._scores: NeuronScores | None = None
-        self._is_prepared = False
 
     def finish(self, point: Point | None) -> None:
         """Measures a point, or the dense model, unless that was done before."""
         name = f"{self.probe.task}-dense" if point is None else point.name
         if name in self.store.records:
             return
-        if not self._is_prepared:
+        if not self.is_prepared:
             for function in self.probe.evaluators.values():
                 getattr(function, "prepare", lambda host: None)(self.host)
-            self._is_prepared = True
+            self.is_prepared = True
         if point is None:
             record = {"name": name, "metrics": self._metrics(name), "cost": self._cost()}
         else:
@@ -421,10 +422,10 @@ class _TaskRun:
 
     def _rank(self) -> NeuronScores:
         """Returns the scores of the neurons of the components that take part."""
-        if self._scores is None:
+        if self.scores is None:
             task = self.probe.task
             has_task = self.statistics is not None and task in self.statistics.tasks
-            self._scores = score(
+            self.scores = score(
                 self.config.criterion,
                 self.adapter,
                 self.statistics,
@@ -432,7 +433,7 @@ class _TaskRun:
                 components=self.components,
                 seed=self.config.seed,
             )
-        return self._scores
+        return self.scores
 
     def _cost(self) -> dict[str, Any]:
         model, repeats = as_module(self.host), self.config.repeats
