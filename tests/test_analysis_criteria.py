@@ -21,7 +21,6 @@ from sparse_unified.analysis import (
 )
 from sparse_unified.checkpoint.scores import given_scores
 from sparse_unified.experts import magnitude_scores, random_scores
-from sparse_unified.surgery import PruneWidthConfig, prune_width_
 from sparse_unified.surgery.decoder import Ffn, find_adapter
 from sparse_unified.surgery.temporary import join_experts
 
@@ -137,30 +136,6 @@ def test_a_criterion_is_a_function(model: models.Official, statistics: FfnStatis
     own = score(mean_squared, model, statistics)["gen"][0]
     mean = statistics.of("generation", "gen")[0].mean_abs()
     torch.testing.assert_close(own, mean.square().float())
-
-
-def test_scores_lead_a_pruning_to_the_planted_neurons() -> None:
-    model = sparse_model = models.bagel()
-    with torch.no_grad():
-        for layer in model.language_model.model.layers:
-            layer.mlp_moe_gen.up_proj.weight[HEARD] *= 50
-    contexts = model.new_contexts(1)
-    with collect(model, "generation") as collector:
-        collector.begin("a")
-        model.prefill_text(contexts, [[12, 13]])
-        x = torch.randn(6, model.config.token_channels)
-        model.velocity([x], [(2, 3)], torch.tensor([0.5]), [contexts])
-    scores = score("wanda", model, collector.statistics())
-    kept = {
-        layer.mlp_moe_gen.gate_proj.weight[HEARD].clone()
-        for layer in model.language_model.model.layers
-    }
-    width = model.language_model.model.layers[0].mlp_moe_gen.gate_proj.weight.shape[0]
-    prune_width_(sparse_model, PruneWidthConfig(component="gen", keep_ratio=2 / width), scores)
-    left = [
-        layer.mlp_moe_gen.gate_proj.weight for layer in sparse_model.language_model.model.layers
-    ]
-    assert all(any(torch.equal(rows, own) for own in kept) for rows in left)
 
 
 def test_scores_file_is_what_convert_and_prune_read(tmp_path: Path) -> None:

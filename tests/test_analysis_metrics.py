@@ -229,6 +229,7 @@ def test_evaluators_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.Monke
         "def good(model):\n    return {'a': 1}\ngood.better = {'a': 'lower'}\n"
         "def bare(model):\n    return {}\n"
     )
+    (tmp_path / "wrong.py").write_text("def f(:")
     loaded = load_evaluator(f"{tmp_path}/mine.py:good")
     assert measure(loaded, None, where="x") == {"a": 1.0}
     monkeypatch.syspath_prepend(tmp_path)
@@ -240,6 +241,7 @@ def test_evaluators_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.Monke
         ("mine:none", "evaluator must be callable"),
         ("mine:bare", "mine:bare: evaluator must be callable"),
         (f"{tmp_path}/none.py:f", "none.py must be importable"),
+        (f"{tmp_path}/wrong.py:f", "wrong.py must be importable, got SyntaxError"),
     ):
         with pytest.raises(ValueError, match=message):
             load_evaluator(name)

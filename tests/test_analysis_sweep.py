@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sparse_unified
 from sparse_unified.analysis import (
     FfnStatistics,
     Probe,
@@ -240,26 +239,6 @@ def test_measured_criteria_rank_what_the_task_uses(tmp_path: Path) -> None:
     assert len(found["firing"]) == models.LAYERS
     again = sweep(model, tmp_path / "b", config=changes, statistics={"text": statistics})
     assert again.tasks["text"]["points"][1]["metrics"] == task["points"][1]["metrics"]
-
-
-@pytest.mark.slow
-def test_sparse_models_are_watched_and_swept(tmp_path: Path) -> None:
-    pipeline, probes = tiny_bagel(tmp_path)
-    how = sparse_unified.MoEConfig(num_experts=4, top_k=4, layers="all")
-    sparse_unified.apply_moe_(pipeline, how)
-    before = snapshot(pipeline.model)
-    changes = {"components": ("gen",), "criterion": "activation", "ratios": (0.5,)}
-    result = sweep(pipeline, tmp_path / "out", [probes[Task.GENERATION]], config=changes)
-    assert_same(before, snapshot(pipeline.model))
-    task = result.tasks["generation"]
-    maps = {found["component"]: found for found in task["activation"]}
-    assert maps["gen"]["layers"] == list(range(pipeline.model.config.llm.num_hidden_layers))
-    depth, width = task["points"]
-    assert width["change"] == "4 experts of 24 neurons -> 4 experts of 12 neurons"
-    for row in (depth, width):
-        assert row["metrics"]["latent_distance"] > 0
-        assert row["after"]["flops"] < row["before"]["flops"]
-        assert row["after"]["parameters"] < row["before"]["parameters"]
 
 
 def test_models_whose_neurons_cannot_be_read_are_swept_along_depth(

@@ -8,12 +8,10 @@ import dataclasses
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +34,11 @@ COMMON = {"--help", "--json", "--quiet", "--traceback"}
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
 
 
-def run_cli(
-    *arguments: object, prepare: Callable[[], object] | None = None, code: str | None = None
-) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
     program = ["-m", "sparse_unified.cli"] if code is None else ["-c", code]
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)],
         env=child_environment(),
-        preexec_fn=prepare,
         capture_output=True,
         text=True,
         check=False,
@@ -170,6 +165,7 @@ def test_options_come_from_the_fields_of_a_config() -> None:
                 ("--storage und=int8,und=fp8", "--storage: must be int8, fp8"),
                 ("--device-map cpu", "--device-map: must be auto or MODULE=DEVICE"),
                 ("--max-memory cpu=1GiB", "--max-memory must come with --device-map"),
+                ("--max-memory cpu=much", "--max-memory: must be DEVICE=SIZE"),
                 ("--offload-folder x", "--offload-folder must come with --device-map"),
                 ("--device-map auto --offload und", "device_map must come without offload"),
                 ("--device-map auto --storage int8", "offload and storage"),
@@ -269,7 +265,7 @@ def test_a_check_that_fails_is_status_1_with_its_report_on_stdout(
     edit_config(directory, top_k=3)
     assert main(["info", str(directory)]) == 1
     captured = capsys.readouterr()
-    assert "disagrees: llm_config.json: top_k must equal" in captured.out
+    assert "disagrees: llm_config.json: top_k must be" in captured.out
     assert captured.err == ""
 
 
@@ -300,24 +296,6 @@ def test_bad_data_is_one_line_and_status_1(
 
 
 # What goes wrong around a command
-
-
-def limit_file_size() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
-    for command in (
-        ["convert", pair[0], tmp_path / "out", *COUNTS],
-        ["invert", pair[1], tmp_path / "out"],
-    ):
-        done = run_cli(*command, prepare=limit_file_size)
-        assert done.returncode == 1
-        assert_one_line(done.stderr, "must be accessible with room to spare", "File too large")
-        assert list(tmp_path.iterdir()) == []
 
 
 # What is written waits a minute before it is on the disk.

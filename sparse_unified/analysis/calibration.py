@@ -30,7 +30,7 @@ from sparse_unified.analysis.statistics import (
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed
-from sparse_unified.surgery.decoder import Adapter, Ffn, find_adapter
+from sparse_unified.surgery.decoder import Adapter, Ffn, FfnKey, find_adapter
 
 
 class Observer:
@@ -81,10 +81,7 @@ class Collector(Observer):
         super().__init__(config)
         self.adapter, self.task = adapter, task
         self.samples: list[str] = []
-        self.sums = {
-            component: {ffn.key: _Sums(ffn, config) for ffn in adapter.ffns(component)}
-            for component in components
-        }
+        self.sums = [_Sums(ffn, config) for own in components for ffn in adapter.ffns(own)]
 
     def begin(self, sample: str) -> None:
         """Starts a sample, of a name that no other has: what runs from here on belongs to it."""
@@ -93,18 +90,18 @@ class Collector(Observer):
         self._finish_sample()
         self.samples.append(sample)
         digest = hashlib.sha256(sample.encode()).digest()
-        for own in self._all():
+        for own in self.sums:
             own.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
 
     def statistics(self) -> FfnStatistics:
         """Returns what was gathered, the running sample included; may be asked for repeatedly."""
         self._finish_sample()
         # Tasks leave components out: text-only understanding runs no gen FFN.
-        seen = {
-            component: {key: own.result() for key, own in keyed.items()}
-            for component, keyed in self.sums.items()
-            if any(int(tokens.sum()) for own in keyed.values() for tokens in own.sample_tokens)
-        }
+        active = {own.ffn.component for own in self.sums if own.num_tokens}
+        seen: dict[str, dict[FfnKey, FfnSums]] = {}
+        for own in self.sums:
+            if own.ffn.component in active:
+                seen.setdefault(own.ffn.component, {})[own.ffn.key] = own.result()
         return FfnStatistics(
             model_hashes={component: hash_ffns(self.adapter, component) for component in seen},
             config=self.config,
@@ -115,7 +112,7 @@ class Collector(Observer):
     def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
         """Yields each FFN, or `SparseMoE` with all of its experts, with what counts its tokens."""
         by_module: dict[nn.Module, list[_Sums]] = {}
-        for own in self._all():
+        for own in self.sums:
             by_module.setdefault(own.ffn.module, []).append(own)
 
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -135,11 +132,8 @@ class Collector(Observer):
 
         return ((module, before) for module in by_module)
 
-    def _all(self) -> Iterator[_Sums]:
-        return (own for keyed in self.sums.values() for own in keyed.values())
-
     def _finish_sample(self) -> None:
-        for own in self._all():
+        for own in self.sums:
             if len(own.sample_tokens) < len(self.samples):
                 own.finish_sample()
 
@@ -160,6 +154,7 @@ class _Sums:
         )
         # Tokens are counted on the CPU, the rest stays on the device until it is asked for.
         self.running_tokens = torch.zeros(shape[0], dtype=torch.int64)
+        self.num_tokens = 0
         self.sample_tokens: list[Tensor] = []
         self.active: list[Tensor] = []
         self.kept = no_inputs(ffn.gate_proj.shape[1] if config.num_inputs else 0)
@@ -177,6 +172,7 @@ class _Sums:
         for total, own in zip(totals, found, strict=True):
             total[time_range] += own
         self.running_tokens[time_range] += len(x)
+        self.num_tokens += len(x)
         if self.config.num_inputs:
             draws = torch.randint(2**62, (len(x),), generator=self.generator)
             known = self.kept["input_draws"]

@@ -96,7 +96,7 @@ def load_evaluator(name: str) -> Evaluator:
             found: Any = runpy.run_path(source).get(attribute)
         else:
             found = getattr(importlib.import_module(source), attribute, None)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # whatever the code of others raises
         raise ValueError(
             f"--evaluator: module {source} must be importable, got {type(error).__name__}: {error}"
         ) from error

@@ -255,7 +255,7 @@ device_map = value(
     bool,
 )
 max_memory = value(
-    "DEVICE=SIZE,...",
+    "DEVICE=SIZE,... with sizes such as 20GiB",
     lambda text: {_number_or_text(key): own for key, own in _pairs(text).items()},
-    bool,
+    lambda found: all(re.fullmatch(r"[0-9.]+[KMGT]i?B", own) for own in found.values()),
 )
