@@ -12,7 +12,7 @@ from hops import paths, sizes
 CEILINGS = {
     "conversion": (17, 171),
     "sparse load": (24, 189),
-    "calibration": (21, 207),
+    "calibration": (20, 199),
     "prune with scores": (17, 190),
     "denoising step": (12, 49),
 }

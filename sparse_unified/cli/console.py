@@ -109,7 +109,7 @@ def execute(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise Unshown from None
     except Exception as error:
-        raise Unshown(f"the command is done, but not shown is its result: {error}") from error
+        raise Unshown(f"the command is done, but its result could not be shown: {error}") from error
     holds = getattr(report, "ok", True) and not getattr(report, "problems", ())
     return 0 if holds else 1
 
