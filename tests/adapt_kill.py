@@ -23,7 +23,7 @@ from disk_faults import die_at_call
 from sparse_unified._common import optional
 from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
 from sparse_unified.adapt import run as adapt_run
-from sparse_unified.adapt.report import read_lines
+from sparse_unified.adapt.run import read_log
 
 FIRST_CALL = 9
 CONFIG = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, seed=5)
@@ -35,9 +35,9 @@ def start(model: Path, out: Path, data: Path, prepare: Callable[[], None]) -> in
     if child == 0:
         try:
             torch.set_num_threads(1)
-            find = adapt_run._latest_state
+            wait = adapt_run.wait_for_all
             # Reading the model is over by then.
-            adapt_run._latest_state = lambda running: (find(running), prepare())[0]
+            adapt_run.wait_for_all = lambda: (wait(), prepare())[0]
             run = RunConfig(checkpoint_every=1, keep=1, resume=True)
             adapt(model, out, data, CONFIG, run)
             os._exit(0)
@@ -61,7 +61,7 @@ def run(model: Path, data: Path, root: Path, calls: int) -> dict[str, object]:
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, -signal.SIGKILL), code
         killed += code != 0
-    losses = [line["loss"] for line in read_lines(Path(f"{out}.training") / "log.jsonl")]
+    losses = [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
     return {"killed": killed, "losses": losses}
 
 

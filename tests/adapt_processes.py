@@ -1,67 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of sharded training run in each of two processes.
+"""Two processes that train together, as torchrun starts them; `run_both` starts this file twice.
 
-Usage: python adapt_processes.py RANK PORT PORT DIRECTORY DTYPE...; the first process writes
-`result.json`.
+Usage: python adapt_processes.py train DIRECTORY DTYPE..., or command ARGUMENT... With FAULT=
+"RANK WHAT WHEN" one of them is killed, stopped, or out of disk space in the middle of its second
+step, of the state after it, or of the trained checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
-from itertools import chain
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from adapt_models import losses, trainer, write_folder
+from adapt_models import losses, trainer
 
+from sparse_unified.adapt import run, saving
+from sparse_unified.adapt import trainer as training
 from sparse_unified.cli import main as command
 
-COMMAND = {"--steps": "2", "--batch-size": "4", "--micro-batch-size": "2", "--lr": "1e-3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def main(rank: int, ports: list[str], directory: Path, names: list[str]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[0]}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def run_both(*arguments: str, fault: str = "", timeout: float = 600) -> list[tuple[int, str]]:
+    """Returns status and output of both; when one has ended, a stopped one is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env=os.environ | place | {"RANK": str(rank), "FAULT": fault, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + timeout
+        stopped = int(fault[0]) if " stop " in fault else None
+        for rank, process in enumerate(runs):
+            if rank != stopped:
+                process.wait(deadline - time.monotonic())
+    finally:
+        for process in runs:
+            if process.poll() is None:
+                process.kill()
+    return [(process.wait(), process.communicate()[0]) for process in runs]
+
+
+def train(directory: Path, names: list[str]) -> None:
+    """Goes on from states of one process, and leaves states of two; rank 0 writes the losses."""
+    dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:
         dtype = DTYPES[name]
-        # A state of one process, from before, goes on in two; and theirs goes on in one.
         sharded = trainer(dtype=dtype)
         found[name] = losses(sharded, 2)
         sharded.save(directory / f"two-{name}")
         found[name] += losses(sharded)
-        resumed = trainer(dtype=dtype)
-        resumed.load(directory / f"one-{name}")
-        found[f"{name} from one"] = losses(resumed)
-        resumed = trainer(dtype=dtype)
-        resumed.load(directory / f"two-{name}")
-        found[f"{name} from two"] = losses(resumed)
+        for saved in ("one", "two"):
+            resumed = trainer(dtype=dtype)
+            resumed.load(directory / f"{saved}-{name}")
+            found[f"{name} from {saved}"] = losses(resumed)
         found[f"{name} norm"] = sharded.step().grad_norm
-        local = sum(t.nbytes for t in sharded.optimizer.state().values())
-        found[f"{name} state"] = local
-    if rank == 0:
+        found[f"{name} state"] = sum(t.nbytes for t in sharded.optimizer.state().values())
+    if dist.get_rank() == 0:
         (directory / "result.json").write_text(json.dumps(found))
-        write_folder(directory / "data")
     dist.barrier()
     dist.destroy_process_group()
 
-    # As torchrun starts the command.
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": ports[1]}
-    arguments = [
-        "adapt",
-        str(directory / "model"),
-        str(directory / "sharded"),
-        *chain(*COMMAND.items()),
-    ]
-    status = command([*arguments, "--checkpoint-every", "1", "--data", str(directory / "data")])
-    assert status == 0, status
+
+def plant(what: str, when: str) -> None:
+    """Lets this process come to grief later."""
+
+    def strike() -> None:
+        if what == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+
+    def later(owner: Any, name: str, count: int, act: Any) -> None:
+        original = getattr(owner, name)
+
+        def counted(*given: Any, **options: Any) -> Any:
+            nonlocal count
+            count -= 1
+            if count == 0:
+                act()
+            return original(*given, **options)
+
+        setattr(owner, name, counted)
+
+    def while_gathering() -> None:
+        later(saving, "gather", 3, strike)
+
+    if when == "step":
+        owner = (run.TrainingLog, "write") if what == "full" else (training.Trainer, "_update")
+        later(*owner, 2, strike)
+    elif when == "state":
+        later(training, "save_state", 2, while_gathering)
+    else:
+        later(run, "write_adapted", 1, while_gathering)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:4], Path(sys.argv[4]), sys.argv[5:])
+    torch.set_num_threads(1)
+    rank, *fault = os.environ["FAULT"].split() or [""]
+    if rank == os.environ["RANK"]:
+        plant(*fault)
+    if sys.argv[1] == "train":
+        train(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        sys.exit(command(sys.argv[2:]))

@@ -15,8 +15,9 @@ import torch
 from adapt_models import GOLDEN, picture, records, write_folder
 from torch import Tensor
 
-from sparse_unified.adapt import SequenceConfig, draw_time, editing_sequence
+from sparse_unified.adapt import SequenceConfig
 from sparse_unified.adapt.data import ImageDataset, Records, open_records
+from sparse_unified.adapt.sequences import draw_time, generation_sequence
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel import BagelPipeline, LatentSegment, TextSegment, VitSegment
 from sparse_unified.bagel.images import ContextImage
@@ -83,12 +84,14 @@ def test_folder_and_parquet_hold_the_same_records(
     found = open_records(write(tmp_path / "data"))
     assert [found.tasks(i) for i in range(len(found))] == TASKS
     record = found.read(5)
-    assert (record.text, record.question, record.answer) == ("picture 5", "which number?", "5")
-    assert record.image.size == (40, 32)
-    assert record.source is None
-    source = found.read(4).source
-    assert source is not None
-    assert source.tobytes() == found.read(0).image.tobytes()
+    assert [record[name] for name in ("text", "question", "answer")] == [
+        "picture 5",
+        "which number?",
+        "5",
+    ]
+    assert record["image"].size == (40, 32)
+    assert "source" not in record
+    assert found.read(4)["source"].tobytes() == found.read(0)["image"].tobytes()
 
 
 def test_tar_shards_are_read_by_their_pattern(tmp_path: Path) -> None:
@@ -96,13 +99,11 @@ def test_tar_shards_are_read_by_their_pattern(tmp_path: Path) -> None:
     found = open_records(f"{tmp_path}/data/*.tar")
     # A kind of file that only some records have is none to the library, so here is no source.
     assert [found.tasks(i) for i in range(4)] == TASKS[:4]
-    assert found.read(1).answer == "1"
-    assert found.read(1).image.size == (40, 32)
+    assert found.read(1)["answer"] == "1"
+    assert found.read(1)["image"].size == (40, 32)
     edits = open_records(write_tar(tmp_path / "edits", sources=True))
     assert edits.tasks(1) == (EDITING, UNDERSTANDING)
-    source = edits.read(1).source
-    assert source is not None
-    assert source.tobytes() != edits.read(1).image.tobytes()
+    assert edits.read(1)["source"].tobytes() != edits.read(1)["image"].tobytes()
 
 
 def test_pictures_with_captions_beside_them(tmp_path: Path) -> None:
@@ -111,13 +112,13 @@ def test_pictures_with_captions_beside_them(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text(" a caption\n")
     found = open_records(tmp_path)
     assert len(found) == 1
-    assert found.read(0).text == "a caption"
+    assert found.read(0)["text"] == "a caption"
 
 
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
-        ("[1]", "line must be a JSON object"),
+        ("[1]", "must be a JSON object"),
         ('{"image": "none.png", "text": "x"}', "image must be a file, got .*none.png"),
         ('{"image": "0.png"}', "record must have text, or question and answer"),
         ('{"text": "x"}', "record must have an image"),
@@ -128,7 +129,7 @@ def test_pictures_with_captions_beside_them(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(line: str, rule: str, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "d.jsonl").write_text('{"image": "0.png", "text": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=rf"d.jsonl:2: {rule}"):
+    with pytest.raises(ValueError, match=rf"d.jsonl: line 2:? {rule}"):
         open_records(tmp_path)
 
 
@@ -138,8 +139,9 @@ def test_a_bad_line_is_named(line: str, rule: str, tmp_path: Path) -> None:
         ({}, "--data: .* must be a folder, a file or a pattern"),
         ({"x.png": picture(0)}, "--data: .* must hold .parquet or .tar shards"),
         ({"x.parquet": b"none"}, "--data: .*x.parquet .* must be readable parquet shards"),
+        ({"x.tar": b"none"}, "--data: .*x.tar .* must be readable webdataset shards"),
         ({"a.jsonl": b"", "b.jsonl": b""}, "must hold one .jsonl file, got 2"),
-        ({"x.txt": b"\xff", "x.png": picture(0)}, "x.txt must be readable text"),
+        ({"x.txt": b"\xff", "x.png": picture(0)}, "x.txt: file must be UTF-8"),
         ({"x.txt": b"a caption", "x.png": b"none"}, "x.png: .* must be a readable image"),
     ],
 )
@@ -148,6 +150,52 @@ def test_data_that_is_none_is_refused(files: dict[str, bytes], rule: str, tmp_pa
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=rule):
         open_records(tmp_path if files else tmp_path / "nothing").read(0)
+
+
+@pytest.mark.parametrize("image", [7, [1, 2], {"bytes": None, "path": "{png}"}, "{png}"])
+def test_images_of_shards_are_bytes_and_no_paths(image: Any, tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "0.png").write_bytes(picture(0))
+    image = json.loads(json.dumps(image).replace("{png}", str(tmp_path / "0.png")))
+    rows = datasets.Dataset.from_dict({"image": [image], "text": ["x"]})
+    rows.to_parquet(tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=r"record 0: image must be held as its bytes, got"):
+        open_records(tmp_path).read(0)
+
+
+@pytest.mark.parametrize("kind", ["pth", "npy", "json", "mp4", "png"])
+def test_members_of_shards_that_are_damaged_are_refused(kind: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in (("0.txt", b"a text"), (f"0.{kind}", b"[" * 100_000)):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    with pytest.raises(ValueError, match=r"--data: .*0.tar .* must|record"):
+        open_records(tmp_path).read(0)
+
+
+def test_damaged_records_are_skipped_up_to_a_limit(
+    pipeline: BagelPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_folder(tmp_path / "data")
+    for number in (1, 2):
+        (data / f"{number}-image.png").write_bytes(b"damaged")
+    dataset = dataset_of(pipeline, data, max_damaged=2)
+
+    def drawn(index: int) -> list[Any]:
+        sequence = dataset.sequence(index, torch.Generator().manual_seed(0))
+        return [part.token_ids for part in sequence if isinstance(part, TextSegment)]
+
+    # Samples 1 and 2 are of record 1, sample 3 of record 2; the next one that can be read is 4.
+    assert drawn(1) == drawn(2) == drawn(3) == drawn(4) != drawn(0)
+    assert sorted(dataset.damaged) == [1, 2]
+    assert len(caplog.records) == 2
+    with pytest.raises(ValueError, match=r"1-image.png.*; 2 of 6 are damaged"):
+        dataset.check()
+    few = dataset_of(pipeline, data, max_damaged=1)
+    with pytest.raises(ValueError, match=r"2-image.png.* 1 such records are skipped"):
+        few.sequence(1, torch.Generator())
 
 
 def test_sequences_hold_what_the_pipeline_would_show(
@@ -169,7 +217,7 @@ def test_sequences_hold_what_the_pipeline_would_show(
     ids = pipeline.tokenizer.encode("picture 0")
     assert list(text.token_ids) == [special.bos, *ids, special.eos]
     assert not text.predict
-    seen = pipeline.image_processor.encode(data.read(0).image, vae=True)
+    seen = pipeline.image_processor.encode(data.read(0)["image"], vae=True)
     assert seen.latent is not None
     torch.testing.assert_close(noised.latent, seen.latent)
     assert noised.time is not None
@@ -180,7 +228,7 @@ def test_sequences_hold_what_the_pipeline_would_show(
     assert [type(part) for part in answer] == [VitSegment, TextSegment, TextSegment]
     assert [part.predict for part in answer if isinstance(part, TextSegment)] == [False, True]
     assert isinstance(answer[0], VitSegment)
-    look = pipeline.image_processor.encode(data.read(1).image, vae=False)
+    look = pipeline.image_processor.encode(data.read(1)["image"], vae=False)
     torch.testing.assert_close(answer[0].pixels, look.vit_pixels)
 
     assert [type(part) for part in edit] == [LatentSegment, VitSegment, TextSegment, LatentSegment]
@@ -239,7 +287,9 @@ def test_conditions_are_left_out_as_often_as_asked(pipeline: BagelPipeline) -> N
     draws = torch.Generator().manual_seed(0)
     counts = {TextSegment: 0, VitSegment: 0, LatentSegment: 0}
     for _ in range(2000):
-        sequence = editing_sequence(special, [source], [7], torch.zeros(1, 2, 2), draws, config)
+        sequence = generation_sequence(
+            special, [7], torch.zeros(1, 2, 2), draws, config, sources=[source]
+        )
         for part in sequence[:-1]:
             counts[type(part)] += 1
     shares = {kind: count / 2000 for kind, count in counts.items()}
@@ -255,7 +305,7 @@ def test_what_is_left_out_changes_no_other_draw(pipeline: BagelPipeline) -> None
     def last(dropout: float) -> Any:
         draws = torch.Generator().manual_seed(5)
         config = SequenceConfig(text_dropout=dropout)
-        return editing_sequence(special, (), [7], torch.zeros(1, 2, 2), draws, config)[-1], draws
+        return generation_sequence(special, [7], torch.zeros(1, 2, 2), draws, config)[-1], draws
 
     (first, rest), (second, other) = last(0.0), last(1.0)
     assert first.time == second.time
@@ -272,11 +322,3 @@ def test_times_are_sigmoids_of_normal_numbers_shifted() -> None:
     same = torch.Generator().manual_seed(0)
     shifted = torch.tensor([draw_time(same, 3.0) for _ in range(4000)], dtype=torch.float64)
     torch.testing.assert_close(shifted, 3 * times / (1 + 2 * times))
-
-
-@pytest.mark.parametrize("name", ["text_dropout", "vit_dropout", "vae_dropout"])
-def test_sequence_config_refuses_what_is_no_share(name: str) -> None:
-    with pytest.raises(ValueError, match=f"SequenceConfig: {name} must be .*from 0 to 1, got 1.5"):
-        SequenceConfig(**{name: 1.5})
-    with pytest.raises(ValueError, match=r"timestep_shift must be finite and above 0, got 0"):
-        SequenceConfig(timestep_shift=0)

@@ -10,17 +10,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapt_models import GOLDEN, write_folder
+from adapt_models import GOLDEN, picture, write_folder
 from safetensors.torch import load_file
 
-from sparse_unified.adapt import AdaptReport, RunConfig, Stage, StepRecord, TrainingConfig, adapt
-from sparse_unified.adapt.report import read_lines
+from sparse_unified.adapt import RunConfig, Stage, TrainingConfig, adapt
+from sparse_unified.adapt.run import AdaptReport, read_log
+from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert
 from sparse_unified.checkpoint.files import MARKER
@@ -56,7 +56,7 @@ def tune(root: Path, out: Path, run: RunConfig | None = None, **options: Any) ->
 
 
 def logged(out: Path) -> list[float]:
-    return [line["loss"] for line in read_lines(Path(f"{out}.training") / "log.jsonl")]
+    return [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
 
 
 def test_command_writes_a_checkpoint_that_everything_reads(
@@ -121,18 +121,7 @@ def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
     )
 
 
-def test_one_component_alone(root: Path, tmp_path: Path) -> None:
-    run = RunConfig(component="gen")
-    report = tune(root, tmp_path / "out", run)
-    before, after = Checkpoint(root / "model"), Checkpoint(tmp_path / "out")
-    changed = {k for k in before.specs if not torch.equal(before.read(k), after.read(k))}
-    gen = ("vae2llm", "llm2vae", "time_embedder")
-    assert changed
-    assert all("_moe_gen" in key or key.startswith(gen) for key in changed)
-    assert report.component == "gen"
-
-
-@pytest.mark.parametrize("calls", [1500, pytest.param(450, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("calls", [1500, pytest.param(250, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_goes_on_exactly(
     calls: int, root: Path, expected: list[float], tmp_path: Path
 ) -> None:
@@ -178,15 +167,6 @@ def test_model_and_data_where_the_target_is_written_are_refused_and_stay(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_state_whose_files_are_not_whole_is_no_start(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    running = Path(f"{out}.training")
-    (running / "step-2").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"step-2/training.json: file must be readable"):
-        tune(root, out, RunConfig(resume=True))
-    assert not out.exists()
-
-
 @pytest.fixture(scope="module")
 def stopped(root: Path) -> Path:
     """The directory of a run that was cut short after its second step."""
@@ -201,37 +181,54 @@ def stopped(root: Path) -> Path:
     return root / "cut.training"
 
 
-def damage_tensors(running: Path) -> None:
-    path = running / "step-2" / "training.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def rename_state(running: Path) -> None:
-    (running / "step-2").rename(running / "step-3")
-
-
-def remove_log(running: Path) -> None:
-    (running / "log.jsonl").unlink()
+def damage(running: Path, what: str) -> None:
+    """Damages a run with states of two steps."""
+    if what == "tensors":
+        path = running / "step-2" / "training.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif what == "name":
+        (running / "step-2").rename(running / "step-3")
+    elif what == "state":
+        (running / "step-3").mkdir()
+    else:
+        (running / "log.jsonl").unlink()
 
 
 @pytest.mark.parametrize(
-    ("damage", "rule"),
+    ("what", "rule"),
     [
-        (damage_tensors, r"training.safetensors: tensors must have the checksum \d+ of training"),
-        (rename_state, r"step-3/training.json: step must be that of its directory, got 2"),
-        (remove_log, r"log.jsonl: log must hold the steps 1 to 2 of the state, got 0"),
+        ("tensors", r"must have the checksum .*; remove .*step-2 to go on from .*step-1$"),
+        ("name", r"step-3/training.json: step must be that of step-3, got 2"),
+        ("state", r"step-3/training.json: file must be readable.* go on from .*step-2$"),
+        ("log", r"log.jsonl: log must hold the steps 1 to 2 of the state, got 0"),
     ],
 )
 def test_a_damaged_run_is_not_resumed(
-    damage: Callable[[Path], None], rule: str, stopped: Path, root: Path, tmp_path: Path
+    what: str, rule: str, stopped: Path, root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(stopped, tmp_path / "out.training")
-    damage(tmp_path / "out.training")
+    damage(tmp_path / "out.training", what)
     with pytest.raises(ValueError, match=rule):
         tune(root, tmp_path / "out", RunConfig(resume=True))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["image", "text"])
+def test_data_that_changed_are_not_gone_on_with(
+    what: str, stopped: Path, root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, tmp_path / "out.training")
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    if what == "image":
+        (data / "2-image.png").write_bytes(picture(7, 24, 24))
+    else:
+        lines = (data / "records.jsonl").read_text()
+        (data / "records.jsonl").write_text(lines.replace("picture 1", "picture 9"))
+    run = RunConfig(resume=True)
+    with pytest.raises(ValueError, match=r"records must be that of the run that goes on"):
+        adapt(root / "model", tmp_path / "out", data, TrainingConfig(**CONFIG), run)
 
 
 def test_two_runs_to_one_target_do_not_mix(stopped: Path, root: Path, tmp_path: Path) -> None:
@@ -265,6 +262,15 @@ def test_dry_run_checks_everything_and_writes_nothing(
     assert plan["memory"]["trained"] < plan["memory"]["parameters"]
     assert list(tmp_path.iterdir()) == []
 
+    shutil.copytree(root / "data", tmp_path / "data")
+    (tmp_path / "data" / "5-image.png").write_bytes(b"damaged")
+    assert main([*arguments, "--data", str(tmp_path / "data"), "--dry-run"]) == 1
+    assert "5-image.png must be a readable image" in capsys.readouterr().err
+    # The run itself skips it, and says so.
+    assert main([*arguments, "--data", str(tmp_path / "data")]) == 0
+    facts = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    assert ["5-image.png" in text for text in facts["damaged"]] == [True]
+
 
 @pytest.mark.parametrize(
     ("changes", "status", "rule"),
@@ -276,7 +282,11 @@ def test_dry_run_checks_everything_and_writes_nothing(
             1,
             "must be a divisor of batch_size",
         ),
-        (["--data", "{root}/data", "--lr", "-1"], 1, "learning_rate must be finite and at least 0"),
+        (
+            ["--data", "{root}/data", "--lr", "-1"],
+            1,
+            "learning_rate must be a finite",
+        ),
         (["--data", "{root}/data", "--device", "nowhere"], 1, "--device: name must be a device"),
         (["--data", "{root}/data", "--text-dropout", "2"], 1, "text_dropout must be .*from 0 to 1"),
     ],

@@ -29,7 +29,7 @@ from tiers import IS_DEEP, num_cases
 from sparse_unified.adapt import TrainingConfig
 from sparse_unified.adapt.data import open_records
 from sparse_unified.adapt.optimizer import Optimizer
-from sparse_unified.adapt.report import read_lines
+from sparse_unified.adapt.run import read_log
 from sparse_unified.adapt.saving import load_state, save_state
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
 from sparse_unified.analysis.geneval import read_metadata

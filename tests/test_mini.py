@@ -18,9 +18,9 @@ from miniature.report import BEGIN, END, Verdict, fill_page, read_records, verdi
 from miniature.study import StudyConfig, run_study
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import convert
-from sparse_unified.mini import MiniTask, encode, load_pipeline, new_model, write_model
+from sparse_unified.mini import MiniTask, load_pipeline, write_model
 from sparse_unified.mini.autoencoder import identity_autoencoder
-from sparse_unified.mini.model import TOKENIZER, WEIGHTS
+from sparse_unified.mini.model import TOKENIZER, WEIGHTS, encode, new_model
 from sparse_unified.nn import SparseMoE
 
 SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=6, pictures=1)

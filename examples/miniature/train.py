@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from miniature.data import training_data
-from sparse_unified.adapt import StepRecord, Trainer, TrainingConfig
+from sparse_unified.adapt import Trainer, TrainingConfig
+from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.mini.model import MiniTask, new_model
 
 LOG_EVERY, WRITE_EVERY = 20, 200
@@ -94,7 +95,7 @@ def train_dense(
     about = {
         "task": task.value,
         "command": f"python examples/miniature train {task.value} OUT",
-        "training": training.config().to_dict(),
+        "training": asdict(training.config()),
         "parameters": report.parameters,
         "seconds": round(report.seconds, 1),
         "threads": torch.get_num_threads(),
@@ -109,7 +110,7 @@ def train_dense(
 
 
 def _write_weights(trainer: Trainer, out: Path) -> None:
-    with trainer.ema_weights():
+    with trainer.optimizer.ema_weights():
         tensors = {
             name: tensor.detach().to(torch.bfloat16).contiguous()
             for name, tensor in trainer.model.state_dict().items()

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
 
 import torch
 
+from sparse_unified._common import check_int, check_number, choice, context
 from sparse_unified.checkpoint.modes import BOTH
+
+_ABOVE_ZERO = 1e-30
 
 
 class Schedule(str, Enum):
@@ -28,21 +28,6 @@ class Stage(str, Enum):
     ROUTER = "router"  # the routers of the sparse blocks alone
     EXPERT_FROZEN = "expert_frozen"  # everything but the experts of the sparse blocks
     FULL = "full"  # everything
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """The type of a number, its range in words, and whether a value is in it."""
-
-    kind: type
-    text: str
-    holds: Callable[[Any], bool]
-
-
-_NOT_NEGATIVE = _Rule(float, "at least 0", lambda value: value >= 0)
-_POSITIVE = _Rule(float, "above 0", lambda value: value > 0)
-_SHARE = _Rule(float, "from 0 to 1", lambda value: 0 <= value <= 1)
-_COUNT = _Rule(int, "at least 1", lambda value: value >= 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +56,6 @@ class TrainingConfig:
         checkpointing: keep no activations of layers; compute them again for the backward pass.
         optimizer_device: where gradients, float32 master weights, moments and average are kept,
             "cpu" for instance (None: with the model).
-
-    Raises:
-        ValueError: a value is out of range. TypeError: it is not a number.
     """
 
     steps: int
@@ -96,33 +78,33 @@ class TrainingConfig:
     checkpointing: bool = False
     optimizer_device: str | None = None
 
+    @context("TrainingConfig")
     def __post_init__(self) -> None:
-        _check(
-            self,
-            {
-                **dict.fromkeys(("steps", "batch_size", "micro_batch_size"), _COUNT),
-                "warmup_steps": _Rule(int, "at least 0", lambda value: value >= 0),
-                "seed": _Rule(int, f"from 0 to {2**63 - 1}", lambda value: 0 <= value < 2**63),
-                **dict.fromkeys(("learning_rate", "min_learning_rate"), _NOT_NEGATIVE),
-                **dict.fromkeys(("ce_weight", "mse_weight"), _NOT_NEGATIVE),
-                **dict.fromkeys(("balance_weight", "z_weight", "weight_decay"), _NOT_NEGATIVE),
-                **dict.fromkeys(("eps", "max_grad_norm"), _POSITIVE),
-                "ema_decay": _SHARE,
-            },
-        )
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                "TrainingConfig: micro_batch_size must be a divisor of batch_size = "
-                f"{self.batch_size}, got {self.micro_batch_size}"
-            )
-        schedule = choice_of(Schedule, self.schedule, "TrainingConfig: schedule")
-        object.__setattr__(self, "schedule", schedule)
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise ValueError(f"TrainingConfig: betas must be a pair, got {self.betas!r}")
+        for name in ("steps", "batch_size"):
+            check_int(name, getattr(self, name), 1)
+        check_int("warmup_steps", self.warmup_steps, 0)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        rates = ("learning_rate", "min_learning_rate", "weight_decay")
+        for name in (*rates, "ce_weight", "mse_weight", "balance_weight", "z_weight"):
+            check_number(name, getattr(self, name), 0)
+        check_number("eps", self.eps, _ABOVE_ZERO)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, _ABOVE_ZERO)
+        if self.ema_decay is not None:
+            check_number("ema_decay", self.ema_decay, 0, 1)
         object.__setattr__(self, "betas", tuple(self.betas))
-        rule = _Rule(float, "from 0 to below 1", lambda value: 0 <= value < 1)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be a pair, got {self.betas!r}")
         for beta in self.betas:
-            _check_number("TrainingConfig: betas", beta, rule)
+            check_number("betas", beta, 0, math.nextafter(1, 0))
+        object.__setattr__(self, "schedule", choice("schedule", Schedule, self.schedule))
+        if self.micro_batch_size is not None:
+            check_int("micro_batch_size", self.micro_batch_size, 1)
+            if self.batch_size % self.micro_batch_size:
+                raise ValueError(
+                    f"micro_batch_size must be a divisor of batch_size = {self.batch_size}, "
+                    f"got {self.micro_batch_size}"
+                )
 
     @property
     def passes(self) -> int:
@@ -139,13 +121,6 @@ class TrainingConfig:
         low = self.min_learning_rate
         return low + (self.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, ready for json.dump and for `TrainingConfig(**values)`."""
-        return dataclasses.asdict(self) | {
-            "schedule": self.schedule.value,
-            "betas": list(self.betas),
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceConfig:
@@ -156,9 +131,6 @@ class SequenceConfig:
         text_dropout: how often the text before an image to generate is left out.
         vit_dropout: how often the ViT view of an image to edit is left out.
         vae_dropout: how often the VAE view of an image to edit is left out.
-
-    Raises:
-        ValueError: a value is out of range. TypeError: it is not a number.
     """
 
     timestep_shift: float = 1.0
@@ -166,9 +138,11 @@ class SequenceConfig:
     vit_dropout: float = 0.3
     vae_dropout: float = 0.3
 
+    @context("SequenceConfig")
     def __post_init__(self) -> None:
-        shares = dict.fromkeys(("text_dropout", "vit_dropout", "vae_dropout"), _SHARE)
-        _check(self, {"timestep_shift": _POSITIVE, **shares})
+        check_number("timestep_shift", self.timestep_shift, _ABOVE_ZERO)
+        for name in ("text_dropout", "vit_dropout", "vae_dropout"):
+            check_number(name, getattr(self, name), 0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,9 +162,7 @@ class RunConfig:
         resume: go on from the latest state, if there is one.
         tensorboard: write event files too.
         cache_latents: encode every image once and keep its latent beside the states.
-
-    Raises:
-        ValueError: a count is below 1. TypeError: it is not an integer.
+        max_damaged: records with a damaged image that a process skips; one more ends the run.
     """
 
     stage: Stage = Stage.EXPERT_FROZEN
@@ -205,41 +177,12 @@ class RunConfig:
     resume: bool = False
     tensorboard: bool = False
     cache_latents: bool = False
+    max_damaged: int = 10
 
+    @context("RunConfig")
     def __post_init__(self) -> None:
-        _check(self, dict.fromkeys(("checkpoint_every", "keep"), _COUNT))
-        object.__setattr__(self, "stage", choice_of(Stage, self.stage, "RunConfig: stage"))
-
-
-Choice = TypeVar("Choice", bound=Enum)
-
-
-def choice_of(kind: type[Choice], value: object, where: str) -> Choice:
-    """Returns a member of an enum, which may be given by its value.
-
-    Raises:
-        ValueError: there is no such member.
-    """
-    try:
-        return kind(value)
-    except ValueError:
-        legal = ", ".join(repr(one.value) for one in kind)
-        raise ValueError(f"{where} must be one of {legal}, got {value!r:.80}") from None
-
-
-def _check(config: Any, rules: Mapping[str, _Rule]) -> None:
-    """Checks the numbers of a config; None is checked where the type of the field excludes it."""
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        if one.name in rules and not (value is None and "None" in str(one.type)):
-            _check_number(f"{type(config).__name__}: {one.name}", value, rules[one.name])
-
-
-def _check_number(where: str, value: Any, rule: _Rule) -> None:
-    kinds = (int,) if rule.kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        word = "an integer" if rule.kind is int else "a number"
-        raise TypeError(f"{where} must be {word}, got {value!r}")
-    finite = "finite and " if rule.kind is float else ""
-    if not math.isfinite(value) or not rule.holds(value):
-        raise ValueError(f"{where} must be {finite}{rule.text}, got {value}")
+        object.__setattr__(self, "stage", choice("stage", Stage, self.stage))
+        if self.checkpoint_every is not None:
+            check_int("checkpoint_every", self.checkpoint_every, 1)
+        check_int("keep", self.keep, 1)
+        check_int("max_damaged", self.max_damaged, 0)

@@ -11,23 +11,25 @@ import dataclasses
 import glob
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some, optional
+from sparse_unified._common import choice, naming, optional
 from sparse_unified.adapt.config import SequenceConfig
-from sparse_unified.adapt.sequences import (
-    editing_sequence,
-    generation_sequence,
-    understanding_sequence,
+from sparse_unified.adapt.sequences import generation_sequence, understanding_sequence
+from sparse_unified.analysis.samples import (
+    IMAGE_SUFFIXES,
+    Task,
+    is_file_name,
+    read_lines,
+    read_object,
 )
-from sparse_unified.analysis.samples import IMAGE_SUFFIXES, Task, is_file_name
 from sparse_unified.bagel.images import (
     ContextImage,
     ImageProcessor,
@@ -38,7 +40,7 @@ from sparse_unified.bagel.images import (
 from sparse_unified.bagel.packing import Segment
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.checkpoint.files import loads_strict, replace_file
+from sparse_unified.checkpoint.files import read_text, replace_file
 from sparse_unified.checkpoint.safetensors_io import (
     as_bytes,
     encode_tensors,
@@ -61,57 +63,71 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "answer": ("answer.txt",),
 }
 _SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One datum; images are opened."""
-
-    image: Image
-    text: str | None = None
-    question: str | None = None
-    answer: str | None = None
-    source: Image | None = None
+_log = logging.getLogger(__name__)
 
 
 class Records:
     """A fixed number of records, and what each can be used for without opening images.
 
     Args:
-        rows: the fields of each record, images as files, bytes or opened.
+        rows: the fields of each record, images as files or bytes.
         names: returns the name of a record, for messages.
         known: the fields of each record again, where an image may be anything but None.
+        shards: files that hold the records.
 
     Raises:
         ValueError: a record cannot be used for anything.
+
+    Attributes:
+        fingerprint: a hash of texts, and of names and sizes of files.
     """
 
     def __init__(
-        self, rows: Any, names: Callable[[int], str], known: Iterable[Mapping[str, Any]]
+        self,
+        rows: Any,
+        names: Callable[[int], str],
+        known: Iterable[Mapping[str, Any]],
+        shards: Sequence[Path] = (),
     ) -> None:
         self._rows = rows
         self._names = names
-        self._tasks = [_tasks(names(number), fields) for number, fields in enumerate(known)]
+        self._tasks: list[tuple[Task, ...]] = []
+        digest = hashlib.sha256(repr([_name_and_size(path) for path in shards]).encode())
+        for number, fields in enumerate(known):
+            self._tasks.append(_tasks(names(number), fields))
+            facts = sorted((name, _name_and_size(value)) for name, value in fields.items())
+            digest.update(repr(facts).encode())
+        self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._tasks)
 
     def tasks(self, index: int) -> tuple[Task, ...]:
         """Returns what a record can be used for."""
         return self._tasks[index]
 
-    def read(self, index: int) -> Record:
-        """Returns a record.
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns the fields of a record that are there, images opened in RGB.
 
         Raises:
             ValueError: an image cannot be read.
         """
-        fields = _renamed(self._rows[index])
-        values: dict[str, Any] = {name: fields.get(name) for name in _TEXTS}
-        for name in _IMAGES:
-            if name in fields:
-                values[name] = _open(fields[name], self._names(index))
-        return Record(**values)
+        where = self._names(index)
+        try:
+            fields = _renamed(self._rows[index])
+        except Exception as error:  # columns of other kinds have decoders
+            raise _unreadable(f"{where}: record must be readable", error) from error
+        with naming(where):
+            return {k: _open(v) if k in _IMAGES else v for k, v in fields.items()}
+
+
+def _name_and_size(value: Any) -> Any:
+    return (value.name, value.stat().st_size) if isinstance(value, Path) else value
+
+
+def _unreadable(rule: str, error: Exception) -> ValueError:
+    reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+    return ValueError(f"{rule}, got {reason:.200}")
 
 
 def open_records(data: str | os.PathLike[str]) -> Records:
@@ -134,7 +150,7 @@ def open_records(data: str | os.PathLike[str]) -> Records:
     listed = [path for path in files if path.suffix == ".jsonl"]
     if len(listed) > 1:
         raise ValueError(f"{_WHERE}: {data} must hold one .jsonl file, got {len(listed)}")
-    found = _read_lines(listed[0]) if listed else _read_captions(files)
+    found = _read_listed(listed[0]) if listed else _read_captions(files)
     if not found:
         raise ValueError(
             f"{_WHERE}: {data} must hold .parquet or .tar shards, a .jsonl file, or images with "
@@ -160,44 +176,26 @@ def _files(data: str) -> list[Path]:
 
 
 def _read_captions(files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     return [
-        (str(path), {"image": path, "text": _read_text(caption).strip()})
-        for path in images
+        (f"{_WHERE}: {path}", {"image": path, "text": read_text(caption).strip()})
+        for path in files
+        if path.suffix.lower() in IMAGE_SUFFIXES
         if (caption := path.with_suffix(".txt")).exists()
     ]
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = loads_strict(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: line must be a JSON object, got {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: line must be a JSON object, got {line.strip():.80}")
-        named = _renamed(fields)
-        for name in _IMAGES:
-            if name in named:
-                if not is_file_name(named[name]):
-                    raise ValueError(f"{where}: {name} must be a path, got {named[name]!r:.80}")
-                named[name] = path.parent / named[name]
-                if not named[name].is_file():
-                    raise ValueError(f"{where}: {name} must be a file, got {named[name]}")
-        found.append((where, named))
+    for where, line in read_lines(path, _WHERE):
+        fields = _renamed(read_object(line, where))
+        for name in fields.keys() & _IMAGES:
+            if not is_file_name(fields[name]):
+                raise ValueError(f"{where}: {name} must be a path, got {fields[name]!r:.80}")
+            fields[name] = path.parent / fields[name]
+            if not fields[name].is_file():
+                raise ValueError(f"{where}: {name} must be a file, got {fields[name]}")
+        found.append((where, fields))
     return found
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{_WHERE}: {path} must be readable text, got {reason}") from error
 
 
 def _open_shards(shards: Sequence[Path], builder: str) -> Records:
@@ -207,16 +205,14 @@ def _open_shards(shards: Sequence[Path], builder: str) -> Records:
         rows = datasets.load_dataset(
             builder, data_files={"train": [str(path) for path in shards]}, split="train"
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{_WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} "
-            f"shards, got {reason}"
-        ) from error
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return Records(rows, lambda number: f"{shards[0].parent}: record {number}", _scan(rows))
+        for name, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+        known = list(_scan(rows))
+    except Exception as error:  # readers of tar members raise errors of many kinds
+        rule = f"{_WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} shards"
+        raise _unreadable(rule, error) from error
+    return Records(rows, lambda number: f"{shards[0].parent}: record {number}", known, shards)
 
 
 def _scan(rows: Any) -> Iterator[dict[str, Any]]:
@@ -229,22 +225,18 @@ def _scan(rows: Any) -> Iterator[dict[str, Any]]:
     texts = rows.remove_columns(list(images)) if images else rows
     for number in range(len(rows)):
         fields = texts[number] if texts.column_names else {}
-        yield _renamed(
-            {**fields, **{name: True for name, valid in images.items() if valid[number]}}
-        )
+        yield _renamed(fields | {name: True for name, valid in images.items() if valid[number]})
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that are there, under our names; those of a JSON member among them."""
     inner = fields.get("json")
     merged = {**inner, **fields} if isinstance(inner, Mapping) else fields
-    found = {}
-    for name, others in _ALIASES.items():
-        for key in (name, *others):
-            if merged.get(key) is not None:
-                found[name] = merged[key]
-                break
-    return found
+    given = {
+        name: [merged[key] for key in (name, *others) if merged.get(key) is not None]
+        for name, others in _ALIASES.items()
+    }
+    return {name: values[0] for name, values in given.items() if values}
 
 
 def _tasks(where: str, fields: Mapping[str, Any]) -> tuple[Task, ...]:
@@ -266,14 +258,13 @@ def _tasks(where: str, fields: Mapping[str, Any]) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def _open(value: Any, where: str) -> Image:
+def _open(value: Any) -> Image:
+    """Opens an image: a file that was listed, or bytes out of a shard."""
     if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return open_image(io.BytesIO(value), where=where)
-    if not isinstance(value, (Path, str)):
-        raise ValueError(f"{where}: image must be a file or its bytes, got {value!r:.80}")
-    return open_image(value, where=where)
+        value = value.get("bytes")  # a path beside them could be of any file of the machine
+    if not isinstance(value, (Path, bytes)):
+        raise ValueError(f"image must be held as its bytes, got {value!r:.80}")
+    return to_rgb(open_image(value if isinstance(value, Path) else io.BytesIO(value), where="data"))
 
 
 class ImageDataset:
@@ -287,6 +278,7 @@ class ImageDataset:
         tasks: which uses are trained (None: all).
         max_side: longest side of an image in pixels (None: what the model takes).
         latent_cache: a directory in which latents are kept, so that each is encoded once.
+        max_damaged: how many records that cannot be read are skipped.
 
     Raises:
         ValueError: no record can be used, or `max_side` is too small for a token.
@@ -294,6 +286,7 @@ class ImageDataset:
     Attributes:
         samples: (index of the record, its use) of every sequence.
         autoencoder: what encodes images into latents.
+        damaged: what is wrong with each record that was skipped, by its index.
     """
 
     def __init__(
@@ -306,11 +299,9 @@ class ImageDataset:
         tasks: Collection[Task | str] | None = None,
         max_side: int | None = None,
         latent_cache: Path | None = None,
+        max_damaged: int = 0,
     ) -> None:
-        legal = {task.value: task for task in Task}
-        if unknown := [task for task in tasks or () if task not in legal]:
-            raise ValueError(f"--tasks: name must be one of {', '.join(legal)}, got {unknown[0]!r}")
-        wanted = set(Task) if tasks is None else {Task(task) for task in tasks}
+        wanted = {choice("--tasks: name", Task, task) for task in tasks or Task}
         every = ((n, task) for n in range(len(records)) for task in records.tasks(n))
         self.samples = [(number, task) for number, task in every if task in wanted]
         if not self.samples:
@@ -319,38 +310,66 @@ class ImageDataset:
                 f"{_WHERE}: a record must be of use for {names}, got none of {len(records)}"
             )
         self.autoencoder: AutoEncoder = images.vae
+        self.damaged: dict[int, str] = {}
         self._records = records
         self._tokenizer = tokenizer
         self._config = config or SequenceConfig()
         self._for_vae = _limited(images.for_vae, max_side)
         self._for_vit = _limited(images.for_vit, max_side)
         self._cache = latent_cache
+        self._max_damaged = max_damaged
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def sequence(self, index: int, generator: torch.Generator) -> Sequence[Segment]:
-        """Returns the sequence of one use of one record; see `SequenceDataset`."""
-        number, task = self.samples[index]
-        record = self._records.read(number)
+        """Returns the sequence of one use of one record; see `SequenceDataset`.
+
+        In the place of a record that cannot be read comes the next one that can.
+
+        Raises:
+            ValueError: more than `max_damaged` records cannot be read.
+        """
+        record, task = self._next_record(index)
         special = self._tokenizer.special_tokens
-        image = self._resized(record.image)
+        ids = {k: self._tokenizer.encode(record[k].strip()) for k in record.keys() & _TEXTS}
+        image = self._for_vae.resize(record["image"])  # at this size the ViT sees it, too
         if task is Task.UNDERSTANDING:
-            question, answer = self._encode(record.question), self._encode(record.answer)
-            return understanding_sequence(special, [self._for_vit(image)], question, answer)
-        latent, ids = self._latent(image), self._encode(record.text)
-        if record.source is None or task is Task.GENERATION:
-            return generation_sequence(special, ids, latent, generator, self._config)
-        before = self._resized(record.source)
-        source = ContextImage(latent=self._latent(before), vit_pixels=self._for_vit(before))
-        return editing_sequence(special, [source], ids, latent, generator, self._config)
+            pixels = [self._for_vit(image)]
+            return understanding_sequence(special, pixels, ids.get("question", ()), ids["answer"])
+        latent, sources = self._latent(image), []
+        if task is Task.EDITING:
+            before = self._for_vae.resize(record["source"])
+            sources = [ContextImage(latent=self._latent(before), vit_pixels=self._for_vit(before))]
+        return generation_sequence(
+            special, ids["text"], latent, generator, self._config, sources=sources
+        )
 
-    def _encode(self, text: str | None) -> list[int]:
-        return self._tokenizer.encode(text.strip()) if text else []
+    def check(self) -> None:
+        """Reads every record that is used; raises ValueError that names the first damaged one."""
+        damaged = []
+        for number in dict.fromkeys(number for number, _ in self.samples):
+            try:
+                self._records.read(number)
+            except ValueError as error:
+                damaged.append(str(error))
+        if damaged:
+            raise ValueError(f"{damaged[0]}; {len(damaged)} of {len(self._records)} are damaged")
 
-    def _resized(self, image: Image) -> Image:
-        """Returns the image at its size for the VAE, which is what the ViT sees too."""
-        return self._for_vae.resize(to_rgb(image))
+    def _next_record(self, index: int) -> tuple[dict[str, Any], Task]:
+        for place in range(len(self)):
+            number, task = self.samples[(index + place) % len(self)]
+            try:
+                return self._records.read(number), task
+            except ValueError as error:
+                if number not in self.damaged:
+                    self.damaged[number] = str(error)
+                    _log.warning("%s; skipped", error)
+                if len(self.damaged) > self._max_damaged:
+                    raise ValueError(
+                        f"{error}; {self._max_damaged} such records are skipped (--max-damaged)"
+                    ) from error
+        raise ValueError(f"{_WHERE}: a record must be readable, got none of {len(self)}")
 
     def _latent(self, image: Image) -> Tensor:
         pixels = self._for_vae(image)
@@ -360,10 +379,7 @@ class ImageDataset:
             digest.update(as_bytes(pixels.contiguous()).tobytes())
             path = self._cache / f"{digest.hexdigest()}.safetensors"
             if path.exists():
-                specs = read_header(path).tensors
-                if set(specs) != {"latent"}:
-                    raise ValueError(f"{path}: tensors must be one latent, got {list_some(specs)}")
-                return read_tensor(specs["latent"], what=str(path))
+                return read_tensor(read_header(path).tensors["latent"], what=str(path))
         latent = self.autoencoder.encode(pixels[None])[0].float().cpu()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

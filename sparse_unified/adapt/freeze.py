@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
-from sparse_unified.adapt.config import Stage, choice_of
+from sparse_unified._common import choice, context
+from sparse_unified.adapt.config import Stage
 from sparse_unified.checkpoint.keys import FFN_NAMES, SUFFIXES
 from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
@@ -20,26 +19,8 @@ _TABLES = ("vit_pos_embed.pos_embed", "latent_pos_embed.pos_embed")
 _GEN_MODULES = ("vae2llm", "llm2vae", "time_embedder", "latent_pos_embed")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FreezeReport:
-    """What `freeze` did.
-
-    Attributes:
-        stage: that was set.
-        trained: names of the trained parameters, in the order of the model.
-        frozen: names of all others.
-        trained_parameters: number of trained values.
-        frozen_parameters: number of all others.
-    """
-
-    stage: Stage
-    trained: tuple[str, ...]
-    frozen: tuple[str, ...]
-    trained_parameters: int
-    frozen_parameters: int
-
-
-def freeze(model: nn.Module, stage: Stage | str, *, component: str = BOTH) -> FreezeReport:
+@context("freeze")
+def freeze(model: nn.Module, stage: Stage | str, *, component: str = BOTH) -> list[str]:
     """Sets `requires_grad` of every parameter as a stage wants it.
 
     A frozen expert gets no weight gradient, and keeps no activation for one; the gradient still
@@ -47,8 +28,11 @@ def freeze(model: nn.Module, stage: Stage | str, *, component: str = BOTH) -> Fr
 
     Args:
         model: with `SparseMoE` blocks anywhere; `full` takes dense models too.
-        stage: what to train.
+        stage: what to train, a `Stage`.
         component: "gen" or "und" freezes the weights of the other component of a BAGEL.
+
+    Returns:
+        The names of the trained parameters.
 
     Raises:
         ValueError: there is no such stage or component, the stage needs sparse blocks and the
@@ -56,14 +40,12 @@ def freeze(model: nn.Module, stage: Stage | str, *, component: str = BOTH) -> Fr
 
     Source: the two tunings of arXiv 2512.02351, and one of the routers alone.
     """
-    stage = choice_of(Stage, stage, "freeze: stage")
+    stage = choice("stage", Stage, stage)
     if component not in (*FFN_NAMES, BOTH):
-        raise ValueError(f"freeze: component must be gen, und or both, got {component!r}")
+        raise ValueError(f"component must be gen, und or both, got {component!r}")
     blocks = [name for name, module in model.named_modules() if isinstance(module, SparseMoE)]
     if stage is not Stage.FULL and not blocks:
-        raise ValueError(
-            f"freeze: stage must be full for a model without sparse blocks, got {stage.value}"
-        )
+        raise ValueError(f"stage must be full for a model without sparse blocks, got {stage.value}")
     experts = {f"{name}.{part}".lstrip(".") for name in blocks for part in PROJECTIONS}
     routers = {f"{name}.{part}.weight".lstrip(".") for name in blocks for part in _ROUTERS}
 
@@ -75,20 +57,13 @@ def freeze(model: nn.Module, stage: Stage | str, *, component: str = BOTH) -> Fr
             return name in routers
         return not name.endswith(_TABLES) and (stage is Stage.FULL or name not in experts)
 
-    trained = {name: p.numel() for name, p in model.named_parameters() if is_trained(name)}
-    frozen = {name: p.numel() for name, p in model.named_parameters() if name not in trained}
+    trained = [name for name, _ in model.named_parameters() if is_trained(name)]
     if not trained:
         raise ValueError(
-            f"freeze: component must have weights that its stage trains, got none in {component}"
+            f"component must have weights that its stage trains, got none in {component}"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-        if name in frozen:
+        parameter.requires_grad_(is_trained(name))
+        if not parameter.requires_grad:
             parameter.grad = None
-    return FreezeReport(
-        stage=stage,
-        trained=tuple(trained),
-        frozen=tuple(frozen),
-        trained_parameters=sum(trained.values()),
-        frozen_parameters=sum(frozen.values()),
-    )
+    return trained

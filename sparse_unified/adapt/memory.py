@@ -1,16 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run takes of memory, from the headers of a checkpoint alone.
+"""The memory that a training run takes, found without running it.
 
-Parameters are counted exactly, on a model without data. Activations follow a formula: per layer and
-stream, what the ops of `bagel` keep for backward, in elements per token of T tokens:
-
-    norm       x in fp32, its normalised value; its output for the projections that follow
-    attention  queries and keys in fp32, normalised, rotated; values; the mixed values twice
-    FFN        dense: gate, its activation, up, and their product; sparse: gate and up of the
-               chosen experts, and what each of them returns
-
-What only the gradient of a weight needs is left out where that weight is frozen. With checkpointing
-only the inputs of the layers are kept, and one layer at a time is as above.
+Weights and optimizer state are counted on a model without data. Activations are what autograd keeps
+of a forward pass on fake tensors, which have shapes and no data.
 """
 
 from __future__ import annotations
@@ -18,25 +10,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_unified._common import Report, context, format_bytes
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.adapt.freeze import freeze
-from sparse_unified.bagel.attention import GEN
-from sparse_unified.bagel.config import BagelConfig, SpecialTokens, vae_config
+from sparse_unified.bagel.config import SpecialTokens, vae_config
 from sparse_unified.bagel.images import vae_transform
 from sparse_unified.bagel.loading import read_config
-from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.model import Bagel, training_forward
+from sparse_unified.bagel.packing import LatentSegment, TextSegment, TrainingBatch, pack_training
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.model_dir import find_model
 from sparse_unified.checkpoint.safetensors_io import read_header
-from sparse_unified.nn import SparseMoE
 
-_TEXT_TOKENS = 128  # of a caption, with some to spare
+_CAPTION = 130  # tokens, with bos, eos and some to spare
 _FP32 = 4
 
 
@@ -102,30 +93,16 @@ class MemoryEstimate(Report):
         return (
             f"{self.trained:,} of {self.parameters:,} parameters trained, {self.processes} "
             f"process{'es' * (self.processes > 1)}, a pass of {images:,} image and {texts:,} text "
-            "tokens"
+            f"tokens, optimizer {'in host memory' if self.optimizer_on_host else 'on the device'}"
         )
-
-    def headings(self) -> Sequence[str]:
-        return ("", "bytes", "where")
 
     def table(self) -> Sequence[Sequence[object]]:
-        where = "host" if self.optimizer_on_host else "device"
-        rows = (
-            ("weights", self.weights, "device"),
-            ("autoencoder", self.autoencoder, "device"),
-            ("gradients of a pass", self.pass_gradients, "device"),
-            ("accumulated gradients", self.gradients, where),
-            ("fp32 master weights", self.masters, where),
-            ("moments", self.moments, where),
-            ("average", self.average, where),
-            ("activations", self.activations, "device"),
-            ("gathered layers", self.gathered, "device"),
-            ("in all", self.device, "device"),
-            ("", self.host, "host"),
-        )
-        return [(name, format_bytes(count), place) for name, count, place in rows]
+        names = ["weights", "autoencoder", "activations", "gathered", "pass_gradients"]
+        names += ["gradients", "masters", "moments", "average", "device", "host"]
+        return [(name.replace("_", " "), format_bytes(getattr(self, name))) for name in names]
 
 
+@context("estimate_memory")
 def estimate_memory(
     model: str | os.PathLike[str],
     config: TrainingConfig,
@@ -136,14 +113,16 @@ def estimate_memory(
     """Returns what a run of `adapt` takes, by reading headers only.
 
     Args:
-        model: a model directory or a hub id. config, run: of the run.
+        model: a model directory or a hub id.
+        config: how it is trained.
+        run: what is trained.
         processes: over which it is sharded.
 
     Raises:
         ValueError: the checkpoint is damaged, or nothing would be trained.
     """
     run = run or RunConfig()
-    source = Checkpoint(find_model(model, where="adapt"))
+    source = Checkpoint(find_model(model))
     specs = read_header(source.vae_file).tensors
     vae = vae_config({k: s.shape for k, s in specs.items()}, where=str(source.vae_file))
     dtype = run.dtype or source.spec("language_model.model.embed_tokens.weight").dtype
@@ -151,30 +130,33 @@ def estimate_memory(
     ids = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
     built = Bagel(read_config(source, vae, special_tokens=ids), device="meta", dtype=dtype)
     freeze(built, run.stage, component=run.component)
-    side = vae_transform(built.config).max_side
-    if run.max_side is not None:
-        side = min(side, run.max_side)
+    side = min(vae_transform(built.config).max_side, run.max_side or 1 << 20)
+    side -= side % built.config.latent_downsample
     with context("--max-side"):
-        rows, columns = built.config.token_grid(*[side - side % built.config.latent_downsample] * 2)
-    count = config.micro_batch_size or config.batch_size // processes
+        built.config.token_grid(side, side)
     return estimate(
         built,
         config,
-        image_tokens=count * rows * columns,
-        text_tokens=count * (_TEXT_TOKENS + 2),
-        predicted_tokens=0,
+        largest_batch(built, side, config.micro_batch_size or config.batch_size // processes),
         autoencoder=sum(spec.nbytes for spec in specs.values()),
         processes=processes,
     )
 
 
+def largest_batch(model: Bagel, side: int, count: int) -> TrainingBatch:
+    """Returns a pass of `count` images of side x side pixels, each with a caption."""
+    config = model.config
+    latent = torch.zeros(config.latent_channels, *[side // config.vae_downsample] * 2)
+    caption = TextSegment(token_ids=[0] * _CAPTION)
+    image = LatentSegment(latent=latent, time=0.5, noise=latent)
+    return pack_training(config, [[caption, image]] * count)
+
+
 def estimate(
     model: Bagel,
     config: TrainingConfig,
+    batch: TrainingBatch,
     *,
-    image_tokens: int,
-    text_tokens: int,
-    predicted_tokens: int,
     autoencoder: int = 0,
     processes: int = 1,
 ) -> MemoryEstimate:
@@ -182,19 +164,15 @@ def estimate(
 
     Args:
         model: its parameters with `requires_grad` are trained.
-        image_tokens: of one pass, in the gen stream.
-        text_tokens: of one pass, in the und stream.
-        predicted_tokens: text tokens with a loss.
+        config: how it is trained.
+        batch: of one pass.
         autoencoder: its bytes.
         processes: over which the model is sharded.
     """
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
-    copied = [
-        p
-        for p in trained
-        if p.dtype != torch.float32 or config.optimizer_device not in (None, str(p.device))
-    ]
+    other_device = config.optimizer_device not in (None, *{str(p.device) for p in trained})
+    copied = [p for p in trained if p.dtype != torch.float32 or other_device]
     weights = sum(p.nbytes for p in every)
     gathered = 0
     if processes > 1:
@@ -209,6 +187,7 @@ def estimate(
         pass_gradients = max(moved) if copied else 0
     count = sum(p.numel() for p in trained)
     fp32 = _FP32 * count // processes
+    images = 0 if batch.latents is None else len(batch.latents)
     return MemoryEstimate(
         parameters=sum(p.numel() for p in every),
         trained=count,
@@ -219,65 +198,45 @@ def estimate(
         masters=_FP32 * sum(p.numel() for p in copied) // processes,
         moments=2 * fp32,
         average=fp32 if config.ema_decay is not None else 0,
-        activations=_activations(model, config, image_tokens, text_tokens, predicted_tokens),
+        activations=_activations(model, batch, checkpointing=config.checkpointing),
         gathered=gathered,
         optimizer_on_host=config.optimizer_device == "cpu",
-        tokens=(image_tokens, text_tokens),
+        tokens=(images, batch.num_tokens - images),
         processes=processes,
     )
 
 
-def _activations(
-    model: Bagel, config: TrainingConfig, images: int, texts: int, predicted: int
-) -> int:
-    layers = list(model.language_model.model.layers)
-    size = model.dtype.itemsize
-    kept = [
-        texts * _stream_bytes(model.config, n, layer, "", size)
-        + images * _stream_bytes(model.config, n, layer, GEN, size)
-        for n, layer in enumerate(layers)
-    ]
-    width = model.config.llm.hidden_size
-    # The float logits and their softmax, the head's input, and what the image's loss compares.
-    heads = predicted * (2 * _FP32 * model.config.llm.vocab_size + size * width)
-    heads += images * (3 * _FP32 * model.config.token_channels + size * width)
-    if not config.checkpointing:
-        return sum(kept) + heads
-    inputs = len(layers) * (images + texts) * width * size
-    return inputs + max(kept) + heads
+def _activations(model: Bagel, batch: TrainingBatch, *, checkpointing: bool) -> int:
+    """Returns the bytes kept for backward; with checkpointing one layer runs again at a time."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        twin = Bagel(model.config, dtype=model.dtype)
+        for own, given in zip(twin.parameters(), model.parameters(), strict=True):
+            own.requires_grad_(given.requires_grad)
+        weights = {p.untyped_storage()._cdata for p in twin.parameters()}
 
+        def kept(*, checkpointing: bool) -> list[int]:
+            """Bytes of each layer, the first with what comes before it, and behind the last."""
+            storages: dict[int, Tensor] = {}  # the tensors are held, so no address comes twice
+            counts = [0]
 
-def _stream_bytes(config: BagelConfig, n: int, layer: Any, stream: str, size: int) -> int:
-    """Returns the bytes that one token of a stream leaves for backward in one layer."""
-    llm = config.llm
-    shape = llm.layer(n, "gen" if stream == GEN else "und")
-    total = 0
-    if shape.has_attention:
-        attention = layer.self_attn
-        group = llm.num_attention_heads // llm.num_key_value_heads
-        queries = group * len(shape.query_groups) * llm.head_dim
-        keys = len(shape.kv_heads) * llm.head_dim
-        trains = {
-            name: size * _trains(getattr(attention, f"{name}{stream}"))
-            for name in ("q_norm", "k_norm", "q_proj", "o_proj")
-        }
-        norm = getattr(layer, f"input_layernorm{stream}")
-        total += llm.hidden_size * (_FP32 + size * _trains(norm) + trains["q_proj"])
-        total += queries * (_FP32 + trains["q_norm"] + 2 * size + trains["o_proj"])
-        total += keys * (_FP32 + trains["k_norm"] + 2 * size)
-    ffn = getattr(layer, f"mlp{stream}")
-    if ffn is None:
-        return total
-    norm = getattr(layer, f"post_attention_layernorm{stream}")
-    total += llm.hidden_size * (_FP32 + size * _trains(norm))
-    if isinstance(ffn, SparseMoE):
-        rows = ffn.top_k * ffn.layout.expert_width
-        total += size * (llm.hidden_size * (1 + ffn.top_k) + 2 * rows)
-        total += size * (3 + ffn.gate_proj.requires_grad) * ffn.layout.shared_width
-        return total + 3 * _FP32 * ffn.num_experts
-    total += size * llm.hidden_size * _trains(ffn.gate_proj)
-    return total + size * shape.width * (3 + _trains(ffn.down_proj))
+            def keep(tensor: Tensor) -> Tensor:
+                address = tensor.untyped_storage()._cdata
+                if address not in weights and address not in storages:
+                    storages[address] = tensor
+                    counts[-1] += tensor.untyped_storage().nbytes()
+                return tensor
 
+            hooks = [
+                layer.register_forward_hook(lambda *_: counts.append(0))
+                for layer in twin.language_model.model.layers
+            ]
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                training_forward(twin, batch, checkpointing=checkpointing)
+            for hook in hooks:
+                hook.remove()
+            return counts
 
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
+        whole = kept(checkpointing=False)
+        if not checkpointing:
+            return sum(whole)
+        return sum(kept(checkpointing=True)) + max(whole[:-1])

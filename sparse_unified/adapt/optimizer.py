@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from sparse_unified.adapt.config import TrainingConfig
 
-_MASTER, _EMA = "master", "ema"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -39,6 +38,13 @@ def wait_for_all() -> None:
     """Waits until every process is here."""
     if num_processes() > 1:
         dist.barrier()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Adds values up over all processes, in place, and returns them."""
+    if num_processes() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 class Optimizer:
@@ -68,36 +74,29 @@ class Optimizer:
                     f"Trainer: {name} must be float32, bfloat16 or float16, got {parameter.dtype}"
                 )
         self._config = config
-        self._sharded = {n: p for n, p in self.parameters.items() if _is_sharded(p)}
         self.weights: dict[str, Tensor] = {}
-        # Parameters beside their master weights, and those that are their own.
-        self._copies: dict[str, nn.Parameter] = {}
-        self._own: dict[str, nn.Parameter] = {}
+        self._own: set[str] = set()  # parameters that are their own master weights
         for name, parameter in self.parameters.items():
             local = _local(parameter.detach())
-            device = torch.device(config.optimizer_device or local.device)
-            self.weights[name] = local.to(device, torch.float32)
-            kind = self._own if self.weights[name] is local else self._copies
-            kind[name] = parameter
+            self.weights[name] = local.to(config.optimizer_device or local.device, torch.float32)
+            if self.weights[name] is local:
+                self._own.add(name)
         self.gradients = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             weight.grad = self.gradients[name]
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
             self.ema = {name: weight.clone() for name, weight in self.weights.items()}
-        # A shard may be empty, which fused steps do not take.
-        decayed = [w for n, w in self.weights.items() if self.parameters[n].ndim > 1 and w.numel()]
-        plain = [w for n, w in self.weights.items() if self.parameters[n].ndim <= 1 and w.numel()]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed},
-            {"params": plain, "weight_decay": 0.0},
-        ]
+        groups: dict[float, list[Tensor]] = {}
+        for name, weight in self.weights.items():
+            if weight.numel():  # a shard may be empty, which fused steps do not take
+                decay = config.weight_decay if self.parameters[name].ndim > 1 else 0.0
+                groups.setdefault(decay, []).append(weight)
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": own, "weight_decay": decay} for decay, own in groups.items()],
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.eps,
-            weight_decay=config.weight_decay,
             fused=True,
         )
 
@@ -110,18 +109,17 @@ class Optimizer:
         only after the pass, so the block gets a function to call then.
         """
         hooks = []
+        sharded = [name for name, p in self.parameters.items() if _is_sharded(p)]
         for name, parameter in self.parameters.items():
-            if name in self._sharded:
-                continue
-            if name in self._own:
+            if name in self._own and name not in sharded:
                 parameter.grad = self.gradients[name]
-            else:
+            elif name not in sharded:
                 move = partial(_move_gradient, self.gradients[name])
                 hooks.append(parameter.register_post_accumulate_grad_hook(move))
 
         def collect_shards() -> None:
-            for name, parameter in self._sharded.items():
-                _move_gradient(self.gradients[name], parameter)
+            for name in sharded:
+                _move_gradient(self.gradients[name], self.parameters[name])
 
         try:
             yield collect_shards
@@ -135,11 +133,11 @@ class Optimizer:
     def gradient_norm(self) -> float:
         """Returns the norm of the gradient, over all parameters and processes."""
         norms = torch.stack(torch._foreach_norm(list(self.gradients.values())))
-        square = norms.double().square().sum()
-        if self._sharded:
-            square = square.to(next(iter(self.parameters.values())).device)
-            dist.all_reduce(square)
-        return float(square.sqrt())
+        return float(self._over_shards(norms.double().square().sum()).sqrt())
+
+    def _over_shards(self, value: Tensor) -> Tensor:
+        """Adds a number up over all processes, on the device of the model."""
+        return sum_over_processes(value.to(next(iter(self.parameters.values())).device))
 
     @torch.no_grad()
     def step(self, learning_rate: float, norm: float) -> None:
@@ -159,7 +157,7 @@ class Optimizer:
                 list(self.ema.values()), list(self.weights.values()), 1 - self._config.ema_decay
             )
         self.clear()
-        _assign(self._copies, self.weights)
+        self._assign(self.weights)
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -169,17 +167,9 @@ class Optimizer:
     @torch.no_grad()
     def are_finite(self) -> bool:
         """Whether the trained weights of the model are finite, in all processes."""
-        parts = [_local(p.detach()) for p in self.parameters.values()]
-        parts = [part for part in parts if part.numel()]
-        # One read of the weights. Their norm can be infinite where they are not: then look closer.
-        norms = list(torch._foreach_norm(parts)) if parts else []
-        finite = all(map(math.isfinite, torch.stack(norms).tolist())) if norms else True
-        finite = finite or all(bool(part.isfinite().all()) for part in parts)
-        if self._sharded:
-            flag = torch.tensor(int(finite), device=next(iter(self.parameters.values())).device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-            finite = bool(flag)
-        return finite
+        parts = [part for p in self.parameters.values() if (part := _local(p.detach())).numel()]
+        largest = torch.stack(torch._foreach_norm(parts, math.inf)) if parts else torch.zeros(1)
+        return float(self._over_shards((~largest.isfinite()).sum())) == 0
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -188,48 +178,42 @@ class Optimizer:
         Raises:
             ValueError: no average is kept.
         """
-        average = self._average()
+        if self.ema is None:
+            raise ValueError("Trainer: ema_decay must be given for an average, got None")
         kept = {name: self.weights[name].clone() for name in self._own}
-        _assign(self.parameters, average)
+        self._assign(self.ema)
         try:
             yield
         finally:
-            _assign(self._own, kept)
-            _assign(self._copies, self.weights)
+            self._assign(self.weights | kept)
 
-    def copy_ema_(self) -> None:
-        """Gives model and master weights the averages.
-
-        Raises:
-            ValueError: no average is kept.
-        """
-        _assign(self.weights, self._average())
-        _assign(self._copies, self.weights)
-
-    def _average(self) -> dict[str, Tensor]:
-        if self.ema is None:
-            raise ValueError("Trainer: ema_decay must be given for an average, got None")
-        return self.ema
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        """Gives the model values of its trained parameters."""
+        for name, parameter in self.parameters.items():
+            local = _local(parameter.detach())
+            if local.data_ptr() != values[name].data_ptr():
+                local.copy_(values[name])
 
     def state(self) -> dict[str, Tensor]:
         """Names what a run has to keep: master weights, moments and averages, `kind.parameter`.
 
         The tensors are the state itself, of a sharded parameter the local part.
         """
-        found = {f"{_MASTER}.{name}": weight for name, weight in self.weights.items()}
+        found = {f"master.{name}": weight for name, weight in self.weights.items()}
         for name, weight in self.weights.items():
             moments: dict[str, Any] = self._adamw.state[weight]
             if not moments:  # as AdamW makes them at its first step
                 moments["step"] = torch.zeros((), device=weight.device)
                 moments |= {moment: torch.zeros_like(weight) for moment in _MOMENTS}
             found |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS}
-        return found | {f"{_EMA}.{name}": average for name, average in (self.ema or {}).items()}
+        return found | {f"ema.{name}": average for name, average in (self.ema or {}).items()}
 
     def restored(self, steps: int) -> None:
         """Says that `state()` now holds what it held after so many steps."""
         for weight in self.weights.values():
             self._adamw.state[weight]["step"].fill_(float(steps))
-        _assign(self._copies, self.weights)
+        self._assign(self.weights)
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -250,12 +234,6 @@ def _move_gradient(total: Tensor, parameter: Tensor) -> None:
         parameter.grad = None
 
 
-@torch.no_grad()
-def _assign(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, target in targets.items():
-        _local(target.detach()).copy_(values[name])
-
-
 def shard_(root: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Shards the parameters of a module over all processes: each layer a group, the rest one more.
 
@@ -264,7 +242,8 @@ def shard_(root: nn.Module, layers: Iterable[nn.Module]) -> None:
     a pass (the ViT without an image, a stream without tokens) gets a gradient of zero here.
 
     Args:
-        root: returns (loss, ...) from its forward. layers: inside it; return their two streams.
+        root: returns (loss, ...) from its forward.
+        layers: inside it; return their two streams.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -301,7 +280,8 @@ def gather(parameter: nn.Parameter, shard: Tensor) -> Tensor:
     """Returns the whole tensor of which each process holds the part that its parameter has.
 
     Args:
-        parameter: a parameter, sharded or not. shard: what belongs to the local part of it.
+        parameter: a parameter, sharded or not.
+        shard: what belongs to the local part of it.
     """
     if not _is_sharded(parameter):
         return shard

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Report, context, list_some, naming
-from sparse_unified.adapt.config import choice_of
+from sparse_unified._common import Report, check_int, choice, context, list_some, naming
 from sparse_unified.analysis import FfnStatistics
 from sparse_unified.experts import RouterInit, check_inputs
 from sparse_unified.surgery.decoder import find_sparse_blocks
@@ -46,15 +45,13 @@ class RouterReport(Report):
     layers: tuple[StartedRouter, ...]
 
     def headings(self) -> Sequence[str]:
-        return ("layer", "error with zeros", f"error with {self.method}", "logits")
+        return [field.name.replace("_", " ") for field in fields(StartedRouter)]
 
     def table(self) -> Sequence[Sequence[object]]:
-        rows = []
-        for entry in self.layers:
-            found = (entry.error_zero, entry.error, entry.logit_rms)
-            numbers = ("-" if value is None else f"{value:.3f}" for value in found)
-            rows.append((f"{entry.component} {entry.layer}", *numbers))
-        return rows
+        return [
+            ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in astuple(own)]
+            for own in self.layers
+        ]
 
 
 @context("init_router_")
@@ -91,9 +88,8 @@ def init_router_(
         ValueError: there are no sparse blocks, the method is none of these, or statistics are
             missing, not needed, keep no inputs or do not fit. The model is as before.
     """
-    chosen = choice_of(RouterInit, method, "method")
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
+    chosen = choice("method", RouterInit, method)
+    check_int("seed", seed, 0)
     if (chosen is RouterInit.ACTIVATION) != (statistics is not None):
         got = "none" if statistics is None else f"{type(statistics).__name__} with {chosen.value!r}"
         raise ValueError(

@@ -7,7 +7,6 @@ While a run to `OUT` lasts, its log and its states lie in `OUT.training`: `log.j
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,32 +14,88 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_unified._common import Progress
+import torch.distributed as dist
+
+from sparse_unified._common import Progress, Report, context, optional
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.adapt.data import ImageDataset, open_records
 from sparse_unified.adapt.freeze import freeze
-from sparse_unified.adapt.memory import estimate
+from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
-from sparse_unified.adapt.report import LOG, AdaptReport, Plan, StepRecord, TrainingLog, read_lines
-from sparse_unified.adapt.saving import FACTS, WHAT, read_facts, write_adapted
+from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
 from sparse_unified.adapt.sequences import sequence_generator
-from sparse_unified.adapt.trainer import Trainer
+from sparse_unified.adapt.trainer import StepRecord, Trainer, TrainingReport
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
-from sparse_unified.checkpoint.files import refuse_foreign_partial, refuse_overlap
+from sparse_unified.checkpoint.files import (
+    loads_strict,
+    refuse_foreign_partial,
+    refuse_overlap,
+    replace_file,
+)
 from sparse_unified.checkpoint.model_dir import find_model
 
+LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
+# What gloo and NCCL say when another process has ended, or does not answer in time.
+_OTHER_PROCESS = re.compile(r"gloo|nccl|peer|timeout|timed out", re.IGNORECASE)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptReport(TrainingReport):
+    """What `adapt` did.
+
+    Attributes:
+        out: the directory it wrote.
+        log: the log of the run.
+        stage: what was trained.
+        component: of which component.
+        resumed_from: the step it went on from, 0 from scratch.
+    """
+
+    out: str
+    log: str
+    stage: str
+    component: str
+    resumed_from: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Report):
+    """What a run would do.
+
+    Attributes:
+        sequences: of each use in the data.
+        steps: of the run.
+        epochs: how often each sequence is seen.
+        passes: forward and backward passes of a step, over all processes.
+        resumes_from: step of the state that it would go on from.
+        memory: for a pass of the size of the first sequences.
+    """
+
+    sequences: dict[str, int]
+    steps: int
+    epochs: float
+    passes: int
+    resumes_from: int
+    memory: MemoryEstimate
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [row for row in Report.table(self) if row[0] != "memory"]
+
+    def notes(self) -> Sequence[str]:
+        return [self.memory.to_text()]
+
+
+@context(WHAT)
 def adapt(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -55,31 +110,35 @@ def adapt(
 
     Under torchrun, with torch.distributed initialised, all processes call this alike.
 
+    Example:
+        >>> config = TrainingConfig(steps=1000, batch_size=8, learning_rate=1e-4)
+        >>> adapt("BAGEL-16to8", "tuned", "pictures", config, RunConfig(stage="expert_frozen"))
+
     Args:
         model: a model directory, dense, sparse or pruned, or a hub id.
         out: the directory to make; neither it nor, without `resume`, `OUT.training` may exist.
         data: see `open_records`.
-        config: how to train. run: what, and what to keep.
+        config: how to train.
+        run: what, and what to keep.
         on_step: called after every step.
         progress: called with (bytes written, bytes in all) when `out` is written.
 
     Raises:
         ValueError: an argument, the checkpoint or the data are not as described; nothing is
             written.
-        RuntimeError: a step is not finite, or writing failed; nothing is left under `out`.
+        RuntimeError: a step is not finite, writing failed, or another process ended or did not
+            answer in time; nothing is left under `out`.
         ImportError: the `bagel` extra is missing, or `train`, where the data or the log need it.
     """
     run = run or RunConfig()
-    prepared = _prepare(model, out, data, config, run)
-    source, running, trainer = prepared.source, prepared.running, prepared.trainer
-    is_first = this_process() == 0
     with ExitStack() as stack:
-        if is_first:
+        stack.enter_context(_in_words())
+        source, running, dataset, trainer = _prepare(model, out, data, config, run)
+        if is_first := this_process() == 0:
             stack.enter_context(_own_directory(running, resume=run.resume))
         wait_for_all()  # latents of others are written into the directory
-        state = _latest_state(running) if run.resume else None
-        if state is not None:
-            trainer.load(state)
+        if run.resume and (states := list_states(running)):
+            trainer.load(states[-1])
         resumed_from = trainer.steps_done
         log = None
         if is_first:
@@ -102,6 +161,17 @@ def adapt(
         report = trainer.run(after_step)
         if log is not None:
             log.sync()
+        facts = {
+            "training": asdict(config),
+            "stage": run.stage.value,
+            "component": run.component,
+            "processes": num_processes(),
+            "sequences": asdict(run.sequences),
+            "tasks": run.tasks,
+            "max_side": run.max_side,
+            "damaged": sorted(dataset.damaged.values()),
+            "losses": [line["loss"] for line in read_log(running / LOG)],
+        }
         write_adapted(
             source,
             out,
@@ -114,11 +184,11 @@ def adapt(
                 seed=config.seed,
                 layers=tuple(range(source.num_layers)),
             ),
-            texts={"adaptation.json": _facts(config, run, running)},
+            texts={"adaptation.json": json.dumps(facts, indent=2) + "\n"},
             progress=progress,
         )
     return AdaptReport(
-        **{field.name: getattr(report, field.name) for field in dataclasses.fields(report)},
+        **{field.name: getattr(report, field.name) for field in fields(report)},
         out=os.fspath(out),
         log=str(running / LOG),
         stage=run.stage.value,
@@ -127,6 +197,7 @@ def adapt(
     )
 
 
+@context(WHAT)
 def plan(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -134,46 +205,32 @@ def plan(
     config: TrainingConfig,
     run: RunConfig | None = None,
 ) -> Plan:
-    """Reads and checks all that `adapt` is given, one pass of sequences included.
+    """Reads and checks all that `adapt` is given, every record included.
 
     Arguments and errors are those of `adapt`; nothing is written but latents, where they are kept.
     """
     run = run or RunConfig()
-    prepared = _prepare(model, out, data, config, run)
-    dataset, trainer = prepared.dataset, prepared.trainer
+    _, running, dataset, trainer = _prepare(model, out, data, config, run)
+    dataset.check()
     sequences = [
         dataset.sequence(place % len(dataset), sequence_generator(config.seed, 0, place))
         for place in range(config.batch_size // config.passes)
     ]
-    batch = pack_training(trainer.model.config, sequences, device=trainer.model.device)
-    image_tokens = 0 if batch.latents is None else len(batch.latents)
-    state = _latest_state(prepared.running) if run.resume else None
+    states = list_states(running) if run.resume else []
     return Plan(
         sequences=dict(Counter(task.value for _, task in dataset.samples)),
         steps=config.steps,
         epochs=config.steps * config.batch_size / len(dataset),
         passes=config.passes,
-        resumes_from=0 if state is None else read_facts(state)["step"],
+        resumes_from=int(states[-1].name.removeprefix("step-")) if states else 0,
         memory=estimate(
             trainer.model,
             config,
-            image_tokens=image_tokens,
-            text_tokens=batch.num_tokens - image_tokens,
-            predicted_tokens=batch.text_tokens,
+            pack_training(trainer.model.config, sequences),
             autoencoder=sum(p.nbytes for p in dataset.autoencoder.parameters()),
             processes=num_processes(),
         ),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    """All that a run needs, read and checked; nothing is written yet."""
-
-    source: Checkpoint
-    running: Path
-    dataset: ImageDataset
-    trainer: Trainer
 
 
 def _prepare(
@@ -182,8 +239,9 @@ def _prepare(
     data: str | os.PathLike[str],
     config: TrainingConfig,
     run: RunConfig,
-) -> _Prepared:
-    source = Checkpoint(find_model(model, where=WHAT))
+) -> tuple[Checkpoint, Path, ImageDataset, Trainer]:
+    """Reads and checks all that a run needs; nothing is written yet."""
+    source = Checkpoint(find_model(model))
     running = _check_target(source, out, data, resume=run.resume)
     source.experts  # noqa: B018  (refuses whatever disagrees)
     records = open_records(data)
@@ -196,10 +254,22 @@ def _prepare(
         tasks=run.tasks,
         max_side=run.max_side,
         latent_cache=running / "latents" / str(this_process()) if run.cache_latents else None,
+        max_damaged=run.max_damaged,
     )
     freeze(pipeline.model, run.stage, component=run.component)
-    trainer = Trainer(pipeline.model, dataset, config, identity=_identity(source, run))
-    return _Prepared(source=source, running=running, dataset=dataset, trainer=trainer)
+    identity = {
+        "model": _fingerprint(source),
+        "stage": run.stage.value,
+        "component": run.component,
+        "dtype": str(run.dtype),
+        "data": {
+            "tasks": None if run.tasks is None else sorted(run.tasks),
+            "max_side": run.max_side,
+            **asdict(run.sequences),
+        },
+        "records": records.fingerprint,
+    }
+    return source, running, dataset, Trainer(pipeline.model, dataset, config, identity=identity)
 
 
 def _check_target(
@@ -209,95 +279,65 @@ def _check_target(
     *,
     resume: bool,
 ) -> Path:
-    """Returns the directory of the run to `out`.
-
-    Raises:
-        ValueError: `out` exists or has no parent, lies inside the model, the model or the data lie
-            where it is written, or its run exists and is not to be resumed.
-    """
+    """Returns the directory of the run to `out`; ValueError where either cannot be written."""
     target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
     running = target.with_name(f"{target.name}.training")
     refuse_overlap(target, source.directory, data, what=WHAT)
     refuse_overlap(running, source.directory, what=WHAT)
     refuse_foreign_partial(target, what=WHAT)
     if os.path.lexists(target):
-        raise ValueError(f"{WHAT}: target must not exist, got {out}")
+        raise ValueError(f"target must not exist, got {out}")
     if not target.parent.is_dir():
-        raise ValueError(f"{WHAT}: parent of {out} must be a directory, got {target.parent}")
+        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
     if not resume and os.path.lexists(running) and this_process() == 0:
-        raise _earlier_run(running)
+        raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     return running
-
-
-def _earlier_run(running: Path) -> ValueError:
-    return ValueError(
-        f"{WHAT}: {running} must not exist, got an earlier run; --resume goes on with it"
-    )
 
 
 @contextmanager
 def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
     """Makes the directory of a run, and keeps other runs out of it."""
-    try:
-        running.mkdir(exist_ok=resume)
-    except FileExistsError:
-        raise _earlier_run(running) from None
+    running.mkdir(exist_ok=resume)
     lock = os.open(running, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{WHAT}: {running} must belong to one run, got one that has not ended"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:  # others say that the file system has no locks
+            if isinstance(error, BlockingIOError):
+                raise ValueError(
+                    f"{running} must belong to one run, got one that has not ended"
+                ) from None
         yield
     finally:
         os.close(lock)
 
 
-def _states(running: Path) -> list[Path]:
-    """Returns the states of a run, oldest first."""
-    found = {}
-    for path in running.glob("step-*"):
-        if match := re.fullmatch(r"step-(\d+)", path.name):
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
-
-
-def _latest_state(running: Path) -> Path | None:
-    states = _states(running)
-    if not states:
-        return None
-    step = read_facts(states[-1])["step"]
-    if states[-1].name != f"step-{step}":
-        raise ValueError(f"{states[-1] / FACTS}: step must be that of its directory, got {step}")
-    return states[-1]
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Says what a full disk, and another process that ended or stands still, mean for a run."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or "log"
+        raise RuntimeError(f"{name} must be writable, got {error.strerror or error}") from error
+    except RuntimeError as error:
+        is_other = isinstance(error, dist.DistError) or _OTHER_PROCESS.search(str(error))
+        if num_processes() == 1 or not is_other or getattr(error, "named", False):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"all {num_processes()} processes must run on and answer within --timeout, got one "
+            f"that has ended or stands still: {reason:.200}; go on from the last state (--resume)"
+        ) from error
 
 
 def _drop_states(running: Path, keep: int) -> None:
     """Removes all but the latest states; each loses its name first, so that no half is left."""
-    for path in _states(running)[:-keep]:
+    for path in list_states(running)[:-keep]:
         doomed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _identity(source: Checkpoint, run: RunConfig) -> dict[str, Any]:
-    """Returns what a state must have in common with a run that goes on, beside its config."""
-    return {
-        "model": _fingerprint(source),
-        "stage": run.stage.value,
-        "component": run.component,
-        "dtype": str(run.dtype),
-        "data": {
-            "tasks": None if run.tasks is None else sorted(run.tasks),
-            "max_side": run.max_side,
-            **dataclasses.asdict(run.sequences),
-        },
-    }
 
 
 def _fingerprint(source: Checkpoint) -> str:
@@ -314,16 +354,66 @@ def _fingerprint(source: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-def _facts(config: TrainingConfig, run: RunConfig, running: Path) -> str:
-    """Returns what the trained directory says about its training, with the loss of every step."""
-    facts = {
-        "training": config.to_dict(),
-        "stage": run.stage.value,
-        "component": run.component,
-        "processes": num_processes(),
-        "sequences": dataclasses.asdict(run.sequences),
-        "tasks": run.tasks,
-        "max_side": run.max_side,
-        "losses": [line["loss"] for line in read_lines(running / LOG)],
-    }
-    return json.dumps(facts, indent=2) + "\n"
+class TrainingLog:
+    """Appends what the steps did to `log.jsonl` of a directory, and to `tensorboard/` if asked.
+
+    Args:
+        directory: of the run.
+        steps: done already; what a killed run logged after them is dropped.
+        tensorboard: also write event files.
+
+    Raises:
+        ValueError: the log lacks one of the steps that are done.
+        ImportError: `tensorboard` is asked for and the `train` extra is not installed.
+    """
+
+    def __init__(self, directory: Path, steps: int, *, tensorboard: bool = False) -> None:
+        path = directory / LOG
+        self._events: Any = None
+        if tensorboard:
+            optional("tensorboard", extra="train")
+            self._events = optional("torch.utils.tensorboard", extra="train").SummaryWriter(
+                os.fspath(directory / TENSORBOARD), purge_step=steps + 1
+            )
+        kept = [line for line in read_log(path) if line["step"] <= steps]
+        if [line["step"] for line in kept] != list(range(1, steps + 1)):
+            raise ValueError(
+                f"{path}: log must hold the steps 1 to {steps} of the state, got {len(kept)}"
+            )
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._stream = path.open("a", encoding="utf-8", buffering=1)  # line by line
+
+    def write(self, record: StepRecord) -> None:
+        """Logs one step."""
+        values = record.to_dict()
+        self._stream.write(json.dumps(values) + "\n")
+        if self._events is not None:
+            for name in values.keys() - {"step", "expert_load"}:
+                self._events.add_scalar(name, values[name], record.step)
+
+    def sync(self) -> None:
+        """Makes what was logged survive a crash of the machine."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._stream.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Returns the steps of a log, up to the first line that a kill cut short."""
+    found: list[dict[str, Any]] = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            values = loads_strict(line)
+        except ValueError:
+            break
+        if not isinstance(values, dict):
+            break
+        if (type(values.get("step")), type(values.get("loss"))) != (int, float):
+            break
+        found.append(values)
+    return found

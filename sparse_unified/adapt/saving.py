@@ -12,16 +12,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import zlib
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Progress
+from sparse_unified._common import Progress, list_some
 from sparse_unified.adapt.optimizer import (
     Optimizer,
     gather,
@@ -48,6 +50,7 @@ from sparse_unified.checkpoint.safetensors_io import (
     read_tensor,
 )
 from sparse_unified.checkpoint.sidecar import tool_version
+from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
 
@@ -69,36 +72,32 @@ def save_state(
 
     Args:
         directory: to make; it must not exist.
-        optimizer: whose state it is. facts: what the JSON says beside format and checksum.
+        optimizer: whose state it is.
+        facts: what the JSON says beside format and checksum.
 
     Raises:
-        ValueError: the directory exists. RuntimeError: writing failed, or a tensor is not finite;
-            nothing is left.
+        ValueError: the directory exists.
+        RuntimeError: writing failed, or a tensor is not finite; nothing is left.
     """
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for key, shard in optimizer.state().items():
-            yield key, gather(optimizer.parameters[_parameter(key)], shard).cpu().contiguous()
-
+    state = optimizer.state()
+    owners = {key: optimizer.parameters[_parameter(key)] for key in state}
+    whole = ((key, gather(owners[key], shard)) for key, shard in state.items())
     if this_process():
-        for _ in tensors():  # takes part in gathering them
+        for _ in whole:  # takes part in gathering it
             pass
     else:
-        entries = [
-            (key, torch.float32, tuple(optimizer.parameters[_parameter(key)].shape))
-            for key in optimizer.state()
-        ]
+        header = build_header([(k, torch.float32, tuple(p.shape)) for k, p in owners.items()])
         checksum = 0
-        with atomic_directory(directory, what=WHAT) as partial:
-            with create_file(partial / TENSORS) as target:
-                write_all(target, encode_header(build_header(entries)))
-                for key, tensor in tensors():
+        with atomic_directory(directory, what=WHAT) as unfinished:
+            with create_file(unfinished / TENSORS) as target:
+                write_all(target, encode_header(header))
+                for key, tensor in whole:
                     data = _finite_bytes(tensor, key)
                     checksum = zlib.crc32(data, checksum)
                     write_all(target, data)
-            header = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
-            content = {**header, **facts, "crc32": checksum}
-            write_text(partial / FACTS, json.dumps(content, indent=2) + "\n")
+            content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **facts}
+            text = json.dumps(content | {"crc32": checksum}, indent=2)
+            write_text(unfinished / FACTS, text + "\n")
     wait_for_all()
 
 
@@ -108,6 +107,8 @@ def load_state(
     """Fills the state of a run from what `save_state` wrote; each process reads its own part.
 
     Args:
+        directory: of the state.
+        optimizer: to be filled.
         facts: of the run that goes on; all but step and step size must be as in the file.
 
     Returns:
@@ -116,10 +117,14 @@ def load_state(
     Raises:
         ValueError: a file is missing or damaged, or of another run; nothing is filled.
     """
-    found = read_facts(directory)
-    _refuse_other_run(Path(directory) / FACTS, found, facts)
     path = Path(directory) / TENSORS
-    specs = read_header(path).tensors
+    with _naming_the_state_before(Path(directory)):
+        found = _read_facts(Path(directory) / FACTS)
+        specs = read_header(path).tensors
+        checksum = found.get("crc32")  # states of earlier versions have none
+        if checksum is not None and this_process() == 0:
+            _check_bytes(path, min((spec.start for spec in specs.values()), default=0), checksum)
+    _refuse_other_run(Path(directory) / FACTS, found, facts)
     targets = optimizer.state()
     wanted = {key: tuple(optimizer.parameters[_parameter(key)].shape) for key in targets}
     held = {key: spec.shape for key, spec in specs.items() if spec.dtype == torch.float32}
@@ -127,12 +132,8 @@ def load_state(
         wrong = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
         raise ValueError(
             f"{path}: tensors must be the state of the {len(optimizer.parameters)} trained "
-            f"parameters, got another {wrong[0]}"
-            + (f" and {len(wrong) - 1} more" * (len(wrong) > 1))
+            f"parameters, got another {list_some(wrong, 1)}"
         )
-    checksum = found.get("crc32")  # states of earlier versions have none
-    if checksum is not None and this_process() == 0:
-        _check_bytes(path, min((spec.start for spec in specs.values()), default=0), checksum)
     for key, target in targets.items():
         rows = local_rows(optimizer.parameters[_parameter(key)])
         spec = specs[key] if rows is None else specs[key].rows(*rows)
@@ -142,21 +143,39 @@ def load_state(
     return step
 
 
-def read_facts(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns what the JSON of a saved state says.
+def list_states(running: Path) -> list[Path]:
+    """Returns the directories `step-N` of a run, oldest first."""
+    found = {}
+    for path in running.glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
 
-    Raises:
-        ValueError: there is none, or of another format.
-    """
-    path = Path(directory) / FACTS
+
+@contextmanager
+def _naming_the_state_before(directory: Path) -> Iterator[None]:
+    """Adds to the error about a damaged state which one a run can go on from instead."""
+    try:
+        yield
+    except ValueError as error:
+        states = list_states(directory.parent)
+        before = states[: states.index(directory)] if directory in states else []
+        if not before:
+            raise
+        raise ValueError(f"{error}; remove {directory} to go on from {before[-1]}") from error
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Returns what the JSON of a state says; ValueError if it is of another format or step."""
     found = read_json(path)
     form = found.get("format"), found.get("format_version")
     if form != (_FORMAT, _FORMAT_VERSION):
         raise ValueError(f"{path}: format must be {_FORMAT} {_FORMAT_VERSION}, got {form!r:.120}")
-    if type(found.get("step")) is not int or found["step"] < 0:
-        raise ValueError(
-            f"{path}: step must be an integer of at least 0, got {found.get('step')!r:.120}"
-        )
+    step, name = found.get("step"), path.parent.name
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ValueError(f"{path}: step must be an integer of at least 0, got {step!r:.120}")
+    if name.startswith("step-") and name != f"step-{step}":
+        raise ValueError(f"{path}: step must be that of {name}, got {step}")
     return found
 
 
@@ -171,7 +190,7 @@ def _refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str,
         before.pop("steps", None)
         now.pop("steps", None)
     for name, value in now.items():
-        if before.get(name) == value:
+        if before.get(name, value) == value:  # states of earlier versions lack some
             continue
         if name not in _STEP_SIZE:
             raise ValueError(
@@ -189,9 +208,7 @@ def _check_bytes(path: Path, start: int, checksum: object) -> None:
             found = zlib.crc32(chunk, found)
     if found != checksum:
         raise ValueError(
-            f"{path}: tensors must have the checksum {checksum!r:.80} of {FACTS}, got {found}; "
-            "the file is damaged, and can be removed with its directory to go on from an "
-            "earlier state"
+            f"{path}: tensors must have the checksum {checksum!r:.80} of {FACTS}, got {found}"
         )
 
 
@@ -205,7 +222,7 @@ def _finite_bytes(tensor: Tensor, key: str) -> Any:
     # A sum reads the tensor once and keeps NaN and infinity; it can also overflow.
     if not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
         raise RuntimeError(f"{WHAT}: {key} must be finite to be written, got NaN or infinity")
-    return as_bytes(tensor)
+    return as_bytes(tensor.cpu().contiguous())
 
 
 def write_adapted(
@@ -226,29 +243,29 @@ def write_adapted(
     Args:
         source: the checkpoint that the model was loaded from.
         out: the directory to make; it must not exist.
-        model: the trained model, sharded or not. optimizer: that trained it.
+        model: the trained model, sharded or not.
+        optimizer: that trained it.
         config: what the recipe says.
         texts: further files, by name.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ValueError: the target exists. RuntimeError: writing failed, or a trained weight is not
-            finite; nothing is left under `out`.
+        ValueError: the target exists.
+        RuntimeError: writing failed, or a trained weight is not finite; nothing is left.
     """
-    trained = _TrainedTensors(model, optimizer)
-    headers = source.headers
+    trained = _trained_tensors(model, optimizer)
     if this_process():
-        for header in headers.values():
+        for header in source.headers.values():
             for key in header.tensors:
                 if key in trained:
-                    trained.read(key)  # takes part in gathering it
+                    trained[key]()  # takes part in gathering it
         wait_for_all()
         return
     recipe = (source.recipe or Recipe()).then(Step(config=config, scores=None, tool=tool_version()))
 
     def edit(key: str, spec: TensorSpec) -> Edit:
         def blocks() -> Blocks:
-            yield _finite_bytes(trained.read(key).to(spec.dtype).contiguous(), key)
+            yield _finite_bytes(trained[key]().to(spec.dtype), key)
 
         return Edit(entries=((key, spec.dtype, spec.shape),), blocks=blocks)
 
@@ -258,53 +275,38 @@ def write_adapted(
         {key: edit(key, spec) for key, spec in source.specs.items() if key in trained},
         {RECIPE: recipe.to_json(), **texts},
         what=WHAT,
-        headers=headers,
+        headers=source.headers,
         # A last look through the reader's eyes.
-        finish=lambda partial: Checkpoint(partial).experts,
+        finish=lambda unfinished: Checkpoint(unfinished).experts,
         progress=progress,
     )
     wait_for_all()
 
 
-class _TrainedTensors:
-    """The trained weights of a model under their official keys; of a sparse FFN, by expert.
+def _trained_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Callable[[], Tensor]]:
+    """Returns what reads each trained tensor, by official key; of a sparse FFN, by expert.
 
     All processes must read the same keys in the same order.
     """
+    weights = optimizer.weights if optimizer.ema is None else optimizer.ema
+    parameters = optimizer.parameters
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        weights = optimizer.weights if optimizer.ema is None else optimizer.ema
-        parameters = optimizer.parameters
-        self._blocks = {
-            name: block
-            for name, block in model.named_modules()
-            if isinstance(block, SparseMoE) and f"{name}.{PROJECTIONS[0]}" in parameters
-        }
-        fused = {f"{name}.{part}" for name in self._blocks for part in PROJECTIONS}
-        self._plain = set(parameters) - fused
+    def whole(name: str) -> Tensor:
+        return gather(parameters[name], weights[name]).detach().cpu()
 
-        def whole(name: str) -> Tensor:
-            return gather(parameters[name], weights[name]).detach().cpu()
+    # The weights of one FFN are held whole while its experts are written.
+    of_ffn = lru_cache(maxsize=len(PROJECTIONS))(whole)
 
-        # The weights of one FFN are held whole while its experts are written.
-        @lru_cache(maxsize=1)
-        def experts(name: str) -> dict[str, Tensor]:
-            gate, up, down = (whole(f"{name}.{part}") for part in PROJECTIONS)
-            return expert_views(self._blocks[name].layout, gate, up, down)
+    def expert(parts: Sequence[str], layout: ExpertLayout, key: str) -> Tensor:
+        return expert_views(layout, *map(of_ffn, parts))[key]
 
-        self._whole, self._experts = whole, experts
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._plain or self._block_of(key) is not None
-
-    def read(self, key: str) -> Tensor:
-        """Returns the tensor of a trained key, on the CPU."""
-        name = self._block_of(key)
-        return self._whole(key) if name is None else self._experts(name)[key[len(name) + 1 :]]
-
-    def _block_of(self, key: str) -> str | None:
-        for part in (".experts.", ".shared_expert."):
-            name, found, _ = key.partition(part)
-            if found and name in self._blocks:
-                return name
-        return None
+    found: dict[str, Callable[[], Tensor]] = {name: partial(whole, name) for name in parameters}
+    for block, module in model.named_modules():
+        parts = [f"{block}.{part}" for part in PROJECTIONS]
+        if isinstance(module, SparseMoE) and parts[0] in found:
+            for part in parts:
+                del found[part]
+            like = (torch.empty(parameters[part].shape, device="meta") for part in parts)
+            for key in expert_views(module.layout, *like):
+                found[f"{block}.{key}"] = partial(expert, parts, module.layout, key)
+    return found

@@ -2,7 +2,7 @@
 """Training sequences from texts, images and latents as BAGEL composes them, and what they draw.
 
 An image is generated from what comes before it in its sequence; each of these conditions is left
-out now and then, so that the model also learns the poorer contexts that guidance compares with.
+out now and then, so that the model also learns the unconditional contexts of guidance.
 All randomness of a run is a function of its seed and of the place in the run, so a run that is
 resumed, or runs on another number of processes, draws the same.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,28 +35,16 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-class DataOrder:
-    """The order in which a run sees its data: a new permutation every epoch.
+def data_index(length: int, seed: int, position: int) -> int:
+    """Returns which datum stands at a position of a run: a new permutation of all every epoch."""
+    epoch, place = divmod(position, length)
+    return _permutation(length, seed, epoch)[place]
 
-    Args:
-        length: of the data; at least 1.
-        seed: of the run.
-    """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self._length = length
-        self._seed = seed
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def __getitem__(self, position: int) -> int:
-        """Returns the index of the datum at a position of the run, counted from 0."""
-        epoch, place = divmod(position, self._length)
-        if epoch != self._epoch:
-            generator = _generator(self._seed, _ORDER, epoch)
-            self._order = torch.randperm(self._length, generator=generator).tolist()
-            self._epoch = epoch
-        return self._order[place]
+@lru_cache(maxsize=4)
+def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(length, generator=_generator(seed, _ORDER, epoch)).tolist()
+    return order
 
 
 def draw_time(generator: torch.Generator, shift: float = 1.0) -> float:
@@ -70,8 +59,10 @@ def generation_sequence(
     latent: Tensor,
     generator: torch.Generator,
     config: SequenceConfig | None = None,
+    *,
+    sources: Sequence[ContextImage] = (),
 ) -> list[Segment]:
-    """Returns a text and an image to generate from it.
+    """Returns a text and an image to generate from it, or from the images before it.
 
     Args:
         special_tokens: markers of the model.
@@ -79,23 +70,7 @@ def generation_sequence(
         latent: scaled latent [C, h, w] of the image.
         generator: of time, noise and dropout, in a fixed order and number.
         config: how they are drawn.
-    """
-    return editing_sequence(special_tokens, (), prompt_ids, latent, generator, config)
-
-
-def editing_sequence(
-    special_tokens: SpecialTokens,
-    sources: Sequence[ContextImage],
-    prompt_ids: Sequence[int],
-    latent: Tensor,
-    generator: torch.Generator,
-    config: SequenceConfig | None = None,
-) -> list[Segment]:
-    """Returns images, an instruction, and the image to generate from them.
-
-    Args:
-        sources: the images before, each through the VAE, the ViT, or both, in this order.
-        prompt_ids, latent, generator, config: as in `generation_sequence`.
+        sources: images to edit, each through the VAE, the ViT, or both, in this order.
     """
     config = config or SequenceConfig()
     time = draw_time(generator, config.timestep_shift)

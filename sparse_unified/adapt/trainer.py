@@ -8,28 +8,111 @@ nor the number of processes changes what is computed, but for the rounding of su
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparse_unified._common import Report
 from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.optimizer import Optimizer, num_processes, shard_, this_process
-from sparse_unified.adapt.report import StepRecord, TrainingReport
+from sparse_unified.adapt.optimizer import (
+    Optimizer,
+    num_processes,
+    shard_,
+    sum_over_processes,
+    this_process,
+)
 from sparse_unified.adapt.saving import load_state, save_state
-from sparse_unified.adapt.sequences import DataOrder, sequence_generator
+from sparse_unified.adapt.sequences import data_index, sequence_generator
 from sparse_unified.bagel.model import Bagel, training_forward
 from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.nn import SparseMoE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one step did; losses are those before it.
+
+    Attributes:
+        step: its number, from 1.
+        loss: the weighted sum that was minimised.
+        text_loss: mean cross-entropy of predicted text tokens, in nats; None without any.
+        image_loss: mean squared error of noised latent tokens; None without any.
+        balance_loss: mean over the passes.
+        router_z_loss: mean over the passes.
+        grad_norm: of the gradient before it was clipped.
+        learning_rate: that was used.
+        tokens: of the step, all kinds and processes.
+        seconds: wall time of the step.
+        expert_load: `{(component, layer): tokens of each expert}`.
+    """
+
+    step: int
+    loss: float
+    text_loss: float | None
+    image_loss: float | None
+    balance_loss: float
+    router_z_loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    expert_load: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the step per second of wall time."""
+        return self.tokens / self.seconds
+
+    @property
+    def load_imbalance(self) -> float | None:
+        """Load of the busiest expert over the mean load, averaged over layers; None if all dense.
+
+        1 is perfect balance, E / K is all tokens on the same K of E experts.
+        """
+        loads = [load for load in self.expert_load.values() if sum(load)]
+        ratios = [max(load) * len(load) / sum(load) for load in loads]
+        return sum(ratios) / len(ratios) if ratios else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, ready for json.dump, without those that are None."""
+        values = asdict(self)
+        load = {f"{name}.{layer}": own for (name, layer), own in values.pop("expert_load").items()}
+        for name in ("tokens_per_second", "load_imbalance"):
+            values[name] = getattr(self, name)
+        values["expert_load"] = load or None
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReport(Report):
+    """What a run did.
+
+    Attributes:
+        steps: taken in all, those before a resume included.
+        trained_parameters: number of trained values of the model.
+        parameters: number of all of them.
+        tokens: of the steps of this process's run, those before a resume excluded.
+        seconds: that these steps took.
+        first_loss: mean of the first tenth of these steps.
+        last_loss: mean of the last tenth.
+    """
+
+    steps: int
+    trained_parameters: int
+    parameters: int
+    tokens: int
+    seconds: float
+    first_loss: float | None
+    last_loss: float | None
 
 
 class SequenceDataset(Protocol):
@@ -57,25 +140,27 @@ class TrainingPass(nn.Module):
 
     def forward(
         self, batch: TrainingBatch, text_tokens: int, image_tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor], dict[tuple[str, int], Tensor]]:
-        """Returns the share of a pass in the loss of its step, its parts, and the expert load.
+    ) -> tuple[Tensor, Tensor, dict[tuple[str, int], Tensor]]:
+        """Returns the share of a pass in the loss of its step, its four parts, and expert loads.
 
         Args:
-            batch: of the pass; text_tokens, image_tokens: of the whole step.
+            batch: of the pass.
+            text_tokens: of the whole step.
+            image_tokens: of the whole step.
         """
         config = self._config
         out = training_forward(self.model, batch, checkpointing=config.checkpointing)
-        parts = {
-            "text_loss": out.text_loss_sum / max(1, text_tokens),
-            "image_loss": out.image_loss_sum / max(1, image_tokens),
-            "balance_loss": out.balance_loss / config.passes,
-            "router_z_loss": out.router_z_loss / config.passes,
-        }
+        parts = torch.stack(
+            [
+                out.text_loss_sum / max(1, text_tokens),
+                out.image_loss_sum / max(1, image_tokens),
+                out.balance_loss / config.passes,
+                out.router_z_loss / config.passes,
+            ]
+        )
         weights = (config.ce_weight, config.mse_weight, config.balance_weight, config.z_weight)
-        loss = torch.stack(
-            [weight * part for weight, part in zip(weights, parts.values(), strict=True)]
-        ).sum()
-        return loss, {name: part.detach() for name, part in parts.items()}, out.expert_load
+        loss = torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum()
+        return loss, parts.detach(), out.expert_load
 
 
 class Trainer:
@@ -84,9 +169,14 @@ class Trainer:
     Where torch.distributed is initialised with several processes, the model is sharded over them
     with FSDP2; every process has to build the same model and make the same calls.
 
+    Example:
+        >>> freeze(model, "expert_frozen")
+        >>> trainer = Trainer(model, dataset, TrainingConfig(steps=1000, batch_size=8))
+        >>> print(trainer.run(on_step=lambda record: print(record.step, record.loss)))
+
     Args:
         model: dense, sparse or pruned, in fp32 or bf16.
-        dataset: what it is trained on, at least one sequence.
+        dataset: what it is trained on, at least one sequence, see `SequenceDataset`.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
 
@@ -97,8 +187,6 @@ class Trainer:
     Attributes:
         steps_done: so far.
         optimizer: master weights, moments and average.
-        parameters: number of values of the model.
-        trained_parameters: number of those that are trained.
     """
 
     def __init__(
@@ -129,7 +217,6 @@ class Trainer:
         if num_processes() > 1:
             shard_(self._pass, layers)
         self.optimizer = Optimizer(model, config)
-        self._order = DataOrder(len(dataset), config.seed)
         self._experts = {
             (component, n): ffn.num_experts
             for component, name in FFN_NAMES.items()
@@ -147,28 +234,23 @@ class Trainer:
         start = time.perf_counter()
         config, device = self.config, self.model.device
         batches = [batch.to(device) for batch in self._batches()]
-        counts = [
-            sum(batch.text_tokens for batch in batches),
-            sum(batch.image_tokens for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-        ]
-        if num_processes() > 1:
-            counts = _over_processes(torch.tensor(counts, device=device)).tolist()
-        text_tokens, image_tokens, tokens = counts
+        own = [(batch.text_tokens, batch.image_tokens, batch.num_tokens) for batch in batches]
+        counts = sum_over_processes(torch.tensor(own, device=device).sum(0))
+        text_tokens, image_tokens, tokens = counts.tolist()
         losses: list[Tensor] = []
         loads: list[dict[tuple[str, int], Tensor]] = []
         with _deterministic(device), self.optimizer.accumulating() as collect_shards:
             for batch in batches:
-                own, parts, load = self._pass(batch, text_tokens, image_tokens)
+                part, parts, load = self._pass(batch, text_tokens, image_tokens)
                 # Without a graph nothing that trains took part: routers in a pass of text alone.
-                if own.requires_grad:
-                    own.backward()
+                if part.requires_grad:
+                    part.backward()
                 collect_shards()
-                losses.append(torch.stack([own.detach(), *parts.values()]))
+                losses.append(torch.cat([part[None], parts]).detach())
                 loads.append(load)
-        found = _over_processes(torch.stack(losses).double().sum(0)).tolist()
+        found = sum_over_processes(torch.stack(losses).double().sum(0)).tolist()
         rate = config.learning_rate_at(self.steps_done)
-        norm = self._update(found, rate)
+        norm = self._update(found[0], rate)
         self.steps_done += 1
         loss, text_loss, image_loss, balance_loss, router_z_loss = found
         return StepRecord(
@@ -185,26 +267,21 @@ class Trainer:
             seconds=time.perf_counter() - start,
         )
 
-    def _update(self, losses: Sequence[float], rate: float) -> float:
+    def _update(self, loss: float, rate: float) -> float:
         """Updates the weights and returns the gradient's norm; refuses what is not finite."""
-        wrong: tuple[str, object] | None = None
-        norm = math.nan
-        if not all(map(math.isfinite, losses)):
-            wrong = "loss", losses[0]
-        elif not math.isfinite(norm := self.optimizer.gradient_norm()):
-            wrong = "gradient norm", norm
-        if wrong is not None:
-            self.optimizer.clear()
-        else:
+        norm = self.optimizer.gradient_norm() if math.isfinite(loss) else math.nan
+        if math.isfinite(norm):
             self.optimizer.step(rate, norm)
-            if not self.optimizer.are_finite():
-                wrong = "weights", "NaN or infinity"
-        if wrong is None:
-            return norm
+            if self.optimizer.are_finite():
+                return norm
+            wrong = "weights must stay finite, got NaN or infinity"
+        else:
+            self.optimizer.clear()
+            name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+            wrong = f"{name} must stay finite, got {value}"
         raise RuntimeError(
-            f"Trainer: {wrong[0]} must stay finite, got {wrong[1]} at step {self.steps_done + 1}; "
-            "go on from the last saved state (--resume) with a lower learning_rate (--lr) or "
-            "max_grad_norm (--max-grad-norm)"
+            f"Trainer: {wrong} at step {self.steps_done + 1}; go on from the last saved state "
+            "(--resume) with a lower learning_rate (--lr) or max_grad_norm (--max-grad-norm)"
         )
 
     def run(self, on_step: Callable[[StepRecord], object] | None = None) -> TrainingReport:
@@ -214,14 +291,13 @@ class Trainer:
             on_step: called after each; may save.
         """
         losses, tokens, seconds = [], 0, 0.0
-        with _without_old_objects():
-            while self.steps_done < self.config.steps:
-                record = self.step()
-                losses.append(record.loss)
-                tokens += record.tokens
-                seconds += record.seconds
-                if on_step is not None:
-                    on_step(record)
+        while self.steps_done < self.config.steps:
+            record = self.step()
+            losses.append(record.loss)
+            tokens += record.tokens
+            seconds += record.seconds
+            if on_step is not None:
+                on_step(record)
         tenth = max(1, len(losses) // 10)
         return TrainingReport(
             steps=self.steps_done,
@@ -240,31 +316,15 @@ class Trainer:
         if not self._experts:
             return {}
         # A pass has none of a component that has no tokens in it.
-        none = {
-            key: torch.zeros(count, dtype=torch.int64, device=device)
+        totals = [
+            sum(
+                (load[key] for load in loads if key in load),
+                torch.zeros(count, dtype=torch.int64, device=device),
+            )
             for key, count in self._experts.items()
-            if any(key not in load for load in loads)
-        }
-        whole = [none | load for load in loads]
-        passes = [torch.cat([load[key] for key in self._experts]) for load in whole]
-        flat = iter(_over_processes(torch.stack(passes).sum(0)).tolist())
+        ]
+        flat = iter(sum_over_processes(torch.cat(totals)).tolist())
         return {key: list(islice(flat, count)) for key, count in self._experts.items()}
-
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """Lets the model compute with the averages of its weights inside a `with` block.
-
-        Raises:
-            ValueError: no average is kept.
-        """
-        return self.optimizer.ema_weights()
-
-    def copy_ema_(self) -> None:
-        """Gives the model the averages of its weights for good.
-
-        Raises:
-            ValueError: no average is kept.
-        """
-        self.optimizer.copy_ema_()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes what `load` needs to go on exactly from here; see `saving.save_state`."""
@@ -284,7 +344,7 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         return {
             "step": self.steps_done,
-            "config": self.config.to_dict(),
+            "config": asdict(self.config),
             "sequences": len(self.dataset),
             **self._identity,
         }
@@ -295,49 +355,23 @@ class Trainer:
         size = config.batch_size // config.passes
         batches = []
         for number in range(this_process(), config.passes, num_processes()):
-            sequences = [
-                self.dataset.sequence(
-                    self._order[step * config.batch_size + place],
-                    sequence_generator(config.seed, step, place),
-                )
-                for place in range(number * size, (number + 1) * size)
-            ]
+            sequences = []
+            for place in range(number * size, (number + 1) * size):
+                position = step * config.batch_size + place
+                index = data_index(len(self.dataset), config.seed, position)
+                draws = sequence_generator(config.seed, step, place)
+                sequences.append(self.dataset.sequence(index, draws))
             batches.append(pack_training(self.model.config, sequences))
         return batches
-
-
-def _over_processes(values: Tensor) -> Tensor:
-    if num_processes() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-@contextmanager
-def _without_old_objects() -> Iterator[None]:
-    """Spares Python's garbage collector the objects that are there before the block.
-
-    With the imported libraries they are some 400,000; to visit them takes longer than a step of a
-    small model.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
     """Chooses deterministic kernels on accelerators, where torch has them; the CPU's all are."""
-    if device.type == "cpu":
-        yield
-        return
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:

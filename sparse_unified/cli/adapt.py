@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,18 +17,26 @@ from sparse_unified._common import Report, progress_bar
 from sparse_unified.adapt import (
     RunConfig,
     SequenceConfig,
-    StepRecord,
+    Stage,
     TrainingConfig,
     adapt,
     estimate_memory,
-    plan,
 )
-from sparse_unified.adapt.freeze import Stage
 from sparse_unified.adapt.optimizer import num_processes
+from sparse_unified.adapt.run import plan
+from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.analysis.samples import Task
 from sparse_unified.cli.console import CommandParser, Usage, show_progress
 from sparse_unified.cli.generate import check_device
-from sparse_unified.cli.options import DTYPES, add_flags, add_options, arguments, dtype_of, names
+from sparse_unified.cli.options import (
+    DTYPES,
+    add_flags,
+    add_options,
+    arguments,
+    dtype_of,
+    names,
+    positive,
+)
 
 
 def add_adapt(parser: CommandParser) -> None:
@@ -63,7 +72,7 @@ def add_adapt(parser: CommandParser) -> None:
     add_options(
         data,
         RunConfig,
-        "tasks max_side cache_latents",
+        "tasks max_side cache_latents max_damaged",
         tasks={
             "type": names(*(task.value for task in Task)),
             "help": "which uses of the records are trained (default all that they allow)",
@@ -97,9 +106,18 @@ def add_adapt(parser: CommandParser) -> None:
 
     run = parser.add_argument_group("run", "log and states of a run lie in OUT.training")
     add_options(run, RunConfig, "checkpoint_every keep resume tensorboard")
+    run.add_argument(
+        "--timeout",
+        type=positive,
+        default=600,
+        metavar="SECONDS",
+        help="under torchrun: how long a process waits for another one that does not answer "
+        "(default 600)",
+    )
     add_flags(
         run,
-        "--dry-run  read model and data, check everything, report, and stop before the first step",
+        "--dry-run  read model and data, every image included, report, and stop before the first "
+        "step",
     )
 
 
@@ -162,7 +180,9 @@ def _processes(options: argparse.Namespace) -> Iterator[bool]:
     if on_gpu:
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(options.device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=options.timeout)
+    )
     try:
         yield dist.get_rank() == 0
     finally:

@@ -4,26 +4,6 @@
 What it was trained on, and the study that is made with it, are in examples/miniature.
 """
 
-from sparse_unified.mini.model import (
-    MiniTask,
-    encode,
-    load_pipeline,
-    mini_autoencoder,
-    mini_config,
-    new_model,
-    trained_weights,
-    vocabulary,
-    write_model,
-)
+from sparse_unified.mini.model import MiniTask, load_pipeline, write_model
 
-__all__ = [
-    "MiniTask",
-    "encode",
-    "load_pipeline",
-    "mini_autoencoder",
-    "mini_config",
-    "new_model",
-    "trained_weights",
-    "vocabulary",
-    "write_model",
-]
+__all__ = ["MiniTask", "load_pipeline", "write_model"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -151,34 +151,13 @@ def write_model(
     vae = mini_autoencoder(task)
     save_file(vae.state_dict(), directory / "ae.safetensors")
     config = mini_config(task)
-    llm = {
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "qk_norm": True,
-        "tie_word_embeddings": False,
-        **{
-            name: getattr(config.llm, name)
-            for name in (
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "vocab_size",
-                "rms_norm_eps",
-                "rope_theta",
-            )
-        },
-    }
-    vit = {
-        "hidden_size": config.vision.hidden_size,
-        "intermediate_size": config.vision.intermediate_size,
-        # The official file counts the last layer of SigLIP, which BAGEL leaves out.
-        "num_hidden_layers": config.vision.num_hidden_layers + 1,
-        "num_attention_heads": config.vision.num_attention_heads,
-        "patch_size": config.vision.patch_size,
-        "image_size": config.vision.image_size,
-    }
+    sizes = asdict(config.llm)
+    del sizes["layers"], sizes["top_k"]
+    llm = {"model_type": "qwen2", "hidden_act": "silu", "qk_norm": True}
+    llm |= {"tie_word_embeddings": False, **sizes}
+    vit = asdict(config.vision)
+    del vit["num_channels"], vit["layer_norm_eps"]
+    vit["num_hidden_layers"] += 1  # the official file counts SigLIP's last layer, too
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     shutil.copytree(TOKENIZER, directory, dirs_exist_ok=True)

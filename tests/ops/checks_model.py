@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_unified.bagel import Bagel, Execution, SamplingConfig, build_guidance, sample_latents
 from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import initial_noise
-from sparse_unified.mini import MiniTask, mini_config
+from sparse_unified.mini.model import MiniTask, mini_config
 
 KINDS = ("dense", "sparse")
 GRID = (2, 3)
