@@ -106,15 +106,6 @@ def test_tar_shards_are_read_by_their_pattern(tmp_path: Path) -> None:
     assert edits.read(1)["source"].tobytes() != edits.read(1)["image"].tobytes()
 
 
-def test_pictures_with_captions_beside_them(tmp_path: Path) -> None:
-    for number in range(2):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
-    (tmp_path / "1.txt").write_text(" a caption\n")
-    found = open_records(tmp_path)
-    assert len(found) == 1
-    assert found.read(0)["text"] == "a caption"
-
-
 @pytest.mark.parametrize(
     ("line", "rule"),
     [
