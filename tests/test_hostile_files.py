@@ -296,7 +296,7 @@ READERS = {
         open_records,
     ),
     "log": Target(
-        lines({"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}), read_lines, lenient=True
+        lines({"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}), read_log, lenient=True
     ),
     "geneval": Target(
         lines(
