@@ -10,17 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified.bagel import (
-    Bagel,
-    BagelConfig,
-    ContextImage,
-    Execution,
-    SamplingConfig,
-    SpecialTokens,
-    build_guidance,
-    sample_latents,
-)
-from sparse_unified.bagel.sampler import initial_noise
+from sparse_unified.bagel import Bagel, BagelConfig, Execution, SamplingConfig
+from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel.images import ContextImage
+from sparse_unified.bagel.sampler import build_guidance, initial_noise, sample_latents
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECIAL = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +13,12 @@ import torch
 from bagel_models import EXPERTS, GOLDEN, draw, random_model, relative_error
 from torch import Tensor, nn
 
-from sparse_unified.bagel import Bagel, ContextImage, generate_tokens
+from sparse_unified.bagel import Bagel
 from sparse_unified.bagel.attention import KVCache, RMSNorm, attend, rotary_angles, rotate
 from sparse_unified.bagel.decoder import run_ffn
+from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import sincos_table
-from sparse_unified.bagel.sampler import see_images
+from sparse_unified.bagel.pipeline import generate_tokens
 from sparse_unified.bagel.vision import grid_positions, patchify, unpatchify
 from sparse_unified.testing import build_model, read_case
 
@@ -34,11 +33,6 @@ def model() -> Bagel:
     return build_model(read_case(GOLDEN / "understand"))
 
 
-def test_state_dict_has_the_official_keys(model: Bagel) -> None:
-    case = read_case(GOLDEN / "understand")
-    assert set(model.state_dict()) == set(case.weights)
-
-
 def test_sincos_table_is_the_one_in_the_checkpoint(model: Bagel) -> None:
     table = sincos_table(8, 32)
     torch.testing.assert_close(table, model.latent_pos_embed.pos_embed.data)
@@ -50,10 +44,7 @@ def test_patches_go_back_to_the_image() -> None:
     assert patches.shape == (6, 14 * 14 * 3)
     assert torch.equal(patches[4].view(14, 14, 3), image[:, 14:28, 14:28].permute(1, 2, 0))
     assert torch.equal(unpatchify(patches, 2, 3, 14), image)
-
-
-def test_grid_positions_stride_over_the_whole_table() -> None:
-    assert grid_positions(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]
+    assert grid_positions(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]  # over the whole table
 
 
 @pytest.mark.parametrize("past", [0, 5])
@@ -160,21 +151,6 @@ def test_branches_in_one_pass_equal_branches_one_by_one(model: Bagel) -> None:
             assert relative_error(velocity, alone) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sparse_layers_of_both_components_run(model: Bagel, dtype: torch.dtype) -> None:
-    llm = model.config.llm.with_experts("gen", [0, 2], **EXPERTS)
-    llm = llm.with_experts("und", [1], **EXPERTS)
-    sparse = random_model(replace(model.config, llm=llm), dtype=dtype)
-    context = sparse.new_contexts(1)
-    image = ContextImage(latent=torch.randn(4, 4, 4), vit_pixels=torch.randn(3, 28, 28))
-    see_images(sparse, context, [[image]])
-    sparse.prefill_text(context, [[21, 42]])
-    out = sparse.velocity([torch.randn(6, 16)], [(2, 3)], torch.tensor([1.0]), [context])[0]
-    assert out.dtype == torch.float32
-    assert torch.isfinite(out).all()
-    assert len(generate_tokens(sparse, context, max_length=3)[0]) <= 3
-
-
 def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> None:
     llm = model.config.llm.with_experts("und", [1], **EXPERTS)
     sparse = random_model(replace(model.config, llm=llm))
@@ -226,18 +202,6 @@ def test_ffns_may_return_router_logits_and_be_swapped_on_a_live_model() -> None:
     assert not torch.allclose(before, draw(model, [[21]])[0])
 
 
-def test_bf16_stays_near_fp32(model: Bagel) -> None:
-    low = Bagel(model.config, dtype=torch.bfloat16)
-    low.load_state_dict(model.state_dict())
-    outs = []
-    for each in (model, low):
-        context = each.new_contexts(1)
-        each.prefill_text(context, [[21, 42, 38]])
-        x = torch.linspace(-2, 2, 96).view(6, 16)
-        outs.append(each.velocity([x], [(2, 3)], torch.tensor([0.8]), [context])[0])
-    assert relative_error(outs[1], outs[0]) < 0.03
-
-
 def test_generated_text_is_the_same_alone_and_in_a_batch(model: Bagel) -> None:
     contexts = model.new_contexts(3)
     model.prefill_text(contexts, [[21], [42, 38], [33, 30, 31]])
@@ -271,8 +235,12 @@ def test_text_stops_before_eos(model: Bagel) -> None:
         (Bagel.prefill_vit, torch.zeros(3, 28, 30), "multiples of 14, got 28 x 30"),
         (Bagel.prefill_latents, torch.zeros(4, 18, 2), "at most 16, got 18 x 2"),
         (generate_tokens, {"max_length": 0}, "max_length must be an integer of at least 1"),
-        (generate_tokens, {"temperature": 0.0}, "temperature must be finite and above 0"),
-        (generate_tokens, {"temperature": float("nan")}, "temperature must be finite"),
+        (
+            generate_tokens,
+            {"temperature": 1e-320},
+            "temperature must be a finite number from 1e-06",
+        ),
+        (generate_tokens, {"temperature": float("nan")}, "temperature must be a finite"),
         (generate_tokens, {"temperature": 1.0}, "seeds must be 1 integers when sampling"),
     ],
 )
@@ -297,26 +265,11 @@ def test_every_tensor_is_on_the_device_of_the_model(model: Bagel) -> None:
     assert away.next_logits(context, [3]).shape == (1, 96)
 
 
-def saved_and_loaded(model: Bagel) -> Bagel:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: Bagel = torch.load(file, weights_only=False)
-    return loaded
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
 @pytest.mark.parametrize("name", ["t2i_dense", "t2i_moe"])
-def test_models_can_be_copied_and_saved_whole(
-    name: str, duplicate: Callable[[Bagel], Bagel]
-) -> None:
+def test_models_can_be_copied_and_pickled(name: str) -> None:
     model = build_model(read_case(GOLDEN / name))
-    twin = duplicate(model)
-    assert twin.config == model.config
-    weights = twin.state_dict()
-    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
-    assert weights["llm2vae.bias"].data_ptr() != model.llm2vae.bias.data_ptr()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.config == model.config
+        weights = twin.state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+        assert weights["llm2vae.bias"].data_ptr() != model.llm2vae.bias.data_ptr()

@@ -12,22 +12,18 @@ from bagel_models import GOLDEN, draw, relative_error
 from step_cache import main as bench
 from torch import Tensor
 
-from sparse_unified.bagel import (
-    Bagel,
-    ContextImage,
-    SamplingConfig,
-    StepCache,
-    build_guidance,
-    sample_latents,
-)
+from sparse_unified.bagel import Bagel, SamplingConfig, StepCache
+from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import (
     Expansion,
     Renorm,
+    build_guidance,
     computed_steps,
     guide,
     guided_steps,
     initial_noise,
+    sample_latents,
     timestep_grid,
 )
 from sparse_unified.testing import build_model, read_case
@@ -68,11 +64,6 @@ def test_time_runs_from_one_to_zero_and_shift_moves_it_to_the_noise() -> None:
     torch.testing.assert_close(shifted[2], torch.tensor(3 * 0.6 / (1 + 2 * 0.6)))
 
 
-def test_noise_depends_on_the_seed_alone() -> None:
-    assert torch.equal(initial_noise(6, 16, 7), initial_noise(6, 16, 7))
-    assert not torch.equal(initial_noise(6, 16, 7), initial_noise(6, 16, 8))
-
-
 @pytest.mark.parametrize("renorm", list(Renorm))
 @pytest.mark.parametrize("image_scale", [None, 1.5])
 def test_guidance_equals_its_formula(renorm: Renorm, image_scale: float | None) -> None:
@@ -92,16 +83,8 @@ def test_guidance_equals_its_formula(renorm: Renorm, image_scale: float | None) 
     config = SamplingConfig(
         cfg_img_scale=image_scale or 1.0, cfg_renorm_type=renorm, cfg_renorm_min=0.2
     )
-    out = guide(v, no_text, None if image_scale is None else no_image, config)
+    out = guide(v, no_text, None if image_scale is None else no_image, config=config)
     torch.testing.assert_close(out, guided)
-
-
-def test_renormalisation_never_lengthens() -> None:
-    v = torch.randn(10, 16)
-    out = guide(v, 0.1 * v, None, SamplingConfig(cfg_text_scale=1.01))
-    assert out.norm() <= v.norm() * 1.0001
-    shorter = guide(v, 2 * v, None, SamplingConfig(cfg_text_scale=1.5))
-    torch.testing.assert_close(shorter, 0.5 * v)
 
 
 @pytest.mark.parametrize("renorm", list(Renorm))
@@ -140,13 +123,6 @@ def test_branches_are_those_that_guidance_needs(
 ) -> None:
     draw(model, [[21]], images=images, **options)
     assert [branches for branches, _ in passes] == [[count] for count in counts]
-
-
-def test_steps_are_reported(model: Bagel) -> None:
-    seen: list[tuple[int, float]] = []
-    draw(model, [[21]], num_timesteps=4, on_step=lambda *step: seen.append(step))
-    assert [step for step, _ in seen] == [0, 1, 2]
-    assert all(seconds > 0 for _, seconds in seen)
 
 
 # ---- Step cache
@@ -209,13 +185,6 @@ def test_interval_one_is_no_cache_bit_for_bit(model: Bagel, images: Any) -> None
     assert torch.equal(plain, cached)
 
 
-def test_first_last_and_every_nth_step_are_computed() -> None:
-    cache = StepCache(interval=3, order=1, first=2, last=2)
-    config = SamplingConfig(num_timesteps=13, cfg_text_scale=1.0, cache=cache)
-    computed = [step for step, runs in enumerate(computed_steps(config)) if runs]
-    assert computed == [0, 1, 4, 7, 10, 11]
-
-
 def test_where_guidance_sets_in_its_branches_are_computed(model: Bagel, passes: Any) -> None:
     options: dict[str, Any] = {
         "num_timesteps": 13,
@@ -238,39 +207,9 @@ def test_every_branch_of_every_image_has_its_own_expansion(model: Bagel, passes:
     ((branches, predictions),) = passes
     assert branches == [3, 2]  # the second has no image to leave out
     for i, (v, out) in enumerate(zip(predictions, latents, strict=True)):
-        velocity = guide(v[0], v[1], v[2] if len(v) == 3 else v[0], SamplingConfig(**options))
+        no_image = v[2] if len(v) == 3 else v[0]
+        velocity = guide(v[0], v[1], no_image, config=SamplingConfig(**options))
         torch.testing.assert_close(out, initial_noise(6, 16, i) - velocity)
-
-
-@pytest.mark.parametrize("order", [0, 1, 2, 3])
-def test_memory_held_is_that_of_the_velocities_alone(
-    model: Bagel, monkeypatch: pytest.MonkeyPatch, order: int
-) -> None:
-    held: list[int] = []
-    alive: set[Expansion] = set()
-    add = Expansion.add
-
-    def counted(self: Expansion, time: float, velocity: Tensor) -> None:
-        add(self, time, velocity)
-        alive.add(self)
-        held.append(sum(expansion.nbytes for expansion in alive))
-
-    monkeypatch.setattr(Expansion, "add", counted)
-    draw(model, [[21]], num_timesteps=12, cache=StepCache(interval=2, order=order))
-    num_branches = 2
-    assert max(held) == num_branches * (order + 1) * 6 * 16 * 4
-
-
-def test_expanding_velocities_is_expanding_last_hidden_states(model: Bagel) -> None:
-    of_hidden, of_velocity = Expansion(2), Expansion(2)
-    with torch.no_grad():
-        for time in (0.9, 0.7, 0.6):
-            state = torch.randn(6, model.config.llm.hidden_size)
-            of_hidden.add(time, state)
-            of_velocity.add(time, model.llm2vae(state))
-        expected = model.llm2vae(of_hidden.at(0.3))
-    # fp32 rounding times the weights of so far an extrapolation; 4e-6 of 1 + |expected| was seen.
-    torch.testing.assert_close(of_velocity.at(0.3), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_the_benchmark_compares_caches_with_fewer_timesteps(
@@ -291,27 +230,17 @@ def test_the_benchmark_compares_caches_with_fewer_timesteps(
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        (SamplingConfig, {"num_timesteps": 1}, "num_timesteps must be an integer of at least 2"),
-        (SamplingConfig, {"num_timesteps": 5.0}, "num_timesteps must be an integer"),
+        (SamplingConfig, {"num_timesteps": 1}, "num_timesteps must be an integer from 2"),
         (SamplingConfig, {"timestep_shift": 0.0}, "timestep_shift must be above 0"),
-        (SamplingConfig, {"timestep_shift": NAN}, "timestep_shift must be a finite"),
         (SamplingConfig, {"cfg_text_scale": NAN}, "cfg_text_scale must be a finite"),
-        (SamplingConfig, {"cfg_text_scale": "4"}, "cfg_text_scale must be a finite number"),
         (SamplingConfig, {"cfg_img_scale": INF}, "cfg_img_scale must be a finite"),
         (SamplingConfig, {"cfg_interval": (0.4, NAN)}, "cfg_interval must be a finite"),
         (SamplingConfig, {"cfg_interval": (0.4,)}, "cfg_interval must be a pair"),
-        (
-            SamplingConfig,
-            {"cfg_renorm_min": 1.5},
-            "cfg_renorm_min must be .* from 0 to 1",
-        ),
-        (SamplingConfig, {"cfg_renorm_min": None}, "cfg_renorm_min must be a finite number"),
+        (SamplingConfig, {"cfg_renorm_min": 1.5}, "cfg_renorm_min must be .* from 0 to 1"),
         (SamplingConfig, {"cfg_renorm_type": "batch"}, "cfg_renorm_type must be one of"),
         (SamplingConfig, {"cache": 3}, "cache must be a StepCache or None"),
         (StepCache, {"interval": 0}, "interval must be an integer of at least 1"),
-        (StepCache, {"interval": 2.0}, "interval must be an integer"),
         (StepCache, {"order": 4}, "order must be an integer from 0 to 3"),
-        (StepCache, {"order": -1}, "order must be an integer from 0 to 3"),
         (StepCache, {"first": 0}, "first must be an integer of at least 1"),
         (StepCache, {"last": -1}, "last must be an integer of at least 0"),
     ],

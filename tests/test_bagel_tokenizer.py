@@ -20,22 +20,11 @@ TEXTS = ["a photo of a cat", "<|im_start|>über\n€", ""]
 BOTH = {"AutoTokenizer": ["evil.Tok", "evil.Tok"], "AutoConfig": "evil.Config"}
 # What tokenizer_config.json and config.json are given, and if the tokenizer can still be read.
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    "auto_map": ({"tokenizer_class": "EvilTok", "auto_map": BOTH}, {}, False),
-    "auto_map as a list": (
-        {"tokenizer_class": "EvilTok", "auto_map": BOTH["AutoTokenizer"]},
-        {},
-        False,
-    ),
     "config.json": ({}, {"model_type": "evil", "auto_map": BOTH}, True),
     "both files": (
         {"tokenizer_class": "EvilTok", "auto_map": BOTH},
         {"model_type": "evil", "auto_map": BOTH, "tokenizer_class": "EvilTok"},
         False,
-    ),
-    "no class": (
-        {"tokenizer_class": None, "auto_map": BOTH},
-        {"model_type": "evil", "auto_map": BOTH},
-        True,
     ),
     "a repository": (
         {"tokenizer_class": "EvilTok", "auto_map": {"AutoTokenizer": [None, "a/b--evil.Tok"]}},

@@ -113,7 +113,7 @@ def test_pictures_are_edited_and_talked_about(
     ("options", "status", "words"),
     [
         ("--image text.png", 1, "must be a readable"),
-        ("--image none.png", 1, "must be a readable"),
+        ("--image none.png", 1, "file must be readable"),
         ("--prompts-file none.txt", 1, "must be readable"),
         ("--device toaster", 1, "must be a device of this torch"),
         ("--device meta", 1, "must be a device that holds data, got 'meta'"),

@@ -14,17 +14,10 @@ from bagel_models import EXPERTS, GOLDEN, random_model
 from torch import Tensor
 
 from sparse_unified import SkipLayersConfig, prune_heads_, skip_layers_
-from sparse_unified.bagel import (
-    Bagel,
-    BagelConfig,
-    ContextImage,
-    LatentSegment,
-    Segment,
-    TextSegment,
-    VitSegment,
-    pack_training,
-)
+from sparse_unified.bagel import Bagel, BagelConfig, Segment, pack_training
+from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import TrainingOutput, balance_loss, expert_load
+from sparse_unified.bagel.packing import LatentSegment, TextSegment, VitSegment
 from sparse_unified.bagel.sampler import see_images
 from sparse_unified.bagel.vision import patchify
 from sparse_unified.ops import reference

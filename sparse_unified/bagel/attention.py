@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +64,6 @@ class KVCache:
             self.keys[layer], self.values[layer] = key.contiguous(), value.contiguous()
         return key, value
 
-    def advance(self, num_tokens: int, num_positions: int) -> None:
-        """Counts tokens whose keys and values every layer has taken up."""
-        self.length += num_tokens
-        self.position += num_positions
-
     def same_past(self, other: KVCache) -> bool:
         """Tells whether both are forks of one cache that nothing was added to."""
         return (
@@ -112,29 +107,10 @@ class Group:
     padding: Mapping[str, Padding] | None = None
     cache: KVCache | None = None
 
-    def num_rows(self, stream: str) -> int:
-        """Rows of a stream that belong to the group."""
-        if self.padding is not None:
-            return len(self.padding[stream].kept)
-        return self.count * self.lengths[stream]
-
     def span(self, stream: str) -> slice:
         """Rows, and columns, of the mask that belong to a stream."""
         start = 0 if stream == UND else self.lengths[UND]
         return slice(start, start + self.lengths[stream])
-
-    def gathered(self, stream: str, rows: Tensor) -> Tensor:
-        """Brings rows [n, ...] of the group to sequences [B, length, ...]."""
-        if self.padding is not None:
-            rows = rows.index_select(0, self.padding[stream].rows)
-        return rows.unflatten(0, (self.count, self.lengths[stream]))
-
-    def scattered(self, stream: str, sequences: Tensor) -> Tensor:
-        """Undoes `gathered`."""
-        rows = sequences.flatten(0, 1)
-        if self.padding is not None:
-            rows = rows.index_select(0, self.padding[stream].kept)
-        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,19 +137,25 @@ class Packing:
     rows: Mapping[str, list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows = {s: [group.num_rows(s) for group in self.groups] for s in (UND, GEN)}
+        rows = {
+            stream: [
+                len(group.padding[stream].kept)
+                if group.padding is not None
+                else group.count * group.lengths[stream]
+                for group in self.groups
+            ]
+            for stream in (UND, GEN)
+        }
         object.__setattr__(self, "rows", rows)
 
     def additive(self, dtype: torch.dtype) -> Packing:
         """Returns the same with masks to add to scores of `dtype`, made once for all layers."""
-        groups = [
-            group
-            if (mask := group.mask) is None
-            else replace(
-                group, mask=torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-            )
-            for group in self.groups
-        ]
+        groups = []
+        for group in self.groups:
+            if (mask := group.mask) is not None:
+                added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+                group = replace(group, mask=added)
+            groups.append(group)
         return replace(self, groups=groups)
 
 
@@ -233,17 +215,10 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), the mean in fp32, over the last dimension."""
 
-    def __init__(
-        self,
-        width: int,
-        eps: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, width: int, eps: float, **factory: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(width, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -280,26 +255,8 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-def _divided(heads: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes [B, n, H + 2 K, d] apart: queries [B, H, n, d], keys and values [B, K, n, d]."""
-    sizes = [heads.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
-    query, key, value = heads.transpose(1, 2).split(sizes, dim=1)
-    return query, key, value
-
-
-class _Parts(NamedTuple):
-    """Names of the modules of a stream."""
-
-    query: str
-    key: str
-    value: str
-    query_norm: str
-    key_norm: str
-    output: str
-
-
-_NAMES = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")
-_PARTS = {stream: _Parts(*(f"{name}{stream}" for name in _NAMES)) for stream in (UND, GEN)}
+_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+_PARTS = {stream: [f"{name}{stream}" for name in _NAMES] for stream in (UND, GEN)}
 
 
 class MoTAttention(nn.Module):
@@ -312,14 +269,7 @@ class MoTAttention(nn.Module):
     Source: the inference path of BAGEL's packed mixture-of-transformers attention.
     """
 
-    def __init__(
-        self,
-        config: LLMConfig,
-        layer: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: LLMConfig, layer: int, **factory: Any) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
@@ -329,24 +279,23 @@ class MoTAttention(nn.Module):
             shape = config.layer(layer, component)
             q_width = group * len(shape.query_groups)
             kv_width = config.head_dim * len(shape.kv_heads)
-            reads = None if shape.query_groups == shape.kv_heads else shape.query_places
-            sizes = {
-                "q": (width, q_width),
-                "k": (width, kv_width),
-                "v": (width, kv_width),
-                "o": (q_width, width),
-            }
-            for name, (inputs, outputs) in sizes.items():
-                factory: Any = {"bias": name != "o", "device": device, "dtype": dtype}
-                linear: nn.Linear | None = None
-                if q_width and name == "q" and reads is not None:
-                    linear = QueryProjection(inputs, outputs, key_heads=reads, **factory)
-                elif q_width:
-                    linear = nn.Linear(inputs, outputs, **factory)
-                self.register_module(f"{name}_proj{stream}", linear)
-            for name in ("q", "k"):
-                norm = RMSNorm(config.head_dim, config.rms_norm_eps, device=device, dtype=dtype)
-                self.register_module(f"{name}_norm{stream}", norm if q_width else None)
+            parts: list[nn.Module | None] = [None] * len(_NAMES)
+            if q_width:
+                query = (
+                    nn.Linear(width, q_width, **factory)
+                    if shape.query_groups == shape.kv_heads
+                    else QueryProjection(width, q_width, key_heads=shape.query_places, **factory)
+                )
+                parts = [
+                    query,
+                    nn.Linear(width, kv_width, **factory),
+                    nn.Linear(width, kv_width, **factory),
+                    nn.Linear(q_width, width, bias=False, **factory),
+                    RMSNorm(config.head_dim, config.rms_norm_eps, **factory),
+                    RMSNorm(config.head_dim, config.rms_norm_eps, **factory),
+                ]
+            for name, part in zip(_PARTS[stream], parts, strict=True):
+                self.register_module(name, part)
 
     def forward(
         self, und: Tensor | None, gen: Tensor | None, packing: Packing
@@ -361,58 +310,46 @@ class MoTAttention(nn.Module):
         Returns:
             The two streams after the output projections, shaped as they came.
         """
-        streams, num_kv_heads = {}, 0
-        if und is not None:
-            streams[UND], num_kv_heads = self._heads(und, _PARTS[UND], packing.und_angles)
-        if gen is not None and packing.gen_angles is not None:
-            streams[GEN], num_kv_heads = self._heads(gen, _PARTS[GEN], packing.gen_angles)
-        if not streams:
-            return None, None
         part: Any = self._modules
-        reads = {s: key_heads_read(part[_PARTS[s].query], num_kv_heads) for s in streams}
-        mixed = self._attend_all(streams, reads, num_kv_heads, packing)
-        return (
-            part[_PARTS[UND].output](mixed[UND]) if UND in mixed else None,
-            part[_PARTS[GEN].output](mixed[GEN]) if GEN in mixed else None,
-        )
+        split: dict[str, tuple[Tensor, ...]] = {}
+        reads: dict[str, Sequence[int]] = {}
+        num_kv_heads = 0
+        for stream, x, angles in (
+            (UND, und, packing.und_angles),
+            (GEN, gen, packing.gen_angles),
+        ):
+            if x is not None and angles is not None:
+                heads, num_kv_heads = self._heads(x, stream, angles)
+                # One split: the gradients of slices would each be a tensor of the whole stream.
+                split[stream] = heads.split(packing.rows[stream])
+                reads[stream] = key_heads_read(part[_PARTS[stream][0]], num_kv_heads)
+        mixed: dict[str, list[Tensor]] = {stream: [] for stream in split}
+        for i, group in enumerate(packing.groups):
+            own = {}
+            for stream, parts in split.items():
+                if group.lengths[stream]:
+                    rows = parts[i]
+                    if group.padding is not None:
+                        rows = rows.index_select(0, group.padding[stream].rows)
+                    own[stream] = rows.unflatten(0, (group.count, group.lengths[stream]))
+            if own:
+                self._attend(own, reads, num_kv_heads, group, packing.extend, mixed)
+        outs: dict[str, Tensor] = {}
+        for stream, found in mixed.items():
+            x = found[0] if len(found) == 1 else torch.cat(found)
+            outs[stream] = part[_PARTS[stream][3]](x)
+        return outs.get(UND), outs.get(GEN)
 
-    def _heads(self, x: Tensor, names: _Parts, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    def _heads(self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         """Returns rotated queries, rotated keys, and values of a stream, [N, H + 2 K, d], and K."""
         part: Any = self._modules
+        q_proj, k_proj, v_proj, _, q_norm, k_norm = _PARTS[stream]
         heads = (-1, self.head_dim)
-        query = part[names.query_norm](part[names.query](x).unflatten(-1, heads))
-        key = part[names.key_norm](part[names.key](x).unflatten(-1, heads))
-        value = part[names.value](x).unflatten(-1, heads)
+        query = part[q_norm](part[q_proj](x).unflatten(-1, heads))
+        key = part[k_norm](part[k_proj](x).unflatten(-1, heads))
+        value = part[v_proj](x).unflatten(-1, heads)
         turned = rotate(torch.cat([query, key], dim=1), angles).to(x.dtype)
         return torch.cat([turned, value], dim=1), value.shape[1]
-
-    def _attend_all(
-        self,
-        streams: Mapping[str, Tensor],
-        reads: Mapping[str, Sequence[int]],
-        num_kv_heads: int,
-        packing: Packing,
-    ) -> dict[str, Tensor]:
-        """Returns the mixed values [N, H * d] of each stream, group by group.
-
-        Args:
-            streams: queries, keys and values [N, H + 2 K, d].
-            reads: KV heads that the queries of a stream read.
-        """
-        # One split: the gradients of slices would each be a tensor of the whole stream.
-        split = [(stream, x.split(packing.rows[stream])) for stream, x in streams.items()]
-        mixed: dict[str, list[Tensor]] = {stream: [] for stream in streams}
-        for i, group in enumerate(packing.groups):
-            own = {
-                stream: group.gathered(stream, parts[i])
-                for stream, parts in split
-                if group.lengths[stream]
-            }
-            if own:
-                outs = self._attend(own, reads, num_kv_heads, group, extend=packing.extend)
-                for stream, out in outs.items():
-                    mixed[stream].append(group.scattered(stream, out))
-        return {s: parts[0] if len(parts) == 1 else torch.cat(parts) for s, parts in mixed.items()}
 
     def _attend(
         self,
@@ -420,41 +357,52 @@ class MoTAttention(nn.Module):
         reads: Mapping[str, Sequence[int]],
         num_kv_heads: int,
         group: Group,
-        *,
         extend: bool,
-    ) -> dict[str, Tensor]:
-        """Returns the mixed values [B, n, H * d] of each stream of a group.
+        mixed: Mapping[str, list[Tensor]],
+    ) -> None:
+        """Adds the mixed values [n, H * d] of a group to those of each stream.
 
         Args:
             own: queries, keys and values [B, n, H + 2 K, d] of each stream that takes part.
+            reads: KV heads that the queries of a stream read.
         """
         # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
         are_alike = all(len(reads[stream]) == num_kv_heads for stream in own)
+        runs: list[tuple[str, ...]] = [(stream,) for stream in own]
         parts = list(own.values())
         if are_alike and len(parts) > 1:
-            parts = [torch.cat(parts, dim=1)]
-        queries, keys, values = zip(*(_divided(x, num_kv_heads) for x in parts), strict=True)
+            runs, parts = [tuple(own)], [torch.cat(parts, dim=1)]
+        queries, keys, values = [], [], []
+        for x in parts:
+            sizes = [x.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
+            query, key, value = x.transpose(1, 2).split(sizes, dim=1)
+            queries.append(query)
+            keys.append(key)
+            values.append(value)
         key = keys[0] if len(keys) == 1 else torch.cat(keys, dim=2)
         value = values[0] if len(values) == 1 else torch.cat(values, dim=2)
         if group.cache is not None:
-            joined = group.cache.joined(self.layer, key[0], value[0], extend=extend)
-            key, value = (x[None] for x in joined)
+            key, value = group.cache.joined(self.layer, key[0], value[0], extend=extend)
+            key, value = key[None], value[None]
         mask = group.mask
         if mask is not None and len(own) == 1:
-            mask = mask[..., group.span(*own)]  # columns; no slice if this is the only stream
-        if are_alike:
-            if mask is not None and len(own) == 1:
-                mask = mask[..., group.span(*own), :]
-            out = attend(queries[0], key, value, mask=mask, causal=group.causal)
-            if len(own) == 1:
-                return dict.fromkeys(own, out)
-            return dict(zip(own, out.split([group.lengths[s] for s in own], dim=1), strict=True))
-        mixed = {}
-        for stream, query in zip(own, queries, strict=True):
-            # Stacked views: an index would have to be copied to the device.
-            own_key, own_value = (
-                torch.stack([x[:, head] for head in reads[stream]], dim=1) for x in (key, value)
-            )
-            rows = None if mask is None else mask[..., group.span(stream), :]
-            mixed[stream] = attend(query, own_key, own_value, mask=rows, causal=group.causal)
-        return mixed
+            mask = mask[..., group.span(*own)]  # columns
+        for streams, query in zip(runs, queries, strict=True):
+            rows, own_key, own_value = mask, key, value
+            if mask is not None and len(streams) == 1:
+                rows = mask[..., group.span(*streams), :]
+            if not are_alike:
+                # Stacked views: an index would have to be copied to the device.
+                own_key, own_value = (
+                    torch.stack([x[:, head] for head in reads[streams[0]]], dim=1)
+                    for x in (key, value)
+                )
+            out = attend(query, own_key, own_value, mask=rows, causal=group.causal)
+            outs = [out]
+            if len(streams) > 1:
+                outs = list(out.split([group.lengths[stream] for stream in streams], dim=1))
+            for stream, found in zip(streams, outs, strict=True):
+                found = found.flatten(0, 1)
+                if group.padding is not None:
+                    found = found.index_select(0, group.padding[stream].kept)
+                mixed[stream].append(found)

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import count
 from typing import Any
 
 from sparse_unified._common import context, list_some
@@ -19,38 +18,28 @@ _NORM_GROUPS = 32  # of the autoencoder
 _MOST = 1 << 20
 
 
-def _require_counts(config: Any) -> None:
-    """Raises ValueError unless every field typed int is from 1 to 2^20."""
+def _check_sizes(config: Any, **multiples: str) -> None:
+    """Raises ValueError unless every field typed int is from 1 to 2^20, every float finite, and
+    every field of `multiples` a multiple of the one it names."""
     for known in fields(config):
         value = getattr(config, known.name)
-        if known.type != "int" or (type(value) is int and 1 <= value <= _MOST):
-            continue
-        limit = f"at most {_MOST}" if type(value) is int and value > _MOST else "at least 1"
-        raise ValueError(
-            f"{type(config).__name__}: {known.name} must be an integer of {limit}, "
-            f"got {value!r:.120}"
-        )
+        if known.type == "int" and not (type(value) is int and 1 <= value <= _MOST):
+            raise ValueError(
+                f"{known.name} must be an integer from 1 to {_MOST}, got {value!r:.120}"
+            )
+        if known.type == "float" and not (type(value) in (int, float) and math.isfinite(value)):
+            raise ValueError(f"{known.name} must be a finite number, got {value!r:.120}")
+    for name, divisor in multiples.items():
+        value, step = getattr(config, name), getattr(config, divisor)
+        if value % step:
+            raise ValueError(f"{name} must be a multiple of {divisor} = {step}, got {value}")
 
 
-def _require_multiple(config: object, name: str, divisor: str) -> None:
-    value, step = getattr(config, name), getattr(config, divisor)
-    if value % step:
-        raise ValueError(
-            f"{type(config).__name__}: {name} must be a multiple of {divisor} = {step}, got {value}"
-        )
-
-
-def _field(source: Mapping[str, Any], name: str) -> Any:
-    if source.get(name) is None:
-        raise ValueError(f"{name} must be given, got keys {list_some(sorted(source))}")
-    return source[name]
-
-
-def _number(source: Mapping[str, Any], name: str) -> float:
-    value = _field(source, name)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r:.120}")
-    return float(value)
+def _given(source: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        if source.get(name) is None:
+            raise ValueError(f"{name} must be given, got keys {list_some(sorted(source))}")
+    return {name: source[name] for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +63,14 @@ class LLMConfig:
     layers: LayerShapes = field(default_factory=dict)
     top_k: int | None = None
 
+    @context("LLMConfig")
     def __post_init__(self) -> None:
-        _require_counts(self)
-        _require_multiple(self, "hidden_size", "num_attention_heads")
-        _require_multiple(self, "num_attention_heads", "num_key_value_heads")
+        _check_sizes(
+            self, hidden_size="num_attention_heads", num_attention_heads="num_key_value_heads"
+        )
         if self.head_dim % 2:
             raise ValueError(
-                "LLMConfig: hidden_size / num_attention_heads must be even, for rotary positions, "
+                "hidden_size / num_attention_heads must be even, for rotary positions, "
                 f"got {self.head_dim}"
             )
         # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
@@ -93,18 +83,17 @@ class LLMConfig:
     def _check_layer(self, name: str, shape: LayerShape) -> None:
         heads, groups = shape.kv_heads, shape.query_groups
         if not 0 <= shape.width <= _MOST:
-            raise ValueError(f"LLMConfig: width of {name} must be 0 to {_MOST}, got {shape.width}")
+            raise ValueError(f"width of {name} must be 0 to {_MOST}, got {shape.width}")
         if not set(groups) <= set(heads) <= set(range(self.num_key_value_heads)):
             raise ValueError(
-                f"LLMConfig: KV heads of {name} must be below {self.num_key_value_heads}, and its "
+                f"KV heads of {name} must be below {self.num_key_value_heads}, and its "
                 f"query_groups among them, got {heads} and {groups}"
             )
         if isinstance(shape.ffn, ExpertLayout):
             most = shape.ffn.num_experts
             if type(self.top_k) is not int or not 1 <= self.top_k <= most:
                 raise ValueError(
-                    f"LLMConfig: top_k must be from 1 to the {most} experts of {name}, "
-                    f"got {self.top_k!r:.120}"
+                    f"top_k must be from 1 to the {most} experts of {name}, got {self.top_k!r:.120}"
                 )
 
     @property
@@ -137,11 +126,7 @@ class LLMConfig:
     @classmethod
     @context("llm_config.json")
     def from_json(cls, source: Mapping[str, Any]) -> LLMConfig:
-        """Reads the contents of llm_config.json.
-
-        Raises:
-            ValueError: a size is missing or illegal, or an option this model lacks is switched on.
-        """
+        """Reads the contents of llm_config.json."""
         if source.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act must be 'silu', got {source['hidden_act']!r:.120}")
         if source.get("rope_scaling"):
@@ -154,11 +139,7 @@ class LLMConfig:
             raise ValueError(f"rope_parameters must be an object, got {rope!r:.120}")
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
         heads = ("num_attention_heads", "num_key_value_heads")
-        return cls(
-            **{name: _field(source, name) for name in (*sizes, *heads)},
-            rms_norm_eps=_number(source, "rms_norm_eps"),
-            rope_theta=_number({**rope, **source}, "rope_theta"),
-        )
+        return cls(**_given({**rope, **source}, *sizes, *heads, "rms_norm_eps", "rope_theta"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +155,9 @@ class VisionConfig:
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
 
+    @context("VisionConfig")
     def __post_init__(self) -> None:
-        _require_counts(self)
-        _require_multiple(self, "hidden_size", "num_attention_heads")
+        _check_sizes(self, hidden_size="num_attention_heads")
 
     @property
     def num_patches_per_side(self) -> int:
@@ -202,10 +183,10 @@ class VisionConfig:
             raise ValueError(f"hidden_act must be 'gelu_pytorch_tanh', got {activation!r:.120}")
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
         return cls(
-            **{name: _field(source, name) for name in (*sizes, "patch_size", "image_size")},
+            **_given(source, *sizes, "patch_size", "image_size"),
             num_hidden_layers=num_hidden_layers,
             num_channels=source.get("num_channels", 3),
-            layer_norm_eps=_number({"layer_norm_eps": 1e-6, **source}, "layer_norm_eps"),
+            layer_norm_eps=source.get("layer_norm_eps", 1e-6),
         )
 
 
@@ -222,17 +203,15 @@ class VAEConfig:
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
 
+    @context("VAEConfig")
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        _require_counts(self)
-        if not self.ch_mult:
-            raise ValueError("VAEConfig: ch_mult must name at least one resolution, got ()")
-        for multiple in self.ch_mult:
-            if self.ch * multiple % _NORM_GROUPS:
-                raise ValueError(
-                    f"VAEConfig: ch * ch_mult must be multiples of {_NORM_GROUPS}, the groups of "
-                    f"its norms, got {self.ch} * {multiple}"
-                )
+        _check_sizes(self)
+        if not self.ch_mult or any(self.ch * multiple % _NORM_GROUPS for multiple in self.ch_mult):
+            raise ValueError(
+                f"ch * ch_mult must be multiples of {_NORM_GROUPS}, the groups of its norms, "
+                f"for at least one resolution, got {self.ch} * {self.ch_mult}"
+            )
 
     @property
     def downsample(self) -> int:
@@ -271,13 +250,14 @@ class BagelConfig:
     vit_max_num_patch_per_side: int
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
 
+    @context("BagelConfig")
     def __post_init__(self) -> None:
-        _require_counts(self)
+        _check_sizes(self)
         for name in SpecialTokens.__slots__:
             token = getattr(self.special_tokens, name)
             if not 0 <= token < self.llm.vocab_size:
                 raise ValueError(
-                    f"BagelConfig: special_tokens.{name} must be an id below vocab_size = "
+                    f"special_tokens.{name} must be an id below vocab_size = "
                     f"{self.llm.vocab_size}, got {token}"
                 )
 
@@ -292,29 +272,23 @@ class BagelConfig:
         return self.latent_patch_size**2 * self.latent_channels
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the rows and columns of tokens of an image of `height` x `width` pixels.
-
-        Raises:
-            ValueError: a side is not a positive multiple of `latent_downsample`, or needs more than
-                `max_latent_size` tokens.
-        """
-        step, limit = self.latent_downsample, self.max_latent_size
+        """Returns the rows and columns of tokens of an image of `height` x `width` pixels."""
+        step, most = self.latent_downsample, self.latent_downsample * self.max_latent_size
         for name, side in (("height", height), ("width", width)):
-            if isinstance(side, bool) or not isinstance(side, int) or side < 1 or side % step:
+            if type(side) is not int or not 1 <= side <= most or side % step:
                 raise ValueError(
-                    f"{name} must be a positive multiple of {step} pixels, got {side!r:.120}"
+                    f"{name} must be a positive multiple of {step} pixels up to {most}, "
+                    f"got {side!r:.120}"
                 )
-            if side > step * limit:
-                raise ValueError(f"{name} must be at most {step * limit} pixels, got {side}")
         return height // step, width // step
 
 
 # ---- Descriptions read off the names and shapes of tensors. The JSON files of a checkpoint can be
 # wrong without any key being missing, so shapes decide, and a JSON field that contradicts them is
-# an error. Whether the tensors are those of the model, the model says, see `loading.check_tensors`.
+# an error. Whether all tensors are those of a model so described (gaps between layers, a table that
+# is no square), the model says, see `loading.check_tensors`.
 
 Shapes = Mapping[str, Sequence[int]]
-_VIT_LAYER = re.compile(r"vit_model\..*?\.layers\.(\d{1,6})\..+")
 
 
 def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
@@ -324,13 +298,10 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
         shapes: shape of every tensor, by key.
         where: name of the file, for messages.
         factors: `scale_factor` and `shift_factor`, which no shape shows.
-
-    Raises:
-        ValueError: a tensor that decides is missing or has no such shape.
     """
     with context(where):
         ch, in_channels, *_ = _shape(shapes, "encoder.conv_in.weight", 4)
-        levels = max(_first_absent(shapes, "encoder.down.{}.block."), 1)
+        levels = max(_count(shapes, r"encoder\.down\.(\d{1,6})\.block\."), 1)
         keys = [f"encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
         outputs = [_shape(shapes, key, 4)[0] for key in keys]
         if any(channels % ch for channels in outputs):
@@ -340,7 +311,7 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
         return VAEConfig(
             ch=ch,
             ch_mult=tuple(channels // ch for channels in outputs),
-            num_res_blocks=_first_absent(shapes, "encoder.down.0.block.{}."),
+            num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d{1,6})\."),
             z_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
             in_channels=in_channels,
             out_ch=_shape(shapes, "decoder.conv_out.weight", 4)[0],
@@ -373,54 +344,33 @@ def bagel_config(
         vae_downsample: what the autoencoder says.
         stated: contents of config.json, checked against the shapes where it repeats them.
         where: name of the weight file, for messages.
-
-    Raises:
-        ValueError: a tensor that decides is missing, or a JSON field contradicts the shapes.
     """
-    stated = stated or {}
     with context(where):
         whole = LLMConfig.from_json(llm)
         cut = {
             component: {n: own for n, own in shapes.items() if own != whole.layer(n, component)}
             for component, shapes in layers.items()
         }
-        token_channels = _shape(shapes, "vae2llm.weight", 2)[1]
-        patch = math.isqrt(token_channels // latent_channels)
-        if patch * patch * latent_channels != token_channels:
-            raise ValueError(
-                f"vae2llm.weight must have p * p * {latent_channels} columns for latents of "
-                f"{latent_channels} channels, got {token_channels}"
-            )
-        vision = VisionConfig.from_json(vit, num_hidden_layers=_count_vision_layers(shapes))
+        num_vision_layers = _count(shapes, r"vit_model\..*?\.layers\.(\d{1,6})\.")
         config = BagelConfig(
             llm=replace(whole, layers=cut, top_k=top_k),
-            vision=vision,
+            vision=VisionConfig.from_json(vit, num_hidden_layers=num_vision_layers),
             latent_channels=latent_channels,
             vae_downsample=vae_downsample,
-            latent_patch_size=patch,
-            max_latent_size=_side(shapes, "latent_pos_embed.pos_embed"),
-            vit_max_num_patch_per_side=_side(shapes, "vit_pos_embed.pos_embed"),
+            latent_patch_size=math.isqrt(_shape(shapes, "vae2llm.weight", 2)[1] // latent_channels),
+            max_latent_size=math.isqrt(_shape(shapes, "latent_pos_embed.pos_embed", 2)[0]),
+            vit_max_num_patch_per_side=math.isqrt(_shape(shapes, "vit_pos_embed.pos_embed", 2)[0]),
             special_tokens=special_tokens,
         )
         for name in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"):
-            found, value = getattr(config, name), stated.get(name)
+            found, value = getattr(config, name), (stated or {}).get(name)
             if value is not None and value != found:
                 raise ValueError(
                     f"config.json: {name} must be {found} as the tensors say, got {value!r:.120}"
                 )
-        if stated.get("interpolate_pos"):
+        if stated and stated.get("interpolate_pos"):
             raise ValueError("config.json: interpolate_pos must be false, got true")
     return config
-
-
-def _count_vision_layers(shapes: Shapes) -> int:
-    layers = {int(match[1]) for match in map(_VIT_LAYER.fullmatch, shapes) if match}
-    if missing := set(range(max(layers, default=-1) + 1)) - layers:
-        raise ValueError(
-            f"layers of the vision transformer must be 0 to {max(layers)} as the highest says, "
-            f"got no {min(missing)}"
-        )
-    return len(layers)
 
 
 def _shape(shapes: Shapes, key: str, num_dims: int) -> Sequence[int]:
@@ -432,19 +382,6 @@ def _shape(shapes: Shapes, key: str, num_dims: int) -> Sequence[int]:
     return shapes[key]
 
 
-def _side(shapes: Shapes, key: str) -> int:
-    """Returns the side of the square grid that a table of positions has rows for."""
-    rows = _shape(shapes, key, 2)[0]
-    side = math.isqrt(rows)
-    if side * side != rows:
-        raise ValueError(f"{key} must have a square number of rows, got {rows}")
-    return side
-
-
-def _first_absent(shapes: Shapes, start: str) -> int:
-    """Returns the first number with which no key starts: a stray number makes no long list."""
-    return next(
-        number
-        for number in count()
-        if not any(key.startswith(start.format(number)) for key in shapes)
-    )
+def _count(shapes: Shapes, pattern: str) -> int:
+    """Returns how many numbers keys have in the place of the group."""
+    return len({match[1] for match in map(re.compile(pattern).match, shapes) if match})

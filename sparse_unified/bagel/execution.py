@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_unified._common import context
 from sparse_unified.bagel.model import Bagel, Denoiser
 
 Step = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
@@ -79,11 +80,9 @@ class Execution:
         cuda_graphs: the first step of an image runs as usual, the second is recorded, and all
             others are replayed. Weights must be on one CUDA device.
         backend: of torch.compile, a name or a function.
-
-    Raises:
-        TypeError, ValueError: an argument is of another type, or the two do not go together.
     """
 
+    @context("Execution")
     def __init__(
         self,
         *,
@@ -91,30 +90,30 @@ class Execution:
         cuda_graphs: bool = False,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        where = "Execution"
         if not isinstance(compile, bool) and compile not in _MODES:
             raise ValueError(
-                f"{where}: compile must be True, False or one of {', '.join(_MODES)}, "
-                f"got {compile!r}"
+                f"compile must be True, False or one of {', '.join(_MODES)}, got {compile!r}"
             )
-        if not isinstance(cuda_graphs, bool):
-            raise TypeError(f"{where}: cuda_graphs must be True or False, got {cuda_graphs!r}")
         if cuda_graphs and compile in _MODES_WITH_GRAPHS:
             raise ValueError(
-                f"{where}: cuda_graphs must be False with compile={compile!r}, which records "
-                "graphs itself, got True"
+                f"cuda_graphs must be False with compile={compile!r}, which records graphs itself, "
+                "got True"
             )
         self.compile = compile
         self.cuda_graphs = cuda_graphs
-        self._predict: Callable[..., list[Tensor]] = Denoiser.predict
+        self._predict: Callable[..., list[Tensor]] = Denoiser.__call__
         self._pools: dict[torch.device, Any] = {}  # memory of graphs
         if compile is not False:
-            mode = None if compile is True else compile
             # Newer versions of torch count graphs for each function that is compiled.
             known = inspect.signature(torch.compile).parameters
             limit: Any = {"recompile_limit": _MOST_GRAPHS} if "recompile_limit" in known else {}
             self._predict = torch.compile(
-                Denoiser.predict, fullgraph=True, dynamic=False, mode=mode, backend=backend, **limit
+                Denoiser.__call__,
+                fullgraph=True,
+                dynamic=False,
+                mode=None if compile is True else compile,
+                backend=backend,
+                **limit,
             )
 
     @property
@@ -126,22 +125,22 @@ class Execution:
         """Raises ValueError for a device that cannot run steps so."""
         if self.cuda_graphs and device.type != "cuda":
             raise ValueError(
-                f"Execution: cuda_graphs must be False for a model on {device}, which is no CUDA "
-                "device, got True"
+                f"cuda_graphs must be False for a model on {device}, which is no CUDA device, "
+                "got True"
             )
 
+    @context("Execution")
     def check(self, model: Bagel) -> None:
         """Raises ValueError for a model that cannot be run so."""
         if self.is_plain:
             return
         self.check_device(model.device)
-        places = {str(weight.device) for weight in model.parameters()}
+        places = {str(weight.device) for weight in model.parameters()} - {str(model.device)}
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             places.add("places that accelerate manages")
-        places.discard(str(model.device))
         if places:
             raise ValueError(
-                "Execution: compile and cuda_graphs must be False unless all weights are on "
+                "compile and cuda_graphs must be False unless all weights are on "
                 f"{model.device}, got weights on {', '.join(sorted(places))}"
             )
 
@@ -149,8 +148,12 @@ class Execution:
         """Returns what runs the steps of a batch of images."""
         if self.is_plain:
             return denoiser
-        if self.compile:
-            _let_lengths_vary(denoiser)
+        if self.compile:  # what was read before is of any length
+            for group in denoiser.packing.groups:
+                assert group.cache is not None
+                for past in (*group.cache.keys, *group.cache.values):
+                    if past is not None:
+                        torch._dynamo.maybe_mark_dynamic(past, 1)
 
         @torch.no_grad()
         def step(tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
@@ -163,12 +166,3 @@ class Execution:
         if device not in self._pools:
             self._pools[device] = torch.cuda.graph_pool_handle()
         return ReplayedStep(step, device, self._pools[device])
-
-
-def _let_lengths_vary(denoiser: Denoiser) -> None:
-    """Tells the compiler that what was read before is of any length."""
-    for group in denoiser.packing.groups:
-        assert group.cache is not None
-        for past in (*group.cache.keys, *group.cache.values):
-            if past is not None:
-                torch._dynamo.maybe_mark_dynamic(past, 1)

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import optional
+from sparse_unified._common import context, optional
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify
+from sparse_unified.checkpoint.files import open_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,20 +38,23 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Imag
     Raises:
         ValueError: it cannot be read.
     """
-    pil = optional("PIL.Image")
-    reason = ""
+    with context(where):
+        if not isinstance(source, (str, os.PathLike)):
+            return _open(source, "an image")
+        with open_source(Path(source)) as stream:
+            return _open(stream, str(source))
+
+
+def _open(stream: Any, name: str) -> Image:
+    reason = "a file of another or a damaged format"
     try:
-        image: Image = pil.open(source, formats=_FORMATS)
+        image: Image = optional("PIL.Image").open(stream, formats=_FORMATS)
         if image.width * image.height > _MOST_PIXELS:
             reason = f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}"
             raise ValueError(reason)
         image.load()
     except Exception as error:  # plugins raise errors of many kinds for damaged files
-        name = "an image" if hasattr(source, "read") else source
-        reason = (
-            reason or getattr(error, "strerror", None) or "a file of another or a damaged format"
-        )
-        raise ValueError(f"{where}: {name} must be a readable image, got {reason}") from error
+        raise ValueError(f"{name} must be a readable image, got {reason}") from error
     return image
 
 
@@ -57,17 +62,24 @@ def to_rgb(image: Image) -> Image:
     """Returns the image in RGB of 8 bits; transparent parts are laid over white.
 
     Raises:
-        ValueError: its values are floating point numbers, of which no range is known.
+        ValueError: it cannot be read or converted; its values are floating point numbers, of which
+            no range is known.
     """
     pil = optional("PIL.Image")
-    if image.mode == "F":
-        raise ValueError("image must have 8 or 16 bits a channel, got floating point numbers")
-    if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip to 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = pil.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode != "RGBA" and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
+    if image.mode == "F" or 0 in image.size:
+        raise ValueError(
+            "image must hold pixels of 8 or 16 bits a channel, "
+            f"got mode {image.mode} and size {image.size}"
+        )
+    try:
+        if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip to 255
+            values = np.asarray(image).astype(np.int64).clip(0, 65535)
+            image = pil.fromarray(((values + 128) // 257).astype(np.uint8))
+        if image.mode != "RGBA" and image.info.get("transparency") is None:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+    except Exception as error:  # files are read here, if they were only opened before
+        raise ValueError(f"image must be readable, got {str(error) or repr(error):.120}") from error
     white = pil.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))
     return white

@@ -9,11 +9,10 @@ there and one small block more.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import torch
@@ -60,22 +59,7 @@ class Offload(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """How `load_bagel` lays out a model.
-
-    Args:
-        device: of all that is not placed elsewhere.
-        task: a `Task` or its name, see `unneeded`.
-        offload: an `Offload` or its name; UND keeps the understanding FFNs on the CPU, see
-            `bagel.decoder.run_ffn`.
-        storage: "int8" or "fp8" for all FFNs, or {"und": ..., "gen": ...}: how their weights are
-            quantized; None, and what is not named, stays as it is.
-        device_map: "auto", or module path -> device, "cpu" or "disk", carried out by accelerate.
-        max_memory: with "auto", bytes by device, as accelerate takes them.
-        offload_folder: where weights on "disk" are written.
-
-    Raises:
-        ValueError: a value is none of these, or `device_map` comes with `offload` or `storage`.
-    """
+    """How `load_bagel` lays out a model; see `BagelPipeline.from_pretrained` for the fields."""
 
     device: Device = "cpu"
     task: Task | str = Task.ALL
@@ -137,15 +121,13 @@ def tensor_problems(
         targets: what a model holds, by official key; may be on the meta device.
         specs: what the file holds.
     """
-    problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
-    problems += [f"extra {key} {list(specs[key].shape)}" for key in specs if key not in targets]
-    for key in targets:
-        if key not in specs:
-            continue
-        spec = specs[key]
-        if tuple(targets[key].shape) != tuple(spec.shape):
-            shape = list(targets[key].shape)
-            problems.append(f"misshapen {key} {list(spec.shape)}, not {shape}")
+    shapes = {key: list(tensor.shape) for key, tensor in targets.items()}
+    problems = [f"missing {key} {shape}" for key, shape in shapes.items() if key not in specs]
+    for key, spec in specs.items():
+        if key not in shapes:
+            problems.append(f"extra {key} {list(spec.shape)}")
+        elif list(spec.shape) != shapes[key]:
+            problems.append(f"misshapen {key} {list(spec.shape)}, not {shapes[key]}")
         elif not spec.dtype.is_floating_point:
             problems.append(f"{key} of {spec.dtype}, not floating point")
     return problems
@@ -161,25 +143,12 @@ def check_tensors(
         )
 
 
-def _blocks(spec: TensorSpec) -> Iterator[tuple[slice | EllipsisType, TensorSpec]]:
-    """Yields the parts of a tensor that are read one at a time, and the rows each belongs to."""
-    if spec.nbytes <= _BLOCK_BYTES or not spec.shape:
-        yield ..., spec
-        return
-    count = spec.shape[0]
-    step = max(1, _BLOCK_BYTES * count // spec.nbytes)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        yield slice(start, stop), spec.rows(start, stop)
-
-
 @torch.no_grad()
 def fill_(
     module: nn.Module,
     specs: Mapping[str, TensorSpec],
     placement: Placement,
     *,
-    where: str,
     prefix: str = "",
 ) -> None:
     """Gives memory to what is on the meta device below a module, and fills it from a file.
@@ -188,8 +157,7 @@ def fill_(
         specs: of the whole model; those whose module is left out are not read.
         placement: where each tensor goes. prefix: the start of the module's keys.
     """
-    targets = official_tensors(module, prefix)
-    unfilled = [key for key, tensor in targets.items() if tensor.is_meta]
+    unfilled = [key for key, tensor in official_tensors(module, prefix).items() if tensor.is_meta]
     for path, owner in module.named_modules():
         at = f"{prefix}{path}." if path else prefix
         for held in (owner._parameters, owner._buffers):
@@ -197,15 +165,20 @@ def fill_(
                 if tensor is None or not tensor.is_meta:
                     continue
                 full = torch.empty_like(tensor, device=placement.of_tensor(f"{at}{name}"))
-                held[name] = (
-                    nn.Parameter(full, requires_grad=tensor.requires_grad)
-                    if isinstance(tensor, nn.Parameter)
-                    else full
-                )
+                if isinstance(tensor, nn.Parameter):
+                    full = nn.Parameter(full, requires_grad=tensor.requires_grad)
+                held[name] = full
     targets = official_tensors(module, prefix)
     for key in unfilled:
-        for rows, block in _blocks(specs[key]):
-            targets[key][rows].copy_(read_tensor(block, what=f"{where}: {key}"))
+        spec, target = specs[key], targets[key]
+        if spec.nbytes <= _BLOCK_BYTES:
+            target.copy_(read_tensor(spec))
+            continue
+        count = spec.shape[0]
+        step = max(1, _BLOCK_BYTES * count // spec.nbytes)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            target[start:stop].copy_(read_tensor(spec.rows(start, stop)))
 
 
 def load_vae(
@@ -213,7 +186,7 @@ def load_vae(
     *,
     device: Device = "cpu",
     dtype: torch.dtype | None = None,
-    stated: Mapping[str, object] | None = None,
+    stated: Any = None,
 ) -> AutoEncoder:
     """Loads an autoencoder; its shapes say how it is built.
 
@@ -221,18 +194,15 @@ def load_vae(
         dtype: of the weights; None keeps that of the file.
         stated: `vae_config` of config.json, for the two factors that no shape shows.
     """
-    specs = read_header(file).tensors
-    factors = {
-        name: float(value)
-        for name in ("scale_factor", "shift_factor")
-        if isinstance(value := (stated or {}).get(name), int | float)
-    }
-    where = os.fspath(file)
+    specs, where = read_header(file).tensors, os.fspath(file)
+    stated = stated if isinstance(stated, Mapping) else {}
+    names = ("scale_factor", "shift_factor")
+    factors = {name: stated[name] for name in names if isinstance(stated.get(name), (int, float))}
     config = vae_config({key: spec.shape for key, spec in specs.items()}, where=where, **factors)
     dtype = dtype or specs["decoder.conv_in.weight"].dtype
     vae = AutoEncoder(config, device="meta", dtype=dtype).eval()
     check_tensors(official_tensors(vae), specs, where=where)
-    fill_(vae, specs, Placement(device=device), where=where)
+    fill_(vae, specs, Placement(device=device))
     return vae
 
 
@@ -249,9 +219,6 @@ def read_config(
         vae: its autoencoder.
         stated: config.json, if there is one.
         special_tokens: ids of the markers; None takes those of the released checkpoints.
-
-    Raises:
-        ValueError: keys, shapes and JSON files disagree.
     """
     return bagel_config(
         {key: spec.shape for key, spec in checkpoint.specs.items()},
@@ -288,23 +255,17 @@ def load_bagel(
     Raises:
         ValueError: a file is missing or damaged, or keys, shapes and JSON files disagree.
     """
-    where = os.fspath(directory)
     placement = placement or Placement(device=device)
-    checkpoint = Checkpoint(directory)
-    stated_file = Path(directory) / "config.json"
+    checkpoint, stated_file = Checkpoint(directory), Path(directory) / "config.json"
     stated = read_json(stated_file) if stated_file.exists() else {}
-    stated_vae = stated.get("vae_config")
     vae = load_vae(
-        checkpoint.vae_file,
-        device=placement.device,
-        dtype=dtype,
-        stated=stated_vae if isinstance(stated_vae, dict) else None,
+        checkpoint.vae_file, device=placement.device, dtype=dtype, stated=stated.get("vae_config")
     )
     config = read_config(checkpoint, vae.config, stated=stated, special_tokens=special_tokens)
     specs = checkpoint.specs
     dtype = dtype or specs["language_model.model.embed_tokens.weight"].dtype
     model = Bagel(config, device="meta", dtype=dtype)
-    check_tensors(official_tensors(model), specs, where=where)
+    check_tensors(official_tensors(model), specs, where=os.fspath(directory))
     leave_out(model, unneeded(config.llm, Task(placement.task)))
     if placement.device_map is not None:
         placement = replace(placement, device_map=plan_device_map(model, placement))
@@ -316,9 +277,9 @@ def load_bagel(
             name = FFN_NAMES[component]
             if (ffn := getattr(layer, name)) is not None:
                 # One by one, so that a device holds one FFN more than it has to.
-                fill_(ffn, specs, placement, where=where, prefix=f"{LAYERS}.{index}.{name}.")
+                fill_(ffn, specs, placement, prefix=f"{LAYERS}.{index}.{name}.")
                 quantize_ffn_(ffn.requires_grad_(False), storage)
-    fill_(model, specs, placement, where=where)
+    fill_(model, specs, placement)
     if placement.device_map is not None:
         _dispatch(model, placement)
     return model, vae
@@ -363,8 +324,29 @@ def plan_device_map(model: nn.Module, placement: Placement) -> dict[str, Device]
         ImportError: accelerate is not installed.
     """
     device_map, device = placement.device_map, placement.device
+    layers = model.get_submodule(LAYERS)
+    # The largest modules without decoder layers in them.
+    outside: list[str] = []
+    for path, _ in model.named_modules():
+        above = not path or f"{LAYERS}.".startswith(f"{path}.")
+        if not above and not path.startswith((f"{LAYERS}.", *(f"{known}." for known in outside))):
+            outside.append(path)
     if device_map == "auto":
-        return _fill_devices(model, device=device, max_memory=placement.max_memory)
+        utils, main = _accelerate("utils"), torch.device(device)
+        room = dict(
+            utils.get_max_memory(dict(placement.max_memory) if placement.max_memory else None)
+        )
+        name = main.type if main.type == "cpu" else main.index or 0
+        if name in room:
+            taken = sum(
+                w.nbytes for path in outside for w in model.get_submodule(path).parameters()
+            )
+            room[name] = max(0, room[name] - taken)
+        filled = utils.infer_auto_device_map(
+            layers, max_memory=room, no_split_module_classes=["DecoderLayer"]
+        )
+        placed = {f"{LAYERS}.{path}".rstrip("."): place for path, place in filled.items()}
+        return {**dict.fromkeys(outside, device), **placed}
     if not isinstance(device_map, Mapping):
         raise ValueError(
             f"device_map must be 'auto' or a mapping of module paths to devices, got {device_map!r}"
@@ -373,61 +355,18 @@ def plan_device_map(model: nn.Module, placement: Placement) -> dict[str, Device]
     for path, place in device_map.items():
         if path not in known:
             raise ValueError(f"device_map must name modules, got {path!r}")
-        in_layers = path == LAYERS or path.startswith(f"{LAYERS}.")
-        if not in_layers and str(place) != str(device):
+        if not f"{path}.".startswith(f"{LAYERS}.") and str(place) != str(device):
             raise ValueError(
                 f"device_map may place {LAYERS} and what is below; all else is on {device}, "
                 f"got {path!r} on {place!r}"
             )
-    layers = [f"{LAYERS}.{name}" for name, _ in model.get_submodule(LAYERS).named_children()]
-    rest = [path for path in (*_outside(model), *layers) if _longest(device_map, path) is None]
-    return {**dict.fromkeys(rest, device), **device_map}
-
-
-def _fill_devices(
-    model: nn.Module, *, device: Device, max_memory: Mapping[Any, Any] | None
-) -> dict[str, Device]:
-    utils = _accelerate("utils")
-    room = dict(utils.get_max_memory(None if max_memory is None else dict(max_memory)))
-    main = torch.device(device)
-    name = main.type if main.type == "cpu" else main.index or 0
-    outside = sum(
-        weight.nbytes
-        for key, weight in model.named_parameters()
-        if not key.startswith(f"{LAYERS}.")
-    )
-    if name in room:
-        room[name] = max(0, room[name] - outside)
-    layers = model.get_submodule(LAYERS)
-    filled = utils.infer_auto_device_map(
-        layers, max_memory=room, no_split_module_classes=["DecoderLayer"]
-    )
-    placed: dict[str, Device] = dict.fromkeys(_outside(model), device)
-    if set(filled) == {""}:
-        return placed | {LAYERS: filled[""]}
-    return placed | {f"{LAYERS}.{path}": place for path, place in filled.items()}
-
-
-def _outside(model: nn.Module) -> list[str]:
-    """Returns the paths of the largest modules without decoder layers in them."""
-    paths: list[str] = []
-    for path, _ in model.named_modules():
-        above = path == "" or LAYERS.startswith(f"{path}.")
-        if (
-            not above
-            and not path.startswith(LAYERS)
-            and not path.startswith(tuple(f"{known}." for known in paths))
-        ):
-            paths.append(path)
-    return paths
+    rest = (*outside, *(f"{LAYERS}.{name}" for name, _ in layers.named_children()))
+    placed = dict.fromkeys((path for path in rest if _longest(device_map, path) is None), device)
+    return {**placed, **device_map}
 
 
 def _dispatch(model: nn.Module, placement: Placement) -> None:
-    """Lets accelerate put its hooks on a loaded model.
-
-    Raises:
-        ValueError: something goes to "disk" and there is no folder for it.
-    """
+    """Lets accelerate put its hooks on a loaded model."""
     device_map, folder = placement.device_map, placement.offload_folder
     assert isinstance(device_map, Mapping)
     if "disk" in device_map.values() and folder is None:

@@ -36,9 +36,6 @@ def sincos_table(side: int, channels: int) -> Tensor:
 
     The first half of the channels encodes the column, the second the row; each half is sines, then
     cosines, of the coordinate times 10000^(-i / (channels / 4)).
-
-    Raises:
-        ValueError: channels is not a multiple of 4.
     """
     if channels % 4:
         raise ValueError(f"sincos_table: channels must be a multiple of 4, got {channels}")
@@ -53,19 +50,11 @@ def sincos_table(side: int, channels: int) -> Tensor:
 class PositionTable(nn.Module):
     """A frozen table of grid positions, stored in the checkpoint as `pos_embed`."""
 
-    def __init__(
-        self,
-        side: int,
-        channels: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, side: int, channels: int, **factory: Any) -> None:
         super().__init__()
-        if device is not None and torch.device(device).type == "meta":
-            table = torch.empty(side * side, channels, device=device, dtype=dtype)
-        else:
-            table = sincos_table(side, channels).to(device=device, dtype=dtype)
+        table = torch.empty(side * side, channels, **factory)
+        if not table.is_meta:
+            table.copy_(sincos_table(side, channels))
         self.pos_embed = nn.Parameter(table, requires_grad=False)
 
     def forward(self, position_ids: Tensor) -> Tensor:
@@ -78,18 +67,12 @@ class TimestepEmbedder(nn.Module):
 
     num_frequencies = 256
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, hidden_size: int, **factory: Any) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(self.num_frequencies, hidden_size, device=device, dtype=dtype),
+            nn.Linear(self.num_frequencies, hidden_size, **factory),
             nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype),
+            nn.Linear(hidden_size, hidden_size, **factory),
         )
 
     def forward(self, time: Tensor) -> Tensor:
@@ -126,15 +109,11 @@ class Bagel(nn.Module):
         self.language_model = LanguageModel(config.llm, **factory)
         self.vit_model = VisionModel(config.vision, **factory)
         self.connector = FeedForward(config.vision.hidden_size, width, width, **factory)
-        self.vit_pos_embed = PositionTable(
-            config.vit_max_num_patch_per_side, width, device=device, dtype=dtype
-        )
-        self.latent_pos_embed = PositionTable(
-            config.max_latent_size, width, device=device, dtype=dtype
-        )
-        self.time_embedder = TimestepEmbedder(width, device=device, dtype=dtype)
-        self.vae2llm = nn.Linear(config.token_channels, width, device=device, dtype=dtype)
-        self.llm2vae = nn.Linear(width, config.token_channels, device=device, dtype=dtype)
+        self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, width, **factory)
+        self.latent_pos_embed = PositionTable(config.max_latent_size, width, **factory)
+        self.time_embedder = TimestepEmbedder(width, **factory)
+        self.vae2llm = nn.Linear(config.token_channels, width, **factory)
+        self.llm2vae = nn.Linear(width, config.token_channels, **factory)
         self.eval()
 
     @property
@@ -158,11 +137,7 @@ class Bagel(nn.Module):
     @context("prefill_text")
     @torch.no_grad()
     def prefill_text(self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]) -> None:
-        """Lets each context read a text, given as ids without bos and eos, which are added.
-
-        Raises:
-            ValueError: an id is outside the vocabulary.
-        """
+        """Lets each context read a text, given as ids without bos and eos, which are added."""
         special, vocab_size = self.config.special_tokens, self.config.llm.vocab_size
         texts = [[special.bos, *ids, special.eos] for ids in token_ids]
         for token in (token for text in texts for token in text):
@@ -201,9 +176,6 @@ class Bagel(nn.Module):
 
         Args:
             images: normalised pixels [3, H, W] of each context, sides multiples of the patch size.
-
-        Raises:
-            ValueError: a side is not a multiple of the patch size, or too long.
         """
         vit_model = _loaded(self.vit_model, "vit_model")
         side, patch = self.config.vit_max_num_patch_per_side, self.config.vision.patch_size
@@ -212,18 +184,15 @@ class Bagel(nn.Module):
         positions = torch.cat([own for _, own in cut])
         seen = vit_model(torch.cat([patches for patches, _ in cut]), positions, lengths)
         seen = self.connector(seen) + self.vit_pos_embed(positions)  # [N, D]
-
         start, end = self.markers().split(1)
         parts = [torch.cat([start, part, end]) for part in seen.split(lengths)]
-        is_marker = torch.cat(
-            [torch.tensor([True] + [False] * length + [True]) for length in lengths]
-        )
+        is_vit = torch.tensor([i for n in lengths for i in (False, *[True] * n, False)])
         self._read(
             contexts,
             torch.cat(parts),
             [length + 2 for length in lengths],
-            text_rows=is_marker.nonzero()[:, 0].to(self.device),
-            vit_rows=(~is_marker).nonzero()[:, 0].to(self.device),
+            text_rows=(~is_vit).nonzero()[:, 0].to(self.device),
+            vit_rows=is_vit.nonzero()[:, 0].to(self.device),
         )
 
     @context("prefill_latents")
@@ -233,9 +202,6 @@ class Bagel(nn.Module):
 
         Args:
             latents: latent [C, h, w] of each context, sides multiples of `latent_patch_size`.
-
-        Raises:
-            ValueError: a side is not a multiple, or the image is too large.
         """
         time = torch.zeros(1, device=self.device)
         patch, side = self.config.latent_patch_size, self.config.max_latent_size
@@ -294,10 +260,9 @@ class Bagel(nn.Module):
             **rows,
         )
         hidden: Tensor = self.language_model.model(und, gen, packing)[0]
-        for past, length, more in zip(
-            contexts, lengths, gen_lengths or [0] * len(lengths), strict=True
-        ):
-            past.advance(length + more, length if causal else 1)
+        for i, (past, length) in enumerate(zip(contexts, lengths, strict=True)):
+            past.length += length + (gen_lengths[i] if gen_lengths else 0)
+            past.position += length if causal else 1
         return hidden
 
     def _patches(self, image: Tensor, patch: int, side: int) -> tuple[Tensor, Tensor]:
@@ -325,11 +290,7 @@ class Bagel(nn.Module):
 
 
 def _loaded(module: Any, what: str) -> Any:
-    """Returns a module that the task may have left out.
-
-    Raises:
-        ValueError: it did.
-    """
+    """Returns a module that the task may have left out."""
     if module is None:
         raise ValueError(
             f"{what} must be loaded for this, got a model loaded for another task; "
@@ -372,9 +333,8 @@ class Denoiser:
             for grid in grids
         ]
 
-    @torch.no_grad()
     def __call__(self, tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
-        """Runs the model once.
+        """Runs the model once, with gradients where they are on.
 
         Args:
             tokens: noisy image [N, p * p * C] of each image.
@@ -383,21 +343,17 @@ class Denoiser:
         Returns:
             For each image the velocities [number of its branches, N, p * p * C], fp32.
         """
-        return self.predict(tokens, time)
-
-    def predict(self, tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
-        """What a call does, with gradients where they are on; compiled by `Execution`."""
-        model, counts = self.model, self.num_branches
-        gen: list[Tensor] = []
-        for x, positions, count in zip(tokens, self.positions, counts, strict=True):
+        model, gen = self.model, []
+        for x, positions, count in zip(tokens, self.positions, self.num_branches, strict=True):
             gen += [model.embed_latent(x, positions, time)] * count
         hidden = model.language_model.model(self.markers, torch.cat(gen), self.packing)[1]
         out = model.llm2vae(hidden).float()
-        lengths = [len(x) * count for x, count in zip(tokens, counts, strict=True)]
-        return [
-            part.view(count, len(x), -1)
-            for part, x, count in zip(out.split(lengths), tokens, counts, strict=True)
-        ]
+        velocities, start = [], 0
+        for x, count in zip(tokens, self.num_branches, strict=True):
+            part = out[start : start + count * len(x)]
+            velocities.append(part.view(count, len(x), -1))
+            start += len(part)
+        return velocities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -446,9 +402,8 @@ def training_forward(
         und = und.index_copy(0, batch.packing.vit_rows, seen.to(und.dtype))
     gen = None
     if batch.latents is not None:
-        gen = model.vae2llm(batch.latents.to(dtype)) + model.latent_pos_embed(
-            batch.latent_positions
-        )
+        gen = model.vae2llm(batch.latents.to(dtype))
+        gen = gen + model.latent_pos_embed(batch.latent_positions)
         gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
     packing = batch.packing.additive(dtype)
     with _router_logits(decoder.layers) as routed:
@@ -463,9 +418,8 @@ def training_forward(
         hidden = decoder.norm(und.index_select(0, batch.label_rows))
         text_loss = F.cross_entropy(language.lm_head(hidden).float(), batch.labels, reduction="sum")
     if batch.image_tokens and gen is not None:
-        predicted = model.llm2vae(
-            decoder.norm_moe_gen(gen.index_select(0, batch.velocity_rows))
-        ).float()
+        hidden = decoder.norm_moe_gen(gen.index_select(0, batch.velocity_rows))
+        predicted = model.llm2vae(hidden).float()
         image_loss = (predicted - batch.velocities).square().mean(-1).sum()
     loads: dict[tuple[str, int], Tensor] = {}
     alike: dict[tuple[torch.Size, int], list[tuple[str, int]]] = {}

@@ -54,26 +54,22 @@ class LatentSegment:
         time: None for an image that is looked at (time 0); else what the loss asks for: the
             velocity noise - latent at (1 - time) * latent + time * noise.
         noise: [C, h, w], with a time only.
-
-    Raises:
-        ValueError: one of time and noise without the other, or a time outside [0, 1].
     """
 
     latent: Tensor
     time: float | None = None
     noise: Tensor | None = None
 
+    @context("LatentSegment")
     def __post_init__(self) -> None:
         if (self.time is None) != (self.noise is None):
-            raise ValueError(
-                "LatentSegment: time and noise must be given together, got only "
-                f"{'noise' if self.time is None else 'time'}"
-            )
+            only = "noise" if self.time is None else "time"
+            raise ValueError(f"time and noise must be given together, got only {only}")
         if self.time is not None and not 0 <= self.time <= 1:
-            raise ValueError(f"LatentSegment: time must be from 0 to 1, got {self.time}")
+            raise ValueError(f"time must be from 0 to 1, got {self.time}")
         if self.noise is not None and self.noise.shape != self.latent.shape:
             raise ValueError(
-                f"LatentSegment: noise must have the shape of latent, {list(self.latent.shape)}, "
+                f"noise must have the shape of latent, {list(self.latent.shape)}, "
                 f"got {list(self.noise.shape)}"
             )
 
@@ -157,21 +153,14 @@ _MOST_PADDED_COST = 2.0
 
 
 class _Streams(NamedTuple):
-    """The tokens of a sequence in the und and in the gen stream.
+    """The tokens of a sequence in the und and in the gen stream."""
 
-    Attributes:
-        und_positions, gen_positions: rotary positions.
-        und_tags, gen_tags: the segment, counted from 0, and the kind of each token, as one number.
-        is_vit: which und tokens are seen through the ViT; the markers around them are not.
-        vit_lengths, latent_lengths: tokens of each image.
-    """
-
-    und_positions: list[int]
+    und_positions: list[int]  # rotary
     gen_positions: list[int]
-    und_tags: list[int]
+    und_tags: list[int]  # the segment, counted from 0, and the kind of each token, as one number
     gen_tags: list[int]
-    is_vit: list[bool]
-    vit_lengths: list[int]
+    is_vit: list[bool]  # which und tokens are seen through the ViT; markers around them are not
+    vit_lengths: list[int]  # tokens of each image
     latent_lengths: list[int]
 
     @property
@@ -220,17 +209,12 @@ def _masks(many: Sequence[_Streams], lengths: Mapping[str, int]) -> Tensor:
     scores is empty, and nothing sees it.
     """
     padding = _tag(-1, _NOISED)
-    tags = torch.tensor(
-        [
-            [
-                *streams.und_tags,
-                *[padding] * (lengths[UND] - len(streams.und_tags)),
-                *streams.gen_tags,
-                *[padding] * (lengths[GEN] - len(streams.gen_tags)),
-            ]
-            for streams in many
-        ]
-    )
+    rows = []
+    for streams in many:
+        und = streams.und_tags + [padding] * (lengths[UND] - len(streams.und_tags))
+        gen = streams.gen_tags + [padding] * (lengths[GEN] - len(streams.gen_tags))
+        rows.append(und + gen)
+    tags = torch.tensor(rows)
     segment, kind = tags // len(_KINDS), tags % len(_KINDS)
     is_text, is_noised = kind == _KINDS.index(_TEXT), kind == _KINDS.index(_NOISED)
     index = torch.arange(tags.shape[1])
@@ -251,10 +235,7 @@ def _make_groups(layouts: Sequence[tuple[_Layout, int]]) -> list[Group]:
     many, counts = [_streams_of(layout) for layout, _ in layouts], [n for _, n in layouts]
     longest = {s: max(streams.lengths[s] for streams in many) for s in (UND, GEN)}
     most = sum(longest.values())
-    needed = sum(
-        sum(streams.lengths.values()) ** 2 * count
-        for streams, count in zip(many, counts, strict=True)
-    )
+    needed = sum(sum(s.lengths.values()) ** 2 * n for s, n in zip(many, counts, strict=True))
     pays = most <= _MOST_PADDED_TOKENS and most**2 * sum(counts) <= _MOST_PADDED_COST * needed
     if len(layouts) > 1 and pays:
         return [_padded(many, counts, longest)]
@@ -338,12 +319,8 @@ def _patchify_all(images: Sequence[Tensor], patch: int) -> Tensor:
 
 
 def _grids(images: Sequence[Tensor], patch: int, side: int) -> Tensor:
-    shapes = [image.shape for image in images]
-    grids = {
-        shape: grid_positions(shape[1] // patch, shape[2] // patch, side)
-        for shape in dict.fromkeys(shapes)
-    }
-    return torch.cat([grids[shape] for shape in shapes])
+    sizes = [image.shape[1:] for image in images]
+    return torch.cat([grid_positions(h // patch, w // patch, side) for h, w in sizes])
 
 
 @context("pack_training")
@@ -360,9 +337,6 @@ def pack_training(
         config: of the model.
         sequences: at least one, each of at least one segment; markers of images are added here.
         device: that the batch is moved to then.
-
-    Raises:
-        ValueError: there is no sequence, or one does not fit the model.
     """
     if not sequences:
         raise ValueError("sequences must hold at least one sequence, got none")
@@ -408,9 +382,8 @@ def _batch(
     velocities = torch.empty(0, config.token_channels)
     if clean:
         times = torch.tensor([s.time or 0.0 for s in images])
-        time_rows = torch.arange(len(clean)).repeat_interleave(
-            torch.tensor(repeated("latent_lengths"))
-        )
+        lengths = torch.tensor(repeated("latent_lengths"))
+        time_rows = torch.arange(len(clean)).repeat_interleave(lengths)
         asked = torch.tensor([s.time is not None for s in images])[time_rows]
         data = _patchify_all(clean, patch)
         noise = [torch.zeros_like(s.latent) if s.noise is None else s.noise for s in images]

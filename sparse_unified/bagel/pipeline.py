@@ -3,33 +3,37 @@
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import secrets
 import sys
 import time as clock
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Report, check_int, context, optional, progress_bar
+from sparse_unified._common import (
+    Report,
+    check_int,
+    check_number,
+    context,
+    optional,
+    progress_bar,
+)
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.execution import Execution
-from sparse_unified.bagel.images import ImageProcessor
+from sparse_unified.bagel.images import ImageProcessor, to_rgb
 from sparse_unified.bagel.loading import Device, Offload, Placement, Task, load_bagel
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.sampler import (
-    Guidance,
     Renorm,
     SamplingConfig,
-    StepCache,
     build_guidance,
     computed_steps,
     initial_noise,
@@ -79,11 +83,6 @@ class Timing(Report):
         text_tokens: text tokens generated.
         steps: denoising steps, of all batches.
         computed_steps: those in which the model ran; a step cache extrapolates the others.
-        step_seconds: of each step.
-        prefill_seconds: reading the context.
-        text_seconds: writing text.
-        decode_seconds: turning latents into pixels.
-        total_seconds: of the whole call.
         peak_memory_bytes: on a GPU the most allocated during the call, on the CPU the most
             resident memory the process ever had.
     """
@@ -144,22 +143,12 @@ class TextResult:
         return self.text
 
 
-# ---- What a user asks for, brought into one shape and checked before anything is computed
+# ---- What a user asks for, checked before anything is computed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRequest:
-    """One image to generate: the text, the images before it, the seed, and the size in pixels."""
-
-    text: str
-    images: list[Image]
-    seed: int
-    size: Size
-
-
-def check_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Returns the prompts as a list, each a string that is not blank."""
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+def check_prompts(prompts: Any) -> list[str]:
+    """Returns one prompt or several as a list, each a string that is not blank."""
+    listed = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not listed:
         raise ValueError("prompts must hold at least one prompt, got none")
     for prompt in listed:
@@ -170,46 +159,41 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     return listed
 
 
-def check_images(
-    images: Images | Sequence[Images], prompts: str | Sequence[str]
-) -> list[list[Image]]:
-    """Returns the images before each prompt.
+def _per_prompt(name: str, value: Any, count: int, *, is_one: bool) -> list[Any]:
+    """Returns a value, or a list of values, as a list with one entry per prompt."""
+    listed = [value] * count if is_one else value
+    if not isinstance(listed, (list, tuple)) or len(listed) != count:
+        number = f"{len(listed)}" if isinstance(listed, (list, tuple)) else repr(value)
+        raise ValueError(f"{name} must be one or a list of {count}, got {number:.120}")
+    return list(listed)
+
+
+def check_images(images: Any, prompts: str | Sequence[str]) -> list[list[Image]]:
+    """Returns the images before each prompt, in RGB.
 
     One prompt as a string takes an image or a list of them; a list of prompts takes a list of the
     same length, each entry an image, a list of images, or None.
     """
-    num_prompts = 1 if isinstance(prompts, str) else len(prompts)
-    if images is None:
-        return [[] for _ in range(num_prompts)]
-    kind = optional("PIL.Image").Image
-    is_one = isinstance(images, kind)
-    entries: Any = [images] if isinstance(prompts, str) or is_one else images
-    if len(entries) != num_prompts or (is_one and not isinstance(prompts, str)):
-        raise ValueError(
-            f"images must be a list with one entry for each of {num_prompts} prompts, "
-            f"got {len(entries)}"
-        )
-    listed = [[] if e is None else [e] if isinstance(e, kind) else list(e) for e in entries]
-    for image in (image for own in listed for image in own):
-        if not isinstance(image, kind):
-            raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
-        if 0 in image.size:
-            raise ValueError(f"image must hold pixels, got size {image.size}")
+    if isinstance(prompts, str):
+        images, prompts = [images], [prompts]
+    listed: list[list[Image]] = []
+    for entry in _per_prompt("images", images, len(prompts), is_one=images is None):
+        own = [] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry]
+        for image in own:
+            if not isinstance(image, optional("PIL.Image").Image):
+                raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
+        listed.append([to_rgb(image) for image in own])
     return listed
 
 
 def check_seeds(seed: int | Sequence[int] | None, num_images: int) -> list[int]:
     """Returns one seed per image: as given, counted up from one number, or drawn at random."""
-    seeds: list[Any] = list(seed) if isinstance(seed, Sequence) else [seed]
-    if seed is None:
-        seeds = [secrets.randbits(32)]
-    elif isinstance(seed, Sequence) and len(seeds) != num_images:
-        raise ValueError(f"seed must be one integer or {num_images}, got {len(seeds)}")
+    first = secrets.randbits(32) if seed is None else seed
+    is_one = not isinstance(first, (list, tuple))
+    seeds = _per_prompt("seed", first, num_images, is_one=is_one)
     for value in seeds:
         check_int("seed", value, 0, 2**63 - 1)
-    if isinstance(seed, Sequence):
-        return seeds
-    return [(seeds[0] + i) % 2**63 for i in range(num_images)]
+    return [(value + i) % 2**63 for i, value in enumerate(seeds)] if is_one else seeds
 
 
 def choose_sizes(
@@ -226,42 +210,38 @@ def choose_sizes(
     side = min(1024 // step, config.max_latent_size) * step
     if size is None:
         return [own or (side, side) for own in edited]
-    listed: Any = size
-    if not isinstance(size, Sequence) or not size:
-        raise ValueError(f"size must be a pair (height, width), got {size!r}")
-    if all(isinstance(value, int) for value in listed):
-        listed = [size] * len(edited)
-    if len(listed) != len(edited):
-        raise ValueError(f"size must be one (height, width) or {len(edited)}, got {len(listed)}")
-    for pair in listed:
+    is_one = not (isinstance(size, Sequence) and all(isinstance(own, Sequence) for own in size))
+    sizes = _per_prompt("size", size, len(edited), is_one=is_one)
+    for pair in sizes:
         if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"size must be a pair (height, width), got {pair!r}")
+            raise ValueError(f"size must be a pair (height, width), got {pair!r:.120}")
         config.token_grid(*pair)
-    return [(height, width) for height, width in listed]
+    return [(height, width) for height, width in sizes]
 
 
-def image_batches(
-    requests: Sequence[ImageRequest], batch_size: int | None, settings: Mapping[str, Any]
+def sampling_batches(
+    edits: Sequence[bool], batch_size: int | None, settings: Mapping[str, Any]
 ) -> list[tuple[list[int], SamplingConfig]]:
-    """Groups requests into batches of one way to sample.
+    """Groups images into batches of one way to sample.
 
     What an image is sampled with depends on its own request alone, independent of the rest of the
     batch.
 
     Args:
-        batch_size: most requests in a batch; None is any number.
+        edits: for each image, whether it edits others.
+        batch_size: most images in a batch; None is any number.
         settings: of `SamplingConfig`; None takes the official one, for editing or for text to
             image.
 
     Returns:
-        The positions of the requests of each batch, in order, and how to sample them.
+        The positions of the images of each batch, in order, and how to sample them.
     """
     if batch_size is not None:
         check_int("batch_size", batch_size, 1)
     given = {name: value for name, value in settings.items() if value is not None}
     groups: dict[SamplingConfig, list[int]] = {}
-    for index, request in enumerate(requests):
-        config = SamplingConfig(**((_EDITING if request.images else {}) | given))
+    for index, is_edit in enumerate(edits):
+        config = SamplingConfig(**((_EDITING if is_edit else {}) | given))
         groups.setdefault(config, []).append(index)
     return [
         (indices[start : start + step], config)
@@ -289,18 +269,15 @@ def generate_tokens(
         contexts: KV caches of what the sequences have seen; they are only read.
         max_length: most tokens of a sequence, the leading bos included.
         temperature: None takes the likeliest token; otherwise tokens are drawn from
-            softmax(logits / temperature).
+            softmax(logits / temperature); 1e-6 to 1e6.
         seeds: one per sequence, for drawing; a sequence gets the same text alone or in a batch.
 
     Returns:
         Token ids of each sequence, from bos up to but without eos.
-
-    Raises:
-        ValueError: max_length or temperature is out of range, or seeds are missing.
     """
     check_int("max_length", max_length, 1)
-    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+    if temperature is not None:
+        check_number("temperature", temperature, 1e-6, 1e6)
     if temperature is not None and (seeds is None or len(seeds) != len(contexts)):
         raise ValueError(f"seeds must be {len(contexts)} integers when sampling, got {seeds}")
     special = model.config.special_tokens
@@ -341,9 +318,6 @@ class BagelPipeline:
         vae: its autoencoder.
         tokenizer: its tokenizer, with the marker ids of `model.config`.
         execution: how the model is run in each step; may be set later. None is op by op.
-
-    Raises:
-        ValueError: they do not fit together.
     """
 
     def __init__(
@@ -374,6 +348,7 @@ class BagelPipeline:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        revision: str | None = None,
         task: Task | str = Task.ALL,
         offload: Offload | str = Offload.NONE,
         storage: str | Mapping[str, str] | None = None,
@@ -389,6 +364,7 @@ class BagelPipeline:
             name: a model directory, or a hub id such as "ByteDance-Seed/BAGEL-7B-MoT".
             device: where the weights go.
             dtype: what they become; None keeps what each file holds.
+            revision: of a hub id: a branch, tag or commit; None is the newest.
             task: "image" leaves out what images from texts never read: the head, the ViT, and the
                 last layer's und FFN; "edit" leaves out the head and that FFN; "all", nothing.
                 Images are the same bit for bit.
@@ -405,8 +381,7 @@ class BagelPipeline:
 
         Raises:
             ValueError: there is no such model, its files are damaged or disagree, or the arguments
-                do not go together.
-            ImportError: an extra is not installed.
+                do not go together. ImportError: an extra is not installed.
         """
         execution = Execution(compile=compile, cuda_graphs=cuda_graphs)
         placement = Placement(
@@ -425,7 +400,7 @@ class BagelPipeline:
                     "compile and cuda_graphs must come without device_map and offload, "
                     f"got device_map={device_map!r}, offload={Offload(offload).value!r}"
                 )
-        directory = find_model(name)
+        directory = find_model(name, revision=revision)
         tokenizer = Tokenizer.from_directory(directory)
         special = tokenizer.special_tokens
         model, vae = load_bagel(directory, dtype=dtype, special_tokens=special, placement=placement)
@@ -440,98 +415,89 @@ class BagelPipeline:
         images: Images | Sequence[Images] = None,
         seed: int | Sequence[int] | None = None,
         size: Size | Sequence[Size] | None = None,
-        num_timesteps: int = 50,
-        timestep_shift: float = 3.0,
-        cfg_text_scale: float = 4.0,
-        cfg_img_scale: float | None = None,
-        cfg_interval: tuple[float, float] | None = None,
-        cfg_renorm_type: Renorm | str | None = None,
-        cfg_renorm_min: float = 0.0,
-        cache: StepCache | None = None,
         think: bool = False,
         max_think_length: int = 1000,
         think_temperature: float | None = None,
         batch_size: int | None = None,
         progress: bool = True,
+        **sampling: Any,
     ) -> GenerationResult:
         """Generates one image per prompt, many of them together.
 
         Args:
-            prompts: one text or several.
+            prompts: one text or several. Markers in a text, such as <|im_end|>, become the markers'
+                ids, as in the official code, and its length is not limited: a service should look
+                at both first.
             images: to edit: for one text an image or a list; for several texts a list of such, or
                 None, one for each.
             seed: one per image; a single number is counted up from image to image; None is random.
                 The same prompt and seed give the same image alone or among others.
             size: (height, width) in pixels, multiples of 16; one for all or one per prompt. None is
                 that of the last image, or 1024 x 1024.
-            num_timesteps: see `SamplingConfig`, as for the next six. None takes the official
-                setting for each prompt by itself.
-            timestep_shift: more steps near the noise above 1.
-            cfg_text_scale: strength of text guidance.
-            cfg_img_scale: of image guidance. None is 1 for text alone, 2 for a prompt with images.
-            cfg_interval: times of guidance. None is (0.4, 1.0) for text alone, (0.0, 1.0) with
-                images.
-            cfg_renorm_type: see `Renorm`. None is "global" for text alone, "text_channel" with
-                images.
-            cfg_renorm_min: least factor of the renormalisation.
-            cache: extrapolate the velocities of some steps instead of computing them.
             think: let the model plan in text first.
             max_think_length: most tokens of that text.
             think_temperature: of that text; None is greedy.
             batch_size: most images computed together, of those with one setting; None is all.
             progress: show a bar.
-
-        Raises:
-            ValueError, TypeError: an argument is out of range.
+            sampling: fields of `SamplingConfig`. None, and what is not given, takes the official
+                setting of each prompt: for text alone the default; for a prompt with images
+                cfg_img_scale 2, cfg_interval (0, 1) and cfg_renorm_type "text_channel".
         """
         texts, before = check_prompts(prompts), check_images(images, prompts)
         resized = self.image_processor.for_vae.size
         edited = [resized(*own[-1].size)[::-1] if own else None for own in before]
         seeds = check_seeds(seed, len(texts))
         sizes = choose_sizes(size, edited, self.model.config)
-        wanted = [
-            ImageRequest(text=text, images=own, seed=number, size=pair)
-            for text, own, number, pair in zip(texts, before, seeds, sizes, strict=True)
-        ]
-        settings = {
-            "num_timesteps": num_timesteps,
-            "timestep_shift": timestep_shift,
-            "cfg_text_scale": cfg_text_scale,
-            "cfg_img_scale": cfg_img_scale,
-            "cfg_interval": cfg_interval,
-            "cfg_renorm_type": cfg_renorm_type,
-            "cfg_renorm_min": cfg_renorm_min,
-            "cache": cache,
-        }
-        batches = image_batches(wanted, batch_size, settings)
+        batches = sampling_batches([bool(own) for own in before], batch_size, sampling)
+        num_steps = sum(config.num_timesteps - 1 for _, config in batches)
+        report, model, encode = self._timing(), self.model, self.tokenizer.encode
+        see = self.image_processor.encode
+        drawn: dict[int, Image] = {}
+        latents: dict[int, Tensor] = {}
+        thoughts: dict[int, str] = {}
+        with (
+            self._clock(report, "total_seconds"),
+            progress_bar("denoising", "step", show=progress) as bar,
+        ):
 
-        start = clock.perf_counter()
-        report = self._timing()
-        thoughts, latents, drawn = [], [], []
-        done, num_steps = count(1), len(batches) * (num_timesteps - 1)
-        with progress_bar("denoising", "step", show=progress) as bar:
-            for indices, config in batches:
-                batch = [wanted[i] for i in indices]
-                guidance = self._read(batch, think, report)
-                if think:
-                    own = [request.seed for request in batch]
-                    thoughts += self._plan(
-                        guidance, max_think_length, think_temperature, own, report
+            def on_step(_: int, seconds: float) -> None:
+                report.step_seconds.append(seconds)
+                bar(len(report.step_seconds), num_steps)
+
+            for batch, config in batches:
+                with self._clock(report, "prefill_seconds"):
+                    guidance = build_guidance(
+                        model,
+                        [encode(texts[i]) for i in batch],
+                        images=[[see(image, vae=True) for image in before[i]] for i in batch],
+                        system_ids=encode(THINK_BEFORE_IMAGE) if think else None,
                     )
-                tokens = self._denoise(
-                    batch, guidance, config, report, lambda: bar(next(done), num_steps)
+                report.context_tokens += sum(g.full.length for g in guidance)
+                if think:  # the full contexts read the plan; unconditional ones never see it
+                    full, own = [g.full for g in guidance], [seeds[i] for i in batch]
+                    written = self._write(full, max_think_length, think_temperature, own, report)
+                    with self._clock(report, "text_seconds"):
+                        model.prefill_text(full, [encode(plan) for plan, _ in written])
+                    thoughts.update((i, plan) for i, (plan, _) in zip(batch, written, strict=True))
+                grids = [model.config.token_grid(*sizes[i]) for i in batch]
+                noise = [
+                    initial_noise(rows * columns, model.config.token_channels, seeds[i])
+                    for (rows, columns), i in zip(grids, batch, strict=True)
+                ]
+                tokens = sample_latents(
+                    model, guidance, noise, grids, config, execution=self.execution, on_step=on_step
                 )
-                before_decoding = clock.perf_counter()
-                for x, request in zip(tokens, batch, strict=True):
-                    drawn.append(self.image_processor.decode(x, request.size))
-                report.decode_seconds += self._since(before_decoding)
-                latents += [x.cpu() for x in tokens]
-        order = sorted(range(len(wanted)), key=[i for own, _ in batches for i in own].__getitem__)
-        self._finish(report, start)
+                report.computed_steps += sum(computed_steps(config))
+                report.image_tokens += sum(len(x) for x in tokens)
+                with self._clock(report, "decode_seconds"):
+                    for i, x in zip(batch, tokens, strict=True):
+                        drawn[i] = self.image_processor.decode(x, sizes[i])
+                latents.update((i, x.cpu()) for i, x in zip(batch, tokens, strict=True))
+            report.steps = len(report.step_seconds)
         return GenerationResult(
-            images=[drawn[i] for i in order],
-            latents=[latents[i] for i in order],
-            thoughts=[thoughts[i] for i in order] if think else None,
+            images=[drawn[i] for i in range(len(texts))],
+            latents=[latents[i] for i in range(len(texts))],
+            thoughts=[thoughts[i] for i in range(len(texts))] if think else None,
             seeds=seeds,
             sizes=sizes,
             report=report,
@@ -552,103 +518,45 @@ class BagelPipeline:
         """Answers a text, with or without images before it, in text.
 
         Args:
-            prompt: the text.
+            prompt: the text, as for `generate`.
             images: an image or a list of them.
             max_length: most tokens of the answer, its start marker included.
             temperature: None takes the likeliest token each time; otherwise tokens are drawn.
             seed: for drawing; None is random.
             think: let the model reason first; its reasoning is part of the answer.
-
-        Raises:
-            ValueError, TypeError: an argument is out of range.
         """
-        check_prompts(prompt if isinstance(prompt, str) else [prompt])
-        own = check_images(images, prompt)[0]
-        seeds = check_seeds(seed, 1)
-        start = clock.perf_counter()
+        if isinstance(prompt, (list, tuple)):
+            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
+        check_prompts(prompt)
+        own, seeds = check_images(images, prompt)[0], check_seeds(seed, 1)
         report = self._timing()
-        contexts = self.model.new_contexts(1)
-        if think:
-            self.model.prefill_text(contexts, [self.tokenizer.encode(THINK_BEFORE_ANSWER)])
-        seen = [self.image_processor.encode(image, vae=False) for image in own]
-        see_images(self.model, contexts, [seen])
-        self.model.prefill_text(contexts, [self.tokenizer.encode(prompt)])
-        report.context_tokens = contexts[0].length
-        report.prefill_seconds = self._since(start)
-        before = clock.perf_counter()
-        ids = generate_tokens(
-            self.model, contexts, max_length=max_length, temperature=temperature, seeds=seeds
-        )[0]
-        report.text_tokens = len(ids) - 1
-        report.text_seconds = self._since(before)
-        self._finish(report, start)
-        return TextResult(text=self.tokenizer.decode(ids[1:]), token_ids=ids, report=report)
+        with self._clock(report, "total_seconds"):
+            contexts = self.model.new_contexts(1)
+            with self._clock(report, "prefill_seconds"):
+                if think:
+                    self.model.prefill_text(contexts, [self.tokenizer.encode(THINK_BEFORE_ANSWER)])
+                seen = [self.image_processor.encode(image, vae=False) for image in own]
+                see_images(self.model, contexts, [seen])
+                self.model.prefill_text(contexts, [self.tokenizer.encode(prompt)])
+            report.context_tokens = contexts[0].length
+            [(text, ids)] = self._write(contexts, max_length, temperature, seeds, report)
+        return TextResult(text=text, token_ids=ids, report=report)
 
-    def _read(self, batch: Sequence[ImageRequest], think: bool, report: Timing) -> list[Guidance]:
-        start = clock.perf_counter()
-        encode = self.image_processor.encode
-        guidance = build_guidance(
-            self.model,
-            [self.tokenizer.encode(request.text) for request in batch],
-            images=[[encode(image, vae=True) for image in request.images] for request in batch],
-            system_ids=self.tokenizer.encode(THINK_BEFORE_IMAGE) if think else None,
-        )
-        report.context_tokens += sum(g.full.length for g in guidance)
-        report.prefill_seconds += self._since(start)
-        return guidance
-
-    def _plan(
+    def _write(
         self,
-        guidance: Sequence[Guidance],
+        contexts: Sequence[KVCache],
         max_length: int,
         temperature: float | None,
         seeds: Sequence[int],
         report: Timing,
-    ) -> list[str]:
-        """Lets the full contexts write and then read a plan; unconditional ones never see it."""
-        start = clock.perf_counter()
-        full = [g.full for g in guidance]
-        written = generate_tokens(
-            self.model, full, max_length=max_length, temperature=temperature, seeds=seeds
-        )
-        plans = [self.tokenizer.decode(ids[1:]) for ids in written]
-        self.model.prefill_text(full, [self.tokenizer.encode(plan) for plan in plans])
-        report.text_tokens += sum(len(ids) - 1 for ids in written)
-        report.text_seconds += self._since(start)
-        return plans
-
-    def _denoise(
-        self,
-        batch: Sequence[ImageRequest],
-        guidance: Sequence[Guidance],
-        config: SamplingConfig,
-        report: Timing,
-        advance: Callable[[], object],
-    ) -> list[Tensor]:
-        model = self.model.config
-        grids = [model.token_grid(*request.size) for request in batch]
-        noise = [
-            initial_noise(rows * columns, model.token_channels, request.seed)
-            for (rows, columns), request in zip(grids, batch, strict=True)
-        ]
-
-        def on_step(_: int, seconds: float) -> None:
-            report.step_seconds.append(seconds)
-            advance()
-
-        tokens = sample_latents(
-            self.model,
-            guidance,
-            noise,
-            grids,
-            config,
-            execution=self.execution,
-            on_step=on_step,
-        )
-        report.steps = len(report.step_seconds)
-        report.computed_steps += sum(computed_steps(config))
-        report.image_tokens += sum(len(x) for x in tokens)
-        return tokens
+    ) -> list[tuple[str, list[int]]]:
+        """Continues contexts with texts, without markers; returns them and their ids from bos."""
+        with self._clock(report, "text_seconds"):
+            many = generate_tokens(
+                self.model, contexts, max_length=max_length, temperature=temperature, seeds=seeds
+            )
+        report.text_tokens += sum(len(ids) - 1 for ids in many)
+        return [(self.tokenizer.decode(ids[1:]), ids) for ids in many]
 
     def _timing(self) -> Timing:
         """Starts counting; on a GPU the peak is that of this call."""
@@ -662,16 +570,16 @@ class BagelPipeline:
             backend=", ".join(sorted(backends)) or "dense",
         )
 
-    def _finish(self, report: Timing, start: float) -> None:
-        report.total_seconds = self._since(start)
-        if self.model.device.type == "cuda":
-            report.peak_memory_bytes = torch.cuda.max_memory_allocated(self.model.device)
+    @contextmanager
+    def _clock(self, report: Timing, name: str) -> Iterator[None]:
+        """Adds the seconds inside to a field of the report, and brings its peak of memory on."""
+        start, device = clock.perf_counter(), self.model.device
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            report.peak_memory_bytes = torch.cuda.max_memory_allocated(device)
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             report.peak_memory_bytes = peak * unit
-
-    def _since(self, start: float) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return clock.perf_counter() - start
+        setattr(report, name, getattr(report, name) + clock.perf_counter() - start)

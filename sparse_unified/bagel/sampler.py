@@ -40,8 +40,7 @@ from sparse_unified.bagel.model import Bagel, Denoiser
 
 _EPS = 1e-8
 _MAX_ORDER = 3
-# Of each image the velocities [N, p * p * C] in its branches, stacked or not.
-Predictions = Sequence[Tensor | Sequence[Tensor]]
+_MAX_TIMESTEPS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +127,6 @@ class StepCache:
             last velocity.
         first: steps at the beginning that are computed in any case.
         last: steps at the end likewise.
-
-    Raises:
-        TypeError, ValueError: a value is no integer, or out of range.
     """
 
     interval: int = 3
@@ -159,17 +155,10 @@ class Expansion:
         order: degree, as far as there are velocities.
     """
 
-    __slots__ = ("differences", "order", "times")
-
     def __init__(self, order: int) -> None:
         self.order = order
         self.times: list[float] = []  # of the last computed steps, the newest first
         self.differences: list[Tensor] = []  # c_0 to c_K
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors held."""
-        return sum(tensor.nbytes for tensor in self.differences)
 
     def add(self, time: float, velocity: Tensor) -> None:
         """Takes up a computed velocity at a new time."""
@@ -200,7 +189,7 @@ class SamplingConfig:
     """How to sample. Defaults are the official ones for text to image.
 
     Args:
-        num_timesteps: points of the time grid, one more than the steps.
+        num_timesteps: points of the time grid, one more than the steps; 2 to 100,000.
         timestep_shift: s of t <- s t / (1 + (s - 1) t); above 1 spends more steps near the noise.
         cfg_text_scale: strength of text guidance; 1 is none, of the images neither.
         cfg_img_scale: strength of image guidance; 1 is none.
@@ -208,9 +197,6 @@ class SamplingConfig:
         cfg_renorm_type: see `Renorm`; a string is accepted.
         cfg_renorm_min: least factor of the renormalisation.
         cache: which steps are extrapolated; None computes all.
-
-    Raises:
-        ValueError: a value is out of range or not finite. TypeError: it is of another type.
     """
 
     num_timesteps: int = 50
@@ -224,12 +210,11 @@ class SamplingConfig:
 
     @context("SamplingConfig")
     def __post_init__(self) -> None:
-        check_int("num_timesteps", self.num_timesteps, 2)
-        check_number("timestep_shift", self.timestep_shift)
+        check_int("num_timesteps", self.num_timesteps, 2, _MAX_TIMESTEPS)
+        for name in ("timestep_shift", "cfg_text_scale", "cfg_img_scale"):
+            check_number(name, getattr(self, name))
         if self.timestep_shift <= 0:
             raise ValueError(f"timestep_shift must be above 0, got {self.timestep_shift}")
-        check_number("cfg_text_scale", self.cfg_text_scale)
-        check_number("cfg_img_scale", self.cfg_img_scale)
         object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
         if len(self.cfg_interval) != 2:
             raise ValueError(f"cfg_interval must be a pair (lo, hi), got {self.cfg_interval}")
@@ -254,30 +239,32 @@ def initial_noise(num_tokens: int, channels: int, seed: int) -> Tensor:
     return torch.randn(num_tokens, channels, generator=generator)
 
 
-def _rescaled(guided: Tensor, plain: Tensor, least: float, *, per_token: bool) -> Tensor:
-    dims = (-1,) if per_token else (-2, -1)
+def _rescaled(guided: Tensor, plain: Tensor, least: float, dims: tuple[int, ...]) -> Tensor:
     norm, reference = (torch.linalg.vector_norm(v, dim=dims, keepdim=True) for v in (guided, plain))
     return guided * (reference / (norm + _EPS)).clamp(min=least, max=1.0)
 
 
 def guide(
-    plain: Tensor, without_text: Tensor, without_image: Tensor | None, config: SamplingConfig
+    plain: Tensor,
+    without_text: Tensor,
+    without_image: Tensor | None = None,
+    *,
+    config: SamplingConfig,
 ) -> Tensor:
     """Combines the predictions for one image, each [N, p * p * C] fp32.
 
     Args:
         without_image: None leaves image guidance out.
     """
+    renorm, least = config.cfg_renorm_type, config.cfg_renorm_min
     guided = without_text + config.cfg_text_scale * (plain - without_text)
-    least = config.cfg_renorm_min
-    if config.cfg_renorm_type is Renorm.TEXT_CHANNEL:
-        guided = _rescaled(guided, plain, least, per_token=True)
+    if renorm is Renorm.TEXT_CHANNEL:
+        guided = _rescaled(guided, plain, least, (-1,))
     if without_image is not None:
         guided = without_image + config.cfg_img_scale * (guided - without_image)
-    if config.cfg_renorm_type is Renorm.TEXT_CHANNEL:
+    if renorm is Renorm.TEXT_CHANNEL:
         return guided
-    per_token = config.cfg_renorm_type is Renorm.CHANNEL
-    return _rescaled(guided, plain, least, per_token=per_token)
+    return _rescaled(guided, plain, least, (-1,) if renorm is Renorm.CHANNEL else (-2, -1))
 
 
 def guided_steps(config: SamplingConfig) -> list[bool]:
@@ -303,49 +290,28 @@ def computed_steps(config: SamplingConfig) -> list[bool]:
     ]
 
 
-class _Branches:
-    """The different contexts of each image with guidance on, or off.
-
-    Attributes:
-        contexts: of each image, `full` first; equal ones once.
-        picks: of each image where in them are full, without_text and, if it counts, without_image.
-    """
-
-    def __init__(
-        self, guidance: Sequence[Guidance], config: SamplingConfig, *, guided: bool
-    ) -> None:
-        self.contexts: list[list[KVCache]] = []
-        self.picks: list[list[int]] = []
-        for own in guidance:
-            wanted = [own.full]
-            if guided:
-                wanted.append(own.without_text)
-            if guided and config.cfg_img_scale > 1:
-                wanted.append(own.without_image)
-            contexts: list[KVCache] = []
-            pick = []
-            for past in wanted:
-                same = (i for i, other in enumerate(contexts) if past.same_past(other))
-                index = next(same, len(contexts))
-                if index == len(contexts):
-                    contexts.append(past)
-                pick.append(index)
-            self.contexts.append(contexts)
-            self.picks.append(pick)
-
-    def combine(self, predictions: Predictions, config: SamplingConfig) -> list[Tensor]:
-        """Returns the velocity [N, p * p * C] of each image from those in its contexts."""
-        combined = []
-        for v, (full, *others) in zip(predictions, self.picks, strict=True):
-            if not others:
-                combined.append(v[full])
-                continue
-            without_image = v[others[1]] if len(others) == 2 else None
-            combined.append(guide(v[full], v[others[0]], without_image, config))
-        return combined
+def _branches(
+    guidance: Guidance, config: SamplingConfig, guided: bool
+) -> tuple[list[KVCache], list[int]]:
+    """Returns the different contexts of an image, `full` first, and where in them are `full`, then
+    with guidance without_text and, if it counts, without_image."""
+    wanted = [guidance.full]
+    if guided:
+        wanted.append(guidance.without_text)
+    if guided and config.cfg_img_scale > 1:
+        wanted.append(guidance.without_image)
+    contexts: list[KVCache] = []
+    picks = []
+    for past in wanted:
+        same = (i for i, other in enumerate(contexts) if past.same_past(other))
+        picks.append(next(same, len(contexts)))
+        if picks[-1] == len(contexts):
+            contexts.append(past)
+    return contexts, picks
 
 
 @context("sample_latents")
+@torch.no_grad()
 def sample_latents(
     model: Bagel,
     guidance: Sequence[Guidance],
@@ -367,9 +333,6 @@ def sample_latents(
 
     Returns:
         The latent tokens of each image, [N, p * p * C] fp32 on the device of the model.
-
-    Raises:
-        ValueError: noise, grids and guidance do not fit together, or the model cannot be run so.
     """
     channels = model.config.token_channels
     if not len(guidance) == len(noise) == len(grids):
@@ -387,42 +350,37 @@ def sample_latents(
     times = timestep_grid(config.num_timesteps, config.timestep_shift)
     on_device, widths = times.to(model.device), (times[:-1] - times[1:]).to(model.device)
     guided, computed = guided_steps(config), computed_steps(config)
-    branches = {on: _Branches(guidance, config, guided=on) for on in set(guided)}
+    branches = {on: [_branches(own, config, on) for own in guidance] for on in set(guided)}
     execution = execution or Execution()
     execution.check(model)
     run: dict[bool, Step] = {}
     order = None if config.cache is None or all(computed) else config.cache.order
     expansions: list[list[Expansion]] = [[] for _ in noise]
+    # Of each image the velocities [N, p * p * C] in its branches, stacked or not.
+    predictions: Sequence[Tensor | Sequence[Tensor]]
     for step, (on, runs) in enumerate(zip(guided, computed, strict=True)):
         start = clock.perf_counter()
         time = float(times[step])
-        predictions: Predictions
         if runs:
             if on not in run:
-                run[on] = execution.start(Denoiser(model, grids, branches[on].contexts))
-            predictions = run[on](tokens, on_device[step : step + 1])
-            if order is not None:
-                _keep(expansions, predictions, time, order)
+                contexts = [own for own, _ in branches[on]]
+                run[on] = execution.start(Denoiser(model, grids, contexts))
+            # Without the records of autograd; but accelerate makes parameters in each call.
+            with torch.inference_mode(not hasattr(model, "hf_device_map")):
+                predictions = run[on](tokens, on_device[step : step + 1])
         else:
             predictions = [[expansion.at(time) for expansion in own] for own in expansions]
-        velocity = branches[on].combine(predictions, config)
-        tokens = [x - v * widths[step] for x, v in zip(tokens, velocity, strict=True)]
+        for i, (v, (_, (full, *others))) in enumerate(zip(predictions, branches[on], strict=True)):
+            if runs and order is not None:
+                own = expansions[i]
+                del own[len(v) :]  # branches that guidance left behind
+                own += [Expansion(order) for _ in range(len(v) - len(own))]
+                for expansion, branch in zip(own, v, strict=True):
+                    expansion.add(time, branch)
+            velocity = guide(v[full], *(v[k] for k in others), config=config) if others else v[full]
+            tokens[i] = tokens[i] - velocity * widths[step]
         if on_step is not None:
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             on_step(step, clock.perf_counter() - start)
     return tokens
-
-
-def _keep(
-    expansions: list[list[Expansion]],
-    predictions: Predictions,
-    time: float,
-    order: int,
-) -> None:
-    """Takes up what was computed, branch by branch; forgets branches that guidance left behind."""
-    for own, velocities in zip(expansions, predictions, strict=True):
-        del own[len(velocities) :]
-        own += [Expansion(order) for _ in range(len(velocities) - len(own))]
-        for expansion, velocity in zip(own, velocities, strict=True):
-            expansion.add(time, velocity)

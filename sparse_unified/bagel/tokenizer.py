@@ -32,9 +32,6 @@ class Tokenizer:
 
     Args:
         backend: a tokenizer of transformers.
-
-    Raises:
-        ValueError: a marker is not in its vocabulary.
     """
 
     def __init__(self, backend: Any) -> None:

@@ -175,20 +175,18 @@ class Decoder(nn.Module):
 class AutoEncoder(nn.Module):
     """Pixels to scaled latents and back. The latent is the posterior mean: encoding is repeatable.
 
+    Args:
+        config: what it is made of.
+        factory: device and dtype of the parameters.
+
     Source: the autoencoder of FLUX as BAGEL uses it, which samples from the posterior instead.
     """
 
-    def __init__(
-        self,
-        config: VAEConfig,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: VAEConfig, **factory: Any) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, device=device, dtype=dtype)
-        self.decoder = Decoder(config, device=device, dtype=dtype)
+        self.encoder = Encoder(config, **factory)
+        self.decoder = Decoder(config, **factory)
 
     @property
     def device(self) -> torch.device:
@@ -210,11 +208,7 @@ class AutoEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Maps pixels [B, 3, H, W] in [-1, 1] to latents [B, z, H / f, W / f].
-
-        Raises:
-            ValueError: wrong channels, or sides that are not multiples of the downsampling.
-        """
+        """Maps pixels [B, 3, H, W] in [-1, 1] to latents [B, z, H / f, W / f]."""
         config = self.config
         pixels = self._input(pixels, "pixels", config.in_channels, config.downsample)
         mean, _ = self.encoder(pixels).chunk(2, dim=1)
@@ -222,11 +216,7 @@ class AutoEncoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Maps latents [B, z, h, w] to pixels [B, 3, h * f, w * f], about in [-1, 1].
-
-        Raises:
-            ValueError: wrong channels.
-        """
+        """Maps latents [B, z, h, w] to pixels [B, 3, h * f, w * f], about in [-1, 1]."""
         config = self.config
         latent = self._input(latent, "latent", config.z_channels, 1)
         return self.decoder(latent / config.scale_factor + config.shift_factor)

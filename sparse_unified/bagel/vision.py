@@ -17,11 +17,7 @@ from sparse_unified.bagel.config import VisionConfig
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """Cuts an image [C, H, W] into patches [H/p * W/p, p * p * C], each laid out p, p, C.
-
-    Raises:
-        ValueError: a side is not a positive multiple of the patch size.
-    """
+    """Cuts an image [C, H, W] into patches [H/p * W/p, p * p * C], each laid out p, p, C."""
     _, height, width = image.shape
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(
@@ -120,48 +116,32 @@ class VisionEmbeddings(nn.Module):
         return self.patch_embedding(patches) + self.position_embedding(position_ids)
 
 
-class VisionEncoder(nn.Module):
-    """The layers, one after the other."""
+class VisionModel(nn.Module):
+    """The transformer, under its official names."""
 
     def __init__(self, config: VisionConfig, **factory: Any) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            VisionLayer(config, **factory) for _ in range(config.num_hidden_layers)
+        layers = [VisionLayer(config, **factory) for _ in range(config.num_hidden_layers)]
+        self.vision_model = nn.ModuleDict(
+            {
+                "embeddings": VisionEmbeddings(config, **factory),
+                "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
+                "post_layernorm": nn.LayerNorm(
+                    config.hidden_size, eps=config.layer_norm_eps, **factory
+                ),
+            }
         )
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Maps packed patches [N, D] to [N, D]."""
-        for layer in self.layers:
-            x = layer(x, lengths)
-        return x
-
-
-class VisionTransformer(nn.Module):
-    """Patches [N, p * p * C] -> features [N, D]."""
-
-    def __init__(self, config: VisionConfig, **factory: Any) -> None:
-        super().__init__()
-        self.embeddings = VisionEmbeddings(config, **factory)
-        self.encoder = VisionEncoder(config, **factory)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **factory)
-
     def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Encodes packed images.
+        """Encodes packed images to features [N, D].
 
         Args:
-            patches: [N, p * p * C]; position_ids: [N] int64; lengths: patches of each image.
+            patches: [N, p * p * C].
+            position_ids: [N] int64.
+            lengths: patches of each image.
         """
-        x = self.embeddings(patches, position_ids)
-        return self.post_layernorm(self.encoder(x, lengths))
-
-
-class VisionModel(nn.Module):
-    """The transformer under its official name, `vision_model`."""
-
-    def __init__(self, config: VisionConfig, **factory: Any) -> None:
-        super().__init__()
-        self.vision_model = VisionTransformer(config, **factory)
-
-    def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """See `VisionTransformer.forward`."""
-        return self.vision_model(patches, position_ids, lengths)
+        parts: Any = self.vision_model
+        x = parts.embeddings(patches, position_ids)
+        for layer in parts.encoder.layers:
+            x = layer(x, lengths)
+        return parts.post_layernorm(x)

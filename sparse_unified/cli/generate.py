@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparse_unified.analysis.samples import read_lines
-from sparse_unified.bagel import BagelPipeline, StepCache
+from sparse_unified.bagel import BagelPipeline, SamplingConfig, StepCache
 from sparse_unified.bagel.images import open_image
 from sparse_unified.bagel.loading import Placement
 from sparse_unified.checkpoint.files import replace_file
@@ -162,12 +162,21 @@ def add_generate(parser: CommandParser) -> None:
     add_options(
         parser,
         BagelPipeline.generate,
-        "seed steps=num_timesteps timestep_shift cfg_text_scale cfg_img_scale cfg_interval "
-        "cfg_renorm_type cfg_renorm_min think max_think_tokens=max_think_length think_temperature "
-        "batch_size",
+        "seed think max_think_tokens=max_think_length think_temperature batch_size",
         seed="of the noise, counted up from image to image (default random)",
-        num_timesteps="timesteps, one more than forward passes",
-        cfg_text_scale="of classifier-free guidance: weight of the prompt",
+        max_think_length="most tokens of the plan",
+        think_temperature="draw the plan at this temperature; without it, the likeliest tokens",
+        batch_size="most images computed together, which bounds memory (default all)",
+    )
+    add_options(
+        parser,
+        SamplingConfig,
+        "steps=num_timesteps timestep_shift cfg_text_scale cfg_img_scale cfg_interval "
+        "cfg_renorm_type cfg_renorm_min",
+        unset=True,
+        num_timesteps="timesteps, one more than forward passes (default 50)",
+        timestep_shift="above 1 has more noise for longer (default 3)",
+        cfg_text_scale="of classifier-free guidance: weight of the prompt (default 4)",
         cfg_img_scale="weight of the image (default 2 when editing, else 1)",
         cfg_interval={
             "metavar": "LO,HI",
@@ -175,8 +184,7 @@ def add_generate(parser: CommandParser) -> None:
         },
         cfg_renorm_type="what guidance is renormalised over (default text_channel when editing, "
         "else global)",
-        think_temperature="draw the plan at this temperature; without it, the likeliest tokens",
-        batch_size="most images computed together, which bounds memory (default all)",
+        cfg_renorm_min="least factor of it (default 0)",
     )
     add_options(
         parser,
@@ -217,6 +225,7 @@ def run_generate(options: argparse.Namespace) -> Output:
     }
     if options.interval > 1:
         given["cache"] = StepCache(**arguments(StepCache, options))
+    given |= arguments(SamplingConfig, options)
     pipeline = load_pipeline(options)
     result = pipeline.generate(prompts, **arguments(pipeline.generate, options, **given))
 
