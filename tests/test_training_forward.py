@@ -160,8 +160,7 @@ def test_sequences_are_padded_together_where_it_costs_little(config: BagelConfig
     assert groups(5, 5) == [2]  # one layout
     assert groups(1, 1, 79) == [2, 1]  # mostly padding
 
-
-def test_a_sequence_without_its_text_is_padded_to_those_with_it(config: BagelConfig) -> None:
+    # A sequence without its text is padded to those with it.
     image = LatentSegment(latent=latent(config, 2, 3, 1))
     other = picture(config, 2, 3, 4)
     batch = [[text(11, 12), image], [text(11, 12), other], [image], [text(11, 12), image]]

@@ -145,14 +145,9 @@ class Bagel(nn.Module):
                 raise ValueError(f"token_ids must be from 0 to {vocab_size - 1}, got {token}")
         self._read_text(contexts, texts)
 
-    @context("next_logits")
-    @torch.no_grad()
     def next_logits(self, contexts: Sequence[KVCache], tokens: Sequence[int]) -> Tensor:
         """Appends a token to each context; returns logits [B, vocab_size] fp32 of the next ones."""
-        head = _loaded(self.language_model.lm_head, "lm_head")
-        hidden = self._read_text(contexts, [[token] for token in tokens])
-        logits: Tensor = head(hidden).float()
-        return logits
+        return torch.cat(self.text_logits(contexts, [[token] for token in tokens]))
 
     @context("text_logits")
     @torch.no_grad()
