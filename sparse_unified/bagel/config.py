@@ -159,11 +159,6 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _check_sizes(self, hidden_size="num_attention_heads")
 
-    @property
-    def num_patches_per_side(self) -> int:
-        """Side of the grid of learned position embeddings."""
-        return self.image_size // self.patch_size
-
     @classmethod
     @context("vit_config.json")
     def from_json(cls, source: Mapping[str, Any], *, num_hidden_layers: int) -> VisionConfig:

@@ -280,7 +280,7 @@ class Bagel(nn.Module):
         Args:
             positions: rows [N] of `latent_pos_embed`, see `grid_positions`.
         """
-        embedded = self.vae2llm(tokens.to(self.device, self.dtype))
+        embedded = self.vae2llm(tokens.to(self.vae2llm.weight))
         return embedded + self.time_embedder(time) + self.latent_pos_embed(positions)
 
 

@@ -106,7 +106,7 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig, **factory: Any) -> None:
         super().__init__()
-        width, positions = config.hidden_size, config.num_patches_per_side**2
+        width, positions = config.hidden_size, (config.image_size // config.patch_size) ** 2
         patch_width = config.num_channels * config.patch_size**2
         self.patch_embedding = nn.Linear(patch_width, width, **factory)
         self.position_embedding = nn.Embedding(positions, width, **factory)
