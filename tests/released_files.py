@@ -15,6 +15,7 @@ from checkpoint_files import write_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparse_unified.bagel import Bagel, BagelConfig, LLMConfig, SpecialTokens, VisionConfig
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.testing import read_case
 
@@ -46,78 +47,27 @@ class Released:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor of the file, by key."""
-        hidden, head_dim = self.hidden, self.hidden // self.heads
-        model = "language_model.model."
-        found: dict[str, tuple[int, ...]] = {
-            f"{model}embed_tokens.weight": (self.vocabulary, hidden),
-            f"{model}norm.weight": (hidden,),
-            f"{model}norm_moe_gen.weight": (hidden,),
-            "language_model.lm_head.weight": (self.vocabulary, hidden),
-        }
-        for layer in range(self.layers):
-            for branch in ("", "_moe_gen"):
-                at, attention = f"{model}layers.{layer}.", f"{model}layers.{layer}.self_attn."
-                for name, heads in (
-                    ("q", self.heads),
-                    ("k", self.key_heads),
-                    ("v", self.key_heads),
-                ):
-                    found[f"{attention}{name}_proj{branch}.weight"] = (heads * head_dim, hidden)
-                    found[f"{attention}{name}_proj{branch}.bias"] = (heads * head_dim,)
-                found[f"{attention}o_proj{branch}.weight"] = (hidden, hidden)
-                found[f"{attention}q_norm{branch}.weight"] = (head_dim,)
-                found[f"{attention}k_norm{branch}.weight"] = (head_dim,)
-                found[f"{at}input_layernorm{branch}.weight"] = (hidden,)
-                found[f"{at}post_attention_layernorm{branch}.weight"] = (hidden,)
-            found |= _ffn(f"{at}mlp.", self.width, hidden)
-            if layer not in self.sparse:
-                found |= _ffn(f"{at}mlp_moe_gen.", self.width, hidden)
-                continue
-            found[f"{at}mlp_moe_gen.gate.weight"] = (self.num_experts, hidden)
-            found[f"{at}mlp_moe_gen.gate_shared.weight"] = (1, hidden)
-            for expert in range(self.num_experts):
-                found |= _ffn(f"{at}mlp_moe_gen.experts.{expert}.", self.expert_width, hidden)
-        return found | self._others()
-
-    def _others(self) -> dict[str, tuple[int, ...]]:
-        hidden, vit = self.hidden, self.vit_hidden
-        found: dict[str, tuple[int, ...]] = {
-            "connector.fc1.weight": (hidden, vit),
-            "connector.fc1.bias": (hidden,),
-            "connector.fc2.weight": (hidden, hidden),
-            "connector.fc2.bias": (hidden,),
-            "latent_pos_embed.pos_embed": (64, hidden),
-            "vit_pos_embed.pos_embed": (64, hidden),
-            "time_embedder.mlp.0.weight": (hidden, 256),
-            "time_embedder.mlp.0.bias": (hidden,),
-            "time_embedder.mlp.2.weight": (hidden, hidden),
-            "time_embedder.mlp.2.bias": (hidden,),
-            "vae2llm.weight": (hidden, 16),
-            "vae2llm.bias": (hidden,),
-            "llm2vae.weight": (16, hidden),
-            "llm2vae.bias": (16,),
-        }
-        at = "vit_model.vision_model."
-        found |= {
-            f"{at}embeddings.patch_embedding.weight": (vit, 588),
-            f"{at}embeddings.patch_embedding.bias": (vit,),
-            f"{at}embeddings.position_embedding.weight": (64, vit),
-            f"{at}post_layernorm.weight": (vit,),
-            f"{at}post_layernorm.bias": (vit,),
-        }
-        for layer in range(self.vit_layers):
-            inside = f"{at}encoder.layers.{layer}."
-            sizes = {f"self_attn.{name}": (vit, vit) for name in ("q_proj", "k_proj", "v_proj")}
-            sizes |= {
-                "self_attn.out_proj": (vit, vit),
-                "layer_norm1": (vit,),
-                "layer_norm2": (vit,),
-            }
-            sizes |= {"mlp.fc1": (self.vit_width, vit), "mlp.fc2": (vit, self.vit_width)}
-            for name, shape in sizes.items():
-                found[f"{inside}{name}.weight"] = shape
-                found[f"{inside}{name}.bias"] = shape[:1]
-        return found
+        llm = LLMConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            vocab_size=self.vocabulary,
+        )
+        experts = {"num_experts": self.num_experts, "top_k": self.top_k}
+        config = BagelConfig(
+            llm=llm.with_experts("gen", self.sparse, **experts),
+            vision=VisionConfig.from_json(self.vit_config(), num_hidden_layers=self.vit_layers),
+            latent_channels=4,
+            vae_downsample=2,
+            latent_patch_size=2,
+            max_latent_size=8,
+            vit_max_num_patch_per_side=8,
+            special_tokens=SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0),
+        )
+        model = Bagel(config, device="meta")
+        return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
         """Returns llm_config.json."""
@@ -156,14 +106,6 @@ class Released:
             "num_hidden_layers": self.vit_layers + 1,
             "patch_size": 14,
         }
-
-
-def _ffn(prefix: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}gate_proj.weight": (width, hidden),
-        f"{prefix}up_proj.weight": (width, hidden),
-        f"{prefix}down_proj.weight": (hidden, width),
-    }
 
 
 SMALL: dict[str, Any] = {

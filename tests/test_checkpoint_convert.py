@@ -22,7 +22,7 @@ from checkpoint_files import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
+from sparse_unified.checkpoint import Checkpoint, convert, info, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import index_key, read_sidecar
 from sparse_unified.experts import (
     ExpertLayout,
@@ -31,6 +31,7 @@ from sparse_unified.experts import (
     snake_partition,
 )
 
+NEURONS = torch.rand(96)
 CASES: list[dict[str, Any]] = [
     {"num_experts": 4, "top_k": 2},
     {"num_experts": 16, "top_k": 8, "layers": "all"},
@@ -121,28 +122,21 @@ def test_keys_shapes_and_config_are_the_official_ones(tmp_path: Path) -> None:
     assert (out / "tokenizer" / "merges.txt").read_bytes() == b"a b\r\nc d\n"
 
 
-def test_an_index_is_kept_true(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense", num_shards=3)
-    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
-    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
-    held = {
-        key: path.name
-        for path in (tmp_path / "sparse").glob("model-*.safetensors")
-        for key in load_file(path)
-    }
-    assert index["weight_map"] == held
-    checkpoint = Checkpoint(tmp_path / "sparse")
-    assert index["metadata"]["total_size"] == sum(s.nbytes for s in checkpoint.specs.values())
-
-
-def test_an_index_beside_a_single_file_is_rewritten_and_restored(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    weight_map = dict.fromkeys(load_file(dense / "ema.safetensors"), "ema.safetensors")
+@pytest.mark.parametrize("num_shards", [0, 3])
+def test_an_index_is_kept_true_and_restored(num_shards: int, tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", num_shards=num_shards)
     index = dense / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    if not num_shards:  # one that lies beside a single file
+        weight_map = dict.fromkeys(load_file(dense / "ema.safetensors"), "ema.safetensors")
+        index.write_text(json.dumps({"weight_map": weight_map}))
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
-    rewritten = json.loads((tmp_path / "sparse" / index.name).read_text())["weight_map"]
-    assert set(rewritten) == set(Checkpoint(tmp_path / "sparse").keys())
+    rewritten = json.loads((tmp_path / "sparse" / index.name).read_text())
+    checkpoint = Checkpoint(tmp_path / "sparse")
+    held = {key: spec.file.name for key, spec in checkpoint.specs.items()}
+    assert rewritten["weight_map"] == held
+    if num_shards:
+        total = sum(spec.nbytes for spec in checkpoint.specs.values())
+        assert rewritten["metadata"]["total_size"] == total
     invert(tmp_path / "sparse", tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(dense)
 
@@ -187,6 +181,9 @@ def test_bits_that_are_no_numbers_survive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer 1 of the weights: scores must be finite, got nan"):
         convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2, seed=0)
+    report = verify(tmp_path / "sparse", dense)
+    assert report.ok
+    assert report.layers[0].max_error is None  # nothing to compute with NaN, the bytes tell
     invert(tmp_path / "sparse", tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(dense)
 
@@ -225,124 +222,95 @@ def test_the_sidecar_holds_the_order_and_how_it_came_about(tmp_path: Path) -> No
     assert sidecar.arguments["layers"] == [1, 2]
 
 
-def test_converting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    for name in ("a", "b"):
-        convert(dense, tmp_path / name, num_experts=4, top_k=2)
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
-
-
 def order_of(directory: Path, layer: int) -> Tensor:
     return load_file(directory / "partition.safetensors")[index_key("gen", layer)].long()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_scores_neurons_are_ranked_by_magnitude(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "form", ["tensor", "mapping", "file", "file by layer", "float32", "bfloat16"]
+)
+def test_scores_are_taken_in_every_form_and_are_magnitudes_without(
+    form: str, tmp_path: Path
+) -> None:
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
     dense = make_dense(tmp_path / "dense", dtype=dtype)
-    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
-    weights = load_file(dense / "ema.safetensors")
-    for layer in (1, 2):
-        projections = [weights[keys.dense_key("gen", layer, name)] for name in keys.PROJECTIONS]
-        layout = ExpertLayout(intermediate_size=96, num_experts=4)
-        wanted = snake_partition(magnitude_scores(*projections), layout)
-        assert torch.equal(order_of(tmp_path / "sparse", layer), wanted)
-
-
-def test_scores_are_taken_in_every_documented_form(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
     scores = torch.rand(4, 96, generator=torch.Generator().manual_seed(1))
     save_file({"scores": scores}, tmp_path / "all.safetensors")
     save_file({"1": scores[1].clone(), "2": scores[2].clone()}, tmp_path / "some.safetensors")
-    layout = ExpertLayout(intermediate_size=96, num_experts=4)
-    forms: list[Any] = [
-        scores,
-        {1: scores[1], 2: scores[2]},
-        tmp_path / "all.safetensors",
-        str(tmp_path / "some.safetensors"),
-    ]
-    for number, form in enumerate(forms):
-        convert(dense, tmp_path / str(number), num_experts=4, top_k=2, scores=form)
-        for layer in (1, 2):
-            wanted = snake_partition(scores[layer], layout)
-            assert torch.equal(order_of(tmp_path / str(number), layer), wanted)
+    given: Any = {
+        "tensor": scores,
+        "mapping": {1: scores[1], 2: scores[2]},
+        "file": tmp_path / "all.safetensors",
+        "file by layer": str(tmp_path / "some.safetensors"),
+    }
+    convert(dense, tmp_path / "out", num_experts=4, top_k=2, scores=given.get(form))
+    weights = load_file(dense / "ema.safetensors")
+    for layer in (1, 2):
+        wanted = scores[layer]
+        if form not in given:
+            own = [weights[keys.dense_key("gen", layer, name)] for name in keys.PROJECTIONS]
+            wanted = magnitude_scores(*own)
+        layout = ExpertLayout(intermediate_size=96, num_experts=4)
+        assert torch.equal(order_of(tmp_path / "out", layer), snake_partition(wanted, layout))
 
 
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        (torch.rand(3, 96), "scores must have shape [4 layers, intermediate_size], got [3, 96]"),
-        (torch.rand(4, 95), "convert: layer 1: scores must have shape [96], got [95]"),
-        ({1: torch.rand(96)}, "scores must have layers 1, 2, got no 2"),
-        ({1: torch.rand(96), 2: torch.arange(96)}, "layer 2: scores must be floating point"),
-        ({"x": torch.rand(96)}, "convert: scores must be named by layer index, got 'x'"),
-        ({1.5: torch.rand(96)}, "convert: scores must be named by layer index, got 1.5"),
-        (torch.full((4, 96), torch.nan), "scores must be finite, got nan for neuron 0"),
-        (torch.full((4, 96), torch.inf), "scores must be finite, got inf for neuron 0"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_scores_that_do_not_fit_are_refused(scores: Any, message: str, tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        convert(dense, tmp_path / "out", num_experts=4, top_k=2, scores=scores)
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_experts": 5}, "these counts do: 2, 3, 4, 6, 8, 12, 16, 24, 32, 48"),
+    ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
+    ({"num_experts": 97}, "num_experts must divide the 96 neurons"),
+    ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
+    ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+    ({"num_shared_experts": -1}, "num_shared_experts must be an integer of at least 0, got -1"),
+    ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 89 neurons"),
+    ({"layers": "1-9"}, "layers must lie in 0 to 3, got 4"),
+    ({"layers": "some"}, "layers must be 'middle', 'all'"),
+    ({"layers": []}, "layers must name at least one of"),
+    ({"component": "vit"}, "component must be one of und, gen, got 'vit'"),
+    ({"seed": 1, "scores": torch.rand(4, 96)}, "must not both be given"),
+    ({"scores": torch.rand(3, 96)}, "shape [4 layers, intermediate_size], got [3, 96]"),
+    ({"scores": torch.rand(4, 95)}, "layer 1: scores must have shape [96], got [95]"),
+    ({"scores": {1: torch.rand(96)}}, "scores must have layers 1, 2, got no 2"),
+    ({"scores": {1: NEURONS, 2: torch.arange(96)}}, "layer 2: scores must be floating point"),
+    ({"scores": {"x": NEURONS}}, "convert: scores must be named by layer index, got 'x'"),
+    ({"scores": {1.5: NEURONS}}, "convert: scores must be named by layer index, got 1.5"),
+    ({"scores": torch.full((4, 96), torch.nan)}, "must be finite, got nan for neuron 0"),
+    ({"scores": torch.full((4, 96), torch.inf)}, "must be finite, got inf for neuron 0"),
+    ({"scores": object()}, "convert: scores must be a tensor, got object"),
+    ({"scores": {1: "high", 2: "low"}}, "convert: layer 1: scores must be a tensor, got str"),
+    ({"scores": [NEURONS] * 4}, "convert: scores must be a tensor, got list"),
+    ({"scores": "other.safetensors"}, "got importance"),
+    ({"scores": "pickle.safetensors"}, "header length"),
+    ({"scores": "nothing.safetensors"}, "readable"),
+]
 
 
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        (object(), "convert: scores must be a tensor, got object"),
-        ({1: "high", 2: "low"}, "convert: layer 1: scores must be a tensor, got str"),
-        ([torch.rand(96)] * 4, "convert: scores must be a tensor, got list"),
-    ],
-    ids=["object", "words", "list"],
-)
-def test_scores_that_are_no_tensors_are_refused(scores: Any, message: str, tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    with pytest.raises(TypeError, match=re.escape(message)):
-        convert(dense, tmp_path / "out", num_experts=4, top_k=2, scores=scores)
-
-
-def test_a_scores_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    save_file({"importance": torch.rand(96)}, tmp_path / "x.safetensors")
-    (tmp_path / "y.safetensors").write_bytes(b"PK\3\4 a pickle")
-    for name, message in [("x", "got importance"), ("y", "header length"), ("z", "readable")]:
-        with pytest.raises(ValueError, match=message):
-            convert(
-                dense,
-                tmp_path / "out",
-                num_experts=4,
-                top_k=2,
-                scores=tmp_path / f"{name}.safetensors",
-            )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_experts": 5}, "these counts do: 2, 3, 4, 6, 8, 12, 16, 24, 32, 48"),
-        ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
-        ({"num_experts": 97}, "num_experts must divide the 96 neurons"),
-        ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
-        ({"num_shared_experts": -1}, "num_shared_experts must be an integer of at least 0, got -1"),
-        ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 89 neurons"),
-        ({"layers": "1-9"}, "layers must lie in 0 to 3, got 4"),
-        ({"layers": "some"}, "layers must be 'middle', 'all'"),
-        ({"layers": []}, "layers must name at least one of"),
-        ({"component": "vit"}, "component must be one of und, gen, got 'vit'"),
-        ({"seed": 1, "scores": torch.rand(4, 96)}, "must not both be given"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_arguments_out_of_range_are_refused(
-    options: dict[str, Any], message: str, tmp_path: Path
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[text for _, text in REFUSED])
+def test_arguments_that_do_not_fit_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = make_dense(tmp_path / "dense")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    save_file({"importance": NEURONS}, tmp_path / "other.safetensors")
+    (tmp_path / "pickle.safetensors").write_bytes(b"PK\3\4 a pickle")
+    before = set(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         convert(dense, tmp_path / "out", **({"num_experts": 4, "top_k": 2} | options))
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_weights_of_another_precision_are_ranked_by_scores_alone(tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"must be one of .* to be ranked by magnitude, got"):
+        convert(dense, tmp_path / "out", num_experts=4, top_k=2)
+    convert(dense, tmp_path / "out", num_experts=4, top_k=2, seed=0)
+    assert verify(tmp_path / "out", dense).ok
+
+
+@pytest.mark.parametrize("directory", [3, b"dense", None, "a\0b", "nothing"])
+def test_what_is_no_directory_is_refused(directory: Any, tmp_path: Path) -> None:
+    for run in (info, lambda name: convert(name, tmp_path / "out", num_experts=4, top_k=2)):
+        with pytest.raises((TypeError, ValueError), match=r"checkpoint must be a .*, got"):
+            run(directory)
 
 
 def test_what_is_not_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -419,25 +387,30 @@ def test_invert_refuses_what_its_sidecar_does_not_describe(tmp_path: Path) -> No
     path.write_bytes(length.to_bytes(8, "little") + data[8:])
     with pytest.raises(ValueError, match="weight_files must map plain file names"):
         invert(escape, tmp_path / "out")
+    texts = converted("texts")
+    path = texts / "partition.safetensors"
+    data = path.read_bytes().replace(b"sparse_unified.json", b"tokenizer_conf.json")
+    data = data.replace(b'\\"llm_config.json\\"', b'\\"tokenizer.jsonx\\"')
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="texts must be of files that convert rewrites"):
+        invert(texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_progress_ends_at_the_bytes_written(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     seen: list[tuple[int, int]] = []
-    for name in ("converted", "verified", "inverted"):
+    sparse, back = tmp_path / "sparse", tmp_path / "back"
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    for run in (
+        lambda: convert(dense, sparse, num_experts=4, top_k=2, progress=progress),
+        lambda: verify(sparse, dense, progress=progress),
+        lambda: invert(sparse, back, progress=progress),
+    ):
         seen.clear()
-        if name == "converted":
-            convert(
-                dense,
-                tmp_path / "sparse",
-                num_experts=4,
-                top_k=2,
-                progress=lambda *step: seen.append(step),
-            )
-        elif name == "verified":
-            verify(tmp_path / "sparse", dense, progress=lambda *step: seen.append(step))
-        else:
-            invert(tmp_path / "sparse", tmp_path / "back", progress=lambda *step: seen.append(step))
-        assert seen[-1][0] == seen[-1][1], name
+        run()
+        assert seen[-1][0] == seen[-1][1]
         assert seen == sorted(seen)

@@ -207,8 +207,8 @@ def test_an_index_and_its_shards_have_to_agree(tmp_path: Path) -> None:
     content = json.loads(index.read_text())
     first, file = next(iter(content["weight_map"].items()))
     for weight_map, message in [
-        ({**content["weight_map"], "ghost": file}, "must hold 'ghost'"),
-        ({k: f for k, f in content["weight_map"].items() if k != first}, "must be mapped to"),
+        ({**content["weight_map"], "ghost": file}, "got 'ghost' not in"),
+        ({k: f for k, f in content["weight_map"].items() if k != first}, f"got {first!r} in"),
         ({**content["weight_map"], "ghost": "gone.safetensors"}, "file must be readable"),
         ({}, "weight_map must map keys to files"),
     ]:

@@ -30,7 +30,7 @@ from sparse_unified import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.checkpoint import Part, convert, info, prune, verify
+from sparse_unified.checkpoint import convert, info, prune, verify
 from sparse_unified.checkpoint.recipe import parse_recipe
 
 
@@ -162,7 +162,7 @@ def test_heads_need_their_number_in_the_config(number: int, dense: Path, tmp_pat
         (lambda c: c["steps"][0]["config"].update(keep_ratio=2), "step 0: PruneWidthConfig: keep"),
         (lambda c: c["steps"][0]["config"].update(layers="all"), "layers must be a list of ind"),
         (lambda c: c["steps"][0].pop("widths"), "widths must be given for the layers of a width"),
-        (lambda c: c["steps"][0]["widths"].update({"0": 0}), "width of layer 0 must be an integer"),
+        (lambda c: c["steps"][0]["widths"].update({"0": 0}), "layer 0: width must be an integer"),
         (lambda c: c["steps"][0]["widths"].update({"0": 97}), "must be 1 to the 96 neurons left"),
         (
             lambda c: c["steps"][0]["widths"].update({"0": 32}),
@@ -171,10 +171,10 @@ def test_heads_need_their_number_in_the_config(number: int, dense: Path, tmp_pat
         (lambda c: c["steps"][0]["config"].update(layers=[0, 1, 2, 9]), "widths must be given"),
         (lambda c: c["steps"][2].update(widths={"1": 3}), "widths must be given for the layers"),
         (lambda c: c["steps"][2]["config"].update(layers=[9]), "layers must be 0 to 3, got 9"),
-        (lambda c: c["steps"][1]["heads"].update({"0": {}}), "heads of layer 0 must have keys"),
+        (lambda c: c["steps"][1]["heads"].update({"0": {}}), "layer 0: heads must have keys"),
         (
             lambda c: c["steps"][1]["heads"]["0"].update(und=[1, 0]),
-            "und of layer 0 must be ascending",
+            "layer 0: und must be ascending",
         ),
         (lambda c: c["steps"][1]["heads"]["0"].update(keys=[0]), "must be among its keys"),
         (
@@ -241,7 +241,7 @@ def test_verify_names_what_was_changed_since(
 
 
 def test_verify_sees_keys_of_what_is_skipped(dense: Path, tmp_path: Path) -> None:
-    prune(dense, tmp_path / "out", [SkipLayersConfig(layers=[1], part=Part.ATTENTION)])
+    prune(dense, tmp_path / "out", [SkipLayersConfig(layers=[1], part="attention")])
     key = "language_model.model.layers.1.self_attn.q_norm.weight"
     assert verify(tmp_path / "out", dense).ok
     edit_weights(tmp_path / "out", lambda weights: weights.update({key: torch.ones(8)}))

@@ -9,43 +9,24 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import (
     AdaptConfig,
     MoEConfig,
-    Part,
     PruneHeadsConfig,
     PruneWidthConfig,
     SkipLayersConfig,
 )
 from sparse_unified.checkpoint.recipe import Recipe, Step
 from sparse_unified.checkpoint.safetensors_io import TensorSpec
-from sparse_unified.checkpoint.shapes import LayerShape
 
-# Names of `sparse_unified.convert`, which stands above the models and this package below them.
-_OF_CONVERT = (
-    "ComponentInfo",
-    "ConvertReport",
-    "Info",
-    "InvertReport",
-    "LayerVerdict",
-    "PrunedCheckpoint",
-    "VerifyReport",
-    "convert",
-    "info",
-    "invert",
-    "prune",
-    "verify",
-)
+# Functions of `sparse_unified.convert`, which stands above the models and this package below them.
+_OF_CONVERT = ("convert", "info", "invert", "prune", "verify")
 
 __all__ = [
     "AdaptConfig",
     "Checkpoint",
-    "Counts",
-    "LayerShape",
     "MoEConfig",
-    "Part",
     "PruneHeadsConfig",
     "PruneWidthConfig",
     "Recipe",

@@ -136,11 +136,7 @@ class Checkpoint:
 
     @property
     def ffns(self) -> FFNs:
-        """`{component: {layer: FFN}}` as the keys say.
-
-        Raises:
-            ValueError: a key is missing, extra or renamed, or shapes disagree.
-        """
+        """`{component: {layer: FFN}}` as the keys say."""
         ffns, problems = self._scanned
         self._refuse(problems)
         return ffns
@@ -174,10 +170,6 @@ class Checkpoint:
         """The sparse FFNs, `{component: {layer: layout}}`, of components that have some.
 
         As the keys give them, checked against llm_config.json and the recipe.
-
-        Raises:
-            ValueError: keys disagree among themselves or with these files; the message names
-                what was found and what would be legal.
         """
         self._refuse(self.problems())
         shared: Any = self.llm_config.get("num_shared_experts")
@@ -199,11 +191,7 @@ class Checkpoint:
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        """What was done to the model, `sparse_unified.json`; None without it.
-
-        Raises:
-            ValueError: the file is no recipe.
-        """
+        """What was done to the model, `sparse_unified.json`; None without it."""
         path = self.directory / RECIPE
         return parse_recipe(path, read_json(path)) if path.exists() else None
 
@@ -215,22 +203,14 @@ class Checkpoint:
 
     @property
     def left(self) -> dict[str, dict[int, LayerShape]] | None:
-        """What pruning has left, with the neurons of sparse FFNs together; None without pruning.
-
-        Raises:
-            ValueError: the recipe cannot have been carried out on the dense model of the config.
-        """
+        """What pruning has left, with the neurons of sparse FFNs together; None without pruning."""
         keeps_all = (MoEConfig, AdaptConfig)
         steps = self.recipe.steps if self.recipe is not None else ()
         return None if all(isinstance(s.config, keeps_all) for s in steps) else self._wanted
 
     @cached_property
     def shapes(self) -> dict[str, dict[int, LayerShape]]:
-        """What each layer has of each component, pruned or not.
-
-        Raises:
-            ValueError: as of `experts` and `left`.
-        """
+        """What each layer has of each component, pruned or not."""
         experts, ffns = self.experts, self.ffns
         shapes: dict[str, dict[int, LayerShape]] = {}
         for component, layers in self._wanted.items():
@@ -261,26 +241,24 @@ def _find_index(directory: Path) -> Path:
 
 def _read_shards(index_file: Path) -> dict[str, Header]:
     weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index_file}: weight_map must map keys to files, got {weight_map!r:.80}")
-    for key, name in weight_map.items():
-        if not is_plain_name(name):
+    with naming(index_file):
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"weight_map must map keys to files, got {weight_map!r:.80}")
+        for key, name in weight_map.items():
+            if not is_plain_name(name):
+                raise ValueError(
+                    f"file of {key!r:.120} must be a plain name in the same directory, "
+                    f"got {name!r:.80}"
+                )
+        names = dict.fromkeys(name for name in weight_map.values() if name != VAE_FILE)
+        headers = {name: read_header(index_file.parent / name) for name in names}
+        held = {(key, name) for name, header in headers.items() for key in header.tensors}
+        claimed = {(key, name) for key, name in weight_map.items() if name in headers}
+        for key, name in sorted(held ^ claimed)[:1]:
+            state = "in" if (key, name) in held else "not in"
             raise ValueError(
-                f"{index_file}: file of {key!r:.120} must be a plain name in the same directory, "
-                f"got {name!r:.80}"
+                f"weight_map must name the file of each tensor, got {key!r:.120} {state} {name}"
             )
-    names = dict.fromkeys(name for name in weight_map.values() if name != VAE_FILE)
-    headers = {name: read_header(index_file.parent / name) for name in names}
-    for name, header in headers.items():
-        stray = [key for key in header.tensors if weight_map.get(key) != name]
-        if stray:
-            raise ValueError(
-                f"{index_file}: {stray[0]!r:.120} must be mapped to {name}, which holds it, "
-                f"got {weight_map.get(stray[0])!r:.120}"
-            )
-    for key, name in weight_map.items():
-        if name in headers and key not in headers[name].tensors:
-            raise ValueError(f"{index_file}: {name} must hold {key!r:.120}, got a file without it")
     return headers
 
 

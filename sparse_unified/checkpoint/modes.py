@@ -91,10 +91,6 @@ class MoEConfig(_Mode):
         router_init: what routers start from: "zero", the official way; "random", small; or
             "activation", fitted to calibration inputs.
         seed: of what partition and router_init draw.
-
-    Raises:
-        ValueError: a value is out of range or none of the above.
-        TypeError: layers are neither a string nor a sequence.
     """
 
     mode: ClassVar[str] = "moe"
@@ -136,9 +132,6 @@ class PruneWidthConfig(_Mode):
         budget: "uniform", each layer keeps that share; or "global", the layers together do.
         block_size: neurons go in blocks of this many consecutive ones: 1, or 16 to 128, a divisor
             of every width.
-
-    Raises:
-        ValueError: a value is out of range. TypeError: layers are neither string nor sequence.
     """
 
     mode: ClassVar[str] = "width"
@@ -169,9 +162,6 @@ class PruneHeadsConfig(_Mode):
         layers: as in `MoEConfig`; "all" and "middle" pass over layers whose attention is skipped.
         keep_ratio: share of the groups that stays, in (0, 1]; at least one does.
         budget: as in `PruneWidthConfig`.
-
-    Raises:
-        ValueError: a value is out of range. TypeError: layers are neither string nor sequence.
     """
 
     mode: ClassVar[str] = "heads"
@@ -198,9 +188,6 @@ class SkipLayersConfig(_Mode):
         component: "gen" or "und".
         layers: as in `MoEConfig`; "all" and "middle" pass over layers that skip the part already.
         part: "block", "attention" or "ffn".
-
-    Raises:
-        ValueError: a value is none of the above. TypeError: layers are neither string nor sequence.
     """
 
     mode: ClassVar[str] = "depth"
@@ -227,9 +214,6 @@ class AdaptConfig(_Mode):
         component: "gen", "und", or "both": whose weights.
         steps, seed: of the optimizer.
         layers: as in `MoEConfig`.
-
-    Raises:
-        ValueError: a value is out of range. TypeError: layers are neither string nor sequence.
     """
 
     mode: ClassVar[str] = "adapt"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_unified._common import format_layers
+from sparse_unified._common import check_int, context, format_layers, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import (
     AdaptConfig,
@@ -119,62 +119,21 @@ class Recipe:
 
 
 def parse_recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
-    """Checks and returns the contents of a recipe file.
-
-    Raises:
-        ValueError: it is no recipe, of a later format, or a step is not what its mode asks for.
-    """
-    form = content.get("format"), content.get("format_version")
-    if form != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{path}: format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
-    steps = content.get("steps")
-    if not isinstance(steps, list):
-        raise ValueError(f"{path}: steps must be a list, got {type(steps).__name__}")
-    return Recipe(
-        steps=tuple(_parse_step(f"{path}: step {i}", step) for i, step in enumerate(steps))
-    )
-
-
-def _parse_step(where: str, step: object) -> Step:
-    kind = MODES.get(str(step.get("mode"))) if isinstance(step, dict) else None
-    if kind is None or not isinstance(step, dict):
-        got = step.get("mode") if isinstance(step, dict) else step
-        raise ValueError(f"{where}: mode must be one of {', '.join(MODES)}, got {got!r:.80}")
-    extra = [name for name in step if name not in ("mode", "config", "scores", "tool", *_RESULTS)]
-    fields = step.get("config")
-    known = {known.name for known in dataclasses.fields(kind)}
-    needed = known - _ADDED.get(kind.mode, set())
-    if extra or not isinstance(fields, dict) or not needed <= set(fields) <= known:
-        got = extra or (sorted(fields) if isinstance(fields, dict) else fields)
-        raise ValueError(f"{where}: config must have {', '.join(sorted(known))}, got {got!r:.120}")
-    if not isinstance(fields["layers"], list):
-        raise ValueError(f"{where}: layers must be a list of indices, got {fields['layers']!r:.80}")
-    try:
-        config = kind(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    layers, result = config.layers, _RESULT_OF.get(config.mode)
-    values = step.get(result, {}) if result is not None else {}
-    stray = [name for name in _RESULTS if name in step and name != result]
-    if (
-        stray
-        or not isinstance(values, dict)
-        or sorted(values) != sorted(str(layer) for layer in (layers if result is not None else ()))
-    ):
-        raise ValueError(
-            f"{where}: {result or stray[0]} must be given for the layers of a {config.mode} step, "
-            f"{format_layers([int(layer) for layer in layers])}, and for no others, "
-            f"got {values!r:.80}"
-        )
-    items = [(int(layer), value) for layer, value in values.items()]
-    scores, tool = step.get("scores"), step.get("tool", "unknown")
-    return Step(
-        config=config,
-        scores=None if scores is None else str(scores),
-        tool=str(tool),
-        widths={n: _width(where, n, v) for n, v in items if result == "widths"},
-        heads={n: _heads(where, n, v) for n, v in items if result == "heads"},
-    )
+    """Checks and returns the contents of a recipe file."""
+    with context(path):
+        form = content.get("format"), content.get("format_version")
+        if form != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"format must be {FORMAT} {FORMAT_VERSION}, got {form!r:.120}")
+        steps = content.get("steps")
+        if not isinstance(steps, list):
+            raise ValueError(f"steps must be a list, got {type(steps).__name__}")
+        parsed = []
+        for number, step in enumerate(steps):
+            try:
+                parsed.append(_parse_step(step))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"step {number}: {error}") from error
+    return Recipe(steps=tuple(parsed))
 
 
 _RESULTS = ("widths", "heads")
@@ -183,32 +142,61 @@ _ADDED = {MoEConfig.mode: {"partition", "router_init", "seed"}}
 _RESULT_OF = {PruneWidthConfig.mode: "widths", PruneHeadsConfig.mode: "heads"}
 
 
-def _width(where: str, layer: int, value: object) -> int:
-    if type(value) is not int or value < 1:
+def _parse_step(step: Any) -> Step:
+    if not isinstance(step, dict) or str(step.get("mode")) not in MODES:
+        got = step.get("mode") if isinstance(step, dict) else step
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {got!r:.80}")
+    kind, fields = MODES[str(step["mode"])], step.get("config")
+    extra = [name for name in step if name not in ("mode", "config", "scores", "tool", *_RESULTS)]
+    known = {field.name for field in dataclasses.fields(kind)}
+    needed = known - _ADDED.get(kind.mode, set())
+    if extra or not isinstance(fields, dict) or not needed <= set(fields) <= known:
+        got = extra or (sorted(fields) if isinstance(fields, dict) else fields)
+        raise ValueError(f"config must have {', '.join(sorted(known))}, got {got!r:.120}")
+    if not isinstance(fields["layers"], list):
+        raise ValueError(f"layers must be a list of indices, got {fields['layers']!r:.80}")
+    config = kind(**fields)
+
+    result = _RESULT_OF.get(config.mode)
+    given = {name: step[name] for name in _RESULTS if name in step}
+    layers = sorted(str(layer) for layer in config.layers)
+    found = given.pop(result, None) if result is not None else {}
+    if given or not isinstance(found, dict) or sorted(found) != layers * (result is not None):
         raise ValueError(
-            f"{where}: width of layer {layer} must be an integer of at least 1, got {value!r:.80}"
+            f"{result or min(given)} must be given for the layers of a {config.mode} step, "
+            f"{format_layers([int(layer) for layer in config.layers])}, and for no others, "
+            f"got {given or found!r:.80}"
         )
-    return value
+    for layer, value in found.items():
+        with naming(f"layer {layer}"):
+            if result == "widths":
+                check_int("width", value, 1)
+            else:
+                _check_heads(value)
+    values: dict[int, Any] = {int(layer): value for layer, value in found.items()}
+    scores = step.get("scores")
+    return Step(
+        config=config,
+        scores=None if scores is None else str(scores),
+        tool=str(step.get("tool", "unknown")),
+        widths=values if result == "widths" else {},
+        heads={
+            layer: {name: tuple(numbers) for name, numbers in heads.items()}
+            for layer, heads in (values if result == "heads" else {}).items()
+        },
+    )
 
 
-def _heads(where: str, layer: int, value: object) -> dict[str, tuple[int, ...]]:
+def _check_heads(value: object) -> None:
     names = ("keys", *FFN_NAMES)
     if not isinstance(value, dict) or set(value) != set(names):
-        raise ValueError(
-            f"{where}: heads of layer {layer} must have {', '.join(names)}, got {value!r:.80}"
-        )
-    lists = {name: value[name] for name in names}
-    for name, numbers in lists.items():
+        raise ValueError(f"heads must have {', '.join(names)}, got {value!r:.80}")
+    for name, numbers in value.items():
         whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
         if not whole or sorted(set(numbers)) != numbers:
-            raise ValueError(
-                f"{where}: {name} of layer {layer} must be ascending head numbers, "
-                f"got {numbers!r:.80}"
-            )
+            raise ValueError(f"{name} must be ascending head numbers, got {numbers!r:.80}")
     for name in FFN_NAMES:
-        if not set(lists[name]) <= set(lists["keys"]):
+        if not set(value[name]) <= set(value["keys"]):
             raise ValueError(
-                f"{where}: {name} of layer {layer} must be among its keys {lists['keys']}, "
-                f"got {lists[name]}"
+                f"{name} must be among its keys {value['keys']!r:.80}, got {value[name]!r:.80}"
             )
-    return {name: tuple(numbers) for name, numbers in lists.items()}

@@ -45,10 +45,6 @@ def given_scores(
         name: "gen" or "und", or "gen.heads" or "und.heads" for groups of heads.
         sizes: `{layer: neurons or groups}` of the chosen layers.
         num_layers: of the model.
-
-    Raises:
-        ValueError: the component or a layer is missing, or scores do not fit or are not finite.
-        TypeError: scores are no tensors.
     """
     if scores is None:
         return None
@@ -115,10 +111,6 @@ def resolve_inputs(
         inputs: `{layer: [N, D]}`, or `{component: {layer: [N, D]}}`.
         config: what is done with them; they must be given exactly where it needs them.
         sizes: layer -> hidden size D, of the layers that must be there.
-
-    Raises:
-        ValueError: they are missing, not needed, lack the component or a layer, or do not fit.
-        TypeError: they are no tensors by layer.
     """
     if config.needs_inputs != (inputs is not None):
         got = "none; statistics that calibrate gathers with --inputs hold them"

@@ -305,11 +305,7 @@ def find_top_k(config: Mapping[str, Any], num_experts: int) -> int:
 def wanted_layers(
     config: Mapping[str, Any], recipe: Recipe | None
 ) -> dict[str, dict[int, LayerShape]]:
-    """Returns what the layers must hold: those of the dense model, after the steps of a recipe.
-
-    Raises:
-        ValueError: llm_config.json lacks a size, or a step cannot have been carried out.
-    """
+    """Returns what the layers must hold: those of the dense model, after the steps of a recipe."""
     heads = config.get("num_key_value_heads", config.get("num_attention_heads", 1))
     sizes = [
         _size(name, value, limit)

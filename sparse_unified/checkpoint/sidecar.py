@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_unified._common import context
 from sparse_unified._version import __version__
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import is_plain_name, loads_strict
+from sparse_unified.checkpoint.model_dir import INDEX_SUFFIX
+from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.safetensors_io import (
     Header,
     load_tensors,
@@ -29,6 +32,7 @@ from sparse_unified.checkpoint.safetensors_io import (
     read_tensor,
     save_tensors,
 )
+from sparse_unified.checkpoint.shapes import CONFIG
 
 SIDECAR = "partition.safetensors"
 # The sidecar of an earlier conversion, of the other component, that the new one lies on top of.
@@ -89,29 +93,39 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
 
 
 def read_sidecar(path: Path) -> Sidecar:
-    """Reads and checks a sidecar file.
-
-    Raises:
-        ValueError: it is missing, not a sidecar, of a later format, or holds no permutation.
-    """
+    """Reads and checks a sidecar file."""
     if not path.exists():
-        raise ValueError(
-            f"{path}: file must be there, as convert writes it, to give the dense neuron order; "
-            "got nothing"
-        )
+        raise ValueError(f"{path}: file must be there, as convert writes it, got nothing")
     header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
-    metadata = header.metadata
-    component = metadata.get("component", "")
-    if component not in keys.FFN_NAMES:
-        raise ValueError(f"{path}: component must be gen or und, got {component!r:.80}")
-    return Sidecar(
-        component=component,
-        neuron_index=_read_indices(path, header, component),
-        arguments=_read_map(path, metadata, "arguments"),
-        weight_files=_read_files(path, metadata, "weight_files"),
-        texts=_read_files(path, metadata, "texts"),
-        tool=metadata.get("tool", "unknown"),
-    )
+    with context(path):
+        component = header.metadata.get("component", "")
+        if component not in keys.FFN_NAMES:
+            raise ValueError(f"component must be gen or und, got {component!r:.80}")
+        indices: dict[int, np.ndarray] = {}
+        for key, spec in header.tensors.items():
+            found = keys.find_ffn_key(key)
+            if found is None or (found[0], found[2]) != (component, "neuron_index"):
+                raise ValueError(f"key must be as {index_key(component, 0)}, got {key!r:.120}")
+            index = read_tensor(spec).flatten()
+            in_order = torch.arange(index.numel(), dtype=torch.int32)
+            if index.dtype != torch.int32 or not torch.equal(index.sort().values, in_order):
+                raise ValueError(
+                    f"{key} must be an int32 permutation of 0 to {index.numel() - 1}, "
+                    "got something else"
+                )
+            indices[found[1]] = index.long().numpy()
+        texts = _read_files(header, "texts")
+        for name in texts:  # whatever else is in OUT is copied
+            if name not in (CONFIG, RECIPE) and not name.endswith(INDEX_SUFFIX):
+                raise ValueError(f"texts must be of files that convert rewrites, got {name!r:.80}")
+        return Sidecar(
+            component=component,
+            neuron_index=dict(sorted(indices.items())),
+            arguments=_read_map(header, "arguments"),
+            weight_files=_read_files(header, "weight_files"),
+            texts=texts,
+            tool=header.metadata.get("tool", "unknown"),
+        )
 
 
 def parse_dense_headers(path: Path, sidecar: Sidecar) -> dict[str, Header]:
@@ -122,41 +136,20 @@ def parse_dense_headers(path: Path, sidecar: Sidecar) -> dict[str, Header]:
     }
 
 
-def _read_indices(path: Path, header: Header, component: str) -> dict[int, np.ndarray]:
-    indices: dict[int, np.ndarray] = {}
-    for key, spec in header.tensors.items():
-        found = keys.find_ffn_key(key)
-        if found is None or (found[0], found[2]) != (component, "neuron_index"):
-            raise ValueError(
-                f"{path}: key must be {index_key(component, 0)} or alike, got {key!r:.120}"
-            )
-        index = read_tensor(spec, what=str(path))
-        if index.dtype != torch.int32 or not torch.equal(
-            index.flatten().sort().values, torch.arange(index.numel(), dtype=torch.int32)
-        ):
-            raise ValueError(
-                f"{path}: {key} must be an int32 permutation of 0 to {index.numel() - 1}, "
-                "got something else"
-            )
-        indices[found[1]] = index.flatten().long().numpy()
-    return dict(sorted(indices.items()))
-
-
-def _read_map(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
+def _read_map(header: Header, field: str) -> dict[str, Any]:
+    text = header.metadata.get(field, "")
     try:
-        value = loads_strict(metadata.get(field, ""))
+        value = loads_strict(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{path}: {field} must hold a JSON object, got {metadata.get(field)!r:.80}"
-        )
+        raise ValueError(f"{field} must hold a JSON object, got {text!r:.80}")
     return value
 
 
-def _read_files(path: Path, metadata: Mapping[str, str], field: str) -> dict[str, str]:
-    value = _read_map(path, metadata, field)
+def _read_files(header: Header, field: str) -> dict[str, str]:
+    value = _read_map(header, field)
     for name, text in value.items():
         if not is_plain_name(name) or not isinstance(text, str):
-            raise ValueError(f"{path}: {field} must map plain file names to text, got {name!r:.80}")
+            raise ValueError(f"{field} must map plain file names to text, got {name!r:.80}")
     return value

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from itertools import product
 
 from sparse_unified._common import Report, check_int, context, format_bytes
+from sparse_unified.bagel.config import LLMConfig
+from sparse_unified.bagel.loading import Task, unneeded
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
 
 BUDGETS = (12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes, of cards one can buy
-_TEXT_TO_IMAGE_LACKS = ("vit_model.", "connector.", "vit_pos_embed.", "language_model.lm_head.")
 _PACKED_SCALE_BYTES = 5  # of a row stored as int8: a scale and a zero point
 
 
@@ -78,7 +79,6 @@ def memory(
     *,
     size: tuple[int, int] = (1024, 1024),
     images: int = 1,
-    budgets: Sequence[int] = BUDGETS,
 ) -> MemoryReport:
     """Computes what a model directory takes on a device in each way of loading it.
 
@@ -86,13 +86,12 @@ def memory(
         directory: a model directory.
         size: height and width of the images, in pixels.
         images: drawn together.
-        budgets: memories of devices, in GB of 10^9 bytes.
 
     Raises:
         ValueError: the directory is no readable model, or an argument is below 1.
     """
-    for name, value in (("size", min(size)), ("images", images), ("budgets", min(budgets))):
-        check_int(name, value, 1)
+    check_int("size", min(size), 1)
+    check_int("images", images, 1)
     source = Checkpoint(directory)
     vae = read_header(source.vae_file).tensors if source.vae_file.exists() else {}
     rows = []
@@ -109,11 +108,11 @@ def memory(
             weights=weights,
             working=working,
             host=host,
-            fits=tuple(budget for budget in budgets if weights + working <= budget * 10**9),
+            fits=tuple(budget for budget in BUDGETS if weights + working <= budget * 10**9),
         )
         rows.append(row)
     return MemoryReport(
-        directory=str(directory), size=size, images=images, budgets=tuple(budgets), rows=tuple(rows)
+        directory=str(directory), size=size, images=images, budgets=BUDGETS, rows=tuple(rows)
     )
 
 
@@ -121,14 +120,11 @@ def _weight_bytes(
     source: Checkpoint, task: str, offload: str, storage: str | None
 ) -> tuple[int, int]:
     """Returns the bytes of the weights on the device and in host memory."""
-    lacks: tuple[str, ...] = ()
-    if task == "image":
-        last = keys.module_prefixes(source.num_layers - 1, keys.ffn_modules("und"))
-        lacks = (*_TEXT_TO_IMAGE_LACKS, *last)
+    lacks = unneeded(LLMConfig.from_json(source.llm_config), Task(task))
     on_device = on_host = 0
     for key, spec in source.specs.items():
         ffn, nbytes = keys.find_ffn_key(key), spec.nbytes
-        if lacks and key.startswith(lacks):
+        if key.startswith(lacks):
             continue
         if ffn is not None and storage is not None and not keys.ROUTER_KEY.fullmatch(ffn[2]):
             nbytes = math.prod(spec.shape) + spec.shape[0] * _PACKED_SCALE_BYTES

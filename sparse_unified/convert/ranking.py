@@ -36,10 +36,6 @@ def ranking(
         heads: groups of heads in the place of neurons.
         scores: as of `given_scores`.
         seed: of random scores; without both, weights are ranked by magnitude.
-
-    Raises:
-        ValueError: scores and seed are both given, or scores do not fit.
-        TypeError: scores are no tensors.
     """
     if scores is not None and seed is not None:
         raise ValueError(f"scores and seed must not both be given, got seed {seed}")
