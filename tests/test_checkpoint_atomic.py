@@ -150,7 +150,7 @@ def test_an_existing_target_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="target must not exist"),
-        atomic_directory(tmp_path / "out", what="test"),
+        atomic_directory(tmp_path / "out"),
     ):
         (tmp_path / "out").mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

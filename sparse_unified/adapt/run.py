@@ -282,9 +282,9 @@ def _check_target(
     """Returns the directory of the run to `out`; ValueError where either cannot be written."""
     target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
     running = target.with_name(f"{target.name}.training")
-    refuse_overlap(target, source.directory, data, what=WHAT)
-    refuse_overlap(running, source.directory, what=WHAT)
-    refuse_foreign_partial(target, what=WHAT)
+    refuse_overlap(target, source.directory, data)
+    refuse_overlap(running, source.directory)
+    refuse_foreign_partial(target)
     if os.path.lexists(target):
         raise ValueError(f"target must not exist, got {out}")
     if not target.parent.is_dir():

@@ -88,7 +88,7 @@ def save_state(
     else:
         header = build_header([(k, torch.float32, tuple(p.shape)) for k, p in owners.items()])
         checksum = 0
-        with atomic_directory(directory, what=WHAT) as unfinished:
+        with atomic_directory(directory) as unfinished:
             with create_file(unfinished / TENSORS) as target:
                 write_all(target, encode_header(header))
                 for key, tensor in whole:
@@ -274,7 +274,6 @@ def write_adapted(
         out,
         {key: edit(key, spec) for key, spec in source.specs.items() if key in trained},
         {RECIPE: recipe.to_json(), **texts},
-        what=WHAT,
         headers=source.headers,
         # A last look through the reader's eyes.
         finish=lambda unfinished: Checkpoint(unfinished).experts,

@@ -153,9 +153,7 @@ def is_plain_name(name: object) -> bool:
     )
 
 
-def list_files(
-    directory: Path, *, skip: Collection[str] = (), what: str
-) -> dict[str, os.stat_result]:
+def list_files(directory: Path, *, skip: Collection[str] = ()) -> dict[str, os.stat_result]:
     """Lists all files below a directory, `{path in it: status}`.
 
     Links to files are followed, and links to directories that lie inside. What is taken from
@@ -164,7 +162,6 @@ def list_files(
     Args:
         directory: the model directory.
         skip: names directly inside it that are left out.
-        what: the operation, for messages.
 
     Raises:
         ValueError: something can not be read or is neither a file nor a directory, or a link
@@ -185,7 +182,7 @@ def list_files(
                 num_seen += 1
                 if num_seen > _MOST_FILES:
                     raise ValueError(
-                        f"{what}: {directory} must hold at most {_MOST_FILES:,} files, got more"
+                        f"{directory} must hold at most {_MOST_FILES:,} files, got more"
                     )
                 status, real = path.stat(), parents[-1] / path.name
                 if path.is_symlink():
@@ -193,24 +190,22 @@ def list_files(
                     leaves = not any(map(real.is_relative_to, own))
                     if leaves and stat.S_ISDIR(status.st_mode):
                         raise ValueError(
-                            f"{what}: {path} must not be a link to a directory outside, got "
+                            f"{path} must not be a link to a directory outside, got "
                             f"{real}; copy what belongs to the model"
                         )
                     foreign += [f"{path.relative_to(directory)} -> {real}"] * leaves
                 if stat.S_ISREG(status.st_mode):
                     found[path.relative_to(directory)] = status
                 elif not stat.S_ISDIR(status.st_mode):
-                    raise ValueError(f"{what}: {path} must be a file or a directory, got neither")
+                    raise ValueError(f"{path} must be a file or a directory, got neither")
                 elif real in parents:
-                    raise ValueError(f"{what}: links must not run in a circle, got {path}")
+                    raise ValueError(f"links must not run in a circle, got {path}")
                 else:
                     pending.append((path, (*parents, real)))
     except OSError as error:
-        raise ValueError(
-            f"{what}: {error.filename} must be readable, got {error.strerror}"
-        ) from error
+        raise ValueError(f"{error.filename} must be readable, got {error.strerror}") from error
     if foreign:
-        logger.warning("%s: links lead out of the directory: %s", what, list_some(foreign))
+        logger.warning("links lead out of the directory: %s", list_some(foreign))
     return {str(path): found[path] for path in sorted(found)}
 
 
@@ -332,9 +327,7 @@ def partial_path(out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def atomic_directory(
-    out: str | os.PathLike[str], *, what: str, mode: int = 0o777
-) -> Iterator[Path]:
+def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Iterator[Path]:
     """Yields an empty directory beside `out` that becomes `out` when the block ends well.
 
     The sibling `partial_path(out)` that holds it is locked while it is written, so two runs never
@@ -344,7 +337,6 @@ def atomic_directory(
 
     Args:
         out: the target, which must not exist; its parent must.
-        what: the operation, for messages.
         mode: permissions of `out`, of which the umask takes its part.
 
     Raises:
@@ -353,16 +345,16 @@ def atomic_directory(
         RuntimeError: another run is writing the same target, or the file system refuses to.
     """
     target = _absolute(out)
-    _refuse_existing(target, what)
+    _refuse_existing(target)
     if not target.parent.is_dir():
-        raise ValueError(f"{what}: parent of {out} must be a directory, got {target.parent}")
+        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
     partial = partial_path(target)
     content = partial / target.name
     with ExitStack() as stack:
         try:
-            refuse_foreign_partial(target, what=what)
-            stack.callback(os.close, _lock(partial, what))
-            refuse_foreign_partial(target, what=what)
+            refuse_foreign_partial(target)
+            stack.callback(os.close, _lock(partial))
+            refuse_foreign_partial(target)
             stack.callback(_remove_partial, partial, content)
             if content.exists():
                 logger.warning("removing what an interrupted run left in %s", partial)
@@ -374,13 +366,13 @@ def atomic_directory(
             # Files are synced by whoever writes them; here it is the names.
             for folder, _, _ in os.walk(content):
                 _sync(folder)
-            _refuse_existing(target, what)
+            _refuse_existing(target)
             content.rename(target)
             with suppress(PermissionError):  # a parent may be written and not read
                 _sync(target.parent)
         except OSError as error:
             raise RuntimeError(
-                f"{what}: {error.filename or target} must be accessible with room to spare, "
+                f"{error.filename or target} must be accessible with room to spare, "
                 f"got {error.strerror or error}"
             ) from error
 
@@ -393,7 +385,7 @@ def _remove_partial(partial: Path, content: Path) -> None:
         partial.rmdir()
 
 
-def _lock(partial: Path, what: str) -> int:
+def _lock(partial: Path) -> int:
     """Makes a directory if there is none, and returns a descriptor that locks it."""
     while True:
         partial.mkdir(exist_ok=True)
@@ -406,13 +398,13 @@ def _lock(partial: Path, what: str) -> int:
         except BlockingIOError:
             os.close(lock)
             raise RuntimeError(
-                f"{what}: target must be written by one run at a time, got another at {partial}"
+                f"target must be written by one run at a time, got another at {partial}"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
                 os.close(lock)
                 raise
-            logger.warning("%s: this file system has no locks; run one conversion at a time", what)
+            logger.warning("this file system has no locks; run one conversion at a time")
         # The run that held the lock may have removed the directory meanwhile.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), partial.lstat()):
@@ -428,7 +420,7 @@ def _sync(directory: str | Path) -> None:
         os.close(handle)
 
 
-def refuse_foreign_partial(out: str | os.PathLike[str], *, what: str) -> None:
+def refuse_foreign_partial(out: str | os.PathLike[str]) -> None:
     """Raises ValueError when what stands at `partial_path(out)` was not left by a run of ours."""
     partial = partial_path(out)
     try:
@@ -441,13 +433,13 @@ def refuse_foreign_partial(out: str | os.PathLike[str], *, what: str) -> None:
     own = MARKER in names and names <= {MARKER, _absolute(out).name}
     if (names and not own) or any(path.is_symlink() for path in found):
         raise ValueError(
-            f"{what}: {partial} must be absent or left by an interrupted run, which may be "
+            f"{partial} must be absent or left by an interrupted run, which may be "
             f"removed, got {list_some(sorted(names))}; move it elsewhere"
         )
 
 
 def refuse_overlap(
-    out: str | os.PathLike[str], source: str | os.PathLike[str], *files: object, what: str
+    out: str | os.PathLike[str], source: str | os.PathLike[str], *files: object
 ) -> None:
     """Raises ValueError when writing `out` would touch what it is made from; links are followed.
 
@@ -455,12 +447,11 @@ def refuse_overlap(
         out: the directory to make.
         source: the directory that it is made from; `out` must not lie in it.
         files: further inputs; what is no path is passed over.
-        what: the operation, for messages.
     """
     target, partial = _absolute(out), partial_path(out)
     resolved = target.parent.resolve() / target.name
     if to_path(source, "source").resolve() in (resolved, *resolved.parents):
-        raise ValueError(f"{what}: target must lie outside {source}, got {out}")
+        raise ValueError(f"target must lie outside {source}, got {out}")
     # Where the target is written before it has its name; a run removes what lies there.
     places = {resolved.with_name(partial.name), partial.resolve()}
     for path in (source, *files):
@@ -468,7 +459,7 @@ def refuse_overlap(
             for own in (_absolute(path, "input"), Path(path).resolve()):
                 if places & {own, *own.parents}:
                     raise ValueError(
-                        f"{what}: {path} must lie outside {partial}, where {out} is written until "
+                        f"{path} must lie outside {partial}, where {out} is written until "
                         "it is whole"
                     )
 
@@ -486,6 +477,6 @@ def _absolute(path: object, name: str = "target") -> Path:
     return Path(os.path.abspath(to_path(path, name)))  # noqa: PTH100  (resolve follows links)
 
 
-def _refuse_existing(target: Path, what: str) -> None:
+def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
-        raise ValueError(f"{what}: target must not exist, got {target}")
+        raise ValueError(f"target must not exist, got {target}")

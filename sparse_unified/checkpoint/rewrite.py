@@ -74,7 +74,6 @@ def rewrite(
     edits: Edits,
     texts: Mapping[str, str],
     *,
-    what: str,
     headers: Mapping[str, Header] | None = None,
     rename: Mapping[str, str] | None = None,
     skip: Iterable[str] = (),
@@ -91,7 +90,6 @@ def rewrite(
         out: the directory to make; it must not exist.
         edits: by key; keys that are not named are copied.
         texts: files with new contents, by name.
-        what: the operation, for messages.
         headers: the weight files of the result where they are not those of the source: their
             headers, byte for byte, and with them the keys to write. Without them, a file that is
             left without tensors is not written.
@@ -109,7 +107,7 @@ def rewrite(
             nothing is left under `out`.
     """
     files = _plan_files(source, edits, headers)
-    found = list_files(source.directory, what=what)
+    found = list_files(source.directory)
     left_out = {*source.headers, *files, *texts, *skip}
     others = {name: status for name, status in found.items() if name not in left_out}
     total = sum(8 + len(text.encode()) for text, _ in files.values())
@@ -130,12 +128,10 @@ def rewrite(
         return stat.S_IMODE(found[name].st_mode) & 0o777 | 0o600 if name in found else 0o666
 
     directory_mode = stat.S_IMODE(source.directory.stat().st_mode) & 0o777
-    with atomic_directory(out, what=what, mode=directory_mode) as partial:
+    with atomic_directory(out, mode=directory_mode) as partial:
         free = shutil.disk_usage(partial).free
         if free < total:
-            raise RuntimeError(
-                f"{what}: {partial.parents[1]} must have {total:,} bytes free, got {free:,}"
-            )
+            raise RuntimeError(f"{partial.parents[1]} must have {total:,} bytes free, got {free:,}")
         for name, status in others.items():
             path = partial / (rename or {}).get(name, name)
             path.parent.mkdir(parents=True, exist_ok=True)

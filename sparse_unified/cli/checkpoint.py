@@ -90,7 +90,7 @@ def run_convert(options: argparse.Namespace) -> Report:
         )
     inputs: Mapping[int, Any] | None = None
     if is_needed:
-        refuse_overlap(options.out, options.dense, options.stats, what="convert")
+        refuse_overlap(options.out, options.dense, options.stats)
         with naming(f"--stats: {options.stats}"):
             statistics = FfnStatistics.load(options.stats)
             statistics.check_checkpoint(Checkpoint(options.dense), options.component)

@@ -151,7 +151,7 @@ def convert(
     """
     start = time.perf_counter()
     source = Checkpoint(dense)
-    refuse_overlap(out, source.directory, scores, what=WHAT)
+    refuse_overlap(out, source.directory, scores)
     config = MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
@@ -223,7 +223,6 @@ def convert(
         out,
         edits,
         texts,
-        what=WHAT,
         rename={SIDECAR: EARLIER_SIDECAR},
         finish=finish,
         progress=progress,

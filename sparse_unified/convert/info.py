@@ -186,7 +186,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
         top_k=top_k,
         dtypes=dtypes,
         weight_files=tuple(source.headers),
-        files={n: s.st_size for n, s in list_files(source.directory, what="info").items()},
+        files={n: s.st_size for n, s in list_files(source.directory).items()},
         sidecar=sidecar,
         recipe=tuple(step.to_dict() for step in recipe.steps),
         steps=tuple(step.to_text() for step in recipe.steps),

@@ -86,7 +86,7 @@ def invert(
     """
     start = time.perf_counter()
     source = Checkpoint(sparse)
-    refuse_overlap(out, source.directory, what=WHAT)
+    refuse_overlap(out, source.directory)
     sidecar = read_sidecar(source.directory / SIDECAR)
     # Training leaves the experts where they are.
     steps = source.recipe.steps if source.recipe is not None else ()
@@ -115,7 +115,6 @@ def invert(
         out,
         edits,
         sidecar.texts,
-        what=WHAT,
         headers=headers,
         rename={EARLIER_SIDECAR: SIDECAR},
         skip=(RECIPE, SIDECAR),

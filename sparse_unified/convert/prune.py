@@ -123,7 +123,7 @@ def prune(
     """
     start = time.perf_counter()
     source = Checkpoint(model)
-    refuse_overlap(out, source.directory, scores, what=WHAT)
+    refuse_overlap(out, source.directory, scores)
     listed = list(modes) if isinstance(modes, Sequence) else [modes]
     if not listed:
         raise ValueError("modes must name at least one, got none")
@@ -140,14 +140,14 @@ def prune(
         if written.shapes != after or (not source.experts and written.experts):
             raise RuntimeError(f"{partial} must read as it was planned, got something else")
 
-    nbytes = rewrite(source, out, edits, texts, what=WHAT, finish=finish, progress=progress)
+    nbytes = rewrite(source, out, edits, texts, finish=finish, progress=progress)
     before, now = (_count(source, own) for own in (sizes, left))
     return PrunedCheckpoint(
         out=str(out),
         steps=tuple(step.to_dict() for step in steps),
         before=before,
         after=now,
-        bytes_before=sum(s.st_size for s in list_files(source.directory, what=WHAT).values()),
+        bytes_before=sum(s.st_size for s in list_files(source.directory).values()),
         bytes_written=nbytes + sum(len(text.encode()) for text in texts.values()),
         seconds=time.perf_counter() - start,
         summary=tuple(step.to_text() for step in steps),
