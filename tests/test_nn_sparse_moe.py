@@ -18,6 +18,7 @@ from moe_cases import (
     relative_error,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE, SwiGLU
@@ -306,11 +307,34 @@ def test_bad_sizes_are_named(arguments: tuple[int, ...], message: str) -> None:
 
 def test_bad_inputs_are_named() -> None:
     moe = random_block()
-    with pytest.raises(ValueError, match=r"x must end in hidden_size = 24, got shape \[3, 25\]"):
+    with pytest.raises(ValueError, match=r"ends in hidden_size = 24, got shape \[3, 25\]"):
         moe(torch.randn(3, 25))
+    for x in ([1.0] * 24, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="x must be a tensor that ends in hidden_size = 24"):
+            moe(x)
     with pytest.raises(RuntimeError, match="must have dtype bfloat16, got float32"):
         moe(torch.randn(3, 24).bfloat16())
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16, got float64"):
         random_block(dtype=torch.float64)(torch.randn(3, 24).double())
     with pytest.raises(RuntimeError, match="must be on one device, got cpu and meta"):
         moe(torch.empty(3, 24, device="meta"))
+
+
+# Derivatives that the kernels do not have
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_forward_mode_derivatives_are_refused(num_shared_experts: int) -> None:
+    moe = random_block(24, 60, 4, 2, num_shared_experts).requires_grad_(False)
+    x = torch.randn(5, 24)
+    run = [
+        lambda: torch.func.jvp(lambda z: moe(z)[0], (x,), (x,)),
+        lambda: torch.func.jacfwd(lambda z: moe(z)[0])(x),
+    ]
+    for each in run:
+        with pytest.raises(RuntimeError, match="route_topk: arguments must have no tangent"):
+            each()
+    with forward_ad.dual_level():
+        moe(x)  # nothing has a tangent
+        with pytest.raises(RuntimeError, match="must have no tangent"):
+            moe(forward_ad.make_dual(x, x))

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from moe_cases import random_block
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from sparse_unified.nn import SparseMoE
 
@@ -202,3 +204,61 @@ def test_a_value_that_is_no_tensor_is_named() -> None:
     state = random_block().state_dict() | {"experts.1.up_proj.weight": [1.0]}
     with pytest.raises(RuntimeError, match=r"experts\.1\.up_proj\.weight must be a tensor, got li"):
         random_block().load_state_dict(state)
+
+
+# What others hang on a block
+
+
+class Extra(SparseMoE):
+    """A block with state of its own beside buffers and parameters."""
+
+    steps = 0
+
+    def get_extra_state(self) -> int:
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        self.steps = state
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda moe: moe.register_buffer("usage", torch.rand(4)),
+        lambda moe: moe.register_parameter("scale", nn.Parameter(torch.rand(3))),
+        lambda moe: setattr(moe, "steps", int(torch.randint(1, 99, ()))),
+        lambda moe: prune.random_unstructured(moe, "gate_proj", 0.5),
+        lambda moe: nn.utils.weight_norm(moe, "up_proj"),
+        lambda moe: nn.utils.spectral_norm(moe, "down_proj"),
+        lambda moe: parametrize.register_parametrization(moe, "down_proj", Halved()),
+    ],
+)
+def test_what_hangs_on_a_block_is_saved_and_loaded(attach: Any) -> None:
+    blocks = [Extra(24, 64, 4, 2).eval() for _ in range(2)]
+    for moe in blocks:
+        nn.init.normal_(moe.gate.weight)
+        attach(moe)
+    first, second = blocks
+    x = torch.randn(5, 24)
+    assert not torch.equal(first(x)[0], second(x)[0])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x)[0], second(x)[0])
+    assert first.steps == second.steps
+    for own, other in zip(first.buffers(), second.buffers(), strict=True):
+        assert torch.equal(own, other)
+    if "gate_proj" in first._parameters and "up_proj" in first._parameters:
+        return
+    # Weights that are computed from others are not mistaken for those of the experts.
+    before = second(x)[0]
+    plain = SparseMoE(24, 64, 4, 2).state_dict()
+    experts = {key: value for key, value in plain.items() if "expert" in key}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        second.load_state_dict(experts)
+    assert set(experts) == set(second.load_state_dict(experts, strict=False).unexpected_keys)
+    assert torch.equal(second(x)[0], before)

@@ -145,7 +145,7 @@ def test_only_plain_dense_ffns_are_read() -> None:
     adapter = find_adapter(model)
     layer = model.language_model.model.layers[0].mlp
     layer.up_proj = nn.Linear(*layer.up_proj.weight.shape[::-1])
-    with pytest.raises(ValueError, match="up_proj must have no bias"):
+    with pytest.raises(ValueError, match=r"got up_proj\.bias"):
         adapter.ffns("und")
     layer.up_proj = nn.Linear(3, 5, bias=False)
     with pytest.raises(ValueError, match="weights must have shapes"):

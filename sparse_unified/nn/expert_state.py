@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +50,8 @@ class OfficialState(nn.Module):
     """State dict of a block under the official per-expert keys, strict in both directions.
 
     Saved tensors are copies: savers refuse tensors that share storage or are strided. Weights that
-    are stored in fewer bits save what they unpack to, and cannot be loaded into.
+    are stored in fewer bits save what they unpack to, and cannot be loaded into. What else hangs on
+    the block, buffers, parameters or extra state, is saved and loaded as torch does it.
     """
 
     layout: ExpertLayout
@@ -66,73 +66,81 @@ class OfficialState(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._holds_weights():
+            return
         for key, view in expert_views(self.layout, *self.plain_weights()).items():
             destination[prefix + key] = (
                 view if keep_vars else view.detach().clone(memory_format=torch.contiguous_format)
             )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
-    ) -> None:
-        # Hooks run before keys are looked up, so this cannot be one: theirs come first.
-        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
-        try:
-            for hook in hooks.values():
-                hook(state_dict, prefix, *rest, **named)
-            self._join(state_dict, prefix, *rest)
-            super()._load_from_state_dict(state_dict, prefix, *rest, **named)
-        finally:
-            self._load_state_dict_pre_hooks = hooks
-
-    @torch.no_grad()
-    def _join(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Puts the fused weights into a state dict in place of those of the experts.
-
-        Where that cannot be, the block's own weights are put there, which changes nothing.
-        """
         for name in PROJECTIONS:
-            if prefix + name in state_dict and strict:
-                unexpected_keys.append(prefix + name)
-        own = [getattr(self, name) for name in PROJECTIONS]
-        state_dict.update({prefix + name: w for name, w in zip(PROJECTIONS, own, strict=True)})
-        if is_packed(self.gate_proj):
-            kind = type(self.gate_proj).__name__
-            error_msgs.append(
-                f"SparseMoE: {prefix}gate_proj must be a plain tensor to load into, got {kind}"
-            )
-            return
-        views = expert_views(self.layout, *own)
-        found = {key: state_dict.pop(prefix + key) for key in views if prefix + key in state_dict}
-        missing = [prefix + key for key in views if key not in found]
-        missing_keys.extend(missing)
-        wrong = [
-            f"SparseMoE: {prefix}{key} must {problem}"
-            for key in sorted(found)
-            if (problem := _problem(found[key], views[key]))
-        ]
-        error_msgs.extend(wrong)
-        if wrong or not found:
-            return
-        like = next((value for value in found.values() if not value.is_meta), None)
-        if like is None:
-            like = next(iter(found.values()))
-        joined = [torch.empty_like(w, device=like.device, dtype=like.dtype) for w in own]
-        if missing:
-            for old, new in zip(own, joined, strict=True):
-                new.zero_() if old.is_meta else new.copy_(old)
-        for key, view in expert_views(self.layout, *joined).items():
-            if key in found:
-                view.copy_(found[key])
-        state_dict.update({prefix + name: w for name, w in zip(PROJECTIONS, joined, strict=True)})
+            del destination[prefix + name]
+
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
+        # Hooks run before keys are looked up, those of users first: they see official keys.
+        handle = self.register_load_state_dict_pre_hook(_join)
+        try:
+            super()._load_from_state_dict(*args, **named)
+        finally:
+            handle.remove()
+
+    def _holds_weights(self) -> bool:
+        """Tells whether the weights are parameters of the block.
+
+        Under weight_norm, torch.nn.utils.prune or a parametrization they are computed from others:
+        such a block is saved and loaded under the names that torch gives those.
+        """
+        return all(self._parameters.get(name) is not None for name in PROJECTIONS)
+
+
+@torch.no_grad()
+def _join(
+    block: OfficialState,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Puts the fused weights into a state dict in place of those of the experts.
+
+    Where that cannot be, the block's own weights are put there, which changes nothing.
+    """
+    if not block._holds_weights():
+        return
+    own = [getattr(block, name) for name in PROJECTIONS]
+    for name, weight in zip(PROJECTIONS, own, strict=True):
+        if prefix + name in state_dict and strict:
+            unexpected_keys.append(prefix + name)
+        state_dict[prefix + name] = weight
+    if is_packed(block.gate_proj):
+        kind = type(block.gate_proj).__name__
+        error_msgs.append(
+            f"SparseMoE: {prefix}gate_proj must be a plain tensor to load into, got {kind}"
+        )
+        return
+    views = expert_views(block.layout, *own)
+    found = {key: state_dict.pop(prefix + key) for key in views if prefix + key in state_dict}
+    missing_keys += [prefix + key for key in views if key not in found]
+    wrong = [
+        f"SparseMoE: {prefix}{key} must {problem}"
+        for key in sorted(found)
+        if (problem := _problem(found[key], views[key]))
+    ]
+    error_msgs += wrong
+    if wrong or not found:
+        return
+    like = min(found.values(), key=lambda value: value.is_meta)
+    joined = [torch.empty_like(w, device=like.device, dtype=like.dtype) for w in own]
+    if len(found) < len(views):
+        for old, new in zip(own, joined, strict=True):
+            new.zero_() if old.is_meta else new.copy_(old)
+    for key, view in expert_views(block.layout, *joined).items():
+        if key in found:
+            view.copy_(found[key])
+    state_dict.update({prefix + name: w for name, w in zip(PROJECTIONS, joined, strict=True)})
 
 
 def _problem(value: object, own: Tensor) -> str | None:

@@ -209,10 +209,11 @@ class SparseMoE(OfficialState):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """x [..., D] -> [T, D], under autocast in the dtype of the weights, which routes."""
-        if x.shape[-1] != self.hidden_size:
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.hidden_size,):
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"SparseMoE: x must end in hidden_size = {self.hidden_size}, got shape "
-                f"{list(x.shape)}"
+                f"SparseMoE: x must be a tensor that ends in hidden_size = {self.hidden_size}, "
+                f"got {got}"
             )
         tokens = x.reshape(-1, self.hidden_size)
         dtype = self.gate_proj.dtype

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sparse_unified.ops.registration import refuse_gradient, register_autograd, register_fake
+from sparse_unified.ops.registration import (
+    refuse_gradient,
+    refuse_tangents,
+    register_autograd,
+    register_fake,
+)
 
 
 def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
@@ -27,6 +33,8 @@ def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or index does not fit.
     """
+    if forward_ad._current_level >= 0:
+        refuse_tangents("combine", y, weights)
     out: Tensor = torch.ops.sparse_unified.combine(y, weights, token_rows)
     return out
 

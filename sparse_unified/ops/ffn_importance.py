@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparse_unified.ops import composed
-from sparse_unified.ops.registration import refuse_gradient, register_fake
+from sparse_unified.ops.registration import refuse_gradient, refuse_tangents, register_fake
 
 
 def ffn_importance(
@@ -38,6 +39,8 @@ def ffn_importance(
     Raises:
         RuntimeError: a shape, dtype or value does not fit; a gradient is asked of the result.
     """
+    if forward_ad._current_level >= 0:
+        refuse_tangents("ffn_importance", x, gate_proj, up_proj, token_weights)
     sum_abs, sum_squares, num_fired = torch.ops.sparse_unified.ffn_importance(
         x, gate_proj, up_proj, threshold, token_weights
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sparse_unified.ops.registration import refuse_gradient, register_fake
+from sparse_unified.ops.registration import refuse_gradient, refuse_tangents, register_fake
 
 
 def grouped_ffn_combine(
@@ -36,6 +37,8 @@ def grouped_ffn_combine(
     Raises:
         RuntimeError: a shape, dtype, index or the order of the rows does not fit.
     """
+    if forward_ad._current_level >= 0:
+        refuse_tangents("grouped_ffn_combine", x, weights, gate_proj, up_proj, down_proj)
     out: Tensor = torch.ops.sparse_unified.grouped_ffn_combine(
         x, weights, row_token, token_rows, expert_offsets, gate_proj, up_proj, down_proj
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sparse_unified.ops.registration import register_autograd, register_fake
+from sparse_unified.ops.registration import refuse_tangents, register_autograd, register_fake
 
 
 def permute(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
@@ -25,6 +26,8 @@ def permute(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or index does not fit.
     """
+    if forward_ad._current_level >= 0:
+        refuse_tangents("permute", x)
     y: Tensor = torch.ops.sparse_unified.permute(x, row_token, token_rows)
     return y
 

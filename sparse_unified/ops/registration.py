@@ -10,11 +10,43 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Arguments that are no matrices, by name, which means the same in all ops.
-_VECTORS = ("row_token", "expert_offsets", "kept_blocks", "token_weights")
+# Argument -> its dimensions, in all ops alike, by dtype. A letter is one size of a call, "?" any.
+# None is the float dtype that a call computes in.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DIMENSIONS = {
+    torch.int32: {
+        "topk_idx": "T K",
+        "token_rows": "T K",
+        "row_token": "R",
+        "expert_offsets": "?",
+        "kept_blocks": "?",
+    },
+    torch.float32: {
+        "weights": "T K",
+        "token_weights": "T",
+        "grad_logits": "T E",
+        "grad_topk_logits": "T K",
+    },
+    None: {
+        "x": "T D",
+        "gate": "E D",
+        "gate_proj": "I D",
+        "up_proj": "I D",
+        "down_proj": "D I",
+        "y": "R D",
+        "grad_out": "T D",
+        "grad_y": "? D",
+        "gate_rows": "? ?",
+        "up_rows": "? ?",
+    },
+}
+_ARGUMENTS = {
+    name: (dims.split(), dtype) for dtype, own in _DIMENSIONS.items() for name, dims in own.items()
+}
 
 
 def register_fake(op: str) -> Callable[[F], F]:
@@ -24,8 +56,8 @@ def register_fake(op: str) -> Callable[[F], F]:
     would pass for a result.
 
     Raises (when the op is called):
-        RuntimeError: the tensors are on several devices, have another number of dimensions than
-            the op takes, or are None.
+        RuntimeError: tensors are None or on several devices, or a shape, dtype or top_k does not
+            fit. Sizes that are symbolic are left to the kernel.
     """
 
     def decorate(fake: F) -> F:
@@ -34,8 +66,21 @@ def register_fake(op: str) -> Callable[[F], F]:
         @functools.wraps(fake)
         def checked(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            sizes: dict[str, int] = {}
             for name, value in given.items():
-                _check(op, name, value, parameters[name].annotation)
+                if value is None and parameters[name].annotation == "Tensor":
+                    raise RuntimeError(f"{op}: {name} must be a tensor, got None")
+                if isinstance(value, Tensor):
+                    _check(op, name, value, sizes)
+            top_k = given.get("top_k")
+            if type(top_k) is int and not 1 <= top_k <= sizes.get("E", top_k):
+                raise RuntimeError(f"{op}: top_k must be from 1 to {sizes['E']}, got {top_k}")
+            floats = {a.dtype for n, a in given.items() if n in _DIMENSIONS[None] and a is not None}
+            if len(floats) > 1 or not floats <= set(_FLOATS):
+                raise RuntimeError(
+                    f"{op}: tensors must be float32, bfloat16 or float16, all alike, got "
+                    f"{' and '.join(sorted(map(str, floats)))}"
+                )
             devices = sorted({str(a.device) for a in given.values() if isinstance(a, Tensor)})
             if len(devices) > 1:
                 raise RuntimeError(
@@ -49,19 +94,37 @@ def register_fake(op: str) -> Callable[[F], F]:
     return decorate
 
 
-def _check(op: str, name: str, value: Any, annotation: str) -> None:
-    """Refuses what the body of a fake could not ask for its sizes."""
-    if annotation == "Tensor" and value is None:
-        raise RuntimeError(f"{op}: {name} must be a tensor, got None")
-    if not isinstance(value, Tensor):
-        return
-    rank = 1 if name in _VECTORS else 2
-    if value.dim() != rank:
+def _check(op: str, name: str, value: Tensor, sizes: dict[str, int]) -> None:
+    """Refuses what an op does not take; `sizes` are those of the arguments before, by letter."""
+    dims, dtype = _ARGUMENTS[name]
+    if value.dim() != len(dims):
         raise RuntimeError(
-            f"{op}: {name} must have {rank} dimensions, got shape {list(value.shape)}"
+            f"{op}: {name} must have {len(dims)} dimensions, got shape {list(value.shape)}"
         )
+    if dtype is not None and value.dtype != dtype:
+        raise RuntimeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
     if name == "expert_offsets" and value.shape[0] < 2:
         raise RuntimeError(f"{op}: {name} must have at least 2 entries, got {value.shape[0]}")
+    for letter, size in zip(dims, value.shape, strict=True):
+        if letter != "?" and type(size) is int and sizes.setdefault(letter, size) != size:
+            raise RuntimeError(
+                f"{op}: {name} must fit the arguments before it, [{', '.join(dims)}] with "
+                f"{letter} = {sizes[letter]}, got shape {list(value.shape)}"
+            )
+
+
+def refuse_tangents(op: str, *arguments: Any) -> None:
+    """Raises RuntimeError for a tensor with a tangent: there is no forward-mode derivative.
+
+    NOTE: where nothing requires a gradient, torch would drop tangents without a word. Public
+    functions call this where a level of forward-mode differentiation is entered.
+    """
+    for value in arguments:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"{op}: arguments must have no tangent (forward-mode differentiation, "
+                "torch.func.jvp), got one; backward works"
+            )
 
 
 def register_autograd(
@@ -110,6 +173,8 @@ def register_ffn_autograd(op: str, gradients: FfnGradients) -> None:
 
 def call_ffn(op: str, arguments: tuple[Any, ...], *, recompute: bool) -> Tensor:
     """Calls `<op>`, or `<op>_train` where a gradient will be wanted of kept activations."""
+    if forward_ad._current_level >= 0:
+        refuse_tangents(op, *arguments)
     wants_gradient = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in arguments
     )

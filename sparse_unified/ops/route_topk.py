@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sparse_unified.ops.registration import refuse_gradient, register_autograd, register_fake
+from sparse_unified.ops.registration import (
+    refuse_gradient,
+    refuse_tangents,
+    register_autograd,
+    register_fake,
+)
 
 
 def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,6 +34,8 @@ def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
+    if forward_ad._current_level >= 0:
+        refuse_tangents("route_topk", x, gate)
     logits, topk_logits, topk_idx = torch.ops.sparse_unified.route_topk(x, gate, top_k)
     return logits, topk_logits, topk_idx
 

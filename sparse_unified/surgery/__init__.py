@@ -24,9 +24,8 @@ from sparse_unified.surgery.report import (
     SwapReport,
     count_parameters,
 )
-from sparse_unified.surgery.restore import restore_
 from sparse_unified.surgery.storage import QuantizeConfig, QuantizeReport, quantize_weights_
-from sparse_unified.surgery.temporary import changed
+from sparse_unified.surgery.temporary import changed, restore_
 
 __all__ = [
     "Budget",

@@ -28,10 +28,13 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
+from sparse_unified.checkpoint.scores import Scores as GivenScores
+from sparse_unified.checkpoint.scores import given_scores
 from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes, ffn_parts
 from sparse_unified.experts import (
     Budget,
     ExpertLayout,
+    check_scores,
     head_magnitude_scores,
     joint_scores,
     keep_in_experts,
@@ -102,32 +105,13 @@ def plan(
     if isinstance(config, SkipLayersConfig):
         return _skip(config, shapes, sizes)
     assert scores is not None
-    if isinstance(config, PruneWidthConfig):
-        return _narrow(config, shapes[config.component], scores)
-    return _drop_heads(config, shapes, sizes, scores)
-
-
-def _narrow(config: PruneWidthConfig, own: Mapping[int, LayerShape], scores: Scores) -> Cuts:
+    if isinstance(config, PruneHeadsConfig):
+        return _drop_heads(config, shapes, sizes, scores)
     component = config.component
-    for layer, shape in own.items():
-        with naming(f"{component} layer {layer}"):
-            _check_width(shape.ffn, config)
-    ranking = {layer: scores(component, layer) for layer in own}
-    kept = keep_units(
-        {layer: ranking[layer] for layer, shape in own.items() if isinstance(shape.ffn, int)},
-        keep_ratio=config.keep_ratio,
-        budget=config.budget,
-        block_size=config.block_size,
-    )
+    own = shapes[component]
+    kept = keep_neurons(config, own, {layer: scores(component, layer) for layer in own})
     cuts: Cuts = {}
     for layer, shape in own.items():
-        if isinstance(shape.ffn, ExpertLayout):
-            kept[layer] = keep_in_experts(
-                ranking[layer],
-                shape.ffn,
-                keep_ratio=config.keep_ratio,
-                block_size=config.block_size,
-            )
         for prefix, (start, stop) in ffn_parts(shape.ffn).items():
             inside = (kept[layer] >= start) & (kept[layer] < stop)
             for name in keys.PROJECTIONS:
@@ -136,21 +120,71 @@ def _narrow(config: PruneWidthConfig, own: Mapping[int, LayerShape], scores: Sco
     return cuts
 
 
-def _check_width(ffn: int | ExpertLayout, config: PruneWidthConfig) -> None:
-    size = config.block_size
-    if isinstance(ffn, int):
-        if ffn % size:
-            raise ValueError(f"block_size must divide the {ffn} neurons, got {size}")
-        return
-    widths = [width for width in (ffn.shared_width, ffn.expert_width) if width]
-    if any(width % size for width in widths):
-        listed = " and ".join(map(str, widths))
-        raise ValueError(f"block_size must divide the {listed} neurons of an expert, got {size}")
-    if config.budget is not Budget.UNIFORM:
-        raise ValueError(
-            "budget must be 'uniform' for sparse FFNs, whose experts have one width, "
-            f"got {config.budget.value!r}"
-        )
+def rank(
+    scores: GivenScores | None,
+    component: str,
+    sizes: Mapping[int, int],
+    num_layers: int,
+    magnitudes: Callable[[int], Tensor],
+) -> dict[int, Tensor]:
+    """Returns the checked scores of chosen layers: those given, else by weight magnitude.
+
+    Args:
+        scores: of users, see `given_scores`.
+        component: whose.
+        sizes: `{layer: number of its scores}`.
+        num_layers: of the model.
+        magnitudes: layer -> its scores by weight magnitude.
+    """
+    found = given_scores(scores, component, sizes, num_layers)
+    if found is None:
+        found = {layer: magnitudes(layer) for layer in sizes}
+        for layer, values in found.items():
+            with naming(f"layer {layer}"):
+                if values.is_meta:
+                    raise ValueError("scores must be given for weights without data, got meta")
+                with naming("magnitude of its weights"):
+                    check_scores(values, sizes[layer])
+    return found
+
+
+def keep_neurons(
+    config: PruneWidthConfig, shapes: Mapping[int, LayerShape], ranking: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Returns the neurons of each layer that stay, [kept] int64, ascending, in expert order.
+
+    Args:
+        config: what is asked for; its `layers` are not looked at.
+        shapes: of the layers to prune.
+        ranking: scores of each layer, [I].
+
+    Raises:
+        ValueError: block_size or budget do not suit an FFN.
+    """
+    ratio, size = config.keep_ratio, config.block_size
+    dense = {}
+    for layer, shape in shapes.items():
+        with naming(f"{config.component} layer {layer}"):
+            if isinstance(shape.ffn, int):
+                dense[layer] = ranking[layer]
+                widths, each = [shape.ffn], "neurons"
+            else:
+                each = "neurons of an expert"
+                widths = [w for w in (shape.ffn.shared_width, shape.ffn.expert_width) if w]
+                if config.budget is not Budget.UNIFORM:
+                    raise ValueError(
+                        "budget must be 'uniform' for sparse FFNs, whose experts have one width, "
+                        f"got {config.budget.value!r}"
+                    )
+            if any(width % size for width in widths):
+                listed = " and ".join(map(str, widths))
+                raise ValueError(f"block_size must divide the {listed} {each}, got {size}")
+    kept = keep_units(dense, keep_ratio=ratio, budget=config.budget, block_size=size)
+    for layer, shape in shapes.items():
+        if isinstance(shape.ffn, ExpertLayout):
+            values = ranking[layer]
+            kept[layer] = keep_in_experts(values, shape.ffn, keep_ratio=ratio, block_size=size)
+    return kept
 
 
 def _drop_heads(

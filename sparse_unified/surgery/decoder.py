@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparse_unified._common import list_some
+from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import select
@@ -28,6 +28,7 @@ from sparse_unified.surgery.ffn import (
     Skipped,
     describe_module,
     projection_names,
+    read_weights,
 )
 
 # Where decoder layers are looked for first; `find_decoder` then looks in every nn.ModuleList.
@@ -101,49 +102,13 @@ class Block:
     ffn: nn.Module
 
 
-@runtime_checkable
-class Adapter(Protocol):
-    """What the analysis asks of a model."""
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """Names of the parts that are probed one by one."""
-
-    def num_layers(self) -> int:
-        """Returns the number of decoder layers."""
-
-    def holds(self, layer: int, component: str) -> bool:
-        """Tells whether a layer has all of its modules; a part that was skipped is gone."""
-
-    def ffns(self, component: str) -> list[Ffn]:
-        """Returns the FFNs of a component, layer by layer; of a mixture every expert.
-
-        Layers that skip theirs are left out.
-
-        Raises:
-            ValueError: the model lacks the component, or an FFN is not three plain weights.
-        """
-
-    def block(self, layer: int, component: str) -> Block:
-        """Returns the modules of one layer.
-
-        Raises:
-            ValueError: the model lacks the layer, the component or one of the modules.
-        """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockNames:
+class BlockNames(NamedTuple):
     """What a layer calls its modules."""
 
     ffn: str = "mlp"
     attention: str = "self_attn"
     input_norm: str = "input_layernorm"
     post_attention_norm: str = "post_attention_layernorm"
-
-    def all(self) -> tuple[str, ...]:
-        """Returns the four names."""
-        return self.ffn, self.attention, self.input_norm, self.post_attention_norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,23 +130,15 @@ class Layout:
 
     def names(self) -> tuple[str, ...]:
         """Returns every name that a layer has to have."""
-        listed = (name for names in self.components.values() for name in names.all())
-        return tuple(dict.fromkeys(listed))
+        return tuple(dict.fromkeys(name for names in self.components.values() for name in names))
 
 
-_BAGEL = Layout(
-    name="BAGEL",
-    components=MappingProxyType(
-        {
-            "und": BlockNames(),
-            "gen": BlockNames(
-                ffn=FFN_NAMES["gen"],
-                input_norm="input_layernorm_moe_gen",
-                post_attention_norm="post_attention_layernorm_moe_gen",
-            ),
-        }
-    ),
+_GEN = BlockNames(
+    ffn=FFN_NAMES["gen"],
+    input_norm="input_layernorm_moe_gen",
+    post_attention_norm="post_attention_layernorm_moe_gen",
 )
+_BAGEL = Layout(name="BAGEL", components=MappingProxyType({"und": BlockNames(), "gen": _GEN}))
 LAYOUTS = (
     _BAGEL,
     # Qwen2.5-VL and the many decoders of the same build, dense or mixtures
@@ -194,16 +151,22 @@ LAYOUTS = (
 
 
 class Decoder:
-    """The decoder layers of a model, found under the attribute path `path`; an `Adapter`."""
+    """The decoder layers of a model, found under the attribute path `path`.
+
+    To the analysis it is the adapter of a model: `components`, `num_layers`, `holds`, `ffns` and
+    `block` are what it asks for.
+    """
 
     def __init__(self, path: str, layers: Sequence[nn.Module], layout: Layout) -> None:
         self.path, self.layers, self.layout = path, layers, layout
 
     @property
     def components(self) -> tuple[str, ...]:
+        """Names of the parts that are probed one by one."""
         return tuple(self.layout.components)
 
     def num_layers(self) -> int:
+        """Returns the number of decoder layers."""
         return len(self.layers)
 
     def slot(self, layer: int, name: str) -> Slot | None:
@@ -226,23 +189,6 @@ class Decoder:
             return slot is None or not isinstance(slot.module, Skipped)
         return not takes_absent_parts(self.layers[layer])
 
-    def ffn(self, layer: int, component: str) -> tuple[Slot, nn.Module]:
-        """Returns the FFN of one layer and its slot.
-
-        Raises:
-            ValueError: the layer has none.
-        """
-        name = FFN_NAMES[component]
-        slot = self.slot(layer, name)
-        if slot is None or slot.module is None:
-            module = self.layers[layer]
-            raise ValueError(
-                f"layer {layer} ({self.path}.{layer}.{name}): {name} must be a module of the "
-                f"layer, got {type(getattr(module, name, None)).__name__} in a "
-                f"{describe_module(module)}"
-            )
-        return slot, slot.module
-
     def select_ffns(
         self, layers: str | Sequence[int], component: str
     ) -> list[tuple[Slot, nn.Module]]:
@@ -255,60 +201,75 @@ class Decoder:
         selected = select(
             layers, len(self.layers), lambda layer: self.has(layer, name), f"{component} FFN"
         )
-        found = [self.ffn(layer, component) for layer in selected]
-        paths: dict[int, str] = {}
-        for slot, module in found:
-            first = paths.setdefault(id(module), slot.path)
-            if first != slot.path:
-                raise ValueError(f"{slot}: FFN must be its own module, got that of {first}")
-        return found
+        found: dict[nn.Module, Slot] = {}
+        for layer in selected:
+            slot, owner = self.slot(layer, name), self.layers[layer]
+            if slot is None or slot.module is None:
+                raise ValueError(
+                    f"layer {layer} ({self.path}.{layer}.{name}): {name} must be a module of the "
+                    f"layer, got {type(getattr(owner, name, None)).__name__} in a "
+                    f"{describe_module(owner)}"
+                )
+            if (first := found.setdefault(slot.module, slot)) is not slot:
+                raise ValueError(f"{slot}: FFN must be its own module, got that of {first.path}")
+        return [(slot, module) for module, slot in found.items()]
 
     def holds(self, layer: int, component: str) -> bool:
-        parts = [getattr(self.layers[layer], name, None) for name in self._names(component).all()]
+        """Tells whether a layer has all of its modules; a part that was skipped is gone."""
+        parts = [getattr(self.layers[layer], name, None) for name in self._names(component)]
         return all(isinstance(p, nn.Module) and not isinstance(p, Skipped) for p in parts)
 
     def block(self, layer: int, component: str) -> Block:
-        names = self._names(component)
+        """Returns the modules of one layer.
+
+        Raises:
+            ValueError: the model lacks the layer, the component or one of the modules.
+        """
+        names = self._names(component)._asdict()
         if type(layer) is not int or not 0 <= layer < len(self.layers):
             raise ValueError(f"block: layer must lie in 0 to {len(self.layers) - 1}, got {layer!r}")
         module = self.layers[layer]
-
-        def part(name: str) -> nn.Module:
-            found = getattr(module, name, None)
+        parts: dict[str, Any] = {p: getattr(module, name, None) for p, name in names.items()}
+        for part, found in parts.items():
             if not isinstance(found, nn.Module):
                 raise ValueError(
-                    f"block: layer {layer} ({self.path}.{layer}) must have a module {name}, "
+                    f"block: layer {layer} ({self.path}.{layer}) must have a module {names[part]}, "
                     f"got a {type(module).__name__} without it"
                 )
-            return found
-
-        return Block(
-            component=component,
-            layer=layer,
-            layer_module=module,
-            input_norm=part(names.input_norm),
-            attention=part(names.attention),
-            post_attention_norm=part(names.post_attention_norm),
-            ffn=part(names.ffn),
-        )
+        return Block(component=component, layer=layer, layer_module=module, **parts)
 
     def ffns(self, component: str) -> list[Ffn]:
-        names = self._names(component)
+        """Returns the FFNs of a component, layer by layer; of a mixture every expert.
+
+        Layers that skip theirs are left out.
+
+        Raises:
+            ValueError: the model lacks the component, or an FFN is not three plain weights.
+        """
+        name = self._names(component).ffn
         listed = []
         for layer, holder in enumerate(self.layers):
-            module = getattr(holder, names.ffn)
+            module = getattr(holder, name)
             if module is None or isinstance(module, Skipped):
                 continue
-            path = f"{self.path}.{layer}.{names.ffn}"
+            path = f"{self.path}.{layer}.{name}"
             if isinstance(module, SparseMoE):
-                listed += _read_sparse(component, layer, path, module)
-                continue
-            experts = self._experts(module, path)
-            parts = experts or [(path, module)]
-            listed += [
-                _read_dense(component, layer, name, part, is_expert=bool(experts))
-                for name, part in parts
-            ]
+                gate_proj, up_proj, down_proj = (getattr(module, n).detach() for n in PROJECTIONS)
+                parts: list[tuple[str, nn.Module, Sequence[Tensor]]] = [
+                    (f"{path}.{expert}", module, (gate_proj[a:b], up_proj[a:b], down_proj[:, a:b]))
+                    for expert, (a, b) in module.layout.ranges().items()
+                ]
+                is_mixture = True
+            else:
+                experts = self._experts(module, path)
+                is_mixture, parts = bool(experts), []
+                for at, part in experts or [(path, module)]:
+                    with naming(at):
+                        parts.append((at, part, [w.detach() for w in read_weights(part)]))
+            for at, part, weights in parts:
+                own: Any = dict(zip(PROJECTIONS, weights, strict=True))
+                own |= {"component": component, "layer": layer, "name": at, "module": part}
+                listed.append(Ffn(**own, is_expert=is_mixture))
         return listed
 
     def _names(self, component: str) -> BlockNames:
@@ -338,77 +299,43 @@ class Decoder:
         return found
 
 
+Adapter = Decoder  # the analysis takes everything that has its methods
+
+
 def takes_absent_parts(layer: nn.Module) -> bool:
     """Tells whether a layer runs without the parts that are None, as ours does."""
     return any(getattr(type(module), "takes_absent_parts", False) for module in _modules(layer))
-
-
-def _read_sparse(component: str, layer: int, path: str, block: SparseMoE) -> list[Ffn]:
-    """Returns the experts of a block, the shared one first, as views of its fused weights."""
-    return [
-        Ffn(
-            component=component,
-            layer=layer,
-            name=f"{path}.{name}",
-            module=block,
-            gate_proj=block.gate_proj.detach()[start:stop],
-            up_proj=block.up_proj.detach()[start:stop],
-            down_proj=block.down_proj.detach()[:, start:stop],
-            is_expert=True,
-        )
-        for name, (start, stop) in block.layout.ranges().items()
-    ]
-
-
-def _read_dense(
-    component: str, layer: int, name: str, module: nn.Module, *, is_expert: bool
-) -> Ffn:
-    weights: dict[str, Tensor] = {}
-    for projection in PROJECTIONS:
-        part = getattr(module, projection, None)
-        weight = getattr(part, "weight", None) if isinstance(part, nn.Module) else None
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise ValueError(
-                f"{name}: FFN must be dense with weights {', '.join(PROJECTIONS)}, "
-                f"got a {type(module).__name__}"
-            )
-        if getattr(part, "bias", None) is not None:
-            raise ValueError(f"{name}: {projection} must have no bias, got one")
-        weights[projection] = weight.detach()
-    shapes = [list(weight.shape) for weight in weights.values()]
-    if not shapes[0] == shapes[1] == shapes[2][::-1]:
-        raise ValueError(
-            f"{name}: weights must have shapes [I, D], [I, D] and [D, I], "
-            f"got {', '.join(map(str, shapes))}"
-        )
-    return Ffn(
-        component=component, layer=layer, name=name, module=module, is_expert=is_expert, **weights
-    )
 
 
 def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Adapter:
     """Returns the adapter of the first layout that a model or pipeline fits, judged by structure.
 
     Args:
-        model: a module or what holds one; an `Adapter` is returned as it is.
+        model: a module or what holds one; what has the methods of an adapter is returned as it is.
         layouts: tried in order.
 
     Raises:
         ValueError: none fits; the message says for each what was looked for and found.
     """
-    if isinstance(model, Adapter):
-        return model
+    if isinstance(model, Decoder) or (hasattr(model, "ffns") and hasattr(model, "block")):
+        return model  # type: ignore[return-value]
     problems = []
     for layout in layouts:
         found = []
         for path in layout.paths:
             layers = _layers_at(model, path)
-            missing = [] if layers is None else _missing(layers, layout)
+            if layers is None:
+                continue
+            missing = [
+                name
+                for name in layout.names()
+                if not all(hasattr(layer, name) for layer in layers)
+                or not any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
+            ]
             if layers and not missing:
                 return Decoder(path, layers, layout)
-            if layers is not None:
-                lacking = f" without {list_some(missing, 8)}" if missing else ""
-                found.append(f"{path}: {len(layers)} layers{lacking}")
+            lacking = f" without {list_some(missing, 8)}" if missing else ""
+            found.append(f"{path}: {len(layers)} layers{lacking}")
         problems.append(
             f"{layout.name}: model must have layers with {', '.join(layout.names())} under "
             f"{' or '.join(layout.paths)}, got a {type(model).__name__} with "
@@ -418,16 +345,6 @@ def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Adapter:
         f"find_adapter: model must fit one of {', '.join(layout.name for layout in layouts)}, got: "
         + "; ".join(problems)
     )
-
-
-def _missing(layers: Sequence[object], layout: Layout) -> list[str]:
-    """Names the modules that no layer has, or for which some layer has not even a place."""
-    return [
-        name
-        for name in layout.names()
-        if not all(hasattr(layer, name) for layer in layers)
-        or not any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
-    ]
 
 
 def find_decoder(model: object, component: str | None = None) -> Decoder:
@@ -443,9 +360,13 @@ def find_decoder(model: object, component: str | None = None) -> Decoder:
         ValueError: there are none, or several lists of them; the message says what was found.
     """
     stacks = dict(_stacks(model))
-    kinds = {FFN_NAMES["gen"]: _has_gen_ffn} if component == "gen" else _HAS_FFN
-    for has_ffn in kinds.values():
-        found = {path: layers for path, layers in stacks.items() if any(map(has_ffn, layers))}
+    wanted = [FFN_NAMES["gen"], FFN_NAMES["und"]][: 1 if component == "gen" else 2]
+    for name in wanted:
+        found = {
+            path: layers
+            for path, layers in stacks.items()
+            if any(_has_ffn(layer, name) for layer in layers)
+        }
         for path in (*LAYER_PATHS, *(found if len(found) == 1 else ())):
             if path in found:
                 return Decoder(path, found[path], _BAGEL)
@@ -454,15 +375,12 @@ def find_decoder(model: object, component: str | None = None) -> Decoder:
                 f"model must have one list of decoder layers, got {len(found)}: "
                 f"{list_some(list(found))}; give the module that holds the one that is meant"
             )
-    described = []
-    for path in dict.fromkeys((*LAYER_PATHS, *stacks)):
-        if path in stacks:
-            names = list(dict.fromkeys(map(describe_module, stacks[path])))
-            described.append(f"{path}: {len(stacks[path])} x {list_some(names, 2)}")
-        elif (other := _at(model, path)) is not None:
-            described.append(f"{path}: {describe_module(other)}")
+    described = [
+        f"{path}: {len(layers)} x {list_some(dict.fromkeys(map(describe_module, layers)), 2)}"
+        for path, layers in stacks.items()
+    ]
     raise ValueError(
-        f"model must have decoder layers with {' or '.join(kinds)}, made of "
+        f"model must have decoder layers with {' or '.join(wanted)}, made of "
         f"{', '.join(PROJECTIONS)} (or {' and '.join(MERGED_PROJECTIONS)}), under "
         f"{' or '.join(LAYER_PATHS)} or in another list of layers; got a {describe_module(model)}"
         + "".join(f"; {text}" for text in described)
@@ -478,13 +396,9 @@ def _stacks(model: object) -> Iterator[tuple[str, list[nn.Module]]]:
             seen.add(id(_at(model, path)))
             yield path, layers
     # A pipeline is no module, but holds some as attributes.
-    roots: Mapping[str, object] = {"": model}
-    if not isinstance(model, nn.Module):
-        roots = getattr(model, "__dict__", {})
+    roots = {"": model} if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
     for root, module in roots.items():
-        if not isinstance(module, nn.Module):
-            continue
-        for path, part in module.named_modules(prefix=root):
+        for path, part in module.named_modules(prefix=root) if _modules(module) else ():
             if isinstance(part, nn.ModuleList) and id(part) not in seen:
                 seen.add(id(part))
                 yield path, list(part)
@@ -501,20 +415,12 @@ def _at(model: object, path: str) -> object:
     return reduce(lambda at, name: getattr(at, name, None), path.split("."), model)
 
 
-def _has_gen_ffn(layer: nn.Module) -> bool:
-    """Tells whether a layer has a generation FFN, or had one before it was skipped."""
-    name = FFN_NAMES["gen"]
-    return hasattr(layer, name) and any(name in module._modules for module in _modules(layer))
-
-
-def _has_und_ffn(layer: nn.Module) -> bool:
-    """Tells whether a layer has a FFN that can be sparse, or is, or was skipped."""
-    ffn = getattr(layer, FFN_NAMES["und"], None)
+def _has_ffn(layer: nn.Module, name: str) -> bool:
+    """Tells whether a layer has a FFN of this name, sparse or dense, or had one before it went."""
+    if name == FFN_NAMES["gen"]:
+        return hasattr(layer, name) and any(name in module._modules for module in _modules(layer))
+    ffn = getattr(layer, name, None)
     return bool(projection_names(ffn)) or isinstance(ffn, SparseMoE | Skipped)
-
-
-# Name of a FFN -> does a layer have it. One with both is a BAGEL's.
-_HAS_FFN = {FFN_NAMES["gen"]: _has_gen_ffn, FFN_NAMES["und"]: _has_und_ffn}
 
 
 def _modules(module: object) -> list[nn.Module]:
@@ -542,15 +448,12 @@ def find_sparse_blocks(model: object, components: Sequence[str] | None = None) -
     if not wanted or not set(wanted) <= set(FFN_NAMES):
         raise ValueError(f"components must be of {', '.join(FFN_NAMES)}, got {list_some(wanted)}")
     decoder = find_decoder(model)
-    slots = [
-        (component, layer, decoder.slot(layer, FFN_NAMES[component]))
-        for component in wanted
-        for layer in range(len(decoder.layers))
-    ]
     blocks = [
         SparseBlock(component, layer, slot.module)
-        for component, layer, slot in slots
-        if slot is not None and isinstance(slot.module, SparseMoE)
+        for component in wanted
+        for layer in range(len(decoder.layers))
+        if (slot := decoder.slot(layer, FFN_NAMES[component])) is not None
+        and isinstance(slot.module, SparseMoE)
     ]
     if not blocks:
         raise ValueError(

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One module for another in a live model, or for nothing, and what is remembered to undo it.
+"""What a transform does to the modules of a live model, seen from outside, and how it is undone.
 
-A new module takes over what is attached to the old one from outside: hooks on its call,
-accelerate's patched forward, the name that its tokens go by.
+A transform changes modules as it likes: `transformed` compares them before and after, logs what
+became something else, and takes everything back when there is an error. A new module takes over
+what is attached to the old one from outside: hooks on its call, accelerate's patched forward, the
+name that its tokens go by.
 """
 
 from __future__ import annotations
@@ -12,18 +14,14 @@ import importlib
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-# NOTE: kept in the instance dict, inside a dataclass, so that what was replaced is no submodule: it
-# has no part in state dicts, optimisers, `.to()` or `.train()`, but in deepcopy and pickle.
-_UNDO = "_undo"  # of the module that stands there now
-_ABSENT = "_absent"  # of the owner, by name, where nothing stands there now
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,181 +41,257 @@ class Slot:
         """What stands there now."""
         return self.owner._modules[self.name]
 
-
-class Change(NamedTuple):
-    """A slot, what stands there, and what is to; None is nothing."""
-
-    slot: Slot
-    old: nn.Module | None
-    new: nn.Module | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undo:
-    """What stood in a slot before: the module itself, or None where it was not kept.
-
-    Attributes:
-        order: transforms of a model are numbered from 1 as they come.
-        dtype, device, training: of the slot while a module was in it; None where one still is.
-    """
-
-    module: nn.Module | None
-    order: int
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-    training: bool | None = None
-
-
-class Step(NamedTuple):
-    """One entry of the undo log of a slot: what stands there now, and what did before."""
-
-    slot: Slot
-    now: nn.Module | None
-    undo: Undo
-
-
-def undo_log(layers: Sequence[nn.Module], path: str = "") -> list[Step]:
-    """Returns what was done to the slots of decoder layers, slot by slot, the latest first."""
-    steps = []
-    for layer, module in enumerate(layers):
-        for prefix, owner in module.named_modules(prefix=f"{path}.{layer}"):
-            absent = owner.__dict__.get(_ABSENT, {})
-            for name, now in owner._modules.items():
-                undo = absent.get(name) if now is None else now.__dict__.get(_UNDO)
-                while isinstance(undo, Undo):
-                    steps.append(Step(Slot(owner, name, layer, f"{prefix}.{name}"), now, undo))
-                    now = undo.module
-                    undo = None if now is None else now.__dict__.get(_UNDO)
-    return steps
-
-
-@contextmanager
-def exchanged(
-    layers: Sequence[nn.Module], changes: Sequence[Change], *, keep: bool
-) -> Iterator[None]:
-    """Carries out changes of decoder layers as one transform; an error inside takes them back."""
-    order = 1 + max((step.undo.order for step in undo_log(layers)), default=0)
-    with all_or_nothing(changes):
-        for change in changes:
-            put_in(change, order=order, keep=keep)
-        yield
-
-
-@contextmanager
-def all_or_nothing(changes: Sequence[Change]) -> Iterator[None]:
-    """Inside, the modules of the changes may be exchanged.
-
-    Whatever is raised there, an interrupt included, leaves every one in its place with its hooks.
-    """
-    # NOTE: attributes are moved between modules: the hook dicts go as objects. Children, buffers
-    # and pre-hooks are what changes inside its dict.
-    modules = [m for c in changes for m in (c.slot.owner, c.old, c.new) if m is not None]
-    saved = [(m, dict(m.__dict__), _contents(m)) for m in modules]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, contents in saved:
-            for name in module.__dict__.keys() - attributes.keys():
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
-            for name, content in contents.items():
-                held = module.__dict__[name]
-                held.clear()
-                held.update(content)
-        raise
-
-
-def _contents(module: nn.Module) -> dict[str, Any]:
-    names = (
-        "_modules",
-        "_buffers",
-        "_non_persistent_buffers_set",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    )
-    return {name: module.__dict__[name].copy() for name in names if name in module.__dict__}
-
-
-def put_in(change: Change, *, order: int, keep: bool) -> None:
-    """Carries out a change and logs it. A new module takes over the hooks of the old one."""
-    (owner, name), old, new = (change.slot.owner, change.slot.name), change.old, change.new
-    assert old is not None
-    kept = old if keep else None
-    if new is not None:
-        new.__dict__[_UNDO] = Undo(module=kept, order=order)
-        setattr(owner, name, new)
-        _move_hooks(old, new)
-        take_name(old, new)
-        return
-    # An empty buffer stays where the module was, and moves when the model is moved.
-    weight = like(old)
-    marker = torch.empty(0) if weight is None else weight.new_empty(0)
-    owner.register_buffer(_marker(name), marker.detach(), persistent=False)
-    undo = Undo(
-        module=kept,
-        order=order,
-        dtype=marker.dtype,
-        device=marker.device,
-        training=owner.training,
-    )
-    owner.__dict__[_ABSENT] = {**owner.__dict__.get(_ABSENT, {}), name: undo}
-    setattr(owner, name, None)
+    def put(self, new: nn.Module | None) -> None:
+        """Puts a module there, which takes over the hooks of the old one, or nothing."""
+        old = self.module
+        setattr(self.owner, self.name, new)
+        if old is not None and new is not None:
+            _move_hooks(old, new)
+        elif old is not None:
+            # An empty buffer stays where the module was, and moves when the model is moved.
+            weight = like(old)
+            marker = torch.empty(0) if weight is None else weight.detach().new_empty(0)
+            self.owner.register_buffer(_marker(self.name), marker, persistent=False)
 
 
 def _marker(name: str) -> str:
     return f"absent_{name}"
 
 
-def put_back(step: Step) -> None:
-    """Puts what was replaced back into its slot; it takes its hooks back."""
-    owner, name, kept = step.slot.owner, step.slot.name, step.undo.module
-    assert kept is not None
-    setattr(owner, name, kept)
-    if step.now is not None:
-        _move_hooks(step.now, kept)
-        take_name(step.now, kept)
-        return
-    del owner._buffers[_marker(name)]
-    owner._non_persistent_buffers_set.discard(_marker(name))
-    left = {key: undo for key, undo in owner.__dict__[_ABSENT].items() if key != name}
-    if left:
-        owner.__dict__[_ABSENT] = left
-    else:
-        del owner.__dict__[_ABSENT]
+class _Missing(Enum):
+    """What an entry was that was not there; a copy or a pickle of it is the same object."""
+
+    MISSING = None
 
 
-def is_unmoved_meta(step: Step) -> bool:
-    """Tells whether what is kept holds no data, while the model got its own."""
-    module = step.undo.module
-    kept = None if module is None or offloaded(module) else like(module)
-    now = _stands_for(step)
-    return kept is not None and now is not None and kept.is_meta and not now.is_meta
+# Attribute of a module -> what is in it is kept apart from the attributes.
+_TABLES = ("_parameters", "_buffers", "_modules")
+_INSIDE = (
+    *_TABLES,
+    "_non_persistent_buffers_set",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+# Hooks on a call. State dict hooks are not among them: they know the keys of the module they were
+# written for.
+_CALL_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+# NOTE: in the instance dict of a decoder layer, so that what was replaced is no submodule: it has
+# no part in state dicts, optimizers, `.to()` or `.train()`, but in deepcopy and pickle.
+_LOG = "_undo"
+_MOVED = {*_CALL_HOOKS, *_INSIDE, _LOG, "forward", "_hf_hook", "_old_forward"}
 
 
-def follow(step: Step) -> None:
-    """Moves a kept module to the device, dtype and mode that its slot has come to have."""
-    kept, undo = step.undo.module, step.undo
-    assert kept is not None
-    weight = None if offloaded(kept) else like(kept)  # else accelerate moves them
-    now = _stands_for(step)
-    if weight is not None and now is not None:
-        then = (undo.device or weight.device, undo.dtype or weight.dtype)
-        if (now.device, now.dtype) != then:
-            kept.to(device=now.device, dtype=now.dtype)
-    training = (step.slot.owner if step.now is None else step.now).training
-    if training != (kept.training if undo.training is None else undo.training):
-        kept.train(training)
+class Entry(NamedTuple):
+    """An entry of a module that became another one, or of a hook of accelerate.
+
+    Attributes:
+        owner: whose it is.
+        table: one of `_TABLES`, or "" for an attribute.
+        name: of the entry.
+        old: what it was.
+        training: the mode of the owner then.
+    """
+
+    owner: Any
+    table: str
+    name: str
+    old: Any
+    training: bool
+
+    @property
+    def now(self) -> Any:
+        """What the entry is now."""
+        return self._entries().get(self.name)
+
+    def _entries(self) -> dict[str, Any]:
+        attributes = vars(self.owner)
+        return attributes[self.table] if self.table else attributes
+
+    def put_back(self) -> None:
+        """Makes the entry what it was; a module takes its hooks back."""
+        entries, now = self._entries(), self.now
+        if self.old is _Missing.MISSING:
+            entries.pop(self.name, None)
+            if self.table == "_buffers":
+                self.owner._non_persistent_buffers_set.discard(self.name)
+            return
+        entries[self.name] = self.old
+        if isinstance(now, nn.Module) and isinstance(self.old, nn.Module):
+            _move_hooks(now, self.old)
+
+    def _tensors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns a tensor of what is kept and one that tells where the model is now."""
+        if self.table not in ("_parameters", "_modules"):
+            return None
+        if isinstance(self.old, nn.Module) and offloaded(self.old):
+            return None  # accelerate moves them
+        kept, now = like(self.old), self.now
+        now = self.owner._buffers[_marker(self.name)] if now is None else like(now)
+        return None if kept is None or now is None else (kept, now)
+
+    def is_unmoved_meta(self) -> bool:
+        """Tells whether what is kept holds no data, while the model got its own."""
+        pair = self._tensors()
+        return pair is not None and pair[0].is_meta and not pair[1].is_meta
+
+    def follow(self) -> None:
+        """Moves what is kept to the device, dtype and mode that its place has come to have."""
+        pair = self._tensors()
+        if pair is not None and (pair[0].device, pair[0].dtype) != (pair[1].device, pair[1].dtype):
+            if isinstance(self.old, nn.Module):
+                self.old.to(device=pair[1].device, dtype=pair[1].dtype)
+            else:
+                self.old.data = self.old.data.to(device=pair[1].device, dtype=pair[1].dtype)
+        if isinstance(self.old, nn.Module):
+            now, then = (self.owner, self.training) if self.now is None else (self.now, None)
+            if now.training != (self.old.training if then is None else then):
+                self.old.train(now.training)
 
 
-def _stands_for(step: Step) -> Tensor | None:
-    """Returns a tensor that tells where a slot is now, and of which dtype."""
-    if step.now is None:
-        return step.slot.owner._buffers[_marker(step.slot.name)]
-    return like(step.now)
+class Snapshot:
+    """What modules hold at one moment: attributes, parameters, buffers, children and hooks."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        holders: list[Any] = []
+        for module in modules:
+            holders += [module, *hooks_of(module)]
+        self._held = [
+            (h, dict(vars(h)), {name: vars(h)[name].copy() for name in _INSIDE if name in vars(h)})
+            for h in holders
+        ]
+
+    def put_back(self) -> None:
+        """Makes the modules hold again what they held."""
+        for holder, attributes, inside in self._held:
+            vars(holder).clear()
+            vars(holder).update(attributes)
+            for name, content in inside.items():
+                vars(holder)[name].clear()
+                vars(holder)[name].update(content)
+
+    def differences(self) -> tuple[Entry, ...]:
+        """Returns the entries that are others now, but for what moves with a module."""
+        found = []
+        for holder, attributes, inside in self._held:
+            for table in ("", *(name for name in _TABLES if name in inside)):
+                before = inside[table] if table else attributes
+                now = vars(holder)[table] if table else vars(holder)
+                for name in {**before, **now}:
+                    old = before.get(name, _Missing.MISSING)
+                    if old is not now.get(name, _Missing.MISSING) and (table or name not in _MOVED):
+                        training = attributes.get("training", False)
+                        found.append(Entry(holder, table, name, old, training))
+        return tuple(found)
 
 
-def like(module: nn.Module) -> Tensor | None:
-    """Returns a tensor of a module that tells where and what it is; None without any."""
+@contextmanager
+def unchanged(modules: Iterable[nn.Module], *, on_error: bool = False) -> Iterator[None]:
+    """Afterwards modules hold what they held before; with `on_error`, only after an error.
+
+    Whatever is raised inside, an interrupt included.
+    """
+    before = Snapshot(modules)
+    try:
+        yield
+    except BaseException:
+        before.put_back()
+        raise
+    if not on_error:
+        before.put_back()
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """What one transform did to a decoder layer.
+
+    Attributes:
+        order: transforms of a model are numbered from 1 as they come.
+        entries: what it changed; None where what stood there was not kept.
+    """
+
+    order: int
+    entries: tuple[Entry, ...] | None
+
+
+def undo_log(layers: Sequence[nn.Module]) -> list[tuple[int, nn.Module, Undo]]:
+    """Returns what was done to decoder layers: layer, who holds the log, and what; latest first."""
+    found = [
+        (layer, holder, undo)
+        for layer, module in enumerate(layers)
+        for holder in module.modules()
+        for undo in holder.__dict__.get(_LOG, ())
+    ]
+    return sorted(found, key=lambda entry: -entry[2].order)
+
+
+@contextmanager
+def transformed(layers: Sequence[nn.Module], *, keep: bool) -> Iterator[None]:
+    """Inside, decoder layers are changed as one transform; an error takes everything back.
+
+    Args:
+        keep: remember what there was, to be undone.
+    """
+    order = 1 + max((undo.order for _, _, undo in undo_log(layers)), default=0)
+    before = [Snapshot(layer.modules()) for layer in layers]
+    try:
+        yield
+        for layer, snapshot in zip(layers, before, strict=True):
+            if entries := snapshot.differences():
+                log = layer.__dict__.get(_LOG, ()) if keep else ()
+                layer.__dict__[_LOG] = (*log, Undo(order, entries if keep else None))
+    except BaseException:
+        for snapshot in before:
+            snapshot.put_back()
+        raise
+
+
+def undo(layers: Sequence[nn.Module], *, latest: bool) -> None:
+    """Undoes what the log of decoder layers says, all of it or the latest transform.
+
+    Raises:
+        ValueError: there is nothing to undo.
+        RuntimeError: something was not kept, or kept on the meta device while the model got data.
+    """
+    log = undo_log(layers)
+    if not log:
+        raise ValueError(
+            "model must have FFNs replaced by apply_moe_ or load_moe_, or parts pruned, "
+            f"got none among the {len(layers)} layers"
+        )
+    log = [entry for entry in log if not latest or entry[2].order == log[0][2].order]
+    for layer, _, step in log:
+        if step.entries is None:
+            raise RuntimeError(
+                f"layer {layer}: what was replaced must have been kept, got keep_dense=False"
+            )
+        if any(entry.is_unmoved_meta() for entry in step.entries):
+            raise RuntimeError(f"layer {layer}: kept weights must hold data, got meta tensors")
+    kept = [e.old for _, _, step in log for e in step.entries or () if isinstance(e.old, nn.Module)]
+    parts = {part: None for module in (*layers, *kept) for part in module.modules()}
+    with unchanged(parts, on_error=True):
+        for _, holder, step in log:
+            # Modules before the markers that stand for them.
+            for entry in sorted(step.entries or (), key=lambda entry: entry.table != "_modules"):
+                entry.follow()
+                entry.put_back()
+            left = tuple(other for other in holder.__dict__.pop(_LOG) if other is not step)
+            if left:
+                holder.__dict__[_LOG] = left
+
+
+def like(module: nn.Module | Tensor) -> Tensor | None:
+    """Returns a tensor that tells where and what a module is, or itself; None without any."""
+    if isinstance(module, Tensor):
+        return module
     weight = getattr(module, "gate_proj", None)
     weight = getattr(weight, "weight", weight)
     if isinstance(weight, Tensor):
@@ -225,53 +299,43 @@ def like(module: nn.Module) -> Tensor | None:
     return next(itertools.chain(module.parameters(), module.buffers()), None)
 
 
-# Hooks. Attribute -> its value without hooks. State dict hooks are not among them: they know the
-# keys of the module they were written for.
-_CALL_HOOKS: dict[str, Callable[[], Any]] = {
-    "_forward_pre_hooks": OrderedDict,
-    "_forward_pre_hooks_with_kwargs": OrderedDict,
-    "_forward_hooks": OrderedDict,
-    "_forward_hooks_with_kwargs": OrderedDict,
-    "_forward_hooks_always_called": OrderedDict,
-    "_backward_pre_hooks": OrderedDict,
-    "_backward_hooks": OrderedDict,
-    "_is_full_backward_hook": lambda: None,
-}
+def _take_hooks(module: nn.Module) -> dict[str, Any]:
+    """Leaves a module without hooks and returns those it had, by attribute."""
+    taken = {name: module.__dict__[name] for name in _CALL_HOOKS if name in module.__dict__}
+    for name in taken:
+        module.__dict__[name] = None if name == "_is_full_backward_hook" else OrderedDict()
+    return taken
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Moves the forward and backward hooks of a module, and accelerate's hook, to another one.
 
-    The dicts move as objects, so that the handles users hold still remove their hooks.
+    The dicts move as objects, so that the handles users hold still remove their hooks. Tokens that
+    `source` takes by keyword can be given to `target` by the same keyword.
     """
-    for name, empty in _CALL_HOOKS.items():
-        if name in source.__dict__:
-            target.__dict__[name] = source.__dict__[name]
-            source.__dict__[name] = empty()
+    names = _token_name(source), _token_name(target)
+    target.__dict__.update(_take_hooks(source))
+    hooks = target._forward_pre_hooks
+    known = {key: hook.name for key, hook in hooks.items() if isinstance(hook, _Renamed)}
+    for key, name in known.items():
+        if name == names[1]:
+            del hooks[key], target._forward_pre_hooks_with_kwargs[key]
+    if not known and names[0] not in (None, names[1]):
+        target.register_forward_pre_hook(_Renamed(str(names[0])), with_kwargs=True)
     _move_patch(source, target)
 
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Inside, calls into the module's tree fire no hooks, run in eval mode and leave no trace."""
-    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-    for part in module.modules():
-        kept = {name: part.__dict__[name] for name in _CALL_HOOKS if name in part.__dict__}
-        buffers = {
-            name: buffer if buffer is None else buffer.clone()
-            for name, buffer in part._buffers.items()
-        }
-        saved.append((part, {**kept, "training": part.training}, dict(part._buffers)))
-        for name in kept:
-            part.__dict__[name] = _CALL_HOOKS[name]()
-        part.__dict__["training"] = False
-        part._buffers = buffers
-    try:
+    parts = list(module.modules())
+    with unchanged(parts):
+        for part in parts:
+            _take_hooks(part)
+            part.__dict__["training"] = False
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = buffer if buffer is None else buffer.clone()
         yield
-    finally:
-        for part, kept, buffers in saved:
-            part.__dict__.update(kept)
-            part._buffers = buffers
 
 
 @dataclass(frozen=True)
@@ -288,33 +352,13 @@ class _Renamed:
         return (kwargs[self.name],), {k: v for k, v in kwargs.items() if k != self.name}
 
 
-def take_name(source: nn.Module, target: nn.Module) -> None:
-    """Lets the tokens of `target` be given by the keyword that `source` takes them by.
-
-    The hooks of `source` have been moved to `target` before, the one of an earlier transform, which
-    knows the name, among them.
-    """
-    hooks = target._forward_pre_hooks
-    known = [key for key, hook in hooks.items() if isinstance(hook, _Renamed)]
-    name, own = _token_name(source), _token_name(target)
-    if known:
-        name = next(hook.name for hook in hooks.values() if isinstance(hook, _Renamed))
-    for key in known:
-        del hooks[key]
-        target._forward_pre_hooks_with_kwargs.pop(key, None)
-    if name is not None and name != own:
-        target.register_forward_pre_hook(_Renamed(name), with_kwargs=True)
-
-
 def _token_name(module: nn.Module) -> str | None:
     """Returns the name of the first parameter of a forward, None where it has none."""
     try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
+        first = next(iter(inspect.signature(module.forward).parameters.values()))
+    except (TypeError, ValueError, StopIteration):
         return None
-    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        return None
-    return parameters[0].name
+    return first.name if first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None
 
 
 # accelerate sets, on the instance: _hf_hook, _old_forward (what it wraps) and forward, a partial of
@@ -330,11 +374,8 @@ def hooks_of(module: nn.Module) -> Iterator[Any]:
 
 def offloaded(module: nn.Module) -> Any:
     """Returns a hook by which accelerate brings weights to where a module runs; else None."""
-    for part in module.modules():
-        for hook in hooks_of(part):
-            if getattr(hook, "offload", False):
-                return hook
-    return None
+    hooks = itertools.chain.from_iterable(map(hooks_of, module.modules()))
+    return next((hook for hook in hooks if getattr(hook, "offload", False)), None)
 
 
 def offload_like(module: nn.Module, other: nn.Module) -> None:
@@ -358,29 +399,26 @@ def _move_patch(source: nn.Module, target: nn.Module) -> None:
     if not patched.args or patched.args[0] is not source:
         return
     # A hook that brings the weights of a module knows their names and stays with it.
-    hooks = list(hooks_of(source))
+    hooks, own = list(hooks_of(source)), list(hooks_of(target))
     staying = [hook for hook in hooks if getattr(hook, "offload", False)]
     moving = [hook for hook in hooks if hook not in staying]
-    if staying and not moving:
+    if not moving:
         return
     if staying:
         source.__dict__["_hf_hook"] = _joined(staying)
     else:
-        del source.__dict__["forward"]
+        del source.__dict__["forward"], source.__dict__["_hf_hook"]
         wrapped = source.__dict__.pop("_old_forward")
         if getattr(wrapped, "__func__", None) is not type(source).forward:
             source.__dict__["forward"] = wrapped
-        source.__dict__.pop("_hf_hook", None)
-    own = list(hooks_of(target))
     target.__dict__["_hf_hook"] = _joined([*moving, *own])
-    if own:
-        return
-    target.__dict__["_old_forward"] = target.forward
-    moved = functools.partial(patched.func, target, *patched.args[1:], **patched.keywords)
-    target.__dict__["forward"] = functools.update_wrapper(moved, target.forward)
+    if not own:
+        target.__dict__["_old_forward"] = target.forward
+        moved = functools.partial(patched.func, target, *patched.args[1:], **patched.keywords)
+        target.__dict__["forward"] = functools.update_wrapper(moved, target.forward)
 
 
 def _joined(hooks: list[Any]) -> Any:
-    if len(hooks) < 2:
-        return hooks[0] if hooks else None
+    if len(hooks) == 1:
+        return hooks[0]
     return importlib.import_module("accelerate.hooks").SequentialHook(*hooks)

@@ -9,6 +9,7 @@ elsewhere are read from there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from sparse_unified._common import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
-from sparse_unified.nn import SparseMoE, SwiGLU
-from sparse_unified.surgery.exchange import hooks_of, offload_like, undisturbed
+from sparse_unified.nn import SparseMoE
+from sparse_unified.surgery.cuts import Cut
+from sparse_unified.surgery.exchange import hooks_of, undisturbed
 
-MERGED = "gate_up_proj"
-MERGED_PROJECTIONS = (MERGED, "down_proj")
+MERGED_PROJECTIONS = ("gate_up_proj", "down_proj")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Far above the rounding of bf16 (below 1 %), far below what another activation makes of
@@ -46,15 +47,8 @@ def projection_names(ffn: object) -> tuple[str, ...]:
     return ()
 
 
-def projection(ffn: nn.Module, name: str) -> nn.Module:
-    """Returns the module that holds a projection of a dense FFN, be it with another one."""
-    merged = projection_names(ffn) == MERGED_PROJECTIONS and name != "down_proj"
-    part: nn.Module = getattr(ffn, MERGED if merged else name)
-    return part
-
-
 def read_weights(ffn: nn.Module) -> DenseWeights:
-    """Returns the weights of a dense FFN, the parameters themselves without their gradients.
+    """Returns the weights of a dense FFN: the memory of its parameters, and their requires_grad.
 
     Weights that accelerate has offloaded come from where it keeps them, on the CPU.
 
@@ -70,24 +64,30 @@ def read_weights(ffn: nn.Module) -> DenseWeights:
             f"FFN must have {', '.join(PROJECTIONS)} (or {' and '.join(MERGED_PROJECTIONS)}), "
             f"got a {describe_module(ffn)}"
         )
-    parts = {name: _plain_weight(getattr(ffn, name), name) for name in names}
+    parts = [plain_weight(getattr(ffn, name), name) for name in names]
     known = {f"{name}.weight" for name in names}
-    others = [name for name, _ in ffn.named_parameters() if name not in known]
-    if others:
+    if others := [name for name, _ in ffn.named_parameters() if name not in known]:
         raise ValueError(
             f"FFN must have no parameters but its {len(names)} weights, got {list_some(others)}"
         )
-    if MERGED in parts:
-        merged = parts[MERGED]
-        if merged.ndim != 2 or merged.shape[0] % 2:
-            raise ValueError(f"{MERGED}.weight must have shape [2I, D], got {list(merged.shape)}")
-        gate_proj, up_proj = merged.chunk(2)
-        dense = DenseWeights(gate_proj, up_proj, parts["down_proj"])
-    else:
-        dense = DenseWeights(*parts.values())
-    _check_fit(dense)
+    if names == MERGED_PROJECTIONS:
+        halves = parts[0].detach().chunk(2)
+        parts[:1] = [half.requires_grad_(parts[0].requires_grad) for half in halves]
+    shapes = [list(weight.shape) for weight in parts]
+    if len(shapes[0]) != 2 or not shapes[0] == shapes[1] == shapes[-1][::-1] or 0 in shapes[0]:
+        raise ValueError(
+            f"weights must have shapes [I, D], [I, D] and [D, I] ({', '.join(PROJECTIONS)}), "
+            f"got {', '.join(map(str, shapes))}"
+        )
+    for what in ("dtype", "device"):
+        values = {str(getattr(weight, what)) for weight in parts}
+        if len(values) > 1:
+            raise ValueError(f"weights must share one {what}, got {', '.join(sorted(values))}")
+    dense = DenseWeights(*parts)
     if dense.gate_proj.is_meta and any(list(hooks_of(module)) for module in ffn.modules()):
         raise ValueError("weights must be in memory, got weights offloaded by accelerate")
+    if names == MERGED_PROJECTIONS:
+        returns_tuple(ffn, dense)  # which half is which shows in what it computes
     return dense
 
 
@@ -99,12 +99,17 @@ def describe_module(value: object) -> str:
     return f"{type(value).__name__} ({children})"
 
 
-def _plain_weight(part: nn.Module, name: str) -> Tensor:
+def plain_weight(part: nn.Module, name: str) -> Tensor:
+    """Returns the weight of a projection: the memory of its parameter, and its requires_grad.
+
+    Raises:
+        ValueError: it is no plain floating tensor, or not the only one but for a bias.
+    """
     weight = getattr(part, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"{name} must have a weight, got a {describe_module(part)}")
-    if getattr(part, "bias", None) is not None:
-        raise ValueError(f"{name} must have no bias, got {type(part).__name__} with one")
+    if others := [n for n, _ in part.named_parameters() if n not in ("weight", "bias")]:
+        raise ValueError(f"{name} must be a linear layer and nothing else, got {list_some(others)}")
     if weight.dtype not in DTYPES:
         raise ValueError(
             f"{name}.weight must be float32, bfloat16 or float16, not quantised, got {weight.dtype}"
@@ -115,34 +120,14 @@ def _plain_weight(part: nn.Module, name: str) -> Tensor:
     marked = nn.Parameter in type(weight).__mro__
     if own_dispatch or not (marked or type(weight) is Tensor):
         raise ValueError(f"{name}.weight must be a plain tensor, got {type(weight).__name__}")
+    trained = weight.requires_grad
     if weight.is_meta:
-        weight = _stored_elsewhere(part, weight)
+        for hook in hooks_of(part):  # accelerate keeps the values
+            stored = getattr(hook, "weights_map", None)
+            if getattr(hook, "offload", False) and stored is not None:
+                weight = stored["weight"].to(weight.dtype)
     with torch._C.DisableTorchFunctionSubclass():
-        return weight.detach()
-
-
-def _stored_elsewhere(part: nn.Module, weight: Tensor) -> Tensor:
-    """Returns the values of a weight on the meta device that accelerate keeps for `part`."""
-    for hook in hooks_of(part):
-        stored = getattr(hook, "weights_map", None)
-        if getattr(hook, "offload", False) and stored is not None:
-            value: Tensor = stored["weight"]
-            return value.to(weight.dtype)
-    return weight
-
-
-def _check_fit(dense: DenseWeights) -> None:
-    shapes = [list(weight.shape) for weight in dense]
-    fit = len(shapes[0]) == 2 and shapes[0] == shapes[1] == shapes[2][::-1] and 0 not in shapes[0]
-    if not fit:
-        raise ValueError(
-            f"weights must have shapes [I, D], [I, D] and [D, I] ({', '.join(PROJECTIONS)}), "
-            f"got {', '.join(map(str, shapes))}"
-        )
-    for what in ("dtype", "device"):
-        values = {str(getattr(weight, what)) for weight in dense}
-        if len(values) > 1:
-            raise ValueError(f"weights must share one {what}, got {', '.join(sorted(values))}")
+        return weight.detach().requires_grad_(trained)
 
 
 @torch.no_grad()
@@ -173,8 +158,19 @@ def returns_tuple(ffn: nn.Module, weights: DenseWeights) -> bool:
         raise ValueError(
             f"forward must return y {list(token.shape)} or (y, router_logits), got {got}"
         )
-    if not y.is_meta:
-        _check_formula(y, token, weights)
+    if y.is_meta:
+        return is_tuple
+    hidden = F.silu(F.linear(token, weights.gate_proj)) * F.linear(token, weights.up_proj)
+    expected = F.linear(hidden, weights.down_proj).float()
+    size = expected.norm().item()
+    deviation = (y.float().to(expected.device) - expected).norm().item()
+    # NOTE: weights that overflow or are not finite cannot be judged this way; scores are checked.
+    if size < float("inf") and not deviation <= _TOLERANCE * size:
+        relative = f"{100 * deviation / size:.0f} %" if size else "all"
+        raise ValueError(
+            "FFN must compute down_proj(silu(gate_proj(x)) * up_proj(x)), "
+            f"got an output that is {relative} away from it"
+        )
     return is_tuple
 
 
@@ -190,54 +186,56 @@ def _token(weights: DenseWeights) -> Tensor:
     return (token * scale).to(gate_proj.dtype)
 
 
-def _check_formula(y: Tensor, token: Tensor, weights: DenseWeights) -> None:
-    hidden = F.silu(F.linear(token, weights.gate_proj)) * F.linear(token, weights.up_proj)
-    expected = F.linear(hidden, weights.down_proj).float()
-    size = expected.norm().item()
-    deviation = (y.float().to(expected.device) - expected).norm().item()
-    # NOTE: weights that overflow or are not finite cannot be judged this way; scores are checked.
-    if size < float("inf") and not deviation <= _TOLERANCE * size:
-        relative = f"{100 * deviation / size:.0f} %" if size else "all"
-        raise ValueError(
-            "FFN must compute down_proj(silu(gate_proj(x)) * up_proj(x)), "
-            f"got an output that is {relative} away from it"
-        )
+def cut_linear(linear: Any, cut: Cut) -> None:
+    """Leaves some of the outputs (dim 0) or inputs (dim 1) of a linear layer, bit for bit.
+
+    What accelerate keeps of it elsewhere is cut as well.
+    """
+    hook = next((h for h in hooks_of(linear) if getattr(h, "weights_map", None) is not None), None)
+    stored = {}
+    for name, old in linear._parameters.items():
+        if old is None:
+            continue
+        is_whole = cut.dim == 1 and name == "bias"
+        if not is_whole:
+            new = cut.of(old.detach())
+            linear._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        if hook is not None:
+            values = hook.weights_map[name]
+            stored[name] = values if is_whole else cut.of(values)
+    if hook is not None:
+        hook.weights_map = stored
+    for name, size in zip(("out_features", "in_features"), linear.weight.shape, strict=True):
+        if hasattr(linear, name):
+            setattr(linear, name, size)
 
 
-class TupleSwiGLU(SwiGLU):
-    """A dense FFN with the return convention of SparseUnifiedModel, (y, None)."""
-
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        packed_text_indexes: Tensor | None = None,
-        packed_vit_token_indexes: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """x [..., D] -> ([..., D], None); the indices are not looked at."""
-        return super().forward(x), None
-
-
-def narrow_ffn(ffn: nn.Module, weights: DenseWeights, kept: Tensor) -> SwiGLU:
-    """Returns a dense FFN of some of the neurons, bit for bit.
+def cut_ffn(ffn: nn.Module, kept: Tensor) -> None:
+    """Leaves some of the neurons of a FFN, bit for bit; the routers of a sparse one stay.
 
     Args:
-        ffn: the FFN it takes the place of. weights: its weights.
-        kept: [kept] int64, ascending neuron indices.
-
-    Raises:
-        ValueError: the FFN is no SwiGLU, see `returns_tuple`.
+        ffn: a sparse one, or a checked dense one, see `read_weights`.
+        kept: [kept] int64, ascending neuron indices, in expert order.
     """
-    gate_proj = weights.gate_proj
-    kind = TupleSwiGLU if returns_tuple(ffn, weights) else SwiGLU
-    narrow = kind(gate_proj.shape[1], len(kept), device="meta", dtype=gate_proj.dtype)
-    narrow.to_empty(device=gate_proj.device)
-    kept = kept.to(gate_proj.device)
-    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        weight = getattr(narrow, name).weight
-        torch.index_select(getattr(weights, name), dim, kept, out=weight.data)
-        weight.requires_grad_(projection(ffn, name).weight.requires_grad)
-    offload_like(narrow, ffn)
-    return narrow.train(ffn.training)
+    if isinstance(ffn, SparseMoE):
+        for name in PROJECTIONS:
+            old = getattr(ffn, name)
+            left = Cut(int(name == "down_proj"), kept).of(old.detach())
+            setattr(ffn, name, nn.Parameter(left, requires_grad=old.requires_grad))
+        shared = int((kept < ffn.layout.shared_width).sum())
+        ffn.layout = replace(
+            ffn.layout, intermediate_size=len(kept), shared_intermediate_size=shared
+        )
+        ffn.intermediate_size = len(kept)
+        return
+    *inputs, output = (getattr(ffn, name) for name in projection_names(ffn))
+    if len(inputs) == 1:  # gate and up in one
+        size = inputs[0].weight.shape[0] // 2
+        cut_linear(inputs[0], Cut(0, torch.cat([kept, size + kept])))
+    else:
+        for linear in inputs:
+            cut_linear(linear, Cut(0, kept))
+    cut_linear(output, Cut(1, kept))
 
 
 class Skipped(nn.Module):
@@ -283,8 +281,8 @@ def skipped_ffn(ffn: nn.Module) -> Skipped:
         ValueError: the FFN is neither sparse nor a plain dense SwiGLU.
     """
     if isinstance(ffn, SparseMoE):
-        is_tuple, like = ffn.return_router_logits, ffn.gate_proj.detach()
+        is_tuple, weight = ffn.return_router_logits, ffn.gate_proj.detach()
     else:
         weights = read_weights(ffn)
-        is_tuple, like = returns_tuple(ffn, weights), weights.gate_proj
-    return Skipped((None,) if is_tuple else None, like).train(ffn.training)
+        is_tuple, weight = returns_tuple(ffn, weights), weights.gate_proj
+    return Skipped((None,) if is_tuple else None, weight).train(ffn.training)

@@ -14,13 +14,12 @@ from sparse_unified._common import context, naming
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.model_dir import find_model, is_hub_id
 from sparse_unified.checkpoint.modes import MoEConfig
-from sparse_unified.checkpoint.scores import Inputs, resolve_inputs
+from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs
 from sparse_unified.experts import (
     ExpertLayout,
     Partition,
     RouterFit,
     RouterInit,
-    check_scores,
     fit_router,
     hidden_activations,
     magnitude_scores,
@@ -28,11 +27,11 @@ from sparse_unified.experts import (
     random_router,
 )
 from sparse_unified.nn import SparseMoE
+from sparse_unified.surgery.cuts import rank
 from sparse_unified.surgery.decoder import Decoder, find_decoder
-from sparse_unified.surgery.exchange import Change, Slot, exchanged, offload_like
-from sparse_unified.surgery.ffn import DenseWeights, projection, read_weights, returns_tuple
-from sparse_unified.surgery.report import SwapReport, describe_swap
-from sparse_unified.surgery.scores import Scores, of_component, scores_by_layer
+from sparse_unified.surgery.exchange import Slot, offload_like, transformed
+from sparse_unified.surgery.ffn import DenseWeights, read_weights, returns_tuple
+from sparse_unified.surgery.report import SwapReport, swaps, take_census
 
 
 @torch.no_grad()
@@ -82,15 +81,10 @@ def apply_moe_(
         TypeError: config is no MoEConfig, or scores or inputs are no tensors.
     """
     with context("apply_moe_"):
-        if not isinstance(config, MoEConfig):
-            raise TypeError(f"config must be a MoEConfig, got {type(config).__name__}")
         component = config.component
         decoder = find_decoder(model, component)
         ffns = decoder.select_ffns(config.layers, component)
-        own = of_component(scores, component)
-        selected = [slot.layer for slot, _ in ffns]
-        given = scores_by_layer(own, selected, len(decoder.layers), exact=own is scores)
-        plans, rankings = [], []
+        plans = {}
         for slot, ffn in ffns:
             with naming(slot):
                 weights = read_weights(ffn)
@@ -99,16 +93,21 @@ def apply_moe_(
                     num_experts=config.num_experts,
                     num_shared_experts=config.num_shared_experts,
                 )
-                plans.append(_plan(slot, ffn, weights, layout, config.top_k))
-                rankings.append(_ranking(weights, None if given is None else given[slot.layer]))
-        sizes = {plan.slot.layer: plan.weights.gate_proj.shape[1] for plan in plans}
+                is_tuple = returns_tuple(ffn, weights)
+                plans[slot.layer] = _Plan(slot, ffn, weights, layout, config.top_k, is_tuple)
+        widths = {layer: plan.layout.intermediate_size for layer, plan in plans.items()}
+        count = len(decoder.layers)
+        rankings = rank(
+            scores, component, widths, count, lambda n: magnitude_scores(*plans[n].weights)
+        )
+        sizes = {layer: plan.weights.gate_proj.shape[1] for layer, plan in plans.items()}
         calibration = resolve_inputs(inputs, config, sizes)
         blocks = []
-        for plan, ranking in zip(plans, rankings, strict=True):
+        for layer, plan in plans.items():
             with naming(plan.slot):
-                own_inputs = calibration.get(plan.slot.layer)
-                blocks.append(_permuted_block(plan, config, ranking, own_inputs))
-        return _exchange("apply_moe_", decoder, plans, blocks, keep_dense)
+                own = calibration.get(layer)
+                blocks.append((plan, _permuted_block(plan, config, rankings[layer], own)))
+        return _put_in("apply_moe_", decoder, blocks, keep_dense)
 
 
 @torch.no_grad()
@@ -162,10 +161,10 @@ def load_moe_(
                             f"sparse FFNs must be those of the model, got [I, D] = {sizes} in the "
                             f"file, {list(weights.gate_proj.shape)} in the model"
                         )
-                    layout = layers[slot.layer]
-                    plans.append(_plan(slot, ffn, weights, layout, top_k))
-        blocks = [_loaded_block(plan, checkpoint) for plan in plans]
-        return _exchange("load_moe_", decoder, plans, blocks, keep_dense)
+                    is_tuple = returns_tuple(ffn, weights)
+                    plans.append(_Plan(slot, ffn, weights, layers[slot.layer], top_k, is_tuple))
+        blocks = [(plan, _loaded_block(plan, checkpoint)) for plan in plans]
+        return _put_in("load_moe_", decoder, blocks, keep_dense)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +182,14 @@ class _Plan:
     def component(self) -> str:
         return keys.COMPONENT_OF_FFN[self.slot.name]
 
-    def empty_block(self) -> SparseMoE:
+    def block(self, neuron_index: Tensor | None = None) -> SparseMoE:
         """Returns the block with the device, mode, dtype and requires_grad of the dense FFN.
 
-        Routers are zero, expert weights uninitialised. No random numbers are drawn.
+        Routers are zero. No random numbers are drawn.
+
+        Args:
+            neuron_index: [I] int64, neurons in expert order, which gives the block the dense
+                weights, bit for bit; without, they are uninitialised.
         """
         gate_proj = self.weights.gate_proj
         block = SparseMoE(
@@ -202,30 +205,13 @@ class _Plan:
             dtype=gate_proj.dtype,
         ).to_empty(device=gate_proj.device)
         set_routers_(block, torch.zeros(block.gate.weight.shape))
-        for name in keys.PROJECTIONS:
-            trained = projection(self.ffn, name).weight.requires_grad
-            getattr(block, name).requires_grad_(trained)
+        for name, dense in self.weights._asdict().items():
+            weight = getattr(block, name).requires_grad_(dense.requires_grad)
+            if neuron_index is not None:
+                index = neuron_index.to(dense.device)
+                dim = int(name == "down_proj")
+                torch.index_select(dense.detach(), dim, index, out=weight.data)
         return block.train(self.ffn.training)
-
-
-def _plan(
-    slot: Slot, ffn: nn.Module, weights: DenseWeights, layout: ExpertLayout, top_k: int
-) -> _Plan:
-    return _Plan(slot, ffn, weights, layout, top_k, returns_tuple(ffn, weights))
-
-
-def _ranking(weights: DenseWeights, given: Tensor | None) -> Tensor:
-    """Returns the scores [I] of the neurons of a FFN: those given, else by weight magnitude."""
-    width = weights.gate_proj.shape[0]
-    if given is not None:
-        check_scores(given, width)
-        return given
-    if weights.gate_proj.is_meta:
-        raise ValueError("scores must be given for weights without data, got meta tensors")
-    ranking = magnitude_scores(*weights)
-    with naming("magnitude of its weights"):
-        check_scores(ranking, width)
-    return ranking
 
 
 def _permuted_block(
@@ -241,16 +227,13 @@ def _permuted_block(
     layer, hidden = plan.slot.layer, None
     if config.partition is Partition.COACTIVATION and inputs is not None:
         hidden = hidden_activations(inputs, plan.weights.gate_proj, plan.weights.up_proj)
-    neuron_index = order_neurons(
-        config.partition, ranking, plan.layout, seed=config.seed, layer=layer, hidden=hidden
-    ).to(plan.weights.gate_proj.device)
-    block = plan.empty_block()
-    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        fused = getattr(block, name).data
-        torch.index_select(getattr(plan.weights, name), dim, neuron_index, out=fused)
-    weight, _ = first_router(
-        block, config.router_init, layer=layer, seed=config.seed, inputs=inputs
+    block = plan.block(
+        order_neurons(
+            config.partition, ranking, plan.layout, seed=config.seed, layer=layer, hidden=hidden
+        )
     )
+    how = config.router_init
+    weight, _ = first_router(block, how, layer=layer, seed=config.seed, inputs=inputs)
     set_routers_(block, weight)
     offload_like(block, plan.ffn)
     return block
@@ -258,7 +241,7 @@ def _permuted_block(
 
 def _loaded_block(plan: _Plan, checkpoint: Checkpoint) -> SparseMoE:
     """Returns the block with the weights of a file, read one official tensor at a time."""
-    block = plan.empty_block()
+    block = plan.block()
     prefix = keys.ffn_prefix(plan.component, plan.slot.layer)
     for key, view in block.official_views().items():
         view.copy_(checkpoint.read(prefix + key).to(view.dtype))
@@ -266,17 +249,14 @@ def _loaded_block(plan: _Plan, checkpoint: Checkpoint) -> SparseMoE:
     return block
 
 
-def _exchange(
-    action: str,
-    decoder: Decoder,
-    plans: Sequence[_Plan],
-    blocks: Sequence[SparseMoE],
-    keep_dense: bool,
+def _put_in(
+    action: str, decoder: Decoder, blocks: Sequence[tuple[_Plan, SparseMoE]], keep_dense: bool
 ) -> SwapReport:
-    pairs = zip(plans, blocks, strict=True)
-    changes = [Change(plan.slot, plan.ffn, block) for plan, block in pairs]
-    with exchanged(decoder.layers, changes, keep=keep_dense):
-        return SwapReport(action=action, layers=tuple(map(describe_swap, changes)))
+    before = take_census(decoder)
+    with transformed(decoder.layers, keep=keep_dense):
+        for plan, block in blocks:
+            plan.slot.put(block)
+        return SwapReport(action=action, layers=swaps(before, take_census(decoder)))
 
 
 @torch.no_grad()

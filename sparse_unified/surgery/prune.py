@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """prune_width_, prune_heads_, skip_layers_: cuts (see `cuts`) carried out on a live model.
 
-What a layer has is read first, then the cuts are planned, then all new modules are built, and only
-then is one exchanged.
+What a layer has is read first, then what stays is planned, and only then is anything changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,29 +15,32 @@ from torch import Tensor, nn
 
 from sparse_unified._common import context, naming
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
+from sparse_unified.checkpoint.scores import Scores
 from sparse_unified.checkpoint.shapes import LayerShape
-from sparse_unified.experts import check_scores
-from sparse_unified.nn import QueryProjection, SparseMoE, key_heads_read
+from sparse_unified.experts import magnitude_scores
+from sparse_unified.nn import SparseMoE, key_heads_read
 from sparse_unified.surgery.cuts import (
-    Cut,
-    Cuts,
     head_magnitudes,
-    neuron_magnitudes,
+    keep_neurons,
     plan,
+    rank,
     select,
     shapes_left,
     skipped_modules,
 )
 from sparse_unified.surgery.decoder import Decoder, find_decoder, takes_absent_parts
-from sparse_unified.surgery.exchange import Change, exchanged
-from sparse_unified.surgery.ffn import DTYPES, narrow_ffn, read_weights, skipped_ffn
-from sparse_unified.surgery.report import PruneReport, count_component, part_entries
-from sparse_unified.surgery.scores import Scores, of_component, scores_by_layer
-
-Shapes = dict[str, dict[int, LayerShape]]
-Tensors = Mapping[str, Tensor]
+from sparse_unified.surgery.exchange import Slot, transformed
+from sparse_unified.surgery.ffn import (
+    DenseWeights,
+    cut_ffn,
+    cut_linear,
+    plain_weight,
+    read_weights,
+    returns_tuple,
+    skipped_ffn,
+)
+from sparse_unified.surgery.report import PruneReport, pruned, take_census, total
 
 
 @torch.no_grad()
@@ -51,8 +54,8 @@ def prune_width_(
     """Leaves the neurons with the highest scores in the FFNs of one component, in place.
 
     The three weights of a FFN become shorter and keep the order of their neurons; what is pruned
-    takes neither memory nor time. FFNs are found as in `apply_moe_` and keep the same things of
-    their surroundings; `apply_moe_` takes the result. See `keep_units` for what a budget means.
+    takes neither memory nor time. The modules stay the same objects. FFNs are found as in
+    `apply_moe_`, which takes the result. See `keep_units` for what a budget means.
 
     A sparse FFN is pruned inside: every routed expert keeps as many neurons, see `keep_in_experts`,
     and the routers stay as they are. Its scores are in expert order, the shared expert first.
@@ -60,49 +63,48 @@ def prune_width_(
     Args:
         model: a module or pipeline.
         config: how much of which FFNs stays.
-        scores: importance of each neuron, float `{layer: [I]}`, a tensor [num_layers, I], or a
-            mapping of components to either. Without scores, neurons are ranked by weight magnitude.
-        keep_dense: keep the replaced modules for `restore_`, in memory where they are.
+        scores: importance of each neuron, float `{layer: [I]}`, a tensor [num_layers, I], a mapping
+            of components to either, or a scores file. None ranks neurons by weight magnitude.
+        keep_dense: keep the whole weights for `restore_`, in memory where they are.
 
     Returns:
         what was changed, and what the component costs before and after.
 
     Raises:
-        ValueError: nothing matches, a selected layer is neither a plain dense SwiGLU nor a
-            SparseMoE, or layers, budget, block_size or scores do not fit; the message names the
-            layer. The model is as before.
-        TypeError: config is no PruneWidthConfig, or scores are no tensors.
+        ValueError: a selected layer has no plain FFN, or an argument does not fit; the message
+            names the layer. The model is as before.
+        TypeError: scores are no tensors.
     """
     with context("prune_width_"):
-        _check_config(config, PruneWidthConfig)
         component = config.component
         decoder = find_decoder(model, component)
         ffns = decoder.select_ffns(config.layers, component)
-        given = scores_by_layer(
-            of_component(scores, component), [slot.layer for slot, _ in ffns], len(decoder.layers)
-        )
-        tensors: dict[str, Tensor] = {}
-        shapes: Shapes = {component: {}}
-        ranking: dict[tuple[str, int], Tensor] = {}
-        for slot, ffn in ffns:
-            layer = slot.layer
-            with naming(slot):
-                shape, own = _read_ffn(ffn, keys.ffn_prefix(component, layer))
-                if given is None:
-                    _require_data(own.values())
-                    values = neuron_magnitudes(own.__getitem__, component, layer, shape.ffn)
-                else:
-                    values = given[layer]
-                check_scores(values, shape.width)
-            ranking[component, layer], shapes[component][layer] = values, shape
-            tensors |= own
-        cuts = plan(config, shapes, _sizes(tensors), lambda *at: ranking[at])
-        changes = []
+        weights: dict[int, DenseWeights] = {}
+        shapes = {}
         for slot, ffn in ffns:
             with naming(slot):
-                new = _narrow_ffn(ffn, keys.ffn_prefix(component, slot.layer), cuts)
-            changes.append(Change(slot, ffn, new))
-        return _exchange("prune_width_", decoder, [component], changes, keep_dense)
+                weights[slot.layer] = own = _read_ffn(ffn)
+            width: Any = ffn.layout if isinstance(ffn, SparseMoE) else own.gate_proj.shape[0]
+            shapes[slot.layer] = LayerShape(ffn=width, kv_heads=(), query_groups=())
+        widths = {layer: shape.width for layer, shape in shapes.items()}
+        count = len(decoder.layers)
+        ranking = rank(scores, component, widths, count, lambda n: magnitude_scores(*weights[n]))
+        kept = keep_neurons(config, shapes, ranking)
+        with _reported("prune_width_", decoder, [component], keep_dense) as report:
+            for slot, ffn in ffns:
+                cut_ffn(ffn, kept[slot.layer])
+        return report[0]
+
+
+def _read_ffn(ffn: nn.Module) -> DenseWeights:
+    if not isinstance(ffn, SparseMoE):
+        weights = read_weights(ffn)
+        returns_tuple(ffn, weights)  # refuses what is no SwiGLU
+        return weights
+    if ffn.gate_proj.is_meta and hasattr(ffn, "_hf_hook"):
+        raise ValueError("weights must be in memory, got weights offloaded by accelerate")
+    ffn.official_views()  # refuses weights in fewer bits
+    return DenseWeights(ffn.gate_proj, ffn.up_proj, ffn.down_proj)
 
 
 @torch.no_grad()
@@ -127,20 +129,19 @@ def prune_heads_(
         config: how much of which attentions stays.
         scores: importance of each group, float `{layer: [G]}`, a tensor [num_layers, G], or a
             mapping of components to either; G counts the groups that the component still has. For
-            "both", the scores of each component are divided by their mean and added. Without
-            scores, groups are ranked by the weights of values and output.
-        keep_dense: keep the replaced modules for `restore_`, in memory where they are.
+            "both", the scores of each component are divided by their mean and added. None ranks
+            groups by the weights of values and output.
+        keep_dense: keep the whole weights for `restore_`, in memory where they are.
 
     Returns:
         what was changed, and what the components of the changed layers cost before and after.
 
     Raises:
-        ValueError: nothing matches, a selected layer lacks the attention, weights are no plain
-            ones, or scores do not fit; the message names the layer. The model is as before.
-        TypeError: config is no PruneHeadsConfig, or scores are no tensors.
+        ValueError: a selected layer lacks a plain attention, or an argument does not fit; the
+            message names the layer. The model is as before.
+        TypeError: scores are no tensors.
     """
     with context("prune_heads_"):
-        _check_config(config, PruneHeadsConfig)
         decoder = find_decoder(model)
         names = [f"self_attn.q_proj{keys.SUFFIXES[component]}" for component in config.components]
         layers = select(
@@ -150,7 +151,7 @@ def prune_heads_(
             f"{' and '.join(config.components)} attention",
         )
         tensors: dict[str, Tensor] = {}
-        shapes: Shapes = {component: {} for component in keys.SUFFIXES}
+        shapes: dict[str, dict[int, LayerShape]] = {component: {} for component in keys.SUFFIXES}
         for layer in layers:
             with naming(f"layer {layer} ({decoder.path}.{layer}.self_attn)"):
                 for component, (shape, own) in _read_attention(decoder, layer).items():
@@ -158,22 +159,69 @@ def prune_heads_(
                     tensors |= own
         ranking = {}
         for component in config.components:
-            given = of_component(scores, component)
-            given = scores_by_layer(given, layers, len(decoder.layers))
-            for layer in layers:
-                shape = shapes[component][layer]
-                with naming(f"layer {layer} ({decoder.path}.{layer}.self_attn), {component}"):
-                    if given is None:
-                        _require_data(tensors.values())
-                        values = head_magnitudes(tensors.__getitem__, component, layer, shape)
-                    else:
-                        values = given[layer]
-                    check_scores(values, len(shape.query_groups))
-                ranking[component, layer] = values
-        cuts = plan(config, shapes, _sizes(tensors), lambda *at: ranking[at])
-        left = shapes_left(shapes, _sizes(tensors), cuts)
-        changes = _narrow_attentions(decoder, cuts, left)
-        return _exchange("prune_heads_", decoder, list(keys.SUFFIXES), changes, keep_dense)
+            own_shapes = shapes[component]
+            ranking[component] = rank(
+                scores,
+                component,
+                {layer: len(own_shapes[layer].query_groups) for layer in layers},
+                len(decoder.layers),
+                lambda n: head_magnitudes(tensors.__getitem__, component, n, own_shapes[n]),  # noqa: B023
+            )
+        sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        cuts = plan(config, shapes, sizes, lambda component, layer: ranking[component][layer])
+        with _reported("prune_heads_", decoder, list(keys.SUFFIXES), keep_dense) as report:
+            for key, cut in cuts.items():
+                if key.endswith(".weight"):
+                    cut_linear(_module(decoder, key.removesuffix(".weight")), cut)
+            for component, left in shapes_left(shapes, sizes, cuts).items():
+                for layer, shape in left.items():
+                    if len(shape.query_groups) < len(shape.kv_heads):
+                        key = f"{keys.layer_prefix(layer)}self_attn.q_proj"
+                        query: Any = _module(decoder, key + keys.SUFFIXES[component])
+                        query.key_heads = shape.query_places
+        return report[0]
+
+
+def _module(decoder: Decoder, key: str) -> nn.Module:
+    match = keys.LAYER_KEY.fullmatch(key)
+    slot = match and decoder.slot(int(match[1]), match[2])
+    assert slot is not None
+    assert slot.module is not None
+    return slot.module
+
+
+def _read_attention(
+    decoder: Decoder, layer: int
+) -> dict[str, tuple[LayerShape, dict[str, Tensor]]]:
+    """Returns the shape of a layer, FFN left out, and its attention's weights, by component."""
+    if not takes_absent_parts(decoder.layers[layer]):
+        raise ValueError(
+            "attention must be one whose weights tell its heads, as in sparse_unified.bagel, got "
+            f"that of a {type(decoder.layers[layer]).__name__}, which packs the heads of both "
+            "components into one tensor of fixed size"
+        )
+    read = {}
+    for component, suffix in keys.SUFFIXES.items():
+        tensors: dict[str, Tensor] = {}
+        linears: dict[str, Any] = {}
+        for name in keys.ATTENTION_PROJECTIONS:
+            slot = decoder.slot(layer, f"self_attn.{name}{suffix}")
+            if slot is None or slot.module is None:
+                continue
+            linears[name] = slot.module
+            key = f"{keys.layer_prefix(layer)}self_attn.{name}{suffix}"
+            tensors[f"{key}.weight"] = plain_weight(slot.module, name + suffix)
+            if slot.module.bias is not None:
+                tensors[f"{key}.bias"] = slot.module.bias  # type: ignore[assignment]
+            head_dim: Any = slot.owner.head_dim
+        if linears:
+            count = linears["k_proj"].out_features // int(head_dim)
+            reads = key_heads_read(linears["q_proj"], count)
+            shape = LayerShape(ffn=0, kv_heads=tuple(range(count)), query_groups=reads)
+            read[component] = shape, tensors
+    if not read:
+        raise ValueError("attention must have projections, got none")
+    return read
 
 
 @torch.no_grad()
@@ -199,15 +247,13 @@ def skip_layers_(
         what was changed, and what the component costs before and after.
 
     Raises:
-        ValueError: nothing matches, a layer does not exist, has nothing of this kind left, or
-            cannot do without its attention. The model is as before.
-        TypeError: config is no SkipLayersConfig.
+        ValueError: a selected layer has nothing of this kind left, or cannot do without its
+            attention. The model is as before.
     """
     with context("skip_layers_"):
-        _check_config(config, SkipLayersConfig)
         component = config.component
         decoder = find_decoder(model, component)
-        found: dict[int, list[Change]] = {}
+        found: dict[int, list[tuple[Slot, nn.Module | None]]] = {}
 
         def has(layer: int) -> bool:
             found[layer] = _skip(decoder, layer, config)
@@ -216,204 +262,43 @@ def skip_layers_(
         layers = select(
             config.layers, len(decoder.layers), has, f"{component} {config.part.value} left"
         )
-        changes = [change for layer in layers for change in found[layer]]
-        return _exchange("skip_layers_", decoder, [component], changes, keep_dense)
+        with _reported("skip_layers_", decoder, [component], keep_dense) as report:
+            for layer in layers:
+                for slot, new in found[layer]:
+                    slot.put(new)
+        return report[0]
 
 
-def _check_config(config: object, kind: type) -> None:
-    if not isinstance(config, kind):
-        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
-
-
-def _require_data(tensors: Iterable[Tensor]) -> None:
-    if any(tensor.is_meta for tensor in tensors):
-        raise ValueError("scores must be given for weights without data, got meta tensors")
-
-
-def _sizes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-
-
-def _read_ffn(ffn: nn.Module, prefix: str) -> tuple[LayerShape, dict[str, Tensor]]:
-    """Returns the shape of a FFN, attention left out, and its weights by official key."""
-    if isinstance(ffn, SparseMoE):
-        if ffn.gate_proj.is_meta and hasattr(ffn, "_hf_hook"):
-            raise ValueError("weights must be in memory, got weights offloaded by accelerate")
-        shape = LayerShape(ffn=ffn.layout, kv_heads=(), query_groups=())
-        return shape, {prefix + key: view for key, view in ffn.official_views().items()}
-    weights = read_weights(ffn)
-    shape = LayerShape(ffn=weights.gate_proj.shape[0], kv_heads=(), query_groups=())
-    return shape, {f"{prefix}{name}.weight": w for name, w in weights._asdict().items()}
-
-
-def _narrow_ffn(ffn: nn.Module, prefix: str, cuts: Cuts) -> nn.Module:
-    if not isinstance(ffn, SparseMoE):
-        return narrow_ffn(ffn, read_weights(ffn), cuts[f"{prefix}gate_proj.weight"].keep)
-    kept = {
-        name: start + cuts[f"{prefix}{name}.gate_proj.weight"].keep
-        for name, (start, _) in ffn.layout.ranges().items()
-    }
-    return _narrow_block(ffn, torch.cat([*kept.values()]), len(kept.get("shared_expert", ())))
-
-
-def _narrow_block(block: SparseMoE, kept: Tensor, shared_width: int) -> SparseMoE:
-    """Returns a sparse FFN of some of the neurons of another, with its routers, bit for bit.
-
-    Args:
-        kept: [kept] int64, ascending positions in expert order; the first are the shared expert's.
-    """
-    narrow = SparseMoE(
-        block.hidden_size,
-        len(kept),
-        block.num_experts,
-        block.top_k,
-        block.num_shared_experts,
-        shared_intermediate_size=shared_width,
-        gate_img=block.gate_img is not None,
-        return_router_logits=block.return_router_logits,
-        strict=block.strict,
-        device="meta",
-        dtype=block.gate_proj.dtype,
-    ).to_empty(device=block.gate_proj.device)
-    kept = kept.to(block.gate_proj.device)
-    old = dict(block.named_parameters())
-    for name, weight in narrow.named_parameters():
-        if name in keys.PROJECTIONS:
-            dim = 1 if name == "down_proj" else 0
-            torch.index_select(old[name].data, dim, kept, out=weight.data)
-        else:
-            weight.data.copy_(old[name].data)
-        weight.requires_grad_(old[name].requires_grad)
-    return narrow.train(block.training)
-
-
-def _read_attention(
-    decoder: Decoder, layer: int
-) -> dict[str, tuple[LayerShape, dict[str, Tensor]]]:
-    """Returns the shape of a layer, FFN left out, and its attention's weights, by component."""
-    if not takes_absent_parts(decoder.layers[layer]):
-        raise ValueError(
-            "attention must be one whose weights tell its heads, as in sparse_unified.bagel, got "
-            f"that of a {type(decoder.layers[layer]).__name__}, which packs the heads of both "
-            "components into one tensor of fixed size"
-        )
-    read: dict[str, tuple[LayerShape, dict[str, Tensor]]] = {}
-    for component, suffix in keys.SUFFIXES.items():
-        tensors: dict[str, Tensor] = {}
-        for name in keys.ATTENTION_PROJECTIONS:
-            slot = decoder.slot(layer, f"self_attn.{name}{suffix}")
-            if slot is not None and slot.module is not None:
-                with naming(f"{name}{suffix}"):
-                    linear = _plain_linear(slot.module)
-                for kind, tensor in linear.named_parameters():
-                    key = f"{keys.layer_prefix(layer)}self_attn.{name}{suffix}.{kind}"
-                    tensors[key] = tensor.detach()
-                if name == "q_proj":
-                    query, owner = linear, slot.owner
-                if name == "k_proj":
-                    num_kv_heads = linear.out_features // int(owner.head_dim)  # type: ignore
-        if tensors:
-            shape = LayerShape(
-                ffn=0,
-                kv_heads=tuple(range(num_kv_heads)),
-                query_groups=key_heads_read(query, num_kv_heads),
-            )
-            read[component] = shape, tensors
-    if not read:
-        raise ValueError("attention must have projections, got none")
-    return read
-
-
-def _plain_linear(module: nn.Module) -> nn.Linear:
-    weight = getattr(module, "weight", None)
-    got = type(module).__name__
-    if isinstance(module, nn.Linear) and type(weight) in (nn.Parameter, Tensor):
-        if module.weight.is_meta and hasattr(module, "_hf_hook"):
-            raise ValueError("projection must be in memory, got weights offloaded by accelerate")
-        others = [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]
-        if module.weight.dtype in DTYPES and not others:
-            return module
-        got = f"{got} with {others[0]}" if others else str(module.weight.dtype)
-    raise ValueError(
-        "projection must be a linear layer of plain float32, bfloat16 or float16 weights and "
-        f"nothing else, got {got}"
-    )
-
-
-def _narrow_attentions(decoder: Decoder, cuts: Cuts, left: Shapes) -> list[Change]:
-    changes = []
-    for component, shapes in left.items():
-        for layer, shape in shapes.items():
-            for name in keys.ATTENTION_PROJECTIONS:
-                name = f"self_attn.{name}{keys.SUFFIXES[component]}"
-                cut = cuts.get(f"{keys.layer_prefix(layer)}{name}.weight")
-                slot = decoder.slot(layer, name)
-                if cut is None or slot is None:
-                    continue
-                linear = slot.module
-                assert isinstance(linear, nn.Linear)
-                reads_some = len(shape.query_groups) < len(shape.kv_heads) and "q_proj" in name
-                new = _narrow_linear(linear, cut, shape.query_places if reads_some else None)
-                changes.append(Change(slot, linear, new))
-    return changes
-
-
-def _narrow_linear(linear: nn.Linear, cut: Cut, key_heads: tuple[int, ...] | None) -> nn.Linear:
-    """Returns a linear layer of some of the outputs (dim 0) or inputs (dim 1), bit for bit."""
-    weight, bias = linear.weight, linear.bias
-    shape = list(weight.shape)
-    shape[cut.dim] = len(cut.keep)
-    factory: Any = {"bias": bias is not None, "device": "meta", "dtype": weight.dtype}
-    if key_heads is None:
-        narrow = nn.Linear(shape[1], shape[0], **factory)
-    else:
-        narrow = QueryProjection(shape[1], shape[0], key_heads=key_heads, **factory)
-    narrow.to_empty(device=weight.device)
-    narrow.weight.copy_(cut.of(weight))
-    narrow.weight.requires_grad_(weight.requires_grad)
-    if bias is not None:
-        narrow.bias.copy_(cut.of(bias) if cut.dim == 0 else bias)
-        narrow.bias.requires_grad_(bias.requires_grad)
-    return narrow.train(linear.training)
-
-
-def _skip(decoder: Decoder, layer: int, config: SkipLayersConfig) -> list[Change]:
-    """Returns the exchanges that take parts out of a layer; none when they are gone already."""
-    component = config.component
-    absent_ok = takes_absent_parts(decoder.layers[layer])
-    if "attention" in config.parts and not absent_ok:
+def _skip(
+    decoder: Decoder, layer: int, config: SkipLayersConfig
+) -> list[tuple[Slot, nn.Module | None]]:
+    """Returns what takes the places of the parts of a layer; none when they are gone already."""
+    if takes_absent_parts(decoder.layers[layer]):
+        slots = [decoder.slot(layer, name) for name in skipped_modules(config)]
+        return [(slot, None) for slot in slots if slot is not None and slot.module is not None]
+    if "attention" in config.parts:
         kind = type(decoder.layers[layer]).__name__
         raise ValueError(
             f"layer {layer} ({decoder.path}.{layer}): attention must be one that a component can "
             f"do without, as in sparse_unified.bagel, got a {kind}, which runs it for both "
             "components at once; part 'ffn' can be skipped in it"
         )
-    if not absent_ok:
-        if not decoder.has(layer, keys.FFN_NAMES[component]):
-            return []
-        slot, ffn = decoder.ffn(layer, component)
-        with naming(slot):
-            return [Change(slot, ffn, skipped_ffn(ffn))]
-    changes = []
-    for name in skipped_modules(config):
-        place = decoder.slot(layer, name)
-        if place is None:
-            raise ValueError(f"layer {layer}: {name} must be a module of the layer, got none")
-        if place.module is not None:
-            changes.append(Change(place, place.module, None))
-    return changes
+    if not decoder.has(layer, keys.FFN_NAMES[config.component]):
+        return []
+    ((slot, ffn),) = decoder.select_ffns([layer], config.component)
+    with naming(slot):
+        return [(slot, skipped_ffn(ffn))]
 
 
-def _exchange(
-    action: str,
-    decoder: Decoder,
-    components: Sequence[str],
-    changes: Sequence[Change],
-    keep_dense: bool,
-) -> PruneReport:
-    def count() -> Counts:
-        return sum((count_component(decoder, name) for name in components), Counts())
-
-    before = count()
-    with exchanged(decoder.layers, changes, keep=keep_dense):
-        return PruneReport(action=action, parts=part_entries(changes), before=before, after=count())
+@contextmanager
+def _reported(
+    action: str, decoder: Decoder, components: Sequence[str], keep: bool
+) -> Iterator[list[PruneReport]]:
+    """Inside, a decoder is changed as one transform; afterwards the list holds its report."""
+    before = take_census(decoder)
+    reports: list[PruneReport] = []
+    with transformed(decoder.layers, keep=keep):
+        yield reports
+        after = take_census(decoder)
+        counts = {"before": total(before, components), "after": total(after, components)}
+        reports.append(PruneReport(action=action, parts=pruned(before, after), **counts))

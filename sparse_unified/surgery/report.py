@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from sparse_unified._common import Report, context, format_layers, format_table
 from sparse_unified.checkpoint.counts import Counts, count_weight, format_counts
-from sparse_unified.checkpoint.keys import (
-    COMPONENT_OF_FFN,
-    SUFFIXES,
-    attention_modules,
-    ffn_modules,
-)
+from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules, ffn_modules
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.decoder import Decoder, find_decoder
-from sparse_unified.surgery.exchange import Change, like
+from sparse_unified.surgery.exchange import Slot, like
 from sparse_unified.surgery.ffn import Skipped
 
 
@@ -60,7 +56,7 @@ class PrunedPart:
     Attributes:
         part: "ffn" or "attention".
         before, after: what it is, in neurons or heads: "96 neurons", "skipped".
-        parameters_before, parameters_after: of the part, its norm included where that goes too.
+        parameters_before, parameters_after: of the part and its norm.
     """
 
     layer: int
@@ -70,6 +66,17 @@ class PrunedPart:
     after: str
     parameters_before: int
     parameters_after: int
+
+
+def _where(entries: Iterable[tuple[str, int]]) -> str:
+    layers: dict[str, list[int]] = {}
+    for name, layer in entries:
+        layers.setdefault(name, []).append(layer)
+    return "; ".join(f"{name} {format_layers(sorted(own))}" for name, own in layers.items())
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +94,7 @@ class PruneReport(Report):
     after: Counts
 
     def title(self) -> str:
-        return f"{self.action}: {_summary(self.parts)}"
+        return _parts_title(self.action, self.parts)
 
     def headings(self) -> Sequence[str]:
         return _PART_HEADINGS
@@ -97,6 +104,24 @@ class PruneReport(Report):
 
     def notes(self) -> Sequence[str]:
         return format_counts(self.before, self.after).splitlines()
+
+
+_PART_HEADINGS = ("layer", "component", "part", "before", "after", "parameters")
+
+
+def _parts_title(action: str, parts: Sequence[PrunedPart]) -> str:
+    where = _where((f"{entry.component} {entry.part}", entry.layer) for entry in parts)
+    return f"{action}: {len(parts)} parts changed ({where})"
+
+
+def _part_rows(parts: Sequence[PrunedPart]) -> list[Sequence[object]]:
+    return [
+        (
+            *(getattr(entry, name) for name in _PART_HEADINGS[:5]),
+            _change(entry.parameters_before, entry.parameters_after),
+        )
+        for entry in parts
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +139,7 @@ class SwapReport(Report):
 
     def title(self) -> str:
         counts = [sum(getattr(entry, name) for entry in self.layers) for name in _COUNTS]
-        by_component: dict[str, list[int]] = {}
-        for entry in self.layers:
-            by_component.setdefault(entry.component, []).append(entry.layer)
-        where = "; ".join(f"{name} {format_layers(ls)}" for name, ls in by_component.items())
+        where = _where((entry.component, entry.layer) for entry in self.layers)
         return (
             f"{self.action}: {len(self.layers)} FFNs changed ({where}); "
             f"parameters {_change(*counts[:2])}, used per token {_change(*counts[2:])}"
@@ -141,7 +163,7 @@ class SwapReport(Report):
         texts = [Report.to_text(self)] if self.layers else []
         if self.parts:
             rows = [_PART_HEADINGS, *_part_rows(self.parts)]
-            texts += [f"{self.action}: {_summary(self.parts)}", format_table(rows, header=True)]
+            texts += [_parts_title(self.action, self.parts), format_table(rows, header=True)]
         return "\n".join(texts)
 
 
@@ -159,84 +181,71 @@ _SWAPPED = {
 }
 
 
-def describe_swap(change: Change) -> SwappedLayer:
-    """Returns the entry of a dense FFN that became sparse, or the other way round."""
-    restored = not isinstance(change.new, SparseMoE)
-    block = change.old if restored else change.new
-    assert isinstance(block, SparseMoE)
-    layout, hidden = block.layout, block.hidden_size
-    dense = 3 * hidden * layout.intermediate_size
-    sparse = sum(weight.numel() for weight in block.parameters())
-    active = sparse - 3 * hidden * layout.expert_width * (block.num_experts - block.top_k)
-    counts = ((sparse, dense), (active, dense)) if restored else ((dense, sparse), (dense, active))
-    return SwappedLayer(
-        layer=change.slot.layer,
-        component=COMPONENT_OF_FFN[change.slot.name],
-        path=change.slot.path,
-        before=type(change.old).__name__,
-        after=type(change.new).__name__,
-        num_experts=block.num_experts,
-        top_k=block.top_k,
-        num_shared_experts=block.num_shared_experts,
-        expert_width=layout.expert_width,
-        shared_width=layout.shared_width,
-        parameters_before=counts[0][0],
-        parameters_after=counts[0][1],
-        active_before=counts[1][0],
-        active_after=counts[1][1],
-        backend="dense" if restored else block.active_backend,
-    )
+class Part(NamedTuple):
+    """An attention or FFN of a decoder layer, with its norm, as it is now."""
+
+    slot: Slot
+    module: nn.Module | None
+    text: str
+    counts: Counts
 
 
-def part_entries(changes: Iterable[Change]) -> tuple[PrunedPart, ...]:
-    """Returns the entries of exchanged modules, one for each part of a layer."""
-    groups: dict[tuple[int, str, str], list[Change]] = {}
-    for change in changes:
-        name, layer = change.slot.name, change.slot.layer
-        component = "gen" if name.endswith(SUFFIXES["gen"]) else "und"
-        inner = {module.rpartition(".")[2] for module in attention_modules(component)}
-        part = "attention" if name in inner else "ffn"
-        groups.setdefault((layer, component, part), []).append(change)
-    entries = []
-    for (layer, component, part), own in sorted(groups.items(), key=lambda item: item[0]):
-        names = [change.slot.name.removesuffix(SUFFIXES[component]) for change in own]
-        old = dict(zip(names, (change.old for change in own), strict=True))
-        new = dict(zip(names, (change.new for change in own), strict=True))
-        owners = dict(zip(names, (change.slot.owner for change in own), strict=True))
-        entries.append(
-            PrunedPart(
-                layer=layer,
-                component=component,
-                part=part,
-                before=_text(part, old, owners),
-                after=_text(part, new, owners),
-                parameters_before=_parameters(old),
-                parameters_after=_parameters(new),
-            )
-        )
-    return tuple(entries)
+Census = dict[tuple[int, str, str], Part]  # by layer, component, and "attention" or "ffn"
 
 
-_Side = Mapping[str, nn.Module | None]
+def take_census(decoder: Decoder) -> Census:
+    """Returns what the layers of a decoder have; parts without a place in them are left out."""
+    found: Census = {}
+    for layer in range(len(decoder.layers)):
+        for component in SUFFIXES:
+            parts = {"attention": attention_modules(component), "ffn": ffn_modules(component)}
+            for part, names in parts.items():
+                slots = [slot for name in names if (slot := decoder.slot(layer, name)) is not None]
+                if slots:
+                    counts = sum((_count(slot) for slot in slots), Counts())
+                    text = _attention_text(slots) if part == "attention" else _ffn_text(slots[-1])
+                    found[layer, component, part] = Part(slots[-1], slots[-1].module, text, counts)
+    return found
 
 
-def _parameters(side: _Side) -> int:
-    modules = [module for module in side.values() if module is not None]
-    return sum(weight.numel() for module in modules for weight in module.parameters())
+def _count(slot: Slot) -> Counts:
+    """Returns what one module of a decoder layer costs."""
+    counts = Counts()
+    if slot.module is None:
+        return counts
+    for path, weight in slot.module.named_parameters():
+        inner = path.rpartition(".")[0] or slot.name.removesuffix(SUFFIXES["gen"])
+        counts += count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
+        counts += Counts(bytes=stored_bytes(weight) - weight.numel() * weight.dtype.itemsize)
+    if isinstance(slot.module, SparseMoE):
+        counts += Counts(flops_per_token=-2 * _idle(slot.module))
+    return counts
 
 
-def _text(part: str, side: _Side, owners: Mapping[str, nn.Module]) -> str:
-    if part == "ffn":
-        return _ffn_text(side["mlp"])
-    query, key = side["q_proj"], side["k_proj"]
-    if query is None or key is None:
+def _idle(block: SparseMoE) -> int:
+    """Returns how many weights of a block a token does not use."""
+    return 3 * block.hidden_size * block.layout.expert_width * (block.num_experts - block.top_k)
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Returns the bytes that a plain or packed weight takes."""
+    if not is_packed(weight):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(getattr(weight, name).nbytes for name in names)
+
+
+def _attention_text(slots: Sequence[Slot]) -> str:
+    projections = [slot for slot in slots if slot.name.startswith(("q_proj", "k_proj"))]
+    rows = [like(slot.module).shape[0] for slot in projections if slot.module is not None]  # type: ignore
+    if len(rows) < 2:
         return "skipped"
-    head_dim = owners["q_proj"].head_dim
-    counts = [like(module).shape[0] // head_dim for module in (query, key)]  # type: ignore
-    return f"{counts[0]} query heads, {counts[1]} key heads"
+    head_dim = getattr(projections[0].owner, "head_dim", 1)
+    return f"{rows[0] // head_dim} query heads, {rows[1] // head_dim} key heads"
 
 
-def _ffn_text(ffn: nn.Module | None) -> str:
+def _ffn_text(slot: Slot) -> str:
+    ffn = slot.module
     if ffn is None or isinstance(ffn, Skipped):
         return "skipped"
     if isinstance(ffn, SparseMoE):
@@ -245,33 +254,60 @@ def _ffn_text(ffn: nn.Module | None) -> str:
     return f"{0 if down_proj is None else down_proj.shape[1]} neurons"
 
 
-def _summary(parts: Sequence[PrunedPart]) -> str:
-    layers: dict[str, list[int]] = {}
-    for entry in parts:
-        layers.setdefault(f"{entry.component} {entry.part}", []).append(entry.layer)
-    where = "; ".join(f"{name} {format_layers(sorted(ls))}" for name, ls in layers.items())
-    return f"{len(parts)} parts changed ({where})"
+def swaps(before: Census, after: Census) -> tuple[SwappedLayer, ...]:
+    """Returns the FFNs that became sparse, or dense again."""
+    return tuple(
+        _swapped(*at[:2], old, after[at])
+        for at, old in before.items()
+        if isinstance(old.module, SparseMoE) != isinstance(after[at].module, SparseMoE)
+    )
 
 
-_PART_HEADINGS = ("layer", "component", "part", "before", "after", "parameters")
+def _swapped(layer: int, component: str, old: Part, new: Part) -> SwappedLayer:
+    restored = isinstance(old.module, SparseMoE)
+    block = old.module if restored else new.module
+    assert isinstance(block, SparseMoE)
+    ffns = [part.module for part in (old, new)]
+    sizes = [sum(w.numel() for w in ffn.parameters()) if ffn else 0 for ffn in ffns]
+    active = [n - (_idle(block) if ffn is block else 0) for n, ffn in zip(sizes, ffns, strict=True)]
+    return SwappedLayer(
+        layer=layer,
+        component=component,
+        path=new.slot.path,
+        before=type(old.module).__name__,
+        after=type(new.module).__name__,
+        num_experts=block.num_experts,
+        top_k=block.top_k,
+        num_shared_experts=block.num_shared_experts,
+        expert_width=block.layout.expert_width,
+        shared_width=block.layout.shared_width,
+        backend="dense" if restored else block.active_backend,
+        **dict(zip(_COUNTS, (*sizes, *active), strict=True)),
+    )
 
 
-def _part_rows(parts: Sequence[PrunedPart]) -> list[Sequence[object]]:
-    return [
-        (
-            entry.layer,
-            entry.component,
-            entry.part,
-            entry.before,
-            entry.after,
-            _change(entry.parameters_before, entry.parameters_after),
+def pruned(before: Census, after: Census) -> tuple[PrunedPart, ...]:
+    """Returns the parts that became smaller, went or came back; swaps are not among them."""
+    return tuple(
+        PrunedPart(
+            layer=layer,
+            component=component,
+            part=part,
+            before=old.text,
+            after=new.text,
+            parameters_before=old.counts.parameters,
+            parameters_after=new.counts.parameters,
         )
-        for entry in parts
-    ]
+        for (layer, component, part), old in before.items()
+        if (new := after[layer, component, part]).text != old.text
+        and isinstance(old.module, SparseMoE) == isinstance(new.module, SparseMoE)
+    )
 
 
-def _change(before: int, after: int) -> str:
-    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+def total(census: Census, components: Sequence[str]) -> Counts:
+    """Returns what the decoder layers of components cost together."""
+    own = (part.counts for (_, component, _), part in census.items() if component in components)
+    return sum(own, Counts())
 
 
 def count_parameters(model: object) -> dict[str, Counts]:
@@ -284,41 +320,5 @@ def count_parameters(model: object) -> dict[str, Counts]:
         ValueError: it has no decoder layers of a known structure.
     """
     with context("count_parameters"):
-        decoder = find_decoder(model)
-    return {component: count_component(decoder, component) for component in SUFFIXES}
-
-
-def count_component(decoder: Decoder, component: str) -> Counts:
-    """Returns what the decoder layers of one component cost."""
-    counts = Counts()
-    for layer in range(len(decoder.layers)):
-        for name in (*attention_modules(component), *ffn_modules(component)):
-            slot = decoder.slot(layer, name)
-            if slot is not None and slot.module is not None:
-                role = name.rpartition(".")[2].removesuffix(SUFFIXES["gen"])
-                counts += _count_module(slot.module, role)
-    return counts
-
-
-def _count_module(module: nn.Module, role: str) -> Counts:
-    """Returns what one module of a decoder layer costs; `role` says what it is, as in `q_proj`."""
-    counts = Counts()
-    for path, weight in module.named_parameters():
-        inner = path.rpartition(".")[0] or role
-        counts += count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
-        if is_packed(weight):
-            unpacked_bytes = weight.numel() * weight.dtype.itemsize
-            counts += Counts(bytes=stored_bytes(weight) - unpacked_bytes)
-    if isinstance(module, SparseMoE):
-        idle = module.num_experts - module.top_k
-        flops = 2 * 3 * module.hidden_size * module.layout.expert_width * idle
-        counts += Counts(flops_per_token=-flops)
-    return counts
-
-
-def stored_bytes(weight: Tensor) -> int:
-    """Returns the bytes that a plain or packed weight takes."""
-    if not is_packed(weight):
-        return weight.nbytes
-    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
-    return sum(getattr(weight, name).nbytes for name in names)
+        census = take_census(find_decoder(model))
+    return {component: total(census, [component]) for component in SUFFIXES}

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_unified._common import Report, context, format_bytes, naming, optional
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
-from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.decoder import find_decoder
 from sparse_unified.surgery.ffn import projection_names, read_weights
 from sparse_unified.surgery.report import stored_bytes
@@ -41,16 +40,12 @@ class QuantizeConfig:
     layers: str | Sequence[int] = "all"
 
     def __post_init__(self) -> None:
-        if self.storage not in STORAGES:
-            raise ValueError(
-                f"QuantizeConfig: storage must be one of {', '.join(STORAGES)}, "
-                f"got {self.storage!r}"
-            )
-        if self.component not in (*FFN_NAMES, BOTH):
-            raise ValueError(
-                f"QuantizeConfig: component must be one of {', '.join((*FFN_NAMES, BOTH))}, "
-                f"got {self.component!r}"
-            )
+        for name, legal in (("storage", [*STORAGES]), ("component", [*FFN_NAMES, BOTH])):
+            value = getattr(self, name)
+            if value not in legal:
+                raise ValueError(
+                    f"QuantizeConfig: {name} must be one of {', '.join(legal)}, got {value!r}"
+                )
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -77,23 +72,21 @@ class QuantizeReport(Report):
     layers: tuple[QuantizedLayer, ...]
 
     def title(self) -> str:
-        sizes = [sum(getattr(entry, name) for entry in self.layers) for name in _SIZES]
-        return (
-            f"quantize_weights_: {len(self.layers)} FFNs stored as {self.storage}, "
-            f"{format_bytes(sizes[0])} -> {format_bytes(sizes[1])}"
+        before, after = (
+            format_bytes(sum(getattr(entry, name) for entry in self.layers))
+            for name in ("bytes_before", "bytes_after")
         )
+        count = len(self.layers)
+        return f"quantize_weights_: {count} FFNs stored as {self.storage}, {before} -> {after}"
 
     def headings(self) -> Sequence[str]:
         return "layer", "module", "before", "after"
 
     def table(self) -> Sequence[Sequence[object]]:
         return [
-            (entry.layer, entry.path, *(format_bytes(getattr(entry, name)) for name in _SIZES))
-            for entry in self.layers
+            (e.layer, e.path, format_bytes(e.bytes_before), format_bytes(e.bytes_after))
+            for e in self.layers
         ]
-
-
-_SIZES = ("bytes_before", "bytes_after")
 
 
 @torch.no_grad()
@@ -115,12 +108,9 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> QuantizeReport:
     Raises:
         ValueError: nothing matches, or a selected FFN is not one of plain weights in memory; the
             model is as before.
-        TypeError: config is no QuantizeConfig.
         ImportError: torchao is not installed.
     """
     with context("quantize_weights_"):
-        if not isinstance(config, QuantizeConfig):
-            raise TypeError(f"config must be a QuantizeConfig, got {type(config).__name__}")
         ffns = [
             (component, slot, ffn)
             for component in config.components
@@ -152,8 +142,15 @@ def quantize_ffn_(ffn: nn.Module, storage: str) -> None:
     Raises:
         ImportError: torchao is not installed.
     """
+    library = optional("torchao.quantization", "quant")
     for module, name in _weights(ffn):
-        setattr(module, name, _packed(getattr(module, name), storage))
+        weight = getattr(module, name)
+        # torchao packs the weights of linear layers, so each one takes a turn in one.
+        shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        shell.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        # Settings of the compiler are the user's.
+        library.quantize_(shell, getattr(library, STORAGES[storage])(set_inductor_config=False))
+        setattr(module, name, nn.Parameter(shell.weight.detach(), requires_grad=False))
 
 
 def ffn_bytes(ffn: nn.Module) -> int:
@@ -168,25 +165,15 @@ def _weights(ffn: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(getattr(ffn, name), "weight") for name in projection_names(ffn)]
 
 
-def _packed(weight: Tensor, storage: str) -> nn.Parameter:
-    library = optional("torchao.quantization", "quant")
-    # torchao packs the weights of linear layers, so each one takes a turn in one.
-    shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    shell.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    # Settings of the compiler are the user's.
-    library.quantize_(shell, getattr(library, STORAGES[storage])(set_inductor_config=False))
-    return nn.Parameter(shell.weight.detach(), requires_grad=False)
-
-
 def _check(ffn: nn.Module) -> None:
-    if not isinstance(ffn, SparseMoE):
-        read_weights(ffn)
-    for module, name in _weights(ffn):
-        weight = getattr(module, name)
-        if module is not ffn and not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"projections must be an nn.Linear each, got a {type(module).__name__}"
-            )
-        if is_packed(weight) or weight.is_meta:
-            got = "a meta tensor" if weight.is_meta else type(weight).__name__
-            raise ValueError(f"{name} must be a plain tensor in memory, got {got}")
+    if isinstance(ffn, SparseMoE):
+        ffn.official_views()  # refuses what is packed already
+        is_linear, weight = True, ffn.gate_proj.detach()
+    else:
+        weight = read_weights(ffn).gate_proj
+        is_linear = all(isinstance(module, nn.Linear) for module, _ in _weights(ffn))
+    if not is_linear or weight.is_meta:
+        raise ValueError(
+            "projections must be an nn.Linear each, with plain tensors in memory, got "
+            f"{'meta tensors' if is_linear else type(ffn).__name__}"
+        )
