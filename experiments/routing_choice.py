@@ -18,16 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_unified.experts import (
-    ExpertLayout,
-    Partition,
-    RouterInit,
-    fit_router,
-    hidden_activations,
-    magnitude_scores,
-    order_neurons,
-    random_router,
-)
+from sparse_unified.experts import ExpertLayout, fit_router, magnitude_scores, random_router
+from sparse_unified.experts.layout import Partition, order_neurons
+from sparse_unified.experts.router import RouterInit, hidden_activations
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 512, 16, 8

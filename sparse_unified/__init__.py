@@ -18,13 +18,9 @@ if TYPE_CHECKING:
     from sparse_unified.surgery import (
         MoEConfig,
         PruneHeadsConfig,
-        PruneReport,
         PruneWidthConfig,
         QuantizeConfig,
-        QuantizeReport,
         SkipLayersConfig,
-        SwappedLayer,
-        SwapReport,
         apply_moe_,
         count_parameters,
         load_moe_,
@@ -38,13 +34,9 @@ if TYPE_CHECKING:
 __all__ = [
     "MoEConfig",
     "PruneHeadsConfig",
-    "PruneReport",
     "PruneWidthConfig",
     "QuantizeConfig",
-    "QuantizeReport",
     "SkipLayersConfig",
-    "SwapReport",
-    "SwappedLayer",
     "__version__",
     "analysis",
     "apply_moe_",
@@ -65,11 +57,20 @@ __all__ = [
 ]
 
 _MODULES = ("analysis", "bagel", "checkpoint", "experts", "nn", "surgery", "testing")
+# What the functions return, for annotations.
+_REPORTS = {
+    "PruneReport": "report",
+    "QuantizeReport": "storage",
+    "SwapReport": "report",
+    "SwappedLayer": "report",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _REPORTS:
+        return getattr(importlib.import_module(f"{__name__}.surgery.{_REPORTS[name]}"), name)
     if name in __all__:
         return getattr(importlib.import_module(f"{__name__}.surgery"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,7 @@ from sparse_unified.checkpoint.shapes import scan_ffns
 from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE
 
-__all__ = ["Case", "build_model", "build_vae", "read_case", "replay"]
+__all__ = ["Case", "read_case", "replay"]
 
 _MARKERS = {
     "bos": "bos_token_id",

@@ -21,17 +21,14 @@ from torch import Tensor
 
 from sparse_unified.experts import (
     ExpertLayout,
-    Partition,
-    RouterInit,
     coactivation_partition,
     fit_router,
-    hidden_activations,
     magnitude_scores,
-    order_neurons,
     random_partition,
     snake_partition,
 )
-from sparse_unified.experts.layout import _assign_evenly
+from sparse_unified.experts.layout import Partition, _assign_evenly, order_neurons
+from sparse_unified.experts.router import RouterInit, hidden_activations
 from sparse_unified.ops import reference
 
 LAYOUT = ExpertLayout(intermediate_size=512, num_experts=16)

@@ -44,7 +44,7 @@ from sparse_unified import (
 )
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert, prune, verify
-from sparse_unified.experts import Budget
+from sparse_unified.experts.keep import Budget
 from sparse_unified.fixtures import write_checkpoint
 
 

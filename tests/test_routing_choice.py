@@ -23,7 +23,8 @@ from sparse_unified.analysis.samples import Task, built_in_samples
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import read_sidecar
 from sparse_unified.cli import main
-from sparse_unified.experts import Partition, magnitude_scores, snake_partition
+from sparse_unified.experts import magnitude_scores, snake_partition
+from sparse_unified.experts.layout import Partition
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery.decoder import find_adapter
 

@@ -170,15 +170,6 @@ def test_a_transformers_decoder_computes_the_same_with_all_experts() -> None:
         restore_(model)
 
 
-def test_a_decoder_without_a_generation_ffn_says_what_it_has() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"must have decoder layers with mlp_moe_gen, made of gate"
-        r".*model\.layers: 4 x Qwen2DecoderLayer \(self_attn, mlp, ",
-    ):
-        apply_moe_(qwen2(), HALF)
-
-
 # The name that the tokens go by.
 
 

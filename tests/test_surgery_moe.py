@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from surgery_models import (
     HIDDEN,
     LAYERS,
@@ -373,37 +374,12 @@ def test_models_that_do_not_fit_the_file_are_refused(
 def test_what_is_no_sparse_checkpoint_is_refused(tmp_path: Path) -> None:
     source = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
     refuse(official_model(), source, "checkpoint must be sparse, got a dense one")
-    refuse(official_model(), tmp_path / "no", "checkpoint must be a directory, got nothing there")
-
-
-def rewrite(source: Path, out: Path, change: Any) -> Path:
-    """Copies a model directory with other tensors or another config."""
-    out.mkdir()
-    config = json.loads((source / "llm_config.json").read_text())
-    tensors = load_file(source / "ema.safetensors")
-    change(tensors, config)
-    (out / "llm_config.json").write_text(json.dumps(config))
-    save_file(tensors, out / "ema.safetensors")
-    return out
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda t, c: t.pop(f"{GATE}.experts.3.up_proj.weight"), "experts.3.up_proj.weight"),
-        (lambda t, c: c.update(top_k=5), "top_k must equal num_experts_per_tok, both 1 to 4"),
-    ],
-)
-def test_files_that_disagree_with_themselves_are_refused(
-    change: Any, match: str, sparse_dir: Path, tmp_path: Path
-) -> None:
-    refuse(official_model(), rewrite(sparse_dir, tmp_path / "bad", change), match)
 
 
 def test_a_file_cut_short_while_it_is_read_leaves_the_model_alone(
     sparse_dir: Path, tmp_path: Path
 ) -> None:
-    source = rewrite(sparse_dir, tmp_path / "cut", lambda tensors, config: None)
+    source = shutil.copytree(sparse_dir, tmp_path / "cut")
     checkpoint = Checkpoint(source)
     with (source / "ema.safetensors").open("r+b") as stream:
         stream.truncate(min(spec.start for spec in checkpoint.specs.values()) + 100)

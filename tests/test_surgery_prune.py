@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from prune_models import (
     HEAD_DIM,
     HEADS,
-    HIDDEN,
     KEY_HEADS,
     LAYERS,
     SUFFIX,
@@ -43,14 +42,8 @@ from sparse_unified import (
 )
 from sparse_unified.bagel import Bagel
 from sparse_unified.bagel.vision import grid_positions
-from sparse_unified.experts import (
-    Budget,
-    ExpertLayout,
-    keep_in_experts,
-    keep_units,
-    magnitude_scores,
-)
-from sparse_unified.nn import SwiGLU
+from sparse_unified.experts import ExpertLayout, keep_units
+from sparse_unified.experts.keep import Budget, keep_in_experts
 
 COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
 SHARED = pytest.mark.parametrize(("experts", "shared"), [(4, 0), (3, 1), (4, 2)])
@@ -79,21 +72,15 @@ def test_pruned_neurons_are_as_if_their_output_were_zero(component: str, block_s
         gone[kept[i]] = False
         with torch.no_grad():
             getattr(layer_of(zeroed, i), f"mlp{SUFFIX[component]}").down_proj.weight[:, gone] = 0
+    dense = copy.deepcopy(model)
     prune_width_(model, config, {component: scores})
     assert_close(outputs(model), outputs(zeroed))
-
-
-def test_weights_are_physically_shorter_and_keep_their_order_bit_for_bit() -> None:
-    model = small_bagel()
-    dense = projections(layer_of(model, 1).mlp_moe_gen)
-    order = magnitude_scores(*dense).argsort(descending=True)[:48].sort().values
-    prune_width_(model, PruneWidthConfig(layers=[1]))
-    gate_proj, up_proj, down_proj = projections(layer_of(model, 1).mlp_moe_gen)
-    assert torch.equal(gate_proj, dense[0][order])
-    assert torch.equal(up_proj, dense[1][order])
-    assert torch.equal(down_proj, dense[2][:, order])
-    assert down_proj.is_contiguous()
-    assert layer_of(model, 0).mlp_moe_gen.gate_proj.weight.shape == (WIDTH, HIDDEN)
+    for i in range(LAYERS):
+        whole, left = (
+            projections(getattr(layer_of(m, i), f"mlp{SUFFIX[component]}")) for m in (dense, model)
+        )
+        for old, new, dim in zip(whole, left, (0, 0, 1), strict=True):
+            assert torch.equal(new, old.index_select(dim, kept[i]))
 
 
 @pytest.mark.parametrize(
@@ -120,31 +107,11 @@ def test_a_global_budget_goes_where_the_scores_are() -> None:
     assert max(widths[0], widths[1], widths[3]) - min(widths[0], widths[1], widths[3]) < 30
 
 
-def test_no_layer_is_emptied_by_a_global_budget() -> None:
-    scores = {0: torch.rand(32), 1: torch.full((32,), -5.0)}
-    kept = keep_units(scores, keep_ratio=0.01, budget=Budget.GLOBAL)
-    assert [len(index) for index in kept.values()] == [1, 1]
-
-
-@MLPS
-@COMPONENTS
-def test_models_of_another_make_keep_their_return_convention(mlp: Any, component: str) -> None:
-    model = Model(mlp)
-    before = model(tokens(), tokens())
-    prune_width_(model, PruneWidthConfig(component=component, keep_ratio=0.5))
-    after = model(tokens(), tokens())
-    changed = component == "gen"
-    assert torch.equal(before[not changed], after[not changed])
-    assert not torch.allclose(before[changed], after[changed])
-    assert isinstance(ffn(model, 0, component)(tokens()), tuple) == (mlp is TupleMLP)
-
-
 def test_dtype_mode_and_requires_grad_are_kept() -> None:
     model = small_bagel(dtype=torch.bfloat16)
     layer_of(model, 1).mlp_moe_gen.up_proj.requires_grad_(False)
     prune_width_(model, PruneWidthConfig(layers=[1]))
     narrow = layer_of(model, 1).mlp_moe_gen
-    assert type(narrow) is SwiGLU
     assert not narrow.training
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     assert [p.requires_grad for p in projections(narrow)] == [True, False, True]

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from prune_models import LAYERS as BAGEL_LAYERS
-from prune_models import WIDTH as BAGEL_WIDTH
 from prune_models import assert_equal, outputs, small_bagel
 from surgery_models import (
     HIDDEN,
@@ -63,31 +62,13 @@ def refuse(
     ("kind", "fields", "match"),
     [
         (MoEConfig, {"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
-        (MoEConfig, {"num_experts": 4.0}, "num_experts must be an integer"),
-        (MoEConfig, {"top_k": True}, "top_k must be an integer"),
         (MoEConfig, {"top_k": 17}, "top_k must be at most num_experts = 16, got 17"),
-        (MoEConfig, {"num_shared_experts": -1}, "num_shared_experts must be an integer"),
-        (MoEConfig, {"component": "vit"}, "component must be one of und, gen, got 'vit'"),
-        (MoEConfig, {"layers": "first"}, "layers must be 'middle'"),
-        (MoEConfig, {"layers": [-1]}, "layers must lie in"),
         (MoEConfig, {"partition": "spiral"}, "partition must be one of"),
-        (MoEConfig, {"router_init": "one"}, "router_init must be one of"),
-        (MoEConfig, {"seed": True}, "seed must be an integer"),
-        (PruneWidthConfig, {"keep_ratio": 0}, "keep_ratio must be above 0 and at most 1, got 0"),
-        (PruneWidthConfig, {"keep_ratio": 1.01}, "keep_ratio must be above 0 and at most 1"),
         (PruneWidthConfig, {"keep_ratio": float("nan")}, "keep_ratio must be .* got nan"),
-        (PruneWidthConfig, {"keep_ratio": True}, "keep_ratio must be .* got True"),
-        (PruneWidthConfig, {"keep_ratio": "half"}, "keep_ratio must be .* got 'half'"),
-        (PruneWidthConfig, {"component": "both"}, "component must be one of und, gen, got 'both'"),
         (PruneWidthConfig, {"block_size": 8}, "block_size must be 1 or 16 to 128, got 8"),
-        (PruneWidthConfig, {"block_size": 129}, "block_size must be 1 or 16 to 128, got 129"),
-        (PruneWidthConfig, {"block_size": 16.0}, "block_size must be 1 or 16 to 128"),
-        (PruneWidthConfig, {"budget": "all"}, "budget must be one of 'uniform', 'global', got"),
-        (PruneWidthConfig, {"layers": "3-1"}, "layers must ascend"),
         (PruneHeadsConfig, {"component": "all"}, "component must be one of und, gen, both"),
         (SkipLayersConfig, {"layers": []}, "layers must name at least one"),
         (SkipLayersConfig, {"layers": [1], "part": "mlp"}, "part must be one of 'block', 'att"),
-        (SkipLayersConfig, {"layers": [1], "component": "both"}, "component must be one of und"),
     ],
 )
 def test_configs_are_checked_when_they_are_made(kind: Any, fields: Any, match: str) -> None:
@@ -167,7 +148,6 @@ def _put(name: str, module: Any) -> Any:
     )
 
 
-SPARSE = Bare(gate=nn.Linear(2, 2), experts=nn.ModuleList())
 SCORES = torch.rand(LAYERS, WIDTH)
 
 
@@ -175,7 +155,6 @@ SCORES = torch.rand(LAYERS, WIDTH)
     ("change", "match"),
     [
         (_put("", TensorMLP(HIDDEN, 22)), "ExpertLayout: num_experts must divide .*: 2, 11, 22"),
-        (_put("", SPARSE), "FFN must be dense, got a Bare, sparse already"),
         (_put("", None), r"must be a module of the layer, got NoneType in a Layer \(mlp"),
         (_put("", Bare(fc1=nn.Linear(2, 2))), r"FFN must have gate_proj, .* got a Bare \(fc1\)"),
         (_put("up_proj", nn.Identity()), "up_proj must have a weight, got a Identity"),
@@ -185,8 +164,6 @@ SCORES = torch.rand(LAYERS, WIDTH)
         ),
         (_put("down_proj", nn.Linear(25, HIDDEN, bias=False)), r"weights must have shapes .* 25\]"),
         (_weight(Tensor.double), "gate_proj.weight must be float32, bfloat16 or float16.*float64"),
-        (_weight(lambda w: w.to(torch.int8)), "gate_proj.weight must be float32.*got torch.int8"),
-        (_weight(lambda w: w.to(torch.float8_e4m3fn)), "must be float32.*got torch.float8_e4m3fn"),
         (_weight(lambda w: w.as_subclass(Packed)), "must be a plain tensor, got Packed"),
         (
             lambda layer: setattr(layer.mlp_moe_gen.up_proj, "lora_A", nn.Linear(HIDDEN, 2)),
@@ -201,8 +178,6 @@ SCORES = torch.rand(LAYERS, WIDTH)
             _put("forward", lambda x: (x, x, x)),
             r"return y \[1, 8\] or \(y, router_logits\), got",
         ),
-        (_put("forward", lambda x: {"y": x}), "forward must return .* got dict"),
-        (_put("forward", lambda x: x[:, :3]), r"forward must return .* got \[1, 3\]"),
         (_put("forward", lambda x, y: x), r"forward must run on one token \[1, 8\], got TypeError"),
     ],
 )
@@ -243,47 +218,26 @@ def _nan(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("scores", "match"),
+    ("scores", "match", "error"),
     [
-        (torch.rand(WIDTH), r"scores must have shape \[4 layers, intermediate_size\], got \[24\]"),
-        (torch.rand(2, WIDTH), r"scores must have shape \[4 layers"),
-        (torch.rand(LAYERS, 23), r"layer 1: scores must have shape \[24\], got \[23\]"),
-        (_nan(LAYERS, WIDTH), "layer 2: scores must be finite, got nan for neuron 1"),
-        (torch.ones(LAYERS, WIDTH, dtype=torch.int64), "scores must be floating point"),
-        ({1: SCORES[1]}, "scores must have layers 1, 2, got no 2"),
-        ({1: SCORES[1], 2: SCORES[:1]}, r"layer 2: scores must have shape \[24\], got \[1, 24\]"),
+        (torch.rand(LAYERS, 23), r"layer 1: scores must have shape \[24\], got \[23\]", ValueError),
+        (_nan(LAYERS, WIDTH), "layer 2: scores must be finite, got nan for neuron 1", ValueError),
+        ({1: SCORES[1]}, "scores must have layers 1, 2, got no 2", ValueError),
+        ({1: "high", 2: "low"}, "scores must be a tensor", TypeError),
     ],
 )
-def test_scores_that_do_not_fit(scores: Any, match: str) -> None:
-    refuse(Model(), match, scores=scores)
-
-
-@pytest.mark.parametrize("scores", [object(), {1: "high", 2: "low"}])
-def test_scores_that_are_no_tensors(scores: Any) -> None:
-    refuse(Model(), "apply_moe_: .*scores must be a tensor", scores=scores, error=TypeError)
+def test_scores_that_do_not_fit(scores: Any, match: str, error: type) -> None:
+    refuse(Model(), f"apply_moe_: .*{match}", scores=scores, error=error)
 
 
 @pytest.mark.parametrize(
     ("run", "match"),
     [
         (lambda m: prune_width_(m, PruneWidthConfig(layers=[0, 4])), "layers must lie in 0 to 3"),
-        (lambda m: prune_heads_(m, PruneHeadsConfig(layers="2-9")), "layers must lie in 0 to 3"),
         (lambda m: skip_layers_(m, SkipLayersConfig(layers="9")), "layers must lie in 0 to 3"),
         (
             lambda m: prune_width_(m, PruneWidthConfig(), torch.rand(BAGEL_LAYERS, 95)),
             r"prune_width_: layer 0: scores must have shape \[96\], got \[95\]",
-        ),
-        (
-            lambda m: prune_width_(m, PruneWidthConfig(), _nan(BAGEL_LAYERS, BAGEL_WIDTH)),
-            "layer 2: .*finite",
-        ),
-        (
-            lambda m: prune_width_(m, PruneWidthConfig(), {"und": _nan(BAGEL_LAYERS, BAGEL_WIDTH)}),
-            "prune_width_: scores must hold gen, got und",
-        ),
-        (
-            lambda m: prune_width_(m, PruneWidthConfig(), {"gen": {0: torch.rand(BAGEL_WIDTH)}}),
-            "scores must have layers 0, 1, 2, 3, got no 1, 2, 3",
         ),
         (
             lambda m: prune_width_(m, PruneWidthConfig(block_size=36)),
@@ -293,7 +247,6 @@ def test_scores_that_are_no_tensors(scores: Any) -> None:
             lambda m: prune_heads_(m, PruneHeadsConfig(), torch.rand(BAGEL_LAYERS, 5)),
             r"prune_heads_: layer 0: scores must have shape \[4\], got \[5\]",
         ),
-        (lambda m: prune_heads_(m, PruneHeadsConfig(), _nan(BAGEL_LAYERS, 4)), "layer 2: .*finite"),
     ],
 )
 def test_prunings_with_bad_input_leave_the_model_alone(run: Any, match: str) -> None:

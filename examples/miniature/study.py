@@ -45,7 +45,7 @@ from sparse_unified.analysis import (
 from sparse_unified.analysis.similarity import Similarity
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint.files import replace_file
-from sparse_unified.experts import Partition
+from sparse_unified.experts.layout import Partition
 from sparse_unified.mini.model import MiniTask, mini_config, trained_weights
 from sparse_unified.surgery import (
     MoEConfig,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_unified._common import Report, check_int, choice, context, list_some, naming
 from sparse_unified.analysis import FfnStatistics
-from sparse_unified.experts import RouterInit, check_inputs
+from sparse_unified.experts.router import RouterInit, check_inputs
 from sparse_unified.surgery.decoder import find_sparse_blocks
 from sparse_unified.surgery.moe import first_router, set_routers_
 

@@ -36,14 +36,10 @@ from sparse_unified.analysis.similarity import PARTS, Similarity, measure_simila
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
+from sparse_unified.checkpoint.modes import Part
 from sparse_unified.experts import select_layers
-from sparse_unified.surgery import (
-    Budget,
-    Part,
-    PruneHeadsConfig,
-    PruneWidthConfig,
-    SkipLayersConfig,
-)
+from sparse_unified.experts.keep import Budget
+from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.decoder import Adapter, find_adapter, takes_absent_parts
 from sparse_unified.surgery.temporary import as_module, changed
 

@@ -13,7 +13,10 @@ from typing import ClassVar
 
 from sparse_unified._common import check_int, check_number, choice, context
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.experts import Budget, Partition, RouterInit, select_layers
+from sparse_unified.experts import select_layers
+from sparse_unified.experts.keep import Budget
+from sparse_unified.experts.layout import Partition
+from sparse_unified.experts.router import RouterInit
 
 # More layers than any model has; a selection is parsed against it before the model is known.
 MAX_LAYERS = 1 << 16

@@ -20,7 +20,8 @@ from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
-from sparse_unified.experts import as_scores, check_inputs, check_scores
+from sparse_unified.experts.router import check_inputs
+from sparse_unified.experts.scores import as_scores, check_scores
 
 LayerScores = Mapping[int, Tensor] | Tensor
 Scores = Mapping[str, LayerScores] | LayerScores | str | os.PathLike[str]

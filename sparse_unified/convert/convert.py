@@ -44,15 +44,9 @@ from sparse_unified.checkpoint.sidecar import (
     write_sidecar,
 )
 from sparse_unified.convert.ranking import ranking
-from sparse_unified.experts import (
-    ExpertLayout,
-    Partition,
-    RouterInit,
-    fit_router,
-    hidden_activations,
-    order_neurons,
-    random_router,
-)
+from sparse_unified.experts import ExpertLayout, fit_router, random_router
+from sparse_unified.experts.layout import Partition, order_neurons
+from sparse_unified.experts.router import RouterInit, hidden_activations
 from sparse_unified.surgery.cuts import select
 
 WHAT = "convert"

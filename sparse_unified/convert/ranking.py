@@ -13,7 +13,8 @@ from torch import Tensor
 from sparse_unified._common import naming
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.scores import HEADS, Scores, given_scores
-from sparse_unified.experts import check_scores, random_scores
+from sparse_unified.experts import random_scores
+from sparse_unified.experts.scores import check_scores
 from sparse_unified.surgery.cuts import head_magnitudes, neuron_magnitudes
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

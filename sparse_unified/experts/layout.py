@@ -69,43 +69,33 @@ class ExpertLayout:
     expert_width: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("intermediate_size", 1),
-            ("num_experts", 1),
-            ("num_shared_experts", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        width, shared = self.intermediate_size, self.shared_intermediate_size
+        with context("ExpertLayout"):
+            least_of = {"intermediate_size": 1, "num_experts": 1, "num_shared_experts": 0}
+            for name, least in least_of.items():
+                value = getattr(self, name)
+                if type(value) is not int or value < least:
+                    raise ValueError(
+                        f"{name} must be an integer of at least {least}, got {value!r}"
+                    )
+            is_given = shared is not None
+            if shared is None:
+                shared = _shared_width(width, self.num_experts, self.num_shared_experts)
+            if type(shared) is not int or not 0 <= shared < width:
                 raise ValueError(
-                    f"ExpertLayout: {name} must be an integer of at least {least}, got {value!r}"
+                    f"shared_intermediate_size must be from 0 to {width - 1}, got {shared!r}"
                 )
-        shared = self.shared_intermediate_size
-        if shared is not None and (
-            type(shared) is not int or not 0 <= shared < self.intermediate_size
-        ):
-            raise ValueError(
-                "ExpertLayout: shared_intermediate_size must be from 0 to "
-                f"intermediate_size - 1 = {self.intermediate_size - 1}, got {shared!r}"
-            )
-        counts = self.num_experts, self.num_shared_experts
-        width = _shared_width(self.intermediate_size, *counts) if shared is None else shared
-        object.__setattr__(self, "shared_width", width)
-        legal = dividing_expert_counts(self.intermediate_size, self.num_shared_experts)
-        if shared is None and self.num_shared_experts and not width:
-            raise ValueError(
-                "ExpertLayout: num_shared_experts must leave every expert one of the "
-                f"{self.intermediate_size} neurons of intermediate_size, got "
-                f"{self.num_shared_experts} beside {self.num_experts} experts; with these counts "
-                f"of experts it does: {', '.join(map(str, legal)) or 'none'}"
-            )
-        routed = self.intermediate_size - width
-        if routed < self.num_experts or routed % self.num_experts != 0:
-            raise ValueError(
-                f"ExpertLayout: num_experts must divide the {routed} neurons that remain of "
-                f"intermediate_size {self.intermediate_size} after {width} shared, got "
-                f"{self.num_experts}; with num_shared_experts={self.num_shared_experts} these "
-                f"counts do: {', '.join(map(str, legal)) or 'none'}"
-            )
+            routed = width - shared
+            is_empty = not is_given and self.num_shared_experts > 0 and shared == 0
+            if is_empty or routed < self.num_experts or routed % self.num_experts:
+                legal = dividing_expert_counts(width, self.num_shared_experts)
+                raise ValueError(
+                    f"num_experts must divide the {routed} neurons that remain of "
+                    f"intermediate_size {width} after {shared} shared, and leave every expert one, "
+                    f"got {self.num_experts}; with num_shared_experts={self.num_shared_experts} "
+                    f"these counts do: {', '.join(map(str, legal)) or 'none'}"
+                )
+        object.__setattr__(self, "shared_width", shared)
         object.__setattr__(self, "expert_width", routed // self.num_experts)
 
     def shared_range(self) -> tuple[int, int]:

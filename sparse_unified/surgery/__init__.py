@@ -1,46 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse, narrower and skipped parts into a live model, in place, and out of it again.
 
-Reading order: `exchange` (one module for another, and back), `ffn` (what a dense FFN is), `decoder`
-(where modules are), `cuts` (what pruning takes away), `report`, `prune`, `moe` (sparse FFNs),
-`storage`, `restore`, `temporary` (for as long as a block runs).
+Reading order: `exchange` (what a transform changed, and back), `ffn` (what a dense FFN is),
+`decoder` (where modules are), `cuts` (what pruning takes away), `report`, `prune`, `moe` (sparse
+FFNs), `storage`, `temporary` (undone, or for as long as a block runs).
 """
 
-from sparse_unified.checkpoint.counts import Counts
 from sparse_unified.checkpoint.modes import (
     MoEConfig,
-    Part,
     PruneHeadsConfig,
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.experts import Budget
 from sparse_unified.surgery.moe import apply_moe_, load_moe_
 from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
-from sparse_unified.surgery.report import (
-    PrunedPart,
-    PruneReport,
-    SwappedLayer,
-    SwapReport,
-    count_parameters,
-)
-from sparse_unified.surgery.storage import QuantizeConfig, QuantizeReport, quantize_weights_
+from sparse_unified.surgery.report import count_parameters
+from sparse_unified.surgery.storage import QuantizeConfig, quantize_weights_
 from sparse_unified.surgery.temporary import changed, restore_
 
 __all__ = [
-    "Budget",
-    "Counts",
     "MoEConfig",
-    "Part",
     "PruneHeadsConfig",
-    "PruneReport",
     "PruneWidthConfig",
-    "PrunedPart",
     "QuantizeConfig",
-    "QuantizeReport",
     "SkipLayersConfig",
-    "SwapReport",
-    "SwappedLayer",
     "apply_moe_",
     "changed",
     "count_parameters",

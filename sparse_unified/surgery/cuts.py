@@ -31,17 +31,9 @@ from sparse_unified.checkpoint.modes import (
 from sparse_unified.checkpoint.scores import Scores as GivenScores
 from sparse_unified.checkpoint.scores import given_scores
 from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes, ffn_parts
-from sparse_unified.experts import (
-    Budget,
-    ExpertLayout,
-    check_scores,
-    head_magnitude_scores,
-    joint_scores,
-    keep_in_experts,
-    keep_units,
-    magnitude_scores,
-    select_layers,
-)
+from sparse_unified.experts import ExpertLayout, keep_units, magnitude_scores, select_layers
+from sparse_unified.experts.keep import Budget, keep_in_experts
+from sparse_unified.experts.scores import check_scores, head_magnitude_scores, joint_scores
 
 PruneConfig = PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig
 

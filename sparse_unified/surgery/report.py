@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +68,35 @@ class PrunedPart:
     parameters_after: int
 
 
+# Heading -> field of an entry; one that ends in "_" stands for what was before and what is after.
+_SWAPPED = {
+    "layer": "layer",
+    "module": "path",
+    "before": "before",
+    "after": "after",
+    "experts": "num_experts",
+    "active": "top_k",
+    "width": "expert_width",
+    "shared": "shared_width",
+    "parameters": "parameters_",
+    "used per token": "active_",
+    "backend": "backend",
+}
+_PRUNED = {name: name for name in ("layer", "component", "part", "before", "after")}
+_PRUNED["parameters"] = "parameters_"
+
+
+def _cell(entries: Sequence[object], field: str) -> object:
+    if not field.endswith("_"):
+        return getattr(entries[0], field)
+    sums = [sum(getattr(entry, field + end) for entry in entries) for end in ("before", "after")]
+    return " -> ".join(f"{value:,}" for value in dict.fromkeys(sums))
+
+
+def _rows(entries: Sequence[object], columns: Mapping[str, str]) -> list[Sequence[object]]:
+    return [[_cell([entry], field) for field in columns.values()] for entry in entries]
+
+
 def _where(entries: Iterable[tuple[str, int]]) -> str:
     layers: dict[str, list[int]] = {}
     for name, layer in entries:
@@ -75,8 +104,9 @@ def _where(entries: Iterable[tuple[str, int]]) -> str:
     return "; ".join(f"{name} {format_layers(sorted(own))}" for name, own in layers.items())
 
 
-def _change(before: int, after: int) -> str:
-    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+def _parts_title(action: str, parts: Sequence[PrunedPart]) -> str:
+    where = _where((f"{entry.component} {entry.part}", entry.layer) for entry in parts)
+    return f"{action}: {len(parts)} parts changed ({where})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,31 +127,13 @@ class PruneReport(Report):
         return _parts_title(self.action, self.parts)
 
     def headings(self) -> Sequence[str]:
-        return _PART_HEADINGS
+        return tuple(_PRUNED)
 
     def table(self) -> Sequence[Sequence[object]]:
-        return _part_rows(self.parts)
+        return _rows(self.parts, _PRUNED)
 
     def notes(self) -> Sequence[str]:
         return format_counts(self.before, self.after).splitlines()
-
-
-_PART_HEADINGS = ("layer", "component", "part", "before", "after", "parameters")
-
-
-def _parts_title(action: str, parts: Sequence[PrunedPart]) -> str:
-    where = _where((f"{entry.component} {entry.part}", entry.layer) for entry in parts)
-    return f"{action}: {len(parts)} parts changed ({where})"
-
-
-def _part_rows(parts: Sequence[PrunedPart]) -> list[Sequence[object]]:
-    return [
-        (
-            *(getattr(entry, name) for name in _PART_HEADINGS[:5]),
-            _change(entry.parameters_before, entry.parameters_after),
-        )
-        for entry in parts
-    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,47 +150,25 @@ class SwapReport(Report):
     parts: tuple[PrunedPart, ...] = ()
 
     def title(self) -> str:
-        counts = [sum(getattr(entry, name) for entry in self.layers) for name in _COUNTS]
         where = _where((entry.component, entry.layer) for entry in self.layers)
+        parameters, active = (_cell(self.layers, name) for name in ("parameters_", "active_"))
         return (
             f"{self.action}: {len(self.layers)} FFNs changed ({where}); "
-            f"parameters {_change(*counts[:2])}, used per token {_change(*counts[2:])}"
+            f"parameters {parameters}, used per token {active}"
         )
 
     def headings(self) -> Sequence[str]:
-        return (*_SWAPPED.values(), "parameters", "used per token", "backend")
+        return tuple(_SWAPPED)
 
     def table(self) -> Sequence[Sequence[object]]:
-        return [
-            (
-                *(getattr(entry, name) for name in _SWAPPED),
-                _change(entry.parameters_before, entry.parameters_after),
-                _change(entry.active_before, entry.active_after),
-                entry.backend,
-            )
-            for entry in self.layers
-        ]
+        return _rows(self.layers, _SWAPPED)
 
     def to_text(self) -> str:
         texts = [Report.to_text(self)] if self.layers else []
         if self.parts:
-            rows = [_PART_HEADINGS, *_part_rows(self.parts)]
+            rows = [tuple(_PRUNED), *_rows(self.parts, _PRUNED)]
             texts += [_parts_title(self.action, self.parts), format_table(rows, header=True)]
         return "\n".join(texts)
-
-
-_COUNTS = ("parameters_before", "parameters_after", "active_before", "active_after")
-# Field of a `SwappedLayer` -> its heading.
-_SWAPPED = {
-    "layer": "layer",
-    "path": "module",
-    "before": "before",
-    "after": "after",
-    "num_experts": "experts",
-    "top_k": "active",
-    "expert_width": "width",
-    "shared_width": "shared",
-}
 
 
 class Part(NamedTuple):
@@ -282,7 +272,10 @@ def _swapped(layer: int, component: str, old: Part, new: Part) -> SwappedLayer:
         expert_width=block.layout.expert_width,
         shared_width=block.layout.shared_width,
         backend="dense" if restored else block.active_backend,
-        **dict(zip(_COUNTS, (*sizes, *active), strict=True)),
+        parameters_before=sizes[0],
+        parameters_after=sizes[1],
+        active_before=active[0],
+        active_after=active[1],
     )
 
 

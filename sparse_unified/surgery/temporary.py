@@ -23,13 +23,8 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.experts import (
-    check_scores,
-    head_magnitude_scores,
-    keep_units,
-    magnitude_scores,
-    select_layers,
-)
+from sparse_unified.experts import keep_units, magnitude_scores, select_layers
+from sparse_unified.experts.scores import check_scores, head_magnitude_scores
 from sparse_unified.surgery.cuts import Cut, PruneConfig, spread
 from sparse_unified.surgery.decoder import Adapter, Block, FfnKey, find_adapter, find_decoder
 from sparse_unified.surgery.exchange import unchanged, undo
