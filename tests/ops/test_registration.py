@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import OPS
+from problems import ARGUMENTS, OPS, call, grouped_values, pruned_values
 from registry import CUDA, all_checks
 
 from sparse_unified.bench.gpu_check import SANITIZED
@@ -57,6 +57,29 @@ def test_schema_is_backward_compatible(name: str) -> None:
     pinned = torch._C.parse_schema(f"sparse_unified::{name}{SCHEMAS[name]}")
     own = getattr(torch.ops.sparse_unified, name).default._schema
     assert own.is_backward_compatible_with(pinned)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fakes_refuse_sizes_and_dtypes_as_kernels_do(op: str) -> None:
+    values = pruned_values() if "pruned" in op else grouped_values()
+    own = {name: values[name] for name in ARGUMENTS[op]}
+    tensors = {name for name, value in own.items() if isinstance(value, torch.Tensor)}
+    wrong = [{name: own[name].double()} for name in tensors]
+    wrong += [{name: own[name][None]} for name in tensors]
+    wrong += [
+        {name: own[name][..., :-1]}
+        for name in tensors & {"gate", "gate_proj", "up_proj", "down_proj", "grad_out", "weights"}
+        if name in ("grad_out", "weights") or "x" in own
+    ]
+    wrong += [{"top_k": k} for k in (0, 99) if "top_k" in own]
+    for change in wrong:
+        for device in ("cpu", "meta"):
+            moved = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in (own | change).items()
+            }
+            with pytest.raises(RuntimeError, match=f"^{op}: "):
+                call(op, moved)
 
 
 def test_the_checks_that_run_under_compute_sanitizer_exist() -> None:
