@@ -66,6 +66,11 @@ def k(word: str) -> tuple[str, str, str]:
     return (CHECKS, "-k", word)
 
 
+def attack(word: str) -> tuple[str, str, str]:
+    """The attacks on the ops whose names hold a word."""
+    return (ATTACK, "-k", word)
+
+
 CPU_KERNELS = (
     cpu("cpu/combine.cpp", "acc += token.weight(k) * load(", "acc -= token.weight(k) * load("),
     cpu("cpu/combine.cpp", "weights != nullptr ? weights[k] : 1.0f", "1.0f", *k("combine")),
@@ -108,7 +113,12 @@ CPU_KERNELS = (
         "next[params.topk_idx[i]]",
         *k("sort"),
     ),
-    cpu("cpu/sort_by_expert.cpp", "params.topk_idx[i] >= params.num_experts", "false", ATTACK),
+    cpu(
+        "cpu/sort_by_expert.cpp",
+        "params.topk_idx[i] >= params.num_experts",
+        "false",
+        *attack("bad_argument"),
+    ),
     cpu(
         "cpu/swiglu.cpp",
         "(1.0f + gate * (1.0f - s))",
@@ -165,33 +175,40 @@ CPU_KERNELS = (
 )
 
 BINDINGS = (
-    cpu("bindings/common.cpp", "check(has_memory(tensor),", "check(true,", ATTACK),
+    cpu("bindings/common.cpp", "check(has_memory(tensor),", "check(true,", *attack("bad_argument")),
     cpu(
         "bindings/context.cpp",
         "runs_on_cuda(indices) ? as_contiguous(indices) : contiguous_copy(indices)",
         "as_contiguous(indices)",
-        ATTACK,
+        *attack("another_thread"),
     ),
     cpu(
         "bindings/library.cpp",
         'fail(kName.chars, "arguments", "leave enough memory", "no room for ", error.what());',
         "throw std::runtime_error(error.what());",
-        ATTACK,
+        *attack("out_of_memory"),
     ),
     cpu(
         "bindings/arguments.cpp",
         'check_size(op, "gate", gate, 1, x.size(1), "the hidden size of x");',
         "",
-        ATTACK,
+        *attack("bad_argument"),
     ),
     cpu(
         "bindings/arguments.cpp",
         'check_dtype(op, "row_token", row_token, ScalarType::Int);\n  sizes.num_rows',
         "sizes.num_rows",
-        ATTACK,
+        *attack("bad_argument"),
     ),
-    cpu("bindings/arguments.cpp", "sizes.width % block_size == 0,", "true,", ATTACK),
-    cpu("bindings/pruned_ffn_arguments.cpp", "if (seen[data[i]]) {", "if (false) {", ATTACK),
+    cpu(
+        "bindings/arguments.cpp", "sizes.width % block_size == 0,", "true,", *attack("bad_argument")
+    ),
+    cpu(
+        "bindings/pruned_ffn_arguments.cpp",
+        "if (seen[data[i]]) {",
+        "if (false) {",
+        *attack("bad_argument"),
+    ),
     cpu(
         "bindings/pruned_ffn_arguments.cpp",
         "slab->runs.back().count += block_size;",
@@ -203,9 +220,11 @@ BINDINGS = (
         "bindings/combine.cpp",
         'if (!context.is_cuda()) check_indices(kOp, "token_rows", token_rows, y.size(0));',
         "",
-        ATTACK,
+        *attack("bad_argument"),
     ),
-    cpu("bindings/combine.cpp", "grad_out = with_dense_rows(grad_out);", "", ATTACK),
+    cpu(
+        "bindings/combine.cpp", "grad_out = with_dense_rows(grad_out);", "", *attack("no_arguments")
+    ),
     cpu(
         "bindings/grouped_ffn_combine.cpp",
         "row_weights[token_rows_[slot]] = weights_[slot];",
