@@ -158,9 +158,16 @@ CPU_KERNELS = (
         *k("ffn"),
     ),
     cpu(
-        "cpu/grouped_ffn.cpp", "targets.weights + v * kLanes", "targets.weights", *k("any_routing")
+        "cpu/grouped_ffn_tiles.h",
+        "targets.weights + v * kLanes",
+        "targets.weights",
+        *k("any_routing"),
     ),
-    cpu("cpu/grouped_ffn.cpp", "(1u << num_columns) - 1", "(1u << num_columns) - 2", *k("ffn")),
+    cpu("cpu/grouped_ffn_tiles.h", "(1u << num_columns) - 1", "(1u << num_columns) - 2", *k("ffn")),
+    cpu(
+        "cpu/ffn_tiles.h", "panel + 2 * stride + lane, c", "panel + 2 * stride + lane, d", *k("ffn")
+    ),
+    cpu("cpu/ffn_tiles.h", "_mm_set1_ps(weights[row + i])", "_mm_set1_ps(weights[row])", *k("ffn")),
     cpu(
         "cpu/vector.h",
         "+ ((bits >> 16) & 1u)) >> 16",

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the expert FFN. On the CPU, the rows of an expert are cut into tasks that threads take
-// without waiting for each other. fp32 on AVX-512 runs the fused kernel of csrc/cpu; other dtypes
-// and machines, and the few rows of a decoding step, run torch's GEMMs on gathered rows.
+// without waiting for each other. fp32 on AVX2 or AVX-512 runs the fused kernel of csrc/cpu; other
+// dtypes and machines, and the few rows of a decoding step, run torch's GEMMs on gathered rows.
 #include "bindings/grouped_ffn.h"
 
 #include "bindings/cuda_ffn.h"

@@ -2,6 +2,7 @@
 #include "bindings/context.h"
 #include "bindings/grouped_ffn.h"
 #include "bindings/parallel_tasks.h"
+#include "sparse_unified/instruction_set.h"
 #include "sparse_unified/permute.h"
 
 namespace sparse_unified {
@@ -46,9 +47,7 @@ std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows, int64_t multiple) co
   return parts;
 }
 
-bool GroupedFfn::has_kernel() const {
-  return dtype == DType::kFloat32 && grouped_ffn_cpu_supported();
-}
+bool GroupedFfn::has_kernel() const { return dtype == DType::kFloat32 && ffn_cpu_supported(); }
 
 GroupedFfnParams GroupedFfn::kernel_params() const {
   return {matrix_of(x), matrix_of(gate_proj), matrix_of(up_proj), matrix_of(down_proj),

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FFN over kept width blocks. On the CPU, fp32 on AVX-512 runs the kernel of csrc/cpu on blocks
-// of tokens; other dtypes and machines, few tokens, and training run torch's GEMMs on slabs of kept
-// neurons.
+// The FFN over kept width blocks. On the CPU, fp32 on AVX2 or AVX-512 runs the kernel of csrc/cpu
+// on blocks of tokens; other dtypes and machines, few tokens, and training run torch's GEMMs on
+// slabs of kept neurons.
 #include "bindings/pruned_ffn.h"
 
 #include "bindings/cuda_ffn.h"
 #include "bindings/ops.h"
+#include "sparse_unified/instruction_set.h"
 #include "sparse_unified/swiglu.h"
 
 namespace sparse_unified {
@@ -91,7 +92,7 @@ Tensor pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj
   }
   const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
   if (ffn.num_kept > 0 && ffn.num_tokens >= kKernelTokens && ffn.dtype == DType::kFloat32 &&
-      pruned_ffn_cpu_supported()) {
+      ffn_cpu_supported()) {
     return kernel_forward(ffn);
   }
   const Activations activations = empty_activations(ffn);

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register tiles of the fp32 FFN kernels on AVX-512: weights read in place, times panels of
-// tokens. A vector holds 16 tokens; a panel of 32 (or, at the end, 16) tokens is laid out
-// [D][tokens], so every product is a weight, broadcast from where it lies, times two vectors.
+// The register tiles of the fp32 FFN kernels: weights read in place, times panels of tokens. A
+// panel of 32 (or, at the end, 16) tokens on AVX-512 and of 16 on AVX2 is laid out [D][tokens], so
+// every product is a weight, broadcast from where it lies, times two registers of tokens.
+//
+// The file that includes this one says for which instruction set: SPARSE_UNIFIED_LEVEL is 3 (AVX2
+// and FMA) or 4 (AVX-512), as in x86-64-v3 and v4. What is defined here is in a namespace of its
+// own for each, `avx2` or `avx512`.
 #pragma once
 
 #include <algorithm>
@@ -13,15 +17,31 @@
 
 #include <immintrin.h>
 
-#define SPARSE_UNIFIED_AVX512 __attribute__((target("arch=x86-64-v4")))
+#if SPARSE_UNIFIED_LEVEL == 4
+#define SPARSE_UNIFIED_TILES avx512
+#define SPARSE_UNIFIED_TARGET __attribute__((target("arch=x86-64-v4")))
+#else
+#define SPARSE_UNIFIED_TILES avx2
+#define SPARSE_UNIFIED_TARGET __attribute__((target("arch=x86-64-v3")))
+#endif
 
-namespace sparse_unified {
+namespace sparse_unified::SPARSE_UNIFIED_TILES {
 
+#if SPARSE_UNIFIED_LEVEL == 4
+// 7 neurons (gate and up) or 14 outputs, times 2 registers of 16 tokens: 28 of 32 accumulate.
 constexpr int64_t kPanelVectors = 2;
-constexpr int64_t kPanelRows = kPanelVectors * kLanes;
-// 7 neurons (gate and up) or 14 outputs, times 2 vectors of tokens: 28 of 32 registers accumulate.
+constexpr int64_t kRegisterLanes = 16;
 constexpr int64_t kTilePairs = 7;
-constexpr int64_t kTileRows = 14;
+#else
+// 3 neurons or 6 outputs, times 2 registers of 8 tokens: 12 of 16 accumulate.
+constexpr int64_t kPanelVectors = 1;
+constexpr int64_t kRegisterLanes = 8;
+constexpr int64_t kTilePairs = 3;
+#endif
+constexpr int64_t kPanelRows = kPanelVectors * kLanes;
+constexpr int64_t kTileRows = 2 * kTilePairs;
+using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
+constexpr int64_t kRegistersPerVector = kLanes / kRegisterLanes;
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
 // How far ahead of the part of a row that is gathered the next lines are asked for.
@@ -49,28 +69,45 @@ struct WeightTile {
   }
 };
 
+// Sums of a tile of weight rows and a panel: [row][register of tokens].
+template <int64_t kRows, int64_t kVectors>
+using Sums = Register[kRows][kVectors * kRegistersPerVector];
+
 // sums[r][v] = sum_k tile.row(r)[k] * panel[k][v].
 template <int64_t kRows, int64_t kVectors>
 SPARSE_UNIFIED_INLINE void dot_tile(const WeightTile& tile, const float* panel,
-                                    Float (&sums)[kRows][kVectors]) {
+                                    Sums<kRows, kVectors>& sums) {
+  constexpr int64_t kRegisters = kVectors * kRegistersPerVector;
   for (int64_t block = 0; block < tile.length; block += kSumBlock) {
     const int64_t block_end = std::min(block + kSumBlock, tile.length);
-    Float acc[kRows][kVectors] = {};
+    Register acc[kRows][kRegisters] = {};
     for (int64_t k = block; k < block_end; ++k) {
-      Float values[kVectors];
-      for (int64_t v = 0; v < kVectors; ++v) values[v] = load(panel + (k * kVectors + v) * kLanes);
+      Register values[kRegisters];
+      for (int64_t v = 0; v < kRegisters; ++v) {
+        std::memcpy(&values[v], panel + (k * kRegisters + v) * kRegisterLanes, sizeof(Register));
+      }
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kRows; ++r) {
-        for (int64_t v = 0; v < kVectors; ++v) acc[r][v] += tile.row(r)[k] * values[v];
+        for (int64_t v = 0; v < kRegisters; ++v) acc[r][v] += tile.row(r)[k] * values[v];
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t v = 0; v < kVectors; ++v) {
+      for (int64_t v = 0; v < kRegisters; ++v) {
         sums[r][v] = block == 0 ? acc[r][v] : sums[r][v] + acc[r][v];
       }
     }
   }
 }
+
+// The sums of one row for vector v of its tokens.
+template <int64_t kRegisters>
+SPARSE_UNIFIED_INLINE Float vector_of(const Register (&sums)[kRegisters], int64_t v) {
+  Float value;
+  std::memcpy(&value, &sums[v * kRegistersPerVector], sizeof(value));
+  return value;
+}
+
+#if SPARSE_UNIFIED_LEVEL == 4
 
 // Transposes 16 x 16 in place: in step `width`, rows i and i + width swap their off-diagonal
 // blocks.
@@ -102,7 +139,7 @@ SPARSE_UNIFIED_INLINE void transpose(Float (&rows)[kLanes]) {
 
 // columns[i] = column `column + i` of the 16 rows, i = 0 to 3. Masked loads put quarters of rows
 // side by side, so that half of a transposition's shuffles are left.
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_AVX512 void load_columns(const float* const (&rows)[kLanes],
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void load_columns(const float* const (&rows)[kLanes],
                                                               int64_t column, Float (&columns)[4]) {
   Float quarters[4];  // [i]: rows i, i + 4, i + 8, i + 12
 #pragma GCC unroll 4
@@ -127,10 +164,75 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_AVX512 void load_columns(const float* const
   columns[3] = __builtin_shuffle(high01, high23, kOdd);
 }
 
+// panel[i * stride + lane] = column `column + i` of row `lane`, i = 0 to 3.
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void copy_columns(const float* const (&rows)[kLanes],
+                                                              int64_t column, float* panel,
+                                                              int64_t stride) {
+  Float columns[4];
+  load_columns(rows, column, columns);
+  for (int64_t i = 0; i < 4; ++i) store(panel + i * stride, columns[i]);
+}
+
+#else
+
+// The same, rows and columns four by four.
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void copy_columns(const float* const (&rows)[kLanes],
+                                                              int64_t column, float* panel,
+                                                              int64_t stride) {
+#pragma GCC unroll 4
+  for (int64_t lane = 0; lane < kLanes; lane += 4) {
+    __m128 a = _mm_loadu_ps(rows[lane] + column);
+    __m128 b = _mm_loadu_ps(rows[lane + 1] + column);
+    __m128 c = _mm_loadu_ps(rows[lane + 2] + column);
+    __m128 d = _mm_loadu_ps(rows[lane + 3] + column);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(panel + lane, a);
+    _mm_storeu_ps(panel + stride + lane, b);
+    _mm_storeu_ps(panel + 2 * stride + lane, c);
+    _mm_storeu_ps(panel + 3 * stride + lane, d);
+  }
+}
+
+// Brings values [column][16 rows] to columns d and up of `count` rows, four by four; with weights
+// they are added.
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put_rows(const float* values, int64_t num_columns,
+                                                          int64_t count, float* const* rows,
+                                                          int64_t d, const float* weights) {
+  for (int64_t column = 0; column < num_columns; column += 4) {
+    const int64_t width = std::min<int64_t>(num_columns - column, 4);
+    for (int64_t row = 0; row < count; row += 4) {
+      const float* block = values + column * kLanes + row;
+      __m128 columns[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        columns[i] = i < width ? _mm_loadu_ps(block + i * kLanes) : _mm_setzero_ps();
+      }
+      _MM_TRANSPOSE4_PS(columns[0], columns[1], columns[2], columns[3]);
+      for (int64_t i = 0; i < std::min<int64_t>(count - row, 4); ++i) {
+        float* out = rows[row + i] + d + column;
+        float sums[4];
+        _mm_storeu_ps(sums, columns[i]);
+        if (width == 4) {
+          __m128 sum = columns[i];
+          if (weights != nullptr) {
+            sum = _mm_fmadd_ps(_mm_set1_ps(weights[row + i]), sum, _mm_loadu_ps(out));
+          }
+          _mm_storeu_ps(out, sum);
+          continue;
+        }
+        for (int64_t c = 0; c < width; ++c) {
+          out[c] = weights != nullptr ? out[c] + weights[row + i] * sums[c] : sums[c];
+        }
+      }
+    }
+  }
+}
+
+#endif
+
 // panel[d][i] = x[row_token[i]][d], or x[i][d] without row_token, for i from `first` on; lanes
 // beyond `count` repeat the last row.
 template <int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void gather_panel(const Matrix& x, const int32_t* row_token, int64_t first,
+SPARSE_UNIFIED_TARGET void gather_panel(const Matrix& x, const int32_t* row_token, int64_t first,
                                         int64_t count, float* panel) {
   const int64_t hidden_size = x.columns;
   const int64_t whole = hidden_size / kLanes * kLanes;
@@ -147,11 +249,8 @@ SPARSE_UNIFIED_AVX512 void gather_panel(const Matrix& x, const int32_t* row_toke
       }
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kLanes; part += 4) {
-        Float columns[4];
-        load_columns(sources, d + part, columns);
-        for (int64_t i = 0; i < 4; ++i) {
-          store(panel + ((d + part + i) * kVectors + v) * kLanes, columns[i]);
-        }
+        copy_columns(sources, d + part, panel + ((d + part) * kVectors + v) * kLanes,
+                     kVectors * kLanes);
       }
     }
     for (int64_t d = whole; d < hidden_size; ++d) {
@@ -163,11 +262,11 @@ SPARSE_UNIFIED_AVX512 void gather_panel(const Matrix& x, const int32_t* row_toke
 }
 
 // The panels of `count` rows, one after the other: [count / 32][D][32].
-SPARSE_UNIFIED_AVX512 inline void gather_panels(const Matrix& x, const int32_t* row_token,
+SPARSE_UNIFIED_TARGET inline void gather_panels(const Matrix& x, const int32_t* row_token,
                                                 int64_t first, int64_t count, float* panels) {
   for (int64_t row = 0; row < count; row += kPanelRows) {
     const int64_t in_panel = std::min(kPanelRows, count - row);
-    const auto gather = in_panel > kLanes ? gather_panel<2> : gather_panel<1>;
+    const auto gather = in_panel > kLanes ? gather_panel<kPanelVectors> : gather_panel<1>;
     gather(x, row_token, first + row, in_panel, panels + row * x.columns);
   }
 }
@@ -194,20 +293,21 @@ void for_each_chunk(int64_t begin, int64_t end, int64_t max_rows, const Run& run
 
 // hidden[j] = silu(gate_j x) * up_j x for kPairs neurons of one panel; gate rows even, up rows odd.
 template <int64_t kPairs, int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void hidden_tile(const WeightTile& tile, const float* panel, float* hidden) {
-  Float sums[2 * kPairs][kVectors] = {};
-  dot_tile(tile, panel, sums);
+SPARSE_UNIFIED_TARGET void hidden_tile(const WeightTile& tile, const float* panel, float* hidden) {
+  Sums<2 * kPairs, kVectors> sums = {};
+  dot_tile<2 * kPairs, kVectors>(tile, panel, sums);
   for (int64_t pair = 0; pair < kPairs; ++pair) {
     for (int64_t v = 0; v < kVectors; ++v) {
-      const Float gate = sums[2 * pair][v];
-      store(hidden + (pair * kVectors + v) * kLanes, gate * sigmoid(gate) * sums[2 * pair + 1][v]);
+      const Float gate = vector_of(sums[2 * pair], v);
+      const Float up = vector_of(sums[2 * pair + 1], v);
+      store(hidden + (pair * kVectors + v) * kLanes, gate * sigmoid(gate) * up);
     }
   }
 }
 
 // hidden_tile for 1 to kTilePairs neurons and a panel of `num_rows` rows.
 template <int64_t kPairs = kTilePairs>
-SPARSE_UNIFIED_AVX512 void run_hidden_tile(int64_t pairs, int64_t num_rows, const WeightTile& tile,
+SPARSE_UNIFIED_TARGET void run_hidden_tile(int64_t pairs, int64_t num_rows, const WeightTile& tile,
                                            const float* panel, float* hidden) {
   if constexpr (kPairs > 1) {
     if (pairs < kPairs) {
@@ -215,12 +315,12 @@ SPARSE_UNIFIED_AVX512 void run_hidden_tile(int64_t pairs, int64_t num_rows, cons
     }
   }
   if (num_rows > kLanes) {
-    hidden_tile<kPairs, 2>(tile, panel, hidden);
+    hidden_tile<kPairs, kPanelVectors>(tile, panel, hidden);
   } else {
     hidden_tile<kPairs, 1>(tile, panel, hidden);
   }
 }
 
-}  // namespace sparse_unified
+}  // namespace sparse_unified::SPARSE_UNIFIED_TILES
 
 #endif

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "sparse_unified/accumulate.h"
+#include "sparse_unified/instruction_set.h"
 #include "sparse_unified/pruned_ffn.h"
 
 namespace sparse_unified::test {
@@ -144,7 +145,7 @@ int main(int argc, char** argv) {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
   std::vector<Test> tests{{"accumulate", test_accumulates}};
-  if (pruned_ffn_cpu_supported()) {
+  if (ffn_cpu_supported()) {
     tests.push_back({"remainders", test_remainders});
     tests.push_back({"slices", test_slices});
   }

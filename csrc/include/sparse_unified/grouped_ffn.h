@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_ffn: the fp32 SwiGLU FFN of one expert over gathered rows, on CPUs with AVX-512.
+// grouped_ffn: the fp32 SwiGLU FFN of one expert over gathered rows, on CPUs with AVX2 or AVX-512.
 #pragma once
 
 #include "sparse_unified/matrix.h"
@@ -23,9 +23,6 @@ struct GroupedFfnRows {
   const int32_t* target;     // [n]; null means i itself
   const float* weights;      // [n]: out += weight * y; null means out = y
 };
-
-// Whether this machine runs grouped_ffn_cpu.
-bool grouped_ffn_cpu_supported();
 
 // Floats of working memory grouped_ffn_cpu needs, 64-byte aligned.
 int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width);

@@ -10,4 +10,7 @@ const char* instruction_sets_compiled();
 // The one that the kernels run on this machine.
 const char* instruction_set_used();
 
+// Whether it runs the fp32 FFN kernels, which need AVX2 and FMA, or AVX-512.
+bool ffn_cpu_supported();
+
 }  // namespace sparse_unified

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// pruned_ffn: the fp32 SwiGLU FFN over kept blocks of its width, on CPUs with AVX-512.
+// pruned_ffn: the fp32 SwiGLU FFN over kept blocks of its width, on CPUs with AVX2 or AVX-512.
 #pragma once
 
 #include "sparse_unified/matrix.h"
@@ -18,9 +18,6 @@ struct PrunedFfnParams {
 };
 
 constexpr int64_t kMaxPrunedBlock = 128;
-
-// Whether this machine runs pruned_ffn_cpu.
-bool pruned_ffn_cpu_supported();
 
 // Floats of working memory pruned_ffn_cpu needs, 64-byte aligned.
 int64_t pruned_ffn_workspace_floats(int64_t hidden_size);

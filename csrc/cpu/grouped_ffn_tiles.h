@@ -10,26 +10,34 @@
 // cache lines are asked for while half of the products are still to come. A library GEMM would
 // gather, pack x twice, store and load gate, up and hidden, and pack hidden: 15 to 20 % of the time
 // at h = 296.
-#include "sparse_unified/grouped_ffn.h"
+//
+// Included once for each instruction set, as ffn_tiles.h says.
+#pragma once
 
 #include <algorithm>
 
 #include "cpu/ffn_tiles.h"
+#include "sparse_unified/grouped_ffn.h"
 
-namespace sparse_unified {
+#ifdef SPARSE_UNIFIED_TARGET
 
-#ifdef SPARSE_UNIFIED_AVX512
-
+namespace sparse_unified::SPARSE_UNIFIED_TILES {
 namespace {
 
 // Gathered rows worked on at once, at most: they, their hidden panels and a tile of weights share 2
-// MB of L2. 320 rows of D = 896 are more than half of a block of 512 tokens ever sends to one
-// expert.
+// MB of L2 on AVX-512 and 512 KB on AVX2. 320 rows of D = 896 are more than half of a block of 512
+// tokens ever sends to one expert.
+#if SPARSE_UNIFIED_LEVEL == 4
 constexpr int64_t kChunkFloats = 320 * 896;
 constexpr int64_t kChunkRows = 320;
-// Outputs worked on at once, in two halves of 16 accumulators: a cache line of a row, so that rows
-// are added to in whole lines.
+#else
+constexpr int64_t kChunkFloats = 64 * 3584;
+constexpr int64_t kChunkRows = 96;
+#endif
+// Outputs worked on at once, in parts whose accumulators fit the registers: a cache line of a row,
+// so that rows are added to in whole lines.
 constexpr int64_t kOutputs = 16;
+constexpr int64_t kOutputPart = kRegisterLanes == 16 ? 8 : 6;
 
 int64_t chunk_rows(int64_t hidden_size) {
   return rows_of_chunk(hidden_size, kChunkRows, kChunkFloats);
@@ -54,18 +62,20 @@ PanelTargets panel_targets(const GroupedFfnRows& rows, int64_t first, int64_t co
   return targets;
 }
 
+#if SPARSE_UNIFIED_LEVEL == 4
+
 // Brings outputs y [16][kVectors] of one panel, of which the first `num_columns` count, to columns
 // d and up of the targets.
 template <int64_t kVectors>
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_AVX512 void put_outputs(const PanelTargets& targets, int64_t d,
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put_outputs(const PanelTargets& targets, int64_t d,
                                                              int64_t num_columns,
-                                                             const Float (&y)[kOutputs][kVectors]) {
+                                                             const Sums<kOutputs, kVectors>& y) {
   static_assert(kOutputs == kLanes);
 #pragma GCC unroll 2
   for (int64_t v = 0; v < kVectors; ++v) {
     Float values[kLanes];
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < kLanes; ++r) values[r] = y[r][v];
+    for (int64_t r = 0; r < kLanes; ++r) values[r] = vector_of(y[r], v);
     transpose(values);
 
     float* const* out = targets.out + v * kLanes;
@@ -91,34 +101,50 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_AVX512 void put_outputs(const PanelTargets&
   }
 }
 
-// y[r] = sum_j tile.row(r)[j] * hidden[j] for kRows rows of one panel.
-template <int64_t kRows, int64_t kVectors>
+#else
+
+template <int64_t kVectors>
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put_outputs(const PanelTargets& targets, int64_t d,
+                                                             int64_t num_columns,
+                                                             const Sums<kOutputs, kVectors>& y) {
+  static_assert(kVectors == 1);
+  float columns[kOutputs * kLanes];
+  std::memcpy(columns, y, sizeof(columns));
+  put_rows(columns, num_columns, targets.count, targets.out, d, targets.weights);
+}
+
+#endif
+
+// y[r] = sum_j tile.row(r)[j] * hidden[j] for kRows rows of one panel, from row kDone on. When the
+// first part is in hand, the lines that the results go to are asked for.
+template <int64_t kRows, int64_t kVectors, int64_t kDone = 0>
 SPARSE_UNIFIED_INLINE void dot_rows(const WeightTile& tile, const float* hidden,
-                                    Float (*y)[kVectors]) {
-  Float sums[kRows][kVectors] = {};
-  dot_tile(tile, hidden, sums);
+                                    const PanelTargets& targets, int64_t d,
+                                    Sums<kOutputs, kVectors>& y) {
+  constexpr int64_t kPart = std::min(kRows - kDone, kOutputPart);
+  const WeightTile part{tile.even + kDone / 2 * tile.even_stride, tile.even_stride,
+                        tile.odd + kDone / 2 * tile.odd_stride, tile.odd_stride, tile.length};
+  Sums<kPart, kVectors> sums = {};
+  dot_tile<kPart, kVectors>(part, hidden, sums);
 #pragma GCC unroll 8
-  for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) y[r][v] = sums[r][v];
+  for (int64_t r = 0; r < kPart; ++r) {
+    for (int64_t v = 0; v < kVectors * kRegistersPerVector; ++v) y[kDone + r][v] = sums[r][v];
+  }
+  if constexpr (kDone == 0) {
+    for (int64_t i = 0; i < targets.count; ++i) __builtin_prefetch(targets.out[i] + d, 1);
+  }
+  if constexpr (kDone + kPart < kRows) {
+    dot_rows<kRows, kVectors, kDone + kPart>(tile, hidden, targets, d, y);
   }
 }
 
-// Outputs [d, d + kRows) of one panel, y[d] = sum_j down[d][j] * hidden[j], to the targets. The 16
-// outputs are one cache line of a row: half of them are in hand when the lines are asked for.
+// Outputs [d, d + kRows) of one panel, y[d] = sum_j down[d][j] * hidden[j], to the targets.
 template <int64_t kRows, int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void output_tile(const WeightTile& tile, const float* hidden,
+SPARSE_UNIFIED_TARGET void output_tile(const WeightTile& tile, const float* hidden,
                                        const PanelTargets& targets, int64_t d) {
-  constexpr int64_t kHalf = kOutputs / 2;
-  constexpr int64_t kRest = std::max<int64_t>(kRows - kHalf, 0);
-  Float y[kOutputs][kVectors] = {};
-  dot_rows<kRows - kRest, kVectors>(tile, hidden, y);
-  for (int64_t i = 0; i < targets.count; ++i) __builtin_prefetch(targets.out[i] + d, 1);
-  if constexpr (kRest > 0) {
-    const WeightTile rest{tile.even + kHalf / 2 * tile.even_stride, tile.even_stride,
-                          tile.odd + kHalf / 2 * tile.odd_stride, tile.odd_stride, tile.length};
-    dot_rows<kRest, kVectors>(rest, hidden, y + kHalf);
-  }
-  put_outputs(targets, d, kRows, y);
+  Sums<kOutputs, kVectors> y = {};
+  dot_rows<kRows, kVectors>(tile, hidden, targets, d, y);
+  put_outputs<kVectors>(targets, d, kRows, y);
 }
 
 // Size of the next tile of outputs when `rest` remain: whole lines, then what is left in a few
@@ -127,7 +153,7 @@ int64_t outputs_size(int64_t rest) { return rest >= kOutputs ? kOutputs : rest >
 
 // output_tile for outputs_size outputs.
 template <int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t outputs, const WeightTile& tile,
+SPARSE_UNIFIED_TARGET void run_output_tile(int64_t outputs, const WeightTile& tile,
                                            const float* hidden, const PanelTargets& targets,
                                            int64_t d) {
   switch (outputs) {
@@ -142,7 +168,7 @@ SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t outputs, const WeightTile& ti
 
 // Rows [first, first + count) through all three products; panels is [count / 32][D][32], hidden
 // [count / 32][h][32].
-SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const GroupedFfnRows& rows,
+SPARSE_UNIFIED_TARGET void run_chunk(const GroupedFfnParams& params, const GroupedFfnRows& rows,
                                      int64_t first, int64_t count, float* workspace) {
   const int64_t hidden_size = params.x.columns;
   const int64_t width = params.expert_width;
@@ -179,7 +205,7 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
     for (int64_t row = 0; row < count; row += kPanelRows) {
       const PanelTargets& panel = targets[row / kPanelRows];
       if (panel.count > kLanes) {
-        run_output_tile<2>(outputs, tile, hidden + row * width, panel, d);
+        run_output_tile<kPanelVectors>(outputs, tile, hidden + row * width, panel, d);
       } else {
         run_output_tile<1>(outputs, tile, hidden + row * width, panel, d);
       }
@@ -188,8 +214,6 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const GroupedFfnParams& params, const Group
 }
 
 }  // namespace
-
-bool grouped_ffn_cpu_supported() { return __builtin_cpu_supports("x86-64-v4"); }
 
 void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows, float* workspace) {
   for_each_chunk(0, rows.count, chunk_rows(params.x.columns), [&](int64_t first, int64_t count) {
@@ -201,14 +225,6 @@ int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width) 
   return chunk_rows(hidden_size) * (hidden_size + expert_width);
 }
 
-#else
-
-bool grouped_ffn_cpu_supported() { return false; }
-
-int64_t grouped_ffn_workspace_floats(int64_t, int64_t) { return 0; }
-
-void grouped_ffn_cpu(const GroupedFfnParams&, const GroupedFfnRows&, float*) {}
+}  // namespace sparse_unified::SPARSE_UNIFIED_TILES
 
 #endif
-
-}  // namespace sparse_unified

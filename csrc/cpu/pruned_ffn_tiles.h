@@ -7,24 +7,31 @@
 // at most kSumBlock neurons: the hidden activations of a slice are computed, then its share of
 // every output, which is added to a second panel. So hidden activations are never more than a
 // slice, and an output is one sum of blocks of kSumBlock neurons, however the runs lie.
-#include "sparse_unified/pruned_ffn.h"
+//
+// Included once for each instruction set, as ffn_tiles.h says.
+#pragma once
 
 #include <algorithm>
 
 #include "cpu/ffn_tiles.h"
+#include "sparse_unified/pruned_ffn.h"
 
-namespace sparse_unified {
+#ifdef SPARSE_UNIFIED_TARGET
 
-#ifdef SPARSE_UNIFIED_AVX512
-
+namespace sparse_unified::SPARSE_UNIFIED_TILES {
 namespace {
 
 static_assert(kMaxPrunedBlock <= kSumBlock);
 
 // Tokens worked on at once, at most: x and y in panels and the hidden activations of a slice stay
 // in the nearer caches while the weights pass by.
+#if SPARSE_UNIFIED_LEVEL == 4
 constexpr int64_t kChunkFloats = 256 * 896;
 constexpr int64_t kChunkRows = 256;
+#else
+constexpr int64_t kChunkFloats = 64 * 3584;
+constexpr int64_t kChunkRows = 96;
+#endif
 
 int64_t chunk_rows(int64_t hidden_size) {
   return rows_of_chunk(hidden_size, kChunkRows, kChunkFloats);
@@ -62,35 +69,44 @@ int64_t next_slice(const PrunedFfnParams& params, int64_t block, Slice& slice) {
 
 // y[d] (+)= sum over the runs of down[d][j] * hidden[j], for kRows outputs of one panel.
 template <int64_t kRows, int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void output_tile(const float* down, int64_t down_stride, const Slice& slice,
+SPARSE_UNIFIED_TARGET void output_tile(const float* down, int64_t down_stride, const Slice& slice,
                                        bool is_first, const float* hidden, float* y) {
-  Float acc[kRows][kVectors] = {};
+  constexpr int64_t kRegisters = kVectors * kRegistersPerVector;
+  Register acc[kRows][kRegisters] = {};
   for (int64_t i = 0; i < slice.num_runs; ++i) {
     const Run run = slice.runs[i];
     const float* even = down + run.first;
     const float* odd = even + down_stride;
     const float* values = hidden + run.offset * kVectors * kLanes;
     for (int64_t k = 0; k < run.count; ++k) {
-      Float value[kVectors];
-      for (int64_t v = 0; v < kVectors; ++v) value[v] = load(values + (k * kVectors + v) * kLanes);
+      Register value[kRegisters];
+      for (int64_t v = 0; v < kRegisters; ++v) {
+        std::memcpy(&value[v], values + (k * kRegisters + v) * kRegisterLanes, sizeof(Register));
+      }
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kRows; ++r) {
         const float weight = (r % 2 == 0 ? even : odd)[r / 2 * 2 * down_stride + k];
-        for (int64_t v = 0; v < kVectors; ++v) acc[r][v] += weight * value[v];
+        for (int64_t v = 0; v < kRegisters; ++v) acc[r][v] += weight * value[v];
       }
     }
   }
   for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t v = 0; v < kVectors; ++v) {
-      float* out = y + (r * kVectors + v) * kLanes;
-      store(out, is_first ? acc[r][v] : load(out) + acc[r][v]);
+    for (int64_t v = 0; v < kRegisters; ++v) {
+      float* out = y + (r * kRegisters + v) * kRegisterLanes;
+      Register sum = acc[r][v];
+      if (!is_first) {
+        Register before;
+        std::memcpy(&before, out, sizeof(before));
+        sum += before;
+      }
+      std::memcpy(out, &sum, sizeof(sum));
     }
   }
 }
 
 // output_tile for 1 to kTileRows outputs and a panel of `num_rows` rows.
 template <int64_t kRows = kTileRows>
-SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t rows, int64_t num_rows, const float* down,
+SPARSE_UNIFIED_TARGET void run_output_tile(int64_t rows, int64_t num_rows, const float* down,
                                            int64_t down_stride, const Slice& slice, bool is_first,
                                            const float* hidden, float* y) {
   if constexpr (kRows > 1) {
@@ -100,15 +116,17 @@ SPARSE_UNIFIED_AVX512 void run_output_tile(int64_t rows, int64_t num_rows, const
     }
   }
   if (num_rows > kLanes) {
-    output_tile<kRows, 2>(down, down_stride, slice, is_first, hidden, y);
+    output_tile<kRows, kPanelVectors>(down, down_stride, slice, is_first, hidden, y);
   } else {
     output_tile<kRows, 1>(down, down_stride, slice, is_first, hidden, y);
   }
 }
 
+#if SPARSE_UNIFIED_LEVEL == 4
+
 // Brings the rows y [D][tokens] of one panel back to out [count, D].
 template <int64_t kVectors>
-SPARSE_UNIFIED_AVX512 void store_panel(const float* y, int64_t count, int64_t hidden_size,
+SPARSE_UNIFIED_TARGET void store_panel(const float* y, int64_t count, int64_t hidden_size,
                                        float* out) {
   for (int64_t d = 0; d < hidden_size; d += kLanes) {
     const int64_t n = std::min(kLanes, hidden_size - d);
@@ -130,9 +148,24 @@ SPARSE_UNIFIED_AVX512 void store_panel(const float* y, int64_t count, int64_t hi
   }
 }
 
+#else
+
+template <int64_t kVectors>
+SPARSE_UNIFIED_TARGET void store_panel(const float* y, int64_t count, int64_t hidden_size,
+                                       float* out) {
+  static_assert(kVectors == 1);
+  float* rows[kLanes] = {};
+  for (int64_t row = 0; row < count; ++row) rows[row] = out + row * hidden_size;
+  for (int64_t d = 0; d < hidden_size; d += kLanes) {
+    put_rows(y + d * kLanes, std::min(kLanes, hidden_size - d), count, rows, d, nullptr);
+  }
+}
+
+#endif
+
 // Tokens [first, first + count) through all kept blocks. Panels x and y are [count / 32][D][32],
 // hidden is [count / 32][slice width][32].
-SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count,
+SPARSE_UNIFIED_TARGET void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count,
                                      float* workspace) {
   const int64_t hidden_size = params.x.columns;
   const int64_t max_rows = chunk_rows(hidden_size);
@@ -180,7 +213,7 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t firs
     const float* y = y_panels + row * hidden_size;
     float* out = params.y + (first + row) * hidden_size;
     if (in_panel > kLanes) {
-      store_panel<2>(y, in_panel, hidden_size, out);
+      store_panel<kPanelVectors>(y, in_panel, hidden_size, out);
     } else {
       store_panel<1>(y, in_panel, hidden_size, out);
     }
@@ -188,8 +221,6 @@ SPARSE_UNIFIED_AVX512 void run_chunk(const PrunedFfnParams& params, int64_t firs
 }
 
 }  // namespace
-
-bool pruned_ffn_cpu_supported() { return __builtin_cpu_supports("x86-64-v4"); }
 
 int64_t pruned_ffn_workspace_floats(int64_t hidden_size) {
   return chunk_rows(hidden_size) * (2 * hidden_size + kSumBlock);
@@ -201,14 +232,6 @@ void pruned_ffn_cpu(const PrunedFfnParams& params, int64_t token_begin, int64_t 
                  [&](int64_t first, int64_t count) { run_chunk(params, first, count, workspace); });
 }
 
-#else
-
-bool pruned_ffn_cpu_supported() { return false; }
-
-int64_t pruned_ffn_workspace_floats(int64_t) { return 0; }
-
-void pruned_ffn_cpu(const PrunedFfnParams&, int64_t, int64_t, float*) {}
+}  // namespace sparse_unified::SPARSE_UNIFIED_TILES
 
 #endif
-
-}  // namespace sparse_unified
