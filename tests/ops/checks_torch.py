@@ -25,6 +25,7 @@ from problems import (
 )
 from registry import CPU, CUDA, Skip, check
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_unified import ops
 from sparse_unified.nn import SparseMoE
@@ -143,7 +144,7 @@ def all_inputs() -> list[Tensor]:
 @check(on=(CPU,))
 def all_ops_compile_as_one_graph_for_every_number_of_tokens(device: torch.device) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(all_ops, fullgraph=True, backend=counter, dynamic=True)
     inputs = all_inputs()
     for num_tokens in (19, 8, 33):
