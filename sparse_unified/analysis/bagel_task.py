@@ -53,6 +53,11 @@ class Settings:
             if not self.times or not all(0 < time <= 1 for time in self.times):
                 raise ValueError(f"times must be above 0 and at most 1, got {self.times}")
 
+    def sampling(self) -> dict[str, Any]:
+        """Returns the arguments of `generate`."""
+        sizes = {"size": self.size, "num_timesteps": self.num_timesteps}
+        return {**sizes, "batch_size": self.batch_size, "progress": False}
+
 
 # Running
 
@@ -103,10 +108,7 @@ def _generate(pipeline: BagelPipeline, samples: Sequence[Sample], settings: Sett
         [sample.prompt for sample in samples],
         images=[_open_all(sample) for sample in samples],
         seed=[sample.seed for sample in samples],
-        size=settings.size,
-        num_timesteps=settings.num_timesteps,
-        batch_size=settings.batch_size,
-        progress=False,
+        **settings.sampling(),
     )
 
 

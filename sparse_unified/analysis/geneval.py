@@ -63,7 +63,7 @@ def write_geneval(
     Returns:
         `out`.
     """
-    settings = settings or Settings()
+    sampling = (settings or Settings()).sampling()
     out = Path(out)
     for index, entry in enumerate(metadata):
         folder = out / f"{index:05}"
@@ -74,14 +74,9 @@ def write_geneval(
         if not (done and all(file.is_file() for file in files)):
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             described.unlink(missing_ok=True)
-            images = pipeline.generate(
-                [entry["prompt"]] * num_images,
-                seed=[(seed + i) % 2**63 for i in range(num_images)],
-                size=settings.size,
-                num_timesteps=settings.num_timesteps,
-                batch_size=settings.batch_size,
-                progress=False,
-            ).images
+            seeds = [(seed + i) % 2**63 for i in range(num_images)]
+            prompts = [entry["prompt"]] * num_images
+            images = pipeline.generate(prompts, seed=seeds, **sampling).images
             for file, image in zip(files, images, strict=True):
                 buffer = io.BytesIO()
                 image.save(buffer, format="PNG")
