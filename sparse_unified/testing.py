@@ -83,7 +83,7 @@ def read_case(case_path: str | os.PathLike[str]) -> Case:
     return Case(
         name=path.name,
         fields=read_json(files[0]),
-        tensors={key: read_tensor(spec, what=f"{files[1]}: {key}") for key, spec in specs.items()},
+        tensors={key: read_tensor(spec) for key, spec in specs.items()},
     )
 
 

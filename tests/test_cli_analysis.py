@@ -58,7 +58,7 @@ def test_calibrate_writes_statistics_and_scores_that_prune_takes(
     header = read_header(scores)
     for component, keyed in expected.items():
         for layer, own in keyed.items():
-            assert torch.equal(read_tensor(header.tensors[f"{component}.{layer}"], what=""), own)
+            assert torch.equal(read_tensor(header.tensors[f"{component}.{layer}"]), own)
     pruned = ["prune", str(model), str(tmp_path / "pruned"), "--scores", str(scores), "--quiet"]
     assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
 

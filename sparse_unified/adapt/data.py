@@ -379,7 +379,7 @@ class ImageDataset:
             digest.update(as_bytes(pixels.contiguous()).tobytes())
             path = self._cache / f"{digest.hexdigest()}.safetensors"
             if path.exists():
-                return read_tensor(read_header(path).tensors["latent"], what=str(path))
+                return read_tensor(read_header(path).tensors["latent"])
         latent = self.autoencoder.encode(pixels[None])[0].float().cpu()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

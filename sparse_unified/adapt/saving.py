@@ -137,7 +137,7 @@ def load_state(
     for key, target in targets.items():
         rows = local_rows(optimizer.parameters[_parameter(key)])
         spec = specs[key] if rows is None else specs[key].rows(*rows)
-        target.copy_(read_tensor(spec, what=f"{path}: {key}"))
+        target.copy_(read_tensor(spec))
     step: int = found["step"]
     optimizer.restored(step)
     return step

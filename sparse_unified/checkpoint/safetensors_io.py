@@ -216,7 +216,7 @@ def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
         done += count
 
 
-def read_tensor(spec: TensorSpec, *, what: str = "") -> Tensor:
+def read_tensor(spec: TensorSpec) -> Tensor:
     """Returns the tensor of `spec` on the CPU, in memory of its own."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
     with open_source(spec.file, spec.stamp) as stream:

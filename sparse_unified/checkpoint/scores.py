@@ -86,7 +86,7 @@ def _layer_index(layer: object) -> int:
 def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | LayerScores:
     """Reads a scores file; raises ValueError when it is not laid out as this module says."""
     tensors = read_header(path).tensors
-    found = {key: read_tensor(spec, what=str(path)) for key, spec in tensors.items()}
+    found = {key: read_tensor(spec) for key, spec in tensors.items()}
     if set(found) == {"scores"}:
         return found["scores"]
     if found and all(map(_LAYER.fullmatch, found)):
