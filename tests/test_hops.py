@@ -12,7 +12,7 @@ from hops import paths, sizes
 CEILINGS = {
     "conversion": (17, 171),
     "sparse load": (24, 181),
-    "calibration": (20, 199),
+    "calibration": (21, 204),
     "prune with scores": (17, 190),
     "denoising step": (12, 36),
 }
