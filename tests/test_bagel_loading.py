@@ -214,7 +214,9 @@ def test_pipeline_refuses_a_foreign_tokenizer(models: dict[str, Path]) -> None:
         BagelPipeline(model, vae, Tokenizer.from_directory(models["t2i_dense"]))
 
 
-@pytest.mark.parametrize("name", [__file__, "nowhere", "/nowhere/at/all", "../a/b", "a/"])
+@pytest.mark.parametrize(
+    "name", [__file__, "nowhere", "/nowhere/at/all", "../a/b", "a/", "models/mistyped"]
+)
 def test_what_is_neither_directory_nor_hub_id_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,17 +229,17 @@ def test_what_is_neither_directory_nor_hub_id_is_refused(
 def test_hub_id_is_downloaded(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def download(name: str, *, revision: str | None = None, **_: Any) -> str:
+    def download(name: str, *, revision: str | None, **_: Any) -> str:
         if name == "owner/gone":
             raise OSError("no network\nand much more")
         asked.append((name, revision))
         return str(models["t2i_dense"])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    pipeline = BagelPipeline.from_pretrained("owner/name")
+    pipeline = BagelPipeline.from_pretrained("owner/name", revision="v2")
     assert pipeline.model.config.max_latent_size == 8
     assert find_model("owner/name") == models["t2i_dense"]
-    assert asked == [("owner/name", None)] * 2
+    assert asked == [("owner/name", "v2"), ("owner/name", None)]
     with pytest.raises(ValueError, match=r"can be downloaded, got 'owner/gone': no network$"):
         find_model("owner/gone")
 

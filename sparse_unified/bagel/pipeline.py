@@ -348,6 +348,7 @@ class BagelPipeline:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        revision: str | None = None,
         task: Task | str = Task.ALL,
         offload: Offload | str = Offload.NONE,
         storage: str | Mapping[str, str] | None = None,
@@ -363,6 +364,7 @@ class BagelPipeline:
             name: a model directory, or a hub id such as "ByteDance-Seed/BAGEL-7B-MoT".
             device: where the weights go.
             dtype: what they become; None keeps what each file holds.
+            revision: of a hub id: a branch, tag or commit; None is the newest.
             task: "image" leaves out what images from texts never read: the head, the ViT, and the
                 last layer's und FFN; "edit" leaves out the head and that FFN; "all", nothing.
                 Images are the same bit for bit.
@@ -398,7 +400,7 @@ class BagelPipeline:
                     "compile and cuda_graphs must come without device_map and offload, "
                     f"got device_map={device_map!r}, offload={Offload(offload).value!r}"
                 )
-        directory = find_model(name)
+        directory = find_model(name, revision=revision)
         tokenizer = Tokenizer.from_directory(directory)
         special = tokenizer.special_tokens
         model, vae = load_bagel(directory, dtype=dtype, special_tokens=special, placement=placement)

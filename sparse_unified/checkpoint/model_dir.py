@@ -262,12 +262,15 @@ def _read_shards(index_file: Path) -> dict[str, Header]:
     return headers
 
 
-def find_model(name: str | os.PathLike[str], *, where: str = "from_pretrained") -> Path:
+def find_model(
+    name: str | os.PathLike[str], *, revision: str | None = None, where: str = "from_pretrained"
+) -> Path:
     """Returns the directory of a model, given as such or as a hub id, which is downloaded.
 
     Args:
         name: a directory, or an id such as "LLM-Drop/BAGEL-MoE-7B-GEN-16to8". What is already in
             the hub's cache is not downloaded again.
+        revision: of an id: a branch, tag or commit; None is the newest.
         where: the start of messages.
 
     Raises:
@@ -285,7 +288,7 @@ def find_model(name: str | os.PathLike[str], *, where: str = "from_pretrained") 
         )
     hub = optional("huggingface_hub", purpose=f"the download of {text!r}")
     try:
-        return Path(hub.snapshot_download(text, allow_patterns=list(HUB_FILES)))
+        return Path(hub.snapshot_download(text, revision=revision, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:  # every error of the hub is one of these
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -295,7 +298,8 @@ def find_model(name: str | os.PathLike[str], *, where: str = "from_pretrained") 
 
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Tells whether a name is written as an id of the hub is, and no file of that name exists."""
+    """Tells whether a name is written as an id of the hub is, and can be no path: neither a file
+    of that name exists, nor a directory of the owner's name, in which it would be mistyped."""
     parts = os.fspath(name).split("/")
     written = len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
-    return isinstance(name, str) and written and not Path(name).exists()
+    return isinstance(name, str) and written and not Path(parts[0]).exists()
