@@ -36,15 +36,19 @@ from sparse_unified.bagel import (
     Execution,
     LLMConfig,
     SamplingConfig,
-    SpecialTokens,
     StepCache,
     VAEConfig,
     VisionConfig,
+)
+from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel.loading import Task, leave_out, official_tensors, unneeded
+from sparse_unified.bagel.sampler import (
     build_guidance,
+    computed_steps,
+    guided_steps,
+    initial_noise,
     sample_latents,
 )
-from sparse_unified.bagel.loading import Task, leave_out, official_tensors, unneeded
-from sparse_unified.bagel.sampler import computed_steps, guided_steps, initial_noise
 from sparse_unified.checkpoint.safetensors_io import build_header
 from sparse_unified.convert.memory import memory
 

@@ -18,19 +18,12 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import context
-from sparse_unified.bagel import (
-    AutoEncoder,
-    Bagel,
-    ContextImage,
-    SamplingConfig,
-    SpecialTokens,
-    build_guidance,
-    generate_tokens,
-    sample_latents,
-)
-from sparse_unified.bagel.config import LLMConfig, bagel_config, vae_config
+from sparse_unified.bagel import AutoEncoder, Bagel, SamplingConfig
+from sparse_unified.bagel.config import LLMConfig, SpecialTokens, bagel_config, vae_config
+from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.loading import check_tensors, official_tensors
-from sparse_unified.bagel.sampler import see_images
+from sparse_unified.bagel.pipeline import generate_tokens
+from sparse_unified.bagel.sampler import build_guidance, sample_latents, see_images
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 from sparse_unified.checkpoint.shapes import scan_ffns

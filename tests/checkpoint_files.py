@@ -14,15 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparse_unified
-from sparse_unified.bagel import (
-    AutoEncoder,
-    Bagel,
-    BagelConfig,
-    LLMConfig,
-    SpecialTokens,
-    VAEConfig,
-    VisionConfig,
-)
+from sparse_unified.bagel import AutoEncoder, Bagel, BagelConfig, LLMConfig, VAEConfig, VisionConfig
+from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.checkpoint import keys
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,14 +16,11 @@ from checkpoint_files import write_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparse_unified.bagel import (
-    Bagel,
-    ContextImage,
-    SpecialTokens,
-    build_guidance,
-    load_bagel,
-)
+from sparse_unified.bagel import Bagel, load_bagel
 from sparse_unified.bagel.attention import KVCache
+from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel.images import ContextImage
+from sparse_unified.bagel.sampler import build_guidance
 from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.surgery import prune_heads_, prune_width_, skip_layers_

@@ -15,7 +15,8 @@ from checkpoint_files import write_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_unified.bagel import Bagel, BagelConfig, LLMConfig, SpecialTokens, VisionConfig
+from sparse_unified.bagel import Bagel, BagelConfig, LLMConfig, VisionConfig
+from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.testing import read_case
 

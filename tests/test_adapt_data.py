@@ -19,8 +19,9 @@ from sparse_unified.adapt import SequenceConfig
 from sparse_unified.adapt.data import ImageDataset, Records, open_records
 from sparse_unified.adapt.sequences import draw_time, generation_sequence
 from sparse_unified.analysis.samples import Task
-from sparse_unified.bagel import BagelPipeline, LatentSegment, TextSegment, VitSegment
+from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.images import ContextImage
+from sparse_unified.bagel.packing import LatentSegment, TextSegment, VitSegment
 from sparse_unified.fixtures import write_checkpoint
 
 GENERATION, EDITING, UNDERSTANDING = Task.GENERATION, Task.EDITING, Task.UNDERSTANDING

@@ -12,7 +12,8 @@ from adapt_models import CONFIG, Mixed, bagel, losses, trainer
 
 from sparse_unified.adapt import RunConfig, SequenceConfig, Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.sequences import data_index, sequence_generator
-from sparse_unified.bagel import Segment, TextSegment, pack_training, training_forward
+from sparse_unified.bagel import Segment, pack_training, training_forward
+from sparse_unified.bagel.packing import TextSegment
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -13,14 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_unified.bagel import (
-    ContextImage,
-    SamplingConfig,
-    build_guidance,
-    generate_tokens,
-    sample_latents,
-)
-from sparse_unified.bagel.sampler import see_images
+from sparse_unified.bagel import SamplingConfig
+from sparse_unified.bagel.images import ContextImage
+from sparse_unified.bagel.pipeline import generate_tokens
+from sparse_unified.bagel.sampler import build_guidance, sample_latents, see_images
 from sparse_unified.testing import build_model, read_case, replay
 
 GOLDEN = Path(__file__).parent / "golden"

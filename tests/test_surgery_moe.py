@@ -29,13 +29,8 @@ from surgery_models import (
 from torch import Tensor, nn
 
 from sparse_unified import MoEConfig, apply_moe_, load_moe_, restore_
-from sparse_unified.bagel import (
-    Bagel,
-    BagelPipeline,
-    SamplingConfig,
-    build_guidance,
-    sample_latents,
-)
+from sparse_unified.bagel import Bagel, BagelPipeline, SamplingConfig
+from sparse_unified.bagel.sampler import build_guidance, sample_latents
 from sparse_unified.checkpoint import Checkpoint, convert
 from sparse_unified.experts import ExpertLayout, magnitude_scores, snake_partition
 from sparse_unified.fixtures import write_checkpoint

@@ -17,11 +17,11 @@ from torch import Tensor
 from sparse_unified._common import Progress, check_int, choice, context
 from sparse_unified.analysis.evaluators import Evaluator, Probe
 from sparse_unified.analysis.samples import Sample, Task
-from sparse_unified.bagel import BagelPipeline, Guidance, build_guidance, generate_tokens
+from sparse_unified.bagel import BagelPipeline, Guidance
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.images import ContextImage, open_image
-from sparse_unified.bagel.pipeline import choose_sizes
-from sparse_unified.bagel.sampler import initial_noise, see_images
+from sparse_unified.bagel.pipeline import choose_sizes, generate_tokens
+from sparse_unified.bagel.sampler import build_guidance, initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
 
 _MAX_LOSS = 700.0  # exp of more is no double

@@ -6,22 +6,12 @@ Reading order: `config`, `attention`, `decoder`, `vision`, `vae`, `model`, `exec
 """
 
 from sparse_unified.bagel.config import BagelConfig, LLMConfig, VAEConfig, VisionConfig
-
-# Inner names, by which they were known here.
-from sparse_unified.bagel.config import SpecialTokens as SpecialTokens
 from sparse_unified.bagel.execution import Execution
-from sparse_unified.bagel.images import ContextImage as ContextImage
 from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.bagel.model import Bagel, training_forward
-from sparse_unified.bagel.packing import LatentSegment as LatentSegment
 from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
-from sparse_unified.bagel.packing import TextSegment as TextSegment
-from sparse_unified.bagel.packing import VitSegment as VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
-from sparse_unified.bagel.pipeline import generate_tokens as generate_tokens
 from sparse_unified.bagel.sampler import Guidance, SamplingConfig, StepCache
-from sparse_unified.bagel.sampler import build_guidance as build_guidance
-from sparse_unified.bagel.sampler import sample_latents as sample_latents
 from sparse_unified.bagel.vae import AutoEncoder
 
 __all__ = [

@@ -11,9 +11,9 @@ from problems import assert_equal, grid
 from registry import CUDA, check
 from torch import Tensor
 
-from sparse_unified.bagel import Bagel, Execution, SamplingConfig, build_guidance, sample_latents
+from sparse_unified.bagel import Bagel, Execution, SamplingConfig
 from sparse_unified.bagel.model import Denoiser
-from sparse_unified.bagel.sampler import initial_noise
+from sparse_unified.bagel.sampler import build_guidance, initial_noise, sample_latents
 from sparse_unified.mini.model import MiniTask, mini_config
 
 KINDS = ("dense", "sparse")
