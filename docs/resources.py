@@ -153,7 +153,7 @@ def compile_report(source: Path, limits: Limits) -> dict[str, dict[str, Any]]:
 def record_launches(capability: int) -> list[Launch]:
     """The launches of BAGEL's sparse FFN, forward and backward, and of half of its dense one.
 
-    Forward also where blocks share the weights, which Hopper's kernels alone have.
+    Also where blocks share the weights, which Hopper's kernels alone have.
     """
     import torch
 
@@ -179,6 +179,9 @@ def record_launches(capability: int) -> list[Launch]:
     rows = ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows)
     y = ops.combine(rows, 1 + topk_logits, token_rows)
     torch.autograd.backward([y, logits], [torch.empty_like(y), torch.empty_like(logits)])
+    set_variant("grad_multicast=on")
+    rows = ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows)
+    torch.autograd.grad(rows, x, torch.empty_like(rows))
     kept = torch.arange(0, width // 64, 2, dtype=torch.int32)
     with torch.inference_mode():
         for variant in (CHOSEN, "multicast=on"):

@@ -8,10 +8,10 @@
 // Warp roles: 1 producer warp (one elected lane issues TMA for 128 rows of grad_y and, in four
 // boxes of 64 neurons, 64 rows of down, where neurons are contiguous: Major::kMN), 2 consumer
 // warpgroups (64 rows each, m64n256k16, 128 accumulators a thread). 4 pipeline stages of 64 k,
-// 48 KB each. In the epilogue each thread reads gate and up of its neurons and writes the three
-// results itself, in words of two neurons. Results go to buffers whose groups are padded to whole
-// tiles; padding rows get zeros, which the weight gradients rely on: what the tile holds there are
-// the rows of another expert.
+// 48 KB each. In the epilogue the lanes of a quad exchange their sums, so that each reads gate and
+// up of 8 neurons of a row, and writes the three results, in vectors of 16 bytes. Results go to
+// buffers whose groups are padded to whole tiles; padding rows get zeros, which the weight
+// gradients rely on: what the tile holds there are the rows of another expert.
 //
 // Clusters of two CTAs take two neighbouring tiles of rows and multicast the weights, two of the
 // boxes each. Where a group has no second tile, that CTA loads no rows and stores nothing.
@@ -20,6 +20,7 @@
 // of rows or two share its reads; 2 R h elements are read and 3 R h written. FLOPs: 2 R D h.
 // Preconditions: D % 8 == 0, h % 16 == 0, rows of down and grad_y on 16-byte boundaries.
 #include "cuda/persistent_gemm_sm90a.h"
+#include "device/epilogue.h"
 #include "device/math.h"
 #include "device/tensor_copy.h"
 #include "device/vector.h"
@@ -31,9 +32,9 @@ constexpr int kTileNeurons = 256;
 constexpr int kRowsBytes = kTileRows * kSwizzleRowBytes;  // of grad_y, a stage
 constexpr int kNumBoxes = kTileNeurons / kBoxElements;    // of down
 
-// Groups of 8 neurons whose gate and up a thread has on the way at a time.
-constexpr int kBatch = 8;
-static_assert(kTileNeurons / 8 % kBatch == 0);
+// Vectors of 8 neurons, 32 apart, whose gate and up a thread has on the way at a time.
+constexpr int kBatch = 2;
+static_assert(kTileNeurons / 32 % kBatch == 0);
 
 template <typename T>
 struct GradHiddenParams {
@@ -52,20 +53,26 @@ struct GradHiddenParams {
   int num_k;                      // stages of a tile
 };
 
-// Gradients of two neurons of a row from grad_hidden and the kept words of gate and up.
+// Gradients of 8 neurons of a row from grad_hidden, of even and odd neurons, and the kept gate and
+// up.
 template <typename T>
-SPARSE_UNIFIED_DEVICE void store_pair(const GradHiddenParams<T>& params, int64_t padded, float low,
-                                      float high, uint32_t gate_word, uint32_t up_word) {
-  float gate[2], up[2];
-  unpack<T>(gate_word, gate[0], gate[1]);
-  unpack<T>(up_word, up[0], up[1]);
-  const SwigluGradient first = swiglu_gradient(low, gate[0], up[0]);
-  const SwigluGradient second = swiglu_gradient(high, gate[1], up[1]);
-  *reinterpret_cast<uint32_t*>(params.grad_gate + padded) = pack<T>(first.gate, second.gate);
-  *reinterpret_cast<uint32_t*>(params.grad_up + padded) = pack<T>(first.up, second.up);
-  if (params.hidden != nullptr) {
-    *reinterpret_cast<uint32_t*>(params.hidden + padded) = pack<T>(first.hidden, second.hidden);
+SPARSE_UNIFIED_DEVICE void store_gradients(const GradHiddenParams<T>& params, int64_t padded,
+                                           const float (&even)[4], const float (&odd)[4],
+                                           const Vector16& gate_vector, const Vector16& up_vector) {
+  float gate[8], up[8], hidden[8];
+  widen<T>(gate_vector, gate);
+  widen<T>(up_vector, up);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float grad_hidden = i % 2 == 0 ? even[i / 2] : odd[i / 2];
+    const SwigluGradient gradient = swiglu_gradient(grad_hidden, gate[i], up[i]);
+    gate[i] = gradient.gate;
+    up[i] = gradient.up;
+    hidden[i] = gradient.hidden;
   }
+  store_vector(params.grad_gate + padded, narrow<T>(gate));
+  store_vector(params.grad_up + padded, narrow<T>(up));
+  if (params.hidden != nullptr) store_vector(params.hidden + padded, narrow<T>(hidden));
 }
 
 template <typename T_, int kNumBlocks>
@@ -79,6 +86,7 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   static constexpr Major kMajorA = Major::kK;
   static constexpr Major kMajorB = Major::kMN;
   static constexpr bool kFences = false;
+  static constexpr bool kFindsAhead = true;
   static constexpr bool kAllowsNextKernel = false;
   // 40 and 232 registers for 128 and 256 threads are all but 1024 of the 65536.
   static constexpr int kProducerRegisters = 40;
@@ -132,7 +140,7 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
 
   static SPARSE_UNIFIED_DEVICE void store(const Params& params, const RowTile& tile,
                                           const float (&d)[kColumns / 2], int consumer) {
-    const int first_neuron = tile.n * kTileNeurons + lane_idx() % 4 * 2;
+    const int first_neuron = tile.n * kTileNeurons + lane_idx() % 4 * 8;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = consumer * kConsumerRows + warp_idx() % 4 * 16 + lane_idx() / 4 + 8 * half;
@@ -142,24 +150,30 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
       const int64_t padded =
           static_cast<int64_t>(tile.slot * kTileRows + row) * params.expert_width + first_neuron;
 #pragma unroll
-      for (int first = 0; first < kTileNeurons / 8; first += kBatch) {
+      for (int first = 0; first < kTileNeurons / 32; first += kBatch) {
         // NOTE: all loads of a batch before its stores, which the compiler may not let them pass.
-        uint32_t gate[kBatch], up[kBatch];
+        Vector16 gate[kBatch], up[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          const int offset = 8 * (first + i);
+          const int offset = 32 * (first + i);
           const bool is_kept = is_valid && first_neuron + offset < params.expert_width;
-          gate[i] =
-              is_kept ? *reinterpret_cast<const uint32_t*>(params.gate_rows + kept + offset) : 0;
-          up[i] = is_kept ? *reinterpret_cast<const uint32_t*>(params.up_rows + kept + offset) : 0;
+          gate[i] = is_kept ? load_vector(params.gate_rows + kept + offset) : Vector16{};
+          up[i] = is_kept ? load_vector(params.up_rows + kept + offset) : Vector16{};
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          const int offset = 8 * (first + i);
+          float even[4], odd[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float* pair = d + 4 * (4 * (first + i) + j) + 2 * half;
+            even[j] = is_valid ? pair[0] : 0.0f;
+            odd[j] = is_valid ? pair[1] : 0.0f;
+          }
+          transpose_quad(even);
+          transpose_quad(odd);
+          const int offset = 32 * (first + i);
           if (first_neuron + offset >= params.expert_width) continue;
-          const float* pair = d + 4 * (first + i) + 2 * half;
-          store_pair(params, padded + offset, is_valid ? pair[0] : 0.0f, is_valid ? pair[1] : 0.0f,
-                     gate[i], up[i]);
+          store_gradients(params, padded + offset, even, odd, gate[i], up[i]);
         }
       }
     }

@@ -94,6 +94,7 @@ struct GradWeightsGemm {
   static constexpr Major kMajorA = Major::kMN;
   static constexpr Major kMajorB = Major::kMN;
   static constexpr bool kFences = true;
+  static constexpr bool kFindsAhead = true;
   static constexpr bool kMayBeEmpty = true;  // an expert without rows gets zeros
   static constexpr bool kAllowsNextKernel = false;
   // 72 and 216 registers for 128 and 256 threads are all but 1024 of the 65536.

@@ -133,6 +133,7 @@ struct Gemm : RowTiles<kNumBlocks, false, true> {
   static constexpr Major kMajorA = Major::kK;
   static constexpr Major kMajorB = Major::kK;
   static constexpr bool kFences = !kFencesProducer;
+  static constexpr bool kFindsAhead = kN < 256;
   static constexpr bool kAllowsNextKernel = true;
   static constexpr int kProducerWarps = kWarpgroupSize / kWarpSize;
   // Every thread of the producer arrives for its copies, and the one with the boxes once more.

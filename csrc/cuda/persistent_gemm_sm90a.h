@@ -16,6 +16,8 @@
 //   kColumns                N of the product
 //   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
 //   kMayBeEmpty             a tile may have no stage, and is then zero
+//   kFindsAhead             consumers look for their next tile, some 500 clocks, while the last
+//                           products run; costs the registers of a second tile
 //   kAllowsNextKernel       the next kernel may start (programmatic dependent launch)
 //   kFences                 operands are written by cp.async, so that consumers fence the async
 //   proxy kProducerRegisters, kConsumerRegisters, kProducerWarps, kFullArrivals kStageBytes,
@@ -93,21 +95,12 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
                                    const typename SharedLayout<Gemm>::Ring& ring) {
   const int consumer = warp_idx() / 4 - 1;
   RingPosition<Gemm::kStages> at;
-  typename Gemm::Tile tile, next;
-  int idx = first_tile<Gemm::kBlocks>();
-  bool is_tile = Gemm::template find<false>(params, idx, tile);
-  // NOTE: a look for the next tile takes some 500 clocks, in the shadow of products here.
-  const auto find_next = [&] {
-    idx += tile_step<Gemm::kBlocks>();
-    is_tile = Gemm::template find<false>(params, idx, next);
-  };
-  for (; is_tile; tile = next) {
+  const auto compute = [&](const typename Gemm::Tile& tile, const auto& meanwhile) {
     const int num_stages = Gemm::num_stages(params, tile);
     if constexpr (Gemm::kBlocks > 1) {
       if (!tile.has_rows()) {
         skip_stages(num_stages, ring, at);
-        find_next();
-        continue;
+        return meanwhile();
       }
     }
     float d[Gemm::kColumns / 2];
@@ -120,8 +113,22 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
     multiply_stages<typename Gemm::T, Gemm::kColumns, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
         d, num_stages, ring, at,
         [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
-        [&](int k) { return Gemm::steps(params, k); }, find_next);
+        [&](int k) { return Gemm::steps(params, k); }, meanwhile);
     Gemm::store(params, tile, d, consumer);
+  };
+  if constexpr (Gemm::kFindsAhead) {
+    typename Gemm::Tile tile, next;
+    int idx = first_tile<Gemm::kBlocks>();
+    bool is_tile = Gemm::template find<false>(params, idx, tile);
+    for (; is_tile; tile = next) {
+      compute(tile, [&] {
+        idx += tile_step<Gemm::kBlocks>();
+        is_tile = Gemm::template find<false>(params, idx, next);
+      });
+    }
+  } else {
+    for_each_tile<Gemm, false>(params,
+                               [&](const typename Gemm::Tile& tile) { compute(tile, [] {}); });
   }
   Gemm::finish();
 }

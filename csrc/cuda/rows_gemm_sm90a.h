@@ -67,6 +67,7 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
   static constexpr Major kMajorA = Major::kK;
   static constexpr Major kMajorB = kMajorWeights;
   static constexpr bool kFences = false;
+  static constexpr bool kFindsAhead = true;
   static constexpr bool kAllowsNextKernel = false;
   // 40 and 232 registers for 128 and 256 threads are all but 1024 of the 65536.
   static constexpr int kProducerRegisters = 40;
