@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import context, naming
 from sparse_unified.experts.scores import check_scores, layer_generator
 
 MIN_TOKENS = 8
@@ -70,7 +70,7 @@ class ExpertLayout:
 
     def __post_init__(self) -> None:
         width, shared = self.intermediate_size, self.shared_intermediate_size
-        with context("ExpertLayout"):
+        with naming("ExpertLayout"):
             least_of = {"intermediate_size": 1, "num_experts": 1, "num_shared_experts": 0}
             for name, least in least_of.items():
                 value = getattr(self, name)
