@@ -171,12 +171,16 @@ def add_generate(parser: CommandParser) -> None:
     add_options(
         parser,
         SamplingConfig,
-        "steps=num_timesteps timestep_shift cfg_text_scale cfg_img_scale cfg_interval "
-        "cfg_renorm_type cfg_renorm_min",
+        "steps=num_timesteps timestep_shift cfg_text_scale cfg_renorm_min",
+        num_timesteps="timesteps, one more than forward passes",
+        timestep_shift="above 1 has more noise for longer",
+        cfg_text_scale="of classifier-free guidance: weight of the prompt",
+    )
+    add_options(
+        parser,
+        SamplingConfig,
+        "cfg_img_scale cfg_interval cfg_renorm_type",
         unset=True,
-        num_timesteps="timesteps, one more than forward passes (default 50)",
-        timestep_shift="above 1 has more noise for longer (default 3)",
-        cfg_text_scale="of classifier-free guidance: weight of the prompt (default 4)",
         cfg_img_scale="weight of the image (default 2 when editing, else 1)",
         cfg_interval={
             "metavar": "LO,HI",
@@ -184,7 +188,6 @@ def add_generate(parser: CommandParser) -> None:
         },
         cfg_renorm_type="what guidance is renormalised over (default text_channel when editing, "
         "else global)",
-        cfg_renorm_min="least factor of it (default 0)",
     )
     add_options(
         parser,
