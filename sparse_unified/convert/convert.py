@@ -142,6 +142,9 @@ def convert(
     Raises:
         ValueError: an argument or the checkpoint is not as described; nothing is written.
         RuntimeError: reading or writing failed; nothing is left under `out`.
+
+    Example:
+        >>> convert("BAGEL-7B-MoT", "BAGEL-16to8", num_experts=16, top_k=8)  # doctest: +SKIP
     """
     start = time.perf_counter()
     source = Checkpoint(dense)

@@ -120,6 +120,10 @@ def prune(
         ValueError: an argument or the checkpoint is not as described; nothing is written.
         TypeError: a mode is none that prunes.
         RuntimeError: reading or writing failed; nothing is left under `out`.
+
+    Example:
+        >>> config = PruneWidthConfig(component="gen", keep_ratio=0.5)  # doctest: +SKIP
+        >>> prune("BAGEL-7B-MoT", "BAGEL-half", config)  # doctest: +SKIP
     """
     start = time.perf_counter()
     source = Checkpoint(model)

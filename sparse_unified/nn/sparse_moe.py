@@ -48,6 +48,10 @@ class SparseMoE(OfficialState):
         ValueError: a size is out of range, or E does not divide what the shared expert leaves.
 
     Source: `Qwen2MoeSparseMoeBlock` of the official SparseUnifiedModel code.
+
+    Example:
+        >>> block = SparseMoE(896, 4736, num_experts=16, top_k=8)  # doctest: +SKIP
+        >>> y, router_logits = block(torch.randn(1024, 896))  # doctest: +SKIP
     """
 
     def __init__(

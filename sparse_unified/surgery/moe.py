@@ -71,6 +71,9 @@ def apply_moe_(
             counts, scores or inputs do not fit; the message names the layer. The model is as
             before.
         TypeError: config is no MoEConfig, or scores or inputs are no tensors.
+
+    Example:
+        >>> report = apply_moe_(model, MoEConfig(num_experts=16, top_k=8))  # doctest: +SKIP
     """
     with context("apply_moe_"):
         component = config.component
@@ -124,6 +127,9 @@ def load_moe_(
             not a plain dense SwiGLU, or file and model differ in layers, sizes, keys or shapes. The
             model is as before.
         RuntimeError: the file changes while it is read; the model is as before.
+
+    Example:
+        >>> load_moe_(model, "LLM-Drop/BAGEL-MoE-7B-GEN-16to8")  # doctest: +SKIP
     """
     if not isinstance(checkpoint, Checkpoint):
         if is_hub_id(checkpoint):

@@ -74,6 +74,9 @@ def prune_width_(
         ValueError: a selected layer has no plain FFN, or an argument does not fit; the message
             names the layer. The model is as before.
         TypeError: scores are no tensors.
+
+    Example:
+        >>> prune_width_(model, PruneWidthConfig(component="und", keep_ratio=0.5))  # doctest: +SKIP
     """
     with context("prune_width_"):
         component = config.component
