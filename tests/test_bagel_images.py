@@ -95,6 +95,18 @@ def test_transparent_parts_become_white() -> None:
     assert to_rgb(Image.new("L", (1, 1), 7)).getpixel((0, 0)) == (7, 7, 7)
 
 
+def test_images_of_phones_are_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    image.save(tmp_path / "phone.png", exif=exif)
+    upright = open_image(tmp_path / "phone.png", where="x")
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5)) == (0, 0, 255)
+    assert 0x0112 not in upright.getexif()
+
+
 def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path: Path) -> None:
     values = np.arange(4096).reshape(64, 64) * 16
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "grey.png")

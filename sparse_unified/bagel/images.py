@@ -27,8 +27,9 @@ _MOST_PIXELS = 1 << 26
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Image:
-    """Reads an image, whole: the first frame, as it is stored (EXIF orientation is not applied, as
-    in the official code).
+    """Reads an image, whole: the first frame, upright as its EXIF orientation says.
+
+    The official code ignores the orientation and sees images of phones on their side.
 
     Args:
         source: a file, or its opened contents. PNG, JPEG, WebP, GIF, BMP and TIFF of up to 2^26
@@ -53,6 +54,7 @@ def _open(stream: Any, name: str) -> Image:
             reason = f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}"
             raise ValueError(reason)
         image.load()
+        optional("PIL.ImageOps").exif_transpose(image, in_place=True)
     except Exception as error:  # plugins raise errors of many kinds for damaged files
         raise ValueError(f"{name} must be a readable image, got {reason}") from error
     return image
