@@ -308,14 +308,15 @@ def tune(out: Path, device: str, seconds: float) -> bool:
     from sparse_unified.bench.tune import measure_variants
 
     deadline = time.monotonic() + seconds
-    report = start(find_target(device), torch.bfloat16)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    report = start(find_target(device), dtype)
     target = report.target
     repeats = 2 if device == "cpu" else 20
     session = Session(device=target.device, timer=target.timer, roof=report.roof, repeats=repeats)
     for direction in ("fwd", "fwd_bwd"):
         for name in ("odd-7to3-T300",) if device == "cpu" else LARGE:
             if time.monotonic() < deadline - 10:
-                found = measure_variants(CASES[name], torch.bfloat16, direction, session)
+                found = measure_variants(CASES[name], dtype, direction, session)
                 report.measured += found
                 save(out / "tune.json", report.as_json())
     print(report.text())

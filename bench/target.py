@@ -141,12 +141,19 @@ def _product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
     return lambda _: x @ w.t()
 
 
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype here; bf16 needs AVX-512 or its like."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and dtype == torch.float32
+
+
 def _cpu_products(dtype: torch.dtype) -> dict[str, tuple[Call, float]]:
     """Name -> product and FLOPs; the best comes close to the peak of the processor."""
     t, d, i = _CPU_FFN
     flops = 2.0 * _CPU_GEMM[0] * _CPU_GEMM[1] * _CPU_GEMM[2]
     found = {"torch": (_product(_CPU_GEMM, dtype, torch.device("cpu")), flops)}
-    if torch.backends.mkldnn.is_available() and dtype != torch.float16:
+    if onednn_takes(dtype):
         (x,), (w,) = (inputs(_CPU_GEMM[:2], dtype, 1) for _ in range(2))
         packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
         linear = torch.ops.mkldnn._linear_pointwise

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from sparse_unified import ops
 from sparse_unified.nn import SparseMoE, SwiGLU
 
-from .base import Peer, Provider, Setting, StackedExperts, Weights, needs_dtype
+from ..measure import name_of
+from ..target import onednn_takes
+from .base import Peer, Provider, Setting, StackedExperts, Weights
 
 # Blocks of the width that pruned_ffn takes, the best first.
 _BLOCK_SIZES = (128, 64, 32, 16)
@@ -193,11 +195,11 @@ def _no_grouped_mm(setting: Setting) -> str | None:
 
 
 def _no_onednn(setting: Setting) -> str | None:
-    if setting.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return "needs oneDNN on the CPU"
-    if setting.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16 needs AVX-512 or AVX-NE-CONVERT"
-    return needs_dtype(setting, torch.float32, torch.bfloat16)
+    if setting.device.type != "cpu":
+        return "needs the CPU"
+    if onednn_takes(setting.dtype):
+        return None
+    return f"oneDNN takes no {name_of(setting.dtype)} on this processor"
 
 
 def _no_blocks(setting: Setting) -> str | None:
