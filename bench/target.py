@@ -143,9 +143,11 @@ def _product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
 
 def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of this dtype here; bf16 needs AVX-512 or its like."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.backends.mkldnn.is_available() and dtype == torch.float32
+    return dtype == torch.float32
 
 
 def _cpu_products(dtype: torch.dtype) -> dict[str, tuple[Call, float]]:

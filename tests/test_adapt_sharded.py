@@ -86,9 +86,10 @@ def test_the_command_in_two_processes_writes_the_checkpoint_of_one(
     assert json.loads((directory / "sharded" / "adaptation.json").read_text())["processes"] == 2
     single, sharded = Checkpoint(tmp_path / "single"), Checkpoint(directory / "sharded")
     assert single.keys() == sharded.keys()
+    # A gradient near zero may round to either side, which Adam turns into a step of its size.
+    apart = 2 * config.steps * config.learning_rate
     for key in single.specs:
-        # A gradient near zero may round to either side, which Adam turns into a step of its size.
-        torch.testing.assert_close(single.read(key), sharded.read(key), rtol=1e-4, atol=6e-3)
+        torch.testing.assert_close(single.read(key), sharded.read(key), rtol=1e-4, atol=apart)
     assert sum(
         not torch.allclose(single.read(key), sharded.read(key), atol=1e-5) for key in single.specs
     ) < 0.1 * len(single.keys())
