@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the expert FFN. On the CPU, the rows of an expert are cut into tasks that threads take
-// without waiting for each other. fp32 on AVX2 or AVX-512 runs the fused kernel of csrc/cpu; other
-// dtypes and machines, and the few rows of a decoding step, run torch's GEMMs on gathered rows.
+// without waiting for each other. The fused kernel of csrc/cpu runs them where it is the fastest
+// way (see prefers_ffn_cpu); else, for the few rows of a decoding step and in training, torch's
+// GEMMs do, on gathered rows.
 #include "bindings/grouped_ffn.h"
 
 #include "bindings/cuda_ffn.h"
 #include "bindings/ops.h"
 #include "bindings/parallel_tasks.h"
+#include "sparse_unified/accumulate.h"
 #include "sparse_unified/swiglu.h"
 
 namespace sparse_unified {
@@ -79,12 +81,13 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
   const std::vector<ExpertRows> tasks = ffn.split(kKernelTaskRows, kKernelRowMultiple);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
   const int64_t workers = num_workers(num_tasks);
-  const Workspace workspace(ffn.x, workers,
-                            4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
+  const int64_t kernel_floats = grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width);
+  const bool is_fp32 = ffn.dtype == DType::kFloat32;
+  const int64_t sum_floats = is_fp32 ? 0 : kKernelTaskRows * ffn.hidden_size;
+  const Workspace workspace(ffn.x, workers, 4 * (kernel_floats + sum_floats));
   const LibraryPath library(ffn, y, nullptr, workers, kKernelLeastRows);
   const GroupedFfnParams params = ffn.kernel_params();
   const auto* row_token = ffn.row_token.const_data_ptr<int32_t>();
-  auto* out = y.mutable_data_ptr<float>();
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {
     const ExpertRows& rows = tasks[task];
     if (rows.count() < kKernelLeastRows) return library.run(rows, worker);
@@ -92,8 +95,11 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
     kernel_rows.expert = rows.expert;
     kernel_rows.count = rows.count();
     kernel_rows.row_token = row_token + rows.begin;
-    kernel_rows.out = out + rows.begin * ffn.hidden_size;
-    grouped_ffn_cpu(params, kernel_rows, workspace.floats(worker));
+    void* out = ffn.row(y, rows.begin, ffn.hidden_size);
+    float* floats = workspace.floats(worker);
+    kernel_rows.out = is_fp32 ? static_cast<float*>(out) : floats + kernel_floats;
+    grouped_ffn_cpu(params, kernel_rows, floats);
+    if (!is_fp32) round_cpu({ffn.dtype, kernel_rows.out, out, rows.count() * ffn.hidden_size});
   });
   return y;
 }

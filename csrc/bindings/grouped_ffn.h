@@ -26,7 +26,7 @@ struct GroupedFfn : GroupedFfnSizes {
   // `multiple`.
   std::vector<ExpertRows> split(int64_t max_rows, int64_t multiple = 1) const;
 
-  // Whether the fp32 kernel of csrc/cpu takes these arguments, and its view of them.
+  // Whether the kernel of csrc/cpu takes these arguments, and its view of them.
   bool has_kernel() const;
   GroupedFfnParams kernel_params() const;
 

@@ -47,10 +47,10 @@ std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows, int64_t multiple) co
   return parts;
 }
 
-bool GroupedFfn::has_kernel() const { return dtype == DType::kFloat32 && ffn_cpu_supported(); }
+bool GroupedFfn::has_kernel() const { return prefers_ffn_cpu(dtype); }
 
 GroupedFfnParams GroupedFfn::kernel_params() const {
-  return {matrix_of(x), matrix_of(gate_proj), matrix_of(up_proj), matrix_of(down_proj),
+  return {dtype,       matrix_of(x), matrix_of(gate_proj), matrix_of(up_proj), matrix_of(down_proj),
           expert_width};
 }
 

@@ -11,6 +11,7 @@
 #include "bindings/grouped_ffn.h"
 #include "bindings/ops.h"
 #include "bindings/parallel_tasks.h"
+#include "sparse_unified/accumulate.h"
 
 namespace sparse_unified {
 namespace {
@@ -46,7 +47,8 @@ void check_row_order(const char* op, const GroupedFfn& ffn) {
 
 class TokenBlocks {
  public:
-  TokenBlocks(const GroupedFfn& ffn, const Tensor& weights, const Tensor& token_rows, Tensor& out)
+  TokenBlocks(const GroupedFfn& ffn, const Tensor& weights, const Tensor& token_rows,
+              const Tensor& sums, const Tensor& out)
       : ffn_(ffn),
         params_(ffn.kernel_params()),
         offsets_(ffn.expert_offsets.const_data_ptr<int32_t>()),
@@ -55,15 +57,17 @@ class TokenBlocks {
         token_rows_(token_rows.const_data_ptr<int32_t>()),
         top_k_(token_rows.size(1)),
         row_weights_(empty_like_sized(weights, {ffn.num_rows})),
-        out_(out.mutable_data_ptr<float>()) {}
+        sums_(sums.mutable_data_ptr<float>()),
+        out_(static_cast<char*>(out.mutable_data_ptr())) {}
 
   void run(int64_t token_begin, int64_t token_end, float* workspace) const {
     auto* row_weights = row_weights_.mutable_data_ptr<float>();
     for (int64_t slot = token_begin * top_k_; slot < token_end * top_k_; ++slot) {
       row_weights[token_rows_[slot]] = weights_[slot];
     }
-    std::memset(out_ + token_begin * ffn_.hidden_size, 0,
-                static_cast<size_t>((token_end - token_begin) * ffn_.hidden_size) * sizeof(float));
+    const int64_t first_value = token_begin * ffn_.hidden_size;
+    const int64_t num_values = (token_end - token_begin) * ffn_.hidden_size;
+    std::memset(sums_ + first_value, 0, static_cast<size_t>(num_values) * sizeof(float));
     for (int64_t expert = 0; expert < ffn_.num_experts; ++expert) {
       const int32_t* first = row_token_ + offsets_[expert];
       const int32_t* last = row_token_ + offsets_[expert + 1];
@@ -73,10 +77,14 @@ class TokenBlocks {
       rows.expert = expert;
       rows.count = end - begin;
       rows.row_token = begin;
-      rows.out = out_;
+      rows.out = sums_;
       rows.target = begin;
       rows.weights = row_weights + (begin - row_token_);
       grouped_ffn_cpu(params_, rows, workspace);
+    }
+    if (ffn_.dtype != DType::kFloat32) {
+      char* out = out_ + first_value * element_bytes(ffn_.dtype);
+      round_cpu({ffn_.dtype, sums_ + first_value, out, num_values});
     }
   }
 
@@ -89,7 +97,8 @@ class TokenBlocks {
   const int32_t* token_rows_;
   int64_t top_k_;
   Tensor row_weights_;  // [R]
-  float* out_;
+  float* sums_;         // [T, D]; for fp32 it is out
+  char* out_;           // [T, D]
 };
 
 }  // namespace
@@ -121,7 +130,9 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
   }
 
   Tensor out = empty_like_sized(ffn.x, {num_tokens, ffn.hidden_size});
-  const TokenBlocks blocks(ffn, weights, token_rows, out);
+  const Tensor sums =
+      ffn.dtype == DType::kFloat32 ? out : empty_like_sized(weights, {num_tokens, ffn.hidden_size});
+  const TokenBlocks blocks(ffn, weights, token_rows, sums, out);
   const int64_t num_blocks = count_blocks(num_tokens, torch::stable::get_num_threads());
   const Workspace workspace(ffn.x, num_workers(num_blocks),
                             4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FFN over kept width blocks. On the CPU, fp32 on AVX2 or AVX-512 runs the kernel of csrc/cpu
-// on blocks of tokens; other dtypes and machines, few tokens, and training run torch's GEMMs on
-// slabs of kept neurons.
+// The FFN over kept width blocks. On the CPU, the kernel of csrc/cpu runs blocks of tokens where it
+// is the fastest way (see prefers_ffn_cpu); else, and for few tokens and in training, torch's GEMMs
+// run slabs of kept neurons.
 #include "bindings/pruned_ffn.h"
 
 #include "bindings/cuda_ffn.h"
@@ -61,14 +61,15 @@ int64_t count_tasks(int64_t num_tokens, int64_t num_threads) {
 
 Tensor kernel_forward(const PrunedFfn& ffn) {
   Tensor y = empty_like_sized(ffn.x, {ffn.num_tokens, ffn.hidden_size});
-  const PrunedFfnParams params{.x = matrix_of(ffn.x),
+  const PrunedFfnParams params{.dtype = ffn.dtype,
+                               .x = matrix_of(ffn.x),
                                .gate_proj = matrix_of(ffn.gate_proj),
                                .up_proj = matrix_of(ffn.up_proj),
                                .down_proj = matrix_of(ffn.down_proj),
                                .kept_blocks = ffn.kept_blocks.const_data_ptr<int32_t>(),
                                .num_kept = ffn.num_kept,
                                .block_size = ffn.block_size,
-                               .y = y.mutable_data_ptr<float>()};
+                               .y = y.mutable_data_ptr()};
   const int64_t num_tasks = count_tasks(ffn.num_tokens, torch::stable::get_num_threads());
   const Workspace workspace(ffn.x, num_workers(num_tasks),
                             4 * pruned_ffn_workspace_floats(ffn.hidden_size));
@@ -91,8 +92,7 @@ Tensor pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj
     }
   }
   const PrunedFfn ffn(kOp, x, kept_blocks, gate_proj, up_proj, down_proj, block_size);
-  if (ffn.num_kept > 0 && ffn.num_tokens >= kKernelTokens && ffn.dtype == DType::kFloat32 &&
-      ffn_cpu_supported()) {
+  if (ffn.num_kept > 0 && ffn.num_tokens >= kKernelTokens && prefers_ffn_cpu(ffn.dtype)) {
     return kernel_forward(ffn);
   }
   const Activations activations = empty_activations(ffn);

@@ -32,6 +32,18 @@ bool has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
 
 bool ffn_cpu_supported() { return __builtin_cpu_supports("x86-64-v3"); }
 
+bool has_arithmetic(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return true;
+    case DType::kBFloat16:
+      return __builtin_cpu_supports("avx512bf16");
+    case DType::kFloat16:
+      return __builtin_cpu_supports("avx512fp16");
+  }
+  __builtin_unreachable();
+}
+
 void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows, float* workspace) {
   return has_avx512() ? avx512::grouped_ffn_cpu(params, rows, workspace)
                       : avx2::grouped_ffn_cpu(params, rows, workspace);
@@ -60,6 +72,7 @@ int64_t pruned_ffn_workspace_floats(int64_t hidden_size) {
 namespace sparse_unified {
 
 bool ffn_cpu_supported() { return false; }
+bool has_arithmetic(DType) { return true; }
 void grouped_ffn_cpu(const GroupedFfnParams&, const GroupedFfnRows&, float*) {}
 int64_t grouped_ffn_workspace_floats(int64_t, int64_t) { return 0; }
 void pruned_ffn_cpu(const PrunedFfnParams&, int64_t, int64_t, float*) {}

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register tiles of the fp32 FFN kernels: weights read in place, times panels of tokens. A
-// panel of 32 (or, at the end, 16) tokens on AVX-512 and of 16 on AVX2 is laid out [D][tokens], so
-// every product is a weight, broadcast from where it lies, times two registers of tokens.
+// The register tiles of the FFN kernels: weights times panels of tokens, in fp32. A panel of 32
+// (or, at the end, 16) tokens on AVX-512 and of 16 on AVX2 is laid out [D][tokens], so every
+// product is a weight, broadcast from where it lies, times two registers of tokens. 16-bit tokens
+// are widened as a panel is gathered, a tile of 16-bit weights once for all the panels that pass
+// by.
 //
 // The file that includes this one says for which instruction set: SPARSE_UNIFIED_LEVEL is 3 (AVX2
 // and FMA) or 4 (AVX-512), as in x86-64-v3 and v4. What is defined here is in a namespace of its
@@ -9,8 +11,10 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/vector.h"
+#include "sparse_unified/dtype.h"
 #include "sparse_unified/matrix.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -68,6 +72,69 @@ struct WeightTile {
     return r % 2 == 0 ? even + r / 2 * even_stride : odd + r / 2 * odd_stride;
   }
 };
+
+// Weight rows as they are stored: row r begins at element r * stride.
+struct StoredRows {
+  const void* data;
+  int64_t stride;
+};
+
+// Those of a matrix from an element on.
+inline StoredRows stored_rows(const Matrix& matrix, DType dtype, int64_t row, int64_t column) {
+  const int64_t offset = (row * matrix.stride + column) * element_bytes(dtype);
+  return {static_cast<const char*>(matrix.data) + offset, matrix.stride};
+}
+
+// out[i] = values[i] in fp32.
+template <typename T>
+SPARSE_UNIFIED_TARGET void widen_row(const T* values, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(values + i));
+  if (i < n) store(out + i, load(values + i, n - i), n - i);
+}
+
+// out[r * out_stride + i] = value i of row r in fp32; rows of `even` and `odd` by turns.
+template <typename T>
+SPARSE_UNIFIED_TARGET void widen_rows(const StoredRows& even, const StoredRows& odd,
+                                      int64_t num_rows, int64_t length, float* out,
+                                      int64_t out_stride) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const StoredRows& rows = r % 2 == 0 ? even : odd;
+    widen_row(static_cast<const T*>(rows.data) + r / 2 * rows.stride, length, out + r * out_stride);
+  }
+}
+
+inline void widen_rows(DType dtype, const StoredRows& even, const StoredRows& odd, int64_t num_rows,
+                       int64_t length, float* out, int64_t out_stride) {
+  const auto widen = dtype == DType::kBFloat16 ? widen_rows<BFloat16> : widen_rows<Float16>;
+  widen(even, odd, num_rows, length, out, out_stride);
+}
+
+// A tile of num_rows rows: where they lie, or, of a 16-bit type, widened at `scratch`
+// [num_rows][length].
+inline WeightTile weight_tile(DType dtype, const StoredRows& even, const StoredRows& odd,
+                              int64_t num_rows, int64_t length, float* scratch) {
+  if (dtype == DType::kFloat32) {
+    return {static_cast<const float*>(even.data), even.stride, static_cast<const float*>(odd.data),
+            odd.stride, length};
+  }
+  widen_rows(dtype, even, odd, num_rows, length, scratch, length);
+  return {scratch, 2 * length, scratch + length, 2 * length, length};
+}
+
+// The even and odd ones of a matrix's rows from `row` on, from a column on.
+struct RowPairs {
+  StoredRows even;
+  StoredRows odd;
+};
+
+inline RowPairs row_pairs(const Matrix& matrix, DType dtype, int64_t row, int64_t column) {
+  RowPairs pairs{stored_rows(matrix, dtype, row, column),
+                 stored_rows(matrix, dtype, row + 1, column)};
+  pairs.even.stride *= 2;
+  pairs.odd.stride *= 2;
+  return pairs;
+}
 
 // Sums of a tile of weight rows and a panel: [row][register of tokens].
 template <int64_t kRows, int64_t kVectors>
@@ -231,44 +298,60 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put_rows(const float* values, i
 
 // panel[d][i] = x[row_token[i]][d], or x[i][d] without row_token, for i from `first` on; lanes
 // beyond `count` repeat the last row.
-template <int64_t kVectors>
+template <typename T, int64_t kVectors>
 SPARSE_UNIFIED_TARGET void gather_panel(const Matrix& x, const int32_t* row_token, int64_t first,
                                         int64_t count, float* panel) {
   const int64_t hidden_size = x.columns;
   const int64_t whole = hidden_size / kLanes * kLanes;
   for (int64_t v = 0; v < kVectors; ++v) {
-    const float* sources[kLanes];
+    const T* sources[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t i = first + std::min(v * kLanes + lane, count - 1);
-      sources[lane] = x.row<float>(row_token != nullptr ? row_token[i] : i);
+      sources[lane] = x.row<T>(row_token != nullptr ? row_token[i] : i);
     }
     for (int64_t d = 0; d < whole; d += kLanes) {
+      const float* rows[kLanes];
+      float widened[kLanes][kLanes];
 #pragma GCC unroll 16
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         __builtin_prefetch(sources[lane] + d + kAheadFloats);
+        if constexpr (std::is_same_v<T, float>) {
+          rows[lane] = sources[lane] + d;
+        } else {
+          store(widened[lane], load(sources[lane] + d));
+          rows[lane] = widened[lane];
+        }
       }
 #pragma GCC unroll 4
       for (int64_t part = 0; part < kLanes; part += 4) {
-        copy_columns(sources, d + part, panel + ((d + part) * kVectors + v) * kLanes,
-                     kVectors * kLanes);
+        copy_columns(rows, part, panel + ((d + part) * kVectors + v) * kLanes, kVectors * kLanes);
       }
     }
     for (int64_t d = whole; d < hidden_size; ++d) {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        panel[(d * kVectors + v) * kLanes + lane] = sources[lane][d];
+        widen_row(sources[lane] + d, 1, panel + (d * kVectors + v) * kLanes + lane);
       }
     }
   }
 }
 
-// The panels of `count` rows, one after the other: [count / 32][D][32].
-SPARSE_UNIFIED_TARGET inline void gather_panels(const Matrix& x, const int32_t* row_token,
-                                                int64_t first, int64_t count, float* panels) {
+template <typename T>
+SPARSE_UNIFIED_TARGET void gather_panels(const Matrix& x, const int32_t* row_token, int64_t first,
+                                         int64_t count, float* panels) {
   for (int64_t row = 0; row < count; row += kPanelRows) {
     const int64_t in_panel = std::min(kPanelRows, count - row);
-    const auto gather = in_panel > kLanes ? gather_panel<kPanelVectors> : gather_panel<1>;
+    const auto gather = in_panel > kLanes ? gather_panel<T, kPanelVectors> : gather_panel<T, 1>;
     gather(x, row_token, first + row, in_panel, panels + row * x.columns);
   }
+}
+
+// The panels of `count` rows, one after the other: [count / 32][D][32].
+inline void gather_panels(DType dtype, const Matrix& x, const int32_t* row_token, int64_t first,
+                          int64_t count, float* panels) {
+  const auto gather = dtype == DType::kFloat32    ? gather_panels<float>
+                      : dtype == DType::kBFloat16 ? gather_panels<BFloat16>
+                                                  : gather_panels<Float16>;
+  gather(x, row_token, first, count, panels);
 }
 
 // Rows worked on at once, at most `most_rows` and `most_floats` of D, in whole panels.

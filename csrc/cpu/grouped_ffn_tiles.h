@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[i] = down_e(silu(gate_e x) * up_e x), x = x[row_token[i]], for the rows of one expert in fp32:
-// 6 n D h operations.
+// y[i] = down_e(silu(gate_e x) * up_e x), x = x[row_token[i]], for the rows of one expert: 6 n D h
+// operations in fp32.
 //
 // Panels of tokens (see ffn_tiles.h) are transposed while gathering. Every product is then a
 // weight, broadcast from where it lies, times two vectors of tokens: weights are read in place,
@@ -38,6 +38,7 @@ constexpr int64_t kChunkRows = 96;
 // so that rows are added to in whole lines.
 constexpr int64_t kOutputs = 16;
 constexpr int64_t kOutputPart = kRegisterLanes == 16 ? 8 : 6;
+static_assert(kTileRows <= kOutputs);  // whose rows the working memory for widened weights holds
 
 int64_t chunk_rows(int64_t hidden_size) {
   return rows_of_chunk(hidden_size, kChunkRows, kChunkFloats);
@@ -175,15 +176,17 @@ SPARSE_UNIFIED_TARGET void run_chunk(const GroupedFfnParams& params, const Group
   const int64_t max_rows = chunk_rows(hidden_size);
   float* panels = workspace;
   float* hidden = panels + max_rows * hidden_size;
+  float* widened = hidden + max_rows * width;
 
-  gather_panels(params.x, rows.row_token, first, count, panels);
+  gather_panels(params.dtype, params.x, rows.row_token, first, count, panels);
 
   // A tile of weights stays in the cache while every panel passes by.
   for (int64_t j = 0, pairs; j < width; j += pairs) {
     pairs = tile_size(width - j, kTilePairs);
     const int64_t neuron = rows.expert * width + j;
-    const WeightTile tile{params.gate_proj.row<float>(neuron), params.gate_proj.stride,
-                          params.up_proj.row<float>(neuron), params.up_proj.stride, hidden_size};
+    const WeightTile tile = weight_tile(
+        params.dtype, stored_rows(params.gate_proj, params.dtype, neuron, 0),
+        stored_rows(params.up_proj, params.dtype, neuron, 0), 2 * pairs, hidden_size, widened);
     for (int64_t row = 0; row < count; row += kPanelRows) {
       const int64_t num_rows = std::min(kPanelRows, count - row);
       run_hidden_tile(pairs, num_rows, tile, panels + row * hidden_size,
@@ -199,9 +202,8 @@ SPARSE_UNIFIED_TARGET void run_chunk(const GroupedFfnParams& params, const Group
   }
   for (int64_t d = 0, outputs; d < hidden_size; d += outputs) {
     outputs = outputs_size(hidden_size - d);
-    const float* down = params.down_proj.row<float>(d) + rows.expert * width;
-    const WeightTile tile{down, 2 * params.down_proj.stride, down + params.down_proj.stride,
-                          2 * params.down_proj.stride, width};
+    const RowPairs down = row_pairs(params.down_proj, params.dtype, d, rows.expert * width);
+    const WeightTile tile = weight_tile(params.dtype, down.even, down.odd, outputs, width, widened);
     for (int64_t row = 0; row < count; row += kPanelRows) {
       const PanelTargets& panel = targets[row / kPanelRows];
       if (panel.count > kLanes) {
@@ -222,7 +224,8 @@ void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows,
 }
 
 int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width) {
-  return chunk_rows(hidden_size) * (hidden_size + expert_width);
+  return chunk_rows(hidden_size) * (hidden_size + expert_width) +
+         kOutputs * std::max(hidden_size, expert_width);
 }
 
 }  // namespace sparse_unified::SPARSE_UNIFIED_TILES

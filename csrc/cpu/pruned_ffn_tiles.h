@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[t] = sum_b down_b(silu(gate_b x[t]) * up_b x[t]) over kept blocks b of the width in fp32:
-// 6 T D operations a kept neuron, and only kept rows and columns of the weights are read.
+// y[t] = sum_b down_b(silu(gate_b x[t]) * up_b x[t]) over kept blocks b of the width: 6 T D
+// operations in fp32 a kept neuron, and only kept rows and columns of the weights are read.
 //
 // Panels of tokens (see ffn_tiles.h) pass by weights that stay where they are, as in grouped_ffn.
 // Neighbours in the list that are neighbours in the width make one run. Runs are taken in slices of
@@ -14,6 +14,7 @@
 #include <algorithm>
 
 #include "cpu/ffn_tiles.h"
+#include "sparse_unified/accumulate.h"
 #include "sparse_unified/pruned_ffn.h"
 
 #ifdef SPARSE_UNIFIED_TARGET
@@ -163,6 +164,27 @@ SPARSE_UNIFIED_TARGET void store_panel(const float* y, int64_t count, int64_t hi
 
 #endif
 
+// Rows of the down-projection in fp32 and where in them the neurons of a slice are.
+struct OutputWeights {
+  const float* data;
+  int64_t stride;
+  const Slice* slice;
+};
+
+// Rows d to d + outputs: in place, or, of a 16-bit type, widened [outputs][slice width].
+OutputWeights output_weights(const PrunedFfnParams& params, const Slice& slice, const Slice& whole,
+                             int64_t d, int64_t outputs, float* widened) {
+  const Matrix& down = params.down_proj;
+  if (params.dtype == DType::kFloat32) return {down.row<float>(d), down.stride, &slice};
+  for (int64_t i = 0; i < slice.num_runs; ++i) {
+    const Run& run = slice.runs[i];
+    const RowPairs rows = row_pairs(down, params.dtype, d, run.first);
+    widen_rows(params.dtype, rows.even, rows.odd, outputs, run.count, widened + run.offset,
+               slice.width);
+  }
+  return {widened, slice.width, &whole};
+}
+
 // Tokens [first, first + count) through all kept blocks. Panels x and y are [count / 32][D][32],
 // hidden is [count / 32][slice width][32].
 SPARSE_UNIFIED_TARGET void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count,
@@ -172,22 +194,27 @@ SPARSE_UNIFIED_TARGET void run_chunk(const PrunedFfnParams& params, int64_t firs
   float* x_panels = workspace;
   float* y_panels = x_panels + max_rows * hidden_size;
   float* hidden = y_panels + max_rows * hidden_size;
+  float* widened = hidden + max_rows * kSumBlock;
+  const DType dtype = params.dtype;
 
-  gather_panels(params.x, nullptr, first, count, x_panels);
+  gather_panels(dtype, params.x, nullptr, first, count, x_panels);
 
   Slice slice;
+  Slice whole;  // the same neurons side by side, as widened weights hold them
   for (int64_t block = 0; block < params.num_kept;) {
     const bool is_first = block == 0;
     block = next_slice(params, block, slice);
+    whole.num_runs = 1;
+    whole.runs[0] = {0, slice.width, 0};
 
     // A tile of weights stays in the cache while every panel passes by.
     for (int64_t i = 0; i < slice.num_runs; ++i) {
       const Run& run = slice.runs[i];
       for (int64_t j = 0, pairs; j < run.count; j += pairs) {
         pairs = tile_size(run.count - j, kTilePairs);
-        const WeightTile tile{params.gate_proj.row<float>(run.first + j), params.gate_proj.stride,
-                              params.up_proj.row<float>(run.first + j), params.up_proj.stride,
-                              hidden_size};
+        const WeightTile tile = weight_tile(
+            dtype, stored_rows(params.gate_proj, dtype, run.first + j, 0),
+            stored_rows(params.up_proj, dtype, run.first + j, 0), 2 * pairs, hidden_size, widened);
         for (int64_t row = 0; row < count; row += kPanelRows) {
           const int64_t num_rows = std::min(kPanelRows, count - row);
           run_hidden_tile(pairs, num_rows, tile, x_panels + row * hidden_size,
@@ -198,10 +225,10 @@ SPARSE_UNIFIED_TARGET void run_chunk(const PrunedFfnParams& params, int64_t firs
 
     for (int64_t d = 0, outputs; d < hidden_size; d += outputs) {
       outputs = tile_size(hidden_size - d, kTileRows);
-      const float* down = params.down_proj.row<float>(d);
+      const OutputWeights down = output_weights(params, slice, whole, d, outputs, widened);
       for (int64_t row = 0; row < count; row += kPanelRows) {
         const int64_t num_rows = std::min(kPanelRows, count - row);
-        run_output_tile(outputs, num_rows, down, params.down_proj.stride, slice, is_first,
+        run_output_tile(outputs, num_rows, down.data, down.stride, *down.slice, is_first,
                         hidden + row * slice.width,
                         y_panels + row * hidden_size + d * panel_lanes(num_rows));
       }
@@ -211,19 +238,24 @@ SPARSE_UNIFIED_TARGET void run_chunk(const PrunedFfnParams& params, int64_t firs
   for (int64_t row = 0; row < count; row += kPanelRows) {
     const int64_t in_panel = std::min(kPanelRows, count - row);
     const float* y = y_panels + row * hidden_size;
-    float* out = params.y + (first + row) * hidden_size;
+    char* target =
+        static_cast<char*>(params.y) + (first + row) * hidden_size * element_bytes(dtype);
+    const bool is_fp32 = dtype == DType::kFloat32;
+    float* out = is_fp32 ? reinterpret_cast<float*>(target) : x_panels;  // x has served
     if (in_panel > kLanes) {
       store_panel<kPanelVectors>(y, in_panel, hidden_size, out);
     } else {
       store_panel<1>(y, in_panel, hidden_size, out);
     }
+    if (!is_fp32) round_cpu({dtype, out, target, in_panel * hidden_size});
   }
 }
 
 }  // namespace
 
 int64_t pruned_ffn_workspace_floats(int64_t hidden_size) {
-  return chunk_rows(hidden_size) * (2 * hidden_size + kSumBlock);
+  return chunk_rows(hidden_size) * (2 * hidden_size + kSumBlock) +
+         kTileRows * std::max(hidden_size, kSumBlock);
 }
 
 void pruned_ffn_cpu(const PrunedFfnParams& params, int64_t token_begin, int64_t token_end,

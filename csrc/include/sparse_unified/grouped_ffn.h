@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_ffn: the fp32 SwiGLU FFN of one expert over gathered rows, on CPUs with AVX2 or AVX-512.
+// grouped_ffn: the SwiGLU FFN of one expert over gathered rows, on CPUs with AVX2 or AVX-512; in
+// fp32, to which 16-bit tokens and weights are widened on the way.
 #pragma once
 
+#include "sparse_unified/dtype.h"
 #include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
 struct GroupedFfnParams {
+  DType dtype;           // of x and the weights
   Matrix x;              // [T, D]
   Matrix gate_proj;      // [E * h, D]
   Matrix up_proj;        // [E * h, D]

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// pruned_ffn: the fp32 SwiGLU FFN over kept blocks of its width, on CPUs with AVX2 or AVX-512.
+// pruned_ffn: the SwiGLU FFN over kept blocks of its width, on CPUs with AVX2 or AVX-512; in fp32,
+// to which 16-bit tokens and weights are widened on the way, and rounded once.
 #pragma once
 
+#include "sparse_unified/dtype.h"
 #include "sparse_unified/matrix.h"
 
 namespace sparse_unified {
 
 struct PrunedFfnParams {
+  DType dtype;                 // of x, the weights and y
   Matrix x;                    // [T, D]
   Matrix gate_proj;            // [I, D]
   Matrix up_proj;              // [I, D]
@@ -14,7 +17,7 @@ struct PrunedFfnParams {
   const int32_t* kept_blocks;  // [B], block b holds the neurons [b * block_size, (b + 1) * ...)
   int64_t num_kept;            // B, at least 1
   int64_t block_size;          // from 1 to kMaxPrunedBlock
-  float* y;                    // [T, D]
+  void* y;                     // [T, D]
 };
 
 constexpr int64_t kMaxPrunedBlock = 128;
