@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ def recorded() -> dict[str, Any]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return json.loads(json.dumps(module.record()))
+    # Recorded when torch's products ran the dense FFNs; the kernel rounds otherwise.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparse_unified.nn.dense._KERNEL_TOKENS", math.inf)
+        return json.loads(json.dumps(module.record()))
 
 
 @pytest.fixture(scope="module")

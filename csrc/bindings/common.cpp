@@ -9,6 +9,9 @@
 #include <limits>
 #include <vector>
 
+#include "sparse_unified/accumulate.h"
+#include "sparse_unified/instruction_set.h"
+
 namespace sparse_unified {
 namespace {
 
@@ -52,6 +55,47 @@ void multiply(AOTITorchError error, const Tensor& a, const Tensor& b) {
   const auto bytes = static_cast<size_t>(a.size(0) * b.size(1)) * a.element_size();
   throw OutOfMemory("the product of " + shape_text(a) + " and " + shape_text(b) + ", " +
                     std::to_string(bytes) + " bytes");
+}
+
+// Whether torch's own GEMM would be slow for this dtype, and there are rows enough to repay a copy
+// of the other matrix.
+bool multiplies_in_fp32(const Tensor& a) {
+  constexpr int64_t kLeastRows = 4;
+  return a.size(0) >= kLeastRows && !has_arithmetic(dtype_of(a));
+}
+
+// A 16-bit matrix in fp32; one that is a transposed view stays one.
+class Widened {
+ public:
+  explicit Widened(const Tensor& matrix) {
+    const bool is_transposed = matrix.size(1) > 1 && matrix.stride(1) != 1;
+    const int64_t rows = matrix.size(is_transposed ? 1 : 0);
+    const int64_t columns = matrix.size(is_transposed ? 0 : 1);
+    const int64_t stride = matrix.stride(is_transposed ? 1 : 0);
+    rows_ = empty_like_sized(matrix, {rows, columns}, ScalarType::Float);
+    const char* values = static_cast<const char*>(matrix.const_data_ptr());
+    auto* out = rows_.mutable_data_ptr<float>();
+    for (int64_t row = 0; row < rows; ++row) {
+      widen_cpu({dtype_of(matrix), values + row * stride * 2, out + row * columns, columns});
+    }
+    view_ = is_transposed ? transposed(rows_) : rows_;
+  }
+
+  const Tensor& get() const { return view_; }
+
+ private:
+  Tensor rows_;  // whose memory view_ is
+  Tensor view_;
+};
+
+// out = sum, rounded; rows of any stride.
+void round_rows(const Tensor& sum, Tensor out) {
+  const int64_t columns = sum.size(1);
+  const auto* from = sum.const_data_ptr<float>();
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t row = 0; row < sum.size(0); ++row) {
+    round_cpu({dtype_of(out), from + row * columns, to + row * out.stride(0) * 2, columns});
+  }
 }
 
 // Of an element of what ops allocate.
@@ -257,10 +301,20 @@ Tensor transposed(const Tensor& matrix) {
 }
 
 void matmul_out(Tensor out, const Tensor& a, const Tensor& b) {
+  if (multiplies_in_fp32(a)) {
+    const Tensor sum = empty_like_sized(a, {a.size(0), b.size(1)}, ScalarType::Float);
+    matmul_out(sum, Widened(a).get(), Widened(b).get());
+    return round_rows(sum, out);
+  }
   multiply(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()), a, b);
 }
 
 void matmul_add(Tensor out, const Tensor& a, const Tensor& b) {
+  if (multiplies_in_fp32(a)) {
+    const Widened sum(out);
+    matmul_add(sum.get(), Widened(a).get(), Widened(b).get());
+    return round_rows(sum.get(), out);
+  }
   multiply(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0), a, b);
 }
 

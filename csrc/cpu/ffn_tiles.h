@@ -85,11 +85,27 @@ inline StoredRows stored_rows(const Matrix& matrix, DType dtype, int64_t row, in
   return {static_cast<const char*>(matrix.data) + offset, matrix.stride};
 }
 
+// 16 values in fp32; both levels have an instruction for fp16.
+template <typename T>
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Float load_wide(const T* values) {
+  return load(values);
+}
+
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Float load_wide(const Float16* values) {
+  __m256 halves[2];
+  for (int64_t i = 0; i < 2; ++i) {
+    __m128i bits;
+    std::memcpy(&bits, values + 8 * i, sizeof(bits));
+    halves[i] = _mm256_cvtph_ps(bits);
+  }
+  return bit_cast<Float>(halves);
+}
+
 // out[i] = values[i] in fp32.
 template <typename T>
 SPARSE_UNIFIED_TARGET void widen_row(const T* values, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(values + i));
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load_wide(values + i));
   if (i < n) store(out + i, load(values + i, n - i), n - i);
 }
 
@@ -318,7 +334,7 @@ SPARSE_UNIFIED_TARGET void gather_panel(const Matrix& x, const int32_t* row_toke
         if constexpr (std::is_same_v<T, float>) {
           rows[lane] = sources[lane] + d;
         } else {
-          store(widened[lane], load(sources[lane] + d));
+          store(widened[lane], load_wide(sources[lane] + d));
           rows[lane] = widened[lane];
         }
       }

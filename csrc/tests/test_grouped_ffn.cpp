@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fused fp32 expert FFN against double precision, at every remainder of its tiles and panels.
+// The fused expert FFN against double precision, at every remainder of its tiles and panels, in
+// every dtype.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -21,6 +22,7 @@ struct Shape {
 };
 
 // Weights of all experts, tokens, and the exact result for every row of one expert.
+template <typename T>
 struct Case {
   Case(const Shape& shape, int64_t expert, Random& random)
       : shape(shape),
@@ -53,7 +55,8 @@ struct Case {
 
   GroupedFfnParams params() {
     const int64_t d = shape.hidden_size;
-    return {{x.get(), num_tokens, d, x_stride},
+    return {Traits<T>::kDType,
+            {x.get(), num_tokens, d, x_stride},
             {gate.get(), neurons, d, x_stride},
             {up.get(), neurons, d, x_stride},
             {down.get(), d, neurons, down_stride},
@@ -66,17 +69,18 @@ struct Case {
     const int64_t h = shape.expert_width;
     std::vector<double> out(static_cast<size_t>(shape.count * d), 0.0);
     for (int64_t i = 0; i < shape.count; ++i) {
-      const float* token = x.get() + row_token[i] * x_stride;
+      const T* token = x.get() + row_token[i] * x_stride;
       for (int64_t j = expert * h; j < (expert + 1) * h; ++j) {
         double g = 0;
         double u = 0;
         for (int64_t k = 0; k < d; ++k) {
-          g += static_cast<double>(gate[j * x_stride + k]) * token[k];
-          u += static_cast<double>(up[j * x_stride + k]) * token[k];
+          g += Traits<T>::value(gate[j * x_stride + k]) * Traits<T>::value(token[k]);
+          u += Traits<T>::value(up[j * x_stride + k]) * Traits<T>::value(token[k]);
         }
         const double hidden = g / (1 + std::exp(-g)) * u;
         for (int64_t k = 0; k < d; ++k) {
-          out[static_cast<size_t>(i * d + k)] += hidden * down[k * down_stride + j];
+          out[static_cast<size_t>(i * d + k)] +=
+              hidden * Traits<T>::value(down[k * down_stride + j]);
         }
       }
     }
@@ -89,18 +93,19 @@ struct Case {
   int64_t neurons;
   int64_t x_stride;
   int64_t down_stride;
-  Array<float> x;
-  Array<float> gate;
-  Array<float> up;
-  Array<float> down;
+  Array<T> x;
+  Array<T> gate;
+  Array<T> up;
+  Array<T> down;
   Array<int32_t> row_token;
 };
 
 // Outputs are of about unit size; sums of up to 600 terms, in blocks, leave some dozen roundings.
 constexpr double kTolerance = 100 * 0x1p-24;
 
+template <typename T>
 void test_rows(const Shape& shape, int64_t expert, Random& random) {
-  Case c(shape, expert, random);
+  Case<T> c(shape, expert, random);
   const std::vector<double> exact = c.exact();
   Array<float> workspace(grouped_ffn_workspace_floats(shape.hidden_size, shape.expert_width));
   const int64_t d = shape.hidden_size;
@@ -132,23 +137,25 @@ void test_rows(const Shape& shape, int64_t expert, Random& random) {
   }
 }
 
+template <typename T>
 void test_remainders() {
   Random random(6);
   for (const int64_t count : {0, 1, 15, 16, 17, 31, 32, 33, 48, 49, 100}) {
     for (const int64_t hidden_size : {0, 1, 13, 16, 29, 48}) {
       for (const int64_t expert_width : {0, 1, 6, 7, 8, 15}) {
         const int64_t padding = (count + hidden_size + expert_width) % 2 * 3;
-        test_rows({count, hidden_size, expert_width, padding}, count % kNumExperts, random);
+        test_rows<T>({count, hidden_size, expert_width, padding}, count % kNumExperts, random);
       }
     }
   }
 }
 
+template <typename T>
 void test_blocks() {
   Random random(7);
-  test_rows({700, 40, 20, 0}, 1, random);   // several chunks of rows
-  test_rows({40, 1300, 9, 3}, 2, random);   // several blocks of a sum, in and out
-  test_rows({40, 20, 1100, 0}, 0, random);  // the same for the down-projection
+  test_rows<T>({700, 40, 20, 0}, 1, random);   // several chunks of rows
+  test_rows<T>({40, 1300, 9, 3}, 2, random);   // several blocks of a sum, in and out
+  test_rows<T>({40, 20, 1100, 0}, 0, random);  // the same for the down-projection
 }
 
 }  // namespace
@@ -161,5 +168,10 @@ int main(int argc, char** argv) {
     std::printf("grouped_ffn: this machine lacks AVX2\n");
     return 77;  // ctest counts it as skipped
   }
-  return run_tests(argc, argv, {{"remainders", test_remainders}, {"blocks", test_blocks}});
+  return run_tests(argc, argv,
+                   {{"remainders", test_remainders<float>},
+                    {"blocks", test_blocks<float>},
+                    {"remainders bf16", test_remainders<BFloat16>},
+                    {"blocks bf16", test_blocks<BFloat16>},
+                    {"blocks fp16", test_blocks<Float16>}});
 }

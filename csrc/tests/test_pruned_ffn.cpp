@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fp32 FFN over kept blocks against double precision, at every remainder of its tiles, panels
-// and slices; and the elementwise sums of its 16-bit path.
+// The FFN over kept blocks against double precision, at every remainder of its tiles, panels and
+// slices, in every dtype; and the elementwise sums of its 16-bit path.
 #include <algorithm>
 #include <vector>
 
@@ -22,7 +22,15 @@ struct Shape {
 
 // Outputs are of about unit size; sums of up to 1300 terms, in blocks, leave some dozen roundings.
 constexpr double kTolerance = 100 * 0x1p-24;
+// And the one rounding of an output.
+template <typename T>
+constexpr double kRounding = 0;
+template <>
+constexpr double kRounding<BFloat16> = 0x1p-8;
+template <>
+constexpr double kRounding<Float16> = 0x1p-11;
 
+template <typename T>
 void test_blocks(const Shape& shape, const std::vector<int32_t>& kept, Random& random) {
   const int64_t d = shape.hidden_size;
   const int64_t width = shape.num_blocks * shape.block_size;
@@ -32,10 +40,10 @@ void test_blocks(const Shape& shape, const std::vector<int32_t>& kept, Random& r
   const auto rows_size = [&](int64_t rows, int64_t columns) {
     return rows ? rows * (columns + shape.padding) - shape.padding : 0;
   };
-  Array<float> x(rows_size(shape.num_tokens, d), lead);
-  Array<float> gate(rows_size(width, d), lead);
-  Array<float> up(rows_size(width, d), lead);
-  Array<float> down(rows_size(d, width), lead);
+  Array<T> x(rows_size(shape.num_tokens, d), lead);
+  Array<T> gate(rows_size(width, d), lead);
+  Array<T> up(rows_size(width, d), lead);
+  Array<T> down(rows_size(d, width), lead);
   const double fan_in = 1 / std::sqrt(std::max<double>(1, static_cast<double>(d)));
   const auto kept_width = static_cast<double>(kept.size()) * static_cast<double>(shape.block_size);
   fill_normal(x, 1.0, random);
@@ -45,10 +53,11 @@ void test_blocks(const Shape& shape, const std::vector<int32_t>& kept, Random& r
   Array<int32_t> blocks(static_cast<int64_t>(kept.size()));
   std::copy(kept.begin(), kept.end(), blocks.get());
 
-  Array<float> y(shape.num_tokens * d, lead);
-  std::fill_n(y.get(), y.size(), std::nanf(""));
+  Array<T> y(shape.num_tokens * d, lead);
+  std::fill_n(y.get(), y.size(), Traits<T>::stored(std::nan("")));
   Array<float> workspace(pruned_ffn_workspace_floats(d));
   PrunedFfnParams params{};
+  params.dtype = Traits<T>::kDType;
   params.x = {x.get(), shape.num_tokens, d, stride};
   params.gate_proj = {gate.get(), width, d, stride};
   params.up_proj = {up.get(), width, d, stride};
@@ -70,17 +79,20 @@ void test_blocks(const Shape& shape, const std::vector<int32_t>& kept, Random& r
         double g = 0;
         double u = 0;
         for (int64_t k = 0; k < d; ++k) {
-          g += static_cast<double>(gate[j * stride + k]) * x[t * stride + k];
-          u += static_cast<double>(up[j * stride + k]) * x[t * stride + k];
+          const double token = Traits<T>::value(x[t * stride + k]);
+          g += Traits<T>::value(gate[j * stride + k]) * token;
+          u += Traits<T>::value(up[j * stride + k]) * token;
         }
         const double hidden = g / (1 + std::exp(-g)) * u;
         for (int64_t k = 0; k < d; ++k) {
-          exact[static_cast<size_t>(k)] += hidden * down[k * down_stride + j];
+          exact[static_cast<size_t>(k)] += hidden * Traits<T>::value(down[k * down_stride + j]);
         }
       }
     }
     for (int64_t k = 0; k < d; ++k) {
-      check_close("y", t * d + k, y[t * d + k], exact[static_cast<size_t>(k)], kTolerance);
+      const double expected = exact[static_cast<size_t>(k)];
+      check_close("y", t * d + k, Traits<T>::value(y[t * d + k]), expected,
+                  kTolerance + kRounding<T> * std::abs(expected));
     }
   }
 }
@@ -113,29 +125,31 @@ void test_accumulates() {
   test_accumulate<Float16>(random);
 }
 
+template <typename T>
 void test_remainders() {
   Random random(9);
   for (const int64_t num_tokens : {0, 1, 15, 16, 17, 33, 48, 49, 100}) {
     for (const int64_t hidden_size : {0, 1, 13, 14, 15, 29, 48}) {
       for (const int64_t block_size : {1, 7, 16, 32}) {
         const int64_t padding = (num_tokens + hidden_size + block_size) % 2 * 3;
-        test_blocks({num_tokens, hidden_size, 6, block_size, padding}, {4, 1, 2, 5}, random);
+        test_blocks<T>({num_tokens, hidden_size, 6, block_size, padding}, {4, 1, 2, 5}, random);
       }
     }
   }
 }
 
+template <typename T>
 void test_slices() {
   Random random(10);
   std::vector<int32_t> many;  // several slices, the last not full; runs short and long
   for (int32_t block = 0; block < 80; ++block) {
     if (block < 30 || block % 2 == 1) many.push_back(block);
   }
-  test_blocks({40, 20, 80, 16, 0}, many, random);
-  test_blocks({40, 20, 9, 128, 3}, {8, 0, 1, 2, 3, 5}, random);
-  test_blocks({40, 1300, 3, 16, 3}, {2, 0}, random);  // several blocks of a sum
-  test_blocks({700, 40, 3, 16, 0}, {2, 0}, random);   // several chunks of tokens
-  test_blocks({5, 6, 1, 16, 0}, {0}, random);
+  test_blocks<T>({40, 20, 80, 16, 0}, many, random);
+  test_blocks<T>({40, 20, 9, 128, 3}, {8, 0, 1, 2, 3, 5}, random);
+  test_blocks<T>({40, 1300, 3, 16, 3}, {2, 0}, random);  // several blocks of a sum
+  test_blocks<T>({700, 40, 3, 16, 0}, {2, 0}, random);   // several chunks of tokens
+  test_blocks<T>({5, 6, 1, 16, 0}, {0}, random);
 }
 
 }  // namespace
@@ -146,8 +160,11 @@ int main(int argc, char** argv) {
   using namespace sparse_unified::test;
   std::vector<Test> tests{{"accumulate", test_accumulates}};
   if (ffn_cpu_supported()) {
-    tests.push_back({"remainders", test_remainders});
-    tests.push_back({"slices", test_slices});
+    tests.push_back({"remainders", test_remainders<float>});
+    tests.push_back({"slices", test_slices<float>});
+    tests.push_back({"remainders bf16", test_remainders<BFloat16>});
+    tests.push_back({"slices bf16", test_slices<BFloat16>});
+    tests.push_back({"slices fp16", test_slices<Float16>});
   }
   return run_tests(argc, argv, tests);
 }

@@ -10,6 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_unified import ops
+
+# Fewer tokens leave most of the kernel's vectors empty.
+_KERNEL_TOKENS = 8
+_BLOCK_SIZES = (128, 112, 96, 80, 64, 48, 32, 16)
+
+
+def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling a linear layer means multiplying by a weight of this dtype, no more."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.dtype == dtype
+        and layer.weight.device.type == "cpu"
+        and layer.bias is None
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    )
+
 
 class SwiGLU(nn.Module):
     """y = down_proj(silu(gate_proj(x)) * up_proj(x)), no bias.
@@ -39,9 +57,36 @@ class SwiGLU(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return y
+        """x [..., D] -> [..., D]; on the CPU without gradients by the kernel of `pruned_ffn`."""
+        block_size = self._kernel_block_size(x)
+        if block_size == 0:
+            y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return y
+        weights = [layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj)]
+        num_blocks = self.up_proj.out_features // block_size
+        all_blocks = torch.arange(num_blocks, dtype=torch.int32, device=x.device)
+        return ops.pruned_ffn(x.flatten(0, -2), all_blocks, *weights, block_size).view(x.shape)
+
+    def _kernel_block_size(self, x: Tensor) -> int:
+        """The blocks that the kernel takes the width in, or 0 where torch's products serve.
+
+        That is where the kernel is not the faster way (measured: docs/performance.md), and where
+        somebody has changed what one of the three layers is or does.
+        """
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if (
+            x.device.type != "cpu"
+            or x.numel() < _KERNEL_TOKENS * x.shape[-1]
+            or torch.is_autocast_enabled("cpu")
+            or not all(_is_plain(layer, x.dtype) for layer in layers)
+            or (
+                torch.is_grad_enabled()
+                and (x.requires_grad or any(layer.weight.requires_grad for layer in layers))
+            )
+        ):
+            return 0
+        width = self.up_proj.out_features
+        return next((size for size in _BLOCK_SIZES if width % size == 0), 0)
 
 
 class QueryProjection(nn.Linear):

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// accumulate: 16-bit partial results summed in fp32 and rounded once.
+// accumulate: 16-bit values widened to fp32, summed there and rounded once.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,9 @@ struct AccumulateParams {
 
 // sum += partial.
 void accumulate_cpu(const AccumulateParams& params);
+
+// sum = partial.
+void widen_cpu(const AccumulateParams& params);
 
 struct RoundParams {
   DType dtype;         // of out
