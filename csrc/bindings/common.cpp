@@ -60,7 +60,7 @@ void multiply(AOTITorchError error, const Tensor& a, const Tensor& b) {
 // Whether torch's own GEMM would be slow for this dtype, and there are rows enough to repay a copy
 // of the other matrix.
 bool multiplies_in_fp32(const Tensor& a) {
-  constexpr int64_t kLeastRows = 4;
+  constexpr int64_t kLeastRows = 8;
   return a.size(0) >= kLeastRows && !has_arithmetic(dtype_of(a));
 }
 
