@@ -36,6 +36,7 @@ ON_CPU = (
     "grouped_mm",
     "transformers_grouped_mm",
     "transformers_batched_mm",
+    "transformers_sparse_unified",
     "sparse_unified",
 )
 ELSEWHERE = ("vllm", "deepgemm", "sonicmoe")

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from sparse_unified.engines.transformers import register
 
 from .base import (
     Peer,
@@ -26,22 +28,20 @@ _VLLM_MODULE = "vllm.model_executor.layers.fused_moe.fused_moe"
 
 
 class TransformersExperts(StackedExperts):
-    """The expert functions of transformers 5, `grouped_mm` and `batched_mm`: functions of a module
-    with these weights and flags, tokens, experts and weights (`transformers.integrations.moe`)."""
+    """The expert functions of transformers 5, `grouped_mm` and `batched_mm`, and ours among them:
+    functions of a module with these weights and flags, tokens, experts and weights."""
 
     def __init__(self, setting: Setting, weights: Weights, name: str) -> None:
         super().__init__(setting, weights)
         from transformers.integrations import moe
 
-        self.function: Any = getattr(moe, f"{name}_experts_forward")
-        self.act_fn = F.silu
+        register()
+        self.function: Any = moe.ALL_EXPERTS_FUNCTIONS[name]
+        type(self)._apply_gate = moe._default_apply_gate
+        self.act_fn = nn.SiLU()
         self.has_gate, self.has_bias, self.has_post_expert_norm = True, False, False
         self.is_transposed, self.is_concatenated = False, True
         self._is_expert_parallel = False
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
 
     def run(self, x: Tensor, weights: Tensor, topk_idx: Tensor) -> Tensor:
         y: Tensor = self.function(self, x, topk_idx, weights.to(x.dtype))
@@ -54,7 +54,8 @@ def _no_transformers(setting: Setting, name: str) -> str | None:
         return why
     from transformers.integrations import moe
 
-    if not hasattr(moe, f"{name}_experts_forward"):
+    register()
+    if name not in moe.ALL_EXPERTS_FUNCTIONS:
         return f"this transformers has no {name} experts"
     if name == "batched_mm":
         case = setting.case
@@ -181,6 +182,7 @@ def _transformers(name: str) -> Peer:
 PEERS = (
     _transformers("grouped_mm"),
     _transformers("batched_mm"),
+    _transformers("sparse_unified"),
     Peer(
         name="vllm",
         build=VllmExperts,

@@ -29,6 +29,20 @@ void check_other_weights(const char* op, const Tensor& gate_proj, const Tensor& 
   check_size(op, "down_proj", down_proj, 1, width, "the width of gate_proj");
 }
 
+// gate_proj and up_proj [E, h, D], down_proj [E, D, h]; gate_proj has three dimensions.
+void check_expert_weights(const char* op, const Tensor& x, int64_t num_experts,
+                          const Tensor& gate_proj, const Tensor& up_proj, const Tensor& down_proj) {
+  for (const auto& [name, weights] :
+       {std::pair{"gate_proj", &gate_proj}, {"up_proj", &up_proj}, {"down_proj", &down_proj}}) {
+    const bool is_down = weights == &down_proj;
+    check_tensor(op, name, *weights, 3, device_of(x));
+    check_dtype(op, name, *weights, x.scalar_type());
+    check_size(op, name, *weights, 0, num_experts, "the number of experts");
+    check_size(op, name, *weights, is_down ? 2 : 1, gate_proj.size(1), "the width of gate_proj");
+    check_size(op, name, *weights, is_down ? 1 : 2, x.size(1), "the hidden size of x");
+  }
+}
+
 void check_gate(const char* op, const Tensor& x, const Tensor& gate_proj) {
   check_tensor(op, "gate_proj", gate_proj, 2, device_of(x));
   check_dtype(op, "gate_proj", gate_proj, x.scalar_type());
@@ -146,6 +160,11 @@ GroupedFfnSizes check_grouped_ffn(const char* op, const Tensor& x, const Tensor&
   sizes.num_experts = expert_offsets.size(0) - 1;
   check(sizes.num_experts >= 1, op, "expert_offsets", "have at least 2 entries",
         sizes.num_experts + 1);
+  if (gate_proj.defined() && gate_proj.dim() == 3) {
+    check_expert_weights(op, x, sizes.num_experts, gate_proj, up_proj, down_proj);
+    sizes.expert_width = gate_proj.size(1);
+    return sizes;
+  }
   check_gate(op, x, gate_proj);
   check(gate_proj.size(0) % sizes.num_experts == 0, op, "gate_proj",
         "have rows in equal numbers for " + std::to_string(sizes.num_experts) + " experts",

@@ -98,6 +98,19 @@ void round_rows(const Tensor& sum, Tensor out) {
   }
 }
 
+// Of weights [E, rows, columns]: elements from one row to the next. Sizes of 1 may have any stride.
+int64_t row_stride(const Tensor& weights) {
+  return weights.size(1) <= 1 ? weights.size(2) : weights.stride(1);
+}
+
+bool has_whole_steps(const Tensor& weights) {
+  const int64_t stride = row_stride(weights);
+  if (weights.size(2) > 1 && weights.stride(2) != 1) return false;
+  if (stride < weights.size(2)) return false;
+  return weights.size(0) <= 1 || stride == 0 ||
+         (weights.stride(0) % stride == 0 && weights.stride(0) >= weights.size(1) * stride);
+}
+
 // Of an element of what ops allocate.
 size_t allocated_bytes(ScalarType dtype) {
   if (dtype == ScalarType::Byte) return 1;
@@ -255,15 +268,37 @@ Tensor contiguous_copy(const Tensor& tensor) {
 }
 
 Tensor with_dense_rows(const Tensor& tensor) {
+  if (tensor.dim() == 3) return has_whole_steps(tensor) ? tensor : as_contiguous(tensor);
   const bool is_dense = tensor.size(1) <= 1 || tensor.stride(1) == 1;
   const bool is_forward = tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1);
   return is_dense && is_forward ? tensor : as_contiguous(tensor);
 }
 
 Matrix matrix_of(const Tensor& tensor) {
+  if (tensor.dim() == 3) {
+    const int64_t rows = (tensor.size(0) - 1) * expert_step(tensor) + tensor.size(1);
+    return {tensor.const_data_ptr(), rows, tensor.size(2), row_stride(tensor)};
+  }
   // A single row may have any stride, which kernels would have to align.
   const int64_t stride = tensor.size(0) <= 1 ? tensor.size(1) : tensor.stride(0);
   return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), stride};
+}
+
+int64_t expert_step(const Tensor& weights) {
+  const int64_t stride = row_stride(weights);
+  return weights.size(0) <= 1 || stride == 0 ? weights.size(1) : weights.stride(0) / stride;
+}
+
+ExpertSpacing spacing_of(const Tensor& gate_proj, const Tensor& down_proj) {
+  if (gate_proj.dim() != 3) return {};
+  return {expert_step(gate_proj) - gate_proj.size(1), expert_step(down_proj)};
+}
+
+Tensor with_even_steps(Tensor (*lay_out)(const Tensor&), const Tensor& weights,
+                       const Tensor& other) {
+  Tensor own = lay_out(weights);
+  if (own.dim() != 3 || expert_step(own) == expert_step(lay_out(other))) return own;
+  return lay_out(as_contiguous(weights));
 }
 
 Matrix bytes_of(const Tensor& tensor) {
@@ -285,6 +320,12 @@ Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes
 Tensor zeros_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return allocate([&] { return torch::stable::new_zeros(like, sizes); }, sizes,
                   like.element_size());
+}
+
+Tensor weights_gradient(const Tensor& weights, bool is_wanted, Allocate allocate) {
+  const int64_t first = is_wanted ? weights.size(0) : 0;
+  if (weights.dim() == 2) return allocate(weights, {first, weights.size(1)});
+  return allocate(weights, {first, weights.size(1), weights.size(2)});
 }
 
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns,

@@ -74,17 +74,31 @@ void check_row_maps(const char* op, const Tensor& row_token, const Tensor& token
 Tensor as_contiguous(const Tensor& tensor);
 Tensor contiguous_copy(const Tensor& tensor);
 
-// The tensor itself when its rows are dense, a contiguous copy otherwise.
+// The tensor itself when its rows are dense (and its experts whole rows apart), a contiguous copy
+// otherwise.
 Tensor with_dense_rows(const Tensor& tensor);
 
 // A tensor with dense rows as kernels take it: its elements, or its bytes.
 Matrix matrix_of(const Tensor& tensor);
 Matrix bytes_of(const Tensor& tensor);
 
+// Weights of experts [E, rows, columns] count as one matrix of E * step rows, of which the caller
+// uses the first `rows` of each step.
+int64_t expert_step(const Tensor& weights);
+ExpertSpacing spacing_of(const Tensor& gate_proj, const Tensor& down_proj);
+
+// `lay_out(weights)`, with experts as far apart as in `lay_out(other)`.
+Tensor with_even_steps(Tensor (*lay_out)(const Tensor&), const Tensor& weights,
+                       const Tensor& other);
+
 // Uninitialised tensors next to `like`.
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes);
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor zeros_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes);
+
+// A tensor for the gradient of weights, of their shape, or without rows where none is wanted.
+using Allocate = Tensor (*)(const Tensor& like, std::initializer_list<int64_t> sizes);
+Tensor weights_gradient(const Tensor& weights, bool is_wanted, Allocate allocate);
 
 // A view of memory somebody else owns: [rows, columns] with a row stride.
 Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t row_stride);

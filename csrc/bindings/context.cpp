@@ -155,10 +155,11 @@ Tensor contiguous_vector_rows(const Tensor& tensor) {
 
 Tensor with_vector_rows(const Tensor& tensor) {
   const Tensor dense = with_dense_rows(tensor);
-  const int64_t row_bytes = dense.stride(0) * element_bytes(check_float("grouped_ffn", "x", dense));
+  const Matrix matrix = matrix_of(dense);
+  const int64_t row_bytes = matrix.stride * element_bytes(check_float("grouped_ffn", "x", dense));
   const bool is_aligned =
       reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % kRowAlignment == 0 &&
-      (dense.size(0) <= 1 || row_bytes % kRowAlignment == 0);
+      (matrix.rows <= 1 || row_bytes % kRowAlignment == 0);
   if (is_aligned) return dense;
   return dense.is_contiguous() ? contiguous_copy(dense) : as_contiguous(dense);
 }

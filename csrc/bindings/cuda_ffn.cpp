@@ -11,14 +11,15 @@ CudaFfn::CudaFfn(const char* op, const Tensor& x, const Tensor& gate_proj, const
     : op_(op),
       context_(op, x),
       x_(with_vector_rows(x)),
-      gate_proj_(with_vector_rows(gate_proj)),
-      up_proj_(with_vector_rows(up_proj)),
+      gate_proj_(with_even_steps(with_vector_rows, gate_proj, up_proj)),
+      up_proj_(with_even_steps(with_vector_rows, up_proj, gate_proj)),
       down_proj_(with_vector_rows(down_proj)),
       params_{.dtype = dtype_of(x_),
               .x = matrix_of(x_),
               .gate_proj = matrix_of(gate_proj_),
               .up_proj = matrix_of(up_proj_),
-              .down_proj = matrix_of(down_proj_)} {}
+              .down_proj = matrix_of(down_proj_),
+              .spacing = spacing_of(gate_proj_, down_proj_)} {}
 
 CudaFfn CudaFfn::grouped(const char* op, const Tensor& x, const Tensor& row_token,
                          const Tensor& expert_offsets, const Tensor& gate_proj,
@@ -92,17 +93,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tens
   up_rows = contiguous_vector_rows(up_rows);
 
   // With a list of blocks, kernels write the gradients of what is kept; those of the rest are zero.
-  const auto allocate =
-      params_.blocks.block_size == 0
-          ? +[](const Tensor& like,
-                std::initializer_list<int64_t> sizes) { return empty_like_sized(like, sizes); }
-          : zeros_like_sized;
-  const int64_t hidden_size = x_.size(1);
-  const int64_t width = gate_proj_.size(0);
-  Tensor grad_rows = allocate(x_, {needs_x ? params_.num_rows : 0, hidden_size});
-  Tensor grad_gate_proj = allocate(x_, {needs_weights ? width : 0, hidden_size});
-  Tensor grad_up_proj = allocate(x_, {needs_weights ? width : 0, hidden_size});
-  Tensor grad_down_proj = allocate(x_, {needs_weights ? hidden_size : 0, width});
+  const Allocate allocate =
+      params_.blocks.block_size == 0 ? Allocate{empty_like_sized} : zeros_like_sized;
+  Tensor grad_rows = allocate(x_, {needs_x ? params_.num_rows : 0, x_.size(1)});
+  Tensor grad_gate_proj = weights_gradient(gate_proj_, needs_weights, allocate);
+  Tensor grad_up_proj = weights_gradient(up_proj_, needs_weights, allocate);
+  Tensor grad_down_proj = weights_gradient(down_proj_, needs_weights, allocate);
   if (params_.expert_width > 0) {
     GroupedFfnBackwardCudaParams params{
         .forward = params_,

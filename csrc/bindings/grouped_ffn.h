@@ -50,9 +50,9 @@ struct GroupedFfn : GroupedFfnSizes {
   Tensor x;               // [T, D]
   Tensor row_token;       // [R] int32
   Tensor expert_offsets;  // [E + 1] int32
-  Tensor gate_proj;       // [E * h, D]
-  Tensor up_proj;         // [E * h, D]
-  Tensor down_proj;       // [D, E * h]
+  Tensor gate_proj;       // [E * h, D] or [E, h, D]
+  Tensor up_proj;         // likewise
+  Tensor down_proj;       // [D, E * h] or [E, D, h]
 };
 
 // y [R, D] of the whole op, by whichever path takes its dtype.

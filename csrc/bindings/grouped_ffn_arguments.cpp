@@ -15,8 +15,8 @@ GroupedFfn::GroupedFfn(const char* op, Tensor x_in, Tensor row_token_in, Tensor 
       x(with_dense_rows(x_in)),
       row_token(own_indices(row_token_in)),
       expert_offsets(own_indices(expert_offsets_in)),
-      gate_proj(with_dense_rows(gate_proj_in)),
-      up_proj(with_dense_rows(up_proj_in)),
+      gate_proj(with_even_steps(with_dense_rows, gate_proj_in, up_proj_in)),
+      up_proj(with_even_steps(with_dense_rows, up_proj_in, gate_proj_in)),
       down_proj(with_dense_rows(down_proj_in)) {
   check_indices(op, "row_token", row_token, x.size(0));
   const auto* offsets = expert_offsets.const_data_ptr<int32_t>();
@@ -50,8 +50,13 @@ std::vector<ExpertRows> GroupedFfn::split(int64_t max_rows, int64_t multiple) co
 bool GroupedFfn::has_kernel() const { return prefers_ffn_cpu(dtype); }
 
 GroupedFfnParams GroupedFfn::kernel_params() const {
-  return {dtype,       matrix_of(x), matrix_of(gate_proj), matrix_of(up_proj), matrix_of(down_proj),
-          expert_width};
+  return {dtype,
+          matrix_of(x),
+          matrix_of(gate_proj),
+          matrix_of(up_proj),
+          matrix_of(down_proj),
+          expert_width,
+          spacing_of(gate_proj, down_proj)};
 }
 
 void GroupedFfn::gather(const ExpertRows& rows, void* out) const {
@@ -64,15 +69,17 @@ void GroupedFfn::gather(const ExpertRows& rows, void* out) const {
 }
 
 Tensor GroupedFfn::expert_rows(const Tensor& weight, int64_t expert) const {
-  const int64_t stride = weight.stride(0);
-  return matrix_view(row(weight, expert * expert_width, stride), scalar_type, expert_width,
-                     hidden_size, stride);
+  const int64_t stride = matrix_of(weight).stride;
+  const int64_t step = weight.dim() == 3 ? expert_step(weight) : expert_width;
+  return matrix_view(row(weight, expert * step, stride), scalar_type, expert_width, hidden_size,
+                     stride);
 }
 
 Tensor GroupedFfn::expert_columns(const Tensor& weight, int64_t expert) const {
-  char* data = static_cast<char*>(weight.data_ptr());
-  return matrix_view(data + expert * expert_width * element_bytes(dtype), scalar_type, hidden_size,
-                     expert_width, weight.stride(0));
+  const int64_t stride = matrix_of(weight).stride;
+  const int64_t first = weight.dim() == 3 ? expert * expert_step(weight) * stride  // elements
+                                          : expert * expert_width;
+  return matrix_view(row(weight, first, 1), scalar_type, hidden_size, expert_width, stride);
 }
 
 Tensor GroupedFfn::matrix(void* data, int64_t n, int64_t columns) const {

@@ -105,12 +105,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
   gate_rows = as_contiguous(gate_rows);
   up_rows = as_contiguous(up_rows);
 
-  const int64_t width = ffn.num_experts * h;
-  const int64_t weight_rows = needs_weights ? width : 0;
+  const auto like = [&](const Tensor& weights) {
+    return weights_gradient(weights, needs_weights, empty_like_sized);
+  };
   const Gradients grads{empty_like_sized(ffn.x, {needs_x ? ffn.num_rows : 0, ffn.hidden_size}),
-                        empty_like_sized(ffn.x, {weight_rows, ffn.hidden_size}),
-                        empty_like_sized(ffn.x, {weight_rows, ffn.hidden_size}),
-                        empty_like_sized(ffn.x, {needs_weights ? ffn.hidden_size : 0, width})};
+                        like(ffn.gate_proj), like(ffn.up_proj), like(ffn.down_proj)};
   if (needs_weights) zero_idle_experts(ffn, grads);
 
   const std::vector<ExpertRows> tasks = ffn.split(ffn.num_rows + 1);

@@ -183,7 +183,7 @@ SPARSE_UNIFIED_TARGET void run_chunk(const GroupedFfnParams& params, const Group
   // A tile of weights stays in the cache while every panel passes by.
   for (int64_t j = 0, pairs; j < width; j += pairs) {
     pairs = tile_size(width - j, kTilePairs);
-    const int64_t neuron = rows.expert * width + j;
+    const int64_t neuron = rows.expert * (width + params.spacing.neuron_gap) + j;
     const WeightTile tile = weight_tile(
         params.dtype, stored_rows(params.gate_proj, params.dtype, neuron, 0),
         stored_rows(params.up_proj, params.dtype, neuron, 0), 2 * pairs, hidden_size, widened);
@@ -200,9 +200,11 @@ SPARSE_UNIFIED_TARGET void run_chunk(const GroupedFfnParams& params, const Group
     targets[row / kPanelRows] =
         panel_targets(rows, first + row, std::min(kPanelRows, count - row), hidden_size);
   }
+  const int64_t first_down = rows.expert * params.spacing.down_rows;
+  const int64_t first_column = params.spacing.down_rows == 0 ? rows.expert * width : 0;
   for (int64_t d = 0, outputs; d < hidden_size; d += outputs) {
     outputs = outputs_size(hidden_size - d);
-    const RowPairs down = row_pairs(params.down_proj, params.dtype, d, rows.expert * width);
+    const RowPairs down = row_pairs(params.down_proj, params.dtype, first_down + d, first_column);
     const WeightTile tile = weight_tile(params.dtype, down.even, down.odd, outputs, width, widened);
     for (int64_t row = 0; row < count; row += kPanelRows) {
       const PanelTargets& panel = targets[row / kPanelRows];

@@ -33,7 +33,9 @@ GroupedFfnProblem problem_of(const GroupedFfnCudaParams& params, const DeviceInf
           .expert_width = params.expert_width,
           .block_size = params.blocks.kept_blocks == nullptr ? 0 : params.blocks.block_size,
           .is_backward = is_backward,
-          .has_sm90a_code = device.compute_capability == 90 && grouped_ffn_sm90a_is_compiled()};
+          // NOTE: boxes of 64 rows of down_proj must not reach into the next expert's.
+          .has_sm90a_code = device.compute_capability == 90 && grouped_ffn_sm90a_is_compiled() &&
+                            (params.spacing.down_rows == 0 || params.x.columns % 64 == 0)};
 }
 
 // Of one intermediate matrix, [rows, h] elements of 16 bits; the kernels for Hopper pad the rows.
@@ -71,7 +73,8 @@ std::string size_refusal(const GroupedFfnCudaParams& params) {
   for (const auto& [name, size] : {std::pair{"the number of tokens", params.x.rows},
                                    {"the number of rows", params.num_rows},
                                    {"hidden_size", params.x.columns},
-                                   {"the width of the weights", params.gate_proj.rows}}) {
+                                   {"the width of the weights", params.gate_proj.rows},
+                                   {"the rows of down_proj", params.down_proj.rows}}) {
     if (size >= kLimit) return must(name, "be below 2^30", size);
   }
   return "";

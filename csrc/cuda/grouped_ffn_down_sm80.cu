@@ -32,12 +32,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       [&](int row) { return hidden + static_cast<int64_t>(at.clamped(row)) * width; },
       LinearIndex{}, width);
 
-  const auto* down_proj = ffn.down_proj.row<T>(0);  // [D, I]
+  const auto* down_proj = ffn.down_proj.row<T>(at.group * ffn.spacing.down_rows);  // [D, I]
   KContiguousLoader<T, typename Loop::TileB, Shape::kThreads, NeuronMap> loader_b(
       [&](int row) {
         return down_proj + min(first_column + row, hidden_size - 1) * ffn.down_proj.stride;
       },
-      neuron_groups(ffn).of(at.group), width);
+      neuron_columns(ffn).of(at.group), width);
 
   WarpTile<Shape> tile;
   const bool is_active =

@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   using RowsB = MatrixRows<T, LinearIndex>;
   using LoaderB = MnContiguousLoader<T, typename Loop::TileB, Shape::kThreads, RowsB>;
-  const auto* down_proj = ffn.down_proj.row<T>(0);  // [D, I]
+  const auto* down_proj = ffn.down_proj.row<T>(at.group * ffn.spacing.down_rows);  // [D, I]
   const int copied_neuron = min(first_neuron + LoaderB::column(), width - kChunkElements);
-  const int column = neuron_groups(ffn).of(at.group)(copied_neuron);
+  const int column = neuron_columns(ffn).of(at.group)(copied_neuron);
   LoaderB loader_b(RowsB{down_proj + column, ffn.down_proj.stride, {}}, hidden_size);
 
   WarpTile<Shape> tile;

@@ -49,6 +49,8 @@ struct GradHiddenParams {
   int num_rows;                   // R
   int num_experts;                // E
   int expert_width;               // h
+  int group_rows;                 // rows of down_proj from one group to the next, or 0
+  int group_columns;              // and columns
   int num_n;                      // tiles of neurons
   int num_k;                      // stages of a tile
 };
@@ -110,7 +112,8 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
     RingPosition<kStages> at;
     const int first_box = kBlocks == 1 ? 0 : cluster_rank() * kPartBoxes;  // that this CTA brings
     for_each_tile<GradHiddenGemm, true>(params, [&](const RowTile& tile) {
-      const int neuron = tile.group * params.expert_width + tile.n * kTileNeurons;
+      const int neuron = tile.group * params.group_columns + tile.n * kTileNeurons;
+      const int first_row = tile.group * params.group_rows;
       for (int k = 0; k < params.num_k; ++k, at.advance()) {
         if (!copies_boxes) continue;
         ring.wait_empty(at);
@@ -126,7 +129,7 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
         for (int i = 0; i < kPartBoxes; ++i) {
           const int box = first_box + i;
           load_box_to_all<kBlocks>(stage + kRowsBytes + box * kBoxBytes, &params.down_proj,
-                                   k * kTileK, neuron + box * kBoxElements, full);
+                                   first_row + k * kTileK, neuron + box * kBoxElements, full);
         }
       }
     });
@@ -197,6 +200,8 @@ cudaError_t launch_grad_hidden(const GroupedFfnBackwardCudaParams& backward,
   params.num_rows = static_cast<int>(ffn.num_rows);
   params.num_experts = static_cast<int>(ffn.num_experts);
   params.expert_width = static_cast<int>(ffn.expert_width);
+  params.group_rows = static_cast<int>(ffn.spacing.down_rows);
+  params.group_columns = params.group_rows == 0 ? params.expert_width : 0;
   params.num_n = ceil_div(params.expert_width, kTileNeurons);
   params.num_k = ceil_div(static_cast<int>(ffn.x.columns), kTileK);
   cudaError_t error = make_tensor_map(&params.grad_y, ffn.dtype, backward.grad_y, ffn.num_rows,

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                              ffn.up_proj.row<T>(0) + column,    // [I, D]
                              ffn.gate_proj.stride,
                              ffn.up_proj.stride,
-                             neuron_groups(ffn).of(at.group),
+                             neuron_rows(ffn).of(at.group),
                              width};
   LoaderB loader_b(rows_b, 2 * width);
 

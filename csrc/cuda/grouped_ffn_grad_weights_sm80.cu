@@ -58,14 +58,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   auto* grad_gate_proj = static_cast<T*>(backward.grad_gate_proj);  // [I, D] or null
   auto* grad_up_proj = static_cast<T*>(backward.grad_up_proj);      // [I, D] or null
   auto* grad_down_proj = static_cast<T*>(backward.grad_down_proj);  // [D, I]
-  const NeuronMap neurons = neuron_groups(ffn).of(group);
-  const int64_t down_columns = ffn.down_proj.columns;  // I
+  // The gradients of experts adjoin whatever lies between the weights.
+  const NeuronMap neurons =
+      (params.is_down ? neuron_columns(ffn) : neuron_groups(ffn, width)).of(group);
+  const int64_t down_columns = ffn.down_proj.columns;  // I, or h of [E, D, h]
+  const int64_t first_down = ffn.spacing.down_rows == 0 ? 0 : int64_t{group} * hidden_size;
   store_rounded<T>(tile, [&](int tile_row, int tile_column, const Vector16& vector) {
     const int m = first_m + tile_row;
     const int n = first_n + tile_column;
     if (m >= num_m || n >= num_n) return;
     if (params.is_down) {
-      store_vector(grad_down_proj + m * down_columns + neurons(n), vector);
+      store_vector(grad_down_proj + (first_down + m) * down_columns + neurons(n), vector);
     } else {
       const int neuron = neurons(m < width ? m : m - width);
       T* out = m < width ? grad_gate_proj : grad_up_proj;

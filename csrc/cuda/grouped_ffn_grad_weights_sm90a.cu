@@ -63,7 +63,8 @@ struct GradWeightsParams {
   int64_t columns_stride;            //
   const int32_t* row_token;          // [R]: row of `columns` of each row; null: the row itself
   const int32_t* expert_offsets;     // [E + 1], or null
-  T* out[kNumConsumers];             // [I, D], with kIsDown [D, I]; null when not wanted
+  T* out[kNumConsumers];             // [I, D], with kIsDown [D, I] or [E, D, h]; null: not wanted
+  bool is_apart;                     // [E, D, h]
   int num_sources;                   // rows of `columns`
   int num_rows;                      // R
   int hidden_size;                   // D
@@ -228,7 +229,10 @@ struct GradWeightsGemm {
         const int64_t of_all = static_cast<int64_t>(tile.group) * params.expert_width + neuron;
         const int64_t width = static_cast<int64_t>(params.num_experts) * params.expert_width;
         const int64_t offset =
-            kIsDown ? column * width + of_all : of_all * params.hidden_size + column;
+            !kIsDown ? of_all * params.hidden_size + column
+            : params.is_apart
+                ? (int64_t{tile.group} * params.hidden_size + column) * params.expert_width + neuron
+                : column * width + of_all;
         store_vector(params.out[consumer] + offset, vectors[i]);
       }
     }
@@ -284,6 +288,7 @@ cudaError_t launch_all(const GroupedFfnBackwardCudaParams& backward, const Devic
   down.columns = static_cast<const T*>(backward.grad_y);
   down.columns_stride = ffn.x.columns;
   down.num_sources = static_cast<int>(ffn.num_rows);
+  down.is_apart = ffn.spacing.down_rows != 0;
   down.out[0] = down.out[1] = static_cast<T*>(backward.grad_down_proj);
   const void* const activations[kNumConsumers] = {hidden, hidden};
   return launch_grad_weights<T, true>(down, ffn, device, activations, stream);

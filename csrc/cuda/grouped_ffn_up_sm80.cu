@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   const auto* gate_proj = ffn.gate_proj.row<T>(0);  // [I, D]
   const auto* up_proj = ffn.up_proj.row<T>(0);      // [I, D]
-  const NeuronMap neurons = neuron_groups(ffn).of(at.group);
+  const NeuronMap neurons = neuron_rows(ffn).of(at.group);
   KContiguousLoader<T, typename Loop::TileB, Shape::kThreads, LinearIndex> loader_b(
       [&](int row) {
         const int weight_row = neurons(min(first_neuron + row / 16 * 8 + row % 8, width - 1));

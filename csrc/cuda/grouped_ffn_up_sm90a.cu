@@ -318,7 +318,7 @@ cudaError_t run(const GroupedFfnCudaParams& params, const DeviceInfo& device, vo
   up.x_stride = params.x.stride;
   up.row_token = params.row_token;
   up.expert_offsets = params.expert_offsets;
-  up.neurons = neuron_groups(params);
+  up.neurons = neuron_rows(params);
   up.gate_rows = static_cast<T*>(params.gate_rows);
   up.up_rows = static_cast<T*>(params.up_rows);
   up.num_tokens = static_cast<int>(params.x.rows);

@@ -46,6 +46,7 @@ struct Params {
   TensorMap rows[kOperands];      // A [padded rows, h], boxes [128, 64]
   TensorMap weights[kOperands];   // B, boxes [n / blocks, 64] or [64, 64]
   NeuronGroups neurons;           // columns or rows of B
+  int group_rows;                 // rows of B [N, K] from one group to the next, or 0
   const int32_t* expert_offsets;  // [E + 1], or null
   T* out;                         // [R, N]
   int num_rows;                   // R
@@ -122,6 +123,7 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
     const int part = kBlocks == 1 ? 0 : cluster_rank();
     for_each_tile<Gemm, true>(params, [&](const RowTile& tile) {
       const NeuronMap neurons = params.neurons.of(tile.group);
+      const int column = tile.group * params.group_rows + tile.n * kColumns + part * kPartColumns;
 #pragma unroll
       for (int operand = 0; operand < kOperands; ++operand) {
         NeuronMap::Pending pending{};
@@ -139,8 +141,8 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
           } else {
             barrier_arrive_expect_bytes(full, kWeightBytes);
           }
-          load_weights(&params.weights[operand], stage + kRowsBytes + part * kPartBytes,
-                       tile.n * kColumns + part * kPartColumns, neuron, full);
+          load_weights(&params.weights[operand], stage + kRowsBytes + part * kPartBytes, column,
+                       neuron, full);
         }
       }
     });
@@ -210,7 +212,9 @@ cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
   constexpr GroupedFfnSm90aTile kTile = kGroupedFfnSm90aDownTiles[static_cast<int>(kId)];
   using TheGemm = Gemm<T, kTile.n, kTile.num_stages, kOperands, kMajorB, kBlocks>;
   Params<T, kOperands> params{};
-  params.neurons = neuron_groups(ffn);
+  constexpr bool kIsKMajor = kMajorB == Major::kK;  // down_proj
+  params.neurons = kIsKMajor ? neuron_columns(ffn) : neuron_rows(ffn);
+  params.group_rows = kIsKMajor ? static_cast<int>(ffn.spacing.down_rows) : 0;
   params.expert_offsets = ffn.expert_offsets;
   params.out = out;
   params.num_rows = static_cast<int>(ffn.num_rows);
@@ -226,7 +230,6 @@ cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
                         ffn.expert_width, kTileRows, kTileK, true);
     if (error != cudaSuccess) return error;
     const Matrix& weights = operands[i].weights;
-    constexpr bool kIsKMajor = kMajorB == Major::kK;
     error = make_tensor_map(
         &params.weights[i], ffn.dtype, weights.data, weights.rows, weights.columns, weights.stride,
         kIsKMajor ? TheGemm::kPartColumns : kTileK, kIsKMajor ? kTileK : kBoxElements, true);

@@ -357,7 +357,7 @@ def run_experts(
 
     Args:
         tokens: [T, D]. weights: [T, K] fp32. topk_idx: [T, K] int32.
-        gate_proj, up_proj: [E * h, D]; down_proj: [D, E * h].
+        gate_proj, up_proj, down_proj: as of `ops.grouped_ffn`.
     """
     expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
     experts = (gate_proj, up_proj, down_proj)

@@ -33,19 +33,21 @@ def expert_ffn(
     up_proj: Tensor,
     down_proj: Tensor,
 ) -> Tensor:
-    """x [T, D], weights and topk_idx [T, K] -> y [T, D]; sort, grouped FFN and combine."""
+    """x [T, D], weights and topk_idx [T, K] -> y [T, D]; sort, grouped FFN and combine.
+
+    Weights of experts: as of `ops.grouped_ffn`.
+    """
     expert_offsets, row_token, token_rows = reference.sort_by_expert(topk_idx, num_experts)
     sizes = expert_offsets.diff().tolist()
     rows = reference.permute(x, row_token).split(sizes)
+    experts = (
+        (gate_proj.chunk(num_experts), up_proj.chunk(num_experts), down_proj.chunk(num_experts, 1))
+        if gate_proj.dim() == 2
+        else (gate_proj, up_proj, down_proj)
+    )
     outputs = [
         F.linear(F.silu(F.linear(own, gate)) * F.linear(own, up), down)
-        for own, gate, up, down in zip(
-            rows,
-            gate_proj.chunk(num_experts),
-            up_proj.chunk(num_experts),
-            down_proj.chunk(num_experts, dim=1),
-            strict=True,
-        )
+        for own, gate, up, down in zip(rows, *experts, strict=True)
     ]
     return reference.combine(torch.cat(outputs), weights, token_rows)
 

@@ -43,8 +43,9 @@ def grouped_ffn(
         x: tokens [T, D]; fp32, bf16 or fp16.
         row_token: token of each row, [R] int32, rows grouped by expert.
         expert_offsets: [E + 1] int32, first row of each expert and the number of rows.
-        gate_proj, up_proj: [E * h, D], dtype of x, any row stride.
-        down_proj: [D, E * h], dtype of x, any row stride.
+        gate_proj, up_proj: [E * h, D], or [E, h, D], dtype of x, any row stride. Experts may
+            be any number of rows apart, as in the halves of one [E, 2 * h, D].
+        down_proj: [D, E * h], or [E, D, h] with them; likewise.
         token_rows: rows of each token, [T, K] int32, from `sort_by_expert`; needed for the
             gradient of x alone, which is summed in the order of the rows without it.
         recompute: trade time for memory: keep no activations for backward.
@@ -83,7 +84,7 @@ def _fake_train(
     token_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = row_token.shape[0]
-    width = gate_proj.shape[0] // (expert_offsets.shape[0] - 1)
+    width = gate_proj.shape[:-1].numel() // (expert_offsets.shape[0] - 1)
     return (
         x.new_empty((num_rows, x.shape[1])),
         x.new_empty((num_rows, width)),
@@ -104,8 +105,9 @@ def _fake_backward(
     up_rows: Tensor,
     needs_x: bool,
     needs_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_ffn_gradients(x, row_token.shape[0], gate_proj.shape[0], needs_x, needs_weights)
+) -> tuple[Tensor, ...]:
+    weights = (gate_proj, up_proj, down_proj)
+    return fake_ffn_gradients(x, row_token.shape[0], weights, needs_x, needs_weights)
 
 
 def _sum_rows(grad_rows: Tensor, row_token: Tensor, x: Tensor, token_rows: Tensor | None) -> Tensor:

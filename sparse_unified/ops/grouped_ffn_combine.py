@@ -29,7 +29,7 @@ def grouped_ffn_combine(
         x: tokens [T, D]; fp32, bf16 or fp16.
         weights: [T, K] fp32.
         row_token, token_rows, expert_offsets: [R], [T, K], [E + 1] int32, from `sort_by_expert`.
-        gate_proj, up_proj: [E * h, D]; down_proj: [D, E * h]; dtype of x, any row stride.
+        gate_proj, up_proj, down_proj: as of `grouped_ffn`.
 
     Returns:
         out [T, D], dtype of x.

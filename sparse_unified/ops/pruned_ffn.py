@@ -95,8 +95,10 @@ def _fake_backward(
     block_size: int,
     needs_x: bool,
     needs_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_ffn_gradients(x, x.shape[0], gate_proj.shape[0], needs_x, needs_weights)
+) -> tuple[Tensor, ...]:
+    return fake_ffn_gradients(
+        x, x.shape[0], (gate_proj, up_proj, down_proj), needs_x, needs_weights
+    )
 
 
 def _gradients(

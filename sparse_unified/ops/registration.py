@@ -44,6 +44,8 @@ _DIMENSIONS = {
         "up_rows": "? ?",
     },
 }
+# Weights of grouped_ffn may also have a dimension of experts.
+_OF_EXPERTS = {"gate_proj": "E h D", "up_proj": "E h D", "down_proj": "E D h"}
 _ARGUMENTS = {
     name: (dims.split(), dtype) for dtype, own in _DIMENSIONS.items() for name, dims in own.items()
 }
@@ -97,6 +99,9 @@ def register_fake(op: str) -> Callable[[F], F]:
 def _check(op: str, name: str, value: Tensor, sizes: dict[str, int]) -> None:
     """Refuses what an op does not take; `sizes` are those of the arguments before, by letter."""
     dims, dtype = _ARGUMENTS[name]
+    if op.startswith("grouped_ffn") and name in _OF_EXPERTS:
+        is_first = name == "gate_proj" and value.dim() == 3
+        dims = _OF_EXPERTS[name].split() if is_first or "h" in sizes else dims
     if value.dim() != len(dims):
         raise RuntimeError(
             f"{op}: {name} must have {len(dims)} dimensions, got shape {list(value.shape)}"
@@ -105,6 +110,8 @@ def _check(op: str, name: str, value: Tensor, sizes: dict[str, int]) -> None:
         raise RuntimeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
     if name == "expert_offsets" and value.shape[0] < 2:
         raise RuntimeError(f"{op}: {name} must have at least 2 entries, got {value.shape[0]}")
+    if name == "expert_offsets" and type(value.shape[0]) is int:
+        sizes["E"] = value.shape[0] - 1
     for letter, size in zip(dims, value.shape, strict=True):
         if letter != "?" and type(size) is int and sizes.setdefault(letter, size) != size:
             raise RuntimeError(
@@ -187,16 +194,11 @@ def call_ffn(op: str, arguments: tuple[Any, ...], *, recompute: bool) -> Tensor:
 
 
 def fake_ffn_gradients(
-    x: Tensor, num_rows: int, width: int, needs_x: bool, needs_weights: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, num_rows: int, weights: Sequence[Tensor], needs_x: bool, needs_weights: bool
+) -> tuple[Tensor, ...]:
     """Gradients of the rows and of the three weights, empty where unwanted."""
-    hidden_size = x.shape[1]
-    return (
-        x.new_empty((num_rows if needs_x else 0, hidden_size)),
-        x.new_empty((width if needs_weights else 0, hidden_size)),
-        x.new_empty((width if needs_weights else 0, hidden_size)),
-        x.new_empty((hidden_size if needs_weights else 0, width)),
-    )
+    own = [(len(w) if needs_weights else 0, *w.shape[1:]) for w in weights]
+    return tuple(x.new_empty(shape) for shape in ((num_rows if needs_x else 0, x.shape[1]), *own))
 
 
 def keep_wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from problems import (
     DTYPES,
     FLOATS,
     HALVES,
     ROUTINGS,
     Problem,
+    Values,
     assert_all_equal,
     assert_as_good_as_torch,
     assert_equal,
@@ -338,6 +340,56 @@ def gradients_of_experts(
         assert_all_equal("recomputed", gradients(problem, grad, not recompute), own)
         strided = gradients(problem, grad.t().contiguous().t(), recompute)
         assert_all_equal("gradient of another layout", strided, own)
+
+
+def of_experts(values: Values, layout: str) -> Values:
+    """The same weights with a dimension of experts, laid out in some way."""
+    count = values["num_experts"]
+    gate, up = (values[name].unflatten(0, (count, -1)) for name in ("gate_proj", "up_proj"))
+    down = values["down_proj"].unflatten(1, (count, -1)).transpose(0, 1)
+    if layout == "halves":  # as transformers keeps them
+        gate, up = torch.cat((gate, up), 1).chunk(2, 1)
+        down = down.contiguous()
+    elif layout == "apart":
+        gate, up = (F.pad(weight, (0, 8, 0, 3), value=torch.nan) for weight in (gate, up))
+        gate, up = gate[:, :-3, :-8], up[:, :-3, :-8]
+        down = F.pad(down, (0, 16, 0, 5), value=torch.nan)[:, :-5, :-16]
+    elif layout == "uneven":  # the two differ in how far experts lie apart
+        gate = F.pad(gate, (0, 0, 0, 1), value=torch.nan)[:, :-1]
+    return values | {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+
+@check(
+    *cycle(
+        grid(
+            layout=("halves", "apart", "uneven", "views"),
+            sizes=((5, 8, 3, 16, 2), (37, 72, 5, 48, 2), (150, 128, 6, 80, 2), (90, 136, 1, 24, 1)),
+        ),
+        dtype=HALVES,
+        routing=("random", "gaps"),
+    ),
+    *grid(layout=("halves", "apart"), sizes=((37, 41, 5, 7, 2), (200, 40, 3, 24, 2)),
+          dtype=(DTYPES[0],), routing=("random",)),
+    on=with_kernel,
+)  # fmt: skip
+def experts_may_lie_anywhere(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    layout: str,
+    routing: str,
+) -> None:
+    """Weights with a dimension of experts give the bits of packed ones, gradients too."""
+    problem = grouped_problem(*sizes, dtype, routing, device)
+    other = Problem(problem.op, of_experts(problem.values, layout))
+    assert_equal("y", other.call(), problem.call())
+    combined = [own.call("grouped_ffn_combine") for own in (other, problem)]
+    assert_equal("combined", *combined)
+    grad = torch.randn(combined[0].shape[0] * sizes[4], sizes[1], device=device).to(dtype)
+    own, expected = gradients(other, grad), list(gradients(problem, grad))
+    expected[1:] = [of_experts(problem.values | dict(zip(FLOATS, expected, strict=True)), "")[name]
+                    for name in FLOATS[1:]]  # fmt: skip
+    assert_all_equal("gradient", own, expected)
 
 
 @check(*grid(dtype=DTYPES), on=with_kernel)

@@ -15,6 +15,7 @@ struct GroupedFfnParams {
   Matrix up_proj;        // [E * h, D]
   Matrix down_proj;      // [D, E * h]
   int64_t expert_width;  // h
+  ExpertSpacing spacing;
 };
 
 // Rows of one expert and where their results go.

@@ -24,4 +24,11 @@ struct Matrix {
   }
 };
 
+// Where the parts of the experts lie in matrices of weights. Zeros: one behind the other, as rows
+// of gate_proj and up_proj [E * h, D] and as columns of down_proj [D, E * h].
+struct ExpertSpacing {
+  int64_t neuron_gap;  // rows of gate_proj and up_proj between two experts
+  int64_t down_rows;   // rows of down_proj from one expert to the next, such as D of [E * D, h]
+};
+
 }  // namespace sparse_unified

@@ -36,6 +36,7 @@ struct GroupedFfnCudaParams {
   int64_t num_rows;               // R
   int64_t num_experts;            // E, groups
   int64_t expert_width;           // h, neurons of a group
+  ExpertSpacing spacing;          // without a list of blocks
   void* gate_rows;                // [R, h], kept for backward; null when not wanted
   void* up_rows;                  // [R, h], likewise
   void* y;                        // [R, D]
@@ -47,7 +48,7 @@ struct GroupedFfnBackwardCudaParams {
   void* grad_rows;               // [R, D]; null when not wanted
   void* grad_gate_proj;          // [I, D]; null when no weight gradient is wanted
   void* grad_up_proj;            // [I, D]
-  void* grad_down_proj;          // [D, I]
+  void* grad_down_proj;          // [D, I], or [E, D, h] where the spacing has rows of down_proj
 };
 
 // What a call runs, decided once.
