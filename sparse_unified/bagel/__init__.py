@@ -7,6 +7,7 @@ Reading order: `config`, `attention`, `decoder`, `vision`, `vae`, `model`, `exec
 
 from sparse_unified.bagel.config import BagelConfig, LLMConfig, VAEConfig, VisionConfig
 from sparse_unified.bagel.execution import Execution
+from sparse_unified.bagel.hub import model_card, push_to_hub, write_card
 from sparse_unified.bagel.loading import load_bagel
 from sparse_unified.bagel.model import Bagel, training_forward
 from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
@@ -29,6 +30,9 @@ __all__ = [
     "VAEConfig",
     "VisionConfig",
     "load_bagel",
+    "model_card",
     "pack_training",
+    "push_to_hub",
     "training_forward",
+    "write_card",
 ]

@@ -7,10 +7,12 @@ import os
 import resource
 import secrets
 import sys
+import tempfile
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
@@ -28,6 +30,7 @@ from sparse_unified._common import (
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.execution import Execution
+from sparse_unified.bagel.hub import push_to_hub, save_model
 from sparse_unified.bagel.images import ImageProcessor, to_rgb
 from sparse_unified.bagel.loading import Device, Offload, Placement, Task, load_bagel
 from sparse_unified.bagel.model import Bagel
@@ -42,7 +45,7 @@ from sparse_unified.bagel.sampler import (
 )
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.checkpoint.model_dir import find_model
+from sparse_unified.checkpoint.model_dir import Checkpoint, find_model
 from sparse_unified.nn import SparseMoE
 
 if TYPE_CHECKING:
@@ -338,6 +341,7 @@ class BagelPipeline:
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
+        self.directory: Path | None = None  # that the model came from
         self.image_processor = ImageProcessor(model.config, vae)
 
     @classmethod
@@ -349,6 +353,9 @@ class BagelPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         task: Task | str = Task.ALL,
         offload: Offload | str = Offload.NONE,
         storage: str | Mapping[str, str] | None = None,
@@ -365,6 +372,7 @@ class BagelPipeline:
             device: where the weights go.
             dtype: what they become; None keeps what each file holds.
             revision: of a hub id: a branch, tag or commit; None is the newest.
+            token, cache_dir, local_files_only: of a hub id, as `huggingface_hub` takes them.
             task: "image" leaves out what images from texts never read: the head, the ViT, and the
                 last layer's und FFN; "edit" leaves out the head and that FFN; "all", nothing.
                 Images are the same bit for bit.
@@ -400,11 +408,46 @@ class BagelPipeline:
                     "compile and cuda_graphs must come without device_map and offload, "
                     f"got device_map={device_map!r}, offload={Offload(offload).value!r}"
                 )
-        directory = find_model(name, revision=revision)
+        directory = find_model(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         tokenizer = Tokenizer.from_directory(directory)
         special = tokenizer.special_tokens
         model, vae = load_bagel(directory, dtype=dtype, special_tokens=special, placement=placement)
-        return cls(model, vae, tokenizer, execution=execution)
+        pipeline = cls(model, vae, tokenizer, execution=execution)
+        pipeline.directory = directory
+        return pipeline
+
+    @context("save_pretrained")
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **card: Any) -> None:
+        """Writes the model as it is now, with the other files of the directory it came from.
+
+        Args:
+            save_directory: to make; it must not exist.
+            card: of README.md, which is written anew: `base_model` and `license`.
+
+        Raises:
+            ValueError: the model came from no directory, or its structure is not that of the files.
+        """
+        if self.directory is None:
+            raise ValueError("pipeline must come from from_pretrained, got one made of its parts")
+        save_model(self.model, Checkpoint(self.directory), save_directory, **card)
+
+    @context("push_to_hub")
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes, and returns its address.
+
+        Args:
+            repo_id: "owner/name"; made if it is not there.
+            options: of `sparse_unified.bagel.push_to_hub`, such as `private` and `base_model`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(f"{folder}/model")
+            return push_to_hub(f"{folder}/model", repo_id, **options)
 
     @context("generate")
     @torch.no_grad()

@@ -263,7 +263,11 @@ def _read_shards(index_file: Path) -> dict[str, Header]:
 
 
 def find_model(
-    name: str | os.PathLike[str], *, revision: str | None = None, where: str = "from_pretrained"
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    where: str = "from_pretrained",
+    **options: Any,
 ) -> Path:
     """Returns the directory of a model, given as such or as a hub id, which is downloaded.
 
@@ -272,6 +276,7 @@ def find_model(
             the hub's cache is not downloaded again.
         revision: of an id: a branch, tag or commit; None is the newest.
         where: the start of messages.
+        options: of `huggingface_hub.snapshot_download`: token, cache_dir, local_files_only.
 
     Raises:
         ValueError: `name` is neither a directory nor the id of a model that can be had.
@@ -288,7 +293,8 @@ def find_model(
         )
     hub = optional("huggingface_hub", purpose=f"the download of {text!r}")
     try:
-        return Path(hub.snapshot_download(text, revision=revision, allow_patterns=list(HUB_FILES)))
+        options |= {"revision": revision, "allow_patterns": list(HUB_FILES)}
+        return Path(hub.snapshot_download(text, **options))
     except (OSError, ValueError) as error:  # every error of the hub is one of these
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -35,6 +35,8 @@ _COMMANDS = {
     "invert": ("checkpoint", "give the dense checkpoint back, bit for bit"),
     "info": ("checkpoint", "show what a model directory or this build is, and what disagrees"),
     "prune": ("checkpoint", "make a smaller one: narrower FFNs, fewer heads, skipped layers"),
+    "card": ("checkpoint", "write the model card, README.md"),
+    "push": ("checkpoint", "upload a model with its card to the hub"),
     "generate": ("generate", "generate or edit images"),
     "chat": ("generate", "answer a prompt, with or without images, in text"),
     "calibrate": ("analysis", "gather statistics of the neurons on a task"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparse_unified._common import Report, naming
 from sparse_unified.analysis import FfnStatistics
+from sparse_unified.bagel.hub import push_to_hub, write_card
 from sparse_unified.build import build_info
 from sparse_unified.checkpoint import (
     Checkpoint,
@@ -274,3 +275,49 @@ def run_mini_write(options: argparse.Namespace) -> Report:
     """Writes the trained model as a model directory, for every other command."""
     written = str(write_model(MiniTask(options.task), options.out))
     return Output(text=written, document={"model": written})
+
+
+# card, push
+
+_CARD = """
+MODEL              a model directory
+--base-model ID    the model it was made from, by its id on the hub
+--license NAME     as the hub writes it, apache-2.0
+"""
+
+
+def add_card(parser: CommandParser) -> None:
+    add_flags(parser, _CARD)
+    add_flags(parser, "--name ID  the id it will have on the hub")
+
+
+def run_card(options: argparse.Namespace) -> Report:
+    """Writes README.md of MODEL: what was done to it and what it holds. An older one is replaced.
+
+    convert, prune and adapt copy the README.md of the model they start from, which is its card.
+    """
+    path = write_card(options.model, **_given(options, "name base_model license"))
+    return Output(text=f"wrote {path}", document={"card": str(path)})
+
+
+def add_push(parser: CommandParser) -> None:
+    add_flags(parser, _CARD)
+    add_flags(
+        parser,
+        """
+        REPO            owner/name, made if it is not there
+        --private       for you alone, if it is made
+        --revision REV  branch to upload to
+        """,
+    )
+
+
+def run_push(options: argparse.Namespace) -> Report:
+    """Uploads MODEL to REPO with a card of its own; the token is that of `hf auth login`."""
+    given = _given(options, "private revision base_model license")
+    url = push_to_hub(options.model, options.repo, **given)
+    return Output(text=f"uploaded to {url}", document={"url": url})
+
+
+def _given(options: argparse.Namespace, wanted: str) -> dict[str, Any]:
+    return {name: value for name in wanted.split() if (value := getattr(options, name))}

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models for others: a directory from a live model, its card, and the hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparse_unified._common import format_bytes, format_layers, list_some, optional
+from sparse_unified.bagel.loading import official_tensors
+from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint.files import replace_file
+from sparse_unified.checkpoint.rewrite import Blocks, Edit, index_texts, rewrite
+from sparse_unified.checkpoint.safetensors_io import as_bytes
+
+if TYPE_CHECKING:
+    from sparse_unified.bagel.model import Bagel
+
+CARD = "README.md"
+_USE = """
+```python
+from sparse_unified.bagel import BagelPipeline
+
+pipeline = BagelPipeline.from_pretrained("{name}", device="cuda")
+pipeline.generate("a red bench in the rain", seed=0).images[0].save("bench.png")
+```
+"""
+
+
+def save_model(model: Bagel, source: Checkpoint, out: str | os.PathLike[str], **card: Any) -> None:
+    """Writes the weights of a live model beside the other files of the directory it came from.
+
+    Weights keep the dtype they have in the model; parts that a task left out come from the source.
+    The directory appears complete or not at all, with a card of its own.
+
+    Args:
+        model: loaded from `source`; trained or edited since, but of the same structure.
+        out: the directory to make; it must not exist.
+        card: options of `model_card`.
+
+    Raises:
+        ValueError: tensors are not those of the source, are quantized, or not in memory.
+    """
+    live = official_tensors(model)
+    wrong = [
+        key
+        for key, tensor in live.items()
+        if key not in source.specs
+        or tuple(tensor.shape) != source.spec(key).shape
+        or tensor.is_meta
+        or type(tensor.data) is not Tensor
+    ]
+    if wrong:
+        raise ValueError(
+            f"model must hold plain tensors of {source.directory}'s names and shapes, got others: "
+            f"{list_some(wrong)}; convert and prune write models of another structure"
+        )
+
+    def blocks(tensor: Tensor) -> Blocks:
+        yield as_bytes(tensor.detach().cpu().contiguous())
+
+    edits = {
+        key: Edit(entries=((key, tensor.dtype, spec.shape),), blocks=partial(blocks, tensor))
+        for key, (tensor, spec) in _both(live, source)
+    }
+    texts = index_texts(source, edits)
+    rewrite(source, out, edits, {**texts, CARD: model_card(source, **card)})
+
+
+def _both(
+    live: dict[str, Tensor], source: Checkpoint
+) -> Iterator[tuple[str, tuple[Tensor, TensorSpec]]]:
+    for key, spec in source.specs.items():
+        if key in live:
+            yield key, (live[key], spec)
+
+
+def model_card(
+    source: Checkpoint,
+    *,
+    name: str = "owner/name",
+    base_model: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Returns the text of a card: what the model is, how it was made, what it holds.
+
+    Args:
+        source: the model directory; its own README.md is not read.
+        name: the id it will have on the hub.
+        base_model: id of the model it was made from.
+        license: as the hub writes it, "apache-2.0"; that of the model it was made from.
+    """
+    recipe = source.recipe
+    steps = recipe.steps if recipe is not None else ()
+    tags = ["bagel", "text-to-image", *dict.fromkeys(step.config.mode for step in steps)]
+    head = ["library_name: sparse_unified", "pipeline_tag: any-to-any"]
+    head += [f"license: {license}"] if license else []
+    head += [f"base_model: {base_model}"] if base_model else []
+    specs = source.specs.values()
+    numbers = [
+        ("parameters", f"{sum(_size(spec.shape) for spec in specs):,}"),
+        ("weights", format_bytes(sum(spec.nbytes for spec in specs))),
+        ("dtypes", ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs}))),
+        ("decoder layers", str(source.num_layers)),
+    ]
+    for component, layers in source.experts.items():
+        layout = next(iter(layers.values()))
+        numbers.append(
+            (
+                f"experts ({component})",
+                f"{layout.num_experts} of {layout.expert_width} neurons, {source.top_k} a token, "
+                f"in layers {format_layers(sorted(layers))}",
+            )
+        )
+    made = [f"{number}. {step.to_text()} ({step.tool})" for number, step in enumerate(steps, 1)]
+    parts = [
+        "---",
+        *head,
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+        f"# {name.rpartition('/')[2]}",
+        "",
+        f"A BAGEL model{f' made from {base_model}' if base_model else ''}, for `sparse_unified`.",
+        _USE.format(name=name),
+        "## What was done",
+        "",
+        *(made or ["Nothing: the weights are in BAGEL's own layout."]),
+        "",
+        "## What it holds",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {what} | {value} |" for what, value in numbers),
+        "",
+        "Quality was not measured by the program that wrote this card.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def write_card(directory: str | os.PathLike[str], **card: Any) -> Path:
+    """Writes README.md of a model directory, in place of what is there; options: `model_card`."""
+    path = Path(directory) / CARD
+    replace_file(path, model_card(Checkpoint(directory), **card).encode())
+    return path
+
+
+def push_to_hub(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a model of sparse_unified",
+    **card: Any,
+) -> str:
+    """Uploads a model directory with a card of its own; a README.md in it stays behind.
+
+    Args:
+        directory: of a model.
+        repo_id: "owner/name"; made if it is not there.
+        private, token, revision, commit_message: as of `huggingface_hub`.
+        card: options of `model_card`.
+
+    Returns:
+        The address of the model.
+    """
+    text = model_card(Checkpoint(directory), **{"name": repo_id, **card})
+    api = optional("huggingface_hub", purpose=f"the upload to {repo_id!r}").HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    options = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message}
+    api.upload_folder(folder_path=directory, ignore_patterns=[CARD], **options)
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, **options)
+    return str(url)
