@@ -142,11 +142,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     sys.modules.pop("sparse_unified.engines.vllm_omni", None)
 
 
-def plugin() -> EntryPoint:
-    """The entry point that pyproject.toml declares."""
+def declared(group: str) -> dict[str, str]:
+    """The entry points of a group that pyproject.toml declares, name to value."""
     text = (ROOT / "pyproject.toml").read_text()
-    pattern = rf'^\[project\.entry-points\."{re.escape(GROUP)}"\]\n(\w+) = "(.+)"$'
-    [(name, value)] = re.findall(pattern, text, re.MULTILINE)
+    pattern = rf'^\[project\.entry-points\."{re.escape(group)}"\]\n(\w+) = "(.+)"$'
+    return dict(re.findall(pattern, text, re.MULTILINE))
+
+
+def plugin() -> EntryPoint:
+    [(name, value)] = declared(GROUP).items()
     return EntryPoint(name=name, value=value, group=GROUP)
 
 

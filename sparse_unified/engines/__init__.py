@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters to serving engines; docs/serving.md.
+"""Adapters to other projects; docs/serving.md, docs/evaluation.md.
 
 `vllm_omni` is a pipeline of vLLM-Omni, `diffusers` one of diffusers, `kernels` layers for the
-package of that name. Each imports its engine, or needs it when it is used; none is imported here.
+package of that name, `transformers` experts of its models, `lmms_eval` a model for its tasks.
+Each imports its engine, or needs it when it is used; none is imported here.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 
 def register_vllm_omni() -> None:
@@ -28,3 +30,10 @@ def register_vllm_omni() -> None:
         ) from error
     # The functions before and after the pipeline keep their names, which the module exports.
     register("BagelPipeline", "sparse_unified.engines.vllm_omni", "SparseBagelPipeline")
+
+
+def lmms_eval_model() -> Any:
+    """Names our model to lmms-eval: an entry point of `lmms_eval.models`."""
+    manifest = importlib.import_module("lmms_eval.models.registry_v2").ModelManifest
+    name = "sparse_unified_bagel"
+    return manifest(name, simple_class_path="sparse_unified.engines.lmms_eval.SparseUnifiedBagel")

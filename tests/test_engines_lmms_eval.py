@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks of lmms-eval run on our models, by its own registry and evaluator, on local tasks."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_engines_vllm_omni import declared
+
+from sparse_unified.bagel import BagelPipeline
+from sparse_unified.fixtures import write_checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+GROUP = "lmms_eval.models"
+_COMMON = """\
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 5, temperature: 0, do_sample: false, until: ["\\n\\n"]}}
+"""
+_FUNCTIONS = """
+from PIL import Image
+
+def visuals(doc):
+    return [Image.open(path) for path in doc["images"]]
+
+def score(doc, results):
+    return {"own": [doc["question"], *results]}
+
+def gather(found, args=None):
+    return len(found)
+"""
+QUESTIONS = ["what is this?", "<image> a red bench", "three cups"]
+
+
+@pytest.fixture(scope="module", params=["t2i_dense", "t2i_moe"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(GOLDEN / request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A folder with the task `bench`: three questions, two of them with an image."""
+    Image.new("RGB", (48, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    pictures = [[str(tmp_path / "red.png")]] * 2 + [[]]
+    rows = zip(QUESTIONS, pictures, strict=True)
+    (tmp_path / "data.json").write_text(
+        "\n".join(json.dumps({"question": q, "images": p, "answer": ""}) for q, p in rows)
+    )
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "utils.py").write_text(_FUNCTIONS)
+    (folder / "bench.yaml").write_text(
+        _COMMON.format(data=tmp_path / "data.json")
+        + """task: bench
+doc_to_visual: !function utils.visuals
+process_results: !function utils.score
+metric_list: [{metric: own, aggregation: !function utils.gather, higher_is_better: true}]
+"""
+    )
+    return folder
+
+
+def evaluate(task: Path, monkeypatch: pytest.MonkeyPatch, **model_args: Any) -> list[str]:
+    """Answers to the questions, by way of the entry point, the registry and the evaluator."""
+    pytest.importorskip("loguru", reason="lmms-eval is not installed")
+    pytest.importorskip("lmms_eval.evaluator")
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models import MODEL_REGISTRY_V2, registry_v2
+    from lmms_eval.tasks import TaskManager
+
+    point = EntryPoint(name="sparse_unified", value=declared(GROUP)["sparse_unified"], group=GROUP)
+    own = type("Points", (), {"select": lambda self, group: [point] * (group == GROUP)})
+    monkeypatch.setattr(registry_v2, "entry_points", own)
+    MODEL_REGISTRY_V2.load_entrypoint_manifests(overwrite=True)
+    arguments = ",".join(f"{name}={value}" for name, value in model_args.items())
+    found = simple_evaluate(
+        model="sparse_unified_bagel",
+        model_args=arguments,
+        tasks=["bench"],
+        batch_size=2,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(task), include_defaults=False),
+        log_samples=True,
+    )
+    return [sample["filtered_resps"][0] for sample in found["samples"]["bench"]]
+
+
+def test_questions_are_answered_in_text(
+    model: Path, task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = evaluate(task, monkeypatch, pretrained=model)
+    pipeline = BagelPipeline.from_pretrained(model)
+    red = Image.open(task.parent / "red.png")
+    images = [red, red, None]
+    texts = [question.removeprefix("<image> ") for question in QUESTIONS]
+    assert answers == [
+        str(pipeline.chat(text, images=image, max_length=6)).partition("\n\n")[0]
+        for text, image in zip(texts, images, strict=True)
+    ]
+
+
+def test_images_are_drawn_and_edited(
+    model: Path, task: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"mode": "generation", "size": 32, "num_timesteps": 3, "cfg_text_scale": 2.0}
+    answers = evaluate(
+        task, monkeypatch, pretrained=model, output_dir=tmp_path / "out", seed=7, **options
+    )
+    [first, *_, last] = [json.loads(answer)["images"] for answer in answers]
+    pipeline = BagelPipeline.from_pretrained(model)
+    shared: dict[str, Any] = {"size": (32, 32), "num_timesteps": 3, "cfg_text_scale": 2.0}
+    red = Image.open(task.parent / "red.png")
+    for paths, text, image, seed in ((first, QUESTIONS[0], red, 7), (last, QUESTIONS[2], None, 9)):
+        [drawn] = pipeline.generate(text, images=image, seed=seed, progress=False, **shared).images
+        own = torch.frombuffer(bytearray(Image.open(paths[0]).tobytes()), dtype=torch.uint8)
+        other = torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8)
+        assert int((own.int() - other.int()).abs().max()) <= 1  # a batch rounds differently
+
+
+def test_modes_are_checked(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="mode must be one of understanding, generation"):
+        evaluate(task, monkeypatch, pretrained="anywhere", mode="drawing")
