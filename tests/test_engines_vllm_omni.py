@@ -2,14 +2,15 @@
 """vLLM-Omni's BAGEL takes sparse checkpoints, through its own registry of models.
 
 vLLM-Omni needs vLLM and a GPU, so a stand-in with the same names and signatures takes its place.
-With the environment variable VLLM_OMNI_REPO, which names a checkout or an unpacked wheel, the
-stand-in is compared with the source.
+Where the released wheel is installed (`pip install --no-deps vllm-omni`), or VLLM_OMNI_REPO names
+a checkout, the stand-in is compared with the source.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -70,7 +71,7 @@ class Part(nn.Module):
 class BuiltIn(nn.Module):
     """As vLLM-Omni's BagelPipeline, of whose weights those of the FFNs are enough here."""
 
-    split = 1  # devices over which FFNs are split
+    rank, split = 0, 1  # of the group over which FFNs are split
 
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -90,11 +91,19 @@ class BuiltIn(nn.Module):
             merged = re.sub(r"\.(gate|up)_proj\.", ".gate_up_proj.", name)
             if merged not in own:
                 continue
+            tensor = tensor.chunk(self.split, dim=int("down_proj" in name))[self.rank]
             half = {".gate_proj.": slice(len(tensor)), ".up_proj.": slice(len(tensor), None)}
             rows = [part for text, part in half.items() if text in name] or [slice(None)]
             own[merged].data[rows[0]] = tensor
             loaded.add(merged)
         return loaded
+
+
+class Reader(BuiltIn):
+    """As OmniBagelForConditionalGeneration, the language model of the two-stage deployment."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(od_config=vllm_config.model_config, prefix=prefix)
 
 
 class Registry:
@@ -113,14 +122,19 @@ class Registry:
     ) -> None:
         self.models[model_arch] = (module_name, class_name)
 
-    def module(self) -> ModuleType:
-        return importlib.import_module(self.models["BagelPipeline"][0])
+    def register_model(self, model_arch: str, model_cls: str) -> None:
+        """As vLLM's registry of language models."""
+        self.models[model_arch] = tuple(model_cls.split(":"))  # type: ignore[assignment]
 
-    def load(self) -> Any:
-        return getattr(self.module(), self.models["BagelPipeline"][1])
+    def module(self, name: str = "BagelPipeline") -> ModuleType:
+        return importlib.import_module(self.models[name][0])
+
+    def load(self, name: str = "BagelPipeline") -> Any:
+        return getattr(self.module(name), self.models[name][1])
 
 
 BUILT_IN = "vllm_omni.diffusion.models.bagel.pipeline_bagel"
+READER, READS = "OmniBagelForConditionalGeneration", "vllm_omni.model_executor.models.bagel.bagel"
 PROCESS_FUNCTIONS = ("get_bagel_post_process_func", "get_bagel_pre_process_func")
 
 
@@ -131,15 +145,28 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     built_in.BagelPipeline = BuiltIn  # type: ignore[attr-defined]
     for name in PROCESS_FUNCTIONS:
         setattr(built_in, name, lambda od_config, name=name: name)
-    names = [BUILT_IN.rsplit(".", count)[0] for count in range(4, 0, -1)]
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    module = ModuleType("vllm_omni.diffusion.registry")
-    module.register_diffusion_model = made.register_diffusion_model  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    contents: dict[str, dict[str, Any]] = {
+        "vllm_omni.diffusion.registry": {"register_diffusion_model": made.register_diffusion_model},
+        "vllm_omni.model_executor.models.registry": {"OmniModelRegistry": made},
+        READS: {READER: Reader},
+        "vllm.distributed": {
+            "get_tensor_model_parallel_rank": lambda: BuiltIn.rank,
+            "get_tensor_model_parallel_world_size": lambda: BuiltIn.split,
+            "tensor_model_parallel_all_reduce": lambda x: x,  # the test adds up
+        },
+    }
+    for name in (*contents, BUILT_IN):
+        for count in range(name.count("."), 0, -1):
+            parent = name.rsplit(".", count)[0]
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    for name, content in contents.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, BUILT_IN, built_in)
     yield made
-    sys.modules.pop("sparse_unified.engines.vllm_omni", None)
+    for name in ("vllm_omni", "vllm_omni_reader"):
+        sys.modules.pop(f"sparse_unified.engines.{name}", None)
 
 
 def declared(group: str) -> dict[str, str]:
@@ -177,13 +204,21 @@ def test_the_plugin_puts_its_pipeline_in_the_place_of_the_built_in_one(registry:
     register()
     register()  # every process loads plugins, some more than once
     assert issubclass(registry.load(), BuiltIn)
+    assert issubclass(registry.load(READER), Reader)
+    # By their names vLLM-Omni finds settings, such as those of TeaCache.
+    assert [registry.load(own).__name__ for own in registry.models] == list(registry.models)
     for name in PROCESS_FUNCTIONS:
         assert getattr(registry.module(), name)(None) == name
 
 
-def test_ffns_compute_what_ours_do(registry: Registry, checkpoint: Path) -> None:
+@pytest.mark.parametrize("stage", ["BagelPipeline", READER])
+def test_ffns_compute_what_ours_do(registry: Registry, checkpoint: Path, stage: str) -> None:
     plugin().load()()
-    pipeline = registry.load()(od_config=config_of(checkpoint))
+    config = config_of(checkpoint)
+    options = {"od_config": config}
+    if stage == READER:
+        options = {"vllm_config": SimpleNamespace(model_config=config)}
+    pipeline = registry.load(stage)(**options)
     loaded = pipeline.load_weights(read(checkpoint).items())
     assert loaded == {name for name, _ in pipeline.named_parameters()}
     ours = BagelPipeline.from_pretrained(checkpoint).model.language_model.model.layers
@@ -214,12 +249,37 @@ def test_weights_that_do_not_fit_are_refused(registry: Registry, sparse: Path) -
         load(weights | {key.replace("experts.0", "experts.99"): weights[key]})
 
 
-def test_ffns_split_over_devices_are_refused(
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_group_of_processes_divides_whole_experts(
+    registry: Registry, sparse: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    plugin().load()()
+    whole = BagelPipeline.from_pretrained(sparse).model.language_model.model.layers[SPARSE_LAYER]
+    x = torch.randn(2, 9, whole.mlp.gate_proj.weight.shape[1])
+    monkeypatch.setattr(BuiltIn, "split", processes)
+    outputs, sizes = [], set()
+    for rank in range(processes):
+        monkeypatch.setattr(BuiltIn, "rank", rank)
+        pipeline = registry.load()(od_config=config_of(sparse))
+        loaded = pipeline.load_weights(read(sparse).items())
+        assert loaded == {name for name, _ in pipeline.named_parameters()}
+        share = pipeline.transformer.layers[SPARSE_LAYER].mlp_moe_gen
+        sizes.add(tuple(share.block.gate_proj.shape))
+        with torch.no_grad():
+            outputs.append(share(x))
+    neurons, hidden = whole.mlp_moe_gen.gate_proj.shape
+    assert sizes == {(neurons // processes, hidden)}
+    with torch.no_grad():
+        torch.testing.assert_close(sum(outputs), whole.mlp_moe_gen(x)[0])
+
+
+def test_a_group_that_cannot_divide_the_experts_is_refused(
     registry: Registry, sparse: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plugin().load()()
-    monkeypatch.setattr(BuiltIn, "split", 2)
-    with pytest.raises(ValueError, match=rf"layer {SPARSE_LAYER}: down_proj.* split over devices"):
+    experts = BagelPipeline.from_pretrained(sparse).model.language_model.model.layers[SPARSE_LAYER]
+    monkeypatch.setattr(BuiltIn, "split", 2 * experts.mlp_moe_gen.num_experts)
+    with pytest.raises(ValueError, match=rf"layer {SPARSE_LAYER}: tensor_parallel_size must"):
         registry.load()(od_config=config_of(sparse))
 
 
@@ -227,6 +287,31 @@ def test_without_vllm_omni_the_plugin_says_what_is_missing(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "vllm_omni", None)
     with pytest.raises(ImportError, match="register_diffusion_model must be there"):
         plugin().load()()
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    """The source of vLLM-Omni: a checkout, or the wheel that is installed."""
+    if "VLLM_OMNI_REPO" in os.environ:
+        return Path(os.environ["VLLM_OMNI_REPO"])
+    spec = importlib.util.find_spec("vllm_omni")
+    if spec is None or spec.origin is None:
+        pytest.skip("vllm-omni is not installed, and VLLM_OMNI_REPO names no checkout")
+    return Path(spec.origin).parent.parent
+
+
+def test_what_the_source_keys_by_the_name_of_the_pipeline_is_found(source: Path) -> None:
+    """Tables that are asked with `pipeline.__class__.__name__` and hold BAGEL's, by that name."""
+    tables = {
+        ast.unparse(target)
+        for path in (source / "vllm_omni").rglob("*.py")
+        if "BagelPipeline" in (text := path.read_text())
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict)
+        if any(isinstance(k, ast.Constant) and k.value == "BagelPipeline" for k in node.value.keys)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    }
+    assert {"CUSTOM_TEACACHE_ENABLERS", "_DIFFUSION_MODELS"} <= tables
 
 
 def parse(repository: Path, name: str) -> ast.Module:
@@ -243,10 +328,8 @@ def arguments(function: ast.FunctionDef) -> list[str]:
     return [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
 
 
-def test_the_stand_in_is_like_the_source() -> None:
-    if "VLLM_OMNI_REPO" not in os.environ:
-        pytest.skip("VLLM_OMNI_REPO names no checkout")
-    repository = Path(os.environ["VLLM_OMNI_REPO"])
+def test_the_stand_in_is_like_the_source(source: Path) -> None:
+    repository = source
     registry = parse(repository, "vllm_omni.diffusion.registry")
     theirs = arguments(defined(registry, "register_diffusion_model"))
     ours = list(inspect.signature(Registry.register_diffusion_model).parameters)[1:]
@@ -258,10 +341,19 @@ def test_the_stand_in_is_like_the_source() -> None:
     for name in ("__init__", "load_weights"):
         mine = list(inspect.signature(getattr(BuiltIn, name)).parameters)
         assert arguments(defined(bagel, name)) == mine
-    source = ast.unparse(bagel)
-    assert "self.language_model = " in source
-    assert "self.device = " in source
-    assert "download_weights_from_hf_specific(model, od_config.revision, ['*'])" in source
+    text = ast.unparse(bagel)
+    assert "self.language_model = " in text
+    assert "self.device = " in text
+    assert "download_weights_from_hf_specific(model, od_config.revision, ['*'])" in text
+    reader = defined(parse(repository, READS), READER)
+    mine = list(inspect.signature(Reader.__init__).parameters)
+    assert arguments(defined(reader, "__init__")) == mine
+    assert arguments(defined(reader, "load_weights")) == ["self", "weights"]
+    text = ast.unparse(reader)
+    assert "self.device = " in text
+    assert "layer.mlp_moe_gen = Qwen2MLP(" in text
+    models = ast.unparse(parse(repository, "vllm_omni.model_executor.models.registry"))
+    assert f"'{READER}': (" in models
     layer = ast.unparse(
         defined(parse(repository, "vllm_omni.diffusion.models.bagel.bagel_transformer"), "BagelMLP")
     )

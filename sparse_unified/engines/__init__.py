@@ -29,7 +29,10 @@ def register_vllm_omni() -> None:
             f"(vLLM-Omni 0.30 has it), got {error}"
         ) from error
     # The functions before and after the pipeline keep their names, which the module exports.
-    register("BagelPipeline", "sparse_unified.engines.vllm_omni", "SparseBagelPipeline")
+    register("BagelPipeline", "sparse_unified.engines.vllm_omni", "BagelPipeline")
+    reader = "OmniBagelForConditionalGeneration"
+    models = importlib.import_module("vllm_omni.model_executor.models.registry").OmniModelRegistry
+    models.register_model(reader, f"sparse_unified.engines.vllm_omni_reader:{reader}")
 
 
 def lmms_eval_model() -> Any:

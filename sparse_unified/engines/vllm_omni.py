@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM-Omni's BAGEL pipeline with sparse generation FFNs; imported by vLLM-Omni.
+"""vLLM-Omni's BAGEL with sparse generation FFNs; imported by vLLM-Omni.
 
-The pipeline is built with dense FFNs, as llm_config.json is read there. Those that are sparse in
+Both of its models, the pipeline that draws and the language model that reads in a two-stage
+deployment, are built with dense FFNs, as llm_config.json is read there. Those that are sparse in
 the file are replaced before any weight is read, and their experts are taken out of the stream of
-weights.
+weights. Over a tensor-parallel group whole experts are divided.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 from sparse_unified._common import list_some
 from sparse_unified.checkpoint import Checkpoint
+from sparse_unified.engines.expert_share import ExpertShare
+from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
+from sparse_unified.nn.sparse_moe import KERNELS
 
-_WHERE = "SparseBagelPipeline"
+_WHERE = "sparse_unified"
 _built_in = importlib.import_module("vllm_omni.diffusion.models.bagel.pipeline_bagel")
 
 # vLLM-Omni looks for these in the module of the pipeline.
@@ -31,23 +35,15 @@ get_bagel_pre_process_func = _built_in.get_bagel_pre_process_func
 _KEY = re.compile(r"language_model\.model\.layers\.(\d+)\.mlp_moe_gen\.(.+)")
 
 
-class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[name-defined]
-    """The pipeline of vLLM-Omni, for dense and for sparse checkpoints.
+class WithExperts:
+    """What a model of vLLM-Omni gets: blocks in place of FFNs, and their weights."""
 
-    Args:
-        od_config, prefix: as of the pipeline it derives from.
-
-    Raises:
-        ValueError: the sparse checkpoint is damaged, pruned, or has sparse und FFNs; or FFNs are
-            split over devices or quantised by vLLM-Omni.
-    """
-
-    def __init__(self, *, od_config: Any, prefix: str = "") -> None:
-        super().__init__(od_config=od_config, prefix=prefix)
-        self._sparse = self._put_in_blocks(Checkpoint(_directory(od_config)))
+    language_model: Any
+    device: torch.device
+    _sparse: dict[int, SparseMoE | ExpertShare]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Loads weights as the built-in pipeline does, those of sparse FFNs into their blocks.
+        """Loads weights as the built-in model does, those of sparse FFNs into their blocks.
 
         Returns:
             the names of all parameters that were loaded.
@@ -55,7 +51,9 @@ class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[name-defined
         Raises:
             ValueError: weights of a sparse FFN are missing, unknown or misshapen.
         """
-        views = {layer: block.official_views() for layer, block in self._sparse.items()}
+        views: dict[int, dict[str, Tensor | None]] = {
+            layer: dict(block.official_views()) for layer, block in self._sparse.items()
+        }
         taken: set[tuple[int, str]] = set()
 
         def others() -> Iterator[tuple[str, Tensor]]:
@@ -65,15 +63,20 @@ class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[name-defined
                     yield name, tensor
                     continue
                 layer, inner = int(match[1]), match[2]
-                view = views[layer].get(inner)
-                if view is None or view.shape != tensor.shape:
-                    wanted = "no such tensor" if view is None else str(list(view.shape))
-                    raise ValueError(f"{_WHERE}: {name} must be {wanted}, got {list(tensor.shape)}")
-                view.copy_(tensor)
+                if inner not in views[layer]:
+                    raise ValueError(f"{_WHERE}: {name} must be no such tensor, got one")
                 taken.add((layer, inner))
+                view = views[layer][inner]
+                if view is None:  # of an expert that another process has
+                    continue
+                if view.shape != tensor.shape:
+                    raise ValueError(
+                        f"{_WHERE}: {name} must be {list(view.shape)}, got {list(tensor.shape)}"
+                    )
+                view.copy_(tensor)
 
         with torch.no_grad():
-            loaded: set[str] = super().load_weights(others())
+            loaded: set[str] = super().load_weights(others())  # type: ignore[misc]
         missing = [
             f"layers.{layer}.{inner}"
             for layer, of_layer in views.items()
@@ -85,54 +88,106 @@ class SparseBagelPipeline(_built_in.BagelPipeline):  # type: ignore[name-defined
         blocks = set(self._sparse.values())
         loaded |= {
             f"{path}.{name}"
-            for path, module in self.named_modules()
+            for path, module in self.named_modules()  # type: ignore[attr-defined]
             if module in blocks
             for name, _ in module.named_parameters()
         }
         return loaded
 
-    def _put_in_blocks(self, checkpoint: Checkpoint) -> dict[int, SparseMoE]:
-        """Replaces dense generation FFNs; returns the sparse ones by layer."""
+    def put_in_blocks(self, checkpoint: Checkpoint) -> None:
+        """Replaces the dense generation FFNs that are sparse in a checkpoint."""
+        self._sparse = blocks = {}
         experts, top_k = checkpoint.experts, checkpoint.top_k
         if top_k is None:
-            return {}
+            return
         if set(experts) != {"gen"} or checkpoint.left is not None:
             what = "pruned" if checkpoint.left is not None else "sparse und FFNs"
             raise ValueError(
                 f"{_WHERE}: {checkpoint.directory} must have sparse gen FFNs and be dense "
                 f"otherwise, got {what}"
             )
-        blocks = {}
+        layers = self.language_model.model.layers
         for layer, layout in experts["gen"].items():
             at = f"{_WHERE}: layer {layer}"
-            owner = self.language_model.model.layers[layer]
+            owner = layers[layer]
             down = getattr(owner.mlp_moe_gen.down_proj, "weight", None)
             hidden = checkpoint.ffns["gen"][layer].hidden_size
-            wanted = [hidden, layout.intermediate_size]
+            rank, count = _place_in_group(down, layout.intermediate_size)
+            wanted = [hidden, layout.intermediate_size // count]
             if down is None or list(down.shape) != wanted or not down.is_floating_point():
                 found = "no weight" if down is None else f"{list(down.shape)} {down.dtype}"
                 raise ValueError(
-                    f"{at}: down_proj.weight must be {wanted} of floating point, neither split "
-                    f"over devices nor quantised, got {found}"
+                    f"{at}: down_proj.weight must be {wanted} of floating point, not quantised, "
+                    f"got {found}"
+                )
+            if layout.num_experts % count or (count > 1 and layout.shared_width):
+                raise ValueError(
+                    f"{at}: tensor_parallel_size must divide {layout.num_experts} experts, none of "
+                    f"them shared, got {count}"
                 )
             # Given up first, so that no layer is in memory twice.
-            device, dtype = down.device, down.dtype
+            placed = {"device": down.device if down.device.type != "meta" else self.device}
+            placed["dtype"] = down.dtype
             del down
             owner.mlp_moe_gen = nn.Identity()
-            block = SparseMoE(
-                hidden,
-                layout.intermediate_size,
-                layout.num_experts,
-                top_k,
-                layout.num_shared_experts,
-                shared_intermediate_size=layout.shared_width,
-                return_router_logits=False,
-                device=device if device.type != "meta" else self.device,
-                dtype=dtype,
-            )
-            owner.mlp_moe_gen = block.requires_grad_(False)
-            blocks[layer] = block
-        return blocks
+            block = _block(hidden, layout, count, top_k, placed)
+            if count > 1:
+                if block.active_backend not in KERNELS:
+                    raise ValueError(
+                        f"{at}: experts divided over processes must run on our kernels, got "
+                        f"{block.active_backend}"
+                    )
+                group = importlib.import_module("vllm.distributed")
+                reduce = group.tensor_model_parallel_all_reduce
+                first = rank * layout.num_experts // count
+                share = ExpertShare(block, layout.num_experts, first, top_k, reduce)
+                blocks[layer] = owner.mlp_moe_gen = share.requires_grad_(False)
+            else:
+                blocks[layer] = owner.mlp_moe_gen = block.requires_grad_(False)
+
+
+class BagelPipeline(WithExperts, _built_in.BagelPipeline):  # type: ignore[name-defined]
+    """The pipeline of vLLM-Omni, for dense and for sparse checkpoints.
+
+    It has the name of the built-in one, by which vLLM-Omni finds step caches and other settings.
+
+    Args:
+        od_config, prefix: as of the pipeline it derives from.
+
+    Raises:
+        ValueError: the sparse checkpoint is damaged, pruned, or has sparse und FFNs; experts are
+            not divided evenly over the processes; or FFNs are quantised by vLLM-Omni.
+    """
+
+    def __init__(self, *, od_config: Any, prefix: str = "") -> None:
+        super().__init__(od_config=od_config, prefix=prefix)
+        self.put_in_blocks(Checkpoint(_directory(od_config)))
+
+
+def _block(
+    hidden: int, layout: ExpertLayout, count: int, top_k: int, placed: dict[str, Any]
+) -> SparseMoE:
+    num_experts = layout.num_experts // count
+    return SparseMoE(
+        hidden,
+        layout.intermediate_size // count,
+        num_experts,
+        min(top_k, num_experts),
+        layout.num_shared_experts,
+        shared_intermediate_size=layout.shared_width,
+        return_router_logits=False,
+        **placed,
+    )
+
+
+def _place_in_group(down: Tensor | None, width: int) -> tuple[int, int]:
+    """Returns rank and size of the tensor-parallel group that a down-projection is split over."""
+    if down is None or down.dim() != 2 or down.shape[1] == width:
+        return 0, 1
+    group = importlib.import_module("vllm.distributed")
+    rank: int = group.get_tensor_model_parallel_rank()
+    size: int = group.get_tensor_model_parallel_world_size()
+    return rank, size
 
 
 def _directory(od_config: Any) -> str:
