@@ -49,36 +49,35 @@ class Case:
 
     @property
     def ceiling(self) -> float:
-        """Dense over active arithmetic."""
-        if self.block_size:
-            return 2.0
-        return self.num_experts / self.top_k
+        """Dense over active arithmetic: the most that a ratio over dense is at the same rate."""
+        return 2.0 if self.block_size else self.num_experts / self.top_k
 
 
 # A quarter of BAGEL's hidden size and width (the same experts, in seconds on two cores), and BAGEL.
-_SIZES = {
-    "quarter": {"hidden_size": 896, "intermediate_size": 4736},
-    "bagel": {"hidden_size": 3584, "intermediate_size": 18944},
+_SIZES = {"quarter": (896, 4736), "bagel": (3584, 18944)}
+TOKENS = (1, 4, 16, 64, 256, 512, 1024, 4096)
+_SHAPES = {
+    "16to8": {"num_experts": 16, "top_k": 8},
+    "32to16": {"num_experts": 32, "top_k": 16},
+    **{f"half-bs{size}": {"block_size": size} for size in (16, 32, 64, 128)},
 }
-_TOKENS = {"quarter": (512, 1024, 4096), "bagel": (256, 1024, 4096)}
-_BLOCK_SIZES = (16, 32, 64, 128)
+# Tokens, hidden size, expert width, experts, top_k that fit no tile: to see that they run, not how
+# fast. Every expert; experts without a token; no power of two.
+_ODD = ((37, 256, 592, 16, 16), (1, 136, 24, 5, 2), (777, 1000, 208, 12, 5), (300, 72, 40, 7, 3))
 
-
-def _family(prefix: str) -> list[Case]:
-    shapes = [
-        (f"{experts}to{top_k}", {"num_experts": experts, "top_k": top_k})
-        for experts, top_k in ((16, 8), (32, 16))
-    ]
-    shapes += [(f"half-bs{size}", {"block_size": size}) for size in _BLOCK_SIZES]
-    return [
-        Case(name=f"{prefix}-{kind}-T{tokens}", tokens=tokens, **_SIZES[prefix], **shape)
-        for kind, shape in shapes
-        for tokens in _TOKENS[prefix]
-    ]
-
-
-def _odd(tokens: int, hidden_size: int, width: int, experts: int, top_k: int) -> Case:
-    return Case(
+CASES = {
+    f"{size}-{kind}-T{tokens}": Case(
+        name=f"{size}-{kind}-T{tokens}",
+        tokens=tokens,
+        hidden_size=hidden_size,
+        intermediate_size=width,
+        **shape,
+    )
+    for size, (hidden_size, width) in _SIZES.items()
+    for kind, shape in _SHAPES.items()
+    for tokens in TOKENS
+} | {
+    f"odd-{experts}to{top_k}-T{tokens}": Case(
         name=f"odd-{experts}to{top_k}-T{tokens}",
         tokens=tokens,
         hidden_size=hidden_size,
@@ -86,30 +85,19 @@ def _odd(tokens: int, hidden_size: int, width: int, experts: int, top_k: int) ->
         num_experts=experts,
         top_k=top_k,
     )
-
-
-CASES = {
-    case.name: case
-    for case in (
-        *_family("quarter"),
-        *_family("bagel"),
-        # Sizes that fit no tile: to see that they run, not how fast.
-        _odd(37, 256, 592, 16, 16),  # every expert
-        _odd(1, 136, 24, 5, 2),  # experts without a token
-        _odd(777, 1000, 208, 12, 5),  # no power of two
-        _odd(300, 72, 40, 7, 3),
-        _odd(129, 512, 1184, 1, 1),
-    )
+    for tokens, hidden_size, width, experts, top_k in _ODD
 }
 
 CPU_DEFAULTS = (
     "quarter-16to8-T1024",
     "quarter-32to16-T1024",
-    *(f"quarter-half-bs{size}-T1024" for size in _BLOCK_SIZES),
+    *(f"quarter-{kind}-T1024" for kind in _SHAPES if "half" in kind),
+    *(f"quarter-16to8-T{tokens}" for tokens in TOKENS if tokens not in (512, 1024)),
 )
-CUDA_DEFAULTS = (
-    *(name for name in CASES if name.startswith("bagel-") and "half" not in name),
-    *(f"bagel-half-bs{size}-T4096" for size in _BLOCK_SIZES),
+CUDA_DEFAULTS = tuple(
+    f"bagel-{kind}-T{tokens}"
+    for kind in _SHAPES
+    for tokens in ((4096,) if "half" in kind else (256, 1024, 4096))
 )
 
 # Forward; and backward, of everything; and backward with experts frozen, as in the first tuning.

@@ -4,25 +4,38 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.util
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
+from sparse_unified._common import progress_bar
+from sparse_unified.checkpoint.files import replace_file
+
 from .cases import CASES, CPU_DEFAULTS, CUDA_DEFAULTS, DIRECTIONS
-from .measure import Session
+from .measure import Run, Suite
 from .peers import PEERS
-from .report import Report, save
-from .suites import BLOCK, PRUNED, Suite, block_suite, measure_overhead, op_suites, pruned_suite
-from .suites import OPS as SINGLE
-from .target import Target, find_target, measure_roof
-from .tune import measure_variants
+from .plots import plot
+from .report import as_json, as_text
+from .suites import (
+    BLOCK,
+    CHOSEN,
+    OPS,
+    PRUNED,
+    block_suite,
+    op_suites,
+    pruned_suite,
+    set_variant,
+    variant_suite,
+)
+from .target import find_target, measure_roof
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPS = (BLOCK, *SINGLE, PRUNED)
+ALL_OPS = (BLOCK, *OPS, PRUNED)
 _SAVED_IN = "bench-results"
 
 
@@ -36,74 +49,60 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sparse-unified bench",
-        description="Measures what the device reaches at most, then times the sparse FFN and its "
-        "ops beside the dense FFN and every other implementation that is installed, interleaved in "
-        "one process; prints and saves the table.",
+        description="Measures the peak of the device, then times the sparse FFN and its ops beside "
+        "the dense FFN and other implementations, interleaved in one process; prints the table, "
+        "saves it, and draws it where matplotlib is installed.",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument(
-        "--case",
-        action="append",
-        choices=sorted(CASES),
-        metavar="NAME",
-        help=f"shape by name, repeatable (default on the cpu: {', '.join(CPU_DEFAULTS)}; on cuda: "
-        f"{', '.join(CUDA_DEFAULTS)}); one of {', '.join(CASES)}",
-    )
-    parser.add_argument(
-        "--op",
-        action="append",
-        choices=OPS,
-        metavar="NAME",
-        help=f"repeatable (default: all); {BLOCK} is the whole block, {PRUNED} half of the "
-        f"blocks of a FFN; one of {', '.join(OPS)}",
-    )
-    parser.add_argument(
-        "--provider",
-        action="append",
-        choices=tuple(PEERS),
-        metavar="NAME",
-        help="of the whole block, repeatable (default: all that can be had); one of "
-        f"{', '.join(PEERS)}",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    defaults = f"cpu: {', '.join(CPU_DEFAULTS)}; cuda: {', '.join(CUDA_DEFAULTS)}"
+    for option, names, text in (
+        ("--case", sorted(CASES), f"shape by name, repeatable (default on {defaults}); one of"),
+        ("--op", ALL_OPS, f"repeatable (default: all, at T1024 and more); {BLOCK} is the whole "
+         f"block, {PRUNED} half of the blocks of a FFN; one of"),
+        ("--provider", tuple(PEERS), "of the whole block, repeatable (default: all); one of"),
+    ):  # fmt: skip
+        text = f"{text} {', '.join(names)}"
+        add(option, action="append", choices=names, metavar="NAME", help=text)
+    add(
         "--direction",
         choices=(*DIRECTIONS, "all"),
         default="fwd",
         help="forward, with backward, with backward and experts frozen (default: fwd)",
     )
-    parser.add_argument(
+    add(
         "--variants",
         action="store_true",
         help="time every configuration of the expert GEMMs beside the chosen one instead",
     )
-    parser.add_argument(
-        "--dtype", choices=sorted(_DTYPES), help="default: float32 on the cpu, bfloat16 on cuda"
+    add("--dtype", choices=sorted(_DTYPES), help="default: float32 on the cpu, bfloat16 on cuda")
+    add("--repeats", type=int, default=30, help="rounds that count (default: 30)")
+    add(
+        "--seconds",
+        type=float,
+        default=150.0,
+        help="of measuring, after which groups get 5 rounds each (default: 150)",
     )
-    parser.add_argument("--repeats", type=int, default=30, help="rounds that count (default: 30)")
-    parser.add_argument(
-        "--graph", action="store_true", help="on cuda, replay graphs of what can be captured"
-    )
-    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
-    parser.add_argument(
+    add("--graph", action="store_true", help="on cuda, replay graphs of what can be captured")
+    add("--threads", type=int, help="threads of torch (default: torch's choice)")
+    add(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="save the records as JSON in FILE; without FILE print them instead of the table",
+        help="save the records as JSON in FILE, table (.txt) and picture (.svg) beside it; without "
+        "FILE print them instead of the table",
     )
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the measured providers; needs matplotlib"
-    )
-    parser.add_argument(
+    add(
         "--out",
         metavar="DIR",
-        help=f"directory of DEVICE.json and DEVICE.txt (default, without --json: {_SAVED_IN})",
+        help=f"directory of DEVICE.json, .txt and .svg (default, without --json: {_SAVED_IN})",
     )
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("repeats", "threads"):
+    for name in ("repeats", "threads", "seconds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"bench: {name} must be at least 1, got {value}")
@@ -116,74 +115,42 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("bench: --graph must go with a CUDA device, got 'cpu'")
 
 
-@contextlib.contextmanager
-def _rounds_bar() -> Iterator[Callable[[], object]]:
-    """Counts rounds on stderr; without tqdm, which the core does not need, in silence."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda: None
-        return
-    with tqdm(unit="round", leave=False) as bar:
-        yield bar.update
-
-
-def run(
-    report: Report,
-    *,
+def suites(
     cases: Sequence[str],
     dtype: torch.dtype,
     directions: Sequence[str],
-    repeats: int,
-    ops: Sequence[str] = OPS,
+    device: torch.device,
+    *,
+    ops: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
-    graph: bool = False,
     variants: bool = False,
-    on_round: Callable[[], object] | None = None,
-) -> None:
-    """Adds to a report what the arguments ask for, case by case."""
-    device = report.target.device
-    session = Session(
-        device=device,
-        timer=report.target.timer,
-        roof=report.roof,
-        repeats=repeats,
-        graph=graph,
-        on_round=on_round,
-    )
-    single = [op for op in ops if op in SINGLE]
-    for name in cases:
-        case = CASES[name]
+) -> list[Callable[[], Iterator[Suite]]]:
+    """What the arguments ask for, case by case, each to be made when its turn comes.
+
+    Args:
+        ops: None are all, and the whole FFNs alone below 256 tokens.
+    """
+
+    def of(case_name: str, direction: str) -> Iterator[Suite]:
+        case = CASES[case_name]
+        chosen = ops or (ALL_OPS if case.tokens >= 1024 else (BLOCK, PRUNED))
         if variants:
-            for direction in directions:
-                report.measured += measure_variants(case, dtype, direction, session)
-            continue
-        # First, on a heap that other providers have not yet cut up: the steps are so short that
-        # the page faults of a single buffer would be most of what is measured.
-        if not case.block_size and device.type == "cpu" and set(ops) == set(OPS):
-            report.overhead[case.name] = measure_overhead(case, dtype, session)
-        for direction in directions:
-            suites: list[Suite] = []
-            if case.block_size:
-                if PRUNED in ops:
-                    suites.append(pruned_suite(case, dtype, direction, device))
-            else:
-                if BLOCK in ops:
-                    suites.append(block_suite(case, dtype, direction, device, providers=providers))
-                suites += op_suites(case, dtype, direction, device, single)
-            while suites:
-                suite = suites.pop(0)
-                report.measured += session.measure(suite.subject, suite.candidates, suite.baselines)
+            yield variant_suite(case, dtype, direction, device)
+        elif case.block_size:
+            if PRUNED in chosen:
+                yield pruned_suite(case, dtype, direction, device)
+        else:
+            if BLOCK in chosen:
+                yield block_suite(case, dtype, direction, device, providers=providers)
+            single = [op for op in chosen if op in OPS]
+            if single:
+                yield from op_suites(case, dtype, direction, device, single)
 
-
-def start(target: Target, dtype: torch.dtype) -> Report:
-    """Measures the roof; the report to add to."""
-    before = target.state()
-    return Report(target=target, roof=measure_roof(dtype, target), states={"before": before})
+    return [lambda c=c, d=d: of(c, d) for c in cases for d in directions]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark, prints the table and saves it.
+    """Runs the benchmark, prints the table, saves it and draws it.
 
     Args:
         argv: arguments after `bench`; those of the process by default.
@@ -201,40 +168,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     target = find_target(arguments.device)
     dtype = _DTYPES[arguments.dtype or ("bfloat16" if target.is_cuda else "float32")]
-    report = start(target, dtype)
-    with _rounds_bar() as on_round:
-        run(
-            report,
-            cases=arguments.case or (CUDA_DEFAULTS if target.is_cuda else CPU_DEFAULTS),
-            dtype=dtype,
-            directions=DIRECTIONS if arguments.direction == "all" else (arguments.direction,),
-            repeats=arguments.repeats,
-            ops=arguments.op or OPS,
-            providers=arguments.provider,
-            graph=arguments.graph,
-            variants=arguments.variants,
-            on_round=on_round,
-        )
-    report.states["after"] = target.state()
-    text = json.dumps(report.as_json(), indent=1)
-    if arguments.json == "-":
-        print(text)
-    else:
-        print(report.text())
-    files = [] if arguments.json in (None, "-") else [(Path(arguments.json), text)]
+    states = {"before": target.state()}
+    run = Run(
+        device=target.device,
+        timer=target.timer,
+        roof=measure_roof(dtype, target),
+        repeats=arguments.repeats,
+        graph=arguments.graph,
+    )
+    left = suites(
+        arguments.case or (CUDA_DEFAULTS if target.is_cuda else CPU_DEFAULTS),
+        dtype,
+        DIRECTIONS if arguments.direction == "all" else (arguments.direction,),
+        target.device,
+        ops=arguments.op,
+        providers=arguments.provider,
+        variants=arguments.variants,
+    )
+    files: list[Path] = []
+    if arguments.json not in (None, "-"):
+        files.append(Path(arguments.json))
     if arguments.out is not None or arguments.json is None:
         folder = Path(arguments.out or _SAVED_IN)
         folder.mkdir(parents=True, exist_ok=True)
-        files += [
-            (folder / f"{target.slug}.json", text),
-            (folder / f"{target.slug}.txt", report.text()),
-        ]
-    for path, content in files:
-        save(path, content)
-        if arguments.json != "-":
-            print(f"\nsaved {path}")
-    if arguments.plot is not None:
-        from .plots import plot
-
-        plot(report.as_json(), Path(arguments.plot))
+        files.append(folder / f"{target.slug}.json")
+    deadline = time.monotonic() + arguments.seconds
+    with progress_bar("bench", "case") as advance:
+        for done, make in enumerate(left):
+            for suite in make():
+                run.seconds = max(deadline - time.monotonic(), 0) / (len(left) - done)
+                run.measure(suite)
+                states["after"] = target.state()
+                content = as_json(run, target, states)
+                for path in files:  # after each suite: who runs out of time keeps what there is
+                    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+            advance(done + 1, len(left))
+    set_variant(CHOSEN)
+    print(json.dumps(content, indent=1) if arguments.json == "-" else as_text(content))
+    has_plots = importlib.util.find_spec("matplotlib") is not None
+    is_drawn = any(r["op"] in (BLOCK, PRUNED) and r["direction"] == "fwd" for r in run.records)
+    for path in files:
+        replace_file(path.with_suffix(".txt"), (as_text(content) + "\n").encode())
+        if has_plots and is_drawn:
+            plot(content, path.with_suffix(".svg"))
     return 0

@@ -34,31 +34,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKS = ROOT / "tests" / "ops"
 PROGRAMS = ROOT / "tests" / "gpu" / "instructions"
 BUILT = ROOT / "build" / "gpu"
-# Part -> its seconds; they run in this order.
-PARTS = {
-    "environment": 25,
-    "instructions": 15,
-    "checks": 60,
-    "bench": 130,
-    "tune": 50,
-    "compile": 100,
-    "sanitizer": 80,
-}
-CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
-OPS = ("route_topk", "sort_by_expert", "permute", "combine", "grouped_ffn", "pruned_ffn")
 # Measured in one process; other packages may do anything to it.
 PROVIDERS = (
-    "dense",
-    "dense_half",
-    "dense_ours",
-    "expert_loop",
-    "grouped_mm",
-    "transformers_grouped_mm",
-    "sparse_unified",
+    *("dense", "dense_half", "dense_ours", "expert_loop"),
+    *("grouped_mm", "transformers_grouped_mm", "sparse_unified"),
 )
 LARGE = ("bagel-16to8-T4096", "bagel-32to16-T4096")
 PRUNED = ("bagel-half-bs64-T4096", "bagel-half-bs16-T4096")
 SMALLER = ("bagel-16to8-T1024", "bagel-16to8-T256", "bagel-32to16-T1024")
+ON_CPU = ("odd-7to3-T300",)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Each op forward and backward, ragged and empty experts, sizes that fit no tile.
 SANITIZED = (
@@ -98,6 +82,7 @@ def environment(out: Path, device: str, seconds: float) -> bool:
     import torch
 
     from sparse_unified.bench.report import commit, versions
+    from sparse_unified.bench.suites import OPS
     from sparse_unified.bench.target import find_target
     from sparse_unified.build import build_info
 
@@ -111,7 +96,7 @@ def environment(out: Path, device: str, seconds: float) -> bool:
         "device": target.name,
         "state": target.state(),
         "build": json.loads(build_info().to_json()),
-        "ops": {op: bool(has_kernel(f"sparse_unified::{op}", key)) for op in OPS},
+        "ops": {op: bool(has_kernel(f"sparse_unified::{op}", key)) for op in (*OPS, "pruned_ffn")},
         "tools": {name: shutil.which(name) for name in ("nvcc", "compute-sanitizer", "ncu")},
     }
     if target.is_cuda:
@@ -130,18 +115,13 @@ def build(architectures: dict[str, str]) -> dict[str, Path]:
         architectures: program -> arguments of -gencode, with spaces between.
     """
     BUILT.mkdir(parents=True, exist_ok=True)
-    for name, codes in architectures.items():
+    for name in architectures:
         sources = [PROGRAMS / f"{name}.cu"]
         sources += [ROOT / "csrc" / "cuda" / "tensor_map.cu"] if name == "sm90a" else []
-        folders = (ROOT / "csrc", ROOT / "csrc" / "include", PROGRAMS)
-        command = [
-            "nvcc",
-            "-std=c++20",
-            "-O2",
-            *(f"-gencode=arch={code}" for code in codes.split()),
-        ]
-        command += [*(f"-I{folder}" for folder in folders), *map(str, sources)]
-        subprocess.run([*command, "-o", str(BUILT / name)], check=True)
+        codes = [f"-gencode=arch={code}" for code in architectures[name].split()]
+        command = ["nvcc", "-std=c++20", "-O2", *codes]
+        command += [f"-I{f}" for f in (ROOT / "csrc", ROOT / "csrc" / "include", PROGRAMS)]
+        subprocess.run([*command, *map(str, sources), "-o", str(BUILT / name)], check=True)
     return {name: BUILT / name for name in architectures}
 
 
@@ -181,13 +161,13 @@ def work(device: str, names: Sequence[str]) -> None:
     from registry import Skip, all_checks
 
     checks = all_checks()
+    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     for name in names:
         print(json.dumps({"name": name, "outcome": "started"}), flush=True)
         outcome, text = "passed", ""
         try:
             checks[name](torch.device(device))
-            if device != "cpu":
-                torch.cuda.synchronize()
+            synchronize()
         except Skip as reason:
             outcome, text = "skipped", str(reason)
         except Exception as error:
@@ -196,20 +176,14 @@ def work(device: str, names: Sequence[str]) -> None:
         if outcome == "failed":
             print(f"{name}: {text}", file=sys.stderr, flush=True)
             try:
-                if device != "cpu":
-                    torch.cuda.synchronize()
+                synchronize()
             except RuntimeError:
                 return  # the context is broken, and with it all that this process would compute
 
 
-def worker(device: str, names: Sequence[str], around: Sequence[str] = ()) -> list[str]:
-    """The command of a process that runs checks, in a tool if one is named."""
-    return [*around, sys.executable, __file__, "--device", device, "--work", json.dumps(names)]
-
-
-def is_compiled(name: str) -> bool:
-    """Whether a check waits for a compiler, up to a minute."""
-    return "compile" in name
+def worker(device: str, names: Sequence[str]) -> list[str]:
+    """The command of a process that runs checks."""
+    return [sys.executable, __file__, "--device", device, "--work", json.dumps(names)]
 
 
 def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
@@ -221,7 +195,7 @@ def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
 
     deadline = time.monotonic() + seconds
     left = list(all_checks("cpu" if device == "cpu" else "cuda"))[:: 40 if device == "cpu" else 1]
-    left = [name for name in left if is_compiled(name) == (part == "compile")]
+    left = [name for name in left if ("compile" in name) == (part == "compile")]
     found: dict[str, dict[str, str]] = {}
     lines = out / f"{part}.txt"
     lines.write_text("")
@@ -234,10 +208,9 @@ def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
         except subprocess.TimeoutExpired:
             why = "out of time"
         for line in lines.read_text().splitlines():
-            if not line.startswith("{"):
-                continue  # of a compiler or a library
-            said = json.loads(line)
-            found[said["name"]] = said
+            if line.startswith("{"):  # others are of a compiler or a library
+                said = json.loads(line)
+                found[said["name"]] = said
         for said in found.values():
             if said["outcome"] == "started":
                 said |= {"outcome": "failed", "text": why}
@@ -245,15 +218,13 @@ def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
             break
         left = [name for name in left if name not in found]
         save(out / f"{part}.json", {"not_run": left, "checks": list(found.values())})
-    failed = [
-        f"{said['name']}: {said['text']}" for said in found.values() if said["outcome"] == "failed"
-    ]
+    failed = [f"{s['name']}: {s['text']}" for s in found.values() if s["outcome"] == "failed"]
     print(f"{len(found)} ran, {len(left)} not, {len(failed)} failed", *failed, sep="\n")
     return not failed and not left
 
 
 def checks(out: Path, device: str, seconds: float) -> bool:
-    """All checks but those that wait for a compiler."""
+    """All checks but those that wait for a compiler, up to a minute each."""
     return run_checks(out, device, seconds, "checks")
 
 
@@ -262,65 +233,42 @@ def compile(out: Path, device: str, seconds: float) -> bool:
     return run_checks(out, device, seconds, "compile")
 
 
-def bench(out: Path, device: str, seconds: float) -> bool:
-    """The most wanted numbers first, saved after each."""
-    import torch
+def measure(path: Path, device: str, seconds: float, names: Sequence[str], *words: str) -> bool:
+    """Calls `sparse-unified bench`, which saves after each result; all of ours must run."""
+    from sparse_unified.bench.command import main
 
-    from sparse_unified.bench import command, suites
+    cases = [w for name in (ON_CPU if device == "cpu" else names) for w in ("--case", name)]
+    options = ["--device", device, "--seconds", f"{max(seconds, 1)}", "--json", str(path)]
+    main([*options, *cases, *words, *(("--repeats", "2") if device == "cpu" else ())])
+    content = json.loads(path.read_text())
+    ours = ("sparse_unified", "chosen")
+    missing = [m for m in content["not_measured"] if m["provider"] in ours]
+    print(*missing, sep="\n")
+    return not missing and any(r["provider"] in ours for r in content["records"])
+
+
+def bench(out: Path, device: str, seconds: float) -> bool:
+    """The most wanted numbers first."""
     from sparse_unified.bench.target import find_target
 
-    deadline = time.monotonic() + seconds
-    dtype, repeats = (torch.float32, 2) if device == "cpu" else (torch.bfloat16, 30)
-    report = command.start(find_target(device), dtype)
-    block: dict[str, Any] = {"ops": (suites.BLOCK,), "providers": PROVIDERS}
-    graphs = block | {"providers": ("dense", "sparse_unified"), "graph": True}
-    steps = [(name, "fwd", block) for name in LARGE]
-    steps += [(name, "fwd_bwd", block) for name in LARGE]
-    steps += [(name, "fwd", {"ops": suites.OPS}) for name in LARGE]
-    steps += [(name, "fwd", {"ops": (suites.PRUNED,)}) for name in PRUNED]
-    steps += [(name, "fwd", block) for name in SMALLER] + [(n, "fwd", graphs) for n in SMALLER]
-    steps += [(LARGE[0], "fwd_bwd_frozen", block)]
-    steps += [(name, "fwd_bwd", {"ops": suites.OPS}) for name in LARGE]
+    chosen = [word for name in PROVIDERS for word in ("--provider", name)]
+    saved = out / f"{find_target(device).slug}.json"
+    names = (*LARGE, *PRUNED, *SMALLER)
+    ok = measure(saved, device, 0.8 * seconds, names, *chosen, "--direction", "all")
     if device == "cpu":
-        steps = [("odd-7to3-T300", "fwd", block)]
-    for case, direction, options in steps:
-        if time.monotonic() > deadline - 10:
-            print(f"no time for {case} {direction}")
-            continue
-        command.run(
-            report, cases=(case,), dtype=dtype, directions=(direction,), repeats=repeats, **options
-        )
-        report.states["after"] = report.target.state()
-        save(out / f"{report.target.slug}.json", report.as_json())
-    print(report.text())
-    ours = [m for m in report.measured.missing if m.provider == "sparse_unified"]
-    return not ours and any(r.provider == "sparse_unified" for r in report.measured.records)
+        return ok
+    both = ("--provider", "dense", "--provider", "sparse_unified", "--op", "sparse_ffn", "--graph")
+    return measure(out / "graphs.json", device, 0.1 * seconds, SMALLER, *both) and ok
 
 
 def tune(out: Path, device: str, seconds: float) -> bool:
     """Every configuration of the expert GEMMs beside the chosen one."""
-    import torch
-
-    from sparse_unified.bench.cases import CASES
-    from sparse_unified.bench.command import start
-    from sparse_unified.bench.measure import Session
-    from sparse_unified.bench.target import find_target
-    from sparse_unified.bench.tune import measure_variants
-
-    deadline = time.monotonic() + seconds
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    report = start(find_target(device), dtype)
-    target = report.target
-    repeats = 2 if device == "cpu" else 20
-    session = Session(device=target.device, timer=target.timer, roof=report.roof, repeats=repeats)
+    results = []
     for direction in ("fwd", "fwd_bwd"):
-        for name in ("odd-7to3-T300",) if device == "cpu" else LARGE:
-            if time.monotonic() < deadline - 10:
-                found = measure_variants(CASES[name], dtype, direction, session)
-                report.measured += found
-                save(out / "tune.json", report.as_json())
-    print(report.text())
-    return bool(report.measured.records)
+        words = ("--variants", "--direction", direction)
+        path = out / f"tune_{direction}.json"
+        results.append(measure(path, device, 0.4 * seconds, LARGE, *words))
+    return all(results)
 
 
 def sanitizer(out: Path, device: str, seconds: float) -> bool:
@@ -336,10 +284,9 @@ def sanitizer(out: Path, device: str, seconds: float) -> bool:
     variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     started = {}
     for tool in SANITIZERS:
-        around = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
-        around += ours if tool != "initcheck" else ()
+        command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
+        command += [*(ours if tool != "initcheck" else ()), *worker(device, SANITIZED)]
         log = (out / f"{tool}.txt").open("w")
-        command = worker(device, SANITIZED, around)
         started[tool] = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=variables
         )
@@ -357,21 +304,21 @@ def sanitizer(out: Path, device: str, seconds: float) -> bool:
         found[tool] = {"status": status, "reports": reports, "checks": passed}
         save(out / "sanitizer.json", found)
     print(found, "of", len(SANITIZED))
-    return all(
-        f["status"] == 0 and f["reports"] == 0 and f["checks"] == len(SANITIZED)
-        for f in found.values()
-    )
+    right = {"status": 0, "reports": 0, "checks": len(SANITIZED)}
+    return all(told == right for told in found.values())
 
 
-RUN = {
-    "environment": environment,
-    "instructions": instructions,
-    "checks": checks,
-    "bench": bench,
-    "tune": tune,
-    "compile": compile,
-    "sanitizer": sanitizer,
+# Part -> its seconds, and what runs it, in this order.
+PARTS = {
+    "environment": (25, environment),
+    "instructions": (15, instructions),
+    "checks": (60, checks),
+    "bench": (130, bench),
+    "tune": (50, tune),
+    "compile": (100, compile),
+    "sanitizer": (80, sanitizer),
 }
+CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -397,16 +344,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.work:
             work(options.device, json.loads(options.work))
             return 0
-        return 0 if RUN[options.part](out, options.device, options.seconds) else 1
+        return 0 if PARTS[options.part][1](out, options.device, options.seconds) else 1
     names = CALLS.get(options.parts) or (options.parts or ",".join(PARTS)).split(",")
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
         parser.error(f"--parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    total = sum(PARTS[name] for name in names)
-    scale = (options.seconds or total) / total
+    total = sum(PARTS[name][0] for name in names)
     rows = []
     for name in names:
-        seconds = PARTS[name] * scale
+        seconds = PARTS[name][0] * (options.seconds or total) / total
         command = [sys.executable, __file__, "--part", name, "--out", str(out)]
         command += ["--device", options.device, "--seconds", f"{0.9 * seconds - 2:.0f}"]
         began = time.monotonic()
@@ -419,12 +365,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 status = -1
         took = time.monotonic() - began
         rows.append({"part": name, "ok": status == 0, "status": status, "seconds": round(took, 1)})
-        save(out / "summary.json", {"ok": all(row["ok"] for row in rows), "rows": rows})
+        ok = all(row["ok"] for row in rows)
+        save(out / "summary.json", {"ok": ok, "rows": rows})
         print(f"{name:<14}{'passed' if status == 0 else 'FAILED':<8}{took:>6.0f} s", flush=True)
         if status != 0:  # a machine that goes back may take its files along
             print((out / f"{name}.log").read_text(errors="replace")[-2000:], flush=True)
     print(f"results in {out}")
-    return 0 if all(row["ok"] for row in rows) else 1
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ Call = Callable[[int], object]
 
 # Copies of the input that calls rotate over, so that none finds it in its nearest cache.
 NUM_INPUTS = 4
-# Rounds before those that count.
-WARMUP = 2
+# Rounds before those that count, and how many of these there are at least when time is short.
+WARMUP, LEAST_ROUNDS = 2, 5
+# A record whose rounds spread more (interquartile range over median) is marked, and not quoted.
+MOST_SPREAD = 0.15
 # Of the time the host needs to launch a call, so much is hidden behind a waiting kernel at most.
 _MOST_HIDDEN_SECONDS = 2e-3
 _CYCLES_PER_SECOND = 2e9
@@ -35,79 +37,21 @@ _CAPTURE_WARMUP = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roof:
-    """The most that this machine was seen to reach.
+    """The most that this machine can reach.
 
     Args:
-        tflops: the fastest round of the fastest of `gemms`.
-        gbps: of a copy, bytes read and bytes written.
+        tflops: no arithmetic in the dtype of the run is faster.
+        gbps: of a triad, two arrays read and one written past the caches.
+        source: what `tflops` is, for the reader of a table.
+        peaks: instruction set -> number of threads -> TFLOP/s of multiply-adds on registers.
         gemms: TFLOP/s of each matrix product by name, the median of its rounds.
-        source: what the products are, for the reader of a table.
     """
 
     tflops: float
     gbps: float
-    gemms: dict[str, float] = field(default_factory=dict)
     source: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What a group of providers computes: one op on one case, in one direction and dtype."""
-
-    op: str
-    case: str
-    direction: str
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One line of the table.
-
-    Args:
-        spread: interquartile range of the rounds, relative to their median.
-        speedup: provider -> how many times faster than it.
-        graph: replayed from a CUDA graph.
-    """
-
-    op: str
-    case: str
-    direction: str
-    dtype: str
-    provider: str
-    median_us: float
-    min_us: float
-    spread: float
-    tflops: float
-    gbps: float
-    roof_fraction: float
-    speedup: dict[str, float] = field(default_factory=dict)
-    graph: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Missing:
-    """A provider that was not measured, and why."""
-
-    op: str
-    case: str
-    direction: str
-    dtype: str
-    provider: str
-    reason: str
-
-
-@dataclass(slots=True)
-class Measured:
-    """Records, and the providers without one."""
-
-    records: list[Record] = field(default_factory=list)
-    missing: list[Missing] = field(default_factory=list)
-
-    def __iadd__(self, other: Measured) -> Measured:
-        self.records += other.records
-        self.missing += other.missing
-        return self
+    peaks: dict[str, dict[str, float]] = field(default_factory=dict)
+    gemms: dict[str, float] = field(default_factory=dict)
 
 
 class NotMeasured(Exception):
@@ -129,23 +73,33 @@ class Candidate:
     can_capture: bool = True
 
 
-class Timer(Protocol):
-    """Times every call of a round once."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """A group of providers of one result.
 
-    def round(self, calls: Mapping[str, Call], turn: int) -> dict[str, float]:
-        """Returns the seconds of each call by name."""
+    Args:
+        subject: op, case, direction and dtype, the first fields of each record.
+        candidates: by provider.
+        baselines: those that ratios are given over; all by default.
+    """
+
+    subject: dict[str, str]
+    candidates: Mapping[str, Candidate]
+    baselines: tuple[str, ...] | None = None
 
 
-class WallTimer:
-    """The wall clock, for calls that are done when they return."""
+# Times every call of a round once: calls and the number of the round -> seconds by name.
+Timer = Callable[[Mapping[str, Call], int], dict[str, float]]
 
-    def round(self, calls: Mapping[str, Call], turn: int) -> dict[str, float]:
-        seconds = {}
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(turn)
-            seconds[name] = time.perf_counter() - start
-        return seconds
+
+def wall_clock(calls: Mapping[str, Call], turn: int) -> dict[str, float]:
+    """Times calls that are done when they return."""
+    seconds = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call(turn)
+        seconds[name] = time.perf_counter() - start
+    return seconds
 
 
 class EventTimer:
@@ -171,7 +125,7 @@ class EventTimer:
         self._buffer = torch.ones(max(flush_bytes // 4, 1), dtype=torch.float32, device=device)
         self._launch_seconds: dict[str, float] = {}
 
-    def round(self, calls: Mapping[str, Call], turn: int) -> dict[str, float]:
+    def __call__(self, calls: Mapping[str, Call], turn: int) -> dict[str, float]:
         events = {}
         for name, call in calls.items():
             start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
@@ -203,13 +157,11 @@ def capture(call: Call, num_inputs: int = NUM_INPUTS, *, cuda: Any = torch.cuda)
             call(turn)
     cuda.current_stream().wait_stream(side)
     cuda.synchronize()
-    graphs = []
-    pool = None
+    graphs: list[Any] = []
     for turn in range(num_inputs):
         graph = cuda.CUDAGraph()
-        with cuda.graph(graph, pool=pool):
+        with cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
             call(turn)
-        pool = graph.pool()
         graphs.append(graph)
     return lambda turn: graphs[turn % num_inputs].replay()
 
@@ -219,73 +171,75 @@ def measure_interleaved(
     *,
     repeats: int,
     warmup: int = WARMUP,
-    timer: Timer | None = None,
-    on_round: Callable[[], object] | None = None,
+    timer: Timer = wall_clock,
+    seconds: float = float("inf"),
+    on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Runs every call once per round.
 
     Args:
         calls: name -> function of the round number.
         repeats: rounds that count; `warmup` more come before.
-        timer: the wall clock by default.
+        seconds: after which there are no more rounds than `LEAST_ROUNDS`.
 
     Returns:
         Seconds of each round by name.
     """
-    timer = timer or WallTimer()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.monotonic()
     for turn in range(-warmup, repeats):
-        for name, elapsed in timer.round(calls, turn).items():
+        if turn >= LEAST_ROUNDS and time.monotonic() - began > seconds:
+            break
+        for name, elapsed in timer(calls, turn).items():
             if turn >= 0:
-                seconds[name].append(elapsed)
-        if on_round is not None:
-            on_round()
-    return seconds
+                found[name].append(elapsed)
+        on_round()
+    return found
 
 
 def summarize(
-    subject: Subject,
     seconds: Mapping[str, list[float]],
     provider: str,
     work: Work,
     roof: Roof,
-    *,
-    baselines: tuple[str, ...],
-    graph: bool = False,
-) -> Record:
-    """Sums up the rounds of one provider."""
+    baselines: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """Sums up the rounds of one provider: the numbers of a record.
+
+    `spread` is the interquartile range of the rounds, relative to their median; `roof_fraction`
+    the share of the peak arithmetic; `speedup` how many times faster than another provider.
+    """
     own = seconds[provider]
     median = statistics.median(own)
     quartiles = statistics.quantiles(own, n=4) if len(own) > 1 else [median, median, median]
-    ideal = max(work.flops / (roof.tflops * 1e12), work.bytes / (roof.gbps * 1e9))
-    return Record(
-        **asdict(subject),
-        provider=provider,
-        median_us=median * 1e6,
-        min_us=min(own) * 1e6,
-        spread=(quartiles[2] - quartiles[0]) / median,
-        tflops=work.flops / median / 1e12,
-        gbps=work.bytes / median / 1e9,
-        roof_fraction=ideal / median,
-        speedup={
-            name: statistics.median(b / a for b, a in zip(seconds[name], own, strict=True))
-            for name in baselines
-            if name != provider
+    return {
+        "median_us": median * 1e6,
+        "min_us": min(own) * 1e6,
+        "spread": (quartiles[2] - quartiles[0]) / median,
+        "tflops": work.flops / median / 1e12,
+        "gbps": work.bytes / median / 1e9,
+        "roof_fraction": work.flops / median / 1e12 / roof.tflops,
+        "speedup": {
+            name: statistics.median(b / a for b, a in zip(rounds, own, strict=True))
+            for name, rounds in seconds.items()
+            if name != provider and (baselines is None or name in baselines)
         },
-        graph=graph,
-    )
+    }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """How to measure.
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """How to measure on a device, and all that was found there.
 
     Args:
         device, timer: where, and how calls are timed there.
         roof: the most that is reached there.
         repeats: rounds that count.
         graph: replay CUDA graphs of what can be captured.
+        seconds: to spend on a suite beyond its first rounds.
         on_round: called after each round.
+        records: a dict for each provider that was measured: subject, `summarize`, `graph`.
+        missing: subject, provider and reason of the others.
     """
 
     device: torch.device
@@ -293,34 +247,22 @@ class Session:
     roof: Roof
     repeats: int
     graph: bool = False
-    on_round: Callable[[], object] | None = None
+    seconds: float = float("inf")
+    on_round: Callable[[], object] = lambda: None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
 
-    def measure(
-        self,
-        subject: Subject,
-        candidates: Mapping[str, Candidate],
-        baselines: tuple[str, ...] | None = None,
-    ) -> Measured:
-        """Builds providers, and measures those that could be built and run.
-
-        Args:
-            candidates: by provider.
-            baselines: providers to give ratios over; all by default.
-
-        Returns:
-            A record of each provider that runs, and the others with the reason.
-        """
-        measured = Measured()
+    def measure(self, suite: Suite) -> None:
+        """Builds the providers of a suite and measures those that could be built and run."""
         calls: dict[str, Call] = {}
         graphs = set()
-        for name, candidate in candidates.items():
+        for name, candidate in suite.candidates.items():
             try:
                 call = candidate.build()
                 call(0)
             except Exception as error:  # whatever one provider does, the others are measured
                 reason = str(error) if isinstance(error, NotMeasured) else first_line(error)
-                missing = Missing(**asdict(subject), provider=name, reason=reason)
-                measured.missing.append(missing)
+                self.missing.append({**suite.subject, "provider": name, "reason": reason})
                 continue
             if self.graph and self.device.type == "cuda" and candidate.can_capture:
                 try:
@@ -330,27 +272,21 @@ class Session:
                     torch.cuda.synchronize()
             calls[name] = call
         seconds = measure_interleaved(
-            calls, repeats=self.repeats, timer=self.timer, on_round=self.on_round
+            calls,
+            repeats=self.repeats,
+            timer=self.timer,
+            seconds=self.seconds,
+            on_round=self.on_round,
         )
-        measured.records = [
-            summarize(
-                subject,
-                seconds,
-                name,
-                candidates[name].work,
-                self.roof,
-                baselines=tuple(
-                    other for other in calls if baselines is None or other in baselines
-                ),
-                graph=name in graphs,
-            )
-            for name in calls
-        ]
+        for name in calls:
+            work = suite.candidates[name].work
+            numbers = summarize(seconds, name, work, self.roof, suite.baselines)
+            record = {**suite.subject, "provider": name, **numbers, "graph": name in graphs}
+            self.records.append(record)
         calls.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return measured
 
 
 def inputs(
@@ -367,8 +303,7 @@ def inputs(
 
 def first_line(error: BaseException) -> str:
     """The kind of an error, and the first line of its text, cut to what fits a table."""
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else ""
+    line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {line}"[:200].rstrip(": ")
 
 

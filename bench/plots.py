@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a result: bars by provider with the ceiling of the idea, and rates over tokens."""
+"""The picture of a result: ratios by provider, rates over tokens, and shares of the peak."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_unified._common import optional
+
 from .cases import CASES
-from .report import BASELINE, OURS
+from .report import BASELINE, is_steady
+from .suites import OURS
 
 Record = Mapping[str, Any]
 
@@ -16,50 +19,59 @@ Record = Mapping[str, Any]
 def plot(content: Mapping[str, Any], path: Path) -> None:
     """Draws the forward passes of whole FFNs in a result of the benchmark.
 
-    Left, how many times faster than the dense FFN of torch each provider is, a group a case; right,
-    TFLOP/s over the number of tokens, where several were measured.
+    Left, how many times faster than the dense FFN of torch each provider is at the largest number
+    of tokens that most of them ran, with the ceiling of the idea; then TFLOP/s over the number of
+    tokens; then the same as shares of the peak.
 
     Args:
-        content: as `Report.as_json` returns it, or a file of bench/results.
+        content: a file of bench/results, or what is written to one.
         path: of the picture; its ending is the format.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    optional("matplotlib", "plot", purpose="pictures of results").use("Agg")
+    pyplot = optional("matplotlib.pyplot", "plot")
     records: list[Record] = [
         r
         for r in content["records"]
         if r["op"] in ("sparse_ffn", "pruned_ffn") and r["direction"] == "fwd"
     ]
-    figure, (bars, lines) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (bars, rates, shares) = pyplot.subplots(1, 3, figsize=(17, 5), layout="constrained")
     _draw_bars(bars, records)
-    _draw_lines(lines, records)
-    figure.suptitle(f"{content['device']}, {content['date']}")
-    figure.savefig(path, dpi=120)
+    _draw_lines(rates, records, "tflops", 1.0)
+    rates.set_ylabel("TFLOP/s")
+    _draw_lines(shares, records, "roof_fraction", 100.0)
+    shares.set_ylabel(f"% of {content['roof']['tflops']:.3g} TFLOP/s, the peak")
+    shares.set_ylim(0, 100)
+    figure.suptitle(f"{content['device']}, {content['date']}, commit {content['commit'][:10]}")
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
 def _draw_bars(axes: Any, records: Sequence[Record]) -> None:
-    cases = list(dict.fromkeys(r["case"] for r in records))
-    providers = list(dict.fromkeys(r["provider"] for r in records))
+    """A group a case, those with most providers alone; pale where the rounds did not agree."""
+    by_case: dict[str, dict[str, Record]] = {}
+    for r in records:
+        by_case.setdefault(r["case"], {})[r["provider"]] = r
+    cases = [case for case in by_case if case.endswith(("-T1024", "-T4096"))] or list(by_case)
+    providers = list(dict.fromkeys(name for case in cases for name in by_case[case]))
     width = 0.8 / max(len(providers), 1)
     for position, provider in enumerate(providers):
-        found = {r["case"]: r for r in records if r["provider"] == provider}
-        heights = [
-            found[case]["speedup"].get(BASELINE, 1.0) if case in found else 0.0 for case in cases
-        ]
-        errors = [
-            height * found[case].get("spread", 0.0) / 2 if case in found else 0.0
-            for case, height in zip(cases, heights, strict=True)
-        ]
-        at = [index + (position - len(providers) / 2 + 0.5) * width for index in range(len(cases))]
-        colour = "C3" if provider == OURS else None
-        axes.bar(at, heights, width, yerr=errors, label=provider, color=colour)
+        for index, case in enumerate(cases):
+            r = by_case[case].get(provider)
+            if r is None:
+                continue
+            height = r["speedup"].get(BASELINE, 1.0)
+            axes.bar(
+                index + (position - len(providers) / 2 + 0.5) * width,
+                height,
+                width,
+                yerr=height * r.get("spread", 0.0) / 2,
+                color="C3" if provider == OURS else f"C{(position + 4) % 10}",
+                alpha=1.0 if is_steady(r) else 0.3,
+                label=provider if case == cases[0] else None,
+            )
     for index, case in enumerate(cases):
         if case in CASES:
             limits = index - 0.45, index + 0.45
@@ -69,15 +81,18 @@ def _draw_bars(axes: Any, records: Sequence[Record]) -> None:
     axes.legend(fontsize="x-small")
 
 
-def _draw_lines(axes: Any, records: Sequence[Record]) -> None:
-    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
+def _draw_lines(axes: Any, records: Sequence[Record], value: str, scale: float) -> None:
+    """A line for each provider of the family of shapes that was run with most numbers of tokens."""
+    families: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for r in records:
         name, _, tokens = r["case"].rpartition("-T")
-        series.setdefault((name, r["provider"]), []).append((int(tokens), r["tflops"]))
-    for (name, provider), points in series.items():
+        points = families.setdefault(name, {}).setdefault(r["provider"], [])
+        points.append((int(tokens), scale * r[value]))
+    family = max(families, key=lambda name: max(map(len, families[name].values())))
+    for provider, points in families[family].items():
         xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, marker="o", label=f"{name} {provider}")
+        colour = "C3" if provider == OURS else None
+        axes.plot(xs, ys, marker="o", label=provider, color=colour)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("TFLOP/s")
-    axes.legend(fontsize="xx-small", ncols=2)
+    axes.set_xlabel(f"tokens ({family})")
+    axes.legend(fontsize="xx-small")

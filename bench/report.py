@@ -10,25 +10,25 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sparse_unified
-from sparse_unified.checkpoint.files import replace_file
 
-from .measure import Measured, Record, Roof
-from .suites import Overhead
+from .cases import CASES
+from .measure import MOST_SPREAD, Roof, Run
+from .suites import OURS
 from .target import Target
 
-OURS, BASELINE = "sparse_unified", "dense"
+BASELINE = "dense"
 # The dense FFN by anyone: our ratio over the fastest of them is the one to quote.
 DENSE = ("dense", "dense_compile", "dense_onednn", "dense_ours")
 # Names the commit where the source tree lies without its history.
 COMMIT_VARIABLE = "SPARSE_UNIFIED_COMMIT"
-_NAME = 24
+_SUBJECT = ("op", "case", "direction", "dtype")
 
 
 def commit() -> str:
@@ -42,67 +42,6 @@ def commit() -> str:
     return known or f"version {sparse_unified.__version__}"
 
 
-@dataclass(slots=True, kw_only=True)
-class Report:
-    """All that one run found out.
-
-    Args:
-        target, roof: where, and what it reaches at most.
-        measured: records, and the providers without one.
-        overhead: `measure_overhead` by case.
-        states: of the device by moment, as `Target.state` gives them.
-    """
-
-    target: Target
-    roof: Roof
-    measured: Measured = field(default_factory=Measured)
-    overhead: dict[str, Overhead] = field(default_factory=dict)
-    states: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """The schema of every file in bench/results."""
-        return {
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
-            "device": self.target.name,
-            "versions": versions(),
-            "roof": asdict(self.roof),
-            "overhead": {case: asdict(shares) for case, shares in self.overhead.items()},
-            "records": [asdict(r) for r in self.measured.records],
-            "not_measured": [asdict(m) for m in self.measured.missing],
-            "states": self.states,
-        }
-
-    def text(self) -> str:
-        """`us | spread | TFLOP/s | GB/s | % of roof | x baseline`, one line per provider."""
-        gemms = ", ".join(f"{name} {rate:.4g}" for name, rate in self.roof.gemms.items())
-        lines = [
-            f"{self.target.name}; torch {torch.__version__}",
-            f"roof: {self.roof.tflops:.4g} TFLOP/s, {self.roof.gbps:.1f} GB/s"
-            + (f" ({self.roof.source}: {gemms} TFLOP/s)" if gemms else ""),
-            "ceiling: half of the arithmetic is at most 2x over a dense FFN at the same rate",
-            *(f"{when}: {_joined(state)}" for when, state in self.states.items() if state),
-        ]
-        groups: dict[tuple[str, str, str, str], list[str]] = {}
-        for r in self.measured.records:
-            groups.setdefault((r.op, r.case, r.direction, r.dtype), []).append(_line(r))
-        for m in self.measured.missing:
-            line = f"{m.provider:<{_NAME}}  not measured: {m.reason}"
-            groups.setdefault((m.op, m.case, m.direction, m.dtype), []).append(line)
-        head = (
-            f"{'provider':<{_NAME}}{'us':>12}{'spread':>8}{'TFLOP/s':>10}{'GB/s':>9}{'% roof':>8}  "
-            "x baseline"
-        )
-        for group, found in groups.items():
-            lines += ["", "  ".join(group), head, *found]
-        lines += [
-            f"\n{case}: route + sort + permute + combine, each alone, = {shares.alone:.1%} of the "
-            f"block; as parts of the fused block, {shares.fused:.1%}"
-            for case, shares in self.overhead.items()
-        ]
-        return "\n".join(lines)
-
-
 def versions() -> dict[str, str]:
     """What the numbers depend on besides the device."""
     found = {
@@ -112,14 +51,24 @@ def versions() -> dict[str, str]:
     }
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
-    for name in ("triton", "transformers", "sonic-moe", "quack-kernels"):
+    for name in ("triton", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
 
 
-def _joined(state: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in state.items())
+def as_json(run: Run, target: Target, states: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The schema of every file in bench/results."""
+    return {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": target.name,
+        "versions": versions(),
+        "roof": asdict(run.roof),
+        "records": run.records,
+        "not_measured": run.missing,
+        "states": states or {},
+    }
 
 
 def best_dense(speedup: Mapping[str, float]) -> str | None:
@@ -127,22 +76,65 @@ def best_dense(speedup: Mapping[str, float]) -> str | None:
     return min((name for name in DENSE if name in speedup), key=speedup.__getitem__, default=None)
 
 
-def _line(r: Record) -> str:
-    """A line of the table: our ratios over everyone, of the others the one over the baseline."""
-    shown = dict(r.speedup)
-    if r.provider != OURS and BASELINE in shown:
-        shown = {BASELINE: shown[BASELINE]}
-    best = best_dense(shown) if r.provider == OURS else None
-    ratios = "  ".join(
-        f"{ratio:.2f}x {name}{' (best dense)' if name == best else ''}"
-        for name, ratio in shown.items()
-    )
+def ceiling(record: Mapping[str, Any]) -> float:
+    """The most that a record's ratio over a dense FFN is at the same rate; 1 for a dense one."""
+    is_dense = record["provider"] in DENSE or record["case"] not in CASES
+    return 1.0 if is_dense else CASES[record["case"]].ceiling
+
+
+def is_steady(record: Mapping[str, Any]) -> bool:
+    """Whether the rounds agreed well enough for a number to be quoted."""
+    return bool(record.get("spread", 0.0) <= MOST_SPREAD)
+
+
+def roof_lines(roof: Roof) -> list[str]:
+    """The roof, and what it was chosen from."""
+    lines = [f"roof: {roof.tflops:.4g} TFLOP/s ({roof.source}), triad {roof.gbps:.1f} GB/s"]
+    for name, found in roof.peaks.items():
+        rates = ", ".join(f"{rate:.4g} on {count} threads" for count, rate in found.items())
+        lines.append(f"  {name}: {rates}")
+    if roof.gemms:
+        rates = ", ".join(f"{name} {rate:.4g}" for name, rate in roof.gemms.items())
+        lines.append(f"  products: {rates}")
+    return lines
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """A line for each provider: us, spread, TFLOP/s, GB/s, % of peak, ratios of their ceiling."""
+    lines = [
+        f"{content['device']}; torch {content['versions']['torch']}",
+        *roof_lines(Roof(**content["roof"])),
+        *(
+            f"{when}: {', '.join(f'{name} {value}' for name, value in state.items())}"
+            for when, state in content["states"].items()
+            if state
+        ),
+        f"! after a spread: above {MOST_SPREAD:.0%}, not to be quoted; * after a name: a graph",
+    ]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for r in content["records"]:
+        groups.setdefault(tuple(r[name] for name in _SUBJECT), []).append(_line(r))
+    for m in content["not_measured"]:
+        line = f"{m['provider']:<24}  not measured: {m['reason']}"
+        groups.setdefault(tuple(m[name] for name in _SUBJECT), []).append(line)
+    head = f"{'provider':<24}{'us':>12}{'spread':>9}{'TFLOP/s':>10}{'GB/s':>9}{'% peak':>8}  ratio"
+    for group, found in groups.items():
+        lines += ["", "  ".join(group), head, *found]
+    return "\n".join(lines)
+
+
+def _line(r: Mapping[str, Any]) -> str:
+    """Our ratios over everyone, of the others the one over the baseline."""
+    is_ours = r["provider"] == OURS
+    shown = {n: ratio for n, ratio in r["speedup"].items() if is_ours or n == BASELINE}
+    best = best_dense(shown) if is_ours else None
+    ratios = []
+    for name, ratio in shown.items():
+        most = f" of {ceiling(r):g}" if name in DENSE else ""
+        ratios.append(f"{ratio:.2f}x{most} {name}{' (best dense)' if name == best else ''}")
+    mark = " " if is_steady(r) else "!"
     return (
-        f"{r.provider + ('*' if r.graph else ''):<{_NAME}}{r.median_us:>12,.1f}{r.spread:>8.0%}"
-        f"{r.tflops:>10.4g}{r.gbps:>9.1f}{100 * r.roof_fraction:>8.1f}  {ratios}"
+        f"{r['provider'] + ('*' if r['graph'] else ''):<24}{r['median_us']:>12,.1f}"
+        f"{r['spread']:>8.0%}{mark}{r['tflops']:>10.4g}{r['gbps']:>9.1f}"
+        f"{100 * r['roof_fraction']:>8.1f}  {'  '.join(ratios)}".rstrip()
     )
-
-
-def save(path: Path, text: str) -> None:
-    """Writes a result; an existing file is replaced whole or not at all."""
-    replace_file(path, (text + "\n").encode())

@@ -1,54 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured beside what: the whole block, each op alone, half of a FFN."""
+"""What is measured beside what: the whole block, each op alone, half of a FFN, configurations."""
 
 from __future__ import annotations
 
-import statistics
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_unified import ops
+from sparse_unified._library import module as library
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.ops import reference
 
 from .cases import Case, work
-from .check import check_backward, check_forward
-from .measure import (
-    Call,
-    Candidate,
-    NotMeasured,
-    Session,
-    Subject,
-    inputs,
-    measure_interleaved,
-    name_of,
-)
+from .check import check_result, judge_rows
+from .measure import Call, Candidate, NotMeasured, Suite, inputs, name_of
 from .peers import PEERS, Peer, Setting, draw_weights
 
 BLOCK, PRUNED = "sparse_ffn", "pruned_ffn"
 OURS = "sparse_unified"
+OPS = (
+    "route_topk",
+    "sort_by_expert",
+    "permute",
+    "combine",
+    "grouped_ffn",
+    "grouped_ffn_combine",
+    "ffn_importance",
+)
 # Providers of the block that need no package but torch, for the demo.
 BLOCK_PROVIDERS = ("dense", "dense_half", "dense_ours", "expert_loop", OURS)
 # Ops with a gradient; and those of them for which frozen experts make a difference.
 _TRAINED_OPS = {
+    "fwd": OPS,
     "fwd_bwd": ("route_topk", "permute", "combine", "grouped_ffn"),
     "fwd_bwd_frozen": ("grouped_ffn",),
 }
+# Overrides the choice of kernels and tiles; they read it at each call.
+VARIABLE = "SPARSE_UNIFIED_GROUPED_FFN"
+CHOSEN = "chosen"
 
-OpCall = Callable[[Tensor], object]
+OpCall = Callable[[Tensor], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Suite:
-    """One group of providers, and those of them that ratios are given over (None: all)."""
+def _subject(op: str, case: Case, direction: str, dtype: torch.dtype) -> dict[str, str]:
+    return {"op": op, "case": case.name, "direction": direction, "dtype": name_of(dtype)}
 
-    subject: Subject
-    candidates: Mapping[str, Candidate]
-    baselines: tuple[str, ...] | None = None
+
+def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return inputs((case.tokens, case.hidden_size), dtype, device=device)
 
 
 def module_call(
@@ -80,8 +84,7 @@ def block_suite(
     """The whole block by every provider; each is compared with a reference before it is timed."""
     setting = Setting(case=case, dtype=dtype, device=device)
     weights = draw_weights(case, dtype, device)
-    shape = (case.tokens, case.hidden_size)
-    xs, grads = (inputs(shape, dtype, device=device) for _ in range(2))
+    xs, grads = (_inputs(case, dtype, device) for _ in range(2))
 
     def build(peer: Peer) -> Call:
         if direction != "fwd" and not peer.trains:
@@ -92,14 +95,12 @@ def block_suite(
         provider = peer.build(setting, weights)
         for name, parameter in provider.named_parameters():
             parameter.requires_grad_(direction != "fwd_bwd_frozen" or name.endswith("gate.weight"))
-        check_forward(provider, xs[0], case, weights)
-        if direction != "fwd":
-            check_backward(provider, xs[0], grads[0], case, weights)
+        check_result(provider, xs[0], case, weights, None if direction == "fwd" else grads[0])
         return module_call(provider, direction, xs, grads)
 
     return Suite(
-        Subject(op=BLOCK, case=case.name, direction=direction, dtype=name_of(dtype)),
-        {
+        subject=_subject(BLOCK, case, direction, dtype),
+        candidates={
             name: Candidate(
                 build=partial(build, peers[name]),
                 work=work(peers[name].formula, case, dtype, direction),
@@ -118,7 +119,7 @@ def block_providers(case: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def sparse_block(
-    case: Case, dtype: torch.dtype, seed: int = 0, *, device: torch.device | str = "cpu"
+    case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> SparseMoE:
     """Our block with random experts and a random router, whose logits have unit variance."""
     torch.manual_seed(seed)
@@ -135,77 +136,72 @@ def sparse_block(
     return block
 
 
-class OpCalls:
-    """Each op on the tensors that a block of this case would give it, and its torch reference.
+def op_calls(
+    block: SparseMoE, x: Tensor
+) -> dict[str, tuple[dict[str, OpCall], tuple[Tensor, ...]]]:
+    """Each op on the tensors that a block would give it.
 
-    `leaves` are what else a backward pass of an op differentiates, besides its tokens.
+    Returns:
+        Op -> calls by provider, ours and the torch reference where there is one, and what a
+        backward pass differentiates besides the tokens.
     """
-
-    def __init__(self, block: SparseMoE, x: Tensor) -> None:
-        gate, top_k, num_experts = block.gate.weight, block.top_k, block.num_experts
-        experts = (block.gate_proj, block.up_proj, block.down_proj)
-        _, topk_logits, topk_idx = ops.route_topk(x, gate, top_k)
-        offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
-        weights = 1 + topk_logits
-        self.maps = row_token, token_rows
-        rows = ops.permute(x, row_token, token_rows)
-        self.ours: dict[str, OpCall] = {
-            "route_topk": lambda x: ops.route_topk(x, gate, top_k),
-            "sort_by_expert": lambda _: ops.sort_by_expert(topk_idx, num_experts),
-            "permute": lambda x: ops.permute(x, row_token, token_rows),
-            "combine": lambda _: ops.combine(rows, weights, token_rows),
-            "grouped_ffn": lambda x: ops.grouped_ffn(x, row_token, offsets, *experts, token_rows),
-            "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
-                x, weights, row_token, token_rows, offsets, *experts
-            ),
-            "ffn_importance": lambda x: ops.ffn_importance(x, *experts[:2]),
-        }
-        self.torch: dict[str, OpCall] = {
-            "route_topk": lambda x: reference.route_topk(x, gate, top_k),
-            "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
-            "permute": lambda x: reference.permute(x, row_token),
-            "combine": lambda _: reference.combine(rows, weights, token_rows),
-            "ffn_importance": lambda x: reference.ffn_importance(x, *experts[:2]),
-        }
-        self.leaves: dict[str, tuple[Tensor, ...]] = {
-            "route_topk": (gate,),
-            "combine": (rows, weights),
-            "grouped_ffn": experts,
-        }
-        # The fused FFN on experts of no width: all that it does besides the products.
-        none = (x.new_empty(0, x.shape[1]),) * 2 + (x.new_empty(x.shape[1], 0),)
-        self.moves: OpCall = lambda x: ops.grouped_ffn_combine(
-            x, weights, row_token, token_rows, offsets, *none
+    gate, top_k, num_experts = block.gate.weight, block.top_k, block.num_experts
+    experts = (block.gate_proj, block.up_proj, block.down_proj)
+    _, topk_logits, topk_idx = ops.route_topk(x, gate, top_k)
+    offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
+    weights = 1 + topk_logits
+    rows = ops.permute(x, row_token, token_rows)
+    ours: dict[str, OpCall] = {
+        "route_topk": lambda x: ops.route_topk(x, gate, top_k),
+        "sort_by_expert": lambda _: ops.sort_by_expert(topk_idx, num_experts),
+        "permute": lambda x: ops.permute(x, row_token, token_rows),
+        "combine": lambda _: ops.combine(rows, weights, token_rows),
+        "grouped_ffn": lambda x: ops.grouped_ffn(x, row_token, offsets, *experts, token_rows),
+        "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
+            x, weights, row_token, token_rows, offsets, *experts
+        ),
+        "ffn_importance": lambda x: ops.ffn_importance(x, *experts[:2]),
+    }
+    torch_calls: dict[str, OpCall] = {
+        "route_topk": lambda x: reference.route_topk(x, gate, top_k),
+        "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
+        "permute": lambda x: reference.permute(x, row_token),
+        "combine": lambda _: reference.combine(rows, weights, token_rows),
+        "ffn_importance": lambda x: reference.ffn_importance(x, *experts[:2]),
+    }
+    leaves = {"route_topk": (gate,), "combine": (rows, weights), "grouped_ffn": experts}
+    return {
+        op: (
+            {OURS: ours[op]} | ({"torch": torch_calls[op]} if op in torch_calls else {}),
+            leaves.get(op, ()),
         )
+        for op in OPS
+    }
 
 
-_AROUND = ("route_topk", "sort_by_expert", "permute", "combine")  # of the expert GEMMs
-OPS = (*_AROUND, "grouped_ffn", "grouped_ffn_combine", "ffn_importance")
+def _op_call(
+    call: OpCall, direction: str, xs: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> Callable[[int], tuple[Tensor | None, ...]]:
+    """One turn of an op: its outputs, or the gradients of the tokens and of some leaves."""
 
-
-def op_call(calls: OpCalls, op: str, call: OpCall, direction: str, xs: Sequence[Tensor]) -> Call:
-    """One turn of an op: forward, or forward and backward."""
-
-    def first(x: Tensor) -> Tensor:
+    def outputs(x: Tensor) -> tuple[Tensor, ...]:
         found = call(x)
-        out: Tensor = found[0] if isinstance(found, tuple) else found  # type: ignore[assignment]
-        return out
+        return found if isinstance(found, tuple) else (found,)
 
-    def forward(turn: int) -> None:
+    def forward(turn: int) -> tuple[Tensor, ...]:
         with torch.inference_mode():
-            call(xs[turn % len(xs)])
+            return outputs(xs[turn % len(xs)])
 
     if direction == "fwd":
         return forward
-    leaves = calls.leaves.get(op, ())
     for leaf in leaves:
         leaf.requires_grad_(direction == "fwd_bwd")
     trained = leaves if direction == "fwd_bwd" else ()
-    grad = torch.randn_like(first(xs[0]))
+    grad = torch.randn_like(outputs(xs[0])[0])
 
-    def both(turn: int) -> None:
+    def both(turn: int) -> tuple[Tensor | None, ...]:
         x = xs[turn % len(xs)].detach().requires_grad_()
-        torch.autograd.grad(first(x), (x, *trained), grad, allow_unused=True)
+        return torch.autograd.grad(outputs(x)[0], (x, *trained), grad, allow_unused=True)
 
     return both
 
@@ -218,35 +214,35 @@ def op_suites(
     chosen: Sequence[str] = OPS,
 ) -> Iterator[Suite]:
     """Each op alone beside its torch reference, as far as it has that direction."""
-    xs = inputs((case.tokens, case.hidden_size), dtype, device=device)
+    xs = _inputs(case, dtype, device)
     with torch.no_grad():
-        calls = OpCalls(sparse_block(case, dtype, device=device), xs[0])
+        calls = op_calls(sparse_block(case, dtype, device), xs[0])
     for op in chosen:
-        if op not in _TRAINED_OPS.get(direction, OPS):
+        if op not in _TRAINED_OPS[direction]:
             continue
-        runs = {OURS: calls.ours[op]} | ({"torch": calls.torch[op]} if op in calls.torch else {})
+        runs, leaves = calls[op]
         yield Suite(
-            Subject(op=op, case=case.name, direction=direction, dtype=name_of(dtype)),
-            {
+            subject=_subject(op, case, direction, dtype),
+            candidates={
                 name: Candidate(
-                    build=partial(op_call, calls, op, call, direction, xs),
+                    build=partial(_op_call, call, direction, xs, leaves),
                     work=work(op, case, dtype, direction),
                     can_capture=name == OURS,
                 )
                 for name, call in runs.items()
             },
-            ("torch",),
+            baselines=("torch",),
         )
 
 
 class PrunedFfn(nn.Module):
     """pruned_ffn on the weights of `dense`; a share of its blocks is kept, drawn at random."""
 
-    def __init__(self, dense: SwiGLU, block_size: int, num_kept: int, seed: int = 0) -> None:
+    def __init__(self, dense: SwiGLU, block_size: int, num_kept: int) -> None:
         super().__init__()
         self.dense, self.block_size = dense, block_size
         num_blocks = dense.gate_proj.weight.shape[0] // block_size
-        drawn = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
         self.kept_blocks = drawn[:num_kept].sort().values.int().to(dense.gate_proj.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,65 +262,87 @@ def pruned_suite(case: Case, dtype: torch.dtype, direction: str, device: torch.d
         for width in (case.intermediate_size, case.active_width)
     )
     modules = {
-        "dense": dense,
-        "dense_ours": PrunedFfn(dense, case.block_size, case.num_blocks),
-        "dense_half": dense_half,
-        OURS: PrunedFfn(dense, case.block_size, case.num_blocks // 2),
+        "dense": (dense, "dense_ffn"),
+        "dense_ours": (PrunedFfn(dense, case.block_size, case.num_blocks), "dense_ffn"),
+        "dense_half": (dense_half, "half_ffn"),
+        OURS: (PrunedFfn(dense, case.block_size, case.num_blocks // 2), "half_ffn"),
     }
-    shape = (case.tokens, case.hidden_size)
-    xs, grads = (inputs(shape, dtype, device=device) for _ in range(2))
-    for module in modules.values():
+    xs, grads = (_inputs(case, dtype, device) for _ in range(2))
+    for module, _ in modules.values():
         module.requires_grad_(direction == "fwd_bwd")
     return Suite(
-        Subject(op=PRUNED, case=case.name, direction=direction, dtype=name_of(dtype)),
-        {
+        subject=_subject(PRUNED, case, direction, dtype),
+        candidates={
             name: Candidate(
                 build=partial(module_call, module, direction, xs, grads),
-                work=work(
-                    "dense_ffn" if name in ("dense", "dense_ours") else "half_ffn",
-                    case,
-                    dtype,
-                    direction,
-                ),
+                work=work(formula, case, dtype, direction),
             )
-            for name, module in modules.items()
+            for name, (module, formula) in modules.items()
         },
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overhead:
-    """What is not an expert GEMM, as shares of the time of the whole block.
+def set_variant(variant: str) -> None:
+    """Makes the calls that follow use a variant; `CHOSEN` is the kernels' own choice."""
+    if variant == CHOSEN:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = variant
 
-    `alone`: routing, sorting, permuting and combining as ops of their own, each in its own rounds.
-    `fused`: routing and sorting, and what the fused FFN spends on bringing tokens to experts and
-    back, which is its time on experts of no width; all in the rounds of the block, caches cold.
+
+def find_variants(direction: str) -> tuple[str, ...]:
+    """The variants of a direction, as the library lists them."""
+    listed: list[str] = library.grouped_ffn_variants()
+    is_backward = direction == "fwd_bwd"
+    return tuple(v for v in listed if "," not in v or (",grad_" in v) == is_backward)
+
+
+def variant_suite(
+    case: Case,
+    dtype: torch.dtype,
+    direction: str,
+    device: torch.device,
+    variants: Sequence[str] | None = None,
+) -> Suite:
+    """grouped_ffn, or pruned_ffn of a case with blocks, in each configuration of its kernels.
+
+    Each is compared with the chosen one before it is timed. `set_variant(CHOSEN)` afterwards.
+
+    Args:
+        variants: values of the environment variable; by default all that the kernels know.
     """
+    xs = _inputs(case, dtype, device)
+    if case.block_size:
+        op, formula = PRUNED, "half_ffn"
+        dense = SwiGLU(case.hidden_size, case.intermediate_size, dtype=dtype, device=device)
+        module = PrunedFfn(dense, case.block_size, case.num_blocks // 2)
+        run = _op_call(module, direction, xs, tuple(module.parameters()))
+    else:
+        op = formula = "grouped_ffn"
+        with torch.no_grad():
+            runs, leaves = op_calls(sparse_block(case, dtype, device), xs[0])[op]
+        run = _op_call(runs[OURS], direction, xs, leaves)
+    expected = run(0)
 
-    alone: float
-    fused: float
+    def build(variant: str) -> Call:
+        set_variant(variant)
+        for position, (found, wanted) in enumerate(zip(run(0), expected, strict=True)):
+            judge_rows(f"result {position}", found, wanted, dtype)
 
+        def call(turn: int) -> None:
+            set_variant(variant)
+            run(turn)
 
-def measure_overhead(case: Case, dtype: torch.dtype, session: Session) -> Overhead:
-    """Measures both shares on the CPU; the first counts a buffer [R, D] that the block avoids."""
-    xs = inputs((case.tokens, case.hidden_size), dtype)
-    block = sparse_block(case, dtype)
+        return call
 
-    def rotating(call: OpCall) -> Call:
-        return lambda turn: call(xs[turn % len(xs)])
-
-    with torch.inference_mode():
-        calls = OpCalls(block, xs[0])
-        steps = {op: rotating(calls.ours[op]) for op in _AROUND}
-        alone = sum(
-            statistics.median(measure_interleaved({op: call}, repeats=session.repeats)[op])
-            for op, call in steps.items()
-        )
-        parts = {"route_topk": steps["route_topk"], "sort_by_expert": steps["sort_by_expert"]}
-        seconds = measure_interleaved(
-            {"block": rotating(block), **parts, "moves": rotating(calls.moves)},
-            repeats=session.repeats,
-            on_round=session.on_round,
-        )
-    whole, *fused = (statistics.median(rounds) for rounds in seconds.values())
-    return Overhead(alone=alone / whole, fused=sum(fused) / whole)
+    if variants is None:
+        variants = find_variants(direction) if device.type == "cuda" else ()
+    cost = work(formula, case, dtype, direction)
+    return Suite(
+        subject=_subject(op, case, direction, dtype),
+        candidates={
+            variant: Candidate(build=partial(build, variant), work=cost, can_capture=False)
+            for variant in (CHOSEN, *variants)
+        },
+        baselines=(CHOSEN,),
+    )

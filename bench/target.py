@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import statistics
 import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sparse_unified import ops
+from sparse_unified import _library
 
-from .measure import Call, EventTimer, Roof, Timer, WallTimer, inputs, measure_interleaved
+from .measure import EventTimer, Roof, Timer, inputs, measure_interleaved, wall_clock
 
 _STATE_FIELDS = (
     "clocks.sm",
@@ -64,7 +68,7 @@ def find_target(name: str) -> Target:
         raise ValueError(f"bench: device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}")
     if name == "cpu":
         return Target(
-            device=torch.device("cpu"), name=processor_name(), slug="cpu", timer=WallTimer()
+            device=torch.device("cpu"), name=processor_name(), slug="cpu", timer=wall_clock
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(match[1] or 0)
@@ -119,79 +123,96 @@ def device_state(device: torch.device) -> dict[str, str]:
     return dict(zip(_STATE_FIELDS, values, strict=False))
 
 
+# Levels of `sparse_unified_peak` in csrc/cpu/roof.cpp; the last multiplies bf16.
+_LEVELS = ("baseline", "AVX2", "AVX-512", "AVX-512 bf16")
+_PEAK_STEPS, _PEAK_ROUNDS = 2_000_000, 20
+_CPU_TRIAD_BYTES, _CUDA_TRIAD_BYTES = 2**27, 2**31
 # (m, n, k) of x [m, k] @ w [n, k].T: a large square, and the products of the dense BAGEL FFN.
 _CUDA_GEMMS = {
     "square": (8192, 8192, 8192),
     "up": (4096, 18944, 3584),
     "down": (4096, 3584, 18944),
 }
-_CPU_GEMM = (2048, 2048, 2048)
-_CPU_FFN = (1024, 896, 4736)  # T, D, I
-_CPU_COPY_BYTES, _CUDA_COPY_BYTES = 2**28, 2**31
-_CPU_SOURCE = (
-    "the fastest of large matrix products by torch (MKL), by oneDNN and by our own kernel; below "
-    "the peak of the processor"
-)
-_CUDA_SOURCE = "the fastest of large cuBLAS products"
+# Operations a clock that the tensor cores of a multiprocessor do on 16 bits, by capability: the
+# tables of NVIDIA's architecture white papers.
+_TENSOR_OPS = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
 
 
-def _product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Call:
-    m, n, k = shape
-    (x,), (w,) = (inputs((rows, k), dtype, 1, device=device) for rows in (m, n))
-    return lambda _: x @ w.t()
+def measure_roof(dtype: torch.dtype, target: Target) -> Roof:
+    """Finds what no arithmetic in `dtype` and no pass over memory on a device can exceed."""
+    return (_cuda_roof if target.is_cuda else _cpu_roof)(dtype, target)
 
 
-def onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this dtype here; bf16 needs AVX-512 or its like."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+def _rate(run: Callable[[int], float], threads: int) -> float:
+    """Amount of work a second of threads that run at once; `run` takes their index."""
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_PEAK_ROUNDS):
+            began = time.perf_counter()
+            amount = sum(pool.map(run, range(threads)))
+            best = max(best, amount / (time.perf_counter() - began))
+    return best
 
 
-def _cpu_products(dtype: torch.dtype) -> dict[str, tuple[Call, float]]:
-    """Name -> product and FLOPs; the best comes close to the peak of the processor."""
-    t, d, i = _CPU_FFN
-    flops = 2.0 * _CPU_GEMM[0] * _CPU_GEMM[1] * _CPU_GEMM[2]
-    found = {"torch": (_product(_CPU_GEMM, dtype, torch.device("cpu")), flops)}
-    if onednn_takes(dtype):
-        (x,), (w,) = (inputs(_CPU_GEMM[:2], dtype, 1) for _ in range(2))
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, len(x))
-        linear = torch.ops.mkldnn._linear_pointwise
-        found["onednn"] = (lambda _: linear(x, packed, None, "none", [], ""), flops)
-    (tokens,), (gate,), (up,) = (inputs((n, d), dtype, 1) for n in (t, i, i))
-    (down,) = inputs((d, i), dtype, 1)
-    kept = torch.arange(i // 64, dtype=torch.int32)
-    ffn = (lambda _: ops.pruned_ffn(tokens, kept, gate, up, down, 64), 6.0 * t * d * i)
-    return found | {"pruned_ffn": ffn}
+def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
+    """Loops of multiply-adds on registers, and a triad past the caches, on 1 and on all threads."""
+    library = ctypes.CDLL(_library.module.__file__)  # whose calls run beside each other
+    peak, triad = library.sparse_unified_peak, library.sparse_unified_triad
+    peak.restype, peak.argtypes = ctypes.c_double, (ctypes.c_int, ctypes.c_int64)
+    triad.restype, triad.argtypes = None, (*[ctypes.c_void_p] * 3, ctypes.c_int64)
+    threads = torch.get_num_threads()
+    peaks = {
+        name: {
+            str(count): _rate(lambda _, level=level: peak(level, _PEAK_STEPS), count) / 1e12
+            for count in sorted({1, threads})
+        }
+        for level, name in enumerate(_LEVELS)
+        if peak(level, 1) > 0
+    }
+    usable = {name: found[str(threads)] for name, found in peaks.items()}
+    if dtype != torch.bfloat16:
+        usable.pop(_LEVELS[3], None)
+    elif torch.cpu._is_amx_tile_supported():  # for which there is no loop
+        (x,) = inputs((4096, 4096), dtype, 1)
+        rates = [
+            2.0 * 4096**3 / s for s in measure_interleaved({"": lambda _: x @ x}, repeats=5)[""]
+        ]
+        usable["the fastest product by torch (AMX)"] = max(rates) / 1e12
+    best = max(usable, key=usable.__getitem__)
+    arrays = [torch.ones(_CPU_TRIAD_BYTES // 4) for _ in range(3)]
+    part = len(arrays[0]) // threads // 4 * 4
 
+    def stream(index: int) -> float:
+        triad(*(array.data_ptr() + 4 * part * index for array in arrays), part)
+        return 12.0 * part
 
-def measure_roof(dtype: torch.dtype, target: Target, repeats: int | None = None) -> Roof:
-    """Measures matrix products of random data in `dtype`, and a copy of a large array."""
-    copy_bytes = _CUDA_COPY_BYTES if target.is_cuda else _CPU_COPY_BYTES
-    with torch.inference_mode():
-        if target.is_cuda:
-            products = {
-                name: (_product(shape, dtype, target.device), 2.0 * shape[0] * shape[1] * shape[2])
-                for name, shape in _CUDA_GEMMS.items()
-            }
-        else:
-            products = _cpu_products(dtype)
-        (source,) = inputs((copy_bytes // 4,), torch.float32, 1, device=target.device)
-        copy = torch.empty_like(source)
-        calls = {name: call for name, (call, _) in products.items()}
-        seconds = measure_interleaved(
-            calls | {"copy": lambda _: copy.copy_(source)},
-            repeats=repeats or (20 if target.is_cuda else 5),
-            timer=target.timer,
-        )
     return Roof(
-        tflops=max(flops / min(seconds[name]) for name, (_, flops) in products.items()) / 1e12,
-        gbps=2 * copy_bytes / min(seconds["copy"]) / 1e9,
-        gemms={
-            name: flops / statistics.median(seconds[name]) / 1e12
-            for name, (_, flops) in products.items()
-        },
-        source=_CUDA_SOURCE if target.is_cuda else _CPU_SOURCE,
+        tflops=usable[best],
+        gbps=_rate(stream, threads) / 1e9,
+        source=f"multiply-adds on registers, {best}, {threads} threads",
+        peaks=peaks,
     )
+
+
+def _cuda_roof(dtype: torch.dtype, target: Target) -> Roof:
+    """The arithmetic of all tensor cores at the highest clock, or of the fastest product."""
+    facts = torch.cuda.get_device_properties(target.device)
+    gemms = {}
+    with torch.inference_mode():
+        for name, (m, n, k) in _CUDA_GEMMS.items():
+            (x,), (w,) = (inputs((r, k), dtype, 1, device=target.device) for r in (m, n))
+            calls = {name: lambda _, x=x, w=w: x @ w.t()}
+            seconds = measure_interleaved(calls, repeats=20, timer=target.timer)[name]
+            gemms[name] = 2.0 * m * n * k / statistics.median(seconds) / 1e12
+        arrays = [torch.ones(_CUDA_TRIAD_BYTES // 4, device=target.device) for _ in range(3)]
+        calls = {"triad": lambda _: torch.add(*arrays[:2], alpha=3, out=arrays[2])}
+        seconds = measure_interleaved(calls, repeats=20, timer=target.timer)["triad"]
+    clock = re.match(r"(\d+) MHz", target.state().get("clocks.max.sm", ""))
+    per_clock = _TENSOR_OPS.get((facts.major, facts.minor))
+    is_known = clock is not None and per_clock is not None and dtype.itemsize == 2
+    tflops, source = max(gemms.values()), "the fastest cuBLAS product"
+    if is_known:
+        tflops = facts.multi_processor_count * per_clock * int(clock[1]) / 1e6
+        source = f"tensor cores of {facts.multi_processor_count} SMs at {clock[1]} MHz"
+    gbps = 3 * _CUDA_TRIAD_BYTES / min(seconds) / 1e9
+    return Roof(tflops=tflops, gbps=gbps, source=source, gemms=gemms)

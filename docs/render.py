@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_unified.bench.cases import CASES
-from sparse_unified.bench.report import best_dense
+from sparse_unified.bench.measure import MOST_SPREAD
+from sparse_unified.bench.report import best_dense, ceiling, is_steady
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -66,10 +66,10 @@ def our_rows(content: Content) -> Iterator[list[str]]:
                 r["case"],
                 r["direction"],
                 r["dtype"],
-                milliseconds(r["median_us"]),
+                milliseconds(r["median_us"]) + ("" if is_steady(r) else "!"),
                 f"{r['speedup']['dense']:.2f}",
                 f"{r['speedup'][best]:.2f} ({best})",
-                f"{CASES[r['case']].ceiling:g}",
+                f"{ceiling(r):g}",
             ]
 
 
@@ -79,7 +79,8 @@ def provider_rows(content: Content, has_roof: bool) -> Iterator[list[str]]:
         if r["op"] in WHOLE_FFNS:
             cells = [r["case"], r["direction"], r["dtype"]]
             cells += [r["provider"] + (" (graph)" if r.get("graph") else "")]
-            cells += [milliseconds(r["median_us"]), f"{r['speedup'].get('dense', 1):.2f}"]
+            cells += [milliseconds(r["median_us"]) + ("" if is_steady(r) else "!")]
+            cells += [f"{r['speedup'].get('dense', 1):.2f}", f"{ceiling(r):g}"]
             yield cells + ([f"{100 * r['roof_fraction']:.0f}"] if has_roof else [])
 
 
@@ -98,18 +99,15 @@ def result_section(name: str, content: Content) -> list[str]:
     source = roof.get("source", "")
     reasons = {(m["provider"], m["reason"]): None for m in content.get("not_measured", ())}
     whole = ["case", "pass", "dtype"]
-    lines = ["", f"## {name}", "", f"{describe(content)}. Copy: {roof['gbps']:.1f} GB/s."]
+    lines = ["", f"## {name}", "", f"{describe(content)}. Memory: {roof['gbps']:.1f} GB/s."]
     if source:
-        lines += [f"Roof: {1e3 * roof['tflops']:.0f} GFLOP/s, {source}."]
+        lines += [f"Peak: {1e3 * roof['tflops']:.0f} GFLOP/s, {source}."]
+    if not all(map(is_steady, content["records"])):
+        lines += [f"A time with ! has rounds that spread more than {MOST_SPREAD:.0%}."]
     ours = [*whole, "ms ", "x dense of torch ", "x best dense ", "ceiling "]
     lines += ["", *table(ours, our_rows(content))]
-    for case, shares in content.get("overhead", {}).items():
-        lines += [
-            "",
-            f"{case}: routing, sorting, permuting and combining take {shares['alone']:.1%} of the "
-            f"block as ops of their own, and {shares['fused']:.1%} as parts of it.",
-        ]
-    head = [*whole, "provider", "ms ", "x dense of torch "] + (["% of roof "] if source else [])
+    head = [*whole, "provider", "ms ", "x dense of torch ", "ceiling "]
+    head += ["% of peak "] if source else []
     lines += ["", "### All providers", "", *table(head, provider_rows(content, bool(source)))]
     if reasons:
         lines += ["", "Not measured:", "", *(f"- {who}: {why}" for who, why in reasons)]
@@ -184,14 +182,16 @@ def readme_block(results: Results) -> str:
     ]
 
     def rows() -> Iterator[list[str]]:
-        for case in dict.fromkeys(case for case, _ in records):
+        for case in dict.fromkeys(case for case, _ in records if case.endswith("-T1024")):
             cells = [case]
             for provider in shown:
                 r = records[case, provider]
                 ratio = r["speedup"].get("dense")
-                cells.append(
-                    f"{r['median_us'] / 1e3:.0f} ms" + (f" ({ratio:.2f}x)" if ratio else "")
-                )
+                if not is_steady(r):
+                    cells.append(f"rounds spread {r['spread']:.0%}")
+                    continue
+                text = f"{r['median_us'] / 1e3:.0f} ms"
+                cells.append(text + (f" ({ratio:.2f}x of {ceiling(r):g}x)" if ratio else ""))
             yield cells
 
     titles = {"dense": "dense (torch)", "expert_loop": "loop over experts"}
@@ -200,8 +200,8 @@ def readme_block(results: Results) -> str:
         [
             *table(head, rows()),
             "",
-            "The ceiling is 2x over a dense FFN at the same rate; ratios above it say that torch's",
-            "dense FFN runs at a lower one (MKL takes its AVX2 path on AMD processors).",
+            "In brackets times torch's dense FFN, of the ceiling at the same rate; a ratio",
+            "above it says that torch's runs at a lower one (MKL on AMD processors).",
             f"{describe(content)}; [bench/results/cpu.json](bench/results/cpu.json).",
         ]
     )

@@ -159,7 +159,7 @@ def record_launches(capability: int) -> list[Launch]:
 
     from sparse_unified import ops
     from sparse_unified.bench.cases import CASES
-    from sparse_unified.bench.tune import CHOSEN, set_variant
+    from sparse_unified.bench.suites import CHOSEN, set_variant
 
     torch.ops.load_library(LIBRARY)
     emulation = torch.ops.sparse_unified_emulation

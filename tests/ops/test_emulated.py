@@ -26,7 +26,7 @@ from tiers import IS_DEEP
 from torch import Tensor
 
 from sparse_unified import ops
-from sparse_unified.bench.tune import VARIABLE, find_variants
+from sparse_unified.bench.suites import VARIABLE, find_variants
 from sparse_unified.ops import backend
 
 EMULATION = torch.ops.sparse_unified_emulation
