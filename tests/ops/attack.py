@@ -24,18 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from problems import (
-    ARGUMENTS,
-    LAYOUTS,
-    OPS,
-    Problem,
-    Values,
-    call,
-    grouped_values,
-    lay_out,
-    pruned_values,
-)
+from problems import ARGUMENTS, LAYOUTS, OPS, Values, call, grouped_values, lay_out, pruned_values
 from torch import Tensor
 
 from sparse_unified.ops import reference
@@ -187,58 +176,30 @@ def draw_call(seed: int) -> tuple[str, Values, bool]:
 # Judging
 
 
-def expected(op: str, v: Values) -> tuple[Tensor, ...]:
-    """What plain torch computes of values in fp32; gradients that are not wanted are empty."""
-    if op == "route_topk":
-        return reference.route_topk(v["x"], v["gate"], int(v["top_k"]))
-    if op == "sort_by_expert":
-        return reference.sort_by_expert(v["topk_idx"], int(v["num_experts"]))
-    if op == "permute":
-        return (reference.permute(v["x"], v["row_token"]),)
-    if op == "combine":
-        return (reference.combine(v["y"], v["weights"], v["token_rows"]),)
-    if op == "ffn_importance":
-        return reference.ffn_importance(*v.values())
-    if op == "grouped_ffn_combine":
-        return (reference.combine(ffn(op, v)[0], v["weights"], v["token_rows"]),)
-    if not op.endswith("backward"):
-        return ffn(op, v)[: 3 if op.endswith("train") else 1]
-    names = {"route_topk_backward": ("x", "gate"), "combine_backward": ("y", "weights")}.get(
-        op, ("x", "gate_proj", "up_proj", "down_proj")
-    )
-    with torch.enable_grad():
-        wide = v | {name: v[name].detach().requires_grad_() for name in names}
-        leaves = [wide[name] for name in names]
-        if op == "route_topk_backward":
-            logits = wide["x"] @ wide["gate"].t()
-            outputs = [logits, logits.gather(1, v["topk_idx"].long())]
-            grads = [v["grad_logits"], v["grad_topk_logits"]]
-        elif op == "combine_backward":
-            outputs = [reference.combine(wide["y"], wide["weights"], v["token_rows"])]
-            grads = [v["grad_out"]]
-        else:  # the gradient of x is that of its rows
-            tokens = torch.cat([t for t, _ in Problem(op, v).groups()])
-            leaves[0] = v["x"][tokens].detach().requires_grad_()
-            outputs, grads = [ffn(op, wide, leaves[0])[0]], [v["grad_y"]]
-        found = torch.autograd.grad(outputs, leaves, grads, materialize_grads=True)
-    needs = list(v.values())[-2:]
-    return tuple(g[: None if needs[min(i, 1)] else 0] for i, g in enumerate(found))
+def combined_ffn(
+    x: Tensor, weights: Tensor, row_token: Tensor, token_rows: Tensor, *experts: Tensor
+) -> Tensor:
+    return reference.combine(reference.grouped_ffn(x, row_token, *experts), weights, token_rows)
 
 
-def ffn(op: str, v: Values, rows: Tensor | None = None) -> tuple[Tensor, ...]:
-    """y, gate and up activations of all rows; those that are given, in a backward pass."""
-    groups = Problem(op, v).groups()
-    if rows is None:
-        rows = v["x"][torch.cat([tokens for tokens, _ in groups])]
-    outputs, parts = [], [len(tokens) for tokens, _ in groups]
-    given = zip(v["gate_rows"].split(parts), v["up_rows"].split(parts), strict=True) if (
-        "gate_rows" in v) else [None] * len(parts)  # fmt: skip
-    for own, (_, n), kept in zip(rows.split(parts), groups, given, strict=True):
-        gate, up = own @ v["gate_proj"][n].t(), own @ v["up_proj"][n].t()
-        if kept is not None:
-            gate, up = gate + (kept[0] - gate).detach(), up + (kept[1] - up).detach()
-        outputs.append(((F.silu(gate) * up) @ v["down_proj"][:, n].t(), gate, up))
-    return tuple(torch.cat(part) for part in zip(*outputs, strict=True))
+def first_six(*arguments: Tensor) -> Tensor:
+    return reference.grouped_ffn(*arguments[:6])
+
+
+# What plain torch computes of values in fp32: the first outputs. The others, backward ops, are to
+# do the same on copies of their arguments; `checks_*.py` compare them with fp64.
+EXPECTED: dict[str, Callable[..., Any]] = {
+    "route_topk": lambda x, gate, top_k: reference.route_topk(x, gate, int(top_k)),
+    "sort_by_expert": lambda topk_idx, count: reference.sort_by_expert(topk_idx, int(count)),
+    "permute": lambda x, row_token, _: reference.permute(x, row_token),
+    "combine": reference.combine,
+    "ffn_importance": reference.ffn_importance,
+    "grouped_ffn": first_six,
+    "grouped_ffn_train": first_six,
+    "grouped_ffn_combine": combined_ffn,
+    "pruned_ffn": reference.pruned_ffn,
+    "pruned_ffn_train": reference.pruned_ffn,
+}
 
 
 def judge(op: str, values: Values, found: tuple[Tensor, ...]) -> None:
@@ -248,26 +209,27 @@ def judge(op: str, values: Values, found: tuple[Tensor, ...]) -> None:
         AssertionError: they differ.
     """
     plain = {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
-    used = [v.dtype for v in plain.values() if isinstance(v, Tensor)]
-    wide = {
-        n: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for n, v in plain.items()
-    }
-    wanted = expected(op, wide)
+    tensors = {n: v for n, v in plain.items() if isinstance(v, Tensor)}
+    if op in EXPECTED:
+        wide = {n: v.float() for n, v in tensors.items() if v.is_floating_point()}
+        answer = EXPECTED[op](*(plain | wide).values())
+    else:
+        answer = call(op, plain | {n: v.contiguous().clone() for n, v in tensors.items()})
+    wanted = answer if isinstance(answer, tuple) else (answer,)
     if op == "ffn_importance" and plain["x"].dtype != torch.float32:
-        found, wanted = found[:2], wanted[:2]  # what fires is a matter of the last bit
+        wanted = wanted[:2]  # what fires is a matter of the last bit
     if op == "route_topk":  # and so is the order of logits that are nearly equal
         order = torch.sort(found[0], dim=-1, descending=True, stable=True).indices
         idx = order[:, : int(plain["top_k"])]
         wanted = (wanted[0], found[0].gather(1, idx), idx)
-    tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in used), default=0.0)
-    for ours, theirs in zip(found, wanted, strict=True):
+    tolerance = max(_TOLERANCE.get(v.dtype, 0.0) for v in tensors.values())
+    for ours, theirs in zip(found, wanted, strict=False):
         assert ours.shape == theirs.shape, f"{ours.shape} for {theirs.shape}"
         if not ours.dtype.is_floating_point:
             assert torch.equal(ours.long(), theirs.long())
             continue
         finite = theirs.isfinite()
-        there = theirs[finite]
+        there = theirs[finite].float()
         if there.numel() > 0 and there.abs().max() < 1e4:
             error = (ours[finite].float() - there).abs().max()
             assert error <= tolerance * (1 + there.abs().max()), f"off by {error:.3g}"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,6 +19,7 @@ from problems import (
     assert_equal,
     assert_gradients,
     both_problems,
+    call,
     cycle,
     doubles,
     each_thread_count,
@@ -36,7 +36,6 @@ from problems import (
 from registry import CPU, CUDA, backend_of, check
 from torch import Tensor
 
-from sparse_unified import ops
 from sparse_unified.ops import reference
 
 
@@ -150,9 +149,12 @@ def ffn_of_any_number_of_rows(device: torch.device, dtype: torch.dtype) -> None:
     ),
     *cycle(grid(blocks=((7, 16), (9, 48), (9, 112)), num_tokens=(0, 3, 8, 31, 300)), dtype=DTYPES),
     *grid(blocks=((18944 // 64, 64),), num_tokens=(1000,), dtype=HALVES, hidden_size=(3584,)),
-    on=with_kernel,
+    # More neurons than one sum takes, in runs short and long, the last slice not full.
+    *grid(blocks=((99, 16),), num_tokens=(3, 70, 257), dtype=DTYPES[:2], kept=("runs",),
+          hidden_size=(1, 13, 33, 600)),
+    on=lambda kept="", **values: (CPU,) if kept == "runs" else with_kernel(**values),
     small=lambda num_tokens, **_: num_tokens < 1000,
-)
+)  # fmt: skip
 def pruned_ffn_of_any_list(
     device: torch.device,
     dtype: torch.dtype,
@@ -166,21 +168,15 @@ def pruned_ffn_of_any_list(
         "some": torch.randperm(count)[: count // 2 + 1].tolist(),
         "all": range(count),
         "last": [count - 1],
+        "runs": dict.fromkeys([*range(40, 90), *range(0, 40, 2), *range(91, 99), 20, 39]),
     }
-    problem = pruned_problem(num_tokens, hidden_size, count, block_size, lists[kept], dtype, device)
+    problem = pruned_problem(
+        num_tokens, hidden_size, count, block_size, list(lists[kept]), dtype, device
+    )
     assert_problem(problem)
     if kept == "all":  # then it is the dense FFN
         x, *weights = (tensor.float() for tensor in problem.leaves)
         torch.testing.assert_close(problem.exact(), reference.swiglu(x, *weights))
-
-
-@check(*grid(num_tokens=(3, 70, 257), hidden_size=(1, 13, 33, 600), dtype=DTYPES[:2]), on=(CPU,))
-def pruned_ffn_of_odd_sizes(
-    device: torch.device, dtype: torch.dtype, num_tokens: int, hidden_size: int
-) -> None:
-    """More neurons than one sum takes, in runs short and long, the last slice not full."""
-    kept = list(dict.fromkeys([*range(40, 90), *range(0, 40, 2), *range(91, 99), 20, 39]))
-    assert_problem(pruned_problem(num_tokens, hidden_size, 99, 16, kept, dtype, device))
 
 
 @check(*grid(dtype=DTYPES, num_tokens=(4, 100)), on=with_kernel)
@@ -215,23 +211,22 @@ def experts_take_any_layout(device: torch.device, dtype: torch.dtype, num_tokens
                 torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=message)
 
 
-def is_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
 @check(*cycle(grid(num_tokens=(5, 33, 128, 300, 1030)), dtype=DTYPES), on=with_kernel)
 def experts_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
     """Whatever the number of threads, which libraries do not promise for a few tokens, nor on other
-    processors."""
-    grouped = grouped_problem(num_tokens, 48, 5, 40, 2, dtype, device=device)
-    pruned = pruned_problem(num_tokens, 48, dtype=dtype, device=device)
+    processors than those with AVX-512."""
+    grouped, pruned = both_problems(device, dtype, num_tokens)
 
     def run() -> list[Tensor]:
         found = [grouped.call(), grouped.call("grouped_ffn_combine")]
-        return [*found, pruned.call()] if num_tokens >= 8 else found
+        for problem in (grouped, pruned) if num_tokens >= 8 else ():
+            y = problem.call()
+            found += [y, *(problem.gradients(torch.ones_like(y)) if num_tokens < 1000 else ())]
+        return found
 
     expected = run()
-    for _ in each_thread_count() if is_avx512() else range(3):
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    for _ in each_thread_count() if has_avx512 else range(3):
         assert_all_equal("repeat", run(), expected)
 
 
@@ -248,24 +243,6 @@ def non_finite_tokens_touch_only_their_rows(
         y = problem.call(x=x)
         assert_equal("rows that stay finite", y.isfinite().all(1), ~bad_rows)
         assert_equal("rows", y[~bad_rows], clean[~bad_rows])
-
-
-@check(*grid(dtype=DTYPES), on=with_kernel)
-def tokens_in_another_order_give_the_same_rows(device: torch.device, dtype: torch.dtype) -> None:
-    grouped = grouped_problem(150, 64, 4, 72, 2, dtype, device=device)
-    v, order = grouped.values, torch.randperm(150, device=device)
-    names = ("expert_offsets", "row_token", "token_rows")
-    maps = dict(zip(names, ops.sort_by_expert(v["topk_idx"][order], 4), strict=True))
-    out = grouped.call("grouped_ffn_combine", x=v["x"][order], weights=v["weights"][order], **maps)
-    pruned = pruned_problem(150, 40, dtype=dtype, device=device)
-    for own, other in (
-        (out, grouped.call("grouped_ffn_combine")[order]),
-        (pruned.call(x=pruned.values["x"][order]), pruned.call()[order]),
-    ):
-        if backend_of(device) == CPU and dtype != torch.float32:
-            torch.testing.assert_close(own, other, rtol=2e-2, atol=3e-2)
-        else:
-            assert_equal("tokens", own, other)
 
 
 @check(*grid(dtype=DTYPES), on=with_kernel)
@@ -288,23 +265,17 @@ def activations_saturate_like_silu(device: torch.device, dtype: torch.dtype) -> 
 
 @check(on=(CUDA,))
 def what_no_kernel_takes_is_refused(device: torch.device) -> None:
-    """fp32, and widths that are no multiple of 8: an error that names the op."""
+    """fp32, widths that are no multiple of 8, and two devices: an error that names the op."""
     for dtype, width in ((torch.float32, 24), (torch.bfloat16, 12)):
         problem = grouped_problem(width=width, dtype=dtype, device=device)
         for op in ("grouped_ffn", "grouped_ffn_combine"):
             assert "grouped_ffn" in refusal(partial(problem.call, op))
+    values = grouped_values(dtype=torch.bfloat16, device=device)
+    for op, name in (("permute", "row_token"), ("grouped_ffn", "up_proj"), ("combine", "y")):
+        assert refusal(partial(call, op, values | {name: values[name].cpu()}))
 
 
 # Backward
-
-
-def gradients(
-    problem: Problem, grad: Tensor, recompute: bool = False, wanted: Sequence[str] = FLOATS
-) -> tuple[Tensor, ...]:
-    """Of some of the tensors, which alone ask for one."""
-    leaves = {name: problem.values[name].detach().requires_grad_(name in wanted) for name in FLOATS}
-    y = problem.run(*leaves.values(), recompute=recompute)
-    return torch.autograd.grad(y, [leaves[name] for name in wanted], grad)
 
 
 @check(
@@ -331,14 +302,12 @@ def gradients_of_experts(
         pruned_problem(num_tokens, 72, 7, 64, dtype=dtype, device=device),
     ):
         grad = torch.randn(problem.exact().shape, device=device).to(dtype)
-        own = gradients(problem, grad, recompute)
-        wide = doubles(*problem.leaves)
-        exact = torch.autograd.grad(problem.in_torch(*wide), wide, grad.double())
-        assert_gradients(own, exact, dtype)
+        own = problem.gradients(grad, recompute)
+        assert_gradients(own, problem.exact_gradients(grad), dtype)
         for weight in (own[1], own[2], own[3].t()):
             assert not weight[problem.idle()].any(), "a neuron without a row has a gradient"
-        assert_all_equal("recomputed", gradients(problem, grad, not recompute), own)
-        strided = gradients(problem, grad.t().contiguous().t(), recompute)
+        assert_all_equal("recomputed", problem.gradients(grad, not recompute), own)
+        strided = problem.gradients(grad.t().contiguous().t(), recompute)
         assert_all_equal("gradient of another layout", strided, own)
 
 
@@ -398,10 +367,10 @@ def each_argument_gets_its_gradient_alone(device: torch.device, dtype: torch.dty
     for problem in both_problems(device, dtype, 37):
         y, gate_rows, up_rows = problem.call(f"{problem.op}_train")
         grad = torch.randn(y.shape, device=device).to(dtype)
-        everything = gradients(problem, grad)
+        everything = problem.gradients(grad)
         for recompute in (False, True):
             for position, name in enumerate(FLOATS):
-                alone = gradients(problem, grad, recompute, (name,))
+                alone = problem.gradients(grad, recompute, (name,))
                 assert_equal(f"gradient of {name} alone", alone[0], everything[position])
         for needs_x, needs_weights in ((True, False), (False, True)):
             needs = {"needs_x": needs_x, "needs_weights": needs_weights}
@@ -409,58 +378,6 @@ def each_argument_gets_its_gradient_alone(device: torch.device, dtype: torch.dty
             found = problem.call(f"{problem.op}_backward", **kept, **needs)
             written = [tensor.numel() > 0 for tensor in found]
             assert written == [needs_x, *[needs_weights] * 3]
-
-
-@check(*cycle(grid(num_tokens=(37, 300)), dtype=HALVES), {"num_tokens": 300, "dtype": DTYPES[0]},
-       on=with_kernel)  # fmt: skip
-def gradients_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
-    for problem in both_problems(device, dtype, num_tokens):
-        grad = torch.randn(problem.call().shape, device=device).to(dtype)
-        expected = gradients(problem, grad)
-        for _ in each_thread_count() if is_avx512() else range(3):
-            assert_all_equal("gradient", gradients(problem, grad), expected)
-
-
-@check(on=(CPU,))
-def gradients_are_slopes(device: torch.device) -> None:
-    """gradcheck in fp32. Central differences with step s err by u |f| / s for rounding, a few u =
-    6e-8, and by s^2 |f'''| / 6: near 2e-5 each at s = 1e-2 and sizes of 1; sizes reach 10: 1e-3."""
-    problems = [grouped_problem(4, 3, 3, 2, 2, routing=kind) for kind in ("random", "first")]
-    for problem in (*problems, pruned_problem(3, 2, 3, 16, (2, 0))):
-        for recompute in (False, True):
-
-            def function(
-                *leaves: Tensor, problem: Problem = problem, recompute: bool = recompute
-            ) -> Tensor:
-                return problem.run(*leaves, recompute=recompute)
-
-            leaves = tuple(tensor.detach().requires_grad_() for tensor in problem.leaves)
-            assert torch.autograd.gradcheck(
-                function, leaves, eps=1e-2, atol=1e-3, rtol=1e-3, nondet_tol=0.0
-            )
-
-
-@check(on=(CPU,))
-def gradients_of_routing_are_slopes(device: torch.device) -> None:
-    """gradcheck of route_topk, whose logits lie too far apart for a step to change the choice, and
-    of permute and combine."""
-    while True:
-        x, gate = torch.randn(3, 5), torch.randn(4, 5)
-        if (x @ gate.t()).sort(1).values.diff(dim=1).min() > 0.2:
-            break
-    v = grouped_values(4, 3, 3, 2, 2)
-    maps = v["row_token"], v["token_rows"]
-    checked = [
-        (lambda y, w: ops.combine(y, w, maps[1]), (v["y"], v["weights"])),
-        (lambda y: ops.combine(y, None, maps[1]), (v["y"],)),
-        (lambda x: ops.permute(x, *maps), (v["x"],)),
-        *((lambda x, g, k=k: ops.route_topk(x, g, k)[:2], (x, gate)) for k in (1, 2, 4)),
-    ]
-    for function, tensors in checked:
-        leaves = tuple(tensor.detach().requires_grad_() for tensor in tensors)
-        assert torch.autograd.gradcheck(
-            function, leaves, eps=1e-2, atol=1e-3, rtol=1e-3, nondet_tol=0.0
-        )
 
 
 @check()
@@ -471,6 +388,4 @@ def tokens_with_unequal_numbers_of_rows_get_their_gradients(device: torch.device
     problem.values["row_token"] = torch.tensor([0, 0, 0, 1], dtype=torch.int32, device=device)
     problem.values["token_rows"] = None
     grad = torch.randn(4, 16, device=device).to(dtype)
-    wide = doubles(*problem.leaves)
-    exact = torch.autograd.grad(problem.in_torch(*wide), wide, grad.double())
-    assert_gradients(gradients(problem, grad), exact, dtype)
+    assert_gradients(problem.gradients(grad), problem.exact_gradients(grad), dtype)

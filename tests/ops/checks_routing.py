@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from problems import (
     ARGUMENTS,
     DTYPES,
@@ -23,11 +24,11 @@ from problems import (
     poison,
     torch_combine,
 )
-from registry import CPU, check
+from registry import CPU, CUDA, check
 from torch import Tensor
 
 from sparse_unified import ops
-from sparse_unified.ops import reference
+from sparse_unified.ops import composed, reference
 
 TOKENS = (0, 1, 37, 4096)
 EXPERTS = ((16, 8), (32, 16), (5, 2), (12, 12), (1, 1), (33, 7))
@@ -73,8 +74,7 @@ def route_of_random_logits(device: torch.device, dtype: torch.dtype, num_tokens:
     error = (logits.double() - x.double() @ gate.double().t()).abs().max().item()
     assert error < 2e-5, f"logits are off by {error:.2g}"
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :8]
-    assert_equal("topk_idx", topk_idx, order.int())
-    assert_equal("topk_logits", topk_logits, logits.gather(1, order))
+    assert_all_equal("choice", [topk_idx, topk_logits], [order.int(), logits.gather(1, order)])
     for tokens in (slice(0, 1), slice(3, 20)):
         alone = ops.route_topk(x[tokens], gate, 8)
         assert_all_equal("in other company", alone, [part[tokens] for part in found])
@@ -101,7 +101,7 @@ def route_of_extreme_logits(device: torch.device, dtype: torch.dtype, num_expert
 
 @check(
     *cycle(grid(routing=ROUTINGS, num_tokens=TOKENS), experts=EXPERTS),
-    *cycle(grid(experts=(*EXPERTS, (256, 3))), routing=ROUTINGS, num_tokens=(300, 37)),
+    *cycle(grid(experts=(*EXPERTS, (256, 3), (3, 0))), routing=ROUTINGS, num_tokens=(300, 37)),
     # Both sides of the borders between tiles of the kernels, and between one block and several.
     *cycle(
         grid(experts=((7, 1), (33, 1), (256, 1)), num_tokens=(31, 33, 511, 513, 1023, 1025, 1537)),
@@ -122,7 +122,7 @@ def sort_is_the_stable_one(
     # The invariants of routing, without the reference: every row once, of its own token.
     rows = found[2].reshape(-1).long()
     assert_equal("rows", rows.sort().values, torch.arange(len(rows), device=device))
-    tokens = torch.arange(len(rows), device=device).int() // top_k
+    tokens = torch.arange(len(rows), device=device).int() // max(top_k, 1)
     assert_equal("row_token", found[1][rows], tokens)
 
 
@@ -167,37 +167,27 @@ def permute_of_more_than_the_caches_hold(
 
 
 @check(*grid(dtype=DTYPES))
-def routing_ops_take_any_layout(device: torch.device, dtype: torch.dtype) -> None:
-    v = grouped_values(dtype=dtype, device=device)
+def routing_ops_take_any_layout_and_repeat(device: torch.device, dtype: torch.dtype) -> None:
+    """Bit for bit, on any number of threads."""
+    v = grouped_values(301, 130, 16, 0, 8, dtype, device=device)
     for name in ("x", "gate"):  # integers: sums are exact in every order
         v[name] = (4 * v[name]).round()
+
+    def run(op: str, **changed: Tensor) -> list[Tensor]:
+        found = call(op, v | changed)
+        return [found] if isinstance(found, Tensor) else list(found)
+
     for op in ("permute", "route_topk", "combine", "sort_by_expert", "combine_backward"):
-        expected = call(op, v)
+        expected = run(op)
+        for _ in each_thread_count():
+            assert_all_equal(f"{op} again", run(op), expected)
         for name in ARGUMENTS[op]:
             if isinstance(v[name], Tensor):
                 for layout, view in layouts(v[name]):
-                    found, what = call(op, v | {name: view}), f"{op}, {name}: {layout}"
-                    if isinstance(found, Tensor):
-                        assert_equal(what, found, expected)
-                    else:
-                        assert_all_equal(what, found, expected)
-    one = v["x"][:1].expand(37, 40)
+                    assert_all_equal(f"{op}, {name}: {layout}", run(op, **{name: view}), expected)
+    one = v["x"][:1].expand(301, 130)
     expanded = call("permute", v | {"x": one})
     assert_equal("one token expanded", expanded, one[v["row_token"].long()])
-
-
-@check()
-def routing_ops_repeat_bit_for_bit(device: torch.device) -> None:
-    """On any number of threads."""
-    v = grouped_values(301, 130, 16, 0, 8, device=device)
-
-    def run() -> list[Tensor]:
-        found = [*call("route_topk", v), *call("sort_by_expert", v)]
-        return [*found, call("permute", v), call("combine", v)]
-
-    expected = run()
-    for _ in each_thread_count():
-        assert_all_equal("repeat", run(), expected)
 
 
 @check()
@@ -210,15 +200,6 @@ def non_finite_rows_touch_only_their_token(device: torch.device) -> None:
     assert out.isnan().all(1).nonzero().flatten().tolist() == [5]
     assert (out == torch.inf).all(1).nonzero().flatten().tolist() == [7]
     assert out.isfinite().all(1).sum() == 10
-
-
-@check()
-def no_slots_give_no_rows(device: torch.device) -> None:
-    empty = torch.empty(4, 0, dtype=torch.int32, device=device)
-    expert_offsets, row_token, token_rows = ops.sort_by_expert(empty, 3)
-    assert expert_offsets.tolist() == [0, 0, 0, 0]
-    assert row_token.shape == (0,)
-    assert token_rows.shape == (4, 0)
 
 
 # Gradients
@@ -265,9 +246,70 @@ def gradients_of_permute_and_combine(
         out_alone = ops.combine(y, weights.detach(), token_rows)
     assert not any(tensor.shape == y.shape for tensor in kept), "rows are kept for nothing"
     alone = torch.autograd.grad(out_alone, y, grad)
-    assert_all_equal("rows alone", alone, own[:1])
-    alone = torch.autograd.grad(ops.combine(y.detach(), weights, token_rows), weights, grad)
-    assert_all_equal("weights alone", alone, own[1:])
+    alone += torch.autograd.grad(ops.combine(y.detach(), weights, token_rows), weights, grad)
+    assert_all_equal("each alone", alone, own)
     own = torch.autograd.grad(ops.combine(y, None, token_rows), y, grad)
     exact = torch.autograd.grad(reference.combine(y64, None, token_rows), y64, grad.double())
     assert_gradients(own, exact, dtype)
+
+
+# Importance
+
+
+@check(
+    *cycle(grid(num_tokens=(1, 37, 300), width=(1, 15, 50, 1100), is_weighted=(False, True)),
+           dtype=DTYPES),
+    *grid(num_tokens=(4096,), width=(40,), is_weighted=(False, True), dtype=DTYPES),
+    {"num_tokens": 20, "width": 4096 + 50, "is_weighted": True, "dtype": torch.float32},
+    on=(CPU, CUDA),
+    small=few,
+)  # fmt: skip
+def importance_is_as_exact_as_torch(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, width: int, is_weighted: bool
+) -> None:
+    """Of kernel and composed ops alike; tokens of weight 0 count for nothing, even if NaN, and a
+    token fires unless it is near the threshold."""
+    v = grouped_values(num_tokens, 40, 1, width, 1, dtype, device=device)
+    given, threshold = [v[name] for name in ("x", "gate_proj", "up_proj")], 0.1
+    weight = v["token_weights"] * (torch.rand(num_tokens, device=device) > 0.3) + 1e-3
+    weight = weight if is_weighted else torch.ones_like(weight)
+    hidden = F.silu(F.linear(given[0], given[1])) * F.linear(given[0], given[2])
+    wide = [tensor.double() for tensor in given]
+    *exact, exact_fired = reference.ffn_importance(*wide, threshold, weight)
+    if is_weighted:
+        given[0] = torch.cat((given[0], torch.full_like(given[0][:1], torch.nan)))
+        weight = torch.cat((weight, torch.zeros_like(weight[:1])))
+    own_weights = weight if is_weighted else None
+    sums_in_torch = [(part * weight[:num_tokens, None]).sum(0) for part in
+                     (hidden.float().abs(), hidden.float().square())]  # fmt: skip
+    total = weight.sum()
+    size = (F.silu(wide[0] @ wide[1].t()) * (wide[0] @ wide[2].t())).abs()
+    near = (size - threshold).abs() <= 4 * torch.finfo(dtype).eps * (1 + size)
+    allowed_fired = (near * weight[:num_tokens, None]).sum(0) + 1e-5 * total
+    for run in (ops.ffn_importance, composed.ffn_importance):
+        *sums, num_fired = run(*given, threshold, own_weights)
+        for own, torch_own, ref in zip(sums, sums_in_torch, exact, strict=True):
+            assert own.dtype == torch.float32
+            error = (own - ref).abs().max() / total
+            torch_error = (torch_own - ref).abs().max() / total
+            # Of few values, which of the two rounds worse is a matter of chance.
+            chance = torch.finfo(dtype).eps * ref.max() / total if len(ref) < 1024 else 0
+            assert error <= 2 * torch_error + 1e-6 + chance, f"off by {error:.2g}"
+        assert ((num_fired - exact_fired).abs() <= allowed_fired).all()
+
+
+@check(on=(CPU, CUDA))
+def importance_counts_what_is_above_the_threshold(device: torch.device) -> None:
+    """silu passes a gate of 32 on whole: h is exactly 32 * 0.5. Parts and threads round alike."""
+    x, gate, up = (torch.full((1, 1), value, device=device) for value in (1.0, 32.0, 0.5))
+    assert ops.ffn_importance(x, gate, up, 16.0)[2].item() == 0
+    assert ops.ffn_importance(x, gate, up, 15.999)[2].item() == 1
+    v = grouped_values(1024, 48, 1, 600, 1, device=device)
+    x, gate, up = (v[name] for name in ("x", "gate_proj", "up_proj"))
+    whole = ops.ffn_importance(x, gate, up, 0.1)
+    for _ in each_thread_count():
+        again = ops.ffn_importance(x, gate, up, 0.1)
+        torch.testing.assert_close(again, whole, rtol=1e-5, atol=1e-5)
+        parts = [ops.ffn_importance(part, gate, up, 0.1) for part in x.split(512)]
+        for own, first, second in zip(again, *parts, strict=True):
+            torch.testing.assert_close(first + second, own, rtol=1e-6, atol=1e-6)

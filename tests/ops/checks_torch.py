@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from problems import (
     ARGUMENTS,
+    FLOATS,
     HALVES,
     KERNELS,
     OPS,
@@ -103,24 +103,24 @@ def opcheck(device: torch.device, op: str, dtype: torch.dtype, num_tokens: int) 
         torch.library.opcheck(kernel, forms[0])
 
 
-@check(*grid(op=("route_topk", "combine", "grouped_ffn", "pruned_ffn")), on=(CPU,))
-def a_second_derivative_is_refused_and_not_zero(device: torch.device, op: str) -> None:
+@check(
+    *grid(op=("route_topk", "combine", "grouped_ffn", "pruned_ffn"), has_backward=(True,)),
+    *grid(op=("grouped_ffn_combine", "ffn_importance"), has_backward=(False,)),
+    on=(CPU,),
+)
+def a_missing_or_second_derivative_is_refused_and_not_zero(
+    device: torch.device, op: str, has_backward: bool
+) -> None:
     arguments = list(forms_of(op, device, torch.float32, 6)[0].values())
     leaf = arguments[0].requires_grad_()
     found = getattr(ops, op)(*arguments)
     y = found[0] if isinstance(found, tuple) else found
+    if not has_backward:
+        assert f"{op}: arguments must not need a gradient" in refusal(lambda: y.sum().backward())
+        return
     (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
     wanted = f"{op}_backward: arguments must not need a gradient"
     assert wanted in refusal(lambda: torch.autograd.grad(first.sum(), leaf))
-
-
-@check(*grid(op=("grouped_ffn_combine", "ffn_importance")), on=(CPU,))
-def ops_without_a_backward_refuse_one(device: torch.device, op: str) -> None:
-    arguments = list(forms_of(op, device, torch.float32, 6)[0].values())
-    arguments[0].requires_grad_()
-    found = getattr(ops, op)(*arguments)
-    y = found[0] if isinstance(found, tuple) else found
-    assert op in refusal(lambda: y.sum().backward())
 
 
 def all_ops(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
@@ -135,42 +135,35 @@ def all_ops(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
     return out + logits.mean() + ops.pruned_ffn(x, kept, *weights, 16)
 
 
-def all_inputs() -> list[Tensor]:
-    problem = grouped_problem(19, 24, 4, 16, 2)
-    x, *weights = problem.leaves
-    return [t.requires_grad_() for t in (x, problem.values["gate"], *weights)]
-
-
-@check(on=(CPU,))
-def all_ops_compile_as_one_graph_for_every_number_of_tokens(device: torch.device) -> None:
+@check(*grid(backend=("aot_eager", "inductor")), on=(CPU,))
+def all_ops_compile_as_one_graph(device: torch.device, backend: str) -> None:
+    """For every number of tokens, with their gradients, which take inductor 10 s."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    function = torch.compile(all_ops, fullgraph=True, backend=counter, dynamic=True)
-    inputs = all_inputs()
-    for num_tokens in (19, 8, 33):
-        inputs[0] = torch.randn(num_tokens, 24, requires_grad=True)
+    values = grouped_values(19, 24, 4, 16, 2)
+    leaves = [values[name].requires_grad_() for name in ("gate", *FLOATS[1:])]
+
+    def run(x: Tensor, *leaves: Tensor) -> Tensor:
+        out = all_ops(x, *leaves)
+        if backend == "inductor":
+            fused = call("grouped_ffn_combine", values | {"x": x})
+            out = out + fused + ops.ffn_importance(x, *leaves[1:3], 0.1)[0].mean()
+        return out
+
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=backend != "inductor")
+    for num_tokens in (19,) if backend == "inductor" else (19, 8, 33):
+        x = torch.randn(num_tokens, 24)
+        if backend == "inductor":
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x, *leaves), run(x, *leaves))
+            continue
         found = []
-        for run in (function, all_ops):
-            out = run(*inputs)
-            found.append((out.detach(), *torch.autograd.grad(out.square().sum(), inputs)))
+        for function in (compiled, run):
+            out = function(x.requires_grad_(), *leaves)
+            found.append((out.detach(), *torch.autograd.grad(out.square().sum(), (x, *leaves))))
         for own, other in zip(*found, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
-
-
-@check(on=(CPU,))
-def all_ops_compile_with_inductor(device: torch.device) -> None:
-    torch._dynamo.reset()
-    inputs = [t.detach() for t in all_inputs()]  # compiling backward takes 10 s
-    values = grouped_values(19, 24, 4, 16, 2)
-
-    def function(*inputs: Tensor) -> Tensor:
-        fused = call("grouped_ffn_combine", values | {"x": inputs[0]})
-        importance = ops.ffn_importance(inputs[0], *inputs[2:4], 0.1)
-        return all_ops(*inputs) + fused + importance[0].mean()
-
-    compiled = torch.compile(function, fullgraph=True, backend="inductor")
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
 def gradients(
@@ -305,17 +298,8 @@ def ops_run_on_the_device_of_their_tensors(device: torch.device) -> None:
         raise Skip("needs two CUDA devices")
     before = torch.cuda.current_device()
     other = torch.device("cuda", (before + 1) % torch.cuda.device_count())
-    problem = grouped_problem(dtype=torch.bfloat16, device=other)
-    out = problem.call("grouped_ffn_combine")
-    assert out.device == other
+    x, gate = (torch.randn(n, 64, device=other).bfloat16() for n in (37, 8))
+    found, expected = ops.route_topk(x, gate, 3), reference.route_topk(x, gate, 3)
+    assert found[0].device == other
     assert torch.cuda.current_device() == before
-    values = problem.values
-    expected = reference.combine(problem.exact(), values["weights"], values["token_rows"])
-    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
-
-
-@check(on=(CUDA,))
-def tensors_on_two_devices_are_refused(device: torch.device) -> None:
-    values = grouped_values(dtype=torch.bfloat16, device=device)
-    for op, name in (("permute", "row_token"), ("grouped_ffn", "up_proj"), ("combine", "y")):
-        assert refusal(partial(call, op, values | {name: values[name].cpu()}))
+    torch.testing.assert_close(found[0], expected[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from registry import CPU, EVERYWHERE, Skip
+from registry import CPU, EVERYWHERE
 from torch import Tensor
 
 from sparse_unified import ops
@@ -53,7 +53,7 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def cycle(first: Sequence[dict[str, Any]], **values: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each of the first with the next of the values: every value often enough, not all pairs."""
+    """Each of the first with the next of the values: every value often enough."""
     return [
         one | {name: found[i % len(found)] for name, found in values.items()}
         for i, one in enumerate(first)
@@ -207,6 +207,19 @@ class Problem:
         """In fp32."""
         return self.in_torch(*(tensor.float() for tensor in self.leaves))
 
+    def gradients(
+        self, grad: Tensor, recompute: bool = False, wanted: Sequence[str] = FLOATS
+    ) -> tuple[Tensor, ...]:
+        """Of some of the tensors, which alone ask for one."""
+        leaves = {n: self.values[n].detach().requires_grad_(n in wanted) for n in FLOATS}
+        y = self.run(*leaves.values(), recompute=recompute)
+        return torch.autograd.grad(y, [leaves[name] for name in wanted], grad)
+
+    def exact_gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """In fp64."""
+        wide = doubles(*self.leaves)
+        return torch.autograd.grad(self.in_torch(*wide), wide, grad.double())
+
     def token_of_row(self) -> Tensor:
         return torch.cat([tokens for tokens, _ in self.groups()])
 
@@ -220,12 +233,10 @@ class Problem:
 
 
 def grouped_problem(*sizes: Any, **named: Any) -> Problem:
-    """grouped_ffn on `grouped_values`."""
     return Problem("grouped_ffn", grouped_values(*sizes, **named))
 
 
 def pruned_problem(*sizes: Any, **named: Any) -> Problem:
-    """pruned_ffn on `pruned_values`."""
     return Problem("pruned_ffn", pruned_values(*sizes, **named))
 
 
@@ -317,7 +328,7 @@ def refusal(run: Callable[[], object]) -> str:
 
 
 def each_thread_count() -> Iterator[int]:
-    """Sets 1, 2 and 3 threads in turn, and what there were at the end."""
+    """Sets 1, 2 and 3 threads in turn."""
     before = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
@@ -327,24 +338,18 @@ def each_thread_count() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def needs_memory(device: torch.device, num_bytes: int) -> None:
-    """Skips what does not fit into the free memory of a GPU."""
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    if free < num_bytes:
-        raise Skip(f"needs {num_bytes / 2**30:.0f} GiB of free memory, has {free / 2**30:.0f}")
-
-
 # Layouts
 
-LAYOUTS = (
-    "padded rows",
-    "misaligned columns",
-    "misaligned start",
-    "strided columns",
-    "strided rows",
-    "transposed",
-)
+_ALL = slice(None)
+# Shape of the memory of a matrix [rows, columns], and where its elements lie.
+_PLACES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
+    "padded rows": lambda r, c: ((r, c + 5), (_ALL, slice(c))),
+    "misaligned columns": lambda r, c: ((r, c + 5), (_ALL, slice(1, c + 1))),
+    "misaligned start": lambda r, c: ((1, r * c + 1), (0, slice(1, None))),
+    "strided columns": lambda r, c: ((r, 2 * c), (_ALL, slice(None, None, 2))),
+    "strided rows": lambda r, c: ((3 * r, c), (slice(None, None, 3), _ALL)),
+}
+LAYOUTS = (*_PLACES, "transposed")
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
@@ -353,17 +358,9 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
         return lay_out(tensor[:, None], layout)[:, 0]
     if layout == "transposed":
         return tensor.t().contiguous().t()
-    rows, columns = tensor.shape
-    every = slice(None)
-    shape, index = {
-        "padded rows": ((rows, columns + 5), (every, slice(columns))),
-        "misaligned columns": ((rows, columns + 5), (every, slice(1, columns + 1))),
-        "misaligned start": ((1, rows * columns + 1), (0, slice(1, None))),
-        "strided columns": ((rows, 2 * columns), (every, slice(None, None, 2))),
-        "strided rows": ((3 * rows, columns), (slice(None, None, 3), every)),
-    }[layout]
+    shape, index = _PLACES[layout](*tensor.shape)
     around = torch.nan if tensor.is_floating_point() else 77
-    view = tensor.new_full(shape, around)[index].view(rows, columns)
+    view = tensor.new_full(shape, around)[index].view(tensor.shape)
     return view.copy_(tensor)
 
 

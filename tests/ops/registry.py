@@ -8,7 +8,6 @@ and on a GPU (`test_checks.py`); `bench/gpu_check.py` runs them where there is n
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,14 +15,7 @@ from typing import Any
 
 import torch
 
-MODULES = (
-    "checks_routing",
-    "checks_experts",
-    "checks_torch",
-    "checks_block",
-    "checks_model",
-    "checks_large",
-)
+MODULES = ("checks_routing", "checks_experts", "checks_torch", "checks_block", "checks_large")
 CPU, EMULATED, CUDA = "cpu", "emulated", "cuda"
 EVERYWHERE = (CPU, EMULATED, CUDA)
 # In a process with this variable the CUDA bindings over emulated kernels replace the CPU's.
@@ -46,20 +38,18 @@ class Check:
     """A property under some parameters.
 
     Args:
-        name: module.function[parameters].
         function, parameters: what to call, besides the device.
         backends: where it holds.
         is_small: seconds on a CPU, and enough for a sanitizer.
     """
 
-    name: str
     function: Callable[..., None]
     parameters: Mapping[str, Any]
     backends: tuple[str, ...]
     is_small: bool
 
     def __call__(self, device: torch.device) -> None:
-        """Runs with the random numbers of its own.
+        """Runs with random numbers of its own.
 
         Raises:
             Skip: the device cannot be asked this.
@@ -70,13 +60,12 @@ class Check:
 
 
 _checks: dict[str, Check] = {}
-Predicate = Callable[..., bool]
 
 
 def check(
     *parameters: Mapping[str, Any],
     on: tuple[str, ...] | Callable[..., tuple[str, ...]] = EVERYWHERE,
-    small: bool | Predicate = True,
+    small: bool | Callable[..., bool] = True,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function of the device, once for each set of further parameters.
 
@@ -88,13 +77,10 @@ def check(
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         for one in parameters or ({},):
-            unknown = set(one) - set(inspect.signature(function).parameters)
-            assert not unknown, f"{function.__name__} has no parameter {unknown}"
             values = "-".join(str(value).removeprefix("torch.") for value in one.values())
             name = f"{function.__module__}.{function.__name__}" + (f"[{values}]" if values else "")
             assert name not in _checks, f"{name} is registered twice"
             _checks[name] = Check(
-                name=name,
                 function=function,
                 parameters=one,
                 backends=on(**one) if callable(on) else on,
@@ -106,7 +92,7 @@ def check(
 
 
 def all_checks(backend: str | None = None) -> dict[str, Check]:
-    """The checks of a backend, or all, in the order in which they say most when one fails."""
+    """module.function[parameters] -> check of a backend, or all, those that say most first."""
     for module in MODULES:
         importlib.import_module(module)
     return {
