@@ -135,14 +135,14 @@ CPU_KERNELS = (
         "cpu/ffn_importance.cpp",
         "size > params.threshold",
         "size >= params.threshold",
-        "tests/ops/test_importance.py",
+        *k("importance"),
     ),
-    cpu("cpu/ffn_importance.cpp", "if (weight == 0) continue;", "", "tests/ops/test_importance.py"),
+    cpu("cpu/ffn_importance.cpp", "if (weight == 0) continue;", "", *k("importance")),
     cpu(
         "cpu/ffn_importance.cpp",
         "sums.squares += weight * hidden * hidden",
         "sums.squares += weight * hidden * size",
-        "tests/ops/test_importance.py",
+        *k("importance"),
     ),
     cpu("cpu/ffn_tiles.h", "return r % 2 == 0 ?", "return r % 2 != 0 ?", *k("ffn")),
     cpu(
@@ -312,8 +312,8 @@ CUDA_KERNELS = (
     ),
     emulated(
         "cuda/grouped_ffn_down_sm80.cu",
-        "neuron_groups(ffn).of(at.group), width",
-        "neuron_groups(ffn).of(0), width",
+        "neuron_columns(ffn).of(at.group), width",
+        "neuron_columns(ffn).of(0), width",
         *k("ffn"),
     ),
     emulated(
@@ -364,8 +364,8 @@ PACKAGE = (
     ),
     python(
         "ops/grouped_ffn.py",
-        "x.new_empty((row_token.shape[0], x.shape[1]))",
-        "x.new_empty((x.shape[0], x.shape[1]))",
+        "lambda a: a.x.new_empty((a.row_token.shape[0], a.x.shape[1]))",
+        "lambda a: a.x.new_empty((a.x.shape[0], a.x.shape[1]))",
         *k("opcheck"),
     ),
     python("ops/registration.py", 'refuse_gradient(f"{op}_backward")', "", *k("second")),

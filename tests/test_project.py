@@ -7,62 +7,43 @@ import ast
 import functools
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hops import paths, sizes
+from mutations import MUTATIONS, Mutation
 
 import sparse_unified
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "sparse_unified"
 
 # Parts of the package from the kernels up. Each may import itself and what stands before it...
 ORDER = (
-    "_version",
-    "_common",
-    "_library",
-    "experts",
-    "ops",
-    "nn",
-    "checkpoint",
-    "surgery",
-    "bagel",
-    "convert",
-    "engines",
-    "analysis",
-    "adapt",
-    "mini",
-    "testing",
-    "fixtures",
-    "build",
-    "bench",
+    *("_version", "_common", "_library", "experts", "ops", "nn", "checkpoint", "surgery", "bagel"),
+    *("convert", "engines", "analysis", "adapt", "mini", "testing", "fixtures", "build", "bench"),
     "cli",
 )
 # ... but ops, which kernels alone serve, no experts.
 REFUSED = {"ops": {"experts"}}
 # Names that a package passes on when they are first asked for.
 PASSED_ON = {"sparse_unified": set(ORDER), "sparse_unified.checkpoint": {"convert"}}
-# Modules that still import each other, if only for types or inside functions.
-CYCLES: list[set[str]] = []
 HEAVY = (
-    "transformers",
-    "tokenizers",
-    "huggingface_hub",
-    "PIL",
-    "tqdm",
-    "matplotlib",
-    "datasets",
-    "tensorboard",
-    "sklearn",
-    "accelerate",
-    "torchao",
-    "diffusers",
-    "kernels",
-    "vllm_omni",
+    *("transformers", "tokenizers", "huggingface_hub", "PIL", "tqdm", "matplotlib", "datasets"),
+    *("tensorboard", "sklearn", "accelerate", "torchao", "diffusers", "kernels", "vllm_omni"),
 )
+# Files and functions of the main paths, at most; `python tests/hops.py --list` shows them.
+CEILINGS = {
+    "conversion": (17, 167),
+    "sparse load": (24, 178),
+    "calibration": (21, 188),
+    "prune with scores": (17, 185),
+    "denoising step": (12, 36),
+}
 
 
 def sources(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> list[Path]:
@@ -87,15 +68,30 @@ def part_of(module: str) -> str:
     return module.partition(".")[2].partition(".")[0]
 
 
-def package_sources() -> list[Path]:
-    return sources("sparse_unified", "bench")
-
-
 def label(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-MODULES = {module_of(path): path for path in package_sources()}
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def listed(pattern: str, name: str) -> str:
+    """What the group of a pattern matches in a file."""
+    match = re.search(pattern, read(name), re.DOTALL | re.MULTILINE)
+    assert match is not None
+    return match[1]
+
+
+def run_python(code: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code]
+    env = os.environ | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+# Imports
+
+MODULES = {module_of(path): path for path in sources("sparse_unified", "bench")}
 
 
 @functools.cache
@@ -117,21 +113,25 @@ def imports(module: str) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str) -> None:
-    part = part_of(module)
-    if part == "":
-        return  # The package passes names on; what its import pulls in is tested below.
-    assert part in ORDER, f"{module}: its place in ORDER must be decided"
-    allowed = set(ORDER[: ORDER.index(part) + 1]) - REFUSED.get(part, set())
-    allowed |= PASSED_ON.get(module, set())
-    if part == "bench":
-        allowed |= {""}  # as users import it
-    for imported, line in imports(module).items():
-        assert part_of(imported) in allowed, f"{module}:{line}: must not import {imported}"
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for module in MODULES:
+        part = part_of(module)
+        if part == "":
+            continue  # The package passes names on; what its import pulls in is tested below.
+        assert part in ORDER, f"{module}: its place in ORDER must be decided"
+        allowed = set(ORDER[: ORDER.index(part) + 1]) - REFUSED.get(part, set())
+        allowed |= PASSED_ON.get(module, set())
+        allowed |= {""} if part == "bench" else set()  # as users import it
+        found = imports(module).items()
+        wrong += [
+            f"{module}:{line}: {name}" for name, line in found if part_of(name) not in allowed
+        ]
+    assert wrong == []
 
 
 def test_modules_do_not_import_each_other() -> None:
+    """If only for types, or inside functions."""
     reached: dict[str, set[str]] = {}
     for module in MODULES:
         reached[module], new = set(), [module]
@@ -139,16 +139,39 @@ def test_modules_do_not_import_each_other() -> None:
             own = {n for n in imports(new.pop()) if part_of(n) not in PASSED_ON.get(module, ())}
             new += own - reached[module]
             reached[module] |= own
-    cycles = {
-        frozenset(m for m in reached[module] if module in reached[m])
-        for module in MODULES
-        if module in reached[module]
+    assert [module for module in MODULES if module in reached[module]] == []
+
+
+def test_top_level_names_are_there_and_cheap_and_extras_are_left_alone() -> None:
+    assert set(sparse_unified.__all__) <= set(dir(sparse_unified))
+    for name in sparse_unified.__all__:
+        assert getattr(sparse_unified, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = sparse_unified.nonsense
+    seconds = run_python(
+        "import sys, time, torch\n"
+        "start = time.process_time(); import sparse_unified\n"
+        "print(time.process_time() - start)\n"
+        "assert 'sparse_unified.surgery' not in sys.modules\n"
+        "assert sparse_unified.MoEConfig().num_experts == 16\n"
+        "before = set(sys.modules); import sparse_unified.bagel\n"
+        f"found = [n for n in {HEAVY} if n in set(sys.modules) - before]; assert not found, found\n"
+    )
+    assert float(seconds) < 0.3
+
+
+def test_main_paths_pass_through_few_files_and_functions(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = {name: sizes(calls) for name, calls in paths(tmp_path).items()}
+    longer = {
+        name: (size, CEILINGS[name])
+        for name, size in found.items()
+        if size[0] > CEILINGS[name][0] or size[1] > CEILINGS[name][1]
     }
-    assert [sorted(cycle) for cycle in cycles if not any(cycle <= known for known in CYCLES)] == []
+    assert longer == {}, "python tests/hops.py --list shows the functions"
 
 
-def test_every_part_has_its_place_in_the_order() -> None:
-    assert {part_of(module) for module in MODULES} - {""} <= set(ORDER)
+# Files
 
 
 def test_every_source_names_its_licence() -> None:
@@ -156,83 +179,41 @@ def test_every_source_names_its_licence() -> None:
     files += sources("csrc", "tests", suffixes=(".h", ".cpp", ".cu", ".cuh"))
     files += [ROOT / name for name in ("setup.py", "CMakeLists.txt", "Makefile", "pyproject.toml")]
     files += [*(ROOT / ".ci").iterdir(), ROOT / ".clang-format"]
-    bare = [
-        label(path)
-        for path in files
-        if not any(
-            re.fullmatch(r"(//|#) SPDX-License-Identifier: Apache-2\.0", line)
-            for line in path.read_text().splitlines()[:2]
-        )
-    ]
-    assert bare == []
+    licence = re.compile(r"(.*\n)?(//|#) SPDX-License-Identifier: Apache-2\.0\n")
+    assert [label(path) for path in files if not licence.match(path.read_text())] == []
 
 
-def test_every_kernel_and_binding_is_in_the_list_of_sources() -> None:
-    lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
-    listed = [line for line in lines if line and not line.startswith("#")]
-    found = [
-        str(path.relative_to(ROOT / "csrc"))
-        for folder in ("csrc/cpu", "csrc/cuda", "csrc/bindings")
-        for path in sources(folder, suffixes=(".cpp", ".cu"))
-    ]
-    assert sorted(listed) == sorted(found)
-    assert len(set(listed)) == len(listed)
-
-
-def test_kernels_never_include_torch() -> None:
+def test_every_kernel_and_binding_is_listed_and_kernels_never_include_torch() -> None:
+    lines = read("csrc/sources.txt").splitlines()
+    names = [line for line in lines if line and not line.startswith("#")]
+    found = sources("csrc/cpu", "csrc/cuda", "csrc/bindings", suffixes=(".cpp", ".cu"))
+    assert sorted(names) == sorted(str(path.relative_to(ROOT / "csrc")) for path in found)
+    torch = re.compile(r"#include\s*[<\"](torch|ATen|c10|Python)")
     kernels = sources("csrc/cpu", "csrc/include", suffixes=(".h", ".cpp"))
-    found = [
-        label(path)
-        for path in kernels
-        if re.search(r"#include\s*[<\"](torch|ATen|c10|Python)", path.read_text())
-    ]
-    assert found == []
+    assert [label(path) for path in kernels if torch.search(path.read_text())] == []
 
 
-def test_every_package_is_installed() -> None:
-    listed = re.search(r"^packages = \[(.*?)^\]", read("pyproject.toml"), re.DOTALL | re.MULTILINE)
-    assert listed is not None
-    found = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in sources("sparse_unified")
-        if path.name == "__init__.py"
-    }
-    found |= {
-        ".".join(("sparse_unified", *path.parent.relative_to(ROOT).parts))
-        for path in sources("bench")
-        if path.name == "__init__.py"
-    }
-    assert set(re.findall(r'"(.+?)"', listed[1])) == found
+def test_every_package_is_installed_and_versions_and_pins_agree() -> None:
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    found = listed(r"^packages = \[(.*?)^\]", "pyproject.toml")
+    assert set(re.findall(r'"(.+?)"', found)) == packages
+    stated = listed(r'^version = "(.+?)"$', "pyproject.toml")
+    assert sparse_unified.__version__ == stated == listed(r"^## ([0-9.]+)", "CHANGELOG.md")
+    assert read("pyproject.toml").count("\nrequires = [") == 1  # which the Makefile reads
+    assert re.search(r'"torch==[0-9.]+"', listed(r"^requires = \[(.*?)\]$", "pyproject.toml"))
 
 
-def test_version_is_the_same_everywhere() -> None:
-    stated = re.search(r'^version = "(.+)"$', read("pyproject.toml"), re.MULTILINE)
-    newest = re.search(r"^## ([0-9.]+)", read("CHANGELOG.md"), re.MULTILINE)
-    assert stated is not None
-    assert newest is not None
-    assert sparse_unified.__version__ == stated[1] == newest[1]
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}-{m.new[:30]!r}")
+def test_a_mutation_applies_and_names_its_tests(mutation: Mutation) -> None:
+    assert read(mutation.file).count(mutation.old) == 1
+    assert mutation.old != mutation.new
+    files = [test for test in mutation.tests if test.startswith("tests")]
+    assert files
+    assert all(list(ROOT.glob(file)) for file in files)
 
 
-def read(name: str) -> str:
-    return (ROOT / name).read_text()
-
-
-def run_python(code: str) -> str:
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return run.stdout.strip()
-
-
-def test_importing_the_package_leaves_the_extras_alone() -> None:
-    code = (
-        "import sys, torch; before = set(sys.modules); import sparse_unified.bagel; "
-        f"print([n for n in {HEAVY} if n in set(sys.modules) - before])"
-    )
-    assert run_python(code) == "[]"
-
-
-def documents() -> list[Path]:
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# Documents
 
 
 def anchors(path: Path) -> set[str]:
@@ -241,7 +222,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", documents(), ids=label)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=label)
 def test_documents_name_what_is_there(path: Path) -> None:
     text = path.read_text()
     bare = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -261,9 +242,7 @@ def test_documents_name_what_is_there(path: Path) -> None:
 
 
 def test_generated_documents_are_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
     render = importlib.util.module_from_spec(spec)
     sys.modules["render"] = render
     spec.loader.exec_module(render)
@@ -274,8 +253,19 @@ def test_generated_documents_are_up_to_date() -> None:
     assert pages == render.checkpoints(pages), "run make docs"
 
 
+def test_the_api_reference_is_deterministic_and_names_no_address() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import api; " + (
+        "sys.stdout.write(api.reference())"
+    )
+    first, second = (run_python(code, PYTHONHASHSEED=seed) for seed in "12")
+    assert first == second
+    assert " at 0x" not in first
+    for name in ("route_topk", "SparseMoE", "convert", "apply_moe_", "BagelPipeline", "calibrate"):
+        assert f"\n### {name}\n" in first
+
+
 def test_kernels_do_not_spill_and_hopper_s_use_its_instructions() -> None:
-    records = json.loads((ROOT / "docs" / "resources.json").read_text())["records"]
+    records = json.loads(read("docs/resources.json"))["records"]
     assert not [record["kernel"] for record in records if record["spilled_bytes"]]
     gemms = {
         record["kernel"]: record["instructions"]
@@ -288,28 +278,3 @@ def test_kernels_do_not_spill_and_hopper_s_use_its_instructions() -> None:
         shares_weights = kernel.endswith(", 2> >")
         assert ("of them multicast" in instructions) == shares_weights, kernel
     assert sum(kernel.endswith(", 2> >") for kernel in gemms) == 5
-
-
-def test_makefile_takes_its_pins_from_one_line_of_pyproject() -> None:
-    pins = re.findall(r"^requires = \[(.*)\]$", read("pyproject.toml"), re.MULTILINE)
-    assert len(pins) == 1
-    assert re.search(r'"torch==[0-9.]+"', pins[0])
-
-
-def test_top_level_names_are_there_and_cheap() -> None:
-    assert set(sparse_unified.__all__) <= set(dir(sparse_unified))
-    for name in sparse_unified.__all__:
-        assert getattr(sparse_unified, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        _ = sparse_unified.nonsense
-    script = (
-        "import sys, time, torch\n"
-        "start = time.process_time(); import sparse_unified\n"
-        "print(time.process_time() - start)\n"
-        "assert 'sparse_unified.surgery' not in sys.modules\n"
-        "assert sparse_unified.MoEConfig().num_experts == 16\n"
-    )
-    seconds = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    ).stdout
-    assert float(seconds) < 0.3

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.library import register_autograd
 
 from sparse_unified.ops.registration import (
     refuse_gradient,
     refuse_tangents,
-    register_autograd,
     register_fake,
 )
 
@@ -39,24 +39,14 @@ def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
     return out
 
 
-@register_fake("combine")
-def _fake(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
-    return y.new_empty((token_rows.shape[0], y.shape[1]))
-
-
-@register_fake("combine_backward")
-def _fake_backward(
-    grad_out: Tensor,
-    y: Tensor,
-    weights: Tensor,
-    token_rows: Tensor,
-    needs_y: bool,
-    needs_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        y.new_empty((y.shape[0] if needs_y else 0, y.shape[1])),
-        weights.new_empty((weights.shape[0] if needs_weights else 0, weights.shape[1])),
-    )
+register_fake("combine", lambda a: a.y.new_empty((a.token_rows.shape[0], a.y.shape[1])))
+register_fake(
+    "combine_backward",
+    lambda a: (
+        a.y.new_empty((a.y.shape[0] if a.needs_y else 0, a.y.shape[1])),
+        a.weights.new_empty((a.weights.shape[0] if a.needs_weights else 0, a.weights.shape[1])),
+    ),
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,5 +72,5 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
     return grad_y if needs_y else None, grad_weights if needs_weights else None, None
 
 
-register_autograd("combine", _backward, _setup_context)
+register_autograd("sparse_unified::combine", _backward, setup_context=_setup_context)
 refuse_gradient("combine_backward")

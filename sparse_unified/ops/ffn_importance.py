@@ -47,21 +47,9 @@ def ffn_importance(
     return sum_abs, sum_squares, num_fired
 
 
-@register_fake("ffn_importance")
-def _fake(
-    x: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    threshold: float = 0.0,
-    token_weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    width = gate_proj.shape[0]
-    return (
-        x.new_empty((width,), dtype=torch.float32),
-        x.new_empty((width,), dtype=torch.float32),
-        x.new_empty((width,), dtype=torch.float32),
-    )
-
-
+register_fake(
+    "ffn_importance",
+    lambda a: tuple(a.x.new_empty(a.gate_proj.shape[:1], dtype=torch.float32) for _ in range(3)),
+)
 torch.library.impl("sparse_unified::ffn_importance", "CUDA")(composed.ffn_importance)
 refuse_gradient("ffn_importance")

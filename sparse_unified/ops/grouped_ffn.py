@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sparse_unified.ops.registration import (
     call_ffn,
-    fake_ffn_gradients,
     keep_wanted,
     register_fake,
     register_ffn_autograd,
@@ -60,54 +59,16 @@ def grouped_ffn(
     return call_ffn("grouped_ffn", arguments, recompute=recompute)
 
 
-@register_fake("grouped_ffn")
-def _fake(
-    x: Tensor,
-    row_token: Tensor,
-    expert_offsets: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    token_rows: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty((row_token.shape[0], x.shape[1]))
+def _fake_train(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = a.row_token.shape[0]
+    width = a.gate_proj.shape[:-1].numel() // (a.expert_offsets.shape[0] - 1)
+    sizes = (a.x.shape[1], width, width)
+    y, gate_rows, up_rows = (a.x.new_empty((num_rows, size)) for size in sizes)
+    return y, gate_rows, up_rows
 
 
-@register_fake("grouped_ffn_train")
-def _fake_train(
-    x: Tensor,
-    row_token: Tensor,
-    expert_offsets: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    token_rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = row_token.shape[0]
-    width = gate_proj.shape[:-1].numel() // (expert_offsets.shape[0] - 1)
-    return (
-        x.new_empty((num_rows, x.shape[1])),
-        x.new_empty((num_rows, width)),
-        x.new_empty((num_rows, width)),
-    )
-
-
-@register_fake("grouped_ffn_backward")
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    row_token: Tensor,
-    expert_offsets: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    gate_rows: Tensor,
-    up_rows: Tensor,
-    needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor, ...]:
-    weights = (gate_proj, up_proj, down_proj)
-    return fake_ffn_gradients(x, row_token.shape[0], weights, needs_x, needs_weights)
+register_fake("grouped_ffn", lambda a: a.x.new_empty((a.row_token.shape[0], a.x.shape[1])))
+register_fake("grouped_ffn_train", _fake_train)
 
 
 def _sum_rows(grad_rows: Tensor, row_token: Tensor, x: Tensor, token_rows: Tensor | None) -> Tensor:

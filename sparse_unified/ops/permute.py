@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.library import register_autograd
 
-from sparse_unified.ops.registration import refuse_tangents, register_autograd, register_fake
+from sparse_unified.ops.registration import refuse_tangents, register_fake
 
 
 def permute(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
@@ -32,9 +33,7 @@ def permute(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
     return y
 
 
-@register_fake("permute")
-def _fake(x: Tensor, row_token: Tensor, token_rows: Tensor) -> Tensor:
-    return x.new_empty((row_token.shape[0], x.shape[1]))
+register_fake("permute", lambda a: a.x.new_empty((a.row_token.shape[0], a.x.shape[1])))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -46,4 +45,4 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.sparse_unified.combine(grad_y, None, token_rows), None, None
 
 
-register_autograd("permute", _backward, _setup_context)
+register_autograd("sparse_unified::permute", _backward, setup_context=_setup_context)

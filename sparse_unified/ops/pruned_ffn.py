@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparse_unified.ops.registration import (
     call_ffn,
-    fake_ffn_gradients,
     keep_wanted,
     register_fake,
     register_ffn_autograd,
@@ -57,48 +56,13 @@ def pruned_ffn(
     return call_ffn("pruned_ffn", arguments, recompute=recompute)
 
 
-@register_fake("pruned_ffn")
-def _fake(
-    x: Tensor,
-    kept_blocks: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    block_size: int,
-) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake_train(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    kept = (a.x.shape[0], a.kept_blocks.shape[0] * a.block_size)
+    return a.x.new_empty(a.x.shape), a.x.new_empty(kept), a.x.new_empty(kept)
 
 
-@register_fake("pruned_ffn_train")
-def _fake_train(
-    x: Tensor,
-    kept_blocks: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    block_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kept = (x.shape[0], kept_blocks.shape[0] * block_size)
-    return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
-
-
-@register_fake("pruned_ffn_backward")
-def _fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    kept_blocks: Tensor,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    gate_rows: Tensor,
-    up_rows: Tensor,
-    block_size: int,
-    needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor, ...]:
-    return fake_ffn_gradients(
-        x, x.shape[0], (gate_proj, up_proj, down_proj), needs_x, needs_weights
-    )
+register_fake("pruned_ffn", lambda a: a.x.new_empty(a.x.shape))
+register_fake("pruned_ffn_train", _fake_train)
 
 
 def _gradients(

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-F = TypeVar("F", bound=Callable[..., Any])
+from torch.library import register_autograd
 
 # Argument -> its dimensions, in all ops alike, by dtype. A letter is one size of a call, "?" any.
 # None is the float dtype that a call computes in.
@@ -51,49 +49,49 @@ _ARGUMENTS = {
 }
 
 
-def register_fake(op: str) -> Callable[[F], F]:
+def register_fake(op: str, fake: Callable[[Any], Any]) -> None:
     """Registers the fake of `sparse_unified::<op>`, which also runs for meta tensors.
 
     NOTE: given tensors of the CPU and of meta, torch calls the fake, and its empty CPU tensors
     would pass for a result.
 
+    Args:
+        fake: of an object with the arguments as attributes, returns the outputs.
+
     Raises (when the op is called):
         RuntimeError: tensors are None or on several devices, or a shape, dtype or top_k does not
             fit. Sizes that are symbolic are left to the kernel.
     """
+    schema = getattr(torch.ops.sparse_unified, op).default._schema.arguments
+    names = [argument.name for argument in schema]
+    optional = {argument.name: argument.default_value for argument in schema}
+    required = {argument.name for argument in schema if str(argument.type) == "Tensor"}
 
-    def decorate(fake: F) -> F:
-        parameters = inspect.signature(fake).parameters
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = {**optional, **dict(zip(names, args, strict=False)), **kwargs}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        sizes: dict[str, int] = {}
+        for name, value in given.items():
+            if value is None and name in required:
+                raise RuntimeError(f"{op}: {name} must be a tensor, got None")
+            if name in tensors:
+                _check(op, name, value, sizes)
+        top_k = given.get("top_k")
+        if type(top_k) is int and not 1 <= top_k <= sizes.get("E", top_k):
+            raise RuntimeError(f"{op}: top_k must be from 1 to {sizes['E']}, got {top_k}")
+        floats = {value.dtype for name, value in tensors.items() if name in _DIMENSIONS[None]}
+        if len(floats) > 1 or not floats <= set(_FLOATS):
+            raise RuntimeError(
+                f"{op}: tensors must be float32, bfloat16 or float16, all alike, got "
+                f"{' and '.join(sorted(map(str, floats)))}"
+            )
+        devices = sorted({str(value.device) for value in tensors.values()})
+        if len(devices) > 1:
+            found = " and ".join(devices)
+            raise RuntimeError(f"{op}: arguments must be on one device, got {found}")
+        return fake(SimpleNamespace(**given))
 
-        @functools.wraps(fake)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            sizes: dict[str, int] = {}
-            for name, value in given.items():
-                if value is None and parameters[name].annotation == "Tensor":
-                    raise RuntimeError(f"{op}: {name} must be a tensor, got None")
-                if isinstance(value, Tensor):
-                    _check(op, name, value, sizes)
-            top_k = given.get("top_k")
-            if type(top_k) is int and not 1 <= top_k <= sizes.get("E", top_k):
-                raise RuntimeError(f"{op}: top_k must be from 1 to {sizes['E']}, got {top_k}")
-            floats = {a.dtype for n, a in given.items() if n in _DIMENSIONS[None] and a is not None}
-            if len(floats) > 1 or not floats <= set(_FLOATS):
-                raise RuntimeError(
-                    f"{op}: tensors must be float32, bfloat16 or float16, all alike, got "
-                    f"{' and '.join(sorted(map(str, floats)))}"
-                )
-            devices = sorted({str(a.device) for a in given.values() if isinstance(a, Tensor)})
-            if len(devices) > 1:
-                raise RuntimeError(
-                    f"{op}: arguments must be on one device, got {' and '.join(devices)}"
-                )
-            return fake(*args, **kwargs)
-
-        torch.library.register_fake(f"sparse_unified::{op}")(checked)
-        return fake
-
-    return decorate
+    torch.library.register_fake(f"sparse_unified::{op}")(checked)
 
 
 def _check(op: str, name: str, value: Tensor, sizes: dict[str, int]) -> None:
@@ -134,38 +132,23 @@ def refuse_tangents(op: str, *arguments: Any) -> None:
             )
 
 
-def register_autograd(
-    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
-    """Registers the backward pass of `sparse_unified::<op>`."""
-    name = f"sparse_unified::{op}"
-    torch.library.register_autograd(name, backward, setup_context=setup_context)
-
-
-# needs_input_grad, gradient of y, inputs, activations -> a gradient or None for each input.
-FfnGradients = Callable[
-    [Sequence[bool], Tensor, tuple[Any, ...], tuple[Tensor, ...]], tuple[Tensor | None, ...]
-]
-
-
-def register_ffn_autograd(op: str, gradients: FfnGradients) -> None:
+def register_ffn_autograd(op: str, gradients: Callable[..., tuple[Tensor | None, ...]]) -> None:
     """Registers the backward passes of an FFN.
 
     That of `<op>` computes the two activations again, that of `<op>_train` has kept them.
+
+    Args:
+        gradients: of needs_input_grad, gradient of y, inputs and activations, returns a gradient
+            or None for each input.
     """
     train = getattr(torch.ops.sparse_unified, f"{op}_train")
 
-    def save(ctx: Any, inputs: tuple[Any, ...], activations: tuple[Tensor, ...] = ()) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        activations = () if isinstance(output, Tensor) else output[1:]
+        ctx.mark_non_differentiable(*activations)
         ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         ctx.save_for_backward(*tensors, *activations)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        save(ctx, inputs)
-
-    def setup_context_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        save(ctx, inputs, output[1:])
 
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
@@ -173,8 +156,9 @@ def register_ffn_autograd(op: str, gradients: FfnGradients) -> None:
         activations = tuple(tensors) or train(*inputs)[1:]
         return gradients(ctx.needs_input_grad, grad_y, inputs, activations)
 
-    register_autograd(op, backward, setup_context)
-    register_autograd(f"{op}_train", backward, setup_context_train)
+    for name in (op, f"{op}_train"):
+        register_autograd(f"sparse_unified::{name}", backward, setup_context=save)
+    register_fake(f"{op}_backward", _fake_gradients)
     refuse_gradient(f"{op}_backward")
 
 
@@ -193,12 +177,12 @@ def call_ffn(op: str, arguments: tuple[Any, ...], *, recompute: bool) -> Tensor:
     return y
 
 
-def fake_ffn_gradients(
-    x: Tensor, num_rows: int, weights: Sequence[Tensor], needs_x: bool, needs_weights: bool
-) -> tuple[Tensor, ...]:
+def _fake_gradients(a: Any) -> tuple[Tensor, ...]:
     """Gradients of the rows and of the three weights, empty where unwanted."""
-    own = [(len(w) if needs_weights else 0, *w.shape[1:]) for w in weights]
-    return tuple(x.new_empty(shape) for shape in ((num_rows if needs_x else 0, x.shape[1]), *own))
+    rows = (a.grad_y.shape[0] if a.needs_x else 0, a.x.shape[1])
+    weights = (a.gate_proj, a.up_proj, a.down_proj)
+    own = [(w.shape[0] if a.needs_weights else 0, *w.shape[1:]) for w in weights]
+    return tuple(a.x.new_empty(shape) for shape in (rows, *own))
 
 
 def keep_wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -215,10 +199,7 @@ def refuse_gradient(op: str, *, advice: str = "") -> None:
         RuntimeError: a gradient is asked of the op.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps nothing: there is no backward."""
-
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{op}: arguments must not need a gradient, got a backward pass{advice}")
 
-    register_autograd(op, backward, setup_context)
+    register_autograd(f"sparse_unified::{op}", backward, setup_context=lambda *_, **__: None)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.library import register_autograd
 
 from sparse_unified.ops.registration import (
     refuse_gradient,
     refuse_tangents,
-    register_autograd,
     register_fake,
 )
 
@@ -40,31 +40,21 @@ def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     return logits, topk_logits, topk_idx
 
 
-@register_fake("route_topk")
-def _fake(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = x.shape[0]
-    return (
-        x.new_empty((tokens, gate.shape[0]), dtype=torch.float32),
-        x.new_empty((tokens, top_k), dtype=torch.float32),
-        x.new_empty((tokens, top_k), dtype=torch.int32),
-    )
-
-
-@register_fake("route_topk_backward")
-def _fake_backward(
-    grad_logits: Tensor,
-    grad_topk_logits: Tensor,
-    topk_idx: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    needs_x: bool,
-    needs_gate: bool,
-) -> tuple[Tensor, Tensor]:
-    hidden_size = x.shape[1]
-    return (
-        x.new_empty((x.shape[0] if needs_x else 0, hidden_size)),
-        x.new_empty((gate.shape[0] if needs_gate else 0, hidden_size)),
-    )
+register_fake(
+    "route_topk",
+    lambda a: (
+        a.x.new_empty((a.x.shape[0], a.gate.shape[0]), dtype=torch.float32),
+        a.x.new_empty((a.x.shape[0], a.top_k), dtype=torch.float32),
+        a.x.new_empty((a.x.shape[0], a.top_k), dtype=torch.int32),
+    ),
+)
+register_fake(
+    "route_topk_backward",
+    lambda a: (
+        a.x.new_empty((a.x.shape[0] if a.needs_x else 0, a.x.shape[1])),
+        a.x.new_empty((a.gate.shape[0] if a.needs_gate else 0, a.x.shape[1])),
+    ),
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -85,5 +75,5 @@ def _backward(
     return grad_x if needs_x else None, grad_gate if needs_gate else None, None
 
 
-register_autograd("route_topk", _backward, _setup_context)
+register_autograd("sparse_unified::route_topk", _backward, setup_context=_setup_context)
 refuse_gradient("route_topk_backward")

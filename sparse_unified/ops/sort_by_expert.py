@@ -29,10 +29,11 @@ def sort_by_expert(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     return expert_offsets, row_token, token_rows
 
 
-@register_fake("sort_by_expert")
-def _fake(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        topk_idx.new_empty((num_experts + 1,)),
-        topk_idx.new_empty((topk_idx.shape[0] * topk_idx.shape[1],)),
-        topk_idx.new_empty(topk_idx.shape),
-    )
+register_fake(
+    "sort_by_expert",
+    lambda a: (
+        a.topk_idx.new_empty((a.num_experts + 1,)),
+        a.topk_idx.new_empty((a.topk_idx.shape[0] * a.topk_idx.shape[1],)),
+        a.topk_idx.new_empty(a.topk_idx.shape),
+    ),
+)

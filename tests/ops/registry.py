@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-MODULES = ("checks_routing", "checks_experts", "checks_torch", "checks_block", "checks_large")
+MODULES = ("checks_routing", "checks_experts", "checks_torch")
 CPU, EMULATED, CUDA = "cpu", "emulated", "cuda"
 EVERYWHERE = (CPU, EMULATED, CUDA)
 # In a process with this variable the CUDA bindings over emulated kernels replace the CPU's.
