@@ -49,17 +49,6 @@ def test_context_names_errors_that_write_their_own_text_and_leaves_others_alone(
         raise KeyError("x")
 
 
-@context("op")
-def _decorated(value: int) -> None:
-    raise ValueError(f"value must be 1, got {value}")
-
-
-def test_context_decorates_functions() -> None:
-    for value in (2, 3):
-        with pytest.raises(ValueError, match=f"^op: value must be 1, got {value}$"):
-            _decorated(value)
-
-
 def test_a_progress_bar_counts_and_takes_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress_bar("work", "step") as advance:
@@ -78,10 +67,7 @@ def test_a_progress_bar_counts_and_takes_notes(monkeypatch: pytest.MonkeyPatch) 
 class Inner(Report):
     size: int
     derived = ("double",)
-
-    @property
-    def double(self) -> int:
-        return 2 * self.size
+    double = property(lambda self: 2 * self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
