@@ -74,7 +74,7 @@ def train(directory: Path, names: list[str]) -> None:
             resumed.load(directory / f"{saved}-{name}")
             found[f"{name} from {saved}"] = losses(resumed)
         found[f"{name} norm"] = sharded.step().grad_norm
-        found[f"{name} state"] = sum(t.nbytes for t in sharded.optimizer.state().values())
+        found[f"{name} state"] = sum(t.nbytes for t in sharded.optimizer.state.values())
     if dist.get_rank() == 0:
         (directory / "result.json").write_text(json.dumps(found))
     dist.barrier()

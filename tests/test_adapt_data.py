@@ -83,7 +83,7 @@ def test_folder_and_parquet_hold_the_same_records(
     write: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     found = open_records(write(tmp_path / "data"))
-    assert [found.tasks(i) for i in range(len(found))] == TASKS
+    assert found.tasks == TASKS
     record = found.read(5)
     assert [record[name] for name in ("text", "question", "answer")] == [
         "picture 5",
@@ -99,11 +99,11 @@ def test_tar_shards_are_read_by_their_pattern(tmp_path: Path) -> None:
     write_tar(tmp_path / "data")
     found = open_records(f"{tmp_path}/data/*.tar")
     # A kind of file that only some records have is none to the library, so here is no source.
-    assert [found.tasks(i) for i in range(4)] == TASKS[:4]
+    assert found.tasks[:4] == TASKS[:4]
     assert found.read(1)["answer"] == "1"
     assert found.read(1)["image"].size == (40, 32)
     edits = open_records(write_tar(tmp_path / "edits", sources=True))
-    assert edits.tasks(1) == (EDITING, UNDERSTANDING)
+    assert edits.tasks[1] == (EDITING, UNDERSTANDING)
     assert edits.read(1)["source"].tobytes() != edits.read(1)["image"].tobytes()
 
 
@@ -128,7 +128,7 @@ def test_a_bad_line_is_named(line: str, rule: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "rule"),
     [
-        ({}, "--data: .* must be a folder, a file or a pattern"),
+        ({}, "--data: .* must hold .parquet or .tar shards"),
         ({"x.png": picture(0)}, "--data: .* must hold .parquet or .tar shards"),
         ({"x.parquet": b"none"}, "--data: .*x.parquet .* must be readable parquet shards"),
         ({"x.tar": b"none"}, "--data: .*x.tar .* must be readable webdataset shards"),

@@ -68,7 +68,7 @@ def test_state_takes_the_bytes_it_was_said_to(
     found = of_pass(model, ema_decay=ema)
     config = TrainingConfig(**(CONFIG | {"ema_decay": ema}))
     optimizer = Trainer(model, Mixed(model), config).optimizer
-    state = optimizer.state()
+    state = optimizer.state
     shared = {p.data_ptr() for p in model.parameters()}
 
     def held(kind: str) -> int:

@@ -275,7 +275,7 @@ def test_dry_run_checks_everything_and_writes_nothing(
 @pytest.mark.parametrize(
     ("changes", "status", "rule"),
     [
-        (["--data", "{root}/none"], 1, "--data: .*none must be a folder, a file or a pattern"),
+        (["--data", "{root}/none"], 1, "--data: .*none must hold .parquet"),
         ([], 2, "--data must be given, got none"),
         (
             ["--data", "{root}/data", "--micro-batch-size", "3"],

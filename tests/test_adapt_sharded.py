@@ -67,7 +67,7 @@ def test_two_processes_lose_what_one_loses_and_their_states_go_on_in_any_number(
     close = TOLERANCES[name]
     assert result[name] == pytest.approx(expected, rel=close)
     assert result[f"{name} norm"] == pytest.approx(own.step().grad_norm, rel=10 * close)
-    whole = sum(tensor.nbytes for tensor in own.optimizer.state().values())
+    whole = sum(tensor.nbytes for tensor in own.optimizer.state.values())
     assert 0.45 * whole < result[f"{name} state"] < 0.55 * whole
 
     assert result[f"{name} from two"] == result[name][2:]

@@ -110,11 +110,8 @@ def train_dense(
 
 
 def _write_weights(trainer: Trainer, out: Path) -> None:
-    with trainer.optimizer.ema_weights():
-        tensors = {
-            name: tensor.detach().to(torch.bfloat16).contiguous()
-            for name, tensor in trainer.model.state_dict().items()
-        }
+    averages = trainer.model.state_dict() | (trainer.optimizer.ema or {})  # of a dense model
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in averages.items()}
     temporary = out / "ema.safetensors.part"
     save_file(tensors, temporary)
     temporary.replace(out / "ema.safetensors")

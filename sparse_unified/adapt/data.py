@@ -13,7 +13,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,18 +67,15 @@ _log = logging.getLogger(__name__)
 
 
 class Records:
-    """A fixed number of records, and what each can be used for without opening images.
+    """A fixed number of records, images as files or bytes.
 
-    Args:
-        rows: the fields of each record, images as files or bytes.
-        names: returns the name of a record, for messages.
-        known: the fields of each record again, where an image may be anything but None.
-        shards: files that hold the records.
+    `known` are the fields again, where an image may be anything but None; `names` are for messages.
 
     Raises:
         ValueError: a record cannot be used for anything.
 
     Attributes:
+        tasks: what each record can be used for.
         fingerprint: a hash of texts, and of names and sizes of files.
     """
 
@@ -91,33 +88,21 @@ class Records:
     ) -> None:
         self._rows = rows
         self._names = names
-        self._tasks: list[tuple[Task, ...]] = []
+        self.tasks: list[tuple[Task, ...]] = []
         digest = hashlib.sha256(repr([_name_and_size(path) for path in shards]).encode())
         for number, fields in enumerate(known):
-            self._tasks.append(_tasks(names(number), fields))
+            self.tasks.append(_tasks(names(number), fields))
             facts = sorted((name, _name_and_size(value)) for name, value in fields.items())
             digest.update(repr(facts).encode())
         self.fingerprint = digest.hexdigest()[:16]
 
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def tasks(self, index: int) -> tuple[Task, ...]:
-        """Returns what a record can be used for."""
-        return self._tasks[index]
-
     def read(self, index: int) -> dict[str, Any]:
-        """Returns the fields of a record that are there, images opened in RGB.
-
-        Raises:
-            ValueError: an image cannot be read.
-        """
-        where = self._names(index)
-        try:
-            fields = _renamed(self._rows[index])
-        except Exception as error:  # columns of other kinds have decoders
-            raise _unreadable(f"{where}: record must be readable", error) from error
-        with naming(where):
+        """Returns the fields that are there, images opened in RGB; ValueError if one cannot be."""
+        with naming(self._names(index)):
+            try:
+                fields = _renamed(self._rows[index])
+            except Exception as error:  # columns of other kinds have decoders
+                raise _unreadable("record must be readable", error) from error
             return {k: _open(v) if k in _IMAGES else v for k, v in fields.items()}
 
 
@@ -143,45 +128,34 @@ def open_records(data: str | os.PathLike[str]) -> Records:
             cannot be used for anything.
         ImportError: shards are given and the `train` extra is not installed.
     """
-    files = _files(os.fspath(data))
+    path = Path(data)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    else:
+        pattern = glob.escape(str(path)) if path.is_file() else os.fspath(data)
+        files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
     for suffix, builder in _SHARDS.items():
-        if shards := [path for path in files if path.suffix == suffix]:
+        if shards := [file for file in files if file.suffix == suffix]:
             return _open_shards(shards, builder)
-    listed = [path for path in files if path.suffix == ".jsonl"]
+    listed = [file for file in files if file.suffix == ".jsonl"]
     if len(listed) > 1:
         raise ValueError(f"{_WHERE}: {data} must hold one .jsonl file, got {len(listed)}")
-    found = _read_listed(listed[0]) if listed else _read_captions(files)
+    if listed:
+        found = _read_listed(listed[0])
+    else:
+        found = [
+            (f"{_WHERE}: {file}", {"image": file, "text": read_text(caption).strip()})
+            for file in files
+            if file.suffix.lower() in IMAGE_SUFFIXES
+            if (caption := file.with_suffix(".txt")).exists()
+        ]
     if not found:
         raise ValueError(
             f"{_WHERE}: {data} must hold .parquet or .tar shards, a .jsonl file, or images with "
-            "a .txt file each, got none of them"
+            f"a .txt file each, got none of them in {len(files)} files"
         )
     rows = [fields for _, fields in found]
     return Records(rows, lambda number: found[number][0], rows)
-
-
-def _files(data: str) -> list[Path]:
-    path = Path(data)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(name) for name in sorted(glob.glob(data, recursive=True))]  # noqa: PTH207
-    if not found:
-        raise ValueError(
-            f"{_WHERE}: {data} must be a folder, a file or a pattern of some, got none"
-        )
-    return found
-
-
-def _read_captions(files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (f"{_WHERE}: {path}", {"image": path, "text": read_text(caption).strip()})
-        for path in files
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        if (caption := path.with_suffix(".txt")).exists()
-    ]
 
 
 def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -201,6 +175,7 @@ def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _open_shards(shards: Sequence[Path], builder: str) -> Records:
     """Opens shards, which the library `datasets` reads into its cache and maps from there."""
     datasets = optional("datasets", extra="train")
+    names = {name for own in _IMAGES for name in (own, *_ALIASES[own])}
     try:
         rows = datasets.load_dataset(
             builder, data_files={"train": [str(path) for path in shards]}, split="train"
@@ -208,24 +183,21 @@ def _open_shards(shards: Sequence[Path], builder: str) -> Records:
         for name, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
-        known = list(_scan(rows))
+        # Of images only whether they are there.
+        images = {
+            name: rows.data.column(name).is_valid().to_pylist()
+            for name in names.intersection(rows.column_names)
+        }
+        texts = rows.remove_columns(list(images))
+        known = []
+        for number in range(len(rows)):
+            fields = texts[number] if texts.column_names else {}
+            fields |= {name: True for name, valid in images.items() if valid[number]}
+            known.append(_renamed(fields))
     except Exception as error:  # readers of tar members raise errors of many kinds
         rule = f"{_WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} shards"
         raise _unreadable(rule, error) from error
     return Records(rows, lambda number: f"{shards[0].parent}: record {number}", known, shards)
-
-
-def _scan(rows: Any) -> Iterator[dict[str, Any]]:
-    """Yields the fields of all rows; of images only whether they are there."""
-    images = {
-        name: rows.data.column(name).is_valid().to_pylist()
-        for name in rows.column_names
-        if any(name in (own, *_ALIASES[own]) for own in _IMAGES)
-    }
-    texts = rows.remove_columns(list(images)) if images else rows
-    for number in range(len(rows)):
-        fields = texts[number] if texts.column_names else {}
-        yield _renamed(fields | {name: True for name, valid in images.items() if valid[number]})
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,12 +274,12 @@ class ImageDataset:
         max_damaged: int = 0,
     ) -> None:
         wanted = {choice("--tasks: name", Task, task) for task in tasks or Task}
-        every = ((n, task) for n in range(len(records)) for task in records.tasks(n))
+        every = ((number, task) for number, own in enumerate(records.tasks) for task in own)
         self.samples = [(number, task) for number, task in every if task in wanted]
         if not self.samples:
             names = ", ".join(sorted(task.value for task in wanted))
             raise ValueError(
-                f"{_WHERE}: a record must be of use for {names}, got none of {len(records)}"
+                f"{_WHERE}: a record must be of use for {names}, got none of {len(records.tasks)}"
             )
         self.autoencoder: AutoEncoder = images.vae
         self.damaged: dict[int, str] = {}
@@ -354,7 +326,8 @@ class ImageDataset:
             except ValueError as error:
                 damaged.append(str(error))
         if damaged:
-            raise ValueError(f"{damaged[0]}; {len(damaged)} of {len(self._records)} are damaged")
+            of = len(self._records.tasks)
+            raise ValueError(f"{damaged[0]}; {len(damaged)} of {of} are damaged")
 
     def _next_record(self, index: int) -> tuple[dict[str, Any], Task]:
         for place in range(len(self)):
@@ -373,18 +346,20 @@ class ImageDataset:
 
     def _latent(self, image: Image) -> Tensor:
         pixels = self._for_vae(image)
-        path = None
-        if self._cache is not None:
-            digest = hashlib.sha256(f"{list(pixels.shape)}".encode())
-            digest.update(as_bytes(pixels.contiguous()).tobytes())
-            path = self._cache / f"{digest.hexdigest()}.safetensors"
-            if path.exists():
-                return read_tensor(read_header(path).tensors["latent"])
-        latent = self.autoencoder.encode(pixels[None])[0].float().cpu()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, encode_tensors({"latent": latent}))
+        if self._cache is None:
+            return self._encode(pixels)
+        digest = hashlib.sha256(f"{list(pixels.shape)}".encode())
+        digest.update(as_bytes(pixels.contiguous()).tobytes())
+        path = self._cache / f"{digest.hexdigest()}.safetensors"
+        if path.exists():
+            return read_tensor(read_header(path).tensors["latent"])
+        latent = self._encode(pixels)
+        self._cache.mkdir(parents=True, exist_ok=True)
+        replace_file(path, encode_tensors({"latent": latent}))
         return latent
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.autoencoder.encode(pixels[None])[0].float().cpu()
 
 
 def _limited(transform: ImageTransform, max_side: int | None) -> ImageTransform:

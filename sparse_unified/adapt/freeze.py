@@ -48,22 +48,21 @@ def freeze(model: nn.Module, stage: Stage | str, *, component: str = BOTH) -> li
         raise ValueError(f"stage must be full for a model without sparse blocks, got {stage.value}")
     experts = {f"{name}.{part}".lstrip(".") for name in blocks for part in PROJECTIONS}
     routers = {f"{name}.{part}.weight".lstrip(".") for name in blocks for part in _ROUTERS}
-
-    def is_trained(name: str) -> bool:
+    trained = []
+    for name, _ in model.named_parameters():
         is_gen = f"{SUFFIXES['gen']}." in name or name.startswith(_GEN_MODULES)
-        if component not in (BOTH, "gen" if is_gen else "und"):
-            return False
         if stage is Stage.ROUTER:
-            return name in routers
-        return not name.endswith(_TABLES) and (stage is Stage.FULL or name not in experts)
-
-    trained = [name for name, _ in model.named_parameters() if is_trained(name)]
+            is_trained = name in routers
+        else:
+            is_trained = not name.endswith(_TABLES) and (stage is Stage.FULL or name not in experts)
+        if is_trained and component in (BOTH, "gen" if is_gen else "und"):
+            trained.append(name)
     if not trained:
         raise ValueError(
             f"component must have weights that its stage trains, got none in {component}"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name))
+        parameter.requires_grad_(name in trained)
         if not parameter.requires_grad:
             parameter.grad = None
     return trained

@@ -29,6 +29,10 @@ from sparse_unified.checkpoint.safetensors_io import read_header
 
 _CAPTION = 130  # tokens, with bos, eos and some to spare
 _FP32 = 4
+_ROWS = (
+    *("weights", "autoencoder", "activations", "gathered", "pass_gradients"),
+    *("gradients", "masters", "moments", "average", "device", "host"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +101,7 @@ class MemoryEstimate(Report):
         )
 
     def table(self) -> Sequence[Sequence[object]]:
-        names = ["weights", "autoencoder", "activations", "gathered", "pass_gradients"]
-        names += ["gradients", "masters", "moments", "average", "device", "host"]
-        return [(name.replace("_", " "), format_bytes(getattr(self, name))) for name in names]
+        return [(name.replace("_", " "), format_bytes(getattr(self, name))) for name in _ROWS]
 
 
 @context("estimate_memory")
@@ -134,13 +136,9 @@ def estimate_memory(
     side -= side % built.config.latent_downsample
     with context("--max-side"):
         built.config.token_grid(side, side)
-    return estimate(
-        built,
-        config,
-        largest_batch(built, side, config.micro_batch_size or config.batch_size // processes),
-        autoencoder=sum(spec.nbytes for spec in specs.values()),
-        processes=processes,
-    )
+    batch = largest_batch(built, side, config.micro_batch_size or config.batch_size // processes)
+    autoencoder = sum(spec.nbytes for spec in specs.values())
+    return estimate(built, config, batch, autoencoder=autoencoder, processes=processes)
 
 
 def largest_batch(model: Bagel, side: int, count: int) -> TrainingBatch:
@@ -160,15 +158,7 @@ def estimate(
     autoencoder: int = 0,
     processes: int = 1,
 ) -> MemoryEstimate:
-    """Returns what training a model takes, which may be on the meta device.
-
-    Args:
-        model: its parameters with `requires_grad` are trained.
-        config: how it is trained.
-        batch: of one pass.
-        autoencoder: its bytes.
-        processes: over which the model is sharded.
-    """
+    """Returns what training a model on passes like `batch` takes; it may be on the meta device."""
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
     other_device = config.optimizer_device not in (None, *{str(p.device) for p in trained})
@@ -183,8 +173,7 @@ def estimate(
         pass_gradients = sum(p.nbytes for p in trained) // processes
     else:
         # In its own dtype, and as fp32 on its way to the sum.
-        moved = [p.nbytes + _FP32 * p.numel() for p in trained]
-        pass_gradients = max(moved) if copied else 0
+        pass_gradients = max((p.nbytes + _FP32 * p.numel() for p in trained if copied), default=0)
     count = sum(p.numel() for p in trained)
     fp32 = _FP32 * count // processes
     images = 0 if batch.latents is None else len(batch.latents)
@@ -213,30 +202,24 @@ def _activations(model: Bagel, batch: TrainingBatch, *, checkpointing: bool) -> 
         for own, given in zip(twin.parameters(), model.parameters(), strict=True):
             own.requires_grad_(given.requires_grad)
         weights = {p.untyped_storage()._cdata for p in twin.parameters()}
+        # Bytes of each layer, the first with what comes before it, and behind the last.
+        counts: list[int] = []
+        kept: dict[int, Tensor] = {}  # the tensors are held, so no address comes twice
 
-        def kept(*, checkpointing: bool) -> list[int]:
-            """Bytes of each layer, the first with what comes before it, and behind the last."""
-            storages: dict[int, Tensor] = {}  # the tensors are held, so no address comes twice
-            counts = [0]
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights and storage._cdata not in kept:
+                kept[storage._cdata] = tensor
+                counts[-1] += storage.nbytes()
+            return tensor
 
-            def keep(tensor: Tensor) -> Tensor:
-                address = tensor.untyped_storage()._cdata
-                if address not in weights and address not in storages:
-                    storages[address] = tensor
-                    counts[-1] += tensor.untyped_storage().nbytes()
-                return tensor
-
-            hooks = [
-                layer.register_forward_hook(lambda *_: counts.append(0))
-                for layer in twin.language_model.model.layers
-            ]
+        for layer in twin.language_model.model.layers:
+            layer.register_forward_hook(lambda *_: counts.append(0))
+        largest = 0
+        for again in (False, True)[: 1 + checkpointing]:
+            largest = max(counts[:-1], default=0)
+            kept.clear()
+            counts[:] = [0]
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                training_forward(twin, batch, checkpointing=checkpointing)
-            for hook in hooks:
-                hook.remove()
-            return counts
-
-        whole = kept(checkpointing=False)
-        if not checkpointing:
-            return sum(whole)
-        return sum(kept(checkpointing=True)) + max(whole[:-1])
+                training_forward(twin, batch, checkpointing=again)
+        return sum(counts) + largest

@@ -3,14 +3,14 @@
 
 A trained parameter in float32 on the optimizer's device is its own master weight. Any other has a
 master weight there, takes its rounded value after every step, and hands over its gradient after
-every backward pass, so that gradients are accumulated in float32. Parameters that are not trained
-have nothing here. Of a sharded parameter each process holds the state of its own shard.
+every backward pass, so that gradients are accumulated in float32. Of a sharded parameter each
+process holds the state of its own shard.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,8 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_unified.adapt.config import TrainingConfig
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def num_processes() -> int:
@@ -55,24 +53,20 @@ class Optimizer:
         config: of optimizer and average.
 
     Raises:
-        ValueError: nothing is to be trained, or a trained parameter is not fp32, bf16 or fp16.
+        ValueError: nothing is to be trained.
 
     Attributes:
         parameters: what is trained, by name.
         weights: master weights; of a sharded parameter, as everywhere below, the local part.
         gradients: accumulated, fp32.
         ema: average of the master weights, None where none is kept.
+        state: what a run has to keep, `kind.parameter`: master, exp_avg, exp_avg_sq and ema.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("Trainer: model must have parameters with requires_grad, got none")
-        for name, parameter in self.parameters.items():
-            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(
-                    f"Trainer: {name} must be float32, bfloat16 or float16, got {parameter.dtype}"
-                )
         self._config = config
         self.weights: dict[str, Tensor] = {}
         self._own: set[str] = set()  # parameters that are their own master weights
@@ -82,13 +76,9 @@ class Optimizer:
             if self.weights[name] is local:
                 self._own.add(name)
         self.gradients = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        for name, weight in self.weights.items():
-            weight.grad = self.gradients[name]
-        self.ema: dict[str, Tensor] | None = None
-        if config.ema_decay is not None:
-            self.ema = {name: weight.clone() for name, weight in self.weights.items()}
         groups: dict[float, list[Tensor]] = {}
         for name, weight in self.weights.items():
+            weight.grad = self.gradients[name]
             if weight.numel():  # a shard may be empty, which fused steps do not take
                 decay = config.weight_decay if self.parameters[name].ndim > 1 else 0.0
                 groups.setdefault(decay, []).append(weight)
@@ -99,6 +89,16 @@ class Optimizer:
             eps=config.eps,
             fused=True,
         )
+        self.state = {f"master.{name}": weight for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            moments: dict[str, Tensor] = self._adamw.state[weight]  # as AdamW would make them
+            moments["step"] = torch.zeros((), device=weight.device)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                moments[moment] = self.state[f"{moment}.{name}"] = torch.zeros_like(weight)
+        self.ema: dict[str, Tensor] | None = None
+        if config.ema_decay is not None:
+            self.ema = {name: weight.clone() for name, weight in self.weights.items()}
+            self.state |= {f"ema.{name}": average for name, average in self.ema.items()}
 
     @contextmanager
     def accumulating(self) -> Iterator[Callable[[], None]]:
@@ -110,10 +110,11 @@ class Optimizer:
         """
         hooks = []
         sharded = [name for name, p in self.parameters.items() if _is_sharded(p)]
-        for name, parameter in self.parameters.items():
-            if name in self._own and name not in sharded:
+        for name in self.parameters.keys() - sharded:
+            parameter = self.parameters[name]
+            if name in self._own:
                 parameter.grad = self.gradients[name]
-            elif name not in sharded:
+            else:
                 move = partial(_move_gradient, self.gradients[name])
                 hooks.append(parameter.register_post_accumulate_grad_hook(move))
 
@@ -133,19 +134,16 @@ class Optimizer:
     def gradient_norm(self) -> float:
         """Returns the norm of the gradient, over all parameters and processes."""
         norms = torch.stack(torch._foreach_norm(list(self.gradients.values())))
-        return float(self._over_shards(norms.double().square().sum()).sqrt())
+        return math.sqrt(self._over_shards(norms.double().square().sum()))
 
-    def _over_shards(self, value: Tensor) -> Tensor:
+    def _over_shards(self, value: Tensor) -> float:
         """Adds a number up over all processes, on the device of the model."""
-        return sum_over_processes(value.to(next(iter(self.parameters.values())).device))
+        device = next(iter(self.parameters.values())).device
+        return sum_over_processes(value.to(device)).item()
 
     @torch.no_grad()
     def step(self, learning_rate: float, norm: float) -> None:
-        """Takes a step along the gradient, and clears it.
-
-        Args:
-            norm: of the gradient, finite; decides whether it is clipped.
-        """
+        """Takes a step along the gradient, of finite `norm`, clips it first, and clears it."""
         limit = self._config.max_grad_norm
         if limit is not None and norm > limit:
             torch._foreach_mul_(list(self.gradients.values()), limit / norm)
@@ -157,7 +155,7 @@ class Optimizer:
                 list(self.ema.values()), list(self.weights.values()), 1 - self._config.ema_decay
             )
         self.clear()
-        self._assign(self.weights)
+        self._assign()
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -169,51 +167,19 @@ class Optimizer:
         """Whether the trained weights of the model are finite, in all processes."""
         parts = [part for p in self.parameters.values() if (part := _local(p.detach())).numel()]
         largest = torch.stack(torch._foreach_norm(parts, math.inf)) if parts else torch.zeros(1)
-        return float(self._over_shards((~largest.isfinite()).sum())) == 0
-
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Lets the model compute with the averages inside the block.
-
-        Raises:
-            ValueError: no average is kept.
-        """
-        if self.ema is None:
-            raise ValueError("Trainer: ema_decay must be given for an average, got None")
-        kept = {name: self.weights[name].clone() for name in self._own}
-        self._assign(self.ema)
-        try:
-            yield
-        finally:
-            self._assign(self.weights | kept)
+        return self._over_shards((~largest.isfinite()).sum()) == 0
 
     @torch.no_grad()
-    def _assign(self, values: Mapping[str, Tensor]) -> None:
-        """Gives the model values of its trained parameters."""
-        for name, parameter in self.parameters.items():
-            local = _local(parameter.detach())
-            if local.data_ptr() != values[name].data_ptr():
-                local.copy_(values[name])
-
-    def state(self) -> dict[str, Tensor]:
-        """Names what a run has to keep: master weights, moments and averages, `kind.parameter`.
-
-        The tensors are the state itself, of a sharded parameter the local part.
-        """
-        found = {f"master.{name}": weight for name, weight in self.weights.items()}
-        for name, weight in self.weights.items():
-            moments: dict[str, Any] = self._adamw.state[weight]
-            if not moments:  # as AdamW makes them at its first step
-                moments["step"] = torch.zeros((), device=weight.device)
-                moments |= {moment: torch.zeros_like(weight) for moment in _MOMENTS}
-            found |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS}
-        return found | {f"ema.{name}": average for name, average in (self.ema or {}).items()}
-
     def restored(self, steps: int) -> None:
-        """Says that `state()` now holds what it held after so many steps."""
+        """Says that `state` now holds what it held after so many steps."""
         for weight in self.weights.values():
             self._adamw.state[weight]["step"].fill_(float(steps))
-        self._assign(self.weights)
+        self._assign()
+
+    def _assign(self) -> None:
+        """Gives the model the values of its master weights."""
+        for name in self.parameters.keys() - self._own:
+            _local(self.parameters[name].detach()).copy_(self.weights[name])
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -240,19 +206,12 @@ def shard_(root: nn.Module, layers: Iterable[nn.Module]) -> None:
     Gradients are summed over the processes, in fp32. FSDP2 reduces the gradients of a group
     together, so the same parameters must have one in every process; what a process does not use in
     a pass (the ViT without an image, a stream without tokens) gets a gradient of zero here.
-
-    Args:
-        root: returns (loss, ...) from its forward.
-        layers: inside it; return their two streams.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(root.parameters()).device.type
-    settings: dict[str, Any] = {
-        "mesh": init_device_mesh(device, (num_processes(),)),
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-    }
+    mesh = init_device_mesh(next(root.parameters()).device.type, (num_processes(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     modules = [*layers, root]
     grouped: set[int] = set()
     # Our hooks come before FSDP's own, which free the whole parameters.
@@ -263,7 +222,7 @@ def shard_(root: nn.Module, layers: Iterable[nn.Module]) -> None:
         if own:
             module.register_forward_hook(partial(_use_all, own))
     for module in modules:
-        sharded: Any = fully_shard(module, **settings)
+        sharded: Any = fully_shard(module, mesh=mesh, mp_policy=policy)
         sharded.set_gradient_divide_factor(1.0)
         # Not every backend can scale while it reduces.
         sharded.set_force_sum_reduction_for_comms(True)
@@ -276,22 +235,17 @@ def _use_all(names: list[str], module: nn.Module, _: Any, outputs: Any) -> Any:
     return tuple(x + nothing.to(x.dtype) if isinstance(x, Tensor) else x for x in outputs)
 
 
-def gather(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """Returns the whole tensor of which each process holds the part that its parameter has.
-
-    Args:
-        parameter: a parameter, sharded or not.
-        shard: what belongs to the local part of it.
-    """
+def gather(parameter: Any, shard: Tensor) -> Tensor:
+    """Returns the whole tensor of which each process holds the part that its parameter has."""
     if not _is_sharded(parameter):
         return shard
     from torch.distributed.tensor import DTensor
 
-    sharded: Any = parameter
+    mesh, placements = parameter.device_mesh, parameter.placements
     whole = DTensor.from_local(
-        shard.to(sharded.device_mesh.device_type),
-        sharded.device_mesh,
-        sharded.placements,
+        shard.to(mesh.device_type),
+        mesh,
+        placements,
         shape=parameter.shape,
         stride=parameter.stride(),
     )
@@ -300,7 +254,7 @@ def gather(parameter: nn.Parameter, shard: Tensor) -> Tensor:
 
 
 def local_rows(parameter: nn.Parameter) -> tuple[int, int] | None:
-    """Returns the first row and the end of the rows that lie in this process; None is all."""
+    """Returns the first row and the end of the rows in this process; None is all."""
     if not _is_sharded(parameter):
         return None
     rows = parameter.shape[0]

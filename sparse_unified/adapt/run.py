@@ -16,7 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from sparse_unified.checkpoint.files import (
 )
 from sparse_unified.checkpoint.model_dir import find_model
 
-LOG, TENSORBOARD = "log.jsonl", "tensorboard"
+LOG = "log.jsonl"
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
 # What gloo and NCCL say when another process has ended, or does not answer in time.
@@ -188,7 +188,7 @@ def adapt(
             progress=progress,
         )
     return AdaptReport(
-        **{field.name: getattr(report, field.name) for field in fields(report)},
+        **asdict(report),
         out=os.fspath(out),
         log=str(running / LOG),
         stage=run.stage.value,
@@ -203,13 +203,12 @@ def plan(
     out: str | os.PathLike[str],
     data: str | os.PathLike[str],
     config: TrainingConfig,
-    run: RunConfig | None = None,
+    run: RunConfig,
 ) -> Plan:
     """Reads and checks all that `adapt` is given, every record included.
 
     Arguments and errors are those of `adapt`; nothing is written but latents, where they are kept.
     """
-    run = run or RunConfig()
     _, running, dataset, trainer = _prepare(model, out, data, config, run)
     dataset.check()
     sequences = [
@@ -242,8 +241,19 @@ def _prepare(
 ) -> tuple[Checkpoint, Path, ImageDataset, Trainer]:
     """Reads and checks all that a run needs; nothing is written yet."""
     source = Checkpoint(find_model(model))
-    running = _check_target(source, out, data, resume=run.resume)
+    target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
+    running = target.with_name(f"{target.name}.training")
+    refuse_overlap(target, source.directory, data)
+    refuse_overlap(running, source.directory)
+    refuse_foreign_partial(target)
+    if os.path.lexists(target):
+        raise ValueError(f"target must not exist, got {out}")
+    if not target.parent.is_dir():
+        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
+    if not run.resume and os.path.lexists(running) and this_process() == 0:
+        raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     source.experts  # noqa: B018  (refuses whatever disagrees)
+
     records = open_records(data)
     pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)
     dataset = ImageDataset(
@@ -272,28 +282,6 @@ def _prepare(
     return source, running, dataset, Trainer(pipeline.model, dataset, config, identity=identity)
 
 
-def _check_target(
-    source: Checkpoint,
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    *,
-    resume: bool,
-) -> Path:
-    """Returns the directory of the run to `out`; ValueError where either cannot be written."""
-    target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
-    running = target.with_name(f"{target.name}.training")
-    refuse_overlap(target, source.directory, data)
-    refuse_overlap(running, source.directory)
-    refuse_foreign_partial(target)
-    if os.path.lexists(target):
-        raise ValueError(f"target must not exist, got {out}")
-    if not target.parent.is_dir():
-        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
-    if not resume and os.path.lexists(running) and this_process() == 0:
-        raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
-    return running
-
-
 @contextmanager
 def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
     """Makes the directory of a run, and keeps other runs out of it."""
@@ -302,11 +290,10 @@ def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # others say that the file system has no locks
-            if isinstance(error, BlockingIOError):
-                raise ValueError(
-                    f"{running} must belong to one run, got one that has not ended"
-                ) from None
+        except BlockingIOError:
+            raise ValueError(f"{running} must belong to one run, got one that goes on") from None
+        except OSError:  # the file system has no locks
+            pass
         yield
     finally:
         os.close(lock)
@@ -357,23 +344,17 @@ def _fingerprint(source: Checkpoint) -> str:
 class TrainingLog:
     """Appends what the steps did to `log.jsonl` of a directory, and to `tensorboard/` if asked.
 
-    Args:
-        directory: of the run.
-        steps: done already; what a killed run logged after them is dropped.
-        tensorboard: also write event files.
-
-    Raises:
-        ValueError: the log lacks one of the steps that are done.
-        ImportError: `tensorboard` is asked for and the `train` extra is not installed.
+    What a killed run logged after the `steps` that are done is dropped; ValueError if the log lacks
+    one of them.
     """
 
-    def __init__(self, directory: Path, steps: int, *, tensorboard: bool = False) -> None:
+    def __init__(self, directory: Path, steps: int, *, tensorboard: bool) -> None:
         path = directory / LOG
         self._events: Any = None
         if tensorboard:
             optional("tensorboard", extra="train")
             self._events = optional("torch.utils.tensorboard", extra="train").SummaryWriter(
-                os.fspath(directory / TENSORBOARD), purge_step=steps + 1
+                os.fspath(directory / "tensorboard"), purge_step=steps + 1
             )
         kept = [line for line in read_log(path) if line["step"] <= steps]
         if [line["step"] for line in kept] != list(range(1, steps + 1)):
@@ -409,11 +390,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             values = loads_strict(line)
-        except ValueError:
-            break
-        if not isinstance(values, dict):
-            break
-        if (type(values.get("step")), type(values.get("loss"))) != (int, float):
+            is_step = (type(values["step"]), type(values["loss"])) == (int, float)
+        except (ValueError, TypeError, LookupError):
+            is_step = False
+        if not is_step:
             break
         found.append(values)
     return found

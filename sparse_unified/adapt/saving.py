@@ -14,8 +14,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from sparse_unified.adapt.optimizer import (
 )
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
 from sparse_unified.checkpoint.files import (
+    CHUNK_BYTES,
     atomic_directory,
     create_file,
     read_json,
@@ -56,12 +56,11 @@ from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
 
 WHAT = "adapt"
 TENSORS, FACTS = "training.safetensors", "training.json"
-_FORMAT, _FORMAT_VERSION = "sparse_unified.training", 1
+_FORMAT = {"format": "sparse_unified.training", "format_version": 1}
 # What may change when a run goes on: how a step is computed, and how far it goes, so that a run
 # which diverges can go on with smaller steps.
-_FREE = ("checkpointing", "optimizer_device")
+_FREE = ("config", "step", "checkpointing", "optimizer_device")
 _STEP_SIZE = ("learning_rate", "min_learning_rate", "max_grad_norm")
-_CHUNK_BYTES = 8 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -70,18 +69,12 @@ def save_state(
 ) -> None:
     """Writes the state of a run; every process takes part, the first one writes.
 
-    Args:
-        directory: to make; it must not exist.
-        optimizer: whose state it is.
-        facts: what the JSON says beside format and checksum.
-
     Raises:
         ValueError: the directory exists.
         RuntimeError: writing failed, or a tensor is not finite; nothing is left.
     """
-    state = optimizer.state()
-    owners = {key: optimizer.parameters[_parameter(key)] for key in state}
-    whole = ((key, gather(owners[key], shard)) for key, shard in state.items())
+    owners = {key: optimizer.parameters[key.partition(".")[2]] for key in optimizer.state}
+    whole = ((key, gather(owners[key], shard)) for key, shard in optimizer.state.items())
     if this_process():
         for _ in whole:  # takes part in gathering it
             pass
@@ -95,8 +88,7 @@ def save_state(
                     data = _finite_bytes(tensor, key)
                     checksum = zlib.crc32(data, checksum)
                     write_all(target, data)
-            content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **facts}
-            text = json.dumps(content | {"crc32": checksum}, indent=2)
+            text = json.dumps({**_FORMAT, **facts, "crc32": checksum}, indent=2)
             write_text(unfinished / FACTS, text + "\n")
     wait_for_all()
 
@@ -106,38 +98,39 @@ def load_state(
 ) -> int:
     """Fills the state of a run from what `save_state` wrote; each process reads its own part.
 
-    Args:
-        directory: of the state.
-        optimizer: to be filled.
-        facts: of the run that goes on; all but step and step size must be as in the file.
-
     Returns:
         The step of the state.
 
     Raises:
         ValueError: a file is missing or damaged, or of another run; nothing is filled.
     """
-    path = Path(directory) / TENSORS
-    with _naming_the_state_before(Path(directory)):
-        found = _read_facts(Path(directory) / FACTS)
+    directory = Path(directory)
+    path = directory / TENSORS
+    try:
+        found = _read_facts(directory / FACTS)
         specs = read_header(path).tensors
         checksum = found.get("crc32")  # states of earlier versions have none
         if checksum is not None and this_process() == 0:
             _check_bytes(path, min((spec.start for spec in specs.values()), default=0), checksum)
-    _refuse_other_run(Path(directory) / FACTS, found, facts)
-    targets = optimizer.state()
-    wanted = {key: tuple(optimizer.parameters[_parameter(key)].shape) for key in targets}
-    held = {key: spec.shape for key, spec in specs.items() if spec.dtype == torch.float32}
+    except ValueError as error:
+        states = list_states(directory.parent)
+        if directory not in states[1:]:
+            raise
+        before = states[states.index(directory) - 1]
+        raise ValueError(f"{error}; remove {directory} to go on from {before}") from error
+    _refuse_other_run(directory / FACTS, found, facts)
+    owners = {key: optimizer.parameters[key.partition(".")[2]] for key in optimizer.state}
+    wanted = {key: (torch.float32, tuple(owner.shape)) for key, owner in owners.items()}
+    held = {key: (spec.dtype, spec.shape) for key, spec in specs.items()}
     if held != wanted:
         wrong = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
         raise ValueError(
             f"{path}: tensors must be the state of the {len(optimizer.parameters)} trained "
             f"parameters, got another {list_some(wrong, 1)}"
         )
-    for key, target in targets.items():
-        rows = local_rows(optimizer.parameters[_parameter(key)])
-        spec = specs[key] if rows is None else specs[key].rows(*rows)
-        target.copy_(read_tensor(spec))
+    for key, target in optimizer.state.items():
+        rows = local_rows(owners[key])
+        target.copy_(read_tensor(specs[key] if rows is None else specs[key].rows(*rows)))
     step: int = found["step"]
     optimizer.restored(step)
     return step
@@ -145,32 +138,16 @@ def load_state(
 
 def list_states(running: Path) -> list[Path]:
     """Returns the directories `step-N` of a run, oldest first."""
-    found = {}
-    for path in running.glob("step-*"):
-        if match := re.fullmatch(r"step-(\d+)", path.name):
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
-
-
-@contextmanager
-def _naming_the_state_before(directory: Path) -> Iterator[None]:
-    """Adds to the error about a damaged state which one a run can go on from instead."""
-    try:
-        yield
-    except ValueError as error:
-        states = list_states(directory.parent)
-        before = states[: states.index(directory)] if directory in states else []
-        if not before:
-            raise
-        raise ValueError(f"{error}; remove {directory} to go on from {before[-1]}") from error
+    found = [path for path in running.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
     """Returns what the JSON of a state says; ValueError if it is of another format or step."""
     found = read_json(path)
-    form = found.get("format"), found.get("format_version")
-    if form != (_FORMAT, _FORMAT_VERSION):
-        raise ValueError(f"{path}: format must be {_FORMAT} {_FORMAT_VERSION}, got {form!r:.120}")
+    form = {name: found.get(name) for name in _FORMAT}
+    if form != _FORMAT:
+        raise ValueError(f"{path}: format must be {_FORMAT}, got {form!r:.120}")
     step, name = found.get("step"), path.parent.name
     if type(step) is not int or not 0 <= step < 2**53:
         raise ValueError(f"{path}: step must be an integer of at least 0, got {step!r:.120}")
@@ -180,17 +157,12 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-        config = facts.get("config")
-        values = {**facts, **(config if isinstance(config, Mapping) else {})}
-        return {name: v for name, v in values.items() if name not in ("config", "step", *_FREE)}
-
-    before, now = flat(found), flat(json.loads(json.dumps(wanted)))
-    if now.get("schedule") == "constant":
-        before.pop("steps", None)
-        now.pop("steps", None)
+    config = found.get("config")
+    before = {**found, **(config if isinstance(config, Mapping) else {})}
+    now = json.loads(json.dumps({**wanted, **wanted.get("config", {})}))
+    free = (*_FREE, "steps") if now.get("schedule") == "constant" else _FREE
     for name, value in now.items():
-        if before.get(name, value) == value:  # states of earlier versions lack some
+        if name in free or before.get(name, value) == value:  # earlier versions lack some
             continue
         if name not in _STEP_SIZE:
             raise ValueError(
@@ -204,17 +176,12 @@ def _check_bytes(path: Path, start: int, checksum: object) -> None:
     found = 0
     with path.open("rb") as stream:
         stream.seek(start)
-        while chunk := stream.read(_CHUNK_BYTES):
+        while chunk := stream.read(CHUNK_BYTES):
             found = zlib.crc32(chunk, found)
     if found != checksum:
         raise ValueError(
             f"{path}: tensors must have the checksum {checksum!r:.80} of {FACTS}, got {found}"
         )
-
-
-def _parameter(key: str) -> str:
-    """Returns the name of the parameter that a tensor of the state belongs to."""
-    return key.partition(".")[2]
 
 
 def _finite_bytes(tensor: Tensor, key: str) -> Any:
@@ -254,31 +221,31 @@ def write_adapted(
         RuntimeError: writing failed, or a trained weight is not finite; nothing is left.
     """
     trained = _trained_tensors(model, optimizer)
+    keys = [k for header in source.headers.values() for k in header.tensors if k in trained]
     if this_process():
-        for header in source.headers.values():
-            for key in header.tensors:
-                if key in trained:
-                    trained[key]()  # takes part in gathering it
-        wait_for_all()
-        return
-    recipe = (source.recipe or Recipe()).then(Step(config=config, scores=None, tool=tool_version()))
+        for key in keys:
+            trained[key]()  # takes part in gathering it
+    else:
 
-    def edit(key: str, spec: TensorSpec) -> Edit:
-        def blocks() -> Blocks:
+        def blocks(key: str, spec: TensorSpec) -> Blocks:
             yield _finite_bytes(trained[key]().to(spec.dtype), key)
 
-        return Edit(entries=((key, spec.dtype, spec.shape),), blocks=blocks)
-
-    rewrite(
-        source,
-        out,
-        {key: edit(key, spec) for key, spec in source.specs.items() if key in trained},
-        {RECIPE: recipe.to_json(), **texts},
-        headers=source.headers,
-        # A last look through the reader's eyes.
-        finish=lambda unfinished: Checkpoint(unfinished).experts,
-        progress=progress,
-    )
+        edits = {}
+        for key in keys:
+            spec = source.spec(key)
+            entries = ((key, spec.dtype, spec.shape),)
+            edits[key] = Edit(entries=entries, blocks=partial(blocks, key, spec))
+        step = Step(config=config, scores=None, tool=tool_version())
+        rewrite(
+            source,
+            out,
+            edits,
+            {RECIPE: (source.recipe or Recipe()).then(step).to_json(), **texts},
+            headers=source.headers,
+            # A last look through the reader's eyes.
+            finish=lambda unfinished: Checkpoint(unfinished).experts,
+            progress=progress,
+        )
     wait_for_all()
 
 
@@ -303,9 +270,9 @@ def _trained_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Callab
     for block, module in model.named_modules():
         parts = [f"{block}.{part}" for part in PROJECTIONS]
         if isinstance(module, SparseMoE) and parts[0] in found:
+            like = [torch.empty(parameters[part].shape, device="meta") for part in parts]
             for part in parts:
                 del found[part]
-            like = (torch.empty(parameters[part].shape, device="meta") for part in parts)
             for key in expert_views(module.layout, *like):
                 found[f"{block}.{key}"] = partial(expert, parts, module.layout, key)
     return found

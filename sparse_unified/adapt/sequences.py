@@ -93,14 +93,7 @@ def understanding_sequence(
     question_ids: Sequence[int],
     answer_ids: Sequence[int],
 ) -> list[Segment]:
-    """Returns images, a question about them, and the answer to predict.
-
-    Args:
-        special_tokens: markers of the model.
-        images: normalised pixels [3, H, W] for the ViT.
-        question_ids: without bos and eos; may be empty, as for a caption.
-        answer_ids: without bos and eos, at least one.
-    """
+    """Returns images [3, H, W] for the ViT, a question, which may be empty, and its answer."""
     segments: list[Segment] = [VitSegment(pixels=pixels) for pixels in images]
     if question_ids:
         segments.append(_text(special_tokens, question_ids))

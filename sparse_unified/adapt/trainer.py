@@ -84,11 +84,12 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, ready for json.dump, without those that are None."""
-        values = asdict(self)
-        load = {f"{name}.{layer}": own for (name, layer), own in values.pop("expert_load").items()}
-        for name in ("tokens_per_second", "load_imbalance"):
-            values[name] = getattr(self, name)
-        values["expert_load"] = load or None
+        load = {f"{name}.{layer}": own for (name, layer), own in self.expert_load.items()}
+        values = asdict(self) | {
+            "tokens_per_second": self.tokens_per_second,
+            "load_imbalance": self.load_imbalance,
+            "expert_load": load or None,
+        }
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -121,12 +122,7 @@ class SequenceDataset(Protocol):
     def __len__(self) -> int: ...
 
     def sequence(self, index: int, generator: torch.Generator) -> Sequence[Segment]:
-        """Returns a sequence, as a function of its index and what the generator draws alone.
-
-        Args:
-            index: from 0 to len - 1.
-            generator: on the CPU; of times, noise, dropout.
-        """
+        """Returns a sequence, as a function of its index and what the generator draws alone."""
         ...
 
 
@@ -141,26 +137,21 @@ class TrainingPass(nn.Module):
     def forward(
         self, batch: TrainingBatch, text_tokens: int, image_tokens: int
     ) -> tuple[Tensor, Tensor, dict[tuple[str, int], Tensor]]:
-        """Returns the share of a pass in the loss of its step, its four parts, and expert loads.
+        """Returns the share of a pass in the loss of its step, that with its parts, expert loads.
 
-        Args:
-            batch: of the pass.
-            text_tokens: of the whole step.
-            image_tokens: of the whole step.
+        `text_tokens` and `image_tokens` are those of the whole step.
         """
         config = self._config
         out = training_forward(self.model, batch, checkpointing=config.checkpointing)
-        parts = torch.stack(
-            [
-                out.text_loss_sum / max(1, text_tokens),
-                out.image_loss_sum / max(1, image_tokens),
-                out.balance_loss / config.passes,
-                out.router_z_loss / config.passes,
-            ]
+        parts = (
+            out.text_loss_sum / max(1, text_tokens),
+            out.image_loss_sum / max(1, image_tokens),
+            out.balance_loss / config.passes,
+            out.router_z_loss / config.passes,
         )
         weights = (config.ce_weight, config.mse_weight, config.balance_weight, config.z_weight)
         loss = torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum()
-        return loss, parts.detach(), out.expert_load
+        return loss, torch.stack([loss, *parts]), out.expert_load
 
 
 class Trainer:
@@ -217,12 +208,12 @@ class Trainer:
         if num_processes() > 1:
             shard_(self._pass, layers)
         self.optimizer = Optimizer(model, config)
-        self._experts = {
-            (component, n): ffn.num_experts
+        self._experts = [
+            ((component, n), ffn.num_experts)
             for component, name in FFN_NAMES.items()
             for n, layer in enumerate(layers)
             if isinstance(ffn := getattr(layer, name), SparseMoE)
-        }
+        ]
 
     def step(self) -> StepRecord:
         """Takes the next step.
@@ -237,21 +228,23 @@ class Trainer:
         own = [(batch.text_tokens, batch.image_tokens, batch.num_tokens) for batch in batches]
         counts = sum_over_processes(torch.tensor(own, device=device).sum(0))
         text_tokens, image_tokens, tokens = counts.tolist()
-        losses: list[Tensor] = []
-        loads: list[dict[tuple[str, int], Tensor]] = []
+        losses = []
+        loads = {key: torch.zeros(n, dtype=torch.int64, device=device) for key, n in self._experts}
         with _deterministic(device), self.optimizer.accumulating() as collect_shards:
             for batch in batches:
-                part, parts, load = self._pass(batch, text_tokens, image_tokens)
+                total, parts, load = self._pass(batch, text_tokens, image_tokens)
                 # Without a graph nothing that trains took part: routers in a pass of text alone.
-                if part.requires_grad:
-                    part.backward()
+                if total.requires_grad:
+                    total.backward()
                 collect_shards()
-                losses.append(torch.cat([part[None], parts]).detach())
-                loads.append(load)
+                losses.append(parts.detach())
+                for key, tokens_of_experts in load.items():  # none of a component without tokens
+                    loads[key] += tokens_of_experts
         found = sum_over_processes(torch.stack(losses).double().sum(0)).tolist()
         rate = config.learning_rate_at(self.steps_done)
         norm = self._update(found[0], rate)
         self.steps_done += 1
+        flat = iter(sum_over_processes(torch.cat([*loads.values()])).tolist() if loads else ())
         loss, text_loss, image_loss, balance_loss, router_z_loss = found
         return StepRecord(
             step=self.steps_done,
@@ -263,7 +256,7 @@ class Trainer:
             grad_norm=norm,
             learning_rate=rate,
             tokens=tokens,
-            expert_load=self._read_load(loads, device),
+            expert_load={key: list(islice(flat, len(load))) for key, load in loads.items()},
             seconds=time.perf_counter() - start,
         )
 
@@ -285,11 +278,7 @@ class Trainer:
         )
 
     def run(self, on_step: Callable[[StepRecord], object] | None = None) -> TrainingReport:
-        """Takes all steps that are left.
-
-        Args:
-            on_step: called after each; may save.
-        """
+        """Takes all steps that are left, and calls `on_step` after each, which may save."""
         losses, tokens, seconds = [], 0, 0.0
         while self.steps_done < self.config.steps:
             record = self.step()
@@ -308,23 +297,6 @@ class Trainer:
             first_loss=sum(losses[:tenth]) / tenth if losses else None,
             last_loss=sum(losses[-tenth:]) / tenth if losses else None,
         )
-
-    def _read_load(
-        self, loads: Sequence[dict[tuple[str, int], Tensor]], device: torch.device
-    ) -> dict[tuple[str, int], list[int]]:
-        """Returns the tokens of each expert, summed over passes and processes."""
-        if not self._experts:
-            return {}
-        # A pass has none of a component that has no tokens in it.
-        totals = [
-            sum(
-                (load[key] for load in loads if key in load),
-                torch.zeros(count, dtype=torch.int64, device=device),
-            )
-            for key, count in self._experts.items()
-        ]
-        flat = iter(sum_over_processes(torch.cat(totals)).tolist())
-        return {key: list(islice(flat, count)) for key, count in self._experts.items()}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes what `load` needs to go on exactly from here; see `saving.save_state`."""
