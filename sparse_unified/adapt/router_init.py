@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_unified._common import Report, check_int, choice, context, list_some, naming
@@ -19,37 +19,28 @@ from sparse_unified.surgery.moe import first_router, set_routers_
 Inputs = Mapping[str, Mapping[int, Tensor]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartedRouter:
-    """The router of one block.
-
-    Attributes:
-        error_zero: relative L2 distance of the sparse output to the one with all experts, with a
-            router of zeros, over every fifth calibration token; None unless fitted.
-        error: the same with a router fitted to the other tokens.
-        logit_rms: root mean square of the logits on the calibration tokens; None unless fitted.
-    """
-
-    component: str
-    layer: int
-    error_zero: float | None
-    error: float | None
-    logit_rms: float | None
+_ERRORS = ("error_zero", "error", "logit_rms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterReport(Report):
-    """What `init_router_` did, block by block."""
+    """What `init_router_` did.
+
+    Attributes:
+        method: how.
+        layers: of each block `component`, `layer` and, where a router was fitted, `error_zero`,
+            `error` and `logit_rms` of `sparse_unified.experts.fit_router`; None elsewhere.
+    """
 
     method: str
-    layers: tuple[StartedRouter, ...]
+    layers: tuple[dict[str, Any], ...]
 
     def headings(self) -> Sequence[str]:
-        return [field.name.replace("_", " ") for field in fields(StartedRouter)]
+        return [name.replace("_", " ") for name in self.layers[0]]
 
     def table(self) -> Sequence[Sequence[object]]:
         return [
-            ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in astuple(own)]
+            ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in own.values()]
             for own in self.layers
         ]
 
@@ -96,16 +87,24 @@ def init_router_(
             f"statistics must be given with method 'activation', and with no other, got {got}"
         )
     blocks = find_sparse_blocks(model, components)
-    inputs = _inputs(statistics, {component for component, _, _ in blocks}, tasks)
+    inputs: Inputs = {}
+    if isinstance(statistics, FfnStatistics):
+        inputs = {
+            component: statistics.inputs(component, tasks)  # type: ignore[misc]
+            for component in {component for component, _, _ in blocks}
+        }
+    elif statistics is not None:
+        inputs = statistics
     started, weights = [], []
     for component, layer, block in blocks:
         with naming(f"{component} layer {layer}"):
-            x = inputs.get(component, {}).get(layer)
+            own = inputs.get(component, {})
+            x = own.get(layer)
             if chosen is RouterInit.ACTIVATION:
                 if x is None:
                     raise ValueError(
                         f"statistics must hold inputs of it, got some of {component} layers "
-                        f"{list_some(inputs.get(component, {}))}"
+                        f"{list_some(own)}"
                     )
                 check_inputs(x, block.hidden_size)
             if block.gate.weight.is_meta:
@@ -114,23 +113,8 @@ def init_router_(
             if fit is not None and not math.isfinite(fit.logit_rms):
                 raise ValueError("experts must give finite values, got NaN or infinity")
         weights.append(weight)
-        found = {name: getattr(fit, name, None) for name in ("error_zero", "error", "logit_rms")}
-        started.append(StartedRouter(component=component, layer=layer, **found))
-    with torch.no_grad():
-        for (_, _, block), weight in zip(blocks, weights, strict=True):
-            set_routers_(block, weight)
+        errors = {name: getattr(fit, name, None) for name in _ERRORS}
+        started.append({"component": component, "layer": layer, **errors})
+    for (_, _, block), weight in zip(blocks, weights, strict=True):
+        set_routers_(block, weight)
     return RouterReport(method=chosen.value, layers=tuple(started))
-
-
-def _inputs(
-    statistics: FfnStatistics | Inputs | None,
-    components: Iterable[str],
-    tasks: Sequence[str] | None,
-) -> Inputs:
-    if not isinstance(statistics, FfnStatistics):
-        return statistics or {}
-    kept = {component: statistics.inputs(component, tasks) for component in components}
-    return {
-        component: {layer: x for layer, x in own.items() if isinstance(layer, int)}
-        for component, own in kept.items()
-    }

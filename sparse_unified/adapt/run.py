@@ -30,7 +30,7 @@ from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
 from sparse_unified.adapt.sequences import sequence_generator
-from sparse_unified.adapt.trainer import StepRecord, Trainer, TrainingReport
+from sparse_unified.adapt.trainer import StepRecord, Trainer
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
@@ -50,10 +50,17 @@ _OTHER_PROCESS = re.compile(r"gloo|nccl|peer|timeout|timed out", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptReport(TrainingReport):
+class AdaptReport(Report):
     """What `adapt` did.
 
     Attributes:
+        steps: taken in all, those before a resume included.
+        trained_parameters: number of trained values of the model.
+        parameters: number of all of them.
+        tokens: of the steps of this run, those before a resume excluded.
+        seconds: that these steps took.
+        first_loss: mean of the first tenth of these steps.
+        last_loss: mean of the last tenth.
         out: the directory it wrote.
         log: the log of the run.
         stage: what was trained.
@@ -61,6 +68,13 @@ class AdaptReport(TrainingReport):
         resumed_from: the step it went on from, 0 from scratch.
     """
 
+    steps: int
+    trained_parameters: int
+    parameters: int
+    tokens: int
+    seconds: float
+    first_loss: float | None
+    last_loss: float | None
     out: str
     log: str
     stage: str
@@ -89,7 +103,7 @@ class Plan(Report):
     memory: MemoryEstimate
 
     def table(self) -> Sequence[Sequence[object]]:
-        return [row for row in Report.table(self) if row[0] != "memory"]
+        return Report.table(self)[:-1]
 
     def notes(self) -> Sequence[str]:
         return [self.memory.to_text()]
@@ -117,7 +131,7 @@ def adapt(
     Args:
         model: a model directory, dense, sparse or pruned, or a hub id.
         out: the directory to make; neither it nor, without `resume`, `OUT.training` may exist.
-        data: see `open_records`.
+        data: a folder, a file or a pattern; see docs/adaptation.md.
         config: how to train.
         run: what, and what to keep.
         on_step: called after every step.
@@ -144,12 +158,16 @@ def adapt(
         if is_first:
             log = TrainingLog(running, resumed_from, tensorboard=run.tensorboard)
             stack.callback(log.close)
-
-        def after_step(record: StepRecord) -> None:
+        losses, tokens, seconds = [], 0, 0.0
+        while trainer.steps_done < config.steps:
+            record = trainer.step()
+            losses.append(record.loss)
+            tokens += record.tokens
+            seconds += record.seconds
             if log is not None:
                 log.write(record)
-            every = run.checkpoint_every
-            if every is not None and (record.step % every == 0 or record.step == config.steps):
+            every, is_last = run.checkpoint_every, record.step == config.steps
+            if every is not None and (record.step % every == 0 or is_last):
                 if log is not None:
                     log.sync()
                 trainer.save(running / f"step-{record.step}")
@@ -157,8 +175,6 @@ def adapt(
                     _drop_states(running, run.keep)
             if on_step is not None:
                 on_step(record)
-
-        report = trainer.run(after_step)
         if log is not None:
             log.sync()
         facts = {
@@ -187,8 +203,15 @@ def adapt(
             texts={"adaptation.json": json.dumps(facts, indent=2) + "\n"},
             progress=progress,
         )
+    tenth = max(1, len(losses) // 10)
     return AdaptReport(
-        **asdict(report),
+        steps=trainer.steps_done,
+        trained_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
+        tokens=tokens,
+        seconds=seconds,
+        first_loss=sum(losses[:tenth]) / tenth if losses else None,
+        last_loss=sum(losses[-tenth:]) / tenth if losses else None,
         out=os.fspath(out),
         log=str(running / LOG),
         stage=run.stage.value,

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Report
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.optimizer import (
     Optimizer,
@@ -93,29 +92,6 @@ class StepRecord:
         return {name: value for name, value in values.items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingReport(Report):
-    """What a run did.
-
-    Attributes:
-        steps: taken in all, those before a resume included.
-        trained_parameters: number of trained values of the model.
-        parameters: number of all of them.
-        tokens: of the steps of this process's run, those before a resume excluded.
-        seconds: that these steps took.
-        first_loss: mean of the first tenth of these steps.
-        last_loss: mean of the last tenth.
-    """
-
-    steps: int
-    trained_parameters: int
-    parameters: int
-    tokens: int
-    seconds: float
-    first_loss: float | None
-    last_loss: float | None
-
-
 class SequenceDataset(Protocol):
     """What can be trained on: a fixed number of training sequences."""
 
@@ -163,7 +139,7 @@ class Trainer:
     Example:
         >>> freeze(model, "expert_frozen")
         >>> trainer = Trainer(model, dataset, TrainingConfig(steps=1000, batch_size=8))
-        >>> print(trainer.run(on_step=lambda record: print(record.step, record.loss)))
+        >>> losses = trainer.run(on_step=lambda record: print(record.step, record.loss))
 
     Args:
         model: dense, sparse or pruned, in fp32 or bf16.
@@ -201,8 +177,6 @@ class Trainer:
         self.config = config
         self.steps_done = 0
         self._identity = dict(identity or {})
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._pass = TrainingPass(model, config)
         layers = model.language_model.model.layers
         if num_processes() > 1:
@@ -277,26 +251,15 @@ class Trainer:
             "(--resume) with a lower learning_rate (--lr) or max_grad_norm (--max-grad-norm)"
         )
 
-    def run(self, on_step: Callable[[StepRecord], object] | None = None) -> TrainingReport:
-        """Takes all steps that are left, and calls `on_step` after each, which may save."""
-        losses, tokens, seconds = [], 0, 0.0
+    def run(self, on_step: Callable[[StepRecord], object] | None = None) -> list[float]:
+        """Takes all steps that are left, calls `on_step` after each, and returns the losses."""
+        losses = []
         while self.steps_done < self.config.steps:
             record = self.step()
             losses.append(record.loss)
-            tokens += record.tokens
-            seconds += record.seconds
             if on_step is not None:
                 on_step(record)
-        tenth = max(1, len(losses) // 10)
-        return TrainingReport(
-            steps=self.steps_done,
-            trained_parameters=self.trained_parameters,
-            parameters=self.parameters,
-            tokens=tokens,
-            seconds=seconds,
-            first_loss=sum(losses[:tenth]) / tenth if losses else None,
-            last_loss=sum(losses[-tenth:]) / tenth if losses else None,
-        )
+        return losses
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes what `load` needs to go on exactly from here; see `saving.save_state`."""
