@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sparse_unified.adapt import SequenceConfig, Trainer, TrainingConfig, freeze
-from sparse_unified.adapt.sequences import generation_sequence, understanding_sequence
+from sparse_unified.adapt.data import generation_sequence, understanding_sequence
 from sparse_unified.bagel import Bagel
 from sparse_unified.bagel.packing import Segment
 from sparse_unified.testing import build_model, read_case

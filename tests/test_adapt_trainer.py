@@ -11,7 +11,7 @@ import torch
 from adapt_models import CONFIG, Mixed, bagel, losses, trainer
 
 from sparse_unified.adapt import RunConfig, SequenceConfig, Trainer, TrainingConfig, freeze
-from sparse_unified.adapt.sequences import data_index, sequence_generator
+from sparse_unified.adapt.data import data_index, sequence_generator
 from sparse_unified.bagel import Segment, pack_training, training_forward
 from sparse_unified.bagel.packing import TextSegment
 
@@ -36,6 +36,7 @@ DTYPES = [torch.float32, torch.bfloat16]
         (SequenceConfig, "timestep_shift", 0),
         (RunConfig, "keep", 0),
         (RunConfig, "stage", "experts"),
+        (RunConfig, "tasks", ["drawing"]),
     ],
 )
 def test_configs_refuse_what_is_out_of_range(kind: Any, name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from miniature import digits, scenes
 from sparse_unified.adapt import SequenceConfig
-from sparse_unified.adapt.sequences import generation_sequence, understanding_sequence
+from sparse_unified.adapt.data import generation_sequence, understanding_sequence
 from sparse_unified.adapt.trainer import SequenceDataset
 from sparse_unified.bagel.packing import Segment
 from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_config

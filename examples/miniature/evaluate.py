@@ -13,7 +13,7 @@ from torch import Tensor
 from miniature import digits, scenes
 from miniature.data import latent_of
 from sparse_unified.adapt import SequenceConfig
-from sparse_unified.adapt.sequences import generation_sequence
+from sparse_unified.adapt.data import generation_sequence
 from sparse_unified.bagel.model import Bagel, training_forward
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.sampler import (

@@ -10,6 +10,7 @@ from enum import Enum
 import torch
 
 from sparse_unified._common import check_int, check_number, choice, context
+from sparse_unified.analysis.samples import Task
 from sparse_unified.checkpoint.modes import BOTH
 
 _ABOVE_ZERO = 1e-30
@@ -59,7 +60,7 @@ class TrainingConfig:
     """
 
     steps: int
-    batch_size: int
+    batch_size: int = 8
     micro_batch_size: int | None = None
     learning_rate: float = 1e-4
     min_learning_rate: float = 0.0
@@ -80,9 +81,8 @@ class TrainingConfig:
 
     @context("TrainingConfig")
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            check_int(name, getattr(self, name), 1)
-        check_int("warmup_steps", self.warmup_steps, 0)
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0)):
+            check_int(name, getattr(self, name), least)
         check_int("seed", self.seed, 0, 2**63 - 1)
         rates = ("learning_rate", "min_learning_rate", "weight_decay")
         for name in (*rates, "ce_weight", "mse_weight", "balance_weight", "z_weight"):
@@ -153,7 +153,7 @@ class RunConfig:
         stage: what is trained, a `Stage`.
         component: train the weights of one component alone: "gen", "und" or "both".
         sequences: how times, noise and dropout are drawn.
-        tasks: which uses of the records are trained, see `ImageDataset` (None: all).
+        tasks: which uses of the records are trained (default all that they allow).
         max_side: longest side of images in pixels (None: what the model takes).
         device: of the model.
         dtype: of computation (None: as in the files); the optimizer works in float32.
@@ -168,7 +168,7 @@ class RunConfig:
     stage: Stage = Stage.EXPERT_FROZEN
     component: str = BOTH
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
-    tasks: tuple[str, ...] | None = None
+    tasks: tuple[Task, ...] | None = None
     max_side: int | None = None
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
@@ -182,6 +182,9 @@ class RunConfig:
     @context("RunConfig")
     def __post_init__(self) -> None:
         object.__setattr__(self, "stage", choice("stage", Stage, self.stage))
+        if self.tasks is not None:
+            tasks = tuple(choice("tasks", Task, task) for task in self.tasks)
+            object.__setattr__(self, "tasks", tasks)
         if self.checkpoint_every is not None:
             check_int("checkpoint_every", self.checkpoint_every, 1)
         check_int("keep", self.keep, 1)

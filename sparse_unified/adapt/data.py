@@ -2,7 +2,10 @@
 """Image-text records from a folder, parquet files or tar shards, and the sequences made of them.
 
 A record has an image and at least one of: `text`, its caption; `question` and `answer` about it;
-`source`, an image that the instruction `text` turns into it.
+`source`, an image that the instruction `text` turns into it. An image is generated from what comes
+before it in its sequence; each of these conditions is left out now and then, so that the model also
+learns the unconditional contexts of guidance. All randomness is a function of the seed and of the
+place in the run, so a run that is resumed, or on another number of processes, draws the same.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ import io
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparse_unified._common import choice, naming, optional
+from sparse_unified._common import naming, optional
 from sparse_unified.adapt.config import SequenceConfig
-from sparse_unified.adapt.sequences import generation_sequence, understanding_sequence
 from sparse_unified.analysis.samples import (
     IMAGE_SUFFIXES,
     Task,
@@ -30,6 +33,7 @@ from sparse_unified.analysis.samples import (
     read_lines,
     read_object,
 )
+from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import (
     ContextImage,
     ImageProcessor,
@@ -37,7 +41,7 @@ from sparse_unified.bagel.images import (
     open_image,
     to_rgb,
 )
-from sparse_unified.bagel.packing import Segment
+from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.files import read_text, replace_file
@@ -62,6 +66,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "question": ("question.txt",),
     "answer": ("answer.txt",),
 }
+_ORDER, _SEQUENCE = 0, 1
 _SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 _log = logging.getLogger(__name__)
 
@@ -242,15 +247,8 @@ def _open(value: Any) -> Image:
 class ImageDataset:
     """A training sequence for each thing that a record can be used for.
 
-    Args:
-        records: images and texts.
-        images: the transforms and the autoencoder of the model.
-        tokenizer: of the model.
-        config: how times, noise and dropout are drawn.
-        tasks: which uses are trained (None: all).
-        max_side: longest side of an image in pixels (None: what the model takes).
-        latent_cache: a directory in which latents are kept, so that each is encoded once.
-        max_damaged: how many records that cannot be read are skipped.
+    `images` and `tokenizer` are those of the model, `tasks` the uses that are trained (None: all),
+    `latent_cache` is a directory in which latents are kept, so that each is encoded once.
 
     Raises:
         ValueError: no record can be used, or `max_side` is too small for a token.
@@ -273,7 +271,7 @@ class ImageDataset:
         latent_cache: Path | None = None,
         max_damaged: int = 0,
     ) -> None:
-        wanted = {choice("--tasks: name", Task, task) for task in tasks or Task}
+        wanted = {Task(task) for task in tasks or Task}
         every = ((number, task) for number, own in enumerate(records.tasks) for task in own)
         self.samples = [(number, task) for number, task in every if task in wanted]
         if not self.samples:
@@ -372,3 +370,86 @@ def _limited(transform: ImageTransform, max_side: int | None) -> ImageTransform:
         )
     limit = min(transform.max_side, max_side // transform.stride * transform.stride)
     return dataclasses.replace(transform, max_side=limit, min_side=min(transform.min_side, limit))
+
+
+def sequence_generator(seed: int, step: int, place: int) -> torch.Generator:
+    """Returns what the sequence at a place of the batch of a step draws from."""
+    return _generator(seed, _SEQUENCE, step, place)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """Returns a CPU generator whose seed is a hash of the numbers."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def data_index(length: int, seed: int, position: int) -> int:
+    """Returns which datum stands at a position of a run: a new permutation of all every epoch."""
+    epoch, place = divmod(position, length)
+    return _permutation(length, seed, epoch)[place]
+
+
+@lru_cache(maxsize=4)
+def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(length, generator=_generator(seed, _ORDER, epoch)).tolist()
+    return order
+
+
+def draw_time(generator: torch.Generator, shift: float = 1.0) -> float:
+    """Draws a time in (0, 1): the sigmoid of a standard normal number, shifted."""
+    time = torch.sigmoid(torch.randn((), generator=generator, dtype=torch.float64)).item()
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def generation_sequence(
+    special_tokens: SpecialTokens,
+    prompt_ids: Sequence[int],
+    latent: Tensor,
+    generator: torch.Generator,
+    config: SequenceConfig | None = None,
+    *,
+    sources: Sequence[ContextImage] = (),
+) -> list[Segment]:
+    """Returns a text and an image to generate from it, or from the images before it.
+
+    Args:
+        special_tokens: markers of the model.
+        prompt_ids: of the text, without bos and eos.
+        latent: scaled latent [C, h, w] of the image.
+        generator: of time, noise and dropout, in a fixed order and number.
+        config: how they are drawn.
+        sources: images to edit, each through the VAE, the ViT, or both, in this order.
+    """
+    config = config or SequenceConfig()
+    time = draw_time(generator, config.timestep_shift)
+    noise = torch.randn(latent.shape, generator=generator)
+    text_chance, vit_chance, vae_chance = torch.rand(3, generator=generator).tolist()
+    segments: list[Segment] = []
+    for source in sources:
+        if source.latent is not None and vae_chance >= config.vae_dropout:
+            segments.append(LatentSegment(latent=source.latent))
+        if source.vit_pixels is not None and vit_chance >= config.vit_dropout:
+            segments.append(VitSegment(pixels=source.vit_pixels))
+    if text_chance >= config.text_dropout:
+        segments.append(_text(special_tokens, prompt_ids))
+    return [*segments, LatentSegment(latent=latent, time=time, noise=noise)]
+
+
+def understanding_sequence(
+    special_tokens: SpecialTokens,
+    images: Sequence[Tensor],
+    question_ids: Sequence[int],
+    answer_ids: Sequence[int],
+) -> list[Segment]:
+    """Returns images [3, H, W] for the ViT, a question, which may be empty, and its answer."""
+    segments: list[Segment] = [VitSegment(pixels=pixels) for pixels in images]
+    if question_ids:
+        segments.append(_text(special_tokens, question_ids))
+    return [*segments, _text(special_tokens, answer_ids, predict=True)]
+
+
+def _text(
+    special_tokens: SpecialTokens, ids: Sequence[int], *, predict: bool = False
+) -> TextSegment:
+    """Returns a text between bos and eos; `predict` trains the model to write it and its eos."""
+    return TextSegment(token_ids=[special_tokens.bos, *ids, special_tokens.eos], predict=predict)

@@ -24,12 +24,11 @@ import torch.distributed as dist
 
 from sparse_unified._common import Progress, Report, context, optional
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
-from sparse_unified.adapt.data import ImageDataset, open_records
+from sparse_unified.adapt.data import ImageDataset, open_records, sequence_generator
 from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
-from sparse_unified.adapt.sequences import sequence_generator
 from sparse_unified.adapt.trainer import StepRecord, Trainer
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline

@@ -207,15 +207,6 @@ def write_adapted(
     Tensors keep names, shapes, dtypes and files. The recipe gains a step. Every process takes part;
     the first one writes. The directory appears complete or not at all.
 
-    Args:
-        source: the checkpoint that the model was loaded from.
-        out: the directory to make; it must not exist.
-        model: the trained model, sharded or not.
-        optimizer: that trained it.
-        config: what the recipe says.
-        texts: further files, by name.
-        progress: called with (bytes written, bytes in all).
-
     Raises:
         ValueError: the target exists.
         RuntimeError: writing failed, or a trained weight is not finite; nothing is left.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified.adapt.config import TrainingConfig
+from sparse_unified.adapt.data import data_index, sequence_generator
 from sparse_unified.adapt.optimizer import (
     Optimizer,
     num_processes,
@@ -29,7 +30,6 @@ from sparse_unified.adapt.optimizer import (
     this_process,
 )
 from sparse_unified.adapt.saving import load_state, save_state
-from sparse_unified.adapt.sequences import data_index, sequence_generator
 from sparse_unified.bagel.model import Bagel, training_forward
 from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
 from sparse_unified.checkpoint.keys import FFN_NAMES

@@ -6,18 +6,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from sparse_unified._common import Report, progress_bar
+from sparse_unified._common import Report
 from sparse_unified.adapt import (
     RunConfig,
     SequenceConfig,
-    Stage,
     TrainingConfig,
     adapt,
     estimate_memory,
@@ -25,7 +24,6 @@ from sparse_unified.adapt import (
 from sparse_unified.adapt.optimizer import num_processes
 from sparse_unified.adapt.run import plan
 from sparse_unified.adapt.trainer import StepRecord
-from sparse_unified.analysis.samples import Task
 from sparse_unified.cli.console import CommandParser, Usage, show_progress
 from sparse_unified.cli.generate import check_device
 from sparse_unified.cli.options import (
@@ -34,7 +32,6 @@ from sparse_unified.cli.options import (
     add_options,
     arguments,
     dtype_of,
-    names,
     positive,
 )
 
@@ -54,10 +51,7 @@ def add_adapt(parser: CommandParser) -> None:
         parser,
         RunConfig,
         "stage component device dtype",
-        stage={
-            "choices": [stage.value for stage in Stage],
-            "help": "what is trained: the routers alone; all but the experts; all",
-        },
+        stage="what is trained: the routers alone; all but the experts; all",
         component={"choices": ("both", "gen", "und")},
         device="cpu, cuda, cuda:1, ...",
         dtype={
@@ -69,15 +63,7 @@ def add_adapt(parser: CommandParser) -> None:
 
     data = parser.add_argument_group("data")
     add_options(data, SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
-    add_options(
-        data,
-        RunConfig,
-        "tasks max_side cache_latents max_damaged",
-        tasks={
-            "type": names(*(task.value for task in Task)),
-            "help": "which uses of the records are trained (default all that they allow)",
-        },
-    )
+    add_options(data, RunConfig, "tasks max_side cache_latents max_damaged")
 
     optimizer = parser.add_argument_group("optimizer")
     add_options(
@@ -86,7 +72,6 @@ def add_adapt(parser: CommandParser) -> None:
         "batch_size lr=learning_rate min_lr=min_learning_rate schedule warmup=warmup_steps betas "
         "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight z_weight "
         "seed",
-        batch_size={"default": 8, "required": False},
         max_grad_norm="norm that gradients are scaled down to; 0 does not",
     )
 
@@ -145,28 +130,43 @@ def run_adapt(options: argparse.Namespace) -> Report | None:
             return planned if first else None
         options.quiet = options.quiet or not first
         with (
-            _show_steps(options) as on_step,
+            show_progress(options, "adapt", "step") as bar,
             show_progress(options, "writing") as progress,
         ):
+
+            def on_step(record: StepRecord) -> None:
+                """Shows a step in a bar on a terminal, as a line now and then elsewhere."""
+                step, steps = record.step, options.steps
+                bar(step, steps, _summary(record))
+                is_due = step == steps or step % max(1, steps // 20) == 0
+                if is_due and not options.quiet and not sys.stderr.isatty():
+                    sys.stderr.write(f"step {step}/{steps}  {_summary(record)}\n")
+                    sys.stderr.flush()
+
             report = adapt(*given, on_step=on_step, progress=progress)
         return report if first else None
 
 
+def _summary(record: StepRecord) -> str:
+    losses = {"loss": record.loss, "text": record.text_loss, "image": record.image_loss}
+    parts = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    if record.load_imbalance is not None:
+        parts.append(f"busiest expert {record.load_imbalance:.2f}x")
+    return "  ".join([*parts, f"{record.tokens_per_second:,.0f} tokens/s"])
+
+
 def _configs(options: argparse.Namespace) -> tuple[TrainingConfig, RunConfig]:
     share = max(1, options.batch_size // num_processes())
-    training = {
-        "steps": options.steps or 1,
-        "micro_batch_size": options.micro_batch_size or share,
-        "max_grad_norm": options.max_grad_norm or None,
-    }
-    run = {
-        "sequences": SequenceConfig(**arguments(SequenceConfig, options)),
-        "dtype": dtype_of(options.dtype),
-    }
-    return (
-        TrainingConfig(**arguments(TrainingConfig, options, **training)),
-        RunConfig(**arguments(RunConfig, options, **run)),
+    training = arguments(
+        TrainingConfig,
+        options,
+        steps=options.steps or 1,
+        micro_batch_size=options.micro_batch_size or share,
+        max_grad_norm=options.max_grad_norm or None,
     )
+    sequences = SequenceConfig(**arguments(SequenceConfig, options))
+    run = arguments(RunConfig, options, sequences=sequences, dtype=dtype_of(options.dtype))
+    return TrainingConfig(**training), RunConfig(**run)
 
 
 @contextmanager
@@ -175,7 +175,6 @@ def _processes(options: argparse.Namespace) -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
         return
-
     on_gpu = options.device.startswith("cuda")
     if on_gpu:
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -187,38 +186,3 @@ def _processes(options: argparse.Namespace) -> Iterator[bool]:
         yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def _show_steps(options: argparse.Namespace) -> Iterator[Callable[[StepRecord], object] | None]:
-    """Yields what shows a step on stderr: in a bar on a terminal, as a line now and then elsewhere.
-
-    Loss, load of the busiest expert over the mean, and tokens per second.
-    """
-    steps = options.steps
-    if options.quiet:
-        yield None
-        return
-    if sys.stderr.isatty():
-        with progress_bar("adapt", "step") as bar:
-            yield lambda record: bar(record.step, steps, _summary(record))
-        return
-
-    def line(record: StepRecord) -> None:
-        if record.step % max(1, steps // 20) == 0 or record.step == steps:
-            sys.stderr.write(f"step {record.step}/{steps}  {_summary(record)}\n")
-            sys.stderr.flush()
-
-    yield line
-
-
-def _summary(record: StepRecord) -> str:
-    parts = [f"loss {record.loss:.4f}"]
-    parts += [
-        f"{name} {value:.4f}"
-        for name, value in (("text", record.text_loss), ("image", record.image_loss))
-        if value is not None
-    ]
-    if record.load_imbalance is not None:
-        parts.append(f"busiest expert {record.load_imbalance:.2f}x")
-    return "  ".join([*parts, f"{record.tokens_per_second:,.0f} tokens/s"])
