@@ -104,9 +104,10 @@ def plant(what: str, when: str) -> None:
     def while_gathering() -> None:
         later(saving, "gather", 3, strike)
 
-    if when == "step":
-        owner = (run.TrainingLog, "write") if what == "full" else (training.Trainer, "_update")
-        later(*owner, 2, strike)
+    if when == "step" and what == "full":
+        later(training.StepRecord, "to_dict", 2, strike)
+    elif when == "step":
+        later(training.Trainer, "_update", 2, strike)
     elif when == "state":
         later(training, "save_state", 2, while_gathering)
     else:

@@ -18,13 +18,13 @@ from torch import Tensor
 from sparse_unified.adapt import SequenceConfig
 from sparse_unified.adapt.data import (
     ImageDataset,
-    Records,
     draw_time,
     generation_sequence,
     open_records,
 )
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel import BagelPipeline
+from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.packing import LatentSegment, TextSegment, VitSegment
 from sparse_unified.fixtures import write_checkpoint
@@ -54,18 +54,19 @@ def write_parquet(folder: Path) -> Path:
     import datasets
 
     folder.mkdir()
-    names = ("image", "text", "question", "answer", "source")
-    rows = {name: [record.get(name) for record in records()] for name in names}
-    features = datasets.Features(
-        {
-            name: datasets.Image() if name in ("image", "source") else datasets.Value("string")
-            for name in names
-        }
-    )
-    whole = datasets.Dataset.from_dict(rows, features=features)
+    kinds = dict.fromkeys(("text", "question", "answer"), datasets.Value("string"))
+    kinds |= dict.fromkeys(("image", "source"), datasets.Image())
+    rows = {name: [record.get(name) for record in records()] for name in kinds}
+    whole = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
     for number in range(2):
         whole.shard(2, number, contiguous=True).to_parquet(folder / f"{number}.parquet")
     return folder
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))
 
 
 def write_tar(folder: Path, *, sources: bool = False) -> Path:
@@ -73,13 +74,10 @@ def write_tar(folder: Path, *, sources: bool = False) -> Path:
     with tarfile.open(folder / "0.tar", "w") as archive:
         for number, record in enumerate(records()):
             texts = {k: record.get(k) for k in ("text", "question", "answer")}
-            members = {"png": record["image"], "json": json.dumps(texts).encode()}
+            add(archive, f"{number:03}.png", record["image"])
+            add(archive, f"{number:03}.json", json.dumps(texts).encode())
             if sources:
-                members["source.png"] = picture(10 + number)
-            for extension, data in members.items():
-                entry = tarfile.TarInfo(f"{number:03}.{extension}")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
+                add(archive, f"{number:03}.source.png", picture(10 + number))
     return folder
 
 
@@ -90,13 +88,8 @@ def test_folder_and_parquet_hold_the_same_records(
     found = open_records(write(tmp_path / "data"))
     assert found.tasks == TASKS
     record = found.read(5)
-    assert [record[name] for name in ("text", "question", "answer")] == [
-        "picture 5",
-        "which number?",
-        "5",
-    ]
-    assert record["image"].size == (40, 32)
-    assert "source" not in record
+    assert record.pop("image").size == (40, 32)
+    assert record == {"text": "picture 5", "question": "which number?", "answer": "5"}
     assert found.read(4)["source"].tobytes() == found.read(0)["image"].tobytes()
 
 
@@ -112,22 +105,19 @@ def test_tar_shards_are_read_by_their_pattern(tmp_path: Path) -> None:
     assert edits.read(1)["source"].tobytes() != edits.read(1)["image"].tobytes()
 
 
-@pytest.mark.parametrize(
-    ("line", "rule"),
-    [
-        ("[1]", "must be a JSON object"),
-        ('{"image": "none.png", "text": "x"}', "image must be a file, got .*none.png"),
-        ('{"image": "0.png"}', "record must have text, or question and answer"),
-        ('{"text": "x"}', "record must have an image"),
-        ('{"image": "0.png", "text": 3}', "text must be a text, got 3"),
-        ('{"image": "0.png", "text": " "}', "text must be a text, got ' '"),
-    ],
-)
-def test_a_bad_line_is_named(line: str, rule: str, tmp_path: Path) -> None:
-    (tmp_path / "0.png").write_bytes(picture(0))
-    (tmp_path / "d.jsonl").write_text('{"image": "0.png", "text": "fine"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=rf"d.jsonl: line 2:? {rule}"):
-        open_records(tmp_path)
+def listed(line: str) -> dict[str, bytes]:
+    """Files of a list with this second line."""
+    lines = '{"image": "0.png", "text": "fine"}\n' + line
+    return {"0.png": picture(0), "d.jsonl": lines.encode()}
+
+
+def shard(kind: str) -> dict[str, bytes]:
+    """Files of a shard whose second member is damaged."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        add(archive, "0.txt", b"a text")
+        add(archive, f"0.{kind}", b"[" * 100_000)
+    return {"0.tar": stream.getvalue()}
 
 
 @pytest.mark.parametrize(
@@ -137,9 +127,17 @@ def test_a_bad_line_is_named(line: str, rule: str, tmp_path: Path) -> None:
         ({"x.png": picture(0)}, "--data: .* must hold .parquet or .tar shards"),
         ({"x.parquet": b"none"}, "--data: .*x.parquet .* must be readable parquet shards"),
         ({"x.tar": b"none"}, "--data: .*x.tar .* must be readable webdataset shards"),
+        *((shard(kind), r"--data: .*0.tar .* must|record") for kind in ("pth", "npy", "json")),
+        *((shard(kind), r"--data: .*0.tar .* must|record") for kind in ("mp4", "png")),
         ({"a.jsonl": b"", "b.jsonl": b""}, "must hold one .jsonl file, got 2"),
         ({"x.txt": b"\xff", "x.png": picture(0)}, "x.txt: file must be UTF-8"),
         ({"x.txt": b"a caption", "x.png": b"none"}, "x.png: .* must be a readable image"),
+        (listed("[1]"), "d.jsonl: line 2 must be a JSON object"),
+        (listed('{"image": "none.png", "text": "x"}'), "line 2: image must be a file, got .*none"),
+        (listed('{"image": "0.png"}'), "line 2: record must have text, or question and answer"),
+        (listed('{"text": "x"}'), "line 2: record must have an image"),
+        (listed('{"image": "0.png", "text": 3}'), "line 2: text must be a text, got 3"),
+        (listed('{"image": "0.png", "text": " "}'), "line 2: text must be a text, got ' '"),
     ],
 )
 def test_data_that_is_none_is_refused(files: dict[str, bytes], rule: str, tmp_path: Path) -> None:
@@ -158,17 +156,6 @@ def test_images_of_shards_are_bytes_and_no_paths(image: Any, tmp_path: Path) -> 
     rows = datasets.Dataset.from_dict({"image": [image], "text": ["x"]})
     rows.to_parquet(tmp_path / "0.parquet")
     with pytest.raises(ValueError, match=r"record 0: image must be held as its bytes, got"):
-        open_records(tmp_path).read(0)
-
-
-@pytest.mark.parametrize("kind", ["pth", "npy", "json", "mp4", "png"])
-def test_members_of_shards_that_are_damaged_are_refused(kind: str, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        for name, data in (("0.txt", b"a text"), (f"0.{kind}", b"[" * 100_000)):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    with pytest.raises(ValueError, match=r"--data: .*0.tar .* must|record"):
         open_records(tmp_path).read(0)
 
 
@@ -198,38 +185,30 @@ def test_damaged_records_are_skipped_up_to_a_limit(
 def test_sequences_hold_what_the_pipeline_would_show(
     pipeline: BagelPipeline, tmp_path: Path
 ) -> None:
-    data: Records = open_records(write_folder(tmp_path / "data"))
     never = SequenceConfig(text_dropout=0, vit_dropout=0, vae_dropout=0)
-    dataset = ImageDataset(data, pipeline.image_processor, pipeline.tokenizer, never)
+    dataset = dataset_of(pipeline, write_folder(tmp_path / "data"), config=never)
     assert [task for _, task in dataset.samples] == [task for tasks in TASKS for task in tasks]
     draws = torch.Generator().manual_seed(0)
-    generation = dataset.sequence(0, draws)
-    answer = dataset.sequence(2, draws)
-    edit = dataset.sequence([t for _, t in dataset.samples].index(EDITING), draws)
+    number = [task for _, task in dataset.samples].index(EDITING)
+    generation, answer, edit = (list[Any](dataset.sequence(n, draws)) for n in (0, 2, number))
     special = pipeline.tokenizer.special_tokens
+    read = open_records(tmp_path / "data").read
 
     text, noised = generation
-    assert isinstance(text, TextSegment)
-    assert isinstance(noised, LatentSegment)
     ids = pipeline.tokenizer.encode("picture 0")
     assert list(text.token_ids) == [special.bos, *ids, special.eos]
     assert not text.predict
-    seen = pipeline.image_processor.encode(data.read(0)["image"], vae=True)
-    assert seen.latent is not None
+    seen = pipeline.image_processor.encode(read(0)["image"], vae=True)
     torch.testing.assert_close(noised.latent, seen.latent)
-    assert noised.time is not None
-    assert noised.noise is not None
     assert 0 < noised.time < 1
     assert noised.noise.shape == noised.latent.shape
 
     assert [type(part) for part in answer] == [VitSegment, TextSegment, TextSegment]
-    assert [part.predict for part in answer if isinstance(part, TextSegment)] == [False, True]
-    assert isinstance(answer[0], VitSegment)
-    look = pipeline.image_processor.encode(data.read(1)["image"], vae=False)
+    assert [part.predict for part in answer[1:]] == [False, True]
+    look = pipeline.image_processor.encode(read(1)["image"], vae=False)
     torch.testing.assert_close(answer[0].pixels, look.vit_pixels)
 
     assert [type(part) for part in edit] == [LatentSegment, VitSegment, TextSegment, LatentSegment]
-    assert isinstance(edit[0], LatentSegment)
     assert edit[0].time is None
 
 
@@ -237,76 +216,52 @@ def test_latents_are_encoded_once_where_they_are_kept(
     pipeline: BagelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_folder(tmp_path / "data")
-    plain = dataset_of(pipeline, data)
-    kept = dataset_of(pipeline, data, latent_cache=tmp_path / "latents")
 
-    def latent(dataset: ImageDataset) -> Tensor:
-        last = dataset.sequence(0, torch.Generator().manual_seed(0))[-1]
-        assert isinstance(last, LatentSegment)
-        return last.latent
+    def latent(**options: Any) -> Tensor:
+        dataset = dataset_of(pipeline, data, **options)
+        last: Any = dataset.sequence(0, torch.Generator().manual_seed(0))[-1]
+        return last.latent  # type: ignore[no-any-return]
 
-    assert torch.equal(latent(plain), latent(kept))
+    plain = latent()
+    small = latent(tasks=[GENERATION], max_side=2 * pipeline.model.config.latent_downsample)
+    assert max(small.shape[1:]) == 2 * pipeline.model.config.latent_patch_size
+    assert torch.equal(latent(latent_cache=tmp_path / "latents"), plain)
     monkeypatch.setattr(pipeline.vae, "encode", None)
-    assert torch.equal(latent(kept), latent(kept))
+    assert torch.equal(latent(latent_cache=tmp_path / "latents"), plain)
 
 
-def test_max_side_and_tasks_choose(pipeline: BagelPipeline, tmp_path: Path) -> None:
-    data = write_folder(tmp_path / "data")
-    side = 2 * pipeline.model.config.latent_downsample
-    small = dataset_of(pipeline, data, tasks=["generation"], max_side=side)
-    assert {task for _, task in small.samples} == {GENERATION}
-    last = small.sequence(0, torch.Generator())[-1]
-    assert isinstance(last, LatentSegment)
-    assert max(last.latent.shape[1:]) == 2 * pipeline.model.config.latent_patch_size
-
-
-@pytest.mark.parametrize(
-    ("options", "rule"),
-    [
-        ({"max_side": 1}, "--max-side: side must be at least"),
-        ({"tasks": [EDITING]}, "a record must be of use for editing, got none of 1"),
-    ],
-)
-def test_a_choice_that_leaves_nothing_is_refused(
-    options: dict[str, Any], rule: str, pipeline: BagelPipeline, tmp_path: Path
-) -> None:
+def test_a_choice_that_leaves_nothing_is_refused(pipeline: BagelPipeline, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "0.txt").write_text("x")
-    with pytest.raises(ValueError, match=rule):
-        dataset_of(pipeline, tmp_path, **options)
+    with pytest.raises(ValueError, match="--max-side: side must be at least"):
+        dataset_of(pipeline, tmp_path, max_side=1)
+    with pytest.raises(ValueError, match="a record must be of use for editing, got none of 1"):
+        dataset_of(pipeline, tmp_path, tasks=[EDITING])
 
 
-def test_conditions_are_left_out_as_often_as_asked(pipeline: BagelPipeline) -> None:
-    special = pipeline.tokenizer.special_tokens
+def test_conditions_are_left_out_as_often_as_asked_and_change_no_other_draw() -> None:
+    special = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4)
     source = ContextImage(latent=torch.zeros(1, 2, 2), vit_pixels=torch.zeros(3, 2, 2))
-    config = SequenceConfig(text_dropout=0.25, vit_dropout=0.5, vae_dropout=0.75)
+
+    def drawn(draws: torch.Generator, **dropout: float) -> Any:
+        config = SequenceConfig(**dropout)
+        image = torch.zeros(1, 2, 2)
+        return generation_sequence(special, [7], image, draws, config, sources=[source])
+
     draws = torch.Generator().manual_seed(0)
     counts = {TextSegment: 0, VitSegment: 0, LatentSegment: 0}
     for _ in range(2000):
-        sequence = generation_sequence(
-            special, [7], torch.zeros(1, 2, 2), draws, config, sources=[source]
-        )
-        for part in sequence[:-1]:
+        for part in drawn(draws, text_dropout=0.25, vit_dropout=0.5, vae_dropout=0.75)[:-1]:
             counts[type(part)] += 1
-    shares = {kind: count / 2000 for kind, count in counts.items()}
     # Four standard deviations of a share of 2000 draws are at most 0.045.
-    assert shares[TextSegment] == pytest.approx(0.75, abs=0.045)
-    assert shares[VitSegment] == pytest.approx(0.5, abs=0.045)
-    assert shares[LatentSegment] == pytest.approx(0.25, abs=0.045)
+    shares = [counts[kind] / 2000 for kind in (TextSegment, VitSegment, LatentSegment)]
+    assert shares == pytest.approx([0.75, 0.5, 0.25], abs=0.045)
 
-
-def test_what_is_left_out_changes_no_other_draw(pipeline: BagelPipeline) -> None:
-    special = pipeline.tokenizer.special_tokens
-
-    def last(dropout: float) -> Any:
-        draws = torch.Generator().manual_seed(5)
-        config = SequenceConfig(text_dropout=dropout)
-        return generation_sequence(special, [7], torch.zeros(1, 2, 2), draws, config)[-1], draws
-
-    (first, rest), (second, other) = last(0.0), last(1.0)
+    always, never = (torch.Generator().manual_seed(5) for _ in range(2))
+    first, second = drawn(always, text_dropout=0)[-1], drawn(never, text_dropout=1)[-1]
     assert first.time == second.time
     assert torch.equal(first.noise, second.noise)
-    assert torch.equal(rest.get_state(), other.get_state())
+    assert torch.equal(always.get_state(), never.get_state())
 
 
 def test_times_are_sigmoids_of_normal_numbers_shifted() -> None:

@@ -66,8 +66,7 @@ def test_command_writes_a_checkpoint_that_everything_reads(
     arguments = ["adapt", str(root / "model"), str(out), "--data", str(root / "data"), *OPTIONS]
     assert main([*arguments, "--ema", "0.5", "--checkpoint-every", "3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["steps"] == 4
-    assert report["out"] == str(out)
+    assert (report["steps"], report["out"]) == (4, str(out))
     assert sorted(p.name for p in Path(report["log"]).parent.glob("step-*")) == ["step-3", "step-4"]
 
     found = info(out)
@@ -83,7 +82,6 @@ def test_command_writes_a_checkpoint_that_everything_reads(
 
     # The averages are what is written, under the official keys; experts stay as they were.
     before, after = Checkpoint(root / "model"), Checkpoint(out)
-    assert before.keys() == after.keys()
     assert {k: s.shape for k, s in before.specs.items()} == {
         k: s.shape for k, s in after.specs.items()
     }
@@ -102,17 +100,12 @@ def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
     run = RunConfig(stage=Stage.FULL, checkpoint_every=4)
     adapt(tmp_path / "sparse", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
-    after = Checkpoint(tmp_path / "out")
     tensors = load_file(tmp_path / "out.training" / "step-4" / "training.safetensors")
     block = "language_model.model.layers.1.mlp_moe_gen"
-    width = tensors[f"master.{block}.gate_proj"].shape[0] // 4
-    for expert in range(4):
-        rows = slice(expert * width, (expert + 1) * width)
-        for name in ("gate_proj", "up_proj"):
-            key = f"{block}.experts.{expert}.{name}.weight"
-            assert torch.equal(after.read(key), tensors[f"master.{block}.{name}"][rows])
-        key = f"{block}.experts.{expert}.down_proj.weight"
-        assert torch.equal(after.read(key), tensors[f"master.{block}.down_proj"][:, rows])
+    trained = Checkpoint(tmp_path / "out")
+    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        parts = [trained.read(f"{block}.experts.{e}.{name}.weight") for e in range(4)]
+        assert torch.equal(torch.cat(parts, dim), tensors[f"master.{block}.{name}"])
     invert(tmp_path / "out", tmp_path / "back")
     assert Checkpoint(tmp_path / "back").keys() == Checkpoint(dense).keys()
     neurons = Checkpoint(tmp_path / "back").read(f"{block}.gate_proj.weight")
@@ -154,19 +147,6 @@ def test_what_a_kill_leaves_is_no_state(root: Path, expected: list[float], tmp_p
     ]
 
 
-@pytest.mark.parametrize("what", ["model", "data"])
-def test_model_and_data_where_the_target_is_written_are_refused_and_stay(
-    root: Path, what: str, tmp_path: Path
-) -> None:
-    given = {name: root / name for name in ("model", "data")}
-    given[what] = shutil.copytree(given[what], tmp_path / ".out.partial" / "out")
-    (tmp_path / ".out.partial" / MARKER).touch()
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=r"\.out\.partial"):
-        adapt(given["model"], tmp_path / "out", given["data"], TrainingConfig(**CONFIG))
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.fixture(scope="module")
 def stopped(root: Path) -> Path:
     """The directory of a run that was cut short after its second step."""
@@ -181,19 +161,24 @@ def stopped(root: Path) -> Path:
     return root / "cut.training"
 
 
-def damage(running: Path, what: str) -> None:
-    """Damages a run with states of two steps."""
+def change(running: Path, data: Path, what: str) -> None:
+    """Damages a run with states of two steps, or changes its data."""
     if what == "tensors":
         path = running / "step-2" / "training.safetensors"
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
     elif what == "name":
         (running / "step-2").rename(running / "step-3")
     elif what == "state":
         (running / "step-3").mkdir()
-    else:
+    elif what == "log":
         (running / "log.jsonl").unlink()
+    elif what == "image":
+        (data / "2-image.png").write_bytes(picture(7, 24, 24))
+    else:
+        lines = (data / "records.jsonl").read_text()
+        (data / "records.jsonl").write_text(lines.replace("picture 1", "picture 9"))
 
 
 @pytest.mark.parametrize(
@@ -203,43 +188,20 @@ def damage(running: Path, what: str) -> None:
         ("name", r"step-3/training.json: step must be that of step-3, got 2"),
         ("state", r"step-3/training.json: file must be readable.* go on from .*step-2$"),
         ("log", r"log.jsonl: log must hold the steps 1 to 2 of the state, got 0"),
+        ("image", r"records must be that of the run that goes on"),
+        ("text", r"records must be that of the run that goes on"),
     ],
 )
-def test_a_damaged_run_is_not_resumed(
+def test_a_damaged_run_and_changed_data_are_not_gone_on_with(
     what: str, rule: str, stopped: Path, root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(stopped, tmp_path / "out.training")
-    damage(tmp_path / "out.training", what)
-    with pytest.raises(ValueError, match=rule):
-        tune(root, tmp_path / "out", RunConfig(resume=True))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("what", ["image", "text"])
-def test_data_that_changed_are_not_gone_on_with(
-    what: str, stopped: Path, root: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(stopped, tmp_path / "out.training")
     data = shutil.copytree(root / "data", tmp_path / "data")
-    if what == "image":
-        (data / "2-image.png").write_bytes(picture(7, 24, 24))
-    else:
-        lines = (data / "records.jsonl").read_text()
-        (data / "records.jsonl").write_text(lines.replace("picture 1", "picture 9"))
+    change(tmp_path / "out.training", data, what)
     run = RunConfig(resume=True)
-    with pytest.raises(ValueError, match=r"records must be that of the run that goes on"):
+    with pytest.raises(ValueError, match=rule):
         adapt(root / "model", tmp_path / "out", data, TrainingConfig(**CONFIG), run)
-
-
-def test_two_runs_to_one_target_do_not_mix(stopped: Path, root: Path, tmp_path: Path) -> None:
-    shutil.copytree(stopped, tmp_path / "out.training")
-    lock = os.open(tmp_path / "out.training", os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"out.training must belong to one run"):
-            tune(root, tmp_path / "out", RunConfig(resume=True))
-    finally:
-        os.close(lock)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tensorboard_holds_the_losses(root: Path, expected: list[float], tmp_path: Path) -> None:
@@ -277,18 +239,8 @@ def test_dry_run_checks_everything_and_writes_nothing(
     [
         (["--data", "{root}/none"], 1, "--data: .*none must hold .parquet"),
         ([], 2, "--data must be given, got none"),
-        (
-            ["--data", "{root}/data", "--micro-batch-size", "3"],
-            1,
-            "must be a divisor of batch_size",
-        ),
-        (
-            ["--data", "{root}/data", "--lr", "-1"],
-            1,
-            "learning_rate must be a finite",
-        ),
+        (["--data", "{root}/data", "--micro-batch-size", "3"], 1, "a divisor of batch_size"),
         (["--data", "{root}/data", "--device", "nowhere"], 1, "--device: name must be a device"),
-        (["--data", "{root}/data", "--text-dropout", "2"], 1, "text_dropout must be .*from 0 to 1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -333,15 +285,27 @@ def test_a_run_that_diverges_leaves_its_last_state_and_goes_on_with_smaller_step
     assert not (tmp_path / "second").exists()
 
 
-def test_targets_that_exist_are_refused(root: Path, tmp_path: Path) -> None:
-    config = TrainingConfig(**CONFIG)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=r"adapt: target must not exist, got"):
-        adapt(root / "model", tmp_path / "out", root / "data", config)
-    (tmp_path / "new.training").mkdir()
-    with pytest.raises(ValueError, match=r"new.training must not exist, got an earlier run"):
-        adapt(root / "model", tmp_path / "new", root / "data", config)
-    with pytest.raises(ValueError, match=r"target must lie outside"):
-        adapt(root / "model", root / "model" / "inside", root / "data", config)
-    with pytest.raises(ValueError, match=r"parent of .* must be a directory"):
-        adapt(root / "model", tmp_path / "none" / "out", root / "data", config)
+def test_targets_that_exist_or_belong_to_a_run_or_hold_the_input_are_refused(
+    root: Path, tmp_path: Path
+) -> None:
+    for name in ("out", "new.training", ".other.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".other.partial" / MARKER).touch()
+    data = shutil.copytree(root / "data", tmp_path / ".other.partial" / "other")
+    lock = os.open(tmp_path / "new.training", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for out, given, resume, rule in (
+            (tmp_path / "out", root / "data", False, r"adapt: target must not exist, got"),
+            (tmp_path / "new", root / "data", False, r"new.training must not exist, got"),
+            (tmp_path / "new", root / "data", True, r"new.training must belong to one run"),
+            (tmp_path / "other", data, False, r"\.other\.partial"),
+            (root / "model" / "inside", root / "data", False, r"target must lie outside"),
+            (tmp_path / "none" / "out", root / "data", False, r"parent of .* must be a directory"),
+        ):
+            run = RunConfig(resume=resume)
+            with pytest.raises(ValueError, match=rule):
+                adapt(root / "model", out, given, TrainingConfig(**CONFIG), run)
+    finally:
+        os.close(lock)
+    assert len(list(data.iterdir())) == 8

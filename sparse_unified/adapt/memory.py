@@ -53,13 +53,13 @@ class MemoryEstimate(Report):
         activations: kept for backward by one pass, a forward pass of the largest image with a
             caption for each of its sequences.
         gathered: whole weights of the layers at work, where they are sharded.
+        device: all that is in the memory of the device.
+        host: what is in host memory.
         optimizer_on_host: whether gradients, master weights, moments and average are in host
             memory.
         tokens: of the pass, of images and of text.
         processes: over which weights and optimizer are sharded.
     """
-
-    derived = ("device", "host")
 
     parameters: int
     trained: int
@@ -72,25 +72,11 @@ class MemoryEstimate(Report):
     average: int
     activations: int
     gathered: int
+    device: int
+    host: int
     optimizer_on_host: bool
     tokens: tuple[int, int]
     processes: int
-
-    @property
-    def optimizer(self) -> int:
-        """Gradients, master weights, moments and average."""
-        return self.gradients + self.masters + self.moments + self.average
-
-    @property
-    def device(self) -> int:
-        """All that is in the memory of the device."""
-        always = self.weights + self.autoencoder + self.pass_gradients
-        return always + self.activations + self.gathered + self.optimizer - self.host
-
-    @property
-    def host(self) -> int:
-        """What is in host memory."""
-        return self.optimizer if self.optimizer_on_host else 0
 
     def title(self) -> str:
         images, texts = self.tokens
@@ -177,19 +163,29 @@ def estimate(
     count = sum(p.numel() for p in trained)
     fp32 = _FP32 * count // processes
     images = 0 if batch.latents is None else len(batch.latents)
+    optimizer = {
+        "gradients": fp32,
+        "masters": _FP32 * sum(p.numel() for p in copied) // processes,
+        "moments": 2 * fp32,
+        "average": fp32 if config.ema_decay is not None else 0,
+    }
+    always = {
+        "weights": weights // processes,
+        "autoencoder": autoencoder,
+        "pass_gradients": pass_gradients,
+        "activations": _activations(model, batch, checkpointing=config.checkpointing),
+        "gathered": gathered,
+    }
+    on_host = config.optimizer_device == "cpu"
+    host = sum(optimizer.values()) if on_host else 0
     return MemoryEstimate(
+        **always,
+        **optimizer,
         parameters=sum(p.numel() for p in every),
         trained=count,
-        weights=weights // processes,
-        autoencoder=autoencoder,
-        pass_gradients=pass_gradients,
-        gradients=fp32,
-        masters=_FP32 * sum(p.numel() for p in copied) // processes,
-        moments=2 * fp32,
-        average=fp32 if config.ema_decay is not None else 0,
-        activations=_activations(model, batch, checkpointing=config.checkpointing),
-        gathered=gathered,
-        optimizer_on_host=config.optimizer_device == "cpu",
+        device=sum(always.values()) + sum(optimizer.values()) - host,
+        host=host,
+        optimizer_on_host=on_host,
         tokens=(images, batch.num_tokens - images),
         processes=processes,
     )

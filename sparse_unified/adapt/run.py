@@ -15,10 +15,10 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -153,10 +153,11 @@ def adapt(
         if run.resume and (states := list_states(running)):
             trainer.load(states[-1])
         resumed_from = trainer.steps_done
-        log = None
+        log = events = None
         if is_first:
-            log = TrainingLog(running, resumed_from, tensorboard=run.tensorboard)
-            stack.callback(log.close)
+            log = stack.enter_context(_open_log(running / LOG, resumed_from))
+        if is_first and run.tensorboard:
+            events = stack.enter_context(closing(_open_events(running, resumed_from)))
         losses, tokens, seconds = [], 0, 0.0
         while trainer.steps_done < config.steps:
             record = trainer.step()
@@ -164,18 +165,25 @@ def adapt(
             tokens += record.tokens
             seconds += record.seconds
             if log is not None:
-                log.write(record)
+                values = record.to_dict()
+                log.write(json.dumps(values) + "\n")
+                for name in values.keys() - {"step", "expert_load"} if events else ():
+                    events.add_scalar(name, values[name], record.step)
             every, is_last = run.checkpoint_every, record.step == config.steps
             if every is not None and (record.step % every == 0 or is_last):
                 if log is not None:
-                    log.sync()
+                    os.fsync(log.fileno())
                 trainer.save(running / f"step-{record.step}")
-                if log is not None:
-                    _drop_states(running, run.keep)
+                for path in list_states(running)[: -run.keep] if is_first else ():
+                    # It loses its name first, so that no half is left.
+                    doomed = path.with_name(f".{path.name}.removed")
+                    shutil.rmtree(doomed, ignore_errors=True)
+                    path.rename(doomed)
+                    shutil.rmtree(doomed)
             if on_step is not None:
                 on_step(record)
         if log is not None:
-            log.sync()
+            os.fsync(log.fileno())
         facts = {
             "training": asdict(config),
             "stage": run.stage.value,
@@ -340,15 +348,6 @@ def _in_words() -> Iterator[None]:
         ) from error
 
 
-def _drop_states(running: Path, keep: int) -> None:
-    """Removes all but the latest states; each loses its name first, so that no half is left."""
-    for path in list_states(running)[:-keep]:
-        doomed = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
 def _fingerprint(source: Checkpoint) -> str:
     """Returns a hash of the headers of the weight files, and of bytes all over them."""
     digest = hashlib.sha256()
@@ -363,46 +362,21 @@ def _fingerprint(source: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-class TrainingLog:
-    """Appends what the steps did to `log.jsonl` of a directory, and to `tensorboard/` if asked.
+def _open_log(path: Path, steps: int) -> TextIO:
+    """Opens a log to go on with; what a killed run logged after the steps that are done goes."""
+    kept = [line for line in read_log(path) if line["step"] <= steps]
+    if [line["step"] for line in kept] != list(range(1, steps + 1)):
+        raise ValueError(
+            f"{path}: log must hold the steps 1 to {steps} of the state, got {len(kept)}"
+        )
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return path.open("a", encoding="utf-8", buffering=1)  # line by line
 
-    What a killed run logged after the `steps` that are done is dropped; ValueError if the log lacks
-    one of them.
-    """
 
-    def __init__(self, directory: Path, steps: int, *, tensorboard: bool) -> None:
-        path = directory / LOG
-        self._events: Any = None
-        if tensorboard:
-            optional("tensorboard", extra="train")
-            self._events = optional("torch.utils.tensorboard", extra="train").SummaryWriter(
-                os.fspath(directory / "tensorboard"), purge_step=steps + 1
-            )
-        kept = [line for line in read_log(path) if line["step"] <= steps]
-        if [line["step"] for line in kept] != list(range(1, steps + 1)):
-            raise ValueError(
-                f"{path}: log must hold the steps 1 to {steps} of the state, got {len(kept)}"
-            )
-        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._stream = path.open("a", encoding="utf-8", buffering=1)  # line by line
-
-    def write(self, record: StepRecord) -> None:
-        """Logs one step."""
-        values = record.to_dict()
-        self._stream.write(json.dumps(values) + "\n")
-        if self._events is not None:
-            for name in values.keys() - {"step", "expert_load"}:
-                self._events.add_scalar(name, values[name], record.step)
-
-    def sync(self) -> None:
-        """Makes what was logged survive a crash of the machine."""
-        os.fsync(self._stream.fileno())
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._stream.close()
-        if self._events is not None:
-            self._events.close()
+def _open_events(running: Path, steps: int) -> Any:
+    optional("tensorboard", extra="train")
+    tensorboard = optional("torch.utils.tensorboard", extra="train")
+    return tensorboard.SummaryWriter(os.fspath(running / "tensorboard"), purge_step=steps + 1)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
