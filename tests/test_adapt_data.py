@@ -15,7 +15,7 @@ import torch
 from adapt_models import GOLDEN, picture, records, write_folder
 from torch import Tensor
 
-from sparse_unified.adapt import SequenceConfig
+from sparse_unified.adapt import RunConfig, SequenceConfig
 from sparse_unified.adapt.data import (
     ImageDataset,
     draw_time,
@@ -45,9 +45,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def dataset_of(pipeline: BagelPipeline, data: Path, **options: Any) -> ImageDataset:
-    records = open_records(data)
-    return ImageDataset(records, pipeline.image_processor, pipeline.tokenizer, **options)
+def dataset_of(
+    pipeline: BagelPipeline, data: Path, cache: Path | None = None, **options: Any
+) -> ImageDataset:
+    return ImageDataset(open_records(data), pipeline, RunConfig(**options), cache)
 
 
 def write_parquet(folder: Path) -> Path:
@@ -186,7 +187,7 @@ def test_sequences_hold_what_the_pipeline_would_show(
     pipeline: BagelPipeline, tmp_path: Path
 ) -> None:
     never = SequenceConfig(text_dropout=0, vit_dropout=0, vae_dropout=0)
-    dataset = dataset_of(pipeline, write_folder(tmp_path / "data"), config=never)
+    dataset = dataset_of(pipeline, write_folder(tmp_path / "data"), sequences=never)
     assert [task for _, task in dataset.samples] == [task for tasks in TASKS for task in tasks]
     draws = torch.Generator().manual_seed(0)
     number = [task for _, task in dataset.samples].index(EDITING)
@@ -225,9 +226,9 @@ def test_latents_are_encoded_once_where_they_are_kept(
     plain = latent()
     small = latent(tasks=[GENERATION], max_side=2 * pipeline.model.config.latent_downsample)
     assert max(small.shape[1:]) == 2 * pipeline.model.config.latent_patch_size
-    assert torch.equal(latent(latent_cache=tmp_path / "latents"), plain)
+    assert torch.equal(latent(cache=tmp_path / "latents"), plain)
     monkeypatch.setattr(pipeline.vae, "encode", None)
-    assert torch.equal(latent(latent_cache=tmp_path / "latents"), plain)
+    assert torch.equal(latent(cache=tmp_path / "latents"), plain)
 
 
 def test_a_choice_that_leaves_nothing_is_refused(pipeline: BagelPipeline, tmp_path: Path) -> None:

@@ -136,13 +136,7 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
     way = int(torch.randint(8, (), generator=generator))
     if way >= 4:
         return pixels
-    moved = torch.full_like(pixels, -1.0)
-    if way == 0:
-        moved[:, 1:] = pixels[:, :-1]
-    elif way == 1:
-        moved[:, :-1] = pixels[:, 1:]
-    elif way == 2:
-        moved[:, :, 1:] = pixels[:, :, :-1]
-    else:
-        moved[:, :, :-1] = pixels[:, :, 1:]
+    dim, shift = 1 + way // 2, 1 - 2 * (way % 2)
+    moved = pixels.roll(shift, dim)
+    moved.select(dim, 0 if shift > 0 else -1).fill_(-1.0)
     return moved

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -68,22 +69,11 @@ def rows_of(task: str) -> list[tuple[str, str, str]]:
     rows = [("dense", "dense", "dense"), ("dense", "extra", "dense, the same extra steps")]
     for component in ("und", "gen"):
         for source in ("understanding", "generation") if component == "und" else ("generation",):
-            for keep in WIDTHS[component]:
-                rows.append(
-                    (
-                        "probe",
-                        f"{component}-width-{keep:g}-{source}",
-                        f"{component}, {keep:g} of the neurons, scored on {source}",
-                    )
-                )
-            for count in DEPTHS:
-                rows.append(
-                    (
-                        "probe",
-                        f"{component}-depth-{count}-{source}",
-                        f"{component}, {count} of 6 layers skipped, scored on {source}",
-                    )
-                )
+            probes = {f"width-{keep:g}": f"{keep:g} of the neurons" for keep in WIDTHS[component]}
+            probes |= {f"depth-{count}": f"{count} of 6 layers skipped" for count in DEPTHS}
+            for key, title in probes.items():
+                title = f"{component}, {title}, scored on {source}"
+                rows.append(("probe", f"{component}-{key}-{source}", title))
     for experts, active in SPARSE:
         name = f"{experts}/{active}"
         rows += _stages(f"sparse-{experts}-{active}", f"sparse {name}", routed=True)
@@ -121,125 +111,113 @@ class Verdict:
         return "holds" if all(right) else "undecided" if any(right) else "does not hold"
 
 
-class _Task:
-    """The values of one task; a value that was not measured leaves its seed out."""
+def _minus(first: float, second: float) -> float:
+    return first - second
 
-    def __init__(self, values: Values, task: str) -> None:
-        self.values, self.task = values, task
 
-    def get(self, part: str, key: str, metric: str) -> dict[int, float]:
-        return self.values.get((self.task, part, key), {}).get(metric, {})
+def _source(name: str) -> tuple[str, str, str]:
+    """Returns part, key and metric of `part key [metric]`; without one, the velocity error."""
+    part, key, metric = f"{name} velocity".split()[:3]
+    return part, key, metric
 
-    def verdict(
-        self, text: str, compute: Callable[..., float], *sources: tuple[str, str, str]
-    ) -> Verdict:
-        found = [self.get(*source) for source in sources]
-        seeds = sorted(set.intersection(*(set(own) for own in found)))
-        differences = tuple(compute(*(own[seed] for own in found)) for seed in seeds)
-        return Verdict(task=self.task, text=text, differences=differences)
+
+# What is stated, the difference of two numbers that says it, and what they are computed from.
+STATEMENTS: list[tuple[str, Callable[..., float], tuple[str, ...]]] = [
+    (
+        "In generation und is more compressible than gen: at half of the neurons the velocity "
+        "error rises less (difference of the two rises)",
+        _minus,
+        ("probe gen-width-0.5-generation", "probe und-width-0.5-generation"),
+    ),
+    (
+        "The same for depth: skipping 2 of 6 layers",
+        _minus,
+        ("probe gen-depth-2-generation", "probe und-depth-2-generation"),
+    ),
+    (
+        "und is more compressible when the task is generation: at a tenth of its neurons the "
+        "velocity error rises by a smaller share than understanding falls",
+        lambda whole, error, right, left: (right - left) / right - (error / whole - 1),
+        (
+            "dense dense",
+            "probe und-width-0.1-generation",
+            "dense dense understanding",
+            "probe und-width-0.1-understanding understanding",
+        ),
+    ),
+    (
+        "Scores depend on the task: und at a quarter understands better when scored on "
+        "understanding than on generation",
+        _minus,
+        (
+            "probe und-width-0.25-understanding understanding",
+            "probe und-width-0.25-generation understanding",
+        ),
+    ),
+    (
+        "Routers fitted to calibration data beat routers of zero, untrained, 16/8",
+        _minus,
+        ("sparse-16-8 zero", "sparse-16-8 untrained"),
+    ),
+    *(
+        (
+            f"Tuning gets most of the loss back: {experts}/{active}, share of the rise of the "
+            "velocity error over the dense model that is gone after all stages, minus 1/2",
+            lambda whole, before, after: (before - after) / (before - whole) - 0.5,
+            (
+                "dense dense",
+                f"sparse-{experts}-{active} untrained",
+                f"sparse-{experts}-{active} full",
+            ),
+        )
+        for experts, active in SPARSE
+    ),
+    (
+        "Sparse 16/8 beats a static half with the same tuning: velocity error",
+        _minus,
+        ("static full", "sparse-16-8 full"),
+    ),
+    (
+        "Sparse 16/8 beats a static half with the same tuning: right pictures",
+        _minus,
+        ("sparse-16-8 full generation", "static full generation"),
+    ),
+    (
+        "The partition by importance beats a random one, 16/8, tuned: velocity error",
+        _minus,
+        ("random-16-8 full", "sparse-16-8 full"),
+    ),
+    (
+        "The partition by coactivation beats the one by importance, 16/8, untrained with fitted "
+        "routers: velocity error",
+        _minus,
+        ("sparse-16-8 untrained", "coactivation-16-8 untrained"),
+    ),
+    (
+        "The partition by coactivation beats the one by importance, 16/8, tuned: velocity error",
+        _minus,
+        ("sparse-16-8 full", "coactivation-16-8 full"),
+    ),
+    (
+        "Sparse 16/8, tuned, is as good as the dense model with the same extra steps: velocity "
+        "error",
+        _minus,
+        ("dense extra", "sparse-16-8 full"),
+    ),
+]
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:
     """Returns what the records say about each statement, task by task."""
     values, found = gather(records), []
-    for task in MiniTask:
-        own = _Task(values, task.value)
-        dense = ("dense", "dense", "velocity")
-        gen_half, und_half = (
-            ("probe", f"{component}-width-0.5-generation", "velocity")
-            for component in ("gen", "und")
-        )
-        found += [
-            own.verdict(
-                "In generation und is more compressible than gen: at half of the neurons the "
-                "velocity error rises less (difference of the two rises)",
-                lambda gen, und: gen - und,
-                gen_half,
-                und_half,
-            ),
-            own.verdict(
-                "The same for depth: skipping 2 of 6 layers",
-                lambda gen, und: gen - und,
-                ("probe", "gen-depth-2-generation", "velocity"),
-                ("probe", "und-depth-2-generation", "velocity"),
-            ),
-            own.verdict(
-                "und is more compressible when the task is generation: at a tenth of its neurons "
-                "the velocity error rises by a smaller share than understanding falls",
-                lambda whole, error, right, left: (right - left) / right - (error / whole - 1),
-                dense,
-                ("probe", "und-width-0.1-generation", "velocity"),
-                ("dense", "dense", "understanding"),
-                ("probe", "und-width-0.1-understanding", "understanding"),
-            ),
-            own.verdict(
-                "Scores depend on the task: und at a quarter understands better when scored on "
-                "understanding than on generation",
-                lambda mine, other: mine - other,
-                ("probe", "und-width-0.25-understanding", "understanding"),
-                ("probe", "und-width-0.25-generation", "understanding"),
-            ),
-            own.verdict(
-                "Routers fitted to calibration data beat routers of zero, untrained, 16/8",
-                lambda zero, fitted: zero - fitted,
-                ("sparse-16-8", "zero", "velocity"),
-                ("sparse-16-8", "untrained", "velocity"),
-            ),
-        ]
-        for experts, active in SPARSE:
-            part = f"sparse-{experts}-{active}"
-            found.append(
-                own.verdict(
-                    f"Tuning gets most of the loss back: {experts}/{active}, share of the rise of "
-                    "the velocity error over the dense model that is gone after all stages, "
-                    "minus 1/2",
-                    lambda whole, before, after: (before - after) / (before - whole) - 0.5,
-                    dense,
-                    (part, "untrained", "velocity"),
-                    (part, "full", "velocity"),
-                )
-            )
-        found += [
-            own.verdict(
-                "Sparse 16/8 beats a static half with the same tuning: velocity error",
-                lambda static, sparse: static - sparse,
-                ("static", "full", "velocity"),
-                ("sparse-16-8", "full", "velocity"),
-            ),
-            own.verdict(
-                "Sparse 16/8 beats a static half with the same tuning: right pictures",
-                lambda static, sparse: sparse - static,
-                ("static", "full", "generation"),
-                ("sparse-16-8", "full", "generation"),
-            ),
-            own.verdict(
-                "The partition by importance beats a random one, 16/8, tuned: velocity error",
-                lambda other, snake: other - snake,
-                ("random-16-8", "full", "velocity"),
-                ("sparse-16-8", "full", "velocity"),
-            ),
-            own.verdict(
-                "The partition by coactivation beats the one by importance, 16/8, untrained with "
-                "fitted routers: velocity error",
-                lambda snake, together: snake - together,
-                ("sparse-16-8", "untrained", "velocity"),
-                ("coactivation-16-8", "untrained", "velocity"),
-            ),
-            own.verdict(
-                "The partition by coactivation beats the one by importance, 16/8, tuned: velocity "
-                "error",
-                lambda snake, together: snake - together,
-                ("sparse-16-8", "full", "velocity"),
-                ("coactivation-16-8", "full", "velocity"),
-            ),
-            own.verdict(
-                "Sparse 16/8, tuned, is as good as the dense model with the same extra steps: "
-                "velocity error",
-                lambda extra, sparse: extra - sparse,
-                ("dense", "extra", "velocity"),
-                ("sparse-16-8", "full", "velocity"),
-            ),
-        ]
+    for task, (text, compute, sources) in product(MiniTask, STATEMENTS):
+        numbers = []
+        for part, key, metric in map(_source, sources):
+            numbers.append(values.get((task.value, part, key), {}).get(metric, {}))
+        # A value that was not measured leaves its seed out.
+        seeds = sorted(set.intersection(*map(set, numbers)))
+        differences = tuple(compute(*(own[seed] for own in numbers)) for seed in seeds)
+        found.append(Verdict(task=task.value, text=text, differences=differences))
     return found
 
 
@@ -345,24 +323,11 @@ def _series(own: Mapping[str, Mapping[int, float]] | None) -> tuple[float, float
 def _draw_width(axes: Any, values: Values, task: MiniTask) -> None:
     dense = _series(values.get((task.value, "dense", "dense")))
     for component, ratios in WIDTHS.items():
-        points = {1.0: dense} | {
-            keep: _series(
-                values.get((task.value, "probe", f"{component}-width-{keep:g}-generation"))
-            )
-            for keep in ratios
-        }
-        shown = {keep: point for keep, point in points.items() if point is not None}
-        if not shown:
-            continue
-        axes.errorbar(
-            list(shown),
-            [point[0] for point in shown.values()],
-            [point[1] for point in shown.values()],
-            marker="o",
-            capsize=3,
-            color=_LINE_COLOURS[component],
-            label=component,
-        )
+        points = {1.0: dense}
+        for keep in ratios:
+            key = f"{component}-width-{keep:g}-generation"
+            points[keep] = _series(values.get((task.value, "probe", key)))
+        _draw_line(axes, points, component, component)
     axes.set_title(f"{task.value}: neurons that are kept, untrained", loc="left", weight="bold")
     axes.set_xlabel("share of the neurons of the component")
     _finish(axes)
@@ -371,20 +336,8 @@ def _draw_width(axes: Any, values: Values, task: MiniTask) -> None:
 def _draw_tuning(axes: Any, values: Values, task: MiniTask) -> None:
     stages = ("untrained", *STAGES)
     for part, name in _NAMES.items():
-        points = [_series(values.get((task.value, part, stage))) for stage in stages]
-        at = [i for i, point in enumerate(points) if point is not None]
-        found = [point for point in points if point is not None]
-        if not found:
-            continue
-        axes.errorbar(
-            at,
-            [point[0] for point in found],
-            [point[1] for point in found],
-            marker="o",
-            capsize=3,
-            color=_LINE_COLOURS[part],
-            label=name,
-        )
+        points = {i: _series(values.get((task.value, part, own))) for i, own in enumerate(stages)}
+        _draw_line(axes, points, part, name)
     for key, style in (("dense", "-"), ("extra", ":")):
         if point := _series(values.get((task.value, "dense", key))):
             label = "dense" if key == "dense" else "dense, extra steps"
@@ -392,6 +345,16 @@ def _draw_tuning(axes: Any, values: Values, task: MiniTask) -> None:
     axes.set_xticks(range(len(stages)), ["untrained", "routers", "+ experts frozen", "+ full"])
     axes.set_title(f"{task.value}: half of the gen FFN, tuned", loc="left", weight="bold")
     _finish(axes)
+
+
+def _draw_line(
+    axes: Any, points: Mapping[Any, tuple[float, float] | None], part: str, label: str
+) -> None:
+    shown = {x: point for x, point in points.items() if point is not None}
+    if shown:
+        means, errors = zip(*shown.values(), strict=True)
+        options = {"marker": "o", "capsize": 3, "color": _LINE_COLOURS[part], "label": label}
+        axes.errorbar(list(shown), means, errors, **options)
 
 
 def _finish(axes: Any) -> None:

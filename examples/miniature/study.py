@@ -96,15 +96,6 @@ class StudyConfig:
     velocities: int = 300
     pictures: int = 8
 
-    def evaluation(self, seed: int) -> EvaluationConfig:
-        """Returns what the models of a seed are evaluated on."""
-        return EvaluationConfig(
-            questions=self.questions,
-            velocities=self.velocities,
-            pictures=self.pictures,
-            seed=seed,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -117,20 +108,6 @@ class Part:
     @property
     def file_name(self) -> str:
         return f"{self.task.value}-{self.seed}-{self.name}.json"
-
-
-def parts(
-    config: StudyConfig,
-    tasks: tuple[MiniTask, ...] = tuple(MiniTask),
-    names: tuple[str, ...] = PARTS,
-) -> list[Part]:
-    """Returns the parts, those of the first seed first."""
-    return [
-        Part(task=task, seed=seed, name=name)
-        for seed in config.seeds
-        for name in names
-        for task in tasks
-    ]
 
 
 def run_study(
@@ -161,7 +138,12 @@ def run_study(
     config = config or StudyConfig()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = parts(config, tasks, names)
+    wanted = [
+        Part(task=task, seed=seed, name=name)
+        for seed in config.seeds
+        for name in names
+        for task in tasks
+    ]
     missing = [part for part in wanted if not _is_done(out / part.file_name, config)]
     run = partial(_run_part, out=out, config=config, weights=weights)
     done = len(wanted) - len(missing)
@@ -326,7 +308,13 @@ class _Study:
 
     def _evaluate(self) -> Metrics:
         self.model.eval()
-        found = evaluate(self.model, self.task, self.config.evaluation(self.seed))
+        config = EvaluationConfig(
+            questions=self.config.questions,
+            velocities=self.config.velocities,
+            pictures=self.config.pictures,
+            seed=self.seed,
+        )
+        found = evaluate(self.model, self.task, config)
         return {name: round(value, 6) for name, value in found.items()}
 
     def _tune(self, stage: int, learning_rate: float) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,39 +23,20 @@ from sparse_unified.mini.model import MiniTask, new_model
 LOG_EVERY, WRITE_EVERY = 20, 200
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseTraining:
-    """How the dense model of a task is trained; what is shipped was trained by the defaults."""
-
-    steps: int
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup_steps: int = 50
-    ema_decay: float = 0.995
-    seed: int = 0
-
-    def config(self) -> TrainingConfig:
-        """Returns this as a configuration of the trainer."""
-        return TrainingConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            ema_decay=self.ema_decay,
-            seed=self.seed,
-        )
+def _training(steps: int) -> TrainingConfig:
+    return TrainingConfig(
+        steps=steps, batch_size=32, learning_rate=2e-3, warmup_steps=50, ema_decay=0.995
+    )
 
 
-DENSE = {
-    MiniTask.DIGITS: DenseTraining(steps=1200),
-    MiniTask.SCENES: DenseTraining(steps=12000),
-}
+# How the dense model of each task was trained that is shipped.
+DENSE = {MiniTask.DIGITS: _training(1200), MiniTask.SCENES: _training(12000)}
 
 
 def train_dense(
     task: MiniTask,
     out: str | os.PathLike[str],
-    training: DenseTraining | None = None,
+    training: TrainingConfig | None = None,
     progress: Callable[[StepRecord], object] | None = None,
 ) -> Path:
     """Trains the dense model of a task and writes its average weights in bf16.
@@ -73,7 +55,8 @@ def train_dense(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     model = new_model(task, training.seed)
-    trainer = Trainer(model, training_data(task), training.config())
+    trainer = Trainer(model, training_data(task), training)
+    start = time.perf_counter()
     with (out / "log.jsonl").open("w", encoding="utf-8") as log:
 
         def on_step(record: StepRecord) -> None:
@@ -90,14 +73,14 @@ def train_dense(
             if progress is not None:
                 progress(record)
 
-        report = trainer.run(on_step)
+        trainer.run(on_step)
     _write_weights(trainer, out)
     about = {
         "task": task.value,
         "command": f"python examples/miniature train {task.value} OUT",
-        "training": asdict(training.config()),
-        "parameters": report.parameters,
-        "seconds": round(report.seconds, 1),
+        "training": asdict(training),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.perf_counter() - start, 1),
         "threads": torch.get_num_threads(),
         "versions": {
             "sparse_unified": version("sparse_unified"),

@@ -16,7 +16,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import naming, optional
-from sparse_unified.adapt.config import SequenceConfig
+from sparse_unified.adapt.config import RunConfig, SequenceConfig
 from sparse_unified.analysis.samples import (
     IMAGE_SUFFIXES,
     Task,
@@ -36,14 +36,12 @@ from sparse_unified.analysis.samples import (
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import (
     ContextImage,
-    ImageProcessor,
     ImageTransform,
     open_image,
     to_rgb,
 )
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
-from sparse_unified.bagel.tokenizer import Tokenizer
-from sparse_unified.bagel.vae import AutoEncoder
+from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint.files import read_text, replace_file
 from sparse_unified.checkpoint.safetensors_io import (
     as_bytes,
@@ -247,31 +245,23 @@ def _open(value: Any) -> Image:
 class ImageDataset:
     """A training sequence for each thing that a record can be used for.
 
-    `images` and `tokenizer` are those of the model, `tasks` the uses that are trained (None: all),
-    `latent_cache` is a directory in which latents are kept, so that each is encoded once.
-
-    Raises:
-        ValueError: no record can be used, or `max_side` is too small for a token.
+    Latents are kept in `latent_cache`, where one is given, so that each is encoded once. ValueError
+    if no record can be used, or `run.max_side` is too small for a token.
 
     Attributes:
         samples: (index of the record, its use) of every sequence.
-        autoencoder: what encodes images into latents.
+        vae: what encodes images into latents.
         damaged: what is wrong with each record that was skipped, by its index.
     """
 
     def __init__(
         self,
         records: Records,
-        images: ImageProcessor,
-        tokenizer: Tokenizer,
-        config: SequenceConfig | None = None,
-        *,
-        tasks: Collection[Task | str] | None = None,
-        max_side: int | None = None,
+        pipeline: BagelPipeline,
+        run: RunConfig,
         latent_cache: Path | None = None,
-        max_damaged: int = 0,
     ) -> None:
-        wanted = {Task(task) for task in tasks or Task}
+        wanted = run.tasks or tuple(Task)
         every = ((number, task) for number, own in enumerate(records.tasks) for task in own)
         self.samples = [(number, task) for number, task in every if task in wanted]
         if not self.samples:
@@ -279,15 +269,14 @@ class ImageDataset:
             raise ValueError(
                 f"{_WHERE}: a record must be of use for {names}, got none of {len(records.tasks)}"
             )
-        self.autoencoder: AutoEncoder = images.vae
         self.damaged: dict[int, str] = {}
         self._records = records
-        self._tokenizer = tokenizer
-        self._config = config or SequenceConfig()
-        self._for_vae = _limited(images.for_vae, max_side)
-        self._for_vit = _limited(images.for_vit, max_side)
+        self._run = run
+        self._tokenizer = pipeline.tokenizer
+        self.vae = pipeline.image_processor.vae
+        self._for_vae = _limited(pipeline.image_processor.for_vae, run.max_side)
+        self._for_vit = _limited(pipeline.image_processor.for_vit, run.max_side)
         self._cache = latent_cache
-        self._max_damaged = max_damaged
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -311,14 +300,13 @@ class ImageDataset:
         if task is Task.EDITING:
             before = self._for_vae.resize(record["source"])
             sources = [ContextImage(latent=self._latent(before), vit_pixels=self._for_vit(before))]
-        return generation_sequence(
-            special, ids["text"], latent, generator, self._config, sources=sources
-        )
+        config = self._run.sequences
+        return generation_sequence(special, ids["text"], latent, generator, config, sources=sources)
 
     def check(self) -> None:
         """Reads every record that is used; raises ValueError that names the first damaged one."""
         damaged = []
-        for number in dict.fromkeys(number for number, _ in self.samples):
+        for number in dict(self.samples):
             try:
                 self._records.read(number)
             except ValueError as error:
@@ -336,9 +324,9 @@ class ImageDataset:
                 if number not in self.damaged:
                     self.damaged[number] = str(error)
                     _log.warning("%s; skipped", error)
-                if len(self.damaged) > self._max_damaged:
+                if len(self.damaged) > self._run.max_damaged:
                     raise ValueError(
-                        f"{error}; {self._max_damaged} such records are skipped (--max-damaged)"
+                        f"{error}; {self._run.max_damaged} such records are skipped (--max-damaged)"
                     ) from error
         raise ValueError(f"{_WHERE}: a record must be readable, got none of {len(self)}")
 
@@ -357,7 +345,7 @@ class ImageDataset:
         return latent
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        return self.autoencoder.encode(pixels[None])[0].float().cpu()
+        return self.vae.encode(pixels[None])[0].float().cpu()
 
 
 def _limited(transform: ImageTransform, max_side: int | None) -> ImageTransform:

@@ -256,7 +256,7 @@ def plan(
             trainer.model,
             config,
             pack_training(trainer.model.config, sequences),
-            autoencoder=sum(p.nbytes for p in dataset.autoencoder.parameters()),
+            autoencoder=sum(p.nbytes for p in dataset.vae.parameters()),
             processes=num_processes(),
         ),
     )
@@ -286,16 +286,8 @@ def _prepare(
 
     records = open_records(data)
     pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)
-    dataset = ImageDataset(
-        records,
-        pipeline.image_processor,
-        pipeline.tokenizer,
-        run.sequences,
-        tasks=run.tasks,
-        max_side=run.max_side,
-        latent_cache=running / "latents" / str(this_process()) if run.cache_latents else None,
-        max_damaged=run.max_damaged,
-    )
+    latents = running / "latents" / str(this_process()) if run.cache_latents else None
+    dataset = ImageDataset(records, pipeline, run, latents)
     freeze(pipeline.model, run.stage, component=run.component)
     identity = {
         "model": _fingerprint(source),

@@ -148,8 +148,8 @@ class Trainer:
         identity: plain values that a saved state must have in common with a run that goes on.
 
     Raises:
-        ValueError: there is nothing to train or to train on, or the passes of a step do not divide
-            over the processes.
+        ValueError: there is nothing to train, or the passes of a step do not divide over the
+            processes.
 
     Attributes:
         steps_done: so far.
@@ -164,8 +164,6 @@ class Trainer:
         *,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        if len(dataset) < 1:
-            raise ValueError("Trainer: dataset must hold a sequence, got none")
         if config.passes % num_processes():
             raise ValueError(
                 f"Trainer: batch_size / micro_batch_size = {config.passes} must be a multiple of "
