@@ -58,8 +58,7 @@ def test_the_gradient_flows_through_frozen_experts(block: Block) -> None:
 
 def kept_bytes(block: SparseMoE, x: torch.Tensor) -> int:
     """Bytes that a forward pass keeps for backward, besides parameters and x."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    own.add(x.untyped_storage().data_ptr())
+    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), x)}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

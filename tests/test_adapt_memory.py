@@ -121,25 +121,19 @@ def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, stage: st
     assert inputs + kept / 7 < with_one_layer < inputs + kept / 4
 
 
+FAST, HOST = "expert_frozen, gen", {"optimizer_device": "cpu"}
 CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "router": ("router", "both", {}, 1),
     "expert_frozen, gen": ("expert_frozen", "gen", {}, 1),
     "expert_frozen, gen, average": ("expert_frozen", "gen", {"ema_decay": 0.999}, 1),
-    "expert_frozen, optimizer on the host": (
-        "expert_frozen",
-        "both",
-        {"optimizer_device": "cpu"},
-        1,
-    ),
+    "expert_frozen, optimizer on the host": ("expert_frozen", "both", HOST, 1),
     "expert_frozen": ("expert_frozen", "both", {}, 1),
     "full, 8 processes": ("full", "both", {}, 8),
 }
-FAST = ("expert_frozen, gen",)
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != FAST]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[] if c in FAST else [pytest.mark.slow]) for c in CASES]
-)
+@pytest.mark.parametrize("case", [FAST, *SLOW])
 def test_the_table_of_the_documentation_is_what_is_computed(case: str) -> None:
     stage, component, changes, processes = CASES[case]
     model = Bagel(RELEASED, device="meta", dtype=torch.bfloat16)

@@ -206,19 +206,6 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_to_weights_that_are_not_finite_is_not_counted(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
-    own = trainer(dtype=dtype, learning_rate=3e38, warmup_steps=0)
-    with torch.no_grad():
-        own.model.get_parameter("llm2vae.weight")[0] = 1e30  # finite, though its norm is not
-    assert own.optimizer.are_finite()
-    with pytest.raises(RuntimeError, match=r"must stay finite.* at step 1; .*--lr"):
-        own.run()
-    assert own.steps_done == 0
-
-
 def test_trainer_refuses_nothing_to_train() -> None:
     model = bagel().requires_grad_(False)
     with pytest.raises(ValueError, match=r"model must have parameters with requires_grad"):
