@@ -37,46 +37,26 @@ _ROWS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate(Report):
-    """Bytes of one process.
+    """Bytes of one process."""
 
-    Attributes:
-        parameters: number of values of the whole model.
-        trained: number of those that are trained.
-        weights: of the model, in its dtype.
-        autoencoder: of its weights.
-        pass_gradients: those of a pass before they are accumulated: of sharded parameters all,
-            elsewhere the largest one, and none where they are accumulated in place.
-        gradients: accumulated, fp32.
-        masters: fp32 master weights; 0 where parameters are fp32 themselves.
-        moments: of AdamW, fp32.
-        average: of the weights, fp32.
-        activations: kept for backward by one pass, a forward pass of the largest image with a
-            caption for each of its sequences.
-        gathered: whole weights of the layers at work, where they are sharded.
-        device: all that is in the memory of the device.
-        host: what is in host memory.
-        optimizer_on_host: whether gradients, master weights, moments and average are in host
-            memory.
-        tokens: of the pass, of images and of text.
-        processes: over which weights and optimizer are sharded.
-    """
-
-    parameters: int
-    trained: int
-    weights: int
-    autoencoder: int
+    parameters: int  # number of values of the whole model
+    trained: int  # number of those that are trained
+    weights: int  # of the model, in its dtype
+    autoencoder: int  # of its weights
+    # Of a pass, before they are accumulated: of sharded parameters all, elsewhere the largest one,
+    # and none where they are accumulated in place.
     pass_gradients: int
-    gradients: int
-    masters: int
-    moments: int
-    average: int
-    activations: int
-    gathered: int
-    device: int
-    host: int
-    optimizer_on_host: bool
-    tokens: tuple[int, int]
-    processes: int
+    gradients: int  # accumulated, fp32
+    masters: int  # fp32 master weights; 0 where parameters are fp32 themselves
+    moments: int  # of AdamW, fp32
+    average: int  # of the weights, fp32
+    activations: int  # kept for backward by one pass
+    gathered: int  # whole weights of the layers at work, where they are sharded
+    device: int  # all that is in the memory of the device
+    host: int  # what is in host memory
+    optimizer_on_host: bool  # gradients, master weights, moments and average
+    tokens: tuple[int, int]  # of the pass, of images and of text
+    processes: int  # over which weights and optimizer are sharded
 
     def title(self) -> str:
         images, texts = self.tokens

@@ -50,56 +50,32 @@ _OTHER_PROCESS = re.compile(r"gloo|nccl|peer|timeout|timed out", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptReport(Report):
-    """What `adapt` did.
+    """What `adapt` did."""
 
-    Attributes:
-        steps: taken in all, those before a resume included.
-        trained_parameters: number of trained values of the model.
-        parameters: number of all of them.
-        tokens: of the steps of this run, those before a resume excluded.
-        seconds: that these steps took.
-        first_loss: mean of the first tenth of these steps.
-        last_loss: mean of the last tenth.
-        out: the directory it wrote.
-        log: the log of the run.
-        stage: what was trained.
-        component: of which component.
-        resumed_from: the step it went on from, 0 from scratch.
-    """
-
-    steps: int
-    trained_parameters: int
-    parameters: int
-    tokens: int
-    seconds: float
-    first_loss: float | None
-    last_loss: float | None
-    out: str
-    log: str
-    stage: str
-    component: str
-    resumed_from: int
+    steps: int  # taken in all, those before a resume included
+    trained_parameters: int  # number of trained values of the model
+    parameters: int  # number of all of them
+    tokens: int  # of the steps of this run, those before a resume excluded
+    seconds: float  # that these steps took
+    first_loss: float | None  # mean of the first tenth of these steps
+    last_loss: float | None  # mean of the last tenth
+    out: str  # the directory it wrote
+    log: str  # the log of the run
+    stage: str  # what was trained
+    component: str  # of which component
+    resumed_from: int  # the step it went on from, 0 from scratch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Report):
-    """What a run would do.
+    """What a run would do."""
 
-    Attributes:
-        sequences: of each use in the data.
-        steps: of the run.
-        epochs: how often each sequence is seen.
-        passes: forward and backward passes of a step, over all processes.
-        resumes_from: step of the state that it would go on from.
-        memory: for a pass of the size of the first sequences.
-    """
-
-    sequences: dict[str, int]
-    steps: int
-    epochs: float
-    passes: int
-    resumes_from: int
-    memory: MemoryEstimate
+    sequences: dict[str, int]  # of each use in the data
+    steps: int  # of the run
+    epochs: float  # how often each sequence is seen
+    passes: int  # forward and backward passes of a step, over all processes
+    resumes_from: int  # step of the state that it would go on from
+    memory: MemoryEstimate  # for a pass of the size of the first sequences
 
     def table(self) -> Sequence[Sequence[object]]:
         return Report.table(self)[:-1]

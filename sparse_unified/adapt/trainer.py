@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -38,33 +38,20 @@ from sparse_unified.nn import SparseMoE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What one step did; losses are those before it.
+    """What one step did; losses are those before it."""
 
-    Attributes:
-        step: its number, from 1.
-        loss: the weighted sum that was minimised.
-        text_loss: mean cross-entropy of predicted text tokens, in nats; None without any.
-        image_loss: mean squared error of noised latent tokens; None without any.
-        balance_loss: mean over the passes.
-        router_z_loss: mean over the passes.
-        grad_norm: of the gradient before it was clipped.
-        learning_rate: that was used.
-        tokens: of the step, all kinds and processes.
-        seconds: wall time of the step.
-        expert_load: `{(component, layer): tokens of each expert}`.
-    """
-
-    step: int
-    loss: float
-    text_loss: float | None
-    image_loss: float | None
-    balance_loss: float
-    router_z_loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    seconds: float
-    expert_load: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    step: int  # its number, from 1
+    loss: float  # the weighted sum that was minimised
+    text_loss: float | None  # mean cross-entropy of predicted text tokens, nats; None without any
+    image_loss: float | None  # mean squared error of noised latent tokens; None without any
+    balance_loss: float  # mean over the passes
+    router_z_loss: float  # mean over the passes
+    grad_norm: float  # of the gradient before it was clipped
+    learning_rate: float  # that was used
+    tokens: int  # of the step, all kinds and processes
+    seconds: float  # wall time of the step
+    # {(component, layer): tokens of each expert}
+    expert_load: dict[tuple[str, int], list[int]]
 
     @property
     def tokens_per_second(self) -> float:
