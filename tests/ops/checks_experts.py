@@ -358,7 +358,7 @@ def experts_may_lie_anywhere(
     combined = [own.call("grouped_ffn_combine") for own in (other, problem)]
     assert_equal("combined", *combined)
     grad = torch.randn(combined[0].shape[0] * sizes[4], sizes[1], device=device).to(dtype)
-    own, expected = gradients(other, grad), list(gradients(problem, grad))
+    own, expected = other.gradients(grad), list(problem.gradients(grad))
     expected[1:] = [of_experts(problem.values | dict(zip(FLOATS, expected, strict=True)), "")[name]
                     for name in FLOATS[1:]]  # fmt: skip
     assert_all_equal("gradient", own, expected)
