@@ -317,6 +317,12 @@ CUDA_KERNELS = (
         *k("ffn"),
     ),
     emulated(
+        "cuda/rows_gemm_sm90a.h",
+        "tile.group * params.group_rows + tile.n * kColumns",
+        "tile.n * kColumns",
+        *k("anywhere"),
+    ),
+    emulated(
         "cuda/grouped_ffn_grad_hidden_sm80.cu",
         "store_vector(grad_row + width, narrow<T>(up))",
         "store_vector(grad_row + width, narrow<T>(gate))",
