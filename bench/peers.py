@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified.engines.transformers import register
-from sparse_unified.nn import SparseMoE, SwiGLU
+from sparse_unified.nn import SparseMoE
 
 from .cases import Case
 from .measure import first_line, name_of
@@ -107,9 +107,23 @@ class Peer:
 # Dense
 
 
-def _swiglu(weights: Weights, rows: slice) -> SwiGLU:
+class TorchFfn(nn.Module):
+    """SwiGLU by torch's own products alone: `nn.SwiGLU` may run our kernels."""
+
+    def __init__(self, hidden_size: int, width: int, **options: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False, **options)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False, **options)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+def _torch_ffn(weights: Weights, rows: slice) -> TorchFfn:
     """A dense FFN of some of the neurons, in memory of its own."""
-    ffn = SwiGLU(weights.gate_proj.shape[1], 1, device="meta")
+    ffn = TorchFfn(weights.gate_proj.shape[1], 1, device="meta")
     parts = (weights.gate_proj[rows], weights.up_proj[rows], weights.down_proj[:, rows])
     for layer, part in zip((ffn.gate_proj, ffn.up_proj, ffn.down_proj), parts, strict=True):
         layer.weight = nn.Parameter(part.clone(memory_format=torch.contiguous_format))
@@ -127,7 +141,7 @@ class Dense(Provider):
         super().__init__()
         case = setting.case
         self.num_experts = case.top_k if half else case.num_experts
-        self.ffn = _swiglu(weights, slice(self.num_experts * case.expert_width))
+        self.ffn = _torch_ffn(weights, slice(self.num_experts * case.expert_width))
         if compiled:
             # Other sizes of the same function count against a limit of the compiler.
             torch.compiler.reset()
@@ -207,7 +221,7 @@ class ExpertLoop(Provider):
         self.gate = nn.Linear(case.hidden_size, case.num_experts, bias=False, device="meta")
         self.gate.weight = nn.Parameter(weights.gate.clone())
         self.experts = nn.ModuleList(
-            _swiglu(weights, slice(e * width, (e + 1) * width)) for e in range(case.num_experts)
+            _torch_ffn(weights, slice(e * width, (e + 1) * width)) for e in range(case.num_experts)
         )
 
     def routing(self, x: Tensor) -> tuple[Tensor, Tensor]:

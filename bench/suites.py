@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified._library import module as library
-from sparse_unified.nn import SparseMoE, SwiGLU
+from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 
 from .cases import Case, work
 from .check import check_result, judge_rows
 from .measure import Call, Candidate, NotMeasured, Suite, inputs, name_of
-from .peers import PEERS, Peer, Setting, draw_weights
+from .peers import PEERS, Peer, Setting, TorchFfn, draw_weights
 
 BLOCK, PRUNED = "sparse_ffn", "pruned_ffn"
 OURS = "sparse_unified"
@@ -238,7 +238,7 @@ def op_suites(
 class PrunedFfn(nn.Module):
     """pruned_ffn on the weights of `dense`; a share of its blocks is kept, drawn at random."""
 
-    def __init__(self, dense: SwiGLU, block_size: int, num_kept: int) -> None:
+    def __init__(self, dense: TorchFfn, block_size: int, num_kept: int) -> None:
         super().__init__()
         self.dense, self.block_size = dense, block_size
         num_blocks = dense.gate_proj.weight.shape[0] // block_size
@@ -258,7 +258,7 @@ def pruned_suite(case: Case, dtype: torch.dtype, direction: str, device: torch.d
     """
     torch.manual_seed(0)
     dense, dense_half = (
-        SwiGLU(case.hidden_size, width, dtype=dtype, device=device)
+        TorchFfn(case.hidden_size, width, dtype=dtype, device=device)
         for width in (case.intermediate_size, case.active_width)
     )
     modules = {
@@ -314,7 +314,7 @@ def variant_suite(
     xs = _inputs(case, dtype, device)
     if case.block_size:
         op, formula = PRUNED, "half_ffn"
-        dense = SwiGLU(case.hidden_size, case.intermediate_size, dtype=dtype, device=device)
+        dense = TorchFfn(case.hidden_size, case.intermediate_size, dtype=dtype, device=device)
         module = PrunedFfn(dense, case.block_size, case.num_blocks // 2)
         run = _op_call(module, direction, xs, tuple(module.parameters()))
     else:

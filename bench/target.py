@@ -125,7 +125,7 @@ def device_state(device: torch.device) -> dict[str, str]:
 
 # Levels of `sparse_unified_peak` in csrc/cpu/roof.cpp; the last multiplies bf16.
 _LEVELS = ("baseline", "AVX2", "AVX-512", "AVX-512 bf16")
-_PEAK_STEPS, _PEAK_ROUNDS = 2_000_000, 20
+_PEAK_STEPS = 200_000  # a millisecond, which a busy machine grants now and then
 _CPU_TRIAD_BYTES, _CUDA_TRIAD_BYTES = 2**27, 2**31
 # (m, n, k) of x [m, k] @ w [n, k].T: a large square, and the products of the dense BAGEL FFN.
 _CUDA_GEMMS = {
@@ -143,15 +143,20 @@ def measure_roof(dtype: torch.dtype, target: Target) -> Roof:
     return (_cuda_roof if target.is_cuda else _cpu_roof)(dtype, target)
 
 
-def _rate(run: Callable[[int], float], threads: int) -> float:
-    """Amount of work a second of threads that run at once; `run` takes their index."""
-    best = 0.0
+def _rate(run: Callable[[int], float], threads: int, rounds: int) -> float:
+    """Amount of work a second of threads that run at once, in the best round.
+
+    Args:
+        run: of the index of a thread, returns what it did.
+    """
+
+    def timed(index: int) -> float:
+        began = time.perf_counter()
+        amount = run(index)
+        return amount / (time.perf_counter() - began)
+
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(_PEAK_ROUNDS):
-            began = time.perf_counter()
-            amount = sum(pool.map(run, range(threads)))
-            best = max(best, amount / (time.perf_counter() - began))
-    return best
+        return max(sum(pool.map(timed, range(threads))) for _ in range(rounds))
 
 
 def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
@@ -163,7 +168,7 @@ def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
     threads = torch.get_num_threads()
     peaks = {
         name: {
-            str(count): _rate(lambda _, level=level: peak(level, _PEAK_STEPS), count) / 1e12
+            str(count): _rate(lambda _, level=level: peak(level, _PEAK_STEPS), count, 200) / 1e12
             for count in sorted({1, threads})
         }
         for level, name in enumerate(_LEVELS)
@@ -188,7 +193,7 @@ def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
 
     return Roof(
         tflops=usable[best],
-        gbps=_rate(stream, threads) / 1e9,
+        gbps=_rate(stream, threads, 20) / 1e9,
         source=f"multiply-adds on registers, {best}, {threads} threads",
         peaks=peaks,
     )
