@@ -115,9 +115,9 @@ def as_text(content: Mapping[str, Any]) -> str:
     for r in content["records"]:
         groups.setdefault(tuple(r[name] for name in _SUBJECT), []).append(_line(r))
     for m in content["not_measured"]:
-        line = f"{m['provider']:<24}  not measured: {m['reason']}"
+        line = f"{m['provider']:<28}  not measured: {m['reason']}"
         groups.setdefault(tuple(m[name] for name in _SUBJECT), []).append(line)
-    head = f"{'provider':<24}{'us':>12}{'spread':>9}{'TFLOP/s':>10}{'GB/s':>9}{'% peak':>8}  ratio"
+    head = f"{'provider':<28}{'us':>12}{'spread':>9}{'TFLOP/s':>10}{'GB/s':>9}{'% peak':>8}  ratio"
     for group, found in groups.items():
         lines += ["", "  ".join(group), head, *found]
     return "\n".join(lines)
@@ -134,7 +134,7 @@ def _line(r: Mapping[str, Any]) -> str:
         ratios.append(f"{ratio:.2f}x{most} {name}{' (best dense)' if name == best else ''}")
     mark = " " if is_steady(r) else "!"
     return (
-        f"{r['provider'] + ('*' if r['graph'] else ''):<24}{r['median_us']:>12,.1f}"
+        f"{r['provider'] + ('*' if r['graph'] else ''):<28}{r['median_us']:>12,.1f}"
         f"{r['spread']:>8.0%}{mark}{r['tflops']:>10.4g}{r['gbps']:>9.1f}"
         f"{100 * r['roof_fraction']:>8.1f}  {'  '.join(ratios)}".rstrip()
     )
