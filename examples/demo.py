@@ -28,6 +28,7 @@ from miniature import scenes
 from miniature.data import training_data
 from miniature.evaluate import EvaluationConfig, evaluate, generate
 from sparse_unified import __version__
+from sparse_unified._common import format_table
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.model import Bagel
@@ -137,9 +138,7 @@ def check_files(task: MiniTask, folder: Path) -> list[Check]:
     pipelines = [load_pipeline(folder / name) for name in ("dense", "sparse")]
     for block in sparse_blocks(pipelines[1]):
         block.top_k = block.num_experts
-    pictures = [
-        generate(p.model, task, PROMPTS[task], range(len(PROMPTS[task]))) for p in pipelines
-    ]
+    pictures = [draw_prompts(pipeline.model, task) for pipeline in pipelines]
     difference = relative_error(pictures[1], pictures[0])
     return [
         Check(
@@ -176,10 +175,7 @@ def compare(
             tune(model, task, steps)
         pictures = draw_prompts(model, task)
         metrics[title] = evaluate(model, task, EVALUATION)
-        note = (
-            f"{100 * metrics[title]['generation']:.0f} % of pictures, "
-            f"{100 * metrics[title]['understanding']:.0f} % of answers right"
-        )
+        note = words(metrics[title])
         rows.append(Row(title=title, note=note, prompts=PROMPTS[task], pictures=list(pictures)))
     return rows, metrics
 
@@ -243,39 +239,30 @@ def time_ffns(rounds: int) -> list[Bar]:
 def table(
     checks: list[Check], metrics: dict[str, dict[str, dict[str, float]]], bars: list[Bar]
 ) -> str:
-    """Lays out checks, models and timings in the same three columns."""
+    """Lays out checks, models and timings, a table each."""
     blocks = [[(check.what, check.result, "ok" if check.ok else "FAILED") for check in checks]]
     for task, models in metrics.items():
         blocks.append(
             [
-                (
-                    f"{task}: {title}",
-                    f"{100 * found['generation']:.0f} % of pictures right, "
-                    f"{100 * found['understanding']:.0f} % of answers",
-                    f"velocity error {found['velocity']:.4f}",
-                )
+                (f"{task}: {title}", words(found), f"velocity error {found['velocity']:.4f}")
                 for title, found in models.items()
             ]
         )
-    columns = ", ".join(scenes.COLUMNS)
-    blocks[-1].append((f"scenes: pictures are the mean of {columns}", "", ""))
     blocks.append(
         [
             (f"FFN, {bar.name}", f"{bar.milliseconds:.1f} ms", f"{bar.speedup:.2f}x best dense")
             for bar in bars
         ]
-        + [(shape_text(), "", "")]
     )
-    rows = [row for block in blocks for row in block if row[1]]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    rule = "-" * (sum(widths) + 4)
-    lines = [rule]
-    for block in blocks:
-        for row in block:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            lines.append("  ".join(cells).rstrip())
-        lines.append(rule)
-    return "\n".join(lines)
+    notes = f"pictures of scenes: the mean of {', '.join(scenes.COLUMNS)}\nFFN: {shape_text()}"
+    return "\n\n".join([*map(format_table, blocks), notes])
+
+
+def words(found: dict[str, float]) -> str:
+    return (
+        f"{100 * found['generation']:.0f} % of pictures, "
+        f"{100 * found['understanding']:.0f} % of answers right"
+    )
 
 
 if __name__ == "__main__":

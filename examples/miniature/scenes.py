@@ -17,7 +17,7 @@ object that nobody asked for is a mistake in every column.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import permutations, product
@@ -174,31 +174,24 @@ def placed_prompts() -> list[ScenePrompt]:
 
 def all_prompts() -> list[ScenePrompt]:
     """Returns every prompt there is, column by column, in a fixed order."""
-    return list(_prompts())
-
-
-def _prompts() -> Iterator[ScenePrompt]:
-    pairs = list(permutations(SHAPES, 2))
-    for shape in SHAPES:
-        yield ScenePrompt(column="single", parts=(Part(shape=shape),))
-    for first, second in pairs:
-        yield ScenePrompt(column="two", parts=(Part(shape=first), Part(shape=second)))
-    for shape, count in product(SHAPES, (2, 3, 4)):
-        yield ScenePrompt(column="count", parts=(Part(shape=shape, count=count),))
-    for shape, colour in product(SHAPES, COLOURS):
-        yield ScenePrompt(column="colour", parts=(Part(shape=shape, colour=colour),))
-    for (first, second), relation in product(pairs, RELATIONS):
-        yield ScenePrompt(
-            column="position", parts=(Part(shape=first), Part(shape=second)), relation=relation
-        )
-    for (first, second), colours in product(pairs, permutations(COLOURS, 2)):
-        yield ScenePrompt(
-            column="attribute",
-            parts=(
-                Part(shape=first, colour=colours[0]),
-                Part(shape=second, colour=colours[1]),
-            ),
-        )
+    pairs = [tuple(Part(shape=s) for s in shapes) for shapes in permutations(SHAPES, 2)]
+    columns: dict[str, Iterable[tuple[Part, ...]]] = {
+        "single": [(Part(shape=s),) for s in SHAPES],
+        "two": pairs,
+        "count": [(Part(shape=s, count=n),) for s, n in product(SHAPES, (2, 3, 4))],
+        "colour": [(Part(shape=s, colour=c),) for s, c in product(SHAPES, COLOURS)],
+        "position": pairs,
+        "attribute": [
+            tuple(Part(shape=s, colour=c) for s, c in zip(*both, strict=True))
+            for both in product(permutations(SHAPES, 2), permutations(COLOURS, 2))
+        ],
+    }
+    return [
+        ScenePrompt(column=column, parts=parts, relation=relation)
+        for column, every in columns.items()
+        for parts in every
+        for relation in (RELATIONS if column == "position" else (None,))
+    ]
 
 
 def split_prompts() -> tuple[list[ScenePrompt], list[ScenePrompt]]:
