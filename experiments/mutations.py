@@ -484,8 +484,8 @@ PACKAGE = (
     ),
     python(
         "bagel/sampler.py",
-        "clamp(min=least, max=1.0)",
-        "clamp(min=least)",
+        "clamp(min=config.cfg_renorm_min, max=1.0)",
+        "clamp(min=config.cfg_renorm_min)",
         "tests/test_bagel_sampler.py",
         "tests/test_replay.py",
     ),

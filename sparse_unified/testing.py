@@ -12,16 +12,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sparse_unified._common import context
-from sparse_unified.bagel import AutoEncoder, Bagel, SamplingConfig
-from sparse_unified.bagel.config import LLMConfig, SpecialTokens, bagel_config, vae_config
+from sparse_unified.bagel import AutoEncoder, Bagel, LLMConfig, SamplingConfig, VAEConfig
+from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.images import ContextImage
-from sparse_unified.bagel.loading import check_tensors, official_tensors
+from sparse_unified.bagel.loading import check_tensors
 from sparse_unified.bagel.pipeline import generate_tokens
 from sparse_unified.bagel.sampler import build_guidance, sample_latents, see_images
 from sparse_unified.checkpoint.files import read_json
@@ -51,12 +52,8 @@ class Case:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The state dict of the recorded module, under official keys."""
-        prefix = "model."
-        return {
-            key.removeprefix(prefix): tensor
-            for key, tensor in self.tensors.items()
-            if key.startswith(prefix)
-        }
+        named = self.tensors.items()
+        return {k.removeprefix("model."): t for k, t in named if k.startswith("model.")}
 
 
 def read_case(case_path: str | os.PathLike[str]) -> Case:
@@ -119,27 +116,27 @@ def build_model(case: Case) -> Bagel:
     Raises:
         ValueError: the tensors are not those of the model.
     """
-    fields = case.fields
-    moe = fields.get("moe") or {}
-    markers = {name: fields["new_token_ids"][field] for name, field in _MARKERS.items()}
-    whole, weights = LLMConfig.from_json(fields["llm_config"]), cast("Any", case.weights)
-    config = bagel_config(
-        {key: tuple(tensor.shape) for key, tensor in case.weights.items()},
-        fields["llm_config"],
-        fields["vit_config"],
-        latent_channels=fields["vae_config"]["z_channels"],
-        vae_downsample=fields["vae_config"]["downsample"],
-        special_tokens=SpecialTokens(**markers),
-        layers={
-            component: {
-                n: replace(whole.layer(n, component), ffn=own.ffn) for n, own in ffns.items()
-            }
-            for component, ffns in scan_ffns(weights)[0].items()
-        },
-        top_k=moe.get("top_k"),
-        stated=fields,
-        where=f"{case.name}.safetensors",
+    fields, weights = case.fields, cast("Any", case.weights)
+    whole = LLMConfig.from_json(fields["llm_config"])
+    layers = {
+        component: {n: replace(whole.layer(n, component), ffn=own.ffn) for n, own in ffns.items()}
+        for component, ffns in scan_ffns(weights)[0].items()
+    }
+    source = SimpleNamespace(
+        directory=f"{case.name}.safetensors",
+        specs=weights,
+        llm_config=fields["llm_config"],
+        vit_config=fields["vit_config"],
+        shapes=layers,
+        top_k=(fields.get("moe") or {}).get("top_k"),
     )
+    stated = fields["vae_config"]
+    vae = VAEConfig(
+        z_channels=stated["z_channels"], ch_mult=(1,) * stated["downsample"].bit_length()
+    )
+    markers = {name: fields["new_token_ids"][field] for name, field in _MARKERS.items()}
+    tokens = SpecialTokens(**markers)
+    config = read_config(source, vae, stated=fields, special_tokens=tokens)
     return _with_weights(Bagel(config, device="meta"), case)
 
 
@@ -158,9 +155,8 @@ def build_vae(case: Case) -> AutoEncoder:
 
 def _with_weights(module: Any, case: Case) -> Any:
     """Gives a module on the meta device memory, and the weights of a case."""
-    check_tensors(official_tensors(module), case.weights, where=f"{case.name}.safetensors")
-    module.to_empty(device="cpu")
-    module.load_state_dict(case.weights)
+    check_tensors(module, case.weights, where=f"{case.name}.safetensors")
+    module.to_empty(device="cpu").load_state_dict(case.weights)
     return module
 
 
@@ -223,17 +219,11 @@ def _replay_partition(case: Case) -> dict[str, Tensor]:
         shared_intermediate_size=fields.get("shared_expert_intermediate_size"),
     )
     order = snake_partition(case.tensors["importance_scores"], layout)
-    gate, up, down = (
-        case.tensors[f"dense.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj")
-    )
-    block = SparseMoE(
-        gate.shape[1],
-        layout.intermediate_size,
-        layout.num_experts,
-        1,
-        layout.num_shared_experts,
-        shared_intermediate_size=layout.shared_width,
-    )
+    names = ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = (case.tensors[f"dense.{name}.weight"] for name in names)
+    sizes = (gate.shape[1], layout.intermediate_size, layout.num_experts, 1)
+    shared = layout.num_shared_experts
+    block = SparseMoE(*sizes, shared, shared_intermediate_size=layout.shared_width)
     block.gate_proj.copy_(gate[order])
     block.up_proj.copy_(up[order])
     block.down_proj.copy_(down[:, order])
@@ -254,11 +244,7 @@ def _is_size(value: Any) -> bool:
 def _numbered(case: Case, key: str) -> dict[int, Tensor]:
     """Returns context tensors by number, be they of one image, stacked, or numbered by name."""
     prefix = f"{key}."
-    named = {
-        int(name.removeprefix(prefix)): tensor
-        for name, tensor in case.tensors.items()
-        if name.startswith(prefix)
-    }
+    named = {int(n.removeprefix(prefix)): t for n, t in case.tensors.items() if prefix in n}
     if not named and key in case.tensors:
         named = {0: case.tensors[key]}
     stacks = {i: named[i].reshape(-1, *named[i].shape[-3:]) for i in sorted(named)}
@@ -284,11 +270,11 @@ def _context_images(case: Case, model: Bagel, count: int) -> list[list[ContextIm
         )
     own = [[entry] if not entry or _is_size(entry) else entry for entry in entries]
     slots = [(prompt, size or None) for prompt, sizes in enumerate(own) for size in sizes]
-    latents = _per_slot(case, "context.latent", [size for _, size in slots])
-    pixels = _per_slot(case, "context.vit_pixels", [size for _, size in slots])
+    keys = ("context.latent", "context.vit_pixels")
+    found = [_per_slot(case, key, [size for _, size in slots]) for key in keys]
     step, patch = model.config.latent_downsample, model.config.latent_patch_size
     images: list[list[ContextImage]] = [[] for _ in range(count)]
-    for (prompt, size), latent, seen in zip(slots, latents, pixels, strict=True):
+    for (prompt, size), latent, seen in zip(slots, *found, strict=True):
         if size is None:
             continue
         if latent is None and seen is None:
@@ -302,15 +288,13 @@ def _context_images(case: Case, model: Bagel, count: int) -> list[list[ContextIm
 
 def _per_slot(case: Case, key: str, slots: Sequence[Any]) -> list[Tensor | None]:
     """Returns one tensor, or None, per slot; slots that are None hold no image."""
-    places = [i for i, slot in enumerate(slots) if slot is not None]
     found = _numbered(case, key)
     if key in case.tensors and set(found) == {0}:
         return [found[0]] * len(slots)  # one for all
+    places = [i for i, slot in enumerate(slots) if slot is not None]
     # Prompts without an image may be counted or not.
-    counted = set(found) != set(range(len(places)))
-    if key in case.tensors and counted and len(found) != len(slots):
+    if set(found) == set(range(len(places))):
+        found = {place: found[i] for i, place in enumerate(places)}
+    elif key in case.tensors and len(found) != len(slots):
         raise ValueError(f"{key} must hold {len(places)} images, got {len(found)}")
-    return [
-        None if slot is None else found.get(i if counted else places.index(i))
-        for i, slot in enumerate(slots)
-    ]
+    return [found.get(i) if i in places else None for i in range(len(slots))]

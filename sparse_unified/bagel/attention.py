@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from sparse_unified.nn import QueryProjection, key_heads_read
 # The streams, by the suffix that their modules have in official keys.
 UND, GEN = "", "_moe_gen"
 COMPONENTS = {"und": UND, "gen": GEN}
+_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class KVCache:
@@ -50,11 +52,8 @@ class KVCache:
     def joined(
         self, layer: int, key: Tensor, value: Tensor, *, extend: bool
     ) -> tuple[Tensor, Tensor]:
-        """Returns the past of a layer followed by `key` and `value` [num_kv_heads, n, head_dim].
-
-        Args:
-            extend: keep them as the past of what comes next.
-        """
+        """Returns the past of a layer followed by `key` and `value` [num_kv_heads, n, head_dim];
+        `extend` keeps them as the past of what comes next."""
         past_key, past_value = self.keys[layer], self.values[layer]
         if past_key is not None and past_value is not None:
             key = torch.cat([past_key, key], dim=1)
@@ -75,15 +74,10 @@ class KVCache:
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """How the rows of a group become sequences of one length, and back.
+    """How the rows of a group become sequences of one length, and back."""
 
-    Attributes:
-        rows: [B * length] int64, the row, in the group, of every token; any for padding.
-        kept: [n] int64, the token of every row of the group.
-    """
-
-    rows: Tensor
-    kept: Tensor
+    rows: Tensor  # [B * length] int64, the row, in the group, of every token; any for padding
+    kept: Tensor  # [n] int64, the token of every row of the group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +103,7 @@ class Group:
 
     def span(self, stream: str) -> slice:
         """Rows, and columns, of the mask that belong to a stream."""
-        start = 0 if stream == UND else self.lengths[UND]
-        return slice(start, start + self.lengths[stream])
+        return slice(self.lengths[UND]) if stream == UND else slice(self.lengths[UND], None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,34 +222,23 @@ class RMSNorm(nn.Module):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Scaled dot product attention with grouped query heads.
+    """Scaled dot product attention with grouped query heads: [B, n, H * d].
 
     Args:
         query: [B, H, n, d].
-        key: [B, K, P + n, d], the past first.
-        value: as key.
+        key, value: [B, K, P + n, d], the past first.
         mask: who sees whom, see `Group`.
         causal: query i sees the keys up to P + i; otherwise, without a mask, all.
-
-    Returns:
-        [B, n, H * d].
     """
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past and length > 1:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(past)
+    grouped = query.shape[1] != key.shape[1]
+    is_causal = causal and not past
     out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=causal and not past,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
     )
     return out.transpose(1, 2).flatten(2)
-
-
-_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-_PARTS = {stream: [f"{name}{stream}" for name in _NAMES] for stream in (UND, GEN)}
 
 
 class MoTAttention(nn.Module):
@@ -277,25 +259,22 @@ class MoTAttention(nn.Module):
         group = config.num_attention_heads // config.num_key_value_heads * config.head_dim
         for component, stream in COMPONENTS.items():
             shape = config.layer(layer, component)
-            q_width = group * len(shape.query_groups)
-            kv_width = config.head_dim * len(shape.kv_heads)
-            parts: list[nn.Module | None] = [None] * len(_NAMES)
+            q_width, kv_width = group * len(shape.query_groups), self.head_dim * len(shape.kv_heads)
+            parts: dict[str, nn.Module | None] = dict.fromkeys(_NAMES)
             if q_width:
-                query = (
-                    nn.Linear(width, q_width, **factory)
-                    if shape.query_groups == shape.kv_heads
-                    else QueryProjection(width, q_width, key_heads=shape.query_places, **factory)
-                )
-                parts = [
-                    query,
-                    nn.Linear(width, kv_width, **factory),
-                    nn.Linear(width, kv_width, **factory),
-                    nn.Linear(q_width, width, bias=False, **factory),
-                    RMSNorm(config.head_dim, config.rms_norm_eps, **factory),
-                    RMSNorm(config.head_dim, config.rms_norm_eps, **factory),
-                ]
-            for name, part in zip(_PARTS[stream], parts, strict=True):
-                self.register_module(name, part)
+                query: Any = nn.Linear
+                if shape.query_groups != shape.kv_heads:
+                    query = partial(QueryProjection, key_heads=shape.query_places)
+                parts = {
+                    "q_proj": query(width, q_width, **factory),
+                    "k_proj": nn.Linear(width, kv_width, **factory),
+                    "v_proj": nn.Linear(width, kv_width, **factory),
+                    "o_proj": nn.Linear(q_width, width, bias=False, **factory),
+                    "q_norm": RMSNorm(self.head_dim, config.rms_norm_eps, **factory),
+                    "k_norm": RMSNorm(self.head_dim, config.rms_norm_eps, **factory),
+                }
+            for name, part in parts.items():
+                self.register_module(f"{name}{stream}", part)
 
     def forward(
         self, und: Tensor | None, gen: Tensor | None, packing: Packing
@@ -311,18 +290,23 @@ class MoTAttention(nn.Module):
             The two streams after the output projections, shaped as they came.
         """
         part: Any = self._modules
+        heads = (-1, self.head_dim)
         split: dict[str, tuple[Tensor, ...]] = {}
         reads: dict[str, Sequence[int]] = {}
         num_kv_heads = 0
-        for stream, x, angles in (
-            (UND, und, packing.und_angles),
-            (GEN, gen, packing.gen_angles),
-        ):
-            if x is not None and angles is not None:
-                heads, num_kv_heads = self._heads(x, stream, angles)
-                # One split: the gradients of slices would each be a tensor of the whole stream.
-                split[stream] = heads.split(packing.rows[stream])
-                reads[stream] = key_heads_read(part[_PARTS[stream][0]], num_kv_heads)
+        for stream, x, angles in ((UND, und, packing.und_angles), (GEN, gen, packing.gen_angles)):
+            if x is None or angles is None:
+                continue
+            names = (f"{name}{stream}" for name in _NAMES)
+            q_proj, k_proj, v_proj, _, q_norm, k_norm = (part[name] for name in names)
+            query = q_norm(q_proj(x).unflatten(-1, heads))
+            key = k_norm(k_proj(x).unflatten(-1, heads))
+            value = v_proj(x).unflatten(-1, heads)
+            turned = rotate(torch.cat([query, key], dim=1), angles).to(x.dtype)
+            # One split: the gradients of slices would each be a tensor of the whole stream.
+            split[stream] = torch.cat([turned, value], dim=1).split(packing.rows[stream])
+            num_kv_heads = value.shape[1]
+            reads[stream] = key_heads_read(q_proj, num_kv_heads)
         mixed: dict[str, list[Tensor]] = {stream: [] for stream in split}
         for i, group in enumerate(packing.groups):
             own = {}
@@ -337,19 +321,8 @@ class MoTAttention(nn.Module):
         outs: dict[str, Tensor] = {}
         for stream, found in mixed.items():
             x = found[0] if len(found) == 1 else torch.cat(found)
-            outs[stream] = part[_PARTS[stream][3]](x)
+            outs[stream] = part[f"o_proj{stream}"](x)
         return outs.get(UND), outs.get(GEN)
-
-    def _heads(self, x: Tensor, stream: str, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        """Returns rotated queries, rotated keys, and values of a stream, [N, H + 2 K, d], and K."""
-        part: Any = self._modules
-        q_proj, k_proj, v_proj, _, q_norm, k_norm = _PARTS[stream]
-        heads = (-1, self.head_dim)
-        query = part[q_norm](part[q_proj](x).unflatten(-1, heads))
-        key = part[k_norm](part[k_proj](x).unflatten(-1, heads))
-        value = part[v_proj](x).unflatten(-1, heads)
-        turned = rotate(torch.cat([query, key], dim=1), angles).to(x.dtype)
-        return torch.cat([turned, value], dim=1), value.shape[1]
 
     def _attend(
         self,
@@ -360,12 +333,8 @@ class MoTAttention(nn.Module):
         extend: bool,
         mixed: Mapping[str, list[Tensor]],
     ) -> None:
-        """Adds the mixed values [n, H * d] of a group to those of each stream.
-
-        Args:
-            own: queries, keys and values [B, n, H + 2 K, d] of each stream that takes part.
-            reads: KV heads that the queries of a stream read.
-        """
+        """Adds to `mixed` of each stream the values [n, H * d] of a group, of its queries, keys and
+        values `own` [B, n, H + 2 K, d], which read the KV heads `reads`."""
         # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
         are_alike = all(len(reads[stream]) == num_kv_heads for stream in own)
         runs: list[tuple[str, ...]] = [(stream,) for stream in own]
@@ -388,20 +357,16 @@ class MoTAttention(nn.Module):
         if mask is not None and len(own) == 1:
             mask = mask[..., group.span(*own)]  # columns
         for streams, query in zip(runs, queries, strict=True):
-            rows, own_key, own_value = mask, key, value
+            rows, seen = mask, (key, value)
             if mask is not None and len(streams) == 1:
                 rows = mask[..., group.span(*streams), :]
             if not are_alike:
                 # Stacked views: an index would have to be copied to the device.
-                own_key, own_value = (
-                    torch.stack([x[:, head] for head in reads[streams[0]]], dim=1)
-                    for x in (key, value)
-                )
-            out = attend(query, own_key, own_value, mask=rows, causal=group.causal)
-            outs = [out]
-            if len(streams) > 1:
-                outs = list(out.split([group.lengths[stream] for stream in streams], dim=1))
-            for stream, found in zip(streams, outs, strict=True):
+                heads = reads[streams[0]]
+                seen = tuple(torch.stack([x[:, i] for i in heads], dim=1) for x in seen)
+            out = attend(query, *seen, mask=rows, causal=group.causal)
+            lengths = [group.lengths[stream] for stream in streams]
+            for stream, found in zip(streams, out.split(lengths, dim=1), strict=True):
                 found = found.flatten(0, 1)
                 if group.padding is not None:
                     found = found.index_select(0, group.padding[stream].kept)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -69,29 +70,23 @@ class LLMConfig:
             self, hidden_size="num_attention_heads", num_attention_heads="num_key_value_heads"
         )
         if self.head_dim % 2:
-            raise ValueError(
-                "hidden_size / num_attention_heads must be even, for rotary positions, "
-                f"got {self.head_dim}"
-            )
+            rule = "hidden_size / num_attention_heads must be even, for rotary positions"
+            raise ValueError(f"{rule}, got {self.head_dim}")
         # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
         layers = {component: dict(own) for component, own in self.layers.items() if own}
         object.__setattr__(self, "layers", layers)
-        for component, own in layers.items():
-            for layer, shape in own.items():
-                self._check_layer(f"layer {layer} of {component}", shape)
-
-    def _check_layer(self, name: str, shape: LayerShape) -> None:
-        heads, groups = shape.kv_heads, shape.query_groups
-        if not 0 <= shape.width <= _MOST:
-            raise ValueError(f"width of {name} must be 0 to {_MOST}, got {shape.width}")
-        if not set(groups) <= set(heads) <= set(range(self.num_key_value_heads)):
-            raise ValueError(
-                f"KV heads of {name} must be below {self.num_key_value_heads}, and its "
-                f"query_groups among them, got {heads} and {groups}"
-            )
-        if isinstance(shape.ffn, ExpertLayout):
-            most = shape.ffn.num_experts
-            if type(self.top_k) is not int or not 1 <= self.top_k <= most:
+        held = [(f"layer {n} of {c}", own) for c in layers for n, own in layers[c].items()]
+        for name, shape in held:
+            heads, groups, ffn = shape.kv_heads, shape.query_groups, shape.ffn
+            if not 0 <= shape.width <= _MOST:
+                raise ValueError(f"width of {name} must be 0 to {_MOST}, got {shape.width}")
+            if not set(groups) <= set(heads) <= set(range(self.num_key_value_heads)):
+                raise ValueError(
+                    f"KV heads of {name} must be below {self.num_key_value_heads}, and its "
+                    f"query_groups among them, got {heads} and {groups}"
+                )
+            most = ffn.num_experts if isinstance(ffn, ExpertLayout) else 0
+            if most and not (type(self.top_k) is int and 1 <= self.top_k <= most):
                 raise ValueError(
                     f"top_k must be from 1 to the {most} experts of {name}, got {self.top_k!r:.120}"
                 )
@@ -127,12 +122,10 @@ class LLMConfig:
     @context("llm_config.json")
     def from_json(cls, source: Mapping[str, Any]) -> LLMConfig:
         """Reads the contents of llm_config.json."""
-        if source.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act must be 'silu', got {source['hidden_act']!r:.120}")
-        if source.get("rope_scaling"):
-            raise ValueError(f"rope_scaling must be absent, got {source['rope_scaling']!r:.120}")
-        if source.get("use_sliding_window"):
-            raise ValueError("use_sliding_window must be false, got true")
+        expected = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False}
+        for name, value in expected.items():
+            if (source.get(name) or value) != value:
+                raise ValueError(f"{name} must be {value!r}, got {source[name]!r:.120}")
         # Newer transformers write rope_theta inside rope_parameters.
         rope = source.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
@@ -314,57 +307,53 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
         )
 
 
-def bagel_config(
-    shapes: Shapes,
-    llm: Mapping[str, Any],
-    vit: Mapping[str, Any],
+def read_config(
+    checkpoint: Any,
+    vae: VAEConfig,
     *,
-    layers: LayerShapes,
-    top_k: int | None = None,
-    latent_channels: int,
-    vae_downsample: int,
-    special_tokens: SpecialTokens,
     stated: Mapping[str, Any] | None = None,
-    where: str = "ema.safetensors",
+    special_tokens: SpecialTokens | None = None,
 ) -> BagelConfig:
-    """Returns the description of the model with these tensors.
+    """Returns the description of the model of a checkpoint, from headers and JSON files alone.
 
     Args:
-        shapes: shape of every tensor of the model, by official key.
-        llm: contents of llm_config.json.
-        vit: contents of vit_config.json.
-        layers: what the layers hold.
-        top_k: active experts of the sparse FFNs.
-        latent_channels: what the autoencoder says.
-        vae_downsample: what the autoencoder says.
-        stated: contents of config.json, checked against the shapes where it repeats them.
-        where: name of the weight file, for messages.
+        checkpoint: a `Checkpoint`.
+        vae: its autoencoder.
+        stated: config.json, checked against the shapes where it repeats them.
+        special_tokens: ids of the markers; None takes those of the released checkpoints.
     """
-    with context(where):
-        whole = LLMConfig.from_json(llm)
+    shapes = {key: spec.shape for key, spec in checkpoint.specs.items()}
+    with context(os.fspath(checkpoint.directory)):
+        whole = LLMConfig.from_json(checkpoint.llm_config)
         cut = {
-            component: {n: own for n, own in shapes.items() if own != whole.layer(n, component)}
-            for component, shapes in layers.items()
+            component: {n: own for n, own in layers.items() if own != whole.layer(n, component)}
+            for component, layers in checkpoint.shapes.items()
         }
         num_vision_layers = _count(shapes, r"vit_model\..*?\.layers\.(\d{1,6})\.")
+        patch_area = _shape(shapes, "vae2llm.weight", 2)[1] // vae.z_channels
+        sides = {
+            "latent_patch_size": math.isqrt(patch_area),
+            "max_latent_size": math.isqrt(_shape(shapes, "latent_pos_embed.pos_embed", 2)[0]),
+            "vit_max_num_patch_per_side": math.isqrt(
+                _shape(shapes, "vit_pos_embed.pos_embed", 2)[0]
+            ),
+        }
         config = BagelConfig(
-            llm=replace(whole, layers=cut, top_k=top_k),
-            vision=VisionConfig.from_json(vit, num_hidden_layers=num_vision_layers),
-            latent_channels=latent_channels,
-            vae_downsample=vae_downsample,
-            latent_patch_size=math.isqrt(_shape(shapes, "vae2llm.weight", 2)[1] // latent_channels),
-            max_latent_size=math.isqrt(_shape(shapes, "latent_pos_embed.pos_embed", 2)[0]),
-            vit_max_num_patch_per_side=math.isqrt(_shape(shapes, "vit_pos_embed.pos_embed", 2)[0]),
-            special_tokens=special_tokens,
+            llm=replace(whole, layers=cut, top_k=checkpoint.top_k),
+            vision=VisionConfig.from_json(
+                checkpoint.vit_config, num_hidden_layers=num_vision_layers
+            ),
+            latent_channels=vae.z_channels,
+            vae_downsample=vae.downsample,
+            special_tokens=special_tokens or SpecialTokens(),
+            **sides,
         )
-        for name in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side"):
-            found, value = getattr(config, name), (stated or {}).get(name)
+        for name, found in {**sides, "interpolate_pos": False}.items():
+            value = (stated or {}).get(name)
             if value is not None and value != found:
                 raise ValueError(
                     f"config.json: {name} must be {found} as the tensors say, got {value!r:.120}"
                 )
-        if stated and stated.get("interpolate_pos"):
-            raise ValueError("config.json: interpolate_pos must be false, got true")
     return config
 
 

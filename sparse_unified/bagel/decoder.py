@@ -39,17 +39,11 @@ MAX_HOST_ROWS = 64
 def run_ffn(
     ffn: nn.Module, x: Tensor, packing: Packing | None = None, *, on_host: bool = False
 ) -> Tensor:
-    """Runs a dense or sparse FFN on x [T, D].
-
-    Rows of text and of ViT tokens are named only to a block that routes the two apart, as the
-    official code does in the pass over a ViT image.
-
-    Args:
-        on_host: its weights are in host memory: it runs there on few rows, and on the device of x
-            on many.
-    """
+    """Runs a dense or sparse FFN on x [T, D]; with weights `on_host`, few rows visit the host and
+    the weights visit many."""
     named: dict[str, Tensor] = {}
-    # Not getattr: to a module that lacks it, torch makes an error with a text each time.
+    # Rows are named only to a block that routes text and ViT tokens apart, as the official code
+    # does. Not getattr: to a module that lacks it, torch makes an error with a text each time.
     has_two_routers = ffn._modules.get("gate_img") is not None
     if packing is not None and packing.vit_rows is not None and has_two_routers:
         # With several devices, layers get rows on theirs and the packing on the first one.

@@ -19,14 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified._common import choice, list_some, optional
-from sparse_unified.bagel.config import (
-    BagelConfig,
-    LLMConfig,
-    SpecialTokens,
-    VAEConfig,
-    bagel_config,
-    vae_config,
-)
+from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint import Checkpoint, TensorSpec
@@ -39,6 +32,7 @@ from sparse_unified.surgery.storage import STORAGES, quantize_ffn_
 
 LAYERS = "language_model.model.layers"
 Device = torch.device | str | int
+_FACTORS = ("scale_factor", "shift_factor")  # of the autoencoder
 _BLOCK_BYTES = 64 * 2**20  # read at a time; an embedding of the released models has 1.1 GB
 
 
@@ -121,23 +115,21 @@ def tensor_problems(
         targets: what a model holds, by official key; may be on the meta device.
         specs: what the file holds.
     """
-    shapes = {key: list(tensor.shape) for key, tensor in targets.items()}
-    problems = [f"missing {key} {shape}" for key, shape in shapes.items() if key not in specs]
+    problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
     for key, spec in specs.items():
-        if key not in shapes:
+        if key not in targets:
             problems.append(f"extra {key} {list(spec.shape)}")
-        elif list(spec.shape) != shapes[key]:
-            problems.append(f"misshapen {key} {list(spec.shape)}, not {shapes[key]}")
+        elif tuple(spec.shape) != targets[key].shape:
+            wanted = list(targets[key].shape)
+            problems.append(f"misshapen {key} {list(spec.shape)}, not {wanted}")
         elif not spec.dtype.is_floating_point:
             problems.append(f"{key} of {spec.dtype}, not floating point")
     return problems
 
 
-def check_tensors(
-    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor], *, where: str
-) -> None:
-    """Raises one ValueError that lists the `tensor_problems` of a file."""
-    if problems := tensor_problems(targets, specs):
+def check_tensors(module: nn.Module, specs: Mapping[str, Any], *, where: str) -> None:
+    """Raises one ValueError that lists the `tensor_problems` of a file with a module's tensors."""
+    if problems := tensor_problems(official_tensors(module), specs):
         raise ValueError(
             f"{where}: tensors must be those of the model, got {list_some(problems, 20)}"
         )
@@ -145,29 +137,17 @@ def check_tensors(
 
 @torch.no_grad()
 def fill_(
-    module: nn.Module,
-    specs: Mapping[str, TensorSpec],
-    placement: Placement,
-    *,
-    prefix: str = "",
+    module: nn.Module, specs: Mapping[str, TensorSpec], placement: Placement, prefix: str = ""
 ) -> None:
-    """Gives memory to what is on the meta device below a module, and fills it from a file.
-
-    Args:
-        specs: of the whole model; those whose module is left out are not read.
-        placement: where each tensor goes. prefix: the start of the module's keys.
-    """
+    """Gives memory to what is on the meta device below a module, whose keys start with `prefix`,
+    and fills it from a file."""
     unfilled = [key for key, tensor in official_tensors(module, prefix).items() if tensor.is_meta]
     for path, owner in module.named_modules():
         at = f"{prefix}{path}." if path else prefix
-        for held in (owner._parameters, owner._buffers):
-            for name, tensor in held.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
+        for name, tensor in owner._parameters.items():
+            if tensor is not None and tensor.is_meta:
                 full = torch.empty_like(tensor, device=placement.of_tensor(f"{at}{name}"))
-                if isinstance(tensor, nn.Parameter):
-                    full = nn.Parameter(full, requires_grad=tensor.requires_grad)
-                held[name] = full
+                owner._parameters[name] = nn.Parameter(full, requires_grad=tensor.requires_grad)
     targets = official_tensors(module, prefix)
     for key in unfilled:
         spec, target = specs[key], targets[key]
@@ -179,59 +159,6 @@ def fill_(
         for start in range(0, count, step):
             stop = min(start + step, count)
             target[start:stop].copy_(read_tensor(spec.rows(start, stop)))
-
-
-def load_vae(
-    file: str | os.PathLike[str],
-    *,
-    device: Device = "cpu",
-    dtype: torch.dtype | None = None,
-    stated: Any = None,
-) -> AutoEncoder:
-    """Loads an autoencoder; its shapes say how it is built.
-
-    Args:
-        dtype: of the weights; None keeps that of the file.
-        stated: `vae_config` of config.json, for the two factors that no shape shows.
-    """
-    specs, where = read_header(file).tensors, os.fspath(file)
-    stated = stated if isinstance(stated, Mapping) else {}
-    names = ("scale_factor", "shift_factor")
-    factors = {name: stated[name] for name in names if isinstance(stated.get(name), (int, float))}
-    config = vae_config({key: spec.shape for key, spec in specs.items()}, where=where, **factors)
-    dtype = dtype or specs["decoder.conv_in.weight"].dtype
-    vae = AutoEncoder(config, device="meta", dtype=dtype).eval()
-    check_tensors(official_tensors(vae), specs, where=where)
-    fill_(vae, specs, Placement(device=device))
-    return vae
-
-
-def read_config(
-    checkpoint: Checkpoint,
-    vae: VAEConfig,
-    *,
-    stated: Mapping[str, object] | None = None,
-    special_tokens: SpecialTokens | None = None,
-) -> BagelConfig:
-    """Returns the description of the model of a checkpoint, from headers and JSON files alone.
-
-    Args:
-        vae: its autoencoder.
-        stated: config.json, if there is one.
-        special_tokens: ids of the markers; None takes those of the released checkpoints.
-    """
-    return bagel_config(
-        {key: spec.shape for key, spec in checkpoint.specs.items()},
-        checkpoint.llm_config,
-        checkpoint.vit_config,
-        latent_channels=vae.z_channels,
-        vae_downsample=vae.downsample,
-        special_tokens=special_tokens or SpecialTokens(),
-        layers=checkpoint.shapes,
-        top_k=checkpoint.top_k,
-        stated=stated or {},
-        where=os.fspath(checkpoint.directory),
-    )
 
 
 def load_bagel(
@@ -258,14 +185,23 @@ def load_bagel(
     placement = placement or Placement(device=device)
     checkpoint, stated_file = Checkpoint(directory), Path(directory) / "config.json"
     stated = read_json(stated_file) if stated_file.exists() else {}
-    vae = load_vae(
-        checkpoint.vae_file, device=placement.device, dtype=dtype, stated=stated.get("vae_config")
-    )
+
+    # The autoencoder: its shapes say how it is built, but for two factors that no shape shows.
+    specs, where = read_header(checkpoint.vae_file).tensors, os.fspath(checkpoint.vae_file)
+    given = stated.get("vae_config")
+    given = given if isinstance(given, Mapping) else {}
+    factors = {k: given[k] for k in _FACTORS if isinstance(given.get(k), (int, float))}
+    shapes = {key: spec.shape for key, spec in specs.items()}
+    vae_dtype = dtype or specs["decoder.conv_in.weight"].dtype
+    vae = AutoEncoder(vae_config(shapes, where=where, **factors), device="meta", dtype=vae_dtype)
+    check_tensors(vae.eval(), specs, where=where)
+    fill_(vae, specs, Placement(device=placement.device))
+
     config = read_config(checkpoint, vae.config, stated=stated, special_tokens=special_tokens)
     specs = checkpoint.specs
     dtype = dtype or specs["language_model.model.embed_tokens.weight"].dtype
     model = Bagel(config, device="meta", dtype=dtype)
-    check_tensors(official_tensors(model), specs, where=os.fspath(directory))
+    check_tensors(model, specs, where=os.fspath(directory))
     leave_out(model, unneeded(config.llm, Task(placement.task)))
     if placement.device_map is not None:
         placement = replace(placement, device_map=plan_device_map(model, placement))
@@ -311,36 +247,26 @@ def leave_out(model: nn.Module, prefixes: tuple[str, ...]) -> None:
 
 
 def plan_device_map(model: nn.Module, placement: Placement) -> dict[str, Device]:
-    """Returns where each part of a model goes, for accelerate.
+    """Returns where each part of a model on the meta device goes, for accelerate.
 
     "auto" fills devices with decoder layers in turn, by `max_memory`. A mapping is taken as it is;
     what it does not name goes to `device`, and so must all that is no decoder layer.
-
-    Args:
-        model: on the meta device.
-
-    Raises:
-        ValueError: a path names nothing, or what is no decoder layer is not on `device`.
-        ImportError: accelerate is not installed.
     """
     device_map, device = placement.device_map, placement.device
     layers = model.get_submodule(LAYERS)
+    known = dict(model.named_modules())
+    above = {LAYERS[:end] for end, c in enumerate(LAYERS) if c == "."} | {"", LAYERS}
     # The largest modules without decoder layers in them.
-    outside: list[str] = []
-    for path, _ in model.named_modules():
-        above = not path or f"{LAYERS}.".startswith(f"{path}.")
-        if not above and not path.startswith((f"{LAYERS}.", *(f"{known}." for known in outside))):
-            outside.append(path)
+    outside = [
+        path for path in known if path not in above and path.rpartition(".")[0] in above - {LAYERS}
+    ]
     if device_map == "auto":
         utils, main = _accelerate("utils"), torch.device(device)
-        room = dict(
-            utils.get_max_memory(dict(placement.max_memory) if placement.max_memory else None)
-        )
+        limits = dict(placement.max_memory) if placement.max_memory else None
+        room = dict(utils.get_max_memory(limits))
         name = main.type if main.type == "cpu" else main.index or 0
         if name in room:
-            taken = sum(
-                w.nbytes for path in outside for w in model.get_submodule(path).parameters()
-            )
+            taken = sum(w.nbytes for path in outside for w in known[path].parameters())
             room[name] = max(0, room[name] - taken)
         filled = utils.infer_auto_device_map(
             layers, max_memory=room, no_split_module_classes=["DecoderLayer"]
@@ -351,7 +277,6 @@ def plan_device_map(model: nn.Module, placement: Placement) -> dict[str, Device]
         raise ValueError(
             f"device_map must be 'auto' or a mapping of module paths to devices, got {device_map!r}"
         )
-    known = {name for name, _ in model.named_modules()}
     for path, place in device_map.items():
         if path not in known:
             raise ValueError(f"device_map must name modules, got {path!r}")
@@ -373,7 +298,6 @@ def _dispatch(model: nn.Module, placement: Placement) -> None:
         raise ValueError("offload_folder must be given for what goes to disk, got None")
     # Hooks ask for parameters by name; the state dict of a sparse FFN has those of its experts.
     state = {key: weight.detach() for key, weight in model.named_parameters()}
-    state |= dict(model.named_buffers())
     on_disk = {key: tensor for key, tensor in state.items() if _longest(device_map, key) == "disk"}
     if on_disk:
         _accelerate("utils").offload_state_dict(folder, on_disk)

@@ -10,8 +10,8 @@ them or, for text, add the token they are given. `Denoiser` is the repeated step
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +32,14 @@ _MAX_PERIOD = 10000.0
 
 
 def sincos_table(side: int, channels: int) -> Tensor:
-    """Returns the sine-cosine embedding of a square grid, [side * side, channels] fp32.
-
-    The first half of the channels encodes the column, the second the row; each half is sines, then
-    cosines, of the coordinate times 10000^(-i / (channels / 4)).
-    """
+    """Returns the embedding of a square grid, [side * side, channels] fp32: of the column, then of
+    the row, sines, then cosines, of the coordinate times 10000^(-i / (channels / 4))."""
     if channels % 4:
         raise ValueError(f"sincos_table: channels must be a multiple of 4, got {channels}")
     steps = torch.arange(channels // 4, dtype=torch.float64) / (channels / 4)
     angles = torch.outer(torch.arange(side, dtype=torch.float64), _MAX_PERIOD**-steps)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, channels / 2]
-    columns = line.repeat(side, 1)
-    rows = line.repeat_interleave(side, dim=0)
-    return torch.cat([columns, rows], dim=1).float()
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=1).float()
 
 
 class PositionTable(nn.Module):
@@ -139,11 +134,10 @@ class Bagel(nn.Module):
     def prefill_text(self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]) -> None:
         """Lets each context read a text, given as ids without bos and eos, which are added."""
         special, vocab_size = self.config.special_tokens, self.config.llm.vocab_size
-        texts = [[special.bos, *ids, special.eos] for ids in token_ids]
-        for token in (token for text in texts for token in text):
+        for token in (token for ids in token_ids for token in ids):
             if not 0 <= token < vocab_size:
                 raise ValueError(f"token_ids must be from 0 to {vocab_size - 1}, got {token}")
-        self._read_text(contexts, texts)
+        self._read_text(contexts, [[special.bos, *ids, special.eos] for ids in token_ids])
 
     def next_logits(self, contexts: Sequence[KVCache], tokens: Sequence[int]) -> Tensor:
         """Appends a token to each context; returns logits [B, vocab_size] fp32 of the next ones."""
@@ -154,24 +148,17 @@ class Bagel(nn.Module):
     def text_logits(
         self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """Appends a text to each context, with bos and eos only where they are given.
-
-        Returns:
-            For each text the logits [L, vocab_size] fp32 of what follows each of its L tokens.
-        """
+        """Appends a text to each context, with bos and eos only where they are given; returns of
+        each the logits [L, vocab_size] fp32 of what follows its L tokens."""
         head = _loaded(self.language_model.lm_head, "lm_head")
-        hidden = self._read_text(contexts, token_ids)
-        logits = head(hidden).float()
+        logits = head(self._read_text(contexts, token_ids)).float()
         return list(logits.split([len(ids) for ids in token_ids]))
 
     @context("prefill_vit")
     @torch.no_grad()
     def prefill_vit(self, contexts: Sequence[KVCache], images: Sequence[Tensor]) -> None:
-        """Lets each context see an image through the ViT.
-
-        Args:
-            images: normalised pixels [3, H, W] of each context, sides multiples of the patch size.
-        """
+        """Lets each context see an image through the ViT: normalised pixels [3, H, W], sides
+        multiples of the patch size."""
         vit_model = _loaded(self.vit_model, "vit_model")
         side, patch = self.config.vit_max_num_patch_per_side, self.config.vision.patch_size
         cut = [self._patches(image.to(self.dtype), patch, side) for image in images]
@@ -193,11 +180,8 @@ class Bagel(nn.Module):
     @context("prefill_latents")
     @torch.no_grad()
     def prefill_latents(self, contexts: Sequence[KVCache], latents: Sequence[Tensor]) -> None:
-        """Lets each context see an image through the VAE, as a finished generation (time 0).
-
-        Args:
-            latents: latent [C, h, w] of each context, sides multiples of `latent_patch_size`.
-        """
+        """Lets each context see an image through the VAE, as a finished generation (time 0): its
+        latent [C, h, w], sides multiples of `latent_patch_size`."""
         time = torch.zeros(1, device=self.device)
         patch, side = self.config.latent_patch_size, self.config.max_latent_size
         gen = [self.embed_latent(*self._patches(latent, patch, side), time) for latent in latents]
@@ -213,17 +197,8 @@ class Bagel(nn.Module):
         time: Tensor,
         branches: Sequence[Sequence[KVCache]],
     ) -> list[Tensor]:
-        """Predicts d x / d t of several noisy images, each in several contexts, in one packed pass.
-
-        Args:
-            tokens: noisy image [N, p * p * C] of each image.
-            grids: its rows and columns of tokens.
-            time: [1] fp32, 1 for noise and 0 for a finished image.
-            branches: contexts in which to predict each image.
-
-        Returns:
-            For each image the velocities [len(branches), N, p * p * C], fp32.
-        """
+        """Predicts d x / d t of several noisy images, each in several contexts, in one packed pass;
+        see `Denoiser`."""
         return Denoiser(self, grids, branches)(tokens, time.to(self.device))
 
     def _read_text(self, contexts: Sequence[KVCache], texts: Sequence[Sequence[int]]) -> Tensor:
@@ -275,11 +250,8 @@ class Bagel(nn.Module):
         return self.language_model.model.embed_tokens(ids)
 
     def embed_latent(self, tokens: Tensor, positions: Tensor, time: Tensor) -> Tensor:
-        """Embeds the tokens [N, p * p * C] of one image, with its time [1], to [N, D].
-
-        Args:
-            positions: rows [N] of `latent_pos_embed`, see `grid_positions`.
-        """
+        """Embeds the tokens [N, p * p * C] of one image, at `positions` [N] of `latent_pos_embed`,
+        with its time [1], to [N, D]."""
         embedded = self.vae2llm(tokens.to(self.vae2llm.weight))
         return embedded + self.time_embedder(time) + self.latent_pos_embed(positions)
 
@@ -287,10 +259,8 @@ class Bagel(nn.Module):
 def _loaded(module: Any, what: str) -> Any:
     """Returns a module that the task may have left out."""
     if module is None:
-        raise ValueError(
-            f"{what} must be loaded for this, got a model loaded for another task; "
-            "load it with task='all'"
-        )
+        found = "a model loaded for another task; load it with task='all'"
+        raise ValueError(f"{what} must be loaded for this, got {found}")
     return module
 
 
@@ -343,12 +313,8 @@ class Denoiser:
             gen += [model.embed_latent(x, positions, time)] * count
         hidden = model.language_model.model(self.markers, torch.cat(gen), self.packing)[1]
         out = model.llm2vae(hidden).float()
-        velocities, start = [], 0
-        for x, count in zip(tokens, self.num_branches, strict=True):
-            part = out[start : start + count * len(x)]
-            velocities.append(part.view(count, len(x), -1))
-            start += len(part)
-        return velocities
+        parts = out.split([len(x) * n for x, n in zip(tokens, self.num_branches, strict=True)])
+        return [part.view(-1, *x.shape) for part, x in zip(parts, tokens, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -401,7 +367,16 @@ def training_forward(
         gen = gen + model.latent_pos_embed(batch.latent_positions)
         gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
     packing = batch.packing.additive(dtype)
-    with _router_logits(decoder.layers) as routed:
+    routed: dict[tuple[str, int], tuple[Tensor, int]] = {}  # logits and top_k of each block
+    with ExitStack() as hooks:
+        for index, layer in enumerate(decoder.layers):
+            for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
+                if isinstance(block, SparseMoE) and block.return_router_logits:
+
+                    def keep(block: Any, _: Any, out: Any, key: Any = (component, index)) -> None:
+                        routed[key] = (out[1], block.top_k)
+
+                    hooks.callback(block.register_forward_hook(keep).remove)
         for layer in decoder.layers:
             if checkpointing:
                 und, gen = checkpoint(layer, und, gen, packing, use_reentrant=False)
@@ -436,26 +411,6 @@ def training_forward(
         router_z_loss=z_loss / blocks,
         expert_load=loads,
     )
-
-
-@contextmanager
-def _router_logits(
-    layers: nn.ModuleList,
-) -> Iterator[dict[tuple[str, int], tuple[Tensor, int]]]:
-    """Yields a dict that takes logits and top_k of each sparse block run, by (component, layer)."""
-    routed: dict[tuple[str, int], tuple[Tensor, int]] = {}
-    with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
-            for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
-                if isinstance(block, SparseMoE) and block.return_router_logits:
-
-                    def keep(
-                        block: Any, _: Any, out: Any, key: tuple[str, int] = (component, index)
-                    ) -> None:
-                        routed[key] = (out[1], block.top_k)
-
-                    hooks.callback(block.register_forward_hook(keep).remove)
-        yield routed
 
 
 def expert_load(logits: Tensor, top_k: int) -> Tensor:

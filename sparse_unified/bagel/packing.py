@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,160 +140,86 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-# Kind and number of tokens, without markers, of each segment of a sequence. Texts that follow each
-# other are one: they see, and are seen, alike.
-_Layout = tuple[tuple[str, int], ...]
 _KINDS = _TEXT, _VIT, _CLEAN, _NOISED = "text", "vit", "clean", "noised"
-_MARKERS = 2  # around each image
-
 # Padding pays where calls cost more than what they compute: short sequences, little of it.
 _MOST_PADDED_TOKENS = 256
 _MOST_PADDED_COST = 2.0
-
-
-class _Streams(NamedTuple):
-    """The tokens of a sequence in the und and in the gen stream."""
-
-    und_positions: list[int]  # rotary
-    gen_positions: list[int]
-    und_tags: list[int]  # the segment, counted from 0, and the kind of each token, as one number
-    gen_tags: list[int]
-    is_vit: list[bool]  # which und tokens are seen through the ViT; markers around them are not
-    vit_lengths: list[int]  # tokens of each image
-    latent_lengths: list[int]
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """Tokens in each stream."""
-        return {UND: len(self.und_tags), GEN: len(self.gen_tags)}
-
-
-# Few: of an image of 1024 x 1024 pixels the lists are half a megabyte.
-@lru_cache(maxsize=64)
-def _streams_of(layout: _Layout) -> _Streams:
-    """Returns the tokens of a sequence, to be read only."""
-    streams = _Streams([], [], [], [], [], [], [])
-    und_positions, gen_positions, und_tags, gen_tags, is_vit, vit_lengths, latent_lengths = streams
-    position = 0
-    for i, (kind, length) in enumerate(layout):
-        tag = _tag(i, kind)
-        if kind == _TEXT:
-            und_positions += range(position, position + length)
-            und_tags += [tag] * length
-            is_vit += [False] * length
-            position += length
-            continue
-        inside = length if kind == _VIT else 0
-        und_positions += [position] * (inside + _MARKERS)
-        und_tags += [tag] * (inside + _MARKERS)
-        is_vit += [False, *[True] * inside, False]
-        if kind == _VIT:
-            vit_lengths.append(length)
-        else:
-            latent_lengths.append(length)
-            gen_positions += [position] * length
-            gen_tags += [tag] * length
-        position += kind != _NOISED
-    return streams
 
 
 def _tag(segment: int, kind: str) -> int:
     return segment * len(_KINDS) + _KINDS.index(kind)
 
 
-def _masks(many: Sequence[_Streams], lengths: Mapping[str, int]) -> Tensor:
-    """Returns who sees whom in sequences that are padded to so many tokens: [n, L, L] bool.
+class _Tokens:
+    """The tokens of a sequence in the und and in the gen stream, and what the text loss asks for.
 
-    Padding is a segment before all others, and a noised one: it sees itself, so that no row of
-    scores is empty, and nothing sees it.
+    A tag is the segment of a token, counted from 0, and its kind, as one number.
     """
-    padding = _tag(-1, _NOISED)
-    rows = []
-    for streams in many:
-        und = streams.und_tags + [padding] * (lengths[UND] - len(streams.und_tags))
-        gen = streams.gen_tags + [padding] * (lengths[GEN] - len(streams.gen_tags))
-        rows.append(und + gen)
-    tags = torch.tensor(rows)
-    segment, kind = tags // len(_KINDS), tags % len(_KINDS)
-    is_text, is_noised = kind == _KINDS.index(_TEXT), kind == _KINDS.index(_NOISED)
-    index = torch.arange(tags.shape[1])
-    same = segment[:, :, None] == segment[:, None]
-    before = (segment[:, :, None] > segment[:, None]) & ~is_noised[:, None]
-    return before | same & (~is_text[:, :, None] | (index[:, None] >= index))
+
+    def __init__(self, config: BagelConfig, sequence: Sequence[Segment]) -> None:
+        """Checks and lays out a sequence."""
+        if not sequence:
+            raise ValueError("a sequence must have at least one segment, got none")
+        self.segments = sequence
+        # Kind and number of tokens of each segment, without markers. Texts that follow each other
+        # are one: they see, and are seen, alike.
+        self.layout: list[tuple[str, int]] = []
+        self.ids: list[int] = []  # 0 where a ViT token stands
+        self.is_vit: list[bool] = []  # and no marker around them
+        self.label_rows: list[int] = []
+        self.labels: list[int] = []
+        self.positions: dict[str, list[int]] = {UND: [], GEN: []}  # rotary
+        self.tags: dict[str, list[int]] = {UND: [], GEN: []}
+        marks = config.special_tokens
+        position = 0
+        for segment in sequence:
+            if isinstance(segment, TextSegment):
+                ids, kind, length = segment.token_ids, _TEXT, len(segment.token_ids)
+                if not ids:
+                    raise ValueError("token_ids must hold at least one id, got none")
+                if min(ids) < 0 or max(ids) >= config.llm.vocab_size:
+                    raise ValueError(
+                        f"token_ids must be from 0 to {config.llm.vocab_size - 1}, "
+                        f"got {min(ids) if min(ids) < 0 else max(ids)}"
+                    )
+                if segment.predict:
+                    self.label_rows += range(len(self.ids), len(self.ids) + length - 1)
+                    self.labels += ids[1:]
+                positions = range(position, position + length)
+                before = self.layout.pop()[1] if self.layout and self.layout[-1][0] == _TEXT else 0
+                self.layout.append((kind, before + length))
+                self.is_vit += [False] * length
+                position += length
+            else:
+                kind, length = _image_tokens(config, segment)
+                inside = length if kind == _VIT else 0
+                ids = [marks.start_of_image, *[0] * inside, marks.end_of_image]
+                positions = [position] * len(ids)
+                self.layout.append((kind, length))
+                self.is_vit += [False, *[True] * inside, False]
+                if kind != _VIT:
+                    self.positions[GEN] += [position] * length
+                    self.tags[GEN] += [_tag(len(self.layout) - 1, kind)] * length
+                position += kind != _NOISED
+            self.ids += ids
+            self.positions[UND] += positions
+            self.tags[UND] += [_tag(len(self.layout) - 1, kind)] * len(ids)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens in each stream."""
+        return {stream: len(tags) for stream, tags in self.tags.items()}
 
 
-def _make_groups(layouts: Sequence[tuple[_Layout, int]]) -> list[Group]:
-    """Groups sequences of the same images, which lie in the streams as they are given.
-
-    Args:
-        layouts: different layouts, each with its number of sequences.
-
-    Returns:
-        One padded group, or one group a layout where padding would cost too much.
-    """
-    many, counts = [_streams_of(layout) for layout, _ in layouts], [n for _, n in layouts]
-    longest = {s: max(streams.lengths[s] for streams in many) for s in (UND, GEN)}
-    most = sum(longest.values())
-    needed = sum(sum(s.lengths.values()) ** 2 * n for s, n in zip(many, counts, strict=True))
-    pays = most <= _MOST_PADDED_TOKENS and most**2 * sum(counts) <= _MOST_PADDED_COST * needed
-    if len(layouts) > 1 and pays:
-        return [_padded(many, counts, longest)]
-    groups = []
-    for (layout, count), streams in zip(layouts, many, strict=True):
-        causal = all(kind == _TEXT for kind, _ in layout)
-        mask = None if causal else _masks([streams], streams.lengths)[0]
-        if mask is not None and bool(mask.all()):
-            mask = None
-        groups.append(Group(count=count, lengths=streams.lengths, causal=causal, mask=mask))
-    return groups
-
-
-def _padded(many: Sequence[_Streams], counts: Sequence[int], longest: Mapping[str, int]) -> Group:
-    repeats = torch.tensor(counts)
-    padding = {}
-    for stream in (UND, GEN):
-        own_lengths = torch.tensor([streams.lengths[stream] for streams in many])
-        last = own_lengths.repeat_interleave(repeats)[:, None]
-        is_token = (torch.arange(longest[stream]) < last).flatten()  # [B * length]
-        rows = (is_token.cumsum(0) - 1).clamp_(min=0)
-        padding[stream] = Padding(rows=rows, kept=is_token.nonzero()[:, 0])
-    masks = _masks(many, longest).repeat_interleave(repeats, dim=0)
-    return Group(count=sum(counts), lengths=longest, mask=masks[:, None], padding=padding)
-
-
-def _layout_of(config: BagelConfig, sequence: Sequence[Segment]) -> _Layout:
-    """Checks a sequence and returns the kinds and lengths of its segments."""
-    if not sequence:
-        raise ValueError("a sequence must have at least one segment, got none")
-    vocab_size = config.llm.vocab_size
-    layout: list[tuple[str, int]] = []
-    for segment in sequence:
-        if isinstance(segment, TextSegment):
-            ids = segment.token_ids
-            if not ids:
-                raise ValueError("token_ids must hold at least one id, got none")
-            if min(ids) < 0 or max(ids) >= vocab_size:
-                raise ValueError(
-                    f"token_ids must be from 0 to {vocab_size - 1}, "
-                    f"got {min(ids) if min(ids) < 0 else max(ids)}"
-                )
-            kind, length = _TEXT, len(ids)
-            if layout and layout[-1][0] == _TEXT:
-                length += layout.pop()[1]
-        elif isinstance(segment, VitSegment):
-            channels, patch = config.vision.num_channels, config.vision.patch_size
-            side = config.vit_max_num_patch_per_side
-            kind, length = _VIT, _count("pixels", segment.pixels, channels, patch, side)
-        else:
-            channels, patch = config.latent_channels, config.latent_patch_size
-            kind = _CLEAN if segment.time is None else _NOISED
-            length = _count("latent", segment.latent, channels, patch, config.max_latent_size)
-        layout.append((kind, length))
-    return tuple(layout)
-
-
-def _count(name: str, image: Tensor, channels: int, patch: int, side: int) -> int:
-    """Returns the patches of an image that fits the model."""
+def _image_tokens(config: BagelConfig, segment: VitSegment | LatentSegment) -> tuple[str, int]:
+    """Returns the kind and the patches of an image that fits the model."""
+    if isinstance(segment, VitSegment):
+        kind, name, image, channels = _VIT, "pixels", segment.pixels, config.vision.num_channels
+        patch, side = config.vision.patch_size, config.vit_max_num_patch_per_side
+    else:
+        kind, name = _CLEAN if segment.time is None else _NOISED, "latent"
+        image, channels = segment.latent, config.latent_channels
+        patch, side = config.latent_patch_size, config.max_latent_size
     if image.ndim != 3 or image.shape[0] != channels:
         raise ValueError(
             f"{name} must have shape [{channels}, height, width], got {list(image.shape)}"
@@ -305,7 +230,58 @@ def _count(name: str, image: Tensor, channels: int, patch: int, side: int) -> in
             f"sides of {name} must be multiples of {patch} up to {side * patch}, "
             f"got {height} x {width}"
         )
-    return (height // patch) * (width // patch)
+    return kind, (height // patch) * (width // patch)
+
+
+def _masks(many: Sequence[_Tokens], lengths: Mapping[str, int]) -> Tensor:
+    """Returns who sees whom in sequences that are padded to so many tokens: [n, L, L] bool."""
+    # Padding is a segment before all others, and a noised one: it sees itself, so that no row of
+    # scores is empty, and nothing sees it.
+    padding = _tag(-1, _NOISED)
+    tags = torch.tensor(
+        [
+            [
+                tag
+                for stream, own in tokens.tags.items()
+                for tag in own + [padding] * (lengths[stream] - len(own))
+            ]
+            for tokens in many
+        ]
+    )
+    segment, kind = tags // len(_KINDS), tags % len(_KINDS)
+    is_text, is_noised = kind == _KINDS.index(_TEXT), kind == _KINDS.index(_NOISED)
+    index = torch.arange(tags.shape[1])
+    same = segment[:, :, None] == segment[:, None]
+    before = (segment[:, :, None] > segment[:, None]) & ~is_noised[:, None]
+    return before | same & (~is_text[:, :, None] | (index[:, None] >= index))
+
+
+def _groups(alike: Sequence[Sequence[_Tokens]]) -> list[Group]:
+    """Groups sequences of the same images, those of one layout together: one padded group, or one
+    a layout where padding would cost too much."""
+    firsts, counts = [own[0] for own in alike], [len(own) for own in alike]
+    longest = {s: max(tokens.lengths[s] for tokens in firsts) for s in (UND, GEN)}
+    most = sum(longest.values())
+    needed = sum(len(own) * sum(own[0].lengths.values()) ** 2 for own in alike)
+    pays = most <= _MOST_PADDED_TOKENS and most**2 * sum(counts) <= _MOST_PADDED_COST * needed
+    if len(alike) > 1 and pays:
+        repeats, padding = torch.tensor(counts), {}
+        for stream, length in longest.items():
+            last = torch.tensor([tokens.lengths[stream] for tokens in firsts])
+            is_token = torch.arange(length) < last.repeat_interleave(repeats)[:, None]
+            is_token = is_token.flatten()  # [B * length]
+            rows = (is_token.cumsum(0) - 1).clamp_(min=0)
+            padding[stream] = Padding(rows=rows, kept=is_token.nonzero()[:, 0])
+        masks = _masks(firsts, longest).repeat_interleave(repeats, dim=0)
+        return [Group(count=sum(counts), lengths=longest, mask=masks[:, None], padding=padding)]
+    groups = []
+    for tokens, count in zip(firsts, counts, strict=True):
+        causal = all(kind == _TEXT for kind, _ in tokens.layout)
+        mask = None if causal else _masks([tokens], tokens.lengths)[0]
+        if mask is not None and bool(mask.all()):
+            mask = None
+        groups.append(Group(count=count, lengths=tokens.lengths, causal=causal, mask=mask))
+    return groups
 
 
 def _patchify_all(images: Sequence[Tensor], patch: int) -> Tensor:
@@ -341,40 +317,33 @@ def pack_training(
     if not sequences:
         raise ValueError("sequences must hold at least one sequence, got none")
     # By their images first: a text may be shorter, or left out.
-    near: dict[tuple[str, ...], dict[_Layout, list[Sequence[Segment]]]] = {}
+    near: dict[tuple[str, ...], dict[tuple[tuple[str, int], ...], list[_Tokens]]] = {}
     for sequence in sequences:
-        layout = _layout_of(config, sequence)
-        images = tuple(kind for kind, _ in layout if kind != _TEXT)
-        near.setdefault(images, {}).setdefault(layout, []).append(sequence)
-    groups = []
-    for layouts in near.values():
-        groups += _make_groups([(layout, len(own)) for layout, own in layouts.items()])
-    ordered = [pair for layouts in near.values() for pair in layouts.items()]
-    return _batch(config, ordered, groups, len(sequences)).to(device)
+        tokens = _Tokens(config, sequence)
+        images = tuple(kind for kind, _ in tokens.layout if kind != _TEXT)
+        near.setdefault(images, {}).setdefault(tuple(tokens.layout), []).append(tokens)
+    groups = [group for alike in near.values() for group in _groups(list(alike.values()))]
+    ordered = [own for alike in near.values() for members in alike.values() for own in members]
+    return _batch(config, ordered, groups).to(device)
 
 
-def _batch(
-    config: BagelConfig,
-    ordered: Sequence[tuple[_Layout, Sequence[Sequence[Segment]]]],
-    groups: list[Group],
-    num_sequences: int,
-) -> TrainingBatch:
-    def repeated(name: str) -> list[Any]:
-        return [
-            value
-            for layout, members in ordered
-            for value in getattr(_streams_of(layout), name) * len(members)
-        ]
+def _batch(config: BagelConfig, ordered: Sequence[_Tokens], groups: list[Group]) -> TrainingBatch:
+    def angles(stream: str) -> tuple[Tensor, Tensor]:
+        positions = torch.tensor([n for own in ordered for n in own.positions[stream]])
+        return rotary_angles(positions, config.llm.head_dim, config.llm.rope_theta)
 
-    def angles(positions: list[int]) -> tuple[Tensor, Tensor]:
-        return rotary_angles(torch.tensor(positions), config.llm.head_dim, config.llm.rope_theta)
-
-    ids, label_rows, labels = _tokens(config, ordered)
-    segments = [s for _, members in ordered for sequence in members for s in sequence]
+    ids: list[int] = []
+    label_rows: list[int] = []
+    for own in ordered:
+        label_rows += [len(ids) + row for row in own.label_rows]
+        ids += own.ids
+    labels = [label for own in ordered for label in own.labels]
+    is_vit = torch.tensor([own_is for own in ordered for own_is in own.is_vit])
+    layout = [part for own in ordered for part in own.layout]
+    segments = [segment for own in ordered for segment in own.segments]
     vit = [s.pixels for s in segments if isinstance(s, VitSegment)]
     images = [s for s in segments if isinstance(s, LatentSegment)]
     clean = [s.latent for s in images]
-    is_vit = torch.tensor(repeated("is_vit"), dtype=torch.bool)
     vit_patch, vit_side = config.vision.patch_size, config.vit_max_num_patch_per_side
     patch, side = config.latent_patch_size, config.max_latent_size
     latents = times = time_rows = None
@@ -382,7 +351,7 @@ def _batch(
     velocities = torch.empty(0, config.token_channels)
     if clean:
         times = torch.tensor([s.time or 0.0 for s in images])
-        lengths = torch.tensor(repeated("latent_lengths"))
+        lengths = torch.tensor([length for kind, length in layout if kind in (_CLEAN, _NOISED)])
         time_rows = torch.arange(len(clean)).repeat_interleave(lengths)
         asked = torch.tensor([s.time is not None for s in images])[time_rows]
         data = _patchify_all(clean, patch)
@@ -398,7 +367,7 @@ def _batch(
         labels=torch.tensor(labels, dtype=torch.int64),
         vit_patches=_patchify_all(vit, vit_patch) if vit else None,
         vit_positions=_grids(vit, vit_patch, vit_side) if vit else None,
-        vit_lengths=tuple(repeated("vit_lengths")),
+        vit_lengths=tuple(length for kind, length in layout if kind == _VIT),
         latents=latents,
         latent_positions=_grids(clean, patch, side) if clean else None,
         times=times,
@@ -407,36 +376,13 @@ def _batch(
         velocities=velocities,
         packing=Packing(
             groups=groups,
-            und_angles=angles(repeated("und_positions")),
-            gen_angles=angles(repeated("gen_positions")) if clean else None,
+            und_angles=angles(UND),
+            gen_angles=angles(GEN) if clean else None,
             text_rows=(~is_vit).nonzero()[:, 0] if vit else None,
             vit_rows=is_vit.nonzero()[:, 0] if vit else None,
         ),
         text_tokens=len(labels),
         image_tokens=len(velocity_rows),
         num_tokens=len(ids) + (0 if latents is None else len(latents)),
-        num_sequences=num_sequences,
+        num_sequences=len(ordered),
     )
-
-
-def _tokens(
-    config: BagelConfig, ordered: Sequence[tuple[_Layout, Sequence[Sequence[Segment]]]]
-) -> tuple[list[int], list[int], list[int]]:
-    """Returns the ids of the und stream, and the rows and labels of the text loss."""
-    ids: list[int] = []
-    label_rows: list[int] = []
-    labels: list[int] = []
-    start, end = config.special_tokens.start_of_image, config.special_tokens.end_of_image
-    for layout, members in ordered:
-        for sequence in members:
-            vit_lengths = iter(_streams_of(layout).vit_lengths)
-            for segment in sequence:
-                if isinstance(segment, TextSegment):
-                    if segment.predict:
-                        label_rows += range(len(ids), len(ids) + len(segment.token_ids) - 1)
-                        labels += segment.token_ids[1:]
-                    ids += segment.token_ids
-                else:
-                    inside = next(vit_lengths) if isinstance(segment, VitSegment) else 0
-                    ids += (start, *[0] * inside, end)
-    return ids, label_rows, labels

@@ -87,10 +87,6 @@ def build_guidance(
         prompt_ids: token ids of each prompt, without bos and eos.
         images: images before each prompt; None for none.
         system_ids: token ids of a text before everything, kept in all three.
-
-    Returns:
-        One guidance per prompt. Without images `without_image` is a fork of `full`, so that it is
-        recognised as the same and not computed twice.
     """
     count = len(prompt_ids)
     full = model.new_contexts(count)
@@ -101,17 +97,13 @@ def build_guidance(
     see_images(model, full, seen)
     without_text = [past.fork() for past in full]
     model.prefill_text(full, prompt_ids)
-    edited = [i for i in range(count) if seen[i]]
-    if edited:
+    if edited := [i for i in range(count) if seen[i]]:
         model.prefill_text([without_image[i] for i in edited], [prompt_ids[i] for i in edited])
-    return [
-        Guidance(
-            full=full[i],
-            without_text=without_text[i],
-            without_image=without_image[i] if seen[i] else full[i].fork(),
-        )
-        for i in range(count)
-    ]
+    for i in range(count):
+        if not seen[i]:  # a fork, so that it is recognised as the same and not computed twice
+            without_image[i] = full[i].fork()
+    caches = zip(full, without_text, without_image, strict=True)
+    return [Guidance(full=a, without_text=b, without_image=c) for a, b, c in caches]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +141,8 @@ class StepCache:
 
 
 class Expansion:
-    """Velocities of one branch of guidance of one image as a polynomial in the time.
-
-    Args:
-        order: degree, as far as there are velocities.
-    """
+    """Velocities of one branch of guidance of one image as a polynomial in the time, of degree
+    `order` as far as there are velocities."""
 
     def __init__(self, order: int) -> None:
         self.order = order
@@ -239,11 +228,6 @@ def initial_noise(num_tokens: int, channels: int, seed: int) -> Tensor:
     return torch.randn(num_tokens, channels, generator=generator)
 
 
-def _rescaled(guided: Tensor, plain: Tensor, least: float, dims: tuple[int, ...]) -> Tensor:
-    norm, reference = (torch.linalg.vector_norm(v, dim=dims, keepdim=True) for v in (guided, plain))
-    return guided * (reference / (norm + _EPS)).clamp(min=least, max=1.0)
-
-
 def guide(
     plain: Tensor,
     without_text: Tensor,
@@ -251,20 +235,22 @@ def guide(
     *,
     config: SamplingConfig,
 ) -> Tensor:
-    """Combines the predictions for one image, each [N, p * p * C] fp32.
+    """Combines the predictions for one image, each [N, p * p * C] fp32; without_image None leaves
+    image guidance out."""
 
-    Args:
-        without_image: None leaves image guidance out.
-    """
-    renorm, least = config.cfg_renorm_type, config.cfg_renorm_min
+    def rescaled(guided: Tensor, *dims: int) -> Tensor:
+        norm, most = (torch.linalg.vector_norm(v, dim=dims, keepdim=True) for v in (guided, plain))
+        return guided * (most / (norm + _EPS)).clamp(min=config.cfg_renorm_min, max=1.0)
+
+    renorm = config.cfg_renorm_type
     guided = without_text + config.cfg_text_scale * (plain - without_text)
     if renorm is Renorm.TEXT_CHANNEL:
-        guided = _rescaled(guided, plain, least, (-1,))
+        guided = rescaled(guided, -1)
     if without_image is not None:
         guided = without_image + config.cfg_img_scale * (guided - without_image)
     if renorm is Renorm.TEXT_CHANNEL:
         return guided
-    return _rescaled(guided, plain, least, (-1,) if renorm is Renorm.CHANNEL else (-2, -1))
+    return rescaled(guided, -1) if renorm is Renorm.CHANNEL else rescaled(guided, -2, -1)
 
 
 def guided_steps(config: SamplingConfig) -> list[bool]:
@@ -295,11 +281,9 @@ def _branches(
 ) -> tuple[list[KVCache], list[int]]:
     """Returns the different contexts of an image, `full` first, and where in them are `full`, then
     with guidance without_text and, if it counts, without_image."""
-    wanted = [guidance.full]
-    if guided:
-        wanted.append(guidance.without_text)
-    if guided and config.cfg_img_scale > 1:
-        wanted.append(guidance.without_image)
+    others = [guidance.without_text, guidance.without_image]
+    count = guided * (2 if config.cfg_img_scale > 1 else 1)
+    wanted = [guidance.full, *others[:count]]
     contexts: list[KVCache] = []
     picks = []
     for past in wanted:
@@ -326,7 +310,8 @@ def sample_latents(
 
     Args:
         guidance: contexts of each image; they are only read.
-        noise: [N, p * p * C] of each image; grids: its rows and columns of tokens, N of them.
+        noise: [N, p * p * C] of each image.
+        grids: its rows and columns of tokens, N of them.
         config: how to sample.
         execution: how the model is run in each step; None op by op.
         on_step: called after each step with its number and its seconds.

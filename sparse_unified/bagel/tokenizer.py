@@ -12,7 +12,8 @@ from sparse_unified._common import optional
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.checkpoint.files import read_json
 
-_SPECIAL_TEXTS = {
+# The fields of `SpecialTokens`, and the texts that stand for them.
+SPECIAL_TEXTS = {
     "bos": "<|im_start|>",
     "eos": "<|im_end|>",
     "start_of_image": "<|vision_start|>",
@@ -36,16 +37,13 @@ class Tokenizer:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        vocabulary = backend.get_vocab()
-        missing = [text for text in _SPECIAL_TEXTS.values() if text not in vocabulary]
-        if missing:
+        ids = {name: backend.get_vocab().get(text) for name, text in SPECIAL_TEXTS.items()}
+        if missing := [text for name, text in SPECIAL_TEXTS.items() if ids[name] is None]:
             raise ValueError(
-                f"tokenizer: vocabulary must hold {', '.join(_SPECIAL_TEXTS.values())}, "
+                f"tokenizer: vocabulary must hold {', '.join(SPECIAL_TEXTS.values())}, "
                 f"got no {', '.join(missing)}"
             )
-        self.special_tokens = SpecialTokens(
-            **{name: vocabulary[text] for name, text in _SPECIAL_TEXTS.items()}
-        )
+        self.special_tokens = SpecialTokens(**ids)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Tokenizer:

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from sparse_unified.bagel.config import VAEConfig
 
 
-def _norm(channels: int, **factory: Any) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6, **factory)
+class Norm(nn.GroupNorm):
+    """32 groups, then a SiLU if `active`."""
 
+    def __init__(self, channels: int, *, active: bool = True, **factory: Any) -> None:
+        super().__init__(32, channels, eps=1e-6, **factory)
+        self.active = active
 
-def _conv3(inputs: int, outputs: int, **factory: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **factory)
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return F.silu(x) if self.active else x
 
 
 class ResnetBlock(nn.Module):
@@ -26,18 +30,17 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, **factory: Any) -> None:
         super().__init__()
-        self.norm1 = _norm(inputs, **factory)
-        self.conv1 = _conv3(inputs, outputs, **factory)
-        self.norm2 = _norm(outputs, **factory)
-        self.conv2 = _conv3(outputs, outputs, **factory)
+        self.norm1 = Norm(inputs, **factory)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, **factory)
+        self.norm2 = Norm(outputs, **factory)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, **factory)
         self.nin_shortcut = (
             nn.Conv2d(inputs, outputs, 1, **factory) if inputs != outputs else nn.Identity()
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, inputs, H, W] to [B, outputs, H, W]."""
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return self.nin_shortcut(x) + hidden
 
 
 class AttnBlock(nn.Module):
@@ -45,18 +48,16 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__()
-        self.norm = _norm(channels, **factory)
-        self.q = nn.Conv2d(channels, channels, 1, **factory)
-        self.k = nn.Conv2d(channels, channels, 1, **factory)
-        self.v = nn.Conv2d(channels, channels, 1, **factory)
-        self.proj_out = nn.Conv2d(channels, channels, 1, **factory)
+        self.norm = Norm(channels, active=False, **factory)
+        for name in ("q", "k", "v", "proj_out"):
+            self.register_module(name, nn.Conv2d(channels, channels, 1, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, C, H, W] to the same shape."""
-        normed = self.norm(x)
-        q, k, v = (conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
+        part: Any = self._modules
+        normed = part["norm"](x)
+        q, k, v = (part[name](normed).flatten(2).mT[:, None] for name in ("q", "k", "v"))
         mixed = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H * W, C]
-        return x + self.proj_out(mixed[:, 0].mT.reshape(x.shape))
+        return x + part["proj_out"](mixed[:, 0].mT.reshape(x.shape))
 
 
 class Downsample(nn.Module):
@@ -67,7 +68,6 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, C, H, W] to [B, C, H / 2, W / 2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -76,76 +76,46 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__()
-        self.conv = _conv3(channels, channels, **factory)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, C, H, W] to [B, C, 2 H, 2 W]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Middle(nn.Module):
+def _middle(channels: int, **factory: Any) -> nn.Sequential:
     """Attention between two residual blocks, at the lowest resolution."""
-
-    def __init__(self, channels: int, **factory: Any) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, **factory)
-        self.attn_1 = AttnBlock(channels, **factory)
-        self.block_2 = ResnetBlock(channels, channels, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, C, H, W] to the same shape."""
-        return self.block_2(self.attn_1(self.block_1(x)))
+    middle = nn.Sequential()
+    middle.add_module("block_1", ResnetBlock(channels, channels, **factory))
+    middle.add_module("attn_1", AttnBlock(channels, **factory))
+    middle.add_module("block_2", ResnetBlock(channels, channels, **factory))
+    return middle
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution, then a change to the next one, if there is one.
-
-    Args:
-        resample: "downsample" or "upsample"; "" stays at this resolution.
-    """
-
-    def __init__(
-        self, inputs: int, outputs: int, num_blocks: int, resample: str = "", **factory: Any
-    ) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(outputs if block else inputs, outputs, **factory)
-            for block in range(num_blocks)
-        )
-        if resample:
-            kind = Downsample if resample == "downsample" else Upsample
-            self.register_module(resample, kind(outputs, **factory))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, inputs, H, W] to [B, outputs, H', W']."""
-        blocks, *resample = self.children()
-        assert isinstance(blocks, nn.ModuleList)
-        for module in (*blocks, *resample):
-            x = module(x)
-        return x
+def _level(inputs: int, outputs: int, num_blocks: int, **factory: Any) -> nn.Sequential:
+    """The residual blocks of one resolution; what changes to the next one is added to them."""
+    widths = [inputs] + [outputs] * num_blocks
+    blocks = [ResnetBlock(*pair, **factory) for pair in pairwise(widths)]
+    level = nn.Sequential()
+    level.add_module("block", nn.Sequential(*blocks))
+    return level
 
 
-class Encoder(nn.Module):
-    """Pixels [B, in, H, W] -> mean and log variance [B, 2 z, H / f, W / f]."""
+class Encoder(nn.Sequential):
+    """Pixels [B, in, H, W] in [-1, 1] -> mean and log variance [B, 2 z, H / f, W / f]."""
 
     def __init__(self, config: VAEConfig, **factory: Any) -> None:
         super().__init__()
-        self.conv_in = _conv3(config.in_channels, config.ch, **factory)
         widths = [config.ch, *(config.ch * multiple for multiple in config.ch_mult)]
-        self.down = nn.ModuleList()
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1, **factory)
+        self.down = nn.Sequential()
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            resample = "downsample" if i < len(config.ch_mult) - 1 else ""
-            self.down.append(Level(inputs, outputs, config.num_res_blocks, resample, **factory))
-        self.mid = Middle(widths[-1], **factory)
-        self.norm_out = _norm(widths[-1], **factory)
-        self.conv_out = _conv3(widths[-1], 2 * config.z_channels, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Encodes pixels in [-1, 1]."""
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+            level = _level(inputs, outputs, config.num_res_blocks, **factory)
+            if i < len(config.ch_mult) - 1:
+                level.add_module("downsample", Downsample(outputs, **factory))
+            self.down.append(level)
+        self.mid = _middle(widths[-1], **factory)
+        self.norm_out = Norm(widths[-1], **factory)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1, **factory)
 
 
 class Decoder(nn.Module):
@@ -154,22 +124,22 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig, **factory: Any) -> None:
         super().__init__()
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        self.conv_in = _conv3(config.z_channels, widths[-1], **factory)
-        self.mid = Middle(widths[-1], **factory)
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1, **factory)
+        self.mid = _middle(widths[-1], **factory)
         self.up = nn.ModuleList()
-        for i, outputs in enumerate(widths):
-            inputs = widths[min(i + 1, len(widths) - 1)]
-            num_blocks, resample = config.num_res_blocks + 1, "upsample" if i else ""
-            self.up.append(Level(inputs, outputs, num_blocks, resample, **factory))
-        self.norm_out = _norm(widths[0], **factory)
-        self.conv_out = _conv3(widths[0], config.out_ch, **factory)
+        for i, (outputs, inputs) in enumerate(pairwise([*widths, widths[-1]])):
+            level = _level(inputs, outputs, config.num_res_blocks + 1, **factory)
+            if i:
+                level.add_module("upsample", Upsample(outputs, **factory))
+            self.up.append(level)
+        self.norm_out = Norm(widths[0], **factory)
+        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1, **factory)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Decodes unscaled latents."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class AutoEncoder(nn.Module):

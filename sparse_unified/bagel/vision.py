@@ -49,26 +49,24 @@ class VisionAttention(nn.Module):
 
     def __init__(self, config: VisionConfig, **factory: Any) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, width, **factory)
-        self.k_proj = nn.Linear(width, width, **factory)
-        self.v_proj = nn.Linear(width, width, **factory)
-        self.out_proj = nn.Linear(width, width, **factory)
+        self.num_heads, width = config.num_attention_heads, config.hidden_size
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.register_module(name, nn.Linear(width, width, **factory))
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Maps packed patches x [N, D] of images with `lengths` patches to [N, D]."""
+        part: Any = self._modules
         heads = [
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            part[name](x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for name in ("q_proj", "k_proj", "v_proj")
         ]  # 3 x [heads, N, d]
         if len(set(lengths)) == 1:
-            q, k, v = (part.unflatten(1, (len(lengths), -1)).transpose(0, 1) for part in heads)
+            q, k, v = (own.unflatten(1, (len(lengths), -1)).transpose(0, 1) for own in heads)
             mixed = F.scaled_dot_product_attention(q, k, v)  # [images, heads, n, d]
-            return self.out_proj(mixed.transpose(1, 2).flatten(2).flatten(0, 1))
-        images = zip(*(part.split(list(lengths), dim=1) for part in heads), strict=True)
+            return part["out_proj"](mixed.transpose(1, 2).flatten(2).flatten(0, 1))
+        images = zip(*(own.split(list(lengths), dim=1) for own in heads), strict=True)
         each = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in images]
-        return self.out_proj(torch.cat(each, dim=1).transpose(0, 1).flatten(1))
+        return part["out_proj"](torch.cat(each, dim=1).transpose(0, 1).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -133,13 +131,7 @@ class VisionModel(nn.Module):
         )
 
     def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Encodes packed images to features [N, D].
-
-        Args:
-            patches: [N, p * p * C].
-            position_ids: [N] int64.
-            lengths: patches of each image.
-        """
+        """Encodes packed images, patches [N, p * p * C] at position_ids [N], to features [N, D]."""
         parts: Any = self.vision_model
         x = parts.embeddings(patches, position_ids)
         for layer in parts.encoder.layers:

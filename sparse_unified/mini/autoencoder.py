@@ -14,7 +14,7 @@ is 0 and its deviation C / sqrt(2) up to a factor 1 + mean(x^2) / (2 C^2); and s
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_unified.bagel.config import VAEConfig
 from sparse_unified.bagel.vae import AutoEncoder, Downsample, Upsample
@@ -40,33 +40,25 @@ def identity_autoencoder(gain: float, downsample: int = 1) -> AutoEncoder:
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.zero_()
-            if module.bias is not None:
-                module.bias.zero_()
+            nn.init.zeros_(module.bias)
     for module in vae.modules():
-        if isinstance(module, Downsample):
-            _keep_(module.conv, 0)  # padded to the right and below: the first pixel of each block
-        elif isinstance(module, Upsample):
-            _keep_(module.conv, 1)
+        # Kept is the pixel in the middle or, padded to the right and below, the first of a block.
+        if isinstance(module, (Downsample, Upsample)):
+            at = int(isinstance(module, Upsample))
+            module.conv.weight[:, :, at, at] = torch.eye(len(module.conv.weight))
     # Pixels in, unscaled latent out: latent / scale_factor + shift_factor.
     factor, shift = gain / config.scale_factor, config.shift_factor
-    _spread_(vae.encoder.conv_in, torch.tensor([1.0] * 3), torch.tensor([0.0] * 3))
+    _spread_(vae.encoder.conv_in, 1.0, 0.0)
     _gather_(vae.encoder.norm_out, vae.encoder.conv_out, factor, shift)
-    _spread_(
-        vae.decoder.conv_in, torch.tensor([1 / factor] * 3), torch.tensor([-shift / factor] * 3)
-    )
+    _spread_(vae.decoder.conv_in, 1 / factor, -shift / factor)
     _gather_(vae.decoder.norm_out, vae.decoder.conv_out, 1.0, 0.0)
     return vae
 
 
-def _keep_(conv: nn.Conv2d, at: int) -> None:
-    """Lets a convolution of 3 x 3 take the pixel in row and column `at` of what it sees."""
-    conv.weight[:, :, at, at] = torch.eye(len(conv.weight))
-
-
-def _spread_(conv: nn.Conv2d, factors: Tensor, shifts: Tensor) -> None:
+def _spread_(conv: nn.Conv2d, factor: float, shift: float) -> None:
     """Lets a convolution put factor * x + shift of channel i into group i, as x, -x, C, -C."""
     assert conv.bias is not None
-    for i, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
+    for i in range(3):
         for place, sign in ((0, 1.0), (1, -1.0)):
             conv.weight[_PER_GROUP * i + place, i, 1, 1] = sign * factor
             conv.bias[_PER_GROUP * i + place] = sign * shift

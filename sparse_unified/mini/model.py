@@ -18,19 +18,13 @@ from torch import Tensor
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
 from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.tokenizer import SPECIAL_TEXTS
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.mini.autoencoder import identity_autoencoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOKENIZER = WEIGHTS / "tokenizer"
 UNKNOWN = "<|endoftext|>"
-# The fields of `SpecialTokens`, and the texts that the tokenizer of BAGEL has for them.
-MARKERS = {
-    "bos": "<|im_start|>",
-    "eos": "<|im_end|>",
-    "start_of_image": "<|vision_start|>",
-    "end_of_image": "<|vision_end|>",
-}
 
 
 class MiniTask(str, Enum):
@@ -42,19 +36,12 @@ class MiniTask(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniShape:
-    """What differs between the tasks.
+    """What differs between the tasks."""
 
-    Attributes:
-        image_size: pixels of a side.
-        downsample: pixels of a side of a latent pixel; two of these are the side of a token.
-        gain: of the latent, gain * pixels.
-        timestep_shift: of training and sampling, see `SamplingConfig`.
-    """
-
-    image_size: int
-    downsample: int
-    gain: float
-    timestep_shift: float
+    image_size: int  # pixels of a side
+    downsample: int  # pixels of a side of a latent pixel; two of these are the side of a token
+    gain: float  # of the latent, gain * pixels
+    timestep_shift: float  # of training and sampling, see `SamplingConfig`
 
 
 SHAPES = {
@@ -106,7 +93,7 @@ def mini_config(task: MiniTask) -> BagelConfig:
         latent_patch_size=_LATENT_PATCH,
         max_latent_size=side,
         vit_max_num_patch_per_side=side,
-        special_tokens=SpecialTokens(**{name: ids[text] for name, text in MARKERS.items()}),
+        special_tokens=SpecialTokens(**{name: ids[text] for name, text in SPECIAL_TEXTS.items()}),
     )
 
 
@@ -126,10 +113,8 @@ def new_model(task: MiniTask, seed: int) -> Bagel:
 
 def trained_weights(task: MiniTask) -> dict[str, Tensor]:
     """Returns the tensors of the trained model that the package holds, fp32 by official key."""
-    return {
-        key: tensor.float()
-        for key, tensor in load_file(WEIGHTS / task.value / "ema.safetensors").items()
-    }
+    stored = load_file(WEIGHTS / task.value / "ema.safetensors")
+    return {key: tensor.float() for key, tensor in stored.items()}
 
 
 def write_model(
@@ -144,12 +129,9 @@ def write_model(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = trained_weights(task) if model is None else model.state_dict()
-    save_file(
-        {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
-        directory / "ema.safetensors",
-    )
-    vae = mini_autoencoder(task)
-    save_file(vae.state_dict(), directory / "ae.safetensors")
+    tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, directory / "ema.safetensors")
+    save_file(mini_autoencoder(task).state_dict(), directory / "ae.safetensors")
     config = mini_config(task)
     sizes = asdict(config.llm)
     del sizes["layers"], sizes["top_k"]
