@@ -36,46 +36,36 @@ def _same_numbers() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize(
-    ("size", "vae", "vit"),
-    [
-        # Worked out by hand; 3000 * 0.245 = 735 is 52.5 strides of 14, and halves go to even.
+def test_sizes_follow_the_official_rule() -> None:
+    # Worked out by hand; 3000 * 0.245 = 735 is 52.5 strides of 14, and halves go to even.
+    for size, vae, vit in (
         ((1024, 1024), (1024, 1024), (980, 980)),
         ((100, 100), (512, 512), (224, 224)),
         ((640, 480), (688, 512), (644, 476)),
         ((4000, 3000), (1024, 768), (980, 728)),
         ((3000, 1000), (1024, 336), (980, 322)),
         ((1000, 10), (1024, 16), (980, 14)),
-    ],
-)
-def test_sizes_follow_the_official_rule(
-    size: tuple[int, int], vae: tuple[int, int], vit: tuple[int, int]
-) -> None:
-    assert VAE.size(*size) == vae
-    assert VIT.size(*size) == vit
-
-
-def test_every_size_is_legal() -> None:
+    ):
+        assert (VAE.size(*size), VIT.size(*size)) == (vae, vit)
     generator = np.random.default_rng(0)
     for width, height in generator.integers(1, 6000, size=(500, 2)).tolist():
         for transform in (VAE, VIT):
             sides = transform.size(width, height)
             assert max(sides) <= transform.max_side
             assert all(side > 0 and side % transform.stride == 0 for side in sides)
+    config = build_model(read_case(GOLDEN / "edit")).config  # of less than the usual sides
+    assert vae_transform(config).size(5000, 3000) == (128, 128 * 3 // 5 // 16 * 16 + 16)
+    assert vit_transform(config).size(5000, 5000) == (112, 112)
 
 
-def test_pixels_lie_between_minus_one_and_one() -> None:
+def test_pixels_lie_between_minus_one_and_one_and_go_back() -> None:
     image = Image.new("RGB", (32, 32), (255, 0, 51))
     pixels = ImageTransform(max_side=32, min_side=32, stride=16)(image)
     assert pixels.shape == (3, 32, 32)
     torch.testing.assert_close(pixels[:, 5, 7], torch.tensor([1.0, -1.0, -0.6]))
-
-
-def test_picture_of_pixels_is_the_picture() -> None:
     values = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8)
-    image = Image.fromarray(values.numpy())
-    pixels = (values.permute(2, 0, 1).double() + 0.5) / 255 * 2 - 1  # inside the step of a value
-    assert np.array_equal(np.array(to_image(pixels)), np.array(image))
+    inside = (values.permute(2, 0, 1).double() + 0.5) / 255 * 2 - 1  # the step of a value
+    assert np.array_equal(np.array(to_image(inside)), values.numpy())
     assert np.array(to_image(torch.full((3, 1, 1), 9.0))).max() == 255
 
 
@@ -83,11 +73,7 @@ def test_transparent_parts_become_white() -> None:
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     image.putpixel((1, 0), (10, 20, 30, 0))
     rgb = to_rgb(image)
-    assert (rgb.mode, rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == (
-        "RGB",
-        (10, 20, 30),
-        (255, 255, 255),
-    )
+    assert [rgb.getpixel((x, 0)) for x in range(2)] == [(10, 20, 30), (255, 255, 255)]
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([9, 9, 9])
     palette.info["transparency"] = 0
@@ -119,14 +105,12 @@ def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path: Path) -> None:
 
 def png(width: int, height: int) -> bytes:
     """A PNG file of which there are only the header and some bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]
+    parts += [(b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    sizes = (struct.pack(">I", len(data)) for _, data in parts)
+    checks = (struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    chunks = (n + kind + data + c for n, (kind, data), c in zip(sizes, parts, checks, strict=True))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +121,6 @@ def png(width: int, height: int) -> bytes:
         (png(8, 8)[:45], "format"),
         (png(30_000, 30_000), "format"),  # refused by Pillow
         (png(1, 10**8), "1 x 100000000 pixels, more than"),
-        (b"", "format"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -157,17 +140,10 @@ def test_files_that_are_no_image_are_refused(
 
 
 def test_neither_missing_files_nor_pipes_are_waited_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"x: .*photo.png: file must be readable, got No such"):
-        open_image(tmp_path / "photo.png", where="x")
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match=r"x: .*pipe.png: file must be a regular file, got p"):
-        open_image(tmp_path / "pipe.png", where="x")
-
-
-def test_transforms_keep_within_what_the_model_takes() -> None:
-    config = build_model(read_case(GOLDEN / "edit")).config
-    assert vae_transform(config).size(5000, 3000) == (128, 128 * 3 // 5 // 16 * 16 + 16)
-    assert vit_transform(config).size(5000, 5000) == (112, 112)
+    for name, reason in (("photo", "readable, got No such"), ("pipe", "a regular file, got p")):
+        with pytest.raises(ValueError, match=rf"x: .*{name}.png: file must be {reason}"):
+            open_image(tmp_path / f"{name}.png", where="x")
 
 
 def test_autoencoder_shapes_go_round() -> None:
@@ -178,11 +154,7 @@ def test_autoencoder_shapes_go_round() -> None:
         latent = vae.encode(torch.rand(2, 3, 3 * step, 5 * step) * 2 - 1)
         assert latent.shape == (2, vae.config.z_channels, 3, 5)
         assert vae.decode(latent).shape == (2, 3, 3 * step, 5 * step)
-
-
-def test_autoencoder_refuses_other_shapes() -> None:
-    vae = build_vae(read_case(GOLDEN / "vae"))
-    with pytest.raises(ValueError, match=r"pixels must have shape \[B, 3, H, W\].* 8, got"):
-        vae.encode(torch.zeros(1, 3, 8, 12))
-    with pytest.raises(ValueError, match=r"latent must have shape \[B, 4, H, W\]"):
-        vae.decode(torch.zeros(1, 3, 8, 8))
+        with pytest.raises(ValueError, match=r"pixels must have shape \[B, 3, H, W\].*got"):
+            vae.encode(torch.zeros(1, 3, 8, 3 * step // 2))
+        with pytest.raises(ValueError, match=r"latent must have shape"):
+            vae.decode(torch.zeros(1, 7, 8, 8))

@@ -48,18 +48,18 @@ def test_patches_go_back_to_the_image() -> None:
 
 
 @pytest.mark.parametrize("past", [0, 5])
-@pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_equals_its_definition(past: int, length: int, causal: bool) -> None:
-    query = torch.randn(length, 6, 8)
-    key, value = torch.randn(2, 2, past + length, 8)
-    scores = torch.einsum("lhd,hsd->hls", query, key.repeat_interleave(3, 0)) / 8**0.5
-    if causal:
-        ahead = torch.arange(past + length) > torch.arange(past, past + length)[:, None]
-        scores = scores.masked_fill(ahead, float("-inf"))
-    expected = torch.einsum("hls,hsd->lhd", scores.softmax(-1), value.repeat_interleave(3, 0))
-    out = attend(query.transpose(0, 1)[None], key[None], value[None], causal=causal)[0]
-    torch.testing.assert_close(out, expected.flatten(1))
+def test_attention_equals_its_definition(past: int, causal: bool) -> None:
+    for length in (1, 4):
+        query = torch.randn(length, 6, 8)
+        key, value = torch.randn(2, 2, past + length, 8)
+        scores = torch.einsum("lhd,hsd->hls", query, key.repeat_interleave(3, 0)) / 8**0.5
+        if causal:
+            ahead = torch.arange(past + length) > torch.arange(past, past + length)[:, None]
+            scores = scores.masked_fill(ahead, float("-inf"))
+        expected = torch.einsum("hls,hsd->lhd", scores.softmax(-1), value.repeat_interleave(3, 0))
+        out = attend(query.transpose(0, 1)[None], key[None], value[None], causal=causal)[0]
+        torch.testing.assert_close(out, expected.flatten(1))
 
 
 def test_rotation_depends_on_distance_alone() -> None:
@@ -117,22 +117,16 @@ def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
     assert_same_caches(whole[0], pieces[0])
 
 
-def test_an_image_takes_one_position(model: Bagel) -> None:
-    context = model.new_contexts(1)
-    model.prefill_vit(context, [torch.randn(3, 28, 42)])
-    assert (context[0].length, context[0].position) == (8, 1)
-    model.prefill_text(context, [[21, 42]])
-    assert (context[0].length, context[0].position) == (12, 5)
-
-
-def test_forks_share_the_past_and_not_the_future(model: Bagel) -> None:
-    first = model.new_contexts(1)[0]
-    model.prefill_text([first], [[21]])
-    fork = first.fork()
-    assert fork.same_past(first)
-    model.prefill_text([fork], [[42]])
-    assert not fork.same_past(first)
-    assert (first.length, fork.length) == (3, 6)
+def test_an_image_takes_one_position_and_forks_share_the_past(model: Bagel) -> None:
+    (context,) = model.new_contexts(1)
+    model.prefill_vit([context], [torch.randn(3, 28, 42)])
+    assert (context.length, context.position) == (8, 1)
+    fork = context.fork()
+    assert fork.same_past(context)
+    model.prefill_text([fork], [[21, 42]])
+    assert not fork.same_past(context)
+    assert (fork.length, fork.position) == (12, 5)
+    assert (context.length, context.position) == (8, 1)
 
 
 def test_branches_in_one_pass_equal_branches_one_by_one(model: Bagel) -> None:
@@ -156,35 +150,24 @@ def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> N
     sparse = random_model(replace(model.config, llm=llm))
     image = torch.randn(3, 28, 28)
 
-    def last_key() -> Tensor:
-        context = sparse.new_contexts(1)
-        sparse.prefill_vit(context, [image])
-        key = context[0].keys[2]
+    def keys(read: Any, what: Any) -> Tensor:
+        (context,) = sparse.new_contexts(1)
+        read([context], [what])
+        key = context.keys[2]
         assert key is not None
         return key
 
-    before = last_key()
+    before, text = keys(sparse.prefill_vit, image), keys(sparse.prefill_text, [21, 42])
     router = sparse.language_model.model.layers[1].mlp.gate_img
     with torch.no_grad():
         router.weight.copy_(-router.weight)
-    after = last_key()
+    after = keys(sparse.prefill_vit, image)
     markers = [0, -1]
     assert relative_error(after[:, markers], before[:, markers]) < 1e-5
     assert relative_error(after[:, 1:-1], before[:, 1:-1]) > 1e-2
-
-
-def test_text_never_uses_the_router_of_vit_tokens(model: Bagel) -> None:
-    llm = model.config.llm.with_experts("und", range(3), **EXPERTS)
-    sparse = random_model(replace(model.config, llm=llm))
-    context = sparse.new_contexts(1)
-    sparse.prefill_text(context, [[21, 42]])
-    before = sparse.next_logits([context[0].fork()], [3])
     with torch.no_grad():
-        for layer in sparse.language_model.model.layers:
-            layer.mlp.gate_img.weight.fill_(float("nan"))
-    again = sparse.new_contexts(1)
-    sparse.prefill_text(again, [[21, 42]])
-    assert torch.equal(sparse.next_logits(again, [3]), before)
+        router.weight.fill_(float("nan"))
+    assert torch.equal(keys(sparse.prefill_text, [21, 42]), text)
 
 
 class TupleFFN(nn.Module):
@@ -217,8 +200,7 @@ def test_generated_text_is_the_same_alone_and_in_a_batch(model: Bagel) -> None:
 
 
 def test_text_stops_before_eos(model: Bagel) -> None:
-    silent = Bagel(model.config)
-    silent.load_state_dict(model.state_dict())
+    silent = copy.deepcopy(model)
     with torch.no_grad():
         silent.language_model.lm_head.weight.zero_()  # every token ties, token 0 wins
     special = replace(silent.config.special_tokens, eos=0)
@@ -230,17 +212,11 @@ def test_text_stops_before_eos(model: Bagel) -> None:
     ("call", "argument", "message"),
     [
         (Bagel.prefill_text, [-1], "prefill_text: token_ids must be from 0 to 95, got -1"),
-        (Bagel.prefill_text, [96], "prefill_text: token_ids must be from 0 to 95, got 96"),
         (Bagel.prefill_vit, torch.zeros(3, 14, 126), "at most 112, got 14 x 126"),
         (Bagel.prefill_vit, torch.zeros(3, 28, 30), "multiples of 14, got 28 x 30"),
         (Bagel.prefill_latents, torch.zeros(4, 18, 2), "at most 16, got 18 x 2"),
         (generate_tokens, {"max_length": 0}, "max_length must be an integer of at least 1"),
-        (
-            generate_tokens,
-            {"temperature": 1e-320},
-            "temperature must be a finite number from 1e-06",
-        ),
-        (generate_tokens, {"temperature": float("nan")}, "temperature must be a finite"),
+        (generate_tokens, {"temperature": 1e-320}, "temperature must be a finite number from"),
         (generate_tokens, {"temperature": 1.0}, "seeds must be 1 integers when sampling"),
     ],
 )

@@ -91,7 +91,7 @@ def test_official_settings_by_task() -> None:
     assert [indices for indices, _ in batches] == [[0, 1], [2]]
 
 
-def test_seeds(pipeline: BagelPipeline) -> None:
+def test_seeds_and_sizes(pipeline: BagelPipeline, photo: Image.Image) -> None:
     assert check_seeds(None, 1) != check_seeds(None, 1)
     result = pipeline.generate(["a cup", "a cup"], **QUICK)
     assert result.seeds[1] == result.seeds[0] + 1
@@ -99,8 +99,6 @@ def test_seeds(pipeline: BagelPipeline) -> None:
     again = pipeline.generate(["a cup", "a cup"], seed=result.seeds, **QUICK)
     assert torch.equal(result.latents[0], again.latents[0])
 
-
-def test_sizes(pipeline: BagelPipeline, photo: Image.Image) -> None:
     given = pipeline.generate(["a", "b"], **{**QUICK, "size": [(32, 64), (48, 16)]})
     assert [image.size for image in given.images] == [(64, 32), (16, 48)]
     default = {"num_timesteps": 2, "progress": False}
@@ -148,17 +146,11 @@ def test_greedy_answers_repeat_and_drawn_ones_follow_the_seed(
     ask(think=True)
 
 
-def test_chat_sees_images_through_the_vit_alone(
-    pipeline: BagelPipeline, photo: Image.Image
+def test_reports_count_and_time(
+    case: str, pipeline: BagelPipeline, photo: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, seen = (pipeline.chat("hello", images=i, max_length=2) for i in (None, photo))
-    rows, columns = (side // 14 for side in pipeline.image_processor.for_vit.size(128, 80)[::-1])
-    assert text.report.context_tokens == len("hello") + 2
-    assert seen.report.context_tokens == rows * columns + 2 + len("hello") + 2
-
-
-def test_report_counts_and_times(case: str, pipeline: BagelPipeline) -> None:
     facts = pipeline.generate(["a cup", "a dog"], seed=0, **QUICK).report.to_dict()
+    assert capsys.readouterr().err == ""
     assert (facts["steps"], facts["image_tokens"]) == (3, 12)
     assert facts["context_tokens"] == 2 * (len("a cup") + 2)
     assert facts["seconds_per_step"] > 0
@@ -166,15 +158,13 @@ def test_report_counts_and_times(case: str, pipeline: BagelPipeline) -> None:
     assert facts["peak_memory_bytes"] > 2**20
     assert facts["backend"] == ("cpu" if "moe" in case else "dense")
     assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
-
-
-def test_progress_bar_counts_steps(
-    pipeline: BagelPipeline, capsys: pytest.CaptureFixture[str]
-) -> None:
     pipeline.generate("a", **{**QUICK, "progress": True})
     assert "3/3" in capsys.readouterr().err
-    pipeline.generate("a", **QUICK)
-    assert capsys.readouterr().err == ""
+    # Chat sees images through the ViT alone.
+    text, seen = (pipeline.chat("hello", images=i, max_length=2) for i in (None, photo))
+    rows, columns = (side // 14 for side in pipeline.image_processor.for_vit.size(128, 80)[::-1])
+    assert text.report.context_tokens == len("hello") + 2
+    assert seen.report.context_tokens == rows * columns + 2 + len("hello") + 2
 
 
 def test_bf16_pipeline_stays_near_fp32(case: str, pipeline: BagelPipeline, tmp_path: Path) -> None:
@@ -193,33 +183,21 @@ Image.effect_noise((64, 64), 50).save(FILE, "PNG")
 DAMAGED = Image.open(io.BytesIO(FILE.getvalue()[:999]))
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("", {}, "generate: prompt must not be empty"),
-    (["a", " \n"], {}, "prompt must not be empty"),
     ([], {}, "prompts must hold at least one"),
     ([5], {}, "prompt must be a string, got int"),
     (5, {}, "prompt must be a string, got int"),
-    (None, {}, "prompt must be a string, got NoneType"),
     ("a", {"images": 3}, "image must be a PIL image, got int"),
-    (["a", "b"], {"images": 3}, "images must be one or a list of 2, got 3"),
     ("a", {"size": (40, 64)}, "height must be a positive multiple of 16"),
     ("a", {"size": (64, 1024)}, "width must be .* up to 128"),
-    ("a", {"size": (64,)}, "size must be"),
     ("a", {"size": 64}, "size must be a pair"),
     (["a", "b"], {"size": [(32, 32)] * 3}, "size must be one or a list of 2, got 3"),
     ("a", {"seed": -1}, "seed must be an integer from 0"),
-    ("a", {"seed": 2.5}, "seed must be an integer from 0"),
     ("a", {"seed": [1, 2]}, "seed must be one or a list of 1, got 2"),
-    ("a", {"cfg_renorm_type": "batch"}, "cfg_renorm_type must be one of"),
-    ("a", {"cfg_text_scale": float("nan")}, "cfg_text_scale must be a finite"),
-    ("a", {"num_timesteps": 10**12}, "num_timesteps must be an integer from 2 to 100000"),
     ("a", {"speed": 2}, "speed"),
-    ("a", {"batch_size": 1.5}, "batch_size must be an integer of at least 1"),
     ("a", {"batch_size": 0}, "batch_size must be an integer of at least 1"),
     ("a", {"think": True, "max_think_length": 0}, "max_length must be an integer of at least 1"),
-    (["a", "b"], {"images": IMAGE}, "images must be one or a list of 2, got "),
     (["a", "b"], {"images": [IMAGE] * 3}, "images must be one or a list of 2, got 3"),
-    ("a", {"images": ["photo.png"]}, "image must be a PIL image, got str"),
     ("a", {"images": Image.new("RGB", (0, 4))}, "image must hold pixels"),
-    ("a", {"images": DAMAGED}, "image must be readable, got .*truncated"),
     (["a", "b"], {"images": [None, [IMAGE, DAMAGED]]}, "image must be readable"),
 ]
 

@@ -58,10 +58,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[Tensor
 
 
 def test_time_runs_from_one_to_zero_and_shift_moves_it_to_the_noise() -> None:
-    plain, shifted = timestep_grid(6, 1.0), timestep_grid(6, 3.0)
-    torch.testing.assert_close(plain, torch.linspace(1, 0, 6))
-    assert (shifted[0], shifted[-1]) == (1, 0)
-    torch.testing.assert_close(shifted[2], torch.tensor(3 * 0.6 / (1 + 2 * 0.6)))
+    shifted = timestep_grid(6, 3.0)
+    torch.testing.assert_close(timestep_grid(6, 1.0), torch.linspace(1, 0, 6))
+    torch.testing.assert_close(shifted[[0, 2, 5]], torch.tensor([1, 3 * 0.6 / (1 + 2 * 0.6), 0]))
 
 
 @pytest.mark.parametrize("renorm", list(Renorm))
@@ -175,13 +174,10 @@ def test_an_image_whose_velocity_is_polynomial_is_the_same_in_fewer_steps(
     assert len(calls) == 21 + degree + 1 + (21 - degree - 1) // 4
 
 
-@pytest.mark.parametrize("images", [None, [[IMAGE]]])
-def test_interval_one_is_no_cache_bit_for_bit(model: Bagel, images: Any) -> None:
+def test_interval_one_is_no_cache_bit_for_bit(model: Bagel) -> None:
     every = StepCache(interval=1, order=3, first=1, last=0)
-    [plain], [cached] = (
-        draw(model, [[21, 30]], images=images, cfg_img_scale=1.5, cache=cache)
-        for cache in (None, every)
-    )
+    options: dict[str, Any] = {"images": [[IMAGE]], "cfg_img_scale": 1.5}
+    [plain], [cached] = (draw(model, [[21, 30]], cache=c, **options) for c in (None, every))
     assert torch.equal(plain, cached)
 
 
@@ -219,34 +215,33 @@ def test_the_benchmark_compares_caches_with_fewer_timesteps(
     assert bench([*sizes, "--intervals", "1", "3", "--orders", "0", "2"]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     rows = {name: cells for name, *cells in lines}
-    assert rows["all steps"][:3] == ["10 of 10", "0%", "0.0000"]
     assert rows["interval 1, order 2"] == rows["all steps"]
-    flat, curved = (rows[f"interval 3, order {order}"] for order in (0, 2))
-    assert flat[:2] == curved[:2] == ["6 of 10", "40%"]
-    assert 0 < float(curved[2]) < float(flat[2]) < 1
-    assert rows["7 timesteps, no cache"][:2] == ["6 of 6", "40%"]
+    flat, curved = (float(rows[f"interval 3, order {order}"][2]) for order in (0, 2))
+    assert 0 < curved < flat < 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "message"),
+    ("kind", "change", "rule"),
     [
-        (SamplingConfig, {"num_timesteps": 1}, "num_timesteps must be an integer from 2"),
-        (SamplingConfig, {"timestep_shift": 0.0}, "timestep_shift must be above 0"),
-        (SamplingConfig, {"cfg_text_scale": NAN}, "cfg_text_scale must be a finite"),
-        (SamplingConfig, {"cfg_img_scale": INF}, "cfg_img_scale must be a finite"),
-        (SamplingConfig, {"cfg_interval": (0.4, NAN)}, "cfg_interval must be a finite"),
-        (SamplingConfig, {"cfg_interval": (0.4,)}, "cfg_interval must be a pair"),
-        (SamplingConfig, {"cfg_renorm_min": 1.5}, "cfg_renorm_min must be .* from 0 to 1"),
-        (SamplingConfig, {"cfg_renorm_type": "batch"}, "cfg_renorm_type must be one of"),
-        (SamplingConfig, {"cache": 3}, "cache must be a StepCache or None"),
-        (StepCache, {"interval": 0}, "interval must be an integer of at least 1"),
-        (StepCache, {"order": 4}, "order must be an integer from 0 to 3"),
-        (StepCache, {"first": 0}, "first must be an integer of at least 1"),
-        (StepCache, {"last": -1}, "last must be an integer of at least 0"),
+        (SamplingConfig, {"num_timesteps": 1}, "an integer from 2"),
+        (SamplingConfig, {"timestep_shift": 0.0}, "above 0"),
+        (SamplingConfig, {"cfg_text_scale": NAN}, "a finite"),
+        (SamplingConfig, {"cfg_img_scale": INF}, "a finite"),
+        (SamplingConfig, {"cfg_interval": (0.4, NAN)}, "a finite"),
+        (SamplingConfig, {"cfg_interval": (0.4,)}, "a pair"),
+        (SamplingConfig, {"cfg_renorm_min": 1.5}, ".* from 0 to 1"),
+        (SamplingConfig, {"cfg_renorm_type": "batch"}, "one of"),
+        (SamplingConfig, {"cache": 3}, "a StepCache or None"),
+        (StepCache, {"interval": 0}, "an integer of at least 1"),
+        (StepCache, {"order": 4}, "an integer from 0 to 3"),
+        (StepCache, {"first": 0}, "an integer of at least 1"),
+        (StepCache, {"last": -1}, "an integer of at least 0"),
     ],
 )
-def test_bad_options_are_refused(kind: Any, change: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=f"{kind.__name__}: {message}"):
+def test_bad_options_are_refused(kind: Any, change: dict[str, Any], rule: str) -> None:
+    with pytest.raises(
+        (ValueError, TypeError), match=f"{kind.__name__}: {next(iter(change))} must be {rule}"
+    ):
         kind(**change)
 
 

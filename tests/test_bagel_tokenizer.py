@@ -18,22 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 TEXTS = ["a photo of a cat", "<|im_start|>über\n€", ""]
 BOTH = {"AutoTokenizer": ["evil.Tok", "evil.Tok"], "AutoConfig": "evil.Config"}
-# What tokenizer_config.json and config.json are given, and if the tokenizer can still be read.
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    "config.json": ({}, {"model_type": "evil", "auto_map": BOTH}, True),
-    "both files": (
-        {"tokenizer_class": "EvilTok", "auto_map": BOTH},
-        {"model_type": "evil", "auto_map": BOTH, "tokenizer_class": "EvilTok"},
-        False,
-    ),
-    "a repository": (
-        {"tokenizer_class": "EvilTok", "auto_map": {"AutoTokenizer": [None, "a/b--evil.Tok"]}},
-        {},
-        False,
-    ),
-    "a known class": ({"auto_map": BOTH, "trust_remote_code": True}, {"auto_map": BOTH}, True),
-}
-EVIL = """
+EVIL = {"model_type": "evil", "auto_map": BOTH, "tokenizer_class": "EvilTok"}
+CODE = """
 from pathlib import Path
 Path(__file__).with_name("RAN").touch()
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -47,9 +33,16 @@ def change(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(known | fields))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("own", "config", "readable"),
+    [
+        ({"auto_map": BOTH, "trust_remote_code": True}, EVIL, True),
+        ({"tokenizer_class": "EvilTok", "auto_map": BOTH}, EVIL, False),
+        ({"tokenizer_class": "EvilTok", "auto_map": {"AutoTokenizer": ["a/b--e.T"]}}, {}, False),
+    ],
+)
 def test_code_of_a_directory_is_not_run(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: Any, config: Any, readable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("neither stdin nor the network may be used")
@@ -58,11 +51,9 @@ def test_code_of_a_directory_is_not_run(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     write_tokenizer(tmp_path)
     expected = [Tokenizer.from_directory(tmp_path).encode(text) for text in TEXTS]
-    tokenizer_config, config, readable = LAYOUTS[layout]
-    (tmp_path / "evil.py").write_text(EVIL)
-    change(tmp_path / "tokenizer_config.json", tokenizer_config)
-    if config:
-        change(tmp_path / "config.json", config)
+    (tmp_path / "evil.py").write_text(CODE)
+    change(tmp_path / "tokenizer_config.json", own)
+    change(tmp_path / "config.json", config)
     if readable:
         tokenizer = Tokenizer.from_directory(tmp_path)
         assert [tokenizer.encode(text) for text in TEXTS] == expected
@@ -75,7 +66,10 @@ def test_code_of_a_directory_is_not_run(
 def write_qwen2(directory: Path, *, files: str) -> None:
     """Writes files as the released models have them, with a vocabulary of bytes and two merges."""
     markers = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    letters = sorted(set(bytes_to_unicode().values()))
+    # The character that a byte has in the vocabulary of a byte-level BPE.
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    shifted = (chr(256 + i) for i in range(256 - len(plain)))
+    letters = sorted([*map(chr, plain), *shifted])
     tokens = [*letters, "Ġa", "th", "<|endoftext|>"]
     fast = transformers.Qwen2TokenizerFast(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[("Ġ", "a"), ("t", "h")]
@@ -86,18 +80,9 @@ def write_qwen2(directory: Path, *, files: str) -> None:
         (directory / "tokenizer.json").unlink()
         (directory / "vocab.json").write_text(json.dumps(fast._vocab))
         (directory / "merges.txt").write_text("#version: 0.2\nĠ a\nt h\n")
-        added = {
-            str(i): {"content": token, "special": True}
-            for token, i in fast.get_added_vocab().items()
-        }
-        change(directory / "tokenizer_config.json", {"added_tokens_decoder": added})
-
-
-def bytes_to_unicode() -> dict[int, str]:
-    """Returns the character that a byte has in the vocabulary of a byte-level BPE."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+        added = fast.get_added_vocab().items()
+        special = {str(i): {"content": token, "special": True} for token, i in added}
+        change(directory / "tokenizer_config.json", {"added_tokens_decoder": special})
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json"])
@@ -117,9 +102,7 @@ def test_released_files_are_read_as_transformers_reads_them(tmp_path: Path, file
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{", "readable tokenizer"),
-        ("tokenizer.json", "[]", "readable tokenizer"),
         ("tokenizer.json", '{"version": "1.0", "model": 3}', "readable tokenizer"),
-        ("tokenizer_config.json", "{", "must be JSON"),
         ("tokenizer_config.json", "[]", "must hold a JSON object"),
         ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class must be one of"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"a": 1}}', "readable tokenizer"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from miniature import digits, scenes
 from miniature.__main__ import main
@@ -20,7 +20,7 @@ from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import convert
 from sparse_unified.mini import MiniTask, load_pipeline, write_model
 from sparse_unified.mini.autoencoder import identity_autoencoder
-from sparse_unified.mini.model import TOKENIZER, WEIGHTS, encode, new_model
+from sparse_unified.mini.model import TOKENIZER, WEIGHTS, encode, new_model, trained_weights
 from sparse_unified.nn import SparseMoE
 
 SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=6, pictures=1)
@@ -82,55 +82,50 @@ def test_what_is_shipped_says_how_it_was_made_and_is_small(task: MiniTask) -> No
     assert about["command"] == f"python examples/miniature train {task.value} OUT"
     assert log[-1]["step"] == about["training"]["steps"]
     assert log[-1]["loss"] < log[0]["loss"] / 4
-    with safe_open(folder / "ema.safetensors", "pt") as file:
-        counted = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
-    assert counted == about["parameters"]
+    assert sum(w.numel() for w in trained_weights(task).values()) == about["parameters"]
 
 
 @pytest.mark.parametrize(
-    ("task", "config", "most", "least"),
+    ("task", "config", "velocity", "least"),
     [
         (
             MiniTask.DIGITS,
             EvaluationConfig(questions=100, pictures=3),
-            {"velocity": 0.31},
+            0.31,
             {"understanding": 0.93, "generation": 0.5},
         ),
         (
             MiniTask.SCENES,
             EvaluationConfig(questions=90, pictures=4),
-            {"velocity": 0.16},
+            0.16,
             {"question_colour": 0.85, "question_count": 0.75, "generation": 0.5},
         ),
     ],
 )
 @pytest.mark.slow
 def test_trained_models_read_and_draw(
-    task: MiniTask,
-    config: EvaluationConfig,
-    most: dict[str, float],
-    least: dict[str, float],
-    dense: dict[MiniTask, Path],
+    task: MiniTask, config: Any, velocity: float, least: dict[str, float], dense: Any
 ) -> None:
     found = evaluate(load_pipeline(dense[task]).model, task, config)
-    assert all(found[name] <= value for name, value in most.items()), found
+    assert found["velocity"] <= velocity
     assert all(found[name] >= value for name, value in least.items()), found
 
 
-@pytest.mark.parametrize("task", MiniTask)
 @pytest.mark.slow
 def test_all_experts_together_are_the_dense_model(
-    task: MiniTask, dense: dict[MiniTask, Path], tmp_path: Path
+    dense: dict[MiniTask, Path], tmp_path: Path
 ) -> None:
-    convert(dense[task], tmp_path / "sparse", num_experts=32, top_k=32, layers="all")
-    models = [load_pipeline(path).model for path in (dense[task], tmp_path / "sparse")]
-    assert sum(isinstance(m, SparseMoE) for m in models[1].modules()) == 6
-    few = EvaluationConfig(velocities=20)
-    errors = [velocity_error(model, task, few) for model in models]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-5)
-    prompts = ["the digit two", "a red square"]
-    pictures = [generate(model, task, prompts, [0, 1]) for model in models]
-    torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-4, atol=1e-4)
+    for task in MiniTask:
+        sparse = tmp_path / task.value
+        convert(dense[task], sparse, num_experts=32, top_k=32, layers="all")
+        models = [load_pipeline(path).model for path in (dense[task], sparse)]
+        assert sum(isinstance(m, SparseMoE) for m in models[1].modules()) == 6
+        few = EvaluationConfig(velocities=20)
+        errors = [velocity_error(model, task, few) for model in models]
+        assert errors[1] == pytest.approx(errors[0], rel=1e-5)
+        prompts = ["the digit two", "a red square"]
+        pictures = [generate(model, task, prompts, [0, 1]) for model in models]
+        torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-4, atol=1e-4)
 
 
 # Data and judges
@@ -185,17 +180,12 @@ def test_what_is_tested_is_not_trained_on() -> None:
 
 
 def test_placed_prompts_hold_in_their_half_alone(generator: torch.Generator) -> None:
-    sides = {
-        "left": ("column", 1),
-        "right": ("column", 0),
-        "above": ("row", 1),
-        "below": ("row", 0),
-    }
+    away = {"left": {"column": 1}, "right": {"column": 0}, "above": {"row": 1}, "below": {"row": 0}}
     for prompt in scenes.placed_prompts():
         objects = prompt.draw(generator)
         assert prompt.holds(objects), prompt.text
         for item, part in zip(objects, prompt.parts, strict=True):
-            opposite = dict([sides[part.place]]) if part.place else {}
+            opposite = away[part.place] if part.place else {}
             moved = [o._replace(**opposite) if o is item else o for o in objects]
             assert prompt.holds(moved) == (part.place is None), prompt.text
 
@@ -286,14 +276,11 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert read_records(tmp_path / "all.json") == records
 
 
-@pytest.mark.parametrize(
-    ("differences", "result"),
-    [
-        ((0.1, 0.2), "holds"),
-        ((0.1, -0.2), "undecided"),
-        ((-0.1, 0.0), "does not hold"),
-        ((), "not run"),
-    ],
-)
-def test_a_verdict_needs_every_seed(differences: tuple[float, ...], result: str) -> None:
-    assert Verdict(task="digits", text="", differences=differences).result == result
+def test_a_verdict_needs_every_seed() -> None:
+    def result(*differences: float) -> str:
+        return Verdict(task="digits", text="", differences=differences).result
+
+    assert result(0.1, 0.2) == "holds"
+    assert result(0.1, -0.2) == "undecided"
+    assert result(-0.1, 0.0) == "does not hold"
+    assert result() == "not run"

@@ -123,13 +123,12 @@ def assert_as_inference(model: Bagel) -> None:
     assert found.image_tokens == 6 + 6 + 3 + 1 + 4 + 6
 
 
-def test_losses_are_those_of_the_inference_path(config: BagelConfig, model: Bagel) -> None:
+def test_losses_are_those_of_the_inference_path_whatever_was_pruned(
+    config: BagelConfig, sparse_config: BagelConfig
+) -> None:
     assert_as_inference(random_model(config))
-    assert_as_inference(model)
-
-
-def test_pruned_heads_and_skipped_parts_train_as_they_generate(sparse_config: BagelConfig) -> None:
     model = random_model(sparse_config)
+    assert_as_inference(model)
     prune_heads_(model, PruneHeadsConfig(component="gen", layers=[0], keep_ratio=0.5))
     assert_as_inference(model)
     for component in ("gen", "und"):
@@ -142,13 +141,11 @@ def test_a_batch_costs_what_its_sequences_cost_alone(model: Bagel) -> None:
     together = losses(model, batch)
     alone = [losses(model, [sequence]) for sequence in batch]
     for name in ("text_loss_sum", "image_loss_sum"):
-        torch.testing.assert_close(
-            getattr(together, name), sum(getattr(one, name) for one in alone), rtol=1e-5, atol=0
-        )
+        expected = sum(getattr(one, name) for one in alone)
+        torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=0)
     for key, load in together.expert_load.items():
-        assert torch.equal(
-            load, sum(one.expert_load[key] for one in alone if key in one.expert_load)
-        )
+        own = [one.expert_load[key] for one in alone if key in one.expert_load]
+        assert torch.equal(load, sum(own))
 
 
 def test_sequences_are_padded_together_where_it_costs_little(config: BagelConfig) -> None:
@@ -191,19 +188,15 @@ def gradients(model: Bagel, **options: bool) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_checkpointing_changes_no_gradient(model: Bagel) -> None:
+def test_checkpointing_changes_no_gradient_and_every_parameter_learns(model: Bagel) -> None:
     plain, less_kept = gradients(model), gradients(model, checkpointing=True)
     assert plain.keys() == less_kept.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(less_kept[name], gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_every_parameter_learns(model: Bagel) -> None:
-    found = gradients(model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     # No shared expert here, so nothing asks its router.
-    assert trainable - found.keys() <= {n for n in trainable if "gate_shared" in n}
-    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
+    assert trainable - plain.keys() <= {n for n in trainable if "gate_shared" in n}
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in plain.values())
 
 
 def test_gradients_are_those_of_autograd_on_the_references(
@@ -243,8 +236,7 @@ def test_balance_loss_is_one_when_even_and_grows_when_one_expert_takes_all() -> 
     assert expert_load(one, 1).tolist() == [5, 0, 0, 0]
     assert float(balance_loss(one, expert_load(one, 1))) > 3.9
 
-
-def test_ties_load_the_experts_that_routing_chooses() -> None:
+    # Ties load the experts that routing chooses.
     logits = torch.zeros(6, 8)
     _, _, chosen = reference.route_topk(torch.zeros(6, 4), torch.zeros(8, 4), 3)
     expected = torch.bincount(chosen.flatten().long(), minlength=8)
@@ -257,13 +249,13 @@ CLEAN = torch.zeros(4, 2, 2)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: None, "sequences must hold at least one sequence"),
-        (lambda: [], "a sequence must have at least one segment"),
-        (lambda: [TextSegment(token_ids=())], "token_ids must hold at least one id"),
-        (lambda: [TextSegment(token_ids=(3, -1))], "token_ids must be from 0 to 95, got -1"),
-        (lambda: [VitSegment(pixels=torch.zeros(1, 4, 4))], r"pixels must have shape \[3, "),
-        (lambda: [VitSegment(pixels=torch.zeros(3, 5, 4))], "sides of pixels must be multiples of"),
-        (lambda: [LatentSegment(latent=CLEAN[:1])], r"latent must have shape \["),
+        (lambda: [], "sequences must hold at least one sequence"),
+        (lambda: [[]], "a sequence must have at least one segment"),
+        (lambda: [[TextSegment(token_ids=())]], "token_ids must hold at least one id"),
+        (lambda: [[TextSegment(token_ids=(3, -1))]], "token_ids must be from 0 to 95, got -1"),
+        (lambda: [[VitSegment(pixels=torch.zeros(1, 4, 4))]], r"pixels must have shape \[3, "),
+        (lambda: [[VitSegment(pixels=torch.zeros(3, 5, 4))]], "sides of pixels must be multiples"),
+        (lambda: [[LatentSegment(latent=CLEAN[:1])]], r"latent must have shape \["),
         (lambda: LatentSegment(latent=CLEAN, time=0.5), "time and noise must be given together"),
         (lambda: LatentSegment(latent=CLEAN, noise=CLEAN), "time and noise must be given together"),
         (lambda: LatentSegment(latent=CLEAN, time=1.5, noise=CLEAN), "time must be from 0 to 1"),
@@ -276,9 +268,5 @@ CLEAN = torch.zeros(4, 2, 2)
 def test_a_sequence_that_does_not_fit_is_refused(
     config: BagelConfig, make: Any, message: str
 ) -> None:
-    def packed() -> None:
-        sequence = make()
-        pack_training(config, [] if sequence is None else [sequence])
-
     with pytest.raises(ValueError, match=f"(pack_training|LatentSegment): {message}"):
-        packed()
+        pack_training(config, make())

@@ -23,13 +23,8 @@ _MOST_GRAPHS = 64
 
 
 class ReplayedStep:
-    """A step that is run once, recorded once as a CUDA graph, and from then on replayed.
-
-    Args:
-        step: reads its arguments and what stays as it is, and nothing else.
-        device: where it runs.
-        pool: memory that graphs share, because they are replayed one after the other.
-    """
+    """A step that is run once, recorded once as a CUDA graph, and from then on replayed; it reads
+    its arguments and what stays as it is. Graphs of one `pool` of memory are replayed in turn."""
 
     def __init__(self, step: Step, device: torch.device, pool: Any) -> None:
         self._step, self._device, self._pool = step, device, pool
@@ -67,8 +62,7 @@ class ReplayedStep:
         """Returns what replays a run, and the tensors into which it does."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            results = self._run()
-        return graph.replay, results
+            return graph.replay, self._run()
 
 
 class Execution:
@@ -91,14 +85,11 @@ class Execution:
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         if not isinstance(compile, bool) and compile not in _MODES:
-            raise ValueError(
-                f"compile must be True, False or one of {', '.join(_MODES)}, got {compile!r}"
-            )
+            modes = ", ".join(_MODES)
+            raise ValueError(f"compile must be True, False or one of {modes}, got {compile!r}")
         if cuda_graphs and compile in _MODES_WITH_GRAPHS:
-            raise ValueError(
-                f"cuda_graphs must be False with compile={compile!r}, which records graphs itself, "
-                "got True"
-            )
+            reason = f"compile={compile!r}, which records graphs itself"
+            raise ValueError(f"cuda_graphs must be False with {reason}, got True")
         self.compile = compile
         self.cuda_graphs = cuda_graphs
         self._predict: Callable[..., list[Tensor]] = Denoiser.__call__
@@ -107,41 +98,29 @@ class Execution:
             # Newer versions of torch count graphs for each function that is compiled.
             known = inspect.signature(torch.compile).parameters
             limit: Any = {"recompile_limit": _MOST_GRAPHS} if "recompile_limit" in known else {}
-            self._predict = torch.compile(
-                Denoiser.__call__,
-                fullgraph=True,
-                dynamic=False,
-                mode=None if compile is True else compile,
-                backend=backend,
-                **limit,
-            )
+            options = {"fullgraph": True, "dynamic": False, "backend": backend, **limit}
+            mode = None if compile is True else compile
+            self._predict = torch.compile(Denoiser.__call__, mode=mode, **options)
 
     @property
     def is_plain(self) -> bool:
         """Whether steps are run op by op."""
         return not self.compile and not self.cuda_graphs
 
-    def check_device(self, device: torch.device) -> None:
-        """Raises ValueError for a device that cannot run steps so."""
-        if self.cuda_graphs and device.type != "cuda":
-            raise ValueError(
-                f"cuda_graphs must be False for a model on {device}, which is no CUDA device, "
-                "got True"
-            )
-
     @context("Execution")
-    def check(self, model: Bagel) -> None:
-        """Raises ValueError for a model that cannot be run so."""
-        if self.is_plain:
+    def check(self, device: torch.device, model: Bagel | None = None) -> None:
+        """Raises ValueError for a device, and for a model on it, that cannot be run so."""
+        if self.cuda_graphs and device.type != "cuda":
+            raise ValueError(f"cuda_graphs must be False for a model on {device}, got True")
+        if self.is_plain or model is None:
             return
-        self.check_device(model.device)
-        places = {str(weight.device) for weight in model.parameters()} - {str(model.device)}
+        places = {str(weight.device) for weight in model.parameters()} - {str(device)}
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             places.add("places that accelerate manages")
         if places:
             raise ValueError(
-                "compile and cuda_graphs must be False unless all weights are on "
-                f"{model.device}, got weights on {', '.join(sorted(places))}"
+                f"compile and cuda_graphs must be False unless all weights are on {device}, "
+                f"got weights on {', '.join(sorted(places))}"
             )
 
     def start(self, denoiser: Denoiser) -> Step:

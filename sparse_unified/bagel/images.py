@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -39,25 +40,21 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Imag
     Raises:
         ValueError: it cannot be read.
     """
-    with context(where):
-        if not isinstance(source, (str, os.PathLike)):
-            return _open(source, "an image")
-        with open_source(Path(source)) as stream:
-            return _open(stream, str(source))
-
-
-def _open(stream: Any, name: str) -> Image:
-    reason = "a file of another or a damaged format"
-    try:
-        image: Image = optional("PIL.Image").open(stream, formats=_FORMATS)
-        if image.width * image.height > _MOST_PIXELS:
-            reason = f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}"
-            raise ValueError(reason)
-        image.load()
-        optional("PIL.ImageOps").exif_transpose(image, in_place=True)
-    except Exception as error:  # plugins raise errors of many kinds for damaged files
-        raise ValueError(f"{name} must be a readable image, got {reason}") from error
-    return image
+    name, reason = "an image", "a file of another or a damaged format"
+    with context(where), ExitStack() as files:
+        stream: Any = source
+        if isinstance(source, (str, os.PathLike)):
+            name, stream = str(source), files.enter_context(open_source(Path(source)))
+        try:
+            image: Image = optional("PIL.Image").open(stream, formats=_FORMATS)
+            if image.width * image.height > _MOST_PIXELS:
+                reason = f"{image.width} x {image.height} pixels, more than {_MOST_PIXELS}"
+                raise ValueError(reason)
+            image.load()
+            optional("PIL.ImageOps").exif_transpose(image, in_place=True)
+        except Exception as error:  # plugins raise errors of many kinds for damaged files
+            raise ValueError(f"{name} must be a readable image, got {reason}") from error
+        return image
 
 
 def to_rgb(image: Image) -> Image:
@@ -113,14 +110,19 @@ class ImageTransform:
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Returns the width and height that an image of this size is resized to."""
+
+        def scaled(scale: float) -> tuple[int, int]:
+            sides = (round(round(side * scale) / self.stride) for side in (width, height))
+            across, down = (max(self.stride, count * self.stride) for count in sides)
+            return across, down
+
         scale = min(self.max_side / max(width, height), 1.0)
-        scale = max(scale, self.min_side / min(width, height))
-        width, height = self._scaled(width, height, scale)
+        width, height = scaled(max(scale, self.min_side / min(width, height)))
         if width * height > self.max_pixels:
             # As in the source the area ratio scales each side, which undershoots the limit.
-            width, height = self._scaled(width, height, self.max_pixels / (width * height))
+            width, height = scaled(self.max_pixels / (width * height))
         if max(width, height) > self.max_side:
-            width, height = self._scaled(width, height, self.max_side / max(width, height))
+            width, height = scaled(self.max_side / max(width, height))
         return width, height
 
     def resize(self, image: Image) -> Image:
@@ -131,13 +133,6 @@ class ImageTransform:
         """Returns the resized RGB image as pixels [3, H, W] fp32 in [-1, 1]."""
         pixels = torch.from_numpy(np.array(self.resize(to_rgb(image)), dtype=np.float32))
         return pixels.permute(2, 0, 1) / 255 * 2 - 1
-
-    def _scaled(self, width: int, height: int, scale: float) -> tuple[int, int]:
-        width, height = (
-            max(self.stride, round(round(side * scale) / self.stride) * self.stride)
-            for side in (width, height)
-        )
-        return width, height
 
 
 def vae_transform(config: BagelConfig) -> ImageTransform:
@@ -155,24 +150,14 @@ def vit_transform(config: BagelConfig) -> ImageTransform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextImage:
-    """An image a sequence looks at: through the VAE, through the ViT, or both, in this order.
+    """An image a sequence looks at: through the VAE, through the ViT, or both, in this order."""
 
-    Args:
-        latent: scaled VAE latent [C, h, w], or None.
-        vit_pixels: normalised pixels [3, H, W], or None.
-    """
-
-    latent: Tensor | None = None
-    vit_pixels: Tensor | None = None
+    latent: Tensor | None = None  # scaled, of the VAE, [C, h, w]
+    vit_pixels: Tensor | None = None  # normalised, [3, H, W]
 
 
 class ImageProcessor:
-    """The transforms and the autoencoder of one model.
-
-    Args:
-        config: the model, which limits sizes.
-        vae: its autoencoder.
-    """
+    """The transforms of one model, which limits sizes, and its autoencoder."""
 
     def __init__(self, config: BagelConfig, vae: AutoEncoder) -> None:
         self.config = config

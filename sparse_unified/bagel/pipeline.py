@@ -164,11 +164,13 @@ def check_prompts(prompts: Any) -> list[str]:
 
 def _per_prompt(name: str, value: Any, count: int, *, is_one: bool) -> list[Any]:
     """Returns a value, or a list of values, as a list with one entry per prompt."""
-    listed = [value] * count if is_one else value
-    if not isinstance(listed, (list, tuple)) or len(listed) != count:
-        number = f"{len(listed)}" if isinstance(listed, (list, tuple)) else repr(value)
-        raise ValueError(f"{name} must be one or a list of {count}, got {number:.120}")
-    return list(listed)
+    if is_one:
+        return [value] * count
+    is_list = isinstance(value, (list, tuple))
+    if not is_list or len(value) != count:
+        found = str(len(value)) if is_list else repr(value)
+        raise ValueError(f"{name} must be one or a list of {count}, got {found:.120}")
+    return list(value)
 
 
 def check_images(images: Any, prompts: str | Sequence[str]) -> list[list[Image]]:
@@ -202,13 +204,9 @@ def check_seeds(seed: int | Sequence[int] | None, num_images: int) -> list[int]:
 def choose_sizes(
     size: Size | Sequence[Size] | None, edited: Sequence[Size | None], config: BagelConfig
 ) -> list[Size]:
-    """Returns the height and width of each image to generate.
-
-    Args:
-        size: one (height, width) for all, one per prompt, or None.
-        edited: size of the last image before each prompt, which None then takes; prompts without
-            one get 1024 x 1024, or less if the model takes less.
-    """
+    """Returns the height and width of each image: `size`, one for all or one per prompt; where it
+    is None, that of the last image before the prompt (`edited`), or 1024 x 1024, or less if the
+    model takes less."""
     step = config.latent_downsample
     side = min(1024 // step, config.max_latent_size) * step
     if size is None:
@@ -225,19 +223,13 @@ def choose_sizes(
 def sampling_batches(
     edits: Sequence[bool], batch_size: int | None, settings: Mapping[str, Any]
 ) -> list[tuple[list[int], SamplingConfig]]:
-    """Groups images into batches of one way to sample.
-
-    What an image is sampled with depends on its own request alone, independent of the rest of the
-    batch.
+    """Groups images into batches of one way to sample, which depends on each request alone: the
+    positions of the images of each batch, in order, and how to sample them.
 
     Args:
         edits: for each image, whether it edits others.
         batch_size: most images in a batch; None is any number.
-        settings: of `SamplingConfig`; None takes the official one, for editing or for text to
-            image.
-
-    Returns:
-        The positions of the images of each batch, in order, and how to sample them.
+        settings: of `SamplingConfig`; None takes the official one of the request.
     """
     if batch_size is not None:
         check_int("batch_size", batch_size, 1)
@@ -247,10 +239,9 @@ def sampling_batches(
         config = SamplingConfig(**((_EDITING if is_edit else {}) | given))
         groups.setdefault(config, []).append(index)
     return [
-        (indices[start : start + step], config)
+        (indices[start : start + (batch_size or len(edits))], config)
         for config, indices in groups.items()
-        for step in [batch_size or len(indices)]
-        for start in range(0, len(indices), step)
+        for start in range(0, len(indices), batch_size or len(edits))
     ]
 
 
@@ -299,11 +290,11 @@ def generate_tokens(
                 int(torch.multinomial(row, 1, generator=generators[i]))
                 for row, i in zip(rows, active, strict=True)
             ]
-        for i, token in zip(active, chosen, strict=True):
-            if token != special.eos:
-                texts[i].append(token)
-        active = [i for i, token in zip(active, chosen, strict=True) if token != special.eos]
-        if not active:
+        drawn = zip(active, chosen, strict=True)
+        going_on = {i: token for i, token in drawn if token != special.eos}
+        for i, token in going_on.items():
+            texts[i].append(token)
+        if not (active := list(going_on)):
             break
     return texts
 
@@ -337,7 +328,7 @@ class BagelPipeline:
                 f"{model.config.special_tokens}, got {tokenizer.special_tokens}"
             )
         self.execution = execution or Execution()
-        self.execution.check(model)
+        self.execution.check(model.device, model)
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
@@ -401,13 +392,13 @@ class BagelPipeline:
             max_memory=max_memory,
             offload_folder=offload_folder,
         )
-        if not execution.is_plain:
-            execution.check_device(torch.device(device))
-            if device_map is not None or placement.offload is not Offload.NONE:
-                raise ValueError(
-                    "compile and cuda_graphs must come without device_map and offload, "
-                    f"got device_map={device_map!r}, offload={Offload(offload).value!r}"
-                )
+        execution.check(torch.device(device))
+        placed = device_map is not None or placement.offload is not Offload.NONE
+        if placed and not execution.is_plain:
+            raise ValueError(
+                "compile and cuda_graphs must come without device_map and offload, "
+                f"got device_map={device_map!r}, offload={Offload(offload).value!r}"
+            )
         directory = find_model(
             name,
             revision=revision,

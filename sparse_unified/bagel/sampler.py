@@ -337,7 +337,7 @@ def sample_latents(
     guided, computed = guided_steps(config), computed_steps(config)
     branches = {on: [_branches(own, config, on) for own in guidance] for on in set(guided)}
     execution = execution or Execution()
-    execution.check(model)
+    execution.check(model.device, model)
     run: dict[bool, Step] = {}
     order = None if config.cache is None or all(computed) else config.cache.order
     expansions: list[list[Expansion]] = [[] for _ in noise]

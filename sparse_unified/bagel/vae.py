@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
 
@@ -82,22 +83,20 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def _named(**parts: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(parts))
+
+
 def _middle(channels: int, **factory: Any) -> nn.Sequential:
     """Attention between two residual blocks, at the lowest resolution."""
-    middle = nn.Sequential()
-    middle.add_module("block_1", ResnetBlock(channels, channels, **factory))
-    middle.add_module("attn_1", AttnBlock(channels, **factory))
-    middle.add_module("block_2", ResnetBlock(channels, channels, **factory))
-    return middle
+    first, last = (ResnetBlock(channels, channels, **factory) for _ in range(2))
+    return _named(block_1=first, attn_1=AttnBlock(channels, **factory), block_2=last)
 
 
 def _level(inputs: int, outputs: int, num_blocks: int, **factory: Any) -> nn.Sequential:
     """The residual blocks of one resolution; what changes to the next one is added to them."""
-    widths = [inputs] + [outputs] * num_blocks
-    blocks = [ResnetBlock(*pair, **factory) for pair in pairwise(widths)]
-    level = nn.Sequential()
-    level.add_module("block", nn.Sequential(*blocks))
-    return level
+    pairs = pairwise([inputs] + [outputs] * num_blocks)
+    return _named(block=nn.Sequential(*(ResnetBlock(*pair, **factory) for pair in pairs)))
 
 
 class Encoder(nn.Sequential):
