@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from bagel_models import EXPERTS, GOLDEN, draw, random_model, relative_error
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_unified.bagel import Bagel
-from sparse_unified.bagel.attention import KVCache, RMSNorm, attend, rotary_angles, rotate
-from sparse_unified.bagel.decoder import run_ffn
+from sparse_unified.bagel.attention import KVCache, RMSNorm
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import sincos_table
 from sparse_unified.bagel.pipeline import generate_tokens
@@ -45,35 +44,6 @@ def test_patches_go_back_to_the_image() -> None:
     assert torch.equal(patches[4].view(14, 14, 3), image[:, 14:28, 14:28].permute(1, 2, 0))
     assert torch.equal(unpatchify(patches, 2, 3, 14), image)
     assert grid_positions(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]  # over the whole table
-
-
-@pytest.mark.parametrize("past", [0, 5])
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_equals_its_definition(past: int, causal: bool) -> None:
-    for length in (1, 4):
-        query = torch.randn(length, 6, 8)
-        key, value = torch.randn(2, 2, past + length, 8)
-        scores = torch.einsum("lhd,hsd->hls", query, key.repeat_interleave(3, 0)) / 8**0.5
-        if causal:
-            ahead = torch.arange(past + length) > torch.arange(past, past + length)[:, None]
-            scores = scores.masked_fill(ahead, float("-inf"))
-        expected = torch.einsum("hls,hsd->lhd", scores.softmax(-1), value.repeat_interleave(3, 0))
-        out = attend(query.transpose(0, 1)[None], key[None], value[None], causal=causal)[0]
-        torch.testing.assert_close(out, expected.flatten(1))
-
-
-def test_rotation_depends_on_distance_alone() -> None:
-    query, key = torch.randn(2, 1, 1, 16)
-
-    def score(query_at: int, key_at: int) -> Tensor:
-        turned = [
-            rotate(x, rotary_angles(torch.tensor([at]), 16, 1e6))
-            for x, at in ((query, query_at), (key, key_at))
-        ]
-        return (turned[0] * turned[1]).sum()
-
-    torch.testing.assert_close(score(3, 1), score(13, 11))
-    assert not torch.allclose(score(3, 1), score(3, 2))
 
 
 def test_norm_of_low_precision_is_taken_in_full() -> None:
@@ -129,22 +99,6 @@ def test_an_image_takes_one_position_and_forks_share_the_past(model: Bagel) -> N
     assert (context.length, context.position) == (8, 1)
 
 
-def test_branches_in_one_pass_equal_branches_one_by_one(model: Bagel) -> None:
-    contexts = model.new_contexts(3)
-    model.prefill_text(contexts[:2], [[21, 42, 38], [33]])
-    tokens, grids = [torch.randn(6, 16), torch.randn(8, 16)], [(2, 3), (4, 2)]
-    time = torch.tensor([0.7])
-    branches = [[contexts[0], contexts[2]], [contexts[1], contexts[2], contexts[0]]]
-    before = [context.fork() for context in contexts]
-    together = model.velocity(tokens, grids, time, branches)
-    assert all(map(KVCache.same_past, contexts, before))  # only read
-    for x, grid, own, out in zip(tokens, grids, branches, together, strict=True):
-        assert out.shape == (len(own), len(x), 16)
-        for context, velocity in zip(own, out, strict=True):
-            alone = model.velocity([x], [grid], time, [[context]])[0][0]
-            assert relative_error(velocity, alone) < 1e-5
-
-
 def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> None:
     llm = model.config.llm.with_experts("und", [1], **EXPERTS)
     sparse = random_model(replace(model.config, llm=llm))
@@ -168,21 +122,6 @@ def test_vit_tokens_of_sparse_und_layers_use_their_own_router(model: Bagel) -> N
     with torch.no_grad():
         router.weight.fill_(float("nan"))
     assert torch.equal(keys(sparse.prefill_text, [21, 42]), text)
-
-
-class TupleFFN(nn.Module):
-    """An FFN with the official return convention of the sparse code."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return 2 * x, None
-
-
-def test_ffns_may_return_router_logits_and_be_swapped_on_a_live_model() -> None:
-    assert torch.equal(run_ffn(TupleFFN(), torch.ones(2, 3)), torch.full((2, 3), 2.0))
-    model = build_model(read_case(GOLDEN / "t2i_dense"))
-    [before] = draw(model, [[21]])
-    model.language_model.model.layers[1].mlp_moe_gen = TupleFFN()
-    assert not torch.allclose(before, draw(model, [[21]])[0])
 
 
 def test_generated_text_is_the_same_alone_and_in_a_batch(model: Bagel) -> None:
@@ -241,9 +180,8 @@ def test_every_tensor_is_on_the_device_of_the_model(model: Bagel) -> None:
     assert away.next_logits(context, [3]).shape == (1, 96)
 
 
-@pytest.mark.parametrize("name", ["t2i_dense", "t2i_moe"])
-def test_models_can_be_copied_and_pickled(name: str) -> None:
-    model = build_model(read_case(GOLDEN / name))
+def test_models_can_be_copied_and_pickled() -> None:
+    model = build_model(read_case(GOLDEN / "t2i_moe"))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.config == model.config
         weights = twin.state_dict()

@@ -186,13 +186,13 @@ def test_an_answer_may_follow_several_images(tmp_path: Path) -> None:
 
 
 NOISE = {"init_noise": torch.zeros(16, 16)}
-LATENT = torch.zeros(4, 4, 6)
+LATENT, TWO = torch.zeros(4, 4, 6), torch.zeros(2, 4, 4, 6)
 
 
 @pytest.mark.parametrize(
     ("source", "fields", "tensors", "rule"),
     [
-        ("edit", {"context_image": [[32, 48]] * 3}, {"context.latent": LATENT[None, :]}, "must"),
+        ("edit", {"context_image": [[32, 48]] * 3}, {"context.latent": TWO}, "must hold"),
         ("edit", {"context_image": [[32, 48]] * 2}, {"context.latent.0": LATENT}, "must hold"),
         ("edit", {"context_image": [[32, 48]]}, {"context.latent.3": LATENT}, "must hold"),
         ("edit", {"context_image": [[32, 48]]}, {}, "must hold"),

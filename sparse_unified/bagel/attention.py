@@ -82,24 +82,16 @@ class Padding:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Sequences that are attended to in one call; one, where there is a KV cache.
+    """Sequences that are attended to in one call; one, where there is a KV cache."""
 
-    Attributes:
-        count: B, sequences.
-        lengths: tokens of one sequence in each stream, padding included.
-        causal: token i sees the tokens up to i; else, without a mask, all of its sequence.
-        mask: [L, L], or [B, 1, L, L] with padding: row i sees column j; und tokens first, then
-            gen tokens. bool, or 0 and -inf once it is `Packing.additive`.
-        padding: by stream, where the sequences are not equally long.
-        cache: the past of the sequence.
-    """
-
-    count: int
-    lengths: Mapping[str, int]
-    causal: bool = False
+    count: int  # B, sequences
+    lengths: Mapping[str, int]  # tokens of one sequence in each stream, padding included
+    causal: bool = False  # token i sees the tokens up to i; else, without a mask, all
+    # [L, L], or [B, 1, L, L] with padding: row i sees column j; und tokens first, then gen tokens.
+    # bool, or 0 and -inf once it is `Packing.additive`.
     mask: Tensor | None = None
-    padding: Mapping[str, Padding] | None = None
-    cache: KVCache | None = None
+    padding: Mapping[str, Padding] | None = None  # by stream, where lengths are not equal
+    cache: KVCache | None = None  # the past of the sequence
 
     def span(self, stream: str) -> slice:
         """Rows, and columns, of the mask that belong to a stream."""
@@ -108,26 +100,17 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Where sequences lie in the two streams, and what they attend to.
+    """Where sequences lie in the two streams, and what they attend to."""
 
-    Attributes:
-        groups: in the order in which they lie in the streams.
-        und_angles: rotary cosines and sines of each und token.
-        gen_angles: of each gen token; None without any.
-        extend: KV caches take up the new keys and values.
-        text_rows: rows of the und stream that hold text, for FFNs that route text and ViT tokens
-            apart; None when all are text.
-        vit_rows: rows of the und stream that hold ViT tokens; None without any.
-        rows: rows of each group, by stream.
-    """
-
-    groups: Sequence[Group]
-    und_angles: tuple[Tensor, Tensor]
-    gen_angles: tuple[Tensor, Tensor] | None = None
-    extend: bool = False
+    groups: Sequence[Group]  # in the order in which they lie in the streams
+    und_angles: tuple[Tensor, Tensor]  # rotary cosines and sines of each und token
+    gen_angles: tuple[Tensor, Tensor] | None = None  # of each gen token
+    extend: bool = False  # KV caches take up the new keys and values
+    # Rows of the und stream that hold text (None: all) and ViT tokens (None: none), for FFNs that
+    # route the two apart.
     text_rows: Tensor | None = None
     vit_rows: Tensor | None = None
-    rows: Mapping[str, list[int]] = field(init=False)
+    rows: Mapping[str, list[int]] = field(init=False)  # of each group, by stream
 
     def __post_init__(self) -> None:
         rows = {
@@ -279,16 +262,8 @@ class MoTAttention(nn.Module):
     def forward(
         self, und: Tensor | None, gen: Tensor | None, packing: Packing
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Lets every sequence attend to its KV cache, if it has one, and to itself.
-
-        Args:
-            und: [U, D]; None where there are no such tokens, or they skip this attention.
-            gen: [G, D], or None likewise.
-            packing: how they divide into sequences.
-
-        Returns:
-            The two streams after the output projections, shaped as they came.
-        """
+        """Lets every sequence attend to its KV cache, if it has one, and to itself; a stream, und
+        [U, D] or gen [G, D], is None where it has no tokens, or they skip this attention."""
         part: Any = self._modules
         heads = (-1, self.head_dim)
         split: dict[str, tuple[Tensor, ...]] = {}

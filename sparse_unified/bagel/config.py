@@ -23,13 +23,13 @@ def _check_sizes(config: Any, **multiples: str) -> None:
     """Raises ValueError unless every field typed int is from 1 to 2^20, every float finite, and
     every field of `multiples` a multiple of the one it names."""
     for known in fields(config):
-        value = getattr(config, known.name)
+        name, value, rule = known.name, getattr(config, known.name), ""
         if known.type == "int" and not (type(value) is int and 1 <= value <= _MOST):
-            raise ValueError(
-                f"{known.name} must be an integer from 1 to {_MOST}, got {value!r:.120}"
-            )
+            rule = f"an integer from 1 to {_MOST}"
         if known.type == "float" and not (type(value) in (int, float) and math.isfinite(value)):
-            raise ValueError(f"{known.name} must be a finite number, got {value!r:.120}")
+            rule = "a finite number"
+        if rule:
+            raise ValueError(f"{name} must be {rule}, got {value!r:.120}")
     for name, divisor in multiples.items():
         value, step = getattr(config, name), getattr(config, divisor)
         if value % step:
@@ -124,7 +124,7 @@ class LLMConfig:
         """Reads the contents of llm_config.json."""
         expected = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False}
         for name, value in expected.items():
-            if (source.get(name) or value) != value:
+            if (source.get(name, value) or None) != (value or None):
                 raise ValueError(f"{name} must be {value!r}, got {source[name]!r:.120}")
         # Newer transformers write rope_theta inside rope_parameters.
         rope = source.get("rope_parameters") or {}
@@ -160,12 +160,10 @@ class VisionConfig:
         Official files name one layer more than they hold (BAGEL drops the last one), so both the
         number of layers held and that number plus one are accepted.
         """
-        stated = source.get("num_hidden_layers", num_hidden_layers)
-        if stated not in (num_hidden_layers, num_hidden_layers + 1):
-            raise ValueError(
-                f"num_hidden_layers must be {num_hidden_layers} or {num_hidden_layers + 1} for "
-                f"weights of {num_hidden_layers} layers, got {stated!r:.120}"
-            )
+        held = num_hidden_layers
+        if (stated := source.get("num_hidden_layers", held)) not in (held, held + 1):
+            rule = f"{held} or {held + 1} for weights of {held} layers"
+            raise ValueError(f"num_hidden_layers must be {rule}, got {stated!r:.120}")
         activation = source.get("hidden_act", "gelu_pytorch_tanh")
         if activation != "gelu_pytorch_tanh":
             raise ValueError(f"hidden_act must be 'gelu_pytorch_tanh', got {activation!r:.120}")
@@ -242,12 +240,10 @@ class BagelConfig:
     def __post_init__(self) -> None:
         _check_sizes(self)
         for name in SpecialTokens.__slots__:
-            token = getattr(self.special_tokens, name)
-            if not 0 <= token < self.llm.vocab_size:
-                raise ValueError(
-                    f"special_tokens.{name} must be an id below vocab_size = "
-                    f"{self.llm.vocab_size}, got {token}"
-                )
+            token, most = getattr(self.special_tokens, name), self.llm.vocab_size
+            if not 0 <= token < most:
+                rule = f"an id below vocab_size = {most}"
+                raise ValueError(f"special_tokens.{name} must be {rule}, got {token}")
 
     @property
     def latent_downsample(self) -> int:
@@ -293,9 +289,7 @@ def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: floa
         keys = [f"encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
         outputs = [_shape(shapes, key, 4)[0] for key in keys]
         if any(channels % ch for channels in outputs):
-            raise ValueError(
-                f"channels of every resolution must be multiples of {ch}, got {outputs}"
-            )
+            raise ValueError(f"channels of resolutions must be multiples of {ch}, got {outputs}")
         return VAEConfig(
             ch=ch,
             ch_mult=tuple(channels // ch for channels in outputs),

@@ -69,10 +69,8 @@ class Placement:
         given = self.storage or {}
         storage = dict.fromkeys(FFN_NAMES, given) if isinstance(given, str) else dict(given)
         if not (storage.keys() <= FFN_NAMES.keys() and set(storage.values()) <= set(STORAGES)):
-            raise ValueError(
-                f"storage must be one of {', '.join(STORAGES)}, or map {' or '.join(FFN_NAMES)} "
-                f"to one of them, got {self.storage!r}"
-            )
+            rule = f"one of {', '.join(STORAGES)}, or map {' or '.join(FFN_NAMES)} to one of them"
+            raise ValueError(f"storage must be {rule}, got {self.storage!r}")
         if self.device_map is not None and (storage or self.offload is not Offload.NONE):
             raise ValueError(
                 "device_map must come without offload and storage, got "
@@ -109,12 +107,8 @@ def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 def tensor_problems(
     targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor]
 ) -> list[str]:
-    """Returns every missing, extra and misshapen tensor of a file.
-
-    Args:
-        targets: what a model holds, by official key; may be on the meta device.
-        specs: what the file holds.
-    """
+    """Returns every missing, extra and misshapen tensor of a file that holds `specs`, where a
+    model, perhaps on the meta device, holds `targets`."""
     problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
     for key, spec in specs.items():
         if key not in targets:
@@ -274,17 +268,14 @@ def plan_device_map(model: nn.Module, placement: Placement) -> dict[str, Device]
         placed = {f"{LAYERS}.{path}".rstrip("."): place for path, place in filled.items()}
         return {**dict.fromkeys(outside, device), **placed}
     if not isinstance(device_map, Mapping):
-        raise ValueError(
-            f"device_map must be 'auto' or a mapping of module paths to devices, got {device_map!r}"
-        )
+        rule = "'auto' or a mapping of module paths to devices"
+        raise ValueError(f"device_map must be {rule}, got {device_map!r}")
     for path, place in device_map.items():
         if path not in known:
             raise ValueError(f"device_map must name modules, got {path!r}")
         if not f"{path}.".startswith(f"{LAYERS}.") and str(place) != str(device):
-            raise ValueError(
-                f"device_map may place {LAYERS} and what is below; all else is on {device}, "
-                f"got {path!r} on {place!r}"
-            )
+            rule = f"may place {LAYERS} and what is below; all else is on {device}"
+            raise ValueError(f"device_map {rule}, got {path!r} on {place!r}")
     rest = (*outside, *(f"{LAYERS}.{name}" for name, _ in layers.named_children()))
     placed = dict.fromkeys((path for path in rest if _longest(device_map, path) is None), device)
     return {**placed, **device_map}
@@ -318,9 +309,6 @@ def _accelerate(module: str) -> Any:
 
 def _longest(device_map: Mapping[str, Device], key: str) -> Device | None:
     """Returns the place of the longest path in a map that is the start of a key."""
-    path = key
-    while path:
-        if path in device_map:
-            return device_map[path]
-        path = path.rpartition(".")[0]
-    return device_map.get("")
+    while key and key not in device_map:
+        key = key.rpartition(".")[0]
+    return device_map.get(key)

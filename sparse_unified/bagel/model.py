@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,11 +65,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, **factory: Any) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.num_frequencies, hidden_size, **factory),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size, **factory),
-        )
+        widths = (self.num_frequencies, hidden_size, hidden_size)
+        first, last = (nn.Linear(*pair, **factory) for pair in pairwise(widths))
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, time: Tensor) -> Tensor:
         """Maps times [n] fp32 to [n, D] in the dtype of the weights."""
@@ -321,24 +320,18 @@ class Denoiser:
 class TrainingOutput:
     """Losses of a batch, fp32 scalars with a graph; zero, without one, where nothing asks for them.
 
-    Attributes:
-        text_loss_sum: cross-entropy, summed over the `text_tokens` that are asked for.
-        image_loss_sum: squared error of the velocity, mean over channels, summed over the
-            `image_tokens` that are asked for.
-        balance_loss: E * sum_e f_e * P_e, mean over the sparse blocks: f_e is the share of
-            assignments that expert e takes, P_e its mean probability under softmax. 1 when both are
-            even. Source: Switch Transformer (arXiv 2101.03961), with top-k counts.
-        router_z_loss: mean of logsumexp(logits)^2, mean over the sparse blocks (arXiv 2202.08906).
-        expert_load: tokens that each expert took, [E] int64, by (component, layer).
+    The balance loss is E * sum_e f_e * P_e: f_e is the share of assignments that expert e takes,
+    P_e its mean probability under softmax; 1 when both are even. Source: Switch Transformer (arXiv
+    2101.03961), with top-k counts; the z-loss is that of arXiv 2202.08906.
     """
 
-    text_loss_sum: Tensor
-    text_tokens: int
-    image_loss_sum: Tensor
-    image_tokens: int
-    balance_loss: Tensor
-    router_z_loss: Tensor
-    expert_load: dict[tuple[str, int], Tensor]
+    text_loss_sum: Tensor  # cross-entropy
+    text_tokens: int  # that are asked for
+    image_loss_sum: Tensor  # squared error of the velocity, mean over channels
+    image_tokens: int  # that are asked for
+    balance_loss: Tensor  # mean over the sparse blocks
+    router_z_loss: Tensor  # mean of logsumexp(logits)^2, mean over the sparse blocks
+    expert_load: dict[tuple[str, int], Tensor]  # tokens of each expert, [E], by (component, layer)
 
 
 def training_forward(

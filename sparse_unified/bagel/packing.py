@@ -79,44 +79,24 @@ Segment = TextSegment | VitSegment | LatentSegment
 # Without slots, as what it holds: between processes, those are copied one by one in Python.
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """Packed sequences. U und tokens, G gen tokens, all tensors on one device.
+    """Packed sequences. U und tokens, G gen tokens, all tensors on one device."""
 
-    Attributes:
-        und_ids: [U] int64, ids of text and markers; 0 where a ViT token stands.
-        label_rows: [n] int64, rows of the und stream that the text loss is taken at.
-        labels: [n] int64, the token that follows each.
-        vit_patches: [V, p * p * 3].
-        vit_positions: [V] int64, in the tables of the ViT and of the decoder alike.
-        vit_lengths: patches of each image.
-        latents: [G, p * p * C] fp32, noised.
-        latent_positions: [G] int64.
-        times: [images] fp32.
-        time_rows: [G] int64, the image of each token.
-        velocity_rows: [m] int64, gen tokens the loss asks for.
-        velocities: [m, p * p * C] fp32.
-        packing: rotary positions, groups and masks.
-        text_tokens: n.
-        image_tokens: m.
-        num_tokens: U + G.
-        num_sequences: how many.
-    """
-
-    und_ids: Tensor
-    label_rows: Tensor
-    labels: Tensor
-    vit_patches: Tensor | None
-    vit_positions: Tensor | None
-    vit_lengths: tuple[int, ...]
-    latents: Tensor | None
-    latent_positions: Tensor | None
-    times: Tensor | None
-    time_rows: Tensor | None
-    velocity_rows: Tensor
-    velocities: Tensor
-    packing: Packing
-    text_tokens: int
-    image_tokens: int
-    num_tokens: int
+    und_ids: Tensor  # [U] int64, ids of text and markers; 0 where a ViT token stands
+    label_rows: Tensor  # [n] int64, rows of the und stream that the text loss is taken at
+    labels: Tensor  # [n] int64, the token that follows each
+    vit_patches: Tensor | None  # [V, p * p * 3]
+    vit_positions: Tensor | None  # [V] int64, in the tables of the ViT and of the decoder alike
+    vit_lengths: tuple[int, ...]  # patches of each image
+    latents: Tensor | None  # [G, p * p * C] fp32, noised
+    latent_positions: Tensor | None  # [G] int64
+    times: Tensor | None  # [images] fp32
+    time_rows: Tensor | None  # [G] int64, the image of each token
+    velocity_rows: Tensor  # [m] int64, gen tokens the loss asks for
+    velocities: Tensor  # [m, p * p * C] fp32
+    packing: Packing  # rotary positions, groups and masks
+    text_tokens: int  # n
+    image_tokens: int  # m
+    num_tokens: int  # U + G
     num_sequences: int
 
     def to(self, device: torch.device | str) -> TrainingBatch:

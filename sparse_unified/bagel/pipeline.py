@@ -19,14 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union
 import torch
 from torch import Tensor
 
-from sparse_unified._common import (
-    Report,
-    check_int,
-    check_number,
-    context,
-    optional,
-    progress_bar,
-)
+from sparse_unified._common import Report, check_int, check_number, context, optional, progress_bar
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.execution import Execution
@@ -77,34 +70,24 @@ _EDITING: dict[str, Any] = {
 
 @dataclass(slots=True, kw_only=True)
 class Timing(Report):
-    """Seconds, tokens and memory of one call.
-
-    Attributes:
-        backend: what runs the sparse FFNs; "dense" without one.
-        context_tokens: tokens read before the output, over all contexts.
-        image_tokens: latent tokens generated.
-        text_tokens: text tokens generated.
-        steps: denoising steps, of all batches.
-        computed_steps: those in which the model ran; a step cache extrapolates the others.
-        peak_memory_bytes: on a GPU the most allocated during the call, on the CPU the most
-            resident memory the process ever had.
-    """
+    """Seconds, tokens and memory of one call."""
 
     derived: ClassVar[tuple[str, ...]] = ("seconds_per_step",)
 
     device: str
     dtype: str
-    backend: str
-    context_tokens: int = 0
-    image_tokens: int = 0
-    text_tokens: int = 0
-    steps: int = 0
-    computed_steps: int = 0
+    backend: str  # what runs the sparse FFNs; "dense" without one
+    context_tokens: int = 0  # read before the output, over all contexts
+    image_tokens: int = 0  # latent tokens generated
+    text_tokens: int = 0  # generated
+    steps: int = 0  # of denoising, of all batches
+    computed_steps: int = 0  # in which the model ran; a step cache extrapolates the others
     step_seconds: list[float] = field(default_factory=list)
     prefill_seconds: float = 0.0
     text_seconds: float = 0.0
     decode_seconds: float = 0.0
     total_seconds: float = 0.0
+    # On a GPU the most allocated during the call, on the CPU the most the process ever had.
     peak_memory_bytes: int = 0
 
     @property
@@ -115,23 +98,14 @@ class Timing(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationResult:
-    """Generated images.
-
-    Attributes:
-        images: one per prompt.
-        latents: latent tokens [N, p * p * C] fp32 of each, before decoding, on the CPU.
-        thoughts: the text each was planned with; None without thinking.
-        seeds: the seed of each.
-        sizes: height and width of each, in pixels.
-        report: what it took.
-    """
+    """Generated images, one per prompt."""
 
     images: list[Image]
-    latents: list[Tensor]
-    thoughts: list[str] | None
+    latents: list[Tensor]  # tokens [N, p * p * C] fp32 of each, before decoding, on the CPU
+    thoughts: list[str] | None  # the text each was planned with; None without thinking
     seeds: list[int]
-    sizes: list[Size]
-    report: Timing
+    sizes: list[Size]  # height and width, in pixels
+    report: Timing  # what it took
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -508,8 +482,14 @@ class BagelPipeline:
                     )
                 report.context_tokens += sum(g.full.length for g in guidance)
                 if think:  # the full contexts read the plan; unconditional ones never see it
-                    full, own = [g.full for g in guidance], [seeds[i] for i in batch]
-                    written = self._write(full, max_think_length, think_temperature, own, report)
+                    full = [g.full for g in guidance]
+                    written = self._write(
+                        full,
+                        report,
+                        max_length=max_think_length,
+                        temperature=think_temperature,
+                        seeds=[seeds[i] for i in batch],
+                    )
                     with self._clock(report, "text_seconds"):
                         model.prefill_text(full, [encode(plan) for plan, _ in written])
                     thoughts.update((i, plan) for i, (plan, _) in zip(batch, written, strict=True))
@@ -528,10 +508,11 @@ class BagelPipeline:
                         drawn[i] = self.image_processor.decode(x, sizes[i])
                 latents.update((i, x.cpu()) for i, x in zip(batch, tokens, strict=True))
             report.steps = len(report.step_seconds)
+        order = range(len(texts))
         return GenerationResult(
-            images=[drawn[i] for i in range(len(texts))],
-            latents=[latents[i] for i in range(len(texts))],
-            thoughts=[thoughts[i] for i in range(len(texts))] if think else None,
+            images=[drawn[i] for i in order],
+            latents=[latents[i] for i in order],
+            thoughts=[thoughts[i] for i in order] if think else None,
             seeds=seeds,
             sizes=sizes,
             report=report,
@@ -573,22 +554,16 @@ class BagelPipeline:
                 see_images(self.model, contexts, [seen])
                 self.model.prefill_text(contexts, [self.tokenizer.encode(prompt)])
             report.context_tokens = contexts[0].length
-            [(text, ids)] = self._write(contexts, max_length, temperature, seeds, report)
+            options = {"max_length": max_length, "temperature": temperature, "seeds": seeds}
+            [(text, ids)] = self._write(contexts, report, **options)
         return TextResult(text=text, token_ids=ids, report=report)
 
     def _write(
-        self,
-        contexts: Sequence[KVCache],
-        max_length: int,
-        temperature: float | None,
-        seeds: Sequence[int],
-        report: Timing,
+        self, contexts: Sequence[KVCache], report: Timing, **options: Any
     ) -> list[tuple[str, list[int]]]:
         """Continues contexts with texts, without markers; returns them and their ids from bos."""
         with self._clock(report, "text_seconds"):
-            many = generate_tokens(
-                self.model, contexts, max_length=max_length, temperature=temperature, seeds=seeds
-            )
+            many = generate_tokens(self.model, contexts, **options)
         report.text_tokens += sum(len(ids) - 1 for ids in many)
         return [(self.tokenizer.decode(ids[1:]), ids) for ids in many]
 

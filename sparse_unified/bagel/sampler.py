@@ -133,12 +133,6 @@ class StepCache:
         check_int("first", self.first, 1)
         check_int("last", self.last, 0)
 
-    def computes(self, step: int, num_steps: int) -> bool:
-        """Tells whether a step, counted from 0, is computed on its own account."""
-        if step < self.first or step >= num_steps - self.last:
-            return True
-        return (step - self.first + 1) % self.interval == 0
-
 
 class Expansion:
     """Velocities of one branch of guidance of one image as a polynomial in the time, of degree
@@ -267,11 +261,14 @@ def computed_steps(config: SamplingConfig) -> list[bool]:
 
     It runs where the cache says so, and where guidance sets in, whose branches have no past.
     """
-    guided = guided_steps(config)
-    if config.cache is None:
+    guided, cache = guided_steps(config), config.cache
+    if cache is None:
         return [True] * len(guided)
     return [
-        config.cache.computes(step, len(guided)) or (on and not guided[step - 1])
+        step < cache.first
+        or step >= len(guided) - cache.last
+        or (step - cache.first + 1) % cache.interval == 0
+        or (on and not guided[step - 1])
         for step, on in enumerate(guided)
     ]
 
@@ -289,8 +286,7 @@ def _branches(
     for past in wanted:
         same = (i for i, other in enumerate(contexts) if past.same_past(other))
         picks.append(next(same, len(contexts)))
-        if picks[-1] == len(contexts):
-            contexts.append(past)
+        contexts += [past] * (picks[-1] == len(contexts))
     return contexts, picks
 
 

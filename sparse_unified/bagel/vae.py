@@ -15,15 +15,13 @@ from sparse_unified.bagel.config import VAEConfig
 
 
 class Norm(nn.GroupNorm):
-    """32 groups, then a SiLU if `active`."""
+    """A group norm of 32 groups, then a SiLU."""
 
-    def __init__(self, channels: int, *, active: bool = True, **factory: Any) -> None:
+    def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__(32, channels, eps=1e-6, **factory)
-        self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        return F.silu(x) if self.active else x
+        return F.silu(super().forward(x))
 
 
 class ResnetBlock(nn.Module):
@@ -49,7 +47,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__()
-        self.norm = Norm(channels, active=False, **factory)
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6, **factory)
         for name in ("q", "k", "v", "proj_out"):
             self.register_module(name, nn.Conv2d(channels, channels, 1, **factory))
 

@@ -39,8 +39,7 @@ def grid_positions(
 ) -> Tensor:
     """Returns the rows of a table of `side` x `side` positions that an image of `height` x `width`
     patches takes, row by row: [height * width] int64."""
-    rows = torch.arange(height, device=device)
-    columns = torch.arange(width, device=device)
+    rows, columns = (torch.arange(count, device=device) for count in (height, width))
     return (rows[:, None] * side + columns).flatten()
 
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from sparse_unified._common import Report, format_bytes, format_layers, format_table, list_some
 from sparse_unified.bagel import AutoEncoder, Bagel
-from sparse_unified.bagel.config import SpecialTokens, vae_config
-from sparse_unified.bagel.loading import official_tensors, read_config, tensor_problems
+from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
+from sparse_unified.bagel.loading import official_tensors, tensor_problems
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import list_files
 from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
