@@ -332,7 +332,8 @@ class MoTAttention(nn.Module):
         if mask is not None and len(own) == 1:
             mask = mask[..., group.span(*own)]  # columns
         for streams, query in zip(runs, queries, strict=True):
-            rows, seen = mask, (key, value)
+            rows = mask
+            seen: tuple[Tensor, ...] = (key, value)
             if mask is not None and len(streams) == 1:
                 rows = mask[..., group.span(*streams), :]
             if not are_alike:

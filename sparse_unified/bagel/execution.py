@@ -98,7 +98,7 @@ class Execution:
             # Newer versions of torch count graphs for each function that is compiled.
             known = inspect.signature(torch.compile).parameters
             limit: Any = {"recompile_limit": _MOST_GRAPHS} if "recompile_limit" in known else {}
-            options = {"fullgraph": True, "dynamic": False, "backend": backend, **limit}
+            options: Any = {"fullgraph": True, "dynamic": False, "backend": backend, **limit}
             mode = None if compile is True else compile
             self._predict = torch.compile(Denoiser.__call__, mode=mode, **options)
 

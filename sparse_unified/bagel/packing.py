@@ -152,6 +152,8 @@ class _Tokens:
         self.tags: dict[str, list[int]] = {UND: [], GEN: []}
         marks = config.special_tokens
         position = 0
+        ids: Sequence[int]
+        positions: Sequence[int]
         for segment in sequence:
             if isinstance(segment, TextSegment):
                 ids, kind, length = segment.token_ids, _TEXT, len(segment.token_ids)
@@ -245,7 +247,8 @@ def _groups(alike: Sequence[Sequence[_Tokens]]) -> list[Group]:
     needed = sum(len(own) * sum(own[0].lengths.values()) ** 2 for own in alike)
     pays = most <= _MOST_PADDED_TOKENS and most**2 * sum(counts) <= _MOST_PADDED_COST * needed
     if len(alike) > 1 and pays:
-        repeats, padding = torch.tensor(counts), {}
+        repeats = torch.tensor(counts)
+        padding: dict[str, Padding] = {}
         for stream, length in longest.items():
             last = torch.tensor([tokens.lengths[stream] for tokens in firsts])
             is_token = torch.arange(length) < last.repeat_interleave(repeats)[:, None]

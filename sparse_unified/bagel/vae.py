@@ -81,6 +81,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class UpLevels(nn.Sequential):
+    """Levels of rising resolution, of which the first is the last to run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for level in reversed(self):
+            x = level(x)
+        return x
+
+
 def _named(**parts: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(parts))
 
@@ -97,46 +106,36 @@ def _level(inputs: int, outputs: int, num_blocks: int, **factory: Any) -> nn.Seq
     return _named(block=nn.Sequential(*(ResnetBlock(*pair, **factory) for pair in pairs)))
 
 
-class Encoder(nn.Sequential):
+def _encoder(config: VAEConfig, **factory: Any) -> nn.Sequential:
     """Pixels [B, in, H, W] in [-1, 1] -> mean and log variance [B, 2 z, H / f, W / f]."""
-
-    def __init__(self, config: VAEConfig, **factory: Any) -> None:
-        super().__init__()
-        widths = [config.ch, *(config.ch * multiple for multiple in config.ch_mult)]
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1, **factory)
-        self.down = nn.Sequential()
-        for i, (inputs, outputs) in enumerate(pairwise(widths)):
-            level = _level(inputs, outputs, config.num_res_blocks, **factory)
-            if i < len(config.ch_mult) - 1:
-                level.add_module("downsample", Downsample(outputs, **factory))
-            self.down.append(level)
-        self.mid = _middle(widths[-1], **factory)
-        self.norm_out = Norm(widths[-1], **factory)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1, **factory)
+    first, *widths = config.ch, *(config.ch * multiple for multiple in config.ch_mult)
+    pairs = pairwise([first, *widths])
+    levels = [_level(*pair, config.num_res_blocks, **factory) for pair in pairs]
+    for level, width in zip(levels[:-1], widths, strict=False):
+        level.add_module("downsample", Downsample(width, **factory))
+    return _named(
+        conv_in=nn.Conv2d(config.in_channels, first, 3, padding=1, **factory),
+        down=nn.Sequential(*levels),
+        mid=_middle(widths[-1], **factory),
+        norm_out=Norm(widths[-1], **factory),
+        conv_out=nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1, **factory),
+    )
 
 
-class Decoder(nn.Module):
-    """Latents [B, z, h, w] -> pixels [B, out, h * f, w * f]; `up.0` is the last level to run."""
-
-    def __init__(self, config: VAEConfig, **factory: Any) -> None:
-        super().__init__()
-        widths = [config.ch * multiple for multiple in config.ch_mult]
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1, **factory)
-        self.mid = _middle(widths[-1], **factory)
-        self.up = nn.ModuleList()
-        for i, (outputs, inputs) in enumerate(pairwise([*widths, widths[-1]])):
-            level = _level(inputs, outputs, config.num_res_blocks + 1, **factory)
-            if i:
-                level.add_module("upsample", Upsample(outputs, **factory))
-            self.up.append(level)
-        self.norm_out = Norm(widths[0], **factory)
-        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1, **factory)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(self.norm_out(x))
+def _decoder(config: VAEConfig, **factory: Any) -> nn.Sequential:
+    """Latents [B, z, h, w] -> pixels [B, out, h * f, w * f]."""
+    widths = [config.ch * multiple for multiple in config.ch_mult]
+    pairs = zip([*widths[1:], widths[-1]], widths, strict=True)
+    levels = [_level(*pair, config.num_res_blocks + 1, **factory) for pair in pairs]
+    for level, width in zip(levels[1:], widths[1:], strict=True):
+        level.add_module("upsample", Upsample(width, **factory))
+    return _named(
+        conv_in=nn.Conv2d(config.z_channels, widths[-1], 3, padding=1, **factory),
+        mid=_middle(widths[-1], **factory),
+        up=UpLevels(*levels),
+        norm_out=Norm(widths[0], **factory),
+        conv_out=nn.Conv2d(widths[0], config.out_ch, 3, padding=1, **factory),
+    )
 
 
 class AutoEncoder(nn.Module):
@@ -152,8 +151,8 @@ class AutoEncoder(nn.Module):
     def __init__(self, config: VAEConfig, **factory: Any) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, **factory)
-        self.decoder = Decoder(config, **factory)
+        self.encoder: Any = _encoder(config, **factory)
+        self.decoder: Any = _decoder(config, **factory)
 
     @property
     def device(self) -> torch.device:
