@@ -37,25 +37,10 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return models.pipeline(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture
-def disturbed(pipeline: Any) -> Any:
-    """The pipeline with other weights in one und and one gen FFN."""
-    layer = pipeline.model.language_model.model.layers[1]
-    weights = [layer.mlp.down_proj.weight, layer.mlp_moe_gen.down_proj.weight]
-    kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        for weight in weights:
-            weight.mul_(-3)
-    yield pipeline
-    with torch.no_grad():
-        for weight, old in zip(weights, kept, strict=True):
-            weight.copy_(old)
-
-
 def test_velocity_error_is_the_flow_matching_loss(pipeline: Any, tmp_path: Path) -> None:
     paths = models.pictures(tmp_path, 2)
     samples = [Sample(prompt="a bench", image=p, seed=i) for i, p in enumerate(paths)]
-    metric = VelocityError(samples, (0.25, 0.8))
+    metric = VelocityError(samples, Settings(times=(0.25, 0.8)))
     losses = []
     for sample in samples:
         assert sample.image is not None
@@ -71,27 +56,13 @@ def test_velocity_error_is_the_flow_matching_loss(pipeline: Any, tmp_path: Path)
     value = measure(metric, pipeline, where="test")["velocity_error"]
     assert value == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert metric(pipeline)["velocity_error"] == value  # repeats bit for bit
-    with pytest.raises(ValueError, match="samples must have an image each, got none for 'x'"):
-        VelocityError([Sample(prompt="x")], (0.5,))
 
 
-@pytest.mark.parametrize("editing", [False, True])
-def test_dense_model_has_no_distance_from_itself(
-    pipeline: Any, editing: bool, tmp_path: Path
-) -> None:
-    sources = tuple(models.pictures(tmp_path, 1)) if editing else ()
-    samples = [Sample(prompt=p, sources=sources, seed=i) for i, p in enumerate("abc")]
-    metric = DenseDistance(samples, SETTINGS)
+def test_distance_from_the_dense_model_is_that_of_latents_and_pixels(pipeline: Any) -> None:
+    metric = DenseDistance([Sample(prompt="a bench", seed=3)], SETTINGS)
     metric.prepare(pipeline)
     assert metric(pipeline) == {"latent_distance": 0.0, "image_distance": 0.0}
-
-
-def test_distance_is_that_of_latents_and_pixels(disturbed: Any) -> None:
-    samples = [Sample(prompt="a bench", seed=3)]
-    metric = DenseDistance(samples, SETTINGS)
-    pipeline = disturbed
-    metric.prepare(pipeline)
-    (x0, pixels0), *_ = metric._dense
+    (x0, pixels0), *_ = metric.dense
     with torch.no_grad():
         pipeline.model.llm2vae.bias.add_(0.5)
         found = metric(pipeline)
@@ -105,9 +76,7 @@ def test_distance_is_that_of_latents_and_pixels(disturbed: Any) -> None:
     assert found["image_distance"] == pytest.approx(float((pixels - pixels0).pow(2).mean().sqrt()))
 
 
-def test_dense_model_agrees_with_itself_and_another_less(
-    pipeline: Any, disturbed: Any, tmp_path: Path
-) -> None:
+def test_dense_model_agrees_with_itself_and_another_less(pipeline: Any, tmp_path: Path) -> None:
     sources = tuple(models.pictures(tmp_path, 1))
     samples = [Sample(prompt="what is it?", sources=sources)]
     samples += [Sample(prompt=f"question {i}") for i in range(5)]
@@ -116,9 +85,13 @@ def test_dense_model_agrees_with_itself_and_another_less(
     found = metric(pipeline)
     assert found["text_agreement"] == 1
     assert 1 <= found["perplexity"] < math.inf
+    weight = pipeline.model.language_model.model.layers[1].mlp.down_proj.weight
+    kept = weight.detach().clone()
     with torch.no_grad():
-        disturbed.model.language_model.model.layers[1].mlp.down_proj.weight.mul_(-10)
-    assert metric(disturbed)["text_agreement"] < 1
+        weight.mul_(30)
+        disturbed = metric(pipeline)
+        weight.copy_(kept)
+    assert disturbed["text_agreement"] < 1
 
 
 def test_text_metrics_follow_teacher_forced_logits(pipeline: Any) -> None:
@@ -135,10 +108,7 @@ def test_text_metrics_follow_teacher_forced_logits(pipeline: Any) -> None:
     assert metric(pipeline)["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("num_timesteps", 1), ("max_length", 1), ("batch_size", 0), ("times", (0.0,)), ("times", ())],
-)
+@pytest.mark.parametrize(("name", "value"), [("num_timesteps", 1), ("times", (0.0,))])
 def test_settings_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"Settings: {name} must be"):
         Settings(**{name: value})
@@ -153,12 +123,9 @@ METADATA = [
 def read_as_the_scorer_does(folder: Path) -> dict[str, list[str]]:
     """Walks the folders by the rules of the official `evaluate_images.py`."""
     found = {}
-    for sub in folder.iterdir():
-        if sub.is_dir() and sub.name.isdigit():
-            metadata = json.loads((sub / "metadata.jsonl").read_text())
-            images = [p for p in (sub / "samples").iterdir() if p.stem.isdigit()]
-            assert all(p.suffix == ".png" for p in images)
-            found[metadata["prompt"]] = sorted(p.name for p in images)
+    for sub in (sub for sub in folder.iterdir() if sub.is_dir() and sub.name.isdigit()):
+        metadata = json.loads((sub / "metadata.jsonl").read_text())
+        found[metadata["prompt"]] = sorted(p.name for p in (sub / "samples").iterdir())
     return found
 
 
@@ -194,13 +161,10 @@ def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Pat
     assert measure(plain, pipeline, where="t") == {"geneval_images": 4.0}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"prompt": "x", "tag": "y"}', None])
-def test_damaged_geneval_metadata_is_refused(text: str | None, tmp_path: Path) -> None:
-    file = tmp_path / "m.jsonl"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(ValueError, match=f"--geneval: {file}"):
-        read_metadata(file)
+def test_geneval_metadata_holds_prompts(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("")
+    with pytest.raises(ValueError, match="must hold at least one prompt"):
+        read_metadata(tmp_path / "m.jsonl")
 
 
 def test_evaluators_declare_their_metrics() -> None:
@@ -217,7 +181,7 @@ def test_evaluators_declare_their_metrics() -> None:
 
 @pytest.mark.parametrize(
     "result",
-    [{"a": float("nan")}, {"a": float("inf")}, {"a": "high"}, {"b": 1.0}, {"a": 1, "b": 1}, 3.0],
+    [{"a": float("nan")}, {"a": float("inf")}, {"a": "high"}, {"b": 1.0}, 3.0],
 )
 def test_what_an_evaluator_returns_is_checked(result: Any) -> None:
     with pytest.raises(ValueError, match=r"x: (metric a|evaluator) must"):

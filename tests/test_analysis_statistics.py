@@ -10,27 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import analysis_models as models
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_
-from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
-from sparse_unified.analysis.statistics import (
-    hash_ffns,
-    hash_model,
-    mean_overlap,
-    most_active,
-    pack_bits,
-    successive_overlap,
-    unpack_bits,
+from sparse_unified.analysis import (
+    FfnStatistics,
+    Sample,
+    Settings,
+    StatisticsConfig,
+    Task,
+    built_in_samples,
+    calibrate,
+    collect,
+    score,
 )
+from sparse_unified.analysis.statistics import hash_ffns, hash_model, unpack_bits
 from sparse_unified.bagel.sampler import timestep_grid
 from sparse_unified.ops import reference
 from sparse_unified.surgery.decoder import find_adapter
 
 CONFIG = StatisticsConfig(threshold=0.05, active_fraction=0.25, num_time_ranges=3)
+QUICK = Settings(size=(32, 32), num_timesteps=4, max_length=5)
 
 
 def ids(seed: int, length: int = 9) -> Tensor:
@@ -75,13 +79,13 @@ def inputs_of(model: Any, tokens: Tensor) -> dict[Any, Tensor]:
 # What is counted
 
 
-def test_sums_are_those_of_what_each_ffn_saw(model: models.Bailing) -> None:
+def test_sums_and_active_sets_are_those_of_what_each_ffn_saw(model: models.Bailing) -> None:
     samples = {"a": ids(1), "b": ids(2, 5)}
     statistics = gather(model, samples)
     seen = [inputs_of(model, tokens) for tokens in samples.values()]
     for ffn in find_adapter(model).ffns("text"):
         x = torch.cat([own[ffn.key] for own in seen if ffn.key in own])
-        sums = statistics.ffns["text"]["text"][ffn.key]
+        sums = statistics.of("text", "text")[ffn.key]
         weights = (ffn.gate_proj.double(), ffn.up_proj.double())
         exact = reference.ffn_importance(x.double(), *weights, 0.05)
         assert sums.tokens.tolist() == [len(x), 0, 0, 0]
@@ -89,20 +93,14 @@ def test_sums_are_those_of_what_each_ffn_saw(model: models.Bailing) -> None:
             own = getattr(sums, name)
             torch.testing.assert_close(own[0], expected.double(), rtol=1e-5, atol=1e-6)
             assert torch.count_nonzero(own[1:]) == 0
-        if len(x):
-            mean = sums.mean_abs()
-            torch.testing.assert_close(mean, exact[0] / len(x), rtol=1e-5, atol=1e-6)
-
-
-def test_active_sets_are_the_neurons_of_the_largest_means(model: models.Bailing) -> None:
-    sums = gather(model, {"a": ids(1)}).ffns["text"]["text"][0]
-    ffn = find_adapter(model).ffns("text")[0]
-    x = inputs_of(model, ids(1))[0]
-    mean = (F.silu(x @ ffn.gate_proj.t()) * (x @ ffn.up_proj.t())).abs().mean(0)
-    active = unpack_bits(sums.active, models.WIDTH)[0]
-    assert active[0].sum() == round(0.25 * models.WIDTH)
-    assert mean[active[0]].min() > mean[~active[0]].max()
-    assert not active[1:].any()
+        mean = sums.mean_abs()
+        torch.testing.assert_close(mean, exact[0] / len(x), rtol=1e-5, atol=1e-6)
+    ffn, active = find_adapter(model).ffns("text")[0], statistics.of("text", "text")[0].active
+    for own, x in zip(unpack_bits(active), (found[0] for found in seen), strict=True):
+        mean = (F.silu(x @ ffn.gate_proj.t()) * (x @ ffn.up_proj.t())).abs().mean(0)
+        assert own[0].sum() == round(0.25 * models.WIDTH)
+        assert mean[own[0]].min() > mean[~own[0]].max()
+        assert not own[1:].any()
 
 
 def test_observing_changes_nothing_and_ends(model: models.Bailing) -> None:
@@ -111,16 +109,18 @@ def test_observing_changes_nothing_and_ends(model: models.Bailing) -> None:
     with collect(model, "text") as collector:
         with pytest.raises(RuntimeError, match="begin must be called before"):
             model(ids(1))
+        with pytest.raises(ValueError, match="tokens must be at least one"):
+            collector.statistics()
         collector.begin("a")
         out = model(ids(1))
         assert torch.equal(out, expected)
         out.sum().backward()
         with pytest.raises(ValueError, match="samples must be distinct"):
             collector.begin("a")
-    first = collector.statistics().ffns["text"]["text"][0]
+    first = collector.statistics().of("text", "text")[0]
     assert not first.sum_abs.requires_grad
     model(ids(1))
-    assert torch.equal(collector.statistics().ffns["text"]["text"][0].tokens, first.tokens)
+    assert torch.equal(collector.statistics().of("text", "text")[0].tokens, first.tokens)
     with pytest.raises(KeyError), collect(model, "text"):
         raise KeyError
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -139,17 +139,17 @@ def test_components_and_times_of_bagel_are_told_apart() -> None:
         for time in times:
             model.velocity([x], [grid], time.reshape(1), [contexts])
         model.prefill_text(contexts, [prompt])
-    statistics = collector.statistics()
-    in_range = [CONFIG.range_of(time) for time in times.tolist()]
+    in_range = [math.ceil(3 * time) for time in times.tolist()]
     ranges = [in_range.count(r) for r in range(4)]
     assert ranges[0] == 0
-    gen, und = (statistics.ffns["generation"][component] for component in ("gen", "und"))
+    gen, und = (collector.statistics().of("generation", part) for part in ("gen", "und"))
     for layer in range(len(gen)):
         assert gen[layer].tokens.tolist() == [6 * count for count in ranges]
         # Two markers a step, and two prompts between bos and eos.
         assert und[layer].tokens.tolist() == [2 * (3 + 2), *(2 * count for count in ranges[1:])]
-    times_and_ranges = {None: 0, 0.0: 0, 0.1: 1, 1 / 3: 1, 0.34: 2, 0.7: 3, 1.0: 3}
-    assert {t: CONFIG.range_of(t) for t in times_and_ranges} == times_and_ranges
+    for time, expected in {None: 0, 0.0: 0, 0.1: 1, 1 / 3: 1, 0.34: 2, 0.7: 3, 1.0: 3}.items():
+        collector.set_time(time)
+        assert collector.time_range == expected
 
 
 @pytest.mark.parametrize("shared", [0, 1])
@@ -168,7 +168,7 @@ def test_experts_count_the_tokens_that_are_routed_to_them(shared: int) -> None:
         collector.begin("a")
         watched = model(*arguments)
     assert torch.equal(model(*arguments), watched)
-    found = collector.statistics().ffns["task"]["gen"]
+    found = collector.statistics().of("task", "gen")
     tokens = seen[0]
     chosen = (tokens @ block.gate.weight.T).topk(2).indices
     experts = find_adapter(model).ffns("gen")[1:-1]
@@ -183,49 +183,27 @@ def test_experts_count_the_tokens_that_are_routed_to_them(shared: int) -> None:
         assert torch.equal(sums.num_fired[0], (h.abs() > 0.05).double().sum(0))
 
 
-# Sets
+def test_overlaps_are_mean_jaccard_indices(statistics: FfnStatistics) -> None:
+    own = statistics.of("text", "text")[0]
 
+    def overlaps(sets: list[Any], tokens: list[Any]) -> Any:
+        """Of [S][R][I] and [S][R], the overlaps of samples and of steps."""
+        active = torch.from_numpy(np.packbits(np.array(sets, bool), axis=-1, bitorder="little"))
+        sums = dataclasses.replace(own, active=active, sample_tokens=torch.tensor(tokens))
+        return sums.sample_overlap(), sums.step_overlap()
 
-@pytest.mark.parametrize("size", [1, 8, 9, 100])
-def test_bits_come_back(size: int) -> None:
-    mask = torch.rand(3, 2, size) > 0.5
-    packed = pack_bits(mask)
-    assert (packed.dtype, packed.shape) == (torch.uint8, (3, 2, (size + 7) // 8))
-    assert torch.equal(unpack_bits(packed, size), mask)
-    assert packed[0, 0, 0] & 1 == mask[0, 0, 0]  # neuron 0 is the lowest bit
-
-
-def test_ties_of_the_active_set_go_to_lower_indices() -> None:
-    marked = most_active(torch.tensor([1.0, 3.0, 1.0, 1.0]), 0.5)
-    assert marked.tolist() == [True, True, False, False]
-    assert most_active(torch.zeros(5), 0.01).tolist() == [True, False, False, False, False]
-
-
-def test_overlaps_are_mean_jaccard_indices() -> None:
-    sets = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]], dtype=torch.bool)
-    active, seen = pack_bits(sets)[:, None], torch.ones(3, 1, dtype=torch.bool)
-    assert mean_overlap(active, seen).item() == pytest.approx(5 / 9)  # 1 of 3, 2 of 3, 2 of 3
-    seen[1] = False
-    assert mean_overlap(active, seen).item() == pytest.approx(2 / 3)
-    seen[0] = False
-    assert mean_overlap(active, seen).isnan().all()
-    # Of a sample with itself, from range to range.
-    sets = torch.tensor(
-        [[[1, 1, 0], [1, 1, 0], [0, 1, 1]], [[1, 0, 0], [0, 0, 1], [1, 1, 1]]], dtype=torch.bool
-    )
-    active, seen = pack_bits(sets), torch.tensor([[True, True, True], [True, True, False]])
-    assert successive_overlap(active, seen).tolist() == pytest.approx([0.5, 1 / 3])
-    assert successive_overlap(active, seen & False).isnan().all()
-    assert successive_overlap(active[:, :1], seen[:, :1]).shape == (0,)
-
-
-def test_equal_samples_overlap_whole_and_others_less(model: models.Bailing) -> None:
-    same, other = (gather(model, {"a": ids(1), "b": ids(n)}).of("text", "text")[0] for n in (1, 2))
-    assert same.sample_overlap()[0] == 1
-    assert 0 < other.sample_overlap()[0] < 1
-    assert other.sample_overlap()[1:].isnan().all()
-    assert other.step_overlap().shape == (2,)
-    assert 0 < other.firing_rate()[0] < 1
+    sets = [[[1, 1, 0, 0]], [[1, 0, 1, 0]], [[1, 1, 1, 0]]]
+    assert overlaps(sets, [[1]] * 3)[0].item() == pytest.approx(5 / 9)  # 1 of 3, 2 of 3, 2 of 3
+    assert overlaps(sets, [[1], [0], [1]])[0].item() == pytest.approx(2 / 3)
+    alone, steps = overlaps(sets, [[0], [0], [1]])
+    assert alone.isnan().all()
+    assert steps.shape == (0,)
+    # Of a sample with itself, from range to range of time.
+    first = [[0, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 1]]
+    second = [[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1]]
+    _, steps = overlaps([first, second], [[1, 1, 1, 1], [1, 1, 1, 0]])
+    assert steps.tolist() == pytest.approx([0.5, 1 / 3])
+    assert overlaps([first, second], [[0] * 4] * 2)[1].isnan().all()
 
 
 @torch.no_grad()
@@ -252,7 +230,6 @@ def test_maps_run_from_noise_to_image_and_end_with_what_has_no_time() -> None:
     assert gen["steps"] == [None] * 3  # no sample has two ranges side by side
     assert gen["chance"] == pytest.approx(0.25 / 1.75)
     json.dumps([und, gen], allow_nan=False)
-    assert statistics.activation_maps("other") == []
 
 
 def test_maps_of_a_mixture_are_means_over_the_experts_that_saw_tokens(
@@ -264,40 +241,28 @@ def test_maps_of_a_mixture_are_means_over_the_experts_that_saw_tokens(
     experts = [sums for key, sums in keyed if isinstance(key, tuple) and key[0] == 1]
     own = torch.stack([sums.firing_rate()[0] for sums in experts])
     assert own.isnan().any()  # two samples of one token leave experts idle
-    assert found["layers"] == [0, 1, 2]
     assert found["firing"][1][0] == own.nanmean()
 
 
 # Files
 
 
-def assert_same(own: FfnStatistics, other: FfnStatistics, *, exact: bool) -> None:
-    assert (own.model_hashes, own.config, own.samples, own.tool) == (
-        other.model_hashes,
-        other.config,
-        other.samples,
-        other.tool,
-    )
-    assert own.tasks == other.tasks
-    for task in own.tasks:
-        for component, keyed in own.ffns[task].items():
-            assert list(keyed) == list(other.ffns[task][component])
-            for key, sums in keyed.items():
-                for field in dataclasses.fields(sums):
-                    first = getattr(sums, field.name)
-                    second = getattr(other.ffns[task][component][key], field.name)
-                    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-13, "atol": 0}
-                    torch.testing.assert_close(first, second, **tolerance)
+def assert_same(own: FfnStatistics, other: FfnStatistics, rtol: float = 0) -> None:
+    for name in ("model_hashes", "config", "samples", "tool"):
+        assert getattr(own, name) == getattr(other, name)
+    assert list(own.ffns) == list(other.ffns)
+    for first, second in zip(own.ffns.values(), other.ffns.values(), strict=True):
+        for field in dataclasses.fields(first):
+            pair = (getattr(sums, field.name) for sums in (first, second))
+            torch.testing.assert_close(*pair, rtol=rtol, atol=0)
 
 
 def test_a_file_gives_back_what_was_saved(statistics: FfnStatistics, tmp_path: Path) -> None:
-    path = tmp_path / "statistics.safetensors"
+    path, again = tmp_path / "statistics.safetensors", tmp_path / "again.safetensors"
     statistics.save(path)
-    assert_same(FfnStatistics.load(path), statistics, exact=True)
-    again = tmp_path / "again.safetensors"
+    assert_same(FfnStatistics.load(path), statistics)
     FfnStatistics.load(path).save(again)
     assert again.read_bytes() == path.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [again.name, path.name]
 
 
 def test_merging_equals_one_pass_over_both(model: models.Bailing) -> None:
@@ -308,7 +273,7 @@ def test_merging_equals_one_pass_over_both(model: models.Bailing) -> None:
         for own in (names[:1], names[1:3], names[3:])
     ]
     merged = parts[0].merge(*parts[1:])
-    assert_same(merged, gather(model, samples), exact=False)
+    assert_same(merged, gather(model, samples), rtol=1e-13)
     other = gather(model, {"a": ids(1)}, task="captions")
     both = merged.merge(other)
     assert both.tasks == ("text", "captions")
@@ -320,50 +285,40 @@ def test_merging_equals_one_pass_over_both(model: models.Bailing) -> None:
 def test_what_does_not_fit_together_is_not_merged(
     model: models.Bailing, statistics: FfnStatistics
 ) -> None:
-    keyed = dict(statistics.ffns["text"]["text"])
-    keyed.popitem()
+    fewer = dict(statistics.ffns)
+    fewer.popitem()
     others = {"samples": {"text": ("x", "y", "z")}}
     for other in (
         gather(model, {"a": ids(1)}),  # a sample twice
         dataclasses.replace(statistics, **others, model_hashes={"text": "0" * 16}),
         dataclasses.replace(statistics, **others, config=StatisticsConfig(num_time_ranges=3)),
-        dataclasses.replace(statistics, **others, ffns={"text": {"text": keyed}}),
+        dataclasses.replace(statistics, **others, ffns=fewer),
     ):
         with pytest.raises(ValueError, match="merge: "):
             statistics.merge(other)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "value"),
     [
-        *({name: value} for name in ("sum_abs", "num_fired") for value in (math.nan, math.inf, -1)),
-        {"sum_squares": torch.zeros(4, 5, dtype=torch.float64)},
-        {"tokens": torch.ones(4)},
-        {"tokens": torch.ones(3, dtype=torch.int64)},
-        {"active": torch.zeros(2, 4, 3, dtype=torch.uint8)},
-        {"inputs": torch.zeros(1, 16, dtype=torch.bfloat16)},
+        *(("sum_abs", value) for value in (math.nan, math.inf, -1)),
+        ("sum_squares", torch.zeros(4, 5, dtype=torch.float64)),
+        ("tokens", torch.ones(4)),
+        ("active", torch.zeros(2, 4, 3, dtype=torch.uint8)),
+        ("inputs", torch.zeros(1, 16, dtype=torch.bfloat16)),
     ],
-    ids=str,
 )
 def test_sums_that_are_no_sums_are_refused(
-    statistics: FfnStatistics, change: dict[str, Any]
+    statistics: FfnStatistics, name: str, value: Any
 ) -> None:
-    ((name, value),) = change.items()
-    keyed = dict(statistics.ffns["text"]["text"])
+    key = ("text", "text", 0)
     if not isinstance(value, Tensor):
-        tensor = getattr(keyed[0], name).clone()
+        tensor = getattr(statistics.ffns[key], name).clone()
         tensor[1, 2] = value
         value = tensor
-    keyed[0] = dataclasses.replace(keyed[0], **{name: value})
+    wrong = dataclasses.replace(statistics.ffns[key], **{name: value})
     with pytest.raises(ValueError, match=f"text.text 0: {name} must be"):
-        dataclasses.replace(statistics, ffns={"text": {"text": keyed}})
-
-
-def test_no_tokens_are_refused(model: models.Bailing) -> None:
-    with collect(model, "text") as collector:
-        pass
-    with pytest.raises(ValueError, match="tokens must be at least one"):
-        collector.statistics()
+        dataclasses.replace(statistics, ffns={**statistics.ffns, key: wrong})
 
 
 @pytest.mark.parametrize(
@@ -371,7 +326,6 @@ def test_no_tokens_are_refused(model: models.Bailing) -> None:
     [
         ("format", "other"),
         ("format_version", "2"),
-        ("config", "{"),
         ("config", '{"threshold": -1}'),
         ("samples", "3"),
         ("samples", '{"text": ["a"]}'),
@@ -405,7 +359,6 @@ def test_files_that_are_no_statistics_are_refused(
 def test_statistics_fit_their_model_and_no_other(
     model: models.Bailing, statistics: FfnStatistics
 ) -> None:
-    statistics.check(model)
     statistics.check(find_adapter(model))
     shorter, wider = models.Bailing(), models.Bailing()
     shorter.model.layers = shorter.model.layers[:2]
@@ -423,8 +376,7 @@ def test_hashes_are_of_what_they_name() -> None:
     with torch.no_grad():
         other_head.lm_head.weight.zero_()
         other_ffn.model.layers[1].mlp.gate.weight[0, 0] += 1e-3
-    assert len(own) == len(whole) == 16
-    for same in (find_adapter(models.Bailing()), models.Bailing().bfloat16(), other_head):
+    for same in (models.Bailing().bfloat16(), other_head):
         assert hash_ffns(same, "text") == own
     hashes = [hash_model(m) for m in (other_head, other_ffn, models.Bailing().half())]
     assert len({whole, *hashes}) == 4
@@ -433,11 +385,53 @@ def test_hashes_are_of_what_they_name() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"threshold": -0.1}, {"threshold": math.nan}, {"threshold": "x"}, {"active_fraction": 1.1},
-     {"num_time_ranges": 0}, {"num_time_ranges": 2.0}, {"num_inputs": -1}],
+    [{"threshold": -0.1}, {"threshold": "x"}, {"active_fraction": 1.1}, {"num_time_ranges": 0},
+     {"num_inputs": -1}],
     ids=str,
 )  # fmt: skip
 def test_bad_configs_are_named(change: dict[str, Any]) -> None:
     (name,) = change
     with pytest.raises((ValueError, TypeError), match=f"StatisticsConfig: {name} must be"):
         StatisticsConfig(**change)
+
+
+# A pass over samples of a task
+
+
+def test_tasks_differ_in_who_works_and_repeat_bit_for_bit(tmp_path: Path) -> None:
+    pipeline = models.pipeline(tmp_path / "model")
+    (picture,) = models.pictures(tmp_path / "pictures", 1)
+    found = {}
+    for task in Task:
+        samples = built_in_samples(task, 2, seed=3, folder=tmp_path / "pictures")
+        if task is Task.EDITING:
+            samples = [Sample(prompt="make it red", sources=(picture,), seed=1)]
+        for name in ("a", "b"):
+            found[task] = calibrate(pipeline, task, samples, settings=QUICK, config=CONFIG)
+            found[task].save(tmp_path / name)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        assert found[task].samples == {task.value: tuple(s.fingerprint() for s in samples)}
+    generation, understanding, editing = found.values()
+    assert understanding.components("understanding") == ["und"]
+    for sums in understanding.of("understanding", "und").values():
+        assert sums.tokens[1:].tolist() == [0, 0, 0]
+    for layer, sums in generation.of("generation", "gen").items():
+        # 32 x 32 pixels are four latent tokens; guidance adds a branch on some of three steps.
+        assert sums.tokens[0] == 0
+        assert 2 * 3 * 4 <= int(sums.tokens.sum()) <= 2 * 2 * 3 * 4
+        # A picture to edit is seen once as a finished image, without a time.
+        assert editing.of("editing", "gen")[layer].tokens[0] > 0
+        assert generation.of("generation", "und")[layer].tokens[0] > 0
+    merged = generation.merge(editing, understanding)
+    assert merged.tasks == ("generation", "editing", "understanding")
+    assert list(score("activation", pipeline, merged)) == ["und"]
+    assert list(score("activation", pipeline, merged, tasks=["editing"])) == ["und", "gen"]
+
+
+@torch.no_grad()
+def test_any_model_is_calibrated_by_how_it_is_run() -> None:
+    model = models.Bailing()
+    batches = [torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7]])]
+    statistics = calibrate(model, "captions", batches, run=model)
+    assert statistics.samples == {"captions": ("0", "1")}
+    assert int(statistics.of("captions", "text")[0].tokens.sum()) == 5

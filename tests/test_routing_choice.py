@@ -191,7 +191,7 @@ def test_kept_inputs_are_what_the_ffn_saw_and_the_same_tokens_everywhere(tmp_pat
     whole.save(tmp_path / "s.safetensors")
     loaded = FfnStatistics.load(tmp_path / "s.safetensors")
     assert torch.equal(loaded.inputs("text")[0], kept)
-    assert gather(model, ids, count=99).ffns["text"]["text"][0].inputs.shape[0] == 27
+    assert gather(model, ids, count=99).of("text", "text")[0].inputs.shape[0] == 27
 
 
 # Files

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from sparse_unified.analysis.evaluators import Evaluator, Probe
 from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.bagel import BagelPipeline, Guidance
 from sparse_unified.bagel.attention import KVCache
-from sparse_unified.bagel.images import ContextImage, open_image
+from sparse_unified.bagel.images import open_image
 from sparse_unified.bagel.pipeline import choose_sizes, generate_tokens
 from sparse_unified.bagel.sampler import build_guidance, initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
@@ -78,11 +78,15 @@ def run_task(
     """
     if not samples:
         raise ValueError("samples must be at least one, got none")
+    settings = settings or Settings()
     if run is None:
         if not isinstance(model, BagelPipeline):
             kind = type(model).__name__
             raise ValueError(f"model must be a BagelPipeline, or come with run, got a {kind} alone")
-        run = partial(run_sample, model, choice("task", Task, task), settings or Settings())
+        if choice("task", Task, task) is Task.UNDERSTANDING:
+            run = partial(_answer, model, settings)
+        else:
+            run = partial(_generate, model, settings)
     for index, sample in enumerate(samples):
         if progress is not None:
             progress(index, len(samples))
@@ -93,17 +97,14 @@ def run_task(
         progress(len(samples), len(samples))
 
 
-def run_sample(pipeline: BagelPipeline, task: Task, settings: Settings, sample: Sample) -> None:
-    """Does what a task asks of a sample."""
-    if task is Task.UNDERSTANDING:
-        asked = question_context(pipeline, sample)
-        with torch.no_grad():
-            generate_tokens(pipeline.model, [asked], max_length=settings.max_length)
-    else:
-        _generate(pipeline, [sample], settings)
+@torch.no_grad()
+def _answer(pipeline: BagelPipeline, settings: Settings, sample: Sample) -> list[int]:
+    """Returns the tokens of the likeliest answer to a question."""
+    asked = question_context(pipeline, sample)
+    return generate_tokens(pipeline.model, [asked], max_length=settings.max_length)[0]
 
 
-def _generate(pipeline: BagelPipeline, samples: Sequence[Sample], settings: Settings) -> Any:
+def _generate(pipeline: BagelPipeline, settings: Settings, *samples: Sample) -> Any:
     return pipeline.generate(
         [sample.prompt for sample in samples],
         images=[_open_all(sample) for sample in samples],
@@ -116,24 +117,18 @@ def _open_all(sample: Sample) -> list[Any]:
     return [open_image(path, where="samples") for path in sample.sources]
 
 
-def look_at(pipeline: BagelPipeline, sample: Sample, *, vae: bool) -> list[ContextImage]:
-    """Prepares the images before a prompt."""
-    return [pipeline.image_processor.encode(image, vae=vae) for image in _open_all(sample)]
-
-
 def guidance_of(pipeline: BagelPipeline, sample: Sample) -> Guidance:
     """Prefills the contexts that an image is generated from."""
-    looks = look_at(pipeline, sample, vae=True)
+    looks = [pipeline.image_processor.encode(image, vae=True) for image in _open_all(sample)]
     ids = pipeline.tokenizer.encode(sample.prompt)
     return build_guidance(pipeline.model, [ids], images=[looks])[0]
 
 
-def question_context(
-    pipeline: BagelPipeline, sample: Sample, looks: Sequence[ContextImage] | None = None
-) -> KVCache:
+def question_context(pipeline: BagelPipeline, sample: Sample, looks: Any = None) -> KVCache:
     """Prefills the context that a text is to follow; `looks` are its images, if prepared."""
+    if looks is None:
+        looks = [pipeline.image_processor.encode(image, vae=False) for image in _open_all(sample)]
     contexts = pipeline.model.new_contexts(1)
-    looks = look_at(pipeline, sample, vae=False) if looks is None else looks
     see_images(pipeline.model, contexts, [looks])
     pipeline.model.prefill_text(contexts, [pipeline.tokenizer.encode(sample.prompt)])
     return contexts[0]
@@ -142,25 +137,18 @@ def question_context(
 # Measuring
 
 
+@dataclass(slots=True)
 class VelocityError:
     """Mean squared error of the predicted velocity on held-out pairs of text and image.
 
     With x0 the latent of the image and e the noise of the seed of the sample, the model sees
-    (1 - t) x0 + t e and should answer e - x0; without guidance, averaged over times, tokens and
+    (1 - t) x0 + t e and should answer e - x0; without guidance, averaged over times t, tokens and
     samples.
-
-    Args:
-        samples: with an image each.
-        times: t of the forward passes.
     """
 
-    better: Mapping[str, str] = {"velocity_error": "lower"}
-
-    def __init__(self, samples: Sequence[Sample], times: Sequence[float]) -> None:
-        for sample in samples:
-            if sample.image is None:
-                raise ValueError(f"samples must have an image each, got none for {sample.prompt!r}")
-        self.samples, self.times = samples, times
+    better: ClassVar[Mapping[str, str]] = {"velocity_error": "lower"}
+    samples: Sequence[Sample]
+    settings: Settings
 
     @torch.no_grad()
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
@@ -173,7 +161,7 @@ class VelocityError:
             clean = patchify(latent, patch).float().cpu()
             noise = initial_noise(clean.shape[0], clean.shape[1], sample.seed)
             context = guidance_of(pipeline, sample).full
-            for time in self.times:
+            for time in self.settings.times:
                 noisy = (1 - time) * clean + time * noise
                 at = torch.tensor([time])
                 predicted = pipeline.model.velocity([noisy], [grid], at, [[context]])[0][0]
@@ -181,6 +169,7 @@ class VelocityError:
         return {"velocity_error": sum(errors) / len(errors)}
 
 
+@dataclass(slots=True)
 class DenseDistance:
     """Distance of whole generations from those of the dense model at the same seeds.
 
@@ -188,31 +177,31 @@ class DenseDistance:
     mean square difference of the pixels, of which 1 is the whole range; means over the samples.
     """
 
-    better: Mapping[str, str] = {"latent_distance": "lower", "image_distance": "lower"}
-
-    def __init__(self, samples: Sequence[Sample], settings: Settings) -> None:
-        self.samples, self.settings = samples, settings
-        self._dense: list[tuple[Tensor, Tensor]] = []
+    better: ClassVar[Mapping[str, str]] = {"latent_distance": "lower", "image_distance": "lower"}
+    samples: Sequence[Sample]
+    settings: Settings
+    dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # latents and pixels
 
     def prepare(self, pipeline: BagelPipeline) -> None:
         """Generates with the dense model."""
-        self._dense = self._latents_and_pixels(pipeline)
+        self.dense = self._latents_and_pixels(pipeline)
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
         latent, image = 0.0, 0.0
         found = self._latents_and_pixels(pipeline)
-        for (x, pixels), (x0, pixels0) in zip(found, self._dense, strict=True):
+        for (x, pixels), (x0, pixels0) in zip(found, self.dense, strict=True):
             latent += float((x - x0).norm() / x0.norm())
             image += float((pixels - pixels0).square().mean().sqrt())
         count = len(self.samples)
         return {"latent_distance": latent / count, "image_distance": image / count}
 
     def _latents_and_pixels(self, pipeline: BagelPipeline) -> list[tuple[Tensor, Tensor]]:
-        result = _generate(pipeline, self.samples, self.settings)
+        result = _generate(pipeline, self.settings, *self.samples)
         pixels = [torch.from_numpy(np.array(image)).float() / 255 for image in result.images]
         return list(zip(result.latents, pixels, strict=True))
 
 
+@dataclass(slots=True)
 class TextAgreement:
     """Agreement of the model with the answers of the dense one.
 
@@ -222,26 +211,21 @@ class TextAgreement:
     the dense model's own where a sample has none.
     """
 
-    better: Mapping[str, str] = {"text_agreement": "higher", "perplexity": "lower"}
-
-    def __init__(self, samples: Sequence[Sample], settings: Settings) -> None:
-        self.samples, self.settings = samples, settings
-        self._answers: list[list[int]] = []
+    better: ClassVar[Mapping[str, str]] = {"text_agreement": "higher", "perplexity": "lower"}
+    samples: Sequence[Sample]
+    settings: Settings
+    answers: list[list[int]] = field(default_factory=list)
 
     def prepare(self, pipeline: BagelPipeline) -> None:
         """Takes the answers of the dense model."""
-        special = pipeline.model.config.special_tokens
-        self._answers = []
-        for sample in self.samples:
-            context = question_context(pipeline, sample)
-            ids = generate_tokens(pipeline.model, [context], max_length=self.settings.max_length)[0]
-            ended = len(ids) < self.settings.max_length
-            self._answers.append(ids + [special.eos] * ended)
+        eos, most = pipeline.model.config.special_tokens.eos, self.settings.max_length
+        answers = (_answer(pipeline, self.settings, sample) for sample in self.samples)
+        self.answers = [ids + [eos] * (len(ids) < most) for ids in answers]
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
         special = pipeline.model.config.special_tokens
         agreed, tokens, loss, reference_tokens = 0, 0, 0.0, 0
-        for sample, answer in zip(self.samples, self._answers, strict=True):
+        for sample, answer in zip(self.samples, self.answers, strict=True):
             context = question_context(pipeline, sample)
             logits, wanted = _teacher_forced(pipeline, context, answer)
             agreed += int((logits.argmax(-1) == wanted).sum())
@@ -296,31 +280,27 @@ def bagel_probe(
     else:
         measures = {"distance": DenseDistance(samples, settings)}
         if all(sample.image is not None for sample in samples):
-            measures["velocity"] = VelocityError(samples, settings.times)
+            measures["velocity"] = VelocityError(samples, settings)
+
+    def workload() -> Callable[[], object]:
+        model, sample, images = pipeline.model, samples[0], _open_all(samples[0])
+        if task is Task.UNDERSTANDING:
+            looks = [pipeline.image_processor.encode(image, vae=False) for image in images]
+            return lambda: question_context(pipeline, sample, looks)
+        edited = pipeline.image_processor.for_vae.size(*images[-1].size)[::-1] if images else None
+        (size,) = choose_sizes(settings.size, [edited], model.config)
+        grid = model.config.token_grid(*size)
+        noise = initial_noise(grid[0] * grid[1], model.config.token_channels, sample.seed)
+        context = guidance_of(pipeline, sample).full
+        return lambda: model.velocity([noise], [grid], torch.tensor([0.5]), [[context]])
+
     return Probe(
         task=task.value,
         evaluators={**measures, **(evaluators or {})},
         run=lambda begin: run_task(pipeline, task.value, samples, begin, settings=settings),
-        workload=lambda: _workload(pipeline, task, samples[0], settings),
+        workload=workload,
         description={
             "samples": [sample.fingerprint() for sample in samples],
             "settings": asdict(settings),
         },
     )
-
-
-def _workload(
-    pipeline: BagelPipeline, task: Task, sample: Sample, settings: Settings
-) -> Callable[[], object]:
-    model = pipeline.model
-    if task is Task.UNDERSTANDING:
-        looks = look_at(pipeline, sample, vae=False)
-        return lambda: question_context(pipeline, sample, looks)
-    images = _open_all(sample)
-    edited = pipeline.image_processor.for_vae.size(*images[-1].size)[::-1] if images else None
-    (size,) = choose_sizes(settings.size, [edited], model.config)
-    grid = model.config.token_grid(*size)
-    noise = initial_noise(grid[0] * grid[1], model.config.token_channels, sample.seed)
-    context = guidance_of(pipeline, sample).full
-    time = torch.tensor([0.5])
-    return lambda: model.velocity([noise], [grid], time, [[context]])

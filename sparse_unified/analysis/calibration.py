@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,13 +26,11 @@ from sparse_unified.analysis.statistics import (
     StatisticsConfig,
     hash_ffns,
     keep_lowest,
-    most_active,
     no_inputs,
-    pack_bits,
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed
-from sparse_unified.surgery.decoder import Adapter, Ffn, FfnKey, find_adapter
+from sparse_unified.surgery.decoder import Adapter, Ffn, find_adapter
 
 
 class Observer:
@@ -44,7 +44,8 @@ class Observer:
 
         Of BAGEL models it is read from their time embedder, and need not be set.
         """
-        self.time_range = self.config.range_of(time)
+        count = self.config.num_time_ranges
+        self.time_range = min(math.ceil(time * count), count) if time else 0
 
     @contextmanager
     def observing(
@@ -52,23 +53,22 @@ class Observer:
     ) -> Iterator[None]:
         """Hooks modules before their forward, and reads the time from embedder to last layer."""
         with ExitStack() as stack:
-            for module, before in hooks:
-                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            handles = [
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                for module, before in hooks
+            ]
+            host: Any = model if hasattr(model, "time_embedder") else getattr(model, "model", None)
+            if isinstance(getattr(host, "time_embedder", None), nn.Module):
+                handles += [
+                    host.time_embedder.register_forward_pre_hook(
+                        lambda _, given: self.set_time(float(given[0].reshape(-1)[0]))
+                    ),
+                    host.language_model.model.register_forward_hook(
+                        lambda *_: self.set_time(None), always_call=True
+                    ),
+                ]
+            for handle in handles:
                 stack.callback(handle.remove)
-            for host in (model, getattr(model, "model", None)):
-                embedder = getattr(host, "time_embedder", None)
-                if isinstance(embedder, nn.Module):
-                    decoder: nn.Module = host.language_model.model  # type: ignore[union-attr]
-                    for handle in (
-                        embedder.register_forward_pre_hook(
-                            lambda _, given: self.set_time(float(given[0].reshape(-1)[0]))
-                        ),
-                        decoder.register_forward_hook(
-                            lambda *_: self.set_time(None), always_call=True
-                        ),
-                    ):
-                        stack.callback(handle.remove)
-                    break
             yield
 
 
@@ -81,61 +81,58 @@ class Collector(Observer):
         super().__init__(config)
         self.adapter, self.task = adapter, task
         self.samples: list[str] = []
-        self.sums = [_Sums(ffn, config) for own in components for ffn in adapter.ffns(own)]
+        # Each FFN, or `SparseMoE` with all of its experts.
+        self.sums: dict[nn.Module, list[_Sums]] = {}
+        for component in components:
+            for ffn in adapter.ffns(component):
+                self.sums.setdefault(ffn.module, []).append(_Sums(ffn, config))
 
     def begin(self, sample: str) -> None:
         """Starts a sample, of a name that no other has: what runs from here on belongs to it."""
         if sample in self.samples:
             raise ValueError(f"collect: samples must be distinct, got {sample!r} twice")
-        self._finish_sample()
         self.samples.append(sample)
-        digest = hashlib.sha256(sample.encode()).digest()
-        for own in self.sums:
-            own.generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+        seed = int.from_bytes(hashlib.sha256(sample.encode()).digest()[:8], "little") % 2**63
+        for watched in self.sums.values():
+            for own in watched:
+                own.begin(seed)
 
     def statistics(self) -> FfnStatistics:
         """Returns what was gathered, the running sample included; may be asked for repeatedly."""
-        self._finish_sample()
+        watched = [own for many in self.sums.values() for own in many if self.samples]
         # Tasks leave components out: text-only understanding runs no gen FFN.
-        active = {own.ffn.component for own in self.sums if own.num_tokens}
-        seen: dict[str, dict[FfnKey, FfnSums]] = {}
-        for own in self.sums:
-            if own.ffn.component in active:
-                seen.setdefault(own.ffn.component, {})[own.ffn.key] = own.result()
+        active = {
+            own.ffn.component: "" for own in watched if any(map(Tensor.any, own.sample_tokens))
+        }
         return FfnStatistics(
-            model_hashes={component: hash_ffns(self.adapter, component) for component in seen},
+            model_hashes={component: hash_ffns(self.adapter, component) for component in active},
             config=self.config,
             samples={self.task: tuple(self.samples)},
-            ffns={self.task: seen},
+            ffns={
+                (self.task, own.ffn.component, own.ffn.key): own.result()
+                for own in watched
+                if own.ffn.component in active
+            },
         )
 
-    def hooks(self) -> Iterator[tuple[nn.Module, Callable[..., None]]]:
-        """Yields each FFN, or `SparseMoE` with all of its experts, with what counts its tokens."""
-        by_module: dict[nn.Module, list[_Sums]] = {}
-        for own in self.sums:
-            by_module.setdefault(own.ffn.module, []).append(own)
-
-        def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if not self.samples:
-                raise RuntimeError("collect: begin must be called before the model runs")
-            given = arguments[0] if arguments else next(iter(named.values()))
-            x = given.detach().reshape(-1, given.shape[-1])
-            watched = by_module[module]
-            parts = [x] * len(watched)
-            if isinstance(module, SparseMoE):
-                count = module.num_experts
-                with torch.no_grad():
-                    chosen = module.route(*arguments, **named)[2]
-                parts[-count:] = [x[rows] for rows in _rows(chosen, count)]
-            for own, tokens in zip(watched, parts, strict=True):
+    def before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Counts the tokens that a FFN, or the experts of a mixture, are about to see."""
+        if not self.samples:
+            raise RuntimeError("collect: begin must be called before the model runs")
+        given = arguments[0] if arguments else next(iter(named.values()))
+        x = given.detach().reshape(-1, given.shape[-1])
+        watched = self.sums[module]
+        parts = [x] * len(watched)
+        if isinstance(module, SparseMoE):
+            with torch.no_grad():
+                chosen = module.route(*arguments, **named)[2]  # [T, K]
+            flat = chosen.flatten().long()
+            counts = torch.bincount(flat, minlength=module.num_experts).tolist()
+            rows = (flat.argsort(stable=True) // chosen.shape[1]).split(counts)
+            parts[-len(rows) :] = [x[own] for own in rows]  # after those of the shared expert
+        for own, tokens in zip(watched, parts, strict=True):
+            if len(tokens):
                 own.add(tokens, self.time_range)
-
-        return ((module, before) for module in by_module)
-
-    def _finish_sample(self) -> None:
-        for own in self.sums:
-            if len(own.sample_tokens) < len(self.samples):
-                own.finish_sample()
 
 
 class _Sums:
@@ -153,26 +150,29 @@ class _Sums:
             torch.zeros(shape, dtype=torch.float64, device=ffn.gate_proj.device) for _ in range(4)
         )
         # Tokens are counted on the CPU, the rest stays on the device until it is asked for.
-        self.running_tokens = torch.zeros(shape[0], dtype=torch.int64)
-        self.num_tokens = 0
         self.sample_tokens: list[Tensor] = []
         self.active: list[Tensor] = []
         self.kept = no_inputs(ffn.gate_proj.shape[1] if config.num_inputs else 0)
         self.generator = torch.Generator()
 
+    def begin(self, seed: int) -> None:
+        if self.sample_tokens:
+            self.active.append(self._active())
+            self.sum_abs += self.running
+            self.running.zero_()
+        self.generator.manual_seed(seed)
+        self.sample_tokens.append(torch.zeros(len(self.running), dtype=torch.int64))
+
     @torch.no_grad()
     def add(self, x: Tensor, time_range: int) -> None:
         """Adds the tokens x [T, D] that the FFN is about to see."""
-        if not len(x):
-            return
         importance = ops.ffn_importance if x.device.type == "cpu" else composed.ffn_importance
         gate, up = self.ffn.gate_proj, self.ffn.up_proj
         found = importance(x.to(gate.dtype), gate, up, self.config.threshold)
         totals = (self.running, self.sum_squares, self.num_fired)
         for total, own in zip(totals, found, strict=True):
             total[time_range] += own
-        self.running_tokens[time_range] += len(x)
-        self.num_tokens += len(x)
+        self.sample_tokens[-1][time_range] += len(x)
         if self.config.num_inputs:
             draws = torch.randint(2**62, (len(x),), generator=self.generator)
             known = self.kept["input_draws"]
@@ -185,24 +185,23 @@ class _Sums:
                 self.config.num_inputs,
             )
 
-    def finish_sample(self) -> None:
-        active = most_active(self.running, self.config.active_fraction).cpu()
-        active[self.running_tokens == 0] = False
-        self.active.append(pack_bits(active))
-        self.sample_tokens.append(self.running_tokens.clone())
-        self.sum_abs += self.running
-        self.running_tokens.zero_()
-        self.running.zero_()
+    def _active(self) -> Tensor:
+        """Returns the active set of the running sample as bits, [R + 1, B]."""
+        count = max(1, round(self.config.active_fraction * self.running.shape[1]))
+        order = self.running.sort(descending=True, stable=True).indices[:, :count]
+        active = torch.zeros_like(self.running, dtype=torch.bool).scatter_(1, order, True).cpu()
+        active[self.sample_tokens[-1] == 0] = False
+        return torch.from_numpy(np.packbits(active.numpy(), axis=-1, bitorder="little"))
 
     def result(self) -> FfnSums:
         sample_tokens = torch.stack(self.sample_tokens)
         return FfnSums(
             tokens=sample_tokens.sum(0),
-            sum_abs=self.sum_abs.to("cpu", copy=True),
+            sum_abs=(self.sum_abs + self.running).cpu(),
             sum_squares=self.sum_squares.to("cpu", copy=True),
             num_fired=self.num_fired.to("cpu", copy=True),
             sample_tokens=sample_tokens,
-            active=torch.stack(self.active),
+            active=torch.stack([*self.active, self._active()]),
             **self.kept,
         )
 
@@ -234,7 +233,7 @@ def collect(
     adapter = find_adapter(model) if adapter is None else adapter
     wanted = adapter.components if components is None else components
     collector = Collector(adapter, task, config or StatisticsConfig(), wanted)
-    with collector.observing(model, collector.hooks()):
+    with collector.observing(model, [(module, collector.before) for module in collector.sums]):
         yield collector
 
 
@@ -248,7 +247,6 @@ def calibrate(
     settings: Settings | None = None,
     config: StatisticsConfig | None = None,
     components: Sequence[str] | None = None,
-    adapter: Adapter | None = None,
     progress: Progress | None = None,
 ) -> FfnStatistics:
     """Runs a model on samples and returns what its FFNs did.
@@ -261,7 +259,7 @@ def calibrate(
         save_scores("scores.safetensors", score("wanda", pipeline, statistics))
 
     Args:
-        model: a BAGEL pipeline; with `run`, any model that an adapter fits.
+        model: a BAGEL pipeline; with `run`, any model that an adapter fits, or its adapter.
         task: generation, understanding or editing; with `run`, any name.
         samples: `Sample`s; with `run`, whatever it takes, one after the other. Those have their
             number as name, so that statistics of two such runs do not merge.
@@ -269,21 +267,13 @@ def calibrate(
         settings: of the built-in runs: size, steps, length of answers.
         config: what is counted.
         components: None is all of them.
-        adapter: None finds one.
         progress: called with the number of finished samples and of all.
 
     Raises:
         ValueError: there are no samples, the task or model is none that can be run, no adapter
             fits, or a FFN gave a value that is not finite.
     """
-    name = Task(task).value if isinstance(task, Task) else task
-    with collect(model, name, config=config, components=components, adapter=adapter) as collector:
+    name = task.value if isinstance(task, Task) else task
+    with collect(model, name, config=config, components=components) as collector:
         run_task(model, name, samples, collector.begin, run, settings, progress)
     return collector.statistics()
-
-
-def _rows(chosen: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    """Returns the tokens of each expert, ascending, from the experts [T, K] of each token."""
-    flat = chosen.flatten().long()
-    counts = torch.bincount(flat, minlength=num_experts).tolist()
-    return (flat.argsort(stable=True) // chosen.shape[1]).split(counts)

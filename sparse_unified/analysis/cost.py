@@ -8,6 +8,7 @@ and still runs is seen. Time is the median of several forwards.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -46,28 +47,32 @@ class Cost:
     peak_bytes: int
 
 
-def measure_cost(
-    model: nn.Module, workload: Workload, *, repeats: int = 5, warmup: int = 1
-) -> Cost:
+def measure_cost(model: nn.Module, workload: Workload, *, repeats: int = 5) -> Cost:
     """Measures a model at work.
 
     Args:
         model: its weights count, every tensor once.
         workload: sets the forward up.
-        repeats: timed forwards.
-        warmup: forwards before them.
+        repeats: timed forwards, after two that are not.
     """
     weights = [*model.parameters(), *model.buffers()]
-    device = weights[0].device if weights else torch.device("cpu")
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    is_cuda = any(weight.is_cuda for weight in weights)
+    seconds = []
     with torch.no_grad():
         forward = workload()
         memory = ActivationMemory()
         with FlopCounterMode(display=False, custom_mapping=_formulas()) as flops, memory:
             forward()
-        for _ in range(warmup):
+        forward()
+        for _ in range(repeats):
+            if is_cuda:
+                torch.cuda.synchronize(weights[0].device)
+            start = time.perf_counter()
             forward()
-        seconds = [_timed(forward, device) for _ in range(repeats)]
+            if is_cuda:
+                torch.cuda.synchronize(weights[0].device)
+            seconds.append(time.perf_counter() - start)
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=weight_bytes,
@@ -77,76 +82,51 @@ def measure_cost(
     )
 
 
-def _timed(forward: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    forward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 class ActivationMemory(TorchDispatchMode):
     """Counts the bytes of the storages that operations inside make, for as long as they live."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._bytes = 0
         self._live: dict[int, int] = {}  # storage -> bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        given = {key for key, _ in _storages((args, kwargs))}
-        for key, storage in _storages(out):
+        out = func(*args, **(kwargs or {}))
+        given = _storages((args, kwargs))
+        for key, storage in _storages(out).items():
             if key not in given and key not in self._live:
                 self._live[key] = storage.nbytes()
-                self._bytes += storage.nbytes()
-                self.peak = max(self.peak, self._bytes)
-                weakref.finalize(storage, self._remove, key)
+                self.peak = max(self.peak, sum(self._live.values()))
+                weakref.finalize(storage, self._live.pop, key)
         return out
 
-    def _remove(self, key: int) -> None:
-        self._bytes -= self._live.pop(key)
 
-
-def _storages(tree: object) -> list[tuple[int, torch.UntypedStorage]]:
-    """Returns the storages of the tensors in nested containers, each with what identifies it."""
-    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return [(t.untyped_storage()._cdata, t.untyped_storage()) for t in tensors]
+def _storages(tree: object) -> dict[int, torch.UntypedStorage]:
+    """Returns the storages of the tensors in nested containers, by what identifies them."""
+    storages = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    return {storage._cdata: storage for storage in storages}
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     """Returns the FLOPs, from shapes, of operations that torch's counter does not know."""
 
-    def attention(query: Shape, key: Shape, *rest: Any, **options: Any) -> int:
-        batch, heads, length, head_dim = query
-        return 4 * batch * heads * length * key[-2] * head_dim
-
-    def route(x: Shape, gate: Shape, *rest: Any, **options: Any) -> int:
-        return 2 * x[0] * gate[0] * gate[1]
-
     def grouped(
-        x: Shape, row_token: Shape, offsets: Shape, gate: Shape, *rest: Any, **options: Any
+        x: Shape, row_token: Shape, offsets: Shape, gate_proj: Shape, *rest: Any, **_: Any
     ) -> int:
-        return 6 * row_token[0] * (gate[0] // (offsets[0] - 1)) * gate[1]
-
-    def grouped_combine(x: Shape, weights: Shape, *rest: Any, **options: Any) -> int:
-        row_token, _, offsets, gate = rest[:4]
-        return grouped(x, row_token, offsets, gate)
-
-    def pruned(x: Shape, kept_blocks: Shape, *rest: Any, **options: Any) -> int:
-        return 6 * x[0] * kept_blocks[0] * rest[3] * x[1]  # rest: three weights, the block size
+        return 6 * row_token[0] * math.prod(gate_proj) // (offsets[0] - 1)
 
     ours = torch.ops.sparse_unified
     return {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        ours.route_topk: route,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda query, key, *_, **__: 4 * math.prod(query) * key[-2]
+        ),
+        ours.route_topk: lambda x, gate, *_, **__: 2 * x[0] * math.prod(gate),
         ours.grouped_ffn: grouped,
-        ours.grouped_ffn_combine: grouped_combine,
-        ours.pruned_ffn: pruned,
+        # x, weights, row_token, token_rows, expert_offsets, gate_proj, ...
+        ours.grouped_ffn_combine: lambda *a, **_: grouped(a[0], a[2], a[4], a[5]),
+        ours.pruned_ffn: lambda x, kept, gate, up, down, block_size, *_, **__: (
+            6 * math.prod(x) * kept[0] * block_size
+        ),
     }

@@ -88,21 +88,23 @@ def score(
     if chosen is None:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {name!r}")
     adapter = find_adapter(model)
-    used = list((statistics.ffns if statistics is not None else ()) if tasks is None else tasks)
+    used: Sequence[str] = ()
     if statistics is not None:
         statistics.check(adapter)
+        used = statistics.tasks if tasks is None else tasks
         if not used or not set(used) <= set(statistics.tasks):
             legal = ", ".join(statistics.tasks)
             raise ValueError(f"{name}: tasks must be of {legal}, got {list_some(used)}")
         if components is None:
-            first, *others = (statistics.ffns[task] for task in used)
+            first, *others = map(statistics.components, used)
             components = [c for c in first if all(c in held for held in others)]
 
     def mean_abs(ffn: Ffn) -> Tensor:
-        if statistics is None:
-            raise ValueError("statistics must be given, got none")
-        means = [statistics.of(task, ffn.component)[ffn.key].mean_abs() for task in used]
-        return torch.stack(means).mean(0)
+        ffns = statistics.ffns if statistics is not None else {}
+        sums = [ffns.get((task, ffn.component, ffn.key)) for task in used]
+        if not sums or None in sums:
+            raise ValueError("statistics must be given of it, got none")
+        return torch.stack([own.mean_abs() for own in sums if own]).mean(0)
 
     scores: NeuronScores = {}
     for component in adapter.components if components is None else components:

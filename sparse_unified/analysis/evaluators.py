@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quality is measured by: functions from a model to numbers, and tasks that bring them.
 
-An evaluator is called with the model, or with the pipeline that holds it, and returns numbers by
-name. The decorator `evaluator` makes one of any such function, `load_evaluator` finds it by name.
+An evaluator is called with the model, or with the pipeline that holds it, and returns the value of
+each metric that its attribute `better` names. Two more methods are called if they are there:
+`prepare(model)` with the dense model before anything is changed, and `begin(name)` with the name of
+each point of a sweep.
 """
 
 from __future__ import annotations
@@ -12,27 +14,11 @@ import math
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sparse_unified.analysis.cost import Workload
 
-
-class Evaluator(Protocol):
-    """Measures a model.
-
-    Two more methods are called if they are there: `prepare(model)` with the dense model before
-    anything is changed, and `begin(name)` with the name of each point of a sweep.
-
-    Attributes:
-        better: metric -> "lower" or "higher", which way it improves.
-    """
-
-    better: Mapping[str, str]
-
-    def __call__(self, model: Any, /) -> Mapping[str, float]:
-        """Returns the value of every metric that `better` names."""
-
-
+Evaluator = Callable[[Any], Mapping[str, float]]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -69,11 +55,10 @@ def directions(function: object, *, where: str) -> dict[str, str]:
 
 def measure(function: Evaluator, model: object, *, where: str) -> dict[str, float]:
     """Runs an evaluator; ValueError if a metric is not there, not declared or not finite."""
-    result = function(model)
-    if not isinstance(result, Mapping) or set(result) != set(function.better):
+    result, wanted = function(model), directions(function, where=where)
+    if not isinstance(result, Mapping) or set(result) != set(wanted):
         raise ValueError(
-            f"{where}: evaluator must return the metrics {', '.join(function.better)}, "
-            f"got {result!r:.120}"
+            f"{where}: evaluator must return the metrics {', '.join(wanted)}, got {result!r:.120}"
         )
     values = {}
     for name, value in result.items():
@@ -125,16 +110,15 @@ class Probe:
     description: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        listed = [
-            metric
-            for name, function in self.evaluators.items()
-            for metric in directions(function, where=f"{self.task}: {name}")
-        ]
+        listed = [metric for own in self._directions() for metric in own]
         if not listed or len(set(listed)) < len(listed):
             raise ValueError(f"{self.task}: evaluators must have metrics, each once, got {listed}")
 
     @property
     def better(self) -> dict[str, str]:
         """Which way each metric improves: "lower" or "higher"."""
-        declared = (function.better.items() for function in self.evaluators.values())
-        return {name: way for own in declared for name, way in own}
+        return {name: way for own in self._directions() for name, way in own.items()}
+
+    def _directions(self) -> list[dict[str, str]]:
+        given = self.evaluators.items()
+        return [directions(function, where=f"{self.task}: {name}") for name, function in given]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_unified._common import Progress, Report, context
 from sparse_unified.analysis.bagel_task import Settings, run_task
@@ -25,95 +25,21 @@ from sparse_unified.surgery.decoder import SparseBlock, find_sparse_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerUsage:
-    """Which experts the tokens of one block chose, range of time by range of time.
-
-    Ranges are those of `analysis.statistics`: the first holds tokens without a time.
-
-    Attributes:
-        component: of the block.
-        layer: of the block.
-        top_k: K, experts a token uses.
-        tokens: [R + 1] int64, tokens that ran through it.
-        load: [R + 1, E] int64, tokens that chose each expert; a row sums to K times its tokens.
-    """
-
-    component: str
-    layer: int
-    top_k: int
-    tokens: Tensor
-    load: Tensor
-
-    @property
-    def num_experts(self) -> int:
-        return self.load.shape[1]
-
-    def share(self) -> Tensor:
-        """Returns the share of all tokens that chose each expert, [E] fp64; even is K / E."""
-        return self.load.sum(0).double() / self.tokens.sum()
-
-    def entropy(self) -> float:
-        """Returns the entropy of the load over log E: 1 is even; NaN without tokens."""
-        return float(_entropy(self.load.sum(0)[None])[0])
-
-    def range_entropy(self) -> Tensor:
-        """Returns the same in each range, [R + 1] fp64."""
-        return _entropy(self.load)
-
-    def dead_experts(self) -> list[int]:
-        """Returns the experts that no token chose; none where there were no tokens."""
-        unused = (self.load.sum(0) == 0) & bool(self.tokens.sum() > 0)
-        return [int(expert) for expert in unused.nonzero()[:, 0]]
-
-    def change(self) -> Tensor:
-        """Returns how far the load moves between successive ranges of time, [R - 1] fp64.
-
-        Entry r - 1 is the total variation distance of the loads in ranges r and r + 1: the share of
-        the choices that go to other experts, 0 to 1; NaN where a range has no tokens.
-        """
-        shares = self.load[1:].double() / self.load[1:].sum(1, keepdim=True)
-        return (shares.diff(dim=0).abs().sum(1)) / 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, None for NaN."""
-        return {
-            "component": self.component,
-            "layer": self.layer,
-            "num_experts": self.num_experts,
-            "top_k": self.top_k,
-            "tokens": self.tokens.tolist(),
-            "load": self.load.tolist(),
-            "share": plain(self.share()),
-            "entropy": plain(torch.tensor(self.entropy())),
-            "range_entropy": plain(self.range_entropy()),
-            "dead_experts": self.dead_experts(),
-            "change": plain(self.change()),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertUsage(Report):
     """The blocks of a model on one task.
 
     Attributes:
         task: what the model did.
         samples: how many samples ran.
-        ranges: names of the R + 1 ranges of time, in the order of rows.
-        layers: one entry per block, component by component.
+        ranges: names of the R + 1 ranges of time, in the order of rows; the first holds tokens
+            without a time.
+        layers: one entry per block, component by component, see `layer_usage`.
     """
 
     task: str
     samples: int
     ranges: tuple[str, ...]
-    layers: tuple[LayerUsage, ...]
-
-    def of(self, component: str) -> list[LayerUsage]:
-        """Returns the blocks of a component."""
-        return [entry for entry in self.layers if entry.component == component]
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in ("task", "samples", "ranges")}
-        return {**values, "layers": [entry.to_dict() for entry in self.layers]}
+    layers: tuple[dict[str, Any], ...]
 
     def title(self) -> str:
         return f"{self.task}, {self.samples} samples\n"
@@ -123,18 +49,23 @@ class ExpertUsage(Report):
         return (*counts, "change over time")
 
     def table(self) -> Sequence[Sequence[object]]:
-        return [
-            (
-                f"{entry.component} {entry.layer}",
-                int(entry.tokens.sum()),
-                f"{entry.top_k} of {entry.num_experts}",
-                _text(entry.entropy(), ".3f"),
-                *(_text(value, ".1%") for value in entry.share().aminmax()),
-                len(entry.dead_experts()),
-                _text(entry.change().nanmean(), ".3f"),
+        rows = []
+        for own in self.layers:
+            shares = [share for share in own["share"] if share is not None]
+            moves = [move for move in own["change"] if move is not None]
+            rows.append(
+                (
+                    f"{own['component']} {own['layer']}",
+                    sum(own["tokens"]),
+                    f"{own['top_k']} of {own['num_experts']}",
+                    f"{own['entropy']:.3f}" if shares else "-",
+                    f"{min(shares):.1%}" if shares else "-",
+                    f"{max(shares):.1%}" if shares else "-",
+                    len(own["dead_experts"]),
+                    f"{sum(moves) / len(moves):.3f}" if moves else "-",
+                )
             )
-            for entry in self.layers
-        ]
+        return rows
 
     def notes(self) -> Sequence[str]:
         return (
@@ -143,53 +74,80 @@ class ExpertUsage(Report):
         )
 
 
+def layer_usage(component: str, layer: int, top_k: int, load: Tensor) -> dict[str, Any]:
+    """Returns what the tokens of one block chose, as plain values, None for NaN.
+
+        tokens         [R + 1] that ran through it, range of time by range of time
+        load           [R + 1][E] tokens that chose each expert; a row sums to top_k times tokens
+        share          [E] share of all tokens that chose each expert; even is top_k / E
+        entropy        of the load over log E: 1 is even
+        range_entropy  [R + 1] the same in each range
+        dead_experts   that no token chose; none where there were no tokens
+        change         [R - 1] share of the choices that go to other experts in the next range of
+                       time (total variation distance)
+
+    Args:
+        component, layer, top_k: of the block.
+        load: [R + 1, E] int64.
+    """
+    tokens, total = load.sum(1) // top_k, load.sum(0)
+    times = load[1:].double() / load[1:].sum(1, keepdim=True)
+    return {
+        "component": component,
+        "layer": layer,
+        "num_experts": load.shape[1],
+        "top_k": top_k,
+        "tokens": tokens.tolist(),
+        "load": load.tolist(),
+        "share": plain(total.double() / tokens.sum()),
+        "entropy": plain(_entropy(total)),
+        "range_entropy": plain(_entropy(load)),
+        "dead_experts": (total == 0).nonzero()[:, 0].tolist() if total.any() else [],
+        "change": plain(times.diff(dim=0).abs().sum(1) / 2),
+    }
+
+
+def _entropy(load: Tensor) -> Tensor:
+    """[..., E] -> [...] fp64, over log E; NaN of an empty load, 1 of a single expert."""
+    shares = load.double() / load.sum(-1, keepdim=True)
+    if load.shape[-1] == 1:
+        return shares[..., 0]
+    return -torch.special.xlogy(shares, shares).sum(-1) / math.log(load.shape[-1])
+
+
 class ExpertWatch(Observer):
     """What `watch_experts` yields: `usage` gives the counts so far."""
 
     def __init__(self, config: StatisticsConfig, blocks: Sequence[SparseBlock]) -> None:
         super().__init__(config)
-        ranges = config.num_time_ranges + 1
-        self.layers = [
-            LayerUsage(
-                component=block.component,
-                layer=block.layer,
-                top_k=block.module.top_k,
-                tokens=torch.zeros(ranges, dtype=torch.int64),
-                load=torch.zeros(
-                    (ranges, block.module.num_experts),
-                    dtype=torch.int64,
-                    device=block.module.gate.weight.device,
-                ),
+        self.blocks = blocks
+        self.loads = {
+            block.module: torch.zeros(
+                (config.num_time_ranges + 1, block.module.num_experts),
+                dtype=torch.int64,
+                device=block.module.gate.weight.device,
             )
             for block in blocks
-        ]
+        }
 
-    def count(self, own: LayerUsage) -> Callable[..., None]:
-        """Returns the hook of a block."""
-
-        @torch.no_grad()
-        def before(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            topk_idx = block.route(*arguments, **named)[2]  # type: ignore[operator]  # [T, K]
-            counts = torch.bincount(topk_idx.flatten().long(), minlength=own.num_experts)
-            own.load[self.time_range] += counts
-            own.tokens[self.time_range] += len(topk_idx)
-
-        return before
+    @torch.no_grad()
+    def before(self, block: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Counts the experts that the tokens of a block are about to use."""
+        chosen = block.route(*arguments, **named)[2].flatten().long()  # [T * K]
+        counts = torch.bincount(chosen, minlength=block.num_experts)
+        self.loads[block][self.time_range] += counts
 
     def usage(self, task: str = "run", samples: int = 1) -> ExpertUsage:
         """Returns what was counted, under a name; ValueError if no token ran through a block."""
-        if not any(int(entry.tokens.sum()) for entry in self.layers):
-            where = ", ".join(dict.fromkeys(entry.component for entry in self.layers))
-            raise ValueError(f"{task} must send tokens through a sparse FFN of {where}, got none")
-        return ExpertUsage(
-            task=task,
-            samples=samples,
-            ranges=tuple(self.config.range_names()),
-            layers=tuple(
-                replace(own, tokens=own.tokens.clone(), load=own.load.to("cpu", copy=True))
-                for own in self.layers
-            ),
+        layers = tuple(
+            layer_usage(own.component, own.layer, own.module.top_k, self.loads[own.module].cpu())
+            for own in self.blocks
         )
+        if not any(sum(own["tokens"]) for own in layers):
+            where = ", ".join(dict.fromkeys(own["component"] for own in layers))
+            raise ValueError(f"{task} must send tokens through a sparse FFN of {where}, got none")
+        ranges = tuple(self.config.range_names())
+        return ExpertUsage(task=task, samples=samples, ranges=ranges, layers=layers)
 
 
 @contextmanager
@@ -209,10 +167,7 @@ def watch_experts(
     """
     blocks = find_sparse_blocks(model, components)
     watch = ExpertWatch(StatisticsConfig(num_time_ranges=num_time_ranges), blocks)
-    hooks = [
-        (block.module, watch.count(own)) for block, own in zip(blocks, watch.layers, strict=True)
-    ]
-    with watch.observing(model, hooks):
+    with watch.observing(model, [(module, watch.before) for module in watch.loads]):
         yield watch
 
 
@@ -232,13 +187,8 @@ def expert_usage(
 
     Args:
         model: a BAGEL pipeline with sparse blocks; with `run`, any model that has some.
-        task: generation, understanding or editing; with `run`, any name.
-        samples: `Sample`s; with `run`, whatever it takes, one after the other.
-        run: what to do with a sample, for models that are no BAGEL pipeline.
-        settings: of the built-in runs: size, steps, length of answers.
-        num_time_ranges: R, into how many ranges the times of denoising are cut.
-        components: of which components; None is all.
-        progress: called with the number of finished samples and of all.
+        task, samples, run, settings, progress: as in `calibrate`.
+        num_time_ranges, components: as in `watch_experts`.
 
     Raises:
         ValueError: there are no samples, no sparse blocks, or none that sees a token; the task or
@@ -248,15 +198,3 @@ def expert_usage(
     with watch_experts(model, num_time_ranges=num_time_ranges, components=components) as watch:
         run_task(model, name, samples, run=run, settings=settings, progress=progress)
     return watch.usage(name, len(samples))
-
-
-def _entropy(load: Tensor) -> Tensor:
-    """[n, E] -> [n] fp64, over log E; NaN of an empty load, 1 of a single expert."""
-    shares = load.double() / load.sum(1, keepdim=True)
-    if load.shape[1] == 1:
-        return shares[:, 0]
-    return -torch.special.xlogy(shares, shares).sum(1) / math.log(load.shape[1])
-
-
-def _text(value: float | Tensor, form: str) -> str:
-    return "-" if math.isnan(value) else format(float(value), form)

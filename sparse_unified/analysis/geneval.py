@@ -50,7 +50,7 @@ def write_geneval(
     """Generates the images of every prompt into the folders that the official scorer reads.
 
     Image i of a prompt has the seed `seed` + i, so that models are compared at equal noise. Prompts
-    that an interrupted run has completed are kept.
+    that an interrupted run has completed are kept. Returns `out`.
 
     Args:
         pipeline: the model.
@@ -59,30 +59,25 @@ def write_geneval(
         num_images: per prompt.
         seed: of the first image of each prompt.
         settings: size and steps.
-
-    Returns:
-        `out`.
     """
     sampling = (settings or Settings()).sampling()
     out = Path(out)
     for index, entry in enumerate(metadata):
-        folder = out / f"{index:05}"
-        files = [folder / "samples" / f"{i:05}.png" for i in range(num_images)]
-        described = folder / "metadata.jsonl"
-        text = json.dumps(entry)
-        done = described.is_file() and described.read_text(encoding="utf-8") == text
-        if not (done and all(file.is_file() for file in files)):
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            described.unlink(missing_ok=True)
-            seeds = [(seed + i) % 2**63 for i in range(num_images)]
-            prompts = [entry["prompt"]] * num_images
-            images = pipeline.generate(prompts, seed=seeds, **sampling).images
-            for file, image in zip(files, images, strict=True):
-                buffer = io.BytesIO()
-                image.save(buffer, format="PNG")
-                replace_file(file, buffer.getvalue())
-            # Last, so that a folder with its metadata is complete.
-            replace_file(described, text.encode())
+        samples, described = out / f"{index:05}" / "samples", out / f"{index:05}" / "metadata.jsonl"
+        files = [samples / f"{i:05}.png" for i in range(num_images)]
+        text = json.dumps(entry).encode()
+        is_same = described.is_file() and described.read_bytes() == text
+        if is_same and all(file.is_file() for file in files):
+            continue
+        samples.mkdir(parents=True, exist_ok=True)
+        described.unlink(missing_ok=True)
+        seeds = [(seed + i) % 2**63 for i in range(num_images)]
+        images = pipeline.generate([entry["prompt"]] * num_images, seed=seeds, **sampling).images
+        for file, image in zip(files, images, strict=True):
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            replace_file(file, buffer.getvalue())
+        replace_file(described, text)  # last, so that a folder with its metadata is complete
     return out
 
 
@@ -94,32 +89,28 @@ class GenEvalImages:
         out: holds one folder per point.
         scorer: a function from such a folder to numbers by name, with `better` as an evaluator has
             it; None only writes the images, for the official scorer to be run on them.
-        num_images: per prompt.
-        options: seed and settings, as in `write_geneval`.
+        options: more of `write_geneval`.
     """
 
     def __init__(
         self,
         metadata: list[dict[str, Any]],
         out: str | os.PathLike[str],
-        *,
         scorer: Callable[[Path], Mapping[str, float]] | None = None,
-        num_images: int = 4,
         **options: Any,
     ) -> None:
-        self.metadata, self.out, self.scorer = metadata, Path(out), scorer
-        self.num_images, self.options, self.point = num_images, options, "dense"
+        self.metadata, self.scorer, self.options = metadata, scorer, options
+        self.out = self.folder = Path(out)
         self.better = {"geneval_images": "higher"}
         if scorer is not None:
             self.better = directions(scorer, where="GenEvalImages: scorer")
 
     def begin(self, point: str) -> None:
         """Names the folder of the images that follow."""
-        self.point = point
+        self.folder = self.out / point
 
     def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:
-        folder = self.out / self.point
-        write_geneval(pipeline, self.metadata, folder, num_images=self.num_images, **self.options)
-        if self.scorer is None:
-            return {"geneval_images": len(self.metadata) * self.num_images}
-        return self.scorer(folder)
+        write_geneval(pipeline, self.metadata, self.folder, **self.options)
+        if self.scorer is not None:
+            return self.scorer(self.folder)
+        return {"geneval_images": len(list(self.folder.glob("*/samples/*.png")))}

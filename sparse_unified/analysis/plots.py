@@ -18,7 +18,6 @@ import numpy as np
 
 from sparse_unified._common import optional
 from sparse_unified.analysis.expert_usage import ExpertUsage
-from sparse_unified.analysis.similarity import PARTS
 from sparse_unified.analysis.statistics import NO_TIME
 from sparse_unified.analysis.sweep import SweepResult
 from sparse_unified.checkpoint.files import replace_file
@@ -31,7 +30,6 @@ COLORS = {"und": "#1f6f8b", "gen": "#d1762b"}
 OTHER_COLORS = ("#5b4b8a", "#4f8a4b", "#a8456a", "#7a6a2f")
 PART_STYLES = {"block": "-", "attention": "--", "ffn": ":"}
 STYLE = {
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -42,7 +40,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": LINE,
     "grid.linewidth": 0.6,
     "xtick.color": SOFT,
@@ -51,37 +48,31 @@ STYLE = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "figure.facecolor": "white",
     "savefig.dpi": 150,
 }
 _REFERENCE: dict[str, Any] = {"color": SOFT, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
 def write_plots(result: SweepResult, folder: str | os.PathLike[str]) -> list[Path]:
-    """Draws everything that a sweep has shown into PNG files.
+    """Draws everything that a sweep has shown into PNG files, and returns these.
 
     Args:
         result: of `run_sweep`.
         folder: made if it is not there.
-
-    Returns:
-        The files.
     """
-    matplotlib = optional("matplotlib", "plot")
     Path(folder).mkdir(exist_ok=True)
     written = []
-    with matplotlib.rc_context(STYLE):
-        figures: dict[str, Figure] = {}
+    with optional("matplotlib", "plot").rc_context(STYLE):
         for task, found in result.tasks.items():
+            figures = {"similarity": similarity(task, found)}
             if found["points"]:
-                figures[f"sensitivity-{task}"] = sensitivity(task, found)
-            figures[f"similarity-{task}"] = similarity(task, found)
+                figures["sensitivity"] = sensitivity(task, found)
             if found["activation"]:
-                figures[f"activation-{task}"] = activation(task, found["activation"])
-                figures[f"overlap-{task}"] = overlap(task, found["activation"])
-        for name, figure in figures.items():
-            written.append(Path(folder) / f"{name}.png")
-            figure.savefig(written[-1])
+                figures["activation"] = activation(task, found["activation"])
+                figures["overlap"] = overlap(task, found["activation"])
+            for kind, figure in figures.items():
+                written.append(Path(folder) / f"{kind}-{task}.png")
+                figure.savefig(written[-1])
     return written
 
 
@@ -100,22 +91,17 @@ def sensitivity(task: str, found: Mapping[str, Any]) -> Figure:
     figure, panels = _panels(
         (len(dense), len(axes)), (3.1, 2.3), f"Sensitivity: {task}", "metrics over the kept share"
     )
-    for metric, row in zip(found["better"], panels, strict=True):
+    for (metric, way), row in zip(found["better"].items(), panels, strict=True):
         for axis, panel in zip(axes, row, strict=True):
             panel.axhline(dense[metric], label="dense", marker="", **_REFERENCE)
             for component in components:
-                curve = {
-                    own["keep_ratio"]: own["metrics"][metric]
-                    for own in points
-                    if own["component"] == component and own["axis"] == axis
-                }
-                if curve:
-                    ratios, values = zip(
-                        *sorted(({1.0: dense[metric]} | curve).items()), strict=True
-                    )
-                    panel.plot(ratios, values, color=_color(component), label=component)
+                own = [p for p in points if (p["component"], p["axis"]) == (component, axis)]
+                curve = {1.0: dense[metric]} | {p["keep_ratio"]: p["metrics"][metric] for p in own}
+                ratios = sorted(curve)
+                values = [curve[ratio] for ratio in ratios]
+                panel.plot(ratios, values, color=_color(component), label=component)
             panel.set_xlim(0, 1.03)
-        row[0].set_ylabel(f"{metric.replace('_', ' ')}\n({found['better'][metric]} is better)")
+        row[0].set_ylabel(f"{metric.replace('_', ' ')}\n({way} is better)")
     for axis, first, last in zip(axes, panels[0], panels[-1], strict=True):
         first.set_title(axis)
         last.set_xlabel("kept ratio")
@@ -131,14 +117,10 @@ def similarity(task: str, found: Mapping[str, Any]) -> Figure:
     figure, panels = _panels((1, len(components)), (4.2, 2.9), title, note)
     for panel, component in zip(panels[0], components, strict=True):
         entries = [entry for entry in found["similarity"] if entry["component"] == component]
-        for part in PARTS:
-            panel.plot(
-                [entry["layer"] for entry in entries],
-                [entry[part] for entry in entries],
-                color=_color(component),
-                linestyle=PART_STYLES[part],
-                label=part,
-            )
+        layers, color = [entry["layer"] for entry in entries], _color(component)
+        for part, style in PART_STYLES.items():
+            values = [entry[part] for entry in entries]
+            panel.plot(layers, values, color=color, linestyle=style, label=part)
         panel.set_title(component)
         _layer_axis(panel)
         panel.legend()
@@ -165,24 +147,18 @@ def activation(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
 def overlap(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
     """Draws how much of the active neurons stays from sample to sample and from step to step."""
     sides = {"overlap": "between samples", "steps": "between successive times"}
-    shown = [
-        name for name in sides if any(value is not None for own in maps for value in own[name])
-    ]
-    shown = shown or ["overlap"]
     note = "Jaccard overlap of the most active neurons; near chance is dynamic sparsity"
-    title = f"Overlap of active neurons: {task}"
-    figure, panels = _panels((1, len(shown)), (4.6, 3.0), title, note)
-    for panel, name in zip(panels[0], shown, strict=True):
+    figure, panels = _panels((1, 2), (4.6, 3.0), f"Overlap of active neurons: {task}", note)
+    for panel, (name, title) in zip(panels[0], sides.items(), strict=True):
         drawn = [own for own in maps if any(value is not None for value in own[name])]
         for own in drawn:
-            values = np.array(own[name], dtype=float)
-            component = own["component"]
+            values, component = np.array(own[name], dtype=float), own["component"]
             panel.plot(own["layers"], values, color=_color(component), label=component)
         panel.axhline(maps[0]["chance"], label="chance", marker="", **_REFERENCE)
         if not drawn:
-            panel.text(0.5, 0.5, "one sample: nothing to compare", ha="center", color=SOFT)
+            panel.text(0.5, 0.5, "nothing to compare", ha="center", color=SOFT)
         panel.set_ylim(0, 1.03)
-        panel.set_title(sides[name])
+        panel.set_title(title)
         _layer_axis(panel)
     panels[0][0].set_ylabel("overlap")
     panels[0][-1].legend()
@@ -191,32 +167,29 @@ def overlap(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
 
 def usage_figure(usage: ExpertUsage) -> Figure:
     """Draws load by layer and expert, and below, where there are times, its change over them."""
-    components = list(dict.fromkeys(entry.component for entry in usage.layers))
-    # Tokens that chose each expert, over those if all were chosen equally often.
-    loads = [
-        _stack([entry.share() * (entry.num_experts / entry.top_k) for entry in usage.of(c)])
-        for c in components
-    ]
-    moves = [_stack([entry.change().flip(0) for entry in usage.of(c)]) for c in components]
-    has_times = not all(np.isnan(move).all() for move in moves)
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for own in usage.layers:
+        columns.setdefault(own["component"], []).append(own)
+    has_times = any(move is not None for own in usage.layers for move in own["change"])
     note = "load of each expert, 1 is even"
     note += "; share of the choices that move from one range of times to the next" * has_times
-    size = (1 + has_times, len(components))
+    size = (1 + has_times, len(columns))
     figure, panels = _panels(size, (4.6, 2.9), f"Expert usage: {usage.task}", note)
     steps = [f"to {name}" for name in usage.ranges[-2:0:-1]]  # from noise to image
-    for column, component in enumerate(components):
-        layers = [entry.layer for entry in usage.of(component)]
-        experts = [str(expert) for expert in range(loads[column].shape[1])]
-        panels[0][column].set_title(component)
-        for row, (values, names, label, x_label) in enumerate(
-            [
-                (loads[column], experts, "load", "expert"),
-                (moves[column], steps, "change", "time, from noise to image"),
-            ][: 1 + has_times]
-        ):
-            panel = panels[row][column]
-            high = 0.0 if np.isnan(values).all() else float(np.nanmax(values))
-            _heat_map(figure, panel, values, names, layers, (0, high or 1.0), label)
+    for above, (component, rows) in zip(panels.T, columns.items(), strict=True):
+        layers = [own["layer"] for own in rows]
+        # Tokens that chose each expert, over those if all were chosen equally often.
+        even = np.array([[own["num_experts"] / own["top_k"]] for own in rows])
+        loads = even * _stack([own["share"] for own in rows])
+        moves = _stack([own["change"][::-1] for own in rows])
+        experts = [str(expert) for expert in range(loads.shape[1])]
+        above[0].set_title(component)
+        shown = [(loads, experts, "load", "expert")]
+        if has_times:
+            shown.append((moves, steps, "change", "time, from noise to image"))
+        for panel, (values, names, label, x_label) in zip(above, shown, strict=True):
+            limits = (0, np.nan_to_num(values).max() or 1.0)
+            _heat_map(figure, panel, values, names, layers, limits, label)
             panel.set_xlabel(x_label)
     return figure
 
@@ -231,12 +204,10 @@ def _color(component: str) -> str:
     return COLORS.get(component, other)
 
 
-def _stack(rows: Sequence[Any]) -> np.ndarray:
+def _stack(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
     """Stacks rows of perhaps different lengths, NaN where one ends."""
-    stacked = np.full((len(rows), max(map(len, rows))), np.nan)
-    for own, row in zip(stacked, rows, strict=True):
-        own[: len(row)] = row
-    return stacked
+    size = max(map(len, rows))
+    return np.array([[*row, *[None] * (size - len(row))] for row in rows], dtype=float)
 
 
 def _panels(

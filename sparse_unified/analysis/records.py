@@ -20,10 +20,8 @@ from sparse_unified.checkpoint.files import loads_strict, read_json, replace_fil
 
 NUMBER = (int, float)
 _METRICS = {str: NUMBER}
-_COST = {
-    **dict.fromkeys(("parameters", "weight_bytes", "flops", "peak_bytes"), (int,)),
-    "seconds": NUMBER,
-}
+_COUNTS = ("parameters", "weight_bytes", "flops", "peak_bytes")
+_COST = {**dict.fromkeys(_COUNTS, (int,)), "seconds": NUMBER}
 _DENSE = {"name": (str,), "metrics": _METRICS, "cost": _COST}
 _POINT = {
     **dict.fromkeys(("name", "task", "component", "axis", "change"), (str,)),
@@ -33,20 +31,19 @@ _POINT = {
     "before": _COST,
     "after": _COST,
 }
-_RUN, _POINTS, _LOCK = "run.json", "points.jsonl", ".lock"
 
 
 class Store:
-    """The open folder of one run; see `open_store`."""
+    """The open folder of one run, with the finished points in `records`, by name."""
 
-    def __init__(self, folder: Path, records: list[dict[str, Any]]) -> None:
-        self.folder = folder
-        self.records = {record["name"]: record for record in records}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._points = folder, folder / "points.jsonl"
+        self.records = {record["name"]: record for record in read_records(self._points)}
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a finished point, which has a `name`; it is on the disk when this returns."""
         line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
-        with (self.folder / _POINTS).open("ab") as stream:
+        with self._points.open("ab") as stream:
             stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
@@ -61,13 +58,13 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
     else, RuntimeError if another process has it open.
     """
     folder = Path(out)
-    run = folder / _RUN
-    if folder.is_dir() and not run.exists() and {p.name for p in folder.iterdir()} - {_LOCK}:
+    run = folder / "run.json"
+    if folder.is_dir() and not run.exists() and {p.name for p in folder.iterdir()} - {".lock"}:
         raise ValueError(
             f"--out: {folder} must be new, empty, or of a run of analyze, got other files"
         )
     folder.mkdir(exist_ok=True)
-    with (folder / _LOCK).open("a") as lock:
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -88,14 +85,12 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
                 f"--out: {folder} must be of the same run, or another folder, "
                 f"got {list_some(differences)}"
             )
-        yield Store(folder, read_records(folder / _POINTS))
+        yield Store(folder)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Reads finished points; a last line that an interruption tore is cut off."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
+    data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole != len(data):
         os.truncate(path, whole)
@@ -133,8 +128,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """Returns the values of nested objects by dotted name."""
     if not isinstance(value, dict):
         return {name: value}
-    return {
-        inner: own
-        for key, part in value.items()
-        for inner, own in _flat(part, f"{name}.{key}" if name else str(key)).items()
-    }
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flat(part, f"{name}.{key}" if name else str(key))
+    return flat

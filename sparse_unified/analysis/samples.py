@@ -38,8 +38,6 @@ UNDERSTANDING_PROMPTS = (
     "Explain in one sentence what a clock is for.",
     "What comes after Monday?",
 )
-
-
 # What is to be done with the images of scenes.zip, a few flat shapes each.
 EDITING_PROMPTS = (
     "make the red ball blue",
@@ -153,12 +151,11 @@ def read_samples(
                     f"--images: {images} must hold one image ({', '.join(IMAGE_SUFFIXES)}) for "
                     f"each of {len(samples)} prompts, got {len(found)}"
                 )
-            samples = [
-                replace(own, image=image)
-                if task is Task.GENERATION
-                else replace(own, sources=(image,))
-                for own, image in zip(samples, sorted(found), strict=True)
-            ]
+            for i, picture in enumerate(sorted(found)):
+                role: Any = (
+                    {"image": picture} if task is Task.GENERATION else {"sources": (picture,)}
+                )
+                samples[i] = replace(samples[i], **role)
     samples = _take(samples, count, seed, f"--prompts: {path}")
     for sample in samples:
         if task is Task.EDITING and not sample.sources:
@@ -166,16 +163,16 @@ def read_samples(
                 f"--prompts: {path}: each line must have an image to edit, "
                 f"got none for {sample.prompt!r:.120}"
             )
-        for image in (*sample.sources, *([sample.image] if sample.image else [])):
-            open_image(image, where="--images")
+        for picture in filter(None, (*sample.sources, sample.image)):
+            open_image(picture, where="--images")
     return samples
 
 
 def _take(samples: list[Sample], count: int | None, seed: int, where: str) -> list[Sample]:
-    if not samples:
-        raise ValueError(f"{where} must hold at least one prompt, got none")
-    if count is not None and count > len(samples):
-        raise ValueError(f"{where} must hold --samples = {count} prompts, got {len(samples)}")
+    """Returns the first samples, with their seeds."""
+    if len(samples) < (count or 1):
+        wanted = "at least one prompt" if count is None else f"--samples = {count} prompts"
+        raise ValueError(f"{where} must hold {wanted}, got {len(samples)}")
     return [replace(s, seed=(seed + i) % 2**63) for i, s in enumerate(samples[:count])]
 
 
@@ -212,25 +209,21 @@ def is_file_name(value: object) -> bool:
 
 
 def _parse(fields: dict[str, Any], folder: Path, where: str) -> Sample:
-    prompt, answer = fields.get("prompt"), fields.get("answer")
-    sources, image = fields.get("source") or [], fields.get("image")
+    prompt, answer, image = (fields.get(name) for name in ("prompt", "answer", "image"))
+    sources = fields.get("source") or []
     sources = [sources] if isinstance(sources, str) else sources
-    for name, is_legal in (
-        ("prompt", _is_text(prompt)),
-        ("answer", answer is None or _is_text(answer)),
-        ("source", isinstance(sources, list) and all(map(is_file_name, sources))),
-        ("image", image is None or is_file_name(image)),
+    is_text = {name: isinstance(v, str) and bool(v.strip()) for name, v in fields.items()}
+    for name, is_legal, rule in (
+        ("prompt", is_text.get("prompt", False), "a text"),
+        ("answer", answer is None or is_text["answer"], "a text"),
+        ("source", isinstance(sources, list) and all(map(is_file_name, sources)), "a file name"),
+        ("image", image is None or is_file_name(image), "a file name"),
     ):
         if not is_legal:
-            rule = "a text" if name in ("prompt", "answer") else "a file name"
             raise ValueError(f"{where}: {name} must be {rule}, got {fields.get(name)!r:.120}")
     return Sample(
         prompt=str(prompt),
         sources=tuple(folder / name for name in sources),
-        image=None if image is None else folder / image,
+        image=None if image is None else folder / str(image),
         answer=answer,
     )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())

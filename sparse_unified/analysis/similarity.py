@@ -115,10 +115,9 @@ class Measurement:
         for (component, layer), tokens in self.tokens.items():
             if tokens:
                 means = (self.sums[component, layer] / tokens).tolist()
-                cosines = dict(zip(PARTS, means, strict=True))
-                layers.append(
-                    LayerSimilarity(component=component, layer=layer, tokens=tokens, **cosines)
-                )
+                own: Any = dict(zip(PARTS, means, strict=True))
+                own |= {"component": component, "layer": layer, "tokens": tokens}
+                layers.append(LayerSimilarity(**own))
         if not layers:
             raise ValueError("measure_similarity: model must run on tokens meanwhile, got none")
         return Similarity(layers=tuple(layers))
@@ -133,15 +132,20 @@ class Measurement:
             branch = output[0] if isinstance(output, tuple) else output
             x, x1 = (stream.pop(name).detach().flatten(0, -2) for name in ("x", "x1"))
             y = x1 + branch.detach().reshape(x1.shape)
-            pairs = {"block": (x, y), "attention": (x, x1), "ffn": (x1, y)}
-            sums = torch.stack([_cosine_sum(*pairs[part]) for part in PARTS])
-            self.sums[key] += sums
+            cosines = [  # in the order of PARTS
+                F.cosine_similarity(a.float(), b.float(), dim=-1).sum(dtype=torch.float64)
+                for a, b in ((x, y), (x, x1), (x1, y))
+            ]
+            self.sums[key] += torch.stack(cosines)
             self.tokens[key] += len(x1)
 
+        norms = {"x": block.input_norm, "x1": block.post_attention_norm}
         return [
-            block.input_norm.register_forward_pre_hook(lambda _, args: stream.update(x=args[0])),
-            block.post_attention_norm.register_forward_pre_hook(
-                lambda _, args: stream.update(x1=args[0])
+            *(
+                norm.register_forward_pre_hook(
+                    lambda _, args, name=name: stream.update({name: args[0]})
+                )
+                for name, norm in norms.items()
             ),
             block.ffn.register_forward_hook(leave),
         ]
@@ -172,7 +176,3 @@ def measure_similarity(
                     for handle in measurement.watch(adapter.block(layer, component)):
                         hooks.callback(handle.remove)
         yield measurement
-
-
-def _cosine_sum(a: Tensor, b: Tensor) -> Tensor:
-    return F.cosine_similarity(a.float(), b.float(), dim=-1).sum(dtype=torch.float64)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,6 @@ class StatisticsConfig:
             check_int("num_time_ranges", self.num_time_ranges, 1)
             check_int("num_inputs", self.num_inputs, 0)
 
-    def range_of(self, time: float | None) -> int:
-        """Returns the range of a time from 0 to 1, or of tokens without one."""
-        return 0 if not time else min(math.ceil(time * self.num_time_ranges), self.num_time_ranges)
-
     def range_names(self) -> list[str]:
         """Returns a name for each range: `NO_TIME`, then its times from image to noise."""
         count = self.num_time_ranges
@@ -131,25 +127,30 @@ class FfnSums:
         NaN where fewer than two samples have tokens. Two sets drawn at random, a share q of the
         neurons each, overlap by about q / (2 - q).
         """
-        return mean_overlap(self.active, self.sample_tokens > 0)
+        means = []
+        for column, seen in enumerate((self.sample_tokens > 0).unbind(1)):
+            sets = unpack_bits(self.active[seen, column]).double()
+            common, sizes = sets @ sets.t(), sets.sum(1)  # [S, S], [S]
+            first, second = torch.triu_indices(len(sets), len(sets), 1)
+            means.append((common / (sizes[:, None] + sizes - common))[first, second].mean())
+        return torch.stack(means)
 
     def step_overlap(self) -> Tensor:
         """Returns the mean overlap of a sample's active sets in successive ranges of time.
 
         [R - 1] fp64, entry r - 1 for ranges r and r + 1; NaN where no sample has both.
         """
-        return successive_overlap(self.active[:, 1:], self.sample_tokens[:, 1:] > 0)
+        sets, seen = unpack_bits(self.active[:, 1:]), self.sample_tokens[:, 1:] > 0
+        common = (sets[:, :-1] & sets[:, 1:]).sum(2).double()
+        jaccard = common / (sets[:, :-1] | sets[:, 1:]).sum(2)
+        return jaccard.where(seen[:, :-1] & seen[:, 1:], torch.nan).nanmean(0)
 
     def merge(self, other: FfnSums, config: StatisticsConfig) -> FfnSums:
         """Returns the sums over the samples of both."""
-        made = {}
-        for name in TENSORS:
-            own, others = getattr(self, name), getattr(other, name)
-            made[name] = own + others if name in SUMMED else torch.cat([own, others])
-        return replace(
-            FfnSums(**made),
-            **keep_lowest(made["inputs"], made["input_draws"], config.num_inputs),
-        )
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in TENSORS}
+        made = {n: a + b if n in SUMMED else torch.cat([a, b]) for n, (a, b) in pairs.items()}
+        kept = keep_lowest(made["inputs"], made["input_draws"], config.num_inputs)
+        return FfnSums(**made | kept)
 
     def check(self, config: StatisticsConfig, num_samples: int) -> None:
         """Raises ValueError that names the first tensor that is not as `TENSORS` says."""
@@ -185,7 +186,7 @@ class FfnStatistics:
         model_hashes: component -> hash of its FFN weights, see `hash_ffns`.
         config: what was counted.
         samples: task -> fingerprints of its samples, in order.
-        ffns: task -> component -> key -> sums.
+        ffns: (task, component, key of the FFN) -> sums; `of` gives those of a component.
         tool: name and version of what gathered them.
 
     Raises:
@@ -195,23 +196,16 @@ class FfnStatistics:
     model_hashes: Mapping[str, str]
     config: StatisticsConfig
     samples: Mapping[str, tuple[str, ...]]
-    ffns: Mapping[str, Mapping[str, Mapping[FfnKey, FfnSums]]]
+    ffns: Mapping[tuple[str, str, FfnKey], FfnSums]
     tool: str = field(default_factory=tool_version)
 
     def __post_init__(self) -> None:
-        components = {component for own in self.ffns.values() for component in own}
-        for name, found, wanted in (
-            ("tasks", set(self.samples), set(self.ffns)),
-            ("model_hashes", set(self.model_hashes), components),
-        ):
-            if found != wanted:
-                raise ValueError(
-                    f"statistics: {name} must be of {list_some(sorted(wanted))}, "
-                    f"got {list_some(sorted(found))}"
-                )
-        tokens: dict[str, int] = dict.fromkeys(self.ffns, 0)
-        for task, component, key, sums in self._walk():
+        tokens = dict.fromkeys(self.samples, 0)
+        for (task, component, key), sums in self.ffns.items():
             with naming(f"statistics: {task}.{component} {key!r:.120}"):
+                if task not in tokens or component not in self.model_hashes:
+                    known = list_some((*tokens, *self.model_hashes))
+                    raise ValueError(f"task and component must be of {known}, got others")
                 sums.check(self.config, len(self.samples[task]))
             tokens[task] += int(sums.tokens.sum())
         if not tokens or not all(tokens.values()):
@@ -219,17 +213,21 @@ class FfnStatistics:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(self.ffns)
+        return tuple(self.samples)
 
-    def of(self, task: str, component: str) -> Mapping[FfnKey, FfnSums]:
+    def components(self, task: str) -> list[str]:
+        """Returns the components that have tokens in a task."""
+        return list(dict.fromkeys(component for own, component, _ in self.ffns if own == task))
+
+    def of(self, task: str, component: str) -> dict[FfnKey, FfnSums]:
         """Returns the sums of the FFNs of a component in a task; ValueError if it has none."""
-        components = self.ffns.get(task, {})
-        if component not in components:
+        found = {key: sums for (*of, key), sums in self.ffns.items() if of == [task, component]}
+        if not found:
             raise ValueError(
-                f"statistics: task must be one of {list_some(self.ffns)} with component "
-                f"{component}, got {task!r:.120} with {list_some(components)}"
+                f"statistics: task must be one of {list_some(self.tasks)} with component "
+                f"{component}, got {task!r:.120} with {list_some(self.components(task))}"
             )
-        return components[component]
+        return found
 
     def inputs(self, component: str, tasks: Sequence[str] | None = None) -> dict[FfnKey, Tensor]:
         """Returns the inputs x [N, D] fp32 that are kept of each FFN, of all or some tasks.
@@ -237,7 +235,8 @@ class FfnStatistics:
         ValueError if there are none: config.num_inputs was 0, or an FFN saw no token.
         """
         found: dict[FfnKey, list[Tensor]] = {}
-        for task in [t for t in self.ffns if component in self.ffns[t]] if tasks is None else tasks:
+        having = [task for task in self.tasks if component in self.components(task)]
+        for task in having if tasks is None else tasks:
             for key, sums in self.of(task, component).items():
                 found.setdefault(key, []).append(sums.inputs.float())
         inputs = {key: torch.cat(parts) for key, parts in found.items()}
@@ -265,18 +264,18 @@ class FfnStatistics:
         columns = [*range(self.config.num_time_ranges, 0, -1), 0]
         names, fraction = self.config.range_names(), self.config.active_fraction
         maps = []
-        for component, keyed in self.ffns.get(task, {}).items():
-            layers: dict[int, list[FfnSums]] = {}  # one FFN, or one per expert
-            for key, sums in keyed.items():
-                layers.setdefault(key if isinstance(key, int) else key[0], []).append(sums)
-
-            def means(
-                number: Callable[[FfnSums], Tensor], layers: dict[int, list[FfnSums]] = layers
-            ) -> Tensor:
-                rows = [torch.stack([number(sums) for sums in own]) for own in layers.values()]
-                return torch.stack([row.nanmean(0) for row in rows])
-
-            firing = means(lambda sums: sums.firing_rate()[columns])
+        for component in self.components(task):
+            layers: dict[int, list[list[Tensor]]] = {}  # of one FFN, or of each expert
+            for key, sums in self.of(task, component).items():
+                numbers = (sums.firing_rate()[columns], sums.sample_overlap(), sums.step_overlap())
+                own = [numbers[0], *(overlap.nanmean() for overlap in numbers[1:])]
+                layers.setdefault(key if isinstance(key, int) else key[0], []).append(own)
+            firing, overlap, steps = (
+                torch.stack(
+                    [torch.stack([e[i] for e in own]).nanmean(0) for own in layers.values()]
+                )
+                for i in range(3)
+            )
             seen = (~firing.isnan().all(0)).nonzero()[:, 0]
             maps.append(
                 {
@@ -284,13 +283,14 @@ class FfnStatistics:
                     "layers": list(layers),
                     "ranges": [names[columns[i]] for i in seen.tolist()],
                     "firing": plain(firing[:, seen]),
-                    "overlap": plain(means(lambda sums: sums.sample_overlap().nanmean())),
-                    "steps": plain(means(lambda sums: sums.step_overlap().nanmean())),
+                    "overlap": plain(overlap),
+                    "steps": plain(steps),
                     "chance": fraction / (2 - fraction),
                 }
             )
         return maps
 
+    @context("merge")
     def merge(self, *others: FfnStatistics) -> FfnStatistics:
         """Returns the statistics of all samples of all, as one pass over them would give them.
 
@@ -298,33 +298,23 @@ class FfnStatistics:
             ValueError: they are of another model or config, share a sample, or of one task have
                 other FFNs.
         """
-        merged = self
+        hashes, samples, ffns = dict(self.model_hashes), dict(self.samples), dict(self.ffns)
         for other in others:
-            merged = merged._add(other)
-        return merged
-
-    def _add(self, other: FfnStatistics) -> FfnStatistics:
-        hashes = {**self.model_hashes, **other.model_hashes}
-        for what, own, others in (
-            ("config", self.config, other.config),
-            ("model_hashes", {**hashes, **self.model_hashes}, hashes),
-        ):
-            if own != others:
-                raise ValueError(f"merge: {what} must be the same, {own}, got {others}")
-        samples, ffns = dict(self.samples), {t: dict(own) for t, own in self.ffns.items()}
-        for task, names in other.samples.items():
-            if twice := set(names) & set(samples.get(task, ())):
-                raise ValueError(f"merge: samples of {task} must differ, got {list_some(twice)}")
-            samples[task] = samples.get(task, ()) + names
-        for task, component, key, sums in other._walk():
-            keyed = ffns.setdefault(task, {}).get(component, {})
-            added = keyed[key].merge(sums, self.config) if key in keyed else sums
-            ffns[task][component] = {**keyed, key: added}
+            known = {**other.model_hashes, **hashes}
+            hashes |= other.model_hashes
+            if (self.config, known) != (other.config, hashes):
+                raise ValueError(
+                    f"config and model_hashes must be the same, {self.config} and {known}, "
+                    f"got {other.config} and {hashes}"
+                )
+            for task, names in other.samples.items():
+                if twice := set(names) & set(samples.get(task, ())):
+                    raise ValueError(f"samples of {task} must differ, got {list_some(twice)}")
+                samples[task] = samples.get(task, ()) + names
+            for key, sums in other.ffns.items():
+                ffns[key] = ffns[key].merge(sums, self.config) if key in ffns else sums
         # Where one has other FFNs in a task, the samples of an FFN are not as many as the task's.
-        with context("merge"):
-            return FfnStatistics(
-                model_hashes=hashes, config=self.config, samples=samples, ffns=ffns
-            )
+        return replace(self, model_hashes=hashes, samples=samples, ffns=ffns)
 
     def check(self, model: object) -> None:
         """Raises ValueError unless these are of a model, pipeline or adapter, by its FFNs."""
@@ -349,13 +339,14 @@ class FfnStatistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file; an existing one is replaced whole or not at all."""
-        tensors: dict[str, Tensor] = {}
-        entries = []
-        for task, component, key, sums in self._walk():
-            entry = (task, component, *(key if isinstance(key, tuple) else (key, None)))
-            entries.append(entry)
-            for name in _stored(self.config):
-                tensors[_tensor_name(entry, name)] = getattr(sums, name)
+        entries = [
+            (*of, *(key if isinstance(key, tuple) else (key, None))) for *of, key in self.ffns
+        ]
+        tensors = {
+            _tensor_name(entry, name): getattr(sums, name)
+            for entry, sums in zip(entries, self.ffns.values(), strict=True)
+            for name in _stored(self.config)
+        }
         described = {
             "model_hashes": dict(self.model_hashes),
             "config": asdict(self.config),
@@ -370,23 +361,22 @@ class FfnStatistics:
     def load(cls, path: str | os.PathLike[str]) -> FfnStatistics:
         """Reads a file that `save` wrote; ValueError if it is damaged or something else."""
         header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
-        ffns: dict[str, dict[str, dict[FfnKey, FfnSums]]] = {}
+        ffns: dict[tuple[str, str, FfnKey], FfnSums] = {}
         try:
             names = ("config", "samples", "ffns", "model_hashes")
             found = {name: loads_strict(header.metadata[name]) for name in names}
             config = StatisticsConfig(**found["config"])
+            stored = _stored(config)
             for task, component, layer, part in found["ffns"]:
                 if type(layer) is not int:
                     raise TypeError(f"layer {layer!r:.80}")
-                tensors = {
-                    name: read_tensor(
-                        header.tensors[_tensor_name((task, component, layer, part), name)]
-                    )
-                    for name in _stored(config)
-                }
-                keyed = ffns.setdefault(task, {}).setdefault(component, {})
-                keyed[layer if part is None else (layer, part)] = FfnSums(**(no_inputs() | tensors))
-            if len(header.tensors) != len(found["ffns"]) * len(_stored(config)):
+                specs = [
+                    header.tensors[_tensor_name((task, component, layer, part), name)]
+                    for name in stored
+                ]
+                tensors = no_inputs() | dict(zip(stored, map(read_tensor, specs), strict=True))
+                ffns[task, component, layer if part is None else (layer, part)] = FfnSums(**tensors)
+            if len(header.tensors) != len(found["ffns"]) * len(stored):
                 raise ValueError("tensors of other FFNs")
             return cls(
                 model_hashes={c: str(own) for c, own in found["model_hashes"].items()},
@@ -399,12 +389,6 @@ class FfnStatistics:
             raise ValueError(
                 f"{path}: must be as calibrate writes it, got {error!s:.400}"
             ) from error
-
-    def _walk(self) -> Iterator[tuple[str, str, FfnKey, FfnSums]]:
-        for task, components in self.ffns.items():
-            for component, keyed in components.items():
-                for key, sums in keyed.items():
-                    yield task, component, key, sums
 
 
 def _stored(config: StatisticsConfig) -> list[str]:
@@ -423,7 +407,9 @@ def plain(values: Tensor) -> Any:
     return None if values.isnan() else values.item()
 
 
-# Inputs that are kept
+def unpack_bits(packed: Tensor) -> Tensor:
+    """uint8 [..., B] -> bool [..., 8 * B], neuron i from bit i % 8 of byte i // 8."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, bitorder="little")).bool()
 
 
 def no_inputs(hidden_size: int = 0) -> dict[str, Tensor]:
@@ -491,51 +477,3 @@ def _read_spaced(spec: TensorSpec) -> _Spaced:
         for value, place in zip(values, places, strict=True):
             read_bytes(stream, spec.start + place * size, as_bytes(value))
     return list(spec.shape), values
-
-
-# Sets of active neurons, as bits, and how much they have in common
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """bool [..., I] -> uint8 [..., ceil(I / 8)], neuron i in bit i % 8 of byte i // 8."""
-    return torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, size: int | None = None) -> Tensor:
-    """uint8 [..., bytes] -> bool [..., size]; None is all bits."""
-    bits = np.unpackbits(packed.numpy(), axis=-1, count=size, bitorder="little")
-    return torch.from_numpy(bits).bool()
-
-
-def most_active(values: Tensor, fraction: float) -> Tensor:
-    """Marks the max(1, round(fraction * I)) largest of [..., I], lower indices in ties, as bool."""
-    count = max(1, round(fraction * values.shape[-1]))
-    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order[..., :count], True)
-
-
-def mean_overlap(active: Tensor, seen: Tensor) -> Tensor:
-    """Mean Jaccard overlap |a & b| / |a | b| of the sets of all pairs of samples.
-
-    Packed sets [S, R, bytes], and which of them count, [S, R] bool -> [R] fp64, NaN where fewer
-    than two sets count.
-    """
-    means = []
-    for column in range(active.shape[1]):
-        sets = unpack_bits(active[seen[:, column], column]).double()
-        common, sizes = sets @ sets.t(), sets.sum(1)  # [S, S], [S]
-        jaccard = common / (sizes[:, None] + sizes - common)
-        means.append(jaccard[torch.ones_like(jaccard, dtype=torch.bool).triu(1)].mean())
-    return torch.stack(means)
-
-
-def successive_overlap(active: Tensor, seen: Tensor) -> Tensor:
-    """Mean Jaccard overlap of the sets of one sample in successive ranges.
-
-    Packed sets [S, R, bytes], and which of them count, [S, R] bool -> [R - 1] fp64, NaN where no
-    sample has both sets.
-    """
-    sets, both = unpack_bits(active), seen[:, :-1] & seen[:, 1:]
-    common = (sets[:, :-1] & sets[:, 1:]).sum(2).double()
-    jaccard = common / (sets[:, :-1] | sets[:, 1:]).sum(2)
-    return jaccard.where(both, torch.nan).nanmean(0)  # [S, R - 1] -> [R - 1]

@@ -32,7 +32,7 @@ from sparse_unified.analysis.cost import measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, NeuronScores, score
 from sparse_unified.analysis.evaluators import Probe, measure
 from sparse_unified.analysis.records import Store, open_store
-from sparse_unified.analysis.similarity import PARTS, Similarity, measure_similarity
+from sparse_unified.analysis.similarity import LayerSimilarity, Similarity, measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
@@ -40,6 +40,7 @@ from sparse_unified.checkpoint.modes import Part
 from sparse_unified.experts import select_layers
 from sparse_unified.experts.keep import Budget
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
+from sparse_unified.surgery.cuts import PruneConfig
 from sparse_unified.surgery.decoder import Adapter, find_adapter, takes_absent_parts
 from sparse_unified.surgery.temporary import as_module, changed
 
@@ -117,21 +118,6 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One model of a sweep: what is kept of one component along one axis, seen on one task."""
-
-    task: str
-    component: str
-    axis: Axis
-    keep_ratio: float
-
-    @property
-    def name(self) -> str:
-        """Returns a name that is unique in a sweep and fit for a folder."""
-        return f"{self.task}-{self.component}-{self.axis.value}-{self.keep_ratio:g}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult(Report):
     """A whole sweep, as `results.json` has it.
 
@@ -162,20 +148,17 @@ class SweepResult(Report):
         """Returns the tables, before and after side by side, and the similarities."""
         parts = ["# Analysis"]
         for name, found in self.tasks.items():
-            cosines: list[Sequence[object]] = [("component", "layer", *PARTS)]
-            for entry in found["similarity"]:
-                values = (f"{entry[part]:.4f}" for part in PARTS)
-                cosines.append((entry["component"], entry["layer"], *values))
+            layers = tuple(LayerSimilarity(**entry) for entry in found["similarity"])
             parts += [
                 f"## {name}",
                 "\n".join(_notes(name, found)),
-                _markdown(_rows(found)),
+                f"```\n{format_table(_rows(found), header=True)}\n```",
                 "Each row was measured right after the dense model, in the same process: before -> "
                 "after. FLOPs and memory are those of one forward; memory is weights and the "
                 "results of operations.",
                 f"Similarity of the layers in {name} (cosine of what goes in and what comes "
                 "out, after the residual add; near 1 changes little):",
-                _markdown(cosines),
+                f"```\n{Similarity(layers=layers).to_text()}\n```",
             ]
         return "\n\n".join(parts) + "\n"
 
@@ -214,32 +197,18 @@ def run_sweep(
     tasks = {probe.task: {"metrics": list(probe.better), **probe.description} for probe in probes}
     if not tasks or len(tasks) < len(probes):
         raise ValueError(f"tasks must be given once each, got {list(tasks)}")
-    for component in config.components:
-        if component not in adapter.components:
-            legal = ", ".join(adapter.components)
-            raise ValueError(f"component must be one of {legal}, got {component!r}")
-    check_axes(adapter, config)
-    layers = select_layers(config.layers, adapter.num_layers())
-    for component in config.components if Axis.WIDTH in config.axes else ():
-        for ffn in adapter.ffns(component):
-            if ffn.layer in layers and ffn.intermediate_size % config.block_size:
-                raise ValueError(
-                    f"block_size must divide the {ffn.intermediate_size} neurons of {ffn.name}, "
-                    f"got {config.block_size}"
-                )
+    check_model(adapter, config)
     stated = {**(description or {}), "sweep": asdict(config), "tasks": tasks}
     stated = json.loads(json.dumps(stated))  # as the folder will give it back
+    given = statistics or {}
     with open_store(out, stated) as store:
-        given = statistics or {}
-        runs = [
-            _TaskRun(host, adapter, probe, config, store, given.get(probe.task)) for probe in probes
-        ]
-        steps = [(run, point) for run in runs for point in (None, *run.points)]
-        for done, (run, point) in enumerate(steps):
+        runs = [_TaskRun(host, adapter, p, config, store, given.get(p.task)) for p in probes]
+        steps = [(run, row) for run in runs for row in run.rows]
+        for done, (run, row) in enumerate(steps):
             if progress is not None:
-                name = "dense" if point is None else point.name
+                name = row["name"] if "axis" in row else "dense"
                 progress(done, len(steps), f"{run.probe.task}: {name}")
-            run.finish(point)
+            run.finish(row)
         if progress is not None:
             progress(len(steps), len(steps), "done")
         result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
@@ -248,84 +217,76 @@ def run_sweep(
     return result
 
 
-def check_axes(adapter: Adapter, config: SweepConfig) -> None:
-    """Raises ValueError for an axis along which a model cannot be made smaller.
-
-    An attention that components share would be lost to all of them at once.
-    """
-    has_own_attentions = len(adapter.components) == 1 or all(
+def check_model(adapter: Adapter, config: SweepConfig) -> None:
+    """Raises ValueError for a component, axis, layer or block size that a model does not allow."""
+    for component in config.components:
+        if component not in adapter.components:
+            legal = ", ".join(adapter.components)
+            raise ValueError(f"component must be one of {legal}, got {component!r}")
+    # Heads go from our own BAGEL alone; an attention that components share would be lost to all.
+    is_ours = all(
         takes_absent_parts(adapter.block(layer, component).layer_module)
         for component in adapter.components
         for layer in range(adapter.num_layers())
         if adapter.holds(layer, component)
     )
-    legal = [axis for axis in Axis if has_own_attentions or axis is Axis.WIDTH]
-    if config.part is Part.FFN and Axis.DEPTH not in legal:
-        legal.append(Axis.DEPTH)
+    legal = {Axis.WIDTH}
+    if is_ours or len(adapter.components) == 1 or config.part is Part.FFN:
+        legal.add(Axis.DEPTH)
+    if is_ours:
+        legal.add(Axis.HEADS)
     for axis in config.axes:
         if axis not in legal:
             raise ValueError(
-                f"axis must be one of {', '.join(a.value for a in legal)} for this model, "
-                f"got {axis.value!r}; its components share the attentions, so that they can skip "
-                "part 'ffn' of a layer alone, and lose no heads"
+                f"axis must be one of {', '.join(sorted(a.value for a in legal))} for this model "
+                f"and part {config.part.value}, got {axis.value!r}"
             )
+    layers = select_layers(config.layers, adapter.num_layers())
+    for component in config.components if Axis.WIDTH in config.axes else ():
+        for ffn in adapter.ffns(component):
+            if ffn.layer in layers and ffn.intermediate_size % config.block_size:
+                raise ValueError(
+                    f"block_size must divide the {ffn.intermediate_size} neurons of {ffn.name}, "
+                    f"got {config.block_size}"
+                )
 
 
-@dataclass(slots=True)
 class _TaskRun:
-    """One task of a sweep: observes the dense model once, then measures point after point."""
+    """One task of a sweep: observes the dense model once, then measures row after row.
 
-    host: object
-    adapter: Adapter
-    probe: Probe
-    config: SweepConfig
-    store: Store
-    statistics: FfnStatistics | None
-    similarity: Similarity = field(init=False)
-    components: list[str] = field(init=False)
-    points: list[Point] = field(init=False)
-    scores: NeuronScores | None = None
-    is_prepared: bool = False
+    A row is what `points.jsonl` has of a point, first of all what it is; the first is of the model
+    as it came.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        host: object,
+        adapter: Adapter,
+        probe: Probe,
+        config: SweepConfig,
+        store: Store,
+        statistics: FfnStatistics | None,
+    ) -> None:
+        self.host, self.adapter, self.probe, self.config = host, adapter, probe, config
+        self.store, self.statistics = store, statistics
+        self.scores: NeuronScores | None = None
+        self.is_prepared = False
         self.similarity = self._observe()
         active = {entry.component for entry in self.similarity.layers}
-        self.components = [name for name in self.config.components if name in active]
-        self.points = [
-            Point(task=self.probe.task, component=component, axis=axis, keep_ratio=float(ratio))
+        self.components = [name for name in config.components if name in active]
+        task = probe.task
+        self.rows: list[dict[str, Any]] = [{"name": f"{task}-dense"}] + [
+            {
+                "task": task,
+                "component": component,
+                "axis": axis.value,
+                "keep_ratio": float(ratio),
+                "name": f"{task}-{component}-{axis.value}-{ratio:g}",
+            }
             for component in self.components
-            for axis in self.config.axes
-            for ratio in sorted(self.config.ratios, reverse=True)
+            for axis in config.axes
+            for ratio in sorted(config.ratios, reverse=True)
         ]
-
-    def finish(self, point: Point | None) -> None:
-        """Measures a point, or the dense model, unless that was done before."""
-        name = f"{self.probe.task}-dense" if point is None else point.name
-        if name in self.store.records:
-            return
-        if not self.is_prepared:
-            for function in self.probe.evaluators.values():
-                getattr(function, "prepare", lambda host: None)(self.host)
-            self.is_prepared = True
-        if point is None:
-            record = {"name": name, "metrics": self._metrics(name), "cost": self._cost()}
-        else:
-            record = self._measure(point)
-        self.store.append(record)
-
-    def result(self) -> dict[str, Any]:
-        """Returns what the task has shown, from the records of the folder."""
-        task = self.probe.task
-        dense = self.store.records[f"{task}-dense"]
-        return {
-            "better": self.probe.better,
-            "dense": dense["metrics"],
-            "cost": dense["cost"],
-            "idle": [name for name in self.config.components if name not in self.components],
-            "similarity": [asdict(entry) for entry in self.similarity.layers],
-            "activation": self.statistics.activation_maps(task) if self.statistics else [],
-            "points": [self.store.records[point.name] for point in self.points],
-        }
 
     def _observe(self) -> Similarity:
         """Runs the dense model on the samples once, and observes layers and neurons meanwhile."""
@@ -334,102 +295,99 @@ class _TaskRun:
         counts = folder / f"statistics-{task}.safetensors"
         if self.statistics is not None:
             self.statistics.check(self.adapter)
-        is_watched = self.statistics is None and _has_plain_ffns(self.adapter)
-        if path.exists() and (counts.exists() or not is_watched):
-            if is_watched:
+        if path.exists():
+            if self.statistics is None and counts.exists():
                 self.statistics = FfnStatistics.load(counts)
             return Similarity.load(path)
         with ExitStack() as hooks:
-            if is_watched:
-                collector = hooks.enter_context(
-                    collect(self.host, task, config=self.config.statistics, adapter=self.adapter)
+            collector = None
+            if self.statistics is None:
+                watch = collect(
+                    self.host, task, config=self.config.statistics, adapter=self.adapter
                 )
+                try:
+                    collector = hooks.enter_context(watch)
+                except ValueError as error:
+                    logger.warning("no statistics of neurons: %s", error)
             measured = hooks.enter_context(measure_similarity(self.adapter))
-            self.probe.run(collector.begin if is_watched else lambda sample: None)
-        if is_watched:
+            self.probe.run(collector.begin if collector else lambda sample: None)
+        if collector:
             self.statistics = collector.statistics()
             self.statistics.save(counts)
         found = measured.result()
         replace_file(path, (found.to_json() + "\n").encode())
         return found
 
-    def _measure(self, point: Point) -> dict[str, Any]:
-        layers = self.skipped(point) if point.axis is Axis.DEPTH else ()
+    def finish(self, row: dict[str, Any]) -> None:
+        """Measures what a row names, unless that was done before."""
+        if row["name"] in self.store.records:
+            return
+        if not self.is_prepared:
+            for function in self.probe.evaluators.values():
+                getattr(function, "prepare", lambda host: None)(self.host)
+            self.is_prepared = True
+        if "axis" not in row:
+            self.store.append({**row, "metrics": self._metrics(row["name"]), "cost": self._cost()})
+            return
+        mode, scores = self._mode(row) if row["keep_ratio"] < 1 else (None, None)
         before = self._cost()
         with ExitStack() as inside:
             change = "nothing"
-            if point.keep_ratio < 1 and (layers or point.axis is not Axis.DEPTH):
-                change = inside.enter_context(self._changed(point, layers))
+            if mode is not None:
+                context = changed(
+                    self.host,
+                    mode,
+                    scores,
+                    adapter=self.adapter,
+                    component=row["component"],
+                    forward=lambda: self.probe.workload()(),
+                )
+                change = inside.enter_context(context)
             after = self._cost()
-            metrics = self._metrics(point.name)
-        return {
-            **asdict(point),
-            "name": point.name,
-            "axis": point.axis.value,
-            "change": change,
-            "skipped_layers": list(layers),
-            "metrics": metrics,
-            "before": before,
-            "after": after,
-        }
+            metrics = self._metrics(row["name"])
+        skipped = list(mode.layers) if isinstance(mode, SkipLayersConfig) else []
+        measured = {"metrics": metrics, "before": before, "after": after}
+        self.store.append({**row, "change": change, "skipped_layers": skipped, **measured})
 
-    def _changed(self, point: Point, layers: Sequence[int]) -> Any:
-        """Returns a context in which the model is that of a point; it yields what changed."""
-        config, component = self.config, point.component
-        shared: dict[str, Any] = {
-            # The only component of a decoder that is not BAGEL's is its und.
-            "component": component if component in FFN_NAMES else "und",
-            "layers": layers or config.layers,
-        }
-        ranked: dict[str, Any] = {"keep_ratio": point.keep_ratio, "budget": config.budget}
-        scores = None
-        mode: SkipLayersConfig | PruneHeadsConfig | PruneWidthConfig
-        if point.axis is Axis.DEPTH:
-            mode = SkipLayersConfig(**shared, part=config.part)
-        elif point.axis is Axis.HEADS:
-            mode = PruneHeadsConfig(**shared, **ranked)
-        else:
-            mode = PruneWidthConfig(**shared, **ranked, block_size=config.block_size)
-            scores = self._rank()[component]
-        return changed(
-            self.host,
-            mode,
-            scores,
-            adapter=self.adapter,
-            component=component,
-            forward=lambda: self.probe.workload()(),
-        )
-
-    def skipped(self, point: Point) -> tuple[int, ...]:
-        """Returns the layers a point skips: the most redundant ones, or random ones.
-
-        Of N layers that may go, max(1, round(keep_ratio * N)) stay.
-        """
-        measured = {entry.layer for entry in self.similarity.of(point.component)}
-        selected = select_layers(self.config.layers, self.adapter.num_layers())
-        legal = [layer for layer in selected if layer in measured]
-        count = len(legal) - max(1, round(point.keep_ratio * len(legal)))
-        if self.config.criterion == "random":
-            generator = torch.Generator().manual_seed(self.config.seed)
-            order = torch.randperm(len(legal), generator=generator).tolist()
-            return tuple(sorted(legal[i] for i in order[:count]))
-        part = self.config.part.value
-        return self.similarity.redundant(point.component, count, part, layers=legal)
-
-    def _rank(self) -> NeuronScores:
-        """Returns the scores of the neurons of the components that take part."""
+    def _mode(self, row: Mapping[str, Any]) -> tuple[PruneConfig | None, Any]:
+        """Returns how the model becomes that of a row, None if no layer goes, and the scores."""
+        config, component = self.config, row["component"]
+        # The only component of a decoder that is not BAGEL's is its und.
+        own: dict[str, Any] = {"component": component if component in FFN_NAMES else "und"}
+        if row["axis"] == Axis.DEPTH:
+            layers = self._skipped(component, row["keep_ratio"])
+            skip = SkipLayersConfig(**own, layers=layers, part=config.part) if layers else None
+            return skip, None
+        own |= {"layers": config.layers, "budget": config.budget, "keep_ratio": row["keep_ratio"]}
+        if row["axis"] == Axis.HEADS:
+            return PruneHeadsConfig(**own), None
         if self.scores is None:
             task = self.probe.task
             has_task = self.statistics is not None and task in self.statistics.tasks
             self.scores = score(
-                self.config.criterion,
+                config.criterion,
                 self.adapter,
                 self.statistics,
                 tasks=[task] if has_task else None,
                 components=self.components,
-                seed=self.config.seed,
+                seed=config.seed,
             )
-        return self.scores
+        return PruneWidthConfig(**own, block_size=config.block_size), self.scores[component]
+
+    def _skipped(self, component: str, keep_ratio: float) -> tuple[int, ...]:
+        """Returns the layers that go: the most redundant ones, or random ones.
+
+        Of N layers that may go, max(1, round(keep_ratio * N)) stay.
+        """
+        measured = {entry.layer for entry in self.similarity.of(component)}
+        selected = select_layers(self.config.layers, self.adapter.num_layers())
+        legal = [layer for layer in selected if layer in measured]
+        count = len(legal) - max(1, round(keep_ratio * len(legal)))
+        if self.config.criterion == "random":
+            generator = torch.Generator().manual_seed(self.config.seed)
+            order = torch.randperm(len(legal), generator=generator).tolist()
+            return tuple(sorted(legal[i] for i in order[:count]))
+        return self.similarity.redundant(component, count, self.config.part.value, layers=legal)
 
     def _cost(self) -> dict[str, Any]:
         model, repeats = as_module(self.host), self.config.repeats
@@ -442,16 +400,19 @@ class _TaskRun:
             found |= measure(function, self.host, where=f"{name}: {label}")
         return found
 
-
-def _has_plain_ffns(adapter: Adapter) -> bool:
-    """Tells whether neurons can be observed; where not, a warning names the FFN in the way."""
-    try:
-        for component in adapter.components:
-            adapter.ffns(component)
-    except ValueError as error:
-        logger.warning("no statistics of neurons: %s", error)
-        return False
-    return True
+    def result(self) -> dict[str, Any]:
+        """Returns what the task has shown, from the records of the folder."""
+        dense, *points = (self.store.records[row["name"]] for row in self.rows)
+        task, statistics = self.probe.task, self.statistics
+        return {
+            "better": self.probe.better,
+            "dense": dense["metrics"],
+            "cost": dense["cost"],
+            "idle": [name for name in self.config.components if name not in self.components],
+            "similarity": [asdict(entry) for entry in self.similarity.layers],
+            "activation": statistics.activation_maps(task) if statistics else [],
+            "points": points,
+        }
 
 
 # Tables
@@ -465,10 +426,8 @@ def _rows(found: Mapping[str, Any]) -> list[list[object]]:
         ["dense", "", "1", "", *(f"{found['dense'][n]:.4g}" for n in names), *_costs(dense)],
     ]
     for row in found["points"]:
-        costs = [
-            before if before == after else f"{before} -> {after}"
-            for before, after in zip(_costs(row["before"]), _costs(row["after"]), strict=True)
-        ]
+        pairs = zip(_costs(row["before"]), _costs(row["after"]), strict=True)
+        costs = [old if old == new else f"{old} -> {new}" for old, new in pairs]
         costs[2] += f" ({row['before']['seconds'] / row['after']['seconds']:.2f}x)"
         kept, metrics = f"{row['keep_ratio']:g}", [f"{row['metrics'][n]:.4g}" for n in names]
         rows.append([row["component"], row["axis"], kept, row["change"], *metrics, *costs])
@@ -477,12 +436,8 @@ def _rows(found: Mapping[str, Any]) -> list[list[object]]:
 
 def _costs(cost: Mapping[str, Any]) -> list[str]:
     """Returns parameters, GFLOPs, milliseconds and bytes for people."""
-    return [
-        f"{cost['parameters']:,}",
-        f"{cost['flops'] / 1e9:.4g}",
-        f"{1e3 * cost['seconds']:.3g}",
-        format_bytes(cost["peak_bytes"]),
-    ]
+    flops, ms = f"{cost['flops'] / 1e9:.4g}", f"{1e3 * cost['seconds']:.3g}"
+    return [f"{cost['parameters']:,}", flops, ms, format_bytes(cost["peak_bytes"])]
 
 
 def _notes(task: str, found: Mapping[str, Any]) -> list[str]:
@@ -491,9 +446,3 @@ def _notes(task: str, found: Mapping[str, Any]) -> list[str]:
         idle = ", ".join(found["idle"])
         lines.append(f"Not swept: {idle} has no tokens in {task}, so it would change nothing.")
     return lines
-
-
-def _markdown(rows: Sequence[Sequence[object]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -170,7 +170,7 @@ def run_calibrate(options: argparse.Namespace) -> Report:
     tasks = {
         task: {
             "samples": len(found.samples[task]),
-            "components": {name: _totals(found, task, name) for name in found.ffns[task]},
+            "components": {name: _totals(found, task, name) for name in found.components(task)},
         }
         for task in found.tasks
     }
