@@ -97,10 +97,11 @@ def test_models_that_are_not_bagel_are_swept_and_left_alone(
 ) -> None:
     model = make()
     before = snapshot(model)
-    task = sweep(model, tmp_path / "out").tasks["text"]
+    axes = ("depth", "width", "heads")
+    task = sweep(model, tmp_path / "out", config={"axes": axes}).tasks["text"]
     assert_same(before, snapshot(model))
     names = [(row["axis"], row["keep_ratio"]) for row in task["points"]]
-    assert names == [(axis, ratio) for axis in ("depth", "width") for ratio in (1.0, 0.5)]
+    assert names == [(axis, ratio) for axis in axes for ratio in (1.0, 0.5)]
     for row in task["points"][::2]:
         assert row["metrics"] == task["dense"] == loss(model)
         assert row["after"]["flops"] == row["before"]["flops"] == task["cost"]["flops"]
@@ -110,9 +111,10 @@ def test_models_that_are_not_bagel_are_swept_and_left_alone(
         for name in ("parameters", "flops", "peak_bytes"):
             assert row["after"][name] < row["before"][name] == task["cost"][name]
         assert row["after"]["seconds"] > 0
-    depth, width = task["points"][1::2]
+    depth, width, heads = task["points"][1::2]
     assert len(depth["skipped_layers"]) == 1
     assert "24 neurons -> 12 neurons" in width["change"]
+    assert heads["change"] == "4 query heads, 2 key heads -> 2 query heads, 1 key heads"
     for part in ("attention", "ffn"):
         changes = {"axes": ("depth",), "ratios": (0.5,), "part": part}
         (row,) = sweep(model, tmp_path / part, config=changes).tasks["text"]["points"]
@@ -338,8 +340,7 @@ BOTH = {"components": ("und", "gen")}
         ("qwen", {"criterion": "luck"}, "criterion"),
         ("qwen", {"repeats": 0}, "repeats"),
         ("qwen", {"block_size": 16}, "block_size must divide the 24 neurons"),
-        ("qwen", {"axes": ("heads",)}, "axis must be one of depth, width for"),
-        ("Official", {**BOTH, "axes": ("depth",)}, "axis must be one of width for"),
+        ("Official", {**BOTH, "axes": ("depth",)}, "axis must be width, or depth of the part ffn"),
         ("Official", {**BOTH, "axes": ("depth",), "part": "attention"}, "axis must be"),
         ("Official", {**BOTH, "axes": ("heads",), "part": "ffn"}, "axis must be"),
     ],

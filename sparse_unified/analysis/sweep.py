@@ -223,23 +223,19 @@ def check_model(adapter: Adapter, config: SweepConfig) -> None:
         if component not in adapter.components:
             legal = ", ".join(adapter.components)
             raise ValueError(f"component must be one of {legal}, got {component!r}")
-    # Heads go from our own BAGEL alone; an attention that components share would be lost to all.
-    is_ours = all(
+    # An attention that components share would be lost to all of them at once.
+    has_own_attentions = len(adapter.components) == 1 or all(
         takes_absent_parts(adapter.block(layer, component).layer_module)
         for component in adapter.components
         for layer in range(adapter.num_layers())
         if adapter.holds(layer, component)
     )
-    legal = {Axis.WIDTH}
-    if is_ours or len(adapter.components) == 1 or config.part is Part.FFN:
-        legal.add(Axis.DEPTH)
-    if is_ours:
-        legal.add(Axis.HEADS)
     for axis in config.axes:
-        if axis not in legal:
+        is_of_ffns = axis is Axis.WIDTH or (axis is Axis.DEPTH and config.part is Part.FFN)
+        if not is_of_ffns and not has_own_attentions:
             raise ValueError(
-                f"axis must be one of {', '.join(sorted(a.value for a in legal))} for this model "
-                f"and part {config.part.value}, got {axis.value!r}"
+                "axis must be width, or depth of the part ffn, for a model whose components share "
+                f"the attentions, got {axis.value} and part {config.part.value}"
             )
     layers = select_layers(config.layers, adapter.num_layers())
     for component in config.components if Axis.WIDTH in config.axes else ():

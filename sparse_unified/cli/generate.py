@@ -46,48 +46,34 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
-    """Adds what `from_pretrained` takes for small GPUs.
-
-    Args:
-        tasks: the command draws images, so that parts of the model may be left out.
-    """
-    load = BagelPipeline.from_pretrained
+    """Adds what `from_pretrained` takes for small GPUs; `tasks` adds what is for images alone."""
     group = parser.add_argument_group(
         "small GPUs", "what fits where: sparse-unified info MODEL --memory"
     )
-    add_options(
+    options = ("task " if tasks else "") + "offload offload_folder"
+    add_options(group, BagelPipeline.from_pretrained, options)
+    add_flags(
         group,
-        load,
-        ("task " if tasks else "") + "offload storage device_map max_memory offload_folder",
-        storage={
-            "type": storage,
-            "metavar": "KIND",
-            "help": "FFN weights in 8 bits: int8, fp8, or by component und=int8,gen=fp8",
-        },
-        device_map={
-            "type": device_map,
-            "metavar": "MAP",
-            "help": "auto, or MODULE=DEVICE,...: where decoder layers go, by accelerate",
-        },
-        max_memory={
-            "type": max_memory,
-            "metavar": "DEVICE=SIZE,...",
-            "help": "with --device-map auto, such as 0=20GiB,cpu=60GiB",
-        },
+        """
+        --storage KIND      FFN weights in 8 bits: int8, fp8, or by component und=int8,gen=fp8
+        --device-map MAP    auto, or MODULE=DEVICE,...: where decoder layers go, by accelerate
+        --max-memory SIZES  with --device-map auto, such as 0=20GiB,cpu=60GiB
+        """,
+        storage={"type": storage},
+        device_map={"type": device_map},
+        max_memory={"type": max_memory, "metavar": "DEVICE=SIZE,..."},
     )
-    if not tasks:
-        return
-    speed = parser.add_argument_group("speed")
-    speed.add_argument(
-        "--compile",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=(True, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-        metavar="MODE",
-        help="compile the denoising step as one graph, in a mode of torch.compile",
-    )
-    add_flags(speed, "--cuda-graphs  record the denoising step and replay it")
+    if tasks:
+        speed = parser.add_argument_group("speed")
+        modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+        add_flags(
+            speed,
+            """
+            --compile MODE  compile the denoising step as one graph, in a mode of torch.compile
+            --cuda-graphs   record the denoising step and replay it
+            """,
+            compile={"nargs": "?", "const": True, "default": False, "choices": (True, *modes)},
+        )
 
 
 def check_device(name: str, option: str) -> torch.device:
@@ -114,11 +100,6 @@ def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
     placement: dict[str, Any] = {}
     if "offload" in options:
         placement = arguments(BagelPipeline.from_pretrained, options)
-        task = getattr(options, "task", "all")
-        if task == "image" and options.image:
-            raise Usage("generate: --task must be edit or all with --image, got image")
-        if task != "all" and options.think:
-            raise Usage(f"generate: --task must be all with --think, got {task}")
         for name in ("max_memory", "offload_folder"):
             if options.device_map is None and getattr(options, name) is not None:
                 raise Usage(f"--{name.replace('_', '-')} must come with --device-map, got none")
@@ -126,39 +107,35 @@ def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
             Placement(**arguments(Placement, options))
         except ValueError as error:
             raise Usage(str(error)) from error
-    placement |= {"device": check_device(options.device, "--device")}
-    placement |= {"dtype": dtype_of(options.dtype)}
-    return BagelPipeline.from_pretrained(options.model, **placement)
+    device, dtype = check_device(options.device, "--device"), dtype_of(options.dtype)
+    return BagelPipeline.from_pretrained(
+        options.model, **placement | {"device": device, "dtype": dtype}
+    )
 
 
 def add_generate(parser: CommandParser) -> None:
     add_model(parser)
     parser.set_defaults(outputs=("out",))
-    parser.add_argument(
-        "--prompt", action="append", type=prompt, default=[], help="what to show (repeatable)"
-    )
     add_flags(
         parser,
         """
+        --prompt PROMPT...   what to show (repeatable)
         --prompts-file FILE  more prompts, one a line; blank lines are skipped
         --image FILE...      an image to edit: with one prompt repeatable, with several one for all
                              or one each
         --edit               insist on editing: without --image it is an error
+        --out FILE           the image to write (.png, .jpg, .webp); with several prompts x.png
+                             becomes x-0.png, x-1.png, ...
+        --size HxW           height and width in pixels, multiples of 16
+        --height HEIGHT      instead of --size, with --width
+        --width WIDTH        instead of --size, with --height
         """,
+        prompt={"type": prompt},
+        out={"type": image_path, "required": True},
+        size={"type": size},
+        height={"type": side},
+        width={"type": side},
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=image_path,
-        metavar="FILE",
-        help="the image to write (.png, .jpg, .webp); with several prompts x.png becomes "
-        "x-0.png, x-1.png, ...",
-    )
-    parser.add_argument(
-        "--size", type=size, metavar="HxW", help="height and width in pixels, multiples of 16"
-    )
-    parser.add_argument("--height", type=side, help="instead of --size, with --width")
-    parser.add_argument("--width", type=side, help="instead of --size, with --height")
     add_options(
         parser,
         BagelPipeline.generate,
@@ -204,31 +181,43 @@ def run_generate(options: argparse.Namespace) -> Output:
     prompts = list(options.prompt)
     if options.prompts_file is not None:
         prompts += [line for _, line in read_lines(options.prompts_file, "--prompts-file")]
-    if not prompts:
-        raise Usage("generate: --prompt or --prompts-file must give a prompt, got none")
-    if options.edit and not options.image:
-        raise Usage("generate: --edit must come with --image, got none")
     sides = (options.height, options.width)
-    if any(sides) and (options.size is not None or not all(sides)):
-        raise Usage("generate: size must be --size HxW, or --height and --width together")
     images: list[Any] = [open_image(path, where="--image") for path in options.image]
+    for is_wrong, rule in (
+        (not prompts, "--prompt or --prompts-file must give a prompt, got none"),
+        (options.edit and not images, "--edit must come with --image, got none"),
+        (
+            any(sides) and (options.size is not None or not all(sides)),
+            "size must be --size HxW, or --height and --width together",
+        ),
+        (
+            len(prompts) > 1 and len(images) not in (0, 1, len(prompts)),
+            f"--image must be given once or once for each of {len(prompts)} prompts, "
+            f"got {len(images)}",
+        ),
+        (
+            options.task == "image" and images,
+            "--task must be edit or all with --image, got image",
+        ),
+        (
+            options.task != "all" and options.think,
+            f"--task must be all with --think, got {options.task}",
+        ),
+    ):
+        if is_wrong:
+            raise Usage(f"generate: {rule}")
     if len(prompts) == 1:
-        images = [images]
+        images = [images] if images else []
     elif len(images) == 1:
         images *= len(prompts)
-    elif images and len(images) != len(prompts):
-        raise Usage(
-            f"generate: --image must be given once or once for each of {len(prompts)} prompts, "
-            f"got {len(images)}"
-        )
     given: dict[str, Any] = {
         "size": sides if all(sides) else options.size,
         "images": images or None,
         "progress": not options.quiet and sys.stderr.isatty(),
+        **arguments(SamplingConfig, options),
     }
     if options.interval > 1:
         given["cache"] = StepCache(**arguments(StepCache, options))
-    given |= arguments(SamplingConfig, options)
     pipeline = load_pipeline(options)
     result = pipeline.generate(prompts, **arguments(pipeline.generate, options, **given))
 
@@ -240,9 +229,8 @@ def run_generate(options: argparse.Namespace) -> Output:
         image.save(buffer, format=IMAGE_FORMATS[path.suffix.lower()])
         replace_file(path, buffer.getvalue())
         entry = {"file": str(path), "prompt": prompts[i], "seed": result.seeds[i]}
-        entries.append({**entry, "height": height, "width": width})
-        if result.thoughts is not None:
-            entries[-1]["thought"] = result.thoughts[i]
+        thought = {} if result.thoughts is None else {"thought": result.thoughts[i]}
+        entries.append({**entry, "height": height, "width": width, **thought})
 
     facts = result.report.to_dict()
     lines = [f"{e['file']}  {e['height']}x{e['width']}  seed {e['seed']}" for e in entries]
@@ -258,8 +246,14 @@ def run_generate(options: argparse.Namespace) -> Output:
 
 def add_chat(parser: CommandParser) -> None:
     add_model(parser)
-    parser.add_argument("--prompt", type=prompt, required=True, help="the question")
-    add_flags(parser, "--image FILE...  an image (repeatable)")
+    add_flags(
+        parser,
+        """
+        --prompt PROMPT  the question
+        --image FILE...  an image (repeatable)
+        """,
+        prompt={"type": prompt, "required": True},
+    )
     add_options(
         parser,
         BagelPipeline.chat,

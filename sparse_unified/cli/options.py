@@ -58,19 +58,23 @@ def add_options(
             made["default"] = plain(parameter.default)
         if short != name and not {"metavar", "choices", "action"} & made.keys():
             made["metavar"] = short.upper()
-        change = changes.pop(name, {})
+        change = changes.get(name, {})
         made |= {"help": change} if isinstance(change, str) else change
-        made["help"] = _help(made.get("help") or said.get(name, ""), made.get("default"))
+        text, default = made.get("help") or said.get(name, ""), made.get("default")
+        if default is not None and default is not False and "default" not in text:
+            values = default if isinstance(default, tuple) else (default,)
+            shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+            text = f"{text} (default {shown})"
+        made["help"] = re.sub('[`"]', "", text).replace("%", "%%").strip()
         group.add_argument("--" + short.replace("_", "-"), **made)
-    if changes:
-        raise TypeError(f"add_options: changes must be of the flags, got {', '.join(changes)}")
 
 
-def add_flags(group: Any, table: str) -> None:
+def add_flags(group: Any, table: str, **changes: Mapping[str, Any]) -> None:
     """Adds what takes text as it is, given as a table: usage, two blanks or more, and help.
 
     MODEL is an argument, `--image FILE` an option, `--image FILE...` one that may be repeated, and
-    `--edit` a switch. A line without usage goes on with the help above it.
+    `--edit` a switch. A line without usage goes on with the help above it. `changes` are what else
+    `add_argument` is to be given, by name.
     """
     for row in re.split(r"\n(?=\S)", inspect.cleandoc(table)):
         usage, text = re.split(r" {2,}", row, maxsplit=1)
@@ -84,7 +88,8 @@ def add_flags(group: Any, table: str) -> None:
             options |= {"action": "store_true"}
         else:
             flag, options["metavar"] = flag.lower(), flag
-        group.add_argument(flag, **options)
+        name = flag.lstrip("-").replace("-", "_")
+        group.add_argument(flag, **options | changes.get(name, {}))
 
 
 def arguments(
@@ -129,20 +134,10 @@ def _type_of(name: str, annotation: Any, default: Any) -> dict[str, Any]:
         return {"type": seed if name.endswith("seed") else natural if default == 0 else positive}
     if typing.get_origin(annotation) is not tuple:
         return {}
-    if inner[0] is float:
-        return {"type": ratios if inner[1] is ... else interval}
-    if inner[0] is int:
-        return {"type": size, "metavar": "HxW"}
-    is_enum = issubclass(inner[0], Enum)
-    return {"type": names(*(choice.value for choice in inner[0])) if is_enum else listed}
-
-
-def _help(text: str, default: Any) -> str:
-    if default is not None and default is not False and "default" not in text:
-        values = default if isinstance(default, tuple) else (default,)
-        shown = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-        text = f"{text} (default {shown})"
-    return re.sub('[`"]', "", text).replace("%", "%%").strip()
+    if issubclass(inner[0], Enum):
+        return {"type": names(*(choice.value for choice in inner[0]))}
+    of = {(float, ...): ratios, (float, float): interval, (int, int): size}
+    return {"type": of.get(inner, listed), **({"metavar": "HxW"} if inner[0] is int else {})}
 
 
 def plain(value: Any) -> Any:
