@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -74,38 +74,12 @@ def build_parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; errors become one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:
-        # Its arguments belong to the benchmark, whatever they look like.
-        return _guard(lambda: _bench(arguments[1:]), show_traceback=False)
-    return _guard(lambda: _run(arguments), show_traceback="--traceback" in arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
-    options = build_parser().parse_args(split_json_flag(arguments))
-    if options.version:
-        from sparse_unified.build import build_info
-
-        found = build_info()
-        show(f"{PROG} {found.version}\n{found.to_line()}\n")
-        return 0
-    if "run" not in options:
-        raise Usage(f"a command must be given, got none (see {PROG} --help)")
-    return execute(options)
-
-
-def _bench(arguments: Sequence[str]) -> int:
-    from sparse_unified.bench import main
-
-    return int(main(list(arguments)) or 0)
-
-
-def _guard(run: Callable[[], int], *, show_traceback: bool) -> int:
     logging.basicConfig(format=f"{PROG}: %(message)s", level=logging.WARNING)
     # SIGTERM ends as an error does, so that partial output is cleaned up.
     in_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
-        return run()
+        return _run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 130, kind="")
     except Usage as error:
@@ -117,12 +91,29 @@ def _guard(run: Callable[[], int], *, show_traceback: bool) -> int:
         is_told = isinstance(error, Unshown) and error.args
         return _fail(str(error), 1) if is_told else 1
     except Exception as error:
-        if show_traceback:
+        if "--traceback" in arguments:
             traceback.print_exc()
         return _fail(_describe(error), 1)
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["bench"]:  # its arguments belong to it, whatever they look like
+        from sparse_unified.bench import main as bench
+
+        return int(bench(list(arguments[1:])) or 0)
+    options = build_parser().parse_args(split_json_flag(arguments))
+    if options.version:
+        from sparse_unified.build import build_info
+
+        found = build_info()
+        show(f"{PROG} {found.version}\n{found.to_line()}\n")
+        return 0
+    if "run" not in options:
+        raise Usage(f"a command must be given, got none (see {PROG} --help)")
+    return execute(options)
 
 
 def _describe(error: Exception) -> str:

@@ -14,8 +14,8 @@ import torch
 
 from sparse_unified._common import Report, context, optional
 from sparse_unified.analysis import (
+    CRITERIA,
     FfnStatistics,
-    Probe,
     Sample,
     Settings,
     StatisticsConfig,
@@ -31,12 +31,10 @@ from sparse_unified.analysis import (
     score,
     write_plots,
 )
-from sparse_unified.analysis.criteria import CRITERIA
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
 from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
-from sparse_unified.bagel import BagelPipeline
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.generate import add_model, load_pipeline
 from sparse_unified.cli.options import add_flags, add_options, arguments, names, positive
@@ -47,7 +45,7 @@ TASKS = tuple(task.value for task in Task)
 
 def _add_settings(group: Any, more: str = "") -> None:
     """Adds how many samples there are, and how the model runs on them."""
-    group.add_argument("--samples", type=positive, metavar="N", help="the first N prompts")
+    add_flags(group, "--samples N  the first N prompts", samples={"type": positive})
     add_options(group, Settings, f"size steps=num_timesteps max_tokens=max_length {more}")
     add_options(group, SweepConfig, "seed", seed="of noise and of random choices")
 
@@ -75,10 +73,9 @@ def _add_samples(parser: CommandParser) -> None:
 @contextmanager
 def _samples(options: argparse.Namespace) -> Iterator[dict[str, list[Sample]]]:
     """Reads the samples of each task; images of built-in ones stay for as long as the block."""
-    tasks = [options.task] if isinstance(options.task, str) else options.task
     with TemporaryDirectory() as folder:
         found = {}
-        for task in tasks:
+        for task in [options.task] if isinstance(options.task, str) else options.task:
             prompts = _of_task(options.prompts, task, "--prompts")
             images = _of_task(options.images, task, "--images")
             how: tuple[Any, ...] = (Task(task), options.samples, options.seed)
@@ -95,12 +92,23 @@ def _of_task(given: str | Sequence[str] | None, task: str, option: str) -> str |
     """Returns the value of `TASK=VALUE` for a task, or else that of a plain VALUE."""
     if given is None or isinstance(given, str):
         return given
-    split = [(v.partition("=")[0] if v.partition("=")[0] in TASKS else "", v) for v in given]
-    own = [v.partition("=")[2] for name, v in split if name == task]
-    plain = [v for name, v in split if not name]
+    own = [text.removeprefix(f"{task}=") for text in given if text.startswith(f"{task}=")]
+    plain = [text for text in given if text.partition("=")[0] not in TASKS]
     if len(own) > 1 or len(plain) > 1:
         raise Usage(f"analyze: {option} must be given once for {task}, got {', '.join(given)}")
     return next(iter(own or plain), None)
+
+
+def _observed(options: argparse.Namespace, pipeline: Any, samples: Any, progress: Any) -> Any:
+    """Returns the arguments that `calibrate` and `expert_usage` share."""
+    return {
+        "model": pipeline,
+        "task": options.task,
+        "samples": samples[options.task],
+        "settings": Settings(**arguments(Settings, options)),
+        "components": options.component and [options.component],
+        "progress": progress,
+    }
 
 
 # calibrate
@@ -109,13 +117,14 @@ def _of_task(given: str | Sequence[str] | None, task: str, option: str) -> str |
 def add_calibrate(parser: CommandParser) -> None:
     add_model(parser)
     parser.set_defaults(outputs=("out", "scores"))
-    parser.add_argument(
-        "--out", required=True, metavar="FILE.safetensors", help="where the statistics go"
-    )
     add_flags(
         parser,
-        "--merge FILE...  statistics of the same model, of other samples or tasks, to be "
-        "added (repeatable)",
+        """
+        --out FILE.safetensors  where the statistics go
+        --merge FILE...         statistics of the same model, of other samples or tasks, to be
+                                added (repeatable)
+        """,
+        out={"required": True},
     )
     _add_samples(parser)
     counted = parser.add_argument_group("what is counted")
@@ -147,38 +156,25 @@ def run_calibrate(options: argparse.Namespace) -> Report:
     if options.criterion and not options.scores:
         raise Usage("calibrate: --criterion must come with --scores, got none")
     config = StatisticsConfig(**arguments(StatisticsConfig, options))
-    components = None if options.component is None else [options.component]
     with _samples(options) as samples, show_progress(options, "calibrate", "sample") as progress:
         earlier = [FfnStatistics.load(path) for path in options.merge]
         pipeline = load_pipeline(options)
         for statistics in earlier:
             statistics.check(pipeline)
-        found = calibrate(
-            pipeline,
-            options.task,
-            samples[options.task],
-            settings=Settings(**arguments(Settings, options)),
-            config=config,
-            components=components,
-            progress=progress,
-        ).merge(*earlier)
+        given = _observed(options, pipeline, samples, progress)
+        found = calibrate(**given, config=config).merge(*earlier)
     found.save(options.out)
     if options.scores:
-        criterion = options.criterion or "wanda"
+        criterion, components = options.criterion or "wanda", given["components"]
         scores = score(criterion, pipeline, found, components=components, seed=options.seed)
         save_scores(options.scores, scores)
-    tasks = {
-        task: {
-            "samples": len(found.samples[task]),
-            "components": {name: _totals(found, task, name) for name in found.components(task)},
-        }
-        for task in found.tasks
-    }
-    lines = []
-    for task, own in tasks.items():
-        lines.append(f"{task}: {own['samples']} samples")
-        for name, totals in own["components"].items():  # type: ignore[attr-defined]
-            numbers = [f"{key} {value:.4g}" for key, value in totals.items() if value is not None]
+    tasks, lines = {}, []
+    for task, own in found.samples.items():
+        totals = {name: _totals(found, task, name) for name in found.components(task)}
+        tasks[task] = {"samples": len(own), "components": totals}
+        lines.append(f"{task}: {len(own)} samples")
+        for name, values in totals.items():
+            numbers = [f"{key} {value:.4g}" for key, value in values.items() if value is not None]
             lines.append(f"  {name}  {', '.join(numbers)}".replace("_", " "))
     document = {
         "model": options.model,
@@ -192,7 +188,7 @@ def run_calibrate(options: argparse.Namespace) -> Report:
 
 
 def _totals(statistics: FfnStatistics, task: str, component: str) -> dict[str, Any]:
-    """Returns the number of FFNs, tokens of each, and means over them; None without tokens."""
+    """Returns the number of FFNs, tokens of each, and means over them; None without any."""
     listed = list(statistics.of(task, component).values())
     tokens = sum(int(sums.tokens.sum()) for sums in listed)
     fired = sum(float(sums.num_fired.mean(1).sum()) for sums in listed)
@@ -225,20 +221,12 @@ def run_expert_usage(options: argparse.Namespace) -> Report:
         if not options.plot.lower().endswith(".png"):
             raise Usage(f"expert-usage: --plot must end in .png, got {options.plot!r}")
         optional("matplotlib", "plot", purpose="--plot")
-    components = None if options.component is None else [options.component]
     with _samples(options) as samples, show_progress(options, "expert-usage", "sample") as progress:
         pipeline = load_pipeline(options)
+        given = _observed(options, pipeline, samples, progress)
         with context(f"expert-usage: {options.model}"):
-            find_sparse_blocks(pipeline, components)
-        usage = expert_usage(
-            pipeline,
-            options.task,
-            samples[options.task],
-            settings=Settings(**arguments(Settings, options)),
-            num_time_ranges=options.num_time_ranges,
-            components=components,
-            progress=progress,
-        )
+            find_sparse_blocks(pipeline, given["components"])
+        usage = expert_usage(**given, num_time_ranges=options.num_time_ranges)
     if options.plot is not None:
         write_usage_plot(usage, options.plot)
     return usage
@@ -249,13 +237,14 @@ def run_expert_usage(options: argparse.Namespace) -> Report:
 
 def add_analyze(parser: CommandParser) -> None:
     add_model(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
-    parser.add_argument(
-        "--task",
-        required=True,
-        type=names(*TASKS),
-        metavar="TASKS",
-        help=f"comma-separated: {', '.join(TASKS)}",
+    add_flags(
+        parser,
+        f"""
+        --out DIR     folder of the results
+        --task TASKS  comma-separated: {", ".join(TASKS)}
+        """,
+        out={"required": True},
+        task={"required": True, "type": names(*TASKS)},
     )
     swept = parser.add_argument_group("what is swept")
     add_options(
@@ -296,11 +285,12 @@ def add_analyze(parser: CommandParser) -> None:
         --geneval FILE.jsonl               GenEval metadata: write its images for every point of
                                            generation, in the folders that the official scorer reads
         --geneval-scorer MODULE:FUNCTION   a function from such a folder to numbers by name
+        --geneval-images N                 per prompt (default 4)
+        --no-plots                         draw no plots
         """,
+        geneval_images={"type": positive, "default": 4},
     )
-    group.add_argument("--geneval-images", type=positive, default=4, help="per prompt (default 4)")
     add_options(group, SweepConfig, "repeats")
-    add_flags(group, "--no-plots  draw no plots")
 
 
 def run_analyze(options: argparse.Namespace) -> Report:
@@ -326,14 +316,14 @@ def run_analyze(options: argparse.Namespace) -> Report:
         geneval["geneval"] = GenEvalImages(
             read_metadata(options.geneval),
             Path(options.out) / "geneval",
+            scorer or None,
             num_images=options.geneval_images,
             seed=options.seed,
             settings=settings,
-            scorer=scorer or None,
         )
     with _samples(options) as samples, show_progress(options, "analyze", "point") as progress:
-        pipeline: BagelPipeline = load_pipeline(options)
-        probes: list[Probe] = []
+        pipeline = load_pipeline(options)
+        probes = []
         for task, own in samples.items():
             more = evaluators | (geneval if task == "generation" else {})
             probes.append(bagel_probe(pipeline, Task(task), own, settings, evaluators=more))
@@ -343,15 +333,8 @@ def run_analyze(options: argparse.Namespace) -> Report:
             "statistics": {task: found.samples for task, found in statistics.items()},
             "dtype": str(pipeline.model.dtype).removeprefix("torch."),
         }
-        result = run_sweep(
-            pipeline,
-            probes,
-            config,
-            options.out,
-            statistics=statistics,
-            description=description,
-            progress=progress,
-        )
+        shared: Any = {"statistics": statistics, "description": description, "progress": progress}
+        result = run_sweep(pipeline, probes, config, options.out, **shared)
     if not options.no_plots:
         write_plots(result, Path(options.out) / "plots")
     return result
