@@ -36,7 +36,7 @@ from sparse_unified.analysis.geneval import read_metadata
 from sparse_unified.analysis.records import open_store, read_records
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.samples import read_lines as read_text_lines
-from sparse_unified.analysis.similarity import LayerSimilarity, Similarity
+from sparse_unified.analysis.similarity import Similarity
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import open_image, to_rgb
 from sparse_unified.bagel.loading import load_bagel
@@ -233,7 +233,7 @@ POINT = {
 }
 
 
-LAYER = LayerSimilarity(component="und", layer=0, tokens=3, block=0.5, attention=0.5, ffn=1)
+LAYER = {"component": "und", "layer": 0, "tokens": 3, "block": 0.5, "attention": 0.5, "ffn": 1}
 
 
 def read_points(path: Path) -> None:

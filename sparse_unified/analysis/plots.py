@@ -122,7 +122,7 @@ def similarity(task: str, found: Mapping[str, Any]) -> Figure:
             values = [entry[part] for entry in entries]
             panel.plot(layers, values, color=color, linestyle=style, label=part)
         panel.set_title(component)
-        _layer_axis(panel)
+        panel.set_xlabel("layer")
         panel.legend()
     panels[0][0].set_ylabel("cosine")
     return figure
@@ -134,13 +134,14 @@ def activation(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
     figure, panels = _panels((1, len(maps)), (4.4, 3.4), f"Activation: {task}", note)
     rates = [np.array(own["firing"], dtype=float) for own in maps]
     low, high = (f([f(own) for own in rates]) for f in (np.nanmin, np.nanmax))
+    limits = (low, max(high, low + 0.01))
     for panel, own, values in zip(panels[0], maps, rates, strict=True):
-        limits = (low, max(high, low + 0.01))
-        _heat_map(figure, panel, values, own["ranges"], own["layers"], limits, "firing rate")
-        if NO_TIME in own["ranges"][1:]:
-            panel.axvline(own["ranges"].index(NO_TIME) - 0.5, color="white", lw=4, marker="")
+        ranges = own["ranges"]
+        _heat_map(figure, panel, values, ranges, own["layers"], limits, "firing rate")
+        if NO_TIME in ranges[1:]:
+            panel.axvline(ranges.index(NO_TIME) - 0.5, color="white", lw=4, marker="")
         panel.set_title(own["component"])
-        panel.set_xlabel("time, from noise to image" if len(own["ranges"]) > 1 else "")
+        panel.set_xlabel("time, from noise to image" if len(ranges) > 1 else "")
     return figure
 
 
@@ -159,7 +160,7 @@ def overlap(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
             panel.text(0.5, 0.5, "nothing to compare", ha="center", color=SOFT)
         panel.set_ylim(0, 1.03)
         panel.set_title(title)
-        _layer_axis(panel)
+        panel.set_xlabel("layer")
     panels[0][0].set_ylabel("overlap")
     panels[0][-1].legend()
     return figure
@@ -265,8 +266,3 @@ def _heat_map(
     bar = figure.colorbar(image, ax=panel, fraction=0.04, pad=0.02)
     bar.set_label(label)
     bar.outline.set_visible(False)
-
-
-def _layer_axis(panel: Any) -> None:
-    panel.set_xlabel("layer")
-    panel.xaxis.get_major_locator().set_params(integer=True)

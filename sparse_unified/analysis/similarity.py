@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,15 @@ _ENTRY = {"component": (str,), "layer": (int,), "tokens": (int,), **dict.fromkey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSimilarity:
-    """Mean cosines of one layer and component over `tokens` tokens."""
-
-    component: str
-    layer: int
-    tokens: int
-    block: float
-    attention: float
-    ffn: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Similarity(Report):
-    """What `measure_similarity` has seen, component by component, layer by layer."""
+    """What `measure_similarity` has seen.
 
-    layers: tuple[LayerSimilarity, ...]
+    Attributes:
+        layers: component by component, each layer that has seen tokens: `component`, `layer`,
+            number of `tokens`, and the mean cosines `block`, `attention` and `ffn`.
+    """
+
+    layers: tuple[dict[str, Any], ...]
 
     @classmethod
     def load(cls, path: Path) -> Similarity:
@@ -55,16 +49,7 @@ class Similarity(Report):
         found = read_json(path)
         if not has_form(found, {"layers": [_ENTRY]}):
             raise ValueError(f"{path}: layers must be cosines of each layer, got {found!r:.240}")
-        return cls(layers=tuple(LayerSimilarity(**entry) for entry in found["layers"]))
-
-    def of(self, component: str) -> list[LayerSimilarity]:
-        """Returns the layers of a component in order; ValueError if none has seen a token."""
-        found = [entry for entry in self.layers if entry.component == component]
-        if not found:
-            raise ValueError(
-                f"similarity: component must have seen tokens, got none for {component!r}"
-            )
-        return found
+        return cls(layers=tuple(found["layers"]))
 
     def redundant(
         self,
@@ -82,11 +67,14 @@ class Similarity(Report):
             layers: to choose among; None is all.
 
         Raises:
-            ValueError: there are not so many, or a cosine is not a number.
+            ValueError: not so many have seen tokens, or a cosine is not a number.
         """
-        entries = [e for e in self.of(component) if layers is None or e.layer in layers]
-        check_int("similarity: count", count, 0, len(entries))
-        values = {entry.layer: float(getattr(entry, part)) for entry in entries}
+        values = {
+            own["layer"]: float(own[part])
+            for own in self.layers
+            if own["component"] == component and (layers is None or own["layer"] in layers)
+        }
+        check_int(f"similarity: count of layers of {component}", count, 0, len(values))
         if not all(map(math.isfinite, values.values())):
             raise ValueError(f"similarity: {part} of {component} must be finite, got {values}")
         ranked = sorted(values, key=lambda layer: (-values[layer], layer))
@@ -97,7 +85,7 @@ class Similarity(Report):
 
     def table(self) -> Sequence[Sequence[object]]:
         return [
-            (e.component, e.layer, *(f"{getattr(e, part):.4f}" for part in PARTS), e.tokens)
+            (e["component"], e["layer"], *(f"{e[part]:.4f}" for part in PARTS), e["tokens"])
             for e in self.layers
         ]
 
@@ -115,15 +103,14 @@ class Measurement:
         for (component, layer), tokens in self.tokens.items():
             if tokens:
                 means = (self.sums[component, layer] / tokens).tolist()
-                own: Any = dict(zip(PARTS, means, strict=True))
-                own |= {"component": component, "layer": layer, "tokens": tokens}
-                layers.append(LayerSimilarity(**own))
+                own = {"component": component, "layer": layer, "tokens": tokens}
+                layers.append(own | dict(zip(PARTS, means, strict=True)))
         if not layers:
             raise ValueError("measure_similarity: model must run on tokens meanwhile, got none")
         return Similarity(layers=tuple(layers))
 
-    def watch(self, block: Block) -> list[Any]:
-        """Hooks one block; returns the handles."""
+    def watch(self, block: Block) -> Iterator[Any]:
+        """Hooks one block; yields the handles."""
         stream: dict[str, Tensor] = {}
         key = (block.component, block.layer)
         self.tokens[key], self.sums[key] = 0, 0.0
@@ -139,16 +126,10 @@ class Measurement:
             self.sums[key] += torch.stack(cosines)
             self.tokens[key] += len(x1)
 
-        norms = {"x": block.input_norm, "x1": block.post_attention_norm}
-        return [
-            *(
-                norm.register_forward_pre_hook(
-                    lambda _, args, name=name: stream.update({name: args[0]})
-                )
-                for name, norm in norms.items()
-            ),
-            block.ffn.register_forward_hook(leave),
-        ]
+        for name, norm in (("x", block.input_norm), ("x1", block.post_attention_norm)):
+            keep = partial(lambda name, _, given: stream.update({name: given[0]}), name)
+            yield norm.register_forward_pre_hook(keep)
+        yield block.ffn.register_forward_hook(leave)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from sparse_unified.analysis.cost import measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, NeuronScores, score
 from sparse_unified.analysis.evaluators import Probe, measure
 from sparse_unified.analysis.records import Store, open_store
-from sparse_unified.analysis.similarity import LayerSimilarity, Similarity, measure_similarity
+from sparse_unified.analysis.similarity import Similarity, measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.keys import FFN_NAMES
@@ -129,7 +129,7 @@ class SweepResult(Report):
             dense       metrics of the model as it came
             cost        of it, see `Cost`
             idle        components without tokens in this task, so that they were not swept
-            similarity  of its layers, see `LayerSimilarity`
+            similarity  of its layers, see `Similarity`
             activation  what its neurons did, see `FfnStatistics.activation_maps`
             points      one row per point: its name, task, component, axis and keep_ratio, the
                         change in words, skipped_layers, metrics, and the cost before and after
@@ -148,7 +148,7 @@ class SweepResult(Report):
         """Returns the tables, before and after side by side, and the similarities."""
         parts = ["# Analysis"]
         for name, found in self.tasks.items():
-            layers = tuple(LayerSimilarity(**entry) for entry in found["similarity"])
+            similarity = Similarity(layers=tuple(found["similarity"]))
             parts += [
                 f"## {name}",
                 "\n".join(_notes(name, found)),
@@ -158,7 +158,7 @@ class SweepResult(Report):
                 "results of operations.",
                 f"Similarity of the layers in {name} (cosine of what goes in and what comes "
                 "out, after the residual add; near 1 changes little):",
-                f"```\n{Similarity(layers=layers).to_text()}\n```",
+                f"```\n{similarity.to_text()}\n```",
             ]
         return "\n\n".join(parts) + "\n"
 
@@ -268,7 +268,7 @@ class _TaskRun:
         self.scores: NeuronScores | None = None
         self.is_prepared = False
         self.similarity = self._observe()
-        active = {entry.component for entry in self.similarity.layers}
+        active = {entry["component"] for entry in self.similarity.layers}
         self.components = [name for name in config.components if name in active]
         task = probe.task
         self.rows: list[dict[str, Any]] = [{"name": f"{task}-dense"}] + [
@@ -375,9 +375,9 @@ class _TaskRun:
 
         Of N layers that may go, max(1, round(keep_ratio * N)) stay.
         """
-        measured = {entry.layer for entry in self.similarity.of(component)}
         selected = select_layers(self.config.layers, self.adapter.num_layers())
-        legal = [layer for layer in selected if layer in measured]
+        entries = [e for e in self.similarity.layers if e["component"] == component]
+        legal = [entry["layer"] for entry in entries if entry["layer"] in selected]
         count = len(legal) - max(1, round(keep_ratio * len(legal)))
         if self.config.criterion == "random":
             generator = torch.Generator().manual_seed(self.config.seed)
@@ -405,7 +405,7 @@ class _TaskRun:
             "dense": dense["metrics"],
             "cost": dense["cost"],
             "idle": [name for name in self.config.components if name not in self.components],
-            "similarity": [asdict(entry) for entry in self.similarity.layers],
+            "similarity": list(self.similarity.layers),
             "activation": statistics.activation_maps(task) if statistics else [],
             "points": points,
         }
