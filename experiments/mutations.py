@@ -522,7 +522,7 @@ PACKAGE = (
     ),
     python(
         "checkpoint/files.py",
-        "if old != new:",
+        "if stamp != stamp_of(status):",
         "if False:",
         "tests/test_checkpoint_atomic.py",
     ),

@@ -61,7 +61,7 @@ def at_call(number: int, fault: Callable[[], object], *, short: bool = False) ->
 
         setattr(holder, name, counted)
 
-    for name in ("write", "copy_file_range", "fsync", "mkdir", "rename", "ftruncate"):
+    for name in ("write", "sendfile", "fsync", "mkdir", "rename", "ftruncate"):
         wrap(os, name)
     for name in ("mkdir", "rename"):
         wrap(Path, name)

@@ -61,16 +61,11 @@ def test_what_a_killed_run_left_is_removed_with_a_message(
 
 @pytest.mark.parametrize("marked", [False, True], ids=["foreign", "marked"])
 @pytest.mark.parametrize("place", ["itself", "below", "linked", "link", "scores"])
-@pytest.mark.parametrize("operation", ["convert", "prune", "invert"])
 def test_inputs_where_the_target_is_written_are_refused_and_stay(
-    operation: str, place: str, marked: bool, tmp_path: Path
+    place: str, marked: bool, tmp_path: Path
 ) -> None:
-    dense = make_dense(tmp_path / "dense")
-    source = dense
-    if operation == "invert":
-        source = tmp_path / "sparse"
-        sparsify(dense, source)
-    partial = partial_path(tmp_path / "out")
+    source = make_dense(tmp_path / "dense")
+    partial, out = partial_path(tmp_path / "out"), tmp_path / "out"
     scores = None
     if place == "itself":
         source = source.rename(partial)
@@ -89,16 +84,13 @@ def test_inputs_where_the_target_is_written_are_refused_and_stay(
     if marked:
         (partial / MARKER).touch()
     before = snapshot(tmp_path)
-    run: Callable[[], object] = {
-        "convert": lambda: convert(source, tmp_path / "out", num_experts=4, top_k=2, scores=scores),
-        "prune": lambda: prune(source, tmp_path / "out", PruneWidthConfig(), scores=scores),
-        "invert": lambda: invert(source, tmp_path / "out"),
-    }[operation]
-    if operation == "invert" and place == "scores" and marked:
-        run()  # there is nothing of its inputs in what it removes
-        return
     with pytest.raises(ValueError, match=r"\.out\.partial"):
-        run()
+        convert(source, out, num_experts=4, top_k=2, scores=scores)
+    with pytest.raises(ValueError, match=r"\.out\.partial"):
+        prune(source, out, PruneWidthConfig(), scores=scores)
+    if place != "scores":
+        with pytest.raises(ValueError, match=r"\.out\.partial"):
+            invert(source, out)
     assert snapshot(tmp_path) == before
 
 
@@ -162,7 +154,8 @@ def test_a_target_without_a_parent_or_inside_the_source_is_refused(tmp_path: Pat
         sparsify(dense, tmp_path / "a" / "b")
     with pytest.raises(ValueError, match="target must lie outside"):
         sparsify(dense, dense / "sparse")
-    assert "sparse" not in [path.name for path in dense.iterdir()]
+    with pytest.raises(ValueError, match="target must lie outside"):
+        prune(dense, dense / "out", PruneWidthConfig())
 
 
 def test_a_disk_known_to_be_full_is_refused_at_once(
@@ -188,23 +181,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, None])
-def test_file_systems_without_range_copies_work_too(
-    code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object, **options: object) -> int:
-        if code is None:
-            return 0
-        raise OSError(code, os.strerror(code))
-
-    dense = make_dense(tmp_path / "dense")
-    sparsify(dense, tmp_path / "a")
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    sparsify(dense, tmp_path / "b")
-    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
-
-
-def test_links_of_a_hub_cache_are_followed_and_circles_refused(
+def test_links_of_a_hub_cache_are_followed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = make_dense(tmp_path / "blobs")
@@ -215,52 +192,30 @@ def test_links_of_a_hub_cache_are_followed_and_circles_refused(
     sparsify(linked, tmp_path / "a")
     assert not caplog.records
     assert not any(path.is_symlink() for path in (tmp_path / "a").rglob("*"))
-    assert Checkpoint(tmp_path / "a").experts
     invert(tmp_path / "a", tmp_path / "b")
     assert snapshot(tmp_path / "b") == snapshot(real)
 
-    (linked / "again").symlink_to(linked)
-    with pytest.raises(ValueError, match="links must not run in a circle"):
-        sparsify(linked, tmp_path / "c")
-    (linked / "again").unlink()
-    (linked / "gone").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="gone must be readable"):
-        sparsify(linked, tmp_path / "c")
-    (linked / "gone").unlink()
-    os.mkfifo(linked / "pipe")
-    with pytest.raises(ValueError, match="pipe must be a file or a directory"):
-        sparsify(linked, tmp_path / "c")
 
-
-def test_links_out_of_a_directory_are_told_or_refused(
+def test_links_out_of_a_directory_are_told_and_those_to_directories_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dense = make_dense(tmp_path / "dense")
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "key").write_text("KEY")
-    (dense / "inside").symlink_to(dense / "tokenizer")
-    (dense / "notes").symlink_to(tmp_path / "secret" / "key")
+    (tmp_path / "key").write_text("KEY")
+    (dense / "notes").symlink_to(tmp_path / "key")
     sparsify(dense, tmp_path / "a")
     assert "links lead out of the directory: notes -> /" in caplog.text
-    assert (tmp_path / "a" / "inside" / "merges.txt").is_file()
-    (dense / "assets").symlink_to("../secret")
-    with pytest.raises(ValueError, match=r"assets must not be a link to a directory outside"):
-        sparsify(dense, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-
-
-def test_links_that_multiply_a_directory_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sparse_unified.checkpoint.files._MOST_FILES", 1000)
-    dense = make_dense(tmp_path / "dense")
-    for number in range(22):
-        (dense / str(number)).mkdir()
-        for name in "ab":
-            (dense / str(number) / name).symlink_to(dense / str(number + 1))
-    (dense / "22").mkdir()
-    with pytest.raises(ValueError, match="must hold at most 1,000 files, got more"):
-        sparsify(dense, tmp_path / "out")
+    for name, target, match in (
+        ("inside", dense / "tokenizer", "inside must be .* got a link to a directory"),
+        ("gone", tmp_path / "nowhere", "gone must be readable"),
+        ("pipe", None, "pipe must be a file or a directory"),
+    ):
+        if target is None:
+            os.mkfifo(dense / name)
+        else:
+            (dense / name).symlink_to(target)
+        with pytest.raises(ValueError, match=match):
+            sparsify(dense, tmp_path / "b")
+        (dense / name).unlink()
 
 
 def test_what_is_private_stays_private(tmp_path: Path) -> None:
@@ -326,9 +281,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("moment", [0.05, 0.5, 0.95])
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "llm_config.json"])
-@pytest.mark.parametrize("operation", ["convert", "prune", "invert", "verify", "against"])
+@pytest.mark.parametrize(
+    ("operation", "moment"),
+    [
+        *(("convert", moment) for moment in (0.05, 0.5, 0.95)),
+        *((operation, 0.5) for operation in ("prune", "invert", "verify", "against")),
+    ],
+)
 def test_a_source_that_changes_while_it_is_read_is_refused(
     operation: str, name: str, moment: float, change: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -343,14 +303,13 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
             data = path.read_bytes()
             CHANGES[change](path, data[:-1] + bytes([data[-1] ^ 1]))
 
+    out, how = tmp_path / "out", {"progress": progress}
     run: dict[str, Callable[[], object]] = {
-        "convert": lambda: convert(
-            dense, tmp_path / "out", num_experts=4, top_k=2, progress=progress
-        ),
-        "prune": lambda: prune(dense, tmp_path / "out", PruneWidthConfig(), progress=progress),
-        "invert": lambda: invert(sparse, tmp_path / "out", progress=progress),
-        "verify": lambda: verify(sparse, dense, progress=progress),
-        "against": lambda: verify(sparse, dense, progress=progress),
+        "convert": lambda: convert(dense, out, num_experts=4, top_k=2, **how),
+        "prune": lambda: prune(dense, out, PruneWidthConfig(), **how),
+        "invert": lambda: invert(sparse, out, **how),
+        "verify": lambda: verify(sparse, dense, **how),
+        "against": lambda: verify(sparse, dense, **how),
     }
     with pytest.raises((ValueError, RuntimeError), match=rf"{name}.* must .*got"):
         run[operation]()

@@ -85,7 +85,7 @@ def test_experts_are_the_recorded_official_ones(tmp_path: Path) -> None:
     sparse = Checkpoint(tmp_path / "sparse")
     wanted = {key.removeprefix("moe."): t for key, t in recorded.items() if key.startswith("moe.")}
     prefix = keys.ffn_prefix("gen", 0)
-    found = {key.removeprefix(prefix): sparse.read(key) for key in sparse.keys()}  # noqa: SIM118
+    found = {key.removeprefix(prefix): sparse.read(key) for key in sparse.specs}
     for key, tensor in wanted.items():
         assert torch.equal(found.pop(key), tensor), key
     assert set(found) <= {"gate.weight", "gate_shared.weight"}

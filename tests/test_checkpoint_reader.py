@@ -34,20 +34,18 @@ def sparse(converted: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("num_shards", [0, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reads_every_tensor_of_every_file_layout(
-    num_shards: int, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_reads_every_tensor_of_every_file_layout(num_shards: int, tmp_path: Path) -> None:
+    dtype = torch.bfloat16
     checkpoint = Checkpoint(make_dense(tmp_path / "m", num_shards=num_shards, dtype=dtype))
     weights = make_weights(dtype=dtype)
-    assert set(checkpoint.keys()) == set(weights)
+    assert set(checkpoint.specs) == set(weights)
     for key, tensor in weights.items():
         spec = checkpoint.spec(key)
         assert (spec.dtype, spec.shape, spec.nbytes) == (dtype, tensor.shape, tensor.nbytes)
         assert torch.equal(checkpoint.read(key), tensor)
     assert (checkpoint.experts, checkpoint.top_k) == ({}, None)
-    assert checkpoint.vae_file.is_file()
-    assert checkpoint.vit_config["patch_size"] == 2
+    with pytest.raises(ValueError, match=r"key must .*got 'x'"):
+        checkpoint.spec("x")
 
 
 def test_ema_is_preferred_to_other_weight_files(tmp_path: Path) -> None:
@@ -60,17 +58,13 @@ def test_ema_is_preferred_to_other_weight_files(tmp_path: Path) -> None:
 
 
 def test_the_keys_say_which_layers_are_sparse(sparse: Path) -> None:
+    edit_config(sparse, num_experts_per_tok=None, transformed_und=False)  # as the released ones
     checkpoint = Checkpoint(sparse)
     layout = ExpertLayout(intermediate_size=96, num_experts=4, shared_intermediate_size=0)
     assert checkpoint.experts == {"gen": {1: layout, 2: layout}}
     assert checkpoint.top_k == 2
     assert checkpoint.shapes["gen"][1].ffn == layout
     assert checkpoint.shapes["gen"][0].ffn == checkpoint.shapes["und"][1].ffn == 96
-
-
-def test_a_config_of_the_released_kind_is_taken(sparse: Path) -> None:
-    edit_config(sparse, num_experts_per_tok=None, transformed_und=False)
-    assert Checkpoint(sparse).top_k == 2
 
 
 def test_transformed_true_means_every_layer(tmp_path: Path) -> None:
@@ -83,25 +77,25 @@ def test_transformed_true_means_every_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"top_k": 3}, "top_k must be 1 to 4, .* num_experts_per_tok the same, got 3, 2"),
-        ({"top_k": 50, "num_experts_per_tok": None}, "top_k must be 1 to 4, .* got 50"),
-        ({"top_k": 0, "num_experts_per_tok": 0}, "top_k must be 1 to 4, .* got 0"),
-        ({"top_k": True, "num_experts_per_tok": True}, "top_k must be 1 to 4, .* got True"),
-        ({"top_k": None, "num_experts_per_tok": None}, "top_k must be 1 to 4, .* got none"),
-        ({"num_experts": 8}, "num_experts must be 4 as the keys say, got 8"),
-        ({"num_experts": None}, "num_experts must be 4 as the keys say, got nothing"),
-        ({"num_shared_experts": 1}, "num_shared_experts must give the 0 shared .* got 1"),
-        ({"num_shared_experts": None}, "num_shared_experts must give .* got nothing"),
-        ({"transformed_gen": None}, r"transformed_gen must be \[1, 2\], .* got nothing"),
-        ({"transformed_gen": True}, r"transformed_gen must be \[1, 2\], .* got True"),
-        ({"transformed_gen": [1]}, r"transformed_gen must be \[1, 2\], .* got \[1\]"),
-        ({"transformed_gen": "1-2"}, r"transformed_gen must be \[1, 2\], .* got '1-2'"),
-        ({"transformed_gen": [1, 2.0]}, r"transformed_gen must be \[1, 2\], .* got \[1, 2.0\]"),
-        ({"transformed_und": [1]}, r"transformed_und must be false or absent, .* got \[1\]"),
-        ({"intermediate_size": 95}, "must have 95 neurons as intermediate_size .* got 96"),
-        ({"hidden_size": 8}, "hidden_size must be what every FFN in the keys has, 16"),
-        ({"num_hidden_layers": 3}, "layers .* must be 0 to 2 .* got 3 too"),
-        ({"num_hidden_layers": 6}, "layers .* must be 0 to 5, got no whole layer 4, 5"),
+        ({"top_k": 3}, "top_k must .*got 3, 2"),
+        ({"top_k": 50, "num_experts_per_tok": None}, "top_k must .*got 50"),
+        ({"top_k": 0, "num_experts_per_tok": 0}, "top_k must .*got 0"),
+        ({"top_k": True, "num_experts_per_tok": True}, "top_k must .*got True"),
+        ({"top_k": None, "num_experts_per_tok": None}, "top_k must .*got none"),
+        ({"num_experts": 8}, "num_experts must be 4.*got 8"),
+        ({"num_experts": None}, "num_experts must be 4.*got nothing"),
+        ({"num_shared_experts": 1}, "num_shared_experts must give the 0 .*got 1"),
+        ({"num_shared_experts": None}, "num_shared_experts must .*got nothing"),
+        ({"transformed_gen": None}, r"transformed_gen must be \[1, 2\].*got nothing"),
+        ({"transformed_gen": True}, r"transformed_gen must be \[1, 2\].*got True"),
+        ({"transformed_gen": [1]}, r"transformed_gen must be \[1, 2\].*got \[1\]"),
+        ({"transformed_gen": "1-2"}, r"transformed_gen must be \[1, 2\].*got '1-2'"),
+        ({"transformed_gen": [1, 2.0]}, r"transformed_gen must be \[1, 2\].*got \[1, 2.0\]"),
+        ({"transformed_und": [1]}, r"transformed_und must be false or absent.*got \[1\]"),
+        ({"intermediate_size": 95}, "intermediate_size .*got 96 neurons in layer 0, not 95"),
+        ({"hidden_size": 8}, "hidden_size must .*16, got 8"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers .*got 96 neurons in layer 3, not 0"),
+        ({"num_hidden_layers": 6}, "num_hidden_layers .*got 0 neurons in layer 4, not 96"),
     ],
 )
 def test_a_config_that_disagrees_with_the_keys_is_refused(
@@ -138,18 +132,12 @@ EXPERT_3 = [f"experts.3.{name}_proj.weight" for name in ("gate", "up", "down")]
         (_drop(EXPERT_3[1]), "must be those of 4 experts, got no experts.3.up_proj.weight"),
         (_drop("gate.weight"), "gate.weight must be a matrix .* got nothing"),
         (_drop("gate_shared.weight"), "got no gate_shared.weight"),
-        (_rename(EXPERT_3[0], "experts.3.gate.weight"), "got .* experts.3.gate.weight too"),
         (_rename(EXPERT_3[0], "experts.03.gate_proj.weight"), "got no experts.3.gate_proj.weight"),
-        (_rename("gate.weight", "router.weight"), "gate.weight must be a matrix"),
         (_rename("gate_shared.weight", "router.weight"), "got .* router.weight too"),
-        (_set("experts.4.up_proj.weight", 24, 16), "for each of the 5 experts .* got 4"),
         (_set("experts.999999.up_proj.weight", 24, 16), "for each of the 5 experts .* got 4"),
         (_set("gate_img.weight", 4, 16), "got gate_img.weight too"),
-        (_set("gate_proj.weight", 96, 16), "got gate_proj.weight too"),
         (_set("shared_expert.up_proj.weight", 9, 16), "got shared_expert.up_proj.weight too"),
         (_set("experts.3.up_proj.weight", 23, 16), r"\[23, 16\], not \[24, 16\]"),
-        (_set("experts.3.up_proj.weight", 24, 15), r"\[24, 15\], not \[24, 16\]"),
-        (_set("experts.3.up_proj.weight", 24), r"\[24\], not \[24, 16\]"),
         (_set("experts.3.up_proj.weight", 24, 16, dtype=torch.float16), "share one floating dtype"),
         (_set("gate.weight", 5, 16), "for each of the 4 experts .* got 5"),
         (_set("gate.weight", 0, 16), r"gate.weight must be a matrix .* got shape \[0, 16\]"),
@@ -177,62 +165,42 @@ def test_sparse_layers_of_different_kinds_are_refused(tmp_path: Path) -> None:
 
     edit_weights(tmp_path / "a", mix)
     edit_config(tmp_path / "a", transformed_gen=[1, 2])
-    with pytest.raises(ValueError, match="num_experts must be 8 as the keys say, got 4"):
+    with pytest.raises(ValueError, match=r"num_experts must be 8 .*got 4"):
         _ = Checkpoint(tmp_path / "a").experts
-
-
-def test_a_dense_file_that_claims_sparse_layers_is_refused(tmp_path: Path) -> None:
-    directory = make_dense(tmp_path / "m")
-    edit_config(directory, transformed_gen=[1], num_experts=4, top_k=2)
-    with pytest.raises(ValueError, match=r"transformed_gen must be false or absent, .* got \[1\]"):
-        _ = Checkpoint(directory).experts
-
-
-@pytest.mark.parametrize(
-    "name", ["../m/ema.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b", "", 3, None]
-)
-def test_a_shard_outside_the_directory_is_refused(name: object, tmp_path: Path) -> None:
-    directory = make_dense(tmp_path / "m", num_shards=2)
-    index = directory / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"][next(iter(content["weight_map"]))] = name
-    index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="must be a plain name in the same directory"):
-        Checkpoint(directory)
 
 
 def test_an_index_and_its_shards_have_to_agree(tmp_path: Path) -> None:
     directory = make_dense(tmp_path / "m", num_shards=2)
     index = directory / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    first, file = next(iter(content["weight_map"].items()))
+    whole = json.loads(index.read_text())["weight_map"]
+    first, file = next(iter(whole.items()))
     for weight_map, message in [
-        ({**content["weight_map"], "ghost": file}, "got 'ghost' not in"),
-        ({k: f for k, f in content["weight_map"].items() if k != first}, f"got {first!r} in"),
-        ({**content["weight_map"], "ghost": "gone.safetensors"}, "file must be readable"),
+        ({**whole, "ghost": file}, "got 'ghost' not in"),
+        ({k: f for k, f in whole.items() if k != first}, f"got {first!r} in"),
+        ({**whole, "ghost": "gone.safetensors"}, "file must be readable"),
         ({}, "weight_map must map keys to files"),
+        *(
+            ({**whole, first: name}, "must be a plain name in the same directory")
+            for name in ("../m/ema.safetensors", "/etc/passwd", "..", "a/b", "a\\b", "", 3, None)
+        ),
     ]:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ValueError, match=message):
             Checkpoint(directory)
-    index.write_text("[")
-    with pytest.raises(ValueError, match="file must be JSON"):
-        Checkpoint(directory)
 
 
 def test_a_directory_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"must hold ema\.safetensors or model\.safetensors or one"
-    ):
-        Checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="checkpoint must be a directory, got nothing there"):
-        Checkpoint(tmp_path / "nothing")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="checkpoint must be a directory, got a file"):
-        Checkpoint(tmp_path / "file")
+    for path, match in (
+        (tmp_path, r"must hold ema\.safetensors or model\.safetensors or one"),
+        (tmp_path / "nothing", "checkpoint must be a directory, got nothing there"),
+        (tmp_path / "file", "checkpoint must be a directory, got a file"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Checkpoint(path)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("text", [b"", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_broken_config_is_refused(text: bytes, tmp_path: Path) -> None:
     directory = make_dense(tmp_path / "m")
     (directory / "llm_config.json").write_bytes(text)
@@ -243,12 +211,9 @@ def test_a_broken_config_is_refused(text: bytes, tmp_path: Path) -> None:
 def test_a_file_cut_short_while_open_is_a_clear_error(tmp_path: Path) -> None:
     directory = make_dense(tmp_path / "m")
     checkpoint = Checkpoint(directory)
+    key, spec = checkpoint.specs.popitem()
     with (directory / "ema.safetensors").open("r+b") as stream:
-        stream.truncate(checkpoint.spec(checkpoint.keys()[-1]).start)
+        stream.truncate(spec.start)
+    checkpoint.specs[key] = spec
     with pytest.raises(RuntimeError, match="file must not change while it is read"):
-        checkpoint.read(checkpoint.keys()[-1])
-
-
-def test_unknown_keys_are_refused_by_name(sparse: Path) -> None:
-    with pytest.raises(ValueError, match=r"key must be one of keys\(\), got 'x'"):
-        Checkpoint(sparse).spec("x")
+        checkpoint.read(key)

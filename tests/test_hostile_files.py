@@ -53,7 +53,7 @@ from sparse_unified.checkpoint import (
     verify,
 )
 from sparse_unified.checkpoint.scores import read_scores
-from sparse_unified.checkpoint.sidecar import SIDECAR, parse_dense_headers, read_sidecar
+from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
 from sparse_unified.fixtures import write_checkpoint, write_tokenizer
 
 IMAGE = "0.png"
@@ -192,7 +192,7 @@ MODELS = {
 }
 MODELS["sidecar"] = Target(
     MODELS[f"sparse {SIDECAR}"].make,
-    lambda path: parse_dense_headers(path, read_sidecar(path)),
+    read_sidecar,
     10_000,
     links=True,
 )

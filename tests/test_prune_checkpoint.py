@@ -107,7 +107,7 @@ def test_a_chain_in_files_is_the_chain_on_the_live_model(
             assert "FLOPs per token" in report.to_text()
         loaded = load(out)
         weights = loaded.state_dict()
-        assert set(weights) == set(live.state_dict()) == set(Checkpoint(out).keys())
+        assert set(weights) == set(live.state_dict()) == set(Checkpoint(out).specs)
         assert all(torch.equal(weights[key], value) for key, value in live.state_dict().items())
         assert not info(out).problems
         for against in paths:
@@ -285,7 +285,7 @@ def test_all_but_weights_and_recipe_is_copied(dense: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("experts.1.up_proj", "experts.1, neuron 0: must be a dense neuron of its own"),
+        ("experts.1.up_proj", "of its own, got 1 others: experts.1.neuron 0"),
         ("gate", "gate.weight: must be equal, got another value"),
         ("swapped", "neurons must stay in their expert, got others"),
     ],

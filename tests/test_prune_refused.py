@@ -11,27 +11,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import edit_config, edit_weights
-from hypothesis import given
-from hypothesis import strategies as st
-from prune_models import (
-    DEPTH,
-    FEWER_HEADS,
-    LAYERS,
-    WIDTH,
-    WIDTHS,
-    load,
-    write_model,
-)
+from prune_models import DEPTH, FEWER_HEADS, LAYERS, WIDTH, WIDTHS, load, write_model
 from torch import Tensor
 
-from sparse_unified import (
-    MoEConfig,
-    PruneHeadsConfig,
-    PruneWidthConfig,
-    SkipLayersConfig,
-)
+from sparse_unified import MoEConfig, PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.checkpoint import convert, info, prune, verify
-from sparse_unified.checkpoint.recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +42,7 @@ NAN[2, 5] = float("nan")
     [
         ([], {}, "modes must name at least one"),
         (PruneWidthConfig(layers=[0, 4]), {}, "layers must lie in 0 to 3, got 4"),
-        (SkipLayersConfig(layers="2-7"), {}, "layers must lie in 0 to 3, got 4"),
-        (PruneWidthConfig(block_size=36), {}, "gen layer 0: block_size must divide the 96 neurons"),
+        (PruneWidthConfig(block_size=36), {}, "gen layer 0: block_size must divide the 96"),
         (WHOLE, {"scores": NAN}, "prune: layer 2: scores must be finite, got nan for neuron 5"),
         (WHOLE, {"scores": NAN[:, :9]}, r"layer 0: scores must have shape \[96\], got \[9\]"),
         (WHOLE, {"scores": NAN[:3]}, r"scores must have shape \[4 layers"),
@@ -68,46 +51,18 @@ NAN[2, 5] = float("nan")
         (FEWER_HEADS[0], {"scores": {"und": NAN}}, "scores must hold und.heads, got und"),
         (WHOLE, {"scores": NAN, "seed": 1}, "scores and seed must not both be given"),
         (WHOLE, {"seed": "one"}, "seed must be an integer, got 'one'"),
-        ([WHOLE, WHOLE], {}, "modes must name the width of gen once; prune the result again"),
-        (
-            [FEWER_HEADS[0], PruneHeadsConfig(component="both")],
-            {},
-            "modes must name the heads of und once",
-        ),
-        (
-            [DEPTH[1], PruneWidthConfig(layers=[3])],
-            {},
-            "layers must have a gen FFN, got 3, which skip it",
-        ),
-        (
-            [DEPTH[2], PruneHeadsConfig(layers=[0])],
-            {},
-            "layers must have a gen attention, got 0, which skip it",
-        ),
-        ([DEPTH[1], DEPTH[1]], {}, "layers must have a gen block left, got 3, which skip it"),
-        (
-            [DEPTH[1], SkipLayersConfig(component="gen", layers="2-3")],
-            {},
-            "layers must have a gen block left, got 3, which skip it",
-        ),
+        ([WHOLE, WHOLE], {}, "modes must name the width of gen once"),
+        ([FEWER_HEADS[0], PruneHeadsConfig(component="both")], {}, "the heads of und once"),
+        ([DEPTH[1], PruneWidthConfig(layers=[3])], {}, "must have a gen FFN, got 3"),
+        ([DEPTH[2], PruneHeadsConfig(layers=[0])], {}, "must have a gen attention, got 0"),
+        ([DEPTH[1], DEPTH[1]], {}, "layers must have a gen block left, got 3"),
+        (MoEConfig(), {"error": TypeError}, "modes must be PruneWidthConfig"),
     ],
 )
 def test_bad_input_is_refused_by_name(
     modes: Any, how: Any, match: str, dense: Path, tmp_path: Path
 ) -> None:
     refuse(match, dense, tmp_path, modes, **how)
-
-
-def test_experts_are_no_mode_of_pruning(dense: Path, tmp_path: Path) -> None:
-    refuse("modes must be PruneWidthConfig", dense, tmp_path, MoEConfig(), error=TypeError)
-
-
-def test_the_target_must_not_exist_nor_lie_in_the_source(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="target must not exist"):
-        prune(dense, tmp_path / "out", WIDTHS)
-    with pytest.raises(ValueError, match="target must lie outside"):
-        prune(dense, dense / "out", WIDTHS)
 
 
 def test_what_experts_cannot_have_is_refused(dense: Path, tmp_path: Path) -> None:
@@ -117,18 +72,13 @@ def test_what_experts_cannot_have_is_refused(dense: Path, tmp_path: Path) -> Non
     refuse(at + "budget must be 'uniform'", sparse, tmp_path, PruneWidthConfig(budget="global"))
     wide = PruneWidthConfig(layers=[1], block_size=32)
     refuse(at + "block_size must divide the 24 neurons of an expert", sparse, tmp_path, wide)
-    scores = {layer: torch.ones(WIDTH - 1) for layer in range(LAYERS)}
-    with pytest.raises(ValueError, match=r"prune: layer 0: scores must have shape \[96\]"):
-        prune(sparse, tmp_path / "never", PruneWidthConfig(), scores=scores)
-    assert not (tmp_path / "never").exists()
-
-
-def test_experts_of_skipped_or_indivisible_layers_are_refused(dense: Path, tmp_path: Path) -> None:
     prune(dense, tmp_path / "a", [DEPTH[3], PruneWidthConfig(layers=[1], keep_ratio=95 / 96)])
-    with pytest.raises(ValueError, match="layers must have a gen FFN, got 2, which skip it"):
-        convert(tmp_path / "a", tmp_path / "b", num_experts=4, top_k=2, layers=[2])
-    with pytest.raises(ValueError, match=r"gen layer 1: ExpertLayout: .*divide the 95 neurons"):
-        convert(tmp_path / "a", tmp_path / "b", num_experts=4, top_k=2)
+    for layers, match in (
+        ([2], "layers must have a gen FFN, got 2"),
+        ("middle", r"gen layer 1: ExpertLayout: .*divide the 95 neurons"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            convert(tmp_path / "a", tmp_path / "b", num_experts=4, top_k=2, layers=layers)
 
 
 def test_components_that_a_file_lacks_are_refused(dense: Path, tmp_path: Path) -> None:
@@ -141,7 +91,7 @@ def test_components_that_a_file_lacks_are_refused(dense: Path, tmp_path: Path) -
     refuse("layers must have a gen block left", source, tmp_path, DEPTH[1])
 
 
-@pytest.mark.parametrize("number", [1, 2, 8])
+@pytest.mark.parametrize("number", [2, 8])
 def test_heads_need_their_number_in_the_config(number: int, dense: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(dense, tmp_path / "source"))
     edit_config(source, num_key_value_heads=number)
@@ -152,42 +102,30 @@ def test_heads_need_their_number_in_the_config(number: int, dense: Path, tmp_pat
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c.update(format="other"), "format must be sparse_unified.recipe 1"),
         (lambda c: c.update(format_version=2), "format must be sparse_unified.recipe 1, got"),
         (lambda c: c.update(steps={}), "steps must be a list, got dict"),
         (lambda c: c["steps"].append(3), "step 3: mode must be one of moe, width, heads, depth"),
-        (lambda c: c["steps"][0].update(mode="height"), "step 0: mode must be one of"),
         (lambda c: c["steps"][0]["config"].pop("budget"), "step 0: config must have block_size"),
-        (lambda c: c["steps"][0].update(extra=1), "step 0: config must have .* got .'extra'"),
+        (lambda c: c["steps"][0].update(extra=1), "step 0: width step must .*got .'extra'"),
         (lambda c: c["steps"][0]["config"].update(keep_ratio=2), "step 0: PruneWidthConfig: keep"),
         (lambda c: c["steps"][0]["config"].update(layers="all"), "layers must be a list of ind"),
-        (lambda c: c["steps"][0].pop("widths"), "widths must be given for the layers of a width"),
+        (lambda c: c["steps"][0].pop("widths"), "width step must have widths for its layers"),
         (lambda c: c["steps"][0]["widths"].update({"0": 0}), "layer 0: width must be an integer"),
         (lambda c: c["steps"][0]["widths"].update({"0": 97}), "must be 1 to the 96 neurons left"),
-        (
-            lambda c: c["steps"][0]["widths"].update({"0": 32}),
-            "layer 0 must have 32 neurons as sparse_unified.json says, got 48",
-        ),
-        (lambda c: c["steps"][0]["config"].update(layers=[0, 1, 2, 9]), "widths must be given"),
-        (lambda c: c["steps"][2].update(widths={"1": 3}), "widths must be given for the layers"),
+        (lambda c: c["steps"][0]["widths"].update({"0": 32}), "got 48 neurons in layer 0, not 32"),
+        (lambda c: c["steps"][2].update(widths={"1": 3}), "depth step must have no results"),
         (lambda c: c["steps"][2]["config"].update(layers=[9]), "layers must be 0 to 3, got 9"),
         (lambda c: c["steps"][1]["heads"].update({"0": {}}), "layer 0: heads must have keys"),
-        (
-            lambda c: c["steps"][1]["heads"]["0"].update(und=[1, 0]),
-            "layer 0: und must be ascending",
-        ),
+        (lambda c: c["steps"][1]["heads"]["0"].update(und=[1, 0]), "und must be ascending"),
         (lambda c: c["steps"][1]["heads"]["0"].update(keys=[0]), "must be among its keys"),
         (
             lambda c: c["steps"][1]["heads"]["0"].update(keys=[0, 1, 2, 3, 9], gen=[0, 9]),
             "gen heads of layer 0 must be some of",
         ),
-        (lambda c: c["steps"].pop(2), "got no whole layer 1"),
-        (
-            lambda c: c["steps"].pop(0),
-            "layer 0 must have 96 neurons as sparse_unified.json says, got 48",
-        ),
+        (lambda c: c["steps"].pop(2), "got 0 neurons in layer 1, not 48"),
+        (lambda c: c["steps"].pop(0), "sparse_unified.json, got 48 neurons in layer 0, not 96"),
         (lambda c: c["steps"].pop(1), "tensors must be those of the model, got misshapen .*q_proj"),
-        (lambda c: c["steps"][2]["config"].update(layers=[1, 2]), "must not be there, as sparse_"),
+        (lambda c: c["steps"][2]["config"].update(layers=[1, 2]), "48 neurons in layer 2, not 0"),
     ],
 )
 def test_a_recipe_that_does_not_fit_the_keys_is_refused(
@@ -205,20 +143,23 @@ def test_a_recipe_that_does_not_fit_the_keys_is_refused(
     assert info(tmp_path / "out").problems
 
 
-def test_without_its_recipe_a_pruned_checkpoint_is_refused(dense: Path, tmp_path: Path) -> None:
-    for name, modes in (("width", WIDTHS), ("depth", DEPTH[1:2])):
-        prune(dense, tmp_path / name, modes)
-        (tmp_path / name / "sparse_unified.json").unlink()
-        with pytest.raises(
-            ValueError, match=r"must have 96 neurons as intermediate_size|no whole layer 3"
-        ):
-            load(tmp_path / name)
+def test_without_its_recipe_or_config_a_pruned_checkpoint_is_refused(
+    dense: Path, tmp_path: Path
+) -> None:
+    prune(dense, tmp_path / "out", [*WIDTHS, DEPTH[1]])
+    edit_config(tmp_path / "out", intermediate_size=None)
+    with pytest.raises(ValueError, match=r"intermediate_size must be a positive integer .* None"):
+        load(tmp_path / "out")
+    edit_config(tmp_path / "out", intermediate_size=WIDTH)
+    (tmp_path / "out" / "sparse_unified.json").unlink()
+    with pytest.raises(ValueError, match=r"intermediate_size of llm_config.json, got .* not 96"):
+        load(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("key", "match"),
     [
-        ("mlp.gate_proj.weight", r"und layer 0 ffn, neuron 5: must be a dense neuron of its own"),
+        ("mlp.gate_proj.weight", r"und layer 0 ffn, 48 neurons must .*neuron 5"),
         ("self_attn.q_proj.weight", r"q_proj.weight: must be equal, got another value at element"),
         ("self_attn.o_proj.weight", r"o_proj.weight: must be equal, got another value at element"),
         ("self_attn.k_proj.bias", r"k_proj.bias: must be equal, got another value at element 5"),
@@ -243,7 +184,6 @@ def test_verify_names_what_was_changed_since(
 def test_verify_sees_keys_of_what_is_skipped(dense: Path, tmp_path: Path) -> None:
     prune(dense, tmp_path / "out", [SkipLayersConfig(layers=[1], part="attention")])
     key = "language_model.model.layers.1.self_attn.q_norm.weight"
-    assert verify(tmp_path / "out", dense).ok
     edit_weights(tmp_path / "out", lambda weights: weights.update({key: torch.ones(8)}))
     report = verify(tmp_path / "out", dense)
     assert not report.ok
@@ -260,41 +200,3 @@ def test_verify_sees_a_neuron_that_was_changed_before_it_became_an_expert(
     assert verify(tmp_path / "sparse", tmp_path / "narrow").ok
     report = verify(tmp_path / "sparse", dense)
     assert [verdict.ok for verdict in report.layers] == [False, True]
-
-
-def test_a_wrong_config_of_a_pruned_checkpoint_is_refused(dense: Path, tmp_path: Path) -> None:
-    prune(dense, tmp_path / "out", WIDTHS)
-    edit_config(tmp_path / "out", intermediate_size=None)
-    with pytest.raises(ValueError, match=r"intermediate_size must be a positive integer .* None"):
-        load(tmp_path / "out")
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
-    max_leaves=6,
-)
-
-
-@given(st.data())
-def test_a_recipe_of_any_json_is_read_or_refused(data: st.DataObject) -> None:
-    step: dict[str, Any] = {
-        "mode": "heads",
-        "config": {"component": "und", "layers": [0], "keep_ratio": 0.5, "budget": "uniform"},
-        "scores": None,
-        "tool": "x",
-        "heads": {"0": {"keys": [0, 1], "und": [0], "gen": [0, 1]}},
-    }
-    content: dict[str, Any] = {
-        "format": "sparse_unified.recipe",
-        "format_version": 1,
-        "steps": [step],
-    }
-    places = [content, step, step["config"], step["heads"], step["heads"]["0"]]
-    place = data.draw(st.sampled_from(places))
-    place[data.draw(st.sampled_from([*place, "other"]))] = data.draw(json_values)
-    try:
-        recipe = parse_recipe(Path("sparse_unified.json"), content)
-    except ValueError:
-        return
-    assert parse_recipe(Path("again"), json.loads(recipe.to_json())) == recipe

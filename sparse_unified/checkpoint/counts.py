@@ -11,6 +11,7 @@ import torch
 
 from sparse_unified._common import format_table
 from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
 _TITLES = {
     "parameters": "parameters",
@@ -61,16 +62,19 @@ def count_weight(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Counts:
 
 
 def count_tensors(
-    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], component: str, *, top_k: int | None
+    specs: Mapping[str, TensorSpec],
+    sizes: Mapping[str, Sequence[int]],
+    component: str,
+    top_k: int | None,
 ) -> Counts:
-    """Returns what the decoder layers of a component cost, from dtype and shape of each key."""
+    """Returns what the decoder layers of a component cost with tensors of these sizes."""
     counts = Counts()
-    for key, (dtype, shape) in tensors.items():
+    for key, shape in sizes.items():
         match = keys.LAYER_KEY.fullmatch(key)
         if match is None or keys.component_of(match[2]) != component:
             continue
         module = match[2].rpartition(".")[0].rpartition(".")[2]
-        own = count_weight(module.removesuffix(keys.SUFFIXES["gen"]), dtype, shape)
+        own = count_weight(module.removesuffix(keys.SUFFIXES["gen"]), specs[key].dtype, shape)
         expert = keys.EXPERT_KEY.search(match[2])
         if expert is not None and top_k is not None and int(expert[1]) >= top_k:
             own = Counts(parameters=own.parameters, bytes=own.bytes)  # as many are idle

@@ -12,7 +12,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,12 +26,8 @@ logger = logging.getLogger(__name__)
 
 # The file that says that a partial directory is ours to remove.
 MARKER = "sparse_unified.partial"
-CHUNK_BYTES = 8 << 20
-# One call of the kernel copies at most this much, so that progress and Ctrl-C get their turn.
+# One call of the kernel moves at most this much, so that progress and Ctrl-C get their turn.
 _RANGE_BYTES = 64 << 20
-_NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
-_LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name is a little longer
-_MOST_FILES = 100_000  # of a directory; links can make a few directories into millions
 
 # What tells a file from another one under its name: device, inode, bytes, ns of the last change.
 Stamp = tuple[int, int, int, int]
@@ -74,11 +71,8 @@ def open_source(path: Path, stamp: Stamp | None = None) -> Iterator[io.FileIO]:
 
 def refuse_change(path: Path, stamp: Stamp, status: os.stat_result) -> None:
     """Raises RuntimeError when a file is no longer the one that a stamp was taken of."""
-    for name, old, new in zip(
-        ("device", "inode", "size", "time of change"), stamp, stamp_of(status), strict=True
-    ):
-        if old != new:
-            raise RuntimeError(f"{path}: file must not change while it is read, got another {name}")
+    if stamp != stamp_of(status):
+        raise RuntimeError(f"{path}: file must not change while it is read, got another one")
 
 
 def read_text(path: Path) -> str:
@@ -94,11 +88,10 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file; raises ValueError when it is none."""
+    text = read_text(path)
     try:
-        value = loads_strict(read_text(path))
+        value = loads_strict(text)
     except ValueError as error:
-        if str(error).startswith(f"{path}: "):
-            raise
         raise ValueError(f"{path}: file must be JSON, got {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: file must hold a JSON object, got {type(value).__name__}")
@@ -115,32 +108,29 @@ def loads_strict(text: str, *, finite: bool = False) -> Any:
     Raises:
         ValueError: the text is something else; the message is the reason alone.
     """
-    refuse = _refuse_constant if finite else None
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"key {twice!r:.80} twice")
+        return result
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"the number {constant}")
+
     try:
-        value = json.loads(text, object_pairs_hook=_distinct, parse_constant=refuse)
+        value = json.loads(
+            text, object_pairs_hook=distinct, parse_constant=refuse if finite else None
+        )
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("brackets nested too deeply") from None
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"half of a surrogate pair, {error.object[error.start]!r:.120}"
-            ) from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"half of a surrogate pair, {half!r:.120}") from None
     return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r:.80} twice")
-    return result
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"the number {constant}")
 
 
 def is_plain_name(name: object) -> bool:
@@ -149,64 +139,41 @@ def is_plain_name(name: object) -> bool:
         isinstance(name, str)
         and name not in ("", ".", "..")
         and not any(c in name for c in "/\\\0")
-        and len(name.encode()) <= _LONGEST_NAME
+        and len(name.encode()) <= 200  # file systems take 255, a temporary name is a bit longer
     )
 
 
-def list_files(directory: Path, *, skip: Collection[str] = ()) -> dict[str, os.stat_result]:
-    """Lists all files below a directory, `{path in it: status}`.
+def list_files(directory: Path) -> dict[str, os.stat_result]:
+    """Lists all files below a directory, `{path in it: status}`, links to files among them.
 
-    Links to files are followed, and links to directories that lie inside. What is taken from
-    elsewhere is logged, unless it is the hub's cache.
-
-    Args:
-        directory: the model directory.
-        skip: names directly inside it that are left out.
+    What is taken from elsewhere is logged, unless it is the hub's cache.
 
     Raises:
-        ValueError: something can not be read or is neither a file nor a directory, or a link
-            leads nowhere, in a circle, or to a directory outside.
+        ValueError: something can not be read, is neither a file nor a directory, or is a link to
+            a directory or to nothing.
     """
-    found: dict[Path, os.stat_result] = {}
-    foreign = []
     root = directory.resolve()
     own = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    pending: list[tuple[Path, tuple[Path, ...]]] = [(directory, (root,))]
-    num_seen = 0
+    found: dict[str, os.stat_result] = {}
+    foreign, pending = [], [directory]
     try:
-        while pending:
-            folder, parents = pending.pop()
+        for folder in pending:  # which grows
             for path in folder.iterdir():
-                if folder == directory and path.name in skip:
+                status, is_link = path.stat(), path.is_symlink()
+                if stat.S_ISDIR(status.st_mode) and not is_link:
+                    pending.append(path)
                     continue
-                num_seen += 1
-                if num_seen > _MOST_FILES:
-                    raise ValueError(
-                        f"{directory} must hold at most {_MOST_FILES:,} files, got more"
-                    )
-                status, real = path.stat(), parents[-1] / path.name
-                if path.is_symlink():
-                    real = path.resolve()
-                    leaves = not any(map(real.is_relative_to, own))
-                    if leaves and stat.S_ISDIR(status.st_mode):
-                        raise ValueError(
-                            f"{path} must not be a link to a directory outside, got "
-                            f"{real}; copy what belongs to the model"
-                        )
-                    foreign += [f"{path.relative_to(directory)} -> {real}"] * leaves
-                if stat.S_ISREG(status.st_mode):
-                    found[path.relative_to(directory)] = status
-                elif not stat.S_ISDIR(status.st_mode):
-                    raise ValueError(f"{path} must be a file or a directory, got neither")
-                elif real in parents:
-                    raise ValueError(f"links must not run in a circle, got {path}")
-                else:
-                    pending.append((path, (*parents, real)))
+                if not stat.S_ISREG(status.st_mode):
+                    kind = "a link to a directory" if stat.S_ISDIR(status.st_mode) else "neither"
+                    raise ValueError(f"{path} must be a file or a directory, got {kind}")
+                found[str(path.relative_to(directory))] = status
+                if is_link and not any(map(path.resolve().is_relative_to, own)):
+                    foreign.append(f"{path.relative_to(directory)} -> {path.resolve()}")
     except OSError as error:
         raise ValueError(f"{error.filename} must be readable, got {error.strerror}") from error
     if foreign:
         logger.warning("links lead out of the directory: %s", list_some(foreign))
-    return {str(path): found[path] for path in sorted(found)}
+    return dict(sorted(found.items()))
 
 
 # Writing
@@ -214,12 +181,7 @@ def list_files(directory: Path, *, skip: Collection[str] = ()) -> dict[str, os.s
 
 @contextmanager
 def create_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
-    """Creates a file, yields its descriptor, and syncs it when the block ends well.
-
-    Args:
-        path: nothing may be there, not even a link.
-        mode: its permissions, of which the umask takes its part.
-    """
+    """Creates a file where nothing is, yields its descriptor, and syncs it when all went well."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         yield handle
@@ -231,13 +193,7 @@ def create_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
 def write_all(
     handle: int, data: bytes | np.ndarray, advance: Callable[[int], object] = lambda nbytes: None
 ) -> None:
-    """Writes all of some bytes, or of a contiguous array.
-
-    Args:
-        handle: the descriptor of the file.
-        data: what to write.
-        advance: called with the number of bytes after each piece that is written.
-    """
+    """Writes all of some bytes, or of an array; `advance` gets the bytes of each piece."""
     view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
     while view:
         count = os.write(handle, view[:_RANGE_BYTES])
@@ -248,41 +204,21 @@ def write_all(
 def copy_range(
     source: io.FileIO, start: int, nbytes: int, target: int, advance: Callable[[int], object]
 ) -> None:
-    """Appends bytes of an open file to another, in the kernel where the file system can.
-
-    Args:
-        source: see `open_source`.
-        start: first byte.
-        nbytes: how many.
-        target: descriptor of the file that is written.
-        advance: called with the number of bytes after each piece that is copied.
+    """Appends bytes of an open file to another, in the kernel; `advance` is as of `write_all`.
 
     Raises:
         RuntimeError: the source ends early, as it does when another process cuts it short.
     """
     position, end = start, start + nbytes
-    in_kernel = hasattr(os, "copy_file_range")
     while position < end:
-        count = 0
-        if in_kernel:
-            limit = min(end - position, _RANGE_BYTES)
-            try:
-                count = os.copy_file_range(source.fileno(), target, limit, offset_src=position)
-            except OSError as error:
-                if error.errno not in _NO_RANGE_COPY:
-                    raise
-            # Some file systems answer 0 where they cannot; reading decides whether it is the end.
-            in_kernel = count > 0
-            advance(count)
+        limit = min(end - position, _RANGE_BYTES)
+        count = os.sendfile(target, source.fileno(), position, limit)
         if count == 0:
-            data = os.pread(source.fileno(), min(end - position, CHUNK_BYTES), position)
-            if not data:
-                raise RuntimeError(
-                    f"{source.name}: file must not change while it is read, "
-                    f"got its end at byte {position}"
-                )
-            write_all(target, data, advance)
-            count = len(data)
+            raise RuntimeError(
+                f"{source.name}: file must not change while it is read, "
+                f"got its end at byte {position}"
+            )
+        advance(count)
         position += count
 
 
@@ -331,9 +267,9 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
     """Yields an empty directory beside `out` that becomes `out` when the block ends well.
 
     The sibling `partial_path(out)` that holds it is locked while it is written, so two runs never
-    mix; what a killed run left in it is removed, if it carries the marker of such a run.
-    Everything is synced to disk before the one rename that makes `out` appear. When the block
-    fails, the sibling is removed.
+    mix; what a killed run left in it is removed, if it carries the marker of such a run. Names are
+    synced to disk before the one rename that makes `out` appear. When the block fails, the sibling
+    is removed.
 
     Args:
         out: the target, which must not exist; its parent must.
@@ -350,12 +286,20 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
         raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
     partial = partial_path(target)
     content = partial / target.name
+
+    def remove() -> None:
+        # The marker goes last, so that what a run killed here leaves is known as ours.
+        with suppress(OSError):
+            shutil.rmtree(content, ignore_errors=True)
+            (partial / MARKER).unlink(missing_ok=True)
+            partial.rmdir()
+
     with ExitStack() as stack:
         try:
             refuse_foreign_partial(target)
             stack.callback(os.close, _lock(partial))
             refuse_foreign_partial(target)
-            stack.callback(_remove_partial, partial, content)
+            stack.callback(remove)
             if content.exists():
                 logger.warning("removing what an interrupted run left in %s", partial)
                 shutil.rmtree(content)
@@ -375,14 +319,6 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
                 f"{error.filename or target} must be accessible with room to spare, "
                 f"got {error.strerror or error}"
             ) from error
-
-
-def _remove_partial(partial: Path, content: Path) -> None:
-    # The marker goes last, so that what a run killed here leaves is known as ours.
-    with suppress(OSError):
-        shutil.rmtree(content, ignore_errors=True)
-        (partial / MARKER).unlink(missing_ok=True)
-        partial.rmdir()
 
 
 def _lock(partial: Path) -> int:

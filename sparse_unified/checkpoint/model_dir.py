@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sparse_unified._common import naming, optional
 from sparse_unified.checkpoint.files import (
-    Stamp,
     is_plain_name,
     read_json,
     refuse_change,
@@ -55,7 +54,7 @@ class Checkpoint:
     Attributes:
         directory: the same, as a Path.
         headers: `{weight file name: header}`, in the order the files were found.
-        index_file: the index that names the shards; None for a single weight file.
+        specs: `{official key: dtype, shape and place of the tensor}`, in the order they are stored.
 
     Raises:
         ValueError: there is no such directory or weight file, or a file breaks its format.
@@ -66,35 +65,35 @@ class Checkpoint:
         if not self.directory.is_dir():
             state = "a file" if self.directory.exists() else "nothing there"
             raise ValueError(f"{self.directory}: checkpoint must be a directory, got {state}")
-        self.index_file: Path | None = None
-        self.headers: dict[str, Header] = {}
-        self._stamps: dict[Path, Stamp] = {}
         try:
-            for path in self.directory.iterdir():
-                if path.suffix in (".json", ".safetensors") and path.exists():
-                    self._stamps[path] = stamp_of(path.stat())
-            single = [name for name in SINGLE_FILES if (self.directory / name).exists()]
-            if not single:
-                self.index_file = _find_index(self.directory)
+            self._stamps = {
+                path: stamp_of(path.stat())
+                for path in self.directory.iterdir()
+                if path.suffix in (".json", ".safetensors") and path.exists()
+            }
         except OSError as error:
             raise ValueError(
                 f"{self.directory}: checkpoint must be readable, got {error.strerror}"
             ) from error
-        if self.index_file is not None:
-            self.headers = _read_shards(self.index_file)
+        single = [name for name in SINGLE_FILES if self.directory / name in self._stamps]
+        indices = sorted(path for path in self._stamps if path.name.endswith(INDEX_SUFFIX))
+        if single:
+            self.headers = {single[0]: read_header(self.directory / single[0])}
+        elif len(indices) == 1:
+            self.headers = _read_shards(indices[0])
         else:
-            self.headers[single[0]] = read_header(self.directory / single[0])
-        self._specs = {key: spec for h in self.headers.values() for key, spec in h.tensors.items()}
-
-    def keys(self) -> list[str]:
-        """Returns the official names of all tensors, in the order they are stored."""
-        return list(self._specs)
+            names = ", ".join(path.name for path in indices) or "none of them"
+            raise ValueError(
+                f"{self.directory}: directory must hold {' or '.join(SINGLE_FILES)} or one "
+                f"*{INDEX_SUFFIX}, got {names}"
+            )
+        self.specs = {key: spec for h in self.headers.values() for key, spec in h.tensors.items()}
 
     def spec(self, key: str) -> TensorSpec:
         """Returns dtype, shape and place of one tensor, without reading it."""
-        if key not in self._specs:
-            raise ValueError(f"{self.directory}: key must be one of keys(), got {key!r:.120}")
-        return self._specs[key]
+        if key not in self.specs:
+            raise ValueError(f"{self.directory}: key must be one of specs, got {key!r:.120}")
+        return self.specs[key]
 
     def read(self, key: str) -> Tensor:
         """Reads one tensor to the CPU, into memory of its own, and nothing else."""
@@ -125,14 +124,9 @@ class Checkpoint:
         """The file of the autoencoder, which is separate from the weights of the model."""
         return self.directory / VAE_FILE
 
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """All specs by key, in the order the tensors are stored."""
-        return dict(self._specs)
-
     @cached_property
     def _scanned(self) -> tuple[FFNs, list[str]]:
-        return scan_ffns(self._specs)
+        return scan_ffns(self.specs)
 
     @property
     def ffns(self) -> FFNs:
@@ -153,9 +147,7 @@ class Checkpoint:
         problems = [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
         for step in () if problems or self.recipe is None else self.recipe.steps:
             config = step.config
-            if not isinstance(config, MoEConfig):
-                continue
-            for layer in config.layers:
+            for layer in config.layers if isinstance(config, MoEConfig) else ():
                 ffn = ffns.get(config.component, {}).get(int(layer))
                 found = 0 if ffn is None or ffn.layout is None else ffn.layout.num_experts
                 if ffn is not None and found != config.num_experts:
@@ -226,17 +218,6 @@ class Checkpoint:
         if problems:
             more = f" (and {len(problems) - 1} more disagreements)" if problems[1:] else ""
             raise ValueError(f"{self.directory}: {problems[0]}{more}")
-
-
-def _find_index(directory: Path) -> Path:
-    found = sorted(path for path in directory.iterdir() if path.name.endswith(INDEX_SUFFIX))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none of them"
-        raise ValueError(
-            f"{directory}: directory must hold {' or '.join(SINGLE_FILES)} or one *{INDEX_SUFFIX}, "
-            f"got {names}"
-        )
-    return found[0]
 
 
 def _read_shards(index_file: Path) -> dict[str, Header]:

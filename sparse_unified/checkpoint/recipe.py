@@ -94,20 +94,6 @@ class Recipe:
         """Returns a recipe with more steps at its end."""
         return Recipe(steps=(*self.steps, *steps))
 
-    def narrowed_experts(self, component: str) -> set[int]:
-        """Returns the layers that lost neurons of a component after they had become sparse."""
-        sparse: set[int] = set()
-        narrowed: set[int] = set()
-        for step in self.steps:
-            layers = {int(layer) for layer in step.config.layers}
-            if step.config.component != component:
-                continue
-            if isinstance(step.config, MoEConfig):
-                sparse |= layers
-            elif isinstance(step.config, PruneWidthConfig):
-                narrowed |= sparse & layers
-        return narrowed
-
     def to_json(self) -> str:
         """Returns the text of the file."""
         content = {
@@ -136,7 +122,6 @@ def parse_recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
     return Recipe(steps=tuple(parsed))
 
 
-_RESULTS = ("widths", "heads")
 # Fields that recipes of earlier versions lack; their defaults are what was done then.
 _ADDED = {MoEConfig.mode: {"partition", "router_init", "seed"}}
 _RESULT_OF = {PruneWidthConfig.mode: "widths", PruneHeadsConfig.mode: "heads"}
@@ -147,25 +132,23 @@ def _parse_step(step: Any) -> Step:
         got = step.get("mode") if isinstance(step, dict) else step
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {got!r:.80}")
     kind, fields = MODES[str(step["mode"])], step.get("config")
-    extra = [name for name in step if name not in ("mode", "config", "scores", "tool", *_RESULTS)]
     known = {field.name for field in dataclasses.fields(kind)}
     needed = known - _ADDED.get(kind.mode, set())
-    if extra or not isinstance(fields, dict) or not needed <= set(fields) <= known:
-        got = extra or (sorted(fields) if isinstance(fields, dict) else fields)
+    if not isinstance(fields, dict) or not needed <= set(fields) <= known:
+        got = sorted(fields) if isinstance(fields, dict) else fields
         raise ValueError(f"config must have {', '.join(sorted(known))}, got {got!r:.120}")
     if not isinstance(fields["layers"], list):
         raise ValueError(f"layers must be a list of indices, got {fields['layers']!r:.80}")
     config = kind(**fields)
-
-    result = _RESULT_OF.get(config.mode)
-    given = {name: step[name] for name in _RESULTS if name in step}
-    layers = sorted(str(layer) for layer in config.layers)
-    found = given.pop(result, None) if result is not None else {}
-    if given or not isinstance(found, dict) or sorted(found) != layers * (result is not None):
+    result = _RESULT_OF.get(kind.mode)
+    others = step.keys() - {"mode", "config", "scores", "tool", result}
+    found = step.get(result, {}) if result is not None else {}
+    layers = sorted(str(layer) for layer in config.layers) if result is not None else []
+    if others or not isinstance(found, dict) or sorted(found) != layers:
         raise ValueError(
-            f"{result or min(given)} must be given for the layers of a {config.mode} step, "
-            f"{format_layers([int(layer) for layer in config.layers])}, and for no others, "
-            f"got {given or found!r:.80}"
+            f"{kind.mode} step must have {result or 'no results'} for its layers "
+            f"{format_layers([int(layer) for layer in config.layers])} and nothing else, "
+            f"got {sorted(others) or found!r:.80}"
         )
     for layer, value in found.items():
         with naming(f"layer {layer}"):
@@ -173,16 +156,15 @@ def _parse_step(step: Any) -> Step:
                 check_int("width", value, 1)
             else:
                 _check_heads(value)
-    values: dict[int, Any] = {int(layer): value for layer, value in found.items()}
     scores = step.get("scores")
     return Step(
         config=config,
         scores=None if scores is None else str(scores),
         tool=str(step.get("tool", "unknown")),
-        widths=values if result == "widths" else {},
+        widths={int(n): width for n, width in found.items()} if result == "widths" else {},
         heads={
-            layer: {name: tuple(numbers) for name, numbers in heads.items()}
-            for layer, heads in (values if result == "heads" else {}).items()
+            int(n): {name: tuple(numbers) for name, numbers in heads.items()}
+            for n, heads in (found if result == "heads" else {}).items()
         },
     )
 
@@ -191,12 +173,12 @@ def _check_heads(value: object) -> None:
     names = ("keys", *FFN_NAMES)
     if not isinstance(value, dict) or set(value) != set(names):
         raise ValueError(f"heads must have {', '.join(names)}, got {value!r:.80}")
-    for name, numbers in value.items():
+    for name in names:
+        numbers = value[name]
         whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
         if not whole or sorted(set(numbers)) != numbers:
             raise ValueError(f"{name} must be ascending head numbers, got {numbers!r:.80}")
-    for name in FFN_NAMES:
-        if not set(value[name]) <= set(value["keys"]):
+        if name != "keys" and not set(numbers) <= set(value["keys"]):
             raise ValueError(
-                f"{name} must be among its keys {value['keys']!r:.80}, got {value[name]!r:.80}"
+                f"{name} must be among its keys {value['keys']!r:.80}, got {numbers!r:.80}"
             )

@@ -106,15 +106,21 @@ def rewrite(
         RuntimeError: reading or writing failed, there is no room, or the source changed meanwhile;
             nothing is left under `out`.
     """
-    files = _plan_files(source, edits, headers)
+    files: dict[str, tuple[str, list[Edit]]] = {}  # name -> header text and what comes after it
+    for name, header in (headers or source.headers).items():
+        parts = [edits.get(key) or unchanged(key, source.spec(key)) for key in header.tensors]
+        entries = [entry for own in parts for entry in own.entries]
+        if headers is not None:
+            files[name] = header.text, parts
+        elif entries or not header.tensors:
+            files[name] = build_header(entries, header.metadata), parts
     found = list_files(source.directory)
     left_out = {*source.headers, *files, *texts, *skip}
     others = {name: status for name, status in found.items() if name not in left_out}
-    total = sum(8 + len(text.encode()) for text, _ in files.values())
-    total += sum(
-        _size(entry) for _, parts in files.values() for own in parts for entry in own.entries
-    )
-    total += sum(status.st_size for status in others.values())
+    total = sum(status.st_size for status in others.values())
+    for text, parts in files.values():
+        total += 8 + len(text.encode())
+        total += sum(_size(entry) for own in parts for entry in own.entries)
     done = 0
 
     def advance(nbytes: int) -> None:
@@ -156,26 +162,9 @@ def rewrite(
     return done
 
 
-def _plan_files(
-    source: Checkpoint, edits: Edits, headers: Mapping[str, Header] | None
-) -> dict[str, tuple[str, list[Edit]]]:
-    """Returns the header text of each weight file of the result, and what comes after it."""
-
-    def part(key: str) -> Edit:
-        if key in edits:
-            return edits[key]
-        spec = source.spec(key)
-        return Edit(entries=((key, spec.dtype, spec.shape),), blocks=lambda: (spec,))
-
-    files = {}
-    for name, header in (headers or source.headers).items():
-        parts = [part(key) for key in header.tensors]
-        entries = [entry for own in parts for entry in own.entries]
-        if headers is not None:
-            files[name] = header.text, parts
-        elif entries or not header.tensors:
-            files[name] = build_header(entries, header.metadata), parts
-    return files
+def unchanged(key: str, spec: TensorSpec) -> Edit:
+    """Returns the edit that copies a tensor."""
+    return Edit(entries=((key, spec.dtype, spec.shape),), blocks=lambda: (spec,))
 
 
 def _size(entry: Entry) -> int:
@@ -185,52 +174,27 @@ def _size(entry: Entry) -> int:
 def gather(
     specs: Sequence[TensorSpec], dim: int, indices: Sequence[np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """Yields the bits of chosen rows (dim 0) or columns (dim 1) of tensors, in blocks.
-
-    One tensor at most is in memory; a few megabytes where a tensor is only cut, or where columns
-    make one tensor.
+    """Yields the bits of chosen rows (dim 0) or columns (dim 1) of a tensor, in blocks.
 
     Args:
-        specs: tensors of one kind, which are taken as joined along `dim`.
+        specs: the parts of the tensor, joined along `dim`; together they are in memory.
         dim: the dimension that `indices` are of.
         indices: of the joined tensor, int64, for each tensor of the result.
     """
     first = specs[0]
-    if dim == 1:
-        yield from _gather_columns(specs, indices)
-    elif len(specs) == len(indices) == 1 and np.all(np.diff(indices[0]) > 0):
-        (index,) = indices
-        for top, bottom in row_blocks(first):
-            inside = index[(index >= top) & (index < bottom)]
-            if len(inside):
-                yield read_words(first.rows(top, bottom))[inside - top]
-    else:
-        bounds = np.cumsum([0, *(spec.shape[0] for spec in specs)])
-        joined = np.empty((bounds[-1], *first.shape[1:]), dtype=WORDS[first.dtype.itemsize])
-        for spec, (start, stop) in zip(specs, pairwise(bounds), strict=True):
-            joined[start:stop] = read_words(spec)
-        for index in indices:
-            for top, bottom in row_blocks(first, len(index)):
+    bounds = np.cumsum([0, *(spec.shape[dim] for spec in specs)])
+    shape = (*first.shape[:dim], bounds[-1], *first.shape[dim + 1 :])
+    joined = np.empty(shape, dtype=WORDS[first.dtype.itemsize])
+    for spec, own in zip(specs, pairwise(bounds), strict=True):
+        part = slice(*own)
+        joined[part if dim == 0 else (slice(None), part)] = read_words(spec)
+    for index in indices:
+        num_rows = len(index) if dim == 0 else len(joined)
+        for top, bottom in row_blocks(first, num_rows):
+            if dim == 0:
                 yield joined[index[top:bottom]]
-
-
-def _gather_columns(
-    specs: Sequence[TensorSpec], indices: Sequence[np.ndarray]
-) -> Iterator[np.ndarray]:
-    num_rows, dtype = specs[0].shape[0], WORDS[specs[0].dtype.itemsize]
-    every = np.concatenate(indices)
-    bounds = np.cumsum([0, *map(len, indices)])
-    parts = [np.empty((num_rows if indices[1:] else 0, len(own)), dtype) for own in indices]
-    for top, bottom in row_blocks(specs[0]):
-        rows = [read_words(spec.rows(top, bottom)) for spec in specs]
-        block = np.take(np.concatenate(rows, axis=1) if rows[1:] else rows[0], every, axis=1)
-        if not indices[1:]:
-            yield block
-            continue
-        for part, (start, stop) in zip(parts, pairwise(bounds), strict=True):
-            part[top:bottom] = block[:, start:stop]
-    if indices[1:]:
-        yield from parts
+            else:
+                yield np.take(joined[top:bottom], index, axis=1)
 
 
 def row_blocks(spec: TensorSpec, num_rows: int | None = None) -> Iterator[tuple[int, int]]:
@@ -250,28 +214,19 @@ def index_texts(source: Checkpoint, edits: Edits) -> dict[str, str]:
     added = sum(_size(entry) for edit in edits.values() for entry in edit.entries)
     added -= sum(source.spec(key).nbytes for key in edits)
     texts: dict[str, str] = {}
-    for path in sorted(source.directory.iterdir()):
-        if not path.name.endswith(INDEX_SUFFIX):
-            continue
+    for path in sorted(source.directory.glob(f"*{INDEX_SUFFIX}")):
         index = read_json(path)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
-            continue
-        affected = {
-            key
-            for key, name in weight_map.items()
-            if name in source.headers and renamed.get(key, [key]) != [key]
-        }
-        speaks_of_them = any(key in source.specs for key in weight_map)
-        if not affected and not (added and speaks_of_them):
+        old = index.get("weight_map")
+        if not isinstance(old, dict) or not any(key in source.specs for key in old):
             continue
         index["weight_map"] = {
             new: name
-            for key, name in weight_map.items()
-            for new in (renamed[key] if key in affected else [key])
+            for key, name in old.items()
+            for new in (renamed.get(key, [key]) if name in source.headers else [key])
         }
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and type(metadata.get("total_size")) is int:
             metadata["total_size"] += added
-        texts[path.name] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        if index["weight_map"] != old or added:
+            texts[path.name] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     return texts

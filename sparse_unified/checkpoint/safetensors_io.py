@@ -99,9 +99,6 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Reads and checks the header of a safetensors file.
 
-    Returns:
-        the tensors in the order of their bytes, the metadata, and the header text as it stands.
-
     Raises:
         ValueError: the file cannot be opened, is truncated, or its header breaks a rule of the
             format; the message names the rule and what was found.
@@ -126,13 +123,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def parse_header(path: Path, text: str, stamp: Stamp | None = None) -> Header:
-    """Checks header `text` of the file `path`.
-
-    Args:
-        path: for messages, and for the tensors.
-        text: the header.
-        stamp: of the file, which must have the size that the header says; None without a file.
-    """
+    """Checks header `text` of the file `path`, whose size `stamp` tells; None without a file."""
     with context(path):
         if not text.startswith("{"):
             raise ValueError(f"header must start with '{{', got {text[:8]!r}")
@@ -226,10 +217,7 @@ def read_tensor(spec: TensorSpec) -> Tensor:
 
 def read_words(spec: TensorSpec) -> np.ndarray:
     """Returns a tensor as words of its element size: its bits, whatever they stand for."""
-    words = np.empty(spec.shape, dtype=WORDS[spec.dtype.itemsize])
-    with open_source(spec.file, spec.stamp) as stream:
-        read_bytes(stream, spec.start, words)
-    return words
+    return as_bytes(read_tensor(spec)).view(WORDS[spec.dtype.itemsize]).reshape(spec.shape)
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
@@ -249,11 +237,8 @@ def build_header(
     position = 0
     for key, dtype, shape in entries:
         end = position + math.prod(shape) * dtype.itemsize
-        header[key] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, end],
-        }
+        name = DTYPE_NAMES[dtype]
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return text + " " * (-len(text.encode()) % 8)

@@ -207,32 +207,20 @@ def check_ffns(
         a sentence for each disagreement.
     """
     problems: list[str] = []
-    source = RECIPE if pruned else f"intermediate_size of {CONFIG}"
+    source = RECIPE if pruned else f"num_hidden_layers and intermediate_size of {CONFIG}"
     for component, layers in ffns.items():
-        name = f"keys: {component} layers ({keys.FFN_NAMES[component]})"
-        own = wanted[component]
-        absent = [n for n, shape in own.items() if shape.width and n not in layers]
-        if absent:
+        own = {layer: shape.width for layer, shape in wanted[component].items()}
+        found = {layer: ffn.intermediate_size for layer, ffn in layers.items()}
+        wrong = [
+            f"{found.get(layer, 0)} neurons in layer {layer}, not {own.get(layer, 0)}"
+            for layer in sorted(own.keys() | found.keys())
+            if own.get(layer, 0) != found.get(layer, 0)
+        ]
+        if wrong:
             problems.append(
-                f"{name} must be 0 to {len(own) - 1}, got no whole layer {list_some(absent)}"
+                f"keys: {component} FFNs ({keys.FFN_NAMES[component]}) must be those of {source}, "
+                f"got {list_some(wrong)}"
             )
-        if extra := [n for n in layers if n not in own]:
-            problems.append(
-                f"{name} must be 0 to {len(own) - 1} as num_hidden_layers of {CONFIG} says, "
-                f"got {list_some(extra)} too"
-            )
-        if left_over := [n for n in layers if n in own and not own[n].width]:
-            problems.append(
-                f"{name} {list_some(left_over)} must not be there, as {RECIPE} says they are "
-                "skipped, got their keys"
-            )
-        for layer, ffn in layers.items():
-            width = own[layer].width if layer in own else 0
-            if width and width != ffn.intermediate_size:
-                problems.append(
-                    f"keys: {component} layer {layer} must have {width} neurons as {source} says, "
-                    f"got {ffn.intermediate_size}"
-                )
         problems += _check_sparse(component, layers, config)
     sizes = {ffn.hidden_size for layers in ffns.values() for ffn in layers.values()}
     hidden_size = config.get("hidden_size", min(sizes, default=None))
@@ -241,7 +229,7 @@ def check_ffns(
             f"{CONFIG}: hidden_size must be what every FFN in the keys has, "
             f"{list_some(sorted(sizes))}, got {hidden_size!r:.120}"
         )
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def _check_sparse(
@@ -250,41 +238,37 @@ def _check_sparse(
     """Compares the sparse FFNs of a component with the fields that describe them."""
     layouts = {n: ffn.layout for n, ffn in layers.items() if ffn.layout is not None}
     problems = []
+
+    def demand(agrees: bool, field: str, rule: str) -> None:
+        if not agrees:
+            got = f"{config[field]!r:.120}" if field in config else "nothing"
+            problems.append(f"{CONFIG}: {field} must {rule} in the keys, got {got}")
+
     field = keys.TRANSFORMED[component]
-    value = config.get(field, False)
-    if isinstance(value, bool):
-        claimed = set(layers) if value else set()
-    else:
-        is_list = isinstance(value, list) and all(type(layer) is int for layer in value)
-        claimed = set(value) if is_list else {-1}
-    if claimed != set(layouts):
-        problems.append(
-            f"{CONFIG}: {field} must be {sorted(layouts) or 'false or absent'}, the layers that "
-            f"are sparse in the keys, got {_got(config, field)}"
-        )
+    claimed = config.get(field, False)
+    if isinstance(claimed, bool):
+        claimed = list(layers) if claimed else []
+    is_list = isinstance(claimed, list) and all(type(layer) is int for layer in claimed)
+    rule = f"be {sorted(layouts) or 'false or absent'}, the layers that are sparse"
+    demand(is_list and set(claimed) == set(layouts), field, rule)
     for layout in layouts.values():
         num_experts, width = layout.num_experts, layout.shared_width
-        if type(config.get("num_experts")) is not int or config["num_experts"] != num_experts:
-            problems.append(
-                f"{CONFIG}: num_experts must be {num_experts} as the keys say, "
-                f"got {_got(config, 'num_experts')}"
-            )
+        count: Any = config.get("num_experts")
+        demand(type(count) is int and count == num_experts, "num_experts", f"be {num_experts} as")
         given: Any = config.get("num_shared_experts")
-        is_count = type(given) is int and given >= 0 and bool(given) == bool(width)
-        if not is_count or given * (layout.intermediate_size // (num_experts + given)) != width:
-            problems.append(
-                f"{CONFIG}: num_shared_experts must give the {width} shared neurons in the keys, "
-                f"got {_got(config, 'num_shared_experts')}"
-            )
+        demand(
+            type(given) is int
+            and given >= 0
+            and bool(given) == bool(width)
+            and given * (layout.intermediate_size // (num_experts + given)) == width,
+            "num_shared_experts",
+            f"give the {width} shared neurons",
+        )
         try:
             find_top_k(config, num_experts)
         except ValueError as error:
             problems.append(str(error))
-    return list(dict.fromkeys(problems))
-
-
-def _got(config: Mapping[str, Any], field: str) -> str:
-    return f"{config[field]!r:.120}" if field in config else "nothing"
+    return problems
 
 
 def find_top_k(config: Mapping[str, Any], num_experts: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Sidecar:
         component: "gen" or "und".
         neuron_index: `{layer: [I] int64}`.
         arguments: how `convert` was called, without paths.
-        weight_files: `{dense file name: header text}`.
+        headers: `{dense file name: its header}`.
         texts: `{file name: text before conversion}`.
         tool: name and version of what wrote it.
     """
@@ -57,7 +58,7 @@ class Sidecar:
     component: str
     neuron_index: Mapping[int, np.ndarray]
     arguments: Mapping[str, Any]
-    weight_files: Mapping[str, str]
+    headers: Mapping[str, Header]
     texts: Mapping[str, str]
     tool: str
 
@@ -74,6 +75,7 @@ def index_key(component: str, layer: int) -> str:
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:
     """Writes and syncs a sidecar file."""
+    texts = {name: header.text for name, header in sidecar.headers.items()}
     save_tensors(
         path,
         {
@@ -85,9 +87,9 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
             "format_version": FORMAT_VERSION,
             "tool": sidecar.tool,
             "component": sidecar.component,
-            "arguments": json.dumps(dict(sidecar.arguments)),
-            "weight_files": json.dumps(dict(sidecar.weight_files), ensure_ascii=False),
-            "texts": json.dumps(dict(sidecar.texts), ensure_ascii=False),
+            "arguments": json.dumps(sidecar.arguments),
+            "weight_files": json.dumps(texts, ensure_ascii=False),
+            "texts": json.dumps(sidecar.texts, ensure_ascii=False),
         },
     )
 
@@ -114,42 +116,28 @@ def read_sidecar(path: Path) -> Sidecar:
                     "got something else"
                 )
             indices[found[1]] = index.long().numpy()
-        texts = _read_files(header, "texts")
-        for name in texts:  # whatever else is in OUT is copied
+        maps: dict[str, dict[str, Any]] = {}
+        for field in ("arguments", "weight_files", "texts"):
+            text = header.metadata.get(field, "")
+            with suppress(ValueError):
+                maps[field] = loads_strict(text)
+            if not isinstance(maps.get(field), dict):
+                raise ValueError(f"{field} must hold a JSON object, got {text!r:.80}")
+        for field in ("weight_files", "texts"):
+            for name, text in maps[field].items():
+                if not is_plain_name(name) or not isinstance(text, str):
+                    raise ValueError(f"{field} must map plain file names to text, got {name!r:.80}")
+        for name in maps["texts"]:  # whatever else is in OUT is copied
             if name not in (CONFIG, RECIPE) and not name.endswith(INDEX_SUFFIX):
                 raise ValueError(f"texts must be of files that convert rewrites, got {name!r:.80}")
-        return Sidecar(
-            component=component,
-            neuron_index=dict(sorted(indices.items())),
-            arguments=_read_map(header, "arguments"),
-            weight_files=_read_files(header, "weight_files"),
-            texts=texts,
-            tool=header.metadata.get("tool", "unknown"),
-        )
-
-
-def parse_dense_headers(path: Path, sidecar: Sidecar) -> dict[str, Header]:
-    """Returns the checked headers of the dense weight files that a sidecar of `path` describes."""
-    return {
-        name: parse_header(path.with_name(f"{path.name}[{name}]"), text)
-        for name, text in sidecar.weight_files.items()
-    }
-
-
-def _read_map(header: Header, field: str) -> dict[str, Any]:
-    text = header.metadata.get(field, "")
-    try:
-        value = loads_strict(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{field} must hold a JSON object, got {text!r:.80}")
-    return value
-
-
-def _read_files(header: Header, field: str) -> dict[str, str]:
-    value = _read_map(header, field)
-    for name, text in value.items():
-        if not is_plain_name(name) or not isinstance(text, str):
-            raise ValueError(f"{field} must map plain file names to text, got {name!r:.80}")
-    return value
+    return Sidecar(
+        component=component,
+        neuron_index=dict(sorted(indices.items())),
+        arguments=maps["arguments"],
+        headers={
+            name: parse_header(path.with_name(f"{path.name}[{name}]"), text)
+            for name, text in maps["weight_files"].items()
+        },
+        texts=maps["texts"],
+        tool=header.metadata.get("tool", "unknown"),
+    )

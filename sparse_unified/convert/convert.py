@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,6 @@ from sparse_unified.experts import ExpertLayout, fit_router, random_router
 from sparse_unified.experts.layout import Partition, order_neurons
 from sparse_unified.experts.router import RouterInit, hidden_activations
 from sparse_unified.surgery.cuts import select
-
-WHAT = "convert"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +90,7 @@ class ConvertReport(Report):
         ]
 
 
-@context(WHAT)
+@context("convert")
 def convert(
     dense: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -166,14 +164,19 @@ def convert(
     scores_of, origin = ranking(source, component, tuple(layouts), scores=scores, seed=seed)
 
     @cache
-    def index_of(layer: int) -> np.ndarray:
-        return _neuron_index(
-            source, config, layer, layouts[layer], scores_of(layer), given.get(layer)
-        )
+    def order(layer: int) -> np.ndarray:
+        """Returns neuron_index [I] int64, position in expert order -> dense neuron."""
+        hidden = None
+        if config.partition is Partition.COACTIVATION:
+            hidden = hidden_activations(given[layer], *_projections(source, config, layer)[:2])
+        how, values, layout = config.partition, scores_of(layer), layouts[layer]
+        with naming(f"{component} layer {layer}"):
+            index = order_neurons(how, values, layout, seed=config.seed, layer=layer, hidden=hidden)
+        return index.numpy()
 
     edits: dict[str, Edit] = {}
     for layer, layout in layouts.items():
-        edits |= _split(source, config, layer, layout, index_of, given.get(layer))
+        edits |= _split(source, config, layer, layout, order, given.get(layer))
     fields = {
         "num_experts": num_experts,
         "num_shared_experts": num_shared_experts,
@@ -185,45 +188,35 @@ def convert(
     new_config = json.dumps(source.llm_config | fields, indent=2, ensure_ascii=False) + "\n"
     texts = {CONFIG: new_config} | index_texts(source, edits)
     texts[RECIPE] = (source.recipe or Recipe()).then(step).to_json()
-    arguments = {
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "num_shared_experts": num_shared_experts,
-        "layers": list(layouts),
-        "component": component,
-        "scores": origin,
-        "partition": config.partition.value,
-        "router_init": config.router_init.value,
-        "partition_seed": config.seed,
-    }
 
-    def finish(partial: Path) -> None:
+    def finish(written: Path) -> None:
+        arguments = {
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "num_shared_experts": num_shared_experts,
+            "layers": list(layouts),
+            "component": component,
+            "scores": origin,
+            "partition": config.partition.value,
+            "router_init": config.router_init.value,
+            "partition_seed": config.seed,
+        }
+        old = [name for name in texts if name != RECIPE or source.recipe is not None]
         sidecar = Sidecar(
             component=component,
-            neuron_index={layer: index_of(layer) for layer in layouts},
+            neuron_index={layer: order(layer) for layer in layouts},
             arguments=arguments,
-            weight_files={name: header.text for name, header in source.headers.items()},
-            texts={
-                name: read_text(source.directory / name)
-                for name in texts
-                if name != RECIPE or source.recipe is not None
-            },
+            headers=source.headers,
+            texts={name: read_text(source.directory / name) for name in old},
             tool=tool_version(),
         )
-        write_sidecar(partial / SIDECAR, sidecar)
-        # A last look through the reader's eyes, before the directory gets its name.
-        if component not in Checkpoint(partial).experts:
-            raise RuntimeError(f"{partial} must read as sparse, got a dense checkpoint")
+        write_sidecar(written / SIDECAR, sidecar)
+        # The result must read well before it gets its name.
+        if component not in Checkpoint(written).experts:
+            raise RuntimeError(f"{written} must read as sparse, got a dense checkpoint")
 
-    bytes_written = rewrite(
-        source,
-        out,
-        edits,
-        texts,
-        rename={SIDECAR: EARLIER_SIDECAR},
-        finish=finish,
-        progress=progress,
-    )
+    rename = {SIDECAR: EARLIER_SIDECAR}
+    nbytes = rewrite(source, out, edits, texts, rename=rename, finish=finish, progress=progress)
     return ConvertReport(
         out=str(out),
         component=component,
@@ -237,7 +230,7 @@ def convert(
         scores=origin,
         partition=config.partition.value,
         router_init=config.router_init.value,
-        bytes_written=bytes_written,
+        bytes_written=nbytes,
         seconds=time.perf_counter() - start,
     )
 
@@ -281,13 +274,35 @@ def _split(
     config: MoEConfig,
     layer: int,
     layout: ExpertLayout,
-    index_of: Callable[[int], np.ndarray],
+    order: Callable[[int], np.ndarray],
     inputs: Tensor | None,
 ) -> dict[str, Edit]:
     """Returns what takes the place of the three projections of one dense FFN."""
     component = config.component
     ffn, prefix = source.ffns[component][layer], keys.ffn_prefix(component, layer)
     shapes = ffn_shapes(layout, ffn.hidden_size, component)
+
+    def routers() -> Iterator[np.ndarray]:
+        weight = torch.zeros(layout.num_experts, ffn.hidden_size)
+        if config.router_init is RouterInit.RANDOM:
+            weight = random_router(*weight.shape, seed=config.seed, layer=layer)
+        elif inputs is not None and config.router_init is RouterInit.ACTIVATION:
+            index = torch.from_numpy(order(layer))
+            gate_proj, up_proj, down_proj = _projections(source, config, layer)
+            weights = gate_proj[index], up_proj[index], down_proj[:, index]
+            with naming(f"{component} layer {layer}"):
+                weight = fit_router(inputs, *weights, layout, config.top_k).weight
+        weight = weight.to(ffn.dtype).contiguous()
+        for name in keys.router_names(component):
+            # That of the shared expert is zero; those of und blocks start the same.
+            yield as_bytes(torch.zeros_like(weight[:1]) if name == "gate_shared" else weight)
+
+    def blocks(name: str) -> Blocks:
+        if name == "gate_proj":
+            yield from routers()
+        parts = [order(layer)[start:stop] for start, stop in ffn_parts(layout).values()]
+        yield from gather([source.spec(f"{prefix}{name}.weight")], int(name == "down_proj"), parts)
+
     edits = {}
     for name in keys.PROJECTIONS:
         entries = tuple(
@@ -296,63 +311,9 @@ def _split(
             if rest.endswith(f"{name}.weight")
             or (name == "gate_proj" and keys.ROUTER_KEY.fullmatch(rest))
         )
-
-        def blocks(name: str = name) -> Blocks:
-            index = index_of(layer)
-            if name == "gate_proj":
-                router = _first_router(source, config, layer, layout, index, inputs).to(ffn.dtype)
-                for own in keys.router_names(component):
-                    # That of the shared expert is zero; those of und blocks start the same.
-                    weight = torch.zeros_like(router[:1]) if own == "gate_shared" else router
-                    yield as_bytes(weight.contiguous())
-            spec = source.spec(f"{prefix}{name}.weight")
-            parts = [index[start:stop] for start, stop in ffn_parts(layout).values()]
-            yield from gather([spec], 1 if name == "down_proj" else 0, parts)
-
-        edits[f"{prefix}{name}.weight"] = Edit(entries=entries, blocks=blocks)
+        edits[f"{prefix}{name}.weight"] = Edit(entries=entries, blocks=partial(blocks, name))
     return edits
 
 
-def _neuron_index(
-    source: Checkpoint,
-    config: MoEConfig,
-    layer: int,
-    layout: ExpertLayout,
-    scores: Tensor,
-    inputs: Tensor | None,
-) -> np.ndarray:
-    """Returns neuron_index [I] int64, position in expert order -> dense neuron."""
-    hidden = None
-    if config.partition is Partition.COACTIVATION and inputs is not None:
-        hidden = hidden_activations(inputs, *_projections(source, config, layer, 2))
-    with naming(f"{config.component} layer {layer}"):
-        index = order_neurons(
-            config.partition, scores, layout, seed=config.seed, layer=layer, hidden=hidden
-        )
-    return index.numpy()
-
-
-def _first_router(
-    source: Checkpoint,
-    config: MoEConfig,
-    layer: int,
-    layout: ExpertLayout,
-    index: np.ndarray,
-    inputs: Tensor | None,
-) -> Tensor:
-    """Returns the weight [E, D] fp32 that routers start from."""
-    shape = (config.num_experts, source.ffns[config.component][layer].hidden_size)
-    if config.router_init is RouterInit.RANDOM:
-        return random_router(*shape, seed=config.seed, layer=layer)
-    if config.router_init is RouterInit.ZERO or inputs is None:
-        return torch.zeros(shape)
-    gate_proj, up_proj, down_proj = _projections(source, config, layer, 3)
-    order = torch.from_numpy(index)
-    weights = (gate_proj[order], up_proj[order], down_proj[:, order])
-    with naming(f"{config.component} layer {layer}"):
-        return fit_router(inputs, *weights, layout, config.top_k).weight
-
-
-def _projections(source: Checkpoint, config: MoEConfig, layer: int, count: int) -> list[Tensor]:
-    names = keys.PROJECTIONS[:count]
-    return [source.read(keys.dense_key(config.component, layer, name)) for name in names]
+def _projections(source: Checkpoint, config: MoEConfig, layer: int) -> list[Tensor]:
+    return [source.read(keys.dense_key(config.component, layer, name)) for name in keys.PROJECTIONS]

@@ -18,7 +18,7 @@ from sparse_unified.checkpoint.files import list_files
 from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
 from sparse_unified.checkpoint.recipe import Recipe
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
-from sparse_unified.checkpoint.shapes import FFN, FFNs, LayerShape, find_top_k, scan_ffns
+from sparse_unified.checkpoint.shapes import FFN, LayerShape, find_top_k, scan_ffns
 from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
 
 # Group of keys outside the language model -> the component it counts to.
@@ -62,11 +62,10 @@ class Info(Report):
     """A model directory at a glance.
 
     Attributes:
-        files: `{name: bytes}` of every file in the directory.
         dtypes: `{dtype: parameters}` of the weight files.
+        files: `{name: bytes}` of every file in the directory.
         sidecar: tool, component and arguments of the conversion; None without a sidecar.
-        recipe: the steps of `sparse_unified.json`, in order; empty without it.
-        steps: the same, a line each.
+        recipe, steps: the steps of `sparse_unified.json`, and a line for each.
         problems: what disagrees; empty when nothing does.
     """
 
@@ -152,9 +151,8 @@ def info(directory: str | os.PathLike[str]) -> Info:
     problems += tried(lambda: _model_problems(source), [])
     recipe = tried(lambda: source.recipe, None) or Recipe()
     left = tried(lambda: source.left, None) or {}
-    sidecar = tried(lambda: _describe_sidecar(source), None)
-    if sidecar is not None:
-        problems += tried(lambda: _sidecar_problems(source, ffns), [])
+    path = source.directory / SIDECAR
+    sidecar = tried(lambda: read_sidecar(path), None) if path.exists() else None
     layouts = [ffn.layout for layers in ffns.values() for ffn in layers.values()]
     counts = {layout.num_experts for layout in layouts if layout is not None}
     num_experts = counts.pop() if len(counts) == 1 else None
@@ -162,20 +160,19 @@ def info(directory: str | os.PathLike[str]) -> Info:
     if num_experts is not None:
         top_k = tried(lambda: find_top_k(source.llm_config, num_experts), None)
 
-    specs: dict[str, dict[str, TensorSpec]] = {name: {} for name in _COMPONENTS}
+    specs: dict[str, list[TensorSpec]] = {name: [] for name in _COMPONENTS}
+    dtypes: dict[str, int] = {}
     for key, spec in source.specs.items():
-        specs[_component_of(key)][key] = spec
+        specs[_component_of(key)].append(spec)
+        dtype = str(spec.dtype).removeprefix("torch.")
+        dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(spec.shape)
     if source.vae_file.exists():
-        specs["vae"] = tried(lambda: read_header(source.vae_file).tensors, {})
+        specs["vae"] = tried(lambda: [*read_header(source.vae_file).tensors.values()], [])
     components = tuple(
         _describe(name, own, ffns.get(name, {}), top_k, left.get(name, {}))
         for name, own in specs.items()
         if own
     )
-    dtypes: dict[str, int] = {}
-    for spec in source.specs.values():
-        name = str(spec.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + math.prod(spec.shape)
     active = [part.active for part in components]
     return Info(
         directory=str(directory),
@@ -186,8 +183,9 @@ def info(directory: str | os.PathLike[str]) -> Info:
         top_k=top_k,
         dtypes=dtypes,
         weight_files=tuple(source.headers),
-        files={n: s.st_size for n, s in list_files(source.directory).items()},
-        sidecar=sidecar,
+        files={name: status.st_size for name, status in list_files(source.directory).items()},
+        sidecar=sidecar
+        and {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")},
         recipe=tuple(step.to_dict() for step in recipe.steps),
         steps=tuple(step.to_text() for step in recipe.steps),
         problems=tuple(dict.fromkeys(problems)),
@@ -225,12 +223,12 @@ def _component_of(key: str) -> str:
 
 def _describe(
     name: str,
-    specs: Mapping[str, TensorSpec],
+    specs: Sequence[TensorSpec],
     ffns: Mapping[int, FFN],
     top_k: int | None,
     left: Mapping[int, LayerShape],
 ) -> ComponentInfo:
-    parameters = sum(math.prod(spec.shape) for spec in specs.values())
+    parameters = sum(math.prod(spec.shape) for spec in specs)
     sparse = {layer: ffn.layout for layer, ffn in ffns.items() if ffn.layout is not None}
     idle = sum(
         3 * ffns[layer].hidden_size * layout.expert_width * (layout.num_experts - (top_k or 0))
@@ -253,42 +251,17 @@ def _describe(
 
 
 def _describe_pruned(shapes: Mapping[int, LayerShape]) -> tuple[str, ...]:
+    """Returns what layers lack and how wide they are, each with its layers."""
     heads = max((len(own.kv_heads) for own in shapes.values()), default=0)
-    lost = {
+    widths = sorted({own.width for own in shapes.values() if own.width})
+    layers_of = {
         "no FFN": [n for n, own in shapes.items() if not own.width],
         "no attention": [n for n, own in shapes.items() if not own.has_attention],
         "fewer heads": [n for n, own in shapes.items() if 0 < len(own.query_groups) < heads],
     }
-    texts = [f"{what} in {format_layers(layers)}" for what, layers in lost.items() if layers]
-    widths: dict[int, list[int]] = {}
-    for layer, own in shapes.items():
-        if own.width:
-            widths.setdefault(own.width, []).append(layer)
-    if len(widths) > 3:
-        return (*texts, f"{min(widths)} to {max(widths)} neurons")
-    return (*texts, *(f"{n} neurons in {format_layers(widths[n])}" for n in sorted(widths)))
-
-
-def _describe_sidecar(source: Checkpoint) -> dict[str, Any] | None:
-    path = source.directory / SIDECAR
-    if not path.exists():
-        return None
-    sidecar = read_sidecar(path)
-    return {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")}
-
-
-def _sidecar_problems(source: Checkpoint, ffns: FFNs) -> list[str]:
-    sidecar = read_sidecar(source.directory / SIDECAR)
-    component, problems = sidecar.component, []
-    left = (source.left or {}).get(component, {})
-    narrowed = source.recipe.narrowed_experts(component) if source.recipe else set()
-    for layer, index in sidecar.neuron_index.items():
-        if layer in narrowed or (layer in left and not left[layer].width):
-            continue  # narrower or skipped since
-        ffn = ffns.get(component, {}).get(layer)
-        if ffn is None or ffn.layout is None or ffn.intermediate_size != len(index):
-            problems.append(
-                f"{SIDECAR}: {component} layer {layer} must be sparse with {len(index)} neurons in "
-                "the keys, got something else"
-            )
-    return problems
+    if len(widths) <= 3:
+        for width in widths:
+            layers_of[f"{width} neurons"] = [n for n, own in shapes.items() if own.width == width]
+    texts = [f"{what} in {format_layers(layers)}" for what, layers in layers_of.items() if layers]
+    many = [f"{widths[0]} to {widths[-1]} neurons"] if len(widths) > 3 else []
+    return (*texts, *many)

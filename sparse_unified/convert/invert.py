@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -27,17 +28,13 @@ from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.rewrite import Edit, gather, rewrite
-from sparse_unified.checkpoint.safetensors_io import Header
 from sparse_unified.checkpoint.shapes import ffn_parts, ffn_shapes
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
     SIDECAR,
     Sidecar,
-    parse_dense_headers,
     read_sidecar,
 )
-
-WHAT = "invert"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +59,7 @@ class InvertReport(Report):
         ]
 
 
-@context(WHAT)
+@context("invert")
 def invert(
     sparse: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -100,29 +97,32 @@ def invert(
             f"{sidecar.component}, which {SIDECAR} undoes, got a {last.mode} step of "
             f"{last.component}: what was pruned is gone"
         )
-    headers = parse_dense_headers(source.directory / SIDECAR, sidecar)
-    _check_tensors(source, sidecar, headers)
-    edits = {}
+    _check_tensors(source, sidecar)
+    edits, component = {}, sidecar.component
     for layer, index in sidecar.neuron_index.items():
+        ffn, prefix = source.ffns[component][layer], keys.ffn_prefix(component, layer)
         position = np.empty_like(index)
         position[index] = np.arange(len(index))  # dense neuron -> place in expert order
-        for name in keys.PROJECTIONS:
-            edits[keys.dense_key(sidecar.component, layer, name)] = _join(
-                source, sidecar.component, layer, name, position
+        for rest, shape in ffn_shapes(len(index), ffn.hidden_size, component).items():
+            parts = [source.spec(f"{prefix}{part}{rest}") for part in ffn_parts(ffn.ffn)]
+            dim = int(rest.startswith("down_proj"))
+            edits[prefix + rest] = Edit(
+                entries=((prefix + rest, ffn.dtype, shape),),
+                blocks=partial(gather, parts, dim, [position]),
             )
     bytes_written = rewrite(
         source,
         out,
         edits,
         sidecar.texts,
-        headers=headers,
+        headers=sidecar.headers,
         rename={EARLIER_SIDECAR: SIDECAR},
         skip=(RECIPE, SIDECAR),
         progress=progress,
     )
     return InvertReport(
         out=str(out),
-        component=sidecar.component,
+        component=component,
         layers=tuple(sidecar.neuron_index),
         converted_by=sidecar.tool,
         bytes_written=bytes_written,
@@ -130,19 +130,7 @@ def invert(
     )
 
 
-def _join(source: Checkpoint, component: str, layer: int, name: str, position: np.ndarray) -> Edit:
-    """Returns one dense projection, put together from its experts."""
-    prefix, ffn = keys.ffn_prefix(component, layer), source.ffns[component][layer]
-    specs = [source.spec(f"{prefix}{part}{name}.weight") for part in ffn_parts(ffn.ffn)]
-    key = f"{name}.weight"
-    shape = ffn_shapes(len(position), ffn.hidden_size, component)[key]
-    dim = 1 if name == "down_proj" else 0
-    return Edit(
-        entries=((prefix + key, ffn.dtype, shape),), blocks=lambda: gather(specs, dim, [position])
-    )
-
-
-def _check_tensors(source: Checkpoint, sidecar: Sidecar, headers: Mapping[str, Header]) -> None:
+def _check_tensors(source: Checkpoint, sidecar: Sidecar) -> None:
     """Raises ValueError unless the dense tensors are those that follow from the sparse file."""
     component, experts = sidecar.component, source.experts.get(sidecar.component, {})
     widths = {layer: layout.intermediate_size for layer, layout in experts.items()}
@@ -164,7 +152,7 @@ def _check_tensors(source: Checkpoint, sidecar: Sidecar, headers: Mapping[str, H
         found |= {prefix + rest: (ffn.dtype, shape) for rest, shape in shapes.items()}
     wanted = {
         key: (spec.dtype, spec.shape)
-        for header in headers.values()
+        for header in sidecar.headers.values()
         for key, spec in header.tensors.items()
     }
     wrong = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))

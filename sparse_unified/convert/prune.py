@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sparse_unified.checkpoint.modes import (
 )
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
-from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
+from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite, unchanged
 from sparse_unified.checkpoint.scores import Scores
 from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
 from sparse_unified.checkpoint.sidecar import tool_version
@@ -44,8 +45,6 @@ from sparse_unified.surgery.cuts import (
     sizes_left,
     then,
 )
-
-WHAT = "prune"
 
 Shapes = dict[str, dict[int, LayerShape]]
 Sizes = Mapping[str, tuple[int, ...]]
@@ -83,7 +82,7 @@ class PrunedCheckpoint(Report):
         return "\n\n".join(tables).splitlines()
 
 
-@context(WHAT)
+@context("prune")
 def prune(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -134,18 +133,38 @@ def prune(
     cuts, after, steps = _plan(source, listed, scores, seed)
     sizes = {key: spec.shape for key, spec in source.specs.items()}
     left = sizes_left(sizes, cuts)
-    edits = {key: _edit(source, key, cuts, left) for key in cuts}
+    edits = {}
+    for key, cut in cuts.items():
+        spec = source.spec(key)
+        if cut is GONE:
+            edits[key] = NOTHING
+        elif left[key] == spec.shape:
+            edits[key] = unchanged(key, spec)
+        else:
+            blocks = partial(gather, [spec], cut.dim, [cut.keep.numpy()])
+            edits[key] = Edit(entries=((key, spec.dtype, left[key]),), blocks=blocks)
     texts = {RECIPE: (source.recipe or Recipe()).then(*steps).to_json()}
-    texts |= _config_text(source, after) | index_texts(source, edits)
+    fields: dict[str, Any] = {}
+    for component, layers in source.experts.items():
+        sparse = [layer for layer in layers if after[component][layer].width]
+        if len(sparse) < len(layers):
+            fields[keys.TRANSFORMED[component]] = sparse or False
+    if fields:
+        config = source.llm_config | fields
+        texts[CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    texts |= index_texts(source, edits)
 
-    def finish(partial: Path) -> None:
-        # A last look through the reader's eyes, before the directory gets its name.
-        written = Checkpoint(partial)
+    def finish(directory: Path) -> None:
+        # The result must read as planned before it gets its name.
+        written = Checkpoint(directory)
         if written.shapes != after or (not source.experts and written.experts):
-            raise RuntimeError(f"{partial} must read as it was planned, got something else")
+            raise RuntimeError(f"{directory} must read as it was planned, got something else")
 
     nbytes = rewrite(source, out, edits, texts, finish=finish, progress=progress)
-    before, now = (_count(source, own) for own in (sizes, left))
+    before, now = (
+        {name: count_tensors(source.specs, own, name, source.top_k) for name in keys.FFN_NAMES}
+        for own in (sizes, left)
+    )
     return PrunedCheckpoint(
         out=str(out),
         steps=tuple(step.to_dict() for step in steps),
@@ -156,16 +175,6 @@ def prune(
         seconds=time.perf_counter() - start,
         summary=tuple(step.to_text() for step in steps),
     )
-
-
-def _edit(source: Checkpoint, key: str, cuts: Cuts, left: Sizes) -> Edit:
-    cut, spec = cuts[key], source.spec(key)
-    if cut is GONE:
-        return NOTHING
-    entries = ((key, spec.dtype, left[key]),)
-    if left[key] == spec.shape:
-        return Edit(entries=entries, blocks=lambda: (spec,))
-    return Edit(entries=entries, blocks=lambda: gather([spec], cut.dim, [cut.keep.numpy()]))
 
 
 def _plan(
@@ -263,20 +272,3 @@ def _heads(
     own = {component: by_layer[layer] for component, by_layer in shapes.items()}
     kv_heads = max((shape.kv_heads for shape in own.values()), key=len)
     return {"keys": kv_heads} | {name: shape.query_groups for name, shape in own.items()}
-
-
-def _count(source: Checkpoint, sizes: Sizes) -> dict[str, Counts]:
-    tensors = {key: (source.spec(key).dtype, shape) for key, shape in sizes.items()}
-    return {name: count_tensors(tensors, name, top_k=source.top_k) for name in keys.FFN_NAMES}
-
-
-def _config_text(source: Checkpoint, after: Shapes) -> dict[str, str]:
-    """Returns llm_config.json where sparse layers went and it has to say so."""
-    fields: dict[str, Any] = {}
-    for component, layers in source.experts.items():
-        left = [layer for layer in layers if after[component][layer].width]
-        if len(left) < len(layers):
-            fields[keys.TRANSFORMED[component]] = left or False
-    if not fields:
-        return {}
-    return {CONFIG: json.dumps(source.llm_config | fields, indent=2, ensure_ascii=False) + "\n"}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sparse_unified._common import Progress, Report, context, format_layers, format_table, list_some
 from sparse_unified.checkpoint import keys
@@ -32,9 +33,8 @@ from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import Cut, spread
 
-WHAT = "verify"
 _SHOWN = 40  # characters of a list of removed units in a table
-_MAX_PROBLEMS = 3  # neurons that are named, of a layer
+_MAX_NAMED = 3  # neurons, of a layer
 _AT_ONCE = 512  # neurons
 _NUM_TOKENS = 16
 
@@ -134,37 +134,32 @@ class VerifyReport(Report):
         ]
 
     def notes(self) -> Sequence[str]:
-        lines = _pruned_table(self.pruned)
+        rows: list[Sequence[object]] = [("layer", "part", "left", "of", "removed", "verdict")]
+        problems = []
         for part in self.pruned:
+            removed = format_layers(part.removed) if part.kept else "all"
+            if len(removed) > _SHOWN:
+                removed = removed[:_SHOWN].rpartition(",")[0] + ", ..."
+            at, verdict = f"{part.component} {part.layer}", "ok" if part.ok else "FAILED"
+            rows.append((at, part.part, part.kept, part.total, removed, verdict))
             at = f"{part.component} layer {part.layer} {part.part}"
-            lines += [f"{at}, {problem}" for problem in part.problems]
+            problems += [f"{at}, {problem}" for problem in part.problems]
         for own in self.layers:
             at = f"{own.component} layer {own.layer}"
-            lines += [f"{at}, {problem}" for problem in own.problems]
+            problems += [f"{at}, {problem}" for problem in own.problems]
+        table = [*format_table(rows, header=True).splitlines(), ""] if self.pruned else []
         is_one = "is" if self.ok else "IS NOT"
         what = "a part" if self.pruned else "a reordering"
         return [
-            *lines,
+            *table,
+            *problems,
             *self.problems,
             f"{self.tensors_compared} other tensors compared byte by byte",
             f"{self.sparse} {is_one} {what} of {self.against} ({self.seconds:.1f} s)",
         ]
 
 
-def _pruned_table(verdicts: Sequence[PrunedVerdict]) -> list[str]:
-    """Lays out verdicts in a table; long lists of what is gone are cut."""
-    rows: list[Sequence[object]] = [("layer", "part", "left", "of", "removed", "verdict")]
-    for own in verdicts:
-        removed = format_layers(own.removed) if own.kept else "all"
-        if len(removed) > _SHOWN:
-            removed = removed[:_SHOWN].rpartition(",")[0] + ", ..."
-        verdict = "ok" if own.ok else "FAILED"
-        at = f"{own.component} {own.layer}"
-        rows.append((at, own.part, own.kept, own.total, removed, verdict))
-    return [*format_table(rows, header=True).splitlines(), ""] if verdicts else []
-
-
-@context(WHAT)
+@context("verify")
 def verify(
     sparse: str | os.PathLike[str],
     against: str | os.PathLike[str],
@@ -211,8 +206,8 @@ def verify(
             f"{sparse} must have sparse layers that are dense in {against}, or pruned "
             f"ones, got {'none that are dense there' if here.experts else 'a dense checkpoint'}"
         )
-    rest, own, left = there.specs, here.specs, sum(spec.nbytes for spec in there.specs.values())
-    total = left
+    own, rest = dict(here.specs), dict(there.specs)
+    left = total = sum(spec.nbytes for spec in rest.values())
 
     def take(prefixes: tuple[str, ...]) -> None:
         """Takes what was compared out of the rest, on both sides."""
@@ -225,7 +220,7 @@ def verify(
         if progress is not None:
             progress(total - left, total)
 
-    verdicts, pruned, problems = [], [], []
+    verdicts, pruned = [], []
     indices: dict[tuple[str, int], np.ndarray | None] = {}
     for at in experts:
         verdict, indices[at] = _judge_experts(here, there, *at, seed=seed)
@@ -234,8 +229,8 @@ def verify(
     for part in parts:
         pruned.append(_judge_part(here, there, part, indices))
         take(part.prefixes)
-    if extra := sorted(own.keys() - rest.keys()):
-        problems.append(f"keys: must be those of {against}, got {list_some(extra)} too")
+    extra = sorted(own.keys() - rest.keys())
+    problems = [f"keys: must be those of {against}, got {list_some(extra)} too"] if extra else []
     for key, spec in rest.items():
         problems += _differences(key, own.get(key), spec)
         left -= spec.nbytes
@@ -247,7 +242,7 @@ def verify(
     return VerifyReport(
         sparse=str(sparse),
         against=str(against),
-        ok=not problems and all(v.ok for v in verdicts) and all(v.ok for v in pruned),
+        ok=not problems and all(verdict.ok for verdict in (*verdicts, *pruned)),
         layers=tuple(verdicts),
         pruned=tuple(pruned),
         tensors_compared=len(own.keys() & rest.keys()),
@@ -270,7 +265,7 @@ def _differences(
         found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
         return [f"{name}: must be {spec.dtype} {list(shape)}, got {found}"]
     flat, start = _as_bytes(got), 0
-    for block in _blocks(spec) if cut is None else gather([spec], cut.dim, [cut.keep.numpy()]):
+    for block in _blocks(spec, cut):
         wanted = block.reshape(-1).view(np.uint8)
         found_bytes = read_words(flat.rows(start, start + len(wanted)))
         if (wrong := np.flatnonzero(found_bytes != wanted)).size:
@@ -280,13 +275,15 @@ def _differences(
     return []
 
 
-def _as_bytes(spec: TensorSpec) -> TensorSpec:
-    return replace(spec, dtype=torch.uint8, shape=(spec.nbytes,))
-
-
-def _blocks(spec: TensorSpec) -> Iterator[np.ndarray]:
+def _blocks(spec: TensorSpec, cut: Cut | None) -> Iterator[np.ndarray]:
+    if cut is not None:
+        return gather([spec], cut.dim, [cut.keep.numpy()])
     flat = _as_bytes(spec)
     return (read_words(flat.rows(*rows)) for rows in row_blocks(flat))
+
+
+def _as_bytes(spec: TensorSpec) -> TensorSpec:
+    return replace(spec, dtype=torch.uint8, shape=(spec.nbytes,))
 
 
 def _whole_file(path: Path) -> TensorSpec:
@@ -334,18 +331,11 @@ def _pair_neurons(
     if not wrong:
         return index, []
     owners = _owners(here, component, layer)
-    problems = []
-    for position in wrong[:_MAX_PROBLEMS]:
-        part, number = owners[position]
-        got = "one that stands elsewhere already" if own[position] in free else "unknown bytes"
-        name = f"{part.removesuffix('.')}, neuron {number}" if part else f"neuron {number}"
-        problems.append(f"{name}: must be a dense neuron of its own, got {got}")
-    lost = min(neuron for neurons in free.values() for neuron in neurons)
-    problems.append(
-        f"{len(wrong)} of {len(index)} neurons differ; dense neuron {lost} is the first that is "
-        "not here"
-    )
-    return None, problems
+    named = [f"{part}neuron {number}" for part, number in map(owners.__getitem__, wrong)]
+    return None, [
+        f"{len(index)} neurons must each be a neuron of {there.directory} of its own, got "
+        f"{len(wrong)} others: {list_some(named, _MAX_NAMED)}"
+    ]
 
 
 def _owners(side: Checkpoint, component: str, layer: int) -> list[tuple[str, int]]:
@@ -377,9 +367,6 @@ def _judge_experts(
     here: Checkpoint, there: Checkpoint, component: str, layer: int, *, seed: int
 ) -> tuple[LayerVerdict, np.ndarray | None]:
     """Judges a layer that is sparse here and dense there; returns its neuron_index as well."""
-    routers = [
-        here.read(keys.router_key(component, layer, name)) for name in keys.router_names(component)
-    ]
     index: np.ndarray | None = None
     error = tolerance = math.nan
     sizes = [
@@ -389,6 +376,9 @@ def _judge_experts(
     problems = [f"hidden size, dtype and width must be {sizes[1]}, got {sizes[0]}"]
     if sizes[0] == sizes[1]:
         index, problems = _pair_neurons(here, there, component, layer)
+    routers = [
+        here.read(keys.router_key(component, layer, name)) for name in keys.router_names(component)
+    ]
     if not all(bool(router.float().isfinite().all()) for router in routers):
         problems.append("routers must be finite, got NaN or infinity")
     if index is not None:
@@ -413,12 +403,7 @@ def _judge_experts(
 
 
 def _output_error(
-    here: Checkpoint,
-    there: Checkpoint,
-    component: str,
-    layer: int,
-    kept: np.ndarray,
-    seed: int,
+    here: Checkpoint, there: Checkpoint, component: str, layer: int, kept: np.ndarray, seed: int
 ) -> tuple[float, float]:
     """Runs both FFNs of one layer on the same random tokens, in fp32 whatever the files hold.
 
@@ -453,20 +438,18 @@ def _output_error(
                 view.copy_(here.read(prefix + key))
         y = block(x)
         del block
-        weights = [
-            there.read(keys.dense_key(component, layer, name)).float() for name in keys.PROJECTIONS
-        ]
-        if len(kept) < len(weights[0]):
-            index = torch.from_numpy(kept)
-            weights = [weights[0][index], weights[1][index], weights[2][:, index]]
-        gate_proj, up_proj, down_proj = weights
-        y_dense = (F.silu(x @ gate_proj.T) * (x @ up_proj.T)) @ down_proj.T
-        wide = x.double()
-        ref = torch.zeros_like(wide)
-        for start in range(0, len(gate_proj), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            hidden = F.silu(wide @ gate_proj[part].double().T) * (wide @ up_proj[part].double().T)
-            ref += hidden @ down_proj[:, part].double().T
+        gate_proj, up_proj, down_proj = (
+            there.read(keys.dense_key(component, layer, name)) for name in keys.PROJECTIONS
+        )
+
+        def dense(x: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            for index in torch.from_numpy(kept).split(_AT_ONCE):
+                gate, up = gate_proj[index].to(x.dtype), up_proj[index].to(x.dtype)
+                out += (F.silu(x @ gate.T) * (x @ up.T)) @ down_proj[:, index].to(x.dtype).T
+            return out
+
+        ref, y_dense = dense(x.double()), dense(x)
     error, own_error = ((out.double() - ref).abs().max().item() for out in (y, y_dense))
     return error, 2 * own_error + 1e-5 * ref.abs().max().item()
 
@@ -489,27 +472,26 @@ class _Part:
 def _smaller_parts(here: Checkpoint, there: Checkpoint) -> list[_Part]:
     """Returns the parts of which `here` has less than `there`, in the order of layers."""
     parts: list[_Part] = []
-
-    def add(
-        at: tuple[str, int], part: str, kept: Sequence[int], of: Sequence[int], names: Sequence[str]
-    ) -> None:
-        prefixes = keys.module_prefixes(at[1], names)
-        if set(kept) < set(of) and any(key.startswith(prefixes) for key in there.specs):
-            parts.append(_Part(*at, part, kept, of, prefixes))
-
     for component, layers in here.shapes.items() if here.left is not None else ():
         inside, ffn = keys.attention_modules(component), keys.ffn_modules(component)
-        q_proj, k_proj, v_proj, o_proj = inside[1:5]
+        _, q_proj, k_proj, v_proj, o_proj = inside[:5]
         for layer, own in layers.items():
-            at, old = (component, layer), there.shapes[component].get(layer)
+            old = there.shapes[component].get(layer)
             if old is None:
                 continue
-            add(at, "ffn", range(own.width), range(old.width), ffn[1:] if own.width else ffn)
-            if not own.has_attention:
-                add(at, "query heads", (), old.query_groups, inside)
-                continue
-            add(at, "query heads", own.query_groups, old.query_groups, (q_proj, o_proj))
-            add(at, "key heads", own.kv_heads, old.kv_heads, (k_proj, v_proj))
+            found: list[tuple[str, Sequence[int], Sequence[int], tuple[str, ...]]] = [
+                ("ffn", range(own.width), range(old.width), ffn[1:] if own.width else ffn)
+            ]
+            if own.has_attention:
+                groups, heads = (q_proj, o_proj), (k_proj, v_proj)
+                found.append(("query heads", own.query_groups, old.query_groups, groups))
+                found.append(("key heads", own.kv_heads, old.kv_heads, heads))
+            else:
+                found.append(("query heads", (), old.query_groups, inside))
+            for part, kept, total, modules in found:
+                prefixes = keys.module_prefixes(layer, modules)
+                if set(kept) < set(total) and any(key.startswith(prefixes) for key in there.specs):
+                    parts.append(_Part(component, layer, part, kept, total, prefixes))
     return parts
 
 
