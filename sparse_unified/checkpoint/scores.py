@@ -8,11 +8,10 @@ which `"gen.1.heads"` may give a tensor [G] for the groups of heads; any float d
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, SupportsIndex
+from typing import Any
 
 from torch import Tensor
 
@@ -30,9 +29,8 @@ LayerInputs = Mapping[int, Tensor]
 Inputs = Mapping[str, LayerInputs] | LayerInputs
 
 HEADS = ".heads"
-_COMPONENTS = tuple(name + end for name in keys.FFN_NAMES for end in ("", HEADS))
-_LAYER = re.compile(keys.INDEX)
-_NAME = re.compile(rf"({'|'.join(keys.FFN_NAMES)})\.{keys.INDEX}({re.escape(HEADS)})?")
+_COMPONENTS = {name + end for name in keys.FFN_NAMES for end in ("", HEADS)}
+_NAME = re.compile(rf"(?:({'|'.join(keys.FFN_NAMES)})\.)?{keys.INDEX}({re.escape(HEADS)})?")
 
 
 def given_scores(
@@ -50,13 +48,11 @@ def given_scores(
     if scores is None:
         return None
     given: Any = read_scores(scores) if isinstance(scores, str | os.PathLike) else scores
-    if isinstance(given, Mapping) and any(key in given for key in _COMPONENTS):
+    if isinstance(given, Mapping) and not _COMPONENTS.isdisjoint(given):
         if name not in given:
             raise ValueError(f"scores must hold {name}, got {list_some(given)}")
         given = given[name]
-    if isinstance(given, Mapping):
-        given = {_layer_index(key): value for key, value in given.items()}
-    else:
+    if not isinstance(given, Mapping):
         stacked = as_scores(given)
         if stacked.ndim != 2 or stacked.shape[0] != num_layers:
             raise ValueError(
@@ -74,33 +70,22 @@ def given_scores(
     return found
 
 
-def _layer_index(layer: object) -> int:
-    """Takes any integer, and its digits as a scores file has them."""
-    if isinstance(layer, str) and _LAYER.fullmatch(layer):
-        return int(layer)
-    if isinstance(layer, SupportsIndex):
-        return operator.index(layer)
-    raise ValueError(f"scores must be named by layer index, got {layer!r:.120}")
-
-
 def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | LayerScores:
     """Reads a scores file; raises ValueError when it is not laid out as this module says."""
-    tensors = read_header(path).tensors
-    found = {key: read_tensor(spec) for key, spec in tensors.items()}
+    found = {key: read_tensor(spec) for key, spec in read_header(path).tensors.items()}
     if set(found) == {"scores"}:
         return found["scores"]
-    if found and all(map(_LAYER.fullmatch, found)):
-        return {int(key): tensor for key, tensor in found.items()}
-    components: dict[str, dict[int, Tensor]] = {}
+    components: dict[str, Any] = {}
     for key, tensor in found.items():
-        if match := _NAME.fullmatch(key):
-            components.setdefault(match[1] + (match[3] or ""), {})[int(match[2])] = tensor
-    if not found or sum(map(len, components.values())) < len(found):
+        match = _NAME.fullmatch(key)
+        name = key if match is None else (match[1] or "") + (match[3] or "")
+        components.setdefault(name, {})[int(match[2]) if match else key] = tensor
+    if set(components) != {""} and (not components or components.keys() - _COMPONENTS):
         raise ValueError(
             f"{path}: scores file must hold one tensor 'scores' [num_layers, I], or tensors named "
             f"by layer index or as gen.1 or gen.1.heads, got {list_some(sorted(found))}"
         )
-    return components
+    return components.get("", components)
 
 
 def resolve_inputs(
@@ -127,16 +112,13 @@ def resolve_inputs(
         raise TypeError(f"inputs must map layers to tensors, got {type(inputs).__name__}")
     own: Any = inputs
     if any(name in own for name in keys.FFN_NAMES):
-        own = own.get(config.component)
-        if not isinstance(own, Mapping):
-            raise ValueError(f"inputs must hold {config.component}, got {list_some(inputs)}")
+        own = own.get(config.component, {})
     for layer, hidden_size in sizes.items():
-        value = own.get(layer)
-        if not isinstance(value, Tensor):
+        if not isinstance(own.get(layer), Tensor):
             raise ValueError(
-                f"inputs must hold a tensor for layers {list_some(sizes)}, "
-                f"got {type(value).__name__} for layer {layer}"
+                f"inputs must hold a tensor for layers {list_some(sizes)} of {config.component}, "
+                f"got {type(own.get(layer)).__name__} for layer {layer}"
             )
         with naming(f"layer {layer}"):
-            check_inputs(value, hidden_size)
+            check_inputs(own[layer], hidden_size)
     return {layer: own[layer] for layer in sizes}

@@ -49,10 +49,7 @@ def add_convert(parser: CommandParser) -> None:
         num_shared_experts={"metavar": "S"},
         layers="layers to split: middle (all but the first and last, the default), all, 1-26, or "
         "a list such as 1,4-6",
-        component={
-            "choices": ("gen", "und"),
-            "help": "FFNs to split: generation (default) or understanding",
-        },
+        component={"choices": ("gen", "und"), "help": "FFNs to split: gen (default) or und"},
     )
     ranking = parser.add_mutually_exclusive_group()
     add_options(
