@@ -21,10 +21,8 @@ from torch import Tensor
 
 from sparse_unified.experts import (
     ExpertLayout,
-    coactivation_partition,
     fit_router,
     magnitude_scores,
-    random_partition,
     snake_partition,
 )
 from sparse_unified.experts.layout import Partition, _assign_evenly, order_neurons
@@ -76,29 +74,26 @@ def test_every_way_is_a_permutation_with_the_same_shared_expert(
 
 def test_random_depends_on_seed_and_layer_alone() -> None:
     scores = torch.rand(512, generator=torch.Generator().manual_seed(0))
-    first = random_partition(scores, LAYOUT, seed=3, layer=1)
-    assert torch.equal(first, random_partition(1 - scores, LAYOUT, seed=3, layer=1))
-    for other in ((3, 2), (4, 1)):
-        assert not torch.equal(
-            first, random_partition(scores, LAYOUT, seed=other[0], layer=other[1])
-        )
+
+    def drawn(scores: Tensor, seed: int, layer: int) -> Tensor:
+        return order_neurons(Partition.RANDOM, scores, LAYOUT, seed=seed, layer=layer)
+
+    assert torch.equal(drawn(scores, 3, 1), drawn(1 - scores, 3, 1))
+    assert not torch.equal(drawn(scores, 3, 1), drawn(scores, 3, 2))
+    assert not torch.equal(drawn(scores, 3, 1), drawn(scores, 4, 1))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_coactivation_finds_blocks_that_fire_together(seed: int) -> None:
     ffn, block = block_ffn(seed=seed)
-    hidden = hidden_activations(unit_tokens(256), ffn.gate_proj, ffn.up_proj)
-    index = coactivation_partition(magnitude_scores(*ffn), LAYOUT, hidden, seed=seed)
+    hidden = hidden_activations(unit_tokens(256), ffn.gate_proj, ffn.up_proj).half()
+    scores = magnitude_scores(*ffn)
+    index = order_neurons(Partition.COACTIVATION, scores, LAYOUT, hidden=hidden, seed=seed)
     for own in experts(index, LAYOUT):
         assert len(set(block[own].tolist())) == 1
         assert all(a < b for a, b in pairwise(own.tolist()))
-
-
-def test_coactivation_is_reproducible_and_takes_half_precision(ffn: FfnWeights) -> None:
-    scores = magnitude_scores(*ffn)
-    hidden = hidden_activations(unit_tokens(64), ffn.gate_proj, ffn.up_proj).half()
-    first = coactivation_partition(scores, LAYOUT, hidden, seed=1)
-    assert torch.equal(first, coactivation_partition(scores, LAYOUT, hidden, seed=1))
+    again = order_neurons(Partition.COACTIVATION, scores, LAYOUT, hidden=hidden, seed=seed)
+    assert torch.equal(index, again)
 
 
 def test_neurons_that_lose_most_by_their_second_choice_choose_first() -> None:
@@ -119,22 +114,15 @@ def test_hidden_activations_are_those_of_the_ffn(ffn: FfnWeights) -> None:
 @pytest.mark.parametrize(
     ("hidden", "message"),
     [
-        (
-            torch.zeros(9, 511),
-            r"hidden must have shape \[N, 512\] of at least 8 tokens, got \[9, 511",
-        ),
-        (torch.zeros(7, 512), r"of at least 8 tokens, got \[7, 512\]"),
-        (torch.full((9, 512), torch.nan), "hidden must be finite"),
+        (None, r"shape \[N, 512\], got None"),
+        (torch.zeros(9, 511), r"shape \[N, 512\], got \[9, 511\]"),
+        (torch.zeros(7, 512), "at least 8 tokens, got 7 tokens"),
+        (torch.full((9, 512), torch.nan), "be finite"),
     ],
 )
-def test_unfit_activations_are_refused(hidden: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=f"coactivation_partition: .*{message}"):
-        coactivation_partition(torch.rand(512), LAYOUT, hidden)
-
-
-def test_coactivation_without_activations_is_refused() -> None:
-    with pytest.raises(ValueError, match="order_neurons: hidden must be given"):
-        order_neurons(Partition.COACTIVATION, torch.rand(512), LAYOUT)
+def test_unfit_activations_are_refused(hidden: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=f"order_neurons: hidden must .*{message}"):
+        order_neurons(Partition.COACTIVATION, torch.rand(512), LAYOUT, hidden=hidden)
 
 
 # Routers
@@ -179,7 +167,7 @@ def test_logits_keep_the_output_unbiased(ffn: FfnWeights) -> None:
     # Along the dense output, the sparse one neither shrinks nor grows by more than the logits do.
     seen, unseen = unit_tokens(512, seed=1), unit_tokens(512, seed=2)
     hidden = hidden_activations(seen, ffn.gate_proj, ffn.up_proj)
-    index = coactivation_partition(magnitude_scores(*ffn), LAYOUT, hidden)
+    index = order_neurons(Partition.COACTIVATION, magnitude_scores(*ffn), LAYOUT, hidden=hidden)
     weights = ffn.ordered(index)
     router = fit_router(seen, *weights, LAYOUT, 16).weight
     logits = unseen @ router.t()
@@ -217,7 +205,7 @@ def test_experts_that_give_nothing_get_a_router_of_zeros(ffn: FfnWeights) -> Non
         (torch.zeros(9, 64, dtype=torch.int64), "floating point, got torch.int64"),
         (
             torch.zeros(9, 64).index_fill(0, torch.tensor(3), torch.inf),
-            "finite, got inf of token 3",
+            "finite",
         ),
     ],
 )

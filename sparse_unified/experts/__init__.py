@@ -4,8 +4,7 @@
 from sparse_unified.experts.keep import keep_units, select_layers
 from sparse_unified.experts.layout import (
     ExpertLayout,
-    coactivation_partition,
-    random_partition,
+    order_neurons,
     snake_partition,
 )
 from sparse_unified.experts.router import fit_router, random_router
@@ -13,11 +12,10 @@ from sparse_unified.experts.scores import magnitude_scores, random_scores
 
 __all__ = [
     "ExpertLayout",
-    "coactivation_partition",
     "fit_router",
     "keep_units",
     "magnitude_scores",
-    "random_partition",
+    "order_neurons",
     "random_router",
     "random_scores",
     "select_layers",

@@ -23,20 +23,11 @@ _ITERATIONS = 16
 _RESTARTS = 3
 
 
-def _shared_width(intermediate_size: int, num_experts: int, num_shared_experts: int) -> int:
-    return num_shared_experts * (intermediate_size // (num_experts + num_shared_experts))
-
-
-def dividing_expert_counts(intermediate_size: int, num_shared_experts: int = 0) -> list[int]:
-    """Returns every expert count from 2 to 64 that divides what the shared expert leaves."""
-    counts = []
-    for num_experts in range(2, 65):
-        shared = _shared_width(intermediate_size, num_experts, num_shared_experts)
-        routed = intermediate_size - shared
-        is_empty = num_shared_experts > 0 and shared == 0
-        if not is_empty and routed >= num_experts and routed % num_experts == 0:
-            counts.append(num_experts)
-    return counts
+def _routed_width(width: int, num_experts: int, num_shared_experts: int) -> int:
+    """Returns the neurons of all routed experts; 0 where they do not divide, or none is shared."""
+    shared = num_shared_experts * (width // (num_experts + num_shared_experts))
+    is_whole = (width - shared) % num_experts == 0 and bool(shared) == bool(num_shared_experts)
+    return width - shared if is_whole else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,29 +69,25 @@ class ExpertLayout:
                     raise ValueError(
                         f"{name} must be an integer of at least {least}, got {value!r}"
                     )
-            is_given = shared is not None
             if shared is None:
-                shared = _shared_width(width, self.num_experts, self.num_shared_experts)
-            if type(shared) is not int or not 0 <= shared < width:
+                routed = _routed_width(width, self.num_experts, self.num_shared_experts)
+            elif type(shared) is not int or not 0 <= shared < width:
                 raise ValueError(
                     f"shared_intermediate_size must be from 0 to {width - 1}, got {shared!r}"
                 )
-            routed = width - shared
-            is_empty = not is_given and self.num_shared_experts > 0 and shared == 0
-            if is_empty or routed < self.num_experts or routed % self.num_experts:
-                legal = dividing_expert_counts(width, self.num_shared_experts)
+            else:
+                routed = 0 if (width - shared) % self.num_experts else width - shared
+            if not routed:
+                legal = [
+                    e for e in range(2, 65) if _routed_width(width, e, self.num_shared_experts)
+                ]
                 raise ValueError(
-                    f"num_experts must divide the {routed} neurons that remain of "
-                    f"intermediate_size {width} after {shared} shared, and leave every expert one, "
+                    f"num_experts must divide the {width} neurons but for those that are shared, "
                     f"got {self.num_experts}; with num_shared_experts={self.num_shared_experts} "
                     f"these counts do: {', '.join(map(str, legal)) or 'none'}"
                 )
-        object.__setattr__(self, "shared_width", shared)
+        object.__setattr__(self, "shared_width", width - routed)
         object.__setattr__(self, "expert_width", routed // self.num_experts)
-
-    def shared_range(self) -> tuple[int, int]:
-        """Returns the half-open neuron range of the shared expert."""
-        return 0, self.shared_width
 
     def expert_range(self, expert: int) -> tuple[int, int]:
         """Returns the half-open neuron range of routed expert `expert`."""
@@ -109,7 +96,7 @@ class ExpertLayout:
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Returns the neuron range of each expert by its official name, in expert order."""
-        shared = {"shared_expert": self.shared_range()} if self.shared_width else {}
+        shared = {"shared_expert": (0, self.shared_width)} if self.shared_width else {}
         return shared | {f"experts.{e}": self.expert_range(e) for e in range(self.num_experts)}
 
 
@@ -133,133 +120,65 @@ def order_neurons(
 ) -> Tensor:
     """Orders the neurons of a dense FFN by expert, the shared expert first.
 
-    Args:
-        partition: how. scores: [I]. layout: the widths to deal to.
-        seed, layer: of `random_partition` and `coactivation_partition`.
-        hidden: [N, I], of `coactivation_partition` alone.
+    Neurons are sorted by score, in its own precision, highest first and stable; the first
+    `layout.shared_width` form the shared expert. The rest go to the routed experts:
 
-    Returns:
-        neuron_index [I] int64, position in expert order -> dense neuron; a permutation.
-
-    Raises:
-        ValueError: scores or hidden do not fit, or hidden is not given where it is needed.
-    """
-    if partition is Partition.SNAKE:
-        return snake_partition(scores, layout)
-    if partition is Partition.RANDOM:
-        return random_partition(scores, layout, seed=seed, layer=layer)
-    if hidden is None:
-        raise ValueError("hidden must be given for a partition by coactivation, got None")
-    return coactivation_partition(scores, layout, hidden, seed=seed, layer=layer)
-
-
-def rank_neurons(scores: Tensor) -> Tensor:
-    """Returns the neurons [I] int64 on the CPU by score [I], highest first, stable."""
-    scores = scores.cpu()
-    if scores.dtype not in (torch.float32, torch.float64):
-        scores = scores.float()  # exact; the narrow dtypes do not all sort
-    return torch.argsort(scores, descending=True, stable=True)
-
-
-@context("snake_partition")
-def snake_partition(scores: Tensor, layout: ExpertLayout) -> Tensor:
-    """Orders the neurons of a dense FFN by expert.
-
-    Neurons are sorted by score, in its own precision, highest first and stable. The first
-    `layout.shared_width` form the shared expert. The rest are read as rows of E with every second
-    row reversed; expert e takes column e, so that every expert gets neurons of every rank.
+        snake           read as rows of E with every second row reversed; expert e takes column e,
+                        so that every expert gets neurons of every rank
+        random          shuffled, in a way that depends on the scores by the shared expert alone
+        coactivation    |h| over the tokens, minus its mean and divided by its norm, is the profile
+                        p of a neuron. Spherical k-means with clusters of exactly I_routed / E
+                        neurons maximises sum_i p_i . c_{a(i)}, where c_e is the normalised sum of
+                        the profiles of expert e: the correlation of neurons with their expert. Of
+                        three starts (k-means++) and all their iterations the best is taken. Within
+                        an expert the neurons ascend.
 
     Args:
+        partition: how. layout: the widths to deal to.
         scores: importance of each neuron, [I], any float dtype, finite.
-        layout: the widths to deal to.
-
-    Returns:
-        neuron_index [I] int64: `neuron_index[i]` is the dense neuron at position i of the expert
-        order. It is a permutation.
-
-    Raises:
-        ValueError: scores have another shape or are not finite.
-
-    Source: `dense_to_moe_with_explicit_shared` of the official SparseUnifiedModel code.
-    """
-    check_scores(scores, layout.intermediate_size)
-    shared, routed = rank_neurons(scores).split(
-        [layout.shared_width, layout.intermediate_size - layout.shared_width]
-    )
-    rows = routed.view(-1, layout.num_experts).clone()  # [h, E]
-    rows[1::2] = rows[1::2].flip(1)
-    return torch.cat([shared, rows.t().reshape(-1)])
-
-
-@context("random_partition")
-def random_partition(scores: Tensor, layout: ExpertLayout, *, seed: int, layer: int = 0) -> Tensor:
-    """Orders the neurons of a dense FFN by expert, drawn at random.
-
-    The first `layout.shared_width` neurons by score form the shared expert, as in the snake; the
-    rest are shuffled.
-
-    Args:
-        scores: importance of each neuron, [I], any float dtype, finite.
-        layout: the widths to deal to.
-        seed, layer: what is drawn from; the same on every machine.
-
-    Returns:
-        neuron_index [I] int64, position in expert order -> dense neuron; a permutation.
-
-    Raises:
-        ValueError: scores have another shape or are not finite.
-    """
-    check_scores(scores, layout.intermediate_size)
-    ranked = rank_neurons(scores)
-    shared, routed = ranked[: layout.shared_width], ranked[layout.shared_width :]
-    # From neuron order, so that what is drawn depends on the scores by the shared expert alone.
-    drawn = routed.sort().values[
-        torch.randperm(len(routed), generator=layer_generator(seed, layer))
-    ]
-    return torch.cat([shared, drawn])
-
-
-@context("coactivation_partition")
-def coactivation_partition(
-    scores: Tensor, layout: ExpertLayout, hidden: Tensor, *, seed: int = 0, layer: int = 0
-) -> Tensor:
-    """Orders the neurons of a dense FFN by expert, those that fire on the same tokens together.
-
-    The first `layout.shared_width` neurons by score form the shared expert, as in the snake. Of the
-    others, |h| over the tokens, minus its mean and divided by its norm, is the profile p. Spherical
-    k-means with clusters of exactly I_routed / E neurons maximises sum_i p_i . c_{a(i)}, where c_e
-    is the normalised sum of the profiles of expert e: the correlation of neurons with their expert.
-    Of three starts (k-means++) and all their iterations the best assignment is taken.
-
-    Args:
-        scores: importance of each neuron, [I], any float dtype, finite.
-        layout: the widths to deal to.
-        hidden: what the neurons gave on N >= 8 tokens, [N, I], any float dtype, finite; see
-            `hidden_activations`.
-        seed, layer: what the starts are drawn from.
+        seed, layer: what "random" and the starts of "coactivation" are drawn from; the same on
+            every machine.
+        hidden: what the neurons gave on N >= 8 tokens, [N, I], any float dtype, finite, of
+            "coactivation" alone; see `hidden_activations`.
 
     Returns:
         neuron_index [I] int64 on the CPU, position in expert order -> dense neuron; a permutation.
-        Within an expert the neurons ascend.
 
     Raises:
-        ValueError: scores or hidden have another shape or are not finite.
+        ValueError: scores or hidden do not fit, or hidden is not given where it is needed.
+
+    Source: `dense_to_moe_with_explicit_shared` of the official SparseUnifiedModel code (snake).
     """
     check_scores(scores, layout.intermediate_size)
-    if hidden.ndim != 2 or hidden.shape[1] != layout.intermediate_size or len(hidden) < MIN_TOKENS:
+    scores = scores.cpu()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()  # exact; the narrow dtypes do not all sort
+    ranked = torch.argsort(scores, descending=True, stable=True)
+    shared, routed = ranked[: layout.shared_width], ranked[layout.shared_width :]
+    if partition is Partition.SNAKE:
+        rows = routed.view(-1, layout.num_experts).clone()  # [h, E]
+        rows[1::2] = rows[1::2].flip(1)
+        return torch.cat([shared, rows.t().reshape(-1)])
+    routed = routed.sort().values
+    generator = layer_generator(seed, layer)
+    if partition is Partition.RANDOM:
+        return torch.cat([shared, routed[torch.randperm(len(routed), generator=generator)]])
+    if hidden is None or hidden.ndim != 2 or hidden.shape[1] != len(scores):
+        got = None if hidden is None else list(hidden.shape)
+        raise ValueError(f"hidden must have shape [N, {len(scores)}], got {got}")
+    if len(hidden) < MIN_TOKENS or not bool(torch.isfinite(hidden).all()):
         raise ValueError(
-            f"hidden must have shape [N, {layout.intermediate_size}] of at least "
-            f"{MIN_TOKENS} tokens, got {list(hidden.shape)}"
+            f"hidden must be finite, of at least {MIN_TOKENS} tokens, got {len(hidden)} tokens"
         )
-    if not bool(torch.isfinite(hidden).all()):
-        raise ValueError("hidden must be finite, got NaN or infinity")
-    ranked = rank_neurons(scores)
-    shared = ranked[: layout.shared_width]
-    routed = ranked[layout.shared_width :].sort().values
     size = hidden[:, routed.to(hidden.device)].abs().float()  # [N, n]
     profiles = F.normalize((size - size.mean(0)).t(), dim=1)  # [n, N]
-    owner = _balanced_kmeans(profiles, layout.num_experts, layer_generator(seed, layer))
+    owner = _balanced_kmeans(profiles, layout.num_experts, generator)
     return torch.cat([shared, routed[owner.sort(stable=True).indices]])
+
+
+def snake_partition(scores: Tensor, layout: ExpertLayout) -> Tensor:
+    """Orders the neurons of a dense FFN by expert the official way, see `order_neurons`."""
+    return order_neurons(Partition.SNAKE, scores, layout)
 
 
 def _balanced_kmeans(profiles: Tensor, count: int, generator: torch.Generator) -> Tensor:
