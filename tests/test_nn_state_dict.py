@@ -202,7 +202,7 @@ def test_values_without_data_never_replace_values() -> None:
 
 def test_a_value_that_is_no_tensor_is_named() -> None:
     state = random_block().state_dict() | {"experts.1.up_proj.weight": [1.0]}
-    with pytest.raises(RuntimeError, match=r"experts\.1\.up_proj\.weight must be a tensor, got li"):
+    with pytest.raises(RuntimeError, match=r"up_proj.weight must have shape .* got list"):
         random_block().load_state_dict(state)
 
 

@@ -19,11 +19,6 @@ def is_packed(weight: Tensor) -> bool:
     return type(weight).dequantize is not Tensor.dequantize
 
 
-def unpacked(weight: Tensor) -> Tensor:
-    """Returns a weight as a plain tensor: itself, or what a packed one unpacks to for one call."""
-    return weight.dequantize() if is_packed(weight) else weight
-
-
 def expert_views(
     layout: ExpertLayout, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
 ) -> dict[str, Tensor]:
@@ -61,7 +56,10 @@ class OfficialState(nn.Module):
 
     def plain_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns gate_proj, up_proj [I, D] and down_proj [D, I], unpacked if they are packed."""
-        return unpacked(self.gate_proj), unpacked(self.up_proj), unpacked(self.down_proj)
+        weights = self.gate_proj, self.up_proj, self.down_proj
+        if type(self.gate_proj).dequantize is Tensor.dequantize:
+            return weights
+        return weights[0].dequantize(), weights[1].dequantize(), weights[2].dequantize()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -124,11 +122,16 @@ def _join(
     views = expert_views(block.layout, *own)
     found = {key: state_dict.pop(prefix + key) for key in views if prefix + key in state_dict}
     missing_keys += [prefix + key for key in views if key not in found]
-    wrong = [
-        f"SparseMoE: {prefix}{key} must {problem}"
-        for key in sorted(found)
-        if (problem := _problem(found[key], views[key]))
-    ]
+    wrong = []
+    for key in sorted(found):
+        value, shape, problem = found[key], views[key].shape, ""
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            problem = f"have shape {list(shape)}, got {got}"
+        elif value.is_meta and not views[key].is_meta:
+            problem = "hold data, got a meta tensor"
+        if problem:
+            wrong.append(f"SparseMoE: {prefix}{key} must {problem}")
     error_msgs += wrong
     if wrong or not found:
         return
@@ -141,14 +144,3 @@ def _join(
         if key in found:
             view.copy_(found[key])
     state_dict.update({prefix + name: w for name, w in zip(PROJECTIONS, joined, strict=True)})
-
-
-def _problem(value: object, own: Tensor) -> str | None:
-    """Says what a value of a state dict must be to load into `own`, None when it is."""
-    if not isinstance(value, Tensor):
-        return f"be a tensor, got {type(value).__name__}"
-    if value.is_meta and not own.is_meta:
-        return "hold data, got a meta tensor"
-    if value.shape != own.shape:
-        return f"have shape {list(own.shape)}, got {list(value.shape)}"
-    return None

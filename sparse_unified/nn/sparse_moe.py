@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -129,19 +128,16 @@ class SparseMoE(OfficialState):
 
         Autocast's dtype where no kernel takes fp32 weights, the weights' own elsewhere.
         """
-        weight = self.gate_proj
-        dtype, device = weight.dtype, weight.device
-        choose = functools.partial(
-            backend.choose,
-            device,
-            hidden_size=self.hidden_size,
-            widths=(self.layout.expert_width, self.layout.shared_width),
-            num_experts=self.num_experts,
-        )
-        active = choose(dtype=dtype)
+        dtype, device = self.gate_proj.dtype, self.gate_proj.device
+        sizes: dict[str, Any] = {
+            "hidden_size": self.hidden_size,
+            "widths": (self.layout.expert_width, self.layout.shared_width),
+            "num_experts": self.num_experts,
+        }
+        active = backend.choose(device, dtype=dtype, **sizes)
         if dtype == torch.float32 and active not in KERNELS and _is_autocast(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-            active = choose(dtype=dtype)
+            active = backend.choose(device, dtype=dtype, **sizes)
         return dtype, active
 
     def forward(
@@ -170,19 +166,17 @@ class SparseMoE(OfficialState):
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
-        tokens = self._tokens(x)
-        dtype, active = self._choose()
-        use_kernels = self._use_kernels(active)
-        logits, topk_logits, topk_idx = self._route(
-            tokens, packed_text_indexes, packed_vit_token_indexes, use_kernels=use_kernels
+        tokens, dtype, use_kernels, chosen = self._route(
+            x, packed_text_indexes, packed_vit_token_indexes
         )
+        logits, topk_logits, topk_idx = chosen
         weights = 1 + topk_logits  # [T, K]
-        shared = self.layout.shared_width
         experts = gate_proj, up_proj, down_proj = self.plain_weights()
         if dtype != gate_proj.dtype:
-            tokens = tokens.to(dtype)
-            gate_proj, up_proj, down_proj = (weight.to(dtype) for weight in experts)
+            tokens, gate_proj = tokens.to(dtype), gate_proj.to(dtype)
+            up_proj, down_proj = up_proj.to(dtype), down_proj.to(dtype)
             experts = gate_proj, up_proj, down_proj
+        shared = self.layout.shared_width
         if shared:
             experts = gate_proj[shared:], up_proj[shared:], down_proj[:, shared:]
         run = run_experts if use_kernels else composed.expert_ffn
@@ -204,15 +198,15 @@ class SparseMoE(OfficialState):
         Returns:
             logits [T, E] fp32, topk_logits [T, K] fp32, topk_idx [T, K] int32.
         """
-        return self._route(
-            self._tokens(x),
-            packed_text_indexes,
-            packed_vit_token_indexes,
-            use_kernels=self._use_kernels(self.active_backend),
-        )
+        return self._route(x, packed_text_indexes, packed_vit_token_indexes)[-1]
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [T, D], under autocast in the dtype of the weights, which routes."""
+    def _route(
+        self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None
+    ) -> tuple[Tensor, torch.dtype, bool, tuple[Tensor, Tensor, Tensor]]:
+        """Returns tokens [T, D], dtype of the experts, whether kernels run them, and the choice.
+
+        The choice is logits [T, E], topk_logits and topk_idx [T, K], by the router of each token.
+        """
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.hidden_size,):
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -220,30 +214,17 @@ class SparseMoE(OfficialState):
                 f"got {got}"
             )
         tokens = x.reshape(-1, self.hidden_size)
-        dtype = self.gate_proj.dtype
-        if tokens.dtype != dtype and _is_autocast(tokens.device.type):
-            tokens = tokens.to(dtype)
-        return tokens
-
-    def _use_kernels(self, active: str) -> bool:
-        if active in KERNELS:
-            return True
-        if self.strict:
+        if tokens.dtype != self.gate_proj.dtype and _is_autocast(tokens.device.type):
+            tokens = tokens.to(self.gate_proj.dtype)  # which routes
+        dtype, active = self._choose()
+        use_kernels = active in KERNELS
+        if not use_kernels and self.strict:
             raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {active}")
-        _warn_once(active)
-        return False
+        if not use_kernels:
+            _warn_once(active)
 
-    def _route(
-        self,
-        tokens: Tensor,
-        text_indexes: Tensor | None,
-        vit_indexes: Tensor | None,
-        *,
-        use_kernels: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [T, E], topk_logits [T, K], topk_idx [T, K] by the router of each token."""
         route = ops.route_topk if use_kernels else composed.route_topk
-        gate = self.gate.weight
+        given, gate = tokens, self.gate.weight
         gate_img = None if self.gate_img is None else self.gate_img.weight
         if gate.dtype != tokens.dtype:  # fp32 routers of bf16 experts
             wide = torch.promote_types(gate.dtype, tokens.dtype)
@@ -253,9 +234,9 @@ class SparseMoE(OfficialState):
             text_indexes = _checked("packed_text_indexes", text_indexes, len(tokens))
             vit_indexes = _checked("packed_vit_token_indexes", vit_indexes, len(tokens))
         if gate_img is None or vit_indexes is None:
-            return route(tokens, gate, self.top_k)
+            return given, dtype, use_kernels, route(tokens, gate, self.top_k)
         if text_indexes is None:
-            return route(tokens, gate_img, self.top_k)
+            return given, dtype, use_kernels, route(tokens, gate_img, self.top_k)
         # A token in neither list has logits of zero: the tie goes to the first K experts.
         text = route(tokens[text_indexes], gate, self.top_k)
         vit = route(tokens[vit_indexes], gate_img, self.top_k)
@@ -269,7 +250,7 @@ class SparseMoE(OfficialState):
             base.index_copy(0, text_indexes, of_text).index_copy(0, vit_indexes, of_vit)
             for base, of_text, of_vit in zip(bases, text, vit, strict=True)
         )
-        return logits, topk_logits, topk_idx
+        return given, dtype, use_kernels, (logits, topk_logits, topk_idx)
 
     def _shared_expert(
         self, tokens: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
