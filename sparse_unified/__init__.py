@@ -57,20 +57,15 @@ __all__ = [
 ]
 
 _MODULES = ("analysis", "bagel", "checkpoint", "experts", "nn", "surgery", "testing")
-# What the functions return, for annotations.
-_REPORTS = {
-    "PruneReport": "report",
-    "QuantizeReport": "storage",
-    "SwapReport": "report",
-    "SwappedLayer": "report",
-}
+# What the transforms return, for annotations.
+_REPORTS = ("ChangedPart", "SurgeryReport")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _REPORTS:
-        return getattr(importlib.import_module(f"{__name__}.surgery.{_REPORTS[name]}"), name)
+        return getattr(importlib.import_module(f"{__name__}.surgery.report"), name)
     if name in __all__:
         return getattr(importlib.import_module(f"{__name__}.surgery"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,7 +34,6 @@ from sparse_unified import (
     PruneWidthConfig,
     SkipLayersConfig,
     apply_moe_,
-    count_parameters,
     load_moe_,
     prune_width_,
     restore_,
@@ -53,18 +52,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-FOREIGN = pytest.mark.parametrize("mlp", [MergedMLP, EngineMLP, SplitEngineMLP, MergedTupleMLP])
-
-
-@FOREIGN
-@pytest.mark.parametrize("component", ["gen", "und"])
-def test_merged_and_engine_layers_become_sparse_and_come_back(mlp: Any, component: str) -> None:
-    model = foreign_model(mlp)
+@pytest.mark.parametrize("mlp", [MergedMLP, EngineMLP, SplitEngineMLP, MergedTupleMLP])
+def test_merged_and_engine_layers_change_and_come_back(mlp: Any) -> None:
+    model, scores = foreign_model(mlp), torch.rand(LAYERS, WIDTH)
     dense, before = model(tokens(5), tokens(7)), snapshot(model)
-    config = MoEConfig(num_experts=4, top_k=4, component=component, layers="all")
-    report = apply_moe_(model, config)
-    block = ffn(model, 1, component)
-    assert report.layers[1].before == mlp.__name__
+    for component in ("gen", "und"):
+        apply_moe_(model, MoEConfig(num_experts=4, top_k=4, component=component, layers="all"))
+    block = ffn(model, 1)
     assert isinstance(block, SparseMoE)
     assert block.gate_proj.requires_grad == (mlp in (MergedMLP, MergedTupleMLP))
     assert type(block.gate_proj) is nn.Parameter
@@ -73,32 +67,24 @@ def test_merged_and_engine_layers_become_sparse_and_come_back(mlp: Any, componen
     restore_(model)
     assert_same(before, snapshot(model))
 
-
-@FOREIGN
-def test_merged_and_engine_layers_get_narrower(mlp: Any) -> None:
-    model = foreign_model(mlp)
-    scores = torch.rand(LAYERS, WIDTH)
-    before, counts, dense = snapshot(model), count_parameters(model)["gen"], ffn(model, 1)
-    gate, up, down = read_weights(dense)
+    module = ffn(model, 1)
+    gate, up, down = read_weights(module)
     report = prune_width_(model, PruneWidthConfig(component="gen", keep_ratio=0.5), scores)
     kept = scores[1].topk(WIDTH // 2).indices.sort().values
-    assert ffn(model, 1) is dense
+    assert ffn(model, 1) is module
     for narrow, whole in zip(
-        read_weights(dense), (gate[kept], up[kept], down[:, kept]), strict=True
+        read_weights(module), (gate[kept], up[kept], down[:, kept]), strict=True
     ):
         assert torch.equal(narrow, whole)
     assert {(part.before, part.after) for part in report.parts} == {("24 neurons", "12 neurons")}
-    assert report.before == counts
-    assert counts.parameters == LAYERS * 3 * HIDDEN * WIDTH
-    assert report.after.parameters == counts.parameters // 2
-    model(tokens(5), tokens(7))
+    assert report.after["gen"].parameters == LAYERS * 3 * HIDDEN * WIDTH // 2
     skip_layers_(model, SkipLayersConfig(component="gen", layers=[0], part="ffn"))
     model(tokens(5), tokens(7))
     restore_(model)
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("mlp", [MergedMLP, EngineMLP, SplitEngineMLP])
+@pytest.mark.parametrize("mlp", [MergedMLP, SplitEngineMLP])
 def test_checkpoints_load_into_merged_and_engine_layers(mlp: Any, sparse_dir: Path) -> None:  # noqa: F811
     model = foreign_model(mlp, 32, 96, layers=3)
     official = official_model()
@@ -152,9 +138,7 @@ def test_a_transformers_decoder_computes_the_same_with_all_experts() -> None:
         dense = model(ids).logits
         before = snapshot(model)
         report = apply_moe_(model, MoEConfig(num_experts=4, top_k=4, component="und", layers="all"))
-        assert [entry.path for entry in report.layers] == [
-            f"model.layers.{i}.mlp" for i in range(4)
-        ]
+        assert [part.path for part in report.parts] == [f"model.layers.{i}.mlp" for i in range(4)]
         torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-5)
         restore_(model)
         apply_moe_(model, MoEConfig(num_experts=4, top_k=2, component="und"))
@@ -168,56 +152,6 @@ def test_a_transformers_decoder_computes_the_same_with_all_experts() -> None:
         prune_width_(model, PruneWidthConfig(component="und", keep_ratio=0.5))
         assert not torch.allclose(model(ids).logits, dense)
         restore_(model)
-
-
-# The name that the tokens go by.
-
-
-@pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
-def test_a_replaced_ffn_takes_its_tokens_by_the_name_of_the_one_before(mlp: Any) -> None:
-    model = Model(mlp)
-    before = {id(m): dict(m._forward_pre_hooks) for m in model.modules()}
-    x = tokens(5)
-
-    def by_name(**more: Any) -> Any:
-        out = ffn(model, 1)(hidden_state=x, **more)
-        return out[0] if isinstance(out, tuple) else out
-
-    dense = by_name()
-    narrow = PruneWidthConfig(component="gen", keep_ratio=1.0, layers="all")
-    skip = SkipLayersConfig(component="gen", layers=[1], part="ffn")
-    for steps in ([lambda: apply_moe_(model, ALL)], [lambda: prune_width_(model, narrow)]):
-        for step in (*steps, lambda: apply_moe_(model, ALL)):
-            if not isinstance(ffn(model, 1), SparseMoE):
-                step()
-            torch.testing.assert_close(by_name(), dense, rtol=1e-4, atol=1e-5)
-        assert len(ffn(model, 1)._forward_pre_hooks) == 1
-        if mlp is TupleMLP:
-            text = torch.arange(5)
-            torch.testing.assert_close(
-                by_name(packed_text_indexes=text), dense, rtol=1e-4, atol=1e-5
-            )
-        with pytest.raises(TypeError):
-            ffn(model, 1)(tokens=x)
-        restore_(model)
-    if mlp is TupleMLP:
-        skip_layers_(model, skip)
-        assert not by_name().any()
-        restore_(model)
-    assert torch.equal(by_name(), dense)
-    assert {id(m): dict(m._forward_pre_hooks) for m in model.modules()} == before
-
-
-def test_hooks_of_users_see_the_name_that_the_caller_gave() -> None:
-    model, seen = Model(), []
-    handle = ffn(model, 1).register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True
-    )
-    apply_moe_(model, ALL)
-    ffn(model, 1)(hidden_state=tokens(5))
-    handle.remove()
-    ffn(model, 1)(hidden_state=tokens(5))
-    assert seen == [["hidden_state"]]
 
 
 # Weights that are parts of others.
@@ -241,27 +175,6 @@ def test_tensor_parallel_ffns_are_refused() -> None:
     assert ffn(model, 1) is part
 
 
-def test_weights_sharded_as_dtensors_are_refused(tmp_path: Path) -> None:
-    import torch.distributed as dist
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
-
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = Model()
-        mesh = DeviceMesh("cpu", [0])
-        part = ffn(model, 1)
-        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            linear = getattr(part, name)
-            linear.weight = nn.Parameter(
-                distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)])
-            )
-        with pytest.raises(ValueError, match=r"layer 1 .*gate_proj.weight must be .*DTensor"):
-            apply_moe_(model, HALF)
-        assert ffn(model, 1) is part
-    finally:
-        dist.destroy_process_group()
-
-
 # Real hooks of accelerate.
 
 
@@ -269,8 +182,17 @@ def hooks(module: nn.Module) -> list[str]:
     return [repr(getattr(part, "_hf_hook", None)) for part in module.modules()]
 
 
-@pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP, MergedMLP])
-@pytest.mark.parametrize("how", ["device_map", "cpu", "disk", "mixed"])
+@pytest.mark.parametrize(
+    ("mlp", "how"),
+    [
+        (TensorMLP, "device_map"),
+        (TupleMLP, "cpu"),
+        (MergedMLP, "cpu"),
+        (TensorMLP, "disk"),
+        (TupleMLP, "mixed"),
+        (MergedMLP, "mixed"),
+    ],
+)
 def test_models_that_accelerate_placed_stay_placed(mlp: Any, how: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = foreign_model(mlp) if mlp is MergedMLP else Model(mlp)
@@ -318,7 +240,7 @@ def test_models_that_accelerate_placed_stay_placed(mlp: Any, how: str, tmp_path:
 
 
 @pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
-@pytest.mark.parametrize("how", ["cpu", "disk", "mixed"])
+@pytest.mark.parametrize("how", ["cpu", "disk"])
 def test_accelerate_can_offload_a_sparse_model(mlp: Any, how: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = Model(mlp).eval().requires_grad_(False)
@@ -328,19 +250,12 @@ def test_accelerate_can_offload_a_sparse_model(mlp: Any, how: str, tmp_path: Pat
         sparse = model(tokens(5), tokens(7))
     parts = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: part.detach() for name, part in parts.items()}
-    whole: dict[str, Any] = {"state_dict": state, "preload_module_classes": ["SparseMoE"]}
+    whole = {"preload_module_classes": ["SparseMoE"]}
     if how == "cpu":
-        accelerate.cpu_offload(model, "cpu", **whole)
-    elif how == "disk":
-        accelerate.utils.offload_state_dict(str(tmp_path), state)
-        accelerate.disk_offload(
-            model, str(tmp_path), "cpu", preload_module_classes=whole["preload_module_classes"]
-        )
+        accelerate.cpu_offload(model, "cpu", state_dict=state, **whole)
     else:
-        places = {f"language_model.model.layers.{i}": ("disk", "cpu")[i % 2] for i in range(LAYERS)}
-        accelerate.dispatch_model(
-            model, places, main_device="cpu", offload_dir=str(tmp_path), **whole
-        )
+        accelerate.utils.offload_state_dict(str(tmp_path), state)
+        accelerate.disk_offload(model, str(tmp_path), "cpu", **whole)
     block = ffn(model, 2)
     assert block.gate_proj.is_meta
     assert block.gate.weight.is_meta
@@ -348,16 +263,6 @@ def test_accelerate_can_offload_a_sparse_model(mlp: Any, how: str, tmp_path: Pat
         for out, expected in zip(model(tokens(5), tokens(7)), sparse, strict=True):
             assert torch.equal(out, expected)
     assert block.gate_proj.is_meta
-
-
-def test_a_sparse_block_without_its_router_says_so() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = Model().eval().requires_grad_(False)
-    apply_moe_(model, HALF)
-    # Each module alone, and the block calls no router.
-    accelerate.cpu_offload(model, "cpu", state_dict=dict(model.named_parameters()))
-    with pytest.raises(RuntimeError, match="must be on one device, got cpu and meta"):
-        ffn(model, 1)(tokens(5))
 
 
 def comparable(state: dict[str, Any]) -> dict[str, Any]:

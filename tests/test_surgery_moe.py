@@ -28,7 +28,7 @@ from surgery_models import (
 )
 from torch import Tensor, nn
 
-from sparse_unified import MoEConfig, apply_moe_, load_moe_, restore_
+from sparse_unified import MoEConfig, apply_moe_, count_parameters, load_moe_, restore_
 from sparse_unified.bagel import Bagel, BagelPipeline, SamplingConfig
 from sparse_unified.bagel.sampler import build_guidance, sample_latents
 from sparse_unified.checkpoint import Checkpoint, convert
@@ -98,11 +98,12 @@ def test_weights_are_permuted_bit_for_bit_by_score(form: str) -> None:
     assert not block.gate_shared.weight.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_mode_and_requires_grad_are_kept(dtype: torch.dtype) -> None:
     model = Model(TupleMLP).to(dtype)
     dense = ffn(model, 1).eval()
     dense.up_proj.requires_grad_(False)
+    ffn(model, 2).requires_grad_(False)
     apply_moe_(model, HALF)
     block = ffn(model, 1)
     assert {p.dtype for p in block.parameters()} == {dtype}
@@ -110,16 +111,9 @@ def test_dtype_mode_and_requires_grad_are_kept(dtype: torch.dtype) -> None:
     assert not block.gate.training
     assert ffn(model, 2).training
     assert {name for name, p in block.named_parameters() if not p.requires_grad} == {"up_proj"}
+    trained = {n for n, p in ffn(model, 2).named_parameters() if p.requires_grad}
+    assert trained == {"gate.weight", "gate_shared.weight"}  # routers start to learn
     assert dense.act_cnt == 0  # the run that shows what it returns leaves no trace
-
-
-def test_frozen_experts_train_routers_alone() -> None:
-    model = Model().requires_grad_(False)
-    apply_moe_(model, HALF)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n.rsplit(".", 2)[-2] for n in trained} == {"gate", "gate_shared"}
-    model(tokens(), tokens())[1].sum().backward()
-    assert ffn(model, 1).gate.weight.grad.any()
 
 
 def test_meta_weights_are_swapped_when_scores_are_given() -> None:
@@ -128,7 +122,7 @@ def test_meta_weights_are_swapped_when_scores_are_given() -> None:
     report = apply_moe_(model, HALF, torch.rand(LAYERS, WIDTH))
     assert ffn(model, 1).gate_proj.is_meta
     assert ffn(model, 1).return_router_logits
-    assert report.layers[0].backend == ffn(model, 1).active_backend
+    assert ffn(model, 1).active_backend in report.parts[0].after
 
 
 class Holder:
@@ -167,34 +161,32 @@ def test_layers_are_found_from_every_object_that_leads_to_them(lead: Any, path: 
     model = Model()
     host = lead(model)
     report = apply_moe_(host, HALF)
-    assert [entry.path for entry in report.layers] == [f"{path}.{i}.mlp_moe_gen" for i in (1, 2)]
+    assert [entry.path for entry in report.parts] == [f"{path}.{i}.mlp_moe_gen" for i in (1, 2)]
     is_sparse = [isinstance(ffn(model, i), SparseMoE) for i in range(LAYERS)]
     assert is_sparse == [False, True, True, False]
-    assert len(restore_(host).layers) == 2
+    assert len(restore_(host).parts) == 2
     assert not any(isinstance(ffn(model, i), SparseMoE) for i in range(LAYERS))
 
 
 def test_report_says_what_changed() -> None:
     model = Model()
     report = apply_moe_(model, MoEConfig(num_experts=4, top_k=2, num_shared_experts=2))
-    entry = report.layers[0]
-    assert [e.layer for e in report.layers] == [1, 2]
-    assert (entry.before, entry.after) == ("TensorMLP", "SparseMoE")
+    entry = report.parts[0]
+    assert [e.layer for e in report.parts] == [1, 2]
     assert entry.path == GATE
-    assert (entry.num_experts, entry.top_k, entry.num_shared_experts) == (4, 2, 2)
-    assert (entry.expert_width, entry.shared_width) == (4, 8)
-    assert entry.parameters_before == entry.active_before == 3 * HIDDEN * WIDTH
-    assert entry.parameters_after == sum(p.numel() for p in ffn(model, 1).parameters())
-    assert entry.active_after == entry.parameters_after - 2 * 3 * HIDDEN * 4
-    assert entry.backend == "cpu"
+    assert entry.before == "24 neurons"
+    assert entry.after == "2 of 4 experts of 4 neurons and 8 shared, cpu"
+    assert entry.counts_before.parameters == 3 * HIDDEN * WIDTH
+    assert entry.counts_after.parameters == sum(p.numel() for p in ffn(model, 1).parameters())
+    used = entry.counts_after.parameters - 2 * 3 * HIDDEN * 4  # idle experts cost no arithmetic
+    assert entry.counts_after.flops_per_token == 2 * used
+    assert count_parameters(model) == report.after
     read = json.loads(report.to_json())
-    assert (read["action"], read["layers"][1]["layer"]) == ("apply_moe_", 2)
-    text = str(report)
-    assert text.startswith("apply_moe_: 2 FFNs changed (gen 1-2); parameters 1,152 -> ")
-    assert len(text.splitlines()) == 5
-    back = restore_(model).layers[0]
-    assert (back.before, back.after, back.backend) == ("SparseMoE", "TensorMLP", "dense")
-    assert (back.active_before, back.active_after) == (entry.active_after, entry.active_before)
+    assert (read["action"], read["parts"][1]["layer"]) == ("apply_moe_", 2)
+    assert str(report).startswith("apply_moe_: 2 parts changed (gen ffn 1-2)")
+    back = restore_(model)
+    assert (back.parts[0].before, back.parts[0].after) == (entry.after, entry.before)
+    assert (back.before, back.after) == (report.after, report.before)
 
 
 # From a checkpoint
@@ -237,7 +229,7 @@ def test_golden_sparse_weights_in_our_dense_model_give_the_golden_image(sparse_d
     model = dense_bagel(case)
     dense, before = latent(model, case), snapshot(model)
     report = load_moe_(model, sparse_dir)
-    assert [(e.layer, e.component, e.before) for e in report.layers] == [(1, "gen", "SwiGLU")]
+    assert [(e.layer, e.component) for e in report.parts] == [(1, "gen")]
     assert relative_error(latent(model, case), case.tensors["latent.0"]) < 1e-5
     assert model.state_dict().keys() == case.weights.keys()
     restore_(model)
@@ -267,9 +259,14 @@ def test_a_pipeline_is_taken_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(pipeline.generate("a", **options).latents[0], dense)
 
 
-@MLPS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("given", [Path, str, Checkpoint])
+@pytest.mark.parametrize(
+    ("mlp", "dtype", "given"),
+    [
+        (TensorMLP, torch.float32, Path),
+        (TupleMLP, torch.bfloat16, str),
+        (TupleMLP, torch.float32, Checkpoint),
+    ],
+)
 def test_official_models_compute_what_the_file_says(
     mlp: type[TensorMLP], dtype: torch.dtype, given: Any, sparse_dir: Path
 ) -> None:
@@ -309,7 +306,7 @@ def test_loading_a_conversion_equals_applying_it(tmp_path: Path, num_shared_expe
         apply_moe_(applied, MoEConfig(**counts, component=component, layers="1-2"), scores)
         source = out
     report = load_moe_(loaded, source)
-    found = sorted((entry.component, entry.layer) for entry in report.layers)
+    found = sorted((entry.component, entry.layer) for entry in report.parts)
     assert found == [("gen", 1), ("gen", 2), ("und", 1), ("und", 2)]
     mine, theirs = applied.state_dict(), loaded.state_dict()
     assert mine.keys() == theirs.keys()
@@ -329,41 +326,27 @@ def refuse(model: Any, source: Any, match: str, error: type = ValueError) -> Non
     assert_same(before, snapshot(model))
 
 
-def narrow_model() -> Model:
-    model = official_model()
-    model.layers[1].mlp_moe_gen = TensorMLP(32, 48)
-    return model
-
-
-def sparse_model() -> Model:
-    model = official_model()
-    apply_moe_(model, HALF)
-    return model
-
-
-def meta_model() -> Model:
-    model = official_model()
-    model.layers[1].mlp_moe_gen.to("meta")
-    return model
-
-
 @pytest.mark.parametrize(
-    ("make", "match"),
+    ("change", "match"),
     [
-        (lambda: official_model(layers=4), "model must have 3 layers as .*, got 4 under"),
         (
-            narrow_model,
+            lambda m: m.layers.append(Layer(TensorMLP)),
+            "model must have 3 layers as .*, got 4 under",
+        ),
+        (
+            lambda m: setattr(m.layers[1], "mlp_moe_gen", TensorMLP(32, 48)),
             r"layer 1 .*must be those .* \[I, D\] = \[96, 32\] in the file, \[48, 32\] in",
         ),
-        (Bare, "load_moe_: model must have decoder layers with mlp_moe_gen"),
-        (sparse_model, "load_moe_: layer 1 .*FFN must be dense, got a SparseMoE"),
-        (meta_model, "load_moe_: layer 1 .*weights must be in memory, got meta"),
+        (lambda m: apply_moe_(m, HALF), "load_moe_: layer 1 .*FFN must be dense, .* a SparseMoE"),
+        (lambda m: m.layers[1].mlp_moe_gen.to("meta"), "layer 1 .*weights must be in memory, got"),
     ],
 )
 def test_models_that_do_not_fit_the_file_are_refused(
-    make: Any, match: str, sparse_dir: Path
+    change: Any, match: str, sparse_dir: Path
 ) -> None:
-    refuse(make(), sparse_dir, match)
+    model = official_model()
+    change(model)
+    refuse(model, sparse_dir, match)
 
 
 def test_what_is_no_sparse_checkpoint_is_refused(tmp_path: Path) -> None:

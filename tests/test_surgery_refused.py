@@ -33,11 +33,12 @@ from sparse_unified import (
     restore_,
     skip_layers_,
 )
-from sparse_unified.surgery import exchange, moe, prune
+from sparse_unified.surgery import exchange, prune, report
 from sparse_unified.surgery import ffn as ffn_module
 
 HALF = MoEConfig(num_experts=4, top_k=2)
-AT = r"apply_moe_: layer 2( \(language_model\.model\.layers\.2\.mlp_moe_gen\))?: "
+ONE = MoEConfig(num_experts=4, top_k=2, layers=[0])
+AT = r"apply_moe_: layer 2( \(language_model\.model\.layers\.2(\.mlp_moe_gen)?\))?: "
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +91,7 @@ def test_layers_are_text_or_a_sequence() -> None:
     [
         (
             lambda: Bare(encoder=nn.Linear(2, 2)),
-            r"apply_moe_: model must have decoder layers .* under language_model\.model\.layers or "
-            r".*got a Bare \(encoder\)",
+            r"must have decoder layers .*got a Bare \(encoder\)",
         ),
         (lambda: Bare(layers=nn.ModuleList([Bare(mlp=TensorMLP())] * 2)), r"layers: 2 x Bare \(ml"),
         (lambda: Bare(layers=nn.ModuleList()), "; layers: 0 x none"),
@@ -155,30 +155,28 @@ SCORES = torch.rand(LAYERS, WIDTH)
     ("change", "match"),
     [
         (_put("", TensorMLP(HIDDEN, 22)), "ExpertLayout: num_experts must divide .*: 2, 11, 22"),
-        (_put("", None), r"must be a module of the layer, got NoneType in a Layer \(mlp"),
-        (_put("", Bare(fc1=nn.Linear(2, 2))), r"FFN must have gate_proj, .* got a Bare \(fc1\)"),
-        (_put("up_proj", nn.Identity()), "up_proj must have a weight, got a Identity"),
-        (
-            _put("down_proj", nn.Linear(WIDTH, HIDDEN)),
-            "no parameters but .* got down_proj.b",
-        ),
+        (_put("", None), r"mlp_moe_gen must be a module of the layer, got a Layer \(mlp"),
+        (_put("", Bare(fc1=nn.Linear(2, 2))), r"FFN must be dense, .* got a Bare \(fc1\)"),
+        (lambda layer: layer.mlp_moe_gen.register_module("up_proj", nn.Identity()), "up_proj must"),
+        (_put("down_proj", nn.Linear(WIDTH, HIDDEN)), "no parameters but .* got down_proj.b"),
         (_put("down_proj", nn.Linear(25, HIDDEN, bias=False)), r"weights must have shapes .* 25\]"),
-        (_weight(Tensor.double), "gate_proj.weight must be float32, bfloat16 or float16.*float64"),
-        (_weight(lambda w: w.as_subclass(Packed)), "must be a plain tensor, got Packed"),
+        (_weight(Tensor.double), "gate_proj.weight must be a plain tensor .*float64"),
+        (_weight(lambda w: w.as_subclass(Packed)), "gate_proj.weight must be a plain .*Packed"),
         (
             lambda layer: setattr(layer.mlp_moe_gen.up_proj, "lora_A", nn.Linear(HIDDEN, 2)),
-            r"up_proj must be a linear layer and nothing else, got lora_A",
+            r"up_proj must be a linear layer and nothing else, .*lora_A",
         ),
-        (lambda layer: layer.mlp_moe_gen.up_proj.bfloat16(), "weights must share one dtype, got"),
-        (lambda layer: layer.mlp_moe_gen.up_proj.to("meta"), "must share one device, got cpu, met"),
+        (lambda layer: layer.mlp_moe_gen.up_proj.bfloat16(), "weights must have .* one dtype"),
+        (lambda layer: layer.mlp_moe_gen.up_proj.to("meta"), "weights must have .* one device"),
         (lambda layer: layer.mlp_moe_gen.to("meta"), "scores must be given for weights without"),
         (_offload, "weights must be in memory, got weights offloaded"),
         (_infinite, "magnitude of its weights: scores must be finite, got inf for neuron 3"),
-        (
-            _put("forward", lambda x: (x, x, x)),
-            r"return y \[1, 8\] or \(y, router_logits\), got",
-        ),
+        (_put("forward", lambda x: (x, x, x)), r"forward must return y \[1, 8\] or"),
         (_put("forward", lambda x, y: x), r"forward must run on one token \[1, 8\], got TypeError"),
+        (
+            lambda layer: apply_moe_(Bare(layers=nn.ModuleList([layer])), ONE),
+            "FFN must be dense, .* a SparseMoE",
+        ),
     ],
 )
 def test_ffns_that_are_no_plain_swiglu_are_refused(change: Any, match: str) -> None:
@@ -187,17 +185,14 @@ def test_ffns_that_are_no_plain_swiglu_are_refused(change: Any, match: str) -> N
     refuse(model, AT + ".*" + match)
 
 
-def test_ffns_that_are_sparse_or_shared_are_refused() -> None:
-    model = Model()
-    apply_moe_(model, MoEConfig(num_experts=4, top_k=2, layers=[2]))
-    refuse(model, AT + "FFN must be dense, got a SparseMoE, sparse already")
+def test_ffns_that_are_shared_are_refused() -> None:
     model = Model()
     model.layers[2].mlp_moe_gen = model.layers[1].mlp_moe_gen
     refuse(model, AT + r"FFN must be its own module, got that of .*layers\.1\.mlp_moe_gen")
 
 
-@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(), nn.Tanh()])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU()])
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_activation_other_than_silu(act: nn.Module, scale: float, dtype: torch.dtype) -> None:
     model = Model().to(dtype)
@@ -268,7 +263,7 @@ def test_orders_that_make_no_sense_are_refused_by_name() -> None:
         with pytest.raises(ValueError, match=f"{run.__name__}: {match}"):
             run(model, config)
 
-    refused(apply_moe_, sparse, "layer 1 .*FFN must be dense, got a SparseMoE")
+    refused(apply_moe_, sparse, "layer 1 .*FFN must be dense, .*got a SparseMoE")
     refused(prune_width_, PruneWidthConfig(layers=[1], budget="global"), ".*budget must be 'unifo")
     wide = PruneWidthConfig(layers=[1], block_size=32)
     refused(prune_width_, wide, "gen layer 1: block_size must divide the 24 neurons of an expert")
@@ -282,7 +277,7 @@ def test_orders_that_make_no_sense_are_refused_by_name() -> None:
         refused(skip_layers_, config, "layers must have a gen block left, got 2, which skip it")
     # "all" and "middle" pass over layers that lack it, unless all do.
     und = MoEConfig(num_experts=4, top_k=2, component="und", layers="all")
-    assert len(apply_moe_(model, und).layers) == BAGEL_LAYERS
+    assert len(apply_moe_(model, und).parts) == BAGEL_LAYERS
     assert len(prune_heads_(model, PruneHeadsConfig(component="both")).parts) == 2 * 3
     middle = SkipLayersConfig(component="gen", layers="middle")
     skip_layers_(model, middle)
@@ -333,10 +328,10 @@ RUNS = {
     "restore": restore_,
 }
 INSIDE = {
-    "apply": [(exchange, "_move_hooks"), (moe, "take_census"), (exchange, "_move_patch")],
-    "width": [(prune, "cut_ffn"), (ffn_module, "cut_linear"), (prune, "take_census")],
-    "skip": [(exchange, "like"), (prune, "take_census")],
-    "heads": [(prune, "cut_linear"), (prune, "take_census")],
+    "apply": [(exchange, "_move_hooks"), (report, "take_census"), (exchange, "_move_patch")],
+    "width": [(prune, "cut_ffn"), (ffn_module, "cut_linear"), (report, "take_census")],
+    "skip": [(exchange, "like"), (report, "take_census")],
+    "heads": [(prune, "cut_linear"), (report, "take_census")],
     "restore": [(exchange, "_move_hooks"), (exchange, "offloaded"), (exchange, "like")],
 }
 

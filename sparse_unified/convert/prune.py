@@ -41,7 +41,6 @@ from sparse_unified.surgery.cuts import (
     PruneConfig,
     plan,
     select,
-    shapes_left,
     sizes_left,
     then,
 )
@@ -211,8 +210,7 @@ def _plan(
                 source, component, layers, heads=is_heads, scores=scores, seed=seed
             )
             values |= {(component, layer): scores_of(layer) for layer in layers}
-        more = plan(config, own, sizes, lambda *at, values=values: values[at])
-        left = shapes_left(own, sizes, more)
+        more, left = plan(config, own, sizes, lambda *at, values=values: values[at])
         for component, by_layer in left.items():
             shapes[component] |= by_layer
         sizes, cuts = sizes_left(sizes, more), then(cuts, more)

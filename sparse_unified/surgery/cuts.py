@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pruning takes from a model, planned once, by official key.
 
-    cuts = plan(config, shapes, sizes, scores)  # {key: Cut(dim, keep) or GONE}
+    cuts, shapes_left = plan(config, shapes, sizes, scores)  # {key: Cut(dim, keep) or GONE}
 
 The planner sees scores and sizes, no weights. `convert.prune` carries a plan out on the tensors of
 files, `surgery.prune` on the modules of a live model, `verify` compares with it. A key that is not
 named stays whole. Several plans are made one after the other, each for what the last one left:
 
-    more = plan(config2, shapes_left(shapes, sizes, cuts), sizes_left(sizes, cuts), scores)
+    more, shapes_left = plan(config2, shapes_left, sizes_left(sizes, cuts), scores)
     cuts = then(cuts, more)
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def select(
 
 def plan(
     config: PruneConfig, shapes: LayerShapes, sizes: Sizes, scores: Scores | None = None
-) -> Cuts:
+) -> tuple[Cuts, dict[str, dict[int, LayerShape]]]:
     """Plans one step of pruning.
 
     Args:
@@ -88,19 +89,27 @@ def plan(
         scores: importance of neurons, or of groups of heads, checked; not needed to skip layers.
 
     Returns:
-        what stays of each tensor that is pruned, also where all of it does.
+        what stays of each tensor that is pruned, also where all of it does, and the shapes of the
+        layers then.
 
     Raises:
         ValueError: block_size or budget do not suit an FFN, or a component has
             no queries for some KV heads where both are to lose the same.
     """
+    left = {component: dict(own) for component, own in shapes.items()}
     if isinstance(config, SkipLayersConfig):
-        return _skip(config, shapes, sizes)
+        gone: dict[str, Any] = {"ffn": 0} if Part.FFN in config.parts else {}
+        if Part.ATTENTION in config.parts:
+            gone |= {"kv_heads": (), "query_groups": ()}
+        own = left[config.component]
+        modules = skipped_modules(config)
+        starts = tuple(prefix for layer in own for prefix in keys.module_prefixes(layer, modules))
+        own |= {layer: replace(shape, **gone) for layer, shape in own.items()}
+        return {key: GONE for key in sizes if key.startswith(starts)}, left
     assert scores is not None
     if isinstance(config, PruneHeadsConfig):
-        return _drop_heads(config, shapes, sizes, scores)
-    component = config.component
-    own = shapes[component]
+        return _drop_heads(config, shapes, sizes, scores, left), left
+    component, own = config.component, left[config.component]
     kept = keep_neurons(config, own, {layer: scores(component, layer) for layer in own})
     cuts: Cuts = {}
     for layer, shape in own.items():
@@ -109,7 +118,15 @@ def plan(
             for name in keys.PROJECTIONS:
                 key = f"{keys.ffn_prefix(component, layer)}{prefix}{name}.weight"
                 cuts[key] = Cut(1 if name == "down_proj" else 0, kept[layer][inside] - start)
-    return cuts
+        is_dense, index = isinstance(shape.ffn, int), kept[layer]
+        own[layer] = replace(shape, ffn=len(index) if is_dense else narrowed(shape.ffn, index))
+    return cuts, left
+
+
+def narrowed(layout: Any, kept: Tensor) -> ExpertLayout:
+    """Returns the widths of experts of which neurons `kept` [kept] stay."""
+    shared = int((kept < layout.shared_width).sum())
+    return replace(layout, intermediate_size=len(kept), shared_intermediate_size=shared)
 
 
 def rank(
@@ -180,7 +197,11 @@ def keep_neurons(
 
 
 def _drop_heads(
-    config: PruneHeadsConfig, shapes: LayerShapes, sizes: Sizes, scores: Scores
+    config: PruneHeadsConfig,
+    shapes: LayerShapes,
+    sizes: Sizes,
+    scores: Scores,
+    left: dict[str, dict[int, LayerShape]],
 ) -> Cuts:
     ranking = {}
     for layer in shapes[config.components[0]]:
@@ -197,26 +218,29 @@ def _drop_heads(
     kept = keep_units(ranking, keep_ratio=config.keep_ratio, budget=config.budget)
     cuts: Cuts = {}
     for layer, index in kept.items():
-        cuts |= _cut_heads(layer, shapes, sizes, dict.fromkeys(config.components, index))
+        own = {c: at[layer] for c, at in left.items() if layer in at and at[layer].has_attention}
+        cuts |= _cut_heads(layer, own, sizes, dict.fromkeys(config.components, index))
+        for component, shape in own.items():
+            left[component][layer] = shape
     return cuts
 
 
-def _cut_heads(layer: int, shapes: LayerShapes, sizes: Sizes, kept: Mapping[str, Tensor]) -> Cuts:
+def _cut_heads(
+    layer: int, shapes: dict[str, LayerShape], sizes: Sizes, kept: Mapping[str, Tensor]
+) -> Cuts:
     """Cuts the groups of query heads that are not kept, and KV heads that nothing reads then.
 
     The components share the KV heads of a layer: those of a group go once no component reads them;
     until then the component that dropped the group merely stops reading them.
+
+    Args:
+        shapes: of the layer by component; they become what is left.
     """
-    own = {
-        component: layers[layer]
-        for component, layers in shapes.items()
-        if layer in layers and layers[layer].has_attention
-    }
-    groups = {c: kept.get(c, torch.arange(len(shape.query_groups))) for c, shape in own.items()}
-    places = {c: torch.tensor(shape.query_places)[groups[c]] for c, shape in own.items()}
+    groups = {c: kept.get(c, torch.arange(len(shape.query_groups))) for c, shape in shapes.items()}
+    places = {c: torch.tensor(shape.query_places)[groups[c]] for c, shape in shapes.items()}
     kv_places = torch.cat([*places.values()]).unique()  # sorted
     cuts: Cuts = {}
-    for component, shape in own.items():
+    for component, shape in shapes.items():
         if component not in kept and len(kv_places) == len(shape.kv_heads):
             continue
         for name in keys.ATTENTION_PROJECTIONS:
@@ -229,6 +253,11 @@ def _cut_heads(layer: int, shapes: LayerShapes, sizes: Sizes, kept: Mapping[str,
             cuts[f"{module}.weight"] = cut
             if dim == 0 and f"{module}.bias" in sizes:
                 cuts[f"{module}.bias"] = cut
+        shapes[component] = replace(
+            shape,
+            kv_heads=tuple(shape.kv_heads[i] for i in kv_places.tolist()),
+            query_groups=tuple(shape.query_groups[i] for i in groups[component].tolist()),
+        )
     return cuts
 
 
@@ -239,15 +268,6 @@ def _attention_module(component: str, layer: int, name: str) -> str:
 def spread(units: Tensor, width: int) -> Tensor:
     """Returns the channels [units * width] of the given heads or groups."""
     return (units[:, None] * width + torch.arange(width)).flatten()
-
-
-def _skip(config: SkipLayersConfig, shapes: LayerShapes, sizes: Sizes) -> Cuts:
-    starts = tuple(
-        prefix
-        for layer in shapes[config.component]
-        for prefix in keys.module_prefixes(layer, skipped_modules(config))
-    )
-    return {key: GONE for key in sizes if key.startswith(starts)}
 
 
 def skipped_modules(config: SkipLayersConfig) -> list[str]:
@@ -280,49 +300,6 @@ def sizes_left(sizes: Sizes, cuts: Cuts) -> dict[str, tuple[int, ...]]:
         elif cut is not GONE:
             left[key] = (*size[: cut.dim], len(cut.keep), *size[cut.dim + 1 :])
     return left
-
-
-def shapes_left(shapes: LayerShapes, sizes: Sizes, cuts: Cuts) -> dict[str, dict[int, LayerShape]]:
-    """Returns the shapes of the layers that cuts leave; `sizes` are those before."""
-    return {
-        component: {
-            layer: _shape_left(component, layer, shape, sizes, cuts)
-            for layer, shape in layers.items()
-        }
-        for component, layers in shapes.items()
-    }
-
-
-def _shape_left(
-    component: str, layer: int, shape: LayerShape, sizes: Sizes, cuts: Cuts
-) -> LayerShape:
-    prefix = keys.ffn_prefix(component, layer)
-    widths = {
-        part: len(cuts[key].keep)
-        for part in ffn_parts(shape.ffn)
-        if (key := f"{prefix}{part}gate_proj.weight") in cuts
-    }
-    if widths and isinstance(shape.ffn, int):
-        shape = replace(shape, ffn=widths[""])
-    elif widths and isinstance(shape.ffn, ExpertLayout):
-        sizes_of = {
-            "intermediate_size": sum(widths.values()),
-            "shared_intermediate_size": widths.get("shared_expert.", 0),
-        }
-        shape = replace(shape, ffn=replace(shape.ffn, **sizes_of) if any(widths.values()) else 0)
-    query, key = (f"{_attention_module(component, layer, n)}.weight" for n in ("q_proj", "k_proj"))
-    if cuts.get(query) is GONE:
-        return replace(shape, kv_heads=(), query_groups=())
-    kv_heads = _units_left(shape.kv_heads, key, sizes, cuts)
-    groups = _units_left(shape.query_groups, query, sizes, cuts)
-    return replace(shape, kv_heads=kv_heads, query_groups=groups)
-
-
-def _units_left(units: tuple[int, ...], key: str, sizes: Sizes, cuts: Cuts) -> tuple[int, ...]:
-    if key not in cuts:
-        return units
-    width = sizes[key][0] // len(units)
-    return tuple(units[channel // width] for channel in cuts[key].keep[::width].tolist())
 
 
 def neuron_magnitudes(

@@ -10,21 +10,21 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparse_unified._common import list_some, naming
+from sparse_unified._common import context, list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import select
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     MERGED_PROJECTIONS,
+    DenseWeights,
     Skipped,
     describe_module,
     projection_names,
@@ -51,12 +51,10 @@ class Ffn:
     """One SwiGLU FFN: that of a layer, or one expert inside its mixture.
 
     Attributes:
-        component, layer: where it belongs.
         name: dotted path of the module, from the object the adapter was made for.
         module: what a forward hook observes; its first argument is x [..., D]. Of an expert of a
             `SparseMoE` that is the whole block, which gets more tokens than the expert.
-        gate_proj, up_proj: [I, D], the live weights.
-        down_proj: [D, I], the live weight.
+        gate_proj, up_proj: [I, D], the live weights. down_proj: [D, I], the live weight.
         is_expert: one of several FFNs of its layer.
     """
 
@@ -85,12 +83,8 @@ class Block:
     """The modules of one layer of one component between which the residual stream can be seen.
 
     x1 = x + attention(input_norm(x)), then y = x1 + ffn(post_attention_norm(x1)): the input of the
-    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`.
-
-    Attributes:
-        layer_module: the whole layer, of all components.
-        attention: may be shared between components.
-        ffn: dense, or a mixture of experts.
+    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`. `layer_module` is
+    the whole layer, of all components, which may share the attention; a `ffn` may be a mixture.
     """
 
     component: str
@@ -128,25 +122,18 @@ class Layout:
     experts: str = "experts"
     shared_experts: tuple[str, ...] = ("shared_experts", "shared_expert")
 
-    def names(self) -> tuple[str, ...]:
-        """Returns every name that a layer has to have."""
-        return tuple(dict.fromkeys(name for names in self.components.values() for name in names))
-
 
 _GEN = BlockNames(
     ffn=FFN_NAMES["gen"],
     input_norm="input_layernorm_moe_gen",
     post_attention_norm="post_attention_layernorm_moe_gen",
 )
-_BAGEL = Layout(name="BAGEL", components=MappingProxyType({"und": BlockNames(), "gen": _GEN}))
 LAYOUTS = (
-    _BAGEL,
+    Layout(name="BAGEL", components={"und": BlockNames(), "gen": _GEN}),
     # Qwen2.5-VL and the many decoders of the same build, dense or mixtures
-    Layout(name="decoder", components=MappingProxyType({"text": BlockNames()})),
+    Layout(name="decoder", components={"text": BlockNames()}),
     # the language model of Ming-Omni
-    Layout(
-        name="Bailing", components=MappingProxyType({"text": BlockNames(attention="attention")})
-    ),
+    Layout(name="Bailing", components={"text": BlockNames(attention="attention")}),
 )
 
 
@@ -157,8 +144,9 @@ class Decoder:
     `block` are what it asks for.
     """
 
-    def __init__(self, path: str, layers: Sequence[nn.Module], layout: Layout) -> None:
-        self.path, self.layers, self.layout = path, layers, layout
+    def __init__(self, path: str, stack: Any, layout: Layout) -> None:
+        self.path, self.stack, self.layout = path, stack, layout
+        self.layers: list[nn.Module] = [stack[i] for i in range(len(stack))]
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -172,9 +160,7 @@ class Decoder:
     def slot(self, layer: int, name: str) -> Slot | None:
         """Returns the slot of a module in a layer, `mlp` or `self_attn.q_proj`; None without."""
         holder, _, last = name.rpartition(".")
-        module: object = self.layers[layer]
-        if holder:
-            module = getattr(module, holder, None)
+        module = _at(self.layers[layer], holder)
         found = getattr(module, last, None)
         # A wrapper may show the attribute of the layer inside it; what counts is where it is.
         for owner in _modules(module):
@@ -203,12 +189,11 @@ class Decoder:
         )
         found: dict[nn.Module, Slot] = {}
         for layer in selected:
-            slot, owner = self.slot(layer, name), self.layers[layer]
+            slot = self.slot(layer, name)
             if slot is None or slot.module is None:
                 raise ValueError(
-                    f"layer {layer} ({self.path}.{layer}.{name}): {name} must be a module of the "
-                    f"layer, got {type(getattr(owner, name, None)).__name__} in a "
-                    f"{describe_module(owner)}"
+                    f"layer {layer} ({self.path}.{layer}): {name} must be a module of the layer, "
+                    f"got a {describe_module(self.layers[layer])}"
                 )
             if (first := found.setdefault(slot.module, slot)) is not slot:
                 raise ValueError(f"{slot}: FFN must be its own module, got that of {first.path}")
@@ -216,26 +201,22 @@ class Decoder:
 
     def holds(self, layer: int, component: str) -> bool:
         """Tells whether a layer has all of its modules; a part that was skipped is gone."""
-        parts = [getattr(self.layers[layer], name, None) for name in self._names(component)]
+        parts = [getattr(self.layers[layer], name, None) for name in self.names(component)]
         return all(isinstance(p, nn.Module) and not isinstance(p, Skipped) for p in parts)
 
     def block(self, layer: int, component: str) -> Block:
         """Returns the modules of one layer.
 
         Raises:
-            ValueError: the model lacks the layer, the component or one of the modules.
+            ValueError: the model lacks the component or one of the modules.
         """
-        names = self._names(component)._asdict()
-        if type(layer) is not int or not 0 <= layer < len(self.layers):
-            raise ValueError(f"block: layer must lie in 0 to {len(self.layers) - 1}, got {layer!r}")
-        module = self.layers[layer]
-        parts: dict[str, Any] = {p: getattr(module, name, None) for p, name in names.items()}
-        for part, found in parts.items():
-            if not isinstance(found, nn.Module):
-                raise ValueError(
-                    f"block: layer {layer} ({self.path}.{layer}) must have a module {names[part]}, "
-                    f"got a {type(module).__name__} without it"
-                )
+        names, module = self.names(component), self.layers[layer]
+        parts: dict[str, Any] = {p: getattr(module, n, None) for p, n in names._asdict().items()}
+        if not all(isinstance(found, nn.Module) for found in parts.values()):
+            raise ValueError(
+                f"layer {layer} ({self.path}.{layer}): layer must have the modules "
+                f"{', '.join(names)}, got a {describe_module(module)}"
+            )
         return Block(component=component, layer=layer, layer_module=module, **parts)
 
     def ffns(self, component: str) -> list[Ffn]:
@@ -246,33 +227,41 @@ class Decoder:
         Raises:
             ValueError: the model lacks the component, or an FFN is not three plain weights.
         """
-        name = self._names(component).ffn
+        name = self.names(component).ffn
         listed = []
         for layer, holder in enumerate(self.layers):
             module = getattr(holder, name)
             if module is None or isinstance(module, Skipped):
                 continue
-            path = f"{self.path}.{layer}.{name}"
+            path, parts = f"{self.path}.{layer}.{name}", []
+            experts = getattr(module, self.layout.experts, None)
             if isinstance(module, SparseMoE):
                 gate_proj, up_proj, down_proj = (getattr(module, n).detach() for n in PROJECTIONS)
-                parts: list[tuple[str, nn.Module, Sequence[Tensor]]] = [
-                    (f"{path}.{expert}", module, (gate_proj[a:b], up_proj[a:b], down_proj[:, a:b]))
-                    for expert, (a, b) in module.layout.ranges().items()
-                ]
-                is_mixture = True
+                for expert, (a, b) in module.layout.ranges().items():
+                    own = DenseWeights(gate_proj[a:b], up_proj[a:b], down_proj[:, a:b])
+                    parts.append((f"{path}.{expert}", module, own))
+            elif experts is None:
+                parts.append((path, module, _read(path, module)))
+            elif not isinstance(experts, nn.ModuleList | Sequence) or not len(experts):
+                raise ValueError(
+                    f"{path}: {self.layout.experts} must be a list of modules, "
+                    f"got a {type(experts).__name__}"
+                )
             else:
-                experts = self._experts(module, path)
-                is_mixture, parts = bool(experts), []
-                for at, part in experts or [(path, module)]:
-                    with naming(at):
-                        parts.append((at, part, [w.detach() for w in read_weights(part)]))
-            for at, part, weights in parts:
-                own: Any = dict(zip(PROJECTIONS, weights, strict=True))
-                own |= {"component": component, "layer": layer, "name": at, "module": part}
-                listed.append(Ffn(**own, is_expert=is_mixture))
+                owners = {f"{self.layout.experts}.{i}": own for i, own in enumerate(experts)}
+                owners |= {n: getattr(module, n, None) for n in self.layout.shared_experts}
+                for end, owner in owners.items():
+                    if isinstance(owner, nn.Module):
+                        at = f"{path}.{end}"
+                        parts.append((at, owner, _read(at, owner)))
+            is_expert = experts is not None or isinstance(module, SparseMoE)
+            for at, owner, weights in parts:
+                own = {"component": component, "layer": layer, "name": at, "module": owner}
+                listed.append(Ffn(**own, **weights._asdict(), is_expert=is_expert))
         return listed
 
-    def _names(self, component: str) -> BlockNames:
+    def names(self, component: str) -> BlockNames:
+        """Returns what a layer calls the modules of a component; ValueError without it."""
         names = self.layout.components.get(component)
         if names is None:
             raise ValueError(
@@ -281,25 +270,13 @@ class Decoder:
             )
         return names
 
-    def _experts(self, ffn: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-        """Returns the experts of a mixture with their paths, routed before shared; [] if dense."""
-        experts = getattr(ffn, self.layout.experts, None)
-        if experts is None:
-            return []
-        if not isinstance(experts, nn.ModuleList | Sequence) or not len(experts):
-            raise ValueError(
-                f"{path}: {self.layout.experts} must be a list of modules, "
-                f"got a {type(experts).__name__}"
-            )
-        found = [(f"{path}.{self.layout.experts}.{i}", part) for i, part in enumerate(experts)]
-        for name in self.layout.shared_experts:
-            shared = getattr(ffn, name, None)
-            if isinstance(shared, nn.Module):
-                found.append((f"{path}.{name}", shared))
-        return found
+
+Adapter = Decoder
 
 
-Adapter = Decoder  # the analysis takes everything that has its methods
+def _read(path: str, ffn: nn.Module) -> DenseWeights:
+    with naming(path):
+        return DenseWeights(*(weight.detach() for weight in read_weights(ffn)))
 
 
 def takes_absent_parts(layer: nn.Module) -> bool:
@@ -307,44 +284,30 @@ def takes_absent_parts(layer: nn.Module) -> bool:
     return any(getattr(type(module), "takes_absent_parts", False) for module in _modules(layer))
 
 
-def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Adapter:
-    """Returns the adapter of the first layout that a model or pipeline fits, judged by structure.
+def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Decoder:
+    """Returns the decoder layers of a model or pipeline by the first layout that they fit.
 
     Args:
-        model: a module or what holds one; what has the methods of an adapter is returned as it is.
+        model: a module or what holds one; decoder layers that were found are returned as they are.
         layouts: tried in order.
 
     Raises:
-        ValueError: none fits; the message says for each what was looked for and found.
+        ValueError: none fits; the message says what was looked for and found.
     """
-    if isinstance(model, Decoder) or (hasattr(model, "ffns") and hasattr(model, "block")):
-        return model  # type: ignore[return-value]
-    problems = []
+    if isinstance(model, Decoder):
+        return model
+
+    def fits(layers: Sequence[nn.Module], name: str) -> bool:
+        has_all = all(hasattr(layer, name) for layer in layers)
+        return has_all and any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
+
+    kinds: list[_Kind] = []
     for layout in layouts:
-        found = []
-        for path in layout.paths:
-            layers = _layers_at(model, path)
-            if layers is None:
-                continue
-            missing = [
-                name
-                for name in layout.names()
-                if not all(hasattr(layer, name) for layer in layers)
-                or not any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
-            ]
-            if layers and not missing:
-                return Decoder(path, layers, layout)
-            lacking = f" without {list_some(missing, 8)}" if missing else ""
-            found.append(f"{path}: {len(layers)} layers{lacking}")
-        problems.append(
-            f"{layout.name}: model must have layers with {', '.join(layout.names())} under "
-            f"{' or '.join(layout.paths)}, got a {type(model).__name__} with "
-            + ("; ".join(found) or "none of these")
-        )
-    raise ValueError(
-        f"find_adapter: model must fit one of {', '.join(layout.name for layout in layouts)}, got: "
-        + "; ".join(problems)
-    )
+        names = list(dict.fromkeys(name for own in layout.components.values() for name in own))
+        wanted = f"{', '.join(names)} ({layout.name})"
+        kinds.append((wanted, layout, lambda s, names=names: all(fits(s, name) for name in names)))
+    with context("find_adapter"):
+        return _find(model, kinds)
 
 
 def find_decoder(model: object, component: str | None = None) -> Decoder:
@@ -359,60 +322,62 @@ def find_decoder(model: object, component: str | None = None) -> Decoder:
     Raises:
         ValueError: there are none, or several lists of them; the message says what was found.
     """
-    stacks = dict(_stacks(model))
-    wanted = [FFN_NAMES["gen"], FFN_NAMES["und"]][: 1 if component == "gen" else 2]
-    for name in wanted:
-        found = {
-            path: layers
-            for path, layers in stacks.items()
-            if any(_has_ffn(layer, name) for layer in layers)
-        }
-        for path in (*LAYER_PATHS, *(found if len(found) == 1 else ())):
+    made_of = f"made of {', '.join(PROJECTIONS)} (or {' and '.join(MERGED_PROJECTIONS)})"
+    kinds: list[_Kind] = [
+        (f"{name} {made_of}", LAYOUTS[0], lambda s, name=name: any(_has_ffn(n, name) for n in s))
+        for name in [FFN_NAMES["gen"], FFN_NAMES["und"]][: 1 if component == "gen" else 2]
+    ]
+    return _find(model, kinds)
+
+
+# What layers must have, in words, the layout that they are of then, and whether they do.
+_Kind = tuple[str, Layout, Callable[[Sequence[nn.Module]], bool]]
+
+
+def _find(model: object, kinds: Sequence[_Kind]) -> Decoder:
+    paths = list(dict.fromkeys(path for _, layout, _ in kinds for path in layout.paths))
+    stacks = dict(_stacks(model, paths))
+    for _, layout, fits in kinds:
+        found = [path for path, stack in stacks.items() if len(stack) and fits(stack)]
+        for path in (*layout.paths, *(found if len(found) == 1 else ())):
             if path in found:
-                return Decoder(path, found[path], _BAGEL)
+                return Decoder(path, stacks[path], layout)
         if found:
             raise ValueError(
                 f"model must have one list of decoder layers, got {len(found)}: "
-                f"{list_some(list(found))}; give the module that holds the one that is meant"
+                f"{list_some(found)}; give the module that holds the one that is meant"
             )
     described = [
-        f"{path}: {len(layers)} x {list_some(dict.fromkeys(map(describe_module, layers)), 2)}"
-        for path, layers in stacks.items()
+        f"; {path}: {len(stack)} x {list_some(dict.fromkeys(map(describe_module, stack)), 2)}"
+        for path, stack in stacks.items()
     ]
     raise ValueError(
-        f"model must have decoder layers with {' or '.join(wanted)}, made of "
-        f"{', '.join(PROJECTIONS)} (or {' and '.join(MERGED_PROJECTIONS)}), under "
-        f"{' or '.join(LAYER_PATHS)} or in another list of layers; got a {describe_module(model)}"
-        + "".join(f"; {text}" for text in described)
+        f"model must have decoder layers with {' or '.join(wanted for wanted, _, _ in kinds)} "
+        f"under {' or '.join(paths)} or in another list of layers, "
+        f"got a {describe_module(model)}{''.join(described)}"
     )
 
 
-def _stacks(model: object) -> Iterator[tuple[str, list[nn.Module]]]:
+def _stacks(model: object, paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yields what may be a list of decoder layers, with the attribute path that leads there."""
     seen: set[int] = set()
-    for path in LAYER_PATHS:
-        layers = _layers_at(model, path)
-        if layers is not None:
-            seen.add(id(_at(model, path)))
-            yield path, layers
+    for path in paths:
+        stack = _at(model, path)
+        if hasattr(stack, "__len__") and hasattr(stack, "__getitem__"):
+            seen.add(id(stack))
+            yield path, stack
     # A pipeline is no module, but holds some as attributes.
     roots = {"": model} if isinstance(model, nn.Module) else getattr(model, "__dict__", {})
     for root, module in roots.items():
         for path, part in module.named_modules(prefix=root) if _modules(module) else ():
             if isinstance(part, nn.ModuleList) and id(part) not in seen:
                 seen.add(id(part))
-                yield path, list(part)
+                yield path, part
 
 
-def _layers_at(model: object, path: str) -> list[nn.Module] | None:
-    layers: Any = _at(model, path)
-    if not (hasattr(layers, "__len__") and hasattr(layers, "__getitem__")):
-        return None
-    return [layers[i] for i in range(len(layers))]
-
-
-def _at(model: object, path: str) -> object:
-    return reduce(lambda at, name: getattr(at, name, None), path.split("."), model)
+def _at(model: object, path: str) -> Any:
+    names = path.split(".") if path else []
+    return reduce(lambda at, name: getattr(at, name, None), names, model)
 
 
 def _has_ffn(layer: nn.Module, name: str) -> bool:

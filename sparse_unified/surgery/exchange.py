@@ -3,15 +3,13 @@
 
 A transform changes modules as it likes: `transformed` compares them before and after, logs what
 became something else, and takes everything back when there is an error. A new module takes over
-what is attached to the old one from outside: hooks on its call, accelerate's patched forward, the
-name that its tokens go by.
+what is attached to the old one from outside: hooks on its call, and accelerate's patched forward.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,11 +49,7 @@ class Slot:
             # An empty buffer stays where the module was, and moves when the model is moved.
             weight = like(old)
             marker = torch.empty(0) if weight is None else weight.detach().new_empty(0)
-            self.owner.register_buffer(_marker(self.name), marker, persistent=False)
-
-
-def _marker(name: str) -> str:
-    return f"absent_{name}"
+            self.owner.register_buffer(f"absent_{self.name}", marker, persistent=False)
 
 
 class _Missing(Enum):
@@ -66,12 +60,7 @@ class _Missing(Enum):
 
 # Attribute of a module -> what is in it is kept apart from the attributes.
 _TABLES = ("_parameters", "_buffers", "_modules")
-_INSIDE = (
-    *_TABLES,
-    "_non_persistent_buffers_set",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
+_INSIDE = (*_TABLES, "_non_persistent_buffers_set")
 # Hooks on a call. State dict hooks are not among them: they know the keys of the module they were
 # written for.
 _CALL_HOOKS = (
@@ -84,8 +73,9 @@ _CALL_HOOKS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-# NOTE: in the instance dict of a decoder layer, so that what was replaced is no submodule: it has
-# no part in state dicts, optimizers, `.to()` or `.train()`, but in deepcopy and pickle.
+# In the instance dict of a decoder layer: for each transform what it changed, None if that was not
+# kept. So what was replaced is no submodule: it has no part in state dicts, optimizers, `.to()` or
+# `.train()`, but in deepcopy and pickle.
 _LOG = "_undo"
 _MOVED = {*_CALL_HOOKS, *_INSIDE, _LOG, "forward", "_hf_hook", "_old_forward"}
 
@@ -107,18 +97,15 @@ class Entry(NamedTuple):
     old: Any
     training: bool
 
-    @property
-    def now(self) -> Any:
-        """What the entry is now."""
-        return self._entries().get(self.name)
-
-    def _entries(self) -> dict[str, Any]:
+    def entries(self) -> dict[str, Any]:
+        """Returns what the owner has now, by name."""
         attributes = vars(self.owner)
         return attributes[self.table] if self.table else attributes
 
     def put_back(self) -> None:
         """Makes the entry what it was; a module takes its hooks back."""
-        entries, now = self._entries(), self.now
+        entries = self.entries()
+        now = entries.get(self.name)
         if self.old is _Missing.MISSING:
             entries.pop(self.name, None)
             if self.table == "_buffers":
@@ -128,33 +115,31 @@ class Entry(NamedTuple):
         if isinstance(now, nn.Module) and isinstance(self.old, nn.Module):
             _move_hooks(now, self.old)
 
-    def _tensors(self) -> tuple[Tensor, Tensor] | None:
+    def tensors(self) -> tuple[Tensor, Tensor] | None:
         """Returns a tensor of what is kept and one that tells where the model is now."""
         if self.table not in ("_parameters", "_modules"):
             return None
         if isinstance(self.old, nn.Module) and offloaded(self.old):
             return None  # accelerate moves them
-        kept, now = like(self.old), self.now
-        now = self.owner._buffers[_marker(self.name)] if now is None else like(now)
+        now = self.entries().get(self.name)
+        now = self.owner._buffers[f"absent_{self.name}"] if now is None else like(now)
+        kept = like(self.old)
         return None if kept is None or now is None else (kept, now)
-
-    def is_unmoved_meta(self) -> bool:
-        """Tells whether what is kept holds no data, while the model got its own."""
-        pair = self._tensors()
-        return pair is not None and pair[0].is_meta and not pair[1].is_meta
 
     def follow(self) -> None:
         """Moves what is kept to the device, dtype and mode that its place has come to have."""
-        pair = self._tensors()
+        pair = self.tensors()
         if pair is not None and (pair[0].device, pair[0].dtype) != (pair[1].device, pair[1].dtype):
+            where: dict[str, Any] = {"device": pair[1].device, "dtype": pair[1].dtype}
             if isinstance(self.old, nn.Module):
-                self.old.to(device=pair[1].device, dtype=pair[1].dtype)
+                self.old.to(**where)
             else:
-                self.old.data = self.old.data.to(device=pair[1].device, dtype=pair[1].dtype)
+                self.old.data = self.old.data.to(**where)
         if isinstance(self.old, nn.Module):
-            now, then = (self.owner, self.training) if self.now is None else (self.now, None)
-            if now.training != (self.old.training if then is None else then):
-                self.old.train(now.training)
+            now = self.entries().get(self.name)
+            is_training = self.owner.training if now is None else now.training
+            if is_training != (self.training if now is None else self.old.training):
+                self.old.train(is_training)
 
 
 class Snapshot:
@@ -190,7 +175,8 @@ class Snapshot:
                     if old is not now.get(name, _Missing.MISSING) and (table or name not in _MOVED):
                         training = attributes.get("training", False)
                         found.append(Entry(holder, table, name, old, training))
-        return tuple(found)
+        # Modules before the markers that stand for them.
+        return tuple(sorted(found, key=lambda entry: entry.table != "_modules"))
 
 
 @contextmanager
@@ -209,30 +195,6 @@ def unchanged(modules: Iterable[nn.Module], *, on_error: bool = False) -> Iterat
         before.put_back()
 
 
-@dataclass(frozen=True, slots=True)
-class Undo:
-    """What one transform did to a decoder layer.
-
-    Attributes:
-        order: transforms of a model are numbered from 1 as they come.
-        entries: what it changed; None where what stood there was not kept.
-    """
-
-    order: int
-    entries: tuple[Entry, ...] | None
-
-
-def undo_log(layers: Sequence[nn.Module]) -> list[tuple[int, nn.Module, Undo]]:
-    """Returns what was done to decoder layers: layer, who holds the log, and what; latest first."""
-    found = [
-        (layer, holder, undo)
-        for layer, module in enumerate(layers)
-        for holder in module.modules()
-        for undo in holder.__dict__.get(_LOG, ())
-    ]
-    return sorted(found, key=lambda entry: -entry[2].order)
-
-
 @contextmanager
 def transformed(layers: Sequence[nn.Module], *, keep: bool) -> Iterator[None]:
     """Inside, decoder layers are changed as one transform; an error takes everything back.
@@ -240,52 +202,56 @@ def transformed(layers: Sequence[nn.Module], *, keep: bool) -> Iterator[None]:
     Args:
         keep: remember what there was, to be undone.
     """
-    order = 1 + max((undo.order for _, _, undo in undo_log(layers)), default=0)
     before = [Snapshot(layer.modules()) for layer in layers]
     try:
         yield
         for layer, snapshot in zip(layers, before, strict=True):
             if entries := snapshot.differences():
-                log = layer.__dict__.get(_LOG, ()) if keep else ()
-                layer.__dict__[_LOG] = (*log, Undo(order, entries if keep else None))
+                log = vars(layer).get(_LOG, ()) if keep else ()
+                vars(layer)[_LOG] = (*log, entries if keep else None)
     except BaseException:
         for snapshot in before:
             snapshot.put_back()
         raise
 
 
-def undo(layers: Sequence[nn.Module], *, latest: bool) -> None:
-    """Undoes what the log of decoder layers says, all of it or the latest transform.
+def undo(layers: Sequence[nn.Module]) -> None:
+    """Undoes what the logs of decoder layers say, the latest first.
 
     Raises:
         ValueError: there is nothing to undo.
         RuntimeError: something was not kept, or kept on the meta device while the model got data.
     """
-    log = undo_log(layers)
+    # A wrapper that came later stands before what it wraps.
+    log = [
+        (layer, holder, step)
+        for layer, module in enumerate(layers)
+        for holder in module.modules()
+        for step in reversed(vars(holder).get(_LOG, ()))
+    ]
     if not log:
         raise ValueError(
             "model must have FFNs replaced by apply_moe_ or load_moe_, or parts pruned, "
             f"got none among the {len(layers)} layers"
         )
-    log = [entry for entry in log if not latest or entry[2].order == log[0][2].order]
+    kept: list[nn.Module] = []
     for layer, _, step in log:
-        if step.entries is None:
+        if step is None:
             raise RuntimeError(
                 f"layer {layer}: what was replaced must have been kept, got keep_dense=False"
             )
-        if any(entry.is_unmoved_meta() for entry in step.entries):
-            raise RuntimeError(f"layer {layer}: kept weights must hold data, got meta tensors")
-    kept = [e.old for _, _, step in log for e in step.entries or () if isinstance(e.old, nn.Module)]
+        for entry in step:
+            pair = entry.tensors()
+            if pair is not None and pair[0].is_meta and not pair[1].is_meta:
+                raise RuntimeError(f"layer {layer}: kept weights must hold data, got meta tensors")
+            kept += [entry.old] if isinstance(entry.old, nn.Module) else []
     parts = {part: None for module in (*layers, *kept) for part in module.modules()}
     with unchanged(parts, on_error=True):
         for _, holder, step in log:
-            # Modules before the markers that stand for them.
-            for entry in sorted(step.entries or (), key=lambda entry: entry.table != "_modules"):
+            for entry in step:
                 entry.follow()
                 entry.put_back()
-            left = tuple(other for other in holder.__dict__.pop(_LOG) if other is not step)
-            if left:
-                holder.__dict__[_LOG] = left
+            vars(holder).pop(_LOG, None)
 
 
 def like(module: nn.Module | Tensor) -> Tensor | None:
@@ -310,18 +276,9 @@ def _take_hooks(module: nn.Module) -> dict[str, Any]:
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Moves the forward and backward hooks of a module, and accelerate's hook, to another one.
 
-    The dicts move as objects, so that the handles users hold still remove their hooks. Tokens that
-    `source` takes by keyword can be given to `target` by the same keyword.
+    The dicts move as objects, so that the handles users hold still remove their hooks.
     """
-    names = _token_name(source), _token_name(target)
     target.__dict__.update(_take_hooks(source))
-    hooks = target._forward_pre_hooks
-    known = {key: hook.name for key, hook in hooks.items() if isinstance(hook, _Renamed)}
-    for key, name in known.items():
-        if name == names[1]:
-            del hooks[key], target._forward_pre_hooks_with_kwargs[key]
-    if not known and names[0] not in (None, names[1]):
-        target.register_forward_pre_hook(_Renamed(str(names[0])), with_kwargs=True)
     _move_patch(source, target)
 
 
@@ -336,29 +293,6 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             for name, buffer in part._buffers.items():
                 part._buffers[name] = buffer if buffer is None else buffer.clone()
         yield
-
-
-@dataclass(frozen=True)
-class _Renamed:
-    """A forward pre-hook that takes the tokens by the name that a replaced module had for them."""
-
-    name: str
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if args or self.name not in kwargs:
-            return None
-        return (kwargs[self.name],), {k: v for k, v in kwargs.items() if k != self.name}
-
-
-def _token_name(module: nn.Module) -> str | None:
-    """Returns the name of the first parameter of a forward, None where it has none."""
-    try:
-        first = next(iter(inspect.signature(module.forward).parameters.values()))
-    except (TypeError, ValueError, StopIteration):
-        return None
-    return first.name if first.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None
 
 
 # accelerate sets, on the instance: _hf_hook, _old_forward (what it wraps) and forward, a partial of

@@ -9,7 +9,6 @@ elsewhere are read from there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 from sparse_unified._common import list_some
 from sparse_unified.checkpoint.keys import PROJECTIONS
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.cuts import Cut
+from sparse_unified.surgery.cuts import Cut, narrowed
 from sparse_unified.surgery.exchange import hooks_of, undisturbed
 
 MERGED_PROJECTIONS = ("gate_up_proj", "down_proj")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What arguments call a cache.
+_CACHES = ("past_key_value", "past_key_values", "layer_past", "cache")
 
 # Far above the rounding of bf16 (below 1 %), far below what another activation makes of
 # pre-activations of this size (GELU: more than 10 %).
@@ -56,13 +57,11 @@ def read_weights(ffn: nn.Module) -> DenseWeights:
         ValueError: the FFN is sparse already, or holds anything but plain floating weights of
             fitting shapes, one dtype and one device: a bias, an adapter, quantised weights.
     """
-    if isinstance(ffn, SparseMoE) or hasattr(ffn, "experts"):
-        raise ValueError(f"FFN must be dense, got a {type(ffn).__name__}, sparse already")
     names = projection_names(ffn)
     if not names:
         raise ValueError(
-            f"FFN must have {', '.join(PROJECTIONS)} (or {' and '.join(MERGED_PROJECTIONS)}), "
-            f"got a {describe_module(ffn)}"
+            f"FFN must be dense, made of {', '.join(PROJECTIONS)} (or "
+            f"{' and '.join(MERGED_PROJECTIONS)}), got a {describe_module(ffn)}"
         )
     parts = [plain_weight(getattr(ffn, name), name) for name in names]
     known = {f"{name}.weight" for name in names}
@@ -74,15 +73,13 @@ def read_weights(ffn: nn.Module) -> DenseWeights:
         halves = parts[0].detach().chunk(2)
         parts[:1] = [half.requires_grad_(parts[0].requires_grad) for half in halves]
     shapes = [list(weight.shape) for weight in parts]
-    if len(shapes[0]) != 2 or not shapes[0] == shapes[1] == shapes[-1][::-1] or 0 in shapes[0]:
+    kinds = {f"{weight.dtype} on {weight.device}" for weight in parts}
+    is_swiglu = len(shapes[0]) == 2 and shapes[0] == shapes[1] == shapes[-1][::-1]
+    if not is_swiglu or 0 in shapes[0] or len(kinds) > 1:
         raise ValueError(
-            f"weights must have shapes [I, D], [I, D] and [D, I] ({', '.join(PROJECTIONS)}), "
-            f"got {', '.join(map(str, shapes))}"
+            f"weights must have shapes [I, D], [I, D] and [D, I] ({', '.join(PROJECTIONS)}), one "
+            f"dtype and one device, got {', '.join(map(str, shapes))}, {' and '.join(kinds)}"
         )
-    for what in ("dtype", "device"):
-        values = {str(getattr(weight, what)) for weight in parts}
-        if len(values) > 1:
-            raise ValueError(f"weights must share one {what}, got {', '.join(sorted(values))}")
     dense = DenseWeights(*parts)
     if dense.gate_proj.is_meta and any(list(hooks_of(module)) for module in ffn.modules()):
         raise ValueError("weights must be in memory, got weights offloaded by accelerate")
@@ -106,20 +103,20 @@ def plain_weight(part: nn.Module, name: str) -> Tensor:
         ValueError: it is no plain floating tensor, or not the only one but for a bias.
     """
     weight = getattr(part, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise ValueError(f"{name} must have a weight, got a {describe_module(part)}")
-    if others := [n for n, _ in part.named_parameters() if n not in ("weight", "bias")]:
-        raise ValueError(f"{name} must be a linear layer and nothing else, got {list_some(others)}")
-    if weight.dtype not in DTYPES:
+    others = [n for n, _ in part.named_parameters() if n not in ("weight", "bias")]
+    if not isinstance(weight, Tensor) or others:
         raise ValueError(
-            f"{name}.weight must be float32, bfloat16 or float16, not quantised, got {weight.dtype}"
+            f"{name} must be a linear layer and nothing else, got a {describe_module(part)}"
         )
     # Engines mark their parameters by subclasses, which is fine; a subclass with a dispatch of its
     # own stores something else than its values.
     own_dispatch = type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    marked = nn.Parameter in type(weight).__mro__
-    if own_dispatch or not (marked or type(weight) is Tensor):
-        raise ValueError(f"{name}.weight must be a plain tensor, got {type(weight).__name__}")
+    is_marked = nn.Parameter in type(weight).__mro__ or type(weight) is Tensor
+    if own_dispatch or not is_marked or weight.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}.weight must be a plain tensor of float32, bfloat16 or float16, got a "
+            f"{type(weight).__name__} of {weight.dtype}"
+        )
     trained = weight.requires_grad
     if weight.is_meta:
         for hook in hooks_of(part):  # accelerate keeps the values
@@ -142,7 +139,15 @@ def returns_tuple(ffn: nn.Module, weights: DenseWeights) -> bool:
         ValueError: it fails on a token [1, D], returns something else, or y is not
             down_proj(silu(gate_proj(x)) * up_proj(x)).
     """
-    token = _token(weights)
+    gate_proj = weights.gate_proj
+    # A token that drives the activation out of its linear range.
+    token = torch.arange(gate_proj.shape[1], device=gate_proj.device, dtype=torch.float32)
+    token = (2.4 * token + 0.5).cos()[None]
+    if not gate_proj.is_meta:
+        hidden = F.linear(token.to(gate_proj.dtype), gate_proj)
+        rms = hidden.float().square().mean().sqrt().item()
+        token = token * (_PREACTIVATION_RMS / rms if 0 < rms < float("inf") else 1.0)
+    token = token.to(gate_proj.dtype)
     with undisturbed(ffn):
         try:
             out = ffn.forward(token)
@@ -160,30 +165,17 @@ def returns_tuple(ffn: nn.Module, weights: DenseWeights) -> bool:
         )
     if y.is_meta:
         return is_tuple
-    hidden = F.silu(F.linear(token, weights.gate_proj)) * F.linear(token, weights.up_proj)
+    hidden = F.silu(F.linear(token, gate_proj)) * F.linear(token, weights.up_proj)
     expected = F.linear(hidden, weights.down_proj).float()
     size = expected.norm().item()
     deviation = (y.float().to(expected.device) - expected).norm().item()
     # NOTE: weights that overflow or are not finite cannot be judged this way; scores are checked.
     if size < float("inf") and not deviation <= _TOLERANCE * size:
-        relative = f"{100 * deviation / size:.0f} %" if size else "all"
         raise ValueError(
-            "FFN must compute down_proj(silu(gate_proj(x)) * up_proj(x)), "
-            f"got an output that is {relative} away from it"
+            "FFN must compute down_proj(silu(gate_proj(x)) * up_proj(x)), got an output of norm "
+            f"{size:.3g} that is {deviation:.3g} away from it"
         )
     return is_tuple
-
-
-def _token(weights: DenseWeights) -> Tensor:
-    """Returns a token [1, D] that drives the activation out of its linear range."""
-    gate_proj = weights.gate_proj
-    token = torch.arange(gate_proj.shape[1], device=gate_proj.device, dtype=torch.float32)
-    token = (2.4 * token + 0.5).cos()[None]
-    if gate_proj.is_meta:
-        return token.to(gate_proj.dtype)
-    rms = F.linear(token.to(gate_proj.dtype), gate_proj).float().square().mean().sqrt().item()
-    scale = _PREACTIVATION_RMS / rms if 0 < rms < float("inf") else 1.0
-    return (token * scale).to(gate_proj.dtype)
 
 
 def cut_linear(linear: Any, cut: Cut) -> None:
@@ -222,19 +214,12 @@ def cut_ffn(ffn: nn.Module, kept: Tensor) -> None:
             old = getattr(ffn, name)
             left = Cut(int(name == "down_proj"), kept).of(old.detach())
             setattr(ffn, name, nn.Parameter(left, requires_grad=old.requires_grad))
-        shared = int((kept < ffn.layout.shared_width).sum())
-        ffn.layout = replace(
-            ffn.layout, intermediate_size=len(kept), shared_intermediate_size=shared
-        )
-        ffn.intermediate_size = len(kept)
+        ffn.layout, ffn.intermediate_size = narrowed(ffn.layout, kept), len(kept)
         return
     *inputs, output = (getattr(ffn, name) for name in projection_names(ffn))
-    if len(inputs) == 1:  # gate and up in one
-        size = inputs[0].weight.shape[0] // 2
-        cut_linear(inputs[0], Cut(0, torch.cat([kept, size + kept])))
-    else:
-        for linear in inputs:
-            cut_linear(linear, Cut(0, kept))
+    rows = kept if len(inputs) == 2 else torch.cat([kept, inputs[0].weight.shape[0] // 2 + kept])
+    for linear in inputs:
+        cut_linear(linear, Cut(0, rows))
     cut_linear(output, Cut(1, kept))
 
 
@@ -242,36 +227,26 @@ class Skipped(nn.Module):
     """Zeros where a layer that always adds its attention or FFN is not to run it.
 
     Args:
-        others: what the module returned behind its hidden states: None when it returned a tensor
-            alone, else the argument (position or name) that each other value of the tuple is, as a
-            cache that is handed through, or None.
+        values: what the module returned: 0 for hidden states alone, 2 for a tuple with one more
+            value, 3 with two more, of which the last is the cache that it was given.
         like: a tensor that tells dtype and device.
     """
 
-    def __init__(self, others: tuple[int | str | None, ...] | None, like: Tensor) -> None:
+    def __init__(self, values: int, like: Tensor) -> None:
         super().__init__()
-        self.others = others
+        self.values = values
         self.register_buffer("like", like.detach().new_empty(0), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes what the module took, hidden states [..., D] first; returns zeros like them."""
         zeros = torch.zeros_like(hidden_states(args, kwargs))
-        if self.others is None:
-            return zeros
-        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
-        return (zeros, *(None if key is None else given.get(key) for key in self.others))
+        cache = next((kwargs[name] for name in _CACHES if name in kwargs), None)
+        return (zeros, None, cache)[: self.values] if self.values else zeros
 
 
 def hidden_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Returns the hidden states that a module is given: the first tensor of its arguments.
-
-    Raises:
-        ValueError: there is no tensor.
-    """
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise ValueError("a part to be skipped must be given hidden states, got no tensor")
+    """Returns the hidden states that a module is given: the first tensor of its arguments."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def skipped_ffn(ffn: nn.Module) -> Skipped:
@@ -285,4 +260,4 @@ def skipped_ffn(ffn: nn.Module) -> Skipped:
     else:
         weights = read_weights(ffn)
         is_tuple, weight = returns_tuple(ffn, weights), weights.gate_proj
-    return Skipped((None,) if is_tuple else None, weight).train(ffn.training)
+    return Skipped(2 if is_tuple else 0, weight).train(ffn.training)

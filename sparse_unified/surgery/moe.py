@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""apply_moe_, load_moe_: all is checked and built before anything is changed."""
+"""apply_moe_, load_moe_: all is checked and built before anything is changed. quantize_weights_.
+
+What is stored in 8 bits is torchao's; a dense projection computes with it as torchao does, a sparse
+block unpacks its three weights for the call, one layer at a time, and computes as before.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import context, naming
+from sparse_unified._common import context, naming, optional
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.model_dir import find_model, is_hub_id
-from sparse_unified.checkpoint.modes import MoEConfig
+from sparse_unified.checkpoint.modes import BOTH, Layers, MoEConfig, _Mode
 from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs
 from sparse_unified.experts import ExpertLayout, fit_router, magnitude_scores, random_router
 from sparse_unified.experts.layout import Partition, order_neurons
@@ -21,9 +26,9 @@ from sparse_unified.experts.router import RouterFit, RouterInit, hidden_activati
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import rank
 from sparse_unified.surgery.decoder import Decoder, find_decoder
-from sparse_unified.surgery.exchange import Slot, offload_like, transformed
-from sparse_unified.surgery.ffn import DenseWeights, read_weights, returns_tuple
-from sparse_unified.surgery.report import SwapReport, swaps, take_census
+from sparse_unified.surgery.exchange import Slot, offload_like
+from sparse_unified.surgery.ffn import DenseWeights, projection_names, read_weights, returns_tuple
+from sparse_unified.surgery.report import SurgeryReport, report, take_census, transform
 
 
 @torch.no_grad()
@@ -34,17 +39,16 @@ def apply_moe_(
     *,
     inputs: Inputs | None = None,
     keep_dense: bool = True,
-) -> SwapReport:
+) -> SurgeryReport:
     """Replaces dense FFNs of a live model by sparse ones with the same weights, in place.
 
     FFNs are found by structure: decoder layers with `mlp` and `mlp_moe_gen`, or `mlp` alone (und),
     each made of gate_proj, up_proj and down_proj, or gate_up_proj and down_proj, in our model, an
     official one, a decoder of transformers or of an engine, or a pipeline that holds one. A block
     keeps the replaced module's return convention, device, dtype, mode, requires_grad of each
-    projection, hooks, and accelerate's patched forward; where accelerate keeps the weights outside
-    of the device, on the CPU or on disk, it keeps those of the block on the CPU. Neurons are
-    permuted, nothing is rounded; with routers that start at zero and top_k = num_experts the output
-    is the dense one.
+    projection, hooks, and accelerate's patched forward; weights that accelerate keeps outside of
+    the device stay on the CPU. Neurons are permuted, nothing is rounded; with routers that start at
+    zero and top_k = num_experts the output is the dense one.
 
     What does not carry over: hooks on the projections inside an FFN, and optimisers, which hold
     the dense parameters and have to be made anew.
@@ -60,11 +64,7 @@ def apply_moe_(
             config has the partition "coactivation" or router_init "activation". See
             `FfnStatistics.inputs`.
         keep_dense: keep the replaced modules for `restore_`: their weights, as many bytes as the
-            experts have, stay in memory where they are. Otherwise they are freed when the call
-            returns; during the call both are there, so that an error can leave the model alone.
-
-    Returns:
-        what was changed, one entry per layer.
+            experts have, stay in memory where they are. Otherwise they are freed at the end.
 
     Raises:
         ValueError: nothing matches, a selected layer is not a plain dense SwiGLU, or layers,
@@ -78,9 +78,8 @@ def apply_moe_(
     with context("apply_moe_"):
         component = config.component
         decoder = find_decoder(model, component)
-        ffns = decoder.select_ffns(config.layers, component)
-        plans = {}
-        for slot, ffn in ffns:
+        plans: dict[int, _Plan] = {}
+        for slot, ffn in decoder.select_ffns(config.layers, component):
             with naming(slot):
                 weights = read_weights(ffn)
                 layout = ExpertLayout(
@@ -88,12 +87,13 @@ def apply_moe_(
                     num_experts=config.num_experts,
                     num_shared_experts=config.num_shared_experts,
                 )
-                is_tuple = returns_tuple(ffn, weights)
-                plans[slot.layer] = _Plan(slot, ffn, weights, layout, config.top_k, is_tuple)
-        widths = {layer: plan.layout.intermediate_size for layer, plan in plans.items()}
-        count = len(decoder.layers)
+                plans[slot.layer] = _Plan(slot, ffn, weights, layout, config.top_k)
         rankings = rank(
-            scores, component, widths, count, lambda n: magnitude_scores(*plans[n].weights)
+            scores,
+            component,
+            {layer: plan.layout.intermediate_size for layer, plan in plans.items()},
+            len(decoder.layers),
+            lambda layer: magnitude_scores(*plans[layer].weights),
         )
         sizes = {layer: plan.weights.gate_proj.shape[1] for layer, plan in plans.items()}
         calibration = resolve_inputs(inputs, config, sizes)
@@ -108,7 +108,7 @@ def apply_moe_(
 @torch.no_grad()
 def load_moe_(
     model: object, checkpoint: Checkpoint | str | os.PathLike[str], *, keep_dense: bool = True
-) -> SwapReport:
+) -> SurgeryReport:
     """Replaces dense FFNs of a live model by the sparse FFNs of a checkpoint, in place.
 
     The file says which layers of which components, how many experts and how wide; llm_config.json
@@ -159,35 +159,32 @@ def load_moe_(
                             f"sparse FFNs must be those of the model, got [I, D] = {sizes} in the "
                             f"file, {list(weights.gate_proj.shape)} in the model"
                         )
-                    is_tuple = returns_tuple(ffn, weights)
-                    plans.append(_Plan(slot, ffn, weights, layers[slot.layer], top_k, is_tuple))
-        blocks = [(plan, _loaded_block(plan, checkpoint)) for plan in plans]
-        return _put_in("load_moe_", decoder, blocks, keep_dense)
+                    plan = _Plan(slot, ffn, weights, layers[slot.layer], top_k)
+                    plans.append((plan, plan.block()))
+        for plan, block in plans:
+            prefix = keys.ffn_prefix(plan.component, plan.slot.layer)
+            for key, view in block.official_views().items():
+                view.copy_(checkpoint.read(prefix + key).to(view.dtype))
+        return _put_in("load_moe_", decoder, plans, keep_dense)
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A checked replacement: nothing about it can fail any more but memory and files."""
+class _Plan(NamedTuple):
+    """A dense FFN whose weights were read, and what takes its place."""
 
     slot: Slot
     ffn: nn.Module
     weights: DenseWeights
     layout: ExpertLayout
     top_k: int
-    return_router_logits: bool
 
     @property
     def component(self) -> str:
         return keys.COMPONENT_OF_FFN[self.slot.name]
 
-    def block(self, neuron_index: Tensor | None = None) -> SparseMoE:
+    def block(self) -> SparseMoE:
         """Returns the block with the device, mode, dtype and requires_grad of the dense FFN.
 
-        Routers are zero. No random numbers are drawn.
-
-        Args:
-            neuron_index: [I] int64, neurons in expert order, which gives the block the dense
-                weights, bit for bit; without, they are uninitialised.
+        Routers are zero, experts uninitialised. No random numbers are drawn.
         """
         gate_proj = self.weights.gate_proj
         block = SparseMoE(
@@ -198,17 +195,13 @@ class _Plan:
             self.layout.num_shared_experts,
             shared_intermediate_size=self.layout.shared_intermediate_size,
             gate_img=self.component == "und",
-            return_router_logits=self.return_router_logits,
+            return_router_logits=returns_tuple(self.ffn, self.weights),
             device="meta",
             dtype=gate_proj.dtype,
         ).to_empty(device=gate_proj.device)
         set_routers_(block, torch.zeros(block.gate.weight.shape))
         for name, dense in self.weights._asdict().items():
-            weight = getattr(block, name).requires_grad_(dense.requires_grad)
-            if neuron_index is not None:
-                index = neuron_index.to(dense.device)
-                dim = int(name == "down_proj")
-                torch.index_select(dense.detach(), dim, index, out=weight.data)
+            getattr(block, name).requires_grad_(dense.requires_grad)
         return block.train(self.ffn.training)
 
 
@@ -225,36 +218,32 @@ def _permuted_block(
     layer, hidden = plan.slot.layer, None
     if config.partition is Partition.COACTIVATION and inputs is not None:
         hidden = hidden_activations(inputs, plan.weights.gate_proj, plan.weights.up_proj)
-    block = plan.block(
-        order_neurons(
-            config.partition, ranking, plan.layout, seed=config.seed, layer=layer, hidden=hidden
-        )
+    index = order_neurons(
+        config.partition, ranking, plan.layout, seed=config.seed, layer=layer, hidden=hidden
     )
-    how = config.router_init
-    weight, _ = first_router(block, how, layer=layer, seed=config.seed, inputs=inputs)
-    set_routers_(block, weight)
-    offload_like(block, plan.ffn)
-    return block
-
-
-def _loaded_block(plan: _Plan, checkpoint: Checkpoint) -> SparseMoE:
-    """Returns the block with the weights of a file, read one official tensor at a time."""
     block = plan.block()
-    prefix = keys.ffn_prefix(plan.component, plan.slot.layer)
-    for key, view in block.official_views().items():
-        view.copy_(checkpoint.read(prefix + key).to(view.dtype))
-    offload_like(block, plan.ffn)
+    for name, dense in plan.weights._asdict().items():
+        dim = int(name == "down_proj")
+        index = index.to(dense.device)
+        torch.index_select(dense.detach(), dim, index, out=getattr(block, name).data)
+    weight, _ = first_router(
+        block, config.router_init, layer=layer, seed=config.seed, inputs=inputs
+    )
+    set_routers_(block, weight)
     return block
 
 
 def _put_in(
     action: str, decoder: Decoder, blocks: Sequence[tuple[_Plan, SparseMoE]], keep_dense: bool
-) -> SwapReport:
-    before = take_census(decoder)
-    with transformed(decoder.layers, keep=keep_dense):
+) -> SurgeryReport:
+    for plan, block in blocks:
+        offload_like(block, plan.ffn)
+
+    def put() -> None:
         for plan, block in blocks:
             plan.slot.put(block)
-        return SwapReport(action=action, layers=swaps(before, take_census(decoder)))
+
+    return transform(action, decoder, put, keep=keep_dense)
 
 
 @torch.no_grad()
@@ -289,3 +278,100 @@ def set_routers_(block: SparseMoE, weight: Tensor) -> None:
         if router is not None:
             router.weight.copy_(weight)
     block.gate_shared.weight.zero_()
+
+
+# Fewer bits
+
+# Storage -> the configuration of torchao that makes it.
+STORAGES = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeConfig(_Mode):
+    """Which FFN weights become smaller, and how they are stored.
+
+    Args:
+        storage: "int8", one scale per row, or "fp8" (e4m3), one scale per row.
+        component: "gen", "und" or "both".
+        layers: as in `MoEConfig`; "all" and "middle" pass over skipped FFNs.
+    """
+
+    mode: ClassVar[str] = "storage"
+    _legal: ClassVar[tuple[str, ...]] = (*keys.FFN_NAMES, BOTH)
+
+    storage: str = "int8"
+    component: str = "gen"
+    layers: Layers = "all"
+
+    def _check(self) -> None:
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}")
+
+
+@torch.no_grad()
+def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
+    """Stores FFN weights of a live model in 8 bits, in place, one FFN after the other.
+
+    Dense and sparse FFNs are taken, in every model that `apply_moe_` takes; routers stay as they
+    are. The modules stay the same objects, with weights that do not require gradients. There is no
+    way back: `restore_` gives back what an earlier transform replaced, and what this one packed is
+    gone. Swap and prune first, then quantise: FFNs that are packed already are refused elsewhere.
+
+    Args:
+        model: a module or pipeline.
+        config: which FFNs, and how they are stored.
+
+    Raises:
+        ValueError: nothing matches, or a selected FFN is not one of plain weights in memory; the
+            model is as before.
+        ImportError: torchao is not installed.
+    """
+    with context("quantize_weights_"):
+        decoder = find_decoder(model, config.component)
+        ffns = [own for c in config.components for own in decoder.select_ffns(config.layers, c)]
+        for slot, ffn in ffns:
+            with naming(slot):
+                _check(ffn)
+    before = take_census(decoder)
+    for _, ffn in ffns:
+        quantize_ffn_(ffn, config.storage)
+    return report("quantize_weights_", before, decoder)
+
+
+@torch.no_grad()
+def quantize_ffn_(ffn: nn.Module, storage: str) -> None:
+    """Packs the weights of one checked FFN, see `quantize_weights_`.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    library = optional("torchao.quantization", "quant")
+    for module, name in _weights(ffn):
+        weight = getattr(module, name)
+        # torchao packs the weights of linear layers, so each one takes a turn in one.
+        shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        shell.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        # Settings of the compiler are the user's.
+        library.quantize_(shell, getattr(library, STORAGES[storage])(set_inductor_config=False))
+        setattr(module, name, nn.Parameter(shell.weight.detach(), requires_grad=False))
+
+
+def _weights(ffn: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Returns the modules that hold the weights of a FFN, with their attributes."""
+    if isinstance(ffn, SparseMoE):
+        return [(ffn, name) for name in keys.PROJECTIONS]
+    return [(getattr(ffn, name), "weight") for name in projection_names(ffn)]
+
+
+def _check(ffn: nn.Module) -> None:
+    if isinstance(ffn, SparseMoE):
+        ffn.official_views()  # refuses what is packed already
+        is_linear, weight = True, ffn.gate_proj.detach()
+    else:
+        weight = read_weights(ffn).gate_proj
+        is_linear = all(isinstance(module, nn.Linear) for module, _ in _weights(ffn))
+    if not is_linear or weight.is_meta:
+        raise ValueError(
+            "projections must be an nn.Linear each, with plain tensors in memory, got "
+            f"{'meta tensors' if is_linear else type(ffn).__name__}"
+        )

@@ -1,181 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transform changed, layer by layer, and what the decoder layers of a live model cost."""
+"""Transforms as a whole: what they changed, part by part, what layers cost, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from sparse_unified._common import Report, context, format_layers, format_table
+from sparse_unified._common import Report, context, format_layers
 from sparse_unified.checkpoint.counts import Counts, count_weight, format_counts
-from sparse_unified.checkpoint.keys import SUFFIXES, attention_modules, ffn_modules
+from sparse_unified.checkpoint.keys import FFN_NAMES, SUFFIXES, attention_modules, ffn_modules
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.decoder import Decoder, find_decoder
-from sparse_unified.surgery.exchange import Slot, like
+from sparse_unified.surgery.exchange import Slot, like, transformed, undo
 from sparse_unified.surgery.ffn import Skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SwappedLayer:
-    """One replaced FFN. Counts and widths describe its sparse form.
-
-    Attributes:
-        path: of the module, from the object given.
-        before, after: class names.
-        expert_width, shared_width: in neurons.
-        parameters_before, parameters_after: of the FFN, routers included.
-        active_before, active_after: parameters one token uses: all but those of idle experts.
-        backend: what runs the FFN now, see `SparseMoE.active_backend`; "dense" once restored.
-    """
-
-    layer: int
-    component: str
-    path: str
-    before: str
-    after: str
-    num_experts: int
-    top_k: int
-    num_shared_experts: int
-    expert_width: int
-    shared_width: int
-    parameters_before: int
-    parameters_after: int
-    active_before: int
-    active_after: int
-    backend: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrunedPart:
-    """One part of a layer that got smaller, went, or came back.
+class ChangedPart:
+    """An attention or FFN of a decoder layer that became another one.
 
     Attributes:
         part: "ffn" or "attention".
-        before, after: what it is, in neurons or heads: "96 neurons", "skipped".
-        parameters_before, parameters_after: of the part and its norm.
+        path: of the module, from the object given.
+        before, after: what it is, as in "96 neurons", "2 of 4 experts of 24 neurons" with what runs
+            them (see `SparseMoE.active_backend`), "4 query heads, 2 key heads" or "skipped".
+        counts_before, counts_after: what it costs, with its norm.
     """
 
     layer: int
     component: str
     part: str
+    path: str
     before: str
     after: str
-    parameters_before: int
-    parameters_after: int
-
-
-# Heading -> field of an entry; one that ends in "_" stands for what was before and what is after.
-_SWAPPED = {
-    "layer": "layer",
-    "module": "path",
-    "before": "before",
-    "after": "after",
-    "experts": "num_experts",
-    "active": "top_k",
-    "width": "expert_width",
-    "shared": "shared_width",
-    "parameters": "parameters_",
-    "used per token": "active_",
-    "backend": "backend",
-}
-_PRUNED = {name: name for name in ("layer", "component", "part", "before", "after")}
-_PRUNED["parameters"] = "parameters_"
-
-
-def _cell(entries: Sequence[object], field: str) -> object:
-    if not field.endswith("_"):
-        return getattr(entries[0], field)
-    sums = [sum(getattr(entry, field + end) for entry in entries) for end in ("before", "after")]
-    return " -> ".join(f"{value:,}" for value in dict.fromkeys(sums))
-
-
-def _rows(entries: Sequence[object], columns: Mapping[str, str]) -> list[Sequence[object]]:
-    return [[_cell([entry], field) for field in columns.values()] for entry in entries]
-
-
-def _where(entries: Iterable[tuple[str, int]]) -> str:
-    layers: dict[str, list[int]] = {}
-    for name, layer in entries:
-        layers.setdefault(name, []).append(layer)
-    return "; ".join(f"{name} {format_layers(sorted(own))}" for name, own in layers.items())
-
-
-def _parts_title(action: str, parts: Sequence[PrunedPart]) -> str:
-    where = _where((f"{entry.component} {entry.part}", entry.layer) for entry in parts)
-    return f"{action}: {len(parts)} parts changed ({where})"
+    counts_before: Counts
+    counts_after: Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneReport(Report):
-    """What a pruning changed; `str()` gives a table.
+class SurgeryReport(Report):
+    """What a transform or `restore_` changed in a live model; `str()` gives a table.
 
     Attributes:
+        action: the function.
         parts: what changed, by layer.
-        before, after: the decoder layers of the components that changed, all together.
+        before, after: `{component: Counts}` of all decoder layers, see `count_parameters`.
     """
 
     action: str
-    parts: tuple[PrunedPart, ...]
-    before: Counts
-    after: Counts
+    parts: tuple[ChangedPart, ...]
+    before: dict[str, Counts]
+    after: dict[str, Counts]
 
     def title(self) -> str:
-        return _parts_title(self.action, self.parts)
+        where: dict[str, list[int]] = {}
+        for entry in self.parts:
+            where.setdefault(f"{entry.component} {entry.part}", []).append(entry.layer)
+        listed = "; ".join(f"{name} {format_layers(layers)}" for name, layers in where.items())
+        return f"{self.action}: {len(self.parts)} parts changed ({listed or 'none'})"
 
     def headings(self) -> Sequence[str]:
-        return tuple(_PRUNED)
+        return "layer", "component", "part", "before", "after", "parameters"
 
     def table(self) -> Sequence[Sequence[object]]:
-        return _rows(self.parts, _PRUNED)
+        rows = []
+        for e in self.parts:
+            sizes = dict.fromkeys(f"{c.parameters:,}" for c in (e.counts_before, e.counts_after))
+            rows.append((e.layer, e.component, e.part, e.before, e.after, " -> ".join(sizes)))
+        return rows
 
     def notes(self) -> Sequence[str]:
-        return format_counts(self.before, self.after).splitlines()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwapReport(Report):
-    """What `apply_moe_`, `load_moe_` or `restore_` changed; `str()` gives a table.
-
-    Attributes:
-        layers: FFNs that became sparse, or dense again.
-        parts: what `restore_` brought back of pruned widths, heads and skipped parts.
-    """
-
-    action: str
-    layers: tuple[SwappedLayer, ...]
-    parts: tuple[PrunedPart, ...] = ()
-
-    def title(self) -> str:
-        where = _where((entry.component, entry.layer) for entry in self.layers)
-        parameters, active = (_cell(self.layers, name) for name in ("parameters_", "active_"))
-        return (
-            f"{self.action}: {len(self.layers)} FFNs changed ({where}); "
-            f"parameters {parameters}, used per token {active}"
-        )
-
-    def headings(self) -> Sequence[str]:
-        return tuple(_SWAPPED)
-
-    def table(self) -> Sequence[Sequence[object]]:
-        return _rows(self.layers, _SWAPPED)
-
-    def to_text(self) -> str:
-        texts = [Report.to_text(self)] if self.layers else []
-        if self.parts:
-            rows = [tuple(_PRUNED), *_rows(self.parts, _PRUNED)]
-            texts += [_parts_title(self.action, self.parts), format_table(rows, header=True)]
-        return "\n".join(texts)
+        tables = [
+            f"{component}\n{format_counts(before, self.after[component])}"
+            for component, before in self.before.items()
+            if before != self.after[component]
+        ]
+        return "\n".join(tables).splitlines()
 
 
 class Part(NamedTuple):
     """An attention or FFN of a decoder layer, with its norm, as it is now."""
 
-    slot: Slot
-    module: nn.Module | None
     text: str
     counts: Counts
 
@@ -192,9 +102,9 @@ def take_census(decoder: Decoder) -> Census:
             for part, names in parts.items():
                 slots = [slot for name in names if (slot := decoder.slot(layer, name)) is not None]
                 if slots:
-                    counts = sum((_count(slot) for slot in slots), Counts())
                     text = _attention_text(slots) if part == "attention" else _ffn_text(slots[-1])
-                    found[layer, component, part] = Part(slots[-1], slots[-1].module, text, counts)
+                    counts = sum((_count(slot) for slot in slots), Counts())
+                    found[layer, component, part] = Part(text, counts)
     return found
 
 
@@ -208,13 +118,10 @@ def _count(slot: Slot) -> Counts:
         counts += count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
         counts += Counts(bytes=stored_bytes(weight) - weight.numel() * weight.dtype.itemsize)
     if isinstance(slot.module, SparseMoE):
-        counts += Counts(flops_per_token=-2 * _idle(slot.module))
+        block = slot.module
+        idle = 3 * block.hidden_size * block.layout.expert_width * (block.num_experts - block.top_k)
+        counts += Counts(flops_per_token=-2 * idle)
     return counts
-
-
-def _idle(block: SparseMoE) -> int:
-    """Returns how many weights of a block a token does not use."""
-    return 3 * block.hidden_size * block.layout.expert_width * (block.num_experts - block.top_k)
 
 
 def stored_bytes(weight: Tensor) -> int:
@@ -238,69 +145,73 @@ def _ffn_text(slot: Slot) -> str:
     ffn = slot.module
     if ffn is None or isinstance(ffn, Skipped):
         return "skipped"
+    weight: Any = getattr(ffn, "down_proj", None)
     if isinstance(ffn, SparseMoE):
-        return f"{ffn.num_experts} experts of {ffn.layout.expert_width} neurons"
-    down_proj = getattr(getattr(ffn, "down_proj", None), "weight", None)
-    return f"{0 if down_proj is None else down_proj.shape[1]} neurons"
+        width, shared = ffn.layout.expert_width, ffn.layout.shared_width
+        text = f"{ffn.top_k} of {ffn.num_experts} experts of {width} neurons"
+        text += (f" and {shared} shared" if shared else "") + f", {ffn.active_backend}"
+    else:
+        weight = getattr(weight, "weight", None)
+        text = f"{0 if weight is None else weight.shape[1]} neurons"
+    return text if weight is None or not is_packed(weight) else f"{text}, {type(weight).__name__}"
 
 
-def swaps(before: Census, after: Census) -> tuple[SwappedLayer, ...]:
-    """Returns the FFNs that became sparse, or dense again."""
-    return tuple(
-        _swapped(*at[:2], old, after[at])
-        for at, old in before.items()
-        if isinstance(old.module, SparseMoE) != isinstance(after[at].module, SparseMoE)
-    )
-
-
-def _swapped(layer: int, component: str, old: Part, new: Part) -> SwappedLayer:
-    restored = isinstance(old.module, SparseMoE)
-    block = old.module if restored else new.module
-    assert isinstance(block, SparseMoE)
-    ffns = [part.module for part in (old, new)]
-    sizes = [sum(w.numel() for w in ffn.parameters()) if ffn else 0 for ffn in ffns]
-    active = [n - (_idle(block) if ffn is block else 0) for n, ffn in zip(sizes, ffns, strict=True)]
-    return SwappedLayer(
-        layer=layer,
-        component=component,
-        path=new.slot.path,
-        before=type(old.module).__name__,
-        after=type(new.module).__name__,
-        num_experts=block.num_experts,
-        top_k=block.top_k,
-        num_shared_experts=block.num_shared_experts,
-        expert_width=block.layout.expert_width,
-        shared_width=block.layout.shared_width,
-        backend="dense" if restored else block.active_backend,
-        parameters_before=sizes[0],
-        parameters_after=sizes[1],
-        active_before=active[0],
-        active_after=active[1],
-    )
-
-
-def pruned(before: Census, after: Census) -> tuple[PrunedPart, ...]:
-    """Returns the parts that became smaller, went or came back; swaps are not among them."""
-    return tuple(
-        PrunedPart(
+def report(action: str, before: Census, decoder: Decoder) -> SurgeryReport:
+    """Compares the layers of a decoder with what they were."""
+    after = take_census(decoder)
+    parts = [
+        ChangedPart(
             layer=layer,
             component=component,
             part=part,
+            path=f"{decoder.path}.{layer}.{FFN_NAMES[component] if part == 'ffn' else 'self_attn'}",
             before=old.text,
             after=new.text,
-            parameters_before=old.counts.parameters,
-            parameters_after=new.counts.parameters,
+            counts_before=old.counts,
+            counts_after=new.counts,
         )
         for (layer, component, part), old in before.items()
         if (new := after[layer, component, part]).text != old.text
-        and isinstance(old.module, SparseMoE) == isinstance(new.module, SparseMoE)
-    )
+    ]
+    totals = [_totals(census) for census in (before, after)]
+    return SurgeryReport(action=action, parts=tuple(parts), before=totals[0], after=totals[1])
 
 
-def total(census: Census, components: Sequence[str]) -> Counts:
-    """Returns what the decoder layers of components cost together."""
-    own = (part.counts for (_, component, _), part in census.items() if component in components)
-    return sum(own, Counts())
+def transform(
+    action: str, decoder: Decoder, change: Callable[[], object], *, keep: bool
+) -> SurgeryReport:
+    """Changes decoder layers as one transform, see `transformed`, and tells what became of them."""
+    before = take_census(decoder)
+    with transformed(decoder.layers, keep=keep):
+        change()
+        return report(action, before, decoder)
+
+
+@torch.no_grad()
+def restore_(model: object) -> SurgeryReport:
+    """Puts back everything that swaps and prunings of a live model replaced or took out.
+
+    The modules are the very same objects, their weights bit for bit those of the moment they were
+    replaced, whatever the blocks have learned since. Hooks go back, those added since included. If
+    the model has changed mode, device or dtype in the meantime, they follow.
+
+    Raises:
+        ValueError: nothing of the model was replaced.
+        RuntimeError: something was replaced with keep_dense=False, or kept on the meta device
+            while the model got its weights; the model is as before.
+    """
+    with context("restore_"):
+        decoder = find_decoder(model)
+        before = take_census(decoder)
+        undo(decoder.layers)
+    return report("restore_", before, decoder)
+
+
+def _totals(census: Census) -> dict[str, Counts]:
+    return {
+        component: sum((part.counts for at, part in census.items() if at[1] == component), Counts())
+        for component in SUFFIXES
+    }
 
 
 def count_parameters(model: object) -> dict[str, Counts]:
@@ -313,5 +224,4 @@ def count_parameters(model: object) -> dict[str, Counts]:
         ValueError: it has no decoder layers of a known structure.
     """
     with context("count_parameters"):
-        census = take_census(find_decoder(model))
-    return {component: total(census, [component]) for component in SUFFIXES}
+        return _totals(take_census(find_decoder(model)))
