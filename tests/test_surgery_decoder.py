@@ -86,7 +86,7 @@ def test_an_adapter_of_ones_own_is_a_few_lines() -> None:
 def test_what_fits_nothing_or_is_not_there_is_an_error_that_names_what_was_found() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    with pytest.raises(ValueError, match=r"find_adapter: model must .*mlp_moe_gen") as caught:
+    with pytest.raises(ValueError, match=r"model must .*mlp_moe_gen") as caught:
         find_adapter(model)
     assert "layers: 2 x Linear (none)" in str(caught.value)
     with pytest.raises(ValueError, match="got a int"):

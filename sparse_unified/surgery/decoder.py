@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparse_unified._common import context, list_some, naming
+from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import select
@@ -227,37 +227,38 @@ class Decoder:
         Raises:
             ValueError: the model lacks the component, or an FFN is not three plain weights.
         """
-        name = self.names(component).ffn
+        name, mixture = self.names(component).ffn, self.layout
         listed = []
         for layer, holder in enumerate(self.layers):
             module = getattr(holder, name)
             if module is None or isinstance(module, Skipped):
                 continue
-            path, parts = f"{self.path}.{layer}.{name}", []
-            experts = getattr(module, self.layout.experts, None)
+            path = f"{self.path}.{layer}.{name}"
+            place: dict[str, Any] = {"component": component, "layer": layer}
             if isinstance(module, SparseMoE):
+                place |= {"module": module, "is_expert": True}
                 gate_proj, up_proj, down_proj = (getattr(module, n).detach() for n in PROJECTIONS)
                 for expert, (a, b) in module.layout.ranges().items():
                     own = DenseWeights(gate_proj[a:b], up_proj[a:b], down_proj[:, a:b])
-                    parts.append((f"{path}.{expert}", module, own))
-            elif experts is None:
-                parts.append((path, module, _read(path, module)))
-            elif not isinstance(experts, nn.ModuleList | Sequence) or not len(experts):
-                raise ValueError(
-                    f"{path}: {self.layout.experts} must be a list of modules, "
-                    f"got a {type(experts).__name__}"
-                )
-            else:
-                owners = {f"{self.layout.experts}.{i}": own for i, own in enumerate(experts)}
-                owners |= {n: getattr(module, n, None) for n in self.layout.shared_experts}
-                for end, owner in owners.items():
-                    if isinstance(owner, nn.Module):
-                        at = f"{path}.{end}"
-                        parts.append((at, owner, _read(at, owner)))
-            is_expert = experts is not None or isinstance(module, SparseMoE)
-            for at, owner, weights in parts:
-                own = {"component": component, "layer": layer, "name": at, "module": owner}
-                listed.append(Ffn(**own, **weights._asdict(), is_expert=is_expert))
+                    listed.append(Ffn(name=f"{path}.{expert}", **place, **own._asdict()))
+                continue
+            experts = getattr(module, mixture.experts, None)
+            owners = {"": module}
+            if experts is not None:
+                if not isinstance(experts, nn.ModuleList | Sequence) or not len(experts):
+                    raise ValueError(
+                        f"{path}: {mixture.experts} must be a list of modules, "
+                        f"got a {type(experts).__name__}"
+                    )
+                owners = {f".{mixture.experts}.{i}": own for i, own in enumerate(experts)}
+                owners |= {f".{n}": getattr(module, n, None) for n in mixture.shared_experts}
+            for end, owner in owners.items():
+                if owner is None:
+                    continue
+                with naming(path + end):
+                    own = DenseWeights(*(weight.detach() for weight in read_weights(owner)))
+                place |= {"module": owner, "is_expert": experts is not None}
+                listed.append(Ffn(name=path + end, **place, **own._asdict()))
         return listed
 
     def names(self, component: str) -> BlockNames:
@@ -272,11 +273,6 @@ class Decoder:
 
 
 Adapter = Decoder
-
-
-def _read(path: str, ffn: nn.Module) -> DenseWeights:
-    with naming(path):
-        return DenseWeights(*(weight.detach() for weight in read_weights(ffn)))
 
 
 def takes_absent_parts(layer: nn.Module) -> bool:
@@ -306,8 +302,7 @@ def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Decoder:
         names = list(dict.fromkeys(name for own in layout.components.values() for name in own))
         wanted = f"{', '.join(names)} ({layout.name})"
         kinds.append((wanted, layout, lambda s, names=names: all(fits(s, name) for name in names)))
-    with context("find_adapter"):
-        return _find(model, kinds)
+    return _find(model, kinds)
 
 
 def find_decoder(model: object, component: str | None = None) -> Decoder:
