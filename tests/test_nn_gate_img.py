@@ -23,40 +23,27 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("num_shared_experts", [0, 1])
-def test_tokens_are_routed_by_their_own_router(case: str, num_shared_experts: int) -> None:
+def test_tokens_are_routed_and_trained_by_their_own_router(case: str) -> None:
     text, vit = CASES[case]
-    moe = random_block(24, 60, 4, 2, num_shared_experts, gate_img=True)
-    x = torch.randn(12, 24)
+    moe = random_block(24, 60, 4, 2, len(case) % 2, gate_img=True)
+    x = torch.randn(12, 24, requires_grad=True)
     y, logits = moe(x, text, vit)
     narrow = (None if indexes is None else indexes.int() for indexes in (text, vit))
     assert torch.equal(moe(x, *narrow)[0], y)
-    y64, logits64 = official_block(x.double(), double_state(moe), 2, text, vit)
-    assert relative_error(y, y64) < 1e-6
-    torch.testing.assert_close(logits.double(), logits64, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_reach_the_router_that_decided(case: str) -> None:
-    text, vit = CASES[case]
-    moe = random_block(gate_img=True)
-    x = torch.randn(12, 24, requires_grad=True)
-    grads = torch.randn(12, 24), torch.randn(12, 5)
-    torch.autograd.backward(moe(x, text, vit), grads)
+    grads = torch.randn(12, 24), torch.randn(12, 4)
+    torch.autograd.backward((y, logits), grads)
     state = {key: value.requires_grad_() for key, value in double_state(moe).items()}
     x64 = x.detach().double().requires_grad_()
-    outputs = official_block(x64, state, 2, text, vit)
-    torch.autograd.backward(outputs, tuple(grad.double() for grad in grads))
-
-    def assert_same(own: Tensor | None, expected: Tensor | None) -> None:
-        own = torch.zeros(()) if own is None else own
-        expected = torch.zeros((), dtype=torch.float64) if expected is None else expected
-        difference = (own.double() - expected).norm()
-        assert difference <= 1e-5 * max(expected.norm().item(), 1e-3)
-
-    assert_same(x.grad, x64.grad)
-    assert_same(moe.gate.weight.grad, state["gate.weight"].grad)
-    assert_same(moe.gate_img.weight.grad, state["gate_img.weight"].grad)
+    y64, logits64 = official_block(x64, state, 2, text, vit)
+    torch.autograd.backward((y64, logits64), tuple(grad.double() for grad in grads))
+    assert relative_error(y.detach(), y64.detach()) < 1e-6
+    torch.testing.assert_close(logits.double(), logits64, rtol=1e-5, atol=1e-6)
+    pairs = [(x, x64)]
+    pairs += [(getattr(moe, n).weight, state[f"{n}.weight"]) for n in ("gate", "gate_img")]
+    for own, expected in pairs:
+        wanted = torch.zeros(()) if expected.grad is None else expected.grad
+        got = torch.zeros(()) if own.grad is None else own.grad
+        assert (got.double() - wanted).norm() <= 1e-5 * max(float(wanted.norm()), 1e-3)
 
 
 def test_gen_blocks_ignore_the_indices() -> None:
@@ -82,12 +69,7 @@ def test_indices_are_read_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("indexes", "error", "got"),
     [
-        (
-            torch.ones(12, dtype=torch.bool),
-            TypeError,
-            "be an int64 or int32 tensor, got torch.bool",
-        ),
-        (torch.ones(2), TypeError, "be an int64 or int32 tensor, got torch.float32"),
+        (torch.ones(12, dtype=torch.bool), TypeError, "be an int64 or int32 tensor, got torch.b"),
         ([0, 1], TypeError, "be an int64 or int32 tensor, got list"),
         (torch.tensor([[0, 1]]), ValueError, r"have shape \[n\], got \[1, 2\]"),
         (torch.tensor([0, 12]), ValueError, "be from 0 to 11, got 12"),

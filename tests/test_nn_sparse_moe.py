@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,28 +16,25 @@ from moe_cases import (
     random_block,
     relative_error,
 )
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.nn import sparse_moe as sparse_moe_module
-from sparse_unified.ops import backend, composed
+from sparse_unified.ops import backend
 
 
 @pytest.mark.parametrize("name", ["moe_block", "moe_block_shared"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("grad", [True, False])
-def test_recorded_blocks_are_reproduced(name: str, training: bool, grad: bool) -> None:
+def test_recorded_blocks_are_reproduced(name: str) -> None:
     moe, tensors = golden_block(name)
-    with torch.set_grad_enabled(grad):
-        y, router_logits = moe.train(training)(tensors["input"])
-    assert relative_error(y, tensors["output"]) < 1e-5
-    assert relative_error(router_logits, tensors["router_logits"]) < 1e-5
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y, router_logits = moe.train(grad)(tensors["input"])
+        assert relative_error(y, tensors["output"]) < 1e-5
+        assert relative_error(router_logits, tensors["router_logits"]) < 1e-5
 
 
-@pytest.mark.parametrize("num_shared_experts", [0, 1, 2])
-@pytest.mark.parametrize("top_k", [1, 3, 4])
+@pytest.mark.parametrize(("num_shared_experts", "top_k"), [(0, 1), (1, 3), (2, 4)])
 def test_block_equals_the_official_semantics(num_shared_experts: int, top_k: int) -> None:
     moe = random_block(24, 120, 4, top_k, num_shared_experts)
     x = torch.randn(21, 24)
@@ -59,34 +55,6 @@ def test_a_fresh_block_weighs_every_selected_expert_by_one() -> None:
     assert relative_error(moe(x)[0], half @ moe.down_proj[:, index].t()) < 1e-6
 
 
-@pytest.mark.parametrize("num_shared_experts", [0, 1])
-def test_expert_rows_are_a_bijection_of_dense_rows(num_shared_experts: int) -> None:
-    dense = SwiGLU(16, 96)
-    layout = ExpertLayout(
-        intermediate_size=96, num_experts=3, num_shared_experts=num_shared_experts
-    )
-    state = from_dense(dense, layout, 2, torch.randn(96)).state_dict()
-    owners = [f"experts.{e}" for e in range(3)] + ["shared_expert"] * (num_shared_experts > 0)
-    for projection, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-        parts = torch.cat([state[f"{owner}.{projection}.weight"] for owner in owners], axis)
-        own = sorted(map(tuple, parts.movedim(axis, 0).tolist()))
-        weight = getattr(dense, projection).weight
-        assert own == sorted(map(tuple, weight.movedim(axis, 0).tolist()))
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("num_tokens", [40, 600])
-def test_permuting_tokens_permutes_outputs(grad: bool, num_tokens: int) -> None:
-    moe = random_block(num_shared_experts=1, intermediate_size=96)
-    x = torch.randn(num_tokens, 24)
-    order = torch.randperm(num_tokens)
-    with torch.set_grad_enabled(grad):
-        y, logits = moe(x)
-        permuted_y, permuted_logits = moe(x[order])
-    torch.testing.assert_close(permuted_y, y[order], rtol=1e-5, atol=1e-5)
-    assert torch.equal(permuted_logits, logits[order])
-
-
 def test_leading_dimensions_are_tokens_none_too_and_logits_can_be_left_out() -> None:
     for moe in (random_block(), random_block(24, 60, 4, 2, 1)):
         x = torch.randn(2, 3, 5, 24)
@@ -101,34 +69,6 @@ def test_leading_dimensions_are_tokens_none_too_and_logits_can_be_left_out() -> 
         assert moe.gate_proj.grad.abs().max() == 0
         moe.return_router_logits = False
         assert torch.equal(moe(x), y)
-
-
-def test_outputs_repeat_bit_for_bit_in_training_and_eval() -> None:
-    moe = random_block()
-    x = torch.randn(300, 24)
-    expected = moe(x)
-    for training in (True, False, True):
-        y, logits = moe.train(training)(x)
-        assert torch.equal(y, expected[0])
-        assert torch.equal(logits, expected[1])
-    with torch.no_grad():
-        torch.testing.assert_close(moe(x)[0], expected[0], rtol=1e-5, atol=1e-5)
-    with torch.inference_mode():
-        torch.testing.assert_close(moe(x)[0], expected[0], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_shared_experts", [0, 1])
-def test_half_precision_is_one_rounding_of_the_sum(
-    dtype: torch.dtype, num_shared_experts: int
-) -> None:
-    moe = random_block(24, 60, 4, 2, num_shared_experts, dtype=dtype)
-    x = torch.randn(64, 24).to(dtype)
-    y, logits = moe(x)
-    assert y.dtype == dtype
-    assert logits.dtype == torch.float32
-    y64, _ = official_block(x.double(), double_state(moe), 2)
-    assert relative_error(y, y64) < 3 * torch.finfo(dtype).eps
 
 
 # Gradients
@@ -172,23 +112,6 @@ def test_frozen_experts_still_pass_the_gradient_on() -> None:
     assert moe.gate_proj.grad is None
 
 
-def test_the_router_learns_from_a_fresh_conversion() -> None:
-    dense = SwiGLU(16, 64)
-    moe = from_dense(dense, ExpertLayout(intermediate_size=64, num_experts=4), 2, torch.randn(64))
-    x = torch.randn(128, 16)
-    target = dense(x).detach()
-    optimizer = torch.optim.Adam(moe.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        loss = (moe(x)[0] - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert moe.gate.weight.abs().max() > 0
-
-
 # Backends, modes, devices
 
 
@@ -209,18 +132,6 @@ def test_autocast_keeps_the_dtype_of_the_weights() -> None:
     assert shared.gate_proj.grad.isfinite().all()
 
 
-def test_active_backend_says_what_runs_and_why() -> None:
-    assert random_block().active_backend == "cpu"
-    assert "'meta'" in SparseMoE(8, 16, 2, 1, device="meta").active_backend
-
-
-def test_strict_refuses_a_device_without_kernels() -> None:
-    moe = SparseMoE(8, 16, 2, 1, device="meta", strict=True)
-    with pytest.raises(RuntimeError, match=r"strict must be met by a kernel, got .*'meta'"):
-        moe(torch.empty(3, 8, device="meta"))
-    assert SparseMoE(8, 16, 2, 1, strict=True)(torch.randn(3, 8))[0].shape == (3, 8)
-
-
 @pytest.mark.parametrize("num_shared_experts", [0, 1])
 def test_composed_ops_equal_the_kernels(
     num_shared_experts: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -238,53 +149,8 @@ def test_composed_ops_equal_the_kernels(
     torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, expected[1], rtol=1e-5, atol=1e-6)
     moe.strict = True
-    with pytest.raises(RuntimeError, match="strict"):
+    with pytest.raises(RuntimeError, match="strict must be met by a kernel, got torch: no kernel"):
         moe(x)
-
-
-def test_composed_ops_take_extreme_routings() -> None:
-    moe = random_block()
-    for topk_idx in (torch.zeros(7, 1), torch.full((7, 1), 4), torch.zeros(0, 2)):
-        x = torch.randn(len(topk_idx), 24)
-        weights = torch.ones(topk_idx.shape)
-        y = composed.expert_ffn(
-            x, weights, topk_idx.int(), 5, moe.gate_proj, moe.up_proj, moe.down_proj
-        )
-        assert y.shape == x.shape
-
-
-def run_and_differentiate(
-    function: Callable[..., tuple[Tensor, Tensor]], moe: SparseMoE, x: Tensor
-) -> list[Tensor]:
-    x = x.detach().requires_grad_()
-    y, logits = function(x)
-    loss = y.square().mean() + logits.square().mean()
-    return [y, logits, *torch.autograd.grad(loss, [x, moe.gate.weight, moe.gate_proj])]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_shared_experts", [0, 1])
-def test_block_compiles_without_a_graph_break(num_shared_experts: int) -> None:
-    torch._dynamo.reset()
-    moe = random_block(24, 60, 4, 2, num_shared_experts, gate_img=True)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    x, text, vit = torch.randn(9, 24), torch.tensor([0, 3, 4]), torch.tensor([1, 2, 8])
-    own, expected = run_and_differentiate(compiled, moe, x), run_and_differentiate(moe, moe, x)
-    for one, other in zip(own, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        for indexes in ((None, None), (None, vit), (text, vit)):
-            y = moe(x, *indexes)[0]
-            torch.testing.assert_close(compiled(x, *indexes)[0], y, rtol=1e-5, atol=1e-5)
-
-
-def test_dtype_and_device_conversions_keep_the_block_whole() -> None:
-    moe = random_block()
-    keys = list(moe.state_dict())
-    half = copy.deepcopy(moe).to(torch.bfloat16)
-    assert list(half.state_dict()) == keys
-    assert half(torch.randn(3, 24).bfloat16())[0].dtype == torch.bfloat16
-    assert moe.to("meta").active_backend != "cpu"
 
 
 # Bad input
@@ -316,6 +182,7 @@ def test_bad_inputs_are_named() -> None:
         moe(torch.randn(3, 24).bfloat16())
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16, got float64"):
         random_block(dtype=torch.float64)(torch.randn(3, 24).double())
+    assert "'meta'" in SparseMoE(8, 16, 2, 1, device="meta").active_backend
     with pytest.raises(RuntimeError, match="must be on one device, got cpu and meta"):
         moe(torch.empty(3, 24, device="meta"))
 
@@ -323,17 +190,11 @@ def test_bad_inputs_are_named() -> None:
 # Derivatives that the kernels do not have
 
 
-@pytest.mark.parametrize("num_shared_experts", [0, 1])
-def test_forward_mode_derivatives_are_refused(num_shared_experts: int) -> None:
-    moe = random_block(24, 60, 4, 2, num_shared_experts).requires_grad_(False)
+def test_forward_mode_derivatives_are_refused() -> None:
+    moe = random_block(24, 60, 4, 2, 1).requires_grad_(False)
     x = torch.randn(5, 24)
-    run = [
-        lambda: torch.func.jvp(lambda z: moe(z)[0], (x,), (x,)),
-        lambda: torch.func.jacfwd(lambda z: moe(z)[0])(x),
-    ]
-    for each in run:
-        with pytest.raises(RuntimeError, match="route_topk: arguments must have no tangent"):
-            each()
+    with pytest.raises(RuntimeError, match="route_topk: arguments must have no tangent"):
+        torch.func.jvp(lambda z: moe(z)[0], (x,), (x,))
     with forward_ad.dual_level():
         moe(x)  # nothing has a tangent
         with pytest.raises(RuntimeError, match="must have no tangent"):

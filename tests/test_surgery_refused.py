@@ -191,10 +191,11 @@ def test_ffns_that_are_shared_are_refused() -> None:
     refuse(model, AT + r"FFN must be its own module, got that of .*layers\.1\.mlp_moe_gen")
 
 
-@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU()])
-@pytest.mark.parametrize("scale", [1e-3, 30.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_activation_other_than_silu(act: nn.Module, scale: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("act", "scale", "dtype"),
+    [(nn.GELU(), 1e-3, torch.bfloat16), (nn.GELU(), 30.0, torch.float32), (nn.ReLU(), 1.0, None)],
+)
+def test_an_activation_other_than_silu(act: nn.Module, scale: float, dtype: Any) -> None:
     model = Model().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -203,33 +204,10 @@ def test_an_activation_other_than_silu(act: nn.Module, scale: float, dtype: torc
     refuse(model, AT + r"FFN must compute down_proj\(silu\(gate_proj\(x\)\) \* up_proj\(x\)\)")
 
 
-# Scores
-
-
-def _nan(*shape: int) -> Tensor:
-    scores = torch.rand(shape, generator=torch.Generator().manual_seed(3))
-    scores[2, 1] = float("nan")
-    return scores
-
-
-@pytest.mark.parametrize(
-    ("scores", "match", "error"),
-    [
-        (torch.rand(LAYERS, 23), r"layer 1: scores must have shape \[24\], got \[23\]", ValueError),
-        (_nan(LAYERS, WIDTH), "layer 2: scores must be finite, got nan for neuron 1", ValueError),
-        ({1: SCORES[1]}, "scores must have layers 1, 2, got no 2", ValueError),
-        ({1: "high", 2: "low"}, "scores must be a tensor", TypeError),
-    ],
-)
-def test_scores_that_do_not_fit(scores: Any, match: str, error: type) -> None:
-    refuse(Model(), f"apply_moe_: .*{match}", scores=scores, error=error)
-
-
 @pytest.mark.parametrize(
     ("run", "match"),
     [
         (lambda m: prune_width_(m, PruneWidthConfig(layers=[0, 4])), "layers must lie in 0 to 3"),
-        (lambda m: skip_layers_(m, SkipLayersConfig(layers="9")), "layers must lie in 0 to 3"),
         (
             lambda m: prune_width_(m, PruneWidthConfig(), torch.rand(BAGEL_LAYERS, 95)),
             r"prune_width_: layer 0: scores must have shape \[96\], got \[95\]",
@@ -329,10 +307,10 @@ RUNS = {
 }
 INSIDE = {
     "apply": [(exchange, "_move_hooks"), (report, "take_census"), (exchange, "_move_patch")],
-    "width": [(prune, "cut_ffn"), (ffn_module, "cut_linear"), (report, "take_census")],
-    "skip": [(exchange, "like"), (report, "take_census")],
-    "heads": [(prune, "cut_linear"), (report, "take_census")],
-    "restore": [(exchange, "_move_hooks"), (exchange, "offloaded"), (exchange, "like")],
+    "width": [(prune, "cut_ffn"), (ffn_module, "cut_linear")],
+    "skip": [(exchange, "like")],
+    "heads": [(prune, "cut_linear")],
+    "restore": [(exchange, "_move_hooks"), (exchange, "offloaded")],
 }
 
 
