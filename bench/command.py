@@ -8,6 +8,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -146,7 +147,7 @@ def suites(
             if single:
                 yield from op_suites(case, dtype, direction, device, single)
 
-    return [lambda c=c, d=d: of(c, d) for c in cases for d in directions]
+    return [partial(of, case, direction) for case in cases for direction in directions]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -304,7 +305,7 @@ class TransformersExperts(GroupedMm):
 
         register()
         self.function: Any = moe.ALL_EXPERTS_FUNCTIONS[name]
-        type(self)._apply_gate = moe._default_apply_gate
+        self._apply_gate = MethodType(moe._default_apply_gate, self)
         self.act_fn = nn.SiLU()
 
     def run(self, x: Tensor, weights: Tensor, topk_idx: Tensor) -> Tensor:

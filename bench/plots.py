@@ -59,9 +59,9 @@ def _draw_bars(axes: Any, records: Sequence[Record]) -> None:
     width = 0.8 / max(len(providers), 1)
     for position, provider in enumerate(providers):
         for index, case in enumerate(cases):
-            r = by_case[case].get(provider)
-            if r is None:
+            if provider not in by_case[case]:
                 continue
+            r = by_case[case][provider]
             height = r["speedup"].get(BASELINE, 1.0)
             axes.bar(
                 index + (position - len(providers) / 2 + 0.5) * width,

@@ -327,6 +327,8 @@ def variant_suite(
     def build(variant: str) -> Call:
         set_variant(variant)
         for position, (found, wanted) in enumerate(zip(run(0), expected, strict=True)):
+            assert found is not None
+            assert wanted is not None
             judge_rows(f"result {position}", found, wanted, dtype)
 
         def call(turn: int) -> None:

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -166,9 +168,14 @@ def _cpu_roof(dtype: torch.dtype, target: Target) -> Roof:
     peak.restype, peak.argtypes = ctypes.c_double, (ctypes.c_int, ctypes.c_int64)
     triad.restype, triad.argtypes = None, (*[ctypes.c_void_p] * 3, ctypes.c_int64)
     threads = torch.get_num_threads()
+
+    def peak_loop(level: int, _: int) -> float:
+        operations: float = peak(level, _PEAK_STEPS)
+        return operations
+
     peaks = {
         name: {
-            str(count): _rate(lambda _, level=level: peak(level, _PEAK_STEPS), count, 200) / 1e12
+            str(count): _rate(partial(peak_loop, level), count, 200) / 1e12
             for count in sorted({1, threads})
         }
         for level, name in enumerate(_LEVELS)
@@ -206,7 +213,8 @@ def _cuda_roof(dtype: torch.dtype, target: Target) -> Roof:
     with torch.inference_mode():
         for name, (m, n, k) in _CUDA_GEMMS.items():
             (x,), (w,) = (inputs((r, k), dtype, 1, device=target.device) for r in (m, n))
-            calls = {name: lambda _, x=x, w=w: x @ w.t()}
+            product = partial(torch.matmul, x, w.t())
+            calls: dict[str, Any] = {name: lambda _, product=product: product()}
             seconds = measure_interleaved(calls, repeats=20, timer=target.timer)[name]
             gemms[name] = 2.0 * m * n * k / statistics.median(seconds) / 1e12
         arrays = [torch.ones(_CUDA_TRIAD_BYTES // 4, device=target.device) for _ in range(3)]
@@ -214,9 +222,8 @@ def _cuda_roof(dtype: torch.dtype, target: Target) -> Roof:
         seconds = measure_interleaved(calls, repeats=20, timer=target.timer)["triad"]
     clock = re.match(r"(\d+) MHz", target.state().get("clocks.max.sm", ""))
     per_clock = _TENSOR_OPS.get((facts.major, facts.minor))
-    is_known = clock is not None and per_clock is not None and dtype.itemsize == 2
     tflops, source = max(gemms.values()), "the fastest cuBLAS product"
-    if is_known:
+    if clock is not None and per_clock is not None and dtype.itemsize == 2:
         tflops = facts.multi_processor_count * per_clock * int(clock[1]) / 1e6
         source = f"tensor cores of {facts.multi_processor_count} SMs at {clock[1]} MHz"
     gbps = 3 * _CUDA_TRIAD_BYTES / min(seconds) / 1e9

@@ -143,8 +143,9 @@ def adapt(
             if log is not None:
                 values = record.to_dict()
                 log.write(json.dumps(values) + "\n")
-                for name in values.keys() - {"step", "expert_load"} if events else ():
-                    events.add_scalar(name, values[name], record.step)
+                if events is not None:
+                    for name in values.keys() - {"step", "expert_load"}:
+                        events.add_scalar(name, values[name], record.step)
             every, is_last = run.checkpoint_every, record.step == config.steps
             if every is not None and (record.step % every == 0 or is_last):
                 if log is not None:

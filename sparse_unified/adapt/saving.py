@@ -32,7 +32,6 @@ from sparse_unified.adapt.optimizer import (
 )
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
 from sparse_unified.checkpoint.files import (
-    CHUNK_BYTES,
     atomic_directory,
     create_file,
     read_json,
@@ -176,7 +175,7 @@ def _check_bytes(path: Path, start: int, checksum: object) -> None:
     found = 0
     with path.open("rb") as stream:
         stream.seek(start)
-        while chunk := stream.read(CHUNK_BYTES):
+        while chunk := stream.read(1 << 20):
             found = zlib.crc32(chunk, found)
     if found != checksum:
         raise ValueError(

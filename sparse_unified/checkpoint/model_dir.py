@@ -147,7 +147,9 @@ class Checkpoint:
         problems = [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
         for step in () if problems or self.recipe is None else self.recipe.steps:
             config = step.config
-            for layer in config.layers if isinstance(config, MoEConfig) else ():
+            if not isinstance(config, MoEConfig):
+                continue
+            for layer in config.layers:
                 ffn = ffns.get(config.component, {}).get(int(layer))
                 found = 0 if ffn is None or ffn.layout is None else ffn.layout.num_experts
                 if ffn is not None and found != config.num_experts:

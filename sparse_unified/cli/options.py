@@ -89,7 +89,7 @@ def add_flags(group: Any, table: str, **changes: Mapping[str, Any]) -> None:
         else:
             flag, options["metavar"] = flag.lower(), flag
         name = flag.lstrip("-").replace("-", "_")
-        group.add_argument(flag, **options | changes.get(name, {}))
+        group.add_argument(flag, **{**options, **changes.get(name, {})})
 
 
 def arguments(

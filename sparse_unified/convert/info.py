@@ -184,8 +184,9 @@ def info(directory: str | os.PathLike[str]) -> Info:
         dtypes=dtypes,
         weight_files=tuple(source.headers),
         files={name: status.st_size for name, status in list_files(source.directory).items()},
-        sidecar=sidecar
-        and {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")},
+        sidecar=None
+        if sidecar is None
+        else {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")},
         recipe=tuple(step.to_dict() for step in recipe.steps),
         steps=tuple(step.to_text() for step in recipe.steps),
         problems=tuple(dict.fromkeys(problems)),

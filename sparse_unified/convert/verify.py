@@ -220,7 +220,8 @@ def verify(
         if progress is not None:
             progress(total - left, total)
 
-    verdicts, pruned = [], []
+    verdicts: list[LayerVerdict] = []
+    pruned: list[PrunedVerdict] = []
     indices: dict[tuple[str, int], np.ndarray | None] = {}
     for at in experts:
         verdict, indices[at] = _judge_experts(here, there, *at, seed=seed)

@@ -96,7 +96,8 @@ class WithExperts:
 
     def put_in_blocks(self, checkpoint: Checkpoint) -> None:
         """Replaces the dense generation FFNs that are sparse in a checkpoint."""
-        self._sparse = blocks = {}
+        self._sparse: dict[Any, nn.Module] = {}
+        blocks = self._sparse
         experts, top_k = checkpoint.experts, checkpoint.top_k
         if top_k is None:
             return

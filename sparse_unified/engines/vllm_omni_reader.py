@@ -13,8 +13,9 @@ from sparse_unified.engines.vllm_omni import WithExperts
 _built_in = importlib.import_module("vllm_omni.model_executor.models.bagel.bagel")
 
 
-class OmniBagelForConditionalGeneration(  # type: ignore[name-defined, misc]
-    WithExperts, _built_in.OmniBagelForConditionalGeneration
+class OmniBagelForConditionalGeneration(
+    WithExperts,
+    _built_in.OmniBagelForConditionalGeneration,  # type: ignore[name-defined]
 ):
     """That of vLLM-Omni, with sparse generation FFNs, which see latents of images to edit."""
 

@@ -39,8 +39,8 @@ def identity_autoencoder(gain: float, downsample: int = 1) -> AutoEncoder:
     vae = AutoEncoder(config).eval()
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
-            module.weight.zero_()
-            nn.init.zeros_(module.bias)
+            for parameter in module.parameters():
+                parameter.zero_()
     for module in vae.modules():
         # Kept is the pixel in the middle or, padded to the right and below, the first of a block.
         if isinstance(module, (Downsample, Upsample)):

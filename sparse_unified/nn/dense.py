@@ -62,10 +62,11 @@ class SwiGLU(nn.Module):
         if block_size == 0:
             y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
             return y
-        weights = [layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj)]
+        gate, up, down = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))
         num_blocks = self.up_proj.out_features // block_size
         all_blocks = torch.arange(num_blocks, dtype=torch.int32, device=x.device)
-        return ops.pruned_ffn(x.flatten(0, -2), all_blocks, *weights, block_size).view(x.shape)
+        rows = ops.pruned_ffn(x.flatten(0, -2), all_blocks, gate, up, down, block_size)
+        return rows.view(x.shape)
 
     def _kernel_block_size(self, x: Tensor) -> int:
         """The blocks that the kernel takes the width in, or 0 where torch's products serve.

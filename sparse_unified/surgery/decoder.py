@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -301,7 +301,11 @@ def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Decoder:
     for layout in layouts:
         names = list(dict.fromkeys(name for own in layout.components.values() for name in own))
         wanted = f"{', '.join(names)} ({layout.name})"
-        kinds.append((wanted, layout, lambda s, names=names: all(fits(s, name) for name in names)))
+
+        def fit(layers: Sequence[nn.Module], names: Sequence[str] = names) -> bool:
+            return all(fits(layers, name) for name in names)
+
+        kinds.append((wanted, layout, fit))
     return _find(model, kinds)
 
 
@@ -318,11 +322,12 @@ def find_decoder(model: object, component: str | None = None) -> Decoder:
         ValueError: there are none, or several lists of them; the message says what was found.
     """
     made_of = f"made of {', '.join(PROJECTIONS)} (or {' and '.join(MERGED_PROJECTIONS)})"
-    kinds: list[_Kind] = [
-        (f"{name} {made_of}", LAYOUTS[0], lambda s, name=name: any(_has_ffn(n, name) for n in s))
-        for name in [FFN_NAMES["gen"], FFN_NAMES["und"]][: 1 if component == "gen" else 2]
-    ]
-    return _find(model, kinds)
+
+    def has(name: str, layers: Sequence[nn.Module]) -> bool:
+        return any(_has_ffn(layer, name) for layer in layers)
+
+    names = (FFN_NAMES["gen"],) if component == "gen" else (FFN_NAMES["gen"], FFN_NAMES["und"])
+    return _find(model, [(f"{name} {made_of}", LAYOUTS[0], partial(has, name)) for name in names])
 
 
 # What layers must have, in words, the layout that they are of then, and whether they do.
