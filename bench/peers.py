@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -296,6 +295,7 @@ class TransformersExperts(GroupedMm):
     """The expert functions of transformers 5, `grouped_mm` and ours among them: functions of a
     module with these weights and flags, tokens, experts and weights."""
 
+    _apply_gate: Any = None
     has_gate, has_bias, has_post_expert_norm = True, False, False
     is_transposed, is_concatenated, _is_expert_parallel = False, True, False
 
@@ -305,7 +305,7 @@ class TransformersExperts(GroupedMm):
 
         register()
         self.function: Any = moe.ALL_EXPERTS_FUNCTIONS[name]
-        self._apply_gate = MethodType(moe._default_apply_gate, self)
+        type(self)._apply_gate = moe._default_apply_gate
         self.act_fn = nn.SiLU()
 
     def run(self, x: Tensor, weights: Tensor, topk_idx: Tensor) -> Tensor:

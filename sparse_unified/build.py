@@ -27,6 +27,7 @@ class BuildInfo(Report):
         cuda_driver: newest CUDA that the driver runs, "none" without a driver or in a CPU build.
         instruction_sets: that the CPU kernels were compiled for.
         instruction_set: that they run.
+        cpu_ffn_dtypes: what the CPU's FFN kernels take; torch's products run the others.
         devices: "cuda:0: NAME, 9.0" of each GPU that torch sees.
         problems: what does not fit together; empty when everything does.
     """
@@ -46,6 +47,7 @@ class BuildInfo(Report):
     cuda_architectures: tuple[str, ...]
     instruction_sets: tuple[str, ...]
     instruction_set: str
+    cpu_ffn_dtypes: tuple[str, ...]
     torch: str
     torch_cuda: str
     openmp: bool
@@ -67,6 +69,7 @@ class BuildInfo(Report):
             ("CUDA", f"driver {self.cuda_driver}, torch {self.torch_cuda}"),
             ("devices", "; ".join(self.devices) or "none"),
             ("CPU kernels", f"{self.instruction_set}, of {', '.join(self.instruction_sets)}"),
+            ("CPU FFN kernels", ", ".join(self.cpu_ffn_dtypes) or "none"),
             ("threads", f"{self.threads}, {'OpenMP' if self.openmp else 'no OpenMP'}"),
             ("platform", self.platform),
         ]
@@ -90,6 +93,8 @@ def build_info() -> BuildInfo:
     built = facts["library_version"] = facts.pop("version")
     facts["threads"] = int(facts["threads"])
     facts["instruction_sets"] = tuple(facts["instruction_sets"].split(", "))
+    listed = facts["cpu_ffn_dtypes"]
+    facts["cpu_ffn_dtypes"] = () if listed == "none" else tuple(listed.split(", "))
     listed = facts["cuda_architectures"]
     architectures = facts["cuda_architectures"] = () if listed == "none" else tuple(listed.split())
     problems = []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,12 @@ settings.load_profile("sparse_unified")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense FFNs of any number of tokens, whoever holds their weights, by the same products."""
+    monkeypatch.setattr("sparse_unified.nn.dense._KERNEL_TOKENS", math.inf)
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
         parts = [trained.read(f"{block}.experts.{e}.{name}.weight") for e in range(4)]
         assert torch.equal(torch.cat(parts, dim), tensors[f"master.{block}.{name}"])
     invert(tmp_path / "out", tmp_path / "back")
-    assert Checkpoint(tmp_path / "back").keys() == Checkpoint(dense).keys()
+    assert Checkpoint(tmp_path / "back").specs.keys() == Checkpoint(dense).specs.keys()
     neurons = Checkpoint(tmp_path / "back").read(f"{block}.gate_proj.weight")
     assert sorted(map(tuple, neurons.tolist())) == sorted(
         map(tuple, tensors[f"master.{block}.gate_proj"].tolist())

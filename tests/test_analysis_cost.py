@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import analysis_models as models
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ def cost_of(model: nn.Module, x: Tensor) -> Any:
     return measure_cost(model, lambda: lambda: model(x), repeats=1)
 
 
+@pytest.mark.usefixtures("torch_products")
 def test_flops_and_bytes_of_an_ffn_are_its_formula() -> None:
     dense = SwiGLU(32, 96)
     found = cost_of(dense, torch.randn(10, 32))

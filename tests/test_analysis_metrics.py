@@ -129,6 +129,7 @@ def read_as_the_scorer_does(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.usefixtures("torch_products")
 def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
     file.write_text("\n".join(map(json.dumps, METADATA)) + "\n\n")

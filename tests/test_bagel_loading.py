@@ -243,6 +243,7 @@ def test_ffns_are_packed_as_they_are_loaded(
     assert 0 < float((image(pipeline) - plain).norm() / plain.norm()) < 0.1
 
 
+@pytest.mark.usefixtures("torch_products")
 @by_case
 def test_accelerate_places_layers(case: str, models: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

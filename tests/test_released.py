@@ -78,7 +78,7 @@ def test_all_layers_load_as_a_model_and_into_a_dense_one(
     assert all(latent.isfinite().all() for latent in result.latents)
 
     model = host(released, TupleMLP if num_shards else TensorMLP)
-    entries = load_moe_(model, directory).layers
+    entries = load_moe_(model, directory).parts
     assert [entry.layer for entry in entries] == list(released.sparse)
     assert {(e.num_experts, e.top_k, e.expert_width) for e in entries} == {
         (*KINDS[kind], released.expert_width)
@@ -182,7 +182,7 @@ def test_a_hub_id_loads_from_the_cache_of_the_hub(
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     model = host(released)
-    assert len(load_moe_(model, HUB_ID).layers) == 26
+    assert len(load_moe_(model, HUB_ID).parts) == 26
     assert isinstance(model.layers[1].mlp_moe_gen, SparseMoE)
     pipeline = BagelPipeline.from_pretrained(HUB_ID)
     assert pipeline.model.config.llm.sparse_layers("gen").keys() == set(released.sparse)

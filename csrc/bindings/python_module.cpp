@@ -60,8 +60,21 @@ std::string cuda_driver() {
   return "none";
 }
 
+using sparse_unified::DType;
 using sparse_unified::instruction_set_used;
 using sparse_unified::instruction_sets_compiled;
+using sparse_unified::prefers_ffn_cpu;
+
+// What the FFN kernels are the fastest way for on this processor.
+std::string cpu_ffn_dtypes() {
+  std::string names;
+  for (const auto& [dtype, name] : {std::pair{DType::kFloat32, "float32"},
+                                    {DType::kBFloat16, "bfloat16"},
+                                    {DType::kFloat16, "float16"}}) {
+    if (prefers_ffn_cpu(dtype)) names += std::string(names.empty() ? "" : ", ") + name;
+  }
+  return names.empty() ? "none" : names;
+}
 
 // What the library was built from, as (name, text).
 std::vector<std::pair<const char*, std::string>> build_facts() {
@@ -80,6 +93,7 @@ std::vector<std::pair<const char*, std::string>> build_facts() {
       {"cuda_architectures", SPARSE_UNIFIED_CUDA_ARCHITECTURES},
       {"instruction_sets", instruction_sets_compiled()},
       {"instruction_set", instruction_set_used()},
+      {"cpu_ffn_dtypes", cpu_ffn_dtypes()},
       {"threads", std::to_string(torch::stable::get_num_threads())},
   };
 }

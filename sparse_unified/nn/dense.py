@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_unified import ops
+from sparse_unified import _library
 
 # Fewer tokens leave most of the kernel's vectors empty.
 _KERNEL_TOKENS = 8
+_KERNEL_DTYPES = [
+    getattr(torch, name)
+    for name in _library.module.build_info()["cpu_ffn_dtypes"].split(", ")
+    if name != "none"
+]
 _BLOCK_SIZES = (128, 112, 96, 80, 64, 48, 32, 16)
 
 
@@ -65,7 +70,9 @@ class SwiGLU(nn.Module):
         gate, up, down = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))
         num_blocks = self.up_proj.out_features // block_size
         all_blocks = torch.arange(num_blocks, dtype=torch.int32, device=x.device)
-        rows = ops.pruned_ffn(x.flatten(0, -2), all_blocks, gate, up, down, block_size)
+        rows: Tensor = torch.ops.sparse_unified.pruned_ffn(
+            x.flatten(0, -2), all_blocks, gate, up, down, block_size
+        )
         return rows.view(x.shape)
 
     def _kernel_block_size(self, x: Tensor) -> int:
@@ -77,6 +84,7 @@ class SwiGLU(nn.Module):
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if (
             x.device.type != "cpu"
+            or x.dtype not in _KERNEL_DTYPES
             or x.numel() < _KERNEL_TOKENS * x.shape[-1]
             or torch.is_autocast_enabled("cpu")
             or not all(_is_plain(layer, x.dtype) for layer in layers)
