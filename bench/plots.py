@@ -19,9 +19,9 @@ Record = Mapping[str, Any]
 def plot(content: Mapping[str, Any], path: Path) -> None:
     """Draws the forward passes of whole FFNs in a result of the benchmark.
 
-    Left, how many times faster than the dense FFN of torch each provider is at the largest number
-    of tokens that most of them ran, with the ceiling of the idea; then TFLOP/s over the number of
-    tokens; then the same as shares of the peak.
+    Left, how many times faster than the dense FFN of torch each provider is at 1024 tokens and
+    more, with the ceiling of the idea; then TFLOP/s over the number of tokens, of the shape that
+    was run with most of them; then the same as shares of the peak.
 
     Args:
         content: a file of bench/results, or what is written to one.
@@ -49,14 +49,21 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _colours(records: Sequence[Record]) -> dict[str, str]:
+    """Of each provider; ours is red."""
+    others = dict.fromkeys(r["provider"] for r in records if r["provider"] != OURS)
+    free = [f"C{i}" for i in range(10) if i != 3]
+    return {OURS: "C3"} | {name: free[i % len(free)] for i, name in enumerate(others)}
+
+
 def _draw_bars(axes: Any, records: Sequence[Record]) -> None:
-    """A group a case, those with most providers alone; pale where the rounds did not agree."""
+    """A group a case; pale where the rounds did not agree."""
     by_case: dict[str, dict[str, Record]] = {}
     for r in records:
         by_case.setdefault(r["case"], {})[r["provider"]] = r
     cases = [case for case in by_case if case.endswith(("-T1024", "-T4096"))] or list(by_case)
     providers = list(dict.fromkeys(name for case in cases for name in by_case[case]))
-    width = 0.8 / max(len(providers), 1)
+    width, colours = 0.8 / max(len(providers), 1), _colours(records)
     for position, provider in enumerate(providers):
         for index, case in enumerate(cases):
             if provider not in by_case[case]:
@@ -68,7 +75,7 @@ def _draw_bars(axes: Any, records: Sequence[Record]) -> None:
                 height,
                 width,
                 yerr=height * r.get("spread", 0.0) / 2,
-                color="C3" if provider == OURS else f"C{(position + 4) % 10}",
+                color=colours[provider],
                 alpha=1.0 if is_steady(r) else 0.3,
                 label=provider if case == cases[0] else None,
             )
@@ -91,8 +98,7 @@ def _draw_lines(axes: Any, records: Sequence[Record], value: str, scale: float) 
     family = max(families, key=lambda name: max(map(len, families[name].values())))
     for provider, points in families[family].items():
         xs, ys = zip(*sorted(points), strict=True)
-        colour = "C3" if provider == OURS else None
-        axes.plot(xs, ys, marker="o", label=provider, color=colour)
+        axes.plot(xs, ys, marker="o", label=provider, color=_colours(records)[provider])
     axes.set_xscale("log", base=2)
     axes.set_xlabel(f"tokens ({family})")
     axes.legend(fontsize="xx-small")
