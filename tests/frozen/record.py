@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -101,15 +102,15 @@ class Recorder:
             "bits": {},
         }
 
-    def run(self, name: str, *arguments: object, report: bool = True) -> None:
-        """Runs one command; its report is kept under `name`."""
-        words = [str(word) for word in arguments]
+    def run(self, name: str, words: str, report: bool = True) -> None:
+        """Runs one command, in which @x is a file of the folder; its report is kept."""
         path = self.root / f"{name}.report.json"
-        words += ["--json", str(path), "--quiet"] if report else []
+        arguments = [str(self.root / w[1:]) if w[0] == "@" else w for w in shlex.split(words)]
+        arguments += ["--json", str(path), "--quiet"] if report else []
         errors = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            code = main(words)
-        assert code in (0, None), f"{' '.join(words)} ended with {code}: {errors.getvalue()}"
+            code = main(arguments)
+        assert code in (0, None), f"{words} ended with {code}: {errors.getvalue()}"
         if report:
             self.found["reports"][name] = stable(json.loads(path.read_text()), str(self.root))
 
@@ -159,80 +160,76 @@ def shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{name: tensors[name] for name in names[part::3]} for part in range(3)]
 
 
+EXPERTS, GIVEN = "--num-experts 16 --top-k 8", "--scores @scores.safetensors"
+CONVERSIONS = {
+    "sparse": f"@dense {EXPERTS}",
+    "shared": f"@dense --num-experts 7 --top-k 3 --num-shared-experts 1 {GIVEN}",
+    "und": f"@dense {EXPERTS} --component und --layers all --seed 3",
+    "random": f"@dense {EXPERTS} --partition random --router-init random --partition-seed 5 --layers 1,3-4",
+    "coactivation": f"@dense {EXPERTS} --partition coactivation --stats @stats.safetensors",
+    "sparse_bf16": "@bf16 --num-experts 32 --top-k 16",
+    "sparse_sharded": f"@sharded {EXPERTS} {GIVEN}",
+    "sparse_ffns": f"@ffns {EXPERTS}",
+}
+PRUNINGS = {
+    "width": "@dense --component und,gen --keep-ratio 0.5",
+    "width_global": f"@dense --component gen --keep-ratio 0.5 --budget global --block-size 16 {GIVEN}",
+    "width_bf16": "@bf16 --component und --keep-ratio 0.25 --layers middle --criterion random --seed 2",
+    "width_sharded": "@sharded --component gen --keep-ratio 0.75",
+    "heads": f"@dense --component und,gen --axis heads --keep-ratio 0.5 {GIVEN}",
+    "heads_gen": "@dense --component gen --axis heads --keep-ratio 0.5",
+    "depth": "@dense --component gen --axis depth --skip-layers 1,3-4",
+    "depth_ffn": "@dense --component und,gen --axis depth --skip-layers 2 --skip-part ffn",
+    "all": "@dense --component und,gen --axis depth,width,heads --keep-ratio 0.5 --skip-layers 4",
+    "inside": "@sparse --component gen --keep-ratio 0.5",
+    "inside_shared": "@shared --component gen --keep-ratio 0.5",
+}
+
+
 def directories(recorder: Recorder) -> None:
     """Converts, prunes, inverts, verifies and describes a dozen kinds of model directories."""
-    root = recorder.root
+    root, run, keep = recorder.root, recorder.run, recorder.keep_files
     dense = root / "dense"
-    recorder.run("write", "mini", "write", "scenes", dense)
+    run("write", "mini write scenes @dense")
     reduce(dense, root / "bf16", lambda t: {k: v.bfloat16() for k, v in t.items()})
     reduce(dense, root / "sharded", shards)
     reduce(dense, root / "ffns", lambda t: {k: v for k, v in t.items() if ".mlp_moe_gen." in k})
     for name in ("ae.safetensors", "tokenizer.json", "tokenizer_config.json", "vit_config.json"):
         (root / "ffns" / name).unlink()
     scores(root / "scores.safetensors")
-    recorder.run(
-        "calibrate", "calibrate", dense, "--task", "generation", "--samples", 2,
-        "--out", root / "stats.safetensors", "--steps", 3, "--size", "16x16", "--inputs", 64,
-        "--scores", root / "wanda.safetensors",
-    )  # fmt: skip
-    recorder.keep_numbers("stats.safetensors", load_file(root / "stats.safetensors"))
-    recorder.keep_numbers("wanda.safetensors", load_file(root / "wanda.safetensors"))
-
-    experts = ("--num-experts", 16, "--top-k", 8)
-    stats = ("--stats", root / "stats.safetensors")
-    given = ("--scores", root / "scores.safetensors")
-    conversions: dict[str, tuple[object, ...]] = {
-        "sparse": (dense, *experts),
-        "shared": (dense, "--num-experts", 7, "--top-k", 3, "--num-shared-experts", 1, *given),
-        "und": (dense, *experts, "--component", "und", "--layers", "all", "--seed", 3),
-        "random": (dense, *experts, "--partition", "random", "--router-init", "random",
-                   "--partition-seed", 5, "--layers", "1,3-4"),
-        "coactivation": (dense, *experts, "--partition", "coactivation", *stats),
-        "sparse_bf16": (root / "bf16", "--num-experts", 32, "--top-k", 16),
-        "sparse_sharded": (root / "sharded", *experts, *given),
-        "sparse_ffns": (root / "ffns", *experts),
-    }  # fmt: skip
-    for name, (source, *options) in conversions.items():
-        recorder.run(name, "convert", source, root / name, *options)
-        recorder.keep_files(name)
-        recorder.run(f"{name}.verify", "verify", root / name, "--against", source)
-        recorder.run(f"{name}.inverted", "invert", root / name, root / f"{name}.inverted")
-        recorder.keep_files(f"{name}.inverted")
-    recorder.run("activation", "convert", dense, root / "activation", *experts,
-                 "--router-init", "activation", *stats)  # fmt: skip
+    run(
+        "calibrate",
+        "calibrate @dense --task generation --samples 2 --out @stats.safetensors --steps 3 "
+        "--size 16x16 --inputs 64 --scores @wanda.safetensors",
+    )
+    for name in ("stats.safetensors", "wanda.safetensors"):
+        recorder.keep_numbers(name, load_file(root / name))
+    for name, words in CONVERSIONS.items():
+        source, _, options = words.partition(" ")
+        run(name, f"convert {source} @{name} {options}")
+        keep(name)
+        run(f"{name}.verify", f"verify @{name} --against {source}")
+        run(f"{name}.inverted", f"invert @{name} @{name}.inverted")
+        keep(f"{name}.inverted")
+    run(
+        "activation",
+        "convert @dense @activation --num-experts 16 --top-k 8 --router-init activation "
+        "--stats @stats.safetensors",
+    )
     recorder.keep_numbers("activation", load_file(root / "activation" / "ema.safetensors"))
-
-    prunings: dict[str, tuple[object, ...]] = {
-        "width": (dense, "--component", "und,gen", "--keep-ratio", 0.5),
-        "width_global": (dense, "--component", "gen", "--keep-ratio", 0.5, "--budget", "global",
-                         "--block-size", 16, *given),
-        "width_bf16": (root / "bf16", "--component", "und", "--keep-ratio", 0.25, "--layers",
-                       "middle", "--criterion", "random", "--seed", 2),
-        "width_sharded": (root / "sharded", "--component", "gen", "--keep-ratio", 0.75),
-        "heads": (dense, "--component", "und,gen", "--axis", "heads", "--keep-ratio", 0.5, *given),
-        "heads_gen": (dense, "--component", "gen", "--axis", "heads", "--keep-ratio", 0.5),
-        "depth": (dense, "--component", "gen", "--axis", "depth", "--skip-layers", "1,3-4"),
-        "depth_ffn": (dense, "--component", "und,gen", "--axis", "depth", "--skip-layers", 2,
-                      "--skip-part", "ffn"),
-        "all": (dense, "--component", "und,gen", "--axis", "depth,width,heads", "--keep-ratio",
-                0.5, "--skip-layers", 4),
-        "inside": (root / "sparse", "--component", "gen", "--keep-ratio", 0.5),
-        "inside_shared": (root / "shared", "--component", "gen", "--keep-ratio", 0.5),
-    }  # fmt: skip
-    for name, (source, *options) in prunings.items():
-        recorder.run(name, "prune", source, root / name, *options)
-        recorder.keep_files(name)
-        recorder.run(f"{name}.verify", "verify", root / name, "--against", source)
-        recorder.run(f"{name}.info", "info", root / name)
-    recorder.run("pruned_sparse", "convert", root / "width", root / "pruned_sparse",
-                 "--num-experts", 8, "--top-k", 4)  # fmt: skip
-    recorder.keep_files("pruned_sparse")
-    recorder.run("pruned_sparse.inverted", "invert", root / "pruned_sparse",
-                 root / "pruned_sparse.inverted")  # fmt: skip
-    recorder.keep_files("pruned_sparse.inverted")
+    for name, words in PRUNINGS.items():
+        source, _, options = words.partition(" ")
+        run(name, f"prune {source} @{name} {options}")
+        keep(name)
+        run(f"{name}.verify", f"verify @{name} --against {source}")
+        run(f"{name}.info", f"info @{name}")
+    run("pruned_sparse", "convert @width @pruned_sparse --num-experts 8 --top-k 4")
+    keep("pruned_sparse")
+    run("pruned_sparse.inverted", "invert @pruned_sparse @pruned_sparse.inverted")
+    keep("pruned_sparse.inverted")
     for name in ("dense", "sparse", "shared", "und", "sparse_sharded", "sparse_ffns"):
-        recorder.run(f"{name}.info", "info", root / name)
-    recorder.run("sparse.memory", "info", root / "sparse", "--memory")
+        run(f"{name}.info", f"info @{name}")
+    run("sparse.memory", "info @sparse --memory")
 
 
 def runs(recorder: Recorder) -> None:
@@ -254,16 +251,19 @@ def runs(recorder: Recorder) -> None:
             )
             latents = {str(i): latent for i, latent in enumerate(result.latents)}
             recorder.keep_numbers(f"{name}.latents{label}", latents)
-    image = root / "drawn.png"
-    recorder.run("generate", "generate", root / "sparse", "--prompt", "a green cross",
-                 "--size", "16x16", "--steps", 5, "--seed", 3, "--out", image)  # fmt: skip
-    recorder.run("chat", "chat", root / "sparse", "--prompt", "what is it", "--image", image,
-                 "--max-tokens", 8)  # fmt: skip
-    sampled = ("--task", "generation", "--samples", 2, "--steps", 3, "--size", "16x16")
-    recorder.run("usage", "expert-usage", root / "activation", *sampled)
-    recorder.run("analyze", "analyze", root / "dense", *sampled, "--component", "und,gen", "--axis",
-                 "depth,width,heads", "--ratios", ".5", "--repeats", 1, "--no-plots", "--out",
-                 root / "sweep")  # fmt: skip
+    recorder.run(
+        "generate",
+        "generate @sparse --prompt 'a green cross' --size 16x16 --steps 5 --seed 3 "
+        "--out @drawn.png",
+    )
+    recorder.run("chat", "chat @sparse --prompt 'what is it' --image @drawn.png --max-tokens 8")
+    sampled = "--task generation --samples 2 --steps 3 --size 16x16"
+    recorder.run("usage", f"expert-usage @activation {sampled}")
+    recorder.run(
+        "analyze",
+        f"analyze @dense {sampled} --component und,gen --axis depth,width,heads --ratios .5 "
+        "--repeats 1 --no-plots --out @sweep",
+    )
 
     data = root / "data"
     data.mkdir()
@@ -274,12 +274,11 @@ def runs(recorder: Recorder) -> None:
         pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(data / f"{number}.png")
         (data / f"{number}.txt").write_text(["a red square", "a blue circle"][number % 2])
-    train = ("--data", data, "--batch-size", 2, "--seed", 5, "--lr", "1e-3", "--ema", "0.9")
-    recorder.run("adapt", "adapt", root / "sparse", root / "tuned", *train, "--steps", 6,
-                 "--stage", "full")  # fmt: skip
+    train = "--data @data --batch-size 2 --seed 5 --lr 1e-3 --ema 0.9"
+    recorder.run("adapt", f"adapt @sparse @tuned {train} --steps 6 --stage full")
     recorder.keep_numbers("tuned", load_file(root / "tuned" / "ema.safetensors"))
-    recorder.run("adapt_router", "adapt", root / "sparse", root / "routed", *train, "--steps", 3,
-                 "--stage", "router", "--component", "gen")  # fmt: skip
+    router = "--steps 3 --stage router --component gen"
+    recorder.run("adapt_router", f"adapt @sparse @routed {train} {router}")
     recorder.keep_numbers("routed", load_file(root / "routed" / "ema.safetensors"))
 
 
