@@ -165,7 +165,8 @@ CONVERSIONS = {
     "sparse": f"@dense {EXPERTS}",
     "shared": f"@dense --num-experts 7 --top-k 3 --num-shared-experts 1 {GIVEN}",
     "und": f"@dense {EXPERTS} --component und --layers all --seed 3",
-    "random": f"@dense {EXPERTS} --partition random --router-init random --partition-seed 5 --layers 1,3-4",
+    "random": f"@dense {EXPERTS} --partition random --router-init random "
+    "--partition-seed 5 --layers 1,3-4",
     "coactivation": f"@dense {EXPERTS} --partition coactivation --stats @stats.safetensors",
     "sparse_bf16": "@bf16 --num-experts 32 --top-k 16",
     "sparse_sharded": f"@sharded {EXPERTS} {GIVEN}",
@@ -173,8 +174,10 @@ CONVERSIONS = {
 }
 PRUNINGS = {
     "width": "@dense --component und,gen --keep-ratio 0.5",
-    "width_global": f"@dense --component gen --keep-ratio 0.5 --budget global --block-size 16 {GIVEN}",
-    "width_bf16": "@bf16 --component und --keep-ratio 0.25 --layers middle --criterion random --seed 2",
+    "width_global": f"@dense --component gen --keep-ratio 0.5 --budget global "
+    f"--block-size 16 {GIVEN}",
+    "width_bf16": "@bf16 --component und --keep-ratio 0.25 --layers middle --criterion random "
+    "--seed 2",
     "width_sharded": "@sharded --component gen --keep-ratio 0.75",
     "heads": f"@dense --component und,gen --axis heads --keep-ratio 0.5 {GIVEN}",
     "heads_gen": "@dense --component gen --axis heads --keep-ratio 0.5",
