@@ -53,17 +53,23 @@ def paths(folder: Path) -> dict[str, Calls]:
     from sparse_unified.checkpoint import PruneWidthConfig, convert, prune
     from sparse_unified.mini import MiniTask, write_model
 
-    dense = write_model(MiniTask.SCENES, folder / "dense")
-    scores = folder / "scores.safetensors"
+    dense, scores = write_model(MiniTask.SCENES, folder / "dense"), folder / "scores.safetensors"
     pipeline = BagelPipeline.from_pretrained(dense)
     samples = built_in_samples(Task.GENERATION, 1)
-
-    def twice(run: Callable[[int], object]) -> Calls:
+    save_scores(
+        scores, score("activation", pipeline, calibrate(pipeline, Task.GENERATION, samples))
+    )
+    width = PruneWidthConfig(component="gen", keep_ratio=0.5)
+    runs: dict[str, Callable[[int], object]] = {
+        "conversion": lambda i: convert(dense, folder / f"sparse{i}", num_experts=16, top_k=8),
+        "sparse load": lambda _: BagelPipeline.from_pretrained(folder / "sparse0"),
+        "calibration": lambda _: calibrate(pipeline, Task.GENERATION, samples),
+        "prune with scores": lambda i: prune(dense, folder / f"pruned{i}", width, scores=scores),
+    }
+    found = {}
+    for name, run in runs.items():
         run(0)
-        return traced(lambda: run(1))
-
-    def gather(_: int) -> Any:
-        return calibrate(pipeline, Task.GENERATION, samples)
+        found[name] = traced(lambda run=run: run(1))  # type: ignore[misc]
 
     def draw(num_timesteps: int) -> Calls:
         sparse = BagelPipeline.from_pretrained(folder / "sparse0")
@@ -71,18 +77,6 @@ def paths(folder: Path) -> dict[str, Calls]:
         sparse.generate("a cross", num_timesteps=2, **options)
         return traced(lambda: sparse.generate("a cross", num_timesteps=num_timesteps, **options))
 
-    save_scores(scores, score("activation", pipeline, gather(0)))
-    width = PruneWidthConfig(component="gen", keep_ratio=0.5)
-    found = {
-        "conversion": twice(
-            lambda i: convert(dense, folder / f"sparse{i}", num_experts=16, top_k=8)
-        ),
-        "sparse load": twice(lambda _: BagelPipeline.from_pretrained(folder / "sparse0")),
-        "calibration": twice(gather),
-        "prune with scores": twice(
-            lambda i: prune(dense, folder / f"pruned{i}", width, scores=scores)
-        ),
-    }
     # What one more step calls more often is what a step calls.
     return found | {"denoising step": draw(4) - draw(3)}
 

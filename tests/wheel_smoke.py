@@ -65,16 +65,10 @@ COMMANDS = (
 def run(*command: object, where: Path, **environment: str) -> str:
     """Runs a command away from the tree and returns what it prints; its errors are ours."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "CPATH"))}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=where,
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words, variables = [str(word) for word in command], {**kept, **environment}
+    done = subprocess.run(words, cwd=where, env=variables, capture_output=True, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"{' '.join(words)}:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
@@ -85,36 +79,19 @@ def find_one(folder: Path, pattern: str) -> Path:
     return found[0].resolve()
 
 
-def offline() -> list[str]:
-    """The words before a command that cut it off from the network, where a user may do that."""
-    words = ["unshare", "--map-root-user", "--net"]
-    allowed = (
-        shutil.which("unshare")
-        and not subprocess.run([*words, "true"], capture_output=True, check=False).returncode
-    )
-    return words if allowed else []
-
-
 def build_from_sdist(folder: Path, scratch: Path) -> Path:
     """Unpacks the source archive and returns the CPU wheel built of it, without a network."""
     archive = find_one(folder, "*.tar.gz")
     with tarfile.open(archive) as packed:
         packed.extractall(scratch, filter="data")
     tree = scratch / archive.name.removesuffix(".tar.gz")
-    pip = [sys.executable, "-m", "pip", "--no-input", "wheel", "-q", "--no-build-isolation"]
-    words = offline()
-    run(
-        *words,
-        *pip,
-        "--no-deps",
-        "-w",
-        scratch / "built",
-        tree,
-        where=scratch,
-        PIP_NO_INDEX="1",
-        SPARSE_UNIFIED_CUDA="off",
-    )
-    print(f"built of {archive.name} {'without a network' if words else 'without an index'}")
+    cut_off = ["unshare", "--map-root-user", "--net"]  # where a user may do that
+    if not shutil.which("unshare") or subprocess.run([*cut_off, "true"], check=False).returncode:
+        cut_off = []
+    pip = [*cut_off, sys.executable, "-m", "pip", "--no-input", "wheel", "-q", "--no-deps"]
+    options = ["--no-build-isolation", "-w", scratch / "built", tree]
+    run(*pip, *options, where=scratch, PIP_NO_INDEX="1", SPARSE_UNIFIED_CUDA="off")
+    print(f"built of {archive.name} without {'a network' if cut_off else 'an index'}")
     return find_one(scratch / "built", "*.whl")
 
 
@@ -124,12 +101,10 @@ def smoke(wheel: Path, interpreter: str, torch_spec: str | None, scratch: Path) 
     run(interpreter, "-m", "venv", "--clear", home, where=scratch)
     python = home / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
-    site = Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", where=scratch)
-        .strip()
-    )  # fmt: skip
     if torch_spec is None:
         # A path in a .pth file: what lies there is found, its own .pth files are not read.
+        where_to = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        site = Path(run(python, "-c", where_to, where=scratch).strip())
         (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
         run(*pip, "--no-index", "--no-deps", wheel, where=scratch)
     else:
@@ -145,10 +120,8 @@ def smoke(wheel: Path, interpreter: str, torch_spec: str | None, scratch: Path) 
     )
     if dense != back:
         raise SystemExit("wheel_smoke: invert must give the dense files back, got others")
-    print(
-        f"{wheel.name}: used on Python {told['python']}, torch {told['torch']}, "
-        f"commit {told['commit']}"
-    )
+    versions = f"Python {told['python']}, torch {told['torch']}, commit {told['commit']}"
+    print(f"{wheel.name}: used on {versions}")
 
 
 def main() -> None:
@@ -160,10 +133,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        if options.sdist:
-            wheel = build_from_sdist(options.folder, scratch)
-        else:
-            wheel = find_one(options.folder, "*.whl")
+        build = build_from_sdist if options.sdist else lambda folder, _: find_one(folder, "*.whl")
+        wheel = build(options.folder, scratch)
         for interpreter in options.python or [sys.executable]:
             smoke(wheel, interpreter, options.torch, scratch)
 
