@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 # Called with (done, total) while something long runs.
 Progress = Callable[[int, int], object]
@@ -24,15 +24,10 @@ _Choice = TypeVar("_Choice", bound=Enum)
 
 
 def optional(module: str, extra: str = "bagel", *, purpose: str = "") -> Any:
-    """Imports a package that only some functions need.
-
-    Args:
-        module: full name, `tqdm.auto`.
-        extra: of this package that brings it.
-        purpose: what it is needed for, named in the error.
+    """Imports a package that only some functions need, by its full name.
 
     Raises:
-        ImportError: it is not installed; the message says how to get it.
+        ImportError: it is not installed; the message names the extra that brings it.
     """
     try:
         return importlib.import_module(module)
@@ -81,29 +76,25 @@ def choice(name: str, kind: type[_Choice], value: object) -> _Choice:
 
 @contextmanager
 def context(where: object) -> Iterator[None]:
-    """Puts "<where>: " in front of errors raised inside, as a `with` or as a decorator.
+    """Puts "<where>: ", a public function or file, in front of errors raised inside.
 
     The innermost context names the error: a file that is read inside an operation stays the one
     that is named. Type, traceback and cause stay as they are.
-
-    Args:
-        where: the public function, or the file.
     """
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
-        text = str(error)
         fault: Any = error
-        if text.startswith(f"{where}: "):
-            fault.named = True
-        if getattr(error, "named", False):
+        is_named = getattr(fault, "named", False) or str(fault).startswith(f"{where}: ")
+        fault.named = True
+        if is_named:
             raise
+        text = f"{where}: {fault}"
         if type(error).__str__ is BaseException.__str__:
-            fault.args = (f"{where}: {text}", *error.args[1:])
-            fault.named = True
+            fault.args = (text, *error.args[1:])
             raise
         kinds = (ValueError, TypeError, RuntimeError)  # its text is made of something else
-        fault = next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {text}")
+        fault = next(kind for kind in kinds if isinstance(error, kind))(text)
         fault.named = True
         raise fault from error
 
@@ -121,15 +112,11 @@ def naming(part: object) -> Iterator[None]:
         raise kind(f"{part}: {error}") from error
 
 
-class Advance(Protocol):
-    """What moves a progress bar: a `Progress` that takes a note beside the counts."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> object: ...
-
-
 @contextmanager
-def progress_bar(name: str, unit: str, *, show: bool | None = None) -> Iterator[Advance]:
-    """Yields what moves a bar on stderr; without a bar, it does nothing.
+def progress_bar(
+    name: str, unit: str, *, show: bool | None = None
+) -> Iterator[Callable[..., object]]:
+    """Yields what moves a bar on stderr, a `Progress` that takes a note too; or nothing does.
 
     Args:
         name: in front of the bar. unit: of what is counted; "B" is shown in kB, MB, GB.
@@ -141,7 +128,7 @@ def progress_bar(name: str, unit: str, *, show: bool | None = None) -> Iterator[
     if show is None:
         show = sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
     if not show:
-        yield lambda done, total, note="": None
+        yield lambda *_: None
         return
     tqdm = optional("tqdm.auto").tqdm
     with tqdm(desc=name, unit=unit, unit_scale=unit == "B", file=sys.stderr) as bar:
@@ -210,13 +197,12 @@ class Report:
 
 def format_table(rows: Sequence[Sequence[object]], *, header: bool = False) -> str:
     """Lays out rows in columns, numbers to the right; `header` underlines the first row."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
-    for row, cells in zip(texts, rows, strict=True):
+    for cells in rows:
         padded = [
-            text.rjust(width) if isinstance(cell, (int, float)) else text.ljust(width)
-            for text, cell, width in zip(row, cells, widths, strict=True)
+            f"{cell!s:>{width}}" if isinstance(cell, (int, float)) else f"{cell!s:<{width}}"
+            for cell, width in zip(cells, widths, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
     if header:

@@ -8,14 +8,14 @@ import codecs
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparse_unified._common import Advance, Report, progress_bar
+from sparse_unified._common import Report, progress_bar
 
 PROG = "sparse-unified"
 
@@ -145,7 +145,7 @@ def split_json_flag(arguments: Sequence[str]) -> list[str]:
 
 def show_progress(
     options: argparse.Namespace, name: str, unit: str = "B"
-) -> AbstractContextManager[Advance]:
+) -> AbstractContextManager[Callable[..., object]]:
     """Returns what moves a bar on a terminal's stderr, unless the command is to be quiet."""
     return progress_bar(name, unit, show=False if options.quiet else None)
 
