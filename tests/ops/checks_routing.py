@@ -190,18 +190,6 @@ def routing_ops_take_any_layout_and_repeat(device: torch.device, dtype: torch.dt
     assert_equal("one token expanded", expanded, one[v["row_token"].long()])
 
 
-@check()
-def non_finite_rows_touch_only_their_token(device: torch.device) -> None:
-    v = grouped_values(12, 40, 4, 0, 2, device=device)
-    y, token_rows = v["y"], v["token_rows"]
-    y[token_rows[5, 1].long()] = torch.nan
-    y[token_rows[7, 0].long()] = torch.inf
-    out = ops.combine(y, torch.ones_like(v["weights"]), token_rows)
-    assert out.isnan().all(1).nonzero().flatten().tolist() == [5]
-    assert (out == torch.inf).all(1).nonzero().flatten().tolist() == [7]
-    assert out.isfinite().all(1).sum() == 10
-
-
 # Gradients
 
 
