@@ -37,6 +37,8 @@ from .target import find_target, measure_roof
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALL_OPS = (BLOCK, *OPS, PRUNED)
+# Number of tokens at which ops are also measured alone.
+_ALONE = {"cpu": 1024, "cuda": 4096}
 _SAVED_IN = "bench-results"
 
 
@@ -58,13 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     defaults = f"cpu: {', '.join(CPU_DEFAULTS)}; cuda: {', '.join(CUDA_DEFAULTS)}"
     for option, names, text in (
-        ("--case", sorted(CASES), f"shape by name, repeatable (default on {defaults}); one of"),
-        ("--op", ALL_OPS, f"repeatable (default: all, at T1024 and more); {BLOCK} is the whole "
-         f"block, {PRUNED} half of the blocks of a FFN; one of"),
-        ("--provider", tuple(PEERS), "of the whole block, repeatable (default: all); one of"),
+        ("--case", sorted(CASES), f"shape by name (default on {defaults})"),
+        ("--op", ALL_OPS, f"default: all, but those of {', '.join(OPS)} for one number of tokens; "
+         f"{BLOCK} is the whole block, {PRUNED} half of the blocks of a FFN"),
+        ("--provider", tuple(PEERS), f"of the whole block (default: all); {', '.join(PEERS)}"),
     ):  # fmt: skip
-        text = f"{text} {', '.join(names)}"
-        add(option, action="append", choices=names, metavar="NAME", help=text)
+        add(option, action="append", choices=names, metavar="NAME", help=f"repeatable; {text}")
     add(
         "--direction",
         choices=(*DIRECTIONS, "all"),
@@ -129,12 +130,12 @@ def suites(
     """What the arguments ask for, case by case, each to be made when its turn comes.
 
     Args:
-        ops: None are all, and the whole FFNs alone below 256 tokens.
+        ops: None are all, and the whole FFNs alone for other numbers of tokens than `_ALONE`.
     """
 
     def of(case_name: str, direction: str) -> Iterator[Suite]:
         case = CASES[case_name]
-        chosen = ops or (ALL_OPS if case.tokens >= 1024 else (BLOCK, PRUNED))
+        chosen = ops or (ALL_OPS if case.tokens == _ALONE[device.type] else (BLOCK, PRUNED))
         if variants:
             yield variant_suite(case, dtype, direction, device)
         elif case.block_size:

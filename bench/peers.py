@@ -77,10 +77,13 @@ class Provider(nn.Module):
     """
 
     has_router = True
+    gate: nn.Linear
+    top_k: int
 
     def routing(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What forward uses: weights [T, K] fp32 and experts [T, K]; the result is judged by it."""
-        raise NotImplementedError
+        topk_logits, topk_idx = torch.topk(self.gate(x), self.top_k, dim=-1)
+        return 1 + topk_logits.float(), topk_idx
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,10 +227,6 @@ class ExpertLoop(Provider):
             _torch_ffn(weights, slice(e * width, (e + 1) * width)) for e in range(case.num_experts)
         )
 
-    def routing(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        topk_logits, topk_idx = torch.topk(self.gate(x), self.top_k, dim=-1)
-        return 1 + topk_logits.float(), topk_idx
-
     def forward(self, x: Tensor) -> Tensor:
         logits = self.gate(x)  # [T, E]
         chosen = torch.topk(logits, self.top_k, dim=-1).indices
@@ -261,10 +260,6 @@ class GroupedMm(Provider):
         down = weights.down_proj.view(hidden_size, self.num_experts, -1).transpose(0, 1)
         self.gate_up_proj = nn.Parameter(torch.cat((gate, up), dim=1))
         self.down_proj = nn.Parameter(down.contiguous())
-
-    def routing(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        topk_logits, topk_idx = torch.topk(self.gate(x), self.top_k, dim=-1)
-        return 1 + topk_logits.float(), topk_idx
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, *self.routing(x))

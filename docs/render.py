@@ -104,6 +104,9 @@ def result_section(name: str, content: Content) -> list[str]:
         lines += [f"Peak: {1e3 * roof['tflops']:.0f} GFLOP/s, {source}."]
     if not all(map(is_steady, content["records"])):
         lines += [f"A time with ! has rounds that spread more than {MOST_SPREAD:.0%}."]
+    picture = (RESULTS / name).with_suffix(".svg")
+    if picture.exists():
+        lines += ["", f"![Ratios, rates and shares of the peak](../bench/results/{picture.name})"]
     ours = [*whole, "ms ", "x dense of torch ", "x best dense ", "ceiling "]
     lines += ["", *table(ours, our_rows(content))]
     head = [*whole, "provider", "ms ", "x dense of torch ", "ceiling "]
