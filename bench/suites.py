@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified._library import module as library
-from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 
 from .cases import Case, work
@@ -118,35 +117,18 @@ def block_providers(case: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
     return {name: PEERS[name].build(setting, weights) for name in BLOCK_PROVIDERS}
 
 
-def sparse_block(
-    case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
-) -> SparseMoE:
-    """Our block with random experts and a random router, whose logits have unit variance."""
-    torch.manual_seed(seed)
-    block = SparseMoE(
-        case.hidden_size,
-        case.intermediate_size,
-        case.num_experts,
-        case.top_k,
-        return_router_logits=False,
-        device=device,
-        dtype=dtype,
-    )
-    nn.init.normal_(block.gate.weight, std=case.hidden_size**-0.5)
-    return block
-
-
-def op_calls(
-    block: SparseMoE, x: Tensor
-) -> dict[str, tuple[dict[str, OpCall], tuple[Tensor, ...]]]:
-    """Each op on the tensors that a block would give it.
+def op_calls(case: Case, x: Tensor) -> dict[str, tuple[dict[str, OpCall], tuple[Tensor, ...]]]:
+    """Each op on the tensors that our block would give it.
 
     Returns:
         Op -> calls by provider, ours and the torch reference where there is one, and what a
         backward pass differentiates besides the tokens.
     """
-    gate, top_k, num_experts = block.gate.weight, block.top_k, block.num_experts
-    experts = (block.gate_proj, block.up_proj, block.down_proj)
+    drawn = draw_weights(case, x.dtype, x.device)
+    gate, *experts = (
+        nn.Parameter(w) for w in (drawn.gate, drawn.gate_proj, drawn.up_proj, drawn.down_proj)
+    )
+    top_k, num_experts = case.top_k, case.num_experts
     _, topk_logits, topk_idx = ops.route_topk(x, gate, top_k)
     offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
     weights = 1 + topk_logits
@@ -169,7 +151,11 @@ def op_calls(
         "combine": lambda _: reference.combine(rows, weights, token_rows),
         "ffn_importance": lambda x: reference.ffn_importance(x, *experts[:2]),
     }
-    leaves = {"route_topk": (gate,), "combine": (rows, weights), "grouped_ffn": experts}
+    leaves: dict[str, tuple[Tensor, ...]] = {
+        "route_topk": (gate,),
+        "combine": (rows, weights),
+        "grouped_ffn": tuple(experts),
+    }
     return {
         op: (
             {OURS: ours[op]} | ({"torch": torch_calls[op]} if op in torch_calls else {}),
@@ -216,7 +202,7 @@ def op_suites(
     """Each op alone beside its torch reference, as far as it has that direction."""
     xs = _inputs(case, dtype, device)
     with torch.no_grad():
-        calls = op_calls(sparse_block(case, dtype, device), xs[0])
+        calls = op_calls(case, xs[0])
     for op in chosen:
         if op not in _TRAINED_OPS[direction]:
             continue
@@ -320,7 +306,7 @@ def variant_suite(
     else:
         op = formula = "grouped_ffn"
         with torch.no_grad():
-            runs, leaves = op_calls(sparse_block(case, dtype, device), xs[0])[op]
+            runs, leaves = op_calls(case, xs[0])[op]
         run = _op_call(runs[OURS], direction, xs, leaves)
     expected = run(0)
 
