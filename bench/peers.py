@@ -293,6 +293,7 @@ class TransformersExperts(GroupedMm):
     _apply_gate: Any = None
     has_gate, has_bias, has_post_expert_norm = True, False, False
     is_transposed, is_concatenated, _is_expert_parallel = False, True, False
+    _apply_gate: Any = None  # of the class, where those who call it look
 
     def __init__(self, setting: Setting, weights: Weights, name: str) -> None:
         super().__init__(setting, weights)
