@@ -72,7 +72,6 @@ metric_list: [{metric: own, aggregation: !function utils.gather, higher_is_bette
 
 def evaluate(task: Path, monkeypatch: pytest.MonkeyPatch, **model_args: Any) -> list[str]:
     """Answers to the questions, by way of the entry point, the registry and the evaluator."""
-    pytest.importorskip("loguru", reason="lmms-eval is not installed")
     pytest.importorskip("lmms_eval.evaluator")
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import MODEL_REGISTRY_V2, registry_v2
@@ -130,3 +129,12 @@ def test_images_are_drawn_and_edited(
 def test_modes_are_checked(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="mode must be one of understanding, generation"):
         evaluate(task, monkeypatch, pretrained="anywhere", mode="drawing")
+
+
+def test_tasks_that_do_not_generate_are_refused() -> None:
+    pytest.importorskip("lmms_eval.api.model")
+    from sparse_unified.engines.lmms_eval import SparseUnifiedBagel as Model
+
+    for method in (Model.loglikelihood, Model.generate_until_multi_round):
+        with pytest.raises(NotImplementedError, match="must ask for generate_until"):
+            method(None, [])

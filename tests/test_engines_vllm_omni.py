@@ -281,6 +281,10 @@ def test_a_group_that_cannot_divide_the_experts_is_refused(
     monkeypatch.setattr(BuiltIn, "split", 2 * experts.mlp_moe_gen.num_experts)
     with pytest.raises(ValueError, match=rf"layer {SPARSE_LAYER}: tensor_parallel_size must"):
         registry.load()(od_config=config_of(sparse))
+    monkeypatch.setattr(BuiltIn, "split", 2)
+    monkeypatch.setattr(SparseMoE, "active_backend", "torch: no kernel")
+    with pytest.raises(ValueError, match=r"run on our kernels, got torch: no kernel"):
+        registry.load()(od_config=config_of(sparse))
 
 
 def test_without_vllm_omni_the_plugin_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
