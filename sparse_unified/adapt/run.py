@@ -7,7 +7,6 @@ While a run to `OUT` lasts, its log and its states lie in `OUT.training`: `log.j
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +34,7 @@ from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint
 from sparse_unified.checkpoint.files import (
     loads_strict,
+    lock_alone,
     refuse_foreign_partial,
     refuse_overlap,
     replace_file,
@@ -288,7 +288,7 @@ def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
     lock = os.open(running, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_alone(lock)
         except BlockingIOError:
             raise ValueError(f"{running} must belong to one run, got one that goes on") from None
         except OSError:  # the file system has no locks

@@ -7,7 +7,6 @@ points.jsonl    one line per finished point, appended when it is finished
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_unified._common import list_some
-from sparse_unified.checkpoint.files import loads_strict, read_json, replace_file
+from sparse_unified.checkpoint.files import loads_strict, lock_alone, read_json, replace_file
 
 NUMBER = (int, float)
 _METRICS = {str: NUMBER}
@@ -66,7 +65,7 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
     folder.mkdir(exist_ok=True)
     with (folder / ".lock").open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_alone(lock.fileno())
         except BlockingIOError:
             raise RuntimeError(
                 f"--out: {folder} must be used by one run at a time, got another"

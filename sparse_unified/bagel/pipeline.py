@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-import resource
 import secrets
 import sys
 import tempfile
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -589,6 +588,9 @@ class BagelPipeline:
             report.peak_memory_bytes = torch.cuda.max_memory_allocated(device)
         else:
             unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            report.peak_memory_bytes = peak * unit
+            with suppress(ImportError):  # Windows has no such count
+                import resource
+
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                report.peak_memory_bytes = peak * unit
         setattr(report, name, getattr(report, name) + clock.perf_counter() - start)

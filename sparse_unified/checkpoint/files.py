@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import logging
@@ -12,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,12 +22,22 @@ import numpy as np
 
 from sparse_unified._common import list_some
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 # The file that says that a partial directory is ours to remove.
 MARKER = "sparse_unified.partial"
 # One call of the kernel moves at most this much, so that progress and Ctrl-C get their turn.
 _RANGE_BYTES = 64 << 20
+
+# Other systems send to sockets alone, or have none; Windows opens no directories.
+_SENDS_FILES = sys.platform == "linux" and hasattr(os, "sendfile")
+_DIRECTORY = getattr(os, "O_DIRECTORY", None)
+_BINARY, _NONBLOCK = getattr(os, "O_BINARY", 0), getattr(os, "O_NONBLOCK", 0)
 
 # What tells a file from another one under its name: device, inode, bytes, ns of the last change.
 Stamp = tuple[int, int, int, int]
@@ -55,7 +65,7 @@ def open_source(path: Path, stamp: Stamp | None = None) -> Iterator[io.FileIO]:
     """
     try:
         # Not to wait for the writer of a pipe.
-        stream = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+        stream = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | _NONBLOCK))
     except OSError as error:
         raise (ValueError if stamp is None else RuntimeError)(
             f"{path}: file must be readable, got {error.strerror}"
@@ -182,7 +192,7 @@ def list_files(directory: Path) -> dict[str, os.stat_result]:
 @contextmanager
 def create_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
     """Creates a file where nothing is, yields its descriptor, and syncs it when all went well."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
     try:
         yield handle
         os.fsync(handle)
@@ -212,7 +222,13 @@ def copy_range(
     position, end = start, start + nbytes
     while position < end:
         limit = min(end - position, _RANGE_BYTES)
-        count = os.sendfile(target, source.fileno(), position, limit)
+        if _SENDS_FILES:
+            count = os.sendfile(target, source.fileno(), position, limit)
+        else:
+            source.seek(position)
+            block = source.read(limit)
+            write_all(target, block)
+            count = len(block)
         if count == 0:
             raise RuntimeError(
                 f"{source.name}: file must not change while it is read, "
@@ -234,7 +250,7 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         with create_file(partial) as handle:
             with suppress(FileNotFoundError):
-                os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
+                partial.chmod(stat.S_IMODE(path.stat().st_mode))
             write_all(handle, data)
         partial.replace(path)
     except BaseException as error:
@@ -321,16 +337,24 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
             ) from error
 
 
+def lock_alone(handle: int) -> None:
+    """Locks what is open; BlockingIOError where another process has. Windows locks nothing."""
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _lock(partial: Path) -> int:
     """Makes a directory if there is none, and returns a descriptor that locks it."""
     while True:
         partial.mkdir(exist_ok=True)
+        if _DIRECTORY is None:
+            return os.open(os.devnull, os.O_RDONLY)
         try:
-            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            lock = os.open(partial, os.O_RDONLY | _DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # the run that held it has just removed it
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_alone(lock)
         except BlockingIOError:
             os.close(lock)
             raise RuntimeError(
@@ -349,7 +373,9 @@ def _lock(partial: Path) -> int:
 
 
 def _sync(directory: str | Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    if _DIRECTORY is None:
+        return
+    handle = os.open(directory, os.O_RDONLY | _DIRECTORY)
     try:
         os.fsync(handle)
     finally:

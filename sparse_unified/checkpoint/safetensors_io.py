@@ -194,7 +194,8 @@ def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(stream.fileno(), [view[done:]], start + done)
+            stream.seek(start + done)
+            count = stream.readinto(view[done:])
         except OSError as error:
             raise RuntimeError(
                 f"{stream.name}: file must stay readable, got {error.strerror}"
