@@ -25,7 +25,7 @@ from sparse_unified import adapt, analysis, bagel, engines
 from sparse_unified.cli import main
 for arguments in (
     ["convert", "dense", "other/sparse", "--num-experts", "4", "--top-k", "2"],
-    ["verify", "other/sparse", "dense"],
+    ["verify", "other/sparse", "--against", "dense"],
     ["invert", "other/sparse", "other/dense"],
     ["prune", "dense", "other/pruned", "--component", "gen", "--keep-ratio", "0.5"],
     ["info", "other/pruned"],
