@@ -109,7 +109,12 @@ def test_bad_arguments_are_refused(
         pipeline("a cup", **options)
 
 
-def test_saving_says_what_to_do(pipeline: BagelDiffusionPipeline, tmp_path: Path) -> None:
-    with pytest.raises(NotImplementedError, match="must be done by copying the model directory"):
-        pipeline.save_pretrained(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_what_is_saved_draws_the_same_images(
+    pipeline: BagelDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = BagelDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"output_type": "np", **SIZE}
+    images = [p("a cup", generator=generator(), **options).images for p in (pipeline, again)]
+    assert np.array_equal(*images)

@@ -57,12 +57,13 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
         pipeline.bagel = loaded
         return pipeline
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Raises NotImplementedError: a model is a directory of BAGEL's layout already; copy it."""
-        raise NotImplementedError(
-            "BagelDiffusionPipeline: save_pretrained must be done by copying the model directory, "
-            f"got {save_directory}"
-        )
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **card: Any) -> None:
+        """Writes BAGEL's own layout, as `BagelPipeline.save_pretrained`."""
+        self.bagel.save_pretrained(save_directory, **card)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads it, as `BagelPipeline.push_to_hub`."""
+        return self.bagel.push_to_hub(repo_id, **options)
 
     @torch.no_grad()
     def __call__(
