@@ -71,7 +71,7 @@ def _refuse_others(module: Any) -> None:
         for name, value in wanted.items()
         if getattr(module, name, value) != value
     ]
-    if not type(module)._apply_gate.__module__.endswith("integrations.moe"):
+    if not module._apply_gate.__module__.endswith("integrations.moe"):
         found.append("a gate function of their own")
     if not found and "silu" not in type(module.act_fn).__name__.lower():
         found.append(f"activation {type(module.act_fn).__name__}")
