@@ -42,8 +42,8 @@ class MemoryEstimate(Report):
     trained: int  # number of those that are trained
     weights: int  # of the model, in its dtype
     autoencoder: int  # of its weights
-    # Of a pass, before they are accumulated: of sharded parameters all, elsewhere the largest one,
-    # and none where they are accumulated in place.
+    # Of a pass, before they are accumulated: of sharded parameters at most all, elsewhere the
+    # largest one, and none where they are accumulated in place.
     pass_gradients: int
     gradients: int  # accumulated, fp32
     masters: int  # fp32 master weights; 0 where parameters are fp32 themselves

@@ -10,7 +10,7 @@ process holds the state of its own shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -101,29 +101,21 @@ class Optimizer:
             self.state |= {f"ema.{name}": average for name, average in self.ema.items()}
 
     @contextmanager
-    def accumulating(self) -> Iterator[Callable[[], None]]:
+    def accumulating(self) -> Iterator[None]:
         """Accumulates the gradients of the backward passes inside the block.
 
         Where a parameter is its own master weight they are added in place; elsewhere each is moved
-        as soon as it is there, so that few exist at a time. Of sharded parameters they are there
-        only after the pass, so the block gets a function to call then.
+        as soon as it is there, of a sharded one when it was reduced, so that few exist at a time.
         """
         hooks = []
-        sharded = [name for name, p in self.parameters.items() if _is_sharded(p)]
-        for name in self.parameters.keys() - sharded:
-            parameter = self.parameters[name]
-            if name in self._own:
+        for name, parameter in self.parameters.items():
+            if name in self._own and not _is_sharded(parameter):
                 parameter.grad = self.gradients[name]
             else:
                 move = partial(_move_gradient, self.gradients[name])
                 hooks.append(parameter.register_post_accumulate_grad_hook(move))
-
-        def collect_shards() -> None:
-            for name in sharded:
-                _move_gradient(self.gradients[name], self.parameters[name])
-
         try:
-            yield collect_shards
+            yield
         finally:
             for hook in hooks:
                 hook.remove()

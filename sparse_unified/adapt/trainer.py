@@ -189,13 +189,12 @@ class Trainer:
         text_tokens, image_tokens, tokens = counts.tolist()
         losses = []
         loads = {key: torch.zeros(n, dtype=torch.int64, device=device) for key, n in self._experts}
-        with _deterministic(device), self.optimizer.accumulating() as collect_shards:
+        with _deterministic(device), self.optimizer.accumulating():
             for batch in batches:
                 total, parts, load = self._pass(batch, text_tokens, image_tokens)
                 # Without a graph nothing that trains took part: routers in a pass of text alone.
                 if total.requires_grad:
                     total.backward()
-                collect_shards()
                 losses.append(parts.detach())
                 for key, tokens_of_experts in load.items():  # none of a component without tokens
                     loads[key] += tokens_of_experts

@@ -80,13 +80,7 @@ def add_adapt(parser: CommandParser) -> None:
         memory,
         TrainingConfig,
         "micro_batch_size checkpointing optimizer_device",
-        micro_batch_size="sequences of one forward and backward pass, a divisor of --batch-size "
-        "(default: a process's share)",
-    )
-    add_flags(
-        memory,
-        "--estimate-memory  print what the run would take, from the headers of MODEL alone, "
-        "and stop",
+        micro_batch_size="sequences of a pass (default: a process's share of --batch-size)",
     )
 
     run = parser.add_argument_group("run", "log and states of a run lie in OUT.training")
@@ -101,8 +95,11 @@ def add_adapt(parser: CommandParser) -> None:
     )
     add_flags(
         run,
-        "--dry-run  read model and data, every image included, report, and stop before the first "
-        "step",
+        """
+        --estimate-memory  print what the run would take, from the headers of MODEL alone, and stop
+        --dry-run          read model and data, every image included, report, and stop before the
+                           first step
+        """,
     )
 
 
