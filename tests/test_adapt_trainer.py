@@ -26,14 +26,11 @@ DTYPES = [torch.float32, torch.bfloat16]
         (TrainingConfig, "batch_size", 2.0),
         (TrainingConfig, "micro_batch_size", 3),
         (TrainingConfig, "learning_rate", -1.0),
-        (TrainingConfig, "eps", 0.0),
         (TrainingConfig, "betas", (0.9, 1.0)),
         (TrainingConfig, "schedule", "linear"),
         (TrainingConfig, "ema_decay", 1.5),
-        (TrainingConfig, "max_grad_norm", 0.0),
         (TrainingConfig, "seed", 2**63),
         (SequenceConfig, "text_dropout", 1.5),
-        (SequenceConfig, "vae_dropout", -0.1),
         (SequenceConfig, "timestep_shift", 0),
         (RunConfig, "keep", 0),
         (RunConfig, "stage", "experts"),
@@ -111,19 +108,6 @@ def test_passes_of_a_step_add_up(dtype: torch.dtype, tolerance: float) -> None:
     assert first.grad_norm == pytest.approx(second.grad_norm, rel=tolerance)
     assert first.tokens == second.tokens
     assert first.expert_load == second.expert_load
-
-
-@pytest.mark.parametrize("stage", ["router", "expert_frozen", "full"])
-def test_only_trained_parameters_change_and_have_state(stage: str) -> None:
-    own = trainer(stage)
-    before = {name: p.detach().clone() for name, p in own.model.named_parameters()}
-    trained = {name for name, p in own.model.named_parameters() if p.requires_grad}
-    losses(own, 2)
-    changed = {n for n, p in own.model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed <= trained
-    assert any(".mlp_moe_gen.gate.weight" in name for name in changed)
-    state = own.optimizer.state
-    assert {key.partition(".")[2] for key in state} == trained
 
 
 def test_bf16_weights_are_rounded_masters_that_keep_small_steps() -> None:

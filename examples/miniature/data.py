@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from miniature import digits, scenes
 from sparse_unified.adapt import SequenceConfig
 from sparse_unified.adapt.data import generation_sequence, understanding_sequence
-from sparse_unified.adapt.trainer import SequenceDataset
 from sparse_unified.bagel.packing import Segment
 from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_config
 
 _SCENES_PER_EPOCH = 4096
 _QUESTIONS_PER_SCENE = 4
+
+
+# Pixels [3, H, W] in [-1, 1] of an index, with their prompt, or with questions and answers.
+Picture = Callable[[int, torch.Generator], tuple[Tensor, str]]
+Questions = Callable[[int, torch.Generator], tuple[Tensor, list[tuple[str, str]]]]
 
 
 class MiniDataset:
@@ -23,9 +29,18 @@ class MiniDataset:
     Args:
         task: for the markers and the latents.
         count: sequences of each half.
+        picture, questions: what they are made of.
     """
 
-    def __init__(self, task: MiniTask, count: int, config: SequenceConfig | None = None) -> None:
+    def __init__(
+        self,
+        task: MiniTask,
+        count: int,
+        picture: Picture,
+        questions: Questions,
+        config: SequenceConfig | None,
+    ) -> None:
+        self.picture, self.questions = picture, questions
         self._markers = mini_config(task).special_tokens
         self._task = task
         self._config = config or SequenceConfig(timestep_shift=SHAPES[task].timestep_shift)
@@ -46,78 +61,53 @@ class MiniDataset:
                 )
             return sequence
         pixels, prompt = self.picture(index // 2, generator)
-        return list(
-            generation_sequence(
-                self._markers,
-                encode(prompt),
-                latent_of(self._task, pixels),
-                generator,
-                self._config,
-            )
-        )
-
-    def picture(self, index: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        """Returns pixels [3, H, W] in [-1, 1] and the prompt for them."""
-        raise NotImplementedError
-
-    def questions(
-        self, index: int, generator: torch.Generator
-    ) -> tuple[Tensor, list[tuple[str, str]]]:
-        """Returns pixels [3, H, W] in [-1, 1], and questions with their answers."""
-        raise NotImplementedError
+        latent = latent_of(self._task, pixels)
+        return generation_sequence(self._markers, encode(prompt), latent, generator, self._config)
 
 
-class DigitDataset(MiniDataset):
+def _digits(config: SequenceConfig | None) -> MiniDataset:
     """The training images of `digits`, each once an epoch in either half.
 
     Half of the time an image is moved by a pixel, for there are no more than 1497.
     """
+    pixels, numbers = digits.load()
+    index = digits.split()[0]
 
-    def __init__(self, config: SequenceConfig | None = None) -> None:
-        self._pixels, self._digits = digits.load()
-        self._index = digits.split()[0]
-        super().__init__(MiniTask.DIGITS, len(self._index), config)
+    def picture(number: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        at = index[number]
+        return pixels[at], digits.prompt_of(int(numbers[at]))
 
-    def picture(self, index: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        at = self._index[index]
-        return self._pixels[at], digits.prompt_of(int(self._digits[at]))
+    def questions(number: int, generator: torch.Generator) -> tuple[Tensor, list[tuple[str, str]]]:
+        at = index[number]
+        asked = [(digits.QUESTION, digits.NAMES[int(numbers[at])])]
+        return _moved(pixels[at], generator), asked
 
-    def questions(
-        self, index: int, generator: torch.Generator
-    ) -> tuple[Tensor, list[tuple[str, str]]]:
-        at = self._index[index]
-        pixels = _moved(self._pixels[at], generator)
-        return pixels, [(digits.QUESTION, digits.NAMES[int(self._digits[at])])]
+    return MiniDataset(MiniTask.DIGITS, len(index), picture, questions, config)
 
 
-class SceneDataset(MiniDataset):
+def _scenes(config: SequenceConfig | None) -> MiniDataset:
     """Scenes of the training prompts, a column as often as another, and questions; always new.
 
     Beside the columns and kinds that are tested, as often as one of them, there are prompts and
     questions about the half of the picture that an object is in (`scenes.placed_prompts`).
     """
+    columns: dict[str, list[scenes.ScenePrompt]] = {}
+    for prompt in scenes.split_prompts()[0] + scenes.placed_prompts():
+        columns.setdefault(prompt.column, []).append(prompt)
+    kinds = (*scenes.QUESTION_KINDS, "place")
 
-    def __init__(self, config: SequenceConfig | None = None) -> None:
-        prompts: dict[str, list[scenes.ScenePrompt]] = {}
-        for prompt in scenes.split_prompts()[0] + scenes.placed_prompts():
-            prompts.setdefault(prompt.column, []).append(prompt)
-        self._columns = list(prompts.values())
-        super().__init__(MiniTask.SCENES, _SCENES_PER_EPOCH, config)
-
-    def picture(self, index: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        prompts = self._columns[index % len(self._columns)]
+    def picture(index: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        prompts = list(columns.values())[index % len(columns)]
         prompt = prompts[int(torch.randint(len(prompts), (), generator=generator))]
         return scenes.render(prompt.draw(generator)), prompt.text
 
-    def questions(
-        self, index: int, generator: torch.Generator
-    ) -> tuple[Tensor, list[tuple[str, str]]]:
-        kinds = (*scenes.QUESTION_KINDS, "place")
-        kind = kinds[index % len(kinds)]
-        first, *others = scenes.draw_questions(kind, generator)
+    def questions(index: int, generator: torch.Generator) -> tuple[Tensor, list[tuple[str, str]]]:
+        first, *others = scenes.draw_questions(kinds[index % len(kinds)], generator)
         order = torch.randperm(len(others), generator=generator).tolist()
         asked = [first, *(others[i] for i in order[: _QUESTIONS_PER_SCENE - 1])]
         return scenes.render(first.objects), [(q.text, q.answer) for q in asked]
+
+    return MiniDataset(MiniTask.SCENES, _SCENES_PER_EPOCH, picture, questions, config)
 
 
 def latent_of(task: MiniTask, pixels: Tensor) -> Tensor:
@@ -126,9 +116,9 @@ def latent_of(task: MiniTask, pixels: Tensor) -> Tensor:
     return SHAPES[task].gain * pixels[:, ::step, ::step]
 
 
-def training_data(task: MiniTask, config: SequenceConfig | None = None) -> SequenceDataset:
+def training_data(task: MiniTask, config: SequenceConfig | None = None) -> MiniDataset:
     """Returns what a task is trained on."""
-    return DigitDataset(config) if task is MiniTask.DIGITS else SceneDataset(config)
+    return _digits(config) if task is MiniTask.DIGITS else _scenes(config)
 
 
 def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,12 +22,12 @@ from sparse_unified.bagel.sampler import (
     initial_noise,
     sample_latents,
 )
-from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify
 from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_autoencoder
 
 _NUM_TIMESTEPS = 21
 _BATCH = 100
+_autoencoder = lru_cache(maxsize=2)(mini_autoencoder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,14 +46,6 @@ class EvaluationConfig:
     velocities: int = 300
     pictures: int = 20
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    pixels: Tensor
-    question: str
-    answer: str
-    kind: str
 
 
 def evaluate(
@@ -140,16 +132,16 @@ def generate(
         tokens = sample_latents(model, guidance, noise, [(side, side)] * len(noise), sampling)
         patch = model.config.latent_patch_size
         latents = torch.stack([unpatchify(x, side, side, patch) for x in tokens])
-        pictures.append(_vae(task).decode(latents))
+        pictures.append(_autoencoder(task).decode(latents))
     return torch.cat(pictures)
 
 
 def _understanding(model: Bagel, task: MiniTask, config: EvaluationConfig) -> dict[str, float]:
     asked = _questions(task, config.questions, config.seed)
-    found = answers(model, [item.pixels for item in asked], [item.question for item in asked])
+    pixels, questions, wanted, kinds = zip(*asked, strict=True)
     right: dict[str, list[bool]] = {}
-    for item, token in zip(asked, found, strict=True):
-        right.setdefault(item.kind, []).append(encode(item.answer) == [token])
+    for token, answer, kind in zip(answers(model, pixels, questions), wanted, kinds, strict=True):
+        right.setdefault(kind, []).append(encode(answer) == [token])
     every = [value for values in right.values() for value in values]
     result = {"understanding": sum(every) / len(every)}
     if task is MiniTask.SCENES:
@@ -185,17 +177,18 @@ def held_out_prompts(count: int) -> list[scenes.ScenePrompt]:
 
 
 @lru_cache(maxsize=8)
-def _questions(task: MiniTask, count: int, seed: int) -> list[_Asked]:
+def _questions(task: MiniTask, count: int, seed: int) -> list[tuple[Tensor, str, str, str]]:
+    """Returns pixels, question, answer and kind of each."""
     if task is MiniTask.DIGITS:
         pixels, numbers = digits.load()
         return [
-            _Asked(pixels[i], digits.QUESTION, digits.NAMES[int(numbers[i])], "digit")
+            (pixels[i], digits.QUESTION, digits.NAMES[int(numbers[i])], "digit")
             for i in digits.split()[1][:count].tolist()
         ]
     generator = torch.Generator().manual_seed(10**9 + seed)
     kinds = scenes.QUESTION_KINDS
     drawn = [scenes.draw_question(kinds[i % len(kinds)], generator) for i in range(count)]
-    return [_Asked(scenes.render(q.objects), q.text, q.answer, q.kind) for q in drawn]
+    return [(scenes.render(q.objects), q.text, q.answer, q.kind) for q in drawn]
 
 
 @lru_cache(maxsize=8)
@@ -209,8 +202,3 @@ def _held_out_pictures(task: MiniTask, count: int, seed: int) -> list[tuple[Tens
     generator = torch.Generator().manual_seed(10**9 + seed)
     prompts = held_out_prompts(-(-count // len(scenes.COLUMNS)))[:count]
     return [(scenes.render(p.draw(generator)), p.text) for p in prompts]
-
-
-@lru_cache(maxsize=2)
-def _vae(task: MiniTask) -> AutoEncoder:
-    return mini_autoencoder(task)

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from miniature.data import MiniDataset, training_data
+from miniature.data import training_data
 from miniature.evaluate import EvaluationConfig, answers, evaluate, generate
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze, init_router_
 from sparse_unified.analysis import (
@@ -334,7 +334,6 @@ class _Study:
 
     def _calibrate(self, task: str) -> tuple[FfnStatistics, Similarity]:
         """Lets the dense model do a task with training data, and watches."""
-        assert isinstance(self.data, MiniDataset)
         generator = torch.Generator().manual_seed(self.seed)
         indices = torch.randint(len(self.data) // 2, (_CALIBRATION,), generator=generator).tolist()
         model = deepcopy(self.model)

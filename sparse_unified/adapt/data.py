@@ -73,13 +73,8 @@ class Records:
     """A fixed number of records, images as files or bytes.
 
     `known` are the fields again, where an image may be anything but None; `names` are for messages.
-
-    Raises:
-        ValueError: a record cannot be used for anything.
-
-    Attributes:
-        tasks: what each record can be used for.
-        fingerprint: a hash of texts, and of names and sizes of files.
+    `tasks` says what each can be used for, which must be something; `fingerprint` is a hash of
+    texts, and of names and sizes of files.
     """
 
     def __init__(
@@ -119,17 +114,11 @@ def _unreadable(rule: str, error: Exception) -> ValueError:
 
 
 def open_records(data: str | os.PathLike[str]) -> Records:
-    """Opens data for training.
+    """Opens data for training: a folder, a file, or a pattern such as `shards/*.tar`.
 
-    Args:
-        data: a folder, a file, or a pattern such as `shards/*.tar`. A folder holds `.parquet` or
-            `.tar` shards; or one `.jsonl` file, an object a line, with images named from its
-            folder; or images, each with its caption in a `.txt` file of the same name.
-
-    Raises:
-        ValueError: there is nothing of that kind, a line or an image is missing, or a record
-            cannot be used for anything.
-        ImportError: shards are given and the `train` extra is not installed.
+    A folder holds `.parquet` or `.tar` shards; or one `.jsonl` file, an object a line, with images
+    named from its folder; or images, each with its caption in a `.txt` file of the same name.
+    ValueError if there is nothing of that kind, or a record cannot be used for anything.
     """
     path = Path(data)
     if path.is_dir():
@@ -284,10 +273,8 @@ class ImageDataset:
     def sequence(self, index: int, generator: torch.Generator) -> Sequence[Segment]:
         """Returns the sequence of one use of one record; see `SequenceDataset`.
 
-        In the place of a record that cannot be read comes the next one that can.
-
-        Raises:
-            ValueError: more than `max_damaged` records cannot be read.
+        In the place of a record that cannot be read comes the next one that can; ValueError if more
+        than `max_damaged` cannot.
         """
         record, task = self._next_record(index)
         special = self._tokenizer.special_tokens
@@ -404,8 +391,7 @@ def generation_sequence(
         special_tokens: markers of the model.
         prompt_ids: of the text, without bos and eos.
         latent: scaled latent [C, h, w] of the image.
-        generator: of time, noise and dropout, in a fixed order and number.
-        config: how they are drawn.
+        generator: of time, noise and dropout, drawn as `config` says, in a fixed order and number.
         sources: images to edit, each through the VAE, the ViT, or both, in this order.
     """
     config = config or SequenceConfig()

@@ -46,14 +46,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Master weights, gradients, moments and average of the trained parameters of a model.
-
-    Args:
-        model: parameters with `requires_grad` are trained.
-        config: of optimizer and average.
-
-    Raises:
-        ValueError: nothing is to be trained.
+    """Master weights, gradients, moments and average of the parameters with `requires_grad`.
 
     Attributes:
         parameters: what is trained, by name.

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -133,7 +133,10 @@ def adapt(
         if is_first:
             log = stack.enter_context(_open_log(running / LOG, resumed_from))
         if is_first and run.tensorboard:
-            events = stack.enter_context(closing(_open_events(running, resumed_from)))
+            optional("tensorboard", extra="train")
+            writer = optional("torch.utils.tensorboard", extra="train").SummaryWriter
+            events = writer(str(running / "tensorboard"), purge_step=resumed_from + 1)
+            stack.callback(events.close)
         losses, tokens, seconds = [], 0, 0.0
         while trainer.steps_done < config.steps:
             record = trainer.step()
@@ -340,12 +343,6 @@ def _open_log(path: Path, steps: int) -> TextIO:
         )
     replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8", buffering=1)  # line by line
-
-
-def _open_events(running: Path, steps: int) -> Any:
-    optional("tensorboard", extra="train")
-    tensorboard = optional("torch.utils.tensorboard", extra="train")
-    return tensorboard.SummaryWriter(os.fspath(running / "tensorboard"), purge_step=steps + 1)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -68,9 +68,7 @@ def save_state(
 ) -> None:
     """Writes the state of a run; every process takes part, the first one writes.
 
-    Raises:
-        ValueError: the directory exists.
-        RuntimeError: writing failed, or a tensor is not finite; nothing is left.
+    ValueError if the directory exists; RuntimeError if writing failed or a tensor is not finite.
     """
     owners = {key: optimizer.parameters[key.partition(".")[2]] for key in optimizer.state}
     whole = ((key, gather(owners[key], shard)) for key, shard in optimizer.state.items())
@@ -95,13 +93,9 @@ def save_state(
 def load_state(
     directory: str | os.PathLike[str], optimizer: Optimizer, facts: Mapping[str, Any]
 ) -> int:
-    """Fills the state of a run from what `save_state` wrote; each process reads its own part.
+    """Fills the state of a run; each process reads its own part. Returns the step of the state.
 
-    Returns:
-        The step of the state.
-
-    Raises:
-        ValueError: a file is missing or damaged, or of another run; nothing is filled.
+    ValueError if a file is missing or damaged, or of another run; then nothing is filled.
     """
     directory = Path(directory)
     path = directory / TENSORS
@@ -204,11 +198,8 @@ def write_adapted(
     """Writes a checkpoint with the trained weights, their averages where such are kept.
 
     Tensors keep names, shapes, dtypes and files. The recipe gains a step. Every process takes part;
-    the first one writes. The directory appears complete or not at all.
-
-    Raises:
-        ValueError: the target exists.
-        RuntimeError: writing failed, or a trained weight is not finite; nothing is left.
+    the first one writes. The directory appears complete or not at all; RuntimeError if writing
+    failed or a trained weight is not finite.
     """
     trained = _trained_tensors(model, optimizer)
     keys = [k for header in source.headers.values() for k in header.tensors if k in trained]
