@@ -292,15 +292,14 @@ class ImageDataset:
 
     def check(self) -> None:
         """Reads every record that is used; raises ValueError that names the first damaged one."""
-        damaged = []
         for number in dict(self.samples):
             try:
                 self._records.read(number)
             except ValueError as error:
-                damaged.append(str(error))
-        if damaged:
-            of = len(self._records.tasks)
-            raise ValueError(f"{damaged[0]}; {len(damaged)} of {of} are damaged")
+                self.damaged[number] = str(error)
+        if self.damaged:
+            first, of = next(iter(self.damaged.values())), len(self._records.tasks)
+            raise ValueError(f"{first}; {len(self.damaged)} of {of} are damaged")
 
     def _next_record(self, index: int) -> tuple[dict[str, Any], Task]:
         for place in range(len(self)):

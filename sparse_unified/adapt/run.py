@@ -31,14 +31,7 @@ from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
 from sparse_unified.adapt.trainer import StepRecord, Trainer
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
-from sparse_unified.checkpoint import AdaptConfig, Checkpoint
-from sparse_unified.checkpoint.files import (
-    loads_strict,
-    lock_alone,
-    refuse_foreign_partial,
-    refuse_overlap,
-    replace_file,
-)
+from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files
 from sparse_unified.checkpoint.model_dir import find_model
 
 LOG = "log.jsonl"
@@ -253,9 +246,9 @@ def _prepare(
     source = Checkpoint(find_model(model))
     target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
     running = target.with_name(f"{target.name}.training")
-    refuse_overlap(target, source.directory, data)
-    refuse_overlap(running, source.directory)
-    refuse_foreign_partial(target)
+    files.refuse_overlap(target, source.directory, data)
+    files.refuse_overlap(running, source.directory)
+    files.refuse_foreign_partial(target)
     if os.path.lexists(target):
         raise ValueError(f"target must not exist, got {out}")
     if not target.parent.is_dir():
@@ -291,7 +284,7 @@ def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
     lock = os.open(running, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            lock_alone(lock)
+            files.lock_alone(lock)
         except BlockingIOError:
             raise ValueError(f"{running} must belong to one run, got one that goes on") from None
         except OSError:  # the file system has no locks
@@ -341,7 +334,7 @@ def _open_log(path: Path, steps: int) -> TextIO:
         raise ValueError(
             f"{path}: log must hold the steps 1 to {steps} of the state, got {len(kept)}"
         )
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    files.replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8", buffering=1)  # line by line
 
 
@@ -351,7 +344,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
-            values = loads_strict(line)
+            values = files.loads_strict(line)
             is_step = (type(values["step"]), type(values["loss"])) == (int, float)
         except (ValueError, TypeError, LookupError):
             is_step = False

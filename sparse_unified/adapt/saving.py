@@ -30,24 +30,9 @@ from sparse_unified.adapt.optimizer import (
     this_process,
     wait_for_all,
 )
-from sparse_unified.checkpoint import AdaptConfig, Checkpoint
-from sparse_unified.checkpoint.files import (
-    atomic_directory,
-    create_file,
-    read_json,
-    write_all,
-    write_text,
-)
+from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
-from sparse_unified.checkpoint.safetensors_io import (
-    TensorSpec,
-    as_bytes,
-    build_header,
-    encode_header,
-    read_header,
-    read_tensor,
-)
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
@@ -76,17 +61,19 @@ def save_state(
         for _ in whole:  # takes part in gathering it
             pass
     else:
-        header = build_header([(k, torch.float32, tuple(p.shape)) for k, p in owners.items()])
+        header = safetensors_io.build_header(
+            [(k, torch.float32, tuple(p.shape)) for k, p in owners.items()]
+        )
         checksum = 0
-        with atomic_directory(directory) as unfinished:
-            with create_file(unfinished / TENSORS) as target:
-                write_all(target, encode_header(header))
+        with files.atomic_directory(directory) as unfinished:
+            with files.create_file(unfinished / TENSORS) as target:
+                files.write_all(target, safetensors_io.encode_header(header))
                 for key, tensor in whole:
                     data = _finite_bytes(tensor, key)
                     checksum = zlib.crc32(data, checksum)
-                    write_all(target, data)
+                    files.write_all(target, data)
             text = json.dumps({**_FORMAT, **facts, "crc32": checksum}, indent=2)
-            write_text(unfinished / FACTS, text + "\n")
+            files.write_text(unfinished / FACTS, text + "\n")
     wait_for_all()
 
 
@@ -101,7 +88,7 @@ def load_state(
     path = directory / TENSORS
     try:
         found = _read_facts(directory / FACTS)
-        specs = read_header(path).tensors
+        specs = safetensors_io.read_header(path).tensors
         checksum = found.get("crc32")  # states of earlier versions have none
         if checksum is not None and this_process() == 0:
             _check_bytes(path, min((spec.start for spec in specs.values()), default=0), checksum)
@@ -123,7 +110,9 @@ def load_state(
         )
     for key, target in optimizer.state.items():
         rows = local_rows(owners[key])
-        target.copy_(read_tensor(specs[key] if rows is None else specs[key].rows(*rows)))
+        target.copy_(
+            safetensors_io.read_tensor(specs[key] if rows is None else specs[key].rows(*rows))
+        )
     step: int = found["step"]
     optimizer.restored(step)
     return step
@@ -137,7 +126,7 @@ def list_states(running: Path) -> list[Path]:
 
 def _read_facts(path: Path) -> dict[str, Any]:
     """Returns what the JSON of a state says; ValueError if it is of another format or step."""
-    found = read_json(path)
+    found = files.read_json(path)
     form = {name: found.get(name) for name in _FORMAT}
     if form != _FORMAT:
         raise ValueError(f"{path}: format must be {_FORMAT}, got {form!r:.120}")
@@ -182,7 +171,7 @@ def _finite_bytes(tensor: Tensor, key: str) -> Any:
     # A sum reads the tensor once and keeps NaN and infinity; it can also overflow.
     if not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
         raise RuntimeError(f"{WHAT}: {key} must be finite to be written, got NaN or infinity")
-    return as_bytes(tensor.cpu().contiguous())
+    return safetensors_io.as_bytes(tensor.cpu().contiguous())
 
 
 def write_adapted(
@@ -208,7 +197,7 @@ def write_adapted(
             trained[key]()  # takes part in gathering it
     else:
 
-        def blocks(key: str, spec: TensorSpec) -> Blocks:
+        def blocks(key: str, spec: safetensors_io.TensorSpec) -> Blocks:
             yield _finite_bytes(trained[key]().to(spec.dtype), key)
 
         edits = {}
