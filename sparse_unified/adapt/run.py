@@ -147,12 +147,8 @@ def adapt(
                 if log is not None:
                     os.fsync(log.fileno())
                 trainer.save(running / f"step-{record.step}")
-                for path in list_states(running)[: -run.keep] if is_first else ():
-                    # It loses its name first, so that no half is left.
-                    doomed = path.with_name(f".{path.name}.removed")
-                    shutil.rmtree(doomed, ignore_errors=True)
-                    path.rename(doomed)
-                    shutil.rmtree(doomed)
+                if is_first:
+                    _drop_states(running, run.keep)
             if on_step is not None:
                 on_step(record)
         if log is not None:
@@ -311,6 +307,15 @@ def _in_words() -> Iterator[None]:
             f"all {num_processes()} processes must run on and answer within --timeout, got one "
             f"that has ended or stands still: {reason:.200}; go on from the last state (--resume)"
         ) from error
+
+
+def _drop_states(running: Path, keep: int) -> None:
+    """Removes all but the latest states; each loses its name first, so that no half is left."""
+    for path in list_states(running)[:-keep]:
+        doomed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _fingerprint(source: Checkpoint) -> str:
