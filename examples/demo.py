@@ -15,10 +15,11 @@ import platform
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from demo_picture import Bar, Row, draw
@@ -55,8 +56,7 @@ PROMPTS = {
 EVALUATION = EvaluationConfig(questions=150, velocities=150, pictures=5)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """One line of the result: what was asked, what came out, and whether that is right."""
 
     what: str
@@ -96,7 +96,7 @@ def main() -> int:
             "python": platform.python_version(),
         },
         "threads": torch.get_num_threads(),
-        "checks": [asdict(check) for check in checks],
+        "checks": [check._asdict() for check in checks],
         "models": metrics,
         "ffn": {"shape": shape_text(), "records": [asdict(bar) for bar in bars]},
         "seconds": time.perf_counter() - start,
@@ -140,23 +140,21 @@ def check_files(task: MiniTask, folder: Path) -> list[Check]:
         block.top_k = block.num_experts
     pictures = [draw_prompts(pipeline.model, task) for pipeline in pipelines]
     difference = relative_error(pictures[1], pictures[0])
-    return [
-        Check(
-            what=f"{task.value}: experts are the dense neurons, each once, bit for bit",
-            result=f"{len(verdict.layers)} layers, {verdict.tensors_compared} other tensors equal",
-            ok=verdict.ok,
+    found = {
+        "experts are the dense neurons, each once, bit for bit": (
+            f"{len(verdict.layers)} layers, {verdict.tensors_compared} other tensors equal",
+            verdict.ok,
         ),
-        Check(
-            what=f"{task.value}: inverting gives the dense file back",
-            result=f"{len(weights[0]):,} bytes equal",
-            ok=weights[0] == weights[1],
+        "inverting gives the dense file back": (
+            f"{len(weights[0]):,} bytes equal",
+            weights[0] == weights[1],
         ),
-        Check(
-            what=f"{task.value}: pictures with all {NUM_EXPERTS} experts are those of dense",
-            result=f"{difference:.1e} relative, at most 1e-04",
-            ok=difference <= 1e-4,
+        f"pictures with all {NUM_EXPERTS} experts are those of dense": (
+            f"{difference:.1e} relative, at most 1e-04",
+            difference <= 1e-4,
         ),
-    ]
+    }
+    return [Check(f"{task.value}: {what}", *result) for what, result in found.items()]
 
 
 def compare(

@@ -279,21 +279,14 @@ def fill_page(page: Path, records: Sequence[Record]) -> None:
     replace_file(page, f"{before}{BEGIN}\n\n{to_text(records)}\n\n{END}{after}".encode())
 
 
-_LINE_COLOURS = {
-    "und": "#1f6f8b",
-    "gen": "#c9733a",
-    "sparse-16-8": "#1f6f8b",
-    "sparse-32-16": "#5fa8a0",
-    "coactivation-16-8": "#8a6fb0",
-    "random-16-8": "#9aa4af",
-    "static": "#c9733a",
-}
-_NAMES = {
-    "sparse-16-8": "sparse 16/8",
-    "sparse-32-16": "sparse 32/16",
-    "coactivation-16-8": "16/8, by coactivation",
-    "random-16-8": "16/8, random partition",
-    "static": "static half",
+_COLOURS = {"und": "#1f6f8b", "gen": "#c9733a"}
+# Name and colour of the lines of tuning.
+_LINES = {
+    "sparse-16-8": ("sparse 16/8", "#1f6f8b"),
+    "sparse-32-16": ("sparse 32/16", "#5fa8a0"),
+    "coactivation-16-8": ("16/8, by coactivation", "#8a6fb0"),
+    "random-16-8": ("16/8, random partition", "#9aa4af"),
+    "static": ("static half", "#c9733a"),
 }
 
 
@@ -327,7 +320,7 @@ def _draw_width(axes: Any, values: Values, task: MiniTask) -> None:
         for keep in ratios:
             key = f"{component}-width-{keep:g}-generation"
             points[keep] = _series(values.get((task.value, "probe", key)))
-        _draw_line(axes, points, component, component)
+        _draw_line(axes, points, component, _COLOURS[component])
     axes.set_title(f"{task.value}: neurons that are kept, untrained", loc="left", weight="bold")
     axes.set_xlabel("share of the neurons of the component")
     _finish(axes)
@@ -335,9 +328,9 @@ def _draw_width(axes: Any, values: Values, task: MiniTask) -> None:
 
 def _draw_tuning(axes: Any, values: Values, task: MiniTask) -> None:
     stages = ("untrained", *STAGES)
-    for part, name in _NAMES.items():
+    for part, (name, colour) in _LINES.items():
         points = {i: _series(values.get((task.value, part, own))) for i, own in enumerate(stages)}
-        _draw_line(axes, points, part, name)
+        _draw_line(axes, points, name, colour)
     for key, style in (("dense", "-"), ("extra", ":")):
         if point := _series(values.get((task.value, "dense", key))):
             label = "dense" if key == "dense" else "dense, extra steps"
@@ -348,12 +341,12 @@ def _draw_tuning(axes: Any, values: Values, task: MiniTask) -> None:
 
 
 def _draw_line(
-    axes: Any, points: Mapping[Any, tuple[float, float] | None], part: str, label: str
+    axes: Any, points: Mapping[Any, tuple[float, float] | None], label: str, colour: str
 ) -> None:
     shown = {x: point for x, point in points.items() if point is not None}
     if shown:
         means, errors = zip(*shown.values(), strict=True)
-        options = {"marker": "o", "capsize": 3, "color": _LINE_COLOURS[part], "label": label}
+        options = {"marker": "o", "capsize": 3, "color": colour, "label": label}
         axes.errorbar(list(shown), means, errors, **options)
 
 

@@ -319,36 +319,27 @@ def draw_questions(kind: str, generator: torch.Generator) -> list[Question]:
         raise ValueError(
             f"draw_question: kind must be 'count', 'colour', 'position' or 'place', got {kind!r}"
         )
-    asked = questions_about(_scene(kind, tuple(asked_of), relation).draw(generator))
+    scene = _scene(kind, tuple(asked_of), relation).draw(generator)
+    asked = list(questions_about(tuple(scene)))
     # The first question of its kind is about the first part.
     chosen = next(i for i, question in enumerate(asked) if question.kind == kind)
     return [asked.pop(chosen), *asked]
 
 
-def questions_about(objects: Sequence[Object]) -> list[Question]:
+@lru_cache(maxsize=4096)
+def questions_about(scene: tuple[Object, ...]) -> tuple[Question, ...]:
     """Returns every question that has an answer; those about the first object come first.
 
     Counts are asked of every shape that is there, colours and places of shapes that are there once,
     and positions of two objects of different shapes that are not on a diagonal.
     """
-    return list(_questions(tuple(objects)))
-
-
-@lru_cache(maxsize=4096)
-def _questions(scene: tuple[Object, ...]) -> tuple[Question, ...]:
     counts = Counter(item.shape for item in scene)
-    asked = [
-        ("count", f"how many {PLURALS[shape]} ?", NUMBERS[count]) for shape, count in counts.items()
-    ]
-    asked += [
-        ("colour", f"what colour is the {item.shape} ?", item.colour)
-        for item in scene
-        if counts[item.shape] == 1
-    ]
+    alone = [item for item in scene if counts[item.shape] == 1]
+    asked = [("count", f"how many {PLURALS[s]} ?", NUMBERS[count]) for s, count in counts.items()]
+    asked += [("colour", f"what colour is the {item.shape} ?", item.colour) for item in alone]
     asked += [
         ("place", f"where is the {item.shape} seen from {side} ?", place)
-        for item in scene
-        if counts[item.shape] == 1
+        for item in alone
         for side, place in zip(("above", "the left"), places_of(item), strict=True)
     ]
     if len(scene) == len(counts) == 2:
