@@ -312,7 +312,7 @@ class MoTAttention(nn.Module):
         values `own` [B, n, H + 2 K, d], which read the KV heads `reads`."""
         # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
         are_alike = all(len(reads[stream]) == num_kv_heads for stream in own)
-        runs: list[tuple[str, ...]] = [(stream,) for stream in own]
+        runs: list[tuple[str, ...]] = list(zip(own, strict=True))  # streams of one call
         parts = list(own.values())
         if are_alike and len(parts) > 1:
             runs, parts = [tuple(own)], [torch.cat(parts, dim=1)]
@@ -341,8 +341,10 @@ class MoTAttention(nn.Module):
                 heads = reads[streams[0]]
                 seen = tuple(torch.stack([x[:, i] for i in heads], dim=1) for x in seen)
             out = attend(query, *seen, mask=rows, causal=group.causal)
-            lengths = [group.lengths[stream] for stream in streams]
-            for stream, found in zip(streams, out.split(lengths, dim=1), strict=True):
+            outs: Sequence[Tensor] = [out]
+            if len(streams) > 1:
+                outs = out.split([group.lengths[UND], group.lengths[GEN]], dim=1)
+            for stream, found in zip(streams, outs, strict=True):
                 found = found.flatten(0, 1)
                 if group.padding is not None:
                     found = found.index_select(0, group.padding[stream].kept)

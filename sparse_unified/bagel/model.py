@@ -284,11 +284,13 @@ class Denoiser:
         flat = [past for contexts in branches for past in contexts]
         self.model = model
         self.num_branches = [len(contexts) for contexts in branches]
+        images = [(r * c, len(own)) for (r, c), own in zip(grids, branches, strict=True)]
+        self.rows = [length * count for length, count in images]
         self.packing = pack(
             model.config.llm,
             flat,
             [2] * len(flat),  # the markers around each image
-            gen_lengths=[r * c for (r, c), own in zip(grids, branches, strict=True) for _ in own],
+            gen_lengths=[length for length, count in images for _ in range(count)],
             device=model.device,
         )
         self.markers = model.markers().repeat(len(flat), 1)
@@ -312,8 +314,10 @@ class Denoiser:
             gen += [model.embed_latent(x, positions, time)] * count
         hidden = model.language_model.model(self.markers, torch.cat(gen), self.packing)[1]
         out = model.llm2vae(hidden).float()
-        parts = out.split([len(x) * n for x, n in zip(tokens, self.num_branches, strict=True)])
-        return [part.view(-1, *x.shape) for part, x in zip(parts, tokens, strict=True)]
+        velocities = []
+        for x, part in zip(tokens, out.split(self.rows), strict=True):
+            velocities.append(part.view(-1, *x.shape))
+        return velocities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
