@@ -107,6 +107,27 @@ def test_seeds_and_sizes(pipeline: BagelPipeline, photo: Image.Image) -> None:
     assert pipeline.generate("a", images=photo, **default).sizes == [(80, 128)]
 
 
+def test_images_are_decoded_in_tiles_on_request_and_where_memory_is_short(
+    pipeline: BagelPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sparse_unified.bagel.images._TILE", 32)
+    whole, tiled = (pipeline.generate("a", seed=1, tiled=t, **QUICK) for t in (False, True))
+    assert torch.equal(whole.latents[0], tiled.latents[0])
+    difference = np.asarray(whole.images[0], float) - np.asarray(tiled.images[0])
+    assert 0 < np.abs(difference).mean() < 20
+    decode = pipeline.vae.decode
+
+    def short(latent: torch.Tensor, *, tile: int = 0) -> torch.Tensor:
+        if not tile:
+            raise torch.OutOfMemoryError("CUDA out of memory. And more")
+        return decode(latent, tile=tile)
+
+    monkeypatch.setattr(pipeline.vae, "decode", short)
+    again = pipeline.generate("a", seed=1, **QUICK)
+    assert again.images[0].tobytes() == tiled.images[0].tobytes()
+    assert "image of 32 x 48 is decoded in tiles: CUDA out of memory" in caplog.text
+
+
 def test_thinking_reads_the_plan_before_it_draws(pipeline: BagelPipeline) -> None:
     options = {**QUICK, "seed": 2, "think": True, "max_think_length": 6}
     result = pipeline.generate(["a cup", "a dog"], **options)

@@ -48,6 +48,9 @@ def test_the_autoencoder_is_the_identity(downsample: int, generator: torch.Gener
     latent = vae.encode(pixels)
     torch.testing.assert_close(latent, 1.5 * blocks, rtol=2e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(latent), pixels, rtol=4e-4, atol=1e-5)
+    for tile in (3, 5, 7):  # tiles cover all of it, and blend
+        assert vae.decode(latent, tile=tile).isfinite().all()
+        torch.testing.assert_close(vae.decode(latent, tile=tile), pixels, rtol=4e-4, atol=1e-5)
 
 
 def test_the_tokenizer_gives_every_word_its_own_id() -> None:

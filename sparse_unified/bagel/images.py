@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 _MAX_PIXELS = 14 * 14 * 9 * 1024
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 1 << 26
+# Pixels along a side of a tile: four, which overlap by 128 pixels, are an image of 1024 x 1024.
+_TILE = 576
+_LOG = logging.getLogger(__name__)
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Image:
@@ -174,8 +178,19 @@ class ImageProcessor:
         latent = self.vae.encode(self.for_vae(image)[None])[0] if vae else None
         return ContextImage(latent=latent, vit_pixels=self.for_vit(image))
 
-    def decode(self, tokens: Tensor, size: tuple[int, int]) -> Image:
-        """Turns latent tokens [N, p * p * C] into an image of `size` (height, width) pixels."""
+    def decode(self, tokens: Tensor, size: tuple[int, int], *, tiled: bool = False) -> Image:
+        """Turns latent tokens [N, p * p * C] into an image of `size` (height, width) pixels.
+
+        Memory is short where decoding it at once does not fit on the device: then, too, it is done
+        in tiles.
+        """
         grid = self.config.token_grid(*size)
-        latent = unpatchify(tokens, *grid, self.config.latent_patch_size)
-        return to_image(self.vae.decode(latent[None])[0])
+        latent = unpatchify(tokens, *grid, self.config.latent_patch_size)[None]
+        if not tiled:
+            try:
+                return to_image(self.vae.decode(latent)[0])
+            except torch.OutOfMemoryError as error:
+                first_line = str(error).partition(".")[0]
+                _LOG.warning("image of %d x %d is decoded in tiles: %s", *size, first_line)
+        # Not above, where the error still holds what was computed.
+        return to_image(self.vae.decode(latent, tile=_TILE // self.vae.config.downsample)[0])

@@ -181,8 +181,37 @@ class AutoEncoder(nn.Module):
         return config.scale_factor * (mean - config.shift_factor)
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
-        """Maps latents [B, z, h, w] to pixels [B, 3, h * f, w * f], about in [-1, 1]."""
+    def decode(self, latent: Tensor, *, tile: int = 0) -> Tensor:
+        """Maps latents [B, z, h, w] to pixels [B, 3, h * f, w * f], about in [-1, 1].
+
+        Args:
+            tile: latent pixels along a side of the tiles that are decoded one after the other, and
+                blended where they overlap; 0 decodes all at once. Norms and attention of a tile
+                see no other, so pixels differ a little.
+        """
         config = self.config
         latent = self._input(latent, "latent", config.z_channels, 1)
-        return self.decoder(latent / config.scale_factor + config.shift_factor)
+        latent = latent / config.scale_factor + config.shift_factor
+        height, width = latent.shape[2:]
+        if not tile or max(height, width) <= tile:
+            return self.decoder(latent)
+        scale, overlap = config.downsample, max(tile * 2 // 9, 1)
+
+        def spans(length: int) -> list[slice]:
+            starts = range(0, max(length - overlap, 1), tile - overlap)
+            firsts = (max(min(n, length - tile), 0) for n in starts)
+            return [slice(n, min(n + tile, length)) for n in firsts]
+
+        shape = (len(latent), config.out_ch, height * scale, width * scale)
+        pixels, total = (torch.zeros(s, device=latent.device) for s in (shape, shape[2:]))
+        for rows in spans(height):
+            for columns in spans(width):
+                part = self.decoder(latent[:, :, rows, columns])
+                # The weight of a pixel is its distance from the edge, up to that of an overlap.
+                steps = (torch.arange(n, device=part.device) + 0.5 for n in part.shape[2:])
+                down, across = (x.minimum(x.flip(0)).clamp(max=overlap * scale) for x in steps)
+                weight = down[:, None] * across
+                place = [slice(own.start * scale, own.stop * scale) for own in (rows, columns)]
+                pixels[:, :, place[0], place[1]] += weight * part
+                total[place[0], place[1]] += weight
+        return (pixels / total).to(latent.dtype)

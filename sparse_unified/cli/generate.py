@@ -139,11 +139,12 @@ def add_generate(parser: CommandParser) -> None:
     add_options(
         parser,
         BagelPipeline.generate,
-        "seed think max_think_tokens=max_think_length think_temperature batch_size",
+        "seed think max_think_tokens=max_think_length think_temperature batch_size tiled",
         seed="of the noise, counted up from image to image (default random)",
         max_think_length="most tokens of the plan",
         think_temperature="draw the plan at this temperature; without it, the likeliest tokens",
         batch_size="most images computed together, which bounds memory (default all)",
+        tiled="decode images in tiles: a third of the memory, slightly other pixels",
     )
     add_options(
         parser,
