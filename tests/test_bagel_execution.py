@@ -116,7 +116,7 @@ def test_a_recorded_step_is_replayed_with_other_images_and_times(
     for number, time in enumerate((0.9, 0.7, 0.2)):
         x = [torch.randn(6, 16, generator=torch.Generator().manual_seed(number))]
         at = torch.tensor([time])
-        with torch.no_grad():  # as the sampler calls both
+        with torch.no_grad():  # with gradients, other kernels run
             found, expected = step(x, at)[0], denoiser(x, at)[0]
         assert torch.equal(found, expected)
         kept.append((found, expected))
@@ -160,7 +160,7 @@ class OnOneDevice(TorchDispatchMode):
 def test_a_step_makes_nothing_on_the_host(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device stands for a GPU: whatever the host took part in would be on the CPU."""
     # There, as on a GPU, the ops of the library run: their fakes.
-    monkeypatch.setattr(SparseMoE, "_choose", lambda self: (self.gate_proj.dtype, "cuda"))
+    monkeypatch.setattr(SparseMoE, "_choose", lambda own: (own.gate_proj.dtype, "cuda"))
     away = Bagel(model.config, device="meta")
     contexts = away.new_contexts(2)
     away.prefill_text(contexts[:1], [[21, 30]])

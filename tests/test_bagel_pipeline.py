@@ -114,7 +114,7 @@ def test_images_are_decoded_in_tiles_on_request_and_where_memory_is_short(
     whole, tiled = (pipeline.generate("a", seed=1, tiled=t, **QUICK) for t in (False, True))
     assert torch.equal(whole.latents[0], tiled.latents[0])
     difference = np.asarray(whole.images[0], float) - np.asarray(tiled.images[0])
-    assert 0 < np.abs(difference).mean() < 20
+    assert 0 < np.abs(difference).mean() < 40  # weights are random, and tiles of 4 latent pixels
     decode = pipeline.vae.decode
 
     def short(latent: torch.Tensor, *, tile: int = 0) -> torch.Tensor:
