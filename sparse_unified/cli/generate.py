@@ -144,7 +144,7 @@ def add_generate(parser: CommandParser) -> None:
         max_think_length="most tokens of the plan",
         think_temperature="draw the plan at this temperature; without it, the likeliest tokens",
         batch_size="most images computed together, which bounds memory (default all)",
-        tiled="decode images in tiles: a third of the memory, slightly other pixels",
+        tiled="decode images in tiles: less memory, slightly other pixels",
     )
     add_options(
         parser,
