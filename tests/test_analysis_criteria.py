@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import analysis_models as models
@@ -21,7 +20,7 @@ from sparse_unified.analysis import (
 )
 from sparse_unified.checkpoint.scores import given_scores
 from sparse_unified.experts import magnitude_scores, random_scores
-from sparse_unified.surgery.decoder import Ffn, find_adapter
+from sparse_unified.surgery.decoder import find_adapter
 
 LOUD, HEARD, DEAD = [3, 10], [7, 20], [1, 15]
 
@@ -83,6 +82,7 @@ def test_planted_neurons_are_found(model: models.Official, statistics: FfnStatis
 
 def test_criteria_are_their_formulas(model: models.Official, statistics: FfnStatistics) -> None:
     scores = {name: score(name, model, statistics, seed=3) for name in CRITERIA}
+    squared = score(lambda ffn, mean_abs, seed: mean_abs().square(), model, statistics)
     for component in ("und", "gen"):
         for ffn in find_adapter(model).ffns(component):
             mean = statistics.of("generation", component)[ffn.key].mean_abs()
@@ -95,6 +95,7 @@ def test_criteria_are_their_formulas(model: models.Official, statistics: FfnStat
                 ("random", random_scores(models.WIDTH, seed=3, layer=ffn.layer)),
             ):
                 torch.testing.assert_close(scores[name][component][ffn.key], expected.float())
+            torch.testing.assert_close(squared[component][ffn.key], mean.square().float())
 
 
 def test_magnitude_and_random_need_no_statistics(model: models.Official) -> None:
@@ -120,15 +121,6 @@ def test_tasks_count_alike_however_many_tokens_they_have(model: models.Official)
     for tasks in (["talk"], []):
         with pytest.raises(ValueError, match="tasks must be of generation, editing"):
             score("activation", model, both, tasks=tasks)
-
-
-def test_a_criterion_is_a_function(model: models.Official, statistics: FfnStatistics) -> None:
-    def mean_squared(ffn: Ffn, mean_abs: Callable[[], Tensor], seed: int) -> Tensor:
-        return mean_abs().square()
-
-    own = score(mean_squared, model, statistics)["gen"][0]
-    mean = statistics.of("generation", "gen")[0].mean_abs()
-    torch.testing.assert_close(own, mean.square().float())
 
 
 def test_scores_file_is_what_convert_and_prune_read(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sparse_unified.analysis.bagel_task import (
     guidance_of,
     question_context,
 )
-from sparse_unified.analysis.evaluators import directions, load_evaluator, measure
+from sparse_unified.analysis.evaluators import load_evaluator, measure
 from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
 from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.bagel.vision import patchify
@@ -108,12 +108,6 @@ def test_text_metrics_follow_teacher_forced_logits(pipeline: Any) -> None:
     assert metric(pipeline)["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_timesteps", 1), ("times", (0.0,))])
-def test_settings_are_checked(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"Settings: {name} must be"):
-        Settings(**{name: value})
-
-
 METADATA = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"},
     {"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "two cups"},
@@ -162,31 +156,13 @@ def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Pat
     assert measure(plain, pipeline, where="t") == {"geneval_images": 4.0}
 
 
-def test_geneval_metadata_holds_prompts(tmp_path: Path) -> None:
-    (tmp_path / "m.jsonl").write_text("")
-    with pytest.raises(ValueError, match="must hold at least one prompt"):
-        read_metadata(tmp_path / "m.jsonl")
-
-
-def test_evaluators_declare_their_metrics() -> None:
-    @evaluator(loss="lower", score="higher")
-    def good(model: object) -> dict[str, float]:
-        return {"score": 1, "loss": 2}
-
-    assert measure(good, None, where="x") == {"loss": 2.0, "score": 1.0}
-    assert directions(good, where="x") == {"loss": "lower", "score": "higher"}
+def test_what_an_evaluator_declares_and_returns_is_checked() -> None:
     for wrong in ({}, {"a": "up"}):
         with pytest.raises(ValueError, match="evaluator must be callable and declare its metrics"):
             evaluator(**wrong)(lambda model: {})
-
-
-@pytest.mark.parametrize(
-    "result",
-    [{"a": float("nan")}, {"a": float("inf")}, {"a": "high"}, {"b": 1.0}, 3.0],
-)
-def test_what_an_evaluator_returns_is_checked(result: Any) -> None:
-    with pytest.raises(ValueError, match=r"x: (metric a|evaluator) must"):
-        measure(evaluator(a="lower")(lambda model: result), None, where="x")
+    for result in ({"a": float("nan")}, {"a": float("inf")}, {"a": "high"}, {"b": 1.0}, 3.0):
+        with pytest.raises(ValueError, match=r"x: (metric a|evaluator) must"):
+            measure(evaluator(a="lower")(lambda model, own=result: own), None, where="x")
 
 
 def test_evaluators_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,19 +170,15 @@ def test_evaluators_are_loaded_by_name(tmp_path: Path, monkeypatch: pytest.Monke
         "def good(model):\n    return {'a': 1}\ngood.better = {'a': 'lower'}\n"
         "def bare(model):\n    return {}\n"
     )
-    (tmp_path / "wrong.py").write_text("def f(:")
     loaded = load_evaluator(f"{tmp_path}/mine.py:good")
     assert measure(loaded, None, where="x") == {"a": 1.0}
     monkeypatch.syspath_prepend(tmp_path)
     assert load_evaluator("mine:good").better == {"a": "lower"}
     for name, message in (
         ("mine", "name must be module:function"),
-        ("mine:", "name must be module:function"),
         ("no_such_module:f", "module no_such_module must be importable"),
-        ("mine:none", "evaluator must be callable"),
         ("mine:bare", "mine:bare: evaluator must be callable"),
         (f"{tmp_path}/none.py:f", "none.py must be importable"),
-        (f"{tmp_path}/wrong.py:f", "wrong.py must be importable, got SyntaxError"),
     ):
         with pytest.raises(ValueError, match=message):
             load_evaluator(name)

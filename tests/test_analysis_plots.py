@@ -99,19 +99,6 @@ def test_curves_are_the_points_and_end_at_the_dense_model() -> None:
         assert row[0].get_ylim() == row[1].get_ylim()
 
 
-def test_components_keep_their_colours_in_every_picture() -> None:
-    maps = [activation_map("gen", 3), activation_map("und", 1)]
-    colors = {}
-    for figure in (
-        plots.sensitivity("generation", task()),
-        plots.sensitivity("generation", task(("gen", "a", "b"))),
-        plots.overlap("generation", maps),
-    ):
-        for line in figure.axes[-1].get_lines():
-            assert colors.setdefault(line.get_label(), line.get_color()) == line.get_color()
-    assert len({colors[name] for name in ("und", "gen", "a", "b")}) == 4
-
-
 def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,18 +330,14 @@ BOTH = {"components": ("und", "gen")}
         ("qwen", {"components": ("gen",)}, "component must be one of text"),
         ("qwen", {"layers": (7,)}, "layers"),
         ("qwen", {"ratios": (0.0,)}, "ratio"),
-        ("qwen", {"ratios": (float("nan"),)}, "ratio"),
-        ("qwen", {"ratios": ()}, "ratios"),
         ("qwen", {"ratios": (0.5, 0.5)}, "ratios"),
         ("qwen", {"axes": ("length",)}, "axes"),
         ("qwen", {"components": "und"}, "components"),
         ("qwen", {"part": "head"}, "part"),
-        ("qwen", {"budget": "all"}, "budget"),
         ("qwen", {"criterion": "luck"}, "criterion"),
         ("qwen", {"repeats": 0}, "repeats"),
         ("qwen", {"block_size": 16}, "block_size must divide the 24 neurons"),
         ("Official", {**BOTH, "axes": ("depth",)}, "axis must be width, or depth of the part ffn"),
-        ("Official", {**BOTH, "axes": ("depth",), "part": "attention"}, "axis must be"),
         ("Official", {**BOTH, "axes": ("heads",), "part": "ffn"}, "axis must be"),
     ],
 )
@@ -351,16 +347,11 @@ def test_what_cannot_be_swept_is_refused(
     host = getattr(models, model)()
     with pytest.raises(ValueError, match=word):
         sweep(host, tmp_path / "out", [text_probe(host)], config=changes)
-    assert not (tmp_path / "out").exists()
-
-
-def test_tasks_and_metrics_are_given_once_each(tmp_path: Path) -> None:
-    model = models.qwen()
-    for probes in ([text_probe(model), text_probe(model)], []):
-        with pytest.raises(ValueError, match="tasks must be given once each"):
-            sweep(model, tmp_path / "out", probes)
+    with pytest.raises(ValueError, match="tasks must be given once each"):
+        sweep(host, tmp_path / "out", [text_probe(host)] * 2)
     with pytest.raises(ValueError, match="evaluators must have metrics, each once"):
-        text_probe(model, a=loss, b=loss)
+        text_probe(host, a=loss, b=loss)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_most_redundant_layers_go_first(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import os
@@ -26,7 +25,6 @@ from checkpoint_files import (
 )
 
 from sparse_unified.cli import build_parser, main
-from sparse_unified.cli.options import add_options, arguments, described
 
 COUNTS = ["--num-experts", "4", "--top-k", "2"]
 COMMON = {"--help", "--json", "--quiet", "--traceback"}
@@ -85,39 +83,6 @@ def test_flags_and_defaults_are_what_they_were() -> None:
         assert own.keys() >= COMMON, name
         assert {k: v for k, v in own.items() if k not in COMMON} == FLAGS[name]
     assert found.keys() == FLAGS.keys()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Settings.
-
-    Args:
-        size: in pixels; None is all.
-        low, high: ends
-            of a range.
-        rate: of learning; steps: how many.
-    """
-
-    size: int | None = None
-    low: float = 0.5
-    high: float = 1.0
-    rate: float
-    steps: int = 3
-
-
-def test_options_come_from_the_fields_of_a_config() -> None:
-    assert described(Config) == {
-        "size": "in pixels",
-        **dict.fromkeys(("low", "high"), "ends of a range"),
-        "rate": "of learning",
-        "steps": "how many",
-    }
-    parser = argparse.ArgumentParser()
-    add_options(parser, Config, "size low lr=rate steps", steps={"default": 5})
-    parsed = parser.parse_args(["--lr", "2", "--size", "7"])
-    made = Config(**arguments(Config, parsed, high=4.0))
-    assert made == Config(size=7, low=0.5, high=4.0, rate=2.0, steps=5)
-    assert "ends of a range (default 0.5)" in parser.format_help()
 
 
 @pytest.mark.parametrize(

@@ -75,14 +75,11 @@ def test_a_picture_for_each_prompt_whatever_the_batch(
     json_file = tmp_path / "r.json"
     assert draw(model, tmp_path / "x.png", *prompts, *size, *think, "--json", json_file) == 0
     report = json.loads(json_file.read_text())
-    assert [entry["prompt"] for entry in report["images"]] == ["a red bench", "a cat", "a dog"]
-    assert [entry["seed"] for entry in report["images"]] == [5, 6, 7]
+    found = [(entry["prompt"], entry["seed"]) for entry in report["images"]]
+    assert found == [("a red bench", 5), ("a cat", 6), ("a dog", 7)]
     assert all(isinstance(entry["thought"], str) for entry in report["images"])
     assert report["steps"] == len(report["step_seconds"]) == 2
-    assert report["backend"] == "cpu"
-    assert report["image_tokens"] == 3 * 3 * 4
-    assert report["peak_memory_bytes"] > 0
-    assert report["seconds_per_step"] > 0
+    assert (report["backend"], report["image_tokens"]) == ("cpu", 3 * 3 * 4)
     assert "2 steps, 2 computed, " in capsys.readouterr().out
     assert draw(model, tmp_path / "y.png", *prompts, *size, *think, "--batch-size", 1) == 0
     for number in range(3):
@@ -90,19 +87,13 @@ def test_a_picture_for_each_prompt_whatever_the_batch(
         assert_same_picture(tmp_path / f"x-{number}.png", tmp_path / f"y-{number}.png")
 
 
-def test_height_and_width_are_a_size(model: Path, plain: Any, tmp_path: Path) -> None:
-    command = ["generate", str(model), "--prompt", "a red bench", "--seed", "1", "--steps", "8"]
-    command += ["--quiet", "--height", "32", "--width", "32", "--out", str(tmp_path / "x.webp")]
-    assert main(command) == 0
-    assert image.open(tmp_path / "x.webp").size == plain.size
-
-
 def test_pictures_are_edited_and_talked_about(
     model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "x.png"
-    assert draw(model, out, "--image", picture, "--edit") == 0
-    assert image.open(out).size == (32, 32)
+    command = ["generate", str(model), "--prompt", "make it red", "--image", str(picture), "--edit"]
+    command += ["--steps", "3", "--height", "32", "--width", "48", "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "x.webp")]) == 0
+    assert image.open(tmp_path / "x.webp").size == (48, 32)
     capsys.readouterr()
     assert main(["chat", str(model), "--prompt", "what?", "--image", str(picture), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -146,7 +137,6 @@ def test_what_cannot_be_met_is_refused_before_the_model_is_loaded(
     ("options", "expected"),
     [
         ("--task edit --offload und", {"task": "edit", "offload": "und"}),
-        ("--storage int8", {"storage": "int8"}),
         ("--storage und=int8,gen=fp8", {"storage": {"und": "int8", "gen": "fp8"}}),
         (
             "--device-map a.1=disk,a.2=0 --offload-folder x",
@@ -156,7 +146,6 @@ def test_what_cannot_be_met_is_refused_before_the_model_is_loaded(
             "--device-map auto --max-memory 0=20GiB,cpu=1GiB",
             {"device_map": "auto", "max_memory": {0: "20GiB", "cpu": "1GiB"}},
         ),
-        ("--compile", {"compile": True}),
         ("--compile max-autotune --cuda-graphs", {"compile": "max-autotune", "cuda_graphs": True}),
         ("--dtype bfloat16", {"dtype": torch.bfloat16, "device": torch.device("cpu")}),
     ],
