@@ -9,7 +9,6 @@ from pathlib import Path
 import analysis_models as models
 import pytest
 import torch
-from torch import Tensor
 
 from sparse_unified.analysis import (
     CRITERIA,
@@ -21,24 +20,6 @@ from sparse_unified.analysis import (
 from sparse_unified.checkpoint.scores import given_scores
 from sparse_unified.experts import magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import find_adapter
-
-LOUD, HEARD, DEAD = [3, 10], [7, 20], [1, 15]
-
-
-@torch.no_grad()
-def planted() -> models.Official:
-    """Neurons that are loud but lead nowhere, that are less loud but heard, and that are dead."""
-    torch.manual_seed(0)
-    model = models.Official()
-    for layer in model.language_model.model.layers:
-        for ffn in (layer.mlp, layer.mlp_moe_gen):
-            ffn.up_proj.weight[LOUD] *= 100
-            ffn.down_proj.weight[:, LOUD] *= 1e-4
-            ffn.up_proj.weight[HEARD] *= 20
-            ffn.down_proj.weight[:, HEARD] *= 20
-            ffn.up_proj.weight[DEAD] = 0
-            ffn.down_proj.weight[:, DEAD] *= 50
-    return model
 
 
 @torch.no_grad()
@@ -52,32 +33,14 @@ def gather(model: models.Official, task: str = "generation", seed: int = 0) -> F
     return collector.statistics()
 
 
-def top(scores: Tensor) -> list[int]:
-    return sorted(scores.topk(2).indices.tolist())
-
-
 @pytest.fixture(scope="module")
 def model() -> models.Official:
-    return planted()
+    return models.Official()
 
 
 @pytest.fixture(scope="module")
 def statistics(model: models.Official) -> FfnStatistics:
     return gather(model)
-
-
-def test_planted_neurons_are_found(model: models.Official, statistics: FfnStatistics) -> None:
-    # The reference ranks by the column norm alone, so the dead neurons first.
-    assert top(score("reference", model, statistics)["gen"][0]) == DEAD
-    for name, expected in (("activation", LOUD), ("wanda", HEARD)):
-        scores = score(name, model, statistics)
-        assert list(scores) == ["und", "gen"]
-        for component in scores.values():
-            assert list(component) == list(range(len(model.language_model.model.layers)))
-            for own in component.values():
-                assert (own.dtype, own.shape) == (torch.float32, (models.WIDTH,))
-                assert top(own) == expected
-                assert sorted(own.topk(2, largest=False).indices.tolist()) == DEAD
 
 
 def test_criteria_are_their_formulas(model: models.Official, statistics: FfnStatistics) -> None:
@@ -94,7 +57,9 @@ def test_criteria_are_their_formulas(model: models.Official, statistics: FfnStat
                 ("magnitude", magnitude_scores(ffn.gate_proj, ffn.up_proj, ffn.down_proj)),
                 ("random", random_scores(models.WIDTH, seed=3, layer=ffn.layer)),
             ):
-                torch.testing.assert_close(scores[name][component][ffn.key], expected.float())
+                own = scores[name][component][ffn.key]
+                assert own.dtype == torch.float32
+                torch.testing.assert_close(own, expected.float())
             torch.testing.assert_close(squared[component][ffn.key], mean.square().float())
 
 
@@ -150,8 +115,6 @@ def test_scores_file_is_what_convert_and_prune_read(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(model: models.Official, statistics: FfnStatistics) -> None:
     with pytest.raises(ValueError, match="criterion must be one of activation, wanda, magni"):
         score("nonsense", model, statistics)
-    with pytest.raises(ValueError, match="model must have the und FFNs they were gathered on"):
-        score("wanda", models.Official(), statistics)
     idle = {
         of: dataclasses.replace(sums, tokens=torch.zeros_like(sums.tokens))
         for of, sums in statistics.ffns.items()

@@ -17,17 +17,12 @@ from torch import nn
 from sparse_unified.analysis import (
     FfnStatistics,
     Probe,
-    Settings,
     SweepConfig,
-    Task,
-    bagel_probe,
     evaluator,
-    read_samples,
     run_sweep,
     score,
 )
 from sparse_unified.analysis.records import open_store
-from sparse_unified.analysis.sweep import Axis
 from sparse_unified.surgery import PruneWidthConfig, changed
 from sparse_unified.surgery.decoder import find_adapter
 
@@ -121,44 +116,6 @@ def test_models_that_are_not_bagel_are_swept_and_left_alone(
         assert_same(before, snapshot(model))
         assert row["change"].startswith(f"{part} of ")
         assert row["metrics"] != task["dense"]
-
-
-@pytest.mark.slow
-def test_bagel_is_swept_on_all_tasks_and_axes(tmp_path: Path) -> None:
-    pipeline = models.pipeline(tmp_path / "model")
-    models.pictures(tmp_path / "images", 1)
-    (tmp_path / "p.txt").write_text("make it red\n")
-    settings = Settings(size=(32, 32), num_timesteps=3, max_length=5)
-    samples = {task: read_samples(tmp_path / "p.txt", tmp_path / "images", task) for task in Task}
-    probes = [bagel_probe(pipeline, task, own, settings) for task, own in samples.items()]
-    before = snapshot(pipeline.model)
-    changes = {
-        "components": ("und", "gen"),
-        "axes": ("depth", "width", "heads"),
-        "ratios": (0.5,),
-    }
-    result = sweep(pipeline, tmp_path / "out", probes, config=changes)
-    assert_same(before, snapshot(pipeline.model))
-    generation, understanding, editing = result.tasks.values()
-    assert list(generation["better"]) == ["latent_distance", "image_distance", "velocity_error"]
-    assert list(understanding["better"]) == ["text_agreement", "perplexity"]
-    assert list(editing["better"]) == ["latent_distance", "image_distance"]
-    for task in (generation, editing):
-        assert task["dense"]["latent_distance"] == task["dense"]["image_distance"] == 0
-        assert [(row["component"], row["axis"]) for row in task["points"]] == [
-            (component, axis.value) for component in ("und", "gen") for axis in Axis
-        ]
-        assert all(row["metrics"]["latent_distance"] > 0 for row in task["points"])
-        assert task["idle"] == []
-    assert understanding["dense"]["text_agreement"] == 1
-    assert understanding["idle"] == ["gen"]
-    assert {row["component"] for row in understanding["points"]} == {"und"}
-    for row in (row for task in result.tasks.values() for row in task["points"]):
-        assert row["after"]["parameters"] < row["before"]["parameters"]
-        assert row["after"]["flops"] < row["before"]["flops"]
-    assert "Not swept: gen has no tokens in understanding" in result.to_text()
-    assert "2 query heads" in result.to_markdown()
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == result.to_dict()
 
 
 def test_models_of_the_official_structure_are_swept(tmp_path: Path) -> None:

@@ -89,15 +89,12 @@ def test_flags_and_defaults_are_what_they_were() -> None:
     ("line", "words"),
     [
         ("", "a command must be given"),
-        ("frobnicate", "'frobnicate'"),
         ("info --memory", "--memory must come with DIR"),
-        ("info x --wrong", "--wrong"),
         ("convert a b --num-experts 4 --top-k two", "--top-k: must be a positive integer"),
         ("convert a b --num-experts 4 --top-k 2 --num-exp 3", "--num-exp"),
         ("convert a b --num-experts 4 --top-k 2 --seed 1 --scores f", "--scores"),
         ("convert a b --num-experts 4 --top-k 2 --router-init activation", "--stats must"),
         ("prune m o --component und --axis depth", "--skip-layers must be given"),
-        ("prune m o --component und", "--keep-ratio must be given"),
         ("prune m o --component und --keep-ratio 2", "above 0 and at most 1"),
         ("prune m o --component und --keep-ratio .5 --seed 1", "--criterion random"),
         ("prune m o --component und --axis depth --skip-layers 1 --layers 1", "--layers must be"),
@@ -107,12 +104,10 @@ def test_flags_and_defaults_are_what_they_were() -> None:
         *(
             (f"generate m --out x.png --prompt a {wrong}", words)
             for wrong, words in [
-                ("--seed -1", "--seed: must be an integer from 0"),
                 ("--size 100x64", "multiple of 16"),
                 ("--height 64", "--height and --width together"),
                 ("--cfg-interval nan,1", "LO,HI"),
                 ("--edit", "--edit must come with --image"),
-                ("--dtype int8", "'int8'"),
                 ("--storage und=int8,und=fp8", "--storage: must be int8, fp8"),
                 ("--device-map cpu", "--device-map: must be auto or MODULE=DEVICE"),
                 ("--max-memory cpu=1GiB", "--max-memory must come with --device-map"),

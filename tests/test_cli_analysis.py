@@ -98,33 +98,47 @@ def test_expert_usage_prints_table_and_json_and_draws(
 # analyze
 
 
-@pytest.fixture
-def samples(tmp_path: Path) -> list[str]:
-    models.pictures(tmp_path / "images", 2)
-    (tmp_path / "prompts.txt").write_text("make it red\na boat\n")
-    return ["--prompts", f"{tmp_path}/prompts.txt", "--images", f"{tmp_path}/images"]
-
-
 def analyze(model: Path, out: Path, *arguments: str) -> int:
     return main(["analyze", str(model), "--out", str(out), *SMALL, "--repeats", "1", *arguments])
 
 
 @pytest.mark.slow
 def test_all_tasks_and_axes_in_one_command(
-    model: Path, samples: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
+    models.pictures(tmp_path / "images", 2)
+    (tmp_path / "prompts.txt").write_text("make it red\na boat\n")
     arguments = [
-        *samples,
+        *("--prompts", f"{tmp_path}/prompts.txt", "--images", f"{tmp_path}/images"),
         *("--task", "generation,understanding,editing", "--component", "und,gen"),
         *("--axis", "depth,width,heads", "--ratios", ".5"),
         *("--json", f"{tmp_path}/result.json"),
     ]
     assert analyze(model, out, *arguments) == 0
-    assert "latent_distance" in capsys.readouterr().out
+    assert "Not swept: gen has no tokens in understanding" in capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == json.loads((out / "results.json").read_text())
     assert (out / "report.md").read_text().count("\n## ") == 3
+    tasks = result["tasks"]
+    for task, metrics in {
+        "generation": ["latent_distance", "image_distance", "velocity_error"],
+        "understanding": ["text_agreement", "perplexity"],
+        "editing": ["latent_distance", "image_distance"],
+    }.items():
+        own, is_drawn = tasks[task], task != "understanding"
+        assert list(own["better"]) == metrics
+        assert own["dense"][metrics[0]] == (0 if is_drawn else 1)
+        assert own["idle"] == ([] if is_drawn else ["gen"])
+        assert [(row["component"], row["axis"]) for row in own["points"]] == [
+            (component, axis)
+            for component in (("und", "gen") if is_drawn else ("und",))
+            for axis in ("depth", "width", "heads")
+        ]
+        for row in own["points"]:
+            assert not is_drawn or row["metrics"]["latent_distance"] > 0
+            assert row["after"]["parameters"] < row["before"]["parameters"]
+            assert row["after"]["flops"] < row["before"]["flops"]
     plots = {path.stem: Image.open(path).size for path in (out / "plots").iterdir()}
     for task in result["tasks"]:
         for kind in ("sensitivity", "similarity", "activation", "overlap"):
