@@ -101,20 +101,11 @@ class SweepConfig:
                     f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}"
                 )
             check_int("repeats", self.repeats, 1)
+            for axis in self.axes:
+                choice("axes", Axis, axis)
+            SkipLayersConfig(layers=(0,), part=self.part)
             for ratio in self.ratios:
-                width = PruneWidthConfig(
-                    keep_ratio=ratio, budget=self.budget, block_size=self.block_size
-                )
-            layers = self.layers if isinstance(self.layers, str) else tuple(self.layers)
-            for name, value in (
-                ("components", tuple(self.components)),
-                ("axes", tuple(choice("axes", Axis, axis) for axis in self.axes)),
-                ("ratios", tuple(self.ratios)),
-                ("layers", layers),
-                ("part", SkipLayersConfig(layers=(0,), part=self.part).part),
-                ("budget", width.budget),
-            ):
-                object.__setattr__(self, name, value)
+                PruneWidthConfig(keep_ratio=ratio, budget=self.budget, block_size=self.block_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,11 +222,11 @@ def check_model(adapter: Adapter, config: SweepConfig) -> None:
         if adapter.holds(layer, component)
     )
     for axis in config.axes:
-        is_of_ffns = axis is Axis.WIDTH or (axis is Axis.DEPTH and config.part is Part.FFN)
+        is_of_ffns = axis == Axis.WIDTH or (axis == Axis.DEPTH and config.part == Part.FFN)
         if not is_of_ffns and not has_own_attentions:
             raise ValueError(
                 "axis must be width, or depth of the part ffn, for a model whose components share "
-                f"the attentions, got {axis.value} and part {config.part.value}"
+                f"the attentions, got {Axis(axis).value} and part {Part(config.part).value}"
             )
     layers = select_layers(config.layers, adapter.num_layers())
     for component in config.components if Axis.WIDTH in config.axes else ():
@@ -275,12 +266,12 @@ class _TaskRun:
             {
                 "task": task,
                 "component": component,
-                "axis": axis.value,
+                "axis": axis,
                 "keep_ratio": float(ratio),
-                "name": f"{task}-{component}-{axis.value}-{ratio:g}",
+                "name": f"{task}-{component}-{axis}-{ratio:g}",
             }
             for component in self.components
-            for axis in config.axes
+            for axis in (Axis(axis).value for axis in config.axes)
             for ratio in sorted(config.ratios, reverse=True)
         ]
 
@@ -330,7 +321,7 @@ class _TaskRun:
         with ExitStack() as inside:
             change = "nothing"
             if mode is not None:
-                context = changed(
+                smaller = changed(
                     self.host,
                     mode,
                     scores,
@@ -338,7 +329,7 @@ class _TaskRun:
                     component=row["component"],
                     forward=lambda: self.probe.workload()(),
                 )
-                change = inside.enter_context(context)
+                change = inside.enter_context(smaller)
             after = self._cost()
             metrics = self._metrics(row["name"])
         skipped = list(mode.layers) if isinstance(mode, SkipLayersConfig) else []
@@ -383,7 +374,7 @@ class _TaskRun:
             generator = torch.Generator().manual_seed(self.config.seed)
             order = torch.randperm(len(legal), generator=generator).tolist()
             return tuple(sorted(legal[i] for i in order[:count]))
-        return self.similarity.redundant(component, count, self.config.part.value, layers=legal)
+        return self.similarity.redundant(component, count, self.config.part, layers=legal)
 
     def _cost(self) -> dict[str, Any]:
         model, repeats = as_module(self.host), self.config.repeats

@@ -93,7 +93,7 @@ def _of_task(given: str | Sequence[str] | None, task: str, option: str) -> str |
     if given is None or isinstance(given, str):
         return given
     own = [text.removeprefix(f"{task}=") for text in given if text.startswith(f"{task}=")]
-    plain = [text for text in given if text.partition("=")[0] not in TASKS]
+    plain = [text for text in given if not text.startswith(tuple(f"{name}=" for name in TASKS))]
     if len(own) > 1 or len(plain) > 1:
         raise Usage(f"analyze: {option} must be given once for {task}, got {', '.join(given)}")
     return next(iter(own or plain), None)
