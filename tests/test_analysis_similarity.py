@@ -87,7 +87,7 @@ def test_a_component_that_saw_nothing_is_left_out_and_hooks_are_gone() -> None:
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     for other, components, message in (
         (model, ["vision"], "component must be one of und, gen"),
-        (nn.Linear(2, 2), None, "model must fit one of"),
+        (nn.Linear(2, 2), None, "model must have decoder layers"),
     ):
         with pytest.raises(ValueError, match=message), measure_similarity(other, components):
             pass
