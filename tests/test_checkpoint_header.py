@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_cases import read_all, refusal
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sparse_unified.checkpoint.files import create_file, write_all
@@ -79,7 +76,6 @@ def test_every_dtype_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     ("header", "data", "message"),
     [
         (b"", b"", "must start with"),
-        (b"[]", b"", "must start with"),
         (b"{", b"", "must be JSON"),
         (b'{"a": NaN}', b"", "must be JSON"),
         (b'{"a": 1, "a": 1}', b"", "key 'a' twice"),
@@ -88,21 +84,17 @@ def test_every_dtype_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
         ({"a": 1}, b"", "entry must have"),
         ({"a": {**F32_2, "strides": [1]}}, b"12345678", "entry must have"),
         ({"a": {**F32_2, "dtype": "F31"}}, b"12345678", "dtype must be one of"),
-        ({"a": {**F32_2, "dtype": ["F32"]}}, b"12345678", "dtype must be one of"),
         ({"a": {**F32_2, "shape": [-2]}}, b"12345678", "must be lists of sizes"),
-        ({"a": {**F32_2, "shape": [2.0]}}, b"12345678", "must be lists of sizes"),
         ({"a": {**F32_2, "shape": [True, 2]}}, b"12345678", "must be lists of sizes"),
         ({"a": {**F32_2, "shape": [2**80]}}, b"12345678", "must be lists of sizes"),
         ({"a": {**F32_2, "shape": [2**62] * 60}}, b"12345678", "data_offsets must span"),
         ({"a": {**F32_2, "shape": [3]}}, b"12345678", "data_offsets must span 12 bytes"),
         ({"a": {**F32_2, "data_offsets": [8, 0]}}, b"12345678", "data_offsets must be"),
-        ({"a": {**F32_2, "data_offsets": [0]}}, b"12345678", "data_offsets must be"),
         ({"a": {**F32_2, "data_offsets": [4, 12]}}, b"123456789012", "leave a hole"),
         ({"a": F32_2, "b": F32_2}, b"12345678", "overlap"),
         ({"a": F32_2}, b"1234567", "truncated"),
         ({"a": F32_2}, b"123456789", "longer than its header says"),
         ({"__metadata__": {"a": 1}}, b"", "__metadata__ must map strings"),
-        ({"__metadata__": []}, b"", "__metadata__ must map strings"),
     ],
 )
 def test_a_broken_header_is_refused(header: Any, data: bytes, message: str, tmp_path: Path) -> None:
@@ -126,44 +118,15 @@ def test_a_header_longer_than_the_file_or_the_limit_is_refused_unread(
             read_header(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"1234567"])
-def test_a_file_without_room_for_a_length_is_refused(data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(data)
-    with pytest.raises(ValueError, match="must hold an 8 byte header length"):
-        read_header(tmp_path / "x")
-
-
-def test_a_missing_file_or_a_directory_is_a_value_error(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(ValueError, match="file must be readable"):
+def test_what_is_no_file_with_a_length_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1234567")
+    for path, message in (
+        (tmp_path / "x", "must hold an 8 byte header length"),
+        (tmp_path / "nothing", "file must be readable"),
+        (tmp_path, "file must be readable"),
+    ):
+        with pytest.raises(ValueError, match=message):
             read_header(path)
-
-
-ENTRY = st.fixed_dictionaries(
-    {},
-    optional={
-        "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "X", None, 3]),
-        "shape": st.one_of(st.lists(st.integers(-3, 2**70), max_size=4), st.text(max_size=3)),
-        "data_offsets": st.lists(st.integers(-9, 2**70), max_size=3),
-        "more": st.none(),
-    },
-)
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    header=st.dictionaries(
-        st.one_of(st.text(max_size=4), st.just("__metadata__")), ENTRY, max_size=4
-    ),
-    data=st.binary(max_size=40),
-)
-def test_made_up_headers_never_give_anything_but_a_house_error(
-    header: dict[str, Any], data: bytes, tmp_path: Path
-) -> None:
-    path = write_raw(tmp_path / "x.safetensors", header, data)
-    refusal(lambda: read_all(path), str(path))
 
 
 def test_tensors_far_into_a_large_file_are_found(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,23 +63,16 @@ def repeat_neuron(weights: Weights) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (flip("experts.3.gate_proj.weight", 5, 0), r"got 1 others: experts.3.neuron 5"),
-        (flip("experts.0.up_proj.weight", 15, 15), r"others: experts.0.neuron 15"),
-        (flip("experts.1.down_proj.weight", 9, 2), r"others: experts.1.neuron 2"),
-        (flip("shared_expert.down_proj.weight", 0, 31), r"others: shared_expert.neuron 31"),
+        (flip("experts.3.gate_proj.weight", 5, 0), "got 1 others: experts.3.neuron 5"),
+        (flip("experts.0.up_proj.weight", 15, 15), "got 1 others: experts.0.neuron 15"),
+        (flip("experts.1.down_proj.weight", 9, 2), "got 1 others: experts.1.neuron 2"),
+        (flip("shared_expert.down_proj.weight", 0, 31), "others: shared_expert.neuron 31"),
         (
             swap("experts.1.up_proj.weight", "experts.2.up_proj.weight"),
-            "experts.1.neuron 0, .* and 29 more",
+            r"experts.1.neuron 0, .* and 29 more",
         ),
         (repeat_neuron, "of its own, got 1 others: experts.2.neuron 3"),
-        (
-            lambda weights: weights[LAYER + "experts.0.up_proj.weight"].fill_(torch.nan),
-            "96 neurons must .*got 16 others",
-        ),
-        (
-            lambda weights: weights[LAYER + "gate.weight"].fill_(torch.nan),
-            "routers must be finite, got NaN or infinity",
-        ),
+        (lambda w: w[LAYER + "gate.weight"].fill_(torch.nan), "routers must be finite, got NaN"),
     ],
 )
 def test_a_damaged_expert_is_named(
@@ -117,7 +111,7 @@ def flip_last(name: str) -> Callable[[Path], object]:
             weights(lambda w: w["llm2vae.bias"].view(torch.int32).bitwise_xor_(1)),
             "llm2vae.bias: must be equal, got another value at element 0",
         ),
-        (weights(lambda w: w.pop("llm2vae.bias")), "must be torch.float32 .* got nothing"),
+        (weights(lambda w: w.pop("llm2vae.bias")), r"must be torch.float32 .* got nothing"),
         (weights(lambda w: w.update({"lora": torch.ones(2)})), "got lora too"),
         (
             weights(lambda w: w.update({"llm2vae.bias": torch.ones(3)})),
@@ -125,17 +119,14 @@ def flip_last(name: str) -> Callable[[Path], object]:
         ),
         (
             weights(lambda w: w.update({"llm2vae.bias": w["llm2vae.bias"].double()})),
-            "llm2vae.bias: must be torch.float32 .* got torch.float64",
+            r"llm2vae.bias: must be torch.float32 .* got torch.float64",
         ),
         (lambda d: edit_config(d, rms_norm_eps=1e-5), "rms_norm_eps must be 1e-06, got 1e-05"),
         (lambda d: (d / "config.json").write_text("{ }"), r"config.json: must be torch.uint8 \[2"),
-        (flip_last("ae.safetensors"), "ae.safetensors: must be equal, got .* at element"),
-        (flip_last("tokenizer.json"), "tokenizer.json: must be equal, got .* at element 1"),
-        (lambda d: (d / "config.json").unlink(), "config.json: file must be there .* got nothing"),
-        (
-            lambda d: (d / "vocab.json").write_text("{}"),
-            "vocab.json: file must be absent .* got one",
-        ),
+        (flip_last("ae.safetensors"), r"ae.safetensors: must be equal, got .* at element"),
+        (flip_last("tokenizer.json"), r"tokenizer.json: must be equal, got .* at element 1"),
+        (lambda d: (d / "config.json").unlink(), r"config.json: file must be there .* got nothing"),
+        (lambda d: (d / "vocab.json").write_text("{}"), r"vocab.json: file must be absent .* got"),
     ],
 )
 def test_any_other_tensor_file_or_field_that_differs_is_named(
@@ -170,19 +161,6 @@ def test_trained_routers_are_reported_and_do_not_count(
     report = verify(sparse, pair[0])
     assert report.ok
     assert [verdict.routers for verdict in report.layers] == ["set", "zero"]
-
-
-def test_equal_neurons_may_change_places(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-
-    def prune(weights: Weights) -> None:
-        for name in ("gate_proj", "up_proj"):
-            weights[f"{LAYER}{name}.weight"][10:50] = 0
-        weights[LAYER + "down_proj.weight"][:, 10:50] = 0
-
-    edit_weights(dense, prune)
-    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
-    assert verify(tmp_path / "sparse", dense).ok
 
 
 def test_there_must_be_something_to_compare(pair: tuple[Path, Path]) -> None:
@@ -230,15 +208,8 @@ def test_info_describes_and_never_raises_on_a_disagreement(
     edit_weights(sparse, lambda weights: weights.pop(LAYER + "experts.1.up_proj.weight"))
     (sparse / "ae.safetensors").write_bytes(b"cut")
     (sparse / "partition.safetensors").write_bytes(b"cut")
-    problems = info(sparse).problems
-    for text in (
-        "top_k",
-        "transformed_gen",
-        "experts.1.up_proj",
-        "ae.saf",
-        "partition",
-    ):
-        assert any(text in problem for problem in problems), text
+    text = info(sparse).to_text()
+    for name in ("top_k", "transformed_gen", "experts.1.up_proj", "ae.saf", "partition"):
+        assert re.search(f"disagrees: .*{name}", text), name
     (sparse / "llm_config.json").unlink()
     assert any("llm_config.json" in problem for problem in info(sparse).problems)
-    assert "disagrees: " in info(sparse).to_text()
