@@ -101,8 +101,7 @@ def attack(
         name: with the number of a case, its seed.
         path: the file, alone in its directory with what belongs to it.
         read: reads it; must raise where it is wrong, and where it does not mean what it says.
-        count: of cases.
-        links: the first are links to nowhere, to a device, a pipe and so on.
+        count: of cases; with `links` the first are links to nowhere, to a device, a pipe and so on.
         tell: print the number of each case first, for the parent of a process that may end.
     """
     data, root = path.read_bytes(), path.parent.parent

@@ -132,17 +132,11 @@ def make_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return block.to(dtype).repeat(-(-count // len(block)))[:count].reshape(shape)
 
 
-def write_released(
-    directory: Path, released: Released, *, num_shards: int = 0, part: str = ""
-) -> Path:
-    """Writes a model directory as the released ones are; with shards, an index goes with them.
-
-    Args:
-        part: what a key must contain to be written.
-    """
+def write_released(directory: Path, released: Released, *, num_shards: int = 0) -> Path:
+    """Writes a model directory as the released ones are; with shards, an index goes with them."""
     directory.mkdir(parents=True)
-    shapes = {key: shape for key, shape in released.shapes().items() if part in key}
-    weights = {key: make_tensor(key, shape, released.dtype) for key, shape in shapes.items()}
+    shapes = released.shapes().items()
+    weights = {key: make_tensor(key, shape, released.dtype) for key, shape in shapes}
     if num_shards:
         write_shards(directory, weights, num_shards)
     else:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -128,15 +127,17 @@ def test_an_existing_target_is_refused_and_left_alone(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     sparsify(dense, tmp_path / "sparse")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("mine")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    for name in ("empty", "file", "broken", "sparse", "dense"):
-        before = snapshot(tmp_path)
-        with pytest.raises(ValueError, match="target must"):
-            sparsify(dense, tmp_path / name)
-        with pytest.raises(ValueError, match="target must"):
-            invert(tmp_path / "sparse", tmp_path / name)
-        assert snapshot(tmp_path) == before
+    before = snapshot(tmp_path)
+    for name in ("empty", "broken", "sparse", "dense"):
+        for run in (
+            lambda out: sparsify(dense, out),
+            lambda out: invert(tmp_path / "sparse", out),
+            lambda out: prune(dense, out, PruneWidthConfig()),
+        ):
+            with pytest.raises(ValueError, match="target must"):
+                run(tmp_path / name)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
@@ -166,18 +167,6 @@ def test_a_disk_known_to_be_full_is_refused_at_once(
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(RuntimeError, match=r"must have .* bytes free, got 1,000"):
         sparsify(dense, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
-
-
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-
-    def interrupt(done: int, total: int) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(dense, tmp_path / "out", num_experts=4, top_k=2, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
@@ -233,21 +222,6 @@ def test_what_is_private_stays_private(tmp_path: Path) -> None:
     assert found["ae.safetensors"] == 0o600
     assert found["llm_config.json"] == 0o640
     assert found["ema.safetensors"] == 0o604
-
-
-def test_a_parent_that_cannot_be_read_is_no_error_after_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense, right = make_dense(tmp_path / "dense"), os.open
-
-    def refuse(path: Any, flags: int, *args: Any, **options: Any) -> int:
-        if path == tmp_path:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return right(path, flags, *args, **options)
-
-    monkeypatch.setattr(os, "open", refuse)
-    sparsify(dense, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
 
 
 @pytest.mark.parametrize("path", [b"x", 3, None, "a\0b"])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,24 +87,3 @@ def test_a_number_of_layers_that_is_none_is_refused(
     assert any("num_hidden_layers must be" in problem for problem in info(source).problems)
     with pytest.raises(ValueError, match="num_hidden_layers must be"):
         convert(source, tmp_path / "out", num_experts=4, top_k=2)
-
-
-def test_a_file_that_holds_a_part_of_the_model_is_no_disagreement(
-    dense: Path, tmp_path: Path
-) -> None:
-    source = Path(shutil.copytree(dense, tmp_path / "source"))
-    ffn = re.compile(r"language_model\..*\.mlp(_moe_gen)?\..*")
-    edit_weights(source, lambda w: [w.pop(key) for key in list(w) if not ffn.fullmatch(key)])
-    for name in ("vit_config.json", "ae.safetensors"):
-        (source / name).unlink()
-    edit_config(source, num_attention_heads=None, vocab_size=None)
-    assert not info(source).problems
-
-
-def test_unreadable_files_are_listed_once_beside_the_rest(dense: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(dense, tmp_path / "source"))
-    (source / "llm_config.json").write_text("{")
-    (source / "ae.safetensors").write_bytes(b"cut")
-    problems = info(source).problems
-    assert sum("llm_config.json: file must be JSON" in problem for problem in problems) == 1
-    assert sum("ae.safetensors" in problem for problem in problems) == 1

@@ -57,6 +57,7 @@ from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
 from sparse_unified.fixtures import write_checkpoint, write_tokenizer
 
 IMAGE = "0.png"
+ANSWER = {"question": "what?", "answer": "a"}
 SIZES: dict[str, Any] = {"num_layers": 3, "width": 16, "hidden": 4, "vocabulary": 2}
 RUN = {"model": "a", "config": {"ratios": [0.5], "axes": ["depth"]}}
 TRAINING = TrainingConfig(steps=4, batch_size=1, learning_rate=0.1)
@@ -66,23 +67,15 @@ FACTS = {"config": {"steps": 4, "schedule": "cosine"}, "data": "x", "step": 2}
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of file.
-
-    Attributes:
-        make: writes a whole one, with what belongs to it, into a new directory.
-        read: reads it, and raises where it does not mean what it says.
-        cases: in a deep run.
-        links: the file must be a regular one, or a link to one.
-        lenient: damage may well leave a legal file.
-        alone: reading it is left to other libraries, and tried in a process of its own.
-    """
+    """One kind of file: `make` writes a whole one into a new directory, with what belongs to it,
+    and `read` reads it, and raises where it does not mean what it says."""
 
     make: Callable[[Path], Path]
     read: Callable[[Path], object]
-    cases: int = 2_000
-    links: bool = False
-    lenient: bool = False
-    alone: bool = False
+    cases: int = 2_000  # in a deep run
+    links: bool = False  # the file must be a regular one, or a link to one
+    lenient: bool = False  # damage may well leave a legal file
+    alone: bool = False  # other libraries read it; tried in a process of its own
 
 
 # Safetensors files, read as the official library does
@@ -125,7 +118,7 @@ def make_model(root: Path, kind: str) -> Path:
     if kind in ("dense", "shards"):
         return make_dense(root, num_shards=2 * (kind == "shards"), **SIZES)
     with TemporaryDirectory() as folder:
-        source = make_dense(Path(folder) / "dense", **SIZES)
+        source, pruned = make_dense(Path(folder) / "dense", **SIZES), Path(folder) / "pruned"
         if kind == "sparse":
             convert(source, root, num_experts=4, top_k=2)
             return root
@@ -135,10 +128,8 @@ def make_model(root: Path, kind: str) -> Path:
             PruneHeadsConfig(component="gen", keep_ratio=1.0),
             SkipLayersConfig(component="und", layers=[1]),
         ]
-        prune(source, Path(folder) / "pruned", modes)
-        convert(
-            Path(folder) / "pruned", root, num_experts=2, top_k=1, component="und", layers="all"
-        )
+        prune(source, pruned, modes)
+        convert(pruned, root, num_experts=2, top_k=1, component="und", layers="all")
     return root
 
 
@@ -259,9 +250,9 @@ def optimizer() -> Optimizer:
     return Optimizer(torch.nn.Linear(3, 2), TRAINING)
 
 
-def make_state(root: Path) -> Path:
+def make_state(root: Path, name: str) -> Path:
     save_state(root, optimizer(), FACTS)
-    return root
+    return root / name
 
 
 def load_training_state(path: Path) -> None:
@@ -288,24 +279,14 @@ READERS = {
         lenient=True,
     ),
     "data": Target(
-        lines(
-            {"image": IMAGE, "text": "a"},
-            {"image": IMAGE, "question": "what?", "answer": "a"},
-            images=1,
-        ),
+        lines({"image": IMAGE, "text": "a"}, {"image": IMAGE, **ANSWER}, images=1),
         open_records,
     ),
     "log": Target(
         lines({"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}), read_log, lenient=True
     ),
     "geneval": Target(
-        lines(
-            {
-                "tag": "single_object",
-                "include": [{"class": "bench", "count": 1}],
-                "prompt": "a bench",
-            }
-        ),
+        lines({"tag": "a", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"}),
         read_metadata,
     ),
     "points": Target(
@@ -315,8 +296,8 @@ READERS = {
         write("x.json", Similarity(layers=(LAYER,)).to_json().encode()), Similarity.load
     ),
     "run": Target(make_run, open_run),
-    "state": Target(lambda root: make_state(root) / "training.json", load_training_state),
-    "moments": Target(lambda root: make_state(root) / "training.safetensors", load_training_state),
+    "state": Target(lambda root: make_state(root, "training.json"), load_training_state),
+    "moments": Target(lambda root: make_state(root, "training.safetensors"), load_training_state),
 }
 
 

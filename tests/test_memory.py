@@ -16,8 +16,7 @@ from released_files import GOLDEN, Released
 
 from sparse_unified.bagel import AutoEncoder, BagelPipeline, VAEConfig
 from sparse_unified.checkpoint.safetensors_io import build_header
-from sparse_unified.cli import main
-from sparse_unified.convert.memory import MemoryRow, memory
+from sparse_unified.convert.memory import memory
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery.report import stored_bytes
 
@@ -75,40 +74,11 @@ def test_weights_add_up_and_each_option_takes_its_part_away(directory: Path) -> 
     assert 24 in rows["task='image', offload='und'"].fits
 
 
-def test_larger_images_and_more_of_them_need_more(directory: Path) -> None:
-    working = [
-        memory(directory, size=(side, side), images=images).rows[0].working
-        for side, images in ((512, 1), (1024, 1), (1024, 4))
-    ]
-    assert working == sorted(set(working))
-
-
-def test_arguments_are_checked(directory: Path) -> None:
-    with pytest.raises(ValueError, match="memory: images must be an integer of at least 1, got 0"):
-        memory(directory, images=0)
-    with pytest.raises(ValueError, match="memory: size must be an integer of at least 1"):
-        memory(directory, size=(0, 16))
-
-
-def test_the_command_shows_the_table(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", str(directory), "--memory"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("computed, not measured")
-    assert lines[1].split()[:1] == ["from_pretrained(...)"]
-    assert len([line for line in lines if "fits" in line]) >= 6
-
-
-def options_of(row: MemoryRow) -> dict[str, Any]:
-    pairs = re.findall(r"(\w+)='(\w+)'", row.options)
-    assert bool(pairs) == (row.options != "as it is")
-    return dict(pairs)
-
-
 def test_weights_are_those_of_the_model_that_is_loaded(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path)
     for row in memory(directory).rows:
-        options = options_of(row)
+        options: dict[str, Any] = dict(re.findall(r"(\w+)='(\w+)'", row.options))
         pipeline = BagelPipeline.from_pretrained(directory, **options)
         und = {
             name: stored_bytes(weight)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,6 @@ def host(released: Released, mlp: type[TensorMLP] = TensorMLP, dtype: Any = None
             nn.init.constant_(weight, 0.01)
         model.layers[layer].mlp_moe_gen = ffn
     return model.eval()
-
-
-def test_the_released_shapes_are_those_of_the_model_card() -> None:
-    at = "language_model.model.layers.13.mlp_moe_gen.experts"
-    for num_experts, top_k, width in ((16, 8, 1184), (32, 16, 592)):
-        shapes = Released(num_experts=num_experts, top_k=top_k).shapes()
-        assert shapes[f"{at}.0.gate_proj.weight"] == (width, 3584)
-        assert shapes[f"{at}.{num_experts - 1}.down_proj.weight"] == (3584, width)
-        assert f"{at}.{num_experts}.up_proj.weight" not in shapes
 
 
 @pytest.mark.parametrize(
@@ -94,70 +84,6 @@ def test_all_layers_load_as_a_model_and_into_a_dense_one(
     restore_(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_of_full_width_loads(kind: str, tmp_path: Path) -> None:
-    num_experts, top_k = KINDS[kind]
-    sizes = {name: size for name, size in SMALL.items() if name.startswith(("voc", "vit"))}
-    released = Released(num_experts=num_experts, top_k=top_k, layers=1, sparse=(0,), **sizes)
-    whole = num_experts == 16  # of the other one the generation FFN alone, to save time
-    directory = write_released(
-        tmp_path / kind,
-        released,
-        num_shards=2 * whole,
-        part="" if whole else "mlp_moe_gen",
-    )
-    prefix = "language_model.model.layers.0.mlp_moe_gen."
-    block: Any
-    if whole:
-        block = BagelPipeline.from_pretrained(directory).model.language_model.model.layers[0]
-        block = block.mlp_moe_gen
-    else:
-        model = host(released)
-        load_moe_(model, directory, keep_dense=False)
-        block = model.layers[0].mlp_moe_gen
-    assert (block.num_experts, block.top_k, block.layout.expert_width) == (
-        num_experts, top_k, released.expert_width
-    )  # fmt: skip
-    assert block.gate_proj.shape == (18944, 3584)
-    views = block.official_views()
-    for key in (
-        "gate.weight",
-        "experts.0.gate_proj.weight",
-        f"experts.{num_experts - 1}.down_proj.weight",
-    ):
-        shape = released.shapes()[prefix + key]
-        assert torch.equal(views[key], make_tensor(prefix + key, shape, torch.bfloat16))
-    x = tokens(2, 3584).bfloat16()
-    y = block(x)
-    assert (y[0] if isinstance(y, tuple) else y).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"top_k": None}, "top_k must"),
-        ({"top_k": 17}, "top_k must .*1 to 16.*got 17"),
-        ({"top_k": 8, "num_experts_per_tok": 50}, "top_k must .*1 to 16.*got 8, 50"),
-        ({"num_experts": 32}, "num_experts must be 16.*got 32"),
-        ({"num_shared_experts": 1}, "num_shared_experts must give the 0 shared.*got 1"),
-        ({"transformed_gen": False}, r"transformed_gen must be \[1, 2, 3.*got False"),
-        ({"transformed_gen": list(range(28))}, "transformed_gen must be"),
-        ({"transformed_und": True}, "transformed_und must be"),
-    ],
-)
-def test_a_config_that_contradicts_the_keys_is_refused(
-    change: dict[str, Any], match: str, tmp_path: Path
-) -> None:
-    released = small("16to8")
-    directory = write_released(tmp_path / "model", released)
-    config = {k: v for k, v in (released.config() | change).items() if v is not None}
-    (directory / "llm_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=match):
-        load_moe_(host(released), directory)
-    with pytest.raises(ValueError, match=match):
-        BagelPipeline.from_pretrained(directory)
-
-
 def put_in_hub_cache(cache: Path, directory: Path, name: str) -> None:
     """Lays a model out as the hub's cache does: blobs, and a snapshot of links to them."""
     commit = "0" * 40
@@ -192,14 +118,14 @@ def test_a_hub_id_without_network_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    match = (
-        rf"^{{}}: model must be a directory or a hub id that can be downloaded, got '{HUB_ID}': "
-    )
-    with pytest.raises(ValueError, match=match.format("load_moe_")) as caught:
-        load_moe_(host(small("16to8")), HUB_ID)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=match.format("from_pretrained")):
-        BagelPipeline.from_pretrained(HUB_ID)
+    for name, load in (
+        ("load_moe_", lambda: load_moe_(host(small("16to8")), HUB_ID)),
+        ("from_pretrained", lambda: BagelPipeline.from_pretrained(HUB_ID)),
+    ):
+        match = f"{name}: model must be a directory or a hub id that can be downloaded, got '"
+        with pytest.raises(ValueError, match=f"^{match}{HUB_ID}': ") as caught:
+            load()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_path_is_never_looked_up_on_the_hub(tmp_path: Path, monkeypatch: Any) -> None:

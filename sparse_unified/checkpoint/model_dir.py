@@ -144,20 +144,7 @@ class Checkpoint:
         """Returns a sentence for each disagreement of the FFNs, llm_config.json and the recipe."""
         ffns, problems = self._scanned
         is_pruned = self.left is not None
-        problems = [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
-        for step in () if problems or self.recipe is None else self.recipe.steps:
-            config = step.config
-            if not isinstance(config, MoEConfig):
-                continue
-            for layer in config.layers:
-                ffn = ffns.get(config.component, {}).get(int(layer))
-                found = 0 if ffn is None or ffn.layout is None else ffn.layout.num_experts
-                if ffn is not None and found != config.num_experts:
-                    problems.append(
-                        f"{RECIPE}: {config.component} layer {layer} must have "
-                        f"{config.num_experts} experts in the keys, got {found}"
-                    )
-        return problems
+        return [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
 
     @cached_property
     def experts(self) -> dict[str, dict[int, ExpertLayout]]:
@@ -167,15 +154,13 @@ class Checkpoint:
         """
         self._refuse(self.problems())
         shared: Any = self.llm_config.get("num_shared_experts")
-        found = {
-            component: {
-                layer: replace(ffn.layout, num_shared_experts=shared)
-                for layer, ffn in layers.items()
-                if ffn.layout is not None
-            }
-            for component, layers in self.ffns.items()
-        }
-        return {component: layers for component, layers in found.items() if layers}
+        found: dict[str, dict[int, ExpertLayout]] = {}
+        for component, layers in self.ffns.items():
+            for layer, ffn in layers.items():
+                if ffn.layout is not None:
+                    layout = replace(ffn.layout, num_shared_experts=shared)
+                    found.setdefault(component, {})[layer] = layout
+        return found
 
     @property
     def top_k(self) -> int | None:
@@ -208,12 +193,12 @@ class Checkpoint:
         experts, ffns = self.experts, self.ffns
         shapes: dict[str, dict[int, LayerShape]] = {}
         for component, layers in self._wanted.items():
-            own = shapes[component] = dict(layers)
-            for layer, shape in layers.items():
-                found = ffns.get(component, {}).get(layer)
-                width = 0 if found is None else found.intermediate_size
-                ffn = experts.get(component, {}).get(layer, width)
-                own[layer] = replace(shape, ffn=ffn)
+            own, sparse = ffns.get(component, {}), experts.get(component, {})
+            widths = {layer: ffn.intermediate_size for layer, ffn in own.items()}
+            shapes[component] = {
+                layer: replace(shape, ffn=sparse.get(layer, widths.get(layer, 0)))
+                for layer, shape in layers.items()
+            }
         return shapes
 
     def _refuse(self, problems: list[str]) -> None:

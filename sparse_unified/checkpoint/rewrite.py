@@ -80,21 +80,18 @@ def rewrite(
     finish: Callable[[Path], object] = lambda partial: None,
     progress: Progress | None = None,
 ) -> int:
-    """Writes a directory with edited tensors and texts and everything else copied.
+    """Writes a directory with edited tensors and texts and everything else copied, or nothing.
 
-    It appears complete or not at all. The indices of sharded weights are not touched; see
-    `index_texts`.
+    The indices of sharded weights are not touched; see `index_texts`.
 
     Args:
-        source: the directory that is read.
-        out: the directory to make; it must not exist.
+        source, out: the directory that is read, and the one to make, which must not exist.
         edits: by key; keys that are not named are copied.
         texts: files with new contents, by name.
-        headers: the weight files of the result where they are not those of the source: their
-            headers, byte for byte, and with them the keys to write. Without them, a file that is
-            left without tensors is not written.
-        rename: new names of files directly inside the source.
-        skip: files directly inside the source that are left out.
+        headers: the weight files of the result where they are not those of the source, byte for
+            byte, and with them the keys to write. Without them, a file that is left without tensors
+            is not written.
+        rename, skip: new names of files directly inside the source, and those left out.
         finish: called with the directory before it gets its name.
         progress: called with (bytes written, bytes in all).
 

@@ -39,9 +39,9 @@ def given_scores(
     """Returns the scores of chosen layers, checked; None where none are given.
 
     Args:
-        scores: `{layer: scores}`, a tensor [num_layers, I], a mapping of components to either, or
-            the path of a scores file.
-        name: "gen" or "und", or "gen.heads" or "und.heads" for groups of heads.
+        scores: of users: `{layer: scores}`, a tensor [num_layers, I], a mapping of components to
+            either, or the path of a scores file.
+        name: a component, or "gen.heads" or "und.heads" for groups of heads.
         sizes: `{layer: neurons or groups}` of the chosen layers.
         num_layers: of the model.
     """
@@ -94,8 +94,8 @@ def resolve_inputs(
     """Returns the calibration inputs of each layer, checked; {} where none are needed.
 
     Args:
-        inputs: `{layer: [N, D]}`, or `{component: {layer: [N, D]}}`.
-        config: what is done with them; they must be given exactly where it needs them.
+        inputs: `{layer: [N, D]}`, or `{component: {layer: [N, D]}}`, given exactly where needed.
+        config: what is done with them.
         sizes: layer -> hidden size D, of the layers that must be there.
     """
     if config.needs_inputs != (inputs is not None):

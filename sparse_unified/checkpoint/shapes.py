@@ -20,10 +20,9 @@ from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.modes import (
     MAX_LAYERS,
-    MoEConfig,
+    AdaptConfig,
     Part,
     PruneHeadsConfig,
-    PruneWidthConfig,
     SkipLayersConfig,
 )
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
@@ -119,9 +118,7 @@ FFNs = dict[str, dict[int, FFN]]
 def scan_ffns(specs: Mapping[str, TensorSpec | Tensor]) -> tuple[FFNs, list[str]]:
     """Finds every FFN of a file and checks its keys and shapes against each other.
 
-    Returns:
-        `{component: {layer: FFN}}` with ascending layers, holding the FFNs that are whole; and a
-        sentence for each one that is not.
+    Returns the FFNs that are whole, layers ascending, and a sentence for each one that is not.
     """
     parts: dict[tuple[str, int], dict[str, TensorSpec | Tensor]] = {}
     for key, spec in specs.items():
@@ -197,14 +194,9 @@ def _matrix(part: Mapping[str, TensorSpec | Tensor], name: str) -> tuple[int, in
 def check_ffns(
     ffns: FFNs, config: Mapping[str, Any], wanted: LayerShapes, *, pruned: bool
 ) -> list[str]:
-    """Compares the FFNs found in the keys with what config and recipe say.
+    """Returns a sentence for each disagreement of the FFNs in the keys with llm_config.json.
 
-    Args:
-        config: contents of llm_config.json.
-        wanted: what the layers must hold, experts together; `pruned` tells who says so.
-
-    Returns:
-        a sentence for each disagreement.
+    `wanted` says what the layers must hold, experts together, and `pruned` who says so.
     """
     problems: list[str] = []
     source = RECIPE if pruned else f"num_hidden_layers and intermediate_size of {CONFIG}"
@@ -290,15 +282,23 @@ def wanted_layers(
     config: Mapping[str, Any], recipe: Recipe | None
 ) -> dict[str, dict[int, LayerShape]]:
     """Returns what the layers must hold: those of the dense model, after the steps of a recipe."""
-    heads = config.get("num_key_value_heads", config.get("num_attention_heads", 1))
-    sizes = [
-        _size(name, value, limit)
-        for name, value, limit in (
-            ("num_hidden_layers", config.get("num_hidden_layers"), MAX_LAYERS),
-            ("intermediate_size", config.get("intermediate_size"), 1 << 31),
-            ("num_key_value_heads", heads, _MAX_HEADS),
-        )
-    ]
+    sizes = []
+    for name, value, limit in (
+        ("num_hidden_layers", config.get("num_hidden_layers"), MAX_LAYERS),
+        ("intermediate_size", config.get("intermediate_size"), 1 << 31),
+        (
+            "num_key_value_heads",
+            config.get("num_key_value_heads", config.get("num_attention_heads", 1)),
+            _MAX_HEADS,
+        ),
+    ):
+        # A list of as many entries is made, so a count that no model has must not get that far.
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(
+                f"{CONFIG}: {name} must be a positive integer of at most {limit}, "
+                f"got {value!r:.120}"
+            )
+        sizes.append(value)
     all_heads = tuple(range(sizes[2]))
     whole = LayerShape(ffn=sizes[1], kv_heads=all_heads, query_groups=all_heads)
     layers = {component: dict.fromkeys(range(sizes[0]), whole) for component in keys.FFN_NAMES}
@@ -308,31 +308,13 @@ def wanted_layers(
     return layers
 
 
-def _size(name: str, value: object, limit: int) -> int:
-    # A list of as many entries is made, so a count that no model has must not get that far.
-    if type(value) is not int or not 1 <= value <= limit:
-        raise ValueError(
-            f"{CONFIG}: {name} must be a positive integer of at most {limit}, got {value!r:.120}"
-        )
-    return value
-
-
 def _follow(layers: dict[str, dict[int, LayerShape]], step: Step) -> None:
     """Carries out one step of a recipe."""
     config = step.config
     for layer in map(int, config.layers):
         if layer not in layers["gen"]:
             raise ValueError(f"layers must be 0 to {len(layers['gen']) - 1}, got {layer}")
-        if isinstance(config, MoEConfig | PruneWidthConfig):
-            held = layers[config.component][layer]
-            width = step.widths.get(layer, held.width)
-            if not 1 <= width <= held.width:
-                raise ValueError(
-                    f"width of layer {layer} must be 1 to the {held.width} neurons left, "
-                    f"got {width}"
-                )
-            layers[config.component][layer] = replace(held, ffn=width)
-        elif isinstance(config, PruneHeadsConfig):
+        if isinstance(config, PruneHeadsConfig):
             for component in keys.FFN_NAMES:
                 held, groups = layers[component][layer], step.heads[layer][component]
                 if not set(groups) <= set(held.query_groups) or bool(groups) != held.has_attention:
@@ -342,10 +324,21 @@ def _follow(layers: dict[str, dict[int, LayerShape]], step: Step) -> None:
                     )
                 kv_heads = step.heads[layer]["keys"] if groups else ()
                 layers[component][layer] = replace(held, kv_heads=kv_heads, query_groups=groups)
-        elif isinstance(config, SkipLayersConfig):
-            held = layers[config.component][layer]
+            continue
+        if isinstance(config, AdaptConfig):
+            continue
+        held = layers[config.component][layer]
+        if isinstance(config, SkipLayersConfig):
             if Part.FFN in config.parts:
                 held = replace(held, ffn=0)
             if Part.ATTENTION in config.parts:
                 held = replace(held, kv_heads=(), query_groups=())
-            layers[config.component][layer] = held
+        else:
+            width = step.widths.get(layer, held.width)
+            if not 1 <= width <= held.width:
+                raise ValueError(
+                    f"width of layer {layer} must be 1 to the {held.width} neurons left, "
+                    f"got {width}"
+                )
+            held = replace(held, ffn=width)
+        layers[config.component][layer] = held

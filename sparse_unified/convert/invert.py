@@ -32,7 +32,6 @@ from sparse_unified.checkpoint.shapes import ffn_parts, ffn_shapes
 from sparse_unified.checkpoint.sidecar import (
     EARLIER_SIDECAR,
     SIDECAR,
-    Sidecar,
     read_sidecar,
 )
 
@@ -97,8 +96,15 @@ def invert(
             f"{sidecar.component}, which {SIDECAR} undoes, got a {last.mode} step of "
             f"{last.component}: what was pruned is gone"
         )
-    _check_tensors(source, sidecar)
-    edits, component = {}, sidecar.component
+    component, edits = sidecar.component, {}
+    experts = source.experts.get(component, {})
+    widths = {layer: layout.intermediate_size for layer, layout in experts.items()}
+    if widths != {layer: len(index) for layer, index in sidecar.neuron_index.items()}:
+        raise ValueError(
+            f"{source.directory}: sparse {component} layers must be "
+            f"{format_layers(tuple(sidecar.neuron_index))} as {SIDECAR} says, and as wide, got "
+            f"{format_layers(tuple(experts))}"
+        )
     for layer, index in sidecar.neuron_index.items():
         ffn, prefix = source.ffns[component][layer], keys.ffn_prefix(component, layer)
         position = np.empty_like(index)
@@ -109,6 +115,23 @@ def invert(
             edits[prefix + rest] = Edit(
                 entries=((prefix + rest, ffn.dtype, shape),),
                 blocks=partial(gather, parts, dim, [position]),
+            )
+    # The dense tensors must be those that follow from the sparse file.
+    split = tuple(keys.ffn_prefix(component, layer) for layer in experts)
+    found = {
+        key: (s.dtype, s.shape) for key, s in source.specs.items() if not key.startswith(split)
+    }
+    found |= {key: edit.entries[0][1:] for key, edit in edits.items()}
+    tensors = [item for header in sidecar.headers.values() for item in header.tensors.items()]
+    wanted = {key: (spec.dtype, spec.shape) for key, spec in tensors}
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            got, rule = (
+                f"{own[key][0]} {list(own[key][1])}" if key in own else "nothing"
+                for own in (found, wanted)
+            )
+            raise ValueError(
+                f"{source.directory}: {key} must be {rule} as {SIDECAR} says, got {got}"
             )
     bytes_written = rewrite(
         source,
@@ -128,39 +151,3 @@ def invert(
         bytes_written=bytes_written,
         seconds=time.perf_counter() - start,
     )
-
-
-def _check_tensors(source: Checkpoint, sidecar: Sidecar) -> None:
-    """Raises ValueError unless the dense tensors are those that follow from the sparse file."""
-    component, experts = sidecar.component, source.experts.get(sidecar.component, {})
-    widths = {layer: layout.intermediate_size for layer, layout in experts.items()}
-    if widths != {layer: len(index) for layer, index in sidecar.neuron_index.items()}:
-        raise ValueError(
-            f"{source.directory}: sparse {component} layers must be "
-            f"{format_layers(tuple(sidecar.neuron_index))} as {SIDECAR} says, and as wide, got "
-            f"{format_layers(tuple(experts))}"
-        )
-    split = tuple(keys.ffn_prefix(component, layer) for layer in experts)
-    found = {
-        key: (spec.dtype, spec.shape)
-        for key, spec in source.specs.items()
-        if not key.startswith(split)
-    }
-    for layer, width in widths.items():
-        ffn, prefix = source.ffns[component][layer], keys.ffn_prefix(component, layer)
-        shapes = ffn_shapes(width, ffn.hidden_size, component)
-        found |= {prefix + rest: (ffn.dtype, shape) for rest, shape in shapes.items()}
-    wanted = {
-        key: (spec.dtype, spec.shape)
-        for header in sidecar.headers.values()
-        for key, spec in header.tensors.items()
-    }
-    wrong = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    if wrong:
-        got, rule = (
-            f"{own[wrong[0]][0]} {list(own[wrong[0]][1])}" if wrong[0] in own else "nothing"
-            for own in (found, wanted)
-        )
-        raise ValueError(
-            f"{source.directory}: {wrong[0]} must be {rule} as {SIDECAR} says, got {got}"
-        )

@@ -27,13 +27,10 @@ _PACKED_SCALE_BYTES = 5  # of a row stored as int8: a scale and a zero point
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRow:
-    """One way to load a model.
+    """One way to load a model, in bytes: of weights, beside them at the peak, and in host memory.
 
     Attributes:
         options: of `from_pretrained`.
-        weights: bytes on the device, the autoencoder included.
-        working: bytes beside them at the peak.
-        host: bytes that stay in host memory.
         fits: budgets, in GB, that hold weights and working memory.
     """
 
@@ -100,9 +97,8 @@ def memory(
         weights += sum(spec.nbytes for spec in vae.values())
         is_whole_ffn = storage is not None or offload == "und"
         working = _working_bytes(source, vae, is_whole_ffn, size, images)
-        options = [f"task={task!r}"] if task != "all" else []
-        options += [f"offload={offload!r}"] if offload != "none" else []
-        options += [f"storage={storage!r}"] if storage is not None else []
+        given = [("task", task, "all"), ("offload", offload, "none"), ("storage", storage, None)]
+        options = [f"{name}={value!r}" for name, value, default in given if value != default]
         row = MemoryRow(
             options=", ".join(options) or "as it is",
             weights=weights,

@@ -253,14 +253,13 @@ def _check_heads(source: Checkpoint, component: str, layers: Sequence[int]) -> N
     for layer in layers:
         shape = source.shapes[component][layer]
         query, key, _, _, norm = (
-            source.spec(f"{keys.layer_prefix(layer)}{module}.weight").shape
+            source.spec(f"{keys.layer_prefix(layer)}{module}.weight").shape[0]
             for module in keys.attention_modules(component)[1:6]
         )
-        width = norm[0]
-        if key[0] != len(shape.kv_heads) * width or query[0] % (len(shape.query_groups) * width):
+        if key != len(shape.kv_heads) * norm or query % (len(shape.query_groups) * norm):
             raise ValueError(
                 f"{CONFIG}: num_key_value_heads must be what the attention of {component} layer "
-                f"{layer} has, {len(shape.kv_heads)} of {width} channels, got {key[0]} channels"
+                f"{layer} has, {len(shape.kv_heads)} of {norm} channels, got {key} channels"
             )
 
 

@@ -31,12 +31,8 @@ def ranking(
 ) -> tuple[Callable[[int], Tensor], str]:
     """Returns a function from layer to scores, [I] in expert order or [G], and their origin.
 
-    Given scores are checked at once; magnitudes are computed when they are asked for.
-
-    Args:
-        heads: groups of heads in the place of neurons.
-        scores: as of `given_scores`.
-        seed: of random scores; without both, weights are ranked by magnitude.
+    Given scores are checked at once; without them and without a seed of random ones, weights are
+    ranked by magnitude, when they are asked for. `heads`: groups of heads in the place of neurons.
     """
     if scores is not None and seed is not None:
         raise ValueError(f"scores and seed must not both be given, got seed {seed}")
