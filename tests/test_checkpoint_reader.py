@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import LAYER, edit_config, edit_weights, make_dense, make_weights
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint, convert
@@ -150,23 +149,6 @@ def test_missing_extra_and_renamed_tensors_are_named(
     edit_weights(sparse, edit)
     with pytest.raises(ValueError, match=message):
         _ = Checkpoint(sparse).experts
-
-
-def test_sparse_layers_of_different_kinds_are_refused(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    convert(dense, tmp_path / "a", num_experts=4, top_k=2, layers="1")
-    convert(dense, tmp_path / "b", num_experts=8, top_k=2, layers="2")
-    other = load_file(tmp_path / "b" / "ema.safetensors")
-
-    def mix(weights: Weights) -> None:
-        for key in [k for k in weights if ".layers.2.mlp_moe_gen." in k]:
-            del weights[key]
-        weights.update({k: w for k, w in other.items() if ".layers.2.mlp_moe_gen." in k})
-
-    edit_weights(tmp_path / "a", mix)
-    edit_config(tmp_path / "a", transformed_gen=[1, 2])
-    with pytest.raises(ValueError, match=r"num_experts must be 8 .*got 4"):
-        _ = Checkpoint(tmp_path / "a").experts
 
 
 def test_an_index_and_its_shards_have_to_agree(tmp_path: Path) -> None:

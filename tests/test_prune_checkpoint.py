@@ -41,6 +41,7 @@ from sparse_unified import (
     restore_,
 )
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert, prune, verify
+from sparse_unified.cli import main
 from sparse_unified.experts.keep import Budget
 from sparse_unified.fixtures import write_checkpoint
 
@@ -240,3 +241,26 @@ def test_verify_sees_experts_that_are_not_the_ones_pruned(
     (failed,) = [part for part in verdict.pruned if not part.ok]
     assert (verdict.ok, failed.layer, failed.part) == (False, 1, "ffn")
     assert any(message in problem for problem in failed.problems)
+
+
+def test_the_command_prunes_as_the_function_does(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--component", "und,gen", "--axis", "depth,width,heads", "--keep-ratio", ".5"]
+    options += ["--skip-layers", "1", "--skip-part", "ffn", "--block-size", "16"]
+    options += ["--budget", "global", "--layers", "all", "--criterion", "random", "--seed", "3"]
+    for command, text in (
+        (("prune", dense, out, *options), "FLOPs per token"),
+        (("verify", out, "--against", dense), "is a part of"),
+        (("info", out), "no FFN in 1"),
+    ):
+        assert main([*map(str, command), "--quiet"]) == 0
+        assert text in capsys.readouterr().out
+    modes = [
+        *(SkipLayersConfig(component=c, layers=[1], part="ffn") for c in ("und", "gen")),
+        *(PruneWidthConfig(component=c, block_size=16, budget="global") for c in ("und", "gen")),
+        PruneHeadsConfig(component="both", budget="global"),
+    ]
+    prune(dense, tmp_path / "called", modes, seed=3)
+    assert snapshot(out) == snapshot(tmp_path / "called")

@@ -12,10 +12,12 @@ import pytest
 import torch
 from checkpoint_files import edit_config, edit_weights
 from prune_models import DEPTH, FEWER_HEADS, LAYERS, WIDTH, WIDTHS, load, write_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_unified import MoEConfig, PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.checkpoint import convert, info, prune, verify
+from sparse_unified.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +202,69 @@ def test_verify_sees_a_neuron_that_was_changed_before_it_became_an_expert(
     assert verify(tmp_path / "sparse", tmp_path / "narrow").ok
     report = verify(tmp_path / "sparse", dense)
     assert [verdict.ok for verdict in report.layers] == [False, True]
+
+
+HALF = ["--component", "gen", "--keep-ratio", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--component", "gen,gen"], "--component: must be different ones of und, gen"),
+        (["--component", "gen"], "--keep-ratio must be given with --axis width"),
+        (["--component", "gen", "--axis", "height"], "--axis: must be different ones of depth"),
+        (["--component", "gen", "--keep-ratio", "0"], "--keep-ratio: must be above 0"),
+        (["--component", "gen", "--keep-ratio", "nan"], "--keep-ratio: must be above 0"),
+        (["--component", "gen", "--axis", "depth"], "--skip-layers must be given with --axis"),
+        ([*HALF, "--skip-layers", "1"], "--skip-layers must be given with an --axis that it"),
+        ([*HALF, "--seed", "1"], "--seed must be given with --criterion random"),
+        ([*HALF, "--scores", "x", "--criterion", "random"], "not allowed with argument"),
+    ],
+)
+def test_wrong_usage_of_the_command(
+    options: list[str], message: str, dense: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(["prune", str(dense), str(tmp_path / "out"), *options, "--quiet"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def rewrite(directory: Path, name: str, **fields: Any) -> None:
+    """Sets fields of a JSON file, or tensors of a safetensors file; None removes one."""
+    is_json = name.endswith("json")
+    path = directory / name
+    content: dict[str, Any] = json.loads(path.read_text()) if is_json else load_file(path)
+    content = {k: v for k, v in (content | fields).items() if v is not None}
+    path.write_text(json.dumps(content)) if is_json else save_file(content, path)
+
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "match"),
+    [
+        ("llm_config.json", {"num_attention_heads": 7}, "a multiple of num_attention_heads = 7"),
+        ("llm_config.json", {"num_key_value_heads": 8}, r"k_proj.weight \[32, 64\], not \[64"),
+        ("llm_config.json", {"vocab_size": 95}, r"embed_tokens.weight \[96, 64\], not \[95, 64\]"),
+        ("llm_config.json", {"num_hidden_layers": 0}, "num_hidden_layers must be"),
+        ("llm_config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
+        ("llm_config.json", {"num_hidden_layers": "three"}, "num_hidden_layers must be"),
+        ("vit_config.json", {"num_hidden_layers": 4}, "num_hidden_layers must be 2 or 3"),
+        ("ema.safetensors", {"llm2vae.bias": None}, "got missing llm2vae.bias"),
+        ("ema.safetensors", {"lora": ONE}, "got extra lora"),
+        ("ae.safetensors", {"more": ONE}, r"ae.safetensors: .* extra more"),
+        ("ae.safetensors", {"decoder.norm_out.bias": None}, r"ae.safetensors: .* missing decoder"),
+    ],
+)
+def test_what_the_loader_refuses_is_listed(
+    name: str, fields: Any, match: str, dense: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    prune(dense, source, [PruneWidthConfig(layers=[1], keep_ratio=0.5)])
+    assert not info(source).problems
+    rewrite(source, name, **fields)
+    with pytest.raises(ValueError, match=r"."):
+        load(source)
+    with pytest.raises(AssertionError, match=match):
+        raise AssertionError("\n".join(info(source).problems))
