@@ -147,19 +147,32 @@ class Checkpoint:
         return [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
 
     @cached_property
-    def experts(self) -> dict[str, dict[int, ExpertLayout]]:
-        """The sparse FFNs, `{component: {layer: layout}}`, of components that have some.
+    def shapes(self) -> dict[str, dict[int, LayerShape]]:
+        """What each layer has of each component, as the keys give it, pruned or not.
 
-        As the keys give them, checked against llm_config.json and the recipe.
+        Checked against llm_config.json and the recipe.
         """
         self._refuse(self.problems())
-        shared: Any = self.llm_config.get("num_shared_experts")
+        ffns, shared = self.ffns, self.llm_config.get("num_shared_experts")
+        shapes: dict[str, dict[int, LayerShape]] = {}
+        for component, layers in self._wanted.items():
+            shapes[component] = {}
+            for layer, shape in layers.items():
+                found = ffns.get(component, {}).get(layer)
+                ffn: Any = 0 if found is None else found.ffn
+                if isinstance(ffn, ExpertLayout):
+                    ffn = replace(ffn, num_shared_experts=shared)
+                shapes[component][layer] = replace(shape, ffn=ffn)
+        return shapes
+
+    @property
+    def experts(self) -> dict[str, dict[int, ExpertLayout]]:
+        """The sparse FFNs, `{component: {layer: layout}}`, of components that have some."""
         found: dict[str, dict[int, ExpertLayout]] = {}
-        for component, layers in self.ffns.items():
-            for layer, ffn in layers.items():
-                if ffn.layout is not None:
-                    layout = replace(ffn.layout, num_shared_experts=shared)
-                    found.setdefault(component, {})[layer] = layout
+        for component, layers in self.shapes.items():
+            for layer, shape in layers.items():
+                if isinstance(shape.ffn, ExpertLayout):
+                    found.setdefault(component, {})[layer] = shape.ffn
         return found
 
     @property
@@ -186,20 +199,6 @@ class Checkpoint:
         keeps_all = (MoEConfig, AdaptConfig)
         steps = self.recipe.steps if self.recipe is not None else ()
         return None if all(isinstance(s.config, keeps_all) for s in steps) else self._wanted
-
-    @cached_property
-    def shapes(self) -> dict[str, dict[int, LayerShape]]:
-        """What each layer has of each component, pruned or not."""
-        experts, ffns = self.experts, self.ffns
-        shapes: dict[str, dict[int, LayerShape]] = {}
-        for component, layers in self._wanted.items():
-            own, sparse = ffns.get(component, {}), experts.get(component, {})
-            widths = {layer: ffn.intermediate_size for layer, ffn in own.items()}
-            shapes[component] = {
-                layer: replace(shape, ffn=sparse.get(layer, widths.get(layer, 0)))
-                for layer, shape in layers.items()
-            }
-        return shapes
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:

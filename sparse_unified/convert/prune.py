@@ -226,26 +226,25 @@ def _plan(
 
 def _select(source: Checkpoint, shapes: Shapes, config: PruneConfig) -> tuple[int, ...]:
     """Returns the layers of a mode; "all" and "middle" pass over those that lack what is cut."""
-
-    def has(component: str, layer: int, part: str) -> bool:
-        if part == "ffn":
-            return bool(shapes[component][layer].width)
-        query = f"{keys.layer_prefix(layer)}{keys.attention_modules(component)[1]}.weight"
-        return shapes[component][layer].has_attention and query in source.specs
-
     parts: tuple[str, ...] = ("ffn",)
-    name, enough = "FFN", all
+    name = "FFN"
     if isinstance(config, PruneHeadsConfig):
         parts, name = ("attention",), "attention"
     elif isinstance(config, SkipLayersConfig):
         parts, name = config.parts, f"{config.part.value} left"
-        enough = any
-    return select(
-        config.layers,
-        source.num_layers,
-        lambda layer: enough(has(c, layer, part) for c in config.components for part in parts),
-        f"{' and '.join(config.components)} {name}",
-    )
+
+    def has(layer: int) -> bool:
+        found = []
+        for component in config.components:
+            shape = shapes[component][layer]
+            query = f"{keys.layer_prefix(layer)}{keys.attention_modules(component)[1]}.weight"
+            held = {"ffn": shape.width > 0}
+            held["attention"] = shape.has_attention and query in source.specs
+            found += [held[part] for part in parts]
+        return any(found) if isinstance(config, SkipLayersConfig) else all(found)
+
+    what = f"{' and '.join(config.components)} {name}"
+    return select(config.layers, source.num_layers, has, what)
 
 
 def _check_heads(source: Checkpoint, component: str, layers: Sequence[int]) -> None:
