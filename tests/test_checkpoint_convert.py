@@ -32,7 +32,7 @@ from sparse_unified.experts import (
 )
 
 NEURONS = torch.rand(96)
-FORMATS = [(0, torch.float32), (0, torch.bfloat16), (3, torch.float16)]
+FORMATS = [(0, torch.float32), (0, torch.bfloat16), (3, torch.float16), (0, torch.float64)]
 CASES: list[dict[str, Any]] = [
     {"num_experts": 4, "top_k": 2},
     {"num_experts": 16, "top_k": 8, "layers": "all"},
@@ -45,12 +45,12 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("case", range(8))
 def test_convert_verify_invert_is_the_identity(case: int, tmp_path: Path) -> None:
-    num_shards, dtype = FORMATS[case % 3]
+    num_shards, dtype = FORMATS[case % 4]
     dense = make_dense(tmp_path / "dense", num_shards=num_shards, dtype=dtype)
     before = snapshot(dense)
-    report = convert(dense, tmp_path / "sparse", **CASES[case % 8])
+    report = convert(dense, tmp_path / "sparse", **CASES[case])
     checked = verify(tmp_path / "sparse", dense)
     assert checked.ok, checked.to_text()
     assert [verdict.layer for verdict in checked.layers] == list(report.layers)
@@ -236,14 +236,6 @@ def test_arguments_that_do_not_fit_are_refused(
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         convert(dense, tmp_path / "out", **({"num_experts": 4, "top_k": 2} | options))
     assert set(tmp_path.iterdir()) == before
-
-
-def test_weights_of_another_precision_are_ranked_by_scores_alone(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense", dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"must be one of .* to be ranked by magnitude, got"):
-        convert(dense, tmp_path / "out", num_experts=4, top_k=2)
-    convert(dense, tmp_path / "out", num_experts=4, top_k=2, seed=0)
-    assert verify(tmp_path / "out", dense).ok
 
 
 def test_what_is_not_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def rewrite(
     """
     files: dict[str, tuple[str, list[Edit]]] = {}  # name -> header text and what comes after it
     for name, header in (headers or source.headers).items():
-        parts = [edits.get(key) or unchanged(key, source.spec(key)) for key in header.tensors]
+        parts = [edits.get(key) or _copy(key, source.spec(key)) for key in header.tensors]
         entries = [entry for own in parts for entry in own.entries]
         if headers is not None:
             files[name] = header.text, parts
@@ -159,8 +159,7 @@ def rewrite(
     return done
 
 
-def unchanged(key: str, spec: TensorSpec) -> Edit:
-    """Returns the edit that copies a tensor."""
+def _copy(key: str, spec: TensorSpec) -> Edit:
     return Edit(entries=((key, spec.dtype, spec.shape),), blocks=lambda: (spec,))
 
 

@@ -96,7 +96,8 @@ def invert(
             f"{sidecar.component}, which {SIDECAR} undoes, got a {last.mode} step of "
             f"{last.component}: what was pruned is gone"
         )
-    component, edits = sidecar.component, {}
+    component = sidecar.component
+    edits: dict[str, Edit] = {}
     experts = source.experts.get(component, {})
     widths = {layer: layout.intermediate_size for layer, layout in experts.items()}
     if widths != {layer: len(index) for layer, index in sidecar.neuron_index.items()}:

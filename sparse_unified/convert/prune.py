@@ -30,7 +30,7 @@ from sparse_unified.checkpoint.modes import (
 )
 from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
-from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite, unchanged
+from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.scores import Scores
 from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
 from sparse_unified.checkpoint.sidecar import tool_version
@@ -137,9 +137,7 @@ def prune(
         spec = source.spec(key)
         if cut is GONE:
             edits[key] = NOTHING
-        elif left[key] == spec.shape:
-            edits[key] = unchanged(key, spec)
-        else:
+        elif left[key] != spec.shape:
             blocks = partial(gather, [spec], cut.dim, [cut.keep.numpy()])
             edits[key] = Edit(entries=((key, spec.dtype, left[key]),), blocks=blocks)
     texts = {RECIPE: (source.recipe or Recipe()).then(*steps).to_json()}

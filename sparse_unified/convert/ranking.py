@@ -49,13 +49,8 @@ def ranking(
         return lambda n: random_scores(sizes[n], seed=seed, layer=n), f"random, seed {seed}"
 
     def read(key: str) -> Tensor:
-        dtype = source.spec(key).dtype
-        if dtype not in _DTYPES:
-            raise ValueError(
-                f"{key} must be one of {', '.join(map(str, _DTYPES))} to be ranked by magnitude, "
-                f"got {dtype}"
-            )
-        return source.read(key)
+        tensor = source.read(key)
+        return tensor if tensor.dtype in _DTYPES else tensor.float()
 
     def magnitudes(layer: int) -> Tensor:
         with naming(f"{component} layer {layer} of the weights"):
