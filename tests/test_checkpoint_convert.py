@@ -210,7 +210,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
     ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
     ({"num_shared_experts": -1}, "num_shared_experts must be an integer of at least 0, got -1"),
-    ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 96 neurons but for those that are shared"),
+    ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 96 neurons but for those"),
     ({"layers": "1-9"}, "layers must lie in 0 to 3, got 4"),
     ({"layers": []}, "layers must name at least one of"),
     ({"component": "vit"}, "component must be one of und, gen, got 'vit'"),

@@ -150,7 +150,7 @@ def test_without_its_recipe_or_config_a_pruned_checkpoint_is_refused(
 ) -> None:
     prune(dense, tmp_path / "out", [*WIDTHS, DEPTH[1]])
     edit_config(tmp_path / "out", intermediate_size=None)
-    with pytest.raises(ValueError, match=r"intermediate_size must be given"):
+    with pytest.raises(ValueError, match="intermediate_size must be given"):
         load(tmp_path / "out")
     edit_config(tmp_path / "out", intermediate_size=WIDTH)
     (tmp_path / "out" / "sparse_unified.json").unlink()

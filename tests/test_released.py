@@ -68,13 +68,12 @@ def test_all_layers_load_as_a_model_and_into_a_dense_one(
     assert all(latent.isfinite().all() for latent in result.latents)
 
     model = host(released, TupleMLP if num_shards else TensorMLP)
-    entries = load_moe_(model, directory).parts
-    assert [entry.layer for entry in entries] == list(released.sparse)
-    assert {(e.num_experts, e.top_k, e.expert_width) for e in entries} == {
-        (*KINDS[kind], released.expert_width)
-    }
+    parts = load_moe_(model, directory).parts
+    assert [part.layer for part in parts] == list(released.sparse)
     prefix = "language_model.model.layers.26.mlp_moe_gen."
     block = model.layers[26].mlp_moe_gen
+    sizes = (block.num_experts, block.top_k, block.layout.expert_width)
+    assert sizes == (*KINDS[kind], released.expert_width)
     for key, value in block.state_dict().items():
         assert torch.equal(value, state[prefix + key])
     x = tokens(5, released.hidden).to(dtype)
