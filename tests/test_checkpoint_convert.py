@@ -11,25 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import (
-    GOLDEN,
-    LAYER,
-    edit_weights,
-    make_config,
-    make_dense,
-    snapshot,
-)
+from checkpoint_files import GOLDEN, LAYER, edit_weights, make_config, make_dense, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.checkpoint.sidecar import read_sidecar
-from sparse_unified.experts import (
-    ExpertLayout,
-    magnitude_scores,
-    random_scores,
-    snake_partition,
-)
+from sparse_unified.experts import ExpertLayout, magnitude_scores, random_scores, snake_partition
 
 NEURONS = torch.rand(96)
 FORMATS = [(0, torch.float32), (0, torch.bfloat16), (3, torch.float16), (0, torch.float64)]
@@ -210,7 +198,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": 0}, "num_experts must be an integer of at least 1, got 0"),
     ({"top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
     ({"num_shared_experts": -1}, "num_shared_experts must be an integer of at least 0, got -1"),
-    ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 96 neurons but for those"),
+    ({"num_experts": 12, "num_shared_experts": 1}, "num_experts must divide the 96 neurons"),
     ({"layers": "1-9"}, "layers must lie in 0 to 3, got 4"),
     ({"layers": []}, "layers must name at least one of"),
     ({"component": "vit"}, "component must be one of und, gen, got 'vit'"),

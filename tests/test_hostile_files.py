@@ -181,12 +181,7 @@ MODELS = {
     for kind, names in FILES.items()
     for name in names
 }
-MODELS["sidecar"] = Target(
-    MODELS[f"sparse {SIDECAR}"].make,
-    read_sidecar,
-    10_000,
-    links=True,
-)
+MODELS["sidecar"] = Target(MODELS[f"sparse {SIDECAR}"].make, read_sidecar, 10_000, links=True)
 
 
 # Files that users give, and runs leave
@@ -279,8 +274,7 @@ READERS = {
         lenient=True,
     ),
     "data": Target(
-        lines({"image": IMAGE, "text": "a"}, {"image": IMAGE, **ANSWER}, images=1),
-        open_records,
+        lines({"image": IMAGE, "text": "a"}, {"image": IMAGE, **ANSWER}, images=1), open_records
     ),
     "log": Target(
         lines({"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}), read_log, lenient=True

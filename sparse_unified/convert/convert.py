@@ -19,14 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import (
-    Progress,
-    Report,
-    context,
-    format_bytes,
-    format_layers,
-    naming,
-)
+from sparse_unified._common import Progress, Report, context, format_bytes, format_layers, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import read_text, refuse_overlap
 from sparse_unified.checkpoint.model_dir import Checkpoint

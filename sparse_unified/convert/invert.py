@@ -15,13 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from sparse_unified._common import (
-    Progress,
-    Report,
-    context,
-    format_bytes,
-    format_layers,
-)
+from sparse_unified._common import Progress, Report, context, format_bytes, format_layers
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import refuse_overlap
 from sparse_unified.checkpoint.model_dir import Checkpoint
@@ -29,11 +23,7 @@ from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.recipe import RECIPE
 from sparse_unified.checkpoint.rewrite import Edit, gather, rewrite
 from sparse_unified.checkpoint.shapes import ffn_parts, ffn_shapes
-from sparse_unified.checkpoint.sidecar import (
-    EARLIER_SIDECAR,
-    SIDECAR,
-    read_sidecar,
-)
+from sparse_unified.checkpoint.sidecar import EARLIER_SIDECAR, SIDECAR, read_sidecar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +50,7 @@ class InvertReport(Report):
 
 @context("invert")
 def invert(
-    sparse: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    progress: Progress | None = None,
+    sparse: str | os.PathLike[str], out: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> InvertReport:
     """Writes the dense directory that `convert` made `sparse` from.
 

@@ -72,10 +72,7 @@ class MemoryReport(Report):
 
 @context("memory")
 def memory(
-    directory: str | os.PathLike[str],
-    *,
-    size: tuple[int, int] = (1024, 1024),
-    images: int = 1,
+    directory: str | os.PathLike[str], *, size: tuple[int, int] = (1024, 1024), images: int = 1
 ) -> MemoryReport:
     """Computes what a model directory takes on a device in each way of loading it.
 

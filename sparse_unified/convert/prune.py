@@ -35,15 +35,7 @@ from sparse_unified.checkpoint.scores import Scores
 from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
 from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.convert.ranking import ranking
-from sparse_unified.surgery.cuts import (
-    GONE,
-    Cuts,
-    PruneConfig,
-    plan,
-    select,
-    sizes_left,
-    then,
-)
+from sparse_unified.surgery.cuts import GONE, Cuts, PruneConfig, plan, select, sizes_left, then
 
 Shapes = dict[str, dict[int, LayerShape]]
 Sizes = Mapping[str, tuple[int, ...]]
