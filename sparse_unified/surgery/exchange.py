@@ -81,21 +81,13 @@ _MOVED = {*_CALL_HOOKS, *_INSIDE, _LOG, "forward", "_hf_hook", "_old_forward"}
 
 
 class Entry(NamedTuple):
-    """An entry of a module that became another one, or of a hook of accelerate.
-
-    Attributes:
-        owner: whose it is.
-        table: one of `_TABLES`, or "" for an attribute.
-        name: of the entry.
-        old: what it was.
-        training: the mode of the owner then.
-    """
+    """An entry of a module that became another one, or of a hook of accelerate."""
 
     owner: Any
-    table: str
+    table: str  # one of `_TABLES`, or "" for an attribute
     name: str
     old: Any
-    training: bool
+    training: bool  # the mode of the owner then
 
     def entries(self) -> dict[str, Any]:
         """Returns what the owner has now, by name."""
@@ -181,10 +173,7 @@ class Snapshot:
 
 @contextmanager
 def unchanged(modules: Iterable[nn.Module], *, on_error: bool = False) -> Iterator[None]:
-    """Afterwards modules hold what they held before; with `on_error`, only after an error.
-
-    Whatever is raised inside, an interrupt included.
-    """
+    """Afterwards modules hold what they held; with `on_error`, only after an error or interrupt."""
     before = Snapshot(modules)
     try:
         yield
@@ -197,10 +186,9 @@ def unchanged(modules: Iterable[nn.Module], *, on_error: bool = False) -> Iterat
 
 @contextmanager
 def transformed(layers: Sequence[nn.Module], *, keep: bool) -> Iterator[None]:
-    """Inside, decoder layers are changed as one transform; an error takes everything back.
+    """Inside, decoder layers are changed as one transform, to be undone if `keep` says so.
 
-    Args:
-        keep: remember what there was, to be undone.
+    An error takes everything back.
     """
     before = [Snapshot(layer.modules()) for layer in layers]
     try:
@@ -216,12 +204,7 @@ def transformed(layers: Sequence[nn.Module], *, keep: bool) -> Iterator[None]:
 
 
 def undo(layers: Sequence[nn.Module]) -> None:
-    """Undoes what the logs of decoder layers say, the latest first.
-
-    Raises:
-        ValueError: there is nothing to undo.
-        RuntimeError: something was not kept, or kept on the meta device while the model got data.
-    """
+    """Undoes what the logs of decoder layers say, the latest first; raises as `restore_` does."""
     # A wrapper that came later stands before what it wraps.
     log = [
         (layer, holder, step)

@@ -249,15 +249,16 @@ def hidden_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def skipped_ffn(ffn: nn.Module) -> Skipped:
-    """Returns what takes the place of a FFN in a layer that cannot do without one.
+def read_ffn(ffn: nn.Module) -> tuple[DenseWeights, bool]:
+    """Returns the weights of a dense or sparse FFN, and whether it returns (y, router_logits).
 
     Raises:
-        ValueError: the FFN is neither sparse nor a plain dense SwiGLU.
+        ValueError: it is neither sparse, of plain weights in memory, nor a plain dense SwiGLU.
     """
-    if isinstance(ffn, SparseMoE):
-        is_tuple, weight = ffn.return_router_logits, ffn.gate_proj.detach()
-    else:
+    if not isinstance(ffn, SparseMoE):
         weights = read_weights(ffn)
-        is_tuple, weight = returns_tuple(ffn, weights), weights.gate_proj
-    return Skipped(2 if is_tuple else 0, weight).train(ffn.training)
+        return weights, returns_tuple(ffn, weights)
+    if ffn.gate_proj.is_meta and hasattr(ffn, "_hf_hook"):
+        raise ValueError("weights must be in memory, got weights offloaded by accelerate")
+    ffn.official_views()  # refuses weights in fewer bits
+    return DenseWeights(ffn.gate_proj, ffn.up_proj, ffn.down_proj), ffn.return_router_logits

@@ -27,7 +27,13 @@ from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import rank
 from sparse_unified.surgery.decoder import Decoder, find_decoder
 from sparse_unified.surgery.exchange import Slot, offload_like
-from sparse_unified.surgery.ffn import DenseWeights, projection_names, read_weights, returns_tuple
+from sparse_unified.surgery.ffn import (
+    DenseWeights,
+    projection_names,
+    read_ffn,
+    read_weights,
+    returns_tuple,
+)
 from sparse_unified.surgery.report import SurgeryReport, report, take_census, transform
 
 
@@ -331,7 +337,14 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
         ffns = [own for c in config.components for own in decoder.select_ffns(config.layers, c)]
         for slot, ffn in ffns:
             with naming(slot):
-                _check(ffn)
+                weights, _ = read_ffn(ffn)
+                kinds = (nn.Linear, SparseMoE)
+                is_plain = all(isinstance(module, kinds) for module, _ in _weights(ffn))
+                if not is_plain or weights.gate_proj.is_meta:
+                    raise ValueError(
+                        "projections must be an nn.Linear each, with plain tensors in memory, got "
+                        f"{'meta tensors' if is_plain else type(ffn).__name__}"
+                    )
     before = take_census(decoder)
     for _, ffn in ffns:
         quantize_ffn_(ffn, config.storage)
@@ -361,17 +374,3 @@ def _weights(ffn: nn.Module) -> list[tuple[nn.Module, str]]:
     if isinstance(ffn, SparseMoE):
         return [(ffn, name) for name in keys.PROJECTIONS]
     return [(getattr(ffn, name), "weight") for name in projection_names(ffn)]
-
-
-def _check(ffn: nn.Module) -> None:
-    if isinstance(ffn, SparseMoE):
-        ffn.official_views()  # refuses what is packed already
-        is_linear, weight = True, ffn.gate_proj.detach()
-    else:
-        weight = read_weights(ffn).gate_proj
-        is_linear = all(isinstance(module, nn.Linear) for module, _ in _weights(ffn))
-    if not is_linear or weight.is_meta:
-        raise ValueError(
-            "projections must be an nn.Linear each, with plain tensors in memory, got "
-            f"{'meta tensors' if is_linear else type(ffn).__name__}"
-        )

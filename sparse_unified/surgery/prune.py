@@ -55,9 +55,7 @@ from sparse_unified.surgery.ffn import (
     cut_linear,
     hidden_states,
     plain_weight,
-    read_weights,
-    returns_tuple,
-    skipped_ffn,
+    read_ffn,
 )
 from sparse_unified.surgery.report import SurgeryReport, transform
 
@@ -100,8 +98,9 @@ def prune_width_(
         shapes = {}
         for slot, ffn in ffns:
             with naming(slot):
-                weights[slot.layer] = own = _read_ffn(ffn)
-            width: Any = ffn.layout if isinstance(ffn, SparseMoE) else own.gate_proj.shape[0]
+                weights[slot.layer], _ = read_ffn(ffn)
+            dense_width = weights[slot.layer].gate_proj.shape[0]
+            width: Any = ffn.layout if isinstance(ffn, SparseMoE) else dense_width
             shapes[slot.layer] = LayerShape(ffn=width, kv_heads=(), query_groups=())
         widths = {layer: shape.width for layer, shape in shapes.items()}
         count = len(decoder.layers)
@@ -113,17 +112,6 @@ def prune_width_(
                 cut_ffn(ffn, kept[slot.layer])
 
         return transform("prune_width_", decoder, cut, keep=keep_dense)
-
-
-def _read_ffn(ffn: nn.Module) -> DenseWeights:
-    if not isinstance(ffn, SparseMoE):
-        weights = read_weights(ffn)
-        returns_tuple(ffn, weights)  # refuses what is no SwiGLU
-        return weights
-    if ffn.gate_proj.is_meta and hasattr(ffn, "_hf_hook"):
-        raise ValueError("weights must be in memory, got weights offloaded by accelerate")
-    ffn.official_views()  # refuses weights in fewer bits
-    return DenseWeights(ffn.gate_proj, ffn.up_proj, ffn.down_proj)
 
 
 @torch.no_grad()
@@ -295,7 +283,8 @@ def _skip(
         return []
     ((slot, ffn),) = decoder.select_ffns([layer], config.component)
     with naming(slot):
-        return [(slot, skipped_ffn(ffn))]
+        weights, is_tuple = read_ffn(ffn)
+        return [(slot, Skipped(2 if is_tuple else 0, weights.gate_proj).train(ffn.training))]
 
 
 # For a while
