@@ -53,10 +53,7 @@ def _parse(text: str, num_layers: int) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
         if match is None:
-            raise ValueError(
-                "layers must be 'middle', 'all', 'a-b', a number or a "
-                f"comma-separated list of these, got {text!r}"
-            )
+            raise ValueError(f"layers must be 'middle', 'all', 'a-b' or 'a,b-c', got {text!r}")
         first = int(match[1])
         last = int(match[2]) if match[2] is not None else first
         if last < first:
@@ -148,19 +145,15 @@ def keep_in_experts(
     """
     blocks = _block_scores(scores, block_size)
     routed = max(1, round(keep_ratio * layout.expert_width / block_size))
-    shared = _shared_blocks(layout, routed, keep_ratio, block_size)
+    width, count = layout.shared_width, layout.num_shared_experts
+    shared = max(1, round(keep_ratio * width / block_size))
+    if routed * block_size == layout.expert_width:
+        shared = width // block_size
+    elif count and count * (layout.intermediate_size // (layout.num_experts + count)) == width:
+        shared = min(count * routed, width // block_size)
     kept = []
     for name, (start, stop) in layout.ranges().items():
         own = blocks[start // block_size : stop // block_size]
         best = _highest(own, shared if name == "shared_expert" else routed)
         kept.append(start + _units(best, block_size))
     return torch.cat(kept)
-
-
-def _shared_blocks(layout: ExpertLayout, routed: int, keep_ratio: float, block_size: int) -> int:
-    width, count = layout.shared_width, layout.num_shared_experts
-    if not width or routed * block_size == layout.expert_width:
-        return width // block_size
-    if count and count * (layout.intermediate_size // (layout.num_experts + count)) == width:
-        return min(count * routed, width // block_size)
-    return max(1, round(keep_ratio * width / block_size))

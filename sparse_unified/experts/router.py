@@ -119,7 +119,11 @@ def fit_router(
     """
     check_inputs(inputs, gate_proj.shape[1])
     x = inputs.to(gate_proj.device, torch.float32)
-    outputs = _expert_outputs(x, gate_proj, up_proj, down_proj, layout)  # [N, E, D]
+    each = []
+    for start, stop in map(layout.expert_range, range(layout.num_experts)):
+        hidden = hidden_activations(x, gate_proj[start:stop], up_proj[start:stop])
+        each.append(hidden @ down_proj[:, start:stop].float().t())
+    outputs = torch.stack(each, 1)  # [N, E, D]
     held_out = torch.arange(len(x), device=x.device) % _HELD_OUT == 0
     rest = ~held_out
     partial = _fit(x[rest], outputs[rest], top_k)
@@ -141,17 +145,6 @@ def fit_router(
         error=error(partial),
         logit_rms=float((x @ weight.t()).square().mean().sqrt()),
     )
-
-
-def _expert_outputs(
-    x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, layout: ExpertLayout
-) -> Tensor:
-    outputs = []
-    for expert in range(layout.num_experts):
-        start, stop = layout.expert_range(expert)
-        hidden = hidden_activations(x, gate_proj[start:stop], up_proj[start:stop])
-        outputs.append(hidden @ down_proj[:, start:stop].float().t())
-    return torch.stack(outputs, 1)
 
 
 def _fit(x: Tensor, outputs: Tensor, top_k: int) -> Tensor:

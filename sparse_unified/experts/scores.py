@@ -28,10 +28,7 @@ def check_scores(scores: Tensor, size: int) -> None:
     bad = torch.nonzero(~torch.isfinite(scores))
     if bad.numel():
         first = int(bad[0])
-        raise ValueError(
-            f"scores must be finite, got {scores[first].item()} for neuron {first} "
-            f"({bad.shape[0]} of {size} are not finite)"
-        )
+        raise ValueError(f"scores must be finite, got {scores[first].item()} for neuron {first}")
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:

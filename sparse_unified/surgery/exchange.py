@@ -13,7 +13,7 @@ import importlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -172,11 +172,11 @@ class Snapshot:
 
 
 @contextmanager
-def unchanged(modules: Iterable[nn.Module], *, on_error: bool = False) -> Iterator[None]:
+def unchanged(modules: Iterable[nn.Module], *, on_error: bool = False) -> Iterator[Snapshot]:
     """Afterwards modules hold what they held; with `on_error`, only after an error or interrupt."""
     before = Snapshot(modules)
     try:
-        yield
+        yield before
     except BaseException:
         before.put_back()
         raise
@@ -190,17 +190,15 @@ def transformed(layers: Sequence[nn.Module], *, keep: bool) -> Iterator[None]:
 
     An error takes everything back.
     """
-    before = [Snapshot(layer.modules()) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        before = [
+            stack.enter_context(unchanged(layer.modules(), on_error=True)) for layer in layers
+        ]
         yield
         for layer, snapshot in zip(layers, before, strict=True):
             if entries := snapshot.differences():
                 log = vars(layer).get(_LOG, ()) if keep else ()
                 vars(layer)[_LOG] = (*log, entries if keep else None)
-    except BaseException:
-        for snapshot in before:
-            snapshot.put_back()
-        raise
 
 
 def undo(layers: Sequence[nn.Module]) -> None:
