@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_unified.experts import ExpertLayout, snake_partition
-from sparse_unified.nn import SparseMoE, SwiGLU
+from sparse_unified.nn import SparseMoE
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,24 +64,6 @@ def random_block(
         for parameter in moe.parameters():
             parameter.copy_(torch.randn(parameter.shape) * parameter.shape[1] ** -0.5)
         moe.down_proj.mul_(3)
-    return moe
-
-
-def from_dense(dense: SwiGLU, layout: ExpertLayout, top_k: int, scores: Tensor) -> SparseMoE:
-    """The block cut from a dense FFN, routers at zero."""
-    hidden_size = dense.gate_proj.in_features
-    index = snake_partition(scores, layout)
-    moe = SparseMoE(
-        hidden_size,
-        layout.intermediate_size,
-        layout.num_experts,
-        top_k,
-        layout.num_shared_experts,
-    )
-    with torch.no_grad():
-        moe.gate_proj.copy_(dense.gate_proj.weight[index])
-        moe.up_proj.copy_(dense.up_proj.weight[index])
-        moe.down_proj.copy_(dense.down_proj.weight[:, index])
     return moe
 
 
