@@ -20,10 +20,8 @@ from sparse_unified.adapt import init_router_
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, calibrate, collect
 from sparse_unified.analysis.bagel_task import Settings
 from sparse_unified.analysis.samples import Task, built_in_samples
-from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
-from sparse_unified.checkpoint.sidecar import read_sidecar
+from sparse_unified.checkpoint import Checkpoint, convert, keys
 from sparse_unified.cli import main
-from sparse_unified.experts import magnitude_scores, snake_partition
 from sparse_unified.experts.layout import Partition
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery.decoder import find_adapter
@@ -33,12 +31,6 @@ INPUTS = StatisticsConfig(num_inputs=32)
 
 def layer_inputs(hidden: int, layers: range = range(LAYERS), count: int = 40) -> dict[int, Tensor]:
     return {layer: unit_tokens(count, hidden=hidden, seed=layer) for layer in layers}
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
 
 
 # Live models
@@ -197,50 +189,6 @@ def test_kept_inputs_are_what_the_ffn_saw_and_the_same_tokens_everywhere(tmp_pat
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return models.pipeline(tmp_path_factory.mktemp("routing"))
-
-
-@pytest.mark.parametrize(("component", "partition"), [("gen", "random"), ("und", "coactivation")])
-def test_every_partition_verifies_and_inverts(
-    tmp_path: Path, component: str, partition: str
-) -> None:
-    dense = make_dense(tmp_path / "dense", num_shards=2, dtype=torch.bfloat16)
-    inputs = {component: layer_inputs(16)} if partition == "coactivation" else None
-    report = convert(
-        dense,
-        tmp_path / "sparse",
-        num_experts=4,
-        top_k=2,
-        num_shared_experts=2,
-        component=component,
-        partition=partition,
-        router_init="random" if inputs is None else "activation",
-        partition_seed=5,
-        inputs=inputs,
-    )
-    assert report.partition == partition
-    assert f"partition          {partition}" in report.to_text()
-    sparse = Checkpoint(tmp_path / "sparse")
-    verdict = verify(sparse.directory, dense)
-    assert verdict.ok
-    assert {layer.routers for layer in verdict.layers} == {"set"}
-    gates = [sparse.read(keys.router_key(component, 1, n)) for n in keys.router_names(component)]
-    assert gates[0].any()
-    assert not gates[1].any()  # that of the shared expert
-    assert len(gates) == 2 or torch.equal(gates[0], gates[2])
-    index = torch.from_numpy(
-        read_sidecar(sparse.directory / "partition.safetensors").neuron_index[1]
-    )
-    weights = [Checkpoint(dense).read(keys.dense_key(component, 1, n)) for n in keys.PROJECTIONS]
-    layout = sparse.experts[component][1]
-    snake = snake_partition(magnitude_scores(*weights), layout)
-    assert torch.equal(index[:32], snake[:32])
-    assert not torch.equal(index, snake)
-    assert sparse.recipe is not None
-    config = sparse.recipe.steps[-1].config
-    assert isinstance(config, MoEConfig)
-    assert (config.partition.value, config.seed) == (partition, 5)
-    invert(sparse.directory, tmp_path / "back")
-    assert snapshot(tmp_path / "back") == snapshot(dense)
 
 
 def test_live_model_and_file_agree(tmp_path: Path, pipeline: Any) -> None:

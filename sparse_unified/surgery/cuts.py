@@ -63,11 +63,8 @@ def select(
 ) -> tuple[int, ...]:
     """Returns the selected layers; "all" and "middle" pass over those that lack what is cut.
 
-    Args:
-        layers: as in the configs. has: tells whether a layer has it. what: its name in the error.
-
     Raises:
-        ValueError: a layer that is named lacks it, or all do.
+        ValueError: a layer that is named does not have it, or none does; `what` names it.
     """
     selected = select_layers(layers, num_layers)
     left = tuple(layer for layer in selected if has(layer))
@@ -138,12 +135,7 @@ def rank(
 ) -> dict[int, Tensor]:
     """Returns the checked scores of chosen layers: those given, else by weight magnitude.
 
-    Args:
-        scores: of users, see `given_scores`.
-        component: whose.
-        sizes: `{layer: number of its scores}`.
-        num_layers: of the model.
-        magnitudes: layer -> its scores by weight magnitude.
+    Args: as of `given_scores`, and magnitudes: layer -> its scores by weight magnitude.
     """
     found = given_scores(scores, component, sizes, num_layers)
     if found is None:
@@ -161,11 +153,6 @@ def keep_neurons(
     config: PruneWidthConfig, shapes: Mapping[int, LayerShape], ranking: Mapping[int, Tensor]
 ) -> dict[int, Tensor]:
     """Returns the neurons of each layer that stay, [kept] int64, ascending, in expert order.
-
-    Args:
-        config: what is asked for; its `layers` are not looked at.
-        shapes: of the layers to prune.
-        ranking: scores of each layer, [I].
 
     Raises:
         ValueError: block_size or budget do not suit an FFN.
@@ -231,10 +218,8 @@ def _cut_heads(
     """Cuts the groups of query heads that are not kept, and KV heads that nothing reads then.
 
     The components share the KV heads of a layer: those of a group go once no component reads them;
-    until then the component that dropped the group merely stops reading them.
-
-    Args:
-        shapes: of the layer by component; they become what is left.
+    until then the component that dropped the group merely stops reading them. `shapes` become
+    those that are left.
     """
     groups = {c: kept.get(c, torch.arange(len(shape.query_groups))) for c, shape in shapes.items()}
     places = {c: torch.tensor(shape.query_places)[groups[c]] for c, shape in shapes.items()}
@@ -305,11 +290,7 @@ def sizes_left(sizes: Sizes, cuts: Cuts) -> dict[str, tuple[int, ...]]:
 def neuron_magnitudes(
     read: Callable[[str], Tensor], component: str, layer: int, ffn: int | ExpertLayout
 ) -> Tensor:
-    """Ranks the neurons of an FFN by weight magnitude, [I] fp32 in expert order.
-
-    Args:
-        read: official key -> tensor; one part of the FFN is asked for after the other.
-    """
+    """Ranks the neurons of an FFN by weight magnitude, [I] fp32 in expert order, part by part."""
     # Parts get the bits that the whole layer would: every neuron is summed by itself.
     prefix = keys.ffn_prefix(component, layer)
     parts = [

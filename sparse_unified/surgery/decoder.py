@@ -138,11 +138,7 @@ LAYOUTS = (
 
 
 class Decoder:
-    """The decoder layers of a model, found under the attribute path `path`.
-
-    To the analysis it is the adapter of a model: `components`, `num_layers`, `holds`, `ffns` and
-    `block` are what it asks for.
-    """
+    """The decoder layers of a model, found under the attribute path `path`; its adapter."""
 
     def __init__(self, path: str, stack: Any, layout: Layout) -> None:
         self.path, self.stack, self.layout = path, stack, layout
@@ -178,11 +174,7 @@ class Decoder:
     def select_ffns(
         self, layers: str | Sequence[int], component: str
     ) -> list[tuple[Slot, nn.Module]]:
-        """Returns the FFNs of the selected layers; "all" and "middle" pass over skipped ones.
-
-        Raises:
-            ValueError: a layer that is named lacks it, or all do, or two layers share a module.
-        """
+        """Returns the FFNs of the selected layers; "all" and "middle" pass over skipped ones."""
         name = FFN_NAMES[component]
         selected = select(
             layers, len(self.layers), lambda layer: self.has(layer, name), f"{component} FFN"
@@ -205,11 +197,7 @@ class Decoder:
         return all(isinstance(p, nn.Module) and not isinstance(p, Skipped) for p in parts)
 
     def block(self, layer: int, component: str) -> Block:
-        """Returns the modules of one layer.
-
-        Raises:
-            ValueError: the model lacks the component or one of the modules.
-        """
+        """Returns the modules of one layer; ValueError where the model lacks one of them."""
         names, module = self.names(component), self.layers[layer]
         parts: dict[str, Any] = {p: getattr(module, n, None) for p, n in names._asdict().items()}
         if not all(isinstance(found, nn.Module) for found in parts.values()):

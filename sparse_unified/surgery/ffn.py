@@ -51,8 +51,6 @@ def projection_names(ffn: object) -> tuple[str, ...]:
 def read_weights(ffn: nn.Module) -> DenseWeights:
     """Returns the weights of a dense FFN: the memory of its parameters, and their requires_grad.
 
-    Weights that accelerate has offloaded come from where it keeps them, on the CPU.
-
     Raises:
         ValueError: the FFN is sparse already, or holds anything but plain floating weights of
             fitting shapes, one dtype and one device: a bias, an adapter, quantised weights.
@@ -97,11 +95,7 @@ def describe_module(value: object) -> str:
 
 
 def plain_weight(part: nn.Module, name: str) -> Tensor:
-    """Returns the weight of a projection: the memory of its parameter, and its requires_grad.
-
-    Raises:
-        ValueError: it is no plain floating tensor, or not the only one but for a bias.
-    """
+    """Returns the weight of a projection, which must be plain, with no other but a bias."""
     weight = getattr(part, "weight", None)
     others = [n for n, _ in part.named_parameters() if n not in ("weight", "bias")]
     if not isinstance(weight, Tensor) or others:
@@ -136,8 +130,7 @@ def returns_tuple(ffn: nn.Module, weights: DenseWeights) -> bool:
     output is compared with the formula that a new module computes.
 
     Raises:
-        ValueError: it fails on a token [1, D], returns something else, or y is not
-            down_proj(silu(gate_proj(x)) * up_proj(x)).
+        ValueError: it fails on a token [1, D], returns or computes something else.
     """
     gate_proj = weights.gate_proj
     # A token that drives the activation out of its linear range.
@@ -203,12 +196,7 @@ def cut_linear(linear: Any, cut: Cut) -> None:
 
 
 def cut_ffn(ffn: nn.Module, kept: Tensor) -> None:
-    """Leaves some of the neurons of a FFN, bit for bit; the routers of a sparse one stay.
-
-    Args:
-        ffn: a sparse one, or a checked dense one, see `read_weights`.
-        kept: [kept] int64, ascending neuron indices, in expert order.
-    """
+    """Leaves the neurons `kept` [kept] of a checked FFN, bit for bit; routers stay."""
     if isinstance(ffn, SparseMoE):
         for name in PROJECTIONS:
             old = getattr(ffn, name)

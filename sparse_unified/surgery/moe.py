@@ -256,14 +256,7 @@ def _put_in(
 def first_router(
     block: SparseMoE, method: RouterInit, *, layer: int, seed: int, inputs: Tensor | None
 ) -> tuple[Tensor, RouterFit | None]:
-    """Returns router weights [E, D] for a block, and of "activation" what they are worth.
-
-    Args:
-        inputs: [N, D] of "activation".
-
-    Raises:
-        ValueError: inputs do not fit.
-    """
+    """Returns router weights [E, D] for a block, and what those fitted to inputs are worth."""
     shape = (block.num_experts, block.hidden_size)
     if method is RouterInit.RANDOM:
         return random_router(*shape, seed=seed, layer=layer), None
@@ -353,11 +346,7 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
 
 @torch.no_grad()
 def quantize_ffn_(ffn: nn.Module, storage: str) -> None:
-    """Packs the weights of one checked FFN, see `quantize_weights_`.
-
-    Raises:
-        ImportError: torchao is not installed.
-    """
+    """Packs the weights of one checked FFN, see `quantize_weights_`."""
     library = optional("torchao.quantization", "quant")
     for module, name in _weights(ffn):
         weight = getattr(module, name)

@@ -383,18 +383,12 @@ def _narrow(
     scores: Mapping[FfnKey, Tensor] | None,
 ) -> str:
     ffns = [ffn for ffn in adapter.ffns(component) if ffn.layer in layers]
-    ranking = {
-        i: magnitude_scores(ffn.gate_proj, ffn.up_proj, ffn.down_proj)
-        if scores is None
-        else scores[ffn.key]
-        for i, ffn in enumerate(ffns)
-    }
-    kept = keep_units(
-        ranking,
-        keep_ratio=config.keep_ratio,
-        budget=config.budget,
-        block_size=config.block_size,
-    )
+    ranking = {}
+    for i, ffn in enumerate(ffns):
+        weights = (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
+        ranking[i] = magnitude_scores(*weights) if scores is None else scores[ffn.key]
+    ratio, size = config.keep_ratio, config.block_size
+    kept = keep_units(ranking, keep_ratio=ratio, budget=config.budget, block_size=size)
     for i, ffn in enumerate(ffns):
         cut_ffn(ffn.module, kept[i])
     sizes = [(ffn.intermediate_size, len(kept[i])) for i, ffn in enumerate(ffns)]
@@ -402,20 +396,14 @@ def _narrow(
 
 
 class Attention(NamedTuple):
-    """The heads of one attention. A group is a KV head with the query heads that read it.
-
-    Attributes:
-        inputs: of the query, key and value projection: the linear layer, and the first of its rows.
-        output: the output projection.
-        size: channels of a head. groups: KV heads. queries: query heads of each.
-    """
+    """The heads of one attention. A group is a KV head with the query heads that read it."""
 
     module: nn.Module
-    inputs: tuple[tuple[nn.Linear, int], ...]
+    inputs: tuple[tuple[nn.Linear, int], ...]  # of queries, keys and values, with the first row
     output: nn.Linear
-    size: int
+    size: int  # channels of a head
     groups: int
-    queries: int
+    queries: int  # of a group
 
     def counts(self, groups: int) -> dict[str, int]:
         """Returns what attentions call their numbers of heads, for `groups` of them."""
@@ -427,12 +415,8 @@ class Attention(NamedTuple):
 def read_attention(adapter: Decoder, component: str, layer: int) -> Attention:
     """Finds out which heads the attention of a layer has, from its projections:
 
-        q_proj, k_proj, v_proj, o_proj      one linear layer each
-        query_key_value, dense              rows of all query heads, then key, then value heads
-
-    Raises:
-        ValueError: they are no plain linear layers of these names, do not divide into heads of
-            `head_dim`, or the attention has weights whose heads are unknown.
+    q_proj, k_proj, v_proj, o_proj      one linear layer each
+    query_key_value, dense              rows of all query heads, then key, then value heads
     """
     module = adapter.block(layer, component).attention
     size = getattr(module, "head_dim", 0)
@@ -522,11 +506,7 @@ def _skip_part(
     part: Part,
     forward: Callable[[], object] | None,
 ) -> None:
-    """Lets layers add nothing where their attention or FFN was; it and its norm are not run.
-
-    A skipped attention leaves no keys and values. Attentions that remain are numbered anew, so that
-    caches have no gaps and the first of them counts the tokens.
-    """
+    """Lets layers add nothing where their attention or FFN was; it and its norm are not run."""
     if forward is None:
         raise ValueError("depth: forward must be given to skip a part, got None")
     names = adapter.names(component)
@@ -570,12 +550,7 @@ def _number_anew(adapter: Decoder, component: str, parts: Sequence[nn.Module]) -
 def _stand_ins(
     modules: Sequence[nn.Module], forward: Callable[[], object]
 ) -> dict[nn.Module, Skipped]:
-    """Runs a model once to see what modules return, and returns what takes their places.
-
-    Raises:
-        ValueError: a module was not run, or returned something else than a tensor like its hidden
-            states, alone or first in a tuple.
-    """
+    """Runs a model once to see what modules return, and returns what takes their places."""
     found: dict[nn.Module, Skipped] = {}
 
     def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -603,11 +578,7 @@ def _stand_ins(
 
 
 def as_module(model: Any) -> nn.Module:
-    """Returns the module of a model or of a pipeline that holds it as `model`.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """Returns the module of a model or of a pipeline that holds it as `model`; else TypeError."""
     found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(found, nn.Module):
         raise TypeError(
