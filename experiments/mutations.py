@@ -386,14 +386,13 @@ PACKAGE = (
         "nn/sparse_moe.py",
         "vit = route(tokens[vit_indexes], gate_img",
         "vit = route(tokens[vit_indexes], gate",
-        "tests/test_nn_gate_img.py",
+        MOE,
     ),
     python(
         "nn/sparse_moe.py",
         "if least < 0 or most >= num_tokens:",
         "if least < 0:",
         MOE,
-        "tests/test_nn_gate_img.py",
     ),
     python(
         "nn/sparse_moe.py",
@@ -416,7 +415,7 @@ PACKAGE = (
         "experts/layout.py",
         "loss[asking].sort(descending=True, stable=True)",
         "loss[asking].sort(descending=False, stable=True)",
-        "tests/test_partition_choice.py",
+        "tests/test_experts.py",
     ),
     python(
         "experts/keep.py",
@@ -442,13 +441,13 @@ PACKAGE = (
         "experts/router.py",
         "residual = (goal - vectors",
         "residual = (goal + vectors",
-        "tests/test_partition_choice.py",
+        "tests/test_experts.py",
     ),
     python(
         "experts/router.py",
         "1 - chosen * (1 + logits)",
         "1 - chosen",
-        "tests/test_partition_choice.py",
+        "tests/test_experts.py",
     ),
     python(
         "surgery/cuts.py",
