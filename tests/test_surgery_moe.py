@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,13 +125,6 @@ def test_meta_weights_are_swapped_when_scores_are_given() -> None:
     assert ffn(model, 1).active_backend in report.parts[0].after
 
 
-class Holder:
-    """No module, but holds one, as pipelines do."""
-
-    def __init__(self, **parts: Any) -> None:
-        vars(self).update(parts)
-
-
 class Wrapper(nn.Module):
     """Shows the attributes of the layer inside it."""
 
@@ -145,13 +139,14 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("lead", "path"),
     [
-        (lambda m: Holder(model=m), "model.language_model.model.layers"),
+        # no module, but holds one, as pipelines do
+        (lambda m: SimpleNamespace(model=m), "model.language_model.model.layers"),
         (lambda m: m.language_model, "model.layers"),
         (lambda m: m.language_model.model, "layers"),
-        (lambda m: Holder(layers=list(m.layers)), "layers"),
+        (lambda m: SimpleNamespace(layers=list(m.layers)), "layers"),
         (lambda m: Bare(layers=nn.ModuleList(map(Wrapper, m.layers))), "layers"),
         (
-            lambda m: Holder(transformer=Bare(blocks=m.layers), vae=nn.Linear(2, 2)),
+            lambda m: SimpleNamespace(transformer=Bare(blocks=m.layers), vae=nn.Linear(2, 2)),
             "transformer.blocks",
         ),
     ],
