@@ -281,19 +281,18 @@ def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Decoder:
     if isinstance(model, Decoder):
         return model
 
-    def fits(layers: Sequence[nn.Module], name: str) -> bool:
-        has_all = all(hasattr(layer, name) for layer in layers)
-        return has_all and any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
-
     kinds: list[_Kind] = []
     for layout in layouts:
-        names = list(dict.fromkeys(name for own in layout.components.values() for name in own))
-        wanted = f"{', '.join(names)} ({layout.name})"
+        names = tuple(dict.fromkeys(name for own in layout.components.values() for name in own))
 
-        def fit(layers: Sequence[nn.Module], names: Sequence[str] = names) -> bool:
-            return all(fits(layers, name) for name in names)
+        def fits(layers: Sequence[nn.Module], names: Sequence[str] = names) -> bool:
+            return all(
+                all(hasattr(layer, name) for layer in layers)
+                and any(isinstance(getattr(layer, name), nn.Module) for layer in layers)
+                for name in names
+            )
 
-        kinds.append((wanted, layout, fit))
+        kinds.append((f"{', '.join(names)} ({layout.name})", layout, fits))
     return _find(model, kinds)
 
 

@@ -153,12 +153,14 @@ def prune_heads_(
             f"{' and '.join(config.components)} attention",
         )
         tensors: dict[str, Tensor] = {}
+        modules: dict[str, Any] = {}
         shapes: dict[str, dict[int, LayerShape]] = {component: {} for component in keys.SUFFIXES}
         for layer in layers:
             with naming(f"layer {layer} ({decoder.path}.{layer}.self_attn)"):
-                for component, (shape, own) in _read_attention(decoder, layer).items():
-                    shapes[component][layer] = shape
-                    tensors |= own
+                for component in keys.SUFFIXES:
+                    shape = _read_attention(decoder, layer, component, tensors, modules)
+                    if shape is not None:
+                        shapes[component][layer] = shape
         ranking = {}
         for component in config.components:
             own_shapes = shapes[component]
@@ -172,55 +174,46 @@ def prune_heads_(
         sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         cuts, left = plan(config, shapes, sizes, lambda *at: ranking[at[0]][at[1]])
 
-        def module(key: str) -> Any:
-            match = keys.LAYER_KEY.fullmatch(key)
-            assert match is not None
-            slot = decoder.slot(int(match[1]), match[2])
-            assert slot is not None
-            return slot.module
-
         def cut_heads() -> None:
             for key, cut in cuts.items():
                 if key.endswith(".weight"):
-                    cut_linear(module(key.removesuffix(".weight")), cut)
+                    cut_linear(modules[key.removesuffix(".weight")], cut)
             for component, own in left.items():
                 for layer, shape in own.items():
                     if len(shape.query_groups) < len(shape.kv_heads):
                         key = f"{keys.layer_prefix(layer)}self_attn.q_proj"
-                        module(key + keys.SUFFIXES[component]).key_heads = shape.query_places
+                        modules[key + keys.SUFFIXES[component]].key_heads = shape.query_places
 
         return transform("prune_heads_", decoder, cut_heads, keep=keep_dense)
 
 
 def _read_attention(
-    decoder: Decoder, layer: int
-) -> dict[str, tuple[LayerShape, dict[str, Tensor]]]:
-    """Returns the shape of a layer, FFN left out, and its attention's weights, by component."""
+    decoder: Decoder,
+    layer: int,
+    component: str,
+    tensors: dict[str, Tensor],
+    modules: dict[str, Any],
+) -> LayerShape | None:
+    """Adds weights and projections of an attention to dicts; returns its shape, FFN left out."""
     if not takes_absent_parts(decoder.layers[layer]):
         raise ValueError(
             "attention must be one whose weights tell its heads, as in sparse_unified.bagel, got "
             f"that of a {type(decoder.layers[layer]).__name__}"
         )
-    read = {}
-    for component, suffix in keys.SUFFIXES.items():
-        tensors: dict[str, Tensor] = {}
-        linears: dict[str, Any] = {}
-        for name in keys.ATTENTION_PROJECTIONS:
-            slot = decoder.slot(layer, f"self_attn.{name}{suffix}")
-            if slot is None or slot.module is None:
-                continue
-            linears[name] = slot.module
-            key = f"{keys.layer_prefix(layer)}self_attn.{name}{suffix}"
-            tensors[f"{key}.weight"] = plain_weight(slot.module, name + suffix)
-            if slot.module.bias is not None:
-                tensors[f"{key}.bias"] = slot.module.bias  # type: ignore[assignment]
-            head_dim: Any = slot.owner.head_dim
-        if linears:
-            count = linears["k_proj"].out_features // int(head_dim)
-            reads = key_heads_read(linears["q_proj"], count)
-            shape = LayerShape(ffn=0, kv_heads=tuple(range(count)), query_groups=reads)
-            read[component] = shape, tensors
-    return read
+    own: dict[str, Any] = {}
+    for name in keys.ATTENTION_PROJECTIONS:
+        slot = decoder.slot(layer, at := f"self_attn.{name}{keys.SUFFIXES[component]}")
+        if slot is None or slot.module is None:
+            return None
+        key = keys.layer_prefix(layer) + at
+        own[name] = modules[key] = slot.module
+        head_dim: Any = slot.owner.head_dim
+        tensors[f"{key}.weight"] = plain_weight(slot.module, name)
+        if isinstance(slot.module.bias, Tensor):
+            tensors[f"{key}.bias"] = slot.module.bias
+    count = own["k_proj"].out_features // int(head_dim)
+    reads = key_heads_read(own["q_proj"], count)
+    return LayerShape(ffn=0, kv_heads=tuple(range(count)), query_groups=reads)
 
 
 @torch.no_grad()
