@@ -290,7 +290,6 @@ class TransformersExperts(GroupedMm):
     """The expert functions of transformers 5, `grouped_mm` and ours among them: functions of a
     module with these weights and flags, tokens, experts and weights."""
 
-    _apply_gate: Any = None
     has_gate, has_bias, has_post_expert_norm = True, False, False
     is_transposed, is_concatenated, _is_expert_parallel = False, True, False
     _apply_gate: Any = None  # of the class, where those who call it look

@@ -125,7 +125,7 @@ def op_calls(case: Case, x: Tensor) -> dict[str, tuple[dict[str, OpCall], tuple[
         backward pass differentiates besides the tokens.
     """
     drawn = draw_weights(case, x.dtype, x.device)
-    gate, *experts = (
+    gate, gate_proj, up_proj, down_proj = (
         nn.Parameter(w) for w in (drawn.gate, drawn.gate_proj, drawn.up_proj, drawn.down_proj)
     )
     top_k, num_experts = case.top_k, case.num_experts
@@ -138,23 +138,25 @@ def op_calls(case: Case, x: Tensor) -> dict[str, tuple[dict[str, OpCall], tuple[
         "sort_by_expert": lambda _: ops.sort_by_expert(topk_idx, num_experts),
         "permute": lambda x: ops.permute(x, row_token, token_rows),
         "combine": lambda _: ops.combine(rows, weights, token_rows),
-        "grouped_ffn": lambda x: ops.grouped_ffn(x, row_token, offsets, *experts, token_rows),
-        "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
-            x, weights, row_token, token_rows, offsets, *experts
+        "grouped_ffn": lambda x: ops.grouped_ffn(
+            x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows
         ),
-        "ffn_importance": lambda x: ops.ffn_importance(x, *experts[:2]),
+        "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
+            x, weights, row_token, token_rows, offsets, gate_proj, up_proj, down_proj
+        ),
+        "ffn_importance": lambda x: ops.ffn_importance(x, gate_proj, up_proj),
     }
     torch_calls: dict[str, OpCall] = {
         "route_topk": lambda x: reference.route_topk(x, gate, top_k),
         "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
         "permute": lambda x: reference.permute(x, row_token),
         "combine": lambda _: reference.combine(rows, weights, token_rows),
-        "ffn_importance": lambda x: reference.ffn_importance(x, *experts[:2]),
+        "ffn_importance": lambda x: reference.ffn_importance(x, gate_proj, up_proj),
     }
     leaves: dict[str, tuple[Tensor, ...]] = {
         "route_topk": (gate,),
         "combine": (rows, weights),
-        "grouped_ffn": tuple(experts),
+        "grouped_ffn": (gate_proj, up_proj, down_proj),
     }
     return {
         op: (

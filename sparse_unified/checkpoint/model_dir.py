@@ -153,7 +153,8 @@ class Checkpoint:
         Checked against llm_config.json and the recipe.
         """
         self._refuse(self.problems())
-        ffns, shared = self.ffns, self.llm_config.get("num_shared_experts")
+        ffns: FFNs = self.ffns
+        shared: Any = self.llm_config.get("num_shared_experts")
         shapes: dict[str, dict[int, LayerShape]] = {}
         for component, layers in self._wanted.items():
             shapes[component] = {}

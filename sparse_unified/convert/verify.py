@@ -243,7 +243,7 @@ def verify(
     return VerifyReport(
         sparse=str(sparse),
         against=str(against),
-        ok=not problems and all(verdict.ok for verdict in (*verdicts, *pruned)),
+        ok=not problems and all(v.ok for v in verdicts) and all(v.ok for v in pruned),
         layers=tuple(verdicts),
         pruned=tuple(pruned),
         tensors_compared=len(own.keys() & rest.keys()),
