@@ -453,7 +453,7 @@ PACKAGE = (
         "surgery/cuts.py",
         'Cut(1 if name == "down_proj" else 0',
         'Cut(1 if name == "up_proj" else 0',
-        "tests/test_surgery_*.py",
+        "tests/test_prune_*.py",
     ),
     python("surgery/cuts.py", "first.keep[cut.keep]", "cut.keep", "tests/test_prune_*.py"),
     python(
