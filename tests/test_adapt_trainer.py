@@ -194,6 +194,12 @@ def test_trainer_refuses_nothing_to_train() -> None:
     model = bagel().requires_grad_(False)
     with pytest.raises(ValueError, match=r"model must have parameters with requires_grad"):
         Trainer(model, Mixed(model), TrainingConfig(**CONFIG))
+    with pytest.raises(ValueError, match="dataset must hold a sequence, got none"):
+        Trainer(model, [], TrainingConfig(**CONFIG))  # type: ignore[arg-type]
+    weight = model.language_model.model.norm.double().requires_grad_().weight
+    assert weight.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"norm.weight must be float32, .*, got torch.float64"):
+        Trainer(model, Mixed(model), TrainingConfig(**CONFIG))
 
 
 def test_loss_falls_and_experts_are_counted() -> None:

@@ -60,6 +60,11 @@ class Optimizer:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("Trainer: model must have parameters with requires_grad, got none")
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"Trainer: {name} must be float32, bfloat16 or float16, got {parameter.dtype}"
+                )
         self._config = config
         self.weights: dict[str, Tensor] = {}
         self._own: set[str] = set()  # parameters that are their own master weights

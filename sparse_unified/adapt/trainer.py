@@ -151,6 +151,8 @@ class Trainer:
         *,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
+        if len(dataset) < 1:
+            raise ValueError("Trainer: dataset must hold a sequence, got none")
         if config.passes % num_processes():
             raise ValueError(
                 f"Trainer: batch_size / micro_batch_size = {config.passes} must be a multiple of "
