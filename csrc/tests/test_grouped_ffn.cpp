@@ -60,7 +60,8 @@ struct Case {
             {gate.get(), neurons, d, x_stride},
             {up.get(), neurons, d, x_stride},
             {down.get(), d, neurons, down_stride},
-            shape.expert_width, {0, 0}};
+            shape.expert_width,
+            {0, 0}};
   }
 
   // [count, D]

@@ -19,7 +19,7 @@ from sparse_unified.checkpoint.safetensors_io import save_tensors
 from sparse_unified.experts import magnitude_scores, random_scores
 from sparse_unified.experts.scores import check_scores
 from sparse_unified.surgery.decoder import Ffn, FfnKey, find_adapter
-from sparse_unified.surgery.prune import join_experts
+from sparse_unified.surgery.temporary import join_experts
 
 NeuronScores = dict[str, dict[FfnKey, Tensor]]
 Criterion = Callable[[Ffn, Callable[[], Tensor], int], Tensor]

@@ -42,7 +42,7 @@ from sparse_unified.experts.keep import Budget
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.cuts import PruneConfig
 from sparse_unified.surgery.decoder import Adapter, find_adapter, takes_absent_parts
-from sparse_unified.surgery.prune import as_module, changed
+from sparse_unified.surgery.temporary import as_module, changed
 
 Progress = Callable[[int, int, str], object]
 

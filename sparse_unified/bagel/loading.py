@@ -28,7 +28,7 @@ from sparse_unified.checkpoint.keys import FFN_NAMES, module_prefixes
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
-from sparse_unified.surgery.moe import STORAGES, quantize_ffn_
+from sparse_unified.surgery.quantize import STORAGES, quantize_ffn_
 
 LAYERS = "language_model.model.layers"
 Device = torch.device | str | int

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides between the neurons, or the groups of heads, of a file: scores, a seed, weights."""
+"""What decides between the neurons, or the groups of heads, of a file: scores, a seed, weights.
+
+Where scores come from: see `experts.scores`.
+"""
 
 from __future__ import annotations
 

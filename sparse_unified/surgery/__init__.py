@@ -2,8 +2,8 @@
 """Sparse, narrower and skipped parts into a live model, in place, and out of it again.
 
 Reading order: `exchange` (what a transform changed, and back), `ffn` (what a dense FFN is),
-`decoder` (where modules are), `cuts` (what pruning takes away), `report`, `prune` (for good, or for
-as long as a block runs), `moe` (sparse FFNs).
+`decoder` (where modules are), `cuts` (what pruning takes away), `report` (and `restore_`), `prune`,
+`temporary` (for as long as a block runs), `moe` (sparse FFNs), `quantize`.
 """
 
 from sparse_unified.checkpoint.modes import (
@@ -12,9 +12,11 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.surgery.moe import QuantizeConfig, apply_moe_, load_moe_, quantize_weights_
-from sparse_unified.surgery.prune import changed, prune_heads_, prune_width_, skip_layers_
+from sparse_unified.surgery.moe import apply_moe_, load_moe_
+from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
+from sparse_unified.surgery.quantize import QuantizeConfig, quantize_weights_
 from sparse_unified.surgery.report import count_parameters, restore_
+from sparse_unified.surgery.temporary import changed
 
 __all__ = [
     "MoEConfig",
