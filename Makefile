@@ -153,6 +153,17 @@ pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 demo: $(LIBRARY)  ## from nothing to a table and a picture under demo/
 	@$(RUN) python examples/demo.py --out demo
 
+# A dense model in miniature, and what pruning and conversion make of it, untuned.
+app: $(LIBRARY)  ## a page in the browser, with three small models side by side
+	@rm -rf build/app
+	@$(RUN) sparse-unified mini write scenes build/app/dense
+	@$(RUN) sparse-unified prune build/app/dense build/app/pruned --axis width --component gen \
+	  --keep-ratio 0.5 --json build/app/pruned.json
+	@$(RUN) sparse-unified convert build/app/dense build/app/sparse --num-experts 16 --top-k 8 \
+	  --layers all --json build/app/sparse.json
+	@$(RUN) sparse-unified app build/app/dense build/app/pruned build/app/sparse \
+	  --cfg-text-scale 1 --timestep-shift 2 --open
+
 reproduce: $(LIBRARY)  ## the study of docs/miniature.md, or what is missing of it, in build/study
 	@$(RUN) python examples/miniature study build/study --jobs 2
 	@$(RUN) python examples/miniature report build/study --plot build/study.png > build/study.md
@@ -190,4 +201,4 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 FORCE:
-.PHONY: env build cuda test test-all lint types abi kernels ctest emulated pytest demo reproduce bench docs resources wheel wheel-test clean distclean help FORCE
+.PHONY: env build cuda test test-all lint types abi kernels ctest emulated pytest demo app reproduce bench docs resources wheel wheel-test clean distclean help FORCE

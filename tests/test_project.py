@@ -34,7 +34,16 @@ REFUSED = {"ops": {"experts"}}
 PASSED_ON = {"sparse_unified": set(ORDER), "sparse_unified.checkpoint": {"convert"}}
 HEAVY = (
     *("transformers", "tokenizers", "huggingface_hub", "PIL", "tqdm", "matplotlib", "datasets"),
-    *("tensorboard", "sklearn", "accelerate", "torchao", "diffusers", "kernels", "vllm_omni"),
+    *(
+        "tensorboard",
+        "sklearn",
+        "accelerate",
+        "torchao",
+        "diffusers",
+        "kernels",
+        "vllm_omni",
+        "gradio",
+    ),
 )
 # Files and functions of the main paths, at most; `python tests/hops.py --list` shows them.
 CEILINGS = {

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Report, check_int, check_number, context, optional, progress_bar
+from sparse_unified._common import (
+    Progress,
+    Report,
+    check_int,
+    check_number,
+    context,
+    optional,
+    progress_bar,
+)
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.execution import Execution
@@ -427,7 +435,7 @@ class BagelPipeline:
         think_temperature: float | None = None,
         batch_size: int | None = None,
         tiled: bool = False,
-        progress: bool = True,
+        progress: bool | Progress = True,
         **sampling: Any,
     ) -> GenerationResult:
         """Generates one image per prompt, many of them together.
@@ -449,7 +457,7 @@ class BagelPipeline:
             tiled: decode images in tiles of 576 x 576 pixels, at 1024 x 1024 in less than half of
                 the memory; pixels differ a little. Done anyway, with a warning in the log, where
                 decoding at once runs out of memory.
-            progress: show a bar.
+            progress: show a bar, or a function that is called with steps done and in all.
             sampling: fields of `SamplingConfig`. None, and what is not given, takes the official
                 setting of each prompt: for text alone the default; for a prompt with images
                 cfg_img_scale 2, cfg_interval (0, 1) and cfg_renorm_type "text_channel".
@@ -468,7 +476,9 @@ class BagelPipeline:
         thoughts: dict[int, str] = {}
         with (
             self._clock(report, "total_seconds"),
-            progress_bar("denoising", "step", show=progress) as bar,
+            nullcontext(progress)
+            if callable(progress)
+            else progress_bar("denoising", "step", show=progress) as bar,
         ):
 
             def on_step(_: int, seconds: float) -> None:

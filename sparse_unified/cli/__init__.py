@@ -39,6 +39,7 @@ _COMMANDS = {
     "push": ("checkpoint", "upload a model with its card to the hub"),
     "generate": ("generate", "generate or edit images"),
     "chat": ("generate", "answer a prompt, with or without images, in text"),
+    "app": ("app", "serve a page to draw, edit and ask, with several models side by side"),
     "calibrate": ("analysis", "gather statistics of the neurons on a task"),
     "analyze": ("analysis", "measure what a model can do without"),
     "expert-usage": ("analysis", "count which experts a task uses"),

@@ -33,9 +33,9 @@ from sparse_unified.cli.options import (
 )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, its dtype and its device."""
-    add_flags(parser, "MODEL  a model directory or a hub id owner/name")
+def add_model(parser: argparse.ArgumentParser, **model: Any) -> None:
+    """Adds the model, its dtype and its device; `model` is what else `add_argument` is given."""
+    add_flags(parser, "MODEL  a model directory or a hub id owner/name", model=model)
     add_options(
         parser,
         BagelPipeline.from_pretrained,

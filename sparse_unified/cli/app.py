@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""app: a page in the browser on which models draw, edit and answer beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_unified._common import optional
+from sparse_unified.bagel import BagelPipeline, SamplingConfig, StepCache
+from sparse_unified.checkpoint import keys
+from sparse_unified.cli.console import CommandParser, Usage
+from sparse_unified.cli.generate import add_model, add_placement, load_pipeline
+from sparse_unified.cli.options import add_flags, add_options, arguments, positive, size
+from sparse_unified.nn import SparseMoE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Models = Mapping[str, BagelPipeline]  # by name
+
+
+def sparse_blocks(pipeline: BagelPipeline) -> dict[str, SparseMoE]:
+    named = pipeline.model.named_modules()
+    return {name: block for name, block in named if isinstance(block, SparseMoE)}
+
+
+@contextmanager
+def active_experts(pipeline: BagelPipeline, top_k: int | None) -> Iterator[None]:
+    """Inside, a token uses `top_k` experts of each sparse FFN, or all that it has."""
+    before = [(block, block.top_k) for block in sparse_blocks(pipeline).values()]
+    try:
+        for block, own in before:
+            block.top_k = own if top_k is None else max(1, min(top_k, block.num_experts))
+        yield
+    finally:
+        for block, own in before:
+            block.top_k = own
+
+
+def count_parameters(pipeline: BagelPipeline) -> tuple[int, int]:
+    """Counts the weights that a token of an image runs through, and all of that component."""
+    named = pipeline.model.language_model.named_parameters()
+    total = sum(weight.numel() for name, weight in named if keys.component_of(name) == "gen")
+    idle = sum(
+        3 * block.hidden_size * block.layout.expert_width * (block.num_experts - block.top_k)
+        for name, block in sparse_blocks(pipeline).items()
+        if keys.component_of(f"{name}.") == "gen"
+    )
+    return total - idle, total
+
+
+def draw(
+    models: Models,
+    prompt: str,
+    *,
+    images: Image | None = None,
+    seed: int | None = None,
+    top_k: Mapping[str, int] | None = None,
+    interval: int = 1,
+    **options: Any,
+) -> Iterator[tuple[str, Image, str]]:
+    """Draws a prompt, or edits an image, with one model after the other, from the same noise.
+
+    Args:
+        seed: of the noise; None is random.
+        top_k: active experts by name of the model; others keep theirs.
+        interval: of the step cache; 1 computes all steps.
+        options: of `BagelPipeline.generate`.
+
+    Yields: name of the model, its image, and what it took.
+    """
+    seed = secrets.randbits(32) if seed is None else seed
+    if interval > 1:
+        options["cache"] = StepCache(interval=interval)
+    if images is not None:
+        options.pop("size", None)  # an edited image keeps its own
+    for name, pipeline in models.items():
+        with active_experts(pipeline, (top_k or {}).get(name)):
+            result = pipeline.generate(prompt, images=images, seed=seed, **options)
+            active, total = count_parameters(pipeline)
+        took = result.report
+        text = (
+            f"{took.total_seconds:.2f} s, {took.computed_steps} of {took.steps} steps computed\n\n"
+            f"{active:,} of {total:,} parameters for images active, seed {seed}"
+        )
+        yield name, enlarge(result.images[0]), text
+
+
+def ask(
+    models: Models, question: str, *, top_k: Mapping[str, int] | None = None, **options: Any
+) -> Iterator[tuple[str, str, str]]:
+    """Yields for each model its name, its answer, and what that took; `options` are of `chat`."""
+    for name, pipeline in models.items():
+        with active_experts(pipeline, (top_k or {}).get(name)):
+            result = pipeline.chat(question, **options)
+        took = result.report
+        yield name, result.text, f"{took.total_seconds:.2f} s, {took.text_tokens} tokens"
+
+
+def enlarge(image: Image) -> Image:
+    """Shows the pixels of images with sides below 256."""
+    factor = -(-256 // min(image.size))
+    return image if factor == 1 else image.resize([factor * side for side in image.size], 0)
+
+
+def build_page(models: Models, **sampling: Any) -> Any:
+    """Returns gradio's `Blocks`; `sampling` is what `draw` is given and the page begins with."""
+    gr = optional("gradio", "app", purpose="the page")
+    sparse = {name: blocks for name in models if (blocks := sparse_blocks(models[name]))}
+    steps, scale = sampling["num_timesteps"], sampling["cfg_text_scale"]
+
+    def run(tab: str, text: str, image: Any, progress: Any = gr.Progress(), *given: Any) -> Any:  # noqa: B008
+        if not (text or "").strip() or (tab == "Edit" and image is None):
+            raise gr.Error("Write a text first." if image or tab != "Edit" else "Choose an image.")
+        seed, steps, scale, interval, *experts = given
+        options: dict[str, Any] = {"top_k": dict(zip(sparse, map(int, experts), strict=True))}
+        if tab != "Ask":
+            options |= {**sampling, "num_timesteps": int(steps), "cfg_text_scale": scale}
+            options |= {"seed": None if seed is None else int(seed), "interval": int(interval)}
+            options["progress"] = lambda done, total: progress((done, total), unit="steps")
+        act: Any = ask if tab == "Ask" else draw
+        shown: list[Any] = [None] * (2 * len(models))
+        for i, (_, *found) in enumerate(act(models, text, images=image, **options)):
+            shown[2 * i : 2 * i + 2] = found
+            yield list(shown)
+
+    with gr.Blocks(title="sparse_unified", analytics_enabled=False) as page:
+        with gr.Row():
+            settings = [
+                gr.Number(0, label="Seed (empty: random)", precision=0, minimum=0),
+                gr.Slider(2, max(100, steps), steps, step=1, label="Timesteps"),
+                gr.Slider(1, max(10, scale), scale, step=0.1, label="Guidance"),
+                gr.Slider(1, 10, 1, step=1, label="Step cache interval (1: all steps)"),
+            ]
+            for name, blocks in sparse.items():
+                most = max(block.num_experts for block in blocks.values())
+                top_k = max(block.top_k for block in blocks.values())
+                settings.append(
+                    gr.Slider(1, most, top_k, step=1, label=f"Active experts of {name}")
+                )
+        for tab, label in {"Draw": "Prompt", "Edit": "What to change", "Ask": "Question"}.items():
+            with gr.Tab(tab):
+                text = gr.Textbox(label=label)
+                image = gr.State() if tab == "Draw" else gr.Image(type="pil", label="Image")
+                button = gr.Button(tab, variant="primary")
+                outputs: list[Any] = []
+                with gr.Row():
+                    for name in models:
+                        with gr.Column():
+                            one = gr.Textbox if tab == "Ask" else gr.Image
+                            outputs += [one(label=name, interactive=False), gr.Markdown()]
+                inputs, function = [text, image, *settings], partial(run, tab)
+                # A call changes the models for as long as it runs, so calls wait for each other.
+                gr.on([text.submit, button.click], function, inputs, outputs, concurrency_id="one")
+    return page
+
+
+def add_app(parser: CommandParser) -> None:
+    add_model(parser, nargs="+")
+    add_flags(
+        parser,
+        """
+        --host HOST  address to serve on (default 127.0.0.1: this machine alone)
+        --port PORT  to serve on (default 7860)
+        --open       open the page in a browser
+        --size HxW   height and width of drawn images, multiples of 16
+        """,
+        host={"default": "127.0.0.1"},
+        port={"type": positive, "default": 7860},
+        size={"type": size},
+    )
+    add_options(parser, SamplingConfig, "steps=num_timesteps timestep_shift cfg_text_scale")
+    add_placement(parser, tasks=False)
+
+
+def run_app(options: argparse.Namespace) -> None:
+    """Serves a page on which models draw, edit and answer beside each other, until interrupted."""
+    given: list[str] = options.model
+    if len(set(given)) < len(given):
+        raise Usage(f"app: MODEL must be different ones, got {' '.join(given)}")
+    optional("gradio", "app", purpose="the page")
+    SamplingConfig(**arguments(SamplingConfig, options))
+    short = [Path(name).name for name in given]
+    names = short if len(set(short)) == len(short) else given
+    models: dict[str, BagelPipeline] = {}
+    for name, path in zip(names, given, strict=True):
+        models[name] = load_pipeline(argparse.Namespace(**vars(options) | {"model": path}))
+    configs = [pipeline.model.config for pipeline in models.values()]
+    if len({(c.token_channels, c.latent_downsample, c.max_latent_size) for c in configs}) > 1:
+        raise ValueError(f"app: MODEL must be of the same image size, got {' '.join(given)}")
+    page = build_page(models, size=options.size, **arguments(SamplingConfig, options))
+    page.queue().launch(
+        server_name=options.host,
+        server_port=options.port,
+        inbrowser=options.open,
+        quiet=options.quiet,
+        show_error=True,
+    )
