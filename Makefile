@@ -156,11 +156,11 @@ demo: $(LIBRARY)  ## from nothing to a table and a picture under demo/
 # A dense model in miniature, and what pruning and conversion make of it, untuned.
 app: $(LIBRARY)  ## a page in the browser, with three small models side by side
 	@rm -rf build/app
-	@$(RUN) sparse-unified mini write scenes build/app/dense
+	@$(RUN) sparse-unified mini write scenes build/app/dense > /dev/null
 	@$(RUN) sparse-unified prune build/app/dense build/app/pruned --axis width --component gen \
-	  --keep-ratio 0.5 --json build/app/pruned.json
+	  --keep-ratio 0.5 > build/app.log
 	@$(RUN) sparse-unified convert build/app/dense build/app/sparse --num-experts 16 --top-k 8 \
-	  --layers all --json build/app/sparse.json
+	  --layers all >> build/app.log
 	@$(RUN) sparse-unified app build/app/dense build/app/pruned build/app/sparse \
 	  --cfg-text-scale 1 --timestep-shift 2 --open
 

@@ -68,16 +68,14 @@ def draw(
     """Draws a prompt, or edits an image, with one model after the other, from the same noise.
 
     Args:
-        seed: of the noise; None is random.
+        seed: of the noise; None is random. interval: of the step cache; 1 computes all steps.
         top_k: active experts by name of the model; others keep theirs.
-        interval: of the step cache; 1 computes all steps.
         options: of `BagelPipeline.generate`.
 
     Yields: name of the model, its image, and what it took.
     """
     seed = secrets.randbits(32) if seed is None else seed
-    if interval > 1:
-        options["cache"] = StepCache(interval=interval)
+    options["cache"] = StepCache(interval=interval) if interval > 1 else None
     if images is not None:
         options.pop("size", None)  # an edited image keeps its own
     for name, pipeline in models.items():
@@ -86,8 +84,9 @@ def draw(
             active, total = count_parameters(pipeline)
         took = result.report
         text = (
-            f"{took.total_seconds:.2f} s, {took.computed_steps} of {took.steps} steps computed\n\n"
-            f"{active:,} of {total:,} parameters for images active, seed {seed}"
+            f"{took.total_seconds:.2f} s, {1000 * took.seconds_per_step:.1f} ms a step, "
+            f"{took.computed_steps} of {took.steps} steps computed\n\n"
+            f"{active:,} of {total:,} parameters of gen layers active\n\nseed {seed}"
         )
         yield name, enlarge(result.images[0]), text
 
@@ -113,6 +112,7 @@ def build_page(models: Models, **sampling: Any) -> Any:
     """Returns gradio's `Blocks`; `sampling` is what `draw` is given and the page begins with."""
     gr = optional("gradio", "app", purpose="the page")
     sparse = {name: blocks for name in models if (blocks := sparse_blocks(models[name]))}
+    picture = partial(gr.Image, height=260, buttons=["download", "fullscreen"])
     steps, scale = sampling["num_timesteps"], sampling["cfg_text_scale"]
 
     def run(tab: str, text: str, image: Any, progress: Any = gr.Progress(), *given: Any) -> Any:  # noqa: B008
@@ -124,36 +124,35 @@ def build_page(models: Models, **sampling: Any) -> Any:
             options |= {**sampling, "num_timesteps": int(steps), "cfg_text_scale": scale}
             options |= {"seed": None if seed is None else int(seed), "interval": int(interval)}
             options["progress"] = lambda done, total: progress((done, total), unit="steps")
-        act: Any = ask if tab == "Ask" else draw
+        call: Any = ask if tab == "Ask" else draw
         shown: list[Any] = [None] * (2 * len(models))
-        for i, (_, *found) in enumerate(act(models, text, images=image, **options)):
+        for i, (_, *found) in enumerate(call(models, text, images=image, **options)):
             shown[2 * i : 2 * i + 2] = found
             yield list(shown)
 
     with gr.Blocks(title="sparse_unified", analytics_enabled=False) as page:
         with gr.Row():
             settings = [
-                gr.Number(0, label="Seed (empty: random)", precision=0, minimum=0),
+                gr.Number(0, label="Seed", precision=0, minimum=0),
                 gr.Slider(2, max(100, steps), steps, step=1, label="Timesteps"),
                 gr.Slider(1, max(10, scale), scale, step=0.1, label="Guidance"),
-                gr.Slider(1, 10, 1, step=1, label="Step cache interval (1: all steps)"),
+                gr.Slider(1, 10, 1, step=1, label="Step cache interval"),
             ]
             for name, blocks in sparse.items():
                 most = max(block.num_experts for block in blocks.values())
                 top_k = max(block.top_k for block in blocks.values())
-                settings.append(
-                    gr.Slider(1, most, top_k, step=1, label=f"Active experts of {name}")
-                )
+                label = f"Active experts of {name}"
+                settings.append(gr.Slider(1, most, top_k, step=1, label=label))
         for tab, label in {"Draw": "Prompt", "Edit": "What to change", "Ask": "Question"}.items():
             with gr.Tab(tab):
                 text = gr.Textbox(label=label)
-                image = gr.State() if tab == "Draw" else gr.Image(type="pil", label="Image")
+                image = gr.State() if tab == "Draw" else picture(type="pil", label="Image")
                 button = gr.Button(tab, variant="primary")
                 outputs: list[Any] = []
                 with gr.Row():
                     for name in models:
-                        with gr.Column():
-                            one = gr.Textbox if tab == "Ask" else gr.Image
+                        with gr.Column(min_width=200):
+                            one = gr.Textbox if tab == "Ask" else picture
                             outputs += [one(label=name, interactive=False), gr.Markdown()]
                 inputs, function = [text, image, *settings], partial(run, tab)
                 # A call changes the models for as long as it runs, so calls wait for each other.
@@ -195,10 +194,5 @@ def run_app(options: argparse.Namespace) -> None:
     if len({(c.token_channels, c.latent_downsample, c.max_latent_size) for c in configs}) > 1:
         raise ValueError(f"app: MODEL must be of the same image size, got {' '.join(given)}")
     page = build_page(models, size=options.size, **arguments(SamplingConfig, options))
-    page.queue().launch(
-        server_name=options.host,
-        server_port=options.port,
-        inbrowser=options.open,
-        quiet=options.quiet,
-        show_error=True,
-    )
+    address = {"server_name": options.host, "server_port": options.port}
+    page.queue().launch(**address, inbrowser=options.open, quiet=options.quiet, show_error=True)
