@@ -26,8 +26,7 @@ Models = Mapping[str, BagelPipeline]  # by name
 
 
 def sparse_blocks(pipeline: BagelPipeline) -> dict[str, SparseMoE]:
-    named = pipeline.model.named_modules()
-    return {name: block for name, block in named if isinstance(block, SparseMoE)}
+    return {n: block for n, block in pipeline.model.named_modules() if isinstance(block, SparseMoE)}
 
 
 @contextmanager
@@ -112,7 +111,7 @@ def build_page(models: Models, **sampling: Any) -> Any:
     """Returns gradio's `Blocks`; `sampling` is what `draw` is given and the page begins with."""
     gr = optional("gradio", "app", purpose="the page")
     sparse = {name: blocks for name in models if (blocks := sparse_blocks(models[name]))}
-    picture = partial(gr.Image, height=260, buttons=["download", "fullscreen"])
+    picture = partial(gr.Image, format="png", height=260, buttons=["download", "fullscreen"])
     steps, scale = sampling["num_timesteps"], sampling["cfg_text_scale"]
 
     def run(tab: str, text: str, image: Any, progress: Any = gr.Progress(), *given: Any) -> Any:  # noqa: B008
@@ -154,9 +153,10 @@ def build_page(models: Models, **sampling: Any) -> Any:
                         with gr.Column(min_width=200):
                             one = gr.Textbox if tab == "Ask" else picture
                             outputs += [one(label=name, interactive=False), gr.Markdown()]
-                inputs, function = [text, image, *settings], partial(run, tab)
-                # A call changes the models for as long as it runs, so calls wait for each other.
-                gr.on([text.submit, button.click], function, inputs, outputs, concurrency_id="one")
+                call = (partial(run, tab), [text, image, *settings], outputs)
+                # It changes the models for as long as it runs, so calls wait for each other.
+                named = {"concurrency_id": "models", "api_name": tab.lower()}
+                gr.on([text.submit, button.click], *call, **named)
     return page
 
 
@@ -185,14 +185,16 @@ def run_app(options: argparse.Namespace) -> None:
         raise Usage(f"app: MODEL must be different ones, got {' '.join(given)}")
     optional("gradio", "app", purpose="the page")
     SamplingConfig(**arguments(SamplingConfig, options))
-    short = [Path(name).name for name in given]
-    names = short if len(set(short)) == len(short) else given
-    models: dict[str, BagelPipeline] = {}
-    for name, path in zip(names, given, strict=True):
-        models[name] = load_pipeline(argparse.Namespace(**vars(options) | {"model": path}))
+    short = {Path(path).name: path for path in given}
+    paths = short if len(short) == len(given) else {path: path for path in given}
+    own = {name: argparse.Namespace(**vars(options) | {"model": paths[name]}) for name in paths}
+    models = {name: load_pipeline(its) for name, its in own.items()}
     configs = [pipeline.model.config for pipeline in models.values()]
     if len({(c.token_channels, c.latent_downsample, c.max_latent_size) for c in configs}) > 1:
         raise ValueError(f"app: MODEL must be of the same image size, got {' '.join(given)}")
     page = build_page(models, size=options.size, **arguments(SamplingConfig, options))
     address = {"server_name": options.host, "server_port": options.port}
-    page.queue().launch(**address, inbrowser=options.open, quiet=options.quiet, show_error=True)
+    try:
+        page.launch(**address, inbrowser=options.open, quiet=options.quiet, show_error=True)
+    except OSError as error:
+        raise ValueError(f"app: --port must be free, got {options.port}") from error
