@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Importance of each FFN neuron or head where no calibration statistics are at hand.
 
-With statistics: `analysis.criteria`. As users hand it in: `checkpoint.scores`. Which of them decides
-over a file: `convert.ranking`; over a live model: `surgery.cuts.rank`.
+With statistics: `analysis.criteria`. As users hand it in: `checkpoint.scores`. Which of them
+decides over a file: `convert.ranking`; over a live model: `surgery.cuts.rank`.
 """
 
 from __future__ import annotations
