@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -83,8 +84,8 @@ def ceiling(record: Mapping[str, Any]) -> float:
 
 
 def is_steady(record: Mapping[str, Any]) -> bool:
-    """Whether the rounds agreed well enough for a number to be quoted."""
-    return bool(record.get("spread", 0.0) <= MOST_SPREAD)
+    """Whether the rounds are known to agree well enough for a number to be quoted."""
+    return bool(record.get("spread", math.inf) <= MOST_SPREAD)
 
 
 def roof_lines(roof: Roof) -> list[str]:

@@ -454,8 +454,8 @@ class BagelPipeline:
             max_think_length: most tokens of that text.
             think_temperature: of that text; None is greedy.
             batch_size: most images computed together, of those with one setting; None is all.
-            tiled: decode images in tiles of 576 x 576 pixels, at 1024 x 1024 in less than half of
-                the memory; pixels differ a little. Done anyway, with a warning in the log, where
+            tiled: decode images in tiles of 576 x 576 pixels, in less memory than at once; pixels
+                differ a little. Done anyway, with a warning in the log, where
                 decoding at once runs out of memory.
             progress: show a bar, or a function that is called with steps done and in all.
             sampling: fields of `SamplingConfig`. None, and what is not given, takes the official
