@@ -42,12 +42,12 @@ def active_experts(pipeline: BagelPipeline, top_k: int | None) -> Iterator[None]
             block.top_k = own
 
 
-def count_parameters(pipeline: BagelPipeline) -> tuple[int, int]:
+def active_parameters(pipeline: BagelPipeline) -> tuple[int, int]:
     """Counts the weights that a token of an image runs through, and all of that component."""
     named = pipeline.model.language_model.named_parameters()
     total = sum(weight.numel() for name, weight in named if keys.component_of(name) == "gen")
     idle = sum(
-        3 * block.hidden_size * block.layout.expert_width * (block.num_experts - block.top_k)
+        3 * block.hidden_size * block.layout.idle_neurons(block.top_k)
         for name, block in sparse_blocks(pipeline).items()
         if keys.component_of(f"{name}.") == "gen"
     )
@@ -80,7 +80,7 @@ def draw(
     for name, pipeline in models.items():
         with active_experts(pipeline, (top_k or {}).get(name)):
             result = pipeline.generate(prompt, images=images, seed=seed, **options)
-            active, total = count_parameters(pipeline)
+            active, total = active_parameters(pipeline)
         took = result.report
         text = (
             f"{took.total_seconds:.2f} s, {1000 * took.seconds_per_step:.1f} ms a step, "

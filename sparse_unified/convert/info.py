@@ -232,7 +232,7 @@ def _describe(
     parameters = sum(math.prod(spec.shape) for spec in specs)
     sparse = {layer: ffn.layout for layer, ffn in ffns.items() if ffn.layout is not None}
     idle = sum(
-        3 * ffns[layer].hidden_size * layout.expert_width * (layout.num_experts - (top_k or 0))
+        3 * ffns[layer].hidden_size * layout.idle_neurons(top_k or 0)
         for layer, layout in sparse.items()
     )
     kinds = {(own.num_experts, own.expert_width, own.shared_width) for own in sparse.values()}

@@ -94,6 +94,10 @@ class ExpertLayout:
         start = self.shared_width + expert * self.expert_width
         return start, start + self.expert_width
 
+    def idle_neurons(self, top_k: int) -> int:
+        """Returns how many neurons are of experts that a token does not use."""
+        return self.expert_width * (self.num_experts - top_k)
+
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Returns the neuron range of each expert by its official name, in expert order."""
         shared = {"shared_expert": (0, self.shared_width)} if self.shared_width else {}

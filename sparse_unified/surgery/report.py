@@ -119,7 +119,7 @@ def _count(slot: Slot) -> Counts:
         counts += Counts(bytes=stored_bytes(weight) - weight.numel() * weight.dtype.itemsize)
     if isinstance(slot.module, SparseMoE):
         block = slot.module
-        idle = 3 * block.hidden_size * block.layout.expert_width * (block.num_experts - block.top_k)
+        idle = 3 * block.hidden_size * block.layout.idle_neurons(block.top_k)
         counts += Counts(flops_per_token=-2 * idle)
     return counts
 
