@@ -205,7 +205,7 @@ def readme_block(results: Results) -> str:
     head = ["FFN, fp32, forward", *(f"{titles.get(name, name)} " for name in shown)]
     return "\n".join(
         [
-            *table([*head, "over the best dense FFN, at most 2x "], lines),
+            *table([*head, "over the best dense FFN, at most 2x "], iter(lines)),
             "",
             f"{describe(content)}; [bench/results/cpu.json](bench/results/cpu.json).",
         ]
