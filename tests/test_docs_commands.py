@@ -8,6 +8,7 @@ written, ADDED to the options, and NOT_RUN, the commands that are only looked up
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -55,6 +56,8 @@ REPLACED = (
     ('layers="20-23"', 'layers="1"'),
     ("bagel-16to8-T4096", "odd-5to2-T1"),
     ("docs/miniature.", "miniature."),
+    ('"num_timesteps": 20', '"num_timesteps": 2'),
+    ("timeit(5)", "timeit(1)"),
 )
 SMALL = ("--steps", "3", "--size", "32x32")
 ADDED: dict[str, tuple[str, ...]] = {
@@ -291,3 +294,12 @@ def test_the_python_of_a_document_runs(path: Path, folder: Path) -> None:
             exec(compile(text, str(path), "exec"), {**names, "model": Mine()})
         else:
             exec(compile(shrink(text), str(path), "exec"), names)
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in json.loads((ROOT / "examples" / "tour.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile(shrink("".join(cell["source"])), "tour.ipynb", "exec"), names)
+    assert names["seconds"].keys() == {"dense", "sparse 16/8"}
