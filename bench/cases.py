@@ -119,7 +119,7 @@ def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Wor
     """FLOPs and bytes of one call: every operand read or written once.
 
     A backward pass counts as the GEMMs it repeats; with frozen experts, all but one of three. That
-    of `permute` and `combine`, which run none, moves rows the other way.
+    of `permute`, which runs none, moves rows the other way.
     """
     t, d, e, r = case.tokens, case.hidden_size, case.num_experts, case.rows
     width, active = case.intermediate_size, case.active_width
@@ -140,11 +140,7 @@ def work(op: str, case: Case, dtype: torch.dtype, direction: str = "fwd") -> Wor
         # A dense FFN of the active width, which touches no other weights: pruned_ffn, too.
         "half_ffn": Work(active_products, tokens + 3 * d * active * size),
     }
-    backward = {
-        "permute": Work(r * d, (t + r) * d * size + r * 4),
-        # Gradients of the rows, written, and of their weights, for which the rows are read.
-        "combine": Work(3 * r * d, (t + 2 * r) * d * size + 3 * r * 4),
-    }
+    backward = {"permute": Work(r * d, (t + r) * d * size + r * 4)}
     forward = formulas[op]
     if direction != "fwd" and op in backward:
         return Work(forward.flops + backward[op].flops, forward.bytes + backward[op].bytes)

@@ -53,7 +53,7 @@ SANITIZED = (
     "checks_experts.ffn_of_sizes_that_fit_no_tile[(72, 56)-90-bfloat16]",
     "checks_experts.pruned_ffn_of_any_list[(9, 64)-37-bfloat16-some]",
     "checks_routing.gradients_of_route_topk[bfloat16-53]",
-    "checks_routing.gradients_of_permute_and_combine[bfloat16-41]",
+    "checks_routing.gradient_of_permute[bfloat16-41]",
     "checks_experts.gradients_of_experts[90-False-bfloat16-gaps]",
 )
 

@@ -36,8 +36,8 @@ BLOCK_PROVIDERS = ("dense", "dense_half", "dense_ours", "expert_loop", OURS)
 # Ops with a gradient; and those of them for which frozen experts make a difference.
 _TRAINED_OPS = {
     "fwd": OPS,
-    "fwd_bwd": ("route_topk", "permute", "combine", "grouped_ffn"),
-    "fwd_bwd_frozen": ("grouped_ffn",),
+    "fwd_bwd": ("route_topk", "permute", "grouped_ffn_combine"),
+    "fwd_bwd_frozen": ("grouped_ffn_combine",),
 }
 # Overrides the choice of kernels and tiles; they read it at each call.
 VARIABLE = "SPARSE_UNIFIED_GROUPED_FFN"
@@ -131,18 +131,18 @@ def op_calls(case: Case, x: Tensor) -> dict[str, tuple[dict[str, OpCall], tuple[
     top_k, num_experts = case.top_k, case.num_experts
     _, topk_logits, topk_idx = ops.route_topk(x, gate, top_k)
     offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
-    weights = 1 + topk_logits
+    maps = row_token, token_rows, offsets
     rows = ops.permute(x, row_token, token_rows)
     ours: dict[str, OpCall] = {
         "route_topk": lambda x: ops.route_topk(x, gate, top_k),
         "sort_by_expert": lambda _: ops.sort_by_expert(topk_idx, num_experts),
         "permute": lambda x: ops.permute(x, row_token, token_rows),
-        "combine": lambda _: ops.combine(rows, weights, token_rows),
+        "combine": lambda _: ops.combine(rows, topk_logits, token_rows, 1.0),
         "grouped_ffn": lambda x: ops.grouped_ffn(
-            x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows
+            x, row_token, offsets, gate_proj, up_proj, down_proj
         ),
         "grouped_ffn_combine": lambda x: ops.grouped_ffn_combine(
-            x, weights, row_token, token_rows, offsets, gate_proj, up_proj, down_proj
+            x, topk_logits, *maps, gate_proj, up_proj, down_proj, 1.0
         ),
         "ffn_importance": lambda x: ops.ffn_importance(x, gate_proj, up_proj),
     }
@@ -150,13 +150,12 @@ def op_calls(case: Case, x: Tensor) -> dict[str, tuple[dict[str, OpCall], tuple[
         "route_topk": lambda x: reference.route_topk(x, gate, top_k),
         "sort_by_expert": lambda _: reference.sort_by_expert(topk_idx, num_experts),
         "permute": lambda x: reference.permute(x, row_token),
-        "combine": lambda _: reference.combine(rows, weights, token_rows),
+        "combine": lambda _: reference.combine(rows, topk_logits, token_rows, 1.0),
         "ffn_importance": lambda x: reference.ffn_importance(x, gate_proj, up_proj),
     }
     leaves: dict[str, tuple[Tensor, ...]] = {
         "route_topk": (gate,),
-        "combine": (rows, weights),
-        "grouped_ffn": (gate_proj, up_proj, down_proj),
+        "grouped_ffn_combine": (topk_logits, gate_proj, up_proj, down_proj),
     }
     return {
         op: (

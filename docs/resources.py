@@ -176,12 +176,12 @@ def record_launches(capability: int) -> list[Launch]:
     logits, topk_logits, topk_idx = ops.route_topk(x, gate, case.top_k)
     offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, case.num_experts)
     ops.permute(x.detach(), row_token, token_rows)
-    rows = ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows)
-    y = ops.combine(rows, 1 + topk_logits, token_rows)
+    arguments = (x, topk_logits, row_token, token_rows, offsets, gate_proj, up_proj, down_proj, 1.0)
+    y = ops.grouped_ffn_combine(*arguments)
     torch.autograd.backward([y, logits], [torch.empty_like(y), torch.empty_like(logits)])
     set_variant("grad_multicast=on")
-    rows = ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows)
-    torch.autograd.grad(rows, x, torch.empty_like(rows))
+    y = ops.grouped_ffn_combine(*(a.detach() if a is topk_logits else a for a in arguments))
+    torch.autograd.grad(y, x, torch.empty_like(y))
     kept = torch.arange(0, width // 64, 2, dtype=torch.int32)
     with torch.inference_mode():
         for variant in (CHOSEN, "multicast=on"):

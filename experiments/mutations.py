@@ -230,13 +230,16 @@ BINDINGS = (
         *attack("bad_argument"),
     ),
     cpu(
-        "bindings/combine.cpp", "grad_out = with_dense_rows(grad_out);", "", *attack("no_arguments")
+        "bindings/grouped_ffn_combine.cpp",
+        "row_weights[rows[slot]] = weight_offset + values[slot];",
+        "row_weights[rows[slot]] = weight_offset + values[begin * top_k];",
+        *k("any_routing"),
     ),
     cpu(
-        "bindings/grouped_ffn_combine.cpp",
-        "row_weights[token_rows_[slot]] = weights_[slot];",
-        "row_weights[token_rows_[slot]] = weights_[token_begin * top_k_];",
-        *k("any_routing"),
+        "bindings/grouped_ffn_combine_backward.cpp",
+        "(part.begin - rows.begin) * h",
+        "0 * h",
+        *k("gradients_of_experts"),
     ),
 )
 
@@ -251,8 +254,24 @@ CUDA_KERNELS = (
     emulated(
         "cuda/combine.cu", "sync_threads();\n\n  const TokenRows", "const TokenRows", *k("combine")
     ),
-    emulated("cuda/combine_backward.cu", "grads[c] *= weight;", "", *k("permute_and_combine")),
-    emulated("cuda/combine_backward.cu", "dot = warp_sum(dot);", "", *k("permute_and_combine")),
+    emulated(
+        "cuda/grouped_ffn_row_weights.cu", "part < p.num_parts", "part < 1", *k("gradients")
+    ),
+    emulated(
+        "cuda/grouped_ffn_grad_hidden_sm80.cu", "sum = warp_sum<4>(sum);", "", *k("gradients")
+    ),
+    emulated(
+        "cuda/grouped_ffn_grad_hidden_sm90a.cu",
+        "hidden[i] = weight * gradient.hidden;",
+        "hidden[i] = gradient.hidden;",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/grouped_ffn_grad_hidden_sm90a.cu",
+        "max(boxes, kNumBoxes / 2)",
+        "max(boxes - 1, kNumBoxes / 2)",
+        "tests/ops/test_emulated.py",
+    ),
     emulated(
         "cuda/permute.cu", "unit + kStep - kWarpSize < num_units", "unit < num_units", *k("permute")
     ),
@@ -337,7 +356,7 @@ CUDA_KERNELS = (
     ),
     emulated(
         "cuda/grouped_ffn_grad_hidden_sm90a.cu",
-        "kBlocks == 1 ? 0 : cluster_rank() * kPartBoxes",
+        "kBlocks == 1 ? 0 : cluster_rank() * part_boxes",
         "0",
         "tests/ops/test_emulated.py",
     ),

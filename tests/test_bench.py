@@ -155,11 +155,11 @@ def test_every_op_and_half_of_the_blocks_are_measured(direction: str) -> None:
         *op_suites(SMALL, torch.bfloat16, direction, CPU),
         pruned_suite(PRUNED, torch.float32, direction, CPU),
     )
-    trained = {"route_topk", "permute", "combine", "grouped_ffn"}
+    trained = {"route_topk", "permute", "grouped_ffn_combine"}
     expected = {
-        "fwd": trained | {"sort_by_expert", "grouped_ffn_combine", "ffn_importance"},
+        "fwd": trained | {"sort_by_expert", "grouped_ffn", "combine", "ffn_importance"},
         "fwd_bwd": trained,
-        "fwd_bwd_frozen": {"grouped_ffn"},
+        "fwd_bwd_frozen": {"grouped_ffn_combine"},
     }
     assert run.missing == []
     ours = {r["op"] for r in run.records if r["provider"] == "sparse_unified"}

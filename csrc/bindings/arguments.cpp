@@ -136,12 +136,19 @@ void check_combine(const char* op, const Tensor& y, const std::optional<Tensor>&
   }
 }
 
-void check_combine_gradient(const char* op, const Tensor& grad_out, const Tensor& y,
-                            const Tensor& token_rows) {
-  check_tensor(op, "grad_out", grad_out, 2, device_of(y));
-  check_dtype(op, "grad_out", grad_out, y.scalar_type());
-  check_size(op, "grad_out", grad_out, 0, token_rows.size(0), "the number of tokens");
-  check_size(op, "grad_out", grad_out, 1, y.size(1), "the hidden size");
+void check_row_weights(const char* op, const Tensor& x, const Tensor& row_token,
+                       const Tensor& weights, const Tensor& token_rows) {
+  const Device device = device_of(x);
+  check_tensor(op, "weights", weights, 2, device);
+  check_dtype(op, "weights", weights, ScalarType::Float);
+  check_size(op, "weights", weights, 0, x.size(0), "the number of tokens");
+  check_tensor(op, "token_rows", token_rows, 2, device);
+  check_dtype(op, "token_rows", token_rows, ScalarType::Int);
+  check_size(op, "token_rows", token_rows, 0, x.size(0), "the number of tokens");
+  check(token_rows.numel() == row_token.size(0), op, "token_rows",
+        "name each of the " + std::to_string(row_token.size(0)) + " rows once", "shape ",
+        shape_text(token_rows));
+  check_size(op, "weights", weights, 1, token_rows.size(1), "the columns of token_rows");
 }
 
 GroupedFfnSizes check_grouped_ffn(const char* op, const Tensor& x, const Tensor& row_token,
@@ -207,7 +214,7 @@ void check_ffn_gradients(const char* op, const Tensor& x, int64_t num_rows, int6
   const Device device = device_of(x);
   check_tensor(op, "grad_y", grad_y, 2, device);
   check_dtype(op, "grad_y", grad_y, x.scalar_type());
-  check_size(op, "grad_y", grad_y, 0, num_rows, "the number of rows");
+  check_size(op, "grad_y", grad_y, 0, x.size(0), "the number of tokens");
   check_size(op, "grad_y", grad_y, 1, x.size(1), "the hidden size of x");
   for (const auto& [name, rows] : {std::pair{"gate_rows", &gate_rows}, {"up_rows", &up_rows}}) {
     check_tensor(op, name, *rows, 2, device);

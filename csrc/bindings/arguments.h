@@ -28,10 +28,6 @@ void check_router_gradients(const char* op, const Tensor& grad_logits,
                             const Tensor& grad_topk_logits, const Tensor& topk_idx, const Tensor& x,
                             const Tensor& gate);
 
-// grad_out [T, D] of combine.
-void check_combine_gradient(const char* op, const Tensor& grad_out, const Tensor& y,
-                            const Tensor& token_rows);
-
 // The sizes of grouped_ffn, once its tensors fit each other.
 struct GroupedFfnSizes {
   DType dtype;
@@ -44,6 +40,10 @@ struct GroupedFfnSizes {
 GroupedFfnSizes check_grouped_ffn(const char* op, const Tensor& x, const Tensor& row_token,
                                   const Tensor& expert_offsets, const Tensor& gate_proj,
                                   const Tensor& up_proj, const Tensor& down_proj);
+
+// weights [T, K] and token_rows [T, K] beside x [T, D] and row_token [R].
+void check_row_weights(const char* op, const Tensor& x, const Tensor& row_token,
+                       const Tensor& weights, const Tensor& token_rows);
 
 // The sizes of pruned_ffn, likewise.
 struct PrunedFfnSizes {
@@ -59,7 +59,7 @@ PrunedFfnSizes check_pruned_ffn(const char* op, const Tensor& x, const Tensor& k
                                 const Tensor& gate_proj, const Tensor& up_proj,
                                 const Tensor& down_proj, int64_t block_size);
 
-// grad_y [rows, D], gate_rows and up_rows [rows, width] as the backward of either FFN takes them.
+// grad_y [T, D], gate_rows and up_rows [rows, width] as the backward of either FFN takes them.
 void check_ffn_gradients(const char* op, const Tensor& x, int64_t num_rows, int64_t width,
                          const Tensor& grad_y, const Tensor& gate_rows, const Tensor& up_rows);
 

@@ -2,6 +2,7 @@
 #include "bindings/cuda_ffn.h"
 
 #include "bindings/arguments.h"
+#include "bindings/ops.h"
 
 namespace sparse_unified {
 
@@ -83,39 +84,78 @@ std::tuple<Tensor, Tensor, Tensor> CudaFfn::train() const {
   return {y, gate_rows, up_rows};
 }
 
+std::tuple<Tensor, Tensor, Tensor> CudaFfn::run_backward(const RowWeights& weights,
+                                                         const Tensor& grad_y,
+                                                         const Tensor& gate_rows,
+                                                         const Tensor& up_rows, void* grad_rows,
+                                                         bool needs_experts) const {
+  const GroupedFfnCudaPlan plan = plan_for(/*is_backward=*/true);
+  // With a list of blocks, kernels write the gradients of what is kept; those of the rest are zero.
+  const Allocate allocate =
+      params_.blocks.block_size == 0 ? Allocate{empty_like_sized} : zeros_like_sized;
+  Tensor grad_gate_proj = weights_gradient(gate_proj_, needs_experts, allocate);
+  Tensor grad_up_proj = weights_gradient(up_proj_, needs_experts, allocate);
+  Tensor grad_down_proj = weights_gradient(down_proj_, needs_experts, allocate);
+  const Tensor gate = contiguous_vector_rows(gate_rows);
+  const Tensor up = contiguous_vector_rows(up_rows);
+  GroupedFfnBackwardCudaParams params{
+      .forward = params_,
+      .weights = weights,
+      .grad_y = grad_y.const_data_ptr(),
+      .grad_rows = grad_rows,
+      .grad_gate_proj = needs_experts ? grad_gate_proj.mutable_data_ptr() : nullptr,
+      .grad_up_proj = needs_experts ? grad_up_proj.mutable_data_ptr() : nullptr,
+      .grad_down_proj = needs_experts ? grad_down_proj.mutable_data_ptr() : nullptr};
+  params.forward.gate_rows = gate.data_ptr();
+  params.forward.up_rows = up.data_ptr();
+  if (params_.expert_width == 0) return {grad_gate_proj, grad_up_proj, grad_down_proj};
+  context_.launch([&](cudaStream_t stream) {
+    const int64_t bytes = (needs_experts ? 3 : 2) * plan.matrix_bytes +
+                          (weights.weights != nullptr ? plan.weights_bytes : 0);
+    Tensor workspace = context_.workspace(bytes);
+    return grouped_ffn_backward_cuda(params, context_.device(), plan, workspace.mutable_data_ptr(),
+                                     stream);
+  });
+  return {grad_gate_proj, grad_up_proj, grad_down_proj};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tensor gate_rows,
                                                              Tensor up_rows, bool needs_x,
                                                              bool needs_weights) const {
   check_ffn_gradients(op_, x_, params_.num_rows, params_.expert_width, grad_y, gate_rows, up_rows);
-  const GroupedFfnCudaPlan plan = plan_for(/*is_backward=*/true);
   grad_y = contiguous_vector_rows(grad_y);
-  gate_rows = contiguous_vector_rows(gate_rows);
-  up_rows = contiguous_vector_rows(up_rows);
-
-  // With a list of blocks, kernels write the gradients of what is kept; those of the rest are zero.
   const Allocate allocate =
-      params_.blocks.block_size == 0 ? Allocate{empty_like_sized} : zeros_like_sized;
-  Tensor grad_rows = allocate(x_, {needs_x ? params_.num_rows : 0, x_.size(1)});
-  Tensor grad_gate_proj = weights_gradient(gate_proj_, needs_weights, allocate);
-  Tensor grad_up_proj = weights_gradient(up_proj_, needs_weights, allocate);
-  Tensor grad_down_proj = weights_gradient(down_proj_, needs_weights, allocate);
-  if (params_.expert_width > 0) {
-    GroupedFfnBackwardCudaParams params{
-        .forward = params_,
-        .grad_y = grad_y.const_data_ptr(),
-        .grad_rows = needs_x ? grad_rows.mutable_data_ptr() : nullptr,
-        .grad_gate_proj = needs_weights ? grad_gate_proj.mutable_data_ptr() : nullptr,
-        .grad_up_proj = needs_weights ? grad_up_proj.mutable_data_ptr() : nullptr,
-        .grad_down_proj = needs_weights ? grad_down_proj.mutable_data_ptr() : nullptr};
-    params.forward.gate_rows = gate_rows.data_ptr();
-    params.forward.up_rows = up_rows.data_ptr();
-    context_.launch([&](cudaStream_t stream) {
-      Tensor workspace = context_.workspace((needs_weights ? 3 : 2) * plan.matrix_bytes);
-      return grouped_ffn_backward_cuda(params, context_.device(), plan,
-                                       workspace.mutable_data_ptr(), stream);
-    });
-  }
-  return {grad_rows, grad_gate_proj, grad_up_proj, grad_down_proj};
+      params_.expert_width > 0 ? Allocate{empty_like_sized} : zeros_like_sized;
+  Tensor grad_x = allocate(x_, {needs_x ? params_.num_rows : 0, x_.size(1)});
+  const auto [gate, up, down] =
+      run_backward({}, grad_y, gate_rows, up_rows,
+                   needs_x ? grad_x.mutable_data_ptr() : nullptr, needs_weights);
+  return {grad_x, gate, up, down};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> CudaFfn::combine_backward(
+    Tensor grad_y, Tensor weights, Tensor token_rows, double weight_offset, Tensor gate_rows,
+    Tensor up_rows, bool needs_x, bool needs_weights, bool needs_experts) const {
+  check_row_weights(op_, x_, indices_[0], weights, token_rows);
+  check_ffn_gradients(op_, x_, params_.num_rows, params_.expert_width, grad_y, gate_rows, up_rows);
+  weights = as_contiguous(weights);
+  token_rows = as_contiguous(token_rows);
+  const bool is_empty = params_.expert_width == 0;
+  const Allocate allocate = is_empty ? zeros_like_sized : Allocate{empty_like_sized};
+  Tensor grad_weights = allocate(weights, {needs_weights ? weights.size(0) : 0, weights.size(1)});
+  // grad_y of the rows, and then the gradients of the rows: who reads the one has ended before.
+  Tensor rows = is_empty ? zeros_like_sized(x_, {params_.num_rows, x_.size(1)})
+                         : permute(grad_y, indices_[0], token_rows);
+  const auto [gate, up, down] =
+      run_backward({.weights = weights.const_data_ptr<float>(),
+                    .offset = static_cast<float>(weight_offset),
+                    .token_rows = token_rows.const_data_ptr<int32_t>(),
+                    .grad_weights = needs_weights ? grad_weights.mutable_data_ptr<float>() : nullptr},
+                   rows, gate_rows, up_rows, needs_x ? rows.mutable_data_ptr() : nullptr,
+                   needs_experts);
+  Tensor grad_x = needs_x ? combine(rows, std::nullopt, token_rows, 0)
+                          : empty_like_sized(x_, {0, x_.size(1)});
+  return {grad_x, grad_weights, gate, up, down};
 }
 
 }  // namespace sparse_unified

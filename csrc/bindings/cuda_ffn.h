@@ -24,15 +24,23 @@ class CudaFfn {
   Tensor forward() const { return forward(nullptr, nullptr); }
   // -> y [R, D], gate_rows [R, h], up_rows [R, h]
   std::tuple<Tensor, Tensor, Tensor> train() const;
-  // -> gradients of the rows [R, D], of gate_proj, up_proj and down_proj
+  // -> grad_x [T, D], gradients of gate_proj, up_proj and down_proj; of pruned_ffn
   std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor gate_rows,
                                                       Tensor up_rows, bool needs_x,
                                                       bool needs_weights) const;
+  // -> grad_x [T, D], grad_weights [T, K], then as above; of grouped_ffn_combine
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> combine_backward(
+      Tensor grad_y, Tensor weights, Tensor token_rows, double weight_offset, Tensor gate_rows,
+      Tensor up_rows, bool needs_x, bool needs_weights, bool needs_experts) const;
 
  private:
   CudaFfn(const char* op, const Tensor& x, const Tensor& gate_proj, const Tensor& up_proj,
           const Tensor& down_proj);
   Tensor forward(void* gate_rows, void* up_rows) const;
+  // Into grad_rows unless it is null -> the gradients of the three weights.
+  std::tuple<Tensor, Tensor, Tensor> run_backward(const RowWeights& weights, const Tensor& grad_y,
+                                                  const Tensor& gate_rows, const Tensor& up_rows,
+                                                  void* grad_rows, bool needs_experts) const;
   GroupedFfnCudaPlan plan_for(bool is_backward) const;  // throws where none is possible
 
   const char* op_;

@@ -14,22 +14,16 @@
 namespace sparse_unified {
 namespace {
 
-// NOTE: constants, not functions of the thread count, so that results do not depend on it.
-constexpr int64_t kMaxTaskRows = 256;
+// NOTE: constants like kLibraryTaskRows, for the same reason.
 constexpr int64_t kKernelTaskRows = 512;
 constexpr int64_t kKernelRowMultiple = 32;
 // Below this many rows the kernel's vectors of 16 tokens would be mostly empty.
 constexpr int64_t kKernelLeastRows = 8;
 
-struct Activations {
-  Tensor gate_rows;  // [R, h]
-  Tensor up_rows;    // [R, h]
-};
-
 // Runs tasks on torch's GEMMs; with `kept` the two activations before SwiGLU are left in it.
 class LibraryPath {
  public:
-  LibraryPath(const GroupedFfn& ffn, const Tensor& y, const Activations* kept, int64_t num_workers,
+  LibraryPath(const GroupedFfn& ffn, const Tensor& y, const KeptActivations* kept, int64_t num_workers,
               int64_t max_rows)
       : ffn_(ffn),
         y_(y),
@@ -61,17 +55,17 @@ class LibraryPath {
  private:
   const GroupedFfn& ffn_;
   const Tensor& y_;
-  const Activations* kept_;
+  const KeptActivations* kept_;
   int64_t x_bytes_;
   int64_t h_bytes_;
   Workspace workspace_;
 };
 
-Tensor library_forward(const GroupedFfn& ffn, const Activations* kept) {
+Tensor library_forward(const GroupedFfn& ffn, const KeptActivations* kept) {
   Tensor y = empty_like_sized(ffn.x, {ffn.num_rows, ffn.hidden_size});
-  const std::vector<ExpertRows> tasks = ffn.split(kMaxTaskRows);
+  const std::vector<ExpertRows> tasks = ffn.split(kLibraryTaskRows);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
-  const LibraryPath path(ffn, y, kept, num_workers(num_tasks), kMaxTaskRows);
+  const LibraryPath path(ffn, y, kept, num_workers(num_tasks), kLibraryTaskRows);
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) { path.run(tasks[task], worker); });
   return y;
 }
@@ -104,58 +98,27 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
   return y;
 }
 
-// The gradient of x will use token_rows; a GPU would have to be waited for to look at its values.
-void check_token_rows(const char* op, const Tensor& x, const Tensor& row_token,
-                      const std::optional<Tensor>& token_rows) {
-  if (!token_rows) return;
-  check_tensor(op, "token_rows", *token_rows, 2, device_of(x));
-  check_dtype(op, "token_rows", *token_rows, ScalarType::Int);
-  check_size(op, "token_rows", *token_rows, 0, x.size(0), "the number of tokens");
-  if (runs_on_cuda(x)) return;
-  check_row_maps(op, own_indices(row_token), own_indices(*token_rows), x.size(0));
-}
-
 }  // namespace
 
 Tensor grouped_ffn_forward(const GroupedFfn& ffn) {
   return ffn.has_kernel() ? kernel_forward(ffn) : library_forward(ffn, nullptr);
 }
 
+Tensor grouped_ffn_forward(const GroupedFfn& ffn, const KeptActivations& kept) {
+  return library_forward(ffn, &kept);
+}
+
 Tensor grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
-                   Tensor up_proj, Tensor down_proj, std::optional<Tensor> token_rows) {
+                   Tensor up_proj, Tensor down_proj) {
   constexpr const char* kOp = "grouped_ffn";
   if constexpr (kHasCuda) {
     if (runs_on_cuda(x)) {
-      const auto ffn =
-          CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-      check_token_rows(kOp, x, row_token, token_rows);
-      return ffn.forward();
+      return CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj)
+          .forward();
     }
   }
-  const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-  check_token_rows(kOp, x, row_token, token_rows);
-  return grouped_ffn_forward(ffn);
-}
-
-std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
-                                                     Tensor expert_offsets, Tensor gate_proj,
-                                                     Tensor up_proj, Tensor down_proj,
-                                                     std::optional<Tensor> token_rows) {
-  constexpr const char* kOp = "grouped_ffn_train";
-  if constexpr (kHasCuda) {
-    if (runs_on_cuda(x)) {
-      const auto ffn =
-          CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-      check_token_rows(kOp, x, row_token, token_rows);
-      return ffn.train();
-    }
-  }
-  const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-  check_token_rows(kOp, x, row_token, token_rows);
-  const Activations kept{empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width}),
-                         empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width})};
-  Tensor y = library_forward(ffn, &kept);
-  return {y, kept.gate_rows, kept.up_rows};
+  return grouped_ffn_forward(
+      GroupedFfn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj));
 }
 
 }  // namespace sparse_unified

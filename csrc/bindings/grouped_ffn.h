@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The checked arguments of grouped_ffn on the CPU, shared by forward and backward.
+// The checked arguments of grouped_ffn and grouped_ffn_combine on the CPU, shared by forward and
+// backward.
 #pragma once
 
 #include <vector>
@@ -55,7 +56,34 @@ struct GroupedFfn : GroupedFfnSizes {
   Tensor down_proj;       // [D, E * h] or [E, D, h]
 };
 
-// y [R, D] of the whole op, by whichever path takes its dtype.
+// Most rows that torch's GEMMs take at a time.
+// NOTE: a constant, not a function of the thread count, so that results do not depend on it.
+constexpr int64_t kLibraryTaskRows = 256;
+
+// Activations before SwiGLU, which backward needs.
+struct KeptActivations {
+  Tensor gate_rows;  // [R, h]
+  Tensor up_rows;    // [R, h]
+};
+
+// y [R, D] of the whole op, by whichever path takes its dtype; or by torch's GEMMs, which leave the
+// two activations in `kept`.
 Tensor grouped_ffn_forward(const GroupedFfn& ffn);
+Tensor grouped_ffn_forward(const GroupedFfn& ffn, const KeptActivations& kept);
+
+// What grouped_ffn_combine takes beside it.
+struct CombinedFfn : GroupedFfn {
+  // Checks the arguments in order; `op` names the caller in the messages.
+  CombinedFfn(const char* op, Tensor x, Tensor weights, Tensor row_token, Tensor token_rows,
+              Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj,
+              double weight_offset);
+
+  // row_weights[token_rows[t, k]] = weight_offset + weights[t, k] for tokens [begin, end).
+  void spread_weights(int64_t begin, int64_t end, float* row_weights) const;
+
+  Tensor weights;     // [T, K]
+  Tensor token_rows;  // [T, K] int32
+  float weight_offset;
+};
 
 }  // namespace sparse_unified

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_ffn and combine: on CUDA one after the other, on the CPU in one pass over blocks of
-// tokens. A block runs all experts on its own tokens and adds their weighted rows to its own part
+// grouped_ffn and combine: on CUDA and in training one after the other, else in one pass over blocks
+// of tokens. A block runs all experts on its own tokens and adds their weighted rows to its own part
 // of the output, in the order of the experts: y [R, D] never exists (59 MB for 1024 tokens at
 // 32/16, mostly page faults), all blocks cost the same whatever the routing, and no thread waits
 // for another.
@@ -47,24 +47,18 @@ void check_row_order(const char* op, const GroupedFfn& ffn) {
 
 class TokenBlocks {
  public:
-  TokenBlocks(const GroupedFfn& ffn, const Tensor& weights, const Tensor& token_rows,
-              const Tensor& sums, const Tensor& out)
+  TokenBlocks(const CombinedFfn& ffn, const Tensor& sums, const Tensor& out)
       : ffn_(ffn),
         params_(ffn.kernel_params()),
         offsets_(ffn.expert_offsets.const_data_ptr<int32_t>()),
         row_token_(ffn.row_token.const_data_ptr<int32_t>()),
-        weights_(weights.const_data_ptr<float>()),
-        token_rows_(token_rows.const_data_ptr<int32_t>()),
-        top_k_(token_rows.size(1)),
-        row_weights_(empty_like_sized(weights, {ffn.num_rows})),
+        row_weights_(empty_like_sized(ffn.weights, {ffn.num_rows})),
         sums_(sums.mutable_data_ptr<float>()),
         out_(static_cast<char*>(out.mutable_data_ptr())) {}
 
   void run(int64_t token_begin, int64_t token_end, float* workspace) const {
     auto* row_weights = row_weights_.mutable_data_ptr<float>();
-    for (int64_t slot = token_begin * top_k_; slot < token_end * top_k_; ++slot) {
-      row_weights[token_rows_[slot]] = weights_[slot];
-    }
+    ffn_.spread_weights(token_begin, token_end, row_weights);
     const int64_t first_value = token_begin * ffn_.hidden_size;
     const int64_t num_values = (token_end - token_begin) * ffn_.hidden_size;
     std::memset(sums_ + first_value, 0, static_cast<size_t>(num_values) * sizeof(float));
@@ -89,50 +83,22 @@ class TokenBlocks {
   }
 
  private:
-  const GroupedFfn& ffn_;
+  const CombinedFfn& ffn_;
   GroupedFfnParams params_;
   const int32_t* offsets_;
   const int32_t* row_token_;
-  const float* weights_;
-  const int32_t* token_rows_;
-  int64_t top_k_;
   Tensor row_weights_;  // [R]
   float* sums_;         // [T, D]; for fp32 it is out
   char* out_;           // [T, D]
 };
 
-}  // namespace
-
-Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows,
-                           Tensor expert_offsets, Tensor gate_proj, Tensor up_proj,
-                           Tensor down_proj) {
-  constexpr const char* kOp = "grouped_ffn_combine";
-  if constexpr (kHasCuda) {
-    if (runs_on_cuda(x)) {
-      const auto ffn =
-          CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-      return combine(ffn.forward(), weights, token_rows);
-    }
-  }
-  const GroupedFfn ffn(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
-  const int64_t num_tokens = x.size(0);
-  check_tensor(kOp, "weights", weights, 2);
-  check_dtype(kOp, "weights", weights, ScalarType::Float);
-  check_tensor(kOp, "token_rows", token_rows, 2);
-  token_rows = own_indices(token_rows);
-  check_row_maps(kOp, ffn.row_token, token_rows, num_tokens);
-  check_size(kOp, "weights", weights, 0, num_tokens, "the number of tokens");
-  check_size(kOp, "weights", weights, 1, token_rows.size(1), "the columns of token_rows");
-  check_row_order(kOp, ffn);
-  weights = as_contiguous(weights);
-  if (!ffn.has_kernel() || num_tokens < kLeastTokens) {
-    return combine(grouped_ffn_forward(ffn), weights, token_rows);
-  }
-
+// y [T, D] by the fused kernel.
+Tensor kernel_forward(const CombinedFfn& ffn) {
+  const int64_t num_tokens = ffn.x.size(0);
   Tensor out = empty_like_sized(ffn.x, {num_tokens, ffn.hidden_size});
   const Tensor sums =
-      ffn.dtype == DType::kFloat32 ? out : empty_like_sized(weights, {num_tokens, ffn.hidden_size});
-  const TokenBlocks blocks(ffn, weights, token_rows, sums, out);
+      ffn.dtype == DType::kFloat32 ? out : empty_like_sized(ffn.weights, {num_tokens, ffn.hidden_size});
+  const TokenBlocks blocks(ffn, sums, out);
   const int64_t num_blocks = count_blocks(num_tokens, torch::stable::get_num_threads());
   const Workspace workspace(ffn.x, num_workers(num_blocks),
                             4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
@@ -141,6 +107,70 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
                workspace.floats(worker));
   });
   return out;
+}
+
+}  // namespace
+
+CombinedFfn::CombinedFfn(const char* op, Tensor x_in, Tensor weights_in, Tensor row_token_in,
+                         Tensor token_rows_in, Tensor expert_offsets_in, Tensor gate_proj_in,
+                         Tensor up_proj_in, Tensor down_proj_in, double offset)
+    : GroupedFfn(op, x_in, row_token_in, expert_offsets_in, gate_proj_in, up_proj_in, down_proj_in),
+      weight_offset(static_cast<float>(offset)) {
+  check_row_weights(op, x, row_token, weights_in, token_rows_in);
+  weights = as_contiguous(weights_in);
+  token_rows = own_indices(token_rows_in);
+  check_row_maps(op, row_token, token_rows, x.size(0));
+  check_row_order(op, *this);
+}
+
+void CombinedFfn::spread_weights(int64_t begin, int64_t end, float* row_weights) const {
+  const auto* rows = token_rows.const_data_ptr<int32_t>();
+  const auto* values = weights.const_data_ptr<float>();
+  const int64_t top_k = token_rows.size(1);
+  for (int64_t slot = begin * top_k; slot < end * top_k; ++slot) {
+    row_weights[rows[slot]] = weight_offset + values[slot];
+  }
+}
+
+Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows,
+                           Tensor expert_offsets, Tensor gate_proj, Tensor up_proj,
+                           Tensor down_proj, double weight_offset) {
+  constexpr const char* kOp = "grouped_ffn_combine";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      const auto ffn =
+          CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+      check_row_weights(kOp, x, row_token, weights, token_rows);
+      return combine(ffn.forward(), weights, token_rows, weight_offset);
+    }
+  }
+  const CombinedFfn ffn(kOp, x, weights, row_token, token_rows, expert_offsets, gate_proj, up_proj,
+                        down_proj, weight_offset);
+  if (!ffn.has_kernel() || x.size(0) < kLeastTokens) {
+    return combine(grouped_ffn_forward(ffn), ffn.weights, ffn.token_rows, weight_offset);
+  }
+  return kernel_forward(ffn);
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_ffn_combine_train(
+    Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, Tensor expert_offsets,
+    Tensor gate_proj, Tensor up_proj, Tensor down_proj, double weight_offset) {
+  constexpr const char* kOp = "grouped_ffn_combine_train";
+  if constexpr (kHasCuda) {
+    if (runs_on_cuda(x)) {
+      const auto ffn =
+          CudaFfn::grouped(kOp, x, row_token, expert_offsets, gate_proj, up_proj, down_proj);
+      check_row_weights(kOp, x, row_token, weights, token_rows);
+      const auto [y, gate_rows, up_rows] = ffn.train();
+      return {combine(y, weights, token_rows, weight_offset), gate_rows, up_rows};
+    }
+  }
+  const CombinedFfn ffn(kOp, x, weights, row_token, token_rows, expert_offsets, gate_proj, up_proj,
+                        down_proj, weight_offset);
+  const KeptActivations kept{empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width}),
+                             empty_like_sized(ffn.x, {ffn.num_rows, ffn.expert_width})};
+  Tensor y = combine(grouped_ffn_forward(ffn, kept), ffn.weights, ffn.token_rows, weight_offset);
+  return {y, kept.gate_rows, kept.up_rows};
 }
 
 }  // namespace sparse_unified

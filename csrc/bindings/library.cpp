@@ -17,23 +17,24 @@ STABLE_TORCH_LIBRARY(sparse_unified, m) {
       "Tensor gate, bool needs_x, bool needs_gate) -> (Tensor, Tensor)");
   m.def("sort_by_expert(Tensor topk_idx, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("permute(Tensor x, Tensor row_token, Tensor token_rows) -> Tensor");
-  m.def("combine(Tensor y, Tensor? weights, Tensor token_rows) -> Tensor");
   m.def(
-      "combine_backward(Tensor grad_out, Tensor y, Tensor weights, Tensor token_rows, "
-      "bool needs_y, bool needs_weights) -> (Tensor, Tensor)");
+      "combine(Tensor y, Tensor? weights, Tensor token_rows, float weight_offset=0.) -> Tensor");
   m.def(
       "grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
-      "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> Tensor");
-  m.def(
-      "grouped_ffn_train(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
-      "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor up_proj, Tensor down_proj) -> Tensor");
   m.def(
       "grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, "
-      "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj) -> Tensor");
+      "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj, "
+      "float weight_offset=0.) -> Tensor");
   m.def(
-      "grouped_ffn_backward(Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, "
-      "Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, "
-      "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+      "grouped_ffn_combine_train(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, "
+      "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj, "
+      "float weight_offset=0.) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "grouped_ffn_combine_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor row_token, "
+      "Tensor token_rows, Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, "
+      "Tensor down_proj, Tensor gate_rows, Tensor up_rows, float weight_offset, bool needs_x, "
+      "bool needs_weights, bool needs_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
       "Tensor down_proj, int block_size) -> Tensor");
@@ -85,11 +86,10 @@ void implement(torch::stable::detail::StableLibrary& m) {
   SPARSE_UNIFIED_OP(sort_by_expert);
   SPARSE_UNIFIED_OP(permute);
   SPARSE_UNIFIED_OP(combine);
-  SPARSE_UNIFIED_OP(combine_backward);
   SPARSE_UNIFIED_OP(grouped_ffn);
-  SPARSE_UNIFIED_OP(grouped_ffn_train);
   SPARSE_UNIFIED_OP(grouped_ffn_combine);
-  SPARSE_UNIFIED_OP(grouped_ffn_backward);
+  SPARSE_UNIFIED_OP(grouped_ffn_combine_train);
+  SPARSE_UNIFIED_OP(grouped_ffn_combine_backward);
   SPARSE_UNIFIED_OP(pruned_ffn);
   SPARSE_UNIFIED_OP(pruned_ffn_train);
   SPARSE_UNIFIED_OP(pruned_ffn_backward);

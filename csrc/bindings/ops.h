@@ -24,28 +24,26 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(Tensor topk_idx, int64_t num_e
 Tensor permute(Tensor x, Tensor row_token, Tensor token_rows);
 
 // -> out [T, D]
-Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows);
-// -> grad_y [R, D], grad_weights [T, K]; empty where not wanted
-std::tuple<Tensor, Tensor> combine_backward(Tensor grad_out, Tensor y, Tensor weights,
-                                            Tensor token_rows, bool needs_y, bool needs_weights);
+Tensor combine(Tensor y, std::optional<Tensor> weights, Tensor token_rows, double weight_offset);
 
-// -> y [R, D]
+// -> y [R, D]; for inference
 Tensor grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
-                   Tensor up_proj, Tensor down_proj, std::optional<Tensor> token_rows);
-// -> y [R, D], gate_rows [R, h], up_rows [R, h]: the two activations that backward needs
-std::tuple<Tensor, Tensor, Tensor> grouped_ffn_train(Tensor x, Tensor row_token,
-                                                     Tensor expert_offsets, Tensor gate_proj,
-                                                     Tensor up_proj, Tensor down_proj,
-                                                     std::optional<Tensor> token_rows);
-// -> out [T, D]: grouped_ffn and combine without y in between; for inference
+                   Tensor up_proj, Tensor down_proj);
+
+// -> y [T, D]: grouped_ffn and combine
 Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows,
                            Tensor expert_offsets, Tensor gate_proj, Tensor up_proj,
-                           Tensor down_proj);
-// -> grad_rows [R, D], grad_gate_proj, grad_up_proj, grad_down_proj; empty where not wanted
-std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_ffn_backward(
-    Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj,
-    Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, bool needs_x,
-    bool needs_weights);
+                           Tensor down_proj, double weight_offset);
+// -> y [T, D], gate_rows [R, h], up_rows [R, h]: the two activations that backward needs
+std::tuple<Tensor, Tensor, Tensor> grouped_ffn_combine_train(
+    Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, Tensor expert_offsets,
+    Tensor gate_proj, Tensor up_proj, Tensor down_proj, double weight_offset);
+// -> grad_x [T, D], grad_weights [T, K], grad_gate_proj, grad_up_proj, grad_down_proj; empty where
+// not wanted
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_ffn_combine_backward(
+    Tensor grad_y, Tensor x, Tensor weights, Tensor row_token, Tensor token_rows,
+    Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows,
+    Tensor up_rows, double weight_offset, bool needs_x, bool needs_weights, bool needs_experts);
 
 // -> y [T, D]
 Tensor pruned_ffn(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, Tensor down_proj,

@@ -19,10 +19,11 @@ struct TokenRows {
   Matrix y;
   const int32_t* rows;   // [K]
   const float* weights;  // [K]; null means ones
+  float weight_offset;
   int64_t top_k;
 
   const T* row(int64_t k) const { return y.row<T>(rows[k]); }
-  float weight(int64_t k) const { return weights != nullptr ? weights[k] : 1.0f; }
+  float weight(int64_t k) const { return weights != nullptr ? weight_offset + weights[k] : 1.0f; }
 };
 
 template <typename T>
@@ -54,7 +55,7 @@ SPARSE_UNIFIED_MULTIVERSION void combine(const CombineParams& params, int64_t to
     const int64_t slot = token * params.top_k;
     const TokenRows<T> rows{params.y, params.token_rows + slot,
                             params.weights != nullptr ? params.weights + slot : nullptr,
-                            params.top_k};
+                            params.weight_offset, params.top_k};
     const int64_t hidden_size = params.y.columns;
     sum_rows(rows, static_cast<T*>(params.out) + token * hidden_size, hidden_size);
   }
@@ -77,20 +78,17 @@ SPARSE_UNIFIED_INLINE void scale(const T* source, float factor, T* target, int64
 }
 
 template <typename T>
-SPARSE_UNIFIED_MULTIVERSION void combine_backward(const CombineBackwardParams& params,
-                                                  int64_t token_begin, int64_t token_end) {
-  const int64_t hidden_size = params.y.columns;
-  for (int64_t token = token_begin; token < token_end; ++token) {
-    const T* grad_out = params.grad_out.row<T>(token);
-    for (int64_t slot = token * params.top_k; slot < (token + 1) * params.top_k; ++slot) {
-      const int64_t row = params.token_rows[slot];
-      if (params.grad_weights != nullptr) {
-        params.grad_weights[slot] = dot(grad_out, params.y.row<T>(row), hidden_size);
-      }
-      if (params.grad_y != nullptr) {
-        T* grad_y = static_cast<T*>(params.grad_y) + row * hidden_size;
-        scale(grad_out, params.weights[slot], grad_y, hidden_size);
-      }
+SPARSE_UNIFIED_MULTIVERSION void combine_backward(const CombineBackwardParams& params) {
+  const int64_t hidden_size = params.grad_out.columns;
+  for (int64_t row = 0; row < params.num_rows; ++row) {
+    const T* grad_out = params.grad_out.row<T>(params.row_token[row]);
+    const int64_t first = row * hidden_size;
+    if (params.grad_y != nullptr) {
+      scale(grad_out, params.weights[row], static_cast<T*>(params.grad_y) + first, hidden_size);
+    }
+    if (params.grad_weights != nullptr) {
+      params.grad_weights[row] =
+          dot(grad_out, static_cast<const T*>(params.y) + first, hidden_size);
     }
   }
 }
@@ -101,10 +99,8 @@ void combine_cpu(const CombineParams& params, int64_t token_begin, int64_t token
   dispatch_dtype(params.dtype, [&]<typename T>(T) { combine<T>(params, token_begin, token_end); });
 }
 
-void combine_backward_cpu(const CombineBackwardParams& params, int64_t token_begin,
-                          int64_t token_end) {
-  dispatch_dtype(params.dtype,
-                 [&]<typename T>(T) { combine_backward<T>(params, token_begin, token_end); });
+void combine_backward_cpu(const CombineBackwardParams& params) {
+  dispatch_dtype(params.dtype, [&]<typename T>(T) { combine_backward<T>(params); });
 }
 
 }  // namespace sparse_unified

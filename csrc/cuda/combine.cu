@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// combine on CUDA: out[t] = sum_k weights[t, k] * y[token_rows[t, k]], accumulated in fp32 in the
-// order of k and rounded once.
+// combine on CUDA: out[t] = sum_k (weight_offset + weights[t, k]) * y[token_rows[t, k]], accumulated
+// in fp32 in the order of k and rounded once.
 //
 // A CTA sums the rows of one token; a thread sums 16 bytes of columns, with up to kInFlight loads
 // in flight. Bytes moved: R * D values read and T * D written, each once, so the kernel is bound by
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) combine_kernel(const 
     const int32_t row = p.token_rows[slot];
     device_check(row >= 0 && row < p.y.rows);
     rows[k] = row;
-    weights[k] = p.weights != nullptr ? p.weights[slot] : 1.0f;
+    weights[k] = p.weights != nullptr ? p.weight_offset + p.weights[slot] : 1.0f;
   }
   sync_threads();
 

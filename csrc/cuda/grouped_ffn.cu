@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <utility>
 
+#include "cuda/grouped_ffn_row_weights.h"
 #include "cuda/grouped_ffn_sm80.h"
 #include "cuda/grouped_ffn_sm90a.h"
 #include "sparse_unified/cuda/grouped_ffn_config.h"
@@ -49,6 +50,19 @@ int64_t matrix_bytes(const GroupedFfnCudaParams& params, GroupedFfnFamily family
 
 bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+// Neurons that grad_hidden sums up to one part of the gradient of a row's weight.
+int64_t part_neurons(GroupedFfnFamily family) {
+  return family == GroupedFfnFamily::kSm90a ? kSm90aPartNeurons : kSm80PartNeurons;
+}
+
+// The weights of the rows, [R] fp32, and the parts of their gradients, [parts, R].
+int64_t num_parts(const GroupedFfnCudaParams& params, GroupedFfnFamily family) {
+  return ceil_div(params.expert_width, part_neurons(family));
+}
+int64_t row_bytes(const GroupedFfnCudaParams& params) {
+  return ceil_div<int64_t>(4 * params.num_rows, kWorkspaceAlignment) * kWorkspaceAlignment;
 }
 
 std::string must(const char* argument, const char* rule, int64_t got) {
@@ -118,16 +132,13 @@ cudaError_t forward_sm80(const GroupedFfnForwardKernelParams& params,
   return grouped_ffn_down_sm80(config.tile(GroupedFfnPhase::kDown), params, stream);
 }
 
+// NOTE: the gradients of the rows come last, since they may take the place of grad_y.
 cudaError_t backward_sm80(const GroupedFfnBackwardKernelParams& params,
                           const GroupedFfnConfig& config, cudaStream_t stream) {
   const GroupedFfnBackwardCudaParams& ffn = params.ffn;
   cudaError_t error =
       grouped_ffn_grad_hidden_sm80(config.tile(GroupedFfnPhase::kGradHidden), params, stream);
   if (error != cudaSuccess) return error;
-  if (ffn.grad_rows != nullptr) {
-    error = grouped_ffn_grad_rows_sm80(config.tile(GroupedFfnPhase::kGradRows), params, stream);
-    if (error != cudaSuccess) return error;
-  }
   const GroupedFfnTileId tile = config.tile(GroupedFfnPhase::kGradWeights);
   if (ffn.grad_gate_proj != nullptr || ffn.grad_up_proj != nullptr) {
     error = grouped_ffn_grad_weights_sm80(tile, {params, false}, stream);
@@ -135,8 +146,10 @@ cudaError_t backward_sm80(const GroupedFfnBackwardKernelParams& params,
   }
   if (ffn.grad_down_proj != nullptr) {
     error = grouped_ffn_grad_weights_sm80(tile, {params, true}, stream);
+    if (error != cudaSuccess) return error;
   }
-  return error;
+  if (ffn.grad_rows == nullptr) return cudaSuccess;
+  return grouped_ffn_grad_rows_sm80(config.tile(GroupedFfnPhase::kGradRows), params, stream);
 }
 
 // Intermediate matrices of the backward pass, [padded rows, h] each.
@@ -148,17 +161,16 @@ struct Sm90aWorkspace {
 
 cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const DeviceInfo& device,
                            const GroupedFfnSm90aOptions& options, const Sm90aWorkspace& workspace,
-                           cudaStream_t stream) {
-  cudaError_t error = grouped_ffn_grad_hidden_sm90a(params, device, options, workspace.grad_gate,
-                                                    workspace.grad_up, workspace.hidden, stream);
+                           const RowFactors& factors, cudaStream_t stream) {
+  cudaError_t error =
+      grouped_ffn_grad_hidden_sm90a(params, device, options, workspace.grad_gate,
+                                    workspace.grad_up, workspace.hidden, factors, stream);
   if (error != cudaSuccess) return error;
-  if (params.grad_rows != nullptr) {
-    error = grouped_ffn_grad_rows_sm90a(params, device, options, workspace.grad_gate,
-                                        workspace.grad_up, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return grouped_ffn_grad_weights_sm90a(params, device, workspace.grad_gate, workspace.grad_up,
-                                        workspace.hidden, stream);
+  error = grouped_ffn_grad_weights_sm90a(params, device, workspace.grad_gate, workspace.grad_up,
+                                         workspace.hidden, stream);
+  if (error != cudaSuccess || params.grad_rows == nullptr) return error;
+  return grouped_ffn_grad_rows_sm90a(params, device, options, workspace.grad_gate,
+                                     workspace.grad_up, stream);
 }
 
 std::string params_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
@@ -186,7 +198,7 @@ std::string params_refusal(const GroupedFfnCudaParams& params, const DeviceInfo&
 GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
                                          const DeviceInfo& device, bool is_backward) {
   GroupedFfnCudaPlan plan{
-      .refusal = params_refusal(params, device), .config = {}, .matrix_bytes = 0};
+      .refusal = params_refusal(params, device), .config = {}, .matrix_bytes = 0, .weights_bytes = 0};
   const std::string text = override_text();
   if (plan.refusal.empty()) plan.refusal = grouped_ffn_override_error(text);
   if (!plan.refusal.empty()) return plan;
@@ -194,6 +206,7 @@ GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
   plan.config = choose_grouped_ffn_config(problem, device, text);
   plan.refusal = config_refusal(problem, device, plan.config);
   plan.matrix_bytes = matrix_bytes(params, plan.config.family);
+  plan.weights_bytes = (1 + num_parts(params, plan.config.family)) * row_bytes(params);
   return plan;
 }
 
@@ -217,11 +230,28 @@ cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params
   const int64_t one_matrix = plan.matrix_bytes;
   auto* bytes = static_cast<unsigned char*>(workspace);
   void* hidden = params.grad_down_proj == nullptr ? nullptr : bytes + 2 * one_matrix;
-  if (plan.config.family == GroupedFfnFamily::kSm90a) {
-    return backward_sm90a(params, device, plan.config.sm90a, {bytes, bytes + one_matrix, hidden},
-                          stream);
+  const RowWeights& weights = params.weights;
+  const int64_t num_rows = params.forward.num_rows;
+  RowFactors factors{};
+  if (weights.weights != nullptr) {
+    unsigned char* floats = bytes + (hidden == nullptr ? 2 : 3) * one_matrix;
+    factors.weights = reinterpret_cast<float*>(floats);
+    if (weights.grad_weights != nullptr) {
+      factors.parts = reinterpret_cast<float*>(floats + row_bytes(params.forward));
+    }
+    const cudaError_t error =
+        spread_row_weights(weights, num_rows, reinterpret_cast<float*>(floats), stream);
+    if (error != cudaSuccess) return error;
   }
-  return backward_sm80({params, bytes, hidden}, plan.config, stream);
+  const GroupedFfnConfig& config = plan.config;
+  const bool is_sm90a = config.family == GroupedFfnFamily::kSm90a;
+  const cudaError_t error =
+      is_sm90a ? backward_sm90a(params, device, config.sm90a, {bytes, bytes + one_matrix, hidden},
+                                factors, stream)
+               : backward_sm80({params, bytes, hidden, factors}, config, stream);
+  if (error != cudaSuccess || factors.parts == nullptr) return error;
+  return sum_row_parts(weights, num_rows, factors.parts, num_parts(params.forward, config.family),
+                       stream);
 }
 
 }  // namespace sparse_unified

@@ -2,7 +2,9 @@
 // grouped_ffn backward, first GEMM: the gradient before SwiGLU,
 //   grad_hidden[r] = grad_y[r] down_proj[:, expert's neurons]
 //   grad_gate_up[r] = [grad_hidden up s (1 + gate (1 - s)), grad_hidden gate s], s = sigmoid(gate)
-//   hidden[r] = gate s up, once more, when the gradient of down_proj needs it.
+//   hidden[r] = gate s up, once more, when the gradient of down_proj needs it,
+// each times the weight of the row; and the gradient of that weight, the sum over a row of hidden
+// grad_hidden, in parts: a lane sums its columns in ascending order, a quad its lanes by a butterfly.
 //
 // A GEMM of M = the rows of an expert, N = h, K = D, where down_proj is N-contiguous. grad_hidden
 // stays fp32 and leaves only as the gradients made of it. 2 R h D FLOP; reads grad_y, down_proj,
@@ -53,10 +55,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const auto* up_rows = static_cast<const T*>(ffn.up_rows);      // [R, h]
   auto* grad_gate_up = static_cast<T*>(params.grad_gate_up);     // [R, 2h]
   auto* hidden_rows = static_cast<T*>(params.hidden);            // [R, h] or null
+  const RowFactors& factors = params.factors;
+  static_assert(Shape::kWarpN == kSm80PartNeurons);
+  const int part = (first_neuron + tile.first_column) / kSm80PartNeurons;
 #pragma unroll
   for (int m = 0; m < Shape::kWarpM / 16; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int row = at.first_row + lane_row(tile, m, half);
+      const bool is_valid = row < at.end_row;
+      const float weight = is_valid && factors.weights != nullptr ? factors.weights[row] : 1.0f;
+      float sum = 0.0f;
 #pragma unroll
       for (int group = 0; group < Shape::kWarpN / 32; ++group) {
         float even[4];  // columns
@@ -70,9 +79,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         transpose_quad(even);
         transpose_quad(odd);
 
-        const int row = at.first_row + lane_row(tile, m, half);
         const int neuron = first_neuron + tile.first_column + group * 32 + lane_idx() % 4 * 8;
-        if (row >= at.end_row || neuron >= width) continue;
+        if (!is_valid || neuron >= width) continue;
         const int64_t offset = static_cast<int64_t>(row) * width + neuron;
         float gate[8];
         float up[8];
@@ -82,15 +90,21 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float grad_hidden = i % 2 == 0 ? even[i / 2] : odd[i / 2];
-          const SwigluGradient gradient = swiglu_gradient(grad_hidden, gate[i], up[i]);
+          const SwigluGradient gradient = swiglu_gradient(weight * grad_hidden, gate[i], up[i]);
+          sum = fmaf(gradient.hidden, grad_hidden, sum);
           gate[i] = gradient.gate;
           up[i] = gradient.up;
-          hidden[i] = gradient.hidden;
+          hidden[i] = weight * gradient.hidden;
         }
         T* grad_row = grad_gate_up + static_cast<int64_t>(row) * 2 * width + neuron;
         store_vector(grad_row, narrow<T>(gate));
         store_vector(grad_row + width, narrow<T>(up));
         if (hidden_rows != nullptr) store_vector(hidden_rows + offset, narrow<T>(hidden));
+      }
+      if (factors.parts == nullptr) continue;
+      sum = warp_sum<4>(sum);
+      if (is_valid && lane_idx() % 4 == 0 && part * kSm80PartNeurons < width) {
+        factors.parts[static_cast<int64_t>(part) * ffn.num_rows + row] = sum;
       }
     }
   }

@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // First GEMM of the backward pass of grouped_ffn on Hopper: grad_hidden = grad_y down, and from it
-// and the kept activations the gradients of gate and up, and hidden once more.
+// and the kept activations the gradients of gate and up, and hidden once more, each times the weight
+// of the row; and parts of the gradient of that weight, <hidden, grad_hidden>.
 //
 // Persistent kernel (persistent_gemm_sm90a.h), one CTA per SM, grid-stride over tiles of 128 rows x
-// 256 neurons.
+// 256 neurons, the last of an expert 192 or 128 where those suffice (592 = 2 * 256 + 80 takes 640
+// columns of products, 1184 = 4 * 256 + 160 takes 1216).
 //
 // Warp roles: 1 producer warp (one elected lane issues TMA for 128 rows of grad_y and, in four
 // boxes of 64 neurons, 64 rows of down, where neurons are contiguous: Major::kMN), 2 consumer
 // warpgroups (64 rows each, m64n256k16, 128 accumulators a thread). 4 pipeline stages of 64 k,
 // 48 KB each. In the epilogue the lanes of a quad exchange their sums, so that each reads gate and
-// up of 8 neurons of a row, and writes the three results, in vectors of 16 bytes. Results go to
+// up of 8 neurons of a row, and writes the three results, in vectors of 16 bytes; a lane adds hidden
+// times grad_hidden up over its neurons in ascending order, the quad by a butterfly. Results go to
 // buffers whose groups are padded to whole tiles; padding rows get zeros, which the weight
 // gradients rely on: what the tile holds there are the rows of another expert.
 //
-// Clusters of two CTAs take two neighbouring tiles of rows and multicast the weights, two of the
+// Clusters of two CTAs take two neighbouring tiles of rows and multicast the weights, half of the
 // boxes each. Where a group has no second tile, that CTA loads no rows and stores nothing.
 //
 // Bytes: grad_y is read h / 256 times, down once for 16 row tiles, mostly from L2, where every tile
@@ -28,13 +31,12 @@
 namespace sparse_unified {
 namespace {
 
-constexpr int kTileNeurons = 256;
+constexpr int kTileNeurons = kSm90aPartNeurons;
 constexpr int kRowsBytes = kTileRows * kSwizzleRowBytes;  // of grad_y, a stage
 constexpr int kNumBoxes = kTileNeurons / kBoxElements;    // of down
 
 // Vectors of 8 neurons, 32 apart, whose gate and up a thread has on the way at a time.
-constexpr int kBatch = 2;
-static_assert(kTileNeurons / 32 % kBatch == 0);
+constexpr int kBatch = kBoxElements / 32;
 
 template <typename T>
 struct GradHiddenParams {
@@ -46,6 +48,7 @@ struct GradHiddenParams {
   T* grad_gate;                   // [padded rows, h]
   T* grad_up;                     // [padded rows, h]
   T* hidden;                      // [padded rows, h], or null
+  RowFactors factors;             //
   int num_rows;                   // R
   int num_experts;                // E
   int expert_width;               // h
@@ -56,21 +59,23 @@ struct GradHiddenParams {
 };
 
 // Gradients of 8 neurons of a row from grad_hidden, of even and odd neurons, and the kept gate and
-// up.
+// up; adds to `sum` what they have of the gradient of the row's weight.
 template <typename T>
 SPARSE_UNIFIED_DEVICE void store_gradients(const GradHiddenParams<T>& params, int64_t padded,
                                            const float (&even)[4], const float (&odd)[4],
-                                           const Vector16& gate_vector, const Vector16& up_vector) {
+                                           const Vector16& gate_vector, const Vector16& up_vector,
+                                           float weight, float& sum) {
   float gate[8], up[8], hidden[8];
   widen<T>(gate_vector, gate);
   widen<T>(up_vector, up);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const float grad_hidden = i % 2 == 0 ? even[i / 2] : odd[i / 2];
-    const SwigluGradient gradient = swiglu_gradient(grad_hidden, gate[i], up[i]);
+    const SwigluGradient gradient = swiglu_gradient(weight * grad_hidden, gate[i], up[i]);
+    sum = fmaf(gradient.hidden, grad_hidden, sum);
     gate[i] = gradient.gate;
     up[i] = gradient.up;
-    hidden[i] = gradient.hidden;
+    hidden[i] = weight * gradient.hidden;
   }
   store_vector(params.grad_gate + padded, narrow<T>(gate));
   store_vector(params.grad_up + padded, narrow<T>(up));
@@ -97,7 +102,15 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   static constexpr int kFullArrivals = 1;
   static constexpr int kStageBytes = kRowsBytes + kNumBoxes * kBoxBytes;
   static constexpr int kOutBytes = 0;
-  static constexpr int kPartBoxes = kNumBoxes / kBlocks;
+
+  // Neurons of the group from the tile's first on, and the columns that the product takes for them.
+  static SPARSE_UNIFIED_DEVICE int neurons(const Params& params, const RowTile& tile) {
+    return params.expert_width - tile.n * kTileNeurons;
+  }
+  static SPARSE_UNIFIED_DEVICE int columns(const Params& params, const RowTile& tile) {
+    const int boxes = ceil_div(neurons(params, tile), kBoxElements);
+    return min(max(boxes, kNumBoxes / 2), kNumBoxes) * kBoxElements;
+  }
 
   static SPARSE_UNIFIED_DEVICE void prefetch(const Params& params) {
     prefetch_tensor_map(&params.grad_y);
@@ -110,24 +123,29 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
     // behind, and a wait names the parity of its phase alone.
     const bool copies_boxes = elect_lane();
     RingPosition<kStages> at;
-    const int first_box = kBlocks == 1 ? 0 : cluster_rank() * kPartBoxes;  // that this CTA brings
     for_each_tile<GradHiddenGemm, true>(params, [&](const RowTile& tile) {
       const int neuron = tile.group * params.group_columns + tile.n * kTileNeurons;
       const int first_row = tile.group * params.group_rows;
+      const int num_boxes = columns(params, tile) / kBoxElements;
+      // Those that this CTA brings.
+      const int part_boxes = ceil_div(num_boxes, kBlocks);
+      const int first_box = kBlocks == 1 ? 0 : cluster_rank() * part_boxes;
+      const int box_bytes = num_boxes * kBoxBytes;
       for (int k = 0; k < params.num_k; ++k, at.advance()) {
         if (!copies_boxes) continue;
         ring.wait_empty(at);
         const uint32_t stage = shared + at.stage * kStageBytes;
         const uint32_t full = ring.full(at.stage);
         if (kBlocks == 1 || tile.has_rows()) {
-          barrier_arrive_expect_bytes(full, kStageBytes);
+          barrier_arrive_expect_bytes(full, kRowsBytes + box_bytes);
           load_box(stage, &params.grad_y, tile.first_row, k * kTileK, full);
         } else {
-          barrier_arrive_expect_bytes(full, kStageBytes - kRowsBytes);
+          barrier_arrive_expect_bytes(full, box_bytes);
         }
 #pragma unroll
-        for (int i = 0; i < kPartBoxes; ++i) {
+        for (int i = 0; i < kNumBoxes / kBlocks; ++i) {
           const int box = first_box + i;
+          if (i >= part_boxes || box >= num_boxes) break;
           load_box_to_all<kBlocks>(stage + kRowsBytes + box * kBoxBytes, &params.down_proj,
                                    first_row + k * kTileK, neuron + box * kBoxElements, full);
         }
@@ -144,6 +162,7 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   static SPARSE_UNIFIED_DEVICE void store(const Params& params, const RowTile& tile,
                                           const float (&d)[kColumns / 2], int consumer) {
     const int first_neuron = tile.n * kTileNeurons + lane_idx() % 4 * 8;
+    const int num_neurons = neurons(params, tile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = consumer * kConsumerRows + warp_idx() % 4 * 16 + lane_idx() / 4 + 8 * half;
@@ -152,8 +171,13 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
           static_cast<int64_t>(tile.first_row + row) * params.expert_width + first_neuron;
       const int64_t padded =
           static_cast<int64_t>(tile.slot * kTileRows + row) * params.expert_width + first_neuron;
+      const RowFactors& factors = params.factors;
+      const float weight =
+          is_valid && factors.weights != nullptr ? factors.weights[tile.first_row + row] : 1.0f;
+      float sum = 0.0f;
 #pragma unroll
       for (int first = 0; first < kTileNeurons / 32; first += kBatch) {
+        if (32 * first >= num_neurons) break;  // nor are there products
         // NOTE: all loads of a batch before its stores, which the compiler may not let them pass.
         Vector16 gate[kBatch], up[kBatch];
 #pragma unroll
@@ -176,8 +200,14 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
           transpose_quad(odd);
           const int offset = 32 * (first + i);
           if (first_neuron + offset >= params.expert_width) continue;
-          store_gradients(params, padded + offset, even, odd, gate[i], up[i]);
+          store_gradients(params, padded + offset, even, odd, gate[i], up[i], weight, sum);
         }
+      }
+      if (factors.parts == nullptr) continue;
+      sum = warp_sum<4>(sum);
+      if (is_valid && lane_idx() % 4 == 0) {
+        const int64_t part = static_cast<int64_t>(tile.n) * params.num_rows;
+        factors.parts[part + tile.first_row + row] = sum;
       }
     }
   }
@@ -187,7 +217,7 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
 template <typename T, int kBlocks>
 cudaError_t launch_grad_hidden(const GroupedFfnBackwardCudaParams& backward,
                                const DeviceInfo& device, void* grad_gate, void* grad_up,
-                               void* hidden, cudaStream_t stream) {
+                               void* hidden, const RowFactors& factors, cudaStream_t stream) {
   const GroupedFfnCudaParams& ffn = backward.forward;
   if (ffn.num_rows == 0) return cudaSuccess;  // a tensor map has rows
   GradHiddenParams<T> params{};
@@ -197,6 +227,7 @@ cudaError_t launch_grad_hidden(const GroupedFfnBackwardCudaParams& backward,
   params.grad_gate = static_cast<T*>(grad_gate);
   params.grad_up = static_cast<T*>(grad_up);
   params.hidden = static_cast<T*>(hidden);
+  params.factors = factors;
   params.num_rows = static_cast<int>(ffn.num_rows);
   params.num_experts = static_cast<int>(ffn.num_experts);
   params.expert_width = static_cast<int>(ffn.expert_width);
@@ -222,10 +253,12 @@ cudaError_t launch_grad_hidden(const GroupedFfnBackwardCudaParams& backward,
 cudaError_t grouped_ffn_grad_hidden_sm90a(const GroupedFfnBackwardCudaParams& params,
                                           const DeviceInfo& device,
                                           const GroupedFfnSm90aOptions& options, void* grad_gate,
-                                          void* grad_up, void* hidden, cudaStream_t stream) {
+                                          void* grad_up, void* hidden, const RowFactors& factors,
+                                          cudaStream_t stream) {
   return dispatch_half(params.forward.dtype, [&]<typename T>(T) {
     return dispatch_value<1, 2>(options.multicasts_backward ? 2 : 1, [&]<int kBlocks>() {
-      return launch_grad_hidden<T, kBlocks>(params, device, grad_gate, grad_up, hidden, stream);
+      return launch_grad_hidden<T, kBlocks>(params, device, grad_gate, grad_up, hidden, factors,
+                                            stream);
     });
   });
 }

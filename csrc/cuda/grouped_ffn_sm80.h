@@ -29,6 +29,7 @@
 #pragma once
 
 #include "cuda/grouped_ffn_neurons.h"
+#include "cuda/grouped_ffn_row_weights.h"
 #include "device/index_map.h"
 #include "device/launch.h"
 #include "device/mainloop.h"
@@ -49,8 +50,12 @@ struct GroupedFfnForwardKernelParams {
 struct GroupedFfnBackwardKernelParams {
   GroupedFfnBackwardCudaParams ffn;
   void* grad_gate_up;  // [R, 2h], workspace: grad_gate and grad_up side by side
-  void* hidden;        // [R, h], workspace; null when grad_down_proj is not wanted
+  void* hidden;        // [R, h], workspace, times the weights; null without grad_down_proj
+  RowFactors factors;
 };
+
+// Neurons of a warp in grad_hidden, whose sums over a row are one part.
+constexpr int kSm80PartNeurons = 64;
 
 // The weight gradients: is_down false for gate_proj and up_proj together, true for down_proj.
 struct GroupedFfnGradWeightsKernelParams {

@@ -3,6 +3,7 @@
 // launch functions and the op.
 #pragma once
 
+#include "cuda/grouped_ffn_row_weights.h"
 #include "sparse_unified/cuda/grouped_ffn.h"
 #include "sparse_unified/cuda/grouped_ffn_config.h"
 
@@ -25,12 +26,16 @@ cudaError_t grouped_ffn_down_sm90a(const GroupedFfnCudaParams& params, const Dev
                                    const GroupedFfnSm90aOptions& options, const void* hidden,
                                    cudaStream_t stream);
 
-// grad_gate, grad_up and hidden [padded rows, h] from grad_y down and the kept activations; zeros
-// in padding rows; hidden may be null.
+// Neurons of a tile of grad_hidden, whose sums over a row are one part.
+constexpr int kSm90aPartNeurons = 256;
+
+// grad_gate, grad_up and hidden [padded rows, h], all times the weights, from grad_y down and the
+// kept activations; zeros in padding rows; hidden may be null.
 cudaError_t grouped_ffn_grad_hidden_sm90a(const GroupedFfnBackwardCudaParams& params,
                                           const DeviceInfo& device,
                                           const GroupedFfnSm90aOptions& options, void* grad_gate,
-                                          void* grad_up, void* hidden, cudaStream_t stream);
+                                          void* grad_up, void* hidden, const RowFactors& factors,
+                                          cudaStream_t stream);
 
 // grad_rows [R, D] = grad_gate gate + grad_up up.
 cudaError_t grouped_ffn_grad_rows_sm90a(const GroupedFfnBackwardCudaParams& params,

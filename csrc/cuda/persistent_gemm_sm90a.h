@@ -13,7 +13,8 @@
 // A Gemm is a type with
 //   T, Params, Tile         element type, kernel parameters, coordinates of one tile
 //   kBlocks, kStages        CTAs of a cluster, stages of the ring
-//   kColumns                N of the product
+//   kColumns                N of the product, or the most, with columns(params, tile) -> kColumns,
+//                           64 or 128 less
 //   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
 //   kMayBeEmpty             a tile may have no stage, and is then zero
 //   kFindsAhead             consumers look for their next tile, some 500 clocks, while the last
@@ -110,10 +111,24 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
         for (float& value : d) value = 0.0f;
       }
     }
-    multiply_stages<typename Gemm::T, Gemm::kColumns, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
-        d, num_stages, ring, at,
-        [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
-        [&](int k) { return Gemm::steps(params, k); }, meanwhile);
+    const auto multiply = [&]<int kN>() {
+      multiply_stages<typename Gemm::T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
+          d, num_stages, ring, at,
+          [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
+          [&](int k) { return Gemm::steps(params, k); }, meanwhile);
+    };
+    if constexpr (requires { Gemm::columns(params, tile); }) {
+      const int columns = Gemm::columns(params, tile);
+      if (columns == Gemm::kColumns) {
+        multiply.template operator()<Gemm::kColumns>();
+      } else if (columns == Gemm::kColumns - 64) {
+        multiply.template operator()<Gemm::kColumns - 64>();
+      } else {
+        multiply.template operator()<Gemm::kColumns - 128>();
+      }
+    } else {
+      multiply.template operator()<Gemm::kColumns>();
+    }
     Gemm::store(params, tile, d, consumer);
   };
   if constexpr (Gemm::kFindsAhead) {

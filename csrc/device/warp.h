@@ -45,9 +45,11 @@ SPARSE_UNIFIED_DEVICE int find_first_bit(uint32_t bits) { return __ffs(static_ca
 
 namespace sparse_unified {
 
-// Sum over the lanes of a warp, in the fixed order of a butterfly; every lane gets it.
+// Sum over kLanes neighbouring lanes, a power of two, in the fixed order of a butterfly; each of
+// them gets it.
+template <int kLanes = kWarpSize>
 SPARSE_UNIFIED_DEVICE float warp_sum(float value) {
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 

@@ -84,9 +84,10 @@ SPARSE_UNIFIED_DEVICE void wgmma_wait() {
 #define SPARSE_UNIFIED_WGMMA(n, names, a, b, p, x, y, ...)                                       \
   template <>                                                                                    \
   struct Wgmma<n> {                                                                              \
-    template <typename T, Major kMajorA, Major kMajorB>                                          \
-    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[n / 2], uint64_t a_tile, uint64_t b_tile, \
-                                            bool is_accumulating) {                              \
+    template <typename T, Major kMajorA, Major kMajorB, int kCount>                              \
+    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[kCount], uint64_t a_tile,                 \
+                                            uint64_t b_tile, bool is_accumulating) {             \
+      static_assert(kCount >= n / 2);                                                            \
       if constexpr (std::is_same_v<T, BFloat16>) {                                               \
         SPARSE_UNIFIED_WGMMA_TYPE(n, "bf16", names, a, b, p, x, y, __VA_ARGS__);                 \
       } else {                                                                                   \
@@ -106,6 +107,16 @@ SPARSE_UNIFIED_WGMMA(128,
                      SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
                      SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), "+f"(d[60]), "+f"(d[61]),
                      "+f"(d[62]), "+f"(d[63]));
+SPARSE_UNIFIED_WGMMA(192,
+                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
+                         SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)
+                             SPARSE_UNIFIED_NAMES(6) SPARSE_UNIFIED_NAMES(7)
+                                 SPARSE_UNIFIED_NAMES(8) "%90,%91,%92,%93,%94,%95",
+                     "%96", "%97", "%98", "%99", "%100", SPARSE_UNIFIED_BOUND(),
+                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
+                     SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), SPARSE_UNIFIED_BOUND(6),
+                     SPARSE_UNIFIED_BOUND(7), SPARSE_UNIFIED_BOUND(8), "+f"(d[90]), "+f"(d[91]),
+                     "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]));
 SPARSE_UNIFIED_WGMMA(240,
                      SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
                          SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)
@@ -144,9 +155,9 @@ SPARSE_UNIFIED_WGMMA(256,
 namespace sparse_unified {
 
 // wgmma.mma_async.m64nNk16.f32: d [64, N] = (is_accumulating ? d : 0) + a [64, 16] * b [N, 16]^T,
-// operands by descriptor. T is bf16 or fp16.
-template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
-SPARSE_UNIFIED_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a_tile, uint64_t b_tile,
+// operands by descriptor; d may hold more than N columns. T is bf16 or fp16.
+template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK, int kCount>
+SPARSE_UNIFIED_DEVICE void wgmma(float (&d)[kCount], uint64_t a_tile, uint64_t b_tile,
                                  bool is_accumulating) {
   Wgmma<kN>::template issue<T, kMajorA, kMajorB>(d, a_tile, b_tile, is_accumulating);
 }

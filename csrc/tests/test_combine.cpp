@@ -43,11 +43,13 @@ struct Case {
 
 template <typename T>
 void test_forward(const Shape& shape, bool has_weights, Random& random) {
+  constexpr float kOffset = 0.25f;
   Case<T> c(shape, random);
   Array<T> out(shape.num_tokens * shape.hidden_size, shape.lead);
   const CombineParams params{.dtype = Traits<T>::kDType,
                              .y = {c.y.get(), c.num_rows, shape.hidden_size, c.stride},
                              .weights = has_weights ? c.weights.get() : nullptr,
+                             .weight_offset = kOffset,
                              .token_rows = c.token_rows.get(),
                              .out = out.get(),
                              .num_tokens = shape.num_tokens,
@@ -60,7 +62,7 @@ void test_forward(const Shape& shape, bool has_weights, Random& random) {
       double expected = 0;
       double scale = 0;
       for (int64_t slot = t * shape.top_k; slot < (t + 1) * shape.top_k; ++slot) {
-        const double term = (has_weights ? c.weights[slot] : 1.0) * c.at(c.token_rows[slot], d);
+        const double term = (has_weights ? kOffset + c.weights[slot] : 1.0f) * c.at(c.token_rows[slot], d);
         expected += term;
         scale += std::abs(term);
       }
@@ -74,35 +76,38 @@ void test_forward(const Shape& shape, bool has_weights, Random& random) {
 
 template <typename T>
 void test_backward(const Shape& shape, Random& random) {
-  Case<T> c(shape, random);
-  Array<T> grad_out(c.num_rows ? shape.num_tokens * c.stride - shape.padding : 0, shape.lead);
+  Case<T> c({shape.num_tokens, shape.top_k, shape.hidden_size, 0, shape.lead}, random);
+  const int64_t stride = shape.hidden_size + shape.padding;
+  Array<T> grad_out(c.num_rows ? shape.num_tokens * stride - shape.padding : 0, shape.lead);
   Array<T> grad_y(c.num_rows * shape.hidden_size);
   Array<float> grad_weights(c.num_rows);
+  Array<int32_t> row_token(c.num_rows);
   fill_normal(grad_out, 1.0, random);
-  const CombineBackwardParams params{
-      .dtype = Traits<T>::kDType,
-      .grad_out = {grad_out.get(), shape.num_tokens, shape.hidden_size, c.stride},
-      .y = {c.y.get(), c.num_rows, shape.hidden_size, c.stride},
-      .weights = c.weights.get(),
-      .token_rows = c.token_rows.get(),
-      .grad_y = grad_y.get(),
-      .grad_weights = grad_weights.get(),
-      .top_k = shape.top_k};
-  combine_backward_cpu(params, 0, shape.num_tokens);
   for (int64_t slot = 0; slot < c.num_rows; ++slot) {
-    const int64_t row = c.token_rows[slot];
+    row_token[c.token_rows[slot]] = static_cast<int32_t>(slot / shape.top_k);
+  }
+  combine_backward_cpu(
+      {.dtype = Traits<T>::kDType,
+       .grad_out = {grad_out.get(), shape.num_tokens, shape.hidden_size, stride},
+       .row_token = row_token.get(),
+       .weights = c.weights.get(),
+       .grad_y = grad_y.get(),
+       .y = c.y.get(),
+       .grad_weights = grad_weights.get(),
+       .num_rows = c.num_rows});
+  for (int64_t row = 0; row < c.num_rows; ++row) {
     double dot = 0;
     double scale = 0;
     for (int64_t d = 0; d < shape.hidden_size; ++d) {
-      const double grad = Traits<T>::value(grad_out[slot / shape.top_k * c.stride + d]);
-      const double expected = c.weights[slot] * grad;
+      const double grad = Traits<T>::value(grad_out[row_token[row] * stride + d]);
+      const double expected = c.weights[row] * grad;
       check_close("grad_y", row * shape.hidden_size + d,
                   Traits<T>::value(grad_y[row * shape.hidden_size + d]), expected,
                   (Traits<T>::kEpsilon + 0x1p-24) * std::abs(expected) + 0x1p-25);
       dot += grad * c.at(row, d);
       scale += std::abs(grad * c.at(row, d));
     }
-    check_close("grad_weights", slot, grad_weights[slot], dot,
+    check_close("grad_weights", row, grad_weights[row], dot,
                 static_cast<double>(shape.hidden_size / 16 + 6) * 0x1p-24 * scale + 1e-30);
   }
 }

@@ -97,6 +97,7 @@ constexpr Bug kBugs[] = {
     BUG(warps_differ, kEvery, "warps of a warpgroup issue different products", nullptr),
     BUG(warp_left_out, kEvery, "not all warps of a warpgroup issued",
         "could fall two phases behind"),
+    BUG(narrow_product, kEvery, kWrong, nullptr),
     BUG(released_by_own_block, kEvery, kWrong, "race on"),
     BUG(released_to_wrong_block, kEvery, kWrong, "race on"),
     BUG(box_to_one_block, kEvery, "0 arrivals and 1024 bytes missing", nullptr),

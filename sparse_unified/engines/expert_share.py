@@ -61,6 +61,6 @@ class ExpertShare(nn.Module):
         rows[:num_rows] = ops.grouped_ffn(
             tokens, row_token[:num_rows], expert_offsets[:-1], *block.plain_weights()
         )
-        y = ops.combine(rows, 1 + topk_logits, token_rows)
+        y = ops.combine(rows, topk_logits, token_rows, 1.0)
         summed: Tensor = self.reduce(y.view(x.shape))
         return summed

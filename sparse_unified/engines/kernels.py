@@ -40,7 +40,7 @@ def _forward(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     tokens = x.reshape(-1, x.shape[-1])
     logits, topk_logits, topk_idx = ops.route_topk(tokens, module.gate.weight, module.top_k)
     experts = (module.gate_proj, module.up_proj, module.down_proj)
-    y = run_experts(tokens, 1 + topk_logits, topk_idx, len(module.gate.weight), *experts)
+    y = run_experts(tokens, topk_logits, topk_idx, len(module.gate.weight), *experts, 1.0)
     return y.view(x.shape), logits
 
 

@@ -170,7 +170,6 @@ class SparseMoE(OfficialState):
             x, packed_text_indexes, packed_vit_token_indexes
         )
         logits, topk_logits, topk_idx = chosen
-        weights = 1 + topk_logits  # [T, K]
         experts = gate_proj, up_proj, down_proj = self.plain_weights()
         if dtype != gate_proj.dtype:
             tokens, gate_proj = tokens.to(dtype), gate_proj.to(dtype)
@@ -180,7 +179,7 @@ class SparseMoE(OfficialState):
         if shared:
             experts = gate_proj[shared:], up_proj[shared:], down_proj[:, shared:]
         run = run_experts if use_kernels else composed.expert_ffn
-        y = run(tokens, weights, topk_idx, self.num_experts, *experts)
+        y = run(tokens, topk_logits, topk_idx, self.num_experts, *experts, 1.0)
         if shared:
             own = (gate_proj[:shared], up_proj[:shared], down_proj[:, :shared])
             y = y + self._shared_expert(tokens, *own)
@@ -333,16 +332,17 @@ def run_experts(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
+    weight_offset: float = 0.0,
 ) -> Tensor:
-    """Returns sum_k weights[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D], by the kernels.
+    """Returns sum_k w[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D], by the kernels.
+
+    w = weight_offset + weights.
 
     Args:
         tokens: [T, D]. weights: [T, K] fp32. topk_idx: [T, K] int32.
         gate_proj, up_proj, down_proj: as of `ops.grouped_ffn`.
     """
     expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
+    maps = (row_token, token_rows, expert_offsets)
     experts = (gate_proj, up_proj, down_proj)
-    if torch.is_grad_enabled():
-        rows = ops.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
-        return ops.combine(rows, weights, token_rows)
-    return ops.grouped_ffn_combine(tokens, weights, row_token, token_rows, expert_offsets, *experts)
+    return ops.grouped_ffn_combine(tokens, weights, *maps, *experts, weight_offset)

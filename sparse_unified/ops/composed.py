@@ -32,6 +32,7 @@ def expert_ffn(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
+    weight_offset: float = 0.0,
 ) -> Tensor:
     """x [T, D], weights and topk_idx [T, K] -> y [T, D]; sort, grouped FFN and combine.
 
@@ -49,7 +50,7 @@ def expert_ffn(
         F.linear(F.silu(F.linear(own, gate)) * F.linear(own, up), down)
         for own, gate, up, down in zip(rows, *experts, strict=True)
     ]
-    return reference.combine(torch.cat(outputs), weights, token_rows)
+    return reference.combine(torch.cat(outputs), weights, token_rows, weight_offset)
 
 
 def ffn_importance(

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """pruned_ffn: SwiGLU FFN over a list of kept blocks of its width, chosen per call.
 
-As with grouped_ffn, two registered ops share one meaning: `pruned_ffn` returns y alone and
+As with grouped_ffn_combine, two registered ops share one meaning: `pruned_ffn` returns y alone and
 recomputes its activations when a gradient is asked of it, `pruned_ffn_train` returns them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from sparse_unified.ops.registration import (
     call_ffn,
-    keep_wanted,
     register_fake,
     register_ffn_autograd,
 )
@@ -63,19 +61,4 @@ def _fake_train(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 register_fake("pruned_ffn", lambda a: a.x.new_empty(a.x.shape))
 register_fake("pruned_ffn_train", _fake_train)
-
-
-def _gradients(
-    needs: Sequence[bool],
-    grad_y: Tensor,
-    inputs: tuple[Any, ...],
-    activations: tuple[Tensor, ...],
-) -> tuple[Tensor | None, ...]:
-    *tensors, block_size = inputs
-    grad_x, *grad_weights = torch.ops.sparse_unified.pruned_ffn_backward(
-        grad_y, *tensors, *activations, block_size, needs[0], any(needs[2:5])
-    )
-    return grad_x if needs[0] else None, None, *keep_wanted(grad_weights, needs[2:5]), None
-
-
-register_ffn_autograd("pruned_ffn", _gradients)
+register_ffn_autograd("pruned_ffn", ((0,), (2, 3, 4)))

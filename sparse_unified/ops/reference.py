@@ -43,11 +43,13 @@ def permute(x: Tensor, row_token: Tensor) -> Tensor:
     return x[row_token.long()]
 
 
-def combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
-    """y [R, D], weights [T, K], token_rows [T, K] -> [T, D], sum over k of weight * row."""
+def combine(
+    y: Tensor, weights: Tensor | None, token_rows: Tensor, weight_offset: float = 0.0
+) -> Tensor:
+    """y [R, D], weights [T, K], token_rows [T, K] -> [T, D], sum of (offset + weight) * row."""
     rows = _wide(y)[token_rows.long()]  # [T, K, D]
     if weights is not None:
-        rows = rows * weights.unsqueeze(-1)
+        rows = rows * (weight_offset + weights).unsqueeze(-1)
     return rows.sum(1).to(y.dtype)
 
 
@@ -118,4 +120,4 @@ def sparse_ffn(
     logits, topk_logits, topk_idx = route_topk(x, gate, top_k)
     expert_offsets, row_token, token_rows = sort_by_expert(topk_idx, gate.shape[0])
     y = grouped_ffn(_wide(x), row_token, expert_offsets, gate_proj, up_proj, down_proj)
-    return combine(y, 1 + topk_logits, token_rows).to(x.dtype), logits
+    return combine(y, topk_logits, token_rows, 1.0).to(x.dtype), logits

@@ -36,8 +36,7 @@ _DIMENSIONS = {
         "up_proj": "I D",
         "down_proj": "D I",
         "y": "R D",
-        "grad_out": "T D",
-        "grad_y": "? D",
+        "grad_y": "T D",
         "gate_rows": "? ?",
         "up_rows": "? ?",
     },
@@ -132,33 +131,52 @@ def refuse_tangents(op: str, *arguments: Any) -> None:
             )
 
 
-def register_ffn_autograd(op: str, gradients: Callable[..., tuple[Tensor | None, ...]]) -> None:
-    """Registers the backward passes of an FFN.
+def register_ffn_autograd(op: str, leaves: Sequence[Sequence[int]]) -> None:
+    """Registers the backward passes of an FFN, whose last argument is a number.
 
     That of `<op>` computes the two activations again, that of `<op>_train` has kept them.
 
     Args:
-        gradients: of needs_input_grad, gradient of y, inputs and activations, returns a gradient
-            or None for each input.
+        leaves: positions of the inputs that `<op>_backward` has gradients for, in its order; a
+            group for each of its flags.
     """
-    train = getattr(torch.ops.sparse_unified, f"{op}_train")
+    ours = torch.ops.sparse_unified
+    positions = [position for group in leaves for position in group]
+    names = [argument.name for argument in getattr(ours, op).default._schema.arguments]
+    schema = getattr(ours, f"{op}_backward").default._schema.arguments
+    flags = [argument.name for argument in schema[-len(leaves) :]]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         activations = () if isinstance(output, Tensor) else output[1:]
         ctx.mark_non_differentiable(*activations)
-        ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        *tensors, ctx.number = inputs
         ctx.save_for_backward(*tensors, *activations)
 
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        inputs = tuple(next(tensors) if held is None else held[0] for held in ctx.constants)
-        activations = tuple(tensors) or train(*inputs)[1:]
-        return gradients(ctx.needs_input_grad, grad_y, inputs, activations)
+        count = len(names) - 1
+        tensors, activations = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if not activations:
+            activations = getattr(ours, f"{op}_train")(*tensors, ctx.number)[1:]
+        needs = ctx.needs_input_grad
+        wanted = [any(needs[position] for position in group) for group in leaves]
+        found = getattr(ours, f"{op}_backward")(
+            grad_y, *tensors, *activations, ctx.number, *wanted
+        )
+        gradients = {i: grad for i, grad in zip(positions, found, strict=True) if needs[i]}
+        return tuple(gradients.get(i) for i in range(len(names)))
+
+    def fake(a: Any) -> tuple[Tensor, ...]:
+        """Gradients of their inputs' shapes, without rows where unwanted."""
+        rows = [
+            (getattr(a, names[position]), getattr(a, flag))
+            for group, flag in zip(leaves, flags, strict=True)
+            for position in group
+        ]
+        return tuple(t.new_empty((t.shape[0] if wanted else 0, *t.shape[1:])) for t, wanted in rows)
 
     for name in (op, f"{op}_train"):
         register_autograd(f"sparse_unified::{name}", backward, setup_context=save)
-    register_fake(f"{op}_backward", _fake_gradients)
+    register_fake(f"{op}_backward", fake)
     refuse_gradient(f"{op}_backward")
 
 
@@ -175,19 +193,6 @@ def call_ffn(op: str, arguments: tuple[Any, ...], *, recompute: bool) -> Tensor:
     else:
         y = getattr(torch.ops.sparse_unified, op)(*arguments)
     return y
-
-
-def _fake_gradients(a: Any) -> tuple[Tensor, ...]:
-    """Gradients of the rows and of the three weights, empty where unwanted."""
-    rows = (a.grad_y.shape[0] if a.needs_x else 0, a.x.shape[1])
-    weights = (a.gate_proj, a.up_proj, a.down_proj)
-    own = [(w.shape[0] if a.needs_weights else 0, *w.shape[1:]) for w in weights]
-    return tuple(a.x.new_empty(shape) for shape in (rows, *own))
-
-
-def keep_wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Each gradient that is needed, None for the others."""
-    return tuple(grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
 
 
 def refuse_gradient(op: str, *, advice: str = "") -> None:

@@ -56,7 +56,7 @@ _OURS = re.compile(r"^(\w+): \w+ must .+, got .+", re.DOTALL)
 
 def draw_legal(op: str, source: random.Random) -> Values:
     """Arguments of an op, by name, that must be answered."""
-    tokens = 130 if op == "grouped_ffn_combine" and source.random() < 0.2 else 0
+    tokens = 130 if op.startswith("grouped_ffn_combine") and source.random() < 0.2 else 0
     tokens = tokens or source.choice((0, 1, 2, 5, 9, 37))
     hidden = source.choice((0, 1, 3, 8, 16, 17, 40))
     dtype = source.choice(_FLOAT_DTYPES)
@@ -68,10 +68,9 @@ def draw_legal(op: str, source: random.Random) -> Values:
         experts = source.choice((1, 2, 3, 5))
         width, top_k = source.choice((0, 1, 3, 8, 16, 24)), source.randint(1, experts)
         values = grouped_values(tokens, hidden, experts, width, top_k, dtype)
-    for name in ("needs_x", "needs_y", "needs_gate", "needs_weights"):
+    for name in ("needs_x", "needs_gate", "needs_weights", "needs_experts"):
         values[name] = source.random() < 0.8
-    for name in {"combine": "weights", "grouped_ffn": "token_rows", "grouped_ffn_train":
-                 "token_rows", "ffn_importance": "token_weights"}.get(op, "").split():  # fmt: skip
+    for name in {"combine": "weights", "ffn_importance": "token_weights"}.get(op, "").split():
         values[name] = source.choice((None, values[name]))
     return {name: values[name] for name in ARGUMENTS[op]}
 
@@ -177,13 +176,11 @@ def draw_call(seed: int) -> tuple[str, Values, bool]:
 
 
 def combined_ffn(
-    x: Tensor, weights: Tensor, row_token: Tensor, token_rows: Tensor, *experts: Tensor
+    x: Tensor, weights: Tensor, row_token: Tensor, token_rows: Tensor, *rest: Any
 ) -> Tensor:
-    return reference.combine(reference.grouped_ffn(x, row_token, *experts), weights, token_rows)
-
-
-def first_six(*arguments: Tensor) -> Tensor:
-    return reference.grouped_ffn(*arguments[:6])
+    *experts, weight_offset = rest
+    rows = reference.grouped_ffn(x, row_token, *experts)
+    return reference.combine(rows, weights, token_rows, weight_offset)
 
 
 # What plain torch computes of values in fp32: the first outputs. The others, backward ops, are to
@@ -194,9 +191,9 @@ EXPECTED: dict[str, Callable[..., Any]] = {
     "permute": lambda x, row_token, _: reference.permute(x, row_token),
     "combine": reference.combine,
     "ffn_importance": reference.ffn_importance,
-    "grouped_ffn": first_six,
-    "grouped_ffn_train": first_six,
+    "grouped_ffn": reference.grouped_ffn,
     "grouped_ffn_combine": combined_ffn,
+    "grouped_ffn_combine_train": combined_ffn,
     "pruned_ffn": reference.pruned_ffn,
     "pruned_ffn_train": reference.pruned_ffn,
 }

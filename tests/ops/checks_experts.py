@@ -9,9 +9,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from problems import (
+    ARGUMENTS,
     DTYPES,
     FLOATS,
     HALVES,
+    OPS,
     ROUTINGS,
     Problem,
     Values,
@@ -32,7 +34,6 @@ from problems import (
     poison,
     pruned_problem,
     refusal,
-    torch_combine,
     with_kernel,
 )
 from registry import CPU, CUDA, EVERYWHERE, Skip, backend_of, check
@@ -43,30 +44,26 @@ from sparse_unified.ops import reference
 
 
 def assert_problem(problem: Problem) -> None:
-    """The op and its training variant, outputs poisoned, as exact as torch in its dtype."""
+    """The op and its training variant if any, outputs poisoned, as exact as torch in its dtype."""
     exact, in_torch = problem.exact(), problem.in_torch(*problem.leaves)
     device, shape = exact.device, (tuple(exact.shape), in_torch.dtype)
     poison(device, shape)
     y = problem.call()
     assert_as_good_as_torch(y, in_torch, exact)
+    assert_equal("repeat", problem.call(), y)
+    if f"{problem.op}_train" not in OPS:
+        return
     poison(device, shape)
     trained, *activations = problem.call(f"{problem.op}_train")
     assert_as_good_as_torch(trained, in_torch, exact)
     for rows in activations:
         assert not rows.isnan().any(), "activations have elements that nothing wrote"
-    assert_equal("repeat", problem.call(), y)
 
 
 def assert_grouped(problem: Problem) -> None:
-    """grouped_ffn, and what combines its rows."""
+    """Rows of grouped_ffn, and what combines them."""
+    assert_problem(problem.rows)
     assert_problem(problem)
-    weights, token_rows = problem.values["weights"], problem.values["token_rows"]
-    expected = reference.combine(problem.exact(), weights, token_rows)
-    rows = problem.in_torch(*problem.leaves)
-    poison(expected.device, (tuple(expected.shape), rows.dtype))
-    out = problem.call("grouped_ffn_combine")
-    assert_as_good_as_torch(out, torch_combine(rows, weights, token_rows), expected)
-    assert_equal("repeat", problem.call("grouped_ffn_combine"), out)
 
 
 # Forward
@@ -199,7 +196,7 @@ def experts_take_any_layout(device: torch.device, dtype: torch.dtype, num_tokens
     grouped = grouped_problem(num_tokens, 40, 3, 24, 2, dtype, device=device)
     problems = [
         grouped,
-        Problem("grouped_ffn_combine", grouped.values),
+        grouped.rows,
         pruned_problem(num_tokens, 40, dtype=dtype, device=device),
     ]
     # A library of the CPU may choose another kernel for another stride: rounding, no more.
@@ -207,7 +204,7 @@ def experts_take_any_layout(device: torch.device, dtype: torch.dtype, num_tokens
     rtol, atol = close if backend_of(device) == CPU else (0.0, 0.0)
     for problem in problems:
         expected = problem.call()
-        for name in FLOATS:
+        for name in problem.floats:
             for layout, view in layouts(problem.values[name]):
                 message = f"{problem.op}, {name}: {layout}: {{}}".format
                 found = problem.call(**{name: view})
@@ -221,7 +218,7 @@ def experts_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, num_tok
     grouped, pruned = both_problems(device, dtype, num_tokens)
 
     def run() -> list[Tensor]:
-        found = [grouped.call(), grouped.call("grouped_ffn_combine")]
+        found = [grouped.call(), grouped.rows.call()]
         for problem in (grouped, pruned) if num_tokens >= 8 else ():
             y = problem.call()
             found += [y, *(problem.gradients(torch.ones_like(y)) if num_tokens < 1000 else ())]
@@ -234,18 +231,18 @@ def experts_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, num_tok
 
 
 @check(*grid(dtype=DTYPES, num_tokens=(40, 300)), on=with_kernel)
-def non_finite_tokens_touch_only_their_rows(
+def non_finite_tokens_touch_only_themselves(
     device: torch.device, dtype: torch.dtype, num_tokens: int
 ) -> None:
     for problem in both_problems(device, dtype, num_tokens):
         clean = problem.call()
         x = problem.values["x"].clone()
         x[3], x[7, 5] = torch.nan, torch.inf
-        token = problem.token_of_row()
-        bad_rows = (token == 3) | (token == 7)
+        token = torch.arange(num_tokens, device=device)
+        bad = (token == 3) | (token == 7)
         y = problem.call(x=x)
-        assert_equal("rows that stay finite", y.isfinite().all(1), ~bad_rows)
-        assert_equal("rows", y[~bad_rows], clean[~bad_rows])
+        assert_equal("tokens that stay finite", y.isfinite().all(1), ~bad)
+        assert_equal("tokens", y[~bad], clean[~bad])
 
 
 @check(*grid(dtype=DTYPES), on=with_kernel)
@@ -262,8 +259,8 @@ def activations_saturate_like_silu(device: torch.device, dtype: torch.dtype) -> 
         least = torch.full_like(problem.values["gate_proj"], torch.finfo(dtype).min)
         ones = torch.ones_like(zeros)
         assert problem.call(x=ones / 64, gate_proj=least).abs().max() == 0
-    unused = torch.zeros_like(grouped.values["weights"])
-    assert grouped.call("grouped_ffn_combine", weights=unused).abs().max() == 0
+    unused = torch.full_like(grouped.values["weights"], -grouped.values["weight_offset"])
+    assert grouped.call(weights=unused).abs().max() == 0
 
 
 @check(on=(CUDA,))
@@ -307,7 +304,7 @@ def gradients_of_experts(
         grad = torch.randn(problem.exact().shape, device=device).to(dtype)
         own = problem.gradients(grad, recompute)
         assert_gradients(own, problem.exact_gradients(grad), dtype)
-        for weight in (own[1], own[2], own[3].t()):
+        for weight in (own[-3], own[-2], own[-1].t()):
             assert not weight[problem.idle()].any(), "a neuron without a row has a gradient"
         assert_all_equal("recomputed", problem.gradients(grad, not recompute), own)
         strided = problem.gradients(grad.t().contiguous().t(), recompute)
@@ -354,14 +351,12 @@ def experts_may_lie_anywhere(
     """Weights with a dimension of experts give the bits of packed ones, gradients too."""
     problem = grouped_problem(*sizes, dtype, routing, device)
     other = Problem(problem.op, of_experts(problem.values, layout))
+    assert_equal("rows", other.rows.call(), problem.rows.call())
     assert_equal("y", other.call(), problem.call())
-    combined = [own.call("grouped_ffn_combine") for own in (other, problem)]
-    assert_equal("combined", *combined)
-    grad = torch.randn(combined[0].shape[0] * sizes[4], sizes[1], device=device).to(dtype)
-    own, expected = other.gradients(grad), list(problem.gradients(grad))
-    expected[1:] = [of_experts(problem.values | dict(zip(FLOATS, expected, strict=True)), "")[name]
-                    for name in FLOATS[1:]]  # fmt: skip
-    assert_all_equal("gradient", own, expected)
+    grad = problem.values["grad_y"]
+    packed = dict(zip(problem.floats, problem.gradients(grad), strict=True))
+    expected = of_experts(problem.values | packed, "")
+    assert_all_equal("gradient", other.gradients(grad), [expected[name] for name in other.floats])
 
 
 @check(*grid(dtype=DTYPES), on=with_kernel)
@@ -372,26 +367,17 @@ def each_argument_gets_its_gradient_alone(device: torch.device, dtype: torch.dty
         grad = torch.randn(y.shape, device=device).to(dtype)
         everything = problem.gradients(grad)
         for recompute in (False, True):
-            for position, name in enumerate(FLOATS):
+            for position, name in enumerate(problem.floats):
                 alone = problem.gradients(grad, recompute, (name,))
                 assert_equal(f"gradient of {name} alone", alone[0], everything[position])
-        for needs_x, needs_weights in ((True, False), (False, True)):
-            needs = {"needs_x": needs_x, "needs_weights": needs_weights}
+        backward = f"{problem.op}_backward"
+        flags = [name for name in ARGUMENTS[backward] if name.startswith("needs_")]
+        for wanted in flags:
+            needs = {name: name == wanted for name in flags}
             kept = {"grad_y": grad, "gate_rows": gate_rows, "up_rows": up_rows}
-            found = problem.call(f"{problem.op}_backward", **kept, **needs)
+            found = problem.call(backward, **kept, **needs)
             written = [tensor.numel() > 0 for tensor in found]
-            assert written == [needs_x, *[needs_weights] * 3]
-
-
-@check()
-def tokens_with_unequal_numbers_of_rows_get_their_gradients(device: torch.device) -> None:
-    """Token 0 has three rows and token 1 one: no [T, K] map exists, and none is needed."""
-    dtype = torch.float32 if backend_of(device) == CPU else torch.bfloat16
-    problem = grouped_problem(2, 16, 2, 8, 2, dtype, device=device)
-    problem.values["row_token"] = torch.tensor([0, 0, 0, 1], dtype=torch.int32, device=device)
-    problem.values["token_rows"] = None
-    grad = torch.randn(4, 16, device=device).to(dtype)
-    assert_gradients(problem.gradients(grad), problem.exact_gradients(grad), dtype)
+            assert written == [*(needs[name] for name in flags), *[needs[flags[-1]]] * 2]
 
 
 # Element offsets beyond 2^31, where the memory allows them
@@ -431,7 +417,7 @@ def expert_rows_beyond_2_to_the_31_elements(device: torch.device) -> None:
     num_tokens = LIMIT // (2 * hidden_size) + 1000
     needs_memory(device, 12 * num_tokens * 2 * hidden_size * 2)
     sizes = (num_tokens, hidden_size, num_experts, width, 2)
-    problem = grouped_problem(*sizes, torch.bfloat16, device=device)
+    problem = grouped_problem(*sizes, torch.bfloat16, device=device).rows
     y, v = problem.call(), problem.values
     assert y.numel() > LIMIT
     starts = v["expert_offsets"].tolist()

@@ -78,12 +78,12 @@ def forms_of(op: str, device: torch.device, dtype: torch.dtype, num_tokens: int)
     changes: dict[str, list[Values]] = {
         "route_topk": [{"top_k": 5}],
         "combine": [{"weights": None}],
-        "grouped_ffn": [{"token_rows": None}],
         "pruned_ffn": [{"kept_blocks": none}],
         "ffn_importance": [{"token_weights": None}],
     }
     if op.endswith("backward"):
-        changes[op] = [{name: False} for name in ARGUMENTS[op][-2:]]
+        flags = [name for name in ARGUMENTS[op] if name.startswith("needs_")]
+        changes[op] = [{name: False} for name in flags]
     forms = [values, *(values | change for change in changes.get(op, []))]
     return [{name: form[name] for name in ARGUMENTS[op]} for form in forms]
 
@@ -115,8 +115,8 @@ def opcheck(device: torch.device, op: str, dtype: torch.dtype, num_tokens: int) 
 
 
 @check(
-    *grid(op=("route_topk", "combine", "grouped_ffn", "pruned_ffn"), has_backward=(True,)),
-    *grid(op=("grouped_ffn_combine", "ffn_importance"), has_backward=(False,)),
+    *grid(op=("route_topk", "grouped_ffn_combine", "pruned_ffn"), has_backward=(True,)),
+    *grid(op=("combine", "grouped_ffn", "ffn_importance"), has_backward=(False,)),
     on=(CPU,),
 )
 def a_missing_or_second_derivative_is_refused_and_not_zero(
@@ -138,12 +138,12 @@ def all_ops(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
     """All ops in a row; sums so that every output takes part in the gradient."""
     logits, topk_logits, topk_idx = ops.route_topk(x, gate, 2)
     expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, gate.shape[0])
-    rows = ops.grouped_ffn(x, row_token, expert_offsets, *weights, token_rows)
-    again = (row_token, expert_offsets, *weights)
-    rows = rows + ops.permute(x, row_token, token_rows) + ops.grouped_ffn(x, *again, recompute=True)
+    arguments = (x, topk_logits, row_token, token_rows, expert_offsets, *weights)
+    out = ops.grouped_ffn_combine(*arguments, 1.0)
+    out = out + ops.grouped_ffn_combine(*arguments, recompute=True)
     kept = torch.tensor([1, 0], dtype=torch.int32)
-    out = ops.combine(rows, 1 + topk_logits, token_rows) + ops.combine(rows, None, token_rows)
-    return out + logits.mean() + ops.pruned_ffn(x, kept, *weights, 16)
+    rows = ops.permute(x, row_token, token_rows).mean()
+    return out + rows + logits.mean() + ops.pruned_ffn(x, kept, *weights, 16)
 
 
 @check(*grid(backend=("aot_eager", "inductor")), on=(CPU,))
@@ -156,8 +156,8 @@ def all_ops_compile_as_one_graph(device: torch.device, backend: str) -> None:
     def run(x: Tensor, *leaves: Tensor) -> Tensor:
         out = all_ops(x, *leaves)
         if backend == "inductor":
-            fused = call("grouped_ffn_combine", values | {"x": x})
-            out = out + fused + ops.ffn_importance(x, *leaves[1:3], 0.1)[0].mean()
+            rows = call("grouped_ffn", values | {"x": x})
+            out = out + ops.combine(rows, None, values["token_rows"]) + ops.ffn_importance(x, *leaves[1:3], 0.1)[0].mean()
         return out
 
     counter = CompileCounterWithBackend(backend)
@@ -253,13 +253,13 @@ def graph_replays_with_other_routing(
 def a_thread_may_begin_with_a_backward_pass(device: torch.device) -> None:
     """Nothing that this thread runs before has bound it to the device."""
     problem = grouped_problem(150, 64, 3, 48, dtype=torch.bfloat16, device=device)
-    x, *weights = problem.leaves
+    x, *others = problem.leaves
     x.requires_grad_()
     grad = problem.values["grad_y"]
     found: list[Tensor] = []
 
     def run() -> None:
-        y = problem.run(x, *weights)
+        y = problem.run(x, *others)
         thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(y, x, grad)))
         thread.start()
         thread.join()

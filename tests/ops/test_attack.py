@@ -69,8 +69,6 @@ REFUSED: list[tuple[str, str, Change]] = [
     ("combine", "token_rows", lambda t: t - 1),
     ("combine", "weights", lambda t: t.half()),
     ("combine", "weights", lambda t: t[:, :1]),
-    ("combine_backward", "grad_out", lambda t: t[:5]),
-    ("combine_backward", "token_rows", at((2, 1), 0)),
     *(("grouped_ffn", "row_token", c) for c in (lambda t: t.long(), lambda t: t + 6)),
     *(("grouped_ffn", "expert_offsets", at(*place)) for place in ((-1, 11), (0, 1), (1, 13))),
     ("grouped_ffn", "expert_offsets", lambda t: t[:1]),
@@ -86,8 +84,9 @@ REFUSED: list[tuple[str, str, Change]] = [
     ("grouped_ffn_combine", "weights", lambda t: t[:, :1]),
     *(("grouped_ffn_combine", "token_rows", c) for c in (to(None), lambda t: t.long())),
     *(("grouped_ffn_combine", "token_rows", c) for c in (lambda t: t[:-1], lambda t: t + 1)),
-    ("grouped_ffn_backward", "grad_y", lambda t: t[:5]),
-    ("grouped_ffn_backward", "gate_rows", lambda t: t[:, :3]),
+    ("grouped_ffn_combine_backward", "grad_y", lambda t: t[:5]),
+    ("grouped_ffn_combine_backward", "gate_rows", lambda t: t[:, :3]),
+    ("grouped_ffn_combine_backward", "token_rows", at((2, 1), 0)),
     *(("pruned_ffn", "kept_blocks", c) for c in (lambda t: t.long(), lambda t: t[None])),
     *(("pruned_ffn", "kept_blocks", c) for c in (lambda t: t + 2, lambda t: t - 2, at(1, 4))),
     *(("pruned_ffn", "gate_proj", c) for c in (lambda t: t[:, :7], lambda t: t[:190])),
@@ -136,7 +135,7 @@ def test_arguments_are_answered_on_one_device_alone(op: str) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [5, 300])
-@pytest.mark.parametrize("op", ["permute", "grouped_ffn", "grouped_ffn_combine"])
+@pytest.mark.parametrize("op", ["permute", "grouped_ffn_combine"])
 def test_row_maps_that_contradict_each_other_are_refused(op: str, num_tokens: int) -> None:
     values = legal(op, num_tokens)
     values["token_rows"] = values["token_rows"].flip(0).contiguous()
@@ -154,9 +153,9 @@ def test_a_storage_that_was_cut_is_refused(name: str) -> None:
 
 
 def test_memory_freed_before_a_backward_pass_is_refused() -> None:
-    values = legal("grouped_ffn")
+    values = legal("grouped_ffn_combine")
     leaf = values["x"].requires_grad_()
-    y = call("grouped_ffn", values)
+    y = call("grouped_ffn_combine", values)
     values["up_proj"].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="up_proj must have memory"):
         torch.autograd.grad(y.sum(), leaf)
@@ -197,7 +196,7 @@ def disturb():
         rows[5] = 2**30
         rows[5] = good
 threading.Thread(target=disturb, daemon=True).start()
-for op in ("permute", "combine", "grouped_ffn_combine", "combine_backward") * 500:
+for op in ("permute", "combine", "grouped_ffn_combine", "grouped_ffn_combine_backward") * 500:
     try:
         call(op, values)
     except RuntimeError:
@@ -226,7 +225,7 @@ def test_the_attack_finds_wrong_answers_and_wrong_refusals(monkeypatch: pytest.M
     check_refusal("combine", RuntimeError("combine: y must be right, got wrong"))
 
 
-@pytest.mark.parametrize("op", ["grouped_ffn_train", "grouped_ffn_backward", "pruned_ffn_train"])
+@pytest.mark.parametrize("op", [f"grouped_ffn_combine_{part}" for part in ("train", "backward")] + ["pruned_ffn_train"])
 def test_an_op_that_runs_out_of_memory_says_so(op: str) -> None:
     outcomes = run_script("memory", op)
     assert sum(outcomes.values()) == 40

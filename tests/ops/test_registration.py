@@ -23,18 +23,19 @@ SCHEMAS = {
     "Tensor x, Tensor gate, bool needs_x, bool needs_gate) -> (Tensor, Tensor)",
     "sort_by_expert": "(Tensor topk_idx, int num_experts) -> (Tensor, Tensor, Tensor)",
     "permute": "(Tensor x, Tensor row_token, Tensor token_rows) -> Tensor",
-    "combine": "(Tensor y, Tensor? weights, Tensor token_rows) -> Tensor",
-    "combine_backward": "(Tensor grad_out, Tensor y, Tensor weights, Tensor token_rows, "
-    "bool needs_y, bool needs_weights) -> (Tensor, Tensor)",
+    "combine": "(Tensor y, Tensor? weights, Tensor token_rows, float weight_offset=0.) -> Tensor",
     "grouped_ffn": "(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
-    "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> Tensor",
-    "grouped_ffn_train": "(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
-    "Tensor up_proj, Tensor down_proj, Tensor? token_rows=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor up_proj, Tensor down_proj) -> Tensor",
     "grouped_ffn_combine": "(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, "
-    "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj) -> Tensor",
-    "grouped_ffn_backward": "(Tensor grad_y, Tensor x, Tensor row_token, Tensor expert_offsets, "
-    "Tensor gate_proj, Tensor up_proj, Tensor down_proj, Tensor gate_rows, Tensor up_rows, "
-    "bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj, "
+    "float weight_offset=0.) -> Tensor",
+    "grouped_ffn_combine_train": "(Tensor x, Tensor weights, Tensor row_token, Tensor token_rows, "
+    "Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, Tensor down_proj, "
+    "float weight_offset=0.) -> (Tensor, Tensor, Tensor)",
+    "grouped_ffn_combine_backward": "(Tensor grad_y, Tensor x, Tensor weights, Tensor row_token, "
+    "Tensor token_rows, Tensor expert_offsets, Tensor gate_proj, Tensor up_proj, "
+    "Tensor down_proj, Tensor gate_rows, Tensor up_rows, float weight_offset, bool needs_x, "
+    "bool needs_weights, bool needs_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "pruned_ffn": "(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
     "Tensor down_proj, int block_size) -> Tensor",
     "pruned_ffn_train": "(Tensor x, Tensor kept_blocks, Tensor gate_proj, Tensor up_proj, "
@@ -68,8 +69,7 @@ def test_fakes_refuse_sizes_and_dtypes_as_kernels_do(op: str) -> None:
     wrong += [{name: own[name][None]} for name in tensors]
     wrong += [
         {name: own[name][..., :-1]}
-        for name in tensors & {"gate", "gate_proj", "up_proj", "down_proj", "grad_out", "weights"}
-        if name in ("grad_out", "weights") or "x" in own
+        for name in tensors & {"gate", "gate_proj", "up_proj", "down_proj", "grad_y", "weights"}
     ]
     wrong += [{"top_k": k} for k in (0, 99) if "top_k" in own]
     for change in wrong:

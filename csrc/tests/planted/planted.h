@@ -85,6 +85,7 @@ Run stage_released_early;          // before wgmma_wait
 Run stage_refilled_early;          // the producer does not wait for free stages
 Run warps_differ;                  // a warp issues products of its own
 Run warp_left_out;                 // a warp issues none
+Run narrow_product;                // of fewer columns than are read
 
 // cluster.cu: two blocks that fill each other's stages
 Run released_by_own_block;    // a stage is refilled when the consumers of one block have read it

@@ -12,10 +12,10 @@
 namespace sparse_unified::planted {
 namespace {
 
-constexpr int kRows = 64;    // M
-constexpr int kColumns = 8;  // N
-constexpr int kTileK = 64;   // of a stage
-constexpr int kTiles = 4;    //
+constexpr int kRows = 64;     // M
+constexpr int kColumns = 16;  // N
+constexpr int kTileK = 64;    // of a stage
+constexpr int kTiles = 4;     //
 constexpr int kK = kTiles * kTileK;
 constexpr int kStages = 2;
 constexpr int kRowsBytes = kRows * kSwizzleRowBytes;
@@ -44,12 +44,13 @@ enum class Mistake {
   kNoWaitForEmpty,
   kWarpsDiffer,
   kWarpLeftOut,
+  kNarrowProduct,
 };
 
 struct ProductParams {
   const BFloat16* rows;  // [64, 256]
-  TensorMap columns;     // [8, 256]
-  float* out;            // [64, 8]
+  TensorMap columns;     // [16, 256]
+  float* out;            // [64, 16]
 };
 
 template <Mistake kMistake>
@@ -95,8 +96,9 @@ SPARSE_UNIFIED_DEVICE void multiply_stage(float (&d)[kAccumulators], uint32_t st
   if (kMistake == Mistake::kWarpLeftOut && warp_idx() % 4 == 2) return;
   if (kMistake != Mistake::kNoWgmmaFence) wgmma_fence();
   for (int step = 0; step < kTileK / 16; ++step) {
-    wgmma<BFloat16, kColumns, kMajor>(d, rows + step * kDescriptorStepK,
-                                      columns + step * kDescriptorStepK, !is_first || step > 0);
+    constexpr int kN = kMistake == Mistake::kNarrowProduct ? kColumns / 2 : kColumns;
+    wgmma<BFloat16, kN, kMajor>(d, rows + step * kDescriptorStepK,
+                                columns + step * kDescriptorStepK, !is_first || step > 0);
   }
   if (kMistake != Mistake::kNoCommit) wgmma_commit();
 }
@@ -127,8 +129,8 @@ SPARSE_UNIFIED_DEVICE void consume(const ProductParams& p, uint32_t shared,
   const auto store = [&] {
     const int warp = warp_idx() % 4;
     for (int i = 0; i < kAccumulators; ++i) {
-      const int row = 16 * warp + lane_idx() / 4 + 8 * (i / 2);
-      p.out[row * kColumns + 2 * (lane_idx() % 4) + i % 2] = d[i];
+      const int row = 16 * warp + lane_idx() / 4 + 8 * (i / 2 % 2);
+      p.out[row * kColumns + 8 * (i / 4) + 2 * (lane_idx() % 4) + i % 2] = d[i];
     }
   };
   if (kMistake == Mistake::kReadsBeforeWait) store();
@@ -233,6 +235,9 @@ std::string warps_differ(bool is_planted) {
 }
 std::string warp_left_out(bool is_planted) {
   return run_products<Mistake::kWarpLeftOut>(is_planted);
+}
+std::string narrow_product(bool is_planted) {
+  return run_products<Mistake::kNarrowProduct>(is_planted);
 }
 
 }  // namespace sparse_unified::planted

@@ -42,13 +42,22 @@ struct GroupedFfnCudaParams {
   void* y;                        // [R, D]
 };
 
+// The weights of rows that combine has summed up to tokens, y[t] = sum_k w[t, k] row(t, k).
+struct RowWeights {
+  const float* weights;       // [T, K]; null: rows have none
+  float offset;               // w = offset + weights
+  const int32_t* token_rows;  // [T, K]
+  float* grad_weights;        // [T, K]; null when not wanted
+};
+
 struct GroupedFfnBackwardCudaParams {
   GroupedFfnCudaParams forward;  // gate_rows and up_rows as forward left them; y is not read
-  const void* grad_y;            // [R, D]
-  void* grad_rows;               // [R, D]; null when not wanted
-  void* grad_gate_proj;          // [I, D]; null when no weight gradient is wanted
-  void* grad_up_proj;            // [I, D]
-  void* grad_down_proj;          // [D, I], or [E, D, h] where the spacing has rows of down_proj
+  RowWeights weights;
+  const void* grad_y;    // [R, D], of the token of each row: without the weights
+  void* grad_rows;       // [R, D]; null when not wanted; may be grad_y itself
+  void* grad_gate_proj;  // [I, D]; null when no weight gradient is wanted
+  void* grad_up_proj;    // [I, D]
+  void* grad_down_proj;  // [D, I], or [E, D, h] where the spacing has rows of down_proj
 };
 
 // What a call runs, decided once.
@@ -57,14 +66,15 @@ struct GroupedFfnCudaPlan {
   // empty when one does.
   std::string refusal;
   GroupedFfnConfig config;
-  int64_t matrix_bytes;  // of an intermediate matrix, aligned to 256
+  int64_t matrix_bytes;   // of an intermediate matrix, aligned to 256
+  int64_t weights_bytes;  // of the weights of the rows and the parts of their gradients, likewise
 };
 GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
                                          const DeviceInfo& device, bool is_backward);
 
 // fp32 accumulation in a fixed order; hidden and y are rounded once each. Neither reads anything
 // back to the host. The workspace is device memory, aligned to 256: one intermediate matrix
-// forward; backward two, or three with grad_down_proj.
+// forward; backward two, or three with grad_down_proj, and weights_bytes for rows with weights.
 cudaError_t grouped_ffn_cuda(const GroupedFfnCudaParams& params, const DeviceInfo& device,
                              const GroupedFfnCudaPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t grouped_ffn_backward_cuda(const GroupedFfnBackwardCudaParams& params,
