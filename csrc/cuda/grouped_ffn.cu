@@ -157,8 +157,8 @@ cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const Dev
                                         workspace.grad_up, stream);
     if (error != cudaSuccess) return error;
   }
-  return grouped_ffn_grad_weights_sm90a(params, device, workspace.grad_gate, workspace.grad_up,
-                                        workspace.hidden, stream);
+  return grouped_ffn_grad_weights_sm90a(params, device, options, workspace.grad_gate,
+                                        workspace.grad_up, workspace.hidden, stream);
 }
 
 std::string params_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {

@@ -29,8 +29,10 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/grouped_ffn_sm90a.h"
+#include "device/epilogue_sm90a.h"
 #include "device/launch.h"
 #include "device/mainloop_sm90a.h"
 #include "device/tile_scheduler.h"
@@ -67,7 +69,11 @@ template <int kNumBlocks, bool kProducerFindsSlot, bool kConsumerFindsSlot>
 struct RowTiles {
   using Tile = RowTile;
   static constexpr int kBlocks = kNumBlocks;
+  static constexpr bool kMaySkip = kBlocks > 1;
   static constexpr bool kMayBeEmpty = false;
+  static constexpr bool kDefersStore = false;
+  static constexpr int kStoredAtOnce = 0;
+  static constexpr bool kNarrowsLastTile = false;
 
   template <bool kIsProducer, class Params>
   static SPARSE_UNIFIED_DEVICE bool find(const Params& params, int idx, RowTile& tile) {
@@ -90,46 +96,97 @@ SPARSE_UNIFIED_DEVICE void for_each_tile(const typename Gemm::Params& params, co
   }
 }
 
+// body<N>() for the N of the product that the tile takes.
+template <class Gemm, class Body>
+SPARSE_UNIFIED_DEVICE void with_width(const typename Gemm::Params& params,
+                                      const typename Gemm::Tile& tile, const Body& body) {
+  if constexpr (!Gemm::kNarrowsLastTile) {
+    body.template operator()<Gemm::kColumns>();
+  } else {
+    static_assert(Gemm::kColumns == 256);
+    const int width = Gemm::width(params, tile);
+    if (width > 192) {
+      body.template operator()<256>();
+    } else if (width > 128) {
+      body.template operator()<192>();
+    } else if (width > 64) {
+      body.template operator()<128>();
+    } else {
+      body.template operator()<64>();
+    }
+  }
+}
+
 template <class Gemm>
 SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t shared,
                                    const typename SharedLayout<Gemm>::Ring& ring) {
+  using T = typename Gemm::T;
   const int consumer = warp_idx() / 4 - 1;
   RingPosition<Gemm::kStages> at;
-  const auto compute = [&](const typename Gemm::Tile& tile, const auto& meanwhile) {
+  typename Gemm::Tile tile, next;
+  int idx = first_tile<Gemm::kBlocks>();
+  bool is_tile = Gemm::template find<false>(params, idx, tile);
+  const auto find_next = [&](typename Gemm::Tile& found) {
+    idx += tile_step<Gemm::kBlocks>();
+    is_tile = Gemm::template find<false>(params, idx, found);
+  };
+
+  // With kDefersStore, the results of the tile `done`.
+  [[maybe_unused]] std::conditional_t<
+      Gemm::kDefersStore, RoundedResults<T, Gemm::kColumns, Gemm::kStoredAtOnce>, int> results;
+  typename Gemm::Tile done{};
+  bool has_results = false;
+  const auto store_results = [&] {
+    if constexpr (Gemm::kDefersStore) {
+      ResultPlace<T> place = Gemm::place(params, done, consumer);
+      if (!has_results) place.num_rows = 0;
+      results.store(place);
+    }
+  };
+
+  // NOTE: once, or the compiler peels the first tile off.
+#pragma unroll 1
+  while (is_tile) {
     const int num_stages = Gemm::num_stages(params, tile);
-    if constexpr (Gemm::kBlocks > 1) {
+    if constexpr (Gemm::kMaySkip) {
       if (!tile.has_rows()) {
         skip_stages(num_stages, ring, at);
-        return meanwhile();
+        find_next(tile);
+        continue;
+      }
+    }
+    if constexpr (Gemm::kMayBeEmpty) {
+      if (num_stages == 0) {
+        store_zeros(Gemm::place(params, tile, consumer), Gemm::kColumns);
+        find_next(tile);
+        continue;
       }
     }
     float d[Gemm::kColumns / 2];
-    if constexpr (Gemm::kMayBeEmpty) {
-      if (num_stages == 0) {
-#pragma unroll
-        for (float& value : d) value = 0.0f;
-      }
+    with_width<Gemm>(params, tile, [&]<int kN>() {
+      multiply_stages<T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
+          *reinterpret_cast<float (*)[kN / 2]>(&d), num_stages, ring, at,
+          [&](int stage) { return Gemm::operands(shared + stage * Gemm::kStageBytes, consumer); },
+          [&](int k) { return Gemm::steps(params, k); },
+          [&] {
+            store_results();
+            if constexpr (Gemm::kFindsAhead) find_next(next);
+          });
+    });
+    if constexpr (Gemm::kDefersStore) {
+      results.take(d, Gemm::place(params, tile, consumer));
+      done = tile;
+      has_results = true;
+    } else {
+      Gemm::store(params, tile, d, consumer);
     }
-    multiply_stages<typename Gemm::T, Gemm::kColumns, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
-        d, num_stages, ring, at,
-        [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
-        [&](int k) { return Gemm::steps(params, k); }, meanwhile);
-    Gemm::store(params, tile, d, consumer);
-  };
-  if constexpr (Gemm::kFindsAhead) {
-    typename Gemm::Tile tile, next;
-    int idx = first_tile<Gemm::kBlocks>();
-    bool is_tile = Gemm::template find<false>(params, idx, tile);
-    for (; is_tile; tile = next) {
-      compute(tile, [&] {
-        idx += tile_step<Gemm::kBlocks>();
-        is_tile = Gemm::template find<false>(params, idx, next);
-      });
+    if constexpr (Gemm::kFindsAhead) {
+      tile = next;
+    } else {
+      find_next(tile);
     }
-  } else {
-    for_each_tile<Gemm, false>(params,
-                               [&](const typename Gemm::Tile& tile) { compute(tile, [] {}); });
   }
+  store_results();
   Gemm::finish();
 }
 

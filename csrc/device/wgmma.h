@@ -98,6 +98,11 @@ SPARSE_UNIFIED_DEVICE void wgmma_wait() {
 template <int kN>
 struct Wgmma;
 
+SPARSE_UNIFIED_WGMMA(64,
+                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1)
+                         SPARSE_UNIFIED_NAMES(2) "%30,%31",
+                     "%32", "%33", "%34", "%35", "%36", SPARSE_UNIFIED_BOUND(),
+                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), "+f"(d[30]), "+f"(d[31]));
 SPARSE_UNIFIED_WGMMA(128,
                      SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
                          SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4)
@@ -106,6 +111,16 @@ SPARSE_UNIFIED_WGMMA(128,
                      SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
                      SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), "+f"(d[60]), "+f"(d[61]),
                      "+f"(d[62]), "+f"(d[63]));
+SPARSE_UNIFIED_WGMMA(192,
+                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
+                         SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)
+                             SPARSE_UNIFIED_NAMES(6) SPARSE_UNIFIED_NAMES(7)
+                                 SPARSE_UNIFIED_NAMES(8) "%90,%91,%92,%93,%94,%95",
+                     "%96", "%97", "%98", "%99", "%100", SPARSE_UNIFIED_BOUND(),
+                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
+                     SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), SPARSE_UNIFIED_BOUND(6),
+                     SPARSE_UNIFIED_BOUND(7), SPARSE_UNIFIED_BOUND(8), "+f"(d[90]), "+f"(d[91]),
+                     "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]));
 SPARSE_UNIFIED_WGMMA(240,
                      SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
                          SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)

@@ -389,6 +389,9 @@ void test_products() {
   test_product<T, 256, Major::kK, Major::kK>();
   test_product<T, 128, Major::kMN, Major::kK>();
   test_product<T, 128, Major::kK, Major::kMN>();
+  test_product<T, 64, Major::kMN, Major::kMN>();
+  test_product<T, 128, Major::kMN, Major::kMN>();
+  test_product<T, 192, Major::kMN, Major::kMN>();
   test_product<T, 256, Major::kMN, Major::kMN>();
 }
 
@@ -406,10 +409,10 @@ __global__ void __launch_bounds__(384, 1) role_kernel(const RoleParams p) {
   const uint32_t elected = ballot(elect_lane());
   if (lane_idx() == 0) p.elected[warp_idx()] = count_bits(elected);
   if (t / kWarpgroupSize == 0) {
-    decrease_registers<40>();
+    decrease_registers<24>();
     p.out[t] = -t;
   } else {
-    increase_registers<232>();
+    increase_registers<240>();
     shared[t - kWarpgroupSize] = t;
     sync_named(3, 2 * kWarpgroupSize);
     p.out[t] = shared[255 - (t - kWarpgroupSize)];
