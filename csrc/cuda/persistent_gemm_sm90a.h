@@ -125,10 +125,10 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
   RingPosition<Gemm::kStages> at;
   typename Gemm::Tile tile, next;
   int idx = first_tile<Gemm::kBlocks>();
-  bool is_tile = Gemm::template find<false>(params, idx, tile);
-  const auto find_next = [&](typename Gemm::Tile& found) {
+  const auto find = [&](typename Gemm::Tile& found) {
+    const bool is_found = Gemm::template find<false>(params, idx, found);
     idx += tile_step<Gemm::kBlocks>();
-    is_tile = Gemm::template find<false>(params, idx, found);
+    return is_found;
   };
 
   // With kDefersStore, the results of the tile `done`.
@@ -146,19 +146,21 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
 
   // NOTE: once, or the compiler peels the first tile off.
 #pragma unroll 1
-  while (is_tile) {
+  for (bool is_tile = Gemm::kFindsAhead && find(tile);;) {
+    if constexpr (!Gemm::kFindsAhead) is_tile = find(tile);
+    if (!is_tile) break;
     const int num_stages = Gemm::num_stages(params, tile);
     if constexpr (Gemm::kMaySkip) {
       if (!tile.has_rows()) {
         skip_stages(num_stages, ring, at);
-        find_next(tile);
+        if constexpr (Gemm::kFindsAhead) is_tile = find(tile);
         continue;
       }
     }
     if constexpr (Gemm::kMayBeEmpty) {
       if (num_stages == 0) {
         store_zeros(Gemm::place(params, tile, consumer), Gemm::kColumns);
-        find_next(tile);
+        if constexpr (Gemm::kFindsAhead) is_tile = find(tile);
         continue;
       }
     }
@@ -170,7 +172,7 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
           [&](int k) { return Gemm::steps(params, k); },
           [&] {
             store_results();
-            if constexpr (Gemm::kFindsAhead) find_next(next);
+            if constexpr (Gemm::kFindsAhead) is_tile = find(next);
           });
     });
     if constexpr (Gemm::kDefersStore) {
@@ -180,11 +182,7 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
     } else {
       Gemm::store(params, tile, d, consumer);
     }
-    if constexpr (Gemm::kFindsAhead) {
-      tile = next;
-    } else {
-      find_next(tile);
-    }
+    if constexpr (Gemm::kFindsAhead) tile = next;
   }
   store_results();
   Gemm::finish();
