@@ -82,10 +82,9 @@ struct GradWeightsGemm {
   static constexpr bool kMaySkip = false;
   static constexpr bool kMayBeEmpty = true;  // an expert without rows gets zeros
   static constexpr bool kDefersStore = true;
-  static constexpr int kStoredAtOnce = 64;
   static constexpr bool kNarrowsLastTile = kIsDown;
   static constexpr bool kAllowsNextKernel = false;
-  // Of the 504 that 128 threads of the producer and twice as many consumers share at entry.
+  // 72 and 216 registers for 128 and 256 threads are all but 1024 of the 65536.
   static constexpr int kProducerRegisters = 72;
   static constexpr int kConsumerRegisters = 216;
   static constexpr int kProducerWarps = kNumProducerWarps;

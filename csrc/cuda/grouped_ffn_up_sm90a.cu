@@ -299,7 +299,7 @@ struct Gemm : RowTiles<kNumBlocks, false, true> {
     const ResultPlace<T> place{rows + static_cast<int64_t>(row) * params.expert_width + neuron,
                                params.expert_width, tile.end_row - row,
                                min(kNeurons, params.expert_width - neuron)};
-    store_columns<0, kNeurons>(
+    store_rounded_columns<0, kNeurons>(
         [&](int i) { return pack<T>(d[kFirst + 2 * i], d[kFirst + 2 * i + 1]); }, place);
   }
   static SPARSE_UNIFIED_DEVICE void finish() {

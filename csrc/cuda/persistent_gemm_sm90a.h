@@ -7,8 +7,25 @@
 // A stage has two mbarriers: full (the producer's copies have landed) and empty (all consumer warps
 // have released it). Registers move from the producer to the consumers.
 //
-// With kBlocks = 2 the CTAs of a cluster take neighbouring tiles of rows and share the boxes of
-// weights by multicast; where a group has no second tile, that CTA only releases the stages.
+// With kBlocks = 2 the CTAs of a cluster take neighbouring tiles and share boxes by multicast;
+// where a group has no second tile of rows, that CTA only releases the stages.
+//
+// The epilogue, counted in instructions of a warp (SASS of the down-projection, N = 256). What
+// stands between the last product of a tile and the first of the next is exposed, and two warps
+// share an issue slot:
+//   a tile sent through shared memory at once: 390, four barriers; about 1,300 clocks, which is
+//     14 % of the 9,472 clocks of products of a tile with h = 592, 7 % with h = 1184
+//   kDefersStore: 205, 64 of them conversions at half rate. One consumer needs about 370 clocks
+//   with
+//     latencies, while the other still has products for up to 512; both at the same time at most
+//     700: 7.4 % and 3.7 %. The 128 accumulators become words, of which 8 are stored as they come;
+//     the exchange in quads of lanes and the stores of the others, and the look for the next tile,
+//     are 529, about 1,060 clocks of both consumers, behind the first stage of the next tile, which
+//     is 1,024.
+// The deferred stores need neither shared memory nor barriers, so nothing rests on how far apart
+// the consumers are. A head start of one of them lasts only as long as no stage is late; two tiles
+// in turn read more from L2, where the limit is: 64 x 256 takes 80 bytes a clock instead of 47, and
+// 128 x 192, whose 192 accumulators leave no room to round, 53.
 //
 // A Gemm is a type with
 //   T, Params, Tile         element type, kernel parameters, coordinates of one tile
@@ -16,16 +33,21 @@
 //   kColumns                N of the product
 //   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
 //   kMayBeEmpty             a tile may have no stage, and is then zero
-//   kFindsAhead             consumers look for their next tile, some 500 clocks, while the last
+//   kFindsAhead             consumers look for their next tile, some 500 clocks, while the first
 //                           products run; costs the registers of a second tile
+//   kMaySkip                a tile may have no rows (has_rows), and is then left out
+//   kNarrowsLastTile        the product has only as many 64 columns as width(params, tile) takes
+//   kDefersStore            results are rounded into registers and stored while the first products
+//                           of the next tile run, see below
 //   kAllowsNextKernel       the next kernel may start (programmatic dependent launch)
-//   kFences                 operands are written by cp.async, so that consumers fence the async
-//   proxy kProducerRegisters, kConsumerRegisters, kProducerWarps, kFullArrivals kStageBytes,
-//   kOutBytes  shared memory of a stage, and of the epilogue of both consumers
+//   kFences                 operands are written by cp.async: consumers fence the async proxy
+//   kProducerRegisters, kConsumerRegisters, kProducerWarps, kFullArrivals
+//   kStageBytes, kOutBytes  shared memory of a stage, and of the epilogue of both consumers
 //   find<kIsProducer>(params, idx, tile) -> whether there is a tile `idx`
 //   num_stages(params, tile), steps(params, k)   stages of a tile, k16 steps of stage k that count
 //   prefetch(params), produce(params, shared, ring)
-//   operands(stage, consumer) -> StageOperands, store(params, tile, d, consumer), finish()
+//   operands(stage, consumer) -> StageOperands, finish()
+//   store(params, tile, d, consumer), or with kDefersStore place(params, tile, consumer)
 #pragma once
 
 #include <algorithm>
@@ -72,7 +94,6 @@ struct RowTiles {
   static constexpr bool kMaySkip = kBlocks > 1;
   static constexpr bool kMayBeEmpty = false;
   static constexpr bool kDefersStore = false;
-  static constexpr int kStoredAtOnce = 0;
   static constexpr bool kNarrowsLastTile = false;
 
   template <bool kIsProducer, class Params>
@@ -121,7 +142,8 @@ template <class Gemm>
 SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t shared,
                                    const typename SharedLayout<Gemm>::Ring& ring) {
   using T = typename Gemm::T;
-  const int consumer = warp_idx() / 4 - 1;
+  // NOTE: by a shuffle, which tells the compiler that it is the same in all lanes.
+  const int consumer = shuffle(warp_idx(), 0) / 4 - 1;
   RingPosition<Gemm::kStages> at;
   typename Gemm::Tile tile, next;
   int idx = first_tile<Gemm::kBlocks>();
@@ -132,8 +154,8 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
   };
 
   // With kDefersStore, the results of the tile `done`.
-  [[maybe_unused]] std::conditional_t<
-      Gemm::kDefersStore, RoundedResults<T, Gemm::kColumns, Gemm::kStoredAtOnce>, int> results;
+  [[maybe_unused]] std::conditional_t<Gemm::kDefersStore, RoundedResults<T, Gemm::kColumns>, int>
+      results;
   typename Gemm::Tile done{};
   bool has_results = false;
   const auto store_results = [&] {

@@ -60,11 +60,10 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
   static constexpr bool kFences = false;
   static constexpr bool kFindsAhead = true;
   static constexpr bool kDefersStore = true;
-  static constexpr int kStoredAtOnce = kOperands == 1 ? 0 : 32;
   static constexpr bool kAllowsNextKernel = false;
-  // Of the 504 that 128 threads of the producer and twice as many consumers share at entry.
-  static constexpr int kProducerRegisters = kOperands == 1 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kOperands == 1 ? 240 : 232;
+  // 40 and 232 registers for 128 and 256 threads are all but 1024 of the 65536.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static constexpr int kProducerWarps = 1;
   static constexpr int kFullArrivals = 1;
   static_assert(kColumns % kBoxElements == 0);

@@ -22,7 +22,7 @@ struct ResultPlace {
 // NOTE: lanes exchange words whether or not they store: a branch around it would be divergent to
 // the compiler, which then spills.
 template <int kFirst, int kEnd, typename T, class Word>
-SPARSE_UNIFIED_DEVICE void store_columns(const Word& word, const ResultPlace<T>& place) {
+SPARSE_UNIFIED_DEVICE void store_rounded_columns(const Word& word, const ResultPlace<T>& place) {
   const int lane_column = lane_idx() % 4 * 8;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -43,19 +43,21 @@ SPARSE_UNIFIED_DEVICE void store_columns(const Word& word, const ResultPlace<T>&
   }
 }
 
-// The [64, kColumns] results of a consumer. The first kAtOnce columns are stored as they come, the
-// others, rounded to T, when store() is called.
-template <typename T, int kColumns, int kAtOnce>
+// The [64, kColumns] results of a consumer. The first columns are stored as they come, the others,
+// rounded to T, when store() is called: all of them would take 8 registers more than there are.
+template <typename T, int kColumns>
 class RoundedResults {
  public:
+  static constexpr int kAtOnce = 32;
+
   SPARSE_UNIFIED_DEVICE void take(const float (&d)[kColumns / 2], const ResultPlace<T>& place) {
     const auto word = [&](int i) { return pack<T>(d[2 * i], d[2 * i + 1]); };
-    if constexpr (kAtOnce > 0) store_columns<0, kAtOnce>(word, place);
+    store_rounded_columns<0, kAtOnce>(word, place);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words_[i] = word(kAtOnce / 4 + i);
   }
   SPARSE_UNIFIED_DEVICE void store(const ResultPlace<T>& place) const {
-    store_columns<kAtOnce, kColumns>([&](int i) { return words_[i - kAtOnce / 4]; }, place);
+    store_rounded_columns<kAtOnce, kColumns>([&](int i) { return words_[i - kAtOnce / 4]; }, place);
   }
 
  private:

@@ -63,7 +63,7 @@ HOPPER_CASES = {
     "wider than a tile": (300, 264, 272, (0, 300, 0)),
     "every token on every expert": (5, 8, 16, (5, 5, 5)),
     "a long sum over one step of rows": (40, 520, 48, (64, 65)),
-    "pairs of tiles": (50, 72, 144, (0, 300, 128, 0, 1, 129)),
+    "pairs of tiles": (50, 72, 368, (0, 300, 128, 0, 1, 129)),
     "more tiles of rows than one band": (30, 72, 144, (17 * 128 + 3,)),
     "no rows": (4, 16, 16, (0, 0)),
 }

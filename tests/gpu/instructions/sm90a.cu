@@ -409,10 +409,10 @@ __global__ void __launch_bounds__(384, 1) role_kernel(const RoleParams p) {
   const uint32_t elected = ballot(elect_lane());
   if (lane_idx() == 0) p.elected[warp_idx()] = count_bits(elected);
   if (t / kWarpgroupSize == 0) {
-    decrease_registers<24>();
+    decrease_registers<40>();
     p.out[t] = -t;
   } else {
-    increase_registers<240>();
+    increase_registers<232>();
     shared[t - kWarpgroupSize] = t;
     sync_named(3, 2 * kWarpgroupSize);
     p.out[t] = shared[255 - (t - kWarpgroupSize)];
