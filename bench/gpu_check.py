@@ -7,10 +7,11 @@
 Needs a source tree with the built library, torch and a GPU; no installation, no git, no pytest.
 Parts of the first call: environment; instructions, each instruction of csrc/device alone; checks,
 the properties that tests hold on the CPU; bench, the block and its ops beside dense, an expert loop
-and grouped_mm. Of the second: tune, all configurations of the expert GEMMs; compile, the checks
-that wait for a compiler; sanitizer, compute-sanitizer over small checks. Each runs in a process of
-its own and writes DIR/PART.json as soon as there is something to save; the speeds are
-DIR/DEVICE.json, which belongs into bench/results. The exit status is 1 when a part failed.
+and grouped_mm. Of the second: tune, all configurations of the expert GEMMs; kernels, each of these
+GEMMs by itself, on Hopper with multicast and without; compile, the checks that wait for a compiler;
+sanitizer, compute-sanitizer over small checks. Each runs in a process of its own and writes
+DIR/PART.json as soon as there is something to save; the speeds are DIR/DEVICE.json, which belongs
+into bench/results. The exit status is 1 when a part failed.
 `--build` compiles the instruction programs into build/gpu for a machine without nvcc;
 `--device cpu` tries the script itself on small shapes.
 """
@@ -23,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -43,6 +45,13 @@ LARGE = ("bagel-16to8-T4096", "bagel-32to16-T4096")
 PRUNED = ("bagel-half-bs64-T4096", "bagel-half-bs16-T4096")
 SMALLER = ("bagel-16to8-T1024", "bagel-16to8-T256", "bagel-32to16-T1024")
 ON_CPU = ("odd-7to3-T300",)
+# What the kernels are timed with one by one, by direction: without overlap, which would count the
+# wait of the down-projection for the up-projection, and in pairs of blocks that share their loads.
+KERNEL_VARIANTS = {
+    "fwd": ("family=sm90a,overlap=off", "family=sm90a,overlap=off,multicast=on"),
+    "fwd_bwd": ("family=sm90a", "family=sm90a,grad_multicast=on"),
+}
+KERNEL_ROUNDS = 10
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Each op forward and backward, ragged and empty experts, sizes that fit no tile.
 SANITIZED = (
@@ -271,6 +280,43 @@ def tune(out: Path, device: str, seconds: float) -> bool:
     return all(results)
 
 
+def kernels(out: Path, device: str, seconds: float) -> bool:
+    """The time of each kernel of an expert FFN, forward and backward, as the profiler saw it."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from sparse_unified.bench.cases import CASES
+    from sparse_unified.bench.suites import CHOSEN, variant_suite
+
+    is_hopper = device != "cpu" and torch.cuda.get_device_capability(device) == (9, 0)
+    activity = ProfilerActivity.CPU if device == "cpu" else ProfilerActivity.CUDA
+    found: list[dict[str, Any]] = []
+    for name in ON_CPU if device == "cpu" else LARGE:
+        for direction, variants in KERNEL_VARIANTS.items():
+            of_device = variants if is_hopper else ()
+            case, where = CASES[name], torch.device(device)
+            suite = variant_suite(case, torch.bfloat16, direction, where, of_device)
+            for variant in of_device or (CHOSEN,):
+                call = suite.candidates[variant].build()
+                call(0)
+                with profile(activities=[activity]) as profiled:
+                    for turn in range(KERNEL_ROUNDS):
+                        call(turn)
+                    if device != "cpu":
+                        torch.cuda.synchronize()
+                times: dict[str, list[float]] = {}
+                for event in profiled.events():
+                    if "sparse_unified" in event.name:
+                        times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+                medians = {kernel: statistics.median(of) for kernel, of in times.items()}
+                found.append(
+                    {"case": name, "direction": direction, "variant": variant, "median_us": medians}
+                )
+                save(out / "kernels.json", found)
+                print(name, direction, variant, *medians.items(), sep="\n")
+    return all(row["median_us"] for row in found)
+
+
 def sanitizer(out: Path, device: str, seconds: float) -> bool:
     """compute-sanitizer's tools on small checks, side by side.
 
@@ -315,7 +361,8 @@ PARTS = {
     "checks": (60, checks),
     "bench": (130, bench),
     "tune": (50, tune),
-    "compile": (100, compile),
+    "kernels": (15, kernels),
+    "compile": (85, compile),
     "sanitizer": (80, sanitizer),
 }
 CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}

@@ -47,8 +47,9 @@ cudaError_t grouped_ffn_grad_rows_sm90a(const GroupedFfnBackwardCudaParams& para
 // grad_gate_proj = grad_gate^T x, grad_up_proj = grad_up^T x, grad_down_proj = grad_y^T hidden,
 // each over the rows of an expert.
 cudaError_t grouped_ffn_grad_weights_sm90a(const GroupedFfnBackwardCudaParams& params,
-                                           const DeviceInfo& device, const void* grad_gate,
-                                           const void* grad_up, const void* hidden,
-                                           cudaStream_t stream);
+                                           const DeviceInfo& device,
+                                           const GroupedFfnSm90aOptions& options,
+                                           const void* grad_gate, const void* grad_up,
+                                           const void* hidden, cudaStream_t stream);
 
 }  // namespace sparse_unified

@@ -286,22 +286,21 @@ struct Gemm : RowTiles<kNumBlocks, false, true> {
       store_commit();
     }
     if (params.gate_rows == nullptr) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile.first_row + consumer * kConsumerRows + upper + 8 * half;
-      if (row >= tile.end_row) continue;
-      const int64_t first = static_cast<int64_t>(row) * params.expert_width + first_neuron + pair;
-#pragma unroll
-      for (int j = 0; j < kNeurons / 8; ++j) {
-        if (first_neuron + 8 * j < params.expert_width) {
-          const float* gate = d + 4 * j + 2 * half;
-          const float* up = gate + kColumns / 4;
-          *reinterpret_cast<uint32_t*>(params.gate_rows + first + 8 * j) =
-              pack<T>(gate[0], gate[1]);
-          *reinterpret_cast<uint32_t*>(params.up_rows + first + 8 * j) = pack<T>(up[0], up[1]);
-        }
-      }
-    }
+    keep<0>(params, tile, d, consumer, params.gate_rows);
+    keep<kColumns / 4>(params, tile, d, consumer, params.up_rows);
+  }
+
+  // Stores the accumulators of gate, or of up, from kFirst on, in vectors of 16 bytes.
+  template <int kFirst>
+  static SPARSE_UNIFIED_DEVICE void keep(const Params& params, const RowTile& tile,
+                                         const float (&d)[kColumns / 2], int consumer, T* rows) {
+    const int row = tile.first_row + consumer * kConsumerRows;
+    const int neuron = tile.n * kNeurons;
+    const ResultPlace<T> place{rows + static_cast<int64_t>(row) * params.expert_width + neuron,
+                               params.expert_width, tile.end_row - row,
+                               min(kNeurons, params.expert_width - neuron)};
+    store_rounded_columns<0, kNeurons>(
+        [&](int i) { return pack<T>(d[kFirst + 2 * i], d[kFirst + 2 * i + 1]); }, place);
   }
   static SPARSE_UNIFIED_DEVICE void finish() {
     if (stores()) store_wait<0>();

@@ -7,31 +7,54 @@
 // A stage has two mbarriers: full (the producer's copies have landed) and empty (all consumer warps
 // have released it). Registers move from the producer to the consumers.
 //
-// With kBlocks = 2 the CTAs of a cluster take neighbouring tiles of rows and share the boxes of
-// weights by multicast; where a group has no second tile, that CTA only releases the stages.
+// With kBlocks = 2 the CTAs of a cluster take neighbouring tiles and share boxes by multicast;
+// where a group has no second tile of rows, that CTA only releases the stages.
+//
+// The epilogue, counted in instructions of a warp (SASS of the down-projection, N = 256). What
+// stands between the last product of a tile and the first of the next is exposed, and two warps
+// share an issue slot:
+//   a tile sent through shared memory at once: 390, four barriers; about 1,300 clocks, which is
+//     14 % of the 9,472 clocks of products of a tile with h = 592, 7 % with h = 1184
+//   kDefersStore: 205, 64 of them conversions at half rate. One consumer needs about 370 clocks
+//   with
+//     latencies, while the other still has products for up to 512; both at the same time at most
+//     700: 7.4 % and 3.7 %. The 128 accumulators become words, of which 8 are stored as they come;
+//     the exchange in quads of lanes and the stores of the others, and the look for the next tile,
+//     are 529, about 1,060 clocks of both consumers, behind the first stage of the next tile, which
+//     is 1,024.
+// The deferred stores need neither shared memory nor barriers, so nothing rests on how far apart
+// the consumers are. A head start of one of them lasts only as long as no stage is late; two tiles
+// in turn read more from L2, where the limit is: 64 x 256 takes 80 bytes a clock instead of 47, and
+// 128 x 192, whose 192 accumulators leave no room to round, 53.
 //
 // A Gemm is a type with
 //   T, Params, Tile         element type, kernel parameters, coordinates of one tile
 //   kBlocks, kStages        CTAs of a cluster, stages of the ring
-//   kColumns                N of the product, or the most, with columns(params, tile) -> kColumns,
-//                           64 or 128 less
+//   kColumns                N of the product
 //   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
 //   kMayBeEmpty             a tile may have no stage, and is then zero
-//   kFindsAhead             consumers look for their next tile, some 500 clocks, while the last
+//   kFindsAhead             consumers look for their next tile, some 500 clocks, while the first
 //                           products run; costs the registers of a second tile
+//   kMaySkip                a tile may have no rows (has_rows), and is then left out
+//   kNarrowsLastTile        the product has only as many 64 columns as width(params, tile) takes
+//   kDefersStore            results are rounded into registers and stored while the first products
+//                           of the next tile run, see below
 //   kAllowsNextKernel       the next kernel may start (programmatic dependent launch)
-//   kFences                 operands are written by cp.async, so that consumers fence the async
-//   proxy kProducerRegisters, kConsumerRegisters, kProducerWarps, kFullArrivals kStageBytes,
-//   kOutBytes  shared memory of a stage, and of the epilogue of both consumers
+//   kFences                 operands are written by cp.async: consumers fence the async proxy
+//   kProducerRegisters, kConsumerRegisters, kProducerWarps, kFullArrivals
+//   kStageBytes, kOutBytes  shared memory of a stage, and of the epilogue of both consumers
 //   find<kIsProducer>(params, idx, tile) -> whether there is a tile `idx`
 //   num_stages(params, tile), steps(params, k)   stages of a tile, k16 steps of stage k that count
 //   prefetch(params), produce(params, shared, ring)
-//   operands(stage, consumer) -> StageOperands, store(params, tile, d, consumer), finish()
+//   operands(stage, consumer) -> StageOperands, finish()
+//   store(params, tile, d, consumer), or with kDefersStore place(params, tile, consumer)
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/grouped_ffn_sm90a.h"
+#include "device/epilogue_sm90a.h"
 #include "device/launch.h"
 #include "device/mainloop_sm90a.h"
 #include "device/tile_scheduler.h"
@@ -68,7 +91,10 @@ template <int kNumBlocks, bool kProducerFindsSlot, bool kConsumerFindsSlot>
 struct RowTiles {
   using Tile = RowTile;
   static constexpr int kBlocks = kNumBlocks;
+  static constexpr bool kMaySkip = kBlocks > 1;
   static constexpr bool kMayBeEmpty = false;
+  static constexpr bool kDefersStore = false;
+  static constexpr bool kNarrowsLastTile = false;
 
   template <bool kIsProducer, class Params>
   static SPARSE_UNIFIED_DEVICE bool find(const Params& params, int idx, RowTile& tile) {
@@ -91,60 +117,96 @@ SPARSE_UNIFIED_DEVICE void for_each_tile(const typename Gemm::Params& params, co
   }
 }
 
+// body<N>() for the N of the product that the tile takes.
+template <class Gemm, class Body>
+SPARSE_UNIFIED_DEVICE void with_width(const typename Gemm::Params& params,
+                                      const typename Gemm::Tile& tile, const Body& body) {
+  if constexpr (!Gemm::kNarrowsLastTile) {
+    body.template operator()<Gemm::kColumns>();
+  } else {
+    static_assert(Gemm::kColumns == 256);
+    const int width = Gemm::width(params, tile);
+    if (width > 192) {
+      body.template operator()<256>();
+    } else if (width > 128) {
+      body.template operator()<192>();
+    } else if (width > 64) {
+      body.template operator()<128>();
+    } else {
+      body.template operator()<64>();
+    }
+  }
+}
+
 template <class Gemm>
 SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t shared,
                                    const typename SharedLayout<Gemm>::Ring& ring) {
-  const int consumer = warp_idx() / 4 - 1;
+  using T = typename Gemm::T;
+  // NOTE: by a shuffle, which tells the compiler that it is the same in all lanes.
+  const int consumer = shuffle(warp_idx(), 0) / 4 - 1;
   RingPosition<Gemm::kStages> at;
-  const auto compute = [&](const typename Gemm::Tile& tile, const auto& meanwhile) {
+  typename Gemm::Tile tile, next;
+  int idx = first_tile<Gemm::kBlocks>();
+  const auto find = [&](typename Gemm::Tile& found) {
+    const bool is_found = Gemm::template find<false>(params, idx, found);
+    idx += tile_step<Gemm::kBlocks>();
+    return is_found;
+  };
+
+  // With kDefersStore, the results of the tile `done`.
+  [[maybe_unused]] std::conditional_t<Gemm::kDefersStore, RoundedResults<T, Gemm::kColumns>, int>
+      results;
+  typename Gemm::Tile done{};
+  bool has_results = false;
+  const auto store_results = [&] {
+    if constexpr (Gemm::kDefersStore) {
+      ResultPlace<T> place = Gemm::place(params, done, consumer);
+      if (!has_results) place.num_rows = 0;
+      results.store(place);
+    }
+  };
+
+  // NOTE: once, or the compiler peels the first tile off.
+#pragma unroll 1
+  for (bool is_tile = Gemm::kFindsAhead && find(tile);;) {
+    if constexpr (!Gemm::kFindsAhead) is_tile = find(tile);
+    if (!is_tile) break;
     const int num_stages = Gemm::num_stages(params, tile);
-    if constexpr (Gemm::kBlocks > 1) {
+    if constexpr (Gemm::kMaySkip) {
       if (!tile.has_rows()) {
         skip_stages(num_stages, ring, at);
-        return meanwhile();
+        if constexpr (Gemm::kFindsAhead) is_tile = find(tile);
+        continue;
+      }
+    }
+    if constexpr (Gemm::kMayBeEmpty) {
+      if (num_stages == 0) {
+        store_zeros(Gemm::place(params, tile, consumer), Gemm::kColumns);
+        if constexpr (Gemm::kFindsAhead) is_tile = find(tile);
+        continue;
       }
     }
     float d[Gemm::kColumns / 2];
-    if constexpr (Gemm::kMayBeEmpty) {
-      if (num_stages == 0) {
-#pragma unroll
-        for (float& value : d) value = 0.0f;
-      }
-    }
-    const auto multiply = [&]<int kN>() {
-      multiply_stages<typename Gemm::T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
+    with_width<Gemm>(params, tile, [&]<int kN>() {
+      multiply_stages<T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
           d, num_stages, ring, at,
-          [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
-          [&](int k) { return Gemm::steps(params, k); }, meanwhile);
-    };
-    if constexpr (requires { Gemm::columns(params, tile); }) {
-      const int columns = Gemm::columns(params, tile);
-      if (columns == Gemm::kColumns) {
-        multiply.template operator()<Gemm::kColumns>();
-      } else if (columns == Gemm::kColumns - 64) {
-        multiply.template operator()<Gemm::kColumns - 64>();
-      } else {
-        multiply.template operator()<Gemm::kColumns - 128>();
-      }
+          [&](int stage) { return Gemm::operands(shared + stage * Gemm::kStageBytes, consumer); },
+          [&](int k) { return Gemm::steps(params, k); },
+          [&] {
+            store_results();
+            if constexpr (Gemm::kFindsAhead) is_tile = find(next);
+          });
+    });
+    if constexpr (Gemm::kDefersStore) {
+      results.take(d, Gemm::place(params, tile, consumer));
+      done = tile;
+      has_results = true;
     } else {
-      multiply.template operator()<Gemm::kColumns>();
+      Gemm::store(params, tile, d, consumer);
     }
-    Gemm::store(params, tile, d, consumer);
-  };
-  if constexpr (Gemm::kFindsAhead) {
-    typename Gemm::Tile tile, next;
-    int idx = first_tile<Gemm::kBlocks>();
-    bool is_tile = Gemm::template find<false>(params, idx, tile);
-    for (; is_tile; tile = next) {
-      compute(tile, [&] {
-        idx += tile_step<Gemm::kBlocks>();
-        is_tile = Gemm::template find<false>(params, idx, next);
-      });
-    }
-  } else {
-    for_each_tile<Gemm, false>(params,
-                               [&](const typename Gemm::Tile& tile) { compute(tile, [] {}); });
+    if constexpr (Gemm::kFindsAhead) tile = next;
   }
+  store_results();
   Gemm::finish();
 }
 

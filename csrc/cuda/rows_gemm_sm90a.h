@@ -28,18 +28,8 @@
 #include "cuda/grouped_ffn_neurons.h"
 #include "cuda/persistent_gemm_sm90a.h"
 #include "device/tensor_copy.h"
-#include "device/vector.h"
 
 namespace sparse_unified::rows_gemm_sm90a {
-
-// A consumer's rows of `out` leave 128 columns at a time; a pitch of 4 words more than 32 k
-// puts the 8 rows and 4 words that a warp stores at a time on 32 different banks.
-constexpr int kOutColumns = 128;
-constexpr int kOutPitchBytes = kOutColumns * 2 + kVectorBytes;
-constexpr int kOutPartBytes = kConsumerRows * kOutPitchBytes;  // of a consumer
-constexpr int kOutVectors = kOutColumns * 2 / kVectorBytes;    // of a row
-constexpr int kOutRowStep = kWarpgroupSize / kOutVectors;
-constexpr int kOutRows = kConsumerRows / kOutRowStep;  // of a thread
 
 template <typename T, int kOperands>
 struct Params {
@@ -69,18 +59,19 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
   static constexpr Major kMajorB = kMajorWeights;
   static constexpr bool kFences = false;
   static constexpr bool kFindsAhead = true;
+  static constexpr bool kDefersStore = true;
   static constexpr bool kAllowsNextKernel = false;
   // 40 and 232 registers for 128 and 256 threads are all but 1024 of the 65536.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
   static constexpr int kProducerWarps = 1;
   static constexpr int kFullArrivals = 1;
-  static_assert(kColumns % kOutColumns == 0 && kColumns % kBoxElements == 0);
+  static_assert(kColumns % kBoxElements == 0);
 
   static constexpr int kRowsBytes = kTileRows * kSwizzleRowBytes;   // of A, a stage
   static constexpr int kWeightBytes = kColumns * kSwizzleRowBytes;  // of B
   static constexpr int kStageBytes = kRowsBytes + kWeightBytes;
-  static constexpr int kOutBytes = kNumConsumers * kOutPartBytes;
+  static constexpr int kOutBytes = 0;
   static_assert(kColumns / kBoxElements * kBoxBytes == kWeightBytes);
 
   // What a CTA of the cluster brings of the weights to all of them.
@@ -159,42 +150,12 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
     return (params.expert_width - of_operand * kTileK) / kStepK;
   }
 
-  static SPARSE_UNIFIED_DEVICE void store(const Params& params, const RowTile& tile,
-                                          const float (&d)[kColumns / 2], int consumer) {
-    const int upper = warp_idx() % 4 * 16 + lane_idx() / 4;
-    const int pair = lane_idx() % 4 * 2;
-    const int thread = static_cast<int>(threadIdx.x) % kWarpgroupSize;
-    unsigned char* out =
-        dynamic_shared_memory() + SharedLayout<Gemm>::kOutOffset + consumer * kOutPartBytes;
-#pragma unroll
-    for (int part = 0; part < kColumns / kOutColumns; ++part) {
-      sync_named(1 + consumer, kWarpgroupSize);  // the part before has been read
-#pragma unroll
-      for (int j = 0; j < kOutColumns / 8; ++j) {
-        const float* pairs = d + 4 * (part * kOutColumns / 8 + j);
-        auto* word = reinterpret_cast<uint32_t*>(out + upper * kOutPitchBytes + (8 * j + pair) * 2);
-        word[0] = pack<T>(pairs[0], pairs[1]);
-        word[8 * kOutPitchBytes / 4] = pack<T>(pairs[2], pairs[3]);
-      }
-      sync_named(1 + consumer, kWarpgroupSize);
-      const int vector = thread % kOutVectors;
-      const int column = tile.n * kColumns + part * kOutColumns + vector * kVectorElements<T>;
-      const int first_row = thread / kOutVectors;
-      Vector16 values[kOutRows];  // all on the way at once
-#pragma unroll
-      for (int i = 0; i < kOutRows; ++i) {
-        const int row = first_row + i * kOutRowStep;
-        values[i] = load_vector(out + row * kOutPitchBytes + vector * kVectorBytes);
-      }
-      if (column >= params.num_columns) continue;
-#pragma unroll
-      for (int i = 0; i < kOutRows; ++i) {
-        const int row = tile.first_row + consumer * kConsumerRows + first_row + i * kOutRowStep;
-        if (row >= tile.end_row) continue;
-        store_vector(params.out + static_cast<int64_t>(row) * params.num_columns + column,
-                     values[i]);
-      }
-    }
+  static SPARSE_UNIFIED_DEVICE ResultPlace<T> place(const Params& params, const RowTile& tile,
+                                                    int consumer) {
+    const int row = tile.first_row + consumer * kConsumerRows;
+    const int column = tile.n * kColumns;
+    return {params.out + static_cast<int64_t>(row) * params.num_columns + column,
+            params.num_columns, tile.end_row - row, params.num_columns - column};
   }
   static SPARSE_UNIFIED_DEVICE void finish() {}
 };

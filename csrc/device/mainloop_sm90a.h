@@ -21,56 +21,64 @@ struct StageOperands {
   uint64_t b;
 };
 
-// d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one. What
-// d holds beyond N / 2 values is of no interest.
+// d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one.
+// What d holds beyond N / 2 values is of no interest.
 //   operands(stage)  StageOperands of a stage of the ring
 //   steps(k)         steps of 16 k of the k-th stage that count; the last stages of a sum may have
 //                    less than kStageSteps
-//   meanwhile()      what is done while the last products run
-// With kFences the operands were written by the generic proxy as well. When there is no stage, d
-// stays as it is.
+//   meanwhile()      what is done while the products of the first stage run
+// With kFences the operands were written by the generic proxy as well. There is at least one stage.
 template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages, int kBlocks,
-          int kCount,
-          class Operands, class Steps, class Meanwhile>
+          int kCount, class Operands, class Steps, class Meanwhile>
 SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kCount], int num_stages,
                                            const RingBarriers<kStages, kBlocks>& ring,
                                            RingPosition<kStages>& at, const Operands& operands,
                                            const Steps& steps, const Meanwhile& meanwhile) {
   constexpr uint64_t kStepA = kMajorA == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
   constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
-  int previous_stage = 0;
-  // NOTE: once, or the compiler peels the first two stages off and has three copies of the loop.
+  // The first num_steps steps of the stage `at`, one by one.
+  const auto multiply_some = [&](int num_steps, bool is_accumulating) {
+    const StageOperands stage = operands(at.stage);
 #pragma unroll 1
-  for (int k = 0; k < num_stages; ++k, at.advance()) {
+    for (int step = 0; step < num_steps; ++step) {
+      wgmma_fence();
+      wgmma<T, kN, kMajorA, kMajorB>(d, stage.a + step * kStepA, stage.b + step * kStepB,
+                                     is_accumulating || step > 0);
+      wgmma_commit();
+    }
+  };
+  const auto wait = [&] {
     ring.wait_full(at);
     if constexpr (kFences) fence_async_proxy();
-    const StageOperands stage = operands(at.stage);
+  };
+  wait();
+  multiply_some(min(steps(0), kStageSteps), false);
+  meanwhile();
+  int previous_stage = at.stage;
+  at.advance();
+  // NOTE: once, or the compiler peels the first two stages off and has three copies of the loop.
+#pragma unroll 1
+  for (int k = 1; k < num_stages; ++k, at.advance()) {
+    wait();
     const int num_steps = steps(k);
     if (num_steps >= kStageSteps) {
+      const StageOperands stage = operands(at.stage);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kStageSteps; ++step) {
-        wgmma<T, kN, kMajorA, kMajorB>(d, stage.a + step * kStepA, stage.b + step * kStepB,
-                                       k > 0 || step > 0);
+        wgmma<T, kN, kMajorA, kMajorB>(d, stage.a + step * kStepA, stage.b + step * kStepB, true);
       }
       wgmma_commit();
-      if (k > 0) wgmma_wait<1>();
+      wgmma_wait<1>();
     } else {
-#pragma unroll 1
-      for (int step = 0; step < num_steps; ++step) {
-        wgmma_fence();
-        wgmma<T, kN, kMajorA, kMajorB>(d, stage.a + step * kStepA, stage.b + step * kStepB,
-                                       k > 0 || step > 0);
-        wgmma_commit();
-      }
+      multiply_some(num_steps, true);
       wgmma_wait<0>();
     }
-    if (k > 0) ring.release(previous_stage);
+    ring.release(previous_stage);
     previous_stage = at.stage;
   }
-  meanwhile();
   wgmma_finish(d);
-  if (num_stages > 0) ring.release(previous_stage);
+  ring.release(previous_stage);
 }
 
 }  // namespace sparse_unified

@@ -106,6 +106,11 @@ constexpr Bug kBugs[] = {
     BUG(cluster_used_at_once, kEvery, "no barrier was initialised there", "race on"),
     BUG(cluster_not_fenced, kEvery, "no fence after barrier_init", nullptr),
     BUG(block_sits_out, kEvery, "0 arrivals and 2048 bytes missing", nullptr),
+    BUG(accumulators_stored_late, kEvery, kWrong, nullptr),
+    BUG(place_of_next_tile, kEvery, kWrong, nullptr),
+    BUG(last_tile_left, kEvery, kWrong, nullptr),
+    BUG(product_too_narrow, kEvery, kWrong, nullptr),
+    BUG(exchange_of_some, kEvery, "divergent collective", nullptr),
     BUG(wait_at_other_block, kEvery, "takes no address of another block", nullptr),
 };
 #undef BUG

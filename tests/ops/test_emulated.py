@@ -64,7 +64,7 @@ HOPPER_CASES = {
     "wider than a tile": (264, 272, (0, 300, 0)),
     "every token on every expert": (8, 16, (5, 5, 5)),
     "a long sum over one step of rows": (520, 48, (64, 65)),
-    "pairs of tiles": (72, 144, (0, 300, 128, 0, 1, 129)),
+    "pairs of tiles": (72, 368, (0, 300, 128, 0, 1, 129)),
     "a last tile of two boxes": (72, 592, (3, 130)),
     "a last tile of four boxes": (72, 464, (0, 40)),
     "more tiles of rows than one band": (72, 144, (17 * 128 + 3,)),

@@ -98,6 +98,12 @@ Run cluster_not_fenced;       // no fence after it
 Run block_sits_out;           // a block without rows of its own leaves its part of the boxes out
 Run wait_at_other_block;      // at the address of map_to_block
 
+// deferred.cu: results stored while the next tile is multiplied
+Run accumulators_stored_late;  // rounded when the next products are under way
+Run place_of_next_tile;        // where the next tile's results belong
+Run last_tile_left;            // no tile comes after it
+Run product_too_narrow;        // for the columns of the last tile
+Run exchange_of_some;          // lanes without rows leave out the exchange
 // Input, output and length of the kernels.
 struct Params {
   const int32_t* in;
