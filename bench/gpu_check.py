@@ -46,15 +46,15 @@ ON_CPU = ("odd-7to3-T300",)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Each op forward and backward, ragged and empty experts, sizes that fit no tile.
 SANITIZED = (
-    "checks_routing.route_of_exact_logits[1-bfloat16-37-(32, 16)]",
-    "checks_routing.sort_is_the_stable_one[gaps-1-(12, 12)]",
-    "checks_routing.permute_and_combine[37-1000-bfloat16-4]",
-    "checks_experts.ffn_of_any_routing[60-(5, 2)-bfloat16-gaps]",
+    "kernels.route_of_exact_logits[1-bfloat16-37-(32, 16)]",
+    "kernels.sort_is_the_stable_one[gaps-1-(12, 12)]",
+    "kernels.permute_and_combine[37-1000-bfloat16-4]",
+    "kernels.ffn_of_any_routing[60-(5, 2)-bfloat16-gaps]",
     "checks_experts.ffn_of_sizes_that_fit_no_tile[(72, 56)-90-bfloat16]",
-    "checks_experts.pruned_ffn_of_any_list[(9, 64)-37-bfloat16-some]",
-    "checks_routing.gradients_of_route_topk[bfloat16-53]",
-    "checks_routing.gradients_of_permute_and_combine[bfloat16-41]",
-    "checks_experts.gradients_of_experts[90-False-bfloat16-gaps]",
+    "kernels.pruned_ffn_of_any_list[(9, 64)-37-bfloat16-some]",
+    "kernels.gradients_of_route_topk[bfloat16-53]",
+    "kernels.gradients_of_permute_and_combine[bfloat16-41]",
+    "kernels.gradients_of_experts[90-False-bfloat16-gaps]",
 )
 
 
@@ -155,72 +155,27 @@ def instructions(out: Path, device: str, seconds: float) -> bool:
     )
 
 
-def work(device: str, names: Sequence[str]) -> None:
-    """Runs checks by name in this process; a line of JSON before and after each."""
-    import torch
-    from registry import Skip, all_checks
-
-    checks = all_checks()
-    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
-    for name in names:
-        print(json.dumps({"name": name, "outcome": "started"}), flush=True)
-        outcome, text = "passed", ""
-        try:
-            checks[name](torch.device(device))
-            synchronize()
-        except Skip as reason:
-            outcome, text = "skipped", str(reason)
-        except Exception as error:
-            outcome, text = "failed", f"{type(error).__name__}: {error}"[:2000]
-        print(json.dumps({"name": name, "outcome": outcome, "text": text}), flush=True)
-        if outcome == "failed":
-            print(f"{name}: {text}", file=sys.stderr, flush=True)
-            try:
-                synchronize()
-            except RuntimeError:
-                return  # the context is broken, and with it all that this process would compute
-
-
-def worker(device: str, names: Sequence[str]) -> list[str]:
-    """The command of a process that runs checks."""
-    return [sys.executable, __file__, "--device", device, "--work", json.dumps(names)]
+def worker(device: str) -> list[str]:
+    """The command of a process that runs checks, but for their names."""
+    return [sys.executable, __file__, "--device", device, "--work"]
 
 
 def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
-    """The checks of a part, in workers; one that ends or hangs fails its check, another goes on.
+    """The checks of a part; one that ends or hangs its process fails, another process goes on."""
+    import checks  # noqa: F401  (registers them)
 
-    DIR/PART.txt gets each result as it comes.
-    """
-    from registry import all_checks
+    from sparse_unified.checks import all_checks, results
 
-    deadline = time.monotonic() + seconds
     left = list(all_checks("cpu" if device == "cpu" else "cuda"))[:: 40 if device == "cpu" else 1]
     left = [name for name in left if ("compile" in name) == (part == "compile")]
-    found: dict[str, dict[str, str]] = {}
-    lines = out / f"{part}.txt"
-    lines.write_text("")
-    while left and time.monotonic() < deadline:
-        why, before = "ended the process", len(found)
-        try:
-            with lines.open("a") as log:
-                wait = deadline - time.monotonic()
-                subprocess.run(worker(device, left), stdout=log, timeout=wait, check=False)
-        except subprocess.TimeoutExpired:
-            why = "out of time"
-        for line in lines.read_text().splitlines():
-            if line.startswith("{"):  # others are of a compiler or a library
-                said = json.loads(line)
-                found[said["name"]] = said
-        for said in found.values():
-            if said["outcome"] == "started":
-                said |= {"outcome": "failed", "text": why}
-        if len(found) == before:
-            break
-        left = [name for name in left if name not in found]
-        save(out / f"{part}.json", {"not_run": left, "checks": list(found.values())})
-    failed = [f"{s['name']}: {s['text']}" for s in found.values() if s["outcome"] == "failed"]
+    found: list[dict[str, Any]] = []
+    for said in results(worker(device), left, seconds=seconds, stall=seconds):
+        found.append(said)
+        left.remove(said["name"])
+        save(out / f"{part}.json", {"not_run": left, "checks": found})
+    failed = [f"{said['name']}: {said['text']}" for said in found if said["outcome"] == "failed"]
     print(f"{len(found)} ran, {len(left)} not, {len(failed)} failed", *failed, sep="\n")
-    return not failed and not left
+    return bool(found) and not failed and not left
 
 
 def checks(out: Path, device: str, seconds: float) -> bool:
@@ -285,7 +240,7 @@ def sanitizer(out: Path, device: str, seconds: float) -> bool:
     started = {}
     for tool in SANITIZERS:
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
-        command += [*(ours if tool != "initcheck" else ()), *worker(device, SANITIZED)]
+        command += [*(ours if tool != "initcheck" else ()), *worker(device), json.dumps(SANITIZED)]
         log = (out / f"{tool}.txt").open("w")
         started[tool] = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=variables
@@ -342,6 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.work or options.part:
         use_tree()
         if options.work:
+            import checks  # noqa: F401  (registers them)
+
+            from sparse_unified.checks import work
+
             work(options.device, json.loads(options.work))
             return 0
         return 0 if PARTS[options.part][1](out, options.device, options.seconds) else 1

@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from problems import (
+from tiers import IS_DEEP
+from torch import Tensor
+
+from sparse_unified.bench.suites import VARIABLE, find_variants
+from sparse_unified.checks.problems import (
     HALVES,
     Problem,
     assert_all_equal,
@@ -22,10 +26,6 @@ from problems import (
     lay_out,
     pruned_problem,
 )
-from tiers import IS_DEEP
-from torch import Tensor
-
-from sparse_unified.bench.suites import VARIABLE, find_variants
 from sparse_unified.ops import backend
 
 EMULATION = torch.ops.sparse_unified_emulation
