@@ -7,8 +7,9 @@
 Needs a source tree with the built library, torch and a GPU; no installation, no git, no pytest.
 Parts of the first call: environment; instructions, each instruction of csrc/device alone; checks,
 the properties that tests hold on the CPU; bench, the block and its ops beside dense, an expert loop
-and grouped_mm. Of the second: tune, all configurations of the expert GEMMs; compile, the checks
-that wait for a compiler; sanitizer, compute-sanitizer over small checks. Each runs in a process of
+and grouped_mm. Of the second: tune, all configurations of the expert GEMMs; families, what
+`sparse-unified doctor` finds; sanitizer, compute-sanitizer over small checks; compile, the checks
+that wait for a compiler. Each runs in a process of
 its own and writes DIR/PART.json as soon as there is something to save; the speeds are
 DIR/DEVICE.json, which belongs into bench/results. The exit status is 1 when a part failed.
 `--build` compiles the instruction programs into build/gpu for a machine without nvcc;
@@ -157,7 +158,7 @@ def instructions(out: Path, device: str, seconds: float) -> bool:
 
 def worker(device: str) -> list[str]:
     """The command of a process that runs checks, but for their names."""
-    return [sys.executable, __file__, "--device", device, "--work"]
+    return [sys.executable, __file__, "--work", device]
 
 
 def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
@@ -263,15 +264,27 @@ def sanitizer(out: Path, device: str, seconds: float) -> bool:
     return all(told == right for told in found.values())
 
 
+def families(out: Path, device: str, seconds: float) -> bool:
+    """What `sparse-unified doctor` tells users: each kernel family alone."""
+    os.environ["SPARSE_UNIFIED_CACHE"] = str(out)  # where it keeps what fails
+    from sparse_unified import doctor
+
+    report = doctor.examine(device, stall=seconds, command=worker(device)[:-1])
+    save(out / "families.json", report.to_dict())
+    print(report)
+    return report.ok
+
+
 # Part -> its seconds, and what runs it, in this order.
 PARTS = {
     "environment": (25, environment),
-    "instructions": (15, instructions),
+    "instructions": (30, instructions),
     "checks": (60, checks),
     "bench": (130, bench),
     "tune": (50, tune),
-    "compile": (100, compile),
-    "sanitizer": (80, sanitizer),
+    "families": (45, families),
+    "sanitizer": (75, sanitizer),
+    "compile": (80, compile),
 }
 CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 
@@ -279,14 +292,14 @@ CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="directory of results ($OUT, or build/gpu_check)")
-    parser.add_argument("--seconds", type=float, help="for everything (first 230, second 230)")
+    parser.add_argument("--seconds", type=float, help="for everything (first 245, second 250)")
     parser.add_argument(
         "--parts", help=f"first, second, or some of {','.join(PARTS)}, with commas between"
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--build", action="store_true", help="compile instruction tests, no more")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     out = (options.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -299,9 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.work:
             import checks  # noqa: F401  (registers them)
 
-            from sparse_unified.checks import work
+            from sparse_unified import doctor
 
-            work(options.device, json.loads(options.work))
+            doctor.child()
             return 0
         return 0 if PARTS[options.part][1](out, options.device, options.seconds) else 1
     names = CALLS.get(options.parts) or (options.parts or ",".join(PARTS)).split(",")

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 # Parts of the package from the kernels up. Each may import itself and what stands before it...
 ORDER = (
     *("_version", "_common", "_library", "experts", "ops", "nn", "checkpoint", "surgery", "bagel"),
-    *("convert", "engines", "analysis", "adapt", "mini", "testing", "fixtures", "build", "bench"),
-    "cli",
+    *("convert", "engines", "analysis", "adapt", "mini", "testing", "fixtures", "build", "checks"),
+    *("bench", "doctor", "cli"),
 )
 # ... but ops, which kernels alone serve, no experts.
 REFUSED = {"ops": {"experts"}}

@@ -24,6 +24,8 @@ import torch
 
 CPU, EMULATED, CUDA = "cpu", "emulated", "cuda"
 EVERYWHERE = (CPU, EMULATED, CUDA)
+# Seconds that a child process may take to begin: torch on a cold disk.
+_START = 300.0
 # How a result says that its process did not come to the end of a check.
 STARTED = "started"
 
@@ -128,9 +130,19 @@ def all_checks(backend: str | None = None) -> dict[str, Check]:
 # In a process of their own, which a fault may end
 
 
-def work(device: str, names: Sequence[str]) -> None:
-    """Runs checks by name in this process; a line of JSON before and after each."""
-    checks = all_checks()
+def work(
+    device: str,
+    names: Sequence[str],
+    more: Mapping[str, Callable[[torch.device], dict[str, Any]]] | None = None,
+) -> None:
+    """Runs checks by name in this process; a line of JSON before and after each.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        names: of the checks, in order.
+        more: what else has a name.
+    """
+    checks: dict[str, Callable[[torch.device], dict[str, Any]]] = {**all_checks(), **(more or {})}
     synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
     for name in names:
         show(name=name, outcome=STARTED)
@@ -138,8 +150,8 @@ def work(device: str, names: Sequence[str]) -> None:
         try:
             facts |= checks[name](torch.device(device))
             synchronize()
-        except Skip as reason:
-            facts = {"outcome": "skipped", "text": str(reason)}
+        except (Skip, torch.OutOfMemoryError) as reason:  # neither is the kernels' fault
+            facts = {"outcome": "skipped", "text": str(reason)[:200]}
         except Exception as error:
             facts = {"outcome": "failed", "text": f"{type(error).__name__}: {error}"[:2000]}
         show(name=name, **facts)
@@ -189,10 +201,10 @@ def results(
         lines, errors = queue.Queue[str](), list[str]()
         for stream, put in ((child.stdout, lines.put), (child.stderr, errors.append)):
             threading.Thread(target=_read, args=(stream, put), daemon=True).start()
-        running, why, before = "", "", len(left)
+        running, why, before, allowed = "", "", len(left), max(stall, _START)
         try:
             while not why:
-                wait = min(stall, deadline - time.monotonic())
+                wait = min(allowed, deadline - time.monotonic())
                 try:
                     line = lines.get(timeout=max(wait, 0))
                 except queue.Empty:
@@ -202,7 +214,7 @@ def results(
                     break
                 if not line.startswith('{"name"'):
                     continue  # of a compiler or a library
-                said = json.loads(line)
+                said, allowed = json.loads(line), stall
                 running = said["name"] if said["outcome"] == STARTED else ""
                 if not running:
                     left.remove(said["name"])

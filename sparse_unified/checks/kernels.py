@@ -135,11 +135,11 @@ def gradients_of_route_topk(device: torch.device, dtype: torch.dtype, num_tokens
     grads = v["grad_logits"], v["grad_topk_logits"]
     wide = doubles(*tensors)
     exact = torch.autograd.grad(
-        reference.route_topk(*wide, 5)[:2], wide, [grad.double() for grad in grads]
+        reference.route_topk(wide[0], wide[1], 5)[:2], wide, [grad.double() for grad in grads]
     )
     for trained in ((0, 1), (0,), (1,)):
         leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(tensors)]
-        logits, topk_logits, topk_idx = ops.route_topk(*leaves, 5)
+        logits, topk_logits, topk_idx = ops.route_topk(leaves[0], leaves[1], 5)
         assert not topk_idx.requires_grad
         own = torch.autograd.grad((logits, topk_logits), [leaves[i] for i in trained], grads)
         assert_gradients(own, [exact[i] for i in trained], dtype)
@@ -164,7 +164,12 @@ def gradients_of_permute_and_combine(
     assert_gradients(own[:1], exact[:1], dtype)
     assert_gradients(own[1:], exact[1:], torch.float32)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out_alone = ops.combine(y, weights.detach(), token_rows)
     assert not any(tensor.shape == y.shape for tensor in kept), "rows are kept for nothing"
     alone = torch.autograd.grad(out_alone, y, grad)
@@ -209,6 +214,7 @@ def assert_grouped(problem: Problem) -> None:
         routing=ROUTINGS,
     ),
     *grid(num_tokens=(60, 150), experts=((5, 2), (5, 1)), dtype=DTYPES, routing=ROUTINGS),
+    *grid(num_tokens=(400,), experts=((5, 2),), dtype=DTYPES, routing=("random",)),
     on=with_kernel,
 )
 def ffn_of_any_routing(
@@ -219,7 +225,7 @@ def ffn_of_any_routing(
     routing: str,
 ) -> None:
     """Experts without a row; all rows on one, the first, the last; several tiles of rows."""
-    size = (136, 80) if num_tokens == 150 else (40, 24)
+    size = (136, 80) if num_tokens in (150, 400) else (40, 24)
     num_experts, top_k = experts
     sizes = (num_tokens, size[0], num_experts, size[1], top_k)
     assert_grouped(grouped_problem(*sizes, dtype, routing, device))
@@ -285,6 +291,8 @@ def pruned_ffn_of_any_list(
     ),
     *grid(num_tokens=(90,), recompute=(False, True), dtype=DTYPES, routing=("random", "gaps")),
     *grid(num_tokens=(90,), recompute=(False,), dtype=DTYPES, routing=("random",), width=(592,)),
+    # More rows an expert than the small tiles have: the kernels of Hopper.
+    *grid(num_tokens=(400,), recompute=(False,), dtype=DTYPES, routing=("random",), width=(48,)),
     on=with_kernel,
 )
 def gradients_of_experts(
@@ -367,7 +375,7 @@ def block_is_that_of_the_cpu(
         num_experts=7,
         num_shared_experts=shared,
         gate_img=gate_img,
-        strict=True,
+        strict=backend.device_refusal(device) is None,
     )
     routers = [r for r in (block.gate, block.gate_img) if r is not None]
     with torch.no_grad():

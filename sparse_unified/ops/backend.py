@@ -9,6 +9,7 @@ import re
 import torch
 
 from sparse_unified import _library
+from sparse_unified.ops import choices
 
 CPU = "cpu"
 CUDA = "cuda"
@@ -38,14 +39,22 @@ def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool
     return False
 
 
+def architectures() -> tuple[str, ...]:
+    """What the library has code for, sm_80 say; nothing without CUDA."""
+    codes: str = _library.module.build_info()["cuda_architectures"]
+    return () if codes == "none" else tuple(codes.split())
+
+
 @torch.compiler.assume_constant_result  # the compiler could not trace it
 def device_refusal(device: torch.device) -> str | None:
-    """Says why this library runs no CUDA kernel on a device of type "cuda", or None."""
+    """Says why this library runs no kernel on a device of type "cpu" or "cuda", or None."""
     return _device_refusal(device)
 
 
 @functools.cache
 def _device_refusal(device: torch.device) -> str | None:
+    if device.type == CPU:
+        return choices.refusal(device)
     facts = _library.module.build_info()
     codes, toolkit, driver = (
         facts[f"cuda_{name}"] for name in ("architectures", "toolkit", "driver")
@@ -65,7 +74,7 @@ def _device_refusal(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if not runs_on(tuple(codes.split()), (major, minor)):
         return f"the CUDA kernels have code for {codes}, got compute capability {major}.{minor}"
-    return None
+    return choices.refusal(device)
 
 
 def cuda_refusal(
@@ -105,11 +114,11 @@ def choose(
 
     Args: as `cuda_refusal`, and the device of the weights.
     """
-    if device.type == "cpu":
-        return CPU
-    if device.type != "cuda":
+    if device.type not in (CPU, CUDA):
         return f"torch: this build has no kernel for device type {device.type!r}"
-    why = device_refusal(device) or cuda_refusal(
-        dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts
-    )
-    return CUDA if why is None else f"torch: {why}"
+    why = device_refusal(device)
+    if why is None and device.type == CUDA:
+        why = cuda_refusal(
+            dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts
+        )
+    return device.type if why is None else f"torch: {why}"
