@@ -116,13 +116,16 @@ def build(architectures: dict[str, str]) -> dict[str, Path]:
         architectures: program -> arguments of -gencode, with spaces between.
     """
     BUILT.mkdir(parents=True, exist_ok=True)
+    compilers = {}
     for name in architectures:
         sources = [PROGRAMS / f"{name}.cu"]
         sources += [ROOT / "csrc" / "cuda" / "tensor_map.cu"] if name == "sm90a" else []
         codes = [f"-gencode=arch={code}" for code in architectures[name].split()]
         command = ["nvcc", "-std=c++20", "-O2", *codes]
         command += [f"-I{f}" for f in (ROOT / "csrc", ROOT / "csrc" / "include", PROGRAMS)]
-        subprocess.run([*command, *map(str, sources), "-o", str(BUILT / name)], check=True)
+        compilers[name] = subprocess.Popen([*command, *map(str, sources), "-o", str(BUILT / name)])
+    if failed := [name for name, compiler in compilers.items() if compiler.wait()]:
+        raise RuntimeError(f"gpu_check: nvcc must compile {', '.join(failed)}, got errors")
     return {name: BUILT / name for name in architectures}
 
 

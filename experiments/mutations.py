@@ -30,6 +30,7 @@ LIBRARY = "sparse_unified/_C.abi3.so"
 CHECKS, ATTACK = "tests/ops/test_checks.py", "tests/ops/test_attack.py"
 MOE = "tests/test_nn_sparse_moe.py"
 BACKEND = "tests/ops/test_backend.py"
+DOCTOR = "tests/test_doctor.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +403,9 @@ PACKAGE = (
         "tests/ops/test_backend.py",
     ),
     python("ops/backend.py", "@torch.compiler.assume_constant_result", "", BACKEND),
+    python("ops/choices.py", "if key.endswith(own):", "if key:", DOCTOR),
+    python("doctor.py", "own[:position]", "()", DOCTOR),
+    python("checks/__init__.py", "json.loads(line), stall", "json.loads(line), 1e9", DOCTOR),
     python("ops/backend.py", "4 if newest == 12 else 0", "0", BACKEND),
     python("ops/backend.py", "own[0] == capability[0]", "True", BACKEND),
     python("experts/layout.py", "rows[1::2] = rows[1::2].flip(1)", "", "tests/test_experts.py"),

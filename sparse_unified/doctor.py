@@ -22,10 +22,10 @@ import torch
 
 from sparse_unified import checks
 from sparse_unified._common import Progress, Report
-from sparse_unified._version import __version__
 from sparse_unified.bench import suites
 from sparse_unified.bench.cases import CASES, Case
 from sparse_unified.bench.measure import Roof, Run
+from sparse_unified.bench.peers import PEERS, Ours, Peer
 from sparse_unified.bench.target import find_target
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.model_dir import Checkpoint
@@ -133,7 +133,7 @@ class Diagnosis(Report):
                 else f"{f.name} {passed}{times and ', '}{times}"
             )
         return (
-            f"sparse_unified {__version__} ({self.library}), torch {self.torch}, on {self.device}, "
+            f"sparse_unified {self.library}, torch {self.torch}, on {self.device}, "
             f"driver {self.driver}: {'; '.join(told)}; {self.runs} runs"
             + (f", because {self.reason}" if self.reason else "")
         )
@@ -460,9 +460,12 @@ def _measured(suite: Any, device: torch.device, repeats: int) -> Run:
 
 def _beside_dense(direction: str, device: torch.device) -> dict[str, Any]:
     case, dtype = CASES[_TIMED_CASES[device.type]], _DTYPES[device.type]
-    both = ("dense", suites.OURS)
+    both = {
+        "dense": PEERS["dense"],
+        suites.OURS: Peer(name=suites.OURS, build=partial(Ours, strict=False)),
+    }
     run = _measured(
-        suites.block_suite(case, dtype, direction, device, providers=both), device, repeats=9
+        suites.block_suite(case, dtype, direction, device, peers=both), device, repeats=9
     )
     if run.missing:
         raise RuntimeError("; ".join(f"{m['provider']}: {m['reason']}" for m in run.missing))
@@ -475,8 +478,7 @@ def _fastest(case: Mapping[str, Any], direction: str, device: torch.device) -> d
     suite = suites.variant_suite(sizes, _DTYPES[device.type], direction, device)
     run = _measured(suite, device, repeats=15)
     suites.set_variant(suites.CHOSEN)
-    by_name = {record["provider"]: record for record in run.records}
-    best = min(by_name.values(), key=lambda record: record["median_us"])
+    best = min(run.records, key=lambda record: record["median_us"])
     facts = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     scope = [
         10 * facts.major + facts.minor if facts else 0,

@@ -355,7 +355,7 @@ def twin(block: SparseMoE) -> SparseMoE:
 def assert_near(name: str, out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     size = exact.double().norm().cpu()
     error, allowed = (out.double().cpu() - exact.double().cpu()).norm(), torch.finfo(dtype).eps
-    note_error(float(error / size.clamp_min(1e-30)))
+    note_error((error / size.clamp_min(1e-30)).item())
     assert error <= 4 * allowed * size, f"{name} is off by {error:.2g} of {size:.2g}"
 
 

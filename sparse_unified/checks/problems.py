@@ -311,7 +311,7 @@ def assert_gradients(own: Sequence[Tensor], exact: Sequence[Tensor], dtype: torc
         assert gradient.shape == expected.shape
         assert gradient.dtype == dtype
         error = (gradient.double() - expected).norm()
-        note_error(float(error / expected.norm().clamp_min(1e-30)))
+        note_error((error / expected.norm().clamp_min(1e-30)).item())
         allowed = 16 * torch.finfo(dtype).eps * expected.norm()
         assert error <= allowed, f"gradient {position} is off by {error:.3g}, allowed {allowed:.3g}"
 
