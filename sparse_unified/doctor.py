@@ -91,6 +91,15 @@ class Family:
     over_dense: dict[str, float]
     failure: str
 
+    @property
+    def outcome(self) -> str:
+        """The whole in words."""
+        if self.failure:
+            return f"fails {self.failure}"
+        times = [f"{ratio:.2f}x dense {name}" for name, ratio in self.over_dense.items()]
+        passed = f"passes {self.num_passed} checks"
+        return ", ".join([passed, f"error at most {self.largest_error:.1e}", *times])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis(Report):
@@ -123,19 +132,11 @@ class Diagnosis(Report):
     @property
     def sentence(self) -> str:
         """What to quote in an issue."""
-        told = []
-        for f in self.families:
-            times = ", ".join(f"{ratio:.2f}x dense {name}" for name, ratio in f.over_dense.items())
-            passed = f"passes {f.num_passed} checks, error at most {f.largest_error:.1e}"
-            told.append(
-                f"{f.name} fails {f.failure}"
-                if f.failure
-                else f"{f.name} {passed}{times and ', '}{times}"
-            )
+        told = "; ".join(f"{family.name} {family.outcome}" for family in self.families)
+        why = f", because {self.reason}" if self.reason else ""
         return (
             f"sparse_unified {self.library}, torch {self.torch}, on {self.device}, "
-            f"driver {self.driver}: {'; '.join(told)}; {self.runs} runs"
-            + (f", because {self.reason}" if self.reason else "")
+            f"driver {self.driver}: {told}; {self.runs} runs{why}"
         )
 
     def title(self) -> str:
@@ -157,7 +158,7 @@ class Diagnosis(Report):
         ]
 
     def notes(self) -> list[str]:
-        failed = [f"{f.name} fails {f.failure}" for f in self.families if f.failure]
+        failed = [f"{f.name} {f.outcome}" for f in self.families if f.failure]
         kept = [f"left out from now on, as {self.file} says; --reset forgets it"] if failed else []
         return [*failed, *kept, "", "to quote in an issue:", self.sentence]
 
@@ -189,7 +190,7 @@ def examine(
     families: Sequence[str] | None = None,
     command: Sequence[str] = _CHILD,
     names: Sequence[str] | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Callable[..., object] = lambda *_: None,
 ) -> Diagnosis:
     """Runs the kernel families of a device against the references, each in a process of its own.
 
@@ -202,7 +203,7 @@ def examine(
         families: to look at; all of the device by default.
         command: of the child process, which gets device and names.
         names: of checks and times; `vital_checks` and the times beside dense by default.
-        progress: called with the families done and their number.
+        progress: called with the number of families done, that of all, and what came of the last.
 
     Raises:
         ValueError: the device is not there.
@@ -213,11 +214,10 @@ def examine(
     wanted = [*vital_checks(target.device), *_TIMED] if names is None else list(names)
     found = []
     for position, family in enumerate(own):
-        progress(position, len(own))
         asked = [n for n in wanted if family != TORCH or n in _TIMED or n.startswith(_OF_TORCH)]
         with _refusing(target.device, own[:position]) as environment:
             found.append(_examine(family, (*command, device), asked, stall, environment))
-    progress(len(own), len(own))
+        progress(position + 1, len(own), f"{family}: {found[-1].outcome}")
     failed = {f.name: f"fail {f.failure}" for f in found if f.failure}
     _change(target.device, refused={f: failed.get(f, "") for f in own if f != TORCH})
     return Diagnosis(

@@ -30,8 +30,13 @@ ORDER = (
 )
 # ... but ops, which kernels alone serve, no experts.
 REFUSED = {"ops": {"experts"}}
-# Names that a package passes on when they are first asked for.
-PASSED_ON = {"sparse_unified": set(ORDER), "sparse_unified.checkpoint": {"convert"}}
+# Names that a package passes on when they are first asked for; and the doctor, which the script of
+# the GPU check runs; nothing imports that.
+PASSED_ON = {
+    "sparse_unified": set(ORDER),
+    "sparse_unified.checkpoint": {"convert"},
+    "sparse_unified.bench.gpu_check": {"doctor"},
+}
 HEAVY = (
     *("transformers", "tokenizers", "huggingface_hub", "PIL", "tqdm", "matplotlib", "datasets"),
     *(

@@ -368,6 +368,7 @@ def block_is_that_of_the_cpu(
     device: torch.device, dtype: torch.dtype, shared: int, gate_img: bool, num_tokens: int
 ) -> None:
     """Outputs and gradients beside torch ops in fp32; integers route, so that no choice flips."""
+    why = backend.CPU_REFUSAL if device.type == "cpu" else backend.device_refusal(device)
     block = block_on(
         device,
         dtype,
@@ -375,7 +376,7 @@ def block_is_that_of_the_cpu(
         num_experts=7,
         num_shared_experts=shared,
         gate_img=gate_img,
-        strict=backend.device_refusal(device) is None,
+        strict=why is None,
     )
     routers = [r for r in (block.gate, block.gate_img) if r is not None]
     with torch.no_grad():

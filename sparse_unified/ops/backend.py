@@ -19,6 +19,8 @@ CUDA = "cuda"
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_MULTIPLE = 8
 _CUDA_MAX_EXPERTS = 256
+# Why the CPU runs no kernel of ours, or None.
+CPU_REFUSAL = choices.refusal(torch.device(CPU))
 
 
 def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
@@ -47,14 +49,12 @@ def architectures() -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result  # the compiler could not trace it
 def device_refusal(device: torch.device) -> str | None:
-    """Says why this library runs no kernel on a device of type "cpu" or "cuda", or None."""
+    """Says why this library runs no CUDA kernel on a device of type "cuda", or None."""
     return _device_refusal(device)
 
 
 @functools.cache
 def _device_refusal(device: torch.device) -> str | None:
-    if device.type == CPU:
-        return choices.refusal(device)
     facts = _library.module.build_info()
     codes, toolkit, driver = (
         facts[f"cuda_{name}"] for name in ("architectures", "toolkit", "driver")
@@ -114,11 +114,11 @@ def choose(
 
     Args: as `cuda_refusal`, and the device of the weights.
     """
-    if device.type not in (CPU, CUDA):
+    if device.type == CPU:
+        return CPU if CPU_REFUSAL is None else f"torch: {CPU_REFUSAL}"
+    if device.type != CUDA:
         return f"torch: this build has no kernel for device type {device.type!r}"
-    why = device_refusal(device)
-    if why is None and device.type == CUDA:
-        why = cuda_refusal(
-            dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts
-        )
-    return device.type if why is None else f"torch: {why}"
+    why = device_refusal(device) or cuda_refusal(
+        dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts
+    )
+    return CUDA if why is None else f"torch: {why}"
