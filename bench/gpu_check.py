@@ -8,10 +8,11 @@ Needs a source tree with the built library, torch and a GPU; no installation, no
 Parts of the first call: environment; instructions, each instruction of csrc/device alone; checks,
 the properties that tests hold on the CPU; bench, the block and its ops beside dense, an expert loop
 and grouped_mm. Of the second: tune, all configurations of the expert GEMMs; kernels, each of these
-GEMMs by itself, on Hopper with multicast and without; compile, the checks that wait for a compiler;
-sanitizer, compute-sanitizer over small checks. Each runs in a process of its own and writes
-DIR/PART.json as soon as there is something to save; the speeds are DIR/DEVICE.json, which belongs
-into bench/results. The exit status is 1 when a part failed.
+GEMMs by itself, on Hopper with multicast and without; families, what `sparse-unified doctor` finds;
+sanitizer, compute-sanitizer over small checks; compile, the checks that wait for a compiler. Each
+runs in a process of its own and writes DIR/PART.json as soon as there is something to save; the
+speeds are DIR/DEVICE.json, which belongs into bench/results. The exit status is 1 when a part
+failed.
 `--build` compiles the instruction programs into build/gpu for a machine without nvcc;
 `--device cpu` tries the script itself on small shapes.
 """
@@ -55,15 +56,15 @@ KERNEL_ROUNDS = 10
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Each op forward and backward, ragged and empty experts, sizes that fit no tile.
 SANITIZED = (
-    "checks_routing.route_of_exact_logits[1-bfloat16-37-(32, 16)]",
-    "checks_routing.sort_is_the_stable_one[gaps-1-(12, 12)]",
-    "checks_routing.permute_and_combine[37-1000-bfloat16-4]",
-    "checks_experts.ffn_of_any_routing[60-(5, 2)-bfloat16-gaps]",
+    "kernels.route_of_exact_logits[1-bfloat16-37-(32, 16)]",
+    "kernels.sort_is_the_stable_one[gaps-1-(12, 12)]",
+    "kernels.permute_and_combine[37-1000-bfloat16-4]",
+    "kernels.ffn_of_any_routing[60-(5, 2)-bfloat16-gaps]",
     "checks_experts.ffn_of_sizes_that_fit_no_tile[(72, 56)-90-bfloat16]",
-    "checks_experts.pruned_ffn_of_any_list[(9, 64)-37-bfloat16-some]",
-    "checks_routing.gradients_of_route_topk[bfloat16-53]",
-    "checks_routing.gradient_of_permute[bfloat16-41]",
-    "checks_experts.gradients_of_experts[90-False-bfloat16-gaps]",
+    "kernels.pruned_ffn_of_any_list[(9, 64)-37-bfloat16-some]",
+    "kernels.gradients_of_route_topk[bfloat16-53]",
+    "kernels.gradient_of_permute[bfloat16-41]",
+    "kernels.gradients_of_experts[90-False-bfloat16-gaps]",
 )
 
 
@@ -124,13 +125,16 @@ def build(architectures: dict[str, str]) -> dict[str, Path]:
         architectures: program -> arguments of -gencode, with spaces between.
     """
     BUILT.mkdir(parents=True, exist_ok=True)
+    compilers = {}
     for name in architectures:
         sources = [PROGRAMS / f"{name}.cu"]
         sources += [ROOT / "csrc" / "cuda" / "tensor_map.cu"] if name == "sm90a" else []
         codes = [f"-gencode=arch={code}" for code in architectures[name].split()]
         command = ["nvcc", "-std=c++20", "-O2", *codes]
         command += [f"-I{f}" for f in (ROOT / "csrc", ROOT / "csrc" / "include", PROGRAMS)]
-        subprocess.run([*command, *map(str, sources), "-o", str(BUILT / name)], check=True)
+        compilers[name] = subprocess.Popen([*command, *map(str, sources), "-o", str(BUILT / name)])
+    if failed := [name for name, compiler in compilers.items() if compiler.wait()]:
+        raise RuntimeError(f"gpu_check: nvcc must compile {', '.join(failed)}, got errors")
     return {name: BUILT / name for name in architectures}
 
 
@@ -164,72 +168,28 @@ def instructions(out: Path, device: str, seconds: float) -> bool:
     )
 
 
-def work(device: str, names: Sequence[str]) -> None:
-    """Runs checks by name in this process; a line of JSON before and after each."""
-    import torch
-    from registry import Skip, all_checks
-
-    checks = all_checks()
-    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
-    for name in names:
-        print(json.dumps({"name": name, "outcome": "started"}), flush=True)
-        outcome, text = "passed", ""
-        try:
-            checks[name](torch.device(device))
-            synchronize()
-        except Skip as reason:
-            outcome, text = "skipped", str(reason)
-        except Exception as error:
-            outcome, text = "failed", f"{type(error).__name__}: {error}"[:2000]
-        print(json.dumps({"name": name, "outcome": outcome, "text": text}), flush=True)
-        if outcome == "failed":
-            print(f"{name}: {text}", file=sys.stderr, flush=True)
-            try:
-                synchronize()
-            except RuntimeError:
-                return  # the context is broken, and with it all that this process would compute
-
-
-def worker(device: str, names: Sequence[str]) -> list[str]:
-    """The command of a process that runs checks."""
-    return [sys.executable, __file__, "--device", device, "--work", json.dumps(names)]
+def worker(device: str) -> list[str]:
+    """The command of a process that runs checks, but for their names."""
+    return [sys.executable, __file__, "--work", device]
 
 
 def run_checks(out: Path, device: str, seconds: float, part: str) -> bool:
-    """The checks of a part, in workers; one that ends or hangs fails its check, another goes on.
+    """The checks of a part; one that ends or hangs its process fails, another process goes on."""
+    import checks  # noqa: F401  (registers them)
 
-    DIR/PART.txt gets each result as it comes.
-    """
-    from registry import all_checks
+    from sparse_unified.checks import all_checks, results
 
-    deadline = time.monotonic() + seconds
-    left = list(all_checks("cpu" if device == "cpu" else "cuda"))[:: 40 if device == "cpu" else 1]
+    left = list(all_checks("cpu" if device == "cpu" else "cuda"))
     left = [name for name in left if ("compile" in name) == (part == "compile")]
-    found: dict[str, dict[str, str]] = {}
-    lines = out / f"{part}.txt"
-    lines.write_text("")
-    while left and time.monotonic() < deadline:
-        why, before = "ended the process", len(found)
-        try:
-            with lines.open("a") as log:
-                wait = deadline - time.monotonic()
-                subprocess.run(worker(device, left), stdout=log, timeout=wait, check=False)
-        except subprocess.TimeoutExpired:
-            why = "out of time"
-        for line in lines.read_text().splitlines():
-            if line.startswith("{"):  # others are of a compiler or a library
-                said = json.loads(line)
-                found[said["name"]] = said
-        for said in found.values():
-            if said["outcome"] == "started":
-                said |= {"outcome": "failed", "text": why}
-        if len(found) == before:
-            break
-        left = [name for name in left if name not in found]
-        save(out / f"{part}.json", {"not_run": left, "checks": list(found.values())})
-    failed = [f"{s['name']}: {s['text']}" for s in found.values() if s["outcome"] == "failed"]
+    left = left[:: 40 if device == "cpu" else 1]
+    found: list[dict[str, Any]] = []
+    for said in results(worker(device), left, seconds=seconds, stall=seconds):
+        found.append(said)
+        left.remove(said["name"])
+        save(out / f"{part}.json", {"not_run": left, "checks": found})
+    failed = [f"{said['name']}: {said['text']}" for said in found if said["outcome"] == "failed"]
     print(f"{len(found)} ran, {len(left)} not, {len(failed)} failed", *failed, sep="\n")
-    return not failed and not left
+    return bool(found) and not failed and not left
 
 
 def checks(out: Path, device: str, seconds: float) -> bool:
@@ -331,7 +291,7 @@ def sanitizer(out: Path, device: str, seconds: float) -> bool:
     started = {}
     for tool in SANITIZERS:
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
-        command += [*(ours if tool != "initcheck" else ()), *worker(device, SANITIZED)]
+        command += [*(ours if tool != "initcheck" else ()), *worker(device), json.dumps(SANITIZED)]
         log = (out / f"{tool}.txt").open("w")
         started[tool] = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=variables
@@ -354,16 +314,32 @@ def sanitizer(out: Path, device: str, seconds: float) -> bool:
     return all(told == right for told in found.values())
 
 
+def families(out: Path, device: str, seconds: float) -> bool:
+    """What `sparse-unified doctor` tells users: each kernel family alone."""
+    os.environ["SPARSE_UNIFIED_CACHE"] = str(out)  # where it keeps what fails
+    from sparse_unified import doctor
+
+    def told(done: int, total: int, text: str) -> None:
+        print(f"{done} of {total}: {text}", flush=True)
+
+    command = worker(device)[:-1]
+    report = doctor.examine(device, stall=seconds, command=command, progress=told)
+    save(out / "families.json", report.to_dict())
+    print(report)
+    return report.ok
+
+
 # Part -> its seconds, and what runs it, in this order.
 PARTS = {
     "environment": (25, environment),
-    "instructions": (15, instructions),
+    "instructions": (30, instructions),
     "checks": (60, checks),
     "bench": (130, bench),
     "tune": (50, tune),
     "kernels": (15, kernels),
-    "compile": (85, compile),
-    "sanitizer": (80, sanitizer),
+    "families": (45, families),
+    "sanitizer": (75, sanitizer),
+    "compile": (70, compile),
 }
 CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 
@@ -371,14 +347,14 @@ CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="directory of results ($OUT, or build/gpu_check)")
-    parser.add_argument("--seconds", type=float, help="for everything (first 230, second 230)")
+    parser.add_argument("--seconds", type=float, help="for everything (first 245, second 255)")
     parser.add_argument(
         "--parts", help=f"first, second, or some of {','.join(PARTS)}, with commas between"
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--build", action="store_true", help="compile instruction tests, no more")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     out = (options.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -389,7 +365,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.work or options.part:
         use_tree()
         if options.work:
-            work(options.device, json.loads(options.work))
+            import checks  # noqa: F401  (registers them)
+
+            from sparse_unified import doctor
+
+            doctor.child()
             return 0
         return 0 if PARTS[options.part][1](out, options.device, options.seconds) else 1
     names = CALLS.get(options.parts) or (options.parts or ",".join(PARTS)).split(",")

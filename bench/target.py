@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 import re
 import statistics
 import subprocess
@@ -13,12 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_unified import _library
+from sparse_unified.ops.choices import processor_name
 
 from .measure import EventTimer, Roof, Timer, inputs, measure_interleaved, wall_clock
 
@@ -70,7 +69,10 @@ def find_target(name: str) -> Target:
         raise ValueError(f"bench: device must be 'cpu', 'cuda' or 'cuda:N', got {name!r}")
     if name == "cpu":
         return Target(
-            device=torch.device("cpu"), name=processor_name(), slug="cpu", timer=wall_clock
+            device=torch.device("cpu"),
+            name=f"{processor_name()}, {torch.get_num_threads()} threads",
+            slug="cpu",
+            timer=wall_clock,
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(match[1] or 0)
@@ -89,18 +91,6 @@ def slug(model: str) -> str:
     """Shortens the name of a GPU: "NVIDIA H200" -> "h200"."""
     words = re.sub(r"\b(nvidia|geforce|tesla|graphics|device)\b", " ", model.lower())
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "gpu"
-
-
-def processor_name() -> str:
-    """Model of the processor and the threads in use."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def device_state(device: torch.device) -> dict[str, str]:

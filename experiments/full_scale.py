@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 
 from sparse_unified.bagel import AutoEncoder, Bagel, BagelConfig, LLMConfig, VAEConfig, VisionConfig
 from sparse_unified.bench.report import commit, versions
-from sparse_unified.bench.target import processor_name
+from sparse_unified.bench.target import find_target
 from sparse_unified.checkpoint import (
     Checkpoint,
     PruneHeadsConfig,
@@ -195,7 +195,7 @@ def measure(root: Path, num_layers: int) -> dict[str, Any]:
     return {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "device": processor_name(),
+        "device": find_target("cpu").name,
         "versions": versions(),
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "num_layers": num_layers,

@@ -12,7 +12,7 @@ import torch
 from sparse_unified import _library
 from sparse_unified._common import Report
 from sparse_unified._version import __version__
-from sparse_unified.ops import backend
+from sparse_unified.ops import backend, choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +105,11 @@ def build_info() -> BuildInfo:
         major, minor = torch.cuda.get_device_capability(i)
         devices.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {major}.{minor}")
         why = backend.device_refusal(torch.device("cuda", i)) if architectures else None
-        if why is not None:
+        why = why or choices.note(torch.device("cuda", i))
+        if why:
             problems.append(f"cuda:{i}: {why}")
+    if why := choices.note(torch.device("cpu")):
+        problems.append(f"cpu: {why}")
     return BuildInfo(
         version=__version__,
         library=str(_library.module.__file__),

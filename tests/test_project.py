@@ -25,13 +25,18 @@ ROOT = Path(__file__).parent.parent
 # Parts of the package from the kernels up. Each may import itself and what stands before it...
 ORDER = (
     *("_version", "_common", "_library", "experts", "ops", "nn", "checkpoint", "surgery", "bagel"),
-    *("convert", "engines", "analysis", "adapt", "mini", "testing", "fixtures", "build", "bench"),
-    "cli",
+    *("convert", "engines", "analysis", "adapt", "mini", "testing", "fixtures", "build", "checks"),
+    *("bench", "doctor", "cli"),
 )
 # ... but ops, which kernels alone serve, no experts.
 REFUSED = {"ops": {"experts"}}
-# Names that a package passes on when they are first asked for.
-PASSED_ON = {"sparse_unified": set(ORDER), "sparse_unified.checkpoint": {"convert"}}
+# Names that a package passes on when they are first asked for; and the doctor, which the script of
+# the GPU check runs; nothing imports that.
+PASSED_ON = {
+    "sparse_unified": set(ORDER),
+    "sparse_unified.checkpoint": {"convert"},
+    "sparse_unified.bench.gpu_check": {"doctor"},
+}
 HEAVY = (
     *("transformers", "tokenizers", "huggingface_hub", "PIL", "tqdm", "matplotlib", "datasets"),
     *(

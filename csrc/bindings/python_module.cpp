@@ -132,10 +132,19 @@ PyObject* grouped_ffn_variants(PyObject*, PyObject*) {
   return list;
 }
 
+PyObject* set_grouped_ffn_rules(PyObject*, PyObject* text) {
+  const char* chars = nullptr;
+  if (!PyArg_Parse(text, "s", &chars)) return nullptr;
+  sparse_unified::set_grouped_ffn_rules(chars);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "What the library was built from, as {name: text}."},
     {"grouped_ffn_variants", grouped_ffn_variants, METH_NOARGS,
      "Values of SPARSE_UNIFIED_GROUPED_FFN worth timing side by side, as [text]."},
+    {"set_grouped_ffn_rules", set_grouped_ffn_rules, METH_O,
+     "Replaces what was found out about the expert GEMMs on devices; grouped_ffn_config.h."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -207,8 +207,15 @@ GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
   if (plan.refusal.empty()) plan.refusal = grouped_ffn_override_error(text);
   if (!plan.refusal.empty()) return plan;
   const GroupedFfnProblem problem = problem_of(params, device, is_backward);
-  plan.config = choose_grouped_ffn_config(problem, device, text);
+  // A rule gives way to what the process asks for, and where its kernels do not take the problem.
+  const std::string stored = grouped_ffn_rules_for(problem, device);
+  plan.config = choose_grouped_ffn_config(
+      problem, device, stored + (stored.empty() || text.empty() ? "" : ",") + text);
   plan.refusal = config_refusal(problem, device, plan.config);
+  if (!plan.refusal.empty() && !stored.empty()) {
+    plan.config = choose_grouped_ffn_config(problem, device, text);
+    plan.refusal = config_refusal(problem, device, plan.config);
+  }
   plan.matrix_bytes = matrix_bytes(params, plan.config.family);
   plan.weights_bytes = (1 + num_parts(params, plan.config.family)) * row_bytes(params);
   return plan;

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <functional>
+#include <iterator>
 #include <optional>
+#include <sstream>
 #include <string_view>
 #include <type_traits>
 
@@ -120,6 +122,31 @@ std::optional<std::string> apply_override(std::string_view text, GroupedFfnConfi
     if (!text.empty()) text.remove_prefix(1);
   }
   return std::nullopt;
+}
+
+struct Rule {
+  int64_t wanted[8];  // as set_grouped_ffn_rules lists them
+  std::string override_text;
+};
+
+std::vector<Rule>& rules() {
+  static std::vector<Rule> all;
+  return all;
+}
+
+bool applies(const Rule& rule, const GroupedFfnProblem& problem, const DeviceInfo& device) {
+  const int64_t rows = rule.wanted[6];
+  const bool is_near = 2 * problem.num_rows >= rows && problem.num_rows < 2 * rows;
+  const int64_t found[] = {device.compute_capability,
+                           device.num_multiprocessors,
+                           problem.hidden_size,
+                           problem.num_experts,
+                           problem.expert_width,
+                           problem.block_size,
+                           is_near ? rows : problem.num_rows,
+                           problem.is_backward ? 2 : 1};
+  return std::equal(std::begin(found), std::end(found), rule.wanted,
+                    [](int64_t own, int64_t wanted) { return wanted == 0 || own == wanted; });
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -245,6 +272,27 @@ std::string grouped_ffn_override_error(const std::string& text) {
     }
   }
   return message + ", or all=TILE for every phase of sm80; got \"" + *wrong + "\"";
+}
+
+void set_grouped_ffn_rules(const std::string& text) {
+  rules().clear();
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream fields(line);
+    Rule rule{};
+    for (int64_t& size : rule.wanted) fields >> size;
+    if (fields >> rule.override_text && grouped_ffn_override_error(rule.override_text).empty()) {
+      rules().push_back(rule);
+    }
+  }
+}
+
+std::string grouped_ffn_rules_for(const GroupedFfnProblem& problem, const DeviceInfo& device) {
+  std::string text;
+  for (const Rule& rule : rules()) {
+    if (applies(rule, problem, device)) text += (text.empty() ? "" : ",") + rule.override_text;
+  }
+  return text;
 }
 
 std::vector<std::string> grouped_ffn_variants() {

@@ -2,9 +2,12 @@
 // Runs grids, one cluster of blocks after the other, and reports what went wrong.
 #include "emulation/block.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <mutex>
 #include <numeric>
 
@@ -34,6 +37,8 @@ std::string error;    // of the launch, empty: none
 thread_local bool is_launching = false;
 bool is_recording = false;
 std::vector<RecordedLaunch> launches;
+Fault planted = Fault::kNone;
+std::string planted_kernel;
 
 void run_thread() {
   Fiber::arrive();
@@ -144,6 +149,11 @@ void record_launches(bool is_on) {
 }
 const std::vector<RecordedLaunch>& recorded_launches() { return launches; }
 
+void plant_fault(Fault fault, std::string kernel) {
+  planted = fault;
+  planted_kernel = std::move(kernel);
+}
+
 cudaError_t run_grid(const Call& new_call, const LaunchConfig& config) {
   static std::mutex mutex;
   if (is_launching) fail("a kernel launches another");
@@ -191,6 +201,12 @@ cudaError_t run_grid(const Call& new_call, const LaunchConfig& config) {
     std::reverse(order.begin(), order.end());
   } else if (cluster.schedule.order != Order::kForward) {
     std::shuffle(order.begin(), order.end(), RandomBits());
+  }
+  if (planted != Fault::kNone &&
+      describe_code(new_call.kernel).find(planted_kernel) != std::string::npos) {
+    if (planted == Fault::kAbort) std::abort();
+    if (planted == Fault::kHang) pause();
+    order.resize(order.size() / 2);
   }
   is_launching = true;
   for (const int64_t idx : order) {

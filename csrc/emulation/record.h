@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernels would be launched, and with what, without running them: full-size shapes for free.
+// And faults planted in them, for the tests of what must find those.
 #pragma once
 
 #include <cstdint>
@@ -18,5 +19,10 @@ struct RecordedLaunch {
 // launches run again.
 void record_launches(bool is_recording);
 const std::vector<RecordedLaunch>& recorded_launches();
+
+// What a kernel of which a name is part does from now on, until another fault is planted; it then
+// leaves its last clusters out, or ends the process, or does not come back.
+enum class Fault { kNone, kLostClusters, kAbort, kHang };
+void plant_fault(Fault fault, std::string kernel);
 
 }  // namespace sparse_unified::emulation

@@ -223,6 +223,25 @@ void test_wrong_overrides_are_named() {
 }
 
 // What bindings cannot bring about is refused all the same.
+void test_rules_stand_for_what_they_name() {
+  set_grouped_ffn_rules(
+      "90 0 0 0 0 0 0 0 family=sm80\n"
+      "90 132 3584 16 1184 0 32768 1 up=128x128x32x3\n"
+      "90 132 3584 16 1184 0 32768 1 nonsense\nnonsense\n");
+  GroupedFfnProblem problem = bagel(4096, 16, 8);
+  const std::string both = "family=sm80,up=128x128x32x3";
+  check_text("its shape", grouped_ffn_rules_for(problem, kH200), both);
+  check_text("another device", grouped_ffn_rules_for(problem, kRtx4090), "");
+  check_text("half of its rows", grouped_ffn_rules_for(bagel(2048, 16, 8), kH200), both);
+  check_text("fewer", grouped_ffn_rules_for(bagel(2047, 16, 8), kH200), "family=sm80");
+  check_text("twice its rows", grouped_ffn_rules_for(bagel(8192, 16, 8), kH200), "family=sm80");
+  check_text("other experts", grouped_ffn_rules_for(bagel(4096, 32, 8), kH200), "family=sm80");
+  problem.is_backward = true;
+  check_text("backward", grouped_ffn_rules_for(problem, kH200), "family=sm80");
+  set_grouped_ffn_rules("");
+  check_text("none", grouped_ffn_rules_for(problem, kH200), "");
+}
+
 void test_refusals_name_what_and_got() {
   alignas(16) static const char memory[16] = {};
   GroupedFfnCudaParams legal{};
@@ -275,5 +294,6 @@ int main(int argc, char** argv) {
                     {"what hopper kernels do not take", test_what_hopper_kernels_do_not_take},
                     {"overrides", test_overrides},
                     {"wrong overrides are named", test_wrong_overrides_are_named},
+                    {"rules", test_rules_stand_for_what_they_name},
                     {"refusals", test_refusals_name_what_and_got}});
 }

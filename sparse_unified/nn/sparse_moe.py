@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_unified import ops
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn.expert_state import OfficialState, expert_views, is_packed
-from sparse_unified.ops import backend, composed
+from sparse_unified.ops import backend, choices, composed
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +119,12 @@ class SparseMoE(OfficialState):
     def active_backend(self) -> str:
         """What runs this block: "cpu" or "cuda" (our kernels), or "torch: <why>" (torch ops).
 
-        Asked under autocast, what runs it there.
+        Asked under autocast, what runs it there. "cuda: without sm90a: <why>" where `doctor`
+        found one of the kernel families wrong.
         """
-        return self._choose()[1]
+        active = self._choose()[1]
+        note = choices.note(self.gate_proj.device) if active == backend.CUDA else ""
+        return f"{active}: {note}" if note else active
 
     def _choose(self) -> tuple[torch.dtype, str]:
         """Dtype of the experts and what runs them.

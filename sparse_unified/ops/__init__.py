@@ -2,6 +2,7 @@
 """The ops of the sparse FFN: one name in schema, kernel, binding, reference, test and benchmark."""
 
 from sparse_unified import _library  # noqa: F401  (registers torch.ops.sparse_unified)
+from sparse_unified.ops import choices  # noqa: F401  (tells the kernels what was found out)
 from sparse_unified.ops.combine import combine
 from sparse_unified.ops.ffn_importance import ffn_importance
 from sparse_unified.ops.grouped_ffn import grouped_ffn

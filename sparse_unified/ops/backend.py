@@ -9,6 +9,7 @@ import re
 import torch
 
 from sparse_unified import _library
+from sparse_unified.ops import choices
 
 CPU = "cpu"
 CUDA = "cuda"
@@ -18,6 +19,8 @@ CUDA = "cuda"
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_MULTIPLE = 8
 _CUDA_MAX_EXPERTS = 256
+# Why the CPU runs no kernel of ours, or None.
+CPU_REFUSAL = choices.refusal(torch.device(CPU))
 
 
 def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
@@ -36,6 +39,12 @@ def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool
         if own == capability if exact else newer:
             return True
     return False
+
+
+def architectures() -> tuple[str, ...]:
+    """What the library has code for, sm_80 say; nothing without CUDA."""
+    codes: str = _library.module.build_info()["cuda_architectures"]
+    return () if codes == "none" else tuple(codes.split())
 
 
 @torch.compiler.assume_constant_result  # the compiler could not trace it
@@ -65,7 +74,7 @@ def _device_refusal(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if not runs_on(tuple(codes.split()), (major, minor)):
         return f"the CUDA kernels have code for {codes}, got compute capability {major}.{minor}"
-    return None
+    return choices.refusal(device)
 
 
 def cuda_refusal(
@@ -105,9 +114,9 @@ def choose(
 
     Args: as `cuda_refusal`, and the device of the weights.
     """
-    if device.type == "cpu":
-        return CPU
-    if device.type != "cuda":
+    if device.type == CPU:
+        return CPU if CPU_REFUSAL is None else f"torch: {CPU_REFUSAL}"
+    if device.type != CUDA:
         return f"torch: this build has no kernel for device type {device.type!r}"
     why = device_refusal(device) or cuda_refusal(
         dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts

@@ -24,9 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from problems import ARGUMENTS, LAYOUTS, OPS, Values, call, grouped_values, lay_out, pruned_values
 from torch import Tensor
 
+from sparse_unified.checks.problems import (
+    ARGUMENTS,
+    LAYOUTS,
+    OPS,
+    Values,
+    call,
+    grouped_values,
+    lay_out,
+    pruned_values,
+)
 from sparse_unified.ops import reference
 
 # Bytes a process may take beyond what it has: what a huge shape asks for is refused, not swapped.

@@ -8,19 +8,20 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from problems import (
+from torch import Tensor
+
+from sparse_unified import ops
+from sparse_unified.checks import CPU, CUDA, EVERYWHERE, Skip, backend_of, check
+from sparse_unified.checks.kernels import assert_grouped
+from sparse_unified.checks.problems import (
     ARGUMENTS,
     DTYPES,
     FLOATS,
     HALVES,
-    OPS,
-    ROUTINGS,
     Problem,
     Values,
     assert_all_equal,
-    assert_as_good_as_torch,
     assert_equal,
-    assert_gradients,
     both_problems,
     call,
     cycle,
@@ -31,76 +32,13 @@ from problems import (
     grouped_problem,
     grouped_values,
     layouts,
-    poison,
     pruned_problem,
     refusal,
     with_kernel,
 )
-from registry import CPU, CUDA, EVERYWHERE, Skip, backend_of, check
-from torch import Tensor
-
-from sparse_unified import ops
 from sparse_unified.ops import reference
 
-
-def assert_problem(problem: Problem) -> None:
-    """The op and its training variant if any, outputs poisoned, as exact as torch in its dtype."""
-    exact, in_torch = problem.exact(), problem.in_torch(*problem.leaves)
-    device, shape = exact.device, (tuple(exact.shape), in_torch.dtype)
-    poison(device, shape)
-    y = problem.call()
-    assert_as_good_as_torch(y, in_torch, exact)
-    assert_equal("repeat", problem.call(), y)
-    if f"{problem.op}_train" not in OPS:
-        return
-    poison(device, shape)
-    trained, *activations = problem.call(f"{problem.op}_train")
-    assert_as_good_as_torch(trained, in_torch, exact)
-    for rows in activations:
-        assert not rows.isnan().any(), "activations have elements that nothing wrote"
-
-
-def assert_grouped(problem: Problem) -> None:
-    """Rows of grouped_ffn, and what combines them."""
-    assert_problem(problem.rows)
-    assert_problem(problem)
-
-
 # Forward
-
-
-@check(
-    *cycle(
-        grid(num_tokens=(0, 1, 37, 300), experts=((5, 2), (17, 8), (33, 33), (1, 1))),
-        dtype=DTYPES,
-        routing=ROUTINGS,
-    ),
-    *grid(num_tokens=(60, 150), experts=((5, 2), (5, 1)), dtype=DTYPES, routing=ROUTINGS),
-    on=with_kernel,
-)
-def ffn_of_any_routing(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_tokens: int,
-    experts: tuple[int, int],
-    routing: str,
-) -> None:
-    """Experts without a row; all rows on one, the first, the last; several tiles of rows."""
-    size = (136, 80) if num_tokens == 150 else (40, 24)
-    num_experts, top_k = experts
-    sizes = (num_tokens, size[0], num_experts, size[1], top_k)
-    assert_grouped(grouped_problem(*sizes, dtype, routing, device))
-
-
-@check(
-    *grid(dtype=DTYPES, sizes=((41, 64, 3, 592, 2), (41, 64, 3, 1184, 2))),
-    *grid(dtype=HALVES, sizes=((37, 3584, 3, 592, 2), (1000, 3584, 3, 1184, 2))),
-    *grid(dtype=HALVES[:1], sizes=((256, 3584, 32, 592, 16), (4096, 3584, 16, 1184, 8))),
-    on=with_kernel,
-    small=lambda sizes, **_: sizes[1] < 100,
-)
-def ffn_of_bagel(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    assert_grouped(grouped_problem(*sizes, dtype, device=device))
 
 
 @check(
@@ -136,47 +74,6 @@ def ffn_of_any_number_of_rows(device: torch.device, dtype: torch.dtype) -> None:
     """Around the heights of tiles, all on the last expert."""
     for rows in (1, 7, 8, 9, 15, 17, 31, 33, 47, 49, 63, 64, 65, 127, 129, 191, 193, 255, 257, 385):
         assert_grouped(grouped_problem(rows, 64, 2, 32, 1, dtype, "last", device))
-
-
-@check(
-    *cycle(
-        grid(
-            blocks=((9, 16), (9, 32), (9, 64), (5, 128)),
-            num_tokens=(0, 1, 37, 70, 300),
-        ),
-        dtype=HALVES,
-        kept=("some", "all", "last"),
-    ),
-    *cycle(grid(blocks=((7, 16), (9, 48), (9, 112)), num_tokens=(0, 3, 8, 31, 300)), dtype=DTYPES),
-    *grid(blocks=((18944 // 64, 64),), num_tokens=(1000,), dtype=HALVES, hidden_size=(3584,)),
-    # More neurons than one sum takes, in runs short and long, the last slice not full.
-    *grid(blocks=((99, 16),), num_tokens=(3, 70, 257), dtype=DTYPES[:2], kept=("runs",),
-          hidden_size=(1, 13, 33, 600)),
-    on=lambda kept="", **values: (CPU,) if kept == "runs" else with_kernel(**values),
-    small=lambda num_tokens, **_: num_tokens < 1000,
-)  # fmt: skip
-def pruned_ffn_of_any_list(
-    device: torch.device,
-    dtype: torch.dtype,
-    blocks: tuple[int, int],
-    num_tokens: int,
-    kept: str = "some",
-    hidden_size: int = 72,
-) -> None:
-    count, block_size = blocks
-    lists = {
-        "some": torch.randperm(count)[: count // 2 + 1].tolist(),
-        "all": range(count),
-        "last": [count - 1],
-        "runs": dict.fromkeys([*range(40, 90), *range(0, 40, 2), *range(91, 99), 20, 39]),
-    }
-    problem = pruned_problem(
-        num_tokens, hidden_size, count, block_size, list(lists[kept]), dtype, device
-    )
-    assert_problem(problem)
-    if kept == "all":  # then it is the dense FFN
-        x, *weights = (tensor.float() for tensor in problem.leaves)
-        torch.testing.assert_close(problem.exact(), reference.swiglu(x, *weights))
 
 
 @check(*grid(dtype=DTYPES, num_tokens=(4, 100)), on=with_kernel)
@@ -276,39 +173,6 @@ def what_no_kernel_takes_is_refused(device: torch.device) -> None:
 
 
 # Backward
-
-
-@check(
-    *cycle(
-        grid(num_tokens=(0, 1, 37, 150), recompute=(False, True)),
-        dtype=DTYPES,
-        routing=("random", "last", "gaps", "one"),
-    ),
-    *grid(num_tokens=(90,), recompute=(False, True), dtype=DTYPES, routing=("random", "gaps")),
-    *grid(num_tokens=(90,), recompute=(False,), dtype=DTYPES, routing=("random",), width=(592,)),
-    on=with_kernel,
-)
-def gradients_of_experts(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_tokens: int,
-    recompute: bool,
-    routing: str,
-    width: int = 56,
-) -> None:
-    """Against fp64; neurons that no row uses get zeros; repeats give the same bits."""
-    for problem in (
-        grouped_problem(num_tokens, 72, 5, width, 2, dtype, routing, device),
-        pruned_problem(num_tokens, 72, 7, 64, dtype=dtype, device=device),
-    ):
-        grad = torch.randn(problem.exact().shape, device=device).to(dtype)
-        own = problem.gradients(grad, recompute)
-        assert_gradients(own, problem.exact_gradients(grad), dtype)
-        for weight in (own[-3], own[-2], own[-1].t()):
-            assert not weight[problem.idle()].any(), "a neuron without a row has a gradient"
-        assert_all_equal("recomputed", problem.gradients(grad, not recompute), own)
-        strided = problem.gradients(grad.t().contiguous().t(), recompute)
-        assert_all_equal("gradient of another layout", strided, own)
 
 
 def of_experts(values: Values, layout: str) -> Values:

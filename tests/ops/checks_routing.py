@@ -5,62 +5,24 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from problems import (
+from torch import Tensor
+
+from sparse_unified import ops
+from sparse_unified.checks import CPU, CUDA, check
+from sparse_unified.checks.kernels import few
+from sparse_unified.checks.problems import (
     ARGUMENTS,
     DTYPES,
-    ROUTINGS,
     assert_all_equal,
-    assert_as_good_as_torch,
     assert_equal,
-    assert_gradients,
     call,
     cycle,
-    doubles,
-    draw_routing,
     each_thread_count,
     grid,
     grouped_values,
     layouts,
-    poison,
-    torch_combine,
 )
-from registry import CPU, CUDA, check
-from torch import Tensor
-
-from sparse_unified import ops
 from sparse_unified.ops import composed, reference
-
-TOKENS = (0, 1, 37, 4096)
-EXPERTS = ((16, 8), (32, 16), (5, 2), (12, 12), (1, 1), (33, 7))
-
-
-def few(num_tokens: int = 0, **_: object) -> bool:
-    return num_tokens < 1000
-
-
-@check(
-    *cycle(grid(num_tokens=TOKENS, experts=EXPERTS), dtype=DTYPES, hidden_size=(96, 300, 41, 130)),
-    *cycle(grid(hidden_size=(3584, 8, 1), dtype=DTYPES), num_tokens=(37,), experts=EXPERTS),
-    # More experts than are compared each with each.
-    *grid(num_tokens=(37,), experts=((100, 9), (256, 8)), dtype=DTYPES, hidden_size=(96,)),
-    small=few,
-)
-def route_of_exact_logits(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_tokens: int,
-    experts: tuple[int, int],
-    hidden_size: int,
-) -> None:
-    """Integers: sums are exact in every order, ties included."""
-    num_experts, top_k = experts
-    with torch.device(device):
-        x = torch.randint(-3, 4, (num_tokens, hidden_size)).to(dtype)
-        gate = torch.randint(-2, 3, (num_experts, hidden_size)).to(dtype)
-    shapes = ((num_tokens, num_experts), (num_tokens, top_k))
-    poison(device, *((shape, torch.float32) for shape in shapes))
-    expected = reference.route_topk(x, gate, top_k)
-    assert_all_equal("route_topk", ops.route_topk(x, gate, top_k), expected)
 
 
 @check(*grid(dtype=DTYPES, num_tokens=(1, 37, 4096)), small=few)
@@ -97,62 +59,6 @@ def route_of_extreme_logits(device: torch.device, dtype: torch.dtype, num_expert
         assert found[2][0].tolist() == chosen, f"{logits.tolist()}: {found[2].tolist()}"
         expected = reference.route_topk(one, gate, num_experts // 2)
         assert_all_equal(str(logits.tolist()), found, expected)
-
-
-@check(
-    *cycle(grid(routing=ROUTINGS, num_tokens=TOKENS), experts=EXPERTS),
-    *cycle(grid(experts=(*EXPERTS, (256, 3), (3, 0))), routing=ROUTINGS, num_tokens=(300, 37)),
-    # Both sides of the borders between tiles of the kernels, and between one block and several.
-    *cycle(
-        grid(experts=((7, 1), (33, 1), (256, 1)), num_tokens=(31, 33, 511, 513, 1023, 1025, 1537)),
-        routing=("random", "gaps"),
-    ),
-    *grid(routing=("random", "repeated"), num_tokens=(1000, 70_000), experts=((16, 8), (200, 3))),
-    small=lambda num_tokens, **_: num_tokens < 2000,
-)
-def sort_is_the_stable_one(
-    device: torch.device, routing: str, num_tokens: int, experts: tuple[int, int]
-) -> None:
-    num_experts, top_k = experts
-    with torch.device(device):
-        topk_idx = draw_routing(routing, num_tokens, num_experts, top_k)
-    expected = reference.sort_by_expert(topk_idx, num_experts)
-    found = ops.sort_by_expert(topk_idx, num_experts)
-    assert_all_equal("sort_by_expert", found, expected)
-    # The invariants of routing, without the reference: every row once, of its own token.
-    rows = found[2].reshape(-1).long()
-    assert_equal("rows", rows.sort().values, torch.arange(len(rows), device=device))
-    tokens = torch.arange(len(rows), device=device).int() // max(top_k, 1)
-    assert_equal("row_token", found[1][rows], tokens)
-
-
-@check(
-    *cycle(
-        grid(num_tokens=TOKENS, hidden_size=(1, 8, 67, 1000, 3584)),
-        dtype=DTYPES,
-        top_k=(8, 4, 1, 7),
-    ),
-    small=few,
-)
-def permute_and_combine(
-    device: torch.device, dtype: torch.dtype, num_tokens: int, hidden_size: int, top_k: int
-) -> None:
-    v = grouped_values(num_tokens, hidden_size, 16, 0, top_k, dtype, device=device)
-    x, y, token_rows = v["x"], v["y"], v["token_rows"]
-    poison(device, (tuple(y.shape), dtype))
-    assert_equal("permute", call("permute", v), reference.permute(x, v["row_token"]))
-    poison(device, (tuple(x.shape), dtype))
-    for weights, offset in ((v["weights"], v["weight_offset"]), (v["weights"], 0.0), (None, 2.0)):
-        out = ops.combine(y, weights, token_rows, offset)
-        exact = reference.combine(y.float(), weights, token_rows, offset)
-        whole = None if weights is None else weights + offset
-        assert_as_good_as_torch(out, torch_combine(y, whole, token_rows), exact)
-        # One rounding of an fp32 sum, and the offset added in fp32.
-        assert_equal("rounded once", out, ops.combine(y.float(), whole, token_rows).to(dtype))
-    # Every row once: the sum over the rows of a token is K times the token, exact for integers.
-    whole = (4 * x).round()
-    back = ops.combine(call("permute", v | {"x": whole}), None, token_rows)
-    assert_equal("combine of permute", back, (top_k * whole.float()).to(dtype))
 
 
 @check(*grid(dtype=DTYPES, hidden_size=(896, 897)), on=(CPU,))
@@ -192,34 +98,6 @@ def routing_ops_take_any_layout_and_repeat(device: torch.device, dtype: torch.dt
 
 
 # Gradients
-
-
-@check(*grid(dtype=DTYPES, num_tokens=(1, 53, 300, 1000)), small=few)
-def gradients_of_route_topk(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
-    """Against fp64, both at once and each argument alone."""
-    v = grouped_values(num_tokens, 72, 17, 0, 5, device=device)
-    tensors = [(4 * v["x"]).round().to(dtype), (4 * v["gate"]).round().to(dtype)]
-    grads = v["grad_logits"], v["grad_topk_logits"]
-    wide = doubles(*tensors)
-    exact = torch.autograd.grad(
-        reference.route_topk(*wide, 5)[:2], wide, [grad.double() for grad in grads]
-    )
-    for trained in ((0, 1), (0,), (1,)):
-        leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(tensors)]
-        logits, topk_logits, topk_idx = ops.route_topk(*leaves, 5)
-        assert not topk_idx.requires_grad
-        own = torch.autograd.grad((logits, topk_logits), [leaves[i] for i in trained], grads)
-        assert_gradients(own, [exact[i] for i in trained], dtype)
-
-
-@check(*grid(dtype=DTYPES, num_tokens=(1, 41, 300, 1000)), small=few)
-def gradient_of_permute(device: torch.device, dtype: torch.dtype, num_tokens: int) -> None:
-    v = grouped_values(num_tokens, 72, 5, 0, 3, dtype, device=device)
-    x, row_token, grad = v["x"].requires_grad_(), v["row_token"], v["y"]
-    (wide,) = doubles(x)
-    own = torch.autograd.grad(ops.permute(x, row_token, v["token_rows"]), x, grad)
-    exact = torch.autograd.grad(reference.permute(wide, row_token), wide, grad.double())
-    assert_gradients(own, exact, dtype)
 
 
 # Importance

@@ -3,34 +3,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import torch
-from problems import (
-    ARGUMENTS,
-    DTYPES,
-    FLOATS,
-    HALVES,
-    KERNELS,
-    OPS,
-    Values,
-    assert_all_equal,
-    assert_equal,
-    call,
-    grid,
-    grouped_problem,
-    grouped_values,
-    pruned_values,
-    refusal,
-    with_kernel,
-)
-from registry import CPU, CUDA, check
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -38,36 +16,23 @@ from sparse_unified import ops
 from sparse_unified.bagel import Bagel, Execution, SamplingConfig
 from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import build_guidance, initial_noise, sample_latents
+from sparse_unified.checks import CPU, CUDA, check
+from sparse_unified.checks.kernels import assert_near, block_on, twin
+from sparse_unified.checks.problems import (
+    ARGUMENTS,
+    FLOATS,
+    KERNELS,
+    OPS,
+    Values,
+    assert_equal,
+    call,
+    grid,
+    grouped_problem,
+    grouped_values,
+    pruned_values,
+    refusal,
+)
 from sparse_unified.mini.model import MiniTask, mini_config
-from sparse_unified.nn import SparseMoE
-from sparse_unified.ops import backend
-
-
-def block_on(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    intermediate_size: int = 8 * 48,
-    num_experts: int = 8,
-    top_k: int = 3,
-    **options: object,
-) -> SparseMoE:
-    """A block whose outputs have about unit size and whose router decides."""
-    block = SparseMoE(
-        64,
-        intermediate_size,
-        num_experts,
-        top_k,
-        device=device,
-        dtype=dtype,
-        **options,  # type: ignore[arg-type]
-    )
-    with torch.no_grad():
-        for name, parameter in block.named_parameters():
-            columns = block.layout.expert_width if name == "down_proj" else parameter.shape[1]
-            drawn = torch.randn(parameter.shape, device=device) * columns**-0.5
-            parameter.copy_(drawn)
-    return block
 
 
 def forms_of(op: str, device: torch.device, dtype: torch.dtype, num_tokens: int) -> list[Values]:
@@ -157,7 +122,11 @@ def all_ops_compile_as_one_graph(device: torch.device, backend: str) -> None:
         out = all_ops(x, *leaves)
         if backend == "inductor":
             rows = call("grouped_ffn", values | {"x": x})
-            out = out + ops.combine(rows, None, values["token_rows"]) + ops.ffn_importance(x, *leaves[1:3], 0.1)[0].mean()
+            out = (
+                out
+                + ops.combine(rows, None, values["token_rows"])
+                + ops.ffn_importance(x, *leaves[1:3], 0.1)[0].mean()
+            )
         return out
 
     counter = CompileCounterWithBackend(backend)
@@ -175,78 +144,6 @@ def all_ops_compile_as_one_graph(device: torch.device, backend: str) -> None:
         for own, other in zip(*found, strict=True):
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
-
-
-def gradients(
-    block: SparseMoE, run: Callable[..., object], x: Tensor, grad: Tensor
-) -> list[Tensor]:
-    """y, and the gradients of tokens and all weights."""
-    leaf = x.detach().requires_grad_()
-    y: Tensor = run(leaf)[0]  # type: ignore[index]
-    leaves = (leaf, block.gate.weight, block.gate_proj, block.up_proj, block.down_proj)
-    return [y, *torch.autograd.grad(y, leaves, grad)]
-
-
-@check(
-    *grid(dtype=HALVES, backend=("aot_eager",)),
-    {"dtype": torch.bfloat16, "backend": "inductor"},
-    on=(CPU, CUDA),
-    small=lambda backend, **_: backend == "aot_eager",
-)
-def block_compiles_as_one_graph(device: torch.device, dtype: torch.dtype, backend: str) -> None:
-    torch.compiler.reset()
-    block = block_on(device, dtype)
-    compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=False)
-    x, grad = (torch.randn(37, 64, device=device).to(dtype) for _ in range(2))
-    with torch.no_grad():
-        (y, logits), (other, other_logits) = block(x), compiled(x)
-    assert_equal("logits", other_logits, logits)
-    torch.testing.assert_close(other, y, rtol=1e-2, atol=1e-2)
-    expected, found = (gradients(block, run, x, grad) for run in (block, compiled))
-    for own, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, exact, rtol=2e-2, atol=2e-2)
-
-
-def captured(
-    run: Callable[[], list[Tensor]],
-) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-    return graph, outputs
-
-
-@check(*grid(dtype=HALVES, trains=(False, True)), on=(CUDA,))
-def graph_replays_with_other_routing(
-    device: torch.device, dtype: torch.dtype, trains: bool
-) -> None:
-    """Forward, and a training step: tokens routed at random, or all alike. Nothing can be captured
-    that waits for the device or runs on another stream."""
-    block = block_on(device, dtype)
-    static, grad = (torch.randn(257, 64, device=device).to(dtype) for _ in range(2))
-
-    def run() -> list[Tensor]:
-        if trains:
-            return gradients(block, block, static, grad)
-        with torch.inference_mode():
-            return list(block(static))
-
-    graph, outputs = captured(run)
-    alike = block.gate.weight[:1].detach().expand(257, -1) * 3
-    for tokens in (torch.randn_like(static), alike, torch.randn_like(static)):
-        static.copy_(tokens)
-        expected = [t.detach().clone() for t in run()]
-        with torch.inference_mode():
-            for output in outputs:
-                output.fill_(torch.nan)
-        graph.replay()
-        assert_all_equal("replay", [t.detach() for t in outputs], expected)
 
 
 @check()
@@ -270,70 +167,6 @@ def a_thread_may_begin_with_a_backward_pass(device: torch.device) -> None:
 
 
 # The block, beside the CPU and alone
-
-
-def twin(block: SparseMoE) -> SparseMoE:
-    """The same block on the CPU in fp32, where anything may run it."""
-    other = copy.deepcopy(block).to("cpu", torch.float32)
-    other.strict = False
-    return other
-
-
-def assert_near(name: str, out: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    size = exact.double().norm().cpu()
-    error, allowed = (out.double().cpu() - exact.double().cpu()).norm(), torch.finfo(dtype).eps
-    assert error <= 4 * allowed * size, f"{name} is off by {error:.2g} of {size:.2g}"
-
-
-@check(
-    *grid(dtype=DTYPES, shared=(0, 1), gate_img=(False, True), num_tokens=(61,)),
-    *grid(dtype=DTYPES, shared=(0,), gate_img=(False,), num_tokens=(0, 300)),
-    on=with_kernel,
-)
-def block_is_that_of_the_cpu(
-    device: torch.device, dtype: torch.dtype, shared: int, gate_img: bool, num_tokens: int
-) -> None:
-    """Outputs and gradients beside torch ops in fp32; integers route, so that no choice flips."""
-    block = block_on(
-        device,
-        dtype,
-        intermediate_size=48 * (7 + shared),
-        num_experts=7,
-        num_shared_experts=shared,
-        gate_img=gate_img,
-        strict=True,
-    )
-    routers = [r for r in (block.gate, block.gate_img) if r is not None]
-    with torch.no_grad():
-        for router in routers:
-            router.weight.copy_(torch.randint(-2, 3, router.weight.shape) / 8)
-    exact = twin(block)
-    with torch.device(device):
-        x = (torch.randint(-4, 5, (num_tokens, 64)) / 4).to(dtype).requires_grad_()
-        grad = torch.randn(num_tokens, 64).to(dtype)
-        indexes = (torch.arange(0, 40), torch.arange(40, 61)) if gate_img else ()
-    y, logits = block(x, *indexes)
-    with torch.inference_mode():
-        quick, _ = block(x, *indexes)
-    wide = x.detach().float().cpu().requires_grad_()
-    with mock.patch.object(backend, "choose", return_value="torch: asked for by a check"):
-        expected, expected_logits = exact(wide, *(i.cpu() for i in indexes))
-    assert_equal("logits", logits.cpu(), expected_logits)
-    assert_near("y", y, expected, dtype)
-    assert_near("y of inference", quick, expected, dtype)
-    y.backward(grad)
-    expected.backward(grad.float().cpu())
-    assert x.grad is not None
-    assert wide.grad is not None
-    assert_near("gradient of x", x.grad, wide.grad, dtype)
-    for (name, parameter), (_, other) in zip(
-        block.named_parameters(), exact.named_parameters(), strict=True
-    ):
-        if other.grad is None:
-            assert parameter.grad is None, f"{name} got a gradient"
-            continue
-        assert parameter.grad is not None, f"{name} got no gradient"
-        assert_near(f"gradient of {name}", parameter.grad, other.grad, dtype)
 
 
 @check(on=(CUDA,))

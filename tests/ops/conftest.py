@@ -16,10 +16,10 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from registry import VARIABLE  # noqa: E402
-
 import sparse_unified  # noqa: E402, F401  (registers the ops that are replaced here)
 
+# In a process with this variable the CUDA bindings over emulated kernels replace the CPU's.
+VARIABLE = "SPARSE_UNIFIED_TEST_EMULATED"
 BUILD = os.environ.get(VARIABLE, "").strip("1")
 LIBRARY = (
     HERE.parent.parent / f"build/cmake/libsparse_unified_emulated_ops{BUILD and '_' + BUILD}.so"

@@ -15,9 +15,19 @@ import pytest
 import torch
 from attack import attack, check_refusal, freed, resized
 from checkpoint_files import child_environment
-from problems import ARGUMENTS, FLOATS, KERNELS, OPS, Values, call, grouped_values, pruned_values
 from tiers import num_cases
 from torch import Tensor
+
+from sparse_unified.checks.problems import (
+    ARGUMENTS,
+    FLOATS,
+    KERNELS,
+    OPS,
+    Values,
+    call,
+    grouped_values,
+    pruned_values,
+)
 
 NUM_CASES, PARTS = num_cases(60_000), 4
 HERE = Path(__file__).parent
@@ -186,7 +196,7 @@ def test_no_arguments_crash_an_op_or_make_it_answer_wrongly(part: int) -> None:
 
 RACE = """
 import threading, torch
-from problems import call, grouped_values
+from sparse_unified.checks.problems import call, grouped_values
 torch.set_num_threads(1)
 values = grouped_values(300, 8, 3, 4, 2)
 rows = values["token_rows"].numpy().reshape(-1)
@@ -225,7 +235,9 @@ def test_the_attack_finds_wrong_answers_and_wrong_refusals(monkeypatch: pytest.M
     check_refusal("combine", RuntimeError("combine: y must be right, got wrong"))
 
 
-@pytest.mark.parametrize("op", [f"grouped_ffn_combine_{part}" for part in ("train", "backward")] + ["pruned_ffn_train"])
+@pytest.mark.parametrize(
+    "op", [f"grouped_ffn_combine_{part}" for part in ("train", "backward")] + ["pruned_ffn_train"]
+)
 def test_an_op_that_runs_out_of_memory_says_so(op: str) -> None:
     outcomes = run_script("memory", op)
     assert sum(outcomes.values()) == 40

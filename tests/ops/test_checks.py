@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from itertools import product
 
+import checks  # noqa: F401  (registers what no user runs)
 import pytest
 import torch
-from registry import CPU, CUDA, EMULATED, Skip, all_checks, backend_of
 from tiers import IS_DEEP
+
+from sparse_unified.checks import CPU, CUDA, EMULATED, Skip, all_checks, backend_of
 
 BACKEND = backend_of(torch.device("cpu"))
 # Index of emulation/schedule.h's Order, then of its Copies, after a seed.

@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from problems import (
+from tiers import IS_DEEP
+from torch import Tensor
+
+from sparse_unified.bench.suites import VARIABLE, find_variants
+from sparse_unified.checks.problems import (
     HALVES,
     Problem,
     assert_all_equal,
@@ -22,10 +26,6 @@ from problems import (
     lay_out,
     pruned_problem,
 )
-from tiers import IS_DEEP
-from torch import Tensor
-
-from sparse_unified.bench.suites import VARIABLE, find_variants
 from sparse_unified.ops import backend, reference
 
 EMULATION = torch.ops.sparse_unified_emulation
@@ -226,6 +226,32 @@ def test_blocks_that_share_the_weights_change_no_bit(use: Callable[[str], None])
             problem.call()
         assert len(launches) == 2
         assert all(", 2>" in launch for launch in launches), launches
+
+
+@pytest.mark.parametrize(
+    ("width", "rule", "asked", "is_hopper"),
+    [
+        (80, "", "", True),
+        (80, "90 0 0 0 0 0 0 0 family=sm80", "", False),
+        (80, "80 0 0 0 0 0 0 0 family=sm80", "", True),
+        (80, "90 0 136 5 80 0 1000 1 family=sm80", "", False),
+        (80, "90 0 136 5 80 0 300 1 family=sm80", "", True),
+        (80, "90 0 0 0 0 0 0 0 family=sm80", "family=sm90a", True),
+        (24, "90 0 0 0 0 0 0 0 family=sm90a", "", False),  # which does not take this width
+    ],
+)
+def test_a_rule_stands_for_the_choice_of_a_process(
+    width: int, rule: str, asked: str, is_hopper: bool, use: Callable[[str], None]
+) -> None:
+    if asked:
+        use(asked)
+    EMULATION.set_rules(rule)
+    try:
+        with recorded() as launches:
+            grouped_problem(400, 136, 5, width, 2, torch.bfloat16).call()
+    finally:
+        EMULATION.set_rules("")
+    assert ("sm90a" in "".join(launches)) == is_hopper
 
 
 def test_a_process_may_leave_multiprocessors_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import checks  # noqa: F401  (registers what no user runs)
 import pytest
 import torch
-from problems import ARGUMENTS, OPS, call, grouped_values, pruned_values
-from registry import CUDA, all_checks
 
 from sparse_unified.bench.gpu_check import SANITIZED
+from sparse_unified.checks import CUDA, all_checks
+from sparse_unified.checks.problems import ARGUMENTS, OPS, call, grouped_values, pruned_values
 
 LIBRARY = Path(__file__).parent.parent.parent / "csrc" / "bindings" / "library.cpp"
 
@@ -83,6 +84,6 @@ def test_fakes_refuse_sizes_and_dtypes_as_kernels_do(op: str) -> None:
 
 
 def test_the_checks_that_run_under_compute_sanitizer_exist() -> None:
-    checks = all_checks(CUDA)
-    assert [name for name in SANITIZED if name not in checks] == []
-    assert all(checks[name].is_small for name in SANITIZED)
+    found = all_checks(CUDA)
+    assert [name for name in SANITIZED if name not in found] == []
+    assert all(found[name].is_small for name in SANITIZED)

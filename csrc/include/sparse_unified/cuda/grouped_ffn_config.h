@@ -102,6 +102,16 @@ constexpr const char* kGroupedFfnOverrideVariable = "SPARSE_UNIFIED_GROUPED_FFN"
 // "grad_multicast=on".
 std::string grouped_ffn_override_error(const std::string& text);
 
+// Rules, found by testing and timing on a device, that stand in for the choice of a process; they
+// replace the rules before. One a line: compute capability, number of multiprocessors, hidden_size,
+// num_experts, expert_width, block_size, num_rows, direction (1 forward, 2 backward) and an
+// override, with blanks between. 0 stands for any; num_rows for half of it to less than twice.
+// Lines that are none are ignored. Not safe while an op runs.
+void set_grouped_ffn_rules(const std::string& text);
+
+// The overrides of all rules for a problem on a device in their order, as one.
+std::string grouped_ffn_rules_for(const GroupedFfnProblem& problem, const DeviceInfo& device);
+
 // Overrides worth timing side by side: each family as it is, then with one tile or switch other
 // than its own choice. Those that name a gradient are for the backward pass, the others for the
 // forward pass, and a family alone for both.

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from registry import CPU, EVERYWHERE
 from torch import Tensor
 
 from sparse_unified import ops
+from sparse_unified.checks import CPU, EVERYWHERE, note_error
 from sparse_unified.ops import reference
 
 KERNELS = torch.ops.sparse_unified
@@ -309,6 +309,7 @@ def assert_as_good_as_torch(out: Tensor, torch_out: Tensor, ref32: Tensor) -> No
     few = ref.numel() < 1024  # their size, and who rounds worst, is a matter of chance
     assert few or size > 0.2, "outputs so small would hide a mistake in the tolerance"
     error = (out.float() - ref).abs().max().item()
+    note_error(error / max(size, 1e-30))
     allowed = 2 * (torch_out.float() - ref).abs().max().item() + 1e-5
     if few:
         allowed += torch.finfo(out.dtype).eps * size
@@ -321,6 +322,7 @@ def assert_gradients(own: Sequence[Tensor], exact: Sequence[Tensor], dtype: torc
         assert gradient.shape == expected.shape
         assert gradient.dtype in (dtype, torch.float32)
         error = (gradient.double() - expected).norm()
+        note_error((error / expected.norm().clamp_min(1e-30)).item())
         allowed = 16 * torch.finfo(dtype).eps * expected.norm()
         assert error <= allowed, f"gradient {position} is off by {error:.3g}, allowed {allowed:.3g}"
 
