@@ -401,9 +401,17 @@ PACKAGE = (
         MOE,
         "tests/ops/test_backend.py",
     ),
-    python("ops/backend.py", "@torch.compiler.assume_constant_result", "", BACKEND),
+    python(
+        "ops/backend.py",
+        "@torch.compiler.assume_constant_result  # the compiler could not trace it",
+        "",
+        BACKEND,
+    ),
     python("ops/backend.py", "4 if newest == 12 else 0", "0", BACKEND),
     python("ops/backend.py", "own[0] == capability[0]", "True", BACKEND),
+    python("ops/backend.py", "dtype == torch.bfloat16 and prefers", "prefers", BACKEND),
+    python("nn/sparse_moe.py", " and tokens.shape[0] > 0", "", BACKEND),
+    python("ops/composed.py", "expert_offsets[1:]", "expert_offsets[:-1]", *k("grouped_mm")),
     python("experts/layout.py", "rows[1::2] = rows[1::2].flip(1)", "", "tests/test_experts.py"),
     python(
         "experts/layout.py",

@@ -92,7 +92,7 @@ const char* family_name(GroupedFfnFamily family) {
 
 // Sets what one "NAME=VALUE" says; false when it says nothing.
 bool apply_entry(std::string_view entry, GroupedFfnConfig& config) {
-  bool is_known = false;
+  bool is_known = entry == "family=grouped_mm";
   for (const auto family : {GroupedFfnFamily::kSm80, GroupedFfnFamily::kSm90a}) {
     if (entry != std::string("family=") + family_name(family)) continue;
     config.family = family;
@@ -235,7 +235,7 @@ std::string grouped_ffn_override_error(const std::string& text) {
   const auto wrong = apply_override(text, config);
   if (!wrong) return "";
   std::string message = std::string(kGroupedFfnOverrideVariable) +
-                        " must be NAME=VALUE with commas between: family=sm80|sm90a";
+                        " must be NAME=VALUE with commas between: family=sm80|sm90a|grouped_mm";
   for (const Setting& setting : settings()) {
     const char* separator = "=";
     message += std::string(", ") + setting.name;

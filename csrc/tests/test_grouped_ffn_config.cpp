@@ -183,6 +183,7 @@ void test_overrides() {
     return to_string(choose_grouped_ffn_config(problem, kH200, text));
   };
   check_text("none", choose(""), to_string(choose_grouped_ffn_config(problem, kH200)));
+  check_text("products of torch", choose("family=grouped_mm"), choose(""));
   check_text("one phase", choose("grad_rows=64x128x32x4"),
              "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 "
              "grad_rows=64x128x32x4 grad_weights=128x256x32x4");
@@ -209,8 +210,9 @@ void test_wrong_overrides_are_named() {
   }
   check_text(
       "message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
-      "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80|sm90a, "
-      "up=128x240x64x4|128x240x64x3|128x256x64x4, down=128x256x64x4|128x256x64x3|128x128x64x6, "
+      "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: "
+      "family=sm80|sm90a|grouped_mm, up=128x240x64x4|128x240x64x3|128x256x64x4, "
+      "down=128x256x64x4|128x256x64x3|128x128x64x6, "
       "overlap=off|on, fence=consumer|producer, multicast=off|on, grad_multicast=off|on, "
       "up=128x256x32x4|128x128x32x3|64x128x32x4, down=128x256x32x4|128x128x32x3|64x128x32x4, "
       "grad_hidden=128x256x32x4|128x128x32x3|64x128x32x4, "

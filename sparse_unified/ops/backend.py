@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 
 import torch
@@ -12,6 +13,10 @@ from sparse_unified import _library
 
 CPU = "cpu"
 CUDA = "cuda"
+GROUPED_MM = "cuda, grouped_mm"
+
+# Which kernels csrc/cuda/grouped_ffn_config.h takes; "family=grouped_mm" is for this file.
+OVERRIDE = "SPARSE_UNIFIED_GROUPED_FFN"
 
 # What the CUDA kernels take: csrc/cuda/grouped_ffn.cu refuses the same, kMaxCudaExperts is of
 # csrc/include/sparse_unified/route_topk.h; tests/ops/test_emulated.py compares.
@@ -62,10 +67,26 @@ def _device_refusal(device: torch.device) -> str | None:
             f"CUDA kernels of toolkit {toolkit} need a driver for CUDA {least[0]}.{least[1]} or "
             f"newer, got one for {driver}"
         )
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     if not runs_on(tuple(codes.split()), (major, minor)):
         return f"the CUDA kernels have code for {codes}, got compute capability {major}.{minor}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def prefers_grouped_mm(device: torch.device) -> bool:
+    """Whether bf16 experts on a device of type "cuda" run on torch's grouped_mm.
+
+    By default where it multiplies on `tcgen05` (10.x), which our kernels do not reach. A family in
+    SPARSE_UNIFIED_GROUPED_FFN decides instead.
+    """
+    named = re.findall(r"\bfamily=(\w+)", os.environ.get(OVERRIDE, ""))
+    return named[-1] == "grouped_mm" if named else _capability(device)[0] == 10
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def cuda_refusal(
@@ -101,7 +122,10 @@ def choose(
     widths: tuple[int, ...],
     num_experts: int,
 ) -> str:
-    """Names what runs a sparse FFN: "cpu" or "cuda" for our kernels, or "torch: <why none does>".
+    """Names what runs a sparse FFN.
+
+    "cpu" or "cuda" for our kernels, "cuda, grouped_mm" for torch's products between our sort and
+    our combine, or "torch: <why no kernel does>".
 
     Args: as `cuda_refusal`, and the device of the weights.
     """
@@ -112,4 +136,7 @@ def choose(
     why = device_refusal(device) or cuda_refusal(
         dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts
     )
-    return CUDA if why is None else f"torch: {why}"
+    if why is not None:
+        return f"torch: {why}"
+    # NOTE: of another dtype, grouped_mm is a loop that waits for the sizes of the groups.
+    return GROUPED_MM if dtype == torch.bfloat16 and prefers_grouped_mm(device) else CUDA

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import mmap
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from problems import (
+    ARGUMENTS,
     DTYPES,
     FLOATS,
     HALVES,
@@ -39,7 +41,7 @@ from registry import CPU, CUDA, EVERYWHERE, Skip, backend_of, check
 from torch import Tensor
 
 from sparse_unified import ops
-from sparse_unified.ops import reference
+from sparse_unified.ops import composed, reference
 
 
 def assert_problem(problem: Problem) -> None:
@@ -362,6 +364,46 @@ def experts_may_lie_anywhere(
     expected[1:] = [of_experts(problem.values | dict(zip(FLOATS, expected, strict=True)), "")[name]
                     for name in FLOATS[1:]]  # fmt: skip
     assert_all_equal("gradient", own, expected)
+
+
+@check(
+    *cycle(
+        grid(
+            sizes=((37, 64, 5, 592, 2), (90, 72, 3, 1184, 2), (1, 8, 2, 8, 1), (300, 136, 9, 80, 8))
+        ),
+        layout=("", "halves", "views"),
+        routing=("gaps", "random", "last"),
+    ),
+    on=(CPU, CUDA),
+)  # fmt: skip
+def grouped_mm_is_as_exact_as_torch(
+    device: torch.device, sizes: tuple[int, ...], layout: str, routing: str
+) -> None:
+    """It runs the experts on Blackwell: forward and gradients, on views of the weights."""
+    problem = grouped_problem(*sizes, torch.bfloat16, routing, device)
+    given = of_experts(problem.values, layout) if layout else problem.values
+    products = mock.Mock(wraps=F.grouped_mm)
+
+    def run(*leaves: Tensor) -> Tensor:
+        names = ARGUMENTS[problem.op]
+        values = given | dict(zip(FLOATS, leaves, strict=True))
+        with mock.patch.object(F, "grouped_mm", products):
+            return composed.grouped_ffn(**{name: values[name] for name in names})
+
+    leaves = [given[name].detach().requires_grad_() for name in FLOATS]
+    y = run(*leaves)
+    assert_as_good_as_torch(y.detach(), problem.in_torch(*problem.leaves), problem.exact())
+    assert_equal("repeat", run(*leaves), y)
+    weights = [call.args[1] for call in products.call_args_list[:3]]
+    for own, leaf in zip(weights, leaves[1:], strict=True):
+        assert own.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+    grad = torch.randn_like(y)
+    own = list(torch.autograd.grad(y, leaves, grad))
+    if layout:
+        own[1:] = [own[1].flatten(0, 1), own[2].flatten(0, 1), own[3].transpose(0, 1).flatten(1)]
+    assert_gradients(own, problem.exact_gradients(grad), torch.bfloat16)
+    for weight in (own[1], own[2], own[3].t()):
+        assert not weight[problem.idle()].any(), "a neuron without a row has a gradient"
 
 
 @check(*grid(dtype=DTYPES), on=with_kernel)

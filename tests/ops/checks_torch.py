@@ -338,7 +338,10 @@ def block_is_that_of_the_cpu(
 
 @check(on=(CUDA,))
 def block_says_what_runs_it(device: torch.device) -> None:
-    assert block_on(device, torch.bfloat16, strict=True).active_backend == "cuda"
+    block = block_on(device, torch.bfloat16, strict=True)
+    assert block.active_backend == (
+        backend.GROUPED_MM if backend.prefers_grouped_mm(device) else backend.CUDA
+    )
     for dtype, width in ((torch.float32, 48), (torch.bfloat16, 12)):
         block = block_on(device, dtype, intermediate_size=8 * width)
         assert block.active_backend.startswith("torch: "), block.active_backend
