@@ -122,14 +122,14 @@ class SparseMoE(OfficialState):
         "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours), or
         "torch: <why>" (torch ops). Asked under autocast, what runs it there.
         """
-        return self._choose()[1]
+        return self._choose(self.gate_proj)[1]
 
-    def _choose(self) -> tuple[torch.dtype, str]:
-        """Dtype of the experts and what runs them.
+    def _choose(self, weight: Tensor) -> tuple[torch.dtype, str]:
+        """Dtype of the experts, of which `weight` is one, and what runs them.
 
         Autocast's dtype where no kernel takes fp32 weights, the weights' own elsewhere.
         """
-        dtype, device = self.gate_proj.dtype, self.gate_proj.device
+        dtype, device = weight.dtype, weight.device
         sizes: dict[str, Any] = {
             "hidden_size": self.hidden_size,
             "widths": (self.layout.expert_width, self.layout.shared_width),
@@ -184,7 +184,7 @@ class SparseMoE(OfficialState):
         if shared:
             own = (gate_proj[:shared], up_proj[:shared], down_proj[:, :shared])
             y = y + self._shared_expert(tokens, *own)
-        y = y.view(x.shape)
+        y = y if x.dim() == 2 else y.view(x.shape)
         return (y, logits) if self.return_router_logits else y
 
     def route(
@@ -213,10 +213,11 @@ class SparseMoE(OfficialState):
                 f"SparseMoE: x must be a tensor that ends in hidden_size = {self.hidden_size}, "
                 f"got {got}"
             )
-        tokens = x.reshape(-1, self.hidden_size)
-        if tokens.dtype != self.gate_proj.dtype and _is_autocast(tokens.device.type):
-            tokens = tokens.to(self.gate_proj.dtype)  # which routes
-        dtype, active = self._choose()
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
+        weight = self.gate_proj
+        if tokens.dtype != weight.dtype and _is_autocast(tokens.device.type):
+            tokens = tokens.to(weight.dtype)  # which routes
+        dtype, active = self._choose(weight)
         route = ops.route_topk
         if active not in KERNELS:
             if self.strict:

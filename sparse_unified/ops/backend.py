@@ -80,7 +80,8 @@ def prefers_grouped_mm(device: torch.device) -> bool:
     By default where it multiplies on `tcgen05` (10.x), which our kernels do not reach. A family in
     SPARSE_UNIFIED_GROUPED_FFN decides instead.
     """
-    named = re.findall(r"\bfamily=(\w+)", os.environ.get(OVERRIDE, ""))
+    override = os.environ.get(OVERRIDE)
+    named = re.findall(r"\bfamily=(\w+)", override) if override else []
     return named[-1] == "grouped_mm" if named else _capability(device)[0] == 10
 
 

@@ -72,12 +72,9 @@ if not IS_DEEP:
 
 
 @pytest.fixture(autouse=True)
-def _emulator() -> Iterator[None]:
+def _emulator() -> None:
     EMULATION.set_device(90)
     EMULATION.set_schedule(4, 3, 2)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
