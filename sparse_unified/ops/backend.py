@@ -105,11 +105,13 @@ def cuda_refusal(
         return (
             f"the CUDA kernels take bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
         )
-    for name, size in (("hidden size", hidden_size), *(("expert width", w) for w in widths)):
-        if size % _CUDA_MULTIPLE:
-            return (
-                f"the CUDA kernels take a {name} that is a multiple of {_CUDA_MULTIPLE}, got {size}"
-            )
+    for name, sizes in (("hidden size", (hidden_size,)), ("expert width", widths)):
+        for size in sizes:
+            if size % _CUDA_MULTIPLE:
+                return (
+                    f"the CUDA kernels take a {name} that is a multiple of {_CUDA_MULTIPLE}, "
+                    f"got {size}"
+                )
     if num_experts > _CUDA_MAX_EXPERTS:
         return f"the CUDA kernels take up to {_CUDA_MAX_EXPERTS} experts, got {num_experts}"
     return None
