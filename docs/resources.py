@@ -153,7 +153,8 @@ def compile_report(source: Path, limits: Limits) -> dict[str, dict[str, Any]]:
 def record_launches(capability: int) -> list[Launch]:
     """The launches of BAGEL's sparse FFN, forward and backward, and of half of its dense one.
 
-    Also where blocks share the weights, which Hopper's kernels alone have.
+    Also where blocks share the weights, which Hopper's kernels alone have, and of experts half as
+    wide, forward.
     """
     import torch
 
@@ -188,6 +189,9 @@ def record_launches(capability: int) -> list[Launch]:
             set_variant(variant)
             ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj)
             ops.pruned_ffn(x, kept, gate_proj, up_proj, down_proj, 64)
+        set_variant(CHOSEN)  # 32to16: a short K
+        offsets, row_token = offsets.new_empty(2 * case.num_experts + 1), row_token.repeat(2)
+        ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj)
     lines = emulation.recorded_launches().splitlines()
     return [
         (short_name(name), int(threads), int(shared))

@@ -28,7 +28,8 @@ class BuildInfo(Report):
         instruction_sets: that the CPU kernels were compiled for.
         instruction_set: that they run.
         cpu_ffn_dtypes: what the CPU's FFN kernels take; torch's products run the others.
-        devices: "cuda:0: NAME, 9.0" of each GPU that torch sees.
+        devices: "cuda:0: NAME, 9.0" of each GPU that torch sees, and whether its bf16 experts run
+            on torch's grouped_mm.
         problems: what does not fit together; empty when everything does.
     """
 
@@ -103,11 +104,14 @@ def build_info() -> BuildInfo:
     devices = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(i)
-        devices.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {major}.{minor}")
-        why = backend.device_refusal(torch.device("cuda", i)) if architectures else None
-        why = why or choices.note(torch.device("cuda", i))
+        device, name = torch.device("cuda", i), torch.cuda.get_device_name(i)
+        devices.append(f"cuda:{i}: {name}, {major}.{minor}")
+        why = backend.device_refusal(device) if architectures else None
+        why = why or choices.note(device)
         if why:
             problems.append(f"cuda:{i}: {why}")
+        elif architectures and backend.prefers_grouped_mm(device):
+            devices[-1] += " (bf16 experts by torch's grouped_mm)"
     if why := choices.note(torch.device("cpu")):
         problems.append(f"cpu: {why}")
     return BuildInfo(

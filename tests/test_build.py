@@ -97,26 +97,31 @@ def test_what_does_not_fit_together_is_told(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    request.addfinalizer(backend._device_refusal.cache_clear)
+    for cache in (backend._device_refusal, backend._capability):
+        request.addfinalizer(cache.cache_clear)
     facts = {**_library.module.build_info(), "version": "0.0.1", "cuda_toolkit": "13.0"}
-    facts |= {"cuda_architectures": "sm_80 sm_90a", "cuda_driver": "13.0"}
+    facts |= {"cuda_architectures": "sm_80 sm_90a sm_100", "cuda_driver": "13.0"}
     module = SimpleNamespace(build_info=lambda: facts, __file__="_C.abi3.so")
     monkeypatch.setattr(_library, "module", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    capabilities = [(9, 0), (7, 5), (10, 0)]
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda d: capabilities[getattr(d, "index", d)]
     )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["new", "old"][i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["new", "old", "newest"][i])
     told = build_info()
-    assert told.devices == ("cuda:0: new, 9.0", "cuda:1: old, 7.5")
+    assert told.devices == (
+        "cuda:0: new, 9.0",
+        "cuda:1: old, 7.5",
+        "cuda:2: newest, 10.0 (bf16 experts by torch's grouped_mm)",
+    )
     assert len(told.problems) == 2
     assert "version must be" in told.problems[0]
     assert told.problems[1] == (
-        "cuda:1: the CUDA kernels have code for sm_80 sm_90a, got compute capability 7.5"
+        "cuda:1: the CUDA kernels have code for sm_80 sm_90a sm_100, got compute capability 7.5"
     )
-    assert "CUDA 13.0: sm_80 sm_90a" in told.to_line()
+    assert "CUDA 13.0: sm_80 sm_90a sm_100" in told.to_line()
     assert main(["info"]) == 1
     assert "library: version must be" in capsys.readouterr().out
 

@@ -3,8 +3,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <iomanip>
 #include <limits>
 #include <vector>
@@ -47,6 +49,30 @@ Tensor allocate(const Make& make, const Sizes& sizes, size_t element_size) {
          << bytes << " bytes";
     throw OutOfMemory(text.str());
   }
+}
+
+// NOTE: straight at the shim. Through the dispatcher new_empty costs a boxed call, and calls empty.
+Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  constexpr size_t kMaxRank = 3;
+  std::array<int64_t, kMaxRank> strides{};
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[dim], 1);
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  Tensor tensor(handle);
+#if defined(SPARSE_UNIFIED_EMULATION)
+  const size_t num_bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+  if (num_bytes > 0) std::memset(tensor.data_ptr(), 0xff, num_bytes);  // NaN
+#endif
+  return tensor;
 }
 
 // Runs a product of torch, which takes memory of its own.
@@ -313,8 +339,7 @@ Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes
 
 Tensor empty_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes,
                         ScalarType dtype) {
-  return allocate([&] { return torch::stable::new_empty(like, sizes, dtype); }, sizes,
-                  allocated_bytes(dtype));
+  return allocate([&] { return empty_strided(like, sizes, dtype); }, sizes, allocated_bytes(dtype));
 }
 
 Tensor zeros_like_sized(const Tensor& like, std::initializer_list<int64_t> sizes) {

@@ -66,14 +66,17 @@ void test_every_choice_fits_the_device() {
 }
 
 void test_bagel_shapes() {
-  const std::string large =
-      "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 grad_rows=128x256x32x4 "
-      "grad_weights=128x256x32x4";
   const std::string medium =
       "sm80 up=128x128x32x3 down=128x128x32x3 grad_hidden=128x128x32x3 grad_rows=128x128x32x3 "
       "grad_weights=128x128x32x3";
+  // A sum over a short K takes the medium tile everywhere: over h = 592, or over few rows.
   const auto check = [&](const GroupedFfnProblem& problem) {
-    check_text("H200", to_string(choose_grouped_ffn_config(problem, kH200)), large);
+    const auto tile = [](int64_t k) { return k < 1024 ? "128x128x32x3" : "128x256x32x4"; };
+    const int64_t width = problem.expert_width;
+    const std::string expected = std::string("sm80 up=128x256x32x4 down=") + tile(width) +
+                                 " grad_hidden=128x256x32x4 grad_rows=" + tile(2 * width) +
+                                 " grad_weights=" + tile(problem.num_rows / problem.num_experts);
+    check_text("H200", to_string(choose_grouped_ffn_config(problem, kH200)), expected);
     GroupedFfnProblem with_code = problem;
     with_code.has_sm90a_code = true;
     check_text("H200 with its code", to_string(choose_grouped_ffn_config(with_code, kH200)),
@@ -127,7 +130,7 @@ void test_few_rows_take_small_tiles() {
                 static_cast<int>(GroupedFfnTileId::kSmall));
     check_equal("grad_weights", num_tokens,
                 static_cast<int>(config.tile(GroupedFfnPhase::kGradWeights)),
-                static_cast<int>(GroupedFfnTileId::kLarge));
+                static_cast<int>(GroupedFfnTileId::kMedium));
   }
 }
 
@@ -183,6 +186,7 @@ void test_overrides() {
     return to_string(choose_grouped_ffn_config(problem, kH200, text));
   };
   check_text("none", choose(""), to_string(choose_grouped_ffn_config(problem, kH200)));
+  check_text("products of torch", choose("family=grouped_mm"), choose(""));
   check_text("one phase", choose("grad_rows=64x128x32x4"),
              "sm80 up=128x256x32x4 down=128x256x32x4 grad_hidden=128x256x32x4 "
              "grad_rows=64x128x32x4 grad_weights=128x256x32x4");
@@ -209,8 +213,9 @@ void test_wrong_overrides_are_named() {
   }
   check_text(
       "message", grouped_ffn_override_error("down=64x128x32x4,up=7"),
-      "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: family=sm80|sm90a, "
-      "up=128x240x64x4|128x240x64x3|128x256x64x4, down=128x256x64x4|128x256x64x3|128x128x64x6, "
+      "SPARSE_UNIFIED_GROUPED_FFN must be NAME=VALUE with commas between: "
+      "family=sm80|sm90a|grouped_mm, up=128x240x64x4|128x240x64x3|128x256x64x4, "
+      "down=128x256x64x4|128x256x64x3|128x128x64x6, "
       "overlap=off|on, fence=consumer|producer, multicast=off|on, grad_multicast=off|on, "
       "up=128x256x32x4|128x128x32x3|64x128x32x4, down=128x256x32x4|128x128x32x3|64x128x32x4, "
       "grad_hidden=128x256x32x4|128x128x32x3|64x128x32x4, "

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_unified._common import optional
-from sparse_unified.nn.sparse_moe import KERNELS, run_experts
-from sparse_unified.ops import backend, composed
+from sparse_unified.nn.sparse_moe import run_experts
 
 NAME = "sparse_unified"
 
@@ -44,16 +43,8 @@ def experts_forward(
     gate_up_proj, down_proj = module.gate_up_proj, module.down_proj
     tokens = hidden_states.to(gate_up_proj.dtype)
     experts = (*gate_up_proj.chunk(2, dim=1), down_proj)
-    num_experts, hidden_size, width = down_proj.shape
-    active = backend.choose(
-        tokens.device,
-        dtype=tokens.dtype,
-        hidden_size=hidden_size,
-        widths=(width,),
-        num_experts=num_experts,
-    )
-    run = run_experts if active in KERNELS else composed.expert_ffn
-    y = run(tokens, top_k_weights.float(), top_k_index.int(), num_experts, *experts)
+    weights, topk_idx = top_k_weights.float(), top_k_index.int()
+    y = run_experts(tokens, weights, topk_idx, len(down_proj), *experts)
     return y.to(hidden_states.dtype)
 
 

@@ -17,7 +17,7 @@ from sparse_unified.ops import backend, choices, composed
 
 logger = logging.getLogger(__name__)
 
-KERNELS = (backend.CPU, backend.CUDA)
+KERNELS = (backend.CPU, backend.CUDA, backend.GROUPED_MM)
 
 
 class SparseMoE(OfficialState):
@@ -117,21 +117,22 @@ class SparseMoE(OfficialState):
 
     @property
     def active_backend(self) -> str:
-        """What runs this block: "cpu" or "cuda" (our kernels), or "torch: <why>" (torch ops).
+        """What runs this block.
 
-        Asked under autocast, what runs it there. "cuda: without sm90a: <why>" where `doctor`
-        found one of the kernel families wrong.
+        "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours), or
+        "torch: <why>" (torch ops). Asked under autocast, what runs it there. "cuda: without sm90a:
+        <why>" where `doctor` found one of the kernel families wrong.
         """
-        active = self._choose()[1]
-        note = choices.note(self.gate_proj.device) if active == backend.CUDA else ""
+        active = self._choose(self.gate_proj)[1]
+        note = choices.note(self.gate_proj.device) if active in KERNELS else ""
         return f"{active}: {note}" if note else active
 
-    def _choose(self) -> tuple[torch.dtype, str]:
-        """Dtype of the experts and what runs them.
+    def _choose(self, weight: Tensor) -> tuple[torch.dtype, str]:
+        """Dtype of the experts, of which `weight` is one, and what runs them.
 
         Autocast's dtype where no kernel takes fp32 weights, the weights' own elsewhere.
         """
-        dtype, device = self.gate_proj.dtype, self.gate_proj.device
+        dtype, device = weight.dtype, weight.device
         sizes: dict[str, Any] = {
             "hidden_size": self.hidden_size,
             "widths": (self.layout.expert_width, self.layout.shared_width),
@@ -169,7 +170,7 @@ class SparseMoE(OfficialState):
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
-        tokens, dtype, use_kernels, chosen = self._route(
+        tokens, dtype, active, chosen = self._route(
             x, packed_text_indexes, packed_vit_token_indexes
         )
         logits, topk_logits, topk_idx = chosen
@@ -181,12 +182,11 @@ class SparseMoE(OfficialState):
         shared = self.layout.shared_width
         if shared:
             experts = gate_proj[shared:], up_proj[shared:], down_proj[:, shared:]
-        run = run_experts if use_kernels else composed.expert_ffn
-        y = run(tokens, topk_logits, topk_idx, self.num_experts, *experts, 1.0)
+        y = run_experts(tokens, topk_logits, topk_idx, self.num_experts, *experts, 1.0, active)
         if shared:
             own = (gate_proj[:shared], up_proj[:shared], down_proj[:, :shared])
             y = y + self._shared_expert(tokens, *own)
-        y = y.view(x.shape)
+        y = y if x.dim() == 2 else y.view(x.shape)
         return (y, logits) if self.return_router_logits else y
 
     def route(
@@ -204,8 +204,8 @@ class SparseMoE(OfficialState):
 
     def _route(
         self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None
-    ) -> tuple[Tensor, torch.dtype, bool, tuple[Tensor, Tensor, Tensor]]:
-        """Returns tokens [T, D], dtype of the experts, whether kernels run them, and the choice.
+    ) -> tuple[Tensor, torch.dtype, str, tuple[Tensor, Tensor, Tensor]]:
+        """Returns tokens [T, D], dtype of the experts, what runs them, and the choice.
 
         The choice is logits [T, E], topk_logits and topk_idx [T, K], by the router of each token.
         """
@@ -215,17 +215,17 @@ class SparseMoE(OfficialState):
                 f"SparseMoE: x must be a tensor that ends in hidden_size = {self.hidden_size}, "
                 f"got {got}"
             )
-        tokens = x.reshape(-1, self.hidden_size)
-        if tokens.dtype != self.gate_proj.dtype and _is_autocast(tokens.device.type):
-            tokens = tokens.to(self.gate_proj.dtype)  # which routes
-        dtype, active = self._choose()
-        use_kernels = active in KERNELS
-        if not use_kernels and self.strict:
-            raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {active}")
-        if not use_kernels:
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
+        weight = self.gate_proj
+        if tokens.dtype != weight.dtype and _is_autocast(tokens.device.type):
+            tokens = tokens.to(weight.dtype)  # which routes
+        dtype, active = self._choose(weight)
+        route = ops.route_topk
+        if active not in KERNELS:
+            if self.strict:
+                raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {active}")
             _warn_once(active)
-
-        route = ops.route_topk if use_kernels else composed.route_topk
+            route = composed.route_topk
         given, gate = tokens, self.gate.weight
         gate_img = None if self.gate_img is None else self.gate_img.weight
         if gate.dtype != tokens.dtype:  # fp32 routers of bf16 experts
@@ -236,9 +236,9 @@ class SparseMoE(OfficialState):
             text_indexes = _checked("packed_text_indexes", text_indexes, len(tokens))
             vit_indexes = _checked("packed_vit_token_indexes", vit_indexes, len(tokens))
         if gate_img is None or vit_indexes is None:
-            return given, dtype, use_kernels, route(tokens, gate, self.top_k)
+            return given, dtype, active, route(tokens, gate, self.top_k)
         if text_indexes is None:
-            return given, dtype, use_kernels, route(tokens, gate_img, self.top_k)
+            return given, dtype, active, route(tokens, gate_img, self.top_k)
         # A token in neither list has logits of zero: the tie goes to the first K experts.
         text = route(tokens[text_indexes], gate, self.top_k)
         vit = route(tokens[vit_indexes], gate_img, self.top_k)
@@ -252,7 +252,7 @@ class SparseMoE(OfficialState):
             base.index_copy(0, text_indexes, of_text).index_copy(0, vit_indexes, of_vit)
             for base, of_text, of_vit in zip(bases, text, vit, strict=True)
         )
-        return given, dtype, use_kernels, (logits, topk_logits, topk_idx)
+        return given, dtype, active, (logits, topk_logits, topk_idx)
 
     def _shared_expert(
         self, tokens: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
@@ -336,16 +336,32 @@ def run_experts(
     up_proj: Tensor,
     down_proj: Tensor,
     weight_offset: float = 0.0,
+    active: str = "",
 ) -> Tensor:
-    """Returns sum_k w[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D], by the kernels.
+    """Returns sum_k w[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D].
 
     w = weight_offset + weights.
 
     Args:
         tokens: [T, D]. weights: [T, K] fp32. topk_idx: [T, K] int32.
         gate_proj, up_proj, down_proj: as of `ops.grouped_ffn`.
+        weight_offset: added to each weight; 1 where weights are router logits.
+        active: what `backend.choose` named for these tensors; asked by default.
     """
-    expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
-    maps = (row_token, token_rows, expert_offsets)
+    active = active or backend.choose(
+        tokens.device,
+        dtype=tokens.dtype,
+        hidden_size=tokens.shape[1],
+        widths=(gate_proj.shape[:-1].numel() // num_experts,),
+        num_experts=num_experts,
+    )
     experts = (gate_proj, up_proj, down_proj)
+    if active not in KERNELS:
+        return composed.expert_ffn(tokens, weights, topk_idx, num_experts, *experts, weight_offset)
+    expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
+    if active == backend.GROUPED_MM and tokens.shape[0] > 0:
+        rows = composed.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+        combine = composed.combine if torch.is_grad_enabled() else ops.combine
+        return combine(rows, weights, token_rows, weight_offset)
+    maps = (row_token, token_rows, expert_offsets)
     return ops.grouped_ffn_combine(tokens, weights, *maps, *experts, weight_offset)

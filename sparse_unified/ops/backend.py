@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 
 import torch
@@ -13,6 +14,10 @@ from sparse_unified.ops import choices
 
 CPU = "cpu"
 CUDA = "cuda"
+GROUPED_MM = "cuda, grouped_mm"
+
+# Which kernels csrc/cuda/grouped_ffn_config.h takes; "family=grouped_mm" is for this file.
+OVERRIDE = "SPARSE_UNIFIED_GROUPED_FFN"
 
 # What the CUDA kernels take: csrc/cuda/grouped_ffn.cu refuses the same, kMaxCudaExperts is of
 # csrc/include/sparse_unified/route_topk.h; tests/ops/test_emulated.py compares.
@@ -71,10 +76,27 @@ def _device_refusal(device: torch.device) -> str | None:
             f"CUDA kernels of toolkit {toolkit} need a driver for CUDA {least[0]}.{least[1]} or "
             f"newer, got one for {driver}"
         )
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     if not runs_on(tuple(codes.split()), (major, minor)):
         return f"the CUDA kernels have code for {codes}, got compute capability {major}.{minor}"
     return choices.refusal(device)
+
+
+@torch.compiler.assume_constant_result
+def prefers_grouped_mm(device: torch.device) -> bool:
+    """Whether bf16 experts on a device of type "cuda" run on torch's grouped_mm.
+
+    By default where it multiplies on `tcgen05` (10.x), which our kernels do not reach. A family in
+    SPARSE_UNIFIED_GROUPED_FFN decides instead.
+    """
+    override = os.environ.get(OVERRIDE)
+    named = re.findall(r"\bfamily=(\w+)", override) if override else []
+    return named[-1] == "grouped_mm" if named else _capability(device)[0] == 10
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def cuda_refusal(
@@ -92,11 +114,13 @@ def cuda_refusal(
         return (
             f"the CUDA kernels take bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
         )
-    for name, size in (("hidden size", hidden_size), *(("expert width", w) for w in widths)):
-        if size % _CUDA_MULTIPLE:
-            return (
-                f"the CUDA kernels take a {name} that is a multiple of {_CUDA_MULTIPLE}, got {size}"
-            )
+    for name, sizes in (("hidden size", (hidden_size,)), ("expert width", widths)):
+        for size in sizes:
+            if size % _CUDA_MULTIPLE:
+                return (
+                    f"the CUDA kernels take a {name} that is a multiple of {_CUDA_MULTIPLE}, "
+                    f"got {size}"
+                )
     if num_experts > _CUDA_MAX_EXPERTS:
         return f"the CUDA kernels take up to {_CUDA_MAX_EXPERTS} experts, got {num_experts}"
     return None
@@ -110,7 +134,10 @@ def choose(
     widths: tuple[int, ...],
     num_experts: int,
 ) -> str:
-    """Names what runs a sparse FFN: "cpu" or "cuda" for our kernels, or "torch: <why none does>".
+    """Names what runs a sparse FFN.
+
+    "cpu" or "cuda" for our kernels, "cuda, grouped_mm" for torch's products between our sort and
+    our combine, or "torch: <why no kernel does>".
 
     Args: as `cuda_refusal`, and the device of the weights.
     """
@@ -121,4 +148,7 @@ def choose(
     why = device_refusal(device) or cuda_refusal(
         dtype=dtype, hidden_size=hidden_size, widths=widths, num_experts=num_experts
     )
-    return CUDA if why is None else f"torch: {why}"
+    if why is not None:
+        return f"torch: {why}"
+    # NOTE: of another dtype, grouped_mm is a loop that waits for the sizes of the groups.
+    return GROUPED_MM if dtype == torch.bfloat16 and prefers_grouped_mm(device) else CUDA

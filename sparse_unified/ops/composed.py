@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops from torch ops alone, for devices without a kernel of ours.
+"""Ops from torch ops, for devices without a kernel of ours or with a better one of torch's.
 
-Same semantics in the dtype of the weights. The sparse FFN reads the expert offsets back to the host
-once per call.
+Same semantics in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -12,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified.ops import reference
+from sparse_unified.ops.permute import permute
 
 _TILE_NEURONS = 1024
+
+combine = reference.combine
 
 
 def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,6 +24,29 @@ def route_topk(x: Tensor, gate: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
         return reference.route_topk(x, gate, top_k)
     with torch.autocast(x.device.type, enabled=False):
         return reference.route_topk(x, gate, top_k)
+
+
+def grouped_ffn(
+    x: Tensor,
+    row_token: Tensor,
+    expert_offsets: Tensor,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    token_rows: Tensor,
+) -> Tensor:
+    """`ops.grouped_ffn` of at least one row by torch's grouped_mm, on views of the weights.
+
+    Gate and up are rounded before SwiGLU. Rows and widths must be multiples of 16 bytes.
+    """
+    num_experts = expert_offsets.shape[0] - 1
+    if gate_proj.dim() == 2:
+        gate_proj, up_proj = (w.unflatten(0, (num_experts, -1)) for w in (gate_proj, up_proj))
+        down_proj = down_proj.unflatten(1, (num_experts, -1)).transpose(0, 1)
+    ends = expert_offsets[1:]
+    rows = permute(x, row_token, token_rows)  # [R, D]
+    gate, up = (F.grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (gate_proj, up_proj))
+    return F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=ends)
 
 
 def expert_ffn(
@@ -36,7 +61,7 @@ def expert_ffn(
 ) -> Tensor:
     """x [T, D], weights and topk_idx [T, K] -> y [T, D]; sort, grouped FFN and combine.
 
-    Weights of experts: as of `ops.grouped_ffn`.
+    Reads the expert offsets back to the host. Weights of experts: as of `ops.grouped_ffn`.
     """
     expert_offsets, row_token, token_rows = reference.sort_by_expert(topk_idx, num_experts)
     sizes = expert_offsets.diff().tolist()

@@ -33,6 +33,7 @@ from sparse_unified.checks.problems import (
     refusal,
 )
 from sparse_unified.mini.model import MiniTask, mini_config
+from sparse_unified.ops import backend
 
 
 def forms_of(op: str, device: torch.device, dtype: torch.dtype, num_tokens: int) -> list[Values]:
@@ -171,7 +172,10 @@ def a_thread_may_begin_with_a_backward_pass(device: torch.device) -> None:
 
 @check(on=(CUDA,))
 def block_says_what_runs_it(device: torch.device) -> None:
-    assert block_on(device, torch.bfloat16, strict=True).active_backend == "cuda"
+    block = block_on(device, torch.bfloat16, strict=True)
+    assert block.active_backend == (
+        backend.GROUPED_MM if backend.prefers_grouped_mm(device) else backend.CUDA
+    )
     for dtype, width in ((torch.float32, 48), (torch.bfloat16, 12)):
         block = block_on(device, dtype, intermediate_size=8 * width)
         assert block.active_backend.startswith("torch: "), block.active_backend

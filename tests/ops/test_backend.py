@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import checks_torch
 import pytest
 import torch
 
@@ -37,9 +39,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     }
     monkeypatch.setattr(_library, "module", SimpleNamespace(build_info=lambda: facts))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: facts["capability"])
-    backend._device_refusal.cache_clear()
+    monkeypatch.delenv(backend.OVERRIDE, raising=False)
+    caches = (backend._device_refusal, backend._capability)
+    for cache in caches:
+        cache.cache_clear()
     yield facts
-    backend._device_refusal.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -103,14 +109,68 @@ def test_cuda_takes_what_library_and_driver_have_code_for(
 ) -> None:
     gpu |= facts
     chosen = backend.choose(CUDA, **BAGEL)
-    assert why in chosen if why else chosen == "cuda"
+    assert why in chosen if why else chosen.startswith("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "override", "chosen"),
+    [
+        ((10, 0), torch.bfloat16, "", "cuda, grouped_mm"),
+        ((10, 3), torch.bfloat16, "", "cuda, grouped_mm"),
+        ((10, 0), torch.float16, "", "cuda"),
+        ((9, 0), torch.bfloat16, "", "cuda"),
+        ((12, 0), torch.bfloat16, "", "cuda"),
+        ((10, 0), torch.bfloat16, "family=sm80", "cuda"),
+        ((10, 0), torch.bfloat16, "all=64x128x32x4", "cuda, grouped_mm"),
+        ((9, 0), torch.bfloat16, "overlap=off,family=grouped_mm", "cuda, grouped_mm"),
+        ((9, 0), torch.float16, "family=grouped_mm", "cuda"),
+    ],
+)
+def test_torch_multiplies_on_blackwell_and_where_asked(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    override: str,
+    chosen: str,
+    gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu["capability"] = capability
+    monkeypatch.setenv(backend.OVERRIDE, override)
+    assert backend.choose(CUDA, **BAGEL | {"dtype": dtype}) == chosen
 
 
 @pytest.fixture
-def block(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> SparseMoE:
-    """A block in fp32, with a shared expert, that takes the CPU for a GPU."""
+def as_gpu(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Blocks take the CPU for a GPU, of these facts."""
     choose = backend.choose
     monkeypatch.setattr(backend, "choose", lambda _, **facts: choose(CUDA, **facts))
+    return gpu
+
+
+@pytest.mark.parametrize(("shared", "num_tokens"), [(0, 61), (1, 300), (0, 0)])
+def test_a_block_on_blackwell_is_that_of_the_cpu(
+    shared: int, num_tokens: int, as_gpu: dict[str, Any]
+) -> None:
+    as_gpu["capability"] = (10, 0)
+    products = mock.Mock(wraps=torch.nn.functional.grouped_mm)
+    cpu = torch.device("cpu")
+    with mock.patch.object(torch.nn.functional, "grouped_mm", products):
+        checks_torch.block_is_that_of_the_cpu(cpu, torch.bfloat16, shared, False, num_tokens)
+    assert products.call_count == (6 if num_tokens else 0)  # with gradients and without
+
+
+def test_a_block_on_blackwell_compiles_as_one_graph(
+    as_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_gpu["capability"] = (10, 0)
+    facts = functools.partial(pickle.loads, pickle.dumps(as_gpu))
+    monkeypatch.setattr(_library.module, "build_info", facts)
+    checks_torch.block_compiles_as_one_graph(torch.device("cpu"), torch.bfloat16, "aot_eager")
+
+
+@pytest.fixture
+def block(as_gpu: dict[str, Any]) -> SparseMoE:
+    """A block in fp32, with a shared expert, that takes the CPU for a GPU."""
     block = SparseMoE(64, 9 * 16, 8, 3, 1, return_router_logits=False)
     for router in (block.gate, block.gate_shared):
         torch.nn.init.normal_(router.weight)

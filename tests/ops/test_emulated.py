@@ -26,6 +26,7 @@ from sparse_unified.checks.problems import (
     lay_out,
     pruned_problem,
 )
+from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import backend, reference
 
 EMULATION = torch.ops.sparse_unified_emulation
@@ -75,12 +76,9 @@ if not IS_DEEP:
 
 
 @pytest.fixture(autouse=True)
-def _emulator() -> Iterator[None]:
+def _emulator() -> None:
     EMULATION.set_device(90)
     EMULATION.set_schedule(4, 3, 2)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -254,10 +252,22 @@ def test_a_rule_stands_for_the_choice_of_a_process(
     assert ("sm90a" in "".join(launches)) == is_hopper
 
 
+def test_a_short_sum_takes_the_medium_tile() -> None:
+    """The down-projection of h = 592: 19 steps, too few to hide the start of one large block."""
+    EMULATION.set_device(80, 8)  # so that there are several rounds of tiles
+    for width, tile in ((592, "<128, 128, 32"), (1184, "<128, 256, 32")):
+        problem = grouped_problem(600, 1024, 2, width, 1, torch.bfloat16)
+        with recorded() as launches:
+            problem.call()
+        up, down = launches
+        assert "<128, 256, 32" in up
+        assert tile in down
+
+
 def test_a_process_may_leave_multiprocessors_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer of them the same tiles are more rounds, enough for the large ones."""
     EMULATION.set_device(80)
-    problem = grouped_problem(600, 136, 3, 80, 2, torch.bfloat16)
+    problem = grouped_problem(600, 1024, 3, 80, 2, torch.bfloat16)
     kernels = []
     for limit in ("108", "2"):
         monkeypatch.setenv("SPARSE_UNIFIED_NUM_SMS", limit)
@@ -268,6 +278,19 @@ def test_a_process_may_leave_multiprocessors_to_others(monkeypatch: pytest.Monke
     monkeypatch.setenv("SPARSE_UNIFIED_NUM_SMS", "none")
     with pytest.raises(RuntimeError, match=r"SPARSE_UNIFIED_NUM_SMS must be at least 1, got none"):
         problem.call()
+
+
+def test_a_forward_pass_asks_torch_for_little_beside_the_ops() -> None:
+    """Memory comes without the dispatcher, devices are described once."""
+    block = SparseMoE(64, 8 * 48, 8, 2, dtype=torch.bfloat16, return_router_logits=False)
+    x = torch.randn(9, 64).bfloat16()
+    with torch.inference_mode(), torch.autograd.profiler.profile() as profile, recorded():
+        block(x)
+    calls = [event.name for event in profile.function_events]
+    assert len([name for name in calls if name.startswith("sparse_unified::")]) == 3
+    # 1 + topk_logits is an add, with a scalar that is cast on the CPU.
+    of_add = {f"aten::{name}" for name in ("add", "to", "_to_copy", "empty_strided", "copy_")}
+    assert {name for name in calls if name.startswith("aten::")} <= of_add
 
 
 @pytest.mark.parametrize(

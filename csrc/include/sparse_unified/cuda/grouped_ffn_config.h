@@ -99,7 +99,8 @@ constexpr const char* kGroupedFfnOverrideVariable = "SPARSE_UNIFIED_GROUPED_FFN"
 // "up=128x256x32x4,grad_rows=128x128x32x3" ("all=..." stands for every phase of the sm80 kernels),
 // the kernels, "family=sm80" or "family=sm90a", and what those for Hopper choose between:
 // "up=128x240x64x3", "down=128x128x64x6", "overlap=off", "fence=producer", "multicast=on" and
-// "grad_multicast=on".
+// "grad_multicast=on". "family=grouped_mm" changes nothing here: sparse_unified/ops/backend.py
+// reads it, and runs experts on torch's products.
 std::string grouped_ffn_override_error(const std::string& text);
 
 // Rules, found by testing and timing on a device, that stand in for the choice of a process; they
