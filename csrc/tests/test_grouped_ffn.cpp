@@ -108,7 +108,8 @@ template <typename T>
 void test_rows(const Shape& shape, int64_t expert, Random& random) {
   Case<T> c(shape, expert, random);
   const std::vector<double> exact = c.exact();
-  Array<float> workspace(grouped_ffn_workspace_floats(shape.hidden_size, shape.expert_width));
+  Array<float> workspace(grouped_ffn_workspace_floats(Traits<T>::kDType, shape.hidden_size,
+                                                      shape.expert_width));
   const int64_t d = shape.hidden_size;
 
   // Stored in the order of the rows.
@@ -165,7 +166,7 @@ void test_blocks() {
 int main(int argc, char** argv) {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
-  if (!ffn_cpu_supported()) {
+  if (!prefers_ffn_cpu(DType::kFloat32)) {
     std::printf("grouped_ffn: this machine lacks AVX2\n");
     return 77;  // ctest counts it as skipped
   }

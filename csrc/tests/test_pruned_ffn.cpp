@@ -55,7 +55,7 @@ void test_blocks(const Shape& shape, const std::vector<int32_t>& kept, Random& r
 
   Array<T> y(shape.num_tokens * d, lead);
   std::fill_n(y.get(), y.size(), Traits<T>::stored(std::nan("")));
-  Array<float> workspace(pruned_ffn_workspace_floats(d));
+  Array<float> workspace(pruned_ffn_workspace_floats(Traits<T>::kDType, d));
   PrunedFfnParams params{};
   params.dtype = Traits<T>::kDType;
   params.x = {x.get(), shape.num_tokens, d, stride};
@@ -159,7 +159,7 @@ int main(int argc, char** argv) {
   using namespace sparse_unified;
   using namespace sparse_unified::test;
   std::vector<Test> tests{{"accumulate", test_accumulates}};
-  if (ffn_cpu_supported()) {
+  if (prefers_ffn_cpu(DType::kFloat32)) {
     tests.push_back({"remainders", test_remainders<float>});
     tests.push_back({"slices", test_slices<float>});
     tests.push_back({"remainders bf16", test_remainders<BFloat16>});

@@ -29,7 +29,7 @@ struct GroupedFfnRows {
 };
 
 // Floats of working memory grouped_ffn_cpu needs, 64-byte aligned.
-int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width);
+int64_t grouped_ffn_workspace_floats(DType dtype, int64_t hidden_size, int64_t expert_width);
 
 void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows, float* workspace);
 
