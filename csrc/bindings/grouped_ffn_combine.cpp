@@ -134,8 +134,7 @@ Tensor grouped_ffn_combine(Tensor x, Tensor weights, Tensor row_token, Tensor to
       ffn.dtype == DType::kFloat32 ? out : empty_like_sized(weights, {num_tokens, ffn.hidden_size});
   const TokenBlocks blocks(ffn, weights, token_rows, sums, out);
   const int64_t num_blocks = count_blocks(num_tokens, torch::stable::get_num_threads());
-  const int64_t floats =
-      grouped_ffn_workspace_floats(ffn.dtype, ffn.hidden_size, ffn.expert_width);
+  const int64_t floats = grouped_ffn_workspace_floats(ffn.dtype, ffn.hidden_size, ffn.expert_width);
   const Workspace workspace(ffn.x, num_workers(num_blocks), 4 * floats);
   parallel_tasks(num_blocks, [&](int64_t block, int64_t worker) {
     blocks.run(num_tokens * block / num_blocks, num_tokens * (block + 1) / num_blocks,

@@ -93,8 +93,6 @@ SPARSE_UNIFIED_INLINE void multiply_tiles() {
 
 #else
 
-inline bool request_tiles() { return true; }
-
 // A product of the values in one half of two pairs.
 SPARSE_UNIFIED_INLINE Float multiply_halves(const UInt& a, const UInt& b, int half) {
   const auto values = [&](const UInt& pairs) {

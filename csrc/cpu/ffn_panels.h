@@ -287,14 +287,13 @@ void dispatch_storage(DType dtype, const Run& run) {
 // The panels of `count` rows, one after the other.
 inline void gather_panels(DType dtype, const Matrix& x, const int32_t* row_token, int64_t first,
                           int64_t count, float* panels) {
-  dispatch_storage(dtype, [&]<typename T>(T) {
-    gather_panels<T>(x, row_token, first, count, panels);
-  });
+  dispatch_storage(dtype,
+                   [&]<typename T>(T) { gather_panels<T>(x, row_token, first, count, panels); });
 }
 
-// Rows worked on at once, at most `most_rows` and `most_floats` of D, in whole panels.
-inline int64_t rows_of_chunk(int64_t hidden_size, int64_t most_rows, int64_t most_floats) {
-  const int64_t rows = most_floats / std::max<int64_t>(hidden_size, 1);
+// Rows worked on at once, at most `most_rows` and `most_lanes` of a panel, in whole panels.
+inline int64_t rows_of_chunk(int64_t lanes, int64_t most_rows, int64_t most_lanes) {
+  const int64_t rows = most_lanes / std::max<int64_t>(lanes, 1);
   return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, most_rows);
 }
 

@@ -37,6 +37,8 @@ constexpr int64_t kTilePairs = 3;
 constexpr int64_t kOutputs = 16;
 constexpr int64_t kOutputPart = 6;
 #endif
+// Tiles of weights that pass by a panel one after the other.
+constexpr int64_t kTileGroup = kIsAmx ? 4 : 1;
 static_assert(kOutputs % kLanes == 0);  // rows of outputs are stored in whole cache lines
 constexpr int64_t kTileRows = std::max(2 * kTilePairs, kOutputs);
 using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
@@ -108,21 +110,27 @@ inline Matrix alternate_rows(const Matrix& matrix, DType dtype, int64_t row) {
 
 #if SPARSE_UNIFIED_LEVEL >= 5
 
-// Copies columns [0, count) of a row to those from `offset` on of row r of a tile.
+// Copies columns [0, count) of a row, or zeros, to those from `offset` on of row r of a tile.
 SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void pack_columns(const BFloat16* source, int64_t count,
                                                               int64_t offset, int64_t r,
                                                               int64_t lanes, float* tile) {
-  constexpr int64_t kBlock = 32;  // values of a line
-  const int64_t line = kIsAmx ? (r % 2 * 16 + r / 2) * kLanes : r * lanes;
-  const int64_t next_line = kIsAmx ? 32 * kLanes : kLanes;
-  for (int64_t i = 0, n; i < count; i += n) {
-    const int64_t column = offset + i;
-    n = std::min(count - i, kBlock - column % kBlock);
+  constexpr int64_t kLine = 32;  // values of a cache line
+  constexpr int64_t kStep = kIsAmx ? 32 * kLanes : kLanes;
+  float* line = tile + (kIsAmx ? (r % 2 * 16 + r / 2) * kLanes : r * lanes);
+  line += offset / kLine * kStep;
+  int64_t column = offset % kLine;
+  for (int64_t i = 0; i < count; line += kStep, column = 0) {
+    if (column == 0 && count - i >= kLine && source != nullptr) {
+      std::memcpy(line, source + i, kLine * sizeof(BFloat16));
+      i += kLine;
+      continue;
+    }
+    const int64_t n = std::min(count - i, kLine - column);
     const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
     const __m512i values =
         source != nullptr ? _mm512_maskz_loadu_epi16(mask, source + i) : _mm512_setzero_si512();
-    auto* target = reinterpret_cast<BFloat16*>(tile + line + column / kBlock * next_line);
-    _mm512_mask_storeu_epi16(target + column % kBlock, mask, values);
+    _mm512_mask_storeu_epi16(reinterpret_cast<BFloat16*>(line) + column, mask, values);
+    i += n;
   }
 }
 
@@ -163,8 +171,7 @@ inline WeightTile weight_tile(DType dtype, const StoredRows& rows, int64_t num_r
     return {rows.row<float>(0) + first, rows.even.stride, rows.row<float>(1) + first,
             rows.odd.stride, lanes};
   }
-  dispatch_storage(dtype,
-                   [&]<typename T>(T) { pack_rows<T>(rows, num_rows, slice, scratch); });
+  dispatch_storage(dtype, [&]<typename T>(T) { pack_rows<T>(rows, num_rows, slice, scratch); });
   return {scratch, 2 * lanes, scratch + lanes, 2 * lanes, lanes};
 }
 
@@ -245,7 +252,8 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_tile(const WeightTile& tile
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kRows; ++r) {
         const float weight = tile.row(r)[k];
-        for (int64_t v = 0; v < kRegisters; ++v) acc[r][v] = multiply_add(acc[r][v], weight, values[v]);
+        for (int64_t v = 0; v < kRegisters; ++v)
+          acc[r][v] = multiply_add(acc[r][v], weight, values[v]);
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
@@ -369,6 +377,22 @@ SPARSE_UNIFIED_TARGET void run_output_tile(int64_t outputs, const WeightTile& ti
   }
 }
 
+// Asks for part `part` of `num_parts` of the columns of a slice of num_rows rows, for a tile to
+// come.
+template <typename T>
+void prefetch_rows(const StoredRows& rows, int64_t num_rows, const Slice& slice, int64_t part,
+                   int64_t num_parts) {
+  constexpr int64_t kLineValues = 64 / sizeof(T);
+  for (int64_t r = num_rows * part / num_parts; r < num_rows * (part + 1) / num_parts; ++r) {
+    for (int64_t i = 0; i < slice.num_runs; ++i) {
+      const T* values = rows.row<T>(r) + slice.runs[i].first;
+      for (int64_t k = 0; k < slice.runs[i].count; k += kLineValues) {
+        __builtin_prefetch(values + k);
+      }
+    }
+  }
+}
+
 struct FfnWeights {
   DType dtype;
   Matrix gate_proj;  // [width, D]
@@ -376,8 +400,47 @@ struct FfnWeights {
   Matrix down_proj;  // [D, width]
 };
 
+// Weight rows that make a tile: `size` neurons or outputs from the `first` of those to be made.
+struct TileRows {
+  StoredRows rows;
+  int64_t num_rows;
+  int64_t first;
+  int64_t size;
+};
+
+// The loop over weights and panels. next(tile) brings the rows of one tile after another, false
+// behind the last; run(panel, weights, tile) makes what they yield for one panel. Tiles stay in the
+// cache while every panel passes by; AMX is faster than memory, so that several share a panel while
+// it is near, and those to come are asked for meanwhile.
+template <class Next, class RunTile>
+void run_tiles(DType dtype, const Slice& columns, int64_t num_panels, float* scratch, Next next,
+               const RunTile& run) {
+  TileRows tiles[kTileGroup];
+  TileRows coming[kTileGroup];
+  const auto fill = [&](TileRows* group) {
+    int64_t n = 0;
+    while (n < kTileGroup && next(group[n])) ++n;
+    return n;
+  };
+  for (int64_t n = fill(tiles), num_coming; n > 0; n = num_coming) {
+    WeightTile weights[kTileGroup];
+    for (int64_t i = 0; i < n; ++i) {
+      weights[i] = weight_tile(dtype, tiles[i].rows, tiles[i].num_rows, columns,
+                               scratch + i * kTileRows * num_lanes(columns.width));
+    }
+    num_coming = fill(coming);
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      for (int64_t i = 0; kIsAmx && i < num_coming; ++i) {
+        prefetch_rows<BFloat16>(coming[i].rows, coming[i].num_rows, columns, panel, num_panels);
+      }
+      for (int64_t i = 0; i < n; ++i) run(panel, weights[i], tiles[i]);
+    }
+    std::copy_n(coming, num_coming, tiles);
+  }
+}
+
 // The panels x of `count` rows through the neurons of a slice; sinks[i] takes the outputs of panel
-// i. A panel of `hidden` has num_lanes(slice.width) lanes; `scratch` is weight_tile's.
+// i. A panel of `hidden` has num_lanes(slice.width) lanes; `scratch` is for tiles of weights.
 template <class Sink>
 void run_slice(const FfnWeights& weights, const Slice& slice, int64_t count, const float* x,
                float* hidden, float* scratch, const Sink* sinks) {
@@ -385,6 +448,7 @@ void run_slice(const FfnWeights& weights, const Slice& slice, int64_t count, con
   const int64_t hidden_size = weights.gate_proj.columns;
   const int64_t x_lanes = num_lanes(hidden_size);
   const int64_t hidden_lanes = num_lanes(slice.width);
+  const int64_t num_panels = (count + kPanelRows - 1) / kPanelRows;
 
   if constexpr (kIsAmx) {
     for (int64_t row = 0; row < count; row += kPanelRows) {
@@ -394,43 +458,59 @@ void run_slice(const FfnWeights& weights, const Slice& slice, int64_t count, con
     }
   }
 
-  // A tile of weights stays in the cache while every panel passes by.
-  const Run whole_row{0, hidden_size, 0};
-  const Slice row_slice{&whole_row, 1, hidden_size};
-  for (int64_t i = 0; i < slice.num_runs; ++i) {
+  int64_t i = 0;  // the run and the neuron of it
+  int64_t j = 0;
+  const auto next_neurons = [&](TileRows& tile) {
+    if (i == slice.num_runs || slice.width == 0) return false;
     const Run& run = slice.runs[i];
-    for (int64_t j = 0, pairs; j < run.count; j += pairs) {
-      pairs = tile_size(run.count - j, kTilePairs);
-      const StoredRows rows{matrix_from(weights.gate_proj, dtype, run.first + j, 0),
-                            matrix_from(weights.up_proj, dtype, run.first + j, 0)};
-      const WeightTile tile = weight_tile(dtype, rows, 2 * pairs, row_slice, scratch);
-      for (int64_t row = 0; row < count; row += kPanelRows) {
-        run_hidden_tile(pairs, count - row, tile, x + row * x_lanes, run.offset + j,
-                        hidden + row * hidden_lanes);
-      }
+    const int64_t pairs = tile_size(run.count - j, kTilePairs);
+    tile = {{matrix_from(weights.gate_proj, dtype, run.first + j, 0),
+             matrix_from(weights.up_proj, dtype, run.first + j, 0)},
+            2 * pairs,
+            run.offset + j,
+            pairs};
+    j += pairs;
+    if (j == run.count) {
+      ++i;
+      j = 0;
     }
-  }
+    return true;
+  };
+  const Run whole_row{0, hidden_size, 0};
+  run_tiles(dtype, {&whole_row, 1, hidden_size}, num_panels, scratch, next_neurons,
+            [&](int64_t panel, const WeightTile& tile, const TileRows& neurons) {
+              const int64_t row = panel * kPanelRows;
+              run_hidden_tile(neurons.size, count - row, tile, x + row * x_lanes, neurons.first,
+                              hidden + row * hidden_lanes);
+            });
 
-  // Same again for the outputs.
-  for (int64_t d = 0, outputs; d < hidden_size; d += outputs) {
-    outputs = outputs_size(hidden_size - d);
-    const StoredRows rows{alternate_rows(weights.down_proj, dtype, d),
-                          alternate_rows(weights.down_proj, dtype, d + 1)};
-    const WeightTile tile = weight_tile(dtype, rows, outputs, slice, scratch);
-    for (int64_t row = 0; row < count; row += kPanelRows) {
-      const Sink& sink = sinks[row / kPanelRows];
-      const float* values = hidden + row * hidden_lanes;
-      if (count - row > kLanes) {
-        run_output_tile<kPanelVectors>(outputs, tile, values, sink, d);
-      } else {
-        run_output_tile<1>(outputs, tile, values, sink, d);
-      }
-    }
-  }
+  int64_t d = 0;
+  const auto next_outputs = [&](TileRows& tile) {
+    if (d == hidden_size) return false;
+    const int64_t outputs = outputs_size(hidden_size - d);
+    tile = {{alternate_rows(weights.down_proj, dtype, d),
+             alternate_rows(weights.down_proj, dtype, d + 1)},
+            outputs,
+            d,
+            outputs};
+    d += outputs;
+    return true;
+  };
+  run_tiles(dtype, slice, num_panels, scratch, next_outputs,
+            [&](int64_t panel, const WeightTile& tile, const TileRows& outputs) {
+              const int64_t row = panel * kPanelRows;
+              const float* values = hidden + row * hidden_lanes;
+              if (count - row > kLanes) {
+                run_output_tile<kPanelVectors>(outputs.size, tile, values, sinks[panel],
+                                               outputs.first);
+              } else {
+                run_output_tile<1>(outputs.size, tile, values, sinks[panel], outputs.first);
+              }
+            });
 }
 
-// Floats of weight_tile's scratch for sums over up to `length` values.
-inline int64_t tile_floats(int64_t length) { return kTileRows * num_lanes(length); }
+// Floats of scratch for tiles of weights in sums over up to `length` values.
+inline int64_t tile_floats(int64_t length) { return kTileGroup * kTileRows * num_lanes(length); }
 
 }  // namespace sparse_unified::SPARSE_UNIFIED_TILES
 

@@ -28,15 +28,15 @@ namespace {
 // MB of L2 on AVX-512 and 512 KB on AVX2. 320 rows of D = 896 are more than half of a block of 512
 // tokens ever sends to one expert.
 #if SPARSE_UNIFIED_LEVEL >= 4
-constexpr int64_t kChunkFloats = 320 * 896;
+constexpr int64_t kChunkLanes = 320 * 896;
 constexpr int64_t kChunkRows = 320;
 #else
-constexpr int64_t kChunkFloats = 64 * 3584;
+constexpr int64_t kChunkLanes = 64 * 3584;
 constexpr int64_t kChunkRows = 96;
 #endif
 
 int64_t chunk_rows(int64_t hidden_size) {
-  return rows_of_chunk(hidden_size, kChunkRows, kChunkFloats);
+  return rows_of_chunk(num_lanes(hidden_size), kChunkRows, kChunkLanes);
 }
 
 // Where the rows of a panel go.
@@ -62,8 +62,7 @@ struct PanelTargets {
   // The same for up to 16 outputs, a cache line of a row.
   template <int64_t kVectors>
   SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put_line(
-      int64_t d, int64_t num_columns,
-      const Register (*y)[kVectors * kRegistersPerVector]) const {
+      int64_t d, int64_t num_columns, const Register (*y)[kVectors * kRegistersPerVector]) const {
 #if SPARSE_UNIFIED_LEVEL >= 4
 #pragma GCC unroll 2
     for (int64_t v = 0; v < kVectors; ++v) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[t] = sum_b down_b(silu(gate_b x[t]) * up_b x[t]) over kept blocks b of the width: 6 T D
-// operations in fp32 a kept neuron, and only kept rows and columns of the weights are read.
+// operations a kept neuron, and only kept rows and columns of the weights are read.
 //
 // Panels of tokens (see ffn_tiles.h) pass by weights that stay where they are, as in grouped_ffn.
 // Neighbours in the list that are neighbours in the width make one run. Runs are taken in slices of
-// at most kSumBlock neurons: the hidden activations of a slice are computed, then its share of
+// at most kSliceNeurons: the hidden activations of a slice are computed, then its share of
 // every output, which is added to a second panel. So hidden activations are never more than a
-// slice, and an output is one sum of blocks of kSumBlock neurons, however the runs lie.
+// slice, and an output is one sum of blocks of so many neurons, however the runs lie.
 //
 // Included once for each instruction set, as ffn_tiles.h says.
 #pragma once
@@ -21,25 +21,29 @@
 namespace sparse_unified::SPARSE_UNIFIED_TILES {
 namespace {
 
-static_assert(kMaxPrunedBlock <= kSumBlock);
-
 // Tokens worked on at once, at most: x and y in panels and the hidden activations of a slice stay
 // in the nearer caches while the weights pass by.
-#if SPARSE_UNIFIED_LEVEL >= 4
-constexpr int64_t kChunkFloats = 256 * 896;
+#if SPARSE_UNIFIED_LEVEL == 6
+constexpr int64_t kChunkRows = 512;
+constexpr int64_t kChunkLanes = kChunkRows * 448;
+#elif SPARSE_UNIFIED_LEVEL >= 4
 constexpr int64_t kChunkRows = 256;
+constexpr int64_t kChunkLanes = kChunkRows * 896;
 #else
-constexpr int64_t kChunkFloats = 64 * 3584;
 constexpr int64_t kChunkRows = 96;
+constexpr int64_t kChunkLanes = 64 * 3584;
 #endif
+// Neurons of a slice: on AMX the panels of sums cost as much to load and store as those to compute.
+constexpr int64_t kSliceNeurons = kIsAmx ? 2 * kSumBlock : kSumBlock;
+static_assert(kMaxPrunedBlock <= kSliceNeurons);
 
 int64_t chunk_rows(int64_t hidden_size) {
-  return rows_of_chunk(hidden_size, kChunkRows, kChunkFloats);
+  return rows_of_chunk(num_lanes(hidden_size), kChunkRows, kChunkLanes);
 }
 
 // A slice and the memory of its runs.
 struct KeptSlice {
-  Run runs[kSumBlock];
+  Run runs[kSliceNeurons];
   int64_t num_runs;
   int64_t width;
 };
@@ -48,7 +52,7 @@ struct KeptSlice {
 int64_t next_slice(const PrunedFfnParams& params, int64_t block, KeptSlice& slice) {
   slice.num_runs = 0;
   slice.width = 0;
-  for (; block < params.num_kept && slice.width + params.block_size <= kSumBlock; ++block) {
+  for (; block < params.num_kept && slice.width + params.block_size <= kSliceNeurons; ++block) {
     const int64_t first = params.kept_blocks[block] * params.block_size;
     Run* last = slice.num_runs ? &slice.runs[slice.num_runs - 1] : nullptr;
     if (last != nullptr && last->first + last->count == first) {
@@ -123,7 +127,7 @@ void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count, floa
   float* x_panels = workspace;
   float* y_panels = x_panels + max_rows * num_lanes(hidden_size);
   float* hidden = y_panels + max_rows * hidden_size;
-  float* scratch = hidden + max_rows * num_lanes(kSumBlock);
+  float* scratch = hidden + max_rows * num_lanes(kSliceNeurons);
   const FfnWeights weights{params.dtype, params.gate_proj, params.up_proj, params.down_proj};
 
   gather_panels(params.dtype, params.x, nullptr, first, count, x_panels);
@@ -153,8 +157,8 @@ void run_chunk(const PrunedFfnParams& params, int64_t first, int64_t count, floa
 
 int64_t pruned_ffn_workspace_floats(int64_t hidden_size) {
   return chunk_rows(hidden_size) *
-             (num_lanes(hidden_size) + hidden_size + num_lanes(kSumBlock)) +
-         tile_floats(std::max(hidden_size, kSumBlock));
+             (num_lanes(hidden_size) + hidden_size + num_lanes(kSliceNeurons)) +
+         tile_floats(std::max(hidden_size, kSliceNeurons));
 }
 
 void pruned_ffn_cpu(const PrunedFfnParams& params, int64_t token_begin, int64_t token_end,

@@ -15,8 +15,9 @@ const char* instruction_set_used();
 // The kernels of an FFN, weakest first.
 enum class FfnLevel { kNone, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// Which of them run it in this type: the strongest that this processor has, and at most the one that
-// the environment variable SPARSE_UNIFIED_CPU_FFN names: none, avx2, avx512, avx512bf16 or amx.
+// Which of them run it in this type: the strongest that this processor has, and at most the one
+// that the environment variable SPARSE_UNIFIED_CPU_FFN names: none, avx2, avx512, avx512bf16 or
+// amx.
 FfnLevel ffn_level(DType dtype);
 
 // "AMX", as processors are described.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// pruned_ffn: the SwiGLU FFN over kept blocks of its width, on CPUs with AVX2 or AVX-512; in fp32,
-// to which 16-bit tokens and weights are widened on the way, and rounded once.
+// pruned_ffn: the SwiGLU FFN over kept blocks of its width, on CPUs with AVX2 or AVX-512, in the
+// arithmetic of grouped_ffn; outputs are rounded once.
 #pragma once
 
 #include "sparse_unified/dtype.h"
