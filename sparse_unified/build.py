@@ -28,6 +28,7 @@ class BuildInfo(Report):
         instruction_sets: that the CPU kernels were compiled for.
         instruction_set: that they run.
         cpu_ffn_dtypes: what the CPU's FFN kernels take; torch's products run the others.
+        cpu_ffn_kernels: the same, each with the instructions that multiply it: "bfloat16 (AMX)".
         devices: "cuda:0: NAME, 9.0" of each GPU that torch sees, and whether its bf16 experts run
             on torch's grouped_mm.
         problems: what does not fit together; empty when everything does.
@@ -49,6 +50,7 @@ class BuildInfo(Report):
     instruction_sets: tuple[str, ...]
     instruction_set: str
     cpu_ffn_dtypes: tuple[str, ...]
+    cpu_ffn_kernels: tuple[str, ...]
     torch: str
     torch_cuda: str
     openmp: bool
@@ -70,7 +72,7 @@ class BuildInfo(Report):
             ("CUDA", f"driver {self.cuda_driver}, torch {self.torch_cuda}"),
             ("devices", "; ".join(self.devices) or "none"),
             ("CPU kernels", f"{self.instruction_set}, of {', '.join(self.instruction_sets)}"),
-            ("CPU FFN kernels", ", ".join(self.cpu_ffn_dtypes) or "none"),
+            ("CPU FFN kernels", ", ".join(self.cpu_ffn_kernels) or "none"),
             ("threads", f"{self.threads}, {'OpenMP' if self.openmp else 'no OpenMP'}"),
             ("platform", self.platform),
         ]
@@ -94,8 +96,9 @@ def build_info() -> BuildInfo:
     built = facts["library_version"] = facts.pop("version")
     facts["threads"] = int(facts["threads"])
     facts["instruction_sets"] = tuple(facts["instruction_sets"].split(", "))
-    listed = facts["cpu_ffn_dtypes"]
-    facts["cpu_ffn_dtypes"] = () if listed == "none" else tuple(listed.split(", "))
+    for fact in ("cpu_ffn_dtypes", "cpu_ffn_kernels"):
+        listed = facts[fact]
+        facts[fact] = () if listed == "none" else tuple(listed.split(", "))
     listed = facts["cuda_architectures"]
     architectures = facts["cuda_architectures"] = () if listed == "none" else tuple(listed.split())
     problems = []

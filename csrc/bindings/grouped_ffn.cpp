@@ -75,7 +75,8 @@ Tensor kernel_forward(const GroupedFfn& ffn) {
   const std::vector<ExpertRows> tasks = ffn.split(kKernelTaskRows, kKernelRowMultiple);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
   const int64_t workers = num_workers(num_tasks);
-  const int64_t kernel_floats = grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width);
+  const int64_t kernel_floats =
+      grouped_ffn_workspace_floats(ffn.dtype, ffn.hidden_size, ffn.expert_width);
   const bool is_fp32 = ffn.dtype == DType::kFloat32;
   const int64_t sum_floats = is_fp32 ? 0 : kKernelTaskRows * ffn.hidden_size;
   const Workspace workspace(ffn.x, workers, 4 * (kernel_floats + sum_floats));

@@ -101,8 +101,8 @@ Tensor kernel_forward(const CombinedFfn& ffn) {
                           : empty_like_sized(ffn.weights, {num_tokens, ffn.hidden_size});
   const TokenBlocks blocks(ffn, sums, out);
   const int64_t num_blocks = count_blocks(num_tokens, torch::stable::get_num_threads());
-  const Workspace workspace(ffn.x, num_workers(num_blocks),
-                            4 * grouped_ffn_workspace_floats(ffn.hidden_size, ffn.expert_width));
+  const int64_t floats = grouped_ffn_workspace_floats(ffn.dtype, ffn.hidden_size, ffn.expert_width);
+  const Workspace workspace(ffn.x, num_workers(num_blocks), 4 * floats);
   parallel_tasks(num_blocks, [&](int64_t block, int64_t worker) {
     blocks.run(num_tokens * block / num_blocks, num_tokens * (block + 1) / num_blocks,
                workspace.floats(worker));

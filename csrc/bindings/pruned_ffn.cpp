@@ -72,7 +72,7 @@ Tensor kernel_forward(const PrunedFfn& ffn) {
                                .y = y.mutable_data_ptr()};
   const int64_t num_tasks = count_tasks(ffn.num_tokens, torch::stable::get_num_threads());
   const Workspace workspace(ffn.x, num_workers(num_tasks),
-                            4 * pruned_ffn_workspace_floats(ffn.hidden_size));
+                            4 * pruned_ffn_workspace_floats(ffn.dtype, ffn.hidden_size));
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {
     pruned_ffn_cpu(params, ffn.num_tokens * task / num_tasks,
                    ffn.num_tokens * (task + 1) / num_tasks, workspace.floats(worker));

@@ -1,66 +1,75 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register tiles of the FFN kernels: weights times panels of tokens, in fp32. A panel of 32
-// (or, at the end, 16) tokens on AVX-512 and of 16 on AVX2 is laid out [D][tokens], so every
-// product is a weight, broadcast from where it lies, times two registers of tokens. 16-bit tokens
-// are widened as a panel is gathered, a tile of 16-bit weights once for all the panels that pass
-// by.
+// The FFN over some of its neurons, for panels of tokens (see ffn_panels.h): the loop over weights
+// and panels that every FFN kernel runs, and its register tiles.
 //
-// The file that includes this one says for which instruction set: SPARSE_UNIFIED_LEVEL is 3 (AVX2
-// and FMA) or 4 (AVX-512), as in x86-64-v3 and v4. What is defined here is in a namespace of its
-// own for each, `avx2` or `avx512`.
+// Every product is a weight, broadcast from where it lies, times two registers of tokens; on AMX, a
+// tile of 16 x 32 weights times one of 32 values of 16 tokens. fp32 weights are read in place. A
+// tile of 16-bit weights is brought once into the layout that the products want, widened, or in
+// pairs padded with zeros, for all the panels that pass by.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
+#include "cpu/ffn_panels.h"
 
-#include "cpu/vector.h"
-#include "sparse_unified/dtype.h"
-#include "sparse_unified/matrix.h"
+#ifdef SPARSE_UNIFIED_TARGET
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-
-#include <immintrin.h>
-
-#if SPARSE_UNIFIED_LEVEL == 4
-#define SPARSE_UNIFIED_TILES avx512
-#define SPARSE_UNIFIED_TARGET __attribute__((target("arch=x86-64-v4")))
-#else
-#define SPARSE_UNIFIED_TILES avx2
-#define SPARSE_UNIFIED_TARGET __attribute__((target("arch=x86-64-v3")))
+#if SPARSE_UNIFIED_LEVEL >= 5
+#include "cpu/bf16_instructions.h"
 #endif
 
 namespace sparse_unified::SPARSE_UNIFIED_TILES {
 
-#if SPARSE_UNIFIED_LEVEL == 4
-// 7 neurons (gate and up) or 14 outputs, times 2 registers of 16 tokens: 28 of 32 accumulate.
-constexpr int64_t kPanelVectors = 2;
+#if SPARSE_UNIFIED_LEVEL == 6
+// 16 neurons (gate and up) or 32 outputs, times 2 vectors of tokens: 4 of 8 tiles are sums.
+constexpr int64_t kRegisterLanes = 16;
+constexpr int64_t kTilePairs = 16;
+constexpr int64_t kOutputs = 32;
+constexpr int64_t kOutputPart = 32;
+#elif SPARSE_UNIFIED_LEVEL >= 4
+// 7 neurons (gate and up), times 2 registers of 16 tokens: 28 of 32 accumulate. Outputs in parts.
 constexpr int64_t kRegisterLanes = 16;
 constexpr int64_t kTilePairs = 7;
+constexpr int64_t kOutputs = 16;
+constexpr int64_t kOutputPart = 8;
 #else
 // 3 neurons or 6 outputs, times 2 registers of 8 tokens: 12 of 16 accumulate.
-constexpr int64_t kPanelVectors = 1;
 constexpr int64_t kRegisterLanes = 8;
 constexpr int64_t kTilePairs = 3;
+constexpr int64_t kOutputs = 16;
+constexpr int64_t kOutputPart = 6;
 #endif
-constexpr int64_t kPanelRows = kPanelVectors * kLanes;
-constexpr int64_t kTileRows = 2 * kTilePairs;
+// Tiles of weights that pass by a panel one after the other.
+constexpr int64_t kTileGroup = kIsAmx ? 4 : 1;
+static_assert(kOutputs % kLanes == 0);  // rows of outputs are stored in whole cache lines
+constexpr int64_t kTileRows = std::max(2 * kTilePairs, kOutputs);
 using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
 constexpr int64_t kRegistersPerVector = kLanes / kRegisterLanes;
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
-// How far ahead of the part of a row that is gathered the next lines are asked for.
-constexpr int64_t kAheadFloats = 64;
 
-// Size of the next tile when `rest` rows remain: equal tiles, none too small to fill the pipelines.
+// Size of the next tile when `rest` rows remain: equal tiles, none too small to fill the pipelines;
+// an AMX tile takes the same time whatever it holds.
 inline int64_t tile_size(int64_t rest, int64_t largest) {
+  if (kIsAmx) return std::min(rest, largest);
   const int64_t num_tiles = (rest + largest - 1) / largest;
   return (rest + num_tiles - 1) / num_tiles;
 }
 
-// Lanes a panel of `num_rows` rows is laid out with.
-inline int64_t panel_lanes(int64_t num_rows) { return num_rows > kLanes ? kPanelRows : kLanes; }
+// Adjacent neurons: [first, first + count) of the width, from `offset` of those chosen.
+struct Run {
+  int64_t first;
+  int64_t count;
+  int64_t offset;
+};
 
-// A tile of weight rows, even rows from `even`, odd rows from `odd`.
+// Neurons in the order of their sums.
+struct Slice {
+  const Run* runs;
+  int64_t num_runs;
+  int64_t width;
+};
+
+// A tile of weight rows in lanes, even rows from `even`, odd rows from `odd`; on AMX
+// [length / 16][even, odd][16 rows][16 lanes].
 struct WeightTile {
   const float* even;
   int64_t even_stride;
@@ -73,96 +82,167 @@ struct WeightTile {
   }
 };
 
-// Weight rows as they are stored: row r begins at element r * stride.
+// Weight rows as they are stored: those of a matrix and those of another by turns.
 struct StoredRows {
-  const void* data;
-  int64_t stride;
+  Matrix even;
+  Matrix odd;
+
+  template <typename T>
+  const T* row(int64_t r) const {
+    return (r % 2 == 0 ? even : odd).template row<T>(r / 2);
+  }
 };
 
-// Those of a matrix from an element on.
-inline StoredRows stored_rows(const Matrix& matrix, DType dtype, int64_t row, int64_t column) {
+// The part of a matrix from an element on.
+inline Matrix matrix_from(const Matrix& matrix, DType dtype, int64_t row, int64_t column) {
   const int64_t offset = (row * matrix.stride + column) * element_bytes(dtype);
-  return {static_cast<const char*>(matrix.data) + offset, matrix.stride};
+  return {static_cast<const char*>(matrix.data) + offset, matrix.rows - row,
+          matrix.columns - column, matrix.stride};
 }
 
-// 16 values in fp32; both levels have an instruction for fp16.
-template <typename T>
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Float load_wide(const T* values) {
-  return load(values);
+// Every second row from a row on.
+inline Matrix alternate_rows(const Matrix& matrix, DType dtype, int64_t row) {
+  Matrix rows = matrix_from(matrix, dtype, row, 0);
+  rows.rows = (rows.rows + 1) / 2;
+  rows.stride *= 2;
+  return rows;
 }
 
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Float load_wide(const Float16* values) {
-  __m256 halves[2];
-  for (int64_t i = 0; i < 2; ++i) {
-    __m128i bits;
-    std::memcpy(&bits, values + 8 * i, sizeof(bits));
-    halves[i] = _mm256_cvtph_ps(bits);
+#if SPARSE_UNIFIED_LEVEL >= 5
+
+// Copies columns [0, count) of a row, or zeros, to those from `offset` on of row r of a tile.
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void pack_columns(const BFloat16* source, int64_t count,
+                                                              int64_t offset, int64_t r,
+                                                              int64_t lanes, float* tile) {
+  constexpr int64_t kLine = 32;  // values of a cache line
+  constexpr int64_t kStep = kIsAmx ? 32 * kLanes : kLanes;
+  float* line = tile + (kIsAmx ? (r % 2 * 16 + r / 2) * kLanes : r * lanes);
+  line += offset / kLine * kStep;
+  int64_t column = offset % kLine;
+  for (int64_t i = 0; i < count; line += kStep, column = 0) {
+    if (column == 0 && count - i >= kLine && source != nullptr) {
+      std::memcpy(line, source + i, kLine * sizeof(BFloat16));
+      i += kLine;
+      continue;
+    }
+    const int64_t n = std::min(count - i, kLine - column);
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+    const __m512i values =
+        source != nullptr ? _mm512_maskz_loadu_epi16(mask, source + i) : _mm512_setzero_si512();
+    _mm512_mask_storeu_epi16(reinterpret_cast<BFloat16*>(line) + column, mask, values);
+    i += n;
   }
-  return bit_cast<Float>(halves);
 }
 
-// out[i] = values[i] in fp32.
 template <typename T>
-SPARSE_UNIFIED_TARGET void widen_row(const T* values, int64_t n, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load_wide(values + i));
-  if (i < n) store(out + i, load(values + i, n - i), n - i);
-}
-
-// out[r * out_stride + i] = value i of row r in fp32; rows of `even` and `odd` by turns.
-template <typename T>
-SPARSE_UNIFIED_TARGET void widen_rows(const StoredRows& even, const StoredRows& odd,
-                                      int64_t num_rows, int64_t length, float* out,
-                                      int64_t out_stride) {
+SPARSE_UNIFIED_TARGET void pack_rows(const StoredRows& rows, int64_t num_rows, const Slice& slice,
+                                     float* tile) {
+  const int64_t lanes = num_lanes(slice.width);
   for (int64_t r = 0; r < num_rows; ++r) {
-    const StoredRows& rows = r % 2 == 0 ? even : odd;
-    widen_row(static_cast<const T*>(rows.data) + r / 2 * rows.stride, length, out + r * out_stride);
+    for (int64_t i = 0; i < slice.num_runs; ++i) {
+      const Run& run = slice.runs[i];
+      pack_columns(rows.row<T>(r) + run.first, run.count, run.offset, r, lanes, tile);
+    }
+    pack_columns(nullptr, lanes * kLaneValues - slice.width, slice.width, r, lanes, tile);
   }
 }
 
-inline void widen_rows(DType dtype, const StoredRows& even, const StoredRows& odd, int64_t num_rows,
-                       int64_t length, float* out, int64_t out_stride) {
-  const auto widen = dtype == DType::kBFloat16 ? widen_rows<BFloat16> : widen_rows<Float16>;
-  widen(even, odd, num_rows, length, out, out_stride);
-}
+#else
 
-// A tile of num_rows rows: where they lie, or, of a 16-bit type, widened at `scratch`
-// [num_rows][length].
-inline WeightTile weight_tile(DType dtype, const StoredRows& even, const StoredRows& odd,
-                              int64_t num_rows, int64_t length, float* scratch) {
-  if (dtype == DType::kFloat32) {
-    return {static_cast<const float*>(even.data), even.stride, static_cast<const float*>(odd.data),
-            odd.stride, length};
+template <typename T>
+SPARSE_UNIFIED_TARGET void pack_rows(const StoredRows& rows, int64_t num_rows, const Slice& slice,
+                                     float* tile) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t i = 0; i < slice.num_runs; ++i) {
+      const Run& run = slice.runs[i];
+      widen_row(rows.row<T>(r) + run.first, run.count, tile + r * slice.width + run.offset);
+    }
   }
-  widen_rows(dtype, even, odd, num_rows, length, scratch, length);
-  return {scratch, 2 * length, scratch + length, 2 * length, length};
 }
 
-// The even and odd ones of a matrix's rows from `row` on, from a column on.
-struct RowPairs {
-  StoredRows even;
-  StoredRows odd;
-};
+#endif
 
-inline RowPairs row_pairs(const Matrix& matrix, DType dtype, int64_t row, int64_t column) {
-  RowPairs pairs{stored_rows(matrix, dtype, row, column),
-                 stored_rows(matrix, dtype, row + 1, column)};
-  pairs.even.stride *= 2;
-  pairs.odd.stride *= 2;
-  return pairs;
+// The columns of a slice of num_rows rows: where they lie, or at `scratch` [kTileRows][lanes].
+inline WeightTile weight_tile(DType dtype, const StoredRows& rows, int64_t num_rows,
+                              const Slice& slice, float* scratch) {
+  const int64_t lanes = num_lanes(slice.width);
+  if (dtype == DType::kFloat32 && slice.num_runs == 1) {
+    const int64_t first = slice.runs[0].first;
+    return {rows.row<float>(0) + first, rows.even.stride, rows.row<float>(1) + first,
+            rows.odd.stride, lanes};
+  }
+  dispatch_storage(dtype, [&]<typename T>(T) { pack_rows<T>(rows, num_rows, slice, scratch); });
+  return {scratch, 2 * lanes, scratch + lanes, 2 * lanes, lanes};
 }
 
 // Sums of a tile of weight rows and a panel: [row][register of tokens].
 template <int64_t kRows, int64_t kVectors>
 using Sums = Register[kRows][kVectors * kRegistersPerVector];
 
-// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v].
+#if SPARSE_UNIFIED_LEVEL == 6
+
+// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v], all 16 even and 16 odd rows.
 template <int64_t kRows, int64_t kVectors>
 SPARSE_UNIFIED_INLINE void dot_tile(const WeightTile& tile, const float* panel,
                                     Sums<kRows, kVectors>& sums) {
+  static_assert(kRows == 32 && kVectors <= 2);
+  constexpr int64_t kLine = 64;
+  const auto* weights = reinterpret_cast<const char*>(tile.even);
+  const auto* tokens = reinterpret_cast<const char*>(panel);
+  zero_tile<0>();
+  zero_tile<1>();
+  if constexpr (kVectors == 2) {
+    zero_tile<2>();
+    zero_tile<3>();
+  }
+  for (int64_t k = 0; k < tile.length; k += kLanes) {
+    load_tile<4>(weights, kLine);
+    load_tile<6>(tokens, kLine);
+    multiply_tiles<0, 4, 6>();
+    load_tile<5>(weights + kTileBytes, kLine);
+    multiply_tiles<1, 5, 6>();
+    if constexpr (kVectors == 2) {
+      load_tile<7>(tokens + kTileBytes, kLine);
+      multiply_tiles<2, 4, 7>();
+      multiply_tiles<3, 5, 7>();
+    }
+    weights += 2 * kTileBytes;
+    tokens += kVectors * kTileBytes;
+  }
+  // Even and odd rows by turns.
+  constexpr int64_t kStride = 2 * kVectors * kLine;
+  store_tile<0>(&sums[0][0], kStride);
+  store_tile<1>(&sums[1][0], kStride);
+  if constexpr (kVectors == 2) {
+    store_tile<2>(&sums[0][1], kStride);
+    store_tile<3>(&sums[1][1], kStride);
+  }
+}
+
+#else
+
+// The sum and a weight times what the lanes of a register hold.
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Register multiply_add(const Register& sum, float weight,
+                                                                  const Register& values) {
+#if SPARSE_UNIFIED_LEVEL == 5
+  return dot_pairs(sum, weight, values);
+#else
+  return sum + weight * values;
+#endif
+}
+
+// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v].
+template <int64_t kRows, int64_t kVectors>
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_tile(const WeightTile& tile,
+                                                          const float* panel,
+                                                          Sums<kRows, kVectors>& sums) {
   constexpr int64_t kRegisters = kVectors * kRegistersPerVector;
-  for (int64_t block = 0; block < tile.length; block += kSumBlock) {
-    const int64_t block_end = std::min(block + kSumBlock, tile.length);
+  constexpr int64_t kBlock = kSumBlock / kLaneValues;
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t v = 0; v < kRegisters; ++v) sums[r][v] = Register{};
+  }
+  for (int64_t block = 0; block < tile.length; block += kBlock) {
+    const int64_t block_end = std::min(block + kBlock, tile.length);
     Register acc[kRows][kRegisters] = {};
     for (int64_t k = block; k < block_end; ++k) {
       Register values[kRegisters];
@@ -171,7 +251,9 @@ SPARSE_UNIFIED_INLINE void dot_tile(const WeightTile& tile, const float* panel,
       }
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kRows; ++r) {
-        for (int64_t v = 0; v < kRegisters; ++v) acc[r][v] += tile.row(r)[k] * values[v];
+        const float weight = tile.row(r)[k];
+        for (int64_t v = 0; v < kRegisters; ++v)
+          acc[r][v] = multiply_add(acc[r][v], weight, values[v]);
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
@@ -182,6 +264,8 @@ SPARSE_UNIFIED_INLINE void dot_tile(const WeightTile& tile, const float* panel,
   }
 }
 
+#endif
+
 // The sums of one row for vector v of its tokens.
 template <int64_t kRegisters>
 SPARSE_UNIFIED_INLINE Float vector_of(const Register (&sums)[kRegisters], int64_t v) {
@@ -190,216 +274,32 @@ SPARSE_UNIFIED_INLINE Float vector_of(const Register (&sums)[kRegisters], int64_
   return value;
 }
 
-#if SPARSE_UNIFIED_LEVEL == 4
-
-// Transposes 16 x 16 in place: in step `width`, rows i and i + width swap their off-diagonal
-// blocks.
-template <int64_t kWidth>
-SPARSE_UNIFIED_INLINE void transpose_step(Float (&rows)[kLanes]) {
-  Int low;
-  Int high;
-  for (int32_t lane = 0; lane < kLanes; ++lane) {
-    const bool is_low = (lane & kWidth) == 0;
-    low[lane] = is_low ? lane : lane - kWidth + kLanes;
-    high[lane] = is_low ? lane + kWidth : lane + kLanes;
-  }
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kLanes; ++i) {
-    if ((i & kWidth) != 0) continue;
-    const Float a = rows[i];
-    const Float b = rows[i + kWidth];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + kWidth] = __builtin_shuffle(a, b, high);
+// Neuron j of a panel's hidden activations = value, for vector v of its tokens. Of a pair the even
+// one comes first.
+template <int64_t kVectors>
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void store_hidden(float* hidden, int64_t j, int64_t v,
+                                                              const Float& value) {
+  float* lane = hidden + lane_offset<kVectors>(j / kLaneValues, v);
+  if constexpr (kIsPairs) {
+    const UInt bits = narrow(BFloat16{}, value);
+    store(lane, bit_cast<Float>(j % 2 == 0 ? bits : bit_cast<UInt>(load(lane)) | bits << 16));
+  } else {
+    store(lane, value);
   }
 }
 
-SPARSE_UNIFIED_INLINE void transpose(Float (&rows)[kLanes]) {
-  transpose_step<8>(rows);
-  transpose_step<4>(rows);
-  transpose_step<2>(rows);
-  transpose_step<1>(rows);
-}
-
-// columns[i] = column `column + i` of the 16 rows, i = 0 to 3. Masked loads put quarters of rows
-// side by side, so that half of a transposition's shuffles are left.
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void load_columns(const float* const (&rows)[kLanes],
-                                                              int64_t column, Float (&columns)[4]) {
-  Float quarters[4];  // [i]: rows i, i + 4, i + 8, i + 12
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < 4; ++i) {
-    __m512 value = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + column));
-    value = _mm512_mask_broadcast_f32x4(value, 0x00f0, _mm_loadu_ps(rows[i + 4] + column));
-    value = _mm512_mask_broadcast_f32x4(value, 0x0f00, _mm_loadu_ps(rows[i + 8] + column));
-    value = _mm512_mask_broadcast_f32x4(value, 0xf000, _mm_loadu_ps(rows[i + 12] + column));
-    quarters[i] = bit_cast<Float>(value);
-  }
-  constexpr Int kLow = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-  constexpr Int kHigh = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
-  constexpr Int kEven = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-  constexpr Int kOdd = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-  const Float low01 = __builtin_shuffle(quarters[0], quarters[1], kLow);
-  const Float low23 = __builtin_shuffle(quarters[2], quarters[3], kLow);
-  const Float high01 = __builtin_shuffle(quarters[0], quarters[1], kHigh);
-  const Float high23 = __builtin_shuffle(quarters[2], quarters[3], kHigh);
-  columns[0] = __builtin_shuffle(low01, low23, kEven);
-  columns[1] = __builtin_shuffle(low01, low23, kOdd);
-  columns[2] = __builtin_shuffle(high01, high23, kEven);
-  columns[3] = __builtin_shuffle(high01, high23, kOdd);
-}
-
-// panel[i * stride + lane] = column `column + i` of row `lane`, i = 0 to 3.
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void copy_columns(const float* const (&rows)[kLanes],
-                                                              int64_t column, float* panel,
-                                                              int64_t stride) {
-  Float columns[4];
-  load_columns(rows, column, columns);
-  for (int64_t i = 0; i < 4; ++i) store(panel + i * stride, columns[i]);
-}
-
-#else
-
-// The same, rows and columns four by four.
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void copy_columns(const float* const (&rows)[kLanes],
-                                                              int64_t column, float* panel,
-                                                              int64_t stride) {
-#pragma GCC unroll 4
-  for (int64_t lane = 0; lane < kLanes; lane += 4) {
-    __m128 a = _mm_loadu_ps(rows[lane] + column);
-    __m128 b = _mm_loadu_ps(rows[lane + 1] + column);
-    __m128 c = _mm_loadu_ps(rows[lane + 2] + column);
-    __m128 d = _mm_loadu_ps(rows[lane + 3] + column);
-    _MM_TRANSPOSE4_PS(a, b, c, d);
-    _mm_storeu_ps(panel + lane, a);
-    _mm_storeu_ps(panel + stride + lane, b);
-    _mm_storeu_ps(panel + 2 * stride + lane, c);
-    _mm_storeu_ps(panel + 3 * stride + lane, d);
-  }
-}
-
-// Brings values [column][16 rows] to columns d and up of `count` rows, four by four; with weights
-// they are added.
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put_rows(const float* values, int64_t num_columns,
-                                                          int64_t count, float* const* rows,
-                                                          int64_t d, const float* weights) {
-  for (int64_t column = 0; column < num_columns; column += 4) {
-    const int64_t width = std::min<int64_t>(num_columns - column, 4);
-    for (int64_t row = 0; row < count; row += 4) {
-      const float* block = values + column * kLanes + row;
-      __m128 columns[4];
-      for (int64_t i = 0; i < 4; ++i) {
-        columns[i] = i < width ? _mm_loadu_ps(block + i * kLanes) : _mm_setzero_ps();
-      }
-      _MM_TRANSPOSE4_PS(columns[0], columns[1], columns[2], columns[3]);
-      for (int64_t i = 0; i < std::min<int64_t>(count - row, 4); ++i) {
-        float* out = rows[row + i] + d + column;
-        float sums[4];
-        _mm_storeu_ps(sums, columns[i]);
-        if (width == 4) {
-          __m128 sum = columns[i];
-          if (weights != nullptr) {
-            sum = _mm_fmadd_ps(_mm_set1_ps(weights[row + i]), sum, _mm_loadu_ps(out));
-          }
-          _mm_storeu_ps(out, sum);
-          continue;
-        }
-        for (int64_t c = 0; c < width; ++c) {
-          out[c] = weights != nullptr ? out[c] + weights[row + i] * sums[c] : sums[c];
-        }
-      }
-    }
-  }
-}
-
-#endif
-
-// panel[d][i] = x[row_token[i]][d], or x[i][d] without row_token, for i from `first` on; lanes
-// beyond `count` repeat the last row.
-template <typename T, int64_t kVectors>
-SPARSE_UNIFIED_TARGET void gather_panel(const Matrix& x, const int32_t* row_token, int64_t first,
-                                        int64_t count, float* panel) {
-  const int64_t hidden_size = x.columns;
-  const int64_t whole = hidden_size / kLanes * kLanes;
-  for (int64_t v = 0; v < kVectors; ++v) {
-    const T* sources[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t i = first + std::min(v * kLanes + lane, count - 1);
-      sources[lane] = x.row<T>(row_token != nullptr ? row_token[i] : i);
-    }
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      const float* rows[kLanes];
-      float widened[kLanes][kLanes];
-#pragma GCC unroll 16
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        __builtin_prefetch(sources[lane] + d + kAheadFloats);
-        if constexpr (std::is_same_v<T, float>) {
-          rows[lane] = sources[lane] + d;
-        } else {
-          store(widened[lane], load_wide(sources[lane] + d));
-          rows[lane] = widened[lane];
-        }
-      }
-#pragma GCC unroll 4
-      for (int64_t part = 0; part < kLanes; part += 4) {
-        copy_columns(rows, part, panel + ((d + part) * kVectors + v) * kLanes, kVectors * kLanes);
-      }
-    }
-    for (int64_t d = whole; d < hidden_size; ++d) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        widen_row(sources[lane] + d, 1, panel + (d * kVectors + v) * kLanes + lane);
-      }
-    }
-  }
-}
-
-template <typename T>
-SPARSE_UNIFIED_TARGET void gather_panels(const Matrix& x, const int32_t* row_token, int64_t first,
-                                         int64_t count, float* panels) {
-  for (int64_t row = 0; row < count; row += kPanelRows) {
-    const int64_t in_panel = std::min(kPanelRows, count - row);
-    const auto gather = in_panel > kLanes ? gather_panel<T, kPanelVectors> : gather_panel<T, 1>;
-    gather(x, row_token, first + row, in_panel, panels + row * x.columns);
-  }
-}
-
-// The panels of `count` rows, one after the other: [count / 32][D][32].
-inline void gather_panels(DType dtype, const Matrix& x, const int32_t* row_token, int64_t first,
-                          int64_t count, float* panels) {
-  const auto gather = dtype == DType::kFloat32    ? gather_panels<float>
-                      : dtype == DType::kBFloat16 ? gather_panels<BFloat16>
-                                                  : gather_panels<Float16>;
-  gather(x, row_token, first, count, panels);
-}
-
-// Rows worked on at once, at most `most_rows` and `most_floats` of D, in whole panels.
-inline int64_t rows_of_chunk(int64_t hidden_size, int64_t most_rows, int64_t most_floats) {
-  const int64_t rows = most_floats / std::max<int64_t>(hidden_size, 1);
-  return std::clamp(rows / kPanelRows * kPanelRows, kPanelRows, most_rows);
-}
-
-// run(first, count) for chunks of [begin, end) of at most `max_rows` rows: equal shares in whole
-// panels, so that only the last panel of all may be short.
-template <class Run>
-void for_each_chunk(int64_t begin, int64_t end, int64_t max_rows, const Run& run) {
-  const int64_t num_chunks = (end - begin + max_rows - 1) / max_rows;
-  for (int64_t chunk = 0, first = begin; chunk < num_chunks; ++chunk) {
-    const int64_t share = (end - first + num_chunks - chunk - 1) / (num_chunks - chunk);
-    const int64_t whole = (share + kPanelRows - 1) / kPanelRows * kPanelRows;
-    const int64_t count = std::min(whole, end - first);
-    run(first, count);
-    first += count;
-  }
-}
-
-// hidden[j] = silu(gate_j x) * up_j x for kPairs neurons of one panel; gate rows even, up rows odd.
+// hidden[first + j] = silu(gate_j x) * up_j x for `pairs` neurons of one panel; gate rows even, up
+// rows odd.
 template <int64_t kPairs, int64_t kVectors>
-SPARSE_UNIFIED_TARGET void hidden_tile(const WeightTile& tile, const float* panel, float* hidden) {
-  Sums<2 * kPairs, kVectors> sums = {};
+SPARSE_UNIFIED_TARGET void hidden_tile(int64_t pairs, const WeightTile& tile, const float* panel,
+                                       int64_t first, float* hidden) {
+  Sums<2 * kPairs, kVectors> sums;
   dot_tile<2 * kPairs, kVectors>(tile, panel, sums);
-  for (int64_t pair = 0; pair < kPairs; ++pair) {
+  for (int64_t pair = 0; pair < (kIsAmx ? pairs : kPairs); ++pair) {
     for (int64_t v = 0; v < kVectors; ++v) {
       const Float gate = vector_of(sums[2 * pair], v);
       const Float up = vector_of(sums[2 * pair + 1], v);
-      store(hidden + (pair * kVectors + v) * kLanes, gate * sigmoid(gate) * up);
+      store_hidden<kVectors>(hidden, first + pair, v, gate * sigmoid(gate) * up);
     }
   }
 }
@@ -407,18 +307,210 @@ SPARSE_UNIFIED_TARGET void hidden_tile(const WeightTile& tile, const float* pane
 // hidden_tile for 1 to kTilePairs neurons and a panel of `num_rows` rows.
 template <int64_t kPairs = kTilePairs>
 SPARSE_UNIFIED_TARGET void run_hidden_tile(int64_t pairs, int64_t num_rows, const WeightTile& tile,
-                                           const float* panel, float* hidden) {
-  if constexpr (kPairs > 1) {
+                                           const float* panel, int64_t first, float* hidden) {
+  if constexpr (kPairs > 1 && !kIsAmx) {
     if (pairs < kPairs) {
-      return run_hidden_tile<kPairs - 1>(pairs, num_rows, tile, panel, hidden);
+      return run_hidden_tile<kPairs - 1>(pairs, num_rows, tile, panel, first, hidden);
     }
   }
   if (num_rows > kLanes) {
-    hidden_tile<kPairs, kPanelVectors>(tile, panel, hidden);
+    hidden_tile<kPairs, kPanelVectors>(pairs, tile, panel, first, hidden);
   } else {
-    hidden_tile<kPairs, 1>(tile, panel, hidden);
+    hidden_tile<kPairs, 1>(pairs, tile, panel, first, hidden);
   }
 }
+
+// y[r] = sum_j tile.row(r)[j] * hidden[j] for kRows rows of one panel, from row kDone on. When the
+// first part is in hand, the lines that the results go to are asked for.
+template <int64_t kRows, int64_t kVectors, int64_t kDone = 0, class Sink>
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_rows(const WeightTile& tile,
+                                                          const float* hidden, const Sink& sink,
+                                                          int64_t d, Sums<kOutputs, kVectors>& y) {
+  constexpr int64_t kPart = std::min(kRows - kDone, kOutputPart);
+  const WeightTile part{tile.even + kDone / 2 * tile.even_stride, tile.even_stride,
+                        tile.odd + kDone / 2 * tile.odd_stride, tile.odd_stride, tile.length};
+  if constexpr (kPart == kOutputs) {
+    dot_tile<kPart, kVectors>(part, hidden, y);
+  } else {
+    Sums<kPart, kVectors> sums;
+    dot_tile<kPart, kVectors>(part, hidden, sums);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kPart; ++r) {
+      for (int64_t v = 0; v < kVectors * kRegistersPerVector; ++v) y[kDone + r][v] = sums[r][v];
+    }
+  }
+  if constexpr (kDone == 0) sink.prefetch(d);
+  if constexpr (kDone + kPart < kRows) {
+    dot_rows<kRows, kVectors, kDone + kPart>(tile, hidden, sink, d, y);
+  }
+}
+
+// Outputs [d, d + outputs) of one panel, y[d] = sum_j down[d][j] * hidden[j], to the sink.
+template <int64_t kRows, int64_t kVectors, class Sink>
+SPARSE_UNIFIED_TARGET void output_tile(int64_t outputs, const WeightTile& tile, const float* hidden,
+                                       const Sink& sink, int64_t d) {
+  Sums<kOutputs, kVectors> y;
+  for (int64_t r = kRows; r < kOutputs; ++r) {
+    for (int64_t v = 0; v < kVectors * kRegistersPerVector; ++v) y[r][v] = Register{};
+  }
+  dot_rows<kRows, kVectors>(tile, hidden, sink, d, y);
+  sink.template put<kVectors>(d, kIsAmx ? outputs : kRows, y);
+}
+
+// Size of the next tile of outputs when `rest` remain: whole lines, then what is left in a few
+// sizes, which is seldom anything.
+inline int64_t outputs_size(int64_t rest) {
+  if (kIsAmx) return std::min(rest, kOutputs);
+  return rest >= kOutputs ? kOutputs : rest >= 4 ? 4 : 1;
+}
+
+// output_tile for outputs_size outputs.
+template <int64_t kVectors, class Sink>
+SPARSE_UNIFIED_TARGET void run_output_tile(int64_t outputs, const WeightTile& tile,
+                                           const float* hidden, const Sink& sink, int64_t d) {
+  if (kIsAmx || outputs == kOutputs) {
+    return output_tile<kOutputs, kVectors>(outputs, tile, hidden, sink, d);
+  }
+  if constexpr (!kIsAmx) {
+    if (outputs == 4) return output_tile<4, kVectors>(outputs, tile, hidden, sink, d);
+    return output_tile<1, kVectors>(outputs, tile, hidden, sink, d);
+  }
+}
+
+// Asks for part `part` of `num_parts` of the columns of a slice of num_rows rows, for a tile to
+// come.
+template <typename T>
+void prefetch_rows(const StoredRows& rows, int64_t num_rows, const Slice& slice, int64_t part,
+                   int64_t num_parts) {
+  constexpr int64_t kLineValues = 64 / sizeof(T);
+  for (int64_t r = num_rows * part / num_parts; r < num_rows * (part + 1) / num_parts; ++r) {
+    for (int64_t i = 0; i < slice.num_runs; ++i) {
+      const T* values = rows.row<T>(r) + slice.runs[i].first;
+      for (int64_t k = 0; k < slice.runs[i].count; k += kLineValues) {
+        __builtin_prefetch(values + k);
+      }
+    }
+  }
+}
+
+struct FfnWeights {
+  DType dtype;
+  Matrix gate_proj;  // [width, D]
+  Matrix up_proj;    // [width, D]
+  Matrix down_proj;  // [D, width]
+};
+
+// Weight rows that make a tile: `size` neurons or outputs from the `first` of those to be made.
+struct TileRows {
+  StoredRows rows;
+  int64_t num_rows;
+  int64_t first;
+  int64_t size;
+};
+
+// The loop over weights and panels. next(tile) brings the rows of one tile after another, false
+// behind the last; run(panel, weights, tile) makes what they yield for one panel. Tiles stay in the
+// cache while every panel passes by; AMX is faster than memory, so that several share a panel while
+// it is near, and those to come are asked for meanwhile.
+template <class Next, class RunTile>
+void run_tiles(DType dtype, const Slice& columns, int64_t num_panels, float* scratch, Next next,
+               const RunTile& run) {
+  TileRows tiles[kTileGroup];
+  TileRows coming[kTileGroup];
+  const auto fill = [&](TileRows* group) {
+    int64_t n = 0;
+    while (n < kTileGroup && next(group[n])) ++n;
+    return n;
+  };
+  for (int64_t n = fill(tiles), num_coming; n > 0; n = num_coming) {
+    WeightTile weights[kTileGroup];
+    for (int64_t i = 0; i < n; ++i) {
+      weights[i] = weight_tile(dtype, tiles[i].rows, tiles[i].num_rows, columns,
+                               scratch + i * kTileRows * num_lanes(columns.width));
+    }
+    num_coming = fill(coming);
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      for (int64_t i = 0; kIsAmx && i < num_coming; ++i) {
+        prefetch_rows<BFloat16>(coming[i].rows, coming[i].num_rows, columns, panel, num_panels);
+      }
+      for (int64_t i = 0; i < n; ++i) run(panel, weights[i], tiles[i]);
+    }
+    std::copy_n(coming, num_coming, tiles);
+  }
+}
+
+// The panels x of `count` rows through the neurons of a slice; sinks[i] takes the outputs of panel
+// i. A panel of `hidden` has num_lanes(slice.width) lanes; `scratch` is for tiles of weights.
+template <class Sink>
+void run_slice(const FfnWeights& weights, const Slice& slice, int64_t count, const float* x,
+               float* hidden, float* scratch, const Sink* sinks) {
+  const DType dtype = weights.dtype;
+  const int64_t hidden_size = weights.gate_proj.columns;
+  const int64_t x_lanes = num_lanes(hidden_size);
+  const int64_t hidden_lanes = num_lanes(slice.width);
+  const int64_t num_panels = (count + kPanelRows - 1) / kPanelRows;
+
+  if constexpr (kIsAmx) {
+    for (int64_t row = 0; row < count; row += kPanelRows) {
+      const int64_t vectors = panel_vectors(count - row);
+      float* last = hidden + row * hidden_lanes + (hidden_lanes - kLaneMultiple) * vectors * kLanes;
+      if (hidden_lanes > 0) std::fill_n(last, kLaneMultiple * vectors * kLanes, 0.0f);
+    }
+  }
+
+  int64_t i = 0;  // the run and the neuron of it
+  int64_t j = 0;
+  const auto next_neurons = [&](TileRows& tile) {
+    if (i == slice.num_runs || slice.width == 0) return false;
+    const Run& run = slice.runs[i];
+    const int64_t pairs = tile_size(run.count - j, kTilePairs);
+    tile = {{matrix_from(weights.gate_proj, dtype, run.first + j, 0),
+             matrix_from(weights.up_proj, dtype, run.first + j, 0)},
+            2 * pairs,
+            run.offset + j,
+            pairs};
+    j += pairs;
+    if (j == run.count) {
+      ++i;
+      j = 0;
+    }
+    return true;
+  };
+  const Run whole_row{0, hidden_size, 0};
+  run_tiles(dtype, {&whole_row, 1, hidden_size}, num_panels, scratch, next_neurons,
+            [&](int64_t panel, const WeightTile& tile, const TileRows& neurons) {
+              const int64_t row = panel * kPanelRows;
+              run_hidden_tile(neurons.size, count - row, tile, x + row * x_lanes, neurons.first,
+                              hidden + row * hidden_lanes);
+            });
+
+  int64_t d = 0;
+  const auto next_outputs = [&](TileRows& tile) {
+    if (d == hidden_size) return false;
+    const int64_t outputs = outputs_size(hidden_size - d);
+    tile = {{alternate_rows(weights.down_proj, dtype, d),
+             alternate_rows(weights.down_proj, dtype, d + 1)},
+            outputs,
+            d,
+            outputs};
+    d += outputs;
+    return true;
+  };
+  run_tiles(dtype, slice, num_panels, scratch, next_outputs,
+            [&](int64_t panel, const WeightTile& tile, const TileRows& outputs) {
+              const int64_t row = panel * kPanelRows;
+              const float* values = hidden + row * hidden_lanes;
+              if (count - row > kLanes) {
+                run_output_tile<kPanelVectors>(outputs.size, tile, values, sinks[panel],
+                                               outputs.first);
+              } else {
+                run_output_tile<1>(outputs.size, tile, values, sinks[panel], outputs.first);
+              }
+            });
+}
+
+// Floats of scratch for tiles of weights in sums over up to `length` values.
+inline int64_t tile_floats(int64_t length) { return kTileGroup * kTileRows * num_lanes(length); }
 
 }  // namespace sparse_unified::SPARSE_UNIFIED_TILES
 

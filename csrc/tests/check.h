@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "sparse_unified/dtype.h"
+#include "sparse_unified/instruction_set.h"
 
 namespace sparse_unified::test {
 
@@ -148,6 +149,25 @@ struct Traits<Float16> {
     return {static_cast<uint16_t>((value < 0 ? 0x8000 : 0) | biased << 10 | mantissa)};
   }
 };
+
+// A value as a kernel keeps it between two products, and how far from that it may lie because an
+// error of its fp32 sum took it over a rounding boundary.
+struct Kept {
+  double value;
+  double slack;
+};
+
+template <typename T>
+Kept kept_hidden(double hidden) {
+  if (ffn_level(Traits<T>::kDType) < FfnLevel::kAvx512Bf16) return {hidden, 0};
+  const auto rounded = [](double value) {
+    if (value == 0) return value;
+    const double unit = std::ldexp(1.0, std::ilogb(value) - 7);  // of the last bit of a bfloat16
+    return std::nearbyint(value / unit) * unit;
+  };
+  constexpr double kError = 2e-5;
+  return {rounded(hidden), rounded(hidden + kError) - rounded(hidden - kError)};
+}
 
 using Random = std::mt19937;
 

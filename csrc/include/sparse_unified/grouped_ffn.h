@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_ffn: the SwiGLU FFN of one expert over gathered rows, on CPUs with AVX2 or AVX-512; in
-// fp32, to which 16-bit tokens and weights are widened on the way.
+// grouped_ffn: the SwiGLU FFN of one expert over gathered rows, on CPUs with AVX2 or AVX-512. Sums
+// are fp32. 16-bit tokens and weights are widened on the way; where the processor multiplies bf16
+// faster, they are not, and hidden activations are rounded to bf16 (see ffn_level).
 #pragma once
 
 #include "sparse_unified/dtype.h"
@@ -29,7 +30,7 @@ struct GroupedFfnRows {
 };
 
 // Floats of working memory grouped_ffn_cpu needs, 64-byte aligned.
-int64_t grouped_ffn_workspace_floats(int64_t hidden_size, int64_t expert_width);
+int64_t grouped_ffn_workspace_floats(DType dtype, int64_t hidden_size, int64_t expert_width);
 
 void grouped_ffn_cpu(const GroupedFfnParams& params, const GroupedFfnRows& rows, float* workspace);
 

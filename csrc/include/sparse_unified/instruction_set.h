@@ -12,16 +12,22 @@ const char* instruction_sets_compiled();
 // The one that the kernels run on this machine.
 const char* instruction_set_used();
 
-// Whether it runs the FFN kernels, which need AVX2 and FMA, or AVX-512.
-bool ffn_cpu_supported();
+// The kernels of an FFN, weakest first.
+enum class FfnLevel { kNone, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+
+// Which of them run it in this type: the strongest that this processor has, and at most the one
+// that the environment variable SPARSE_UNIFIED_CPU_FFN names: none, avx2, avx512, avx512bf16 or
+// amx.
+FfnLevel ffn_level(DType dtype);
+
+// "AMX", as processors are described.
+const char* ffn_level_name(FfnLevel level);
 
 // Whether its own instructions multiply this type, as torch's GEMMs then do; without them a GEMM of
 // 16-bit types takes several times what one of fp32 does.
 bool has_arithmetic(DType dtype);
 
-// Whether the FFN kernels are the fastest way here: of fp32, and of what they alone do in fp32.
-inline bool prefers_ffn_cpu(DType dtype) {
-  return ffn_cpu_supported() && (dtype == DType::kFloat32 || !has_arithmetic(dtype));
-}
+// Whether the FFN kernels are the fastest way here.
+inline bool prefers_ffn_cpu(DType dtype) { return ffn_level(dtype) != FfnLevel::kNone; }
 
 }  // namespace sparse_unified

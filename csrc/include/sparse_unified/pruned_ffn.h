@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// pruned_ffn: the SwiGLU FFN over kept blocks of its width, on CPUs with AVX2 or AVX-512; in fp32,
-// to which 16-bit tokens and weights are widened on the way, and rounded once.
+// pruned_ffn: the SwiGLU FFN over kept blocks of its width, on CPUs with AVX2 or AVX-512, in the
+// arithmetic of grouped_ffn; outputs are rounded once.
 #pragma once
 
 #include "sparse_unified/dtype.h"
@@ -23,7 +23,7 @@ struct PrunedFfnParams {
 constexpr int64_t kMaxPrunedBlock = 128;
 
 // Floats of working memory pruned_ffn_cpu needs, 64-byte aligned.
-int64_t pruned_ffn_workspace_floats(int64_t hidden_size);
+int64_t pruned_ffn_workspace_floats(DType dtype, int64_t hidden_size);
 
 // y[t] = sum over the kept blocks, in the order of the list, of
 // down_b(silu(gate_b x[t]) * up_b x[t]), for tokens [token_begin, token_end).

@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+// pruned_ffn in bf16 for processors with AMX_BF16.
+#define SPARSE_UNIFIED_LEVEL 6
+#include "cpu/pruned_ffn_tiles.h"
