@@ -2,7 +2,7 @@
 """Writes measured numbers into the documents: docs/performance.md and blocks of two others.
 
 Every number comes from a file of bench/results, which `sparse-unified bench --json` writes, or from
-experiments/full_scale.json. What was not measured is not written.
+experiments/full_scale.json and official_image.json. What was not measured is not written.
 
     python docs/render.py            # or: make docs
 """
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 RESOURCES = ROOT / "docs" / "resources.json"
 FULL_SCALE = ROOT / "experiments" / "full_scale.json"
+IMAGE = ROOT / "experiments" / "official_image.json"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 
@@ -153,6 +154,46 @@ def resource_section() -> list[str]:
     ]
 
 
+def image_section(content: Content) -> list[str]:
+    """An image by the official code and by ours, and where the time of each goes."""
+    seconds = {r["run"]: r["seconds"] for r in content["runs"]}
+
+    def rows() -> Iterator[list[str]]:
+        for r in content["runs"]:
+            own = seconds[f"official {r['run'].split()[1].rstrip(',')}"]
+            yield [
+                r["run"],
+                f"{r['seconds']:.2f}" + ("" if r["spread"] <= MOST_SPREAD else "!"),
+                f"{seconds['official dense'] / r['seconds']:.2f}",
+                f"{own / r['seconds']:.2f}",
+                f"{r['distance']:.0e}",
+            ]
+
+    def shares() -> Iterator[list[str]]:
+        for r in content["profile"]:
+            yield [r["run"], *(f"{100 * share:.0f}" for share in r["shares"].values())]
+
+    head = ["run", "s ", "x official dense ", "x official of its kind ", "distance "]
+    parts = [f"{part} " for part in content["profile"][0]["shares"]]
+    return [
+        "",
+        "## A whole image",
+        "",
+        "By `experiments/official_image.py`: hidden size 512, 6 layers (sparse: 4 of them with 16",
+        f"experts, 8 active), 1024 latent tokens, {content['steps']} steps with guidance; fp32",
+        "where no other dtype is named, a step cache of interval",
+        f"{content['cache_interval']}. Distance is that to the official latent, over its norm.",
+        "",
+        f"{describe(content)}.",
+        "",
+        *table(head, rows()),
+        "",
+        "Share of the time, %:",
+        "",
+        *table(["run", *parts], shares()),
+    ]
+
+
 def performance(results: Results) -> str:
     """Returns docs/performance.md."""
     lines = [
@@ -172,6 +213,8 @@ def performance(results: Results) -> str:
     ]
     for name, content in results.items():
         lines += result_section(name, content)
+    if IMAGE.exists():
+        lines += image_section(json.loads(IMAGE.read_text()))
     return "\n".join([*lines, *resource_section()]) + "\n"
 
 

@@ -2,30 +2,39 @@
 """An image by the official code and by ours: the same weights, noise and steps, on the CPU in fp32.
 
     BAGEL_REPO=path/to/Bagel SPARSE_UNIFIED_MODEL_REPO=path/to/SparseUnifiedModel \
-        python experiments/official_image.py [--rounds 3] [--threads 2] [--json FILE]
+        python experiments/official_image.py [--rounds 3] [--threads 2] [--profile] [--json FILE]
 
 A model of random weights (hidden 512, 6 layers; sparse: 16 experts, 8 active, in 4 of them) draws
 1024 latent tokens with guidance by text: the dense model by Bagel's code and ours, the sparse one
 by SparseUnifiedModel's and ours. flash-attn is replaced by torch's fused attention, so that the
-official side is not slowed. They take turns; latents must agree to 1e-4 of their norm.
+official side is not slowed. They take turns; latents must agree to 1e-4 of their norm. Ours also
+with the step cache and in bf16, whose distance to the official latent is what they cost.
+
+With --profile, one more image of each says where its time goes: the modules of both codes have the
+same names.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from whole_model import fill_randomly
 
 from sparse_unified.bagel import Bagel, BagelConfig, LLMConfig, VisionConfig
@@ -36,6 +45,8 @@ from sparse_unified.bagel.sampler import (
     build_guidance,
     sample_latents,
 )
+from sparse_unified.bench.report import commit, versions
+from sparse_unified.bench.target import processor_name
 from sparse_unified.testing import Case
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -45,6 +56,13 @@ GRID = (32, 32)
 PROMPT = list(range(20, 60))
 EXPERTS, TOP_K, SPARSE_LAYERS = 16, 8, range(1, 5)
 TOLERANCE = 1e-4
+# What modules do, by the ends of their names.
+PARTS = {
+    "FFN": re.compile(r"\.mlp(_moe_gen)?$"),
+    "projections": re.compile(r"\.[qkvo]_proj(_moe_gen)?$"),
+    "norms": re.compile(r"norm(_moe_gen)?$"),
+}
+ATTENTION, REST = "attention", "rotation, copies, sums, Python"
 _MARKERS = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)
 
 
@@ -152,6 +170,54 @@ def compare(runs: dict[str, Callable[[], Tensor]], rounds: int) -> list[dict[str
     return rows
 
 
+@contextmanager
+def timed_parts(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Inside, the seconds of each part of a model add up in what is yielded."""
+    seconds = dict.fromkeys((*PARTS, ATTENTION), 0.0)
+    starts: list[float] = []
+    hooks = []
+
+    def begin(*_: Any) -> None:
+        starts.append(time.perf_counter())
+
+    for name, module in model.named_modules():
+        for part, pattern in PARTS.items():
+            if pattern.search(name):
+
+                def end(*_: Any, part: str = part) -> None:
+                    seconds[part] += time.perf_counter() - starts.pop()
+
+                hooks += [
+                    module.register_forward_pre_hook(begin),
+                    module.register_forward_hook(end),
+                ]
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+    def timed_attention(*tensors: Tensor, **options: Any) -> Tensor:
+        start = time.perf_counter()
+        out = attention(*tensors, **options)
+        seconds[ATTENTION] += time.perf_counter() - start
+        return out
+
+    F.scaled_dot_product_attention = timed_attention
+    try:
+        yield seconds
+    finally:
+        F.scaled_dot_product_attention = attention
+        for hook in hooks:
+            hook.remove()
+
+
+def profile(name: str, run: Callable[[], Tensor], model: nn.Module) -> dict[str, Any]:
+    """Returns the seconds of one image, and its parts' shares of them."""
+    with timed_parts(model) as seconds, torch.inference_mode():
+        start = time.perf_counter()
+        run()
+        total = time.perf_counter() - start
+    shares = {part: own / total for part, own in seconds.items()}
+    return {"run": name, "seconds": total, "shares": shares | {REST: 1 - sum(shares.values())}}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; the exit status is 1 when latents of all steps differ from the official."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -161,12 +227,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cache-interval", type=int, default=2, help="of the cached run (default 2)"
     )
-    parser.add_argument("--json", type=Path, help="file that the rows are written to")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes")
+    parser.add_argument("--json", type=Path, help="file that the result is written to")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     cache = StepCache(interval=options.cache_interval)
     runs: dict[str, Callable[[], Tensor]] = {}
+    models: dict[str, nn.Module] = {}
     moe = {"num_experts": EXPERTS, "top_k": TOP_K, "num_shared_experts": 0}
     kinds: dict[str, tuple[str, bool, dict[str, Any]]] = {
         "dense": ("BAGEL_REPO", False, {"transformed_gen": False}),
@@ -180,12 +248,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         case = random_case(model, options.steps)
         with official_code(Path(os.environ[variable])) as code:
             theirs = official_bagel(code, case, transformed_und=False, **more)
+        narrow = deepcopy(model).to(torch.bfloat16)
+        models |= {f"official {kind}": theirs, f"ours {kind}": model}
         runs |= {
             f"official {kind}": partial(official_image, code, theirs, case),
             f"ours {kind}": partial(our_image, model, case, None),
             f"ours {kind}, step cache": partial(our_image, model, case, cache),
+            f"ours {kind}, bf16": partial(our_image, narrow, case, None),
+            f"ours {kind}, bf16, step cache": partial(our_image, narrow, case, cache),
         }
     rows = compare(runs, options.rounds)
+    content: dict[str, Any] = {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": processor_name(),
+        "versions": versions(),
+        "steps": options.steps,
+        "cache_interval": options.cache_interval,
+        "runs": rows,
+    }
     base = {row["run"]: row["seconds"] for row in rows}
     sys.stdout.write(
         "| run | s | spread | x official dense | x official of its kind | distance |\n"
@@ -198,13 +279,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"| {base['official dense'] / row['seconds']:.2f} | {own / row['seconds']:.2f} "
             f"| {row['distance']:.1e} |\n"
         )
+    if options.profile:
+        content["profile"] = [profile(name, runs[name], model) for name, model in models.items()]
+        parts = (*PARTS, ATTENTION, REST)
+        sys.stdout.write(
+            f"\n| run | s | {' | '.join(parts)} |\n|---|{'---:|' * (1 + len(parts))}\n"
+        )
+        for found in content["profile"]:
+            shares = " | ".join(f"{found['shares'][part]:.0%}" for part in parts)
+            sys.stdout.write(f"| {found['run']} | {found['seconds']:.2f} | {shares} |\n")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    exact = [
-        row["distance"]
-        for row in rows
-        if row["run"].startswith("ours") and "cache" not in row["run"]
-    ]
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    exact = [row["distance"] for row in rows if row["run"] in models]
     return int(max(exact) > TOLERANCE)
 
 

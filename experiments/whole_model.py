@@ -7,12 +7,19 @@ the two models take turns. Peaks are put beside what `sparse-unified info --memo
 
     python experiments/whole_model.py [--device cuda] [--json FILE]
 
-On a GPU of 80 GB; with --device cpu both models are small, and no graphs are recorded.
+On a GPU of 80 GB; with --device cpu both models are small, and no graphs are recorded. The true
+size on the CPU of a machine with 24 GB, op by op:
+
+    python experiments/whole_model.py --device cpu --storage int8 [--layers 28] [--json FILE]
+
+draws and packs one FFN after the other, draws 256 x 256 pixels in a few steps, then makes the
+generation FFNs sparse, of the same weights, and does it again; the autoencoder decodes in tiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import math
@@ -26,7 +33,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from full_scale import bagel_shapes
+from full_scale import bagel_shapes, peak_bytes
 from torch import Tensor, nn
 
 from sparse_unified.bagel import (
@@ -49,14 +56,20 @@ from sparse_unified.bagel.sampler import (
     initial_noise,
     sample_latents,
 )
+from sparse_unified.bench.report import commit, versions
+from sparse_unified.bench.target import processor_name
+from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.safetensors_io import build_header
 from sparse_unified.convert.memory import memory
+from sparse_unified.surgery.quantize import STORAGES, quantize_ffn_
 
 CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs
 _EXPERTS, _TOP_K = 16, 8
 _PROMPT_TOKENS = 100
 _DENSE, _SPARSE = "dense", "sparse"
 _WEIGHTS_FIT = "task='image'"
+# Of the true size on the CPU: 256 x 256 pixels, decoded in tiles of 128.
+_HOST_GRID, _HOST_TIMESTEPS, _HOST_TILE = (16, 16), 4, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +165,18 @@ def small() -> Setup:
 
 @torch.no_grad()
 def fill_randomly(module: nn.Module, device: torch.device) -> None:
-    """Moves a module from the meta device and draws its weights, so that values keep their size."""
-    module.to_empty(device=device)
-    for weight in module.parameters():
-        if weight.ndim == 1:
-            weight.fill_(1.0)
-        else:
-            weight.normal_(std=math.prod(weight.shape[1:]) ** -0.5)
+    """Gives memory to what is on the meta device below a module and draws it, so that values keep
+    their size."""
+    for owner in module.modules():
+        for name, weight in owner._parameters.items():
+            if weight is None or not weight.is_meta:
+                continue
+            own = torch.empty_like(weight, device=device)
+            if weight.ndim == 1:
+                own.fill_(1.0)
+            else:
+                own.normal_(std=math.prod(weight.shape[1:]) ** -0.5)
+            owner._parameters[name] = nn.Parameter(own, requires_grad=weight.requires_grad)
 
 
 def random_model(config: BagelConfig, device: torch.device) -> Bagel:
@@ -246,7 +264,7 @@ def draw(model: Bagel, setup: Setup, way: Way, execution: Execution) -> dict[str
     return record
 
 
-def decode(vae: AutoEncoder, setup: Setup, device: torch.device) -> dict[str, Any]:
+def decode(vae: AutoEncoder, setup: Setup, device: torch.device, tile: int = 0) -> dict[str, Any]:
     """Turns a latent into pixels; returns the seconds and the peak of memory."""
     patch = setup.config.latent_patch_size
     rows, columns = (patch * side for side in setup.grid)
@@ -256,7 +274,7 @@ def decode(vae: AutoEncoder, setup: Setup, device: torch.device) -> dict[str, An
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with torch.no_grad():
-        vae.decode(latent)
+        vae.decode(latent, tile=tile)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return {
@@ -342,17 +360,103 @@ def measure(device: torch.device, save: Callable[[dict[str, Any]], None]) -> dic
     return content
 
 
+def packed_model(config: BagelConfig, storage: str) -> Bagel:
+    """Returns `random_model` on the CPU with packed FFNs, of which never more than one is whole."""
+    model = Bagel(config, device="meta", dtype=torch.bfloat16)
+    leave_out(model, unneeded(config.llm, Task.IMAGE))
+    for layer in model.language_model.model.layers:
+        for name in FFN_NAMES.values():
+            if (ffn := getattr(layer, name)) is not None:
+                fill_randomly(ffn, torch.device("cpu"))
+                quantize_ffn_(ffn.requires_grad_(False), storage)
+    fill_randomly(model, torch.device("cpu"))
+    return model
+
+
+def make_sparse_(model: Bagel, config: BagelConfig) -> None:
+    """Lets the generation FFNs of a dense model be the experts of a sparse one's, in place."""
+    blocks = Bagel(config, device="meta", dtype=model.dtype).language_model.model.layers
+    for index in config.llm.sparse_layers("gen"):
+        layer: Any = model.language_model.model.layers[index]
+        block, dense = blocks[index].mlp_moe_gen, layer.mlp_moe_gen
+        for name in PROJECTIONS:
+            setattr(block, name, getattr(dense, name).weight)
+        fill_randomly(block, torch.device("cpu"))
+        layer.mlp_moe_gen = block
+
+
+def measure_on_host(
+    storage: str, num_layers: int, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Measures both models of the true size on the CPU, one after the other, in packed weights."""
+    start = time.perf_counter()
+    setup = replace(
+        full(),
+        config=bagel_shapes(num_layers),
+        grid=_HOST_GRID,
+        num_timesteps=_HOST_TIMESTEPS,
+    )
+    vae = AutoEncoder(setup.vae, device="meta", dtype=torch.float32).eval()
+    fill_randomly(vae, torch.device("cpu"))
+    model = packed_model(setup.config, storage)
+    content: dict[str, Any] = {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": processor_name(),
+        "versions": versions(),
+        "storage": storage,
+        "num_layers": num_layers,
+        "grid": list(setup.grid),
+        "making_seconds": time.perf_counter() - start,
+        "making_peak_bytes": peak_bytes(),
+        "records": [],
+    }
+    for name in (_DENSE, _SPARSE):
+        if name == _SPARSE:
+            make_sparse_(model, setup.sparse())
+        reset_peak()
+        record = {"model": name} | draw(model, setup, WAYS[0], Execution())
+        if not record.pop("image").isfinite().all():
+            raise RuntimeError(f"whole_model: the image of {name} must be finite")
+        record["peak_bytes"] = peak_bytes()
+        content["records"].append(record)
+        content["ratios"] = ratios(content["records"])
+        save(content)
+    reset_peak()
+    content["decode"] = decode(vae, setup, torch.device("cpu"), _HOST_TILE)
+    content["decode"]["peak_bytes"] = peak_bytes()
+    save(content)
+    return content
+
+
+def reset_peak() -> None:
+    """Lets `peak_bytes` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, and prints the ratios."""
     parser = argparse.ArgumentParser(prog="whole_model", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--storage", choices=STORAGES, help="of all FFNs, at true size on the CPU")
+    parser.add_argument("--layers", type=int, default=28, help="with --storage: decoder layers")
     parser.add_argument("--json", type=Path, help="kept up to date while it measures")
     options = parser.parse_args(argv)
+    if options.storage and options.device != "cpu":
+        parser.error("--storage must come with --device cpu")
 
     def save(content: dict[str, Any]) -> None:
         if options.json is not None:
             options.json.write_text(json.dumps(content, indent=1) + "\n")
 
+    if options.storage:
+        content = measure_on_host(options.storage, options.layers, save)
+        for record in content["records"]:
+            print(
+                f"{record['model']}: {record['seconds_per_step']:.1f} s a step, "
+                f"{record['peak_bytes'] / 1e9:.1f} GB at most"
+            )
+        return 0
     content = measure(torch.device(options.device), save)
     for way, ratio in content["ratios"].items():
         print(f"dense / sparse, {way}: {ratio:.2f}x (ceiling {content['ceiling']}x)")

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "sparse_unified/accumulate.h"
+#include "sparse_unified/few_rows.h"
 #include "sparse_unified/instruction_set.h"
 
 namespace sparse_unified {
@@ -88,6 +89,12 @@ void multiply(AOTITorchError error, const Tensor& a, const Tensor& b) {
 bool multiplies_in_fp32(const Tensor& a) {
   constexpr int64_t kLeastRows = 8;
   return a.size(0) >= kLeastRows && !has_arithmetic(dtype_of(a));
+}
+
+// Whether a handful of rows is multiplied by the transpose of a matrix with dense rows.
+bool are_few_rows(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == ScalarType::Float && a.size(0) <= kMostFewRows && a.stride(1) == 1 &&
+         b.stride(0) == 1 && b.size(1) > 1;
 }
 
 // A 16-bit matrix in fp32; one that is a transposed view stays one.
@@ -367,6 +374,12 @@ Tensor transposed(const Tensor& matrix) {
 }
 
 void matmul_out(Tensor out, const Tensor& a, const Tensor& b) {
+  if (are_few_rows(a, b)) {
+    return few_rows_cpu({.a = matrix_of(a),
+                         .b = {b.const_data_ptr(), b.size(1), b.size(0), b.stride(1)},
+                         .out = out.mutable_data_ptr<float>(),
+                         .out_stride = out.stride(0)});
+  }
   if (multiplies_in_fp32(a)) {
     const Tensor sum = empty_like_sized(a, {a.size(0), b.size(1)}, ScalarType::Float);
     matmul_out(sum, Widened(a).get(), Widened(b).get());

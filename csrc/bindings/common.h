@@ -107,8 +107,8 @@ Tensor matrix_view(void* data, ScalarType dtype, int64_t rows, int64_t columns, 
 Tensor transposed(const Tensor& matrix);
 
 // out = a @ b by torch's own CPU GEMM, straight at the kernel: no autograd, no dispatch keys, so
-// that worker threads may call it. 16-bit types are multiplied in fp32 where the processor has no
-// arithmetic of theirs, and rounded once.
+// that worker threads may call it. A handful of fp32 rows times a transpose is few_rows; 16-bit
+// types are multiplied in fp32 where the processor has no arithmetic of theirs, and rounded once.
 void matmul_out(Tensor out, const Tensor& a, const Tensor& b);
 // out += a @ b.
 void matmul_add(Tensor out, const Tensor& a, const Tensor& b);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the expert FFN. On the CPU, the rows of an expert are cut into tasks that threads take
 // without waiting for each other. The fused kernel of csrc/cpu runs them where it is the fastest
-// way (see prefers_ffn_cpu); else, for the few rows of a decoding step and in training, torch's
-// GEMMs do, on gathered rows.
+// way (see prefers_ffn_cpu); else, for the few rows of a decoding step and in training, GEMMs do,
+// on gathered rows.
 #include "bindings/grouped_ffn.h"
 
 #include "bindings/cuda_ffn.h"
@@ -14,13 +14,12 @@
 namespace sparse_unified {
 namespace {
 
-// NOTE: constants like kLibraryTaskRows, for the same reason.
-constexpr int64_t kKernelTaskRows = 512;
+// NOTE: constants like kTaskRows, for the same reason.
 constexpr int64_t kKernelRowMultiple = 32;
 // Below this many rows the kernel's vectors of 16 tokens would be mostly empty.
 constexpr int64_t kKernelLeastRows = 8;
 
-// Runs tasks on torch's GEMMs; with `kept` the two activations before SwiGLU are left in it.
+// Runs tasks on GEMMs; with `kept` the two activations before SwiGLU are left in it.
 class LibraryPath {
  public:
   LibraryPath(const GroupedFfn& ffn, const Tensor& y, const KeptActivations* kept,
@@ -63,22 +62,22 @@ class LibraryPath {
 
 Tensor library_forward(const GroupedFfn& ffn, const KeptActivations* kept) {
   Tensor y = empty_like_sized(ffn.x, {ffn.num_rows, ffn.hidden_size});
-  const std::vector<ExpertRows> tasks = ffn.split(kLibraryTaskRows);
+  const std::vector<ExpertRows> tasks = ffn.split(kTaskRows);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
-  const LibraryPath path(ffn, y, kept, num_workers(num_tasks), kLibraryTaskRows);
+  const LibraryPath path(ffn, y, kept, num_workers(num_tasks), kTaskRows);
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) { path.run(tasks[task], worker); });
   return y;
 }
 
 Tensor kernel_forward(const GroupedFfn& ffn) {
   Tensor y = empty_like_sized(ffn.x, {ffn.num_rows, ffn.hidden_size});
-  const std::vector<ExpertRows> tasks = ffn.split(kKernelTaskRows, kKernelRowMultiple);
+  const std::vector<ExpertRows> tasks = ffn.split(kTaskRows, kKernelRowMultiple);
   const auto num_tasks = static_cast<int64_t>(tasks.size());
   const int64_t workers = num_workers(num_tasks);
   const int64_t kernel_floats =
       grouped_ffn_workspace_floats(ffn.dtype, ffn.hidden_size, ffn.expert_width);
   const bool is_fp32 = ffn.dtype == DType::kFloat32;
-  const int64_t sum_floats = is_fp32 ? 0 : kKernelTaskRows * ffn.hidden_size;
+  const int64_t sum_floats = is_fp32 ? 0 : kTaskRows * ffn.hidden_size;
   const Workspace workspace(ffn.x, workers, 4 * (kernel_floats + sum_floats));
   const LibraryPath library(ffn, y, nullptr, workers, kKernelLeastRows);
   const GroupedFfnParams params = ffn.kernel_params();

@@ -58,7 +58,7 @@ struct GroupedFfn : GroupedFfnSizes {
 
 // Most rows that torch's GEMMs take at a time.
 // NOTE: a constant, not a function of the thread count, so that results do not depend on it.
-constexpr int64_t kLibraryTaskRows = 256;
+constexpr int64_t kTaskRows = 512;
 
 // Activations before SwiGLU, which backward needs.
 struct KeptActivations {

@@ -29,7 +29,7 @@ struct ExpertBuffers {
   char* grad_up;      // [n, h]
   char* hidden;       // [n, h]
   char* grad_y;       // [n, D]
-  char* x_rows;       // [n, D], or [kLibraryTaskRows, D] of y
+  char* x_rows;       // [n, D], or [kTaskRows, D] of y
 };
 
 // What backward is given besides the arguments of forward.
@@ -163,13 +163,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_ffn_combine_backward(
   const Tensor row_grads = empty_like_sized(ffn.weights, {needs_weights ? ffn.num_rows : 0});
 
   const std::vector<ExpertRows> tasks = ffn.split(ffn.num_rows + 1);
-  const std::vector<ExpertRows> parts = ffn.split(kLibraryTaskRows);  // as forward multiplied them
+  const std::vector<ExpertRows> parts = ffn.split(kTaskRows);  // as forward multiplied them
   int64_t max_rows = 0;
   for (const ExpertRows& rows : tasks) max_rows = std::max(max_rows, rows.count());
   const int64_t h_bytes = ffn.matrix_bytes(max_rows, h);
   const int64_t y_bytes = ffn.matrix_bytes(max_rows, ffn.hidden_size);
   const int64_t x_bytes = needs_experts   ? y_bytes
-                          : needs_weights ? ffn.matrix_bytes(kLibraryTaskRows, ffn.hidden_size)
+                          : needs_weights ? ffn.matrix_bytes(kTaskRows, ffn.hidden_size)
                                           : 0;
   const auto num_tasks = static_cast<int64_t>(tasks.size());
   const Workspace workspace(ffn.x, num_workers(num_tasks), 4 * h_bytes + y_bytes + x_bytes);

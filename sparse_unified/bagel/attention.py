@@ -50,17 +50,22 @@ class KVCache:
         return copy
 
     def joined(
-        self, layer: int, key: Tensor, value: Tensor, *, extend: bool
+        self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, extend: bool
     ) -> tuple[Tensor, Tensor]:
-        """Returns the past of a layer followed by `key` and `value` [num_kv_heads, n, head_dim];
-        `extend` keeps them as the past of what comes next."""
+        """Returns the past of a layer followed by `keys` and `values`, parts [1, n, num_kv_heads,
+        head_dim], as [1, num_kv_heads, length, head_dim]; `extend` keeps them as the past of what
+        comes next."""
         past_key, past_value = self.keys[layer], self.values[layer]
-        if past_key is not None and past_value is not None:
-            key = torch.cat([past_key, key], dim=1)
-            value = torch.cat([past_value, value], dim=1)
+        joined = []
+        for past, parts in ((past_key, keys), (past_value, values)):
+            rows = [part.transpose(1, 2) for part in parts]
+            if past is not None:
+                rows.insert(0, past[None])
+            joined.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
+        key, value = joined
         if extend:
             # Not as views, which would keep the queries beside them.
-            self.keys[layer], self.values[layer] = key.contiguous(), value.contiguous()
+            self.keys[layer], self.values[layer] = key[0].contiguous(), value[0].contiguous()
         return key, value
 
     def same_past(self, other: KVCache) -> bool:
@@ -185,7 +190,7 @@ def pack(
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Applies rotary positions to heads x [n, heads, head_dim]; computes and returns fp32."""
     cos, sin = angles
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
 
 
 class RMSNorm(nn.Module):
@@ -266,7 +271,7 @@ class MoTAttention(nn.Module):
         [U, D] or gen [G, D], is None where it has no tokens, or they skip this attention."""
         part: Any = self._modules
         heads = (-1, self.head_dim)
-        split: dict[str, tuple[Tensor, ...]] = {}
+        split: dict[str, list[tuple[Tensor, ...]]] = {}  # queries, keys, values of each group
         reads: dict[str, Sequence[int]] = {}
         num_kv_heads = 0
         for stream, x, angles in ((UND, und, packing.und_angles), (GEN, gen, packing.gen_angles)):
@@ -278,19 +283,23 @@ class MoTAttention(nn.Module):
             key = k_norm(k_proj(x).unflatten(-1, heads))
             value = v_proj(x).unflatten(-1, heads)
             turned = rotate(torch.cat([query, key], dim=1), angles).to(x.dtype)
-            # One split: the gradients of slices would each be a tensor of the whole stream.
-            split[stream] = torch.cat([turned, value], dim=1).split(packing.rows[stream])
             num_kv_heads = value.shape[1]
+            # Splits: the gradients of slices would each be a tensor of the whole stream.
+            query, key = turned.split([query.shape[1], num_kv_heads], dim=1)
+            rows = packing.rows[stream]
+            split[stream] = [part.split(rows) for part in (query, key, value)]
             reads[stream] = key_heads_read(q_proj, num_kv_heads)
         mixed: dict[str, list[Tensor]] = {stream: [] for stream in split}
         for i, group in enumerate(packing.groups):
             own = {}
             for stream, parts in split.items():
                 if group.lengths[stream]:
-                    rows = parts[i]
+                    mine = [part[i] for part in parts]
                     if group.padding is not None:
-                        rows = rows.index_select(0, group.padding[stream].rows)
-                    own[stream] = rows.unflatten(0, (group.count, group.lengths[stream]))
+                        places = group.padding[stream].rows
+                        mine = [part.index_select(0, places) for part in mine]
+                    sizes = (group.count, group.lengths[stream])
+                    own[stream] = [part.unflatten(0, sizes) for part in mine]
             if own:
                 self._attend(own, reads, num_kv_heads, group, packing.extend, mixed)
         outs: dict[str, Tensor] = {}
@@ -301,33 +310,28 @@ class MoTAttention(nn.Module):
 
     def _attend(
         self,
-        own: Mapping[str, Tensor],
+        own: Mapping[str, Sequence[Tensor]],
         reads: Mapping[str, Sequence[int]],
         num_kv_heads: int,
         group: Group,
         extend: bool,
         mixed: Mapping[str, list[Tensor]],
     ) -> None:
-        """Adds to `mixed` of each stream the values [n, H * d] of a group, of its queries, keys and
-        values `own` [B, n, H + 2 K, d], which read the KV heads `reads`."""
+        """Adds to `mixed` of each stream the values [n, H * d] of a group, of `own`, its queries
+        [B, n, H, d], keys and values [B, n, K, d], which read the KV heads `reads`."""
         # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
         are_alike = all(len(reads[stream]) == num_kv_heads for stream in own)
         runs: list[tuple[str, ...]] = list(zip(own, strict=True))  # streams of one call
-        parts = list(own.values())
-        if are_alike and len(parts) > 1:
-            runs, parts = [tuple(own)], [torch.cat(parts, dim=1)]
-        queries, keys, values = [], [], []
-        for x in parts:
-            sizes = [x.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
-            query, key, value = x.transpose(1, 2).split(sizes, dim=1)
-            queries.append(query)
-            keys.append(key)
-            values.append(value)
-        key = keys[0] if len(keys) == 1 else torch.cat(keys, dim=2)
-        value = values[0] if len(values) == 1 else torch.cat(values, dim=2)
+        queries, keys, values = zip(*own.values(), strict=True)
+        if are_alike and len(own) > 1:
+            runs, queries = [tuple(own)], (torch.cat(queries, dim=1),)
         if group.cache is not None:
-            key, value = group.cache.joined(self.layer, key[0], value[0], extend=extend)
-            key, value = key[None], value[None]
+            key, value = group.cache.joined(self.layer, keys, values, extend=extend)
+        else:
+            key, value = (
+                (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
+                for parts in (keys, values)
+            )
         mask = group.mask
         if mask is not None and len(own) == 1:
             mask = mask[..., group.span(*own)]  # columns
@@ -340,7 +344,7 @@ class MoTAttention(nn.Module):
                 # Stacked views: an index would have to be copied to the device.
                 heads = reads[streams[0]]
                 seen = tuple(torch.stack([x[:, i] for i in heads], dim=1) for x in seen)
-            out = attend(query, *seen, mask=rows, causal=group.causal)
+            out = attend(query.transpose(1, 2), *seen, mask=rows, causal=group.causal)
             outs: Sequence[Tensor] = [out]
             if len(streams) > 1:
                 outs = out.split([group.lengths[UND], group.lengths[GEN]], dim=1)
