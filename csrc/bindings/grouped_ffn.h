@@ -56,7 +56,7 @@ struct GroupedFfn : GroupedFfnSizes {
   Tensor down_proj;       // [D, E * h] or [E, D, h]
 };
 
-// Most rows that torch's GEMMs take at a time.
+// Most rows that a task takes.
 // NOTE: a constant, not a function of the thread count, so that results do not depend on it.
 constexpr int64_t kTaskRows = 512;
 

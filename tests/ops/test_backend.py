@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import checks_torch
 import pytest
 import torch
 
 from sparse_unified import _library
+from sparse_unified.checks import kernels
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import backend
 
@@ -155,7 +155,7 @@ def test_a_block_on_blackwell_is_that_of_the_cpu(
     products = mock.Mock(wraps=torch.nn.functional.grouped_mm)
     cpu = torch.device("cpu")
     with mock.patch.object(torch.nn.functional, "grouped_mm", products):
-        checks_torch.block_is_that_of_the_cpu(cpu, torch.bfloat16, shared, False, num_tokens)
+        kernels.block_is_that_of_the_cpu(cpu, torch.bfloat16, shared, False, num_tokens)
     assert products.call_count == (6 if num_tokens else 0)  # with gradients and without
 
 
@@ -165,7 +165,7 @@ def test_a_block_on_blackwell_compiles_as_one_graph(
     as_gpu["capability"] = (10, 0)
     facts = functools.partial(pickle.loads, pickle.dumps(as_gpu))
     monkeypatch.setattr(_library.module, "build_info", facts)
-    checks_torch.block_compiles_as_one_graph(torch.device("cpu"), torch.bfloat16, "aot_eager")
+    kernels.block_compiles_as_one_graph(torch.device("cpu"), torch.bfloat16, "aot_eager")
 
 
 @pytest.fixture
