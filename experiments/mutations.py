@@ -254,9 +254,7 @@ CUDA_KERNELS = (
     emulated(
         "cuda/combine.cu", "sync_threads();\n\n  const TokenRows", "const TokenRows", *k("combine")
     ),
-    emulated(
-        "cuda/grouped_ffn_row_weights.cu", "part < p.num_parts", "part < 1", *k("gradients")
-    ),
+    emulated("cuda/grouped_ffn_row_weights.cu", "part < p.num_parts", "part < 1", *k("gradients")),
     emulated(
         "cuda/grouped_ffn_grad_hidden_sm80.cu", "sum = warp_sum<4>(sum);", "", *k("gradients")
     ),
@@ -268,8 +266,8 @@ CUDA_KERNELS = (
     ),
     emulated(
         "cuda/grouped_ffn_grad_hidden_sm90a.cu",
-        "max(boxes, kNumBoxes / 2)",
-        "max(boxes - 1, kNumBoxes / 2)",
+        "min(kNumBoxes, ceil_div(width(params, tile), kBoxElements))",
+        "kNumBoxes",
         "tests/ops/test_emulated.py",
     ),
     emulated(

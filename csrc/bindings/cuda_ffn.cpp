@@ -127,9 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> CudaFfn::backward(Tensor grad_y, Tens
   const Allocate allocate =
       params_.expert_width > 0 ? Allocate{empty_like_sized} : zeros_like_sized;
   Tensor grad_x = allocate(x_, {needs_x ? params_.num_rows : 0, x_.size(1)});
-  const auto [gate, up, down] =
-      run_backward({}, grad_y, gate_rows, up_rows,
-                   needs_x ? grad_x.mutable_data_ptr() : nullptr, needs_weights);
+  const auto [gate, up, down] = run_backward(
+      {}, grad_y, gate_rows, up_rows, needs_x ? grad_x.mutable_data_ptr() : nullptr, needs_weights);
   return {grad_x, gate, up, down};
 }
 
@@ -146,15 +145,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> CudaFfn::combine_backward(
   // grad_y of the rows, and then the gradients of the rows: who reads the one has ended before.
   Tensor rows = is_empty ? zeros_like_sized(x_, {params_.num_rows, x_.size(1)})
                          : permute(grad_y, indices_[0], token_rows);
-  const auto [gate, up, down] =
-      run_backward({.weights = weights.const_data_ptr<float>(),
-                    .offset = static_cast<float>(weight_offset),
-                    .token_rows = token_rows.const_data_ptr<int32_t>(),
-                    .grad_weights = needs_weights ? grad_weights.mutable_data_ptr<float>() : nullptr},
-                   rows, gate_rows, up_rows, needs_x ? rows.mutable_data_ptr() : nullptr,
-                   needs_experts);
-  Tensor grad_x = needs_x ? combine(rows, std::nullopt, token_rows, 0)
-                          : empty_like_sized(x_, {0, x_.size(1)});
+  const auto [gate, up, down] = run_backward(
+      {.weights = weights.const_data_ptr<float>(),
+       .offset = static_cast<float>(weight_offset),
+       .token_rows = token_rows.const_data_ptr<int32_t>(),
+       .grad_weights = needs_weights ? grad_weights.mutable_data_ptr<float>() : nullptr},
+      rows, gate_rows, up_rows, needs_x ? rows.mutable_data_ptr() : nullptr, needs_experts);
+  Tensor grad_x =
+      needs_x ? combine(rows, std::nullopt, token_rows, 0) : empty_like_sized(x_, {0, x_.size(1)});
   return {grad_x, grad_weights, gate, up, down};
 }
 

@@ -23,8 +23,8 @@ constexpr int64_t kKernelLeastRows = 8;
 // Runs tasks on torch's GEMMs; with `kept` the two activations before SwiGLU are left in it.
 class LibraryPath {
  public:
-  LibraryPath(const GroupedFfn& ffn, const Tensor& y, const KeptActivations* kept, int64_t num_workers,
-              int64_t max_rows)
+  LibraryPath(const GroupedFfn& ffn, const Tensor& y, const KeptActivations* kept,
+              int64_t num_workers, int64_t max_rows)
       : ffn_(ffn),
         y_(y),
         kept_(kept),

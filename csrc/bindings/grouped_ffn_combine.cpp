@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_ffn and combine: on CUDA and in training one after the other, else in one pass over blocks
-// of tokens. A block runs all experts on its own tokens and adds their weighted rows to its own part
-// of the output, in the order of the experts: y [R, D] never exists (59 MB for 1024 tokens at
-// 32/16, mostly page faults), all blocks cost the same whatever the routing, and no thread waits
+// grouped_ffn and combine: on CUDA and in training one after the other, else in one pass over
+// blocks of tokens. A block runs all experts on its own tokens and adds their weighted rows to its
+// own part of the output, in the order of the experts: y [R, D] never exists (59 MB for 1024 tokens
+// at 32/16, mostly page faults), all blocks cost the same whatever the routing, and no thread waits
 // for another.
 #include <algorithm>
 #include <cstring>
@@ -96,8 +96,9 @@ class TokenBlocks {
 Tensor kernel_forward(const CombinedFfn& ffn) {
   const int64_t num_tokens = ffn.x.size(0);
   Tensor out = empty_like_sized(ffn.x, {num_tokens, ffn.hidden_size});
-  const Tensor sums =
-      ffn.dtype == DType::kFloat32 ? out : empty_like_sized(ffn.weights, {num_tokens, ffn.hidden_size});
+  const Tensor sums = ffn.dtype == DType::kFloat32
+                          ? out
+                          : empty_like_sized(ffn.weights, {num_tokens, ffn.hidden_size});
   const TokenBlocks blocks(ffn, sums, out);
   const int64_t num_blocks = count_blocks(num_tokens, torch::stable::get_num_threads());
   const Workspace workspace(ffn.x, num_workers(num_blocks),

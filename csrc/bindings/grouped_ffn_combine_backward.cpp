@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of grouped_ffn_combine. Of size [R, D] nothing comes from forward: the gradient of a
-// row's weight, <grad_y of its token, y of the row>, is made of the kept activations. On the CPU one
-// task per expert, since a weight gradient sums over all rows of its expert; y of its rows is
+// row's weight, <grad_y of its token, y of the row>, is made of the kept activations. On the CPU
+// one task per expert, since a weight gradient sums over all rows of its expert; y of its rows is
 // multiplied once more, so that the gradient has the bits of one from a y that was kept. Frozen
 // experts skip three of the seven GEMMs, a frozen router one.
 #include "bindings/cuda_ffn.h"
@@ -45,15 +45,14 @@ void activation_gradients(const GroupedFfn& ffn, const ExpertRows& rows, const G
                           bool needs_hidden, const ExpertBuffers& buffers) {
   const int64_t n = rows.count();
   const int64_t h = ffn.expert_width;
-  combine_backward_cpu(
-      {.dtype = ffn.dtype,
-       .grad_out = matrix_of(given.grad_y),
-       .row_token = ffn.row_token.const_data_ptr<int32_t>() + rows.begin,
-       .weights = given.row_weights.const_data_ptr<float>() + rows.begin,
-       .grad_y = buffers.grad_y,
-       .y = nullptr,
-       .grad_weights = nullptr,
-       .num_rows = n});
+  combine_backward_cpu({.dtype = ffn.dtype,
+                        .grad_out = matrix_of(given.grad_y),
+                        .row_token = ffn.row_token.const_data_ptr<int32_t>() + rows.begin,
+                        .weights = given.row_weights.const_data_ptr<float>() + rows.begin,
+                        .grad_y = buffers.grad_y,
+                        .y = nullptr,
+                        .grad_weights = nullptr,
+                        .num_rows = n});
   matmul_out(ffn.matrix(buffers.grad_hidden, n, h), ffn.matrix(buffers.grad_y, n, ffn.hidden_size),
              ffn.expert_columns(ffn.down_proj, rows.expert));
   swiglu_backward_cpu({.dtype = ffn.dtype,
@@ -169,10 +168,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_ffn_combine_backward(
   for (const ExpertRows& rows : tasks) max_rows = std::max(max_rows, rows.count());
   const int64_t h_bytes = ffn.matrix_bytes(max_rows, h);
   const int64_t y_bytes = ffn.matrix_bytes(max_rows, ffn.hidden_size);
-  const int64_t x_bytes = needs_experts ? y_bytes
-                          : needs_weights
-                              ? ffn.matrix_bytes(kLibraryTaskRows, ffn.hidden_size)
-                              : 0;
+  const int64_t x_bytes = needs_experts   ? y_bytes
+                          : needs_weights ? ffn.matrix_bytes(kLibraryTaskRows, ffn.hidden_size)
+                                          : 0;
   const auto num_tasks = static_cast<int64_t>(tasks.size());
   const Workspace workspace(ffn.x, num_workers(num_tasks), 4 * h_bytes + y_bytes + x_bytes);
   parallel_tasks(num_tasks, [&](int64_t task, int64_t worker) {

@@ -17,8 +17,7 @@ STABLE_TORCH_LIBRARY(sparse_unified, m) {
       "Tensor gate, bool needs_x, bool needs_gate) -> (Tensor, Tensor)");
   m.def("sort_by_expert(Tensor topk_idx, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("permute(Tensor x, Tensor row_token, Tensor token_rows) -> Tensor");
-  m.def(
-      "combine(Tensor y, Tensor? weights, Tensor token_rows, float weight_offset=0.) -> Tensor");
+  m.def("combine(Tensor y, Tensor? weights, Tensor token_rows, float weight_offset=0.) -> Tensor");
   m.def(
       "grouped_ffn(Tensor x, Tensor row_token, Tensor expert_offsets, Tensor gate_proj, "
       "Tensor up_proj, Tensor down_proj) -> Tensor");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// combine on CUDA: out[t] = sum_k (weight_offset + weights[t, k]) * y[token_rows[t, k]], accumulated
-// in fp32 in the order of k and rounded once.
+// combine on CUDA: out[t] = sum_k (weight_offset + weights[t, k]) * y[token_rows[t, k]],
+// accumulated in fp32 in the order of k and rounded once.
 //
 // A CTA sums the rows of one token; a thread sums 16 bytes of columns, with up to kInFlight loads
 // in flight. Bytes moved: R * D values read and T * D written, each once, so the kernel is bound by

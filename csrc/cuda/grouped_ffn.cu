@@ -163,8 +163,8 @@ cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const Dev
                            const GroupedFfnSm90aOptions& options, const Sm90aWorkspace& workspace,
                            const RowFactors& factors, cudaStream_t stream) {
   cudaError_t error =
-      grouped_ffn_grad_hidden_sm90a(params, device, options, workspace.grad_gate,
-                                    workspace.grad_up, workspace.hidden, factors, stream);
+      grouped_ffn_grad_hidden_sm90a(params, device, options, workspace.grad_gate, workspace.grad_up,
+                                    workspace.hidden, factors, stream);
   if (error != cudaSuccess) return error;
   error = grouped_ffn_grad_weights_sm90a(params, device, workspace.grad_gate, workspace.grad_up,
                                          workspace.hidden, stream);
@@ -197,8 +197,10 @@ std::string params_refusal(const GroupedFfnCudaParams& params, const DeviceInfo&
 
 GroupedFfnCudaPlan plan_grouped_ffn_cuda(const GroupedFfnCudaParams& params,
                                          const DeviceInfo& device, bool is_backward) {
-  GroupedFfnCudaPlan plan{
-      .refusal = params_refusal(params, device), .config = {}, .matrix_bytes = 0, .weights_bytes = 0};
+  GroupedFfnCudaPlan plan{.refusal = params_refusal(params, device),
+                          .config = {},
+                          .matrix_bytes = 0,
+                          .weights_bytes = 0};
   const std::string text = override_text();
   if (plan.refusal.empty()) plan.refusal = grouped_ffn_override_error(text);
   if (!plan.refusal.empty()) return plan;

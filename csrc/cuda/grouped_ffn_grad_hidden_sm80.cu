@@ -4,7 +4,8 @@
 //   grad_gate_up[r] = [grad_hidden up s (1 + gate (1 - s)), grad_hidden gate s], s = sigmoid(gate)
 //   hidden[r] = gate s up, once more, when the gradient of down_proj needs it,
 // each times the weight of the row; and the gradient of that weight, the sum over a row of hidden
-// grad_hidden, in parts: a lane sums its columns in ascending order, a quad its lanes by a butterfly.
+// grad_hidden, in parts: a lane sums its columns in ascending order, a quad its lanes by a
+// butterfly.
 //
 // A GEMM of M = the rows of an expert, N = h, K = D, where down_proj is N-contiguous. grad_hidden
 // stays fp32 and leaves only as the gradients made of it. 2 R h D FLOP; reads grad_y, down_proj,

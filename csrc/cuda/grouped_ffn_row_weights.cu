@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 
 struct SlotParams {
   RowWeights weights;
-  int64_t num_rows;   // R = T K
+  int64_t num_rows;    // R = T K
   float* row_weights;  // [R]
   const float* parts;  // [parts, R]
   int64_t num_parts;

@@ -6,7 +6,8 @@
 
 namespace sparse_unified {
 
-// With G = grad_y down, the gradient of hidden is w G, and that of w the sum over a row of hidden G.
+// With G = grad_y down, the gradient of hidden is w G, and that of w the sum over a row of hidden
+// G.
 struct RowFactors {
   const float* weights;  // w [R]; null: ones
   float* parts;          // [parts, R], each the sum over some neurons; null when not wanted

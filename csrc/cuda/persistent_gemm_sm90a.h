@@ -13,8 +13,8 @@
 // A Gemm is a type with
 //   T, Params, Tile         element type, kernel parameters, coordinates of one tile
 //   kBlocks, kStages        CTAs of a cluster, stages of the ring
-//   kColumns                N of the product, or the most, with columns(params, tile) -> kColumns,
-//                           64 or 128 less
+//   kColumns                N of the product, which with kNarrowsLastTile has only as many 64
+//                           columns as width(params, tile) takes
 //   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
 //   kMayBeEmpty             a tile may have no stage, and is then zero
 //   kFindsAhead             consumers look for their next tile, some 500 clocks, while the last
@@ -91,6 +91,27 @@ SPARSE_UNIFIED_DEVICE void for_each_tile(const typename Gemm::Params& params, co
   }
 }
 
+// body<N>() for the N of the product that the tile takes.
+template <class Gemm, class Body>
+SPARSE_UNIFIED_DEVICE void with_width(const typename Gemm::Params& params,
+                                      const typename Gemm::Tile& tile, const Body& body) {
+  if constexpr (!requires { requires Gemm::kNarrowsLastTile; }) {
+    body.template operator()<Gemm::kColumns>();
+  } else {
+    static_assert(Gemm::kColumns == 256);
+    const int width = Gemm::width(params, tile);
+    if (width > 192) {
+      body.template operator()<256>();
+    } else if (width > 128) {
+      body.template operator()<192>();
+    } else if (width > 64) {
+      body.template operator()<128>();
+    } else {
+      body.template operator()<64>();
+    }
+  }
+}
+
 template <class Gemm>
 SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t shared,
                                    const typename SharedLayout<Gemm>::Ring& ring) {
@@ -111,24 +132,12 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
         for (float& value : d) value = 0.0f;
       }
     }
-    const auto multiply = [&]<int kN>() {
+    with_width<Gemm>(params, tile, [&]<int kN>() {
       multiply_stages<typename Gemm::T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
-          d, num_stages, ring, at,
+          *reinterpret_cast<float (*)[kN / 2]>(&d), num_stages, ring, at,
           [&](int idx) { return Gemm::operands(shared + idx * Gemm::kStageBytes, consumer); },
           [&](int k) { return Gemm::steps(params, k); }, meanwhile);
-    };
-    if constexpr (requires { Gemm::columns(params, tile); }) {
-      const int columns = Gemm::columns(params, tile);
-      if (columns == Gemm::kColumns) {
-        multiply.template operator()<Gemm::kColumns>();
-      } else if (columns == Gemm::kColumns - 64) {
-        multiply.template operator()<Gemm::kColumns - 64>();
-      } else {
-        multiply.template operator()<Gemm::kColumns - 128>();
-      }
-    } else {
-      multiply.template operator()<Gemm::kColumns>();
-    }
+    });
     Gemm::store(params, tile, d, consumer);
   };
   if constexpr (Gemm::kFindsAhead) {

@@ -21,8 +21,7 @@ struct StageOperands {
   uint64_t b;
 };
 
-// d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one. What
-// d holds beyond N / 2 values is of no interest.
+// d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one.
 //   operands(stage)  StageOperands of a stage of the ring
 //   steps(k)         steps of 16 k of the k-th stage that count; the last stages of a sum may have
 //                    less than kStageSteps
@@ -30,9 +29,8 @@ struct StageOperands {
 // With kFences the operands were written by the generic proxy as well. When there is no stage, d
 // stays as it is.
 template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages, int kBlocks,
-          int kCount,
           class Operands, class Steps, class Meanwhile>
-SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kCount], int num_stages,
+SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
                                            const RingBarriers<kStages, kBlocks>& ring,
                                            RingPosition<kStages>& at, const Operands& operands,
                                            const Steps& steps, const Meanwhile& meanwhile) {

@@ -62,7 +62,8 @@ void test_forward(const Shape& shape, bool has_weights, Random& random) {
       double expected = 0;
       double scale = 0;
       for (int64_t slot = t * shape.top_k; slot < (t + 1) * shape.top_k; ++slot) {
-        const double term = (has_weights ? kOffset + c.weights[slot] : 1.0f) * c.at(c.token_rows[slot], d);
+        const double term =
+            (has_weights ? kOffset + c.weights[slot] : 1.0f) * c.at(c.token_rows[slot], d);
         expected += term;
         scale += std::abs(term);
       }
@@ -86,15 +87,14 @@ void test_backward(const Shape& shape, Random& random) {
   for (int64_t slot = 0; slot < c.num_rows; ++slot) {
     row_token[c.token_rows[slot]] = static_cast<int32_t>(slot / shape.top_k);
   }
-  combine_backward_cpu(
-      {.dtype = Traits<T>::kDType,
-       .grad_out = {grad_out.get(), shape.num_tokens, shape.hidden_size, stride},
-       .row_token = row_token.get(),
-       .weights = c.weights.get(),
-       .grad_y = grad_y.get(),
-       .y = c.y.get(),
-       .grad_weights = grad_weights.get(),
-       .num_rows = c.num_rows});
+  combine_backward_cpu({.dtype = Traits<T>::kDType,
+                        .grad_out = {grad_out.get(), shape.num_tokens, shape.hidden_size, stride},
+                        .row_token = row_token.get(),
+                        .weights = c.weights.get(),
+                        .grad_y = grad_y.get(),
+                        .y = c.y.get(),
+                        .grad_weights = grad_weights.get(),
+                        .num_rows = c.num_rows});
   for (int64_t row = 0; row < c.num_rows; ++row) {
     double dot = 0;
     double scale = 0;

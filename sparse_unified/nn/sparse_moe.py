@@ -332,7 +332,7 @@ def run_experts(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0,
 ) -> Tensor:
     """Returns sum_k w[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D], by the kernels.
 

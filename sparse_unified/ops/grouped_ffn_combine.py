@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_unified.ops.registration import (
@@ -30,7 +29,7 @@ def grouped_ffn_combine(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0,  # NOTE: 0.0 would be a symbol to torch.compile(dynamic=True)
     *,
     recompute: bool = False,
 ) -> Tensor:

@@ -159,9 +159,7 @@ def register_ffn_autograd(op: str, leaves: Sequence[Sequence[int]]) -> None:
             activations = getattr(ours, f"{op}_train")(*tensors, ctx.number)[1:]
         needs = ctx.needs_input_grad
         wanted = [any(needs[position] for position in group) for group in leaves]
-        found = getattr(ours, f"{op}_backward")(
-            grad_y, *tensors, *activations, ctx.number, *wanted
-        )
+        found = getattr(ours, f"{op}_backward")(grad_y, *tensors, *activations, ctx.number, *wanted)
         gradients = {i: grad for i, grad in zip(positions, found, strict=True) if needs[i]}
         return tuple(gradients.get(i) for i in range(len(names)))
 

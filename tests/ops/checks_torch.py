@@ -157,7 +157,11 @@ def all_ops_compile_as_one_graph(device: torch.device, backend: str) -> None:
         out = all_ops(x, *leaves)
         if backend == "inductor":
             rows = call("grouped_ffn", values | {"x": x})
-            out = out + ops.combine(rows, None, values["token_rows"]) + ops.ffn_importance(x, *leaves[1:3], 0.1)[0].mean()
+            out = (
+                out
+                + ops.combine(rows, None, values["token_rows"])
+                + ops.ffn_importance(x, *leaves[1:3], 0.1)[0].mean()
+            )
         return out
 
     counter = CompileCounterWithBackend(backend)

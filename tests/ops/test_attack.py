@@ -225,7 +225,9 @@ def test_the_attack_finds_wrong_answers_and_wrong_refusals(monkeypatch: pytest.M
     check_refusal("combine", RuntimeError("combine: y must be right, got wrong"))
 
 
-@pytest.mark.parametrize("op", [f"grouped_ffn_combine_{part}" for part in ("train", "backward")] + ["pruned_ffn_train"])
+@pytest.mark.parametrize(
+    "op", [f"grouped_ffn_combine_{part}" for part in ("train", "backward")] + ["pruned_ffn_train"]
+)
 def test_an_op_that_runs_out_of_memory_says_so(op: str) -> None:
     outcomes = run_script("memory", op)
     assert sum(outcomes.values()) == 40

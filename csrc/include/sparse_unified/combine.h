@@ -20,8 +20,8 @@ struct CombineParams {
 };
 
 // out[t] = sum_k (weight_offset + weights[t, k]) * y[token_rows[t, k]]: fp32 accumulation in the
-// order of k, one rounding. On the CPU for tokens [token_begin, token_end); on CUDA for all, where a
-// row outside [0, R) ends the kernel with an error.
+// order of k, one rounding. On the CPU for tokens [token_begin, token_end); on CUDA for all, where
+// a row outside [0, R) ends the kernel with an error.
 void combine_cpu(const CombineParams& params, int64_t token_begin, int64_t token_end);
 cudaError_t combine_cuda(const CombineParams& params, cudaStream_t stream);
 
@@ -37,7 +37,8 @@ struct CombineBackwardParams {
 };
 
 // For n adjacent rows, of one expert say:
-// grad_y[r] = weights[r] * grad_out[row_token[r]];  grad_weights[r] = <grad_out[row_token[r]], y[r]>.
+// grad_y[r] = weights[r] * grad_out[row_token[r]];  grad_weights[r] = <grad_out[row_token[r]],
+// y[r]>.
 void combine_backward_cpu(const CombineBackwardParams& params);
 
 }  // namespace sparse_unified
