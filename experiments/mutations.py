@@ -267,8 +267,8 @@ CUDA_KERNELS = (
     ),
     emulated(
         "cuda/grouped_ffn_grad_hidden_sm90a.cu",
-        "max(boxes, kNumBoxes / 2)",
-        "max(boxes - 1, kNumBoxes / 2)",
+        "min(kNumBoxes, ceil_div(width(params, tile), kBoxElements))",
+        "kNumBoxes",
         "tests/ops/test_emulated.py",
     ),
     emulated(

@@ -4,8 +4,8 @@
 // weight of the row; and parts of the gradient of that weight, <hidden, grad_hidden>.
 //
 // Persistent kernel (persistent_gemm_sm90a.h), one CTA per SM, grid-stride over tiles of 128 rows x
-// 256 neurons, the last of an expert 192 or 128 where those suffice (592 = 2 * 256 + 80 takes 640
-// columns of products, 1184 = 4 * 256 + 160 takes 1216).
+// 256 neurons, the last of an expert as narrow as 64s allow (592 = 2 * 256 + 80 takes 640 columns
+// of products, 1184 = 4 * 256 + 160 takes 1216).
 //
 // Warp roles: 1 producer warp (one elected lane issues TMA for 128 rows of grad_y and, in four
 // boxes of 64 neurons, 64 rows of down, where neurons are contiguous: Major::kMN), 2 consumer
@@ -93,8 +93,8 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   static constexpr Major kMajorA = Major::kK;
   static constexpr Major kMajorB = Major::kMN;
   static constexpr bool kFences = false;
-  static constexpr bool kFindsAhead = true;
   static constexpr bool kNarrowsLastTile = true;
+  static constexpr bool kFindsAhead = true;
   static constexpr bool kAllowsNextKernel = false;
   // 40 and 232 registers for 128 and 256 threads are all but 1024 of the 65536.
   static constexpr int kProducerRegisters = 40;

@@ -189,7 +189,7 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
     float d[Gemm::kColumns / 2];
     with_width<Gemm>(params, tile, [&]<int kN>() {
       multiply_stages<T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
-          d, num_stages, ring, at,
+          *reinterpret_cast<float (*)[kN / 2]>(&d), num_stages, ring, at,
           [&](int stage) { return Gemm::operands(shared + stage * Gemm::kStageBytes, consumer); },
           [&](int k) { return Gemm::steps(params, k); },
           [&] {

@@ -81,19 +81,18 @@ SPARSE_UNIFIED_DEVICE void wgmma_wait() {
                : __VA_ARGS__                                                                      \
                : "l"(a_tile), "l"(b_tile), "r"(static_cast<int>(is_accumulating)),                \
                  "n"(kMajorA == Major::kMN), "n"(kMajorB == Major::kMN))
-#define SPARSE_UNIFIED_WGMMA(n, names, a, b, p, x, y, ...)                                        \
-  template <>                                                                                     \
-  struct Wgmma<n> {                                                                               \
-    template <typename T, Major kMajorA, Major kMajorB, int kCount>                               \
-    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[kCount], uint64_t a_tile, uint64_t b_tile, \
-                                            bool is_accumulating) {                               \
-      static_assert(kCount >= n / 2);                                                             \
-      if constexpr (std::is_same_v<T, BFloat16>) {                                                \
-        SPARSE_UNIFIED_WGMMA_TYPE(n, "bf16", names, a, b, p, x, y, __VA_ARGS__);                  \
-      } else {                                                                                    \
-        SPARSE_UNIFIED_WGMMA_TYPE(n, "f16", names, a, b, p, x, y, __VA_ARGS__);                   \
-      }                                                                                           \
-    }                                                                                             \
+#define SPARSE_UNIFIED_WGMMA(n, names, a, b, p, x, y, ...)                                       \
+  template <>                                                                                    \
+  struct Wgmma<n> {                                                                              \
+    template <typename T, Major kMajorA, Major kMajorB>                                          \
+    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[n / 2], uint64_t a_tile, uint64_t b_tile, \
+                                            bool is_accumulating) {                              \
+      if constexpr (std::is_same_v<T, BFloat16>) {                                               \
+        SPARSE_UNIFIED_WGMMA_TYPE(n, "bf16", names, a, b, p, x, y, __VA_ARGS__);                 \
+      } else {                                                                                   \
+        SPARSE_UNIFIED_WGMMA_TYPE(n, "f16", names, a, b, p, x, y, __VA_ARGS__);                  \
+      }                                                                                          \
+    }                                                                                            \
   }
 
 template <int kN>
@@ -160,9 +159,9 @@ SPARSE_UNIFIED_WGMMA(256,
 namespace sparse_unified {
 
 // wgmma.mma_async.m64nNk16.f32: d [64, N] = (is_accumulating ? d : 0) + a [64, 16] * b [N, 16]^T,
-// operands by descriptor; d may hold more than N columns. T is bf16 or fp16.
-template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK, int kCount>
-SPARSE_UNIFIED_DEVICE void wgmma(float (&d)[kCount], uint64_t a_tile, uint64_t b_tile,
+// operands by descriptor. T is bf16 or fp16.
+template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
+SPARSE_UNIFIED_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a_tile, uint64_t b_tile,
                                  bool is_accumulating) {
   Wgmma<kN>::template issue<T, kMajorA, kMajorB>(d, a_tile, b_tile, is_accumulating);
 }

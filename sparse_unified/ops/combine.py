@@ -13,10 +13,10 @@ from sparse_unified.ops.registration import refuse_gradient, refuse_tangents, re
 def combine(
     y: Tensor, weights: Tensor | None, token_rows: Tensor, weight_offset: float = 0.0
 ) -> Tensor:
-    """Brings rows back to tokens: out[t] = sum_k (offset + weights[t, k]) * y[token_rows[t, k]].
+    """Brings rows back to tokens: out[t] = sum_k w[t, k] * y[token_rows[t, k]].
 
-    Accumulates in fp32 in the order of k and rounds once. Has no gradient: with one wanted, call
-    `grouped_ffn_combine`; a backward pass raises.
+    w = weight_offset + weights. Accumulates in fp32 in the order of k and rounds once. Has no
+    gradient: with one wanted, call `grouped_ffn_combine`; a backward pass raises.
 
     Args:
         y: rows [R, D]; fp32, bf16 or fp16.

@@ -67,7 +67,7 @@ HOPPER_CASES = {
     "a long sum over one step of rows": (520, 48, (64, 65)),
     "pairs of tiles": (72, 368, (0, 300, 128, 0, 1, 129)),
     "a last tile of two boxes": (72, 592, (3, 130)),
-    "a last tile of four boxes": (72, 464, (0, 40)),
+    "a last tile of one box": (72, 304, (0, 40, 1)),
     "more tiles of rows than one band": (72, 144, (17 * 128 + 3,)),
     "no rows": (16, 16, (0, 0)),
 }
