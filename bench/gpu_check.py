@@ -11,8 +11,8 @@ and grouped_mm. Of the second: tune, all configurations of the expert GEMMs; ker
 GEMMs by itself, on Hopper with multicast and without; families, what `sparse-unified doctor` finds;
 sanitizer, compute-sanitizer over small checks; compile, the checks that wait for a compiler. Each
 runs in a process of its own and writes DIR/PART.json as soon as there is something to save; the
-speeds are DIR/DEVICE.json, which belongs into bench/results. The exit status is 1 when a part
-failed.
+speeds are DIR/DEVICE.json, which belongs into bench/results. Where OUT is set,
+$OUT/gpu_check.tar.gz holds all of DIR at any time. The exit status is 1 when a part failed.
 `--build` compiles the instruction programs into build/gpu for a machine without nvcc;
 `--device cpu` tries the script itself on small shapes.
 """
@@ -25,11 +25,14 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,16 @@ def save(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
+
+
+def pack(out: Path) -> None:
+    """Keeps all files in one, where the environment names a directory for what must survive."""
+    if folder := os.environ.get("OUT"):
+        partial = Path(folder) / "gpu_check.partial"
+        with suppress(FileNotFoundError):  # a part has just replaced a file; the next time, then
+            with tarfile.open(partial, "w:gz") as archive:
+                archive.add(out, out.name)
+            partial.replace(partial.with_suffix(".tar.gz"))
 
 
 def environment(out: Path, device: str, seconds: float) -> bool:
@@ -346,7 +359,7 @@ CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="directory of results ($OUT, or build/gpu_check)")
+    parser.add_argument("--out", type=Path, help="directory of results (build/gpu_check)")
     parser.add_argument("--seconds", type=float, help="for everything (first 245, second 255)")
     parser.add_argument(
         "--parts", help=f"first, second, or some of {','.join(PARTS)}, with commas between"
@@ -356,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    out = (options.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")).resolve()
+    out = (options.out or ROOT / "build" / "gpu_check").resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.build:
         portable = "compute_80,code=sm_80 compute_90,code=sm_90 compute_80,code=compute_80"
@@ -384,17 +397,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         command += ["--device", options.device, "--seconds", f"{0.9 * seconds - 2:.0f}"]
         began = time.monotonic()
         with (out / f"{name}.log").open("w") as log:
-            try:
-                status = subprocess.run(
-                    command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = -1
+            part = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        while part.poll() is None and time.monotonic() - began < seconds:
+            pack(out)
+            time.sleep(2)
+        status = part.poll()
+        with suppress(ProcessLookupError):  # what it started, too
+            os.killpg(part.pid, signal.SIGKILL)
+        part.wait()
         took = time.monotonic() - began
         rows.append({"part": name, "ok": status == 0, "status": status, "seconds": round(took, 1)})
         ok = all(row["ok"] for row in rows)
         save(out / "summary.json", {"ok": ok, "rows": rows})
         print(f"{name:<14}{'passed' if status == 0 else 'FAILED':<8}{took:>6.0f} s", flush=True)
+        pack(out)
         if status != 0:  # a machine that goes back may take its files along
             print((out / f"{name}.log").read_text(errors="replace")[-2000:], flush=True)
     print(f"results in {out}")

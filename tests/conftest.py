@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# What was found out about the kernels of this machine is nothing to tests.
+os.environ["SPARSE_UNIFIED_CACHE"] = str(Path(tempfile.gettempdir()) / f"no-cache-{os.getpid()}")
 
 # Time limits of single examples depend on the machine; reproducible examples do not.
 settings.register_profile(

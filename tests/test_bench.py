@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -489,11 +491,17 @@ def test_results_are_named_after_the_device() -> None:
 
 @pytest.mark.slow
 def test_the_gpu_script_runs_as_far_as_a_cpu_goes(tmp_path: Path) -> None:
-    script = str(ROOT / "bench" / "gpu_check.py")
-    command = [sys.executable, script, "--device", "cpu", "--out", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    script, out = str(ROOT / "bench" / "gpu_check.py"), tmp_path / "out"
+    command = [sys.executable, script, "--device", "cpu", "--out", str(out), "--seconds", "3000"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    checks = json.loads((tmp_path / "checks.json").read_text())
+    with tarfile.open(tmp_path / "gpu_check.tar.gz") as archive:
+        packed = {Path(name).name for name in archive.getnames()} - {"out"}
+    assert packed == {path.name for path in out.iterdir()}
+    families = json.loads((out / "families.json").read_text())
+    assert families["runs"] == "cpu"
+    checks = json.loads((out / "checks.json").read_text())
     assert checks["not_run"] == []
     assert {said["outcome"] for said in checks["checks"]} <= {"passed", "skipped"}
-    assert json.loads((tmp_path / "cpu.json").read_text())["records"]
+    assert json.loads((out / "cpu.json").read_text())["records"]
