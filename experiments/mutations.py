@@ -372,6 +372,12 @@ CUDA_KERNELS = (
         "tests/ops/test_emulated.py",
     ),
     emulated(
+        "cuda/grouped_ffn_config.cpp",
+        "gemm.num_k >= kMinK && ",
+        "",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
         "cuda/grouped_ffn_up_sm90a.cu",
         "neuron < params.expert_width ? neurons(neuron)",
         "neuron <= params.expert_width ? neurons(neuron)",
