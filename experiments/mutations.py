@@ -146,7 +146,10 @@ CPU_KERNELS = (
     ),
     cpu("cpu/ffn_tiles.h", "return r % 2 == 0 ?", "return r % 2 != 0 ?", *k("ffn")),
     cpu(
-        "cpu/ffn_panels.h", "std::min(v * kLanes + lane, count - 1)", "v * kLanes + lane", *k("ffn")
+        "cpu/ffn_panels.h",
+        "std::min(v * kLanes + lane, count - 1)",
+        "v * kLanes + lane",
+        *k("ffn"),
     ),
     cpu(
         "cpu/ffn_tiles.h", "block == 0 ? acc[r][v] : sums[r][v] + acc[r][v]", "acc[r][v]", *k("ffn")
