@@ -147,28 +147,40 @@ CPU_KERNELS = (
     ),
     cpu("cpu/ffn_tiles.h", "return r % 2 == 0 ?", "return r % 2 != 0 ?", *k("ffn")),
     cpu(
-        "cpu/ffn_tiles.h", "std::min(v * kLanes + lane, count - 1)", "v * kLanes + lane", *k("ffn")
+        "cpu/ffn_panels.h",
+        "std::min(v * kLanes + lane, count - 1)",
+        "v * kLanes + lane",
+        *k("ffn"),
     ),
     cpu(
         "cpu/ffn_tiles.h", "block == 0 ? acc[r][v] : sums[r][v] + acc[r][v]", "acc[r][v]", *k("ffn")
     ),
     cpu(
-        "cpu/ffn_tiles.h",
+        "cpu/ffn_panels.h",
         "__builtin_shuffle(low01, low23, kOdd)",
         "__builtin_shuffle(low01, low23, kEven)",
         *k("ffn"),
     ),
     cpu(
         "cpu/grouped_ffn_tiles.h",
-        "targets.weights + v * kLanes",
-        "targets.weights",
+        "adds ? weights + v * kLanes",
+        "adds ? weights",
         *k("any_routing"),
     ),
     cpu("cpu/grouped_ffn_tiles.h", "(1u << num_columns) - 1", "(1u << num_columns) - 2", *k("ffn")),
     cpu(
-        "cpu/ffn_tiles.h", "panel + 2 * stride + lane, c", "panel + 2 * stride + lane, d", *k("ffn")
+        "cpu/ffn_panels.h",
+        "panel + 2 * stride + lane, c",
+        "panel + 2 * stride + lane, d",
+        *k("ffn"),
     ),
-    cpu("cpu/ffn_tiles.h", "_mm_set1_ps(weights[row + i])", "_mm_set1_ps(weights[row])", *k("ffn")),
+    cpu(
+        "cpu/ffn_panels.h", "_mm_set1_ps(weights[row + i])", "_mm_set1_ps(weights[row])", *k("ffn")
+    ),
+    # Of bf16 alone, on processors that multiply it.
+    cpu("cpu/ffn_tiles.h", "load(lane)) | bits << 16", "load(lane)) | bits", *k("ffn")),
+    cpu("cpu/ffn_tiles.h", "multiply_tiles<1, 5, 6>()", "multiply_tiles<1, 4, 6>()", *k("ffn")),
+    cpu("cpu/ffn_tiles.h", "(uint64_t{1} << n) - 1", "(uint64_t{2} << n) - 1", *k("ffn")),
     cpu(
         "cpu/vector.h",
         "+ ((bits >> 16) & 1u)) >> 16",

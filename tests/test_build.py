@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,28 @@ def test_the_instructions_that_run_are_those_of_the_processor(found: BuildInfo) 
         best = "x86-64-v4"
     assert found.instruction_set.split()[0] == best
     assert found.instruction_sets == ("baseline", "x86-64-v3", "x86-64-v4")
+    kernels = dict(kernel.rstrip(")").split(" (") for kernel in found.cpu_ffn_kernels)
+    assert tuple(kernels) == found.cpu_ffn_dtypes
+    wide = {"x86-64-v3": "AVX2", "x86-64-v4": "AVX-512"}.get(best)
+    assert kernels.get("float32") == kernels.get("float16") == wide
+    if kernels.get("bfloat16") != wide:
+        assert {"AMX": "amx_bf16", "AVX512_BF16": "avx512_bf16"}[kernels["bfloat16"]] in flags
+
+
+@pytest.mark.parametrize(
+    ("allowed", "told"),
+    [
+        ("none", "'cpu_ffn_kernels': 'none'"),
+        ("avx", "SPARSE_UNIFIED_CPU_FFN must be none, avx2, avx512, avx512bf16 or amx, got avx"),
+    ],
+)
+def test_the_environment_limits_the_kernels_of_the_cpu(allowed: str, told: str) -> None:
+    code = "import sparse_unified._library as l; print(l.module.build_info())"
+    environment = {**os.environ, "SPARSE_UNIFIED_CPU_FFN": allowed}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert told in run.stdout + run.stderr
 
 
 def test_commands_tell_the_build(found: BuildInfo, capsys: pytest.CaptureFixture[str]) -> None:
