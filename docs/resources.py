@@ -181,7 +181,7 @@ def record_launches(capability: int) -> list[Launch]:
     torch.autograd.backward([y, logits], [torch.empty_like(y), torch.empty_like(logits)])
     set_variant("grad_multicast=on")
     rows = ops.grouped_ffn(x, row_token, offsets, gate_proj, up_proj, down_proj, token_rows)
-    torch.autograd.grad(rows, x, torch.empty_like(rows))
+    torch.autograd.backward(rows, torch.empty_like(rows))
     kept = torch.arange(0, width // 64, 2, dtype=torch.int32)
     with torch.inference_mode():
         for variant in (CHOSEN, "multicast=on"):
