@@ -373,8 +373,20 @@ CUDA_KERNELS = (
     ),
     emulated(
         "cuda/persistent_gemm_sm90a.h",
-        "for (; is_tile; tile = next)",
-        "for (; is_tile;)",
+        "if constexpr (Gemm::kFindsAhead) tile = next;",
+        "",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/persistent_gemm_sm90a.h",
+        "done = tile;",
+        "done = next;",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/grouped_ffn_grad_weights_sm90a.cu",
+        "min(max(num_boxes, kBoxesB / 2), kBoxesB)",
+        "(kBoxesB / 2)",
         "tests/ops/test_emulated.py",
     ),
     emulated(

@@ -4,8 +4,8 @@
 // weight of the row; and parts of the gradient of that weight, <hidden, grad_hidden>.
 //
 // Persistent kernel (persistent_gemm_sm90a.h), one CTA per SM, grid-stride over tiles of 128 rows x
-// 256 neurons, the last of an expert as narrow as 64s allow (592 = 2 * 256 + 80 takes 640 columns
-// of products, 1184 = 4 * 256 + 160 takes 1216).
+// 256 neurons, the last of an expert 192 or 128 where those suffice (592 = 2 * 256 + 80 takes 640
+// columns of products, 1184 = 4 * 256 + 160 takes 1216).
 //
 // Warp roles: 1 producer warp (one elected lane issues TMA for 128 rows of grad_y and, in four
 // boxes of 64 neurons, 64 rows of down, where neurons are contiguous: Major::kMN), 2 consumer
@@ -93,7 +93,6 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   static constexpr Major kMajorA = Major::kK;
   static constexpr Major kMajorB = Major::kMN;
   static constexpr bool kFences = false;
-  static constexpr bool kNarrowsLastTile = true;
   static constexpr bool kFindsAhead = true;
   static constexpr bool kAllowsNextKernel = false;
   // 40 and 232 registers for 128 and 256 threads are all but 1024 of the 65536.
@@ -104,9 +103,13 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   static constexpr int kStageBytes = kRowsBytes + kNumBoxes * kBoxBytes;
   static constexpr int kOutBytes = 0;
 
-  // Neurons of the group from the tile's first on.
-  static SPARSE_UNIFIED_DEVICE int width(const Params& params, const RowTile& tile) {
+  // Neurons of the group from the tile's first on, and the columns that the product takes for them.
+  static SPARSE_UNIFIED_DEVICE int neurons(const Params& params, const RowTile& tile) {
     return params.expert_width - tile.n * kTileNeurons;
+  }
+  static SPARSE_UNIFIED_DEVICE int columns(const Params& params, const RowTile& tile) {
+    const int boxes = ceil_div(neurons(params, tile), kBoxElements);
+    return min(max(boxes, kNumBoxes / 2), kNumBoxes) * kBoxElements;
   }
 
   static SPARSE_UNIFIED_DEVICE void prefetch(const Params& params) {
@@ -123,7 +126,7 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
     for_each_tile<GradHiddenGemm, true>(params, [&](const RowTile& tile) {
       const int neuron = tile.group * params.group_columns + tile.n * kTileNeurons;
       const int first_row = tile.group * params.group_rows;
-      const int num_boxes = min(kNumBoxes, ceil_div(width(params, tile), kBoxElements));
+      const int num_boxes = columns(params, tile) / kBoxElements;
       // Those that this CTA brings.
       const int part_boxes = ceil_div(num_boxes, kBlocks);
       const int first_box = kBlocks == 1 ? 0 : cluster_rank() * part_boxes;
@@ -159,7 +162,7 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
   static SPARSE_UNIFIED_DEVICE void store(const Params& params, const RowTile& tile,
                                           const float (&d)[kColumns / 2], int consumer) {
     const int first_neuron = tile.n * kTileNeurons + lane_idx() % 4 * 8;
-    const int num_neurons = width(params, tile);
+    const int num_neurons = neurons(params, tile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = consumer * kConsumerRows + warp_idx() % 4 * 16 + lane_idx() / 4 + 8 * half;

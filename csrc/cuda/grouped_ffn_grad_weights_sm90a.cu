@@ -12,7 +12,7 @@
 //   gate, up   M = 64 neurons, one consumer has grad_gate and the other grad_up; N = 256 columns of
 //   D down       M = 128 columns of D, 64 a consumer; N = 256 neurons, in the last tile of an
 //   expert
-//              only as many 64 as it has (1184 = 4 * 256 + 160 takes 1216, 592 takes 640)
+//              192 or 128 where those suffice (1184 = 4 * 256 + 160 takes 1216, 592 takes 640)
 // Persistent kernel (persistent_gemm_sm90a.h), one CTA per SM, grid-stride over these tiles.
 //
 // Warp roles: 1 producer warpgroup (cp.async gathers 64 rows of 256 or 128 columns into swizzled
@@ -82,7 +82,6 @@ struct GradWeightsGemm {
   static constexpr bool kMaySkip = false;
   static constexpr bool kMayBeEmpty = true;  // an expert without rows gets zeros
   static constexpr bool kDefersStore = true;
-  static constexpr bool kNarrowsLastTile = kIsDown;
   static constexpr bool kAllowsNextKernel = false;
   // 72 and 216 registers for 128 and 256 threads are all but 1024 of the 65536.
   static constexpr int kProducerRegisters = 72;
@@ -128,8 +127,13 @@ struct GradWeightsGemm {
   static SPARSE_UNIFIED_DEVICE int num_stages(const Params&, const Tile& tile) {
     return ceil_div(tile.rows.end - tile.rows.begin, kTileK);
   }
-  static SPARSE_UNIFIED_DEVICE int width(const Params& params, const Tile& tile) {
-    return params.expert_width - tile.neuron;
+  // That the product takes: of the last neurons of an expert only as many boxes as they need, but
+  // half of them at least.
+  static SPARSE_UNIFIED_DEVICE int columns(const Params& params, const Tile& tile)
+    requires kIsDown
+  {
+    const int num_boxes = ceil_div(params.expert_width - tile.neuron, kBoxElements);
+    return min(max(num_boxes, kBoxesB / 2), kBoxesB) * kBoxElements;
   }
 
   static SPARSE_UNIFIED_DEVICE void prefetch(const Params& params) {
@@ -139,8 +143,8 @@ struct GradWeightsGemm {
   // Has TMA bring this CTA's boxes of neurons to all CTAs of the cluster.
   static SPARSE_UNIFIED_DEVICE void load_neurons(const Params& params, const Tile& tile, int first,
                                                  uint32_t shared, uint32_t full) {
-    const int num_boxes =
-        kIsDown ? min(kBoxesB, ceil_div(width(params, tile), kBoxElements)) : kBoxesA;
+    int num_boxes = kBoxesA;
+    if constexpr (kIsDown) num_boxes = columns(params, tile) / kBoxElements;
     barrier_arrive_expect_bytes(full, num_boxes * kBoxBytes);
     for (int box = kBlocks == 1 ? 0 : cluster_rank(); box < num_boxes; box += kBlocks) {
       load_box_to_all<kBlocks>(shared + box * kBoxBytes, &params.neurons[kIsDown ? 0 : box],

@@ -30,13 +30,13 @@
 // A Gemm is a type with
 //   T, Params, Tile         element type, kernel parameters, coordinates of one tile
 //   kBlocks, kStages        CTAs of a cluster, stages of the ring
-//   kColumns                N of the product
+//   kColumns                N of the product, or the most, with columns(params, tile) -> kColumns,
+//                           64 or 128 less
 //   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
 //   kMayBeEmpty             a tile may have no stage, and is then zero
 //   kFindsAhead             consumers look for their next tile, some 500 clocks, while the first
 //                           products run; costs the registers of a second tile
 //   kMaySkip                a tile may have no rows (has_rows), and is then left out
-//   kNarrowsLastTile        the product has only as many 64 columns as width(params, tile) takes
 //   kDefersStore            results are rounded into registers and stored while the first products
 //                           of the next tile run, see below
 //   kAllowsNextKernel       the next kernel may start (programmatic dependent launch)
@@ -94,7 +94,6 @@ struct RowTiles {
   static constexpr bool kMaySkip = kBlocks > 1;
   static constexpr bool kMayBeEmpty = false;
   static constexpr bool kDefersStore = false;
-  static constexpr bool kNarrowsLastTile = false;
 
   template <bool kIsProducer, class Params>
   static SPARSE_UNIFIED_DEVICE bool find(const Params& params, int idx, RowTile& tile) {
@@ -114,27 +113,6 @@ SPARSE_UNIFIED_DEVICE void for_each_tile(const typename Gemm::Params& params, co
   for (int idx = first_tile<Gemm::kBlocks>(); Gemm::template find<kIsProducer>(params, idx, tile);
        idx += tile_step<Gemm::kBlocks>()) {
     body(tile);
-  }
-}
-
-// body<N>() for the N of the product that the tile takes.
-template <class Gemm, class Body>
-SPARSE_UNIFIED_DEVICE void with_width(const typename Gemm::Params& params,
-                                      const typename Gemm::Tile& tile, const Body& body) {
-  if constexpr (!Gemm::kNarrowsLastTile) {
-    body.template operator()<Gemm::kColumns>();
-  } else {
-    static_assert(Gemm::kColumns == 256);
-    const int width = Gemm::width(params, tile);
-    if (width > 192) {
-      body.template operator()<256>();
-    } else if (width > 128) {
-      body.template operator()<192>();
-    } else if (width > 64) {
-      body.template operator()<128>();
-    } else {
-      body.template operator()<64>();
-    }
   }
 }
 
@@ -187,16 +165,28 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
       }
     }
     float d[Gemm::kColumns / 2];
-    with_width<Gemm>(params, tile, [&]<int kN>() {
+    const auto multiply = [&]<int kN>() {
       multiply_stages<T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
-          *reinterpret_cast<float (*)[kN / 2]>(&d), num_stages, ring, at,
+          d, num_stages, ring, at,
           [&](int stage) { return Gemm::operands(shared + stage * Gemm::kStageBytes, consumer); },
           [&](int k) { return Gemm::steps(params, k); },
           [&] {
             store_results();
             if constexpr (Gemm::kFindsAhead) is_tile = find(next);
           });
-    });
+    };
+    if constexpr (requires { Gemm::columns(params, tile); }) {
+      const int columns = Gemm::columns(params, tile);
+      if (columns == Gemm::kColumns) {
+        multiply.template operator()<Gemm::kColumns>();
+      } else if (columns == Gemm::kColumns - 64) {
+        multiply.template operator()<Gemm::kColumns - 64>();
+      } else {
+        multiply.template operator()<Gemm::kColumns - 128>();
+      }
+    } else {
+      multiply.template operator()<Gemm::kColumns>();
+    }
     if constexpr (Gemm::kDefersStore) {
       results.take(d, Gemm::place(params, tile, consumer));
       done = tile;

@@ -12,8 +12,8 @@
 // NeuronGroups is looked up one k step ahead), 2 consumer warpgroups (64 rows each, m64nNk16, n / 2
 // accumulators a thread). Pipeline stages of 64 k, 48 KB each, 32 KB with 128 columns. The last
 // stage of an expert may reach into the neurons of the next one (1184 = 18.5 * 64): only the k16
-// steps that are its own are multiplied. `out` has no padding, so the epilogue sends a tile through
-// shared memory by stores of 16 bytes that stop at the end of the group.
+// steps that are its own are multiplied. `out` has no padding, so a tile leaves by stores of 16
+// bytes that stop at the end of the group, while the next one is multiplied.
 //
 // Clusters of two CTAs take two neighbouring tiles of rows and multicast the weights, half of the
 // columns each. Where a group has no second tile, that CTA loads no rows and multiplies nothing.

@@ -22,14 +22,15 @@ struct StageOperands {
 };
 
 // d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one.
+// What d holds beyond N / 2 values is of no interest.
 //   operands(stage)  StageOperands of a stage of the ring
 //   steps(k)         steps of 16 k of the k-th stage that count; the last stages of a sum may have
 //                    less than kStageSteps
 //   meanwhile()      what is done while the products of the first stage run
 // With kFences the operands were written by the generic proxy as well. There is at least one stage.
 template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages, int kBlocks,
-          class Operands, class Steps, class Meanwhile>
-SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kN / 2], int num_stages,
+          int kCount, class Operands, class Steps, class Meanwhile>
+SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kCount], int num_stages,
                                            const RingBarriers<kStages, kBlocks>& ring,
                                            RingPosition<kStages>& at, const Operands& operands,
                                            const Steps& steps, const Meanwhile& meanwhile) {

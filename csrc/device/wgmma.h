@@ -81,28 +81,24 @@ SPARSE_UNIFIED_DEVICE void wgmma_wait() {
                : __VA_ARGS__                                                                      \
                : "l"(a_tile), "l"(b_tile), "r"(static_cast<int>(is_accumulating)),                \
                  "n"(kMajorA == Major::kMN), "n"(kMajorB == Major::kMN))
-#define SPARSE_UNIFIED_WGMMA(n, names, a, b, p, x, y, ...)                                       \
-  template <>                                                                                    \
-  struct Wgmma<n> {                                                                              \
-    template <typename T, Major kMajorA, Major kMajorB>                                          \
-    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[n / 2], uint64_t a_tile, uint64_t b_tile, \
-                                            bool is_accumulating) {                              \
-      if constexpr (std::is_same_v<T, BFloat16>) {                                               \
-        SPARSE_UNIFIED_WGMMA_TYPE(n, "bf16", names, a, b, p, x, y, __VA_ARGS__);                 \
-      } else {                                                                                   \
-        SPARSE_UNIFIED_WGMMA_TYPE(n, "f16", names, a, b, p, x, y, __VA_ARGS__);                  \
-      }                                                                                          \
-    }                                                                                            \
+#define SPARSE_UNIFIED_WGMMA(n, names, a, b, p, x, y, ...)                                        \
+  template <>                                                                                     \
+  struct Wgmma<n> {                                                                               \
+    template <typename T, Major kMajorA, Major kMajorB, int kCount>                               \
+    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[kCount], uint64_t a_tile, uint64_t b_tile, \
+                                            bool is_accumulating) {                               \
+      static_assert(kCount >= n / 2);                                                             \
+      if constexpr (std::is_same_v<T, BFloat16>) {                                                \
+        SPARSE_UNIFIED_WGMMA_TYPE(n, "bf16", names, a, b, p, x, y, __VA_ARGS__);                  \
+      } else {                                                                                    \
+        SPARSE_UNIFIED_WGMMA_TYPE(n, "f16", names, a, b, p, x, y, __VA_ARGS__);                   \
+      }                                                                                           \
+    }                                                                                             \
   }
 
 template <int kN>
 struct Wgmma;
 
-SPARSE_UNIFIED_WGMMA(64,
-                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1)
-                         SPARSE_UNIFIED_NAMES(2) "%30,%31",
-                     "%32", "%33", "%34", "%35", "%36", SPARSE_UNIFIED_BOUND(),
-                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), "+f"(d[30]), "+f"(d[31]));
 SPARSE_UNIFIED_WGMMA(128,
                      SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
                          SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4)
@@ -159,9 +155,9 @@ SPARSE_UNIFIED_WGMMA(256,
 namespace sparse_unified {
 
 // wgmma.mma_async.m64nNk16.f32: d [64, N] = (is_accumulating ? d : 0) + a [64, 16] * b [N, 16]^T,
-// operands by descriptor. T is bf16 or fp16.
-template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
-SPARSE_UNIFIED_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a_tile, uint64_t b_tile,
+// operands by descriptor; d may hold more than N columns. T is bf16 or fp16.
+template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK, int kCount>
+SPARSE_UNIFIED_DEVICE void wgmma(float (&d)[kCount], uint64_t a_tile, uint64_t b_tile,
                                  bool is_accumulating) {
   Wgmma<kN>::template issue<T, kMajorA, kMajorB>(d, a_tile, b_tile, is_accumulating);
 }

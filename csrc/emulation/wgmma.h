@@ -32,9 +32,9 @@ SPARSE_UNIFIED_DEVICE void wgmma_wait() {
 
 template <int kN>
 struct Wgmma {
-  template <typename T, Major kMajorA, Major kMajorB>
-  static void issue(float (&d)[kN / 2], uint64_t a, uint64_t b, bool is_accumulating) {
-    static_assert(kN % 8 == 0 && kN <= 256);
+  template <typename T, Major kMajorA, Major kMajorB, int kCount>
+  static void issue(float (&d)[kCount], uint64_t a, uint64_t b, bool is_accumulating) {
+    static_assert(kN % 8 == 0 && kN <= 256 && kCount >= kN / 2);
     emulation::issue_product({d, a, b, kN, std::is_same_v<T, BFloat16>, kMajorA == Major::kMN,
                               kMajorB == Major::kMN, is_accumulating});
   }

@@ -67,7 +67,7 @@ __global__ void deferred_kernel(const DeferredParams p) {
       wgmma<BFloat16, kColumns>(d, a, b, false);
     } else {
       constexpr int kN = kMistake == Mistake::kProductTooNarrow ? kLastColumns / 2 : kLastColumns;
-      wgmma<BFloat16, kN>(*reinterpret_cast<float (*)[kN / 2]>(&d), a, b, false);
+      wgmma<BFloat16, kN>(d, a, b, false);
     }
     wgmma_commit();
     if (tile > 0) {

@@ -389,7 +389,6 @@ void test_products() {
   test_product<T, 256, Major::kK, Major::kK>();
   test_product<T, 128, Major::kMN, Major::kK>();
   test_product<T, 128, Major::kK, Major::kMN>();
-  test_product<T, 64, Major::kMN, Major::kMN>();
   test_product<T, 128, Major::kMN, Major::kMN>();
   test_product<T, 192, Major::kMN, Major::kMN>();
   test_product<T, 256, Major::kMN, Major::kMN>();
