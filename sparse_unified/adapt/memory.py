@@ -16,8 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_unified._common import Report, context, format_bytes
-from sparse_unified.adapt.config import RunConfig, TrainingConfig
-from sparse_unified.adapt.freeze import freeze
+from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.images import vae_transform
 from sparse_unified.bagel.model import Bagel, training_forward

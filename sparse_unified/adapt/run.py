@@ -22,9 +22,8 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from sparse_unified._common import Progress, Report, context, optional
-from sparse_unified.adapt.config import RunConfig, TrainingConfig
+from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
 from sparse_unified.adapt.data import ImageDataset, open_records, sequence_generator
-from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted

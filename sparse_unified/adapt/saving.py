@@ -31,9 +31,8 @@ from sparse_unified.adapt.optimizer import (
     wait_for_all,
 )
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
-from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
+from sparse_unified.checkpoint.modes import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
-from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
@@ -205,7 +204,7 @@ def write_adapted(
             spec = source.spec(key)
             entries = ((key, spec.dtype, spec.shape),)
             edits[key] = Edit(entries=entries, blocks=partial(blocks, key, spec))
-        step = Step(config=config, scores=None, tool=tool_version())
+        step = Step(config=config, scores=None)
         rewrite(
             source,
             out,

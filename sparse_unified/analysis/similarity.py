@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import Report, check_int
-from sparse_unified.analysis.records import NUMBER, has_form
-from sparse_unified.checkpoint.files import read_json
+from sparse_unified.checkpoint.files import NUMBER, has_form, read_json
 from sparse_unified.surgery.decoder import Block, find_adapter
 
 PARTS = ("block", "attention", "ffn")

@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from sparse_unified._common import check_int, check_number, context, list_some, naming
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.files import loads_strict, open_source
+from sparse_unified.checkpoint.modes import TOOL
 from sparse_unified.checkpoint.safetensors_io import (
     TensorSpec,
     as_bytes,
@@ -35,7 +36,6 @@ from sparse_unified.checkpoint.safetensors_io import (
     read_tensor,
     save_tensors,
 )
-from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.surgery.decoder import FfnKey, find_adapter
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
@@ -197,7 +197,7 @@ class FfnStatistics:
     config: StatisticsConfig
     samples: Mapping[str, tuple[str, ...]]
     ffns: Mapping[tuple[str, str, FfnKey], FfnSums]
-    tool: str = field(default_factory=tool_version)
+    tool: str = TOOL
 
     def __post_init__(self) -> None:
         tokens = dict.fromkeys(self.samples, 0)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +27,22 @@ from sparse_unified._common import (
     context,
     format_bytes,
     format_table,
+    list_some,
 )
 from sparse_unified.analysis.calibration import collect
 from sparse_unified.analysis.cost import measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, NeuronScores, score
 from sparse_unified.analysis.evaluators import Probe, measure
-from sparse_unified.analysis.records import Store, open_store
 from sparse_unified.analysis.similarity import Similarity, measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
-from sparse_unified.checkpoint.files import replace_file
+from sparse_unified.checkpoint.files import (
+    NUMBER,
+    has_form,
+    loads_strict,
+    lock_alone,
+    read_json,
+    replace_file,
+)
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import Part
 from sparse_unified.experts import select_layers
@@ -172,7 +180,7 @@ def run_sweep(
         host: a model, or a pipeline that holds it as `model`.
         probes: the tasks.
         config: what to go through.
-        out: folder of the run, see `records`; a run of the same is resumed.
+        out: folder of the run; a run of the same is resumed.
         statistics: of neurons, by task, gathered before; other tasks are calibrated on their
             samples.
         adapter: of the model; None finds one.
@@ -433,3 +441,105 @@ def _notes(task: str, found: Mapping[str, Any]) -> list[str]:
         idle = ", ".join(found["idle"])
         lines.append(f"Not swept: {idle} has no tokens in {task}, so it would change nothing.")
     return lines
+
+
+# The folder of a run
+
+
+_METRICS = {str: NUMBER}
+_COUNTS = ("parameters", "weight_bytes", "flops", "peak_bytes")
+_COST = {**dict.fromkeys(_COUNTS, (int,)), "seconds": NUMBER}
+_DENSE = {"name": (str,), "metrics": _METRICS, "cost": _COST}
+_POINT = {
+    **dict.fromkeys(("name", "task", "component", "axis", "change"), (str,)),
+    "keep_ratio": NUMBER,
+    "skipped_layers": [(int,)],
+    "metrics": _METRICS,
+    "before": _COST,
+    "after": _COST,
+}
+
+
+class Store:
+    """The open folder of one run, with the finished points in `records`, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._points = folder, folder / "points.jsonl"
+        self.records = {record["name"]: record for record in read_records(self._points)}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a finished point, which has a `name`; it is on the disk when this returns."""
+        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        with self._points.open("ab") as stream:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.records[record["name"]] = record
+
+
+@contextmanager
+def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> Iterator[Store]:
+    """Opens the folder of a run, new or to be resumed, for this process alone.
+
+    `description` are plain values that say what is run; ValueError if the folder is of something
+    else, RuntimeError if another process has it open.
+    """
+    folder = Path(out)
+    run = folder / "run.json"
+    if folder.is_dir() and not run.exists() and {p.name for p in folder.iterdir()} - {".lock"}:
+        raise ValueError(
+            f"--out: {folder} must be new, empty, or of a run of analyze, got other files"
+        )
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            lock_alone(lock.fileno())
+        except BlockingIOError:
+            raise RuntimeError(
+                f"--out: {folder} must be used by one run at a time, got another"
+            ) from None
+        if not run.exists():
+            text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+            replace_file(run, text.encode())
+        found, here = _flat(read_json(run)), _flat(description)
+        differences = [
+            f"{name} {found.get(name)!r:.80} there and {here.get(name)!r:.80} here"
+            for name in found | here
+            if found.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"--out: {folder} must be of the same run, or another folder, "
+                f"got {list_some(differences)}"
+            )
+        yield Store(folder)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads finished points; a last line that an interruption tore is cut off."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        os.truncate(path, whole)
+    records = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            record = loads_strict(line.decode("utf-8"), finite=True)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} must be JSON, got {error}") from error
+        if not has_form(record, _POINT) and not has_form(record, _DENSE):
+            raise ValueError(
+                f"{path}: line {number} must be a point as analyze writes it, got {record!r:.240}"
+            )
+        records.append(record)
+    return records
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Returns the values of nested objects by dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flat(part, f"{name}.{key}" if name else str(key))
+    return flat

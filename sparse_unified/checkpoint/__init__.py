@@ -15,9 +15,10 @@ from sparse_unified.checkpoint.modes import (
     MoEConfig,
     PruneHeadsConfig,
     PruneWidthConfig,
+    Recipe,
     SkipLayersConfig,
+    Step,
 )
-from sparse_unified.checkpoint.recipe import Recipe, Step
 from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
 # Functions of `sparse_unified.convert`, which stands above the models and this package below them.

@@ -39,6 +39,7 @@ _SENDS_FILES = sys.platform == "linux" and hasattr(os, "sendfile")
 _DIRECTORY = getattr(os, "O_DIRECTORY", None)
 _BINARY, _NONBLOCK = getattr(os, "O_BINARY", 0), getattr(os, "O_NONBLOCK", 0)
 
+NUMBER = (int, float)  # a form of `has_form`
 # What tells a file from another one under its name: device, inode, bytes, ns of the last change.
 Stamp = tuple[int, int, int, int]
 
@@ -141,6 +142,22 @@ def loads_strict(text: str, *, finite: bool = False) -> Any:
         half = error.object[error.start]
         raise ValueError(f"half of a surrogate pair, {half!r:.120}") from None
     return value
+
+
+def has_form(value: object, form: Any) -> bool:
+    """Tells whether a JSON value has a form.
+
+    That is a tuple of types; `[form]`, a list of such; `{str: form}`, an object of such; or `{key:
+    form, ...}`, an object with these keys.
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        form = dict.fromkeys(value, form[str]) if str in form else form
+        return value.keys() == form.keys() and all(has_form(value[k], f) for k, f in form.items())
+    return type(value) in form
 
 
 def is_plain_name(name: object) -> bool:

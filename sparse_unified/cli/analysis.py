@@ -31,8 +31,8 @@ from sparse_unified.analysis import (
     score,
     write_plots,
 )
+from sparse_unified.analysis.bagel_task import GenEvalImages, read_metadata
 from sparse_unified.analysis.evaluators import load_evaluator
-from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
 from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress

@@ -15,11 +15,17 @@ from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.loading import official_tensors, tensor_problems
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import list_files
-from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
-from sparse_unified.checkpoint.recipe import Recipe
+from sparse_unified.checkpoint.model_dir import (
+    FFN,
+    VAE_FILE,
+    Checkpoint,
+    LayerShape,
+    find_top_k,
+    scan_ffns,
+)
+from sparse_unified.checkpoint.modes import Recipe
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
-from sparse_unified.checkpoint.shapes import FFN, LayerShape, find_top_k, scan_ffns
-from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
+from sparse_unified.convert.convert import SIDECAR, read_sidecar
 
 # Group of keys outside the language model -> the component it counts to.
 _GROUPS: Mapping[str, str] = {

@@ -19,23 +19,23 @@ from torch import Tensor
 
 from sparse_unified._common import Progress, Report, context, format_bytes
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
 from sparse_unified.checkpoint.files import list_files, refuse_overlap
-from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.keys import Counts, count_tensors, format_counts
+from sparse_unified.checkpoint.model_dir import CONFIG, Checkpoint, LayerShape
 from sparse_unified.checkpoint.modes import (
+    RECIPE,
     Mode,
     PruneHeadsConfig,
     PruneWidthConfig,
+    Recipe,
     SkipLayersConfig,
+    Step,
 )
-from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
 from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
-from sparse_unified.checkpoint.scores import Scores
-from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
-from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.convert.ranking import ranking
-from sparse_unified.surgery.cuts import GONE, Cuts, PruneConfig, plan, select, sizes_left, then
+from sparse_unified.checkpoint.scores import Scores, rank_file
+from sparse_unified.experts import select_layers
+from sparse_unified.surgery.cuts import GONE, Cuts, PruneConfig, plan, sizes_left, then
 
 Shapes = dict[str, dict[int, LayerShape]]
 Sizes = Mapping[str, tuple[int, ...]]
@@ -196,7 +196,7 @@ def _plan(
             ranked.add(name)
             if is_heads:
                 _check_heads(source, component, layers)
-            scores_of, origin = ranking(
+            scores_of, origin = rank_file(
                 source, component, layers, heads=is_heads, scores=scores, seed=seed
             )
             values |= {(component, layer): scores_of(layer) for layer in layers}
@@ -204,7 +204,7 @@ def _plan(
         for component, by_layer in left.items():
             shapes[component] |= by_layer
         sizes, cuts = sizes_left(sizes, more), then(cuts, more)
-        step = Step(config=replace(config, layers=layers), scores=origin, tool=tool_version())
+        step = Step(config=replace(config, layers=layers), scores=origin)
         if isinstance(config, PruneWidthConfig):
             widths = {n: shape.width for n, shape in left[config.component].items()}
             step = replace(step, widths=widths)
@@ -234,7 +234,7 @@ def _select(source: Checkpoint, shapes: Shapes, config: PruneConfig) -> tuple[in
         return any(found) if isinstance(config, SkipLayersConfig) else all(found)
 
     what = f"{' and '.join(config.components)} {name}"
-    return select(config.layers, source.num_layers, has, what)
+    return select_layers(config.layers, source.num_layers, has, what)
 
 
 def _check_heads(source: Checkpoint, component: str, layers: Sequence[int]) -> None:

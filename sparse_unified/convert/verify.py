@@ -25,11 +25,10 @@ from torch import Tensor
 
 from sparse_unified._common import Progress, Report, context, format_layers, format_table, list_some
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
-from sparse_unified.checkpoint.recipe import RECIPE
+from sparse_unified.checkpoint.model_dir import CONFIG, VAE_FILE, Checkpoint, ffn_parts
+from sparse_unified.checkpoint.modes import RECIPE
 from sparse_unified.checkpoint.rewrite import gather, row_blocks
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_words
-from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import Cut, spread
 

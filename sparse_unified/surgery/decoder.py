@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
+from sparse_unified.experts import select_layers
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.cuts import select
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     MERGED_PROJECTIONS,
@@ -176,7 +176,7 @@ class Decoder:
     ) -> list[tuple[Slot, nn.Module]]:
         """Returns the FFNs of the selected layers; "all" and "middle" pass over skipped ones."""
         name = FFN_NAMES[component]
-        selected = select(
+        selected = select_layers(
             layers, len(self.layers), lambda layer: self.has(layer, name), f"{component} FFN"
         )
         found: dict[nn.Module, Slot] = {}

@@ -24,7 +24,7 @@ from sparse_unified.checkpoint.modes import (
     SkipLayersConfig,
 )
 from sparse_unified.experts import keep_units, magnitude_scores, select_layers
-from sparse_unified.experts.scores import check_scores, head_magnitude_scores
+from sparse_unified.experts.keep import check_scores, head_magnitude_scores
 from sparse_unified.surgery.cuts import (
     Cut,
     PruneConfig,
