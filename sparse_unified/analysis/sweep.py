@@ -35,14 +35,7 @@ from sparse_unified.analysis.criteria import CRITERIA, NeuronScores, score
 from sparse_unified.analysis.evaluators import Probe, measure
 from sparse_unified.analysis.similarity import Similarity, measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
-from sparse_unified.checkpoint.files import (
-    NUMBER,
-    has_form,
-    loads_strict,
-    lock_alone,
-    read_json,
-    replace_file,
-)
+from sparse_unified.checkpoint import files
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import Part
 from sparse_unified.experts import select_layers
@@ -211,8 +204,8 @@ def run_sweep(
         if progress is not None:
             progress(len(steps), len(steps), "done")
         result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
-        replace_file(store.folder / "results.json", (result.to_json() + "\n").encode())
-        replace_file(store.folder / "report.md", result.to_markdown().encode())
+        files.replace_file(store.folder / "results.json", (result.to_json() + "\n").encode())
+        files.replace_file(store.folder / "report.md", result.to_markdown().encode())
     return result
 
 
@@ -310,7 +303,7 @@ class _TaskRun:
             self.statistics = collector.statistics()
             self.statistics.save(counts)
         found = measured.result()
-        replace_file(path, (found.to_json() + "\n").encode())
+        files.replace_file(path, (found.to_json() + "\n").encode())
         return found
 
     def finish(self, row: dict[str, Any]) -> None:
@@ -446,13 +439,13 @@ def _notes(task: str, found: Mapping[str, Any]) -> list[str]:
 # The folder of a run
 
 
-_METRICS = {str: NUMBER}
+_METRICS = {str: files.NUMBER}
 _COUNTS = ("parameters", "weight_bytes", "flops", "peak_bytes")
-_COST = {**dict.fromkeys(_COUNTS, (int,)), "seconds": NUMBER}
+_COST = {**dict.fromkeys(_COUNTS, (int,)), "seconds": files.NUMBER}
 _DENSE = {"name": (str,), "metrics": _METRICS, "cost": _COST}
 _POINT = {
     **dict.fromkeys(("name", "task", "component", "axis", "change"), (str,)),
-    "keep_ratio": NUMBER,
+    "keep_ratio": files.NUMBER,
     "skipped_layers": [(int,)],
     "metrics": _METRICS,
     "before": _COST,
@@ -493,15 +486,15 @@ def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> I
     folder.mkdir(exist_ok=True)
     with (folder / ".lock").open("a") as lock:
         try:
-            lock_alone(lock.fileno())
+            files.lock_alone(lock.fileno())
         except BlockingIOError:
             raise RuntimeError(
                 f"--out: {folder} must be used by one run at a time, got another"
             ) from None
         if not run.exists():
             text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-            replace_file(run, text.encode())
-        found, here = _flat(read_json(run)), _flat(description)
+            files.replace_file(run, text.encode())
+        found, here = _flat(files.read_json(run)), _flat(description)
         differences = [
             f"{name} {found.get(name)!r:.80} there and {here.get(name)!r:.80} here"
             for name in found | here
@@ -524,10 +517,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            record = loads_strict(line.decode("utf-8"), finite=True)
+            record = files.loads_strict(line.decode("utf-8"), finite=True)
         except ValueError as error:
             raise ValueError(f"{path}: line {number} must be JSON, got {error}") from error
-        if not has_form(record, _POINT) and not has_form(record, _DENSE):
+        if not files.has_form(record, _POINT) and not files.has_form(record, _DENSE):
             raise ValueError(
                 f"{path}: line {number} must be a point as analyze writes it, got {record!r:.240}"
             )

@@ -21,14 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import list_some, naming, optional
-from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.files import (
-    is_plain_name,
-    read_json,
-    refuse_change,
-    stamp_of,
-    to_path,
-)
+from sparse_unified.checkpoint import files, keys
 from sparse_unified.checkpoint.modes import (
     MAX_LAYERS,
     RECIPE,
@@ -384,13 +377,13 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = to_path(directory, "checkpoint")
+        self.directory = files.to_path(directory, "checkpoint")
         if not self.directory.is_dir():
             state = "a file" if self.directory.exists() else "nothing there"
             raise ValueError(f"{self.directory}: checkpoint must be a directory, got {state}")
         try:
             self._stamps = {
-                path: stamp_of(path.stat())
+                path: files.stamp_of(path.stat())
                 for path in self.directory.iterdir()
                 if path.suffix in (".json", ".safetensors") and path.exists()
             }
@@ -426,7 +419,7 @@ class Checkpoint:
         """Raises RuntimeError when weights or JSON files are no longer those that were opened."""
         for path, stamp in self._stamps.items():
             try:
-                refuse_change(path, stamp, path.stat())
+                files.refuse_change(path, stamp, path.stat())
             except OSError as error:
                 raise RuntimeError(
                     f"{path}: file must not change while it is read, got {error.strerror}"
@@ -435,12 +428,12 @@ class Checkpoint:
     @cached_property
     def llm_config(self) -> dict[str, Any]:
         """`llm_config.json`, as it stands."""
-        return read_json(self.directory / CONFIG)
+        return files.read_json(self.directory / CONFIG)
 
     @cached_property
     def vit_config(self) -> dict[str, Any]:
         """`vit_config.json`, as it stands."""
-        return read_json(self.directory / "vit_config.json")
+        return files.read_json(self.directory / "vit_config.json")
 
     @property
     def vae_file(self) -> Path:
@@ -509,7 +502,7 @@ class Checkpoint:
     def recipe(self) -> Recipe | None:
         """What was done to the model, `sparse_unified.json`; None without it."""
         path = self.directory / RECIPE
-        return parse_recipe(path, read_json(path)) if path.exists() else None
+        return parse_recipe(path, files.read_json(path)) if path.exists() else None
 
     @cached_property
     def _wanted(self) -> dict[str, dict[int, LayerShape]]:
@@ -531,12 +524,12 @@ class Checkpoint:
 
 
 def _read_shards(index_file: Path) -> dict[str, Header]:
-    weight_map = read_json(index_file).get("weight_map")
+    weight_map = files.read_json(index_file).get("weight_map")
     with naming(index_file):
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"weight_map must map keys to files, got {weight_map!r:.80}")
         for key, name in weight_map.items():
-            if not is_plain_name(name):
+            if not files.is_plain_name(name):
                 raise ValueError(
                     f"file of {key!r:.120} must be a plain name in the same directory, "
                     f"got {name!r:.80}"

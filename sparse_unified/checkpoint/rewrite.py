@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from sparse_unified._common import Progress
+from sparse_unified.checkpoint import safetensors_io
 from sparse_unified.checkpoint.files import (
     atomic_directory,
     copy_range,
@@ -33,14 +34,7 @@ from sparse_unified.checkpoint.files import (
     write_text,
 )
 from sparse_unified.checkpoint.model_dir import INDEX_SUFFIX, Checkpoint
-from sparse_unified.checkpoint.safetensors_io import (
-    WORDS,
-    Header,
-    TensorSpec,
-    build_header,
-    encode_header,
-    read_words,
-)
+from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec
 
 # Rows handled at once: enough to amortise a read, few enough to stay in cache.
 _BLOCK_BYTES = 4 << 20
@@ -110,7 +104,7 @@ def rewrite(
         if headers is not None:
             files[name] = header.text, parts
         elif entries or not header.tensors:
-            files[name] = build_header(entries, header.metadata), parts
+            files[name] = safetensors_io.build_header(entries, header.metadata), parts
     found = list_files(source.directory)
     left_out = {*source.headers, *files, *texts, *skip}
     others = {name: status for name, status in found.items() if name not in left_out}
@@ -145,7 +139,7 @@ def rewrite(
                 copy_range(stream, 0, status.st_size, target, advance)
         for name, (text, parts) in files.items():
             with create_file(partial / name, mode=mode(name)) as target:
-                write_all(target, encode_header(text), advance)
+                write_all(target, safetensors_io.encode_header(text), advance)
                 for block in (block for own in parts for block in own.blocks()):
                     if isinstance(block, TensorSpec):
                         with open_source(block.file, block.stamp) as stream:
@@ -180,10 +174,10 @@ def gather(
     first = specs[0]
     bounds = np.cumsum([0, *(spec.shape[dim] for spec in specs)])
     shape = (*first.shape[:dim], bounds[-1], *first.shape[dim + 1 :])
-    joined = np.empty(shape, dtype=WORDS[first.dtype.itemsize])
+    joined = np.empty(shape, dtype=safetensors_io.WORDS[first.dtype.itemsize])
     for spec, own in zip(specs, pairwise(bounds), strict=True):
         part = slice(*own)
-        joined[part if dim == 0 else (slice(None), part)] = read_words(spec)
+        joined[part if dim == 0 else (slice(None), part)] = safetensors_io.read_words(spec)
     for index in indices:
         num_rows = len(index) if dim == 0 else len(joined)
         for top, bottom in row_blocks(first, num_rows):

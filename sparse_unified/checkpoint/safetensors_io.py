@@ -26,14 +26,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import context
-from sparse_unified.checkpoint.files import (
-    Stamp,
-    loads_strict,
-    open_source,
-    replace_file,
-    stamp_of,
-    to_path,
-)
+from sparse_unified.checkpoint import files
 
 # The format allows 100 MB, which is 1.5 million tensors and takes a minute to check.
 MAX_HEADER_BYTES = 16_000_000
@@ -74,7 +67,7 @@ class TensorSpec:
     file: Path
     start: int
     nbytes: int
-    stamp: Stamp | None = None
+    stamp: files.Stamp | None = None
 
     def rows(self, start: int, stop: int) -> TensorSpec:
         """Returns where rows `start` to `stop` of the tensor lie, a tensor of their own."""
@@ -103,9 +96,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         ValueError: the file cannot be opened, is truncated, or its header breaks a rule of the
             format; the message names the rule and what was found.
     """
-    path = to_path(path, "file")
-    with open_source(path) as stream, context(path):
-        stamp = stamp_of(os.fstat(stream.fileno()))
+    path = files.to_path(path, "file")
+    with files.open_source(path) as stream, context(path):
+        stamp = files.stamp_of(os.fstat(stream.fileno()))
         size = stamp[2]
         if size < 8:
             raise ValueError(f"file must hold an 8 byte header length, got {size} bytes")
@@ -122,13 +115,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return parse_header(path, text, stamp)
 
 
-def parse_header(path: Path, text: str, stamp: Stamp | None = None) -> Header:
+def parse_header(path: Path, text: str, stamp: files.Stamp | None = None) -> Header:
     """Checks header `text` of the file `path`, whose size `stamp` tells; None without a file."""
     with context(path):
         if not text.startswith("{"):
             raise ValueError(f"header must start with '{{', got {text[:8]!r}")
         try:
-            entries = loads_strict(text, finite=True)
+            entries = files.loads_strict(text, finite=True)
         except ValueError as error:
             raise ValueError(f"header must be JSON with distinct keys, got {error}") from error
         metadata = entries.pop("__metadata__", {})
@@ -211,7 +204,7 @@ def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
 def read_tensor(spec: TensorSpec) -> Tensor:
     """Returns the tensor of `spec` on the CPU, in memory of its own."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
-    with open_source(spec.file, spec.stamp) as stream:
+    with files.open_source(spec.file, spec.stamp) as stream:
         read_bytes(stream, spec.start, as_bytes(tensor))
     return tensor
 
@@ -270,7 +263,7 @@ def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes a safetensors file of CPU tensors, complete or not at all, over one that was there."""
-    replace_file(path, encode_tensors(tensors, metadata))
+    files.replace_file(path, encode_tensors(tensors, metadata))
 
 
 def load_tensors(path: str | os.PathLike[str], *, kind: str, version: str) -> Header:

@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import Progress, Report, context, format_layers, naming
-from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.files import is_plain_name, loads_strict, read_text, refuse_overlap
+from sparse_unified.checkpoint import files, keys, safetensors_io
 from sparse_unified.checkpoint.model_dir import (
     CONFIG,
     INDEX_SUFFIX,
@@ -43,14 +42,7 @@ from sparse_unified.checkpoint.model_dir import (
 )
 from sparse_unified.checkpoint.modes import RECIPE, TOOL, AdaptConfig, MoEConfig, Recipe, Step
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
-from sparse_unified.checkpoint.safetensors_io import (
-    Header,
-    as_bytes,
-    load_tensors,
-    parse_header,
-    read_tensor,
-    save_tensors,
-)
+from sparse_unified.checkpoint.safetensors_io import Header
 from sparse_unified.checkpoint.scores import Inputs, Scores, rank_file, resolve_inputs
 from sparse_unified.experts import ExpertLayout, fit_router, random_router, select_layers
 from sparse_unified.experts.layout import Partition, order_neurons
@@ -93,7 +85,7 @@ def read_sidecar(path: Path) -> Sidecar:
     """Reads and checks a sidecar file."""
     if not path.exists():
         raise ValueError(f"{path}: file must be there, as convert writes it, got nothing")
-    header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
+    header = safetensors_io.load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
     with context(path):
         component = header.metadata.get("component", "")
         if component not in keys.FFN_NAMES:
@@ -103,7 +95,7 @@ def read_sidecar(path: Path) -> Sidecar:
             found = keys.find_ffn_key(key)
             if found is None or (found[0], found[2]) != (component, "neuron_index"):
                 raise ValueError(f"key must be as {index_key(component, 0)}, got {key!r:.120}")
-            index = read_tensor(spec).flatten()
+            index = safetensors_io.read_tensor(spec).flatten()
             in_order = torch.arange(index.numel(), dtype=torch.int32)
             if index.dtype != torch.int32 or not torch.equal(index.sort().values, in_order):
                 raise ValueError(
@@ -115,12 +107,12 @@ def read_sidecar(path: Path) -> Sidecar:
         for field in ("arguments", "weight_files", "texts"):
             text = header.metadata.get(field, "")
             with suppress(ValueError):
-                maps[field] = loads_strict(text)
+                maps[field] = files.loads_strict(text)
             if not isinstance(maps.get(field), dict):
                 raise ValueError(f"{field} must hold a JSON object, got {text!r:.80}")
         for field in ("weight_files", "texts"):
             for name, text in maps[field].items():
-                if not is_plain_name(name) or not isinstance(text, str):
+                if not files.is_plain_name(name) or not isinstance(text, str):
                     raise ValueError(f"{field} must map plain file names to text, got {name!r:.80}")
         for name in maps["texts"]:  # whatever else is in OUT is copied
             if name not in (CONFIG, RECIPE) and not name.endswith(INDEX_SUFFIX):
@@ -130,7 +122,7 @@ def read_sidecar(path: Path) -> Sidecar:
         neuron_index=dict(sorted(indices.items())),
         arguments=maps["arguments"],
         headers={
-            name: parse_header(path.with_name(f"{path.name}[{name}]"), text)
+            name: safetensors_io.parse_header(path.with_name(f"{path.name}[{name}]"), text)
             for name, text in maps["weight_files"].items()
         },
         texts=maps["texts"],
@@ -218,7 +210,7 @@ def convert(
     """
     start = time.perf_counter()
     source = Checkpoint(dense)
-    refuse_overlap(out, source.directory, scores)
+    files.refuse_overlap(out, source.directory, scores)
     config = MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
@@ -276,13 +268,13 @@ def convert(
         old = [name for name in texts if name != RECIPE or source.recipe is not None]
         maps = {
             "weight_files": {name: header.text for name, header in source.headers.items()},
-            "texts": {name: read_text(source.directory / name) for name in old},
+            "texts": {name: files.read_text(source.directory / name) for name in old},
         }
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "tool": TOOL}
         metadata |= {"component": component, "arguments": json.dumps(arguments)}
         metadata |= {name: json.dumps(own, ensure_ascii=False) for name, own in maps.items()}
         indices = {index_key(component, n): torch.from_numpy(order(n)).int() for n in layouts}
-        save_tensors(written / SIDECAR, indices, metadata)
+        safetensors_io.save_tensors(written / SIDECAR, indices, metadata)
         # The result must read well before it gets its name.
         if component not in Checkpoint(written).experts:
             raise RuntimeError(f"{written} must read as sparse, got a dense checkpoint")
@@ -369,7 +361,9 @@ def _split(
         weight = weight.to(ffn.dtype).contiguous()
         for name in keys.router_names(component):
             # That of the shared expert is zero; those of und blocks start the same.
-            yield as_bytes(torch.zeros_like(weight[:1]) if name == "gate_shared" else weight)
+            yield safetensors_io.as_bytes(
+                torch.zeros_like(weight[:1]) if name == "gate_shared" else weight
+            )
 
     def blocks(name: str) -> Blocks:
         if name == "gate_proj":
@@ -429,7 +423,7 @@ def invert(
     """
     start = time.perf_counter()
     source = Checkpoint(sparse)
-    refuse_overlap(out, source.directory)
+    files.refuse_overlap(out, source.directory)
     sidecar = read_sidecar(source.directory / SIDECAR)
     # Training leaves the experts where they are.
     steps = source.recipe.steps if source.recipe is not None else ()
