@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
 from sparse_unified.convert.convert import read_sidecar
-from sparse_unified.experts import ExpertLayout, magnitude_scores, random_scores, snake_partition
+from sparse_unified.experts import ExpertLayout, snake_partition
+from sparse_unified.experts.keep import magnitude_scores, random_scores
 
 NEURONS = torch.rand(96)
 FORMATS = [(0, torch.float32), (0, torch.bfloat16), (3, torch.float16), (0, torch.float64)]

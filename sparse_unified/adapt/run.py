@@ -239,15 +239,8 @@ def _prepare(
 ) -> tuple[Checkpoint, Path, ImageDataset, Trainer]:
     """Reads and checks all that a run needs; nothing is written yet."""
     source = Checkpoint(find_model(model))
-    target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
+    target = files.check_target(out, source.directory, data)
     running = target.with_name(f"{target.name}.training")
-    files.refuse_overlap(target, source.directory, data)
-    files.refuse_overlap(running, source.directory)
-    files.refuse_foreign_partial(target)
-    if os.path.lexists(target):
-        raise ValueError(f"target must not exist, got {out}")
-    if not target.parent.is_dir():
-        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
     if not run.resume and os.path.lexists(running) and this_process() == 0:
         raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     source.experts  # noqa: B018  (refuses whatever disagrees)

@@ -14,7 +14,7 @@ from sparse_unified.analysis.calibration import calibrate, collect
 from sparse_unified.analysis.cost import measure_cost
 from sparse_unified.analysis.criteria import CRITERIA, save_scores, score
 from sparse_unified.analysis.evaluators import Probe, evaluator
-from sparse_unified.analysis.expert_usage import ExpertUsage, expert_usage
+from sparse_unified.analysis.expert_usage import expert_usage
 from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
 from sparse_unified.analysis.similarity import measure_similarity
@@ -23,7 +23,6 @@ from sparse_unified.analysis.sweep import SweepConfig, run_sweep
 
 __all__ = [
     "CRITERIA",
-    "ExpertUsage",
     "FfnStatistics",
     "Probe",
     "Sample",

@@ -16,8 +16,7 @@ from sparse_unified._common import list_some, naming
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.safetensors_io import save_tensors
-from sparse_unified.experts import magnitude_scores, random_scores
-from sparse_unified.experts.keep import check_scores
+from sparse_unified.experts.keep import check_scores, magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import Ffn, FfnKey, find_adapter
 from sparse_unified.surgery.temporary import join_experts
 

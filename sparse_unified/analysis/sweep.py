@@ -38,8 +38,7 @@ from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.checkpoint import files
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import Part
-from sparse_unified.experts import select_layers
-from sparse_unified.experts.keep import Budget
+from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.cuts import PruneConfig
 from sparse_unified.surgery.decoder import Adapter, find_adapter, takes_absent_parts

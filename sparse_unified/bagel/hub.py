@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sparse_unified._common import format_bytes, format_layers, list_some, optional
 from sparse_unified.bagel.loading import official_tensors
-from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, index_texts, rewrite
-from sparse_unified.checkpoint.safetensors_io import as_bytes
+from sparse_unified.checkpoint.safetensors_io import TensorSpec, as_bytes
 
 if TYPE_CHECKING:
     from sparse_unified.bagel.model import Bagel

@@ -22,10 +22,10 @@ from sparse_unified._common import choice, list_some, optional
 from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.keys import FFN_NAMES, module_prefixes
-from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.quantize import STORAGES, quantize_ffn_

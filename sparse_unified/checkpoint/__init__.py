@@ -19,7 +19,6 @@ from sparse_unified.checkpoint.modes import (
     SkipLayersConfig,
     Step,
 )
-from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
 # Functions of `sparse_unified.convert`, which stands above the models and this package below them.
 _OF_CONVERT = ("convert", "info", "invert", "prune", "verify")
@@ -33,7 +32,6 @@ __all__ = [
     "Recipe",
     "SkipLayersConfig",
     "Step",
-    "TensorSpec",
     *_OF_CONVERT,
 ]
 

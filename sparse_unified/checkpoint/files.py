@@ -313,11 +313,7 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
             stands where it would be written.
         RuntimeError: another run is writing the same target, or the file system refuses to.
     """
-    target = _absolute(out)
-    _refuse_existing(target)
-    if not target.parent.is_dir():
-        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
-    partial = partial_path(target)
+    target, partial = _absolute(out), partial_path(out)
     content = partial / target.name
 
     def remove() -> None:
@@ -329,9 +325,9 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
 
     with ExitStack() as stack:
         try:
-            refuse_foreign_partial(target)
+            check_target(out)
             stack.callback(os.close, _lock(partial))
-            refuse_foreign_partial(target)
+            check_target(out)
             stack.callback(remove)
             if content.exists():
                 logger.warning("removing what an interrupted run left in %s", partial)
@@ -343,7 +339,7 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
             # Files are synced by whoever writes them; here it is the names.
             for folder, _, _ in os.walk(content):
                 _sync(folder)
-            _refuse_existing(target)
+            check_target(out)
             content.rename(target)
             with suppress(PermissionError):  # a parent may be written and not read
                 _sync(target.parent)
@@ -399,41 +395,26 @@ def _sync(directory: str | Path) -> None:
         os.close(handle)
 
 
-def refuse_foreign_partial(out: str | os.PathLike[str]) -> None:
-    """Raises ValueError when what stands at `partial_path(out)` was not left by a run of ours."""
-    partial = partial_path(out)
-    try:
-        found = [partial] if partial.is_symlink() else list(partial.iterdir())
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        found = [partial]
-    names = {path.name for path in found}
-    own = MARKER in names and names <= {MARKER, _absolute(out).name}
-    if (names and not own) or any(path.is_symlink() for path in found):
-        raise ValueError(
-            f"{partial} must be absent or left by an interrupted run, which may be "
-            f"removed, got {list_some(sorted(names))}; move it elsewhere"
-        )
+def check_target(
+    out: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, *others: object
+) -> Path:
+    """Returns the absolute path of a directory to make; ValueError where it cannot be made.
 
-
-def refuse_overlap(
-    out: str | os.PathLike[str], source: str | os.PathLike[str], *files: object
-) -> None:
-    """Raises ValueError when writing `out` would touch what it is made from; links are followed.
+    It must not exist, its parent must, what stands at `partial_path(out)` must have been left by a
+    run of ours, and writing must not touch what it is made from; links are followed.
 
     Args:
         out: the directory to make.
         source: the directory that it is made from; `out` must not lie in it.
-        files: further inputs; what is no path is passed over.
+        others: further inputs; what is no path is passed over.
     """
     target, partial = _absolute(out), partial_path(out)
     resolved = target.parent.resolve() / target.name
-    if to_path(source, "source").resolve() in (resolved, *resolved.parents):
+    if source is not None and to_path(source, "source").resolve() in (resolved, *resolved.parents):
         raise ValueError(f"target must lie outside {source}, got {out}")
     # Where the target is written before it has its name; a run removes what lies there.
     places = {resolved.with_name(partial.name), partial.resolve()}
-    for path in (source, *files):
+    for path in (source, *others):
         if isinstance(path, str | os.PathLike):
             for own in (_absolute(path, "input"), Path(path).resolve()):
                 if places & {own, *own.parents}:
@@ -441,6 +422,20 @@ def refuse_overlap(
                         f"{path} must lie outside {partial}, where {out} is written until "
                         "it is whole"
                     )
+    if os.path.lexists(target):
+        raise ValueError(f"target must not exist, got {target}")
+    if not target.parent.is_dir():
+        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
+    is_folder = partial.is_dir() and not partial.is_symlink()
+    found = list(partial.iterdir()) if is_folder else [partial] * os.path.lexists(partial)
+    names = {path.name for path in found}
+    own_names = MARKER in names and names <= {MARKER, target.name}
+    if (names and not own_names) or any(path.is_symlink() for path in found):
+        raise ValueError(
+            f"{partial} must be absent or left by an interrupted run, which may be "
+            f"removed, got {list_some(sorted(names))}; move it elsewhere"
+        )
+    return target
 
 
 def to_path(value: object, name: str) -> Path:
@@ -454,8 +449,3 @@ def to_path(value: object, name: str) -> Path:
 
 def _absolute(path: object, name: str = "target") -> Path:
     return Path(os.path.abspath(to_path(path, name)))  # noqa: PTH100  (resolve follows links)
-
-
-def _refuse_existing(target: Path) -> None:
-    if os.path.lexists(target):
-        raise ValueError(f"target must not exist, got {target}")

@@ -26,8 +26,7 @@ from typing import Any, ClassVar
 from sparse_unified._common import check_int, check_number, choice, context, format_layers, naming
 from sparse_unified._version import __version__
 from sparse_unified.checkpoint.keys import FFN_NAMES
-from sparse_unified.experts import select_layers
-from sparse_unified.experts.keep import Budget
+from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.experts.layout import Partition
 from sparse_unified.experts.router import RouterInit
 

@@ -44,9 +44,10 @@ from sparse_unified.checkpoint.modes import RECIPE, TOOL, AdaptConfig, MoEConfig
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.safetensors_io import Header
 from sparse_unified.checkpoint.scores import Inputs, Scores, rank_file, resolve_inputs
-from sparse_unified.experts import ExpertLayout, fit_router, random_router, select_layers
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import select_layers
 from sparse_unified.experts.layout import Partition, order_neurons
-from sparse_unified.experts.router import RouterInit, hidden_activations
+from sparse_unified.experts.router import RouterInit, fit_router, hidden_activations, random_router
 
 SIDECAR = "partition.safetensors"
 # The sidecar of an earlier conversion, of the other component, that the new one lies on top of.
@@ -210,7 +211,7 @@ def convert(
     """
     start = time.perf_counter()
     source = Checkpoint(dense)
-    files.refuse_overlap(out, source.directory, scores)
+    files.check_target(out, source.directory, scores)
     config = MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
@@ -423,7 +424,7 @@ def invert(
     """
     start = time.perf_counter()
     source = Checkpoint(sparse)
-    files.refuse_overlap(out, source.directory)
+    files.check_target(out, source.directory)
     sidecar = read_sidecar(source.directory / SIDECAR)
     # Training leaves the experts where they are.
     steps = source.recipe.steps if source.recipe is not None else ()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparse_unified._common import Progress, Report, context, format_bytes
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.files import list_files, refuse_overlap
+from sparse_unified.checkpoint.files import check_target, list_files
 from sparse_unified.checkpoint.keys import Counts, count_tensors, format_counts
 from sparse_unified.checkpoint.model_dir import CONFIG, Checkpoint, LayerShape
 from sparse_unified.checkpoint.modes import (
@@ -34,7 +34,7 @@ from sparse_unified.checkpoint.modes import (
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
 from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.scores import Scores, rank_file
-from sparse_unified.experts import select_layers
+from sparse_unified.experts.keep import select_layers
 from sparse_unified.surgery.cuts import GONE, Cuts, PruneConfig, plan, sizes_left, then
 
 Shapes = dict[str, dict[int, LayerShape]]
@@ -117,7 +117,7 @@ def prune(
     """
     start = time.perf_counter()
     source = Checkpoint(model)
-    refuse_overlap(out, source.directory, scores)
+    check_target(out, source.directory, scores)
     listed = list(modes) if isinstance(modes, Sequence) else [modes]
     if not listed:
         raise ValueError("modes must name at least one, got none")

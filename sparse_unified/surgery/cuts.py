@@ -30,8 +30,8 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.experts import ExpertLayout, keep_units
-from sparse_unified.experts.keep import Budget, joint_scores
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import Budget, joint_scores, keep_units
 from sparse_unified.experts.layout import keep_in_experts
 
 PruneConfig = PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
-from sparse_unified.experts import select_layers
+from sparse_unified.experts.keep import select_layers
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (

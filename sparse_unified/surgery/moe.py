@@ -15,9 +15,16 @@ from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.model_dir import find_model, is_hub_id
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.scores import Inputs, Scores, rank, resolve_inputs
-from sparse_unified.experts import ExpertLayout, fit_router, magnitude_scores, random_router
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import magnitude_scores
 from sparse_unified.experts.layout import Partition, order_neurons
-from sparse_unified.experts.router import RouterFit, RouterInit, hidden_activations
+from sparse_unified.experts.router import (
+    RouterFit,
+    RouterInit,
+    fit_router,
+    hidden_activations,
+    random_router,
+)
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.decoder import Decoder, find_decoder
 from sparse_unified.surgery.exchange import Slot, offload_like

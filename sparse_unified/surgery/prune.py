@@ -22,7 +22,7 @@ from sparse_unified.checkpoint.modes import (
     SkipLayersConfig,
 )
 from sparse_unified.checkpoint.scores import Scores, head_magnitudes, rank
-from sparse_unified.experts import magnitude_scores, select_layers
+from sparse_unified.experts.keep import magnitude_scores, select_layers
 from sparse_unified.nn import SparseMoE, key_heads_read
 from sparse_unified.surgery.cuts import (
     keep_neurons,

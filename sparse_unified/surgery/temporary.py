@@ -23,8 +23,13 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.experts import keep_units, magnitude_scores, select_layers
-from sparse_unified.experts.keep import check_scores, head_magnitude_scores
+from sparse_unified.experts.keep import (
+    check_scores,
+    head_magnitude_scores,
+    keep_units,
+    magnitude_scores,
+    select_layers,
+)
 from sparse_unified.surgery.cuts import (
     Cut,
     PruneConfig,
