@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sparse_unified._common import format_bytes, format_layers, list_some, optional
@@ -17,7 +16,7 @@ from sparse_unified.bagel.loading import official_tensors
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, index_texts, rewrite
-from sparse_unified.checkpoint.safetensors_io import TensorSpec, as_bytes
+from sparse_unified.checkpoint.safetensors_io import as_bytes
 
 if TYPE_CHECKING:
     from sparse_unified.bagel.model import Bagel
@@ -66,19 +65,12 @@ def save_model(model: Bagel, source: Checkpoint, out: str | os.PathLike[str], **
         yield as_bytes(tensor.detach().cpu().contiguous())
 
     edits = {
-        key: Edit(entries=((key, tensor.dtype, spec.shape),), blocks=partial(blocks, tensor))
-        for key, (tensor, spec) in _both(live, source)
+        key: Edit(entries=((key, live[key].dtype, spec.shape),), blocks=partial(blocks, live[key]))
+        for key, spec in source.specs.items()
+        if key in live
     }
     texts = index_texts(source, edits)
     rewrite(source, out, edits, {**texts, CARD: model_card(source, **card)})
-
-
-def _both(
-    live: dict[str, Tensor], source: Checkpoint
-) -> Iterator[tuple[str, tuple[Tensor, TensorSpec]]]:
-    for key, spec in source.specs.items():
-        if key in live:
-            yield key, (live[key], spec)
 
 
 def model_card(
@@ -104,7 +96,7 @@ def model_card(
     head += [f"base_model: {base_model}"] if base_model else []
     specs = source.specs.values()
     numbers = [
-        ("parameters", f"{sum(_size(spec.shape) for spec in specs):,}"),
+        ("parameters", f"{sum(math.prod(spec.shape) for spec in specs):,}"),
         ("weights", format_bytes(sum(spec.nbytes for spec in specs))),
         ("dtypes", ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs}))),
         ("decoder layers", str(source.num_layers)),
@@ -142,10 +134,6 @@ def model_card(
         "Quality was not measured by the program that wrote this card.",
     ]
     return "\n".join(parts) + "\n"
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def write_card(directory: str | os.PathLike[str], **card: Any) -> Path:
