@@ -31,7 +31,7 @@ from sparse_unified.adapt.optimizer import (
     wait_for_all,
 )
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
-from sparse_unified.checkpoint.modes import RECIPE, Recipe, Step
+from sparse_unified.checkpoint.modes import RECIPE, Step, recipe_text
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
@@ -209,7 +209,7 @@ def write_adapted(
             source,
             out,
             edits,
-            {RECIPE: (source.recipe or Recipe()).then(step).to_json(), **texts},
+            {RECIPE: recipe_text((*source.recipe, step)), **texts},
             headers=source.headers,
             # A last look through the reader's eyes.
             finish=lambda unfinished: Checkpoint(unfinished).experts,

@@ -88,8 +88,7 @@ def model_card(
         base_model: id of the model it was made from.
         license: as the hub writes it, "apache-2.0"; that of the model it was made from.
     """
-    recipe = source.recipe
-    steps = recipe.steps if recipe is not None else ()
+    steps = source.recipe
     tags = ["bagel", "text-to-image", *dict.fromkeys(step.config.mode for step in steps)]
     head = ["library_name: sparse_unified", "pipeline_tag: any-to-any"]
     head += [f"license: {license}"] if license else []

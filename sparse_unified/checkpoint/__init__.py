@@ -15,7 +15,6 @@ from sparse_unified.checkpoint.modes import (
     MoEConfig,
     PruneHeadsConfig,
     PruneWidthConfig,
-    Recipe,
     SkipLayersConfig,
     Step,
 )
@@ -29,7 +28,6 @@ __all__ = [
     "MoEConfig",
     "PruneHeadsConfig",
     "PruneWidthConfig",
-    "Recipe",
     "SkipLayersConfig",
     "Step",
     *_OF_CONVERT,

@@ -11,7 +11,7 @@ recipe says. A model is named by its directory, or by its id on the hub.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,6 @@ from sparse_unified.checkpoint.modes import (
     MoEConfig,
     Part,
     PruneHeadsConfig,
-    Recipe,
     SkipLayersConfig,
     Step,
     parse_recipe,
@@ -287,7 +286,7 @@ def find_top_k(config: Mapping[str, Any], num_experts: int) -> int:
 
 
 def wanted_layers(
-    config: Mapping[str, Any], recipe: Recipe | None
+    config: Mapping[str, Any], recipe: Sequence[Step]
 ) -> dict[str, dict[int, LayerShape]]:
     """Returns what the layers must hold: those of the dense model, after the steps of a recipe."""
     sizes = []
@@ -310,7 +309,7 @@ def wanted_layers(
     all_heads = tuple(range(sizes[2]))
     whole = LayerShape(ffn=sizes[1], kv_heads=all_heads, query_groups=all_heads)
     layers = {component: dict.fromkeys(range(sizes[0]), whole) for component in keys.FFN_NAMES}
-    for number, step in enumerate(recipe.steps if recipe is not None else ()):
+    for number, step in enumerate(recipe):
         with naming(f"{RECIPE}: step {number} ({step.config.mode})"):
             _follow(layers, step)
     return layers
@@ -499,10 +498,10 @@ class Checkpoint:
         return find_top_k(self.llm_config, layouts[0].num_experts) if layouts else None
 
     @cached_property
-    def recipe(self) -> Recipe | None:
-        """What was done to the model, `sparse_unified.json`; None without it."""
+    def recipe(self) -> tuple[Step, ...]:
+        """What was done to the model, step by step: `sparse_unified.json`; () without it."""
         path = self.directory / RECIPE
-        return parse_recipe(path, files.read_json(path)) if path.exists() else None
+        return parse_recipe(path, files.read_json(path)) if path.exists() else ()
 
     @cached_property
     def _wanted(self) -> dict[str, dict[int, LayerShape]]:
@@ -514,8 +513,8 @@ class Checkpoint:
     def left(self) -> dict[str, dict[int, LayerShape]] | None:
         """What pruning has left, with the neurons of sparse FFNs together; None without pruning."""
         keeps_all = (MoEConfig, AdaptConfig)
-        steps = self.recipe.steps if self.recipe is not None else ()
-        return None if all(isinstance(s.config, keeps_all) for s in steps) else self._wanted
+        is_whole = all(isinstance(step.config, keeps_all) for step in self.recipe)
+        return None if is_whole else self._wanted
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:

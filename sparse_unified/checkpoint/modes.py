@@ -305,28 +305,18 @@ class Step:
         return f"{self.config.mode}: {', '.join(parts)}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """All steps, in the order they were taken."""
-
-    steps: tuple[Step, ...] = ()
-
-    def then(self, *steps: Step) -> Recipe:
-        """Returns a recipe with more steps at its end."""
-        return Recipe(steps=(*self.steps, *steps))
-
-    def to_json(self) -> str:
-        """Returns the text of the file."""
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "steps": [step.to_dict() for step in self.steps],
-        }
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def recipe_text(steps: Iterable[Step]) -> str:
+    """Returns the text of the file that lists steps."""
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "steps": [step.to_dict() for step in steps],
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def parse_recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
-    """Checks and returns the contents of a recipe file."""
+def parse_recipe(path: Path, content: Mapping[str, Any]) -> tuple[Step, ...]:
+    """Checks the contents of a recipe file and returns its steps."""
     with context(path):
         form = content.get("format"), content.get("format_version")
         if form != (FORMAT, FORMAT_VERSION):
@@ -340,7 +330,7 @@ def parse_recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
                 parsed.append(_parse_step(step))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"step {number}: {error}") from error
-    return Recipe(steps=tuple(parsed))
+    return tuple(parsed)
 
 
 # Fields that recipes of earlier versions lack; their defaults are what was done then.

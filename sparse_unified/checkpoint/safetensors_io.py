@@ -56,7 +56,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Where one tensor lies: `nbytes` bytes from byte `start` of `file`, row-major.
+    """Where one tensor lies: from byte `start` of `file`, row-major.
 
     Attributes:
         stamp: of the file when its header was read; None where there is no file yet.
@@ -66,18 +66,18 @@ class TensorSpec:
     shape: tuple[int, ...]
     file: Path
     start: int
-    nbytes: int
     stamp: files.Stamp | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> TensorSpec:
         """Returns where rows `start` to `stop` of the tensor lie, a tensor of their own."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return replace(
-            self,
-            shape=(stop - start, *self.shape[1:]),
-            start=self.start + start * row_bytes,
-            nbytes=(stop - start) * row_bytes,
-        )
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + start * row_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,7 @@ def parse_header(path: Path, text: str, stamp: files.Stamp | None = None) -> Hea
                     f"which would {'overlap the tensor before it' if overlaps else 'leave a hole'}"
                 )
             tensors[key] = TensorSpec(
-                dtype=dtype, shape=shape, file=path, start=position, nbytes=nbytes, stamp=stamp
+                dtype=dtype, shape=shape, file=path, start=position, stamp=stamp
             )
             position += nbytes
         if stamp is not None and position != stamp[2]:

@@ -40,7 +40,7 @@ from sparse_unified.checkpoint.model_dir import (
     ffn_parts,
     ffn_shapes,
 )
-from sparse_unified.checkpoint.modes import RECIPE, TOOL, AdaptConfig, MoEConfig, Recipe, Step
+from sparse_unified.checkpoint.modes import RECIPE, TOOL, AdaptConfig, MoEConfig, Step, recipe_text
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
 from sparse_unified.checkpoint.safetensors_io import Header
 from sparse_unified.checkpoint.scores import Inputs, Scores, rank_file, resolve_inputs
@@ -252,7 +252,7 @@ def convert(
     step = Step(config=config, scores=origin)
     new_config = json.dumps(source.llm_config | fields, indent=2, ensure_ascii=False) + "\n"
     texts = {CONFIG: new_config} | index_texts(source, edits)
-    texts[RECIPE] = (source.recipe or Recipe()).then(step).to_json()
+    texts[RECIPE] = recipe_text((*source.recipe, step))
 
     def finish(written: Path) -> None:
         arguments = {
@@ -266,7 +266,7 @@ def convert(
             "router_init": config.router_init.value,
             "partition_seed": config.seed,
         }
-        old = [name for name in texts if name != RECIPE or source.recipe is not None]
+        old = [name for name in texts if (source.directory / name).exists()]
         maps = {
             "weight_files": {name: header.text for name, header in source.headers.items()},
             "texts": {name: files.read_text(source.directory / name) for name in old},
@@ -427,8 +427,7 @@ def invert(
     files.check_target(out, source.directory)
     sidecar = read_sidecar(source.directory / SIDECAR)
     # Training leaves the experts where they are.
-    steps = source.recipe.steps if source.recipe is not None else ()
-    changes = [step.config for step in steps if not isinstance(step.config, AdaptConfig)]
+    changes = [step.config for step in source.recipe if not isinstance(step.config, AdaptConfig)]
     last = changes[-1] if changes else None
     if last is not None and not (
         isinstance(last, MoEConfig) and last.component == sidecar.component

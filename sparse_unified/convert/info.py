@@ -23,7 +23,7 @@ from sparse_unified.checkpoint.model_dir import (
     find_top_k,
     scan_ffns,
 )
-from sparse_unified.checkpoint.modes import Recipe
+from sparse_unified.checkpoint.modes import Step
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
 from sparse_unified.convert.convert import SIDECAR, read_sidecar
 
@@ -155,7 +155,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
 
     problems += tried(source.problems, [])
     problems += tried(lambda: _model_problems(source), [])
-    recipe = tried(lambda: source.recipe, None) or Recipe()
+    recipe: tuple[Step, ...] = tried(lambda: source.recipe, ())
     left = tried(lambda: source.left, None) or {}
     path = source.directory / SIDECAR
     sidecar = tried(lambda: read_sidecar(path), None) if path.exists() else None
@@ -193,8 +193,8 @@ def info(directory: str | os.PathLike[str]) -> Info:
         sidecar=None
         if sidecar is None
         else {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")},
-        recipe=tuple(step.to_dict() for step in recipe.steps),
-        steps=tuple(step.to_text() for step in recipe.steps),
+        recipe=tuple(step.to_dict() for step in recipe),
+        steps=tuple(step.to_text() for step in recipe),
         problems=tuple(dict.fromkeys(problems)),
     )
 

@@ -27,9 +27,9 @@ from sparse_unified.checkpoint.modes import (
     Mode,
     PruneHeadsConfig,
     PruneWidthConfig,
-    Recipe,
     SkipLayersConfig,
     Step,
+    recipe_text,
 )
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
 from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
@@ -132,7 +132,7 @@ def prune(
         elif left[key] != spec.shape:
             blocks = partial(gather, [spec], cut.dim, [cut.keep.numpy()])
             edits[key] = Edit(entries=((key, spec.dtype, left[key]),), blocks=blocks)
-    texts = {RECIPE: (source.recipe or Recipe()).then(*steps).to_json()}
+    texts = {RECIPE: recipe_text((*source.recipe, *steps))}
     fields: dict[str, Any] = {}
     for component, layers in source.experts.items():
         sparse = [layer for layer in layers if after[component][layer].width]

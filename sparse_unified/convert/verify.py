@@ -288,7 +288,7 @@ def _as_bytes(spec: TensorSpec) -> TensorSpec:
 
 def _whole_file(path: Path) -> TensorSpec:
     size = path.stat().st_size
-    return TensorSpec(dtype=torch.uint8, shape=(size,), file=path, start=0, nbytes=size)
+    return TensorSpec(dtype=torch.uint8, shape=(size,), file=path, start=0)
 
 
 def _compare_files(here: Checkpoint, there: Checkpoint) -> list[str]:
