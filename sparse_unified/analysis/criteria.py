@@ -16,7 +16,7 @@ from sparse_unified._common import list_some, naming
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.safetensors_io import save_tensors
-from sparse_unified.experts.keep import check_scores, magnitude_scores, random_scores
+from sparse_unified.experts.keep import check_scores, column_norms, magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import Ffn, FfnKey, find_adapter
 from sparse_unified.surgery.temporary import join_experts
 
@@ -31,11 +31,7 @@ def _random(ffn: Ffn, mean_abs: Callable[[], Tensor], seed: int) -> Tensor:
 
 
 def _column_norms(down_proj: Tensor) -> Tensor:
-    """L2 norm of each column of [D, I], fp64 on the CPU."""
-    squares = torch.zeros(down_proj.shape[1], dtype=torch.float64, device=down_proj.device)
-    for rows in down_proj.split(64):
-        squares += rows.double().square().sum(0)
-    return squares.sqrt().cpu()
+    return column_norms(down_proj, torch.float64).cpu()
 
 
 # A criterion maps (FFN, function that returns the mean of |h| [I] fp64, seed) to scores [I]; the
