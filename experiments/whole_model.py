@@ -50,7 +50,7 @@ from sparse_unified.bagel.sampler import (
     sample_latents,
 )
 from sparse_unified.checkpoint.safetensors_io import build_header
-from sparse_unified.convert.memory import memory
+from sparse_unified.convert.info import memory
 
 CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs
 _EXPERTS, _TOP_K = 16, 8

@@ -33,9 +33,9 @@ from sparse_unified.adapt.run import read_log
 from sparse_unified.adapt.saving import load_state, save_state
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
 from sparse_unified.analysis.bagel_task import read_metadata
+from sparse_unified.analysis.criteria import Similarity
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.samples import read_lines as read_text_lines
-from sparse_unified.analysis.similarity import Similarity
 from sparse_unified.analysis.sweep import open_store, read_records
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import open_image, to_rgb

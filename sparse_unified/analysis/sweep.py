@@ -30,10 +30,14 @@ from sparse_unified._common import (
     list_some,
 )
 from sparse_unified.analysis.calibration import collect
-from sparse_unified.analysis.cost import measure_cost
-from sparse_unified.analysis.criteria import CRITERIA, NeuronScores, score
-from sparse_unified.analysis.evaluators import Probe, measure
-from sparse_unified.analysis.similarity import Similarity, measure_similarity
+from sparse_unified.analysis.criteria import (
+    CRITERIA,
+    NeuronScores,
+    Similarity,
+    measure_similarity,
+    score,
+)
+from sparse_unified.analysis.evaluators import Probe, measure, measure_cost
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.checkpoint import files
 from sparse_unified.checkpoint.keys import FFN_NAMES

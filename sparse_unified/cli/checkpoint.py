@@ -26,7 +26,7 @@ from sparse_unified.checkpoint import (
 from sparse_unified.checkpoint.files import check_target
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.options import add_flags, add_options, arguments, names, ratio
-from sparse_unified.convert.memory import memory
+from sparse_unified.convert.info import memory
 from sparse_unified.mini.model import MiniTask, write_model
 
 # convert
