@@ -104,11 +104,10 @@ def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def tensor_problems(
-    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor]
-) -> list[str]:
-    """Returns every missing, extra and misshapen tensor of a file that holds `specs`, where a
-    model, perhaps on the meta device, holds `targets`."""
+def tensor_problems(module: nn.Module, specs: Mapping[str, TensorSpec | Tensor]) -> list[str]:
+    """Returns every missing, extra and misshapen tensor of a file that holds `specs`, where it
+    should hold those of a module, which may be on the meta device."""
+    targets = official_tensors(module)
     problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
     for key, spec in specs.items():
         if key not in targets:
@@ -123,7 +122,7 @@ def tensor_problems(
 
 def check_tensors(module: nn.Module, specs: Mapping[str, Any], *, where: str) -> None:
     """Raises one ValueError that lists the `tensor_problems` of a file with a module's tensors."""
-    if problems := tensor_problems(official_tensors(module), specs):
+    if problems := tensor_problems(module, specs):
         raise ValueError(
             f"{where}: tensors must be those of the model, got {list_some(problems, 20)}"
         )

@@ -235,7 +235,7 @@ def _check_sparse(
     component: str, layers: Mapping[int, FFN], config: Mapping[str, Any]
 ) -> list[str]:
     """Compares the sparse FFNs of a component with the fields that describe them."""
-    layouts = {n: ffn.layout for n, ffn in layers.items() if ffn.layout is not None}
+    layouts = {n: ffn.ffn for n, ffn in layers.items() if isinstance(ffn.ffn, ExpertLayout)}
     problems = []
 
     def demand(agrees: bool, field: str, rule: str) -> None:

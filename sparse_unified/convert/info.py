@@ -21,7 +21,7 @@ from sparse_unified._common import (
 )
 from sparse_unified.bagel import AutoEncoder, Bagel
 from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
-from sparse_unified.bagel.loading import Task, official_tensors, tensor_problems, unneeded
+from sparse_unified.bagel.loading import Task, tensor_problems, unneeded
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import list_files
 from sparse_unified.checkpoint.model_dir import (
@@ -217,11 +217,11 @@ def _model_problems(source: Checkpoint) -> list[str]:
         return []
     specs = read_header(source.vae_file).tensors
     vae = vae_config({key: spec.shape for key, spec in specs.items()}, where=VAE_FILE)
-    problems = {VAE_FILE: tensor_problems(official_tensors(AutoEncoder(vae, device="meta")), specs)}
+    problems = {VAE_FILE: tensor_problems(AutoEncoder(vae, device="meta"), specs)}
     if not source.problems():
         ids = SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0)
         model = Bagel(read_config(source, vae, special_tokens=ids), device="meta")
-        problems["keys"] = tensor_problems(official_tensors(model), source.specs)
+        problems["keys"] = tensor_problems(model, source.specs)
     return [
         f"{where}: tensors must be those of the model, got {list_some(found)}"
         for where, found in problems.items()
