@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 # Called with (done, total) while something long runs.
 Progress = Callable[[int, int], object]
+StrPath = str | os.PathLike[str]
 _Choice = TypeVar("_Choice", bound=Enum)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import naming, optional
+from sparse_unified._common import StrPath, naming, optional
 from sparse_unified.adapt.config import RunConfig, SequenceConfig
 from sparse_unified.analysis import samples
 from sparse_unified.analysis.samples import Task
@@ -103,7 +103,7 @@ def _unreadable(rule: str, error: Exception) -> ValueError:
     return ValueError(f"{rule}, got {reason:.200}")
 
 
-def open_records(data: str | os.PathLike[str]) -> Records:
+def open_records(data: StrPath) -> Records:
     """Opens data for training: a folder, a file, or a pattern such as `shards/*.tar`.
 
     A folder holds `.parquet` or `.tar` shards; or one `.jsonl` file, an object a line, with images

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from sparse_unified._common import Progress, Report, context, optional
+from sparse_unified._common import Progress, Report, StrPath, context, optional
 from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
 from sparse_unified.adapt.data import ImageDataset, open_records, sequence_generator
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
@@ -76,9 +76,9 @@ class Plan(Report):
 
 @context(WHAT)
 def adapt(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    model: StrPath,
+    out: StrPath,
+    data: StrPath,
     config: TrainingConfig,
     run: RunConfig | None = None,
     *,
@@ -195,11 +195,7 @@ def adapt(
 
 @context(WHAT)
 def plan(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    config: TrainingConfig,
-    run: RunConfig,
+    model: StrPath, out: StrPath, data: StrPath, config: TrainingConfig, run: RunConfig
 ) -> Plan:
     """Reads and checks all that `adapt` is given, every record included.
 
@@ -229,11 +225,7 @@ def plan(
 
 
 def _prepare(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    config: TrainingConfig,
-    run: RunConfig,
+    model: StrPath, out: StrPath, data: StrPath, config: TrainingConfig, run: RunConfig
 ) -> tuple[Checkpoint, Path, ImageDataset, Trainer]:
     """Reads and checks all that a run needs; nothing is written yet."""
     source = Checkpoint(find_model(model))

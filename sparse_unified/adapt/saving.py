@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Progress, list_some
+from sparse_unified._common import Progress, StrPath, list_some
 from sparse_unified.adapt.optimizer import (
     Optimizer,
     gather,
@@ -47,9 +46,7 @@ _STEP_SIZE = ("learning_rate", "min_learning_rate", "max_grad_norm")
 _log = logging.getLogger(__name__)
 
 
-def save_state(
-    directory: str | os.PathLike[str], optimizer: Optimizer, facts: Mapping[str, Any]
-) -> None:
+def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> None:
     """Writes the state of a run; every process takes part, the first one writes.
 
     ValueError if the directory exists; RuntimeError if writing failed or a tensor is not finite.
@@ -76,9 +73,7 @@ def save_state(
     wait_for_all()
 
 
-def load_state(
-    directory: str | os.PathLike[str], optimizer: Optimizer, facts: Mapping[str, Any]
-) -> int:
+def load_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> int:
     """Fills the state of a run; each process reads its own part. Returns the step of the state.
 
     ValueError if a file is missing or damaged, or of another run; then nothing is filled.
@@ -175,7 +170,7 @@ def _finite_bytes(tensor: Tensor, key: str) -> Any:
 
 def write_adapted(
     source: Checkpoint,
-    out: str | os.PathLike[str],
+    out: StrPath,
     model: nn.Module,
     optimizer: Optimizer,
     config: AdaptConfig,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import Progress, check_int, choice, context
+from sparse_unified._common import Progress, StrPath, check_int, choice, context
 from sparse_unified.analysis.evaluators import Evaluator, Probe, directions
 from sparse_unified.analysis.samples import Sample, Task, read_lines, read_object
 from sparse_unified.bagel import BagelPipeline, Guidance
@@ -318,7 +317,7 @@ def bagel_probe(
 #   NNNNN/samples/NNNNN.png   images of that prompt, counted from 00000
 
 
-def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metadata(path: StrPath) -> list[dict[str, Any]]:
     """Reads a GenEval metadata file, such as its `prompts/evaluation_metadata.jsonl`."""
     entries = []
     for where, line in read_lines(path, "--geneval"):
@@ -335,7 +334,7 @@ def read_metadata(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def write_geneval(
     pipeline: BagelPipeline,
     metadata: list[dict[str, Any]],
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     num_images: int = 4,
     seed: int = 0,
@@ -389,7 +388,7 @@ class GenEvalImages:
     def __init__(
         self,
         metadata: list[dict[str, Any]],
-        out: str | os.PathLike[str],
+        out: StrPath,
         scorer: Callable[[Path], Mapping[str, float]] | None = None,
         **options: Any,
     ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import Report, check_int, list_some, naming
+from sparse_unified._common import Report, StrPath, check_int, list_some, naming
 from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.files import NUMBER, has_form, read_json
 from sparse_unified.checkpoint.keys import FFN_NAMES
@@ -118,9 +117,7 @@ def score(
     return scores
 
 
-def save_scores(
-    path: str | os.PathLike[str], scores: Mapping[str, Mapping[FfnKey, Tensor]]
-) -> None:
+def save_scores(path: StrPath, scores: Mapping[str, Mapping[FfnKey, Tensor]]) -> None:
     """Writes scores as a file that `convert` and `prune` take with `--scores`.
 
     Of a sparse layer, the scores of its experts are joined in expert order, the shared one first.

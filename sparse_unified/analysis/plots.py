@@ -8,7 +8,6 @@ Colours tell components apart, the same in every plot; heat maps go from dark to
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_unified._common import optional
+from sparse_unified._common import StrPath, optional
 from sparse_unified.analysis.expert_usage import ExpertUsage
 from sparse_unified.analysis.statistics import NO_TIME
 from sparse_unified.analysis.sweep import SweepResult
@@ -45,7 +44,7 @@ STYLE = {
 }
 
 
-def write_plots(result: SweepResult, folder: str | os.PathLike[str]) -> list[Path]:
+def write_plots(result: SweepResult, folder: StrPath) -> list[Path]:
     """Draws everything that a sweep has shown into PNG files, and returns these.
 
     Args:
@@ -68,7 +67,7 @@ def write_plots(result: SweepResult, folder: str | os.PathLike[str]) -> list[Pat
     return written
 
 
-def write_usage_plot(usage: ExpertUsage, path: str | os.PathLike[str]) -> None:
+def write_usage_plot(usage: ExpertUsage, path: StrPath) -> None:
     """Draws expert usage into a PNG file; an existing one is replaced whole or not at all."""
     image = BytesIO()
     with optional("matplotlib", "plot").rc_context(STYLE):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import check_int, check_number, context, list_some, naming
+from sparse_unified._common import StrPath, check_int, check_number, context, list_some, naming
 from sparse_unified.checkpoint import Checkpoint, keys, safetensors_io
 from sparse_unified.checkpoint.files import loads_strict, open_source
 from sparse_unified.checkpoint.modes import TOOL
@@ -330,7 +329,7 @@ class FfnStatistics:
                 f"hash {known}, got {own}"
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Writes the file; an existing one is replaced whole or not at all."""
         entries = [
             (*of, *(key if isinstance(key, tuple) else (key, None))) for *of, key in self.ffns
@@ -351,7 +350,7 @@ class FfnStatistics:
         safetensors_io.save_tensors(Path(path), tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FfnStatistics:
+    def load(cls, path: StrPath) -> FfnStatistics:
         """Reads a file that `save` wrote; ValueError if it is damaged or something else."""
         header = safetensors_io.load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
         ffns: dict[tuple[str, str, FfnKey], FfnSums] = {}

@@ -22,6 +22,7 @@ import torch
 
 from sparse_unified._common import (
     Report,
+    StrPath,
     check_int,
     choice,
     context,
@@ -163,7 +164,7 @@ def run_sweep(
     host: object,
     probes: Sequence[Probe],
     config: SweepConfig,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     statistics: Mapping[str, FfnStatistics] | None = None,
     adapter: Adapter | None = None,
@@ -474,7 +475,7 @@ class Store:
 
 
 @contextmanager
-def open_store(out: str | os.PathLike[str], description: Mapping[str, Any]) -> Iterator[Store]:
+def open_store(out: StrPath, description: Mapping[str, Any]) -> Iterator[Store]:
     """Opens the folder of a run, new or to be resumed, for this process alone.
 
     `description` are plain values that say what is run; ValueError if the folder is of something

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparse_unified._common import format_bytes, format_layers, list_some, optional
+from sparse_unified._common import StrPath, format_bytes, format_layers, list_some, optional
 from sparse_unified.bagel.loading import official_tensors
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import replace_file
@@ -32,7 +31,7 @@ pipeline.generate("a red bench in the rain", seed=0).images[0].save("bench.png")
 """
 
 
-def save_model(model: Bagel, source: Checkpoint, out: str | os.PathLike[str], **card: Any) -> None:
+def save_model(model: Bagel, source: Checkpoint, out: StrPath, **card: Any) -> None:
     """Writes the weights of a live model beside the other files of the directory it came from.
 
     Weights keep the dtype they have in the model; parts that a task left out come from the source.
@@ -135,7 +134,7 @@ def model_card(
     return "\n".join(parts) + "\n"
 
 
-def write_card(directory: str | os.PathLike[str], **card: Any) -> Path:
+def write_card(directory: StrPath, **card: Any) -> Path:
     """Writes README.md of a model directory, in place of what is there; options: `model_card`."""
     path = Path(directory) / CARD
     replace_file(path, model_card(Checkpoint(directory), **card).encode())
@@ -143,7 +142,7 @@ def write_card(directory: str | os.PathLike[str], **card: Any) -> Path:
 
 
 def push_to_hub(
-    directory: str | os.PathLike[str],
+    directory: StrPath,
     repo_id: str,
     *,
     private: bool | None = None,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import choice, list_some, optional
+from sparse_unified._common import StrPath, choice, list_some, optional
 from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
@@ -61,7 +61,7 @@ class Placement:
     storage: str | Mapping[str, str] | None = None
     device_map: str | Mapping[str, Device] | None = None
     max_memory: Mapping[Any, Any] | None = None
-    offload_folder: str | os.PathLike[str] | None = None
+    offload_folder: StrPath | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", choice("task", Task, self.task))
@@ -155,7 +155,7 @@ def fill_(
 
 
 def load_bagel(
-    directory: str | os.PathLike[str],
+    directory: StrPath,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,

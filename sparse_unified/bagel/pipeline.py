@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from torch import Tensor
 from sparse_unified._common import (
     Progress,
     Report,
+    StrPath,
     check_int,
     check_number,
     context,
@@ -313,20 +313,20 @@ class BagelPipeline:
     @context("from_pretrained")
     def from_pretrained(
         cls,
-        name: str | os.PathLike[str],
+        name: StrPath,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: StrPath | None = None,
         local_files_only: bool = False,
         task: Task | str = Task.ALL,
         offload: Offload | str = Offload.NONE,
         storage: str | Mapping[str, str] | None = None,
         device_map: str | Mapping[str, Device] | None = None,
         max_memory: Mapping[Any, Any] | None = None,
-        offload_folder: str | os.PathLike[str] | None = None,
+        offload_folder: StrPath | None = None,
         compile: bool | str = False,
         cuda_graphs: bool = False,
     ) -> BagelPipeline:
@@ -388,7 +388,7 @@ class BagelPipeline:
         return pipeline
 
     @context("save_pretrained")
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **card: Any) -> None:
+    def save_pretrained(self, save_directory: StrPath, **card: Any) -> None:
         """Writes the model as it is now, with the other files of the directory it came from.
 
         Args:

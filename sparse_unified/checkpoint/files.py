@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sparse_unified._common import list_some
+from sparse_unified._common import StrPath, list_some
 
 try:
     import fcntl
@@ -286,7 +286,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
         write_all(handle, text.encode())
 
 
-def partial_path(out: str | os.PathLike[str]) -> Path:
+def partial_path(out: StrPath) -> Path:
     """Returns the sibling directory in which `out` is written before it gets its name.
 
     It holds `MARKER` and one directory, named as `out`, that is renamed to `out` when it is whole.
@@ -296,7 +296,7 @@ def partial_path(out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Iterator[Path]:
+def atomic_directory(out: StrPath, *, mode: int = 0o777) -> Iterator[Path]:
     """Yields an empty directory beside `out` that becomes `out` when the block ends well.
 
     The sibling `partial_path(out)` that holds it is locked while it is written, so two runs never
@@ -395,9 +395,7 @@ def _sync(directory: str | Path) -> None:
         os.close(handle)
 
 
-def check_target(
-    out: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, *others: object
-) -> Path:
+def check_target(out: StrPath, source: StrPath | None = None, *others: object) -> Path:
     """Returns the absolute path of a directory to make; ValueError where it cannot be made.
 
     It must not exist, its parent must, what stands at `partial_path(out)` must have been left by a

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some, naming, optional
+from sparse_unified._common import StrPath, list_some, naming, optional
 from sparse_unified.checkpoint import files, keys
 from sparse_unified.checkpoint.modes import (
     MAX_LAYERS,
@@ -375,7 +375,7 @@ class Checkpoint:
         ValueError: there is no such directory or weight file, or a file breaks its format.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: StrPath) -> None:
         self.directory = files.to_path(directory, "checkpoint")
         if not self.directory.is_dir():
             state = "a file" if self.directory.exists() else "nothing there"
@@ -546,11 +546,7 @@ def _read_shards(index_file: Path) -> dict[str, Header]:
 
 
 def find_model(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    where: str = "from_pretrained",
-    **options: Any,
+    name: StrPath, *, revision: str | None = None, where: str = "from_pretrained", **options: Any
 ) -> Path:
     """Returns the directory of a model, given as such or as a hub id, which is downloaded.
 
@@ -586,7 +582,7 @@ def find_model(
         ) from error
 
 
-def is_hub_id(name: str | os.PathLike[str]) -> bool:
+def is_hub_id(name: StrPath) -> bool:
     """Tells whether a name is written as an id of the hub is, and can be no path: neither a file
     of that name exists, nor a directory of the owner's name, in which it would be mistyped."""
     parts = os.fspath(name).split("/")

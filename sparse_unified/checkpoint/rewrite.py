@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparse_unified._common import Progress
+from sparse_unified._common import Progress, StrPath
 from sparse_unified.checkpoint import safetensors_io
 from sparse_unified.checkpoint.files import (
     atomic_directory,
@@ -64,7 +63,7 @@ Edits = Mapping[str, Edit]
 
 def rewrite(
     source: Checkpoint,
-    out: str | os.PathLike[str],
+    out: StrPath,
     edits: Edits,
     texts: Mapping[str, str],
     *,

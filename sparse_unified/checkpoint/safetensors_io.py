@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import StrPath, context
 from sparse_unified.checkpoint import files
 
 # The format allows 100 MB, which is 1.5 million tensors and takes a minute to check.
@@ -89,7 +89,7 @@ class Header:
     text: str
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: StrPath) -> Header:
     """Reads and checks the header of a safetensors file.
 
     Raises:
@@ -266,7 +266,7 @@ def save_tensors(
     files.replace_file(path, encode_tensors(tensors, metadata))
 
 
-def load_tensors(path: str | os.PathLike[str], *, kind: str, version: str) -> Header:
+def load_tensors(path: StrPath, *, kind: str, version: str) -> Header:
     """Reads the header of a file whose metadata must say `format` and `format_version`.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some, naming
+from sparse_unified._common import StrPath, list_some, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import Checkpoint, LayerShape, ffn_parts
 from sparse_unified.checkpoint.modes import MoEConfig
@@ -33,7 +33,7 @@ from sparse_unified.experts.keep import (
 from sparse_unified.experts.router import check_inputs
 
 LayerScores = Mapping[int, Tensor] | Tensor
-Scores = Mapping[str, LayerScores] | LayerScores | str | os.PathLike[str]
+Scores = Mapping[str, LayerScores] | LayerScores | StrPath
 
 LayerInputs = Mapping[int, Tensor]
 Inputs = Mapping[str, LayerInputs] | LayerInputs
@@ -80,7 +80,7 @@ def given_scores(
     return found
 
 
-def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | LayerScores:
+def read_scores(path: StrPath) -> Mapping[str, LayerScores] | LayerScores:
     """Reads a scores file; raises ValueError when it is not laid out as this module says."""
     found = {key: read_tensor(spec) for key, spec in read_header(path).tensors.items()}
     if set(found) == {"scores"}:

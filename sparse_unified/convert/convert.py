@@ -18,7 +18,6 @@ The dense weight files with their order, names and padding follow from these, by
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, context, format_layers, naming
+from sparse_unified._common import Progress, Report, StrPath, context, format_layers, naming
 from sparse_unified.checkpoint import files, keys, safetensors_io
 from sparse_unified.checkpoint.model_dir import (
     CONFIG,
@@ -157,8 +156,8 @@ class ConvertReport(Report):
 
 @context("convert")
 def convert(
-    dense: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    dense: StrPath,
+    out: StrPath,
     *,
     num_experts: int,
     top_k: int,
@@ -404,9 +403,7 @@ class InvertReport(Report):
 
 
 @context("invert")
-def invert(
-    sparse: str | os.PathLike[str], out: str | os.PathLike[str], *, progress: Progress | None = None
-) -> InvertReport:
+def invert(sparse: StrPath, out: StrPath, *, progress: Progress | None = None) -> InvertReport:
     """Writes the dense directory that `convert` made `sparse` from.
 
     Files come back bit for bit where their tensors were not trained since; routers are dropped.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from sparse_unified._common import (
     Report,
+    StrPath,
     check_int,
     context,
     format_bytes,
@@ -140,7 +140,7 @@ class Info(Report):
         return [*format_table(facts).splitlines(), "", *problems]
 
 
-def info(directory: str | os.PathLike[str]) -> Info:
+def info(directory: StrPath) -> Info:
     """Describes a model directory, dense or sparse, without reading its weights.
 
     Raises:
@@ -339,7 +339,7 @@ class MemoryReport(Report):
 
 @context("memory")
 def memory(
-    directory: str | os.PathLike[str], *, size: tuple[int, int] = (1024, 1024), images: int = 1
+    directory: StrPath, *, size: tuple[int, int] = (1024, 1024), images: int = 1
 ) -> MemoryReport:
     """Computes what a model directory takes on a device in each way of loading it.
 

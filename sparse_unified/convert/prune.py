@@ -7,7 +7,6 @@ What goes is planned by `surgery.cuts` from headers and scores alone, and cut fr
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, context, format_bytes
+from sparse_unified._common import Progress, Report, StrPath, context, format_bytes
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import check_target, list_files
 from sparse_unified.checkpoint.keys import Counts, count_tensors, format_counts
@@ -75,8 +74,8 @@ class PrunedCheckpoint(Report):
 
 @context("prune")
 def prune(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    model: StrPath,
+    out: StrPath,
     modes: Mode | Sequence[Mode],
     *,
     scores: Scores | None = None,

@@ -10,7 +10,6 @@ what a cut leaves of it, byte for byte.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, context, format_layers, format_table, list_some
+from sparse_unified._common import (
+    Progress,
+    Report,
+    StrPath,
+    context,
+    format_layers,
+    format_table,
+    list_some,
+)
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import CONFIG, VAE_FILE, Checkpoint, ffn_parts
 from sparse_unified.checkpoint.modes import RECIPE
@@ -160,11 +167,7 @@ class VerifyReport(Report):
 
 @context("verify")
 def verify(
-    sparse: str | os.PathLike[str],
-    against: str | os.PathLike[str],
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
+    sparse: StrPath, against: StrPath, *, seed: int = 0, progress: Progress | None = None
 ) -> VerifyReport:
     """Checks a sparse or pruned checkpoint against the dense one it should come from.
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import context, naming
+from sparse_unified._common import StrPath, context, naming
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.model_dir import find_model, is_hub_id
 from sparse_unified.checkpoint.modes import MoEConfig
@@ -112,7 +111,7 @@ def apply_moe_(
 
 @torch.no_grad()
 def load_moe_(
-    model: object, checkpoint: Checkpoint | str | os.PathLike[str], *, keep_dense: bool = True
+    model: object, checkpoint: Checkpoint | StrPath, *, keep_dense: bool = True
 ) -> SurgeryReport:
     """Replaces dense FFNs of a live model by the sparse FFNs of a checkpoint, in place.
 
