@@ -226,10 +226,9 @@ class Measurement:
             raise ValueError("measure_similarity: model must run on tokens meanwhile, got none")
         return Similarity(layers=tuple(layers))
 
-    def watch(self, block: Block) -> Iterator[Any]:
-        """Hooks one block; yields the handles."""
+    def watch(self, key: tuple[str, int], block: Block) -> Iterator[Any]:
+        """Hooks the block of a component and layer; yields the handles."""
         stream: dict[str, Tensor] = {}
-        key = (block.component, block.layer)
         self.tokens[key], self.sums[key] = 0, 0.0
 
         def leave(module: object, args: tuple[Any, ...], output: Any) -> None:
@@ -271,6 +270,7 @@ def measure_similarity(
         for component in adapter.components if components is None else components:
             for layer in range(adapter.num_layers()):
                 if adapter.holds(layer, component):
-                    for handle in measurement.watch(adapter.block(layer, component)):
+                    block = adapter.block(layer, component)
+                    for handle in measurement.watch((component, layer), block):
                         hooks.callback(handle.remove)
         yield measurement

@@ -46,7 +46,7 @@ from sparse_unified.checkpoint.modes import Part
 from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.cuts import PruneConfig
-from sparse_unified.surgery.decoder import Adapter, find_adapter, takes_absent_parts
+from sparse_unified.surgery.decoder import Decoder, find_adapter, takes_absent_parts
 from sparse_unified.surgery.temporary import as_module, changed
 
 Progress = Callable[[int, int, str], object]
@@ -167,7 +167,7 @@ def run_sweep(
     out: StrPath,
     *,
     statistics: Mapping[str, FfnStatistics] | None = None,
-    adapter: Adapter | None = None,
+    adapter: Decoder | None = None,
     description: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
@@ -213,7 +213,7 @@ def run_sweep(
     return result
 
 
-def check_model(adapter: Adapter, config: SweepConfig) -> None:
+def check_model(adapter: Decoder, config: SweepConfig) -> None:
     """Raises ValueError for a component, axis, layer or block size that a model does not allow."""
     for component in config.components:
         if component not in adapter.components:
@@ -253,7 +253,7 @@ class _TaskRun:
     def __init__(
         self,
         host: object,
-        adapter: Adapter,
+        adapter: Decoder,
         probe: Probe,
         config: SweepConfig,
         store: Store,

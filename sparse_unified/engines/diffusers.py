@@ -107,10 +107,6 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
             raise ValueError(
                 f"{where}: height and width must be given together, got {height} and {width}"
             )
-        if num_images_per_prompt < 1:
-            raise ValueError(
-                f"{where}: num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
-            )
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = [image] if isinstance(prompt, str) and image is not None else image
         count = num_images_per_prompt

@@ -78,22 +78,19 @@ class Ffn:
         return self.gate_proj.shape[0]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class Block(NamedTuple):
     """The modules of one layer of one component between which the residual stream can be seen.
 
     x1 = x + attention(input_norm(x)), then y = x1 + ffn(post_attention_norm(x1)): the input of the
-    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`. `layer_module` is
-    the whole layer, of all components, which may share the attention; a `ffn` may be a mixture.
+    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`, which may be a
+    mixture. `layer_module` is the whole layer, of all components, which may share the attention.
     """
 
-    component: str
-    layer: int
-    layer_module: nn.Module
-    input_norm: nn.Module
-    attention: nn.Module
-    post_attention_norm: nn.Module
     ffn: nn.Module
+    attention: nn.Module
+    input_norm: nn.Module
+    post_attention_norm: nn.Module
+    layer_module: nn.Module
 
 
 class BlockNames(NamedTuple):
@@ -199,13 +196,13 @@ class Decoder:
     def block(self, layer: int, component: str) -> Block:
         """Returns the modules of one layer; ValueError where the model lacks one of them."""
         names, module = self.names(component), self.layers[layer]
-        parts: dict[str, Any] = {p: getattr(module, n, None) for p, n in names._asdict().items()}
-        if not all(isinstance(found, nn.Module) for found in parts.values()):
+        parts: list[Any] = [getattr(module, name, None) for name in names]
+        if not all(isinstance(found, nn.Module) for found in parts):
             raise ValueError(
                 f"layer {layer} ({self.path}.{layer}): layer must have the modules "
                 f"{', '.join(names)}, got a {describe_module(module)}"
             )
-        return Block(component=component, layer=layer, layer_module=module, **parts)
+        return Block(*parts, module)
 
     def ffns(self, component: str) -> list[Ffn]:
         """Returns the FFNs of a component, layer by layer; of a mixture every expert.
@@ -258,9 +255,6 @@ class Decoder:
                 f"{', '.join(self.components)}, got {component!r}"
             )
         return names
-
-
-Adapter = Decoder
 
 
 def takes_absent_parts(layer: nn.Module) -> bool:
