@@ -202,7 +202,7 @@ class Decoder:
                 f"layer {layer} ({self.path}.{layer}): layer must have the modules "
                 f"{', '.join(names)}, got a {describe_module(module)}"
             )
-        return Block(*parts, module)
+        return Block(*parts, layer_module=module)
 
     def ffns(self, component: str) -> list[Ffn]:
         """Returns the FFNs of a component, layer by layer; of a mixture every expert.
