@@ -253,23 +253,24 @@ def convert(
     texts = {CONFIG: new_config} | index_texts(source, edits)
     texts[RECIPE] = recipe_text((*source.recipe, step))
 
+    facts: dict[str, Any] = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "num_shared_experts": num_shared_experts,
+        "layers": list(layouts),
+        "component": component,
+        "scores": origin,
+        "partition": config.partition.value,
+        "router_init": config.router_init.value,
+    }
+
     def finish(written: Path) -> None:
-        arguments = {
-            "num_experts": num_experts,
-            "top_k": top_k,
-            "num_shared_experts": num_shared_experts,
-            "layers": list(layouts),
-            "component": component,
-            "scores": origin,
-            "partition": config.partition.value,
-            "router_init": config.router_init.value,
-            "partition_seed": config.seed,
-        }
         old = [name for name in texts if (source.directory / name).exists()]
         maps = {
             "weight_files": {name: header.text for name, header in source.headers.items()},
             "texts": {name: files.read_text(source.directory / name) for name in old},
         }
+        arguments = facts | {"partition_seed": config.seed}
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "tool": TOOL}
         metadata |= {"component": component, "arguments": json.dumps(arguments)}
         metadata |= {name: json.dumps(own, ensure_ascii=False) for name, own in maps.items()}
@@ -283,17 +284,10 @@ def convert(
     nbytes = rewrite(source, out, edits, texts, rename=rename, finish=finish, progress=progress)
     return ConvertReport(
         out=str(out),
-        component=component,
-        layers=tuple(layouts),
-        num_experts=num_experts,
-        top_k=top_k,
-        num_shared_experts=num_shared_experts,
+        **facts | {"layers": tuple(layouts)},
         expert_width=max(layout.expert_width for layout in layouts.values()),
         shared_width=max(layout.shared_width for layout in layouts.values()),
         expert_widths=tuple(layout.expert_width for layout in layouts.values()),
-        scores=origin,
-        partition=config.partition.value,
-        router_init=config.router_init.value,
         bytes_written=nbytes,
         seconds=time.perf_counter() - start,
     )

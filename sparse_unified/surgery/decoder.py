@@ -196,13 +196,13 @@ class Decoder:
     def block(self, layer: int, component: str) -> Block:
         """Returns the modules of one layer; ValueError where the model lacks one of them."""
         names, module = self.names(component), self.layers[layer]
-        parts: list[Any] = [getattr(module, name, None) for name in names]
-        if not all(isinstance(found, nn.Module) for found in parts):
+        parts: dict[str, Any] = {p: getattr(module, n, None) for p, n in names._asdict().items()}
+        if not all(isinstance(found, nn.Module) for found in parts.values()):
             raise ValueError(
                 f"layer {layer} ({self.path}.{layer}): layer must have the modules "
                 f"{', '.join(names)}, got a {describe_module(module)}"
             )
-        return Block(*parts, layer_module=module)
+        return Block(**parts, layer_module=module)
 
     def ffns(self, component: str) -> list[Ffn]:
         """Returns the FFNs of a component, layer by layer; of a mixture every expert.
