@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 import torch
 
 from sparse_unified._common import format_table
-from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -154,12 +153,12 @@ def count_tensors(
     """Returns what the decoder layers of a component cost with tensors of these sizes."""
     counts = Counts()
     for key, shape in sizes.items():
-        match = keys.LAYER_KEY.fullmatch(key)
-        if match is None or keys.component_of(match[2]) != component:
+        match = LAYER_KEY.fullmatch(key)
+        if match is None or component_of(match[2]) != component:
             continue
         module = match[2].rpartition(".")[0].rpartition(".")[2]
-        own = count_weight(module.removesuffix(keys.SUFFIXES["gen"]), specs[key].dtype, shape)
-        expert = keys.EXPERT_KEY.search(match[2])
+        own = count_weight(module.removesuffix(SUFFIXES["gen"]), specs[key].dtype, shape)
+        expert = EXPERT_KEY.search(match[2])
         if expert is not None and top_k is not None and int(expert[1]) >= top_k:
             own = Counts(parameters=own.parameters, bytes=own.bytes)  # as many are idle
         counts += own
