@@ -108,6 +108,7 @@ class Probe:
         workload: sets up the forward whose cost is measured.
         description: plain values that identify samples and settings; a sweep that is resumed must
             have the same.
+        better: which way each metric improves, "lower" or "higher"; told by the evaluators.
     """
 
     task: str
@@ -116,19 +117,14 @@ class Probe:
     workload: Workload
     description: Mapping[str, Any] = field(default_factory=dict)
 
+    better: dict[str, str] = field(init=False)
+
     def __post_init__(self) -> None:
-        listed = [metric for own in self._directions() for metric in own]
+        own = [directions(f, where=f"{self.task}: {name}") for name, f in self.evaluators.items()]
+        listed = [metric for metrics in own for metric in metrics]
         if not listed or len(set(listed)) < len(listed):
             raise ValueError(f"{self.task}: evaluators must have metrics, each once, got {listed}")
-
-    @property
-    def better(self) -> dict[str, str]:
-        """Which way each metric improves: "lower" or "higher"."""
-        return {name: way for own in self._directions() for name, way in own.items()}
-
-    def _directions(self) -> list[dict[str, str]]:
-        given = self.evaluators.items()
-        return [directions(function, where=f"{self.task}: {name}") for name, function in given]
+        object.__setattr__(self, "better", {m: way for found in own for m, way in found.items()})
 
 
 # Cost. Parameters and bytes are those of the tensors the model holds. FLOPs and the memory of
