@@ -29,12 +29,7 @@ from sparse_unified.adapt.config import RunConfig, SequenceConfig
 from sparse_unified.analysis import samples
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.images import (
-    ContextImage,
-    ImageTransform,
-    open_image,
-    to_rgb,
-)
+from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image, to_rgb
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import safetensors_io

@@ -22,13 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_unified._common import Progress, StrPath, list_some
-from sparse_unified.adapt.optimizer import (
-    Optimizer,
-    gather,
-    local_rows,
-    this_process,
-    wait_for_all,
-)
+from sparse_unified.adapt.optimizer import Optimizer, gather, local_rows, this_process, wait_for_all
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
 from sparse_unified.checkpoint.modes import RECIPE, Step, recipe_text
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite

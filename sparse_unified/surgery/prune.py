@@ -16,24 +16,12 @@ from torch import Tensor, nn
 from sparse_unified._common import context, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import LayerShape
-from sparse_unified.checkpoint.modes import (
-    PruneHeadsConfig,
-    PruneWidthConfig,
-    SkipLayersConfig,
-)
+from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.checkpoint.scores import Scores, head_magnitudes, rank
 from sparse_unified.experts.keep import magnitude_scores, select_layers
 from sparse_unified.nn import SparseMoE, key_heads_read
-from sparse_unified.surgery.cuts import (
-    keep_neurons,
-    plan,
-    skipped_modules,
-)
-from sparse_unified.surgery.decoder import (
-    Decoder,
-    find_decoder,
-    takes_absent_parts,
-)
+from sparse_unified.surgery.cuts import keep_neurons, plan, skipped_modules
+from sparse_unified.surgery.decoder import Decoder, find_decoder, takes_absent_parts
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     DenseWeights,
