@@ -114,7 +114,9 @@ def adapt(
         stack.enter_context(_in_words())
         source, running, dataset, trainer = _prepare(model, out, data, config, run)
         if is_first := this_process() == 0:
-            stack.enter_context(_own_directory(running, resume=run.resume))
+            running.mkdir(exist_ok=run.resume)
+            refusal = ValueError(f"{running} must belong to one run, got one that goes on")
+            stack.enter_context(files.locked(running, refusal))
         wait_for_all()  # latents of others are written into the directory
         if run.resume and (states := list_states(running)):
             trainer.load(states[-1])
@@ -253,23 +255,6 @@ def _prepare(
         "records": records.fingerprint,
     }
     return source, running, dataset, Trainer(pipeline.model, dataset, config, identity=identity)
-
-
-@contextmanager
-def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
-    """Makes the directory of a run, and keeps other runs out of it."""
-    running.mkdir(exist_ok=resume)
-    lock = os.open(running, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            files.lock_alone(lock)
-        except BlockingIOError:
-            raise ValueError(f"{running} must belong to one run, got one that goes on") from None
-        except OSError:  # the file system has no locks
-            pass
-        yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager

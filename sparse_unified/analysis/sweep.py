@@ -488,13 +488,8 @@ def open_store(out: StrPath, description: Mapping[str, Any]) -> Iterator[Store]:
             f"--out: {folder} must be new, empty, or of a run of analyze, got other files"
         )
     folder.mkdir(exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            files.lock_alone(lock.fileno())
-        except BlockingIOError:
-            raise RuntimeError(
-                f"--out: {folder} must be used by one run at a time, got another"
-            ) from None
+    refusal = RuntimeError(f"--out: {folder} must be used by one run at a time, got another")
+    with files.locked(folder, refusal):
         if not run.exists():
             text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
             files.replace_file(run, text.encode())

@@ -356,6 +356,19 @@ def lock_alone(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@contextmanager
+def locked(folder: Path, refusal: Exception) -> Iterator[None]:
+    """Keeps other processes out of a folder, by its file `.lock`; raises `refusal` if one is in."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            lock_alone(lock.fileno())
+        except BlockingIOError:
+            raise refusal from None
+        except OSError:  # the file system has no locks
+            pass
+        yield
+
+
 def _lock(partial: Path) -> int:
     """Makes a directory if there is none, and returns a descriptor that locks it."""
     while True:
