@@ -33,7 +33,7 @@ from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import safetensors_io
-from sparse_unified.checkpoint.files import read_text, replace_file
+from sparse_unified.checkpoint.files import read_object, read_text, replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -138,7 +138,7 @@ def open_records(data: StrPath) -> Records:
 def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for where, line in samples.read_lines(path, _WHERE):
-        fields = _renamed(samples.read_object(line, where))
+        fields = _renamed(read_object(line, where))
         for name in fields.keys() & _IMAGES:
             if not samples.is_file_name(fields[name]):
                 raise ValueError(f"{where}: {name} must be a path, got {fields[name]!r:.80}")

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from sparse_unified._common import Progress, StrPath, check_int, choice, context
 from sparse_unified.analysis.evaluators import Evaluator, Probe, directions
-from sparse_unified.analysis.samples import Sample, Task, read_lines, read_object
+from sparse_unified.analysis.samples import Sample, Task, read_lines
 from sparse_unified.bagel import BagelPipeline, Guidance
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.images import open_image
 from sparse_unified.bagel.pipeline import choose_sizes, generate_tokens
 from sparse_unified.bagel.sampler import build_guidance, initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
-from sparse_unified.checkpoint.files import replace_file
+from sparse_unified.checkpoint.files import read_object, replace_file
 
 _MAX_LOSS = 700.0  # exp of more is no double
 

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 
 from sparse_unified._common import StrPath, naming
 from sparse_unified.bagel.images import open_image
-from sparse_unified.checkpoint.files import loads_strict, read_text
+from sparse_unified.checkpoint.files import read_object, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -184,17 +184,6 @@ def read_lines(path: StrPath, option: str) -> list[tuple[str, str]]:
         lines = read_text(Path(path)).splitlines()
     placed = [(f"{option}: {path}: line {i}", line.strip()) for i, line in enumerate(lines, 1)]
     return [(where, line) for where, line in placed if line]
-
-
-def read_object(line: str, where: str) -> dict[str, Any]:
-    """Reads a line of JSON that must be an object."""
-    try:
-        value = loads_strict(line)
-    except ValueError as error:
-        raise ValueError(f"{where} must be a JSON object, got {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a JSON object, got a {type(value).__name__}")
-    return value
 
 
 def is_file_name(value: object) -> bool:

@@ -29,6 +29,7 @@ from sparse_unified._common import (
     format_bytes,
     format_table,
     list_some,
+    naming,
 )
 from sparse_unified.analysis.calibration import collect
 from sparse_unified.analysis.criteria import (
@@ -515,14 +516,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         os.truncate(path, whole)
     records = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            record = files.loads_strict(line.decode("utf-8"), finite=True)
-        except ValueError as error:
-            raise ValueError(f"{path}: line {number} must be JSON, got {error}") from error
-        if not files.has_form(record, _POINT) and not files.has_form(record, _DENSE):
-            raise ValueError(
-                f"{path}: line {number} must be a point as analyze writes it, got {record!r:.240}"
-            )
+        with naming(f"{path}: line {number}"):
+            record = files.read_object(line, "record", finite=True)
+            if not files.has_form(record, _POINT) and not files.has_form(record, _DENSE):
+                raise ValueError(
+                    f"record must be a point as analyze writes it, got {record!r:.240}"
+                )
         records.append(record)
     return records
 

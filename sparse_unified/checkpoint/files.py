@@ -99,13 +99,18 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file; raises ValueError when it is none."""
-    text = read_text(path)
+    return read_object(read_text(path), f"{path}: file")
+
+
+def read_object(text: str | bytes, where: str, *, finite: bool = False) -> dict[str, Any]:
+    """Reads text that must be a JSON object, as `loads_strict` does; `where` names it."""
     try:
-        value = loads_strict(text)
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        value = loads_strict(decoded, finite=finite)
     except ValueError as error:
-        raise ValueError(f"{path}: file must be JSON, got {error}") from error
+        raise ValueError(f"{where} must be a JSON object, got {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: file must hold a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{where} must be a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -103,13 +102,10 @@ def read_sidecar(path: Path) -> Sidecar:
                     "got something else"
                 )
             indices[found[1]] = index.long().numpy()
-        maps: dict[str, dict[str, Any]] = {}
-        for field in ("arguments", "weight_files", "texts"):
-            text = header.metadata.get(field, "")
-            with suppress(ValueError):
-                maps[field] = files.loads_strict(text)
-            if not isinstance(maps.get(field), dict):
-                raise ValueError(f"{field} must hold a JSON object, got {text!r:.80}")
+        maps = {
+            field: files.read_object(header.metadata.get(field, ""), field)
+            for field in ("arguments", "weight_files", "texts")
+        }
         for field in ("weight_files", "texts"):
             for name, text in maps[field].items():
                 if not files.is_plain_name(name) or not isinstance(text, str):
