@@ -134,16 +134,17 @@ def fill_(
 ) -> None:
     """Gives memory to what is on the meta device below a module, whose keys start with `prefix`,
     and fills it from a file."""
-    unfilled = [key for key, tensor in official_tensors(module, prefix).items() if tensor.is_meta]
+    before = official_tensors(module, prefix)
     for path, owner in module.named_modules():
         at = f"{prefix}{path}." if path else prefix
         for name, tensor in owner._parameters.items():
             if tensor is not None and tensor.is_meta:
                 full = torch.empty_like(tensor, device=placement.of_tensor(f"{at}{name}"))
                 owner._parameters[name] = nn.Parameter(full, requires_grad=tensor.requires_grad)
-    targets = official_tensors(module, prefix)
-    for key in unfilled:
-        spec, target = specs[key], targets[key]
+    for key, target in official_tensors(module, prefix).items():
+        if not before[key].is_meta:
+            continue
+        spec = specs[key]
         if spec.nbytes <= _BLOCK_BYTES:
             target.copy_(read_tensor(spec))
             continue

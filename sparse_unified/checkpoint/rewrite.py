@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -98,12 +99,18 @@ def rewrite(
     """
     files: dict[str, tuple[str, list[Edit]]] = {}  # name -> header text and what comes after it
     for name, header in (headers or source.headers).items():
-        parts = [edits.get(key) or _copy(key, source.spec(key)) for key in header.tensors]
-        entries = [entry for own in parts for entry in own.entries]
+        parts = []
+        for key in header.tensors:
+            if (edit := edits.get(key)) is None:
+                spec = source.spec(key)
+                entries = ((key, spec.dtype, spec.shape),)
+                edit = Edit(entries=entries, blocks=partial(tuple, [spec]))
+            parts.append(edit)
+        written = [entry for own in parts for entry in own.entries]
         if headers is not None:
             files[name] = header.text, parts
-        elif entries or not header.tensors:
-            files[name] = safetensors_io.build_header(entries, header.metadata), parts
+        elif written or not header.tensors:
+            files[name] = safetensors_io.build_header(written, header.metadata), parts
     found = list_files(source.directory)
     left_out = {*source.headers, *files, *texts, *skip}
     others = {name: status for name, status in found.items() if name not in left_out}
@@ -124,12 +131,14 @@ def rewrite(
         return stat.S_IMODE(found[name].st_mode) & 0o777 | 0o600 if name in found else 0o666
 
     directory_mode = stat.S_IMODE(source.directory.stat().st_mode) & 0o777
-    with atomic_directory(out, mode=directory_mode) as partial:
-        free = shutil.disk_usage(partial).free
+    with atomic_directory(out, mode=directory_mode) as unfinished:
+        free = shutil.disk_usage(unfinished).free
         if free < total:
-            raise RuntimeError(f"{partial.parents[1]} must have {total:,} bytes free, got {free:,}")
+            raise RuntimeError(
+                f"{unfinished.parents[1]} must have {total:,} bytes free, got {free:,}"
+            )
         for name, status in others.items():
-            path = partial / (rename or {}).get(name, name)
+            path = unfinished / (rename or {}).get(name, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with (
                 open_source(source.directory / name, stamp_of(status)) as stream,
@@ -137,7 +146,7 @@ def rewrite(
             ):
                 copy_range(stream, 0, status.st_size, target, advance)
         for name, (text, parts) in files.items():
-            with create_file(partial / name, mode=mode(name)) as target:
+            with create_file(unfinished / name, mode=mode(name)) as target:
                 write_all(target, safetensors_io.encode_header(text), advance)
                 for block in (block for own in parts for block in own.blocks()):
                     if isinstance(block, TensorSpec):
@@ -146,14 +155,10 @@ def rewrite(
                     else:
                         write_all(target, block, advance)
         for name, text in texts.items():
-            write_text(partial / name, text, mode=mode(name))
-        finish(partial)
+            write_text(unfinished / name, text, mode=mode(name))
+        finish(unfinished)
         source.refuse_change()
     return done
-
-
-def _copy(key: str, spec: TensorSpec) -> Edit:
-    return Edit(entries=((key, spec.dtype, spec.shape),), blocks=lambda: (spec,))
 
 
 def _size(entry: Entry) -> int:
