@@ -491,7 +491,7 @@ PACKAGE = (
         "tests/test_experts.py",
     ),
     python(
-        "experts/scores.py",
+        "experts/keep.py",
         "values * torch.linalg.vector_norm(o_proj",
         "torch.linalg.vector_norm(o_proj",
         "tests/test_surgery_*.py",

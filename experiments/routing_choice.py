@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_unified.experts import ExpertLayout, fit_router, magnitude_scores, random_router
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import magnitude_scores
 from sparse_unified.experts.layout import Partition, order_neurons
-from sparse_unified.experts.router import RouterInit, hidden_activations
+from sparse_unified.experts.router import RouterInit, fit_router, hidden_activations, random_router
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 512, 16, 8

@@ -60,7 +60,7 @@ from sparse_unified.bench.report import commit, versions
 from sparse_unified.bench.target import processor_name
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.safetensors_io import build_header
-from sparse_unified.convert.memory import memory
+from sparse_unified.convert.info import memory
 from sparse_unified.surgery.quantize import STORAGES, quantize_ffn_
 
 CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 # Called with (done, total) while something long runs.
 Progress = Callable[[int, int], object]
+StrPath = str | os.PathLike[str]
 _Choice = TypeVar("_Choice", bound=Enum)
 
 
@@ -177,7 +179,7 @@ class Report:
     def table(self) -> Sequence[Sequence[object]]:
         """Returns the rows of the table below the headings; by default a field a row."""
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return [(name.replace("_", " "), str(getattr(self, name))) for name in names]
+        return [(name.replace("_", " "), _readable(name, getattr(self, name))) for name in names]
 
     def notes(self) -> Sequence[str]:
         """Returns the lines below the table."""
@@ -193,6 +195,15 @@ class Report:
 
     def __str__(self) -> str:
         return self.to_text()
+
+
+def _readable(name: str, value: Any) -> str:
+    """Writes a field of a report by what its name says it is."""
+    if name.startswith("bytes"):
+        return format_bytes(value)
+    if name == "layers":
+        return format_layers(value)
+    return f"{value:.1f}" if name == "seconds" else str(value)
 
 
 def format_table(rows: Sequence[Sequence[object]], *, header: bool = False) -> str:

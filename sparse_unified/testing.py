@@ -26,8 +26,8 @@ from sparse_unified.bagel.loading import check_tensors
 from sparse_unified.bagel.pipeline import generate_tokens
 from sparse_unified.bagel.sampler import build_guidance, sample_latents, see_images
 from sparse_unified.checkpoint.files import read_json
+from sparse_unified.checkpoint.model_dir import scan_ffns
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
-from sparse_unified.checkpoint.shapes import scan_ffns
 from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE
 

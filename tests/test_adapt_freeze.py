@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_unified.adapt.freeze import freeze
+from sparse_unified.adapt.config import freeze
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 

@@ -256,7 +256,7 @@ def test_targets_that_exist_or_belong_to_a_run_or_hold_the_input_are_refused(
         (tmp_path / name).mkdir()
     (tmp_path / ".other.partial" / MARKER).touch()
     data = shutil.copytree(root / "data", tmp_path / ".other.partial" / "other")
-    lock = os.open(tmp_path / "new.training", os.O_RDONLY)
+    lock = os.open(tmp_path / "new.training" / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for out, given, resume, rule in (

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_unified
-from sparse_unified.analysis.cost import ActivationMemory, measure_cost
+from sparse_unified.analysis.evaluators import ActivationMemory, measure_cost
 from sparse_unified.nn import SparseMoE, SwiGLU
 
 

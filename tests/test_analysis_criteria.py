@@ -18,7 +18,7 @@ from sparse_unified.analysis import (
     score,
 )
 from sparse_unified.checkpoint.scores import given_scores
-from sparse_unified.experts import magnitude_scores, random_scores
+from sparse_unified.experts.keep import magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import find_adapter
 
 

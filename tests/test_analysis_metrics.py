@@ -19,13 +19,14 @@ from PIL import Image
 from sparse_unified.analysis import Sample, Settings, evaluator, write_geneval
 from sparse_unified.analysis.bagel_task import (
     DenseDistance,
+    GenEvalImages,
     TextAgreement,
     VelocityError,
     guidance_of,
     question_context,
+    read_metadata,
 )
 from sparse_unified.analysis.evaluators import load_evaluator, measure
-from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
 from sparse_unified.bagel.sampler import initial_noise
 from sparse_unified.bagel.vision import patchify
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_unified.analysis import measure_similarity
-from sparse_unified.analysis.similarity import Similarity
+from sparse_unified.analysis.criteria import Similarity
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from sparse_unified.analysis import (
     run_sweep,
     score,
 )
-from sparse_unified.analysis.records import open_store
+from sparse_unified.analysis.sweep import open_store
 from sparse_unified.surgery import PruneWidthConfig, changed
 from sparse_unified.surgery.decoder import find_adapter
 

@@ -12,7 +12,7 @@ from bagel_models import GOLDEN, SPECIAL
 
 from sparse_unified.bagel import AutoEncoder, BagelConfig, LLMConfig, VAEConfig
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
-from sparse_unified.checkpoint.shapes import LayerShape
+from sparse_unified.checkpoint.model_dir import LayerShape
 from sparse_unified.testing import build_vae, read_case
 
 CASE = read_case(GOLDEN / "t2i_moe")

@@ -23,9 +23,8 @@ from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.decoder import MAX_HOST_ROWS, run_ffn
 from sparse_unified.bagel.loading import LAYERS, Offload, Placement, Task, unneeded
 from sparse_unified.bagel.tokenizer import Tokenizer
-from sparse_unified.checkpoint import TensorSpec
 from sparse_unified.checkpoint.model_dir import find_model
-from sparse_unified.checkpoint.safetensors_io import read_tensor
+from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_tensor
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.nn.expert_state import is_packed

@@ -103,7 +103,7 @@ def test_released_files_are_read_as_transformers_reads_them(tmp_path: Path, file
     [
         ("tokenizer.json", "{", "readable tokenizer"),
         ("tokenizer.json", '{"version": "1.0", "model": 3}', "readable tokenizer"),
-        ("tokenizer_config.json", "[]", "must hold a JSON object"),
+        ("tokenizer_config.json", "[]", "must be a JSON object"),
         ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class must be one of"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"a": 1}}', "readable tokenizer"),
         ("tokenizer.json", None, "hold a tokenizer"),

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_unified.checkpoint import Checkpoint, convert, invert, keys, verify
-from sparse_unified.checkpoint.sidecar import read_sidecar
-from sparse_unified.experts import ExpertLayout, magnitude_scores, random_scores, snake_partition
+from sparse_unified.convert.convert import read_sidecar
+from sparse_unified.experts import ExpertLayout, snake_partition
+from sparse_unified.experts.keep import magnitude_scores, random_scores
 
 NEURONS = torch.rand(96)
 FORMATS = [(0, torch.float32), (0, torch.bfloat16), (3, torch.float16), (0, torch.float64)]
@@ -132,7 +133,9 @@ def test_bits_that_are_no_numbers_survive(tmp_path: Path) -> None:
         bits[5, 3], bits[6, 2] = 0x7FC12345, -0x00345678  # NaNs with payloads
 
     edit_weights(dense, edit)
-    with pytest.raises(ValueError, match="layer 1 of the weights: scores must be finite, got nan"):
+    with pytest.raises(
+        ValueError, match="magnitude of its weights: scores must be finite, got nan"
+    ):
         convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2, seed=0)
     report = verify(tmp_path / "sparse", dense)

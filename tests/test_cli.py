@@ -105,9 +105,7 @@ def test_flags_and_defaults_are_what_they_were() -> None:
             (f"generate m --out x.png --prompt a {wrong}", words)
             for wrong, words in [
                 ("--size 100x64", "multiple of 16"),
-                ("--height 64", "--height and --width together"),
                 ("--cfg-interval nan,1", "LO,HI"),
-                ("--edit", "--edit must come with --image"),
                 ("--storage und=int8,und=fp8", "--storage: must be int8, fp8"),
                 ("--device-map cpu", "--device-map: must be auto or MODULE=DEVICE"),
                 ("--max-memory cpu=1GiB", "--max-memory must come with --device-map"),

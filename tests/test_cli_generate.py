@@ -90,8 +90,8 @@ def test_a_picture_for_each_prompt_whatever_the_batch(
 def test_pictures_are_edited_and_talked_about(
     model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["generate", str(model), "--prompt", "make it red", "--image", str(picture), "--edit"]
-    command += ["--steps", "3", "--height", "32", "--width", "48", "--quiet"]
+    command = ["generate", str(model), "--prompt", "make it red", "--image", str(picture)]
+    command += ["--steps", "3", "--size", "32x48", "--quiet"]
     assert main([*command, "--out", str(tmp_path / "x.webp")]) == 0
     assert image.open(tmp_path / "x.webp").size == (48, 32)
     capsys.readouterr()

@@ -24,16 +24,10 @@ from routing_choice import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_unified.experts import (
-    ExpertLayout,
-    fit_router,
-    magnitude_scores,
-    random_scores,
-    select_layers,
-    snake_partition,
-)
+from sparse_unified.experts import ExpertLayout, snake_partition
+from sparse_unified.experts.keep import magnitude_scores, random_scores, select_layers
 from sparse_unified.experts.layout import Partition, _assign_evenly, order_neurons
-from sparse_unified.experts.router import RouterInit, hidden_activations
+from sparse_unified.experts.router import RouterInit, fit_router, hidden_activations
 from sparse_unified.ops import reference
 
 

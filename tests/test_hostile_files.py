@@ -32,11 +32,11 @@ from sparse_unified.adapt.optimizer import Optimizer
 from sparse_unified.adapt.run import read_log
 from sparse_unified.adapt.saving import load_state, save_state
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect
-from sparse_unified.analysis.geneval import read_metadata
-from sparse_unified.analysis.records import open_store, read_records
+from sparse_unified.analysis.bagel_task import read_metadata
+from sparse_unified.analysis.criteria import Similarity
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.samples import read_lines as read_text_lines
-from sparse_unified.analysis.similarity import Similarity
+from sparse_unified.analysis.sweep import open_store, read_records
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import open_image, to_rgb
 from sparse_unified.bagel.loading import load_bagel
@@ -53,7 +53,7 @@ from sparse_unified.checkpoint import (
     verify,
 )
 from sparse_unified.checkpoint.scores import read_scores
-from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
+from sparse_unified.convert.convert import SIDECAR, read_sidecar
 from sparse_unified.fixtures import write_checkpoint, write_tokenizer
 
 IMAGE = "0.png"

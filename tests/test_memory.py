@@ -16,7 +16,7 @@ from released_files import GOLDEN, Released
 
 from sparse_unified.bagel import AutoEncoder, BagelPipeline, VAEConfig
 from sparse_unified.checkpoint.safetensors_io import build_header
-from sparse_unified.convert.memory import memory
+from sparse_unified.convert.info import memory
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery.report import stored_bytes
 

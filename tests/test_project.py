@@ -52,10 +52,10 @@ HEAVY = (
 )
 # Files and functions of the main paths, at most; `python tests/hops.py --list` shows them.
 CEILINGS = {
-    "conversion": (17, 154),
-    "sparse load": (24, 171),
-    "calibration": (21, 184),
-    "prune with scores": (17, 164),
+    "conversion": (11, 149),
+    "sparse load": (22, 171),
+    "calibration": (20, 183),
+    "prune with scores": (11, 159),
     "denoising step": (12, 31),
 }
 

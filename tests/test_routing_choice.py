@@ -221,8 +221,7 @@ def test_recipes_of_earlier_versions_read_as_snake_and_zero(tmp_path: Path) -> N
         del recipe["steps"][0]["config"][name]
     path.write_text(json.dumps(recipe))
     found = Checkpoint(tmp_path / "sparse").recipe
-    assert found is not None
-    assert found.steps[0].config == MoEConfig(num_experts=4, top_k=2, layers=(1, 2))
+    assert found[0].config == MoEConfig(num_experts=4, top_k=2, layers=(1, 2))
 
 
 # Commands

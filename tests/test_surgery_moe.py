@@ -33,7 +33,8 @@ from sparse_unified import MoEConfig, apply_moe_, count_parameters, load_moe_, r
 from sparse_unified.bagel import Bagel, BagelPipeline, SamplingConfig
 from sparse_unified.bagel.sampler import build_guidance, sample_latents
 from sparse_unified.checkpoint import Checkpoint, convert
-from sparse_unified.experts import ExpertLayout, magnitude_scores, snake_partition
+from sparse_unified.experts import ExpertLayout, snake_partition
+from sparse_unified.experts.keep import magnitude_scores
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.testing import Case, build_model, read_case

@@ -42,8 +42,9 @@ from sparse_unified import (
 )
 from sparse_unified.bagel import Bagel
 from sparse_unified.bagel.vision import grid_positions
-from sparse_unified.experts import ExpertLayout, keep_units
-from sparse_unified.experts.keep import Budget, keep_in_experts
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import Budget, keep_units
+from sparse_unified.experts.layout import keep_in_experts
 
 COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
 MLPS = pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])

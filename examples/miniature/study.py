@@ -42,7 +42,7 @@ from sparse_unified.analysis import (
     measure_similarity,
     score,
 )
-from sparse_unified.analysis.similarity import Similarity
+from sparse_unified.analysis.criteria import Similarity
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.experts.layout import Partition

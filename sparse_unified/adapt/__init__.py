@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptation: tuning of a converted or pruned model, from frozen experts to all of its weights."""
 
-from sparse_unified.adapt.config import RunConfig, SequenceConfig, Stage, TrainingConfig
-from sparse_unified.adapt.freeze import freeze
+from sparse_unified.adapt.config import RunConfig, SequenceConfig, Stage, TrainingConfig, freeze
 from sparse_unified.adapt.memory import estimate_memory
 from sparse_unified.adapt.router_init import init_router_
 from sparse_unified.adapt.run import adapt

@@ -24,31 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import naming, optional
+from sparse_unified._common import StrPath, naming, optional
 from sparse_unified.adapt.config import RunConfig, SequenceConfig
-from sparse_unified.analysis.samples import (
-    IMAGE_SUFFIXES,
-    Task,
-    is_file_name,
-    read_lines,
-    read_object,
-)
+from sparse_unified.analysis import samples
+from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.images import (
-    ContextImage,
-    ImageTransform,
-    open_image,
-    to_rgb,
-)
+from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image, to_rgb
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
-from sparse_unified.checkpoint.files import read_text, replace_file
-from sparse_unified.checkpoint.safetensors_io import (
-    as_bytes,
-    encode_tensors,
-    read_header,
-    read_tensor,
-)
+from sparse_unified.checkpoint import safetensors_io
+from sparse_unified.checkpoint.files import read_object, read_text, replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,8 +43,8 @@ _TEXTS = ("text", "question", "answer")
 _IMAGES = ("image", "source")
 # Other names under which the fields are found, tar members by their extensions among them.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
-    "image": ("file_name", *(suffix[1:] for suffix in IMAGE_SUFFIXES)),
-    "source": tuple(f"source{suffix}" for suffix in IMAGE_SUFFIXES),
+    "image": ("file_name", *(suffix[1:] for suffix in samples.IMAGE_SUFFIXES)),
+    "source": tuple(f"source{suffix}" for suffix in samples.IMAGE_SUFFIXES),
     "text": ("caption", "prompt", "txt"),
     "question": ("question.txt",),
     "answer": ("answer.txt",),
@@ -113,7 +98,7 @@ def _unreadable(rule: str, error: Exception) -> ValueError:
     return ValueError(f"{rule}, got {reason:.200}")
 
 
-def open_records(data: str | os.PathLike[str]) -> Records:
+def open_records(data: StrPath) -> Records:
     """Opens data for training: a folder, a file, or a pattern such as `shards/*.tar`.
 
     A folder holds `.parquet` or `.tar` shards; or one `.jsonl` file, an object a line, with images
@@ -138,7 +123,7 @@ def open_records(data: str | os.PathLike[str]) -> Records:
         found = [
             (f"{_WHERE}: {file}", {"image": file, "text": read_text(caption).strip()})
             for file in files
-            if file.suffix.lower() in IMAGE_SUFFIXES
+            if file.suffix.lower() in samples.IMAGE_SUFFIXES
             if (caption := file.with_suffix(".txt")).exists()
         ]
     if not found:
@@ -152,10 +137,10 @@ def open_records(data: str | os.PathLike[str]) -> Records:
 
 def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
-    for where, line in read_lines(path, _WHERE):
+    for where, line in samples.read_lines(path, _WHERE):
         fields = _renamed(read_object(line, where))
         for name in fields.keys() & _IMAGES:
-            if not is_file_name(fields[name]):
+            if not samples.is_file_name(fields[name]):
                 raise ValueError(f"{where}: {name} must be a path, got {fields[name]!r:.80}")
             fields[name] = path.parent / fields[name]
             if not fields[name].is_file():
@@ -321,13 +306,13 @@ class ImageDataset:
         if self._cache is None:
             return self._encode(pixels)
         digest = hashlib.sha256(f"{list(pixels.shape)}".encode())
-        digest.update(as_bytes(pixels.contiguous()).tobytes())
+        digest.update(safetensors_io.as_bytes(pixels.contiguous()).tobytes())
         path = self._cache / f"{digest.hexdigest()}.safetensors"
         if path.exists():
-            return read_tensor(read_header(path).tensors["latent"])
+            return safetensors_io.read_tensor(safetensors_io.read_header(path).tensors["latent"])
         latent = self._encode(pixels)
         self._cache.mkdir(parents=True, exist_ok=True)
-        replace_file(path, encode_tensors({"latent": latent}))
+        replace_file(path, safetensors_io.encode_tensors({"latent": latent}))
         return latent
 
     def _encode(self, pixels: Tensor) -> Tensor:

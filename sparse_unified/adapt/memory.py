@@ -7,7 +7,6 @@ of a forward pass on fake tensors, which have shapes and no data.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_unified._common import Report, context, format_bytes
-from sparse_unified.adapt.config import RunConfig, TrainingConfig
-from sparse_unified.adapt.freeze import freeze
+from sparse_unified._common import Report, StrPath, context, format_bytes
+from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.images import vae_transform
 from sparse_unified.bagel.model import Bagel, training_forward
@@ -71,11 +69,7 @@ class MemoryEstimate(Report):
 
 @context("estimate_memory")
 def estimate_memory(
-    model: str | os.PathLike[str],
-    config: TrainingConfig,
-    run: RunConfig | None = None,
-    *,
-    processes: int = 1,
+    model: StrPath, config: TrainingConfig, run: RunConfig | None = None, *, processes: int = 1
 ) -> MemoryEstimate:
     """Returns what a run of `adapt` takes, by reading headers only.
 

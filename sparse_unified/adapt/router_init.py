@@ -29,7 +29,7 @@ class RouterReport(Report):
     Attributes:
         method: how.
         layers: of each block `component`, `layer` and, where a router was fitted, `error_zero`,
-            `error` and `logit_rms` of `sparse_unified.experts.fit_router`; None elsewhere.
+            `error` and `logit_rms` of `experts.router.fit_router`; None elsewhere.
     """
 
     method: str
@@ -59,7 +59,7 @@ def init_router_(
 
     "zero" is how conversion leaves them: a tie, which the first top_k experts win on every token.
     "random" draws small weights. "activation" fits each router to how much its experts give on
-    calibration tokens, see `sparse_unified.experts.fit_router`. The routers of und blocks for
+    calibration tokens, see `experts.router.fit_router`. The routers of und blocks for
     text and for ViT tokens start the same; that of a shared expert becomes zero.
 
     Args:

@@ -7,7 +7,6 @@ While a run to `OUT` lasts, its log and its states lie in `OUT.training`: `log.j
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,22 +20,20 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from sparse_unified._common import Progress, Report, context, optional
-from sparse_unified.adapt.config import RunConfig, TrainingConfig
+from sparse_unified._common import Progress, Report, StrPath, context, optional
+from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
 from sparse_unified.adapt.data import ImageDataset, open_records, sequence_generator
-from sparse_unified.adapt.freeze import freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
 from sparse_unified.adapt.trainer import StepRecord, Trainer
+from sparse_unified.analysis.statistics import hash_model
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files
 from sparse_unified.checkpoint.model_dir import find_model
 
 LOG = "log.jsonl"
-# Of the weight files, this much in so many places tells one model from another.
-_PLACES, _PLACE_BYTES = 64, 4096
 # What gloo and NCCL say when another process has ended, or does not answer in time.
 _OTHER_PROCESS = re.compile(r"gloo|nccl|peer|timeout|timed out", re.IGNORECASE)
 
@@ -79,9 +76,9 @@ class Plan(Report):
 
 @context(WHAT)
 def adapt(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    model: StrPath,
+    out: StrPath,
+    data: StrPath,
     config: TrainingConfig,
     run: RunConfig | None = None,
     *,
@@ -117,7 +114,9 @@ def adapt(
         stack.enter_context(_in_words())
         source, running, dataset, trainer = _prepare(model, out, data, config, run)
         if is_first := this_process() == 0:
-            stack.enter_context(_own_directory(running, resume=run.resume))
+            running.mkdir(exist_ok=run.resume)
+            refusal = ValueError(f"{running} must belong to one run, got one that goes on")
+            stack.enter_context(files.locked(running, refusal))
         wait_for_all()  # latents of others are written into the directory
         if run.resume and (states := list_states(running)):
             trainer.load(states[-1])
@@ -198,11 +197,7 @@ def adapt(
 
 @context(WHAT)
 def plan(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    config: TrainingConfig,
-    run: RunConfig,
+    model: StrPath, out: StrPath, data: StrPath, config: TrainingConfig, run: RunConfig
 ) -> Plan:
     """Reads and checks all that `adapt` is given, every record included.
 
@@ -232,23 +227,12 @@ def plan(
 
 
 def _prepare(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    config: TrainingConfig,
-    run: RunConfig,
+    model: StrPath, out: StrPath, data: StrPath, config: TrainingConfig, run: RunConfig
 ) -> tuple[Checkpoint, Path, ImageDataset, Trainer]:
     """Reads and checks all that a run needs; nothing is written yet."""
     source = Checkpoint(find_model(model))
-    target = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow the last link)
+    target = files.check_target(out, source.directory, data)
     running = target.with_name(f"{target.name}.training")
-    files.refuse_overlap(target, source.directory, data)
-    files.refuse_overlap(running, source.directory)
-    files.refuse_foreign_partial(target)
-    if os.path.lexists(target):
-        raise ValueError(f"target must not exist, got {out}")
-    if not target.parent.is_dir():
-        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
     if not run.resume and os.path.lexists(running) and this_process() == 0:
         raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     source.experts  # noqa: B018  (refuses whatever disagrees)
@@ -259,7 +243,7 @@ def _prepare(
     dataset = ImageDataset(records, pipeline, run, latents)
     freeze(pipeline.model, run.stage, component=run.component)
     identity = {
-        "model": _fingerprint(source),
+        "model": hash_model(pipeline.model),
         "stage": run.stage.value,
         "component": run.component,
         "dtype": str(run.dtype),
@@ -271,23 +255,6 @@ def _prepare(
         "records": records.fingerprint,
     }
     return source, running, dataset, Trainer(pipeline.model, dataset, config, identity=identity)
-
-
-@contextmanager
-def _own_directory(running: Path, *, resume: bool) -> Iterator[None]:
-    """Makes the directory of a run, and keeps other runs out of it."""
-    running.mkdir(exist_ok=resume)
-    lock = os.open(running, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            files.lock_alone(lock)
-        except BlockingIOError:
-            raise ValueError(f"{running} must belong to one run, got one that goes on") from None
-        except OSError:  # the file system has no locks
-            pass
-        yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager
@@ -316,20 +283,6 @@ def _drop_states(running: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _fingerprint(source: Checkpoint) -> str:
-    """Returns a hash of the headers of the weight files, and of bytes all over them."""
-    digest = hashlib.sha256()
-    for name, header in source.headers.items():
-        digest.update(name.encode() + header.text.encode())
-        path = source.directory / name
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            for place in range(_PLACES):
-                stream.seek(size * place // _PLACES)
-                digest.update(stream.read(_PLACE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _open_log(path: Path, steps: int) -> TextIO:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,18 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import Progress, list_some
-from sparse_unified.adapt.optimizer import (
-    Optimizer,
-    gather,
-    local_rows,
-    this_process,
-    wait_for_all,
-)
+from sparse_unified._common import Progress, StrPath, list_some
+from sparse_unified.adapt.optimizer import Optimizer, gather, local_rows, this_process, wait_for_all
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
-from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
+from sparse_unified.checkpoint.modes import RECIPE, Step, recipe_text
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
-from sparse_unified.checkpoint.sidecar import tool_version
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
@@ -48,9 +40,7 @@ _STEP_SIZE = ("learning_rate", "min_learning_rate", "max_grad_norm")
 _log = logging.getLogger(__name__)
 
 
-def save_state(
-    directory: str | os.PathLike[str], optimizer: Optimizer, facts: Mapping[str, Any]
-) -> None:
+def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> None:
     """Writes the state of a run; every process takes part, the first one writes.
 
     ValueError if the directory exists; RuntimeError if writing failed or a tensor is not finite.
@@ -77,9 +67,7 @@ def save_state(
     wait_for_all()
 
 
-def load_state(
-    directory: str | os.PathLike[str], optimizer: Optimizer, facts: Mapping[str, Any]
-) -> int:
+def load_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> int:
     """Fills the state of a run; each process reads its own part. Returns the step of the state.
 
     ValueError if a file is missing or damaged, or of another run; then nothing is filled.
@@ -176,7 +164,7 @@ def _finite_bytes(tensor: Tensor, key: str) -> Any:
 
 def write_adapted(
     source: Checkpoint,
-    out: str | os.PathLike[str],
+    out: StrPath,
     model: nn.Module,
     optimizer: Optimizer,
     config: AdaptConfig,
@@ -205,12 +193,12 @@ def write_adapted(
             spec = source.spec(key)
             entries = ((key, spec.dtype, spec.shape),)
             edits[key] = Edit(entries=entries, blocks=partial(blocks, key, spec))
-        step = Step(config=config, scores=None, tool=tool_version())
+        step = Step(config=config, scores=None)
         rewrite(
             source,
             out,
             edits,
-            {RECIPE: (source.recipe or Recipe()).then(step).to_json(), **texts},
+            {RECIPE: recipe_text((*source.recipe, step)), **texts},
             headers=source.headers,
             # A last look through the reader's eyes.
             finish=lambda unfinished: Checkpoint(unfinished).experts,

@@ -9,7 +9,6 @@ nor the number of processes changes what is computed, but for the rounding of su
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparse_unified._common import StrPath
 from sparse_unified.adapt.config import TrainingConfig
 from sparse_unified.adapt.data import data_index, sequence_generator
 from sparse_unified.adapt.optimizer import (
@@ -247,11 +247,11 @@ class Trainer:
                 on_step(record)
         return losses
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: StrPath) -> None:
         """Writes what `load` needs to go on exactly from here; see `saving.save_state`."""
         save_state(directory, self.optimizer, self._facts())
 
-    def load(self, directory: str | os.PathLike[str]) -> None:
+    def load(self, directory: StrPath) -> None:
         """Goes on from what `save` wrote, on any number of processes.
 
         The size of steps (learning_rate, min_learning_rate, max_grad_norm) may be another one,

@@ -4,27 +4,23 @@
     statistics = calibrate(pipeline, "generation", read_samples("prompts.txt"))
     scores = score("wanda", pipeline, statistics)
 
-Reading order: `statistics` and `calibration` (what neurons do), `criteria`, `similarity` (what is
-ranked), `samples`, `evaluators`, `bagel_task`, `geneval` (what a model is run on and measured by),
-`cost`, `records`, `sweep` (smaller models, point by point), `expert_usage`, `plots`.
+Reading order: `statistics` and `calibration` (what neurons do), `criteria` (what is ranked),
+`samples`, `evaluators`, `bagel_task` (what a model is run on and measured by), `sweep` (smaller
+models, point by point), `expert_usage`, `plots`.
 """
 
-from sparse_unified.analysis.bagel_task import Settings, bagel_probe
+from sparse_unified.analysis.bagel_task import Settings, bagel_probe, write_geneval
 from sparse_unified.analysis.calibration import calibrate, collect
-from sparse_unified.analysis.cost import measure_cost
-from sparse_unified.analysis.criteria import CRITERIA, save_scores, score
-from sparse_unified.analysis.evaluators import Probe, evaluator
-from sparse_unified.analysis.expert_usage import ExpertUsage, expert_usage
-from sparse_unified.analysis.geneval import write_geneval
+from sparse_unified.analysis.criteria import CRITERIA, measure_similarity, save_scores, score
+from sparse_unified.analysis.evaluators import Probe, evaluator, measure_cost
+from sparse_unified.analysis.expert_usage import expert_usage
 from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.samples import Sample, Task, built_in_samples, read_samples
-from sparse_unified.analysis.similarity import measure_similarity
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
 from sparse_unified.analysis.sweep import SweepConfig, run_sweep
 
 __all__ = [
     "CRITERIA",
-    "ExpertUsage",
     "FfnStatistics",
     "Probe",
     "Sample",

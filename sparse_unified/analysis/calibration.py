@@ -30,7 +30,7 @@ from sparse_unified.analysis.statistics import (
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed
-from sparse_unified.surgery.decoder import Adapter, Ffn, find_adapter
+from sparse_unified.surgery.decoder import Decoder, Ffn, find_adapter
 
 
 class Observer:
@@ -76,7 +76,7 @@ class Collector(Observer):
     """What `collect` yields: samples begin with `begin`; `statistics` gives the result."""
 
     def __init__(
-        self, adapter: Adapter, task: str, config: StatisticsConfig, components: Sequence[str]
+        self, adapter: Decoder, task: str, config: StatisticsConfig, components: Sequence[str]
     ) -> None:
         super().__init__(config)
         self.adapter, self.task = adapter, task
@@ -213,7 +213,7 @@ def collect(
     *,
     config: StatisticsConfig | None = None,
     components: Sequence[str] | None = None,
-    adapter: Adapter | None = None,
+    adapter: Decoder | None = None,
 ) -> Iterator[Collector]:
     """Observes the FFNs of a model while the block runs; hooks are gone afterwards.
 

@@ -8,7 +8,6 @@ Colours tell components apart, the same in every plot; heat maps go from dark to
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_unified._common import optional
+from sparse_unified._common import StrPath, optional
 from sparse_unified.analysis.expert_usage import ExpertUsage
 from sparse_unified.analysis.statistics import NO_TIME
 from sparse_unified.analysis.sweep import SweepResult
@@ -25,35 +24,27 @@ from sparse_unified.checkpoint.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, SOFT, LINE = "#1b1f24", "#57606a", "#d8dee4"
-COLORS = {"und": "#1f6f8b", "gen": "#d1762b"}
-OTHER_COLORS = ("#5b4b8a", "#4f8a4b", "#a8456a", "#7a6a2f")
+SOFT, LINE = "#57606a", "#d8dee4"
+COLORS = {"und": "#1f6f8b", "gen": "#d1762b"}  # others take matplotlib's
 PART_STYLES = {"block": "-", "attention": "--", "ffn": ":"}
 STYLE = {
     "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": LINE,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.edgecolor": LINE,
     "axes.grid": True,
     "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
     "lines.marker": "o",
     "lines.markersize": 3.5,
     "legend.frameon": False,
-    "legend.fontsize": 8,
     "savefig.dpi": 150,
 }
-_REFERENCE: dict[str, Any] = {"color": SOFT, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
-def write_plots(result: SweepResult, folder: str | os.PathLike[str]) -> list[Path]:
+def write_plots(result: SweepResult, folder: StrPath) -> list[Path]:
     """Draws everything that a sweep has shown into PNG files, and returns these.
 
     Args:
@@ -76,7 +67,7 @@ def write_plots(result: SweepResult, folder: str | os.PathLike[str]) -> list[Pat
     return written
 
 
-def write_usage_plot(usage: ExpertUsage, path: str | os.PathLike[str]) -> None:
+def write_usage_plot(usage: ExpertUsage, path: StrPath) -> None:
     """Draws expert usage into a PNG file; an existing one is replaced whole or not at all."""
     image = BytesIO()
     with optional("matplotlib", "plot").rc_context(STYLE):
@@ -88,23 +79,18 @@ def sensitivity(task: str, found: Mapping[str, Any]) -> Figure:
     """Draws each metric over the ratio that is kept, one panel per axis, one line per component."""
     points, dense = found["points"], found["dense"]
     axes, components = _each(points, "axis"), _each(points, "component")
-    figure, panels = _panels(
-        (len(dense), len(axes)), (3.1, 2.3), f"Sensitivity: {task}", "metrics over the kept share"
-    )
+    shape, note = (len(dense), len(axes)), "metrics over the kept share"
+    figure, panels = _panels(shape, (3.1, 2.3), f"Sensitivity: {task}", note)
     for (metric, way), row in zip(found["better"].items(), panels, strict=True):
         for axis, panel in zip(axes, row, strict=True):
-            panel.axhline(dense[metric], label="dense", marker="", **_REFERENCE)
             for component in components:
                 own = [p for p in points if (p["component"], p["axis"]) == (component, axis)]
                 curve = {1.0: dense[metric]} | {p["keep_ratio"]: p["metrics"][metric] for p in own}
-                ratios = sorted(curve)
-                values = [curve[ratio] for ratio in ratios]
-                panel.plot(ratios, values, color=_color(component), label=component)
-            panel.set_xlim(0, 1.03)
+                _line(panel, sorted(curve), [curve[x] for x in sorted(curve)], component)
+            _reference(panel, dense[metric], "dense")
+            panel.set(xlim=(0, 1.03), xlabel="kept ratio")
+            panel.set_title(axis)
         row[0].set_ylabel(f"{metric.replace('_', ' ')}\n({way} is better)")
-    for axis, first, last in zip(axes, panels[0], panels[-1], strict=True):
-        first.set_title(axis)
-        last.set_xlabel("kept ratio")
     panels[0][-1].legend()
     return figure
 
@@ -117,10 +103,9 @@ def similarity(task: str, found: Mapping[str, Any]) -> Figure:
     figure, panels = _panels((1, len(components)), (4.2, 2.9), title, note)
     for panel, component in zip(panels[0], components, strict=True):
         entries = [entry for entry in found["similarity"] if entry["component"] == component]
-        layers, color = [entry["layer"] for entry in entries], _color(component)
         for part, style in PART_STYLES.items():
-            values = [entry[part] for entry in entries]
-            panel.plot(layers, values, color=color, linestyle=style, label=part)
+            layers, values = [e["layer"] for e in entries], [e[part] for e in entries]
+            _line(panel, layers, values, component, label=part, linestyle=style)
         panel.set_title(component)
         panel.set_xlabel("layer")
         panel.legend()
@@ -153,14 +138,12 @@ def overlap(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
     for panel, (name, title) in zip(panels[0], sides.items(), strict=True):
         drawn = [own for own in maps if any(value is not None for value in own[name])]
         for own in drawn:
-            values, component = np.array(own[name], dtype=float), own["component"]
-            panel.plot(own["layers"], values, color=_color(component), label=component)
-        panel.axhline(maps[0]["chance"], label="chance", marker="", **_REFERENCE)
+            _line(panel, own["layers"], np.array(own[name], dtype=float), own["component"])
         if not drawn:
             panel.text(0.5, 0.5, "nothing to compare", ha="center", color=SOFT)
-        panel.set_ylim(0, 1.03)
+        _reference(panel, maps[0]["chance"], "chance")
+        panel.set(ylim=(0, 1.03), xlabel="layer")
         panel.set_title(title)
-        panel.set_xlabel("layer")
     panels[0][0].set_ylabel("overlap")
     panels[0][-1].legend()
     return figure
@@ -182,12 +165,12 @@ def usage_figure(usage: ExpertUsage) -> Figure:
         # Tokens that chose each expert, over those if all were chosen equally often.
         even = np.array([[own["num_experts"] / own["top_k"]] for own in rows])
         loads = even * _stack([own["share"] for own in rows])
-        moves = _stack([own["change"][::-1] for own in rows])
         experts = [str(expert) for expert in range(loads.shape[1])]
-        above[0].set_title(component)
         shown = [(loads, experts, "load", "expert")]
         if has_times:
+            moves = _stack([own["change"][::-1] for own in rows])
             shown.append((moves, steps, "change", "time, from noise to image"))
+        above[0].set_title(component)
         for panel, (values, names, label, x_label) in zip(above, shown, strict=True):
             limits = (0, np.nan_to_num(values).max() or 1.0)
             _heat_map(figure, panel, values, names, layers, limits, label)
@@ -200,15 +183,18 @@ def _each(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def _color(component: str) -> str:
-    other = OTHER_COLORS[sum(component.encode()) % len(OTHER_COLORS)]
-    return COLORS.get(component, other)
-
-
 def _stack(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
     """Stacks rows of perhaps different lengths, NaN where one ends."""
     size = max(map(len, rows))
     return np.array([[*row, *[None] * (size - len(row))] for row in rows], dtype=float)
+
+
+def _line(panel: Any, x: Any, y: Any, component: str, **style: Any) -> None:
+    panel.plot(x, y, color=COLORS.get(component), **{"label": component, **style})
+
+
+def _reference(panel: Any, value: float, label: str) -> None:
+    panel.axhline(value, label=label, marker="", color=SOFT, linewidth=1, linestyle="--")
 
 
 def _panels(
@@ -220,18 +206,11 @@ def _panels(
     """
     from matplotlib.figure import Figure
 
-    # Room for the heading above, whatever the number of rows.
-    figure = Figure(
-        figsize=(max(size[0] * shape[1] + 1.0, 5.6), size[1] * shape[0] + 1.0),
-        layout="constrained",
-    )
+    sides = (max(size[0] * shape[1] + 1.0, 5.6), size[1] * shape[0] + 1.0)
+    figure = Figure(figsize=sides, layout="constrained")
     figure.suptitle(f"{title}\n", x=0.01, ha="left", size=13, weight="bold")
-    above = 1 - 0.36 / figure.get_size_inches()[1]
-    figure.text(0.01, above, note, size=9, color=SOFT, va="top")
-    panels = figure.subplots(*shape, squeeze=False, sharey="row")
-    for panel in panels.flat:
-        panel.tick_params(length=0)
-    return figure, panels
+    figure.text(0.01, 1 - 0.36 / sides[1], note, size=9, color=SOFT, va="top")
+    return figure, figure.subplots(*shape, squeeze=False, sharey="row")
 
 
 def _heat_map(
@@ -246,14 +225,9 @@ def _heat_map(
     """Draws values from dark to bright, grey where there were no tokens; names columns and rows."""
     from matplotlib import colormaps
 
+    colors = {"cmap": colormaps["magma"].with_extremes(bad=LINE), "interpolation": "nearest"}
     image = panel.imshow(
-        values,
-        cmap=colormaps["magma"].with_extremes(bad=LINE),
-        vmin=limits[0],
-        vmax=limits[1],
-        aspect="auto",
-        interpolation="nearest",
-        origin="lower",
+        values, vmin=limits[0], vmax=limits[1], aspect="auto", origin="lower", **colors
     )
     panel.grid(False)
     panel.set_ylabel("layer")
@@ -263,6 +237,4 @@ def _heat_map(
     step = max(1, math.ceil(len(columns) * (max(map(len, columns)) + 2) / 40))
     ticks = list(range(len(columns) - 1, -1, -step))
     panel.set_xticks(ticks, [columns[tick] for tick in ticks])
-    bar = figure.colorbar(image, ax=panel, fraction=0.04, pad=0.02)
-    bar.set_label(label)
-    bar.outline.set_visible(False)
+    figure.colorbar(image, ax=panel, fraction=0.04, pad=0.02, label=label)

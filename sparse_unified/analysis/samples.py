@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from sparse_unified._common import naming
+from sparse_unified._common import StrPath, naming
 from sparse_unified.bagel.images import open_image
-from sparse_unified.checkpoint.files import loads_strict, read_text
+from sparse_unified.checkpoint.files import read_object, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -86,11 +85,7 @@ class Sample:
 
 
 def built_in_samples(
-    task: Task,
-    count: int | None = None,
-    seed: int = 0,
-    *,
-    folder: str | os.PathLike[str] | None = None,
+    task: Task, count: int | None = None, seed: int = 0, *, folder: StrPath | None = None
 ) -> list[Sample]:
     """Returns samples that come with the package; they are always the same.
 
@@ -117,8 +112,8 @@ def built_in_samples(
 
 
 def read_samples(
-    prompts: str | os.PathLike[str],
-    images: str | os.PathLike[str] | None = None,
+    prompts: StrPath,
+    images: StrPath | None = None,
     task: Task = Task.GENERATION,
     count: int | None = None,
     seed: int = 0,
@@ -176,30 +171,19 @@ def _take(samples: list[Sample], count: int | None, seed: int, where: str) -> li
     return [replace(s, seed=(seed + i) % 2**63) for i, s in enumerate(samples[:count])]
 
 
-def _folder(images: str | os.PathLike[str]) -> Path:
+def _folder(images: StrPath) -> Path:
     folder = Path(images)
     if not folder.is_dir():
         raise ValueError(f"--images: {folder} must be a folder of images, got none there")
     return folder
 
 
-def read_lines(path: str | os.PathLike[str], option: str) -> list[tuple[str, str]]:
+def read_lines(path: StrPath, option: str) -> list[tuple[str, str]]:
     """Returns the lines of a text file that are not blank, each with its place for messages."""
     with naming(option):
         lines = read_text(Path(path)).splitlines()
     placed = [(f"{option}: {path}: line {i}", line.strip()) for i, line in enumerate(lines, 1)]
     return [(where, line) for where, line in placed if line]
-
-
-def read_object(line: str, where: str) -> dict[str, Any]:
-    """Reads a line of JSON that must be an object."""
-    try:
-        value = loads_strict(line)
-    except ValueError as error:
-        raise ValueError(f"{where} must be a JSON object, got {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a JSON object, got a {type(value).__name__}")
-    return value
 
 
 def is_file_name(value: object) -> bool:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import check_int, check_number, context, list_some, naming
-from sparse_unified.checkpoint import Checkpoint, keys
+from sparse_unified._common import StrPath, check_int, check_number, context, list_some, naming
+from sparse_unified.checkpoint import Checkpoint, keys, safetensors_io
 from sparse_unified.checkpoint.files import loads_strict, open_source
-from sparse_unified.checkpoint.safetensors_io import (
-    TensorSpec,
-    as_bytes,
-    load_tensors,
-    read_bytes,
-    read_tensor,
-    save_tensors,
-)
-from sparse_unified.checkpoint.sidecar import tool_version
+from sparse_unified.checkpoint.modes import TOOL
+from sparse_unified.checkpoint.safetensors_io import TensorSpec
 from sparse_unified.surgery.decoder import FfnKey, find_adapter
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
@@ -197,7 +189,7 @@ class FfnStatistics:
     config: StatisticsConfig
     samples: Mapping[str, tuple[str, ...]]
     ffns: Mapping[tuple[str, str, FfnKey], FfnSums]
-    tool: str = field(default_factory=tool_version)
+    tool: str = TOOL
 
     def __post_init__(self) -> None:
         tokens = dict.fromkeys(self.samples, 0)
@@ -337,7 +329,7 @@ class FfnStatistics:
                 f"hash {known}, got {own}"
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Writes the file; an existing one is replaced whole or not at all."""
         entries = [
             (*of, *(key if isinstance(key, tuple) else (key, None))) for *of, key in self.ffns
@@ -355,12 +347,12 @@ class FfnStatistics:
         }
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "tool": self.tool}
         metadata |= {name: json.dumps(value) for name, value in described.items()}
-        save_tensors(Path(path), tensors, metadata)
+        safetensors_io.save_tensors(Path(path), tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FfnStatistics:
+    def load(cls, path: StrPath) -> FfnStatistics:
         """Reads a file that `save` wrote; ValueError if it is damaged or something else."""
-        header = load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
+        header = safetensors_io.load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
         ffns: dict[tuple[str, str, FfnKey], FfnSums] = {}
         try:
             names = ("config", "samples", "ffns", "model_hashes")
@@ -374,7 +366,9 @@ class FfnStatistics:
                     header.tensors[_tensor_name((task, component, layer, part), name)]
                     for name in stored
                 ]
-                tensors = no_inputs() | dict(zip(stored, map(read_tensor, specs), strict=True))
+                tensors = no_inputs() | dict(
+                    zip(stored, map(safetensors_io.read_tensor, specs), strict=True)
+                )
                 ffns[task, component, layer if part is None else (layer, part)] = FfnSums(**tensors)
             if len(header.tensors) != len(found["ffns"]) * len(stored):
                 raise ValueError("tensors of other FFNs")
@@ -475,5 +469,7 @@ def _read_spaced(spec: TensorSpec) -> _Spaced:
     values = torch.empty(len(places), dtype=spec.dtype)
     with open_source(spec.file, spec.stamp) as stream:
         for value, place in zip(values, places, strict=True):
-            read_bytes(stream, spec.start + place * size, as_bytes(value))
+            safetensors_io.read_bytes(
+                stream, spec.start + place * size, safetensors_io.as_bytes(value)
+            )
     return list(spec.shape), values

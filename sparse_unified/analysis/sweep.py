@@ -11,37 +11,43 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_unified._common import (
     Report,
+    StrPath,
     check_int,
     choice,
     context,
     format_bytes,
     format_table,
+    list_some,
+    naming,
 )
 from sparse_unified.analysis.calibration import collect
-from sparse_unified.analysis.cost import measure_cost
-from sparse_unified.analysis.criteria import CRITERIA, NeuronScores, score
-from sparse_unified.analysis.evaluators import Probe, measure
-from sparse_unified.analysis.records import Store, open_store
-from sparse_unified.analysis.similarity import Similarity, measure_similarity
+from sparse_unified.analysis.criteria import (
+    CRITERIA,
+    NeuronScores,
+    Similarity,
+    measure_similarity,
+    score,
+)
+from sparse_unified.analysis.evaluators import Probe, measure, measure_cost
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
-from sparse_unified.checkpoint.files import replace_file
+from sparse_unified.checkpoint import files
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import Part
-from sparse_unified.experts import select_layers
-from sparse_unified.experts.keep import Budget
+from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.cuts import PruneConfig
-from sparse_unified.surgery.decoder import Adapter, find_adapter, takes_absent_parts
+from sparse_unified.surgery.decoder import Decoder, find_adapter, takes_absent_parts
 from sparse_unified.surgery.temporary import as_module, changed
 
 Progress = Callable[[int, int, str], object]
@@ -159,10 +165,10 @@ def run_sweep(
     host: object,
     probes: Sequence[Probe],
     config: SweepConfig,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     statistics: Mapping[str, FfnStatistics] | None = None,
-    adapter: Adapter | None = None,
+    adapter: Decoder | None = None,
     description: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
@@ -172,7 +178,7 @@ def run_sweep(
         host: a model, or a pipeline that holds it as `model`.
         probes: the tasks.
         config: what to go through.
-        out: folder of the run, see `records`; a run of the same is resumed.
+        out: folder of the run; a run of the same is resumed.
         statistics: of neurons, by task, gathered before; other tasks are calibrated on their
             samples.
         adapter: of the model; None finds one.
@@ -203,12 +209,12 @@ def run_sweep(
         if progress is not None:
             progress(len(steps), len(steps), "done")
         result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
-        replace_file(store.folder / "results.json", (result.to_json() + "\n").encode())
-        replace_file(store.folder / "report.md", result.to_markdown().encode())
+        files.replace_file(store.folder / "results.json", (result.to_json() + "\n").encode())
+        files.replace_file(store.folder / "report.md", result.to_markdown().encode())
     return result
 
 
-def check_model(adapter: Adapter, config: SweepConfig) -> None:
+def check_model(adapter: Decoder, config: SweepConfig) -> None:
     """Raises ValueError for a component, axis, layer or block size that a model does not allow."""
     for component in config.components:
         if component not in adapter.components:
@@ -248,7 +254,7 @@ class _TaskRun:
     def __init__(
         self,
         host: object,
-        adapter: Adapter,
+        adapter: Decoder,
         probe: Probe,
         config: SweepConfig,
         store: Store,
@@ -302,7 +308,7 @@ class _TaskRun:
             self.statistics = collector.statistics()
             self.statistics.save(counts)
         found = measured.result()
-        replace_file(path, (found.to_json() + "\n").encode())
+        files.replace_file(path, (found.to_json() + "\n").encode())
         return found
 
     def finish(self, row: dict[str, Any]) -> None:
@@ -433,3 +439,98 @@ def _notes(task: str, found: Mapping[str, Any]) -> list[str]:
         idle = ", ".join(found["idle"])
         lines.append(f"Not swept: {idle} has no tokens in {task}, so it would change nothing.")
     return lines
+
+
+# The folder of a run
+
+
+_METRICS = {str: files.NUMBER}
+_COUNTS = ("parameters", "weight_bytes", "flops", "peak_bytes")
+_COST = {**dict.fromkeys(_COUNTS, (int,)), "seconds": files.NUMBER}
+_DENSE = {"name": (str,), "metrics": _METRICS, "cost": _COST}
+_POINT = {
+    **dict.fromkeys(("name", "task", "component", "axis", "change"), (str,)),
+    "keep_ratio": files.NUMBER,
+    "skipped_layers": [(int,)],
+    "metrics": _METRICS,
+    "before": _COST,
+    "after": _COST,
+}
+
+
+class Store:
+    """The open folder of one run, with the finished points in `records`, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._points = folder, folder / "points.jsonl"
+        self.records = {record["name"]: record for record in read_records(self._points)}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a finished point, which has a `name`; it is on the disk when this returns."""
+        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        with self._points.open("ab") as stream:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.records[record["name"]] = record
+
+
+@contextmanager
+def open_store(out: StrPath, description: Mapping[str, Any]) -> Iterator[Store]:
+    """Opens the folder of a run, new or to be resumed, for this process alone.
+
+    `description` are plain values that say what is run; ValueError if the folder is of something
+    else, RuntimeError if another process has it open.
+    """
+    folder = Path(out)
+    run = folder / "run.json"
+    if folder.is_dir() and not run.exists() and {p.name for p in folder.iterdir()} - {".lock"}:
+        raise ValueError(
+            f"--out: {folder} must be new, empty, or of a run of analyze, got other files"
+        )
+    folder.mkdir(exist_ok=True)
+    refusal = RuntimeError(f"--out: {folder} must be used by one run at a time, got another")
+    with files.locked(folder, refusal):
+        if not run.exists():
+            text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+            files.replace_file(run, text.encode())
+        found, here = _flat(files.read_json(run)), _flat(description)
+        differences = [
+            f"{name} {found.get(name)!r:.80} there and {here.get(name)!r:.80} here"
+            for name in found | here
+            if found.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"--out: {folder} must be of the same run, or another folder, "
+                f"got {list_some(differences)}"
+            )
+        yield Store(folder)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads finished points; a last line that an interruption tore is cut off."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        os.truncate(path, whole)
+    records = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        with naming(f"{path}: line {number}"):
+            record = files.read_object(line, "record", finite=True)
+            if not files.has_form(record, _POINT) and not files.has_form(record, _DENSE):
+                raise ValueError(
+                    f"record must be a point as analyze writes it, got {record!r:.240}"
+                )
+        records.append(record)
+    return records
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Returns the values of nested objects by dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flat(part, f"{name}.{key}" if name else str(key))
+    return flat

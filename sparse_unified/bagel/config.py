@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from sparse_unified._common import context, list_some
-from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes
+from sparse_unified.checkpoint.model_dir import LayerShape, LayerShapes
 from sparse_unified.experts import ExpertLayout
 
 _NORM_GROUPS = 32  # of the autoencoder

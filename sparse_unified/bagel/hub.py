@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from sparse_unified._common import format_bytes, format_layers, list_some, optional
+from sparse_unified._common import StrPath, format_bytes, format_layers, list_some, optional
 from sparse_unified.bagel.loading import official_tensors
-from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, index_texts, rewrite
 from sparse_unified.checkpoint.safetensors_io import as_bytes
@@ -33,7 +31,7 @@ pipeline.generate("a red bench in the rain", seed=0).images[0].save("bench.png")
 """
 
 
-def save_model(model: Bagel, source: Checkpoint, out: str | os.PathLike[str], **card: Any) -> None:
+def save_model(model: Bagel, source: Checkpoint, out: StrPath, **card: Any) -> None:
     """Writes the weights of a live model beside the other files of the directory it came from.
 
     Weights keep the dtype they have in the model; parts that a task left out come from the source.
@@ -66,19 +64,12 @@ def save_model(model: Bagel, source: Checkpoint, out: str | os.PathLike[str], **
         yield as_bytes(tensor.detach().cpu().contiguous())
 
     edits = {
-        key: Edit(entries=((key, tensor.dtype, spec.shape),), blocks=partial(blocks, tensor))
-        for key, (tensor, spec) in _both(live, source)
+        key: Edit(entries=((key, live[key].dtype, spec.shape),), blocks=partial(blocks, live[key]))
+        for key, spec in source.specs.items()
+        if key in live
     }
     texts = index_texts(source, edits)
     rewrite(source, out, edits, {**texts, CARD: model_card(source, **card)})
-
-
-def _both(
-    live: dict[str, Tensor], source: Checkpoint
-) -> Iterator[tuple[str, tuple[Tensor, TensorSpec]]]:
-    for key, spec in source.specs.items():
-        if key in live:
-            yield key, (live[key], spec)
 
 
 def model_card(
@@ -96,15 +87,14 @@ def model_card(
         base_model: id of the model it was made from.
         license: as the hub writes it, "apache-2.0"; that of the model it was made from.
     """
-    recipe = source.recipe
-    steps = recipe.steps if recipe is not None else ()
+    steps = source.recipe
     tags = ["bagel", "text-to-image", *dict.fromkeys(step.config.mode for step in steps)]
     head = ["library_name: sparse_unified", "pipeline_tag: any-to-any"]
     head += [f"license: {license}"] if license else []
     head += [f"base_model: {base_model}"] if base_model else []
     specs = source.specs.values()
     numbers = [
-        ("parameters", f"{sum(_size(spec.shape) for spec in specs):,}"),
+        ("parameters", f"{sum(math.prod(spec.shape) for spec in specs):,}"),
         ("weights", format_bytes(sum(spec.nbytes for spec in specs))),
         ("dtypes", ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs}))),
         ("decoder layers", str(source.num_layers)),
@@ -144,11 +134,7 @@ def model_card(
     return "\n".join(parts) + "\n"
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def write_card(directory: str | os.PathLike[str], **card: Any) -> Path:
+def write_card(directory: StrPath, **card: Any) -> Path:
     """Writes README.md of a model directory, in place of what is there; options: `model_card`."""
     path = Path(directory) / CARD
     replace_file(path, model_card(Checkpoint(directory), **card).encode())
@@ -156,7 +142,7 @@ def write_card(directory: str | os.PathLike[str], **card: Any) -> Path:
 
 
 def push_to_hub(
-    directory: str | os.PathLike[str],
+    directory: StrPath,
     repo_id: str,
     *,
     private: bool | None = None,

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import choice, list_some, optional
+from sparse_unified._common import StrPath, choice, list_some, optional
 from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.checkpoint import Checkpoint, TensorSpec
+from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.keys import FFN_NAMES, module_prefixes
-from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.quantize import STORAGES, quantize_ffn_
@@ -61,7 +61,7 @@ class Placement:
     storage: str | Mapping[str, str] | None = None
     device_map: str | Mapping[str, Device] | None = None
     max_memory: Mapping[Any, Any] | None = None
-    offload_folder: str | os.PathLike[str] | None = None
+    offload_folder: StrPath | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", choice("task", Task, self.task))
@@ -104,11 +104,10 @@ def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def tensor_problems(
-    targets: Mapping[str, Tensor], specs: Mapping[str, TensorSpec | Tensor]
-) -> list[str]:
-    """Returns every missing, extra and misshapen tensor of a file that holds `specs`, where a
-    model, perhaps on the meta device, holds `targets`."""
+def tensor_problems(module: nn.Module, specs: Mapping[str, TensorSpec | Tensor]) -> list[str]:
+    """Returns every missing, extra and misshapen tensor of a file that holds `specs`, where it
+    should hold those of a module, which may be on the meta device."""
+    targets = official_tensors(module)
     problems = [f"missing {key} {list(targets[key].shape)}" for key in targets if key not in specs]
     for key, spec in specs.items():
         if key not in targets:
@@ -123,7 +122,7 @@ def tensor_problems(
 
 def check_tensors(module: nn.Module, specs: Mapping[str, Any], *, where: str) -> None:
     """Raises one ValueError that lists the `tensor_problems` of a file with a module's tensors."""
-    if problems := tensor_problems(official_tensors(module), specs):
+    if problems := tensor_problems(module, specs):
         raise ValueError(
             f"{where}: tensors must be those of the model, got {list_some(problems, 20)}"
         )
@@ -135,16 +134,17 @@ def fill_(
 ) -> None:
     """Gives memory to what is on the meta device below a module, whose keys start with `prefix`,
     and fills it from a file."""
-    unfilled = [key for key, tensor in official_tensors(module, prefix).items() if tensor.is_meta]
+    before = official_tensors(module, prefix)
     for path, owner in module.named_modules():
         at = f"{prefix}{path}." if path else prefix
         for name, tensor in owner._parameters.items():
             if tensor is not None and tensor.is_meta:
                 full = torch.empty_like(tensor, device=placement.of_tensor(f"{at}{name}"))
                 owner._parameters[name] = nn.Parameter(full, requires_grad=tensor.requires_grad)
-    targets = official_tensors(module, prefix)
-    for key in unfilled:
-        spec, target = specs[key], targets[key]
+    for key, target in official_tensors(module, prefix).items():
+        if not before[key].is_meta:
+            continue
+        spec = specs[key]
         if spec.nbytes <= _BLOCK_BYTES:
             target.copy_(read_tensor(spec))
             continue
@@ -156,7 +156,7 @@ def fill_(
 
 
 def load_bagel(
-    directory: str | os.PathLike[str],
+    directory: StrPath,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,

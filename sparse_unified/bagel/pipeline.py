@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 import tempfile
@@ -21,12 +20,14 @@ from torch import Tensor
 from sparse_unified._common import (
     Progress,
     Report,
+    StrPath,
     check_int,
     check_number,
     context,
     optional,
     progress_bar,
 )
+from sparse_unified.bagel import sampler
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.execution import Execution
@@ -34,15 +35,7 @@ from sparse_unified.bagel.hub import push_to_hub, save_model
 from sparse_unified.bagel.images import ImageProcessor, to_rgb
 from sparse_unified.bagel.loading import Device, Offload, Placement, Task, load_bagel
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.sampler import (
-    Renorm,
-    SamplingConfig,
-    build_guidance,
-    computed_steps,
-    initial_noise,
-    sample_latents,
-    see_images,
-)
+from sparse_unified.bagel.sampler import SamplingConfig, computed_steps
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.model_dir import Checkpoint, find_model
@@ -71,7 +64,7 @@ THINK_BEFORE_ANSWER = (
 _EDITING: dict[str, Any] = {
     "cfg_img_scale": 2.0,
     "cfg_interval": (0.0, 1.0),
-    "cfg_renorm_type": Renorm.TEXT_CHANNEL,
+    "cfg_renorm_type": sampler.Renorm.TEXT_CHANNEL,
 }
 
 
@@ -320,20 +313,20 @@ class BagelPipeline:
     @context("from_pretrained")
     def from_pretrained(
         cls,
-        name: str | os.PathLike[str],
+        name: StrPath,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: StrPath | None = None,
         local_files_only: bool = False,
         task: Task | str = Task.ALL,
         offload: Offload | str = Offload.NONE,
         storage: str | Mapping[str, str] | None = None,
         device_map: str | Mapping[str, Device] | None = None,
         max_memory: Mapping[Any, Any] | None = None,
-        offload_folder: str | os.PathLike[str] | None = None,
+        offload_folder: StrPath | None = None,
         compile: bool | str = False,
         cuda_graphs: bool = False,
     ) -> BagelPipeline:
@@ -395,7 +388,7 @@ class BagelPipeline:
         return pipeline
 
     @context("save_pretrained")
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **card: Any) -> None:
+    def save_pretrained(self, save_directory: StrPath, **card: Any) -> None:
         """Writes the model as it is now, with the other files of the directory it came from.
 
         Args:
@@ -487,7 +480,7 @@ class BagelPipeline:
 
             for batch, config in batches:
                 with self._clock(report, "prefill_seconds"):
-                    guidance = build_guidance(
+                    guidance = sampler.build_guidance(
                         model,
                         [encode(texts[i]) for i in batch],
                         images=[[see(image, vae=True) for image in before[i]] for i in batch],
@@ -508,10 +501,10 @@ class BagelPipeline:
                     thoughts.update((i, plan) for i, (plan, _) in zip(batch, written, strict=True))
                 grids = [model.config.token_grid(*sizes[i]) for i in batch]
                 noise = [
-                    initial_noise(rows * columns, model.config.token_channels, seeds[i])
+                    sampler.initial_noise(rows * columns, model.config.token_channels, seeds[i])
                     for (rows, columns), i in zip(grids, batch, strict=True)
                 ]
-                tokens = sample_latents(
+                tokens = sampler.sample_latents(
                     model, guidance, noise, grids, config, execution=self.execution, on_step=on_step
                 )
                 report.computed_steps += sum(computed_steps(config))
@@ -564,7 +557,7 @@ class BagelPipeline:
                 if think:
                     self.model.prefill_text(contexts, [self.tokenizer.encode(THINK_BEFORE_ANSWER)])
                 seen = [self.image_processor.encode(image, vae=False) for image in own]
-                see_images(self.model, contexts, [seen])
+                sampler.see_images(self.model, contexts, [seen])
                 self.model.prefill_text(contexts, [self.tokenizer.encode(prompt)])
             report.context_tokens = contexts[0].length
             options = {"max_length": max_length, "temperature": temperature, "seeds": seeds}

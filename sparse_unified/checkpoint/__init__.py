@@ -16,9 +16,8 @@ from sparse_unified.checkpoint.modes import (
     PruneHeadsConfig,
     PruneWidthConfig,
     SkipLayersConfig,
+    Step,
 )
-from sparse_unified.checkpoint.recipe import Recipe, Step
-from sparse_unified.checkpoint.safetensors_io import TensorSpec
 
 # Functions of `sparse_unified.convert`, which stands above the models and this package below them.
 _OF_CONVERT = ("convert", "info", "invert", "prune", "verify")
@@ -29,10 +28,8 @@ __all__ = [
     "MoEConfig",
     "PruneHeadsConfig",
     "PruneWidthConfig",
-    "Recipe",
     "SkipLayersConfig",
     "Step",
-    "TensorSpec",
     *_OF_CONVERT,
 ]
 

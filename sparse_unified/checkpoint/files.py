@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sparse_unified._common import list_some
+from sparse_unified._common import StrPath, list_some
 
 try:
     import fcntl
@@ -39,6 +39,7 @@ _SENDS_FILES = sys.platform == "linux" and hasattr(os, "sendfile")
 _DIRECTORY = getattr(os, "O_DIRECTORY", None)
 _BINARY, _NONBLOCK = getattr(os, "O_BINARY", 0), getattr(os, "O_NONBLOCK", 0)
 
+NUMBER = (int, float)  # a form of `has_form`
 # What tells a file from another one under its name: device, inode, bytes, ns of the last change.
 Stamp = tuple[int, int, int, int]
 
@@ -98,13 +99,18 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file; raises ValueError when it is none."""
-    text = read_text(path)
+    return read_object(read_text(path), f"{path}: file")
+
+
+def read_object(text: str | bytes, where: str, *, finite: bool = False) -> dict[str, Any]:
+    """Reads text that must be a JSON object, as `loads_strict` does; `where` names it."""
     try:
-        value = loads_strict(text)
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        value = loads_strict(decoded, finite=finite)
     except ValueError as error:
-        raise ValueError(f"{path}: file must be JSON, got {error}") from error
+        raise ValueError(f"{where} must be a JSON object, got {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: file must hold a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{where} must be a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -141,6 +147,22 @@ def loads_strict(text: str, *, finite: bool = False) -> Any:
         half = error.object[error.start]
         raise ValueError(f"half of a surrogate pair, {half!r:.120}") from None
     return value
+
+
+def has_form(value: object, form: Any) -> bool:
+    """Tells whether a JSON value has a form.
+
+    That is a tuple of types; `[form]`, a list of such; `{str: form}`, an object of such; or `{key:
+    form, ...}`, an object with these keys.
+    """
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return False
+        form = dict.fromkeys(value, form[str]) if str in form else form
+        return value.keys() == form.keys() and all(has_form(value[k], f) for k, f in form.items())
+    return type(value) in form
 
 
 def is_plain_name(name: object) -> bool:
@@ -269,7 +291,7 @@ def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
         write_all(handle, text.encode())
 
 
-def partial_path(out: str | os.PathLike[str]) -> Path:
+def partial_path(out: StrPath) -> Path:
     """Returns the sibling directory in which `out` is written before it gets its name.
 
     It holds `MARKER` and one directory, named as `out`, that is renamed to `out` when it is whole.
@@ -279,7 +301,7 @@ def partial_path(out: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Iterator[Path]:
+def atomic_directory(out: StrPath, *, mode: int = 0o777) -> Iterator[Path]:
     """Yields an empty directory beside `out` that becomes `out` when the block ends well.
 
     The sibling `partial_path(out)` that holds it is locked while it is written, so two runs never
@@ -296,11 +318,7 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
             stands where it would be written.
         RuntimeError: another run is writing the same target, or the file system refuses to.
     """
-    target = _absolute(out)
-    _refuse_existing(target)
-    if not target.parent.is_dir():
-        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
-    partial = partial_path(target)
+    target, partial = _absolute(out), partial_path(out)
     content = partial / target.name
 
     def remove() -> None:
@@ -312,9 +330,9 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
 
     with ExitStack() as stack:
         try:
-            refuse_foreign_partial(target)
+            check_target(out)
             stack.callback(os.close, _lock(partial))
-            refuse_foreign_partial(target)
+            check_target(out)
             stack.callback(remove)
             if content.exists():
                 logger.warning("removing what an interrupted run left in %s", partial)
@@ -326,7 +344,7 @@ def atomic_directory(out: str | os.PathLike[str], *, mode: int = 0o777) -> Itera
             # Files are synced by whoever writes them; here it is the names.
             for folder, _, _ in os.walk(content):
                 _sync(folder)
-            _refuse_existing(target)
+            check_target(out)
             content.rename(target)
             with suppress(PermissionError):  # a parent may be written and not read
                 _sync(target.parent)
@@ -341,6 +359,19 @@ def lock_alone(handle: int) -> None:
     """Locks what is open; BlockingIOError where another process has. Windows locks nothing."""
     if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def locked(folder: Path, refusal: Exception) -> Iterator[None]:
+    """Keeps other processes out of a folder, by its file `.lock`; raises `refusal` if one is in."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            lock_alone(lock.fileno())
+        except BlockingIOError:
+            raise refusal from None
+        except OSError:  # the file system has no locks
+            pass
+        yield
 
 
 def _lock(partial: Path) -> int:
@@ -382,41 +413,24 @@ def _sync(directory: str | Path) -> None:
         os.close(handle)
 
 
-def refuse_foreign_partial(out: str | os.PathLike[str]) -> None:
-    """Raises ValueError when what stands at `partial_path(out)` was not left by a run of ours."""
-    partial = partial_path(out)
-    try:
-        found = [partial] if partial.is_symlink() else list(partial.iterdir())
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        found = [partial]
-    names = {path.name for path in found}
-    own = MARKER in names and names <= {MARKER, _absolute(out).name}
-    if (names and not own) or any(path.is_symlink() for path in found):
-        raise ValueError(
-            f"{partial} must be absent or left by an interrupted run, which may be "
-            f"removed, got {list_some(sorted(names))}; move it elsewhere"
-        )
+def check_target(out: StrPath, source: StrPath | None = None, *others: object) -> Path:
+    """Returns the absolute path of a directory to make; ValueError where it cannot be made.
 
-
-def refuse_overlap(
-    out: str | os.PathLike[str], source: str | os.PathLike[str], *files: object
-) -> None:
-    """Raises ValueError when writing `out` would touch what it is made from; links are followed.
+    It must not exist, its parent must, what stands at `partial_path(out)` must have been left by a
+    run of ours, and writing must not touch what it is made from; links are followed.
 
     Args:
         out: the directory to make.
         source: the directory that it is made from; `out` must not lie in it.
-        files: further inputs; what is no path is passed over.
+        others: further inputs; what is no path is passed over.
     """
     target, partial = _absolute(out), partial_path(out)
     resolved = target.parent.resolve() / target.name
-    if to_path(source, "source").resolve() in (resolved, *resolved.parents):
+    if source is not None and to_path(source, "source").resolve() in (resolved, *resolved.parents):
         raise ValueError(f"target must lie outside {source}, got {out}")
     # Where the target is written before it has its name; a run removes what lies there.
     places = {resolved.with_name(partial.name), partial.resolve()}
-    for path in (source, *files):
+    for path in (source, *others):
         if isinstance(path, str | os.PathLike):
             for own in (_absolute(path, "input"), Path(path).resolve()):
                 if places & {own, *own.parents}:
@@ -424,6 +438,20 @@ def refuse_overlap(
                         f"{path} must lie outside {partial}, where {out} is written until "
                         "it is whole"
                     )
+    if os.path.lexists(target):
+        raise ValueError(f"target must not exist, got {target}")
+    if not target.parent.is_dir():
+        raise ValueError(f"parent of {out} must be a directory, got {target.parent}")
+    is_folder = partial.is_dir() and not partial.is_symlink()
+    found = list(partial.iterdir()) if is_folder else [partial] * os.path.lexists(partial)
+    names = {path.name for path in found}
+    own_names = MARKER in names and names <= {MARKER, target.name}
+    if (names and not own_names) or any(path.is_symlink() for path in found):
+        raise ValueError(
+            f"{partial} must be absent or left by an interrupted run, which may be "
+            f"removed, got {list_some(sorted(names))}; move it elsewhere"
+        )
+    return target
 
 
 def to_path(value: object, name: str) -> Path:
@@ -437,8 +465,3 @@ def to_path(value: object, name: str) -> Path:
 
 def _absolute(path: object, name: str = "target") -> Path:
     return Path(os.path.abspath(to_path(path, name)))  # noqa: PTH100  (resolve follows links)
-
-
-def _refuse_existing(target: Path) -> None:
-    if os.path.lexists(target):
-        raise ValueError(f"target must not exist, got {target}")

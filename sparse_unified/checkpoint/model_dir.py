@@ -1,40 +1,355 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model directory, read lazily: headers and JSON when it is opened, tensors when asked for.
 
-A model is named by its directory, or by its id on the hub.
+What each layer has of each component is told by the keys, and the recipe and llm_config.json have
+to agree with them. A wrong `top_k` passes every key check, and a missing `transformed_gen` makes
+the official loader keep random weights in silence; so each field that describes a sparse FFN is
+compared here. What no key tells is which of the dense model's heads are left; that is what the
+recipe says. A model is named by its directory, or by its id on the hub.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparse_unified._common import naming, optional
-from sparse_unified.checkpoint.files import (
-    is_plain_name,
-    read_json,
-    refuse_change,
-    stamp_of,
-    to_path,
+from sparse_unified._common import StrPath, list_some, naming, optional
+from sparse_unified.checkpoint import files, keys
+from sparse_unified.checkpoint.modes import (
+    MAX_LAYERS,
+    RECIPE,
+    AdaptConfig,
+    MoEConfig,
+    Part,
+    PruneHeadsConfig,
+    SkipLayersConfig,
+    Step,
+    parse_recipe,
 )
-from sparse_unified.checkpoint.modes import AdaptConfig, MoEConfig
-from sparse_unified.checkpoint.recipe import RECIPE, Recipe, parse_recipe
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec, read_header, read_tensor
-from sparse_unified.checkpoint.shapes import (
-    CONFIG,
-    FFNs,
-    LayerShape,
-    check_ffns,
-    find_top_k,
-    scan_ffns,
-    wanted_layers,
-)
 from sparse_unified.experts import ExpertLayout
+
+CONFIG = "llm_config.json"
+_MAX_HEADS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What one layer has left of one component. Heads have their numbers in the dense checkpoint.
+
+    Attributes:
+        ffn: neurons of a dense FFN, the layout of a sparse one, 0 where it is skipped.
+        kv_heads: KV heads of the layer; () where the component skips the attention.
+        query_groups: the KV head that each group of the component's query heads reads, ascending.
+    """
+
+    ffn: int | ExpertLayout
+    kv_heads: tuple[int, ...]
+    query_groups: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Neurons of the FFN, of all experts together where it is sparse."""
+        return self.ffn if isinstance(self.ffn, int) else self.ffn.intermediate_size
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the component's tokens run through the attention."""
+        return bool(self.query_groups)
+
+    @property
+    def query_places(self) -> tuple[int, ...]:
+        """The place among `kv_heads` of the KV head that each group of query heads reads."""
+        return tuple(map(self.kv_heads.index, self.query_groups))
+
+
+# Component -> layer -> its shape.
+LayerShapes = Mapping[str, Mapping[int, LayerShape]]
+
+
+def ffn_parts(ffn: int | ExpertLayout) -> dict[str, tuple[int, int]]:
+    """Returns which neurons each part of an FFN holds, by the start of its keys, in order."""
+    if isinstance(ffn, int):
+        return {"": (0, ffn)}
+    return {f"{name}.": neurons for name, neurons in ffn.ranges().items()}
+
+
+def ffn_shapes(
+    ffn: int | ExpertLayout, hidden_size: int, component: str
+) -> dict[str, tuple[int, int]]:
+    """Returns the shape of every tensor of an FFN, by the end of its key; routers come first."""
+    shapes = {}
+    if isinstance(ffn, ExpertLayout):
+        for name in keys.router_names(component):
+            rows = 1 if name == "gate_shared" else ffn.num_experts
+            shapes[f"{name}.weight"] = (rows, hidden_size)
+    for name in keys.PROJECTIONS:
+        for part, (start, stop) in ffn_parts(ffn).items():
+            shape = (stop - start, hidden_size)
+            shapes[f"{part}{name}.weight"] = shape[::-1] if name == "down_proj" else shape
+    return shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FFN:
+    """One FFN of a file: its neurons, or the layout of a sparse one, its hidden size and dtype."""
+
+    ffn: int | ExpertLayout
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def layout(self) -> ExpertLayout | None:
+        """Its experts; None where it is dense."""
+        return self.ffn if isinstance(self.ffn, ExpertLayout) else None
+
+    @property
+    def intermediate_size(self) -> int:
+        """Neurons, of all experts together where it is sparse."""
+        return self.ffn if isinstance(self.ffn, int) else self.ffn.intermediate_size
+
+
+FFNs = dict[str, dict[int, FFN]]
+
+
+# The FFNs, by their keys
+
+
+def scan_ffns(specs: Mapping[str, TensorSpec | Tensor]) -> tuple[FFNs, list[str]]:
+    """Finds every FFN of a file and checks its keys and shapes against each other.
+
+    Returns the FFNs that are whole, layers ascending, and a sentence for each one that is not.
+    """
+    parts: dict[tuple[str, int], dict[str, TensorSpec | Tensor]] = {}
+    for key, spec in specs.items():
+        found = keys.find_ffn_key(key)
+        if found is not None:
+            component, layer, rest = found
+            parts.setdefault((component, layer), {})[rest] = spec
+    ffns: FFNs = {}
+    problems: list[str] = []
+    for component, layer in sorted(parts):
+        try:
+            with naming(keys.ffn_prefix(component, layer).removesuffix(".")):
+                own = _read_ffn(component, parts[component, layer])
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            ffns.setdefault(component, {})[layer] = own
+    return ffns, problems
+
+
+def _read_ffn(component: str, part: Mapping[str, TensorSpec | Tensor]) -> FFN:
+    """Describes an FFN by the tensors that tell its sizes; all others must follow from them."""
+    experts = {match[1] for rest in part if (match := keys.EXPERT_KEY.fullmatch(rest))}
+    ffn: int | ExpertLayout
+    if experts or "gate.weight" in part:
+        num_experts, _ = _matrix(part, "gate.weight")
+        if num_experts != len(experts):
+            raise ValueError(
+                f"gate.weight must have a row for each of the {len(experts)} experts in the keys, "
+                f"got {num_experts}"
+            )
+        width, hidden_size = _matrix(part, "experts.0.gate_proj.weight")
+        shared = "shared_expert.gate_proj.weight"
+        shared_width = _matrix(part, shared)[0] if shared in part else 0
+        ffn = ExpertLayout(
+            intermediate_size=shared_width + num_experts * width,
+            num_experts=num_experts,
+            shared_intermediate_size=shared_width,
+        )
+    else:
+        ffn, hidden_size = _matrix(part, "gate_proj.weight")
+    wanted = ffn_shapes(ffn, hidden_size, component)
+    wrong = [f"no {rest}" for rest in wanted if rest not in part]
+    wrong += [f"{rest} too" for rest in part if rest not in wanted]
+    wrong += [
+        f"{rest} {list(part[rest].shape)}, not {list(shape)}"
+        for rest, shape in wanted.items()
+        if rest in part and tuple(part[rest].shape) != shape
+    ]
+    if wrong:
+        what = "a dense FFN" if isinstance(ffn, int) else f"{ffn.num_experts} experts"
+        raise ValueError(f"tensors must be those of {what}, got {list_some(wrong)}")
+    dtypes = {spec.dtype for spec in part.values()}
+    dtype = dtypes.pop()
+    if dtypes or not dtype.is_floating_point:
+        raise ValueError(
+            f"weights must share one floating dtype, got {list_some({dtype, *dtypes})}"
+        )
+    return FFN(ffn=ffn, hidden_size=hidden_size, dtype=dtype)
+
+
+def _matrix(part: Mapping[str, TensorSpec | Tensor], name: str) -> tuple[int, int]:
+    shape = tuple(part[name].shape) if name in part else None
+    if shape is None or len(shape) != 2 or 0 in shape:
+        got = "nothing" if shape is None else f"shape {list(shape)}"
+        raise ValueError(f"{name} must be a matrix with rows and columns, got {got}")
+    return shape
+
+
+# Keys and llm_config.json
+
+
+def check_ffns(
+    ffns: FFNs, config: Mapping[str, Any], wanted: LayerShapes, *, pruned: bool
+) -> list[str]:
+    """Returns a sentence for each disagreement of the FFNs in the keys with llm_config.json.
+
+    `wanted` says what the layers must hold, experts together, and `pruned` who says so.
+    """
+    problems: list[str] = []
+    source = RECIPE if pruned else f"num_hidden_layers and intermediate_size of {CONFIG}"
+    for component, layers in ffns.items():
+        own = {layer: shape.width for layer, shape in wanted[component].items()}
+        found = {layer: ffn.intermediate_size for layer, ffn in layers.items()}
+        wrong = [
+            f"{found.get(layer, 0)} neurons in layer {layer}, not {own.get(layer, 0)}"
+            for layer in sorted(own.keys() | found.keys())
+            if own.get(layer, 0) != found.get(layer, 0)
+        ]
+        if wrong:
+            problems.append(
+                f"keys: {component} FFNs ({keys.FFN_NAMES[component]}) must be those of {source}, "
+                f"got {list_some(wrong)}"
+            )
+        problems += _check_sparse(component, layers, config)
+    sizes = {ffn.hidden_size for layers in ffns.values() for ffn in layers.values()}
+    hidden_size = config.get("hidden_size", min(sizes, default=None))
+    if any(type(hidden_size) is not int or size != hidden_size for size in sizes):
+        problems.append(
+            f"{CONFIG}: hidden_size must be what every FFN in the keys has, "
+            f"{list_some(sorted(sizes))}, got {hidden_size!r:.120}"
+        )
+    return list(dict.fromkeys(problems))
+
+
+def _check_sparse(
+    component: str, layers: Mapping[int, FFN], config: Mapping[str, Any]
+) -> list[str]:
+    """Compares the sparse FFNs of a component with the fields that describe them."""
+    layouts = {n: ffn.ffn for n, ffn in layers.items() if isinstance(ffn.ffn, ExpertLayout)}
+    problems = []
+
+    def demand(agrees: bool, field: str, rule: str) -> None:
+        if not agrees:
+            got = f"{config[field]!r:.120}" if field in config else "nothing"
+            problems.append(f"{CONFIG}: {field} must {rule} in the keys, got {got}")
+
+    field = keys.TRANSFORMED[component]
+    claimed = config.get(field, False)
+    if isinstance(claimed, bool):
+        claimed = list(layers) if claimed else []
+    is_list = isinstance(claimed, list) and all(type(layer) is int for layer in claimed)
+    rule = f"be {sorted(layouts) or 'false or absent'}, the layers that are sparse"
+    demand(is_list and set(claimed) == set(layouts), field, rule)
+    for layout in layouts.values():
+        num_experts, width = layout.num_experts, layout.shared_width
+        count: Any = config.get("num_experts")
+        demand(type(count) is int and count == num_experts, "num_experts", f"be {num_experts} as")
+        given: Any = config.get("num_shared_experts")
+        demand(
+            type(given) is int
+            and given >= 0
+            and bool(given) == bool(width)
+            and given * (layout.intermediate_size // (num_experts + given)) == width,
+            "num_shared_experts",
+            f"give the {width} shared neurons",
+        )
+        try:
+            find_top_k(config, num_experts)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def find_top_k(config: Mapping[str, Any], num_experts: int) -> int:
+    """Returns top_k as llm_config.json gives it under one or both of its names."""
+    given = [config[name] for name in ("top_k", "num_experts_per_tok") if name in config]
+    top_k = given[0] if given and type(given[0]) is int else 0
+    if not 1 <= top_k <= num_experts or given[1:] not in ([], [top_k]):
+        raise ValueError(
+            f"{CONFIG}: top_k must be 1 to {num_experts}, the number of experts in the keys, and "
+            f"num_experts_per_tok the same, got {list_some(given)}"
+        )
+    return top_k
+
+
+# The recipe
+
+
+def wanted_layers(
+    config: Mapping[str, Any], recipe: Sequence[Step]
+) -> dict[str, dict[int, LayerShape]]:
+    """Returns what the layers must hold: those of the dense model, after the steps of a recipe."""
+    sizes = []
+    for name, value, limit in (
+        ("num_hidden_layers", config.get("num_hidden_layers"), MAX_LAYERS),
+        ("intermediate_size", config.get("intermediate_size"), 1 << 31),
+        (
+            "num_key_value_heads",
+            config.get("num_key_value_heads", config.get("num_attention_heads", 1)),
+            _MAX_HEADS,
+        ),
+    ):
+        # A list of as many entries is made, so a count that no model has must not get that far.
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(
+                f"{CONFIG}: {name} must be a positive integer of at most {limit}, "
+                f"got {value!r:.120}"
+            )
+        sizes.append(value)
+    all_heads = tuple(range(sizes[2]))
+    whole = LayerShape(ffn=sizes[1], kv_heads=all_heads, query_groups=all_heads)
+    layers = {component: dict.fromkeys(range(sizes[0]), whole) for component in keys.FFN_NAMES}
+    for number, step in enumerate(recipe):
+        with naming(f"{RECIPE}: step {number} ({step.config.mode})"):
+            _follow(layers, step)
+    return layers
+
+
+def _follow(layers: dict[str, dict[int, LayerShape]], step: Step) -> None:
+    """Carries out one step of a recipe."""
+    config = step.config
+    for layer in map(int, config.layers):
+        if layer not in layers["gen"]:
+            raise ValueError(f"layers must be 0 to {len(layers['gen']) - 1}, got {layer}")
+        if isinstance(config, PruneHeadsConfig):
+            for component in keys.FFN_NAMES:
+                held, groups = layers[component][layer], step.heads[layer][component]
+                if not set(groups) <= set(held.query_groups) or bool(groups) != held.has_attention:
+                    raise ValueError(
+                        f"{component} heads of layer {layer} must be some of "
+                        f"{list(held.query_groups)}, got {list(groups)}"
+                    )
+                kv_heads = step.heads[layer]["keys"] if groups else ()
+                layers[component][layer] = replace(held, kv_heads=kv_heads, query_groups=groups)
+            continue
+        if isinstance(config, AdaptConfig):
+            continue
+        held = layers[config.component][layer]
+        if isinstance(config, SkipLayersConfig):
+            if Part.FFN in config.parts:
+                held = replace(held, ffn=0)
+            if Part.ATTENTION in config.parts:
+                held = replace(held, kv_heads=(), query_groups=())
+        else:
+            width = step.widths.get(layer, held.width)
+            if not 1 <= width <= held.width:
+                raise ValueError(
+                    f"width of layer {layer} must be 1 to the {held.width} neurons left, "
+                    f"got {width}"
+                )
+            held = replace(held, ffn=width)
+        layers[config.component][layer] = held
+
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE_FILES = ("ema.safetensors", "model.safetensors")
@@ -60,14 +375,14 @@ class Checkpoint:
         ValueError: there is no such directory or weight file, or a file breaks its format.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = to_path(directory, "checkpoint")
+    def __init__(self, directory: StrPath) -> None:
+        self.directory = files.to_path(directory, "checkpoint")
         if not self.directory.is_dir():
             state = "a file" if self.directory.exists() else "nothing there"
             raise ValueError(f"{self.directory}: checkpoint must be a directory, got {state}")
         try:
             self._stamps = {
-                path: stamp_of(path.stat())
+                path: files.stamp_of(path.stat())
                 for path in self.directory.iterdir()
                 if path.suffix in (".json", ".safetensors") and path.exists()
             }
@@ -103,7 +418,7 @@ class Checkpoint:
         """Raises RuntimeError when weights or JSON files are no longer those that were opened."""
         for path, stamp in self._stamps.items():
             try:
-                refuse_change(path, stamp, path.stat())
+                files.refuse_change(path, stamp, path.stat())
             except OSError as error:
                 raise RuntimeError(
                     f"{path}: file must not change while it is read, got {error.strerror}"
@@ -112,12 +427,12 @@ class Checkpoint:
     @cached_property
     def llm_config(self) -> dict[str, Any]:
         """`llm_config.json`, as it stands."""
-        return read_json(self.directory / CONFIG)
+        return files.read_json(self.directory / CONFIG)
 
     @cached_property
     def vit_config(self) -> dict[str, Any]:
         """`vit_config.json`, as it stands."""
-        return read_json(self.directory / "vit_config.json")
+        return files.read_json(self.directory / "vit_config.json")
 
     @property
     def vae_file(self) -> Path:
@@ -183,10 +498,10 @@ class Checkpoint:
         return find_top_k(self.llm_config, layouts[0].num_experts) if layouts else None
 
     @cached_property
-    def recipe(self) -> Recipe | None:
-        """What was done to the model, `sparse_unified.json`; None without it."""
+    def recipe(self) -> tuple[Step, ...]:
+        """What was done to the model, step by step: `sparse_unified.json`; () without it."""
         path = self.directory / RECIPE
-        return parse_recipe(path, read_json(path)) if path.exists() else None
+        return parse_recipe(path, files.read_json(path)) if path.exists() else ()
 
     @cached_property
     def _wanted(self) -> dict[str, dict[int, LayerShape]]:
@@ -198,8 +513,8 @@ class Checkpoint:
     def left(self) -> dict[str, dict[int, LayerShape]] | None:
         """What pruning has left, with the neurons of sparse FFNs together; None without pruning."""
         keeps_all = (MoEConfig, AdaptConfig)
-        steps = self.recipe.steps if self.recipe is not None else ()
-        return None if all(isinstance(s.config, keeps_all) for s in steps) else self._wanted
+        is_whole = all(isinstance(step.config, keeps_all) for step in self.recipe)
+        return None if is_whole else self._wanted
 
     def _refuse(self, problems: list[str]) -> None:
         if problems:
@@ -208,12 +523,12 @@ class Checkpoint:
 
 
 def _read_shards(index_file: Path) -> dict[str, Header]:
-    weight_map = read_json(index_file).get("weight_map")
+    weight_map = files.read_json(index_file).get("weight_map")
     with naming(index_file):
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"weight_map must map keys to files, got {weight_map!r:.80}")
         for key, name in weight_map.items():
-            if not is_plain_name(name):
+            if not files.is_plain_name(name):
                 raise ValueError(
                     f"file of {key!r:.120} must be a plain name in the same directory, "
                     f"got {name!r:.80}"
@@ -231,11 +546,7 @@ def _read_shards(index_file: Path) -> dict[str, Header]:
 
 
 def find_model(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    where: str = "from_pretrained",
-    **options: Any,
+    name: StrPath, *, revision: str | None = None, where: str = "from_pretrained", **options: Any
 ) -> Path:
     """Returns the directory of a model, given as such or as a hub id, which is downloaded.
 
@@ -271,7 +582,7 @@ def find_model(
         ) from error
 
 
-def is_hub_id(name: str | os.PathLike[str]) -> bool:
+def is_hub_id(name: StrPath) -> bool:
     """Tells whether a name is written as an id of the hub is, and can be no path: neither a file
     of that name exists, nor a directory of the owner's name, in which it would be mistyped."""
     parts = os.fspath(name).split("/")

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sparse_unified._common import Progress
+from sparse_unified._common import Progress, StrPath
+from sparse_unified.checkpoint import safetensors_io
 from sparse_unified.checkpoint.files import (
     atomic_directory,
     copy_range,
@@ -33,14 +34,7 @@ from sparse_unified.checkpoint.files import (
     write_text,
 )
 from sparse_unified.checkpoint.model_dir import INDEX_SUFFIX, Checkpoint
-from sparse_unified.checkpoint.safetensors_io import (
-    WORDS,
-    Header,
-    TensorSpec,
-    build_header,
-    encode_header,
-    read_words,
-)
+from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec
 
 # Rows handled at once: enough to amortise a read, few enough to stay in cache.
 _BLOCK_BYTES = 4 << 20
@@ -70,7 +64,7 @@ Edits = Mapping[str, Edit]
 
 def rewrite(
     source: Checkpoint,
-    out: str | os.PathLike[str],
+    out: StrPath,
     edits: Edits,
     texts: Mapping[str, str],
     *,
@@ -105,12 +99,18 @@ def rewrite(
     """
     files: dict[str, tuple[str, list[Edit]]] = {}  # name -> header text and what comes after it
     for name, header in (headers or source.headers).items():
-        parts = [edits.get(key) or _copy(key, source.spec(key)) for key in header.tensors]
-        entries = [entry for own in parts for entry in own.entries]
+        parts = []
+        for key in header.tensors:
+            if (edit := edits.get(key)) is None:
+                spec = source.spec(key)
+                entries = ((key, spec.dtype, spec.shape),)
+                edit = Edit(entries=entries, blocks=partial(tuple, [spec]))
+            parts.append(edit)
+        written = [entry for own in parts for entry in own.entries]
         if headers is not None:
             files[name] = header.text, parts
-        elif entries or not header.tensors:
-            files[name] = build_header(entries, header.metadata), parts
+        elif written or not header.tensors:
+            files[name] = safetensors_io.build_header(written, header.metadata), parts
     found = list_files(source.directory)
     left_out = {*source.headers, *files, *texts, *skip}
     others = {name: status for name, status in found.items() if name not in left_out}
@@ -131,12 +131,14 @@ def rewrite(
         return stat.S_IMODE(found[name].st_mode) & 0o777 | 0o600 if name in found else 0o666
 
     directory_mode = stat.S_IMODE(source.directory.stat().st_mode) & 0o777
-    with atomic_directory(out, mode=directory_mode) as partial:
-        free = shutil.disk_usage(partial).free
+    with atomic_directory(out, mode=directory_mode) as unfinished:
+        free = shutil.disk_usage(unfinished).free
         if free < total:
-            raise RuntimeError(f"{partial.parents[1]} must have {total:,} bytes free, got {free:,}")
+            raise RuntimeError(
+                f"{unfinished.parents[1]} must have {total:,} bytes free, got {free:,}"
+            )
         for name, status in others.items():
-            path = partial / (rename or {}).get(name, name)
+            path = unfinished / (rename or {}).get(name, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with (
                 open_source(source.directory / name, stamp_of(status)) as stream,
@@ -144,8 +146,8 @@ def rewrite(
             ):
                 copy_range(stream, 0, status.st_size, target, advance)
         for name, (text, parts) in files.items():
-            with create_file(partial / name, mode=mode(name)) as target:
-                write_all(target, encode_header(text), advance)
+            with create_file(unfinished / name, mode=mode(name)) as target:
+                write_all(target, safetensors_io.encode_header(text), advance)
                 for block in (block for own in parts for block in own.blocks()):
                     if isinstance(block, TensorSpec):
                         with open_source(block.file, block.stamp) as stream:
@@ -153,14 +155,10 @@ def rewrite(
                     else:
                         write_all(target, block, advance)
         for name, text in texts.items():
-            write_text(partial / name, text, mode=mode(name))
-        finish(partial)
+            write_text(unfinished / name, text, mode=mode(name))
+        finish(unfinished)
         source.refuse_change()
     return done
-
-
-def _copy(key: str, spec: TensorSpec) -> Edit:
-    return Edit(entries=((key, spec.dtype, spec.shape),), blocks=lambda: (spec,))
 
 
 def _size(entry: Entry) -> int:
@@ -180,10 +178,10 @@ def gather(
     first = specs[0]
     bounds = np.cumsum([0, *(spec.shape[dim] for spec in specs)])
     shape = (*first.shape[:dim], bounds[-1], *first.shape[dim + 1 :])
-    joined = np.empty(shape, dtype=WORDS[first.dtype.itemsize])
+    joined = np.empty(shape, dtype=safetensors_io.WORDS[first.dtype.itemsize])
     for spec, own in zip(specs, pairwise(bounds), strict=True):
         part = slice(*own)
-        joined[part if dim == 0 else (slice(None), part)] = read_words(spec)
+        joined[part if dim == 0 else (slice(None), part)] = safetensors_io.read_words(spec)
     for index in indices:
         num_rows = len(index) if dim == 0 else len(joined)
         for top, bottom in row_blocks(first, num_rows):

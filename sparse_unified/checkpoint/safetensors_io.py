@@ -25,15 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
-from sparse_unified.checkpoint.files import (
-    Stamp,
-    loads_strict,
-    open_source,
-    replace_file,
-    stamp_of,
-    to_path,
-)
+from sparse_unified._common import StrPath, context
+from sparse_unified.checkpoint import files
 
 # The format allows 100 MB, which is 1.5 million tensors and takes a minute to check.
 MAX_HEADER_BYTES = 16_000_000
@@ -63,7 +56,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Where one tensor lies: `nbytes` bytes from byte `start` of `file`, row-major.
+    """Where one tensor lies: from byte `start` of `file`, row-major.
 
     Attributes:
         stamp: of the file when its header was read; None where there is no file yet.
@@ -73,18 +66,18 @@ class TensorSpec:
     shape: tuple[int, ...]
     file: Path
     start: int
-    nbytes: int
-    stamp: Stamp | None = None
+    stamp: files.Stamp | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> TensorSpec:
         """Returns where rows `start` to `stop` of the tensor lie, a tensor of their own."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return replace(
-            self,
-            shape=(stop - start, *self.shape[1:]),
-            start=self.start + start * row_bytes,
-            nbytes=(stop - start) * row_bytes,
-        )
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + start * row_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +89,16 @@ class Header:
     text: str
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: StrPath) -> Header:
     """Reads and checks the header of a safetensors file.
 
     Raises:
         ValueError: the file cannot be opened, is truncated, or its header breaks a rule of the
             format; the message names the rule and what was found.
     """
-    path = to_path(path, "file")
-    with open_source(path) as stream, context(path):
-        stamp = stamp_of(os.fstat(stream.fileno()))
+    path = files.to_path(path, "file")
+    with files.open_source(path) as stream, context(path):
+        stamp = files.stamp_of(os.fstat(stream.fileno()))
         size = stamp[2]
         if size < 8:
             raise ValueError(f"file must hold an 8 byte header length, got {size} bytes")
@@ -122,13 +115,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return parse_header(path, text, stamp)
 
 
-def parse_header(path: Path, text: str, stamp: Stamp | None = None) -> Header:
+def parse_header(path: Path, text: str, stamp: files.Stamp | None = None) -> Header:
     """Checks header `text` of the file `path`, whose size `stamp` tells; None without a file."""
     with context(path):
         if not text.startswith("{"):
             raise ValueError(f"header must start with '{{', got {text[:8]!r}")
         try:
-            entries = loads_strict(text, finite=True)
+            entries = files.loads_strict(text, finite=True)
         except ValueError as error:
             raise ValueError(f"header must be JSON with distinct keys, got {error}") from error
         metadata = entries.pop("__metadata__", {})
@@ -146,7 +139,7 @@ def parse_header(path: Path, text: str, stamp: Stamp | None = None) -> Header:
                     f"which would {'overlap the tensor before it' if overlaps else 'leave a hole'}"
                 )
             tensors[key] = TensorSpec(
-                dtype=dtype, shape=shape, file=path, start=position, nbytes=nbytes, stamp=stamp
+                dtype=dtype, shape=shape, file=path, start=position, stamp=stamp
             )
             position += nbytes
         if stamp is not None and position != stamp[2]:
@@ -211,7 +204,7 @@ def read_bytes(stream: io.FileIO, start: int, target: np.ndarray) -> None:
 def read_tensor(spec: TensorSpec) -> Tensor:
     """Returns the tensor of `spec` on the CPU, in memory of its own."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
-    with open_source(spec.file, spec.stamp) as stream:
+    with files.open_source(spec.file, spec.stamp) as stream:
         read_bytes(stream, spec.start, as_bytes(tensor))
     return tensor
 
@@ -270,10 +263,10 @@ def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes a safetensors file of CPU tensors, complete or not at all, over one that was there."""
-    replace_file(path, encode_tensors(tensors, metadata))
+    files.replace_file(path, encode_tensors(tensors, metadata))
 
 
-def load_tensors(path: str | os.PathLike[str], *, kind: str, version: str) -> Header:
+def load_tensors(path: StrPath, *, kind: str, version: str) -> Header:
     """Reads the header of a file whose metadata must say `format` and `format_version`.
 
     Raises:

@@ -3,27 +3,37 @@
 
 A scores file is a safetensors file that holds one tensor `scores` [num_layers, I], or one tensor
 [I] per layer, named by its index (`"1"`, `"2"`, ...), or by component and index (`"gen.1"`), beside
-which `"gen.1.heads"` may give a tensor [G] for the groups of heads; any float dtype.
+which `"gen.1.heads"` may give a tensor [G] for the groups of heads; any float dtype. What decides
+between neurons, or groups of heads, is what was given, or a seed, or the weights: `rank`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some, naming
+from sparse_unified._common import StrPath, list_some, naming
 from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.model_dir import Checkpoint, LayerShape, ffn_parts
 from sparse_unified.checkpoint.modes import MoEConfig
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
+from sparse_unified.experts.keep import (
+    as_scores,
+    check_scores,
+    head_magnitude_scores,
+    magnitude_scores,
+    random_scores,
+)
 from sparse_unified.experts.router import check_inputs
-from sparse_unified.experts.scores import as_scores, check_scores
 
 LayerScores = Mapping[int, Tensor] | Tensor
-Scores = Mapping[str, LayerScores] | LayerScores | str | os.PathLike[str]
+Scores = Mapping[str, LayerScores] | LayerScores | StrPath
 
 LayerInputs = Mapping[int, Tensor]
 Inputs = Mapping[str, LayerInputs] | LayerInputs
@@ -70,7 +80,7 @@ def given_scores(
     return found
 
 
-def read_scores(path: str | os.PathLike[str]) -> Mapping[str, LayerScores] | LayerScores:
+def read_scores(path: StrPath) -> Mapping[str, LayerScores] | LayerScores:
     """Reads a scores file; raises ValueError when it is not laid out as this module says."""
     found = {key: read_tensor(spec) for key, spec in read_header(path).tensors.items()}
     if set(found) == {"scores"}:
@@ -122,3 +132,99 @@ def resolve_inputs(
         with naming(f"layer {layer}"):
             check_inputs(own[layer], hidden_size)
     return {layer: own[layer] for layer in sizes}
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def rank(
+    scores: Scores | None,
+    name: str,
+    sizes: Mapping[int, int],
+    num_layers: int,
+    magnitudes: Callable[[int], Tensor],
+    *,
+    seed: int | None = None,
+) -> tuple[Callable[[int], Tensor], str]:
+    """Returns a function from layer to checked scores, and where these come from, in words.
+
+    Given scores are checked at once; those of weights are computed when they are asked for.
+
+    Args:
+        scores, name, sizes, num_layers: as of `given_scores`.
+        magnitudes: ranks the neurons or groups of a layer by its weights, where nothing is given.
+        seed: of random scores, in the place of these.
+    """
+    if scores is not None and seed is not None:
+        raise ValueError(f"scores and seed must not both be given, got seed {seed}")
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"seed must be an integer, got {seed!r:.120}")
+    given = given_scores(scores, name, sizes, num_layers)
+    if given is not None:
+        if isinstance(scores, str | os.PathLike):
+            return given.__getitem__, f"file {Path(scores).name}"
+        return given.__getitem__, "given"
+    if seed is not None:
+        return lambda n: random_scores(sizes[n], seed=seed, layer=n), f"random, seed {seed}"
+
+    def by_magnitude(layer: int) -> Tensor:
+        values = magnitudes(layer)
+        with naming(f"layer {layer}"):
+            if values.is_meta:
+                raise ValueError("scores must be given for weights without data, got meta")
+            with naming("magnitude of its weights"):
+                check_scores(values, sizes[layer])
+        return values
+
+    return by_magnitude, "weight magnitude"
+
+
+def rank_file(
+    source: Checkpoint,
+    component: str,
+    layers: Sequence[int],
+    *,
+    heads: bool = False,
+    scores: Scores | None,
+    seed: int | None,
+) -> tuple[Callable[[int], Tensor], str]:
+    """Ranks the neurons, or with `heads` the groups of heads, of a model directory; see `rank`."""
+    shapes = source.shapes[component]
+    sizes = {n: len(shapes[n].query_groups) if heads else shapes[n].width for n in layers}
+
+    def read(key: str) -> Tensor:
+        tensor = source.read(key)
+        return tensor if tensor.dtype in _DTYPES else tensor.float()
+
+    def magnitudes(layer: int) -> Tensor:
+        of = head_magnitudes if heads else neuron_magnitudes
+        return of(read, component, layer, shapes[layer])
+
+    return rank(scores, component + HEADS * heads, sizes, source.num_layers, magnitudes, seed=seed)
+
+
+def neuron_magnitudes(
+    read: Callable[[str], Tensor], component: str, layer: int, shape: LayerShape
+) -> Tensor:
+    """Ranks the neurons of an FFN by weight magnitude, [I] fp32 in expert order, part by part."""
+    # Parts get the bits that the whole layer would: every neuron is summed by itself.
+    prefix = keys.ffn_prefix(component, layer)
+    parts = [
+        magnitude_scores(*(read(f"{prefix}{part}{name}.weight") for name in keys.PROJECTIONS))
+        for part in ffn_parts(shape.ffn)
+    ]
+    return torch.cat(parts)
+
+
+def head_magnitudes(
+    read: Callable[[str], Tensor], component: str, layer: int, shape: LayerShape
+) -> Tensor:
+    """Ranks the groups of query heads of an attention by weight magnitude, [groups] fp32."""
+    values, output = (
+        read(f"{keys.attention_module(component, layer, name)}.weight")
+        for name in ("v_proj", "o_proj")
+    )
+    return head_magnitude_scores(
+        values.unflatten(0, (len(shape.kv_heads), -1))[list(shape.query_places)],
+        output.unflatten(1, (len(shape.query_groups), -1)),
+    )

@@ -14,26 +14,13 @@ import torch
 import torch.distributed as dist
 
 from sparse_unified._common import Report
-from sparse_unified.adapt import (
-    RunConfig,
-    SequenceConfig,
-    TrainingConfig,
-    adapt,
-    estimate_memory,
-)
+from sparse_unified.adapt import RunConfig, SequenceConfig, TrainingConfig, adapt, estimate_memory
 from sparse_unified.adapt.optimizer import num_processes
 from sparse_unified.adapt.run import plan
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.cli.console import CommandParser, Usage, show_progress
 from sparse_unified.cli.generate import check_device
-from sparse_unified.cli.options import (
-    DTYPES,
-    add_flags,
-    add_options,
-    arguments,
-    dtype_of,
-    positive,
-)
+from sparse_unified.cli.options import DTYPES, add_flags, add_options, arguments, dtype_of, positive
 
 
 def add_adapt(parser: CommandParser) -> None:

@@ -12,27 +12,11 @@ from typing import Any
 
 import torch
 
+from sparse_unified import analysis
 from sparse_unified._common import Report, context, optional
-from sparse_unified.analysis import (
-    CRITERIA,
-    FfnStatistics,
-    Sample,
-    Settings,
-    StatisticsConfig,
-    SweepConfig,
-    Task,
-    bagel_probe,
-    built_in_samples,
-    calibrate,
-    expert_usage,
-    read_samples,
-    run_sweep,
-    save_scores,
-    score,
-    write_plots,
-)
+from sparse_unified.analysis import FfnStatistics, Task
+from sparse_unified.analysis.bagel_task import GenEvalImages, read_metadata
 from sparse_unified.analysis.evaluators import load_evaluator
-from sparse_unified.analysis.geneval import GenEvalImages, read_metadata
 from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
@@ -46,8 +30,8 @@ TASKS = tuple(task.value for task in Task)
 def _add_settings(group: Any, more: str = "") -> None:
     """Adds how many samples there are, and how the model runs on them."""
     add_flags(group, "--samples N  the first N prompts", samples={"type": positive})
-    add_options(group, Settings, f"size steps=num_timesteps max_tokens=max_length {more}")
-    add_options(group, SweepConfig, "seed", seed="of noise and of random choices")
+    add_options(group, analysis.Settings, f"size steps=num_timesteps max_tokens=max_length {more}")
+    add_options(group, analysis.SweepConfig, "seed", seed="of noise and of random choices")
 
 
 def _add_samples(parser: CommandParser) -> None:
@@ -67,11 +51,11 @@ def _add_samples(parser: CommandParser) -> None:
         """,
     )
     _add_settings(group)
-    add_options(group, StatisticsConfig, "time_ranges=num_time_ranges")
+    add_options(group, analysis.StatisticsConfig, "time_ranges=num_time_ranges")
 
 
 @contextmanager
-def _samples(options: argparse.Namespace) -> Iterator[dict[str, list[Sample]]]:
+def _samples(options: argparse.Namespace) -> Iterator[dict[str, list[analysis.Sample]]]:
     """Reads the samples of each task; images of built-in ones stay for as long as the block."""
     with TemporaryDirectory() as folder:
         found = {}
@@ -80,11 +64,11 @@ def _samples(options: argparse.Namespace) -> Iterator[dict[str, list[Sample]]]:
             images = _of_task(options.images, task, "--images")
             how: tuple[Any, ...] = (Task(task), options.samples, options.seed)
             if prompts is not None:
-                found[task] = read_samples(prompts, images, *how)
+                found[task] = analysis.read_samples(prompts, images, *how)
             elif images is not None:
                 raise Usage(f"--images must come with --prompts for {task}, got none")
             else:
-                found[task] = built_in_samples(*how, folder=folder)
+                found[task] = analysis.built_in_samples(*how, folder=folder)
         yield found
 
 
@@ -105,7 +89,7 @@ def _observed(options: argparse.Namespace, pipeline: Any, samples: Any, progress
         "model": pipeline,
         "task": options.task,
         "samples": samples[options.task],
-        "settings": Settings(**arguments(Settings, options)),
+        "settings": analysis.Settings(**arguments(analysis.Settings, options)),
         "components": options.component and [options.component],
         "progress": progress,
     }
@@ -130,7 +114,7 @@ def add_calibrate(parser: CommandParser) -> None:
     counted = parser.add_argument_group("what is counted")
     add_options(
         counted,
-        StatisticsConfig,
+        analysis.StatisticsConfig,
         "threshold active_fraction inputs=num_inputs",
         num_inputs="keep what each FFN was given on N tokens drawn at random, for convert "
         "--partition coactivation and --router-init activation; 512 are plenty (default: none)",
@@ -139,7 +123,7 @@ def add_calibrate(parser: CommandParser) -> None:
     add_flags(group, "--scores FILE.safetensors  write scores there")
     group.add_argument(
         "--criterion",
-        choices=tuple(CRITERIA),
+        choices=tuple(analysis.CRITERIA),
         help="what they are: mean |h| (activation); that times the norm of the down_proj column "
         "(wanda, the default); of the weights alone (magnitude); drawn (random); the official "
         "score with its fault (reference)",
@@ -155,19 +139,21 @@ def run_calibrate(options: argparse.Namespace) -> Report:
     """
     if options.criterion and not options.scores:
         raise Usage("calibrate: --criterion must come with --scores, got none")
-    config = StatisticsConfig(**arguments(StatisticsConfig, options))
+    config = analysis.StatisticsConfig(**arguments(analysis.StatisticsConfig, options))
     with _samples(options) as samples, show_progress(options, "calibrate", "sample") as progress:
         earlier = [FfnStatistics.load(path) for path in options.merge]
         pipeline = load_pipeline(options)
         for statistics in earlier:
             statistics.check(pipeline)
         given = _observed(options, pipeline, samples, progress)
-        found = calibrate(**given, config=config).merge(*earlier)
+        found = analysis.calibrate(**given, config=config).merge(*earlier)
     found.save(options.out)
     if options.scores:
         criterion, components = options.criterion or "wanda", given["components"]
-        scores = score(criterion, pipeline, found, components=components, seed=options.seed)
-        save_scores(options.scores, scores)
+        scores = analysis.score(
+            criterion, pipeline, found, components=components, seed=options.seed
+        )
+        analysis.save_scores(options.scores, scores)
     tasks, lines = {}, []
     for task, own in found.samples.items():
         totals = {name: _totals(found, task, name) for name in found.components(task)}
@@ -226,7 +212,7 @@ def run_expert_usage(options: argparse.Namespace) -> Report:
         given = _observed(options, pipeline, samples, progress)
         with context(f"expert-usage: {options.model}"):
             find_sparse_blocks(pipeline, given["components"])
-        usage = expert_usage(**given, num_time_ranges=options.num_time_ranges)
+        usage = analysis.expert_usage(**given, num_time_ranges=options.num_time_ranges)
     if options.plot is not None:
         write_usage_plot(usage, options.plot)
     return usage
@@ -249,14 +235,17 @@ def add_analyze(parser: CommandParser) -> None:
     swept = parser.add_argument_group("what is swept")
     add_options(
         swept,
-        SweepConfig,
+        analysis.SweepConfig,
         "component=components axis=axes ratios criterion layers part budget block_size",
         components={"required": False, "default": ("und", "gen")},
         axes="what is pruned, comma-separated: depth, width, heads",
-        criterion={"choices": tuple(CRITERIA), "help": "what ranks the neurons"},
+        criterion={"choices": tuple(analysis.CRITERIA), "help": "what ranks the neurons"},
     )
     add_options(
-        swept, StatisticsConfig, "time_ranges=num_time_ranges", num_time_ranges={"default": 8}
+        swept,
+        analysis.StatisticsConfig,
+        "time_ranges=num_time_ranges",
+        num_time_ranges={"default": 8},
     )
     add_flags(
         swept,
@@ -290,7 +279,7 @@ def add_analyze(parser: CommandParser) -> None:
         """,
         geneval_images={"type": positive, "default": 4},
     )
-    add_options(group, SweepConfig, "repeats")
+    add_options(group, analysis.SweepConfig, "repeats")
 
 
 def run_analyze(options: argparse.Namespace) -> Report:
@@ -304,11 +293,11 @@ def run_analyze(options: argparse.Namespace) -> Report:
         raise Usage("analyze: --geneval-scorer must come with --geneval, got none")
     if not options.no_plots:
         optional("matplotlib", "plot", purpose="plots (or --no-plots)")
-    counted = StatisticsConfig(**arguments(StatisticsConfig, options))
-    config = SweepConfig(**arguments(SweepConfig, options, statistics=counted))
+    counted = analysis.StatisticsConfig(**arguments(analysis.StatisticsConfig, options))
+    config = analysis.SweepConfig(**arguments(analysis.SweepConfig, options, statistics=counted))
     files = {task: _of_task(options.stats, task, "--stats") for task in options.task}
     statistics = {task: FfnStatistics.load(file) for task, file in files.items() if file}
-    settings = Settings(**arguments(Settings, options))
+    settings = analysis.Settings(**arguments(analysis.Settings, options))
     evaluators: dict[str, Any] = {name: load_evaluator(name) for name in options.evaluator}
     geneval: dict[str, Any] = {}
     if options.geneval:
@@ -326,7 +315,9 @@ def run_analyze(options: argparse.Namespace) -> Report:
         probes = []
         for task, own in samples.items():
             more = evaluators | (geneval if task == "generation" else {})
-            probes.append(bagel_probe(pipeline, Task(task), own, settings, evaluators=more))
+            probes.append(
+                analysis.bagel_probe(pipeline, Task(task), own, settings, evaluators=more)
+            )
         description = {
             "model": hash_model(pipeline.model),
             "device": pipeline.model.device.type,
@@ -334,7 +325,7 @@ def run_analyze(options: argparse.Namespace) -> Report:
             "dtype": str(pipeline.model.dtype).removeprefix("torch."),
         }
         shared: Any = {"statistics": statistics, "description": description, "progress": progress}
-        result = run_sweep(pipeline, probes, config, options.out, **shared)
+        result = analysis.run_sweep(pipeline, probes, config, options.out, **shared)
     if not options.no_plots:
-        write_plots(result, Path(options.out) / "plots")
+        analysis.write_plots(result, Path(options.out) / "plots")
     return result

@@ -23,10 +23,10 @@ from sparse_unified.checkpoint import (
     prune,
     verify,
 )
-from sparse_unified.checkpoint.files import refuse_overlap
+from sparse_unified.checkpoint.files import check_target
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.options import add_flags, add_options, arguments, names, ratio
-from sparse_unified.convert.memory import memory
+from sparse_unified.convert.info import memory
 from sparse_unified.mini.model import MiniTask, write_model
 
 # convert
@@ -88,7 +88,7 @@ def run_convert(options: argparse.Namespace) -> Report:
         )
     inputs: Mapping[int, Any] | None = None
     if is_needed:
-        refuse_overlap(options.out, options.dense, options.stats)
+        check_target(options.out, options.dense, options.stats)
         with naming(f"--stats: {options.stats}"):
             statistics = FfnStatistics.load(options.stats)
             statistics.check_checkpoint(Checkpoint(options.dense), options.component)

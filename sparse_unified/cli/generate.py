@@ -27,7 +27,6 @@ from sparse_unified.cli.options import (
     image_path,
     max_memory,
     prompt,
-    side,
     size,
     storage,
 )
@@ -123,18 +122,13 @@ def add_generate(parser: CommandParser) -> None:
         --prompts-file FILE  more prompts, one a line; blank lines are skipped
         --image FILE...      an image to edit: with one prompt repeatable, with several one for all
                              or one each
-        --edit               insist on editing: without --image it is an error
         --out FILE           the image to write (.png, .jpg, .webp); with several prompts x.png
                              becomes x-0.png, x-1.png, ...
         --size HxW           height and width in pixels, multiples of 16
-        --height HEIGHT      instead of --size, with --width
-        --width WIDTH        instead of --size, with --height
         """,
         prompt={"type": prompt},
         out={"type": image_path, "required": True},
         size={"type": size},
-        height={"type": side},
-        width={"type": side},
     )
     add_options(
         parser,
@@ -182,15 +176,9 @@ def run_generate(options: argparse.Namespace) -> Output:
     prompts = list(options.prompt)
     if options.prompts_file is not None:
         prompts += [line for _, line in read_lines(options.prompts_file, "--prompts-file")]
-    sides = (options.height, options.width)
     images: list[Any] = [open_image(path, where="--image") for path in options.image]
     for is_wrong, rule in (
         (not prompts, "--prompt or --prompts-file must give a prompt, got none"),
-        (options.edit and not images, "--edit must come with --image, got none"),
-        (
-            any(sides) and (options.size is not None or not all(sides)),
-            "size must be --size HxW, or --height and --width together",
-        ),
         (
             len(prompts) > 1 and len(images) not in (0, 1, len(prompts)),
             f"--image must be given once or once for each of {len(prompts)} prompts, "
@@ -212,7 +200,6 @@ def run_generate(options: argparse.Namespace) -> Output:
     elif len(images) == 1:
         images *= len(prompts)
     given: dict[str, Any] = {
-        "size": sides if all(sides) else options.size,
         "images": images or None,
         "progress": not options.quiet and sys.stderr.isatty(),
         **arguments(SamplingConfig, options),

@@ -210,7 +210,6 @@ prompt = value("a prompt that is not empty", str, str.strip)
 positive = value("a positive integer", _number, lambda n: n > 0)
 natural = value("an integer of at least 0", _number, lambda n: n >= 0)
 seed = value(f"an integer from 0 to {2**63 - 1}", _number, lambda n: 0 <= n < 2**63)
-side = value("a positive multiple of 16 pixels", _number, lambda n: n > 0 and n % 16 == 0)
 size = value(
     "HEIGHTxWIDTH such as 1024x768, each a positive multiple of 16 pixels",
     lambda text: tuple(map(_number, text.lower().split("x"))),

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model directories made from others, compared with others, and described."""
 
-from sparse_unified.convert.convert import convert
-from sparse_unified.convert.info import info
-from sparse_unified.convert.invert import invert
-from sparse_unified.convert.memory import memory
+from sparse_unified.convert.convert import convert, invert
+from sparse_unified.convert.info import info, memory
 from sparse_unified.convert.prune import prune
 from sparse_unified.convert.verify import verify
 

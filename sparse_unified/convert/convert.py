@@ -1,46 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense checkpoint -> sparse checkpoint: neurons are permuted into experts, bit for bit.
+"""Dense checkpoint -> sparse checkpoint, neurons permuted into experts, and back, bit for bit.
 
 Each projection of a sparse layer is read, permuted and written as the official per-expert tensors
-in its place; routers come before them.
+in its place; routers come before them. `invert` takes the weights from the experts, so that tuned
+experts give the tuned dense FFN, and the rest from `partition.safetensors`, which says which dense
+neuron each row of a sparse FFN was. It holds
+
+    tensors   `language_model.model.layers.N.mlp_moe_gen.neuron_index` (or `mlp` for und), int32
+              [I]; entry i is the dense neuron at position i of the expert order (shared first)
+    metadata  `format`, `format_version`, `tool`, `component`, `arguments` (JSON), `weight_files`
+              (JSON, file name -> header text of the dense file) and `texts` (JSON, file name ->
+              dense text of each JSON file rewritten)
+
+The dense weight files with their order, names and padding follow from these, byte for byte.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, context, format_bytes, format_layers, naming
-from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.files import read_text, refuse_overlap
-from sparse_unified.checkpoint.model_dir import Checkpoint
-from sparse_unified.checkpoint.modes import MoEConfig
-from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
-from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
-from sparse_unified.checkpoint.safetensors_io import as_bytes
-from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs
-from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts, ffn_shapes
-from sparse_unified.checkpoint.sidecar import (
-    EARLIER_SIDECAR,
-    SIDECAR,
-    Sidecar,
-    tool_version,
-    write_sidecar,
+from sparse_unified._common import Progress, Report, StrPath, context, format_layers, naming
+from sparse_unified.checkpoint import files, keys, safetensors_io
+from sparse_unified.checkpoint.model_dir import (
+    CONFIG,
+    INDEX_SUFFIX,
+    Checkpoint,
+    ffn_parts,
+    ffn_shapes,
 )
-from sparse_unified.convert.ranking import ranking
-from sparse_unified.experts import ExpertLayout, fit_router, random_router
+from sparse_unified.checkpoint.modes import RECIPE, TOOL, AdaptConfig, MoEConfig, Step, recipe_text
+from sparse_unified.checkpoint.rewrite import Blocks, Edit, gather, index_texts, rewrite
+from sparse_unified.checkpoint.safetensors_io import Header
+from sparse_unified.checkpoint.scores import Inputs, Scores, rank_file, resolve_inputs
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import select_layers
 from sparse_unified.experts.layout import Partition, order_neurons
-from sparse_unified.experts.router import RouterInit, hidden_activations
-from sparse_unified.surgery.cuts import select
+from sparse_unified.experts.router import RouterInit, fit_router, hidden_activations, random_router
+
+SIDECAR = "partition.safetensors"
+# The sidecar of an earlier conversion, of the other component, that the new one lies on top of.
+EARLIER_SIDECAR = "partition.earlier.safetensors"
+FORMAT = "sparse_unified.partition"
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sidecar:
+    """The contents of one `partition.safetensors`, as `convert` writes it.
+
+    Attributes:
+        component: "gen" or "und".
+        neuron_index: `{layer: [I] int64}`.
+        arguments: how `convert` was called, without paths.
+        headers: `{dense file name: its header}`.
+        texts: `{file name: text before conversion}`.
+        tool: name and version of what wrote it.
+    """
+
+    component: str
+    neuron_index: Mapping[int, np.ndarray]
+    arguments: Mapping[str, Any]
+    headers: Mapping[str, Header]
+    texts: Mapping[str, str]
+    tool: str
+
+
+def index_key(component: str, layer: int) -> str:
+    """Returns the name of one neuron_index tensor."""
+    return keys.ffn_prefix(component, layer) + "neuron_index"
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """Reads and checks a sidecar file."""
+    if not path.exists():
+        raise ValueError(f"{path}: file must be there, as convert writes it, got nothing")
+    header = safetensors_io.load_tensors(path, kind=FORMAT, version=FORMAT_VERSION)
+    with context(path):
+        component = header.metadata.get("component", "")
+        if component not in keys.FFN_NAMES:
+            raise ValueError(f"component must be gen or und, got {component!r:.80}")
+        indices: dict[int, np.ndarray] = {}
+        for key, spec in header.tensors.items():
+            found = keys.find_ffn_key(key)
+            if found is None or (found[0], found[2]) != (component, "neuron_index"):
+                raise ValueError(f"key must be as {index_key(component, 0)}, got {key!r:.120}")
+            index = safetensors_io.read_tensor(spec).flatten()
+            in_order = torch.arange(index.numel(), dtype=torch.int32)
+            if index.dtype != torch.int32 or not torch.equal(index.sort().values, in_order):
+                raise ValueError(
+                    f"{key} must be an int32 permutation of 0 to {index.numel() - 1}, "
+                    "got something else"
+                )
+            indices[found[1]] = index.long().numpy()
+        maps = {
+            field: files.read_object(header.metadata.get(field, ""), field)
+            for field in ("arguments", "weight_files", "texts")
+        }
+        for field in ("weight_files", "texts"):
+            for name, text in maps[field].items():
+                if not files.is_plain_name(name) or not isinstance(text, str):
+                    raise ValueError(f"{field} must map plain file names to text, got {name!r:.80}")
+        for name in maps["texts"]:  # whatever else is in OUT is copied
+            if name not in (CONFIG, RECIPE) and not name.endswith(INDEX_SUFFIX):
+                raise ValueError(f"texts must be of files that convert rewrites, got {name!r:.80}")
+    return Sidecar(
+        component=component,
+        neuron_index=dict(sorted(indices.items())),
+        arguments=maps["arguments"],
+        headers={
+            name: safetensors_io.parse_header(path.with_name(f"{path.name}[{name}]"), text)
+            for name, text in maps["weight_files"].items()
+        },
+        texts=maps["texts"],
+        tool=header.metadata.get("tool", "unknown"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,27 +149,11 @@ class ConvertReport(Report):
     bytes_written: int
     seconds: float
 
-    def table(self) -> Sequence[Sequence[object]]:
-        least, most = min(self.expert_widths), max(self.expert_widths)
-        width = f"{most}" if least == most else f"{least} to {most}"
-        return [
-            ("written", self.out),
-            ("component", self.component),
-            ("sparse layers", format_layers(self.layers)),
-            ("experts", f"{self.num_experts}, {self.top_k} active, {width} neurons each"),
-            ("shared expert", f"{self.shared_width} neurons" if self.shared_width else "none"),
-            ("neurons ranked by", self.scores),
-            ("partition", self.partition),
-            ("routers start at", self.router_init),
-            ("size", format_bytes(self.bytes_written)),
-            ("time", f"{self.seconds:.1f} s"),
-        ]
-
 
 @context("convert")
 def convert(
-    dense: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    dense: StrPath,
+    out: StrPath,
     *,
     num_experts: int,
     top_k: int,
@@ -139,7 +206,7 @@ def convert(
     """
     start = time.perf_counter()
     source = Checkpoint(dense)
-    refuse_overlap(out, source.directory, scores)
+    files.check_target(out, source.directory, scores)
     config = MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
@@ -154,7 +221,7 @@ def convert(
     config = replace(config, layers=tuple(layouts))
     sizes = {layer: source.ffns[component][layer].hidden_size for layer in layouts}
     given = resolve_inputs(inputs, config, sizes)
-    scores_of, origin = ranking(source, component, tuple(layouts), scores=scores, seed=seed)
+    scores_of, origin = rank_file(source, component, tuple(layouts), scores=scores, seed=seed)
 
     @cache
     def order(layer: int) -> np.ndarray:
@@ -177,33 +244,34 @@ def convert(
         "num_experts_per_tok": top_k,
         keys.TRANSFORMED[component]: list(layouts),
     }
-    step = Step(config=config, scores=origin, tool=tool_version())
+    step = Step(config=config, scores=origin)
     new_config = json.dumps(source.llm_config | fields, indent=2, ensure_ascii=False) + "\n"
     texts = {CONFIG: new_config} | index_texts(source, edits)
-    texts[RECIPE] = (source.recipe or Recipe()).then(step).to_json()
+    texts[RECIPE] = recipe_text((*source.recipe, step))
+
+    facts: dict[str, Any] = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "num_shared_experts": num_shared_experts,
+        "layers": list(layouts),
+        "component": component,
+        "scores": origin,
+        "partition": config.partition.value,
+        "router_init": config.router_init.value,
+    }
 
     def finish(written: Path) -> None:
-        arguments = {
-            "num_experts": num_experts,
-            "top_k": top_k,
-            "num_shared_experts": num_shared_experts,
-            "layers": list(layouts),
-            "component": component,
-            "scores": origin,
-            "partition": config.partition.value,
-            "router_init": config.router_init.value,
-            "partition_seed": config.seed,
+        old = [name for name in texts if (source.directory / name).exists()]
+        maps = {
+            "weight_files": {name: header.text for name, header in source.headers.items()},
+            "texts": {name: files.read_text(source.directory / name) for name in old},
         }
-        old = [name for name in texts if name != RECIPE or source.recipe is not None]
-        sidecar = Sidecar(
-            component=component,
-            neuron_index={layer: order(layer) for layer in layouts},
-            arguments=arguments,
-            headers=source.headers,
-            texts={name: read_text(source.directory / name) for name in old},
-            tool=tool_version(),
-        )
-        write_sidecar(written / SIDECAR, sidecar)
+        arguments = facts | {"partition_seed": config.seed}
+        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "tool": TOOL}
+        metadata |= {"component": component, "arguments": json.dumps(arguments)}
+        metadata |= {name: json.dumps(own, ensure_ascii=False) for name, own in maps.items()}
+        indices = {index_key(component, n): torch.from_numpy(order(n)).int() for n in layouts}
+        safetensors_io.save_tensors(written / SIDECAR, indices, metadata)
         # The result must read well before it gets its name.
         if component not in Checkpoint(written).experts:
             raise RuntimeError(f"{written} must read as sparse, got a dense checkpoint")
@@ -212,17 +280,10 @@ def convert(
     nbytes = rewrite(source, out, edits, texts, rename=rename, finish=finish, progress=progress)
     return ConvertReport(
         out=str(out),
-        component=component,
-        layers=tuple(layouts),
-        num_experts=num_experts,
-        top_k=top_k,
-        num_shared_experts=num_shared_experts,
+        **facts | {"layers": tuple(layouts)},
         expert_width=max(layout.expert_width for layout in layouts.values()),
         shared_width=max(layout.shared_width for layout in layouts.values()),
         expert_widths=tuple(layout.expert_width for layout in layouts.values()),
-        scores=origin,
-        partition=config.partition.value,
-        router_init=config.router_init.value,
         bytes_written=nbytes,
         seconds=time.perf_counter() - start,
     )
@@ -243,7 +304,9 @@ def _plan_layouts(source: Checkpoint, config: MoEConfig) -> dict[int, ExpertLayo
             f"{format_layers(list(experts[component]))}; invert gives the dense files back"
         )
     layouts = {}
-    for layer in select(config.layers, source.num_layers, ffns.__contains__, f"{component} FFN"):
+    for layer in select_layers(
+        config.layers, source.num_layers, ffns.__contains__, f"{component} FFN"
+    ):
         with naming(f"{component} layer {layer}"):
             layouts[layer] = ExpertLayout(
                 intermediate_size=ffns[layer].intermediate_size,
@@ -288,7 +351,9 @@ def _split(
         weight = weight.to(ffn.dtype).contiguous()
         for name in keys.router_names(component):
             # That of the shared expert is zero; those of und blocks start the same.
-            yield as_bytes(torch.zeros_like(weight[:1]) if name == "gate_shared" else weight)
+            yield safetensors_io.as_bytes(
+                torch.zeros_like(weight[:1]) if name == "gate_shared" else weight
+            )
 
     def blocks(name: str) -> Blocks:
         if name == "gate_proj":
@@ -310,3 +375,108 @@ def _split(
 
 def _projections(source: Checkpoint, config: MoEConfig, layer: int) -> list[Tensor]:
     return [source.read(keys.dense_key(config.component, layer, name)) for name in keys.PROJECTIONS]
+
+
+# Back to the dense checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvertReport(Report):
+    """What an inversion wrote."""
+
+    out: str
+    component: str
+    layers: tuple[int, ...]
+    converted_by: str
+    bytes_written: int
+    seconds: float
+
+
+@context("invert")
+def invert(sparse: StrPath, out: StrPath, *, progress: Progress | None = None) -> InvertReport:
+    """Writes the dense directory that `convert` made `sparse` from.
+
+    Files come back bit for bit where their tensors were not trained since; routers are dropped.
+    A checkpoint converted twice (gen, then und) goes back one conversion at a time.
+
+    Args:
+        sparse: a directory with the `partition.safetensors` that `convert` wrote.
+        out: the directory to make; it must not exist.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        ValueError: the sidecar is missing, or tensors do not fit what it describes; nothing is
+            written.
+        RuntimeError: reading or writing failed; nothing is left under `out`.
+    """
+    start = time.perf_counter()
+    source = Checkpoint(sparse)
+    files.check_target(out, source.directory)
+    sidecar = read_sidecar(source.directory / SIDECAR)
+    # Training leaves the experts where they are.
+    changes = [step.config for step in source.recipe if not isinstance(step.config, AdaptConfig)]
+    last = changes[-1] if changes else None
+    if last is not None and not (
+        isinstance(last, MoEConfig) and last.component == sidecar.component
+    ):
+        raise ValueError(
+            f"{source.directory}: last step in {RECIPE} must be the conversion to experts of "
+            f"{sidecar.component}, which {SIDECAR} undoes, got a {last.mode} step of "
+            f"{last.component}: what was pruned is gone"
+        )
+    component = sidecar.component
+    edits: dict[str, Edit] = {}
+    experts = source.experts.get(component, {})
+    widths = {layer: layout.intermediate_size for layer, layout in experts.items()}
+    if widths != {layer: len(index) for layer, index in sidecar.neuron_index.items()}:
+        raise ValueError(
+            f"{source.directory}: sparse {component} layers must be "
+            f"{format_layers(tuple(sidecar.neuron_index))} as {SIDECAR} says, and as wide, got "
+            f"{format_layers(tuple(experts))}"
+        )
+    for layer, index in sidecar.neuron_index.items():
+        ffn, prefix = source.ffns[component][layer], keys.ffn_prefix(component, layer)
+        position = np.empty_like(index)
+        position[index] = np.arange(len(index))  # dense neuron -> place in expert order
+        for rest, shape in ffn_shapes(len(index), ffn.hidden_size, component).items():
+            parts = [source.spec(f"{prefix}{part}{rest}") for part in ffn_parts(ffn.ffn)]
+            dim = int(rest.startswith("down_proj"))
+            edits[prefix + rest] = Edit(
+                entries=((prefix + rest, ffn.dtype, shape),),
+                blocks=partial(gather, parts, dim, [position]),
+            )
+    # The dense tensors must be those that follow from the sparse file.
+    split = tuple(keys.ffn_prefix(component, layer) for layer in experts)
+    found = {
+        key: (s.dtype, s.shape) for key, s in source.specs.items() if not key.startswith(split)
+    }
+    found |= {key: edit.entries[0][1:] for key, edit in edits.items()}
+    tensors = [item for header in sidecar.headers.values() for item in header.tensors.items()]
+    wanted = {key: (spec.dtype, spec.shape) for key, spec in tensors}
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            got, rule = (
+                f"{own[key][0]} {list(own[key][1])}" if key in own else "nothing"
+                for own in (found, wanted)
+            )
+            raise ValueError(
+                f"{source.directory}: {key} must be {rule} as {SIDECAR} says, got {got}"
+            )
+    bytes_written = rewrite(
+        source,
+        out,
+        edits,
+        sidecar.texts,
+        headers=sidecar.headers,
+        rename={EARLIER_SIDECAR: SIDECAR},
+        skip=(RECIPE, SIDECAR),
+        progress=progress,
+    )
+    return InvertReport(
+        out=str(out),
+        component=component,
+        layers=tuple(sidecar.neuron_index),
+        converted_by=sidecar.tool,
+        bytes_written=bytes_written,
+        seconds=time.perf_counter() - start,
+    )

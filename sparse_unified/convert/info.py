@@ -1,25 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model directory holds, and what disagrees in it."""
+"""What a model directory holds, what disagrees in it, and how much memory it takes."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypeVar
 
-from sparse_unified._common import Report, format_bytes, format_layers, format_table, list_some
+from sparse_unified._common import (
+    Report,
+    StrPath,
+    check_int,
+    context,
+    format_bytes,
+    format_layers,
+    format_table,
+    list_some,
+)
 from sparse_unified.bagel import AutoEncoder, Bagel
-from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
-from sparse_unified.bagel.loading import official_tensors, tensor_problems
+from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
+from sparse_unified.bagel.loading import Task, tensor_problems, unneeded
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import list_files
-from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
-from sparse_unified.checkpoint.recipe import Recipe
+from sparse_unified.checkpoint.model_dir import (
+    FFN,
+    VAE_FILE,
+    Checkpoint,
+    LayerShape,
+    find_top_k,
+    scan_ffns,
+)
+from sparse_unified.checkpoint.modes import Step
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header
-from sparse_unified.checkpoint.shapes import FFN, LayerShape, find_top_k, scan_ffns
-from sparse_unified.checkpoint.sidecar import SIDECAR, read_sidecar
+from sparse_unified.convert.convert import SIDECAR, read_sidecar
 
 # Group of keys outside the language model -> the component it counts to.
 _GROUPS: Mapping[str, str] = {
@@ -125,7 +140,7 @@ class Info(Report):
         return [*format_table(facts).splitlines(), "", *problems]
 
 
-def info(directory: str | os.PathLike[str]) -> Info:
+def info(directory: StrPath) -> Info:
     """Describes a model directory, dense or sparse, without reading its weights.
 
     Raises:
@@ -149,7 +164,7 @@ def info(directory: str | os.PathLike[str]) -> Info:
 
     problems += tried(source.problems, [])
     problems += tried(lambda: _model_problems(source), [])
-    recipe = tried(lambda: source.recipe, None) or Recipe()
+    recipe: tuple[Step, ...] = tried(lambda: source.recipe, ())
     left = tried(lambda: source.left, None) or {}
     path = source.directory / SIDECAR
     sidecar = tried(lambda: read_sidecar(path), None) if path.exists() else None
@@ -187,8 +202,8 @@ def info(directory: str | os.PathLike[str]) -> Info:
         sidecar=None
         if sidecar is None
         else {name: getattr(sidecar, name) for name in ("tool", "component", "arguments")},
-        recipe=tuple(step.to_dict() for step in recipe.steps),
-        steps=tuple(step.to_text() for step in recipe.steps),
+        recipe=tuple(step.to_dict() for step in recipe),
+        steps=tuple(step.to_text() for step in recipe),
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -202,11 +217,11 @@ def _model_problems(source: Checkpoint) -> list[str]:
         return []
     specs = read_header(source.vae_file).tensors
     vae = vae_config({key: spec.shape for key, spec in specs.items()}, where=VAE_FILE)
-    problems = {VAE_FILE: tensor_problems(official_tensors(AutoEncoder(vae, device="meta")), specs)}
+    problems = {VAE_FILE: tensor_problems(AutoEncoder(vae, device="meta"), specs)}
     if not source.problems():
         ids = SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0)
         model = Bagel(read_config(source, vae, special_tokens=ids), device="meta")
-        problems["keys"] = tensor_problems(official_tensors(model), source.specs)
+        problems["keys"] = tensor_problems(model, source.specs)
     return [
         f"{where}: tensors must be those of the model, got {list_some(found)}"
         for where, found in problems.items()
@@ -266,3 +281,147 @@ def _describe_pruned(shapes: Mapping[int, LayerShape]) -> tuple[str, ...]:
     texts = [f"{what} in {format_layers(layers)}" for what, layers in layers_of.items() if layers]
     many = [f"{widths[0]} to {widths[-1]} neurons"] if len(widths) > 3 else []
     return (*texts, *many)
+
+
+# Memory: how much a model directory takes on a device, in each way of loading it, computed. Weights
+# are those of the headers, byte for byte. What a step and the decoding of an image need besides is
+# estimated from the shapes of their largest tensors; no part of the table was measured.
+
+
+BUDGETS = (12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes, of cards one can buy
+_PACKED_SCALE_BYTES = 5  # of a row stored as int8: a scale and a zero point
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRow:
+    """One way to load a model, in bytes: of weights, beside them at the peak, and in host memory.
+
+    Attributes:
+        options: of `from_pretrained`.
+        fits: budgets, in GB, that hold weights and working memory.
+    """
+
+    options: str
+    weights: int
+    working: int
+    host: int
+    fits: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport(Report):
+    """What fits where, for images of one size."""
+
+    directory: str
+    size: tuple[int, int]
+    images: int
+    budgets: tuple[int, ...]
+    rows: tuple[MemoryRow, ...]
+
+    def title(self) -> str:
+        what = f"{self.images} image{'s' * (self.images > 1)} of {self.size[0]} x {self.size[1]}"
+        return f"memory for {what} with text guidance, computed, not measured"
+
+    def headings(self) -> Sequence[str]:
+        names = ("from_pretrained(...)", "weights", "working", "peak", "host")
+        return (*names, *(f"{budget} GB" for budget in self.budgets))
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
+            (
+                row.options,
+                *map(format_bytes, (row.weights, row.working, row.weights + row.working, row.host)),
+                *("fits" if budget in row.fits else "-" for budget in self.budgets),
+            )
+            for row in self.rows
+        ]
+
+
+@context("memory")
+def memory(
+    directory: StrPath, *, size: tuple[int, int] = (1024, 1024), images: int = 1
+) -> MemoryReport:
+    """Computes what a model directory takes on a device in each way of loading it.
+
+    Args:
+        directory: a model directory.
+        size: height and width of the images, in pixels.
+        images: drawn together.
+
+    Raises:
+        ValueError: the directory is no readable model, or an argument is below 1.
+    """
+    check_int("size", min(size), 1)
+    check_int("images", images, 1)
+    source = Checkpoint(directory)
+    vae = read_header(source.vae_file).tensors if source.vae_file.exists() else {}
+    rows = []
+    for task, offload, storage in product(("all", "image"), ("none", "und"), (None, "int8")):
+        weights, host = _weight_bytes(source, task, offload, storage)
+        weights += sum(spec.nbytes for spec in vae.values())
+        is_whole_ffn = storage is not None or offload == "und"
+        working = _working_bytes(source, vae, is_whole_ffn, size, images)
+        given = [("task", task, "all"), ("offload", offload, "none"), ("storage", storage, None)]
+        options = [f"{name}={value!r}" for name, value, default in given if value != default]
+        row = MemoryRow(
+            options=", ".join(options) or "as it is",
+            weights=weights,
+            working=working,
+            host=host,
+            fits=tuple(budget for budget in BUDGETS if weights + working <= budget * 10**9),
+        )
+        rows.append(row)
+    return MemoryReport(
+        directory=str(directory), size=size, images=images, budgets=BUDGETS, rows=tuple(rows)
+    )
+
+
+def _weight_bytes(
+    source: Checkpoint, task: str, offload: str, storage: str | None
+) -> tuple[int, int]:
+    """Returns the bytes of the weights on the device and in host memory."""
+    lacks = unneeded(LLMConfig.from_json(source.llm_config), Task(task))
+    on_device = on_host = 0
+    for key, spec in source.specs.items():
+        ffn, nbytes = keys.find_ffn_key(key), spec.nbytes
+        if key.startswith(lacks):
+            continue
+        if ffn is not None and storage is not None and not keys.ROUTER_KEY.fullmatch(ffn[2]):
+            nbytes = math.prod(spec.shape) + spec.shape[0] * _PACKED_SCALE_BYTES
+        if ffn is not None and ffn[0] == offload:
+            on_host += nbytes
+        else:
+            on_device += nbytes
+    return on_device, on_host
+
+
+def _working_bytes(
+    source: Checkpoint,
+    vae: Mapping[str, TensorSpec],
+    is_whole_ffn: bool,
+    size: tuple[int, int],
+    images: int,
+) -> int:
+    """Estimates the bytes beside the weights, the larger of a denoising step and of decoding.
+
+    With T tokens (two branches of all images), hidden D, FFN width I, top_k K of E experts and b
+    bytes a number, a step holds 12 T D b for streams, norms and attention, and in an FFN the larger
+    of 3 T I b (dense) and T K (D + I / E) b (sparse). An FFN that is unpacked or visits the device
+    (`is_whole_ffn`) adds its 3 I D b. Decoding holds three maps of the widest layer at full
+    resolution.
+    """
+    hidden = int(source.llm_config["hidden_size"])
+    width = int(source.llm_config["intermediate_size"])
+    number = source.spec("language_model.model.embed_tokens.weight").dtype.itemsize
+    tokens = 2 * images * ((size[0] // 16) * (size[1] // 16) + 2)
+    ffn = 3 * tokens * width
+    for layout in (own for layers in source.experts.values() for own in layers.values()):
+        rows = tokens * (source.top_k or 0)
+        ffn = max(ffn, rows * hidden + rows * width // layout.num_experts)
+    step = 12 * tokens * hidden + ffn + 3 * width * hidden * is_whole_ffn
+    maps = [
+        3 * max(spec.shape[:2]) * size[0] * size[1] * spec.dtype.itemsize
+        for key, spec in vae.items()
+        if key.startswith("decoder.up.0.") and len(spec.shape) == 4
+    ]
+    return max(step * number, *maps, 0)

@@ -7,7 +7,6 @@ What goes is planned by `surgery.cuts` from headers and scores alone, and cut fr
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,25 +16,25 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, context, format_bytes
+from sparse_unified._common import Progress, Report, StrPath, context, format_bytes
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.counts import Counts, count_tensors, format_counts
-from sparse_unified.checkpoint.files import list_files, refuse_overlap
-from sparse_unified.checkpoint.model_dir import Checkpoint
+from sparse_unified.checkpoint.files import check_target, list_files
+from sparse_unified.checkpoint.keys import Counts, count_tensors, format_counts
+from sparse_unified.checkpoint.model_dir import CONFIG, Checkpoint, LayerShape
 from sparse_unified.checkpoint.modes import (
+    RECIPE,
     Mode,
     PruneHeadsConfig,
     PruneWidthConfig,
     SkipLayersConfig,
+    Step,
+    recipe_text,
 )
-from sparse_unified.checkpoint.recipe import RECIPE, Recipe, Step
 from sparse_unified.checkpoint.rewrite import GONE as NOTHING
 from sparse_unified.checkpoint.rewrite import Edit, gather, index_texts, rewrite
-from sparse_unified.checkpoint.scores import Scores
-from sparse_unified.checkpoint.shapes import CONFIG, LayerShape
-from sparse_unified.checkpoint.sidecar import tool_version
-from sparse_unified.convert.ranking import ranking
-from sparse_unified.surgery.cuts import GONE, Cuts, PruneConfig, plan, select, sizes_left, then
+from sparse_unified.checkpoint.scores import Scores, rank_file
+from sparse_unified.experts.keep import select_layers
+from sparse_unified.surgery.cuts import GONE, Cuts, PruneConfig, plan, sizes_left, then
 
 Shapes = dict[str, dict[int, LayerShape]]
 Sizes = Mapping[str, tuple[int, ...]]
@@ -75,8 +74,8 @@ class PrunedCheckpoint(Report):
 
 @context("prune")
 def prune(
-    model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    model: StrPath,
+    out: StrPath,
     modes: Mode | Sequence[Mode],
     *,
     scores: Scores | None = None,
@@ -117,7 +116,7 @@ def prune(
     """
     start = time.perf_counter()
     source = Checkpoint(model)
-    refuse_overlap(out, source.directory, scores)
+    check_target(out, source.directory, scores)
     listed = list(modes) if isinstance(modes, Sequence) else [modes]
     if not listed:
         raise ValueError("modes must name at least one, got none")
@@ -132,7 +131,7 @@ def prune(
         elif left[key] != spec.shape:
             blocks = partial(gather, [spec], cut.dim, [cut.keep.numpy()])
             edits[key] = Edit(entries=((key, spec.dtype, left[key]),), blocks=blocks)
-    texts = {RECIPE: (source.recipe or Recipe()).then(*steps).to_json()}
+    texts = {RECIPE: recipe_text((*source.recipe, *steps))}
     fields: dict[str, Any] = {}
     for component, layers in source.experts.items():
         sparse = [layer for layer in layers if after[component][layer].width]
@@ -196,7 +195,7 @@ def _plan(
             ranked.add(name)
             if is_heads:
                 _check_heads(source, component, layers)
-            scores_of, origin = ranking(
+            scores_of, origin = rank_file(
                 source, component, layers, heads=is_heads, scores=scores, seed=seed
             )
             values |= {(component, layer): scores_of(layer) for layer in layers}
@@ -204,7 +203,7 @@ def _plan(
         for component, by_layer in left.items():
             shapes[component] |= by_layer
         sizes, cuts = sizes_left(sizes, more), then(cuts, more)
-        step = Step(config=replace(config, layers=layers), scores=origin, tool=tool_version())
+        step = Step(config=replace(config, layers=layers), scores=origin)
         if isinstance(config, PruneWidthConfig):
             widths = {n: shape.width for n, shape in left[config.component].items()}
             step = replace(step, widths=widths)
@@ -234,7 +233,7 @@ def _select(source: Checkpoint, shapes: Shapes, config: PruneConfig) -> tuple[in
         return any(found) if isinstance(config, SkipLayersConfig) else all(found)
 
     what = f"{' and '.join(config.components)} {name}"
-    return select(config.layers, source.num_layers, has, what)
+    return select_layers(config.layers, source.num_layers, has, what)
 
 
 def _check_heads(source: Checkpoint, component: str, layers: Sequence[int]) -> None:

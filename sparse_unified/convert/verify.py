@@ -10,9 +10,8 @@ what a cut leaves of it, byte for byte.
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,13 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import Progress, Report, context, format_layers, format_table, list_some
+from sparse_unified._common import (
+    Progress,
+    Report,
+    StrPath,
+    context,
+    format_layers,
+    format_table,
+    list_some,
+)
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.model_dir import VAE_FILE, Checkpoint
-from sparse_unified.checkpoint.recipe import RECIPE
+from sparse_unified.checkpoint.model_dir import CONFIG, VAE_FILE, Checkpoint, ffn_parts
+from sparse_unified.checkpoint.modes import RECIPE
 from sparse_unified.checkpoint.rewrite import gather, row_blocks
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_words
-from sparse_unified.checkpoint.shapes import CONFIG, ffn_parts
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.cuts import Cut, spread
 
@@ -161,11 +167,7 @@ class VerifyReport(Report):
 
 @context("verify")
 def verify(
-    sparse: str | os.PathLike[str],
-    against: str | os.PathLike[str],
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
+    sparse: StrPath, against: StrPath, *, seed: int = 0, progress: Progress | None = None
 ) -> VerifyReport:
     """Checks a sparse or pruned checkpoint against the dense one it should come from.
 
@@ -200,12 +202,6 @@ def verify(
         for layer in layers
         if (ffn := there.ffns.get(component, {}).get(layer)) is not None and ffn.layout is None
     ]
-    parts = _smaller_parts(here, there)
-    if not experts and not parts:
-        raise ValueError(
-            f"{sparse} must have sparse layers that are dense in {against}, or pruned "
-            f"ones, got {'none that are dense there' if here.experts else 'a dense checkpoint'}"
-        )
     own, rest = dict(here.specs), dict(there.specs)
     left = total = sum(spec.nbytes for spec in rest.values())
 
@@ -227,9 +223,14 @@ def verify(
         verdict, indices[at] = _judge_experts(here, there, *at, seed=seed)
         verdicts.append(verdict)
         take((keys.ffn_prefix(*at),))
-    for part in parts:
-        pruned.append(_judge_part(here, there, part, indices))
-        take(part.prefixes)
+    for part, prefixes in _judge_parts(here, there, indices):
+        pruned.append(part)
+        take(prefixes)
+    if not verdicts and not pruned:
+        raise ValueError(
+            f"{sparse} must have sparse layers that are dense in {against}, or pruned "
+            f"ones, got {'none that are dense there' if here.experts else 'a dense checkpoint'}"
+        )
     extra = sorted(own.keys() - rest.keys())
     problems = [f"keys: must be those of {against}, got {list_some(extra)} too"] if extra else []
     for key, spec in rest.items():
@@ -265,8 +266,11 @@ def _differences(
     if got is None or (got.dtype, got.shape) != (spec.dtype, shape):
         found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
         return [f"{name}: must be {spec.dtype} {list(shape)}, got {found}"]
-    flat, start = _as_bytes(got), 0
-    for block in _blocks(spec, cut):
+    flat, whole, start = _as_bytes(got), _as_bytes(spec), 0
+    blocks: Iterable[np.ndarray] = (read_words(whole.rows(*rows)) for rows in row_blocks(whole))
+    if cut is not None:
+        blocks = gather([spec], cut.dim, [cut.keep.numpy()])
+    for block in blocks:
         wanted = block.reshape(-1).view(np.uint8)
         found_bytes = read_words(flat.rows(start, start + len(wanted)))
         if (wrong := np.flatnonzero(found_bytes != wanted)).size:
@@ -276,20 +280,13 @@ def _differences(
     return []
 
 
-def _blocks(spec: TensorSpec, cut: Cut | None) -> Iterator[np.ndarray]:
-    if cut is not None:
-        return gather([spec], cut.dim, [cut.keep.numpy()])
-    flat = _as_bytes(spec)
-    return (read_words(flat.rows(*rows)) for rows in row_blocks(flat))
-
-
 def _as_bytes(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype=torch.uint8, shape=(spec.nbytes,))
 
 
 def _whole_file(path: Path) -> TensorSpec:
     size = path.stat().st_size
-    return TensorSpec(dtype=torch.uint8, shape=(size,), file=path, start=0, nbytes=size)
+    return TensorSpec(dtype=torch.uint8, shape=(size,), file=path, start=0)
 
 
 def _compare_files(here: Checkpoint, there: Checkpoint) -> list[str]:
@@ -458,21 +455,16 @@ def _output_error(
 # Pruned parts
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A part of a layer that has `kept` of the `total` neurons, query groups or KV heads there."""
+def _judge_parts(
+    here: Checkpoint, there: Checkpoint, indices: Mapping[tuple[str, int], np.ndarray | None]
+) -> Iterator[tuple[PrunedVerdict, tuple[str, ...]]]:
+    """Judges each part of which `here` has less than `there`, in the order of layers.
 
-    component: str
-    layer: int
-    part: str
-    kept: Sequence[int]
-    total: Sequence[int]
-    prefixes: tuple[str, ...]  # the starts of its keys
+    Args:
+        indices: neuron_index of the layers with experts that were compared already.
 
-
-def _smaller_parts(here: Checkpoint, there: Checkpoint) -> list[_Part]:
-    """Returns the parts of which `here` has less than `there`, in the order of layers."""
-    parts: list[_Part] = []
+    Yields: the verdict, and the starts of the keys of the part.
+    """
     for component, layers in here.shapes.items() if here.left is not None else ():
         inside, ffn = keys.attention_modules(component), keys.ffn_modules(component)
         _, q_proj, k_proj, v_proj, o_proj = inside[:5]
@@ -480,59 +472,48 @@ def _smaller_parts(here: Checkpoint, there: Checkpoint) -> list[_Part]:
             old = there.shapes[component].get(layer)
             if old is None:
                 continue
-            found: list[tuple[str, Sequence[int], Sequence[int], tuple[str, ...]]] = [
-                ("ffn", range(own.width), range(old.width), ffn[1:] if own.width else ffn)
-            ]
-            if own.has_attention:
-                groups, heads = (q_proj, o_proj), (k_proj, v_proj)
-                found.append(("query heads", own.query_groups, old.query_groups, groups))
-                found.append(("key heads", own.kv_heads, old.kv_heads, heads))
-            else:
-                found.append(("query heads", (), old.query_groups, inside))
-            for part, kept, total, modules in found:
-                prefixes = keys.module_prefixes(layer, modules)
-                if set(kept) < set(total) and any(key.startswith(prefixes) for key in there.specs):
-                    parts.append(_Part(component, layer, part, kept, total, prefixes))
-    return parts
-
-
-def _judge_part(
-    here: Checkpoint,
-    there: Checkpoint,
-    own: _Part,
-    indices: Mapping[tuple[str, int], np.ndarray | None],
-) -> PrunedVerdict:
-    """Checks that what is left of a part is there in the other checkpoint, bit for bit.
-
-    Args:
-        indices: neuron_index of the layers with experts that were compared already.
-    """
-    problems: list[str] = []
-    removed = [place for place, unit in enumerate(own.total) if unit not in own.kept]
-    if not own.kept:
-        over = [key for key in here.specs if key.startswith(own.prefixes)]
-        problems = [f"{key}: must not be there, as {RECIPE} says it is skipped" for key in over[:1]]
-    elif own.part == "ffn":
-        at = (own.component, own.layer)
-        index, problems = (indices[at], []) if at in indices else _pair_left(here, there, *at)
-        removed = [] if index is None else sorted(set(own.total) - set(index.tolist()))
-    else:
-        places = torch.tensor([own.total.index(unit) for unit in own.kept])
-        for key, spec in there.specs.items():
-            if key.startswith(own.prefixes):
-                dim = 1 if ".o_proj" in key else 0
-                cut = Cut(dim, spread(places, spec.shape[dim] // len(own.total)))
-                problems += _differences(key, here.specs.get(key), spec, cut)
-    return PrunedVerdict(
-        component=own.component,
-        layer=own.layer,
-        part=own.part,
-        kept=len(own.kept),
-        total=len(own.total),
-        removed=tuple(removed),
-        ok=not problems,
-        problems=tuple(problems),
-    )
+            # What is kept, what there was, and the modules that have it.
+            parts: dict[str, tuple[Sequence[int], Sequence[int], tuple[str, ...]]] = {
+                "ffn": (range(own.width), range(old.width), ffn[1:] if own.width else ffn),
+                "query heads": (own.query_groups, old.query_groups, (q_proj, o_proj)),
+                "key heads": (own.kv_heads, old.kv_heads, (k_proj, v_proj)),
+            }
+            if not own.has_attention:
+                del parts["key heads"]
+                parts["query heads"] = ((), old.query_groups, inside)
+            for part, (kept, total, modules) in parts.items():
+                starts = keys.module_prefixes(layer, modules)
+                held = {key: spec for key, spec in there.specs.items() if key.startswith(starts)}
+                if not set(kept) < set(total) or not held:
+                    continue
+                problems: list[str] = []
+                removed = [place for place, unit in enumerate(total) if unit not in kept]
+                if not kept:
+                    over = [key for key in here.specs if key.startswith(starts)][:1]
+                    rule = f"must not be there, as {RECIPE} says it is skipped"
+                    problems = [f"{key}: {rule}" for key in over]
+                elif part == "ffn":
+                    at = (component, layer)
+                    known = at in indices
+                    index, problems = (indices[at], []) if known else _pair_left(here, there, *at)
+                    removed = [] if index is None else sorted(set(total) - set(index.tolist()))
+                else:
+                    places = torch.tensor([total.index(unit) for unit in kept])
+                    for key, spec in held.items():
+                        dim = 1 if ".o_proj" in key else 0
+                        cut = Cut(dim, spread(places, spec.shape[dim] // len(total)))
+                        problems += _differences(key, here.specs.get(key), spec, cut)
+                verdict = PrunedVerdict(
+                    component=component,
+                    layer=layer,
+                    part=part,
+                    kept=len(kept),
+                    total=len(total),
+                    removed=tuple(removed),
+                    ok=not problems,
+                    problems=tuple(problems),
+                )
+                yield verdict, starts
 
 
 def _pair_left(

@@ -6,7 +6,6 @@ Needs the `engines` extra, and is not imported by anything else here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import optional
+from sparse_unified._common import StrPath, optional
 from sparse_unified.bagel import AutoEncoder, Bagel, BagelPipeline, StepCache
 from sparse_unified.bagel.tokenizer import Tokenizer
 
@@ -40,11 +39,7 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | os.PathLike[str],
-        *,
-        torch_dtype: torch.dtype | None = None,
-        **options: Any,
+        cls, name: StrPath, *, torch_dtype: torch.dtype | None = None, **options: Any
     ) -> BagelDiffusionPipeline:
         """Loads a model directory or hub id in BAGEL's own layout, which has no model_index.json.
 
@@ -57,7 +52,7 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
         pipeline.bagel = loaded
         return pipeline
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **card: Any) -> None:
+    def save_pretrained(self, save_directory: StrPath, **card: Any) -> None:
         """Writes BAGEL's own layout, as `BagelPipeline.save_pretrained`."""
         self.bagel.save_pretrained(save_directory, **card)
 
@@ -111,10 +106,6 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
         if (height is None) != (width is None):
             raise ValueError(
                 f"{where}: height and width must be given together, got {height} and {width}"
-            )
-        if num_images_per_prompt < 1:
-            raise ValueError(
-                f"{where}: num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
             )
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = [image] if isinstance(prompt, str) and image is not None else image

@@ -14,13 +14,13 @@ as `sparse_unified.nn.SparseMoE` without a shared expert does.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparse_unified import ops
+from sparse_unified._common import StrPath
 from sparse_unified._version import __version__
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.nn.sparse_moe import run_experts
@@ -66,7 +66,7 @@ class SparseFFNWithLogits(nn.Module):
         return _forward(self, x)
 
 
-def write_kernel_repository(directory: str | os.PathLike[str]) -> Path:
+def write_kernel_repository(directory: StrPath) -> Path:
     """Writes a kernel repository for `kernels.LocalLayerRepository`, or to be uploaded.
 
     It has one variant a backend, each of which imports the installed package.

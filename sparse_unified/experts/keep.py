@@ -1,34 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stays when a width is pruned, blocks of neurons or groups of heads, and in which layers.
+"""How important neurons and heads are by their weights, what stays of them, and in which layers.
 
-Arithmetic on scores alone; it sees no weights, so that a model in memory and a file lose the same.
+What stays is arithmetic on scores alone, so that a model in memory and a file lose the same. Scores
+by calibration statistics: `analysis.criteria`. As users hand them in, and which of them decides
+over a file or a live model: `checkpoint.scores`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from sparse_unified.experts.layout import ExpertLayout
+from sparse_unified._common import list_some
 
 
-def select_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
+def as_scores(value: object) -> Tensor:
+    """Returns a tensor of `value`, itself where it is one; TypeError when it cannot become one."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"scores must be a tensor, got {type(value).__name__} that is none"
+        ) from error
+
+
+def check_scores(scores: Tensor, size: int) -> None:
+    """Raises ValueError unless `scores` is a finite float tensor [size]."""
+    if scores.ndim != 1 or scores.shape[0] != size:
+        raise ValueError(f"scores must have shape [{size}], got {list(scores.shape)}")
+    if not scores.dtype.is_floating_point:
+        raise ValueError(f"scores must be floating point, got {scores.dtype}")
+    bad = torch.nonzero(~torch.isfinite(scores))
+    if bad.numel():
+        first = int(bad[0])
+        raise ValueError(f"scores must be finite, got {scores[first].item()} for neuron {first}")
+
+
+def layer_generator(seed: int, layer: int) -> torch.Generator:
+    """Returns the random numbers of one layer, the same on every machine."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
+
+
+def random_scores(intermediate_size: int, *, seed: int, layer: int) -> Tensor:
+    """Returns scores [I] fp32 in [0, 1), the same for the same seed and layer on every machine."""
+    return torch.rand(intermediate_size, generator=layer_generator(seed, layer))
+
+
+def magnitude_scores(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """Ranks neurons by weight magnitude: |gate row| * |up row| * |down column|, L2 norms.
+
+    The product does not change when a factor moves from one projection of a neuron to another, as
+    the neuron's output under SwiGLU nearly does not.
+
+    Args:
+        gate_proj, up_proj: [I, D], any float dtype.
+        down_proj: [D, I], any float dtype.
+
+    Returns:
+        scores [I] fp32, on the device of the weights.
+    """
+    scores = column_norms(down_proj)
+    for weight in (gate_proj, up_proj):
+        scores *= torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    return scores
+
+
+def column_norms(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """L2 norm of each column [I]; a library norm over the rows is 15 times slower."""
+    squares = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
+    for rows in weight.split(64):
+        squares += rows.to(dtype).square().sum(0)
+    return squares.sqrt()
+
+
+def head_magnitude_scores(v_proj: Tensor, o_proj: Tensor) -> Tensor:
+    """Ranks groups of heads by weight magnitude: |values| * |their output columns|, L2 norms.
+
+    Queries and keys have no part in it: both are normalised per head, whatever their weights are.
+
+    Args:
+        v_proj: [G, d, D], value rows of the KV head of each of G groups, any float dtype.
+        o_proj: [D, G, n], output columns of the n = queries_per_key * d channels of each group.
+
+    Returns:
+        scores [G] fp32, on the device of the weights.
+    """
+    values = torch.linalg.vector_norm(v_proj.flatten(1), dim=1, dtype=torch.float32)
+    return values * torch.linalg.vector_norm(o_proj, dim=(0, 2), dtype=torch.float32)
+
+
+def joint_scores(scores: Sequence[Tensor]) -> Tensor:
+    """Adds scores of different origin, each [N] divided by its mean magnitude first; fp64, CPU."""
+    total = torch.zeros(len(scores[0]), dtype=torch.float64)
+    for values in scores:
+        wide = values.detach().cpu().double()
+        size = wide.abs().mean()
+        total += wide / size if size > 0 else wide
+    return total
+
+
+def select_layers(
+    layers: str | Sequence[int],
+    num_layers: int,
+    has: Callable[[int], bool] | None = None,
+    what: str = "",
+) -> tuple[int, ...]:
     """Resolves a layer selection against a model of `num_layers` layers.
 
     Args:
         layers: "middle" (all but the first and the last), "all", "a-b" (both ends included), "a",
             comma-separated combinations of the last two, or a sequence of indices.
         num_layers: number of decoder layers in the model.
+        has: whether a layer has what is meant, in words `what`; "all" and "middle" pass over those
+            that lack it.
 
     Returns:
         Ascending layer indices without repeats.
 
     Raises:
-        ValueError: the selection is empty, malformed, or names a layer the model lacks.
+        ValueError: the selection is empty, malformed, or names a layer that the model lacks or that
+            lacks what is meant.
     """
     if isinstance(layers, str):
         selected = _parse(layers.strip(), num_layers)
@@ -41,7 +136,12 @@ def select_layers(layers: str | Sequence[int], num_layers: int) -> tuple[int, ..
             raise ValueError(f"layers must lie in 0 to {num_layers - 1}, got {layer}")
     if not selected:
         raise ValueError(f"layers must name at least one of {num_layers} layers, got {layers!r}")
-    return tuple(sorted(set(selected)))
+    found = tuple(sorted(set(selected)))
+    left = found if has is None else tuple(layer for layer in found if has(layer))
+    if not left or (layers not in ("all", "middle") and len(left) < len(found)):
+        gone = [layer for layer in found if layer not in left]
+        raise ValueError(f"layers must have a {what}, got {list_some(gone)}, which skip it")
+    return left
 
 
 def _parse(text: str, num_layers: int) -> list[int]:
@@ -88,26 +188,26 @@ def keep_units(
     Returns:
         `{layer: [kept] int64}`, ascending unit indices on the CPU.
     """
-    blocks = {layer: _block_scores(values, block_size) for layer, values in scores.items()}
+    blocks = {layer: block_scores(values, block_size) for layer, values in scores.items()}
     if budget is Budget.UNIFORM:
         kept = {
-            layer: _highest(values, max(1, round(keep_ratio * len(values))))
+            layer: highest(values, max(1, round(keep_ratio * len(values))))
             for layer, values in blocks.items()
         }
     else:
         kept = _keep_global(blocks, keep_ratio)
-    return {layer: _units(index, block_size) for layer, index in kept.items()}
+    return {layer: units_of(index, block_size) for layer, index in kept.items()}
 
 
-def _block_scores(scores: Tensor, block_size: int) -> Tensor:
+def block_scores(scores: Tensor, block_size: int) -> Tensor:
     return scores.detach().cpu().double().unflatten(0, (-1, block_size)).sum(1)
 
 
-def _units(blocks: Tensor, block_size: int) -> Tensor:
+def units_of(blocks: Tensor, block_size: int) -> Tensor:
     return (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
 
 
-def _highest(scores: Tensor, count: int) -> Tensor:
+def highest(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
@@ -121,39 +221,6 @@ def _keep_global(blocks: Mapping[int, Tensor], keep_ratio: float) -> dict[int, T
     joined = torch.cat(pooled)
     count = max(len(blocks), round(keep_ratio * len(joined)))
     chosen = torch.zeros(len(joined), dtype=torch.bool)
-    chosen[_highest(joined, count)] = True
+    chosen[highest(joined, count)] = True
     parts = chosen.split([len(values) for values in pooled])
     return {layer: part.nonzero()[:, 0] for layer, part in zip(blocks, parts, strict=True)}
-
-
-def keep_in_experts(
-    scores: Tensor, layout: ExpertLayout, *, keep_ratio: float, block_size: int = 1
-) -> Tensor:
-    """Chooses the neurons of each expert with the highest scores, whole blocks of them.
-
-    Routed experts of w neurons keep max(1, round(keep_ratio * w / block_size)) blocks each. A
-    shared expert that is S expert widths wide, as `ExpertLayout` makes it, stays so, as checkpoints
-    tell its width by S; one of another width keeps the ratio of its own.
-
-    Args:
-        scores: finite, [I] in expert order, higher is more important.
-        layout: of the experts.
-        keep_ratio: in (0, 1]. block_size: divides the width of every expert.
-
-    Returns:
-        [kept] int64, ascending positions in expert order, on the CPU.
-    """
-    blocks = _block_scores(scores, block_size)
-    routed = max(1, round(keep_ratio * layout.expert_width / block_size))
-    width, count = layout.shared_width, layout.num_shared_experts
-    shared = max(1, round(keep_ratio * width / block_size))
-    if routed * block_size == layout.expert_width:
-        shared = width // block_size
-    elif count and count * (layout.intermediate_size // (layout.num_experts + count)) == width:
-        shared = min(count * routed, width // block_size)
-    kept = []
-    for name, (start, stop) in layout.ranges().items():
-        own = blocks[start // block_size : stop // block_size]
-        best = _highest(own, shared if name == "shared_expert" else routed)
-        kept.append(start + _units(best, block_size))
-    return torch.cat(kept)

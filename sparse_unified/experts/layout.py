@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import context, naming
-from sparse_unified.experts.scores import check_scores, layer_generator
+from sparse_unified.experts.keep import (
+    block_scores,
+    check_scores,
+    highest,
+    layer_generator,
+    units_of,
+)
 
 MIN_TOKENS = 8
 _ITERATIONS = 16
@@ -102,6 +108,39 @@ class ExpertLayout:
         """Returns the neuron range of each expert by its official name, in expert order."""
         shared = {"shared_expert": (0, self.shared_width)} if self.shared_width else {}
         return shared | {f"experts.{e}": self.expert_range(e) for e in range(self.num_experts)}
+
+
+def keep_in_experts(
+    scores: Tensor, layout: ExpertLayout, *, keep_ratio: float, block_size: int = 1
+) -> Tensor:
+    """Chooses the neurons of each expert with the highest scores, whole blocks of them.
+
+    Routed experts of w neurons keep max(1, round(keep_ratio * w / block_size)) blocks each. A
+    shared expert that is S expert widths wide, as `ExpertLayout` makes it, stays so, as checkpoints
+    tell its width by S; one of another width keeps the ratio of its own.
+
+    Args:
+        scores: finite, [I] in expert order, higher is more important.
+        layout: of the experts.
+        keep_ratio: in (0, 1]. block_size: divides the width of every expert.
+
+    Returns:
+        [kept] int64, ascending positions in expert order, on the CPU.
+    """
+    blocks = block_scores(scores, block_size)
+    routed = max(1, round(keep_ratio * layout.expert_width / block_size))
+    width, count = layout.shared_width, layout.num_shared_experts
+    shared = max(1, round(keep_ratio * width / block_size))
+    if routed * block_size == layout.expert_width:
+        shared = width // block_size
+    elif count and count * (layout.intermediate_size // (layout.num_experts + count)) == width:
+        shared = min(count * routed, width // block_size)
+    kept = []
+    for name, (start, stop) in layout.ranges().items():
+        own = blocks[start // block_size : stop // block_size]
+        best = highest(own, shared if name == "shared_expert" else routed)
+        kept.append(start + units_of(best, block_size))
+    return torch.cat(kept)
 
 
 class Partition(str, Enum):

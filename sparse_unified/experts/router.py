@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import context
+from sparse_unified.experts.keep import layer_generator
 from sparse_unified.experts.layout import MIN_TOKENS, ExpertLayout
-from sparse_unified.experts.scores import layer_generator
 
 # Bounds of the root mean square of the logits: enough to keep their order in bf16, and little
 # enough that an expert weighs about 1, as conversion leaves it.

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import list_some, naming
+from sparse_unified._common import naming
 from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.model_dir import LayerShape, LayerShapes, ffn_parts
 from sparse_unified.checkpoint.modes import (
     BOTH,
     Part,
@@ -29,12 +30,9 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.checkpoint.scores import Scores as GivenScores
-from sparse_unified.checkpoint.scores import given_scores
-from sparse_unified.checkpoint.shapes import LayerShape, LayerShapes, ffn_parts
-from sparse_unified.experts import ExpertLayout, keep_units, magnitude_scores, select_layers
-from sparse_unified.experts.keep import Budget, keep_in_experts
-from sparse_unified.experts.scores import check_scores, head_magnitude_scores, joint_scores
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import Budget, joint_scores, keep_units
+from sparse_unified.experts.layout import keep_in_experts
 
 PruneConfig = PruneWidthConfig | PruneHeadsConfig | SkipLayersConfig
 
@@ -56,22 +54,6 @@ GONE = Cut(0, torch.empty(0, dtype=torch.int64))  # nothing stays, the key neith
 Cuts = dict[str, Cut]
 Sizes = Mapping[str, Sequence[int]]  # key -> shape of its tensor
 Scores = Callable[[str, int], Tensor]  # (component, layer) -> [I] in expert order, or [groups]
-
-
-def select(
-    layers: str | Sequence[int], num_layers: int, has: Callable[[int], bool], what: str
-) -> tuple[int, ...]:
-    """Returns the selected layers; "all" and "middle" pass over those that lack what is cut.
-
-    Raises:
-        ValueError: a layer that is named does not have it, or none does; `what` names it.
-    """
-    selected = select_layers(layers, num_layers)
-    left = tuple(layer for layer in selected if has(layer))
-    if not left or (layers not in ("all", "middle") and len(left) < len(selected)):
-        gone = [layer for layer in selected if layer not in left]
-        raise ValueError(f"layers must have a {what}, got {list_some(gone)}, which skip it")
-    return left
 
 
 def plan(
@@ -124,29 +106,6 @@ def narrowed(layout: Any, kept: Tensor) -> ExpertLayout:
     """Returns the widths of experts of which neurons `kept` [kept] stay."""
     shared = int((kept < layout.shared_width).sum())
     return replace(layout, intermediate_size=len(kept), shared_intermediate_size=shared)
-
-
-def rank(
-    scores: GivenScores | None,
-    component: str,
-    sizes: Mapping[int, int],
-    num_layers: int,
-    magnitudes: Callable[[int], Tensor],
-) -> dict[int, Tensor]:
-    """Returns the checked scores of chosen layers: those given, else by weight magnitude.
-
-    Args: as of `given_scores`, and magnitudes: layer -> its scores by weight magnitude.
-    """
-    found = given_scores(scores, component, sizes, num_layers)
-    if found is None:
-        found = {layer: magnitudes(layer) for layer in sizes}
-        for layer, values in found.items():
-            with naming(f"layer {layer}"):
-                if values.is_meta:
-                    raise ValueError("scores must be given for weights without data, got meta")
-                with naming("magnitude of its weights"):
-                    check_scores(values, sizes[layer])
-    return found
 
 
 def keep_neurons(
@@ -229,7 +188,7 @@ def _cut_heads(
         if component not in kept and len(kv_places) == len(shape.kv_heads):
             continue
         for name in keys.ATTENTION_PROJECTIONS:
-            module = _attention_module(component, layer, name)
+            module = keys.attention_module(component, layer, name)
             reads_groups = name in ("q_proj", "o_proj")
             units = groups[component] if reads_groups else kv_places
             count = len(shape.query_groups) if reads_groups else len(shape.kv_heads)
@@ -244,10 +203,6 @@ def _cut_heads(
             query_groups=tuple(shape.query_groups[i] for i in groups[component].tolist()),
         )
     return cuts
-
-
-def _attention_module(component: str, layer: int, name: str) -> str:
-    return f"{keys.layer_prefix(layer)}self_attn.{name}{keys.SUFFIXES[component]}"
 
 
 def spread(units: Tensor, width: int) -> Tensor:
@@ -285,28 +240,3 @@ def sizes_left(sizes: Sizes, cuts: Cuts) -> dict[str, tuple[int, ...]]:
         elif cut is not GONE:
             left[key] = (*size[: cut.dim], len(cut.keep), *size[cut.dim + 1 :])
     return left
-
-
-def neuron_magnitudes(
-    read: Callable[[str], Tensor], component: str, layer: int, ffn: int | ExpertLayout
-) -> Tensor:
-    """Ranks the neurons of an FFN by weight magnitude, [I] fp32 in expert order, part by part."""
-    # Parts get the bits that the whole layer would: every neuron is summed by itself.
-    prefix = keys.ffn_prefix(component, layer)
-    parts = [
-        magnitude_scores(*(read(f"{prefix}{part}{name}.weight") for name in keys.PROJECTIONS))
-        for part in ffn_parts(ffn)
-    ]
-    return torch.cat(parts)
-
-
-def head_magnitudes(
-    read: Callable[[str], Tensor], component: str, layer: int, shape: LayerShape
-) -> Tensor:
-    """Ranks the groups of query heads of an attention by weight magnitude, [groups] fp32."""
-    values = read(f"{_attention_module(component, layer, 'v_proj')}.weight")
-    output = read(f"{_attention_module(component, layer, 'o_proj')}.weight")
-    return head_magnitude_scores(
-        values.unflatten(0, (len(shape.kv_heads), -1))[list(shape.query_places)],
-        output.unflatten(1, (len(shape.query_groups), -1)),
-    )

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
+from sparse_unified.experts.keep import select_layers
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.cuts import select
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     MERGED_PROJECTIONS,
@@ -78,22 +78,19 @@ class Ffn:
         return self.gate_proj.shape[0]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class Block(NamedTuple):
     """The modules of one layer of one component between which the residual stream can be seen.
 
     x1 = x + attention(input_norm(x)), then y = x1 + ffn(post_attention_norm(x1)): the input of the
-    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`. `layer_module` is
-    the whole layer, of all components, which may share the attention; a `ffn` may be a mixture.
+    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`, which may be a
+    mixture. `layer_module` is the whole layer, of all components, which may share the attention.
     """
 
-    component: str
-    layer: int
-    layer_module: nn.Module
-    input_norm: nn.Module
-    attention: nn.Module
-    post_attention_norm: nn.Module
     ffn: nn.Module
+    attention: nn.Module
+    input_norm: nn.Module
+    post_attention_norm: nn.Module
+    layer_module: nn.Module
 
 
 class BlockNames(NamedTuple):
@@ -176,7 +173,7 @@ class Decoder:
     ) -> list[tuple[Slot, nn.Module]]:
         """Returns the FFNs of the selected layers; "all" and "middle" pass over skipped ones."""
         name = FFN_NAMES[component]
-        selected = select(
+        selected = select_layers(
             layers, len(self.layers), lambda layer: self.has(layer, name), f"{component} FFN"
         )
         found: dict[nn.Module, Slot] = {}
@@ -205,7 +202,7 @@ class Decoder:
                 f"layer {layer} ({self.path}.{layer}): layer must have the modules "
                 f"{', '.join(names)}, got a {describe_module(module)}"
             )
-        return Block(component=component, layer=layer, layer_module=module, **parts)
+        return Block(**parts, layer_module=module)
 
     def ffns(self, component: str) -> list[Ffn]:
         """Returns the FFNs of a component, layer by layer; of a mixture every expert.
@@ -258,9 +255,6 @@ class Decoder:
                 f"{', '.join(self.components)}, got {component!r}"
             )
         return names
-
-
-Adapter = Decoder
 
 
 def takes_absent_parts(layer: nn.Module) -> bool:

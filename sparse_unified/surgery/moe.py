@@ -3,30 +3,31 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import context, naming
+from sparse_unified._common import StrPath, context, naming
 from sparse_unified.checkpoint import Checkpoint, keys
 from sparse_unified.checkpoint.model_dir import find_model, is_hub_id
 from sparse_unified.checkpoint.modes import MoEConfig
-from sparse_unified.checkpoint.scores import Inputs, Scores, resolve_inputs
-from sparse_unified.experts import ExpertLayout, fit_router, magnitude_scores, random_router
+from sparse_unified.checkpoint.scores import Inputs, Scores, rank, resolve_inputs
+from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.keep import magnitude_scores
 from sparse_unified.experts.layout import Partition, order_neurons
-from sparse_unified.experts.router import RouterFit, RouterInit, hidden_activations
+from sparse_unified.experts.router import (
+    RouterFit,
+    RouterInit,
+    fit_router,
+    hidden_activations,
+    random_router,
+)
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.cuts import rank
 from sparse_unified.surgery.decoder import Decoder, find_decoder
 from sparse_unified.surgery.exchange import Slot, offload_like
-from sparse_unified.surgery.ffn import (
-    DenseWeights,
-    read_weights,
-    returns_tuple,
-)
+from sparse_unified.surgery.ffn import DenseWeights, read_weights, returns_tuple
 from sparse_unified.surgery.report import SurgeryReport, transform
 
 
@@ -87,7 +88,7 @@ def apply_moe_(
                     num_shared_experts=config.num_shared_experts,
                 )
                 plans[slot.layer] = _Plan(slot, ffn, weights, layout, config.top_k)
-        rankings = rank(
+        ranking, _ = rank(
             scores,
             component,
             {layer: plan.layout.intermediate_size for layer, plan in plans.items()},
@@ -100,13 +101,13 @@ def apply_moe_(
         for layer, plan in plans.items():
             with naming(plan.slot):
                 own = calibration.get(layer)
-                blocks.append((plan, _permuted_block(plan, config, rankings[layer], own)))
+                blocks.append((plan, _permuted_block(plan, config, ranking(layer), own)))
         return _put_in("apply_moe_", decoder, blocks, keep_dense)
 
 
 @torch.no_grad()
 def load_moe_(
-    model: object, checkpoint: Checkpoint | str | os.PathLike[str], *, keep_dense: bool = True
+    model: object, checkpoint: Checkpoint | StrPath, *, keep_dense: bool = True
 ) -> SurgeryReport:
     """Replaces dense FFNs of a live model by the sparse FFNs of a checkpoint, in place.
 

@@ -6,6 +6,8 @@ What a layer has is read first, then what stays is planned, and only then is any
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,28 +15,13 @@ from torch import Tensor, nn
 
 from sparse_unified._common import context, naming
 from sparse_unified.checkpoint import keys
-from sparse_unified.checkpoint.modes import (
-    PruneHeadsConfig,
-    PruneWidthConfig,
-    SkipLayersConfig,
-)
-from sparse_unified.checkpoint.scores import Scores
-from sparse_unified.checkpoint.shapes import LayerShape
-from sparse_unified.experts import magnitude_scores
+from sparse_unified.checkpoint.model_dir import LayerShape
+from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
+from sparse_unified.checkpoint.scores import Scores, head_magnitudes, rank
+from sparse_unified.experts.keep import magnitude_scores, select_layers
 from sparse_unified.nn import SparseMoE, key_heads_read
-from sparse_unified.surgery.cuts import (
-    head_magnitudes,
-    keep_neurons,
-    plan,
-    rank,
-    select,
-    skipped_modules,
-)
-from sparse_unified.surgery.decoder import (
-    Decoder,
-    find_decoder,
-    takes_absent_parts,
-)
+from sparse_unified.surgery.cuts import keep_neurons, plan, skipped_modules
+from sparse_unified.surgery.decoder import Decoder, find_decoder, takes_absent_parts
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     DenseWeights,
@@ -91,8 +78,9 @@ def prune_width_(
             shapes[slot.layer] = LayerShape(ffn=width, kv_heads=(), query_groups=())
         widths = {layer: shape.width for layer, shape in shapes.items()}
         count = len(decoder.layers)
-        ranking = rank(scores, component, widths, count, lambda n: magnitude_scores(*weights[n]))
-        kept = keep_neurons(config, shapes, ranking)
+        magnitudes = lambda n: magnitude_scores(*weights[n])  # noqa: E731
+        of_layer, _ = rank(scores, component, widths, count, magnitudes)
+        kept = keep_neurons(config, shapes, {layer: of_layer(layer) for layer in widths})
 
         def cut() -> None:
             for slot, ffn in ffns:
@@ -133,7 +121,7 @@ def prune_heads_(
     with context("prune_heads_"):
         decoder = find_decoder(model)
         names = [f"self_attn.q_proj{keys.SUFFIXES[component]}" for component in config.components]
-        layers = select(
+        layers = select_layers(
             config.layers,
             len(decoder.layers),
             lambda layer: all(decoder.has(layer, name) for name in names),
@@ -150,16 +138,16 @@ def prune_heads_(
                         shapes[component][layer] = shape
         ranking = {}
         for component in config.components:
-            own_shapes = shapes[component]
-            ranking[component] = rank(
+            own = shapes[component]
+            ranking[component], _ = rank(
                 scores,
                 component,
-                {layer: len(own_shapes[layer].query_groups) for layer in layers},
+                {layer: len(own[layer].query_groups) for layer in layers},
                 len(decoder.layers),
-                lambda n: head_magnitudes(tensors.__getitem__, component, n, own_shapes[n]),  # noqa: B023
+                partial(_head_magnitudes, tensors, component, own),
             )
         sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        cuts, left = plan(config, shapes, sizes, lambda *at: ranking[at[0]][at[1]])
+        cuts, left = plan(config, shapes, sizes, lambda name, layer: ranking[name](layer))
 
         def cut_heads() -> None:
             for key, cut in cuts.items():
@@ -172,6 +160,12 @@ def prune_heads_(
                         modules[key + keys.SUFFIXES[component]].key_heads = shape.query_places
 
         return transform("prune_heads_", decoder, cut_heads, keep=keep_dense)
+
+
+def _head_magnitudes(
+    tensors: Mapping[str, Tensor], component: str, shapes: Mapping[int, LayerShape], layer: int
+) -> Tensor:
+    return head_magnitudes(tensors.__getitem__, component, layer, shapes[layer])
 
 
 def _read_attention(
@@ -234,7 +228,7 @@ def skip_layers_(
             found[layer] = _skip(decoder, layer, config)
             return bool(found[layer])
 
-        layers = select(
+        layers = select_layers(
             config.layers, len(decoder.layers), has, f"{component} {config.part.value} left"
         )
 

@@ -18,10 +18,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.modes import BOTH, Layers, _Mode
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.decoder import find_decoder
-from sparse_unified.surgery.ffn import (
-    projection_names,
-    read_ffn,
-)
+from sparse_unified.surgery.ffn import projection_names, read_ffn
 from sparse_unified.surgery.report import SurgeryReport, report, take_census
 
 # Storage -> the configuration of torchao that makes it.

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import Report, context, format_layers
-from sparse_unified.checkpoint.counts import Counts, count_weight, format_counts
-from sparse_unified.checkpoint.keys import FFN_NAMES, SUFFIXES, attention_modules, ffn_modules
+from sparse_unified.checkpoint.keys import (
+    FFN_NAMES,
+    SUFFIXES,
+    Counts,
+    attention_modules,
+    count_weight,
+    ffn_modules,
+    format_counts,
+)
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.decoder import Decoder, find_decoder

@@ -23,25 +23,17 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.experts import keep_units, magnitude_scores, select_layers
-from sparse_unified.experts.scores import check_scores, head_magnitude_scores
-from sparse_unified.surgery.cuts import (
-    Cut,
-    PruneConfig,
-    spread,
+from sparse_unified.experts.keep import (
+    check_scores,
+    head_magnitude_scores,
+    keep_units,
+    magnitude_scores,
+    select_layers,
 )
-from sparse_unified.surgery.decoder import (
-    Decoder,
-    FfnKey,
-    find_adapter,
-)
+from sparse_unified.surgery.cuts import Cut, PruneConfig, spread
+from sparse_unified.surgery.decoder import Decoder, FfnKey, find_adapter
 from sparse_unified.surgery.exchange import unchanged
-from sparse_unified.surgery.ffn import (
-    Skipped,
-    cut_ffn,
-    cut_linear,
-    hidden_states,
-)
+from sparse_unified.surgery.ffn import Skipped, cut_ffn, cut_linear, hidden_states
 from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
 
 
