@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from adapt_models import logged
 from disk_faults import die_at_call
 
 from sparse_unified._common import optional
 from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
 from sparse_unified.adapt import run as adapt_run
-from sparse_unified.adapt.run import read_log
 
 FIRST_CALL = 9
 CONFIG = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, seed=5)
@@ -61,8 +61,7 @@ def run(model: Path, data: Path, root: Path, calls: int) -> dict[str, object]:
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, -signal.SIGKILL), code
         killed += code != 0
-    losses = [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
-    return {"killed": killed, "losses": losses}
+    return {"killed": killed, "losses": logged(out)}
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moe_cases import GOLDEN
 from torch import Tensor, nn
 
 from sparse_unified.bagel import Bagel
 from sparse_unified.testing import build_model, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
 HIDDEN, WIDTH, LAYERS, EXPERTS = 16, 24, 3, 4
 
 
@@ -194,14 +194,6 @@ class Official(nn.Module):
         for layer in self.language_model.model.layers:
             x = layer(x, text, vae)
         return x
-
-
-def pipeline(directory: Path, case: str = "t2i_dense") -> Any:
-    """A pipeline loaded from a recorded case, written as a model directory."""
-    from sparse_unified.bagel import BagelPipeline
-    from sparse_unified.fixtures import write_checkpoint
-
-    return BagelPipeline.from_pretrained(write_checkpoint(GOLDEN / case, directory))
 
 
 def pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> list[Path]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from sparse_unified.bagel import AutoEncoder, Bagel, BagelConfig, LLMConfig, VAE
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.checkpoint import keys
 
-GOLDEN = Path(__file__).parent / "golden"
 VISION = {
     "hidden_size": 4,
     "intermediate_size": 8,
@@ -137,6 +138,13 @@ def child_environment() -> dict[str, str]:
     """Returns an environment in which a Python process finds this package, installed or not."""
     package = str(Path(sparse_unified.__file__).parents[1])
     return os.environ | {"PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+
+
+def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a Python process that finds this package; returns what it wrote and its status."""
+    command = [sys.executable, *map(str, arguments)]
+    given = {"env": child_environment(), "capture_output": True, "text": True} | options
+    return subprocess.run(command, check=False, **given)
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

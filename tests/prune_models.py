@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from checkpoint_files import write_shards
+from moe_cases import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.surgery import prune_heads_, prune_width_, skip_layers_
 from sparse_unified.testing import build_model, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
 SPECIAL = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)
 SUFFIX = {"und": "", "gen": "_moe_gen"}
 LAYERS, HIDDEN, WIDTH, HEADS, KEY_HEADS, HEAD_DIM = 4, 64, 96, 8, 4, 8

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from checkpoint_files import write_shards
+from moe_cases import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,8 +20,6 @@ from sparse_unified.bagel import Bagel, BagelConfig, LLMConfig, VisionConfig
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.testing import read_case
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @dataclass(frozen=True, kw_only=True)

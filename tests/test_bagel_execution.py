@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bagel_models import GOLDEN, draw
+from bagel_models import draw
+from moe_cases import GOLDEN
+from refusals import refused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,6 @@ from sparse_unified.bagel import Bagel, BagelPipeline, Execution, StepCache
 from sparse_unified.bagel.execution import ReplayedStep
 from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import build_guidance
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE
 from sparse_unified.testing import build_model, read_case
 
@@ -28,7 +28,6 @@ MODELS = ("t2i_dense", "t2i_moe")
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest) -> Bagel:
-    torch.set_num_threads(1)
     return build_model(read_case(GOLDEN / request.param))
 
 
@@ -174,22 +173,20 @@ def test_a_step_makes_nothing_on_the_host(model: Bagel, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_packed_weights_compile_as_one_graph(tmp_path: Path) -> None:
+def test_packed_weights_compile_as_one_graph(golden: Any) -> None:
     pytest.importorskip("torchao")
     torch.compiler.reset()
-    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path)
-    model = BagelPipeline.from_pretrained(directory, storage="int8").model
+    model = BagelPipeline.from_pretrained(golden("t2i_moe"), storage="int8").model
     runs = (Execution(compile=True, backend="eager"), None)
     [own], [expected] = (draw(model, [[21, 30]], run=run, num_timesteps=2) for run in runs)
     torch.testing.assert_close(own, expected)
 
 
-def test_a_pipeline_runs_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path)
+def test_a_pipeline_runs_as_it_is_told(golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Execution] = []
     monkeypatch.setattr(Execution, "start", lambda self, step: started.append(self) or step)
     options: dict[str, Any] = {"seed": 1, "num_timesteps": 3, "size": (32, 48), "progress": False}
-    pipeline = BagelPipeline.from_pretrained(directory, compile="default")
+    pipeline = BagelPipeline.from_pretrained(golden("t2i_moe"), compile="default")
     pipeline.generate("a cup", **options)
     pipeline.execution = Execution()
     pipeline.generate("a cup", **options)
@@ -218,8 +215,7 @@ def test_a_pipeline_runs_as_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_cannot_be_run_so_is_refused_before_anything_is_read(
     options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        BagelPipeline.from_pretrained("/nowhere", **options)
+    refused(message, BagelPipeline.from_pretrained, "/nowhere", **options)
 
 
 def test_weights_elsewhere_are_refused(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:

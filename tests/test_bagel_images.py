@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from moe_cases import GOLDEN
 from PIL import Image
+from refusals import refused
 
 from sparse_unified.bagel import AutoEncoder, VAEConfig
 from sparse_unified.bagel.images import (
@@ -24,14 +26,8 @@ from sparse_unified.bagel.images import (
 )
 from sparse_unified.testing import build_model, build_vae, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
 VAE = ImageTransform(max_side=1024, min_side=512, stride=16)
 VIT = ImageTransform(max_side=980, min_side=224, stride=14)
-
-
-@pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    torch.manual_seed(0)
 
 
 def test_sizes_follow_the_official_rule() -> None:
@@ -125,8 +121,7 @@ def test_files_that_are_no_image_are_refused(
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"x: an image must be a readable image.*{reason}"):
         open_image(io.BytesIO(content), where="x")
-    with pytest.raises(ValueError, match=rf"x: .*photo.png must be a readable image.*{reason}"):
-        open_image(path, where="x")
+    refused(rf"x: .*photo.png must be a readable image.*{reason}", open_image, path, where="x")
 
 
 def test_neither_missing_files_nor_pipes_are_waited_for(tmp_path: Path) -> None:
@@ -146,5 +141,4 @@ def test_autoencoder_shapes_go_round() -> None:
         assert vae.decode(latent).shape == (2, 3, 3 * step, 5 * step)
         with pytest.raises(ValueError, match=r"pixels must have shape \[B, 3, H, W\].*got"):
             vae.encode(torch.zeros(1, 3, 8, 3 * step // 2))
-        with pytest.raises(ValueError, match=r"latent must have shape"):
-            vae.decode(torch.zeros(1, 7, 8, 8))
+        refused(r"latent must have shape", vae.decode, torch.zeros(1, 7, 8, 8))

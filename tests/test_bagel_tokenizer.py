@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from refusals import refused
 
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.fixtures import write_tokenizer
@@ -58,8 +59,7 @@ def test_code_of_a_directory_is_not_run(
         tokenizer = Tokenizer.from_directory(tmp_path)
         assert [tokenizer.encode(text) for text in TEXTS] == expected
     else:
-        with pytest.raises(ValueError, match=r"tokenizer_class must be one of .* 'EvilTok'"):
-            Tokenizer.from_directory(tmp_path)
+        refused(r"tokenizer_class must be one of .* 'EvilTok'", Tokenizer.from_directory, tmp_path)
     assert not (tmp_path / "RAN").exists()
 
 
@@ -98,28 +98,12 @@ def test_released_files_are_read_as_transformers_reads_them(tmp_path: Path, file
     assert tokenizer.special_tokens.bos == auto.convert_tokens_to_ids("<|im_start|>")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer.json", "{", "readable tokenizer"),
-        ("tokenizer.json", '{"version": "1.0", "model": 3}', "readable tokenizer"),
-        ("tokenizer_config.json", "[]", "must hold a JSON object"),
-        ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class must be one of"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"a": 1}}', "readable tokenizer"),
-        ("tokenizer.json", None, "hold a tokenizer"),
-    ],
-)
-def test_damaged_files_are_one_error(
-    name: str, content: str | None, message: str, tmp_path: Path
-) -> None:
+def test_damaged_files_are_one_error(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    if content is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        Tokenizer.from_directory(tmp_path)
-    assert "\n" not in str(error.value)
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused("must hold a readable tokenizer", Tokenizer.from_directory, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    refused("must hold a tokenizer, got neither", Tokenizer.from_directory, tmp_path)
 
 
 def test_a_vocabulary_without_markers_is_refused() -> None:
@@ -127,5 +111,4 @@ def test_a_vocabulary_without_markers_is_refused() -> None:
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0, "<|im_start|>": 1, "<|im_end|>": 2}
 
-    with pytest.raises(ValueError, match=r"got no <\|vision_start\|>, <\|vision_end\|>"):
-        Tokenizer(Plain())
+    refused(r"got no <\|vision_start\|>, <\|vision_end\|>", Tokenizer, Plain())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 
 from sparse_unified.checkpoint import PruneWidthConfig, convert, prune
 from sparse_unified.cli import main
@@ -39,8 +40,7 @@ def test_models_draw_from_the_same_noise_and_all_experts_are_the_dense_model(mod
     assert dense == some["dense"][0].tobytes() != some["sparse"][0].tobytes()
     assert max(abs(a - b) for a, b in zip(dense, sparse, strict=True)) <= 1
     assert "229,504 of 376,960 parameters" in some["sparse"][1]  # as `info` says
-    with pytest.raises(ValueError, match="prompt must not be empty"):
-        list(draw(models, " ", **every_expert))
+    refused("prompt must not be empty", list, draw(models, " ", **every_expert))
     assert {block.top_k for block in sparse_blocks(models["sparse"]).values()} == {8}
 
 

@@ -19,7 +19,7 @@ import analysis_models
 import full_scale
 import pytest
 import torch
-from checkpoint_files import GOLDEN
+from moe_cases import GOLDEN
 
 from miniature.__main__ import main as miniature
 from sparse_unified.bagel import BagelPipeline
@@ -159,9 +159,7 @@ def label(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if commands(p)], ids=label)
-def test_the_commands_of_a_document_run(
-    path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_a_document_run(path: Path, folder: Path, capsys: Any) -> None:
     made: set[str] = set()
     for command in commands(path):
         if not_run(command) is not None:

@@ -47,11 +47,6 @@ class PlainFFNWithLogits(PlainFFN):
         return super().forward(x), self.gate(x).reshape(-1, EXPERTS)
 
 
-@pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_kernel_repository(tmp_path_factory.mktemp("kernel"))

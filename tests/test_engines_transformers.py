@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from torch import Tensor
 
 from sparse_unified.engines.transformers import NAME, experts_forward, register
@@ -89,8 +90,6 @@ def test_a_layer_compiles_as_one_graph() -> None:
 def test_experts_of_another_kind_are_refused() -> None:
     model = tiny("GptOss", num_local_experts=4, intermediate_size=16, head_dim=12)
     model.set_experts_implementation(NAME)
-    with pytest.raises(ValueError, match=r"GptOssExperts must be SwiGLU .* got has_bias True"):
-        model(torch.randint(96, (1, 5)))
+    refused(r"GptOssExperts must be SwiGLU .* got has_bias True", model, torch.randint(96, (1, 5)))
     gelu = tiny("Mixtral", hidden_act="gelu", experts_implementation=NAME)
-    with pytest.raises(ValueError, match="activation"):
-        gelu(torch.randint(96, (1, 5)))
+    refused("activation", gelu, torch.randint(96, (1, 5)))

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import Any
 
-import analysis_models as models
 import pytest
 import torch
+from refusals import refused
 from surgery_models import Model, TensorMLP, TupleMLP, ffn
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from sparse_unified.analysis import (
 )
 from sparse_unified.analysis.expert_usage import layer_usage, watch_experts
 from sparse_unified.analysis.plots import usage_figure
+from sparse_unified.bagel import BagelPipeline
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import reference
 
@@ -56,10 +57,8 @@ def test_measures_of_known_loads() -> None:
 def sparse_model(mlp: type[TensorMLP], component: str) -> Model:
     torch.manual_seed(0)
     model = Model(mlp)
-    apply_moe_(
-        model,
-        MoEConfig(num_experts=4, top_k=2, component=component, router_init="random"),  # type: ignore[arg-type]
-    )
+    how: Any = {"component": component, "router_init": "random"}
+    apply_moe_(model, MoEConfig(num_experts=4, top_k=2, **how))
     return model
 
 
@@ -115,25 +114,18 @@ def test_what_cannot_be_counted_is_refused() -> None:
         (sparse, [1], {}, "model must be a BagelPipeline, or come with run"),
         (sparse, [1], {"run": print, "num_time_ranges": 0}, "num_time_ranges must be"),
     ):
-        with pytest.raises(ValueError, match=message):
-            expert_usage(model, "any", samples, **options)
+        refused(message, expert_usage, model, "any", samples, **options)
 
 
 # A pipeline
 
 
-def test_generation_moves_through_the_times(tmp_path: Path) -> None:
-    pipeline = models.pipeline(tmp_path / "model", "t2i_moe")
+def test_generation_moves_through_the_times(golden: Any) -> None:
+    pipeline = BagelPipeline.from_pretrained(golden("t2i_moe"))
     seen: list[tuple[int, int]] = []
     samples = built_in_samples(Task.GENERATION, 2)
-    usage = expert_usage(
-        pipeline,
-        "generation",
-        samples,
-        settings=QUICK,
-        num_time_ranges=2,
-        progress=lambda *at: seen.append(at),
-    )
+    how: Any = {"settings": QUICK, "num_time_ranges": 2, "progress": lambda *at: seen.append(at)}
+    usage = expert_usage(pipeline, "generation", samples, **how)
     assert seen == [(0, 2), (1, 2), (2, 2)]
     for own in usage.layers:
         assert [sum(row) for row in own["load"]] == [own["top_k"] * n for n in own["tokens"]]

@@ -192,6 +192,41 @@ def test_every_source_names_its_licence() -> None:
     assert [label(path) for path in files if not licence.match(path.read_text())] == []
 
 
+UNPICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
+LOADERS = ("torch.load", "torch.jit.load", "torch.package.PackageImporter", "np.load", "numpy.load")
+EXECUTING = {"eval", "exec", "compile", *LOADERS}
+
+
+def unsafe(source: str) -> list[str]:
+    """Names every import and call in Python source that could run code out of a data file."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [name for name in names if name.split(".")[0] in UNPICKLERS]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called.endswith(".from_pretrained") and called != "BagelPipeline.from_pretrained":
+                given.setdefault("trust_remote_code", "not given")
+            flags = ("allow_pickle", "trust_remote_code")
+            found += [flag for flag in flags if given.get(flag, "False") != "False"]
+            found += {called} & EXECUTING
+    return found
+
+
+def test_no_module_executes_what_a_file_holds() -> None:
+    found = {name: unsafe(path.read_text()) for name, path in MODULES.items()}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+    for text in (
+        "from pickle import loads",
+        "torch.load(x)",
+        "f(allow_pickle=True)",
+        "Auto.from_pretrained(x)",
+    ):
+        assert unsafe(text), text
+
+
 def test_every_kernel_and_binding_is_listed_and_kernels_never_include_torch() -> None:
     lines = read("csrc/sources.txt").splitlines()
     names = [line for line in lines if line and not line.startswith("#")]

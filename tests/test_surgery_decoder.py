@@ -9,6 +9,7 @@ from typing import Any
 import analysis_models as models
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 import sparse_unified
@@ -91,19 +92,17 @@ def test_what_fits_nothing_or_is_not_there_is_an_error_that_names_what_was_found
     with pytest.raises(ValueError, match=r"model must .*mlp_moe_gen") as caught:
         find_adapter(model)
     assert "layers: 2 x Linear (none)" in str(caught.value)
-    with pytest.raises(ValueError, match="got a int"):
-        find_adapter(3)
+    refused("got a int", find_adapter, 3)
     whole = models.bagel()
     adapter = find_adapter(whole)
-    with pytest.raises(ValueError, match="component must be one of und, gen, got 'vision'"):
-        adapter.ffns("vision")
+    refused("component must be one of und, gen, got 'vision'", adapter.ffns, "vision")
     sparse_unified.skip_layers_(whole, sparse_unified.SkipLayersConfig(layers=[1]))
-    with pytest.raises(ValueError, match=r"layer 1 .*must have the modules mlp, self_attn"):
-        adapter.block(1, "und")
+    refused(r"layer 1 .*must have the modules mlp, self_attn", adapter.block, 1, "und")
     fused = models.Bailing()
     fused.model.layers[1].mlp.experts = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="experts must be a list of modules, got a Linear"):
-        find_adapter(fused).ffns("text")
+    refused(
+        "experts must be a list of modules, got a Linear", lambda: find_adapter(fused).ffns("text")
+    )
 
 
 def test_experts_of_a_sparse_block_are_ffns_of_their_own() -> None:
@@ -334,5 +333,4 @@ def test_parts_that_are_not_run_are_refused() -> None:
         with pytest.raises(ValueError, match=match), changed(model, config, forward=forward):
             pass
     assert as_module(SimpleNamespace(model=model)) is model
-    with pytest.raises(TypeError, match="must be a module or hold one as `model`, got int"):
-        as_module(3)
+    refused("must be a module or hold one as `model`, got int", as_module, 3, error=TypeError)
