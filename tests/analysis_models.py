@@ -27,25 +27,15 @@ def qwen(**changes: Any) -> Any:
 
     torch.manual_seed(0)
     text = {
-        "vocab_size": 64,
-        "hidden_size": HIDDEN,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **{"hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS},
+        **{"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
         "max_position_embeddings": 128,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
     }
     vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "out_hidden_size": HIDDEN,
-        "fullatt_block_indexes": [0],
+        **{"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2},
+        **{"out_hidden_size": HIDDEN, "fullatt_block_indexes": [0]},
     }
     config = Qwen2_5_VLConfig(text_config=text | changes, vision_config=vision)
     return Qwen2_5_VLForConditionalGeneration(config).eval()

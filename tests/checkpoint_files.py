@@ -21,11 +21,8 @@ from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.checkpoint import keys
 
 VISION = {
-    "hidden_size": 4,
-    "intermediate_size": 8,
-    "num_attention_heads": 1,
-    "patch_size": 2,
-    "image_size": 4,
+    **{"hidden_size": 4, "intermediate_size": 8, "num_attention_heads": 1},
+    **{"patch_size": 2, "image_size": 4},
 }
 LAYER = "language_model.model.layers.1.mlp_moe_gen."
 
@@ -69,35 +66,22 @@ def make_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     width, hidden = weights[keys.dense_key("gen", 0, "gate_proj")].shape
     layers = sum(key.endswith("mlp_moe_gen.gate_proj.weight") for key in weights)
     embeddings = weights.get("language_model.model.embed_tokens.weight", ())
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "vocab_size": len(embeddings),
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-    }
+    sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    others = {"vocab_size": len(embeddings), "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    return sizes | heads | others
 
 
 def make_autoencoder() -> dict[str, Tensor]:
     """Returns the tensors of the smallest autoencoder: one resolution, one block."""
     vae = AutoEncoder(VAEConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=4), device="meta")
-    return {
-        key: torch.ones(tensor.shape, dtype=torch.bfloat16)
-        for key, tensor in vae.state_dict().items()
-    }
+    return {key: torch.ones(t.shape, dtype=torch.bfloat16) for key, t in vae.state_dict().items()}
 
 
 def make_dense(directory: Path, *, num_shards: int = 0, **sizes: Any) -> Path:
     """Writes a dense model directory; `num_shards` > 0 splits the weights and adds an index."""
-    directory.mkdir(parents=True)
     weights = make_weights(**sizes)
-    if num_shards:
-        write_shards(directory, weights, num_shards)
-    else:
-        save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
+    write_weights(directory, weights, num_shards)
     # Tabs and a missing line end, so that a text that was parsed and printed again shows.
     (directory / "llm_config.json").write_text(json.dumps(make_config(weights), indent="\t"))
     (directory / "vit_config.json").write_text(json.dumps(VISION))
@@ -113,11 +97,18 @@ def write_shards(directory: Path, weights: dict[str, Tensor], num_shards: int) -
     weight_map = {key: names[i % num_shards] for i, key in enumerate(sorted(weights))}
     for name in names:
         save_file({k: w for k, w in weights.items() if weight_map[k] == name}, directory / name)
-    index = {
-        "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
-        "weight_map": weight_map,
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    metadata = {"total_size": sum(w.nbytes for w in weights.values())}
+    index = json.dumps({"metadata": metadata, "weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(index)
+
+
+def write_weights(directory: Path, weights: dict[str, Tensor], num_shards: int = 0) -> None:
+    """Writes ema.safetensors into a new directory, or `num_shards` files and their index."""
+    directory.mkdir(parents=True)
+    if num_shards:
+        write_shards(directory, weights, num_shards)
+    else:
+        save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
 
 
 def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:

@@ -78,21 +78,15 @@ def test_drawn_pictures_show_their_shapes_and_are_always_the_same(tmp_path: Path
     assert (ball.size, ball.getpixel((128, 128))) == ((256, 256), (210, 30, 30))
 
 
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
+def test_damaged_lines_missing_files_and_wrong_counts_are_refused(tmp_path: Path) -> None:
+    for line, word in (
         ("3", "line 1"),
         ({}, "prompt"),
         ({"prompt": "x", "answer": ""}, "answer"),
         ({"prompt": "x", "source": [3]}, "source"),
         ({"prompt": "x", "image": "none.png"}, r"none\.png"),
-    ],
-)
-def test_damaged_lines_are_refused(line: Any, word: str, tmp_path: Path) -> None:
-    refused(word, read_samples, write(tmp_path / "p.jsonl", line), None, Task.GENERATION)
-
-
-def test_missing_files_and_wrong_counts_are_refused(tmp_path: Path) -> None:
+    ):
+        refused(word, read_samples, write(tmp_path / "p.jsonl", line), None, Task.GENERATION)
     prompts, empty = write(tmp_path / "p.txt", "a", "b"), write(tmp_path / "empty.txt", "")
     models.pictures(tmp_path / "one", 1)
     for path, images, task, count in (

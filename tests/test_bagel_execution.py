@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from sparse_unified.bagel import Bagel, BagelPipeline, Execution, StepCache
 from sparse_unified.bagel.execution import ReplayedStep
 from sparse_unified.bagel.model import Denoiser
-from sparse_unified.bagel.sampler import build_guidance
 from sparse_unified.nn import SparseMoE
 from sparse_unified.testing import build_model, read_case
 
@@ -31,16 +30,13 @@ def model(request: pytest.FixtureRequest) -> Bagel:
     return build_model(read_case(GOLDEN / request.param))
 
 
-@pytest.mark.parametrize(("case", "backend"), [("t2i_dense", "eager"), ("t2i_moe", "aot_eager")])
-def test_the_step_compiles_as_one_graph_whatever_the_length_of_the_prompt(
-    case: str, backend: str
-) -> None:
+def test_the_step_compiles_as_one_graph_whatever_the_length_of_the_prompt() -> None:
     torch.compiler.reset()
-    model = build_model(read_case(GOLDEN / case))
+    model = build_model(read_case(GOLDEN / "t2i_moe"))  # which has dense FFNs too
     # The layer that is sparse in a sparse model: tracing takes its time by the layer.
     model.language_model.model.layers = model.language_model.model.layers[1:2]
     graphs: list[int] = []
-    compiler = torch._dynamo.lookup_backend(backend)
+    compiler = torch._dynamo.lookup_backend("aot_eager")
 
     def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         graphs.append(len(graph.graph.nodes))
@@ -103,25 +99,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(Execution, "check", lambda *_: None)
     return counts
-
-
-def test_a_recorded_step_is_replayed_with_other_images_and_times(
-    model: Bagel, emulated: Counter[str]
-) -> None:
-    [guidance] = build_guidance(model, [[21, 30]])
-    denoiser = Denoiser(model, [(2, 3)], [[guidance.full, guidance.without_text]])
-    step = ReplayedStep(denoiser, torch.device("cpu"), None)
-    kept = []
-    for number, time in enumerate((0.9, 0.7, 0.2)):
-        x = [torch.randn(6, 16, generator=torch.Generator().manual_seed(number))]
-        at = torch.tensor([time])
-        with torch.no_grad():  # with gradients, other kernels run
-            found, expected = step(x, at)[0], denoiser(x, at)[0]
-        assert torch.equal(found, expected)
-        kept.append((found, expected))
-    assert emulated == {"warmed": 1, "replays": 2}
-    for found, expected in kept:  # a later replay did not write into what was handed out
-        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("cache", [None, StepCache(interval=2, order=1, first=2)])

@@ -15,11 +15,11 @@ from refusals import refused
 from torch import Tensor
 
 from sparse_unified.bagel import Bagel
-from sparse_unified.bagel.attention import KVCache, RMSNorm
+from sparse_unified.bagel.attention import RMSNorm
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import sincos_table
 from sparse_unified.bagel.pipeline import generate_tokens
-from sparse_unified.bagel.vision import grid_positions, patchify, unpatchify
+from sparse_unified.bagel.vision import patchify, unpatchify
 from sparse_unified.testing import build_model, read_case
 
 
@@ -36,51 +36,14 @@ def test_sincos_table_is_the_one_in_the_checkpoint(model: Bagel) -> None:
 def test_patches_go_back_to_the_image() -> None:
     image = torch.randn(3, 28, 42)
     patches = patchify(image, 14)
-    assert patches.shape == (6, 14 * 14 * 3)
     assert torch.equal(patches[4].view(14, 14, 3), image[:, 14:28, 14:28].permute(1, 2, 0))
     assert torch.equal(unpatchify(patches, 2, 3, 14), image)
-    assert grid_positions(2, 3, 8).tolist() == [0, 1, 2, 8, 9, 10]  # over the whole table
 
 
 def test_norm_of_low_precision_is_taken_in_full() -> None:
     x = torch.full((1, 64), 300.0, dtype=torch.float16)  # the sum of squares overflows fp16
     norm = RMSNorm(64, 1e-6, dtype=torch.float16)
     assert torch.allclose(norm(x).float(), torch.ones(64), atol=1e-3)
-
-
-def assert_same_caches(mine: KVCache, theirs: KVCache) -> None:
-    """In double precision: what differs is the order of sums, which depends on the processor."""
-    assert (mine.length, mine.position) == (theirs.length, theirs.position)
-    for own, other in zip(mine.keys + mine.values, theirs.keys + theirs.values, strict=True):
-        assert own is not None
-        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
-
-
-def test_contexts_packed_together_equal_contexts_alone(model: Bagel) -> None:
-    model.double()
-    texts = [[21, 42, 38], [33], [40, 41, 42, 43, 44]]
-    images = [torch.randn(3, 28, 14), torch.randn(3, 14, 56), torch.randn(3, 42, 42)]
-    latents = [torch.randn(4, 2, 4), torch.randn(4, 4, 4), torch.randn(4, 6, 2)]
-
-    def read(own: slice) -> list[KVCache]:
-        contexts = model.new_contexts(len(texts[own]))
-        model.prefill_latents(contexts, latents[own])
-        model.prefill_vit(contexts, images[own])
-        model.prefill_text(contexts, texts[own])
-        return contexts
-
-    for i, context in enumerate(read(slice(None))):
-        assert_same_caches(context, read(slice(i, i + 1))[0])
-
-
-def test_text_in_pieces_equals_text_at_once(model: Bagel) -> None:
-    model.double()
-    special = model.config.special_tokens
-    whole, pieces = model.new_contexts(1), model.new_contexts(1)
-    model.prefill_text(whole, [[21, 42, 38]])
-    for token in (special.bos, 21, 42, 38, special.eos):
-        model.next_logits(pieces, [token])
-    assert_same_caches(whole[0], pieces[0])
 
 
 def test_an_image_takes_one_position_and_forks_share_the_past(model: Bagel) -> None:

@@ -145,14 +145,20 @@ def test_magnitude_is_the_product_of_the_norms(dtype: torch.dtype) -> None:
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_random_scores_depend_on_seed_and_layer_alone() -> None:
-    scores = random_scores(50, seed=3, layer=7)
+def random_order(_: int, *, seed: int, layer: int) -> Tensor:
+    scores = torch.rand(512)  # another every time, which must not matter
+    return order_neurons(Partition.RANDOM, scores, LAYOUT, seed=seed, layer=layer)
+
+
+@pytest.mark.parametrize("draw", [random_scores, random_order])
+def test_what_is_random_depends_on_seed_and_layer_alone(draw: Any) -> None:
+    drawn = draw(50, seed=3, layer=7)
     torch.manual_seed(99)
-    assert torch.equal(random_scores(50, seed=3, layer=7), scores)
-    assert not torch.equal(random_scores(50, seed=4, layer=7), scores)
-    assert not torch.equal(random_scores(50, seed=3, layer=8), scores)
-    assert scores.min() >= 0
-    assert scores.max() < 1
+    assert torch.equal(draw(50, seed=3, layer=7), drawn)
+    assert not torch.equal(draw(50, seed=4, layer=7), drawn)
+    assert not torch.equal(draw(50, seed=3, layer=8), drawn)
+    assert drawn.min() >= 0
+    assert draw is random_order or drawn.max() < 1
 
 
 # Layers
@@ -230,17 +236,6 @@ def test_every_way_is_a_permutation_with_the_same_shared_expert(
     assert index.sort().values.tolist() == list(range(layout.intermediate_size))
     stop = layout.shared_width
     assert torch.equal(index[:stop], snake_partition(scores, layout)[:stop])
-
-
-def test_random_depends_on_seed_and_layer_alone() -> None:
-    scores = torch.rand(512, generator=torch.Generator().manual_seed(0))
-
-    def drawn(scores: Tensor, seed: int, layer: int) -> Tensor:
-        return order_neurons(Partition.RANDOM, scores, LAYOUT, seed=seed, layer=layer)
-
-    assert torch.equal(drawn(scores, 3, 1), drawn(1 - scores, 3, 1))
-    assert not torch.equal(drawn(scores, 3, 1), drawn(scores, 3, 2))
-    assert not torch.equal(drawn(scores, 3, 1), drawn(scores, 4, 1))
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -14,7 +14,7 @@ from torch import nn
 
 import sparse_unified
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig, changed
-from sparse_unified.surgery.decoder import BlockNames, Layout, find_adapter
+from sparse_unified.surgery.decoder import find_adapter
 from sparse_unified.surgery.temporary import as_module, read_attention
 
 
@@ -68,22 +68,6 @@ def test_experts_of_a_mixture_are_ffns_of_their_own() -> None:
     ]
     assert all(ffn.module is model.get_submodule(ffn.name) for ffn in ffns)
     assert [ffn.intermediate_size for ffn in in_layer_1] == [models.WIDTH] * 4 + [2 * models.WIDTH]
-
-
-def test_an_adapter_of_ones_own_is_a_few_lines() -> None:
-    inner = models.Bailing()
-    renamed = nn.Module()
-    renamed.blocks = nn.ModuleList()
-    for layer in inner.model.layers:
-        block = nn.Module()
-        block.attn, block.ff = layer.attention, layer.mlp
-        block.norm1, block.norm2 = layer.input_layernorm, layer.post_attention_layernorm
-        renamed.blocks.append(block)
-    names = BlockNames(ffn="ff", attention="attn", input_norm="norm1", post_attention_norm="norm2")
-    layout = Layout(name="mine", paths=("blocks",), components={"text": names})
-    adapter = find_adapter(renamed, [layout])
-    assert adapter.ffns("text")[0].name == "blocks.0.ff"
-    assert find_adapter(adapter) is adapter
 
 
 def test_what_fits_nothing_or_is_not_there_is_an_error_that_names_what_was_found() -> None:
