@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from moe_cases import GOLDEN
+from surgery_models import TensorMLP
 from torch import Tensor, nn
 
 from sparse_unified.bagel import Bagel
@@ -41,15 +42,9 @@ def qwen(**changes: Any) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-class MLP(nn.Module):
+class MLP(TensorMLP):
     def __init__(self, width: int = WIDTH) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(HIDDEN, width, bias=False)
-        self.up_proj = nn.Linear(HIDDEN, width, bias=False)
-        self.down_proj = nn.Linear(width, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        super().__init__(HIDDEN, width)
 
 
 class Mixture(nn.Module):
@@ -71,18 +66,6 @@ class Mixture(nn.Module):
             if len(rows):
                 y = y.index_add(0, rows, weights[rows, slots, None] * expert(tokens[rows]))
         return y.view_as(x), logits
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query_key_value = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.dense = nn.Linear(HIDDEN, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.query_key_value(x).unflatten(-1, (3, 2, -1)).movedim(-3, 0).transpose(-3, -2)
-        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
-        return self.dense(mixed.transpose(-3, -2).flatten(-2))
 
 
 class BailingAttention(nn.Module):
@@ -154,7 +137,7 @@ class OfficialLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.self_attn = Attention()
+        self.self_attn = BailingAttention(0)
         for suffix in ("", "_moe_gen"):
             setattr(self, f"mlp{suffix}", MLP())
             setattr(self, f"input_layernorm{suffix}", nn.RMSNorm(HIDDEN))
@@ -164,7 +147,7 @@ class OfficialLayer(nn.Module):
         normed = torch.zeros_like(x)
         normed[text] = self.input_layernorm(x[text])
         normed[vae] = self.input_layernorm_moe_gen(x[vae])
-        x = x + self.self_attn(normed)
+        x = x + self.self_attn(normed[None])[0][0]
         out = torch.zeros_like(x)
         out[text] = self.mlp(self.post_attention_layernorm(x[text]))
         out[vae] = self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(x[vae]))

@@ -167,7 +167,7 @@ def test_cosines_are_those_of_the_residual_stream_of_each_component() -> None:
             layer.input_layernorm(x[text]),
             layer.input_layernorm_moe_gen(x[vae]),
         )
-        x1 = x + layer.self_attn(normed)
+        x1 = x + layer.self_attn(normed[None])[0][0]
         y = layer(x, text, vae)
         for component, rows in (("und", text), ("gen", vae)):
             (entry,) = (

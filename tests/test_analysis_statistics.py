@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refusals import refused
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_unified import MoEConfig, apply_moe_
@@ -32,6 +33,7 @@ from sparse_unified.analysis import (
 from sparse_unified.analysis.statistics import hash_model, unpack_bits
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.sampler import timestep_grid
+from sparse_unified.checkpoint.safetensors_io import read_header
 from sparse_unified.ops import reference
 from sparse_unified.surgery.decoder import find_adapter
 
@@ -296,6 +298,22 @@ def test_sums_that_are_no_sums_are_refused(statistics: FfnStatistics) -> None:
         wrong = dataclasses.replace(right, **{name: value})
         with pytest.raises(ValueError, match=f"text.text 0: {name} must be"):
             dataclasses.replace(statistics, ffns={**statistics.ffns, key: wrong})
+
+
+def test_files_that_are_no_statistics_are_refused(statistics: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    tensors, metadata = load_file(path), read_header(path).metadata
+    for name, value in (
+        ("format_version", "2"),
+        ("config", '{"threshold": -1}'),
+        ("samples", '{"text": ["a"]}'),
+        ("samples", '{"talk": ["a", "b", "c"]}'),
+        ("ffns", '[["text", "text", 0, null]]'),
+        ("model_hashes", "{}"),
+    ):
+        save_file(tensors, path, metadata | {name: value})
+        refused(str(path), FfnStatistics.load, path)
 
 
 # Models

@@ -50,12 +50,7 @@ def host(released: Released, mlp: type[TensorMLP] = TensorMLP, dtype: Any = None
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "num_shards"),
-    [
-        ("16to8", torch.bfloat16, 3),
-        ("16to8", torch.float32, 0),
-        ("32to16", torch.bfloat16, 0),
-        ("32to16", torch.float32, 2),
-    ],
+    [("16to8", torch.bfloat16, 3), ("32to16", torch.float32, 0)],
 )
 def test_all_layers_load_as_a_model_and_into_a_dense_one(
     kind: str, dtype: torch.dtype, num_shards: int, tmp_path: Path
@@ -101,9 +96,7 @@ def test_a_hub_id_without_network_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         ("from_pretrained", lambda: BagelPipeline.from_pretrained(HUB_ID)),
     ):
         match = f"{name}: model must be a directory or a hub id that can be downloaded, got '"
-        with pytest.raises(ValueError, match=f"^{match}{HUB_ID}': ") as caught:
-            load()
-        assert "\n" not in str(caught.value)
+        refused(f"^{match}{HUB_ID}': ", load)
 
 
 def test_a_path_is_never_looked_up_on_the_hub(tmp_path: Path, monkeypatch: Any) -> None:

@@ -79,9 +79,15 @@ def test_merged_and_engine_layers_change_and_come_back(mlp: Any) -> None:
         assert torch.equal(narrow, whole)
     assert {(part.before, part.after) for part in report.parts} == {("24 neurons", "12 neurons")}
     assert report.after["gen"].parameters == LAYERS * 3 * HIDDEN * WIDTH // 2
+    ran = ffn(model, 0).down_proj.register_forward_hook(lambda *_: pytest.fail("it ran"))
     skip_layers_(model, SkipLayersConfig(component="gen", layers=[0], part="ffn"))
-    model(tokens(5), tokens(7))
+    expected = tokens(7)
+    for i in range(1, LAYERS):
+        out = ffn(model, i)(expected)
+        expected = expected + (out[0] if isinstance(out, tuple) else out)
+    assert torch.equal(model(tokens(5), tokens(7))[1], expected)
     restore_(model)
+    ran.remove()
     assert_same(before, snapshot(model))
 
 

@@ -25,7 +25,6 @@ from prune_models import (
     outputs,
     small_bagel,
 )
-from surgery_models import Model, TensorMLP, TupleMLP, ffn, snapshot, tokens
 from torch import Tensor
 
 from sparse_unified import (
@@ -47,7 +46,6 @@ from sparse_unified.experts.keep import Budget, keep_in_experts
 from sparse_unified.nn import SparseMoE
 
 COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
-MLPS = pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
 
 
 # Width
@@ -433,25 +431,3 @@ def test_contexts_hold_the_keys_of_tokens_that_are_seen_and_positions_stay() -> 
     assert second.keys[1] is None
     assert second.keys[2] is not None
     assert second.keys[2].shape[1] == 3
-
-
-@MLPS
-def test_ffns_of_models_of_another_make_are_skipped(mlp: Any) -> None:
-    model = Model(mlp)
-    before = snapshot(model)
-    und, gen = model(tokens(), tokens())
-    counted = []
-    for i in (1, 2):
-        ffn(model, i).register_forward_pre_hook(lambda *_: counted.append(1))
-        ffn(model, i).gate_proj.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
-    skip_layers_(model, SkipLayersConfig(component="gen", layers=[1, 2], part="ffn"))
-    skipped_und, skipped_gen = model(tokens(), tokens())
-    assert torch.equal(und, skipped_und)
-    expected = tokens()
-    for i in (0, 3):
-        out = ffn(model, i)(expected)
-        expected = expected + (out[0] if isinstance(out, tuple) else out)
-    assert torch.equal(skipped_gen, expected)
-    assert not torch.equal(skipped_gen, gen)
-    restore_(model)
-    assert before["modules"] == dict(model.named_modules(remove_duplicate=False))

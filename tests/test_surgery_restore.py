@@ -436,7 +436,7 @@ def test_prunings_with_bad_scores_leave_the_model_alone() -> None:
     model = small_bagel()
     before = snapshot(model)
     for run, config, size in (
-        (prune_width_, PruneWidthConfig(), WIDTH),
+        (prune_width_, PruneWidthConfig(), bagel.WIDTH),
         (prune_heads_, PruneHeadsConfig(), bagel.KEY_HEADS),
     ):
         match = rf"{run.__name__}: layer 0: scores must have shape \[{size}\], got \[{size + 1}\]"
