@@ -15,7 +15,6 @@ from checkpoint_files import edit_config, edit_weights, snapshot
 from prune_models import (
     DEPTH,
     FEWER_HEADS,
-    GOLDEN,
     KEY_HEADS,
     LAYERS,
     WIDTH,
@@ -45,7 +44,6 @@ from sparse_unified import (
 )
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert, prune, verify
 from sparse_unified.experts.keep import Budget
-from sparse_unified.fixtures import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +117,8 @@ def test_a_chain_in_files_is_the_chain_on_the_live_model(
     assert_equal(outputs(live), outputs(small_bagel()))
 
 
-def test_a_sparse_checkpoint_of_another_tool_is_pruned(tmp_path: Path) -> None:
-    source = write_checkpoint(GOLDEN / "t2i_moe", tmp_path / "source")
+def test_a_sparse_checkpoint_of_another_tool_is_pruned(golden: Any, tmp_path: Path) -> None:
+    source = golden("t2i_moe")
     assert not (source / "sparse_unified.json").exists()
     modes = [SkipLayersConfig(component="gen", layers=[1]), PruneHeadsConfig(component="both")]
     prune(source, tmp_path / "out", modes)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from moe_cases import GOLDEN
 from refusals import refused
 from released_files import SMALL, Released, make_tensor, write_released
 from surgery_models import Bare, Model, TensorMLP, TupleMLP, tokens
@@ -23,7 +22,6 @@ from sparse_unified.bagel import AutoEncoder, BagelPipeline, VAEConfig
 from sparse_unified.checkpoint import info
 from sparse_unified.checkpoint.safetensors_io import build_header
 from sparse_unified.convert.memory import memory
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery.report import stored_bytes
 
 KINDS = {"16to8": (16, 8), "32to16": (32, 16)}
@@ -168,9 +166,9 @@ def test_weights_add_up_and_each_option_takes_its_part_away(directory: Path) -> 
     assert 24 in rows["task='image', offload='und'"].fits
 
 
-def test_weights_are_those_of_the_model_that_is_loaded(tmp_path: Path) -> None:
+def test_weights_are_those_of_the_model_that_is_loaded(golden: Any) -> None:
     pytest.importorskip("torchao")
-    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path)
+    directory = golden("t2i_moe")
     for row in memory(directory).rows:
         options: dict[str, Any] = dict(re.findall(r"(\w+)='(\w+)'", row.options))
         pipeline = BagelPipeline.from_pretrained(directory, **options)

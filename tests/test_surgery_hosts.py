@@ -28,7 +28,7 @@ from surgery_models import (
     snapshot,
     tokens,
 )
-from test_surgery_moe import GATE, official_model, sparse_dir  # noqa: F401
+from test_surgery_moe import GATE, official_model
 from torch import Tensor, nn
 
 from sparse_unified import (
@@ -92,8 +92,8 @@ def test_merged_and_engine_layers_change_and_come_back(mlp: Any) -> None:
 
 
 @pytest.mark.parametrize("mlp", [MergedMLP, SplitEngineMLP])
-def test_checkpoints_load_into_merged_and_engine_layers(mlp: Any, sparse_dir: Path) -> None:  # noqa: F811
-    model = foreign_model(mlp, 32, 96, layers=3)
+def test_checkpoints_load_into_merged_and_engine_layers(mlp: Any, golden: Any) -> None:
+    sparse_dir, model = golden("t2i_moe"), foreign_model(mlp, 32, 96, layers=3)
     official = official_model()
     load_moe_(official, sparse_dir)
     load_moe_(model, sparse_dir)
@@ -233,12 +233,12 @@ def comparable(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"values": values, "parameters": sorted(state["parameters"])}
 
 
-def test_checkpoints_load_into_offloaded_models(sparse_dir: Path) -> None:  # noqa: F811
+def test_checkpoints_load_into_offloaded_models(golden: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     model, plain = official_model(), official_model()
     accelerate.cpu_offload(model, "cpu")
     for each in (model, plain):
-        load_moe_(each, sparse_dir)
+        load_moe_(each, golden("t2i_moe"))
     x = tokens(6, 32)
     assert torch.equal(model.layers[1].mlp_moe_gen(x), plain.layers[1].mlp_moe_gen(x))
     assert all(p.is_meta for p in model.layers[1].mlp_moe_gen.parameters())

@@ -36,7 +36,6 @@ from sparse_unified.bagel import Bagel, SamplingConfig
 from sparse_unified.bagel.sampler import build_guidance, sample_latents
 from sparse_unified.checkpoint import Checkpoint, convert
 from sparse_unified.experts import ExpertLayout, magnitude_scores, snake_partition
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.testing import Case, build_model, read_case
 
@@ -188,9 +187,9 @@ def test_report_says_what_changed() -> None:
 
 
 @pytest.fixture(scope="module")
-def sparse_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden sparse model (layer 1 of 3: 4 experts, 2 active) as a model directory."""
-    return write_checkpoint(GOLDEN / "t2i_moe", tmp_path_factory.mktemp("sparse"))
+def sparse_dir(golden: Any) -> Path:
+    """Layer 1 of 3 has 4 experts, 2 of them active."""
+    return golden("t2i_moe")
 
 
 def official_model(mlp: type[TensorMLP] = TensorMLP, layers: int = 3) -> Model:
@@ -258,8 +257,10 @@ def test_official_models_hold_what_the_file_says(
 
 
 @pytest.mark.parametrize("num_shared_experts", [0, 2])
-def test_loading_a_conversion_equals_applying_it(tmp_path: Path, num_shared_experts: int) -> None:
-    source = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
+def test_loading_a_conversion_equals_applying_it(
+    golden: Any, tmp_path: Path, num_shared_experts: int
+) -> None:
+    source = golden("t2i_dense")
     scores = torch.rand(3, 96)
     counts: Any = {"num_experts": 4, "top_k": 2, "num_shared_experts": num_shared_experts}
     case = read_case(GOLDEN / "t2i_dense")
@@ -311,9 +312,8 @@ def test_models_that_do_not_fit_the_file_are_refused(
     refuse(model, sparse_dir, match)
 
 
-def test_what_is_no_sparse_checkpoint_is_refused(tmp_path: Path) -> None:
-    source = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
-    refuse(official_model(), source, "checkpoint must be sparse, got a dense one")
+def test_what_is_no_sparse_checkpoint_is_refused(golden: Any) -> None:
+    refuse(official_model(), golden("t2i_dense"), "checkpoint must be sparse, got a dense one")
 
 
 def test_a_file_cut_short_while_it_is_read_leaves_the_model_alone(
