@@ -181,6 +181,7 @@ def test_every_branch_of_every_image_has_its_own_expansion(model: Bagel, passes:
         torch.testing.assert_close(out, initial_noise(6, 16, i) - velocity)
 
 
+@pytest.mark.slow
 def test_the_experiment_compares_caches_of_several_orders(capsys: Any) -> None:
     options = "--pictures 1 --timesteps 11 --intervals 1 3 --orders 0 2"
     assert step_cache.main(options.split()) == 0

@@ -293,6 +293,7 @@ def test_reported_errors_are_those_on_other_tokens(ffn: FfnWeights, partition: P
     assert 0.0099 < fit.logit_rms < 0.1001
 
 
+@pytest.mark.slow
 def test_measurement_prints_a_table_per_ffn(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seeds", "1", "--blocks-only"]) == 0
     printed = capsys.readouterr().out
