@@ -15,7 +15,7 @@ from refusals import refused
 from torch import Tensor
 
 from sparse_unified.bagel import Bagel
-from sparse_unified.bagel.attention import RMSNorm
+from sparse_unified.bagel.attention import KVCache, RMSNorm
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import sincos_table
 from sparse_unified.bagel.pipeline import generate_tokens
@@ -44,6 +44,31 @@ def test_norm_of_low_precision_is_taken_in_full() -> None:
     x = torch.full((1, 64), 300.0, dtype=torch.float16)  # the sum of squares overflows fp16
     norm = RMSNorm(64, 1e-6, dtype=torch.float16)
     assert torch.allclose(norm(x).float(), torch.ones(64), atol=1e-3)
+
+
+def test_contexts_read_together_or_in_pieces_are_those_read_alone(model: Bagel) -> None:
+    """In double precision: what differs is the order of sums, which depends on the processor."""
+    exact, special = copy.deepcopy(model).double(), model.config.special_tokens
+    texts = [[21, 42, 38], [33], [40, 41, 42, 43, 44]]
+    images = [torch.randn(3, 28, 14), torch.randn(3, 14, 56), torch.randn(3, 42, 42)]
+    latents = [torch.randn(4, 2, 4), torch.randn(4, 4, 4), torch.randn(4, 6, 2)]
+
+    def read(own: slice, *, in_pieces: bool = False) -> list[KVCache]:
+        contexts = exact.new_contexts(len(texts[own]))
+        exact.prefill_latents(contexts, latents[own])
+        exact.prefill_vit(contexts, images[own])
+        for token in (special.bos, *texts[own][0], special.eos) if in_pieces else ():
+            exact.next_logits(contexts, [token])
+        if not in_pieces:
+            exact.prefill_text(contexts, texts[own])
+        return contexts
+
+    for i, mine in enumerate(read(slice(None))):
+        for in_pieces in (False, True):
+            [other] = read(slice(i, i + 1), in_pieces=in_pieces)
+            assert (mine.length, mine.position) == (other.length, other.position)
+            for pair in zip(mine.keys + mine.values, other.keys + other.values, strict=True):
+                torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
 
 
 def test_an_image_takes_one_position_and_forks_share_the_past(model: Bagel) -> None:

@@ -138,6 +138,18 @@ def test_losses_are_those_of_the_inference_path_whatever_was_pruned(
         assert_as_inference(model)
 
 
+def test_a_batch_costs_what_its_sequences_cost_alone(model: Bagel) -> None:
+    batch = sequences(model.config)
+    together = losses(model, batch)
+    alone = [losses(model, [sequence]) for sequence in batch]
+    for name in ("text_loss_sum", "image_loss_sum"):
+        expected = sum(getattr(one, name) for one in alone)
+        torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=0)
+    for key, load in together.expert_load.items():
+        own = [one.expert_load[key] for one in alone if key in one.expert_load]
+        assert torch.equal(load, sum(own))
+
+
 def test_sequences_are_padded_together_where_it_costs_little(config: BagelConfig) -> None:
     def groups(*lengths: int) -> list[int]:
         batch = [[text(*range(10, 10 + length)) for _ in range(2)] for length in lengths]
