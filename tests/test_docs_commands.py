@@ -73,7 +73,7 @@ NOT_RUN = {
     "pip install": "changes the environment; tests/wheel_smoke.py installs into one of its own",
     "python experiments/full_scale.py": "writes a model of 29 GB",
     "python examples/miniature train": "takes an hour",
-    "sparse-unified app": "serves until it is interrupted; tests/test_cli_app.py opens the page",
+    "sparse-unified app": "serves until interrupted; tests/test_cli_generate.py opens the page",
     "sparse-unified push": "uploads; tests/test_bagel_hub.py does",
     "pytest": "BAGEL_REPO names a checkout that is not here; tests/test_surgery_official.py is run",
 }
