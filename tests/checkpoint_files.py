@@ -27,6 +27,14 @@ VISION = {
 LAYER = "language_model.model.layers.1.mlp_moe_gen."
 
 
+def bagel_config(llm: LLMConfig, vision: VisionConfig, **sizes: Any) -> BagelConfig:
+    """Returns a model with as little as possible besides its layers, but for the sizes given."""
+    special = SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0)
+    smallest = {"max_latent_size": 2, "vit_max_num_patch_per_side": 2, "special_tokens": special}
+    smallest |= {"latent_channels": 4, "vae_downsample": 1, "latent_patch_size": 2}
+    return BagelConfig(llm=llm, vision=vision, **smallest | sizes)
+
+
 def make_weights(
     *,
     dtype: torch.dtype = torch.float32,
@@ -37,23 +45,15 @@ def make_weights(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Returns random tensors under every official key of a dense model."""
-    config = BagelConfig(
-        llm=LLMConfig(
-            hidden_size=hidden,
-            intermediate_size=width,
-            num_hidden_layers=num_layers,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            vocab_size=vocabulary,
-        ),
-        vision=VisionConfig(**VISION, num_hidden_layers=2),
-        latent_channels=4,
-        vae_downsample=1,
-        latent_patch_size=2,
-        max_latent_size=2,
-        vit_max_num_patch_per_side=2,
-        special_tokens=SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0),
+    llm = LLMConfig(
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=vocabulary,
     )
+    config = bagel_config(llm, VisionConfig(**VISION, num_hidden_layers=2))
     generator = torch.Generator().manual_seed(seed)
     return {
         key: (torch.randn(w.shape, generator=generator) * w.shape[-1] ** -0.5).to(dtype)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_files import write_weights
+from checkpoint_files import bagel_config, write_weights
 from moe_cases import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_unified.bagel import Bagel, BagelConfig, LLMConfig, VisionConfig
-from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel import Bagel, LLMConfig, VisionConfig
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.testing import read_case
 
@@ -56,16 +55,9 @@ class Released:
         """Returns the shape of every tensor of the file, by key."""
         llm = LLMConfig(**self.sizes())
         experts = {"num_experts": self.num_experts, "top_k": self.top_k}
-        config = BagelConfig(
-            llm=llm.with_experts("gen", self.sparse, **experts),
-            vision=VisionConfig.from_json(self.vit_config(), num_hidden_layers=self.vit_layers),
-            latent_channels=4,
-            vae_downsample=2,
-            latent_patch_size=2,
-            max_latent_size=8,
-            vit_max_num_patch_per_side=8,
-            special_tokens=SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0),
-        )
+        vision = VisionConfig.from_json(self.vit_config(), num_hidden_layers=self.vit_layers)
+        sizes = {"vae_downsample": 2, "max_latent_size": 8, "vit_max_num_patch_per_side": 8}
+        config = bagel_config(llm.with_experts("gen", self.sparse, **experts), vision, **sizes)
         model = Bagel(config, device="meta")
         return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from adapt_models import CONFIG, Mixed
+from checkpoint_files import bagel_config
 from torch import Tensor
 
 from sparse_unified._common import format_bytes
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate, largest_batch
 from sparse_unified.bagel import Bagel, training_forward
-from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
+from sparse_unified.bagel.config import LLMConfig, VisionConfig
 from sparse_unified.cli import main
 
 AUTOENCODER = 335_304_388  # bytes of the released ae.safetensors
@@ -30,15 +31,14 @@ def config_of(llm: tuple[int, ...], vision: tuple[int, ...], latents: tuple[int,
     of_llm: Any = zip((*names, "num_key_value_heads", "vocab_size"), llm, strict=True)
     whole = LLMConfig(**dict(of_llm))
     middle = range(1, whole.num_hidden_layers - 1)
-    return BagelConfig(
-        llm=whole.with_experts("gen", middle, num_experts=16, top_k=8),
-        vision=VisionConfig(**dict(zip((*names, "patch_size", "image_size"), vision, strict=True))),
+    of_vision: Any = zip((*names, "patch_size", "image_size"), vision, strict=True)
+    sizes = {"vae_downsample": 8, "vit_max_num_patch_per_side": vision[-1] // vision[-2]}
+    return bagel_config(
+        whole.with_experts("gen", middle, num_experts=16, top_k=8),
+        VisionConfig(**dict(of_vision)),
         latent_channels=latents[0],
-        vae_downsample=8,
-        latent_patch_size=2,
         max_latent_size=latents[1],
-        vit_max_num_patch_per_side=vision[-1] // vision[-2],
-        special_tokens=SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4),
+        **sizes,
     )
 
 

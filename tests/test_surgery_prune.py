@@ -71,6 +71,10 @@ def test_a_global_budget_goes_where_the_scores_are() -> None:
     assert widths[2] == 1
     # The scale of a layer's scores is not its importance.
     assert max(widths[0], widths[1], widths[3]) - min(widths[0], widths[1], widths[3]) < 30
+    # No layer is emptied, however alike its neurons are.
+    uneven = {0: torch.tensor([9.0, 8, 1, 1]), 1: torch.ones(4)}
+    kept = keep_units(uneven, keep_ratio=0.25, budget=Budget.GLOBAL, block_size=1)
+    assert {layer: own.tolist() for layer, own in kept.items()} == {0: [0], 1: [0]}
 
 
 def test_dtype_mode_and_requires_grad_are_kept() -> None:
