@@ -29,9 +29,9 @@ def model(golden: Any) -> Path:
 
 
 def draw(model: Path, out: Path, *options: object) -> int:
-    command = ["generate", str(model), "--prompt", "a red bench", "--seed", "1", "--steps", "8"]
-    command += [] if "--height" in options else ["--size", "32x32"]
-    return main([*command, "--quiet", "--out", str(out), *map(str, options)])
+    command = ["generate", str(model), "--prompt", "a red bench", "--size", "32x32", "--seed", "1"]
+    command += ["--steps", "8", "--quiet", "--out", str(out)]
+    return main([*command, *map(str, options)])
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_picture_for_each_prompt_whatever_the_batch(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\na cat\n  a dog \n\n")
-    size = ["--height", "48", "--width", "64", "--steps", "3", "--seed", "5"]
+    size = ["--size", "48x64", "--steps", "3", "--seed", "5"]
     think = ["--think", "--max-think-tokens", "3"]
     prompts = ["--prompts-file", tmp_path / "prompts.txt"]
     json_file = tmp_path / "r.json"
