@@ -177,6 +177,13 @@ def test_a_directory_without_weights_says_what_it_looked_for(tmp_path: Path) -> 
         refused(match, Checkpoint, path)
 
 
+@pytest.mark.parametrize("text", [b"", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_broken_config_is_refused(text: bytes, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_dense(tmp_path / "m"))
+    (tmp_path / "m" / "llm_config.json").write_bytes(text)
+    refused(r"llm_config.json: file must", lambda: checkpoint.experts)
+
+
 # Safetensors files
 
 TENSORS = {
@@ -224,15 +231,22 @@ def test_every_dtype_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
         (b"", b"", "must start with"),
         (b"{", b"", "must be JSON"),
         (b'{"a": NaN}', b"", "must be JSON"),
+        (b'{"a": 1, "a": 1}', b"", "key 'a' twice"),
+        (b"{" + b'"a":{' * 100_000, b"", "must be JSON"),
         (b'{"\xff": 1}', b"", "must be UTF-8"),
         ({"a": 1}, b"", "entry must have"),
         ({"a": {**F32_2, "strides": [1]}}, b"12345678", "entry must have"),
         ({"a": {**F32_2, "dtype": "F31"}}, b"12345678", "dtype must be one of"),
         ({"a": {**F32_2, "shape": [-2]}}, b"12345678", "must be lists of sizes"),
         ({"a": {**F32_2, "shape": [True, 2]}}, b"12345678", "must be lists of sizes"),
+        ({"a": {**F32_2, "shape": [2**80]}}, b"12345678", "must be lists of sizes"),
         ({"a": {**F32_2, "shape": [2**62] * 60}}, b"12345678", "data_offsets must span"),
         ({"a": {**F32_2, "shape": [3]}}, b"12345678", "data_offsets must span 12 bytes"),
         ({"a": {**F32_2, "data_offsets": [8, 0]}}, b"12345678", "data_offsets must be"),
+        ({"a": {**F32_2, "data_offsets": [4, 12]}}, b"123456789012", "leave a hole"),
+        ({"a": F32_2, "b": F32_2}, b"12345678", "overlap"),
+        ({"a": F32_2}, b"1234567", "truncated"),
+        ({"a": F32_2}, b"123456789", "longer than its header says"),
         ({"__metadata__": {"a": 1}}, b"", "__metadata__ must map strings"),
     ],
 )
