@@ -569,7 +569,7 @@ PACKAGE = (
         "checkpoint/safetensors_io.py",
         "if start + begin != position:",
         "if start + begin < position:",
-        "tests/test_checkpoint_header.py",
+        "tests/test_checkpoint_reader.py",
         "tests/test_hostile_files.py",
     ),
     python(
@@ -594,7 +594,7 @@ PACKAGE = (
         "checkpoint/safetensors_io.py",
         '" " * (-len(text.encode()) % 8)',
         '""',
-        "tests/test_checkpoint_header.py",
+        "tests/test_checkpoint_reader.py",
         "tests/test_checkpoint_convert.py",
         "tests/test_frozen.py",
     ),

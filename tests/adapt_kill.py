@@ -10,59 +10,42 @@ not run a torch op yet.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from disk_faults import die_at_call
+from adapt_models import logged
+from disk_faults import die_at_call, fork
 
 from sparse_unified._common import optional
 from sparse_unified.adapt import RunConfig, TrainingConfig, adapt
 from sparse_unified.adapt import run as adapt_run
-from sparse_unified.adapt.run import read_log
 
 FIRST_CALL = 9
 CONFIG = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-3, seed=5)
-
-
-def start(model: Path, out: Path, data: Path, prepare: Callable[[], None]) -> int:
-    """Forks a process that trains or goes on training, and returns its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            wait = adapt_run.wait_for_all
-            # Reading the model is over by then.
-            adapt_run.wait_for_all = lambda: (wait(), prepare())[0]
-            run = RunConfig(checkpoint_every=1, keep=1, resume=True)
-            adapt(model, out, data, CONFIG, run)
-            os._exit(0)
-        except BaseException as error:
-            sys.stderr.write(f"{error!r}\n")
-            os._exit(1)
-    return child
 
 
 def run(model: Path, data: Path, root: Path, calls: int) -> dict[str, object]:
     # Children need not import these each by itself.
     for module in ("transformers.models.auto.tokenization_auto", "PIL.Image", "PIL.PngImagePlugin"):
         optional(module)
-    out = root / "out"
-    killed = 0
+    out, killed, wait = root / "out", 0, adapt_run.wait_for_all
+
+    def train(number: int) -> str:
+        torch.set_num_threads(1)
+        # Reading the model is over by then.
+        adapt_run.wait_for_all = lambda: (wait(), die_at_call(number))[0]
+        adapt(model, out, data, CONFIG, RunConfig(checkpoint_every=1, keep=1, resume=True))
+        return "done"
+
     # Of the calls that reach the disk, each child makes a few more than the one before it; those
     # that resume have fewer to make.
     while not out.exists():
-        number = FIRST_CALL + calls * killed
-        status = os.waitpid(start(model, out, data, partial(die_at_call, number)), 0)[1]
-        code = os.waitstatus_to_exitcode(status)
-        assert code in (0, -signal.SIGKILL), code
-        killed += code != 0
-    losses = [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
-    return {"killed": killed, "losses": losses}
+        answer = fork(partial(train, FIRST_CALL + calls * killed))[1]()
+        assert answer in ("done", "killed"), answer
+        killed += answer == "killed"
+    return {"killed": killed, "losses": logged(out)}
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from moe_cases import GOLDEN
 
 from sparse_unified.adapt import SequenceConfig, Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.data import generation_sequence, understanding_sequence
+from sparse_unified.adapt.run import read_log
 from sparse_unified.bagel import Bagel
 from sparse_unified.bagel.packing import Segment
 from sparse_unified.testing import build_model, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
 CONFIG: dict[str, Any] = {
     "steps": 4,
     "batch_size": 4,
@@ -67,6 +68,11 @@ def trainer(
 def losses(trainer: Trainer, steps: int | None = None) -> list[float]:
     left = trainer.config.steps - trainer.steps_done if steps is None else steps
     return [trainer.step().loss for _ in range(left)]
+
+
+def logged(out: Path) -> list[float]:
+    """Returns the losses that the run to a directory logged."""
+    return [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
 
 
 def picture(seed: int, height: int = 32, width: int = 40) -> bytes:

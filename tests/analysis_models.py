@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moe_cases import GOLDEN
+from surgery_models import TensorMLP
 from torch import Tensor, nn
 
 from sparse_unified.bagel import Bagel
 from sparse_unified.testing import build_model, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
 HIDDEN, WIDTH, LAYERS, EXPERTS = 16, 24, 3, 4
 
 
@@ -27,39 +28,23 @@ def qwen(**changes: Any) -> Any:
 
     torch.manual_seed(0)
     text = {
-        "vocab_size": 64,
-        "hidden_size": HIDDEN,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **{"hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS},
+        **{"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
         "max_position_embeddings": 128,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
     }
     vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "out_hidden_size": HIDDEN,
-        "fullatt_block_indexes": [0],
+        **{"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2},
+        **{"out_hidden_size": HIDDEN, "fullatt_block_indexes": [0]},
     }
     config = Qwen2_5_VLConfig(text_config=text | changes, vision_config=vision)
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-class MLP(nn.Module):
+class MLP(TensorMLP):
     def __init__(self, width: int = WIDTH) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(HIDDEN, width, bias=False)
-        self.up_proj = nn.Linear(HIDDEN, width, bias=False)
-        self.down_proj = nn.Linear(width, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        super().__init__(HIDDEN, width)
 
 
 class Mixture(nn.Module):
@@ -81,18 +66,6 @@ class Mixture(nn.Module):
             if len(rows):
                 y = y.index_add(0, rows, weights[rows, slots, None] * expert(tokens[rows]))
         return y.view_as(x), logits
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query_key_value = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.dense = nn.Linear(HIDDEN, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.query_key_value(x).unflatten(-1, (3, 2, -1)).movedim(-3, 0).transpose(-3, -2)
-        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
-        return self.dense(mixed.transpose(-3, -2).flatten(-2))
 
 
 class BailingAttention(nn.Module):
@@ -164,7 +137,7 @@ class OfficialLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.self_attn = Attention()
+        self.self_attn = BailingAttention(0)
         for suffix in ("", "_moe_gen"):
             setattr(self, f"mlp{suffix}", MLP())
             setattr(self, f"input_layernorm{suffix}", nn.RMSNorm(HIDDEN))
@@ -174,7 +147,7 @@ class OfficialLayer(nn.Module):
         normed = torch.zeros_like(x)
         normed[text] = self.input_layernorm(x[text])
         normed[vae] = self.input_layernorm_moe_gen(x[vae])
-        x = x + self.self_attn(normed)
+        x = x + self.self_attn(normed[None])[0][0]
         out = torch.zeros_like(x)
         out[text] = self.mlp(self.post_attention_layernorm(x[text]))
         out[vae] = self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(x[vae]))
@@ -194,14 +167,6 @@ class Official(nn.Module):
         for layer in self.language_model.model.layers:
             x = layer(x, text, vae)
         return x
-
-
-def pipeline(directory: Path, case: str = "t2i_dense") -> Any:
-    """A pipeline loaded from a recorded case, written as a model directory."""
-    from sparse_unified.bagel import BagelPipeline
-    from sparse_unified.fixtures import write_checkpoint
-
-    return BagelPipeline.from_pretrained(write_checkpoint(GOLDEN / case, directory))
 
 
 def pictures(folder: Path, count: int, size: tuple[int, int] = (64, 64)) -> list[Path]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +14,8 @@ from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.sampler import build_guidance, initial_noise, sample_latents
 
-GOLDEN = Path(__file__).parent / "golden"
 SPECIAL = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)
 EXPERTS = {"num_experts": 4, "top_k": 2}
-
-
-def relative_error(out: Tensor, gold: Tensor) -> float:
-    return float((out.double() - gold.double()).norm() / gold.double().norm())
 
 
 def random_model(config: BagelConfig, **factory: Any) -> Bagel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,19 @@ from sparse_unified.bagel import AutoEncoder, Bagel, BagelConfig, LLMConfig, VAE
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.checkpoint import keys
 
-GOLDEN = Path(__file__).parent / "golden"
 VISION = {
-    "hidden_size": 4,
-    "intermediate_size": 8,
-    "num_attention_heads": 1,
-    "patch_size": 2,
-    "image_size": 4,
+    **{"hidden_size": 4, "intermediate_size": 8, "num_attention_heads": 1},
+    **{"patch_size": 2, "image_size": 4},
 }
 LAYER = "language_model.model.layers.1.mlp_moe_gen."
+
+
+def bagel_config(llm: LLMConfig, vision: VisionConfig, **sizes: Any) -> BagelConfig:
+    """Returns a model with as little as possible besides its layers, but for the sizes given."""
+    special = SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0)
+    smallest = {"max_latent_size": 2, "vit_max_num_patch_per_side": 2, "special_tokens": special}
+    smallest |= {"latent_channels": 4, "vae_downsample": 1, "latent_patch_size": 2}
+    return BagelConfig(llm=llm, vision=vision, **smallest | sizes)
 
 
 def make_weights(
@@ -39,23 +45,15 @@ def make_weights(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Returns random tensors under every official key of a dense model."""
-    config = BagelConfig(
-        llm=LLMConfig(
-            hidden_size=hidden,
-            intermediate_size=width,
-            num_hidden_layers=num_layers,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            vocab_size=vocabulary,
-        ),
-        vision=VisionConfig(**VISION, num_hidden_layers=2),
-        latent_channels=4,
-        vae_downsample=1,
-        latent_patch_size=2,
-        max_latent_size=2,
-        vit_max_num_patch_per_side=2,
-        special_tokens=SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0),
+    llm = LLMConfig(
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=vocabulary,
     )
+    config = bagel_config(llm, VisionConfig(**VISION, num_hidden_layers=2))
     generator = torch.Generator().manual_seed(seed)
     return {
         key: (torch.randn(w.shape, generator=generator) * w.shape[-1] ** -0.5).to(dtype)
@@ -68,35 +66,22 @@ def make_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     width, hidden = weights[keys.dense_key("gen", 0, "gate_proj")].shape
     layers = sum(key.endswith("mlp_moe_gen.gate_proj.weight") for key in weights)
     embeddings = weights.get("language_model.model.embed_tokens.weight", ())
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "vocab_size": len(embeddings),
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-    }
+    sizes = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    others = {"vocab_size": len(embeddings), "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    return sizes | heads | others
 
 
 def make_autoencoder() -> dict[str, Tensor]:
     """Returns the tensors of the smallest autoencoder: one resolution, one block."""
     vae = AutoEncoder(VAEConfig(ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=4), device="meta")
-    return {
-        key: torch.ones(tensor.shape, dtype=torch.bfloat16)
-        for key, tensor in vae.state_dict().items()
-    }
+    return {key: torch.ones(t.shape, dtype=torch.bfloat16) for key, t in vae.state_dict().items()}
 
 
 def make_dense(directory: Path, *, num_shards: int = 0, **sizes: Any) -> Path:
     """Writes a dense model directory; `num_shards` > 0 splits the weights and adds an index."""
-    directory.mkdir(parents=True)
     weights = make_weights(**sizes)
-    if num_shards:
-        write_shards(directory, weights, num_shards)
-    else:
-        save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
+    write_weights(directory, weights, num_shards)
     # Tabs and a missing line end, so that a text that was parsed and printed again shows.
     (directory / "llm_config.json").write_text(json.dumps(make_config(weights), indent="\t"))
     (directory / "vit_config.json").write_text(json.dumps(VISION))
@@ -112,11 +97,18 @@ def write_shards(directory: Path, weights: dict[str, Tensor], num_shards: int) -
     weight_map = {key: names[i % num_shards] for i, key in enumerate(sorted(weights))}
     for name in names:
         save_file({k: w for k, w in weights.items() if weight_map[k] == name}, directory / name)
-    index = {
-        "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
-        "weight_map": weight_map,
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    metadata = {"total_size": sum(w.nbytes for w in weights.values())}
+    index = json.dumps({"metadata": metadata, "weight_map": weight_map})
+    (directory / "model.safetensors.index.json").write_text(index)
+
+
+def write_weights(directory: Path, weights: dict[str, Tensor], num_shards: int = 0) -> None:
+    """Writes ema.safetensors into a new directory, or `num_shards` files and their index."""
+    directory.mkdir(parents=True)
+    if num_shards:
+        write_shards(directory, weights, num_shards)
+    else:
+        save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
 
 
 def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -137,6 +129,13 @@ def child_environment() -> dict[str, str]:
     """Returns an environment in which a Python process finds this package, installed or not."""
     package = str(Path(sparse_unified.__file__).parents[1])
     return os.environ | {"PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+
+
+def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a Python process that finds this package; returns what it wrote and its status."""
+    command = [sys.executable, *map(str, arguments)]
+    given = {"env": child_environment(), "capture_output": True, "text": True} | options
+    return subprocess.run(command, check=False, **given)
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test shares: seeded random numbers, one thread, and a hypothesis profile."""
+"""What every test shares: random numbers, one thread, a profile of hypothesis, recorded models."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("sparse_unified")
+# Tests are small, and thread pools of parallel test runs starve each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -38,10 +43,12 @@ def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparse_unified.nn.dense._KERNEL_TOKENS", math.inf)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tests are small, and thread pools of parallel test runs starve each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the model directory of a recorded case, which no test changes."""
+    from moe_cases import GOLDEN
+
+    from sparse_unified.fixtures import write_checkpoint
+
+    root = tmp_path_factory.mktemp("golden")
+    return functools.cache(lambda case: write_checkpoint(GOLDEN / case, root / case))

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_unified.nn import SparseMoE
+from sparse_unified.testing import read_case
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -23,8 +22,8 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 def golden_block(name: str) -> tuple[SparseMoE, dict[str, Tensor]]:
     """The recorded block with its weights, and the recorded tensors."""
-    fields = json.loads((GOLDEN / f"{name}.json").read_text())
-    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    case = read_case(GOLDEN / name)
+    fields = case.fields
     shared = fields["shared_expert_intermediate_size"]
     moe = SparseMoE(
         fields["hidden_size"],
@@ -34,11 +33,8 @@ def golden_block(name: str) -> tuple[SparseMoE, dict[str, Tensor]]:
         fields["num_shared_experts"],
         shared_intermediate_size=shared,
     )
-    prefix = "model."
-    moe.load_state_dict(
-        {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    )
-    return moe, tensors
+    moe.load_state_dict(case.weights)
+    return moe, dict(case.tensors)
 
 
 def random_block(

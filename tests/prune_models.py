@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_files import write_shards
+from checkpoint_files import write_weights
+from moe_cases import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,24 +27,19 @@ from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.surgery import prune_heads_, prune_width_, skip_layers_
 from sparse_unified.testing import build_model, read_case
 
-GOLDEN = Path(__file__).parent / "golden"
 SPECIAL = SpecialTokens(bos=3, eos=4, start_of_image=5, end_of_image=6)
 SUFFIX = {"und": "", "gen": "_moe_gen"}
 LAYERS, HIDDEN, WIDTH, HEADS, KEY_HEADS, HEAD_DIM = 4, 64, 96, 8, 4, 8
+SIZES: dict[str, Any] = {
+    **{"hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS},
+    **{"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS},
+}
 
 
 def small_bagel(seed: int = 0, **factory: Any) -> Bagel:
     """Returns a random model of 4 layers, 8 query and 4 key heads, 96 neurons."""
     config = build_model(read_case(GOLDEN / "understand")).config
-    llm = replace(
-        config.llm,
-        hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS,
-    )
-    model = Bagel(replace(config, llm=llm), **factory)
+    model = Bagel(replace(config, llm=replace(config.llm, **SIZES)), **factory)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,22 +53,12 @@ def small_bagel(seed: int = 0, **factory: Any) -> Bagel:
 def write_model(directory: Path, model: Bagel | None = None, num_shards: int = 0) -> Path:
     """Writes the model as a directory in the official format."""
     model = model if model is not None else small_bagel()
-    directory.mkdir(parents=True)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    if num_shards:
-        write_shards(directory, weights, num_shards)
-    else:
-        save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
+    write_weights(directory, weights, num_shards)
     save_file(read_case(GOLDEN / "vae").weights, directory / "ae.safetensors")
     fields = read_case(GOLDEN / "understand").fields
-    llm = fields["llm_config"] | {
-        "hidden_size": HIDDEN,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-    }
-    (directory / "llm_config.json").write_text(json.dumps(llm, indent="\t"))
+    llm = json.dumps(fields["llm_config"] | SIZES, indent="\t")
+    (directory / "llm_config.json").write_text(llm)
     (directory / "vit_config.json").write_text(json.dumps(fields["vit_config"]))
     write_tokenizer(directory)
     return directory

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_files import write_shards
+from checkpoint_files import bagel_config, write_weights
+from moe_cases import GOLDEN
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_unified.bagel import Bagel, BagelConfig, LLMConfig, VisionConfig
-from sparse_unified.bagel.config import SpecialTokens
+from sparse_unified.bagel import Bagel, LLMConfig, VisionConfig
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.testing import read_case
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,79 +44,47 @@ class Released:
     def expert_width(self) -> int:
         return self.width // self.num_experts
 
+    def sizes(self) -> dict[str, Any]:
+        return {
+            **{"hidden_size": self.hidden, "intermediate_size": self.width},
+            **{"num_hidden_layers": self.layers, "num_attention_heads": self.heads},
+            **{"num_key_value_heads": self.key_heads, "vocab_size": self.vocabulary},
+        }
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every tensor of the file, by key."""
-        llm = LLMConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads,
-            vocab_size=self.vocabulary,
-        )
+        llm = LLMConfig(**self.sizes())
         experts = {"num_experts": self.num_experts, "top_k": self.top_k}
-        config = BagelConfig(
-            llm=llm.with_experts("gen", self.sparse, **experts),
-            vision=VisionConfig.from_json(self.vit_config(), num_hidden_layers=self.vit_layers),
-            latent_channels=4,
-            vae_downsample=2,
-            latent_patch_size=2,
-            max_latent_size=8,
-            vit_max_num_patch_per_side=8,
-            special_tokens=SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0),
-        )
+        vision = VisionConfig.from_json(self.vit_config(), num_hidden_layers=self.vit_layers)
+        sizes = {"vae_downsample": 2, "max_latent_size": 8, "vit_max_num_patch_per_side": 8}
+        config = bagel_config(llm.with_experts("gen", self.sparse, **experts), vision, **sizes)
         model = Bagel(config, device="meta")
         return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
         """Returns llm_config.json."""
+        experts = {"num_experts": self.num_experts, "num_shared_experts": 0, "top_k": self.top_k}
         return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "attention_dropout": 0.0,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.width,
-            "max_position_embeddings": 32768,
-            "model_type": "qwen2",
-            "num_attention_heads": self.heads,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.key_heads,
-            "qk_norm": True,
-            "rms_norm_eps": 1e-06,
-            "rope_theta": 1000000.0,
-            "tie_word_embeddings": False,
-            "vocab_size": self.vocabulary,
-            "num_experts": self.num_experts,
-            "num_shared_experts": 0,
-            "top_k": self.top_k,
-            "transformed_gen": list(self.sparse),
-            "transformed_und": False,
+            **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"},
+            **{"attention_dropout": 0.0, "max_position_embeddings": 32768, "qk_norm": True},
+            **{"rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": False},
+            **self.sizes() | experts,
+            **{"transformed_gen": list(self.sparse), "transformed_und": False},
         }
 
     def vit_config(self) -> dict[str, Any]:
         """Returns vit_config.json, which counts a last layer that is not there."""
         return {
-            "hidden_size": self.vit_hidden,
-            "image_size": 112,
-            "intermediate_size": self.vit_width,
-            "model_type": "siglip_vision_model",
-            "num_attention_heads": self.vit_heads,
+            **{"model_type": "siglip_vision_model", "image_size": 112, "patch_size": 14},
+            **{"hidden_size": self.vit_hidden, "intermediate_size": self.vit_width},
+            **{"num_attention_heads": self.vit_heads, "num_hidden_layers": self.vit_layers + 1},
             "num_channels": 3,
-            "num_hidden_layers": self.vit_layers + 1,
-            "patch_size": 14,
         }
 
 
 SMALL: dict[str, Any] = {
-    "hidden": 64,
-    "width": 1184,
-    "heads": 4,
-    "key_heads": 2,
-    "vocabulary": 96,
-    "vit_hidden": 16,
-    "vit_width": 32,
-    "vit_heads": 2,
-    "vit_layers": 2,
+    **{"hidden": 64, "width": 1184, "heads": 4, "key_heads": 2, "vocabulary": 96},
+    **{"vit_hidden": 16, "vit_width": 32, "vit_heads": 2, "vit_layers": 2},
 }
 
 
@@ -134,18 +100,11 @@ def make_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def write_released(directory: Path, released: Released, *, num_shards: int = 0) -> Path:
     """Writes a model directory as the released ones are; with shards, an index goes with them."""
-    directory.mkdir(parents=True)
     shapes = released.shapes().items()
     weights = {key: make_tensor(key, shape, released.dtype) for key, shape in shapes}
-    if num_shards:
-        write_shards(directory, weights, num_shards)
-    else:
-        save_file(weights, directory / "ema.safetensors", metadata={"format": "pt"})
+    write_weights(directory, weights, num_shards)
     save_file(read_case(GOLDEN / "vae").weights, directory / "ae.safetensors")
-    for name, content in (
-        ("llm_config.json", released.config()),
-        ("vit_config.json", released.vit_config()),
-    ):
-        (directory / name).write_text(json.dumps(content, indent=2))
+    (directory / "llm_config.json").write_text(json.dumps(released.config(), indent=2))
+    (directory / "vit_config.json").write_text(json.dumps(released.vit_config(), indent=2))
     write_tokenizer(directory)
     return directory

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_models import GOLDEN, picture, records, write_folder
+from adapt_models import picture, records, write_folder
+from refusals import refused
 from torch import Tensor
 
 from sparse_unified.adapt import RunConfig, SequenceConfig
@@ -27,16 +28,14 @@ from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.packing import LatentSegment, TextSegment, VitSegment
-from sparse_unified.fixtures import write_checkpoint
 
 GENERATION, EDITING, UNDERSTANDING = Task.GENERATION, Task.EDITING, Task.UNDERSTANDING
 TASKS = [(GENERATION,), (GENERATION, UNDERSTANDING)] * 2 + [(EDITING,), (GENERATION, UNDERSTANDING)]
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> BagelPipeline:
-    directory = write_checkpoint(GOLDEN / "t2i_moe", tmp_path_factory.mktemp("m") / "model")
-    return BagelPipeline.from_pretrained(directory)
+def pipeline(golden: Any) -> BagelPipeline:
+    return BagelPipeline.from_pretrained(golden("t2i_moe"))
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +143,8 @@ def shard(kind: str) -> dict[str, bytes]:
 def test_data_that_is_none_is_refused(files: dict[str, bytes], rule: str, tmp_path: Path) -> None:
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=rule):
-        open_records(tmp_path if files else tmp_path / "nothing").read(0)
+    data = tmp_path if files else tmp_path / "nothing"
+    refused(rule, lambda: open_records(data).read(0))
 
 
 @pytest.mark.parametrize("image", [7, [1, 2], {"bytes": None, "path": "{png}"}, "{png}"])
@@ -156,8 +155,7 @@ def test_images_of_shards_are_bytes_and_no_paths(image: Any, tmp_path: Path) -> 
     image = json.loads(json.dumps(image).replace("{png}", str(tmp_path / "0.png")))
     rows = datasets.Dataset.from_dict({"image": [image], "text": ["x"]})
     rows.to_parquet(tmp_path / "0.parquet")
-    with pytest.raises(ValueError, match=r"record 0: image must be held as its bytes, got"):
-        open_records(tmp_path).read(0)
+    refused(r"record 0: image must be held as its bytes, got", open_records(tmp_path).read, 0)
 
 
 def test_damaged_records_are_skipped_up_to_a_limit(
@@ -176,11 +174,9 @@ def test_damaged_records_are_skipped_up_to_a_limit(
     assert drawn(1) == drawn(2) == drawn(3) == drawn(4) != drawn(0)
     assert sorted(dataset.damaged) == [1, 2]
     assert len(caplog.records) == 2
-    with pytest.raises(ValueError, match=r"1-image.png.*; 2 of 6 are damaged"):
-        dataset.check()
+    refused(r"1-image.png.*; 2 of 6 are damaged", dataset.check)
     few = dataset_of(pipeline, data, max_damaged=1)
-    with pytest.raises(ValueError, match=r"2-image.png.* 1 such records are skipped"):
-        few.sequence(1, torch.Generator())
+    refused(r"2-image.png.* 1 such records are skipped", few.sequence, 1, torch.Generator())
 
 
 def test_sequences_hold_what_the_pipeline_would_show(
@@ -234,8 +230,7 @@ def test_latents_are_encoded_once_where_they_are_kept(
 def test_a_choice_that_leaves_nothing_is_refused(pipeline: BagelPipeline, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "0.txt").write_text("x")
-    with pytest.raises(ValueError, match="--max-side: side must be at least"):
-        dataset_of(pipeline, tmp_path, max_side=1)
+    refused("--max-side: side must be at least", dataset_of, pipeline, tmp_path, max_side=1)
     with pytest.raises(ValueError, match="a record must be of use for editing, got none of 1"):
         dataset_of(pipeline, tmp_path, tasks=[EDITING])
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_models import CONFIG, GOLDEN, Mixed
+from adapt_models import CONFIG, Mixed
+from checkpoint_files import bagel_config
 from torch import Tensor
 
 from sparse_unified._common import format_bytes
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.memory import MemoryEstimate, estimate, largest_batch
 from sparse_unified.bagel import Bagel, training_forward
-from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
+from sparse_unified.bagel.config import LLMConfig, VisionConfig
 from sparse_unified.cli import main
-from sparse_unified.fixtures import write_checkpoint
 
 AUTOENCODER = 335_304_388  # bytes of the released ae.safetensors
 IMAGE = 128  # pixels a side of the images of a pass of the scaled model
@@ -31,15 +31,14 @@ def config_of(llm: tuple[int, ...], vision: tuple[int, ...], latents: tuple[int,
     of_llm: Any = zip((*names, "num_key_value_heads", "vocab_size"), llm, strict=True)
     whole = LLMConfig(**dict(of_llm))
     middle = range(1, whole.num_hidden_layers - 1)
-    return BagelConfig(
-        llm=whole.with_experts("gen", middle, num_experts=16, top_k=8),
-        vision=VisionConfig(**dict(zip((*names, "patch_size", "image_size"), vision, strict=True))),
+    of_vision: Any = zip((*names, "patch_size", "image_size"), vision, strict=True)
+    sizes = {"vae_downsample": 8, "vit_max_num_patch_per_side": vision[-1] // vision[-2]}
+    return bagel_config(
+        whole.with_experts("gen", middle, num_experts=16, top_k=8),
+        VisionConfig(**dict(of_vision)),
         latent_channels=latents[0],
-        vae_downsample=8,
-        latent_patch_size=2,
         max_latent_size=latents[1],
-        vit_max_num_patch_per_side=vision[-1] // vision[-2],
-        special_tokens=SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4),
+        **sizes,
     )
 
 
@@ -158,14 +157,17 @@ def test_the_table_of_the_documentation_is_what_is_computed(case: str) -> None:
     assert f"| {' | '.join(cells)} |" in text
 
 
-def test_command_estimates_from_headers_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = write_checkpoint(GOLDEN / "t2i_moe", tmp_path / "model")
-    arguments = ["adapt", str(model), str(tmp_path / "out"), "--estimate-memory", "--dtype"]
+def test_command_estimates_from_headers_alone(golden: Any, tmp_path: Path, capsys: Any) -> None:
+    arguments = [
+        "adapt",
+        str(golden("t2i_moe")),
+        str(tmp_path / "out"),
+        "--estimate-memory",
+        "--dtype",
+    ]
     assert main([*arguments, "bfloat16", "--batch-size", "2", "--ema", "0.9"]) == 0
     assert "98,624 of 111,936 parameters trained, 1 process, a pass of" in capsys.readouterr().out
     assert main([*arguments, "float32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["masters"], found["gradients"]) == (0, 4 * 98_624)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert list(tmp_path.iterdir()) == []

@@ -15,27 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_models import GOLDEN, picture, write_folder
+from adapt_models import logged, picture, write_folder
+from refusals import refused
 from safetensors.torch import load_file
 
 from sparse_unified.adapt import RunConfig, Stage, TrainingConfig, adapt
-from sparse_unified.adapt.run import read_log
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert
 from sparse_unified.checkpoint.files import MARKER
 from sparse_unified.cli import main
-from sparse_unified.fixtures import write_checkpoint
 
 CONFIG: dict[str, Any] = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "seed": 5}
 OPTIONS = ["--steps", "4", "--batch-size", "2", "--lr", "1e-3", "--seed", "5", "--quiet"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(golden: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse model and a folder of data."""
     root = tmp_path_factory.mktemp("adapt")
-    write_checkpoint(GOLDEN / "t2i_moe", root / "model")
+    shutil.copytree(golden("t2i_moe"), root / "model")
     write_folder(root / "data")
     return root
 
@@ -43,7 +42,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(root: Path) -> list[float]:
     """Losses of an uninterrupted run to `root / "whole"`."""
-    torch.set_num_threads(1)  # as in every test; sums over more are other sums
     tune(root, root / "whole")
     return logged(root / "whole")
 
@@ -51,10 +49,6 @@ def expected(root: Path) -> list[float]:
 def tune(root: Path, out: Path, run: RunConfig | None = None, **options: Any) -> None:
     """Trains the model of `root` on its data; see `CONFIG`."""
     adapt(root / "model", out, root / "data", TrainingConfig(**CONFIG), run, **options)
-
-
-def logged(out: Path) -> list[float]:
-    return [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
 
 
 def test_command_writes_a_checkpoint_that_everything_reads(
@@ -80,9 +74,8 @@ def test_command_writes_a_checkpoint_that_everything_reads(
 
     # The averages are what is written, under the official keys; experts stay as they were.
     before, after = Checkpoint(root / "model"), Checkpoint(out)
-    assert {k: s.shape for k, s in before.specs.items()} == {
-        k: s.shape for k, s in after.specs.items()
-    }
+    shapes, others = ({k: s.shape for k, s in own.specs.items()} for own in (before, after))
+    assert shapes == others
     changed = {k for k in before.specs if not torch.equal(before.read(k), after.read(k))}
     assert not any(".experts." in key for key in changed)
     assert any(key.endswith("mlp_moe_gen.gate.weight") for key in changed)
@@ -92,9 +85,9 @@ def test_command_writes_a_checkpoint_that_everything_reads(
 
 
 def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
-    root: Path, tmp_path: Path
+    root: Path, golden: Any, tmp_path: Path
 ) -> None:
-    dense = write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "dense")
+    dense = golden("t2i_dense")
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
     run = RunConfig(stage=Stage.FULL, checkpoint_every=4)
     adapt(tmp_path / "sparse", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
@@ -181,8 +174,7 @@ def test_a_damaged_run_and_changed_data_are_not_gone_on_with(
     data = shutil.copytree(root / "data", tmp_path / "data")
     change(tmp_path / "out.training", data, what)
     run = RunConfig(resume=True)
-    with pytest.raises(ValueError, match=rule):
-        adapt(root / "model", tmp_path / "out", data, TrainingConfig(**CONFIG), run)
+    refused(rule, adapt, root / "model", tmp_path / "out", data, TrainingConfig(**CONFIG), run)
     assert not (tmp_path / "out").exists()
 
 
@@ -268,8 +260,7 @@ def test_targets_that_exist_or_belong_to_a_run_or_hold_the_input_are_refused(
             (tmp_path / "none" / "out", root / "data", False, r"parent of .* must be a directory"),
         ):
             run = RunConfig(resume=resume)
-            with pytest.raises(ValueError, match=rule):
-                adapt(root / "model", out, given, TrainingConfig(**CONFIG), run)
+            refused(rule, adapt, root / "model", out, given, TrainingConfig(**CONFIG), run)
     finally:
         os.close(lock)
     assert len(list(data.iterdir())) == 8

@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapt_models import GOLDEN, losses, trainer, write_folder
+from adapt_models import logged, losses, trainer, write_folder
 from adapt_processes import DTYPES, run_both
+from refusals import refused
 from tiers import IS_DEEP
 
 from sparse_unified.adapt import TrainingConfig, adapt
-from sparse_unified.adapt.run import read_log
 from sparse_unified.checkpoint import Checkpoint
-from sparse_unified.fixtures import write_checkpoint
 
 # Sums of gradients are taken in another order; in bf16 each share is rounded before it is added.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}
@@ -26,10 +26,10 @@ OPTIONS = ["--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--lr
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(golden: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, data, and what two processes make of them."""
     root = tmp_path_factory.mktemp("sharded")
-    write_checkpoint(GOLDEN / "t2i_moe", root / "model")
+    shutil.copytree(golden("t2i_moe"), root / "model")
     write_folder(root / "data")
     found = command(root, root / "sharded")
     assert [status for status, _ in found] == [0, 0], found
@@ -41,13 +41,8 @@ def command(root: Path, out: Path, *more: str, fault: str = "") -> list[tuple[in
     return run_both("command", *paths, *OPTIONS, "--checkpoint-every", "1", *more, fault=fault)
 
 
-def logged(out: Path) -> list[float]:
-    return [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def result(directory: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
     for name in NAMES:
         own = trainer(dtype=DTYPES[name])
         losses(own, 2)
@@ -120,9 +115,6 @@ def test_a_process_that_fails_ends_the_other_and_a_resumed_run_gives_the_same_bi
         assert torch.equal(whole.read(key), resumed.read(key)), key
 
 
-def test_passes_that_do_not_divide_over_the_processes_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_passes_that_do_not_divide_over_the_processes_are_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr("sparse_unified.adapt.trainer.num_processes", lambda: 3)
-    with pytest.raises(ValueError, match=r"batch_size / micro_batch_size = 2 must be a multiple"):
-        trainer()
+    refused(r"batch_size / micro_batch_size = 2 must be a multiple", trainer)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from adapt_models import CONFIG, Mixed, bagel, losses, trainer
+from refusals import refused
+from torch import nn
 
 from sparse_unified.adapt import RunConfig, SequenceConfig, Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.data import data_index, sequence_generator
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import Segment, pack_training, training_forward
 from sparse_unified.bagel.packing import TextSegment
+from sparse_unified.nn import SparseMoE, SwiGLU
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -160,8 +163,7 @@ def test_a_state_goes_on_with_other_step_sizes_and_with_no_other_change(
         trainer(weight_decay=0.2).load(tmp_path / "state")
     with pytest.raises(ValueError, match=r"tensors must be the state of the \d+ trained"):
         trainer("full").load(tmp_path / "state")
-    with pytest.raises(ValueError, match=r"target must not exist"):
-        own.save(tmp_path / "state")
+    refused(r"target must not exist", own.save, tmp_path / "state")
     smaller = trainer(learning_rate=1e-4, max_grad_norm=0.1)
     smaller.load(tmp_path / "state")
     assert "learning_rate is now 0.0001, was 0.01" in caplog.text
@@ -180,13 +182,11 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(
         hook = own.model.llm2vae.register_forward_hook(lambda *args: args[2] * float("inf"))
     else:
         hook = parameter.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(RuntimeError, match=f"{what} must stay finite, got (inf|nan) at step 2"):
-        own.step()
+    refused(f"{what} must stay finite, got (inf|nan) at step 2", own.step, error=RuntimeError)
     hook.remove()
     assert losses(own, 1) == expected[1:]  # model and state were as before
     own.optimizer.weights[name][0] = float("nan")
-    with pytest.raises(RuntimeError, match=rf"master.{name} must be finite"):
-        own.save(tmp_path / "poisoned")
+    refused(rf"master.{name} must be finite", own.save, tmp_path / "poisoned", error=RuntimeError)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,8 +194,7 @@ def test_trainer_refuses_nothing_to_train() -> None:
     model = bagel().requires_grad_(False)
     with pytest.raises(ValueError, match=r"model must have parameters with requires_grad"):
         Trainer(model, Mixed(model), TrainingConfig(**CONFIG))
-    with pytest.raises(ValueError, match="dataset must hold a sequence, got none"):
-        Trainer(model, [], TrainingConfig(**CONFIG))  # type: ignore[arg-type]
+    refused("dataset must hold a sequence, got none", Trainer, model, [], TrainingConfig(**CONFIG))
     weight = model.language_model.model.norm.double().requires_grad_().weight
     assert weight.dtype == torch.float64
     with pytest.raises(ValueError, match=r"norm.weight must be float32, .*, got torch.float64"):
@@ -231,3 +230,53 @@ def test_a_pass_in_which_nothing_that_trains_takes_part_changes_nothing() -> Non
     assert record.grad_norm == 0
     for name, weight in before.items():
         assert torch.equal(model.get_parameter(name), weight)
+
+
+# What a stage trains
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.mlp_moe_gen = SparseMoE(16, 64, 4, 2, 1, shared_intermediate_size=16)
+        self.mlp = SwiGLU(16, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp_moe_gen(self.norm(x))[0] + self.mlp(x)
+
+
+ROUTERS = {"mlp_moe_gen.gate.weight", "mlp_moe_gen.gate_shared.weight"}
+EXPERTS = {f"mlp_moe_gen.{part}_proj" for part in ("gate", "up", "down")}
+
+
+@pytest.fixture
+def block() -> Block:
+    block = Block()
+    with torch.no_grad():
+        block.mlp_moe_gen.gate.weight.normal_()
+    return block
+
+
+def test_stages_train_exactly_what_they_name(block: Block) -> None:
+    names = {name for name, _ in block.named_parameters()}
+    for stage, wanted in (("router", ROUTERS), ("expert_frozen", names - EXPERTS), ("full", names)):
+        assert set(freeze(block, stage)) == wanted
+        assert {n for n, p in block.named_parameters() if p.requires_grad} == wanted
+        block.zero_grad()
+        block(torch.randn(9, 16)).square().sum().backward()
+        assert {n for n, p in block.named_parameters() if p.grad is not None} == wanted
+
+
+def test_a_component_is_trained_alone_and_what_leaves_nothing_is_refused(block: Block) -> None:
+    gen = {name for name, _ in block.named_parameters() if name.startswith("mlp_moe_gen")}
+    assert set(freeze(block, "full", component="gen")) == gen
+    for model, stage, component, rule in (
+        (block, "router", "und", "component must have weights .* none in und"),
+        (block, "router", "vit", "component must be gen, und or both, got 'vit'"),
+        (block, "experts", "both", "stage must be one of router, expert_frozen"),
+        (SwiGLU(8, 16), "expert_frozen", "both", "stage must be full for a model without"),
+    ):
+        refused(f"freeze: {rule}", freeze, model, stage, component=component)
+    assert {name for name, p in block.named_parameters() if p.requires_grad} == gen
+    assert len(freeze(SwiGLU(8, 16), "full")) == 3

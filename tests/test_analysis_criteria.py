@@ -9,6 +9,7 @@ from pathlib import Path
 import analysis_models as models
 import pytest
 import torch
+from refusals import refused
 
 from sparse_unified.analysis import (
     CRITERIA,
@@ -68,8 +69,7 @@ def test_magnitude_and_random_need_no_statistics(model: models.Official) -> None
         if name in ("magnitude", "random"):
             assert score(name, model).keys() == {"und", "gen"}
         else:
-            with pytest.raises(ValueError, match=f"{name}: .*statistics must be given"):
-                score(name, model)
+            refused(f"{name}: .*statistics must be given", score, name, model)
     own = list(score("random", models.Bailing(), seed=1)["text"].values())
     assert len({tuple(scores.tolist()) for scores in own}) == len(own)  # each expert its own draw
 
@@ -107,8 +107,7 @@ def test_scores_file_is_what_convert_and_prune_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"component must be one of .*, got text"):
         save_scores(path, score("magnitude", models.Bailing()))
     for none in ({}, {"gen": {}}):
-        with pytest.raises(ValueError, match="scores must be given for at least one layer"):
-            save_scores(path, none)
+        refused("scores must be given for at least one layer", save_scores, path, none)
     assert not path.exists()
 
 
@@ -121,5 +120,4 @@ def test_what_does_not_fit_is_refused(model: models.Official, statistics: FfnSta
         if of[1] == "gen"
     }
     partly = dataclasses.replace(statistics, ffns={**statistics.ffns, **idle})
-    with pytest.raises(ValueError, match="tokens must be at least one, got none"):
-        score("activation", model, partly)
+    refused("tokens must be at least one, got none", score, "activation", model, partly)

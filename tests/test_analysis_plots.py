@@ -99,9 +99,7 @@ def test_curves_are_the_points_and_end_at_the_dense_model() -> None:
         assert row[0].get_ylim() == row[1].get_ylim()
 
 
-def test_without_matplotlib_the_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"matplotlib must be installed .*\[plot\]"):
         plots.write_plots(SweepResult(run={}, tasks={}), tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import analysis_models as models
 import pytest
 from PIL import Image
+from refusals import refused
 
 from sparse_unified.analysis import Sample, Task, built_in_samples, read_samples
 
@@ -62,8 +63,7 @@ def test_built_in_samples_serve_every_task(tmp_path: Path) -> None:
     assert len(built_in_samples(Task.UNDERSTANDING)) == 8
     assert len(built_in_samples(Task.EDITING, folder=tmp_path)) == 8
     for folder, message in ((None, "folder must be given"), (tmp_path / "no", "must be a folder")):
-        with pytest.raises(ValueError, match=message):
-            built_in_samples(Task.EDITING, folder=folder)
+        refused(message, built_in_samples, Task.EDITING, folder=folder)
     for task in Task:
         with pytest.raises(ValueError, match="must hold --samples = 99 prompts, got 8"):
             built_in_samples(task, 99, folder=tmp_path)
@@ -78,22 +78,15 @@ def test_drawn_pictures_show_their_shapes_and_are_always_the_same(tmp_path: Path
     assert (ball.size, ball.getpixel((128, 128))) == ((256, 256), (210, 30, 30))
 
 
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
+def test_damaged_lines_missing_files_and_wrong_counts_are_refused(tmp_path: Path) -> None:
+    for line, word in (
         ("3", "line 1"),
         ({}, "prompt"),
         ({"prompt": "x", "answer": ""}, "answer"),
         ({"prompt": "x", "source": [3]}, "source"),
         ({"prompt": "x", "image": "none.png"}, r"none\.png"),
-    ],
-)
-def test_damaged_lines_are_refused(line: Any, word: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=word):
-        read_samples(write(tmp_path / "p.jsonl", line), None, Task.GENERATION)
-
-
-def test_missing_files_and_wrong_counts_are_refused(tmp_path: Path) -> None:
+    ):
+        refused(word, read_samples, write(tmp_path / "p.jsonl", line), None, Task.GENERATION)
     prompts, empty = write(tmp_path / "p.txt", "a", "b"), write(tmp_path / "empty.txt", "")
     models.pictures(tmp_path / "one", 1)
     for path, images, task, count in (
@@ -104,5 +97,4 @@ def test_missing_files_and_wrong_counts_are_refused(tmp_path: Path) -> None:
         (prompts, None, Task.GENERATION, 3),
         (prompts, None, Task.EDITING, None),
     ):
-        with pytest.raises(ValueError, match=r"--(prompts|images): .* must"):
-            read_samples(path, images, task, count)
+        refused(r"--(prompts|images): .* must", read_samples, path, images, task, count)

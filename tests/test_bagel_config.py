@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bagel_models import GOLDEN, SPECIAL
+from bagel_models import SPECIAL
+from moe_cases import GOLDEN
+from refusals import refused
 
 from sparse_unified.bagel import AutoEncoder, BagelConfig, LLMConfig, VAEConfig
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
@@ -107,8 +109,7 @@ def test_autoencoder_is_read_off_its_shapes() -> None:
     ],
 )
 def test_illegal_sizes_and_disagreements_are_refused(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
+    refused(message, make)
 
 
 def test_sparse_layers_are_copied_from_the_caller() -> None:

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import setuptools
 import torch
+from refusals import refused
 from torch.utils import cpp_extension
 
 import sparse_unified
@@ -115,11 +117,7 @@ def test_commands_tell_the_build(found: BuildInfo, capsys: pytest.CaptureFixture
         assert fact in second
 
 
-def test_what_does_not_fit_together_is_told(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
-) -> None:
+def test_what_does_not_fit_together_is_told(monkeypatch: Any, capsys: Any, request: Any) -> None:
     for cache in (backend._device_refusal, backend._capability):
         request.addfinalizer(cache.cache_clear)
     facts = {**_library.module.build_info(), "version": "0.0.1", "cuda_toolkit": "13.0"}
@@ -219,8 +217,7 @@ def test_the_cuda_runtime_is_that_of_the_processor(
     found = build_script().find_runtime(tmp_path)
     assert found.relative_to(tmp_path).parts[1] == f"{own}-linux"
     found.unlink()
-    with pytest.raises(SystemExit, match=platform.machine()):
-        build_script().find_runtime(tmp_path)
+    refused(platform.machine(), build_script().find_runtime, tmp_path, error=SystemExit)
 
 
 def test_spills_are_errors_for_us_alone(

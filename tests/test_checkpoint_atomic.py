@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import make_dense, snapshot
+from refusals import refused
 from safetensors.torch import save_file
 
 from sparse_unified.checkpoint import Checkpoint, PruneWidthConfig, convert, invert, prune, verify
@@ -39,9 +39,7 @@ def test_weights_are_on_the_disk_before_they_get_their_name(
     assert {path.stat().st_ino for path in written} <= synced
 
 
-def test_what_a_killed_run_left_is_removed_with_a_message(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_a_killed_run_left_is_removed_with_a_message(tmp_path: Path, caplog: Any) -> None:
     dense = make_dense(tmp_path / "dense")
     partial = partial_path(tmp_path / "out")
     content = partial / "out"
@@ -83,13 +81,10 @@ def test_inputs_where_the_target_is_written_are_refused_and_stay(
     if marked:
         (partial / MARKER).touch()
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=r"\.out\.partial"):
-        convert(source, out, num_experts=4, top_k=2, scores=scores)
-    with pytest.raises(ValueError, match=r"\.out\.partial"):
-        prune(source, out, PruneWidthConfig(), scores=scores)
+    refused(r"\.out\.partial", convert, source, out, num_experts=4, top_k=2, scores=scores)
+    refused(r"\.out\.partial", prune, source, out, PruneWidthConfig(), scores=scores)
     if place != "scores":
-        with pytest.raises(ValueError, match=r"\.out\.partial"):
-            invert(source, out)
+        refused(r"\.out\.partial", invert, source, out)
     assert snapshot(tmp_path) == before
 
 
@@ -111,16 +106,9 @@ def test_what_no_run_of_ours_left_is_not_removed(left: str, tmp_path: Path) -> N
 
 
 def test_two_runs_do_not_write_one_target(tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense")
-    partial = partial_path(tmp_path / "out")
-    partial.mkdir()
-    holder = os.open(partial, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    with pytest.raises(RuntimeError, match="must be written by one run at a time"):
-        sparsify(dense, tmp_path / "out")
-    assert partial.exists()
-    os.close(holder)
-    sparsify(dense, tmp_path / "out")
+    dense, match = make_dense(tmp_path / "dense"), "must be written by one run at a time"
+    with atomic_directory(tmp_path / "out"):
+        refused(match, sparsify, dense, tmp_path / "out", error=RuntimeError)
 
 
 def test_an_existing_target_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -135,8 +123,7 @@ def test_an_existing_target_is_refused_and_left_alone(tmp_path: Path) -> None:
             lambda out: invert(tmp_path / "sparse", out),
             lambda out: prune(dense, out, PruneWidthConfig()),
         ):
-            with pytest.raises(ValueError, match="target must"):
-                run(tmp_path / name)
+            refused("target must", run, tmp_path / name)
     assert snapshot(tmp_path) == before
 
 
@@ -151,17 +138,12 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
 
 def test_a_target_without_a_parent_or_inside_the_source_is_refused(tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"parent of .* must be a directory"):
-        sparsify(dense, tmp_path / "a" / "b")
-    with pytest.raises(ValueError, match="target must lie outside"):
-        sparsify(dense, dense / "sparse")
-    with pytest.raises(ValueError, match="target must lie outside"):
-        prune(dense, dense / "out", PruneWidthConfig())
+    refused(r"parent of .* must be a directory", sparsify, dense, tmp_path / "a" / "b")
+    refused("target must lie outside", sparsify, dense, dense / "sparse")
+    refused("target must lie outside", prune, dense, dense / "out", PruneWidthConfig())
 
 
-def test_a_disk_known_to_be_full_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_known_to_be_full_is_refused_at_once(tmp_path: Path, monkeypatch: Any) -> None:
     dense = make_dense(tmp_path / "dense")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
@@ -170,9 +152,7 @@ def test_a_disk_known_to_be_full_is_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_links_of_a_hub_cache_are_followed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_links_of_a_hub_cache_are_followed(tmp_path: Path, caplog: Any) -> None:
     real = make_dense(tmp_path / "blobs")
     linked = tmp_path / "snapshots" / "1"
     for name in snapshot(real):
@@ -202,8 +182,7 @@ def test_links_out_of_a_directory_are_told_and_those_to_directories_refused(
             os.mkfifo(dense / name)
         else:
             (dense / name).symlink_to(target)
-        with pytest.raises(ValueError, match=match):
-            sparsify(dense, tmp_path / "b")
+        refused(match, sparsify, dense, tmp_path / "b")
         (dense / name).unlink()
 
 
@@ -228,8 +207,7 @@ def test_what_is_private_stays_private(tmp_path: Path) -> None:
 def test_what_is_no_path_is_refused_in_words(path: Any, tmp_path: Path) -> None:
     dense = make_dense(tmp_path / "dense")
     for run in (lambda: Checkpoint(path), lambda: sparsify(dense, path)):
-        with pytest.raises((TypeError, ValueError), match=r"must .*got"):
-            run()
+        refused(r"must .*got", run, error=(TypeError, ValueError))
 
 
 def replace_by_rename(path: Path, data: bytes) -> None:
@@ -285,7 +263,6 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
         "verify": lambda: verify(sparse, dense, **how),
         "against": lambda: verify(sparse, dense, **how),
     }
-    with pytest.raises((ValueError, RuntimeError), match=rf"{name}.* must .*got"):
-        run[operation]()
+    refused(rf"{name}.* must .*got", run[operation], error=(ValueError, RuntimeError))
     assert done
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "sparse"}

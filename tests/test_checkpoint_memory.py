@@ -8,12 +8,11 @@ that imports and first calls do not count.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_files import child_environment, make_dense
+from checkpoint_files import child_environment, make_dense, run_python
 
 from sparse_unified.checkpoint import (
     PruneWidthConfig,
@@ -67,13 +66,8 @@ def test_peak_memory_is_a_few_projections(tmp_path: Path) -> None:
         ("verify_pruned", ("_p", ""), 6),
     ):
         paths = [str(tmp_path / f"{name}{end}") for name in ("small", "big") for end in suffixes]
-        done = subprocess.run(
-            [sys.executable, __file__, operation, *paths],
-            env=child_environment() | {"MALLOC_TRIM_THRESHOLD_": "0"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        trimmed = child_environment() | {"MALLOC_TRIM_THRESHOLD_": "0"}
+        done = run_python(__file__, operation, *paths, env=trimmed)
         assert done.returncode == 0, done.stderr
         grown[operation] = int(done.stdout) / PROJECTION
         assert grown[operation] < bound, grown

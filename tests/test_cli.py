@@ -21,25 +21,18 @@ from checkpoint_files import (
     edit_config,
     edit_weights,
     make_dense,
+    run_python,
     snapshot,
 )
 
 from sparse_unified.cli import build_parser, main
 
 COUNTS = ["--num-experts", "4", "--top-k", "2"]
+PIPE = subprocess.PIPE
+PIPED: Any = {"env": child_environment(), "stdout": PIPE, "stderr": PIPE, "text": True}
 COMMON = {"--help", "--json", "--quiet", "--traceback"}
 # {command: {flag: default, or [default, choices...]}}: what users may rely on.
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
-
-
-def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def assert_one_line(stderr: str, *words: str) -> None:
@@ -83,6 +76,8 @@ def test_flags_and_defaults_are_what_they_were() -> None:
         assert own.keys() >= COMMON, name
         assert {k: v for k, v in own.items() if k not in COMMON} == FLAGS[name]
     assert found.keys() == FLAGS.keys()
+    text = build_parser().format_help()
+    assert all(name.split()[0] in text for name in FLAGS)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +93,17 @@ def test_flags_and_defaults_are_what_they_were() -> None:
         ("prune m o --component und --keep-ratio 2", "above 0 and at most 1"),
         ("prune m o --component und --keep-ratio .5 --seed 1", "--criterion random"),
         ("prune m o --component und --axis depth --skip-layers 1 --layers 1", "--layers must be"),
+        *(
+            (f"prune m o --component gen {wrong}", words)
+            for wrong, words in [
+                ("--component gen,gen", "--component: must be different ones of und, gen"),
+                ("", "--keep-ratio must be given with --axis width"),
+                ("--axis height", "--axis: must be different ones of depth"),
+                ("--keep-ratio nan", "--keep-ratio: must be above 0"),
+                ("--keep-ratio .5 --skip-layers 1", "--skip-layers must be given with an --axis"),
+                ("--keep-ratio .5 --scores x --criterion random", "not allowed with argument"),
+            ]
+        ),
         ("generate m --out x.png", "--prompt or --prompts-file"),
         ("generate m --out x.tiff --prompt a", "ends in .png"),
         ("chat m --prompt ''", "a prompt that is not empty"),
@@ -129,9 +135,7 @@ def test_flags_and_defaults_are_what_they_were() -> None:
         ("adapt m o --steps 1", "--data must be given"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(
-    line: str, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_usage_is_one_line_and_status_2(line: str, words: str, capsys: Any) -> None:
     assert main([word.strip("'") for word in line.split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -143,29 +147,9 @@ def test_wrong_usage_is_one_line_and_status_2(
 
 def test_a_process_prints_its_result_and_nothing_else(pair: tuple[Path, Path]) -> None:
     dense, sparse = pair
-    done = run_cli("-m", "sparse_unified.cli", "verify", sparse, "--against", dense, "--json")
+    done = run_python("-m", "sparse_unified.cli", "verify", sparse, "--against", dense, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["ok"] is True
-
-
-def test_help_lists_the_commands_and_imports_nothing_slow() -> None:
-    # The package may load its library; the commands load neither transformers, PIL nor tqdm.
-    done = run_cli("-c", _IMPORTS)
-    for name in FLAGS:
-        assert name.split()[0] in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-_IMPORTS = """
-import sys, sparse_unified
-before = set(sys.modules)
-from sparse_unified.cli import build_parser
-print(build_parser().format_help())
-new = set(sys.modules) - before
-slow = {"torch", "numpy", "transformers", "PIL", "tqdm", "safetensors"}
-print([m for m in new if m.partition(".")[0] in slow
-       or m.startswith("sparse_unified.") and ".cli" not in m and "._" not in m])
-"""
 
 
 def test_json_goes_to_stdout_or_to_a_file(
@@ -242,10 +226,7 @@ def test_an_interrupted_conversion_cleans_up(number: signal.Signals, tmp_path: P
         # A shell's background jobs ignore SIGINT, and so would what they start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         args=[sys.executable, "-c", _WAITING, "convert", dense, tmp_path / "out", *COUNTS],
-        env=child_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        **PIPED,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "here\n"
@@ -260,11 +241,7 @@ def test_an_interrupted_conversion_cleans_up(number: signal.Signals, tmp_path: P
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(pair: tuple[Path, Path]) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-m", "sparse_unified.cli", "info", str(pair[1]), "--json"],
-        env=child_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "sparse_unified.cli", "info", str(pair[1]), "--json"], **PIPED
     )
     assert child.stdout is not None
     child.stdout.close()
@@ -276,11 +253,7 @@ def test_a_closed_pipe_is_no_traceback(pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("stdout", ["closed", "full"])
 def test_work_whose_result_cannot_be_printed_is_done(
-    pair: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    stdout: str,
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any, stdout: str
 ) -> None:
     report = tmp_path / "r.json"
     with Path("/dev/full").open("w") as full:
@@ -306,9 +279,7 @@ def test_what_stdout_cannot_encode_is_escaped(
         assert json.loads(text[text.index("{") :])["directory"] == str(out)
 
 
-def test_an_unexpected_error_is_one_line_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unexpected_error_is_one_line_too(monkeypatch: Any, capsys: Any) -> None:
     def fail(*args: object) -> None:
         raise KeyError("x\ny")
 

@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate and chat: images and answers, ways of loading, cached steps, from the command line."""
+"""generate, chat and app: images and answers from the command line and on a page."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from sparse_unified.bagel import BagelPipeline, StepCache
-from sparse_unified.cli import main
-from sparse_unified.fixtures import write_checkpoint
+from sparse_unified.checkpoint import PruneWidthConfig, convert, prune
+from sparse_unified.cli import app, main
+from sparse_unified.mini import MiniTask, load_pipeline, write_model
 
 image = pytest.importorskip("PIL.Image")
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return write_checkpoint(GOLDEN / "t2i_moe", tmp_path_factory.mktemp("model"))
+def model(golden: Any) -> Path:
+    return golden("t2i_moe")
 
 
 def draw(model: Path, out: Path, *options: object) -> int:
@@ -87,19 +90,6 @@ def test_a_picture_for_each_prompt_whatever_the_batch(
         assert_same_picture(tmp_path / f"x-{number}.png", tmp_path / f"y-{number}.png")
 
 
-def test_pictures_are_edited_and_talked_about(
-    model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["generate", str(model), "--prompt", "make it red", "--image", str(picture)]
-    command += ["--steps", "3", "--size", "32x48", "--quiet"]
-    assert main([*command, "--out", str(tmp_path / "x.webp")]) == 0
-    assert image.open(tmp_path / "x.webp").size == (48, 32)
-    capsys.readouterr()
-    assert main(["chat", str(model), "--prompt", "what?", "--image", str(picture), "--json"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["text_tokens"] == len(answer["token_ids"]) - 1
-
-
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
@@ -150,9 +140,7 @@ def test_what_cannot_be_met_is_refused_before_the_model_is_loaded(
         ("--dtype bfloat16", {"dtype": torch.bfloat16, "device": torch.device("cpu")}),
     ],
 )
-def test_flags_reach_the_loader(
-    monkeypatch: pytest.MonkeyPatch, options: str, expected: dict[str, Any]
-) -> None:
+def test_flags_reach_the_loader(monkeypatch: Any, options: str, expected: dict[str, Any]) -> None:
     given: dict[str, Any] = {}
 
     @functools.wraps(BagelPipeline.from_pretrained)
@@ -187,3 +175,77 @@ def test_steps_are_extrapolated(
     assert (result.report.steps, result.report.computed_steps) == (7, 5)
     assert draw(model, out, "--cache-interval", 1) == 0
     assert image.open(out).tobytes() == plain.tobytes()
+
+
+# The page: what stands behind it, what the command refuses, and the page in a browser
+
+
+PAGE: Any = {"num_timesteps": 50, "cfg_text_scale": 1.0, "timestep_shift": 2.0}
+QUICK = {**PAGE, "num_timesteps": 8, "seed": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("app")
+    dense = write_model(MiniTask.SCENES, root / "dense")
+    prune(dense, root / "pruned", [PruneWidthConfig(component="gen", keep_ratio=0.5)])
+    convert(dense, root / "sparse", num_experts=16, top_k=8, layers="all")
+    return {name: load_pipeline(root / name) for name in ("dense", "pruned", "sparse")}
+
+
+def test_models_draw_from_the_same_noise_and_all_experts_are_the_dense_model(models: Any) -> None:
+    some = {name: found for name, *found in app.draw(models, "a red square", **QUICK)}
+    every_expert = QUICK | {"top_k": {"sparse": 16}}
+    every = {name: found for name, *found in app.draw(models, "a red square", **every_expert)}
+    dense, sparse = every["dense"][0].tobytes(), every["sparse"][0].tobytes()
+    assert dense == some["dense"][0].tobytes() != some["sparse"][0].tobytes()
+    assert max(abs(a - b) for a, b in zip(dense, sparse, strict=True)) <= 1
+    assert "229,504 of 376,960 parameters" in some["sparse"][1]  # as `info` says
+    refused("prompt must not be empty", list, app.draw(models, " ", **every_expert))
+    assert {block.top_k for block in app.sparse_blocks(models["sparse"]).values()} == {8}
+
+
+def test_images_are_edited_with_cached_steps_and_asked_about(models: Any) -> None:
+    red, steps = image.new("RGB", (16, 16), "red"), []
+    options = QUICK | {"progress": lambda *step: steps.append(step)}
+    edited = list(app.draw(models, "a red cross", images=red, interval=3, size=(32, 32), **options))
+    assert [(name, drawn.size) for name, drawn, _ in edited] == [(n, (256, 256)) for n in models]
+    assert "5 of 7 steps computed" in edited[0][2]
+    assert steps == [(n, 7) for n in range(1, 8)] * len(models)
+    assert [name for name, *_ in app.ask(models, "which colour ?", images=red)] == list(models)
+
+
+@pytest.mark.parametrize("words", ["different ones", "num_timesteps", "same image size", "[app]"])
+def test_what_cannot_be_shown_is_refused(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    a, b = (str(write_model(task, tmp_path / task.value)) for task in MiniTask)
+    wrong = {"different ones": [a, a], "num_timesteps": [a, "--steps", "1"], "[app]": [a]}
+    monkeypatch.setitem(sys.modules, "gradio", None if words == "[app]" else pytest)  # not reached
+    assert main(["app", *wrong.get(words, [a, b])]) == (2 if words == "different ones" else 1)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_browser_draws(models: Any) -> None:
+    """SPARSE_UNIFIED_APP_PICTURE names a file that keeps what it shows."""
+    pytest.importorskip("gradio")
+    selenium = pytest.importorskip("selenium.webdriver")
+    driver = shutil.which("chromedriver") or pytest.skip("Chromium's chromedriver is missing")
+    options = selenium.ChromeOptions()
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1060"):
+        options.add_argument(f"--{flag}")
+    page = app.build_page(models, **PAGE)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    browser = selenium.Chrome(options, selenium.ChromeService(driver))
+    try:
+        browser.get(url)
+        browser.implicitly_wait(60)
+        find = functools.partial(browser.find_element, "css selector")
+        find("textarea").send_keys("a red square\n")
+        find(f"div:has(> .column:nth-child({len(models)}) img[src*='/file='])")
+        if name := os.environ.get("SPARSE_UNIFIED_APP_PICTURE"):
+            browser.save_screenshot(name)
+    finally:
+        browser.quit()
+        page.close()

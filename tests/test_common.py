@@ -10,13 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sparse_unified._common import Report, context, list_some, optional, progress_bar
-
-
-def test_a_missing_extra_is_named() -> None:
-    assert optional("json") is json
-    with pytest.raises(ImportError, match=r"no_such must be installed for plots \(pip .*\[plot\]"):
-        optional("no_such.part", "plot", purpose="plots")
+from sparse_unified._common import Report, context, list_some, progress_bar
 
 
 def test_lists_are_cut_short() -> None:

@@ -20,7 +20,7 @@ import analysis_models
 import full_scale
 import pytest
 import torch
-from checkpoint_files import GOLDEN
+from moe_cases import GOLDEN
 
 from miniature.__main__ import main as miniature
 from sparse_unified.bagel import BagelPipeline
@@ -77,7 +77,7 @@ NOT_RUN = {
     "python experiments/full_scale.py": "writes a model of 29 GB",
     "python examples/miniature train": "takes an hour",
     "sparse-unified doctor": "tests/test_doctor.py runs it on a few of the checks",
-    "sparse-unified app": "serves until it is interrupted; tests/test_cli_app.py opens the page",
+    "sparse-unified app": "serves until interrupted; tests/test_cli_generate.py opens the page",
     "sparse-unified push": "uploads; tests/test_bagel_hub.py does",
     "pytest": "BAGEL_REPO names a checkout that is not here; tests/test_surgery_official.py is run",
 }
@@ -163,9 +163,7 @@ def label(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if commands(p)], ids=label)
-def test_the_commands_of_a_document_run(
-    path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_a_document_run(path: Path, folder: Path, capsys: Any) -> None:
     made: set[str] = set()
     for command in commands(path):
         if not_run(command) is not None:

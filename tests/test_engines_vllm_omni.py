@@ -24,48 +24,17 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file
+from surgery_models import Bare, EngineMLP
 from torch import Tensor, nn
 
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "tests" / "golden"
 GROUP = "vllm_omni.general_plugins"
 SPARSE_LAYER = 1
-
-
-class Linear(nn.Module):
-    """As vLLM's linear layers: returns the output and a bias."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((outputs, inputs), torch.nan))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x @ self.weight.T, None
-
-
-class BagelMLP(nn.Module):
-    def __init__(self, hidden: int, width: int) -> None:
-        super().__init__()
-        self.gate_up_proj = Linear(hidden, 2 * width)
-        self.down_proj = Linear(width, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
-        return self.down_proj(nn.functional.silu(gate) * up)[0]
-
-
-class Part(nn.Module):
-    """A module with the children it is given."""
-
-    def __init__(self, **children: nn.Module) -> None:
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
 
 
 class BuiltIn(nn.Module):
@@ -79,10 +48,10 @@ class BuiltIn(nn.Module):
         hidden, width = config["hidden_size"], config["intermediate_size"] // self.split
         self.device = torch.device("cpu")
         layers = nn.ModuleList(
-            Part(mlp=BagelMLP(hidden, width), mlp_moe_gen=BagelMLP(hidden, width))
+            Bare(mlp=EngineMLP(hidden, width), mlp_moe_gen=EngineMLP(hidden, width))
             for _ in range(config["num_hidden_layers"])
         )
-        self.language_model = Part(model=Part(layers=layers))
+        self.language_model = Bare(model=Bare(layers=layers))
         self.transformer = self.language_model.model
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -190,13 +159,13 @@ def read(directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module", params=["t2i_dense", "t2i_moe"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(GOLDEN / request.param, tmp_path_factory.mktemp(request.param))
+def checkpoint(request: pytest.FixtureRequest, golden: Any) -> Path:
+    return golden(request.param)
 
 
 @pytest.fixture(scope="module")
-def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(GOLDEN / "t2i_moe", tmp_path_factory.mktemp("sparse"))
+def sparse(golden: Any) -> Path:
+    return golden("t2i_moe")
 
 
 def test_the_plugin_puts_its_pipeline_in_the_place_of_the_built_in_one(registry: Registry) -> None:
@@ -289,8 +258,7 @@ def test_a_group_that_cannot_divide_the_experts_is_refused(
 
 def test_without_vllm_omni_the_plugin_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm_omni", None)
-    with pytest.raises(ImportError, match="register_diffusion_model must be there"):
-        plugin().load()()
+    refused("register_diffusion_model must be there", lambda: plugin().load()(), error=ImportError)
 
 
 @pytest.fixture(scope="module")
@@ -333,37 +301,26 @@ def arguments(function: ast.FunctionDef) -> list[str]:
 
 
 def test_the_stand_in_is_like_the_source(source: Path) -> None:
-    repository = source
-    registry = parse(repository, "vllm_omni.diffusion.registry")
-    theirs = arguments(defined(registry, "register_diffusion_model"))
-    ours = list(inspect.signature(Registry.register_diffusion_model).parameters)[1:]
-    assert theirs[: len(ours)] == ours
-    pipeline = parse(repository, BUILT_IN)
+    def mine(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    registry = parse(source, "vllm_omni.diffusion.registry")
+    ours = mine(Registry.register_diffusion_model)[1:]
+    assert arguments(defined(registry, "register_diffusion_model"))[: len(ours)] == ours
+    pipeline, layers = parse(source, BUILT_IN), "vllm_omni.diffusion.models.bagel.bagel_transformer"
     for name in PROCESS_FUNCTIONS:
         assert arguments(defined(pipeline, name)) == ["od_config"]
-    bagel = defined(pipeline, "BagelPipeline")
+    bagel, reader = defined(pipeline, "BagelPipeline"), defined(parse(source, READS), READER)
     for name in ("__init__", "load_weights"):
-        mine = list(inspect.signature(getattr(BuiltIn, name)).parameters)
-        assert arguments(defined(bagel, name)) == mine
-    text = ast.unparse(bagel)
-    assert "self.language_model = " in text
-    assert "self.device = " in text
-    assert "download_weights_from_hf_specific(model, od_config.revision, ['*'])" in text
-    reader = defined(parse(repository, READS), READER)
-    mine = list(inspect.signature(Reader.__init__).parameters)
-    assert arguments(defined(reader, "__init__")) == mine
+        assert arguments(defined(bagel, name)) == mine(getattr(BuiltIn, name))
+    assert arguments(defined(reader, "__init__")) == mine(Reader.__init__)
     assert arguments(defined(reader, "load_weights")) == ["self", "weights"]
-    text = ast.unparse(reader)
-    assert "self.device = " in text
-    assert "layer.mlp_moe_gen = Qwen2MLP(" in text
-    models = ast.unparse(parse(repository, "vllm_omni.model_executor.models.registry"))
-    assert f"'{READER}': (" in models
-    layer = ast.unparse(
-        defined(parse(repository, "vllm_omni.diffusion.models.bagel.bagel_transformer"), "BagelMLP")
-    )
-    assert "self.gate_up_proj = " in layer
-    assert "self.down_proj = " in layer
-    assert (
-        f'OMNI_DEFAULT_PLUGINS_GROUP = "{GROUP}"'
-        in (repository / "vllm_omni" / "plugins" / "__init__.py").read_text()
-    )
+    download = "download_weights_from_hf_specific(model, od_config.revision, ['*'])"
+    for tree, texts in (
+        (bagel, ("self.language_model = ", "self.device = ", download)),
+        (reader, ("self.device = ", "layer.mlp_moe_gen = Qwen2MLP(")),
+        (parse(source, "vllm_omni.model_executor.models.registry"), (f"'{READER}': (",)),
+        (defined(parse(source, layers), "BagelMLP"), ("self.gate_up_proj = ", "self.down_proj = ")),
+        (parse(source, "vllm_omni.plugins.__init__"), (f"OMNI_DEFAULT_PLUGINS_GROUP = '{GROUP}'",)),
+    ):
+        assert [text for text in texts if text not in ast.unparse(tree)] == []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ import analysis_models
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import GOLDEN, child_environment, make_dense
+from checkpoint_files import make_dense, run_python
 from hostile_cases import CORPUS, attack, read_all, refusal
+from moe_cases import GOLDEN
 from safetensors.torch import save
 from tiers import IS_DEEP, num_cases
 
@@ -378,14 +378,7 @@ def test_a_damaged_file_is_refused_or_read_right(name: str, tmp_path: Path) -> N
 def test_a_damaged_file_of_other_libraries_ends_no_process() -> None:
     pytest.importorskip("transformers")
     alone = [name for name, target in TARGETS.items() if target.alone]
-    done = subprocess.run(
-        [sys.executable, __file__, *(a for n in alone for a in (n, str(num_tried(n))))],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = run_python(__file__, *(a for n in alone for a in (n, num_tried(n))), timeout=600)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-3000:]
 
 

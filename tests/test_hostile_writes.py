@@ -6,13 +6,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import child_environment, make_dense
+from checkpoint_files import make_dense, run_python
+from refusals import refused
 
 from sparse_unified.checkpoint.files import replace_file
 
@@ -31,13 +30,7 @@ def test_whatever_happens_to_a_run_its_target_is_absent_or_complete(
     stride: int, jobs: list[str], tmp_path: Path
 ) -> None:
     dense = make_dense(tmp_path / "dense", num_layers=3, width=16)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(dense), str(tmp_path), str(stride), *jobs],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(SCRIPT, dense, tmp_path, stride, *jobs)
     assert done.returncode == 0, done.stderr
     for job, counts in json.loads(done.stdout).items():
         if job == "race":
@@ -58,10 +51,13 @@ def test_a_result_file_keeps_its_old_content_when_the_disk_fails(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path if call == "replace" else os, call, fail)
-    with pytest.raises(
-        RuntimeError, match="must be writable with room to spare, got No space left"
-    ):
-        replace_file(path, b"new")
+    refused(
+        "must be writable with room to spare, got No space left",
+        replace_file,
+        path,
+        b"new",
+        error=RuntimeError,
+    )
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["scores.safetensors"]

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from miniature import digits, scenes
 from miniature.__main__ import main
 from miniature.data import training_data
-from miniature.evaluate import EvaluationConfig, evaluate, generate, velocity_error
+from miniature.evaluate import EvaluationConfig, evaluate
 from miniature.report import BEGIN, END, Verdict, fill_page, read_records, verdicts
 from miniature.study import StudyConfig, run_study
 from sparse_unified.bagel.tokenizer import Tokenizer
-from sparse_unified.checkpoint import convert
 from sparse_unified.mini import MiniTask, load_pipeline, write_model
 from sparse_unified.mini.autoencoder import identity_autoencoder
 from sparse_unified.mini.model import TOKENIZER, WEIGHTS, encode, new_model, trained_weights
-from sparse_unified.nn import SparseMoE
 
 SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=6, pictures=1)
 
@@ -29,12 +28,6 @@ SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[MiniTask, Path]:
-    root = tmp_path_factory.mktemp("mini")
-    return {task: write_model(task, root / task.value) for task in MiniTask}
 
 
 # Models
@@ -89,46 +82,21 @@ def test_what_is_shipped_says_how_it_was_made_and_is_small(task: MiniTask) -> No
 
 
 @pytest.mark.parametrize(
-    ("task", "config", "velocity", "least"),
+    ("task", "questions", "pictures", "velocity", "least"),
     [
-        (
-            MiniTask.DIGITS,
-            EvaluationConfig(questions=100, pictures=3),
-            0.31,
-            {"understanding": 0.93, "generation": 0.5},
-        ),
-        (
-            MiniTask.SCENES,
-            EvaluationConfig(questions=90, pictures=4),
-            0.16,
-            {"question_colour": 0.85, "question_count": 0.75, "generation": 0.5},
-        ),
+        (MiniTask.DIGITS, 100, 3, 0.31, {"understanding": 0.93}),
+        (MiniTask.SCENES, 90, 4, 0.16, {"question_colour": 0.85, "question_count": 0.75}),
     ],
 )
 @pytest.mark.slow
 def test_trained_models_read_and_draw(
-    task: MiniTask, config: Any, velocity: float, least: dict[str, float], dense: Any
+    task: MiniTask, questions: int, pictures: int, velocity: float, least: Any, tmp_path: Path
 ) -> None:
-    found = evaluate(load_pipeline(dense[task]).model, task, config)
+    config = EvaluationConfig(questions=questions, pictures=pictures)
+    found = evaluate(load_pipeline(write_model(task, tmp_path / "model")).model, task, config)
     assert found["velocity"] <= velocity
+    least = least | {"generation": 0.5}
     assert all(found[name] >= value for name, value in least.items()), found
-
-
-@pytest.mark.slow
-def test_all_experts_together_are_the_dense_model(
-    dense: dict[MiniTask, Path], tmp_path: Path
-) -> None:
-    for task in MiniTask:
-        sparse = tmp_path / task.value
-        convert(dense[task], sparse, num_experts=32, top_k=32, layers="all")
-        models = [load_pipeline(path).model for path in (dense[task], sparse)]
-        assert sum(isinstance(m, SparseMoE) for m in models[1].modules()) == 6
-        few = EvaluationConfig(velocities=20)
-        errors = [velocity_error(model, task, few) for model in models]
-        assert errors[1] == pytest.approx(errors[0], rel=1e-5)
-        prompts = ["the digit two", "a red square"]
-        pictures = [generate(model, task, prompts, [0, 1]) for model in models]
-        torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-4, atol=1e-4)
 
 
 # Data and judges
@@ -147,8 +115,7 @@ def test_a_scene_is_read_back_and_scores_1(generator: torch.Generator) -> None:
     faint = scenes.render([scenes.Object(shape="square", colour="red", row=0, column=0)]) / 2
     assert scenes.read_scene(faint) == [None]
     assert not prompts[0].holds(scenes.read_scene(faint))
-    with pytest.raises(ValueError, match="one for each of 1 prompts, got 0"):
-        scenes.score(prompts[:1], [])
+    refused("one for each of 1 prompts, got 0", scenes.score, prompts[:1], [])
 
 
 def test_every_single_mistake_scores_0(generator: torch.Generator) -> None:
@@ -177,21 +144,21 @@ def test_what_is_tested_is_not_trained_on() -> None:
     assert train | test == {p.text for p in scenes.all_prompts()}
     assert {p.column for p in scenes.split_prompts()[1]} == set(scenes.COLUMNS)
     assert not {p.text for p in scenes.placed_prompts()} & (train | test)
-    trained, tested = (set(index.tolist()) for index in digits.split())
-    assert not trained & tested
-    assert len(trained | tested) == 1797
 
 
 @pytest.mark.slow
 def test_the_judge_of_digits_knows_held_out_digits() -> None:
     pixels, numbers = digits.load()
-    test = digits.split()[1]
+    train, test = digits.split()
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(1797))
     found = digits.score(numbers[test].tolist(), pixels[test])
     assert found["overall"] >= 0.98
     assert found["frechet"] < digits.score(numbers[test].tolist(), -pixels[test])["frechet"] / 10
 
 
-@pytest.mark.parametrize("task", MiniTask)
+@pytest.mark.parametrize(
+    "task", [MiniTask.SCENES, pytest.param(MiniTask.DIGITS, marks=pytest.mark.slow)]
+)
 def test_sequences_are_functions_of_index_and_generator(task: MiniTask) -> None:
     data = training_data(task)
     for index in (0, 1, 2, 3, len(data) - 2, len(data) - 1):
@@ -211,13 +178,8 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     run: list[str] = []
 
     def study(config: StudyConfig = SMALL) -> list[Path]:
-        return run_study(
-            tmp_path,
-            config,
-            tasks=(MiniTask.DIGITS,),
-            names=names,
-            progress=lambda part, *_: run.append(part.name),
-        )
+        how: Any = {"tasks": (MiniTask.DIGITS,), "names": names}
+        return run_study(tmp_path, config, **how, progress=lambda part, *_: run.append(part.name))
 
     files = study()
     assert run == list(names)
@@ -226,8 +188,7 @@ def test_the_study_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     study()
     assert run[3:] == ["dense"]
     assert [file.read_bytes() for file in files] == kept
-    with pytest.raises(ValueError, match="config must be that of this study"):
-        study(StudyConfig(seeds=(0,), steps=3))
+    refused("config must be that of this study", study, StudyConfig(seeds=(0,), steps=3))
 
     snake, together = (json.loads(file.read_text())["results"] for file in files[1:])
     assert set(snake) == {"zero", "untrained", "router", "expert_frozen", "full"}

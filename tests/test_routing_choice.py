@@ -11,6 +11,7 @@ import analysis_models as models
 import pytest
 import torch
 from checkpoint_files import make_dense
+from refusals import refused
 from routing_choice import block_ffn, unit_tokens
 from surgery_models import LAYERS, Model, TensorMLP, ffn
 from torch import Tensor
@@ -20,10 +21,9 @@ from sparse_unified.adapt import init_router_
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, calibrate, collect
 from sparse_unified.analysis.bagel_task import Settings
 from sparse_unified.analysis.samples import Task, built_in_samples
+from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import Checkpoint, convert, keys
 from sparse_unified.cli import main
-from sparse_unified.experts.layout import Partition
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.surgery.decoder import find_adapter
 
 INPUTS = StatisticsConfig(num_inputs=32)
@@ -34,21 +34,6 @@ def layer_inputs(hidden: int, layers: range = range(LAYERS), count: int = 40) ->
 
 
 # Live models
-
-
-@pytest.mark.parametrize("partition", [Partition.RANDOM, Partition.COACTIVATION])
-def test_all_experts_equal_dense_in_every_partition(partition: Partition) -> None:
-    torch.manual_seed(0)
-    model = Model(TensorMLP)
-    und, gen = torch.randn(5, 8), torch.randn(7, 8)
-    expected = model(und, gen)
-    config = MoEConfig(num_experts=4, top_k=4, num_shared_experts=2, partition=partition)
-    needed = partition is Partition.COACTIVATION
-    apply_moe_(model, config, inputs=layer_inputs(8) if needed else None)
-    for found, wanted in zip(model(und, gen), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    restore_(model)
-    assert torch.equal(model(und, gen)[1], expected[1])
 
 
 def test_routers_start_small_and_those_of_und_alike() -> None:
@@ -76,7 +61,16 @@ def test_routers_start_small_and_those_of_und_alike() -> None:
         ({}, {1: torch.zeros(9, 8)}),
         ({"router_init": "activation"}, {1: torch.zeros(9, 8)}),
         ({"router_init": "activation"}, {"und": {}}),
-        ({"router_init": "activation"}, dict.fromkeys(range(4), torch.zeros(9, 7))),
+        *(
+            ({name: value}, dict.fromkeys(range(4), wrong))
+            for name, value in (("router_init", "activation"), ("partition", "coactivation"))
+            for wrong in (
+                torch.zeros(9, 7),
+                torch.zeros(3, 8),
+                torch.full((9, 8), torch.nan),
+                torch.zeros(9, 8, dtype=torch.int64),
+            )
+        ),
     ],
 )
 def test_unfit_inputs_leave_the_model_alone(changes: dict[str, Any], inputs: Any) -> None:
@@ -142,8 +136,7 @@ def test_a_fitted_router_beats_the_tie_in_every_block() -> None:
 )
 def test_init_router_refuses(arguments: dict[str, Any]) -> None:
     model = block_model("snake")
-    with pytest.raises(ValueError, match="init_router_: "):
-        init_router_(model, **arguments)
+    refused("init_router_: ", init_router_, model, **arguments)
     assert not ffn(model, 1, "gen").gate.weight.any()
 
 
@@ -187,12 +180,12 @@ def test_kept_inputs_are_what_the_ffn_saw_and_the_same_tokens_everywhere(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return models.pipeline(tmp_path_factory.mktemp("routing"))
+def pipeline(golden: Any) -> Any:
+    return BagelPipeline.from_pretrained(golden("t2i_dense"))
 
 
-def test_live_model_and_file_agree(tmp_path: Path, pipeline: Any) -> None:
-    dense = write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path / "dense")
+def test_live_model_and_file_agree(tmp_path: Path, pipeline: Any, golden: Any) -> None:
+    dense = golden("t2i_dense")
     statistics = calibrate(
         pipeline,
         Task.GENERATION,
@@ -227,24 +220,16 @@ def test_recipes_of_earlier_versions_read_as_snake_and_zero(tmp_path: Path) -> N
 # Commands
 
 
-def test_commands_calibrate_then_convert(
-    tmp_path: Path, pipeline: Any, capsys: pytest.CaptureFixture[str]
+def test_statistics_of_another_model_or_without_inputs_are_refused(
+    tmp_path: Path, pipeline: Any, golden: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense = write_checkpoint(models.GOLDEN / "t2i_dense", tmp_path / "dense")
-    stats, out = str(tmp_path / "s.safetensors"), str(tmp_path / "sparse")
-    quick = ["--samples", "1", "--steps", "3", "--size", "32x32", "--quiet"]
-    command = ["calibrate", str(dense), "--task", "generation", "--out", stats, "--inputs", "24"]
-    assert main([*command, *quick]) == 0
-    FfnStatistics.load(stats).check_checkpoint(Checkpoint(dense), "gen")
+    dense, other = golden("t2i_dense"), make_dense(tmp_path / "other")
+    stats, bare = str(tmp_path / "s.safetensors"), str(tmp_path / "bare")
+    samples, quick = built_in_samples(Task.GENERATION, 1), Settings(size=(32, 32), num_timesteps=3)
+    for path, config in ((stats, INPUTS), (bare, StatisticsConfig())):
+        calibrate(pipeline, Task.GENERATION, samples, config=config, settings=quick).save(path)
     chosen = ["--partition", "coactivation", "--router-init", "activation"]
     counts = ["--num-experts", "4", "--top-k", "2", "--layers", "all", "--quiet"]
-    assert main(["convert", str(dense), out, *counts, *chosen, "--stats", stats]) == 0
-    assert main(["verify", out, "--against", str(dense), "--quiet"]) == 0
-    capsys.readouterr()
-
-    other, bare = str(make_dense(tmp_path / "other")), str(tmp_path / "bare")
-    assert main([*command[:5], bare, *quick]) == 0  # keeps no inputs
-    capsys.readouterr()
     for source, options, status, words in (
         (dense, chosen[:2], 2, "--stats must come with"),
         (dense, ["--stats", stats], 2, "--stats must come with"),

@@ -9,11 +9,12 @@ from typing import Any
 import analysis_models as models
 import pytest
 import torch
+from refusals import refused
 from torch import nn
 
 import sparse_unified
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig, changed
-from sparse_unified.surgery.decoder import BlockNames, Layout, find_adapter
+from sparse_unified.surgery.decoder import find_adapter
 from sparse_unified.surgery.temporary import as_module, read_attention
 
 
@@ -69,41 +70,23 @@ def test_experts_of_a_mixture_are_ffns_of_their_own() -> None:
     assert [ffn.intermediate_size for ffn in in_layer_1] == [models.WIDTH] * 4 + [2 * models.WIDTH]
 
 
-def test_an_adapter_of_ones_own_is_a_few_lines() -> None:
-    inner = models.Bailing()
-    renamed = nn.Module()
-    renamed.blocks = nn.ModuleList()
-    for layer in inner.model.layers:
-        block = nn.Module()
-        block.attn, block.ff = layer.attention, layer.mlp
-        block.norm1, block.norm2 = layer.input_layernorm, layer.post_attention_layernorm
-        renamed.blocks.append(block)
-    names = BlockNames(ffn="ff", attention="attn", input_norm="norm1", post_attention_norm="norm2")
-    layout = Layout(name="mine", paths=("blocks",), components={"text": names})
-    adapter = find_adapter(renamed, [layout])
-    assert adapter.ffns("text")[0].name == "blocks.0.ff"
-    assert find_adapter(adapter) is adapter
-
-
 def test_what_fits_nothing_or_is_not_there_is_an_error_that_names_what_was_found() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     with pytest.raises(ValueError, match=r"model must .*mlp_moe_gen") as caught:
         find_adapter(model)
     assert "layers: 2 x Linear (none)" in str(caught.value)
-    with pytest.raises(ValueError, match="got a int"):
-        find_adapter(3)
+    refused("got a int", find_adapter, 3)
     whole = models.bagel()
     adapter = find_adapter(whole)
-    with pytest.raises(ValueError, match="component must be one of und, gen, got 'vision'"):
-        adapter.ffns("vision")
+    refused("component must be one of und, gen, got 'vision'", adapter.ffns, "vision")
     sparse_unified.skip_layers_(whole, sparse_unified.SkipLayersConfig(layers=[1]))
-    with pytest.raises(ValueError, match=r"layer 1 .*must have the modules mlp, self_attn"):
-        adapter.block(1, "und")
+    refused(r"layer 1 .*must have the modules mlp, self_attn", adapter.block, 1, "und")
     fused = models.Bailing()
     fused.model.layers[1].mlp.experts = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="experts must be a list of modules, got a Linear"):
-        find_adapter(fused).ffns("text")
+    refused(
+        "experts must be a list of modules, got a Linear", lambda: find_adapter(fused).ffns("text")
+    )
 
 
 def test_experts_of_a_sparse_block_are_ffns_of_their_own() -> None:
@@ -334,5 +317,4 @@ def test_parts_that_are_not_run_are_refused() -> None:
         with pytest.raises(ValueError, match=match), changed(model, config, forward=forward):
             pass
     assert as_module(SimpleNamespace(model=model)) is model
-    with pytest.raises(TypeError, match="must be a module or hold one as `model`, got int"):
-        as_module(3)
+    refused("must be a module or hold one as `model`, got int", as_module, 3, error=TypeError)

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from moe_cases import GOLDEN, relative_error
 from official_models import official_bagel, official_code, official_image
 from surgery_models import assert_same, snapshot, tokens
-from test_surgery_moe import FFNS, GOLDEN, latent, relative_error
+from test_surgery_moe import FFNS, latent
 
 from sparse_unified import (
     MoEConfig,

@@ -25,7 +25,6 @@ from prune_models import (
     outputs,
     small_bagel,
 )
-from surgery_models import Model, TensorMLP, TupleMLP, ffn, snapshot, tokens
 from torch import Tensor
 
 from sparse_unified import (
@@ -45,41 +44,21 @@ from sparse_unified.bagel.vision import grid_positions
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.experts.keep import Budget, keep_units
 from sparse_unified.experts.layout import keep_in_experts
+from sparse_unified.nn import SparseMoE
 
 COMPONENTS = pytest.mark.parametrize("component", ["gen", "und"])
-MLPS = pytest.mark.parametrize("mlp", [TensorMLP, TupleMLP])
 
 
 # Width
 
 
+def ffn_of(model: Bagel, layer: int, component: str) -> Any:
+    return getattr(layer_of(model, layer), f"mlp{SUFFIX[component]}")
+
+
 def projections(module: Any) -> list[Tensor]:
-    return [getattr(module, name).weight for name in ("gate_proj", "up_proj", "down_proj")]
-
-
-@pytest.mark.parametrize(("component", "block_size"), [("gen", 1), ("und", 16), ("gen", 32)])
-def test_pruned_neurons_are_as_if_their_output_were_zero(component: str, block_size: int) -> None:
-    model = small_bagel()
-    scores = torch.rand(LAYERS, WIDTH)
-    config = PruneWidthConfig(component=component, keep_ratio=0.6, block_size=block_size)
-    zeroed = copy.deepcopy(model)
-    kept = keep_units(
-        dict(enumerate(scores)), keep_ratio=0.6, budget=Budget.UNIFORM, block_size=block_size
-    )
-    for i in range(LAYERS):
-        gone = torch.ones(WIDTH, dtype=torch.bool)
-        gone[kept[i]] = False
-        with torch.no_grad():
-            getattr(layer_of(zeroed, i), f"mlp{SUFFIX[component]}").down_proj.weight[:, gone] = 0
-    dense = copy.deepcopy(model)
-    prune_width_(model, config, {component: scores})
-    assert_close(outputs(model), outputs(zeroed))
-    for i in range(LAYERS):
-        whole, left = (
-            projections(getattr(layer_of(m, i), f"mlp{SUFFIX[component]}")) for m in (dense, model)
-        )
-        for old, new, dim in zip(whole, left, (0, 0, 1), strict=True):
-            assert torch.equal(new, old.index_select(dim, kept[i]))
+    parts = [getattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")]
+    return parts if isinstance(module, SparseMoE) else [part.weight for part in parts]
 
 
 def test_a_global_budget_goes_where_the_scores_are() -> None:
@@ -93,6 +72,10 @@ def test_a_global_budget_goes_where_the_scores_are() -> None:
     assert widths[2] == 1
     # The scale of a layer's scores is not its importance.
     assert max(widths[0], widths[1], widths[3]) - min(widths[0], widths[1], widths[3]) < 30
+    # No layer is emptied, however alike its neurons are.
+    uneven = {0: torch.tensor([9.0, 8, 1, 1]), 1: torch.ones(4)}
+    kept = keep_units(uneven, keep_ratio=0.25, budget=Budget.GLOBAL, block_size=1)
+    assert {layer: own.tolist() for layer, own in kept.items()} == {0: [0], 1: [0]}
 
 
 def test_dtype_mode_and_requires_grad_are_kept() -> None:
@@ -125,7 +108,7 @@ def routed_model(experts: int = 4, shared: int = 0, component: str = "gen") -> A
     apply_moe_(model, how)
     generator = torch.Generator().manual_seed(0)
     for i in (1, 2):
-        block = layer_of(model, i).mlp_moe_gen if component == "gen" else layer_of(model, i).mlp
+        block = ffn_of(model, i, component)
         for router in (block.gate, block.gate_shared, block.gate_img):
             if router is not None:
                 router.weight.data.normal_(generator=generator)
@@ -133,37 +116,44 @@ def routed_model(experts: int = 4, shared: int = 0, component: str = "gen") -> A
 
 
 @pytest.mark.parametrize(
-    ("experts", "shared", "component"), [(4, 0, "gen"), (3, 1, "und"), (4, 2, "gen")]
+    ("component", "block_size", "experts", "shared"),
+    [("gen", 1, 0, 0), ("und", 16, 0, 0), ("gen", 1, 4, 0), ("und", 1, 3, 1), ("gen", 1, 4, 2)],
 )
-def test_pruned_neurons_of_experts_are_as_if_their_output_were_zero(
-    experts: int, shared: int, component: str
+def test_pruned_neurons_are_as_if_their_output_were_zero(
+    component: str, block_size: int, experts: int, shared: int
 ) -> None:
-    model = routed_model(experts, shared, component)
-    zeroed = copy.deepcopy(model)
-    scores = torch.rand(LAYERS, WIDTH)
-    kept: dict[int, torch.Tensor] = {}
-    name = "mlp_moe_gen" if component == "gen" else "mlp"
-    for i in (1, 2):
-        block = getattr(layer_of(zeroed, i), name)
-        kept[i] = keep_in_experts(scores[i], block.layout, keep_ratio=0.5)
-        gone = torch.ones(WIDTH, dtype=torch.bool)
-        gone[kept[i]] = False
-        block.down_proj.data[:, gone] = 0
-    before = count_parameters(model)
-    dense = outputs(small_bagel())
-    report = prune_width_(
-        model, PruneWidthConfig(component=component, layers="middle"), {component: scores}
+    model = routed_model(experts, shared, component) if experts else small_bagel()
+    zeroed, scores, before = (
+        copy.deepcopy(model),
+        torch.rand(LAYERS, WIDTH),
+        count_parameters(model),
     )
+    layers, kept = range(1, 3) if experts else range(LAYERS), {}
+    rows = keep_units(
+        dict(enumerate(scores)), keep_ratio=0.5, budget=Budget.UNIFORM, block_size=block_size
+    )
+    for i in layers:
+        ffn, gone = ffn_of(zeroed, i, component), torch.ones(WIDTH, dtype=torch.bool)
+        kept[i] = keep_in_experts(scores[i], ffn.layout, keep_ratio=0.5) if experts else rows[i]
+        gone[kept[i]] = False
+        (ffn.down_proj if experts else ffn.down_proj.weight).data[:, gone] = 0
+    config = PruneWidthConfig(
+        component=component, block_size=block_size, layers="middle" if experts else "all"
+    )
+    report = prune_width_(model, config, {component: scores})
     assert_close(outputs(model), outputs(zeroed))
-    assert report.before == before
-    assert report.after == count_parameters(model)
+    assert (report.before, report.after) == (before, count_parameters(model))
     assert report.after[component].flops_per_token < before[component].flops_per_token
-    block = getattr(layer_of(model, 1), name)
-    assert block.layout.expert_width == WIDTH // (experts + shared) // 2
-    assert block.layout.shared_width == shared * block.layout.expert_width
-    assert block.intermediate_size == len(kept[1]) == len(block.gate_proj)
+    for i in layers:
+        whole, left = (projections(ffn_of(own, i, component)) for own in (zeroed, model))
+        for old, new, dim in zip(whole, left, (0, 0, 1), strict=True):
+            assert torch.equal(new, old.index_select(dim, kept[i]))
+    if experts:
+        layout = ffn_of(model, 1, component).layout
+        assert layout.expert_width == WIDTH // (experts + shared) // 2
+        assert layout.shared_width == shared * layout.expert_width
     restore_(model)
-    assert_equal(outputs(model), dense)
+    assert_equal(outputs(model), outputs(small_bagel()))
 
 
 @pytest.mark.parametrize(
@@ -446,25 +436,3 @@ def test_contexts_hold_the_keys_of_tokens_that_are_seen_and_positions_stay() -> 
     assert second.keys[1] is None
     assert second.keys[2] is not None
     assert second.keys[2].shape[1] == 3
-
-
-@MLPS
-def test_ffns_of_models_of_another_make_are_skipped(mlp: Any) -> None:
-    model = Model(mlp)
-    before = snapshot(model)
-    und, gen = model(tokens(), tokens())
-    counted = []
-    for i in (1, 2):
-        ffn(model, i).register_forward_pre_hook(lambda *_: counted.append(1))
-        ffn(model, i).gate_proj.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
-    skip_layers_(model, SkipLayersConfig(component="gen", layers=[1, 2], part="ffn"))
-    skipped_und, skipped_gen = model(tokens(), tokens())
-    assert torch.equal(und, skipped_und)
-    expected = tokens()
-    for i in (0, 3):
-        out = ffn(model, i)(expected)
-        expected = expected + (out[0] if isinstance(out, tuple) else out)
-    assert torch.equal(skipped_gen, expected)
-    assert not torch.equal(skipped_gen, gen)
-    restore_(model)
-    assert before["modules"] == dict(model.named_modules(remove_duplicate=False))

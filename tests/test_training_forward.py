@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bagel_models import EXPERTS, GOLDEN, random_model
+from bagel_models import EXPERTS, random_model
+from moe_cases import GOLDEN
+from refusals import refused
 from torch import Tensor
 
 from sparse_unified import SkipLayersConfig, prune_heads_, skip_layers_
@@ -222,5 +224,4 @@ CLEAN = torch.zeros(4, 2, 2)
 def test_a_sequence_that_does_not_fit_is_refused(
     config: BagelConfig, make: Any, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"(pack_training|LatentSegment): {message}"):
-        pack_training(config, make())
+    refused(f"(pack_training|LatentSegment): {message}", lambda: pack_training(config, make()))
