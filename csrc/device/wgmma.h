@@ -81,19 +81,19 @@ SPARSE_UNIFIED_DEVICE void wgmma_wait() {
                : __VA_ARGS__                                                                      \
                : "l"(a_tile), "l"(b_tile), "r"(static_cast<int>(is_accumulating)),                \
                  "n"(kMajorA == Major::kMN), "n"(kMajorB == Major::kMN))
-#define SPARSE_UNIFIED_WGMMA(n, names, a, b, p, x, y, ...)                                       \
-  template <>                                                                                    \
-  struct Wgmma<n> {                                                                              \
-    template <typename T, Major kMajorA, Major kMajorB, int kCount>                              \
-    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[kCount], uint64_t a_tile,                 \
-                                            uint64_t b_tile, bool is_accumulating) {             \
-      static_assert(kCount >= n / 2);                                                            \
-      if constexpr (std::is_same_v<T, BFloat16>) {                                               \
-        SPARSE_UNIFIED_WGMMA_TYPE(n, "bf16", names, a, b, p, x, y, __VA_ARGS__);                 \
-      } else {                                                                                   \
-        SPARSE_UNIFIED_WGMMA_TYPE(n, "f16", names, a, b, p, x, y, __VA_ARGS__);                  \
-      }                                                                                          \
-    }                                                                                            \
+#define SPARSE_UNIFIED_WGMMA(n, names, a, b, p, x, y, ...)                                        \
+  template <>                                                                                     \
+  struct Wgmma<n> {                                                                               \
+    template <typename T, Major kMajorA, Major kMajorB, int kCount>                               \
+    static SPARSE_UNIFIED_DEVICE void issue(float (&d)[kCount], uint64_t a_tile, uint64_t b_tile, \
+                                            bool is_accumulating) {                               \
+      static_assert(kCount >= n / 2);                                                             \
+      if constexpr (std::is_same_v<T, BFloat16>) {                                                \
+        SPARSE_UNIFIED_WGMMA_TYPE(n, "bf16", names, a, b, p, x, y, __VA_ARGS__);                  \
+      } else {                                                                                    \
+        SPARSE_UNIFIED_WGMMA_TYPE(n, "f16", names, a, b, p, x, y, __VA_ARGS__);                   \
+      }                                                                                           \
+    }                                                                                             \
   }
 
 template <int kN>
