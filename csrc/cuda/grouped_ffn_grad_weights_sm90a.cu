@@ -9,10 +9,9 @@
 // whole tiles with zeros in padding rows; the other side (x by row_token, or grad_y) is gathered,
 // with zeros for rows beyond the group. Which is M and which is N follows from the gradient, whose
 // rows are M, so that results leave as they are:
-//   gate, up   M = 64 neurons, one consumer has grad_gate and the other grad_up; N = 256 columns of
-//   D down       M = 128 columns of D, 64 a consumer; N = 256 neurons, in the last tile of an
-//   expert
-//              192 or 128 where those suffice (1184 = 4 * 256 + 160 takes 1216, 592 takes 640)
+//   gate, up   M = 64 neurons, one consumer has grad_gate and the other grad_up; N = 256 of D
+//   down       M = 128 of D, 64 a consumer; N = 256 neurons, of the last tile of an expert 192 or
+//              128 where those suffice (1184 = 4 * 256 + 160 takes 1216, 592 takes 640)
 // Persistent kernel (persistent_gemm_sm90a.h), one CTA per SM, grid-stride over these tiles.
 //
 // Warp roles: 1 producer warpgroup (cp.async gathers 64 rows of 256 or 128 columns into swizzled

@@ -13,15 +13,13 @@
 // The epilogue, counted in instructions of a warp (SASS of the down-projection, N = 256). What
 // stands between the last product of a tile and the first of the next is exposed, and two warps
 // share an issue slot:
-//   a tile sent through shared memory at once: 390, four barriers; about 1,300 clocks, which is
-//     14 % of the 9,472 clocks of products of a tile with h = 592, 7 % with h = 1184
-//   kDefersStore: 205, 64 of them conversions at half rate. One consumer needs about 370 clocks
-//   with
-//     latencies, while the other still has products for up to 512; both at the same time at most
-//     700: 7.4 % and 3.7 %. The 128 accumulators become words, of which 8 are stored as they come;
-//     the exchange in quads of lanes and the stores of the others, and the look for the next tile,
-//     are 529, about 1,060 clocks of both consumers, behind the first stage of the next tile, which
-//     is 1,024.
+//   at once, through shared memory: about 390, four barriers; about 1,300 clocks, 14 % of the 9,472
+//     clocks of products of a tile with h = 592, 7 % with h = 1184
+//   kDefersStore: about 205, 64 of them conversions at half rate. One consumer needs 370 clocks
+//     with latencies, while the other has products for up to 512; both at the same time at most
+//     700: 7.4 and 3.7 %. The 128 accumulators become 64 words, of which 8 leave at once; for the
+//     others, the exchange in quads of lanes and the stores, with the look for the next tile, are
+//     529, 1,060 clocks of both consumers, behind the first stage of the next tile, 1,024.
 // The deferred stores need neither shared memory nor barriers, so nothing rests on how far apart
 // the consumers are. A head start of one of them lasts only as long as no stage is late; two tiles
 // in turn read more from L2, where the limit is: 64 x 256 takes 80 bytes a clock instead of 47, and
@@ -38,7 +36,7 @@
 //                           products run; costs the registers of a second tile
 //   kMaySkip                a tile may have no rows (has_rows), and is then left out
 //   kDefersStore            results are rounded into registers and stored while the first products
-//                           of the next tile run, see below
+//                           of the next tile run, see above
 //   kAllowsNextKernel       the next kernel may start (programmatic dependent launch)
 //   kFences                 operands are written by cp.async: consumers fence the async proxy
 //   kProducerRegisters, kConsumerRegisters, kProducerWarps, kFullArrivals
