@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -199,11 +200,10 @@ def timed_parts(model: nn.Module) -> Iterator[dict[str, float]]:
         seconds[ATTENTION] += time.perf_counter() - start
         return out
 
-    F.scaled_dot_product_attention = timed_attention
     try:
-        yield seconds
+        with mock.patch.object(F, "scaled_dot_product_attention", timed_attention):
+            yield seconds
     finally:
-        F.scaled_dot_product_attention = attention
         for hook in hooks:
             hook.remove()
 

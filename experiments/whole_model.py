@@ -378,7 +378,8 @@ def make_sparse_(model: Bagel, config: BagelConfig) -> None:
     blocks = Bagel(config, device="meta", dtype=model.dtype).language_model.model.layers
     for index in config.llm.sparse_layers("gen"):
         layer: Any = model.language_model.model.layers[index]
-        block, dense = blocks[index].mlp_moe_gen, layer.mlp_moe_gen
+        block: Any = blocks[index].mlp_moe_gen
+        dense = layer.mlp_moe_gen
         for name in PROJECTIONS:
             setattr(block, name, getattr(dense, name).weight)
         fill_randomly(block, torch.device("cpu"))
