@@ -180,7 +180,7 @@ def record_launches(capability: int) -> list[Launch]:
     y = ops.grouped_ffn_combine(*arguments)
     torch.autograd.backward([y, logits], [torch.empty_like(y), torch.empty_like(logits)])
     set_variant("grad_multicast=on")
-    y = ops.grouped_ffn_combine(*(a.detach() if a is topk_logits else a for a in arguments))
+    y = ops.grouped_ffn_combine(x, topk_logits.detach(), *arguments[2:])
     torch.autograd.grad(y, x, torch.empty_like(y))
     kept = torch.arange(0, width // 64, 2, dtype=torch.int32)
     with torch.inference_mode():

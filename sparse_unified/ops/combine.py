@@ -15,8 +15,8 @@ def combine(
 ) -> Tensor:
     """Brings rows back to tokens: out[t] = sum_k w[t, k] * y[token_rows[t, k]].
 
-    w = weight_offset + weights. Accumulates in fp32 in the order of k and rounds once. Has no gradient: with one wanted, call
-    `grouped_ffn_combine`; a backward pass raises.
+    w = weight_offset + weights. Accumulates in fp32 in the order of k and rounds once. Has no
+    gradient: with one wanted, call `grouped_ffn_combine`; a backward pass raises.
 
     Args:
         y: rows [R, D]; fp32, bf16 or fp16.
