@@ -74,15 +74,12 @@ def attack(word: str) -> tuple[str, str, str]:
 
 CPU_KERNELS = (
     cpu("cpu/combine.cpp", "acc += token.weight(k) * load(", "acc -= token.weight(k) * load("),
-    cpu("cpu/combine.cpp", "weights != nullptr ? weights[k] : 1.0f", "1.0f", *k("combine")),
+    cpu("cpu/combine.cpp", "weight_offset + weights[k] : 1.0f", "weights[k] : 1.0f", *k("combine")),
     cpu(
         "cpu/combine.cpp",
-        "slot < (token + 1) * params.top_k",
-        "slot < (token + 1) * params.top_k - 1",
-        *k("permute_and_combine"),
-    ),
-    cpu(
-        "cpu/combine.cpp", "params.weights[slot], grad_y", "1.0f, grad_y", *k("permute_and_combine")
+        "scale(grad_out, params.weights[row]",
+        "scale(grad_out, 1.0f",
+        *k("gradients_of_experts"),
     ),
     cpu("cpu/permute.cpp", "params.x.columns % kLineBytes == 0 &&", "true &&", *k("caches")),
     cpu("cpu/permute.cpp", "y + rows[k] * row_bytes", "y + rows[0] * row_bytes", *k("permute")),
@@ -411,9 +408,9 @@ CUDA_KERNELS = (
 
 PACKAGE = (
     python(
-        "ops/grouped_ffn.py",
-        "any(needs[3:6])",
-        "any(needs[3:5])",
+        "ops/grouped_ffn_combine.py",
+        "(5, 6, 7)",
+        "(5, 7, 6)",
         *k("each_argument"),
     ),
     python(
@@ -423,7 +420,7 @@ PACKAGE = (
         *k("opcheck"),
     ),
     python("ops/registration.py", 'refuse_gradient(f"{op}_backward")', "", *k("second")),
-    python("nn/sparse_moe.py", "weights = 1 + topk_logits", "weights = topk_logits", MOE),
+    python("nn/sparse_moe.py", "*experts, 1.0)", "*experts)", MOE),
     python(
         "nn/sparse_moe.py",
         "return y + y * weight.to(y.dtype)",

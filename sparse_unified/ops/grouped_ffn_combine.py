@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparse_unified.ops.registration import (
     call_ffn,
@@ -54,6 +56,9 @@ def grouped_ffn_combine(
     """
     indices = (row_token, token_rows, expert_offsets)
     arguments = (x, weights, *indices, gate_proj, up_proj, down_proj, weight_offset)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:  # a step of inference
+        y: Tensor = torch.ops.sparse_unified.grouped_ffn_combine(*arguments)
+        return y
     return call_ffn("grouped_ffn_combine", arguments, recompute=recompute)
 
 
