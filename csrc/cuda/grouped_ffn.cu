@@ -166,13 +166,11 @@ cudaError_t backward_sm90a(const GroupedFfnBackwardCudaParams& params, const Dev
       grouped_ffn_grad_hidden_sm90a(params, device, options, workspace.grad_gate, workspace.grad_up,
                                     workspace.hidden, factors, stream);
   if (error != cudaSuccess) return error;
-  if (params.grad_rows != nullptr) {
-    error = grouped_ffn_grad_rows_sm90a(params, device, options, workspace.grad_gate,
-                                        workspace.grad_up, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return grouped_ffn_grad_weights_sm90a(params, device, options, workspace.grad_gate,
-                                        workspace.grad_up, workspace.hidden, stream);
+  error = grouped_ffn_grad_weights_sm90a(params, device, options, workspace.grad_gate,
+                                         workspace.grad_up, workspace.hidden, stream);
+  if (error != cudaSuccess || params.grad_rows == nullptr) return error;
+  return grouped_ffn_grad_rows_sm90a(params, device, options, workspace.grad_gate,
+                                     workspace.grad_up, stream);
 }
 
 std::string params_refusal(const GroupedFfnCudaParams& params, const DeviceInfo& device) {
