@@ -291,7 +291,7 @@ def variant_suite(
     device: torch.device,
     variants: Sequence[str] | None = None,
 ) -> Suite:
-    """grouped_ffn, or pruned_ffn of a case with blocks, in each configuration of its kernels.
+    """The experts, or pruned_ffn of a case with blocks, in each configuration of the kernels.
 
     Each is compared with the chosen one before it is timed. `set_variant(CHOSEN)` afterwards.
 
@@ -305,7 +305,7 @@ def variant_suite(
         module = PrunedFfn(dense, case.block_size, case.num_blocks // 2)
         run = _op_call(module, direction, xs, tuple(module.parameters()))
     else:
-        op = formula = "grouped_ffn"
+        op = formula = "grouped_ffn" if direction == "fwd" else "grouped_ffn_combine"
         with torch.no_grad():
             runs, leaves = op_calls(case, xs[0])[op]
         run = _op_call(runs[OURS], direction, xs, leaves)

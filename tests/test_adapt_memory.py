@@ -117,7 +117,8 @@ def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, stage: st
     assert of_pass(model).activations == kept
     inputs = saved_bytes(model, checkpointing=True)
     with_one_layer = of_pass(model, checkpointing=True).activations
-    assert inputs + kept / 7 < with_one_layer < inputs + kept / 4
+    # The largest layer is a dense one: sparse ones keep less.
+    assert inputs + kept / 7 < with_one_layer < inputs + kept / 3
 
 
 FAST, HOST = "expert_frozen, gen", {"optimizer_device": "cpu"}

@@ -89,9 +89,9 @@ def test_backward_counts_the_products_it_repeats_and_the_rows_it_moves() -> None
     assert work("sparse_ffn", SMALL, torch.float32, "fwd_bwd").flops == 3 * WORK.flops
     assert work("sparse_ffn", SMALL, torch.float32, "fwd_bwd_frozen").flops == 2 * WORK.flops
     rows, tokens = (4 * SMALL.hidden_size * n for n in (SMALL.rows, SMALL.tokens))
-    for op, moved in (("permute", 2 * (tokens + rows)), ("combine", 2 * tokens + 3 * rows)):
-        indices = work(op, SMALL, torch.float32, "fwd_bwd").bytes - moved
-        assert 0 < indices < 0.1 * moved
+    moved = 2 * (tokens + rows)
+    indices = work("permute", SMALL, torch.float32, "fwd_bwd").bytes - moved
+    assert 0 < indices < 0.1 * moved
 
 
 def test_cases_have_whole_experts_and_blocks_and_cuda_measures_bagel() -> None:

@@ -100,7 +100,7 @@ def test_pictures_are_edited_and_steps_extrapolated(pipeline: BagelDiffusionPipe
     [
         ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent, got 'jpg'"),
         ({"height": 32}, "height and width must be given together, got 32 and None"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        ({"num_images_per_prompt": 0}, "at least one prompt"),
         ({"generator": [torch.Generator()] * 2}, "generator must be one torch.Generator or 1"),
     ],
 )

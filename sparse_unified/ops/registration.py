@@ -154,7 +154,8 @@ def register_ffn_autograd(op: str, leaves: Sequence[Sequence[int]]) -> None:
 
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         count = len(names) - 1
-        tensors, activations = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # NOTE: once; checkpointing refuses a second look
+        tensors, activations = saved[:count], saved[count:]
         if not activations:
             activations = getattr(ours, f"{op}_train")(*tensors, ctx.number)[1:]
         needs = ctx.needs_input_grad
