@@ -191,6 +191,7 @@ def timed_parts(model: nn.Module) -> Iterator[dict[str, float]]:
                     module.register_forward_pre_hook(begin),
                     module.register_forward_hook(end),
                 ]
+    functional: Any = F
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def timed_attention(*tensors: Tensor, **options: Any) -> Tensor:
@@ -199,11 +200,11 @@ def timed_parts(model: nn.Module) -> Iterator[dict[str, float]]:
         seconds[ATTENTION] += time.perf_counter() - start
         return out
 
-    F.scaled_dot_product_attention = timed_attention
+    functional.scaled_dot_product_attention = timed_attention
     try:
         yield seconds
     finally:
-        F.scaled_dot_product_attention = attention
+        functional.scaled_dot_product_attention = attention
         for hook in hooks:
             hook.remove()
 
