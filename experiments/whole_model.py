@@ -375,7 +375,8 @@ def packed_model(config: BagelConfig, storage: str) -> Bagel:
 
 def make_sparse_(model: Bagel, config: BagelConfig) -> None:
     """Lets the generation FFNs of a dense model be the experts of a sparse one's, in place."""
-    blocks = Bagel(config, device="meta", dtype=model.dtype).language_model.model.layers
+    sparse = Bagel(config, device="meta", dtype=model.dtype)
+    blocks: Any = sparse.language_model.model.layers
     for index in config.llm.sparse_layers("gen"):
         layer: Any = model.language_model.model.layers[index]
         block: Any = blocks[index].mlp_moe_gen

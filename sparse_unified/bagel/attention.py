@@ -58,9 +58,9 @@ class KVCache:
         past_key, past_value = self.keys[layer], self.values[layer]
         joined = []
         for past, parts in ((past_key, keys), (past_value, values)):
-            rows = [part.transpose(1, 2) for part in parts]
+            rows = tuple(part.transpose(1, 2) for part in parts)
             if past is not None:
-                rows.insert(0, past[None])
+                rows = (past[None], *rows)
             joined.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
         key, value = joined
         if extend:
@@ -271,7 +271,7 @@ class MoTAttention(nn.Module):
         [U, D] or gen [G, D], is None where it has no tokens, or they skip this attention."""
         part: Any = self._modules
         heads = (-1, self.head_dim)
-        split: dict[str, list[tuple[Tensor, ...]]] = {}  # queries, keys, values of each group
+        split: dict[str, tuple[tuple[Tensor, ...], ...]] = {}  # queries, keys, values of each group
         reads: dict[str, Sequence[int]] = {}
         num_kv_heads = 0
         for stream, x, angles in ((UND, und, packing.und_angles), (GEN, gen, packing.gen_angles)):
@@ -287,19 +287,19 @@ class MoTAttention(nn.Module):
             # Splits: the gradients of slices would each be a tensor of the whole stream.
             query, key = turned.split([query.shape[1], num_kv_heads], dim=1)
             rows = packing.rows[stream]
-            split[stream] = [part.split(rows) for part in (query, key, value)]
+            split[stream] = tuple(part.split(rows) for part in (query, key, value))
             reads[stream] = key_heads_read(q_proj, num_kv_heads)
         mixed: dict[str, list[Tensor]] = {stream: [] for stream in split}
         for i, group in enumerate(packing.groups):
             own = {}
             for stream, parts in split.items():
                 if group.lengths[stream]:
-                    mine = [part[i] for part in parts]
+                    mine = tuple(part[i] for part in parts)
                     if group.padding is not None:
                         places = group.padding[stream].rows
-                        mine = [part.index_select(0, places) for part in mine]
+                        mine = tuple(part.index_select(0, places) for part in mine)
                     sizes = (group.count, group.lengths[stream])
-                    own[stream] = [part.unflatten(0, sizes) for part in mine]
+                    own[stream] = tuple(part.unflatten(0, sizes) for part in mine)
             if own:
                 self._attend(own, reads, num_kv_heads, group, packing.extend, mixed)
         outs: dict[str, Tensor] = {}
