@@ -192,7 +192,6 @@ def timed_parts(model: nn.Module) -> Iterator[dict[str, float]]:
                     module.register_forward_pre_hook(begin),
                     module.register_forward_hook(end),
                 ]
-    functional: Any = F
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def timed_attention(*tensors: Tensor, **options: Any) -> Tensor:
