@@ -256,7 +256,7 @@ def test_a_short_sum_takes_the_medium_tile() -> None:
     """The down-projection of h = 592: 19 steps, too few to hide the start of one large block."""
     EMULATION.set_device(80, 8)  # so that there are several rounds of tiles
     for width, tile in ((592, "<128, 128, 32"), (1184, "<128, 256, 32")):
-        problem = grouped_problem(600, 1024, 2, width, 1, torch.bfloat16)
+        problem = grouped_problem(600, 1024, 2, width, 1, torch.bfloat16).rows
         with recorded() as launches:
             problem.call()
         up, down = launches
