@@ -335,7 +335,7 @@ def run_experts(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0,
     active: str = "",
 ) -> Tensor:
     """Returns sum_k w[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D].

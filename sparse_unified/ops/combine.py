@@ -11,7 +11,7 @@ from sparse_unified.ops.registration import refuse_gradient, refuse_tangents, re
 
 
 def combine(
-    y: Tensor, weights: Tensor | None, token_rows: Tensor, weight_offset: float = 0.0
+    y: Tensor, weights: Tensor | None, token_rows: Tensor, weight_offset: float = 0
 ) -> Tensor:
     """Brings rows back to tokens: out[t] = sum_k w[t, k] * y[token_rows[t, k]].
 

@@ -57,7 +57,7 @@ def expert_ffn(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0,
 ) -> Tensor:
     """x [T, D], weights and topk_idx [T, K] -> y [T, D]; sort, grouped FFN and combine.
 

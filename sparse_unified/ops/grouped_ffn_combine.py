@@ -31,7 +31,7 @@ def grouped_ffn_combine(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    weight_offset: float = 0.0,  # NOTE: 0.0 would be a symbol to torch.compile(dynamic=True)
+    weight_offset: float = 0,  # NOTE: 0.0 would be a symbol to torch.compile(dynamic=True)
     *,
     recompute: bool = False,
 ) -> Tensor:

@@ -44,7 +44,7 @@ def permute(x: Tensor, row_token: Tensor) -> Tensor:
 
 
 def combine(
-    y: Tensor, weights: Tensor | None, token_rows: Tensor, weight_offset: float = 0.0
+    y: Tensor, weights: Tensor | None, token_rows: Tensor, weight_offset: float = 0
 ) -> Tensor:
     """y [R, D], weights [T, K], token_rows [T, K] -> [T, D], sum of (offset + weight) * row."""
     rows = _wide(y)[token_rows.long()]  # [T, K, D]
