@@ -27,8 +27,8 @@ class BuildInfo(Report):
         cuda_driver: newest CUDA that the driver runs, "none" without a driver or in a CPU build.
         instruction_sets: that the CPU kernels were compiled for.
         instruction_set: that they run.
-        cpu_ffn_dtypes: what the CPU's FFN kernels take; torch's products run the others.
-        cpu_ffn_kernels: the same, each with the instructions that multiply it: "bfloat16 (AMX)".
+        cpu_ffn_kernels: what the CPU's FFN kernels take, with the instructions that multiply it:
+            "bfloat16 (AMX)"; torch's products run the others.
         devices: "cuda:0: NAME, 9.0" of each GPU that torch sees, and whether its bf16 experts run
             on torch's grouped_mm.
         problems: what does not fit together; empty when everything does.
@@ -49,7 +49,6 @@ class BuildInfo(Report):
     cuda_architectures: tuple[str, ...]
     instruction_sets: tuple[str, ...]
     instruction_set: str
-    cpu_ffn_dtypes: tuple[str, ...]
     cpu_ffn_kernels: tuple[str, ...]
     torch: str
     torch_cuda: str
@@ -96,9 +95,8 @@ def build_info() -> BuildInfo:
     built = facts["library_version"] = facts.pop("version")
     facts["threads"] = int(facts["threads"])
     facts["instruction_sets"] = tuple(facts["instruction_sets"].split(", "))
-    for fact in ("cpu_ffn_dtypes", "cpu_ffn_kernels"):
-        listed = facts[fact]
-        facts[fact] = () if listed == "none" else tuple(listed.split(", "))
+    listed = facts["cpu_ffn_kernels"]
+    facts["cpu_ffn_kernels"] = () if listed == "none" else tuple(listed.split(", "))
     listed = facts["cuda_architectures"]
     architectures = facts["cuda_architectures"] = () if listed == "none" else tuple(listed.split())
     problems = []

@@ -93,19 +93,29 @@ def test_state_takes_the_bytes_it_was_said_to_and_gradients_come_few_at_a_time(
     assert optimizer.gradient_norm() > 0
 
 
-def saved_bytes(model: Bagel, *, checkpointing: bool) -> int:
-    """Returns the bytes of all storages that a forward pass keeps for backward."""
+def saved_bytes(model: Bagel, *, checkpointing: bool) -> list[int]:
+    """Returns the bytes of all storages that a forward pass keeps for backward.
+
+    Those of each layer, of the first with what comes before it, and what comes behind the last.
+    """
     seen: dict[int, Tensor] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    counts = [0]
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            seen[tensor.untyped_storage().data_ptr()] = tensor  # held, so no address comes twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = tensor  # held, so no address comes twice
+            counts[-1] += storage.nbytes()
         return tensor
 
+    layers = model.language_model.model.layers
+    hooks = [layer.register_forward_hook(lambda *_: counts.append(0)) for layer in layers]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         training_forward(model, largest_batch(model, IMAGE, 2), checkpointing=checkpointing)
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    for hook in hooks:
+        hook.remove()
+    return counts
 
 
 @pytest.mark.parametrize(
@@ -113,12 +123,10 @@ def saved_bytes(model: Bagel, *, checkpointing: bool) -> int:
 )
 def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, stage: str) -> None:
     model = model_of(stage, dtype)
-    kept = saved_bytes(model, checkpointing=False)
-    assert of_pass(model).activations == kept
-    inputs = saved_bytes(model, checkpointing=True)
-    with_one_layer = of_pass(model, checkpointing=True).activations
-    # The largest layer is a dense one: sparse ones keep less.
-    assert inputs + kept / 7 < with_one_layer < inputs + kept / 3
+    *layers, behind = saved_bytes(model, checkpointing=False)
+    assert of_pass(model).activations == sum(layers) + behind
+    inputs = sum(saved_bytes(model, checkpointing=True))
+    assert of_pass(model, checkpointing=True).activations == inputs + max(layers)
 
 
 FAST, HOST = "expert_frozen, gen", {"optimizer_device": "cpu"}

@@ -32,33 +32,34 @@ def frozen() -> dict[str, Any]:
     return json.loads((FROZEN / "behaviour.json").read_text())
 
 
-def differences(old: Any, new: Any, at: str = "") -> list[str]:
+def differences(old: Any, new: Any, at: str = "", rounding: float = 1e-3) -> list[str]:
     """Lists where two JSON values differ; floats may differ by rounding.
 
-    What is itself a rounding error, and what is allowed of it, differs from processor to processor:
-    it stays within a factor of two.
+    `rounding` is how far apart, relatively, errors of rounding may be, and what is allowed of them.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         found = [f"{at}/{key}: only on one side" for key in sorted(old.keys() ^ new.keys())]
         return found + [
-            d for k in old.keys() & new for d in differences(old[k], new[k], f"{at}/{k}")
+            d for k in old.keys() & new for d in differences(old[k], new[k], f"{at}/{k}", rounding)
         ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
             d
             for i, (o, n) in enumerate(zip(old, new, strict=True))
-            for d in differences(o, n, f"{at}/{i}")
+            for d in differences(o, n, f"{at}/{i}", rounding)
         ]
     if isinstance(old, float) and isinstance(new, (int, float)):
-        is_rounding = at.endswith(("/max_error", "/tolerance"))
-        rel = 0.5 if is_rounding else 1e-3
+        rel = rounding if at.endswith(("/max_error", "/tolerance")) else 1e-3
         return [] if new == pytest.approx(old, rel=rel, abs=1e-5) else [f"{at}: {old} -> {new}"]
     return [] if old == new else [f"{at}: {old!r:.80} -> {new!r:.80}"]
 
 
 @pytest.mark.parametrize("kind", ["files", "reports", "numbers"])
 def test_commands_write_what_they_wrote(kind: str, recorded: dict, frozen: dict) -> None:
-    assert differences(frozen[kind], recorded[kind]) == []
+    # The largest of many rounding errors moves by some percent with the order of the sums.
+    is_same = frozen["signature"] == recorded["signature"]
+    rounding = 1e-3 if is_same else 0.25
+    assert differences(frozen[kind], recorded[kind], rounding=rounding) == []
 
 
 def test_on_one_machine_bits_stay(recorded: dict, frozen: dict) -> None:

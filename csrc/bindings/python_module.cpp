@@ -68,14 +68,14 @@ using sparse_unified::instruction_sets_compiled;
 using sparse_unified::prefers_ffn_cpu;
 
 // What the FFN kernels are the fastest way for on this processor, and the instructions they use.
-std::string cpu_ffn_dtypes(bool with_level) {
+std::string cpu_ffn_kernels() {
   std::string names;
   for (const auto& [dtype, name] : {std::pair{DType::kFloat32, "float32"},
                                     {DType::kBFloat16, "bfloat16"},
                                     {DType::kFloat16, "float16"}}) {
     if (!prefers_ffn_cpu(dtype)) continue;
-    names += std::string(names.empty() ? "" : ", ") + name;
-    if (with_level) names += std::string(" (") + ffn_level_name(ffn_level(dtype)) + ")";
+    names += std::string(names.empty() ? "" : ", ") + name + " (" +
+             ffn_level_name(ffn_level(dtype)) + ")";
   }
   return names.empty() ? "none" : names;
 }
@@ -97,8 +97,7 @@ std::vector<std::pair<const char*, std::string>> build_facts() {
       {"cuda_architectures", SPARSE_UNIFIED_CUDA_ARCHITECTURES},
       {"instruction_sets", instruction_sets_compiled()},
       {"instruction_set", instruction_set_used()},
-      {"cpu_ffn_dtypes", cpu_ffn_dtypes(false)},
-      {"cpu_ffn_kernels", cpu_ffn_dtypes(true)},
+      {"cpu_ffn_kernels", cpu_ffn_kernels()},
       {"threads", std::to_string(torch::stable::get_num_threads())},
   };
 }

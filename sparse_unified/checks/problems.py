@@ -316,11 +316,20 @@ def assert_as_good_as_torch(out: Tensor, torch_out: Tensor, ref32: Tensor) -> No
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-def assert_gradients(own: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Relative error below what a few dozen roundings of the dtype make of it."""
+def assert_gradients(
+    own: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    dtype: torch.dtype,
+    leaves: Sequence[Tensor] | None = None,
+) -> None:
+    """Relative error below what a few dozen roundings of the dtype make of it.
+
+    Gradients have that dtype, or those of the leaves.
+    """
+    dtypes = [dtype] * len(own) if leaves is None else [leaf.dtype for leaf in leaves]
     for position, (gradient, expected) in enumerate(zip(own, exact, strict=True)):
         assert gradient.shape == expected.shape
-        assert gradient.dtype in (dtype, torch.float32)
+        assert gradient.dtype == dtypes[position]
         error = (gradient.double() - expected).norm()
         note_error((error / expected.norm().clamp_min(1e-30)).item())
         allowed = 16 * torch.finfo(dtype).eps * expected.norm()

@@ -16,9 +16,9 @@ from sparse_unified.ops.backend import CPU_REFUSAL
 # Fewer tokens leave most of the kernel's vectors empty.
 _KERNEL_TOKENS = 8
 _KERNEL_DTYPES = [
-    getattr(torch, name)
-    for name in _library.module.build_info()["cpu_ffn_dtypes"].split(", ")
-    if name != "none" and CPU_REFUSAL is None
+    getattr(torch, kernel.split(" (")[0])
+    for kernel in _library.module.build_info()["cpu_ffn_kernels"].split(", ")
+    if kernel != "none" and CPU_REFUSAL is None
 ]
 _BLOCK_SIZES = (128, 112, 96, 80, 64, 48, 32, 16)
 
