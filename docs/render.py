@@ -147,8 +147,8 @@ def resource_section() -> list[str]:
         f"[resources.json](resources.json). nvcc {content['nvcc']}.",
         "",
         "Counted, not measured on a GPU: the forward of a sparse block without gradients is 27",
-        "Python frames, 14 calls of torch's dispatcher (27 before its memory came from the shim)",
-        "and 7 launches, about 50 us of the host with 2.2 us assumed for a launch.",
+        "Python frames, 13 calls of torch's dispatcher (27 before its memory came from the shim)",
+        "and 6 launches: by estimate at most 50 us of the host, with 2.2 us assumed for a launch.",
         "",
         *table([*head, "instructions"], rows()),
     ]

@@ -81,7 +81,7 @@ class Family:
         name: "sm90a", "sm80", "cpu" or "torch".
         num_passed: checks.
         largest_error: relative, of all that was compared.
-        over_dense: direction -> time of a dense FFN over that of the sparse one; empty without.
+        over_dense: direction -> time of torch's dense FFN over the sparse one's; empty without.
         failure: the first check that failed, and how; "" without one.
     """
 
@@ -96,7 +96,9 @@ class Family:
         """The whole in words."""
         if self.failure:
             return f"fails {self.failure}"
-        times = [f"{ratio:.2f}x dense {name}" for name, ratio in self.over_dense.items()]
+        times = [
+            f"{ratio:.2f}x torch's dense FFN {name}" for name, ratio in self.over_dense.items()
+        ]
         passed = f"passes {self.num_passed} checks"
         return ", ".join([passed, f"error at most {self.largest_error:.1e}", *times])
 
@@ -151,7 +153,10 @@ class Diagnosis(Report):
                 f.name,
                 f.num_passed,
                 f"{f.largest_error:.1e}",
-                *(f"{f.over_dense[n]:.2f}x dense" if n in f.over_dense else "-" for n in _TIMED),
+                *(
+                    f"{f.over_dense[n]:.2f}x torch's dense" if n in f.over_dense else "-"
+                    for n in _TIMED
+                ),
                 "failed" if f.failure else "runs" if f.name == self.runs else "right",
             )
             for f in self.families
