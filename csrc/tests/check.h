@@ -142,7 +142,7 @@ struct Traits<Float16> {
   // Rounds toward zero; values of a normal half only.
   static Float16 stored(double value) {
     if (value == 0) return {0};
-    int exponent;
+    int exponent = 0;  // which frexp sets, unseen by the compiler
     const double fraction = std::frexp(std::abs(value), &exponent);  // [0.5, 1)
     const auto mantissa = static_cast<uint16_t>((2 * fraction - 1) * 1024);
     const auto biased = static_cast<uint16_t>(exponent - 1 + 15);
