@@ -420,7 +420,7 @@ PACKAGE = (
         *k("opcheck"),
     ),
     python("ops/registration.py", 'refuse_gradient(f"{op}_backward")', "", *k("second")),
-    python("nn/sparse_moe.py", "*experts, 1.0)", "*experts)", MOE),
+    python("nn/sparse_moe.py", "*maps, *experts, weight_offset)", "*maps, *experts)", MOE),
     python(
         "nn/sparse_moe.py",
         "return y + y * weight.to(y.dtype)",

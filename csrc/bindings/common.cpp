@@ -85,10 +85,14 @@ void multiply(AOTITorchError error, const Tensor& a, const Tensor& b) {
 }
 
 // Whether torch's own GEMM would be slow for this dtype, and there are rows enough to repay a copy
-// of the other matrix.
+// of the other matrix; or would be wrong: on AMX tiles it multiplies what lies behind a row of bf16
+// by zeros, and the sum is NaN where that is NaN.
 bool multiplies_in_fp32(const Tensor& a) {
   constexpr int64_t kLeastRows = 8;
-  return a.size(0) >= kLeastRows && !has_arithmetic(dtype_of(a));
+  constexpr int64_t kTileColumns = 32;
+  const bool reads_beyond =
+      a.scalar_type() == ScalarType::BFloat16 && a.stride(1) == 1 && a.size(1) % kTileColumns != 0;
+  return reads_beyond || (a.size(0) >= kLeastRows && !has_arithmetic(dtype_of(a)));
 }
 
 // Whether a handful of rows is multiplied by the transpose of a matrix with dense rows.

@@ -145,6 +145,18 @@ def importance_is_as_exact_as_torch(
         assert ((num_fired - exact_fired).abs() <= allowed_fired).all()
 
 
+@check(*grid(dtype=DTYPES, hidden_size=(17, 33, 38)), on=(CPU, CUDA))
+def importance_reads_no_token_but_its_own(
+    device: torch.device, dtype: torch.dtype, hidden_size: int
+) -> None:
+    """A NaN of a token of weight 0 stays out, also where rows end within a tile of a processor."""
+    v = grouped_values(37, hidden_size, 1, 32, 1, dtype, device=device)
+    weights = torch.ones(37, device=device)
+    v["x"][20], weights[20] = torch.nan, 0
+    sums = ops.ffn_importance(v["x"], v["gate_proj"], v["up_proj"], 0.1, weights)
+    assert all(sum_.isfinite().all() for sum_ in sums)
+
+
 @check(on=(CPU, CUDA))
 def importance_counts_what_is_above_the_threshold(device: torch.device) -> None:
     """silu passes a gate of 32 on whole: h is exactly 32 * 0.5. Parts and threads round alike."""
