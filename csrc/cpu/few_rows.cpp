@@ -39,11 +39,12 @@ SPARSE_UNIFIED_INLINE Float tail(const float* row, int64_t length, const Int& la
   return last ? value : Float{};
 }
 
-// The products of all rows of a and kColumns rows of b from row j on. The rows of b that follow are
-// asked for, since they may begin anywhere in memory. `last` is true in the lanes of a row's last
-// 16 values that are in none of the whole vectors before.
+// The products of all rows of a, whose tails are given, and kColumns rows of b from row j on. The
+// rows of b that follow are asked for, since they may begin anywhere in memory. `last` is true in
+// the lanes of a row's last 16 values that are in none of the whole vectors before.
 template <int64_t kRows, int64_t kColumns>
-SPARSE_UNIFIED_INLINE void dot_rows(const FewRowsParams& params, const Int& last, int64_t j) {
+SPARSE_UNIFIED_INLINE void dot_rows(const FewRowsParams& params, const Float* tails,
+                                    const Int& last, int64_t j) {
   const int64_t length = params.a.columns;
   const int64_t whole = length / kLanes * kLanes;
   const float* a[kRows];
@@ -65,11 +66,10 @@ SPARSE_UNIFIED_INLINE void dot_rows(const FewRowsParams& params, const Int& last
   }
 #pragma GCC unroll 8
   for (int64_t c = 0; c < kColumns; ++c) {
+    const Float b_tail = whole < length ? tail(b[c], length, last) : Float{};
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kRows; ++i) {
-      Float sum = sums[c][i];
-      if (whole < length) sum += tail(a[i], length, last) * tail(b[c], length, last);
-      params.out[i * params.out_stride + j + c] = fold(sum);
+      params.out[i * params.out_stride + j + c] = fold(sums[c][i] + tails[i] * b_tail);
     }
   }
 }
@@ -80,11 +80,17 @@ SPARSE_UNIFIED_INLINE void multiply(const FewRowsParams& params) {
   Int last = {};
   const int64_t rest = params.a.columns % kLanes;
   for (int64_t lane = kLanes - rest; lane < kLanes; ++lane) last[lane] = -1;
+  Float tails[kRows] = {};
+  for (int64_t i = 0; rest != 0 && i < kRows; ++i) {
+    tails[i] = tail(params.a.row<float>(i), params.a.columns, last);
+  }
   int64_t j = 0;
   for (; j + kColumns <= params.b.rows; j += kColumns) {
-    dot_rows<kRows, kColumns>(params, last, j);
+    dot_rows<kRows, kColumns>(params, tails, last, j);
   }
-  for (; j < params.b.rows; ++j) dot_rows<kRows, 1>(params, last, j);
+  if constexpr (kColumns > 1) {
+    for (; j < params.b.rows; ++j) dot_rows<kRows, 1>(params, tails, last, j);
+  }
 }
 
 SPARSE_UNIFIED_MULTIVERSION void few_rows(const FewRowsParams& params) {

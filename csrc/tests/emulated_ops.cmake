@@ -22,6 +22,7 @@ foreach(variant ${emulation_variants})
   target_include_directories(${emulated_ops} SYSTEM PRIVATE ${torch_includes})
   target_compile_definitions(${emulated_ops} PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
   target_compile_options(${emulated_ops} PRIVATE -Wno-missing-field-initializers)
+  target_precompile_headers(${emulated_ops} PRIVATE csrc/bindings/common.h)
   target_link_directories(${emulated_ops} PRIVATE ${torch_libraries})
   target_link_libraries(${emulated_ops} PRIVATE sparse_unified_emulated_${variant}
                                                 sparse_unified_kernels torch torch_cpu c10)
