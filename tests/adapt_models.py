@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from moe_cases import GOLDEN
+from safetensors.torch import load_file
 
 from sparse_unified.adapt import SequenceConfig, Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.data import generation_sequence, understanding_sequence
@@ -73,6 +74,12 @@ def losses(trainer: Trainer, steps: int | None = None) -> list[float]:
 def logged(out: Path) -> list[float]:
     """Returns the losses that the run to a directory logged."""
     return [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
+
+
+def state_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the state that one process wrote."""
+    files = [load_file(path) for path in directory.glob("*.safetensors")]
+    return {key: tensor for tensors in files for key, tensor in tensors.items()}
 
 
 def picture(seed: int, height: int = 32, width: int = 40) -> bytes:

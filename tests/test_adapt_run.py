@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_models import logged, picture, write_folder
+from adapt_models import logged, picture, state_of, write_folder
 from refusals import refused
-from safetensors.torch import load_file
 
 from sparse_unified.adapt import RunConfig, Stage, TrainingConfig, adapt
 from sparse_unified.adapt.trainer import StepRecord
@@ -79,7 +78,7 @@ def test_command_writes_a_checkpoint_that_everything_reads(
     changed = {k for k in before.specs if not torch.equal(before.read(k), after.read(k))}
     assert not any(".experts." in key for key in changed)
     assert any(key.endswith("mlp_moe_gen.gate.weight") for key in changed)
-    tensors = load_file(Path(f"{out}.training") / "step-4" / "training.safetensors")
+    tensors = state_of(Path(f"{out}.training") / "step-4")
     for key in changed:
         assert torch.equal(after.read(key), tensors[f"ema.{key}"]), key
 
@@ -91,7 +90,7 @@ def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
     convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
     run = RunConfig(stage=Stage.FULL, checkpoint_every=4)
     adapt(tmp_path / "sparse", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
-    tensors = load_file(tmp_path / "out.training" / "step-4" / "training.safetensors")
+    tensors = state_of(tmp_path / "out.training" / "step-4")
     block = "language_model.model.layers.1.mlp_moe_gen"
     trained = Checkpoint(tmp_path / "out")
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
@@ -105,7 +104,7 @@ def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
     )
 
 
-@pytest.mark.parametrize("calls", [1500, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("calls", [60, pytest.param(15, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_goes_on_exactly(
     calls: int, root: Path, expected: list[float], tmp_path: Path
 ) -> None:
@@ -115,7 +114,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    assert found["killed"] >= (2 if calls > 1000 else 4)
+    assert found["killed"] >= (2 if calls == 60 else 8)
     assert found["losses"] == expected
     whole, resumed = Checkpoint(root / "whole"), Checkpoint(tmp_path / "out")
     for key in whole.specs:
@@ -139,7 +138,7 @@ def stopped(root: Path) -> Path:
 def change(running: Path, data: Path, what: str) -> None:
     """Damages a run with states of two steps, or changes its data."""
     if what == "tensors":
-        path = running / "step-2" / "training.safetensors"
+        (path,) = (running / "step-2").glob("*.safetensors")
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)

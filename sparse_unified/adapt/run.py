@@ -28,8 +28,10 @@ from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
 from sparse_unified.adapt.trainer import StepRecord, Trainer
+from sparse_unified.bagel.loading import load_bagel, local_reader
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
+from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files
 from sparse_unified.checkpoint.model_dir import find_model
 
@@ -240,7 +242,16 @@ def _prepare(
     source.experts  # noqa: B018  (refuses whatever disagrees)
 
     records = open_records(data)
-    pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)
+    tokenizer = Tokenizer.from_directory(source.directory)
+    built, vae = load_bagel(
+        source.directory,
+        device=run.device,
+        dtype=run.dtype,
+        special_tokens=tokenizer.special_tokens,
+        fill=False,  # each process reads what it trains, see Trainer
+    )
+    fill = local_reader(built, source.specs)
+    pipeline = BagelPipeline(built, vae, tokenizer)
     latents = running / "latents" / str(this_process()) if run.cache_latents else None
     dataset = ImageDataset(records, pipeline, run, latents)
     freeze(pipeline.model, run.stage, component=run.component)
@@ -256,7 +267,10 @@ def _prepare(
         },
         "records": records.fingerprint,
     }
-    return source, running, dataset, Trainer(pipeline.model, dataset, config, identity=identity)
+    trainer = Trainer(
+        pipeline.model, dataset, config, identity=identity, device=run.device, fill=fill
+    )
+    return source, running, dataset, trainer
 
 
 @contextmanager

@@ -133,6 +133,8 @@ class Trainer:
         dataset: what it is trained on, at least one sequence, see `SequenceDataset`.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
+        device: where a model on the meta device gets its memory, sharded before if it is.
+        fill: called then, to read the values of the rows that are in this process.
 
     Raises:
         ValueError: there is nothing to train, or the passes of a step do not divide over the
@@ -150,6 +152,8 @@ class Trainer:
         config: TrainingConfig,
         *,
         identity: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        fill: Callable[[], None] = lambda: None,
     ) -> None:
         if len(dataset) < 1:
             raise ValueError("Trainer: dataset must hold a sequence, got none")
@@ -165,9 +169,12 @@ class Trainer:
         self.steps_done = 0
         self._identity = dict(identity or {})
         self._pass = TrainingPass(model, config)
-        layers = model.language_model.model.layers
+        layers, place = model.language_model.model.layers, torch.device(device or model.device)
         if num_processes() > 1:
-            shard_(self._pass, layers)
+            shard_(self._pass, layers, place)
+        if model.llm2vae.weight.is_meta:
+            self._pass._apply(lambda t: torch.empty_like(t, device=place) if t.is_meta else t)
+            fill()
         self.optimizer = Optimizer(model, config)
         self._experts = [
             ((component, n), ffn.num_experts)
