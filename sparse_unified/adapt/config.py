@@ -167,6 +167,8 @@ class RunConfig:
         tensorboard: write event files too.
         cache_latents: encode every image once and keep its latent beside the states.
         max_damaged: records with a damaged image that a process skips; one more ends the run.
+        workers: loader workers of each process, which read, decode and resize the images of the
+            next step while a step runs (0: none, images are read between steps).
     """
 
     stage: Stage = Stage.EXPERT_FROZEN
@@ -182,6 +184,7 @@ class RunConfig:
     tensorboard: bool = False
     cache_latents: bool = False
     max_damaged: int = 10
+    workers: int = 2
 
     @context("RunConfig")
     def __post_init__(self) -> None:
@@ -193,6 +196,7 @@ class RunConfig:
             check_int("checkpoint_every", self.checkpoint_every, 1)
         check_int("keep", self.keep, 1)
         check_int("max_damaged", self.max_damaged, 0)
+        check_int("workers", self.workers, 0)
 
 
 _ROUTERS = ("gate", "gate_img", "gate_shared")

@@ -10,26 +10,32 @@ place in the run, so a run that is resumed, or on another number of processes, d
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import glob
 import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from sparse_unified._common import StrPath, naming, optional
 from sparse_unified.adapt.config import RunConfig, SequenceConfig
 from sparse_unified.analysis import samples
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image, to_rgb
+from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image, to_pixels, to_rgb
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import safetensors_io
@@ -132,7 +138,7 @@ def open_records(data: StrPath) -> Records:
             f"a .txt file each, got none of them in {len(files)} files"
         )
     rows = [fields for _, fields in found]
-    return Records(rows, lambda number: found[number][0], rows)
+    return Records(rows, [where for where, _ in found].__getitem__, rows)
 
 
 def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -174,7 +180,7 @@ def _open_shards(shards: Sequence[Path], builder: str) -> Records:
     except Exception as error:  # readers of tar members raise errors of many kinds
         rule = f"{_WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} shards"
         raise _unreadable(rule, error) from error
-    return Records(rows, lambda number: f"{shards[0].parent}: record {number}", known, shards)
+    return Records(rows, f"{shards[0].parent}: record {{}}".format, known, shards)
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +222,67 @@ def _open(value: Any) -> Image:
     return to_rgb(open_image(value if isinstance(value, Path) else io.BytesIO(value), where="data"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """What a loader worker makes of a record, or of the next one that can be read."""
+
+    task: Task | None  # None if no record could be read
+    texts: dict[str, str]
+    images: dict[str, Image]  # resized: for the VAE, as the record names them; `vit` for the ViT
+    damaged: dict[int, str]  # what is wrong with the records that could not be read
+
+
+class _Reader:
+    """Reads, decodes and resizes records, in the main process or in loader workers."""
+
+    def __init__(
+        self,
+        records: Records,
+        samples: Sequence[tuple[int, Task]],
+        for_vae: ImageTransform,
+        for_vit: ImageTransform,
+        max_damaged: int,
+    ) -> None:
+        self._records = records
+        self._samples = samples
+        self._for_vae = for_vae
+        self._for_vit = for_vit
+        self._max_damaged = max_damaged
+
+    def __getitem__(self, index: int) -> _Read:
+        damaged: dict[int, str] = {}
+        for place in range(len(self._samples)):
+            number, task = self._samples[(index + place) % len(self._samples)]
+            if number in damaged:
+                continue
+            try:
+                return self._resized(self._records.read(number), task, damaged)
+            except ValueError as error:
+                damaged[number] = str(error)
+                if len(damaged) > self._max_damaged:
+                    break
+        return _Read(task=None, texts={}, images={}, damaged=damaged)
+
+    def _resized(self, record: Mapping[str, Any], task: Task, damaged: dict[int, str]) -> _Read:
+        images = {name: self._for_vae.resize(record[name]) for name in _IMAGES if name in record}
+        # The ViT sees an image at the size that it has for the VAE.
+        if task is not Task.GENERATION:
+            seen = images["source" if task is Task.EDITING else "image"]
+            images["vit"] = self._for_vit.resize(seen)
+        texts = {name: record[name] for name in _TEXTS if name in record}
+        return _Read(task=task, texts=texts, images=images, damaged=damaged)
+
+
+def _start_worker(_: int) -> None:
+    """Lets a loader worker end with the process that it works for, whatever ends that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _as_it_is(read: _Read) -> _Read:
+    return read
+
+
 class ImageDataset:
     """A training sequence for each thing that a record can be used for.
 
@@ -248,9 +315,10 @@ class ImageDataset:
         self._run = run
         self._tokenizer = pipeline.tokenizer
         self.vae = pipeline.image_processor.vae
-        self._for_vae = _limited(pipeline.image_processor.for_vae, run.max_side)
-        self._for_vit = _limited(pipeline.image_processor.for_vit, run.max_side)
         self._cache = latent_cache
+        for_vae = _limited(pipeline.image_processor.for_vae, run.max_side)
+        for_vit = _limited(pipeline.image_processor.for_vit, run.max_side)
+        self._reader = _Reader(records, self.samples, for_vae, for_vit, run.max_damaged)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -261,17 +329,51 @@ class ImageDataset:
         In the place of a record that cannot be read comes the next one that can; ValueError if more
         than `max_damaged` cannot.
         """
-        record, task = self._next_record(index)
+        return self._assemble(self._reader[index], generator)
+
+    def in_order(
+        self, seed: int, batch_size: int, places: Sequence[int], step: int
+    ) -> Iterator[Sequence[Segment]]:
+        """Yields what stands at some places of every step, from one on, without an end.
+
+        Loader workers read, decode and resize the images of the next step meanwhile.
+        """
+        steps, workers = count(step), self._run.workers
+        order, ahead = tee((number, place) for number in steps for place in places)
+        positions = (number * batch_size + place for number, place in ahead)
+        loader: Any = DataLoader(
+            self._reader,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=(data_index(len(self), seed, position) for position in positions),
+            num_workers=workers,
+            prefetch_factor=max(2, -(-len(places) // workers)) if workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # of seeds that nothing draws from
+        )
+        for (number, place), read in zip(order, loader, strict=False):
+            yield self._assemble(read, sequence_generator(seed, number, place))
+
+    def _assemble(self, read: _Read, generator: torch.Generator) -> Sequence[Segment]:
+        for number, message in read.damaged.items():
+            if number not in self.damaged:
+                self.damaged[number] = message
+                _log.warning("%s; skipped", message)
+            if len(self.damaged) > self._run.max_damaged:
+                raise ValueError(
+                    f"{message}; {self._run.max_damaged} such records are skipped (--max-damaged)"
+                )
+        if read.task is None:
+            raise ValueError(f"{_WHERE}: a record must be readable, got none of {len(self)}")
         special = self._tokenizer.special_tokens
-        ids = {k: self._tokenizer.encode(record[k].strip()) for k in record.keys() & _TEXTS}
-        image = self._for_vae.resize(record["image"])  # at this size the ViT sees it, too
-        if task is Task.UNDERSTANDING:
-            pixels = [self._for_vit(image)]
+        ids = {name: self._tokenizer.encode(text.strip()) for name, text in read.texts.items()}
+        if read.task is Task.UNDERSTANDING:
+            pixels = [to_pixels(read.images["vit"])]
             return understanding_sequence(special, pixels, ids.get("question", ()), ids["answer"])
-        latent, sources = self._latent(image), []
-        if task is Task.EDITING:
-            before = self._for_vae.resize(record["source"])
-            sources = [ContextImage(latent=self._latent(before), vit_pixels=self._for_vit(before))]
+        latent, sources = self._latent(read.images["image"]), []
+        if read.task is Task.EDITING:
+            before, seen = self._latent(read.images["source"]), to_pixels(read.images["vit"])
+            sources = [ContextImage(latent=before, vit_pixels=seen)]
         config = self._run.sequences
         return generation_sequence(special, ids["text"], latent, generator, config, sources=sources)
 
@@ -286,23 +388,8 @@ class ImageDataset:
             first, of = next(iter(self.damaged.values())), len(self._records.tasks)
             raise ValueError(f"{first}; {len(self.damaged)} of {of} are damaged")
 
-    def _next_record(self, index: int) -> tuple[dict[str, Any], Task]:
-        for place in range(len(self)):
-            number, task = self.samples[(index + place) % len(self)]
-            try:
-                return self._records.read(number), task
-            except ValueError as error:
-                if number not in self.damaged:
-                    self.damaged[number] = str(error)
-                    _log.warning("%s; skipped", error)
-                if len(self.damaged) > self._run.max_damaged:
-                    raise ValueError(
-                        f"{error}; {self._run.max_damaged} such records are skipped (--max-damaged)"
-                    ) from error
-        raise ValueError(f"{_WHERE}: a record must be readable, got none of {len(self)}")
-
     def _latent(self, image: Image) -> Tensor:
-        pixels = self._for_vae(image)
+        pixels = to_pixels(image)
         if self._cache is None:
             return self._encode(pixels)
         digest = hashlib.sha256(f"{list(pixels.shape)}".encode())
@@ -352,6 +439,16 @@ def data_index(length: int, seed: int, position: int) -> int:
 def _permutation(length: int, seed: int, epoch: int) -> list[int]:
     order: list[int] = torch.randperm(length, generator=_generator(seed, _ORDER, epoch)).tolist()
     return order
+
+
+def in_order(
+    dataset: Any, seed: int, batch_size: int, places: Sequence[int], step: int
+) -> Iterator[Sequence[Segment]]:
+    """Yields the sequences of a dataset that stand at some places of every step, from one on."""
+    for number in count(step):
+        for place in places:
+            index = data_index(len(dataset), seed, number * batch_size + place)
+            yield dataset.sequence(index, sequence_generator(seed, number, place))
 
 
 def draw_time(generator: torch.Generator, shift: float = 1.0) -> float:
