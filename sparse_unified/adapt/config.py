@@ -166,6 +166,8 @@ class RunConfig:
         resume: go on from the latest state, if there is one.
         tensorboard: write event files too.
         cache_latents: encode every image once and keep its latent beside the states.
+        streaming: read shards as they come, through `datasets` but not into its cache on disk, and
+            shuffle them in blocks.
         max_damaged: records with a damaged image that a process skips; one more ends the run.
         workers: loader workers of each process, which read, decode and resize the images of the
             next step while a step runs (0: none, images are read between steps).
@@ -183,6 +185,7 @@ class RunConfig:
     resume: bool = False
     tensorboard: bool = False
     cache_latents: bool = False
+    streaming: bool = False
     max_damaged: int = 10
     workers: int = 2
 

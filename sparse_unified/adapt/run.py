@@ -23,7 +23,13 @@ import torch.distributed as dist
 
 from sparse_unified._common import Progress, Report, StrPath, context, optional
 from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
-from sparse_unified.adapt.data import ImageDataset, open_records, sequence_generator
+from sparse_unified.adapt.data import (
+    ImageDataset,
+    ImageStream,
+    open_records,
+    open_stream,
+    sequence_generator,
+)
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
@@ -210,14 +216,14 @@ def plan(
     _, running, dataset, trainer = _prepare(model, out, data, config, run)
     dataset.check()
     sequences = [
-        dataset.sequence(place % len(dataset), sequence_generator(config.seed, 0, place))
+        dataset.sequence(place % len(dataset.samples), sequence_generator(config.seed, 0, place))
         for place in range(config.batch_size // config.passes)
     ]
     states = list_states(running) if run.resume else []
     return Plan(
         sequences=dict(Counter(task.value for _, task in dataset.samples)),
         steps=config.steps,
-        epochs=config.steps * config.batch_size / len(dataset),
+        epochs=config.steps * config.batch_size / len(dataset.samples),
         passes=config.passes,
         resumes_from=int(states[-1].name.removeprefix("step-")) if states else 0,
         memory=estimate(
@@ -241,7 +247,7 @@ def _prepare(
         raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     source.experts  # noqa: B018  (refuses whatever disagrees)
 
-    records = open_records(data)
+    records: Any = open_stream(data) if run.streaming else open_records(data)
     tokenizer = Tokenizer.from_directory(source.directory)
     built, vae = load_bagel(
         source.directory,
@@ -253,7 +259,8 @@ def _prepare(
     fill = local_reader(built, source.specs)
     pipeline = BagelPipeline(built, vae, tokenizer)
     latents = running / "latents" / str(this_process()) if run.cache_latents else None
-    dataset = ImageDataset(records, pipeline, run, latents)
+    kind = ImageStream if run.streaming else ImageDataset
+    dataset = kind(records, pipeline, run, latents)
     freeze(pipeline.model, run.stage, component=run.component)
     identity = {
         "model": _fingerprint(source),
@@ -263,6 +270,7 @@ def _prepare(
         "data": {
             "tasks": None if run.tasks is None else sorted(run.tasks),
             "max_side": run.max_side,
+            "streaming": run.streaming,
             **asdict(run.sequences),
         },
         "records": records.fingerprint,

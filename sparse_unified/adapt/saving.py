@@ -84,8 +84,10 @@ def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any
     wait_for_all()
 
 
-def load_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> int:
-    """Fills the state of a run; each process reads its own part. Returns the step of the state.
+def load_state(
+    directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fills the state of a run; each process reads its own part. Returns what else it says.
 
     ValueError if a file is missing or damaged, or of another run; then nothing is filled.
     """
@@ -120,9 +122,8 @@ def load_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any
         )
     with _of_its_process():
         dcp.load(parts, storage_reader=reader, no_dist=num_processes() == 1)
-    step: int = found["step"]
-    optimizer.restored(step)
-    return step
+    optimizer.restored(found["step"])
+    return found
 
 
 def _parts(optimizer: Optimizer) -> dict[str, Any]:

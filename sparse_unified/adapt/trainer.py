@@ -260,7 +260,10 @@ class Trainer:
 
     def save(self, directory: StrPath) -> None:
         """Writes what `load` needs to go on exactly from here; see `saving.save_state`."""
-        save_state(directory, self.optimizer, self._facts())
+        facts = self._facts()
+        if isinstance(self.dataset, ImageDataset):
+            facts["place"] = self.dataset.place(self.steps_done * self.config.batch_size)
+        save_state(directory, self.optimizer, facts)
 
     def load(self, directory: StrPath) -> None:
         """Goes on from what `save` wrote, on any number of processes.
@@ -271,7 +274,10 @@ class Trainer:
         Raises:
             ValueError: it is damaged, of another model, other data or another configuration.
         """
-        self.steps_done = load_state(directory, self.optimizer, self._facts())
+        found = load_state(directory, self.optimizer, self._facts())
+        self.steps_done = found["step"]
+        if isinstance(self.dataset, ImageDataset):
+            self.dataset.go_on(found.get("place"))
         self._sequences, self._waiting = None, []
 
     def _facts(self) -> dict[str, Any]:
@@ -289,9 +295,8 @@ class Trainer:
         own = range(this_process(), config.passes, num_processes())
         if self._sequences is None:
             places = [place for n in own for place in range(n * size, (n + 1) * size)]
-            order = partial(in_order, self.dataset)
-            if isinstance(self.dataset, ImageDataset):
-                order = self.dataset.in_order
+            has_workers = isinstance(self.dataset, ImageDataset)
+            order: Any = self.dataset.in_order if has_workers else partial(in_order, self.dataset)
             self._sequences = order(config.seed, config.batch_size, places, self.steps_done)
         # A step that fails can be taken again.
         while len(self._waiting) < len(own):

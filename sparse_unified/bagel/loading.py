@@ -174,7 +174,7 @@ def local_reader(model: nn.Module, specs: Mapping[str, TensorSpec]) -> Callable[
     places = []
     for key, view in official_tensors(model).items():
         owner, name = owners[view.untyped_storage()._cdata]
-        row, column = divmod(view.storage_offset(), view.stride(0))
+        row, column = divmod(int(view.storage_offset()), view.stride(0))
         places.append((specs[key], owner, name, row, column))
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def add_adapt(parser: CommandParser) -> None:
 
     data = parser.add_argument_group("data")
     add_options(data, SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
-    add_options(data, RunConfig, "tasks max_side cache_latents max_damaged workers")
+    add_options(data, RunConfig, "tasks max_side cache_latents streaming max_damaged workers")
 
     optimizer = parser.add_argument_group("optimizer")
     add_options(
