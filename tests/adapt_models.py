@@ -118,3 +118,16 @@ def write_folder(folder: Path) -> Path:
         lines.append(json.dumps(record))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def write_parquet(folder: Path) -> Path:
+    import datasets
+
+    folder.mkdir()
+    kinds = dict.fromkeys(("text", "question", "answer"), datasets.Value("string"))
+    kinds |= dict.fromkeys(("image", "source"), datasets.Image())
+    rows = {name: [record.get(name) for record in records()] for name in kinds}
+    whole = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    for number in range(2):
+        whole.shard(2, number, contiguous=True).to_parquet(folder / f"{number}.parquet")
+    return folder

@@ -497,7 +497,8 @@ class ImageDataset:
 
     def _refuse_damaged(self) -> None:
         if self.damaged:
-            first, of = next(iter(self.damaged.values())), len(dict(self.samples))
+            first = self.damaged[min(self.damaged)]
+            of = len({*dict(self.samples), *self.damaged})
             raise ValueError(f"{first}; {len(self.damaged)} of {of} are damaged")
 
     def _latent(self, image: Image) -> Tensor:
@@ -547,9 +548,9 @@ class ImageStream(ImageDataset):
     def check(self) -> None:
         """Reads every record; raises ValueError that names the first damaged one."""
         self.samples.clear()
-        for number, *fields, task in self._once():
-            self.samples.append((number, task))
-            self.damaged |= self._reader[number, *fields, task].damaged
+        for sample in self._once():
+            self.samples.append((sample[0], sample[-1]))
+            self.damaged |= self._reader[sample].damaged
         self._refuse_damaged()
 
     def place(self, position: int) -> Any:
