@@ -39,7 +39,7 @@ from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import safetensors_io
-from sparse_unified.checkpoint.files import read_object, read_text, replace_file
+from sparse_unified.checkpoint.files import has_form, read_object, read_text, replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,6 +56,8 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "answer": ("answer.txt",),
 }
 _ORDER, _SEQUENCE = 0, 1
+# Where a block of a stream begins: epoch, record, and sequence of the run; state of its reader.
+_PLACE = {"epoch": (int,), "first": (int,), "position": (int,), "source": (dict, type(None))}
 _BLOCK = 256  # records of a stream that are shuffled among each other
 _SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 _log = logging.getLogger(__name__)
@@ -559,6 +561,8 @@ class ImageStream(ImageDataset):
         return self._places[0] if self._places else None
 
     def go_on(self, place: Any) -> None:
+        if place is not None and not has_form(place, _PLACE):
+            raise ValueError(f"{_WHERE}: place must be one of a stream, got {place!r:.80}")
         self._places = [place] if place else []
 
     def _order(self, seed: int, positions: Iterator[int]) -> Iterator[Any]:

@@ -97,6 +97,12 @@ def load_state(
     reader = dcp.HuggingFaceStorageReader(str(directory))
     try:
         found = _read_facts(directory / FACTS)
+        held = sorted(path.name for path in directory.glob(f"*{_SUFFIX}"))
+        if held != (wanted := sorted(found["crc32"])):
+            raise ValueError(
+                f"{directory}: files must be those of {FACTS}, {list_some(wanted)}, "
+                f"got {list_some(held)}"
+            )
         for name in [*found["crc32"]][this_process() :: num_processes()]:
             if (crc32 := _checksum(directory / name)) != found["crc32"][name]:
                 raise ValueError(
@@ -111,11 +117,14 @@ def load_state(
         raise ValueError(f"{error}; remove {directory} to go on from {before}") from error
     _refuse_other_run(directory / FACTS, found, facts)
     parts = _parts(optimizer)
-    wanted = {key: (torch.float32, part.shape) for key, part in parts.items()}
-    stored: Any = reader.read_metadata().state_dict_metadata
-    held = {key: (entry.properties.dtype, entry.size) for key, entry in stored.items()}
-    if held != wanted:
-        wrong = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
+    own = {key: (torch.float32, part.shape) for key, part in parts.items()}
+    try:
+        stored: Any = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # of many kinds, where another program wrote the files
+        raise ValueError(f"{directory}: tensors must be readable, got {error!r:.200}") from error
+    got = {key: (entry.properties.dtype, entry.size) for key, entry in stored.items()}
+    if got != own:
+        wrong = sorted(key for key in {*got, *own} if got.get(key) != own.get(key))
         raise ValueError(
             f"{directory}: tensors must be the state of the {len(optimizer.parameters)} trained "
             f"parameters, got another {list_some(wrong, 1)}"
