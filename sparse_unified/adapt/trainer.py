@@ -295,8 +295,9 @@ class Trainer:
         own = range(this_process(), config.passes, num_processes())
         if self._sequences is None:
             places = [place for n in own for place in range(n * size, (n + 1) * size)]
-            has_workers = isinstance(self.dataset, ImageDataset)
-            order: Any = self.dataset.in_order if has_workers else partial(in_order, self.dataset)
+            order: Any = partial(in_order, self.dataset)
+            if isinstance(self.dataset, ImageDataset):
+                order = self.dataset.in_order
             self._sequences = order(config.seed, config.batch_size, places, self.steps_done)
         # A step that fails can be taken again.
         while len(self._waiting) < len(own):
