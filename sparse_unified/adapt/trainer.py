@@ -176,7 +176,9 @@ class Trainer:
         if num_processes() > 1:
             shard_(self._pass, layers, place)
         if fill is not None:
-            self._pass._apply(lambda t: torch.empty_like(t, device=place) if t.is_meta else t)
+            self._pass._apply(
+                lambda t: torch.empty_like(t, device=place) if t.is_meta else t.to(place)
+            )
             fill()
         self.optimizer = Optimizer(model, config)
         self._experts = [
