@@ -121,14 +121,15 @@ class SparseMoE(OfficialState):
 
         "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours), or
         "torch: <why>" (torch ops). Asked under autocast, what runs it there. "cuda: without sm90a:
-        <why>" where `doctor` found one of the kernel families wrong.
+        <why>" where `doctor` found one of the kernel families wrong. Where `tune` found another one
+        faster for some numbers of tokens, that one runs those.
         """
         active = self._choose(self.gate_proj)[1]
         note = choices.note(self.gate_proj.device) if active in KERNELS else ""
         return f"{active}: {note}" if note else active
 
-    def _choose(self, weight: Tensor) -> tuple[torch.dtype, str]:
-        """Dtype of the experts, of which `weight` is one, and what runs them.
+    def _choose(self, weight: Tensor, num_rows: int | None = None) -> tuple[torch.dtype, str]:
+        """Dtype of the experts, of which `weight` is one, and what runs them on R rows.
 
         Autocast's dtype where no kernel takes fp32 weights, the weights' own elsewhere.
         """
@@ -137,6 +138,7 @@ class SparseMoE(OfficialState):
             "hidden_size": self.hidden_size,
             "widths": (self.layout.expert_width, self.layout.shared_width),
             "num_experts": self.num_experts,
+            "num_rows": num_rows,
         }
         active = backend.choose(device, dtype=dtype, **sizes)
         if dtype == torch.float32 and active not in KERNELS and _is_autocast(device.type):
@@ -219,7 +221,7 @@ class SparseMoE(OfficialState):
         weight = self.gate_proj
         if tokens.dtype != weight.dtype and _is_autocast(tokens.device.type):
             tokens = tokens.to(weight.dtype)  # which routes
-        dtype, active = self._choose(weight)
+        dtype, active = self._choose(weight, tokens.shape[0] * self.top_k)
         route = ops.route_topk
         if active not in KERNELS:
             if self.strict:
@@ -354,6 +356,7 @@ def run_experts(
         hidden_size=tokens.shape[1],
         widths=(gate_proj.shape[:-1].numel() // num_experts,),
         num_experts=num_experts,
+        num_rows=topk_idx.shape[0] * topk_idx.shape[1],
     )
     experts = (gate_proj, up_proj, down_proj)
     if active not in KERNELS:

@@ -7,6 +7,7 @@ import functools
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,9 +16,11 @@ import pytest
 import torch
 
 from sparse_unified import _library
+from sparse_unified.bench import suites
+from sparse_unified.bench.cases import Case
 from sparse_unified.checks import kernels
 from sparse_unified.nn import SparseMoE
-from sparse_unified.ops import backend
+from sparse_unified.ops import backend, choices
 
 BAGEL: dict[str, Any] = {
     "dtype": torch.bfloat16,
@@ -40,7 +43,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(_library, "module", SimpleNamespace(build_info=lambda: facts))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: facts["capability"])
     monkeypatch.delenv(backend.OVERRIDE, raising=False)
-    caches = (backend._device_refusal, backend._capability)
+    for name in ("key_of", "device_name"):
+        monkeypatch.setattr(choices, name, str)
+    caches = (
+        backend._device_refusal,
+        backend._capability,
+        backend._cached_choices,
+        choices.refused,
+    )
     for cache in caches:
         cache.cache_clear()
     yield facts
@@ -139,6 +149,78 @@ def test_torch_multiplies_on_blackwell_and_where_asked(
     assert backend.choose(CUDA, **BAGEL | {"dtype": dtype}) == chosen
 
 
+def keep(monkeypatch: pytest.MonkeyPatch, refused: str = "", **variants: str) -> None:
+    """As if `doctor` had refused a family, and `tune` found overrides forward or backward."""
+    sizes = "3584 16 1184 0 8192"
+    found = {f"0 0 {sizes} {1 + (name == 'backward')}": text for name, text in variants.items()}
+    entry = {"refused": {refused: "fails"} if refused else {}, "variants": found}
+    monkeypatch.setattr(choices, "_entries", {str(CUDA): entry})
+
+
+@pytest.mark.parametrize(
+    ("capability", "kept", "chosen"),
+    [
+        ((9, 0), {"forward": "family=grouped_mm"}, {8192, 4096, 16383}),
+        ((9, 0), {"forward": "family=sm90a,multicast=on"}, set()),
+        ((9, 0), {"backward": "family=grouped_mm"}, set()),
+        ((10, 0), {"backward": "family=sm80"}, {4095, 4096, 8192, 16383, 16384}),
+        ((10, 0), {"forward": "family=sm80"}, {4095, 16384}),
+        ((10, 0), {"refused": "grouped_mm"}, set()),
+        ((9, 0), {"refused": "grouped_mm", "forward": "family=grouped_mm"}, set()),
+    ],
+)
+def test_torch_multiplies_as_many_rows_as_it_was_faster_for_and_none_that_it_gets_wrong(
+    capability: tuple[int, int],
+    kept: dict[str, str],
+    chosen: set[int],
+    gpu: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu["capability"] = capability
+    keep(monkeypatch, **kept)
+    with torch.no_grad():
+        found = {
+            rows
+            for rows in (4095, 4096, 8192, 16383, 16384)
+            if backend.choose(CUDA, **BAGEL, num_rows=rows) == backend.GROUPED_MM
+        }
+    assert found == chosen
+    by_default = capability == (10, 0) and "refused" not in kept
+    for other in ({}, {"num_rows": 8192, "widths": (592, 0)}):  # of any number, of other sizes
+        assert (backend.choose(CUDA, **BAGEL | other) == backend.GROUPED_MM) == by_default
+
+
+def test_torchs_products_are_a_variant(as_gpu: dict[str, Any]) -> None:
+    case = Case(
+        name="small", tokens=40, hidden_size=64, intermediate_size=96, num_experts=4, top_k=2
+    )
+    cpu, products = torch.device("cpu"), mock.Mock(wraps=torch.nn.functional.grouped_mm)
+    with mock.patch.object(torch.nn.functional, "grouped_mm", products):
+        for capability, num_calls in (((9, 0), 0), ((10, 0), 3)):
+            as_gpu["capability"] = capability
+            for cache in (backend._capability, backend._cached_choices):
+                cache.cache_clear()
+            suite = suites.variant_suite(
+                case, torch.bfloat16, "fwd_bwd", cpu, ("family=grouped_mm", "family=sm80")
+            )
+            for variant, of_variant in (
+                (suites.CHOSEN, num_calls),
+                ("family=grouped_mm", 3),
+                ("family=sm80", 0),
+            ):
+                call = suite.candidates[variant].build()  # compares with the chosen one
+                products.reset_mock()
+                call(0)
+                assert products.call_count == of_variant, variant
+            suites.set_variant(suites.CHOSEN)
+    assert suites.runs_grouped_mm(case, torch.bfloat16, CUDA)
+    assert not suites.runs_grouped_mm(case, torch.float16, CUDA)
+    assert not suites.runs_grouped_mm(replace(case, block_size=16), torch.bfloat16, CUDA)
+    as_gpu["capability"] = (8, 0)
+    backend._capability.cache_clear()
+    assert not suites.runs_grouped_mm(case, torch.bfloat16, CUDA)
+
+
 @pytest.fixture
 def as_gpu(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Blocks take the CPU for a GPU, of these facts."""
@@ -159,10 +241,12 @@ def test_a_block_on_blackwell_is_that_of_the_cpu(
     assert products.call_count == (6 if num_tokens else 0)  # with gradients and without
 
 
+@pytest.mark.parametrize("kept", [{}, {"backward": "family=grouped_mm"}])
 def test_a_block_on_blackwell_compiles_as_one_graph(
-    as_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kept: dict[str, str], as_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_gpu["capability"] = (10, 0)
+    keep(monkeypatch, **kept)
     facts = functools.partial(pickle.loads, pickle.dumps(as_gpu))
     monkeypatch.setattr(_library.module, "build_info", facts)
     kernels.block_compiles_as_one_graph(torch.device("cpu"), torch.bfloat16, "aot_eager")
