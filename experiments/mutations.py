@@ -493,6 +493,11 @@ PACKAGE = (
     python("ops/backend.py", "own[0] == capability[0]", "True", BACKEND),
     python("ops/backend.py", "dtype == torch.bfloat16 and prefers", "prefers", BACKEND),
     python("nn/sparse_moe.py", " and tokens.shape[0] > 0", "", BACKEND),
+    python(
+        "ops/backend.py", "_FP8_CAPABILITIES = (9, 10)", "_FP8_CAPABILITIES = (8, 9, 10)", BACKEND
+    ),
+    python("ops/composed.py", ".clamp(min=1e-12)", "", BACKEND),
+    python("ops/composed.py", "scales[row_token]", "scales[row_token.sort().values]", BACKEND),
     python("ops/composed.py", "expert_offsets[1:]", "expert_offsets[:-1]", *k("grouped_mm")),
     python("experts/layout.py", "rows[1::2] = rows[1::2].flip(1)", "", "tests/test_experts.py"),
     python(

@@ -17,7 +17,7 @@ from sparse_unified.ops import backend, choices, composed
 
 logger = logging.getLogger(__name__)
 
-KERNELS = (backend.CPU, backend.CUDA, backend.GROUPED_MM)
+KERNELS = (backend.CPU, backend.CUDA, backend.GROUPED_MM, backend.SCALED_MM)
 
 
 class SparseMoE(OfficialState):
@@ -116,13 +116,19 @@ class SparseMoE(OfficialState):
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
 
     @property
+    def idle_parameters(self) -> int:
+        """Counts the weights of the experts that a token does not use."""
+        return 3 * self.hidden_size * self.layout.idle_neurons(self.top_k)
+
+    @property
     def active_backend(self) -> str:
         """What runs this block.
 
-        "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours), or
-        "torch: <why>" (torch ops). Asked under autocast, what runs it there. "cuda: without sm90a:
-        <why>" where `doctor` found one of the kernel families wrong. Where `tune` found another one
-        faster for some numbers of tokens, that one runs those.
+        "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours),
+        "cuda, scaled_grouped_mm" (those in fp8), or "torch: <why>" (torch ops). Asked under
+        autocast, what runs it there. "cuda: without sm90a: <why>" where `doctor` found one of the
+        kernel families wrong. Where `tune` found another one faster for some numbers of tokens,
+        that one runs those.
         """
         active = self._choose(self.gate_proj)[1]
         note = choices.note(self.gate_proj.device) if active in KERNELS else ""
@@ -139,6 +145,8 @@ class SparseMoE(OfficialState):
             "widths": (self.layout.expert_width, self.layout.shared_width),
             "num_experts": self.num_experts,
             "num_rows": num_rows,
+            # torchao's mark of a weight that is multiplied as it is stored
+            "fp8": getattr(weight, "act_quant_kwargs", None) is not None,
         }
         active = backend.choose(device, dtype=dtype, **sizes)
         if dtype == torch.float32 and active not in KERNELS and _is_autocast(device.type):
@@ -176,7 +184,11 @@ class SparseMoE(OfficialState):
             x, packed_text_indexes, packed_vit_token_indexes
         )
         logits, topk_logits, topk_idx = chosen
-        experts = gate_proj, up_proj, down_proj = self.plain_weights()
+        experts = gate_proj, up_proj, down_proj = (
+            (self.gate_proj, self.up_proj, self.down_proj)
+            if active == backend.SCALED_MM
+            else self.plain_weights()
+        )
         if dtype != gate_proj.dtype:
             tokens, gate_proj = tokens.to(dtype), gate_proj.to(dtype)
             up_proj, down_proj = up_proj.to(dtype), down_proj.to(dtype)
@@ -362,8 +374,14 @@ def run_experts(
     if active not in KERNELS:
         return composed.expert_ffn(tokens, weights, topk_idx, num_experts, *experts, weight_offset)
     expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
-    if active == backend.GROUPED_MM and tokens.shape[0] > 0:
-        rows = composed.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+    if active == backend.SCALED_MM and tokens.shape[0] == 0:
+        return torch.zeros_like(tokens)
+    if active in (backend.GROUPED_MM, backend.SCALED_MM) and tokens.shape[0] > 0:
+        rows = (
+            composed.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+            if active == backend.GROUPED_MM
+            else composed.scaled_grouped_ffn(tokens, row_token, expert_offsets, *experts)
+        )
         combine = composed.combine if torch.is_grad_enabled() else ops.combine
         return combine(rows, weights, token_rows, weight_offset)
     maps = (row_token, token_rows, expert_offsets)

@@ -15,6 +15,7 @@ from sparse_unified.ops import choices
 CPU = "cpu"
 CUDA = "cuda"
 GROUPED_MM = "cuda, grouped_mm"
+SCALED_MM = "cuda, scaled_grouped_mm"
 
 # Which kernels csrc/cuda/grouped_ffn_config.h takes; "family=grouped_mm" is for this file.
 OVERRIDE = "SPARSE_UNIFIED_GROUPED_FFN"
@@ -24,6 +25,9 @@ OVERRIDE = "SPARSE_UNIFIED_GROUPED_FFN"
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_MULTIPLE = 8
 _CUDA_MAX_EXPERTS = 256
+# What torch's scaled_grouped_mm takes, see ATen/native/cuda/GroupedBlas.cpp: 16 bytes of fp8.
+_FP8_CAPABILITIES = (9, 10)
+_FP8_MULTIPLE = 16
 # Why the CPU runs no kernel of ours, or None.
 CPU_REFUSAL = choices.refusal(torch.device(CPU))
 
@@ -174,6 +178,29 @@ def cuda_refusal(
     return None
 
 
+@torch.compiler.assume_constant_result
+def fp8_device_refusal(device: torch.device) -> str | None:
+    """Says why experts are not multiplied in fp8 on a device, or None."""
+    if device.type != CUDA:
+        got = f"device type {device.type!r}"
+    elif why := device_refusal(device):  # which route, sort and sum
+        return why
+    elif _capability(device)[0] in _FP8_CAPABILITIES:
+        return None
+    else:
+        got = "{}.{}".format(*_capability(device))
+    return f"fp8 products (scaled_grouped_mm) need compute capability 9.x or 10.x, got {got}"
+
+
+def fp8_refusal(dtype: torch.dtype, *sizes: int) -> str | None:
+    """Says why experts of a dtype and of these sizes (D, widths) are not multiplied in fp8."""
+    if dtype != torch.bfloat16:
+        return f"fp8 products take weights of bfloat16, got {str(dtype).removeprefix('torch.')}"
+    odd = [size for size in sizes if size % _FP8_MULTIPLE]
+    rule = f"sizes that are multiples of {_FP8_MULTIPLE}"
+    return f"fp8 products take {rule}, got {odd[0]}" if odd else None
+
+
 def choose(
     device: torch.device,
     *,
@@ -182,15 +209,19 @@ def choose(
     widths: tuple[int, ...],
     num_experts: int,
     num_rows: int | None = None,
+    fp8: bool = False,
 ) -> str:
     """Names what runs a sparse FFN.
 
     "cpu" or "cuda" for our kernels, "cuda, grouped_mm" for torch's products between our sort and
-    our combine, or "torch: <why no kernel does>".
+    our combine, "cuda, scaled_grouped_mm" for those in fp8, or "torch: <why no kernel does>".
 
     Args: as `cuda_refusal`; the device of the weights; R, without which what `tune` found for some
-    numbers of rows is not asked.
+    numbers of rows is not asked; whether the weights are multiplied in fp8.
     """
+    if fp8:
+        why = fp8_device_refusal(device) or fp8_refusal(dtype, hidden_size, *widths)
+        return SCALED_MM if why is None else f"torch: {why}"
     if device.type == CPU:
         return CPU if CPU_REFUSAL is None else f"torch: {CPU_REFUSAL}"
     if device.type != CUDA:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pickle
 import re
@@ -14,13 +15,17 @@ from unittest import mock
 
 import pytest
 import torch
+from refusals import refused
 
 from sparse_unified import _library
 from sparse_unified.bench import suites
 from sparse_unified.bench.cases import Case
 from sparse_unified.checks import kernels
 from sparse_unified.nn import SparseMoE
-from sparse_unified.ops import backend, choices
+from sparse_unified.nn.dense import SwiGLU
+from sparse_unified.nn.expert_state import PROJECTIONS
+from sparse_unified.ops import backend, choices, composed, reference
+from sparse_unified.surgery.quantize import quantize_ffn_
 
 BAGEL: dict[str, Any] = {
     "dtype": torch.bfloat16,
@@ -250,6 +255,140 @@ def test_a_block_on_blackwell_compiles_as_one_graph(
     facts = functools.partial(pickle.loads, pickle.dumps(as_gpu))
     monkeypatch.setattr(_library.module, "build_info", facts)
     kernels.block_compiles_as_one_graph(torch.device("cpu"), torch.bfloat16, "aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "change", "chosen"),
+    [
+        ("cuda", (9, 0), {}, "^cuda, scaled_grouped_mm$"),
+        ("cuda", (10, 3), {"widths": (1184, 1184)}, "^cuda, scaled_grouped_mm$"),
+        ("cuda", (8, 9), {}, "torch: .*capability 9.x or 10.x, got 8.9"),
+        ("cuda", (12, 0), {}, "torch: .*capability 9.x or 10.x, got 12.0"),
+        ("cuda", (7, 5), {}, "torch: the CUDA kernels have code for .*, got .* 7.5"),
+        ("cpu", (9, 0), {}, "torch: .*got device type 'cpu'"),
+        ("cuda", (9, 0), {"dtype": torch.float16}, "torch: .*of bfloat16, got float16"),
+        ("cuda", (9, 0), {"widths": (1184, 8)}, "torch: .*multiples of 16, got 8"),
+        ("cuda", (9, 0), {"hidden_size": 3576}, "torch: .*multiples of 16, got 3576"),
+    ],
+)
+def test_fp8_is_multiplied_where_torch_does_it(
+    device: str,
+    capability: tuple[int, int],
+    change: dict[str, Any],
+    chosen: str,
+    gpu: dict[str, Any],
+) -> None:
+    gpu["capability"] = capability
+    found = backend.choose(torch.device(device), **BAGEL | change, fp8=True)
+    assert re.search(chosen, found), found
+
+
+def scaled_grouped_mm(rows: Any, weights: Any, *scales: Any, offs: Any) -> torch.Tensor:
+    """The product in plain torch, if torch takes what it is given."""
+    on_meta = (x.to("meta") for x in (rows, weights, scales[0], scales[2]))
+    shape = torch._scaled_grouped_mm(*on_meta, offs=offs.to("meta")).shape
+    for pointer in (rows.data_ptr(), *(weight.data_ptr() for weight in weights)):
+        assert pointer % 16 == 0  # TMA
+    for size in (rows.shape[1], *weights.shape[1:], weights.stride(2)):
+        assert size % 16 == 0
+    assert {scales[1], scales[3]} == {torch.nn.functional.ScalingType.RowWise}
+    assert (offs.dtype, int(offs[-1])) == (torch.int32, len(rows))
+    y = reference.scaled_grouped_mm(rows, weights, *scales, offs=offs)
+    assert y.shape == shape
+    return y
+
+
+@pytest.fixture
+def fp8_block(as_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> SparseMoE:
+    """A block that multiplies in fp8, with the CPU for a GPU; one expert gets no token."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", scaled_grouped_mm)
+    facts = functools.partial(pickle.loads, pickle.dumps(as_gpu))  # compiled code, as it is
+    monkeypatch.setattr(_library.module, "build_info", facts)
+    torch.manual_seed(0)
+    block = SparseMoE(64, 9 * 32, 8, 3, 1, return_router_logits=False, dtype=torch.bfloat16)
+    torch.nn.init.normal_(block.gate.weight, std=0.1)
+    with torch.no_grad():
+        block.gate.weight[5] = 0
+        block.gate.weight[5, 0] = -100
+        block.up_proj[40:44] = 0  # neurons that never fire
+    block.requires_grad_(False).strict = True
+    return block
+
+
+def rounded(rows: torch.Tensor) -> torch.Tensor:
+    values, scales = composed.to_fp8(rows)
+    return values.float() * scales.unsqueeze(1)
+
+
+def rounded_block(block: SparseMoE, x: torch.Tensor) -> torch.Tensor:
+    """What a block computes with weights, tokens and hidden rows rounded to fp8."""
+    _, topk_logits, topk_idx = block.route(x)
+    weights = torch.zeros(len(x), 8).scatter(1, topk_idx.long(), 1 + topk_logits)
+    weights = torch.cat([1 + block.gate_shared(x).float(), weights], dim=1)
+    gate, up, down = (rounded(getattr(block, name)) for name in PROJECTIONS)
+    tokens = rounded(x)
+    y = torch.zeros(x.shape)
+    for expert, weight in enumerate(weights.t()):
+        own = slice(32 * expert, 32 * expert + 32)
+        of_gate, of_up = ((tokens @ w[own].t()).bfloat16() for w in (gate, up))
+        hidden = torch.nn.functional.silu(of_gate) * of_up
+        y += weight.unsqueeze(1) * (rounded(hidden) @ down[:, own].t())
+    return y
+
+
+@pytest.mark.parametrize("num_tokens", [61, 1, 0])
+def test_fp8_experts_get_views_that_torch_takes(num_tokens: int, fp8_block: SparseMoE) -> None:
+    x = torch.randn(num_tokens, 64).bfloat16().abs()
+    x[3:5] = 0
+    expected = rounded_block(fp8_block, x)
+    quantize_ffn_(fp8_block, "fp8-compute")
+    assert fp8_block.active_backend == "cuda, scaled_grouped_mm"
+    stored = [getattr(fp8_block, name).qdata.untyped_storage().data_ptr() for name in PROJECTIONS]
+    products = mock.Mock(wraps=torch.nn.functional.scaled_grouped_mm)
+    with mock.patch.object(torch.nn.functional, "scaled_grouped_mm", products):
+        y = fp8_block(x)
+    used = [call.args[1].untyped_storage().data_ptr() for call in products.call_args_list]
+    assert used == (stored if num_tokens else [])  # no copies
+    assert y[3:5].count_nonzero() == 0
+    assert (y - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_an_fp8_block_compiles_as_one_graph(fp8_block: SparseMoE) -> None:
+    quantize_ffn_(fp8_block, "fp8-compute")
+    x = torch.randn(9, 64).bfloat16()
+    torch._dynamo.reset()
+    compiled = torch.compile(fp8_block, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), fp8_block(x))
+
+
+def test_fp8_is_refused_where_it_is_not_multiplied(
+    fp8_block: SparseMoE, as_gpu: dict[str, Any]
+) -> None:
+    odd = SparseMoE(64, 8 * 24, 8, 3, dtype=torch.bfloat16)
+    refused("multiples of 16, got 24", quantize_ffn_, odd, "fp8-compute")
+    assert type(odd.up_proj) is torch.nn.Parameter
+    plain = copy.deepcopy(fp8_block)
+    x = torch.randn(9, 64).bfloat16()
+    quantize_ffn_(plain, "fp8")
+    quantize_ffn_(fp8_block, "fp8-compute")
+    wide = "x must be of torch.bfloat16 as the weights, got torch.float32"
+    refused(wide, fp8_block, x.float(), error=RuntimeError)
+    as_gpu["capability"] = (8, 0)  # moved there
+    backend._capability.cache_clear()
+    backend._device_refusal.cache_clear()
+    refused("strict must be met by a kernel, got torch: fp8", fp8_block, x, error=RuntimeError)
+    fp8_block.strict = plain.strict = False
+    y, expected = fp8_block(x).float(), plain(x).float()
+    assert (y - expected).norm() < 0.05 * expected.norm()
+    dense = SwiGLU(64, 128).bfloat16()
+    refused(
+        "storage must be int8 or fp8 here, got 'fp8-compute': .* 8.0",
+        quantize_ffn_,
+        dense,
+        "fp8-compute",
+    )
 
 
 @pytest.fixture
