@@ -54,7 +54,7 @@ def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
     add_flags(
         group,
         """
-        --storage KIND      FFN weights in 8 bits: int8, fp8, or by component und=int8,gen=fp8
+        --storage KIND      FFN weights as int8, fp8 or nvfp4, or by component und=int8,gen=nvfp4
         --device-map MAP    auto, or MODULE=DEVICE,...: where decoder layers go, by accelerate
         --max-memory SIZES  with --device-map auto, such as 0=20GiB,cpu=60GiB
         """,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quantize_weights_: FFN weights of a live model in 8 bits.
+"""quantize_weights_: FFN weights of a live model in 8 or 4 bits.
 
-What is stored in 8 bits is torchao's; a dense projection computes with it as torchao does, a sparse
+What is stored is torchao's; a dense projection computes with it as torchao does, a sparse
 block unpacks its three weights for the call, one layer at a time, and computes as before.
 """
 
@@ -21,8 +21,13 @@ from sparse_unified.surgery.decoder import find_decoder
 from sparse_unified.surgery.ffn import projection_names, read_ffn
 from sparse_unified.surgery.report import SurgeryReport, report, take_census
 
-# Storage -> the configuration of torchao that makes it.
-STORAGES = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
+# Storage -> module and configuration of torchao that make it. Settings of the compiler, where it
+# would change them, are the user's.
+STORAGES: dict[str, tuple[str, str, dict[str, bool]]] = {
+    "int8": ("quantization", "Int8WeightOnlyConfig", {"set_inductor_config": False}),
+    "fp8": ("quantization", "Float8WeightOnlyConfig", {"set_inductor_config": False}),
+    "nvfp4": ("prototype.mx_formats", "NVFP4WeightOnlyConfig", {}),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +35,8 @@ class QuantizeConfig(_Mode):
     """Which FFN weights become smaller, and how they are stored.
 
     Args:
-        storage: "int8", one scale per row, or "fp8" (e4m3), one scale per row.
+        storage: "int8" or "fp8" (e4m3), one scale per row; or "nvfp4" (e2m1), one scale (e4m3) per
+            16 neighbours in a row, for fp32 and bf16 weights with sides that are multiples of 16.
         component: "gen", "und" or "both".
         layers: as in `MoEConfig`; "all" and "middle" pass over skipped FFNs.
     """
@@ -49,7 +55,7 @@ class QuantizeConfig(_Mode):
 
 @torch.no_grad()
 def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
-    """Stores FFN weights of a live model in 8 bits, in place, one FFN after the other.
+    """Stores FFN weights of a live model in 8 or 4 bits, in place, one FFN after the other.
 
     Dense and sparse FFNs are taken, in every model that `apply_moe_` takes; routers stay as they
     are. The modules stay the same objects, with weights that do not require gradients. There is no
@@ -78,6 +84,7 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
                         "projections must be an nn.Linear each, with plain tensors in memory, got "
                         f"{'meta tensors' if is_plain else type(ffn).__name__}"
                     )
+                _check(ffn, config.storage)
     before = take_census(decoder)
     for _, ffn in ffns:
         quantize_ffn_(ffn, config.storage)
@@ -87,15 +94,27 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
 @torch.no_grad()
 def quantize_ffn_(ffn: nn.Module, storage: str) -> None:
     """Packs the weights of one checked FFN, see `quantize_weights_`."""
-    library = optional("torchao.quantization", "quant")
+    _check(ffn, storage)
+    quantize_ = optional("torchao.quantization", "quant").quantize_
+    path, kind, options = STORAGES[storage]
+    config = getattr(optional(f"torchao.{path}", "quant"), kind)(**options)
     for module, name in _weights(ffn):
         weight = getattr(module, name)
         # torchao packs the weights of linear layers, so each one takes a turn in one.
         shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         shell.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        # Settings of the compiler are the user's.
-        library.quantize_(shell, getattr(library, STORAGES[storage])(set_inductor_config=False))
+        quantize_(shell, config)
         setattr(module, name, nn.Parameter(shell.weight.detach(), requires_grad=False))
+
+
+def _check(ffn: nn.Module, storage: str) -> None:
+    for module, name in _weights(ffn) if storage == "nvfp4" else ():
+        weight = getattr(module, name)
+        if weight.dtype not in (torch.float32, torch.bfloat16) or any(n % 16 for n in weight.shape):
+            raise ValueError(
+                "weights must be of fp32 or bf16 and their sides multiples of 16 for "
+                f"storage='nvfp4', got {list(weight.shape)} {weight.dtype}"
+            )
 
 
 def _weights(ffn: nn.Module) -> list[tuple[nn.Module, str]]:
