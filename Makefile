@@ -144,8 +144,17 @@ emulated: $(LIBRARY) kernels  ## the CUDA side of the ops, on emulated kernels
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    $(BIN)/python -m pytest -q -n auto --dist worksteal tests/ops; fi
 
+# Tests import a part of both packages without a GPU; vLLM's compiled libraries need CUDA and go.
+build/vllm_omni: tests/vllm_omni.txt | $(VENV)/installed  ## vLLM-Omni's wheels (300 MB), for tests of the plugin
+	@echo "== $@"
+	@rm -rf $@ $@.new
+	@$(PIP) install -q $(PIP_ARGS) --no-deps --target $@.new -r $<
+	@find $@.new/vllm -name '*.so' -delete
+	@mv $@.new $@
+
 pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 	@echo "== pytest"
+	@if [ -n "$${SPARSE_UNIFIED_TEST_DEEP:-}" ]; then $(MAKE) --no-print-directory build/vllm_omni; fi
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(MARKED) $(PYTEST_ARGS)
 
 ## Use

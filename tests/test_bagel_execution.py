@@ -150,10 +150,11 @@ def test_a_step_makes_nothing_on_the_host(model: Bagel, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_packed_weights_compile_as_one_graph(golden: Any) -> None:
+@pytest.mark.parametrize("storage", ["int8", "nvfp4"])
+def test_packed_weights_compile_as_one_graph(golden: Any, storage: str) -> None:
     pytest.importorskip("torchao")
     torch.compiler.reset()
-    model = BagelPipeline.from_pretrained(golden("t2i_moe"), storage="int8").model
+    model = BagelPipeline.from_pretrained(golden("t2i_moe"), storage=storage).model
     runs = (Execution(compile=True, backend="eager"), None)
     [own], [expected] = (draw(model, [[21, 30]], run=run, num_timesteps=2) for run in runs)
     torch.testing.assert_close(own, expected)

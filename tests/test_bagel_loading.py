@@ -207,7 +207,7 @@ def test_offload_and_swaps_go_together(models: dict[str, Path]) -> None:
 
 
 @by_case
-@pytest.mark.parametrize("storage", ["int8", {"gen": "fp8"}])
+@pytest.mark.parametrize("storage", ["int8", {"gen": "fp8"}, {"gen": "nvfp4"}])
 def test_ffns_are_packed_as_they_are_loaded(
     case: str, storage: Any, models: dict[str, Path]
 ) -> None:
@@ -219,7 +219,8 @@ def test_ffns_are_packed_as_they_are_loaded(
             weight = ffn.gate_proj if isinstance(ffn, SparseMoE) else ffn.gate_proj.weight
             assert is_packed(weight) == (component in wanted)
     plain = image(BagelPipeline.from_pretrained(models[case]))
-    assert 0 < float((image(pipeline) - plain).norm() / plain.norm()) < 0.1
+    limit = 0.1 if "nvfp4" not in str(storage) else 0.3  # 4 bits change the experts of some tokens
+    assert 0 < float((image(pipeline) - plain).norm() / plain.norm()) < limit
 
 
 @pytest.mark.usefixtures("torch_products")
@@ -247,8 +248,11 @@ def test_accelerate_places_layers(case: str, models: dict[str, Path], tmp_path: 
     [
         ({"task": "video"}, "task must be one of all, edit, image, got 'video'"),
         ({"offload": "gen"}, "offload must be one of none, und, got 'gen'"),
-        ({"storage": "int4"}, "storage must be one of int8, fp8, fp8-compute, or map und"),
-        ({"storage": {"vit": "int8"}}, "storage must be one of int8, fp8, fp8-compute, or map und"),
+        ({"storage": "int4"}, "storage must be one of int8, fp8, fp8-compute, nvfp4, or map"),
+        (
+            {"storage": {"vit": "int8"}},
+            "storage must be one of int8, fp8, fp8-compute, nvfp4, or map und",
+        ),
         ({"storage": {"gen": "fp8-compute"}}, "fp8 here, .*fp8 products .*got device type 'cpu'"),
         ({"device_map": "auto", "offload": "und"}, "device_map must come without offload"),
         ({"device_map": "balanced"}, "device_map must be 'auto' or a mapping"),

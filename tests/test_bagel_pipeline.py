@@ -105,7 +105,7 @@ def test_seeds_and_sizes(pipeline: BagelPipeline, photo: Image.Image) -> None:
 def test_images_are_decoded_in_tiles_on_request_and_where_memory_is_short(
     pipeline: BagelPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sparse_unified.bagel.images._TILE", 32)
+    monkeypatch.setattr("sparse_unified.bagel.images.TILE", 32)
     whole, tiled = (pipeline.generate("a", seed=1, tiled=t, **QUICK) for t in (False, True))
     assert torch.equal(whole.latents[0], tiled.latents[0])
     difference = np.asarray(whole.images[0], float) - np.asarray(tiled.images[0])

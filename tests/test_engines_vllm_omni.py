@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM-Omni's BAGEL takes sparse checkpoints, through its own registry of models.
 
-vLLM-Omni needs vLLM and a GPU, so a stand-in with the same names and signatures takes its place.
-Where the released wheel is installed (`pip install --no-deps vllm-omni`), or VLLM_OMNI_REPO names
-a checkout, the stand-in is compared with the source.
+A stand-in with vLLM-Omni's names and signatures takes its place, for tests of seconds. Where the
+released wheels lie in build/vllm_omni (make build/vllm_omni), the stand-in and the tables of names
+are compared with their source, and our blocks run inside their BAGEL decoder, in one process and in
+two. VLLM_OMNI_REPO names a checkout to compare with instead.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import EntryPoint
@@ -263,13 +264,15 @@ def test_without_vllm_omni_the_plugin_says_what_is_missing(monkeypatch: pytest.M
 
 @pytest.fixture(scope="module")
 def source() -> Path:
-    """The source of vLLM-Omni: a checkout, or the wheel that is installed."""
-    if "VLLM_OMNI_REPO" in os.environ:
-        return Path(os.environ["VLLM_OMNI_REPO"])
-    spec = importlib.util.find_spec("vllm_omni")
-    if spec is None or spec.origin is None:
-        pytest.skip("vllm-omni is not installed, and VLLM_OMNI_REPO names no checkout")
-    return Path(spec.origin).parent.parent
+    """The source of vLLM-Omni: a checkout, or the wheels."""
+    return Path(os.environ["VLLM_OMNI_REPO"]) if "VLLM_OMNI_REPO" in os.environ else find_wheels()
+
+
+def find_wheels() -> Path:
+    wheels = ROOT / "build" / "vllm_omni"
+    if not wheels.exists():
+        pytest.skip("the wheels of vLLM and vLLM-Omni are not there: make build/vllm_omni")
+    return wheels
 
 
 def test_what_the_source_keys_by_the_name_of_the_pipeline_is_found(source: Path) -> None:
@@ -324,3 +327,35 @@ def test_the_stand_in_is_like_the_source(source: Path) -> None:
         (parse(source, "vllm_omni.plugins.__init__"), (f"OMNI_DEFAULT_PLUGINS_GROUP = '{GROUP}'",)),
     ):
         assert [text for text in texts if text not in ast.unparse(tree)] == []
+
+
+# Rounded to bf16 in every layer, and summed in another order by two processes.
+TOLERANCE = 0.01
+
+
+@pytest.mark.slow
+def test_blocks_run_in_the_decoder_of_the_wheel(sparse: Path, tmp_path: Path) -> None:
+    outputs, held = {}, {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        words = [ROOT / "tests" / "vllm_omni_decoder.py", find_wheels(), sparse, out]
+        started = [
+            subprocess.Popen(
+                [sys.executable, *map(str, words), str(rank), str(processes)],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        errors = [process.communicate(timeout=500)[1] for process in started]
+        assert [process.returncode for process in started] == [0] * processes, errors
+        made = json.loads(out.read_text())
+        assert made["missing"] == []
+        outputs[processes], held[processes] = torch.tensor(made["out"]), made["held"]
+        if processes == 1:
+            outputs[0] = torch.tensor(made["oracle"])
+    neurons, hidden = held[1][str(SPARSE_LAYER)]
+    assert held[2] == {str(SPARSE_LAYER): [neurons // 2, hidden]}
+    for processes in (1, 2):
+        error = (outputs[processes] - outputs[0]).norm() / outputs[0].norm()
+        assert error < TOLERANCE, processes

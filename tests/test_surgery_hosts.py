@@ -258,11 +258,12 @@ def test_accelerate_can_take_its_hooks_off_a_sparse_model() -> None:
         assert torch.equal(a, b)
 
 
-# Weights in 8 bits: nearly the same in half the bytes
+# Weights in 8 or 4 bits: nearly the same in half the bytes or less
 
 # Half a step of 127 over the largest of a row, relative to the rms: about 1 % a matrix; fp8 has 3
-# bits behind the leading one, so up to 1/16 and about 2.6 % a matrix; three matrices each.
-ERROR = {"int8": 0.03, "fp8": 0.09}
+# bits behind the leading one, so up to 1/16 and about 2.6 % a matrix; nvfp4 has one, so up to 1/4
+# and 9.5 %; three matrices each.
+ERROR = {"int8": 0.03, "fp8": 0.09, "nvfp4": 0.2}
 SIZES = (64, 192)
 
 
@@ -290,6 +291,7 @@ def error(out: Tensor, expected: Tensor) -> float:
         ("int8", TensorMLP, torch.float32, 0.3),
         ("fp8", TupleMLP, torch.bfloat16, 0.6),
         ("int8", MergedMLP, torch.bfloat16, 0.6),
+        ("nvfp4", TensorMLP, torch.bfloat16, 0.4),
     ],
 )
 @pytest.mark.usefixtures("torchao")
@@ -309,7 +311,7 @@ def test_dense_ffns_compute_nearly_the_same(
     assert not is_packed(ffn(model, 1, "und").down_proj.weight)
 
 
-@pytest.mark.parametrize(("storage", "shared"), [("fp8", 0), ("int8", 2)])
+@pytest.mark.parametrize(("storage", "shared"), [("fp8", 0), ("int8", 2), ("nvfp4", 0)])
 @pytest.mark.usefixtures("torchao")
 def test_sparse_ffns_route_the_same_and_compute_nearly_the_same(storage: str, shared: int) -> None:
     model = model_of()
@@ -367,6 +369,7 @@ def test_packed_weights_go_into_no_other_transform_and_take_no_state() -> None:
     [
         (lambda layer: setattr(layer, "mlp_moe_gen", EngineMLP(*SIZES)), "must be an nn.Linear"),
         (lambda layer: layer.mlp_moe_gen.to("meta"), "plain tensors in memory, got meta tensors"),
+        (lambda layer: layer.mlp_moe_gen.half(), "of fp32 or bf16 and their sides multiples of 16"),
     ],
 )
 @pytest.mark.usefixtures("torchao")
@@ -374,11 +377,10 @@ def test_what_cannot_be_packed_is_refused_before_anything_is(change: Any, match:
     model = model_of()
     change(model.layers[2])
     before = snapshot(model)
-    refused(match, quantize_weights_, model, QuantizeConfig())
+    refused(match, quantize_weights_, model, QuantizeConfig(storage="nvfp4"))
     compute = QuantizeConfig(storage="fp8-compute", layers=[0])
     refused("layer 0 .*got 'fp8-compute': fp8 .*type 'cpu'", quantize_weights_, model, compute)
     assert_same(before, snapshot(model))
-    refused(
-        "storage must be one of int8, fp8, fp8-compute, got 'int4'", QuantizeConfig, storage="int4"
-    )
+    known = "int8, fp8, fp8-compute, nvfp4"
+    refused(f"storage must be one of {known}, got 'int4'", QuantizeConfig, storage="int4")
     refused("component must be one of und, gen, both, got 'vit'", QuantizeConfig, component="vit")

@@ -28,7 +28,7 @@ _MAX_PIXELS = 14 * 14 * 9 * 1024
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 1 << 26
 # Pixels along a side of a tile: four, which overlap by 128 pixels, are an image of 1024 x 1024.
-_TILE = 576
+TILE = 576
 _PREVIEW = 256
 _LOG = logging.getLogger(__name__)
 
@@ -205,4 +205,4 @@ class ImageProcessor:
                 first_line = str(error).partition(".")[0]
                 _LOG.warning("image of %d x %d is decoded in tiles: %s", *size, first_line)
         # Not above, where the error still holds what was computed.
-        return to_image(self.vae.decode(latent, tile=_TILE // self.vae.config.downsample)[0])
+        return to_image(self.vae.decode(latent, tile=TILE // self.vae.config.downsample)[0])

@@ -21,6 +21,7 @@ from sparse_unified._common import (
 )
 from sparse_unified.bagel import AutoEncoder, Bagel
 from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
+from sparse_unified.bagel.images import TILE
 from sparse_unified.bagel.loading import Task, tensor_problems, unneeded
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import list_files
@@ -288,8 +289,15 @@ def _describe_pruned(shapes: Mapping[int, LayerShape]) -> tuple[str, ...]:
 # estimated from the shapes of their largest tensors; no part of the table was measured.
 
 
-BUDGETS = (12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes, of cards one can buy
+BUDGETS = (10, 12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes, of cards one can buy
 _PACKED_SCALE_BYTES = 5  # of a row stored as int8: a scale and a zero point
+# Rows of the table: `task`, `offload` and `storage` of `from_pretrained`, and whether images are
+# decoded in tiles. The last two are for cards of 12 and 10 GB.
+_WAYS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
+    *product(("all", "image"), ("none", "und"), ({}, {"und": "int8", "gen": "int8"}), (False,)),
+    ("image", "und", {"und": "int8", "gen": "nvfp4"}, False),
+    ("image", "und", {"und": "int8", "gen": "nvfp4"}, True),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +305,7 @@ class MemoryRow:
     """One way to load a model, in bytes: of weights, beside them at the peak, and in host memory.
 
     Attributes:
-        options: of `from_pretrained`.
+        options: of `from_pretrained`; `tiled` is of `generate`.
         fits: budgets, in GB, that hold weights and working memory.
     """
 
@@ -356,12 +364,18 @@ def memory(
     source = Checkpoint(directory)
     vae = read_header(source.vae_file).tensors if source.vae_file.exists() else {}
     rows = []
-    for task, offload, storage in product(("all", "image"), ("none", "und"), (None, "int8")):
+    for task, offload, storage, tiled in _WAYS:
         weights, host = _weight_bytes(source, task, offload, storage)
         weights += sum(spec.nbytes for spec in vae.values())
-        is_whole_ffn = storage is not None or offload == "und"
-        working = _working_bytes(source, vae, is_whole_ffn, size, images)
-        given = [("task", task, "all"), ("offload", offload, "none"), ("storage", storage, None)]
+        is_whole_ffn = bool(storage) or offload == "und"
+        working = _working_bytes(source, vae, is_whole_ffn, size, images, tiled)
+        stored = storage["und"] if len({*storage.values()}) == 1 else storage
+        given: list[tuple[str, Any, Any]] = [
+            ("task", task, "all"),
+            ("offload", offload, "none"),
+            ("storage", stored, {}),
+            ("tiled", tiled, False),
+        ]
         options = [f"{name}={value!r}" for name, value, default in given if value != default]
         row = MemoryRow(
             options=", ".join(options) or "as it is",
@@ -377,7 +391,7 @@ def memory(
 
 
 def _weight_bytes(
-    source: Checkpoint, task: str, offload: str, storage: str | None
+    source: Checkpoint, task: str, offload: str, storage: Mapping[str, str]
 ) -> tuple[int, int]:
     """Returns the bytes of the weights on the device and in host memory."""
     lacks = unneeded(LLMConfig.from_json(source.llm_config), Task(task))
@@ -386,8 +400,11 @@ def _weight_bytes(
         ffn, nbytes = keys.find_ffn_key(key), spec.nbytes
         if key.startswith(lacks):
             continue
-        if ffn is not None and storage is not None and not keys.ROUTER_KEY.fullmatch(ffn[2]):
-            nbytes = math.prod(spec.shape) + spec.shape[0] * _PACKED_SCALE_BYTES
+        if ffn is not None and ffn[0] in storage and not keys.ROUTER_KEY.fullmatch(ffn[2]):
+            count = math.prod(spec.shape)
+            is_int8 = storage[ffn[0]] == "int8"
+            # nvfp4: half a byte, and a scale of a byte for 16 of them.
+            nbytes = count + spec.shape[0] * _PACKED_SCALE_BYTES if is_int8 else count * 9 // 16
         if ffn is not None and ffn[0] == offload:
             on_host += nbytes
         else:
@@ -401,6 +418,7 @@ def _working_bytes(
     is_whole_ffn: bool,
     size: tuple[int, int],
     images: int,
+    tiled: bool,
 ) -> int:
     """Estimates the bytes beside the weights, the larger of a denoising step and of decoding.
 
@@ -408,7 +426,7 @@ def _working_bytes(
     bytes a number, a step holds 12 T D b for streams, norms and attention, and in an FFN the larger
     of 3 T I b (dense) and T K (D + I / E) b (sparse). An FFN that is unpacked or visits the device
     (`is_whole_ffn`) adds its 3 I D b. Decoding holds three maps of the widest layer at full
-    resolution.
+    resolution, in tiles those of one, and the image three times in fp32.
     """
     hidden = int(source.llm_config["hidden_size"])
     width = int(source.llm_config["intermediate_size"])
@@ -419,8 +437,11 @@ def _working_bytes(
         rows = tokens * (source.top_k or 0)
         ffn = max(ffn, rows * hidden + rows * width // layout.num_experts)
     step = 12 * tokens * hidden + ffn + 3 * width * hidden * is_whole_ffn
+    pixels = size[0] * size[1]
+    at_once = min(size[0], TILE) * min(size[1], TILE) if tiled else pixels
+    whole = 3 * 3 * 4 * pixels * tiled
     maps = [
-        3 * max(spec.shape[:2]) * size[0] * size[1] * spec.dtype.itemsize
+        3 * max(spec.shape[:2]) * at_once * spec.dtype.itemsize + whole
         for key, spec in vae.items()
         if key.startswith("decoder.up.0.") and len(spec.shape) == 4
     ]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_unified import _library
+from sparse_unified.nn.expert_state import SCALES_OF_4_BITS, unpack
 from sparse_unified.ops.backend import CPU_REFUSAL
 
 # Fewer tokens leave most of the kernel's vectors empty.
@@ -66,6 +67,10 @@ class SwiGLU(nn.Module):
         """x [..., D] -> [..., D]; on the CPU without gradients by the kernel of `pruned_ffn`."""
         block_size = self._kernel_block_size(x)
         if block_size == 0:
+            if hasattr(self.gate_proj.weight, SCALES_OF_4_BITS):
+                hidden = F.silu(F.linear(x, unpack(self.gate_proj.weight)))
+                hidden = hidden * F.linear(x, unpack(self.up_proj.weight))
+                return F.linear(hidden, unpack(self.down_proj.weight))
             y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
             return y
         gate, up, down = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))

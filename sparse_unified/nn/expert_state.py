@@ -12,11 +12,29 @@ from torch import Tensor, nn
 from sparse_unified.experts import ExpertLayout
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+SCALES_OF_4_BITS = "is_swizzled_scales"  # what torchao's nvfp4 alone has
+_SCALE_ROWS = 128  # in a block of scales of nvfp4
+_UNPACKED = 2**22  # numbers at a time
 
 
 def is_packed(weight: Tensor) -> bool:
     """Tells whether a weight is a tensor subclass that stores less and unpacks itself."""
     return type(weight).dequantize is not Tensor.dequantize
+
+
+def unpack(weight: Tensor) -> Tensor:
+    """Returns what a packed weight stands for.
+
+    From 4 bits torchao unpacks through 15 times the bytes of the result, so by blocks of rows.
+    """
+    if not hasattr(weight, SCALES_OF_4_BITS):
+        return weight.dequantize()
+    step = max(_UNPACKED // weight.shape[1] // _SCALE_ROWS, 1) * _SCALE_ROWS
+    with torch.inference_mode(False):  # there, what was made elsewhere has no slices
+        whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        for n in range(0, len(weight), step):
+            whole[n : n + step] = weight[n : n + step].dequantize()
+    return whole
 
 
 def expert_views(
@@ -56,10 +74,9 @@ class OfficialState(nn.Module):
 
     def plain_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns gate_proj, up_proj [I, D] and down_proj [D, I], unpacked if they are packed."""
-        weights = self.gate_proj, self.up_proj, self.down_proj
         if type(self.gate_proj).dequantize is Tensor.dequantize:
-            return weights
-        return weights[0].dequantize(), weights[1].dequantize(), weights[2].dequantize()
+            return self.gate_proj, self.up_proj, self.down_proj
+        return unpack(self.gate_proj), unpack(self.up_proj), unpack(self.down_proj)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

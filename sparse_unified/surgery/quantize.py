@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quantize_weights_: FFN weights of a live model in 8 bits.
+"""quantize_weights_: FFN weights of a live model in 8 or 4 bits.
 
-What is stored in 8 bits is torchao's; a dense projection computes with it as torchao does, a sparse
+What is stored is torchao's; a dense projection computes with it as torchao does, a sparse
 block unpacks its three weights for the call, one layer at a time, and computes as before. Those of
 "fp8-compute" it multiplies in fp8.
 """
@@ -23,7 +23,7 @@ from sparse_unified.surgery.decoder import find_decoder
 from sparse_unified.surgery.ffn import projection_names, read_ffn
 from sparse_unified.surgery.report import SurgeryReport, report, take_census
 
-STORAGES = ("int8", "fp8", "fp8-compute")
+STORAGES = ("int8", "fp8", "fp8-compute", "nvfp4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,10 @@ class QuantizeConfig(_Mode):
     """Which FFN weights become smaller, and how they are stored.
 
     Args:
-        storage: "int8" or "fp8" (e4m3), one scale per row; or "fp8-compute", which multiplies in
-            fp8 too, with one scale per token: bf16 on a GPU of compute capability 9.x or 10.x.
+        storage: "int8" or "fp8" (e4m3), one scale per row; "fp8-compute", which multiplies in fp8
+            too, with one scale per token: bf16 on a GPU of compute capability 9.x or 10.x; or
+            "nvfp4" (e2m1), one scale (e4m3) per 16 neighbours in a row, for fp32 and bf16 weights
+            with sides that are multiples of 16.
         component: "gen", "und" or "both".
         layers: as in `MoEConfig`; "all" and "middle" pass over skipped FFNs.
     """
@@ -51,7 +53,7 @@ class QuantizeConfig(_Mode):
 
 @torch.no_grad()
 def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
-    """Stores FFN weights of a live model in 8 bits, in place, one FFN after the other.
+    """Stores FFN weights of a live model in 8 or 4 bits, in place, one FFN after the other.
 
     Dense and sparse FFNs are taken, in every model that `apply_moe_` takes; routers stay as they
     are. The modules stay the same objects, with weights that do not require gradients. There is no
@@ -88,7 +90,14 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
 
 
 def check_storage(ffn: nn.Module, storage: str) -> None:
-    """Raises a ValueError that says why a FFN cannot compute as it would be stored."""
+    """Raises a ValueError that says why a FFN cannot be stored, or compute as it would be."""
+    for module, name in _weights(ffn) if storage == "nvfp4" else ():
+        weight = getattr(module, name)
+        if weight.dtype not in (torch.float32, torch.bfloat16) or any(n % 16 for n in weight.shape):
+            raise ValueError(
+                "weights must be of fp32 or bf16 and their sides multiples of 16 for "
+                f"storage='nvfp4', got {list(weight.shape)} {weight.dtype}"
+            )
     if storage != "fp8-compute":
         return
     gate_proj, _, down_proj = (getattr(module, name) for module, name in _weights(ffn))
@@ -116,12 +125,15 @@ def quantize_ffn_(ffn: nn.Module, storage: str) -> None:
     library = optional("torchao.quantization", "quant")
     for module, name in _weights(ffn):
         weight = getattr(module, name).detach()
-        if storage == "int8":
+        if storage in ("int8", "nvfp4"):
             # torchao packs the weights of linear layers, so each one takes a turn in one.
             shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             shell.weight = nn.Parameter(weight, requires_grad=False)
-            # Settings of the compiler are the user's.
-            library.quantize_(shell, library.Int8WeightOnlyConfig(set_inductor_config=False))
+            if storage == "int8":  # settings of the compiler are the user's
+                config = library.Int8WeightOnlyConfig(set_inductor_config=False)
+            else:
+                config = optional("torchao.prototype.mx_formats", "quant").NVFP4WeightOnlyConfig()
+            library.quantize_(shell, config)
             packed = shell.weight.detach()
         else:
             # Scales are ours: those of torchao make NaN of a row of zeros.
