@@ -344,8 +344,8 @@ class BagelPipeline:
             offload: "und" keeps the und FFNs in host memory. Prompts bring them to the device one
                 after the other; the two markers of an image, two rows a step, visit them instead.
             storage: "int8", "fp8", "fp8-compute" or "nvfp4" (4 bits) for all FFNs, or a mapping of
-                "und" and "gen" to one each, see `QuantizeConfig`: their weights are quantized one by
-                one as they are loaded. Needs the `quant` extra.
+                "und" and "gen" to one each, see `QuantizeConfig`: their weights are quantized one
+                by one as they are loaded. Needs the `quant` extra.
             device_map: "auto", or module path -> device, "cpu" or "disk": where decoder layers go,
                 by accelerate (the `offload` extra); all else is on `device`.
             max_memory: with "auto", bytes by device, as accelerate takes them.

@@ -115,7 +115,7 @@ def check_storage(ffn: nn.Module, storage: str) -> None:
         fp8=True,
     )
     if active != backend.SCALED_MM:
-        raise ValueError(f"storage must be int8 or fp8 here, got {storage!r}: {active[7:]}")
+        raise ValueError(f"storage must be int8, nvfp4 or fp8 here, got {storage!r}: {active[7:]}")
 
 
 @torch.no_grad()
