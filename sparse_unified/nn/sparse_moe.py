@@ -170,11 +170,11 @@ class SparseMoE(OfficialState):
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
+        experts = gate_proj, up_proj, down_proj = self.plain_weights()  # read once: may be computed
         tokens, dtype, active, chosen = self._route(
-            x, packed_text_indexes, packed_vit_token_indexes
+            x, packed_text_indexes, packed_vit_token_indexes, gate_proj
         )
         logits, topk_logits, topk_idx = chosen
-        experts = gate_proj, up_proj, down_proj = self.plain_weights()
         if dtype != gate_proj.dtype:
             tokens, gate_proj = tokens.to(dtype), gate_proj.to(dtype)
             up_proj, down_proj = up_proj.to(dtype), down_proj.to(dtype)
@@ -200,10 +200,11 @@ class SparseMoE(OfficialState):
         Returns:
             logits [T, E] fp32, topk_logits [T, K] fp32, topk_idx [T, K] int32.
         """
-        return self._route(x, packed_text_indexes, packed_vit_token_indexes)[-1]
+        indexes = packed_text_indexes, packed_vit_token_indexes
+        return self._route(x, *indexes, self.gate_proj)[-1]
 
     def _route(
-        self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None
+        self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, torch.dtype, str, tuple[Tensor, Tensor, Tensor]]:
         """Returns tokens [T, D], dtype of the experts, what runs them, and the choice.
 
@@ -216,7 +217,6 @@ class SparseMoE(OfficialState):
                 f"got {got}"
             )
         tokens = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
-        weight = self.gate_proj
         if tokens.dtype != weight.dtype and _is_autocast(tokens.device.type):
             tokens = tokens.to(weight.dtype)  # which routes
         dtype, active = self._choose(weight)
@@ -226,8 +226,8 @@ class SparseMoE(OfficialState):
                 raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {active}")
             _warn_once(active)
             route = composed.route_topk
-        given, gate = tokens, self.gate.weight
-        gate_img = None if self.gate_img is None else self.gate_img.weight
+        given, gate = tokens, _router_weight(self.gate)
+        gate_img = None if self.gate_img is None else _router_weight(self.gate_img)
         if gate.dtype != tokens.dtype:  # fp32 routers of bf16 experts
             wide = torch.promote_types(gate.dtype, tokens.dtype)
             tokens, gate = tokens.to(wide), gate.to(wide)
@@ -291,6 +291,31 @@ class SparseMoE(OfficialState):
             f"num_shared_experts={self.num_shared_experts}, "
             f"expert_width={self.layout.expert_width}, backend={self.active_backend!r}"
         )
+
+
+def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Returns every parameter under its official key; those of a sparse FFN are views per expert.
+
+    Copying into these tensors loads the module.
+    """
+    if isinstance(module, SparseMoE) and not is_packed(module.gate_proj):
+        return {prefix + key: view for key, view in module.official_views().items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in module.named_parameters(recurse=False):
+        found[prefix + name] = tensor
+    for name, child in module.named_children():
+        found |= official_tensors(child, f"{prefix}{name}.")
+    return found
+
+
+def _router_weight(router: Any) -> Tensor:
+    """Returns the weight of a router, with what the adapters of peft add to it."""
+    weight: Tensor = router.weight
+    if "base_layer" in router._modules and not (router.disable_adapters or router.merged):
+        for adapter in router.active_adapters:
+            if adapter in router.lora_A:
+                weight = weight + router.get_delta_weight(adapter)
+    return weight
 
 
 def _checked(name: str, indexes: Tensor | None, num_tokens: int) -> Tensor | None:
