@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_unified._common import Report, StrPath, context, format_bytes
@@ -172,12 +172,17 @@ def _activations(
     model: Bagel, batch: TrainingBatch, run: RunConfig | None, *, checkpointing: bool
 ) -> int:
     """Returns the bytes kept for backward; with checkpointing one layer runs again at a time."""
+    twin = Bagel(model.config, device="meta", dtype=model.dtype)
+    if run is not None and run.lora_rank is not None:
+        run.prepare_(twin, 0)
+    for own, given in zip(twin.parameters(), model.parameters(), strict=True):
+        own.requires_grad_(given.requires_grad)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        twin = Bagel(model.config, dtype=model.dtype)
-        if run is not None and run.lora_rank is not None:
-            run.prepare_(twin, 0)
-        for own, given in zip(twin.parameters(), model.parameters(), strict=True):
-            own.requires_grad_(given.requires_grad)
+        for module in twin.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    fake = torch.empty_like(weight, device="cpu")
+                    module._parameters[name] = nn.Parameter(fake, weight.requires_grad)
         weights = {p.untyped_storage()._cdata for p in twin.parameters()}
         # Bytes of each layer, the first with what comes before it, and behind the last.
         counts: list[int] = []
