@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -294,11 +295,12 @@ def _tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
     if not names:
         return {}
     library = optional("accelerate.tracking", "train", purpose="report_to")
-    known, installed = library.LOGGER_TYPE_TO_CLASS, library.get_available_trackers()
+    known = library.LOGGER_TYPE_TO_CLASS
     for name in names:
         if name not in known:
             raise ValueError(f"report_to must be of {', '.join(known)}, got {name!r:.80}")
-        if name in set(library.LoggerType) - set(installed):
+        # Those of accelerate have the names of their packages.
+        if known[name].__module__ == library.__name__ and not find_spec(name):
             raise ImportError(f"{WHAT}: report_to must name what is installed, got {name}")
     return {name: known[name] for name in names}
 

@@ -137,7 +137,7 @@ def from_file(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str
         if known is None or known.dest in ("help", "config"):
             raise ValueError(f"{path}: keys must be flags of {parser.prog}, got {key!r:.80}")
         flag = known.option_strings[0]
-        if own is None or own is False:
+        if own is None or own is False or own == []:
             continue
         if known.nargs != 0:
             flags.append(f"{flag}={','.join(map(str, own)) if isinstance(own, list) else own}")
