@@ -72,11 +72,11 @@ def make_sparse_(
         own._load_from_state_dict = partial(nn.Module._load_from_state_dict, block)
     names = {module: name for name, module in model.named_modules()}
     layouts = {names[block]: block.layout for block in blocks}
-    model.state_dict_adapter = SparseAdapter(layouts)  # type: ignore[assignment]
+    model.state_dict_adapter = SparseAdapter(layouts)
     return model
 
 
-class SparseAdapter(BagelStateDictAdapter):  # type: ignore[misc]
+class SparseAdapter(BagelStateDictAdapter):
     """Between AutoModel's names and those of sparse checkpoints: the experts of a block, split."""
 
     def __init__(self, layouts: dict[str, ExpertLayout]) -> None:
@@ -103,7 +103,7 @@ class SparseAdapter(BagelStateDictAdapter):  # type: ignore[misc]
         return state
 
 
-class SparseRecipe(FinetuneRecipeForMultimodal):  # type: ignore[misc]
+class SparseRecipe(FinetuneRecipeForMultimodal):
     """AutoModel's recipe, with another model."""
 
     def _build_hf_backbone_bagel_model(

@@ -57,7 +57,7 @@ class OfficialState(nn.Module):
     def plain_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns gate_proj, up_proj [I, D] and down_proj [D, I], unpacked if they are packed."""
         weights = self.gate_proj, self.up_proj, self.down_proj
-        if not is_packed(weights[0]):
+        if type(weights[0]).dequantize is Tensor.dequantize:
             return weights
         return weights[0].dequantize(), weights[1].dequantize(), weights[2].dequantize()
 

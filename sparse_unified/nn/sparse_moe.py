@@ -226,8 +226,10 @@ class SparseMoE(OfficialState):
                 raise RuntimeError(f"SparseMoE: strict must be met by a kernel, got {active}")
             _warn_once(active)
             route = composed.route_topk
-        given, gate = tokens, _router_weight(self.gate)
-        gate_img = None if self.gate_img is None else _router_weight(self.gate_img)
+        given, gate = tokens, self.gate.weight
+        if type(self.gate) is not nn.Linear:
+            gate = _adapted(self.gate)
+        gate_img = None if self.gate_img is None else _adapted(self.gate_img)
         if gate.dtype != tokens.dtype:  # fp32 routers of bf16 experts
             wide = torch.promote_types(gate.dtype, tokens.dtype)
             tokens, gate = tokens.to(wide), gate.to(wide)
@@ -308,7 +310,7 @@ def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _router_weight(router: Any) -> Tensor:
+def _adapted(router: Any) -> Tensor:
     """Returns the weight of a router, with what the adapters of peft add to it."""
     weight: Tensor = router.weight
     if "base_layer" in router._modules and not (router.disable_adapters or router.merged):

@@ -66,13 +66,13 @@ def read_weights(ffn: nn.Module, *, merge: bool = False) -> DenseWeights:
             f"FFN must be dense, made of {', '.join(PROJECTIONS)} (or "
             f"{' and '.join(MERGED_PROJECTIONS)}), got a {describe_module(ffn)}"
         )
-    layers = {name: getattr(ffn, name) for name in names}
+    layers = [getattr(ffn, name) for name in names]
     if merge:
-        layers = {name: _without_adapters(layer) for name, layer in layers.items()}
-    parts = [plain_weight(layer, name) for name, layer in layers.items()]
+        layers = list(map(_without_adapters, layers))
+    parts = list(map(plain_weight, layers, names))
     inside = tuple(f"{name}." for name in names)
     others = [name for name, _ in ffn.named_parameters() if not name.startswith(inside)]
-    for name, layer in layers.items():
+    for name, layer in zip(names, layers, strict=True):
         others += [f"{name}.{own}" for own, _ in layer.named_parameters() if own != "weight"]
     if others:
         raise ValueError(

@@ -118,8 +118,10 @@ def add_lora_(
     )
     module = as_module(model)
     parts = dict(module.named_modules())
-    blocks = {f"{name}.experts.0.gate_proj": name for name in parts if _is(parts, name, SparseMoE)}
-    linears = [name for name in parts if _is(parts, name, nn.Linear)]
+    blocks = {
+        f"{name}.experts.0.gate_proj": name for name in parts if _is_plain(parts, name, SparseMoE)
+    }
+    linears = [name for name in parts if _is_plain(parts, name, nn.Linear)]
     for target, pattern in named.items():
         if not any(re.fullmatch(pattern, name) for name in (*linears, *blocks)):
             raise ValueError(f"targets must be in the model, got no {target} of {component} there")
@@ -140,8 +142,8 @@ def add_lora_(
     return config
 
 
-def _is(parts: Mapping[str, nn.Module], name: str, kind: type[nn.Module]) -> bool:
-    return isinstance(parts[name], kind)
+def _is_plain(parts: Mapping[str, nn.Module], name: str, kind: type[nn.Module]) -> bool:
+    return isinstance(parts[name], kind) and not parametrize.is_parametrized(parts[name])
 
 
 class ExpertLora(nn.Module):
