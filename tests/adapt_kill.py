@@ -36,7 +36,9 @@ def run(model: Path, data: Path, root: Path, calls: int) -> dict[str, object]:
         torch.set_num_threads(1)
         # Reading the model is over by then.
         adapt_run.wait_for_all = lambda: (wait(), die_at_call(number))[0]
-        adapt(model, out, data, CONFIG, RunConfig(checkpoint_every=1, keep=1, resume=True))
+        adapt(
+            model, out, data, CONFIG, RunConfig(checkpoint_every=1, keep=1, resume=True, workers=0)
+        )
         return "done"
 
     # Of the calls that reach the disk, each child makes a few more than the one before it; those

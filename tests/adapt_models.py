@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from moe_cases import GOLDEN
+from safetensors.torch import load_file
 
 from sparse_unified.adapt import SequenceConfig, Trainer, TrainingConfig, freeze
 from sparse_unified.adapt.data import generation_sequence, understanding_sequence
@@ -75,6 +76,12 @@ def logged(out: Path) -> list[float]:
     return [line["loss"] for line in read_log(Path(f"{out}.training") / "log.jsonl")]
 
 
+def state_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the state that one process wrote."""
+    files = [load_file(path) for path in directory.glob("*.safetensors")]
+    return {key: tensor for tensors in files for key, tensor in tensors.items()}
+
+
 def picture(seed: int, height: int = 32, width: int = 40) -> bytes:
     """Returns the bytes of a PNG of noise."""
     from PIL import Image
@@ -110,4 +117,17 @@ def write_folder(folder: Path) -> Path:
                 record[name] = path.name
         lines.append(json.dumps(record))
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_parquet(folder: Path) -> Path:
+    import datasets
+
+    folder.mkdir()
+    kinds = dict.fromkeys(("text", "question", "answer"), datasets.Value("string"))
+    kinds |= dict.fromkeys(("image", "source"), datasets.Image())
+    rows = {name: [record.get(name) for record in records()] for name in kinds}
+    whole = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    for number in range(2):
+        whole.shard(2, number, contiguous=True).to_parquet(folder / f"{number}.parquet")
     return folder

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from adapt_models import losses, trainer
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from sparse_unified.adapt import run, saving
 from sparse_unified.adapt import trainer as training
@@ -101,6 +102,9 @@ def plant(what: str, when: str) -> None:
 
         setattr(owner, name, counted)
 
+    def while_writing() -> None:
+        later(HuggingFaceStorageWriter, "write_data", 1, strike)
+
     def while_gathering() -> None:
         later(saving, "gather", 3, strike)
 
@@ -109,7 +113,7 @@ def plant(what: str, when: str) -> None:
     elif when == "step":
         later(training.Trainer, "_update", 2, strike)
     elif when == "state":
-        later(training, "save_state", 2, while_gathering)
+        later(training, "save_state", 2, while_writing)
     else:
         later(run, "write_adapted", 1, while_gathering)
 

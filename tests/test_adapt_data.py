@@ -5,23 +5,28 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapt_models import picture, records, write_folder
+from adapt_models import picture, records, write_folder, write_parquet
 from refusals import refused
 from torch import Tensor
 
 from sparse_unified.adapt import RunConfig, SequenceConfig
+from sparse_unified.adapt import data as adapt_data
 from sparse_unified.adapt.data import (
     ImageDataset,
+    ImageStream,
     draw_time,
     generation_sequence,
     open_records,
+    open_stream,
 )
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel import BagelPipeline
@@ -48,19 +53,6 @@ def dataset_of(
     pipeline: BagelPipeline, data: Path, cache: Path | None = None, **options: Any
 ) -> ImageDataset:
     return ImageDataset(open_records(data), pipeline, RunConfig(**options), cache)
-
-
-def write_parquet(folder: Path) -> Path:
-    import datasets
-
-    folder.mkdir()
-    kinds = dict.fromkeys(("text", "question", "answer"), datasets.Value("string"))
-    kinds |= dict.fromkeys(("image", "source"), datasets.Image())
-    rows = {name: [record.get(name) for record in records()] for name in kinds}
-    whole = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
-    for number in range(2):
-        whole.shard(2, number, contiguous=True).to_parquet(folder / f"{number}.parquet")
-    return folder
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -269,3 +261,102 @@ def test_times_are_sigmoids_of_normal_numbers_shifted() -> None:
     same = torch.Generator().manual_seed(0)
     shifted = torch.tensor([draw_time(same, 3.0) for _ in range(4000)], dtype=torch.float64)
     torch.testing.assert_close(shifted, 3 * times / (1 + 2 * times))
+
+
+def streamed(
+    pipeline: BagelPipeline, data: Path, workers: int, step: int = 0, **options: Any
+) -> tuple[ImageStream, Iterator[Any]]:
+    run = RunConfig(streaming=True, workers=workers, **options)
+    stream = ImageStream(open_stream(data), pipeline, run)
+    return stream, stream.in_order(3, 4, range(4), step)
+
+
+def texts(sequence: Any) -> list[Any]:
+    return [part.token_ids for part in sequence if isinstance(part, TextSegment)]
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+def test_a_stream_goes_on_where_it_was_left_and_every_epoch_holds_all_records(
+    write: Callable[[Path], Path],
+    pipeline: BagelPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapt_data, "_BLOCK", 4)
+    data = write(tmp_path / "data")
+    never = SequenceConfig(text_dropout=0)
+    stream, order = streamed(pipeline, data, 2, sequences=never)
+    found, kept = [], []
+    for step in range(9):
+        kept.append(json.loads(json.dumps(stream.place(4 * step))))
+        found += [texts(sequence) for sequence in islice(order, 4)]
+    whole = dataset_of(pipeline, data, sequences=never)
+    wanted = [texts(whole.sequence(n, torch.Generator())) for n in range(len(whole))]
+    epochs = [found[start : start + 9] for start in range(0, 36, 9)]
+    for epoch in epochs:
+        assert sorted(map(str, epoch)) == sorted(map(str, wanted))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+    # It goes on from any of its places, which are plain values, and reads nothing before it.
+    assert kept[0] is None
+    assert len({str(place) for place in kept}) > 4
+    for step, place in enumerate(kept[:7]):
+        again, rest = streamed(pipeline, data, step % 2, step, sequences=never)
+        again.go_on(place)
+        assert [texts(sequence) for sequence in islice(rest, 8)] == found[4 * step :][:8]
+    # So does every other process for its own places.
+    part, _ = streamed(pipeline, data, 0, sequences=never)
+    own = part.in_order(3, 4, [1, 2], 0)
+    assert [texts(sequence) for sequence in islice(own, 4)] == [found[n] for n in (1, 2, 5, 6)]
+
+
+def test_damaged_records_of_a_stream_are_skipped_up_to_a_limit(
+    pipeline: BagelPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    images: list[Any] = [picture(number) for number in range(6)]
+    images[1], words = b"damaged", [f"picture {number}" for number in range(6)]
+    words[3] = " "
+    rows = datasets.Dataset.from_dict({"image": images, "text": words})
+    rows.to_parquet(tmp_path / "0.parquet")
+    never = SequenceConfig(text_dropout=0)
+    stream, order = streamed(pipeline, tmp_path, 2, sequences=never, max_damaged=2)
+    found = [str(texts(sequence)) for sequence in islice(order, 5)]
+    assert len(set(found)) == 4  # the first record stands for the one that cannot be read
+    assert sorted(stream.damaged) == [1, 3]
+    assert len(caplog.records) == 2
+    refused("record 1: data: an image must be a readable .*; 2 of 6 are damaged", stream.check)
+    _, order = streamed(pipeline, tmp_path, 2, max_damaged=1)
+    refused("record .: .*; 1 such records are skipped", lambda: list(islice(order, 5)))
+
+    _, none = streamed(pipeline, tmp_path, 0, tasks=[EDITING])
+    refused("a record must be of use for editing, got none of 6", next, none)
+    (tmp_path / "1.parquet").write_bytes(b"none")
+    _, broken = streamed(pipeline, tmp_path, 0)
+    refused("0.parquet and 1 more must be readable parquet shards", lambda: list(islice(broken, 9)))
+    refused("must hold .parquet or .tar shards to be streamed", open_stream, tmp_path / "no")
+
+
+def test_workers_decode_the_next_images_while_a_step_runs(
+    pipeline: BagelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, in_step, decoded = (multiprocessing.get_context("fork").Event() for _ in range(3))
+    original = adapt_data.open_image
+
+    def open_late(*given: Any, **options: Any) -> Any:
+        """The first image is there at once; the others wait until the step runs."""
+        if opened.is_set():
+            assert in_step.wait(60)
+            decoded.set()
+        opened.set()
+        return original(*given, **options)
+
+    monkeypatch.setattr(adapt_data, "open_image", open_late)
+    dataset = dataset_of(pipeline, write_folder(tmp_path / "data"), workers=1)
+    order = dataset.in_order(3, 1, [0], 0)
+    next(order)
+    # Here the step runs, in this process.
+    assert not decoded.is_set()
+    in_step.set()
+    assert decoded.wait(60)

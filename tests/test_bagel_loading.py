@@ -22,8 +22,16 @@ from sparse_unified.bagel import Bagel, BagelPipeline, load_bagel, loading
 from sparse_unified.bagel.attention import Packing
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.decoder import MAX_HOST_ROWS, run_ffn
-from sparse_unified.bagel.loading import LAYERS, Offload, Placement, Task, unneeded
+from sparse_unified.bagel.loading import (
+    LAYERS,
+    Offload,
+    Placement,
+    Task,
+    local_reader,
+    unneeded,
+)
 from sparse_unified.bagel.tokenizer import Tokenizer
+from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_tensor
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
@@ -253,3 +261,36 @@ def test_arguments_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"from_pretrained: .*{match}"):
         BagelPipeline.from_pretrained(models["t2i_dense"], **options)
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_each_of_several_processes_reads_its_rows_and_no_others(
+    case: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, num_bytes = load(models[case])[0], 0
+
+    def remember(spec: TensorSpec) -> torch.Tensor:
+        nonlocal num_bytes
+        num_bytes += spec.nbytes
+        return read_tensor(spec)
+
+    monkeypatch.setattr(loading, "read_tensor", remember)
+    parts, sizes = [], []
+    for rank in range(3):
+        model = load(models[case], fill=False)[0]
+        fill, starts = local_reader(model, Checkpoint(models[case]).specs), {}
+        for owner in model.modules():
+            for name, weight in owner.named_parameters(recurse=False):
+                rows = torch.empty(weight.shape).chunk(3)  # as FSDP2 divides them
+                own = torch.nn.Parameter(rows[rank] if rank < len(rows) else rows[0][:0])
+                starts[own] = sum(map(len, rows[:rank]))
+                owner._parameters[name] = own
+        monkeypatch.setattr(loading, "local_rows", lambda own, at=starts: (own, at[own]))
+        num_bytes = 0
+        fill()
+        parts.append(dict(model.named_parameters()))
+        sizes.append(num_bytes)
+        assert num_bytes == sum(part.nbytes for part in parts[-1].values())
+    for name, weight in whole.named_parameters():
+        assert torch.equal(torch.cat([part[name] for part in parts]), weight), name
+    assert max(sizes) < 0.4 * sum(sizes)

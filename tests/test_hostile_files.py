@@ -291,7 +291,10 @@ READERS = {
     ),
     "run": Target(make_run, open_run),
     "state": Target(lambda root: make_state(root, "training.json"), load_training_state),
-    "moments": Target(lambda root: make_state(root, "training.safetensors"), load_training_state),
+    "moments": Target(
+        lambda root: make_state(root, "shard-00001-model-00001-of-00001.safetensors"),
+        load_training_state,
+    ),
 }
 
 

@@ -172,7 +172,11 @@ class RunConfig:
         resume: go on from the latest state, if there is one.
         report_to: trackers of accelerate that get what the log gets: tensorboard, wandb, ...
         cache_latents: encode every image once and keep its latent beside the states.
+        streaming: read shards as they come, through `datasets` but not into its cache on disk, and
+            shuffle them in blocks.
         max_damaged: records with a damaged image that a process skips; one more ends the run.
+        workers: loader workers of each process, which read, decode and resize the images of the
+            next step while a step runs (0: none, images are read between steps).
     """
 
     stage: Stage = Stage.EXPERT_FROZEN
@@ -190,7 +194,9 @@ class RunConfig:
     resume: bool = False
     report_to: tuple[str, ...] = ()
     cache_latents: bool = False
+    streaming: bool = False
     max_damaged: int = 10
+    workers: int = 2
 
     @context("RunConfig")
     def __post_init__(self) -> None:
@@ -202,6 +208,7 @@ class RunConfig:
             check_int("checkpoint_every", self.checkpoint_every, 1)
         check_int("keep", self.keep, 1)
         check_int("max_damaged", self.max_damaged, 0)
+        check_int("workers", self.workers, 0)
         object.__setattr__(self, "report_to", tuple(self.report_to))
         if self.lora_targets is not None:
             targets = tuple(choice("lora_targets", LoraTarget, own) for own in self.lora_targets)

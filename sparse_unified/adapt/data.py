@@ -10,30 +10,36 @@ place in the run, so a run that is resumed, or on another number of processes, d
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import glob
 import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import count, islice, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from sparse_unified._common import StrPath, naming, optional
 from sparse_unified.adapt.config import RunConfig, SequenceConfig
 from sparse_unified.analysis import samples
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image, to_rgb
+from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image, to_pixels, to_rgb
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import safetensors_io
-from sparse_unified.checkpoint.files import read_object, read_text, replace_file
+from sparse_unified.checkpoint.files import has_form, read_object, read_text, replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +56,9 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "answer": ("answer.txt",),
 }
 _ORDER, _SEQUENCE = 0, 1
+# Where a block of a stream begins: epoch, record, and sequence of the run; state of its reader.
+_PLACE = {"epoch": (int,), "first": (int,), "position": (int,), "source": (dict, type(None))}
+_BLOCK = 256  # records of a stream that are shuffled among each other
 _SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 _log = logging.getLogger(__name__)
 
@@ -72,7 +81,7 @@ class Records:
         self._rows = rows
         self._names = names
         self.tasks: list[tuple[Task, ...]] = []
-        digest = hashlib.sha256(repr([_name_and_size(path) for path in shards]).encode())
+        digest = _fingerprint(shards)
         for number, fields in enumerate(known):
             self.tasks.append(_tasks(names(number), fields))
             facts = sorted((name, _name_and_size(value)) for name, value in fields.items())
@@ -86,7 +95,11 @@ class Records:
                 fields = _renamed(self._rows[index])
             except Exception as error:  # columns of other kinds have decoders
                 raise _unreadable("record must be readable", error) from error
-            return {k: _open(v) if k in _IMAGES else v for k, v in fields.items()}
+            return _opened(fields)
+
+
+def _opened(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _open(v) if k in _IMAGES else v for k, v in fields.items()}
 
 
 def _name_and_size(value: Any) -> Any:
@@ -98,6 +111,73 @@ def _unreadable(rule: str, error: Exception) -> ValueError:
     return ValueError(f"{rule}, got {reason:.200}")
 
 
+class RecordStream:
+    """Records of shards in the order of their files, read as they come and not kept on disk.
+
+    `fingerprint` is a hash of names and sizes of the files.
+    """
+
+    def __init__(self, shards: Sequence[Path], builder: str) -> None:
+        self.num_shards = len(shards)
+        self.where = f"{shards[0].parent}"
+        self.fingerprint = _fingerprint(shards).hexdigest()[:16]
+        self._options = {"path": builder, "data_files": {"train": [str(path) for path in shards]}}
+        self._rule = _readable(shards, builder)
+
+    def blocks(
+        self, place: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Yields places, plain values that it goes on from, and the records that follow there.
+
+        It begins again after the last record. ValueError if a file cannot be read.
+        """
+        datasets = optional("datasets", extra="train")
+        epoch, first, source = (
+            (place["epoch"], place["first"], place["source"]) if place else (0, 0, None)
+        )
+        while True:
+            try:
+                rows = datasets.load_dataset(**self._options, split="train", streaming=True)
+                for name, feature in (rows.features or {}).items():
+                    if isinstance(feature, datasets.Image):
+                        rows = rows.cast_column(name, datasets.Image(decode=False))
+                if source is not None:
+                    rows.load_state_dict(source)
+                found = iter(rows)
+                while block := list(islice(found, _BLOCK)):
+                    yield {"epoch": epoch, "first": first, "source": source}, block
+                    first, source = first + len(block), rows.state_dict()
+            except Exception as error:  # readers of tar members raise errors of many kinds
+                raise _unreadable(self._rule, error) from error
+            if first == 0:
+                raise ValueError(f"{_WHERE}: {self.where} must hold a record, got none")
+            epoch, first, source = epoch + 1, 0, None
+
+
+def _fingerprint(shards: Sequence[Path]) -> Any:
+    return hashlib.sha256(repr([_name_and_size(path) for path in shards]).encode())
+
+
+def _readable(shards: Sequence[Path], builder: str) -> str:
+    return f"{_WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} shards"
+
+
+def open_stream(data: StrPath) -> RecordStream:
+    """Opens shards to read them as they come; ValueError if there are none."""
+    for suffix, builder in _SHARDS.items():
+        if shards := [file for file in _find(data) if file.suffix == suffix]:
+            return RecordStream(shards, builder)
+    raise ValueError(f"{_WHERE}: {data} must hold .parquet or .tar shards to be streamed, got none")
+
+
+def _find(data: StrPath) -> list[Path]:
+    path = Path(data)
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    pattern = glob.escape(str(path)) if path.is_file() else os.fspath(data)
+    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+
+
 def open_records(data: StrPath) -> Records:
     """Opens data for training: a folder, a file, or a pattern such as `shards/*.tar`.
 
@@ -105,12 +185,7 @@ def open_records(data: StrPath) -> Records:
     named from its folder; or images, each with its caption in a `.txt` file of the same name.
     ValueError if there is nothing of that kind, or a record cannot be used for anything.
     """
-    path = Path(data)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    else:
-        pattern = glob.escape(str(path)) if path.is_file() else os.fspath(data)
-        files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    files = _find(data)
     for suffix, builder in _SHARDS.items():
         if shards := [file for file in files if file.suffix == suffix]:
             return _open_shards(shards, builder)
@@ -132,7 +207,7 @@ def open_records(data: StrPath) -> Records:
             f"a .txt file each, got none of them in {len(files)} files"
         )
     rows = [fields for _, fields in found]
-    return Records(rows, lambda number: found[number][0], rows)
+    return Records(rows, [where for where, _ in found].__getitem__, rows)
 
 
 def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -172,9 +247,8 @@ def _open_shards(shards: Sequence[Path], builder: str) -> Records:
             fields |= {name: True for name, valid in images.items() if valid[number]}
             known.append(_renamed(fields))
     except Exception as error:  # readers of tar members raise errors of many kinds
-        rule = f"{_WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} shards"
-        raise _unreadable(rule, error) from error
-    return Records(rows, lambda number: f"{shards[0].parent}: record {number}", known, shards)
+        raise _unreadable(_readable(shards, builder), error) from error
+    return Records(rows, f"{shards[0].parent}: record {{}}".format, known, shards)
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +290,73 @@ def _open(value: Any) -> Image:
     return to_rgb(open_image(value if isinstance(value, Path) else io.BytesIO(value), where="data"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """What a loader worker makes of a record, or of the next one that can be read."""
+
+    task: Task | None  # None if no record could be read
+    texts: dict[str, str]
+    images: dict[str, Image]  # resized: for the VAE, as the record names them; `vit` for the ViT
+    damaged: dict[int, str]  # what is wrong with the records that could not be read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reader:
+    """Reads, decodes and resizes records, in the main process or in loader workers."""
+
+    records: Records
+    samples: Sequence[tuple[int, Task]]
+    for_vae: ImageTransform
+    for_vit: ImageTransform
+    max_damaged: int
+
+    def __getitem__(self, index: int) -> _Read:
+        damaged: dict[int, str] = {}
+        for place in range(len(self.samples)):
+            number, task = self.samples[(index + place) % len(self.samples)]
+            if number in damaged:
+                continue
+            try:
+                return self.resized(self.records.read(number), task, damaged)
+            except ValueError as error:
+                damaged[number] = str(error)
+                if len(damaged) > self.max_damaged:
+                    break
+        return _Read(task=None, texts={}, images={}, damaged=damaged)
+
+    def resized(self, record: Mapping[str, Any], task: Task, damaged: dict[int, str]) -> _Read:
+        images = {name: self.for_vae.resize(record[name]) for name in _IMAGES if name in record}
+        # The ViT sees an image at the size that it has for the VAE.
+        if task is not Task.GENERATION:
+            seen = images["source" if task is Task.EDITING else "image"]
+            images["vit"] = self.for_vit.resize(seen)
+        texts = {name: record[name] for name in _TEXTS if name in record}
+        return _Read(task=task, texts=texts, images=images, damaged=damaged)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StreamReader(_Reader):
+    """Decodes and resizes records that were read: (number, name, fields, use)."""
+
+    def __getitem__(self, sample: Any) -> _Read:
+        number, name, fields, task = sample
+        try:
+            with naming(name):
+                return self.resized(_opened(fields), task, {})
+        except ValueError as error:
+            return _Read(task=None, texts={}, images={}, damaged={number: str(error)})
+
+
+def _start_worker(_: int) -> None:
+    """Lets a loader worker end with the process that it works for, whatever ends that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _as_it_is(read: Any) -> Any:
+    return read
+
+
 class ImageDataset:
     """A training sequence for each thing that a record can be used for.
 
@@ -235,22 +376,42 @@ class ImageDataset:
         run: RunConfig,
         latent_cache: Path | None = None,
     ) -> None:
-        wanted = run.tasks or tuple(Task)
+        self._wanted = run.tasks or tuple(Task)
         every = ((number, task) for number, own in enumerate(records.tasks) for task in own)
-        self.samples = [(number, task) for number, task in every if task in wanted]
-        if not self.samples:
-            names = ", ".join(sorted(task.value for task in wanted))
-            raise ValueError(
-                f"{_WHERE}: a record must be of use for {names}, got none of {len(records.tasks)}"
-            )
+        samples = [(number, task) for number, task in every if task in self._wanted]
+        if not samples:
+            self._refuse_useless(len(records.tasks))
+        self._prepare(_Reader, records, samples, pipeline, run, latent_cache)
+
+    def _refuse_useless(self, num_records: int) -> NoReturn:
+        names = ", ".join(sorted(task.value for task in self._wanted))
+        raise ValueError(
+            f"{_WHERE}: a record must be of use for {names}, got none of {num_records}"
+        )
+
+    def _prepare(
+        self,
+        reader: type[_Reader],
+        records: Any,
+        samples: list[tuple[int, Task]],
+        pipeline: BagelPipeline,
+        run: RunConfig,
+        latent_cache: Path | None,
+    ) -> None:
+        self.samples = samples
         self.damaged: dict[int, str] = {}
         self._records = records
         self._run = run
         self._tokenizer = pipeline.tokenizer
         self.vae = pipeline.image_processor.vae
-        self._for_vae = _limited(pipeline.image_processor.for_vae, run.max_side)
-        self._for_vit = _limited(pipeline.image_processor.for_vit, run.max_side)
         self._cache = latent_cache
+        self._reader = reader(
+            records=records,
+            samples=samples,
+            for_vae=_limited(pipeline.image_processor.for_vae, run.max_side),
+            for_vit=_limited(pipeline.image_processor.for_vit, run.max_side),
+            max_damaged=run.max_damaged,
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -261,17 +422,69 @@ class ImageDataset:
         In the place of a record that cannot be read comes the next one that can; ValueError if more
         than `max_damaged` cannot.
         """
-        record, task = self._next_record(index)
+        return self._assemble(self._reader[index], generator)
+
+    def in_order(
+        self, seed: int, batch_size: int, places: Sequence[int], step: int
+    ) -> Iterator[Sequence[Segment]]:
+        """Yields what stands at some places of every step, from one on, without an end.
+
+        Loader workers read, decode and resize the images of the next step meanwhile.
+        """
+        steps, workers = count(step), self._run.workers
+        order, ahead = tee((number, place) for number in steps for place in places)
+        positions = (number * batch_size + place for number, place in ahead)
+        loader: Any = DataLoader(
+            self._reader,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=self._order(seed, positions),
+            num_workers=workers,
+            prefetch_factor=max(2, -(-len(places) // workers)) if workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # of seeds that nothing draws from
+        )
+        for (number, place), read in zip(order, loader, strict=False):
+            yield self._assemble(read, sequence_generator(seed, number, place))
+
+    def _order(self, seed: int, positions: Iterator[int]) -> Iterator[Any]:
+        """Yields what the reader takes for the positions of a run."""
+        return (data_index(len(self), seed, position) for position in positions)
+
+    def place(self, position: int) -> Any:
+        """Returns what a state has to keep beside the position of a run that goes on there."""
+        return None
+
+    def go_on(self, place: Any) -> None:
+        """Goes on from a place that was kept."""
+
+    def _skip(self, number: int, message: str) -> None:
+        """Notes that a record is damaged; ValueError if these are too many."""
+        if number not in self.damaged:
+            self.damaged[number] = message
+            _log.warning("%s; skipped", message)
+        if len(self.damaged) > self._run.max_damaged:
+            raise ValueError(
+                f"{message}; {self._run.max_damaged} such records are skipped (--max-damaged)"
+            )
+
+    def _replacement(self) -> _Read:
+        raise ValueError(f"{_WHERE}: a record must be readable, got none of {len(self)}")
+
+    def _assemble(self, read: _Read, generator: torch.Generator) -> Sequence[Segment]:
+        for number, message in read.damaged.items():
+            self._skip(number, message)
+        if read.task is None:
+            read = self._replacement()
         special = self._tokenizer.special_tokens
-        ids = {k: self._tokenizer.encode(record[k].strip()) for k in record.keys() & _TEXTS}
-        image = self._for_vae.resize(record["image"])  # at this size the ViT sees it, too
-        if task is Task.UNDERSTANDING:
-            pixels = [self._for_vit(image)]
+        ids = {name: self._tokenizer.encode(text.strip()) for name, text in read.texts.items()}
+        if read.task is Task.UNDERSTANDING:
+            pixels = [to_pixels(read.images["vit"])]
             return understanding_sequence(special, pixels, ids.get("question", ()), ids["answer"])
-        latent, sources = self._latent(image), []
-        if task is Task.EDITING:
-            before = self._for_vae.resize(record["source"])
-            sources = [ContextImage(latent=self._latent(before), vit_pixels=self._for_vit(before))]
+        latent, sources = self._latent(read.images["image"]), []
+        if read.task is Task.EDITING:
+            before, seen = self._latent(read.images["source"]), to_pixels(read.images["vit"])
+            sources = [ContextImage(latent=before, vit_pixels=seen)]
         config = self._run.sequences
         return generation_sequence(special, ids["text"], latent, generator, config, sources=sources)
 
@@ -282,27 +495,16 @@ class ImageDataset:
                 self._records.read(number)
             except ValueError as error:
                 self.damaged[number] = str(error)
+        self._refuse_damaged()
+
+    def _refuse_damaged(self) -> None:
         if self.damaged:
-            first, of = next(iter(self.damaged.values())), len(self._records.tasks)
+            first = self.damaged[min(self.damaged)]
+            of = len({*dict(self.samples), *self.damaged})
             raise ValueError(f"{first}; {len(self.damaged)} of {of} are damaged")
 
-    def _next_record(self, index: int) -> tuple[dict[str, Any], Task]:
-        for place in range(len(self)):
-            number, task = self.samples[(index + place) % len(self)]
-            try:
-                return self._records.read(number), task
-            except ValueError as error:
-                if number not in self.damaged:
-                    self.damaged[number] = str(error)
-                    _log.warning("%s; skipped", error)
-                if len(self.damaged) > self._run.max_damaged:
-                    raise ValueError(
-                        f"{error}; {self._run.max_damaged} such records are skipped (--max-damaged)"
-                    ) from error
-        raise ValueError(f"{_WHERE}: a record must be readable, got none of {len(self)}")
-
     def _latent(self, image: Image) -> Tensor:
-        pixels = self._for_vae(image)
+        pixels = to_pixels(image)
         if self._cache is None:
             return self._encode(pixels)
         digest = hashlib.sha256(f"{list(pixels.shape)}".encode())
@@ -317,6 +519,104 @@ class ImageDataset:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels[None])[0].float().cpu()
+
+
+class ImageStream(ImageDataset):
+    """The same of records that are read as they come, in blocks that are shuffled.
+
+    Every process reads the whole stream, and decodes what it trains on. Its length is that of its
+    shards, as no other is known; `check` finds `samples`.
+    """
+
+    def __init__(
+        self,
+        records: RecordStream,
+        pipeline: BagelPipeline,
+        run: RunConfig,
+        latent_cache: Path | None = None,
+    ) -> None:
+        self._wanted = run.tasks or tuple(Task)
+        self._places: list[dict[str, Any]] = []  # of the blocks that are at work
+        self._prepare(_StreamReader, records, [], pipeline, run, latent_cache)
+
+    def __len__(self) -> int:
+        return int(self._records.num_shards)
+
+    def sequence(self, index: int, generator: torch.Generator) -> Sequence[Segment]:
+        """Returns the sequence of a place in the files, which is slow far behind the first."""
+        sample = next(islice(self._once(), index, None))
+        return self._assemble(self._reader[sample], generator)
+
+    def check(self) -> None:
+        """Reads every record; raises ValueError that names the first damaged one."""
+        self.samples.clear()
+        for sample in self._once():
+            self.samples.append((sample[0], sample[-1]))
+            self.damaged |= self._reader[sample].damaged
+        self._refuse_damaged()
+
+    def place(self, position: int) -> Any:
+        while len(self._places) > 1 and self._places[1]["position"] <= position:
+            del self._places[0]
+        return self._places[0] if self._places else None
+
+    def go_on(self, place: Any) -> None:
+        if place is not None and not has_form(place, _PLACE):
+            raise ValueError(f"{_WHERE}: place must be one of a stream, got {place!r:.80}")
+        self._places = [place] if place else []
+
+    def _order(self, seed: int, positions: Iterator[int]) -> Iterator[Any]:
+        wanted = next(positions)
+        start = self._places[0] if self._places else None
+        position = start["position"] if start else 0
+        self._places.clear()
+        for place, block in self._blocks(start):
+            self._places.append({**place, "position": position})
+            draws = _generator(seed, _ORDER, place["epoch"], place["first"])
+            for index in torch.randperm(len(block), generator=draws).tolist():
+                if position == wanted:
+                    yield block[index]
+                    wanted = next(positions)
+                position += 1
+
+    def _blocks(self, place: Any) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+        """Yields places in the stream and the samples there; skips what is of no use."""
+        epoch, of_use, num_records = place["epoch"] if place else 0, place is not None, 0
+        for here, block in self._records.blocks(place):
+            if here["epoch"] > epoch:
+                if not of_use:
+                    self._refuse_useless(num_records)
+                epoch, of_use = here["epoch"], False
+            found = []
+            for num_records, row in enumerate(block, here["first"] + 1):
+                name = f"{self._records.where}: record {num_records - 1}"
+                try:
+                    fields = _renamed(row)
+                    tasks = [task for task in _tasks(name, fields) if task in self._wanted]
+                except ValueError as error:
+                    self._skip(num_records - 1, str(error))
+                    continue
+                found += [(num_records - 1, name, fields, task) for task in tasks]
+            of_use = of_use or bool(found)
+            yield here, found
+
+    def _once(self) -> Iterator[Any]:
+        """Yields all samples, in the order of the files."""
+        for place, block in self._blocks(None):
+            if place["epoch"] > 0:
+                return
+            yield from block
+
+    @cached_property
+    def _first(self) -> _Read:
+        for sample in self._once():
+            if (read := self._reader[sample]).task is not None:
+                return read
+        raise ValueError(f"{_WHERE}: a record must be readable, got none")
+
+    def _replacement(self) -> _Read:
+        """Returns the first record that can be read, which stands for all that cannot."""
+        return self._first
 
 
 def _limited(transform: ImageTransform, max_side: int | None) -> ImageTransform:
@@ -352,6 +652,16 @@ def data_index(length: int, seed: int, position: int) -> int:
 def _permutation(length: int, seed: int, epoch: int) -> list[int]:
     order: list[int] = torch.randperm(length, generator=_generator(seed, _ORDER, epoch)).tolist()
     return order
+
+
+def in_order(
+    dataset: Any, seed: int, batch_size: int, places: Sequence[int], step: int
+) -> Iterator[Sequence[Segment]]:
+    """Yields the sequences of a dataset that stand at some places of every step, from one on."""
+    for number in count(step):
+        for place in places:
+            index = data_index(len(dataset), seed, number * batch_size + place)
+            yield dataset.sequence(index, sequence_generator(seed, number, place))
 
 
 def draw_time(generator: torch.Generator, shift: float = 1.0) -> float:

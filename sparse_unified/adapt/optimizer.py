@@ -38,6 +38,14 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def of_all_processes(value: Any) -> list[Any]:
+    """Returns a plain value of each process, in every process."""
+    values = [value] * num_processes()
+    if num_processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def sum_over_processes(values: Tensor) -> Tensor:
     """Adds values up over all processes, in place, and returns them."""
     if num_processes() > 1:
@@ -190,8 +198,10 @@ def _move_gradient(total: Tensor, parameter: Tensor) -> None:
         parameter.grad = None
 
 
-def shard_(root: nn.Module, layers: Iterable[nn.Module]) -> None:
+def shard_(root: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
     """Shards the parameters of a module over all processes: each layer a group, the rest one more.
+
+    They are on `device`, or on the meta device and will be there.
 
     Gradients are summed over the processes, in fp32. FSDP2 reduces the gradients of a group
     together, so the same parameters must have one in every process; what a process does not use in
@@ -200,7 +210,7 @@ def shard_(root: nn.Module, layers: Iterable[nn.Module]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(next(root.parameters()).device.type, (num_processes(),))
+    mesh = init_device_mesh(device.type, (num_processes(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     modules = [*layers, root]
     grouped: set[int] = set()
@@ -229,25 +239,19 @@ def gather(parameter: Any, shard: Tensor) -> Tensor:
     """Returns the whole tensor of which each process holds the part that its parameter has."""
     if not _is_sharded(parameter):
         return shard
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    whole = DTensor.from_local(
-        shard.to(mesh.device_type),
-        mesh,
-        placements,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    full: Tensor = whole.full_tensor()
+    full: Tensor = as_global(parameter, shard.to(parameter.device)).full_tensor()
     return full
 
 
-def local_rows(parameter: nn.Parameter) -> tuple[int, int] | None:
-    """Returns the first row and the end of the rows in this process; None is all."""
+def as_global(parameter: Any, shard: Tensor) -> Any:
+    """Returns the part of a tensor that its parameter has in this process as one of the whole."""
     if not _is_sharded(parameter):
-        return None
-    rows = parameter.shape[0]
-    each = -(-rows // num_processes())
-    start = min(this_process() * each, rows)
-    return start, min(start + each, rows)
+        return shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = parameter.device_mesh
+    if shard.device.type != mesh.device_type:  # nothing is moved
+        mesh = init_device_mesh(shard.device.type, (num_processes(),))
+    placements, shape, stride = parameter.placements, parameter.shape, parameter.stride()
+    return DTensor.from_local(shard, mesh, placements, shape=shape, stride=stride)

@@ -24,14 +24,22 @@ import torch.distributed as dist
 
 from sparse_unified._common import Progress, Report, StrPath, context, optional
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
-from sparse_unified.adapt.data import ImageDataset, open_records, sequence_generator
+from sparse_unified.adapt.data import (
+    ImageDataset,
+    ImageStream,
+    open_records,
+    open_stream,
+    sequence_generator,
+)
 from sparse_unified.adapt.lora import write_adapters
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
 from sparse_unified.adapt.trainer import StepRecord, Trainer
+from sparse_unified.bagel.loading import load_bagel, local_reader
 from sparse_unified.bagel.packing import pack_training
 from sparse_unified.bagel.pipeline import BagelPipeline
+from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files
 from sparse_unified.checkpoint.model_dir import find_model
 
@@ -41,6 +49,7 @@ PROJECT = "sparse_unified"  # of trackers that have projects
 _RUN_OPTIONS = (
     *("stage", "component", "lora_rank", "lora_alpha", "lora_targets", "tasks", "max_side"),
     *("checkpoint_every", "keep", "report_to", "cache_latents", "max_damaged"),
+    *("streaming", "workers"),
 )
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
@@ -215,14 +224,14 @@ def plan(
     _, running, dataset, trainer, _ = _prepare(model, out, data, config, run)
     dataset.check()
     sequences = [
-        dataset.sequence(place % len(dataset), sequence_generator(config.seed, 0, place))
+        dataset.sequence(place % len(dataset.samples), sequence_generator(config.seed, 0, place))
         for place in range(config.batch_size // config.passes)
     ]
     states = list_states(running) if run.resume else []
     return Plan(
         sequences=dict(Counter(task.value for _, task in dataset.samples)),
         steps=config.steps,
-        epochs=config.steps * config.batch_size / len(dataset),
+        epochs=config.steps * config.batch_size / len(dataset.samples),
         passes=config.passes,
         resumes_from=int(states[-1].name.removeprefix("step-")) if states else 0,
         memory=estimate(
@@ -248,10 +257,20 @@ def _prepare(
     source.experts  # noqa: B018  (refuses whatever disagrees)
     _tracker_kinds(run.report_to)
 
-    records = open_records(data)
-    pipeline = BagelPipeline.from_pretrained(source.directory, device=run.device, dtype=run.dtype)
+    records: Any = open_stream(data) if run.streaming else open_records(data)
+    tokenizer = Tokenizer.from_directory(source.directory)
+    built, vae = load_bagel(
+        source.directory,
+        device=run.device,
+        dtype=run.dtype,
+        special_tokens=tokenizer.special_tokens,
+        fill=run.lora_rank is not None,  # else each process reads its part, see Trainer
+    )
+    fill: Any = None if run.lora_rank is not None else local_reader(built, source.specs)
+    pipeline = BagelPipeline(built, vae, tokenizer)
     latents = running / "latents" / str(this_process()) if run.cache_latents else None
-    dataset = ImageDataset(records, pipeline, run, latents)
+    kind = ImageStream if run.streaming else ImageDataset
+    dataset = kind(records, pipeline, run, latents)
     lora = run.prepare_(pipeline.model, config.seed)
     identity = {
         "model": _fingerprint(source),
@@ -261,13 +280,16 @@ def _prepare(
         "data": {
             "tasks": None if run.tasks is None else sorted(run.tasks),
             "max_side": run.max_side,
+            "streaming": run.streaming,
             **asdict(run.sequences),
         },
         "records": records.fingerprint,
     }
     if lora is not None:
         identity["lora"] = [lora.r, lora.lora_alpha, lora.target_modules]
-    trainer = Trainer(pipeline.model, dataset, config, identity=identity)
+    trainer = Trainer(
+        pipeline.model, dataset, config, identity=identity, device=run.device, fill=fill
+    )
     return source, running, dataset, trainer, lora
 
 
@@ -280,6 +302,11 @@ def _in_words() -> Iterator[None]:
         name = error.filename or "log"
         raise RuntimeError(f"{name} must be writable, got {error.strerror or error}") from error
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise RuntimeError(
+                "loader workers (--workers) must run on, got one that has ended: "
+                f"{str(error).strip():.200}; go on from the last state (--resume)"
+            ) from error
         is_other = isinstance(error, dist.DistError) or _OTHER_PROCESS.search(str(error))
         if num_processes() == 1 or not is_other or getattr(error, "named", False):
             raise

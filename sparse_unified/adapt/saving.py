@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training writes: states to resume from, and the trained checkpoint.
 
-A state is a directory of `training.safetensors` and `training.json`. The tensors are fp32 master
-weights, moments and averages of the trained parameters, whole whatever they were sharded into:
-`master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, `ema.NAME`. The JSON says which step they belong
-to, their checksum, and what they go on with. Directories appear complete or not at all.
+A state is a directory of safetensors files as torch.distributed.checkpoint writes them, each
+process its own, and `training.json`. The tensors are fp32 master weights, moments and averages of
+the trained parameters, in the rows that a process holds: `master.NAME`, `exp_avg.NAME`,
+`exp_avg_sq.NAME`, `ema.NAME`. The JSON says which step they belong to, the checksums of the files,
+and what they go on with. Directories appear complete or not at all.
 """
 
 from __future__ import annotations
@@ -12,17 +13,28 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_unified._common import Progress, StrPath, list_some
-from sparse_unified.adapt.optimizer import Optimizer, gather, local_rows, this_process, wait_for_all
+from sparse_unified.adapt.optimizer import (
+    Optimizer,
+    as_global,
+    gather,
+    num_processes,
+    of_all_processes,
+    this_process,
+    wait_for_all,
+)
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
 from sparse_unified.checkpoint.modes import RECIPE, Step, recipe_text
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
@@ -31,8 +43,9 @@ from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
 
 WHAT = "adapt"
-TENSORS, FACTS = "training.safetensors", "training.json"
-_FORMAT = {"format": "sparse_unified.training", "format_version": 1}
+FACTS, _SUFFIX = "training.json", ".safetensors"
+_FORMAT = {"format": "sparse_unified.training", "format_version": 2}
+_FILE_BYTES = 1 << 26  # a process holds a file twice while it writes it
 # What may change when a run goes on: how a step is computed, and how far it goes, so that a run
 # which diverges can go on with smaller steps.
 _FREE = ("config", "step", "checkpointing", "optimizer_device")
@@ -41,45 +54,61 @@ _log = logging.getLogger(__name__)
 
 
 def save_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> None:
-    """Writes the state of a run; every process takes part, the first one writes.
+    """Writes the state of a run; every process writes its part.
 
     ValueError if the directory exists; RuntimeError if writing failed or a tensor is not finite.
     """
-    owners = {key: optimizer.parameters[key.partition(".")[2]] for key in optimizer.state}
-    whole = ((key, gather(owners[key], shard)) for key, shard in optimizer.state.items())
-    if this_process():
-        for _ in whole:  # takes part in gathering it
-            pass
-    else:
-        header = safetensors_io.build_header(
-            [(k, torch.float32, tuple(p.shape)) for k, p in owners.items()]
-        )
-        checksum = 0
-        with files.atomic_directory(directory) as unfinished:
-            with files.create_file(unfinished / TENSORS) as target:
-                files.write_all(target, safetensors_io.encode_header(header))
-                for key, tensor in whole:
-                    data = _finite_bytes(tensor, key)
-                    checksum = zlib.crc32(data, checksum)
-                    files.write_all(target, data)
-            text = json.dumps({**_FORMAT, **facts, "crc32": checksum}, indent=2)
+    import torch.distributed.checkpoint as dcp
+
+    for key, shard in optimizer.state.items():
+        _refuse_not_finite(shard, key)
+    parts, files_of, num_bytes = _parts(optimizer), {}, 0
+    for key, shard in optimizer.state.items():
+        files_of[key] = 1 + num_bytes // _FILE_BYTES
+        num_bytes += shard.nbytes
+    files_of = of_all_processes(files_of)[0]
+    with ExitStack() as stack:
+        if this_process() == 0:
+            stack.enter_context(files.atomic_directory(directory))
+        wait_for_all()
+        unfinished = files.partial_path(directory) / Path(directory).name
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished), files_of, save_distributed=True)
+        with _of_its_process():
+            dcp.save(parts, storage_writer=writer, no_dist=num_processes() == 1)
+        own = unfinished.glob(f"shard-{this_process() + 1:05}-*{_SUFFIX}")
+        checksums = of_all_processes({path.name: _checksum(path) for path in own})
+        if this_process() == 0:
+            crc32 = {name: value for part in checksums for name, value in sorted(part.items())}
+            text = json.dumps({**_FORMAT, **facts, "crc32": crc32}, indent=2)
             files.write_text(unfinished / FACTS, text + "\n")
     wait_for_all()
 
 
-def load_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]) -> int:
-    """Fills the state of a run; each process reads its own part. Returns the step of the state.
+def load_state(
+    directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fills the state of a run; each process reads its own part. Returns what else it says.
 
     ValueError if a file is missing or damaged, or of another run; then nothing is filled.
     """
+    import torch.distributed.checkpoint as dcp
+
     directory = Path(directory)
-    path = directory / TENSORS
+    reader = dcp.HuggingFaceStorageReader(str(directory))
     try:
         found = _read_facts(directory / FACTS)
-        specs = safetensors_io.read_header(path).tensors
-        checksum = found.get("crc32")  # states of earlier versions have none
-        if checksum is not None and this_process() == 0:
-            _check_bytes(path, min((spec.start for spec in specs.values()), default=0), checksum)
+        held = sorted(path.name for path in directory.glob(f"*{_SUFFIX}"))
+        if held != (wanted := sorted(found["crc32"])):
+            raise ValueError(
+                f"{directory}: files must be those of {FACTS}, {list_some(wanted)}, "
+                f"got {list_some(held)}"
+            )
+        for name in [*found["crc32"]][this_process() :: num_processes()]:
+            if (crc32 := _checksum(directory / name)) != found["crc32"][name]:
+                raise ValueError(
+                    f"{directory / name}: tensors must have the checksum {found['crc32'][name]} "
+                    f"of {FACTS}, got {crc32}"
+                )
     except ValueError as error:
         states = list_states(directory.parent)
         if directory not in states[1:]:
@@ -87,23 +116,54 @@ def load_state(directory: StrPath, optimizer: Optimizer, facts: Mapping[str, Any
         before = states[states.index(directory) - 1]
         raise ValueError(f"{error}; remove {directory} to go on from {before}") from error
     _refuse_other_run(directory / FACTS, found, facts)
-    owners = {key: optimizer.parameters[key.partition(".")[2]] for key in optimizer.state}
-    wanted = {key: (torch.float32, tuple(owner.shape)) for key, owner in owners.items()}
-    held = {key: (spec.dtype, spec.shape) for key, spec in specs.items()}
-    if held != wanted:
-        wrong = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
+    parts = _parts(optimizer)
+    own = {key: (torch.float32, part.shape) for key, part in parts.items()}
+    try:
+        stored: Any = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # of many kinds, where another program wrote the files
+        raise ValueError(f"{directory}: tensors must be readable, got {error!r:.200}") from error
+    got = {key: (entry.properties.dtype, entry.size) for key, entry in stored.items()}
+    if got != own:
+        wrong = sorted(key for key in {*got, *own} if got.get(key) != own.get(key))
         raise ValueError(
-            f"{path}: tensors must be the state of the {len(optimizer.parameters)} trained "
+            f"{directory}: tensors must be the state of the {len(optimizer.parameters)} trained "
             f"parameters, got another {list_some(wrong, 1)}"
         )
-    for key, target in optimizer.state.items():
-        rows = local_rows(owners[key])
-        target.copy_(
-            safetensors_io.read_tensor(specs[key] if rows is None else specs[key].rows(*rows))
-        )
-    step: int = found["step"]
-    optimizer.restored(step)
-    return step
+    with _of_its_process():
+        dcp.load(parts, storage_reader=reader, no_dist=num_processes() == 1)
+    optimizer.restored(found["step"])
+    return found
+
+
+def _parts(optimizer: Optimizer) -> dict[str, Any]:
+    """Returns the state as torch.distributed.checkpoint takes it: what this process has of it."""
+    owners = {key: optimizer.parameters[key.partition(".")[2]] for key in optimizer.state}
+    return {key: as_global(owners[key], shard) for key, shard in optimizer.state.items()}
+
+
+@contextmanager
+def _of_its_process() -> Iterator[None]:
+    """Raises what failed in this process as it was, and DistError for what failed in another."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*in a single process", UserWarning)
+            yield
+    except CheckpointException as error:
+        failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+        if this_process() in failures:
+            raise failures[this_process()] from None
+        rank, failure = next(iter(failures.items()))
+        raise dist.DistError(f"process {rank} failed: {failure}") from None
+
+
+def _checksum(path: Path) -> int:
+    crc32 = 0
+    with files.open_source(path) as stream:
+        while chunk := stream.read(1 << 20):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
 
 
 def list_states(running: Path) -> list[Path]:
@@ -116,8 +176,11 @@ def _read_facts(path: Path) -> dict[str, Any]:
     """Returns what the JSON of a state says; ValueError if it is of another format or step."""
     found = files.read_json(path)
     form = {name: found.get(name) for name in _FORMAT}
-    if form != _FORMAT:
-        raise ValueError(f"{path}: format must be {_FORMAT}, got {form!r:.120}")
+    if form != _FORMAT or not files.has_form(found.get("crc32"), {str: (int,)}):
+        raise ValueError(
+            f"{path}: format must be {_FORMAT}, got {form!r:.120}; a run of an earlier version is "
+            "finished by that version, or begun again without --resume"
+        )
     step, name = found.get("step"), path.parent.name
     if type(step) is not int or not 0 <= step < 2**53:
         raise ValueError(f"{path}: step must be an integer of at least 0, got {step!r:.120}")
@@ -142,24 +205,10 @@ def _refuse_other_run(path: Path, found: Mapping[str, Any], wanted: Mapping[str,
         _log.warning("%s: %s is now %s, was %s", WHAT, name, value, before.get(name))
 
 
-def _check_bytes(path: Path, start: int, checksum: object) -> None:
-    found = 0
-    with path.open("rb") as stream:
-        stream.seek(start)
-        while chunk := stream.read(1 << 20):
-            found = zlib.crc32(chunk, found)
-    if found != checksum:
-        raise ValueError(
-            f"{path}: tensors must have the checksum {checksum!r:.80} of {FACTS}, got {found}"
-        )
-
-
-def _finite_bytes(tensor: Tensor, key: str) -> Any:
-    """Returns the bytes of a tensor that is to be written; refuses NaN and infinity."""
+def _refuse_not_finite(tensor: Tensor, key: str) -> None:
     # A sum reads the tensor once and keeps NaN and infinity; it can also overflow.
     if not (bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())):
         raise RuntimeError(f"{WHAT}: {key} must be finite to be written, got NaN or infinity")
-    return safetensors_io.as_bytes(tensor.cpu().contiguous())
 
 
 def write_adapted(
@@ -186,7 +235,9 @@ def write_adapted(
     else:
 
         def blocks(key: str, spec: safetensors_io.TensorSpec) -> Blocks:
-            yield _finite_bytes(trained[key]().to(spec.dtype), key)
+            tensor = trained[key]().to(spec.dtype)
+            _refuse_not_finite(tensor, key)
+            yield safetensors_io.as_bytes(tensor.contiguous())
 
         edits = {}
         for key in keys:

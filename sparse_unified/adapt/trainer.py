@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from sparse_unified._common import StrPath
 from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.data import data_index, sequence_generator
+from sparse_unified.adapt.data import ImageDataset, in_order
 from sparse_unified.adapt.optimizer import (
     Optimizer,
     num_processes,
@@ -133,6 +134,8 @@ class Trainer:
         dataset: what it is trained on, at least one sequence, see `SequenceDataset`.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
+        device: where a model on the meta device gets its memory, sharded before if it is.
+        fill: called then, to read the values of the rows that are in this process.
 
     Raises:
         ValueError: there is nothing to train, or the passes of a step do not divide over the
@@ -150,6 +153,8 @@ class Trainer:
         config: TrainingConfig,
         *,
         identity: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        fill: Callable[[], None] = lambda: None,
     ) -> None:
         if len(dataset) < 1:
             raise ValueError("Trainer: dataset must hold a sequence, got none")
@@ -163,11 +168,16 @@ class Trainer:
         self.dataset = dataset
         self.config = config
         self.steps_done = 0
+        self._sequences: Iterator[Sequence[Segment]] | None = None  # from the next step on
+        self._waiting: list[TrainingBatch] = []  # of the next step
         self._identity = dict(identity or {})
         self._pass = TrainingPass(model, config)
-        layers = model.language_model.model.layers
+        layers, place = model.language_model.model.layers, torch.device(device or model.device)
         if num_processes() > 1:
-            shard_(self._pass, layers)
+            shard_(self._pass, layers, place)
+        if model.llm2vae.weight.is_meta:
+            self._pass._apply(lambda t: torch.empty_like(t, device=place) if t.is_meta else t)
+            fill()
         self.optimizer = Optimizer(model, config)
         self._experts = [
             ((component, n), ffn.num_experts)
@@ -204,6 +214,7 @@ class Trainer:
         rate = config.learning_rate_at(self.steps_done)
         norm = self._update(found[0], rate)
         self.steps_done += 1
+        self._waiting = []
         flat = iter(sum_over_processes(torch.cat([*loads.values()])).tolist() if loads else ())
         loss, text_loss, image_loss, balance_loss, router_z_loss = found
         return StepRecord(
@@ -249,7 +260,10 @@ class Trainer:
 
     def save(self, directory: StrPath) -> None:
         """Writes what `load` needs to go on exactly from here; see `saving.save_state`."""
-        save_state(directory, self.optimizer, self._facts())
+        facts = self._facts()
+        if isinstance(self.dataset, ImageDataset):
+            facts["place"] = self.dataset.place(self.steps_done * self.config.batch_size)
+        save_state(directory, self.optimizer, facts)
 
     def load(self, directory: StrPath) -> None:
         """Goes on from what `save` wrote, on any number of processes.
@@ -260,7 +274,11 @@ class Trainer:
         Raises:
             ValueError: it is damaged, of another model, other data or another configuration.
         """
-        self.steps_done = load_state(directory, self.optimizer, self._facts())
+        found = load_state(directory, self.optimizer, self._facts())
+        self.steps_done = found["step"]
+        if isinstance(self.dataset, ImageDataset):
+            self.dataset.go_on(found.get("place"))
+        self._sequences, self._waiting = None, []
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -272,18 +290,20 @@ class Trainer:
 
     def _batches(self) -> list[TrainingBatch]:
         """Returns the passes of the next step that are this process's, on the CPU."""
-        config, step = self.config, self.steps_done
+        config = self.config
         size = config.batch_size // config.passes
-        batches = []
-        for number in range(this_process(), config.passes, num_processes()):
-            sequences = []
-            for place in range(number * size, (number + 1) * size):
-                position = step * config.batch_size + place
-                index = data_index(len(self.dataset), config.seed, position)
-                draws = sequence_generator(config.seed, step, place)
-                sequences.append(self.dataset.sequence(index, draws))
-            batches.append(pack_training(self.model.config, sequences))
-        return batches
+        own = range(this_process(), config.passes, num_processes())
+        if self._sequences is None:
+            places = [place for n in own for place in range(n * size, (n + 1) * size)]
+            order: Any = partial(in_order, self.dataset)
+            if isinstance(self.dataset, ImageDataset):
+                order = self.dataset.in_order
+            self._sequences = order(config.seed, config.batch_size, places, self.steps_done)
+        # A step that fails can be taken again.
+        while len(self._waiting) < len(own):
+            sequences = list(islice(self._sequences, size))
+            self._waiting.append(pack_training(self.model.config, sequences))
+        return self._waiting
 
 
 @contextmanager

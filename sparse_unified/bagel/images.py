@@ -135,8 +135,13 @@ class ImageTransform:
 
     def __call__(self, image: Image) -> Tensor:
         """Returns the resized RGB image as pixels [3, H, W] fp32 in [-1, 1]."""
-        pixels = torch.from_numpy(np.array(self.resize(to_rgb(image)), dtype=np.float32))
-        return pixels.permute(2, 0, 1) / 255 * 2 - 1
+        return to_pixels(self.resize(to_rgb(image)))
+
+
+def to_pixels(image: Image) -> Tensor:
+    """Returns an RGB image as pixels [3, H, W] fp32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return pixels.permute(2, 0, 1) / 255 * 2 - 1
 
 
 def vae_transform(config: BagelConfig) -> ImageTransform:

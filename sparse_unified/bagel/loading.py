@@ -9,7 +9,7 @@ there and one small block more.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -128,15 +128,59 @@ def fill_(
     for key, target in official_tensors(module, prefix).items():
         if not before[key].is_meta:
             continue
-        spec = specs[key]
-        if spec.nbytes <= _BLOCK_BYTES:
-            target.copy_(read_tensor(spec))
-            continue
-        count = spec.shape[0]
-        step = max(1, _BLOCK_BYTES * count // spec.nbytes)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            target[start:stop].copy_(read_tensor(spec.rows(start, stop)))
+        _read(specs[key], target)
+
+
+def _read(spec: TensorSpec, target: Tensor) -> None:
+    """Copies a tensor of a file, blocks of rows at a time."""
+    if spec.nbytes <= _BLOCK_BYTES:
+        target.copy_(read_tensor(spec))
+        return
+    count = spec.shape[0]
+    step = max(1, _BLOCK_BYTES * count // spec.nbytes)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        target[start:stop].copy_(read_tensor(spec.rows(start, stop)))
+
+
+def local_reader(model: nn.Module, specs: Mapping[str, TensorSpec]) -> Callable[[], None]:
+    """Returns what fills a model that is on the meta device now, once it has memory.
+
+    Modules may be wrapped and their parameters sharded by rows meanwhile; then each process reads
+    the rows that it holds, and no others.
+    """
+    owners = {
+        weight.untyped_storage()._cdata: (owner, name)
+        for owner in model.modules()
+        for name, weight in owner.named_parameters(recurse=False)
+    }
+    # Of each tensor of the file: its module and parameter, first row and column there, and sizes.
+    places = []
+    for key, view in official_tensors(model).items():
+        owner, name = owners[view.untyped_storage()._cdata]
+        row, column = divmod(int(view.storage_offset()), view.stride(0))
+        places.append((specs[key], owner, name, row, column))
+
+    @torch.no_grad()
+    def read() -> None:
+        for spec, owner, name, row, column in places:
+            held, start = local_rows(owner._parameters[name])
+            first, end = max(row, start), min(row + spec.shape[0], start + len(held))
+            if first < end:
+                target = held[first - start : end - start]
+                if len(spec.shape) == 2:
+                    target = target[:, column : column + spec.shape[1]]
+                _read(spec.rows(first - row, end - row), target)
+
+    return read
+
+
+def local_rows(parameter: Any) -> tuple[Tensor, int]:
+    """Returns the rows of a parameter that lie in this process, and the number of the first."""
+    if not hasattr(parameter, "to_local"):
+        return parameter, 0
+    (chunk,) = parameter.__create_chunk_list__()  # as torch.distributed.checkpoint asks it
+    return parameter.to_local(), chunk.offsets[0]
 
 
 def load_bagel(
@@ -146,6 +190,7 @@ def load_bagel(
     dtype: torch.dtype | None = None,
     special_tokens: SpecialTokens | None = None,
     placement: Placement | None = None,
+    fill: bool = True,
 ) -> tuple[Bagel, AutoEncoder]:
     """Loads a dense, sparse or pruned model and its autoencoder from a directory.
 
@@ -156,6 +201,7 @@ def load_bagel(
         dtype: of the weights; None keeps that of each file.
         special_tokens: ids of the markers; None takes those of the released checkpoints.
         placement: which parts go where, and how they are stored, in the place of `device`.
+        fill: False leaves the weights of the model on the meta device, see `local_reader`.
 
     Raises:
         ValueError: a file is missing or damaged, or keys, shapes and JSON files disagree.
@@ -180,6 +226,8 @@ def load_bagel(
     dtype = dtype or specs["language_model.model.embed_tokens.weight"].dtype
     model = Bagel(config, device="meta", dtype=dtype)
     check_tensors(model, specs, where=os.fspath(directory))
+    if not fill:
+        return model, vae
     leave_out(model, unneeded(config.llm, Task(placement.task)))
     if placement.device_map is not None:
         placement = replace(placement, device_map=plan_device_map(model, placement))

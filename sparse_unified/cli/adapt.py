@@ -72,7 +72,13 @@ def add_adapt(parser: CommandParser) -> None:
 
     data = parser.add_argument_group("data")
     add_options(data, SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
-    add_options(data, RunConfig, "tasks max_side cache_latents max_damaged", cache_latents=_SWITCH)
+    add_options(
+        data,
+        RunConfig,
+        "tasks max_side cache_latents streaming max_damaged workers",
+        cache_latents=_SWITCH,
+        streaming=_SWITCH,
+    )
 
     lora = parser.add_argument_group(
         "LoRA",
