@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapt_models import CONFIG, Mixed, bagel, logged, losses, write_folder
+from adapt_models import CONFIG, Mixed, bagel, logged, losses, state_of, write_folder
 from adapt_processes import run_both
 from PIL import Image
 from refusals import refused
@@ -192,7 +192,7 @@ def test_a_run_trains_adapters_alone_which_merge_and_generate(root: Path, tmp_pa
     tensors = load_file(root / "lora" / TENSORS)
     assert any(key.endswith("mlp_moe_gen.experts.3.up_proj.lora_B.weight") for key in tensors)
     assert all(bool(t.any()) for key, t in tensors.items() if "mlp_moe_gen.gate.lora_B" in key)
-    state = load_file(root / "lora.training" / "step-4" / "training.safetensors")
+    state = state_of(root / "lora.training" / "step-4")
     assert all("lora_" in key for key in state)
     assert json.loads((root / "lora" / "adaptation.json").read_text())["losses"] == logged(
         root / "lora"
