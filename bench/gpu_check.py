@@ -350,7 +350,7 @@ PARTS = {
     "bench": (130, bench),
     "tune": (50, tune),
     "kernels": (15, kernels),
-    "families": (45, families),
+    "families": (55, families),
     "sanitizer": (75, sanitizer),
     "compile": (70, compile),
 }
@@ -360,7 +360,7 @@ CALLS = {"first": list(PARTS)[:4], "second": list(PARTS)[4:]}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="directory of results (build/gpu_check)")
-    parser.add_argument("--seconds", type=float, help="for everything (first 245, second 255)")
+    parser.add_argument("--seconds", type=float, help="for everything (first 245, second 265)")
     parser.add_argument(
         "--parts", help=f"first, second, or some of {','.join(PARTS)}, with commas between"
     )

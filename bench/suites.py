@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified._library import module as library
-from sparse_unified.ops import reference
+from sparse_unified.nn.sparse_moe import run_experts
+from sparse_unified.ops import backend, choices, reference
 
 from .cases import Case, work
 from .check import check_result, judge_rows
@@ -284,6 +285,12 @@ def find_variants(direction: str) -> tuple[str, ...]:
     return tuple(v for v in listed if "," not in v or (",grad_" in v) == is_backward)
 
 
+def runs_grouped_mm(case: Case, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's products may run the experts of a case, as a variant."""
+    is_legal = dtype == torch.bfloat16 and not case.block_size and device.type == "cuda"
+    return is_legal and backend.has_grouped_mm(device)
+
+
 def variant_suite(
     case: Case,
     dtype: torch.dtype,
@@ -291,12 +298,13 @@ def variant_suite(
     device: torch.device,
     variants: Sequence[str] | None = None,
 ) -> Suite:
-    """The experts, or pruned_ffn of a case with blocks, in each configuration of the kernels.
+    """What a block does behind its router, or pruned_ffn of a case with blocks, by each variant.
 
     Each is compared with the chosen one before it is timed. `set_variant(CHOSEN)` afterwards.
 
     Args:
-        variants: values of the environment variable; by default all that the kernels know.
+        variants: values of the environment variable; by default all that the kernels know, and
+            torch's products where they may run.
     """
     xs = _inputs(case, dtype, device)
     if case.block_size:
@@ -305,10 +313,17 @@ def variant_suite(
         module = PrunedFfn(dense, case.block_size, case.num_blocks // 2)
         run = _op_call(module, direction, xs, tuple(module.parameters()))
     else:
-        op = formula = "grouped_ffn" if direction == "fwd" else "grouped_ffn_combine"
-        with torch.no_grad():
-            runs, leaves = op_calls(case, xs[0])[op]
-        run = _op_call(runs[OURS], direction, xs, leaves)
+        op = formula = "grouped_ffn_combine"
+        drawn = draw_weights(case, dtype, device)
+        gate, up, down = (
+            nn.Parameter(w) for w in (drawn.gate_proj, drawn.up_proj, drawn.down_proj)
+        )
+        _, weights, idx = ops.route_topk(xs[0], drawn.gate, case.top_k)
+
+        def experts(x: Tensor) -> Tensor:
+            return run_experts(x, weights, idx, case.num_experts, gate, up, down, 1.0)
+
+        run = _op_call(experts, direction, xs, (weights, gate, up, down))
     expected = run(0)
 
     def build(variant: str) -> Call:
@@ -326,6 +341,8 @@ def variant_suite(
 
     if variants is None:
         variants = find_variants(direction) if device.type == "cuda" else ()
+        if runs_grouped_mm(case, dtype, device):
+            variants += (f"family={choices.GROUPED_MM}",)
     cost = work(formula, case, dtype, direction)
     return Suite(
         subject=_subject(op, case, direction, dtype),

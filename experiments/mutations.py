@@ -277,8 +277,26 @@ CUDA_KERNELS = (
     ),
     emulated(
         "cuda/grouped_ffn_grad_hidden_sm90a.cu",
-        "min(kNumBoxes, ceil_div(width(params, tile), kBoxElements))",
-        "kNumBoxes",
+        "boxes.is_narrow ? &params.narrow_down_proj : &params.down_proj",
+        "&params.down_proj",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/persistent_gemm_sm90a.h",
+        "operand_descriptor(shared, Major::kMN, kBoxBytes / 2, kNarrowRowBytes)",
+        "operand_descriptor(shared, Major::kMN, kBoxBytes)",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/persistent_gemm_sm90a.h",
+        "ceil_div(width, kNarrowElements) * kNarrowElements",
+        "width / kNarrowElements * kNarrowElements",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "device/mainloop_sm90a.h",
+        "? kDescriptorStepNarrow",
+        "? kDescriptorStepMN",
         "tests/ops/test_emulated.py",
     ),
     emulated(
@@ -383,8 +401,20 @@ CUDA_KERNELS = (
     ),
     emulated(
         "cuda/grouped_ffn_grad_weights_sm90a.cu",
-        "min(max(num_boxes, kBoxesB / 2), kBoxesB)",
-        "(kBoxesB / 2)",
+        "kIsDown ? boxes.is_narrow : box",
+        "kIsDown ? 0 : box",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/rows_gemm_sm90a.h",
+        "return num_neurons <= kNarrowElements;",
+        "return num_neurons <= 2 * kNarrowElements;",
+        "tests/ops/test_emulated.py",
+    ),
+    emulated(
+        "cuda/rows_gemm_sm90a.h",
+        "halves ? kNarrowRowBytes : kSwizzleRowBytes",
+        "kSwizzleRowBytes",
         "tests/ops/test_emulated.py",
     ),
     emulated(
@@ -453,7 +483,11 @@ PACKAGE = (
         "tests/ops/test_backend.py",
     ),
     python("ops/choices.py", "if key.endswith(own):", "if key:", DOCTOR),
-    python("doctor.py", "own[:position]", "()", DOCTOR),
+    python("doctor.py", "() if is_torchs else own[:position]", "()", DOCTOR),
+    python("doctor.py", 'environment[suites.VARIABLE] = f"family={family}"', "pass", DOCTOR),
+    python("ops/backend.py", "and num_rows < 2 * rows", "", BACKEND),
+    python("ops/backend.py", "trains == torch.is_grad_enabled() and ", "", BACKEND),
+    python("ops/backend.py", "choices.GROUPED_MM in choices.refused(device)", "False", BACKEND),
     python("checks/__init__.py", "json.loads(line), stall", "json.loads(line), 1e9", DOCTOR),
     python(
         "ops/backend.py",
@@ -465,6 +499,11 @@ PACKAGE = (
     python("ops/backend.py", "own[0] == capability[0]", "True", BACKEND),
     python("ops/backend.py", "dtype == torch.bfloat16 and prefers", "prefers", BACKEND),
     python("nn/sparse_moe.py", " and tokens.shape[0] > 0", "", BACKEND),
+    python(
+        "ops/backend.py", "_FP8_CAPABILITIES = (9, 10)", "_FP8_CAPABILITIES = (8, 9, 10)", BACKEND
+    ),
+    python("ops/composed.py", ".clamp(min=1e-12)", "", BACKEND),
+    python("ops/composed.py", "scales[row_token]", "scales[row_token.sort().values]", BACKEND),
     python("ops/composed.py", "expert_offsets[1:]", "expert_offsets[:-1]", *k("grouped_mm")),
     python("experts/layout.py", "rows[1::2] = rows[1::2].flip(1)", "", "tests/test_experts.py"),
     python(

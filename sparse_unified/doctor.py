@@ -59,10 +59,20 @@ VITAL = (
     "kernels.block_compiles_as_one_graph[{}-aot_eager]",
     "kernels.graph_replays_with_other_routing[{}-False]",
     "kernels.graph_replays_with_other_routing[{}-True]",
+    "kernels.grouped_mm_is_as_exact_as_torch[(300, 136, 9, 80, 8)--gaps]",
+    "kernels.grouped_mm_is_as_exact_as_torch[(1000, 3584, 3, 1184, 2)--gaps]",
     "kernels.ffn_of_bagel[{}-(4096, 3584, 16, 1184, 8)]",
 )
-# Composed ops serve the block alone.
-_OF_TORCH = ("kernels.block_is_that_of_the_cpu",)
+# Of families that serve the block alone: composed ops, and grouped_mm, which takes bf16.
+_OF_BLOCK = {
+    TORCH: ("kernels.block_is_that_of_the_cpu",),
+    choices.GROUPED_MM: (
+        "kernels.grouped_mm_is",
+        "kernels.block_is_that_of_the_cpu[bfloat16",
+        "kernels.block_compiles_as_one_graph[bfloat16",
+        "kernels.graph_replays_with_other_routing[bfloat16",
+    ),
+}
 _TIMED = {"forward": "fwd", "forward and backward": "fwd_bwd"}
 _TIMED_CASES = {"cpu": "quarter-16to8-T256", "cuda": "bagel-16to8-T4096"}
 _DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -78,7 +88,7 @@ class Family:
     """What was found out about one kernel family.
 
     Attributes:
-        name: "sm90a", "sm80", "cpu" or "torch".
+        name: "sm90a", "sm80", "grouped_mm", "cpu" or "torch".
         num_passed: checks.
         largest_error: relative, of all that was compared.
         over_dense: direction -> time of torch's dense FFN over the sparse one's; empty without.
@@ -169,7 +179,10 @@ class Diagnosis(Report):
 
 
 def families_of(device: torch.device) -> tuple[str, ...]:
-    """Kernel families that this library has for a device, the best first."""
+    """Kernel families that this library has for a device, the best first.
+
+    torch's grouped_mm is first where the chooser takes it; second to ours elsewhere, for `tune`.
+    """
     if device.type == "cpu":
         return (choices.CPU, TORCH)
     why = backend.device_refusal(device)
@@ -177,7 +190,12 @@ def families_of(device: torch.device) -> tuple[str, ...]:
         return (TORCH,)
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
     codes = backend.architectures()
-    return (*((choices.SM90A,) if is_hopper and "sm_90a" in codes else ()), choices.SM80, TORCH)
+    own = (*((choices.SM90A,) if is_hopper and "sm_90a" in codes else ()), choices.SM80)
+    if not backend.has_grouped_mm(device):
+        return (*own, TORCH)
+    if backend.is_grouped_mm_first(device):
+        return (choices.GROUPED_MM, *own, TORCH)
+    return (*own, choices.GROUPED_MM, TORCH)
 
 
 def vital_checks(device: torch.device) -> list[str]:
@@ -219,11 +237,16 @@ def examine(
     wanted = [*vital_checks(target.device), *_TIMED] if names is None else list(names)
     found = []
     for position, family in enumerate(own):
-        asked = [n for n in wanted if family != TORCH or n in _TIMED or n.startswith(_OF_TORCH)]
-        with _refusing(target.device, own[:position]) as environment:
+        asked = [name for name in wanted if name in _TIMED or _concerns(name, family)]
+        is_torchs = family == choices.GROUPED_MM
+        with _refusing(target.device, () if is_torchs else own[:position]) as environment:
+            if is_torchs:  # wherever it stands
+                environment[suites.VARIABLE] = f"family={family}"
             found.append(_examine(family, (*command, device), asked, stall, environment))
         progress(position + 1, len(own), f"{family}: {found[-1].outcome}")
     failed = {f.name: f"fail {f.failure}" for f in found if f.failure}
+    sound = [f.name for f in found if not f.failure]
+    last = choices.FAMILIES[target.device.type][-1]
     _change(target.device, refused={f: failed.get(f, "") for f in own if f != TORCH})
     return Diagnosis(
         device=choices.device_name(target.device),
@@ -231,10 +254,17 @@ def examine(
         library=choices.library(),
         torch=torch.__version__,
         families=tuple(found),
-        runs=next((f.name for f in found if not f.failure), TORCH),
+        runs=TORCH if last in failed or not sound else sound[0],
         reason=(backend.device_refusal(target.device) or "") if own == (TORCH,) else "",
         file=str(choices.path()),
     )
+
+
+def _concerns(name: str, family: str) -> bool:
+    """Whether a check looks at what a family runs."""
+    if family in _OF_BLOCK:
+        return name.startswith(_OF_BLOCK[family])
+    return not name.startswith("kernels.grouped_mm")
 
 
 def _examine(

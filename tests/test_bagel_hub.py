@@ -19,7 +19,7 @@ import torch
 from refusals import refused
 
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.checkpoint import Checkpoint
+from sparse_unified.checkpoint import Checkpoint, PruneWidthConfig, convert, invert, prune
 from sparse_unified.cli import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,6 +133,26 @@ def test_a_model_is_pushed_with_its_own_card_and_loaded_again(
     assert len(hub.asked) == count
     with pytest.raises(ValueError, match="owner/other"):
         BagelPipeline.from_pretrained("owner/other", local_files_only=True, **options)
+
+
+def test_what_is_made_of_a_model_gets_a_card_of_its_own(golden: Any, tmp_path: Path) -> None:
+    dense = Path(shutil.copytree(golden("t2i_dense"), tmp_path / "dense"))
+    convert(dense, tmp_path / "bare", num_experts=4, top_k=2)
+    assert not (tmp_path / "bare" / "README.md").exists()
+    (dense / "README.md").write_text("# the card of another model\n")
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    prune(tmp_path / "sparse", tmp_path / "pruned", [PruneWidthConfig(component="und")])
+    for name, source, words in (
+        ("sparse", "dense", "| experts (gen) | 4 of"),
+        ("pruned", "sparse", "2. width: component und"),
+    ):
+        text = (tmp_path / name / "README.md").read_text()
+        assert f"# {name}\n" in text
+        assert f"made from {source}, for" in text
+        assert words in text
+        assert "another model" not in text
+    invert(tmp_path / "sparse", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == "# the card of another model\n"
 
 
 def test_what_is_saved_is_the_model_as_it_is(sparse: Path, tmp_path: Path) -> None:

@@ -247,8 +247,9 @@ def test_accelerate_places_layers(case: str, models: dict[str, Path], tmp_path: 
     [
         ({"task": "video"}, "task must be one of all, edit, image, got 'video'"),
         ({"offload": "gen"}, "offload must be one of none, und, got 'gen'"),
-        ({"storage": "int4"}, "storage must be one of int8, fp8, or map und or gen"),
-        ({"storage": {"vit": "int8"}}, "storage must be one of int8, fp8, or map und or gen"),
+        ({"storage": "int4"}, "storage must be one of int8, fp8, fp8-compute, or map und"),
+        ({"storage": {"vit": "int8"}}, "storage must be one of int8, fp8, fp8-compute, or map und"),
+        ({"storage": {"gen": "fp8-compute"}}, "fp8 here, .*fp8 products .*got device type 'cpu'"),
         ({"device_map": "auto", "offload": "und"}, "device_map must come without offload"),
         ({"device_map": "balanced"}, "device_map must be 'auto' or a mapping"),
         ({"device_map": {"layers.0": "cpu"}}, "device_map must name modules, got 'layers.0'"),

@@ -118,7 +118,7 @@ def test_commands_tell_the_build(found: BuildInfo, capsys: pytest.CaptureFixture
 
 
 def test_what_does_not_fit_together_is_told(monkeypatch: Any, capsys: Any, request: Any) -> None:
-    for cache in (backend._device_refusal, backend._capability):
+    for cache in (backend._device_refusal, backend._capability, backend._cached_choices):
         request.addfinalizer(cache.cache_clear)
     facts = {**_library.module.build_info(), "version": "0.0.1", "cuda_toolkit": "13.0"}
     facts |= {"cuda_architectures": "sm_80 sm_90a sm_100", "cuda_driver": "13.0"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from refusals import refused
 
 from sparse_unified.bagel import BagelPipeline, StepCache
+from sparse_unified.bagel.images import ImageProcessor
 from sparse_unified.checkpoint import PruneWidthConfig, convert, prune
 from sparse_unified.cli import app, main
 from sparse_unified.mini import MiniTask, load_pipeline, write_model
@@ -181,7 +183,7 @@ def test_steps_are_extrapolated(
 
 
 PAGE: Any = {"num_timesteps": 50, "cfg_text_scale": 1.0, "timestep_shift": 2.0}
-QUICK = {**PAGE, "num_timesteps": 8, "seed": 3, "progress": False}
+QUICK = {**PAGE, "num_timesteps": 8, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -200,18 +202,44 @@ def test_models_draw_from_the_same_noise_and_all_experts_are_the_dense_model(mod
     dense, sparse = every["dense"][0].tobytes(), every["sparse"][0].tobytes()
     assert dense == some["dense"][0].tobytes() != some["sparse"][0].tobytes()
     assert max(abs(a - b) for a, b in zip(dense, sparse, strict=True)) <= 1
-    assert "229,504 of 376,960 parameters" in some["sparse"][1]  # as `info` says
+    assert "229,440 of 376,896 parameters of gen layers" in some["sparse"][1]
     refused("prompt must not be empty", list, app.draw(models, " ", **every_expert))
     assert {block.top_k for block in app.sparse_blocks(models["sparse"]).values()} == {8}
 
 
 def test_images_are_edited_with_cached_steps_and_asked_about(models: Any) -> None:
-    red, steps = image.new("RGB", (16, 16), "red"), []
-    options = QUICK | {"progress": lambda *step: steps.append(step)}
-    edited = list(app.draw(models, "a red cross", images=red, interval=3, size=(32, 32), **options))
-    assert [(name, drawn.size) for name, drawn, _ in edited] == [(n, (256, 256)) for n in models]
-    assert "5 of 7 steps computed" in edited[0][2]
-    assert steps == [(n, 7) for n in range(1, 8)] * len(models)
+    red = image.new("RGB", (16, 16), "red")
+    edited = list(app.draw(models, "a red cross", images=red, interval=3, size=(32, 32), **QUICK))
+    assert [name for name, *_ in edited] == [name for name in models for _ in range(8)]
+    assert {drawn.size for _, drawn, _ in edited} == {(256, 256)}
+    assert [text for *_, text in edited[:7]] == [f"step {n}" for n in range(1, 8)]
+    assert "5 of 7 steps computed" in edited[7][2]
+
+
+def test_previews_come_closer_and_the_last_one_is_the_image(models: Any) -> None:
+    dense = {"dense": models["dense"]}
+    *steps, last, drawn = (found for _, found, _ in app.draw(dense, "a red square", **QUICK))
+    far = [
+        sum(abs(a - b) for a, b in zip(step.tobytes(), drawn.tobytes(), strict=True))
+        for step in steps
+    ]
+    assert far[0] > 4 * far[-1] > 0
+    assert last.tobytes() == drawn.tobytes()
+
+
+def test_large_images_are_previewed_small(models: Any) -> None:
+    given = models["dense"].image_processor
+    config = dataclasses.replace(given.config, max_latent_size=72)
+    processor = ImageProcessor(config, given.vae)
+    tokens = torch.randn(72 * 36, config.token_channels) / 8
+    large, small = (processor.decode(tokens, (288, 144), small=own) for own in (False, True))
+    assert (large.size, small.size) == ((144, 288), (72, 144))
+    shrunk = (own.resize((36, 72), image.Resampling.BOX).tobytes() for own in (large, small))
+    assert max(abs(a - b) for a, b in zip(*shrunk, strict=True)) <= 2
+
+
+def test_questions_are_answered_by_each_model(models: Any) -> None:
+    red = image.new("RGB", (16, 16), "red")
     assert [name for name, *_ in app.ask(models, "which colour ?", images=red)] == list(models)
 
 
@@ -236,14 +264,21 @@ def test_a_browser_draws(models: Any) -> None:
     for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1060"):
         options.add_argument(f"--{flag}")
     page = app.build_page(models, **PAGE)
+    watch = """window.seen = new Set(); new MutationObserver(() => document.querySelectorAll(
+        ".column img").forEach(own => window.seen.add(own.src))).observe(
+        document.body, {subtree: true, childList: true, attributes: true})"""
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     browser = selenium.Chrome(options, selenium.ChromeService(driver))
     try:
         browser.get(url)
         browser.implicitly_wait(60)
         find = functools.partial(browser.find_element, "css selector")
+        browser.execute_script(watch)
         find("textarea").send_keys("a red square\n")
+        last = f"//div[{len(models)}][contains(@class, 'column')]"
+        browser.find_element("xpath", f"{last}//p[contains(., 'seed 0')]")
         find(f"div:has(> .column:nth-child({len(models)}) img[src*='/file='])")
+        assert browser.execute_script("return window.seen.size") > 2 * len(models)  # live
         if name := os.environ.get("SPARSE_UNIFIED_APP_PICTURE"):
             browser.save_screenshot(name)
     finally:

@@ -273,9 +273,13 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": bagel_names,
     "adaptation.md": adaptation_names,
     "analysis.md": analysis_names,
+    "diffusers.md": bagel_names,
+    "hf-kernels.md": bagel_names,
+    "hub.md": bagel_names,
     "kernels.md": dict,
     "quickstart.md": bagel_names,
     "serving.md": bagel_names,
+    "transformers.md": dict,
 }
 
 

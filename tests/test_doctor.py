@@ -17,12 +17,13 @@ from checkpoint_files import make_dense
 
 from sparse_unified import checks, doctor
 from sparse_unified.cli import main
-from sparse_unified.ops import choices
+from sparse_unified.ops import backend, choices
 
 CPU = torch.device("cpu")
 CHILD = (sys.executable, str(Path(__file__).parent / "doctor_child.py"))
 # On one group of 70 rows, which the kernels for Hopper take.
 HOPPER = "kernels.pruned_ffn_of_any_list[(9, 64)-70-float16-all]"
+BLOCK = "kernels.block_is_that_of_the_cpu[bfloat16-0-False-61]"
 QUICK = "kernels.gradient_of_permute[float32-41]"
 
 
@@ -73,6 +74,54 @@ def test_a_family_that_fails_is_left_out_and_the_next_one_runs(
         assert "sm90a fails" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("fault", "capability"),
+    [(0, 10), (1, 10), (2, 10), (3, 10), (1, 9)],
+    ids=["sound", "wrong", "trap", "hang", "wrong on Hopper"],
+)
+def test_products_of_torch_that_fail_are_left_out_and_ours_run(
+    fault: int, capability: int, file: Path
+) -> None:
+    families = ("grouped_mm", "sm80")
+    command = (*CHILD, str(fault), f"grouped_mm:{capability}")
+    report = doctor.examine("cpu", stall=20, families=families, command=command, names=[BLOCK])
+    first, second = report.families
+    told = ("", "AssertionError", "the process ended with status -6", "did not end within 20 s")
+    assert first.failure.startswith(f"{BLOCK}: {told[fault]}" if fault else "")
+    assert bool(first.failure) == (fault > 0)
+    assert (second.failure, second.num_passed) == ("", 1)
+    assert report.runs == families[fault > 0]
+    if fault:
+        [entry] = json.loads(file.read_text()).values()
+        assert entry["refused"].keys() == {"grouped_mm"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "families"),
+    [
+        ((8, 6), ("sm80", "torch")),
+        ((9, 0), ("sm90a", "sm80", "grouped_mm", "torch")),
+        ((10, 0), ("grouped_mm", "sm80", "torch")),
+        ((12, 0), ("sm80", "torch")),
+    ],
+)
+def test_each_device_has_its_families_and_each_family_its_checks(
+    capability: tuple[int, int], families: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr(backend, "device_refusal", lambda _: None)
+    monkeypatch.setattr(backend, "_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(backend, "architectures", lambda: ("sm_80", "sm_90a", "sm_100", "sm_120"))
+    assert doctor.families_of(device) == families
+    names = doctor.vital_checks(device)
+    asked = {f: [name for name in names if doctor._concerns(name, f)] for f in families}
+    assert len(asked["sm80"]) == len(names) - 2
+    if "grouped_mm" in families:
+        assert len(asked["grouped_mm"]) == 7  # products, block, compiled, captured twice
+        assert not any("float16" in n and "bfloat16" not in n for n in asked["grouped_mm"])
+
+
 def test_what_failed_runs_no_more_and_says_so_until_it_is_forgotten(file: Path) -> None:
     doctor._change(CPU, refused={"cpu": "fail NAME: wrong"}, variants={"90 132 1 1": "family=sm80"})
     code = (
@@ -107,8 +156,8 @@ def test_another_driver_or_library_is_a_clean_slate_and_a_broken_file_is_none(
 
 
 def test_the_doctor_looks_at_everything_that_a_model_needs() -> None:
-    for backend, dtype in (("cpu", "float32"), ("cuda", "bfloat16"), ("emulated", "float16")):
-        known = checks.all_checks(backend)
+    for place, dtype in (("cpu", "float32"), ("cuda", "bfloat16"), ("emulated", "float16")):
+        known = checks.all_checks(place)
         names = [name.format(dtype) for name in doctor.VITAL if name.format(dtype) in known]
         assert len(names) >= 12
     every = set(checks.all_checks())

@@ -17,6 +17,7 @@ from refusals import refused
 from test_engines_vllm_omni import declared
 
 from sparse_unified.bagel import BagelPipeline, StepCache
+from sparse_unified.checkpoint import PruneWidthConfig, prune
 from sparse_unified.engines.diffusers import BagelDiffusionPipeline
 
 # diffusers
@@ -148,9 +149,16 @@ def gather(found, args=None):
 QUESTIONS = ["what is this?", "<image> a red bench", "three cups"]
 
 
-@pytest.fixture(scope="module", params=["t2i_dense", "t2i_moe"])
-def model(request: pytest.FixtureRequest, golden: Any) -> Path:
-    return golden(request.param)
+@pytest.fixture(scope="module", params=["t2i_dense", "t2i_moe", "pruned"])
+def model(
+    request: pytest.FixtureRequest, golden: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    if request.param != "pruned":
+        return golden(request.param)
+    pruned = tmp_path_factory.mktemp("lmms") / "pruned"
+    halves = [PruneWidthConfig(component=name, keep_ratio=0.5) for name in ("und", "gen")]
+    prune(golden("t2i_dense"), pruned, halves)
+    return pruned
 
 
 @pytest.fixture

@@ -298,6 +298,22 @@ def test_documents_name_what_is_there(path: Path) -> None:
     assert set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE)) <= targets
 
 
+INTEGRATIONS = ["app", "vllm-omni", "diffusers", "transformers", "hf-kernels", "hub", "evaluation"]
+
+
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_an_integration_is_a_short_page_that_begins_with_the_command(name: str) -> None:
+    page = read(f"docs/{name}.md")
+    assert re.match(r"# .+\n\n```", page)
+    assert page.count("\n") <= 60
+    assert len(re.findall(rf"^\| .+\(docs/{name}\.md\) \|$", read("README.md"), re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("sparse_unified/engines/*.py")), ids=label)
+def test_an_adapter_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 200
+
+
 def load_script(name: str) -> Any:
     spec: Any = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

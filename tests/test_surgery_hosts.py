@@ -315,6 +315,7 @@ def test_sparse_ffns_route_the_same_and_compute_nearly_the_same(storage: str, sh
     model = model_of()
     apply_moe_(model, MoEConfig(num_experts=4, top_k=2, num_shared_experts=shared))
     block = ffn(model, 1)
+    block.gate_proj[7] = 0  # a scale of zero would make NaN of it
     nn.init.normal_(block.gate.weight, std=0.05)
     block.return_router_logits = True
     x = tokens(9, 64).bfloat16()
@@ -374,6 +375,10 @@ def test_what_cannot_be_packed_is_refused_before_anything_is(change: Any, match:
     change(model.layers[2])
     before = snapshot(model)
     refused(match, quantize_weights_, model, QuantizeConfig())
+    compute = QuantizeConfig(storage="fp8-compute", layers=[0])
+    refused("layer 0 .*got 'fp8-compute': fp8 .*type 'cpu'", quantize_weights_, model, compute)
     assert_same(before, snapshot(model))
-    refused("storage must be one of int8, fp8, got 'int4'", QuantizeConfig, storage="int4")
+    refused(
+        "storage must be one of int8, fp8, fp8-compute, got 'int4'", QuantizeConfig, storage="int4"
+    )
     refused("component must be one of und, gen, both, got 'vit'", QuantizeConfig, component="vit")

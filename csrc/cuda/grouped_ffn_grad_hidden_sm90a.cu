@@ -4,17 +4,17 @@
 // weight of the row; and parts of the gradient of that weight, <hidden, grad_hidden>.
 //
 // Persistent kernel (persistent_gemm_sm90a.h), one CTA per SM, grid-stride over tiles of 128 rows x
-// 256 neurons, the last of an expert 192 or 128 where those suffice (592 = 2 * 256 + 80 takes 640
-// columns of products, 1184 = 4 * 256 + 160 takes 1216).
+// 256 neurons, the last of an expert as few as its neurons take in multiples of 32 (592 = 2 * 256 +
+// 80 takes 608 columns of products, 1184 = 4 * 256 + 160 takes no more).
 //
 // Warp roles: 1 producer warp (one elected lane issues TMA for 128 rows of grad_y and, in four
-// boxes of 64 neurons, 64 rows of down, where neurons are contiguous: Major::kMN), 2 consumer
-// warpgroups (64 rows each, m64n256k16, 128 accumulators a thread). 4 pipeline stages of 64 k,
-// 48 KB each. In the epilogue the lanes of a quad exchange their sums, so that each reads gate and
-// up of 8 neurons of a row, and writes the three results, in vectors of 16 bytes; a lane adds
-// hidden times grad_hidden up over its neurons in ascending order, the quad by a butterfly. Results
-// go to buffers whose groups are padded to whole tiles; padding rows get zeros, which the weight
-// gradients rely on: what the tile holds there are the rows of another expert.
+// boxes of 64 neurons or up to seven of 32, 64 rows of down, where neurons are contiguous:
+// Major::kMN), 2 consumer warpgroups (64 rows each, m64n256k16, 128 accumulators a thread). 4
+// pipeline stages of 64 k, 48 KB each. In the epilogue the lanes of a quad exchange their sums, so
+// that each reads gate and up of 8 neurons of a row, and writes the three results, in vectors of 16
+// bytes; a lane adds hidden times grad_hidden up over its neurons in ascending order, the quad by a
+// butterfly. Results go to buffers whose groups are padded to whole tiles; padding rows get zeros,
+// which the weight gradients rely on: what the tile holds there are the rows of another expert.
 //
 // Clusters of two CTAs take two neighbouring tiles of rows and multicast the weights, half of the
 // boxes each. Where a group has no second tile, that CTA loads no rows and stores nothing.
@@ -22,6 +22,8 @@
 // Bytes: grad_y is read h / 256 times, down once for 16 row tiles, mostly from L2, where every tile
 // of rows or two share its reads; 2 R h elements are read and 3 R h written. FLOPs: 2 R D h.
 // Preconditions: D % 8 == 0, h % 16 == 0, rows of down and grad_y on 16-byte boundaries.
+#include <utility>
+
 #include "cuda/persistent_gemm_sm90a.h"
 #include "device/epilogue.h"
 #include "device/math.h"
@@ -42,6 +44,7 @@ template <typename T>
 struct GradHiddenParams {
   TensorMap grad_y;               // [R, D], boxes [128, 64]
   TensorMap down_proj;            // [D, I], boxes [64, 64]
+  TensorMap narrow_down_proj;     // and [64, 32]
   const int32_t* expert_offsets;  // [E + 1], or null
   const T* gate_rows;             // [R, h]
   const T* up_rows;               // [R, h]
@@ -108,13 +111,13 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
     return params.expert_width - tile.n * kTileNeurons;
   }
   static SPARSE_UNIFIED_DEVICE int columns(const Params& params, const RowTile& tile) {
-    const int boxes = ceil_div(neurons(params, tile), kBoxElements);
-    return min(max(boxes, kNumBoxes / 2), kNumBoxes) * kBoxElements;
+    return columns_for<kColumns>(neurons(params, tile));
   }
 
   static SPARSE_UNIFIED_DEVICE void prefetch(const Params& params) {
     prefetch_tensor_map(&params.grad_y);
     prefetch_tensor_map(&params.down_proj);
+    prefetch_tensor_map(&params.narrow_down_proj);
   }
 
   static SPARSE_UNIFIED_DEVICE void produce(const Params& params, uint32_t shared,
@@ -126,11 +129,13 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
     for_each_tile<GradHiddenGemm, true>(params, [&](const RowTile& tile) {
       const int neuron = tile.group * params.group_columns + tile.n * kTileNeurons;
       const int first_row = tile.group * params.group_rows;
-      const int num_boxes = columns(params, tile) / kBoxElements;
+      const ColumnBoxes boxes = column_boxes<kColumns>(columns(params, tile));
+      const TensorMap* down = boxes.is_narrow ? &params.narrow_down_proj : &params.down_proj;
       // Those that this CTA brings.
-      const int part_boxes = ceil_div(num_boxes, kBlocks);
+      const int part_boxes = ceil_div(boxes.num_boxes, kBlocks);
       const int first_box = kBlocks == 1 ? 0 : cluster_rank() * part_boxes;
-      const int box_bytes = num_boxes * kBoxBytes;
+      const int end_box = min(first_box + part_boxes, boxes.num_boxes);
+      const int box_bytes = boxes.num_boxes * boxes.bytes;
       for (int k = 0; k < params.num_k; ++k, at.advance()) {
         if (!copies_boxes) continue;
         ring.wait_empty(at);
@@ -142,20 +147,18 @@ struct GradHiddenGemm : RowTiles<kNumBlocks, false, true> {
         } else {
           barrier_arrive_expect_bytes(full, box_bytes);
         }
-#pragma unroll
-        for (int i = 0; i < kNumBoxes / kBlocks; ++i) {
-          const int box = first_box + i;
-          if (i >= part_boxes || box >= num_boxes) break;
-          load_box_to_all<kBlocks>(stage + kRowsBytes + box * kBoxBytes, &params.down_proj,
-                                   first_row + k * kTileK, neuron + box * kBoxElements, full);
+        for (int box = first_box; box < end_box; ++box) {
+          load_box_to_all<kBlocks>(stage + kRowsBytes + box * boxes.bytes, down,
+                                   first_row + k * kTileK, neuron + box * boxes.elements, full);
         }
       }
     });
   }
 
-  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer) {
+  template <int kN>
+  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer, int) {
     return {operand_descriptor(stage + consumer * kConsumerRows * kSwizzleRowBytes, kMajorA),
-            operand_descriptor(stage + kRowsBytes, kMajorB, kBoxBytes)};
+            column_descriptor<kN, kColumns>(stage + kRowsBytes)};
   }
   static SPARSE_UNIFIED_DEVICE int steps(const Params&, int) { return kStageSteps; }
 
@@ -239,9 +242,12 @@ cudaError_t launch_grad_hidden(const GroupedFfnBackwardCudaParams& backward,
                                       ffn.x.columns, ffn.x.columns, kTileRows, kTileK, true);
   if (error != cudaSuccess) return error;
   const Matrix& down = ffn.down_proj;
-  error = make_tensor_map(&params.down_proj, ffn.dtype, down.data, down.rows, down.columns,
-                          down.stride, kTileK, kBoxElements, true);
-  if (error != cudaSuccess) return error;
+  for (const auto& [map, box_columns] :
+       {std::pair{&params.down_proj, kBoxElements}, {&params.narrow_down_proj, kNarrowElements}}) {
+    error = make_tensor_map(map, ffn.dtype, down.data, down.rows, down.columns, down.stride, kTileK,
+                            box_columns, true);
+    if (error != cudaSuccess) return error;
+  }
 
   const int64_t most_tiles =
       max_row_tiles(ffn.num_rows, ffn.num_experts, kBlocks * kTileRows) * params.num_n;

@@ -10,8 +10,8 @@
 // with zeros for rows beyond the group. Which is M and which is N follows from the gradient, whose
 // rows are M, so that results leave as they are:
 //   gate, up   M = 64 neurons, one consumer has grad_gate and the other grad_up; N = 256 of D
-//   down       M = 128 of D, 64 a consumer; N = 256 neurons, of the last tile of an expert 192 or
-//              128 where those suffice (1184 = 4 * 256 + 160 takes 1216, 592 takes 640)
+//   down       M = 128 of D, 64 a consumer; N = 256 neurons, of the last tile of an expert as few
+//              as they take in multiples of 32 (592 = 2 * 256 + 80 takes 608, 1184 no more)
 // Persistent kernel (persistent_gemm_sm90a.h), one CTA per SM, grid-stride over these tiles.
 //
 // Warp roles: 1 producer warpgroup (cp.async gathers 64 rows of 256 or 128 columns into swizzled
@@ -40,20 +40,21 @@ constexpr int kNumProducerWarps = kWarpgroupSize / kWarpSize;
 
 template <typename T>
 struct GradWeightsParams {
-  TensorMap neurons[kNumConsumers];  // [padded rows, h], boxes [64, 64]
-  const T* columns;                  // [., D], rows columns_stride elements apart
-  int64_t columns_stride;            //
-  const int32_t* row_token;          // [R]: row of `columns` of each row; null: the row itself
-  const int32_t* expert_offsets;     // [E + 1], or null
-  T* out[kNumConsumers];             // [I, D], with kIsDown [D, I] or [E, D, h]; null: not wanted
-  bool is_apart;                     // [E, D, h]
-  int num_sources;                   // rows of `columns`
-  int num_rows;                      // R
-  int hidden_size;                   // D
-  int num_experts;                   // E
-  int expert_width;                  // h
-  int num_m;                         // tiles of neurons of an expert
-  int num_n;                         // tiles of columns, or pairs of them in clusters
+  // [padded rows, h], boxes [64, 64]: of grad_gate and grad_up, or of hidden, and [64, 32] of it
+  TensorMap neurons[kNumConsumers];
+  const T* columns;               // [., D], rows columns_stride elements apart
+  int64_t columns_stride;         //
+  const int32_t* row_token;       // [R]: row of `columns` of each row; null: the row itself
+  const int32_t* expert_offsets;  // [E + 1], or null
+  T* out[kNumConsumers];          // [I, D], with kIsDown [D, I] or [E, D, h]; null: not wanted
+  bool is_apart;                  // [E, D, h]
+  int num_sources;                // rows of `columns`
+  int num_rows;                   // R
+  int hidden_size;                // D
+  int num_experts;                // E
+  int expert_width;               // h
+  int num_m;                      // tiles of neurons of an expert
+  int num_n;                      // tiles of columns, or pairs of them in clusters
 };
 
 // One tile: its expert, where the expert's rows begin in both sides, where its results go.
@@ -126,13 +127,11 @@ struct GradWeightsGemm {
   static SPARSE_UNIFIED_DEVICE int num_stages(const Params&, const Tile& tile) {
     return ceil_div(tile.rows.end - tile.rows.begin, kTileK);
   }
-  // That the product takes: of the last neurons of an expert only as many boxes as they need, but
-  // half of them at least.
+  // That the product takes.
   static SPARSE_UNIFIED_DEVICE int columns(const Params& params, const Tile& tile)
     requires kIsDown
   {
-    const int num_boxes = ceil_div(params.expert_width - tile.neuron, kBoxElements);
-    return min(max(num_boxes, kBoxesB / 2), kBoxesB) * kBoxElements;
+    return columns_for<kColumns>(params.expert_width - tile.neuron);
   }
 
   static SPARSE_UNIFIED_DEVICE void prefetch(const Params& params) {
@@ -142,13 +141,13 @@ struct GradWeightsGemm {
   // Has TMA bring this CTA's boxes of neurons to all CTAs of the cluster.
   static SPARSE_UNIFIED_DEVICE void load_neurons(const Params& params, const Tile& tile, int first,
                                                  uint32_t shared, uint32_t full) {
-    int num_boxes = kBoxesA;
-    if constexpr (kIsDown) num_boxes = columns(params, tile) / kBoxElements;
-    barrier_arrive_expect_bytes(full, num_boxes * kBoxBytes);
-    for (int box = kBlocks == 1 ? 0 : cluster_rank(); box < num_boxes; box += kBlocks) {
-      load_box_to_all<kBlocks>(shared + box * kBoxBytes, &params.neurons[kIsDown ? 0 : box],
-                               tile.padded_row + first,
-                               tile.neuron + (kIsDown ? box * kBoxElements : 0), full);
+    ColumnBoxes boxes{kBoxesA, 0, kBoxBytes, false};
+    if constexpr (kIsDown) boxes = column_boxes<kColumns>(columns(params, tile));
+    barrier_arrive_expect_bytes(full, boxes.num_boxes * boxes.bytes);
+    for (int box = kBlocks == 1 ? 0 : cluster_rank(); box < boxes.num_boxes; box += kBlocks) {
+      load_box_to_all<kBlocks>(shared + box * boxes.bytes,
+                               &params.neurons[kIsDown ? boxes.is_narrow : box],
+                               tile.padded_row + first, tile.neuron + box * boxes.elements, full);
     }
   }
 
@@ -192,9 +191,10 @@ struct GradWeightsGemm {
     });
   }
 
-  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer) {
+  template <int kN>
+  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer, int) {
     return {operand_descriptor(stage + consumer * kBoxBytes, kMajorA),
-            operand_descriptor(stage + kBoxesA * kBoxBytes, kMajorB, kBoxBytes)};
+            column_descriptor<kN, kColumns>(stage + kBoxesA * kBoxBytes)};
   }
   static SPARSE_UNIFIED_DEVICE int steps(const Params&, int) { return kStageSteps; }
 
@@ -234,9 +234,9 @@ cudaError_t launch_grad_weights(GradWeightsParams<T> params, const GroupedFfnCud
   params.num_n = ceil_div(params.hidden_size, kBlocks * Gemm::kTileColumns);
   const int64_t padded_rows = grouped_ffn_sm90a_padded_rows(ffn.num_rows, ffn.num_experts);
   for (int i = 0; i < kNumConsumers; ++i) {
-    const cudaError_t error =
-        make_tensor_map(&params.neurons[i], ffn.dtype, neurons[i], padded_rows, ffn.expert_width,
-                        ffn.expert_width, kTileK, kBoxElements, true);
+    const cudaError_t error = make_tensor_map(
+        &params.neurons[i], ffn.dtype, neurons[i], padded_rows, ffn.expert_width, ffn.expert_width,
+        kTileK, kIsDown && i == 1 ? kNarrowElements : kBoxElements, true);
     if (error != cudaSuccess) return error;
   }
 

@@ -67,8 +67,9 @@ struct UpParams {
   int num_k;                      // stages of a tile
 };
 
-// Addresses of the rows of x that this thread copies; zeros stand for rows beyond the group.
-template <typename T>
+// Addresses of the rows of x that this thread copies; zeros stand for rows beyond the group. With
+// kKeeps they are not computed again in each stage, which takes registers.
+template <typename T, bool kKeeps>
 struct GatheredRows {
   const T* row[kCopiesPerThread];
   bool is_valid[kCopiesPerThread];
@@ -89,6 +90,7 @@ struct GatheredRows {
     for (int i = 0; i < kCopiesPerThread; ++i) {
       is_legal &= 0 <= token[i] && token[i] < params.num_tokens;
       row[i] = params.x + token[i] * params.x_stride;
+      if constexpr (kKeeps) row[i] = kept_pointer(row[i]);
     }
     device_check(is_legal);
   }
@@ -195,7 +197,7 @@ struct Gemm : RowTiles<kNumBlocks, false, true> {
     RowTile tile;
     for (int idx = first_tile<kBlocks>(); Gemm::template find<true>(params, idx, tile);
          idx += tile_step<kBlocks>()) {
-      const GatheredRows<T> rows(params, tile, thread);
+      const GatheredRows<T, (kN < 256)> rows(params, tile, thread);
       BoxRows<Gemm> boxes;
       if (copies_boxes) boxes.find(params, tile);
       for (int k = 0; k < params.num_k; ++k, at.advance()) {
@@ -218,7 +220,7 @@ struct Gemm : RowTiles<kNumBlocks, false, true> {
         for (int i = 0; i < kCopiesPerThread; ++i) {
           const bool is_inside = rows.is_valid[i] && column < params.hidden_size;
           copy_async_16(stage + swizzled_offset(thread / kRowChunks + i * kRowStep, chunk),
-                        rows.row[i] + (is_inside ? column : 0), is_inside ? kVectorBytes : 0);
+                        rows.row[i] + column, is_inside ? kVectorBytes : 0);
         }
         if constexpr (kFencesProducer) {
           // A stage behind, so that copies of two stages are under way while one is waited for.
@@ -244,7 +246,8 @@ struct Gemm : RowTiles<kNumBlocks, false, true> {
     }
   }
 
-  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer) {
+  template <int>
+  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer, int) {
     return {operand_descriptor(stage + consumer * kConsumerRows * kSwizzleRowBytes, kMajorA),
             operand_descriptor(stage + kRowsBytes, kMajorB)};
   }

@@ -28,8 +28,8 @@
 // A Gemm is a type with
 //   T, Params, Tile         element type, kernel parameters, coordinates of one tile
 //   kBlocks, kStages        CTAs of a cluster, stages of the ring
-//   kColumns                N of the product, or the most, with columns(params, tile) -> kColumns,
-//                           64 or 128 less
+//   kColumns                N of the product, or the most, with columns(params, tile) -> that of a
+//                           tile, see column_boxes
 //   kMajorA, kMajorB        which index of the operands is contiguous in shared memory
 //   kMayBeEmpty             a tile may have no stage, and is then zero
 //   kFindsAhead             consumers look for their next tile, some 500 clocks, while the first
@@ -44,7 +44,7 @@
 //   find<kIsProducer>(params, idx, tile) -> whether there is a tile `idx`
 //   num_stages(params, tile), steps(params, k)   stages of a tile, k16 steps of stage k that count
 //   prefetch(params), produce(params, shared, ring)
-//   operands(stage, consumer) -> StageOperands, finish()
+//   operands<N>(stage, consumer, steps) -> StageOperands, finish()
 //   store(params, tile, d, consumer), or with kDefersStore place(params, tile, consumer)
 #pragma once
 
@@ -72,6 +72,40 @@ constexpr int kConsumerWarps = kNumConsumers * kWarpgroupSize / kWarpSize;
 // A stage of an operand, in tiles of 64 elements (128 bytes) by 64: boxes of TMA.
 constexpr int kBoxElements = 64;
 constexpr int kBoxBytes = kTileK * kSwizzleRowBytes;
+
+// How an MN-major B comes. A whole tile has boxes 64 columns wide. The last one of a group has
+// boxes of 32 in 64-byte swizzle, since an operand consists of whole boxes: N is a multiple of 32,
+// and at least 64, below which wgmma waits for A, 16 clocks a step.
+struct ColumnBoxes {
+  int num_boxes;
+  int elements;  // of a row of a box
+  int bytes;     // of a box
+  bool is_narrow;
+};
+constexpr int kNarrowElements = kNarrowRowBytes / 2;
+template <int kColumns>
+SPARSE_UNIFIED_DEVICE int columns_for(int width) {
+  const int columns = ceil_div(width, kNarrowElements) * kNarrowElements;
+  return min(max(columns, kBoxElements), kColumns);
+}
+template <int kColumns>
+SPARSE_UNIFIED_DEVICE ColumnBoxes column_boxes(int columns) {
+  if (columns == kColumns) return {kColumns / kBoxElements, kBoxElements, kBoxBytes, false};
+  return {columns / kNarrowElements, kNarrowElements, kBoxBytes / 2, true};
+}
+template <int kN, int kColumns>
+SPARSE_UNIFIED_DEVICE uint64_t column_descriptor(uint32_t shared) {
+  return kN == kColumns ? operand_descriptor(shared, Major::kMN, kBoxBytes)
+                        : operand_descriptor(shared, Major::kMN, kBoxBytes / 2, kNarrowRowBytes);
+}
+// body<N>() for N = `columns`, which is at most kN.
+template <int kN, class Body>
+SPARSE_UNIFIED_DEVICE void with_columns(int columns, const Body& body) {
+  if constexpr (kN > kBoxElements) {
+    if (columns != kN) return with_columns<kN - kNarrowElements>(columns, body);
+  }
+  body.template operator()<kN>();
+}
 
 // Shared memory: stages, tiles on their way out, barriers.
 template <class Gemm>
@@ -164,9 +198,11 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
     }
     float d[Gemm::kColumns / 2];
     const auto multiply = [&]<int kN>() {
-      multiply_stages<T, kN, Gemm::kMajorA, Gemm::kMajorB, Gemm::kFences>(
+      multiply_stages<T, kN, Gemm::kMajorA, Gemm::kMajorB, kN != Gemm::kColumns, Gemm::kFences>(
           d, num_stages, ring, at,
-          [&](int stage) { return Gemm::operands(shared + stage * Gemm::kStageBytes, consumer); },
+          [&](int stage, int steps) {
+            return Gemm::template operands<kN>(shared + stage * Gemm::kStageBytes, consumer, steps);
+          },
           [&](int k) { return Gemm::steps(params, k); },
           [&] {
             store_results();
@@ -174,14 +210,7 @@ SPARSE_UNIFIED_DEVICE void consume(const typename Gemm::Params& params, uint32_t
           });
     };
     if constexpr (requires { Gemm::columns(params, tile); }) {
-      const int columns = Gemm::columns(params, tile);
-      if (columns == Gemm::kColumns) {
-        multiply.template operator()<Gemm::kColumns>();
-      } else if (columns == Gemm::kColumns - 64) {
-        multiply.template operator()<Gemm::kColumns - 64>();
-      } else {
-        multiply.template operator()<Gemm::kColumns - 128>();
-      }
+      with_columns<Gemm::kColumns>(Gemm::columns(params, tile), multiply);
     } else {
       multiply.template operator()<Gemm::kColumns>();
     }

@@ -12,8 +12,9 @@
 // NeuronGroups is looked up one k step ahead), 2 consumer warpgroups (64 rows each, m64nNk16, n / 2
 // accumulators a thread). Pipeline stages of 64 k, 48 KB each, 32 KB with 128 columns. The last
 // stage of an expert may reach into the neurons of the next one (1184 = 18.5 * 64): only the k16
-// steps that are its own are multiplied. `out` has no padding, so a tile leaves by stores of 16
-// bytes that stop at the end of the group, while the next one is multiplied.
+// steps that are its own are multiplied, and weights come as boxes of 32 k where those suffice.
+// `out` has no padding, so a tile leaves by stores of 16 bytes that stop at the end of the group,
+// while the next one is multiplied.
 //
 // Clusters of two CTAs take two neighbouring tiles of rows and multicast the weights, half of the
 // columns each. Where a group has no second tile, that CTA loads no rows and multiplies nothing.
@@ -25,6 +26,8 @@
 // blocks, block size and h multiples of 64.
 #pragma once
 
+#include <utility>
+
 #include "cuda/grouped_ffn_neurons.h"
 #include "cuda/persistent_gemm_sm90a.h"
 #include "device/tensor_copy.h"
@@ -35,6 +38,7 @@ template <typename T, int kOperands>
 struct Params {
   TensorMap rows[kOperands];      // A [padded rows, h], boxes [128, 64]
   TensorMap weights[kOperands];   // B, boxes [n / blocks, 64] or [64, 64]
+  TensorMap narrow[kOperands];    // B, boxes of half as many k
   NeuronGroups neurons;           // columns or rows of B
   int group_rows;                 // rows of B [N, K] from one group to the next, or 0
   const int32_t* expert_offsets;  // [E + 1], or null
@@ -87,7 +91,14 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
     for (int operand = 0; operand < kOperands; ++operand) {
       prefetch_tensor_map(&params.rows[operand]);
       prefetch_tensor_map(&params.weights[operand]);
+      prefetch_tensor_map(&params.narrow[operand]);
     }
+  }
+
+  // Whether boxes of 32 k have all that counts of a stage with so many neurons, or with the steps
+  // that these are. [N, K] then lies in 64-byte swizzle, [K, N] as ever, with half of the rows.
+  static SPARSE_UNIFIED_DEVICE bool is_narrow(int num_neurons) {
+    return num_neurons <= kNarrowElements;
   }
 
   // One CTA's part of the weights, to all CTAs of the cluster.
@@ -126,22 +137,28 @@ struct Gemm : RowTiles<kNumBlocks, true, false> {
           ring.wait_empty(at);
           const uint32_t stage = shared + at.stage * kStageBytes;
           const uint32_t full = ring.full(at.stage);
+          const bool halves = is_narrow(params.expert_width - k * kTileK);
+          const int weight_bytes = halves ? kWeightBytes / 2 : kWeightBytes;
           if (kBlocks == 1 || tile.has_rows()) {
-            barrier_arrive_expect_bytes(full, kStageBytes);
+            barrier_arrive_expect_bytes(full, kRowsBytes + weight_bytes);
             load_box(stage, &params.rows[operand], tile.slot * kTileRows, k * kTileK, full);
           } else {
-            barrier_arrive_expect_bytes(full, kWeightBytes);
+            barrier_arrive_expect_bytes(full, weight_bytes);
           }
-          load_weights(&params.weights[operand], stage + kRowsBytes + part * kPartBytes, column,
-                       neuron, full);
+          const int part_bytes = kMajorB == Major::kK ? weight_bytes / kBlocks : kPartBytes;
+          load_weights(halves ? &params.narrow[operand] : &params.weights[operand],
+                       stage + kRowsBytes + part * part_bytes, column, neuron, full);
         }
       }
     });
   }
 
-  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer) {
+  template <int>
+  static SPARSE_UNIFIED_DEVICE StageOperands operands(uint32_t stage, int consumer, int steps) {
+    const bool halves = kMajorB == Major::kK && is_narrow(steps * kStepK);
     return {operand_descriptor(stage + consumer * kConsumerRows * kSwizzleRowBytes, kMajorA),
-            operand_descriptor(stage + kRowsBytes, kMajorB, kBoxBytes)};
+            operand_descriptor(stage + kRowsBytes, kMajorB, kBoxBytes,
+                               halves ? kNarrowRowBytes : kSwizzleRowBytes)};
   }
   // The last stage of an expert may reach into the neurons of the next one.
   static SPARSE_UNIFIED_DEVICE int steps(const Params& params, int k) {
@@ -191,10 +208,13 @@ cudaError_t run(const GroupedFfnCudaParams& ffn, const DeviceInfo& device,
                         ffn.expert_width, kTileRows, kTileK, true);
     if (error != cudaSuccess) return error;
     const Matrix& weights = operands[i].weights;
-    error = make_tensor_map(
-        &params.weights[i], ffn.dtype, weights.data, weights.rows, weights.columns, weights.stride,
-        kIsKMajor ? TheGemm::kPartColumns : kTileK, kIsKMajor ? kTileK : kBoxElements, true);
-    if (error != cudaSuccess) return error;
+    for (const auto& [map, box_k] :
+         {std::pair{&params.weights[i], kTileK}, {&params.narrow[i], kNarrowElements}}) {
+      error = make_tensor_map(map, ffn.dtype, weights.data, weights.rows, weights.columns,
+                              weights.stride, kIsKMajor ? TheGemm::kPartColumns : box_k,
+                              kIsKMajor ? box_k : kBoxElements, true);
+      if (error != cudaSuccess) return error;
+    }
   }
 
   const int64_t most_tiles =

@@ -39,11 +39,13 @@ cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base, int64
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
                              static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
+  const CUtensorMapSwizzle swizzle = !is_swizzled        ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                     : box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B
+                                                         : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult result =
       encode(&map->map, type, 2, const_cast<void*>(base), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE,
-             is_swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   // Also what an earlier kernel of this process did: the numbers of both enumerations agree.
   static_assert(int{CUDA_ERROR_INVALID_VALUE} == int{cudaErrorInvalidValue});
   static_assert(int{CUDA_ERROR_INVALID_CONTEXT} == int{cudaErrorDeviceUninitialized});

@@ -23,22 +23,25 @@ struct StageOperands {
 
 // d [64, N] = sum over num_stages stages of A B; from `at` on, which is left behind the last one.
 // What d holds beyond N / 2 values is of no interest.
-//   operands(stage)  StageOperands of a stage of the ring
+//   operands(stage, steps)  StageOperands of a stage of the ring with so many steps
 //   steps(k)         steps of 16 k of the k-th stage that count; the last stages of a sum may have
 //                    less than kStageSteps
 //   meanwhile()      what is done while the products of the first stage run
-// With kFences the operands were written by the generic proxy as well. There is at least one stage.
-template <typename T, int kN, Major kMajorA, Major kMajorB, bool kFences, int kStages, int kBlocks,
-          int kCount, class Operands, class Steps, class Meanwhile>
+// With kFences the operands were written by the generic proxy as well; with kIsNarrow B is MN-major
+// in 64-byte swizzle. There is at least one stage.
+template <typename T, int kN, Major kMajorA, Major kMajorB, bool kIsNarrow, bool kFences,
+          int kStages, int kBlocks, int kCount, class Operands, class Steps, class Meanwhile>
 SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kCount], int num_stages,
                                            const RingBarriers<kStages, kBlocks>& ring,
                                            RingPosition<kStages>& at, const Operands& operands,
                                            const Steps& steps, const Meanwhile& meanwhile) {
   constexpr uint64_t kStepA = kMajorA == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
-  constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK : kDescriptorStepMN;
+  constexpr uint64_t kStepB = kMajorB == Major::kK ? kDescriptorStepK
+                              : kIsNarrow          ? kDescriptorStepNarrow
+                                                   : kDescriptorStepMN;
   // The first num_steps steps of the stage `at`, one by one.
   const auto multiply_some = [&](int num_steps, bool is_accumulating) {
-    const StageOperands stage = operands(at.stage);
+    const StageOperands stage = operands(at.stage, num_steps);
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
       wgmma_fence();
@@ -62,7 +65,7 @@ SPARSE_UNIFIED_DEVICE void multiply_stages(float (&d)[kCount], int num_stages,
     wait();
     const int num_steps = steps(k);
     if (num_steps >= kStageSteps) {
-      const StageOperands stage = operands(at.stage);
+      const StageOperands stage = operands(at.stage, kStageSteps);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kStageSteps; ++step) {

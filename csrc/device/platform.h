@@ -47,6 +47,13 @@ SPARSE_UNIFIED_DEVICE void device_check(bool ok) {
   if (!ok) __trap();
 }
 
+// The same pointer, which the compiler keeps where it would compute it again.
+template <typename T>
+SPARSE_UNIFIED_DEVICE T* kept_pointer(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 #endif
 
 SPARSE_UNIFIED_DEVICE int lane_idx() { return static_cast<int>(threadIdx.x) % kWarpSize; }

@@ -23,7 +23,8 @@ struct TensorMap {
 
 // Describes [num_rows, num_columns] with rows `row_stride` elements apart and boxes of
 // [box_rows, box_columns]; with `is_swizzled` a box row is 128 bytes and its eight 16-byte chunks
-// are XORed with the row index modulo 8 (the box must then start at a multiple of 1024 bytes).
+// are XORed with the row index modulo 8 (the box must then start at a multiple of 1024 bytes), or
+// 64 bytes and its four chunks with half of the row index modulo 4 (of 512 bytes).
 // What lies outside is read as zeros and not written. The base and the row stride in bytes are
 // multiples of 16.
 cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base, int64_t num_rows,

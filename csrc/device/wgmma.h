@@ -17,6 +17,8 @@ namespace sparse_unified {
 // Bytes of one row of the 128-byte swizzle, of the group of 8 rows that it repeats after.
 constexpr int kSwizzleRowBytes = 128;
 constexpr int kSwizzleAtomBytes = 8 * kSwizzleRowBytes;
+// And of one row of the 64-byte swizzle, for MN-major operands that are no multiple of 64 wide.
+constexpr int kNarrowRowBytes = 64;
 
 // Offset of 16-byte chunk `chunk` (0 to 7) of row `row` in a swizzled tile that starts at a
 // multiple of kSwizzleAtomBytes.
@@ -28,18 +30,21 @@ SPARSE_UNIFIED_HOST_DEVICE constexpr int swizzled_offset(int row, int chunk) {
 // groups of 8 rows in an MN-major one, in units of 16 bytes.
 constexpr uint64_t kDescriptorStepK = 32 >> 4;
 constexpr uint64_t kDescriptorStepMN = 2 * kSwizzleAtomBytes >> 4;
+constexpr uint64_t kDescriptorStepNarrow = 16 * kNarrowRowBytes >> 4;
 
 // The shared-memory descriptor of an operand in 128-byte swizzle, whose tile starts at `shared`.
 //   K-major:  rows of 64 k elements, 8-row groups kSwizzleAtomBytes apart.
 //   MN-major: rows (k) of 64 m or n elements, 8-row groups kSwizzleAtomBytes apart; the next 64
 //             elements of m or n are `mn_stride_bytes` further.
+// With `row_bytes` of kNarrowRowBytes, of 32 elements in 64-byte swizzle.
 SPARSE_UNIFIED_HOST_DEVICE uint64_t operand_descriptor(uint32_t shared, Major major,
-                                                       int mn_stride_bytes = 16) {
+                                                       int mn_stride_bytes = 16,
+                                                       int row_bytes = kSwizzleRowBytes) {
   const uint64_t address = (shared & 0x3ffffu) >> 4;
   const uint64_t leading = static_cast<uint64_t>(major == Major::kK ? 16 : mn_stride_bytes) >> 4;
-  const uint64_t stride = kSwizzleAtomBytes >> 4;
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return address | leading << 16 | stride << 32 | kSwizzle128;
+  const uint64_t stride = static_cast<uint64_t>(8 * row_bytes) >> 4;
+  const uint64_t swizzle = row_bytes == kSwizzleRowBytes ? 1 : 2;
+  return address | leading << 16 | stride << 32 | swizzle << 62;
 }
 
 }  // namespace sparse_unified
@@ -99,6 +104,18 @@ SPARSE_UNIFIED_DEVICE void wgmma_wait() {
 template <int kN>
 struct Wgmma;
 
+SPARSE_UNIFIED_WGMMA(64,
+                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1)
+                         SPARSE_UNIFIED_NAMES(2) "%30,%31",
+                     "%32", "%33", "%34", "%35", "%36", SPARSE_UNIFIED_BOUND(),
+                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), "+f"(d[30]), "+f"(d[31]));
+SPARSE_UNIFIED_WGMMA(96,
+                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
+                         SPARSE_UNIFIED_NAMES(3) "%40,%41,%42,%43,%44,%45,%46,%47",
+                     "%48", "%49", "%50", "%51", "%52", SPARSE_UNIFIED_BOUND(),
+                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
+                     "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]),
+                     "+f"(d[46]), "+f"(d[47]));
 SPARSE_UNIFIED_WGMMA(128,
                      SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
                          SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4)
@@ -107,6 +124,14 @@ SPARSE_UNIFIED_WGMMA(128,
                      SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
                      SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), "+f"(d[60]), "+f"(d[61]),
                      "+f"(d[62]), "+f"(d[63]));
+SPARSE_UNIFIED_WGMMA(160,
+                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
+                         SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)
+                             SPARSE_UNIFIED_NAMES(6) "%70,%71,%72,%73,%74,%75,%76,%77,%78,%79",
+                     "%80", "%81", "%82", "%83", "%84", SPARSE_UNIFIED_BOUND(),
+                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
+                     SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), SPARSE_UNIFIED_BOUND(6),
+                     SPARSE_UNIFIED_BOUND(7));
 SPARSE_UNIFIED_WGMMA(192,
                      SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
                          SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)
@@ -117,6 +142,16 @@ SPARSE_UNIFIED_WGMMA(192,
                      SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), SPARSE_UNIFIED_BOUND(6),
                      SPARSE_UNIFIED_BOUND(7), SPARSE_UNIFIED_BOUND(8), "+f"(d[90]), "+f"(d[91]),
                      "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]));
+SPARSE_UNIFIED_WGMMA(224,
+                     SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
+                         SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)
+                             SPARSE_UNIFIED_NAMES(6) SPARSE_UNIFIED_NAMES(7) SPARSE_UNIFIED_NAMES(8)
+                                 SPARSE_UNIFIED_NAMES(9) SPARSE_UNIFIED_NAMES(10) "%110,%111",
+                     "%112", "%113", "%114", "%115", "%116", SPARSE_UNIFIED_BOUND(),
+                     SPARSE_UNIFIED_BOUND(1), SPARSE_UNIFIED_BOUND(2), SPARSE_UNIFIED_BOUND(3),
+                     SPARSE_UNIFIED_BOUND(4), SPARSE_UNIFIED_BOUND(5), SPARSE_UNIFIED_BOUND(6),
+                     SPARSE_UNIFIED_BOUND(7), SPARSE_UNIFIED_BOUND(8), SPARSE_UNIFIED_BOUND(9),
+                     SPARSE_UNIFIED_BOUND(10), "+f"(d[110]), "+f"(d[111]));
 SPARSE_UNIFIED_WGMMA(240,
                      SPARSE_UNIFIED_NAMES() SPARSE_UNIFIED_NAMES(1) SPARSE_UNIFIED_NAMES(2)
                          SPARSE_UNIFIED_NAMES(3) SPARSE_UNIFIED_NAMES(4) SPARSE_UNIFIED_NAMES(5)

@@ -87,6 +87,10 @@ dim3 grid_dim() __attribute__((const));
 }  // namespace emulation
 
 unsigned char* dynamic_shared_memory();
+template <typename T>
+T* kept_pointer(T* pointer) {
+  return pointer;
+}
 uint32_t shared_address(const void* pointer);
 void sync_threads();
 void sync_warp();

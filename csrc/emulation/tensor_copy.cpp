@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// TMA: boxes of a matrix, with zeros for what lies outside, in the 128-byte swizzle or without.
+// TMA: boxes of a matrix, with zeros for what lies outside, in the 128- or 64-byte swizzle or
+// without.
 #include "device/tensor_copy.h"
 
 #include <algorithm>
 
 #include "device/vector.h"
+#include "device/wgmma.h"
 #include "emulation/async_proxy.h"
 #include "emulation/race.h"
 
@@ -15,9 +17,9 @@ namespace {
 constexpr int kElementBytes = 2;
 constexpr int kMaxBoxSize = 256;
 constexpr int kVector = 16;
-constexpr int kSwizzleBytes = 128;
-constexpr int kSwizzleAlignment = 1024;
 constexpr int kBoxAlignment = 128;
+
+int row_bytes_of(const TensorMap& map) { return map.box_columns * kElementBytes; }
 
 struct PendingStore {
   TensorMap map;
@@ -35,25 +37,24 @@ std::vector<int> store_groups;                  // that the next store belongs t
 // Calls visit(row, first column, bytes, offset in shared memory) for the 16-byte pieces of a box.
 template <typename Visit>
 void for_each_piece(const TensorMap& map, const Visit& visit) {
-  const int row_bytes = map.box_columns * kElementBytes;
+  const int row_bytes = row_bytes_of(map);
   for (int row = 0; row < map.box_rows; ++row) {
     for (int at = 0; at < row_bytes; at += kVector) {
-      const int chunk = at / kVector;
-      const int offset = map.is_swizzled ? row * kSwizzleBytes + (chunk ^ row % 8) * kVector
-                                         : row * row_bytes + at;
+      int offset = row * row_bytes + at;
+      // PTX manual, "Swizzling Modes": bits 4 to 6, or 5, are XORed with those from 7 on.
+      if (map.is_swizzled) offset ^= (offset >> 7 & (row_bytes / kVector - 1)) << 4;
       visit(row, at / kElementBytes, offset);
     }
   }
 }
 
-int box_bytes(const TensorMap& map) {
-  return map.box_rows * (map.is_swizzled ? kSwizzleBytes : map.box_columns * kElementBytes);
-}
+int box_bytes(const TensorMap& map) { return map.box_rows * row_bytes_of(map); }
 
 void check_box(const char* name, const TensorMap& map, uint32_t shared) {
   check_aligned(name, &map, 64);
   if (map.base == nullptr) fail("%s: the tensor map was not made", name);
-  shared_pointer(name, shared, box_bytes(map), map.is_swizzled ? kSwizzleAlignment : kBoxAlignment);
+  shared_pointer(name, shared, box_bytes(map),
+                 map.is_swizzled ? 8 * row_bytes_of(map) : kBoxAlignment);
 }
 
 // Elements of the piece that lie in the matrix.
@@ -164,13 +165,13 @@ cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base, int64
                             bool is_swizzled) {
   using namespace emulation;
   const int row_bytes = box_columns * kElementBytes;
-  const bool is_legal = element_bytes(dtype) == kElementBytes && base != nullptr &&
-                        reinterpret_cast<uintptr_t>(base) % kVector == 0 && num_rows > 0 &&
-                        num_columns > 0 && num_rows < INT64_C(1) << 32 &&
-                        num_columns < INT64_C(1) << 32 && row_stride >= num_columns &&
-                        row_stride * kElementBytes % kVector == 0 && box_rows > 0 &&
-                        box_rows <= kMaxBoxSize && box_columns > 0 && box_columns <= kMaxBoxSize &&
-                        row_bytes % kVector == 0 && (!is_swizzled || row_bytes == kSwizzleBytes);
+  const bool is_legal =
+      element_bytes(dtype) == kElementBytes && base != nullptr &&
+      reinterpret_cast<uintptr_t>(base) % kVector == 0 && num_rows > 0 && num_columns > 0 &&
+      num_rows < INT64_C(1) << 32 && num_columns < INT64_C(1) << 32 && row_stride >= num_columns &&
+      row_stride * kElementBytes % kVector == 0 && box_rows > 0 && box_rows <= kMaxBoxSize &&
+      box_columns > 0 && box_columns <= kMaxBoxSize && row_bytes % kVector == 0 &&
+      (!is_swizzled || row_bytes == kSwizzleRowBytes || row_bytes == kNarrowRowBytes);
   if (!is_legal) return cudaErrorInvalidValue;
   *map = {};
   map->base = base;

@@ -74,17 +74,21 @@ WarpProducts& mine() { return warps[static_cast<size_t>(current->warp())]; }
 int row_of(int lane, int i) { return lane / 4 + 8 * (i / 2 % 2); }
 int column_of(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
 
-// PTX manual, "Matrix descriptor format" and "Shared memory layout": 128-byte swizzle.
+// PTX manual, "Matrix descriptor format" and "Shared memory layout": 128- and 64-byte swizzle.
 struct Descriptor {
   uint32_t start;
   uint32_t leading;
   uint32_t stride;
+  uint32_t row_bytes;
 
   explicit Descriptor(uint64_t bits)
       : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
         leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4) {
-    if (bits >> 62 != 1) fail("wgmma: the swizzle of a descriptor must be 1 (128 bytes)");
+        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
+        row_bytes(bits >> 62 == 1 ? kSwizzleRowBytes : kNarrowRowBytes) {
+    if (bits >> 62 != 1 && bits >> 62 != 2) {
+      fail("wgmma: the swizzle of a descriptor must be 1 (128 bytes) or 2 (64)");
+    }
     if (bits >> 49 & 7) fail("wgmma: the base offset of a descriptor must be 0");
   }
 
@@ -92,9 +96,10 @@ struct Descriptor {
   const uint16_t* chunk(int mn, int k, bool is_mn_major) const {
     const auto row = static_cast<uint32_t>(is_mn_major ? k : mn);
     const auto along = static_cast<uint32_t>(is_mn_major ? mn : k);
-    uint32_t address = start + row / 8 * stride + row % 8 * 128 + along % 64 * 2;
-    if (is_mn_major) address += along / 64 * leading;
-    address ^= (address >> 7 & 7) << 4;
+    const uint32_t elements = row_bytes / 2;
+    uint32_t address = start + row / 8 * stride + row % 8 * row_bytes + along % elements * 2;
+    if (is_mn_major) address += along / elements * leading;
+    address ^= (address >> 7 & (row_bytes / kChunkBytes - 1)) << 4;
     race::access(race::products_of(current->warp()),
                  shared_pointer("wgmma", address, kChunkBytes, kChunkBytes), kChunkBytes,
                  race::Kind::kRead, reinterpret_cast<const void*>(&issue_product));

@@ -84,6 +84,7 @@ constexpr Bug kBugs[] = {
     BUG(rows_unswizzled, kEvery, kWrong, nullptr),
     BUG(box_unswizzled, kEvery, kWrong, nullptr),
     BUG(descriptor_of_other_major, kEvery, kWrong, nullptr),
+    BUG(descriptor_of_other_swizzle, kEvery, kWrong, nullptr),
     BUG(descriptor_unswizzled, kEvery, "the swizzle of a descriptor must be 1", nullptr),
     BUG(products_without_proxy_fence, kEvery, kWrong, nullptr),
     BUG(proxy_fence_before_wait, kEvery, kWrong, nullptr),

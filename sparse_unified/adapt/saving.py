@@ -35,6 +35,7 @@ from sparse_unified.adapt.optimizer import (
     this_process,
     wait_for_all,
 )
+from sparse_unified.bagel.hub import CARD, write_card
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files, safetensors_io
 from sparse_unified.checkpoint.modes import RECIPE, Step, recipe_text
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, rewrite
@@ -245,14 +246,19 @@ def write_adapted(
             entries = ((key, spec.dtype, spec.shape),)
             edits[key] = Edit(entries=entries, blocks=partial(blocks, key, spec))
         step = Step(config=config, scores=None)
+
+        def finish(written: Path) -> None:
+            Checkpoint(written).experts  # noqa: B018  a last look through the reader's eyes
+            if (written / CARD).exists():  # of the source
+                write_card(written, name=Path(out).name, source_name=source.directory.name)
+
         rewrite(
             source,
             out,
             edits,
             {RECIPE: recipe_text((*source.recipe, step)), **texts},
             headers=source.headers,
-            # A last look through the reader's eyes.
-            finish=lambda unfinished: Checkpoint(unfinished).experts,
+            finish=finish,
             progress=progress,
         )
     wait_for_all()

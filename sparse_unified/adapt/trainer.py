@@ -134,8 +134,8 @@ class Trainer:
         dataset: what it is trained on, at least one sequence, see `SequenceDataset`.
         config: how.
         identity: plain values that a saved state must have in common with a run that goes on.
-        device: where a model on the meta device gets its memory, sharded before if it is.
-        fill: called then, to read the values of the rows that are in this process.
+        device: where a model on the meta device gets its memory, once it is sharded.
+        fill: of such a model: called then, to read the values of the rows in this process.
 
     Raises:
         ValueError: there is nothing to train, or the passes of a step do not divide over the
@@ -154,7 +154,7 @@ class Trainer:
         *,
         identity: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
-        fill: Callable[[], None] = lambda: None,
+        fill: Callable[[], None] | None = None,
     ) -> None:
         if len(dataset) < 1:
             raise ValueError("Trainer: dataset must hold a sequence, got none")
@@ -175,8 +175,10 @@ class Trainer:
         layers, place = model.language_model.model.layers, torch.device(device or model.device)
         if num_processes() > 1:
             shard_(self._pass, layers, place)
-        if model.llm2vae.weight.is_meta:
-            self._pass._apply(lambda t: torch.empty_like(t, device=place) if t.is_meta else t)
+        if fill is not None:
+            self._pass._apply(
+                lambda t: torch.empty_like(t, device=place) if t.is_meta else t.to(place)
+            )
             fill()
         self.optimizer = Optimizer(model, config)
         self._experts = [

@@ -78,6 +78,7 @@ def model_card(
     name: str = "owner/name",
     base_model: str | None = None,
     license: str | None = None,
+    source_name: str | None = None,
 ) -> str:
     """Returns the text of a card: what the model is, how it was made, what it holds.
 
@@ -86,7 +87,9 @@ def model_card(
         name: the id it will have on the hub.
         base_model: id of the model it was made from.
         license: as the hub writes it, "apache-2.0"; that of the model it was made from.
+        source_name: of the directory it was made from, where the id is not known.
     """
+    made_from = base_model or source_name
     steps = source.recipe
     tags = ["bagel", "text-to-image", *dict.fromkeys(step.config.mode for step in steps)]
     head = ["library_name: sparse_unified", "pipeline_tag: any-to-any"]
@@ -117,7 +120,7 @@ def model_card(
         "",
         f"# {name.rpartition('/')[2]}",
         "",
-        f"A BAGEL model{f' made from {base_model}' if base_model else ''}, for `sparse_unified`.",
+        f"A BAGEL model{f' made from {made_from}' if made_from else ''}, for `sparse_unified`.",
         _USE.format(name=name),
         "## What was done",
         "",

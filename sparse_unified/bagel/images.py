@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import context, optional
@@ -28,6 +29,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _MOST_PIXELS = 1 << 26
 # Pixels along a side of a tile: four, which overlap by 128 pixels, are an image of 1024 x 1024.
 _TILE = 576
+_PREVIEW = 256
 _LOG = logging.getLogger(__name__)
 
 
@@ -183,14 +185,19 @@ class ImageProcessor:
         latent = self.vae.encode(self.for_vae(image)[None])[0] if vae else None
         return ContextImage(latent=latent, vit_pixels=self.for_vit(image))
 
-    def decode(self, tokens: Tensor, size: tuple[int, int], *, tiled: bool = False) -> Image:
+    def decode(
+        self, tokens: Tensor, size: tuple[int, int], *, tiled: bool = False, small: bool = False
+    ) -> Image:
         """Turns latent tokens [N, p * p * C] into an image of `size` (height, width) pixels.
 
         Memory is short where decoding it at once does not fit on the device: then, too, it is done
-        in tiles.
+        in tiles. A small one is a preview: latent pixels are averaged first, so many that no side
+        exceeds 256 pixels.
         """
         grid = self.config.token_grid(*size)
         latent = unpatchify(tokens, *grid, self.config.latent_patch_size)[None]
+        if small:
+            latent = F.avg_pool2d(latent, -(-max(size) // _PREVIEW), ceil_mode=True)
         if not tiled:
             try:
                 return to_image(self.vae.decode(latent)[0])

@@ -228,7 +228,8 @@ def load_bagel(
     check_tensors(model, specs, where=os.fspath(directory))
     if not fill:
         return model, vae
-    leave_out(model, unneeded(config.llm, Task(placement.task)))
+    if prefixes := unneeded(config.llm, Task(placement.task)):
+        leave_out(model, prefixes)
     if placement.device_map is not None:
         placement = replace(placement, device_map=plan_device_map(model, placement))
     assert isinstance(placement.storage, Mapping)

@@ -7,7 +7,7 @@ import secrets
 import sys
 import tempfile
 import time as clock
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -343,8 +343,9 @@ class BagelPipeline:
                 Images are the same bit for bit.
             offload: "und" keeps the und FFNs in host memory. Prompts bring them to the device one
                 after the other; the two markers of an image, two rows a step, visit them instead.
-            storage: "int8" or "fp8" for all FFNs, or a mapping of "und" and "gen" to either: their
-                weights are quantized one by one as they are loaded. Needs the `quant` extra.
+            storage: "int8", "fp8" or "fp8-compute" for all FFNs, or a mapping of "und" and "gen" to
+                one of them, see `QuantizeConfig`: their weights are quantized one by one as they
+                are loaded. Needs the `quant` extra.
             device_map: "auto", or module path -> device, "cpu" or "disk": where decoder layers go,
                 by accelerate (the `offload` extra); all else is on `device`.
             max_memory: with "auto", bytes by device, as accelerate takes them.
@@ -429,6 +430,7 @@ class BagelPipeline:
         batch_size: int | None = None,
         tiled: bool = False,
         progress: bool | Progress = True,
+        preview: Callable[[int, Image], None] | None = None,
         **sampling: Any,
     ) -> GenerationResult:
         """Generates one image per prompt, many of them together.
@@ -451,6 +453,8 @@ class BagelPipeline:
                 differ a little. Done anyway, with a warning in the log, where
                 decoding at once runs out of memory.
             progress: show a bar, or a function that is called with steps done and in all.
+            preview: called after each step with the number of each prompt and its image as it is
+                expected from there, with sides of up to 256 pixels; not in the seconds of a step.
             sampling: fields of `SamplingConfig`. None, and what is not given, takes the official
                 setting of each prompt: for text alone the default; for a prompt with images
                 cfg_img_scale 2, cfg_interval (0, 1) and cfg_renorm_type "text_channel".
@@ -479,6 +483,12 @@ class BagelPipeline:
                 bar(len(report.step_seconds), num_steps)
 
             for batch, config in batches:
+
+                def on_latents(expected: list[Tensor], batch: list[int] = batch) -> None:
+                    assert preview is not None
+                    for i, x in zip(batch, expected, strict=True):
+                        preview(i, self.image_processor.decode(x, sizes[i], small=True))
+
                 with self._clock(report, "prefill_seconds"):
                     guidance = sampler.build_guidance(
                         model,
@@ -505,7 +515,14 @@ class BagelPipeline:
                     for (rows, columns), i in zip(grids, batch, strict=True)
                 ]
                 tokens = sampler.sample_latents(
-                    model, guidance, noise, grids, config, execution=self.execution, on_step=on_step
+                    model,
+                    guidance,
+                    noise,
+                    grids,
+                    config,
+                    execution=self.execution,
+                    on_step=on_step,
+                    on_latents=None if preview is None else on_latents,
                 )
                 report.computed_steps += sum(computed_steps(config))
                 report.image_tokens += sum(len(x) for x in tokens)

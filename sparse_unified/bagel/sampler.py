@@ -301,6 +301,7 @@ def sample_latents(
     *,
     execution: Execution | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    on_latents: Callable[[list[Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """Denoises several images together.
 
@@ -311,6 +312,8 @@ def sample_latents(
         config: how to sample.
         execution: how the model is run in each step; None op by op.
         on_step: called after each step with its number and its seconds.
+        on_latents: called after that with the latent tokens to expect at the end, x - t v, of each
+            image, [N, p * p * C] fp32.
 
     Returns:
         The latent tokens of each image, [N, p * p * C] fp32 on the device of the model.
@@ -351,6 +354,7 @@ def sample_latents(
                 predictions = run[on](tokens, on_device[step : step + 1])
         else:
             predictions = [[expansion.at(time) for expansion in own] for own in expansions]
+        expected = []
         for i, (v, (_, (full, *others))) in enumerate(zip(predictions, branches[on], strict=True)):
             if runs and order is not None:
                 own = expansions[i]
@@ -360,8 +364,12 @@ def sample_latents(
                     expansion.add(time, branch)
             velocity = guide(v[full], *(v[k] for k in others), config=config) if others else v[full]
             tokens[i] = tokens[i] - velocity * widths[step]
+            if on_latents is not None:
+                expected.append(tokens[i] - velocity * times[step + 1])
         if on_step is not None:
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             on_step(step, clock.perf_counter() - start)
+        if on_latents is not None:
+            on_latents(expected)
     return tokens

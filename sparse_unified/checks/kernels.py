@@ -11,12 +11,14 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified import ops
 from sparse_unified.checks import CPU, CUDA, check, note_error
 from sparse_unified.checks.problems import (
     DTYPES,
+    FLOATS,
     HALVES,
     OPS,
     ROUTINGS,
@@ -32,13 +34,14 @@ from sparse_unified.checks.problems import (
     grid,
     grouped_problem,
     grouped_values,
+    of_experts,
     poison,
     pruned_problem,
     torch_combine,
     with_kernel,
 )
 from sparse_unified.nn import SparseMoE
-from sparse_unified.ops import backend, reference
+from sparse_unified.ops import backend, composed, reference
 
 TOKENS = (0, 1, 37, 4096)
 EXPERTS = ((16, 8), (32, 16), (5, 2), (12, 12), (1, 1), (33, 7))
@@ -289,6 +292,49 @@ def gradients_of_experts(
         assert_all_equal("recomputed", problem.gradients(grad, not recompute), own)
         strided = problem.gradients(grad.t().contiguous().t(), recompute)
         assert_all_equal("gradient of another layout", strided, own)
+
+
+@check(
+    *cycle(
+        grid(
+            sizes=((37, 64, 5, 592, 2), (90, 72, 3, 1184, 2), (1, 8, 2, 8, 1), (300, 136, 9, 80, 8))
+        ),
+        layout=("", "halves", "views"),
+        routing=("gaps", "random", "last"),
+    ),
+    *grid(sizes=((1000, 3584, 3, 1184, 2),), layout=("",), routing=("gaps",)),
+    on=(CPU, CUDA),
+    small=lambda sizes, **_: sizes[1] < 1000,
+)  # fmt: skip
+def grouped_mm_is_as_exact_as_torch(
+    device: torch.device, sizes: tuple[int, ...], layout: str, routing: str
+) -> None:
+    """It runs experts on Blackwell: forward and gradients, on views of the weights."""
+    problem = grouped_problem(*sizes, torch.bfloat16, routing, device).rows
+    given = of_experts(problem.values, layout) if layout else problem.values
+    products = mock.Mock(wraps=F.grouped_mm)
+
+    def run(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+        maps = {name: given[name] for name in ("row_token", "expert_offsets", "token_rows")}
+        with mock.patch.object(F, "grouped_mm", products):
+            return composed.grouped_ffn(
+                x, gate_proj=gate_proj, up_proj=up_proj, down_proj=down_proj, **maps
+            )
+
+    leaves = [given[name].detach().requires_grad_() for name in FLOATS]
+    y = run(*leaves)
+    assert_as_good_as_torch(y.detach(), problem.in_torch(*problem.leaves), problem.exact())
+    assert_equal("repeat", run(*leaves), y)
+    weights = [call.args[1] for call in products.call_args_list[:3]]
+    for own, leaf in zip(weights, leaves[1:], strict=True):
+        assert own.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
+    grad = torch.randn_like(y)
+    own = list(torch.autograd.grad(y, leaves, grad))
+    if layout:
+        own[1:] = [own[1].flatten(0, 1), own[2].flatten(0, 1), own[3].transpose(0, 1).flatten(1)]
+    assert_gradients(own, problem.exact_gradients(grad), torch.bfloat16)
+    for weight in (own[1], own[2], own[3].t()):
+        assert not weight[problem.idle()].any(), "a neuron without a row has a gradient"
 
 
 def block_on(

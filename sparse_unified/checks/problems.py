@@ -251,6 +251,23 @@ def pruned_problem(*sizes: Any, **named: Any) -> Problem:
     return Problem("pruned_ffn", pruned_values(*sizes, **named))
 
 
+def of_experts(values: Values, layout: str) -> Values:
+    """The same weights with a dimension of experts, laid out in some way."""
+    count = values["num_experts"]
+    gate, up = (values[name].unflatten(0, (count, -1)) for name in ("gate_proj", "up_proj"))
+    down = values["down_proj"].unflatten(1, (count, -1)).transpose(0, 1)
+    if layout == "halves":  # as transformers keeps them
+        gate, up = torch.cat((gate, up), 1).chunk(2, 1)
+        down = down.contiguous()
+    elif layout == "apart":
+        gate, up = (F.pad(weight, (0, 8, 0, 3), value=torch.nan) for weight in (gate, up))
+        gate, up = gate[:, :-3, :-8], up[:, :-3, :-8]
+        down = F.pad(down, (0, 16, 0, 5), value=torch.nan)[:, :-5, :-16]
+    elif layout == "uneven":  # the two differ in how far experts lie apart
+        gate = F.pad(gate, (0, 0, 0, 1), value=torch.nan)[:, :-1]
+    return values | {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+
 def both_problems(
     device: Device, dtype: torch.dtype, num_tokens: int, hidden_size: int = 72
 ) -> list[Problem]:

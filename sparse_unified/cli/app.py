@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from sparse_unified._common import optional
@@ -18,6 +20,7 @@ from sparse_unified.cli.console import CommandParser, Usage
 from sparse_unified.cli.generate import add_model, add_placement, load_pipeline
 from sparse_unified.cli.options import add_flags, add_options, arguments, positive, size
 from sparse_unified.nn import SparseMoE
+from sparse_unified.surgery import count_parameters
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,14 +47,21 @@ def active_experts(pipeline: BagelPipeline, top_k: int | None) -> Iterator[None]
 
 def active_parameters(pipeline: BagelPipeline) -> tuple[int, int]:
     """Counts the weights that a token of an image runs through, and all of that component."""
-    named = pipeline.model.language_model.named_parameters()
-    total = sum(weight.numel() for name, weight in named if keys.component_of(name) == "gen")
-    idle = sum(
-        3 * block.hidden_size * block.layout.idle_neurons(block.top_k)
-        for name, block in sparse_blocks(pipeline).items()
-        if keys.component_of(f"{name}.") == "gen"
-    )
-    return total - idle, total
+    total = count_parameters(pipeline)["gen"].parameters
+    blocks = sparse_blocks(pipeline).items()
+    idle = (b.idle_parameters for name, b in blocks if keys.component_of(f"{name}.") == "gen")
+    return total - sum(idle), total
+
+
+def live(name: str, generate: Callable[..., Any]) -> Generator[tuple[str, Image, str], None, Any]:
+    """Yields the preview of each step while `generate` runs in a thread, and returns its result."""
+    told: SimpleQueue[Image | None] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(generate, preview=lambda _, image: told.put(image))
+        result.add_done_callback(lambda _: told.put(None))
+        for step, image in enumerate(iter(told.get, None), 1):
+            yield name, enlarge(image), f"step {step}"
+    return result.result()
 
 
 def draw(
@@ -71,7 +81,8 @@ def draw(
         top_k: active experts by name of the model; others keep theirs.
         options: of `BagelPipeline.generate`.
 
-    Yields: name of the model, its image, and what it took.
+    Yields: name of the model, its image as expected after each step and which step it is, then
+        its image and what it took.
     """
     seed = secrets.randbits(32) if seed is None else seed
     options["cache"] = StepCache(interval=interval) if interval > 1 else None
@@ -79,8 +90,11 @@ def draw(
         options.pop("size", None)  # an edited image keeps its own
     for name, pipeline in models.items():
         with active_experts(pipeline, (top_k or {}).get(name)):
-            result = pipeline.generate(prompt, images=images, seed=seed, **options)
             active, total = active_parameters(pipeline)
+            generate = partial(
+                pipeline.generate, prompt, images=images, seed=seed, progress=False, **options
+            )
+            result = yield from live(name, generate)
         took = result.report
         text = (
             f"{took.total_seconds:.2f} s, {1000 * took.seconds_per_step:.1f} ms a step, "
@@ -114,7 +128,7 @@ def build_page(models: Models, **sampling: Any) -> Any:
     picture = partial(gr.Image, format="png", height=260, buttons=["download", "fullscreen"])
     steps, scale = sampling["num_timesteps"], sampling["cfg_text_scale"]
 
-    def run(tab: str, text: str, image: Any, progress: Any = gr.Progress(), *given: Any) -> Any:  # noqa: B008
+    def run(tab: str, text: str, image: Any, *given: Any) -> Any:
         if not (text or "").strip() or (tab == "Edit" and image is None):
             raise gr.Error("Write a text first." if image or tab != "Edit" else "Choose an image.")
         seed, steps, scale, interval, *experts = given
@@ -122,11 +136,11 @@ def build_page(models: Models, **sampling: Any) -> Any:
         if tab != "Ask":
             options |= {**sampling, "num_timesteps": int(steps), "cfg_text_scale": scale}
             options |= {"seed": None if seed is None else int(seed), "interval": int(interval)}
-            options["progress"] = lambda done, total: progress((done, total), unit="steps")
         call: Any = ask if tab == "Ask" else draw
         shown: list[Any] = [None] * (2 * len(models))
-        for i, (_, *found) in enumerate(call(models, text, images=image, **options)):
-            shown[2 * i : 2 * i + 2] = found
+        places = {name: 2 * i for i, name in enumerate(models)}
+        for name, *found in call(models, text, images=image, **options):
+            shown[places[name] : places[name] + 2] = found
             yield list(shown)
 
     with gr.Blocks(title="sparse_unified", analytics_enabled=False) as page:

@@ -291,7 +291,7 @@ def add_card(parser: CommandParser) -> None:
 def run_card(options: argparse.Namespace) -> Report:
     """Writes README.md of MODEL: what was done to it and what it holds. An older one is replaced.
 
-    convert, prune and adapt copy the README.md of the model they start from, which is its card.
+    convert, prune and adapt put one without names of the hub in the place of their source's.
     """
     path = write_card(options.model, **_given(options, "name base_model license"))
     return Output(text=f"wrote {path}", document={"card": str(path)})

@@ -57,7 +57,8 @@ def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
     add_flags(
         group,
         """
-        --storage KIND      FFN weights in 8 bits: int8, fp8, or by component und=int8,gen=fp8
+        --storage KIND      FFN weights in 8 bits: int8, fp8, fp8-compute (multiplied in fp8, on
+                            GPUs of 9.x and 10.x), or by component und=int8,gen=fp8
         --device-map MAP    auto, or MODULE=DEVICE,...: where decoder layers go, by accelerate
         --max-memory SIZES  with --device-map auto, such as 0=20GiB,cpu=60GiB
         """,

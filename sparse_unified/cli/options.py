@@ -22,6 +22,7 @@ import torch
 
 from sparse_unified._common import optional
 from sparse_unified.checkpoint.files import read_text
+from sparse_unified.surgery.quantize import STORAGES
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -281,12 +282,12 @@ image_path = value(
     lambda path: path.suffix.lower() in IMAGE_FORMATS,
 )
 storage = value(
-    "int8, fp8, or und=KIND,gen=KIND with one of them",
+    f"{', '.join(STORAGES)}, or und=KIND,gen=KIND with one of them",
     lambda text: _pairs(text) if "=" in text else text,
     lambda found: (
-        set(found.values()) <= {"int8", "fp8"} and set(found) <= {"und", "gen"}
+        set(found.values()) <= set(STORAGES) and set(found) <= {"und", "gen"}
         if isinstance(found, dict)
-        else found in ("int8", "fp8")
+        else found in STORAGES
     ),
 )
 device_map = value(

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import Progress, Report, StrPath, context, format_layers, naming
+from sparse_unified.bagel.hub import CARD, write_card
 from sparse_unified.checkpoint import files, keys, safetensors_io
 from sparse_unified.checkpoint.model_dir import (
     CONFIG,
@@ -111,7 +112,7 @@ def read_sidecar(path: Path) -> Sidecar:
                 if not files.is_plain_name(name) or not isinstance(text, str):
                     raise ValueError(f"{field} must map plain file names to text, got {name!r:.80}")
         for name in maps["texts"]:  # whatever else is in OUT is copied
-            if name not in (CONFIG, RECIPE) and not name.endswith(INDEX_SUFFIX):
+            if name not in (CONFIG, RECIPE, CARD) and not name.endswith(INDEX_SUFFIX):
                 raise ValueError(f"texts must be of files that convert rewrites, got {name!r:.80}")
     return Sidecar(
         component=component,
@@ -261,7 +262,7 @@ def convert(
     }
 
     def finish(written: Path) -> None:
-        old = [name for name in texts if (source.directory / name).exists()]
+        old = [name for name in (*texts, CARD) if (source.directory / name).exists()]
         maps = {
             "weight_files": {name: header.text for name, header in source.headers.items()},
             "texts": {name: files.read_text(source.directory / name) for name in old},
@@ -275,6 +276,8 @@ def convert(
         # The result must read well before it gets its name.
         if component not in Checkpoint(written).experts:
             raise RuntimeError(f"{written} must read as sparse, got a dense checkpoint")
+        if (written / CARD).exists():  # of the source
+            write_card(written, name=Path(out).name, source_name=source.directory.name)
 
     rename = {SIDECAR: EARLIER_SIDECAR}
     nbytes = rewrite(source, out, edits, texts, rename=rename, finish=finish, progress=progress)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_unified._common import Progress, Report, StrPath, context, format_bytes
+from sparse_unified.bagel.hub import CARD, write_card
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.files import check_target, list_files
 from sparse_unified.checkpoint.keys import Counts, count_tensors, format_counts
@@ -147,8 +148,10 @@ def prune(
         written = Checkpoint(directory)
         if written.shapes != after or (not source.experts and written.experts):
             raise RuntimeError(f"{directory} must read as it was planned, got something else")
+        if (directory / CARD).exists():  # of the source
+            write_card(directory, name=Path(out).name, source_name=source.directory.name)
 
-    nbytes = rewrite(source, out, edits, texts, finish=finish, progress=progress)
+    rewrite(source, out, edits, texts, finish=finish, progress=progress)
     before, now = (
         {name: count_tensors(source.specs, own, name, source.top_k) for name in keys.FFN_NAMES}
         for own in (sizes, left)
@@ -159,7 +162,7 @@ def prune(
         before=before,
         after=now,
         bytes_before=sum(s.st_size for s in list_files(source.directory).values()),
-        bytes_written=nbytes + sum(len(text.encode()) for text in texts.values()),
+        bytes_written=sum(s.st_size for s in list_files(Path(out)).values()),
         seconds=time.perf_counter() - start,
         summary=tuple(step.to_text() for step in steps),
     )

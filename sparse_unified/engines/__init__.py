@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters to other projects; docs/serving.md, docs/evaluation.md.
+"""Adapters to other projects; a page of docs/ each.
 
 `vllm_omni` is a pipeline of vLLM-Omni, `diffusers` one of diffusers, `kernels` layers for the
 package of that name, `transformers` experts of its models, `lmms_eval` a model for its tasks.

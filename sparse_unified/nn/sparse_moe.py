@@ -17,7 +17,7 @@ from sparse_unified.ops import backend, choices, composed
 
 logger = logging.getLogger(__name__)
 
-KERNELS = (backend.CPU, backend.CUDA, backend.GROUPED_MM)
+KERNELS = (backend.CPU, backend.CUDA, backend.GROUPED_MM, backend.SCALED_MM)
 
 
 class SparseMoE(OfficialState):
@@ -116,19 +116,26 @@ class SparseMoE(OfficialState):
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
 
     @property
+    def idle_parameters(self) -> int:
+        """Counts the weights of the experts that a token does not use."""
+        return 3 * self.hidden_size * self.layout.idle_neurons(self.top_k)
+
+    @property
     def active_backend(self) -> str:
         """What runs this block.
 
-        "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours), or
-        "torch: <why>" (torch ops). Asked under autocast, what runs it there. "cuda: without sm90a:
-        <why>" where `doctor` found one of the kernel families wrong.
+        "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours),
+        "cuda, scaled_grouped_mm" (those in fp8), or "torch: <why>" (torch ops). Asked under
+        autocast, what runs it there. "cuda: without sm90a: <why>" where `doctor` found one of the
+        kernel families wrong. Where `tune` found another one faster for some numbers of tokens,
+        that one runs those.
         """
         active = self._choose(self.gate_proj)[1]
         note = choices.note(self.gate_proj.device) if active in KERNELS else ""
         return f"{active}: {note}" if note else active
 
-    def _choose(self, weight: Tensor) -> tuple[torch.dtype, str]:
-        """Dtype of the experts, of which `weight` is one, and what runs them.
+    def _choose(self, weight: Tensor, num_rows: int | None = None) -> tuple[torch.dtype, str]:
+        """Dtype of the experts, of which `weight` is one, and what runs them on R rows.
 
         Autocast's dtype where no kernel takes fp32 weights, the weights' own elsewhere.
         """
@@ -137,6 +144,9 @@ class SparseMoE(OfficialState):
             "hidden_size": self.hidden_size,
             "widths": (self.layout.expert_width, self.layout.shared_width),
             "num_experts": self.num_experts,
+            "num_rows": num_rows,
+            # torchao's mark of a weight that is multiplied as it is stored
+            "fp8": getattr(weight, "act_quant_kwargs", None) is not None,
         }
         active = backend.choose(device, dtype=dtype, **sizes)
         if dtype == torch.float32 and active not in KERNELS and _is_autocast(device.type):
@@ -170,11 +180,15 @@ class SparseMoE(OfficialState):
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
-        experts = gate_proj, up_proj, down_proj = self.plain_weights()  # read once: may be computed
+        weights = self.gate_proj, self.up_proj, self.down_proj  # read once: they may be computed
         tokens, dtype, active, chosen = self._route(
-            x, packed_text_indexes, packed_vit_token_indexes, gate_proj
+            x, packed_text_indexes, packed_vit_token_indexes, weights[0]
         )
         logits, topk_logits, topk_idx = chosen
+        is_plain = type(weights[0]).dequantize is Tensor.dequantize
+        experts = gate_proj, up_proj, down_proj = (
+            weights if is_plain or active == backend.SCALED_MM else self.plain_weights()
+        )
         if dtype != gate_proj.dtype:
             tokens, gate_proj = tokens.to(dtype), gate_proj.to(dtype)
             up_proj, down_proj = up_proj.to(dtype), down_proj.to(dtype)
@@ -219,7 +233,7 @@ class SparseMoE(OfficialState):
         tokens = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
         if tokens.dtype != weight.dtype and _is_autocast(tokens.device.type):
             tokens = tokens.to(weight.dtype)  # which routes
-        dtype, active = self._choose(weight)
+        dtype, active = self._choose(weight, tokens.shape[0] * self.top_k)
         route = ops.route_topk
         if active not in KERNELS:
             if self.strict:
@@ -381,13 +395,20 @@ def run_experts(
         hidden_size=tokens.shape[1],
         widths=(gate_proj.shape[:-1].numel() // num_experts,),
         num_experts=num_experts,
+        num_rows=topk_idx.shape[0] * topk_idx.shape[1],
     )
     experts = (gate_proj, up_proj, down_proj)
     if active not in KERNELS:
         return composed.expert_ffn(tokens, weights, topk_idx, num_experts, *experts, weight_offset)
     expert_offsets, row_token, token_rows = ops.sort_by_expert(topk_idx, num_experts)
-    if active == backend.GROUPED_MM and tokens.shape[0] > 0:
-        rows = composed.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+    if active == backend.SCALED_MM and tokens.shape[0] == 0:
+        return torch.zeros_like(tokens)
+    if active in (backend.GROUPED_MM, backend.SCALED_MM) and tokens.shape[0] > 0:
+        rows = (
+            composed.grouped_ffn(tokens, row_token, expert_offsets, *experts, token_rows)
+            if active == backend.GROUPED_MM
+            else composed.scaled_grouped_ffn(tokens, row_token, expert_offsets, *experts)
+        )
         combine = composed.combine if torch.is_grad_enabled() else ops.combine
         return combine(rows, weights, token_rows, weight_offset)
     maps = (row_token, token_rows, expert_offsets)

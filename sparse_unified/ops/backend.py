@@ -15,6 +15,7 @@ from sparse_unified.ops import choices
 CPU = "cpu"
 CUDA = "cuda"
 GROUPED_MM = "cuda, grouped_mm"
+SCALED_MM = "cuda, scaled_grouped_mm"
 
 # Which kernels csrc/cuda/grouped_ffn_config.h takes; "family=grouped_mm" is for this file.
 OVERRIDE = "SPARSE_UNIFIED_GROUPED_FFN"
@@ -24,6 +25,9 @@ OVERRIDE = "SPARSE_UNIFIED_GROUPED_FFN"
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CUDA_MULTIPLE = 8
 _CUDA_MAX_EXPERTS = 256
+# What torch's scaled_grouped_mm takes, see ATen/native/cuda/GroupedBlas.cpp: 16 bytes of fp8.
+_FP8_CAPABILITIES = (9, 10)
+_FP8_MULTIPLE = 16
 # Why the CPU runs no kernel of ours, or None.
 CPU_REFUSAL = choices.refusal(torch.device(CPU))
 
@@ -82,16 +86,64 @@ def _device_refusal(device: torch.device) -> str | None:
     return choices.refusal(device)
 
 
-@torch.compiler.assume_constant_result
-def prefers_grouped_mm(device: torch.device) -> bool:
+def prefers_grouped_mm(
+    device: torch.device, sizes: tuple[int, ...] = (), num_rows: int | None = None
+) -> bool:
     """Whether bf16 experts on a device of type "cuda" run on torch's grouped_mm.
 
-    By default where it multiplies on `tcgen05` (10.x), which our kernels do not reach. A family in
+    By default where it multiplies on `tcgen05` (10.x), which our kernels do not reach; elsewhere
+    where `tune` found it faster, and nowhere where `doctor` found it wrong. A family in
     SPARSE_UNIFIED_GROUPED_FFN decides instead.
+
+    Args:
+        sizes: hidden size, number and width of the experts.
+        num_rows: R, to ask for what was tuned for about as many.
     """
-    override = os.environ.get(OVERRIDE)
-    named = re.findall(r"\bfamily=(\w+)", override) if override else []
-    return named[-1] == "grouped_mm" if named else _capability(device)[0] == 10
+    prefers, tuned = _grouped_mm_choices(device, sizes)
+    if num_rows is not None:
+        for rows, trains, is_preferred in tuned:
+            if trains == torch.is_grad_enabled() and rows <= 2 * num_rows and num_rows < 2 * rows:
+                prefers = is_preferred
+    return prefers
+
+
+@torch.compiler.assume_constant_result
+def _grouped_mm_choices(
+    device: torch.device, sizes: tuple[int, ...]
+) -> tuple[bool, tuple[tuple[int, bool, bool], ...]]:
+    """Whether by default; and what was tuned: number of rows, with gradients, whether."""
+    return _cached_choices(device, sizes, os.environ.get(OVERRIDE, ""))
+
+
+@functools.cache
+def _cached_choices(
+    device: torch.device, sizes: tuple[int, ...], override: str
+) -> tuple[bool, tuple[tuple[int, bool, bool], ...]]:
+    if named := _family_of(override):
+        return named == choices.GROUPED_MM, ()
+    if choices.GROUPED_MM in choices.refused(device):
+        return False, ()
+    tuned = tuple(
+        (rows, direction == 2, _family_of(text) == choices.GROUPED_MM)
+        for rows, direction, text in choices.tuned(device, sizes)
+    )
+    return is_grouped_mm_first(device), tuned
+
+
+def _family_of(override: str) -> str:
+    """The family that an override names, or nothing."""
+    named: list[str] = re.findall(r"\bfamily=(\w+)", override)
+    return named[-1] if named else ""
+
+
+def has_grouped_mm(device: torch.device) -> bool:
+    """Whether torch's grouped_mm runs bf16 on a device of type "cuda" without waiting for it."""
+    return _capability(device)[0] in (9, 10)
+
+
+def is_grouped_mm_first(device: torch.device) -> bool:
+    """Whether it does so on `tcgen05`, which our kernels do not reach."""
+    return _capability(device)[0] == 10
 
 
 @functools.cache
@@ -126,6 +178,29 @@ def cuda_refusal(
     return None
 
 
+@torch.compiler.assume_constant_result
+def fp8_device_refusal(device: torch.device) -> str | None:
+    """Says why experts are not multiplied in fp8 on a device, or None."""
+    if device.type != CUDA:
+        got = f"device type {device.type!r}"
+    elif why := device_refusal(device):  # which route, sort and sum
+        return why
+    elif _capability(device)[0] in _FP8_CAPABILITIES:
+        return None
+    else:
+        got = "{}.{}".format(*_capability(device))
+    return f"fp8 products (scaled_grouped_mm) need compute capability 9.x or 10.x, got {got}"
+
+
+def fp8_refusal(dtype: torch.dtype, *sizes: int) -> str | None:
+    """Says why experts of a dtype and of these sizes (D, widths) are not multiplied in fp8."""
+    if dtype != torch.bfloat16:
+        return f"fp8 products take weights of bfloat16, got {str(dtype).removeprefix('torch.')}"
+    odd = [size for size in sizes if size % _FP8_MULTIPLE]
+    rule = f"sizes that are multiples of {_FP8_MULTIPLE}"
+    return f"fp8 products take {rule}, got {odd[0]}" if odd else None
+
+
 def choose(
     device: torch.device,
     *,
@@ -133,14 +208,20 @@ def choose(
     hidden_size: int,
     widths: tuple[int, ...],
     num_experts: int,
+    num_rows: int | None = None,
+    fp8: bool = False,
 ) -> str:
     """Names what runs a sparse FFN.
 
     "cpu" or "cuda" for our kernels, "cuda, grouped_mm" for torch's products between our sort and
-    our combine, or "torch: <why no kernel does>".
+    our combine, "cuda, scaled_grouped_mm" for those in fp8, or "torch: <why no kernel does>".
 
-    Args: as `cuda_refusal`, and the device of the weights.
+    Args: as `cuda_refusal`; the device of the weights; R, without which what `tune` found for some
+    numbers of rows is not asked; whether the weights are multiplied in fp8.
     """
+    if fp8:
+        why = fp8_device_refusal(device) or fp8_refusal(dtype, hidden_size, *widths)
+        return SCALED_MM if why is None else f"torch: {why}"
     if device.type == CPU:
         return CPU if CPU_REFUSAL is None else f"torch: {CPU_REFUSAL}"
     if device.type != CUDA:
@@ -151,4 +232,6 @@ def choose(
     if why is not None:
         return f"torch: {why}"
     # NOTE: of another dtype, grouped_mm is a loop that waits for the sizes of the groups.
-    return GROUPED_MM if dtype == torch.bfloat16 and prefers_grouped_mm(device) else CUDA
+    sizes = (hidden_size, num_experts, widths[0])
+    is_torchs = dtype == torch.bfloat16 and prefers_grouped_mm(device, sizes, num_rows)
+    return GROUPED_MM if is_torchs else CUDA

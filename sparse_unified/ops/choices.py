@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 
 # Directory of the file; XDG_CACHE_HOME/sparse_unified without it.
 VARIABLE = "SPARSE_UNIFIED_CACHE"
-# Kernel families of a device type, the best first; what refuses the last refuses them all.
-CPU, SM90A, SM80 = "cpu", "sm90a", "sm80"
-FAMILIES = {"cpu": (CPU,), "cuda": (SM90A, SM80)}
+# Kernel families of a device type; what refuses the last, which also routes and combines for the
+# others, refuses them all. GROUPED_MM is torch's products between those of ours.
+CPU, SM90A, SM80, GROUPED_MM = "cpu", "sm90a", "sm80", "grouped_mm"
+FAMILIES = {"cpu": (CPU,), "cuda": (SM90A, GROUPED_MM, SM80)}
 
 
 def path() -> Path:
@@ -116,6 +117,18 @@ def refusal(device: torch.device) -> str | None:
     last = FAMILIES[device.type][-1]
     why = refused(device).get(last)
     return why and f"{last} kernels {why}"
+
+
+def tuned(device: torch.device, sizes: tuple[int, ...]) -> tuple[tuple[int, int, str], ...]:
+    """What `tune` found for experts of these sizes: number of rows, direction, override.
+
+    Args:
+        device: of the experts.
+        sizes: hidden size, number and width of the experts.
+    """
+    found = _entries[key_of(device)]["variants"] if _has_entry(device) else {}
+    listed = [([int(word) for word in scope.split()], text) for scope, text in found.items()]
+    return tuple((scope[6], scope[7], text) for scope, text in listed if tuple(scope[2:5]) == sizes)
 
 
 def note(device: torch.device) -> str:

@@ -6,6 +6,8 @@ Same semantics in the dtype of the weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +49,76 @@ def grouped_ffn(
     rows = permute(x, row_token, token_rows)  # [R, D]
     gate, up = (F.grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (gate_proj, up_proj))
     return F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=ends)
+
+
+def to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [R, D] -> values [R, D] e4m3 and scales [R] fp32, the largest of a row over 448."""
+    most = rows.abs().amax(1).float().clamp(min=1e-12)  # a row of zeros stays one
+    scales = most / torch.finfo(torch.float8_e4m3fn).max
+    return (rows.float() / scales.unsqueeze(1)).to(torch.float8_e4m3fn), scales
+
+
+@torch.library.custom_op("sparse_unified::scaled_grouped_mm", mutates_args=())
+def _scaled_grouped_mm(
+    rows: Tensor, scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor
+) -> Tensor:
+    # NOTE: an op, because that of torch cannot be compiled: it has no fake implementation.
+    recipe = F.ScalingType.RowWise
+    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
+        rows, weights, scales, recipe, weight_scales, recipe, offs=ends
+    )
+
+
+@_scaled_grouped_mm.register_fake
+def _(rows: Tensor, scales: Tensor, weights: Tensor, weight_scales: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty((len(rows), weights.shape[2]), dtype=torch.bfloat16)
+
+
+def scaled_grouped_ffn(
+    x: Tensor,
+    row_token: Tensor,
+    expert_offsets: Tensor,
+    gate_proj: Any,
+    up_proj: Any,
+    down_proj: Any,
+) -> Tensor:
+    """`grouped_ffn` in fp8, by torch's scaled_grouped_mm on views of the weights; no gradients.
+
+    Tokens and the rows between the products are rounded to fp8 too, with a scale each.
+
+    Args:
+        x: [T, D] bf16, T > 0.
+        gate_proj, up_proj: torchao's `Float8Tensor` [I, D]; down_proj: [D, I]; with a scale a row.
+            D, I and I / E are multiples of 16.
+
+    Raises:
+        RuntimeError: x has not the dtype that the weights were packed from.
+    """
+    if x.dtype != gate_proj.dtype:
+        raise RuntimeError(
+            f"SparseMoE: x must be of {gate_proj.dtype} as the weights, got {x.dtype}"
+        )
+    num_experts = expert_offsets.shape[0] - 1
+    ends = expert_offsets.narrow(0, 1, num_experts)
+    values, scales = to_fp8(x)
+    # Eight values at a time: torch does not gather fp8 everywhere.
+    rows = values.view(torch.int64)[row_token].view(values.dtype)  # [R, D]
+    gate, up = (
+        _scaled_grouped_mm(
+            rows,
+            scales[row_token],
+            weight.qdata.unflatten(0, (num_experts, -1)).transpose(1, 2),  # [E, D, h]
+            weight.scale.view(num_experts, -1),
+            ends,
+        )
+        for weight in (gate_proj, up_proj)
+    )
+    return _scaled_grouped_mm(
+        *to_fp8(F.silu(gate) * up),
+        down_proj.qdata.unflatten(1, (num_experts, -1)).permute(1, 2, 0),  # [E, h, D]
+        down_proj.scale.view(1, -1).expand(num_experts, -1),
+        ends,
+    )
 
 
 def expert_ffn(

@@ -79,6 +79,23 @@ def grouped_ffn(
     return torch.cat(outputs)
 
 
+def scaled_grouped_mm(
+    rows: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    _recipe: object,
+    weight_scales: Tensor,
+    _weight_recipe: object,
+    *,
+    offs: Tensor,
+) -> Tensor:
+    """What torch computes by this name, row by row scaled: rows [R, k] and weights [E, k, n] in
+    fp8, scales [R] and [E, n], ends of the experts offs [E] -> [R, n] bf16."""
+    wide = weights.float() * weight_scales.unsqueeze(1)
+    own = (rows.float() * scales.unsqueeze(1)).split(F.pad(offs, (1, 0)).diff().tolist())
+    return torch.cat([x @ w for x, w in zip(own, wide, strict=True)]).bfloat16()
+
+
 def pruned_ffn(
     x: Tensor,
     kept_blocks: Tensor,

@@ -2,7 +2,8 @@
 """quantize_weights_: FFN weights of a live model in 8 bits.
 
 What is stored in 8 bits is torchao's; a dense projection computes with it as torchao does, a sparse
-block unpacks its three weights for the call, one layer at a time, and computes as before.
+block unpacks its three weights for the call, one layer at a time, and computes as before. Those of
+"fp8-compute" it multiplies in fp8.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from sparse_unified._common import context, naming, optional
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.modes import BOTH, Layers, _Mode
 from sparse_unified.nn import SparseMoE
+from sparse_unified.ops import backend, composed
 from sparse_unified.surgery.decoder import find_decoder
 from sparse_unified.surgery.ffn import projection_names, read_ffn
 from sparse_unified.surgery.report import SurgeryReport, report, take_census
 
-# Storage -> the configuration of torchao that makes it.
-STORAGES = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
+STORAGES = ("int8", "fp8", "fp8-compute")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,8 @@ class QuantizeConfig(_Mode):
     """Which FFN weights become smaller, and how they are stored.
 
     Args:
-        storage: "int8", one scale per row, or "fp8" (e4m3), one scale per row.
+        storage: "int8" or "fp8" (e4m3), one scale per row; or "fp8-compute", which multiplies in
+            fp8 too, with one scale per token: bf16 on a GPU of compute capability 9.x or 10.x.
         component: "gen", "und" or "both".
         layers: as in `MoEConfig`; "all" and "middle" pass over skipped FFNs.
     """
@@ -61,8 +63,8 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
         config: which FFNs, and how they are stored.
 
     Raises:
-        ValueError: nothing matches, or a selected FFN is not one of plain weights in memory; the
-            model is as before.
+        ValueError: nothing matches, a selected FFN is not one of plain weights in memory, or cannot
+            be multiplied in fp8 where it is; the model is as before.
         ImportError: torchao is not installed.
     """
     with context("quantize_weights_"):
@@ -78,24 +80,63 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
                         "projections must be an nn.Linear each, with plain tensors in memory, got "
                         f"{'meta tensors' if is_plain else type(ffn).__name__}"
                     )
+                check_storage(ffn, config.storage)
     before = take_census(decoder)
     for _, ffn in ffns:
         quantize_ffn_(ffn, config.storage)
     return report("quantize_weights_", before, decoder)
 
 
+def check_storage(ffn: nn.Module, storage: str) -> None:
+    """Raises a ValueError that says why a FFN cannot compute as it would be stored."""
+    if storage != "fp8-compute":
+        return
+    gate_proj, _, down_proj = (getattr(module, name) for module, name in _weights(ffn))
+    width, hidden_size = gate_proj.shape
+    widths: tuple[int, ...] = (width,)
+    num_experts = 1
+    if isinstance(ffn, SparseMoE):
+        widths, num_experts = (ffn.layout.expert_width, ffn.layout.shared_width), ffn.num_experts
+    active = backend.choose(
+        down_proj.device,
+        dtype=down_proj.dtype,
+        hidden_size=hidden_size,
+        widths=widths,
+        num_experts=num_experts,
+        fp8=True,
+    )
+    if active != backend.SCALED_MM:
+        raise ValueError(f"storage must be int8 or fp8 here, got {storage!r}: {active[7:]}")
+
+
 @torch.no_grad()
 def quantize_ffn_(ffn: nn.Module, storage: str) -> None:
-    """Packs the weights of one checked FFN, see `quantize_weights_`."""
+    """Packs the plain weights of one FFN, see `quantize_weights_`."""
+    check_storage(ffn, storage)
     library = optional("torchao.quantization", "quant")
     for module, name in _weights(ffn):
-        weight = getattr(module, name)
-        # torchao packs the weights of linear layers, so each one takes a turn in one.
-        shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        shell.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        # Settings of the compiler are the user's.
-        library.quantize_(shell, getattr(library, STORAGES[storage])(set_inductor_config=False))
-        setattr(module, name, nn.Parameter(shell.weight.detach(), requires_grad=False))
+        weight = getattr(module, name).detach()
+        if storage == "int8":
+            # torchao packs the weights of linear layers, so each one takes a turn in one.
+            shell = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            shell.weight = nn.Parameter(weight, requires_grad=False)
+            # Settings of the compiler are the user's.
+            library.quantize_(shell, library.Int8WeightOnlyConfig(set_inductor_config=False))
+            packed = shell.weight.detach()
+        else:
+            # Scales are ours: those of torchao make NaN of a row of zeros.
+            values, scales = composed.to_fp8(weight)
+            workflows = optional("torchao.quantization.quantize_.workflows", "quant")
+            per_row = workflows.QuantizeTensorToFloat8Kwargs(hp_value_lb=1e-12)
+            packed = library.Float8Tensor(
+                values,
+                scales.unsqueeze(1),
+                block_size=[1, weight.shape[1]],
+                mm_config=library.Float8MMConfig(),  # sums in fp32
+                act_quant_kwargs=per_row if storage == "fp8-compute" else None,
+                dtype=weight.dtype,
+            )
+        setattr(module, name, nn.Parameter(packed, requires_grad=False))
 
 
 def _weights(ffn: nn.Module) -> list[tuple[nn.Module, str]]:

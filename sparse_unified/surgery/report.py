@@ -125,9 +125,7 @@ def _count(slot: Slot) -> Counts:
         counts += count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
         counts += Counts(bytes=stored_bytes(weight) - weight.numel() * weight.dtype.itemsize)
     if isinstance(slot.module, SparseMoE):
-        block = slot.module
-        idle = 3 * block.hidden_size * block.layout.idle_neurons(block.top_k)
-        counts += Counts(flops_per_token=-2 * idle)
+        counts += Counts(flops_per_token=-2 * slot.module.idle_parameters)
     return counts
 
 

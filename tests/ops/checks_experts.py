@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import mmap
 from functools import partial
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified import ops
@@ -20,11 +18,8 @@ from sparse_unified.checks.problems import (
     FLOATS,
     HALVES,
     Problem,
-    Values,
     assert_all_equal,
-    assert_as_good_as_torch,
     assert_equal,
-    assert_gradients,
     both_problems,
     call,
     cycle,
@@ -35,11 +30,12 @@ from sparse_unified.checks.problems import (
     grouped_problem,
     grouped_values,
     layouts,
+    of_experts,
     pruned_problem,
     refusal,
     with_kernel,
 )
-from sparse_unified.ops import composed, reference
+from sparse_unified.ops import reference
 
 # Forward
 
@@ -178,23 +174,6 @@ def what_no_kernel_takes_is_refused(device: torch.device) -> None:
 # Backward
 
 
-def of_experts(values: Values, layout: str) -> Values:
-    """The same weights with a dimension of experts, laid out in some way."""
-    count = values["num_experts"]
-    gate, up = (values[name].unflatten(0, (count, -1)) for name in ("gate_proj", "up_proj"))
-    down = values["down_proj"].unflatten(1, (count, -1)).transpose(0, 1)
-    if layout == "halves":  # as transformers keeps them
-        gate, up = torch.cat((gate, up), 1).chunk(2, 1)
-        down = down.contiguous()
-    elif layout == "apart":
-        gate, up = (F.pad(weight, (0, 8, 0, 3), value=torch.nan) for weight in (gate, up))
-        gate, up = gate[:, :-3, :-8], up[:, :-3, :-8]
-        down = F.pad(down, (0, 16, 0, 5), value=torch.nan)[:, :-5, :-16]
-    elif layout == "uneven":  # the two differ in how far experts lie apart
-        gate = F.pad(gate, (0, 0, 0, 1), value=torch.nan)[:, :-1]
-    return values | {"gate_proj": gate, "up_proj": up, "down_proj": down}
-
-
 @check(
     *cycle(
         grid(
@@ -224,46 +203,6 @@ def experts_may_lie_anywhere(
     packed = dict(zip(problem.floats, problem.gradients(grad), strict=True))
     expected = of_experts(problem.values | packed, "")
     assert_all_equal("gradient", other.gradients(grad), [expected[name] for name in other.floats])
-
-
-@check(
-    *cycle(
-        grid(
-            sizes=((37, 64, 5, 592, 2), (90, 72, 3, 1184, 2), (1, 8, 2, 8, 1), (300, 136, 9, 80, 8))
-        ),
-        layout=("", "halves", "views"),
-        routing=("gaps", "random", "last"),
-    ),
-    on=(CPU, CUDA),
-)  # fmt: skip
-def grouped_mm_is_as_exact_as_torch(
-    device: torch.device, sizes: tuple[int, ...], layout: str, routing: str
-) -> None:
-    """It runs the experts on Blackwell: forward and gradients, on views of the weights."""
-    problem = grouped_problem(*sizes, torch.bfloat16, routing, device).rows
-    given = of_experts(problem.values, layout) if layout else problem.values
-    products = mock.Mock(wraps=F.grouped_mm)
-
-    def run(x: Tensor, *experts: Tensor) -> Tensor:
-        with mock.patch.object(F, "grouped_mm", products):
-            return composed.grouped_ffn(
-                x, given["row_token"], given["expert_offsets"], *experts, given["token_rows"]
-            )
-
-    leaves = [given[name].detach().requires_grad_() for name in FLOATS]
-    y = run(*leaves)
-    assert_as_good_as_torch(y.detach(), problem.in_torch(*problem.leaves), problem.exact())
-    assert_equal("repeat", run(*leaves), y)
-    weights = [call.args[1] for call in products.call_args_list[:3]]
-    for own, leaf in zip(weights, leaves[1:], strict=True):
-        assert own.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr()
-    grad = torch.randn_like(y)
-    own = list(torch.autograd.grad(y, leaves, grad))
-    if layout:
-        own[1:] = [own[1].flatten(0, 1), own[2].flatten(0, 1), own[3].transpose(0, 1).flatten(1)]
-    assert_gradients(own, problem.exact_gradients(grad), torch.bfloat16)
-    for weight in (own[1], own[2], own[3].t()):
-        assert not weight[problem.idle()].any(), "a neuron without a row has a gradient"
 
 
 @check(*grid(dtype=DTYPES), on=with_kernel)

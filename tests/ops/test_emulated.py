@@ -59,15 +59,17 @@ CASES = {
     "no rows": (16, 16, (0, 0)),
 }
 # Widths are multiples of 16; odd and even numbers of tiles of 128 rows; a last tile of neurons of
-# each number of boxes of 64.
+# each width from 64 to 256 columns, 32 apart.
 HOPPER_CASES = {
     "ragged": (200, 144, (0, 1, 37, 130, 0, 64, 0)),
     "wider than a tile": (264, 272, (0, 300, 0)),
     "every token on every expert": (8, 16, (5, 5, 5)),
     "a long sum over one step of rows": (520, 48, (64, 65)),
     "pairs of tiles": (72, 368, (0, 300, 128, 0, 1, 129)),
-    "a last tile of two boxes": (72, 592, (3, 130)),
-    "a last tile of one box": (72, 304, (0, 40, 1)),
+    "a last tile of three boxes": (72, 592, (3, 130)),
+    "a last tile of six boxes": (72, 448, (0, 40, 1)),
+    "a last tile of seven boxes": (72, 208, (0, 40, 1)),
+    "two whole tiles": (72, 512, (40, 1)),
     "more tiles of rows than one band": (72, 144, (17 * 128 + 3,)),
     "no rows": (16, 16, (0, 0)),
 }

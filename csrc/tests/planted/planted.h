@@ -74,6 +74,7 @@ Run rows_unswizzled;               // cp.async writes rows one after the other
 Run box_unswizzled;                // the tensor map has no swizzle
 Run descriptor_of_other_major;     // K-major tiles read as MN-major
 Run descriptor_unswizzled;         //
+Run descriptor_of_other_swizzle;   // of 64 bytes for a box of 128
 Run products_without_proxy_fence;  // on rows that cp.async has written
 Run proxy_fence_before_wait;       // for the stage
 Run arrival_before_copies;         // barrier_arrive where it should wait for cp.async

@@ -33,6 +33,7 @@ enum class Mistake {
   kBoxUnswizzled,
   kOtherMajor,
   kDescriptorUnswizzled,
+  kDescriptorNarrow,
   kNoProxyFence,
   kProxyFenceBeforeWait,
   kArrivesBeforeCopies,
@@ -90,7 +91,9 @@ SPARSE_UNIFIED_DEVICE void multiply_stage(float (&d)[kAccumulators], uint32_t st
                                           bool is_first) {
   constexpr Major kMajor = kMistake == Mistake::kOtherMajor ? Major::kMN : Major::kK;
   uint64_t rows = operand_descriptor(stage, Major::kK);
-  const uint64_t columns = operand_descriptor(stage + kRowsBytes, Major::kK);
+  const uint64_t columns = operand_descriptor(
+      stage + kRowsBytes, Major::kK, 16,
+      kMistake == Mistake::kDescriptorNarrow ? kNarrowRowBytes : kSwizzleRowBytes);
   if (kMistake == Mistake::kDescriptorUnswizzled) rows &= ~(uint64_t{3} << 62);
   if (kMistake == Mistake::kWarpsDiffer && warp_idx() % 4 == 2) rows = columns;
   if (kMistake == Mistake::kWarpLeftOut && warp_idx() % 4 == 2) return;
@@ -202,6 +205,9 @@ std::string descriptor_of_other_major(bool is_planted) {
 }
 std::string descriptor_unswizzled(bool is_planted) {
   return run_products<Mistake::kDescriptorUnswizzled>(is_planted);
+}
+std::string descriptor_of_other_swizzle(bool is_planted) {
+  return run_products<Mistake::kDescriptorNarrow>(is_planted);
 }
 std::string products_without_proxy_fence(bool is_planted) {
   return run_products<Mistake::kNoProxyFence>(is_planted);

@@ -136,10 +136,10 @@ __global__ void box_kernel(const __grid_constant__ BoxParams p) {
 }
 
 // Boxes inside, across the right edge, across the lower edge, and of strided rows.
-template <bool kIsSwizzled>
+template <int kBoxColumns, bool kIsSwizzled>
 void test_boxes() {
   constexpr int64_t kRows = 40, kColumns = 88, kStride = 104;
-  constexpr int kBoxRows = 16, kBoxColumns = kIsSwizzled ? 64 : 24;
+  constexpr int kBoxRows = 16;
   for (const auto& [row, column] : {std::pair{0, 0}, {8, 16}, {3, 40}, {32, 64}, {39, 8}}) {
     DeviceArray<BFloat16> in(kRows * kStride), out(kRows * kStride);
     DeviceArray<uint16_t> box(kBoxRows * kBoxColumns);
@@ -157,9 +157,10 @@ void test_boxes() {
       for (int c = 0; c < kBoxColumns; ++c) {
         const bool inside = row + r < kRows && column + c < kColumns;
         const double expected = inside ? value(in[(row + r) * kStride + column + c]) : 0;
-        // 128-byte swizzle: bits 4 to 6 of the byte offset are XORed with bits 7 to 9.
+        // Bits 4 to 6 of the byte offset are XORed with bits 7 to 9, in the 64-byte swizzle bits 4
+        // and 5 with bits 7 and 8.
         int offset = 2 * (r * kBoxColumns + c);
-        if (kIsSwizzled) offset ^= (offset >> 7 & 7) << 4;
+        if (kIsSwizzled) offset ^= (offset >> 7 & (kBoxColumns / 8 - 1)) << 4;
         check_equal("loaded", offset / 2, value(BFloat16{box[offset / 2]}), expected);
       }
     }
@@ -297,16 +298,18 @@ struct ProductParams {
   float* d;    // [2, 64, N]: of the first 16 k alone, and of 3 times all
 };
 
-// Byte offset of element (mn, k) of an operand: 128-byte rows of 64 elements of the contiguous
-// index, swizzled; MN-major blocks of 64 x 64 elements one behind the other.
-__device__ int operand_offset(int mn, int k, Major major) {
+// Byte offset of element (mn, k) of an operand: rows of `row_bytes` of the contiguous index,
+// swizzled; MN-major blocks of 64 rows one behind the other.
+__device__ int operand_offset(int mn, int k, Major major, int row_bytes = kSwizzleRowBytes) {
   const int row = major == Major::kK ? mn : k;
-  const int column = major == Major::kK ? k : mn % 64;
-  const int block = major == Major::kK ? 0 : mn / 64 * 64 * kSwizzleRowBytes;
-  return block + swizzled_offset(row, column / 8) + 2 * (column % 8);
+  const int elements = row_bytes / 2;
+  const int column = major == Major::kK ? k : mn % elements;
+  const int block = major == Major::kK ? 0 : mn / elements * 64 * row_bytes;
+  const int offset = row * row_bytes + 2 * column;
+  return block + (offset ^ (offset >> 7 & (row_bytes / 16 - 1)) << 4);
 }
 
-template <typename T, int kN, Major kMajorA, Major kMajorB>
+template <typename T, int kN, Major kMajorA, Major kMajorB, int kRowBytesB>
 __global__ void __launch_bounds__(128, 1) product_kernel(const ProductParams<T> p) {
 #if defined(SPARSE_UNIFIED_EMULATION) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kBytesA = 64 * 64 * 2;
@@ -315,15 +318,17 @@ __global__ void __launch_bounds__(128, 1) product_kernel(const ProductParams<T> 
     *reinterpret_cast<T*>(tile() + operand_offset(i / 64, i % 64, kMajorA)) = p.a[i];
   }
   for (int i = t; i < kN * 64; i += 128) {
-    *reinterpret_cast<T*>(tile() + kBytesA + operand_offset(i / 64, i % 64, kMajorB)) = p.b[i];
+    const int offset = operand_offset(i / 64, i % 64, kMajorB, kRowBytesB);
+    *reinterpret_cast<T*>(tile() + kBytesA + offset) = p.b[i];
   }
   fence_async_proxy();
   sync_threads();
   constexpr int kBlockBytes = 64 * kSwizzleRowBytes;
   const uint64_t a = operand_descriptor(tile_address(), kMajorA, kBlockBytes);
-  const uint64_t b = operand_descriptor(tile_address() + kBytesA, kMajorB, kBlockBytes);
+  const uint64_t b =
+      operand_descriptor(tile_address() + kBytesA, kMajorB, 64 * kRowBytesB, kRowBytesB);
   constexpr uint64_t kStepA = (kMajorA == Major::kK ? 32 : 16 * kSwizzleRowBytes) >> 4;
-  constexpr uint64_t kStepB = (kMajorB == Major::kK ? 32 : 16 * kSwizzleRowBytes) >> 4;
+  constexpr uint64_t kStepB = (kMajorB == Major::kK ? 32 : 16 * kRowBytesB) >> 4;
   const auto store = [&](const float (&d)[kN / 2], float* out) {
     const int row = 16 * warp_idx() + lane_idx() / 4;
     for (int j = 0; j < kN / 8; ++j) {
@@ -355,18 +360,20 @@ __global__ void __launch_bounds__(128, 1) product_kernel(const ProductParams<T> 
 #endif
 }
 
-template <typename T, int kN, Major kMajorA, Major kMajorB>
+template <typename T, int kN, Major kMajorA, Major kMajorB, int kRowBytesB = kSwizzleRowBytes>
 void test_product() {
   char name[64];
-  std::snprintf(name, sizeof(name), "wgmma %s n%d a %s b %s", Half<T>::kName, kN,
-                kMajorA == Major::kK ? "K" : "M", kMajorB == Major::kK ? "K" : "N");
+  std::snprintf(name, sizeof(name), "wgmma %s n%d a %s b %s%s", Half<T>::kName, kN,
+                kMajorA == Major::kK ? "K" : "M", kMajorB == Major::kK ? "K" : "N",
+                kRowBytesB == kSwizzleRowBytes ? "" : " narrow");
   test(name, [] {
     DeviceArray<T> a(64 * 64), b(kN * 64);
     DeviceArray<float> d(2 * 64 * kN);
     for (int i = 0; i < 64 * 64; ++i) a[i] = stored<T>(draw(i));
     for (int i = 0; i < kN * 64; ++i) b[i] = stored<T>(draw(10000 + i));
     constexpr int kBytes = kBarrierBytes + 64 * 128 + (kN + 63) / 64 * 64 * 128;
-    check_launch(launch(product_kernel<T, kN, kMajorA, kMajorB>, LaunchConfig{dim3(1), 128, kBytes},
+    check_launch(launch(product_kernel<T, kN, kMajorA, kMajorB, kRowBytesB>,
+                        LaunchConfig{dim3(1), 128, kBytes},
                         ProductParams<T>{a.get(), b.get(), d.get()}));
     synchronize();
     for (int i = 0; i < 64 * kN; ++i) {
@@ -390,8 +397,14 @@ void test_products() {
   test_product<T, 128, Major::kMN, Major::kK>();
   test_product<T, 128, Major::kK, Major::kMN>();
   test_product<T, 128, Major::kMN, Major::kMN>();
-  test_product<T, 192, Major::kMN, Major::kMN>();
   test_product<T, 256, Major::kMN, Major::kMN>();
+  // In 64-byte swizzle, as the last columns of a group come.
+  test_product<T, 64, Major::kK, Major::kMN, kNarrowRowBytes>();
+  test_product<T, 96, Major::kK, Major::kMN, kNarrowRowBytes>();
+  test_product<T, 128, Major::kK, Major::kMN, kNarrowRowBytes>();
+  test_product<T, 160, Major::kMN, Major::kMN, kNarrowRowBytes>();
+  test_product<T, 192, Major::kMN, Major::kMN, kNarrowRowBytes>();
+  test_product<T, 224, Major::kMN, Major::kMN, kNarrowRowBytes>();
 }
 
 struct RoleParams {
@@ -454,8 +467,9 @@ void test_chain() {
 int run() {
   test("mbarrier phases", test_phases);
   test("cp.async and mbarrier", test_after_copies);
-  test("TMA boxes", test_boxes<false>);
-  test("TMA boxes, swizzled", test_boxes<true>);
+  test("TMA boxes", test_boxes<24, false>);
+  test("TMA boxes, swizzled", test_boxes<64, true>);
+  test("TMA boxes, swizzled by 64 bytes", test_boxes<32, true>);
   test("clusters", test_clusters);
   test("TMA boxes to several blocks", test_multicast);
   test_products<BFloat16>();
