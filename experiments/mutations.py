@@ -31,6 +31,7 @@ CHECKS, ATTACK = "tests/ops/test_checks.py", "tests/ops/test_attack.py"
 MOE = "tests/test_nn_sparse_moe.py"
 BACKEND = "tests/ops/test_backend.py"
 DOCTOR = "tests/test_doctor.py"
+LORA = "tests/test_adapt_lora.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,6 +452,11 @@ PACKAGE = (
     ),
     python("ops/registration.py", 'refuse_gradient(f"{op}_backward")', "", *k("second")),
     python("nn/sparse_moe.py", "*maps, *experts, weight_offset)", "*maps, *experts)", MOE),
+    python("nn/sparse_moe.py", "weight = weight + router.get_delta_weight(adapter)", "pass", LORA),
+    python("surgery/lora.py", "(self.scaling * up) @ down", "up @ down", LORA),
+    python("surgery/lora.py", "delta.transpose(0, 1).flatten(1)", "delta.flatten(0, 1).T", LORA),
+    python("surgery/ffn.py", "        layer.merge()\n", "", LORA),
+    python("cli/options.py", "[*flags, *given]", "[*given, *flags]", "tests/test_adapt_run.py"),
     python(
         "nn/sparse_moe.py",
         "return y + y * weight.to(y.dtype)",

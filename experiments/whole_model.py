@@ -48,7 +48,7 @@ from sparse_unified.bagel import (
     VisionConfig,
 )
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.loading import Task, leave_out, official_tensors, unneeded
+from sparse_unified.bagel.loading import Task, leave_out, unneeded
 from sparse_unified.bagel.sampler import (
     build_guidance,
     computed_steps,
@@ -61,6 +61,7 @@ from sparse_unified.bench.target import processor_name
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
 from sparse_unified.checkpoint.safetensors_io import build_header
 from sparse_unified.convert.info import memory
+from sparse_unified.nn.sparse_moe import official_tensors
 from sparse_unified.surgery.quantize import STORAGES, quantize_ffn_
 
 CEILING = 1.56  # of dense over sparse at 1024 x 1024, from the share of the generation FFNs

@@ -70,7 +70,7 @@ def test_command_writes_a_checkpoint_that_everything_reads(
     assert found.recipe[-1]["config"]["stage"] == "expert_frozen"
     facts = json.loads((out / "adaptation.json").read_text())
     assert facts["losses"] == logged(out)
-    assert facts["training"]["ema_decay"] == 0.5
+    assert facts["config"]["ema_decay"] == 0.5
     BagelPipeline.from_pretrained(out).generate(
         "x", size=(32, 32), num_timesteps=2, seed=0, progress=False
     )
@@ -226,13 +226,80 @@ def test_a_damaged_run_and_changed_data_are_not_gone_on_with(
     assert not (tmp_path / "out").exists()
 
 
-def test_tensorboard_holds_the_losses(root: Path, expected: list[float], tmp_path: Path) -> None:
+def test_trackers_get_what_the_log_gets(
+    root: Path, expected: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = RunConfig(tensorboard=True)
+    tracking = pytest.importorskip("accelerate.tracking")
+    calls: list[Any] = []
+
+    class Recorder(tracking.GeneralTracker):  # type: ignore[misc]
+        name, requires_logging_directory, tracker = "recorder", False, None
+
+        def __init__(self, run_name: str) -> None:
+            calls.append(run_name)
+
+        def store_init_configuration(self, values: Any) -> None:
+            calls.append(values)
+
+        def log(self, values: Any, step: Any = None) -> None:
+            calls.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    run = RunConfig(report_to=("tensorboard", "recorder"))
     tune(root, tmp_path / "out", run)
     events = accumulator.EventAccumulator(str(tmp_path / "out.training" / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(expected, rel=1e-6)
     assert [e.step for e in events.Scalars("grad_norm")] == [1, 2, 3, 4]
+    project, values, *steps, last = calls
+    assert (project, last) == ("sparse_unified", "finished")
+    assert (values["learning_rate"], values["betas"], values["seed"]) == (1e-3, "0.9,0.95", 5)
+    assert steps == list(enumerate(expected, 1))
+    refused("report_to must be of .*wandb.*, got 'paper'", tune, root, tmp_path / "other",
+            RunConfig(report_to=("paper",)))  # fmt: skip
+    monkeypatch.setattr("sparse_unified.adapt.run.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="report_to must name what is installed, got wandb"):
+        tune(root, tmp_path / "other", RunConfig(report_to=("wandb",)))
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_a_file_gives_the_flags_and_a_run_gives_its_own_back(
+    root: Path, expected: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("yaml")
+    given, data = [str(root / "model"), str(tmp_path / "out")], ["--data", str(root / "data")]
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"data: {root / 'data'}\nsteps: 9\nbatch-size: 2\nlr: 1e-3\nseed: 5\nquiet: true\n"
+        "betas: [0.9, 0.95]\nema: null\ncheckpointing: true\nreport_to: []\n"
+    )
+    more = ["--steps", "4", "--no-checkpointing"]
+    assert main(["adapt", *given, *more, "--config", str(path)]) == 0
+    assert logged(tmp_path / "out") == expected
+    facts = json.loads((tmp_path / "out" / "adaptation.json").read_text())
+    assert (facts["config"]["steps"], facts["config"]["checkpointing"]) == (4, False)
+    again = [str(root / "model"), str(tmp_path / "again"), *data]
+    written = str(tmp_path / "out" / "adaptation.json")
+    assert main(["adapt", *again, "--config", written, "--quiet"]) == 0
+    assert logged(tmp_path / "again") == expected
+    other = json.loads((tmp_path / "again" / "adaptation.json").read_text())
+    assert other["config"] == facts["config"]
+
+    for text, status, rule in (
+        ("learning: 1", 1, "config.yaml: keys must be flags of sparse-unified adapt, got 'learn"),
+        ("config: x", 1, "keys must be flags of sparse-unified adapt, got 'config'"),
+        ("model: x", 1, "got 'model'"),
+        ("- lr", 1, "file must map flags to values, got .'lr'"),
+        ("lr: [1", 1, "file must be YAML, got"),
+        ("checkpointing: 3", 1, "checkpointing must be true or false, got 3"),
+        ("steps: many", 2, "--steps: must be a positive integer, got 'many'"),
+    ):
+        path.write_text(text)
+        assert main(["adapt", *given, "--config", str(path), *data, "--resume"]) == status
+        assert re.search(rule, capsys.readouterr().err)
 
 
 def test_dry_run_checks_everything_and_writes_nothing(

@@ -64,7 +64,8 @@ def flags_of(parser: argparse.ArgumentParser, name: str = "") -> dict[str, Any]:
         elif action.option_strings:
             default = list(action.default) if isinstance(action.default, tuple) else action.default
             choices = [] if action.choices is None else list(map(str, action.choices))
-            own[action.option_strings[-1]] = [default, *choices] if choices else default
+            flag = next(text for text in action.option_strings if text.startswith("--"))
+            own[flag] = [default, *choices] if choices else default
             assert action.help, action
     return found or {name: own}
 

@@ -76,6 +76,7 @@ NOT_RUN = {
     "pip install": "changes the environment; tests/wheel_smoke.py installs into one of its own",
     "python experiments/full_scale.py": "writes a model of 29 GB",
     "python examples/miniature train": "takes an hour",
+    "torchrun --nproc-per-node 8 examples/automodel.py": "tests/test_automodel.py runs it, tiny",
     "sparse-unified doctor": "tests/test_doctor.py runs it on a few of the checks",
     "sparse-unified app": "serves until interrupted; tests/test_cli_generate.py opens the page",
     "sparse-unified push": "uploads; tests/test_bagel_hub.py does",

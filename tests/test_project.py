@@ -48,6 +48,8 @@ HEAVY = (
         "kernels",
         "vllm_omni",
         "gradio",
+        "peft",
+        "yaml",
     ),
 )
 # Files and functions of the main paths, at most; `python tests/hops.py --list` shows them.

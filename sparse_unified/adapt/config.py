@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from sparse_unified.checkpoint.keys import FFN_NAMES, SUFFIXES
 from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS
+from sparse_unified.surgery.lora import LoraTarget, add_lora_
 
 _ABOVE_ZERO = 1e-30
 
@@ -156,6 +158,10 @@ class RunConfig:
     Args:
         stage: what is trained, a `Stage`.
         component: train the weights of one component alone: "gen", "und" or "both".
+        lora_rank: train low-rank adapters instead, of this rank, see `add_lora_`; the run then
+            writes them alone.
+        lora_alpha: their weight is lora_alpha / lora_rank (None: 1).
+        lora_targets: which weights get adapters, `LoraTarget` each (default attention).
         sequences: how times, noise and dropout are drawn.
         tasks: which uses of the records are trained (default all that they allow).
         max_side: longest side of images in pixels (None: what the model takes).
@@ -164,7 +170,7 @@ class RunConfig:
         checkpoint_every: steps between saved states, a last one after the last step (None: none).
         keep: how many states are kept.
         resume: go on from the latest state, if there is one.
-        tensorboard: write event files too.
+        report_to: trackers of accelerate that get what the log gets: tensorboard, wandb, ...
         cache_latents: encode every image once and keep its latent beside the states.
         streaming: read shards as they come, through `datasets` but not into its cache on disk, and
             shuffle them in blocks.
@@ -175,6 +181,9 @@ class RunConfig:
 
     stage: Stage = Stage.EXPERT_FROZEN
     component: str = BOTH
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[LoraTarget, ...] | None = None
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     tasks: tuple[Task, ...] | None = None
     max_side: int | None = None
@@ -183,7 +192,7 @@ class RunConfig:
     checkpoint_every: int | None = None
     keep: int = 2
     resume: bool = False
-    tensorboard: bool = False
+    report_to: tuple[str, ...] = ()
     cache_latents: bool = False
     streaming: bool = False
     max_damaged: int = 10
@@ -200,6 +209,40 @@ class RunConfig:
         check_int("keep", self.keep, 1)
         check_int("max_damaged", self.max_damaged, 0)
         check_int("workers", self.workers, 0)
+        object.__setattr__(self, "report_to", tuple(self.report_to))
+        if self.lora_targets is not None:
+            targets = tuple(choice("lora_targets", LoraTarget, own) for own in self.lora_targets)
+            object.__setattr__(self, "lora_targets", targets)
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_targets"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} must come with lora_rank, got {getattr(self, name)}")
+            return
+        check_int("lora_rank", self.lora_rank, 1)
+        if self.lora_alpha is not None:
+            check_number("lora_alpha", self.lora_alpha, _ABOVE_ZERO)
+        if self.stage is not Stage.EXPERT_FROZEN:
+            rule = "stage must be left out with lora_rank, which trains adapters alone"
+            raise ValueError(f"{rule}, got {self.stage.value}")
+
+    @property
+    def trained(self) -> str:
+        """What is trained, in a word: the stage, or "lora"."""
+        return self.stage.value if self.lora_rank is None else "lora"
+
+    def prepare_(self, model: nn.Module, seed: int) -> Any:
+        """Freezes what is not trained; returns the configuration of adapters, if it added any."""
+        if self.lora_rank is None:
+            freeze(model, self.stage, component=self.component)
+            return None
+        return add_lora_(
+            model,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            targets=self.lora_targets or (LoraTarget.ATTENTION,),
+            component=self.component,
+            seed=seed,
+        )
 
 
 _ROUTERS = ("gate", "gate_img", "gate_shared")

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_unified._common import Report, StrPath, context, format_bytes
-from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
+from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.images import vae_transform
 from sparse_unified.bagel.model import Bagel, training_forward
@@ -90,14 +90,14 @@ def estimate_memory(
     # The ids of the markers take no memory, and only the tokenizer knows them.
     ids = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
     built = Bagel(read_config(source, vae, special_tokens=ids), device="meta", dtype=dtype)
-    freeze(built, run.stage, component=run.component)
+    run.prepare_(built, config.seed)
     side = min(vae_transform(built.config).max_side, run.max_side or 1 << 20)
     side -= side % built.config.latent_downsample
     with context("--max-side"):
         built.config.token_grid(side, side)
     batch = largest_batch(built, side, config.micro_batch_size or config.batch_size // processes)
     autoencoder = sum(spec.nbytes for spec in specs.values())
-    return estimate(built, config, batch, autoencoder=autoencoder, processes=processes)
+    return estimate(built, config, batch, run, autoencoder=autoencoder, processes=processes)
 
 
 def largest_batch(model: Bagel, side: int, count: int) -> TrainingBatch:
@@ -113,11 +113,15 @@ def estimate(
     model: Bagel,
     config: TrainingConfig,
     batch: TrainingBatch,
+    run: RunConfig | None = None,
     *,
     autoencoder: int = 0,
     processes: int = 1,
 ) -> MemoryEstimate:
-    """Returns what training a model on passes like `batch` takes; it may be on the meta device."""
+    """Returns what training a model on passes like `batch` takes; it may be on the meta device.
+
+    A `run` that adds adapters has prepared the model.
+    """
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
     other_device = config.optimizer_device not in (None, *{str(p.device) for p in trained})
@@ -146,7 +150,7 @@ def estimate(
         "weights": weights // processes,
         "autoencoder": autoencoder,
         "pass_gradients": pass_gradients,
-        "activations": _activations(model, batch, checkpointing=config.checkpointing),
+        "activations": _activations(model, batch, run, checkpointing=config.checkpointing),
         "gathered": gathered,
     }
     on_host = config.optimizer_device == "cpu"
@@ -164,12 +168,21 @@ def estimate(
     )
 
 
-def _activations(model: Bagel, batch: TrainingBatch, *, checkpointing: bool) -> int:
+def _activations(
+    model: Bagel, batch: TrainingBatch, run: RunConfig | None, *, checkpointing: bool
+) -> int:
     """Returns the bytes kept for backward; with checkpointing one layer runs again at a time."""
+    twin = Bagel(model.config, device="meta", dtype=model.dtype)
+    if run is not None and run.lora_rank is not None:
+        run.prepare_(twin, 0)
+    for own, given in zip(twin.parameters(), model.parameters(), strict=True):
+        own.requires_grad_(given.requires_grad)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        twin = Bagel(model.config, dtype=model.dtype)
-        for own, given in zip(twin.parameters(), model.parameters(), strict=True):
-            own.requires_grad_(given.requires_grad)
+        for module in twin.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    fake = torch.empty_like(weight, device="cpu")
+                    module._parameters[name] = nn.Parameter(fake, weight.requires_grad)
         weights = {p.untyped_storage()._cdata for p in twin.parameters()}
         # Bytes of each layer, the first with what comes before it, and behind the last.
         counts: list[int] = []

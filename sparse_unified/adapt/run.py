@@ -2,7 +2,7 @@
 """From a checkpoint and data to a trained checkpoint, by way of states that a run resumes from.
 
 While a run to `OUT` lasts, its log and its states lie in `OUT.training`: `log.jsonl`,
-`tensorboard/`, and `step-N/` as `saving` writes them. `OUT` itself appears once, complete.
+what trackers write, and `step-N/` as `saving` writes them. `OUT` itself appears once, complete.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch.distributed as dist
 
 from sparse_unified._common import Progress, Report, StrPath, context, optional
-from sparse_unified.adapt.config import RunConfig, TrainingConfig, freeze
+from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.adapt.data import (
     ImageDataset,
     ImageStream,
@@ -30,6 +31,7 @@ from sparse_unified.adapt.data import (
     open_stream,
     sequence_generator,
 )
+from sparse_unified.adapt.lora import write_adapters
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
@@ -41,7 +43,14 @@ from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import AdaptConfig, Checkpoint, files
 from sparse_unified.checkpoint.model_dir import find_model
 
-LOG = "log.jsonl"
+LOG, ADAPTATION = "log.jsonl", "adaptation.json"
+PROJECT = "sparse_unified"  # of trackers that have projects
+# Of a run, not of the machine or the moment.
+_RUN_OPTIONS = (
+    *("stage", "component", "lora_rank", "lora_alpha", "lora_targets", "tasks", "max_side"),
+    *("checkpoint_every", "keep", "report_to", "cache_latents", "max_damaged"),
+    *("streaming", "workers"),
+)
 # Of the weight files, this much in so many places tells one model from another.
 _PLACES, _PLACE_BYTES = 64, 4096
 # What gloo and NCCL say when another process has ended, or does not answer in time.
@@ -122,7 +131,7 @@ def adapt(
     run = run or RunConfig()
     with ExitStack() as stack:
         stack.enter_context(_in_words())
-        source, running, dataset, trainer = _prepare(model, out, data, config, run)
+        source, running, dataset, trainer, lora = _prepare(model, out, data, config, run)
         if is_first := this_process() == 0:
             running.mkdir(exist_ok=run.resume)
             refusal = ValueError(f"{running} must belong to one run, got one that goes on")
@@ -131,14 +140,14 @@ def adapt(
         if run.resume and (states := list_states(running)):
             trainer.load(states[-1])
         resumed_from = trainer.steps_done
-        log = events = None
+        log, trackers = None, []
         if is_first:
             log = stack.enter_context(_open_log(running / LOG, resumed_from))
-        if is_first and run.tensorboard:
-            optional("tensorboard", extra="train")
-            writer = optional("torch.utils.tensorboard", extra="train").SummaryWriter
-            events = writer(str(running / "tensorboard"), purge_step=resumed_from + 1)
-            stack.callback(events.close)
+            trackers = _trackers(run.report_to, running, out, resumed_from)
+            for tracker in trackers:
+                tracker.start()
+                stack.callback(tracker.finish)
+                tracker.store_init_configuration(_logged(config, run))
         losses, tokens, seconds = [], 0, 0.0
         while trainer.steps_done < config.steps:
             record = trainer.step()
@@ -148,9 +157,9 @@ def adapt(
             if log is not None:
                 values = record.to_dict()
                 log.write(json.dumps(values) + "\n")
-                if events is not None:
-                    for name in values.keys() - {"step", "expert_load"}:
-                        events.add_scalar(name, values[name], record.step)
+                step, _ = values.pop("step"), values.pop("expert_load", None)
+                for tracker in trackers:
+                    tracker.log(values, step=step)
             every, is_last = run.checkpoint_every, record.step == config.steps
             if every is not None and (record.step % every == 0 or is_last):
                 if log is not None:
@@ -163,31 +172,30 @@ def adapt(
         if log is not None:
             os.fsync(log.fileno())
         facts = {
-            "training": asdict(config),
-            "stage": run.stage.value,
-            "component": run.component,
+            "config": options_of(config, run),
             "processes": num_processes(),
-            "sequences": asdict(run.sequences),
-            "tasks": run.tasks,
-            "max_side": run.max_side,
             "damaged": sorted(dataset.damaged.values()),
             "losses": [line["loss"] for line in read_log(running / LOG)],
         }
-        write_adapted(
-            source,
-            out,
-            trainer.model,
-            trainer.optimizer,
-            AdaptConfig(
-                stage=run.stage.value,
-                component=run.component,
-                steps=config.steps,
-                seed=config.seed,
-                layers=tuple(range(source.num_layers)),
-            ),
-            texts={"adaptation.json": json.dumps(facts, indent=2) + "\n"},
-            progress=progress,
-        )
+        texts = {ADAPTATION: json.dumps(facts, indent=2) + "\n"}
+        if lora is not None:
+            write_adapters(out, trainer.optimizer, lora, texts, base_model=os.fspath(model))
+        else:
+            write_adapted(
+                source,
+                out,
+                trainer.model,
+                trainer.optimizer,
+                AdaptConfig(
+                    stage=run.trained,
+                    component=run.component,
+                    steps=config.steps,
+                    seed=config.seed,
+                    layers=tuple(range(source.num_layers)),
+                ),
+                texts=texts,
+                progress=progress,
+            )
     tenth = max(1, len(losses) // 10)
     return AdaptReport(
         steps=trainer.steps_done,
@@ -199,7 +207,7 @@ def adapt(
         last_loss=sum(losses[-tenth:]) / tenth if losses else None,
         out=os.fspath(out),
         log=str(running / LOG),
-        stage=run.stage.value,
+        stage=run.trained,
         component=run.component,
         resumed_from=resumed_from,
     )
@@ -213,7 +221,7 @@ def plan(
 
     Arguments and errors are those of `adapt`; nothing is written but latents, where they are kept.
     """
-    _, running, dataset, trainer = _prepare(model, out, data, config, run)
+    _, running, dataset, trainer, _ = _prepare(model, out, data, config, run)
     dataset.check()
     sequences = [
         dataset.sequence(place % len(dataset.samples), sequence_generator(config.seed, 0, place))
@@ -230,6 +238,7 @@ def plan(
             trainer.model,
             config,
             pack_training(trainer.model.config, sequences),
+            run,
             autoencoder=sum(p.nbytes for p in dataset.vae.parameters()),
             processes=num_processes(),
         ),
@@ -238,14 +247,15 @@ def plan(
 
 def _prepare(
     model: StrPath, out: StrPath, data: StrPath, config: TrainingConfig, run: RunConfig
-) -> tuple[Checkpoint, Path, ImageDataset, Trainer]:
-    """Reads and checks all that a run needs; nothing is written yet."""
+) -> tuple[Checkpoint, Path, ImageDataset, Trainer, Any]:
+    """Reads and checks all that a run needs, adapters last; nothing is written yet."""
     source = Checkpoint(find_model(model))
     target = files.check_target(out, source.directory, data)
     running = target.with_name(f"{target.name}.training")
     if not run.resume and os.path.lexists(running) and this_process() == 0:
         raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     source.experts  # noqa: B018  (refuses whatever disagrees)
+    _tracker_kinds(run.report_to)
 
     records: Any = open_stream(data) if run.streaming else open_records(data)
     tokenizer = Tokenizer.from_directory(source.directory)
@@ -254,17 +264,17 @@ def _prepare(
         device=run.device,
         dtype=run.dtype,
         special_tokens=tokenizer.special_tokens,
-        fill=False,  # each process reads what it trains, see Trainer
+        fill=run.lora_rank is not None,  # else each process reads its part, see Trainer
     )
-    fill = local_reader(built, source.specs)
+    fill: Any = None if run.lora_rank is not None else local_reader(built, source.specs)
     pipeline = BagelPipeline(built, vae, tokenizer)
     latents = running / "latents" / str(this_process()) if run.cache_latents else None
     kind = ImageStream if run.streaming else ImageDataset
     dataset = kind(records, pipeline, run, latents)
-    freeze(pipeline.model, run.stage, component=run.component)
+    lora = run.prepare_(pipeline.model, config.seed)
     identity = {
         "model": _fingerprint(source),
-        "stage": run.stage.value,
+        "stage": run.trained,
         "component": run.component,
         "dtype": str(run.dtype),
         "data": {
@@ -275,10 +285,12 @@ def _prepare(
         },
         "records": records.fingerprint,
     }
+    if lora is not None:
+        identity["lora"] = [lora.r, lora.lora_alpha, lora.target_modules]
     trainer = Trainer(
         pipeline.model, dataset, config, identity=identity, device=run.device, fill=fill
     )
-    return source, running, dataset, trainer
+    return source, running, dataset, trainer, lora
 
 
 @contextmanager
@@ -303,6 +315,59 @@ def _in_words() -> Iterator[None]:
             f"all {num_processes()} processes must run on and answer within --timeout, got one "
             f"that has ended or stands still: {reason:.200}; go on from the last state (--resume)"
         ) from error
+
+
+def _tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
+    """Returns the classes of accelerate's trackers; ImportError names a package that is missing."""
+    if not names:
+        return {}
+    library = optional("accelerate.tracking", "train", purpose="report_to")
+    known = library.LOGGER_TYPE_TO_CLASS
+    for name in names:
+        if name not in known:
+            raise ValueError(f"report_to must be of {', '.join(known)}, got {name!r:.80}")
+        # Those of accelerate have the names of their packages.
+        if known[name].__module__ == library.__name__ and not find_spec(name):
+            raise ImportError(f"{WHAT}: report_to must name what is installed, got {name}")
+    return {name: known[name] for name in names}
+
+
+def _trackers(names: Sequence[str], running: Path, out: StrPath, done: int) -> list[Any]:
+    """Returns accelerate's trackers; those that write files do it in the directory of the run."""
+    kinds = _tracker_kinds(names)
+    given: dict[str, dict[str, Any]] = {}
+    if kinds:
+        optional("accelerate").PartialState()  # which trackers ask whether they may write
+        given = {
+            "tensorboard": {"purge_step": done + 1},
+            "wandb": {"name": Path(out).name, "dir": str(running)},
+        }
+    trackers = []
+    for name, kind in kinds.items():
+        has_files = kind.requires_logging_directory
+        where: dict[str, Any] = {"logging_dir": str(running)} if has_files else {}
+        run_name = name if has_files else os.environ.get("WANDB_PROJECT", PROJECT)
+        trackers.append(kind(run_name, **where, **given.get(name, {})))
+    return trackers
+
+
+def options_of(config: TrainingConfig, run: RunConfig) -> dict[str, Any]:
+    """Returns the flags of `adapt`, by parameter, that give the same configurations again."""
+    own = {name: getattr(run, name) for name in _RUN_OPTIONS}
+    own["dtype"] = None if run.dtype is None else str(run.dtype).removeprefix("torch.")
+    values = asdict(config) | asdict(run.sequences) | own
+    values["max_grad_norm"] = config.max_grad_norm or 0  # which None cannot say in a flag
+    values["micro_batch_size"] = config.batch_size // config.passes
+    if run.lora_rank is not None:
+        del values["stage"]
+    plain = json.dumps({name: value for name, value in values.items() if value is not None})
+    return dict(json.loads(plain))
+
+
+def _logged(config: TrainingConfig, run: RunConfig) -> dict[str, Any]:
+    """Returns the configurations as trackers take them."""
+    values = options_of(config, run).items()
+    return {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values}
 
 
 def _drop_states(running: Path, keep: int) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparse_unified._common import StrPath, format_bytes, format_layers, list_some, optional
-from sparse_unified.bagel.loading import official_tensors
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, index_texts, rewrite
 from sparse_unified.checkpoint.safetensors_io import as_bytes
+from sparse_unified.nn.sparse_moe import official_tensors
 
 if TYPE_CHECKING:
     from sparse_unified.bagel.model import Bagel

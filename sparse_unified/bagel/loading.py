@@ -26,8 +26,7 @@ from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.keys import FFN_NAMES, module_prefixes
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_header, read_tensor
-from sparse_unified.nn import SparseMoE
-from sparse_unified.nn.expert_state import is_packed
+from sparse_unified.nn.sparse_moe import official_tensors
 from sparse_unified.surgery.quantize import STORAGES, quantize_ffn_
 
 LAYERS = "language_model.model.layers"
@@ -87,21 +86,6 @@ class Placement:
         if self.offload is Offload.UND and inner.startswith(f"{FFN_NAMES['und']}."):
             return "cpu"
         return self.device
-
-
-def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Returns every parameter under its official key; those of a sparse FFN are views per expert.
-
-    Copying into these tensors loads the module.
-    """
-    if isinstance(module, SparseMoE) and not is_packed(module.gate_proj):
-        return {prefix + key: view for key, view in module.official_views().items()}
-    found: dict[str, Tensor] = {}
-    for name, tensor in module.named_parameters(recurse=False):
-        found[prefix + name] = tensor
-    for name, child in module.named_children():
-        found |= official_tensors(child, f"{prefix}{name}.")
-    return found
 
 
 def tensor_problems(module: nn.Module, specs: Mapping[str, TensorSpec | Tensor]) -> list[str]:

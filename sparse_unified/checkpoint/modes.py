@@ -227,7 +227,7 @@ class AdaptConfig(_Mode):
     Args:
         stage: what was trained, as in `sparse_unified.adapt`.
         component: "gen", "und", or "both": whose weights.
-        steps, seed: of the optimizer.
+        steps, seed: of the optimizer; steps None: not known, of adapters from elsewhere.
         layers: as in `MoEConfig`.
     """
 
@@ -235,7 +235,7 @@ class AdaptConfig(_Mode):
     _legal: ClassVar[tuple[str, ...]] = (*FFN_NAMES, BOTH)
 
     stage: str
-    steps: int
+    steps: int | None
     seed: int = 0
     component: str = BOTH
     layers: Layers = "all"
@@ -243,7 +243,8 @@ class AdaptConfig(_Mode):
     def _check(self) -> None:
         if not isinstance(self.stage, str) or not self.stage:
             raise ValueError(f"stage must be a name, got {self.stage!r}")
-        check_int("steps", self.steps, 1)
+        if self.steps is not None:
+            check_int("steps", self.steps, 1)
         check_int("seed", self.seed, 0)
 
 

@@ -44,6 +44,7 @@ _COMMANDS = {
     "analyze": ("analysis", "measure what a model can do without"),
     "expert-usage": ("analysis", "count which experts a task uses"),
     "adapt": ("adapt", "tune a model"),
+    "merge": ("adapt", "merge LoRA adapters into a checkpoint"),
     "doctor": ("doctor", "show which kernels are right on this machine, and leave out the others"),
     "tune": ("doctor", "find and keep the fastest kernels for the sizes of a model"),
 }

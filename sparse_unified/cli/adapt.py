@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""adapt: tuning of a model on images and texts."""
+"""adapt and merge: tuning of a model on images and texts, and of adapters to its weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,37 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from sparse_unified._common import Report
-from sparse_unified.adapt import RunConfig, SequenceConfig, TrainingConfig, adapt, estimate_memory
+from sparse_unified.adapt import (
+    RunConfig,
+    SequenceConfig,
+    TrainingConfig,
+    adapt,
+    estimate_memory,
+    merge_lora,
+)
 from sparse_unified.adapt.optimizer import num_processes
 from sparse_unified.adapt.run import plan
 from sparse_unified.adapt.trainer import StepRecord
-from sparse_unified.cli.console import CommandParser, Usage, show_progress
+from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.generate import check_device
-from sparse_unified.cli.options import DTYPES, add_flags, add_options, arguments, dtype_of, positive
+from sparse_unified.cli.options import (
+    DTYPES,
+    add_flags,
+    add_options,
+    arguments,
+    dtype_of,
+    from_file,
+    positive,
+)
+
+# A flag --no-NAME overrides a file that says yes.
+_SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
 def add_adapt(parser: CommandParser) -> None:
@@ -32,8 +51,11 @@ def add_adapt(parser: CommandParser) -> None:
         --data DATA  a folder, a file or a pattern: .parquet or .tar shards; or a .jsonl file with
                      image, text, question, answer, source; or pictures, each with a .txt file of
                      the same name
+        --config FILE.yaml  flags as a YAML or JSON file, such as the adaptation.json of an earlier
+                     run; flags override it
         """,
     )
+    parser.expand = partial(from_file, parser)
     add_options(
         parser,
         RunConfig,
@@ -50,7 +72,19 @@ def add_adapt(parser: CommandParser) -> None:
 
     data = parser.add_argument_group("data")
     add_options(data, SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
-    add_options(data, RunConfig, "tasks max_side cache_latents streaming max_damaged workers")
+    add_options(
+        data,
+        RunConfig,
+        "tasks max_side cache_latents streaming max_damaged workers",
+        cache_latents=_SWITCH,
+        streaming=_SWITCH,
+    )
+
+    lora = parser.add_argument_group(
+        "LoRA",
+        "with --lora-rank, adapters alone are trained, and OUT holds them as peft writes them",
+    )
+    add_options(lora, RunConfig, "lora_rank lora_alpha lora_targets")
 
     optimizer = parser.add_argument_group("optimizer")
     add_options(
@@ -68,10 +102,11 @@ def add_adapt(parser: CommandParser) -> None:
         TrainingConfig,
         "micro_batch_size checkpointing optimizer_device",
         micro_batch_size="sequences of a pass (default: a process's share of --batch-size)",
+        checkpointing=_SWITCH,
     )
 
     run = parser.add_argument_group("run", "log and states of a run lie in OUT.training")
-    add_options(run, RunConfig, "checkpoint_every keep resume tensorboard")
+    add_options(run, RunConfig, "checkpoint_every keep resume report_to")
     run.add_argument(
         "--timeout",
         type=positive,
@@ -129,6 +164,28 @@ def run_adapt(options: argparse.Namespace) -> Report | None:
 
             report = adapt(*given, on_step=on_step, progress=progress)
         return report if first else None
+
+
+def add_merge(parser: CommandParser) -> None:
+    add_flags(
+        parser,
+        """
+        MODEL  a model directory or a hub id owner/name
+        LORA   the directory of the adapters
+        OUT    the directory to make; must not exist
+        """,
+    )
+
+
+def run_merge(options: argparse.Namespace) -> Report:
+    """Writes MODEL to OUT with the adapters of LORA merged into its weights.
+
+    LORA is what adapt --lora-rank wrote, or what peft wrote for the official code.
+    """
+    with show_progress(options, "writing") as progress:
+        keys = merge_lora(options.model, options.lora, options.out, progress=progress)
+    text = f"{len(keys)} weights of {options.model} merged with {options.lora} in {options.out}"
+    return Output(text=text, document={"out": options.out, "weights": keys})
 
 
 def _summary(record: StepRecord) -> str:

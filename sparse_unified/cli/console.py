@@ -58,10 +58,12 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
         self._command = command
+        # What an `add_NAME` may set: makes other arguments of those that were given.
+        self.expand: Callable[[Sequence[str]], Sequence[str]] = lambda args: args
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(self.expand(args), namespace)
 
     def fill(self) -> None:
         """Adds description and options of the command, once."""

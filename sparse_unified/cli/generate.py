@@ -30,6 +30,7 @@ from sparse_unified.cli.options import (
     size,
     storage,
 )
+from sparse_unified.surgery import load_lora_
 
 
 def add_model(parser: argparse.ArgumentParser, **model: Any) -> None:
@@ -42,6 +43,8 @@ def add_model(parser: argparse.ArgumentParser, **model: Any) -> None:
         dtype="of weights and computation (default: as in the files)",
         device="cpu, cuda, cuda:1, ...",
     )
+    if not model:  # which may be several
+        add_flags(parser, "--lora DIR  LoRA adapters to merge into the weights, of adapt or peft")
 
 
 def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
@@ -108,9 +111,12 @@ def load_pipeline(options: argparse.Namespace) -> BagelPipeline:
         except ValueError as error:
             raise Usage(str(error)) from error
     device, dtype = check_device(options.device, "--device"), dtype_of(options.dtype)
-    return BagelPipeline.from_pretrained(
+    pipeline = BagelPipeline.from_pretrained(
         options.model, **placement | {"device": device, "dtype": dtype}
     )
+    if getattr(options, "lora", None) is not None:
+        load_lora_(pipeline, options.lora)
+    return pipeline
 
 
 def add_generate(parser: CommandParser) -> None:

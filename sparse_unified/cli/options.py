@@ -13,13 +13,15 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparse_unified._common import optional
+from sparse_unified.checkpoint.files import read_text
 from sparse_unified.surgery.quantize import STORAGES
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -100,6 +102,51 @@ def arguments(
     """Returns the parsed values of the parameters of a config or function, and `more`."""
     names = inspect.signature(source).parameters
     return {name: value for name, value in vars(options).items() if name in names} | more
+
+
+def from_file(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+    """Puts flags that the YAML file of --config holds before the given arguments.
+
+    The file maps names of flags or parameters to values; a mapping under `config` is taken alone,
+    so that `adaptation.json` can be given. Later flags override earlier ones.
+
+    Raises:
+        ValueError: the file cannot be read, is no such mapping, or has a key that is no flag.
+        ImportError: PyYAML is not installed.
+    """
+    finder = type(parser)(prog=parser.prog, add_help=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(given)[0].config
+    if path is None:
+        return list(given)
+    yaml = optional("yaml", "train", purpose="--config")
+    try:
+        content = yaml.safe_load(read_text(Path(path)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: file must be YAML, got {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("config"), dict):
+        content = content["config"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: file must map flags to values, got {content!r:.80}")
+    actions = {}
+    for action in parser._actions:
+        for name in (*action.option_strings, *([action.dest] if action.option_strings else [])):
+            actions[name.lstrip("-").replace("-", "_")] = action
+    flags = []
+    for key, own in content.items():
+        known = actions.get(str(key).replace("-", "_"))
+        if known is None or known.dest in ("help", "config"):
+            raise ValueError(f"{path}: keys must be flags of {parser.prog}, got {key!r:.80}")
+        flag = known.option_strings[0]
+        if own is None or own is False or own == []:
+            continue
+        if known.nargs != 0:
+            flags.append(f"{flag}={','.join(map(str, own)) if isinstance(own, list) else own}")
+        elif own is True:
+            flags.append(flag)
+        else:
+            raise ValueError(f"{path}: {key} must be true or false, got {own!r:.80}")
+    return [*flags, *given]
 
 
 def described(source: Callable[..., Any]) -> dict[str, str]:

@@ -131,5 +131,6 @@ class QueryProjection(nn.Linear):
 def key_heads_read(query: nn.Module, num_key_heads: int) -> tuple[int, ...]:
     """Returns the key head that each group of a query projection reads; a plain one reads all."""
     # Not getattr: to a module that lacks it, torch makes an error with a text each time.
+    query = query._modules.get("base_layer") or query  # which peft has wrapped
     heads: tuple[int, ...] | None = vars(query).get("key_heads")
     return tuple(range(num_key_heads)) if heads is None else heads

@@ -74,9 +74,10 @@ class OfficialState(nn.Module):
 
     def plain_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns gate_proj, up_proj [I, D] and down_proj [D, I], unpacked if they are packed."""
-        if type(self.gate_proj).dequantize is Tensor.dequantize:
-            return self.gate_proj, self.up_proj, self.down_proj
-        return unpack(self.gate_proj), unpack(self.up_proj), unpack(self.down_proj)
+        weights = self.gate_proj, self.up_proj, self.down_proj
+        if type(weights[0]).dequantize is Tensor.dequantize:
+            return weights
+        return unpack(weights[0]), unpack(weights[1]), unpack(weights[2])
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -180,14 +180,14 @@ class SparseMoE(OfficialState):
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
+        weights = self.gate_proj, self.up_proj, self.down_proj  # read once: they may be computed
         tokens, dtype, active, chosen = self._route(
-            x, packed_text_indexes, packed_vit_token_indexes
+            x, packed_text_indexes, packed_vit_token_indexes, weights[0]
         )
         logits, topk_logits, topk_idx = chosen
+        is_plain = type(weights[0]).dequantize is Tensor.dequantize
         experts = gate_proj, up_proj, down_proj = (
-            (self.gate_proj, self.up_proj, self.down_proj)
-            if active == backend.SCALED_MM
-            else self.plain_weights()
+            weights if is_plain or active == backend.SCALED_MM else self.plain_weights()
         )
         if dtype != gate_proj.dtype:
             tokens, gate_proj = tokens.to(dtype), gate_proj.to(dtype)
@@ -214,10 +214,11 @@ class SparseMoE(OfficialState):
         Returns:
             logits [T, E] fp32, topk_logits [T, K] fp32, topk_idx [T, K] int32.
         """
-        return self._route(x, packed_text_indexes, packed_vit_token_indexes)[-1]
+        indexes = packed_text_indexes, packed_vit_token_indexes
+        return self._route(x, *indexes, self.gate_proj)[-1]
 
     def _route(
-        self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None
+        self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, torch.dtype, str, tuple[Tensor, Tensor, Tensor]]:
         """Returns tokens [T, D], dtype of the experts, what runs them, and the choice.
 
@@ -230,7 +231,6 @@ class SparseMoE(OfficialState):
                 f"got {got}"
             )
         tokens = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
-        weight = self.gate_proj
         if tokens.dtype != weight.dtype and _is_autocast(tokens.device.type):
             tokens = tokens.to(weight.dtype)  # which routes
         dtype, active = self._choose(weight, tokens.shape[0] * self.top_k)
@@ -241,7 +241,9 @@ class SparseMoE(OfficialState):
             _warn_once(active)
             route = composed.route_topk
         given, gate = tokens, self.gate.weight
-        gate_img = None if self.gate_img is None else self.gate_img.weight
+        if type(self.gate) is not nn.Linear:
+            gate = _adapted(self.gate)
+        gate_img = None if self.gate_img is None else _adapted(self.gate_img)
         if gate.dtype != tokens.dtype:  # fp32 routers of bf16 experts
             wide = torch.promote_types(gate.dtype, tokens.dtype)
             tokens, gate = tokens.to(wide), gate.to(wide)
@@ -305,6 +307,31 @@ class SparseMoE(OfficialState):
             f"num_shared_experts={self.num_shared_experts}, "
             f"expert_width={self.layout.expert_width}, backend={self.active_backend!r}"
         )
+
+
+def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Returns every parameter under its official key; those of a sparse FFN are views per expert.
+
+    Copying into these tensors loads the module.
+    """
+    if isinstance(module, SparseMoE) and not is_packed(module.gate_proj):
+        return {prefix + key: view for key, view in module.official_views().items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in module.named_parameters(recurse=False):
+        found[prefix + name] = tensor
+    for name, child in module.named_children():
+        found |= official_tensors(child, f"{prefix}{name}.")
+    return found
+
+
+def _adapted(router: Any) -> Tensor:
+    """Returns the weight of a router, with what the adapters of peft add to it."""
+    weight: Tensor = router.weight
+    if "base_layer" in router._modules and not (router.disable_adapters or router.merged):
+        for adapter in router.active_adapters:
+            if adapter in router.lora_A:
+                weight = weight + router.get_delta_weight(adapter)
+    return weight
 
 
 def _checked(name: str, indexes: Tensor | None, num_tokens: int) -> Tensor | None:

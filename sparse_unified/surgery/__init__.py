@@ -3,7 +3,7 @@
 
 Reading order: `exchange` (what a transform changed, and back), `ffn` (what a dense FFN is),
 `decoder` (where modules are), `cuts` (what pruning takes away), `report` (and `restore_`), `prune`,
-`temporary` (for as long as a block runs), `moe` (sparse FFNs), `quantize`.
+`temporary` (for as long as a block runs), `moe` (sparse FFNs), `quantize`, `lora`.
 """
 
 from sparse_unified.checkpoint.modes import (
@@ -12,6 +12,7 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
+from sparse_unified.surgery.lora import add_lora_, load_lora_
 from sparse_unified.surgery.moe import apply_moe_, load_moe_
 from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
 from sparse_unified.surgery.quantize import QuantizeConfig, quantize_weights_
@@ -24,9 +25,11 @@ __all__ = [
     "PruneWidthConfig",
     "QuantizeConfig",
     "SkipLayersConfig",
+    "add_lora_",
     "apply_moe_",
     "changed",
     "count_parameters",
+    "load_lora_",
     "load_moe_",
     "prune_heads_",
     "prune_width_",

@@ -8,6 +8,7 @@ elsewhere are read from there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,8 +49,12 @@ def projection_names(ffn: object) -> tuple[str, ...]:
     return ()
 
 
-def read_weights(ffn: nn.Module) -> DenseWeights:
+def read_weights(ffn: nn.Module, *, merge: bool = False) -> DenseWeights:
     """Returns the weights of a dense FFN: the memory of its parameters, and their requires_grad.
+
+    Args:
+        ffn: of linear layers.
+        merge: take what peft has wrapped, too: copies of the weights with the adapters merged.
 
     Raises:
         ValueError: the FFN is sparse already, or holds anything but plain floating weights of
@@ -61,9 +66,15 @@ def read_weights(ffn: nn.Module) -> DenseWeights:
             f"FFN must be dense, made of {', '.join(PROJECTIONS)} (or "
             f"{' and '.join(MERGED_PROJECTIONS)}), got a {describe_module(ffn)}"
         )
-    parts = [plain_weight(getattr(ffn, name), name) for name in names]
-    known = {f"{name}.weight" for name in names}
-    if others := [name for name, _ in ffn.named_parameters() if name not in known]:
+    layers = [getattr(ffn, name) for name in names]
+    if merge:
+        layers = list(map(_without_adapters, layers))
+    parts = list(map(plain_weight, layers, names))
+    inside = tuple(f"{name}." for name in names)
+    others = [name for name, _ in ffn.named_parameters() if not name.startswith(inside)]
+    for name, layer in zip(names, layers, strict=True):
+        others += [f"{name}.{own}" for own, _ in layer.named_parameters() if own != "weight"]
+    if others:
         raise ValueError(
             f"FFN must have no parameters but its {len(names)} weights, got {list_some(others)}"
         )
@@ -92,6 +103,18 @@ def describe_module(value: object) -> str:
         return type(value).__name__
     children = list_some([name for name, _ in value.named_children()])
     return f"{type(value).__name__} ({children})"
+
+
+def _without_adapters(layer: Any) -> nn.Module:
+    """Returns a linear layer; of one that peft has wrapped a copy with the adapters merged."""
+    if "base_layer" not in layer._modules:
+        plain: nn.Module = layer
+        return plain
+    if not layer.disable_adapters:
+        layer = copy.deepcopy(layer)
+        layer.merge()
+    base: nn.Module = layer.get_base_layer()
+    return base
 
 
 def plain_weight(part: nn.Module, name: str) -> Tensor:

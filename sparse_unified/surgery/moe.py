@@ -48,7 +48,8 @@ def apply_moe_(
     keeps the replaced module's return convention, device, dtype, mode, requires_grad of each
     projection, hooks, and accelerate's patched forward; weights that accelerate keeps outside of
     the device stay on the CPU. Neurons are permuted, nothing is rounded; with routers that start at
-    zero and top_k = num_experts the output is the dense one.
+    zero and top_k = num_experts the output is the dense one. Adapters of peft on the projections
+    are merged into what becomes the experts; those elsewhere stay as they are.
 
     What does not carry over: hooks on the projections inside an FFN, and optimisers, which hold
     the dense parameters and have to be made anew.
@@ -81,7 +82,7 @@ def apply_moe_(
         plans: dict[int, _Plan] = {}
         for slot, ffn in decoder.select_ffns(config.layers, component):
             with naming(slot):
-                weights = read_weights(ffn)
+                weights = read_weights(ffn, merge=True)
                 layout = ExpertLayout(
                     intermediate_size=weights.gate_proj.shape[0],
                     num_experts=config.num_experts,
@@ -149,7 +150,7 @@ def load_moe_(
         for component, layers in experts.items():
             for slot, ffn in decoder.select_ffns(list(layers), component):
                 with naming(slot):
-                    weights = read_weights(ffn)
+                    weights = read_weights(ffn, merge=True)
                     if weights.gate_proj.is_meta:
                         raise ValueError("weights must be in memory, got meta")
                     found = checkpoint.ffns[component][slot.layer]
