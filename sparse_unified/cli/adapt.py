@@ -50,15 +50,17 @@ def add_adapt(parser: CommandParser) -> None:
 
     data = parser.add_argument_group("data")
     add_options(data, SequenceConfig, "timestep_shift text_dropout vit_dropout vae_dropout")
-    add_options(data, RunConfig, "tasks max_side cache_latents streaming max_damaged workers")
+    flags = "tasks max_side cache_latents streaming max_damaged workers eval_data"
+    add_options(data, RunConfig, flags)
+    add_options(data, TrainingConfig, "eval_every")
 
     optimizer = parser.add_argument_group("optimizer")
     add_options(
         optimizer,
         TrainingConfig,
         "batch_size lr=learning_rate min_lr=min_learning_rate schedule warmup=warmup_steps betas "
-        "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight z_weight "
-        "seed",
+        "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight "
+        "balance_rate z_weight seed",
         max_grad_norm="norm that gradients are scaled down to; 0 does not",
     )
 
@@ -134,6 +136,8 @@ def run_adapt(options: argparse.Namespace) -> Report | None:
 def _summary(record: StepRecord) -> str:
     losses = {"loss": record.loss, "text": record.text_loss, "image": record.image_loss}
     parts = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    if record.held_out_loss is not None:
+        parts.append(f"held-out {record.held_out_loss:.4f}")
     if record.load_imbalance is not None:
         parts.append(f"busiest expert {record.load_imbalance:.2f}x")
     return "  ".join([*parts, f"{record.tokens_per_second:,.0f} tokens/s"])
