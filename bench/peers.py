@@ -336,13 +336,13 @@ class Ours(Provider):
             case.intermediate_size,
             case.num_experts,
             case.top_k,
+            gate_shared=False,
             return_router_logits=False,
             strict=strict,
             device="meta",
             dtype=setting.dtype,
         )
         self.block.gate.weight = nn.Parameter(weights.gate.clone())
-        self.block.gate_shared.weight = nn.Parameter(torch.zeros_like(weights.gate[:1]))
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(self.block, name, nn.Parameter(getattr(weights, name).clone()))
 

@@ -653,6 +653,16 @@ PACKAGE = (
         "total.copy_(_local",
         "tests/test_adapt_trainer.py",
     ),
+    python(
+        "adapt/trainer.py",
+        "ahead = batches[1:] if is_balanced else []",
+        "ahead = batches[:0]",
+        "tests/test_adapt_trainer.py",
+    ),
+    python("checkpoint/scores.py", "if own != known:", "if False:", "tests/test_cli_analysis.py"),
+    python(
+        "analysis/evaluate.py", "[shard[0] :: shard[1]]", "[:]", "tests/test_analysis_evaluate.py"
+    ),
 )
 
 MUTATIONS = (*CPU_KERNELS, *BINDINGS, *CUDA_KERNELS, *PACKAGE)

@@ -58,11 +58,22 @@ class Mixed:
         return generation_sequence(special, [11 + index, 12], latent, generator, config)
 
 
+# Of a run whose routers start as conversion leaves them: zeros, so that all experts tie.
+FRESH: dict[str, Any] = {"steps": 8, "learning_rate": 1e-4, "balance_weight": 0.1, "z_weight": 0.1}
+
+
 def trainer(
-    stage: str = "expert_frozen", dtype: torch.dtype = torch.float32, **changes: Any
+    stage: str = "expert_frozen",
+    dtype: torch.dtype = torch.float32,
+    *,
+    is_fresh: bool = False,
+    **changes: Any,
 ) -> Trainer:
     model = bagel(dtype=dtype)
     freeze(model, stage)
+    for name, parameter in model.named_parameters():
+        if is_fresh and ".gate" in name and "proj" not in name:
+            torch.nn.init.zeros_(parameter)
     return Trainer(model, Mixed(model), TrainingConfig(**(CONFIG | changes)))
 
 

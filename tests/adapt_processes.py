@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from adapt_models import losses, trainer
+from adapt_models import FRESH, losses, trainer
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from sparse_unified.adapt import run, saving
@@ -76,6 +76,8 @@ def train(directory: Path, names: list[str]) -> None:
             found[f"{name} from {saved}"] = losses(resumed)
         found[f"{name} norm"] = sharded.step().grad_norm
         found[f"{name} state"] = sum(t.nbytes for t in sharded.optimizer.state.values())
+    found["fresh"] = losses(trainer(is_fresh=True, micro_batch_size=1, **FRESH))
+    found["evened out"] = losses(trainer(is_fresh=True, balance_rate=0.01, **FRESH))
     if dist.get_rank() == 0:
         (directory / "result.json").write_text(json.dumps(found))
     dist.barrier()

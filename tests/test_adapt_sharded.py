@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_models import logged, losses, trainer, write_folder
+from adapt_models import FRESH, logged, losses, trainer, write_folder
 from adapt_processes import DTYPES, run_both
 from refusals import refused
 from tiers import IS_DEEP
@@ -70,6 +70,15 @@ def test_two_processes_lose_what_one_loses_and_their_states_go_on_in_any_number(
     single = trainer(dtype=DTYPES[name])
     single.load(directory / f"two-{name}")
     assert losses(single) == pytest.approx(expected[2:], rel=close)
+
+
+def test_two_processes_balance_a_freshly_converted_model_as_one_does(
+    result: dict[str, Any],
+) -> None:
+    one = losses(trainer(is_fresh=True, micro_batch_size=4, **FRESH))
+    assert result["fresh"] == pytest.approx(one, rel=1e-5)
+    one = losses(trainer(is_fresh=True, micro_batch_size=4, balance_rate=0.01, **FRESH))
+    assert result["evened out"] == pytest.approx(one, rel=1e-5)
 
 
 def test_the_command_in_two_processes_writes_the_checkpoint_of_one(

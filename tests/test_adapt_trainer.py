@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapt_models import CONFIG, Mixed, bagel, losses, trainer
+from adapt_models import CONFIG, FRESH, Mixed, bagel, losses, trainer
 from refusals import refused
 from torch import nn
 
 from sparse_unified.adapt import RunConfig, SequenceConfig, Trainer, TrainingConfig, freeze
+from sparse_unified.adapt.collapse import judge_routers
 from sparse_unified.adapt.data import data_index, sequence_generator
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import Segment, pack_training, training_forward
+from sparse_unified.bagel.model import router_losses
 from sparse_unified.bagel.packing import TextSegment
 from sparse_unified.nn import SparseMoE, SwiGLU
 
@@ -80,7 +82,8 @@ def test_a_step_is_clipped_adamw_on_losses_over_all_tokens() -> None:
     batch = pack_training(model.config, sequences, device="cpu")
     out = training_forward(model, batch)
     loss = out.text_loss_sum / batch.text_tokens + out.image_loss_sum / batch.image_tokens
-    loss = loss + config.balance_weight * out.balance_loss + 0.1 * out.router_z_loss
+    balance, z_loss = router_losses(out.routing)
+    loss = loss + config.balance_weight * balance + 0.1 * z_loss
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -101,11 +104,59 @@ def test_a_step_is_clipped_adamw_on_losses_over_all_tokens() -> None:
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_passes_of_a_freshly_converted_model_are_one_step(size: int) -> None:
+    found = []
+    for each in (4, size):
+        own = trainer(is_fresh=True, micro_batch_size=each, **FRESH)
+        records = [own.step() for _ in range(8)]
+        found.append([value for r in records for value in (r.loss, r.balance_loss)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[0][-1] > 1.001
+
+
+def test_balance_without_a_loss_evens_the_load_out() -> None:
+    def busiest(**options: Any) -> float:
+        """Returns the load of the busiest expert over the mean, late in a run."""
+        own = trainer(steps=30, is_fresh=True, learning_rate=1e-6, balance_weight=0.0, **options)
+        loads = [own.step().expert_load[("gen", 1)] for _ in range(30)]
+        total = torch.tensor(loads[15:]).sum(0)
+        return float(total.max() / total.double().mean())
+
+    assert busiest() > 1.9  # nearly all tokens take the same half
+    assert busiest(balance_rate=0.01) < 1.2
+
+
+def test_collapsed_routers_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    even, fallen = {"gen.1": [5, 5, 5, 5]}, {"gen.1": [10, 10, 0, 0]}
+    (line,) = judge_routers([{"expert_load": even}] * 20, 2)
+    assert "entropy of the load 1.000" in line
+    assert not caplog.text
+    # Only the last tenth counts.
+    told = judge_routers([{"expert_load": even}] * 18 + [{"expert_load": fallen}] * 2, 2)
+    assert "gen.1: 2 of 4 experts used by no token, 2 by all" in "\n".join(told)
+    assert "collapsed in 1 of 1 blocks" in caplog.text
+    assert judge_routers([{"expert_load": fallen}], None) == ()
+
+
+def test_held_out_loss_is_that_of_the_model_alone() -> None:
+    own = trainer(steps=2, eval_every=1, learning_rate=1e-2)
+    own._held_out = Mixed(own.model)  # type: ignore[assignment]
+    before = own.held_out_loss()
+    assert own.held_out_loss() == before
+    whole = trainer(micro_batch_size=4)
+    whole._held_out = Mixed(whole.model)  # type: ignore[assignment]
+    assert whole.held_out_loss() == pytest.approx(before, rel=1e-5)
+    records = [own.step(), own.step()]
+    assert all(r.held_out_loss not in (None, before) for r in records)
+    assert records[1].held_out_loss == own.held_out_loss()
+    assert "held_out_loss" not in whole.step().to_dict()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_passes_of_a_step_add_up(dtype: torch.dtype, tolerance: float) -> None:
-    # The balance loss is no sum over tokens, so it alone depends on the division.
-    whole = trainer(micro_batch_size=4, balance_weight=0.0, dtype=dtype)
-    divided = trainer(micro_batch_size=1, balance_weight=0.0, dtype=dtype)
+    whole = trainer(micro_batch_size=4, dtype=dtype)
+    divided = trainer(micro_batch_size=1, dtype=dtype)
     first, second = whole.step(), divided.step()
     assert first.loss == pytest.approx(second.loss, rel=tolerance / 10)
     assert first.grad_norm == pytest.approx(second.grad_norm, rel=tolerance)

@@ -70,7 +70,7 @@ def test_magnitude_and_random_need_no_statistics(model: models.Official) -> None
             assert score(name, model).keys() == {"und", "gen"}
         else:
             refused(f"{name}: .*statistics must be given", score, name, model)
-    own = list(score("random", models.Bailing(), seed=1)["text"].values())
+    own = list(score("random", models.Bailing(), seed=1)["und"].values())
     assert len({tuple(scores.tolist()) for scores in own}) == len(own)  # each expert its own draw
 
 

@@ -203,14 +203,14 @@ def test_a_layer_that_adds_nothing_is_the_first_to_go() -> None:
     for name, weight in model.model.layers[1].named_parameters():
         if "down_proj" in name or "dense" in name:
             weight.zero_()
-    with measure_similarity(model, ["text"]) as measured:
+    with measure_similarity(model, ["und"]) as measured:
         model(torch.arange(12)[None])
     result = measured.result()
     assert result.layers[1]["block"] == pytest.approx(1, abs=1e-6)
-    assert result.redundant("text", 1) == (1,)
-    assert result.redundant("text", 1, "ffn") == (1,)
-    assert result.redundant("text", 3) == (0, 1, 2)
-    assert result.redundant("text", 0) == ()
+    assert result.redundant("und", 1) == (1,)
+    assert result.redundant("und", 1, "ffn") == (1,)
+    assert result.redundant("und", 3) == (0, 1, 2)
+    assert result.redundant("und", 0) == ()
     assert "component  layer" in result.to_text()
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from sparse_unified.analysis import plots
 from sparse_unified.analysis.sweep import SweepResult
 
-COST = {"parameters": 10, "weight_bytes": 40, "flops": 20, "seconds": 0.1, "peak_bytes": 50}
+COST = {"parameters": 10, "weight_bytes": 40, "flops": 20, "peak_bytes": 50}
+COST |= {"seconds": 0.1, "seconds_range": (0.1, 0.1)}
 RATIOS = (0.75, 0.5, 0.25)
 
 
@@ -62,6 +63,8 @@ def activation_map(component: str, num_ranges: int) -> dict[str, Any]:
         "overlap": torch.rand(4).tolist(),
         "steps": torch.rand(4).tolist() if num_ranges > 1 else [None] * 4,
         "chance": 0.15,
+        "never_by_time": torch.rand(4, num_ranges).tolist(),
+        "always_by_time": torch.rand(4, num_ranges).tolist(),
     }
 
 
@@ -69,7 +72,7 @@ def test_every_picture_is_written_and_not_empty(tmp_path: Path) -> None:
     maps = [activation_map("und", 1), activation_map("gen", 10)]
     result = SweepResult(run={}, tasks={"generation": task() | {"activation": maps}})
     written = plots.write_plots(result, tmp_path / "plots")
-    kinds = ("similarity", "sensitivity", "activation", "overlap")
+    kinds = ("similarity", "sensitivity", "activation", "overlap", "never-always")
     assert [path.name for path in written] == [f"{kind}-generation.png" for kind in kinds]
     for path in written:
         pixels = np.asarray(Image.open(path).convert("L"))

@@ -98,3 +98,16 @@ def test_damaged_lines_missing_files_and_wrong_counts_are_refused(tmp_path: Path
         (prompts, None, Task.EDITING, None),
     ):
         refused(r"--(prompts|images): .* must", read_samples, path, images, task, count)
+
+
+def test_records_of_training_are_samples(tmp_path: Path) -> None:
+    models.pictures(tmp_path, 1)
+    picture = next(tmp_path.glob("*.png"))
+    record = {"image": picture.name, "text": "a bench", "question": "what", "answer": "bench"}
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    (drawn,) = read_samples(file)
+    assert (drawn.prompt, drawn.image, drawn.sources) == ("a bench", picture, ())
+    (asked,) = read_samples(file, task=Task.UNDERSTANDING)
+    assert (asked.prompt, asked.answer) == ("what", "bench")
+    assert (asked.image, asked.sources) == (None, (picture,))

@@ -71,7 +71,7 @@ def inputs_of(model: Any, tokens: Tensor) -> dict[Any, Tensor]:
         ffn.module.register_forward_hook(
             lambda _, given, __, key=ffn.key: seen.update({key: given[0].flatten(0, -2)})
         )
-        for ffn in find_adapter(model).ffns("text")
+        for ffn in find_adapter(model).ffns("und")
     ]
     with torch.no_grad():
         model(tokens)
@@ -87,9 +87,9 @@ def test_sums_and_active_sets_are_those_of_what_each_ffn_saw(model: models.Baili
     samples = {"a": ids(1), "b": ids(2, 5)}
     statistics = gather(model, samples)
     seen = [inputs_of(model, tokens) for tokens in samples.values()]
-    for ffn in find_adapter(model).ffns("text"):
+    for ffn in find_adapter(model).ffns("und"):
         x = torch.cat([own[ffn.key] for own in seen if ffn.key in own])
-        sums = statistics.of("text", "text")[ffn.key]
+        sums = statistics.of("text", "und")[ffn.key]
         weights = (ffn.gate_proj.double(), ffn.up_proj.double())
         exact = reference.ffn_importance(x.double(), *weights, 0.05)
         assert sums.tokens.tolist() == [len(x), 0, 0, 0]
@@ -99,7 +99,7 @@ def test_sums_and_active_sets_are_those_of_what_each_ffn_saw(model: models.Baili
             assert torch.count_nonzero(own[1:]) == 0
         mean = sums.mean_abs()
         torch.testing.assert_close(mean, exact[0] / len(x), rtol=1e-5, atol=1e-6)
-    ffn, active = find_adapter(model).ffns("text")[0], statistics.of("text", "text")[0].active
+    ffn, active = find_adapter(model).ffns("und")[0], statistics.of("text", "und")[0].active
     for own, x in zip(unpack_bits(active), (found[0] for found in seen), strict=True):
         mean = (F.silu(x @ ffn.gate_proj.t()) * (x @ ffn.up_proj.t())).abs().mean(0)
         assert own[0].sum() == round(0.25 * models.WIDTH)
@@ -118,10 +118,10 @@ def test_observing_changes_nothing_and_ends(model: models.Bailing) -> None:
         assert torch.equal(out, expected)
         out.sum().backward()
         refused("samples must be distinct", collector.begin, "a")
-    first = collector.statistics().of("text", "text")[0]
+    first = collector.statistics().of("text", "und")[0]
     assert not first.sum_abs.requires_grad
     model(ids(1))
-    assert torch.equal(collector.statistics().of("text", "text")[0].tokens, first.tokens)
+    assert torch.equal(collector.statistics().of("text", "und")[0].tokens, first.tokens)
     with pytest.raises(KeyError), collect(model, "text"):
         raise KeyError
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -185,7 +185,7 @@ def test_experts_count_the_tokens_that_are_routed_to_them(shared: int) -> None:
 
 
 def test_overlaps_are_mean_jaccard_indices(statistics: FfnStatistics) -> None:
-    own = statistics.of("text", "text")[0]
+    own = statistics.of("text", "und")[0]
 
     def overlaps(sets: list[Any], tokens: list[Any]) -> Any:
         """Of [S][R][I] and [S][R], the overlaps of samples and of steps."""
@@ -267,7 +267,7 @@ def test_merging_equals_one_pass_over_both(model: models.Bailing) -> None:
     both = merged.merge(other)
     assert both.tasks == ("text", "captions")
     assert both.samples == {"text": tuple(samples), "captions": ("a",)}
-    means = [own.of("captions", "text")[0].mean_abs() for own in (both, other)]
+    means = [own.of("captions", "und")[0].mean_abs() for own in (both, other)]
     assert torch.equal(*means)
 
 
@@ -279,7 +279,7 @@ def test_what_does_not_fit_together_is_not_merged(
     others = {"samples": {"text": ("x", "y", "z")}}
     for other in (
         gather(model, {"a": ids(1)}),  # a sample twice
-        dataclasses.replace(statistics, **others, model_hashes={"text": "0" * 16}),
+        dataclasses.replace(statistics, **others, model_hashes={"und": "0" * 16}),
         dataclasses.replace(statistics, **others, config=StatisticsConfig(num_time_ranges=3)),
         dataclasses.replace(statistics, **others, ffns=fewer),
     ):
@@ -287,7 +287,7 @@ def test_what_does_not_fit_together_is_not_merged(
 
 
 def test_sums_that_are_no_sums_are_refused(statistics: FfnStatistics) -> None:
-    key = ("text", "text", 0)
+    key = ("text", "und", 0)
     right = statistics.ffns[key]
     for name, value in (
         *(("sum_abs", right.sum_abs + value) for value in (math.nan, math.inf, -9)),
@@ -309,7 +309,7 @@ def test_files_that_are_no_statistics_are_refused(statistics: Any, tmp_path: Pat
         ("config", '{"threshold": -1}'),
         ("samples", '{"text": ["a"]}'),
         ("samples", '{"talk": ["a", "b", "c"]}'),
-        ("ffns", '[["text", "text", 0, null]]'),
+        ("ffns", '[["text", "und", 0, null]]'),
         ("model_hashes", "{}"),
     ):
         save_file(tensors, path, metadata | {name: value})
@@ -376,4 +376,16 @@ def test_any_model_is_calibrated_by_how_it_is_run() -> None:
     batches = [torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7]])]
     statistics = calibrate(model, "captions", batches, run=model)
     assert statistics.samples == {"captions": ("0", "1")}
-    assert int(statistics.of("captions", "text")[0].tokens.sum()) == 5
+    assert int(statistics.of("captions", "und")[0].tokens.sum()) == 5
+
+
+def test_neurons_that_no_sample_or_every_sample_uses_are_counted() -> None:
+    model = models.Bailing()
+    statistics = gather(model, {"a": torch.arange(3, 9)[None], "b": torch.arange(9, 15)[None]})
+    sums = statistics.of("text", "und")[0]
+    sets = unpack_bits(sums.active[:, 0])[:, : models.WIDTH]
+    never, always = sums.never_and_always()
+    assert float(never[0]) == float((~sets[0] & ~sets[1]).double().mean()) > 0
+    assert float(always[0]) == float((sets[0] & sets[1]).double().mean())
+    alone = gather(model, {"a": torch.arange(3, 9)[None]}).of("text", "und")[0]
+    assert alone.never_and_always()[0].isnan().all()

@@ -24,7 +24,7 @@ from sparse_unified.analysis import (
     run_sweep,
     score,
 )
-from sparse_unified.analysis.sweep import open_store
+from sparse_unified.analysis.store import open_store
 from sparse_unified.surgery import PruneWidthConfig, changed
 from sparse_unified.surgery.decoder import find_adapter
 
@@ -55,7 +55,7 @@ def text_probe(model: Any, task: str = "text", **evaluators: Any) -> Probe:
 
 def config(**changes: Any) -> SweepConfig:
     fields: dict[str, Any] = {
-        "components": ("text",),
+        "components": ("und",),
         "axes": ("depth", "width"),
         "ratios": (0.5, 1.0),
         "criterion": "magnitude",
@@ -86,7 +86,8 @@ def test_models_that_are_not_bagel_are_swept_and_left_alone(
     task = sweep(model, tmp_path / "out", config={"axes": axes}).tasks["text"]
     assert_left_alone(before, model)
     names = [(row["axis"], row["keep_ratio"]) for row in task["points"]]
-    assert names == [(axis, ratio) for axis in axes for ratio in (1.0, 0.5)]
+    half = {"depth": 2 / 3, "width": 0.5, "heads": 0.5}  # of three layers, two stay
+    assert names == [(axis, ratio) for axis in axes for ratio in (1.0, half[axis])]
     for row in task["points"][::2]:
         assert row["metrics"] == task["dense"] == loss(model)
         assert row["after"]["flops"] == row["before"]["flops"] == task["cost"]["flops"]
@@ -141,7 +142,31 @@ def test_models_of_the_official_structure_are_swept(tmp_path: Path) -> None:
 
 def comparable(result: Any) -> Any:
     """Drops the times, which no two runs share."""
-    return json.loads(result.to_json(), object_hook=lambda d: (d.pop("seconds", None) and d) or d)
+    times = ("seconds", "seconds_range")
+    drop = lambda found: {k: v for k, v in found.items() if k not in times}  # noqa: E731
+    return json.loads(result.to_json(), object_hook=drop)
+
+
+def test_ratios_are_those_that_are_kept_and_points_are_measured_once(tmp_path: Path) -> None:
+    changes = {"axes": ("heads",), "ratios": (0.125, 0.25, 0.5, 0.67, 0.9)}
+    result = sweep(models.qwen(), tmp_path / "out", config=changes)
+    points = result.tasks["text"]["points"]
+    assert [row["keep_ratio"] for row in points] == [1.0, 0.5]  # of two groups of heads
+    table = result.to_text()
+    assert " -> " in table
+    whole = next(line for line in table.splitlines() if "nothing" in line)
+    assert "x)" not in whole
+
+
+def test_shards_of_a_sweep_are_one_sweep(tmp_path: Path) -> None:
+    model = models.qwen()
+    whole = sweep(model, tmp_path / "whole")
+    first = sweep(model, tmp_path / "out", shard=(0, 2))
+    assert len(first.tasks["text"]["points"]) == 2
+    assert not (tmp_path / "out" / "results.json").exists()
+    both = sweep(model, tmp_path / "out", shard=(1, 2))
+    assert comparable(both) == comparable(whole)
+    assert (tmp_path / "out" / "results.json").exists()
 
 
 def test_measured_criteria_rank_what_the_task_uses(tmp_path: Path) -> None:
@@ -150,7 +175,7 @@ def test_measured_criteria_rank_what_the_task_uses(tmp_path: Path) -> None:
     task = sweep(model, tmp_path / "out", config=changes).tasks["text"]
     statistics = FfnStatistics.load(tmp_path / "out" / "statistics-text.safetensors")
     assert statistics.samples == {"text": ("all",)}
-    scores = score(criterion, model, statistics)["text"]
+    scores = score(criterion, model, statistics)["und"]
     with changed(model, PruneWidthConfig(component="und", keep_ratio=0.5), scores):
         assert task["points"][1]["metrics"] == loss(model)
     (found,) = task["activation"]
@@ -198,9 +223,9 @@ def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
         sweep(model, out, [stop])
     assert_left_alone(before, model)
     lines = (out / "points.jsonl").read_text().splitlines()
-    assert [json.loads(line)["name"] for line in lines] == ["text-dense", "text-text-depth-1"]
+    assert [json.loads(line)["name"] for line in lines] == ["text-dense", "text-und-depth-1"]
     with (out / "points.jsonl").open("a") as stream:
-        stream.write('{"name": "text-text-depth-0.5", "met')  # torn by a kill
+        stream.write('{"name": "text-und-depth-0.5", "met')  # torn by a kill
     counting = text_probe(model, loss=Interrupting(100, ValueError()))
     resumed = sweep(model, out, [counting])
     assert comparable(resumed) == comparable(whole)
@@ -216,11 +241,11 @@ def test_nan_names_its_point_and_loses_nothing(tmp_path: Path) -> None:
 
     def broken(model: Any) -> dict[str, float]:
         found = loss(model)
-        narrow = find_adapter(model).ffns("text")[0].intermediate_size < models.WIDTH
+        narrow = find_adapter(model).ffns("und")[0].intermediate_size < models.WIDTH
         return {"loss": float("nan")} if narrow else found
 
     probe = text_probe(model, mine=evaluator(loss="lower")(broken))
-    with pytest.raises(ValueError, match=r"text-text-width-0.5: mine: metric loss must .* nan"):
+    with pytest.raises(ValueError, match=r"text-und-width-0.5: mine: metric loss must .* nan"):
         sweep(model, tmp_path / "out", [probe])
     assert_left_alone(before, model)
     fixed = text_probe(model, mine=loss)
@@ -266,7 +291,7 @@ BOTH = {"components": ("und", "gen")}
 @pytest.mark.parametrize(
     ("model", "changes", "word"),
     [
-        ("qwen", {"components": ("gen",)}, "component must be one of text"),
+        ("qwen", {"components": ("gen",)}, "component must be one of und"),
         ("qwen", {"layers": (7,)}, "layers"),
         ("qwen", {"ratios": (0.0,)}, "ratio"),
         ("qwen", {"ratios": (0.5, 0.5)}, "ratios"),

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, score
+from sparse_unified.analysis.criteria import Similarity
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 from sparse_unified.cli import main
@@ -53,6 +54,26 @@ def test_calibrate_writes_statistics_and_scores_that_prune_takes(
             assert torch.equal(read_tensor(header.tensors[f"{component}.{layer}"]), own)
     pruned = ["prune", str(model), str(tmp_path / "pruned"), "--scores", str(scores), "--quiet"]
     assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
+    # The file says what it is, and is refused by another model.
+    recipe = (tmp_path / "pruned" / "sparse_unified.json").read_text()
+    assert "file scores.safetensors (wanda, 2 of generation)" in recipe
+    capsys.readouterr()
+    again = ["prune", str(tmp_path / "pruned"), str(tmp_path / "again"), "--scores", str(scores)]
+    for words in ("--axis width", "--axis depth"):
+        named = [*again, "--component", "gen", "--keep-ratio", "0.5", *words.split(), "--quiet"]
+        assert main(named) == 1
+        assert "must be of this model, whose gen FFNs have" in capsys.readouterr().err
+    # Layers go by the similarity that was measured.
+    pruned[2] = str(tmp_path / "shallow")
+    arguments = ["--component", "gen", "--axis", "depth", "--keep-ratio", "0.5"]
+    assert main([*pruned, *arguments]) == 0
+    similarity = Similarity.of_scores(scores)
+    values = {e["layer"]: e["block"] for e in similarity.layers if e["component"] == "gen"}
+    (step,) = json.loads((tmp_path / "shallow" / "sparse_unified.json").read_text())["steps"]
+    count = len(values) - round(len(values) / 2)
+    gone = sorted(sorted(values, key=lambda n: -values[n])[:count])
+    assert step["config"]["layers"] == gone
+    assert gone
 
 
 def test_calibrate_merges_and_prints_json(model: Path, tmp_path: Path, capsys: Any) -> None:

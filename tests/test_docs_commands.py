@@ -47,6 +47,7 @@ REPLACED = (
     ("--steps 1000", "--steps 2"),
     ("steps=1000, batch_size=8", "steps=2, batch_size=1"),
     ("--warmup 50", "--warmup 1"),
+    ("--eval-data held-out", "--eval-data images"),
     ("warmup_steps=50", "warmup_steps=1"),
     ("--checkpoint-every 100", "--checkpoint-every 1"),
     ("--samples 32", "--samples 1"),
@@ -65,6 +66,7 @@ ADDED: dict[str, tuple[str, ...]] = {
     "calibrate": SMALL,
     "expert-usage": ("--samples", "1", *SMALL),
     "analyze": ("--samples", "1", *SMALL, "--max-tokens", "3", "--repeats", "1", "--no-plots"),
+    "evaluate": ("--samples", "1", *SMALL, "--max-tokens", "3"),
     "adapt": ("--batch-size", "1", "--max-side", "32"),
     "bench": ("--repeats", "1", "--dtype", "float32"),
 }
@@ -77,6 +79,7 @@ NOT_RUN = {
     "python experiments/full_scale.py": "writes a model of 29 GB",
     "python examples/miniature train": "takes an hour",
     "torchrun --nproc-per-node 8 examples/automodel.py": "tests/test_automodel.py runs it, tiny",
+    "sparse-unified decoder": "tests/test_cli_decoder.py runs it on a tiny text encoder",
     "sparse-unified doctor": "tests/test_doctor.py runs it on a few of the checks",
     "sparse-unified app": "serves until interrupted; tests/test_cli_generate.py opens the page",
     "sparse-unified push": "uploads; tests/test_bagel_hub.py does",

@@ -36,7 +36,7 @@ from sparse_unified.analysis.bagel_task import read_metadata
 from sparse_unified.analysis.criteria import Similarity
 from sparse_unified.analysis.samples import Task, read_samples
 from sparse_unified.analysis.samples import read_lines as read_text_lines
-from sparse_unified.analysis.sweep import open_store, read_records
+from sparse_unified.analysis.store import open_store, read_records
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.images import open_image, to_rgb
 from sparse_unified.bagel.loading import load_bagel
@@ -212,6 +212,7 @@ def make_statistics(root: Path) -> Path:
 
 
 COST = {"parameters": 3, "weight_bytes": 12, "flops": 6, "seconds": 0.1, "peak_bytes": 24}
+COST["seconds_range"] = [0.1, 0.2]
 POINT = {
     **{"name": "text-und-depth-0.5", "task": "text", "component": "und", "axis": "depth"},
     **{"keep_ratio": 0.5, "change": "one layer less", "skipped_layers": [1]},

@@ -13,14 +13,23 @@ from refusals import refused
 
 from miniature import digits, scenes
 from miniature.__main__ import main
-from miniature.data import training_data
+from miniature.data import training_data, write_records
 from miniature.evaluate import EvaluationConfig, evaluate
 from miniature.report import BEGIN, END, Verdict, fill_page, read_records, verdicts
 from miniature.study import StudyConfig, run_study
+from sparse_unified.analysis import Task, read_samples
 from sparse_unified.bagel.tokenizer import Tokenizer
+from sparse_unified.cli import main as command
 from sparse_unified.mini import MiniTask, load_pipeline, write_model
 from sparse_unified.mini.autoencoder import identity_autoencoder
-from sparse_unified.mini.model import TOKENIZER, WEIGHTS, encode, new_model, trained_weights
+from sparse_unified.mini.model import (
+    TOKENIZER,
+    WEIGHTS,
+    encode,
+    new_model,
+    trained_weights,
+    vocabulary,
+)
 
 SMALL = StudyConfig(seeds=(0,), steps=2, batch_size=16, questions=6, velocities=6, pictures=1)
 
@@ -217,3 +226,25 @@ def test_a_verdict_needs_every_seed() -> None:
     assert result(0.1, -0.2) == "undecided"
     assert result(-0.1, 0.0) == "does not hold"
     assert result() == "not run"
+
+
+def test_its_data_are_records_that_commands_read(tmp_path: Path) -> None:
+    path = write_records(MiniTask.SCENES, tmp_path / "data", 2)
+    drawn = read_samples(path)[0]
+    asked = read_samples(path, task=Task.UNDERSTANDING)[0]
+    assert drawn.image is not None
+    assert asked.answer in vocabulary()
+    assert asked.sources[0].name == "0-seen.png"
+    model = write_model(MiniTask.SCENES, tmp_path / "model")
+    options = ["--steps", "1", "--batch-size", "2", "--quiet", "--data", str(path)]
+    assert command(["adapt", str(model), str(tmp_path / "out"), *options, "--stage", "full"]) == 0
+
+
+def test_words_outside_the_vocabulary_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer.from_directory(TOKENIZER)
+    tokenizer.encode("a red square")
+    assert not caplog.text
+    for _ in range(2):
+        tokenizer.encode("a photo of a bench")
+    assert caplog.text.count("outside the model's vocabulary") == 1
+    assert "bench, photo" in caplog.text

@@ -56,8 +56,8 @@ HEAVY = (
 CEILINGS = {
     "conversion": (11, 149),
     "sparse load": (22, 171),
-    "calibration": (20, 183),
-    "prune with scores": (11, 159),
+    "calibration": (21, 187),
+    "prune with scores": (11, 162),
     "denoising step": (12, 31),
 }
 

@@ -156,24 +156,22 @@ def test_kept_inputs_are_what_the_ffn_saw_and_the_same_tokens_everywhere(tmp_pat
     model = models.Bailing()
     ids = {name: torch.randint(3, 60, (1, 9)) for name in "abc"}
     seen: list[Tensor] = []
-    (first,) = (f for f in find_adapter(model).ffns("text") if f.key == 0)
+    (first,) = (f for f in find_adapter(model).ffns("und") if f.key == 0)
     handle = first.module.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
     whole = gather(model, ids)
     handle.remove()
-    kept = whole.inputs("text")[0]
+    kept = whole.inputs("und")[0]
     assert list(kept.shape) == [6, models.HIDDEN]
     rows = torch.cat(seen).bfloat16().float()
     assert all(bool((rows == x).all(1).any()) for x in kept)
     # Parts add up to one pass, whatever their order.
     parts = [gather(model, {name: ids[name]}) for name in "cab"]
     merged = parts[0].merge(*parts[1:])
-    assert all(
-        torch.equal(merged.inputs("text")[key], x) for key, x in whole.inputs("text").items()
-    )
+    assert all(torch.equal(merged.inputs("und")[key], x) for key, x in whole.inputs("und").items())
     whole.save(tmp_path / "s.safetensors")
     loaded = FfnStatistics.load(tmp_path / "s.safetensors")
-    assert torch.equal(loaded.inputs("text")[0], kept)
-    assert gather(model, ids, count=99).of("text", "text")[0].inputs.shape[0] == 27
+    assert torch.equal(loaded.inputs("und")[0], kept)
+    assert gather(model, ids, count=99).of("text", "und")[0].inputs.shape[0] == 27
 
 
 # Files

@@ -47,18 +47,18 @@ def test_qwen_is_one_component_from_wherever_it_is_held(path: str) -> None:
     host = model.get_submodule(path)
     adapter = find_adapter(host)
     layers = model.model.language_model.layers
-    assert adapter.components == ("text",)
-    assert [ffn.module for ffn in adapter.ffns("text")] == [layer.mlp for layer in layers]
-    assert host.get_submodule(adapter.ffns("text")[1].name) is layers[1].mlp
-    assert adapter.block(0, "text").attention is layers[0].self_attn
+    assert adapter.components == ("und",)
+    assert [ffn.module for ffn in adapter.ffns("und")] == [layer.mlp for layer in layers]
+    assert host.get_submodule(adapter.ffns("und")[1].name) is layers[1].mlp
+    assert adapter.block(0, "und").attention is layers[0].self_attn
 
 
 def test_experts_of_a_mixture_are_ffns_of_their_own() -> None:
     model = models.Bailing()
     adapter = find_adapter(model)
-    ffns = adapter.ffns("text")
-    assert adapter.components == ("text",)
-    assert adapter.block(1, "text").attention is model.model.layers[1].attention
+    ffns = adapter.ffns("und")
+    assert adapter.components == ("und",)
+    assert adapter.block(1, "und").attention is model.model.layers[1].attention
     assert ffns[0].key == 0  # the first layer is dense
     in_layer_1 = [ffn for ffn in ffns if ffn.layer == 1]
     names = [*(f"model.layers.1.mlp.experts.{i}" for i in range(models.EXPERTS))]
@@ -85,7 +85,7 @@ def test_what_fits_nothing_or_is_not_there_is_an_error_that_names_what_was_found
     fused = models.Bailing()
     fused.model.layers[1].mlp.experts = nn.Linear(2, 2)
     refused(
-        "experts must be a list of modules, got a Linear", lambda: find_adapter(fused).ffns("text")
+        "experts must be a list of modules, got a Linear", lambda: find_adapter(fused).ffns("und")
     )
 
 
@@ -194,7 +194,7 @@ def test_a_model_is_changed_for_as_long_as_the_block_runs(
     before, whole = state(model), count(model)
     scores = None
     if config.mode == "width":
-        ffns = find_adapter(model).ffns("gen" if make is models.bagel else "text")
+        ffns = find_adapter(model).ffns("gen" if make is models.bagel else "und")
         scores = {ffn.key: torch.rand(ffn.intermediate_size) for ffn in ffns}
     for given in (scores, None):
         with changed(model, config, given, forward=lambda: run(model)) as said:
@@ -212,9 +212,9 @@ def test_a_model_is_changed_for_as_long_as_the_block_runs(
 @DECODERS
 def test_narrower_ffns_are_those_with_the_other_neurons_at_zero(make: Any) -> None:
     model, masked = make(), make()
-    ffns = find_adapter(model).ffns("text")
+    ffns = find_adapter(model).ffns("und")
     scores = {ffn.key: torch.zeros(ffn.intermediate_size) for ffn in ffns}
-    for ffn, same in zip(ffns, find_adapter(masked).ffns("text"), strict=True):
+    for ffn, same in zip(ffns, find_adapter(masked).ffns("und"), strict=True):
         scores[ffn.key][::3] = 1
         same.down_proj[:, scores[ffn.key] == 0] = 0
     dense, whole = run(model), count(model)
@@ -232,7 +232,7 @@ def test_narrower_ffns_are_those_with_the_other_neurons_at_zero(make: Any) -> No
 def test_skipped_parts_are_not_run_and_add_nothing(make: Any, part: str, gone: list[int]) -> None:
     model = make()
     adapter = find_adapter(model)
-    blocks = [adapter.block(i, "text") for i in range(models.LAYERS)]
+    blocks = [adapter.block(i, "und") for i in range(models.LAYERS)]
     dense, ran = run(model), []
     for i, block in enumerate(blocks):
         modules = {
@@ -248,9 +248,9 @@ def test_skipped_parts_are_not_run_and_add_nothing(make: Any, part: str, gone: l
         assert set(ran) == set(range(models.LAYERS)) - set(gone)
         assert next_tokens(model, cached=True) == next_tokens(model, cached=False)
         if part != "block":
-            assert [adapter.holds(i, "text") for i in range(3)] == [i not in gone for i in range(3)]
+            assert [adapter.holds(i, "und") for i in range(3)] == [i not in gone for i in range(3)]
         if part == "ffn":
-            assert {ffn.layer for ffn in adapter.ffns("text")} == set(range(3)) - set(gone)
+            assert {ffn.layer for ffn in adapter.ffns("und")} == set(range(3)) - set(gone)
     assert torch.equal(run(model), dense)
     for i in gone:
         zero(getattr(blocks[i], {"block": "layer_module"}.get(part, part)))
@@ -263,7 +263,7 @@ def test_dropped_heads_are_those_with_their_output_at_zero(make: Any, kept: int)
     model, masked = make(), make()
     for each in (model, masked):
         for layer in (0, 2):  # the group that matters: values count
-            attention = read_attention(find_adapter(each), "text", layer)
+            attention = read_attention(find_adapter(each), "und", layer)
             assert (attention.groups, attention.queries) == (2, 2)
             linear, start = attention.inputs[2]
             rows = slice(start + kept * attention.size, start + (kept + 1) * attention.size)
@@ -275,7 +275,7 @@ def test_dropped_heads_are_those_with_their_output_at_zero(make: Any, kept: int)
         torch.testing.assert_close(run(model), run(masked), rtol=0, atol=1e-6)
         assert (run(model) - dense).abs().max() > 1e-4
         assert next_tokens(model, cached=True) == next_tokens(model, cached=False)
-        smaller = read_attention(find_adapter(model), "text", 0)
+        smaller = read_attention(find_adapter(model), "und", 0)
         assert (smaller.groups, smaller.queries) == (1, 2)
         assert count(model) < whole
     assert torch.equal(run(model), dense)
@@ -304,7 +304,7 @@ def _several_kinds(attention: Any) -> None:
 def test_what_cannot_be_done_is_refused(change: Any, config: Any, match: str) -> None:
     model = models.qwen()
     if change is not None:
-        change(find_adapter(model).block(2, "text").attention)
+        change(find_adapter(model).block(2, "und").attention)
     before = state(model)
     with pytest.raises(ValueError, match=match), changed(model, config, forward=lambda: run(model)):
         pass

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_unified import SkipLayersConfig, prune_heads_, skip_layers_
 from sparse_unified.bagel import Bagel, BagelConfig, Segment, pack_training
 from sparse_unified.bagel.images import ContextImage
-from sparse_unified.bagel.model import TrainingOutput, balance_loss, expert_load
+from sparse_unified.bagel.model import Routing, TrainingOutput, expert_load, router_losses
 from sparse_unified.bagel.packing import LatentSegment, TextSegment, VitSegment
 from sparse_unified.bagel.sampler import see_images
 from sparse_unified.bagel.vision import patchify
@@ -145,9 +145,15 @@ def test_a_batch_costs_what_its_sequences_cost_alone(model: Bagel) -> None:
     for name in ("text_loss_sum", "image_loss_sum"):
         expected = sum(getattr(one, name) for one in alone)
         torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=0)
-    for key, load in together.expert_load.items():
-        own = [one.expert_load[key] for one in alone if key in one.expert_load]
-        assert torch.equal(load, sum(own))
+    for key, found in together.routing.items():
+        own = [one.routing[key] for one in alone if key in one.routing]
+        assert torch.equal(found.load, sum(one.load for one in own))
+        assert found.tokens == sum(one.tokens for one in own)
+    # The losses of the parts of a whole add up to its own.
+    loads = {key: (found.load, found.tokens) for key, found in together.routing.items()}
+    parts = zip(*(router_losses(one.routing, loads) for one in alone), strict=True)
+    for part, expected in zip(parts, router_losses(together.routing), strict=True):
+        torch.testing.assert_close(sum(part), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_sequences_are_padded_together_where_it_costs_little(config: BagelConfig) -> None:
@@ -169,7 +175,8 @@ def test_sequences_are_padded_together_where_it_costs_little(config: BagelConfig
 def gradients(model: Bagel, **options: bool) -> dict[str, Tensor]:
     model.zero_grad()
     out = losses(model, sequences(model.config), **options)
-    total = out.text_loss_sum + out.image_loss_sum + out.balance_loss + 0.1 * out.router_z_loss
+    balance, z_loss = router_losses(out.routing)
+    total = out.text_loss_sum + out.image_loss_sum + balance + 0.1 * z_loss
     total.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -186,11 +193,15 @@ def test_checkpointing_changes_no_gradient_and_every_parameter_learns(model: Bag
 
 
 def test_balance_loss_is_one_when_even_and_grows_when_one_expert_takes_all() -> None:
+    def balance_of(logits: Tensor) -> float:
+        sums = (logits.softmax(-1).sum(0), torch.zeros(()), torch.zeros(1), len(logits))
+        return float(router_losses({("gen", 0): Routing(expert_load(logits, 1), *sums)})[0])
+
     even = torch.eye(4).repeat(3, 1) * 1e-3
-    assert balance_loss(even, expert_load(even, 1)) == pytest.approx(1.0, abs=1e-6)
+    assert balance_of(even) == pytest.approx(1.0, abs=1e-6)
     one = torch.tensor([[9.0, 0, 0, 0]]).repeat(5, 1)
     assert expert_load(one, 1).tolist() == [5, 0, 0, 0]
-    assert float(balance_loss(one, expert_load(one, 1))) > 3.9
+    assert balance_of(one) > 3.9
 
     # Ties load the experts that routing chooses.
     logits = torch.zeros(6, 8)

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also where this folder itself is run
 
+from miniature.data import write_records
 from miniature.report import fill_page, read_records, to_json, to_text, write_plot
 from miniature.study import PARTS, StudyConfig, run_study
 from miniature.train import DENSE, LOG_EVERY, train_dense
@@ -25,6 +26,10 @@ def _train(options: argparse.Namespace) -> None:
         options.out,
         progress=lambda r: r.step % LOG_EVERY or print(f"step {r.step}: loss {r.loss:.4f}"),
     )
+
+
+def _data(options: argparse.Namespace) -> None:
+    print(write_records(MiniTask(options.task), Path(options.out), options.count, options.seed))
 
 
 def _study(options: argparse.Namespace) -> None:
@@ -51,7 +56,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs train, study or report."""
+    """Runs train, data, study or report."""
     parser = argparse.ArgumentParser(prog="python examples/miniature")
     actions = parser.add_subparsers(required=True)
     tasks = [task.value for task in MiniTask]
@@ -62,6 +67,13 @@ def main(argv: list[str] | None = None) -> None:
     steps = ", ".join(f"{task.value} {training.steps}" for task, training in DENSE.items())
     train.epilog = f"Steps: {steps}."
     train.set_defaults(run=_train)
+
+    data = actions.add_parser("data", help="write training data for adapt, calibrate, evaluate")
+    data.add_argument("task", choices=tasks)
+    data.add_argument("out", help="folder of pictures and records.jsonl, to be made")
+    data.add_argument("--count", type=int, default=256, help="pictures of each kind")
+    data.add_argument("--seed", type=int, default=0)
+    data.set_defaults(run=_data)
 
     study = actions.add_parser("study", help="run the study, or what is missing of it")
     study.add_argument("out", help="folder of records, one for each part")

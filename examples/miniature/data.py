@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from miniature import digits, scenes
@@ -130,3 +133,32 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
     moved = pixels.roll(shift, dim)
     moved.select(dim, 0 if shift > 0 else -1).fill_(-1.0)
     return moved
+
+
+def write_records(task: MiniTask, folder: Path, count: int, seed: int = 0) -> Path:
+    """Writes training data as files: pictures, and records of them as `adapt` and analysis read.
+
+    Args:
+        task: whose.
+        folder: to make; it gets pictures and `records.jsonl`.
+        count: pictures with a prompt, and as many with a question.
+        seed: of what is drawn.
+
+    Returns:
+        the file of the records.
+    """
+    data, generator = training_data(task), torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        index = number % (len(data) // 2)
+        drawn, prompt = data.picture(index, generator)
+        seen, ((question, answer), *_) = data.questions(index, generator)
+        for name, pixels in (("drawn", drawn), ("seen", seen)):
+            values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            Image.fromarray(values.permute(1, 2, 0).numpy()).save(folder / f"{number}-{name}.png")
+        lines.append({"image": f"{number}-drawn.png", "text": prompt})
+        lines.append({"image": f"{number}-seen.png", "question": question, "answer": answer})
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -57,10 +57,13 @@ class TrainingConfig:
         ema_decay: d of the average ema <- d ema + (1 - d) weight (None: no average is kept).
         ce_weight: of the cross-entropy, averaged over the predicted text tokens of a step.
         mse_weight: of the flow-matching error, averaged over the noised latent tokens of a step.
-        balance_weight: of the load-balance loss, averaged over the passes.
-        z_weight: of the router z-loss, averaged over the passes.
+        balance_weight: of the load-balance loss over all tokens of a step.
+        balance_rate: balance without a loss: how much the logit of an expert with too few tokens
+            rises in a step, and that of one with too many falls (0: not at all).
+        z_weight: of the router z-loss over all tokens of a step.
         seed: of the order of the data and of everything that is drawn.
         checkpointing: keep no activations of layers; compute them again for the backward pass.
+        eval_every: steps between losses on held-out data, which the last step has too.
         optimizer_device: where gradients, float32 master weights, moments and average are kept,
             "cpu" for instance (None: with the model).
     """
@@ -80,9 +83,11 @@ class TrainingConfig:
     ce_weight: float = 1.0
     mse_weight: float = 1.0
     balance_weight: float = 0.01
+    balance_rate: float = 0.0
     z_weight: float = 0.0
     seed: int = 0
     checkpointing: bool = False
+    eval_every: int | None = None
     optimizer_device: str | None = None
 
     @context("TrainingConfig")
@@ -91,9 +96,18 @@ class TrainingConfig:
             check_int(name, getattr(self, name), least)
         check_int("seed", self.seed, 0, 2**63 - 1)
         rates = ("learning_rate", "min_learning_rate", "weight_decay")
-        for name in (*rates, "ce_weight", "mse_weight", "balance_weight", "z_weight"):
+        for name in (
+            *rates,
+            "ce_weight",
+            "mse_weight",
+            "balance_weight",
+            "balance_rate",
+            "z_weight",
+        ):
             check_number(name, getattr(self, name), 0)
         check_number("eps", self.eps, _ABOVE_ZERO)
+        if self.eval_every is not None:
+            check_int("eval_every", self.eval_every, 1)
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, _ABOVE_ZERO)
         if self.ema_decay is not None:
@@ -174,6 +188,7 @@ class RunConfig:
         cache_latents: encode every image once and keep its latent beside the states.
         streaming: read shards as they come, through `datasets` but not into its cache on disk, and
             shuffle them in blocks.
+        eval_data: held-out data, a path as the data itself, on which the loss is measured.
         max_damaged: records with a damaged image that a process skips; one more ends the run.
         workers: loader workers of each process, which read, decode and resize the images of the
             next step while a step runs (0: none, images are read between steps).
@@ -195,6 +210,7 @@ class RunConfig:
     report_to: tuple[str, ...] = ()
     cache_latents: bool = False
     streaming: bool = False
+    eval_data: str | None = None
     max_damaged: int = 10
     workers: int = 2
 

@@ -156,6 +156,17 @@ class Optimizer:
         self._assign()
 
     @torch.no_grad()
+    def add(self, name: str, change: Tensor) -> None:
+        """Adds to a whole weight, past the gradient; every process gives the same."""
+        parameter: Any = self.parameters[name]
+        if _is_sharded(parameter):
+            from torch.distributed.tensor import distribute_tensor
+
+            change = _local(distribute_tensor(change, parameter.device_mesh, parameter.placements))
+        self.weights[name].add_(change.to(self.weights[name]))
+        self._assign()
+
+    @torch.no_grad()
     def clear(self) -> None:
         """Forgets the gradient of a step that is not taken."""
         torch._foreach_zero_(list(self.gradients.values()))

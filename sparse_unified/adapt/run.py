@@ -15,7 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from sparse_unified._common import Progress, Report, StrPath, context, optional
+from sparse_unified.adapt.collapse import judge_routers
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.adapt.data import (
     ImageDataset,
@@ -73,6 +74,16 @@ class AdaptReport(Report):
     stage: str  # what was trained
     component: str  # of which component
     resumed_from: int  # the step it went on from, 0 from scratch
+    told: tuple[str, ...] = ()  # lines on the use of experts; their loads are in the log
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in Report.to_dict(self).items() if name != "told"}
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return Report.table(self)[:-1]
+
+    def notes(self) -> Sequence[str]:
+        return self.told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +221,7 @@ def adapt(
         stage=run.trained,
         component=run.component,
         resumed_from=resumed_from,
+        told=judge_routers(read_log(running / LOG), source.top_k) if is_first else (),
     )
 
 
@@ -256,6 +268,7 @@ def _prepare(
         raise ValueError(f"{running} must not exist, got an earlier run; --resume goes on with it")
     source.experts  # noqa: B018  (refuses whatever disagrees)
     _tracker_kinds(run.report_to)
+    config = replace(config, seed=stage_seed(config.seed, source))
 
     records: Any = open_stream(data) if run.streaming else open_records(data)
     tokenizer = Tokenizer.from_directory(source.directory)
@@ -287,10 +300,26 @@ def _prepare(
     }
     if lora is not None:
         identity["lora"] = [lora.r, lora.lora_alpha, lora.target_modules]
+    held_out = None
+    if run.eval_data is not None:
+        held_out = ImageDataset(open_records(run.eval_data), pipeline, run, None)
     trainer = Trainer(
-        pipeline.model, dataset, config, identity=identity, device=run.device, fill=fill
+        pipeline.model,
+        dataset,
+        config,
+        identity=identity,
+        held_out=held_out,
+        device=run.device,
+        fill=fill,
     )
     return source, running, dataset, trainer, lora
+
+
+def stage_seed(seed: int, source: Checkpoint) -> int:
+    """Returns the seed of a run on a model: another one after each stage that the model has had,
+    so that stages with one `--seed` do not see the same texts in the same order."""
+    stages = sum(isinstance(step.config, AdaptConfig) for step in source.recipe)
+    return (seed + 1_000_003 * stages) % 2**63
 
 
 @contextmanager

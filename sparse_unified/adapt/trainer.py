@@ -2,8 +2,9 @@
 """Training of a BAGEL in memory, on one process or sharded over several.
 
 A step is `batch_size` sequences in `passes` forward and backward passes, which the processes share
-out. Every loss is normalised by the tokens of the whole step, so neither the division into passes
-nor the number of processes changes what is computed, but for the rounding of sums.
+out. Every loss is normalised by the tokens of the whole step, and balance is that of all of them,
+so neither the division into passes nor the number of processes changes what is computed, but for
+the rounding of sums.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from sparse_unified._common import StrPath
 from sparse_unified.adapt.config import TrainingConfig
-from sparse_unified.adapt.data import ImageDataset, in_order
+from sparse_unified.adapt.data import ImageDataset, in_order, sequence_generator
 from sparse_unified.adapt.optimizer import (
     Optimizer,
     num_processes,
@@ -31,7 +32,7 @@ from sparse_unified.adapt.optimizer import (
     this_process,
 )
 from sparse_unified.adapt.saving import load_state, save_state
-from sparse_unified.bagel.model import Bagel, training_forward
+from sparse_unified.bagel.model import Bagel, Routing, router_losses, training_forward
 from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.nn import SparseMoE
@@ -45,14 +46,16 @@ class StepRecord:
     loss: float  # the weighted sum that was minimised
     text_loss: float | None  # mean cross-entropy of predicted text tokens, nats; None without any
     image_loss: float | None  # mean squared error of noised latent tokens; None without any
-    balance_loss: float  # mean over the passes
-    router_z_loss: float  # mean over the passes
+    balance_loss: float  # of all tokens of the step, mean over the sparse blocks
+    router_z_loss: float  # the same
     grad_norm: float  # of the gradient before it was clipped
     learning_rate: float  # that was used
     tokens: int  # of the step, all kinds and processes
     seconds: float  # wall time of the step
     # {(component, layer): tokens of each expert}
     expert_load: dict[tuple[str, int], list[int]]
+    # Text and image loss, weighted, of held-out data after the step; None where not measured.
+    held_out_loss: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,8 +93,11 @@ class SequenceDataset(Protocol):
         ...
 
 
+Key = tuple[str, int]  # component and layer of a sparse block
+
+
 class TrainingPass(nn.Module):
-    """The model and its weighted loss, as one module that can be sharded as a whole."""
+    """The model and its losses, as one module that can be sharded as a whole."""
 
     def __init__(self, model: Bagel, config: TrainingConfig) -> None:
         super().__init__()
@@ -100,22 +106,14 @@ class TrainingPass(nn.Module):
 
     def forward(
         self, batch: TrainingBatch, text_tokens: int, image_tokens: int
-    ) -> tuple[Tensor, Tensor, dict[tuple[str, int], Tensor]]:
-        """Returns the share of a pass in the loss of its step, that with its parts, expert loads.
+    ) -> tuple[Tensor, Tensor, dict[Key, Routing]]:
+        """Returns the share of a pass in text and image loss of its step, and what blocks did.
 
         `text_tokens` and `image_tokens` are those of the whole step.
         """
-        config = self._config
-        out = training_forward(self.model, batch, checkpointing=config.checkpointing)
-        parts = (
-            out.text_loss_sum / max(1, text_tokens),
-            out.image_loss_sum / max(1, image_tokens),
-            out.balance_loss / config.passes,
-            out.router_z_loss / config.passes,
-        )
-        weights = (config.ce_weight, config.mse_weight, config.balance_weight, config.z_weight)
-        loss = torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum()
-        return loss, torch.stack([loss, *parts]), out.expert_load
+        out = training_forward(self.model, batch, checkpointing=self._config.checkpointing)
+        text, image = out.text_loss_sum, out.image_loss_sum
+        return text / max(1, text_tokens), image / max(1, image_tokens), out.routing
 
 
 class Trainer:
@@ -136,6 +134,7 @@ class Trainer:
         identity: plain values that a saved state must have in common with a run that goes on.
         device: where a model on the meta device gets its memory, once it is sharded.
         fill: of such a model: called then, to read the values of the rows in this process.
+        held_out: sequences that are not trained on, whose loss is measured now and then.
 
     Raises:
         ValueError: there is nothing to train, or the passes of a step do not divide over the
@@ -155,7 +154,13 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         fill: Callable[[], None] | None = None,
+        held_out: SequenceDataset | None = None,
     ) -> None:
+        if not isinstance(model, Bagel):
+            raise TypeError(
+                f"Trainer: model must be a Bagel, got {type(model).__name__}; of other models, "
+                "`freeze` chooses what their own training loop trains"
+            )
         if len(dataset) < 1:
             raise ValueError("Trainer: dataset must hold a sequence, got none")
         if config.passes % num_processes():
@@ -170,6 +175,7 @@ class Trainer:
         self.steps_done = 0
         self._sequences: Iterator[Sequence[Segment]] | None = None  # from the next step on
         self._waiting: list[TrainingBatch] = []  # of the next step
+        self._held_out = held_out
         self._identity = dict(identity or {})
         self._pass = TrainingPass(model, config)
         layers, place = model.language_model.model.layers, torch.device(device or model.device)
@@ -181,12 +187,12 @@ class Trainer:
             )
             fill()
         self.optimizer = Optimizer(model, config)
-        self._experts = [
-            ((component, n), ffn.num_experts)
+        self._blocks = {
+            (component, n): ffn
             for component, name in FFN_NAMES.items()
             for n, layer in enumerate(layers)
             if isinstance(ffn := getattr(layer, name), SparseMoE)
-        ]
+        }
 
     def step(self) -> StepRecord:
         """Takes the next step.
@@ -201,24 +207,41 @@ class Trainer:
         own = [(batch.text_tokens, batch.image_tokens, batch.num_tokens) for batch in batches]
         counts = sum_over_processes(torch.tensor(own, device=device).sum(0))
         text_tokens, image_tokens, tokens = counts.tolist()
-        losses = []
-        loads = {key: torch.zeros(n, dtype=torch.int64, device=device) for key, n in self._experts}
+        weights = (config.ce_weight, config.mse_weight, config.balance_weight, config.z_weight)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        seen: dict[Key, Routing] = {}  # sums over the passes, without a graph
+        is_balanced = bool(self._blocks) and (config.balance_weight or config.z_weight)
+        whole: dict[Key, tuple[Tensor, int]] = {}
         with _deterministic(device), self.optimizer.accumulating():
-            for batch in batches:
-                total, parts, load = self._pass(batch, text_tokens, image_tokens)
+            # Balance is that of the whole step, so that passes after the first are routed before.
+            ahead = batches[1:] if is_balanced else []
+            with torch.no_grad():
+                for batch in ahead:
+                    _add(seen, self._pass(batch, text_tokens, image_tokens)[-1])
+            for number, batch in enumerate(batches):
+                text, image, routing = self._pass(batch, text_tokens, image_tokens)
+                if number == 0 or not ahead:
+                    _add(seen, routing)
+                if number == 0 and is_balanced:
+                    whole = self._whole(seen)
+                parts = (text, image, *(router_losses(routing, whole) if whole else ()))
+                total = torch.stack([w * p for w, p in zip(weights, parts, strict=False)]).sum()
                 # Without a graph nothing that trains took part: routers in a pass of text alone.
                 if total.requires_grad:
                     total.backward()
-                losses.append(parts.detach())
-                for key, tokens_of_experts in load.items():  # none of a component without tokens
-                    loads[key] += tokens_of_experts
-        found = sum_over_processes(torch.stack(losses).double().sum(0)).tolist()
+                sums += torch.stack([text.detach(), image.detach()])
+        whole = whole or self._whole(seen)
+        found = [*sum_over_processes(sums).tolist(), *self._router_losses(seen, whole)]
+        loss = sum(w * part for w, part in zip(weights, found, strict=True))
         rate = config.learning_rate_at(self.steps_done)
-        norm = self._update(found[0], rate)
+        norm = self._update(loss, rate)
+        if config.balance_rate:
+            self._even_out(seen, whole)
         self.steps_done += 1
         self._waiting = []
-        flat = iter(sum_over_processes(torch.cat([*loads.values()])).tolist() if loads else ())
-        loss, text_loss, image_loss, balance_loss, router_z_loss = found
+        every, is_last = config.eval_every, self.steps_done == config.steps
+        is_due = is_last or (every is not None and self.steps_done % every == 0)
+        text_loss, image_loss, balance_loss, router_z_loss = found
         return StepRecord(
             step=self.steps_done,
             loss=loss,
@@ -229,9 +252,81 @@ class Trainer:
             grad_norm=norm,
             learning_rate=rate,
             tokens=tokens,
-            expert_load={key: list(islice(flat, len(load))) for key, load in loads.items()},
+            expert_load={key: whole[key][0].tolist() for key in self._blocks},
+            held_out_loss=self.held_out_loss() if is_due and self._held_out is not None else None,
             seconds=time.perf_counter() - start,
         )
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Returns text and image loss, weighted, over all held-out sequences.
+
+        Their noise and order are those of the seed, so that two measurements differ by the model.
+        """
+        data, config, device = self._held_out, self.config, self.model.device
+        if data is None:
+            raise ValueError("held_out_loss: Trainer must have held_out data, got none")
+        size = config.batch_size // config.passes
+        passes = -(-len(data) // size)
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # Sharded weights are gathered by all processes at once: each makes as many passes.
+        for first in range(0, passes, num_processes()):
+            number = first + this_process()
+            indices = range(number % passes * size, min((number % passes + 1) * size, len(data)))
+            draws = [sequence_generator(config.seed, 0, index) for index in indices]
+            sequences = [data.sequence(i, own) for i, own in zip(indices, draws, strict=True)]
+            batch = pack_training(self.model.config, sequences).to(device)
+            text, image, _ = self._pass(batch, 1, 1)
+            if number < passes:
+                tokens = (float(batch.text_tokens), float(batch.image_tokens))
+                sums += sums.new_tensor([float(text), float(image), *tokens])
+        text_sum, image_sum, texts, images = sum_over_processes(sums).tolist()
+        text_part = config.ce_weight * text_sum / max(1, texts)
+        return text_part + config.mse_weight * image_sum / max(1, images)
+
+    def _whole(self, seen: Mapping[Key, Routing]) -> dict[Key, tuple[Tensor, int]]:
+        """Returns load and number of tokens of every block over the whole step, all processes."""
+        if not self._blocks:
+            return {}
+        empty = torch.zeros((), dtype=torch.int64, device=self.model.device)
+        loads = [
+            seen[key].load if key in seen else empty.expand(block.num_experts)
+            for key, block in self._blocks.items()
+        ]
+        joined = sum_over_processes(torch.cat(loads))
+        split = joined.split([len(load) for load in loads])
+        sizes = zip(self._blocks.items(), split, strict=True)
+        return {key: (load, int(load.sum()) // block.top_k) for (key, block), load in sizes}
+
+    def _router_losses(
+        self, seen: Mapping[Key, Routing], whole: Mapping[Key, tuple[Tensor, int]]
+    ) -> list[float]:
+        """Returns balance loss and z-loss of the step."""
+        own = torch.stack(router_losses(seen, whole)).double().to(self.model.device)
+        return sum_over_processes(own).tolist()
+
+    @torch.no_grad()
+    def _even_out(
+        self, seen: Mapping[Key, Routing], whole: Mapping[Key, tuple[Tensor, int]]
+    ) -> None:
+        """Lifts the logits of experts with too few tokens by `balance_rate`, and lowers the others.
+
+        A bias by expert, which grows while its load is below the mean, balances without a loss
+        whose gradient disturbs the others (arXiv 2408.15664). Files have no place for one, so it is
+        written into the router, along the mean of its inputs: w_e += rate * sign * m / |m|^2.
+        """
+        for key, (load, tokens) in whole.items():
+            gate = self._blocks[key].gate.weight
+            own = torch.zeros(gate.shape[1], device=self.model.device)
+            own += seen[key].inputs if key in seen else 0
+            mean = sum_over_processes(own) / max(1, tokens)
+            mean = mean / mean.square().sum().clamp_min(torch.finfo(mean.dtype).tiny)
+            sign = (load.double().mean() - load).sign().to(mean)
+            name = f"language_model.model.layers.{key[1]}.{FFN_NAMES[key[0]]}."
+            for router in ("gate", "gate_img"):
+                if f"{name}{router}.weight" in self.optimizer.parameters:
+                    change = self.config.balance_rate * sign[:, None] * mean
+                    self.optimizer.add(f"{name}{router}.weight", change)
 
     def _update(self, loss: float, rate: float) -> float:
         """Updates the weights and returns the gradient's norm; refuses what is not finite."""
@@ -306,6 +401,16 @@ class Trainer:
             sequences = list(islice(self._sequences, size))
             self._waiting.append(pack_training(self.model.config, sequences))
         return self._waiting
+
+
+def _add(seen: dict[Key, Routing], routing: Mapping[Key, Routing]) -> None:
+    """Adds what blocks did in a pass, without its graph."""
+    for key, own in routing.items():
+        own = own._replace(probability=own.probability.detach(), z=own.z.detach())
+        if (before := seen.get(key)) is not None:
+            pairs: Any = zip(before, own, strict=True)
+            own = Routing(*(old + new for old, new in pairs))
+        seen[key] = own
 
 
 @contextmanager

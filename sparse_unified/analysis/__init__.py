@@ -6,12 +6,13 @@
 
 Reading order: `statistics` and `calibration` (what neurons do), `criteria` (what is ranked),
 `samples`, `evaluators`, `bagel_task` (what a model is run on and measured by), `sweep` (smaller
-models, point by point), `expert_usage`, `plots`.
+models, point by point), `evaluate` (several models side by side), `expert_usage`, `plots`.
 """
 
 from sparse_unified.analysis.bagel_task import Settings, bagel_probe, write_geneval
 from sparse_unified.analysis.calibration import calibrate, collect
 from sparse_unified.analysis.criteria import CRITERIA, measure_similarity, save_scores, score
+from sparse_unified.analysis.evaluate import evaluate
 from sparse_unified.analysis.evaluators import Probe, evaluator, measure_cost
 from sparse_unified.analysis.expert_usage import expert_usage
 from sparse_unified.analysis.plots import write_plots
@@ -32,6 +33,7 @@ __all__ = [
     "built_in_samples",
     "calibrate",
     "collect",
+    "evaluate",
     "evaluator",
     "expert_usage",
     "measure_cost",

@@ -20,7 +20,7 @@ from torch import Tensor
 from sparse_unified._common import Progress, StrPath, check_int, choice, context
 from sparse_unified.analysis.evaluators import Evaluator, Probe, directions
 from sparse_unified.analysis.samples import Sample, Task, read_lines
-from sparse_unified.bagel import BagelPipeline, Guidance
+from sparse_unified.bagel import BagelPipeline, Guidance, SamplingConfig
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.images import open_image
 from sparse_unified.bagel.pipeline import choose_sizes, generate_tokens
@@ -29,6 +29,11 @@ from sparse_unified.bagel.vision import patchify
 from sparse_unified.checkpoint.files import read_object, replace_file
 
 _MAX_LOSS = 700.0  # exp of more is no double
+# Fields of `Settings` that are arguments of `generate`; those of guidance are official where None.
+GUIDANCE = (
+    *("timestep_shift", "cfg_text_scale", "cfg_img_scale"),
+    *("cfg_interval", "cfg_renorm_min", "cfg_renorm_type"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,13 @@ class Settings:
         times: at which the velocity is measured on held-out pairs, 1 being noise.
         max_length: most tokens of an answer, its start marker included.
         batch_size: most images computed together.
+        timestep_shift: of the time grid; this and what follows as `SamplingConfig` has it, None the
+            official value for text to image or for editing.
+        cfg_text_scale: weight of the prompt.
+        cfg_img_scale: weight of the image.
+        cfg_interval: times at which guidance is on.
+        cfg_renorm_min: least factor of the renormalisation.
+        cfg_renorm_type: what guidance is renormalised over.
     """
 
     size: tuple[int, int] | None = None
@@ -48,6 +60,12 @@ class Settings:
     times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     max_length: int = 64
     batch_size: int = 4
+    timestep_shift: float | None = None
+    cfg_text_scale: float | None = None
+    cfg_img_scale: float | None = None
+    cfg_interval: tuple[float, float] | None = None
+    cfg_renorm_min: float | None = None
+    cfg_renorm_type: str | None = None
 
     def __post_init__(self) -> None:
         with context("Settings"):
@@ -56,11 +74,21 @@ class Settings:
             check_int("batch_size", self.batch_size, 1)
             if not self.times or not all(0 < time <= 1 for time in self.times):
                 raise ValueError(f"times must be above 0 and at most 1, got {self.times}")
+            SamplingConfig(**self.guidance())
+
+    def guidance(self) -> dict[str, Any]:
+        """Returns the fields of guidance that are not the official ones."""
+        given = {name: getattr(self, name) for name in GUIDANCE}
+        return {name: value for name, value in given.items() if value is not None}
 
     def sampling(self) -> dict[str, Any]:
         """Returns the arguments of `generate`."""
-        sizes = {"size": self.size, "num_timesteps": self.num_timesteps}
+        sizes = {"size": self.size, "num_timesteps": self.num_timesteps, **self.guidance()}
         return {**sizes, "batch_size": self.batch_size, "progress": False}
+
+    def stated(self) -> dict[str, Any]:
+        """Returns plain values, those of guidance only where they are not the official ones."""
+        return {k: v for k, v in asdict(self).items() if k not in GUIDANCE} | self.guidance()
 
 
 # Running
@@ -88,9 +116,9 @@ def run_task(
             kind = type(model).__name__
             raise ValueError(f"model must be a BagelPipeline, or come with run, got a {kind} alone")
         if choice("task", Task, task) is Task.UNDERSTANDING:
-            run = partial(_answer, model, settings)
+            run = partial(answer_tokens, model, settings)
         else:
-            run = partial(_generate, model, settings)
+            run = partial(generate_samples, model, settings)
     for index, sample in enumerate(samples):
         if progress is not None:
             progress(index, len(samples))
@@ -102,13 +130,14 @@ def run_task(
 
 
 @torch.no_grad()
-def _answer(pipeline: BagelPipeline, settings: Settings, sample: Sample) -> list[int]:
+def answer_tokens(pipeline: BagelPipeline, settings: Settings, sample: Sample) -> list[int]:
     """Returns the tokens of the likeliest answer to a question."""
     asked = question_context(pipeline, sample)
     return generate_tokens(pipeline.model, [asked], max_length=settings.max_length)[0]
 
 
-def _generate(pipeline: BagelPipeline, settings: Settings, *samples: Sample) -> Any:
+def generate_samples(pipeline: BagelPipeline, settings: Settings, *samples: Sample) -> Any:
+    """Generates or edits an image for each sample, all in one call."""
     return pipeline.generate(
         [sample.prompt for sample in samples],
         images=[_open_all(sample) for sample in samples],
@@ -191,18 +220,26 @@ class DenseDistance:
         self.dense = self._latents_and_pixels(pipeline)
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
-        latent, image = 0.0, 0.0
-        found = self._latents_and_pixels(pipeline)
-        for (x, pixels), (x0, pixels0) in zip(found, self.dense, strict=True):
-            latent += float((x - x0).norm() / x0.norm())
-            image += float((pixels - pixels0).square().mean().sqrt())
-        count = len(self.samples)
-        return {"latent_distance": latent / count, "image_distance": image / count}
+        found = zip(self._latents_and_pixels(pipeline), self.dense, strict=True)
+        each = [distances(own, dense) for own, dense in found]
+        return {name: sum(own[name] for own in each) / len(each) for name in self.better}
 
     def _latents_and_pixels(self, pipeline: BagelPipeline) -> list[tuple[Tensor, Tensor]]:
-        result = _generate(pipeline, self.settings, *self.samples)
-        pixels = [torch.from_numpy(np.array(image)).float() / 255 for image in result.images]
-        return list(zip(result.latents, pixels, strict=True))
+        result = generate_samples(pipeline, self.settings, *self.samples)
+        return list(zip(result.latents, map(pixels_of, result.images), strict=True))
+
+
+def pixels_of(image: Any) -> Tensor:
+    """Returns an image as [height, width, 3] fp32 in 0 to 1."""
+    return torch.from_numpy(np.array(image)).float() / 255
+
+
+def distances(found: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Returns how far latent and pixels of one image are from those of the dense model."""
+    (x, pixels), (x0, pixels0) = found, dense
+    latent = float((x - x0).norm() / x0.norm())
+    image = float((pixels - pixels0).square().mean().sqrt())
+    return {"latent_distance": latent, "image_distance": image}
 
 
 @dataclass(slots=True)
@@ -222,25 +259,39 @@ class TextAgreement:
 
     def prepare(self, pipeline: BagelPipeline) -> None:
         """Takes the answers of the dense model."""
-        eos, most = pipeline.model.config.special_tokens.eos, self.settings.max_length
-        answers = (_answer(pipeline, self.settings, sample) for sample in self.samples)
-        self.answers = [ids + [eos] * (len(ids) < most) for ids in answers]
+        answers = (answer_tokens(pipeline, self.settings, sample) for sample in self.samples)
+        self.answers = [finished(pipeline, self.settings, ids) for ids in answers]
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
-        special = pipeline.model.config.special_tokens
-        agreed, tokens, loss, reference_tokens = 0, 0, 0.0, 0
-        for sample, answer in zip(self.samples, self.answers, strict=True):
-            context = question_context(pipeline, sample)
-            logits, wanted = _teacher_forced(pipeline, context, answer)
-            agreed += int((logits.argmax(-1) == wanted).sum())
-            tokens += len(wanted)
-            if sample.answer is not None:
-                ids = [special.bos, *pipeline.tokenizer.encode(sample.answer), special.eos]
-                logits, wanted = _teacher_forced(pipeline, context, ids)
-            loss += F.cross_entropy(logits, wanted, reduction="sum").item()
-            reference_tokens += len(wanted)
-        mean = min(loss / reference_tokens, _MAX_LOSS)
-        return {"text_agreement": agreed / tokens, "perplexity": math.exp(mean)}
+        pairs = zip(self.samples, self.answers, strict=True)
+        sums = [compare_text(pipeline, sample, answer) for sample, answer in pairs]
+        agreed, tokens, loss, reference_tokens = map(sum, zip(*sums, strict=True))
+        return {"text_agreement": agreed / tokens, "perplexity": perplexity(loss, reference_tokens)}
+
+
+def finished(pipeline: BagelPipeline, settings: Settings, ids: list[int]) -> list[int]:
+    """Returns the tokens of an answer with its end marker, unless it was cut off."""
+    return ids + [pipeline.model.config.special_tokens.eos] * (len(ids) < settings.max_length)
+
+
+def compare_text(
+    pipeline: BagelPipeline, sample: Sample, answer: Sequence[int]
+) -> tuple[int, int, float, int]:
+    """Returns how many of the tokens of an answer are the model's first choice, of how many; and
+    the negative log likelihood of the reference answer, or else of this one, and its tokens."""
+    special = pipeline.model.config.special_tokens
+    context = question_context(pipeline, sample)
+    logits, wanted = _teacher_forced(pipeline, context, answer)
+    agreed, tokens = int((logits.argmax(-1) == wanted).sum()), len(wanted)
+    if sample.answer is not None:
+        ids = [special.bos, *pipeline.tokenizer.encode(sample.answer), special.eos]
+        logits, wanted = _teacher_forced(pipeline, context, ids)
+    return agreed, tokens, F.cross_entropy(logits, wanted, reduction="sum").item(), len(wanted)
+
+
+def perplexity(loss: float, tokens: float) -> float:
+    """Returns exp of the mean negative log likelihood, or of 700, if that is less."""
+    return math.exp(min(loss / tokens, _MAX_LOSS))
 
 
 def _teacher_forced(
@@ -305,7 +356,7 @@ def bagel_probe(
         workload=workload,
         description={
             "samples": [sample.fingerprint() for sample in samples],
-            "settings": asdict(settings),
+            "settings": settings.stated(),
         },
     )
 
@@ -339,10 +390,12 @@ def write_geneval(
     num_images: int = 4,
     seed: int = 0,
     settings: Settings | None = None,
+    prompts: Sequence[int] | None = None,
 ) -> Path:
     """Generates the images of every prompt into the folders that the official scorer reads.
 
-    Image i of a prompt has the seed `seed` + i, so that models are compared at equal noise. Prompts
+    The noise of an image is that of its prompt and number and of no other image, so that models are
+    compared at equal noise: image i of prompt p has the seed `seed` + p * `num_images` + i. Prompts
     that an interrupted run has completed are kept. Returns `out`.
 
     Args:
@@ -350,12 +403,14 @@ def write_geneval(
         metadata: of `read_metadata`.
         out: the folder of the folders; made if it is not there.
         num_images: per prompt.
-        seed: of the first image of each prompt.
-        settings: size and steps.
+        seed: of the first image.
+        settings: size, steps and guidance.
+        prompts: numbers of those to generate; None is all.
     """
     sampling = (settings or Settings()).sampling()
     out = Path(out)
-    for index, entry in enumerate(metadata):
+    for index in range(len(metadata)) if prompts is None else prompts:
+        entry = metadata[index]
         samples, described = out / f"{index:05}" / "samples", out / f"{index:05}" / "metadata.jsonl"
         files = [samples / f"{i:05}.png" for i in range(num_images)]
         text = json.dumps(entry).encode()
@@ -364,7 +419,7 @@ def write_geneval(
             continue
         samples.mkdir(parents=True, exist_ok=True)
         described.unlink(missing_ok=True)
-        seeds = [(seed + i) % 2**63 for i in range(num_images)]
+        seeds = [(seed + index * num_images + i) % 2**63 for i in range(num_images)]
         images = pipeline.generate([entry["prompt"]] * num_images, seed=seeds, **sampling).images
         for file, image in zip(files, images, strict=True):
             buffer = io.BytesIO()
@@ -394,7 +449,8 @@ class GenEvalImages:
     ) -> None:
         self.metadata, self.scorer, self.options = metadata, scorer, options
         self.out = self.folder = Path(out)
-        self.better = {"geneval_images": "higher"}
+        # How many images there are is no quality of a model.
+        self.better: dict[str, str] = {}
         if scorer is not None:
             self.better = directions(scorer, where="GenEvalImages: scorer")
 
@@ -404,6 +460,4 @@ class GenEvalImages:
 
     def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:
         write_geneval(pipeline, self.metadata, self.folder, **self.options)
-        if self.scorer is not None:
-            return self.scorer(self.folder)
-        return {"geneval_images": len(list(self.folder.glob("*/samples/*.png")))}
+        return {} if self.scorer is None else self.scorer(self.folder)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import Report, StrPath, check_int, list_some, naming
-from sparse_unified.analysis.statistics import FfnStatistics
+from sparse_unified.analysis.statistics import FfnStatistics, hash_ffns
 from sparse_unified.checkpoint.files import NUMBER, has_form, read_json
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.safetensors_io import save_tensors
+from sparse_unified.checkpoint.scores import ORIGIN, read_origin
 from sparse_unified.experts.keep import check_scores, column_norms, magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import Block, Ffn, FfnKey, find_adapter
 from sparse_unified.surgery.temporary import join_experts
@@ -117,10 +119,27 @@ def score(
     return scores
 
 
-def save_scores(path: StrPath, scores: Mapping[str, Mapping[FfnKey, Tensor]]) -> None:
+def save_scores(
+    path: StrPath,
+    scores: Mapping[str, Mapping[FfnKey, Tensor]],
+    *,
+    criterion: str = "given",
+    statistics: FfnStatistics | None = None,
+    model: object = None,
+    similarity: Similarity | None = None,
+) -> None:
     """Writes scores as a file that `convert` and `prune` take with `--scores`.
 
     Of a sparse layer, the scores of its experts are joined in expert order, the shared one first.
+    The file says where they come from; `convert` and `prune` refuse those of another model.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        scores: of `score`.
+        criterion: what they are.
+        statistics: they are computed from.
+        model: they are of; None takes the hashes of the statistics.
+        similarity: of the layers, by which `prune --axis depth --keep-ratio` chooses.
 
     Raises:
         ValueError: there are none, or a component is not one of a checkpoint.
@@ -133,7 +152,17 @@ def save_scores(path: StrPath, scores: Mapping[str, Mapping[FfnKey, Tensor]]) ->
     tensors = {f"{c}.{layer}": own for c, layers in joined.items() for layer, own in layers.items()}
     if not tensors:
         raise ValueError(f"{path}: scores must be given for at least one layer, got none")
-    save_tensors(Path(path), tensors)
+    hashes = dict(statistics.model_hashes) if statistics else {}
+    if model is not None:
+        hashes = {component: hash_ffns(model, component) for component in scores}
+    samples = statistics.samples if statistics else {}
+    origin = {
+        "criterion": criterion,
+        "samples": {task: len(own) for task, own in samples.items()},
+        "model_hashes": hashes,
+        "similarity": list(similarity.layers) if similarity else [],
+    }
+    save_tensors(Path(path), tensors, {ORIGIN: json.dumps(origin)})
 
 
 # Layers, of which those go first that change the least of what passes through them. With
@@ -167,6 +196,37 @@ class Similarity(Report):
         if not has_form(found, {"layers": [_ENTRY]}):
             raise ValueError(f"{path}: layers must be cosines of each layer, got {found!r:.240}")
         return cls(layers=tuple(found["layers"]))
+
+    @classmethod
+    def of_scores(cls, path: StrPath) -> Similarity:
+        """Returns what `calibrate --scores` has measured; ValueError if the file has none."""
+        layers = (read_origin(path) or {"similarity": []})["similarity"]
+        if not layers or not has_form(layers, [_ENTRY]):
+            raise ValueError(
+                f"{path}: scores must hold the similarity of layers, as calibrate writes it, "
+                "got none"
+            )
+        return cls(layers=tuple(layers))
+
+    def left_out(
+        self,
+        component: str,
+        keep_ratio: float,
+        part: str = "block",
+        layers: Sequence[int] | None = None,
+    ) -> tuple[int, ...]:
+        """Returns the layers that go where max(1, round(keep_ratio * N)) of N stay; see
+        `redundant`."""
+        legal = [
+            own["layer"]
+            for own in self.layers
+            if own["component"] == component and (layers is None or own["layer"] in layers)
+        ]
+        if not legal:
+            raise ValueError(f"similarity: layers of {component} must have seen tokens, got none")
+        return self.redundant(
+            component, len(legal) - max(1, round(keep_ratio * len(legal))), part, legal
+        )
 
     def redundant(
         self,

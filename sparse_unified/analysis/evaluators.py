@@ -4,7 +4,7 @@
 An evaluator is called with the model, or with the pipeline that holds it, and returns the value of
 each metric that its attribute `better` names. Two more methods are called if they are there:
 `prepare(model)` with the dense model before anything is changed, and `begin(name)` with the name of
-each point of a sweep.
+each point of a sweep; one with `begin` may have no metrics, and write something for each point.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def evaluator(**better: str) -> Callable[[F], F]:
 def directions(function: object, *, where: str) -> dict[str, str]:
     """Returns which way each metric of an evaluator improves; ValueError if it is none."""
     declared: Any = getattr(function, "better", None)
-    is_mapping = isinstance(declared, Mapping) and bool(declared)
+    is_mapping = isinstance(declared, Mapping) and (declared or hasattr(function, "begin"))
     if not callable(function) or not is_mapping or set(declared.values()) - {"lower", "higher"}:
         raise ValueError(
             f"{where}: evaluator must be callable and declare its metrics by "
@@ -80,20 +80,24 @@ def measure(function: Evaluator, model: object, *, where: str) -> dict[str, floa
 
 def load_evaluator(name: str) -> Evaluator:
     """Loads an evaluator, named `module:function` or `path/to/file.py:function`."""
-    source, _, attribute = name.rpartition(":")
-    if not source or not attribute:
-        raise ValueError(f"--evaluator: name must be module:function, got {name!r}")
-    try:
-        if source.endswith(".py"):
-            found: Any = runpy.run_path(source).get(attribute)
-        else:
-            found = getattr(importlib.import_module(source), attribute, None)
-    except Exception as error:  # whatever the code of others raises
-        raise ValueError(
-            f"--evaluator: module {source} must be importable, got {type(error).__name__}: {error}"
-        ) from error
+    found: Evaluator = load_function(name, "--evaluator")
     directions(found, where=f"--evaluator: {name}")
     return found
+
+
+def load_function(name: str, option: str) -> Any:
+    """Loads what `module:function` or `path/to/file.py:function` names; None if it is not there."""
+    source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        raise ValueError(f"{option}: name must be module:function, got {name!r}")
+    try:
+        if source.endswith(".py"):
+            return runpy.run_path(source).get(attribute)
+        return getattr(importlib.import_module(source), attribute, None)
+    except Exception as error:  # whatever the code of others raises
+        raise ValueError(
+            f"{option}: module {source} must be importable, got {type(error).__name__}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +133,7 @@ class Probe:
 
 # Cost. Parameters and bytes are those of the tensors the model holds. FLOPs and the memory of
 # activations are counted over the operations of one real forward, so that what a transform claims
-# to have removed and still runs is seen. Time is the median of several forwards.
+# to have removed and still runs is seen. Time is the median of several forwards, with its range.
 
 
 # A forward, set up for the model as it is now: contexts of another model would not fit.
@@ -145,7 +149,7 @@ class Cost:
         parameters: of the model, in all.
         weight_bytes: of its parameters and buffers.
         flops: multiplications and additions of the forward's matrix products, attention included.
-        seconds: median of the forwards.
+        seconds: median of the forwards. seconds_range: the least and the most of them.
         peak_bytes: weights, and the most that the results of operations held at one time; what a
             kernel allocates inside is not seen.
     """
@@ -154,6 +158,7 @@ class Cost:
     weight_bytes: int
     flops: int
     seconds: float
+    seconds_range: tuple[float, float]
     peak_bytes: int
 
 
@@ -188,6 +193,7 @@ def measure_cost(model: nn.Module, workload: Workload, *, repeats: int = 5) -> C
         weight_bytes=weight_bytes,
         flops=flops.get_total_flops(),
         seconds=median(seconds),
+        seconds_range=(min(seconds), max(seconds)),
         peak_bytes=weight_bytes + memory.peak,
     )
 

@@ -61,6 +61,7 @@ def write_plots(result: SweepResult, folder: StrPath) -> list[Path]:
             if found["activation"]:
                 figures["activation"] = activation(task, found["activation"])
                 figures["overlap"] = overlap(task, found["activation"])
+                figures["never-always"] = never_always(task, found["activation"])
             for kind, figure in figures.items():
                 written.append(Path(folder) / f"{kind}-{task}.png")
                 figure.savefig(written[-1])
@@ -127,6 +128,19 @@ def activation(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
             panel.axvline(ranges.index(NO_TIME) - 0.5, color="white", lw=4, marker="")
         panel.set_title(own["component"])
         panel.set_xlabel("time, from noise to image" if len(ranges) > 1 else "")
+    return figure
+
+
+def never_always(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws the shares of never and of always active neurons, layer by timestep range."""
+    note = "share of the neurons among the active ones of no sample (above), of every one (below)"
+    figure, panels = _panels((2, len(maps)), (4.4, 3.0), f"Never or always active: {task}", note)
+    for above, own in zip(panels.T, maps, strict=True):
+        above[0].set_title(own["component"])
+        for panel, name in zip(above, ("never", "always"), strict=True):
+            values = np.array(own[f"{name}_by_time"], dtype=float)
+            _heat_map(figure, panel, values, own["ranges"], own["layers"], (0, 1), name)
+        above[1].set_xlabel("time, from noise to image" if len(own["ranges"]) > 1 else "")
     return figure
 
 

@@ -121,9 +121,10 @@ def read_samples(
     """Reads samples from a file.
 
     A `.jsonl` file has an object a line: `prompt`, and perhaps `source` (an image before it, or a
-    list), `image` (the image to be reached) and `answer`. Any other file has a prompt a line; the
-    images of the folder, sorted by name, then belong to the lines one by one: what generation
-    should lead to, or what editing and understanding start from.
+    list), `image` (the image to be reached) and `answer`; records as `adapt` takes them do too:
+    `text` is the prompt of what is drawn, `question` that of what `image` is looked at for. Any
+    other file has a prompt a line; the images of the folder, sorted by name, then belong to the
+    lines one by one: what generation should lead to, or what editing and understanding start from.
 
     Args:
         prompts: the file.
@@ -136,7 +137,8 @@ def read_samples(
     path, lines = Path(prompts), read_lines(prompts, "--prompts")
     if path.suffix == ".jsonl":
         folder = path.parent if images is None else _folder(images)
-        samples = [_parse(read_object(line, where), folder, where) for where, line in lines]
+        records = [(_of_training(read_object(line, where), task), where) for where, line in lines]
+        samples = [_parse(record, folder, where) for record, where in records if record]
     else:
         samples = [Sample(prompt=line) for _, line in lines]
         if images is not None:
@@ -190,6 +192,18 @@ def is_file_name(value: object) -> bool:
     """Tells whether a JSON value can name a file, there or not, within what file systems take."""
     is_path = isinstance(value, str) and "\0" not in value and len(value) <= 1024
     return is_path and all(len(part.encode()) <= 255 for part in str(value).split("/"))
+
+
+def _of_training(fields: dict[str, Any], task: Task) -> dict[str, Any] | None:
+    """Returns a record as `adapt` takes it under the names of a sample, None if the task has no
+    use for it, and others as they are."""
+    if "prompt" in fields or not {"text", "question"} & fields.keys():
+        return fields
+    if task is Task.UNDERSTANDING:
+        kept = {name: fields[name] for name in ("answer",) if name in fields}
+        asked = {"prompt": fields.get("question"), "source": fields.get("image"), **kept}
+        return asked if "question" in fields else None
+    return {"prompt": fields["text"], **fields} if "text" in fields else None
 
 
 def _parse(fields: dict[str, Any], folder: Path, where: str) -> Sample:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import StrPath, check_int, check_number, context, list_some, naming
-from sparse_unified.checkpoint import Checkpoint, keys, safetensors_io
-from sparse_unified.checkpoint.files import loads_strict, open_source
+from sparse_unified.checkpoint import Checkpoint, safetensors_io
+from sparse_unified.checkpoint.files import loads_strict
 from sparse_unified.checkpoint.modes import TOOL
-from sparse_unified.checkpoint.safetensors_io import TensorSpec
+from sparse_unified.checkpoint.scores import hash_dense_ffns, hash_weights, spaced
 from sparse_unified.surgery.decoder import FfnKey, find_adapter
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
@@ -46,7 +46,6 @@ TENSORS = {
     "input_draws": (torch.int64, "T"),
 }
 SUMMED = ("tokens", "sum_abs", "sum_squares", "num_fired")  # when merged; others are joined
-_HASHED = 256  # values of each weight that its hash looks at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +125,20 @@ class FfnSums:
             first, second = torch.triu_indices(len(sets), len(sets), 1)
             means.append((common / (sizes[:, None] + sizes - common))[first, second].mean())
         return torch.stack(means)
+
+    def never_and_always(self) -> tuple[Tensor, Tensor]:
+        """Returns the shares of neurons in the active set of no sample, and of every one, [R + 1].
+
+        NaN where fewer than two samples have tokens.
+        """
+        never, always = [], []
+        for column, seen in enumerate((self.sample_tokens > 0).unbind(1)):
+            sets = unpack_bits(self.active[seen, column])[:, : self.sum_abs.shape[1]]
+            count = sets.sum(0)
+            is_known = 1.0 if len(sets) > 1 else math.nan
+            never.append((count == 0).double().mean() * is_known)
+            always.append((count == len(sets)).double().mean() * is_known)
+        return torch.stack(never), torch.stack(always)
 
     def step_overlap(self) -> Tensor:
         """Returns the mean overlap of a sample's active sets in successive ranges of time.
@@ -252,6 +265,8 @@ class FfnStatistics:
                      mean over the ranges
             steps    [L] the same of one sample in successive ranges of time
             chance   what sets drawn at random would overlap by
+            never_by_time, always_by_time  [L][C] share of the neurons that are among the active
+                     ones of no sample, and of every sample
         """
         columns = [*range(self.config.num_time_ranges, 0, -1), 0]
         names, fraction = self.config.range_names(), self.config.active_fraction
@@ -259,14 +274,15 @@ class FfnStatistics:
         for component in self.components(task):
             layers: dict[int, list[list[Tensor]]] = {}  # of one FFN, or of each expert
             for key, sums in self.of(task, component).items():
-                numbers = (sums.firing_rate()[columns], sums.sample_overlap(), sums.step_overlap())
-                own = [numbers[0], *(overlap.nanmean() for overlap in numbers[1:])]
+                overlaps = (sums.sample_overlap(), sums.step_overlap())
+                own = [sums.firing_rate()[columns], *(overlap.nanmean() for overlap in overlaps)]
+                own += [shares[columns] for shares in sums.never_and_always()]
                 layers.setdefault(key if isinstance(key, int) else key[0], []).append(own)
-            firing, overlap, steps = (
+            firing, overlap, steps, never, always = (
                 torch.stack(
                     [torch.stack([e[i] for e in own]).nanmean(0) for own in layers.values()]
                 )
-                for i in range(3)
+                for i in range(5)
             )
             seen = (~firing.isnan().all(0)).nonzero()[:, 0]
             maps.append(
@@ -278,6 +294,8 @@ class FfnStatistics:
                     "overlap": plain(overlap),
                     "steps": plain(steps),
                     "chance": fraction / (2 - fraction),
+                    "never_by_time": plain(never[:, seen]),
+                    "always_by_time": plain(always[:, seen]),
                 }
             )
         return maps
@@ -315,12 +333,7 @@ class FfnStatistics:
 
     def check_checkpoint(self, checkpoint: Checkpoint, component: str) -> None:
         """Raises ValueError unless these are of the dense FFNs in a model directory."""
-        layers = checkpoint.ffns.get(component, {})
-        specs = (
-            (n, [checkpoint.spec(keys.dense_key(component, n, p)) for p in keys.PROJECTIONS])
-            for n in layers
-        )
-        self._check_hash(component, _hash((n, map(_read_spaced, own)) for n, own in specs))
+        self._check_hash(component, hash_dense_ffns(checkpoint, component))
 
     def _check_hash(self, component: str, own: str) -> None:
         if own != (known := self.model_hashes.get(component)):
@@ -428,8 +441,8 @@ def hash_ffns(model: object, component: str) -> str:
     has one hash whether it was loaded in fp32 or bf16; it reads little, and two models that differ
     in a few values alone may have the same.
     """
-    return _hash(
-        (ffn.key, [_spaced(w) for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)])
+    return hash_weights(
+        (ffn.key, [spaced(w) for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)])
         for ffn in find_adapter(model).ffns(component)
     )
 
@@ -438,38 +451,7 @@ def hash_model(model: torch.nn.Module) -> str:
     """Returns a hash of names, shapes, dtypes and evenly spaced values of all weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        shape, values = _spaced(weight.detach())
+        shape, values = spaced(weight.detach())
         digest.update(f"{name} {shape} {weight.dtype}".encode())
         digest.update(values.to("cpu", torch.float64).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-_Spaced = tuple[list[int], Tensor]  # the shape of a weight, and its spaced values
-
-
-def _hash(ffns: Iterable[tuple[FfnKey, Iterable[_Spaced]]]) -> str:
-    digest = hashlib.sha256()
-    for key, weights in ffns:
-        digest.update(f"{key!r}".encode())
-        for shape, values in weights:
-            digest.update(f" {shape}".encode())
-            rounded = values.bfloat16().cpu().view(torch.int16)
-            digest.update(rounded.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _spaced(weight: Tensor) -> _Spaced:
-    return list(weight.shape), weight.reshape(-1)[:: max(1, weight.numel() // _HASHED)]
-
-
-def _read_spaced(spec: TensorSpec) -> _Spaced:
-    """Reads the spaced values from a file, one by one."""
-    count, size = math.prod(spec.shape), spec.dtype.itemsize
-    places = range(0, count, max(1, count // _HASHED))
-    values = torch.empty(len(places), dtype=spec.dtype)
-    with open_source(spec.file, spec.stamp) as stream:
-        for value, place in zip(values, places, strict=True):
-            safetensors_io.read_bytes(
-                stream, spec.start + place * size, safetensors_io.as_bytes(value)
-            )
-    return list(spec.shape), values

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +26,6 @@ from sparse_unified._common import (
     context,
     format_bytes,
     format_table,
-    list_some,
-    naming,
 )
 from sparse_unified.analysis.calibration import collect
 from sparse_unified.analysis.criteria import (
@@ -41,6 +37,7 @@ from sparse_unified.analysis.criteria import (
 )
 from sparse_unified.analysis.evaluators import Probe, measure, measure_cost
 from sparse_unified.analysis.statistics import FfnStatistics, StatisticsConfig
+from sparse_unified.analysis.store import Shard, Store, open_store
 from sparse_unified.checkpoint import files
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.modes import Part
@@ -48,7 +45,7 @@ from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.cuts import PruneConfig
 from sparse_unified.surgery.decoder import Decoder, find_adapter, takes_absent_parts
-from sparse_unified.surgery.temporary import as_module, changed
+from sparse_unified.surgery.temporary import as_module, changed, count_groups
 
 Progress = Callable[[int, int, str], object]
 
@@ -128,8 +125,9 @@ class SweepResult(Report):
             idle        components without tokens in this task, so that they were not swept
             similarity  of its layers, see `Similarity`
             activation  what its neurons did, see `FfnStatistics.activation_maps`
-            points      one row per point: its name, task, component, axis and keep_ratio, the
-                        change in words, skipped_layers, metrics, and the cost before and after
+            points      one row per point: its name, task, component, axis and keep_ratio (what is
+                        kept in whole units, which may be more or less than asked for), the change
+                        in words, skipped_layers, metrics, and the cost before and after
     """
 
     run: Mapping[str, Any]
@@ -143,16 +141,17 @@ class SweepResult(Report):
 
     def to_markdown(self) -> str:
         """Returns the tables, before and after side by side, and the similarities."""
-        parts = ["# Analysis"]
+        parts = ["# Analysis", *_settings(self.run)]
         for name, found in self.tasks.items():
             similarity = Similarity(layers=tuple(found["similarity"]))
             parts += [
                 f"## {name}",
                 "\n".join(_notes(name, found)),
                 f"```\n{format_table(_rows(found), header=True)}\n```",
-                "Each row was measured right after the dense model, in the same process: before -> "
-                "after. FLOPs and memory are those of one forward; memory is weights and the "
-                "results of operations.",
+                "Before -> after, in the same process. Times are medians and [least, most] of one "
+                "forward, of the dense model right before and after each row; a ratio is given "
+                "where these ranges stand apart. Memory is weights and results of operations. "
+                "`kept` is what stayed in whole layers, neurons and groups of heads.",
                 f"Similarity of the layers in {name} (cosine of what goes in and what comes "
                 "out, after the residual add; near 1 changes little):",
                 f"```\n{similarity.to_text()}\n```",
@@ -170,6 +169,7 @@ def run_sweep(
     statistics: Mapping[str, FfnStatistics] | None = None,
     adapter: Decoder | None = None,
     description: Mapping[str, Any] | None = None,
+    shard: Shard = (0, 1),
     progress: Progress | None = None,
 ) -> SweepResult:
     """Sweeps a live model and returns what was found; the model is left as it was.
@@ -184,7 +184,12 @@ def run_sweep(
         adapter: of the model; None finds one.
         description: more plain values that a run that is resumed must have in common, such as the
             name of the model.
+        shard: (i, n) measures every n-th point from the i-th on, and the dense model; the last of n
+            processes to finish writes the results of all.
         progress: called with points done, points in all, and the name of the next.
+
+    Returns:
+        what is finished so far, of all shards.
 
     Raises:
         ValueError: the model lacks a component, an axis or a layer, the folder is of another run,
@@ -198,9 +203,16 @@ def run_sweep(
     stated = {**(description or {}), "sweep": asdict(config), "tasks": tasks}
     stated = json.loads(json.dumps(stated))  # as the folder will give it back
     given = statistics or {}
-    with open_store(out, stated) as store:
+    with open_store(out, stated, shard) as store:
         runs = [_TaskRun(host, adapter, p, config, store, given.get(p.task)) for p in probes]
-        steps = [(run, row) for run in runs for row in run.rows]
+        points = [(run, row) for run in runs for row in run.rows[1:]]
+        own = points[shard[0] :: shard[1]]
+        steps = [
+            (run, row)
+            for run in runs
+            for row in run.rows
+            if "axis" not in row or any(row is mine for _, mine in own)
+        ]
         for done, (run, row) in enumerate(steps):
             if progress is not None:
                 name = row["name"] if "axis" in row else "dense"
@@ -208,7 +220,10 @@ def run_sweep(
             run.finish(row)
         if progress is not None:
             progress(len(steps), len(steps), "done")
+        store.read()
         result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
+        if any(row["name"] not in store.records for _, row in points):
+            return result
         files.replace_file(store.folder / "results.json", (result.to_json() + "\n").encode())
         files.replace_file(store.folder / "report.md", result.to_markdown().encode())
     return result
@@ -268,18 +283,41 @@ class _TaskRun:
         active = {entry["component"] for entry in self.similarity.layers}
         self.components = [name for name in config.components if name in active]
         task = probe.task
-        self.rows: list[dict[str, Any]] = [{"name": f"{task}-dense"}] + [
-            {
-                "task": task,
-                "component": component,
-                "axis": axis,
-                "keep_ratio": float(ratio),
-                "name": f"{task}-{component}-{axis}-{ratio:g}",
-            }
-            for component in self.components
-            for axis in (Axis(axis).value for axis in config.axes)
-            for ratio in sorted(config.ratios, reverse=True)
-        ]
+        self.rows: list[dict[str, Any]] = [{"name": f"{task}-dense"}]
+        for component in self.components:
+            for axis in map(Axis, config.axes):
+                # Ratios between which no whole unit lies are one point.
+                kept = {self._kept(component, axis, ratio) for ratio in config.ratios}
+                self.rows += [
+                    {
+                        "task": task,
+                        "component": component,
+                        "axis": axis.value,
+                        "keep_ratio": ratio,
+                        "name": f"{task}-{component}-{axis.value}-{ratio:.3g}",
+                    }
+                    for ratio in sorted(kept, reverse=True)
+                ]
+
+    def _kept(self, component: str, axis: Axis, ratio: float) -> float:
+        """Returns the share of the layers, neurons or groups of heads that a ratio leaves whole."""
+        layers = select_layers(self.config.layers, self.adapter.num_layers())
+        size = 1
+        if axis is Axis.DEPTH:
+            counts = [len(self._legal(component))]
+        elif axis is Axis.WIDTH:
+            ffns, size = self.adapter.ffns(component), self.config.block_size
+            counts = [ffn.intermediate_size // size for ffn in ffns if ffn.layer in layers]
+        else:
+            held = [layer for layer in layers if self.adapter.holds(layer, component)]
+            counts = [count_groups(self.adapter, component, layer) for layer in held]
+        if not sum(counts):
+            raise ValueError(
+                f"layers must have a {axis.value} of {component} to prune, got {self.config.layers}"
+            )
+        if axis is not Axis.DEPTH and self.config.budget is Budget.GLOBAL:
+            return max(len(counts), round(ratio * sum(counts))) / sum(counts)
+        return sum(max(1, round(ratio * count)) for count in counts) / sum(counts)
 
     def _observe(self) -> Similarity:
         """Runs the dense model on the samples once, and observes layers and neurons meanwhile."""
@@ -338,6 +376,11 @@ class _TaskRun:
                 change = inside.enter_context(smaller)
             after = self._cost()
             metrics = self._metrics(row["name"])
+        # Once more, so that what else the machine did meanwhile shows in the range of the times.
+        again = self._cost()
+        both = [*before["seconds_range"], *again["seconds_range"]]
+        before["seconds"] = (before["seconds"] + again["seconds"]) / 2
+        before["seconds_range"] = (min(both), max(both))
         skipped = list(mode.layers) if isinstance(mode, SkipLayersConfig) else []
         measured = {"metrics": metrics, "before": before, "after": after}
         self.store.append({**row, "change": change, "skipped_layers": skipped, **measured})
@@ -372,15 +415,20 @@ class _TaskRun:
 
         Of N layers that may go, max(1, round(keep_ratio * N)) stay.
         """
-        selected = select_layers(self.config.layers, self.adapter.num_layers())
-        entries = [e for e in self.similarity.layers if e["component"] == component]
-        legal = [entry["layer"] for entry in entries if entry["layer"] in selected]
-        count = len(legal) - max(1, round(keep_ratio * len(legal)))
         if self.config.criterion == "random":
+            legal = self._legal(component)
+            count = len(legal) - max(1, round(keep_ratio * len(legal)))
             generator = torch.Generator().manual_seed(self.config.seed)
             order = torch.randperm(len(legal), generator=generator).tolist()
             return tuple(sorted(legal[i] for i in order[:count]))
-        return self.similarity.redundant(component, count, self.config.part, layers=legal)
+        layers = select_layers(self.config.layers, self.adapter.num_layers())
+        return self.similarity.left_out(component, keep_ratio, self.config.part, layers)
+
+    def _legal(self, component: str) -> list[int]:
+        """Returns the layers of a component that may go: selected, and with tokens."""
+        selected = select_layers(self.config.layers, self.adapter.num_layers())
+        entries = [e for e in self.similarity.layers if e["component"] == component]
+        return [entry["layer"] for entry in entries if entry["layer"] in selected]
 
     def _cost(self) -> dict[str, Any]:
         model, repeats = as_module(self.host), self.config.repeats
@@ -395,7 +443,8 @@ class _TaskRun:
 
     def result(self) -> dict[str, Any]:
         """Returns what the task has shown, from the records of the folder."""
-        dense, *points = (self.store.records[row["name"]] for row in self.rows)
+        records = self.store.records
+        dense, *points = (records[row["name"]] for row in self.rows if row["name"] in records)
         task, statistics = self.probe.task, self.statistics
         return {
             "better": self.probe.better,
@@ -411,6 +460,22 @@ class _TaskRun:
 # Tables
 
 
+def _settings(run: Mapping[str, Any]) -> list[str]:
+    """Returns what was swept, on what samples and how they were sampled, in words."""
+    swept = run["sweep"]
+    lines = [f"Width by {swept['criterion']}, layers {swept['layers']}, seed {swept['seed']}."]
+    for task, own in run["tasks"].items():
+        given = own.get("settings")
+        if given:
+            said = ", ".join(f"{name} {value}" for name, value in given.items())
+            guided = "" if any("cfg" in name for name in given) else ", official guidance and shift"
+            source = "from a file" if task in run.get("statistics", {}) else "of these samples"
+            lines.append(
+                f"{task}: {len(own['samples'])} samples ({said}{guided}); statistics {source}."
+            )
+    return ["\n".join(lines)]
+
+
 def _rows(found: Mapping[str, Any]) -> list[list[object]]:
     """Returns the table of a task, headings first and the dense model second."""
     names, dense = list(found["better"]), found["cost"]
@@ -421,15 +486,26 @@ def _rows(found: Mapping[str, Any]) -> list[list[object]]:
     for row in found["points"]:
         pairs = zip(_costs(row["before"]), _costs(row["after"]), strict=True)
         costs = [old if old == new else f"{old} -> {new}" for old, new in pairs]
-        costs[2] += f" ({row['before']['seconds'] / row['after']['seconds']:.2f}x)"
+        costs[2] += _speedup(row)
         kept, metrics = f"{row['keep_ratio']:g}", [f"{row['metrics'][n]:.4g}" for n in names]
         rows.append([row["component"], row["axis"], kept, row["change"], *metrics, *costs])
     return rows
 
 
+def _speedup(row: Mapping[str, Any]) -> str:
+    """Returns " (2x)" of a point that changed something, if its times stand apart from those of
+    the dense model; "" otherwise."""
+    before, after = row["before"], row["after"]
+    (low, high), (least, most) = before["seconds_range"], after["seconds_range"]
+    if row["change"] == "nothing" or (least <= high and low <= most):
+        return ""
+    return f" ({before['seconds'] / after['seconds']:.2f}x)"
+
+
 def _costs(cost: Mapping[str, Any]) -> list[str]:
     """Returns parameters, GFLOPs, milliseconds and bytes for people."""
-    flops, ms = f"{cost['flops'] / 1e9:.4g}", f"{1e3 * cost['seconds']:.3g}"
+    low, high = (f"{1e3 * seconds:.3g}" for seconds in cost["seconds_range"])
+    flops, ms = f"{cost['flops'] / 1e9:.4g}", f"{1e3 * cost['seconds']:.3g} [{low}, {high}]"
     return [f"{cost['parameters']:,}", flops, ms, format_bytes(cost["peak_bytes"])]
 
 
@@ -439,98 +515,3 @@ def _notes(task: str, found: Mapping[str, Any]) -> list[str]:
         idle = ", ".join(found["idle"])
         lines.append(f"Not swept: {idle} has no tokens in {task}, so it would change nothing.")
     return lines
-
-
-# The folder of a run
-
-
-_METRICS = {str: files.NUMBER}
-_COUNTS = ("parameters", "weight_bytes", "flops", "peak_bytes")
-_COST = {**dict.fromkeys(_COUNTS, (int,)), "seconds": files.NUMBER}
-_DENSE = {"name": (str,), "metrics": _METRICS, "cost": _COST}
-_POINT = {
-    **dict.fromkeys(("name", "task", "component", "axis", "change"), (str,)),
-    "keep_ratio": files.NUMBER,
-    "skipped_layers": [(int,)],
-    "metrics": _METRICS,
-    "before": _COST,
-    "after": _COST,
-}
-
-
-class Store:
-    """The open folder of one run, with the finished points in `records`, by name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._points = folder, folder / "points.jsonl"
-        self.records = {record["name"]: record for record in read_records(self._points)}
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Adds a finished point, which has a `name`; it is on the disk when this returns."""
-        line = (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
-        with self._points.open("ab") as stream:
-            stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.records[record["name"]] = record
-
-
-@contextmanager
-def open_store(out: StrPath, description: Mapping[str, Any]) -> Iterator[Store]:
-    """Opens the folder of a run, new or to be resumed, for this process alone.
-
-    `description` are plain values that say what is run; ValueError if the folder is of something
-    else, RuntimeError if another process has it open.
-    """
-    folder = Path(out)
-    run = folder / "run.json"
-    if folder.is_dir() and not run.exists() and {p.name for p in folder.iterdir()} - {".lock"}:
-        raise ValueError(
-            f"--out: {folder} must be new, empty, or of a run of analyze, got other files"
-        )
-    folder.mkdir(exist_ok=True)
-    refusal = RuntimeError(f"--out: {folder} must be used by one run at a time, got another")
-    with files.locked(folder, refusal):
-        if not run.exists():
-            text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-            files.replace_file(run, text.encode())
-        found, here = _flat(files.read_json(run)), _flat(description)
-        differences = [
-            f"{name} {found.get(name)!r:.80} there and {here.get(name)!r:.80} here"
-            for name in found | here
-            if found.get(name) != here.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"--out: {folder} must be of the same run, or another folder, "
-                f"got {list_some(differences)}"
-            )
-        yield Store(folder)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Reads finished points; a last line that an interruption tore is cut off."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        os.truncate(path, whole)
-    records = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        with naming(f"{path}: line {number}"):
-            record = files.read_object(line, "record", finite=True)
-            if not files.has_form(record, _POINT) and not files.has_form(record, _DENSE):
-                raise ValueError(
-                    f"record must be a point as analyze writes it, got {record!r:.240}"
-                )
-        records.append(record)
-    return records
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Returns the values of nested objects by dotted name."""
-    if not isinstance(value, dict):
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= _flat(part, f"{name}.{key}" if name else str(key))
-    return flat

@@ -10,11 +10,11 @@ them or, for text, add the token they are given. `Denoiser` is the repeated step
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -320,22 +320,28 @@ class Denoiser:
         return velocities
 
 
+class Routing(NamedTuple):
+    """What a sparse block did with its tokens, summed over them; fp32 sums have a graph."""
+
+    load: Tensor  # tokens of each expert, [E] int64
+    probability: Tensor  # under a softmax of the router logits, [E]
+    z: Tensor  # logsumexp(logits)^2, []
+    inputs: Tensor  # of the router, [D], without a graph
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOutput:
     """Losses of a batch, fp32 scalars with a graph; zero, without one, where nothing asks for them.
 
-    The balance loss is E * sum_e f_e * P_e: f_e is the share of assignments that expert e takes,
-    P_e its mean probability under softmax; 1 when both are even. Source: Switch Transformer (arXiv
-    2101.03961), with top-k counts; the z-loss is that of arXiv 2202.08906.
+    The router losses of the batch alone are `router_losses(routing)`.
     """
 
     text_loss_sum: Tensor  # cross-entropy
     text_tokens: int  # that are asked for
     image_loss_sum: Tensor  # squared error of the velocity, mean over channels
     image_tokens: int  # that are asked for
-    balance_loss: Tensor  # mean over the sparse blocks
-    router_z_loss: Tensor  # mean of logsumexp(logits)^2, mean over the sparse blocks
-    expert_load: dict[tuple[str, int], Tensor]  # tokens of each expert, [E], by (component, layer)
+    routing: dict[tuple[str, int], Routing]  # by (component, layer), those that have seen tokens
 
 
 def training_forward(
@@ -364,14 +370,15 @@ def training_forward(
         gen = gen + model.latent_pos_embed(batch.latent_positions)
         gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
     packing = batch.packing.additive(dtype)
-    routed: dict[tuple[str, int], tuple[Tensor, int]] = {}  # logits and top_k of each block
+    # Logits, top_k and inputs of each block.
+    routed: dict[tuple[str, int], tuple[Tensor, int, Tensor]] = {}
     with ExitStack() as hooks:
         for index, layer in enumerate(decoder.layers):
             for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
                 if isinstance(block, SparseMoE) and block.return_router_logits:
 
-                    def keep(block: Any, _: Any, out: Any, key: Any = (component, index)) -> None:
-                        routed[key] = (out[1], block.top_k)
+                    def keep(block: Any, x: Any, out: Any, key: Any = (component, index)) -> None:
+                        routed[key] = (out[1], block.top_k, x[0].detach())
 
                     hooks.callback(block.register_forward_hook(keep).remove)
         for layer in decoder.layers:
@@ -380,7 +387,7 @@ def training_forward(
             else:
                 und, gen = layer(und, gen, packing)
 
-    text_loss = image_loss = balance = z_loss = torch.zeros((), device=und.device)
+    text_loss = image_loss = torch.zeros((), device=und.device)
     if batch.text_tokens:
         hidden = decoder.norm(und.index_select(0, batch.label_rows))
         text_loss = F.cross_entropy(language.lm_head(hidden).float(), batch.labels, reduction="sum")
@@ -388,26 +395,61 @@ def training_forward(
         hidden = decoder.norm_moe_gen(gen.index_select(0, batch.velocity_rows))
         predicted = model.llm2vae(hidden).float()
         image_loss = (predicted - batch.velocities).square().mean(-1).sum()
-    loads: dict[tuple[str, int], Tensor] = {}
+    routing: dict[tuple[str, int], Routing] = {}
     alike: dict[tuple[torch.Size, int], list[tuple[str, int]]] = {}
-    for key, (logits, top_k) in routed.items():
+    for key, (logits, top_k, _) in routed.items():
         alike.setdefault((logits.shape, top_k), []).append(key)
-    for (_, top_k), keys in alike.items():
+    for ((tokens, _), top_k), keys in alike.items():
         logits = torch.stack([routed[key][0] for key in keys])  # [blocks, T, E]
-        load = expert_load(logits, top_k)
-        loads.update(zip(keys, load.unbind(), strict=True))
-        balance = balance + balance_loss(logits, load).sum()
-        z_loss = z_loss + logits.logsumexp(-1).square().mean(-1).sum()
-    blocks = max(len(routed), 1)
+        sums = (
+            expert_load(logits, top_k).unbind(),
+            logits.softmax(-1).sum(-2).unbind(),
+            logits.logsumexp(-1).square().sum(-1).unbind(),
+        )
+        for key, *own in zip(keys, *sums, strict=True):
+            inputs = routed[key][2].flatten(0, -2).sum(0, dtype=torch.float32)
+            load, probability, z = own
+            routing[key] = Routing(load, probability, z, inputs, tokens)
     return TrainingOutput(
         text_loss_sum=text_loss,
         text_tokens=batch.text_tokens,
         image_loss_sum=image_loss,
         image_tokens=batch.image_tokens,
-        balance_loss=balance / blocks,
-        router_z_loss=z_loss / blocks,
-        expert_load=loads,
+        routing=routing,
     )
+
+
+def router_losses(
+    routing: Mapping[tuple[str, int], Routing],
+    whole: Mapping[tuple[str, int], tuple[Tensor, int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns load-balance loss and z-loss, means over the sparse blocks.
+
+    The balance loss of a block is E * sum_e f_e * P_e: f_e is the share of assignments that expert
+    e takes, P_e its mean probability under softmax; 1 when both are even. Source: Switch
+    Transformer (arXiv 2101.03961), with top-k counts; the z-loss, logsumexp(logits)^2, is that of
+    arXiv 2202.08906.
+
+    Args:
+        routing: of a batch.
+        whole: load [E] and tokens of the whole that the batch is a part of, by block, its own
+            included; what is returned is its share, so that the shares of all parts add up. None:
+            the batch is the whole.
+    """
+    if whole is None:
+        whole = {key: (own.load, own.tokens) for key, own in routing.items()}
+    alike: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    for key in routing:
+        alike.setdefault((len(whole[key][0]), whole[key][1]), []).append(key)
+    balance = z_loss = torch.zeros(())
+    for (count, tokens), keys in alike.items():
+        load = torch.stack([whole[key][0] for key in keys])  # [blocks, E]
+        share = load / load.sum(-1, keepdim=True)
+        mean = torch.stack([routing[key].probability for key in keys]) / tokens
+        balance = balance.to(mean) + (count * (share * mean).sum(-1)).sum()
+        z_loss = z_loss.to(mean) + (torch.stack([routing[key].z for key in keys]) / tokens).sum()
+    blocks = max(1, sum(tokens > 0 for _, tokens in whole.values()))
+    return balance / blocks, z_loss / blocks
 
 
 def expert_load(logits: Tensor, top_k: int) -> Tensor:
@@ -416,10 +458,3 @@ def expert_load(logits: Tensor, top_k: int) -> Tensor:
     order = logits.detach().sort(dim=-1, descending=True, stable=True).indices
     taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order[..., :top_k], True)
     return taken.sum(-2)
-
-
-def balance_loss(logits: Tensor, load: Tensor) -> Tensor:
-    """Returns the load-balance loss of blocks, [...], for logits [..., T, E] and load [..., E]; see
-    `TrainingOutput`."""
-    share = load / load.sum(-1, keepdim=True)
-    return logits.shape[-1] * (share * logits.softmax(-1).mean(-2)).sum(-1)

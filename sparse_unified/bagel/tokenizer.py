@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from sparse_unified._common import optional
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.checkpoint.files import read_json
+
+logger = logging.getLogger(__name__)
 
 # The fields of `SpecialTokens`, and the texts that stand for them.
 SPECIAL_TEXTS = {
@@ -44,6 +47,9 @@ class Tokenizer:
                 f"got no {', '.join(missing)}"
             )
         self.special_tokens = SpecialTokens(**ids)
+        # What stands for every word outside the vocabulary, should bytes not spell it; and those
+        # words that were told.
+        self._unknown, self._told = getattr(backend, "unk_token_id", None), set[str]()
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> Tokenizer:
@@ -88,8 +94,20 @@ class Tokenizer:
         return cls(backend)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without bos and eos."""
-        return list(self._backend.encode(text, add_special_tokens=False))
+        """Returns the ids of a text, without bos and eos; logs words outside the vocabulary."""
+        ids = list(self._backend.encode(text, add_special_tokens=False))
+        if self._unknown in ids:
+            encode = self._backend.encode
+            words = [
+                w for w in text.split() if self._unknown in encode(w, add_special_tokens=False)
+            ]
+            if new := sorted(set(words) - self._told):
+                self._told.update(new)
+                logger.warning(
+                    "words outside the model's vocabulary, all of them the same to it: %s (of %r)",
+                    *(", ".join(new), text),
+                )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids without bos and eos."""

@@ -4,14 +4,17 @@
 A scores file is a safetensors file that holds one tensor `scores` [num_layers, I], or one tensor
 [I] per layer, named by its index (`"1"`, `"2"`, ...), or by component and index (`"gen.1"`), beside
 which `"gen.1.heads"` may give a tensor [G] for the groups of heads; any float dtype. What decides
-between neurons, or groups of heads, is what was given, or a seed, or the weights: `rank`.
+between neurons, or groups of heads, is what was given, or a seed, or the weights: `rank`. A file
+that `calibrate` wrote says in its metadata what it holds and of which model; see `read_origin`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,16 @@ from torch import Tensor
 
 from sparse_unified._common import StrPath, list_some, naming
 from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.files import has_form, loads_strict, open_source
 from sparse_unified.checkpoint.model_dir import Checkpoint, LayerShape, ffn_parts
 from sparse_unified.checkpoint.modes import MoEConfig
-from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
+from sparse_unified.checkpoint.safetensors_io import (
+    TensorSpec,
+    as_bytes,
+    read_bytes,
+    read_header,
+    read_tensor,
+)
 from sparse_unified.experts.keep import (
     as_scores,
     check_scores,
@@ -38,6 +48,13 @@ Scores = Mapping[str, LayerScores] | LayerScores | StrPath
 LayerInputs = Mapping[int, Tensor]
 Inputs = Mapping[str, LayerInputs] | LayerInputs
 
+ORIGIN = "sparse_unified.scores"  # key of the metadata
+_ORIGIN = {
+    "criterion": (str,),
+    "samples": {str: (int,)},
+    "model_hashes": {str: (str,)},
+    "similarity": [{str: (str, int, float)}],
+}
 HEADS = ".heads"
 _COMPONENTS = {name + end for name in keys.FFN_NAMES for end in ("", HEADS)}
 _NAME = re.compile(rf"(?:({'|'.join(keys.FFN_NAMES)})\.)?{keys.INDEX}({re.escape(HEADS)})?")
@@ -78,6 +95,40 @@ def given_scores(
             found[layer] = as_scores(given[layer])
             check_scores(found[layer], size)
     return found
+
+
+def read_origin(path: StrPath) -> dict[str, Any] | None:
+    """Returns what a scores file says of itself; None of a file that other tools wrote.
+
+    `criterion`; `samples`, how many of each task; `model_hashes`, of the FFNs of each component;
+    and `similarity`, the entries of `Similarity` of the layers.
+    """
+    stated = read_header(path).metadata.get(ORIGIN)
+    if stated is None:
+        return None
+    with naming(f"{path}: {ORIGIN}"):
+        found: Any = loads_strict(stated)
+        if not has_form(found, _ORIGIN):
+            raise ValueError(f"metadata must be as calibrate writes it, got {stated!r:.240}")
+    return found
+
+
+def describe_scores(path: StrPath, source: Checkpoint, component: str) -> str:
+    """Returns the name of a scores file and what it holds; ValueError if it is of another model."""
+    origin, name = read_origin(path), f"file {Path(path).name}"
+    if origin is None:
+        return name
+    known, ffns = origin["model_hashes"].get(component), source.ffns.get(component, {})
+    # Experts have no hash that files and models share.
+    if known and not any(ffn.layout for ffn in ffns.values()):
+        own = hash_dense_ffns(source, component)
+        if own != known:
+            raise ValueError(
+                f"scores: {path} must be of this model, whose {component} FFNs have the hash "
+                f"{own}, got scores of {known}"
+            )
+    samples = "".join(f", {count} of {task}" for task, count in origin["samples"].items())
+    return f"{name} ({origin['criterion']}{samples})"
 
 
 def read_scores(path: StrPath) -> Mapping[str, LayerScores] | LayerScores:
@@ -200,7 +251,12 @@ def rank_file(
         of = head_magnitudes if heads else neuron_magnitudes
         return of(read, component, layer, shapes[layer])
 
-    return rank(scores, component + HEADS * heads, sizes, source.num_layers, magnitudes, seed=seed)
+    ranked, origin = rank(
+        scores, component + HEADS * heads, sizes, source.num_layers, magnitudes, seed=seed
+    )
+    if isinstance(scores, str | os.PathLike):
+        origin = describe_scores(scores, source, component)
+    return ranked, origin
 
 
 def neuron_magnitudes(
@@ -228,3 +284,52 @@ def head_magnitudes(
         values.unflatten(0, (len(shape.kv_heads), -1))[list(shape.query_places)],
         output.unflatten(1, (len(shape.query_groups), -1)),
     )
+
+
+# Hashes of weights: shapes, and evenly spaced values
+
+
+_HASHED = 256  # values of each weight that its hash looks at
+Spaced = tuple[list[int], Tensor]  # the shape of a weight, and its spaced values
+
+
+def hash_weights(ffns: Iterable[tuple[object, Iterable[Spaced]]]) -> str:
+    """Returns a hash of spaced values of weights under keys, rounded to bf16; 16 hex digits."""
+    digest = hashlib.sha256()
+    for key, weights in ffns:
+        digest.update(f"{key!r}".encode())
+        for shape, values in weights:
+            digest.update(f" {shape}".encode())
+            rounded = values.bfloat16().cpu().view(torch.int16)
+            digest.update(rounded.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def spaced(weight: Tensor) -> Spaced:
+    """Returns the shape and evenly spaced values of a weight."""
+    return list(weight.shape), weight.reshape(-1)[:: max(1, weight.numel() // _HASHED)]
+
+
+def _read_spaced(spec: TensorSpec) -> Spaced:
+    """Reads the spaced values from a file, one by one."""
+    count, size = math.prod(spec.shape), spec.dtype.itemsize
+    places = range(0, count, max(1, count // _HASHED))
+    values = torch.empty(len(places), dtype=spec.dtype)
+    with open_source(spec.file, spec.stamp) as stream:
+        for value, place in zip(values, places, strict=True):
+            read_bytes(stream, spec.start + place * size, as_bytes(value))
+    return list(spec.shape), values
+
+
+def hash_dense_ffns(checkpoint: Checkpoint, component: str) -> str:
+    """Returns the hash of the dense FFNs of a component in a model directory, as of a live one."""
+    specs = (
+        (n, [checkpoint.spec(keys.dense_key(component, n, p)) for p in keys.PROJECTIONS])
+        for n in checkpoint.ffns.get(component, {})
+    )
+    return hash_weights((n, map(_read_spaced, own)) for n, own in specs)
+
+
+def hash_checkpoint(checkpoint: Checkpoint) -> str:
+    """Returns a hash of all weights of a model directory."""
+    return hash_weights((key, [_read_spaced(spec)]) for key, spec in checkpoint.specs.items())

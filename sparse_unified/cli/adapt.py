@@ -75,10 +75,11 @@ def add_adapt(parser: CommandParser) -> None:
     add_options(
         data,
         RunConfig,
-        "tasks max_side cache_latents streaming max_damaged workers",
+        "tasks max_side cache_latents streaming max_damaged workers eval_data",
         cache_latents=_SWITCH,
         streaming=_SWITCH,
     )
+    add_options(data, TrainingConfig, "eval_every")
 
     lora = parser.add_argument_group(
         "LoRA",
@@ -91,8 +92,8 @@ def add_adapt(parser: CommandParser) -> None:
         optimizer,
         TrainingConfig,
         "batch_size lr=learning_rate min_lr=min_learning_rate schedule warmup=warmup_steps betas "
-        "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight z_weight "
-        "seed",
+        "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight "
+        "balance_rate z_weight seed",
         max_grad_norm="norm that gradients are scaled down to; 0 does not",
     )
 
@@ -191,6 +192,8 @@ def run_merge(options: argparse.Namespace) -> Report:
 def _summary(record: StepRecord) -> str:
     losses = {"loss": record.loss, "text": record.text_loss, "image": record.image_loss}
     parts = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    if record.held_out_loss is not None:
+        parts.append(f"held-out {record.held_out_loss:.4f}")
     if record.load_imbalance is not None:
         parts.append(f"busiest expert {record.load_imbalance:.2f}x")
     return "  ".join([*parts, f"{record.tokens_per_second:,.0f} tokens/s"])

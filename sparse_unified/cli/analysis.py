@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""calibrate, analyze and expert-usage: what a model does on samples of a task."""
+"""calibrate, analyze, evaluate and expert-usage: what models do on samples of a task."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,23 @@ import torch
 from sparse_unified import analysis
 from sparse_unified._common import Report, context, optional
 from sparse_unified.analysis import FfnStatistics, Task
-from sparse_unified.analysis.bagel_task import GenEvalImages, read_metadata
+from sparse_unified.analysis.bagel_task import GUIDANCE, GenEvalImages, read_metadata
+from sparse_unified.analysis.evaluate import Evaluation, GenEval, evaluate
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
+from sparse_unified.bagel import SamplingConfig
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
-from sparse_unified.cli.generate import add_model, load_pipeline
-from sparse_unified.cli.options import add_flags, add_options, arguments, names, positive
+from sparse_unified.cli.generate import add_model, check_device, load_pipeline
+from sparse_unified.cli.options import (
+    add_flags,
+    add_options,
+    arguments,
+    dtype_of,
+    names,
+    positive,
+    value,
+)
 from sparse_unified.surgery.decoder import find_sparse_blocks
 
 TASKS = tuple(task.value for task in Task)
@@ -32,6 +43,46 @@ def _add_settings(group: Any, more: str = "") -> None:
     add_flags(group, "--samples N  the first N prompts", samples={"type": positive})
     add_options(group, analysis.Settings, f"size steps=num_timesteps max_tokens=max_length {more}")
     add_options(group, analysis.SweepConfig, "seed", seed="of noise and of random choices")
+    official = "(default: the official value)"
+    add_options(
+        group,
+        SamplingConfig,
+        " ".join(GUIDANCE),
+        unset=True,
+        timestep_shift=f"above 1 has more noise for longer {official}",
+        cfg_text_scale=f"of classifier-free guidance: weight of the prompt; 1 is none {official}",
+        cfg_img_scale=f"weight of the image {official}",
+        cfg_interval={"metavar": "LO,HI", "help": f"times at which guidance is on {official}"},
+        cfg_renorm_min=f"least factor of the renormalisation {official}",
+        cfg_renorm_type=f"what guidance is renormalised over {official}",
+    )
+
+
+shard = value(
+    "I/N with I from 0 to N - 1",
+    lambda text: tuple(map(int, text.split("/"))),
+    lambda found: len(found) == 2 and 0 <= found[0] < found[1],
+)
+
+
+def add_shard(group: Any) -> None:
+    """Adds which part of a run this process computes."""
+    add_flags(
+        group,
+        "--shard I/N  compute every N-th part from the I-th on, counted from 0; processes share "
+        "--out, or what they wrote in it is copied together (default: that of torchrun)",
+        shard={"type": shard},
+    )
+
+
+def shard_of(options: argparse.Namespace) -> tuple[int, int]:
+    """Returns the shard asked for, or that of torchrun, each of whose processes has its device."""
+    if options.shard is not None:
+        return options.shard
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and options.device == "cuda":
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return int(os.environ.get("RANK", "0")), count
 
 
 def _add_samples(parser: CommandParser) -> None:
@@ -146,15 +197,27 @@ def run_calibrate(options: argparse.Namespace) -> Report:
         for statistics in earlier:
             statistics.check(pipeline)
         given = _observed(options, pipeline, samples, progress)
-        found = analysis.calibrate(**given, config=config).merge(*earlier)
+        with analysis.measure_similarity(pipeline, given["components"]) as measured:
+            found = analysis.calibrate(**given, config=config).merge(*earlier)
     found.save(options.out)
     if options.scores:
         criterion, components = options.criterion or "wanda", given["components"]
         scores = analysis.score(
             criterion, pipeline, found, components=components, seed=options.seed
         )
-        analysis.save_scores(options.scores, scores)
-    tasks, lines = {}, []
+        similarity = measured.result()
+        analysis.save_scores(
+            options.scores,
+            scores,
+            criterion=criterion,
+            statistics=found,
+            model=pipeline,
+            similarity=similarity,
+        )
+    settings = given["settings"].stated()
+    lines = ["sampled with " + ", ".join(f"{name} {value}" for name, value in settings.items())]
+    lines[0] += "" if given["settings"].guidance() else "; official guidance and shift"
+    tasks = {}
     for task, own in found.samples.items():
         totals = {name: _totals(found, task, name) for name in found.components(task)}
         tasks[task] = {"samples": len(own), "components": totals}
@@ -218,7 +281,113 @@ def run_expert_usage(options: argparse.Namespace) -> Report:
     return usage
 
 
+# What evaluate and analyze measure on, and by
+
+
+def _add_measured(parser: CommandParser) -> None:
+    measured = parser.add_argument_group("what it is measured on")
+    add_flags(
+        measured,
+        """
+        --prompts [TASK=]FILE...  a prompt a line, or .jsonl with prompt, source, image and answer
+                                  (repeatable; default: built-in prompts)
+        --images [TASK=]DIR...    images, one per prompt in the order of their names: what
+                                  generation should lead to, what editing and understanding start
+                                  from; of .jsonl, where its files are
+        """,
+    )
+    _add_settings(measured, "batch_size")
+    add_shard(measured)
+
+
+def _add_metrics(parser: CommandParser, each: str) -> Any:
+    group = parser.add_argument_group("what is measured")
+    add_flags(
+        group,
+        f"""
+        --evaluator MODULE:FUNCTION...     more metrics: a function from the pipeline to numbers by
+                                           name (repeatable); a file may be named instead of a
+                                           module
+        --geneval FILE.jsonl               GenEval metadata: write its images for every {each}, in
+                                           the folders that the official scorer reads
+        --geneval-scorer MODULE:FUNCTION   a function from such a folder to numbers by name
+        --geneval-images N                 per prompt (default 4)
+        """,
+        geneval_images={"type": positive, "default": 4},
+    )
+    return group
+
+
+def _scorer(options: argparse.Namespace) -> Any:
+    if options.geneval_scorer and not options.geneval:
+        raise Usage("--geneval-scorer must come with --geneval, got none")
+    return load_evaluator(options.geneval_scorer) if options.geneval_scorer else None
+
+
+# evaluate
+
+
+def add_evaluate(parser: CommandParser) -> None:
+    add_model(parser, nargs="+")
+    add_flags(
+        parser,
+        f"""
+        --out DIR        folder of the results
+        --reference DIR  the model that distances and agreement are taken from, a dense one
+        --task TASKS     comma-separated: {", ".join(TASKS)}; without it, --geneval alone
+        """,
+        out={"required": True},
+        task={"type": names(*TASKS), "default": ()},
+    )
+    _add_measured(parser)
+    _add_metrics(parser, "model")
+
+
+def run_evaluate(options: argparse.Namespace) -> Evaluation:
+    """Runs each MODEL on the same prompts with the same noise and puts them side by side.
+
+    Distances to the reference, velocity error, perplexity, right answers, GenEval, seconds and
+    active parameters: OUT gets results.json, report.md, a collage of images and answers.jsonl. A
+    run that was interrupted goes on when it is started again. Under torchrun, or with --shard, the
+    samples are shared out over processes.
+    """
+    check_device(options.device, "--device")
+    geneval = None
+    if scorer := _scorer(options) or options.geneval:
+        geneval = GenEval(
+            metadata=read_metadata(options.geneval),
+            num_images=options.geneval_images,
+            seed=options.seed,
+            scorer=None if scorer is options.geneval else scorer,
+        )
+    with _samples(options) as samples, show_progress(options, "evaluate", "sample") as progress:
+        return evaluate(
+            options.model,
+            options.out,
+            samples,
+            reference=options.reference,
+            settings=analysis.Settings(**arguments(analysis.Settings, options)),
+            evaluators={name: load_evaluator(name) for name in options.evaluator},
+            geneval=geneval,
+            shard=shard_of(options),
+            device=options.device,
+            dtype=dtype_of(options.dtype),
+            progress=progress,
+        )
+
+
 # analyze
+
+
+def add_swept(group: Any) -> None:
+    """Adds along which axes, and how, a model is made smaller."""
+    add_options(
+        group,
+        analysis.SweepConfig,
+        "axis=axes ratios criterion layers part budget block_size",
+        axes="what is pruned, comma-separated: depth, width, heads",
+        criterion={"choices": tuple(analysis.CRITERIA), "help": "what ranks the neurons"},
+    )
 
 
 def add_analyze(parser: CommandParser) -> None:
@@ -236,11 +405,10 @@ def add_analyze(parser: CommandParser) -> None:
     add_options(
         swept,
         analysis.SweepConfig,
-        "component=components axis=axes ratios criterion layers part budget block_size",
+        "component=components",
         components={"required": False, "default": ("und", "gen")},
-        axes="what is pruned, comma-separated: depth, width, heads",
-        criterion={"choices": tuple(analysis.CRITERIA), "help": "what ranks the neurons"},
     )
+    add_swept(swept)
     add_options(
         swept,
         analysis.StatisticsConfig,
@@ -252,33 +420,9 @@ def add_analyze(parser: CommandParser) -> None:
         "--stats [TASK=]FILE...  statistics of neurons from an earlier run, instead of new "
         "ones (repeatable)",
     )
-    measured = parser.add_argument_group("what it is measured on")
-    add_flags(
-        measured,
-        """
-        --prompts [TASK=]FILE...  a prompt a line, or .jsonl with prompt, source, image and answer
-                                  (repeatable; default: built-in prompts)
-        --images [TASK=]DIR...    images, one per prompt in the order of their names: what
-                                  generation should lead to, what editing and understanding start
-                                  from; of .jsonl, where its files are
-        """,
-    )
-    _add_settings(measured, "batch_size")
-    group = parser.add_argument_group("what is measured")
-    add_flags(
-        group,
-        """
-        --evaluator MODULE:FUNCTION...     more metrics: a function from the pipeline to numbers by
-                                           name (repeatable); a file may be named instead of a
-                                           module
-        --geneval FILE.jsonl               GenEval metadata: write its images for every point of
-                                           generation, in the folders that the official scorer reads
-        --geneval-scorer MODULE:FUNCTION   a function from such a folder to numbers by name
-        --geneval-images N                 per prompt (default 4)
-        --no-plots                         draw no plots
-        """,
-        geneval_images={"type": positive, "default": 4},
-    )
+    _add_measured(parser)
+    group = _add_metrics(parser, "point of generation")
+    group.add_argument("--no-plots", action="store_true", help="draw no plots")
     add_options(group, analysis.SweepConfig, "repeats")
 
 
@@ -289,8 +433,7 @@ def run_analyze(options: argparse.Namespace) -> Report:
     kept, on every task. OUT gets report.md, results.json and plots. A run that was interrupted goes
     on when it is started again.
     """
-    if options.geneval_scorer and not options.geneval:
-        raise Usage("analyze: --geneval-scorer must come with --geneval, got none")
+    scorer = _scorer(options)
     if not options.no_plots:
         optional("matplotlib", "plot", purpose="plots (or --no-plots)")
     counted = analysis.StatisticsConfig(**arguments(analysis.StatisticsConfig, options))
@@ -301,15 +444,15 @@ def run_analyze(options: argparse.Namespace) -> Report:
     evaluators: dict[str, Any] = {name: load_evaluator(name) for name in options.evaluator}
     geneval: dict[str, Any] = {}
     if options.geneval:
-        scorer: Any = options.geneval_scorer and load_evaluator(options.geneval_scorer)
         geneval["geneval"] = GenEvalImages(
             read_metadata(options.geneval),
             Path(options.out) / "geneval",
-            scorer or None,
+            scorer,
             num_images=options.geneval_images,
             seed=options.seed,
             settings=settings,
         )
+    part = shard_of(options)
     with _samples(options) as samples, show_progress(options, "analyze", "point") as progress:
         pipeline = load_pipeline(options)
         probes = []
@@ -325,6 +468,7 @@ def run_analyze(options: argparse.Namespace) -> Report:
             "dtype": str(pipeline.model.dtype).removeprefix("torch."),
         }
         shared: Any = {"statistics": statistics, "description": description, "progress": progress}
+        shared["shard"] = part
         result = analysis.run_sweep(pipeline, probes, config, options.out, **shared)
     if not options.no_plots:
         analysis.write_plots(result, Path(options.out) / "plots")

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparse_unified._common import Report, naming
 from sparse_unified.analysis import FfnStatistics
+from sparse_unified.analysis.criteria import Similarity
 from sparse_unified.bagel.hub import push_to_hub, write_card
 from sparse_unified.build import build_info
 from sparse_unified.checkpoint import (
@@ -24,9 +25,11 @@ from sparse_unified.checkpoint import (
     verify,
 )
 from sparse_unified.checkpoint.files import check_target
+from sparse_unified.checkpoint.scores import describe_scores
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.options import add_flags, add_options, arguments, names, ratio
 from sparse_unified.convert.info import memory
+from sparse_unified.experts.keep import select_layers
 from sparse_unified.mini.model import MiniTask, write_model
 
 # convert
@@ -132,11 +135,15 @@ def add_prune(parser: CommandParser) -> None:
         unset=True,
         keep_ratio={
             "type": ratio,
-            "help": "share of the neurons and of the groups of heads that stays, in (0, 1]",
+            "help": "share of the neurons, of the groups of heads and, by the similarity that "
+            "--scores of calibrate hold, of the layers that stays, in (0, 1]",
         },
         layers="layers to make narrower or take heads from: all (default), middle, 1-26, 1,4-6",
     )
-    add_flags(parser, "--skip-layers A,B-C  layers to skip, with --axis depth")
+    add_flags(
+        parser,
+        "--skip-layers A,B-C  layers to skip, with --axis depth (or --keep-ratio and --scores)",
+    )
     add_options(
         parser,
         SkipLayersConfig,
@@ -165,7 +172,7 @@ def run_prune(options: argparse.Namespace) -> Report:
     complete or not at all.
     """
     modes = [mode for axis in options.axis for mode in _modes(options, axis)]
-    is_ranked = bool({"width", "heads"} & set(options.axis))
+    is_ranked = bool({"width", "heads"} & set(options.axis)) or options.skip_layers is None
     for name, is_used in (
         *((name, "depth" in options.axis) for name in ("skip_layers", "skip_part")),
         ("block_size", "width" in options.axis),
@@ -184,8 +191,11 @@ def run_prune(options: argparse.Namespace) -> Report:
 
 def _modes(options: argparse.Namespace, axis: str) -> list[Any]:
     """Returns the configs of an axis, one per component."""
+    by_similarity = axis == "depth" and options.skip_layers is None and options.keep_ratio
+    if by_similarity and options.scores is None:
+        raise Usage("--scores must be given with --axis depth and --keep-ratio, got none")
     kind, needed = {
-        "depth": (SkipLayersConfig, "skip_layers"),
+        "depth": (SkipLayersConfig, "keep_ratio" if by_similarity else "skip_layers"),
         "width": (PruneWidthConfig, "keep_ratio"),
         "heads": (PruneHeadsConfig, "keep_ratio"),
     }[axis]
@@ -195,9 +205,27 @@ def _modes(options: argparse.Namespace, axis: str) -> list[Any]:
     if axis == "depth":
         given |= {"layers": options.skip_layers, "part": options.skip_part}
     given = {name: value for name, value in given.items() if value is not None}
+    if by_similarity:
+        return [
+            kind(**given | {"component": name, "layers": _redundant(options, name)})
+            for name in options.component
+        ]
     shared = axis == "heads" and len(options.component) == 2
     components = ("both",) if shared else options.component
     return [kind(**given | {"component": name}) for name in components]
+
+
+def _redundant(options: argparse.Namespace, component: str) -> tuple[int, ...]:
+    """Returns the layers that change the least of what passes through them, to be skipped."""
+    layers, source = None, Checkpoint(options.model)
+    describe_scores(options.scores, source, component)  # refuses those of another model
+    if options.layers is not None:
+        layers = select_layers(options.layers, source.num_layers)
+    part, ratio = options.skip_part or "block", options.keep_ratio
+    found = Similarity.of_scores(options.scores).left_out(component, ratio, part, layers)
+    if not found:
+        raise Usage(f"--keep-ratio must leave a layer of {component} out, got {ratio:g}")
+    return found
 
 
 # verify, invert, info, mini write

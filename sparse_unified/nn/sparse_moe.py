@@ -40,6 +40,7 @@ class SparseMoE(OfficialState):
         num_shared_experts: S; the shared expert is S * (I // (E + S)) neurons wide.
         shared_intermediate_size: width of the shared expert where a file gives it directly.
         gate_img: add the second router that *und* blocks use for ViT tokens.
+        gate_shared: have a router of the shared expert even without one, as official files do.
         return_router_logits: return (y, router_logits), the official convention, or y alone.
         strict: raise where no kernel takes device, dtype or sizes, instead of composing torch ops.
 
@@ -63,6 +64,7 @@ class SparseMoE(OfficialState):
         *,
         shared_intermediate_size: int | None = None,
         gate_img: bool = False,
+        gate_shared: bool = True,
         return_router_logits: bool = True,
         strict: bool = False,
         device: torch.device | str | None = None,
@@ -94,7 +96,11 @@ class SparseMoE(OfficialState):
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, **factory)
-        self.gate_shared = nn.Linear(hidden_size, 1, bias=False, **factory)
+        self.gate_shared = (
+            nn.Linear(hidden_size, 1, bias=False, **factory)
+            if gate_shared or num_shared_experts
+            else None
+        )
         self.gate_img = (
             nn.Linear(hidden_size, num_experts, bias=False, **factory) if gate_img else None
         )
@@ -275,7 +281,8 @@ class SparseMoE(OfficialState):
     ) -> Tensor:
         hidden = F.silu(F.linear(tokens, gate_proj)) * F.linear(tokens, up_proj)
         y = F.linear(hidden, down_proj)
-        weight = self.gate_shared(tokens.to(self.gate_shared.weight.dtype))
+        gate: Any = self.gate_shared
+        weight = gate(tokens.to(gate.weight.dtype))
         return y + y * weight.to(y.dtype)
 
     def official_views(self) -> dict[str, Tensor]:

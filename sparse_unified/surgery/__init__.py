@@ -3,7 +3,8 @@
 
 Reading order: `exchange` (what a transform changed, and back), `ffn` (what a dense FFN is),
 `decoder` (where modules are), `cuts` (what pruning takes away), `report` (and `restore_`), `prune`,
-`temporary` (for as long as a block runs), `moe` (sparse FFNs), `quantize`, `lora`.
+`others` (decoders that are not BAGEL), `temporary` (for as long as a block runs), `moe` (sparse
+FFNs), `pretrained` (decoders of transformers on disk), `quantize`, `lora`.
 """
 
 from sparse_unified.checkpoint.modes import (
@@ -14,6 +15,7 @@ from sparse_unified.checkpoint.modes import (
 )
 from sparse_unified.surgery.lora import add_lora_, load_lora_
 from sparse_unified.surgery.moe import apply_moe_, load_moe_
+from sparse_unified.surgery.pretrained import from_pretrained, save_pretrained
 from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
 from sparse_unified.surgery.quantize import QuantizeConfig, quantize_weights_
 from sparse_unified.surgery.report import count_parameters, restore_
@@ -29,11 +31,13 @@ __all__ = [
     "apply_moe_",
     "changed",
     "count_parameters",
+    "from_pretrained",
     "load_lora_",
     "load_moe_",
     "prune_heads_",
     "prune_width_",
     "quantize_weights_",
     "restore_",
+    "save_pretrained",
     "skip_layers_",
 ]

@@ -128,9 +128,9 @@ _GEN = BlockNames(
 LAYOUTS = (
     Layout(name="BAGEL", components={"und": BlockNames(), "gen": _GEN}),
     # Qwen2.5-VL and the many decoders of the same build, dense or mixtures
-    Layout(name="decoder", components={"text": BlockNames()}),
+    Layout(name="decoder", components={"und": BlockNames()}),
     # the language model of Ming-Omni
-    Layout(name="Bailing", components={"text": BlockNames(attention="attention")}),
+    Layout(name="Bailing", components={"und": BlockNames(attention="attention")}),
 )
 
 

@@ -79,6 +79,7 @@ def apply_moe_(
     with context("apply_moe_"):
         component = config.component
         decoder = find_decoder(model, component)
+        is_bagel = any(hasattr(layer, keys.FFN_NAMES["gen"]) for layer in decoder.layers)
         plans: dict[int, _Plan] = {}
         for slot, ffn in decoder.select_ffns(config.layers, component):
             with naming(slot):
@@ -88,7 +89,7 @@ def apply_moe_(
                     num_experts=config.num_experts,
                     num_shared_experts=config.num_shared_experts,
                 )
-                plans[slot.layer] = _Plan(slot, ffn, weights, layout, config.top_k)
+                plans[slot.layer] = _Plan(slot, ffn, weights, layout, config.top_k, is_bagel)
         ranking, _ = rank(
             scores,
             component,
@@ -160,7 +161,7 @@ def load_moe_(
                             f"sparse FFNs must be those of the model, got [I, D] = {sizes} in the "
                             f"file, {list(weights.gate_proj.shape)} in the model"
                         )
-                    plan = _Plan(slot, ffn, weights, layers[slot.layer], top_k)
+                    plan = _Plan(slot, ffn, weights, layers[slot.layer], top_k, True)
                     plans.append((plan, plan.block()))
         for plan, block in plans:
             prefix = keys.ffn_prefix(plan.component, plan.slot.layer)
@@ -177,6 +178,7 @@ class _Plan(NamedTuple):
     weights: DenseWeights
     layout: ExpertLayout
     top_k: int
+    is_bagel: bool  # whose files have routers for ViT tokens and for a shared expert in any case
 
     @property
     def component(self) -> str:
@@ -195,7 +197,8 @@ class _Plan(NamedTuple):
             self.top_k,
             self.layout.num_shared_experts,
             shared_intermediate_size=self.layout.shared_intermediate_size,
-            gate_img=self.component == "und",
+            gate_img=self.is_bagel and self.component == "und",
+            gate_shared=self.is_bagel,
             return_router_logits=returns_tuple(self.ffn, self.weights),
             device="meta",
             dtype=gate_proj.dtype,
@@ -271,4 +274,5 @@ def set_routers_(block: SparseMoE, weight: Tensor) -> None:
     for router in (block.gate, block.gate_img):
         if router is not None:
             router.weight.copy_(weight)
-    block.gate_shared.weight.zero_()
+    if block.gate_shared is not None:
+        block.gate_shared.weight.zero_()

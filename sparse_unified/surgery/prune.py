@@ -6,7 +6,7 @@ What a layer has is read first, then what stays is planned, and only then is any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from sparse_unified._common import context, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import LayerShape
-from sparse_unified.checkpoint.modes import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
+from sparse_unified.checkpoint.modes import (
+    Part,
+    PruneHeadsConfig,
+    PruneWidthConfig,
+    SkipLayersConfig,
+)
 from sparse_unified.checkpoint.scores import Scores, head_magnitudes, rank
 from sparse_unified.experts.keep import magnitude_scores, select_layers
 from sparse_unified.nn import SparseMoE, key_heads_read
+from sparse_unified.surgery import others
 from sparse_unified.surgery.cuts import keep_neurons, plan, skipped_modules
-from sparse_unified.surgery.decoder import Decoder, find_decoder, takes_absent_parts
+from sparse_unified.surgery.decoder import Decoder, find_adapter, find_decoder, takes_absent_parts
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     DenseWeights,
@@ -105,7 +111,8 @@ def prune_heads_(
     for both, once neither component has queries for it; with `component="both"` at once.
 
     Args:
-        model: a module or pipeline with an attention of `sparse_unified.bagel`.
+        model: a module or pipeline with an attention of `sparse_unified.bagel`, or a decoder of one
+            component, "und", with the attentions that `changed` takes.
         config: how much of which attentions stays.
         scores: importance of each group, float `{layer: [G]}`, a tensor [num_layers, G], or a
             mapping of components to either; G counts the groups that the component still has. For
@@ -119,6 +126,20 @@ def prune_heads_(
         TypeError: scores are no tensors.
     """
     with context("prune_heads_"):
+        if single := _single(model, config):
+            if scores is not None:
+                raise ValueError(
+                    "scores must be None for a decoder of one component, whose groups are ranked "
+                    f"by weight magnitude, got {type(scores).__name__}"
+                )
+            layers = select_layers(config.layers, single.num_layers())
+            name = single.components[0]
+            return transform(
+                "prune_heads_",
+                single,
+                lambda: others.drop_heads(single, name, layers, config),
+                keep=keep_dense,
+            )
         decoder = find_decoder(model)
         names = [f"self_attn.q_proj{keys.SUFFIXES[component]}" for component in config.components]
         layers = select_layers(
@@ -133,7 +154,7 @@ def prune_heads_(
         for layer in layers:
             with naming(f"layer {layer} ({decoder.path}.{layer}.self_attn)"):
                 for component in keys.SUFFIXES:
-                    shape = _read_attention(decoder, layer, component, tensors, modules)
+                    shape = read_heads(decoder, layer, component, tensors, modules)
                     if shape is not None:
                         shapes[component][layer] = shape
         ranking = {}
@@ -168,7 +189,7 @@ def _head_magnitudes(
     return head_magnitudes(tensors.__getitem__, component, layer, shapes[layer])
 
 
-def _read_attention(
+def read_heads(
     decoder: Decoder,
     layer: int,
     component: str,
@@ -199,7 +220,11 @@ def _read_attention(
 
 @torch.no_grad()
 def skip_layers_(
-    model: object, config: SkipLayersConfig, *, keep_dense: bool = True
+    model: object,
+    config: SkipLayersConfig,
+    *,
+    keep_dense: bool = True,
+    forward: Callable[[], object] | None = None,
 ) -> SurgeryReport:
     """Takes layers, or their attention or FFN, away from the tokens of one component, in place.
 
@@ -207,13 +232,16 @@ def skip_layers_(
     the other component's tokens run as before. Where an attention is skipped, the component's
     tokens do not ask and are not seen: they have no keys and values in that layer, so contexts
     hold fewer there, and with `gen` left alone its tokens see their own image and earlier ones.
-    Positions do not change. Layers keep their numbers. A FFN can be skipped in every model that
-    `apply_moe_` takes, an attention in ours.
+    Positions do not change. Layers keep their numbers, of which caches of other models leave those
+    without an attention out. A FFN can be skipped in every model that `apply_moe_` takes, an
+    attention in ours and in decoders of one component.
 
     Args:
         model: a module or pipeline.
         config: which parts of which layers.
         keep_dense: keep the modules for `restore_`, in memory where they are.
+        forward: runs the model once; needed to skip attentions that are not ours, since it shows
+            what they return.
 
     Raises:
         ValueError: a selected layer has nothing of this kind left, or cannot do without its
@@ -221,6 +249,14 @@ def skip_layers_(
     """
     with context("skip_layers_"):
         component = config.component
+        if "attention" in config.parts and (single := _single(model, config)):
+            layers = select_layers(config.layers, single.num_layers())
+
+            def skip_parts() -> None:
+                for part in config.parts:
+                    others.skip_part(single, single.components[0], layers, Part(part), forward)
+
+            return transform("skip_layers_", single, skip_parts, keep=keep_dense)
         decoder = find_decoder(model, component)
         found: dict[int, list[tuple[Slot, nn.Module | None]]] = {}
 
@@ -238,6 +274,21 @@ def skip_layers_(
                     slot.put(new)
 
         return transform("skip_layers_", decoder, skip, keep=keep_dense)
+
+
+def _single(model: object, config: PruneHeadsConfig | SkipLayersConfig) -> Decoder | None:
+    """Returns the layers of a decoder with one component that is not ours; None of others."""
+    try:
+        adapter = find_adapter(model)
+    except ValueError:
+        return None
+    if len(adapter.components) > 1 or takes_absent_parts(adapter.layers[0]):
+        return None
+    if config.component != "und":
+        raise ValueError(
+            f"component must be 'und' for a decoder of one component, got {config.component!r}"
+        )
+    return adapter
 
 
 def _skip(

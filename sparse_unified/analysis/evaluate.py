@@ -1,0 +1,519 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several model directories side by side: the same prompts, the same noise, one table.
+
+A sample of a model is a record in the folder of the run, so that a run goes on where it stopped and
+processes share the samples out. What distances and agreement are taken from, the images and answers
+of the reference, is computed first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_unified._common import Report, StrPath, context, format_table, optional
+from sparse_unified.analysis.bagel_task import (
+    Settings,
+    VelocityError,
+    answer_tokens,
+    compare_text,
+    distances,
+    finished,
+    generate_samples,
+    perplexity,
+    pixels_of,
+    write_geneval,
+)
+from sparse_unified.analysis.evaluators import Evaluator, directions, measure
+from sparse_unified.analysis.samples import Sample, Task
+from sparse_unified.analysis.store import Shard, Store, open_store
+from sparse_unified.bagel import BagelPipeline
+from sparse_unified.bagel.images import open_image
+from sparse_unified.checkpoint import Checkpoint, files
+from sparse_unified.checkpoint.model_dir import find_model
+from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor, save_tensors
+from sparse_unified.checkpoint.scores import hash_checkpoint
+from sparse_unified.convert.info import info
+
+BETTER = {
+    "latent_distance": "lower",
+    "image_distance": "lower",
+    "velocity_error": "lower",
+    "text_agreement": "higher",
+    "perplexity": "lower",
+    "answers": "higher",
+}
+_SHOWN, _SIDE = 8, 160  # images of a collage, and pixels of the side of each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenEval:
+    """GenEval images of every model, in the folders of the official scorer.
+
+    Args:
+        metadata: of `read_metadata`.
+        num_images: per prompt.
+        seed: of the first image, see `write_geneval`.
+        scorer: a function from the folder of a model to numbers by name, which `better` names as
+            of an evaluator; None writes the images alone.
+    """
+
+    metadata: list[dict[str, Any]]
+    num_images: int = 4
+    seed: int = 0
+    scorer: Callable[[Path], Mapping[str, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Report):
+    """Models side by side.
+
+    Attributes:
+        run: what was asked for.
+        better: metric -> "lower" or "higher".
+        models: a row per model, the reference first: its `name`, `path`, `kind` (dense, pruned,
+            sparse, tuned), `parameters` and `active` ones of a token, `metrics` (name -> `mean`,
+            its `standard_error` over samples and their number `n`), and `seconds` (task ->
+            `median`, `least` and `most` of a sample).
+        left: samples that no process has computed yet; files are written when there are none.
+    """
+
+    run: Mapping[str, Any]
+    better: Mapping[str, str]
+    models: tuple[dict[str, Any], ...]
+    left: int
+
+    def headings(self) -> Sequence[str]:
+        times = [f"s/{task}" for task in self.models[0]["seconds"]]
+        return ["model", "kind", "parameters", "active", *self._names(), *times]
+
+    def table(self) -> Sequence[Sequence[object]]:
+        return [
+            [
+                own["name"],
+                own["kind"],
+                f"{own['parameters']:,}",
+                "?" if own["active"] is None else f"{own['active']:,}",
+                *(_cell(own["metrics"].get(name)) for name in self._names()),
+                *(
+                    "{median:.3g} [{least:.3g}, {most:.3g}]".format(**s)
+                    for s in own["seconds"].values()
+                ),
+            ]
+            for own in self.models
+        ]
+
+    def _names(self) -> list[str]:
+        return [name for name in self.better if any(name in own["metrics"] for own in self.models)]
+
+    def notes(self) -> Sequence[str]:
+        ways = [f"{name}: {self.better[name]} is better" for name in self._names()]
+        told = [
+            *ways,
+            "± is the standard error over the samples, n their number; seconds are the median "
+            "[least, most] of a sample, of one model after the other",
+        ]
+        if self.left:
+            told.append(f"not finished: {self.left} samples are left to this or other processes")
+        return told
+
+    def to_markdown(self) -> str:
+        """Returns the table, the settings, and answers side by side."""
+        run = dict(self.run)
+        lines = [
+            "# Evaluation",
+            f"```\n{format_table([self.headings(), *self.table()], header=True)}\n```",
+            "\n".join(f"- {note}" for note in self.notes()),
+            f"Settings: `{json.dumps(run['settings'])}`, {run['dtype']} on {run['device']}.",
+        ]
+        return "\n\n".join(lines) + "\n"
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.2g}"
+    return f"{found['mean']:.4g}{error} (n {found['n']})"
+
+
+@context("evaluate")
+def evaluate(
+    directories: Sequence[StrPath],
+    out: StrPath,
+    samples: Mapping[str, Sequence[Sample]],
+    *,
+    reference: StrPath | None = None,
+    settings: Settings | None = None,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    geneval: GenEval | None = None,
+    shard: Shard = (0, 1),
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> Evaluation:
+    """Runs every model on the same samples with the same noise, and compares them.
+
+    Example:
+        >>> samples = {"generation": read_samples("prompts.jsonl")}  # doctest: +SKIP
+        >>> print(evaluate(["tuned"], "out", samples, reference="dense"))  # doctest: +SKIP
+
+    Args:
+        directories: model directories or hub ids, of different names.
+        out: folder of the run; a run of the same goes on.
+        samples: of each task, see `read_samples`.
+        reference: the model that distances and agreement are taken from; None leaves them out. It
+            is measured too.
+        settings: size, timesteps and guidance of all that is sampled.
+        evaluators: more metrics by name, each a function from the pipeline to numbers.
+        geneval: GenEval images, and what scores them.
+        shard: (i, n) computes every n-th sample from the i-th on. Processes share `out`, or their
+            folders in it are copied together; whichever finds all samples there writes the results.
+        device: of the models, which are loaded one after the other.
+        dtype: of the models; None is that of the files.
+        progress: called with records done, records of this process in all, and what is next.
+
+    Returns:
+        what is finished so far, of all shards.
+
+    Raises:
+        ValueError: an argument is not as described, `out` is of another run, or an evaluator
+            returns something else than finite numbers. What is finished is kept.
+    """
+    settings = settings or Settings()
+    listed = [*([reference] if reference is not None else []), *directories]
+    paths = {Path(name).name: find_model(name) for name in dict.fromkeys(listed)}
+    if len(paths) < len(set(listed)) or not paths:
+        raise ValueError(f"directories must be one or more of different names, got {list(listed)}")
+    if not samples and geneval is None:
+        raise ValueError("samples must be given for a task, or geneval, got neither")
+    number, count = shard
+    if not 0 <= number < count:
+        raise ValueError(f"shard must be i of n with 0 <= i < n, got {number} of {count}")
+    if geneval is not None and geneval.scorer is not None:
+        directions(geneval.scorer, where="scorer")
+    sources = {name: Checkpoint(path) for name, path in paths.items()}
+    run: dict[str, Any] = {
+        "models": {name: hash_checkpoint(source) for name, source in sources.items()},
+        "reference": None if reference is None else next(iter(paths)),
+        "settings": settings.stated(),
+        "samples": {task: [s.fingerprint() for s in own] for task, own in samples.items()},
+        "evaluators": {n: directions(f, where=n) for n, f in (evaluators or {}).items()},
+        "geneval": geneval and [_digest(geneval.metadata), geneval.num_images, geneval.seed],
+        "device": torch.device(device).type,
+        "dtype": "of the files" if dtype is None else str(dtype).removeprefix("torch."),
+    }
+    run = json.loads(json.dumps(run))
+    with open_store(out, run, shard) as store:
+        work = _Work(store, samples, settings, geneval, evaluators or {}, run["reference"])
+        work.run(paths, shard, device, dtype, progress)
+        store.read()
+        left = sum(name not in store.records for name in work.names(paths))
+        if not left:
+            left = work.score(paths)
+        result = Evaluation(
+            run=run,
+            better=BETTER | work.better(),
+            models=tuple(_row(name, source, store, samples) for name, source in sources.items()),
+            left=left,
+        )
+        if not left:
+            folder = store.folder
+            files.replace_file(folder / "results.json", (result.to_json() + "\n").encode())
+            files.replace_file(folder / "report.md", result.to_markdown().encode())
+            write_collage(folder, list(paths), samples)
+            _write_answers(store, list(paths), samples)
+    return result
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(slots=True)
+class _Work:
+    """What a process computes of each model."""
+
+    store: Store
+    samples: Mapping[str, Sequence[Sample]]
+    settings: Settings
+    geneval: GenEval | None
+    evaluators: Mapping[str, Evaluator]
+    reference: str | None
+
+    def names(self, models: Mapping[str, Path]) -> list[str]:
+        """Returns the names of all records but scores."""
+        return [name for model in models for name, _, _ in self._units(model)]
+
+    def _units(self, model: str) -> list[tuple[str, str, int]]:
+        """Returns (name of the record, task, index) of all samples of a model."""
+        counts = {task: len(own) for task, own in self.samples.items()}
+        counts |= {"geneval": len(self.geneval.metadata)} if self.geneval else {}
+        counts |= {"evaluators": 1} if self.evaluators else {}
+        return [
+            (f"{model}/{task}/{index:05}", task, index)
+            for task, count in counts.items()
+            for index in range(count)
+        ]
+
+    def run(
+        self,
+        models: Mapping[str, Path],
+        shard: Shard,
+        device: str,
+        dtype: torch.dtype | None,
+        progress: Callable[[int, int, str], object] | None,
+    ) -> None:
+        own = {model: self._units(model)[shard[0] :: shard[1]] for model in models}
+        total, done = sum(map(len, own.values())), 0
+        for model, units in own.items():
+            todo = [unit for unit in units if unit[0] not in self.store.records]
+            done += len(units) - len(todo)
+            pipeline: Any = None  # loaded when the first sample needs it
+            while todo:
+                pipeline = pipeline or BagelPipeline.from_pretrained(
+                    models[model], device=device, dtype=dtype
+                )
+                task = todo[0][1]
+                size = self.settings.batch_size if task in _DRAWN else 1
+                batch = [unit for unit in todo[:size] if unit[1] == task]
+                if progress is not None:
+                    progress(done, total, f"{model}: {task}")
+                self._compute(pipeline, model, batch)
+                done, todo = done + len(batch), todo[len(batch) :]
+        if progress is not None:
+            progress(total, total, "done")
+
+    def _compute(self, pipeline: Any, model: str, batch: list[tuple[str, str, int]]) -> None:
+        """Computes samples of one task and appends a record for each."""
+        task, start = batch[0][1], time.perf_counter()
+        if task == "geneval":
+            assert self.geneval is not None
+            write_geneval(
+                pipeline,
+                self.geneval.metadata,
+                _made(self.store.folder / "geneval" / model),
+                num_images=self.geneval.num_images,
+                seed=self.geneval.seed,
+                settings=self.settings,
+                prompts=[index for _, _, index in batch],
+            )
+            images = len(batch) * self.geneval.num_images
+            for unit in batch:
+                self._append(model, unit, {}, (time.perf_counter() - start) / images)
+            return
+        if task == "evaluators":
+            found: dict[str, float] = {}
+            for name, function in self.evaluators.items():
+                found |= measure(function, pipeline, where=f"{model}: {name}")
+            sums = {name: [value, 1] for name, value in found.items()}
+            self._append(model, batch[0], sums, time.perf_counter() - start)
+            return
+        samples = [self.samples[task][index] for _, _, index in batch]
+        if task not in _DRAWN:
+            self._answer(pipeline, model, batch[0], samples[0])
+            return
+        result = generate_samples(pipeline, self.settings, *samples)
+        seconds = (time.perf_counter() - start) / len(batch)
+        drawn = zip(batch, samples, result.images, result.latents, strict=True)
+        for unit, sample, image, latent in drawn:
+            path = image_path(self.store.folder, model, task, unit[2])
+            _made(path.parent)
+            image.save(path)
+            save_tensors(path.with_suffix(".safetensors"), {"latent": latent.contiguous()})
+            sums = {}
+            if self.reference is not None:
+                dense = image_path(self.store.folder, self.reference, task, unit[2])
+                latent0 = read_tensor(
+                    read_header(dense.with_suffix(".safetensors")).tensors["latent"]
+                )
+                dense_pixels = pixels_of(open_image(dense, where=str(dense)))
+                apart = distances((latent, pixels_of(image)), (latent0, dense_pixels))
+                sums = {name: [value, 1] for name, value in apart.items()}
+            if sample.image is not None:
+                error = VelocityError([sample], self.settings)(pipeline)
+                sums |= {name: [value, 1] for name, value in error.items()}
+            self._append(model, unit, sums, seconds)
+
+    def _answer(
+        self, pipeline: Any, model: str, unit: tuple[str, str, int], sample: Sample
+    ) -> None:
+        start = time.perf_counter()
+        own = answer_tokens(pipeline, self.settings, sample)
+        seconds, text = time.perf_counter() - start, pipeline.tokenizer.decode(own[1:])
+        ids = finished(pipeline, self.settings, own)
+        sums: dict[str, Sequence[float]] = {}
+        if self.reference is not None:
+            dense = ids
+            if model != self.reference:
+                dense = self.store.records[f"{self.reference}/{unit[1]}/{unit[2]:05}"]["ids"]
+            agreed, tokens, loss, length = compare_text(pipeline, sample, dense)
+            sums = {"text_agreement": [agreed, tokens], "perplexity": [loss, length]}
+        elif sample.answer is not None:
+            sums = {"perplexity": [*compare_text(pipeline, sample, ids)[2:]]}
+        if sample.answer is not None:
+            sums["answers"] = [int(_plain(text) == _plain(sample.answer)), 1]
+        self._append(model, unit, sums, seconds, text, ids)
+
+    def _append(
+        self,
+        model: str,
+        unit: tuple[str, str, int],
+        sums: Mapping[str, Sequence[float]],
+        seconds: float,
+        answer: str | None = None,
+        ids: Sequence[int] = (),
+    ) -> None:
+        named = dict(zip(("name", "task", "index"), unit, strict=True))
+        record = {"model": model, "sums": dict(sums), "answer": answer, "ids": list(ids)}
+        self.store.append({**named, **record, "seconds": seconds})
+
+    def score(self, models: Mapping[str, Path]) -> int:
+        """Scores the GenEval images of every model, once; returns how many are left to others."""
+        if self.geneval is None or (scorer := self.geneval.scorer) is None:
+            return 0
+        missing = [m for m in models if f"{m}/score" not in self.store.records]
+        folder = self.store.folder / "geneval"
+        with suppress(_Busy), files.locked(folder, _Busy()):
+            self.store.read()
+            for model in [m for m in missing if f"{m}/score" not in self.store.records]:
+                found = measure(scorer, folder / model, where=f"{model}: scorer")
+                better = directions(scorer, where="scorer")
+                self.store.append({"name": f"{model}/score", "metrics": found, "better": better})
+            return 0
+        return len(missing)
+
+    def better(self) -> dict[str, str]:
+        """Returns the directions of the metrics of users."""
+        functions: list[Any] = [*self.evaluators.values()]
+        functions += [self.geneval.scorer] if self.geneval and self.geneval.scorer else []
+        return {k: v for f in functions for k, v in directions(f, where="evaluator").items()}
+
+
+class _Busy(Exception):
+    """Another process scores."""
+
+
+_DRAWN = (Task.GENERATION.value, Task.EDITING.value)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def image_path(folder: Path, model: str, task: str, index: int) -> Path:
+    """Returns where the image of a sample is, beside its latent."""
+    return folder / "images" / model / task / f"{index:05}.png"
+
+
+def _row(
+    name: str, source: Checkpoint, store: Store, samples: Mapping[str, Sequence[Sample]]
+) -> dict[str, Any]:
+    """Returns what is known of a model so far."""
+    facts = info(source.directory)
+    own = [r for r in store.records.values() if r.get("model") == name]
+    sums: dict[str, list[tuple[float, float]]] = {}
+    for record in own:
+        for metric, (value, weight) in record["sums"].items():
+            sums.setdefault(metric, []).append((value, weight))
+    metrics: dict[str, Any] = {metric: _mean(metric, pairs) for metric, pairs in sums.items()}
+    scored = store.records.get(f"{name}/score", {"metrics": {}})["metrics"]
+    counted = len([r for r in own if r["task"] == "geneval"])
+    metrics |= {m: {"mean": v, "standard_error": None, "n": counted} for m, v in scored.items()}
+    seconds = {}
+    for task in [*samples, "geneval"]:
+        if times := [record["seconds"] for record in own if record["task"] == task]:
+            median = statistics.median(times)
+            seconds[task] = {"median": median, "least": min(times), "most": max(times)}
+    return {
+        "name": name,
+        "path": str(source.directory),
+        "kind": _kind(source),
+        "parameters": facts.parameters,
+        "active": facts.active,
+        "metrics": metrics,
+        "seconds": seconds,
+    }
+
+
+def _mean(metric: str, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Returns sum over weight of all samples, with its standard error over them."""
+    total, weight, n = (sum(column) for column in zip(*((v, w, 1) for v, w in pairs), strict=True))
+    mean = total / weight
+    # Of a ratio of sums; each sample counts as much as its weight says.
+    spread = math.sqrt(sum((v - mean * w) ** 2 for v, w in pairs) * n / max(1, n - 1)) / weight
+    if metric == "perplexity":
+        mean = perplexity(total, weight)
+        spread *= mean
+    return {"mean": mean, "standard_error": spread if n > 1 else None, "n": n}
+
+
+def _kind(source: Checkpoint) -> str:
+    modes = {step.config.mode for step in source.recipe}
+    words = {
+        "pruned": bool(modes & {"width", "heads", "depth"}),
+        "sparse": bool(source.experts),
+        "tuned": "adapt" in modes,
+    }
+    return " ".join(word for word, holds in words.items() if holds) or "dense"
+
+
+def write_collage(
+    folder: Path, models: Sequence[str], samples: Mapping[str, Sequence[Sample]]
+) -> None:
+    """Draws the first images of each task, a row per model, into `collage-TASK.png`."""
+    draw, image = optional("PIL.ImageDraw"), optional("PIL.Image")
+    font = optional("PIL.ImageFont").load_default(12)
+    for task in [task for task in samples if task in _DRAWN]:
+        shown = samples[task][:_SHOWN]
+        left, top, gap = 150, 40, 4
+        width, height = left + len(shown) * (_SIDE + gap), top + len(models) * (_SIDE + gap)
+        sheet = image.new("RGB", (width, height), "white")
+        pen = draw.Draw(sheet)
+        for column, sample in enumerate(shown):
+            words, lines = sample.prompt.split(), [""]
+            for word in words:
+                if len(lines[-1]) + len(word) > 24:
+                    lines.append("")
+                lines[-1] += f"{word} "
+            pen.text((left + column * (_SIDE + gap), 4), "\n".join(lines[:2]), "black", font)
+        for row, model in enumerate(models):
+            at = top + row * (_SIDE + gap)
+            pen.text((4, at + _SIDE // 2), model[:22], "black", font)
+            for column in range(len(shown)):
+                picture = open_image(image_path(folder, model, task, column), where="collage")
+                kind = image.NEAREST if max(picture.size) < _SIDE else image.LANCZOS
+                scale = _SIDE / max(picture.size)
+                size = [max(1, round(scale * side)) for side in picture.size]
+                sheet.paste(
+                    picture.resize((size[0], size[1]), kind), (left + column * (_SIDE + gap), at)
+                )
+        sheet.save(folder / f"collage-{task}.png")
+
+
+def _write_answers(
+    store: Store, models: Sequence[str], samples: Mapping[str, Sequence[Sample]]
+) -> None:
+    """Writes questions with the answers of all models into `answers.jsonl`."""
+    lines = []
+    for index, sample in enumerate(samples.get(Task.UNDERSTANDING.value, ())):
+        names = {model: f"{model}/{Task.UNDERSTANDING.value}/{index:05}" for model in models}
+        answers = {model: store.records[name]["answer"] for model, name in names.items()}
+        line = {"question": sample.prompt, "expected": sample.answer, "answers": answers}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    if lines:
+        files.replace_file(store.folder / "answers.jsonl", "".join(lines).encode())
