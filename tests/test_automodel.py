@@ -43,7 +43,7 @@ from nemo_automodel.recipes._dist_utils import (  # noqa: E402
     create_distributed_setup_from_config,
 )
 
-from sparse_unified.bagel.model import balance_loss, expert_load  # noqa: E402
+from sparse_unified.bagel.model import Routing, expert_load, router_losses  # noqa: E402
 from sparse_unified.surgery.decoder import find_sparse_blocks  # noqa: E402
 
 # It asks for an attention kernel that only GPUs have.
@@ -124,7 +124,12 @@ def test_all_experts_compute_the_dense_model_and_the_balance_loss_is_trained() -
         block._forward_hooks.clear()
         block.register_forward_hook(lambda _, __, out: routed.append(out[1]) or out[0])
     loss = losses(plain)
-    balance = torch.stack([balance_loss(own, expert_load(own, 2)) for own in routed]).mean()
+    none = torch.zeros(())
+    routing = {
+        ("gen", layer): Routing(expert_load(own, 2), own.softmax(-1).sum(0), none, none, len(own))
+        for layer, own in enumerate(routed)
+    }
+    balance, _ = router_losses(routing)
     without = torch.autograd.grad(loss, list(find_gates(plain)), retain_graph=True)
     (loss + 0.5 * balance).backward()
     for own, other, alone in zip(find_gates(attached), find_gates(plain), without, strict=True):
