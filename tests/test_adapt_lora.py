@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sparse_unified import MoEConfig, apply_moe_, load_moe_, prune_heads_, restore_
 from sparse_unified.adapt import RunConfig, Trainer, TrainingConfig, adapt, merge_lora
 from sparse_unified.bagel import Bagel
+from sparse_unified.bagel.model import router_losses
 from sparse_unified.checkpoint import Checkpoint, PruneHeadsConfig, info, verify
 from sparse_unified.cli import main
 from sparse_unified.nn import SparseMoE
@@ -85,7 +86,8 @@ def test_adapters_get_the_gradients_of_the_merged_weights(tmp_path: Path) -> Non
     for own in (model, merged):
         batch = trainer(own)._batches()[0]
         own.zero_grad()
-        loss = trainer(own)._pass(batch, batch.text_tokens, batch.image_tokens)[0]
+        *sums, routing = trainer(own)._pass(batch, batch.text_tokens, batch.image_tokens)
+        loss = torch.stack([*sums, *router_losses(routing)]).sum()
         loss.backward()
         totals.append(loss.item())
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)

@@ -296,7 +296,7 @@ def test_sums_that_are_no_sums_are_refused(statistics: FfnStatistics) -> None:
         ("inputs", torch.zeros(1, 16, dtype=torch.bfloat16)),
     ):
         wrong = dataclasses.replace(right, **{name: value})
-        with pytest.raises(ValueError, match=f"text.text 0: {name} must be"):
+        with pytest.raises(ValueError, match=f"text.und 0: {name} must be"):
             dataclasses.replace(statistics, ffns={**statistics.ffns, key: wrong})
 
 
@@ -331,7 +331,7 @@ def test_statistics_fit_their_model_and_no_other(
     for same in (find_adapter(model), models.Bailing().bfloat16(), head):
         statistics.check(same)
     for other in (negative, shorter, wider):
-        refused("model must have the text FFNs they were gathered", statistics.check, other)
+        refused("model must have the und FFNs they were gathered", statistics.check, other)
     hashes = [hash_model(own) for own in (model, models.Bailing(), head, models.Bailing().half())]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3

@@ -136,7 +136,7 @@ class OnOneDevice(TorchDispatchMode):
 def test_a_step_makes_nothing_on_the_host(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device stands for a GPU: whatever the host took part in would be on the CPU."""
     # There, as on a GPU, the ops of the library run: their fakes.
-    monkeypatch.setattr(SparseMoE, "_choose", lambda own, weight: (weight.dtype, "cuda"))
+    monkeypatch.setattr(SparseMoE, "_choose", lambda own, weight, _: (weight.dtype, "cuda"))
     away = Bagel(model.config, device="meta")
     contexts = away.new_contexts(2)
     away.prefill_text(contexts[:1], [[21, 30]])

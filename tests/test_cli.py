@@ -113,7 +113,7 @@ def test_flags_and_defaults_are_what_they_were() -> None:
             for wrong, words in [
                 ("--size 100x64", "multiple of 16"),
                 ("--cfg-interval nan,1", "LO,HI"),
-                ("--storage und=int8,und=fp8", "--storage: must be int8, fp8, nvfp4"),
+                ("--storage und=int8,und=fp8", "--storage: must be int8, fp8, fp8-compute, nvfp4"),
                 ("--device-map cpu", "--device-map: must be auto or MODULE=DEVICE"),
                 ("--max-memory cpu=1GiB", "--max-memory must come with --device-map"),
                 ("--max-memory cpu=much", "--max-memory: must be DEVICE=SIZE"),

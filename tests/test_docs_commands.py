@@ -277,6 +277,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "adaptation.md": adaptation_names,
     "analysis.md": analysis_names,
     "diffusers.md": bagel_names,
+    "evaluation.md": dict,
     "hf-kernels.md": bagel_names,
     "hub.md": bagel_names,
     "kernels.md": dict,

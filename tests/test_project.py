@@ -298,7 +298,16 @@ def test_documents_name_what_is_there(path: Path) -> None:
     assert set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE)) <= targets
 
 
-INTEGRATIONS = ["app", "vllm-omni", "diffusers", "transformers", "hf-kernels", "hub", "evaluation"]
+INTEGRATIONS = [
+    "app",
+    "vllm-omni",
+    "diffusers",
+    "transformers",
+    "hf-kernels",
+    "hub",
+    "evaluation",
+    "automodel",
+]
 
 
 @pytest.mark.parametrize("name", INTEGRATIONS)

@@ -251,12 +251,13 @@ def rank_file(
         of = head_magnitudes if heads else neuron_magnitudes
         return of(read, component, layer, shapes[layer])
 
+    described = None
+    if isinstance(scores, str | os.PathLike):
+        described = describe_scores(scores, source, component)
     ranked, origin = rank(
         scores, component + HEADS * heads, sizes, source.num_layers, magnitudes, seed=seed
     )
-    if isinstance(scores, str | os.PathLike):
-        origin = describe_scores(scores, source, component)
-    return ranked, origin
+    return ranked, described or origin
 
 
 def neuron_magnitudes(

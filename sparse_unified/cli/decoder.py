@@ -25,7 +25,7 @@ from sparse_unified.cli.options import add_flags, add_options, arguments, dtype_
 
 
 def add_decoder(parser: CommandParser) -> None:
-    add_model(parser)
+    add_model(parser, lora=False)
     add_flags(
         parser,
         """

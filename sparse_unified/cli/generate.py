@@ -33,8 +33,8 @@ from sparse_unified.cli.options import (
 from sparse_unified.surgery import load_lora_
 
 
-def add_model(parser: argparse.ArgumentParser, **model: Any) -> None:
-    """Adds the model, its dtype and its device; `model` is what else `add_argument` is given."""
+def add_model(parser: argparse.ArgumentParser, *, lora: bool = True, **model: Any) -> None:
+    """Adds the model, its dtype, device and adapters; `model` is what else `add_argument` takes."""
     add_flags(parser, "MODEL  a model directory or a hub id owner/name", model=model)
     add_options(
         parser,
@@ -43,7 +43,7 @@ def add_model(parser: argparse.ArgumentParser, **model: Any) -> None:
         dtype="of weights and computation (default: as in the files)",
         device="cpu, cuda, cuda:1, ...",
     )
-    if not model:  # which may be several
+    if lora and not model:  # which may be several
         add_flags(parser, "--lora DIR  LoRA adapters to merge into the weights, of adapt or peft")
 
 
