@@ -305,7 +305,7 @@ INTEGRATIONS = [
     "transformers",
     "hf-kernels",
     "hub",
-    "evaluation",
+    "lmms-eval",
     "automodel",
 ]
 
