@@ -15,7 +15,15 @@ from checkpoint_files import make_dense, snapshot
 from refusals import refused
 from safetensors.torch import save_file
 
-from sparse_unified.checkpoint import Checkpoint, PruneWidthConfig, convert, invert, prune, verify
+from sparse_unified.checkpoint import (
+    Checkpoint,
+    PruneWidthConfig,
+    convert,
+    files,
+    invert,
+    prune,
+    verify,
+)
 from sparse_unified.checkpoint.files import MARKER, atomic_directory, partial_path
 
 
@@ -133,6 +141,21 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
         atomic_directory(tmp_path / "out"),
     ):
         (tmp_path / "out").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_target_that_another_run_has_just_made_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, lock = tmp_path / "out", files._lock
+
+    def lock_late(partial: Path) -> int:
+        out.mkdir()
+        return lock(partial)
+
+    monkeypatch.setattr(files, "_lock", lock_late)
+    with pytest.raises(ValueError, match="must not exist"), atomic_directory(out):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -324,7 +324,8 @@ def atomic_directory(out: StrPath, *, mode: int = 0o777) -> Iterator[Path]:
     def remove() -> None:
         # The marker goes last, so that what a run killed here leaves is known as ours.
         with suppress(OSError):
-            shutil.rmtree(content, ignore_errors=True)
+            if (partial / MARKER).exists():
+                shutil.rmtree(content, ignore_errors=True)
             (partial / MARKER).unlink(missing_ok=True)
             partial.rmdir()
 
@@ -332,8 +333,8 @@ def atomic_directory(out: StrPath, *, mode: int = 0o777) -> Iterator[Path]:
         try:
             check_target(out)
             stack.callback(os.close, _lock(partial))
-            check_target(out)
             stack.callback(remove)
+            check_target(out)
             if content.exists():
                 logger.warning("removing what an interrupted run left in %s", partial)
                 shutil.rmtree(content)
