@@ -384,7 +384,7 @@ def test_fp8_is_refused_where_it_is_not_multiplied(
     assert (y - expected).norm() < 0.05 * expected.norm()
     dense = SwiGLU(64, 128).bfloat16()
     refused(
-        "storage must be int8 or fp8 here, got 'fp8-compute': .* 8.0",
+        "storage must be int8, nvfp4 or fp8 here, got 'fp8-compute': .* 8.0",
         quantize_ffn_,
         dense,
         "fp8-compute",
