@@ -37,6 +37,11 @@ OPTIONS = ["--steps", "4", "--batch-size", "4", "--micro-batch-size", "2", "--lr
 LORA = ["--lora-rank", "2", "--lora-alpha", "4", "--lora-targets", "attention,experts,routers"]
 
 
+def assert_equal_in_fp32(found: Tensor, expected: Tensor) -> None:
+    """Sums of at most 96 terms in another order differ by a few roundings of the largest."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
 def sparse() -> Bagel:
     """A model with a shared expert in one component, and two routers in the other."""
     model = bagel("t2i_dense")
@@ -172,7 +177,7 @@ def test_peft_reads_ours_for_the_official_modules_and_we_read_its(
         expected = theirs.base_model.model.get_submodule(f"{layer}.{path}")(given)
         out = fresh.get_submodule(f"{layer}.{path}")(given)
         out = out[0] if isinstance(out, tuple) else out
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        assert_equal_in_fp32(out, expected)
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +244,13 @@ def test_a_resumed_run_and_two_processes_train_the_same_adapters(
 def test_two_processes_train_the_adapters_of_one(root: Path, tmp_path: Path) -> None:
     found = run_both("command", *command(root, tmp_path / "two"))
     assert [status for status, _ in found] == [0, 0], found
-    assert logged(tmp_path / "two") == pytest.approx(logged(root / "lora"), rel=1e-4)
+    assert logged(tmp_path / "two") == pytest.approx(logged(root / "lora"), rel=2e-5)
     first, second = (load_file(own / TENSORS) for own in (root / "lora", tmp_path / "two"))
     assert first.keys() == second.keys()
-    apart = sum(not torch.allclose(first[k], second[k], atol=1e-4) for k in first)
-    assert apart < 0.1 * len(first)
+    apart = torch.cat([(first[key] - second[key]).abs().flatten() for key in first])
+    # Of a gradient that is nothing but rounding, each of 4 steps of 0.01 may go either way.
+    assert apart.max() <= 2 * 4 * 0.01
+    assert (apart > 1e-6).float().mean() < 1e-3
 
 
 def test_memory_is_that_of_adapters(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +273,7 @@ def test_ffns_and_attentions_that_peft_wrapped_are_taken(use: str, golden: Any) 
     if use == "apply":
         apply_moe_(wrapped, MoEConfig(num_experts=4, top_k=4))
         block: Any = model.language_model.model.layers[1].mlp_moe_gen
-        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+        assert_equal_in_fp32(block(x), expected)
     else:
         load_moe_(wrapped, golden("t2i_moe"))
         block = model.language_model.model.layers[1].mlp_moe_gen
@@ -284,7 +291,7 @@ def test_ffns_and_attentions_that_peft_wrapped_are_taken(use: str, golden: Any) 
         apply_moe_(wrapped, MoEConfig(num_experts=4, top_k=4))
         dense = bagel("t2i_dense").language_model.model.layers[1].mlp_moe_gen(x)
         block = model.language_model.model.layers[1].mlp_moe_gen
-        torch.testing.assert_close(block(x), dense, rtol=1e-4, atol=1e-5)
+        assert_equal_in_fp32(block(x), dense)
 
 
 def test_peft_s_own_adapters_of_routers_and_narrow_attentions_take_effect() -> None:

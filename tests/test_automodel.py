@@ -113,7 +113,7 @@ def draw_routers(model: Any) -> list[Any]:
 def test_all_experts_compute_the_dense_model_and_the_balance_loss_is_trained() -> None:
     expected = losses(tiny())
     whole = automodel.make_sparse_(tiny(), **SPARSE | {"top_k": 4})
-    assert losses(whole).item() == pytest.approx(expected.item(), rel=1e-2)
+    assert losses(whole).item() == pytest.approx(expected.item(), rel=2**-8)  # bf16
 
     attached = automodel.make_sparse_(tiny(), **SPARSE)
     draw_routers(attached)
@@ -133,7 +133,7 @@ def test_all_experts_compute_the_dense_model_and_the_balance_loss_is_trained() -
     without = torch.autograd.grad(loss, list(find_gates(plain)), retain_graph=True)
     (loss + 0.5 * balance).backward()
     for own, other, alone in zip(find_gates(attached), find_gates(plain), without, strict=True):
-        torch.testing.assert_close(own.grad, other.grad, rtol=2e-2, atol=1e-4)
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-5, atol=1e-7)
         assert (own.grad - alone).norm() > 0.1 * alone.norm()
 
 

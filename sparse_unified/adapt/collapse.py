@@ -37,7 +37,8 @@ def judge_routers(steps: Sequence[Mapping[str, Any]], top_k: int | None) -> tupl
             continue
         own = layer_usage(component, int(layer), top_k, torch.stack([load, load * 0]))
         rows.append(own)
-        none, full = (sum(map(test, own["share"])) for test in (_is_none, _is_all))
+        none = sum(share < _NONE for share in own["share"])
+        full = sum(share > _ALL for share in own["share"])
         if own["num_experts"] > top_k and (none or full):
             count = own["num_experts"]
             fallen.append(f"{name}: {none} of {count} experts used by no token, {full} by all")
@@ -59,11 +60,3 @@ def judge_routers(steps: Sequence[Mapping[str, Any]], top_k: int | None) -> tupl
     usage = ExpertUsage(task="training", samples=len(last), ranges=("all",), layers=tuple(rows))
     table = usage.to_text().splitlines()[2:]  # without its title
     return (told, "collapsed routers:", *(f"  {line}" for line in fallen), "", *table)
-
-
-def _is_none(share: float) -> bool:
-    return share < _NONE
-
-
-def _is_all(share: float) -> bool:
-    return share > _ALL

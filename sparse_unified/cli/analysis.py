@@ -352,13 +352,13 @@ def run_evaluate(options: argparse.Namespace) -> Evaluation:
     samples are shared out over processes.
     """
     check_device(options.device, "--device")
-    geneval = None
-    if scorer := _scorer(options) or options.geneval:
+    scorer, geneval = _scorer(options), None
+    if options.geneval:
         geneval = GenEval(
             metadata=read_metadata(options.geneval),
             num_images=options.geneval_images,
             seed=options.seed,
-            scorer=None if scorer is options.geneval else scorer,
+            scorer=scorer,
         )
     with _samples(options) as samples, show_progress(options, "evaluate", "sample") as progress:
         return evaluate(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sparse_unified import analysis
 from sparse_unified._common import Report, optional
+from sparse_unified.analysis.bagel_task import perplexity
 from sparse_unified.analysis.evaluators import load_function
 from sparse_unified.analysis.plots import write_plots
 from sparse_unified.analysis.samples import Sample, read_lines
@@ -59,27 +59,30 @@ def run_decoder(options: argparse.Namespace) -> Report:
     check_device(options.device, "--device")
     model, tokenizer = _load(options)
     lines = [line for _, line in read_lines(options.texts, "--texts")][: options.samples]
-    encoded = [tokenizer.encode(line)[: options.max_tokens] for line in lines]
-    texts = [torch.tensor([ids], device=options.device) for ids in encoded if len(ids) > 1]
+    texts = {}  # by the name of a sample
+    for number, line in enumerate(lines):
+        ids = tokenizer.encode(line)[: options.max_tokens]
+        if len(ids) > 1:
+            name = Sample(prompt=line, seed=number).fingerprint()
+            texts[name] = torch.tensor([ids], device=options.device)
     if not texts:
         raise ValueError(f"--texts: {options.texts} must hold a text of two tokens, got none")
-    names = [Sample(prompt=line, seed=i).fingerprint() for i, line in enumerate(lines)]
 
     @torch.no_grad()
     def read(ids: Tensor) -> Any:
         return model(input_ids=ids, output_hidden_states=True)
 
     def run(begin: Any) -> None:
-        for name, ids in zip(names, texts, strict=False):
+        for name, ids in texts.items():
             begin(name)
             read(ids)
 
     probe = analysis.Probe(
         task="text",
-        evaluators={"text": _Text(texts, read)},
+        evaluators={"text": _Text(list(texts.values()), read)},
         run=run,
-        workload=lambda: lambda: read(texts[0]),
-        description={"samples": names},
+        workload=lambda: lambda: read(next(iter(texts.values()))),
+        description={"samples": list(texts)},
     )
     counted = analysis.StatisticsConfig()
     config = analysis.SweepConfig(
@@ -149,5 +152,7 @@ class _Text:
             tokens += ids.shape[1] - 1
             hidden = out.hidden_states[-1].float().cpu()
             apart += float((hidden - dense).norm() / dense.norm())
-        values = {"perplexity": math.exp(min(loss / tokens, 700.0))}
-        return values | {"hidden_distance": apart / len(self.texts)}
+        return {
+            "perplexity": perplexity(loss, tokens),
+            "hidden_distance": apart / len(self.texts),
+        }

@@ -217,11 +217,8 @@ def write_lora(
     shown |= {"task_type": None}
     path = Path(directory)
     files.write_text(path / CONFIG, json.dumps(shown, indent=2, sort_keys=True) + "\n")
-    header = safetensors_io.build_header([(k, t.dtype, tuple(t.shape)) for k, t in tensors.items()])
-    with files.create_file(path / TENSORS) as target:
-        files.write_all(target, safetensors_io.encode_header(header))
-        for tensor in tensors.values():
-            files.write_all(target, safetensors_io.as_bytes(tensor.detach().cpu().contiguous()))
+    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    safetensors_io.save_tensors(path / TENSORS, whole)
 
 
 class Factors(NamedTuple):
