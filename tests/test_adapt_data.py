@@ -19,15 +19,9 @@ from refusals import refused
 from torch import Tensor
 
 from sparse_unified.adapt import RunConfig, SequenceConfig
-from sparse_unified.adapt import data as adapt_data
-from sparse_unified.adapt.data import (
-    ImageDataset,
-    ImageStream,
-    draw_time,
-    generation_sequence,
-    open_records,
-    open_stream,
-)
+from sparse_unified.adapt import records as adapt_records
+from sparse_unified.adapt.data import ImageDataset, ImageStream, draw_time, generation_sequence
+from sparse_unified.adapt.records import open_records, open_stream
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.config import SpecialTokens
@@ -282,7 +276,7 @@ def test_a_stream_goes_on_where_it_was_left_and_every_epoch_holds_all_records(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(adapt_data, "_BLOCK", 4)
+    monkeypatch.setattr(adapt_records, "_BLOCK", 4)
     data = write(tmp_path / "data")
     never = SequenceConfig(text_dropout=0)
     stream, order = streamed(pipeline, data, 2, sequences=never)
@@ -342,7 +336,7 @@ def test_workers_decode_the_next_images_while_a_step_runs(
     pipeline: BagelPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, in_step, decoded = (multiprocessing.get_context("fork").Event() for _ in range(3))
-    original = adapt_data.open_image
+    original = adapt_records.open_image
 
     def open_late(*given: Any, **options: Any) -> Any:
         """The first image is there at once; the others wait until the step runs."""
@@ -352,7 +346,7 @@ def test_workers_decode_the_next_images_while_a_step_runs(
         opened.set()
         return original(*given, **options)
 
-    monkeypatch.setattr(adapt_data, "open_image", open_late)
+    monkeypatch.setattr(adapt_records, "open_image", open_late)
     dataset = dataset_of(pipeline, write_folder(tmp_path / "data"), workers=1)
     order = dataset.in_order(3, 1, [0], 0)
     next(order)

@@ -22,7 +22,7 @@ from adapt_models import logged, picture, state_of, write_folder, write_parquet
 from refusals import refused
 
 from sparse_unified.adapt import RunConfig, Stage, TrainingConfig, adapt
-from sparse_unified.adapt import data as adapt_data
+from sparse_unified.adapt import records as adapt_records
 from sparse_unified.adapt.run import read_log, stage_seed
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import BagelPipeline
@@ -129,7 +129,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(
 def test_a_run_ends_with_its_loader_worker_and_goes_on_exactly(
     root: Path, expected: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, main = adapt_data.open_image, os.getpid()
+    original, main = adapt_records.open_image, os.getpid()
     is_due = multiprocessing.get_context("fork").Event()
 
     def open_or_die(*given: Any, **options: Any) -> Any:
@@ -138,7 +138,7 @@ def test_a_run_ends_with_its_loader_worker_and_goes_on_exactly(
         return original(*given, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(adapt_data, "open_image", open_or_die)
+        patched.setattr(adapt_records, "open_image", open_or_die)
         run = RunConfig(checkpoint_every=1)
         due = lambda record: is_due.set() if record.step == 2 else None  # noqa: E731
         rule = r"loader workers \(--workers\) must run on, .* is killed by signal.*--resume"

@@ -27,8 +27,8 @@ from safetensors.torch import save
 from tiers import IS_DEEP, num_cases
 
 from sparse_unified.adapt import TrainingConfig
-from sparse_unified.adapt.data import open_records
 from sparse_unified.adapt.optimizer import Optimizer
+from sparse_unified.adapt.records import open_records
 from sparse_unified.adapt.run import read_log
 from sparse_unified.adapt.saving import load_state, save_state
 from sparse_unified.analysis import FfnStatistics, StatisticsConfig, collect

@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image-text records from a folder, parquet files or tar shards, and the sequences made of them.
+"""The training sequences that are made of image-text records.
 
-A record has an image and at least one of: `text`, its caption; `question` and `answer` about it;
-`source`, an image that the instruction `text` turns into it. An image is generated from what comes
-before it in its sequence; each of these conditions is left out now and then, so that the model also
-learns the unconditional contexts of guidance. All randomness is a function of the seed and of the
-place in the run, so a run that is resumed, or on another number of processes, draws the same.
+An image is generated from what comes before it in its sequence; each of these conditions is left
+out now and then, so that the model also learns the unconditional contexts of guidance. All
+randomness is a function of the seed and of the place in the run, so a run that is resumed, or on
+another number of processes, draws the same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import glob
 import hashlib
-import io
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count, islice, tee
@@ -30,264 +26,33 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparse_unified._common import StrPath, naming, optional
+from sparse_unified._common import naming
 from sparse_unified.adapt.config import RunConfig, SequenceConfig
-from sparse_unified.analysis import samples
+from sparse_unified.adapt.records import (
+    IMAGES,
+    TEXTS,
+    WHERE,
+    Records,
+    RecordStream,
+    opened,
+    renamed,
+    tasks_of,
+)
 from sparse_unified.analysis.samples import Task
 from sparse_unified.bagel.config import SpecialTokens
-from sparse_unified.bagel.images import ContextImage, ImageTransform, open_image, to_pixels, to_rgb
+from sparse_unified.bagel.images import ContextImage, ImageTransform, to_pixels
 from sparse_unified.bagel.packing import LatentSegment, Segment, TextSegment, VitSegment
 from sparse_unified.bagel.pipeline import BagelPipeline
 from sparse_unified.checkpoint import safetensors_io
-from sparse_unified.checkpoint.files import has_form, read_object, read_text, replace_file
+from sparse_unified.checkpoint.files import has_form, replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_WHERE = "--data"
-_TEXTS = ("text", "question", "answer")
-_IMAGES = ("image", "source")
-# Other names under which the fields are found, tar members by their extensions among them.
-_ALIASES: Mapping[str, tuple[str, ...]] = {
-    "image": ("file_name", *(suffix[1:] for suffix in samples.IMAGE_SUFFIXES)),
-    "source": tuple(f"source{suffix}" for suffix in samples.IMAGE_SUFFIXES),
-    "text": ("caption", "prompt", "txt"),
-    "question": ("question.txt",),
-    "answer": ("answer.txt",),
-}
 _ORDER, _SEQUENCE = 0, 1
 # Where a block of a stream begins: epoch, record, and sequence of the run; state of its reader.
 _PLACE = {"epoch": (int,), "first": (int,), "position": (int,), "source": (dict, type(None))}
-_BLOCK = 256  # records of a stream that are shuffled among each other
-_SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 _log = logging.getLogger(__name__)
-
-
-class Records:
-    """A fixed number of records, images as files or bytes.
-
-    `known` are the fields again, where an image may be anything but None; `names` are for messages.
-    `tasks` says what each can be used for, which must be something; `fingerprint` is a hash of
-    texts, and of names and sizes of files.
-    """
-
-    def __init__(
-        self,
-        rows: Any,
-        names: Callable[[int], str],
-        known: Iterable[Mapping[str, Any]],
-        shards: Sequence[Path] = (),
-    ) -> None:
-        self._rows = rows
-        self._names = names
-        self.tasks: list[tuple[Task, ...]] = []
-        digest = _fingerprint(shards)
-        for number, fields in enumerate(known):
-            self.tasks.append(_tasks(names(number), fields))
-            facts = sorted((name, _name_and_size(value)) for name, value in fields.items())
-            digest.update(repr(facts).encode())
-        self.fingerprint = digest.hexdigest()[:16]
-
-    def read(self, index: int) -> dict[str, Any]:
-        """Returns the fields that are there, images opened in RGB; ValueError if one cannot be."""
-        with naming(self._names(index)):
-            try:
-                fields = _renamed(self._rows[index])
-            except Exception as error:  # columns of other kinds have decoders
-                raise _unreadable("record must be readable", error) from error
-            return _opened(fields)
-
-
-def _opened(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _open(v) if k in _IMAGES else v for k, v in fields.items()}
-
-
-def _name_and_size(value: Any) -> Any:
-    return (value.name, value.stat().st_size) if isinstance(value, Path) else value
-
-
-def _unreadable(rule: str, error: Exception) -> ValueError:
-    reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-    return ValueError(f"{rule}, got {reason:.200}")
-
-
-class RecordStream:
-    """Records of shards in the order of their files, read as they come and not kept on disk.
-
-    `fingerprint` is a hash of names and sizes of the files.
-    """
-
-    def __init__(self, shards: Sequence[Path], builder: str) -> None:
-        self.num_shards = len(shards)
-        self.where = f"{shards[0].parent}"
-        self.fingerprint = _fingerprint(shards).hexdigest()[:16]
-        self._options = {"path": builder, "data_files": {"train": [str(path) for path in shards]}}
-        self._rule = _readable(shards, builder)
-
-    def blocks(
-        self, place: Mapping[str, Any] | None = None
-    ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """Yields places, plain values that it goes on from, and the records that follow there.
-
-        It begins again after the last record. ValueError if a file cannot be read.
-        """
-        datasets = optional("datasets", extra="train")
-        epoch, first, source = (
-            (place["epoch"], place["first"], place["source"]) if place else (0, 0, None)
-        )
-        while True:
-            try:
-                rows = datasets.load_dataset(**self._options, split="train", streaming=True)
-                for name, feature in (rows.features or {}).items():
-                    if isinstance(feature, datasets.Image):
-                        rows = rows.cast_column(name, datasets.Image(decode=False))
-                if source is not None:
-                    rows.load_state_dict(source)
-                found = iter(rows)
-                while block := list(islice(found, _BLOCK)):
-                    yield {"epoch": epoch, "first": first, "source": source}, block
-                    first, source = first + len(block), rows.state_dict()
-            except Exception as error:  # readers of tar members raise errors of many kinds
-                raise _unreadable(self._rule, error) from error
-            if first == 0:
-                raise ValueError(f"{_WHERE}: {self.where} must hold a record, got none")
-            epoch, first, source = epoch + 1, 0, None
-
-
-def _fingerprint(shards: Sequence[Path]) -> Any:
-    return hashlib.sha256(repr([_name_and_size(path) for path in shards]).encode())
-
-
-def _readable(shards: Sequence[Path], builder: str) -> str:
-    return f"{_WHERE}: {shards[0]} and {len(shards) - 1} more must be readable {builder} shards"
-
-
-def open_stream(data: StrPath) -> RecordStream:
-    """Opens shards to read them as they come; ValueError if there are none."""
-    for suffix, builder in _SHARDS.items():
-        if shards := [file for file in _find(data) if file.suffix == suffix]:
-            return RecordStream(shards, builder)
-    raise ValueError(f"{_WHERE}: {data} must hold .parquet or .tar shards to be streamed, got none")
-
-
-def _find(data: StrPath) -> list[Path]:
-    path = Path(data)
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    pattern = glob.escape(str(path)) if path.is_file() else os.fspath(data)
-    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-
-
-def open_records(data: StrPath) -> Records:
-    """Opens data for training: a folder, a file, or a pattern such as `shards/*.tar`.
-
-    A folder holds `.parquet` or `.tar` shards; or one `.jsonl` file, an object a line, with images
-    named from its folder; or images, each with its caption in a `.txt` file of the same name.
-    ValueError if there is nothing of that kind, or a record cannot be used for anything.
-    """
-    files = _find(data)
-    for suffix, builder in _SHARDS.items():
-        if shards := [file for file in files if file.suffix == suffix]:
-            return _open_shards(shards, builder)
-    listed = [file for file in files if file.suffix == ".jsonl"]
-    if len(listed) > 1:
-        raise ValueError(f"{_WHERE}: {data} must hold one .jsonl file, got {len(listed)}")
-    if listed:
-        found = _read_listed(listed[0])
-    else:
-        found = [
-            (f"{_WHERE}: {file}", {"image": file, "text": read_text(caption).strip()})
-            for file in files
-            if file.suffix.lower() in samples.IMAGE_SUFFIXES
-            if (caption := file.with_suffix(".txt")).exists()
-        ]
-    if not found:
-        raise ValueError(
-            f"{_WHERE}: {data} must hold .parquet or .tar shards, a .jsonl file, or images with "
-            f"a .txt file each, got none of them in {len(files)} files"
-        )
-    rows = [fields for _, fields in found]
-    return Records(rows, [where for where, _ in found].__getitem__, rows)
-
-
-def _read_listed(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    found = []
-    for where, line in samples.read_lines(path, _WHERE):
-        fields = _renamed(read_object(line, where))
-        for name in fields.keys() & _IMAGES:
-            if not samples.is_file_name(fields[name]):
-                raise ValueError(f"{where}: {name} must be a path, got {fields[name]!r:.80}")
-            fields[name] = path.parent / fields[name]
-            if not fields[name].is_file():
-                raise ValueError(f"{where}: {name} must be a file, got {fields[name]}")
-        found.append((where, fields))
-    return found
-
-
-def _open_shards(shards: Sequence[Path], builder: str) -> Records:
-    """Opens shards, which the library `datasets` reads into its cache and maps from there."""
-    datasets = optional("datasets", extra="train")
-    names = {name for own in _IMAGES for name in (own, *_ALIASES[own])}
-    try:
-        rows = datasets.load_dataset(
-            builder, data_files={"train": [str(path) for path in shards]}, split="train"
-        )
-        for name, feature in rows.features.items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(name, datasets.Image(decode=False))
-        # Of images only whether they are there.
-        images = {
-            name: rows.data.column(name).is_valid().to_pylist()
-            for name in names.intersection(rows.column_names)
-        }
-        texts = rows.remove_columns(list(images))
-        known = []
-        for number in range(len(rows)):
-            fields = texts[number] if texts.column_names else {}
-            fields |= {name: True for name, valid in images.items() if valid[number]}
-            known.append(_renamed(fields))
-    except Exception as error:  # readers of tar members raise errors of many kinds
-        raise _unreadable(_readable(shards, builder), error) from error
-    return Records(rows, f"{shards[0].parent}: record {{}}".format, known, shards)
-
-
-def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that are there, under our names; those of a JSON member among them."""
-    inner = fields.get("json")
-    merged = {**inner, **fields} if isinstance(inner, Mapping) else fields
-    given = {
-        name: [merged[key] for key in (name, *others) if merged.get(key) is not None]
-        for name, others in _ALIASES.items()
-    }
-    return {name: values[0] for name, values in given.items() if values}
-
-
-def _tasks(where: str, fields: Mapping[str, Any]) -> tuple[Task, ...]:
-    for name in _TEXTS:
-        text = fields.get(name)
-        if text is not None and not (isinstance(text, str) and text.strip()):
-            raise ValueError(f"{where}: {name} must be a text, got {text!r:.80}")
-    if "image" not in fields:
-        raise ValueError(f"{where}: record must have an image, got {sorted(fields)}")
-    tasks = []
-    if "text" in fields:
-        tasks.append(Task.EDITING if "source" in fields else Task.GENERATION)
-    if "answer" in fields:
-        tasks.append(Task.UNDERSTANDING)
-    if not tasks:
-        raise ValueError(
-            f"{where}: record must have text, or question and answer, got {sorted(fields)}"
-        )
-    return tuple(tasks)
-
-
-def _open(value: Any) -> Image:
-    """Opens an image: a file that was listed, or bytes out of a shard."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes")  # a path beside them could be of any file of the machine
-    if not isinstance(value, (Path, bytes)):
-        raise ValueError(f"image must be held as its bytes, got {value!r:.80}")
-    return to_rgb(open_image(value if isinstance(value, Path) else io.BytesIO(value), where="data"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,12 +90,12 @@ class _Reader:
         return _Read(task=None, texts={}, images={}, damaged=damaged)
 
     def resized(self, record: Mapping[str, Any], task: Task, damaged: dict[int, str]) -> _Read:
-        images = {name: self.for_vae.resize(record[name]) for name in _IMAGES if name in record}
+        images = {name: self.for_vae.resize(record[name]) for name in IMAGES if name in record}
         # The ViT sees an image at the size that it has for the VAE.
         if task is not Task.GENERATION:
             seen = images["source" if task is Task.EDITING else "image"]
             images["vit"] = self.for_vit.resize(seen)
-        texts = {name: record[name] for name in _TEXTS if name in record}
+        texts = {name: record[name] for name in TEXTS if name in record}
         return _Read(task=task, texts=texts, images=images, damaged=damaged)
 
 
@@ -342,7 +107,7 @@ class _StreamReader(_Reader):
         number, name, fields, task = sample
         try:
             with naming(name):
-                return self.resized(_opened(fields), task, {})
+                return self.resized(opened(fields), task, {})
         except ValueError as error:
             return _Read(task=None, texts={}, images={}, damaged={number: str(error)})
 
@@ -385,9 +150,7 @@ class ImageDataset:
 
     def _refuse_useless(self, num_records: int) -> NoReturn:
         names = ", ".join(sorted(task.value for task in self._wanted))
-        raise ValueError(
-            f"{_WHERE}: a record must be of use for {names}, got none of {num_records}"
-        )
+        raise ValueError(f"{WHERE}: a record must be of use for {names}, got none of {num_records}")
 
     def _prepare(
         self,
@@ -469,7 +232,7 @@ class ImageDataset:
             )
 
     def _replacement(self) -> _Read:
-        raise ValueError(f"{_WHERE}: a record must be readable, got none of {len(self)}")
+        raise ValueError(f"{WHERE}: a record must be readable, got none of {len(self)}")
 
     def _assemble(self, read: _Read, generator: torch.Generator) -> Sequence[Segment]:
         for number, message in read.damaged.items():
@@ -562,7 +325,7 @@ class ImageStream(ImageDataset):
 
     def go_on(self, place: Any) -> None:
         if place is not None and not has_form(place, _PLACE):
-            raise ValueError(f"{_WHERE}: place must be one of a stream, got {place!r:.80}")
+            raise ValueError(f"{WHERE}: place must be one of a stream, got {place!r:.80}")
         self._places = [place] if place else []
 
     def _order(self, seed: int, positions: Iterator[int]) -> Iterator[Any]:
@@ -591,8 +354,8 @@ class ImageStream(ImageDataset):
             for num_records, row in enumerate(block, here["first"] + 1):
                 name = f"{self._records.where}: record {num_records - 1}"
                 try:
-                    fields = _renamed(row)
-                    tasks = [task for task in _tasks(name, fields) if task in self._wanted]
+                    fields = renamed(row)
+                    tasks = [task for task in tasks_of(name, fields) if task in self._wanted]
                 except ValueError as error:
                     self._skip(num_records - 1, str(error))
                     continue
@@ -612,7 +375,7 @@ class ImageStream(ImageDataset):
         for sample in self._once():
             if (read := self._reader[sample]).task is not None:
                 return read
-        raise ValueError(f"{_WHERE}: a record must be readable, got none")
+        raise ValueError(f"{WHERE}: a record must be readable, got none")
 
     def _replacement(self) -> _Read:
         """Returns the first record that can be read, which stands for all that cannot."""

@@ -25,16 +25,11 @@ import torch.distributed as dist
 from sparse_unified._common import Progress, Report, StrPath, context, optional
 from sparse_unified.adapt.collapse import judge_routers
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
-from sparse_unified.adapt.data import (
-    ImageDataset,
-    ImageStream,
-    open_records,
-    open_stream,
-    sequence_generator,
-)
+from sparse_unified.adapt.data import ImageDataset, ImageStream, sequence_generator
 from sparse_unified.adapt.lora import write_adapters
 from sparse_unified.adapt.memory import MemoryEstimate, estimate
 from sparse_unified.adapt.optimizer import num_processes, this_process, wait_for_all
+from sparse_unified.adapt.records import open_records, open_stream
 from sparse_unified.adapt.saving import WHAT, list_states, write_adapted
 from sparse_unified.adapt.trainer import StepRecord, Trainer
 from sparse_unified.bagel.loading import load_bagel, local_reader
