@@ -58,7 +58,7 @@ CEILINGS = {
     "sparse load": (22, 171),
     "calibration": (21, 187),
     "prune with scores": (11, 162),
-    "denoising step": (12, 31),
+    "denoising step": (11, 30),
 }
 
 
