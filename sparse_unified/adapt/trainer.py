@@ -242,6 +242,7 @@ class Trainer:
         every, is_last = config.eval_every, self.steps_done == config.steps
         is_due = is_last or (every is not None and self.steps_done % every == 0)
         text_loss, image_loss, balance_loss, router_z_loss = found
+        flat = iter(torch.cat([load for load, _ in whole.values()]).tolist() if whole else ())
         return StepRecord(
             step=self.steps_done,
             loss=loss,
@@ -252,7 +253,7 @@ class Trainer:
             grad_norm=norm,
             learning_rate=rate,
             tokens=tokens,
-            expert_load={key: whole[key][0].tolist() for key in self._blocks},
+            expert_load={key: list(islice(flat, len(load))) for key, (load, _) in whole.items()},
             held_out_loss=self.held_out_loss() if is_due and self._held_out is not None else None,
             seconds=time.perf_counter() - start,
         )
@@ -293,10 +294,12 @@ class Trainer:
             seen[key].load if key in seen else empty.expand(block.num_experts)
             for key, block in self._blocks.items()
         ]
-        joined = sum_over_processes(torch.cat(loads))
-        split = joined.split([len(load) for load in loads])
-        sizes = zip(self._blocks.items(), split, strict=True)
-        return {key: (load, int(load.sum()) // block.top_k) for (key, block), load in sizes}
+        joined, sizes = sum_over_processes(torch.cat(loads)), [len(load) for load in loads]
+        # Split on both sides, so that the host waits once for all blocks.
+        parts = zip(
+            self._blocks.items(), joined.split(sizes), joined.cpu().split(sizes), strict=True
+        )
+        return {key: (load, int(own.sum()) // ffn.top_k) for (key, ffn), load, own in parts}
 
     def _router_losses(
         self, seen: Mapping[Key, Routing], whole: Mapping[Key, tuple[Tensor, int]]
