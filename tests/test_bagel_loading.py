@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_tensor
 from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.nn.expert_state import is_packed
+from sparse_unified.surgery import add_lora_
+from sparse_unified.surgery.lora import LoraTarget
 from sparse_unified.testing import read_case
 
 CASES = ("t2i_dense", "t2i_moe", "edit")
@@ -268,9 +271,11 @@ def test_arguments_that_make_no_sense_are_refused(
         BagelPipeline.from_pretrained(models["t2i_dense"], **options)
 
 
-@pytest.mark.parametrize("case", CASES[:2])
+@pytest.mark.parametrize(
+    ("case", "targets"), [(case, ()) for case in CASES[:2]] + [(CASES[1], [*LoraTarget][:2])]
+)
 def test_each_of_several_processes_reads_its_rows_and_no_others(
-    case: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    case: str, targets: Any, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, num_bytes = load(models[case])[0], 0
 
@@ -284,16 +289,23 @@ def test_each_of_several_processes_reads_its_rows_and_no_others(
     for rank in range(3):
         model = load(models[case], fill=False)[0]
         fill, starts = local_reader(model, Checkpoint(models[case]).specs), {}
-        for owner in model.modules():
+        if targets:
+            add_lora_(model, rank=2, targets=targets)
+        parts.append({})
+        for path, owner in model.named_modules():
             for name, weight in owner.named_parameters(recurse=False):
+                if not weight.is_meta:
+                    assert "lora_" in path + name
+                    continue
                 rows = torch.empty(weight.shape).chunk(3)  # as FSDP2 divides them
                 own = torch.nn.Parameter(rows[rank] if rank < len(rows) else rows[0][:0])
                 starts[own] = sum(map(len, rows[:rank]))
                 owner._parameters[name] = own
+                key = re.sub(r"base_layer\.|parametrizations\.|\.original", "", f"{path}.{name}")
+                parts[-1][key] = own
         monkeypatch.setattr(loading, "local_rows", lambda own, at=starts: (own, at[own]))
         num_bytes = 0
         fill()
-        parts.append(dict(model.named_parameters()))
         sizes.append(num_bytes)
         assert num_bytes == sum(part.nbytes for part in parts[-1].values())
     for name, weight in whole.named_parameters():

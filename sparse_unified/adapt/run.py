@@ -272,9 +272,9 @@ def _prepare(
         device=run.device,
         dtype=run.dtype,
         special_tokens=tokenizer.special_tokens,
-        fill=run.lora_rank is not None,  # else each process reads its part, see Trainer
+        fill=False,  # each process reads its part, see Trainer
     )
-    fill: Any = None if run.lora_rank is not None else local_reader(built, source.specs)
+    fill = local_reader(built, source.specs)
     pipeline = BagelPipeline(built, vae, tokenizer)
     latents = running / "latents" / str(this_process()) if run.cache_latents else None
     kind = ImageStream if run.streaming else ImageDataset

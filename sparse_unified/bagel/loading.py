@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sparse_unified._common import StrPath, choice, list_some, optional
 from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
@@ -146,8 +147,8 @@ def _read(spec: TensorSpec, target: Tensor) -> None:
 def local_reader(model: nn.Module, specs: Mapping[str, TensorSpec]) -> Callable[[], None]:
     """Returns what fills a model that is on the meta device now, once it has memory.
 
-    Modules may be wrapped and their parameters sharded by rows meanwhile; then each process reads
-    the rows that it holds, and no others.
+    Modules may be wrapped, parametrized, and their parameters sharded by rows meanwhile; then each
+    process reads the rows that it holds, and no others.
     """
     owners = {
         weight.untyped_storage()._cdata: (owner, name)
@@ -163,7 +164,10 @@ def local_reader(model: nn.Module, specs: Mapping[str, TensorSpec]) -> Callable[
 
     @torch.no_grad()
     def read() -> None:
+        owner: Any
         for spec, owner, name, row, column in places:
+            if parametrize.is_parametrized(owner, name):
+                owner, name = owner.parametrizations[name], "original"
             held, start = local_rows(owner._parameters[name])
             first, end = max(row, start), min(row + spec.shape[0], start + len(held))
             if first < end:

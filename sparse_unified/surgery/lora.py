@@ -89,7 +89,8 @@ def add_lora_(
     weight [out, in] and of each expert; outputs stay the same at first.
 
     Args:
-        model: a module with decoder layers as `apply_moe_` takes, or a pipeline of one.
+        model: a module with decoder layers as `apply_moe_` takes, or a pipeline of one; of weights
+            on the meta device the adapters are made on the CPU.
         rank: of the adapters.
         alpha: their weight is alpha / rank (None: 1).
         targets: which weights get adapters, `LoraTarget` each.
@@ -133,13 +134,24 @@ def add_lora_(
         torch.manual_seed(seed)
         if any(re.fullmatch(pattern, name) for name in linears):
             peft.inject_adapter_in_model(config, module)
+            _give_values(module, peft.tuners.lora.LoraLayer)
         for official, name in blocks.items():
             if re.fullmatch(pattern, official):
                 block = parts[name]
                 for projection in PROJECTIONS:
                     adapters = ExpertLora(block, projection, rank, alpha / rank)
-                    parametrize.register_parametrization(block, projection, adapters)
+                    # Unchecked, as the sum cannot be taken of a weight that is on the meta device.
+                    parametrize.register_parametrization(block, projection, adapters, unsafe=True)
     return config
+
+
+def _give_values(module: nn.Module, kind: Any) -> None:
+    """Puts peft's adapters of weights on the meta device, which they follow, on the CPU."""
+    for layer in module.modules():
+        if isinstance(layer, kind) and layer.lora_A["default"].weight.is_meta:
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.to_empty(device="cpu")
+            layer.reset_lora_parameters("default", True)
 
 
 def _is_plain(parts: Mapping[str, nn.Module], name: str, kind: type[nn.Module]) -> bool:
@@ -168,7 +180,8 @@ class ExpertLora(nn.Module):
                 for own in down:
                     nn.init.kaiming_uniform_(own, a=5**0.5)  # as in peft
                 for name, factor in (("A", down), ("B", torch.zeros(count, shape[0], rank))):
-                    factor = factor.to(weight.device, weight.dtype)
+                    place = "cpu" if weight.is_meta else weight.device
+                    factor = factor.to(place, weight.dtype)
                     self.register_parameter(f"lora_{group}{name}", nn.Parameter(factor))
 
     def forward(self, weight: Tensor) -> Tensor:
