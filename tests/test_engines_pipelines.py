@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from refusals import refused
-from test_engines_vllm_omni import declared
+from test_engines_vllm_omni import Registry, declared
 
 from sparse_unified.bagel import BagelPipeline, StepCache
 from sparse_unified.checkpoint import PruneWidthConfig, prune
@@ -111,15 +111,26 @@ def test_bad_arguments_are_refused(
     refused(message, pipeline, "a cup", **options)
 
 
-def test_what_is_saved_draws_the_same_images(
-    pipeline: BagelDiffusionPipeline, tmp_path: Path
+def test_what_is_saved_draws_the_same_images_loaded_by_us_and_by_diffusers(
+    pipeline: BagelDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline.save_pretrained(tmp_path / "saved")
-    again = BagelDiffusionPipeline.from_pretrained(tmp_path / "saved")
-    again.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"output_type": "np", **SIZE}
-    images = [p("a cup", generator=generator(), **options).images for p in (pipeline, again)]
-    assert np.array_equal(*images)
+    cache = "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "modules"))
+    saved, copy = tmp_path / "saved", tmp_path / "copy"
+    pipeline.save_pretrained(saved)
+    by_diffusers: dict[str, Any] = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+    loaded = DiffusionPipeline.from_pretrained(saved, dtype=torch.float32, **by_diffusers)
+    assert type(loaded) is BagelDiffusionPipeline
+    loaded.save_pretrained(copy)
+    half = DiffusionPipeline.from_pretrained(copy, dtype=torch.bfloat16, **by_diffusers)
+    assert half.vae.dtype == half.model.dtype == torch.bfloat16
+    assert json.loads((copy / "model_index.json").read_text())["_class_name"] in Registry().models
+    images = []
+    for own in (pipeline, BagelDiffusionPipeline.from_pretrained(saved), loaded):
+        own.set_progress_bar_config(disable=True)
+        images.append(own("a cup", generator=generator(), output_type="np", **SIZE).images)
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
 
 
 # lmms-eval

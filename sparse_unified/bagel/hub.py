@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,15 @@ pipeline = BagelPipeline.from_pretrained("{name}", device="cuda")
 pipeline.generate("a red bench in the rain", seed=0).images[0].save("bench.png")
 ```
 """
+# For DiffusionPipeline.from_pretrained(custom_pipeline="pipeline", trust_remote_code=True); the
+# name of the class is the one that vLLM-Omni looks for here.
+_DIFFUSERS = "sparse_unified.engines.diffusers"
+_PARTS = {"model": "BagelModel", "vae": "BagelAutoEncoder", "tokenizer": "BagelTokenizer"}
+_INDEX = {"_class_name": "BagelPipeline", **{p: [_DIFFUSERS, name] for p, name in _PARTS.items()}}
+_FOR_DIFFUSERS = {
+    "model_index.json": json.dumps(_INDEX, indent=2) + "\n",
+    "pipeline.py": f"from {_DIFFUSERS} import BagelDiffusionPipeline as BagelDiffusionPipeline\n",
+}
 
 
 def save_model(model: Bagel, source: Checkpoint, out: StrPath, **card: Any) -> None:
@@ -69,7 +79,7 @@ def save_model(model: Bagel, source: Checkpoint, out: StrPath, **card: Any) -> N
         if key in live
     }
     texts = index_texts(source, edits)
-    rewrite(source, out, edits, {**texts, CARD: model_card(source, **card)})
+    rewrite(source, out, edits, {**texts, **_FOR_DIFFUSERS, CARD: model_card(source, **card)})
 
 
 def model_card(

@@ -7,6 +7,7 @@ Needs the `engines` extra, and is not imported by anything else here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_unified._common import StrPath, optional
-from sparse_unified.bagel import AutoEncoder, Bagel, BagelPipeline, StepCache
+from sparse_unified.bagel import AutoEncoder, Bagel, BagelPipeline, StepCache, load_bagel
 from sparse_unified.bagel.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,6 +24,38 @@ if TYPE_CHECKING:
 _utils = optional("diffusers.pipelines.pipeline_utils", extra="engines")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ModelMixin = _utils.ModelMixin  # diffusers loads what is derived from a class of this name here
+
+
+class BagelModel(ModelMixin):  # type: ignore[misc, valid-type]
+    """How model_index.json names the model; diffusers calls `from_pretrained` of each part."""
+
+    @staticmethod
+    def from_pretrained(folder: str, torch_dtype: torch.dtype | None = None, **_: Any) -> Bagel:
+        return _load(folder, torch_dtype)[0]
+
+
+class BagelAutoEncoder(ModelMixin):  # type: ignore[misc, valid-type]
+    """The autoencoder, as `BagelModel`."""
+
+    @staticmethod
+    def from_pretrained(
+        folder: str, torch_dtype: torch.dtype | None = None, **_: Any
+    ) -> AutoEncoder:
+        return _load(folder, torch_dtype, fill=False)[1]
+
+
+class BagelTokenizer(ModelMixin):  # type: ignore[misc, valid-type]
+    """The tokenizer, as `BagelModel`."""
+
+    @staticmethod
+    def from_pretrained(folder: str, **_: Any) -> Tokenizer:
+        return Tokenizer.from_directory(folder)
+
+
+def _load(folder: str, dtype: torch.dtype | None, **options: Any) -> tuple[Bagel, AutoEncoder]:
+    tokens = Tokenizer.from_directory(folder).special_tokens
+    return load_bagel(folder, dtype=dtype, special_tokens=tokens, **options)
 
 
 class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-defined]
@@ -39,21 +72,28 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
 
     @classmethod
     def from_pretrained(
-        cls, name: StrPath, *, torch_dtype: torch.dtype | None = None, **options: Any
+        cls,
+        name: StrPath,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> BagelDiffusionPipeline:
-        """Loads a model directory or hub id in BAGEL's own layout, which has no model_index.json.
+        """Loads a model directory or hub id in BAGEL's own layout.
 
         Args:
-            name, options: as `BagelPipeline.from_pretrained`.
-            torch_dtype: its `dtype`, under the name of diffusers.
+            name, dtype, options: as `BagelPipeline.from_pretrained`.
+            torch_dtype: the name that `dtype` had in diffusers.
         """
-        loaded = BagelPipeline.from_pretrained(name, dtype=torch_dtype, **options)
+        loaded = BagelPipeline.from_pretrained(name, dtype=dtype or torch_dtype, **options)
         pipeline = cls(loaded.model, loaded.vae, loaded.tokenizer)
         pipeline.bagel = loaded
         return pipeline
 
     def save_pretrained(self, save_directory: StrPath, **card: Any) -> None:
-        """Writes BAGEL's own layout, as `BagelPipeline.save_pretrained`."""
+        """Writes BAGEL's own layout and model_index.json, as `BagelPipeline.save_pretrained`."""
+        if self.bagel.directory is None and self.name_or_path:  # by DiffusionPipeline
+            self.bagel.directory = Path(self.name_or_path)
         self.bagel.save_pretrained(save_directory, **card)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
