@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from PIL import Image
 from refusals import refused
+from safetensors.torch import load_file
 from test_engines_vllm_omni import Registry, declared
 
 from sparse_unified.bagel import BagelPipeline, StepCache
@@ -131,6 +133,30 @@ def test_what_is_saved_draws_the_same_images_loaded_by_us_and_by_diffusers(
         images.append(own("a cup", generator=generator(), output_type="np", **SIZE).images)
     assert np.array_equal(images[0], images[1])
     assert np.array_equal(images[0], images[2])
+
+
+def test_the_autoencoder_of_diffusers_takes_our_file_and_does_what_ours_does(golden: Any) -> None:
+    file = golden("t2i_moe") / "ae.safetensors"
+    ours = BagelPipeline.from_pretrained(golden("t2i_moe")).vae
+    config, levels = ours.config, len(ours.config.ch_mult)
+    theirs = AutoencoderKL(
+        latent_channels=config.z_channels,
+        block_out_channels=[config.ch * multiple for multiple in config.ch_mult],
+        layers_per_block=config.num_res_blocks,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    theirs.load_state_dict(convert_ldm_vae_checkpoint(load_file(file), theirs.config))
+    pixels = 2 * torch.rand(1, 3, 64, 96, generator=generator()) - 1
+    latent = ours.encode(pixels)
+    with torch.no_grad():
+        mean = theirs.encode(pixels).latent_dist.mean
+        image = theirs.decode(latent / config.scale_factor + config.shift_factor).sample
+    found = config.scale_factor * (mean - config.shift_factor)
+    torch.testing.assert_close(found, latent, rtol=0, atol=1e-5)
+    torch.testing.assert_close(image, ours.decode(latent), rtol=0, atol=1e-5)
 
 
 # lmms-eval
