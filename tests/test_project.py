@@ -146,6 +146,48 @@ def test_imports_point_one_way() -> None:
     assert wrong == []
 
 
+# Of an extra under another name; what comes with one, or is built here; what pages tell to install.
+INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+COME_ALONG = {"tokenizers": "transformers"}
+OF_OTHERS = {"vllm", "vllm_omni", "lmms_eval", "nemo_automodel", "modeling"}
+
+
+def test_what_is_imported_is_in_the_extra_that_is_named_for_it() -> None:
+    text = listed(r"^\[project.optional-dependencies\]$(.*?)^all = ", "pyproject.toml")
+    lists = re.findall(r"^(\w+) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    extras = {name: set(re.findall(r'"([\w-]+)', items)) for name, items in lists}
+    core = {"torch", "numpy", "safetensors", "setuptools"}
+    anything = set().union(core, *extras.values())
+    folders = ("sparse_unified", "bench", "docs", "examples", "experiments", "tests")
+    own = {path.stem for path in sources("docs", "examples", "experiments", "tests")}
+    known = {*sys.stdlib_module_names, *OF_OTHERS, *own, "sparse_unified", "miniature"}
+
+    def is_there(module: str, where: set[str]) -> bool:
+        name = module.partition(".")[0]
+        name = INSTALLED_AS.get(name, COME_ALONG.get(name, name))
+        return name in known or name in where
+
+    missing = []
+    for path in sources(*folders):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules, where = [], anything
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules = [node.module]
+            elif (
+                isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
+            ):
+                called = ast.unparse(node.func)
+                if called in ("optional", "pytest.importorskip"):
+                    modules = [node.args[0].value]
+                if called == "optional":
+                    named = [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "extra")]
+                    where = extras[ast.literal_eval(named[0]) if named else "bagel"]
+            missing += [f"{label(path)}: {m}" for m in modules if not is_there(m, where)]
+    assert missing == []
+
+
 def test_modules_do_not_import_each_other() -> None:
     """If only for types, or inside functions."""
     reached: dict[str, set[str]] = {}

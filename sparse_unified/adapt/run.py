@@ -361,7 +361,7 @@ def _trackers(names: Sequence[str], running: Path, out: StrPath, done: int) -> l
     kinds = _tracker_kinds(names)
     given: dict[str, dict[str, Any]] = {}
     if kinds:
-        optional("accelerate").PartialState()  # which trackers ask whether they may write
+        optional("accelerate", "train").PartialState()  # which trackers ask whether they may write
         given = {
             "tensorboard": {"purge_step": done + 1},
             "wandb": {"name": Path(out).name, "dir": str(running)},
