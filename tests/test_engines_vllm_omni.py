@@ -275,18 +275,26 @@ def find_wheels() -> Path:
     return wheels
 
 
-def test_what_the_source_keys_by_the_name_of_the_pipeline_is_found(source: Path) -> None:
-    """Tables that are asked with `pipeline.__class__.__name__` and hold BAGEL's, by that name."""
+def test_no_more_is_keyed_by_the_name_of_the_pipeline_than_is_known(source: Path) -> None:
+    """Tables of vLLM-Omni that hold BAGEL's pipeline by its name, which ours has too."""
     tables = {
         ast.unparse(target)
         for path in (source / "vllm_omni").rglob("*.py")
         if "BagelPipeline" in (text := path.read_text())
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict)
-        if any(isinstance(k, ast.Constant) and k.value == "BagelPipeline" for k in node.value.keys)
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        and isinstance(node.value, (ast.Dict, ast.Set, ast.List, ast.Tuple))
+        for key in getattr(node.value, "keys", getattr(node.value, "elts", ()))
+        if isinstance(key, ast.Constant) and key.value == "BagelPipeline"
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
     }
-    assert {"CUSTOM_TEACACHE_ENABLERS", "_DIFFUSION_MODELS"} <= tables
+    assert tables == {
+        "CUSTOM_TEACACHE_ENABLERS",
+        "_DIFFUSION_MODELS",
+        "_DIFFUSION_POST_PROCESS_FUNCS",
+        "_DIFFUSION_PRE_PROCESS_FUNCS",
+        "_EXTRA_SPECS",  # arguments of requests
+    }
 
 
 def parse(repository: Path, name: str) -> ast.Module:
@@ -354,8 +362,23 @@ def test_blocks_run_in_the_decoder_of_the_wheel(sparse: Path, tmp_path: Path) ->
         outputs[processes], held[processes] = torch.tensor(made["out"]), made["held"]
         if processes == 1:
             outputs[0] = torch.tensor(made["oracle"])
+            by_name = made
     neurons, hidden = held[1][str(SPARSE_LAYER)]
     assert held[2] == {str(SPARSE_LAYER): [neurons // 2, hidden]}
     for processes in (1, 2):
         error = (outputs[processes] - outputs[0]).norm() / outputs[0].norm()
         assert error < TOLERANCE, processes
+    # What the engine finds by the name of the pipeline, and by what its classes declare.
+    engine = "sparse_unified.engines"
+    assert by_name["registered"] == [
+        f"{engine}.vllm_omni.BagelPipeline",
+        f"{engine}.vllm_omni_reader.{READER}",
+    ]
+    layers = [f"layers.{layer}" for layer in range(3)]
+    assert by_name["offloaded"] == by_name["sharded"] == layers
+    assert by_name["hooked"]  # by TeaCache
+    cached = torch.tensor(by_name["cached"])  # by cache-dit, after four steps
+    assert by_name["ran"][:4] == [1, 2, 3, 4]
+    assert by_name["ran"][-1] < len(cached)
+    assert torch.equal(cached[3], outputs[1])
+    assert (cached[-1] - outputs[1]).norm() / outputs[1].norm() < TOLERANCE

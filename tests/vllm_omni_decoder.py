@@ -29,6 +29,8 @@ from sparse_unified.ops import reference
 NOT_RUN = (
     "vllm._aiter_ops",  # kernels of ROCm
     "vllm.distributed.kv_transfer",
+    "vllm.distributed.kv_transfer.kv_connector",
+    "vllm.distributed.kv_transfer.kv_connector.utils",
     "vllm.model_executor.model_loader.reload",
     "vllm.v1.structured_output",
     "vllm_omni.diffusion.model_loader.diffusers_loader",  # which imports every model
@@ -95,6 +97,49 @@ def prepare(site: Path) -> None:
     sdpa.SDPAImpl.forward = sdpa.SDPAImpl.forward_cuda
 
 
+def by_name(stage: Any, step: Any) -> dict[str, Any]:
+    """Returns what vLLM-Omni finds by the name of the pipeline and by what its classes declare."""
+    of = "vllm_omni.diffusion"
+    diffusion = importlib.import_module(f"{of}.registry")
+    readers = importlib.import_module("vllm_omni.model_executor.models.registry").OmniModelRegistry
+    importlib.import_module("sparse_unified.engines").register_vllm_omni()
+    registries = {
+        "BagelPipeline": diffusion.DiffusionModelRegistry,
+        "OmniBagelForConditionalGeneration": readers,
+    }
+    classes = [own._try_load_model_cls(name) for name, own in registries.items()]
+
+    modules = importlib.import_module(f"{of}.offloader.module_collector").ModuleDiscovery
+    blocks = importlib.import_module(f"{of}.offloader.block_discovery").get_blocks_from_dit
+    [decoder] = modules.discover(stage).dits
+    offloaded = [name for name, own in decoder.named_modules() if own in blocks(decoder)[1]]
+    sharded = [
+        name
+        for name, own in decoder.named_modules()
+        if any(condition(name, own) for condition in decoder._hsdp_shard_conditions)
+    ]
+
+    settings = importlib.import_module(f"{of}.data").DiffusionCacheConfig()
+    cache = importlib.import_module(f"{of}.cache.cachedit.backend").CacheDiTBackend(settings)
+    ran: list[int] = []
+    counter = next(iter(stage._sparse.values())).register_forward_hook(lambda *_: ran.append(1))
+    cache.enable(stage)
+    cache.refresh(stage, 10)
+    steps = [(step(), len(ran)) for _ in range(10)]
+    cache.disable(stage)
+    counter.remove()
+    stage.bagel = nn.Identity()  # of the whole pipeline, which TeaCache hooks
+    importlib.import_module(f"{of}.cache.teacache.backend").TeaCacheBackend(settings).enable(stage)
+    return {
+        "registered": [f"{own.__module__}.{own.__name__}" for own in classes],
+        "offloaded": offloaded,
+        "sharded": sharded,
+        "cached": [out for out, _ in steps],
+        "ran": [count for _, count in steps],
+        "hooked": hasattr(stage.bagel, "_hook_registry"),
+    }
+
+
 def run(checkpoint: Path, rank: int, processes: int, meet: Path) -> dict[str, Any]:
     """Returns what a denoising step of the decoder gives, and what the process held for it.
 
@@ -119,11 +164,11 @@ def run(checkpoint: Path, rank: int, processes: int, meet: Path) -> dict[str, An
         llm.qk_norm, llm.tie_word_embeddings = True, False
         llm.layer_module = "Qwen2MoTDecoderLayer"
 
-        class Built(nn.Module):
-            """The part of a stage that reads the weights of its language model."""
+        class Built(ours._built_in.BagelPipeline):
+            """The part of the pipeline that reads the weights of its language model."""
 
             def __init__(self) -> None:
-                super().__init__()
+                nn.Module.__init__(self)
                 self.device = torch.device("cpu")
                 self.language_model = decoder.Qwen2MoTForCausalLM(llm)
 
@@ -132,7 +177,7 @@ def run(checkpoint: Path, rank: int, processes: int, meet: Path) -> dict[str, An
                 own = ((n.removeprefix(prefix), w) for n, w in weights if n.startswith(prefix))
                 return {prefix + name for name in self.language_model.load_weights(own)}
 
-        stage: Any = type("Stage", (ours.WithExperts, Built), {})()
+        stage: Any = type("BagelPipeline", (ours.WithExperts, Built), {})()
         opened = ours.Checkpoint(checkpoint)
         stage.put_in_blocks(opened)
         weights = load_file(checkpoint / "ema.safetensors")
@@ -162,6 +207,8 @@ def run(checkpoint: Path, rank: int, processes: int, meet: Path) -> dict[str, An
             for layer, block in stage._sparse.items()
         }
         found = {"out": step(), "missing": sorted(missing), "held": held}
+        if processes == 1:
+            found |= by_name(stage, step)
         for layer in stage._sparse if processes == 1 else ():
             prefix = f"language_model.model.layers.{layer}.mlp_moe_gen."
             own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
