@@ -20,7 +20,7 @@ from test_engines_vllm_omni import Registry, declared
 
 from sparse_unified.bagel import BagelPipeline, StepCache
 from sparse_unified.checkpoint import PruneWidthConfig, prune
-from sparse_unified.engines.diffusers import BagelDiffusionPipeline
+from sparse_unified.engines.diffusers import BagelDiffusionPipeline, BagelModel
 
 # diffusers
 
@@ -124,6 +124,12 @@ def test_what_is_saved_draws_the_same_images_loaded_by_us_and_by_diffusers(
     loaded = DiffusionPipeline.from_pretrained(saved, dtype=torch.float32, **by_diffusers)
     assert type(loaded) is BagelDiffusionPipeline
     loaded.save_pretrained(copy)
+    refused(
+        "quantization_config must be left out",
+        BagelModel.from_pretrained,
+        quantization_config=1,
+        folder=saved,
+    )
     half = DiffusionPipeline.from_pretrained(copy, dtype=torch.bfloat16, **by_diffusers)
     assert half.vae.dtype == half.model.dtype == torch.bfloat16
     assert json.loads((copy / "model_index.json").read_text())["_class_name"] in Registry().models

@@ -31,7 +31,10 @@ class BagelModel(ModelMixin):  # type: ignore[misc, valid-type]
     """How model_index.json names the model; diffusers calls `from_pretrained` of each part."""
 
     @staticmethod
-    def from_pretrained(folder: str, torch_dtype: torch.dtype | None = None, **_: Any) -> Bagel:
+    def from_pretrained(folder: str, torch_dtype: torch.dtype | None = None, **given: Any) -> Bagel:
+        if given.get("quantization_config") is not None:
+            rule = "be left out (storage= of BagelDiffusionPipeline quantizes)"
+            raise ValueError(f"BagelModel: quantization_config must {rule}, got one")
         return _load(folder, torch_dtype)[0]
 
 
@@ -92,13 +95,16 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
 
     def save_pretrained(self, save_directory: StrPath, **card: Any) -> None:
         """Writes BAGEL's own layout and model_index.json, as `BagelPipeline.save_pretrained`."""
-        if self.bagel.directory is None and self.name_or_path:  # by DiffusionPipeline
-            self.bagel.directory = Path(self.name_or_path)
-        self.bagel.save_pretrained(save_directory, **card)
+        self._placed().save_pretrained(save_directory, **card)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads it, as `BagelPipeline.push_to_hub`."""
-        return self.bagel.push_to_hub(repo_id, **options)
+        return self._placed().push_to_hub(repo_id, **options)
+
+    def _placed(self) -> BagelPipeline:
+        if self.bagel.directory is None and self.name_or_path:  # by DiffusionPipeline
+            self.bagel.directory = Path(self.name_or_path)
+        return self.bagel
 
     @torch.no_grad()
     def __call__(
