@@ -11,7 +11,9 @@ from typing import Any
 import analysis_models as models
 import pytest
 from PIL import Image
+from refusals import refused
 
+from sparse_unified.analysis import Sample, Settings
 from sparse_unified.analysis.evaluate import evaluate
 from sparse_unified.checkpoint import PruneWidthConfig, prune
 from sparse_unified.cli import main
@@ -48,6 +50,27 @@ def arguments(dense: Path, tmp_path: Path) -> list[str]:
         *("--geneval", f"{tmp_path}/meta.jsonl", "--geneval-images", "2"),
         *("--geneval-scorer", f"{tmp_path}/mine.py:score"),
     ]
+
+
+def test_active_experts_are_those_asked_for(golden: Any, dense: Path, tmp_path: Path) -> None:
+    samples = {"generation": [Sample(prompt="a bench", seed=0)]}
+    sparse, size = golden("t2i_moe"), (32, 32)
+
+    def run(name: str, **top_k: Any) -> tuple[Any, Any]:
+        settings = Settings(size=size, num_timesteps=5, timestep_shift=1.0, **top_k)
+        found = evaluate([sparse], tmp_path / name, samples, reference=dense, settings=settings)
+        return found.models
+
+    _, own = run("own")
+    _, same = run("same", top_k=2)
+    _, mixed = run("mixed", top_k=((1.0, 1), (0.5, 4)))
+    _, all_of_them = run("all", top_k=4)
+    assert own["metrics"] == same["metrics"] != mixed["metrics"] != all_of_them["metrics"]
+    assert all_of_them["active"] == all_of_them["parameters"] != own["active"]
+    # Two steps with one expert and two with four are 2.5 on average, and its own are 2.
+    assert 4 * mixed["active"] == 3 * own["active"] + all_of_them["active"]
+    given = ([dense], tmp_path / "no", samples)
+    refused("top_k must come with a sparse", evaluate, *given, settings=Settings(top_k=2))
 
 
 def comparable(folder: Path) -> Any:

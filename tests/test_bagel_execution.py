@@ -113,6 +113,41 @@ def test_images_of_replayed_steps_are_those_of_plain_ones(
     assert emulated["replays"] > 0
 
 
+@pytest.mark.parametrize("cache", [None, StepCache(interval=3, order=1, first=1)])
+@pytest.mark.parametrize("way", ["cuda_graphs", "compile", "plain"])
+def test_experts_change_with_time_however_steps_are_run(
+    emulated: Counter[str], cache: StepCache | None, way: str
+) -> None:
+    torch.compiler.reset()
+    model = build_model(read_case(GOLDEN / "t2i_moe"))
+    model.language_model.model.layers = model.language_model.model.layers[1:2]
+    [block] = [own for own in model.modules() if isinstance(own, SparseMoE)]
+    own, seen = block.top_k, []
+    options: dict[str, Any] = {"num_timesteps": 9, "timestep_shift": 1.0, "cache": cache}
+    execution = {
+        "cuda_graphs": Execution(cuda_graphs=True),
+        "compile": Execution(compile=True, backend="eager"),
+    }.get(way)
+
+    # Times 1, 0.875, ... 0.125; from 0.75 on one expert, from 0.5 on all four.
+    schedule = ((0.75, 1), (0.5, 4))
+    [found] = draw(model, [[21, 30]], run=execution, top_k=schedule, **options)
+    assert block.top_k == own
+    block.register_forward_pre_hook(lambda module, _: seen.append(module.top_k))
+    [expected] = draw(model, [[21, 30]], top_k=schedule, **options)
+    assert torch.equal(found, expected)
+    every = [own, own, 1, 1, 4, 4, 4, 4]
+    assert seen == (every if cache is None else [every[step] for step in (0, 2, 3, 4, 6, 7)])
+
+
+def test_experts_that_are_not_there_are_refused(model: Bagel) -> None:
+    blocks = [own for own in model.modules() if isinstance(own, SparseMoE)]
+    rule = "must be from 1 to the 4 routed experts, got 5" if blocks else "must be left out"
+    refused(f"sample_latents: top_k {rule}", draw, model, [[21]], top_k=((1.0, 1), (0.1, 5)))
+    refused("top_k must be an integer of at least 1, got 0", draw, model, [[21]], top_k=0)
+    refused("t of top_k must descend", draw, model, [[21]], top_k=((0.5, 1), (0.5, 2)))
+
+
 class OnOneDevice(TorchDispatchMode):
     """Fails at anything that reads a value, or whose tensors are elsewhere."""
 

@@ -104,6 +104,9 @@ def test_a_picture_for_each_prompt_whatever_the_batch(
         ("--image in.png --image in.png --prompt b --prompt c", 2, "for each of 3 prompts, got 2"),
         ("--task image --image in.png", 2, "--task must be edit or all with --image"),
         ("--cuda-graphs", 1, "cuda_graphs must be False for a model on cpu"),
+        ("--top-k 4,x:8", 2, "--top-k: must be K, or K,T:K,..."),
+        ("--top-k 4,0.5:8,0.6:2", 2, "--top-k: must be K, or K,T:K,..."),
+        ("--top-k 0", 2, "--top-k: must be K, or K,T:K,..."),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_the_model_is_loaded(
@@ -205,6 +208,30 @@ def test_models_draw_from_the_same_noise_and_all_experts_are_the_dense_model(mod
     assert "229,440 of 376,896 parameters of gen layers" in some["sparse"][1]
     refused("prompt must not be empty", list, app.draw(models, " ", **every_expert))
     assert {block.top_k for block in app.sparse_blocks(models["sparse"]).values()} == {8}
+
+
+def test_one_checkpoint_draws_and_answers_with_as_many_experts_as_asked(
+    models: Any, tmp_path: Path
+) -> None:
+    sparse, drawn = models["sparse"], []
+    for given in ("8", "16", "4,0.5:16"):
+        command = ["generate", str(sparse.directory), "--prompt", "a red square", "--seed", "3"]
+        command += ["--steps", "8", "--cfg-text-scale", "1", "--timestep-shift", "2", "--quiet"]
+        assert main([*command, "--top-k", given, "--out", str(tmp_path / "x.png")]) == 0
+        drawn.append(image.open(tmp_path / "x.png").tobytes())
+    own, dense = (
+        models[name].generate("a red square", progress=False, **QUICK).images[0].tobytes()
+        for name in ("sparse", "dense")
+    )
+    assert own == drawn[0] != drawn[2] != drawn[1]
+    assert max(abs(a - b) for a, b in zip(dense, drawn[1], strict=True)) <= 1
+    red = image.new("RGB", (16, 16), "red")
+    command = ["chat", str(sparse.directory), "--prompt", "which colour ?", "--quiet"]
+    red.save(tmp_path / "red.png")
+    assert main([*command, "--image", str(tmp_path / "red.png"), "--top-k", "3"]) == 0
+    refused("chat: top_k must be from 1 to the 16", sparse.chat, "which ?", images=red, top_k=17)
+    refused("generate: top_k must be left out", models["dense"].generate, "a cross", top_k=4)
+    assert {block.top_k for block in app.sparse_blocks(sparse).values()} == {8}
 
 
 def test_images_are_edited_with_cached_steps_and_asked_about(models: Any) -> None:

@@ -27,6 +27,7 @@ from sparse_unified.bagel.pipeline import choose_sizes, generate_tokens
 from sparse_unified.bagel.sampler import build_guidance, initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
 from sparse_unified.checkpoint.files import read_object, replace_file
+from sparse_unified.nn import active_experts
 
 _MAX_LOSS = 700.0  # exp of more is no double
 # Fields of `Settings` that are arguments of `generate`; those of guidance are official where None.
@@ -34,6 +35,7 @@ GUIDANCE = (
     *("timestep_shift", "cfg_text_scale", "cfg_img_scale"),
     *("cfg_interval", "cfg_renorm_min", "cfg_renorm_type"),
 )
+_OPTIONAL = (*GUIDANCE, "top_k")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ class Settings:
         cfg_interval: times at which guidance is on.
         cfg_renorm_min: least factor of the renormalisation.
         cfg_renorm_type: what guidance is renormalised over.
+        top_k: routed experts of a token; None is those of the model.
     """
 
     size: tuple[int, int] | None = None
@@ -66,6 +69,7 @@ class Settings:
     cfg_interval: tuple[float, float] | None = None
     cfg_renorm_min: float | None = None
     cfg_renorm_type: str | None = None
+    top_k: int | tuple[tuple[float, int], ...] | None = None
 
     def __post_init__(self) -> None:
         with context("Settings"):
@@ -76,9 +80,13 @@ class Settings:
                 raise ValueError(f"times must be above 0 and at most 1, got {self.times}")
             SamplingConfig(**self.guidance())
 
+    def config(self) -> SamplingConfig:
+        """Returns how images are sampled from texts."""
+        return SamplingConfig(num_timesteps=self.num_timesteps, **self.guidance())
+
     def guidance(self) -> dict[str, Any]:
-        """Returns the fields of guidance that are not the official ones."""
-        given = {name: getattr(self, name) for name in GUIDANCE}
+        """Returns the fields of sampling that are not the official ones."""
+        given = {name: getattr(self, name) for name in _OPTIONAL}
         return {name: value for name, value in given.items() if value is not None}
 
     def sampling(self) -> dict[str, Any]:
@@ -88,7 +96,7 @@ class Settings:
 
     def stated(self) -> dict[str, Any]:
         """Returns plain values, those of guidance only where they are not the official ones."""
-        return {k: v for k, v in asdict(self).items() if k not in GUIDANCE} | self.guidance()
+        return {k: v for k, v in asdict(self).items() if k not in _OPTIONAL} | self.guidance()
 
 
 # Running
@@ -197,7 +205,9 @@ class VelocityError:
             for time in self.settings.times:
                 noisy = (1 - time) * clean + time * noise
                 at = torch.tensor([time])
-                predicted = pipeline.model.velocity([noisy], [grid], at, [[context]])[0][0]
+                (top_k,) = self.settings.config().top_k_at(at)
+                with active_experts(pipeline.model, top_k):
+                    predicted = pipeline.model.velocity([noisy], [grid], at, [[context]])[0][0]
                 errors.append(F.mse_loss(predicted.cpu(), noise - clean).item())
         return {"velocity_error": sum(errors) / len(errors)}
 

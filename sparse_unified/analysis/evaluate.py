@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ from sparse_unified.analysis.samples import Sample, Task
 from sparse_unified.analysis.store import Shard, Store, open_store
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.bagel.images import open_image
+from sparse_unified.bagel.sampler import timestep_grid
 from sparse_unified.checkpoint import Checkpoint, files
 from sparse_unified.checkpoint.model_dir import find_model
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor, save_tensors
 from sparse_unified.checkpoint.scores import hash_checkpoint
 from sparse_unified.convert.info import info
+from sparse_unified.nn import active_experts
 
 BETTER = {
     "latent_distance": "lower",
@@ -173,7 +175,8 @@ def evaluate(
         samples: of each task, see `read_samples`.
         reference: the model that distances and agreement are taken from; None leaves them out. It
             is measured too.
-        settings: size, timesteps and guidance of all that is sampled.
+        settings: size, timesteps, guidance and `top_k` of all that is sampled, `top_k` of sparse
+            models alone; what is no image uses the experts of time 1.
         evaluators: more metrics by name, each a function from the pipeline to numbers.
         geneval: GenEval images, and what scores them.
         shard: (i, n) computes every n-th sample from the i-th on. Processes share `out`, or their
@@ -202,6 +205,8 @@ def evaluate(
     if geneval is not None and geneval.scorer is not None:
         directions(geneval.scorer, where="scorer")
     sources = {name: Checkpoint(path) for name, path in paths.items()}
+    if settings.top_k is not None and not any(source.experts for source in sources.values()):
+        raise ValueError(f"top_k must come with a sparse model, got {listed}")
     run: dict[str, Any] = {
         "models": {name: hash_checkpoint(source) for name, source in sources.items()},
         "reference": None if reference is None else next(iter(paths)),
@@ -223,7 +228,9 @@ def evaluate(
         result = Evaluation(
             run=run,
             better=BETTER | work.better(),
-            models=tuple(_row(name, source, store, samples) for name, source in sources.items()),
+            models=tuple(
+                _row(name, source, store, samples, settings) for name, source in sources.items()
+            ),
             left=left,
         )
         if not left:
@@ -279,6 +286,9 @@ class _Work:
             todo = [unit for unit in units if unit[0] not in self.store.records]
             done += len(units) - len(todo)
             pipeline: Any = None  # loaded when the first sample needs it
+            settings = self.settings
+            if not Checkpoint(models[model]).experts:
+                settings = replace(settings, top_k=None)  # which a dense model has no use for
             while todo:
                 pipeline = pipeline or BagelPipeline.from_pretrained(
                     models[model], device=device, dtype=dtype
@@ -288,12 +298,16 @@ class _Work:
                 batch = [unit for unit in todo[:size] if unit[1] == task]
                 if progress is not None:
                     progress(done, total, f"{model}: {task}")
-                self._compute(pipeline, model, batch)
+                (first,) = settings.config().top_k_at(torch.ones(1))
+                with active_experts(pipeline.model, first):
+                    self._compute(pipeline, settings, model, batch)
                 done, todo = done + len(batch), todo[len(batch) :]
         if progress is not None:
             progress(total, total, "done")
 
-    def _compute(self, pipeline: Any, model: str, batch: list[tuple[str, str, int]]) -> None:
+    def _compute(
+        self, pipeline: Any, settings: Settings, model: str, batch: list[tuple[str, str, int]]
+    ) -> None:
         """Computes samples of one task and appends a record for each."""
         task, start = batch[0][1], time.perf_counter()
         if task == "geneval":
@@ -304,7 +318,7 @@ class _Work:
                 _made(self.store.folder / "geneval" / model),
                 num_images=self.geneval.num_images,
                 seed=self.geneval.seed,
-                settings=self.settings,
+                settings=settings,
                 prompts=[index for _, _, index in batch],
             )
             images = len(batch) * self.geneval.num_images
@@ -322,7 +336,7 @@ class _Work:
         if task not in _DRAWN:
             self._answer(pipeline, model, batch[0], samples[0])
             return
-        result = generate_samples(pipeline, self.settings, *samples)
+        result = generate_samples(pipeline, settings, *samples)
         seconds = (time.perf_counter() - start) / len(batch)
         drawn = zip(batch, samples, result.images, result.latents, strict=True)
         for unit, sample, image, latent in drawn:
@@ -340,7 +354,7 @@ class _Work:
                 apart = distances((latent, pixels_of(image)), (latent0, dense_pixels))
                 sums = {name: [value, 1] for name, value in apart.items()}
             if sample.image is not None:
-                error = VelocityError([sample], self.settings)(pipeline)
+                error = VelocityError([sample], settings)(pipeline)
                 sums |= {name: [value, 1] for name, value in error.items()}
             self._append(model, unit, sums, seconds)
 
@@ -421,7 +435,11 @@ def image_path(folder: Path, model: str, task: str, index: int) -> Path:
 
 
 def _row(
-    name: str, source: Checkpoint, store: Store, samples: Mapping[str, Sequence[Sample]]
+    name: str,
+    source: Checkpoint,
+    store: Store,
+    samples: Mapping[str, Sequence[Sample]],
+    settings: Settings,
 ) -> dict[str, Any]:
     """Returns what is known of a model so far."""
     facts = info(source.directory)
@@ -444,10 +462,22 @@ def _row(
         "path": str(source.directory),
         "kind": _kind(source),
         "parameters": facts.parameters,
-        "active": facts.active,
+        "active": _active(source, facts.active, settings),
         "metrics": metrics,
         "seconds": seconds,
     }
+
+
+def _active(source: Checkpoint, stated: int | None, settings: Settings) -> int | None:
+    """Returns the active parameters of a token, mean over the steps of an image."""
+    if stated is None or source.top_k is None or settings.top_k is None:
+        return stated
+    config = settings.config()
+    times = timestep_grid(config.num_timesteps, config.timestep_shift)[:-1]
+    steps = [top_k or source.top_k for top_k in config.top_k_at(times)]
+    ffns = [ffn for layers in source.ffns.values() for ffn in layers.values()]
+    expert = sum(3 * f.hidden_size * f.layout.expert_width for f in ffns if f.layout is not None)
+    return round(stated + (statistics.fmean(steps) - source.top_k) * expert)
 
 
 def _mean(metric: str, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -39,7 +39,7 @@ from sparse_unified.bagel.sampler import SamplingConfig, computed_steps
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.model_dir import Checkpoint, find_model
-from sparse_unified.nn import SparseMoE
+from sparse_unified.nn import SparseMoE, active_experts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -465,6 +465,9 @@ class BagelPipeline:
         seeds = check_seeds(seed, len(texts))
         sizes = choose_sizes(size, edited, self.model.config)
         batches = sampling_batches([bool(own) for own in before], batch_size, sampling)
+        for _, config in batches:
+            if config.top_k is not None:
+                sampler.check_experts(self.model, config)
         num_steps = sum(config.num_timesteps - 1 for _, config in batches)
         report, model, encode = self._timing(), self.model, self.tokenizer.encode
         see = self.image_processor.encode
@@ -476,6 +479,7 @@ class BagelPipeline:
             nullcontext(progress)
             if callable(progress)
             else progress_bar("denoising", "step", show=progress) as bar,
+            ExitStack() as reading,
         ):
 
             def on_step(_: int, seconds: float) -> None:
@@ -489,6 +493,10 @@ class BagelPipeline:
                     for i, x in zip(batch, expected, strict=True):
                         preview(i, self.image_processor.decode(x, sizes[i], small=True))
 
+                reading.close()
+                if config.top_k is not None:
+                    (first,) = config.top_k_at(torch.ones(1))
+                    reading.enter_context(active_experts(model, first))
                 with self._clock(report, "prefill_seconds"):
                     guidance = sampler.build_guidance(
                         model,
@@ -552,6 +560,7 @@ class BagelPipeline:
         temperature: float | None = None,
         seed: int | None = None,
         think: bool = False,
+        top_k: int | None = None,
     ) -> TextResult:
         """Answers a text, with or without images before it, in text.
 
@@ -562,13 +571,14 @@ class BagelPipeline:
             temperature: None takes the likeliest token each time; otherwise tokens are drawn.
             seed: for drawing; None is random.
             think: let the model reason first; its reasoning is part of the answer.
+            top_k: routed experts of a token in every sparse FFN; None: as many as the model has.
         """
         if isinstance(prompt, (list, tuple)):
             raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
         check_prompts(prompt)
         own, seeds = check_images(images, prompt)[0], check_seeds(seed, 1)
         report = self._timing()
-        with self._clock(report, "total_seconds"):
+        with active_experts(self.model, top_k), self._clock(report, "total_seconds"):
             contexts = self.model.new_contexts(1)
             with self._clock(report, "prefill_seconds"):
                 if think:

@@ -26,8 +26,11 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +40,7 @@ from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.execution import Execution, Step
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import Bagel, Denoiser
+from sparse_unified.nn.sparse_moe import active_experts, blocks_for
 
 _EPS = 1e-8
 _MAX_ORDER = 3
@@ -180,6 +184,9 @@ class SamplingConfig:
         cfg_renorm_type: see `Renorm`; a string is accepted.
         cfg_renorm_min: least factor of the renormalisation.
         cache: which steps are extrapolated; None computes all.
+        top_k: routed experts of a token in every sparse FFN: a number, or pairs (t, K) with t from
+            1 down, K experts from time t on. Prompts are read with those of time 1. None, and
+            before the first t: as many as the model has.
     """
 
     num_timesteps: int = 50
@@ -190,6 +197,7 @@ class SamplingConfig:
     cfg_renorm_type: Renorm = Renorm.GLOBAL
     cfg_renorm_min: float = 0.0
     cache: StepCache | None = None
+    top_k: int | tuple[tuple[float, int], ...] | None = None
 
     @context("SamplingConfig")
     def __post_init__(self) -> None:
@@ -208,6 +216,27 @@ class SamplingConfig:
         check_number("cfg_renorm_min", self.cfg_renorm_min, 0, 1)
         if self.cache is not None and not isinstance(self.cache, StepCache):
             raise TypeError(f"cache must be a StepCache or None, got {self.cache!r}")
+        if self.top_k is None:
+            return
+        pairs = ((1.0, self.top_k),) if isinstance(self.top_k, int) else tuple(self.top_k)
+        for pair in pairs:
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise TypeError(
+                    f"top_k must be an integer or pairs (t, K), got {self.top_k!r:.120}"
+                )
+            check_number("t of top_k", pair[0], 0, 1)
+            check_int("top_k", pair[1], 1)
+        if not pairs or any(b[0] >= a[0] for a, b in pairwise(pairs)):
+            raise ValueError(f"t of top_k must descend, got {self.top_k!r:.120}")
+        object.__setattr__(self, "top_k", tuple((t, k) for t, k in pairs))
+
+    def top_k_at(self, times: Tensor) -> list[int | None]:
+        """Returns the experts of a token at times [n] fp32 of denoising; None is the model's."""
+        if self.top_k is None:
+            return [None] * len(times)
+        pairs: Any = self.top_k
+        begun = torch.tensor([t for t, _ in pairs])[:, None] >= times.cpu()  # [pairs, n]
+        return [pairs[n - 1][1] if n else None for n in begun.sum(0).tolist()]
 
 
 def timestep_grid(num_timesteps: int, shift: float) -> Tensor:
@@ -256,19 +285,29 @@ def guided_steps(config: SamplingConfig) -> list[bool]:
     return [bool(on) for on in inside]
 
 
+def check_experts(model: Bagel, config: SamplingConfig) -> None:
+    """Raises ValueError unless the sparse FFNs of a model have the experts that are asked for."""
+    pairs: Any = config.top_k or ()
+    for _, top_k in pairs:
+        blocks_for(model, top_k)
+
+
 def computed_steps(config: SamplingConfig) -> list[bool]:
     """Returns for each step whether the model runs; otherwise its velocity is extrapolated.
 
-    It runs where the cache says so, and where guidance sets in, whose branches have no past.
+    It runs where the cache says so, and where guidance sets in, whose branches have no past, or
+    where the number of experts changes, and with it the function that is extrapolated.
     """
     guided, cache = guided_steps(config), config.cache
     if cache is None:
         return [True] * len(guided)
+    active = config.top_k_at(timestep_grid(config.num_timesteps, config.timestep_shift))
     return [
         step < cache.first
         or step >= len(guided) - cache.last
         or (step - cache.first + 1) % cache.interval == 0
         or (on and not guided[step - 1])
+        or active[step] != active[step - 1]
         for step, on in enumerate(guided)
     ]
 
@@ -333,25 +372,30 @@ def sample_latents(
     tokens = [x.to(model.device, torch.float32) for x in noise]
     times = timestep_grid(config.num_timesteps, config.timestep_shift)
     on_device, widths = times.to(model.device), (times[:-1] - times[1:]).to(model.device)
-    guided, computed = guided_steps(config), computed_steps(config)
+    guided, computed, active = guided_steps(config), computed_steps(config), config.top_k_at(times)
+    if config.top_k is not None:
+        check_experts(model, config)
     branches = {on: [_branches(own, config, on) for own in guidance] for on in set(guided)}
     execution = execution or Execution()
     execution.check(model.device, model)
-    run: dict[bool, Step] = {}
+    run: dict[tuple[bool, int | None], Step] = {}  # a graph keeps the experts it was recorded with
     order = None if config.cache is None or all(computed) else config.cache.order
     expansions: list[list[Expansion]] = [[] for _ in noise]
     # Of each image the velocities [N, p * p * C] in its branches, stacked or not.
     predictions: Sequence[Tensor | Sequence[Tensor]]
-    for step, (on, runs) in enumerate(zip(guided, computed, strict=True)):
+    for step, (on, runs, top_k) in enumerate(zip(guided, computed, active[:-1], strict=True)):
         start = clock.perf_counter()
         time = float(times[step])
+        if step and top_k != active[step - 1]:
+            expansions = [[] for _ in noise]
         if runs:
-            if on not in run:
+            if (on, top_k) not in run:
                 contexts = [own for own, _ in branches[on]]
-                run[on] = execution.start(Denoiser(model, grids, contexts))
+                run[on, top_k] = execution.start(Denoiser(model, grids, contexts))
+            experts = nullcontext() if top_k is None else active_experts(model, top_k)
             # Without the records of autograd; but accelerate makes parameters in each call.
-            with torch.inference_mode(not hasattr(model, "hf_device_map")):
-                predictions = run[on](tokens, on_device[step : step + 1])
+            with experts, torch.inference_mode(not hasattr(model, "hf_device_map")):
+                predictions = run[on, top_k](tokens, on_device[step : step + 1])
         else:
             predictions = [[expansion.at(time) for expansion in own] for own in expansions]
         expected = []

@@ -23,7 +23,7 @@ from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
 from sparse_unified.bagel import SamplingConfig
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
-from sparse_unified.cli.generate import add_model, check_device, load_pipeline
+from sparse_unified.cli.generate import add_model, add_top_k, check_device, load_pipeline
 from sparse_unified.cli.options import (
     add_flags,
     add_options,
@@ -340,6 +340,7 @@ def add_evaluate(parser: CommandParser) -> None:
         task={"type": names(*TASKS), "default": ()},
     )
     _add_measured(parser)
+    add_top_k(parser)
     _add_metrics(parser, "model")
 
 

@@ -7,7 +7,6 @@ import argparse
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +18,7 @@ from sparse_unified.checkpoint import keys
 from sparse_unified.cli.console import CommandParser, Usage
 from sparse_unified.cli.generate import add_model, add_placement, load_pipeline
 from sparse_unified.cli.options import add_flags, add_options, arguments, positive, size
-from sparse_unified.nn import SparseMoE
+from sparse_unified.nn import SparseMoE, active_experts
 from sparse_unified.surgery import count_parameters
 
 if TYPE_CHECKING:
@@ -30,19 +29,6 @@ Models = Mapping[str, BagelPipeline]  # by name
 
 def sparse_blocks(pipeline: BagelPipeline) -> dict[str, SparseMoE]:
     return {n: block for n, block in pipeline.model.named_modules() if isinstance(block, SparseMoE)}
-
-
-@contextmanager
-def active_experts(pipeline: BagelPipeline, top_k: int | None) -> Iterator[None]:
-    """Inside, a token uses `top_k` experts of each sparse FFN, or all that it has."""
-    before = [(block, block.top_k) for block in sparse_blocks(pipeline).values()]
-    try:
-        for block, own in before:
-            block.top_k = own if top_k is None else max(1, min(top_k, block.num_experts))
-        yield
-    finally:
-        for block, own in before:
-            block.top_k = own
 
 
 def active_parameters(pipeline: BagelPipeline) -> tuple[int, int]:
@@ -89,7 +75,7 @@ def draw(
     if images is not None:
         options.pop("size", None)  # an edited image keeps its own
     for name, pipeline in models.items():
-        with active_experts(pipeline, (top_k or {}).get(name)):
+        with active_experts(pipeline.model, (top_k or {}).get(name)):
             active, total = active_parameters(pipeline)
             generate = partial(
                 pipeline.generate, prompt, images=images, seed=seed, progress=False, **options
@@ -109,8 +95,7 @@ def ask(
 ) -> Iterator[tuple[str, str, str]]:
     """Yields for each model its name, its answer, and what that took; `options` are of `chat`."""
     for name, pipeline in models.items():
-        with active_experts(pipeline, (top_k or {}).get(name)):
-            result = pipeline.chat(question, **options)
+        result = pipeline.chat(question, top_k=(top_k or {}).get(name), **options)
         took = result.report
         yield name, result.text, f"{took.total_seconds:.2f} s, {took.text_tokens} tokens"
 

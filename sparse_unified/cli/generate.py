@@ -29,6 +29,7 @@ from sparse_unified.cli.options import (
     prompt,
     size,
     storage,
+    top_k,
 )
 from sparse_unified.surgery import load_lora_
 
@@ -77,6 +78,14 @@ def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
             """,
             compile={"nargs": "?", "const": True, "default": False, "choices": (True, *modes)},
         )
+
+
+def add_top_k(parser: argparse.ArgumentParser) -> None:
+    """Adds how many experts are active where images are sampled, by time if that is wished."""
+    text = "experts of a token in sparse FFNs; 4,0.5:8 are 4, and 8 from time 0.5 on (time falls "
+    text += "from 1 to 0) (default: those of the model)"
+    options = {"type": top_k, "metavar": "K[,T:K...]", "help": text}
+    add_options(parser, SamplingConfig, "top_k", unset=True, top_k=options)
 
 
 def check_device(name: str, option: str) -> torch.device:
@@ -175,6 +184,7 @@ def add_generate(parser: CommandParser) -> None:
         interval={"default": 1},
         order={"choices": range(4)},
     )
+    add_top_k(parser)
     add_placement(parser, tasks=True)
 
 
@@ -252,9 +262,10 @@ def add_chat(parser: CommandParser) -> None:
     add_options(
         parser,
         BagelPipeline.chat,
-        "max_tokens=max_length temperature seed think",
+        "max_tokens=max_length temperature seed think top_k",
         temperature="draw tokens at this temperature; without it, the likeliest",
         seed="of the drawing (default random)",
+        top_k="experts of a token in sparse FFNs (default: those of the model)",
     )
     add_placement(parser, tasks=False)
 

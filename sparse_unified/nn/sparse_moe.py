@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -314,6 +316,44 @@ class SparseMoE(OfficialState):
             f"num_shared_experts={self.num_shared_experts}, "
             f"expert_width={self.layout.expert_width}, backend={self.active_backend!r}"
         )
+
+
+def blocks_for(model: nn.Module, top_k: int) -> list[SparseMoE]:
+    """Returns the sparse blocks of a model; ValueError unless all can use `top_k` experts."""
+    blocks = [module for module in model.modules() if isinstance(module, SparseMoE)]
+    if not blocks:
+        raise ValueError(f"top_k must be left out for a model without experts, got {top_k!r}")
+    most = min(block.num_experts for block in blocks)
+    if type(top_k) is not int or not 1 <= top_k <= most:
+        raise ValueError(f"top_k must be from 1 to the {most} routed experts, got {top_k!r:.120}")
+    return blocks
+
+
+@contextmanager
+def active_experts(model: nn.Module, top_k: int | None) -> Iterator[None]:
+    """Inside, every sparse block of a model uses `top_k` experts; afterwards those of before.
+
+    y keeps its formula: each chosen expert weighs 1 + its logit, and nothing is divided by their
+    number, so fewer experts give a smaller sum. A shared expert always runs, beside them.
+
+    Args:
+        model: with `SparseMoE` blocks anywhere.
+        top_k: routed experts of a token, from 1 to their number; None changes nothing.
+
+    Raises:
+        ValueError: the model has no sparse blocks, or not so many experts.
+    """
+    if top_k is None:
+        yield
+        return
+    before = [(block, block.top_k) for block in blocks_for(model, top_k)]
+    try:
+        for block, _ in before:
+            block.top_k = top_k
+        yield
+    finally:
+        for block, own in before:
+            block.top_k = own
 
 
 def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
