@@ -59,7 +59,10 @@ class Mixed:
 
 
 # Of a run whose routers start as conversion leaves them: zeros, so that all experts tie.
-FRESH: dict[str, Any] = {"steps": 8, "learning_rate": 1e-4, "balance_weight": 0.1, "z_weight": 0.1}
+FRESH: dict[str, Any] = {
+    **{"steps": 8, "learning_rate": 1e-4},
+    **{"balance_weight": 0.1, "z_weight": 0.1, "distill_weight": 0.5},
+}
 
 
 def trainer(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sparse_unified.adapt.collapse import judge_routers
 from sparse_unified.adapt.data import data_index, sequence_generator
 from sparse_unified.adapt.trainer import StepRecord
 from sparse_unified.bagel import Segment, pack_training, training_forward
-from sparse_unified.bagel.model import router_losses
+from sparse_unified.bagel.model import distillation_loss, router_losses
 from sparse_unified.bagel.packing import TextSegment
 from sparse_unified.nn import SparseMoE, SwiGLU
 
@@ -110,9 +111,81 @@ def test_passes_of_a_freshly_converted_model_are_one_step(size: int) -> None:
     for each in (4, size):
         own = trainer(is_fresh=True, micro_batch_size=each, **FRESH)
         records = [own.step() for _ in range(8)]
-        found.append([value for r in records for value in (r.loss, r.balance_loss)])
+        losses = ((r.loss, r.balance_loss, r.distill_loss) for r in records)
+        found.append([value for own in losses for value in own])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[0][-1] > 1.001
+    assert found[0][-2] > 1.001
+
+
+class Still(Mixed):
+    """The same two pictures with the same noise in every step."""
+
+    def sequence(self, index: int, generator: torch.Generator) -> Sequence[Segment]:
+        return super().sequence(2 * (index % 2), torch.Generator().manual_seed(index % 2))
+
+
+def test_distillation_pulls_sparse_ffns_to_the_dense_one_and_leaves_it_as_it_is() -> None:
+    def error(weight: float) -> float:
+        """Returns the relative error after 20 steps of the routers."""
+        model = bagel()
+        freeze(model, "router")
+        options: dict[str, Any] = {**CONFIG, "steps": 20, "balance_weight": 0.0}
+        own = Trainer(model, Still(model), TrainingConfig(**options, distill_weight=weight))
+        block = model.language_model.model.layers[1].mlp_moe_gen
+        dense = [weight.clone() for weight in block.plain_weights()]
+        records = [own.step() for _ in range(20)]
+        assert all(map(torch.equal, dense, block.plain_weights()))
+        first = records[0]
+        distilled = weight * (first.distill_loss or 0)
+        assert first.loss == pytest.approx((first.image_loss or 0) + distilled)
+        return sum(record.distill_loss or 0 for record in records[-5:]) / 5
+
+    assert error(3.0) < 0.5 * error(1e-6)
+    assert trainer().step().distill_loss is None
+
+
+def test_the_loss_of_distillation_is_its_formula_and_checkpointing_changes_nothing() -> None:
+    model = bagel()
+    data = Mixed(model)
+    batch = pack_training(model.config, [data.sequence(n, torch.Generator()) for n in range(4)])
+    blocks = [own for own in model.modules() if isinstance(own, SparseMoE)]
+    errors: list[torch.Tensor] = []
+
+    def compare(block: SparseMoE, x: Any, out: Any) -> None:
+        dense = SwiGLU(block.hidden_size, block.intermediate_size)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(dense, name).weight.data = getattr(block, name).data
+        target = dense(x[0].detach())
+        errors.append(((out[0] - target).square().sum() / target.square().sum()).detach())
+
+    handles = [block.register_forward_hook(compare) for block in blocks]
+    plain = distillation_loss(training_forward(model, batch, distill=True).routing)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(plain.detach(), torch.stack(errors).mean())
+    out = training_forward(model, batch, distill=True, checkpointing=True)
+    weights = [own for own in model.parameters() if own.requires_grad]
+    found = [
+        torch.autograd.grad(loss, weights, allow_unused=True)
+        for loss in (plain, distillation_loss(out.routing))
+    ]
+    assert any(own is not None and own.any() for own in found[0])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "case", "message"),
+    [
+        ("full", "t2i_moe", "got trained gate_proj"),
+        ("full", "t2i_dense", "got a model without any"),
+    ],
+)
+def test_distillation_needs_a_target_that_stays(stage: str, case: str, message: str) -> None:
+    model = bagel(case)
+    freeze(model, stage)
+    config = TrainingConfig(**CONFIG, distill_weight=1.0)
+    rule = "distill_weight must come with sparse FFNs and frozen experts, whose sum is the target"
+    refused(f"{rule}, {message}", Trainer, model, Mixed(model), config)
 
 
 def test_balance_without_a_loss_evens_the_load_out() -> None:

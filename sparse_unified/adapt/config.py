@@ -61,6 +61,8 @@ class TrainingConfig:
         balance_rate: balance without a loss: how much the logit of an expert with too few tokens
             rises in a step, and that of one with too many falls (0: not at all).
         z_weight: of the router z-loss over all tokens of a step.
+        distill_weight: of the relative squared error of sparse FFNs against the dense one, all
+            experts at weight 1, on the same tokens; experts must be frozen.
         seed: of the order of the data and of everything that is drawn.
         checkpointing: keep no activations of layers; compute them again for the backward pass.
         eval_every: steps between losses on held-out data, which the last step has too.
@@ -85,6 +87,7 @@ class TrainingConfig:
     balance_weight: float = 0.01
     balance_rate: float = 0.0
     z_weight: float = 0.0
+    distill_weight: float = 0.0
     seed: int = 0
     checkpointing: bool = False
     eval_every: int | None = None
@@ -103,6 +106,7 @@ class TrainingConfig:
             "balance_weight",
             "balance_rate",
             "z_weight",
+            "distill_weight",
         ):
             check_number(name, getattr(self, name), 0)
         check_number("eps", self.eps, _ABOVE_ZERO)

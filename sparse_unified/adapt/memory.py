@@ -150,7 +150,7 @@ def estimate(
         "weights": weights // processes,
         "autoencoder": autoencoder,
         "pass_gradients": pass_gradients,
-        "activations": _activations(model, batch, run, checkpointing=config.checkpointing),
+        "activations": _activations(model, batch, run, config),
         "gathered": gathered,
     }
     on_host = config.optimizer_device == "cpu"
@@ -169,7 +169,7 @@ def estimate(
 
 
 def _activations(
-    model: Bagel, batch: TrainingBatch, run: RunConfig | None, *, checkpointing: bool
+    model: Bagel, batch: TrainingBatch, run: RunConfig | None, config: TrainingConfig
 ) -> int:
     """Returns the bytes kept for backward; with checkpointing one layer runs again at a time."""
     twin = Bagel(model.config, device="meta", dtype=model.dtype)
@@ -198,10 +198,11 @@ def _activations(
         for layer in twin.language_model.model.layers:
             layer.register_forward_hook(lambda *_: counts.append(0))
         largest = 0
-        for again in (False, True)[: 1 + checkpointing]:
+        distill = config.distill_weight > 0
+        for again in (False, True)[: 1 + config.checkpointing]:
             largest = max(counts[:-1], default=0)
             kept.clear()
             counts[:] = [0]
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                training_forward(twin, batch, checkpointing=again)
+                training_forward(twin, batch, checkpointing=again, distill=distill)
         return sum(counts) + largest

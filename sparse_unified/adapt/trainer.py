@@ -32,7 +32,13 @@ from sparse_unified.adapt.optimizer import (
     this_process,
 )
 from sparse_unified.adapt.saving import load_state, save_state
-from sparse_unified.bagel.model import Bagel, Routing, router_losses, training_forward
+from sparse_unified.bagel.model import (
+    Bagel,
+    Routing,
+    distillation_loss,
+    router_losses,
+    training_forward,
+)
 from sparse_unified.bagel.packing import Segment, TrainingBatch, pack_training
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.nn import SparseMoE
@@ -56,6 +62,8 @@ class StepRecord:
     expert_load: dict[tuple[str, int], list[int]]
     # Text and image loss, weighted, of held-out data after the step; None where not measured.
     held_out_loss: float | None = None
+    # Of all tokens of the step, mean over the sparse blocks; None where it has no weight.
+    distill_loss: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -111,7 +119,13 @@ class TrainingPass(nn.Module):
 
         `text_tokens` and `image_tokens` are those of the whole step.
         """
-        out = training_forward(self.model, batch, checkpointing=self._config.checkpointing)
+        config = self._config
+        out = training_forward(
+            self.model,
+            batch,
+            checkpointing=config.checkpointing,
+            distill=config.distill_weight > 0,
+        )
         text, image = out.text_loss_sum, out.image_loss_sum
         return text / max(1, text_tokens), image / max(1, image_tokens), out.routing
 
@@ -193,6 +207,14 @@ class Trainer:
             for n, layer in enumerate(layers)
             if isinstance(ffn := getattr(layer, name), SparseMoE)
         }
+        weights = [own for block in self._blocks.values() for own in block.named_parameters()]
+        moving = [name for name, own in weights if own.requires_grad and "_proj" in name]
+        if config.distill_weight and (moving or not self._blocks):
+            got = f"trained {moving[0]}" if moving else "a model without any"
+            raise ValueError(
+                "Trainer: distill_weight must come with sparse FFNs and frozen experts, whose sum "
+                f"is the target, got {got}"
+            )
 
     def step(self) -> StepRecord:
         """Takes the next step.
@@ -207,14 +229,19 @@ class Trainer:
         own = [(batch.text_tokens, batch.image_tokens, batch.num_tokens) for batch in batches]
         counts = sum_over_processes(torch.tensor(own, device=device).sum(0))
         text_tokens, image_tokens, tokens = counts.tolist()
-        weights = (config.ce_weight, config.mse_weight, config.balance_weight, config.z_weight)
+        weights = (
+            *(config.ce_weight, config.mse_weight),
+            *(config.balance_weight, config.z_weight, config.distill_weight),
+        )
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         seen: dict[Key, Routing] = {}  # sums over the passes, without a graph
-        is_balanced = bool(self._blocks) and (config.balance_weight or config.z_weight)
+        is_judged = bool(self._blocks) and any(weights[2:])
         whole: dict[Key, tuple[Tensor, int]] = {}
+        powers: dict[Key, Tensor] = {}
         with _deterministic(device), self.optimizer.accumulating():
-            # Balance is that of the whole step, so that passes after the first are routed before.
-            ahead = batches[1:] if is_balanced else []
+            # Balance is that of the whole step, so that passes after the first are routed before;
+            # and so is what the errors of distillation are relative to.
+            ahead = batches[1:] if is_judged else []
             with torch.no_grad():
                 for batch in ahead:
                     _add(seen, self._pass(batch, text_tokens, image_tokens)[-1])
@@ -222,17 +249,20 @@ class Trainer:
                 text, image, routing = self._pass(batch, text_tokens, image_tokens)
                 if number == 0 or not ahead:
                     _add(seen, routing)
-                if number == 0 and is_balanced:
+                if number == 0 and is_judged:
                     whole = self._whole(seen)
-                parts = (text, image, *(router_losses(routing, whole) if whole else ()))
+                    powers = self._powers(seen, whole)
+                judged = self._block_losses(routing, whole, powers) if whole else ()
+                parts = (text, image, *judged)
                 total = torch.stack([w * p for w, p in zip(weights, parts, strict=False)]).sum()
                 # Without a graph nothing that trains took part: routers in a pass of text alone.
                 if total.requires_grad:
                     total.backward()
                 sums += torch.stack([text.detach(), image.detach()])
         whole = whole or self._whole(seen)
-        found = [*sum_over_processes(sums).tolist(), *self._router_losses(seen, whole)]
-        loss = sum(w * part for w, part in zip(weights, found, strict=True))
+        own_losses = torch.stack(self._block_losses(seen, whole, powers)).double().to(device)
+        found = sum_over_processes(torch.cat([sums, own_losses])).tolist()
+        loss = sum(w * part for w, part in zip(weights, found, strict=False))
         rate = config.learning_rate_at(self.steps_done)
         norm = self._update(loss, rate)
         if config.balance_rate:
@@ -241,7 +271,7 @@ class Trainer:
         self._waiting = []
         every, is_last = config.eval_every, self.steps_done == config.steps
         is_due = is_last or (every is not None and self.steps_done % every == 0)
-        text_loss, image_loss, balance_loss, router_z_loss = found
+        text_loss, image_loss, balance_loss, router_z_loss, *distill_loss = found
         flat = iter(torch.cat([load for load, _ in whole.values()]).tolist() if whole else ())
         return StepRecord(
             step=self.steps_done,
@@ -255,6 +285,7 @@ class Trainer:
             tokens=tokens,
             expert_load={key: list(islice(flat, len(load))) for key, (load, _) in whole.items()},
             held_out_loss=self.held_out_loss() if is_due and self._held_out is not None else None,
+            distill_loss=distill_loss[0] if distill_loss else None,
             seconds=time.perf_counter() - start,
         )
 
@@ -301,12 +332,26 @@ class Trainer:
         )
         return {key: (load, int(own.sum()) // ffn.top_k) for (key, ffn), load, own in parts}
 
-    def _router_losses(
+    def _powers(
         self, seen: Mapping[Key, Routing], whole: Mapping[Key, tuple[Tensor, int]]
-    ) -> list[float]:
-        """Returns balance loss and z-loss of the step."""
-        own = torch.stack(router_losses(seen, whole)).double().to(self.model.device)
-        return sum_over_processes(own).tolist()
+    ) -> dict[Key, Tensor]:
+        """Returns |dense|^2 of the blocks that have seen tokens, if it is distilled."""
+        if not self.config.distill_weight:
+            return {}
+        none = torch.zeros((), device=self.model.device)
+        joined = torch.stack([seen[key].power if key in seen else none for key in whole])
+        powers = zip(whole.items(), sum_over_processes(joined), strict=True)
+        return {key: power for (key, (_, tokens)), power in powers if tokens}
+
+    def _block_losses(
+        self,
+        routing: Mapping[Key, Routing],
+        whole: Mapping[Key, tuple[Tensor, int]],
+        powers: Mapping[Key, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Returns the share in balance loss, z-loss and, where there are powers, distillation."""
+        found: tuple[Tensor, ...] = router_losses(routing, whole)
+        return (*found, distillation_loss(routing, powers).to(found[0])) if powers else found
 
     @torch.no_grad()
     def _even_out(
@@ -409,7 +454,9 @@ class Trainer:
 def _add(seen: dict[Key, Routing], routing: Mapping[Key, Routing]) -> None:
     """Adds what blocks did in a pass, without its graph."""
     for key, own in routing.items():
-        own = own._replace(probability=own.probability.detach(), z=own.z.detach())
+        own = own._replace(
+            probability=own.probability.detach(), z=own.z.detach(), error=own.error.detach()
+        )
         if (before := seen.get(key)) is not None:
             pairs: Any = zip(before, own, strict=True)
             own = Routing(*(old + new for old, new in pairs))

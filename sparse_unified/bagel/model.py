@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_unified._common import context
-from sparse_unified.bagel.attention import KVCache, pack
+from sparse_unified.bagel.attention import KVCache, Packing, pack
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.decoder import LanguageModel
 from sparse_unified.bagel.packing import TrainingBatch
@@ -328,6 +328,9 @@ class Routing(NamedTuple):
     z: Tensor  # logsumexp(logits)^2, []
     inputs: Tensor  # of the router, [D], without a graph
     tokens: int
+    # Squared distance of the output to that of the dense FFN, and its square; [], 0 if not asked.
+    error: Tensor = torch.zeros(())
+    power: Tensor = torch.zeros(())  # without a graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,7 +348,7 @@ class TrainingOutput:
 
 
 def training_forward(
-    model: Bagel, batch: TrainingBatch, *, checkpointing: bool = False
+    model: Bagel, batch: TrainingBatch, *, checkpointing: bool = False, distill: bool = False
 ) -> TrainingOutput:
     """Runs packed sequences through the model and returns their losses.
 
@@ -354,6 +357,8 @@ def training_forward(
         batch: of `pack_training`, on the device of the model.
         checkpointing: keep only the inputs of each layer for the backward pass and run the layer a
             second time there.
+        distill: run the dense FFN of each sparse block on the same tokens too, without gradients,
+            for `distillation_loss`.
     """
     language, dtype = model.language_model, model.dtype
     decoder = language.model
@@ -370,22 +375,16 @@ def training_forward(
         gen = gen + model.latent_pos_embed(batch.latent_positions)
         gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
     packing = batch.packing.additive(dtype)
-    # Logits, top_k and inputs of each block.
-    routed: dict[tuple[str, int], tuple[Tensor, int, Tensor]] = {}
-    with ExitStack() as hooks:
-        for index, layer in enumerate(decoder.layers):
-            for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
-                if isinstance(block, SparseMoE) and block.return_router_logits:
-
-                    def keep(block: Any, x: Any, out: Any, key: Any = (component, index)) -> None:
-                        routed[key] = (out[1], block.top_k, x[0].detach())
-
-                    hooks.callback(block.register_forward_hook(keep).remove)
-        for layer in decoder.layers:
-            if checkpointing:
-                und, gen = checkpoint(layer, und, gen, packing, use_reentrant=False)
-            else:
-                und, gen = layer(und, gen, packing)
+    # Logits, top_k, inputs, and with `distill` error and power, of each block.
+    routed: dict[tuple[str, int], tuple[Tensor, int, Tensor, tuple[Tensor, ...]]] = {}
+    for index, layer in enumerate(decoder.layers):
+        given = (layer, und, gen, packing, distill)
+        und, gen, found = (
+            checkpoint(_run_layer, *given, use_reentrant=False)
+            if checkpointing
+            else _run_layer(*given)
+        )
+        routed |= {(component, index): own for component, own in found.items()}
 
     text_loss = image_loss = torch.zeros((), device=und.device)
     if batch.text_tokens:
@@ -397,7 +396,7 @@ def training_forward(
         image_loss = (predicted - batch.velocities).square().mean(-1).sum()
     routing: dict[tuple[str, int], Routing] = {}
     alike: dict[tuple[torch.Size, int], list[tuple[str, int]]] = {}
-    for key, (logits, top_k, _) in routed.items():
+    for key, (logits, top_k, *_) in routed.items():
         alike.setdefault((logits.shape, top_k), []).append(key)
     for ((tokens, _), top_k), keys in alike.items():
         logits = torch.stack([routed[key][0] for key in keys])  # [blocks, T, E]
@@ -409,7 +408,7 @@ def training_forward(
         for key, *own in zip(keys, *sums, strict=True):
             inputs = routed[key][2].flatten(0, -2).sum(0, dtype=torch.float32)
             load, probability, z = own
-            routing[key] = Routing(load, probability, z, inputs, tokens)
+            routing[key] = Routing(load, probability, z, inputs, tokens, *routed[key][3])
     return TrainingOutput(
         text_loss_sum=text_loss,
         text_tokens=batch.text_tokens,
@@ -417,6 +416,47 @@ def training_forward(
         image_tokens=batch.image_tokens,
         routing=routing,
     )
+
+
+def _run_layer(
+    layer: nn.Module, und: Tensor, gen: Tensor | None, packing: Packing, distill: bool
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Returns the streams behind a layer, and what its sparse blocks did, by component.
+
+    Checkpointing runs all of it again, so that nothing of the distillation is kept.
+    """
+    found: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
+            if isinstance(block, SparseMoE) and block.return_router_logits:
+
+                def keep(block: Any, x: Any, out: Any, component: str = component) -> None:
+                    sums: tuple[Tensor, ...] = ()
+                    if distill:
+                        target = block.dense(x[0]).float()
+                        sums = (out[0].float() - target).square().sum(), target.square().sum()
+                    found[component] = (out[1], block.top_k, x[0].detach(), sums)
+
+                hooks.callback(block.register_forward_hook(keep).remove)
+        und, gen = layer(und, gen, packing)
+    return und, gen, found
+
+
+def distillation_loss(
+    routing: Mapping[tuple[str, int], Routing],
+    whole: Mapping[tuple[str, int], Tensor] | None = None,
+) -> Tensor:
+    """Returns the relative squared error of sparse blocks, |y - dense|^2 / |dense|^2, their mean.
+
+    Args:
+        routing: of a batch, from `training_forward(..., distill=True)`.
+        whole: |dense|^2 over the whole that the batch is a part of, by block, of those that have
+            seen tokens; what is returned is its share. None: the batch is the whole.
+    """
+    if whole is None:
+        whole = {key: own.power for key, own in routing.items()}
+    shares = [own.error / whole[key] for key, own in routing.items()]
+    return torch.stack(shares).sum() / len(whole) if shares else torch.zeros(())
 
 
 def router_losses(

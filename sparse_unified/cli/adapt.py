@@ -93,7 +93,7 @@ def add_adapt(parser: CommandParser) -> None:
         TrainingConfig,
         "batch_size lr=learning_rate min_lr=min_learning_rate schedule warmup=warmup_steps betas "
         "eps weight_decay max_grad_norm ema=ema_decay ce_weight mse_weight balance_weight "
-        "balance_rate z_weight seed",
+        "balance_rate z_weight distill_weight seed",
         max_grad_norm="norm that gradients are scaled down to; 0 does not",
     )
 
@@ -192,6 +192,8 @@ def run_merge(options: argparse.Namespace) -> Report:
 def _summary(record: StepRecord) -> str:
     losses = {"loss": record.loss, "text": record.text_loss, "image": record.image_loss}
     parts = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+    if record.distill_loss is not None:
+        parts.append(f"distill {record.distill_loss:.4f}")
     if record.held_out_loss is not None:
         parts.append(f"held-out {record.held_out_loss:.4f}")
     if record.load_imbalance is not None:

@@ -225,6 +225,14 @@ class SparseMoE(OfficialState):
         indexes = packed_text_indexes, packed_vit_token_indexes
         return self._route(x, *indexes, self.gate_proj)[-1]
 
+    @torch.no_grad()
+    def dense(self, x: Tensor) -> Tensor:
+        """Returns what the dense FFN gives that the experts are cut from: all of them at weight 1.
+
+        x [..., D] -> [..., D], both of the dtype of the weights; without a graph.
+        """
+        return _swiglu(x, *self.plain_weights())
+
     def _route(
         self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, torch.dtype, str, tuple[Tensor, Tensor, Tensor]]:
@@ -281,8 +289,7 @@ class SparseMoE(OfficialState):
     def _shared_expert(
         self, tokens: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
-        hidden = F.silu(F.linear(tokens, gate_proj)) * F.linear(tokens, up_proj)
-        y = F.linear(hidden, down_proj)
+        y = _swiglu(tokens, gate_proj, up_proj, down_proj)
         gate: Any = self.gate_shared
         weight = gate(tokens.to(gate.weight.dtype))
         return y + y * weight.to(y.dtype)
@@ -316,6 +323,10 @@ class SparseMoE(OfficialState):
             f"num_shared_experts={self.num_shared_experts}, "
             f"expert_width={self.layout.expert_width}, backend={self.active_backend!r}"
         )
+
+
+def _swiglu(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate_proj)) * F.linear(x, up_proj), down_proj)
 
 
 def blocks_for(model: nn.Module, top_k: int) -> list[SparseMoE]:
