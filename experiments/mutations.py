@@ -655,7 +655,7 @@ PACKAGE = (
     ),
     python(
         "adapt/trainer.py",
-        "ahead = batches[1:] if is_balanced else []",
+        "ahead = batches[1:] if is_judged else []",
         "ahead = batches[:0]",
         "tests/test_adapt_trainer.py",
     ),

@@ -128,6 +128,8 @@ def test_distillation_pulls_sparse_ffns_to_the_dense_one_and_leaves_it_as_it_is(
     def error(weight: float) -> float:
         """Returns the relative error after 20 steps of the routers."""
         model = bagel()
+        # As blocks are that a model in memory was converted to: they return y alone.
+        model.language_model.model.layers[1].mlp_moe_gen.return_router_logits = False
         freeze(model, "router")
         options: dict[str, Any] = {**CONFIG, "steps": 20, "balance_weight": 0.0}
         own = Trainer(model, Still(model), TrainingConfig(**options, distill_weight=weight))

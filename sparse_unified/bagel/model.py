@@ -428,7 +428,10 @@ def _run_layer(
     found: dict[str, Any] = {}
     with ExitStack() as hooks:
         for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
-            if isinstance(block, SparseMoE) and block.return_router_logits:
+            if isinstance(block, SparseMoE):
+                # Those of a model that was converted in memory return y alone.
+                before, block.return_router_logits = block.return_router_logits, True
+                hooks.callback(setattr, block, "return_router_logits", before)
 
                 def keep(block: Any, x: Any, out: Any, component: str = component) -> None:
                     sums: tuple[Tensor, ...] = ()
