@@ -145,6 +145,7 @@ def test_experts_that_are_not_there_are_refused(model: Bagel) -> None:
     rule = "must be from 1 to the 4 routed experts, got 5" if blocks else "must be left out"
     refused(f"sample_latents: top_k {rule}", draw, model, [[21]], top_k=((1.0, 1), (0.1, 5)))
     refused("top_k must be an integer of at least 1, got 0", draw, model, [[21]], top_k=0)
+    refused("top_k must be an integer", draw, model, [[21]], top_k=0.5, error=TypeError)
     refused("t of top_k must descend", draw, model, [[21]], top_k=((0.5, 1), (0.5, 2)))
 
 

@@ -218,7 +218,8 @@ class SamplingConfig:
             raise TypeError(f"cache must be a StepCache or None, got {self.cache!r}")
         if self.top_k is None:
             return
-        pairs = ((1.0, self.top_k),) if isinstance(self.top_k, int) else tuple(self.top_k)
+        is_one = not isinstance(self.top_k, (list, tuple))
+        pairs: Any = ((1.0, self.top_k),) if is_one else self.top_k
         for pair in pairs:
             if not isinstance(pair, Sequence) or len(pair) != 2:
                 raise TypeError(
