@@ -659,6 +659,30 @@ PACKAGE = (
         "ahead = batches[:0]",
         "tests/test_adapt_trainer.py",
     ),
+    python(
+        "bagel/model.py",
+        "own.error / whole[key] for",
+        "own.error for",
+        "tests/test_adapt_trainer.py",
+    ),
+    python(
+        "bagel/sampler.py",
+        "[:, None] >= times.cpu()",
+        "[:, None] > times.cpu()",
+        "tests/test_bagel_execution.py",
+    ),
+    python(
+        "bagel/sampler.py",
+        "or active[step] != active[step - 1]",
+        "",
+        "tests/test_bagel_execution.py",
+    ),
+    python(
+        "bagel/sampler.py",
+        "if (on, top_k) not in run:",
+        "if not run:",
+        "tests/test_bagel_execution.py",
+    ),
     python("checkpoint/scores.py", "if own != known:", "if False:", "tests/test_cli_analysis.py"),
     python(
         "analysis/evaluate.py", "[shard[0] :: shard[1]]", "[:]", "tests/test_analysis_evaluate.py"
