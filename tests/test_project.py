@@ -56,7 +56,7 @@ HEAVY = (
 CEILINGS = {
     "conversion": (11, 149),
     "sparse load": (22, 171),
-    "calibration": (21, 188),
+    "calibration": (21, 187),
     "prune with scores": (11, 162),
     "denoising step": (11, 30),
 }

@@ -194,6 +194,7 @@ class VelocityError:
     @torch.no_grad()
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
         patch, errors = pipeline.model.config.latent_patch_size, []
+        sampling = self.settings.config()
         for sample in self.samples:
             assert sample.image is not None
             image = open_image(sample.image, where="samples")
@@ -205,8 +206,7 @@ class VelocityError:
             for time in self.settings.times:
                 noisy = (1 - time) * clean + time * noise
                 at = torch.tensor([time])
-                (top_k,) = self.settings.config().top_k_at(at)
-                with active_experts(pipeline.model, top_k):
+                with active_experts(pipeline.model, sampling.top_k_at(time)):
                     predicted = pipeline.model.velocity([noisy], [grid], at, [[context]])[0][0]
                 errors.append(F.mse_loss(predicted.cpu(), noise - clean).item())
         return {"velocity_error": sum(errors) / len(errors)}

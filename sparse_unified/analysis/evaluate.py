@@ -298,8 +298,7 @@ class _Work:
                 batch = [unit for unit in todo[:size] if unit[1] == task]
                 if progress is not None:
                     progress(done, total, f"{model}: {task}")
-                (first,) = settings.config().top_k_at(torch.ones(1))
-                with active_experts(pipeline.model, first):
+                with active_experts(pipeline.model, settings.config().top_k_at(1.0)):
                     self._compute(pipeline, settings, model, batch)
                 done, todo = done + len(batch), todo[len(batch) :]
         if progress is not None:
@@ -473,8 +472,8 @@ def _active(source: Checkpoint, stated: int | None, settings: Settings) -> int |
     if stated is None or source.top_k is None or settings.top_k is None:
         return stated
     config = settings.config()
-    times = timestep_grid(config.num_timesteps, config.timestep_shift)[:-1]
-    steps = [top_k or source.top_k for top_k in config.top_k_at(times)]
+    times = timestep_grid(config.num_timesteps, config.timestep_shift)[:-1].tolist()
+    steps = [config.top_k_at(time) or source.top_k for time in times]
     ffns = [ffn for layers in source.ffns.values() for ffn in layers.values()]
     expert = sum(3 * f.hidden_size * f.layout.expert_width for f in ffns if f.layout is not None)
     return round(stated + (statistics.fmean(steps) - source.top_k) * expert)

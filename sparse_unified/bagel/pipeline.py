@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -465,9 +465,7 @@ class BagelPipeline:
         seeds = check_seeds(seed, len(texts))
         sizes = choose_sizes(size, edited, self.model.config)
         batches = sampling_batches([bool(own) for own in before], batch_size, sampling)
-        for _, config in batches:
-            if config.top_k is not None:
-                sampler.check_experts(self.model, config)
+        first = batches[0][1]
         num_steps = sum(config.num_timesteps - 1 for _, config in batches)
         report, model, encode = self._timing(), self.model, self.tokenizer.encode
         see = self.image_processor.encode
@@ -479,7 +477,9 @@ class BagelPipeline:
             nullcontext(progress)
             if callable(progress)
             else progress_bar("denoising", "step", show=progress) as bar,
-            ExitStack() as reading,
+            active_experts(model, first.top_k_at(1.0))  # which read and plan
+            if first.top_k is not None
+            else nullcontext(),
         ):
 
             def on_step(_: int, seconds: float) -> None:
@@ -493,10 +493,6 @@ class BagelPipeline:
                     for i, x in zip(batch, expected, strict=True):
                         preview(i, self.image_processor.decode(x, sizes[i], small=True))
 
-                reading.close()
-                if config.top_k is not None:
-                    (first,) = config.top_k_at(torch.ones(1))
-                    reading.enter_context(active_experts(model, first))
                 with self._clock(report, "prefill_seconds"):
                     guidance = sampler.build_guidance(
                         model,

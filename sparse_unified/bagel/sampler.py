@@ -32,6 +32,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -231,13 +232,11 @@ class SamplingConfig:
             raise ValueError(f"t of top_k must descend, got {self.top_k!r:.120}")
         object.__setattr__(self, "top_k", tuple((t, k) for t, k in pairs))
 
-    def top_k_at(self, times: Tensor) -> list[int | None]:
-        """Returns the experts of a token at times [n] fp32 of denoising; None is the model's."""
-        if self.top_k is None:
-            return [None] * len(times)
-        pairs: Any = self.top_k
-        begun = torch.tensor([t for t, _ in pairs])[:, None] >= times.cpu()  # [pairs, n]
-        return [pairs[n - 1][1] if n else None for n in begun.sum(0).tolist()]
+    def top_k_at(self, time: float) -> int | None:
+        """Returns the experts of a token at a time of denoising, an fp32; None is the model's."""
+        pairs: Any = self.top_k or ()
+        begun = [top_k for t, top_k in pairs if np.float32(t) >= np.float32(time)]
+        return begun[-1] if begun else None
 
 
 def timestep_grid(num_timesteps: int, shift: float) -> Tensor:
@@ -286,13 +285,6 @@ def guided_steps(config: SamplingConfig) -> list[bool]:
     return [bool(on) for on in inside]
 
 
-def check_experts(model: Bagel, config: SamplingConfig) -> None:
-    """Raises ValueError unless the sparse FFNs of a model have the experts that are asked for."""
-    pairs: Any = config.top_k or ()
-    for _, top_k in pairs:
-        blocks_for(model, top_k)
-
-
 def computed_steps(config: SamplingConfig) -> list[bool]:
     """Returns for each step whether the model runs; otherwise its velocity is extrapolated.
 
@@ -302,7 +294,8 @@ def computed_steps(config: SamplingConfig) -> list[bool]:
     guided, cache = guided_steps(config), config.cache
     if cache is None:
         return [True] * len(guided)
-    active = config.top_k_at(timestep_grid(config.num_timesteps, config.timestep_shift))
+    times = timestep_grid(config.num_timesteps, config.timestep_shift).tolist()
+    active = [config.top_k_at(time) for time in times]
     return [
         step < cache.first
         or step >= len(guided) - cache.last
@@ -373,9 +366,13 @@ def sample_latents(
     tokens = [x.to(model.device, torch.float32) for x in noise]
     times = timestep_grid(config.num_timesteps, config.timestep_shift)
     on_device, widths = times.to(model.device), (times[:-1] - times[1:]).to(model.device)
-    guided, computed, active = guided_steps(config), computed_steps(config), config.top_k_at(times)
-    if config.top_k is not None:
-        check_experts(model, config)
+    guided, computed = guided_steps(config), computed_steps(config)
+    pairs: Any = config.top_k or ()
+    for _, experts in pairs:
+        blocks_for(model, experts)
+    active: list[int | None] = [None] * len(times)
+    if pairs:
+        active = [config.top_k_at(time) for time in times.tolist()]
     branches = {on: [_branches(own, config, on) for own in guidance] for on in set(guided)}
     execution = execution or Execution()
     execution.check(model.device, model)
@@ -393,9 +390,9 @@ def sample_latents(
             if (on, top_k) not in run:
                 contexts = [own for own, _ in branches[on]]
                 run[on, top_k] = execution.start(Denoiser(model, grids, contexts))
-            experts = nullcontext() if top_k is None else active_experts(model, top_k)
+            using = nullcontext() if top_k is None else active_experts(model, top_k)
             # Without the records of autograd; but accelerate makes parameters in each call.
-            with experts, torch.inference_mode(not hasattr(model, "hf_device_map")):
+            with using, torch.inference_mode(not hasattr(model, "hf_device_map")):
                 predictions = run[on, top_k](tokens, on_device[step : step + 1])
         else:
             predictions = [[expansion.at(time) for expansion in own] for own in expansions]

@@ -29,7 +29,7 @@ from sparse_unified.cli.options import (
     prompt,
     size,
     storage,
-    top_k,
+    value,
 )
 from sparse_unified.surgery import load_lora_
 
@@ -80,11 +80,21 @@ def add_placement(parser: argparse.ArgumentParser, *, tasks: bool) -> None:
         )
 
 
+_top_k = value(
+    "K, or K,T:K,... with K experts from time T on, T below 1 and descending",
+    lambda text: tuple(
+        (float(time or 1), int(count))
+        for time, _, count in (part.rpartition(":") for part in text.split(","))
+    ),
+    lambda found: SamplingConfig(top_k=found),
+)
+
+
 def add_top_k(parser: argparse.ArgumentParser) -> None:
     """Adds how many experts are active where images are sampled, by time if that is wished."""
     text = "experts of a token in sparse FFNs; 4,0.5:8 are 4, and 8 from time 0.5 on (time falls "
     text += "from 1 to 0) (default: those of the model)"
-    options = {"type": top_k, "metavar": "K[,T:K...]", "help": text}
+    options = {"type": _top_k, "metavar": "K[,T:K...]", "help": text}
     add_options(parser, SamplingConfig, "top_k", unset=True, top_k=options)
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from sparse_unified._common import optional
-from sparse_unified.bagel import SamplingConfig
 from sparse_unified.checkpoint.files import read_text
 from sparse_unified.surgery.quantize import STORAGES
 
@@ -290,14 +289,6 @@ storage = value(
         if isinstance(found, dict)
         else found in STORAGES
     ),
-)
-top_k = value(
-    "K, or K,T:K,... with K experts from time T on, T below 1 and descending",
-    lambda text: tuple(
-        (float(time or 1), _number(count))
-        for time, _, count in (part.rpartition(":") for part in text.split(","))
-    ),
-    lambda found: SamplingConfig(top_k=found),
 )
 device_map = value(
     "auto or MODULE=DEVICE,...",
