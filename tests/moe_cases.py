@@ -45,6 +45,7 @@ def random_block(
     num_shared_experts: int = 0,
     gate_img: bool = False,
     dtype: torch.dtype = torch.float32,
+    **options: bool,
 ) -> SparseMoE:
     """A block with outputs of about unit size and routers that decide."""
     moe = SparseMoE(
@@ -55,6 +56,7 @@ def random_block(
         num_shared_experts,
         gate_img=gate_img,
         dtype=dtype,
+        **options,
     )
     with torch.no_grad():
         for parameter in moe.parameters():

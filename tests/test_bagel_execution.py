@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparse_unified import MoEConfig, apply_moe_
 from sparse_unified.bagel import Bagel, BagelPipeline, Execution, StepCache
 from sparse_unified.bagel.execution import ReplayedStep
 from sparse_unified.bagel.model import Denoiser
@@ -239,3 +240,28 @@ def test_weights_elsewhere_are_refused(model: Bagel, monkeypatch: pytest.MonkeyP
         draw(model, [[21]], run=Execution(compile=True, backend="eager"))
     with pytest.raises(ValueError, match="cuda_graphs must be False for a model on cpu"):
         draw(model, [[21]], run=Execution(cuda_graphs=True))
+
+
+@pytest.mark.parametrize("way", ["cuda_graphs", "compile"])
+def test_a_recorded_step_chooses_experts_by_the_time_of_each_call(
+    emulated: Counter[str], way: str
+) -> None:
+    torch.compiler.reset()
+    model = build_model(read_case(GOLDEN / "t2i_dense"))
+    model.language_model.model.layers = model.language_model.model.layers[1:2]
+    apply_moe_(model, MoEConfig(num_experts=4, top_k=1, layers="all", time_router=True))
+    block: Any = model.language_model.model.layers[0].mlp_moe_gen
+    block.gate_time.weight.data.copy_(torch.eye(8)[:4] + torch.eye(8)[4:])
+    run = Execution(cuda_graphs=True)
+    if way == "compile":
+        run = Execution(compile=True, backend="eager")
+    found = draw(model, [[21, 30], [33]], run=run)
+    seen: list[int] = []
+
+    def note(module: Any, given: Any, named: Any) -> None:
+        seen.append(int(module.route(*given, **named)[2][0]))
+
+    block.register_forward_pre_hook(note, with_kwargs=True)
+    expected = draw(model, [[21, 30], [33]], timestep_shift=3.0)
+    assert all(map(torch.equal, found, expected))
+    assert len(set(seen)) == 4  # at some time or other

@@ -15,7 +15,7 @@ from moe_cases import GOLDEN
 from refusals import refused
 from torch import Tensor
 
-from sparse_unified import SkipLayersConfig, prune_heads_, skip_layers_
+from sparse_unified import MoEConfig, SkipLayersConfig, apply_moe_, prune_heads_, skip_layers_
 from sparse_unified.bagel import Bagel, BagelConfig, Segment, pack_training
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import Routing, TrainingOutput, expert_load, router_losses
@@ -130,6 +130,9 @@ def test_losses_are_those_of_the_inference_path_whatever_was_pruned(
 ) -> None:
     assert_as_inference(random_model(config))
     model = random_model(sparse_config)
+    assert_as_inference(model)
+    apply_moe_(model, MoEConfig(**EXPERTS, layers="0", time_router=True))
+    torch.nn.init.normal_(model.language_model.model.layers[0].mlp_moe_gen.gate_time.weight)
     assert_as_inference(model)
     prune_heads_(model, PruneHeadsConfig(component="gen", layers=[0], keep_ratio=0.5))
     assert_as_inference(model)

@@ -265,7 +265,7 @@ class RunConfig:
         )
 
 
-_ROUTERS = ("gate", "gate_img", "gate_shared")
+_ROUTERS = ("gate", "gate_img", "gate_shared", "gate_time")
 # Sine tables, stored in the checkpoint and never trained.
 _TABLES = ("vit_pos_embed.pos_embed", "latent_pos_embed.pos_embed")
 # Outside the decoder layers, what only latents run through.

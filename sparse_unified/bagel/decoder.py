@@ -27,6 +27,7 @@ def _ffn(config: LLMConfig, layer: int, component: str, **factory: Any) -> nn.Mo
         ffn.num_shared_experts,
         shared_intermediate_size=ffn.shared_width,
         gate_img=component == "und",
+        gate_time=ffn.time_router,
         **factory,
     )
 
@@ -37,10 +38,16 @@ MAX_HOST_ROWS = 64
 
 
 def run_ffn(
-    ffn: nn.Module, x: Tensor, packing: Packing | None = None, *, on_host: bool = False
+    ffn: nn.Module,
+    x: Tensor,
+    packing: Packing | None = None,
+    times: Tensor | None = None,
+    *,
+    on_host: bool = False,
 ) -> Tensor:
-    """Runs a dense or sparse FFN on x [T, D]; with weights `on_host`, few rows visit the host and
-    the weights visit many."""
+    """Runs a dense or sparse FFN on x [T, D], whose tokens have `times` of denoising, [T] or [1].
+
+    With weights `on_host`, few rows visit the host and the weights visit many."""
     named: dict[str, Tensor] = {}
     # Rows are named only to a block that routes text and ViT tokens apart, as the official code
     # does. Not getattr: to a module that lacks it, torch makes an error with a text each time.
@@ -50,6 +57,8 @@ def run_ffn(
         named["packed_vit_token_indexes"] = packing.vit_rows.to(x.device)
         if packing.text_rows is not None:
             named["packed_text_indexes"] = packing.text_rows.to(x.device)
+    if times is not None and ffn._modules.get("gate_time") is not None:
+        named["times"] = times.to(x.device)
     if not on_host:
         out = ffn(x, **named)
     elif len(x) > MAX_HOST_ROWS:
@@ -71,8 +80,10 @@ class DecoderLayer(nn.Module):
         und_on_host: the weights of `mlp` stay in host memory, see `run_ffn`.
     """
 
-    # What `sparse_unified.surgery` asks for before it takes an attention out of a layer.
+    # What `sparse_unified.surgery` asks for before it takes an attention out of a layer, or puts in
+    # experts that are chosen by time.
     takes_absent_parts = True
+    gives_times = True
 
     mlp: nn.Module | None
     mlp_moe_gen: nn.Module | None
@@ -97,9 +108,10 @@ class DecoderLayer(nn.Module):
                 self.register_module(f"{name}{stream}", norm)
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, packing: Packing
+        self, und: Tensor, gen: Tensor | None, packing: Packing, times: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes."""
+        """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes; the gen
+        tokens have `times` of denoising, fp32 [G], or [1] of all."""
         und_norm, gen_norm = self.input_layernorm, self.input_layernorm_moe_gen
         und_mixed, gen_mixed = self.self_attn(
             None if und_norm is None else und_norm(und),
@@ -117,7 +129,7 @@ class DecoderLayer(nn.Module):
             gen = gen + gen_mixed
         norm, ffn = self.post_attention_layernorm_moe_gen, self.mlp_moe_gen
         if norm is not None and ffn is not None:
-            gen = gen + run_ffn(ffn, norm(gen), packing)
+            gen = gen + run_ffn(ffn, norm(gen), packing, times)
         return und, gen
 
 
@@ -134,11 +146,11 @@ class Decoder(nn.Module):
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps, **factory)
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, packing: Packing
+        self, und: Tensor, gen: Tensor | None, packing: Packing, times: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs embedded streams und [U, D] and gen [G, D] (or None) through all layers."""
+        """Runs embedded streams und [U, D] and gen [G, D] (or None) through all layers; see there."""
         for layer in self.layers:
-            und, gen = layer(und, gen, packing)
+            und, gen = layer(und, gen, packing, times)
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen)
 
 

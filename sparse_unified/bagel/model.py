@@ -186,7 +186,7 @@ class Bagel(nn.Module):
         gen = [self.embed_latent(*self._patches(latent, patch, side), time) for latent in latents]
         markers = self.markers().repeat(len(gen), 1)
         lengths = [len(part) for part in gen]
-        self._read(contexts, markers, [2] * len(gen), gen=torch.cat(gen), gen_lengths=lengths)
+        self._read(contexts, markers, [2] * len(gen), gen=torch.cat(gen), gen_lengths=lengths, times=time)
 
     @torch.no_grad()
     def velocity(
@@ -214,6 +214,7 @@ class Bagel(nn.Module):
         *,
         gen: Tensor | None = None,
         gen_lengths: Sequence[int] | None = None,
+        times: Tensor | None = None,
         causal: bool = False,
         **rows: Tensor,
     ) -> Tensor:
@@ -228,7 +229,7 @@ class Bagel(nn.Module):
             device=self.device,
             **rows,
         )
-        hidden: Tensor = self.language_model.model(und, gen, packing)[0]
+        hidden: Tensor = self.language_model.model(und, gen, packing, times)[0]
         for i, (past, length) in enumerate(zip(contexts, lengths, strict=True)):
             past.length += length + (gen_lengths[i] if gen_lengths else 0)
             past.position += length if causal else 1
@@ -312,7 +313,7 @@ class Denoiser:
         model, gen = self.model, []
         for x, positions, count in zip(tokens, self.positions, self.num_branches, strict=True):
             gen += [model.embed_latent(x, positions, time)] * count
-        hidden = model.language_model.model(self.markers, torch.cat(gen), self.packing)[1]
+        hidden = model.language_model.model(self.markers, torch.cat(gen), self.packing, time)[1]
         out = model.llm2vae(hidden).float()
         velocities = []
         for x, part in zip(tokens, out.split(self.rows), strict=True):
@@ -369,16 +370,17 @@ def training_forward(
         )
         seen = model.connector(seen) + model.vit_pos_embed(batch.vit_positions)
         und = und.index_copy(0, batch.packing.vit_rows, seen.to(und.dtype))
-    gen = None
+    gen = times = None
     if batch.latents is not None:
         gen = model.vae2llm(batch.latents.to(dtype))
         gen = gen + model.latent_pos_embed(batch.latent_positions)
         gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
+        times = batch.times.index_select(0, batch.time_rows)
     packing = batch.packing.additive(dtype)
     # Logits, top_k, inputs, and with `distill` error and power, of each block.
     routed: dict[tuple[str, int], tuple[Tensor, int, Tensor, tuple[Tensor, ...]]] = {}
     for index, layer in enumerate(decoder.layers):
-        given = (layer, und, gen, packing, distill)
+        given = (layer, und, gen, packing, times, distill)
         und, gen, found = (
             checkpoint(_run_layer, *given, use_reentrant=False)
             if checkpointing
@@ -419,7 +421,12 @@ def training_forward(
 
 
 def _run_layer(
-    layer: nn.Module, und: Tensor, gen: Tensor | None, packing: Packing, distill: bool
+    layer: nn.Module,
+    und: Tensor,
+    gen: Tensor | None,
+    packing: Packing,
+    times: Tensor | None,
+    distill: bool,
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Returns the streams behind a layer, and what its sparse blocks did, by component.
 
@@ -441,7 +448,7 @@ def _run_layer(
                     found[component] = (out[1], block.top_k, x[0].detach(), sums)
 
                 hooks.callback(block.register_forward_hook(keep).remove)
-        und, gen = layer(und, gen, packing)
+        und, gen = layer(und, gen, packing, times)
     return und, gen, found
 
 

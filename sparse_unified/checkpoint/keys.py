@@ -32,7 +32,7 @@ INDEX = r"(0|[1-9][0-9]{0,5})"
 LAYER_KEY = re.compile(rf"language_model\.model\.layers\.{INDEX}\.(.+)")
 FFN_KEY = re.compile(r"(mlp|mlp_moe_gen)\.(.+)")
 EXPERT_KEY = re.compile(rf"experts\.{INDEX}\.(gate_proj|up_proj|down_proj)\.weight")
-ROUTER_KEY = re.compile(r"(gate|gate_shared|gate_img)\.weight")
+ROUTER_KEY = re.compile(r"(gate|gate_shared|gate_img|gate_time)\.weight")
 
 
 def layer_prefix(layer: int) -> str:
@@ -77,9 +77,11 @@ def dense_key(component: str, layer: int, projection: str) -> str:
     return f"{ffn_prefix(component, layer)}{projection}.weight"
 
 
-def router_names(component: str) -> tuple[str, ...]:
+def router_names(component: str, time_router: bool) -> tuple[str, ...]:
     """Returns the router weights of a sparse FFN; und blocks have a second one for ViT tokens."""
-    return ("gate", "gate_shared", "gate_img") if component == "und" else ("gate", "gate_shared")
+    if component == "und":
+        return "gate", "gate_shared", "gate_img"
+    return ("gate", "gate_shared", "gate_time") if time_router else ("gate", "gate_shared")
 
 
 def router_key(component: str, layer: int, name: str) -> str:

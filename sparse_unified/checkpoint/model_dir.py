@@ -35,6 +35,7 @@ from sparse_unified.checkpoint.modes import (
 )
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec, read_header, read_tensor
 from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.layout import TIME_POINTS
 
 CONFIG = "llm_config.json"
 _MAX_HEADS = 1 << 16
@@ -87,9 +88,10 @@ def ffn_shapes(
     """Returns the shape of every tensor of an FFN, by the end of its key; routers come first."""
     shapes = {}
     if isinstance(ffn, ExpertLayout):
-        for name in keys.router_names(component):
+        for name in keys.router_names(component, ffn.time_router):
             rows = 1 if name == "gate_shared" else ffn.num_experts
-            shapes[f"{name}.weight"] = (rows, hidden_size)
+            columns = TIME_POINTS if name == "gate_time" else hidden_size
+            shapes[f"{name}.weight"] = (rows, columns)
     for name in keys.PROJECTIONS:
         for part, (start, stop) in ffn_parts(ffn).items():
             shape = (stop - start, hidden_size)
@@ -164,6 +166,7 @@ def _read_ffn(component: str, part: Mapping[str, TensorSpec | Tensor]) -> FFN:
             intermediate_size=shared_width + num_experts * width,
             num_experts=num_experts,
             shared_intermediate_size=shared_width,
+            time_router="gate_time.weight" in part,
         )
     else:
         ffn, hidden_size = _matrix(part, "gate_proj.weight")

@@ -105,6 +105,8 @@ class MoEConfig(_Mode):
             that fire together on calibration inputs.
         router_init: what routers start from: "zero", the official way; "random", small; or
             "activation", fitted to calibration inputs.
+        time_router: gen experts are chosen by the time of denoising too, by a bias that starts at
+            zero, for models of `sparse_unified.bagel`.
         seed: of what partition and router_init draw.
     """
 
@@ -117,6 +119,7 @@ class MoEConfig(_Mode):
     layers: Layers = "middle"
     partition: Partition = Partition.SNAKE
     router_init: RouterInit = RouterInit.ZERO
+    time_router: bool = False
     seed: int = 0
 
     def _check(self) -> None:
@@ -129,6 +132,13 @@ class MoEConfig(_Mode):
             )
         self._set("partition", choice("partition", Partition, self.partition))
         self._set("router_init", choice("router_init", RouterInit, self.router_init))
+        if type(self.time_router) is not bool:
+            raise TypeError(f"time_router must be true or false, got {self.time_router!r:.120}")
+        if self.time_router and self.component != "gen":
+            raise ValueError(
+                f"component must be gen with time_router, no others have a time, got "
+                f"{self.component}"
+            )
 
     @property
     def needs_inputs(self) -> bool:
@@ -287,6 +297,7 @@ class Step:
         config = {
             name: value.value if hasattr(value, "value") else value
             for name, value in dataclasses.asdict(self.config).items()
+            if name not in _LEFT_OUT or value
         }
         result: dict[str, Any] = {"mode": self.config.mode, "config": config}
         result |= {"scores": self.scores, "tool": self.tool}
@@ -335,7 +346,8 @@ def parse_recipe(path: Path, content: Mapping[str, Any]) -> tuple[Step, ...]:
 
 
 # Fields that recipes of earlier versions lack; their defaults are what was done then.
-_ADDED = {MoEConfig.mode: {"partition", "router_init", "seed"}}
+_ADDED = {MoEConfig.mode: {"partition", "router_init", "time_router", "seed"}}
+_LEFT_OUT = {"time_router"}  # of recipes where they are not set
 _RESULT_OF = {PruneWidthConfig.mode: "widths", PruneHeadsConfig.mode: "heads"}
 
 

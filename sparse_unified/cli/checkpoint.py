@@ -68,7 +68,7 @@ def add_convert(parser: CommandParser) -> None:
         seed="rank neurons at random, from this seed",
     )
     routing = parser.add_argument_group("who goes where")
-    add_options(routing, MoEConfig, "partition router_init")
+    add_options(routing, MoEConfig, "partition router_init time_router")
     add_options(routing, convert, "partition_seed")
     add_flags(
         routing,

@@ -165,6 +165,7 @@ def convert(
     seed: int | None = None,
     partition: Partition | str = Partition.SNAKE,
     router_init: RouterInit | str = RouterInit.ZERO,
+    time_router: bool = False,
     partition_seed: int = 0,
     inputs: Inputs | None = None,
     progress: Progress | None = None,
@@ -188,7 +189,7 @@ def convert(
             safetensors file with one tensor `scores` [num_layers, I] or tensors named by layer.
             Without scores and seed, neurons are ranked by weight magnitude.
         seed: rank neurons at random instead.
-        partition, router_init: as in `MoEConfig`.
+        partition, router_init, time_router: as in `MoEConfig`.
         partition_seed: of what these two draw.
         inputs: what the FFNs were given on calibration tokens, `{layer: [N, D]}` of the component
             or `{component: {layer: [N, D]}}`, N >= 8, any float dtype; must be given exactly
@@ -216,6 +217,7 @@ def convert(
         layers=layers,
         partition=partition,  # type: ignore[arg-type]
         router_init=router_init,  # type: ignore[arg-type]
+        time_router=time_router,
         seed=partition_seed,
     )
     layouts = _plan_layouts(source, config)
@@ -268,6 +270,7 @@ def convert(
             "texts": {name: files.read_text(source.directory / name) for name in old},
         }
         arguments = facts | {"partition_seed": config.seed}
+        arguments |= {"time_router": True} if time_router else {}
         metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "tool": TOOL}
         metadata |= {"component": component, "arguments": json.dumps(arguments)}
         metadata |= {name: json.dumps(own, ensure_ascii=False) for name, own in maps.items()}
@@ -315,6 +318,7 @@ def _plan_layouts(source: Checkpoint, config: MoEConfig) -> dict[int, ExpertLayo
                 intermediate_size=ffns[layer].intermediate_size,
                 num_experts=config.num_experts,
                 num_shared_experts=config.num_shared_experts,
+                time_router=config.time_router,
             )
     # The config has one set of counts for both components.
     wanted = (config.num_experts, config.num_shared_experts, config.top_k)
@@ -352,11 +356,11 @@ def _split(
             with naming(f"{component} layer {layer}"):
                 weight = fit_router(inputs, *weights, layout, config.top_k).weight
         weight = weight.to(ffn.dtype).contiguous()
-        for name in keys.router_names(component):
-            # That of the shared expert is zero; those of und blocks start the same.
-            yield safetensors_io.as_bytes(
-                torch.zeros_like(weight[:1]) if name == "gate_shared" else weight
-            )
+        for name in keys.router_names(component, layout.time_router):
+            # Those of the shared expert and of time are zero; those of und blocks start the same.
+            is_zero = name in ("gate_shared", "gate_time")
+            own = weight.new_zeros(shapes[f"{name}.weight"]) if is_zero else weight
+            yield safetensors_io.as_bytes(own)
 
     def blocks(name: str) -> Blocks:
         if name == "gate_proj":

@@ -59,7 +59,8 @@ class ComponentInfo:
         active: parameters that one token of this component uses; None where top_k is unknown.
         layers: decoder layers; () outside the language model.
         sparse_layers: those of them with a sparse FFN.
-        experts: "E x width + shared width" of each kind of sparse FFN found.
+        experts: "E x width + shared width" of each kind of sparse FFN found, and whether its experts
+            are chosen by time.
         pruned: what the layers have lost, in words; empty where nothing was pruned.
     """
 
@@ -251,7 +252,10 @@ def _describe(
         3 * ffns[layer].hidden_size * layout.idle_neurons(top_k or 0)
         for layer, layout in sparse.items()
     )
-    kinds = {(own.num_experts, own.expert_width, own.shared_width) for own in sparse.values()}
+    kinds = {
+        (own.num_experts, own.expert_width, own.shared_width, own.time_router)
+        for own in sparse.values()
+    }
     return ComponentInfo(
         name=name,
         tensors=len(specs),
@@ -260,8 +264,10 @@ def _describe(
         layers=tuple(ffns),
         sparse_layers=tuple(sparse),
         experts=tuple(
-            f"{num_experts} x {width}" + (f" + {shared} shared" if shared else "")
-            for num_experts, width, shared in sorted(kinds)
+            f"{num_experts} x {width}"
+            + (f" + {shared} shared" if shared else "")
+            + (" by time" if by_time else "")
+            for num_experts, width, shared, by_time in sorted(kinds)
         ),
         pruned=_describe_pruned(left),
     )

@@ -374,9 +374,8 @@ def _judge_experts(
     problems = [f"hidden size, dtype and width must be {sizes[1]}, got {sizes[0]}"]
     if sizes[0] == sizes[1]:
         index, problems = _pair_neurons(here, there, component, layer)
-    routers = [
-        here.read(keys.router_key(component, layer, name)) for name in keys.router_names(component)
-    ]
+    names = keys.router_names(component, here.experts[component][layer].time_router)
+    routers = [here.read(keys.router_key(component, layer, name)) for name in names]
     if not all(bool(router.float().isfinite().all()) for router in routers):
         problems.append("routers must be finite, got NaN or infinity")
     if index is not None:
@@ -520,17 +519,19 @@ def _pair_left(
     here: Checkpoint, there: Checkpoint, component: str, layer: int
 ) -> tuple[np.ndarray | None, list[str]]:
     """Pairs the neurons of an FFN that is dense on both sides or sparse on both."""
-    is_sparse = [side.ffns[component][layer].layout is not None for side in (here, there)]
-    if is_sparse[0] != is_sparse[1]:
+    own, old = (side.ffns[component][layer].layout for side in (here, there))
+    if (own is None) != (old is None):
         return None, ["FFN must be sparse as there, got a dense one"]
     index, problems = _pair_neurons(here, there, component, layer)
-    if index is None or not is_sparse[0]:
+    if index is None or own is None or old is None:
         return index, problems
+    if own.time_router and not old.time_router:
+        problems.append("gate_time.weight must not be there, got one")
     holders, origins = (_owners(side, component, layer) for side in (here, there))
     moved = [n for n, origin in enumerate(index) if holders[n][0] != origins[origin][0]]
     if moved:
         problems.append(f"{len(moved)} neurons must stay in their expert, got others")
-    for name in keys.router_names(component):
+    for name in keys.router_names(component, old.time_router):
         key = keys.router_key(component, layer, name)
         problems += _differences(key, here.specs.get(key), there.spec(key))
     return index, problems

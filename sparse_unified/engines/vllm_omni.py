@@ -100,8 +100,10 @@ class WithExperts:
         experts, top_k = checkpoint.experts, checkpoint.top_k
         if top_k is None:
             return
-        if set(experts) != {"gen"} or checkpoint.left is not None:
+        by_time = any(layout.time_router for layout in experts.get("gen", {}).values())
+        if set(experts) != {"gen"} or checkpoint.left is not None or by_time:
             what = "pruned" if checkpoint.left is not None else "sparse und FFNs"
+            what = "experts by time (gate_time), which vLLM-Omni does not give" if by_time else what
             raise ValueError(
                 f"{_WHERE}: {checkpoint.directory} must have sparse gen FFNs and be dense "
                 f"otherwise, got {what}"

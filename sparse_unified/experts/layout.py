@@ -25,6 +25,9 @@ from sparse_unified.experts.keep import (
 )
 
 MIN_TOKENS = 8
+# Times 0, 1/7, ..., 1 at which experts that are chosen by time have a bias. With 8, the inputs of
+# such a router stay a multiple of the 16 bytes that kernels load at a time.
+TIME_POINTS = 8
 _ITERATIONS = 16
 _RESTARTS = 3
 
@@ -48,6 +51,7 @@ class ExpertLayout:
         num_shared_experts: S, how many expert widths the shared expert is made of.
         shared_intermediate_size: width of the shared expert in neurons, for files that give it
             directly; by default it follows from the formula above.
+        time_router: routed experts are chosen by the time of denoising too, see `SparseMoE`.
 
     Attributes:
         shared_width: neurons of the shared expert; 0 without one.
@@ -61,6 +65,7 @@ class ExpertLayout:
     num_experts: int
     num_shared_experts: int = 0
     shared_intermediate_size: int | None = None
+    time_router: bool = False
     # Kept, because every forward pass of every block asks for the two.
     shared_width: int = field(init=False, repr=False, compare=False)
     expert_width: int = field(init=False, repr=False, compare=False)

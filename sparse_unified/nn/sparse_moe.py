@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparse_unified import ops
 from sparse_unified.experts import ExpertLayout
+from sparse_unified.experts.layout import TIME_POINTS
 from sparse_unified.nn.expert_state import OfficialState, expert_views, is_packed
 from sparse_unified.ops import backend, choices, composed
 
@@ -30,6 +31,10 @@ class SparseMoE(OfficialState):
         y[t] = sum_k (1 + topk_logits[t, k]) * expert[topk_idx[t, k]](x[t])
              + (1 + x[t] @ gate_shared.T) * shared_expert(x[t])     if there is a shared expert.
 
+    With `gate_time` [E, 8], column r of which is a bias at time r / 7 of denoising, the logits are
+    x @ gate.T + phi(time[t]) @ gate_time.T, where phi [8] interpolates linearly between the two
+    nearest columns.
+
     The weights of all experts are three tensors in expert order (shared expert first): `gate_proj`
     and `up_proj` [I, D], `down_proj` [D, I]. The state dict speaks the official per-expert keys in
     both directions; its tensors are copies.
@@ -43,6 +48,7 @@ class SparseMoE(OfficialState):
         shared_intermediate_size: width of the shared expert where a file gives it directly.
         gate_img: add the second router that *und* blocks use for ViT tokens.
         gate_shared: have a router of the shared expert even without one, as official files do.
+        gate_time: choose experts by the time of denoising too, which `forward` is then to be given.
         return_router_logits: return (y, router_logits), the official convention, or y alone.
         strict: raise where no kernel takes device, dtype or sizes, instead of composing torch ops.
 
@@ -67,6 +73,7 @@ class SparseMoE(OfficialState):
         shared_intermediate_size: int | None = None,
         gate_img: bool = False,
         gate_shared: bool = True,
+        gate_time: bool = False,
         return_router_logits: bool = True,
         strict: bool = False,
         device: torch.device | str | None = None,
@@ -78,6 +85,7 @@ class SparseMoE(OfficialState):
             num_experts=num_experts,
             num_shared_experts=num_shared_experts,
             shared_intermediate_size=shared_intermediate_size,
+            time_router=gate_time,
         )
         if type(hidden_size) is not int or hidden_size < 1:
             raise ValueError(
@@ -87,6 +95,11 @@ class SparseMoE(OfficialState):
             raise ValueError(
                 f"SparseMoE: top_k must be an integer from 1 to num_experts = {num_experts}, "
                 f"got {top_k!r}"
+            )
+        if gate_img and gate_time:
+            raise ValueError(
+                "SparseMoE: gate_time must be False with gate_img, whose tokens have no time, "
+                "got True"
             )
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -106,6 +119,9 @@ class SparseMoE(OfficialState):
         self.gate_img = (
             nn.Linear(hidden_size, num_experts, bias=False, **factory) if gate_img else None
         )
+        self.gate_time = (
+            nn.Linear(TIME_POINTS, num_experts, bias=False, **factory) if gate_time else None
+        )
         self.gate_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.up_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
@@ -113,7 +129,7 @@ class SparseMoE(OfficialState):
 
     def reset_parameters(self) -> None:
         """Routers to zero, so that every selected expert weighs 1; experts uniform by fan-in."""
-        for router in (self.gate, self.gate_shared, self.gate_img):
+        for router in (self.gate, self.gate_shared, self.gate_img, self.gate_time):
             if router is not None:
                 nn.init.zeros_(router.weight)
         for weight, fan_in in (
@@ -167,6 +183,7 @@ class SparseMoE(OfficialState):
         x: Tensor,
         packed_text_indexes: Tensor | None = None,
         packed_vit_token_indexes: Tensor | None = None,
+        times: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Runs the block.
 
@@ -178,19 +195,22 @@ class SparseMoE(OfficialState):
                 only, others ignore both.
             packed_vit_token_indexes: flat indices of ViT tokens, [n] int64 or int32; *und* blocks
                 route these by `gate_img`. With ViT indices alone, all tokens are ViT tokens.
+            times: of denoising, from 0 (a finished image) to 1 (noise), fp32 [T], or [1] of all
+                tokens; blocks with `gate_time` only, others ignore it.
 
         Returns:
             y [..., D] and router_logits [T, E] fp32 (T tokens in all), or y alone when
             `return_router_logits` is False.
 
         Raises:
-            ValueError: x does not end in D; indices are not [n] or, on the CPU, name no token.
+            ValueError: x does not end in D; indices are not [n] or, on the CPU, name no token;
+                times are not given to a block with `gate_time`.
             TypeError: indices are not int64 or int32: a mask, say.
             RuntimeError: dtype or device of x differ from the weights'; `strict` and no kernel.
         """
         weights = self.gate_proj, self.up_proj, self.down_proj  # read once: they may be computed
         tokens, dtype, active, chosen = self._route(
-            x, packed_text_indexes, packed_vit_token_indexes, weights[0]
+            x, packed_text_indexes, packed_vit_token_indexes, times, weights[0]
         )
         logits, topk_logits, topk_idx = chosen
         is_plain = type(weights[0]).dequantize is Tensor.dequantize
@@ -216,6 +236,7 @@ class SparseMoE(OfficialState):
         x: Tensor,
         packed_text_indexes: Tensor | None = None,
         packed_vit_token_indexes: Tensor | None = None,
+        times: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns what `forward` chooses for the same arguments, and raises the same.
 
@@ -223,7 +244,7 @@ class SparseMoE(OfficialState):
             logits [T, E] fp32, topk_logits [T, K] fp32, topk_idx [T, K] int32.
         """
         indexes = packed_text_indexes, packed_vit_token_indexes
-        return self._route(x, *indexes, self.gate_proj)[-1]
+        return self._route(x, *indexes, times, self.gate_proj)[-1]
 
     @torch.no_grad()
     def dense(self, x: Tensor) -> Tensor:
@@ -234,7 +255,12 @@ class SparseMoE(OfficialState):
         return _swiglu(x, *self.plain_weights())
 
     def _route(
-        self, x: Tensor, text_indexes: Tensor | None, vit_indexes: Tensor | None, weight: Tensor
+        self,
+        x: Tensor,
+        text_indexes: Tensor | None,
+        vit_indexes: Tensor | None,
+        times: Tensor | None,
+        weight: Tensor,
     ) -> tuple[Tensor, torch.dtype, str, tuple[Tensor, Tensor, Tensor]]:
         """Returns tokens [T, D], dtype of the experts, what runs them, and the choice.
 
@@ -264,6 +290,8 @@ class SparseMoE(OfficialState):
             wide = torch.promote_types(gate.dtype, tokens.dtype)
             tokens, gate = tokens.to(wide), gate.to(wide)
             gate_img = None if gate_img is None else gate_img.to(wide)
+        if self.layout.time_router:
+            tokens, gate = self._with_times(tokens, gate, times)
         if gate_img is not None:
             text_indexes = _checked("packed_text_indexes", text_indexes, len(tokens))
             vit_indexes = _checked("packed_vit_token_indexes", vit_indexes, len(tokens))
@@ -285,6 +313,23 @@ class SparseMoE(OfficialState):
             for base, of_text, of_vit in zip(bases, text, vit, strict=True)
         )
         return given, dtype, active, (logits, topk_logits, topk_idx)
+
+    def _with_times(
+        self, tokens: Tensor, gate: Tensor, times: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns [x, phi(times)] [T, D + 8] and [gate, gate_time] [E, D + 8]: one product."""
+        count = len(tokens)
+        if not isinstance(times, Tensor) or times.dim() != 1 or len(times) not in (1, count):
+            got = f"shape {list(times.shape)}" if isinstance(times, Tensor) else repr(times)
+            raise ValueError(
+                "SparseMoE: times must be given to a block with gate_time, as the layers of "
+                f"sparse_unified.bagel.Bagel do, [{count}] or [1] of all tokens, got {got}"
+            )
+        points = torch.arange(TIME_POINTS, device=times.device)
+        nearness = 1 - (times.float()[:, None] * (TIME_POINTS - 1) - points).abs()
+        phi = nearness.clamp(min=0).to(tokens.dtype).expand(count, -1)
+        bias = _adapted(self.gate_time).to(gate.dtype)
+        return torch.cat([tokens, phi], dim=1), torch.cat([gate, bias], dim=1)
 
     def _shared_expert(
         self, tokens: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor
@@ -310,7 +355,7 @@ class SparseMoE(OfficialState):
         views = expert_views(
             self.layout, self.gate_proj.data, self.up_proj.data, self.down_proj.data
         )
-        for name in ("gate", "gate_shared", "gate_img"):
+        for name in ("gate", "gate_shared", "gate_img", "gate_time"):
             router = getattr(self, name)
             if router is not None:
                 views[f"{name}.weight"] = router.weight.data

@@ -262,6 +262,11 @@ def takes_absent_parts(layer: nn.Module) -> bool:
     return any(getattr(type(module), "takes_absent_parts", False) for module in _modules(layer))
 
 
+def gives_times(layer: nn.Module) -> bool:
+    """Tells whether a layer gives its FFNs the times of denoising, as ours does."""
+    return any(getattr(type(module), "gives_times", False) for module in _modules(layer))
+
+
 def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Decoder:
     """Returns the decoder layers of a model or pipeline by the first layout that they fit.
 

@@ -66,7 +66,7 @@ def target_modules(path: str, targets: Sequence[LoraTarget], component: str) -> 
                     LoraTarget.ATTENTION: rf"self_attn\.[qkvo]_proj{SUFFIXES[own]}",
                     LoraTarget.EXPERTS: rf"{ffn}\.(experts\.\d+|shared_expert)\.{parts}",
                     LoraTarget.FFNS: rf"{ffn}\.{parts}",
-                    LoraTarget.ROUTERS: rf"{ffn}\.(gate|gate_img|gate_shared)",
+                    LoraTarget.ROUTERS: rf"{ffn}\.(gate|gate_img|gate_shared|gate_time)",
                 }[target]
             )
         found[target.value] = rf"{re.escape(path)}\.\d+\.({'|'.join(names)})"

@@ -25,9 +25,14 @@ from sparse_unified.experts.router import (
     random_router,
 )
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.decoder import Decoder, find_decoder
+from sparse_unified.surgery.decoder import Decoder, find_decoder, gives_times
 from sparse_unified.surgery.exchange import Slot, offload_like
-from sparse_unified.surgery.ffn import DenseWeights, read_weights, returns_tuple
+from sparse_unified.surgery.ffn import (
+    DenseWeights,
+    describe_module,
+    read_weights,
+    returns_tuple,
+)
 from sparse_unified.surgery.report import SurgeryReport, transform
 
 
@@ -88,7 +93,9 @@ def apply_moe_(
                     intermediate_size=weights.gate_proj.shape[0],
                     num_experts=config.num_experts,
                     num_shared_experts=config.num_shared_experts,
+                    time_router=config.time_router,
                 )
+                _check_times(decoder, slot.layer, layout)
                 plans[slot.layer] = _Plan(slot, ffn, weights, layout, config.top_k, is_bagel)
         ranking, _ = rank(
             scores,
@@ -161,6 +168,7 @@ def load_moe_(
                             f"sparse FFNs must be those of the model, got [I, D] = {sizes} in the "
                             f"file, {list(weights.gate_proj.shape)} in the model"
                         )
+                    _check_times(decoder, slot.layer, layers[slot.layer])
                     plan = _Plan(slot, ffn, weights, layers[slot.layer], top_k, True)
                     plans.append((plan, plan.block()))
         for plan, block in plans:
@@ -199,6 +207,7 @@ class _Plan(NamedTuple):
             shared_intermediate_size=self.layout.shared_intermediate_size,
             gate_img=self.is_bagel and self.component == "und",
             gate_shared=self.is_bagel,
+            gate_time=self.layout.time_router,
             return_router_logits=returns_tuple(self.ffn, self.weights),
             device="meta",
             dtype=gate_proj.dtype,
@@ -207,6 +216,14 @@ class _Plan(NamedTuple):
         for name, dense in self.weights._asdict().items():
             getattr(block, name).requires_grad_(dense.requires_grad)
         return block.train(self.ffn.training)
+
+
+def _check_times(decoder: Decoder, layer: int, layout: ExpertLayout) -> None:
+    if layout.time_router and not gives_times(decoder.layers[layer]):
+        raise ValueError(
+            "layer must give its FFN the times of tokens, as those of sparse_unified.bagel.Bagel do, "
+            f"for time_router, got a {describe_module(decoder.layers[layer])}"
+        )
 
 
 def _permuted_block(
@@ -267,12 +284,13 @@ def first_router(
 
 @torch.no_grad()
 def set_routers_(block: SparseMoE, weight: Tensor) -> None:
-    """Writes router weights [E, D] into a block; that of the shared expert becomes zero.
+    """Writes router weights [E, D] into a block; those of the shared expert and of time become zero.
 
     The two routers of und blocks, of text and of ViT tokens, start the same.
     """
     for router in (block.gate, block.gate_img):
         if router is not None:
             router.weight.copy_(weight)
-    if block.gate_shared is not None:
-        block.gate_shared.weight.zero_()
+    for router in (block.gate_shared, block.gate_time):
+        if router is not None:
+            router.weight.zero_()
