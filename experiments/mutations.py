@@ -683,6 +683,20 @@ PACKAGE = (
         "if not run:",
         "tests/test_bagel_execution.py",
     ),
+    python(
+        "bagel/model.py",
+        "batch.times.index_select(0, batch.time_rows)\n    packing",
+        "batch.times[:1]\n    packing",
+        "tests/test_time_router.py",
+        "tests/test_training_forward.py",
+    ),
+    python(
+        "bagel/model.py",
+        "torch.cat(gen), self.packing, time)",
+        "torch.cat(gen), self.packing, 0 * time)",
+        "tests/test_time_router.py",
+    ),
+    python("nn/sparse_moe.py", "nearness.clamp(min=0)", "nearness", "tests/test_time_router.py"),
     python("checkpoint/scores.py", "if own != known:", "if False:", "tests/test_cli_analysis.py"),
     python(
         "analysis/evaluate.py", "[shard[0] :: shard[1]]", "[:]", "tests/test_analysis_evaluate.py"

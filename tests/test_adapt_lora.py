@@ -43,9 +43,9 @@ def assert_equal_in_fp32(found: Tensor, expected: Tensor) -> None:
 
 
 def sparse() -> Bagel:
-    """A model with a shared expert in one component, and two routers in the other."""
+    """A model with a shared expert and times in one component, and two routers in the other."""
     model = bagel("t2i_dense")
-    apply_moe_(model, MoEConfig(num_experts=2, top_k=1, num_shared_experts=1))
+    apply_moe_(model, MoEConfig(num_experts=2, top_k=1, num_shared_experts=1, time_router=True))
     apply_moe_(model, MoEConfig(num_experts=4, top_k=2, component="und"))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

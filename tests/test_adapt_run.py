@@ -92,12 +92,13 @@ def test_full_tuning_writes_experts_and_invert_gives_the_trained_dense_model(
     root: Path, golden: Any, tmp_path: Path
 ) -> None:
     dense = golden("t2i_dense")
-    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2)
+    convert(dense, tmp_path / "sparse", num_experts=4, top_k=2, time_router=True)
     run = RunConfig(stage=Stage.FULL, checkpoint_every=4)
     adapt(tmp_path / "sparse", tmp_path / "out", root / "data", TrainingConfig(**CONFIG), run)
     tensors = state_of(tmp_path / "out.training" / "step-4")
     block = "language_model.model.layers.1.mlp_moe_gen"
     trained = Checkpoint(tmp_path / "out")
+    assert bool(trained.read(f"{block}.gate_time.weight").any())
     for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
         parts = [trained.read(f"{block}.experts.{e}.{name}.weight") for e in range(4)]
         assert torch.equal(torch.cat(parts, dim), tensors[f"master.{block}.{name}"])

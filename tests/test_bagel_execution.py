@@ -262,6 +262,6 @@ def test_a_recorded_step_chooses_experts_by_the_time_of_each_call(
         seen.append(int(module.route(*given, **named)[2][0]))
 
     block.register_forward_pre_hook(note, with_kwargs=True)
-    expected = draw(model, [[21, 30], [33]], timestep_shift=3.0)
+    expected = draw(model, [[21, 30], [33]])
     assert all(map(torch.equal, found, expected))
     assert len(set(seen)) == 4  # at some time or other

@@ -31,6 +31,7 @@ from surgery_models import Bare, EngineMLP
 from torch import Tensor, nn
 
 from sparse_unified.bagel import BagelPipeline
+from sparse_unified.checkpoint import convert
 from sparse_unified.nn import SparseMoE
 
 ROOT = Path(__file__).parent.parent
@@ -255,6 +256,16 @@ def test_a_group_that_cannot_divide_the_experts_is_refused(
     monkeypatch.setattr(SparseMoE, "active_backend", "torch: no kernel")
     with pytest.raises(ValueError, match=r"run on our kernels, got torch: no kernel"):
         registry.load()(od_config=config_of(sparse))
+
+
+def test_experts_by_time_are_refused(registry: Registry, golden: Any, tmp_path: Path) -> None:
+    plugin().load()()
+    out = tmp_path / "timed"
+    convert(golden("t2i_dense"), out, num_experts=4, top_k=2, time_router=True)
+    with pytest.raises(
+        ValueError, match="must have sparse gen FFNs without gate_time .* got gate_time"
+    ):
+        registry.load()(od_config=config_of(out))
 
 
 def test_without_vllm_omni_the_plugin_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

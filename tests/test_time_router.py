@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def test_training_reaches_the_bias_of_the_times_it_sees() -> None:
         LatentSegment(latent=latent, time=time, noise=torch.randn(latent.shape))
         for time in (2 / 7, 0.95)  # between 6 / 7 and 1
     ]
-    seen: list[list[Segment]] = [[own] for own in noised]
-    for batch, columns in ((seen, [2, 6, 7]), ([[LatentSegment(latent=latent), *noised]], [0, 2, 6, 7])):
+    apart: list[list[Segment]] = [[own] for own in noised]
+    together: list[list[Segment]] = [[LatentSegment(latent=latent), *noised]]
+    for batch, columns in ((apart, [2, 6, 7]), (together, [0, 2, 6, 7])):
         weight.grad = None
         model(pack_training(model.config, batch)).image_loss_sum.backward()
         assert weight.grad.abs().sum(0).nonzero()[:, 0].tolist() == columns
@@ -131,6 +133,11 @@ def test_commands_know_the_bias_and_invert_drops_it(
     assert told(capsys, "verify", tmp_path / "narrow", "--against", sparse)["ok"]
     edit_weights(tmp_path / "narrow", lambda own: own[KEY].zero_())
     assert not told(capsys, "verify", tmp_path / "narrow", "--against", sparse, status=1)["ok"]
+    edit_weights(tmp_path / "narrow", lambda own: own.pop(KEY))
+    rule = (
+        "keys: gate_time.weight of gen layer 1 must be there as sparse_unified.json says, got none"
+    )
+    assert rule in told(capsys, "info", tmp_path / "narrow", status=1)["problems"]
     told(capsys, "invert", sparse, tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(dense)
 
@@ -146,12 +153,13 @@ def test_a_file_gives_its_bias_to_models_that_give_times_and_to_no_others(
     assert bool(weight.any())
     assert torch.equal(weight, block_of(swapped).gate_time.weight)
     assert torch.equal(velocity(loaded, 0.3), velocity(swapped, 0.3))
-    rule = "layer must give its FFN the times of tokens.* for time_router, got a Layer"
+    rule = "layer must give its FFN the times of tokens for time_router.* do, got a Layer"
     official = foreign_model(TensorMLP, 32, 96, layers=3)
     refused(rule, load_moe_, official, sparse)
     refused(rule, apply_moe_, official, MoEConfig(**EXPERTS, time_router=True))
-    edit_weights(sparse, lambda own: own.update({KEY: own[KEY][:, 1:].contiguous()}))
-    refused(r"gate_time.weight \[4, 7\], not \[4, 8\]", load_moe_, swapped, sparse)
+    damaged = shutil.copytree(sparse, tmp_path / "damaged")
+    edit_weights(damaged, lambda own: own.update({KEY: own[KEY][:, 1:].contiguous()}))
+    refused(r"gate_time.weight \[4, 7\], not \[4, 8\]", load_moe_, swapped, damaged)
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, und: Tensor, gen: Tensor | None, packing: Packing, times: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes; the gen
-        tokens have `times` of denoising, fp32 [G], or [1] of all."""
+        """Maps the streams und [U, D] and gen [G, D] (or None) to streams of the same shapes.
+
+        `times` are those of denoising of the gen tokens, fp32 [G], or [1] of all of them."""
         und_norm, gen_norm = self.input_layernorm, self.input_layernorm_moe_gen
         und_mixed, gen_mixed = self.self_attn(
             None if und_norm is None else und_norm(und),
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
     def forward(
         self, und: Tensor, gen: Tensor | None, packing: Packing, times: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs embedded streams und [U, D] and gen [G, D] (or None) through all layers; see there."""
+        """Runs embedded streams und [U, D] and gen [G, D] (or None) through all layers."""
         for layer in self.layers:
             und, gen = layer(und, gen, packing, times)
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen)

@@ -186,7 +186,9 @@ class Bagel(nn.Module):
         gen = [self.embed_latent(*self._patches(latent, patch, side), time) for latent in latents]
         markers = self.markers().repeat(len(gen), 1)
         lengths = [len(part) for part in gen]
-        self._read(contexts, markers, [2] * len(gen), gen=torch.cat(gen), gen_lengths=lengths, times=time)
+        self._read(
+            contexts, markers, [2] * len(gen), gen=torch.cat(gen), gen_lengths=lengths, times=time
+        )
 
     @torch.no_grad()
     def velocity(

@@ -462,7 +462,18 @@ class Checkpoint:
         """Returns a sentence for each disagreement of the FFNs, llm_config.json and the recipe."""
         ffns, problems = self._scanned
         is_pruned = self.left is not None
-        return [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
+        problems = [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
+        for config in (step.config for step in self.recipe):
+            if isinstance(config, MoEConfig):
+                wanted = config.time_router
+                rule, got = ("be there", "none") if wanted else ("not be there", "one")
+                problems += [
+                    f"keys: gate_time.weight of {config.component} layer {layer} must {rule} as "
+                    f"{RECIPE} says, got {got}"
+                    for layer, ffn in ffns.get(config.component, {}).items()
+                    if ffn.layout is not None and ffn.layout.time_router != wanted
+                ]
+        return problems
 
     @cached_property
     def shapes(self) -> dict[str, dict[int, LayerShape]]:

@@ -136,7 +136,7 @@ class MoEConfig(_Mode):
             raise TypeError(f"time_router must be true or false, got {self.time_router!r:.120}")
         if self.time_router and self.component != "gen":
             raise ValueError(
-                f"component must be gen with time_router, no others have a time, got "
+                "component must be gen with time_router, as no other tokens have a time, got "
                 f"{self.component}"
             )
 

@@ -59,8 +59,8 @@ class ComponentInfo:
         active: parameters that one token of this component uses; None where top_k is unknown.
         layers: decoder layers; () outside the language model.
         sparse_layers: those of them with a sparse FFN.
-        experts: "E x width + shared width" of each kind of sparse FFN found, and whether its experts
-            are chosen by time.
+        experts: "E x width + shared width" of each kind of sparse FFN found, with "by time" where
+            its experts are chosen by that too.
         pruned: what the layers have lost, in words; empty where nothing was pruned.
     """
 

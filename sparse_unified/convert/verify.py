@@ -525,8 +525,6 @@ def _pair_left(
     index, problems = _pair_neurons(here, there, component, layer)
     if index is None or own is None or old is None:
         return index, problems
-    if own.time_router and not old.time_router:
-        problems.append("gate_time.weight must not be there, got one")
     holders, origins = (_owners(side, component, layer) for side in (here, there))
     moved = [n for n, origin in enumerate(index) if holders[n][0] != origins[origin][0]]
     if moved:

@@ -103,10 +103,10 @@ class WithExperts:
         by_time = any(layout.time_router for layout in experts.get("gen", {}).values())
         if set(experts) != {"gen"} or checkpoint.left is not None or by_time:
             what = "pruned" if checkpoint.left is not None else "sparse und FFNs"
-            what = "experts by time (gate_time), which vLLM-Omni does not give" if by_time else what
+            what = "gate_time" if by_time else what
             raise ValueError(
-                f"{_WHERE}: {checkpoint.directory} must have sparse gen FFNs and be dense "
-                f"otherwise, got {what}"
+                f"{_WHERE}: {checkpoint.directory} must have sparse gen FFNs without gate_time and "
+                f"be dense otherwise, got {what}"
             )
         layers = self.language_model.model.layers
         for layer, layout in experts["gen"].items():

@@ -221,8 +221,8 @@ class _Plan(NamedTuple):
 def _check_times(decoder: Decoder, layer: int, layout: ExpertLayout) -> None:
     if layout.time_router and not gives_times(decoder.layers[layer]):
         raise ValueError(
-            "layer must give its FFN the times of tokens, as those of sparse_unified.bagel.Bagel do, "
-            f"for time_router, got a {describe_module(decoder.layers[layer])}"
+            "layer must give its FFN the times of tokens for time_router, as those of "
+            f"sparse_unified.bagel.Bagel do, got a {describe_module(decoder.layers[layer])}"
         )
 
 
@@ -284,7 +284,7 @@ def first_router(
 
 @torch.no_grad()
 def set_routers_(block: SparseMoE, weight: Tensor) -> None:
-    """Writes router weights [E, D] into a block; those of the shared expert and of time become zero.
+    """Writes router weights [E, D] into a block; gate_shared and gate_time become zero.
 
     The two routers of und blocks, of text and of ViT tokens, start the same.
     """
