@@ -685,8 +685,8 @@ PACKAGE = (
     ),
     python(
         "bagel/model.py",
-        "batch.times.index_select(0, batch.time_rows)\n    packing",
-        "batch.times[:1]\n    packing",
+        "times = times.index_select(0, batch.time_rows)",
+        "times = times[:1]",
         "tests/test_time_router.py",
         "tests/test_training_forward.py",
     ),

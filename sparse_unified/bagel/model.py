@@ -372,12 +372,13 @@ def training_forward(
         )
         seen = model.connector(seen) + model.vit_pos_embed(batch.vit_positions)
         und = und.index_copy(0, batch.packing.vit_rows, seen.to(und.dtype))
-    gen = times = None
+    gen = None
+    times: Any = batch.times  # of images, then of tokens
     if batch.latents is not None:
         gen = model.vae2llm(batch.latents.to(dtype))
         gen = gen + model.latent_pos_embed(batch.latent_positions)
-        gen = gen + model.time_embedder(batch.times).index_select(0, batch.time_rows)
-        times = batch.times.index_select(0, batch.time_rows)
+        gen = gen + model.time_embedder(times).index_select(0, batch.time_rows)
+        times = times.index_select(0, batch.time_rows)
     packing = batch.packing.additive(dtype)
     # Logits, top_k, inputs, and with `distill` error and power, of each block.
     routed: dict[tuple[str, int], tuple[Tensor, int, Tensor, tuple[Tensor, ...]]] = {}

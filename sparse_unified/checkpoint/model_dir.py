@@ -463,16 +463,14 @@ class Checkpoint:
         ffns, problems = self._scanned
         is_pruned = self.left is not None
         problems = [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
-        for config in (step.config for step in self.recipe):
-            if isinstance(config, MoEConfig):
-                wanted = config.time_router
+        for step in self.recipe:
+            if isinstance(step.config, MoEConfig):
+                component, wanted = step.config.component, step.config.time_router
                 rule, got = ("be there", "none") if wanted else ("not be there", "one")
-                problems += [
-                    f"keys: gate_time.weight of {config.component} layer {layer} must {rule} as "
-                    f"{RECIPE} says, got {got}"
-                    for layer, ffn in ffns.get(config.component, {}).items()
-                    if ffn.layout is not None and ffn.layout.time_router != wanted
-                ]
+                for layer, own in ffns.get(component, {}).items():
+                    if getattr(own.ffn, "time_router", wanted) != wanted:
+                        key = f"gate_time.weight of {component} layer {layer}"
+                        problems.append(f"keys: {key} must {rule} as {RECIPE} says, got {got}")
         return problems
 
     @cached_property

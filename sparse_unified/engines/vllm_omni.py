@@ -104,10 +104,8 @@ class WithExperts:
         if set(experts) != {"gen"} or checkpoint.left is not None or by_time:
             what = "pruned" if checkpoint.left is not None else "sparse und FFNs"
             what = "gate_time" if by_time else what
-            raise ValueError(
-                f"{_WHERE}: {checkpoint.directory} must have sparse gen FFNs without gate_time and "
-                f"be dense otherwise, got {what}"
-            )
+            rule = "must have sparse gen FFNs without gate_time and be dense otherwise"
+            raise ValueError(f"{_WHERE}: {checkpoint.directory} {rule}, got {what}")
         layers = self.language_model.model.layers
         for layer, layout in experts["gen"].items():
             at = f"{_WHERE}: layer {layer}"
