@@ -60,7 +60,7 @@ def init_router_(
     "zero" is how conversion leaves them: a tie, which the first top_k experts win on every token.
     "random" draws small weights. "activation" fits each router to how much its experts give on
     calibration tokens, see `experts.router.fit_router`. The routers of und blocks for
-    text and for ViT tokens start the same; that of a shared expert becomes zero.
+    text and for ViT tokens start the same; `gate_shared` and `gate_time` become zero.
 
     Args:
         model: a module or pipeline with `SparseMoE` blocks, whatever their partition.
