@@ -6,7 +6,7 @@ T tokens, D hidden size, E experts, h expert width, K top_k, R = T * K rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -268,17 +268,6 @@ def of_experts(values: Values, layout: str) -> Values:
     return values | {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 
-def both_problems(
-    device: Device, dtype: torch.dtype, num_tokens: int, hidden_size: int = 72
-) -> list[Problem]:
-    """Both with several tiles of rows, experts without rows, lost blocks."""
-    kept = (11, 1, 2, 3, 8, 0)
-    return [
-        grouped_problem(num_tokens, hidden_size, 5, 56, 2, dtype, "gaps", device),
-        pruned_problem(num_tokens, hidden_size, 12, 64, kept, dtype, device),
-    ]
-
-
 def torch_combine(y: Tensor, weights: Tensor | None, token_rows: Tensor) -> Tensor:
     """What torch computes in the dtype of y."""
     rows = y[token_rows.long()]
@@ -355,55 +344,3 @@ def assert_gradients(
 
 def doubles(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().double().requires_grad_() for t in tensors]
-
-
-def refusal(run: Callable[[], object]) -> str:
-    """The text of the error that a call must end with."""
-    try:
-        run()
-    except RuntimeError as error:
-        return str(error)
-    raise AssertionError("a call was taken that must be refused")
-
-
-def each_thread_count() -> Iterator[int]:
-    """Sets 1, 2 and 3 threads in turn."""
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            yield count
-    finally:
-        torch.set_num_threads(before)
-
-
-# Layouts
-
-_ALL = slice(None)
-# Shape of the memory of a matrix [rows, columns], and where its elements lie.
-_PLACES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
-    "padded rows": lambda r, c: ((r, c + 5), (_ALL, slice(c))),
-    "misaligned columns": lambda r, c: ((r, c + 5), (_ALL, slice(1, c + 1))),
-    "misaligned start": lambda r, c: ((1, r * c + 1), (0, slice(1, None))),
-    "strided columns": lambda r, c: ((r, 2 * c), (_ALL, slice(None, None, 2))),
-    "strided rows": lambda r, c: ((3 * r, c), (slice(None, None, 3), _ALL)),
-}
-LAYOUTS = (*_PLACES, "transposed")
-
-
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """A vector or matrix of equal value in another layout, with NaN or 77 around its elements."""
-    if tensor.dim() == 1:
-        return lay_out(tensor[:, None], layout)[:, 0]
-    if layout == "transposed":
-        return tensor.t().contiguous().t()
-    shape, index = _PLACES[layout](*tensor.shape)
-    around = torch.nan if tensor.is_floating_point() else 77
-    view = tensor.new_full(shape, around)[index].view(tensor.shape)
-    return view.copy_(tensor)
-
-
-def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same matrix in each layout."""
-    for layout in LAYOUTS:
-        yield layout, lay_out(tensor, layout)

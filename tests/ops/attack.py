@@ -24,16 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from awkward import LAYOUTS, lay_out
 from torch import Tensor
 
 from sparse_unified.checks.problems import (
     ARGUMENTS,
-    LAYOUTS,
     OPS,
     Values,
     call,
     grouped_values,
-    lay_out,
     pruned_values,
 )
 from sparse_unified.ops import reference

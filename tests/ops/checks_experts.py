@@ -7,6 +7,7 @@ import mmap
 from functools import partial
 
 import torch
+from awkward import both_problems, each_thread_count, layouts, refusal
 from torch import Tensor
 
 from sparse_unified import ops
@@ -20,19 +21,15 @@ from sparse_unified.checks.problems import (
     Problem,
     assert_all_equal,
     assert_equal,
-    both_problems,
     call,
     cycle,
     doubles,
     draw_routing,
-    each_thread_count,
     grid,
     grouped_problem,
     grouped_values,
-    layouts,
     of_experts,
     pruned_problem,
-    refusal,
     with_kernel,
 )
 from sparse_unified.ops import reference

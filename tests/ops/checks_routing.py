@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from awkward import each_thread_count, layouts
 from torch import Tensor
 
 from sparse_unified import ops
@@ -17,10 +18,8 @@ from sparse_unified.checks.problems import (
     assert_equal,
     call,
     cycle,
-    each_thread_count,
     grid,
     grouped_values,
-    layouts,
 )
 from sparse_unified.ops import composed, reference
 

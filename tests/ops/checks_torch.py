@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from awkward import refusal
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -30,7 +31,6 @@ from sparse_unified.checks.problems import (
     grouped_problem,
     grouped_values,
     pruned_values,
-    refusal,
 )
 from sparse_unified.mini.model import MiniTask, mini_config
 from sparse_unified.ops import backend

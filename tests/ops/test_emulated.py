@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from awkward import lay_out
 from tiers import IS_DEEP
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from sparse_unified.checks.problems import (
     call,
     grouped_problem,
     grouped_values,
-    lay_out,
     pruned_problem,
 )
 from sparse_unified.nn import SparseMoE
