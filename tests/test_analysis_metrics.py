@@ -20,6 +20,7 @@ from refusals import refused
 from sparse_unified.analysis import Sample, Settings, evaluator, write_geneval
 from sparse_unified.analysis.bagel_task import (
     DenseDistance,
+    GenEval,
     GenEvalImages,
     TextAgreement,
     VelocityError,
@@ -132,8 +133,8 @@ def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Pat
     def scorer(folder: Path) -> dict[str, float]:
         return {"score": float(len(read_as_the_scorer_does(folder)))}
 
-    options: dict[str, Any] = {"num_images": 2, "seed": 4, "settings": SETTINGS}
-    metric = GenEvalImages(METADATA, tmp_path, scorer=scorer, **options)
+    given: dict[str, Any] = {"metadata": METADATA, "num_images": 2, "seed": 4}
+    metric = GenEvalImages(GenEval(**given, scorer=scorer), tmp_path, SETTINGS)
     metric.begin("gen-width-0.5")
     assert measure(metric, pipeline, where="t") == {"score": 2.0}
     out = tmp_path / "gen-width-0.5"
@@ -145,10 +146,10 @@ def test_geneval_folders_are_those_the_scorer_reads(pipeline: Any, tmp_path: Pat
     # What an interrupted run has completed is kept.
     kept = (out / "00000" / "samples" / "00000.png").stat().st_mtime_ns
     (out / "00001" / "metadata.jsonl").unlink()
-    write_geneval(pipeline, METADATA, out, **options)
+    write_geneval(pipeline, METADATA, out, num_images=2, seed=4, settings=SETTINGS)
     assert (out / "00000" / "samples" / "00000.png").stat().st_mtime_ns == kept
     assert (out / "00001" / "metadata.jsonl").exists()
-    plain = GenEvalImages(METADATA, tmp_path, **options)
+    plain = GenEvalImages(GenEval(**given), tmp_path, SETTINGS)
     plain.begin("gen-width-0.5")
     assert measure(plain, pipeline, where="t") == {}
 

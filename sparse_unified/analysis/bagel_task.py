@@ -439,35 +439,47 @@ def write_geneval(
     return out
 
 
-class GenEvalImages:
-    """An evaluator that writes the images of every point of a sweep, and may score them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenEval:
+    """Images of GenEval for the official scorer, and perhaps another one.
 
     Args:
         metadata: of `read_metadata`.
-        out: holds one folder per point.
-        scorer: a function from such a folder to numbers by name, with `better` as an evaluator has
-            it; None only writes the images, for the official scorer to be run on them.
-        options: more of `write_geneval`.
+        num_images: per prompt.
+        seed: of the first image, see `write_geneval`.
+        scorer: a function from a folder of `write_geneval` to numbers by name, with `better` as an
+            evaluator has it; None writes the images alone.
     """
 
-    def __init__(
-        self,
-        metadata: list[dict[str, Any]],
-        out: StrPath,
-        scorer: Callable[[Path], Mapping[str, float]] | None = None,
-        **options: Any,
-    ) -> None:
-        self.metadata, self.scorer, self.options = metadata, scorer, options
-        self.out = self.folder = Path(out)
-        # How many images there are is no quality of a model.
-        self.better: dict[str, str] = {}
-        if scorer is not None:
-            self.better = directions(scorer, where="GenEvalImages: scorer")
+    metadata: list[dict[str, Any]]
+    num_images: int = 4
+    seed: int = 0
+    scorer: Callable[[Path], Mapping[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        self.better()
+
+    def better(self) -> dict[str, str]:
+        """Returns the metrics of the scorer; how many images there are is no quality of a model."""
+        return {} if self.scorer is None else directions(self.scorer, where="scorer")
+
+    def write(self, pipeline: BagelPipeline, folder: Path, **options: Any) -> None:
+        """Writes the images; options: `settings` and `prompts` of `write_geneval`."""
+        options |= {"num_images": self.num_images, "seed": self.seed}
+        write_geneval(pipeline, self.metadata, folder, **options)
+
+
+class GenEvalImages:
+    """An evaluator that writes the images of every point of a sweep into a folder each of `out`."""
+
+    def __init__(self, geneval: GenEval, out: Path, settings: Settings) -> None:
+        self.geneval, self.out, self.settings = geneval, out, settings
+        self.folder, self.better = out, geneval.better()
 
     def begin(self, point: str) -> None:
         """Names the folder of the images that follow."""
         self.folder = self.out / point
 
     def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:
-        write_geneval(pipeline, self.metadata, self.folder, **self.options)
-        return {} if self.scorer is None else self.scorer(self.folder)
+        self.geneval.write(pipeline, self.folder, settings=self.settings)
+        return {} if self.geneval.scorer is None else self.geneval.scorer(self.folder)

@@ -23,7 +23,10 @@ import torch
 
 from sparse_unified._common import Report, StrPath, context, format_table, optional
 from sparse_unified.analysis.bagel_task import (
+    DenseDistance,
+    GenEval,
     Settings,
+    TextAgreement,
     VelocityError,
     answer_tokens,
     compare_text,
@@ -32,7 +35,6 @@ from sparse_unified.analysis.bagel_task import (
     generate_samples,
     perplexity,
     pixels_of,
-    write_geneval,
 )
 from sparse_unified.analysis.evaluators import Evaluator, directions, measure
 from sparse_unified.analysis.samples import Sample, Task
@@ -47,33 +49,13 @@ from sparse_unified.checkpoint.scores import hash_checkpoint
 from sparse_unified.convert.info import info
 from sparse_unified.nn import active_experts
 
-BETTER = {
-    "latent_distance": "lower",
-    "image_distance": "lower",
-    "velocity_error": "lower",
-    "text_agreement": "higher",
-    "perplexity": "lower",
+_BETTER = {
+    **DenseDistance.better,
+    **VelocityError.better,
+    **TextAgreement.better,
     "answers": "higher",
 }
 _SHOWN, _SIDE = 8, 160  # images of a collage, and pixels of the side of each
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenEval:
-    """GenEval images of every model, in the folders of the official scorer.
-
-    Args:
-        metadata: of `read_metadata`.
-        num_images: per prompt.
-        seed: of the first image, see `write_geneval`.
-        scorer: a function from the folder of a model to numbers by name, which `better` names as
-            of an evaluator; None writes the images alone.
-    """
-
-    metadata: list[dict[str, Any]]
-    num_images: int = 4
-    seed: int = 0
-    scorer: Callable[[Path], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +184,6 @@ def evaluate(
     number, count = shard
     if not 0 <= number < count:
         raise ValueError(f"shard must be i of n with 0 <= i < n, got {number} of {count}")
-    if geneval is not None and geneval.scorer is not None:
-        directions(geneval.scorer, where="scorer")
     sources = {name: Checkpoint(path) for name, path in paths.items()}
     if settings.top_k is not None and not any(source.experts for source in sources.values()):
         raise ValueError(f"top_k must come with a sparse model, got {listed}")
@@ -227,7 +207,7 @@ def evaluate(
             left = work.score(paths)
         result = Evaluation(
             run=run,
-            better=BETTER | work.better(),
+            better=_BETTER | work.better(),
             models=tuple(
                 _row(name, source, store, samples, settings) for name, source in sources.items()
             ),
@@ -311,12 +291,9 @@ class _Work:
         task, start = batch[0][1], time.perf_counter()
         if task == "geneval":
             assert self.geneval is not None
-            write_geneval(
+            self.geneval.write(
                 pipeline,
-                self.geneval.metadata,
-                _made(self.store.folder / "geneval" / model),
-                num_images=self.geneval.num_images,
-                seed=self.geneval.seed,
+                self.store.folder / "geneval" / model,
                 settings=settings,
                 prompts=[index for _, _, index in batch],
             )
@@ -340,7 +317,7 @@ class _Work:
         drawn = zip(batch, samples, result.images, result.latents, strict=True)
         for unit, sample, image, latent in drawn:
             path = image_path(self.store.folder, model, task, unit[2])
-            _made(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
             save_tensors(path.with_suffix(".safetensors"), {"latent": latent.contiguous()})
             sums = {}
@@ -400,16 +377,16 @@ class _Work:
             self.store.read()
             for model in [m for m in missing if f"{m}/score" not in self.store.records]:
                 found = measure(scorer, folder / model, where=f"{model}: scorer")
-                better = directions(scorer, where="scorer")
-                self.store.append({"name": f"{model}/score", "metrics": found, "better": better})
+                known = {"metrics": found, "better": self.geneval.better()}
+                self.store.append({"name": f"{model}/score", **known})
             return 0
         return len(missing)
 
     def better(self) -> dict[str, str]:
         """Returns the directions of the metrics of users."""
-        functions: list[Any] = [*self.evaluators.values()]
-        functions += [self.geneval.scorer] if self.geneval and self.geneval.scorer else []
-        return {k: v for f in functions for k, v in directions(f, where="evaluator").items()}
+        own = [directions(f, where="evaluator") for f in self.evaluators.values()]
+        own += [self.geneval.better()] if self.geneval else []
+        return {metric: way for found in own for metric, way in found.items()}
 
 
 class _Busy(Exception):
@@ -421,11 +398,6 @@ _DRAWN = (Task.GENERATION.value, Task.EDITING.value)
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def image_path(folder: Path, model: str, task: str, index: int) -> Path:

@@ -11,7 +11,7 @@ recipe says. A model is named by its directory, or by its id on the hub.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,12 @@ from sparse_unified.experts import ExpertLayout
 from sparse_unified.experts.layout import TIME_POINTS
 
 CONFIG = "llm_config.json"
-_MAX_HEADS = 1 << 16
+# Lists of as many entries are made, so counts that no model has must not get that far.
+_LIMITS = {
+    "num_hidden_layers": MAX_LAYERS,
+    "intermediate_size": 1 << 31,
+    "num_key_value_heads": 1 << 16,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,39 +206,6 @@ def _matrix(part: Mapping[str, TensorSpec | Tensor], name: str) -> tuple[int, in
 # Keys and llm_config.json
 
 
-def check_ffns(
-    ffns: FFNs, config: Mapping[str, Any], wanted: LayerShapes, *, pruned: bool
-) -> list[str]:
-    """Returns a sentence for each disagreement of the FFNs in the keys with llm_config.json.
-
-    `wanted` says what the layers must hold, experts together, and `pruned` who says so.
-    """
-    problems: list[str] = []
-    source = RECIPE if pruned else f"num_hidden_layers and intermediate_size of {CONFIG}"
-    for component, layers in ffns.items():
-        own = {layer: shape.width for layer, shape in wanted[component].items()}
-        found = {layer: ffn.intermediate_size for layer, ffn in layers.items()}
-        wrong = [
-            f"{found.get(layer, 0)} neurons in layer {layer}, not {own.get(layer, 0)}"
-            for layer in sorted(own.keys() | found.keys())
-            if own.get(layer, 0) != found.get(layer, 0)
-        ]
-        if wrong:
-            problems.append(
-                f"keys: {component} FFNs ({keys.FFN_NAMES[component]}) must be those of {source}, "
-                f"got {list_some(wrong)}"
-            )
-        problems += _check_sparse(component, layers, config)
-    sizes = {ffn.hidden_size for layers in ffns.values() for ffn in layers.values()}
-    hidden_size = config.get("hidden_size", min(sizes, default=None))
-    if any(type(hidden_size) is not int or size != hidden_size for size in sizes):
-        problems.append(
-            f"{CONFIG}: hidden_size must be what every FFN in the keys has, "
-            f"{list_some(sorted(sizes))}, got {hidden_size!r:.120}"
-        )
-    return list(dict.fromkeys(problems))
-
-
 def _check_sparse(
     component: str, layers: Mapping[int, FFN], config: Mapping[str, Any]
 ) -> list[str]:
@@ -283,75 +255,6 @@ def find_top_k(config: Mapping[str, Any], num_experts: int) -> int:
             f"num_experts_per_tok the same, got {list_some(given)}"
         )
     return top_k
-
-
-# The recipe
-
-
-def wanted_layers(
-    config: Mapping[str, Any], recipe: Sequence[Step]
-) -> dict[str, dict[int, LayerShape]]:
-    """Returns what the layers must hold: those of the dense model, after the steps of a recipe."""
-    sizes = []
-    for name, value, limit in (
-        ("num_hidden_layers", config.get("num_hidden_layers"), MAX_LAYERS),
-        ("intermediate_size", config.get("intermediate_size"), 1 << 31),
-        (
-            "num_key_value_heads",
-            config.get("num_key_value_heads", config.get("num_attention_heads", 1)),
-            _MAX_HEADS,
-        ),
-    ):
-        # A list of as many entries is made, so a count that no model has must not get that far.
-        if type(value) is not int or not 1 <= value <= limit:
-            raise ValueError(
-                f"{CONFIG}: {name} must be a positive integer of at most {limit}, "
-                f"got {value!r:.120}"
-            )
-        sizes.append(value)
-    all_heads = tuple(range(sizes[2]))
-    whole = LayerShape(ffn=sizes[1], kv_heads=all_heads, query_groups=all_heads)
-    layers = {component: dict.fromkeys(range(sizes[0]), whole) for component in keys.FFN_NAMES}
-    for number, step in enumerate(recipe):
-        with naming(f"{RECIPE}: step {number} ({step.config.mode})"):
-            _follow(layers, step)
-    return layers
-
-
-def _follow(layers: dict[str, dict[int, LayerShape]], step: Step) -> None:
-    """Carries out one step of a recipe."""
-    config = step.config
-    for layer in map(int, config.layers):
-        if layer not in layers["gen"]:
-            raise ValueError(f"layers must be 0 to {len(layers['gen']) - 1}, got {layer}")
-        if isinstance(config, PruneHeadsConfig):
-            for component in keys.FFN_NAMES:
-                held, groups = layers[component][layer], step.heads[layer][component]
-                if not set(groups) <= set(held.query_groups) or bool(groups) != held.has_attention:
-                    raise ValueError(
-                        f"{component} heads of layer {layer} must be some of "
-                        f"{list(held.query_groups)}, got {list(groups)}"
-                    )
-                kv_heads = step.heads[layer]["keys"] if groups else ()
-                layers[component][layer] = replace(held, kv_heads=kv_heads, query_groups=groups)
-            continue
-        if isinstance(config, AdaptConfig):
-            continue
-        held = layers[config.component][layer]
-        if isinstance(config, SkipLayersConfig):
-            if Part.FFN in config.parts:
-                held = replace(held, ffn=0)
-            if Part.ATTENTION in config.parts:
-                held = replace(held, kv_heads=(), query_groups=())
-        else:
-            width = step.widths.get(layer, held.width)
-            if not 1 <= width <= held.width:
-                raise ValueError(
-                    f"width of layer {layer} must be 1 to the {held.width} neurons left, "
-                    f"got {width}"
-                )
-            held = replace(held, ffn=width)
-        layers[config.component][layer] = held
 
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -460,18 +363,39 @@ class Checkpoint:
 
     def problems(self) -> list[str]:
         """Returns a sentence for each disagreement of the FFNs, llm_config.json and the recipe."""
-        ffns, problems = self._scanned
-        is_pruned = self.left is not None
-        problems = [*problems, *check_ffns(ffns, self.llm_config, self._wanted, pruned=is_pruned)]
+        ffns, config = self._scanned[0], self.llm_config
+        problems: list[str] = []
+        source = f"num_hidden_layers and intermediate_size of {CONFIG}"
+        for component, layers in ffns.items():
+            own = {layer: shape.width for layer, shape in self._wanted[component].items()}
+            found = {layer: ffn.intermediate_size for layer, ffn in layers.items()}
+            wrong = [
+                f"{found.get(layer, 0)} neurons in layer {layer}, not {own.get(layer, 0)}"
+                for layer in sorted(own.keys() | found.keys())
+                if own.get(layer, 0) != found.get(layer, 0)
+            ]
+            if wrong:
+                problems.append(
+                    f"keys: {component} FFNs ({keys.FFN_NAMES[component]}) must be those of "
+                    f"{RECIPE if self.left else source}, got {list_some(wrong)}"
+                )
+            problems += _check_sparse(component, layers, config)
+        sizes = {ffn.hidden_size for layers in ffns.values() for ffn in layers.values()}
+        hidden_size = config.get("hidden_size", min(sizes, default=None))
+        if any(type(hidden_size) is not int or size != hidden_size for size in sizes):
+            problems.append(
+                f"{CONFIG}: hidden_size must be what every FFN in the keys has, "
+                f"{list_some(sorted(sizes))}, got {hidden_size!r:.120}"
+            )
         for step in self.recipe:
             if isinstance(step.config, MoEConfig):
                 component, wanted = step.config.component, step.config.time_router
                 rule, got = ("be there", "none") if wanted else ("not be there", "one")
-                for layer, own in ffns.get(component, {}).items():
-                    if getattr(own.ffn, "time_router", wanted) != wanted:
+                for layer, ffn in ffns.get(component, {}).items():
+                    if getattr(ffn.ffn, "time_router", wanted) != wanted:
                         key = f"gate_time.weight of {component} layer {layer}"
                         problems.append(f"keys: {key} must {rule} as {RECIPE} says, got {got}")
-        return problems
+        return [*self._scanned[1], *dict.fromkeys(problems)]
 
     @cached_property
     def shapes(self) -> dict[str, dict[int, LayerShape]]:
@@ -517,9 +441,25 @@ class Checkpoint:
 
     @cached_property
     def _wanted(self) -> dict[str, dict[int, LayerShape]]:
-        """What the layers must hold, with the neurons of sparse FFNs together."""
+        """What the layers must hold, with the neurons of sparse FFNs together: those of the dense
+        model, after the steps of the recipe."""
         with naming(self.directory):
-            return wanted_layers(self.llm_config, self.recipe)
+            config, sizes = self.llm_config, []
+            stated = {"num_key_value_heads": config.get("num_attention_heads", 1), **config}
+            for name, limit in _LIMITS.items():
+                if type(value := stated.get(name)) is not int or not 1 <= value <= limit:
+                    raise ValueError(
+                        f"{CONFIG}: {name} must be a positive integer of at most {limit}, "
+                        f"got {value!r:.120}"
+                    )
+                sizes.append(value)
+            all_heads = tuple(range(sizes[2]))
+            whole = LayerShape(ffn=sizes[1], kv_heads=all_heads, query_groups=all_heads)
+            layers = {name: dict.fromkeys(range(sizes[0]), whole) for name in keys.FFN_NAMES}
+            for number, step in enumerate(self.recipe):
+                with naming(f"{RECIPE}: step {number} ({step.config.mode})"):
+                    _follow(layers, step)
+        return layers
 
     @property
     def left(self) -> dict[str, dict[int, LayerShape]] | None:
@@ -532,6 +472,42 @@ class Checkpoint:
         if problems:
             more = f" (and {len(problems) - 1} more disagreements)" if problems[1:] else ""
             raise ValueError(f"{self.directory}: {problems[0]}{more}")
+
+
+def _follow(layers: dict[str, dict[int, LayerShape]], step: Step) -> None:
+    """Carries out one step of a recipe."""
+    config = step.config
+    for layer in map(int, config.layers):
+        if layer not in layers["gen"]:
+            raise ValueError(f"layers must be 0 to {len(layers['gen']) - 1}, got {layer}")
+        if isinstance(config, PruneHeadsConfig):
+            for component in keys.FFN_NAMES:
+                held, groups = layers[component][layer], step.heads[layer][component]
+                if not set(groups) <= set(held.query_groups) or bool(groups) != held.has_attention:
+                    raise ValueError(
+                        f"{component} heads of layer {layer} must be some of "
+                        f"{list(held.query_groups)}, got {list(groups)}"
+                    )
+                kv_heads = step.heads[layer]["keys"] if groups else ()
+                layers[component][layer] = replace(held, kv_heads=kv_heads, query_groups=groups)
+            continue
+        if isinstance(config, AdaptConfig):
+            continue
+        held = layers[config.component][layer]
+        if isinstance(config, SkipLayersConfig):
+            if Part.FFN in config.parts:
+                held = replace(held, ffn=0)
+            if Part.ATTENTION in config.parts:
+                held = replace(held, kv_heads=(), query_groups=())
+        else:
+            width = step.widths.get(layer, held.width)
+            if not 1 <= width <= held.width:
+                raise ValueError(
+                    f"width of layer {layer} must be 1 to the {held.width} neurons left, "
+                    f"got {width}"
+                )
+            held = replace(held, ffn=width)
+        layers[config.component][layer] = held
 
 
 def _read_shards(index_file: Path) -> dict[str, Header]:

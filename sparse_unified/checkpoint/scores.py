@@ -248,29 +248,22 @@ def rank_file(
         return tensor if tensor.dtype in _DTYPES else tensor.float()
 
     def magnitudes(layer: int) -> Tensor:
-        of = head_magnitudes if heads else neuron_magnitudes
-        return of(read, component, layer, shapes[layer])
+        if heads:
+            return head_magnitudes(read, component, layer, shapes[layer])
+        # Of experts part by part: every neuron is summed by itself, so the bits are the same.
+        prefix = keys.ffn_prefix(component, layer)
+        parts = [
+            magnitude_scores(*(read(f"{prefix}{part}{name}.weight") for name in keys.PROJECTIONS))
+            for part in ffn_parts(shapes[layer].ffn)
+        ]
+        return torch.cat(parts)
 
     described = None
     if isinstance(scores, str | os.PathLike):
         described = describe_scores(scores, source, component)
-    ranked, origin = rank(
-        scores, component + HEADS * heads, sizes, source.num_layers, magnitudes, seed=seed
-    )
+    name = component + HEADS * heads
+    ranked, origin = rank(scores, name, sizes, source.num_layers, magnitudes, seed=seed)
     return ranked, described or origin
-
-
-def neuron_magnitudes(
-    read: Callable[[str], Tensor], component: str, layer: int, shape: LayerShape
-) -> Tensor:
-    """Ranks the neurons of an FFN by weight magnitude, [I] fp32 in expert order, part by part."""
-    # Parts get the bits that the whole layer would: every neuron is summed by itself.
-    prefix = keys.ffn_prefix(component, layer)
-    parts = [
-        magnitude_scores(*(read(f"{prefix}{part}{name}.weight") for name in keys.PROJECTIONS))
-        for part in ffn_parts(shape.ffn)
-    ]
-    return torch.cat(parts)
 
 
 def head_magnitudes(

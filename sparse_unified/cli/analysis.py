@@ -16,8 +16,8 @@ import torch
 from sparse_unified import analysis
 from sparse_unified._common import Report, context, optional
 from sparse_unified.analysis import FfnStatistics, Task
-from sparse_unified.analysis.bagel_task import GUIDANCE, GenEvalImages, read_metadata
-from sparse_unified.analysis.evaluate import Evaluation, GenEval, evaluate
+from sparse_unified.analysis.bagel_task import GUIDANCE, GenEval, GenEvalImages, read_metadata
+from sparse_unified.analysis.evaluate import Evaluation, evaluate
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
@@ -318,10 +318,18 @@ def _add_metrics(parser: CommandParser, each: str) -> Any:
     return group
 
 
-def _scorer(options: argparse.Namespace) -> Any:
-    if options.geneval_scorer and not options.geneval:
-        raise Usage("--geneval-scorer must come with --geneval, got none")
-    return load_evaluator(options.geneval_scorer) if options.geneval_scorer else None
+def _geneval(options: argparse.Namespace) -> GenEval | None:
+    if not options.geneval:
+        if options.geneval_scorer:
+            raise Usage("--geneval-scorer must come with --geneval, got none")
+        return None
+    scorer = load_evaluator(options.geneval_scorer) if options.geneval_scorer else None
+    return GenEval(
+        metadata=read_metadata(options.geneval),
+        num_images=options.geneval_images,
+        seed=options.seed,
+        scorer=scorer,
+    )
 
 
 # evaluate
@@ -353,14 +361,7 @@ def run_evaluate(options: argparse.Namespace) -> Evaluation:
     samples are shared out over processes.
     """
     check_device(options.device, "--device")
-    scorer, geneval = _scorer(options), None
-    if options.geneval:
-        geneval = GenEval(
-            metadata=read_metadata(options.geneval),
-            num_images=options.geneval_images,
-            seed=options.seed,
-            scorer=scorer,
-        )
+    geneval = _geneval(options)
     with _samples(options) as samples, show_progress(options, "evaluate", "sample") as progress:
         return evaluate(
             options.model,
@@ -434,7 +435,7 @@ def run_analyze(options: argparse.Namespace) -> Report:
     kept, on every task. OUT gets report.md, results.json and plots. A run that was interrupted goes
     on when it is started again.
     """
-    scorer = _scorer(options)
+    geneval = _geneval(options)
     if not options.no_plots:
         optional("matplotlib", "plot", purpose="plots (or --no-plots)")
     counted = analysis.StatisticsConfig(**arguments(analysis.StatisticsConfig, options))
@@ -443,22 +444,15 @@ def run_analyze(options: argparse.Namespace) -> Report:
     statistics = {task: FfnStatistics.load(file) for task, file in files.items() if file}
     settings = analysis.Settings(**arguments(analysis.Settings, options))
     evaluators: dict[str, Any] = {name: load_evaluator(name) for name in options.evaluator}
-    geneval: dict[str, Any] = {}
-    if options.geneval:
-        geneval["geneval"] = GenEvalImages(
-            read_metadata(options.geneval),
-            Path(options.out) / "geneval",
-            scorer,
-            num_images=options.geneval_images,
-            seed=options.seed,
-            settings=settings,
-        )
+    drawn = dict(evaluators)  # of generation
+    if geneval is not None:
+        drawn["geneval"] = GenEvalImages(geneval, Path(options.out) / "geneval", settings)
     part = shard_of(options)
     with _samples(options) as samples, show_progress(options, "analyze", "point") as progress:
         pipeline = load_pipeline(options)
         probes = []
         for task, own in samples.items():
-            more = evaluators | (geneval if task == "generation" else {})
+            more = drawn if task == "generation" else evaluators
             probes.append(
                 analysis.bagel_probe(pipeline, Task(task), own, settings, evaluators=more)
             )
