@@ -30,7 +30,6 @@ from sparse_unified.bench.target import find_target
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.model_dir import Checkpoint
 from sparse_unified.checks.problems import DTYPES
-from sparse_unified.experts import ExpertLayout
 from sparse_unified.ops import backend, choices
 
 TORCH = "torch"  # the family of composed torch ops
@@ -395,10 +394,8 @@ def cases_of(model: str | os.PathLike[str], tokens: Sequence[int] = TOKENS) -> d
     """
     source = Checkpoint(model)
     hidden_size, found = source.llm_config["hidden_size"], {}
-    for layers in source.shapes.values():
-        for ffn in (shape.ffn for shape in layers.values()):
-            if not isinstance(ffn, ExpertLayout):
-                continue
+    for layers in source.experts.values():
+        for ffn in layers.values():
             for count in tokens:
                 size = f"{hidden_size}x{ffn.expert_width}"
                 name = f"{size}, {ffn.num_experts} to {source.top_k}, {count} tokens"

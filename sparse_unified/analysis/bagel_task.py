@@ -127,14 +127,13 @@ def run_task(
             run = partial(answer_tokens, model, settings)
         else:
             run = partial(generate_samples, model, settings)
+    show = progress or (lambda *_: None)
     for index, sample in enumerate(samples):
-        if progress is not None:
-            progress(index, len(samples))
+        show(index, len(samples))
         if begin is not None:
             begin(sample.fingerprint() if isinstance(sample, Sample) else str(index))
         run(sample)
-    if progress is not None:
-        progress(len(samples), len(samples))
+    show(len(samples), len(samples))
 
 
 @torch.no_grad()

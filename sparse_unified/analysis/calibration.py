@@ -52,23 +52,19 @@ class Observer:
         self, model: object, hooks: Iterable[tuple[nn.Module, Callable[..., None]]]
     ) -> Iterator[None]:
         """Hooks modules before their forward, and reads the time from embedder to last layer."""
+        host: Any = model if hasattr(model, "time_embedder") else getattr(model, "model", None)
+        embedder = getattr(host, "time_embedder", None)
+
+        def start(_: object, given: tuple[Tensor, ...]) -> None:
+            self.set_time(float(given[0].reshape(-1)[0]))
+
         with ExitStack() as stack:
-            handles = [
-                module.register_forward_pre_hook(before, with_kwargs=True)
-                for module, before in hooks
-            ]
-            host: Any = model if hasattr(model, "time_embedder") else getattr(model, "model", None)
-            if isinstance(getattr(host, "time_embedder", None), nn.Module):
-                handles += [
-                    host.time_embedder.register_forward_pre_hook(
-                        lambda _, given: self.set_time(float(given[0].reshape(-1)[0]))
-                    ),
-                    host.language_model.model.register_forward_hook(
-                        lambda *_: self.set_time(None), always_call=True
-                    ),
-                ]
-            for handle in handles:
-                stack.callback(handle.remove)
+            for module, before in hooks:
+                stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            if isinstance(embedder, nn.Module):
+                stack.enter_context(embedder.register_forward_pre_hook(start))
+                end, decoder = lambda *_: self.set_time(None), host.language_model.model
+                stack.enter_context(decoder.register_forward_hook(end, always_call=True))
             yield
 
 

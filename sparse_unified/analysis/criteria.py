@@ -332,5 +332,5 @@ def measure_similarity(
                 if adapter.holds(layer, component):
                     block = adapter.block(layer, component)
                     for handle in measurement.watch((component, layer), block):
-                        hooks.callback(handle.remove)
+                        hooks.enter_context(handle)
         yield measurement

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -101,19 +102,17 @@ class Evaluation(Report):
         return [name for name in self.better if any(name in own["metrics"] for own in self.models)]
 
     def notes(self) -> Sequence[str]:
-        ways = [f"{name}: {self.better[name]} is better" for name in self._names()]
-        told = [
-            *ways,
+        left = f"not finished: {self.left} samples are left to this or other processes"
+        return [
+            *(f"{name}: {self.better[name]} is better" for name in self._names()),
             "± is the standard error over the samples, n their number; seconds are the median "
             "[least, most] of a sample, of one model after the other",
+            *([left] if self.left else []),
         ]
-        if self.left:
-            told.append(f"not finished: {self.left} samples are left to this or other processes")
-        return told
 
     def to_markdown(self) -> str:
-        """Returns the table, the settings, and answers side by side."""
-        run = dict(self.run)
+        """Returns the table, its notes and the settings."""
+        run = self.run
         lines = [
             "# Evaluation",
             f"```\n{format_table([self.headings(), *self.table()], header=True)}\n```",
@@ -486,23 +485,16 @@ def write_collage(
         sheet = image.new("RGB", (width, height), "white")
         pen = draw.Draw(sheet)
         for column, sample in enumerate(shown):
-            words, lines = sample.prompt.split(), [""]
-            for word in words:
-                if len(lines[-1]) + len(word) > 24:
-                    lines.append("")
-                lines[-1] += f"{word} "
-            pen.text((left + column * (_SIDE + gap), 4), "\n".join(lines[:2]), "black", font)
+            lines = textwrap.wrap(sample.prompt, 24)[:2]
+            pen.text((left + column * (_SIDE + gap), 4), "\n".join(lines), "black", font)
         for row, model in enumerate(models):
             at = top + row * (_SIDE + gap)
             pen.text((4, at + _SIDE // 2), model[:22], "black", font)
             for column in range(len(shown)):
                 picture = open_image(image_path(folder, model, task, column), where="collage")
                 kind = image.NEAREST if max(picture.size) < _SIDE else image.LANCZOS
-                scale = _SIDE / max(picture.size)
-                size = [max(1, round(scale * side)) for side in picture.size]
-                sheet.paste(
-                    picture.resize((size[0], size[1]), kind), (left + column * (_SIDE + gap), at)
-                )
+                shrunk = optional("PIL.ImageOps").contain(picture, (_SIDE, _SIDE), kind)
+                sheet.paste(shrunk, (left + column * (_SIDE + gap), at))
         sheet.save(folder / f"collage-{task}.png")
 
 

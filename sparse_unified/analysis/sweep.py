@@ -277,6 +277,7 @@ class _TaskRun:
     ) -> None:
         self.host, self.adapter, self.probe, self.config = host, adapter, probe, config
         self.store, self.statistics = store, statistics
+        self.layers = select_layers(config.layers, adapter.num_layers())
         self.scores: NeuronScores | None = None
         self.is_prepared = False
         self.similarity = self._observe()
@@ -301,15 +302,14 @@ class _TaskRun:
 
     def _kept(self, component: str, axis: Axis, ratio: float) -> float:
         """Returns the share of the layers, neurons or groups of heads that a ratio leaves whole."""
-        layers = select_layers(self.config.layers, self.adapter.num_layers())
         size = 1
         if axis is Axis.DEPTH:
             counts = [len(self._legal(component))]
         elif axis is Axis.WIDTH:
             ffns, size = self.adapter.ffns(component), self.config.block_size
-            counts = [ffn.intermediate_size // size for ffn in ffns if ffn.layer in layers]
+            counts = [ffn.intermediate_size // size for ffn in ffns if ffn.layer in self.layers]
         else:
-            held = [layer for layer in layers if self.adapter.holds(layer, component)]
+            held = [layer for layer in self.layers if self.adapter.holds(layer, component)]
             counts = [count_groups(self.adapter, component, layer) for layer in held]
         if not sum(counts):
             raise ValueError(
@@ -421,14 +421,12 @@ class _TaskRun:
             generator = torch.Generator().manual_seed(self.config.seed)
             order = torch.randperm(len(legal), generator=generator).tolist()
             return tuple(sorted(legal[i] for i in order[:count]))
-        layers = select_layers(self.config.layers, self.adapter.num_layers())
-        return self.similarity.left_out(component, keep_ratio, self.config.part, layers)
+        return self.similarity.left_out(component, keep_ratio, self.config.part, self.layers)
 
     def _legal(self, component: str) -> list[int]:
         """Returns the layers of a component that may go: selected, and with tokens."""
-        selected = select_layers(self.config.layers, self.adapter.num_layers())
         entries = [e for e in self.similarity.layers if e["component"] == component]
-        return [entry["layer"] for entry in entries if entry["layer"] in selected]
+        return [entry["layer"] for entry in entries if entry["layer"] in self.layers]
 
     def _cost(self) -> dict[str, Any]:
         model, repeats = as_module(self.host), self.config.repeats

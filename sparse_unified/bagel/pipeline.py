@@ -465,21 +465,17 @@ class BagelPipeline:
         seeds = check_seeds(seed, len(texts))
         sizes = choose_sizes(size, edited, self.model.config)
         batches = sampling_batches([bool(own) for own in before], batch_size, sampling)
-        first = batches[0][1]
         num_steps = sum(config.num_timesteps - 1 for _, config in batches)
         report, model, encode = self._timing(), self.model, self.tokenizer.encode
         see = self.image_processor.encode
-        drawn: dict[int, Image] = {}
-        latents: dict[int, Tensor] = {}
-        thoughts: dict[int, str] = {}
+        drawn: list[Any] = [None] * len(texts)
+        latents, thoughts = list(drawn), list(drawn)
         with (
             self._clock(report, "total_seconds"),
             nullcontext(progress)
             if callable(progress)
             else progress_bar("denoising", "step", show=progress) as bar,
-            active_experts(model, first.top_k_at(1.0))  # which read and plan
-            if first.top_k is not None
-            else nullcontext(),
+            active_experts(model, batches[0][1].top_k_at(1.0)),  # which read and plan
         ):
 
             def on_step(_: int, seconds: float) -> None:
@@ -512,7 +508,8 @@ class BagelPipeline:
                     )
                     with self._clock(report, "text_seconds"):
                         model.prefill_text(full, [encode(plan) for plan, _ in written])
-                    thoughts.update((i, plan) for i, (plan, _) in zip(batch, written, strict=True))
+                    for i, (plan, _) in zip(batch, written, strict=True):
+                        thoughts[i] = plan
                 grids = [model.config.token_grid(*sizes[i]) for i in batch]
                 noise = [
                     sampler.initial_noise(rows * columns, model.config.token_channels, seeds[i])
@@ -533,13 +530,12 @@ class BagelPipeline:
                 with self._clock(report, "decode_seconds"):
                     for i, x in zip(batch, tokens, strict=True):
                         drawn[i] = self.image_processor.decode(x, sizes[i], tiled=tiled)
-                latents.update((i, x.cpu()) for i, x in zip(batch, tokens, strict=True))
+                        latents[i] = x.cpu()
             report.steps = len(report.step_seconds)
-        order = range(len(texts))
         return GenerationResult(
-            images=[drawn[i] for i in order],
-            latents=[latents[i] for i in order],
-            thoughts=[thoughts[i] for i in order] if think else None,
+            images=drawn,
+            latents=latents,
+            thoughts=thoughts if think else None,
             seeds=seeds,
             sizes=sizes,
             report=report,

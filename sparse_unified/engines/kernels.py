@@ -36,12 +36,19 @@ __all__ = ["layers"]
 '''
 
 
-def _forward(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = x.reshape(-1, x.shape[-1])
-    logits, topk_logits, topk_idx = ops.route_topk(tokens, module.gate.weight, module.top_k)
-    experts = (module.gate_proj, module.up_proj, module.down_proj)
-    y = run_experts(tokens, topk_logits, topk_idx, len(module.gate.weight), *experts, 1.0)
-    return y.view(x.shape), logits
+class SparseFFNWithLogits(nn.Module):
+    """For modules that return y and the router logits."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., D] -> y [..., D], logits [T, E] fp32."""
+        tokens, router = x.reshape(-1, x.shape[-1]), self.gate.weight
+        logits, topk_logits, topk_idx = ops.route_topk(tokens, router, self.top_k)
+        experts = (self.gate_proj, self.up_proj, self.down_proj)
+        y = run_experts(tokens, topk_logits, topk_idx, len(router), *experts, 1.0)
+        return y.view(x.shape), logits
 
 
 class SparseFFN(nn.Module):
@@ -52,18 +59,7 @@ class SparseFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> y [..., D]."""
-        return _forward(self, x)[0]
-
-
-class SparseFFNWithLogits(nn.Module):
-    """For modules that return y and the router logits."""
-
-    has_backward = True
-    can_torch_compile = True
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D] -> y [..., D], logits [T, E] fp32."""
-        return _forward(self, x)
+        return SparseFFNWithLogits.forward(self, x)[0]
 
 
 def write_kernel_repository(directory: StrPath) -> Path:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_unified import ops
 from sparse_unified._common import list_some
 from sparse_unified.checkpoint import Checkpoint
-from sparse_unified.engines.expert_share import ExpertShare
-from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn import SparseMoE
 
 _WHERE = "sparse_unified"
@@ -32,6 +31,60 @@ get_bagel_post_process_func = _built_in.get_bagel_post_process_func
 get_bagel_pre_process_func = _built_in.get_bagel_pre_process_func
 
 _KEY = re.compile(r"language_model\.model\.layers\.(\d+)\.mlp_moe_gen\.(.+)")
+
+
+class ExpertShare(nn.Module):
+    """The whole experts of a sparse FFN that one process of a tensor-parallel group has.
+
+    Every process routes all tokens, computes those of its experts, and adds the results up.
+
+    Args:
+        block: a sparse FFN of these experts alone.
+        num_experts: of all processes. first: number of the first one here.
+        top_k: experts a token uses.
+        reduce: sums a tensor over the processes.
+    """
+
+    def __init__(
+        self, block: SparseMoE, num_experts: int, first: int, top_k: int, reduce: Any
+    ) -> None:
+        super().__init__()
+        like = block.gate.weight
+        block.gate = nn.Linear(
+            block.hidden_size, num_experts, bias=False, device=like.device, dtype=like.dtype
+        )
+        self.block, self.first, self.top_k, self.reduce = block, first, top_k, reduce
+
+    def official_views(self) -> dict[str, Tensor | None]:
+        """As of the block, under the numbers that the experts have in the file; None: not here."""
+        views: dict[str, Tensor | None] = {}
+        for name, view in self.block.official_views().items():
+            kind, _, rest = name.partition(".")
+            if kind == "experts":
+                number, _, inner = rest.partition(".")
+                for expert in range(self.block.gate.out_features):
+                    views.setdefault(f"experts.{expert}.{inner}", None)
+                name = f"experts.{self.first + int(number)}.{inner}"
+            views[name] = view
+        return views
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> y [..., D]."""
+        block, count = self.block, self.block.num_experts
+        tokens = x.reshape(-1, x.shape[-1])
+        _, topk_logits, topk_idx = ops.route_topk(tokens, block.gate.weight, self.top_k)
+        is_own = (topk_idx >= self.first) & (topk_idx < self.first + count)
+        # Rows of the experts elsewhere come last, and are zeros.
+        chosen = torch.where(is_own, topk_idx - self.first, count)
+        expert_offsets, row_token, token_rows = ops.sort_by_expert(chosen, count + 1)
+        num_rows = int(expert_offsets[count])
+        rows = tokens.new_zeros(len(row_token), tokens.shape[1])
+        rows[:num_rows] = ops.grouped_ffn(
+            tokens, row_token[:num_rows], expert_offsets[:-1], *block.plain_weights()
+        )
+        y = ops.combine(rows, topk_logits, token_rows, 1.0)
+        summed: Tensor = self.reduce(y.view(x.shape))
+        return summed
 
 
 class WithExperts:
@@ -95,8 +148,7 @@ class WithExperts:
 
     def put_in_blocks(self, checkpoint: Checkpoint) -> None:
         """Replaces the dense generation FFNs that are sparse in a checkpoint."""
-        self._sparse: dict[Any, nn.Module] = {}
-        blocks = self._sparse
+        self._sparse = {}
         experts, top_k = checkpoint.experts, checkpoint.top_k
         if top_k is None:
             return
@@ -126,11 +178,21 @@ class WithExperts:
                     f"them shared, got {count}"
                 )
             # Given up first, so that no layer is in memory twice.
-            placed = {"device": down.device if down.device.type != "meta" else self.device}
-            placed["dtype"] = down.dtype
+            device = down.device if down.device.type != "meta" else self.device
+            dtype, num_experts = down.dtype, layout.num_experts // count
             del down
             owner.mlp_moe_gen = nn.Identity()
-            block = _block(hidden, layout, count, top_k, placed)
+            block: Any = SparseMoE(
+                hidden,
+                layout.intermediate_size // count,
+                num_experts,
+                min(top_k, num_experts),
+                layout.num_shared_experts,
+                shared_intermediate_size=layout.shared_width,
+                return_router_logits=False,
+                device=device,
+                dtype=dtype,
+            )
             if count > 1:
                 if block.active_backend.startswith("torch"):
                     raise ValueError(
@@ -139,11 +201,9 @@ class WithExperts:
                     )
                 group = importlib.import_module("vllm.distributed")
                 reduce = group.tensor_model_parallel_all_reduce
-                first = rank * layout.num_experts // count
-                share = ExpertShare(block, layout.num_experts, first, top_k, reduce)
-                blocks[layer] = owner.mlp_moe_gen = share.requires_grad_(False)
-            else:
-                blocks[layer] = owner.mlp_moe_gen = block.requires_grad_(False)
+                first = rank * num_experts
+                block = ExpertShare(block, layout.num_experts, first, top_k, reduce)
+            self._sparse[layer] = owner.mlp_moe_gen = block.requires_grad_(False)
 
 
 class BagelPipeline(WithExperts, _built_in.BagelPipeline):  # type: ignore[name-defined]
@@ -162,22 +222,6 @@ class BagelPipeline(WithExperts, _built_in.BagelPipeline):  # type: ignore[name-
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
         self.put_in_blocks(Checkpoint(_directory(od_config)))
-
-
-def _block(
-    hidden: int, layout: ExpertLayout, count: int, top_k: int, placed: dict[str, Any]
-) -> SparseMoE:
-    num_experts = layout.num_experts // count
-    return SparseMoE(
-        hidden,
-        layout.intermediate_size // count,
-        num_experts,
-        min(top_k, num_experts),
-        layout.num_shared_experts,
-        shared_intermediate_size=layout.shared_width,
-        return_router_logits=False,
-        **placed,
-    )
 
 
 def _place_in_group(down: Tensor | None, width: int) -> tuple[int, int]:
