@@ -23,7 +23,7 @@ from sparse_unified.analysis.samples import Sample, Task, read_lines
 from sparse_unified.bagel import BagelPipeline, Guidance, SamplingConfig
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.images import open_image
-from sparse_unified.bagel.pipeline import choose_sizes, generate_tokens
+from sparse_unified.bagel.pipeline import TextResult, choose_sizes
 from sparse_unified.bagel.sampler import build_guidance, initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
 from sparse_unified.checkpoint.files import read_object, replace_file
@@ -124,7 +124,7 @@ def run_task(
             kind = type(model).__name__
             raise ValueError(f"model must be a BagelPipeline, or come with run, got a {kind} alone")
         if choice("task", Task, task) is Task.UNDERSTANDING:
-            run = partial(answer_tokens, model, settings)
+            run = partial(answer, model, settings)
         else:
             run = partial(generate_samples, model, settings)
     show = progress or (lambda *_: None)
@@ -136,11 +136,10 @@ def run_task(
     show(len(samples), len(samples))
 
 
-@torch.no_grad()
-def answer_tokens(pipeline: BagelPipeline, settings: Settings, sample: Sample) -> list[int]:
-    """Returns the tokens of the likeliest answer to a question."""
-    asked = question_context(pipeline, sample)
-    return generate_tokens(pipeline.model, [asked], max_length=settings.max_length)[0]
+def answer(pipeline: BagelPipeline, settings: Settings, sample: Sample) -> TextResult:
+    """Gives the likeliest answer to a question."""
+    images = _open_all(sample)
+    return pipeline.chat(sample.prompt, images=images, max_length=settings.max_length)
 
 
 def generate_samples(pipeline: BagelPipeline, settings: Settings, *samples: Sample) -> Any:
@@ -268,8 +267,8 @@ class TextAgreement:
 
     def prepare(self, pipeline: BagelPipeline) -> None:
         """Takes the answers of the dense model."""
-        answers = (answer_tokens(pipeline, self.settings, sample) for sample in self.samples)
-        self.answers = [finished(pipeline, self.settings, ids) for ids in answers]
+        answers = (answer(pipeline, self.settings, sample) for sample in self.samples)
+        self.answers = [finished(pipeline, self.settings, own.token_ids) for own in answers]
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
         pairs = zip(self.samples, self.answers, strict=True)

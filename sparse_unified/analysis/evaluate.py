@@ -29,7 +29,7 @@ from sparse_unified.analysis.bagel_task import (
     Settings,
     TextAgreement,
     VelocityError,
-    answer_tokens,
+    answer,
     compare_text,
     distances,
     finished,
@@ -198,12 +198,11 @@ def evaluate(
     }
     run = json.loads(json.dumps(run))
     with open_store(out, run, shard) as store:
-        work = _Work(store, samples, settings, geneval, evaluators or {}, run["reference"])
-        work.run(paths, shard, device, dtype, progress)
+        work = _Work(store, paths, samples, settings, geneval, evaluators or {}, run["reference"])
+        work.run(shard, device, dtype, progress)
         store.read()
-        left = sum(name not in store.records for name in work.names(paths))
-        if not left:
-            left = work.score(paths)
+        units = [unit for model in paths for unit in work.units(model)]
+        left = sum(name not in store.records for name, _, _ in units) or work.score()
         result = Evaluation(
             run=run,
             better=_BETTER | work.better(),
@@ -213,10 +212,8 @@ def evaluate(
             left=left,
         )
         if not left:
-            folder = store.folder
-            files.replace_file(folder / "results.json", (result.to_json() + "\n").encode())
-            files.replace_file(folder / "report.md", result.to_markdown().encode())
-            write_collage(folder, list(paths), samples)
+            store.finish(result.to_json(), result.to_markdown())
+            write_collage(store.folder, list(paths), samples)
             _write_answers(store, list(paths), samples)
     return result
 
@@ -230,17 +227,14 @@ class _Work:
     """What a process computes of each model."""
 
     store: Store
+    models: Mapping[str, Path]
     samples: Mapping[str, Sequence[Sample]]
     settings: Settings
     geneval: GenEval | None
     evaluators: Mapping[str, Evaluator]
     reference: str | None
 
-    def names(self, models: Mapping[str, Path]) -> list[str]:
-        """Returns the names of all records but scores."""
-        return [name for model in models for name, _, _ in self._units(model)]
-
-    def _units(self, model: str) -> list[tuple[str, str, int]]:
+    def units(self, model: str) -> list[tuple[str, str, int]]:
         """Returns (name of the record, task, index) of all samples of a model."""
         counts = {task: len(own) for task, own in self.samples.items()}
         counts |= {"geneval": len(self.geneval.metadata)} if self.geneval else {}
@@ -253,35 +247,32 @@ class _Work:
 
     def run(
         self,
-        models: Mapping[str, Path],
         shard: Shard,
         device: str,
         dtype: torch.dtype | None,
         progress: Callable[[int, int, str], object] | None,
     ) -> None:
-        own = {model: self._units(model)[shard[0] :: shard[1]] for model in models}
-        total, done = sum(map(len, own.values())), 0
+        own = {model: self.units(model)[shard[0] :: shard[1]] for model in self.models}
+        total, done, show = sum(map(len, own.values())), 0, progress or (lambda *_: None)
         for model, units in own.items():
             todo = [unit for unit in units if unit[0] not in self.store.records]
             done += len(units) - len(todo)
             pipeline: Any = None  # loaded when the first sample needs it
             settings = self.settings
-            if not Checkpoint(models[model]).experts:
+            if not Checkpoint(self.models[model]).experts:
                 settings = replace(settings, top_k=None)  # which a dense model has no use for
             while todo:
                 pipeline = pipeline or BagelPipeline.from_pretrained(
-                    models[model], device=device, dtype=dtype
+                    self.models[model], device=device, dtype=dtype
                 )
                 task = todo[0][1]
                 size = self.settings.batch_size if task in _DRAWN else 1
                 batch = [unit for unit in todo[:size] if unit[1] == task]
-                if progress is not None:
-                    progress(done, total, f"{model}: {task}")
+                show(done, total, f"{model}: {task}")
                 with active_experts(pipeline.model, settings.config().top_k_at(1.0)):
                     self._compute(pipeline, settings, model, batch)
                 done, todo = done + len(batch), todo[len(batch) :]
-        if progress is not None:
-            progress(total, total, "done")
+        show(total, total, "done")
 
     def _compute(
         self, pipeline: Any, settings: Settings, model: str, batch: list[tuple[str, str, int]]
@@ -337,9 +328,8 @@ class _Work:
         self, pipeline: Any, model: str, unit: tuple[str, str, int], sample: Sample
     ) -> None:
         start = time.perf_counter()
-        own = answer_tokens(pipeline, self.settings, sample)
-        seconds, text = time.perf_counter() - start, pipeline.tokenizer.decode(own[1:])
-        ids = finished(pipeline, self.settings, own)
+        own = answer(pipeline, self.settings, sample)
+        seconds, ids = time.perf_counter() - start, finished(pipeline, self.settings, own.token_ids)
         sums: dict[str, Sequence[float]] = {}
         if self.reference is not None:
             dense = ids
@@ -350,8 +340,8 @@ class _Work:
         elif sample.answer is not None:
             sums = {"perplexity": [*compare_text(pipeline, sample, ids)[2:]]}
         if sample.answer is not None:
-            sums["answers"] = [int(_plain(text) == _plain(sample.answer)), 1]
-        self._append(model, unit, sums, seconds, text, ids)
+            sums["answers"] = [int(_plain(own.text) == _plain(sample.answer)), 1]
+        self._append(model, unit, sums, seconds, own.text, ids)
 
     def _append(
         self,
@@ -366,11 +356,11 @@ class _Work:
         record = {"model": model, "sums": dict(sums), "answer": answer, "ids": list(ids)}
         self.store.append({**named, **record, "seconds": seconds})
 
-    def score(self, models: Mapping[str, Path]) -> int:
+    def score(self) -> int:
         """Scores the GenEval images of every model, once; returns how many are left to others."""
         if self.geneval is None or (scorer := self.geneval.scorer) is None:
             return 0
-        missing = [m for m in models if f"{m}/score" not in self.store.records]
+        missing = [m for m in self.models if f"{m}/score" not in self.store.records]
         folder = self.store.folder / "geneval"
         with suppress(_Busy), files.locked(folder, _Busy()):
             self.store.read()

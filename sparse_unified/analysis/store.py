@@ -75,6 +75,11 @@ class Store:
             os.fsync(stream.fileno())
         self.records[record["name"]] = record
 
+    def finish(self, results: str, report: str) -> None:
+        """Writes results.json and report.md."""
+        for name, text in (("results.json", f"{results}\n"), ("report.md", report)):
+            files.replace_file(self.folder / name, text.encode())
+
 
 @contextmanager
 def open_store(

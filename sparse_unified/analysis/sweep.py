@@ -141,7 +141,7 @@ class SweepResult(Report):
 
     def to_markdown(self) -> str:
         """Returns the tables, before and after side by side, and the similarities."""
-        parts = ["# Analysis", *_settings(self.run)]
+        parts = ["# Analysis", _settings(self.run)]
         for name, found in self.tasks.items():
             similarity = Similarity(layers=tuple(found["similarity"]))
             parts += [
@@ -205,27 +205,19 @@ def run_sweep(
     given = statistics or {}
     with open_store(out, stated, shard) as store:
         runs = [_TaskRun(host, adapter, p, config, store, given.get(p.task)) for p in probes]
-        points = [(run, row) for run in runs for row in run.rows[1:]]
-        own = points[shard[0] :: shard[1]]
-        steps = [
-            (run, row)
-            for run in runs
-            for row in run.rows
-            if "axis" not in row or any(row is mine for _, mine in own)
-        ]
+        points = [row for run in runs for row in run.rows[1:]]
+        own = [run.rows[0] for run in runs] + points[shard[0] :: shard[1]]
+        steps = [(run, row) for run in runs for row in run.rows if row in own]
+        show = progress or (lambda *_: None)
         for done, (run, row) in enumerate(steps):
-            if progress is not None:
-                name = row["name"] if "axis" in row else "dense"
-                progress(done, len(steps), f"{run.probe.task}: {name}")
+            show(done, len(steps), f"{run.probe.task}: {row['name'] if 'axis' in row else 'dense'}")
             run.finish(row)
-        if progress is not None:
-            progress(len(steps), len(steps), "done")
+        show(len(steps), len(steps), "done")
         store.read()
         result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
-        if any(row["name"] not in store.records for _, row in points):
+        if any(row["name"] not in store.records for row in points):
             return result
-        files.replace_file(store.folder / "results.json", (result.to_json() + "\n").encode())
-        files.replace_file(store.folder / "report.md", result.to_markdown().encode())
+        store.finish(result.to_json(), result.to_markdown())
     return result
 
 
@@ -458,7 +450,7 @@ class _TaskRun:
 # Tables
 
 
-def _settings(run: Mapping[str, Any]) -> list[str]:
+def _settings(run: Mapping[str, Any]) -> str:
     """Returns what was swept, on what samples and how they were sampled, in words."""
     swept = run["sweep"]
     lines = [f"Width by {swept['criterion']}, layers {swept['layers']}, seed {swept['seed']}."]
@@ -471,7 +463,7 @@ def _settings(run: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"{task}: {len(own['samples'])} samples ({said}{guided}); statistics {source}."
             )
-    return ["\n".join(lines)]
+    return "\n".join(lines)
 
 
 def _rows(found: Mapping[str, Any]) -> list[list[object]]:

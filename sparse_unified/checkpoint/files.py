@@ -285,6 +285,12 @@ def replace_file(path: Path, data: bytes) -> None:
         ) from error
 
 
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Creates a small UTF-8 file, byte for byte as given; see `create_file`."""
+    with create_file(path, mode=mode) as handle:
+        write_all(handle, text.encode())
+
+
 def partial_path(out: StrPath) -> Path:
     """Returns the sibling directory in which `out` is written before it gets its name.
 

@@ -31,6 +31,7 @@ from sparse_unified.checkpoint.files import (
     read_json,
     stamp_of,
     write_all,
+    write_text,
 )
 from sparse_unified.checkpoint.model_dir import INDEX_SUFFIX, Checkpoint
 from sparse_unified.checkpoint.safetensors_io import Header, TensorSpec
@@ -154,8 +155,7 @@ def rewrite(
                     else:
                         write_all(target, block, advance)
         for name, text in texts.items():
-            with create_file(unfinished / name, mode=mode(name)) as target:
-                write_all(target, text.encode())
+            write_text(unfinished / name, text, mode=mode(name))
         finish(unfinished)
         source.refuse_change()
     return done
