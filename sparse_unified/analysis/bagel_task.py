@@ -24,7 +24,7 @@ from sparse_unified.bagel import BagelPipeline, Guidance, SamplingConfig
 from sparse_unified.bagel.attention import KVCache
 from sparse_unified.bagel.images import open_image
 from sparse_unified.bagel.pipeline import TextResult, choose_sizes
-from sparse_unified.bagel.sampler import build_guidance, initial_noise, see_images
+from sparse_unified.bagel.sampler import Renorm, build_guidance, initial_noise, see_images
 from sparse_unified.bagel.vision import patchify
 from sparse_unified.checkpoint.files import read_object, replace_file
 from sparse_unified.nn import active_experts
@@ -42,19 +42,22 @@ _OPTIONAL = (*GUIDANCE, "top_k")
 class Settings:
     """How much the built-in evaluators compute.
 
+    The last seven are fields of `SamplingConfig`; None is the official value for text to image or
+    for editing.
+
     Args:
         size: height and width of generated images in pixels; None is what `generate` takes.
         num_timesteps: points of the time grid of whole generations.
         times: at which the velocity is measured on held-out pairs, 1 being noise.
         max_length: most tokens of an answer, its start marker included.
         batch_size: most images computed together.
-        timestep_shift: of the time grid; this and what follows as `SamplingConfig` has it, None the
-            official value for text to image or for editing.
-        cfg_text_scale: weight of the prompt.
-        cfg_img_scale: weight of the image.
-        cfg_interval: times at which guidance is on.
-        cfg_renorm_min: least factor of the renormalisation.
-        cfg_renorm_type: what guidance is renormalised over.
+        timestep_shift: above 1 has more noise for longer (default: the official value)
+        cfg_text_scale: of classifier-free guidance: weight of the prompt; 1 is none (default: the
+            official value)
+        cfg_img_scale: weight of the image (default: the official value)
+        cfg_interval: times at which guidance is on (default: the official value)
+        cfg_renorm_min: least factor of the renormalisation (default: the official value)
+        cfg_renorm_type: what guidance is renormalised over (default: the official value)
         top_k: routed experts of a token; None is those of the model.
     """
 
@@ -68,7 +71,7 @@ class Settings:
     cfg_img_scale: float | None = None
     cfg_interval: tuple[float, float] | None = None
     cfg_renorm_min: float | None = None
-    cfg_renorm_type: str | None = None
+    cfg_renorm_type: Renorm | None = None
     top_k: int | tuple[tuple[float, int], ...] | None = None
 
     def __post_init__(self) -> None:

@@ -446,9 +446,10 @@ class BagelPipeline:
             size: (height, width) in pixels, multiples of 16; one for all or one per prompt. None is
                 that of the last image, or 1024 x 1024.
             think: let the model plan in text first.
-            max_think_length: most tokens of that text.
-            think_temperature: of that text; None is greedy.
-            batch_size: most images computed together, of those with one setting; None is all.
+            max_think_length: most tokens of the plan.
+            think_temperature: draw the plan at this temperature; without it, the likeliest tokens.
+            batch_size: most images of one setting computed together, which bounds memory (default
+                all)
             tiled: decode images in tiles of 576 x 576 pixels, in less memory than at once; pixels
                 differ a little. Done anyway, with a warning in the log, where
                 decoding at once runs out of memory.
@@ -560,10 +561,10 @@ class BagelPipeline:
             prompt: the text, as for `generate`.
             images: an image or a list of them.
             max_length: most tokens of the answer, its start marker included.
-            temperature: None takes the likeliest token each time; otherwise tokens are drawn.
-            seed: for drawing; None is random.
+            temperature: draw tokens at this temperature; without it, the likeliest.
+            seed: of the drawing (default random)
             think: let the model reason first; its reasoning is part of the answer.
-            top_k: routed experts of a token in every sparse FFN; None: as many as the model has.
+            top_k: routed experts of a token in sparse FFNs (default: those of the model)
         """
         if isinstance(prompt, (list, tuple)):
             raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")

@@ -21,7 +21,6 @@ from sparse_unified.analysis.evaluate import Evaluation, evaluate
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.plots import write_usage_plot
 from sparse_unified.analysis.statistics import hash_model
-from sparse_unified.bagel import SamplingConfig
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.generate import add_model, add_top_k, check_device, load_pipeline
 from sparse_unified.cli.options import (
@@ -41,21 +40,9 @@ TASKS = tuple(task.value for task in Task)
 def _add_settings(group: Any, more: str = "") -> None:
     """Adds how many samples there are, and how the model runs on them."""
     add_flags(group, "--samples N  the first N prompts", samples={"type": positive})
-    add_options(group, analysis.Settings, f"size steps=num_timesteps max_tokens=max_length {more}")
+    own = ("size", "steps=num_timesteps", "max_tokens=max_length", *more.split())
+    add_options(group, analysis.Settings, " ".join([*own, *GUIDANCE]))
     add_options(group, analysis.SweepConfig, "seed", seed="of noise and of random choices")
-    official = "(default: the official value)"
-    add_options(
-        group,
-        SamplingConfig,
-        " ".join(GUIDANCE),
-        unset=True,
-        timestep_shift=f"above 1 has more noise for longer {official}",
-        cfg_text_scale=f"of classifier-free guidance: weight of the prompt; 1 is none {official}",
-        cfg_img_scale=f"weight of the image {official}",
-        cfg_interval={"metavar": "LO,HI", "help": f"times at which guidance is on {official}"},
-        cfg_renorm_min=f"least factor of the renormalisation {official}",
-        cfg_renorm_type=f"what guidance is renormalised over {official}",
-    )
 
 
 shard = value(

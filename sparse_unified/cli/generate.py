@@ -161,10 +161,6 @@ def add_generate(parser: CommandParser) -> None:
         BagelPipeline.generate,
         "seed think max_think_tokens=max_think_length think_temperature batch_size tiled",
         seed="of the noise, counted up from image to image (default random)",
-        max_think_length="most tokens of the plan",
-        think_temperature="draw the plan at this temperature; without it, the likeliest tokens",
-        batch_size="most images computed together, which bounds memory (default all)",
-        tiled="decode images in tiles: less memory, slightly other pixels",
     )
     add_options(
         parser,
@@ -180,10 +176,7 @@ def add_generate(parser: CommandParser) -> None:
         "cfg_img_scale cfg_interval cfg_renorm_type",
         unset=True,
         cfg_img_scale="weight of the image (default 2 when editing, else 1)",
-        cfg_interval={
-            "metavar": "LO,HI",
-            "help": "times at which guidance is on (default 0,1 when editing, else 0.4,1)",
-        },
+        cfg_interval="times at which guidance is on (default 0,1 when editing, else 0.4,1)",
         cfg_renorm_type="what guidance is renormalised over (default text_channel when editing, "
         "else global)",
     )
@@ -273,9 +266,6 @@ def add_chat(parser: CommandParser) -> None:
         parser,
         BagelPipeline.chat,
         "max_tokens=max_length temperature seed think top_k",
-        temperature="draw tokens at this temperature; without it, the likeliest",
-        seed="of the drawing (default random)",
-        top_k="experts of a token in sparse FFNs (default: those of the model)",
     )
     add_placement(parser, tasks=False)
 

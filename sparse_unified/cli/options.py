@@ -185,8 +185,9 @@ def _type_of(name: str, annotation: Any, default: Any) -> dict[str, Any]:
         return {}
     if issubclass(inner[0], Enum):
         return {"type": names(*(choice.value for choice in inner[0]))}
+    shown = {(float, float): "LO,HI", (int, int): "HxW"}.get(inner)
     of = {(float, ...): ratios, (float, float): interval, (int, int): size}
-    return {"type": of.get(inner, listed), **({"metavar": "HxW"} if inner[0] is int else {})}
+    return {"type": of.get(inner, listed), **({"metavar": shown} if shown else {})}
 
 
 def plain(value: Any) -> Any:
