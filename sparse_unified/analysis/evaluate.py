@@ -295,8 +295,7 @@ class _Work:
             found: dict[str, float] = {}
             for name, function in self.evaluators.items():
                 found |= measure(function, pipeline, where=f"{model}: {name}")
-            sums = {name: [value, 1] for name, value in found.items()}
-            self._append(model, batch[0], sums, time.perf_counter() - start)
+            self._append(model, batch[0], found, time.perf_counter() - start)
             return
         samples = [self.samples[task][index] for _, _, index in batch]
         if task not in _DRAWN:
@@ -310,19 +309,17 @@ class _Work:
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
             save_tensors(path.with_suffix(".safetensors"), {"latent": latent.contiguous()})
-            sums = {}
+            apart: dict[str, float] = {}
             if self.reference is not None:
                 dense = image_path(self.store.folder, self.reference, task, unit[2])
                 latent0 = read_tensor(
                     read_header(dense.with_suffix(".safetensors")).tensors["latent"]
                 )
                 dense_pixels = pixels_of(open_image(dense, where=str(dense)))
-                apart = distances((latent, pixels_of(image)), (latent0, dense_pixels))
-                sums = {name: [value, 1] for name, value in apart.items()}
+                apart |= distances((latent, pixels_of(image)), (latent0, dense_pixels))
             if sample.image is not None:
-                error = VelocityError([sample], settings)(pipeline)
-                sums |= {name: [value, 1] for name, value in error.items()}
-            self._append(model, unit, sums, seconds)
+                apart |= VelocityError([sample], settings)(pipeline)
+            self._append(model, unit, apart, seconds)
 
     def _answer(
         self, pipeline: Any, model: str, unit: tuple[str, str, int], sample: Sample
@@ -330,7 +327,7 @@ class _Work:
         start = time.perf_counter()
         own = answer(pipeline, self.settings, sample)
         seconds, ids = time.perf_counter() - start, finished(pipeline, self.settings, own.token_ids)
-        sums: dict[str, Sequence[float]] = {}
+        sums: dict[str, Any] = {}
         if self.reference is not None:
             dense = ids
             if model != self.reference:
@@ -340,21 +337,25 @@ class _Work:
         elif sample.answer is not None:
             sums = {"perplexity": [*compare_text(pipeline, sample, ids)[2:]]}
         if sample.answer is not None:
-            sums["answers"] = [int(_plain(own.text) == _plain(sample.answer)), 1]
+            sums["answers"] = int(_plain(own.text) == _plain(sample.answer))
         self._append(model, unit, sums, seconds, own.text, ids)
 
     def _append(
         self,
         model: str,
         unit: tuple[str, str, int],
-        sums: Mapping[str, Sequence[float]],
+        metrics: Mapping[str, Any],
         seconds: float,
         answer: str | None = None,
         ids: Sequence[int] = (),
     ) -> None:
-        named = dict(zip(("name", "task", "index"), unit, strict=True))
-        record = {"model": model, "sums": dict(sums), "answer": answer, "ids": list(ids)}
-        self.store.append({**named, **record, "seconds": seconds})
+        """Adds a record; a metric is a value, or a sum with what it is divided by."""
+        sums = {name: own if isinstance(own, list) else [own, 1] for name, own in metrics.items()}
+        record = {"model": model, "sums": sums, "answer": answer, "ids": list(ids)}
+        name, task, index = unit
+        self.store.append(
+            {"name": name, "task": task, "index": index, **record, "seconds": seconds}
+        )
 
     def score(self) -> int:
         """Scores the GenEval images of every model, once; returns how many are left to others."""

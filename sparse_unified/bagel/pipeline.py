@@ -566,9 +566,7 @@ class BagelPipeline:
             think: let the model reason first; its reasoning is part of the answer.
             top_k: routed experts of a token in sparse FFNs (default: those of the model)
         """
-        if isinstance(prompt, (list, tuple)):
-            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
-        check_prompts(prompt)
+        check_prompts([prompt])
         own, seeds = check_images(images, prompt)[0], check_seeds(seed, 1)
         report = self._timing()
         with active_experts(self.model, top_k), self._clock(report, "total_seconds"):
