@@ -76,12 +76,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         with context("Settings"):
-            check_int("num_timesteps", self.num_timesteps, 2)
             check_int("max_length", self.max_length, 2)
             check_int("batch_size", self.batch_size, 1)
             if not self.times or not all(0 < time <= 1 for time in self.times):
                 raise ValueError(f"times must be above 0 and at most 1, got {self.times}")
-            SamplingConfig(**self.guidance())
+            self.config()
 
     def config(self) -> SamplingConfig:
         """Returns how images are sampled from texts."""
@@ -89,8 +88,7 @@ class Settings:
 
     def guidance(self) -> dict[str, Any]:
         """Returns the fields of sampling that are not the official ones."""
-        given = {name: getattr(self, name) for name in _OPTIONAL}
-        return {name: value for name, value in given.items() if value is not None}
+        return {n: value for n in _OPTIONAL if (value := getattr(self, n)) is not None}
 
     def sampling(self) -> dict[str, Any]:
         """Returns the arguments of `generate`."""

@@ -54,17 +54,18 @@ class Observer:
         """Hooks modules before their forward, and reads the time from embedder to last layer."""
         host: Any = model if hasattr(model, "time_embedder") else getattr(model, "model", None)
         embedder = getattr(host, "time_embedder", None)
-
-        def start(_: object, given: tuple[Tensor, ...]) -> None:
-            self.set_time(float(given[0].reshape(-1)[0]))
-
         with ExitStack() as stack:
             for module, before in hooks:
                 stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             if isinstance(embedder, nn.Module):
-                stack.enter_context(embedder.register_forward_pre_hook(start))
-                end, decoder = lambda *_: self.set_time(None), host.language_model.model
-                stack.enter_context(decoder.register_forward_hook(end, always_call=True))
+                begin = embedder.register_forward_pre_hook(
+                    lambda _, given: self.set_time(float(given[0].reshape(-1)[0]))
+                )
+                end = host.language_model.model.register_forward_hook(
+                    lambda *_: self.set_time(None), always_call=True
+                )
+                stack.enter_context(begin)
+                stack.enter_context(end)
             yield
 
 

@@ -466,6 +466,7 @@ class BagelPipeline:
         seeds = check_seeds(seed, len(texts))
         sizes = choose_sizes(size, edited, self.model.config)
         batches = sampling_batches([bool(own) for own in before], batch_size, sampling)
+        first = batches[0][1]
         num_steps = sum(config.num_timesteps - 1 for _, config in batches)
         report, model, encode = self._timing(), self.model, self.tokenizer.encode
         see = self.image_processor.encode
@@ -476,7 +477,9 @@ class BagelPipeline:
             nullcontext(progress)
             if callable(progress)
             else progress_bar("denoising", "step", show=progress) as bar,
-            active_experts(model, batches[0][1].top_k_at(1.0)),  # which read and plan
+            active_experts(model, first.top_k_at(1.0))  # which read and plan
+            if first.top_k is not None
+            else nullcontext(),
         ):
 
             def on_step(_: int, seconds: float) -> None:
