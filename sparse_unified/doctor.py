@@ -273,7 +273,7 @@ def _examine(
     stall: float,
     environment: Mapping[str, str],
 ) -> Family:
-    num_passed, largest, ratios, failure = 0, 0.0, dict[str, float](), ""
+    errors, ratios, failure = list[float](), dict[str, float](), ""
     for said in checks.results(command, names, stall=stall, environment=environment):
         if said["outcome"] == "failed":
             failure = f"{said['name']}: {said['text']}"
@@ -281,11 +281,11 @@ def _examine(
         if "over_dense" in said:
             ratios[said["name"]] = said["over_dense"]
         elif said["outcome"] == "passed":
-            num_passed, largest = num_passed + 1, max(largest, said["error"])
+            errors.append(said["error"])
     return Family(
         name=family,
-        num_passed=num_passed,
-        largest_error=largest,
+        num_passed=len(errors),
+        largest_error=max(errors, default=0.0),
         over_dense=ratios,
         failure=failure,
     )

@@ -217,16 +217,20 @@ class Similarity(Report):
     ) -> tuple[int, ...]:
         """Returns the layers that go where max(1, round(keep_ratio * N)) of N stay; see
         `redundant`."""
-        legal = [
-            own["layer"]
+        count = len(self.cosines(component, part, layers))
+        if not count:
+            raise ValueError(f"similarity: layers of {component} must have seen tokens, got none")
+        return self.redundant(component, count - max(1, round(keep_ratio * count)), part, layers)
+
+    def cosines(
+        self, component: str, part: str = "block", layers: Sequence[int] | None = None
+    ) -> dict[int, float]:
+        """Returns the cosine of a part in each layer that has seen tokens; `layers` None is all."""
+        return {
+            own["layer"]: float(own[part])
             for own in self.layers
             if own["component"] == component and (layers is None or own["layer"] in layers)
-        ]
-        if not legal:
-            raise ValueError(f"similarity: layers of {component} must have seen tokens, got none")
-        return self.redundant(
-            component, len(legal) - max(1, round(keep_ratio * len(legal))), part, legal
-        )
+        }
 
     def redundant(
         self,
@@ -246,11 +250,7 @@ class Similarity(Report):
         Raises:
             ValueError: not so many have seen tokens, or a cosine is not a number.
         """
-        values = {
-            own["layer"]: float(own[part])
-            for own in self.layers
-            if own["component"] == component and (layers is None or own["layer"] in layers)
-        }
+        values = self.cosines(component, part, layers)
         check_int(f"similarity: count of layers of {component}", count, 0, len(values))
         if not all(map(math.isfinite, values.values())):
             raise ValueError(f"similarity: {part} of {component} must be finite, got {values}")

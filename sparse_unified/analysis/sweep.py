@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -296,7 +296,7 @@ class _TaskRun:
         """Returns the share of the layers, neurons or groups of heads that a ratio leaves whole."""
         size = 1
         if axis is Axis.DEPTH:
-            counts = [len(self._legal(component))]
+            counts = [len(self.similarity.cosines(component, layers=self.layers))]
         elif axis is Axis.WIDTH:
             ffns, size = self.adapter.ffns(component), self.config.block_size
             counts = [ffn.intermediate_size // size for ffn in ffns if ffn.layer in self.layers]
@@ -354,20 +354,18 @@ class _TaskRun:
             return
         mode, scores = self._mode(row) if row["keep_ratio"] < 1 else (None, None)
         before = self._cost()
-        with ExitStack() as inside:
-            change = "nothing"
-            if mode is not None:
-                smaller = changed(
-                    self.host,
-                    mode,
-                    scores,
-                    adapter=self.adapter,
-                    component=row["component"],
-                    forward=lambda: self.probe.workload()(),
-                )
-                change = inside.enter_context(smaller)
-            after = self._cost()
-            metrics = self._metrics(row["name"])
+        smaller: Any = nullcontext("nothing")
+        if mode is not None:
+            smaller = changed(
+                self.host,
+                mode,
+                scores,
+                adapter=self.adapter,
+                component=row["component"],
+                forward=lambda: self.probe.workload()(),
+            )
+        with smaller as change:
+            after, metrics = self._cost(), self._metrics(row["name"])
         # Once more, so that what else the machine did meanwhile shows in the range of the times.
         again = self._cost()
         both = [*before["seconds_range"], *again["seconds_range"]]
@@ -408,17 +406,12 @@ class _TaskRun:
         Of N layers that may go, max(1, round(keep_ratio * N)) stay.
         """
         if self.config.criterion == "random":
-            legal = self._legal(component)
+            legal = list(self.similarity.cosines(component, layers=self.layers))
             count = len(legal) - max(1, round(keep_ratio * len(legal)))
             generator = torch.Generator().manual_seed(self.config.seed)
             order = torch.randperm(len(legal), generator=generator).tolist()
             return tuple(sorted(legal[i] for i in order[:count]))
         return self.similarity.left_out(component, keep_ratio, self.config.part, self.layers)
-
-    def _legal(self, component: str) -> list[int]:
-        """Returns the layers of a component that may go: selected, and with tokens."""
-        entries = [e for e in self.similarity.layers if e["component"] == component]
-        return [entry["layer"] for entry in entries if entry["layer"] in self.layers]
 
     def _cost(self) -> dict[str, Any]:
         model, repeats = as_module(self.host), self.config.repeats

@@ -30,7 +30,7 @@ TRANSFORMED: Mapping[str, str] = {"und": "transformed_und", "gen": "transformed_
 # One spelling of a number alone, and no more digits than counts of layers and experts have.
 INDEX = r"(0|[1-9][0-9]{0,5})"
 LAYER_KEY = re.compile(rf"language_model\.model\.layers\.{INDEX}\.(.+)")
-FFN_KEY = re.compile(r"(mlp|mlp_moe_gen)\.(.+)")
+FFN_KEY = re.compile(rf"language_model\.model\.layers\.{INDEX}\.(mlp|mlp_moe_gen)\.(.+)")
 EXPERT_KEY = re.compile(rf"experts\.{INDEX}\.(gate_proj|up_proj|down_proj)\.weight")
 ROUTER_KEY = re.compile(r"(gate|gate_shared|gate_img|gate_time)\.weight")
 
@@ -91,11 +91,8 @@ def router_key(component: str, layer: int, name: str) -> str:
 
 def find_ffn_key(key: str) -> tuple[str, int, str] | None:
     """Splits an FFN key into (component, layer, rest), or returns None for any other key."""
-    match = LAYER_KEY.fullmatch(key)
-    ffn = FFN_KEY.fullmatch(match[2]) if match else None
-    if match is None or ffn is None:
-        return None
-    return COMPONENT_OF_FFN[ffn[1]], int(match[1]), ffn[2]
+    match = FFN_KEY.fullmatch(key)
+    return (COMPONENT_OF_FFN[match[2]], int(match[1]), match[3]) if match else None
 
 
 _TITLES = {
