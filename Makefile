@@ -107,7 +107,7 @@ lint: $(VENV)/installed  ## ruff, clang-format, spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(CPP_FORMATTED)
-	@$(BIN)/codespell --skip '*.safetensors,*.so,*.png,__pycache__' $(TEXTS)
+	@$(BIN)/codespell --skip '*.safetensors,*.so,*.png,*.svg,__pycache__' $(TEXTS)
 
 types: $(VENV)/installed  ## mypy
 	@echo "== types"
@@ -163,20 +163,26 @@ pytest: $(LIBRARY) kernels  ## the Python tests; PYTEST_ARGS="-k name" chooses
 demo: $(LIBRARY)  ## from nothing to a table and a picture under demo/
 	@$(RUN) python examples/demo.py --out demo
 
-# A dense model in miniature, and what pruning and conversion make of it, untuned.
+# A dense model in miniature, and what pruning and conversion make of it by calibration, untuned.
+MINIATURE := --cfg-text-scale 3 --timestep-shift 2 --size 48x48
 app: $(LIBRARY)  ## a page in the browser, with three small models side by side
 	@rm -rf build/app
-	@$(RUN) sparse-unified mini write scenes build/app/dense > /dev/null
+	@$(RUN) sparse-unified mini write scenes build/app/dense > build/app.log
+	@$(RUN) python examples/miniature data build/app/data --count 48 >> build/app.log
+	@$(RUN) sparse-unified calibrate build/app/dense --task generation --samples 48 --inputs 512 \
+	  --prompts build/app/data/records.jsonl $(MINIATURE) --out build/app/stats.safetensors \
+	  --scores build/app/scores.safetensors >> build/app.log
 	@$(RUN) sparse-unified prune build/app/dense build/app/pruned --axis width --component gen \
-	  --keep-ratio 0.5 > build/app.log
+	  --keep-ratio 0.5 --scores build/app/scores.safetensors >> build/app.log
 	@$(RUN) sparse-unified convert build/app/dense build/app/sparse --num-experts 16 --top-k 8 \
-	  --layers all >> build/app.log
-	@$(RUN) sparse-unified app build/app/dense build/app/pruned build/app/sparse \
-	  --cfg-text-scale 1 --timestep-shift 2 --open
+	  --layers all --scores build/app/scores.safetensors --router-init activation \
+	  --stats build/app/stats.safetensors >> build/app.log
+	@$(RUN) sparse-unified app build/app/dense build/app/pruned build/app/sparse $(MINIATURE) --open
 
-reproduce: $(LIBRARY)  ## the study of docs/miniature.md, or what is missing of it, in build/study
+reproduce: $(LIBRARY)  ## the study of docs/study.md, or what is missing of it, in build/study
 	@$(RUN) python examples/miniature study build/study --jobs 2
-	@$(RUN) python examples/miniature report build/study --plot build/study.png > build/study.md
+	@$(RUN) python examples/miniature report build/study --plot build/study.svg \
+	  --panel build/study-panel.svg --json build/study.json | tee build/study.md
 
 bench: $(LIBRARY)  ## the speed of the block beside its baselines, on the CPU
 	@$(RUN) sparse-unified bench --device cpu

@@ -697,9 +697,21 @@ PACKAGE = (
         "tests/test_time_router.py",
     ),
     python("nn/sparse_moe.py", "nearness.clamp(min=0)", "nearness", "tests/test_time_router.py"),
-    python("checkpoint/scores.py", "if own != known:", "if False:", "tests/test_cli_analysis.py"),
+    python(
+        "checkpoint/scores.py",
+        "(own := own_hash()) != known",
+        "not (own := own_hash())",
+        "tests/test_prune_checkpoint.py",
+    ),
     python(
         "analysis/evaluate.py", "[shard[0] :: shard[1]]", "[:]", "tests/test_analysis_evaluate.py"
+    ),
+    python("analysis/sweep.py", "[shard[0] :: shard[1]]", "[:]", "tests/test_analysis_sweep.py"),
+    python(
+        "analysis/sweep.py",
+        '*again["seconds_range"]',
+        '*before["seconds_range"]',
+        "tests/test_analysis_sweep.py",
     ),
 )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error and savings of step caches: `PYTHONPATH=examples python experiments/step_cache.py`.
 
-Draws pictures with the trained model of scenes (`sparse_unified.mini`), all steps computed, then
+Draws pictures with the trained miniature (`sparse_unified.mini`), all steps computed, then
 with step caches, then with so many fewer timesteps, and prints how far the latents are from those
 of all steps, relative in the L2 norm, and how many of the pictures are right.
 """
@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -20,9 +21,8 @@ from miniature import scenes
 from miniature.evaluate import generate, held_out_prompts
 from sparse_unified.bagel import Bagel, SamplingConfig, StepCache
 from sparse_unified.bagel.sampler import computed_steps
-from sparse_unified.mini.model import SHAPES, MiniTask, mini_config, trained_weights
+from sparse_unified.mini.model import TIMESTEP_SHIFT, mini_config, trained_weights
 
-_TASK = MiniTask.SCENES
 _FIRST_SEED = 10**6
 
 
@@ -64,11 +64,11 @@ def measure(
     def draw(timesteps: int, cache: StepCache | None) -> tuple[SamplingConfig, Tensor]:
         config = SamplingConfig(
             num_timesteps=timesteps,
-            timestep_shift=SHAPES[_TASK].timestep_shift,
+            timestep_shift=TIMESTEP_SHIFT,
             cfg_text_scale=cfg_text_scale,
             cache=cache,
         )
-        return config, generate(model, _TASK, texts, seeds, config)
+        return config, generate(model, texts, seeds, config)
 
     whole = draw(num_timesteps, None)[1]
 
@@ -81,7 +81,7 @@ def measure(
             computed=sum(computed),
             saved=1 - sum(computed) / (num_timesteps - 1),
             error=float(distance.mean()),
-            right=scenes.score(prompts, list(drawn))["overall"],
+            right=mean(scenes.judge(prompts, drawn)),
         )
 
     yield row("all steps", SamplingConfig(num_timesteps=num_timesteps), whole)
@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.pictures < 1:
         parser.error(f"--pictures must be at least 1, got {options.pictures}")
-    model = Bagel(mini_config(_TASK))
-    model.load_state_dict(trained_weights(_TASK))
+    model = Bagel(mini_config())
+    model.load_state_dict(trained_weights())
     caches = [
         StepCache(interval=interval, order=order)
         for interval in options.intervals

@@ -51,9 +51,9 @@ def paths(folder: Path) -> dict[str, Calls]:
     from sparse_unified.analysis import Task, built_in_samples, calibrate, save_scores, score
     from sparse_unified.bagel import BagelPipeline
     from sparse_unified.checkpoint import PruneWidthConfig, convert, prune
-    from sparse_unified.mini import MiniTask, write_model
+    from sparse_unified.mini import write_model
 
-    dense, scores = write_model(MiniTask.SCENES, folder / "dense"), folder / "scores.safetensors"
+    dense, scores = write_model(folder / "dense"), folder / "scores.safetensors"
     pipeline = BagelPipeline.from_pretrained(dense)
     samples = built_in_samples(Task.GENERATION, 1)
     save_scores(

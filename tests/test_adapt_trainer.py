@@ -146,7 +146,7 @@ def test_distillation_pulls_sparse_ffns_to_the_dense_one_and_leaves_it_as_it_is(
     assert trainer().step().distill_loss is None
 
 
-def test_the_loss_of_distillation_is_its_formula_and_checkpointing_changes_nothing() -> None:
+def test_distillation_is_its_formula_pulls_blocks_alone_and_takes_checkpointing() -> None:
     model = bagel()
     data = Mixed(model)
     batch = pack_training(model.config, [data.sequence(n, torch.Generator()) for n in range(4)])
@@ -166,12 +166,16 @@ def test_the_loss_of_distillation_is_its_formula_and_checkpointing_changes_nothi
         handle.remove()
     torch.testing.assert_close(plain.detach(), torch.stack(errors).mean())
     out = training_forward(model, batch, distill=True, checkpointing=True)
-    weights = [own for own in model.parameters() if own.requires_grad]
+    named = [own for own in model.named_parameters() if own[1].requires_grad]
+    names, weights = zip(*named, strict=True)
     found = [
         torch.autograd.grad(loss, weights, allow_unused=True)
         for loss in (plain, distillation_loss(out.routing))
     ]
-    assert any(own is not None and own.any() for own in found[0])
+    # The block alone is pulled, not what gives its inputs.
+    pulled = {n for n, own in zip(names, found[0], strict=True) if own is not None and own.any()}
+    assert all(".mlp" in name for name in pulled)
+    assert any(name.endswith("gate.weight") for name in pulled)
     torch.testing.assert_close(*found)
 
 

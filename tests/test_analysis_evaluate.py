@@ -14,7 +14,7 @@ from PIL import Image
 from refusals import refused
 
 from sparse_unified.analysis import Sample, Settings
-from sparse_unified.analysis.evaluate import evaluate
+from sparse_unified.analysis.evaluate import Evaluation, evaluate
 from sparse_unified.checkpoint import PruneWidthConfig, prune
 from sparse_unified.cli import main
 
@@ -71,6 +71,16 @@ def test_active_experts_are_those_asked_for(golden: Any, dense: Path, tmp_path: 
     assert 4 * mixed["active"] == 3 * own["active"] + all_of_them["active"]
     given = ([dense], tmp_path / "no", samples)
     refused("top_k must come with a sparse", evaluate, *given, settings=Settings(top_k=2))
+
+
+def test_the_report_names_the_settings_and_says_which_are_official() -> None:
+    row = {"name": "a", "kind": "dense", "parameters": 1, "active": 1, "metrics": {}, "seconds": {}}
+    for settings, is_official in ((Settings(top_k=2), True), (Settings(timestep_shift=1.0), False)):
+        run = {"settings": settings.stated(), "dtype": "float32", "device": "cpu"}
+        text = Evaluation(run=run, better={}, models=(row,), left=0).to_markdown()
+        assert "num_timesteps 25" in text
+        assert ("official guidance and shift" in text) is is_official
+        assert ("timestep_shift 1.0" in text) is not is_official
 
 
 def comparable(folder: Path) -> Any:

@@ -65,6 +65,8 @@ def activation_map(component: str, num_ranges: int) -> dict[str, Any]:
         "chance": 0.15,
         "never_by_time": torch.rand(4, num_ranges).tolist(),
         "always_by_time": torch.rand(4, num_ranges).tolist(),
+        "never_at_any_time": (torch.rand(4) / 2).tolist(),
+        "always_at_all_times": (torch.rand(4) / 2).tolist(),
     }
 
 
@@ -115,3 +117,14 @@ def test_overlap_says_where_there_is_nothing_to_compare() -> None:
     assert set(lines(steps)) == {"gen", "chance"}
     _, steps = plots.overlap("generation", [activation_map("und", 1)]).axes
     assert "nothing to compare" in steps.texts[0].get_text()
+
+
+def test_never_and_always_active_neurons_of_each_layer_stand_beside_their_times() -> None:
+    maps = [activation_map("und", 1), activation_map("gen", 10)]
+    figure = plots.never_always("generation", maps)
+    panels = {panel.get_title(loc="left"): panel for panel in figure.axes}
+    for name in ("never_at_any_time", "always_at_all_times"):
+        panel = panels[name.replace("_", " ")]
+        drawn = {own["component"]: list(zip(own[name], range(4), strict=True)) for own in maps}
+        assert lines(panel) == drawn
+        assert panel.get_ylim() == (-0.5, 3.5)  # layer beside layer of the heat maps

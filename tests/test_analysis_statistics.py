@@ -229,6 +229,11 @@ def test_maps_run_from_noise_to_image_and_end_with_what_has_no_time() -> None:
         assert gen["firing"][row] == sums.firing_rate()[[4, 1]].tolist()
         assert gen["overlap"][row] == sums.sample_overlap().nanmean()
     assert gen["steps"] == [None] * 3  # no sample has two ranges side by side
+    for row, sums in enumerate(statistics.of("task", "gen").values()):
+        sets = unpack_bits(sums.active[:, [4, 1]])[..., : sums.sum_abs.shape[1]].flatten(0, 1)
+        assert gen["never_at_any_time"][row] == float((~sets.any(0)).double().mean())
+        assert gen["always_at_all_times"][row] == float(sets.all(0).double().mean())
+        assert gen["never_at_any_time"][row] < min(gen["never_by_time"][row])
     assert gen["chance"] == pytest.approx(0.25 / 1.75)
     json.dumps([und, gen], allow_nan=False)
 
@@ -387,5 +392,6 @@ def test_neurons_that_no_sample_or_every_sample_uses_are_counted() -> None:
     never, always = sums.never_and_always()
     assert float(never[0]) == float((~sets[0] & ~sets[1]).double().mean()) > 0
     assert float(always[0]) == float((sets[0] & sets[1]).double().mean())
+    assert (never[-1], always[-1]) == (never[0], always[0])  # all of the only range with tokens
     alone = gather(model, {"a": torch.arange(3, 9)[None]}).of("text", "und")[0]
     assert alone.never_and_always()[0].isnan().all()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from sparse_unified.analysis import (
     run_sweep,
     score,
 )
+from sparse_unified.analysis.evaluators import Cost, measure_cost
 from sparse_unified.analysis.store import open_store
 from sparse_unified.surgery import PruneWidthConfig, changed
 from sparse_unified.surgery.decoder import find_adapter
@@ -161,12 +163,35 @@ def test_ratios_are_those_that_are_kept_and_points_are_measured_once(tmp_path: P
 def test_shards_of_a_sweep_are_one_sweep(tmp_path: Path) -> None:
     model = models.qwen()
     whole = sweep(model, tmp_path / "whole")
-    first = sweep(model, tmp_path / "out", shard=(0, 2))
-    assert len(first.tasks["text"]["points"]) == 2
+    second = sweep(model, tmp_path / "out", shard=(1, 2))
+    assert second.tasks == {}
+    assert "the dense model on text is left to another process" in second.to_text()
     assert not (tmp_path / "out" / "results.json").exists()
-    both = sweep(model, tmp_path / "out", shard=(1, 2))
+    both = sweep(model, tmp_path / "out", shard=(0, 2))
     assert comparable(both) == comparable(whole)
+    assert "not finished" not in both.to_text()
     assert (tmp_path / "out" / "results.json").exists()
+    counts = [path.read_text().count("\n") for path in tmp_path.glob("out/shard-*/points.jsonl")]
+    assert sorted(counts) == [2, 3]  # each of five once, the dense model among them
+
+
+@pytest.mark.parametrize(("again", "ratio"), [((0.9, 1.2), "(2.00x)"), ((0.4, 1.2), None)])
+def test_a_ratio_of_times_is_given_where_their_ranges_stand_apart(
+    again: tuple[float, float], ratio: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The dense model; then it, a point, and it again.
+    times = iter([((0.1, 0.1), 0.1), ((0.8, 1.2), 1.0), ((0.45, 0.55), 0.5), (again, 1.0)])
+
+    def measured(*given: Any, **options: Any) -> Cost:
+        cost, (seconds_range, seconds) = measure_cost(*given, **options), next(times)
+        return dataclasses.replace(cost, seconds=seconds, seconds_range=seconds_range)
+
+    monkeypatch.setattr("sparse_unified.analysis.sweep.measure_cost", measured)
+    changes = {"axes": ("width",), "ratios": (0.5,)}
+    table = sweep(models.qwen(), tmp_path / "out", config=changes).to_text()
+    assert "500 [450, 550]" in table
+    assert ("x)" in table) is (ratio is not None)
+    assert ratio is None or ratio in table
 
 
 def test_measured_criteria_rank_what_the_task_uses(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_calibrate_writes_statistics_and_scores_that_prune_takes(
     assert main([*pruned, "--component", "gen", "--keep-ratio", "0.5"]) == 0
     # The file says what it is, and is refused by another model.
     recipe = (tmp_path / "pruned" / "sparse_unified.json").read_text()
-    assert "file scores.safetensors (wanda, 2 of generation)" in recipe
+    of_model = f"gen FFNs {statistics.model_hashes['gen']}"
+    assert f"file scores.safetensors (wanda, 2 of generation, {of_model})" in recipe
     capsys.readouterr()
     again = ["prune", str(tmp_path / "pruned"), str(tmp_path / "again"), "--scores", str(scores)]
     for words in ("--axis width", "--axis depth"):
@@ -74,6 +75,20 @@ def test_calibrate_writes_statistics_and_scores_that_prune_takes(
     gone = sorted(sorted(values, key=lambda n: -values[n])[:count])
     assert step["config"]["layers"] == gone
     assert gone
+
+
+def test_an_expert_without_tokens_has_no_score_and_statistics_stay(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse, out, scores = (tmp_path / name for name in ("sparse", "s.safetensors", "x.safetensors"))
+    assert main(["convert", str(model), str(sparse), "--num-experts=4", "--top-k=1"]) == 0
+    arguments = ["--task", "generation", "--samples", "1", "--component", "gen"]
+    assert run_calibrate(sparse, out, *arguments, "--scores", str(scores)) == 1
+    error = capsys.readouterr().err
+    assert "layers.1.mlp_moe_gen.experts.1: tokens must be at least one, got none; " in error
+    assert "--router-init activation" in error
+    assert not scores.exists()
+    assert len(FfnStatistics.load(out).of("generation", "gen")) == 2 + 4
 
 
 def test_calibrate_merges_and_prints_json(model: Path, tmp_path: Path, capsys: Any) -> None:
@@ -141,6 +156,28 @@ def test_editing_needs_no_files(model: Path, tmp_path: Path, capsys: Any) -> Non
     (point,) = json.loads(capsys.readouterr().out)["tasks"]["editing"]["points"]
     assert point["metrics"]["latent_distance"] > 0
     assert analyze(model, tmp_path / "out", *arguments) == 0  # drawn anew, and the same run
+
+
+def test_a_folder_has_the_geneval_images_of_one_protocol(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a cup", "a boat"):
+        metadata = {"tag": "single", "include": [{"class": name}], "prompt": name}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(metadata))
+    out = tmp_path / "out"
+    arguments = ["--task", "generation", "--samples", "1", "--component", "gen", "--axis", "width"]
+    arguments += ["--ratios", "1", "--criterion", "magnitude", "--no-plots", "--geneval"]
+    first = [*arguments, f"{tmp_path}/a cup.jsonl", "--geneval-images", "1"]
+    for _ in range(2):
+        assert analyze(model, out, *first) == 0
+        assert len(list(out.glob("geneval/*/00000/samples/*.png"))) == 2  # of the dense one, too
+    for other in (
+        [*arguments, f"{tmp_path}/a boat.jsonl", "--geneval-images", "1"],
+        [*arguments, f"{tmp_path}/a cup.jsonl", "--geneval-images", "2"],
+        arguments[:-1],
+    ):
+        assert analyze(model, out, *other) == 1
+        assert "must be of the same run, or another folder, got geneval" in capsys.readouterr().err
 
 
 @pytest.mark.slow

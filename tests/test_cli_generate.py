@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from frozen.model import identity_autoencoder
 from refusals import refused
 
 from sparse_unified.bagel import BagelPipeline, StepCache
 from sparse_unified.bagel.images import ImageProcessor
 from sparse_unified.checkpoint import PruneWidthConfig, convert, prune
 from sparse_unified.cli import app, main
-from sparse_unified.mini import MiniTask, load_pipeline, write_model
+from sparse_unified.mini import load_pipeline, write_model
 
 image = pytest.importorskip("PIL.Image")
 
@@ -192,20 +193,20 @@ QUICK = {**PAGE, "num_timesteps": 8, "seed": 3}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("app")
-    dense = write_model(MiniTask.SCENES, root / "dense")
+    dense = write_model(root / "dense")
     prune(dense, root / "pruned", [PruneWidthConfig(component="gen", keep_ratio=0.5)])
     convert(dense, root / "sparse", num_experts=16, top_k=8, layers="all")
     return {name: load_pipeline(root / name) for name in ("dense", "pruned", "sparse")}
 
 
 def test_models_draw_from_the_same_noise_and_all_experts_are_the_dense_model(models: Any) -> None:
-    some = {name: found for name, *found in app.draw(models, "a red square", **QUICK)}
+    some = {name: found for name, *found in app.draw(models, "a red star", **QUICK)}
     every_expert = QUICK | {"top_k": {"sparse": 16}}
-    every = {name: found for name, *found in app.draw(models, "a red square", **every_expert)}
+    every = {name: found for name, *found in app.draw(models, "a red star", **every_expert)}
     dense, sparse = every["dense"][0].tobytes(), every["sparse"][0].tobytes()
     assert dense == some["dense"][0].tobytes() != some["sparse"][0].tobytes()
     assert max(abs(a - b) for a, b in zip(dense, sparse, strict=True)) <= 1
-    assert "229,440 of 376,896 parameters of gen layers" in some["sparse"][1]
+    assert "192,576 of 266,304 parameters of gen layers" in some["sparse"][1]
     refused("prompt must not be empty", list, app.draw(models, " ", **every_expert))
     assert {block.top_k for block in app.sparse_blocks(models["sparse"]).values()} == {8}
 
@@ -238,14 +239,15 @@ def test_images_are_edited_with_cached_steps_and_asked_about(models: Any) -> Non
     red = image.new("RGB", (16, 16), "red")
     edited = list(app.draw(models, "a red cross", images=red, interval=3, size=(32, 32), **QUICK))
     assert [name for name, *_ in edited] == [name for name in models for _ in range(8)]
-    assert {drawn.size for _, drawn, _ in edited} == {(256, 256)}
+    assert {drawn.size for _, drawn, _ in edited} == {(288, 288)}
     assert [text for *_, text in edited[:7]] == [f"step {n}" for n in range(1, 8)]
     assert "5 of 7 steps computed" in edited[7][2]
 
 
 def test_previews_come_closer_and_the_last_one_is_the_image(models: Any) -> None:
     dense = {"dense": models["dense"]}
-    *steps, last, drawn = (found for _, found, _ in app.draw(dense, "a red square", **QUICK))
+    options = QUICK | {"num_timesteps": 20}
+    *steps, last, drawn = (found for _, found, _ in app.draw(dense, "a red star", **options))
     far = [
         sum(abs(a - b) for a, b in zip(step.tobytes(), drawn.tobytes(), strict=True))
         for step in steps
@@ -255,9 +257,9 @@ def test_previews_come_closer_and_the_last_one_is_the_image(models: Any) -> None
 
 
 def test_large_images_are_previewed_small(models: Any) -> None:
-    given = models["dense"].image_processor
-    config = dataclasses.replace(given.config, max_latent_size=72)
-    processor = ImageProcessor(config, given.vae)
+    given = models["dense"].image_processor.config
+    config = dataclasses.replace(given, latent_channels=3, vae_downsample=2, max_latent_size=72)
+    processor = ImageProcessor(config, identity_autoencoder(1.0, 2))
     tokens = torch.randn(72 * 36, config.token_channels) / 8
     large, small = (processor.decode(tokens, (288, 144), small=own) for own in (False, True))
     assert (large.size, small.size) == ((144, 288), (72, 144))
@@ -272,13 +274,32 @@ def test_questions_are_answered_by_each_model(models: Any) -> None:
 
 @pytest.mark.parametrize("words", ["different ones", "num_timesteps", "same image size", "[app]"])
 def test_what_cannot_be_shown_is_refused(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    a, b = (str(write_model(task, tmp_path / task.value)) for task in MiniTask)
+    a, b = str(write_model(tmp_path / "mini")), str(model)
     wrong = {"different ones": [a, a], "num_timesteps": [a, "--steps", "1"], "[app]": [a]}
     monkeypatch.setitem(sys.modules, "gradio", None if words == "[app]" else pytest)  # not reached
     assert main(["app", *wrong.get(words, [a, b])]) == (2 if words == "different ones" else 1)
     assert words in capsys.readouterr().err
+
+
+def test_the_page_draws_with_the_guidance_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    given: dict[str, Any] = {}
+
+    def build(models: Any, **sampling: Any) -> None:
+        given.update(sampling)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "build_page", build)
+    monkeypatch.setitem(sys.modules, "gradio", pytest)
+    mini = str(write_model(tmp_path / "mini"))
+    own = {"size": None, "num_timesteps": 50, "timestep_shift": 3.0, "cfg_text_scale": 4.0}
+    assert main(["app", mini]) == 130
+    assert given == own | {"cfg_renorm_min": 0.0}  # the rest is official, for drawing and editing
+    options = "--cfg-interval 0,1 --cfg-img-scale 3 --cfg-renorm-type channel --cfg-renorm-min .5"
+    assert main(["app", mini, *options.split()]) == 130
+    more = {"cfg_interval": (0.0, 1.0), "cfg_img_scale": 3.0, "cfg_renorm_type": "channel"}
+    assert given == own | more | {"cfg_renorm_min": 0.5}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from miniature.__main__ import main as miniature
 from sparse_unified.bagel import BagelPipeline
 from sparse_unified.checkpoint import convert, prune
 from sparse_unified.cli import build_parser, main
+from sparse_unified.cli.console import split_json_flag
 from sparse_unified.fixtures import write_checkpoint
-from sparse_unified.surgery import SkipLayersConfig
+from sparse_unified.surgery import MoEConfig, SkipLayersConfig, apply_moe_
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -36,12 +38,13 @@ DOCUMENTS = [
     *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "api.md"),
 ]
 
+TORCHRUN = "torchrun --nproc-per-node 8 -m sparse_unified.cli"
 # A document's sizes -> those of the tiny models; a GPU -> the CPU; a hub id -> a directory.
 REPLACED = (
     ("LLM-Drop/BAGEL-MoE-7B-GEN-16to8", "BAGEL-16to8"),
     ('device="cuda"', 'device="cpu"'),
     ("--device cuda", "--device cpu"),
-    ("torchrun --nproc-per-node 8 -m sparse_unified.cli", "sparse-unified"),
+    (TORCHRUN, "sparse-unified"),
     ("size=(512, 512)", "size=(32, 32), num_timesteps=3"),
     ("--size 512x512", "--size 32x32"),
     ("--steps 1000", "--steps 2"),
@@ -56,7 +59,7 @@ REPLACED = (
     ("--layers 1-26", "--layers 1"),
     ('layers="20-23"', 'layers="1"'),
     ("bagel-16to8-T4096", "odd-5to2-T1"),
-    ("docs/miniature.", "miniature."),
+    ("docs/study.", "study."),
     ('"num_timesteps": 20', '"num_timesteps": 2'),
     ("timeit(5)", "timeit(1)"),
 )
@@ -77,7 +80,8 @@ NOT_RUN = {
     "make": "a target of the Makefile, which runs this test or what CI runs beside it",
     "pip install": "changes the environment; tests/wheel_smoke.py installs into one of its own",
     "python experiments/full_scale.py": "writes a model of 29 GB",
-    "python examples/miniature train": "takes an hour",
+    "python examples/miniature train": "takes half an hour",
+    "python examples/miniature autoencoder": "takes ten minutes",
     "torchrun --nproc-per-node 8 examples/automodel.py": "tests/test_automodel.py runs it, tiny",
     "sparse-unified decoder": "tests/test_cli_decoder.py runs it on a tiny text encoder",
     "sparse-unified doctor": "tests/test_doctor.py runs it on a few of the checks",
@@ -95,13 +99,20 @@ def blocks(path: Path, *languages: str) -> list[str]:
 
 
 def commands(path: Path) -> list[str]:
-    """The commands of a document in order, a continued one in one line, without comments."""
+    """The commands of a document in order, a continued one in one line, without comments.
+
+    `NAME="..."` on a line of its own is put in for `$NAME` below.
+    """
     found: list[str] = []
+    variables: dict[str, str] = {}
     for text in blocks(path, *LANGUAGES):
         continued = False
         for line in text.splitlines():
             bare = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
+            if stated := re.match(r'([A-Z]+)="(.*)"', line):
+                variables[stated[1]] = stated[2]
             if bare.split(" ")[0] in PROGRAMS:
+                bare = string.Template(bare).safe_substitute(variables)
                 found.append(re.sub(r"\s+#.*", "", bare))
                 continued = True
             elif continued and line.startswith("    "):
@@ -109,6 +120,12 @@ def commands(path: Path) -> list[str]:
             else:
                 continued = False
     return found
+
+
+def named(path: Path) -> list[str]:
+    """The commands of a document that are only looked at: those in its tables, with arguments."""
+    rows = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    return re.findall(r"`(sparse-unified [^` ]+ [^`]+)`", "\n".join(rows))
 
 
 def shrink(text: str) -> str:
@@ -129,8 +146,7 @@ def arguments_of(command: str) -> list[str]:
         text = bare
     words = shlex.split(text)[1:]
     words += OPEN.get(words[0], ()) if "[" in command else ()
-    tiny = words[:2] == ["generate", "model"]  # of mini write, whose images have 8 pixels
-    return [*words, *(() if tiny else ADDED.get(words[0], ()))]
+    return [*words, *ADDED.get(words[0], ())]
 
 
 def options_named(command: str) -> list[str]:
@@ -149,8 +165,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for picture in analysis_models.pictures(root / "images", 2, size=(48, 32)):
         picture.with_suffix(".txt").write_text("a bench")
     shutil.copy(root / "images" / "0.png", root / "room.png")
-    (root / "FILE").write_text("a bench\na dog\n")
-    for name in ("miniature.json", "miniature.md"):
+    for name in ("FILE", "prompts.txt", "wise.txt"):
+        (root / name).write_text("a bench\na dog\n")
+    (root / "questions.jsonl").write_text('{"prompt": "what is it", "source": "room.png"}')
+    row = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"}
+    (root / "evaluation_metadata.jsonl").write_text(json.dumps(row))
+    (root / "my_scorer.py").write_text(
+        "def score(folder):\n    return {'geneval': 0.5}\n\nscore.better = {'geneval': 'higher'}\n"
+    )
+    for name in ("study.json", "study.md"):
         shutil.copy(ROOT / "docs" / name, root / name)
     return root
 
@@ -200,13 +223,17 @@ def test_options_that_documents_name_are_taken_by_their_command(path: Path) -> N
         action.choices for action in build_parser()._actions if hasattr(action, "choices")
         and isinstance(action.choices, dict)
     )  # fmt: skip
-    for command in commands(path):
+    tabled = named(path)
+    for written in (*commands(path), *tabled):
+        command = written.replace(TORCHRUN, "sparse-unified")
         words = command.split()
         if words[0] != "sparse-unified" or words[1] in ("bench", "mini"):
             continue
         parsers[words[1]].fill()
         known = parsers[words[1]]._option_string_actions
         assert [name for name in options_named(command) if name not in known] == [], command
+        if written in tabled or not_run(command):  # others are run above
+            build_parser().parse_args(split_json_flag(arguments_of(command)))
 
 
 def test_the_command_that_writes_29_gb_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +286,11 @@ def adaptation_names() -> dict[str, Any]:
     config = model.config
     patch, pixels = config.latent_patch_size, config.vision.patch_size
     latent = torch.randn(config.token_channels // patch**2, 2 * patch, 2 * patch)
+    decoder = analysis_models.qwen()
+    apply_moe_(decoder, MoEConfig(component="und", num_experts=4, top_k=2, layers="all"))
     return {
+        "decoder": decoder,
+        "ids": torch.arange(3, 12)[None],
         "pipeline": BagelPipeline.from_pretrained("BAGEL-7B-MoT"),
         "samples": built_in_samples(Task.GENERATION, 1),
         "model": model,

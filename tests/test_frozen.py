@@ -10,19 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 FROZEN = Path(__file__).parent / "frozen"
 
 
-@pytest.fixture(scope="module")
-def recorded() -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("frozen_record", FROZEN / "record.py")
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"frozen_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # Recorded when torch's products ran the dense FFNs; the kernel rounds otherwise.
+    return module
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Any]:
+    module, model = (load(FROZEN / name) for name in ("record.py", "model.py"))
     with pytest.MonkeyPatch.context() as patch:
+        # The package held another miniature then.
+        patch.setattr("sparse_unified.cli.checkpoint.write_model", model.write_dense)
+        # Recorded when torch's products ran the dense FFNs; the kernel rounds otherwise.
         patch.setattr("sparse_unified.nn.dense._KERNEL_TOKENS", math.inf)
         made = json.loads(json.dumps(module.record()))
     # A budget and two ways to load came later, each at its end of the list.
@@ -30,6 +38,20 @@ def recorded() -> dict[str, Any]:
     assert memory["budgets"].pop(0) == 10
     memory["rows"] = [row | {"fits": row["fits"][1:]} for row in memory["rows"][:8]]
     return made
+
+
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_an_autoencoder_of_the_identity_decodes_in_tiles(downsample: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vae = load(FROZEN / "model.py").identity_autoencoder(1.5, downsample)
+    blocks = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
+    pixels = blocks.repeat_interleave(downsample, 2).repeat_interleave(downsample, 3)
+    latent = vae.encode(pixels)
+    torch.testing.assert_close(latent, 1.5 * blocks, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(latent), pixels, rtol=4e-4, atol=1e-5)
+    for tile in (3, 5, 7):  # tiles cover all of it, and blend
+        assert vae.decode(latent, tile=tile).isfinite().all()
+        torch.testing.assert_close(vae.decode(latent, tile=tile), pixels, rtol=4e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

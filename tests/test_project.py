@@ -159,8 +159,9 @@ def test_what_is_imported_is_in_the_extra_that_is_named_for_it() -> None:
     core = {"torch", "numpy", "safetensors", "setuptools"}
     anything = set().union(core, *extras.values())
     folders = ("sparse_unified", "bench", "docs", "examples", "experiments", "tests")
-    own = {path.stem for path in sources("docs", "examples", "experiments", "tests")}
-    known = {*sys.stdlib_module_names, *OF_OTHERS, *own, "sparse_unified", "miniature"}
+    files = sources("docs", "examples", "experiments", "tests")
+    own = {name for path in files for name in (path.stem, path.parent.name)}
+    known = {*sys.stdlib_module_names, *OF_OTHERS, *own, "sparse_unified"}
 
     def is_there(module: str, where: set[str]) -> bool:
         name = module.partition(".")[0]

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ from sparse_unified import (
     prune_width_,
     restore_,
 )
+from sparse_unified.analysis import save_scores, score
 from sparse_unified.checkpoint import Checkpoint, convert, info, invert, prune, verify
 from sparse_unified.experts.keep import Budget
 
@@ -214,6 +216,35 @@ def test_given_scores_are_in_expert_order_and_random_ones_repeat(
         prune(dense, tmp_path / name, [*WIDTHS, *FEWER_HEADS], seed=seed)
     a, b, c = (snapshot(tmp_path / name)["ema.safetensors"] for name in "abc")
     assert a == b != c
+
+
+@pytest.mark.parametrize("experts", [FOUR, FOUR | {"num_shared_experts": 2}], ids=["4", "4+2"])
+def test_a_scores_file_is_of_the_model_it_names(
+    experts: dict[str, int], dense: Path, tmp_path: Path
+) -> None:
+    path, directory, out = (tmp_path / name for name in ("scores.safetensors", "sparse", "out"))
+    live = load(dense)
+    save_scores(path, score("magnitude", live), model=live)
+    # Experts, in a file or live, have their neurons in another order than the dense FFN.
+    convert(dense, directory, **experts, scores=path)
+    sparse = load(directory)
+    match = "must be of this model, whose gen FFNs have the hash .*; calibrate this model, or"
+    refuse(match, directory, tmp_path, GEN_HALF, scores=path)
+    for model, run, config in (
+        (sparse, prune_width_, GEN_HALF),
+        (small_bagel(seed=1), prune_width_, GEN_HALF),
+        (small_bagel(seed=1), prune_heads_, PruneHeadsConfig()),
+        (small_bagel(seed=1), apply_moe_, MoEConfig(**experts)),
+    ):
+        refused(f"{run.__name__}: scores: .*{match}", run, model, config, path)
+    refused("data to tell a model", prune_width_, small_bagel().to("meta"), GEN_HALF, path)
+    apply_moe_(live, MoEConfig(**experts), path)
+    assert_equal(outputs(live), outputs(sparse))
+    # Those of the sparse model are taken, wherever it is.
+    save_scores(path, score("magnitude", sparse), model=SimpleNamespace(model=sparse))
+    prune(directory, out, GEN_HALF, scores=path)
+    prune_width_(sparse, GEN_HALF, path)
+    assert_equal(outputs(sparse), outputs(load(out)))
 
 
 # What cannot be pruned or read as pruned is refused by name, and damage is found

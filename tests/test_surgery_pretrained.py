@@ -86,6 +86,16 @@ def test_a_changed_decoder_comes_back_from_disk_and_is_restored(name: str, tmp_p
     assert torch.equal(logits(model), dense)
 
 
+def test_heads_of_a_decoder_pass_over_blocks_that_are_left_out() -> None:
+    model = qwen2()
+    skip(model, "block")
+    heads = PruneHeadsConfig(component="und", keep_ratio=0.5, layers="all")
+    layers = {part.layer for part in prune_heads_(model, heads).parts}
+    assert layers == set(range(len(model.model.layers))) - {1}
+    with pytest.raises(ValueError, match="layers must have a und attention, got 1, which skip it"):
+        prune_heads_(model, PruneHeadsConfig(component="und", layers=[1]))
+
+
 def test_every_parameter_of_a_text_decoder_is_used() -> None:
     """A parameter without a gradient stops DDP."""
     model = qwen2()

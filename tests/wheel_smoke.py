@@ -53,7 +53,7 @@ print(json.dumps(build_info().to_dict()))
 COMMANDS = (
     "--version",
     "info",
-    "mini write digits dense",
+    "mini write scenes dense",
     "info dense",
     "convert dense sparse --num-experts 4 --top-k 2",
     "verify sparse --against dense",

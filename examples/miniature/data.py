@@ -1,145 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training sequences of the two tasks: pictures to generate, and questions to answer about them."""
+"""Training sequences: scenes to generate from prompts, and questions to answer about scenes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from miniature import digits, scenes
+from miniature import scenes
+from miniature.autoencoder import draw_pictures
 from sparse_unified.adapt import SequenceConfig
 from sparse_unified.adapt.data import generation_sequence, understanding_sequence
 from sparse_unified.bagel.packing import Segment
-from sparse_unified.mini.model import SHAPES, MiniTask, encode, mini_config
+from sparse_unified.mini.model import TIMESTEP_SHIFT, encode, mini_autoencoder, mini_config
 
-_SCENES_PER_EPOCH = 4096
-_QUESTIONS_PER_SCENE = 4
-
-
-# Pixels [3, H, W] in [-1, 1] of an index, with their prompt, or with questions and answers.
-Picture = Callable[[int, torch.Generator], tuple[Tensor, str]]
-Questions = Callable[[int, torch.Generator], tuple[Tensor, list[tuple[str, str]]]]
+_SEQUENCES_PER_EPOCH = 12288
+_QUESTIONS_PER_SCENE = 5
+SEQUENCE = SequenceConfig(timestep_shift=TIMESTEP_SHIFT)
 
 
 class MiniDataset:
-    """Half of its sequences generate a picture from its prompt, half answer questions.
+    """Three of four sequences generate a scene from its prompt, one answers questions; always new.
+
+    A column of the training prompts comes as often as another, and twice as often as one of them
+    prompts that say in which cells objects are (`scenes.draw_placed_prompt`). No question is about
+    a scene that is held out.
 
     Args:
-        task: for the markers and the latents.
-        count: sequences of each half.
-        picture, questions: what they are made of.
+        config: of the sequences.
     """
 
-    def __init__(
-        self,
-        task: MiniTask,
-        count: int,
-        picture: Picture,
-        questions: Questions,
-        config: SequenceConfig | None,
-    ) -> None:
-        self.picture, self.questions = picture, questions
-        self._markers = mini_config(task).special_tokens
-        self._task = task
-        self._config = config or SequenceConfig(timestep_shift=SHAPES[task].timestep_shift)
-        self._count = count
+    def __init__(self, config: SequenceConfig = SEQUENCE) -> None:
+        self._markers = mini_config().special_tokens
+        self._config = config
+        train = scenes.split_prompts()[0]
+        self._columns = [[p for p in train if p.column == name] for name in scenes.COLUMNS]
 
     def __len__(self) -> int:
-        return 2 * self._count
+        return _SEQUENCES_PER_EPOCH
+
+    def scene(self, index: int, generator: torch.Generator) -> tuple[list[scenes.Object], str]:
+        """Returns the objects of a scene to generate, and its prompt."""
+        column = index % (len(self._columns) + 2)
+        if column < len(self._columns):
+            prompts = self._columns[column]
+            prompt = prompts[int(torch.randint(len(prompts), (), generator=generator))]
+        else:
+            prompt = scenes.draw_placed_prompt(generator)
+        return prompt.draw(generator, apart=True), prompt.text
+
+    def questions(self, index: int, generator: torch.Generator) -> list[scenes.Question]:
+        """Returns questions about one scene, the first one of the kind whose turn it is."""
+        kinds = (*scenes.QUESTION_KINDS, scenes.PLACE)
+        kind = kinds[index % len(kinds)]
+        first, *others = scenes.draw_questions(kind, generator, held_out=False)
+        order = torch.randperm(len(others), generator=generator).tolist()
+        return [first, *(others[i] for i in order[: _QUESTIONS_PER_SCENE - 1])]
 
     def sequence(self, index: int, generator: torch.Generator) -> list[Segment]:
-        """Returns a sequence: of generation for an even index, of understanding for an odd one."""
-        if index % 2:
-            pixels, asked = self.questions(index // 2, generator)
-            sequence: list[Segment] = []
-            for question, answer in asked:
-                seen = [] if sequence else [pixels]
-                sequence += understanding_sequence(
-                    self._markers, seen, encode(question), encode(answer)
-                )
-            return sequence
-        pixels, prompt = self.picture(index // 2, generator)
-        latent = latent_of(self._task, pixels)
-        return generation_sequence(self._markers, encode(prompt), latent, generator, self._config)
+        """Returns a sequence, of understanding for every fourth index."""
+        turn, place = divmod(index, 4)
+        if place < 3:
+            objects, prompt = self.scene(3 * turn + place, generator)
+            latent = latent_of(scenes.kinds_of(objects))
+            ids = encode(prompt)
+            return generation_sequence(self._markers, ids, latent, generator, self._config)
+        sequence: list[Segment] = []
+        for question in self.questions(turn, generator):
+            seen = [] if sequence else [scenes.render(question.objects)]
+            text, answer = encode(question.text), encode(question.answer)
+            sequence += understanding_sequence(self._markers, seen, text, answer)
+        return sequence
 
 
-def _digits(config: SequenceConfig | None) -> MiniDataset:
-    """The training images of `digits`, each once an epoch in either half.
+def latent_of(kinds: list[int]) -> Tensor:
+    """Returns the scaled latent [4, 6, 6] of a scene with these kinds in its nine cells.
 
-    Half of the time an image is moved by a pixel, for there are no more than 1497.
+    It is put together from the mean code of each kind, which is cheaper than encoding a picture;
+    what the autoencoder makes of the picture differs a little, with the cells around.
     """
-    pixels, numbers = digits.load()
-    index = digits.split()[0]
-
-    def picture(number: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        at = index[number]
-        return pixels[at], digits.prompt_of(int(numbers[at]))
-
-    def questions(number: int, generator: torch.Generator) -> tuple[Tensor, list[tuple[str, str]]]:
-        at = index[number]
-        asked = [(digits.QUESTION, digits.NAMES[int(numbers[at])])]
-        return _moved(pixels[at], generator), asked
-
-    return MiniDataset(MiniTask.DIGITS, len(index), picture, questions, config)
+    return scenes.picture_of(_codes()[kinds])
 
 
-def _scenes(config: SequenceConfig | None) -> MiniDataset:
-    """Scenes of the training prompts, a column as often as another, and questions; always new.
-
-    Beside the columns and kinds that are tested, as often as one of them, there are prompts and
-    questions about the half of the picture that an object is in (`scenes.placed_prompts`).
-    """
-    columns: dict[str, list[scenes.ScenePrompt]] = {}
-    for prompt in scenes.split_prompts()[0] + scenes.placed_prompts():
-        columns.setdefault(prompt.column, []).append(prompt)
-    kinds = (*scenes.QUESTION_KINDS, "place")
-
-    def picture(index: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        prompts = list(columns.values())[index % len(columns)]
-        prompt = prompts[int(torch.randint(len(prompts), (), generator=generator))]
-        return scenes.render(prompt.draw(generator)), prompt.text
-
-    def questions(index: int, generator: torch.Generator) -> tuple[Tensor, list[tuple[str, str]]]:
-        first, *others = scenes.draw_questions(kinds[index % len(kinds)], generator)
-        order = torch.randperm(len(others), generator=generator).tolist()
-        asked = [first, *(others[i] for i in order[: _QUESTIONS_PER_SCENE - 1])]
-        return scenes.render(first.objects), [(q.text, q.answer) for q in asked]
-
-    return MiniDataset(MiniTask.SCENES, _SCENES_PER_EPOCH, picture, questions, config)
+@cache
+def _codes() -> Tensor:
+    """Returns the mean latent [109, 4, 2, 2] of each kind of cell among random others."""
+    pixels, kinds = draw_pictures(1024, torch.Generator().manual_seed(0))
+    latents = mini_autoencoder().encode(pixels)
+    cells = latents.unfold(2, 2, 2).unfold(3, 2, 2)  # [B, 4, 3, 3, 2, 2]
+    cells = cells.permute(0, 2, 3, 1, 4, 5).reshape(-1, *cells[0, :, 0, 0].shape)
+    total = torch.zeros(len(scenes.templates()), *cells.shape[1:])
+    total.index_add_(0, kinds.flatten(), cells)
+    return total / kinds.flatten().bincount(minlength=len(total))[:, None, None, None]
 
 
-def latent_of(task: MiniTask, pixels: Tensor) -> Tensor:
-    """Returns the scaled latent [3, h, w] of pixels [3, H, W], as the autoencoder does."""
-    step = SHAPES[task].downsample
-    return SHAPES[task].gain * pixels[:, ::step, ::step]
+def write_picture(path: Path, pixels: Tensor) -> None:
+    """Writes pixels [3, H, W], about in [-1, 1], as a PNG."""
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    Image.fromarray(values.permute(1, 2, 0).numpy()).save(path)
 
 
-def training_data(task: MiniTask, config: SequenceConfig | None = None) -> MiniDataset:
-    """Returns what a task is trained on."""
-    return _digits(config) if task is MiniTask.DIGITS else _scenes(config)
-
-
-def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Moves an image [3, H, W] by a pixel to one of four sides, half of the time."""
-    way = int(torch.randint(8, (), generator=generator))
-    if way >= 4:
-        return pixels
-    dim, shift = 1 + way // 2, 1 - 2 * (way % 2)
-    moved = pixels.roll(shift, dim)
-    moved.select(dim, 0 if shift > 0 else -1).fill_(-1.0)
-    return moved
-
-
-def write_records(task: MiniTask, folder: Path, count: int, seed: int = 0) -> Path:
+def write_records(folder: Path, count: int, seed: int = 0) -> Path:
     """Writes training data as files: pictures, and records of them as `adapt` and analysis read.
 
     Args:
-        task: whose.
         folder: to make; it gets pictures and `records.jsonl`.
         count: pictures with a prompt, and as many with a question.
         seed: of what is drawn.
@@ -147,18 +115,17 @@ def write_records(task: MiniTask, folder: Path, count: int, seed: int = 0) -> Pa
     Returns:
         the file of the records.
     """
-    data, generator = training_data(task), torch.Generator().manual_seed(seed)
+    data, generator = MiniDataset(), torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     lines = []
     for number in range(count):
-        index = number % (len(data) // 2)
-        drawn, prompt = data.picture(index, generator)
-        seen, ((question, answer), *_) = data.questions(index, generator)
-        for name, pixels in (("drawn", drawn), ("seen", seen)):
-            values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            Image.fromarray(values.permute(1, 2, 0).numpy()).save(folder / f"{number}-{name}.png")
+        drawn, prompt = data.scene(number, generator)
+        question = data.questions(number, generator)[0]
+        for name, objects in (("drawn", drawn), ("seen", question.objects)):
+            write_picture(folder / f"{number}-{name}.png", scenes.render(objects))
         lines.append({"image": f"{number}-drawn.png", "text": prompt})
-        lines.append({"image": f"{number}-seen.png", "question": question, "answer": answer})
+        answered = {"question": question.text, "answer": question.answer}
+        lines.append({"image": f"{number}-seen.png", **answered})
     path = folder / "records.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -1,33 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the records of the study say: tables, plots, and what holds and what does not.
+"""What the records of the study say: tables, figures, and what holds and what does not.
 
-A statement is a difference of two numbers that is computed for every seed. It holds if the
-difference has the stated sign for every seed, does not hold if it has the other sign (or is 0) for
-every seed, and is undecided in between; the number of seeds stands beside it. Nothing is said about
-parts that were not run.
+A statement is a difference of means over what the models drew, answered or predicted. Its interval
+is a paired bootstrap of these models: of each one pictures, questions or batches of velocities are
+drawn with replacement, the same ones of everything that is compared. Three models are too few to
+draw them, too; so a statement needs each of them. It holds if the whole interval is above 0 and the
+difference of every model is, does not hold if all are below, and is undecided else. Nothing is said
+about parts that were not run.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from miniature import scenes
-from miniature.study import DEPTHS, SPARSE, STAGES, WIDTHS
+from miniature.study import (
+    ACTIVE,
+    DEPTHS,
+    HALVES,
+    SCHEDULES,
+    SHARED,
+    SHOWN,
+    STATIC,
+    TUNED,
+    WIDTHS,
+    StudyConfig,
+)
 from sparse_unified._common import optional
 from sparse_unified.checkpoint.files import replace_file
-from sparse_unified.mini.model import MiniTask
+from sparse_unified.mini.model import mini_config
 
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
+STEPS = StudyConfig().steps
+RESAMPLES = 2000
+LAYERS = mini_config().llm.num_hidden_layers
 Record = Mapping[str, Any]
-# (task, part, key) -> metric -> seed -> value
-Values = dict[tuple[str, str, str], dict[str, dict[int, float]]]
+# (part, key) -> model -> metrics
+Values = dict[tuple[str, str], dict[int, Mapping[str, Any]]]
+_METRICS = ("pictures", "answers", "velocity")
 
 
 def read_records(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -45,61 +64,68 @@ def read_records(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))["records"]
     if not found:
         raise ValueError(f"{path}: records must be at least one, got none")
-    return sorted(found, key=lambda r: (r["task"], r["part"], r["seed"]))
+    return sorted(found, key=lambda r: (r["part"], r["model"]))
 
 
 def to_json(records: Sequence[Record]) -> str:
-    """Returns all records as one JSON text."""
-    return json.dumps({"records": list(records)}, indent=1)
+    """Returns all records as one JSON text, a line for each."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    return f'{{"records": [\n{lines}\n]}}'
 
 
 def gather(records: Sequence[Record]) -> Values:
-    """Returns the values by what they are of."""
+    """Returns the metrics by what they are of."""
     values: Values = {}
     for record in records:
         for key, metrics in record["results"].items():
-            own = values.setdefault((record["task"], record["part"], key), {})
-            for name, value in metrics.items():
-                own.setdefault(name, {})[record["seed"]] = value
+            values.setdefault((record["part"], key), {})[record["model"]] = metrics
     return values
 
 
-def rows_of(task: str) -> list[tuple[str, str, str]]:
-    """Returns part, key and title of every model of a task, in the order of the tables."""
-    rows = [("dense", "dense", "dense"), ("dense", "extra", "dense, the same extra steps")]
-    for component in ("und", "gen"):
-        for source in ("understanding", "generation") if component == "und" else ("generation",):
-            probes = {f"width-{keep:g}": f"{keep:g} of the neurons" for keep in WIDTHS[component]}
-            probes |= {f"depth-{count}": f"{count} of 6 layers skipped" for count in DEPTHS}
-            for key, title in probes.items():
-                title = f"{component}, {title}, scored on {source}"
-                rows.append(("probe", f"{component}-{key}-{source}", title))
-    for experts, active in SPARSE:
-        name = f"{experts}/{active}"
-        rows += _stages(f"sparse-{experts}-{active}", f"sparse {name}", routed=True)
-    rows += _stages("coactivation-16-8", "sparse 16/8 by coactivation", routed=True)
-    rows += _stages("random-16-8", "control: random partition, 16/8", routed=True)
-    rows += _stages("static", "control: static half", routed=False)
-    return rows
+def title_of(part: str) -> str:
+    """Returns the name of a part in tables and figures."""
+    kind, *numbers = part.split("-")
+    if kind == "static":
+        return f"static {numbers[0]}/{numbers[1]}"
+    if not numbers:
+        return kind
+    experts, active, shared = numbers
+    return (
+        f"{experts}/{active}"
+        + (f"+{shared}" if shared != "0" else "")
+        + (f", {kind}" if kind != "sparse" else "")
+    )
 
 
-def _stages(part: str, title: str, *, routed: bool) -> list[tuple[str, str, str]]:
-    rows = [(part, "zero", f"{title}, untrained, routers of zero")] if routed else []
-    rows.append((part, "untrained", f"{title}, untrained" + (", fitted routers" * routed)))
-    words = {
-        "router": "routers tuned" if routed else "tuned as long, FFN frozen",
-        "expert_frozen": "then experts frozen" if routed else "twice as long",
-        "full": "then fully",
-    }
-    return rows + [(part, stage, f"{title}, {words[stage]}") for stage in STAGES]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One statement: what `first` has more of `metric` than `second`, or less of an error.
+
+    Attributes:
+        table, row, column: where it stands.
+        metric: "pictures", "answers" or "velocity".
+        first, second: part and key of each.
+    """
+
+    table: str
+    row: str
+    column: str
+    metric: str
+    first: tuple[str, str]
+    second: tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One statement about one task, and what the numbers say."""
+    """What the numbers say of a statement.
 
-    task: str
-    text: str
+    Attributes:
+        low, high: ends of the interval of 95 % of the mean difference.
+        differences: of each model; positive ones speak for it. None was run if it is empty.
+    """
+
+    low: float
+    high: float
     differences: tuple[float, ...]
 
     @property
@@ -107,163 +133,248 @@ class Verdict:
         """Returns "holds", "does not hold", "undecided" or "not run"."""
         if not self.differences:
             return "not run"
-        right = [value > 0 for value in self.differences]
-        return "holds" if all(right) else "undecided" if any(right) else "does not hold"
+        if min(self.low, *self.differences) > 0:
+            return "holds"
+        return "does not hold" if max(self.high, *self.differences) < 0 else "undecided"
 
 
-def _minus(first: float, second: float) -> float:
-    return first - second
+def _items(metrics: Mapping[str, Any], metric: str) -> NDArray[np.float64]:
+    """Returns what a metric is the mean of; of pictures the columns, which are equally large."""
+    found = metrics["items"][metric]
+    return np.array([float(value) for value in found])
 
 
-def _source(name: str) -> tuple[str, str, str]:
-    """Returns part, key and metric of `part key [metric]`; without one, the velocity error."""
-    part, key, metric = f"{name} velocity".split()[:3]
-    return part, key, metric
+def bootstrap(
+    values: Values,
+    sources: Sequence[tuple[str, str, str]],
+    compute: Callable[..., Any],
+) -> tuple[float, float, tuple[float, ...]]:
+    """Returns the ends of the interval of 95 % of a statistic of means, and it of each model.
+
+    Args:
+        sources: part, key and metric of each mean.
+        compute: means -> statistic, elementwise on arrays.
+    """
+    own = [values.get((part, key), {}) for part, key, _ in sources]
+    models = sorted(set.intersection(*map(set, own)))
+    if not models:
+        return (0.0, 0.0, ())
+    generator = np.random.default_rng(0)
+    exact, drawn = [], []
+    for model in models:
+        counts: dict[str, NDArray[np.float64]] = {}
+        means, resampled = [], []
+        for found, (_, _, metric) in zip(own, sources, strict=True):
+            items = _items(found[model], metric)
+            if metric not in counts:
+                even = np.full(len(items), 1 / len(items))
+                counts[metric] = generator.multinomial(len(items), even, RESAMPLES) / len(items)
+            means.append(items.mean())
+            resampled.append(counts[metric] @ items)
+        exact.append(compute(*means))
+        drawn.append(compute(*resampled))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    return float(low), float(high), tuple(map(float, exact))
 
 
-# What is stated, the difference of two numbers that says it, and what they are computed from.
-STATEMENTS: list[tuple[str, Callable[..., float], tuple[str, ...]]] = [
-    (
-        "In generation und is more compressible than gen: at half of the neurons the velocity "
-        "error rises less (difference of the two rises)",
-        _minus,
-        ("probe gen-width-0.5-generation", "probe und-width-0.5-generation"),
-    ),
-    (
-        "The same for depth: skipping 2 of 6 layers",
-        _minus,
-        ("probe gen-depth-2-generation", "probe und-depth-2-generation"),
-    ),
-    (
-        "und is more compressible when the task is generation: at a tenth of its neurons the "
-        "velocity error rises by a smaller share than understanding falls",
-        lambda whole, error, right, left: (right - left) / right - (error / whole - 1),
-        (
-            "dense dense",
-            "probe und-width-0.1-generation",
-            "dense dense understanding",
-            "probe und-width-0.1-understanding understanding",
-        ),
-    ),
-    (
-        "Scores depend on the task: und at a quarter understands better when scored on "
-        "understanding than on generation",
-        _minus,
-        (
-            "probe und-width-0.25-understanding understanding",
-            "probe und-width-0.25-generation understanding",
-        ),
-    ),
-    (
-        "Routers fitted to calibration data beat routers of zero, untrained, 16/8",
-        _minus,
-        ("sparse-16-8 zero", "sparse-16-8 untrained"),
-    ),
-    *(
-        (
-            f"Tuning gets most of the loss back: {experts}/{active}, share of the rise of the "
-            "velocity error over the dense model that is gone after all stages, minus 1/2",
-            lambda whole, before, after: (before - after) / (before - whole) - 0.5,
-            (
-                "dense dense",
-                f"sparse-{experts}-{active} untrained",
-                f"sparse-{experts}-{active} full",
-            ),
-        )
-        for experts, active in SPARSE
-    ),
-    (
-        "Sparse 16/8 beats a static half with the same tuning: velocity error",
-        _minus,
-        ("static full", "sparse-16-8 full"),
-    ),
-    (
-        "Sparse 16/8 beats a static half with the same tuning: right pictures",
-        _minus,
-        ("sparse-16-8 full generation", "static full generation"),
-    ),
-    (
-        "The partition by importance beats a random one, 16/8, tuned: velocity error",
-        _minus,
-        ("random-16-8 full", "sparse-16-8 full"),
-    ),
-    (
-        "The partition by coactivation beats the one by importance, 16/8, untrained with fitted "
-        "routers: velocity error",
-        _minus,
-        ("sparse-16-8 untrained", "coactivation-16-8 untrained"),
-    ),
-    (
-        "The partition by coactivation beats the one by importance, 16/8, tuned: velocity error",
-        _minus,
-        ("sparse-16-8 full", "coactivation-16-8 full"),
-    ),
-    (
-        "Sparse 16/8, tuned, is as good as the dense model with the same extra steps: velocity "
-        "error",
-        _minus,
-        ("dense extra", "sparse-16-8 full"),
-    ),
-]
+def comparisons() -> Iterable[Comparison]:
+    """Yields all statements, table by table."""
+    last = str(STEPS[-1])
+    cuts = [(f"width-{keep:g}", f"{keep:g} of the neurons") for keep in WIDTHS]
+    cuts += [(f"depth-{count}", f"{count} of {LAYERS} layers off") for count in DEPTHS]
+    table = "und (scored on the same task) loses less than gen, untrained"
+    for cut, row in cuts:
+        und, gen = (("probe", f"{c}-{cut}-generation") for c in ("und", "gen"))
+        for metric in ("pictures", "velocity"):
+            yield _compare(table, row, metric, metric, und, gen)
+        asked = ("probe", f"und-{cut}-understanding")
+        yield _compare(table, row, "answers", "answers", asked, gen)
+    pairs = [(part, "static-1-2") for part in HALVES]
+    pairs += [("sparse-28-4-4", "static-1-4"), ("sparse-30-2-2", "static-1-8")]
+    for metric in ("pictures", "velocity"):
+        table = f"Sparse beats static with as many neurons active: {metric}"
+        for part, static in pairs:
+            row = f"{title_of(part)} beats {title_of(static)}"
+            for key in map(str, STEPS):
+                yield _compare(table, row, f"{key} steps", metric, (part, key), (static, key))
+            if metric == "pictures":
+                column = f"{last} steps, guided"
+                yield _compare(table, row, column, metric, (part, "guided"), (static, "guided"))
+    table = f"Others, after {last} steps"
+    others = [("dense", static, "dense beats {1}: its width is needed") for static in STATIC]
+    others += [
+        ("sparse-24-8-8", "sparse-16-8-0", "a shared expert helps: {0} beats {1}"),
+        ("sparse-32-16-0", "sparse-16-8-0", "finer experts help: {0} beats {1}"),
+        ("sparse-48-16-16", "sparse-24-8-8", "finer experts beside a shared one: {0} beats {1}"),
+        ("sparse-16-8-0", "random-16-8-0", "the partition by importance helps: {0} beats {1}"),
+        ("coactivation-24-8-8", "sparse-24-8-8", "neurons that fire together: {0} beats {1}"),
+        ("time-16-8-0", "sparse-16-8-0", "routers that know the time: {0} beats {1}"),
+        ("sparse-16-8-0", "frozen-16-8-0", "tuning experts too: {0} beats {1}"),
+        ("distilled-16-8-0", "frozen-16-8-0", "distillation: {0} beats {1}"),
+        ("sparse-24-8-8", "dense", "{0} beats {1}, trained as many steps more"),
+    ]
+    for first, second, words in others:
+        row = words.format(title_of(first), title_of(second))
+        for metric in _METRICS:
+            yield _compare(table, row, metric, metric, (first, last), (second, last))
+    for top_k in ACTIVE:
+        row = f"16/8 with {top_k} experts beats the same with 8"
+        for metric in _METRICS:
+            other, own = (("sparse-16-8-0", key) for key in (f"top_k {top_k}", last))
+            yield _compare(table, row, metric, metric, other, own)
+    for words in SCHEDULES:
+        row = f"16/8 with {words} experts beats the same with 8"
+        other, own = (("sparse-16-8-0", key) for key in (f"top_k {words}", last))
+        yield _compare(table, row, "pictures", "pictures", other, own)
 
 
-def verdicts(records: Sequence[Record]) -> list[Verdict]:
-    """Returns what the records say about each statement, task by task."""
-    values, found = gather(records), []
-    for task, (text, compute, sources) in product(MiniTask, STATEMENTS):
-        numbers = []
-        for part, key, metric in map(_source, sources):
-            numbers.append(values.get((task.value, part, key), {}).get(metric, {}))
-        # A value that was not measured leaves its seed out.
-        seeds = sorted(set.intersection(*map(set, numbers)))
-        differences = tuple(compute(*(own[seed] for own in numbers)) for seed in seeds)
-        found.append(Verdict(task=task.value, text=text, differences=differences))
-    return found
+def _compare(
+    table: str,
+    row: str,
+    column: str,
+    metric: str,
+    first: tuple[str, str],
+    second: tuple[str, str],
+) -> Comparison:
+    return Comparison(
+        table=table, row=row, column=column, metric=metric, first=first, second=second
+    )
+
+
+def verdict(values: Values, statement: Comparison) -> Verdict:
+    """Returns what the metrics of `gather` say about a statement."""
+    sign = -1.0 if statement.metric == "velocity" else 1.0
+    sources = [(*side, statement.metric) for side in (statement.first, statement.second)]
+    low, high, differences = bootstrap(values, sources, lambda a, b: sign * (a - b))
+    return Verdict(low=low, high=high, differences=differences)
 
 
 def to_text(records: Sequence[Record]) -> str:
     """Returns tables in Markdown, and what holds."""
     values = gather(records)
-    lines: list[str] = []
-    for task in MiniTask:
-        lines += [f"### {task.value.capitalize()}", "", *_table(values, task), ""]
-    lines += ["### What holds, and what does not", ""]
-    lines += ["| task | statement | seeds | difference | result |", "|---|---|---|---|---|"]
-    for verdict in verdicts(records):
-        shown = _shown(verdict.differences, 4, sign=True) if verdict.differences else "-"
-        seeds = len(verdict.differences)
-        lines.append(f"| {verdict.task} | {verdict.text} | {seeds} | {shown} | {verdict.result} |")
-    return "\n".join(lines)
+    lines = [_numbers(values), ""]
+    lines += ["### Narrower and shallower, untrained", "", *_probe_table(values), ""]
+    lines += ["### Half, a quarter and an eighth of the gen FFN, tuned", "", *_tuned_table(values)]
+    if routing := list(_routing_rows(values)):
+        lines += ["", "### What the choice of an expert says about a token, in bits", ""]
+        lines += ["In brackets: the most that labels shuffled among pictures say.", ""]
+        lines += ["| model | cell | time | column of the prompt | first shape |", "|---" * 5 + "|"]
+        lines += routing
+    return "\n".join([*lines, *_verdict_tables(values)])
 
 
-def _table(values: Values, task: MiniTask) -> list[str]:
-    columns = {"understanding": "answers", "velocity": "velocity error", "generation": "pictures"}
-    if task is MiniTask.DIGITS:
-        columns["frechet"] = "Frechet"
-    else:
-        columns |= {name: name for name in scenes.COLUMNS}
+def _numbers(values: Values) -> str:
+    """Says how much everything is the mean of."""
+    found = next(iter(next(iter(values.values())).values()))["items"]
+    models, pictures = len(_models(values)), len(found["pictures"])
+    return (
+        f"n = {models} models x {pictures} pictures ({pictures // len(scenes.COLUMNS)} a column), "
+        f"{len(found['answers'])} answers, {len(found['velocity'])} batches of 16 pictures for the "
+        f"velocity; ± is half of an interval of 95 %."
+    )
+
+
+def _models(values: Values) -> set[int]:
+    return set().union(*values.values())
+
+
+def _verdict_tables(values: Values) -> Iterable[str]:
+    number = len(list(comparisons()))
+    yield from (
+        "",
+        "### What holds, and what does not",
+        "",
+        "Differences (of errors with the sign turned) and their intervals of 95 %. Bold ones are",
+        "decided, by the interval and by each of the models: above 0 the statement holds, below it",
+        f"does not. There are {number} statements: if nothing were so, some of them would be bold.",
+    )
+    cells: dict[str, dict[str, dict[str, str]]] = {}
+    for statement in comparisons():
+        rows = cells.setdefault(statement.table, {})
+        told = verdict(values, statement)
+        cell = _verdict_cell(told, statement.metric) + _fewer(values, told.differences)
+        rows.setdefault(statement.row, {})[statement.column] = cell
+    for table, rows in cells.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        yield from ("", f"| {table} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|")
+        for row, found in rows.items():
+            yield f"| {row} | {' | '.join(found.get(column, '') for column in columns)} |"
+
+
+def _verdict_cell(found: Verdict, metric: str) -> str:
+    if not found.differences:
+        return found.result
+    digits = 4 if metric == "velocity" else 2
+    mean = f"{fmean(found.differences):+.{digits}f}"
+    if found.result != "undecided":
+        mean = f"**{mean}**"
+    return f"{mean} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+
+
+def _cell(values: Values, part: str, key: str, metric: str) -> str:
+    """Returns a mean with half the width of its interval."""
+    low, high, means = bootstrap(values, [(part, key, metric)], lambda x: x)
+    if not means:
+        return "not run"
+    digits = 4 if metric == "velocity" else 2
+    text = f"{fmean(means):.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    return text + _fewer(values, means)
+
+
+def _fewer(values: Values, own: Sequence[float]) -> str:
+    """Says where a number is of fewer models than others."""
+    return f", {len(own)} model(s)" if 0 < len(own) < len(_models(values)) else ""
+
+
+def _probe_table(values: Values) -> list[str]:
+    cuts = [(f"width-{keep:g}", f"{keep:g} wide") for keep in WIDTHS]
+    cuts += [(f"depth-{count}", f"{count} of {LAYERS} layers off") for count in DEPTHS]
     lines = [
-        f"| model | seeds | {' | '.join(columns.values())} |",
-        "|---" * (len(columns) + 2) + "|",
+        "| what is left | und, scored on generation: pictures | gen: pictures | "
+        "und, scored on questions: answers | und, scored on generation: answers | gen: answers |",
+        "|---" * 6 + "|",
     ]
-    for part, key, title in rows_of(task.value):
-        own = values.get((task.value, part, key))
-        if own is None:
-            lines.append(f"| {title} | 0 | not run" + " |" * len(columns))
-            continue
-        cells = [_shown(tuple(own[name].values()), _digits(name)) for name in columns]
-        lines.append(f"| {title} | {len(own['velocity'])} | {' | '.join(cells)} |")
+    dense = [_cell(values, "dense", "0", metric) for metric in ("pictures", "answers")]
+    shown = [dense[i] for i in (0, 0, 1, 1, 1)]
+    lines.append(f"| all | {' | '.join(shown)} |")
+    for cut, name in cuts:
+        und, gen, own = f"und-{cut}-generation", f"gen-{cut}-generation", f"und-{cut}-understanding"
+        shown = [
+            _cell(values, "probe", key, metric)
+            for key, metric in (
+                (und, "pictures"),
+                (gen, "pictures"),
+                (own, "answers"),
+                (und, "answers"),
+                (gen, "answers"),
+            )
+        ]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return lines
 
 
-def _digits(metric: str) -> int:
-    return {"velocity": 4, "frechet": 1}.get(metric, 2)
+def _tuned_table(values: Values) -> list[str]:
+    last = str(STEPS[-1])
+    heads = [f"pictures, {step} steps" for step in STEPS]
+    heads += [f"{last} steps, guided", f"answers, {last}", f"velocity, {last}"]
+    lines = [f"| gen FFN | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for part in ("dense", *TUNED):
+        shown = [_cell(values, part, key, "pictures") for key in (*map(str, STEPS), "guided")]
+        shown += [_cell(values, part, last, metric) for metric in ("answers", "velocity")]
+        lines.append(f"| {title_of(part)} | {' | '.join(shown)} |")
+    return lines
 
 
-def _shown(values: Sequence[float], digits: int, *, sign: bool = False) -> str:
-    """Returns the mean and, of several values, their standard deviation."""
-    text = f"{mean(values):{'+' if sign else ''}.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+def _routing_rows(values: Values) -> Iterable[str]:
+    for part in TUNED:
+        if own := values.get((part, "routing"), {}).values():
+            names = ("cell", "time", "column", "shape")
+            shown = (
+                f"{fmean(m[name]['bits'] for m in own):.4f} "
+                f"({max(m[name]['chance'] for m in own):.4f})"
+                for name in names
+            )
+            yield f"| {title_of(part)} | {' | '.join(shown)} |"
 
 
 def fill_page(page: Path, records: Sequence[Record]) -> None:
@@ -279,82 +390,105 @@ def fill_page(page: Path, records: Sequence[Record]) -> None:
     replace_file(page, f"{before}{BEGIN}\n\n{to_text(records)}\n\n{END}{after}".encode())
 
 
-_COLOURS = {"und": "#1f6f8b", "gen": "#c9733a"}
-# Name and colour of the lines of tuning.
 _LINES = {
-    "sparse-16-8": ("sparse 16/8", "#1f6f8b"),
-    "sparse-32-16": ("sparse 32/16", "#5fa8a0"),
-    "coactivation-16-8": ("16/8, by coactivation", "#8a6fb0"),
-    "random-16-8": ("16/8, random partition", "#9aa4af"),
-    "static": ("static half", "#c9733a"),
+    "dense": "#1b1f24",
+    "static-1-2": "#c9733a",
+    "sparse-16-8-0": "#5fa8a0",
+    "sparse-32-16-0": "#8a6fb0",
+    "sparse-24-8-8": "#1f6f8b",
 }
 
 
 def write_plot(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
-    """Draws a PNG: a row for each task; width without training left, tuning right.
+    """Draws the figure: untrained and tuned models over what is kept, halves over steps of tuning.
 
-    Points are means over seeds, bars their standard deviations; what was not run is left out.
+    Points are means over the models, bars intervals of 95 %; what was not run is left out. The
+    suffix of `path` says the format, .svg or .png.
     """
     figure_class = optional("matplotlib.figure", extra="plot").Figure
-    values = gather(records)
-    figure = figure_class(figsize=(11, 7.5), dpi=120, facecolor="white", layout="constrained")
-    axes = figure.subplots(len(MiniTask), 2)
-    for row, task in enumerate(MiniTask):
-        _draw_width(axes[row][0], values, task)
-        _draw_tuning(axes[row][1], values, task)
+    values, last = gather(records), str(STEPS[-1])
+    figure = figure_class(figsize=(11, 8.4), dpi=100, facecolor="white", layout="constrained")
+    (untrained, trained), (pictures, velocity) = figure.subplots(2, 2)
+    for component, task, metric, label, colour in (
+        ("und", "generation", "pictures", "und: pictures", "#1f6f8b"),
+        ("gen", "generation", "pictures", "gen: pictures", "#c9733a"),
+        ("und", "understanding", "answers", "und: answers", "#9aa4af"),
+    ):
+        keys = {1.0: ("dense", "0")}
+        keys |= {keep: ("probe", f"{component}-width-{keep:g}-{task}") for keep in WIDTHS}
+        _draw_line(untrained, values, keys, metric, label, colour)
+    whole = {1.0: ("dense", last)}
+    for label, parts, colour in (
+        ("static", STATIC, "#c9733a"),
+        ("sparse, with a shared expert", SHARED, "#1f6f8b"),
+    ):
+        keys = whole | {share: (part, last) for part, share in parts.items()}
+        _draw_line(trained, values, keys, "pictures", label, colour)
+    for beside, (part, colour) in enumerate(_LINES.items(), -2):  # so that bars do not overlap
+        steps = {i + 0.05 * beside: (part, str(step)) for i, step in enumerate(STEPS)}
+        _draw_line(pictures, values, steps, "pictures", title_of(part), colour)
+        _draw_line(velocity, values, steps, "velocity", title_of(part), colour)
+    share = "share of the neurons that is active"
+    _finish(untrained, "Untrained", share, "share right")
+    _finish(trained, f"gen FFN, {last} steps of tuning", share, "pictures right")
+    for axes in (untrained, trained):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1.0, *WIDTHS], ["1", *(f"{keep:g}" for keep in WIDTHS)])
+        axes.minorticks_off()
+    for axes, name in ((pictures, "pictures right"), (velocity, "velocity error")):
+        axes.set_xticks(range(len(STEPS)), [str(step) for step in STEPS])
+        _finish(axes, "Half of the gen FFN", "steps of tuning", name)
     figure.savefig(os.fspath(path))
 
 
-def _series(own: Mapping[str, Mapping[int, float]] | None) -> tuple[float, float] | None:
-    """Returns mean and standard deviation of the velocity error, or None if it was not run."""
-    if own is None:
-        return None
-    found = list(own["velocity"].values())
-    return mean(found), stdev(found) if len(found) > 1 else 0.0
-
-
-def _draw_width(axes: Any, values: Values, task: MiniTask) -> None:
-    dense = _series(values.get((task.value, "dense", "dense")))
-    for component, ratios in WIDTHS.items():
-        points = {1.0: dense}
-        for keep in ratios:
-            key = f"{component}-width-{keep:g}-generation"
-            points[keep] = _series(values.get((task.value, "probe", key)))
-        _draw_line(axes, points, component, _COLOURS[component])
-    axes.set_title(f"{task.value}: neurons that are kept, untrained", loc="left", weight="bold")
-    axes.set_xlabel("share of the neurons of the component")
-    _finish(axes)
-
-
-def _draw_tuning(axes: Any, values: Values, task: MiniTask) -> None:
-    stages = ("untrained", *STAGES)
-    for part, (name, colour) in _LINES.items():
-        points = {i: _series(values.get((task.value, part, own))) for i, own in enumerate(stages)}
-        _draw_line(axes, points, name, colour)
-    for key, style in (("dense", "-"), ("extra", ":")):
-        if point := _series(values.get((task.value, "dense", key))):
-            label = "dense" if key == "dense" else "dense, extra steps"
-            axes.axhline(point[0], color="#1b1f24", linestyle=style, linewidth=1, label=label)
-    axes.set_xticks(range(len(stages)), ["untrained", "routers", "+ experts frozen", "+ full"])
-    axes.set_title(f"{task.value}: half of the gen FFN, tuned", loc="left", weight="bold")
-    _finish(axes)
-
-
 def _draw_line(
-    axes: Any, points: Mapping[Any, tuple[float, float] | None], label: str, colour: str
+    axes: Any,
+    values: Values,
+    keys: Mapping[float, tuple[str, str]],
+    metric: str,
+    label: str,
+    colour: str,
 ) -> None:
-    shown = {x: point for x, point in points.items() if point is not None}
+    found = {x: bootstrap(values, [(*key, metric)], lambda v: v) for x, key in keys.items()}
+    shown = {x: point for x, point in sorted(found.items()) if point[2]}
     if shown:
-        means, errors = zip(*shown.values(), strict=True)
+        low, high, own = zip(*shown.values(), strict=True)
+        means = np.array([fmean(models) for models in own])
+        errors = np.stack([means - low, high - means]).clip(min=0)
         options = {"marker": "o", "capsize": 3, "color": colour, "label": label}
         axes.errorbar(list(shown), means, errors, **options)
 
 
-def _finish(axes: Any) -> None:
-    axes.set_ylabel("velocity error")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
-    else:
-        axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", va="center")
+def _finish(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", weight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_ylim(bottom=0)
+    if axes.get_legend_handles_labels()[0]:  # below the axes, where no data is
+        at = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+        axes.legend(frameon=False, fontsize=8, ncols=3, **at)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def write_panel(folder: Path, path: str | os.PathLike[str], parts: Sequence[str]) -> None:
+    """Draws what the models of seed 0 drew at the end, a row for each part, of `SHOWN`.
+
+    Args:
+        folder: of the study, which keeps a strip of pictures of each part.
+    """
+    figure_class = optional("matplotlib.figure", extra="plot").Figure
+    image = optional("PIL.Image", extra="bagel")
+    figure = figure_class(
+        figsize=(2 * len(SHOWN), 2 * len(parts) + 0.6), dpi=100, layout="constrained"
+    )
+    grid = figure.subplots(len(parts), len(SHOWN), squeeze=False)
+    for row, part in zip(grid, parts, strict=True):
+        strip = np.asarray(image.open(folder / f"0-{part}.png"))
+        for axes, prompt, drawn in zip(row, SHOWN, np.split(strip, len(SHOWN), 1), strict=True):
+            axes.imshow(drawn, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if part == parts[0]:
+                axes.set_title(prompt, size=8)
+        row[0].set_ylabel(title_of(part))
+    figure.savefig(os.fspath(path))

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's study in miniature: probing without training, sparse models and their tuning.
 
-For each task and seed there are parts, each one JSON file, written when it is done; a study that
-was interrupted goes on with the parts that are missing. The dense model is the same for all seeds;
-a seed stands for calibration samples, random partitions, tuning data and the noise and scenes of
-the evaluation.
+It has three dense models, trained from other seeds. For each of them there are parts, each one JSON
+file, written when it is done; a study that was interrupted goes on with the parts that are missing.
 
-    dense          the dense model, and the same after as many extra steps as the sparse ones get
-    probe          und and gen, narrower and shallower, untrained
-    sparse-E-K     gen FFNs of E experts, K active: untrained, then tuned stage after stage
-    random-16-8, coactivation-16-8
-                   the same with a random partition, and with neurons together that fire together
-    static         control: the better half of the gen neurons, the same for all tokens, and the
-                   same number of steps; experts are frozen in its first two stages
+    dense        the dense model, and after the same extra steps
+    probe        und and gen, narrower and shallower, untrained, scored on either task
+    static-1-2, static-1-4, static-1-8
+                 controls: the best half, quarter and eighth of the gen neurons (criterion wanda),
+                 the same for all tokens
+    sparse-E-K-S gen FFNs of E experts, K of them and S shared ones active: half (16-8-0, 32-16-0,
+                 24-8-8, 48-16-16), a quarter (28-4-4) and an eighth (30-2-2) of the neurons at a
+                 time
+    random-16-8-0, coactivation-24-8-8, time-16-8-0
+                 a random partition, neurons together that fire together, and routers with a bias
+                 for every time of denoising
+    frozen-16-8-0, distilled-16-8-0
+                 tuned with experts frozen, and pulled to the dense FFNs meanwhile
+
+Sparse and static models are tuned by the same steps of full training with the same data, and
+measured on the way. The tuned 16/8 is also measured with other numbers of active experts, and
+draws with some that change on the way.
 """
 
 from __future__ import annotations
@@ -20,10 +28,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -32,8 +40,17 @@ from typing import Any
 
 import torch
 
-from miniature.data import training_data
-from miniature.evaluate import EvaluationConfig, answers, evaluate, generate
+from miniature import scenes
+from miniature.data import MiniDataset, write_picture
+from miniature.evaluate import (
+    SAMPLING,
+    EvaluationConfig,
+    answers,
+    evaluate,
+    evaluate_pictures,
+    generate,
+    routing_information,
+)
 from sparse_unified.adapt import Trainer, TrainingConfig, freeze, init_router_
 from sparse_unified.analysis import (
     FfnStatistics,
@@ -44,9 +61,11 @@ from sparse_unified.analysis import (
 )
 from sparse_unified.analysis.criteria import Similarity
 from sparse_unified.bagel.model import Bagel
+from sparse_unified.bagel.sampler import SamplingConfig
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.experts.layout import Partition
-from sparse_unified.mini.model import MiniTask, mini_config, trained_weights
+from sparse_unified.mini.model import mini_config, trained_weights
+from sparse_unified.nn import active_experts
 from sparse_unified.surgery import (
     MoEConfig,
     PruneWidthConfig,
@@ -58,22 +77,33 @@ from sparse_unified.surgery import (
 )
 from sparse_unified.surgery.decoder import FfnKey
 
-SPARSE = ((16, 8), (32, 16))
-PARTS = (
-    "dense",
-    "probe",
-    *(f"sparse-{e}-{k}" for e, k in SPARSE),
-    "random-16-8",
-    "coactivation-16-8",
-    "static",
-)
-STAGES = ("router", "expert_frozen", "full")
-WIDTHS = {"und": (0.5, 0.25, 0.1), "gen": (0.75, 0.5, 0.25, 0.1)}
+HALVES = ("sparse-16-8-0", "sparse-32-16-0", "sparse-24-8-8", "sparse-48-16-16")
+STATIC = {"static-1-2": 0.5, "static-1-4": 0.25, "static-1-8": 0.125}
+SHARED = {"sparse-24-8-8": 0.5, "sparse-28-4-4": 0.25, "sparse-30-2-2": 0.125}
+FROZEN = ("frozen-16-8-0", "distilled-16-8-0")
+VARIANTS = ("random-16-8-0", "coactivation-24-8-8", "time-16-8-0", *FROZEN)
+ACTIVE = (4, 12, 16)  # experts of a token at run time, of a model tuned with 8
+# ... and those that change after half of the steps; 8 on average.
+SCHEDULES = {"4, then 12": ((1.0, 4), (0.7, 12)), "12, then 4": ((1.0, 12), (0.7, 4))}
+TUNED = (*STATIC, *HALVES, *tuple(SHARED)[1:], *VARIANTS)
+PARTS = ("dense", "probe", *TUNED)
+TASKS = ("generation", "understanding")
+WIDTHS = (0.75, 0.5, 0.25, 0.125)
 DEPTHS = (1, 2, 3)
-_CALIBRATION = 32  # pictures, and questions
+GUIDED = replace(SAMPLING, cfg_text_scale=3.0)
+# Prompts of which pictures are kept; training has seen none of them.
+SHOWN = (
+    "a striped circle",
+    "a plain circle and a dotted star",
+    "five stars",
+    "a yellow dotted heart",
+    "a star above a circle",
+    "a red star and a blue cross",
+)
+_CALIBRATION = 96  # pictures, and questions
 _INPUTS = 512  # tokens that routers are fitted to
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,52 +111,47 @@ class StudyConfig:
     """How long the study is.
 
     Args:
-        seeds: of the repetitions.
-        steps: of each stage of tuning, three in all; batch_size: sequences of a step.
-        router_learning_rate, learning_rate: of the first and of the other stages.
-        questions, velocities, pictures: see `EvaluationConfig`.
+        models: seeds that the dense models were trained with.
+        steps: of full tuning after which sparse and static models are measured; 0 is untrained.
+        batch_size: sequences of a step; learning_rate: at its start, falling as a cosine.
+        evaluation: how much is evaluated; its seed is that of the model.
     """
 
-    seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 60
-    batch_size: int = 32
-    router_learning_rate: float = 3e-3
-    learning_rate: float = 5e-4
-    questions: int = 150
-    velocities: int = 300
-    pictures: int = 8
+    models: tuple[int, ...] = (0, 1, 2)
+    steps: tuple[int, ...] = (0, 180, 600, 2000)
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class StudyPart:
     """One part of the study; it is one file."""
 
-    task: MiniTask
-    seed: int
+    model: int
     name: str
 
     @property
     def file_name(self) -> str:
-        return f"{self.task.value}-{self.seed}-{self.name}.json"
+        return f"{self.model}-{self.name}.json"
 
 
 def run_study(
     out: str | os.PathLike[str],
     config: StudyConfig | None = None,
     *,
-    tasks: tuple[MiniTask, ...] = tuple(MiniTask),
     names: tuple[str, ...] = PARTS,
     jobs: int = 1,
-    weights: Mapping[MiniTask, Mapping[str, torch.Tensor]] | None = None,
-    progress: Callable[[Part, int, int], object] | None = None,
+    weights: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+    progress: Callable[[StudyPart, int, int], object] | None = None,
 ) -> list[Path]:
     """Runs the parts that are missing in `out`.
 
     Args:
         out: folder of the records; it may hold those of an earlier run with the same config.
-        tasks, names: what to run of the study; all of it unless they are given.
+        names: what to run of the study; all of it unless they are given.
         jobs: processes; each computes with one thread if there are several.
-        weights: of the dense models; None is what the package holds.
+        weights: of the dense models by seed; None is what the package holds.
         progress: called with each part that was run, and how many of how many there are now.
 
     Returns:
@@ -138,12 +163,7 @@ def run_study(
     config = config or StudyConfig()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [
-        Part(task=task, seed=seed, name=name)
-        for seed in config.seeds
-        for name in names
-        for task in tasks
-    ]
+    wanted = [StudyPart(model=model, name=name) for model in config.models for name in names]
     missing = [part for part in wanted if not _is_done(out / part.file_name, config)]
     run = partial(_run_part, out=out, config=config, weights=weights)
     done = len(wanted) - len(missing)
@@ -154,7 +174,9 @@ def run_study(
     return [out / part.file_name for part in wanted]
 
 
-def _run_all(run: Callable[[Part], Part], missing: list[Part], jobs: int) -> Iterator[Part]:
+def _run_all(
+    run: Callable[[StudyPart], StudyPart], missing: list[StudyPart], jobs: int
+) -> Iterator[StudyPart]:
     if jobs == 1:
         yield from map(run, missing)
         return
@@ -162,49 +184,47 @@ def _run_all(run: Callable[[Part], Part], missing: list[Part], jobs: int) -> Ite
     with ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        for future in as_completed([pool.submit(run, part) for part in missing]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(run, part) for part in missing]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_done(path: Path, config: StudyConfig) -> bool:
     if not path.is_file():
         return False
     stated = json.loads(path.read_text(encoding="utf-8"))["config"]
-    wanted = _without_seeds(config)
+    wanted = _stated(config)
     if stated != wanted:
         raise ValueError(f"{path}: config must be that of this study, {wanted}, got {stated}")
     return True
 
 
-def _without_seeds(config: StudyConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name != "seeds"}
+def _stated(config: StudyConfig) -> dict[str, Any]:
+    """Returns the configuration as a record holds it, without the models."""
+    named = asdict(config)
+    del named["models"]
+    return json.loads(json.dumps(named))
 
 
 def _run_part(
-    part: Part,
+    part: StudyPart,
     *,
     out: Path,
     config: StudyConfig,
-    weights: Mapping[MiniTask, Mapping[str, torch.Tensor]] | None,
-) -> Part:
-    model = Bagel(mini_config(part.task))
-    model.load_state_dict(trained_weights(part.task) if weights is None else weights[part.task])
-    study = _Study(part, model, config)
-    if part.name == "dense":
-        results = study.dense()
-    elif part.name == "probe":
-        results = study.probe()
-    elif part.name == "static":
-        results = study.static()
-    else:
-        kind, experts, active = part.name.split("-")
-        partition = Partition.SNAKE if kind == "sparse" else Partition(kind)
-        results = study.sparse(int(experts), int(active), partition)
+    weights: Mapping[int, Mapping[str, torch.Tensor]] | None,
+) -> StudyPart:
+    start = time.perf_counter()
+    model = Bagel(mini_config())
+    model.load_state_dict(trained_weights(part.model) if weights is None else weights[part.model])
+    study = _Study(part.model, model, config, out)
+    results = study.probe() if part.name == "probe" else study.tuned(part.name)
     record = {
-        "task": part.task.value,
-        "seed": part.seed,
+        "model": part.model,
         "part": part.name,
-        "config": _without_seeds(config),
+        "config": _stated(config),
+        "seconds": round(time.perf_counter() - start, 1),
         "versions": {
             "sparse_unified": version("sparse_unified"),
             "torch": torch.__version__,
@@ -218,35 +238,23 @@ def _run_part(
 
 
 class _Study:
-    """One part: the dense model of a task, and what is made of it."""
+    """One part: a dense model, and what is made of it."""
 
-    def __init__(self, part: Part, model: Bagel, config: StudyConfig) -> None:
-        self.task, self.seed, self.config = part.task, part.seed, config
+    def __init__(self, seed: int, model: Bagel, config: StudyConfig, out: Path) -> None:
+        self.seed, self.config, self.out = seed, config, out
         self.model = model
-        self.data = training_data(self.task)
-
-    def dense(self) -> dict[str, Metrics]:
-        results = {"dense": self._evaluate()}
-        for number in range(len(STAGES)):
-            freeze(self.model, "full")
-            self._tune(number, self.config.learning_rate)
-        return results | {"extra": self._evaluate()}
 
     def probe(self) -> dict[str, Metrics]:
         """Keys: component, axis, what is left or gone, and the task that scored it."""
-        found = {task: self._calibrate(task) for task in ("generation", "understanding")}
         results: dict[str, Metrics] = {}
-        for task, (statistics, similarity) in found.items():
-            own = ("und", "gen") if task == "generation" else ("und",)
-            scores = score("activation", self.model, statistics, tasks=[task])
-            for component in own:
+        for task in TASKS:
+            statistics, similarity = calibrate(self.model, task, self.seed)
+            scores = score("wanda", self.model, statistics, tasks=[task])
+            for component in ("und", "gen") if task == "generation" else ("und",):
                 ranking = _by_layer(scores[component])
-                for keep in WIDTHS[component]:
-                    prune_width_(
-                        self.model,
-                        PruneWidthConfig(component=component, keep_ratio=keep),
-                        ranking,
-                    )
+                for keep in WIDTHS:
+                    cut = PruneWidthConfig(component=component, keep_ratio=keep)
+                    prune_width_(self.model, cut, ranking)
                     results[f"{component}-width-{keep:g}-{task}"] = self._evaluate()
                     restore_(self.model)
                 for count in DEPTHS:
@@ -256,101 +264,107 @@ class _Study:
                     restore_(self.model)
         return results
 
-    def sparse(self, experts: int, active: int, partition: Partition) -> dict[str, Metrics]:
-        statistics, _ = self._calibrate("generation")
-        scores = score("activation", self.model, statistics, tasks=["generation"])
-        apply_moe_(
-            self.model,
-            MoEConfig(
-                num_experts=experts,
-                top_k=active,
-                component="gen",
-                layers="all",
-                partition=partition,
-                seed=self.seed,
-            ),
-            _by_layer(scores["gen"]),
-            inputs=(
-                _by_layer(statistics.inputs("gen", ["generation"]))
-                if partition is Partition.COACTIVATION
-                else None
-            ),
-            keep_dense=False,
-        )
-        results = {"zero": self._evaluate()}
-        init_router_(self.model, "activation", statistics=statistics, tasks=["generation"])
-        results["untrained"] = self._evaluate()
-        for number, stage in enumerate(STAGES):
-            freeze(self.model, stage)
-            rate = self.config.router_learning_rate if stage == "router" else None
-            self._tune(number, rate or self.config.learning_rate)
-            results[stage] = self._evaluate()
-        return results
-
-    def static(self) -> dict[str, Metrics]:
-        statistics, _ = self._calibrate("generation")
-        scores = score("activation", self.model, statistics, tasks=["generation"])
-        prune_width_(
-            self.model,
-            PruneWidthConfig(component="gen", keep_ratio=0.5),
-            _by_layer(scores["gen"]),
-            keep_dense=False,
-        )
-        results = {"untrained": self._evaluate()}
-        for number, stage in enumerate(STAGES):
-            freeze(self.model, "full")
-            if stage != "full":
-                for layer in self.model.language_model.model.layers:
-                    layer.mlp_moe_gen.requires_grad_(False)
-            self._tune(number, self.config.learning_rate)
-            results[stage] = self._evaluate()
-        return results
-
-    def _evaluate(self) -> Metrics:
-        self.model.eval()
-        config = EvaluationConfig(
-            questions=self.config.questions,
-            velocities=self.config.velocities,
-            pictures=self.config.pictures,
+    def tuned(self, name: str) -> dict[str, Metrics]:
+        """Makes the gen FFNs static or sparse, or leaves them dense, and tunes."""
+        if name == "dense":
+            return self._tune(name)
+        statistics, _ = calibrate(self.model, "generation", self.seed)
+        if name in STATIC:
+            make_static_(self.model, statistics, STATIC[name])
+            return self._tune(name)
+        kind, *numbers = name.split("-")
+        experts, active, shared = map(int, numbers)
+        config = MoEConfig(
+            num_experts=experts,
+            top_k=active,
+            num_shared_experts=shared,
+            layers="all",
+            partition=Partition(kind) if kind in set(Partition) else Partition.SNAKE,
+            time_router=kind == "time",
             seed=self.seed,
         )
-        found = evaluate(self.model, self.task, config)
-        return {name: round(value, 6) for name, value in found.items()}
+        make_sparse_(self.model, statistics, config)
+        results = self._tune(name)
+        results["routing"] = routing_information(self.model, self._evaluation())
+        if name == "sparse-16-8-0":
+            for top_k in ACTIVE:
+                with active_experts(self.model, top_k):
+                    results[f"top_k {top_k}"] = self._evaluate()
+            for words, schedule in SCHEDULES.items():
+                sampling = replace(SAMPLING, top_k=schedule)
+                found = evaluate_pictures(self.model, self._evaluation(), sampling)
+                results[f"top_k {words}"] = found
+        return results
 
-    def _tune(self, stage: int, learning_rate: float) -> None:
-        config = self.config
+    def _tune(self, name: str) -> dict[str, Metrics]:
+        """Trains and evaluates after as many steps as stated, at the end with guidance.
+
+        The last pictures of `SHOWN` are written beside the record.
+        """
+        config, results = self.config, {}
+
+        def measure(step: int) -> None:
+            if step in config.steps:
+                results[str(step)] = self._evaluate()
+                self.model.train()
+
+        measure(0)
+        freeze(self.model, "expert_frozen" if name in FROZEN else "full")
         self.model.train()
-        Trainer(
-            self.model,
-            self.data,
-            TrainingConfig(
-                steps=config.steps,
-                batch_size=config.batch_size,
-                learning_rate=learning_rate,
-                warmup_steps=min(10, config.steps - 1),
-                seed=1 + len(STAGES) * self.seed + stage,
-            ),
-        ).run()
+        training = TrainingConfig(
+            steps=config.steps[-1],
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            warmup_steps=min(20, config.steps[-1] - 1),
+            distill_weight=float(name == "distilled-16-8-0"),
+            seed=100 + self.seed,
+        )
+        Trainer(self.model, MiniDataset(), training).run(lambda record: measure(record.step))
+        results["guided"] = self._evaluate(GUIDED)
+        pictures = generate(self.model, SHOWN, range(len(SHOWN)))
+        write_picture(self.out / f"{self.seed}-{name}.png", torch.cat(list(pictures), dim=-1))
+        return results
 
-    def _calibrate(self, task: str) -> tuple[FfnStatistics, Similarity]:
-        """Lets the dense model do a task with training data, and watches."""
-        generator = torch.Generator().manual_seed(self.seed)
-        indices = torch.randint(len(self.data) // 2, (_CALIBRATION,), generator=generator).tolist()
-        model = deepcopy(self.model)
-        config = StatisticsConfig(num_inputs=_INPUTS)
-        with (
-            collect(model, task, config=config) as collector,
-            measure_similarity(model) as measured,
-        ):
-            collector.begin(f"{self.task.value}-{self.seed}")
-            if task == "generation":
-                prompts = [self.data.picture(i, generator)[1] for i in indices]
-                seeds = [10**5 * (self.seed + 1) + i for i in range(len(prompts))]
-                generate(model, self.task, prompts, seeds)
-            else:
-                asked = [self.data.questions(i, generator) for i in indices]
-                answers(model, [pixels for pixels, _ in asked], [own[0][0] for _, own in asked])
-        return collector.statistics(), measured.result()
+    def _evaluation(self) -> EvaluationConfig:
+        return replace(self.config.evaluation, seed=self.seed)
+
+    def _evaluate(self, sampling: SamplingConfig = SAMPLING) -> Metrics:
+        self.model.eval()
+        return evaluate(self.model, self._evaluation(), sampling)
+
+
+def calibrate(model: Bagel, task: str, seed: int = 0) -> tuple[FfnStatistics, Similarity]:
+    """Lets the dense model do a task with training data, and watches."""
+    data, generator = MiniDataset(), torch.Generator().manual_seed(seed)
+    config = StatisticsConfig(num_inputs=_INPUTS)
+    with (
+        collect(model, task, config=config) as collector,
+        measure_similarity(model) as measured,
+    ):
+        collector.begin(f"miniature-{seed}")
+        if task == "generation":
+            prompts = [data.scene(i, generator)[1] for i in range(_CALIBRATION)]
+            generate(model, prompts, [10**5 * (seed + 1) + i for i in range(len(prompts))])
+        else:
+            asked = [data.questions(i, generator)[0] for i in range(_CALIBRATION)]
+            answers(model, [scenes.render(q.objects) for q in asked], [q.text for q in asked])
+    return collector.statistics(), measured.result()
+
+
+def make_static_(model: Bagel, statistics: FfnStatistics, keep_ratio: float) -> None:
+    """Keeps the best neurons of every gen FFN (criterion wanda), the same for all tokens."""
+    ranking = _by_layer(score("wanda", model, statistics)["gen"])
+    cut = PruneWidthConfig(component="gen", keep_ratio=keep_ratio)
+    prune_width_(model, cut, ranking, keep_dense=False)
+
+
+def make_sparse_(model: Bagel, statistics: FfnStatistics, config: MoEConfig) -> None:
+    """Makes every gen FFN sparse, with routers fitted to the calibration data."""
+    ranking = _by_layer(score("wanda", model, statistics)["gen"])
+    inputs = _by_layer(statistics.inputs("gen", ["generation"]))
+    clustered = config.partition is Partition.COACTIVATION
+    apply_moe_(model, config, ranking, inputs=inputs if clustered else None, keep_dense=False)
+    init_router_(model, "activation", statistics=statistics, tasks=["generation"])
 
 
 def _by_layer(values: Mapping[FfnKey, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -98,6 +99,12 @@ class Settings:
     def stated(self) -> dict[str, Any]:
         """Returns plain values, those of guidance only where they are not the official ones."""
         return {k: v for k, v in asdict(self).items() if k not in _OPTIONAL} | self.guidance()
+
+
+def settings_in_words(stated: Mapping[str, Any]) -> str:
+    """Returns what `Settings.stated` gave, and whether guidance and shift are the official ones."""
+    words = ", ".join(f"{name} {value}" for name, value in stated.items())
+    return words if stated.keys() & set(GUIDANCE) else f"{words}, official guidance and shift"
 
 
 # Running
@@ -461,6 +468,12 @@ class GenEval:
     def better(self) -> dict[str, str]:
         """Returns the metrics of the scorer; how many images there are is no quality of a model."""
         return {} if self.scorer is None else directions(self.scorer, where="scorer")
+
+    def stated(self) -> list[Any]:
+        """Returns plain values that runs that draw the same images have in common."""
+        text = json.dumps(self.metadata, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return [digest, self.num_images, self.seed]
 
     def write(self, pipeline: BagelPipeline, folder: Path, **options: Any) -> None:
         """Writes the images; options: `settings` and `prompts` of `write_geneval`."""

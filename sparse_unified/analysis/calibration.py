@@ -24,13 +24,12 @@ from sparse_unified.analysis.statistics import (
     FfnStatistics,
     FfnSums,
     StatisticsConfig,
-    hash_ffns,
     keep_lowest,
     no_inputs,
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.ops import composed
-from sparse_unified.surgery.decoder import Decoder, Ffn, find_adapter
+from sparse_unified.surgery.decoder import Decoder, Ffn, find_adapter, hash_ffns
 
 
 class Observer:

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_unified._common import Report, StrPath, check_int, list_some, naming
-from sparse_unified.analysis.statistics import FfnStatistics, hash_ffns
+from sparse_unified.analysis.statistics import FfnStatistics
 from sparse_unified.checkpoint.files import NUMBER, has_form, read_json
 from sparse_unified.checkpoint.keys import FFN_NAMES
 from sparse_unified.checkpoint.safetensors_io import save_tensors
 from sparse_unified.checkpoint.scores import ORIGIN, read_origin
 from sparse_unified.experts.keep import check_scores, column_norms, magnitude_scores, random_scores
-from sparse_unified.surgery.decoder import Block, Ffn, FfnKey, find_adapter
+from sparse_unified.surgery.decoder import Block, Ffn, FfnKey, find_adapter, hash_ffns
 from sparse_unified.surgery.temporary import join_experts
 
 NeuronScores = dict[str, dict[FfnKey, Tensor]]

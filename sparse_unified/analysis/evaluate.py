@@ -8,7 +8,6 @@ of the reference, is computed first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
@@ -36,6 +35,7 @@ from sparse_unified.analysis.bagel_task import (
     generate_samples,
     perplexity,
     pixels_of,
+    settings_in_words,
 )
 from sparse_unified.analysis.evaluators import Evaluator, directions, measure
 from sparse_unified.analysis.samples import Sample, Task
@@ -117,7 +117,8 @@ class Evaluation(Report):
             "# Evaluation",
             f"```\n{format_table([self.headings(), *self.table()], header=True)}\n```",
             "\n".join(f"- {note}" for note in self.notes()),
-            f"Settings: `{json.dumps(run['settings'])}`, {run['dtype']} on {run['device']}.",
+            f"Settings: {settings_in_words(run['settings'])}; dtype {run['dtype']}, "
+            f"on {run['device']}.",
         ]
         return "\n\n".join(lines) + "\n"
 
@@ -192,7 +193,7 @@ def evaluate(
         "settings": settings.stated(),
         "samples": {task: [s.fingerprint() for s in own] for task, own in samples.items()},
         "evaluators": {n: directions(f, where=n) for n, f in (evaluators or {}).items()},
-        "geneval": geneval and [_digest(geneval.metadata), geneval.num_images, geneval.seed],
+        "geneval": geneval and geneval.stated(),
         "device": torch.device(device).type,
         "dtype": "of the files" if dtype is None else str(dtype).removeprefix("torch."),
     }
@@ -216,10 +217,6 @@ def evaluate(
             write_collage(store.folder, list(paths), samples)
             _write_answers(store, list(paths), samples)
     return result
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(slots=True)

@@ -132,15 +132,27 @@ def activation(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def never_always(task: str, maps: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the shares of never and of always active neurons, layer by timestep range."""
+    """Draws the shares of never and of always active neurons, layer by timestep range.
+
+    Beside these heat maps are the shares over all times, a line per component.
+    """
     note = "share of the neurons among the active ones of no sample (above), of every one (below)"
-    figure, panels = _panels((2, len(maps)), (4.4, 3.0), f"Never or always active: {task}", note)
-    for above, own in zip(panels.T, maps, strict=True):
+    size = (2, len(maps) + 1)
+    figure, panels = _panels(size, (4.2, 3.0), f"Never or always active: {task}", note)
+    for above, own in zip(panels.T, maps, strict=False):
         above[0].set_title(own["component"])
         for panel, name in zip(above, ("never", "always"), strict=True):
             values = np.array(own[f"{name}_by_time"], dtype=float)
             _heat_map(figure, panel, values, own["ranges"], own["layers"], (0, 1), name)
         above[1].set_xlabel("time, from noise to image" if len(own["ranges"]) > 1 else "")
+    over_all = ("never_at_any_time", "always_at_all_times")
+    for panel, name in zip(panels[:, -1], over_all, strict=True):
+        for own in maps:
+            shares = np.array(own[name], dtype=float)
+            _line(panel, shares, range(len(shares)), own["component"])
+        panel.set(xlim=(-0.02, 1.02), xlabel="share of the neurons")
+        panel.set_title(name.replace("_", " "))
+    panels[0, -1].legend()
     return figure
 
 

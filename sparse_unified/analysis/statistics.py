@@ -27,8 +27,8 @@ from sparse_unified._common import StrPath, check_int, check_number, context, li
 from sparse_unified.checkpoint import Checkpoint, safetensors_io
 from sparse_unified.checkpoint.files import loads_strict
 from sparse_unified.checkpoint.modes import TOOL
-from sparse_unified.checkpoint.scores import hash_dense_ffns, hash_weights, spaced
-from sparse_unified.surgery.decoder import FfnKey, find_adapter
+from sparse_unified.checkpoint.scores import hash_stored_ffns, spaced
+from sparse_unified.surgery.decoder import FfnKey, hash_ffns
 
 FORMAT, FORMAT_VERSION = "sparse_unified.statistics", "1"
 NO_TIME = "no time"  # text, ViT tokens, finished images
@@ -105,7 +105,11 @@ class FfnSums:
     def mean_abs(self) -> Tensor:
         """Returns the mean of |h| over all tokens, [I] fp64; ValueError if there was none."""
         if not self.tokens.sum():
-            raise ValueError("tokens must be at least one, got none")
+            raise ValueError(
+                "tokens must be at least one, got none; run it on more samples, fit routers that "
+                "leave an expert out (convert --router-init activation), or rank by magnitude, "
+                "which needs no tokens"
+            )
         return self.sum_abs.sum(0) / self.tokens.sum()
 
     def firing_rate(self) -> Tensor:
@@ -127,15 +131,17 @@ class FfnSums:
         return torch.stack(means)
 
     def never_and_always(self) -> tuple[Tensor, Tensor]:
-        """Returns the shares of neurons in the active set of no sample, and of every one, [R + 1].
+        """Returns the shares of neurons in the active set of no sample, and of every one, [R + 2].
 
-        NaN where fewer than two samples have tokens.
+        Of each range, and last of all of them: active at no time, and at every time. NaN where
+        fewer than two samples have tokens.
         """
-        never, always = [], []
-        for column, seen in enumerate((self.sample_tokens > 0).unbind(1)):
-            sets = unpack_bits(self.active[seen, column])[:, : self.sum_abs.shape[1]]
+        never, always, ranges = [], [], list(range(len(self.tokens)))
+        for columns in (*([column] for column in ranges), ranges):
+            seen = self.sample_tokens[:, columns] > 0
+            sets = unpack_bits(self.active[:, columns][seen])[:, : self.sum_abs.shape[1]]
             count = sets.sum(0)
-            is_known = 1.0 if len(sets) > 1 else math.nan
+            is_known = 1.0 if seen.any(1).sum() > 1 else math.nan
             never.append((count == 0).double().mean() * is_known)
             always.append((count == len(sets)).double().mean() * is_known)
         return torch.stack(never), torch.stack(always)
@@ -267,6 +273,7 @@ class FfnStatistics:
             chance   what sets drawn at random would overlap by
             never_by_time, always_by_time  [L][C] share of the neurons that are among the active
                      ones of no sample, and of every sample
+            never_at_any_time, always_at_all_times  [L] the same over all ranges together
         """
         columns = [*range(self.config.num_time_ranges, 0, -1), 0]
         names, fraction = self.config.range_names(), self.config.active_fraction
@@ -276,7 +283,7 @@ class FfnStatistics:
             for key, sums in self.of(task, component).items():
                 overlaps = (sums.sample_overlap(), sums.step_overlap())
                 own = [sums.firing_rate()[columns], *(overlap.nanmean() for overlap in overlaps)]
-                own += [shares[columns] for shares in sums.never_and_always()]
+                own += [shares[[*columns, -1]] for shares in sums.never_and_always()]
                 layers.setdefault(key if isinstance(key, int) else key[0], []).append(own)
             firing, overlap, steps, never, always = (
                 torch.stack(
@@ -296,6 +303,8 @@ class FfnStatistics:
                     "chance": fraction / (2 - fraction),
                     "never_by_time": plain(never[:, seen]),
                     "always_by_time": plain(always[:, seen]),
+                    "never_at_any_time": plain(never[:, -1]),
+                    "always_at_all_times": plain(always[:, -1]),
                 }
             )
         return maps
@@ -332,8 +341,8 @@ class FfnStatistics:
             self._check_hash(component, hash_ffns(model, component))
 
     def check_checkpoint(self, checkpoint: Checkpoint, component: str) -> None:
-        """Raises ValueError unless these are of the dense FFNs in a model directory."""
-        self._check_hash(component, hash_dense_ffns(checkpoint, component))
+        """Raises ValueError unless these are of the FFNs in a model directory."""
+        self._check_hash(component, hash_stored_ffns(checkpoint, component))
 
     def _check_hash(self, component: str, own: str) -> None:
         if own != (known := self.model_hashes.get(component)):
@@ -432,19 +441,6 @@ def keep_lowest(inputs: Tensor, draws: Tensor, count: int) -> dict[str, Tensor]:
 
 
 # Hashes of weights: shapes, and evenly spaced values
-
-
-def hash_ffns(model: object, component: str) -> str:
-    """Returns a hash of the FFN weights of one component, 16 hex digits.
-
-    Of every weight it takes the shape and evenly spaced values, rounded to bf16, so that a model
-    has one hash whether it was loaded in fp32 or bf16; it reads little, and two models that differ
-    in a few values alone may have the same.
-    """
-    return hash_weights(
-        (ffn.key, [spaced(w) for w in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)])
-        for ffn in find_adapter(model).ffns(component)
-    )
 
 
 def hash_model(model: torch.nn.Module) -> str:

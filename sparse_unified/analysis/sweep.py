@@ -27,6 +27,7 @@ from sparse_unified._common import (
     format_bytes,
     format_table,
 )
+from sparse_unified.analysis.bagel_task import settings_in_words
 from sparse_unified.analysis.calibration import collect
 from sparse_unified.analysis.criteria import (
     CRITERIA,
@@ -117,7 +118,7 @@ class SweepResult(Report):
 
     Attributes:
         run: what was asked for.
-        tasks: by name, what each has shown:
+        tasks: by name, what each has shown, once the dense model is measured on it:
 
             better      metric -> "lower" or "higher"
             dense       metrics of the model as it came
@@ -134,10 +135,15 @@ class SweepResult(Report):
     tasks: Mapping[str, Mapping[str, Any]]
 
     def to_text(self) -> str:
-        return "\n\n".join(
+        parts = [
             "\n".join([name, format_table(_rows(found), header=True), *_notes(name, found)])
             for name, found in self.tasks.items()
-        )
+        ]
+        if left := [name for name in self.run["tasks"] if name not in self.tasks]:
+            parts.append(
+                f"not finished: the dense model on {', '.join(left)} is left to another process"
+            )
+        return "\n\n".join(parts)
 
     def to_markdown(self) -> str:
         """Returns the tables, before and after side by side, and the similarities."""
@@ -184,8 +190,8 @@ def run_sweep(
         adapter: of the model; None finds one.
         description: more plain values that a run that is resumed must have in common, such as the
             name of the model.
-        shard: (i, n) measures every n-th point from the i-th on, and the dense model; the last of n
-            processes to finish writes the results of all.
+        shard: (i, n) measures every n-th point from the i-th on, the dense model being one; the
+            last of n processes to finish writes the results of all.
         progress: called with points done, points in all, and the name of the next.
 
     Returns:
@@ -205,19 +211,18 @@ def run_sweep(
     given = statistics or {}
     with open_store(out, stated, shard) as store:
         runs = [_TaskRun(host, adapter, p, config, store, given.get(p.task)) for p in probes]
-        points = [row for run in runs for row in run.rows[1:]]
-        own = [run.rows[0] for run in runs] + points[shard[0] :: shard[1]]
-        steps = [(run, row) for run in runs for row in run.rows if row in own]
+        rows = [(run, row) for run in runs for row in run.rows]
+        steps = rows[shard[0] :: shard[1]]
         show = progress or (lambda *_: None)
         for done, (run, row) in enumerate(steps):
             show(done, len(steps), f"{run.probe.task}: {row['name'] if 'axis' in row else 'dense'}")
             run.finish(row)
         show(len(steps), len(steps), "done")
         store.read()
-        result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in runs})
-        if any(row["name"] not in store.records for row in points):
-            return result
-        store.finish(result.to_json(), result.to_markdown())
+        shown = [run for run in runs if run.rows[0]["name"] in store.records]
+        result = SweepResult(run=stated, tasks={run.probe.task: run.result() for run in shown})
+        if all(row["name"] in store.records for _, row in rows):
+            store.finish(result.to_json(), result.to_markdown())
     return result
 
 
@@ -425,7 +430,7 @@ class _TaskRun:
         return found
 
     def result(self) -> dict[str, Any]:
-        """Returns what the task has shown, from the records of the folder."""
+        """Returns what the task has shown, the dense model and some of its points, as recorded."""
         records = self.store.records
         dense, *points = (records[row["name"]] for row in self.rows if row["name"] in records)
         task, statistics = self.probe.task, self.statistics
@@ -450,11 +455,10 @@ def _settings(run: Mapping[str, Any]) -> str:
     for task, own in run["tasks"].items():
         given = own.get("settings")
         if given:
-            said = ", ".join(f"{name} {value}" for name, value in given.items())
-            guided = "" if any("cfg" in name for name in given) else ", official guidance and shift"
             source = "from a file" if task in run.get("statistics", {}) else "of these samples"
             lines.append(
-                f"{task}: {len(own['samples'])} samples ({said}{guided}); statistics {source}."
+                f"{task}: {len(own['samples'])} samples ({settings_in_words(given)}); "
+                f"statistics {source}."
             )
     return "\n".join(lines)
 

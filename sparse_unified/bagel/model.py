@@ -360,8 +360,8 @@ def training_forward(
         batch: of `pack_training`, on the device of the model.
         checkpointing: keep only the inputs of each layer for the backward pass and run the layer a
             second time there.
-        distill: run the dense FFN of each sparse block on the same tokens too, without gradients,
-            for `distillation_loss`.
+        distill: run each sparse block on the same tokens once more, and its dense FFN without
+            gradients, for `distillation_loss`.
     """
     language, dtype = model.language_model, model.dtype
     decoder = language.model
@@ -443,14 +443,19 @@ def _run_layer(
                 before, block.return_router_logits = block.return_router_logits, True
                 hooks.callback(setattr, block, "return_router_logits", before)
 
-                def keep(block: Any, x: Any, out: Any, component: str = component) -> None:
+                def keep(
+                    block: Any, given: Any, named: Any, out: Any, component: str = component
+                ) -> None:
+                    x = given[0].detach()
                     sums: tuple[Tensor, ...] = ()
                     if distill:
-                        target = block.dense(x[0]).float()
-                        sums = (out[0].float() - target).square().sum(), target.square().sum()
-                    found[component] = (out[1], block.top_k, x[0].detach(), sums)
+                        # Once more, since the target moves with the input, which would be pulled
+                        # to where it is not.
+                        y, target = block.forward(x, **named)[0].float(), block.dense(x).float()
+                        sums = (y - target).square().sum(), target.square().sum()
+                    found[component] = (out[1], block.top_k, x, sums)
 
-                hooks.callback(block.register_forward_hook(keep).remove)
+                hooks.callback(block.register_forward_hook(keep, with_kwargs=True).remove)
         und, gen = layer(und, gen, packing, times)
     return und, gen, found
 

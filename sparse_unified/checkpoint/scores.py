@@ -14,7 +14,8 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,22 +114,27 @@ def read_origin(path: StrPath) -> dict[str, Any] | None:
     return found
 
 
-def describe_scores(path: StrPath, source: Checkpoint, component: str) -> str:
-    """Returns the name of a scores file and what it holds; ValueError if it is of another model."""
+def describe_scores(path: StrPath, component: str, own_hash: Callable[[], str]) -> str:
+    """Returns the name of a scores file and what it holds; ValueError if it is of another model.
+
+    Args:
+        path: of the file.
+        component: whose scores are taken.
+        own_hash: returns the hash of the component's FFNs in the model that they are for.
+    """
     origin, name = read_origin(path), f"file {Path(path).name}"
     if origin is None:
         return name
-    known, ffns = origin["model_hashes"].get(component), source.ffns.get(component, {})
-    # Experts have no hash that files and models share.
-    if known and not any(ffn.layout for ffn in ffns.values()):
-        own = hash_dense_ffns(source, component)
-        if own != known:
-            raise ValueError(
-                f"scores: {path} must be of this model, whose {component} FFNs have the hash "
-                f"{own}, got scores of {known}"
-            )
+    known = origin["model_hashes"].get(component)
+    if known and (own := own_hash()) != known:
+        raise ValueError(
+            f"scores: {path} must be of this model, whose {component} FFNs have the hash {own}, "
+            f"got scores of {known}; calibrate this model, or prune before converting, which "
+            "puts neurons in another order"
+        )
     samples = "".join(f", {count} of {task}" for task, count in origin["samples"].items())
-    return f"{name} ({origin['criterion']}{samples})"
+    of = f", {component} FFNs {known}" if known else ""
+    return f"{name} ({origin['criterion']}{samples}{of})"
 
 
 def read_scores(path: StrPath) -> Mapping[str, LayerScores] | LayerScores:
@@ -194,6 +200,7 @@ def rank(
     sizes: Mapping[int, int],
     num_layers: int,
     magnitudes: Callable[[int], Tensor],
+    own_hash: Callable[[], str],
     *,
     seed: int | None = None,
 ) -> tuple[Callable[[int], Tensor], str]:
@@ -204,17 +211,19 @@ def rank(
     Args:
         scores, name, sizes, num_layers: as of `given_scores`.
         magnitudes: ranks the neurons or groups of a layer by its weights, where nothing is given.
+        own_hash: as of `describe_scores`, which refuses the files of other models.
         seed: of random scores, in the place of these.
     """
     if scores is not None and seed is not None:
         raise ValueError(f"scores and seed must not both be given, got seed {seed}")
     if seed is not None and type(seed) is not int:
         raise ValueError(f"seed must be an integer, got {seed!r:.120}")
+    described = "given"
+    if isinstance(scores, str | os.PathLike):
+        described = describe_scores(scores, name.removesuffix(HEADS), own_hash)
     given = given_scores(scores, name, sizes, num_layers)
     if given is not None:
-        if isinstance(scores, str | os.PathLike):
-            return given.__getitem__, f"file {Path(scores).name}"
-        return given.__getitem__, "given"
+        return given.__getitem__, described
     if seed is not None:
         return lambda n: random_scores(sizes[n], seed=seed, layer=n), f"random, seed {seed}"
 
@@ -258,12 +267,8 @@ def rank_file(
         ]
         return torch.cat(parts)
 
-    described = None
-    if isinstance(scores, str | os.PathLike):
-        described = describe_scores(scores, source, component)
-    name = component + HEADS * heads
-    ranked, origin = rank(scores, name, sizes, source.num_layers, magnitudes, seed=seed)
-    return ranked, described or origin
+    name, own_hash = component + HEADS * heads, partial(hash_stored_ffns, source, component)
+    return rank(scores, name, sizes, source.num_layers, magnitudes, own_hash, seed=seed)
 
 
 def head_magnitudes(
@@ -293,6 +298,8 @@ def hash_weights(ffns: Iterable[tuple[object, Iterable[Spaced]]]) -> str:
     for key, weights in ffns:
         digest.update(f"{key!r}".encode())
         for shape, values in weights:
+            if values.is_meta:
+                raise ValueError("weights must hold data to tell a model by its hash, got meta")
             digest.update(f" {shape}".encode())
             rounded = values.bfloat16().cpu().view(torch.int16)
             digest.update(rounded.contiguous().numpy().tobytes())
@@ -315,13 +322,18 @@ def _read_spaced(spec: TensorSpec) -> Spaced:
     return list(spec.shape), values
 
 
-def hash_dense_ffns(checkpoint: Checkpoint, component: str) -> str:
-    """Returns the hash of the dense FFNs of a component in a model directory, as of a live one."""
-    specs = (
-        (n, [checkpoint.spec(keys.dense_key(component, n, p)) for p in keys.PROJECTIONS])
-        for n in checkpoint.ffns.get(component, {})
+def hash_stored_ffns(checkpoint: Checkpoint, component: str) -> str:
+    """Returns the hash of the FFNs of a component in a model directory, as of a live one."""
+
+    def weights(start: str) -> Iterator[Spaced]:
+        for projection in keys.PROJECTIONS:
+            yield _read_spaced(checkpoint.spec(f"{start}{projection}.weight"))
+
+    return hash_weights(
+        ((n, part[:-1]) if part else n, weights(keys.ffn_prefix(component, n) + part))
+        for n, found in checkpoint.ffns.get(component, {}).items()
+        for part in ffn_parts(found.ffn)
     )
-    return hash_weights((n, map(_read_spaced, own)) for n, own in specs)
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> str:

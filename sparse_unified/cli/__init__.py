@@ -62,8 +62,8 @@ def build_parser() -> CommandParser:
     mini = commands.add_parser(
         "mini",
         help="write a BAGEL in miniature",
-        description="A small BAGEL that is trained on two tasks: the 8 x 8 digits of scikit-learn, "
-        "and 16 x 16 scenes of coloured shapes. See docs/miniature.md.",
+        description="A small BAGEL that is trained to draw scenes of coloured shapes and to answer "
+        "questions about them. See docs/miniature.md.",
     )
     actions = mini.add_subparsers(title="actions", metavar="ACTION", required=True)
     text = "write the trained model as a model directory"

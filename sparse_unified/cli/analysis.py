@@ -16,7 +16,13 @@ import torch
 from sparse_unified import analysis
 from sparse_unified._common import Report, context, optional
 from sparse_unified.analysis import FfnStatistics, Task
-from sparse_unified.analysis.bagel_task import GUIDANCE, GenEval, GenEvalImages, read_metadata
+from sparse_unified.analysis.bagel_task import (
+    GUIDANCE,
+    GenEval,
+    GenEvalImages,
+    read_metadata,
+    settings_in_words,
+)
 from sparse_unified.analysis.evaluate import Evaluation, evaluate
 from sparse_unified.analysis.evaluators import load_evaluator
 from sparse_unified.analysis.plots import write_usage_plot
@@ -201,9 +207,7 @@ def run_calibrate(options: argparse.Namespace) -> Report:
             model=pipeline,
             similarity=similarity,
         )
-    settings = given["settings"].stated()
-    lines = ["sampled with " + ", ".join(f"{name} {value}" for name, value in settings.items())]
-    lines[0] += "" if given["settings"].guidance() else "; official guidance and shift"
+    lines = [f"sampled with {settings_in_words(given['settings'].stated())}"]
     tasks = {}
     for task, own in found.samples.items():
         totals = {name: _totals(found, task, name) for name in found.components(task)}
@@ -448,6 +452,7 @@ def run_analyze(options: argparse.Namespace) -> Report:
             "device": pipeline.model.device.type,
             "statistics": {task: found.samples for task, found in statistics.items()},
             "dtype": str(pipeline.model.dtype).removeprefix("torch."),
+            **({"geneval": geneval.stated()} if geneval is not None else {}),
         }
         shared: Any = {"statistics": statistics, "description": description, "progress": progress}
         shared["shard"] = part

@@ -16,7 +16,7 @@ from sparse_unified._common import optional
 from sparse_unified.bagel import BagelPipeline, SamplingConfig, StepCache
 from sparse_unified.checkpoint import keys
 from sparse_unified.cli.console import CommandParser, Usage
-from sparse_unified.cli.generate import add_model, add_placement, load_pipeline
+from sparse_unified.cli.generate import add_guidance, add_model, add_placement, load_pipeline
 from sparse_unified.cli.options import add_flags, add_options, arguments, positive, size
 from sparse_unified.nn import SparseMoE, active_experts
 from sparse_unified.surgery import count_parameters
@@ -173,7 +173,9 @@ def add_app(parser: CommandParser) -> None:
         port={"type": positive, "default": 7860},
         size={"type": size},
     )
-    add_options(parser, SamplingConfig, "steps=num_timesteps timestep_shift cfg_text_scale")
+    options = "steps=num_timesteps timestep_shift cfg_text_scale cfg_renorm_min"
+    add_options(parser, SamplingConfig, options)
+    add_guidance(parser)
     add_placement(parser, tasks=False)
 
 
@@ -183,7 +185,8 @@ def run_app(options: argparse.Namespace) -> None:
     if len(set(given)) < len(given):
         raise Usage(f"app: MODEL must be different ones, got {' '.join(given)}")
     optional("gradio", "app", purpose="the page")
-    SamplingConfig(**arguments(SamplingConfig, options))
+    sampling = {k: v for k, v in arguments(SamplingConfig, options).items() if v is not None}
+    SamplingConfig(**sampling)
     short = {Path(path).name: path for path in given}
     paths = short if len(short) == len(given) else {path: path for path in given}
     own = {name: argparse.Namespace(**vars(options) | {"model": paths[name]}) for name in paths}
@@ -191,7 +194,7 @@ def run_app(options: argparse.Namespace) -> None:
     configs = [pipeline.model.config for pipeline in models.values()]
     if len({(c.token_channels, c.latent_downsample, c.max_latent_size) for c in configs}) > 1:
         raise ValueError(f"app: MODEL must be of the same image size, got {' '.join(given)}")
-    page = build_page(models, size=options.size, **arguments(SamplingConfig, options))
+    page = build_page(models, size=options.size, **sampling)
     address = {"server_name": options.host, "server_port": options.port}
     try:
         page.launch(**address, inbrowser=options.open, quiet=options.quiet, show_error=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from sparse_unified._common import Report, naming
@@ -25,12 +26,12 @@ from sparse_unified.checkpoint import (
     verify,
 )
 from sparse_unified.checkpoint.files import check_target
-from sparse_unified.checkpoint.scores import describe_scores
+from sparse_unified.checkpoint.scores import describe_scores, hash_stored_ffns
 from sparse_unified.cli.console import CommandParser, Output, Usage, show_progress
 from sparse_unified.cli.options import add_flags, add_options, arguments, names, ratio
 from sparse_unified.convert.info import memory
 from sparse_unified.experts.keep import select_layers
-from sparse_unified.mini.model import MiniTask, write_model
+from sparse_unified.mini.model import write_model
 
 # convert
 
@@ -218,7 +219,8 @@ def _modes(options: argparse.Namespace, axis: str) -> list[Any]:
 def _redundant(options: argparse.Namespace, component: str) -> tuple[int, ...]:
     """Returns the layers that change the least of what passes through them, to be skipped."""
     layers, source = None, Checkpoint(options.model)
-    describe_scores(options.scores, source, component)  # refuses those of another model
+    own_hash = partial(hash_stored_ffns, source, component)
+    describe_scores(options.scores, component, own_hash)  # refuses those of another model
     if options.layers is not None:
         layers = select_layers(options.layers, source.num_layers)
     part, ratio = options.skip_part or "block", options.keep_ratio
@@ -292,13 +294,13 @@ def run_info(options: argparse.Namespace) -> Report:
 
 
 def add_mini_write(parser: CommandParser) -> None:
-    parser.add_argument("task", choices=[task.value for task in MiniTask])
+    parser.add_argument("task", choices=["scenes"])
     add_flags(parser, "OUT  model directory, for generate, convert, ...")
 
 
 def run_mini_write(options: argparse.Namespace) -> Report:
     """Writes the trained model as a model directory, for every other command."""
-    written = str(write_model(MiniTask(options.task), options.out))
+    written = str(write_model(options.out))
     return Output(text=written, document={"model": written})
 
 

@@ -98,6 +98,20 @@ def add_top_k(parser: argparse.ArgumentParser) -> None:
     add_options(parser, SamplingConfig, "top_k", unset=True, top_k=options)
 
 
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings of guidance that are others when an image is edited."""
+    add_options(
+        parser,
+        SamplingConfig,
+        "cfg_img_scale cfg_interval cfg_renorm_type",
+        unset=True,
+        cfg_img_scale="weight of the image (default 2 when editing, else 1)",
+        cfg_interval="times at which guidance is on (default 0,1 when editing, else 0.4,1)",
+        cfg_renorm_type="what guidance is renormalised over (default text_channel when editing, "
+        "else global)",
+    )
+
+
 def check_device(name: str, option: str) -> torch.device:
     """Returns a device; ValueError says why it cannot be used."""
     try:
@@ -170,16 +184,7 @@ def add_generate(parser: CommandParser) -> None:
         timestep_shift="above 1 has more noise for longer",
         cfg_text_scale="of classifier-free guidance: weight of the prompt",
     )
-    add_options(
-        parser,
-        SamplingConfig,
-        "cfg_img_scale cfg_interval cfg_renorm_type",
-        unset=True,
-        cfg_img_scale="weight of the image (default 2 when editing, else 1)",
-        cfg_interval="times at which guidance is on (default 0,1 when editing, else 0.4,1)",
-        cfg_renorm_type="what guidance is renormalised over (default text_channel when editing, "
-        "else global)",
-    )
+    add_guidance(parser)
     add_options(
         parser,
         StepCache,

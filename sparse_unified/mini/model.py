@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two models of the miniature: what they are made of, fresh, trained, and as directories."""
+"""The model of the miniature: what it is made of, fresh, trained, and as directories."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -16,46 +15,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_unified.bagel import BagelPipeline
-from sparse_unified.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
+from sparse_unified.bagel.config import (
+    BagelConfig,
+    LLMConfig,
+    SpecialTokens,
+    VAEConfig,
+    VisionConfig,
+)
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.tokenizer import SPECIAL_TEXTS
 from sparse_unified.bagel.vae import AutoEncoder
-from sparse_unified.mini.autoencoder import identity_autoencoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOKENIZER = WEIGHTS / "tokenizer"
 UNKNOWN = "<|endoftext|>"
 
 
-class MiniTask(str, Enum):
-    """What a model of the miniature is trained on."""
-
-    DIGITS = "digits"
-    SCENES = "scenes"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MiniShape:
-    """What differs between the tasks."""
-
-    image_size: int  # pixels of a side
-    downsample: int  # pixels of a side of a latent pixel; two of these are the side of a token
-    gain: float  # of the latent, gain * pixels
-    timestep_shift: float  # of training and sampling, see `SamplingConfig`
-
-
-SHAPES = {
-    MiniTask.DIGITS: MiniShape(image_size=8, downsample=1, gain=1.0, timestep_shift=1.0),
-    MiniTask.SCENES: MiniShape(image_size=16, downsample=2, gain=1.0, timestep_shift=2.0),
-}
+IMAGE_SIZE = 48  # pixels of a side
+BACKGROUND = (0.96, 0.95, 0.92)  # red, green and blue of 1
+TIMESTEP_SHIFT = 2.0  # of training and sampling, see `SamplingConfig`
+VAE = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=4)
 _LATENT_PATCH = 2
 _LLM = LLMConfig(
-    hidden_size=64,
-    intermediate_size=256,  # 16 experts of 16, 32 of 8: what the CUDA kernels take, too
-    num_hidden_layers=6,
+    hidden_size=96,
+    intermediate_size=128,  # 16 experts of 8
+    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
-    vocab_size=43,
+    vocab_size=54,
     rope_theta=1e4,
 )
 
@@ -73,23 +60,22 @@ def encode(text: str) -> list[int]:
     return [ids.get(word, ids[UNKNOWN]) for word in text.lower().split()]
 
 
-def mini_config(task: MiniTask) -> BagelConfig:
-    """Returns the description of the model of a task: 16 tokens an image in both."""
-    shape, ids = SHAPES[task], vocabulary()
-    patch_size = _LATENT_PATCH * shape.downsample
-    side = shape.image_size // patch_size
+def mini_config() -> BagelConfig:
+    """Returns the description of the model: 9 tokens an image, one for each cell."""
+    ids = vocabulary()
+    side = IMAGE_SIZE // (_LATENT_PATCH * VAE.downsample)
     return BagelConfig(
         llm=_LLM,
         vision=VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=1,
             num_attention_heads=2,
-            patch_size=patch_size,
-            image_size=shape.image_size,
+            patch_size=IMAGE_SIZE // side,
+            image_size=IMAGE_SIZE,
         ),
-        latent_channels=3,
-        vae_downsample=shape.downsample,
+        latent_channels=VAE.z_channels,
+        vae_downsample=VAE.downsample,
         latent_patch_size=_LATENT_PATCH,
         max_latent_size=side,
         vit_max_num_patch_per_side=side,
@@ -97,29 +83,36 @@ def mini_config(task: MiniTask) -> BagelConfig:
     )
 
 
-def mini_autoencoder(task: MiniTask) -> AutoEncoder:
-    """Returns the autoencoder of a task, whose latent is the picture."""
-    return identity_autoencoder(SHAPES[task].gain, SHAPES[task].downsample)
+def mini_autoencoder() -> AutoEncoder:
+    """Returns the trained autoencoder that the package holds, in fp32."""
+    vae = AutoEncoder(VAE).eval()
+    vae.load_state_dict(_stored("ae.safetensors"))
+    return vae
 
 
-def new_model(task: MiniTask, seed: int) -> Bagel:
+def new_model(seed: int) -> Bagel:
     """Returns an untrained model: torch's initialisation, but for smaller embeddings."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = Bagel(mini_config(task))
+        model = Bagel(mini_config())
         torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     return model
 
 
-def trained_weights(task: MiniTask) -> dict[str, Tensor]:
-    """Returns the tensors of the trained model that the package holds, fp32 by official key."""
-    stored = load_file(WEIGHTS / task.value / "ema.safetensors")
-    return {key: tensor.float() for key, tensor in stored.items()}
+def trained_weights(seed: int = 0) -> dict[str, Tensor]:
+    """Returns the tensors of a trained model that the package holds, fp32 by official key.
+
+    Args:
+        seed: that it was trained with; 0, 1 or 2.
+    """
+    return _stored(f"ema-{seed}.safetensors")
 
 
-def write_model(
-    task: MiniTask, directory: str | os.PathLike[str], model: Bagel | None = None
-) -> Path:
+def _stored(name: str) -> dict[str, Tensor]:
+    return {key: tensor.float() for key, tensor in load_file(WEIGHTS / name).items()}
+
+
+def write_model(directory: str | os.PathLike[str], model: Bagel | None = None) -> Path:
     """Writes a model directory in the official format.
 
     Args:
@@ -128,11 +121,11 @@ def write_model(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = trained_weights(task) if model is None else model.state_dict()
+    tensors = trained_weights() if model is None else model.state_dict()
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, directory / "ema.safetensors")
-    save_file(mini_autoencoder(task).state_dict(), directory / "ae.safetensors")
-    config = mini_config(task)
+    save_file(mini_autoencoder().state_dict(), directory / "ae.safetensors")
+    config = mini_config()
     sizes = asdict(config.llm)
     del sizes["layers"], sizes["top_k"]
     llm = {"model_type": "qwen2", "hidden_act": "silu", "qk_norm": True}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparse_unified._common import list_some, naming
 from sparse_unified.checkpoint.keys import FFN_NAMES, PROJECTIONS
+from sparse_unified.checkpoint.scores import hash_weights, spaced
 from sparse_unified.experts.keep import select_layers
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.exchange import Slot
@@ -376,6 +377,24 @@ def _has_ffn(layer: nn.Module, name: str) -> bool:
 
 def _modules(module: object) -> list[nn.Module]:
     return list(module.modules()) if isinstance(module, nn.Module) else []
+
+
+def hash_ffns(model: object, component: str) -> str:
+    """Returns a hash of the FFN weights of one component, 16 hex digits.
+
+    Of every weight it takes the shape and evenly spaced values, rounded to bf16, so that a model
+    has one hash in a file, live, and whether it was loaded in fp32 or bf16; it reads little, and
+    two models that differ in a few values alone may have the same.
+    """
+    adapter = find_adapter(model)
+    within = f".{adapter.names(component).ffn}."
+    return hash_weights(
+        (
+            (ffn.layer, ffn.name.rpartition(within)[2]) if ffn.is_expert else ffn.layer,
+            [spaced(weight) for weight in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)],
+        )
+        for ffn in adapter.ffns(component)
+    )
 
 
 class SparseBlock(NamedTuple):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from sparse_unified.experts.router import (
     random_router,
 )
 from sparse_unified.nn import SparseMoE
-from sparse_unified.surgery.decoder import Decoder, find_decoder, gives_times
+from sparse_unified.surgery.decoder import Decoder, find_decoder, gives_times, hash_ffns
 from sparse_unified.surgery.exchange import Slot, offload_like
 from sparse_unified.surgery.ffn import (
     DenseWeights,
@@ -63,8 +64,9 @@ def apply_moe_(
         model: a module or pipeline.
         config: how many experts, in which FFNs, of which neurons, and how routers start.
         scores: importance of each neuron, float `{layer: [I]}` for exactly the selected layers, a
-            tensor [num_layers, I], or a mapping of components to scores of at least these layers.
-            Without scores, neurons are ranked by weight magnitude.
+            tensor [num_layers, I], a mapping of components to scores of at least these layers, or
+            a scores file, of this model as it is if `calibrate` wrote it. Without scores, neurons
+            are ranked by weight magnitude.
         inputs: what the FFNs were given on calibration tokens, float `{layer: [N, D]}` of at least
             the selected layers, or a mapping of components to that, N >= 8; given exactly where
             config has the partition "coactivation" or router_init "activation". See
@@ -103,6 +105,7 @@ def apply_moe_(
             {layer: plan.layout.intermediate_size for layer, plan in plans.items()},
             len(decoder.layers),
             lambda layer: magnitude_scores(*plans[layer].weights),
+            partial(hash_ffns, decoder, component),
         )
         sizes = {layer: plan.weights.gate_proj.shape[1] for layer, plan in plans.items()}
         calibration = resolve_inputs(inputs, config, sizes)

@@ -21,6 +21,7 @@ from sparse_unified.experts.keep import (
     head_magnitude_scores,
     keep_units,
     magnitude_scores,
+    select_layers,
 )
 from sparse_unified.surgery.cuts import Cut, spread
 from sparse_unified.surgery.decoder import Decoder, FfnKey
@@ -113,9 +114,14 @@ def read_attention(adapter: Decoder, component: str, layer: int) -> Attention:
     )
 
 
-def drop_heads(
-    adapter: Decoder, component: str, layers: Sequence[int], config: PruneHeadsConfig
-) -> str:
+def drop_heads(adapter: Decoder, component: str, config: PruneHeadsConfig) -> str:
+    at = adapter.names(component).attention
+    layers = select_layers(
+        config.layers,
+        adapter.num_layers(),
+        lambda layer: adapter.has(layer, at),
+        f"{component} attention",
+    )
     attentions = {layer: read_attention(adapter, component, layer) for layer in layers}
     ranking = {}
     for layer, own in attentions.items():

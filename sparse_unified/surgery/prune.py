@@ -27,7 +27,13 @@ from sparse_unified.experts.keep import magnitude_scores, select_layers
 from sparse_unified.nn import SparseMoE, key_heads_read
 from sparse_unified.surgery import others
 from sparse_unified.surgery.cuts import keep_neurons, plan, skipped_modules
-from sparse_unified.surgery.decoder import Decoder, find_adapter, find_decoder, takes_absent_parts
+from sparse_unified.surgery.decoder import (
+    Decoder,
+    find_adapter,
+    find_decoder,
+    hash_ffns,
+    takes_absent_parts,
+)
 from sparse_unified.surgery.exchange import Slot
 from sparse_unified.surgery.ffn import (
     DenseWeights,
@@ -59,7 +65,8 @@ def prune_width_(
         model: a module or pipeline.
         config: how much of which FFNs stays.
         scores: importance of each neuron, float `{layer: [I]}`, a tensor [num_layers, I], a mapping
-            of components to either, or a scores file. None ranks neurons by weight magnitude.
+            of components to either, or a scores file, of this model as it is if `calibrate`
+            wrote it. None ranks neurons by weight magnitude.
         keep_dense: keep the whole weights for `restore_`, in memory where they are.
 
     Raises:
@@ -85,7 +92,8 @@ def prune_width_(
         widths = {layer: shape.width for layer, shape in shapes.items()}
         count = len(decoder.layers)
         magnitudes = lambda n: magnitude_scores(*weights[n])  # noqa: E731
-        of_layer, _ = rank(scores, component, widths, count, magnitudes)
+        own_hash = partial(hash_ffns, decoder, component)
+        of_layer, _ = rank(scores, component, widths, count, magnitudes, own_hash)
         kept = keep_neurons(config, shapes, {layer: of_layer(layer) for layer in widths})
 
         def cut() -> None:
@@ -132,12 +140,11 @@ def prune_heads_(
                     "scores must be None for a decoder of one component, whose groups are ranked "
                     f"by weight magnitude, got {type(scores).__name__}"
                 )
-            layers = select_layers(config.layers, single.num_layers())
             name = single.components[0]
             return transform(
                 "prune_heads_",
                 single,
-                lambda: others.drop_heads(single, name, layers, config),
+                lambda: others.drop_heads(single, name, config),
                 keep=keep_dense,
             )
         decoder = find_decoder(model)
@@ -166,6 +173,7 @@ def prune_heads_(
                 {layer: len(own[layer].query_groups) for layer in layers},
                 len(decoder.layers),
                 partial(_head_magnitudes, tensors, component, own),
+                partial(hash_ffns, decoder, component),
             )
         sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         cuts, left = plan(config, shapes, sizes, lambda name, layer: ranking[name](layer))

@@ -82,7 +82,7 @@ def changed(
         if isinstance(config, PruneWidthConfig):
             yield narrow(adapter, own, layers, config, scores)
         elif isinstance(config, PruneHeadsConfig):
-            yield drop_heads(adapter, own, layers, config)
+            yield drop_heads(adapter, own, config)
         else:
             skip = leave_out if config.part is Part.BLOCK else skip_part
             skip(adapter, own, layers, config.part, forward)

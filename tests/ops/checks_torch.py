@@ -32,7 +32,7 @@ from sparse_unified.checks.problems import (
     grouped_values,
     pruned_values,
 )
-from sparse_unified.mini.model import MiniTask, mini_config
+from sparse_unified.mini.model import mini_config
 from sparse_unified.ops import backend
 
 
@@ -195,9 +195,9 @@ PROMPTS = ([[21, 30]], [[33, 40, 41, 42]])
 @torch.no_grad()
 def model_on(device: torch.device, kind: str) -> Bagel:
     """A small model in bf16, whose middle generation FFNs may be sparse."""
-    config = mini_config(MiniTask.DIGITS)
+    config = mini_config()
     if kind == "sparse":
-        llm = config.llm.with_experts("gen", range(1, 5), num_experts=16, top_k=8)
+        llm = config.llm.with_experts("gen", range(1, 3), num_experts=16, top_k=8)
         config = replace(config, llm=llm)
     model = Bagel(config, device=device, dtype=torch.bfloat16)
     for weight in model.parameters():

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An autoencoder of FLUX's shape whose latent is the picture itself.
+"""The dense model that the recorded behaviour began with, and its constructed autoencoder.
 
-At 8 or 16 pixels a side there is nothing to compress, and a trained autoencoder would only add its
-own errors to those that are studied. So this one is constructed, not trained: three latent
-channels, scaled latent = gain * pixels, and back; where it downsamples, it takes the first pixel of
-each block. It runs through the same layers as any other.
+The autoencoder has FLUX's shape, and its latent is the picture: three channels, scaled latent =
+gain * pixels, and back; where it downsamples, it takes the first pixel of each block.
 
 How the identity gets through a group norm and a SiLU: a group holds x, -x, C, -C, so that its mean
 is 0 and its deviation C / sqrt(2) up to a factor 1 + mean(x^2) / (2 C^2); and silu(x) - silu(-x)
@@ -13,7 +11,11 @@ is 0 and its deviation C / sqrt(2) up to a factor 1 + mean(x^2) / (2 C^2); and s
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_unified.bagel.config import VAEConfig
@@ -21,6 +23,16 @@ from sparse_unified.bagel.vae import AutoEncoder, Downsample, Upsample
 
 _PER_GROUP = 4  # x, -x, C, -C
 _CONSTANT = 64.0
+
+
+def write_dense(directory: str | Path) -> Path:
+    """Writes the model directory; its weights are kept in bf16."""
+    directory = Path(directory)
+    shutil.copytree(Path(__file__).parent / "dense", directory)
+    stored = load_file(directory / "ema.safetensors")
+    save_file({key: t.float() for key, t in stored.items()}, directory / "ema.safetensors")
+    save_file(identity_autoencoder(1.0, 2).state_dict(), directory / "ae.safetensors")
+    return directory
 
 
 @torch.no_grad()
