@@ -26,16 +26,10 @@ from nemo_automodel.recipes.multimodal.finetune import FinetuneRecipeForMultimod
 from torch import Tensor, nn
 
 from sparse_unified import MoEConfig, apply_moe_, load_moe_
-from sparse_unified.bagel.model import expert_load
+from sparse_unified.bagel.model import balance_loss
 from sparse_unified.experts import ExpertLayout
 from sparse_unified.nn.expert_state import PROJECTIONS, expert_views
 from sparse_unified.surgery.decoder import find_sparse_blocks
-
-
-def balance_loss(logits: Tensor, top_k: int) -> Tensor:
-    """E * sum_e f_e * P_e of router logits [T, E], as `adapt` has it for a whole step."""
-    load = expert_load(logits, top_k)
-    return len(load) * (load / load.sum() * logits.softmax(-1).mean(0)).sum()
 
 
 def make_sparse_(

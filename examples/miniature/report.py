@@ -257,8 +257,8 @@ def to_text(records: Sequence[Record]) -> str:
     lines += ["### Half, a quarter and an eighth of the gen FFN, tuned", "", *_tuned_table(values)]
     if routing := list(_routing_rows(values)):
         lines += ["", "### What the choice of an expert says about a token, in bits", ""]
-        lines += ["In brackets: the most that labels shuffled among pictures say.", ""]
-        lines += ["| model | cell | time | column of the prompt | first shape |", "|---" * 5 + "|"]
+        heads = "cell | time | column of the prompt | first shape"
+        lines += [f"| in brackets: shuffled labels, at most | {heads} |", "|---" * 5 + "|"]
         lines += routing
     return "\n".join([*lines, *_verdict_tables(values)])
 
@@ -304,7 +304,7 @@ def _verdict_tables(values: Values) -> Iterable[str]:
 def _verdict_cell(found: Verdict, metric: str) -> str:
     if not found.differences:
         return found.result
-    digits = 4 if metric == "velocity" else 2
+    digits = 3 if metric == "velocity" else 2
     mean = f"{fmean(found.differences):+.{digits}f}"
     if found.result != "undecided":
         mean = f"**{mean}**"
@@ -316,7 +316,7 @@ def _cell(values: Values, part: str, key: str, metric: str) -> str:
     low, high, means = bootstrap(values, [(part, key, metric)], lambda x: x)
     if not means:
         return "not run"
-    digits = 4 if metric == "velocity" else 2
+    digits = 3 if metric == "velocity" else 2
     text = f"{fmean(means):.{digits}f} ± {(high - low) / 2:.{digits}f}"
     return text + _fewer(values, means)
 

@@ -451,7 +451,8 @@ def _run_layer(
                     if distill:
                         # Once more, since the target moves with the input, which would be pulled
                         # to where it is not.
-                        y, target = block.forward(x, **named)[0].float(), block.dense(x).float()
+                        own = block.forward(x, **named) if torch.is_grad_enabled() else out
+                        y, target = own[0].float(), block.dense(x).float()
                         sums = (y - target).square().sum(), target.square().sum()
                     found[component] = (out[1], block.top_k, x, sums)
 
@@ -508,6 +509,12 @@ def router_losses(
         z_loss = z_loss.to(mean) + (torch.stack([routing[key].z for key in keys]) / tokens).sum()
     blocks = max(1, sum(tokens > 0 for _, tokens in whole.values()))
     return balance / blocks, z_loss / blocks
+
+
+def balance_loss(logits: Tensor, top_k: int) -> Tensor:
+    """Returns that of `router_losses` for one block and pass, of router logits [T, E]."""
+    load = expert_load(logits, top_k)
+    return len(load) * (load / load.sum() * logits.softmax(-1).mean(0)).sum()
 
 
 def expert_load(logits: Tensor, top_k: int) -> Tensor:
