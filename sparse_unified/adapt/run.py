@@ -327,9 +327,11 @@ def _in_words() -> Iterator[None]:
         raise RuntimeError(f"{name} must be writable, got {error.strerror or error}") from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
+            # Where it ends while it is waited for, only the cause says by which signal.
+            reason = str(error.__cause__ or "").strip() or str(error).strip()
             raise RuntimeError(
                 "loader workers (--workers) must run on, got one that has ended: "
-                f"{str(error).strip():.200}; go on from the last state (--resume)"
+                f"{reason:.200}; go on from the last state (--resume)"
             ) from error
         is_other = isinstance(error, dist.DistError) or _OTHER_PROCESS.search(str(error))
         if num_processes() == 1 or not is_other or getattr(error, "named", False):
