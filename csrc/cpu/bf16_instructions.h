@@ -61,6 +61,13 @@ dot_pairs(const Float& acc, float weight, const Float& values) {
   return bit_cast<Float>(sum);
 }
 
+__attribute__((target("arch=x86-64-v4,avx512bf16"))) SPARSE_UNIFIED_INLINE HalfFloat
+dot_pairs(const HalfFloat& acc, float weight, const HalfFloat& values) {
+  const __m256 sum = _mm256_dpbf16_ps(bit_cast<__m256>(acc), bit_cast<__m256bh>(values),
+                                      bit_cast<__m256bh>(_mm256_set1_ps(weight)));
+  return bit_cast<HalfFloat>(sum);
+}
+
 inline void load_tile_config(const TileConfig& config) {
   asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
@@ -105,6 +112,17 @@ SPARSE_UNIFIED_INLINE Float dot_pairs(const Float& acc, float weight, const Floa
   const UInt pairs = bit_cast<UInt>(broadcast(weight));
   const UInt others = bit_cast<UInt>(values);
   return acc + multiply_halves(others, pairs, 1) + multiply_halves(others, pairs, 0);
+}
+
+SPARSE_UNIFIED_INLINE HalfFloat dot_pairs(const HalfFloat& acc, float weight,
+                                          const HalfFloat& values) {
+  Float wide[2] = {};
+  std::memcpy(&wide[0], &acc, sizeof(acc));
+  std::memcpy(&wide[1], &values, sizeof(values));
+  const Float sum = dot_pairs(wide[0], weight, wide[1]);
+  HalfFloat half;
+  std::memcpy(&half, &sum, sizeof(half));
+  return half;
 }
 
 struct EmulatedTiles {

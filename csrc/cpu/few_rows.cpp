@@ -17,14 +17,13 @@ namespace {
 // Rows of b at a time: as many as keep the multipliers busy with the registers of AVX2.
 constexpr int64_t rows_at_once(int64_t num_rows) { return std::max<int64_t>(6 / num_rows, 1); }
 
-using HalfLanes = float __attribute__((vector_size(4 * kLanes / 2)));
 using QuarterLanes = float __attribute__((vector_size(4 * kLanes / 4)));
 
 // Sum of the lanes, folded in registers.
 SPARSE_UNIFIED_INLINE float fold(const Float& value) {
-  HalfLanes halves[2];
+  HalfFloat halves[2];
   std::memcpy(halves, &value, sizeof(halves));
-  const HalfLanes half = halves[0] + halves[1];
+  const HalfFloat half = halves[0] + halves[1];
   QuarterLanes quarters[2];
   std::memcpy(quarters, &half, sizeof(quarters));
   const QuarterLanes lanes = quarters[0] + quarters[1];

@@ -60,6 +60,24 @@ constexpr int64_t num_lanes(int64_t length) {
 // Vectors of tokens that a panel of `num_rows` rows is laid out with.
 inline int64_t panel_vectors(int64_t num_rows) { return num_rows > kLanes ? kPanelVectors : 1; }
 
+constexpr int64_t vectors_of(int64_t num_halves) { return (num_halves + 1) / 2; }
+
+// run.operator()<kHalves>(), the halves of vectors that are computed for the panel that begins with
+// the first of `num_rows` rows.
+template <class Run>
+void dispatch_halves(int64_t num_rows, const Run& run) {
+  if constexpr (kIsAmx) {
+    return num_rows > kLanes ? run.template operator()<4>() : run.template operator()<2>();
+  } else {
+    if (num_rows <= kHalfLanes) return run.template operator()<1>();
+    if constexpr (kPanelVectors > 1) {
+      if (num_rows > 3 * kHalfLanes) return run.template operator()<4>();
+      if (num_rows > 2 * kHalfLanes) return run.template operator()<3>();
+    }
+    return run.template operator()<2>();
+  }
+}
+
 // Where vector v of lane k lies in a panel: [k][kVectors][16], on AMX [k / 16][kVectors][16][16],
 // whose 16 x 16 are what a tile loads.
 template <int64_t kVectors>

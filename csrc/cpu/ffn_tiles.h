@@ -2,7 +2,8 @@
 // The FFN over some of its neurons, for panels of tokens (see ffn_panels.h): the loop over weights
 // and panels that every FFN kernel runs, and its register tiles.
 //
-// Every product is a weight, broadcast from where it lies, times two registers of tokens; on AMX, a
+// Every product is a weight, broadcast from where it lies, times two registers of tokens, of which
+// the last may be a half one, so that a panel costs what its tokens do, to the next 8; on AMX, a
 // tile of 16 x 32 weights times one of 32 values of 16 tokens. fp32 weights are read in place. A
 // tile of 16-bit weights is brought once into the layout that the products want, widened, or in
 // pairs padded with zeros, for all the panels that pass by.
@@ -43,6 +44,13 @@ static_assert(kOutputs % kLanes == 0);  // rows of outputs are stored in whole c
 constexpr int64_t kTileRows = std::max(2 * kTilePairs, kOutputs);
 using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
 constexpr int64_t kRegistersPerVector = kLanes / kRegisterLanes;
+
+#if SPARSE_UNIFIED_LEVEL >= 4
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Register with_zeros(const HalfFloat& half) {
+  return bit_cast<Register>(_mm512_zextps256_ps512(bit_cast<__m256>(half)));
+}
+#endif
+
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
 
@@ -175,16 +183,17 @@ inline WeightTile weight_tile(DType dtype, const StoredRows& rows, int64_t num_r
   return {scratch, 2 * lanes, scratch + lanes, 2 * lanes, lanes};
 }
 
-// Sums of a tile of weight rows and a panel: [row][register of tokens].
-template <int64_t kRows, int64_t kVectors>
-using Sums = Register[kRows][kVectors * kRegistersPerVector];
+// Sums of a tile of weight rows and a panel of so many halves: [row][register of tokens].
+template <int64_t kRows, int64_t kHalves>
+using Sums = Register[kRows][vectors_of(kHalves) * kRegistersPerVector];
 
 #if SPARSE_UNIFIED_LEVEL == 6
 
 // sums[r][v] = sum_k tile.row(r)[k] * panel[k][v], all 16 even and 16 odd rows.
-template <int64_t kRows, int64_t kVectors>
+template <int64_t kRows, int64_t kHalves>
 SPARSE_UNIFIED_INLINE void dot_tile(const WeightTile& tile, const float* panel,
-                                    Sums<kRows, kVectors>& sums) {
+                                    Sums<kRows, kHalves>& sums) {
+  constexpr int64_t kVectors = vectors_of(kHalves);
   static_assert(kRows == 32 && kVectors <= 2);
   constexpr int64_t kLine = 64;
   const auto* weights = reinterpret_cast<const char*>(tile.even);
@@ -222,8 +231,9 @@ SPARSE_UNIFIED_INLINE void dot_tile(const WeightTile& tile, const float* panel,
 #else
 
 // The sum and a weight times what the lanes of a register hold.
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Register multiply_add(const Register& sum, float weight,
-                                                                  const Register& values) {
+template <class Lanes>
+SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Lanes multiply_add(const Lanes& sum, float weight,
+                                                               const Lanes& values) {
 #if SPARSE_UNIFIED_LEVEL == 5
   return dot_pairs(sum, weight, values);
 #else
@@ -231,12 +241,14 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Register multiply_add(const Register
 #endif
 }
 
-// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v].
-template <int64_t kRows, int64_t kVectors>
+// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v], v in whole registers and, of 16 lanes, a half one.
+template <int64_t kRows, int64_t kHalves>
 SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_tile(const WeightTile& tile,
                                                           const float* panel,
-                                                          Sums<kRows, kVectors>& sums) {
-  constexpr int64_t kRegisters = kVectors * kRegistersPerVector;
+                                                          Sums<kRows, kHalves>& sums) {
+  constexpr int64_t kRegisters = vectors_of(kHalves) * kRegistersPerVector;
+  constexpr int64_t kWhole = kHalves * kHalfLanes / kRegisterLanes;
+  constexpr bool kHasHalf = kHalves * kHalfLanes % kRegisterLanes != 0;
   constexpr int64_t kBlock = kSumBlock / kLaneValues;
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t v = 0; v < kRegisters; ++v) sums[r][v] = Register{};
@@ -244,19 +256,26 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_tile(const WeightTile& tile
   for (int64_t block = 0; block < tile.length; block += kBlock) {
     const int64_t block_end = std::min(block + kBlock, tile.length);
     Register acc[kRows][kRegisters] = {};
+    HalfFloat half[kRows] = {};
     for (int64_t k = block; k < block_end; ++k) {
+      const float* lanes = panel + k * kRegisters * kRegisterLanes;
       Register values[kRegisters];
-      for (int64_t v = 0; v < kRegisters; ++v) {
-        std::memcpy(&values[v], panel + (k * kRegisters + v) * kRegisterLanes, sizeof(Register));
+      for (int64_t v = 0; v < kWhole; ++v) {
+        std::memcpy(&values[v], lanes + v * kRegisterLanes, sizeof(Register));
+      }
+      HalfFloat half_values;
+      if constexpr (kHasHalf) {
+        std::memcpy(&half_values, lanes + kWhole * kRegisterLanes, sizeof(HalfFloat));
       }
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kRows; ++r) {
         const float weight = tile.row(r)[k];
-        for (int64_t v = 0; v < kRegisters; ++v)
-          acc[r][v] = multiply_add(acc[r][v], weight, values[v]);
+        for (int64_t v = 0; v < kWhole; ++v) acc[r][v] = multiply_add(acc[r][v], weight, values[v]);
+        if constexpr (kHasHalf) half[r] = multiply_add(half[r], weight, half_values);
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
+      if constexpr (kHasHalf) acc[r][kWhole] = with_zeros(half[r]);
       for (int64_t v = 0; v < kRegisters; ++v) {
         sums[r][v] = block == 0 ? acc[r][v] : sums[r][v] + acc[r][v];
       }
@@ -290,11 +309,12 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void store_hidden(float* hidden, int
 
 // hidden[first + j] = silu(gate_j x) * up_j x for `pairs` neurons of one panel; gate rows even, up
 // rows odd.
-template <int64_t kPairs, int64_t kVectors>
+template <int64_t kPairs, int64_t kHalves>
 SPARSE_UNIFIED_TARGET void hidden_tile(int64_t pairs, const WeightTile& tile, const float* panel,
                                        int64_t first, float* hidden) {
-  Sums<2 * kPairs, kVectors> sums;
-  dot_tile<2 * kPairs, kVectors>(tile, panel, sums);
+  constexpr int64_t kVectors = vectors_of(kHalves);
+  Sums<2 * kPairs, kHalves> sums;
+  dot_tile<2 * kPairs, kHalves>(tile, panel, sums);
   for (int64_t pair = 0; pair < (kIsAmx ? pairs : kPairs); ++pair) {
     for (int64_t v = 0; v < kVectors; ++v) {
       const Float gate = vector_of(sums[2 * pair], v);
@@ -304,57 +324,53 @@ SPARSE_UNIFIED_TARGET void hidden_tile(int64_t pairs, const WeightTile& tile, co
   }
 }
 
-// hidden_tile for 1 to kTilePairs neurons and a panel of `num_rows` rows.
-template <int64_t kPairs = kTilePairs>
-SPARSE_UNIFIED_TARGET void run_hidden_tile(int64_t pairs, int64_t num_rows, const WeightTile& tile,
+// hidden_tile for 1 to kTilePairs neurons.
+template <int64_t kHalves, int64_t kPairs = kTilePairs>
+SPARSE_UNIFIED_TARGET void run_hidden_tile(int64_t pairs, const WeightTile& tile,
                                            const float* panel, int64_t first, float* hidden) {
   if constexpr (kPairs > 1 && !kIsAmx) {
     if (pairs < kPairs) {
-      return run_hidden_tile<kPairs - 1>(pairs, num_rows, tile, panel, first, hidden);
+      return run_hidden_tile<kHalves, kPairs - 1>(pairs, tile, panel, first, hidden);
     }
   }
-  if (num_rows > kLanes) {
-    hidden_tile<kPairs, kPanelVectors>(pairs, tile, panel, first, hidden);
-  } else {
-    hidden_tile<kPairs, 1>(pairs, tile, panel, first, hidden);
-  }
+  hidden_tile<kPairs, kHalves>(pairs, tile, panel, first, hidden);
 }
 
 // y[r] = sum_j tile.row(r)[j] * hidden[j] for kRows rows of one panel, from row kDone on. When the
 // first part is in hand, the lines that the results go to are asked for.
-template <int64_t kRows, int64_t kVectors, int64_t kDone = 0, class Sink>
+template <int64_t kRows, int64_t kHalves, int64_t kDone = 0, class Sink>
 SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_rows(const WeightTile& tile,
                                                           const float* hidden, const Sink& sink,
-                                                          int64_t d, Sums<kOutputs, kVectors>& y) {
+                                                          int64_t d, Sums<kOutputs, kHalves>& y) {
   constexpr int64_t kPart = std::min(kRows - kDone, kOutputPart);
   const WeightTile part{tile.even + kDone / 2 * tile.even_stride, tile.even_stride,
                         tile.odd + kDone / 2 * tile.odd_stride, tile.odd_stride, tile.length};
   if constexpr (kPart == kOutputs) {
-    dot_tile<kPart, kVectors>(part, hidden, y);
+    dot_tile<kPart, kHalves>(part, hidden, y);
   } else {
-    Sums<kPart, kVectors> sums;
-    dot_tile<kPart, kVectors>(part, hidden, sums);
+    Sums<kPart, kHalves> sums;
+    dot_tile<kPart, kHalves>(part, hidden, sums);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kPart; ++r) {
-      for (int64_t v = 0; v < kVectors * kRegistersPerVector; ++v) y[kDone + r][v] = sums[r][v];
+      for (int64_t v = 0; v < vectors_of(kHalves) * kRegistersPerVector; ++v) y[kDone + r][v] = sums[r][v];
     }
   }
   if constexpr (kDone == 0) sink.prefetch(d);
   if constexpr (kDone + kPart < kRows) {
-    dot_rows<kRows, kVectors, kDone + kPart>(tile, hidden, sink, d, y);
+    dot_rows<kRows, kHalves, kDone + kPart>(tile, hidden, sink, d, y);
   }
 }
 
 // Outputs [d, d + outputs) of one panel, y[d] = sum_j down[d][j] * hidden[j], to the sink.
-template <int64_t kRows, int64_t kVectors, class Sink>
+template <int64_t kRows, int64_t kHalves, class Sink>
 SPARSE_UNIFIED_TARGET void output_tile(int64_t outputs, const WeightTile& tile, const float* hidden,
                                        const Sink& sink, int64_t d) {
-  Sums<kOutputs, kVectors> y;
+  Sums<kOutputs, kHalves> y;
   for (int64_t r = kRows; r < kOutputs; ++r) {
-    for (int64_t v = 0; v < kVectors * kRegistersPerVector; ++v) y[r][v] = Register{};
+    for (int64_t v = 0; v < vectors_of(kHalves) * kRegistersPerVector; ++v) y[r][v] = Register{};
   }
-  dot_rows<kRows, kVectors>(tile, hidden, sink, d, y);
-  sink.template put<kVectors>(d, kIsAmx ? outputs : kRows, y);
+  dot_rows<kRows, kHalves>(tile, hidden, sink, d, y);
+  sink.template put<kHalves>(d, kIsAmx ? outputs : kRows, y);
 }
 
 // Size of the next tile of outputs when `rest` remain: whole lines, then what is left in a few
@@ -365,15 +381,15 @@ inline int64_t outputs_size(int64_t rest) {
 }
 
 // output_tile for outputs_size outputs.
-template <int64_t kVectors, class Sink>
+template <int64_t kHalves, class Sink>
 SPARSE_UNIFIED_TARGET void run_output_tile(int64_t outputs, const WeightTile& tile,
                                            const float* hidden, const Sink& sink, int64_t d) {
   if (kIsAmx || outputs == kOutputs) {
-    return output_tile<kOutputs, kVectors>(outputs, tile, hidden, sink, d);
+    return output_tile<kOutputs, kHalves>(outputs, tile, hidden, sink, d);
   }
   if constexpr (!kIsAmx) {
-    if (outputs == 4) return output_tile<4, kVectors>(outputs, tile, hidden, sink, d);
-    return output_tile<1, kVectors>(outputs, tile, hidden, sink, d);
+    if (outputs == 4) return output_tile<4, kHalves>(outputs, tile, hidden, sink, d);
+    return output_tile<1, kHalves>(outputs, tile, hidden, sink, d);
   }
 }
 
@@ -480,8 +496,10 @@ void run_slice(const FfnWeights& weights, const Slice& slice, int64_t count, con
   run_tiles(dtype, {&whole_row, 1, hidden_size}, num_panels, scratch, next_neurons,
             [&](int64_t panel, const WeightTile& tile, const TileRows& neurons) {
               const int64_t row = panel * kPanelRows;
-              run_hidden_tile(neurons.size, count - row, tile, x + row * x_lanes, neurons.first,
-                              hidden + row * hidden_lanes);
+              dispatch_halves(count - row, [&]<int64_t kHalves>() {
+                run_hidden_tile<kHalves>(neurons.size, tile, x + row * x_lanes, neurons.first,
+                                         hidden + row * hidden_lanes);
+              });
             });
 
   int64_t d = 0;
@@ -500,12 +518,9 @@ void run_slice(const FfnWeights& weights, const Slice& slice, int64_t count, con
             [&](int64_t panel, const WeightTile& tile, const TileRows& outputs) {
               const int64_t row = panel * kPanelRows;
               const float* values = hidden + row * hidden_lanes;
-              if (count - row > kLanes) {
-                run_output_tile<kPanelVectors>(outputs.size, tile, values, sinks[panel],
-                                               outputs.first);
-              } else {
-                run_output_tile<1>(outputs.size, tile, values, sinks[panel], outputs.first);
-              }
+              dispatch_halves(count - row, [&]<int64_t kHalves>() {
+                run_output_tile<kHalves>(outputs.size, tile, values, sinks[panel], outputs.first);
+              });
             });
 }
 

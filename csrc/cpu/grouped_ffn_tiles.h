@@ -28,7 +28,7 @@ namespace {
 // MB of L2 on AVX-512 and 512 KB on AVX2. 320 rows of D = 896 are more than half of a block of 512
 // tokens ever sends to one expert.
 #if SPARSE_UNIFIED_LEVEL >= 4
-constexpr int64_t kChunkLanes = 320 * 896;
+constexpr int64_t kChunkLanes = 128 * 3584;
 constexpr int64_t kChunkRows = 320;
 #else
 constexpr int64_t kChunkLanes = 64 * 3584;
@@ -50,12 +50,12 @@ struct PanelTargets {
   }
 
   // Brings the first `num_columns` of the outputs y to columns d and up of the rows.
-  template <int64_t kVectors>
+  template <int64_t kHalves>
   SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put(int64_t d, int64_t num_columns,
-                                                       const Sums<kOutputs, kVectors>& y) const {
+                                                       const Sums<kOutputs, kHalves>& y) const {
     for (int64_t first = 0; first < num_columns; first += kLanes) {
       const int64_t columns = std::min(kLanes, num_columns - first);
-      put_line<kVectors>(d + first, columns, y + first);
+      put_line<vectors_of(kHalves)>(d + first, columns, y + first);
     }
   }
 

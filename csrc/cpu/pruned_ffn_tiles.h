@@ -72,9 +72,10 @@ struct PanelSums {
 
   void prefetch(int64_t) const {}
 
-  template <int64_t kVectors>
+  template <int64_t kHalves>
   SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void put(int64_t d, int64_t outputs,
-                                                       const Sums<kOutputs, kVectors>& sums) const {
+                                                       const Sums<kOutputs, kHalves>& sums) const {
+    constexpr int64_t kVectors = vectors_of(kHalves);
     float* out = y + d * kVectors * kLanes;
     for (int64_t i = 0; i < outputs * kVectors; ++i) {
       const Float sum = vector_of(sums[i / kVectors], i % kVectors);

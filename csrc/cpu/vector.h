@@ -26,8 +26,10 @@
 namespace sparse_unified {
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kHalfLanes = kLanes / 2;
 
 using Float = float __attribute__((vector_size(4 * kLanes)));
+using HalfFloat = float __attribute__((vector_size(4 * kHalfLanes)));
 using Int = int32_t __attribute__((vector_size(4 * kLanes)));
 using UInt = uint32_t __attribute__((vector_size(4 * kLanes)));
 using UShort = uint16_t __attribute__((vector_size(2 * kLanes)));
