@@ -446,8 +446,10 @@ void run_tiles(DType dtype, const Slice& columns, int64_t num_panels, float* scr
     }
     num_coming = fill(coming);
     for (int64_t panel = 0; panel < num_panels; ++panel) {
-      for (int64_t i = 0; kIsAmx && i < num_coming; ++i) {
-        prefetch_rows<BFloat16>(coming[i].rows, coming[i].num_rows, columns, panel, num_panels);
+      for (int64_t i = 0; i < num_coming; ++i) {
+        dispatch_storage(dtype, [&]<typename T>(T) {
+          prefetch_rows<T>(coming[i].rows, coming[i].num_rows, columns, panel, num_panels);
+        });
       }
       for (int64_t i = 0; i < n; ++i) run(panel, weights[i], tiles[i]);
     }
