@@ -165,6 +165,7 @@ CPU_KERNELS = (
         "adds ? weights",
         *k("any_routing"),
     ),
+    cpu("cpu/ffn_panels.h", "num_rows > 3 * kHalfLanes", "num_rows > 4 * kHalfLanes", *k("ffn")),
     cpu("cpu/grouped_ffn_tiles.h", "(1u << num_columns) - 1", "(1u << num_columns) - 2", *k("ffn")),
     cpu(
         "cpu/ffn_panels.h",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -45,9 +46,10 @@ from sparse_unified import (
     skip_layers_,
 )
 from sparse_unified.checkpoint import Checkpoint
-from sparse_unified.nn import SparseMoE
-from sparse_unified.nn.expert_state import is_packed
+from sparse_unified.nn import SparseMoE, SwiGLU, expert_state
+from sparse_unified.nn.expert_state import is_packed, unpack
 from sparse_unified.surgery.ffn import read_weights
+from sparse_unified.surgery.quantize import quantize_ffn_
 
 HALF = MoEConfig(num_experts=4, top_k=2)
 ALL = MoEConfig(num_experts=4, top_k=4, layers="all")
@@ -330,9 +332,39 @@ def test_sparse_ffns_route_the_same_and_compute_nearly_the_same(storage: str, sh
     plain = SparseMoE(64, 192, 4, 2, shared, dtype=torch.bfloat16).requires_grad_(False)
     plain.load_state_dict(block.state_dict())
     assert block.active_backend == plain.active_backend
+    for weight in (block.gate_proj, block.down_proj):
+        assert torch.equal(unpack(weight), weight.dequantize())
     with torch.no_grad():  # the same kernels on the unpacked weights
         assert torch.equal(block(x)[0], plain(x)[0])
         assert torch.equal(copy.deepcopy(block)(x)[0], plain(x)[0])
+
+
+@pytest.mark.usefixtures("torchao")
+def test_int8_unpacks_by_blocks_of_rows_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_state, "_IN_CACHE", 150)
+    block = SparseMoE(24, 40, 4, 2, dtype=torch.float16).requires_grad_(False)
+    quantize_ffn_(block, "int8")
+    weight: Any = block.down_proj
+    assert torch.equal(unpack(weight), weight.dequantize())
+    weight.zero_point += 3  # what others may have stored
+    assert torch.equal(unpack(weight), weight.dequantize())
+    weight.zero_point = None
+    assert torch.equal(unpack(weight), weight.qdata.half() * weight.scale.half())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 32, 33])
+@pytest.mark.usefixtures("torchao")
+def test_few_tokens_read_int8_weights_where_they_lie(num_tokens: int) -> None:
+    module = SwiGLU(64, 192, dtype=torch.bfloat16).requires_grad_(False)
+    quantize_ffn_(module, "int8")
+    x = tokens(num_tokens, 64).bfloat16()
+    plain = SwiGLU(64, 192, dtype=torch.bfloat16).requires_grad_(False)
+    plain.load_state_dict({key: unpack(value) for key, value in module.state_dict().items()})
+    in_place = torch._weight_int8pack_mm
+    with mock.patch.object(torch, "_weight_int8pack_mm", side_effect=in_place) as calls:
+        assert error(module(x).float(), plain(x).float()) < 1e-2
+        assert module(x[None]).shape == (1, num_tokens, 64)
+    assert calls.call_count == (6 if num_tokens <= 32 else 0)
 
 
 @pytest.mark.usefixtures("torchao")

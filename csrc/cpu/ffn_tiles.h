@@ -45,12 +45,6 @@ constexpr int64_t kTileRows = std::max(2 * kTilePairs, kOutputs);
 using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
 constexpr int64_t kRegistersPerVector = kLanes / kRegisterLanes;
 
-#if SPARSE_UNIFIED_LEVEL >= 4
-SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Register with_zeros(const HalfFloat& half) {
-  return bit_cast<Register>(_mm512_zextps256_ps512(bit_cast<__m256>(half)));
-}
-#endif
-
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
 
@@ -275,7 +269,7 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_tile(const WeightTile& tile
       }
     }
     for (int64_t r = 0; r < kRows; ++r) {
-      if constexpr (kHasHalf) acc[r][kWhole] = with_zeros(half[r]);
+      if constexpr (kHasHalf) std::memcpy(&acc[r][kWhole], &half[r], sizeof(HalfFloat));
       for (int64_t v = 0; v < kRegisters; ++v) {
         sums[r][v] = block == 0 ? acc[r][v] : sums[r][v] + acc[r][v];
       }

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_unified import _library
-from sparse_unified.nn.expert_state import SCALES_OF_4_BITS, unpack
+from sparse_unified.nn.expert_state import SCALES_OF_4_BITS, is_int8, unpack
 from sparse_unified.ops.backend import CPU_REFUSAL
 
 # Fewer tokens leave most of the kernel's vectors empty.
 _KERNEL_TOKENS = 8
+# More tokens are worth a copy of an int8 weight in bf16.
+_INT8_TOKENS = 32
 _KERNEL_DTYPES = [
     getattr(torch, kernel.split(" (")[0])
     for kernel in _library.module.build_info()["cpu_ffn_kernels"].split(", ")
@@ -34,6 +36,27 @@ def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
         and layer.bias is None
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
     )
+
+
+def _apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer gives, by a way that suits its packed weight: torchao unpacks 4 bits
+    through many times the bytes of the result, and on the CPU int8 for a single token, too."""
+    weight = layer.weight if type(layer) is nn.Linear else None
+    if isinstance(weight, Tensor) and hasattr(weight, SCALES_OF_4_BITS):
+        return F.linear(x, unpack(weight))
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and x.numel() <= _INT8_TOKENS * x.shape[-1]
+        and isinstance(weight, Tensor)
+        and is_int8(weight)
+    ):
+        packed: Any = weight
+        scale = packed.scale.flatten().to(x.dtype)
+        rows: Tensor = torch._weight_int8pack_mm(x.flatten(0, -2), packed.qdata, scale)
+        return rows.view(*x.shape[:-1], -1)
+    y: Tensor = layer(x)
+    return y
 
 
 class SwiGLU(nn.Module):
@@ -67,12 +90,8 @@ class SwiGLU(nn.Module):
         """x [..., D] -> [..., D]; on the CPU without gradients by the kernel of `pruned_ffn`."""
         block_size = self._kernel_block_size(x)
         if block_size == 0:
-            if hasattr(self.gate_proj.weight, SCALES_OF_4_BITS):
-                hidden = F.silu(F.linear(x, unpack(self.gate_proj.weight)))
-                hidden = hidden * F.linear(x, unpack(self.up_proj.weight))
-                return F.linear(hidden, unpack(self.down_proj.weight))
-            y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-            return y
+            hidden = F.silu(_apply(self.gate_proj, x)) * _apply(self.up_proj, x)
+            return _apply(self.down_proj, hidden)
         gate, up, down = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))
         num_blocks = self.up_proj.out_features // block_size
         all_blocks = torch.arange(num_blocks, dtype=torch.int32, device=x.device)

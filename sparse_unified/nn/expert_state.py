@@ -15,6 +15,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SCALES_OF_4_BITS = "is_swizzled_scales"  # what torchao's nvfp4 alone has
 _SCALE_ROWS = 128  # in a block of scales of nvfp4
 _UNPACKED = 2**22  # numbers at a time
+_IN_CACHE = 2**18  # numbers of int8 at a time, on the CPU
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -22,18 +23,39 @@ def is_packed(weight: Tensor) -> bool:
     return type(weight).dequantize is not Tensor.dequantize
 
 
+def is_int8(weight: Tensor) -> bool:
+    """Tells whether a weight is stored by torchao as int8 with one scale a row."""
+    shape = weight.shape
+    return (
+        getattr(weight, "qdata", weight).dtype == torch.int8
+        and (weight.qdata.shape, weight.scale.shape) == (shape, (shape[0], 1))
+        and weight.act_pre_scale is weight.act_quant_kwargs is None
+    )
+
+
 def unpack(weight: Tensor) -> Tensor:
     """Returns what a packed weight stands for.
 
-    From 4 bits torchao unpacks through 15 times the bytes of the result, so by blocks of rows.
+    torchao unpacks int8 in passes over the whole weight, and 4 bits through 15 times the bytes of
+    the result; here both go by blocks of rows, to the same bits.
     """
-    if not hasattr(weight, SCALES_OF_4_BITS):
+    is_narrow = is_int8(weight)
+    if not (is_narrow or hasattr(weight, SCALES_OF_4_BITS)):
         return weight.dequantize()
-    step = max(_UNPACKED // weight.shape[1] // _SCALE_ROWS, 1) * _SCALE_ROWS
+    numbers = _IN_CACHE if is_narrow and weight.device.type == "cpu" else _UNPACKED
+    together = 1 if is_narrow else _SCALE_ROWS
+    step = max(numbers // weight.shape[1] // together, 1) * together
     with torch.inference_mode(False):  # there, what was made elsewhere has no slices
         whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         for n in range(0, len(weight), step):
-            whole[n : n + step] = weight[n : n + step].dequantize()
+            rows = slice(n, n + step)
+            if is_narrow:
+                steps = weight.qdata[rows].float()
+                if weight.zero_point is not None:
+                    steps -= weight.zero_point[rows]
+                torch.mul(steps, weight.scale[rows], out=whole[rows])
+            else:
+                whole[rows] = weight[rows].dequantize()
     return whole
 
 

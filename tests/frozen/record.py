@@ -63,8 +63,8 @@ def summary(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
 
 def signature() -> str:
     """Names what decides how floating point chains round."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{torch.__version__} {torch.backends.cpu.get_cpu_capability()} {cpu[1] if cpu else ''}"
+    cpu = re.findall(r"(?:cpu family|model name)\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return " ".join([torch.__version__, torch.backends.cpu.get_cpu_capability(), *cpu[:2]])
 
 
 def bits(tensors: dict[str, Tensor]) -> str:
