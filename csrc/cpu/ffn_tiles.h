@@ -44,7 +44,6 @@ static_assert(kOutputs % kLanes == 0);  // rows of outputs are stored in whole c
 constexpr int64_t kTileRows = std::max(2 * kTilePairs, kOutputs);
 using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
 constexpr int64_t kRegistersPerVector = kLanes / kRegisterLanes;
-
 // A sum is cut into blocks, so that fp32 rounding grows with their number and not with D.
 constexpr int64_t kSumBlock = 512;
 
@@ -235,7 +234,8 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET Lanes multiply_add(const Lanes& sum,
 #endif
 }
 
-// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v], v in whole registers and, of 16 lanes, a half one.
+// sums[r][v] = sum_k tile.row(r)[k] * panel[k][v], v in whole registers and, of 16 lanes, a half
+// one.
 template <int64_t kRows, int64_t kHalves>
 SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_tile(const WeightTile& tile,
                                                           const float* panel,
@@ -346,7 +346,8 @@ SPARSE_UNIFIED_INLINE SPARSE_UNIFIED_TARGET void dot_rows(const WeightTile& tile
     dot_tile<kPart, kHalves>(part, hidden, sums);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kPart; ++r) {
-      for (int64_t v = 0; v < vectors_of(kHalves) * kRegistersPerVector; ++v) y[kDone + r][v] = sums[r][v];
+      for (int64_t v = 0; v < vectors_of(kHalves) * kRegistersPerVector; ++v)
+        y[kDone + r][v] = sums[r][v];
     }
   }
   if constexpr (kDone == 0) sink.prefetch(d);
@@ -420,8 +421,8 @@ struct TileRows {
 
 // The loop over weights and panels. next(tile) brings the rows of one tile after another, false
 // behind the last; run(panel, weights, tile) makes what they yield for one panel. Tiles stay in the
-// cache while every panel passes by; AMX is faster than memory, so that several share a panel while
-// it is near, and those to come are asked for meanwhile.
+// cache while every panel passes by, and those to come are asked for meanwhile; AMX is faster than
+// memory, so that several share a panel while it is near.
 template <class Next, class RunTile>
 void run_tiles(DType dtype, const Slice& columns, int64_t num_panels, float* scratch, Next next,
                const RunTile& run) {

@@ -24,9 +24,10 @@
 namespace sparse_unified::SPARSE_UNIFIED_TILES {
 namespace {
 
-// Gathered rows worked on at once, at most: they, their hidden panels and a tile of weights share 2
-// MB of L2 on AVX-512 and 512 KB on AVX2. 320 rows of D = 896 are more than half of a block of 512
-// tokens ever sends to one expert.
+// Gathered rows worked on at once, at most: they and a tile of weights share 2 MB of L2 on AVX-512
+// and, with their hidden panels, 512 KB on AVX2. Where L2 is smaller, rows come from L3 in time,
+// but an expert whose rows are cut brings its weights from memory once more for the rest. 320 rows
+// of D = 896 are more than half of a block of 512 tokens ever sends to one expert.
 #if SPARSE_UNIFIED_LEVEL >= 4
 constexpr int64_t kChunkLanes = 128 * 3584;
 constexpr int64_t kChunkRows = 320;
