@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ def is_packed(weight: Tensor) -> bool:
 
 def is_int8(weight: Tensor) -> bool:
     """Tells whether a weight is stored by torchao as int8 with one scale a row."""
-    shape = weight.shape
+    shape, packed = weight.shape, cast(Any, weight)
     return (
-        getattr(weight, "qdata", weight).dtype == torch.int8
-        and (weight.qdata.shape, weight.scale.shape) == (shape, (shape[0], 1))
-        and weight.act_pre_scale is weight.act_quant_kwargs is None
+        type(weight).__name__ == "Int8Tensor"
+        and (packed.qdata.shape, packed.scale.shape) == (shape, (shape[0], 1))
+        and packed.act_pre_scale is packed.act_quant_kwargs is None
     )
 
 
@@ -39,7 +39,7 @@ def unpack(weight: Tensor) -> Tensor:
     torchao unpacks int8 in passes over the whole weight, and 4 bits through 15 times the bytes of
     the result; here both go by blocks of rows, to the same bits.
     """
-    is_narrow = is_int8(weight)
+    is_narrow, packed = is_int8(weight), cast(Any, weight)
     if not (is_narrow or hasattr(weight, SCALES_OF_4_BITS)):
         return weight.dequantize()
     numbers = _IN_CACHE if is_narrow and weight.device.type == "cpu" else _UNPACKED
@@ -50,10 +50,10 @@ def unpack(weight: Tensor) -> Tensor:
         for n in range(0, len(weight), step):
             rows = slice(n, n + step)
             if is_narrow:
-                steps = weight.qdata[rows].float()
-                if weight.zero_point is not None:
-                    steps -= weight.zero_point[rows]
-                torch.mul(steps, weight.scale[rows], out=whole[rows])
+                steps = packed.qdata[rows].float()
+                if packed.zero_point is not None:
+                    steps -= packed.zero_point[rows]
+                torch.mul(steps, packed.scale[rows], out=whole[rows])
             else:
                 whole[rows] = weight[rows].dequantize()
     return whole
