@@ -365,6 +365,10 @@ def test_few_tokens_read_int8_weights_where_they_lie(num_tokens: int) -> None:
         assert error(module(x).float(), plain(x).float()) < 1e-2
         assert module(x[None]).shape == (1, num_tokens, 64)
     assert calls.call_count == (6 if num_tokens <= 32 else 0)
+    seen: list[Tensor] = []
+    module.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert error(module(x).float(), plain(x).float()) < 1e-2
+    assert seen[0].shape == (num_tokens, 192)
 
 
 @pytest.mark.usefixtures("torchao")

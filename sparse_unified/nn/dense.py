@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,34 +26,30 @@ _KERNEL_DTYPES = [
 _BLOCK_SIZES = (128, 112, 96, 80, 64, 48, 32, 16)
 
 
-def _is_plain(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether calling a linear layer means multiplying by a weight of this dtype, no more."""
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether calling a linear layer means multiplying by its weight, no more."""
     return (
         type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and layer.weight.dtype == dtype
-        and layer.weight.device.type == "cpu"
         and layer.bias is None
         and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
     )
 
 
-def _apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a linear layer gives, by a way that suits its packed weight: torchao unpacks 4 bits
-    through many times the bytes of the result, and on the CPU int8 for a single token, too."""
-    weight = layer.weight if type(layer) is nn.Linear else None
-    if isinstance(weight, Tensor) and hasattr(weight, SCALES_OF_4_BITS):
+def _apply_packed(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer with a packed weight gives. torchao would unpack 4 bits through many times the
+    bytes of the result, and on the CPU all of an int8 weight for a single token, too."""
+    is_bare, weight = _is_bare(layer), cast(Any, layer.weight)
+    if is_bare and hasattr(weight, SCALES_OF_4_BITS):
         return F.linear(x, unpack(weight))
     if (
-        x.device.type == "cpu"
+        is_bare
+        and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and x.numel() <= _INT8_TOKENS * x.shape[-1]
-        and isinstance(weight, Tensor)
         and is_int8(weight)
     ):
-        packed: Any = weight
-        scale = packed.scale.flatten().to(x.dtype)
-        rows: Tensor = torch._weight_int8pack_mm(x.flatten(0, -2), packed.qdata, scale)
+        scale = weight.scale.flatten().to(x.dtype)
+        rows: Tensor = torch._weight_int8pack_mm(x.flatten(0, -2), weight.qdata, scale)
         return rows.view(*x.shape[:-1], -1)
     y: Tensor = layer(x)
     return y
@@ -90,8 +86,11 @@ class SwiGLU(nn.Module):
         """x [..., D] -> [..., D]; on the CPU without gradients by the kernel of `pruned_ffn`."""
         block_size = self._kernel_block_size(x)
         if block_size == 0:
-            hidden = F.silu(_apply(self.gate_proj, x)) * _apply(self.up_proj, x)
-            return _apply(self.down_proj, hidden)
+            if type(self.gate_proj.weight).dequantize is not Tensor.dequantize:
+                hidden = F.silu(_apply_packed(self.gate_proj, x)) * _apply_packed(self.up_proj, x)
+                return _apply_packed(self.down_proj, hidden)
+            y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return y
         gate, up, down = (layer.weight for layer in (self.gate_proj, self.up_proj, self.down_proj))
         num_blocks = self.up_proj.out_features // block_size
         all_blocks = torch.arange(num_blocks, dtype=torch.int32, device=x.device)
@@ -112,7 +111,13 @@ class SwiGLU(nn.Module):
             or x.dtype not in _KERNEL_DTYPES
             or x.numel() < _KERNEL_TOKENS * x.shape[-1]
             or torch.is_autocast_enabled("cpu")
-            or not all(_is_plain(layer, x.dtype) for layer in layers)
+            or not all(
+                _is_bare(layer)
+                and type(layer.weight) is nn.Parameter
+                and layer.weight.dtype == x.dtype
+                and layer.weight.device.type == "cpu"
+                for layer in layers
+            )
             or (
                 torch.is_grad_enabled()
                 and (x.requires_grad or any(layer.weight.requires_grad for layer in layers))
