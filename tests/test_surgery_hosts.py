@@ -365,6 +365,13 @@ def test_few_tokens_read_int8_weights_where_they_lie(num_tokens: int) -> None:
         assert error(module(x).float(), plain(x).float()) < 1e-2
         assert module(x[None]).shape == (1, num_tokens, 64)
     assert calls.call_count == (6 if num_tokens <= 32 else 0)
+    for other in (x[0], x[:0], x.T.contiguous().T):
+        assert error(module(other).float(), plain(other).float()) < 1e-2 or not other.numel()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for ffn_of, leaf in zip((module, plain), inputs, strict=True):
+        ffn_of(leaf).float().square().sum().backward()
+    ours, expected = (leaf.grad.float() for leaf in inputs if leaf.grad is not None)
+    assert error(ours, expected) < 3e-2
     seen: list[Tensor] = []
     module.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     assert error(module(x).float(), plain(x).float()) < 1e-2

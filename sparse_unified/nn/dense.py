@@ -45,12 +45,14 @@ def _apply_packed(layer: nn.Module, x: Tensor) -> Tensor:
         is_bare
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
-        and x.numel() <= _INT8_TOKENS * x.shape[-1]
+        and 0 < x.numel() <= _INT8_TOKENS * x.shape[-1]
+        and not (torch.is_grad_enabled() and x.requires_grad)
         and is_int8(weight)
     ):
         scale = weight.scale.flatten().to(x.dtype)
-        rows: Tensor = torch._weight_int8pack_mm(x.flatten(0, -2), weight.qdata, scale)
-        return rows.view(*x.shape[:-1], -1)
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()
+        rows: Tensor = torch._weight_int8pack_mm(tokens, weight.qdata, scale)
+        return rows.view(*x.shape[:-1], weight.shape[0])
     y: Tensor = layer(x)
     return y
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """quantize_weights_: FFN weights of a live model in 8 or 4 bits.
 
-What is stored is torchao's; a dense projection computes with it as torchao does (int8 in bf16 on the
-CPU, for up to 32 tokens, without unpacking it), a sparse block unpacks its three weights for the
+What is stored is torchao's; a dense projection computes with it as torchao does (int8 on the CPU,
+for up to 32 tokens in bf16, without unpacking it), a sparse block unpacks its three weights for the
 call, one layer at a time, and computes as before. Those of "fp8-compute" it multiplies in fp8.
 """
 
