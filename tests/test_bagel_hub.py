@@ -112,7 +112,9 @@ def test_a_model_is_pushed_with_its_own_card_and_loaded_again(
         pipeline.model.language_model.model.norm.weight.mul_(1.5)
     url = pipeline.push_to_hub("owner/name", token="hf_secret", base_model="a/b", license="mit")
     assert url
-    assert not [asked for asked in hub.asked if asked[2] != "Bearer hf_secret"]
+    # The library also asks, at times, which programs drive it, and needs no token for that.
+    asked = [each for each in hub.asked if each[1] != "/api/agent-harnesses"]
+    assert not [each for each in asked if each[2] != "Bearer hf_secret"]
     card = hub.files["README.md"].decode()
     assert card.startswith("---\n")
     for text in (
