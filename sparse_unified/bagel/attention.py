@@ -190,7 +190,7 @@ def pack(
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Applies rotary positions to heads x [n, heads, head_dim]; computes and returns fp32."""
     cos, sin = angles
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).to(sin.dtype).mul_(sin))
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
 
 
 class RMSNorm(nn.Module):
@@ -204,10 +204,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         # Rounded before it is weighted, as the official code does: so the weight is not passed on.
-        normed = F.rms_norm(x, weight.shape, eps=self.eps)
-        if torch.is_grad_enabled() or normed.dtype != weight.dtype:
-            return weight * normed
-        return normed.mul_(weight)
+        return weight * F.rms_norm(x, weight.shape, eps=self.eps)
 
 
 def attend(

@@ -29,7 +29,8 @@ def is_int8(weight: Tensor) -> bool:
     return (
         type(weight).__name__ == "Int8Tensor"
         and (packed.qdata.shape, packed.scale.shape) == (shape, (shape[0], 1))
-        and packed.act_pre_scale is packed.act_quant_kwargs is None
+        and packed.act_pre_scale is None
+        and packed.act_quant_kwargs is None
     )
 
 
