@@ -269,7 +269,9 @@ def pruned_ffn_of_any_list(
     *grid(num_tokens=(90,), recompute=(False,), dtype=DTYPES, routing=("random",), width=(592,)),
     # More rows an expert than the small tiles have: the kernels of Hopper.
     *grid(num_tokens=(400,), recompute=(False,), dtype=DTYPES, routing=("random",), width=(48,)),
-    on=with_kernel,
+    # An expert of more rows than the CPU takes at once.
+    *grid(num_tokens=(600,), recompute=(False,), dtype=DTYPES, routing=("last",), width=(48,)),
+    on=lambda num_tokens, **values: (CPU,) if num_tokens == 600 else with_kernel(**values),
 )
 def gradients_of_experts(
     device: torch.device,
