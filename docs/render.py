@@ -175,6 +175,12 @@ def image_section(content: Content) -> list[str]:
         for r in content["profile"]:
             yield [r["run"], *(f"{100 * share:.0f}" for share in r["shares"].values())]
 
+    def least() -> Iterator[list[str]]:
+        dense = seconds["official dense"]
+        for kind, roof in content["roof"].items():
+            own = seconds[f"official {kind}"]
+            yield [kind, f"{roof:.2f}", f"{dense / roof:.2f}", f"{own / roof:.2f}"]
+
     head = ["run", "s ", "x official dense ", "x official of its kind ", "distance "]
     parts = [f"{part} " for part in content["profile"][0]["shares"]]
     return [
@@ -189,6 +195,11 @@ def image_section(content: Content) -> list[str]:
         f"{describe(content)}.",
         "",
         *table(head, rows()),
+        "",
+        "At the peak of the processor, the products of FFNs, projections and attention alone, which",
+        "no code in fp32 can beat without leaving products out:",
+        "",
+        *table([f"{name} at the peak" if name == "run" else name for name in head[:4]], least()),
         "",
         "Share of the time, %:",
         "",
