@@ -293,11 +293,7 @@ def _several_kinds(attention: Any) -> None:
         (_several_kinds, SkipLayersConfig(layers=[1]), "attentions of one kind, because"),
         (_several_kinds, SkipLayersConfig(layers=[1], part="attention"), "attentions of one kind"),
         (lambda a: setattr(a, "gates", nn.Linear(4, 4)), HEADS, "layer 2: .* gates"),
-        (
-            lambda a: setattr(a, "head_dim", 3),
-            HEADS,
-            "whole groups of heads .*head_dim 3",
-        ),
+        (lambda a: setattr(a, "head_dim", 3), HEADS, "whole groups of heads .*head_dim 3"),
         (lambda a: setattr(a, "q_proj", None), HEADS, r"must have .* in q_proj, k_proj"),
     ],
 )

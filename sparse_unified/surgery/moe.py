@@ -28,12 +28,7 @@ from sparse_unified.experts.router import (
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.decoder import Decoder, find_decoder, gives_times, hash_ffns
 from sparse_unified.surgery.exchange import Slot, offload_like
-from sparse_unified.surgery.ffn import (
-    DenseWeights,
-    describe_module,
-    read_weights,
-    returns_tuple,
-)
+from sparse_unified.surgery.ffn import DenseWeights, describe_module, read_weights, returns_tuple
 from sparse_unified.surgery.report import SurgeryReport, transform
 
 

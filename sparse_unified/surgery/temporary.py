@@ -23,9 +23,7 @@ from sparse_unified.checkpoint.modes import (
     PruneWidthConfig,
     SkipLayersConfig,
 )
-from sparse_unified.experts.keep import (
-    select_layers,
-)
+from sparse_unified.experts.keep import select_layers
 from sparse_unified.surgery.cuts import PruneConfig
 from sparse_unified.surgery.decoder import Decoder, FfnKey, find_adapter
 from sparse_unified.surgery.exchange import unchanged
