@@ -14,8 +14,8 @@ from torch import nn
 
 import sparse_unified
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig, changed
-from sparse_unified.surgery.decoder import find_adapter
-from sparse_unified.surgery.temporary import as_module, read_attention
+from sparse_unified.surgery.decoder import as_module, find_adapter
+from sparse_unified.surgery.others import read_attention
 
 
 def test_bagel_has_two_components_and_the_live_weights() -> None:

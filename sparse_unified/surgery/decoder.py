@@ -258,6 +258,16 @@ class Decoder:
         return names
 
 
+def as_module(model: Any) -> nn.Module:
+    """Returns the module of a model or of a pipeline that holds it as `model`; else TypeError."""
+    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"model: object must be a module or hold one as `model`, got {type(model).__name__}"
+        )
+    return found
+
+
 def takes_absent_parts(layer: nn.Module) -> bool:
     """Tells whether a layer runs without the parts that are None, as ours does."""
     return any(getattr(type(module), "takes_absent_parts", False) for module in _modules(layer))

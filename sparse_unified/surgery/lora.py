@@ -34,8 +34,7 @@ from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, is_packed
 from sparse_unified.nn.sparse_moe import official_tensors
-from sparse_unified.surgery.decoder import find_decoder
-from sparse_unified.surgery.temporary import as_module
+from sparse_unified.surgery.decoder import as_module, find_decoder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's, of every key

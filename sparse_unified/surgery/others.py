@@ -29,7 +29,6 @@ from sparse_unified.surgery.ffn import Skipped, cut_ffn, cut_linear, hidden_stat
 
 
 def in_words(changes: Sequence[tuple[str, ...]]) -> str:
-    """Returns what became of parts, `old -> new`, each pair of texts once."""
     texts = dict.fromkeys(f"{old} -> {new}" for old, new in changes if old != new)
     return list_some(texts, 2) if texts else "nothing"
 
@@ -48,10 +47,11 @@ def narrow(
         ranking[i] = magnitude_scores(*weights) if scores is None else scores[ffn.key]
     ratio, size = config.keep_ratio, config.block_size
     kept = keep_units(ranking, keep_ratio=ratio, budget=config.budget, block_size=size)
+    changes = []
     for i, ffn in enumerate(ffns):
+        changes.append((f"{ffn.intermediate_size} neurons", f"{len(kept[i])} neurons"))
         cut_ffn(ffn.module, kept[i])
-    sizes = [(ffn.intermediate_size, len(kept[i])) for i, ffn in enumerate(ffns)]
-    return in_words([(f"{old} neurons", f"{new} neurons") for old, new in sizes])
+    return in_words(changes)
 
 
 class Attention(NamedTuple):
