@@ -124,13 +124,8 @@ def keep_in_experts(
     shared expert that is S expert widths wide, as `ExpertLayout` makes it, stays so, as checkpoints
     tell its width by S; one of another width keeps the ratio of its own.
 
-    Args:
-        scores: finite, [I] in expert order, higher is more important.
-        layout: of the experts.
-        keep_ratio: in (0, 1]. block_size: divides the width of every expert.
-
-    Returns:
-        [kept] int64, ascending positions in expert order, on the CPU.
+    Finite scores [I] in expert order, keep_ratio in (0, 1], block_size that divides the width of
+    every expert -> positions in expert order that stay, [kept] int64, ascending, on the CPU.
     """
     blocks = block_scores(scores, block_size)
     routed = max(1, round(keep_ratio * layout.expert_width / block_size))
@@ -182,7 +177,6 @@ def order_neurons(
                         an expert the neurons ascend.
 
     Args:
-        partition: how. layout: the widths to deal to.
         scores: importance of each neuron, [I], any float dtype, finite.
         seed, layer: what "random" and the starts of "coactivation" are drawn from; the same on
             every machine.

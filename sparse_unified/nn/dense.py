@@ -74,15 +74,10 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(
-            hidden_size, intermediate_size, bias=False, device=device, dtype=dtype
-        )
-        self.up_proj = nn.Linear(
-            hidden_size, intermediate_size, bias=False, device=device, dtype=dtype
-        )
-        self.down_proj = nn.Linear(
-            intermediate_size, hidden_size, bias=False, device=device, dtype=dtype
-        )
+        factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, **factory)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, **factory)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]; on the CPU without gradients by the kernel of `pruned_ffn`."""

@@ -110,18 +110,14 @@ class SparseMoE(OfficialState):
         self.strict = strict
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        def router(is_there: object, inputs: int, outputs: int) -> nn.Linear | None:
+            return nn.Linear(inputs, outputs, bias=False, **factory) if is_there else None
+
         self.gate = nn.Linear(hidden_size, num_experts, bias=False, **factory)
-        self.gate_shared = (
-            nn.Linear(hidden_size, 1, bias=False, **factory)
-            if gate_shared or num_shared_experts
-            else None
-        )
-        self.gate_img = (
-            nn.Linear(hidden_size, num_experts, bias=False, **factory) if gate_img else None
-        )
-        self.gate_time = (
-            nn.Linear(TIME_POINTS, num_experts, bias=False, **factory) if gate_time else None
-        )
+        self.gate_shared = router(gate_shared or num_shared_experts, hidden_size, 1)
+        self.gate_img = router(gate_img, hidden_size, num_experts)
+        self.gate_time = router(gate_time, TIME_POINTS, num_experts)
         self.gate_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.up_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
@@ -352,12 +348,10 @@ class SparseMoE(OfficialState):
                 "SparseMoE: weights must be plain tensors to be viewed, got "
                 f"{type(self.gate_proj).__name__}"
             )
-        views = expert_views(
-            self.layout, self.gate_proj.data, self.up_proj.data, self.down_proj.data
-        )
+        weights = (self.gate_proj.data, self.up_proj.data, self.down_proj.data)
+        views = expert_views(self.layout, *weights)
         for name in ("gate", "gate_shared", "gate_img", "gate_time"):
-            router = getattr(self, name)
-            if router is not None:
+            if (router := getattr(self, name)) is not None:
                 views[f"{name}.weight"] = router.weight.data
         return views
 
@@ -482,9 +476,7 @@ def run_experts(
     weight_offset: float = 0,
     active: str = "",
 ) -> Tensor:
-    """Returns sum_k w[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D].
-
-    w = weight_offset + weights.
+    """Returns sum_k (weight_offset + weights[t, k]) * expert[topk_idx[t, k]](tokens[t]), [T, D].
 
     Args:
         tokens: [T, D]. weights: [T, K] fp32. topk_idx: [T, K] int32.

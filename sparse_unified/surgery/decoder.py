@@ -51,22 +51,18 @@ FfnKey = int | tuple[int, str]
 class Ffn:
     """One SwiGLU FFN: that of a layer, or one expert inside its mixture.
 
-    Attributes:
-        name: dotted path of the module, from the object the adapter was made for.
-        module: what a forward hook observes; its first argument is x [..., D]. Of an expert of a
-            `SparseMoE` that is the whole block, which gets more tokens than the expert.
-        gate_proj, up_proj: [I, D], the live weights. down_proj: [D, I], the live weight.
-        is_expert: one of several FFNs of its layer.
+    The weights are the live ones. `module` is what a forward hook observes: its first argument is
+    x [..., D]. Of an expert of a `SparseMoE` that is the whole block, which gets more tokens.
     """
 
     component: str
     layer: int
-    name: str
+    name: str  # dotted path of the module, from the object the adapter was made for
     module: nn.Module
-    gate_proj: Tensor
-    up_proj: Tensor
-    down_proj: Tensor
-    is_expert: bool = False
+    gate_proj: Tensor  # [I, D]
+    up_proj: Tensor  # [I, D]
+    down_proj: Tensor  # [D, I]
+    is_expert: bool = False  # one of several FFNs of its layer
 
     @property
     def key(self) -> FfnKey:
@@ -75,7 +71,6 @@ class Ffn:
 
     @property
     def intermediate_size(self) -> int:
-        """I, neurons."""
         return self.gate_proj.shape[0]
 
 
@@ -105,19 +100,12 @@ class BlockNames(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A family of models, described by names.
+    """A family of models, described by names."""
 
-    Attributes:
-        name: of the family, for messages.
-        paths: where the list of decoder layers may be, from the model or from what holds it.
-        components: component -> what a layer calls its modules.
-        experts, shared_experts: what a mixture calls its experts, should an FFN be one.
-    """
-
-    name: str
-    paths: tuple[str, ...] = LAYER_PATHS
+    name: str  # for messages
+    paths: tuple[str, ...] = LAYER_PATHS  # to the decoder layers, from the model or its holder
     components: Mapping[str, BlockNames]
-    experts: str = "experts"
+    experts: str = "experts"  # of a mixture, should an FFN be one
     shared_experts: tuple[str, ...] = ("shared_experts", "shared_expert")
 
 
@@ -206,9 +194,7 @@ class Decoder:
         return Block(**parts, layer_module=module)
 
     def ffns(self, component: str) -> list[Ffn]:
-        """Returns the FFNs of a component, layer by layer; of a mixture every expert.
-
-        Layers that skip theirs are left out.
+        """Returns the FFNs of a component but for skipped ones; of a mixture every expert.
 
         Raises:
             ValueError: the model lacks the component, or an FFN is not three plain weights.
@@ -281,16 +267,13 @@ def gives_times(layer: nn.Module) -> bool:
 def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Decoder:
     """Returns the decoder layers of a model or pipeline by the first layout that they fit.
 
-    Args:
-        model: a module or what holds one; decoder layers that were found are returned as they are.
-        layouts: tried in order.
+    Those that were found already are returned as they are.
 
     Raises:
         ValueError: none fits; the message says what was looked for and found.
     """
     if isinstance(model, Decoder):
         return model
-
     kinds: list[_Kind] = []
     for layout in layouts:
         names = tuple(dict.fromkeys(name for own in layout.components.values() for name in own))
@@ -310,10 +293,7 @@ def find_decoder(model: object, component: str | None = None) -> Decoder:
     """Returns the decoder layers of a model or pipeline, by their FFNs alone.
 
     Layers with a generation FFN go before layers with `mlp` alone, `LAYER_PATHS` before what else
-    is a list of such layers.
-
-    Args:
-        component: whose FFN the layers must have; None takes either.
+    is a list of such layers. The layers must have the FFN of `component`; None takes either.
 
     Raises:
         ValueError: there are none, or several lists of them; the message says what was found.
@@ -416,10 +396,7 @@ class SparseBlock(NamedTuple):
 
 
 def find_sparse_blocks(model: object, components: Sequence[str] | None = None) -> list[SparseBlock]:
-    """Returns the sparse FFNs of a model or pipeline, component by component.
-
-    Args:
-        components: of which; None is all.
+    """Returns the sparse FFNs of a model or pipeline, component by component; None is all.
 
     Raises:
         ValueError: no decoder layers are found, a component is unknown, or none is sparse.

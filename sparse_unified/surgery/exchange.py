@@ -51,6 +51,11 @@ class Slot:
             self.owner.register_buffer(f"absent_{self.name}", marker, persistent=False)
 
 
+def put_all(changes: Iterable[tuple[Slot, nn.Module | None]]) -> None:
+    for slot, new in changes:
+        slot.put(new)
+
+
 class _Missing(Enum):
     """What an entry was that was not there; a copy or a pickle of it is the same object."""
 

@@ -168,20 +168,17 @@ class ExpertLora(nn.Module):
         self.scaling = scaling
         self.dim = int(projection == "down_proj")  # of the weight, along which experts lie
         layout, weight = block.layout, getattr(block, projection)
-        groups = (
-            ("shared_", 1, layout.shared_width),
-            ("", layout.num_experts, layout.expert_width),
-        )
-        for group, count, width in groups:
+        place = "cpu" if weight.is_meta else weight.device
+        experts = ("", layout.num_experts, layout.expert_width)
+        for group, count, width in (("shared_", 1, layout.shared_width), experts):
             if width:
                 shape = (block.hidden_size, width) if self.dim else (width, block.hidden_size)
                 down = torch.empty(count, rank, shape[1])
                 for own in down:
                     nn.init.kaiming_uniform_(own, a=5**0.5)  # as in peft
                 for name, factor in (("A", down), ("B", torch.zeros(count, shape[0], rank))):
-                    place = "cpu" if weight.is_meta else weight.device
-                    factor = factor.to(place, weight.dtype)
-                    self.register_parameter(f"lora_{group}{name}", nn.Parameter(factor))
+                    factor = nn.Parameter(factor.to(place, weight.dtype))
+                    self.register_parameter(f"lora_{group}{name}", factor)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns W + s B A, of the shape of W: [I, D], or [D, I] of down_proj."""
@@ -210,16 +207,13 @@ def file_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def write_lora(
     directory: StrPath, config: Any, adapters: Mapping[str, Tensor], *, base_model: str
 ) -> None:
-    """Writes adapters into a directory as peft does.
+    """Writes adapters into a directory as peft does; RuntimeError if one is not finite.
 
     Args:
         directory: that is there.
         config: of `add_lora_`.
         adapters: the trained parameters, by their names in the model.
         base_model: a directory or hub id, for `base_model_name_or_path`.
-
-    Raises:
-        RuntimeError: an adapter is not finite.
     """
     tensors = dict(own for name in adapters for own in file_tensors(name, adapters[name]))
     for key, tensor in tensors.items():
@@ -248,11 +242,9 @@ class Factors(NamedTuple):
 
 
 def read_lora(directory: StrPath, shapes: Mapping[str, Sequence[int]]) -> dict[str, Factors]:
-    """Returns the adapters of a directory of peft by the official key of the weight they are for.
+    """Returns the adapters of a directory of `adapt` or peft by the official key of their weight.
 
-    Args:
-        directory: of `adapt`, or of peft.
-        shapes: of the weights there are, by key.
+    `shapes` are those of the weights there are, by key.
 
     Raises:
         ValueError: a file is missing or damaged, holds anything but plain LoRA, or weights that are

@@ -27,7 +27,7 @@ from sparse_unified.experts.router import (
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.decoder import Decoder, find_decoder, gives_times, hash_ffns
-from sparse_unified.surgery.exchange import Slot, offload_like
+from sparse_unified.surgery.exchange import Slot, offload_like, put_all
 from sparse_unified.surgery.ffn import DenseWeights, describe_module, read_weights, returns_tuple
 from sparse_unified.surgery.report import SurgeryReport, transform
 
@@ -50,7 +50,7 @@ def apply_moe_(
     projection, hooks, and accelerate's patched forward; weights that accelerate keeps outside of
     the device stay on the CPU. Neurons are permuted, nothing is rounded; with routers that start at
     zero and top_k = num_experts the output is the dense one. Adapters of peft on the projections
-    are merged into what becomes the experts; those elsewhere stay as they are.
+    are merged into the experts.
 
     What does not carry over: hooks on the projections inside an FFN, and optimisers, which hold
     the dense parameters and have to be made anew.
@@ -177,7 +177,7 @@ def load_moe_(
 
 
 class _Plan(NamedTuple):
-    """A dense FFN whose weights were read, and what takes its place."""
+    """A dense FFN and its weights, and what takes its place."""
 
     slot: Slot
     ffn: nn.Module
@@ -257,12 +257,8 @@ def _put_in(
 ) -> SurgeryReport:
     for plan, block in blocks:
         offload_like(block, plan.ffn)
-
-    def put() -> None:
-        for plan, block in blocks:
-            plan.slot.put(block)
-
-    return transform(action, decoder, put, keep=keep_dense)
+    changes = [(plan.slot, block) for plan, block in blocks]
+    return transform(action, decoder, partial(put_all, changes), keep=keep_dense)
 
 
 @torch.no_grad()

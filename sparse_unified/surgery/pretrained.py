@@ -126,22 +126,19 @@ def _rebuild(model: nn.Module, structure: Any) -> None:
     for path, values in structure["skipped"].items():
         new[path] = Skipped(values, like)
     for path, own in structure["moe"].items():
-        own, shared, returns = dict(own), own["shared"], own["returns_logits"]
-        for name in ("shared", "returns_logits"):
-            del own[name]
         new[path] = SparseMoE(
-            **own,
-            shared_intermediate_size=shared,
+            **{name: own[name] for name in _MOE},
+            shared_intermediate_size=own["shared"],
             gate_shared=False,
-            return_router_logits=returns,
+            return_router_logits=own["returns_logits"],
             dtype=like.dtype,
         )
     for path, module in new.items():
         holder, _, name = path.rpartition(".")
         setattr(model.get_submodule(holder), name, module)
     adapter = find_adapter(model)
-    own_names = adapter.names(adapter.components[0])
-    attentions = [getattr(layer, own_names.attention) for layer in adapter.layers]
+    name = adapter.names(adapter.components[0]).attention
+    attentions = [getattr(layer, name) for layer in adapter.layers]
     kept = [module for module in attentions if not isinstance(module, Skipped)]
     if len(kept) < len(attentions):
         number_anew(adapter, adapter.components[0], kept)
@@ -149,12 +146,10 @@ def _rebuild(model: nn.Module, structure: Any) -> None:
 
 def _resize(owner: nn.Module, path: str, tensor: Tensor) -> None:
     name = path.rpartition(".")[2]
-    if not isinstance(owner, nn.Linear):
-        raise ValueError(
-            f"{path} must have the shape {list(getattr(owner, name).shape)}, got "
-            f"{list(tensor.shape)}"
-        )
     old = getattr(owner, name)
+    if not isinstance(owner, nn.Linear):
+        was, now = list(old.shape), list(tensor.shape)
+        raise ValueError(f"{path} must have the shape {was}, got {now}")
     setattr(owner, name, nn.Parameter(old.new_empty(tensor.shape), old.requires_grad))
     if name == "weight":
         owner.out_features, owner.in_features = tensor.shape

@@ -38,7 +38,7 @@ from sparse_unified.surgery.decoder import (
     hash_ffns,
     takes_absent_parts,
 )
-from sparse_unified.surgery.exchange import Slot, unchanged
+from sparse_unified.surgery.exchange import Slot, put_all, unchanged
 from sparse_unified.surgery.ffn import (
     DenseWeights,
     Skipped,
@@ -60,10 +60,10 @@ def prune_width_(
 ) -> SurgeryReport:
     """Leaves the neurons with the highest scores in the FFNs of one component, in place.
 
-    The three weights of a FFN become shorter and keep the order of their neurons. The modules stay
-    the same objects. FFNs are found as in `apply_moe_`, which takes the result; see `keep_units`
-    for what a budget means. Of a sparse FFN every routed expert keeps as many neurons, see
-    `keep_in_experts`; its scores are in expert order, the shared expert first.
+    The weights of a FFN become shorter and keep the order of their neurons; modules stay the same
+    objects. FFNs are found as in `apply_moe_`, which takes the result; see `keep_units` for what a
+    budget means. Of a sparse FFN every routed expert keeps as many neurons, see `keep_in_experts`;
+    its scores are in expert order, the shared expert first.
 
     Args:
         model: a module or pipeline.
@@ -274,12 +274,8 @@ def skip_layers_(
             config.layers, len(decoder.layers), has, f"{component} {config.part.value} left"
         )
 
-        def skip() -> None:
-            for layer in layers:
-                for slot, new in found[layer]:
-                    slot.put(new)
-
-        return transform("skip_layers_", decoder, skip, keep=keep_dense)
+        changes = [change for layer in layers for change in found[layer]]
+        return transform("skip_layers_", decoder, partial(put_all, changes), keep=keep_dense)
 
 
 def _single(model: object, config: PruneHeadsConfig | SkipLayersConfig) -> Decoder | None:
