@@ -41,12 +41,11 @@ def check_scores(scores: Tensor, size: int) -> None:
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:
-    """Returns the random numbers of one layer, the same on every machine."""
     return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
 
 
 def random_scores(intermediate_size: int, *, seed: int, layer: int) -> Tensor:
-    """Returns scores [I] fp32 in [0, 1), the same for the same seed and layer on every machine."""
+    """Returns scores [I] fp32 in [0, 1), the same on every machine."""
     return torch.rand(intermediate_size, generator=layer_generator(seed, layer))
 
 

@@ -64,18 +64,13 @@ def hidden_activations(inputs: Tensor, gate_proj: Tensor, up_proj: Tensor) -> Te
 class RouterFit:
     """A fitted router and what it is worth on calibration tokens.
 
-    Attributes:
-        weight: [E, D] fp32.
-        error_zero: relative L2 distance of the sparse output to the dense one with a router of
-            zeros, over the tokens that the fit measured below did not see.
-        error: the same with a router fitted to the other four fifths of the tokens.
-        logit_rms: root mean square of the logits of `weight` on all of them.
+    Errors are relative L2 distances of the sparse output to the dense one, over every fifth token.
     """
 
-    weight: Tensor
-    error_zero: float
-    error: float
-    logit_rms: float
+    weight: Tensor  # [E, D] fp32
+    error_zero: float  # with a router of zeros
+    error: float  # with one fitted to the other four fifths of the tokens
+    logit_rms: float  # root mean square of the logits of `weight` on all of them
 
 
 def random_router(num_experts: int, hidden_size: int, *, seed: int, layer: int = 0) -> Tensor:

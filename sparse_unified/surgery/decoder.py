@@ -77,8 +77,7 @@ class Ffn:
 class Block(NamedTuple):
     """The modules of one layer of one component between which the residual stream can be seen.
 
-    x1 = x + attention(input_norm(x)), then y = x1 + ffn(post_attention_norm(x1)): the input of the
-    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`, which may be a
+    x1 = x + attention(input_norm(x)), then y = x1 + ffn(post_attention_norm(x1)); `ffn` may be a
     mixture. `layer_module` is the whole layer, of all components, which may share the attention.
     """
 
@@ -132,11 +131,9 @@ class Decoder:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the parts that are probed one by one."""
         return tuple(self.layout.components)
 
     def num_layers(self) -> int:
-        """Returns the number of decoder layers."""
         return len(self.layers)
 
     def slot(self, layer: int, name: str) -> Slot | None:
@@ -214,8 +211,7 @@ class Decoder:
                     own = DenseWeights(gate_proj[a:b], up_proj[a:b], down_proj[:, a:b])
                     listed.append(Ffn(name=f"{path}.{expert}", **place, **own._asdict()))
                 continue
-            experts = getattr(module, mixture.experts, None)
-            owners = {"": module}
+            experts, owners = getattr(module, mixture.experts, None), {"": module}
             if experts is not None:
                 if not isinstance(experts, nn.ModuleList | Sequence) or not len(experts):
                     raise ValueError(

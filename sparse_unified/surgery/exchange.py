@@ -85,7 +85,7 @@ _MOVED = {*_CALL_HOOKS, *_INSIDE, _LOG, "forward", "_hf_hook", "_old_forward"}
 
 
 class Entry(NamedTuple):
-    """An entry of a module that became another one, or of a hook of accelerate."""
+    """An entry of a module, or of a hook of accelerate, that became another one."""
 
     owner: Any
     table: str  # one of `_TABLES`, or "" for an attribute
@@ -109,10 +109,7 @@ class Entry(NamedTuple):
         return None if kept is None or now is None else (kept, now)
 
     def put_back(self) -> None:
-        """Makes the entry what it was, on the device and in the dtype and mode of its place now.
-
-        A module takes its hooks back.
-        """
+        """Puts the entry back, on the device and in the dtype and mode of its place, with hooks."""
         entries, old = self.entries(), self.old
         if old is _Missing.MISSING:
             entries.pop(self.name, None)

@@ -53,22 +53,23 @@ class LoraTarget(str, Enum):
     ROUTERS = "routers"  # of sparse FFNs
 
 
+_PARTS = rf"({'|'.join(PROJECTIONS)})"
+# Of one component, whose suffix and FFN are filled in.
+_NAMES = {
+    LoraTarget.ATTENTION: r"self_attn\.[qkvo]_proj{suffix}",
+    LoraTarget.EXPERTS: r"{ffn}\.(experts\.\d+|shared_expert)\." + _PARTS,
+    LoraTarget.FFNS: r"{ffn}\." + _PARTS,
+    LoraTarget.ROUTERS: r"{ffn}\.(gate|gate_img|gate_shared|gate_time)",
+}
+
+
 def target_modules(path: str, targets: Sequence[LoraTarget], component: str) -> dict[str, str]:
     """Returns what the official code calls the target modules, a regular expression of each."""
+    own = [(SUFFIXES[c], FFN_NAMES[c]) for c in FFN_NAMES if component in (c, BOTH)]
     found = {}
     for target in targets:
-        names = []
-        for own in FFN_NAMES if component == BOTH else (component,):
-            ffn, parts = FFN_NAMES[own], rf"({'|'.join(PROJECTIONS)})"
-            names.append(
-                {
-                    LoraTarget.ATTENTION: rf"self_attn\.[qkvo]_proj{SUFFIXES[own]}",
-                    LoraTarget.EXPERTS: rf"{ffn}\.(experts\.\d+|shared_expert)\.{parts}",
-                    LoraTarget.FFNS: rf"{ffn}\.{parts}",
-                    LoraTarget.ROUTERS: rf"{ffn}\.(gate|gate_img|gate_shared|gate_time)",
-                }[target]
-            )
-        found[target.value] = rf"{re.escape(path)}\.\d+\.({'|'.join(names)})"
+        names = "|".join(_NAMES[target].format(suffix=suffix, ffn=ffn) for suffix, ffn in own)
+        found[target.value] = rf"{re.escape(path)}\.\d+\.({names})"
     return found
 
 
@@ -85,7 +86,7 @@ def add_lora_(
     """Adds adapters to a live model, in place, and freezes all else.
 
     W becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero, of each target
-    weight [out, in] and of each expert; outputs stay the same at first.
+    weight [out, in] and of each expert, so outputs stay the same at first.
 
     Args:
         model: a module with decoder layers as `apply_moe_` takes, or a pipeline of one; of weights
@@ -97,12 +98,10 @@ def add_lora_(
         seed: of what A is drawn from.
 
     Returns:
-        the configuration, a `peft.LoraConfig`; its `target_modules` are in the official code's
-        names.
+        a `peft.LoraConfig`, whose `target_modules` are in the official code's names.
 
     Raises:
-        ValueError: a value is out of range, or the model has no weights of a target; it is as
-            before.
+        ValueError: a value is out of range, or the model, which is as before, lacks a target.
         ImportError: peft is not installed.
 
     Example:
@@ -306,8 +305,7 @@ def load_lora_(model: object, directory: StrPath) -> list[str]:
         the official keys of the weights that were changed.
 
     Raises:
-        ValueError: a file is missing or damaged, is no plain LoRA, or not of this model; which is
-            as before.
+        ValueError: a file is damaged, no plain LoRA, or not of this model; which is as before.
 
     Example:
         >>> load_lora_(pipeline, "tuned-lora")  # doctest: +SKIP
@@ -317,11 +315,9 @@ def load_lora_(model: object, directory: StrPath) -> list[str]:
         adapters = read_lora(directory, {key: weight.shape for key, weight in weights.items()})
         for key in adapters:
             if weights[key].is_meta or is_packed(weights[key]):
-                raise ValueError(
-                    f"{key} must be a plain tensor in memory (`sparse-unified merge` works on "
-                    "files), got "
-                    f"{'meta' if weights[key].is_meta else type(weights[key]).__name__}"
-                )
+                got = "meta" if weights[key].is_meta else type(weights[key]).__name__
+                rule = "be a plain tensor in memory (`sparse-unified merge` works on files)"
+                raise ValueError(f"{key} must {rule}, got {got}")
         for key, factors in adapters.items():
             weights[key].copy_(factors.merged(weights[key]))
         return list(adapters)

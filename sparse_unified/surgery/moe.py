@@ -56,16 +56,13 @@ def apply_moe_(
     the dense parameters and have to be made anew.
 
     Args:
-        model: a module or pipeline.
-        config: how many experts, in which FFNs, of which neurons, and how routers start.
         scores: importance of each neuron, float `{layer: [I]}` for exactly the selected layers, a
             tensor [num_layers, I], a mapping of components to scores of at least these layers, or
             a scores file, of this model as it is if `calibrate` wrote it. Without scores, neurons
             are ranked by weight magnitude.
         inputs: what the FFNs were given on calibration tokens, float `{layer: [N, D]}` of at least
-            the selected layers, or a mapping of components to that, N >= 8; given exactly where
-            config has the partition "coactivation" or router_init "activation". See
-            `FfnStatistics.inputs`.
+            the selected layers, or a mapping of components to that, N >= 8; for the partition
+            "coactivation" and router_init "activation", and only then.
         keep_dense: keep the replaced modules for `restore_`: their weights, as many bytes as the
             experts have, stay in memory where they are. Otherwise they are freed at the end.
 
@@ -120,8 +117,8 @@ def load_moe_(
 
     The file says which layers of which components, how many experts and how wide; llm_config.json
     gives top_k and has to agree with the keys. Weights become the dtype and go to the device of
-    the FFN they replace, one tensor at a time. All else is as in `apply_moe_`. Only sparse FFNs are
-    loaded: a checkpoint whose attention was tuned too needs its other weights loaded as well.
+    the FFN they replace, one tensor at a time. All else is as in `apply_moe_`. Other weights of the
+    checkpoint, of a tuned attention, say, are not loaded.
 
     Args:
         model: a module or pipeline whose FFNs are dense.
