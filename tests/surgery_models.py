@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -67,28 +68,26 @@ class EngineLinear(nn.Module):
 class MergedMLP(nn.Module):
     """gate_proj and up_proj in one nn.Linear."""
 
+    linear: Any = functools.partial(nn.Linear, bias=False)
+
     def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_up_proj = self.linear(hidden, 2 * width)
+        self.down_proj = self.linear(width, hidden)
 
     def forward(self, x: Tensor) -> Any:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = alone(self.gate_up_proj(x)).chunk(2, dim=-1)
+        return alone(self.down_proj(F.silu(gate) * up))
+
+
+def alone(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 class EngineMLP(MergedMLP):
     """Merged, of an engine's linears."""
 
-    def __init__(self, hidden: int = HIDDEN, width: int = WIDTH) -> None:
-        nn.Module.__init__(self)
-        self.gate_up_proj: Any = EngineLinear(hidden, 2 * width)
-        self.down_proj: Any = EngineLinear(width, hidden)
-
-    def forward(self, x: Tensor) -> Any:
-        gate_up, _ = self.gate_up_proj(x)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)[0]
+    linear = EngineLinear
 
 
 class SplitEngineMLP(nn.Module):

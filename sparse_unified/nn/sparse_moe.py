@@ -110,14 +110,12 @@ class SparseMoE(OfficialState):
         self.strict = strict
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-
-        def router(is_there: object, inputs: int, outputs: int) -> nn.Linear | None:
-            return nn.Linear(inputs, outputs, bias=False, **factory) if is_there else None
-
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False, **factory)
-        self.gate_shared = router(gate_shared or num_shared_experts, hidden_size, 1)
-        self.gate_img = router(gate_img, hidden_size, num_experts)
-        self.gate_time = router(gate_time, TIME_POINTS, num_experts)
+        linear: dict[str, Any] = factory | {"bias": False}
+        has_shared = gate_shared or num_shared_experts
+        self.gate = nn.Linear(hidden_size, num_experts, **linear)
+        self.gate_shared = nn.Linear(hidden_size, 1, **linear) if has_shared else None
+        self.gate_img = nn.Linear(hidden_size, num_experts, **linear) if gate_img else None
+        self.gate_time = nn.Linear(TIME_POINTS, num_experts, **linear) if gate_time else None
         self.gate_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.up_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
