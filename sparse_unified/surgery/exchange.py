@@ -305,7 +305,7 @@ def _move_patch(source: nn.Module, target: nn.Module) -> None:
     hooks, own = list(hooks_of(source)), list(hooks_of(target))
     staying = [hook for hook in hooks if getattr(hook, "offload", False)]
     moving = [hook for hook in hooks if hook not in staying]
-    if not moving or not isinstance(patched, functools.partial) or patched.args[0] is not source:
+    if not moving or getattr(patched, "args", ())[:1] != (source,) or "_old_forward" not in at:
         return
     if staying:
         at["_hf_hook"] = _joined(staying)
