@@ -29,19 +29,12 @@ finetune = pytest.importorskip(
     exc_type=ImportError,
 )
 import automodel  # noqa: E402
-from nemo_automodel.components.checkpoint.checkpointing import (  # noqa: E402
-    Checkpointer,
-    CheckpointingConfig,
-)
+from nemo_automodel.components.checkpoint.checkpointing import Checkpointer, CheckpointingConfig  # noqa: E402
 from nemo_automodel.components.config.loader import ConfigNode  # noqa: E402
 from nemo_automodel.components.models.bagel import modeling_qwen2_packed  # noqa: E402
 from nemo_automodel.components.models.bagel.configuration import BagelConfig  # noqa: E402
-from nemo_automodel.components.models.bagel.model import (  # noqa: E402
-    BagelForUnifiedMultimodal,
-)
-from nemo_automodel.recipes._dist_utils import (  # noqa: E402
-    create_distributed_setup_from_config,
-)
+from nemo_automodel.components.models.bagel.model import BagelForUnifiedMultimodal  # noqa: E402
+from nemo_automodel.recipes._dist_utils import create_distributed_setup_from_config  # noqa: E402
 
 from sparse_unified.bagel.model import Routing, expert_load, router_losses  # noqa: E402
 from sparse_unified.surgery.decoder import find_sparse_blocks  # noqa: E402

@@ -11,14 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
-from routing_choice import (
-    FfnWeights,
-    block_ffn,
-    compare,
-    main,
-    sparse_error,
-    unit_tokens,
-)
+from routing_choice import FfnWeights, block_ffn, compare, main, sparse_error, unit_tokens
 from torch import Tensor
 
 from sparse_unified.experts import ExpertLayout, snake_partition

@@ -8,13 +8,7 @@ import logging
 
 import pytest
 import torch
-from moe_cases import (
-    double_state,
-    golden_block,
-    official_block,
-    random_block,
-    relative_error,
-)
+from moe_cases import double_state, golden_block, official_block, random_block, relative_error
 from torch import Tensor
 from torch.autograd import forward_ad
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import sparse_unified
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig, changed
-from sparse_unified.surgery.decoder import find_adapter
-from sparse_unified.surgery.temporary import as_module, read_attention
+from sparse_unified.surgery.decoder import as_module, find_adapter
+from sparse_unified.surgery.others import read_attention
 
 
 def test_bagel_has_two_components_and_the_live_weights() -> None:
@@ -293,11 +293,7 @@ def _several_kinds(attention: Any) -> None:
         (_several_kinds, SkipLayersConfig(layers=[1]), "attentions of one kind, because"),
         (_several_kinds, SkipLayersConfig(layers=[1], part="attention"), "attentions of one kind"),
         (lambda a: setattr(a, "gates", nn.Linear(4, 4)), HEADS, "layer 2: .* gates"),
-        (
-            lambda a: setattr(a, "head_dim", 3),
-            HEADS,
-            "whole groups of heads .*head_dim 3",
-        ),
+        (lambda a: setattr(a, "head_dim", 3), HEADS, "whole groups of heads .*head_dim 3"),
         (lambda a: setattr(a, "q_proj", None), HEADS, r"must have .* in q_proj, k_proj"),
     ],
 )

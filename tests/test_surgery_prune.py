@@ -221,12 +221,7 @@ GEN = {0: [0, 2], 1: [0, 1], 2: [1, 3], 3: [0, 1]}
 
 @pytest.mark.parametrize(
     ("und", "gen", "steps"),
-    [
-        (UND, None, ["und"]),
-        (None, GEN, ["gen"]),
-        (UND, GEN, ["und", "gen"]),
-        (UND, UND, ["both"]),
-    ],
+    [(UND, None, ["und"]), (None, GEN, ["gen"]), (UND, GEN, ["und", "gen"]), (UND, UND, ["both"])],
 )
 def test_pruned_heads_are_as_if_their_output_were_zero(und: Any, gen: Any, steps: Any) -> None:
     model, zeroed = small_bagel(), small_bagel()
@@ -259,10 +254,7 @@ def test_heads_are_pruned_again_of_what_is_left() -> None:
     model, zeroed = small_bagel(), small_bagel()
     zero_heads(zeroed, "und", {0: [2]})
     zero_heads(zeroed, "gen", {0: [1]})
-    for component, first, second in (
-        ("und", [0, 0, 1, 1], [1, 0]),
-        ("gen", [0, 1, 1, 0], [1, 0]),
-    ):
+    for component, first, second in (("und", [0, 0, 1, 1], [1, 0]), ("gen", [0, 1, 1, 0], [1, 0])):
         config = PruneHeadsConfig(component=component, layers=[0], keep_ratio=0.5)
         for values in (first, second):
             prune_heads_(model, config, {0: torch.tensor(values, dtype=torch.float32)})
@@ -398,8 +390,7 @@ def written_out(model: Bagel, texts: list[int], image: Tensor, skipped: dict[str
 
 
 @pytest.mark.parametrize(
-    "skipped",
-    [{}, {"gen": {0, 3}}, {"und": {1, 2}, "gen": {2}}, {"und": {0, 1, 2, 3}}],
+    "skipped", [{}, {"gen": {0, 3}}, {"und": {1, 2}, "gen": {2}}, {"und": {0, 1, 2, 3}}]
 )
 @torch.no_grad()
 def test_tokens_that_skip_an_attention_neither_ask_nor_are_seen(

@@ -25,7 +25,7 @@ from sparse_unified.checkpoint.safetensors_io import save_tensors
 from sparse_unified.checkpoint.scores import ORIGIN, read_origin
 from sparse_unified.experts.keep import check_scores, column_norms, magnitude_scores, random_scores
 from sparse_unified.surgery.decoder import Block, Ffn, FfnKey, find_adapter, hash_ffns
-from sparse_unified.surgery.temporary import join_experts
+from sparse_unified.surgery.prune import join_experts
 
 NeuronScores = dict[str, dict[FfnKey, Tensor]]
 Criterion = Callable[[Ffn, Callable[[], Tensor], int], Tensor]

@@ -45,8 +45,13 @@ from sparse_unified.checkpoint.modes import Part
 from sparse_unified.experts.keep import Budget, select_layers
 from sparse_unified.surgery import PruneHeadsConfig, PruneWidthConfig, SkipLayersConfig
 from sparse_unified.surgery.cuts import PruneConfig
-from sparse_unified.surgery.decoder import Decoder, find_adapter, takes_absent_parts
-from sparse_unified.surgery.temporary import as_module, changed, count_groups
+from sparse_unified.surgery.decoder import (
+    Decoder,
+    as_module,
+    find_adapter,
+    takes_absent_parts,
+)
+from sparse_unified.surgery.prune import changed, count_groups
 
 Progress = Callable[[int, int, str], object]
 

@@ -62,11 +62,7 @@ def _load(folder: str, dtype: torch.dtype | None, **options: Any) -> tuple[Bagel
 
 
 class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-defined]
-    """Text to image and editing, dense, sparse or pruned.
-
-    Args:
-        model, vae, tokenizer: as of `BagelPipeline`.
-    """
+    """Text to image and editing, dense, sparse or pruned; parts as of `BagelPipeline`."""
 
     def __init__(self, model: Bagel, vae: AutoEncoder, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -82,12 +78,7 @@ class BagelDiffusionPipeline(_utils.DiffusionPipeline):  # type: ignore[name-def
         torch_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> BagelDiffusionPipeline:
-        """Loads a model directory or hub id in BAGEL's own layout.
-
-        Args:
-            name, dtype, options: as `BagelPipeline.from_pretrained`.
-            torch_dtype: the name that `dtype` had in diffusers.
-        """
+        """As `BagelPipeline.from_pretrained`; `dtype` is called `torch_dtype` in diffusers, too."""
         loaded = BagelPipeline.from_pretrained(name, dtype=dtype or torch_dtype, **options)
         pipeline = cls(loaded.model, loaded.vae, loaded.tokenizer)
         pipeline.bagel = loaded

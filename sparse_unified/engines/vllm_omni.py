@@ -52,7 +52,6 @@ class WithExperts:
         views: dict[int, dict[str, Tensor | None]] = {
             layer: dict(block.official_views()) for layer, block in self._sparse.items()
         }
-        taken: set[tuple[int, str]] = set()
 
         def others() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
@@ -63,8 +62,7 @@ class WithExperts:
                 layer, inner = int(match[1]), match[2]
                 if inner not in views[layer]:
                     raise ValueError(f"{_WHERE}: {name} must be no such tensor, got one")
-                taken.add((layer, inner))
-                view = views[layer][inner]
+                view = views[layer].pop(inner)
                 if view is None:  # of an expert that another process has
                     continue
                 if view.shape != tensor.shape:
@@ -75,13 +73,7 @@ class WithExperts:
 
         with torch.no_grad():
             loaded: set[str] = super().load_weights(others())  # type: ignore[misc]
-        missing = [
-            f"layers.{layer}.{inner}"
-            for layer, of_layer in views.items()
-            for inner in of_layer
-            if (layer, inner) not in taken
-        ]
-        if missing:
+        if missing := [f"layers.{n}.{inner}" for n, left in views.items() for inner in left]:
             raise ValueError(f"{_WHERE}: weights must hold {list_some(missing)}, got none")
         blocks = set(self._sparse.values())
         loaded |= {
@@ -98,10 +90,11 @@ class WithExperts:
         experts, top_k = checkpoint.experts, checkpoint.top_k
         if top_k is None:
             return
-        by_time = any(layout.time_router for layout in experts.get("gen", {}).values())
-        if set(experts) != {"gen"} or checkpoint.left is not None or by_time:
-            what = "pruned" if checkpoint.left is not None else "sparse und FFNs"
-            what = "gate_time" if by_time else what
+        what = "sparse und FFNs" if set(experts) != {"gen"} else ""
+        what = what if checkpoint.left is None else "pruned"
+        if any(layout.time_router for layout in experts.get("gen", {}).values()):
+            what = "gate_time"
+        if what:
             rule = "must have sparse gen FFNs without gate_time and be dense otherwise"
             raise ValueError(f"{_WHERE}: {checkpoint.directory} {rule}, got {what}")
         layers = self.language_model.model.layers
@@ -110,7 +103,11 @@ class WithExperts:
             owner = layers[layer]
             down = getattr(owner.mlp_moe_gen.down_proj, "weight", None)
             hidden = checkpoint.ffns["gen"][layer].hidden_size
-            rank, count = _place_in_group(down, layout.intermediate_size)
+            rank, count = 0, 1
+            if down is not None and down.dim() == 2 and down.shape[1] != layout.intermediate_size:
+                group = importlib.import_module("vllm.distributed")
+                rank = group.get_tensor_model_parallel_rank()
+                count = group.get_tensor_model_parallel_world_size()
             wanted = [hidden, layout.intermediate_size // count]
             if down is None or list(down.shape) != wanted or not down.is_floating_point():
                 found = "no weight" if down is None else f"{list(down.shape)} {down.dtype}"
@@ -145,9 +142,7 @@ class WithExperts:
                         f"{at}: experts divided over processes must run on our kernels, got "
                         f"{block.active_backend}"
                     )
-                group = importlib.import_module("vllm.distributed")
-                reduce = group.tensor_model_parallel_all_reduce
-                first = rank * num_experts
+                reduce, first = group.tensor_model_parallel_all_reduce, rank * num_experts
                 block = ExpertShare(block, layout.num_experts, first, top_k, reduce)
             self._sparse[layer] = owner.mlp_moe_gen = block.requires_grad_(False)
 
@@ -167,24 +162,8 @@ class BagelPipeline(WithExperts, _built_in.BagelPipeline):  # type: ignore[name-
 
     def __init__(self, *, od_config: Any, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
-        self.put_in_blocks(Checkpoint(_directory(od_config)))
-
-
-def _place_in_group(down: Tensor | None, width: int) -> tuple[int, int]:
-    """Returns rank and size of the tensor-parallel group that a down-projection is split over."""
-    if down is None or down.dim() != 2 or down.shape[1] == width:
-        return 0, 1
-    group = importlib.import_module("vllm.distributed")
-    rank: int = group.get_tensor_model_parallel_rank()
-    size: int = group.get_tensor_model_parallel_world_size()
-    return rank, size
-
-
-def _directory(od_config: Any) -> str:
-    """Returns where the model of a configuration lies, as the built-in pipeline finds it."""
-    if Path(od_config.model).exists():
-        return str(od_config.model)
-    found: str = _built_in.download_weights_from_hf_specific(
-        od_config.model, od_config.revision, ["*"]
-    )
-    return found
+        directory = od_config.model
+        if not Path(directory).exists():  # as the built-in pipeline finds it
+            download = _built_in.download_weights_from_hf_specific
+            directory = download(directory, od_config.revision, ["*"])
+        self.put_in_blocks(Checkpoint(directory))

@@ -41,12 +41,11 @@ def check_scores(scores: Tensor, size: int) -> None:
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:
-    """Returns the random numbers of one layer, the same on every machine."""
     return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
 
 
 def random_scores(intermediate_size: int, *, seed: int, layer: int) -> Tensor:
-    """Returns scores [I] fp32 in [0, 1), the same for the same seed and layer on every machine."""
+    """Returns scores [I] fp32 in [0, 1), the same on every machine."""
     return torch.rand(intermediate_size, generator=layer_generator(seed, layer))
 
 
@@ -56,12 +55,7 @@ def magnitude_scores(gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> T
     The product does not change when a factor moves from one projection of a neuron to another, as
     the neuron's output under SwiGLU nearly does not.
 
-    Args:
-        gate_proj, up_proj: [I, D], any float dtype.
-        down_proj: [D, I], any float dtype.
-
-    Returns:
-        scores [I] fp32, on the device of the weights.
+    gate_proj and up_proj [I, D], down_proj [D, I] of any float dtype -> scores [I] fp32, there.
     """
     scores = column_norms(down_proj)
     for weight in (gate_proj, up_proj):
@@ -81,13 +75,8 @@ def head_magnitude_scores(v_proj: Tensor, o_proj: Tensor) -> Tensor:
     """Ranks groups of heads by weight magnitude: |values| * |their output columns|, L2 norms.
 
     Queries and keys have no part in it: both are normalised per head, whatever their weights are.
-
-    Args:
-        v_proj: [G, d, D], value rows of the KV head of each of G groups, any float dtype.
-        o_proj: [D, G, n], output columns of the n = queries_per_key * d channels of each group.
-
-    Returns:
-        scores [G] fp32, on the device of the weights.
+    Value rows [G, d, D] of the KV head of each of G groups, and output columns [D, G, n] of its
+    n = queries_per_key * d channels, of any float dtype -> scores [G] fp32.
     """
     values = torch.linalg.vector_norm(v_proj.flatten(1), dim=1, dtype=torch.float32)
     return values * torch.linalg.vector_norm(o_proj, dim=(0, 2), dtype=torch.float32)
@@ -109,17 +98,13 @@ def select_layers(
     has: Callable[[int], bool] | None = None,
     what: str = "",
 ) -> tuple[int, ...]:
-    """Resolves a layer selection against a model of `num_layers` layers.
+    """Returns the layers that are selected of `num_layers`, ascending, without repeats.
 
     Args:
         layers: "middle" (all but the first and the last), "all", "a-b" (both ends included), "a",
             comma-separated combinations of the last two, or a sequence of indices.
-        num_layers: number of decoder layers in the model.
         has: whether a layer has what is meant, in words `what`; "all" and "middle" pass over those
             that lack it.
-
-    Returns:
-        Ascending layer indices without repeats.
 
     Raises:
         ValueError: the selection is empty, malformed, or names a layer that the model lacks or that
@@ -154,8 +139,7 @@ def _parse(text: str, num_layers: int) -> list[int]:
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
         if match is None:
             raise ValueError(f"layers must be 'middle', 'all', 'a-b' or 'a,b-c', got {text!r}")
-        first = int(match[1])
-        last = int(match[2]) if match[2] is not None else first
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"layers must ascend in a range, got {part.strip()!r}")
         # A huge range names a layer the model lacks; its first such layer is enough to say so.
@@ -186,7 +170,7 @@ def keep_units(
         keep_ratio: in (0, 1]. block_size: divides every N.
 
     Returns:
-        `{layer: [kept] int64}`, ascending unit indices on the CPU.
+        `{layer: [kept] int64}`, ascending, on the CPU.
     """
     blocks = {layer: block_scores(values, block_size) for layer, values in scores.items()}
     if budget is Budget.UNIFORM:

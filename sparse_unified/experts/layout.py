@@ -49,13 +49,11 @@ class ExpertLayout:
         intermediate_size: width I of the dense FFN, in neurons.
         num_experts: E, number of routed experts.
         num_shared_experts: S, how many expert widths the shared expert is made of.
-        shared_intermediate_size: width of the shared expert in neurons, for files that give it
-            directly; by default it follows from the formula above.
+        shared_intermediate_size: of the shared expert, for files that give it directly.
         time_router: routed experts are chosen by the time of denoising too, see `SparseMoE`.
 
     Attributes:
-        shared_width: neurons of the shared expert; 0 without one.
-        expert_width: neurons of each routed expert.
+        shared_width, expert_width: neurons of the shared expert (0 without) and of each other one.
 
     Raises:
         ValueError: a count is out of range, or E does not divide the routed neurons.
@@ -124,13 +122,8 @@ def keep_in_experts(
     shared expert that is S expert widths wide, as `ExpertLayout` makes it, stays so, as checkpoints
     tell its width by S; one of another width keeps the ratio of its own.
 
-    Args:
-        scores: finite, [I] in expert order, higher is more important.
-        layout: of the experts.
-        keep_ratio: in (0, 1]. block_size: divides the width of every expert.
-
-    Returns:
-        [kept] int64, ascending positions in expert order, on the CPU.
+    Finite scores [I] in expert order, keep_ratio in (0, 1], block_size that divides the width of
+    every expert -> positions in expert order that stay, [kept] int64, ascending, on the CPU.
     """
     blocks = block_scores(scores, block_size)
     routed = max(1, round(keep_ratio * layout.expert_width / block_size))
@@ -182,7 +175,6 @@ def order_neurons(
                         an expert the neurons ascend.
 
     Args:
-        partition: how. layout: the widths to deal to.
         scores: importance of each neuron, [I], any float dtype, finite.
         seed, layer: what "random" and the starts of "coactivation" are drawn from; the same on
             every machine.

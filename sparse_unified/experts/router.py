@@ -52,11 +52,8 @@ def check_inputs(inputs: Tensor, hidden_size: int) -> None:
 def hidden_activations(inputs: Tensor, gate_proj: Tensor, up_proj: Tensor) -> Tensor:
     """What the neurons of a SwiGLU FFN give: h = silu(gate_proj x) * up_proj x.
 
-    Args:
-        inputs: [N, D], any float dtype. gate_proj, up_proj: [I, D], any float dtype.
-
-    Returns:
-        [N, I] fp32, on the device of the weights.
+    inputs [N, D], gate_proj and up_proj [I, D], any float dtype -> [N, I] fp32, where the weights
+    are.
     """
     x = inputs.to(gate_proj.device, torch.float32)
     tiles = zip(gate_proj.split(_TILE_NEURONS), up_proj.split(_TILE_NEURONS), strict=True)
@@ -67,18 +64,13 @@ def hidden_activations(inputs: Tensor, gate_proj: Tensor, up_proj: Tensor) -> Te
 class RouterFit:
     """A fitted router and what it is worth on calibration tokens.
 
-    Attributes:
-        weight: [E, D] fp32.
-        error_zero: relative L2 distance of the sparse output to the dense one with a router of
-            zeros, over the tokens that the fit measured below did not see.
-        error: the same with a router fitted to the other four fifths of the tokens.
-        logit_rms: root mean square of the logits of `weight` on all of them.
+    Errors are relative L2 distances of the sparse output to the dense one, over every fifth token.
     """
 
-    weight: Tensor
-    error_zero: float
-    error: float
-    logit_rms: float
+    weight: Tensor  # [E, D] fp32
+    error_zero: float  # with a router of zeros
+    error: float  # with one fitted to the other four fifths of the tokens
+    logit_rms: float  # root mean square of the logits of `weight` on all of them
 
 
 def random_router(num_experts: int, hidden_size: int, *, seed: int, layer: int = 0) -> Tensor:
@@ -110,9 +102,6 @@ def fit_router(
         inputs: x of N >= 8 tokens, [N, D], any float dtype, finite.
         gate_proj, up_proj: [I, D]; down_proj: [D, I]; neurons in expert order, shared first.
         layout: neuron ranges. top_k: experts a token uses.
-
-    Returns:
-        the router, on the device of the weights, and its errors.
 
     Raises:
         ValueError: inputs have another shape, too few tokens, or are not finite.

@@ -58,12 +58,7 @@ def _apply_packed(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """y = down_proj(silu(gate_proj(x)) * up_proj(x)), no bias.
-
-    Args:
-        hidden_size: D.
-        intermediate_size: I.
-    """
+    """y = down_proj(silu(gate_proj(x)) * up_proj(x)), no bias; D = hidden_size."""
 
     def __init__(
         self,
@@ -74,15 +69,10 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(
-            hidden_size, intermediate_size, bias=False, device=device, dtype=dtype
-        )
-        self.up_proj = nn.Linear(
-            hidden_size, intermediate_size, bias=False, device=device, dtype=dtype
-        )
-        self.down_proj = nn.Linear(
-            intermediate_size, hidden_size, bias=False, device=device, dtype=dtype
-        )
+        factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, **factory)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, **factory)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]; on the CPU without gradients by the kernel of `pruned_ffn`."""
@@ -102,10 +92,9 @@ class SwiGLU(nn.Module):
         return rows.view(x.shape)
 
     def _kernel_block_size(self, x: Tensor) -> int:
-        """The blocks that the kernel takes the width in, or 0 where torch's products serve.
+        """The blocks that the kernel takes the width in, or 0 where torch's products serve:
 
-        That is where the kernel is not the faster way (measured: docs/performance.md), and where
-        somebody has changed what one of the three layers is or does.
+        where they are faster (docs/performance.md), or somebody has changed one of the layers.
         """
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if (

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -65,13 +64,8 @@ def expert_views(
 ) -> dict[str, Tensor]:
     """Names every expert's slice of the fused weights as the official checkpoints do.
 
-    Args:
-        layout: neuron ranges.
-        gate_proj, up_proj: [I, D]; down_proj: [D, I]; neurons in expert order.
-
-    Returns:
-        `experts.<e>.<projection>.weight` and, with a shared expert,
-        `shared_expert.<projection>.weight` -> view of the storage.
+    gate_proj and up_proj [I, D], down_proj [D, I], of neurons in expert order, become views of them
+    under `experts.<e>.<projection>.weight` and, with one, `shared_expert.<projection>.weight`.
     """
     views = {}
     # The official code has the shared expert behind the others.
@@ -133,22 +127,14 @@ class OfficialState(nn.Module):
 
 
 @torch.no_grad()
-def _join(
-    block: OfficialState,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: Mapping[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
+def _join(block: OfficialState, state_dict: dict[str, Any], prefix: str, *given: Any) -> None:
     """Puts the fused weights into a state dict in place of those of the experts.
 
     Where that cannot be, the block's own weights are put there, which changes nothing.
     """
     if not block._holds_weights():
         return
+    _, strict, missing_keys, unexpected_keys, error_msgs = given
     own = [getattr(block, name) for name in PROJECTIONS]
     for name, weight in zip(PROJECTIONS, own, strict=True):
         if prefix + name in state_dict and strict:
@@ -164,15 +150,13 @@ def _join(
     found = {key: state_dict.pop(prefix + key) for key in views if prefix + key in state_dict}
     missing_keys += [prefix + key for key in views if key not in found]
     wrong = []
-    for key in sorted(found):
-        value, shape, problem = found[key], views[key].shape, ""
+    for key, value in sorted(found.items()):
+        shape, at = views[key].shape, f"SparseMoE: {prefix}{key} must"
         if not isinstance(value, Tensor) or value.shape != shape:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            problem = f"have shape {list(shape)}, got {got}"
+            wrong.append(f"{at} have shape {list(shape)}, got {got}")
         elif value.is_meta and not views[key].is_meta:
-            problem = "hold data, got a meta tensor"
-        if problem:
-            wrong.append(f"SparseMoE: {prefix}{key} must {problem}")
+            wrong.append(f"{at} hold data, got a meta tensor")
     error_msgs += wrong
     if wrong or not found:
         return

@@ -110,18 +110,12 @@ class SparseMoE(OfficialState):
         self.strict = strict
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False, **factory)
-        self.gate_shared = (
-            nn.Linear(hidden_size, 1, bias=False, **factory)
-            if gate_shared or num_shared_experts
-            else None
-        )
-        self.gate_img = (
-            nn.Linear(hidden_size, num_experts, bias=False, **factory) if gate_img else None
-        )
-        self.gate_time = (
-            nn.Linear(TIME_POINTS, num_experts, bias=False, **factory) if gate_time else None
-        )
+        linear: dict[str, Any] = factory | {"bias": False}
+        has_shared = gate_shared or num_shared_experts
+        self.gate = nn.Linear(hidden_size, num_experts, **linear)
+        self.gate_shared = nn.Linear(hidden_size, 1, **linear) if has_shared else None
+        self.gate_img = nn.Linear(hidden_size, num_experts, **linear) if gate_img else None
+        self.gate_time = nn.Linear(TIME_POINTS, num_experts, **linear) if gate_time else None
         self.gate_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.up_proj = nn.Parameter(torch.empty(intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
@@ -146,13 +140,12 @@ class SparseMoE(OfficialState):
 
     @property
     def active_backend(self) -> str:
-        """What runs this block.
+        """What runs this block, under autocast where it is asked there.
 
         "cpu" or "cuda" (our kernels), "cuda, grouped_mm" (torch's products between ours),
-        "cuda, scaled_grouped_mm" (those in fp8), or "torch: <why>" (torch ops). Asked under
-        autocast, what runs it there. "cuda: without sm90a: <why>" where `doctor` found one of the
-        kernel families wrong. Where `tune` found another one faster for some numbers of tokens,
-        that one runs those.
+        "cuda, scaled_grouped_mm" (those in fp8), or "torch: <why>" (torch ops). "cuda: without
+        sm90a: <why>" where `doctor` found one of the kernel families wrong. Where `tune` found
+        another one faster for some numbers of tokens, that one runs those.
         """
         active = self._choose(self.gate_proj)[1]
         note = choices.note(self.gate_proj.device) if active in KERNELS else ""
@@ -161,7 +154,7 @@ class SparseMoE(OfficialState):
     def _choose(self, weight: Tensor, num_rows: int | None = None) -> tuple[torch.dtype, str]:
         """Dtype of the experts, of which `weight` is one, and what runs them on R rows.
 
-        Autocast's dtype where no kernel takes fp32 weights, the weights' own elsewhere.
+        Under autocast its dtype, where no kernel takes fp32 weights.
         """
         dtype, device = weight.dtype, weight.device
         sizes: dict[str, Any] = {
@@ -191,12 +184,11 @@ class SparseMoE(OfficialState):
             x: tokens [..., D], dtype and device of the weights. Under autocast any dtype; fp32
                 weights that no kernel takes are then cast for the call. Routers may have a dtype
                 of their own.
-            packed_text_indexes: flat indices of text tokens, [n] int64 or int32; *und* blocks
-                only, others ignore both.
-            packed_vit_token_indexes: flat indices of ViT tokens, [n] int64 or int32; *und* blocks
-                route these by `gate_img`. With ViT indices alone, all tokens are ViT tokens.
+            packed_text_indexes, packed_vit_token_indexes: flat indices [n] int64 or int32 of text
+                and ViT tokens, which *und* blocks route by `gate_img`; others ignore both. With ViT
+                indices alone, all tokens are ViT tokens.
             times: of denoising, from 0 (a finished image) to 1 (noise), fp32 [T], or [1] of all
-                tokens; blocks with `gate_time` only, others ignore it.
+                tokens; blocks without `gate_time` ignore it.
 
         Returns:
             y [..., D] and router_logits [T, E] fp32 (T tokens in all), or y alone when
@@ -248,10 +240,7 @@ class SparseMoE(OfficialState):
 
     @torch.no_grad()
     def dense(self, x: Tensor) -> Tensor:
-        """Returns what the dense FFN gives that the experts are cut from: all of them at weight 1.
-
-        x [..., D] -> [..., D], both of the dtype of the weights; without a graph.
-        """
+        """The dense FFN that the experts are cut from: x [..., D] -> [..., D], without a graph."""
         return _swiglu(x, *self.plain_weights())
 
     def _route(
@@ -262,10 +251,7 @@ class SparseMoE(OfficialState):
         times: Tensor | None,
         weight: Tensor,
     ) -> tuple[Tensor, torch.dtype, str, tuple[Tensor, Tensor, Tensor]]:
-        """Returns tokens [T, D], dtype of the experts, what runs them, and the choice.
-
-        The choice is logits [T, E], topk_logits and topk_idx [T, K], by the router of each token.
-        """
+        """Returns tokens [T, D], dtype of the experts, what runs them, and what `route` does."""
         if not isinstance(x, Tensor) or x.shape[-1:] != (self.hidden_size,):
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
@@ -342,22 +328,17 @@ class SparseMoE(OfficialState):
     def official_views(self) -> dict[str, Tensor]:
         """Names every tensor of the official layout -> view of the storage, routers included.
 
-        Copying into the views loads the block.
-
-        Raises:
-            ValueError: the weights are stored in fewer bits, which has no views.
+        Copying into the views loads the block. ValueError for weights stored in fewer bits.
         """
         if is_packed(self.gate_proj):
             raise ValueError(
                 "SparseMoE: weights must be plain tensors to be viewed, got "
                 f"{type(self.gate_proj).__name__}"
             )
-        views = expert_views(
-            self.layout, self.gate_proj.data, self.up_proj.data, self.down_proj.data
-        )
+        weights = (self.gate_proj.data, self.up_proj.data, self.down_proj.data)
+        views = expert_views(self.layout, *weights)
         for name in ("gate", "gate_shared", "gate_img", "gate_time"):
-            router = getattr(self, name)
-            if router is not None:
+            if (router := getattr(self, name)) is not None:
                 views[f"{name}.weight"] = router.weight.data
         return views
 
@@ -387,14 +368,10 @@ def blocks_for(model: nn.Module, top_k: int) -> list[SparseMoE]:
 
 @contextmanager
 def active_experts(model: nn.Module, top_k: int | None) -> Iterator[None]:
-    """Inside, every sparse block of a model uses `top_k` experts; afterwards those of before.
+    """Inside, every `SparseMoE` of a model uses `top_k` experts, if not None; afterwards as before.
 
     y keeps its formula: each chosen expert weighs 1 + its logit, and nothing is divided by their
     number, so fewer experts give a smaller sum. A shared expert always runs, beside them.
-
-    Args:
-        model: with `SparseMoE` blocks anywhere.
-        top_k: routed experts of a token, from 1 to their number; None changes nothing.
 
     Raises:
         ValueError: the model has no sparse blocks, or not so many experts.
@@ -413,10 +390,7 @@ def active_experts(model: nn.Module, top_k: int | None) -> Iterator[None]:
 
 
 def official_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Returns every parameter under its official key; those of a sparse FFN are views per expert.
-
-    Copying into these tensors loads the module.
-    """
+    """Returns every parameter under its official key; of a sparse FFN a view for each expert."""
     if isinstance(module, SparseMoE) and not is_packed(module.gate_proj):
         return {prefix + key: view for key, view in module.official_views().items()}
     found: dict[str, Tensor] = {}
@@ -482,9 +456,7 @@ def run_experts(
     weight_offset: float = 0,
     active: str = "",
 ) -> Tensor:
-    """Returns sum_k w[t, k] * expert[topk_idx[t, k]](tokens[t]), [T, D].
-
-    w = weight_offset + weights.
+    """Returns sum_k (weight_offset + weights[t, k]) * expert[topk_idx[t, k]](tokens[t]), [T, D].
 
     Args:
         tokens: [T, D]. weights: [T, K] fp32. topk_idx: [T, K] int32.

@@ -2,9 +2,9 @@
 """Sparse, narrower and skipped parts into a live model, in place, and out of it again.
 
 Reading order: `exchange` (what a transform changed, and back), `ffn` (what a dense FFN is),
-`decoder` (where modules are), `cuts` (what pruning takes away), `report` (and `restore_`), `prune`,
-`others` (decoders that are not BAGEL), `temporary` (for as long as a block runs), `moe` (sparse
-FFNs), `pretrained` (decoders of transformers on disk), `quantize`, `lora`.
+`decoder` (where modules are), `cuts` (what pruning takes away), `report` (and `restore_`),
+`others` (decoders that are not BAGEL), `prune`, `moe` (sparse FFNs), `pretrained` (decoders of
+transformers on disk), `quantize`, `lora`.
 """
 
 from sparse_unified.checkpoint.modes import (
@@ -16,10 +16,9 @@ from sparse_unified.checkpoint.modes import (
 from sparse_unified.surgery.lora import add_lora_, load_lora_
 from sparse_unified.surgery.moe import apply_moe_, load_moe_
 from sparse_unified.surgery.pretrained import from_pretrained, save_pretrained
-from sparse_unified.surgery.prune import prune_heads_, prune_width_, skip_layers_
+from sparse_unified.surgery.prune import changed, prune_heads_, prune_width_, skip_layers_
 from sparse_unified.surgery.quantize import QuantizeConfig, quantize_weights_
 from sparse_unified.surgery.report import count_parameters, restore_
-from sparse_unified.surgery.temporary import changed
 
 __all__ = [
     "MoEConfig",

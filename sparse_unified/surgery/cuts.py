@@ -65,15 +65,14 @@ def plan(
         config: what is asked for; its `layers` are not looked at.
         shapes: of the layers to prune. Heads need all components that have the attention.
         sizes: the shape of every tensor of these layers.
-        scores: importance of neurons, or of groups of heads, checked; not needed to skip layers.
+        scores: checked, of neurons or groups of heads; not needed to skip layers.
 
     Returns:
-        what stays of each tensor that is pruned, also where all of it does, and the shapes of the
-        layers then.
+        what stays of each tensor that is pruned, also where all of it does, and the shapes then.
 
     Raises:
-        ValueError: block_size or budget do not suit an FFN, or a component has
-            no queries for some KV heads where both are to lose the same.
+        ValueError: block_size or budget do not suit an FFN, or a component has no queries for some
+            KV heads where both are to lose the same.
     """
     left = {component: dict(own) for component, own in shapes.items()}
     if isinstance(config, SkipLayersConfig):
@@ -212,12 +211,13 @@ def spread(units: Tensor, width: int) -> Tensor:
 
 def skipped_modules(config: SkipLayersConfig) -> list[str]:
     """Returns the modules of a decoder layer that are skipped."""
-    modules: list[str] = []
-    if Part.ATTENTION in config.parts:
-        modules += keys.attention_modules(config.component)
-    if Part.FFN in config.parts:
-        modules += keys.ffn_modules(config.component)
-    return modules
+    of = {Part.ATTENTION: keys.attention_modules, Part.FFN: keys.ffn_modules}
+    return [
+        name
+        for part, names in of.items()
+        if part in config.parts
+        for name in names(config.component)
+    ]
 
 
 def then(cuts: Cuts, more: Cuts) -> Cuts:

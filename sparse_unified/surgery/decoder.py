@@ -51,22 +51,18 @@ FfnKey = int | tuple[int, str]
 class Ffn:
     """One SwiGLU FFN: that of a layer, or one expert inside its mixture.
 
-    Attributes:
-        name: dotted path of the module, from the object the adapter was made for.
-        module: what a forward hook observes; its first argument is x [..., D]. Of an expert of a
-            `SparseMoE` that is the whole block, which gets more tokens than the expert.
-        gate_proj, up_proj: [I, D], the live weights. down_proj: [D, I], the live weight.
-        is_expert: one of several FFNs of its layer.
+    The weights are the live ones. `module` is what a forward hook observes: its first argument is
+    x [..., D]. Of an expert of a `SparseMoE` that is the whole block, which gets more tokens.
     """
 
     component: str
     layer: int
-    name: str
+    name: str  # dotted path of the module, from the object the adapter was made for
     module: nn.Module
-    gate_proj: Tensor
-    up_proj: Tensor
-    down_proj: Tensor
-    is_expert: bool = False
+    gate_proj: Tensor  # [I, D]
+    up_proj: Tensor  # [I, D]
+    down_proj: Tensor  # [D, I]
+    is_expert: bool = False  # one of several FFNs of its layer
 
     @property
     def key(self) -> FfnKey:
@@ -75,15 +71,13 @@ class Ffn:
 
     @property
     def intermediate_size(self) -> int:
-        """I, neurons."""
         return self.gate_proj.shape[0]
 
 
 class Block(NamedTuple):
     """The modules of one layer of one component between which the residual stream can be seen.
 
-    x1 = x + attention(input_norm(x)), then y = x1 + ffn(post_attention_norm(x1)): the input of the
-    first norm is x, that of the second x1, and y is x1 plus the output of `ffn`, which may be a
+    x1 = x + attention(input_norm(x)), then y = x1 + ffn(post_attention_norm(x1)); `ffn` may be a
     mixture. `layer_module` is the whole layer, of all components, which may share the attention.
     """
 
@@ -105,19 +99,12 @@ class BlockNames(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A family of models, described by names.
+    """A family of models, described by names."""
 
-    Attributes:
-        name: of the family, for messages.
-        paths: where the list of decoder layers may be, from the model or from what holds it.
-        components: component -> what a layer calls its modules.
-        experts, shared_experts: what a mixture calls its experts, should an FFN be one.
-    """
-
-    name: str
-    paths: tuple[str, ...] = LAYER_PATHS
+    name: str  # for messages
+    paths: tuple[str, ...] = LAYER_PATHS  # to the decoder layers, from the model or its holder
     components: Mapping[str, BlockNames]
-    experts: str = "experts"
+    experts: str = "experts"  # of a mixture, should an FFN be one
     shared_experts: tuple[str, ...] = ("shared_experts", "shared_expert")
 
 
@@ -144,11 +131,9 @@ class Decoder:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the parts that are probed one by one."""
         return tuple(self.layout.components)
 
     def num_layers(self) -> int:
-        """Returns the number of decoder layers."""
         return len(self.layers)
 
     def slot(self, layer: int, name: str) -> Slot | None:
@@ -206,9 +191,7 @@ class Decoder:
         return Block(**parts, layer_module=module)
 
     def ffns(self, component: str) -> list[Ffn]:
-        """Returns the FFNs of a component, layer by layer; of a mixture every expert.
-
-        Layers that skip theirs are left out.
+        """Returns the FFNs of a component but for skipped ones; of a mixture every expert.
 
         Raises:
             ValueError: the model lacks the component, or an FFN is not three plain weights.
@@ -228,8 +211,7 @@ class Decoder:
                     own = DenseWeights(gate_proj[a:b], up_proj[a:b], down_proj[:, a:b])
                     listed.append(Ffn(name=f"{path}.{expert}", **place, **own._asdict()))
                 continue
-            experts = getattr(module, mixture.experts, None)
-            owners = {"": module}
+            experts, owners = getattr(module, mixture.experts, None), {"": module}
             if experts is not None:
                 if not isinstance(experts, nn.ModuleList | Sequence) or not len(experts):
                     raise ValueError(
@@ -258,6 +240,16 @@ class Decoder:
         return names
 
 
+def as_module(model: Any) -> nn.Module:
+    """Returns the module of a model or of a pipeline that holds it as `model`; else TypeError."""
+    found = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"model: object must be a module or hold one as `model`, got {type(model).__name__}"
+        )
+    return found
+
+
 def takes_absent_parts(layer: nn.Module) -> bool:
     """Tells whether a layer runs without the parts that are None, as ours does."""
     return any(getattr(type(module), "takes_absent_parts", False) for module in _modules(layer))
@@ -271,16 +263,13 @@ def gives_times(layer: nn.Module) -> bool:
 def find_adapter(model: object, layouts: Sequence[Layout] = LAYOUTS) -> Decoder:
     """Returns the decoder layers of a model or pipeline by the first layout that they fit.
 
-    Args:
-        model: a module or what holds one; decoder layers that were found are returned as they are.
-        layouts: tried in order.
+    Those that were found already are returned as they are.
 
     Raises:
         ValueError: none fits; the message says what was looked for and found.
     """
     if isinstance(model, Decoder):
         return model
-
     kinds: list[_Kind] = []
     for layout in layouts:
         names = tuple(dict.fromkeys(name for own in layout.components.values() for name in own))
@@ -300,10 +289,7 @@ def find_decoder(model: object, component: str | None = None) -> Decoder:
     """Returns the decoder layers of a model or pipeline, by their FFNs alone.
 
     Layers with a generation FFN go before layers with `mlp` alone, `LAYER_PATHS` before what else
-    is a list of such layers.
-
-    Args:
-        component: whose FFN the layers must have; None takes either.
+    is a list of such layers. The layers must have the FFN of `component`; None takes either.
 
     Raises:
         ValueError: there are none, or several lists of them; the message says what was found.
@@ -406,10 +392,7 @@ class SparseBlock(NamedTuple):
 
 
 def find_sparse_blocks(model: object, components: Sequence[str] | None = None) -> list[SparseBlock]:
-    """Returns the sparse FFNs of a model or pipeline, component by component.
-
-    Args:
-        components: of which; None is all.
+    """Returns the sparse FFNs of a model or pipeline, component by component; None is all.
 
     Raises:
         ValueError: no decoder layers are found, a component is unknown, or none is sparse.

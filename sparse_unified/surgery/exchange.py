@@ -36,7 +36,6 @@ class Slot:
 
     @property
     def module(self) -> nn.Module | None:
-        """What stands there now."""
         return self.owner._modules[self.name]
 
     def put(self, new: nn.Module | None) -> None:
@@ -50,6 +49,11 @@ class Slot:
             weight = like(old)
             marker = torch.empty(0) if weight is None else weight.detach().new_empty(0)
             self.owner.register_buffer(f"absent_{self.name}", marker, persistent=False)
+
+
+def put_all(changes: Iterable[tuple[Slot, nn.Module | None]]) -> None:
+    for slot, new in changes:
+        slot.put(new)
 
 
 class _Missing(Enum):
@@ -81,7 +85,7 @@ _MOVED = {*_CALL_HOOKS, *_INSIDE, _LOG, "forward", "_hf_hook", "_old_forward"}
 
 
 class Entry(NamedTuple):
-    """An entry of a module that became another one, or of a hook of accelerate."""
+    """An entry of a module, or of a hook of accelerate, that became another one."""
 
     owner: Any
     table: str  # one of `_TABLES`, or "" for an attribute
@@ -94,53 +98,48 @@ class Entry(NamedTuple):
         attributes = vars(self.owner)
         return attributes[self.table] if self.table else attributes
 
-    def put_back(self) -> None:
-        """Makes the entry what it was; a module takes its hooks back."""
-        entries = self.entries()
-        now = entries.get(self.name)
-        if self.old is _Missing.MISSING:
-            entries.pop(self.name, None)
-            if self.table == "_buffers":
-                self.owner._non_persistent_buffers_set.discard(self.name)
-            return
-        entries[self.name] = self.old
-        if isinstance(now, nn.Module) and isinstance(self.old, nn.Module):
-            _move_hooks(now, self.old)
-
     def tensors(self) -> tuple[Tensor, Tensor] | None:
         """Returns a tensor of what is kept and one that tells where the model is now."""
-        if self.table not in ("_parameters", "_modules"):
-            return None
-        if isinstance(self.old, nn.Module) and offloaded(self.old):
-            return None  # accelerate moves them
+        is_module = isinstance(self.old, nn.Module)
+        if self.table not in ("_parameters", "_modules") or (is_module and offloaded(self.old)):
+            return None  # accelerate moves the latter
         now = self.entries().get(self.name)
         now = self.owner._buffers[f"absent_{self.name}"] if now is None else like(now)
         kept = like(self.old)
         return None if kept is None or now is None else (kept, now)
 
-    def follow(self) -> None:
-        """Moves what is kept to the device, dtype and mode that its place has come to have."""
-        pair = self.tensors()
-        if pair is not None and (pair[0].device, pair[0].dtype) != (pair[1].device, pair[1].dtype):
-            where: dict[str, Any] = {"device": pair[1].device, "dtype": pair[1].dtype}
-            if isinstance(self.old, nn.Module):
-                self.old.to(**where)
-            else:
-                self.old.data = self.old.data.to(**where)
-        if isinstance(self.old, nn.Module):
-            now = self.entries().get(self.name)
-            is_training = self.owner.training if now is None else now.training
-            if is_training != (self.training if now is None else self.old.training):
-                self.old.train(is_training)
+    def put_back(self) -> None:
+        """Puts the entry back, on the device and in the dtype and mode of its place, with hooks."""
+        entries, old = self.entries(), self.old
+        if old is _Missing.MISSING:
+            entries.pop(self.name, None)
+            if self.table == "_buffers":
+                self.owner._non_persistent_buffers_set.discard(self.name)
+            return
+        now, is_module = entries.get(self.name), isinstance(old, nn.Module)
+        if pair := self.tensors():
+            kept, place = pair
+            if (kept.device, kept.dtype) != (place.device, place.dtype):
+                if is_module:
+                    old.to(place.device, place.dtype)
+                else:
+                    old.data = old.data.to(place.device, place.dtype)
+        if is_module:
+            is_training, was = self.owner.training, self.training
+            if now is not None:
+                is_training, was = now.training, old.training
+            if is_training != was:
+                old.train(is_training)
+        entries[self.name] = old
+        if is_module and now is not None:
+            _move_hooks(now, old)
 
 
 class Snapshot:
-    """What modules hold at one moment: attributes, parameters, buffers, children and hooks."""
+    """What modules hold at one moment, and the hooks of accelerate on them."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        holders: list[Any] = []
-        for module in modules:
-            holders += [module, *hooks_of(module)]
+        holders: list[Any] = [own for module in modules for own in (module, *hooks_of(module))]
         self._held = [
             (h, dict(vars(h)), {name: vars(h)[name].copy() for name in _INSIDE if name in vars(h)})
             for h in holders
@@ -230,7 +229,6 @@ def undo(layers: Sequence[nn.Module]) -> None:
     with unchanged(parts, on_error=True):
         for _, holder, step in log:
             for entry in step:
-                entry.follow()
                 entry.put_back()
             vars(holder).pop(_LOG, None)
 
@@ -248,18 +246,18 @@ def like(module: nn.Module | Tensor) -> Tensor | None:
 
 def _take_hooks(module: nn.Module) -> dict[str, Any]:
     """Leaves a module without hooks and returns those it had, by attribute."""
-    taken = {name: module.__dict__[name] for name in _CALL_HOOKS if name in module.__dict__}
+    taken = {name: vars(module)[name] for name in _CALL_HOOKS if name in vars(module)}
     for name in taken:
-        module.__dict__[name] = None if name == "_is_full_backward_hook" else OrderedDict()
+        vars(module)[name] = None if name == "_is_full_backward_hook" else OrderedDict()
     return taken
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Moves the forward and backward hooks of a module, and accelerate's hook, to another one.
+    """Moves the hooks of a module, and accelerate's, to another one.
 
     The dicts move as objects, so that the handles users hold still remove their hooks.
     """
-    target.__dict__.update(_take_hooks(source))
+    vars(target).update(_take_hooks(source))
     _move_patch(source, target)
 
 
@@ -270,7 +268,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     with unchanged(parts):
         for part in parts:
             _take_hooks(part)
-            part.__dict__["training"] = False
+            vars(part)["training"] = False
             for name, buffer in part._buffers.items():
                 part._buffers[name] = buffer if buffer is None else buffer.clone()
         yield
@@ -282,8 +280,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 def hooks_of(module: nn.Module) -> Iterator[Any]:
     """Yields the hooks that accelerate has put on a module, those of a sequence one by one."""
-    hook = module.__dict__.get("_hf_hook")
-    if hook is not None:
+    if (hook := vars(module).get("_hf_hook")) is not None:
         yield from getattr(hook, "hooks", (hook,))
 
 
@@ -295,42 +292,33 @@ def offloaded(module: nn.Module) -> Any:
 
 def offload_like(module: nn.Module, other: nn.Module) -> None:
     """Lets accelerate keep the weights of a module on the CPU if it does so for another one's."""
-    hook = offloaded(other)
-    if hook is None:
-        return
-    accelerate = importlib.import_module("accelerate.hooks")  # it made the hook
-    accelerate.add_hook_to_module(
-        module,
-        accelerate.AlignDevicesHook(
-            execution_device=hook.execution_device, offload=True, place_submodules=True
-        ),
-    )
+    if hook := offloaded(other):
+        accelerate = importlib.import_module("accelerate.hooks")  # it made the hook
+        own = {"execution_device": hook.execution_device, "offload": True, "place_submodules": True}
+        accelerate.add_hook_to_module(module, accelerate.AlignDevicesHook(**own))
 
 
 def _move_patch(source: nn.Module, target: nn.Module) -> None:
-    patched = source.__dict__.get("forward")
-    if not isinstance(patched, functools.partial) or "_old_forward" not in source.__dict__:
-        return
-    if not patched.args or patched.args[0] is not source:
-        return
+    at, to = vars(source), vars(target)
+    patched = at.get("forward")
     # A hook that brings the weights of a module knows their names and stays with it.
     hooks, own = list(hooks_of(source)), list(hooks_of(target))
     staying = [hook for hook in hooks if getattr(hook, "offload", False)]
     moving = [hook for hook in hooks if hook not in staying]
-    if not moving:
+    if not moving or getattr(patched, "args", ())[:1] != (source,) or "_old_forward" not in at:
         return
     if staying:
-        source.__dict__["_hf_hook"] = _joined(staying)
+        at["_hf_hook"] = _joined(staying)
     else:
-        del source.__dict__["forward"], source.__dict__["_hf_hook"]
-        wrapped = source.__dict__.pop("_old_forward")
+        del at["forward"], at["_hf_hook"]
+        wrapped = at.pop("_old_forward")
         if getattr(wrapped, "__func__", None) is not type(source).forward:
-            source.__dict__["forward"] = wrapped
-    target.__dict__["_hf_hook"] = _joined([*moving, *own])
+            at["forward"] = wrapped
+    to["_hf_hook"] = _joined([*moving, *own])
     if not own:
-        target.__dict__["_old_forward"] = target.forward
+        to["_old_forward"] = target.forward
         moved = functools.partial(patched.func, target, *patched.args[1:], **patched.keywords)
-        target.__dict__["forward"] = functools.update_wrapper(moved, target.forward)
+        to["forward"] = functools.update_wrapper(moved, target.forward)
 
 
 def _joined(hooks: list[Any]) -> Any:

@@ -52,16 +52,13 @@ def projection_names(ffn: object) -> tuple[str, ...]:
 def read_weights(ffn: nn.Module, *, merge: bool = False) -> DenseWeights:
     """Returns the weights of a dense FFN: the memory of its parameters, and their requires_grad.
 
-    Args:
-        ffn: of linear layers.
-        merge: take what peft has wrapped, too: copies of the weights with the adapters merged.
+    With `merge`, copies of those that peft has wrapped, its adapters merged.
 
     Raises:
         ValueError: the FFN is sparse already, or holds anything but plain floating weights of
             fitting shapes, one dtype and one device: a bias, an adapter, quantised weights.
     """
-    names = projection_names(ffn)
-    if not names:
+    if not (names := projection_names(ffn)):
         raise ValueError(
             f"FFN must be dense, made of {', '.join(PROJECTIONS)} (or "
             f"{' and '.join(MERGED_PROJECTIONS)}), got a {describe_module(ffn)}"
@@ -105,16 +102,14 @@ def describe_module(value: object) -> str:
     return f"{type(value).__name__} ({children})"
 
 
-def _without_adapters(layer: Any) -> nn.Module:
+def _without_adapters(layer: Any) -> Any:
     """Returns a linear layer; of one that peft has wrapped a copy with the adapters merged."""
     if "base_layer" not in layer._modules:
-        plain: nn.Module = layer
-        return plain
+        return layer
     if not layer.disable_adapters:
         layer = copy.deepcopy(layer)
         layer.merge()
-    base: nn.Module = layer.get_base_layer()
-    return base
+    return layer.get_base_layer()
 
 
 def plain_weight(part: nn.Module, name: str) -> Tensor:
@@ -148,12 +143,9 @@ def plain_weight(part: nn.Module, name: str) -> Tensor:
 def returns_tuple(ffn: nn.Module, weights: DenseWeights) -> bool:
     """Tells whether a dense FFN returns (y, router_logits) rather than y.
 
-    Its `forward` runs once on one token, without hooks, in eval mode; buffers keep their values. No
-    attribute says that the activation is SiLU or that nothing else happens on the way, so the
-    output is compared with the formula that a new module computes.
-
-    Raises:
-        ValueError: it fails on a token [1, D], returns or computes something else.
+    Its `forward` runs once on one token [1, D], without hooks, in eval mode; buffers keep their
+    values. No attribute says that the activation is SiLU or that nothing else happens on the way,
+    so a ValueError says where the output differs from the formula that a new module computes.
     """
     gate_proj = weights.gate_proj
     # A token that drives the activation out of its linear range.
@@ -204,13 +196,12 @@ def cut_linear(linear: Any, cut: Cut) -> None:
     for name, old in linear._parameters.items():
         if old is None:
             continue
-        is_whole = cut.dim == 1 and name == "bias"
-        if not is_whole:
+        values = None if hook is None else hook.weights_map[name]
+        if cut.dim == 0 or name != "bias":
             new = cut.of(old.detach())
             linear._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-        if hook is not None:
-            values = hook.weights_map[name]
-            stored[name] = values if is_whole else cut.of(values)
+            values = None if values is None else cut.of(values)
+        stored[name] = values
     if hook is not None:
         hook.weights_map = stored
     for name, size in zip(("out_features", "in_features"), linear.weight.shape, strict=True):
@@ -263,8 +254,7 @@ def hidden_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 def read_ffn(ffn: nn.Module) -> tuple[DenseWeights, bool]:
     """Returns the weights of a dense or sparse FFN, and whether it returns (y, router_logits).
 
-    Raises:
-        ValueError: it is neither sparse, of plain weights in memory, nor a plain dense SwiGLU.
+    Those of a sparse one must be plain and in memory, a dense one as for `returns_tuple`.
     """
     if not isinstance(ffn, SparseMoE):
         weights = read_weights(ffn)

@@ -34,8 +34,7 @@ from sparse_unified.checkpoint.modes import BOTH
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import PROJECTIONS, is_packed
 from sparse_unified.nn.sparse_moe import official_tensors
-from sparse_unified.surgery.decoder import find_decoder
-from sparse_unified.surgery.temporary import as_module
+from sparse_unified.surgery.decoder import as_module, find_decoder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's, of every key
@@ -54,22 +53,23 @@ class LoraTarget(str, Enum):
     ROUTERS = "routers"  # of sparse FFNs
 
 
+_PARTS = rf"({'|'.join(PROJECTIONS)})"
+# Of one component, whose suffix and FFN are filled in.
+_NAMES = {
+    LoraTarget.ATTENTION: r"self_attn\.[qkvo]_proj{suffix}",
+    LoraTarget.EXPERTS: r"{ffn}\.(experts\.\d+|shared_expert)\." + _PARTS,
+    LoraTarget.FFNS: r"{ffn}\." + _PARTS,
+    LoraTarget.ROUTERS: r"{ffn}\.(gate|gate_img|gate_shared|gate_time)",
+}
+
+
 def target_modules(path: str, targets: Sequence[LoraTarget], component: str) -> dict[str, str]:
     """Returns what the official code calls the target modules, a regular expression of each."""
+    own = [(SUFFIXES[c], FFN_NAMES[c]) for c in FFN_NAMES if component in (c, BOTH)]
     found = {}
     for target in targets:
-        names = []
-        for own in FFN_NAMES if component == BOTH else (component,):
-            ffn, parts = FFN_NAMES[own], rf"({'|'.join(PROJECTIONS)})"
-            names.append(
-                {
-                    LoraTarget.ATTENTION: rf"self_attn\.[qkvo]_proj{SUFFIXES[own]}",
-                    LoraTarget.EXPERTS: rf"{ffn}\.(experts\.\d+|shared_expert)\.{parts}",
-                    LoraTarget.FFNS: rf"{ffn}\.{parts}",
-                    LoraTarget.ROUTERS: rf"{ffn}\.(gate|gate_img|gate_shared|gate_time)",
-                }[target]
-            )
-        found[target.value] = rf"{re.escape(path)}\.\d+\.({'|'.join(names)})"
+        names = "|".join(_NAMES[target].format(suffix=suffix, ffn=ffn) for suffix, ffn in own)
+        found[target.value] = rf"{re.escape(path)}\.\d+\.({names})"
     return found
 
 
@@ -86,7 +86,7 @@ def add_lora_(
     """Adds adapters to a live model, in place, and freezes all else.
 
     W becomes W + (alpha / rank) B A with A [rank, in] random and B [out, rank] zero, of each target
-    weight [out, in] and of each expert; outputs stay the same at first.
+    weight [out, in] and of each expert, so outputs stay the same at first.
 
     Args:
         model: a module with decoder layers as `apply_moe_` takes, or a pipeline of one; of weights
@@ -98,12 +98,10 @@ def add_lora_(
         seed: of what A is drawn from.
 
     Returns:
-        the configuration, a `peft.LoraConfig`; its `target_modules` are in the official code's
-        names.
+        a `peft.LoraConfig`, whose `target_modules` are in the official code's names.
 
     Raises:
-        ValueError: a value is out of range, or the model has no weights of a target; it is as
-            before.
+        ValueError: a value is out of range, or the model, which is as before, lacks a target.
         ImportError: peft is not installed.
 
     Example:
@@ -169,20 +167,17 @@ class ExpertLora(nn.Module):
         self.scaling = scaling
         self.dim = int(projection == "down_proj")  # of the weight, along which experts lie
         layout, weight = block.layout, getattr(block, projection)
-        groups = (
-            ("shared_", 1, layout.shared_width),
-            ("", layout.num_experts, layout.expert_width),
-        )
-        for group, count, width in groups:
+        place = "cpu" if weight.is_meta else weight.device
+        experts = ("", layout.num_experts, layout.expert_width)
+        for group, count, width in (("shared_", 1, layout.shared_width), experts):
             if width:
                 shape = (block.hidden_size, width) if self.dim else (width, block.hidden_size)
                 down = torch.empty(count, rank, shape[1])
                 for own in down:
                     nn.init.kaiming_uniform_(own, a=5**0.5)  # as in peft
                 for name, factor in (("A", down), ("B", torch.zeros(count, shape[0], rank))):
-                    place = "cpu" if weight.is_meta else weight.device
-                    factor = factor.to(place, weight.dtype)
-                    self.register_parameter(f"lora_{group}{name}", nn.Parameter(factor))
+                    factor = nn.Parameter(factor.to(place, weight.dtype))
+                    self.register_parameter(f"lora_{group}{name}", factor)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns W + s B A, of the shape of W: [I, D], or [D, I] of down_proj."""
@@ -211,16 +206,13 @@ def file_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def write_lora(
     directory: StrPath, config: Any, adapters: Mapping[str, Tensor], *, base_model: str
 ) -> None:
-    """Writes adapters into a directory as peft does.
+    """Writes adapters into a directory as peft does; RuntimeError if one is not finite.
 
     Args:
         directory: that is there.
         config: of `add_lora_`.
         adapters: the trained parameters, by their names in the model.
         base_model: a directory or hub id, for `base_model_name_or_path`.
-
-    Raises:
-        RuntimeError: an adapter is not finite.
     """
     tensors = dict(own for name in adapters for own in file_tensors(name, adapters[name]))
     for key, tensor in tensors.items():
@@ -249,11 +241,9 @@ class Factors(NamedTuple):
 
 
 def read_lora(directory: StrPath, shapes: Mapping[str, Sequence[int]]) -> dict[str, Factors]:
-    """Returns the adapters of a directory of peft by the official key of the weight they are for.
+    """Returns the adapters of a directory of `adapt` or peft by the official key of their weight.
 
-    Args:
-        directory: of `adapt`, or of peft.
-        shapes: of the weights there are, by key.
+    `shapes` are those of the weights there are, by key.
 
     Raises:
         ValueError: a file is missing or damaged, holds anything but plain LoRA, or weights that are
@@ -315,8 +305,7 @@ def load_lora_(model: object, directory: StrPath) -> list[str]:
         the official keys of the weights that were changed.
 
     Raises:
-        ValueError: a file is missing or damaged, is no plain LoRA, or not of this model; which is
-            as before.
+        ValueError: a file is damaged, no plain LoRA, or not of this model; which is as before.
 
     Example:
         >>> load_lora_(pipeline, "tuned-lora")  # doctest: +SKIP
@@ -326,11 +315,9 @@ def load_lora_(model: object, directory: StrPath) -> list[str]:
         adapters = read_lora(directory, {key: weight.shape for key, weight in weights.items()})
         for key in adapters:
             if weights[key].is_meta or is_packed(weights[key]):
-                raise ValueError(
-                    f"{key} must be a plain tensor in memory (`sparse-unified merge` works on "
-                    "files), got "
-                    f"{'meta' if weights[key].is_meta else type(weights[key]).__name__}"
-                )
+                got = "meta" if weights[key].is_meta else type(weights[key]).__name__
+                rule = "be a plain tensor in memory (`sparse-unified merge` works on files)"
+                raise ValueError(f"{key} must {rule}, got {got}")
         for key, factors in adapters.items():
             weights[key].copy_(factors.merged(weights[key]))
         return list(adapters)

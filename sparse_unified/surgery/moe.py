@@ -27,13 +27,8 @@ from sparse_unified.experts.router import (
 )
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.decoder import Decoder, find_decoder, gives_times, hash_ffns
-from sparse_unified.surgery.exchange import Slot, offload_like
-from sparse_unified.surgery.ffn import (
-    DenseWeights,
-    describe_module,
-    read_weights,
-    returns_tuple,
-)
+from sparse_unified.surgery.exchange import Slot, offload_like, put_all
+from sparse_unified.surgery.ffn import DenseWeights, describe_module, read_weights, returns_tuple
 from sparse_unified.surgery.report import SurgeryReport, transform
 
 
@@ -55,22 +50,19 @@ def apply_moe_(
     projection, hooks, and accelerate's patched forward; weights that accelerate keeps outside of
     the device stay on the CPU. Neurons are permuted, nothing is rounded; with routers that start at
     zero and top_k = num_experts the output is the dense one. Adapters of peft on the projections
-    are merged into what becomes the experts; those elsewhere stay as they are.
+    are merged into the experts.
 
     What does not carry over: hooks on the projections inside an FFN, and optimisers, which hold
     the dense parameters and have to be made anew.
 
     Args:
-        model: a module or pipeline.
-        config: how many experts, in which FFNs, of which neurons, and how routers start.
         scores: importance of each neuron, float `{layer: [I]}` for exactly the selected layers, a
             tensor [num_layers, I], a mapping of components to scores of at least these layers, or
             a scores file, of this model as it is if `calibrate` wrote it. Without scores, neurons
             are ranked by weight magnitude.
         inputs: what the FFNs were given on calibration tokens, float `{layer: [N, D]}` of at least
-            the selected layers, or a mapping of components to that, N >= 8; given exactly where
-            config has the partition "coactivation" or router_init "activation". See
-            `FfnStatistics.inputs`.
+            the selected layers, or a mapping of components to that, N >= 8; for the partition
+            "coactivation" and router_init "activation", and only then.
         keep_dense: keep the replaced modules for `restore_`: their weights, as many bytes as the
             experts have, stay in memory where they are. Otherwise they are freed at the end.
 
@@ -125,8 +117,8 @@ def load_moe_(
 
     The file says which layers of which components, how many experts and how wide; llm_config.json
     gives top_k and has to agree with the keys. Weights become the dtype and go to the device of
-    the FFN they replace, one tensor at a time. All else is as in `apply_moe_`. Only sparse FFNs are
-    loaded: a checkpoint whose attention was tuned too needs its other weights loaded as well.
+    the FFN they replace, one tensor at a time. All else is as in `apply_moe_`. Other weights of the
+    checkpoint, of a tuned attention, say, are not loaded.
 
     Args:
         model: a module or pipeline whose FFNs are dense.
@@ -182,7 +174,7 @@ def load_moe_(
 
 
 class _Plan(NamedTuple):
-    """A dense FFN whose weights were read, and what takes its place."""
+    """A dense FFN and its weights, and what takes its place."""
 
     slot: Slot
     ffn: nn.Module
@@ -262,12 +254,8 @@ def _put_in(
 ) -> SurgeryReport:
     for plan, block in blocks:
         offload_like(block, plan.ffn)
-
-    def put() -> None:
-        for plan, block in blocks:
-            plan.slot.put(block)
-
-    return transform(action, decoder, put, keep=keep_dense)
+    changes = [(plan.slot, block) for plan, block in blocks]
+    return transform(action, decoder, partial(put_all, changes), keep=keep_dense)
 
 
 @torch.no_grad()

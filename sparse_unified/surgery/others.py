@@ -29,7 +29,6 @@ from sparse_unified.surgery.ffn import Skipped, cut_ffn, cut_linear, hidden_stat
 
 
 def in_words(changes: Sequence[tuple[str, ...]]) -> str:
-    """Returns what became of parts, `old -> new`, each pair of texts once."""
     texts = dict.fromkeys(f"{old} -> {new}" for old, new in changes if old != new)
     return list_some(texts, 2) if texts else "nothing"
 
@@ -48,10 +47,11 @@ def narrow(
         ranking[i] = magnitude_scores(*weights) if scores is None else scores[ffn.key]
     ratio, size = config.keep_ratio, config.block_size
     kept = keep_units(ranking, keep_ratio=ratio, budget=config.budget, block_size=size)
+    changes = []
     for i, ffn in enumerate(ffns):
+        changes.append((f"{ffn.intermediate_size} neurons", f"{len(kept[i])} neurons"))
         cut_ffn(ffn.module, kept[i])
-    sizes = [(ffn.intermediate_size, len(kept[i])) for i, ffn in enumerate(ffns)]
-    return in_words([(f"{old} neurons", f"{new} neurons") for old, new in sizes])
+    return in_words(changes)
 
 
 class Attention(NamedTuple):
@@ -64,11 +64,18 @@ class Attention(NamedTuple):
     groups: int
     queries: int  # of a group
 
-    def counts(self, groups: int) -> dict[str, int]:
-        """Returns what attentions call their numbers of heads, for `groups` of them."""
-        queries = groups * self.queries
-        counts = {"num_heads": queries, "num_attention_heads": queries}
-        return counts | {"num_key_value_heads": groups}
+
+def head_counts(queries: int, groups: int) -> dict[str, int]:
+    """Returns what attentions call their numbers of heads."""
+    counts = {"num_heads": queries, "num_attention_heads": queries}
+    return counts | {"num_key_value_heads": groups}
+
+
+def tell_counts(module: nn.Module, queries: int, groups: int) -> None:
+    """Lets an attention say how many heads it has now."""
+    for name, count in head_counts(queries, groups).items():
+        if name in vars(module):
+            setattr(module, name, count)
 
 
 def read_attention(adapter: Decoder, component: str, layer: int) -> Attention:
@@ -102,9 +109,8 @@ def read_attention(adapter: Decoder, component: str, layer: int) -> Attention:
         ]
         if not fits or not groups or queries % groups or others:
             break
-        found = Attention(module, tuple(inputs), output, size, groups, queries // groups)
-        if all(getattr(module, name, n) == n for name, n in found.counts(groups).items()):
-            return found
+        if all(getattr(module, name, n) == n for name, n in head_counts(queries, groups).items()):
+            return Attention(module, tuple(inputs), output, size, groups, queries // groups)
     shapes = [f"{n} {list(p.shape)}" for n, p in module.named_parameters() if n.endswith("weight")]
     raise ValueError(
         f"heads: layer {layer}: attention must have whole groups of heads of head_dim channels in "
@@ -142,9 +148,7 @@ def drop_heads(adapter: Decoder, component: str, config: PruneHeadsConfig) -> st
         for linear, indices in rows_of.items():
             cut_linear(linear, Cut(0, torch.cat(indices)))
         cut_linear(own.output, Cut(1, queries))
-        for name, count in own.counts(len(groups)).items():
-            if name in vars(own.module):
-                setattr(own.module, name, count)
+        tell_counts(own.module, len(groups) * own.queries, len(groups))
         sizes = [(n * own.queries, n) for n in (own.groups, len(groups))]
         changes.append(tuple(f"{q} query heads, {k} key heads" for q, k in sizes))
     return in_words(changes)
@@ -173,10 +177,8 @@ def skip_part(
     """Lets layers add nothing where their attention or FFN was; it and its norm are not run."""
     if forward is None:
         raise ValueError("depth: forward must be given to skip a part, got None")
-    names = adapter.names(component)
-    name, norm = names.attention, names.input_norm
-    if part is Part.FFN:
-        name, norm = names.ffn, names.post_attention_norm
+    ffn, attention, input_norm, middle_norm = adapter.names(component)
+    name, norm = (ffn, middle_norm) if part is Part.FFN else (attention, input_norm)
     modules = [getattr(layer, name) for layer in adapter.layers]
     stand_ins = _stand_ins([modules[layer] for layer in layers], forward)
     if part is Part.ATTENTION:
@@ -194,11 +196,11 @@ def skip_part(
 
 def number_anew(adapter: Decoder, component: str, parts: Sequence[nn.Module]) -> None:
     """Lets what modules call their number in a cache count the given ones alone."""
-    name = adapter.names(component).attention
+    attentions = [getattr(layer, adapter.names(component).attention) for layer in adapter.layers]
     kinds = {
-        tuple(getattr(getattr(layer, name), n, None) for n in ("layer_type", "sliding_window"))
-        for layer in adapter.layers
-        if not isinstance(getattr(layer, name), Skipped)
+        tuple(getattr(attention, n, None) for n in ("layer_type", "sliding_window"))
+        for attention in attentions
+        if not isinstance(attention, Skipped)
     }
     if len(kinds) > 1:
         listed = " and ".join(sorted(f"{kind} (window {window})" for kind, window in kinds))
@@ -220,15 +222,15 @@ def _stand_ins(
 
     def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         shape = hidden_states(args, kwargs).shape
-        values = output if isinstance(output, tuple) and 1 <= len(output) <= 3 else (output,)
-        if not isinstance(values[0], Tensor) or values[0].shape != shape:
+        is_tuple = isinstance(output, tuple) and 1 <= len(output) <= 3
+        first = output[0] if is_tuple else output
+        if not isinstance(first, Tensor) or first.shape != shape:
             raise ValueError(
                 f"depth: a part to be skipped must return a tensor {list(shape)} like its hidden "
                 f"states, alone or first of up to three values, got a {type(output).__name__} of "
                 f"a {type(module).__name__}"
             )
-        count = len(values) if isinstance(output, tuple) else 0
-        found[module] = Skipped(count, values[0]).train(module.training)
+        found[module] = Skipped(len(output) if is_tuple else 0, first).train(module.training)
 
     with ExitStack() as hooks, torch.no_grad():
         for module in modules:

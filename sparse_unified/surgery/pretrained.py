@@ -21,7 +21,7 @@ from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
 from sparse_unified.nn import SparseMoE
 from sparse_unified.surgery.decoder import Decoder, find_adapter
 from sparse_unified.surgery.ffn import Skipped
-from sparse_unified.surgery.others import number_anew
+from sparse_unified.surgery.others import number_anew, tell_counts
 
 STRUCTURE = "sparse_unified_decoder.json"
 _MOE = ("hidden_size", "intermediate_size", "num_experts", "top_k", "num_shared_experts")
@@ -45,9 +45,8 @@ def save_pretrained(model: Any, directory: StrPath, **options: Any) -> None:
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
     adapter = find_adapter(model)
-    norms = {
-        f"{adapter.path}.{i}.{n}" for i in range(adapter.num_layers()) for n in _norms(adapter)
-    }
+    names = [name for own in adapter.components for name in adapter.names(own)[2:]]  # of norms
+    norms = {f"{adapter.path}.{i}.{name}" for i in range(adapter.num_layers()) for name in names}
     moe, skipped, left_out = {}, {}, []
     for path, module in model.named_modules():
         if isinstance(module, SparseMoE):
@@ -114,11 +113,6 @@ def from_pretrained(
     return model.to(device).eval()
 
 
-def _norms(adapter: Decoder) -> list[str]:
-    names = [adapter.names(component) for component in adapter.components]
-    return [norm for own in names for norm in (own.input_norm, own.post_attention_norm)]
-
-
 def _rebuild(model: nn.Module, structure: Any) -> None:
     """Puts empty sparse blocks and what stands for skipped parts into a dense model."""
     like = next(model.parameters())
@@ -126,22 +120,19 @@ def _rebuild(model: nn.Module, structure: Any) -> None:
     for path, values in structure["skipped"].items():
         new[path] = Skipped(values, like)
     for path, own in structure["moe"].items():
-        own, shared, returns = dict(own), own["shared"], own["returns_logits"]
-        for name in ("shared", "returns_logits"):
-            del own[name]
         new[path] = SparseMoE(
-            **own,
-            shared_intermediate_size=shared,
+            **{name: own[name] for name in _MOE},
+            shared_intermediate_size=own["shared"],
             gate_shared=False,
-            return_router_logits=returns,
+            return_router_logits=own["returns_logits"],
             dtype=like.dtype,
         )
     for path, module in new.items():
         holder, _, name = path.rpartition(".")
         setattr(model.get_submodule(holder), name, module)
     adapter = find_adapter(model)
-    own_names = adapter.names(adapter.components[0])
-    attentions = [getattr(layer, own_names.attention) for layer in adapter.layers]
+    name = adapter.names(adapter.components[0]).attention
+    attentions = [getattr(layer, name) for layer in adapter.layers]
     kept = [module for module in attentions if not isinstance(module, Skipped)]
     if len(kept) < len(attentions):
         number_anew(adapter, adapter.components[0], kept)
@@ -149,19 +140,16 @@ def _rebuild(model: nn.Module, structure: Any) -> None:
 
 def _resize(owner: nn.Module, path: str, tensor: Tensor) -> None:
     name = path.rpartition(".")[2]
-    if not isinstance(owner, nn.Linear):
-        raise ValueError(
-            f"{path} must have the shape {list(getattr(owner, name).shape)}, got "
-            f"{list(tensor.shape)}"
-        )
     old = getattr(owner, name)
+    if not isinstance(owner, nn.Linear):
+        was, now = list(old.shape), list(tensor.shape)
+        raise ValueError(f"{path} must have the shape {was}, got {now}")
     setattr(owner, name, nn.Parameter(old.new_empty(tensor.shape), old.requires_grad))
     if name == "weight":
         owner.out_features, owner.in_features = tensor.shape
 
 
 def _count_heads(adapter: Decoder) -> None:
-    """Lets attentions say how many heads they have now."""
     for layer in adapter.layers:
         module: Any = getattr(layer, adapter.names(adapter.components[0]).attention)
         if isinstance(module, Skipped) or not hasattr(module, "head_dim"):
@@ -169,8 +157,4 @@ def _count_heads(adapter: Decoder) -> None:
         names = keys.ATTENTION_PROJECTIONS[:2]
         parts: list[Any] = [getattr(module, name, None) for name in names]
         if all(isinstance(part, nn.Linear) for part in parts):
-            queries, groups = (part.out_features // module.head_dim for part in parts)
-            counts = {"num_heads": queries, "num_attention_heads": queries}
-            for name, count in (counts | {"num_key_value_heads": groups}).items():
-                if name in vars(module):
-                    setattr(module, name, count)
+            tell_counts(module, *(part.out_features // module.head_dim for part in parts))

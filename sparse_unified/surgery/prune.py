@@ -2,18 +2,21 @@
 """prune_width_, prune_heads_, skip_layers_: cuts (see `cuts`) carried out on a live model.
 
 What a layer has is read first, then what stays is planned, and only then is anything changed.
+`changed` takes every decoder, for as long as a block runs: those with the two components of BAGEL
+go through the transforms, of others FFNs are shortened and modules left out where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_unified._common import context, naming
+from sparse_unified._common import context, format_layers, naming
 from sparse_unified.checkpoint import keys
 from sparse_unified.checkpoint.model_dir import LayerShape
 from sparse_unified.checkpoint.modes import (
@@ -26,15 +29,16 @@ from sparse_unified.checkpoint.scores import Scores, head_magnitudes, rank
 from sparse_unified.experts.keep import magnitude_scores, select_layers
 from sparse_unified.nn import SparseMoE, key_heads_read
 from sparse_unified.surgery import others
-from sparse_unified.surgery.cuts import keep_neurons, plan, skipped_modules
+from sparse_unified.surgery.cuts import PruneConfig, keep_neurons, plan, skipped_modules
 from sparse_unified.surgery.decoder import (
     Decoder,
+    FfnKey,
     find_adapter,
     find_decoder,
     hash_ffns,
     takes_absent_parts,
 )
-from sparse_unified.surgery.exchange import Slot
+from sparse_unified.surgery.exchange import Slot, put_all, unchanged
 from sparse_unified.surgery.ffn import (
     DenseWeights,
     Skipped,
@@ -56,14 +60,12 @@ def prune_width_(
 ) -> SurgeryReport:
     """Leaves the neurons with the highest scores in the FFNs of one component, in place.
 
-    The three weights of a FFN become shorter and keep the order of their neurons. The modules stay
-    the same objects. FFNs are found as in `apply_moe_`, which takes the result; see `keep_units`
-    for what a budget means. Of a sparse FFN every routed expert keeps as many neurons, see
-    `keep_in_experts`; its scores are in expert order, the shared expert first.
+    The weights of a FFN become shorter and keep the order of their neurons; modules stay the same
+    objects. FFNs are found as in `apply_moe_`, which takes the result; see `keep_units` for what a
+    budget means. Of a sparse FFN every routed expert keeps as many neurons, see `keep_in_experts`;
+    its scores are in expert order, the shared expert first.
 
     Args:
-        model: a module or pipeline.
-        config: how much of which FFNs stays.
         scores: importance of each neuron, float `{layer: [I]}`, a tensor [num_layers, I], a mapping
             of components to either, or a scores file, of this model as it is if `calibrate`
             wrote it. None ranks neurons by weight magnitude.
@@ -86,15 +88,18 @@ def prune_width_(
         for slot, ffn in ffns:
             with naming(slot):
                 weights[slot.layer], _ = read_ffn(ffn)
-            dense_width = weights[slot.layer].gate_proj.shape[0]
-            width: Any = ffn.layout if isinstance(ffn, SparseMoE) else dense_width
+            width: Any = len(weights[slot.layer].gate_proj)
+            width = ffn.layout if isinstance(ffn, SparseMoE) else width
             shapes[slot.layer] = LayerShape(ffn=width, kv_heads=(), query_groups=())
-        widths = {layer: shape.width for layer, shape in shapes.items()}
-        count = len(decoder.layers)
-        magnitudes = lambda n: magnitude_scores(*weights[n])  # noqa: E731
-        own_hash = partial(hash_ffns, decoder, component)
-        of_layer, _ = rank(scores, component, widths, count, magnitudes, own_hash)
-        kept = keep_neurons(config, shapes, {layer: of_layer(layer) for layer in widths})
+        of_layer, _ = rank(
+            scores,
+            component,
+            {layer: shape.width for layer, shape in shapes.items()},
+            len(decoder.layers),
+            lambda layer: magnitude_scores(*weights[layer]),
+            partial(hash_ffns, decoder, component),
+        )
+        kept = keep_neurons(config, shapes, {layer: of_layer(layer) for layer in shapes})
 
         def cut() -> None:
             for slot, ffn in ffns:
@@ -140,13 +145,8 @@ def prune_heads_(
                     "scores must be None for a decoder of one component, whose groups are ranked "
                     f"by weight magnitude, got {type(scores).__name__}"
                 )
-            name = single.components[0]
-            return transform(
-                "prune_heads_",
-                single,
-                lambda: others.drop_heads(single, name, config),
-                keep=keep_dense,
-            )
+            drop = partial(others.drop_heads, single, single.components[0], config)
+            return transform("prune_heads_", single, drop, keep=keep_dense)
         decoder = find_decoder(model)
         names = [f"self_attn.q_proj{keys.SUFFIXES[component]}" for component in config.components]
         layers = select_layers(
@@ -172,7 +172,9 @@ def prune_heads_(
                 component,
                 {layer: len(own[layer].query_groups) for layer in layers},
                 len(decoder.layers),
-                partial(_head_magnitudes, tensors, component, own),
+                lambda n, c=component, own=own: head_magnitudes(  # type: ignore[misc]
+                    tensors.__getitem__, c, n, own[n]
+                ),
                 partial(hash_ffns, decoder, component),
             )
         sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -189,12 +191,6 @@ def prune_heads_(
                         modules[key + keys.SUFFIXES[component]].key_heads = shape.query_places
 
         return transform("prune_heads_", decoder, cut_heads, keep=keep_dense)
-
-
-def _head_magnitudes(
-    tensors: Mapping[str, Tensor], component: str, shapes: Mapping[int, LayerShape], layer: int
-) -> Tensor:
-    return head_magnitudes(tensors.__getitem__, component, layer, shapes[layer])
 
 
 def read_heads(
@@ -245,8 +241,6 @@ def skip_layers_(
     attention in ours and in decoders of one component.
 
     Args:
-        model: a module or pipeline.
-        config: which parts of which layers.
         keep_dense: keep the modules for `restore_`, in memory where they are.
         forward: runs the model once; needed to skip attentions that are not ours, since it shows
             what they return.
@@ -276,12 +270,8 @@ def skip_layers_(
             config.layers, len(decoder.layers), has, f"{component} {config.part.value} left"
         )
 
-        def skip() -> None:
-            for layer in layers:
-                for slot, new in found[layer]:
-                    slot.put(new)
-
-        return transform("skip_layers_", decoder, skip, keep=keep_dense)
+        changes = [change for layer in layers for change in found[layer]]
+        return transform("skip_layers_", decoder, partial(put_all, changes), keep=keep_dense)
 
 
 def _single(model: object, config: PruneHeadsConfig | SkipLayersConfig) -> Decoder | None:
@@ -318,3 +308,85 @@ def _skip(
     with naming(slot):
         weights, is_tuple = read_ffn(ffn)
         return [(slot, Skipped(2 if is_tuple else 0, weights.gate_proj).train(ffn.training))]
+
+
+@contextmanager
+def changed(
+    model: object,
+    config: PruneConfig,
+    scores: Mapping[FfnKey, Tensor] | None = None,
+    *,
+    adapter: Decoder | None = None,
+    component: str | None = None,
+    forward: Callable[[], object] | None = None,
+) -> Iterator[str]:
+    """Inside, a model is pruned as a config says; afterwards it is as it was, bit for bit.
+
+    Args:
+        model: a module, or a pipeline that holds it as `model`.
+        config: of models that are not BAGEL, the component "und" is their only one.
+        scores: of neurons, `{key of the FFN: [I]}`, see `Ffn.key`; without, weight magnitude.
+        adapter: of the model; None finds one.
+        component: of the adapter, should it be called neither "und" nor "gen".
+        forward: runs the model once; needed to skip a part of layers that are not BAGEL's.
+
+    Yields:
+        what was done, in words.
+
+    Example:
+        with changed(model, SkipLayersConfig(component="und", layers=[3, 4])):
+            answer = pipeline.understand(image, question)
+    """
+    adapter = find_adapter(model) if adapter is None else adapter
+    parts = [part for layer in adapter.layers for part in layer.modules()]
+    parts += [adapter.stack] if isinstance(adapter.stack, nn.Module) else []
+    with unchanged(parts):
+        if set(adapter.components) == set(keys.FFN_NAMES):
+            yield _prune(model, config, None if scores is None else join_experts(scores))
+            return
+        own = component or adapter.components[0]
+        layers = select_layers(config.layers, adapter.num_layers())
+        if isinstance(config, PruneWidthConfig):
+            yield others.narrow(adapter, own, layers, config, scores)
+        elif isinstance(config, PruneHeadsConfig):
+            yield others.drop_heads(adapter, own, config)
+        else:
+            skip = others.leave_out if config.part is Part.BLOCK else others.skip_part
+            skip(adapter, own, layers, config.part, forward)
+            yield _skipped_text(config, layers)
+
+
+def _prune(model: object, config: PruneConfig, scores: Mapping[int, Tensor] | None) -> str:
+    if isinstance(config, SkipLayersConfig):
+        parts = skip_layers_(model, config).parts
+        return _skipped_text(config, sorted({part.layer for part in parts}))
+    if isinstance(config, PruneWidthConfig):
+        parts = prune_width_(model, config, scores).parts
+    else:
+        parts = prune_heads_(model, config).parts
+    return others.in_words([(part.before, part.after) for part in parts])
+
+
+def join_experts(scores: Mapping[FfnKey, Tensor]) -> dict[int, Tensor]:
+    """Returns scores by layer, [I]: of experts in expert order, the shared one first."""
+    parts: dict[int, list[tuple[bool, Tensor]]] = {}
+    for key, own in scores.items():
+        layer, name = (key, "") if isinstance(key, int) else key
+        parts.setdefault(layer, []).append((name.rpartition(".")[2].isdigit(), own))
+    return {
+        layer: torch.cat([own for _, own in sorted(found, key=lambda part: part[0])])
+        for layer, found in parts.items()
+    }
+
+
+def _skipped_text(config: SkipLayersConfig, layers: Sequence[int]) -> str:
+    part = "" if config.part is Part.BLOCK else f"{config.part.value} of "
+    return f"{part}{format_layers(layers)} skipped"
+
+
+def count_groups(adapter: Decoder, component: str, layer: int) -> int:
+    """Counts the groups of query heads that a component has in a layer."""
+    if set(adapter.components) != set(keys.FFN_NAMES):
+        return others.read_attention(adapter, component, layer).groups
+    shape = read_heads(adapter, layer, component, {}, {})
+    return 0 if shape is None else len(shape.query_groups)

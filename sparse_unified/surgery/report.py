@@ -5,21 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_unified._common import Report, context, format_layers
-from sparse_unified.checkpoint.keys import (
-    FFN_NAMES,
-    SUFFIXES,
-    Counts,
-    attention_modules,
-    count_weight,
-    ffn_modules,
-    format_counts,
-)
+from sparse_unified.checkpoint import keys
+from sparse_unified.checkpoint.keys import SUFFIXES, Counts, format_counts
 from sparse_unified.nn import SparseMoE
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery.decoder import Decoder, find_decoder
@@ -90,14 +83,8 @@ class SurgeryReport(Report):
         return "\n".join(tables).splitlines()
 
 
-class Part(NamedTuple):
-    """An attention or FFN of a decoder layer, with its norm, as it is now."""
-
-    text: str
-    counts: Counts
-
-
-Census = dict[tuple[int, str, str], Part]  # by layer, component, and "attention" or "ffn"
+# What an attention or FFN with its norm is, in words, and costs: by layer, component, and which.
+Census = dict[tuple[int, str, str], tuple[str, Counts]]
 
 
 def take_census(decoder: Decoder) -> Census:
@@ -105,24 +92,24 @@ def take_census(decoder: Decoder) -> Census:
     found: Census = {}
     for layer in range(len(decoder.layers)):
         for component in SUFFIXES:
-            parts = {"attention": attention_modules(component), "ffn": ffn_modules(component)}
-            for part, names in parts.items():
+            for part, names in (
+                ("attention", keys.attention_modules(component)),
+                ("ffn", keys.ffn_modules(component)),
+            ):
                 slots = [slot for name in names if (slot := decoder.slot(layer, name)) is not None]
                 if slots:
                     text = _attention_text(slots) if part == "attention" else _ffn_text(slots[-1])
-                    counts = sum((_count(slot) for slot in slots), Counts())
-                    found[layer, component, part] = Part(text, counts)
+                    found[layer, component, part] = text, sum(map(_count, slots), Counts())
     return found
 
 
 def _count(slot: Slot) -> Counts:
-    """Returns what one module of a decoder layer costs."""
     counts = Counts()
     if slot.module is None:
         return counts
     for path, weight in slot.module.named_parameters():
         inner = path.rpartition(".")[0] or slot.name.removesuffix(SUFFIXES["gen"])
-        counts += count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
+        counts += keys.count_weight(inner.rpartition(".")[2], weight.dtype, weight.shape)
         counts += Counts(bytes=stored_bytes(weight) - weight.numel() * weight.dtype.itemsize)
     if isinstance(slot.module, SparseMoE):
         counts += Counts(flops_per_token=-2 * slot.module.idle_parameters)
@@ -164,22 +151,24 @@ def _ffn_text(slot: Slot) -> str:
 def report(action: str, before: Census, decoder: Decoder) -> SurgeryReport:
     """Compares the layers of a decoder with what they were."""
     after = take_census(decoder)
-    parts = [
-        ChangedPart(
-            layer=layer,
-            component=component,
-            part=part,
-            path=f"{decoder.path}.{layer}.{FFN_NAMES[component] if part == 'ffn' else 'self_attn'}",
-            before=old.text,
-            after=new.text,
-            counts_before=old.counts,
-            counts_after=new.counts,
-        )
-        for (layer, component, part), old in before.items()
-        if (new := after[layer, component, part]).text != old.text
-    ]
-    totals = [_totals(census) for census in (before, after)]
-    return SurgeryReport(action=action, parts=tuple(parts), before=totals[0], after=totals[1])
+    parts = []
+    for (layer, component, part), (text, counts) in before.items():
+        new_text, new_counts = after[layer, component, part]
+        if new_text != text:
+            name = keys.FFN_NAMES[component] if part == "ffn" else "self_attn"
+            path = f"{decoder.path}.{layer}.{name}"
+            where: dict[str, Any] = {"layer": layer, "component": component, "part": part}
+            own = ChangedPart(
+                **where,
+                path=path,
+                before=text,
+                after=new_text,
+                counts_before=counts,
+                counts_after=new_counts,
+            )
+            parts.append(own)
+    totals = {"before": _totals(before), "after": _totals(after)}
+    return SurgeryReport(action=action, parts=tuple(parts), **totals)
 
 
 def transform(
@@ -214,7 +203,9 @@ def restore_(model: object) -> SurgeryReport:
 
 def _totals(census: Census) -> dict[str, Counts]:
     return {
-        component: sum((part.counts for at, part in census.items() if at[1] == component), Counts())
+        component: sum(
+            (counts for at, (_, counts) in census.items() if at[1] == component), Counts()
+        )
         for component in SUFFIXES
     }
 
