@@ -49,11 +49,13 @@ class ExpertLayout:
         intermediate_size: width I of the dense FFN, in neurons.
         num_experts: E, number of routed experts.
         num_shared_experts: S, how many expert widths the shared expert is made of.
-        shared_intermediate_size: of the shared expert, for files that give it directly.
+        shared_intermediate_size: width of the shared expert in neurons, for files that give it
+            directly; by default it follows from the formula above.
         time_router: routed experts are chosen by the time of denoising too, see `SparseMoE`.
 
     Attributes:
-        shared_width, expert_width: neurons of the shared expert (0 without) and of each other one.
+        shared_width: neurons of the shared expert; 0 without one.
+        expert_width: neurons of each routed expert.
 
     Raises:
         ValueError: a count is out of range, or E does not divide the routed neurons.

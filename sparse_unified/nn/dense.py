@@ -58,7 +58,12 @@ def _apply_packed(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """y = down_proj(silu(gate_proj(x)) * up_proj(x)), no bias; D = hidden_size."""
+    """y = down_proj(silu(gate_proj(x)) * up_proj(x)), no bias.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: I.
+    """
 
     def __init__(
         self,

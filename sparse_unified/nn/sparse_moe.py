@@ -368,10 +368,14 @@ def blocks_for(model: nn.Module, top_k: int) -> list[SparseMoE]:
 
 @contextmanager
 def active_experts(model: nn.Module, top_k: int | None) -> Iterator[None]:
-    """Inside, every `SparseMoE` of a model uses `top_k` experts, if not None; afterwards as before.
+    """Inside, every sparse block of a model uses `top_k` experts; afterwards those of before.
 
     y keeps its formula: each chosen expert weighs 1 + its logit, and nothing is divided by their
     number, so fewer experts give a smaller sum. A shared expert always runs, beside them.
+
+    Args:
+        model: with `SparseMoE` blocks anywhere.
+        top_k: routed experts of a token, from 1 to their number; None changes nothing.
 
     Raises:
         ValueError: the model has no sparse blocks, or not so many experts.

@@ -56,6 +56,8 @@ def apply_moe_(
     the dense parameters and have to be made anew.
 
     Args:
+        model: a module or pipeline.
+        config: how many experts, in which FFNs, of which neurons, and how routers start.
         scores: importance of each neuron, float `{layer: [I]}` for exactly the selected layers, a
             tensor [num_layers, I], a mapping of components to scores of at least these layers, or
             a scores file, of this model as it is if `calibrate` wrote it. Without scores, neurons

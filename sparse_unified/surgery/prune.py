@@ -66,6 +66,8 @@ def prune_width_(
     its scores are in expert order, the shared expert first.
 
     Args:
+        model: a module or pipeline.
+        config: how much of which FFNs stays.
         scores: importance of each neuron, float `{layer: [I]}`, a tensor [num_layers, I], a mapping
             of components to either, or a scores file, of this model as it is if `calibrate`
             wrote it. None ranks neurons by weight magnitude.
@@ -241,6 +243,8 @@ def skip_layers_(
     attention in ours and in decoders of one component.
 
     Args:
+        model: a module or pipeline.
+        config: which parts of which layers.
         keep_dense: keep the modules for `restore_`, in memory where they are.
         forward: runs the model once; needed to skip attentions that are not ours, since it shows
             what they return.

@@ -60,6 +60,10 @@ def quantize_weights_(model: object, config: QuantizeConfig) -> SurgeryReport:
     way back: `restore_` gives back what an earlier transform replaced, and what this one packed is
     gone. Swap and prune first, then quantise: FFNs that are packed already are refused elsewhere.
 
+    Args:
+        model: a module or pipeline.
+        config: which FFNs, and how they are stored.
+
     Raises:
         ValueError: nothing matches, a selected FFN is not one of plain weights in memory, or cannot
             be multiplied in fp8 where it is; the model is as before.
