@@ -53,19 +53,16 @@ class KVCache:
         self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, extend: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns the past of a layer followed by `keys` and `values`, parts [1, n, num_kv_heads,
-        head_dim], as [1, num_kv_heads, length, head_dim]; `extend` keeps them as the past of what
-        comes next."""
-        past_key, past_value = self.keys[layer], self.values[layer]
+        head_dim], as [1, num_kv_heads, length, head_dim]; `extend` keeps them as the next past."""
         joined = []
-        for past, parts in ((past_key, keys), (past_value, values)):
+        for past, parts in ((self.keys, keys), (self.values, values)):
             rows = tuple(part.transpose(1, 2) for part in parts)
-            if past is not None:
-                rows = (past[None], *rows)
+            if (before := past[layer]) is not None:
+                rows = (before[None], *rows)
             joined.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
+            if extend:  # not as a view, which would keep the queries beside it
+                past[layer] = joined[-1][0].contiguous()
         key, value = joined
-        if extend:
-            # Not as views, which would keep the queries beside them.
-            self.keys[layer], self.values[layer] = key[0].contiguous(), value[0].contiguous()
         return key, value
 
     def same_past(self, other: KVCache) -> bool:
@@ -131,12 +128,11 @@ class Packing:
 
     def additive(self, dtype: torch.dtype) -> Packing:
         """Returns the same with masks to add to scores of `dtype`, made once for all layers."""
-        groups = []
-        for group in self.groups:
+        groups = list(self.groups)
+        for i, group in enumerate(groups):
             if (mask := group.mask) is not None:
                 added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-                group = replace(group, mask=added)
-            groups.append(group)
+                groups[i] = replace(group, mask=added)
         return replace(self, groups=groups)
 
 
@@ -273,12 +269,10 @@ class MoTAttention(nn.Module):
         heads = (-1, self.head_dim)
         split: dict[str, tuple[tuple[Tensor, ...], ...]] = {}  # queries, keys, values of each group
         reads: dict[str, Sequence[int]] = {}
-        num_kv_heads = 0
         for stream, x, angles in ((UND, und, packing.und_angles), (GEN, gen, packing.gen_angles)):
             if x is None or angles is None:
                 continue
-            names = (f"{name}{stream}" for name in _NAMES)
-            q_proj, k_proj, v_proj, _, q_norm, k_norm = (part[name] for name in names)
+            q_proj, k_proj, v_proj, _, q_norm, k_norm = (part[f"{own}{stream}"] for own in _NAMES)
             query = q_norm(q_proj(x).unflatten(-1, heads))
             key = k_norm(k_proj(x).unflatten(-1, heads))
             value = v_proj(x).unflatten(-1, heads)
@@ -301,7 +295,7 @@ class MoTAttention(nn.Module):
                     sizes = (group.count, group.lengths[stream])
                     own[stream] = tuple(part.unflatten(0, sizes) for part in mine)
             if own:
-                self._attend(own, reads, num_kv_heads, group, packing.extend, mixed)
+                self._attend(own, reads, group, packing.extend, mixed)
         outs: dict[str, Tensor] = {}
         for stream, found in mixed.items():
             x = found[0] if len(found) == 1 else torch.cat(found)
@@ -312,19 +306,19 @@ class MoTAttention(nn.Module):
         self,
         own: Mapping[str, Sequence[Tensor]],
         reads: Mapping[str, Sequence[int]],
-        num_kv_heads: int,
         group: Group,
         extend: bool,
         mixed: Mapping[str, list[Tensor]],
     ) -> None:
         """Adds to `mixed` of each stream the values [n, H * d] of a group, of `own`, its queries
         [B, n, H, d], keys and values [B, n, K, d], which read the KV heads `reads`."""
-        # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
-        are_alike = all(len(reads[stream]) == num_kv_heads for stream in own)
-        runs: list[tuple[str, ...]] = list(zip(own, strict=True))  # streams of one call
         queries, keys, values = zip(*own.values(), strict=True)
+        # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
+        are_alike = all(len(reads[stream]) == keys[0].shape[2] for stream in own)
         if are_alike and len(own) > 1:
-            runs, queries = [tuple(own)], (torch.cat(queries, dim=1),)
+            runs = [(tuple(own), torch.cat(queries, dim=1))]
+        else:
+            runs = list(zip(zip(own, strict=True), queries, strict=True))
         if group.cache is not None:
             key, value = group.cache.joined(self.layer, keys, values, extend=extend)
         else:
@@ -335,7 +329,7 @@ class MoTAttention(nn.Module):
         mask = group.mask
         if mask is not None and len(own) == 1:
             mask = mask[..., group.span(*own)]  # columns
-        for streams, query in zip(runs, queries, strict=True):
+        for streams, query in runs:
             rows = mask
             seen: tuple[Tensor, ...] = (key, value)
             if mask is not None and len(streams) == 1:
@@ -345,9 +339,7 @@ class MoTAttention(nn.Module):
                 heads = reads[streams[0]]
                 seen = tuple(torch.stack([x[:, i] for i in heads], dim=1) for x in seen)
             out = attend(query.transpose(1, 2), *seen, mask=rows, causal=group.causal)
-            outs: Sequence[Tensor] = [out]
-            if len(streams) > 1:
-                outs = out.split([group.lengths[UND], group.lengths[GEN]], dim=1)
+            outs = out.split(tuple(group.lengths[stream] for stream in streams), dim=1)
             for stream, found in zip(streams, outs, strict=True):
                 found = found.flatten(0, 1)
                 if group.padding is not None:
