@@ -48,6 +48,12 @@ def list_some(values: Iterable[object], limit: int = 6) -> str:
     return (", ".join(texts[:limit]) or "none") + more
 
 
+def require(holds: object, rule: str, got: object) -> None:
+    """Raises ValueError "<rule>, got <got>" unless something holds."""
+    if not holds:
+        raise ValueError(f"{rule}, got {got}")
+
+
 def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raises TypeError unless a value is an integer, ValueError unless it is in range."""
     if type(value) is int and least <= value and (most is None or value <= most):

@@ -20,9 +20,8 @@ from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import (
     Renorm,
     build_guidance,
-    computed_steps,
+    denoising_steps,
     guide,
-    guided_steps,
     initial_noise,
     sample_latents,
     timestep_grid,
@@ -162,8 +161,9 @@ def test_where_guidance_sets_in_its_branches_are_computed(model: Bagel, passes: 
         "cache": StepCache(interval=4, order=1, first=1, last=0),
     }
     config = SamplingConfig(**options)
-    assert guided_steps(config) == [False] * 4 + [True] * 6 + [False] * 2
-    assert [step for step, runs in enumerate(computed_steps(config)) if runs] == [0, 4, 8]
+    steps = denoising_steps(config)
+    assert [step.guided for step in steps] == [False] * 4 + [True] * 6 + [False] * 2
+    assert [n for n, step in enumerate(steps) if step.computed] == [0, 4, 8]
     assert draw(model, [[21]], **options)[0].isfinite().all()
     assert [branches for branches, _ in passes] == [[1], [2], [2]]
 

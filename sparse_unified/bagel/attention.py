@@ -269,6 +269,7 @@ class MoTAttention(nn.Module):
         heads = (-1, self.head_dim)
         split: dict[str, tuple[tuple[Tensor, ...], ...]] = {}  # queries, keys, values of each group
         reads: dict[str, Sequence[int]] = {}
+        mixed: dict[str, list[Tensor]] = {}  # what each group attends to
         for stream, x, angles in ((UND, und, packing.und_angles), (GEN, gen, packing.gen_angles)):
             if x is None or angles is None:
                 continue
@@ -282,8 +283,7 @@ class MoTAttention(nn.Module):
             query, key = turned.split([query.shape[1], num_kv_heads], dim=1)
             rows = packing.rows[stream]
             split[stream] = tuple(part.split(rows) for part in (query, key, value))
-            reads[stream] = key_heads_read(q_proj, num_kv_heads)
-        mixed: dict[str, list[Tensor]] = {stream: [] for stream in split}
+            mixed[stream], reads[stream] = [], key_heads_read(q_proj, num_kv_heads)
         for i, group in enumerate(packing.groups):
             own = {}
             for stream, parts in split.items():
