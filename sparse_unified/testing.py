@@ -148,8 +148,7 @@ def build_vae(case: Case) -> AutoEncoder:
     """
     names = ("scale_factor", "shift_factor")
     factors = {name: case.fields[name] for name in names if name in case.fields}
-    shapes = {key: tuple(tensor.shape) for key, tensor in case.weights.items()}
-    config = vae_config(shapes, where=f"{case.name}.safetensors", **factors)
+    config = vae_config(case.weights, where=f"{case.name}.safetensors", **factors)
     return _with_weights(AutoEncoder(config, device="meta"), case).eval()
 
 

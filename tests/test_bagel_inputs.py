@@ -25,8 +25,7 @@ from sparse_unified.bagel.images import (
     open_image,
     to_image,
     to_rgb,
-    vae_transform,
-    vit_transform,
+    transforms,
 )
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.fixtures import write_tokenizer
@@ -54,8 +53,9 @@ def test_sizes_follow_the_official_rule() -> None:
             assert max(sides) <= transform.max_side
             assert all(side > 0 and side % transform.stride == 0 for side in sides)
     config = build_model(read_case(GOLDEN / "edit")).config  # of less than the usual sides
-    assert vae_transform(config).size(5000, 3000) == (128, 128 * 3 // 5 // 16 * 16 + 16)
-    assert vit_transform(config).size(5000, 5000) == (112, 112)
+    vae, vit = transforms(config)
+    assert vae.size(5000, 3000) == (128, 128 * 3 // 5 // 16 * 16 + 16)
+    assert vit.size(5000, 5000) == (112, 112)
 
 
 def test_pixels_lie_between_minus_one_and_one_and_go_back() -> None:

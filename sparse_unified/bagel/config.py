@@ -43,12 +43,11 @@ def _given(source: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _agree(source: Mapping[str, Any], expected: Mapping[str, Any], why: str = "") -> None:
-    """Raises ValueError if a field is there and not what is expected; empty is None."""
+    """Raises ValueError if a field is stated and not what is expected; empty is None."""
     for name, value in expected.items():
-        found = source.get(name, value)
-        require(
-            (found or None) == (value or None), f"{name} must be {value!r}{why}", f"{found!r:.120}"
-        )
+        found = source.get(name)
+        is_expected = found is None or (found or None) == (value or None)
+        require(is_expected, f"{name} must be {value!r}{why}", f"{found!r:.120}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +81,7 @@ class LLMConfig:
         # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
         layers = {component: dict(own) for component, own in self.layers.items() if own}
         object.__setattr__(self, "layers", layers)
-        held = [(f"layer {n} of {c}", own) for c in layers for n, own in layers[c].items()]
+        held = ((f"layer {n} of {c}", own) for c in layers for n, own in layers[c].items())
         for name, shape in held:
             heads, groups, count = shape.kv_heads, shape.query_groups, self.num_key_value_heads
             width = shape.width
@@ -266,31 +265,31 @@ class BagelConfig:
 # an error. Whether all tensors are those of a model so described (gaps between layers, a table that
 # is no square), the model says, see `loading.check_tensors`.
 
-Shapes = Mapping[str, Sequence[int]]
+Specs = Mapping[str, Any]
 
 
-def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
+def vae_config(specs: Specs, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
     """Returns the description of the autoencoder with these tensors.
 
     Args:
-        shapes: shape of every tensor, by key.
+        specs: what has the `shape` of every tensor, by key.
         where: name of the file, for messages.
         factors: `scale_factor` and `shift_factor`, which no shape shows.
     """
     with context(where):
-        ch, in_channels, *_ = _shape(shapes, "encoder.conv_in.weight", 4)
-        levels = max(_count(shapes, r"encoder\.down\.(\d{1,6})\.block\."), 1)
+        ch, in_channels, *_ = _shape(specs, "encoder.conv_in.weight", 4)
+        levels = max(_count(specs, r"encoder\.down\.(\d{1,6})\.block\."), 1)
         keys = [f"encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
-        outputs = [_shape(shapes, key, 4)[0] for key in keys]
+        outputs = [_shape(specs, key, 4)[0] for key in keys]
         fit = not any(channels % ch for channels in outputs)
         require(fit, f"channels of resolutions must be multiples of {ch}", outputs)
         return VAEConfig(
             ch=ch,
             ch_mult=tuple(channels // ch for channels in outputs),
-            num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d{1,6})\."),
-            z_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
+            num_res_blocks=_count(specs, r"encoder\.down\.0\.block\.(\d{1,6})\."),
+            z_channels=_shape(specs, "decoder.conv_in.weight", 4)[1],
             in_channels=in_channels,
-            out_ch=_shape(shapes, "decoder.conv_out.weight", 4)[0],
+            out_ch=_shape(specs, "decoder.conv_out.weight", 4)[0],
             **factors,
         )
 
@@ -310,20 +309,24 @@ def read_config(
         stated: config.json, checked against the shapes where it repeats them.
         special_tokens: ids of the markers; None takes those of the released checkpoints.
     """
-    shapes = {key: spec.shape for key, spec in checkpoint.specs.items()}
+    specs = checkpoint.specs
     with context(os.fspath(checkpoint.directory)):
         whole = LLMConfig.from_json(checkpoint.llm_config)
         cut = {
             component: {n: own for n, own in layers.items() if own != whole.layer(n, component)}
             for component, layers in checkpoint.shapes.items()
         }
-        count = _count(shapes, r"vit_model\..*?\.layers\.(\d{1,6})\.")
-        areas = {
-            "latent_patch_size": _shape(shapes, "vae2llm.weight", 2)[1] // vae.z_channels,
-            "max_latent_size": _shape(shapes, "latent_pos_embed.pos_embed", 2)[0],
-            "vit_max_num_patch_per_side": _shape(shapes, "vit_pos_embed.pos_embed", 2)[0],
+        count = _count(specs, r"vit_model\..*?\.layers\.(\d{1,6})\.")
+        area = _shape(specs, "vae2llm.weight", 2)[1] // vae.z_channels
+        positions, seen = (
+            _shape(specs, f"{table}.pos_embed", 2)[0]
+            for table in ("latent_pos_embed", "vit_pos_embed")
+        )
+        sides = {
+            "latent_patch_size": math.isqrt(area),
+            "max_latent_size": math.isqrt(positions),
+            "vit_max_num_patch_per_side": math.isqrt(seen),
         }
-        sides = {name: math.isqrt(area) for name, area in areas.items()}
         config = BagelConfig(
             llm=replace(whole, layers=cut, top_k=checkpoint.top_k),
             vision=VisionConfig.from_json(checkpoint.vit_config, num_hidden_layers=count),
@@ -332,21 +335,20 @@ def read_config(
             special_tokens=special_tokens or SpecialTokens(),
             **sides,
         )
-        given = {name: value for name, value in (stated or {}).items() if value is not None}
         with naming("config.json"):
-            _agree(given, {**sides, "interpolate_pos": False}, " as the tensors say")
+            _agree(stated or {}, {**sides, "interpolate_pos": False}, " as the tensors say")
     return config
 
 
-def _shape(shapes: Shapes, key: str, num_dims: int) -> Sequence[int]:
+def _shape(specs: Specs, key: str, num_dims: int) -> Sequence[int]:
     """Returns the shape of a tensor that must have `num_dims` dimensions above 0."""
-    require(key in shapes, f"{key} must be in the file", f"{len(shapes)} other tensors")
-    found = list(shapes[key])
+    require(key in specs, f"{key} must be in the file", f"{len(specs)} other tensors")
+    found = list(specs[key].shape)
     fits = len(found) == num_dims and 0 not in found
     require(fits, f"{key} must have {num_dims} dimensions above 0", found)
     return found
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def _count(specs: Specs, pattern: str) -> int:
     """Returns how many numbers keys have in the place of the group."""
-    return len({match[1] for match in map(re.compile(pattern).match, shapes) if match})
+    return len({match[1] for match in map(re.compile(pattern).match, specs) if match})

@@ -132,8 +132,9 @@ class Bagel(nn.Module):
     def prefill_text(self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]) -> None:
         """Lets each context read a text, given as ids without bos and eos, which are added."""
         special, most = self.config.special_tokens, self.config.llm.vocab_size - 1
-        wrong = [token for ids in token_ids for token in ids if not 0 <= token <= most]
-        require(not wrong, f"token_ids must be from 0 to {most}", wrong and wrong[0])
+        tokens = (token for ids in token_ids for token in ids)
+        wrong = next((token for token in tokens if not 0 <= token <= most), None)
+        require(wrong is None, f"token_ids must be from 0 to {most}", wrong)
         self._read_text(contexts, [[special.bos, *ids, special.eos] for ids in token_ids])
 
     def next_logits(self, contexts: Sequence[KVCache], tokens: Sequence[int]) -> Tensor:

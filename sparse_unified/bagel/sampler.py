@@ -362,8 +362,7 @@ def sample_latents(
     pairs: Any = config.top_k or ()
     for _, experts in pairs:
         blocks_for(model, experts)
-    guided = {own.guided for own in steps}
-    branches = {on: [_branches(own, config, on) for own in guidance] for on in guided}
+    branches = [[_branches(own, config, on) for own in guidance] for on in (False, True)]
     execution = execution or Execution()
     execution.check(model.device, model)
     run: dict[tuple[bool, int | None], Any] = {}  # a graph keeps the experts it was recorded with
