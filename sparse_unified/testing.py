@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import context, require
 from sparse_unified.bagel import AutoEncoder, Bagel, LLMConfig, SamplingConfig, VAEConfig
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.images import ContextImage
@@ -67,8 +67,7 @@ def read_case(case_path: str | os.PathLike[str]) -> Case:
         path = path.with_suffix("")
     files = [path.parent / f"{path.name}{suffix}" for suffix in (".json", ".safetensors")]
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"replay: case must consist of two files, got no {file}")
+        require(file.is_file(), "replay: case must consist of two files", f"no {file}")
     specs = read_header(files[1]).tensors
     return Case(
         name=path.name,
@@ -193,16 +192,10 @@ def _replay_block(case: Case) -> dict[str, Tensor]:
     fields, weights = case.fields, case.weights
     shared = weights.get("shared_expert.gate_proj.weight", torch.empty(0)).shape[0]
     width = weights["experts.0.gate_proj.weight"].shape[0]
-    block = SparseMoE(
-        fields["hidden_size"],
-        fields["num_experts"] * width + shared,
-        fields["num_experts"],
-        fields["top_k"],
-        fields.get("num_shared_experts") or 0,
-        shared_intermediate_size=shared,
-        gate_img="gate_img.weight" in weights,
-        device="meta",
-    )
+    count = fields["num_experts"]
+    sizes = (fields["hidden_size"], count * width + shared, count, fields["top_k"])
+    options = {"shared_intermediate_size": shared, "gate_img": "gate_img.weight" in weights}
+    block = SparseMoE(*sizes, fields.get("num_shared_experts") or 0, **options, device="meta")
     block = _with_weights(block, case)
     indexes = [case.tensors.get(f"packed_{name}_indexes") for name in ("text", "vit_token")]
     output, router_logits = block(case.tensors["input"], *indexes)
@@ -263,12 +256,12 @@ def _context_images(case: Case, model: Bagel, count: int) -> list[list[ContextIm
         return None
     entries = [stated] * count if _is_size(stated) else list(stated)
     entries = [entries] if count == 1 and len(entries) > 1 else entries
-    if len(entries) != count:
-        raise ValueError(
-            f"context_image must have one entry per prompt, {count}, got {len(entries)}"
-        )
-    own = [[entry] if not entry or _is_size(entry) else entry for entry in entries]
-    slots = [(prompt, size or None) for prompt, sizes in enumerate(own) for size in sizes]
+    rule = f"context_image must have one entry per prompt, {count}"
+    require(len(entries) == count, rule, len(entries))
+    slots: list[tuple[int, Any]] = []  # prompt, and the size of the image or None
+    for prompt, entry in enumerate(entries):
+        sizes = [entry] if not entry or _is_size(entry) else entry
+        slots += [(prompt, size or None) for size in sizes]
     keys = ("context.latent", "context.vit_pixels")
     found = [_per_slot(case, key, [size for _, size in slots]) for key in keys]
     step, patch = model.config.latent_downsample, model.config.latent_patch_size
@@ -276,8 +269,8 @@ def _context_images(case: Case, model: Bagel, count: int) -> list[list[ContextIm
     for (prompt, size), latent, seen in zip(slots, *found, strict=True):
         if size is None:
             continue
-        if latent is None and seen is None:
-            raise ValueError(f"tensors must hold each context image, got none of size {size}")
+        is_held = latent is not None or seen is not None
+        require(is_held, "tensors must hold each context image", f"none of size {size}")
         if latent is not None:
             # Latents of one stack are padded to the largest of them.
             latent = latent[:, : size[0] // step * patch, : size[1] // step * patch]
@@ -291,9 +284,8 @@ def _per_slot(case: Case, key: str, slots: Sequence[Any]) -> list[Tensor | None]
     if key in case.tensors and set(found) == {0}:
         return [found[0]] * len(slots)  # one for all
     places = [i for i, slot in enumerate(slots) if slot is not None]
-    # Prompts without an image may be counted or not.
-    if set(found) == set(range(len(places))):
+    if set(found) == set(range(len(places))):  # prompts without an image are not counted
         found = {place: found[i] for i, place in enumerate(places)}
-    elif key in case.tensors and len(found) != len(slots):
-        raise ValueError(f"{key} must hold {len(places)} images, got {len(found)}")
+    elif key in case.tensors:
+        require(len(found) == len(slots), f"{key} must hold {len(places)} images", len(found))
     return [found.get(i) if i in places else None for i in range(len(slots))]
