@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import context, require
 from sparse_unified.bagel.attention import GEN, UND, Group, Packing, Padding, rotary_angles
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.vision import grid_positions, patchify
@@ -61,16 +61,16 @@ class LatentSegment:
 
     @context("LatentSegment")
     def __post_init__(self) -> None:
-        if (self.time is None) != (self.noise is None):
-            only = "noise" if self.time is None else "time"
-            raise ValueError(f"time and noise must be given together, got only {only}")
-        if self.time is not None and not 0 <= self.time <= 1:
-            raise ValueError(f"time must be from 0 to 1, got {self.time}")
-        if self.noise is not None and self.noise.shape != self.latent.shape:
-            raise ValueError(
-                f"noise must have the shape of latent, {list(self.latent.shape)}, "
-                f"got {list(self.noise.shape)}"
-            )
+        only = "only noise" if self.time is None else "only time"
+        require(
+            (self.time is None) == (self.noise is None),
+            "time and noise must be given together",
+            only,
+        )
+        if self.time is not None and self.noise is not None:
+            require(0 <= self.time <= 1, "time must be from 0 to 1", self.time)
+            wanted, found = list(self.latent.shape), list(self.noise.shape)
+            require(found == wanted, f"noise must have the shape of latent, {wanted}", found)
 
 
 Segment = TextSegment | VitSegment | LatentSegment
@@ -130,8 +130,7 @@ class _Tokens:
     """A checked sequence: its tokens in either stream, and what the text loss asks for."""
 
     def __init__(self, config: BagelConfig, sequence: Sequence[Segment]) -> None:
-        if not sequence:
-            raise ValueError("a sequence must have at least one segment, got none")
+        require(sequence, "a sequence must have at least one segment", "none")
         self.segments = sequence
         # Kind and number of tokens of each segment, without markers. Texts that follow each other
         # are one: they see, and are seen, alike.
@@ -178,11 +177,9 @@ def _measure(config: BagelConfig, segment: Segment) -> tuple[int, int]:
     """Returns the kind of a segment that fits the model, and its tokens without markers."""
     if isinstance(segment, TextSegment):
         ids, most = segment.token_ids, config.llm.vocab_size - 1
-        if not ids:
-            raise ValueError("token_ids must hold at least one id, got none")
-        if min(ids) < 0 or max(ids) > most:
-            found = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(f"token_ids must be from 0 to {most}, got {found}")
+        require(ids, "token_ids must hold at least one id", "none")
+        found = min(ids) if min(ids) < 0 else max(ids)
+        require(0 <= found <= most, f"token_ids must be from 0 to {most}", found)
         return _TEXT, len(ids)
     if isinstance(segment, VitSegment):
         kind, name, image, channels = _VIT, "pixels", segment.pixels, config.vision.num_channels
@@ -191,13 +188,13 @@ def _measure(config: BagelConfig, segment: Segment) -> tuple[int, int]:
         kind, name = _CLEAN if segment.time is None else _NOISED, "latent"
         image, channels = segment.latent, config.latent_channels
         patch, side = config.latent_patch_size, config.max_latent_size
-    if image.ndim != 3 or image.shape[0] != channels:
-        rule = f"{name} must have shape [{channels}, height, width]"
-        raise ValueError(f"{rule}, got {list(image.shape)}")
-    height, width = image.shape[1:]
-    if height % patch or width % patch or not 0 < max(height, width) <= side * patch:
-        rule = f"sides of {name} must be multiples of {patch} up to {side * patch}"
-        raise ValueError(f"{rule}, got {height} x {width}")
+    shape = list(image.shape)
+    rule = f"{name} must have shape [{channels}, height, width]"
+    require(len(shape) == 3 and shape[0] == channels, rule, shape)
+    height, width = shape[1:]
+    fits = height % patch == width % patch == 0 < max(height, width) <= side * patch
+    rule = f"sides of {name} must be multiples of {patch} up to {side * patch}"
+    require(fits, rule, f"{height} x {width}")
     return kind, (height // patch) * (width // patch)
 
 
@@ -271,8 +268,7 @@ def pack_training(
         sequences: at least one, each of at least one segment; markers of images are added here.
         device: that the batch is moved to then.
     """
-    if not sequences:
-        raise ValueError("sequences must hold at least one sequence, got none")
+    require(sequences, "sequences must hold at least one sequence", "none")
     # By their images first: a text may be shorter, or left out.
     near: dict[tuple[int, ...], dict[tuple[tuple[int, int], ...], list[_Tokens]]] = {}
     for sequence in sequences:
