@@ -26,16 +26,8 @@ _PRINTABLE = sorted(map(chr, range(32, 127)), key=lambda c: not (c.isalnum() or 
 
 
 def write_checkpoint(case_path: StrPath, directory: StrPath) -> Path:
-    """Writes the model of a case with the file names, keys and conventions of the official one.
-
-    Args:
-        case_path: an image or answer case, dense or sparse; `vae` beside it is its autoencoder.
-        directory: made if it is not there.
-
-    Returns:
-        The directory: llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, and a
-        tokenizer with one id per character.
-    """
+    """Writes the model of an image or answer case, with the autoencoder of `vae` beside it, with
+    the file names, keys and conventions of the official one, and a tokenizer of characters."""
     case, vae = read_case(case_path), read_case(Path(case_path).parent / "vae")
     llm = {"model_type": "qwen2", "qk_norm": True, "tie_word_embeddings": False}
     llm |= case.fields["llm_config"]

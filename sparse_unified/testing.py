@@ -25,6 +25,7 @@ from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.loading import check_tensors
 from sparse_unified.bagel.pipeline import generate_tokens
 from sparse_unified.bagel.sampler import build_guidance, sample_latents, see_images
+from sparse_unified.bagel.tokenizer import SPECIAL_TEXTS
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.model_dir import scan_ffns
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
@@ -32,13 +33,6 @@ from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE
 
 __all__ = ["Case", "read_case", "replay"]
-
-_MARKERS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "start_of_image": "start_of_image",
-    "end_of_image": "end_of_image",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +51,7 @@ class Case:
 
 
 def read_case(case_path: str | os.PathLike[str]) -> Case:
-    """Reads a case, named by either of its files or by what their names have in common.
-
-    Raises:
-        ValueError: one of the two files is missing or damaged.
-    """
+    """Reads a case, named by either of its files or by what their names have in common."""
     path = Path(case_path)
     if path.suffix in (".json", ".safetensors"):
         path = path.with_suffix("")
@@ -88,8 +78,7 @@ def replay(case_path: str | os.PathLike[str]) -> dict[str, Tensor]:
         `decoded` of an autoencoder.
 
     Raises:
-        ValueError: a file is missing or damaged, the case is of no known kind, lacks a field or a
-            tensor, or holds one that the library refuses.
+        ValueError: a file is missing or damaged, or the case is of no known kind or incomplete.
     """
     case = read_case(case_path)
     kinds = {
@@ -110,11 +99,7 @@ def replay(case_path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def build_model(case: Case) -> Bagel:
-    """Returns the model of an image or answer case, with its weights.
-
-    Raises:
-        ValueError: the tensors are not those of the model.
-    """
+    """Returns the model of an image or answer case, with its weights."""
     fields, weights = case.fields, cast("Any", case.weights)
     whole = LLMConfig.from_json(fields["llm_config"])
     layers = {
@@ -130,21 +115,17 @@ def build_model(case: Case) -> Bagel:
         top_k=(fields.get("moe") or {}).get("top_k"),
     )
     stated = fields["vae_config"]
-    vae = VAEConfig(
-        z_channels=stated["z_channels"], ch_mult=(1,) * stated["downsample"].bit_length()
-    )
-    markers = {name: fields["new_token_ids"][field] for name, field in _MARKERS.items()}
-    tokens = SpecialTokens(**markers)
+    levels = stated["downsample"].bit_length()
+    vae = VAEConfig(z_channels=stated["z_channels"], ch_mult=(1,) * levels)
+    ids = fields["new_token_ids"]
+    names = {name: name if name in ids else f"{name}_token_id" for name in SPECIAL_TEXTS}
+    tokens = SpecialTokens(**{name: ids[own] for name, own in names.items()})
     config = read_config(source, vae, stated=fields, special_tokens=tokens)
     return _with_weights(Bagel(config, device="meta"), case)
 
 
 def build_vae(case: Case) -> AutoEncoder:
-    """Returns the autoencoder of a VAE case, with its weights.
-
-    Raises:
-        ValueError: the tensors are not those of an autoencoder.
-    """
+    """Returns the autoencoder of a VAE case, with its weights."""
     names = ("scale_factor", "shift_factor")
     factors = {name: case.fields[name] for name in names if name in case.fields}
     config = vae_config(case.weights, where=f"{case.name}.safetensors", **factors)

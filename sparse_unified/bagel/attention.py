@@ -29,10 +29,8 @@ _NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class KVCache:
-    """The KV cache of one sequence: keys and values [num_kv_heads, length, head_dim] per layer.
-
-    Tensors are replaced and never written to, so a fork costs nothing and shares them.
-    """
+    """The KV cache of one sequence: keys and values [num_kv_heads, length, head_dim] per layer,
+    which are replaced and never written to, so a fork costs nothing and shares them."""
 
     __slots__ = ("keys", "length", "position", "values")
 
@@ -157,10 +155,8 @@ def pack(
     vit_rows: Tensor | None = None,
     device: torch.device | str,
 ) -> Packing:
-    """Packs sequences that follow what is in their KV caches.
-
-    Causal tokens take consecutive positions; otherwise (an image) all share the next one.
-    """
+    """Packs sequences that follow what is in their KV caches. Causal tokens take consecutive
+    positions; otherwise (an image) all share the next one."""
 
     def angles(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         starts = torch.tensor([cache.position for cache in caches])
@@ -206,14 +202,8 @@ class RMSNorm(nn.Module):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Scaled dot product attention with grouped query heads: [B, n, H * d].
-
-    Args:
-        query: [B, H, n, d].
-        key, value: [B, K, P + n, d], the past first.
-        mask: who sees whom, see `Group`.
-        causal: query i sees the keys up to P + i; otherwise, without a mask, all.
-    """
+    """Attention of grouped query heads [B, H, n, d] to keys and values [B, K, P + n, d], the past
+    first: [B, n, H * d]; `mask` and `causal` as of a `Group`."""
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past and length > 1:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(past)

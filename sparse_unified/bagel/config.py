@@ -155,11 +155,8 @@ class VisionConfig:
     @classmethod
     @context("vit_config.json")
     def from_json(cls, source: Mapping[str, Any], *, num_hidden_layers: int) -> VisionConfig:
-        """Reads the contents of vit_config.json for a file that holds `num_hidden_layers` layers.
-
-        Official files name one layer more than they hold (BAGEL drops the last one), so both the
-        number of layers held and that number plus one are accepted.
-        """
+        """Reads the contents of vit_config.json for a file that holds `num_hidden_layers` layers,
+        or one less than it names, as official files do: BAGEL drops the last one."""
         held = num_hidden_layers
         stated = source.get("num_hidden_layers", held)
         rule = f"num_hidden_layers must be {held} or {held + 1} for weights of {held} layers"
@@ -269,13 +266,8 @@ Specs = Mapping[str, Any]
 
 
 def vae_config(specs: Specs, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
-    """Returns the description of the autoencoder with these tensors.
-
-    Args:
-        specs: what has the `shape` of every tensor, by key.
-        where: name of the file, for messages.
-        factors: `scale_factor` and `shift_factor`, which no shape shows.
-    """
+    """Returns the description of the autoencoder of these tensors, or what has their shapes, by
+    key; `factors` are those that no shape shows: scale_factor and shift_factor."""
     with context(where):
         ch, in_channels, *_ = _shape(specs, "encoder.conv_in.weight", 4)
         levels = max(_count(specs, r"encoder\.down\.(\d{1,6})\.block\."), 1)
@@ -301,14 +293,8 @@ def read_config(
     stated: Mapping[str, Any] | None = None,
     special_tokens: SpecialTokens | None = None,
 ) -> BagelConfig:
-    """Returns the description of the model of a checkpoint, from headers and JSON files alone.
-
-    Args:
-        checkpoint: a `Checkpoint`.
-        vae: its autoencoder.
-        stated: config.json, checked against the shapes where it repeats them.
-        special_tokens: ids of the markers; None takes those of the released checkpoints.
-    """
+    """Returns the description of the model of a `Checkpoint`, from headers and JSON files alone;
+    `stated`, its config.json, must agree with the shapes where it repeats them."""
     specs = checkpoint.specs
     with context(os.fspath(checkpoint.directory)):
         whole = LLMConfig.from_json(checkpoint.llm_config)

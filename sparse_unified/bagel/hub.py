@@ -73,15 +73,8 @@ def save_model(model: Bagel, source: Checkpoint, out: StrPath, **card: Any) -> N
     """Writes the weights of a live model beside the other files of the directory it came from.
 
     Weights keep the dtype they have in the model; parts that a task left out come from the source.
-    The directory appears complete or not at all, with a card of its own.
-
-    Args:
-        model: loaded from `source`; trained or edited since, but of the same structure.
-        out: the directory to make; it must not exist.
-        card: options of `model_card`.
-
-    Raises:
-        ValueError: tensors are not those of the source, are quantized, or not in memory.
+    The directory appears complete or not at all, with a card of its own. ValueError: tensors are
+    not those of the source, are quantized, or not in memory.
     """
     live = official_tensors(model)
     wrong = [

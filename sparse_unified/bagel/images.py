@@ -41,10 +41,7 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Imag
     Args:
         source: a file, or its opened contents. PNG, JPEG, WebP, GIF, BMP and TIFF of up to 2^26
             pixels are read; formats that Pillow reads by running other programs are not.
-        where: whose argument it is, for the message.
-
-    Raises:
-        ValueError: it cannot be read.
+        where: whose argument it is, for the message of a ValueError.
     """
     name, reason = "an image", "a file of another or a damaged format"
     with context(where), ExitStack() as files:
@@ -64,12 +61,8 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Imag
 
 
 def to_rgb(image: Image) -> Image:
-    """Returns the image in RGB of 8 bits; transparent parts are laid over white.
-
-    Raises:
-        ValueError: it cannot be read or converted; its values are floating point numbers, of which
-            no range is known.
-    """
+    """Returns the image in RGB of 8 bits; transparent parts are laid over white. ValueError: it
+    cannot be read, or its values are floating point numbers, of which no range is known."""
     pil = optional("PIL.Image")
     holds = image.mode != "F" and 0 not in image.size
     found = f"mode {image.mode} and size {image.size}"
@@ -174,10 +167,8 @@ class ImageProcessor:
         self.for_vae, self.for_vit = transforms(config)
 
     def encode(self, image: Image, *, vae: bool) -> ContextImage:
-        """Prepares an image for a context, through the ViT and, to be edited, the VAE too.
-
-        As in the source the ViT sees the image at the size it has for the VAE.
-        """
+        """Prepares an image for a context, through the ViT and, to be edited, the VAE too; the ViT
+        sees it at the size it has for the VAE, as in the source."""
         image = self.for_vae.resize(to_rgb(image))
         latent = self.vae.encode(self.for_vae(image)[None])[0] if vae else None
         return ContextImage(latent=latent, vit_pixels=self.for_vit(image))
@@ -187,9 +178,8 @@ class ImageProcessor:
     ) -> Image:
         """Turns latent tokens [N, p * p * C] into an image of `size` (height, width) pixels.
 
-        Memory is short where decoding it at once does not fit on the device: then, too, it is done
-        in tiles. A small one is a preview: latent pixels are averaged first, so many that no side
-        exceeds 256 pixels.
+        It is done in tiles, too, where decoding at once does not fit on the device. A small one is
+        a preview of up to 256 pixels a side: latent pixels are averaged first.
         """
         grid = self.config.token_grid(*size)
         latent = unpatchify(tokens, *grid, self.config.latent_patch_size)[None]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights from files into a model: which parts, on which devices, block by block.
 
-Modules are described on the meta device, checked against the headers of the files, given memory
-on their device, and filled block of rows by block of rows. Host memory holds the weights that stay
-there and one small block more.
+Modules are described on the meta device, checked against the headers of the files, given memory on
+their device, and filled by blocks of rows: host memory holds what stays there and one block more.
 """
 
 from __future__ import annotations
@@ -139,11 +138,8 @@ def _read(spec: TensorSpec, target: Tensor) -> None:
 
 
 def local_reader(model: nn.Module, specs: Mapping[str, TensorSpec]) -> Callable[[], None]:
-    """Returns what fills a model that is on the meta device now, once it has memory.
-
-    Modules may be wrapped, parametrized, and their parameters sharded by rows meanwhile; then each
-    process reads the rows that it holds, and no others.
-    """
+    """Returns what fills a model that is on the meta device now, once it has memory. Modules may be
+    wrapped, parametrized, and sharded by rows meanwhile; a process reads its own rows alone."""
     owners = {
         weight.untyped_storage()._cdata: (owner, name)
         for owner in model.modules()

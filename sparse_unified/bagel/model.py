@@ -259,7 +259,6 @@ class Denoiser:
     nothing of the device, so that it can be compiled as one graph and recorded as a CUDA graph.
 
     Args:
-        model: on the device where it runs.
         grids: rows and columns of tokens of each image, N of them.
         branches: contexts in which to predict each image; they are only read.
     """
@@ -315,10 +314,7 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOutput:
-    """Losses of a batch, fp32 scalars with a graph; zero, without one, where nothing asks for them.
-
-    The router losses of the batch alone are `router_losses(routing)`.
-    """
+    """Losses of a batch, fp32 scalars with a graph; zero, without one, where nothing asks."""
 
     text_loss_sum: Tensor  # cross-entropy
     text_tokens: int  # that are asked for

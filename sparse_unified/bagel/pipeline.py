@@ -198,14 +198,9 @@ def choose_sizes(
 def sampling_batches(
     edits: Sequence[bool], batch_size: int | None, settings: Mapping[str, Any]
 ) -> list[tuple[list[int], SamplingConfig]]:
-    """Groups images into batches of one way to sample, which depends on each request alone: the
-    positions of the images of each batch, in order, and how to sample them.
-
-    Args:
-        edits: for each image, whether it edits others.
-        batch_size: most images in a batch; None is any number.
-        settings: of `SamplingConfig`; None takes the official one of the request.
-    """
+    """Groups images, which edit others or not, into batches of one way to sample: the positions of
+    those of each batch, and how to sample them. Fields of `settings` that are None take the
+    official value of each request, which makes it the same in any company."""
     if batch_size is not None:
         check_int("batch_size", batch_size, 1)
     step = batch_size or len(edits)
@@ -394,12 +389,8 @@ class BagelPipeline:
 
     @context("push_to_hub")
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes, and returns its address.
-
-        Args:
-            repo_id: "owner/name"; made if it is not there.
-            options: of `sparse_unified.bagel.push_to_hub`, such as `private` and `base_model`.
-        """
+        """Uploads what `save_pretrained` writes, with options of the function `push_to_hub`, and
+        returns its address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(f"{folder}/model")
             return push_to_hub(f"{folder}/model", repo_id, **options)

@@ -50,15 +50,9 @@ _MAX_TIMESTEPS = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """The KV caches of one image: of all it is generated from, and of the unconditional branches.
+    """The KV caches of one image: what it is generated from, and the unconditional branches."""
 
-    Attributes:
-        full: images and prompt.
-        without_text: images alone.
-        without_image: prompt alone.
-    """
-
-    full: KVCache
+    full: KVCache  # images and prompt
     without_text: KVCache
     without_image: KVCache
 
@@ -84,9 +78,9 @@ def build_guidance(
     """Reads prompts, with the images before them, into the KV caches that guidance needs.
 
     Args:
-        prompt_ids: token ids of each prompt, without bos and eos.
-        images: images before each prompt; None for none.
-        system_ids: token ids of a text before everything, kept in all three.
+        prompt_ids: of each prompt, without bos and eos.
+        images: before each prompt; None for none.
+        system_ids: of a text before everything, kept in all three.
     """
     count = len(prompt_ids)
     full = model.new_contexts(count)

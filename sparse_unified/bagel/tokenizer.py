@@ -33,11 +33,7 @@ _CLASSES = {
 
 
 class Tokenizer:
-    """A Qwen2 tokenizer and the ids of the four markers BAGEL uses.
-
-    Args:
-        backend: a tokenizer of transformers.
-    """
+    """A Qwen2 tokenizer of transformers and the ids of the four markers BAGEL uses."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -55,11 +51,8 @@ class Tokenizer:
         """Reads the tokenizer files of a model directory.
 
         Only the classes in `_CLASSES` are made. Code that the directory names (`auto_map`) is
-        never looked for, so nothing is executed, asked on stdin or downloaded.
-
-        Raises:
-            ValueError: there is no tokenizer in it, it is damaged or of another class, or a marker
-                is not in its vocabulary.
+        never looked for, so nothing is executed, asked on stdin or downloaded. ValueError: there is
+        none, it is damaged or of another class, or a marker is not in its vocabulary.
         """
         path = Path(directory)
         fast = (path / "tokenizer.json").is_file()

@@ -93,11 +93,7 @@ def new_model(seed: int) -> Bagel:
 
 
 def trained_weights(seed: int = 0) -> dict[str, Tensor]:
-    """Returns the tensors of a trained model that the package holds, fp32 by official key.
-
-    Args:
-        seed: that it was trained with; 0, 1 or 2.
-    """
+    """Returns the tensors, fp32 by official key, of the model trained with seed 0, 1 or 2."""
     return _stored(f"ema-{seed}.safetensors")
 
 
