@@ -264,10 +264,7 @@ class Denoiser:
     """
 
     def __init__(
-        self,
-        model: Bagel,
-        grids: Sequence[tuple[int, int]],
-        branches: Sequence[Sequence[KVCache]],
+        self, model: Bagel, grids: Sequence[tuple[int, int]], branches: Sequence[Sequence[KVCache]]
     ) -> None:
         flat = [past for contexts in branches for past in contexts]
         self.model, device = model, model.device
