@@ -175,7 +175,8 @@ def _replay_block(case: Case) -> dict[str, Tensor]:
     width = weights["experts.0.gate_proj.weight"].shape[0]
     count = fields["num_experts"]
     sizes = (fields["hidden_size"], count * width + shared, count, fields["top_k"])
-    options = {"shared_intermediate_size": shared, "gate_img": "gate_img.weight" in weights}
+    gate_img = "gate_img.weight" in weights
+    options: Any = {"shared_intermediate_size": shared, "gate_img": gate_img}
     block = SparseMoE(*sizes, fields.get("num_shared_experts") or 0, **options, device="meta")
     block = _with_weights(block, case)
     indexes = [case.tensors.get(f"packed_{name}_indexes") for name in ("text", "vit_token")]

@@ -20,9 +20,9 @@ def _ffn(config: LLMConfig, layer: int, component: str, **factory: Any) -> nn.Mo
         return SwiGLU(config.hidden_size, ffn, **factory) if ffn else None
     assert config.top_k is not None
     sizes = (config.hidden_size, ffn.intermediate_size, ffn.num_experts, config.top_k)
-    gates = {"gate_img": component == "und", "gate_time": ffn.time_router}
-    shared = {"shared_intermediate_size": ffn.shared_width}
-    return SparseMoE(*sizes, ffn.num_shared_experts, **shared, **gates, **factory)
+    factory |= {"gate_img": component == "und", "gate_time": ffn.time_router}
+    factory["shared_intermediate_size"] = ffn.shared_width
+    return SparseMoE(*sizes, ffn.num_shared_experts, **factory)
 
 
 # Up to as many rows visit weights in host memory, as the two markers of an image do in every step;

@@ -168,7 +168,7 @@ class Bagel(nn.Module):
         parts = [torch.cat([start, part, end]) for part in seen.split(lengths)]
         is_vit = torch.tensor([i for n in lengths for i in (False, *[True] * n, False)])
         text_rows, vit_rows = (own.nonzero()[:, 0].to(self.device) for own in (~is_vit, is_vit))
-        rows = {"text_rows": text_rows, "vit_rows": vit_rows}
+        rows: Any = {"text_rows": text_rows, "vit_rows": vit_rows}
         self._read(contexts, torch.cat(parts), [length + 2 for length in lengths], **rows)
 
     @context("prefill_latents")
@@ -375,10 +375,11 @@ def training_forward(
         alike.setdefault((logits.shape, top_k), []).append(key)
     for ((tokens, _), top_k), keys in alike.items():
         logits = torch.stack([routed[key][0] for key in keys])  # [blocks, T, E]
-        probability, z = logits.softmax(-1).sum(-2), logits.logsumexp(-1).square().sum(-1)
-        for key, *sums in zip(keys, expert_load(logits, top_k), probability, z, strict=True):
+        loads, shares = expert_load(logits, top_k), logits.softmax(-1).sum(-2)
+        squares = logits.logsumexp(-1).square().sum(-1)
+        for key, load, share, z in zip(keys, loads, shares, squares, strict=True):
             inputs = routed[key][2].flatten(0, -2).sum(0, dtype=torch.float32)
-            routing[key] = Routing(*sums, inputs, tokens, *routed[key][3])
+            routing[key] = Routing(load, share, z, inputs, tokens, *routed[key][3])
     return TrainingOutput(
         text_loss_sum=text_loss,
         text_tokens=batch.text_tokens,

@@ -67,8 +67,9 @@ class Tokenizer:
         require(isinstance(name, str) and name in _CLASSES, rule, f"{name!r:.120}")
         kind = getattr(optional("transformers"), _CLASSES[name])
         try:
-            options = {"local_files_only": True, "trust_remote_code": False}
-            backend = kind.from_pretrained(os.fspath(path), **options)
+            backend = kind.from_pretrained(
+                os.fspath(path), local_files_only=True, trust_remote_code=False
+            )
             backend.encode("a")  # some settings are looked at only now
         except (KeyboardInterrupt, SystemExit):
             raise
