@@ -598,8 +598,8 @@ PACKAGE = (
     ),
     python(
         "bagel/packing.py",
-        "position += kind != _NOISED",
-        "position += 1",
+        "_NOISED: 0}.get(kind, 1)",
+        "_NOISED: 1}.get(kind, 1)",
         "tests/test_training_forward.py",
     ),
     python(
@@ -674,7 +674,7 @@ PACKAGE = (
     ),
     python(
         "bagel/sampler.py",
-        "or active[step] != active[step - 1]",
+        "or top_k != steps[-1].top_k",
         "",
         "tests/test_bagel_execution.py",
     ),

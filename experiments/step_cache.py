@@ -20,7 +20,7 @@ from torch import Tensor
 from miniature import scenes
 from miniature.evaluate import generate, held_out_prompts
 from sparse_unified.bagel import Bagel, SamplingConfig, StepCache
-from sparse_unified.bagel.sampler import computed_steps
+from sparse_unified.bagel.sampler import denoising_steps
 from sparse_unified.mini.model import TIMESTEP_SHIFT, mini_config, trained_weights
 
 _FIRST_SEED = 10**6
@@ -74,7 +74,7 @@ def measure(
 
     def row(name: str, config: SamplingConfig, drawn: Tensor) -> Row:
         distance = (drawn - whole).flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
-        computed = computed_steps(config)
+        computed = [step.computed for step in denoising_steps(config)]
         return Row(
             name=name,
             steps=len(computed),

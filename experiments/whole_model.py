@@ -51,8 +51,7 @@ from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.loading import Task, leave_out, unneeded
 from sparse_unified.bagel.sampler import (
     build_guidance,
-    computed_steps,
-    guided_steps,
+    denoising_steps,
     initial_noise,
     sample_latents,
 )
@@ -244,19 +243,19 @@ def draw(model: Bagel, setup: Setup, way: Way, execution: Execution) -> dict[str
         execution=execution,
         on_step=lambda _, took: seconds.append(took),
     )
-    guided, computed = guided_steps(config), computed_steps(config)
+    steps = denoising_steps(config)
     record: dict[str, Any] = {"way": way.name, "all_seconds": sum(seconds), "image": tokens.cpu()}
     total = 0.0
     for kind, wanted in (("guided", True), ("plain", False)):
         own = [
             took
-            for took, on, runs in zip(seconds, guided, computed, strict=True)
-            if on is wanted and runs
+            for took, step in zip(seconds, steps, strict=True)
+            if step.guided is wanted and step.computed
         ]
         # The first two load, compile and record.
         record[f"{kind}_step_seconds"] = median(own[2:] or own) if own else None
         total += len(own) * (record[f"{kind}_step_seconds"] or 0.0)
-    record["steps"], record["computed_steps"] = len(seconds), sum(computed)
+    record["steps"], record["computed_steps"] = len(seconds), sum(own.computed for own in steps)
     record["seconds_per_image"] = total
     record["seconds_per_step"] = total / len(seconds)
     record["peak_bytes"] = (

@@ -26,11 +26,7 @@ _Choice = TypeVar("_Choice", bound=Enum)
 
 
 def optional(module: str, extra: str = "bagel", *, purpose: str = "") -> Any:
-    """Imports a package that only some functions need, by its full name.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
-    """
+    """Imports a package that only some functions need; an ImportError names the extra of it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -46,6 +42,12 @@ def list_some(values: Iterable[object], limit: int = 6) -> str:
     texts = [text if len(text) <= 160 else text[:157] + "..." for text in map(str, values)]
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return (", ".join(texts[:limit]) or "none") + more
+
+
+def require(holds: object, rule: str, got: object) -> None:
+    """Raises ValueError "<rule>, got <got>" unless something holds."""
+    if not holds:
+        raise ValueError(f"{rule}, got {got}")
 
 
 def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -147,17 +149,14 @@ def progress_bar(
 
 
 class Report:
-    """Base of the dataclasses that operations return: their fields as dict, JSON and text.
-
-    A subclass gives `table` and, where it needs them, `headings`, `title` and `notes`.
-    """
+    """Base of the dataclasses that operations return: their fields as dict, JSON and text."""
 
     __slots__ = ()
     # Properties that `to_dict` gives after the fields.
     derived: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain dicts and lists, ready for json.dump."""
+        """Returns the report as plain dicts and lists."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]
         for name in values:
             if isinstance(part := getattr(self, name), Report):

@@ -17,38 +17,25 @@ from sparse_unified.ops import backend, choices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildInfo(Report):
-    """Facts of the compiled library, told by itself, and of what it runs in.
+    """Facts of the compiled library, told by itself, and of what it runs in."""
 
-    Attributes:
-        version: of the package.
-        library_version: of the sources the library was compiled from.
-        commit: of those sources, with -dirty where files differed; "unknown" without a trace.
-        torch_built: release of the headers.
-        cuda_driver: newest CUDA that the driver runs, "none" without a driver or in a CPU build.
-        instruction_sets: that the CPU kernels were compiled for.
-        instruction_set: that they run.
-        cpu_ffn_kernels: what the CPU's FFN kernels take, with the instructions that multiply it:
-            "bfloat16 (AMX)"; torch's products run the others.
-        devices: "cuda:0: NAME, 9.0" of each GPU that torch sees, and whether its bf16 experts run
-            on torch's grouped_mm.
-        problems: what does not fit together; empty when everything does.
-    """
-
-    version: str
-    library_version: str
-    commit: str
+    version: str  # of the package
+    library_version: str  # of the sources the library was compiled from
+    commit: str  # of those, with -dirty where files differed; "unknown" without a trace
     library: str
-    torch_built: str
+    torch_built: str  # release of the headers
     torch_abi: str
     python_abi: str
     cxx_abi: str
     compiler: str
     compiler_flags: str
     cuda_toolkit: str
-    cuda_driver: str
+    cuda_driver: str  # newest CUDA that it runs, "none" without one or in a CPU build
     cuda_architectures: tuple[str, ...]
-    instruction_sets: tuple[str, ...]
-    instruction_set: str
+    instruction_sets: tuple[str, ...]  # that the CPU kernels were compiled for
+    instruction_set: str  # that they run
+    # What the CPU's FFN kernels take, with the instructions that multiply it: "bfloat16 (AMX)";
+    # torch's products run the others.
     cpu_ffn_kernels: tuple[str, ...]
     torch: str
     torch_cuda: str
@@ -56,8 +43,8 @@ class BuildInfo(Report):
     threads: int
     python: str
     platform: str
-    devices: tuple[str, ...]
-    problems: tuple[str, ...]
+    devices: tuple[str, ...]  # "cuda:0: NAME, 9.0", and whether torch's grouped_mm runs experts
+    problems: tuple[str, ...]  # what does not fit together
 
     def table(self) -> list[tuple[str, str]]:
         architectures = " ".join(self.cuda_architectures) or "none"
@@ -94,11 +81,10 @@ def build_info() -> BuildInfo:
     facts: dict[str, Any] = dict(_library.module.build_info())
     built = facts["library_version"] = facts.pop("version")
     facts["threads"] = int(facts["threads"])
-    facts["instruction_sets"] = tuple(facts["instruction_sets"].split(", "))
-    listed = facts["cpu_ffn_kernels"]
-    facts["cpu_ffn_kernels"] = () if listed == "none" else tuple(listed.split(", "))
-    listed = facts["cuda_architectures"]
-    architectures = facts["cuda_architectures"] = () if listed == "none" else tuple(listed.split())
+    for name in ("instruction_sets", "cpu_ffn_kernels", "cuda_architectures"):
+        separator = " " if name == "cuda_architectures" else ", "
+        facts[name] = () if facts[name] == "none" else tuple(facts[name].split(separator))
+    architectures = facts["cuda_architectures"]
     problems = []
     if built != __version__:
         problems.append(f"library: version must be {__version__} like the package, got {built}")

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from sparse_unified._common import optional
+from sparse_unified._common import StrPath, optional
+from sparse_unified.mini.model import write_files
 from sparse_unified.testing import read_case
 
 _SPECIAL_IDS = {
@@ -27,52 +25,20 @@ _FIRST_ID, _NUM_IDS = 10, 86
 _PRINTABLE = sorted(map(chr, range(32, 127)), key=lambda c: not (c.isalnum() or c == " "))
 
 
-def write_checkpoint(
-    case_path: str | os.PathLike[str],
-    directory: str | os.PathLike[str],
-    vae_case: str | os.PathLike[str] | None = None,
-) -> Path:
-    """Writes the model of a case with the file names, keys and conventions of the official one.
-
-    Args:
-        case_path: an image or answer case, dense or sparse.
-        directory: made if it is not there.
-        vae_case: the case whose autoencoder becomes ae.safetensors; by default `vae` next to the
-            other one.
-
-    Returns:
-        The directory: llm_config.json, vit_config.json, ema.safetensors, ae.safetensors, and a
-        tokenizer with one id per character.
-
-    Raises:
-        ValueError: the cases do not fit each other.
-    """
-    case = read_case(case_path)
-    vae = read_case(vae_case if vae_case is not None else Path(case_path).parent / "vae")
-    needed = {name: case.fields["vae_config"][name] for name in ("z_channels", "downsample")}
-    for name, value in needed.items():
-        if vae.fields[name] != value:
-            found = vae.fields[name]
-            raise ValueError(f"write_checkpoint: vae_case must have {name} = {value}, got {found}")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(case.weights, directory / "ema.safetensors")
-    save_file(vae.weights, directory / "ae.safetensors")
-
+def write_checkpoint(case_path: StrPath, directory: StrPath) -> Path:
+    """Writes the model of an image or answer case, with the autoencoder of `vae` beside it, with
+    the file names, keys and conventions of the official one, and a tokenizer of characters."""
+    case, vae = read_case(case_path), read_case(Path(case_path).parent / "vae")
     llm = {"model_type": "qwen2", "qk_norm": True, "tie_word_embeddings": False}
     llm |= case.fields["llm_config"]
     if moe := case.fields.get("moe"):
         llm |= {**moe, "num_experts_per_tok": moe["top_k"]}
-    vit = dict(case.fields["vit_config"])
-    # The official file counts the last layer of SigLIP, which BAGEL leaves out.
-    vit["num_hidden_layers"] += 1
-    for name, content in (("llm_config.json", llm), ("vit_config.json", vit)):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_files(directory, case.weights, vae.weights, llm, case.fields["vit_config"])
     write_tokenizer(directory)
-    return directory
+    return Path(directory)
 
 
-def write_tokenizer(directory: str | os.PathLike[str]) -> None:
+def write_tokenizer(directory: StrPath) -> None:
     """Writes a tokenizer that gives a character the id 10 + code point mod 86."""
     tokenizers = optional("tokenizers")
     normalizers = tokenizers.normalizers

@@ -18,13 +18,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import context, require
 from sparse_unified.bagel import AutoEncoder, Bagel, LLMConfig, SamplingConfig, VAEConfig
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.loading import check_tensors
 from sparse_unified.bagel.pipeline import generate_tokens
 from sparse_unified.bagel.sampler import build_guidance, sample_latents, see_images
+from sparse_unified.bagel.tokenizer import SPECIAL_TEXTS
 from sparse_unified.checkpoint.files import read_json
 from sparse_unified.checkpoint.model_dir import scan_ffns
 from sparse_unified.checkpoint.safetensors_io import read_header, read_tensor
@@ -32,13 +33,6 @@ from sparse_unified.experts import ExpertLayout, snake_partition
 from sparse_unified.nn import SparseMoE
 
 __all__ = ["Case", "read_case", "replay"]
-
-_MARKERS = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "start_of_image": "start_of_image",
-    "end_of_image": "end_of_image",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +51,13 @@ class Case:
 
 
 def read_case(case_path: str | os.PathLike[str]) -> Case:
-    """Reads a case, named by either of its files or by what their names have in common.
-
-    Raises:
-        ValueError: one of the two files is missing or damaged.
-    """
+    """Reads a case, named by either of its files or by what their names have in common."""
     path = Path(case_path)
     if path.suffix in (".json", ".safetensors"):
         path = path.with_suffix("")
     files = [path.parent / f"{path.name}{suffix}" for suffix in (".json", ".safetensors")]
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"replay: case must consist of two files, got no {file}")
+        require(file.is_file(), "replay: case must consist of two files", f"no {file}")
     specs = read_header(files[1]).tensors
     return Case(
         name=path.name,
@@ -89,8 +78,7 @@ def replay(case_path: str | os.PathLike[str]) -> dict[str, Tensor]:
         `decoded` of an autoencoder.
 
     Raises:
-        ValueError: a file is missing or damaged, the case is of no known kind, lacks a field or a
-            tensor, or holds one that the library refuses.
+        ValueError: a file is missing or damaged, or the case is of no known kind or incomplete.
     """
     case = read_case(case_path)
     kinds = {
@@ -111,11 +99,7 @@ def replay(case_path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def build_model(case: Case) -> Bagel:
-    """Returns the model of an image or answer case, with its weights.
-
-    Raises:
-        ValueError: the tensors are not those of the model.
-    """
+    """Returns the model of an image or answer case, with its weights."""
     fields, weights = case.fields, cast("Any", case.weights)
     whole = LLMConfig.from_json(fields["llm_config"])
     layers = {
@@ -131,25 +115,20 @@ def build_model(case: Case) -> Bagel:
         top_k=(fields.get("moe") or {}).get("top_k"),
     )
     stated = fields["vae_config"]
-    vae = VAEConfig(
-        z_channels=stated["z_channels"], ch_mult=(1,) * stated["downsample"].bit_length()
-    )
-    markers = {name: fields["new_token_ids"][field] for name, field in _MARKERS.items()}
-    tokens = SpecialTokens(**markers)
+    levels = stated["downsample"].bit_length()
+    vae = VAEConfig(z_channels=stated["z_channels"], ch_mult=(1,) * levels)
+    ids = fields["new_token_ids"]
+    names = {name: name if name in ids else f"{name}_token_id" for name in SPECIAL_TEXTS}
+    tokens = SpecialTokens(**{name: ids[own] for name, own in names.items()})
     config = read_config(source, vae, stated=fields, special_tokens=tokens)
     return _with_weights(Bagel(config, device="meta"), case)
 
 
 def build_vae(case: Case) -> AutoEncoder:
-    """Returns the autoencoder of a VAE case, with its weights.
-
-    Raises:
-        ValueError: the tensors are not those of an autoencoder.
-    """
+    """Returns the autoencoder of a VAE case, with its weights."""
     names = ("scale_factor", "shift_factor")
     factors = {name: case.fields[name] for name in names if name in case.fields}
-    shapes = {key: tuple(tensor.shape) for key, tensor in case.weights.items()}
-    config = vae_config(shapes, where=f"{case.name}.safetensors", **factors)
+    config = vae_config(case.weights, where=f"{case.name}.safetensors", **factors)
     return _with_weights(AutoEncoder(config, device="meta"), case).eval()
 
 
@@ -194,16 +173,11 @@ def _replay_block(case: Case) -> dict[str, Tensor]:
     fields, weights = case.fields, case.weights
     shared = weights.get("shared_expert.gate_proj.weight", torch.empty(0)).shape[0]
     width = weights["experts.0.gate_proj.weight"].shape[0]
-    block = SparseMoE(
-        fields["hidden_size"],
-        fields["num_experts"] * width + shared,
-        fields["num_experts"],
-        fields["top_k"],
-        fields.get("num_shared_experts") or 0,
-        shared_intermediate_size=shared,
-        gate_img="gate_img.weight" in weights,
-        device="meta",
-    )
+    count = fields["num_experts"]
+    sizes = (fields["hidden_size"], count * width + shared, count, fields["top_k"])
+    gate_img = "gate_img.weight" in weights
+    options: Any = {"shared_intermediate_size": shared, "gate_img": gate_img}
+    block = SparseMoE(*sizes, fields.get("num_shared_experts") or 0, **options, device="meta")
     block = _with_weights(block, case)
     indexes = [case.tensors.get(f"packed_{name}_indexes") for name in ("text", "vit_token")]
     output, router_logits = block(case.tensors["input"], *indexes)
@@ -264,12 +238,12 @@ def _context_images(case: Case, model: Bagel, count: int) -> list[list[ContextIm
         return None
     entries = [stated] * count if _is_size(stated) else list(stated)
     entries = [entries] if count == 1 and len(entries) > 1 else entries
-    if len(entries) != count:
-        raise ValueError(
-            f"context_image must have one entry per prompt, {count}, got {len(entries)}"
-        )
-    own = [[entry] if not entry or _is_size(entry) else entry for entry in entries]
-    slots = [(prompt, size or None) for prompt, sizes in enumerate(own) for size in sizes]
+    rule = f"context_image must have one entry per prompt, {count}"
+    require(len(entries) == count, rule, len(entries))
+    slots: list[tuple[int, Any]] = []  # prompt, and the size of the image or None
+    for prompt, entry in enumerate(entries):
+        sizes = [entry] if not entry or _is_size(entry) else entry
+        slots += [(prompt, size or None) for size in sizes]
     keys = ("context.latent", "context.vit_pixels")
     found = [_per_slot(case, key, [size for _, size in slots]) for key in keys]
     step, patch = model.config.latent_downsample, model.config.latent_patch_size
@@ -277,8 +251,8 @@ def _context_images(case: Case, model: Bagel, count: int) -> list[list[ContextIm
     for (prompt, size), latent, seen in zip(slots, *found, strict=True):
         if size is None:
             continue
-        if latent is None and seen is None:
-            raise ValueError(f"tensors must hold each context image, got none of size {size}")
+        is_held = latent is not None or seen is not None
+        require(is_held, "tensors must hold each context image", f"none of size {size}")
         if latent is not None:
             # Latents of one stack are padded to the largest of them.
             latent = latent[:, : size[0] // step * patch, : size[1] // step * patch]
@@ -292,9 +266,8 @@ def _per_slot(case: Case, key: str, slots: Sequence[Any]) -> list[Tensor | None]
     if key in case.tensors and set(found) == {0}:
         return [found[0]] * len(slots)  # one for all
     places = [i for i, slot in enumerate(slots) if slot is not None]
-    # Prompts without an image may be counted or not.
-    if set(found) == set(range(len(places))):
+    if set(found) == set(range(len(places))):  # prompts without an image are not counted
         found = {place: found[i] for i, place in enumerate(places)}
-    elif key in case.tensors and len(found) != len(slots):
-        raise ValueError(f"{key} must hold {len(places)} images, got {len(found)}")
+    elif key in case.tensors:
+        require(len(found) == len(slots), f"{key} must hold {len(places)} images", len(found))
     return [found.get(i) if i in places else None for i in range(len(slots))]

@@ -20,14 +20,7 @@ from PIL import Image
 from refusals import refused
 
 from sparse_unified.bagel import AutoEncoder, VAEConfig
-from sparse_unified.bagel.images import (
-    ImageTransform,
-    open_image,
-    to_image,
-    to_rgb,
-    vae_transform,
-    vit_transform,
-)
+from sparse_unified.bagel.images import ImageTransform, open_image, to_image, to_rgb, transforms
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.fixtures import write_tokenizer
 from sparse_unified.testing import build_model, build_vae, read_case
@@ -54,8 +47,9 @@ def test_sizes_follow_the_official_rule() -> None:
             assert max(sides) <= transform.max_side
             assert all(side > 0 and side % transform.stride == 0 for side in sides)
     config = build_model(read_case(GOLDEN / "edit")).config  # of less than the usual sides
-    assert vae_transform(config).size(5000, 3000) == (128, 128 * 3 // 5 // 16 * 16 + 16)
-    assert vit_transform(config).size(5000, 5000) == (112, 112)
+    vae, vit = transforms(config)
+    assert vae.size(5000, 3000) == (128, 128 * 3 // 5 // 16 * 16 + 16)
+    assert vit.size(5000, 5000) == (112, 112)
 
 
 def test_pixels_lie_between_minus_one_and_one_and_go_back() -> None:
@@ -133,8 +127,8 @@ def test_files_that_are_no_image_are_refused(
 def test_neither_missing_files_nor_pipes_are_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for name, reason in (("photo", "readable, got No such"), ("pipe", "a regular file, got p")):
-        with pytest.raises(ValueError, match=rf"x: .*{name}.png: file must be {reason}"):
-            open_image(tmp_path / f"{name}.png", where="x")
+        path, rule = tmp_path / f"{name}.png", rf"x: .*{name}.png: file must be {reason}"
+        refused(rule, open_image, path, where="x")
 
 
 def test_autoencoder_shapes_go_round() -> None:
@@ -236,10 +230,7 @@ def test_released_files_are_read_as_transformers_reads_them(tmp_path: Path, file
 
 def test_damaged_files_are_one_error(tmp_path: Path) -> None:
     for name, content, message in (
-        ("tokenizer_config.json", "[]", "must be a JSON object"),
         ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class must be one of"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"a": 1}}', "a readable tokenizer"),
-        ("tokenizer.json", '{"version": "1.0", "model": 3}', "must hold a readable tokenizer"),
         ("tokenizer.json", "{", "must hold a readable tokenizer"),
     ):
         write_tokenizer(tmp_path)

@@ -23,18 +23,10 @@ from sparse_unified.bagel import Bagel, BagelPipeline, load_bagel, loading
 from sparse_unified.bagel.attention import Packing
 from sparse_unified.bagel.config import SpecialTokens
 from sparse_unified.bagel.decoder import MAX_HOST_ROWS, run_ffn
-from sparse_unified.bagel.loading import (
-    LAYERS,
-    Offload,
-    Placement,
-    Task,
-    local_reader,
-    unneeded,
-)
+from sparse_unified.bagel.loading import LAYERS, Offload, Placement, Task, local_reader, unneeded
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.safetensors_io import TensorSpec, read_tensor
-from sparse_unified.fixtures import write_checkpoint
 from sparse_unified.nn import SparseMoE, SwiGLU
 from sparse_unified.nn.expert_state import is_packed
 from sparse_unified.surgery import add_lora_
@@ -123,8 +115,6 @@ def test_one_error_lists_everything_that_is_wrong(sparse: Path) -> None:
         "latent_pos_embed.pos_embed": torch.zeros(60, 32),
     }
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="tensors must be those of the model") as error:
-        load(sparse)
     for part in (
         "missing connector.fc1.bias [32]",
         "extra visitor.weight [2]",
@@ -132,16 +122,7 @@ def test_one_error_lists_everything_that_is_wrong(sparse: Path) -> None:
         "misshapen latent_pos_embed.pos_embed [60, 32], not [49, 32]",
         "time_embedder.mlp.0.bias of torch.int64, not floating point",
     ):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_cases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    case = read_case(GOLDEN / "vae")
-    (tmp_path / "other.json").write_text(json.dumps({**case.fields, "z_channels": 8}))
-    save_file(case.tensors, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="vae_case must have z_channels = 4, got 8"):
-        write_checkpoint(GOLDEN / "t2i_dense", tmp_path / "out", tmp_path / "other")
+        refused(f"tensors must be those of the model, got .*{re.escape(part)}", load, sparse)
 
 
 # ---- Placement
@@ -252,10 +233,7 @@ def test_accelerate_places_layers(case: str, models: dict[str, Path], tmp_path: 
         ({"task": "video"}, "task must be one of all, edit, image, got 'video'"),
         ({"offload": "gen"}, "offload must be one of none, und, got 'gen'"),
         ({"storage": "int4"}, "storage must be one of int8, fp8, fp8-compute, nvfp4, or map"),
-        (
-            {"storage": {"vit": "int8"}},
-            "storage must be one of int8, fp8, fp8-compute, nvfp4, or map und",
-        ),
+        ({"storage": {"vit": "int8"}}, "storage must be .*, or map und or gen to one of them"),
         ({"storage": {"gen": "fp8-compute"}}, "fp8 here, .*fp8 products .*got device type 'cpu'"),
         ({"device_map": "auto", "offload": "und"}, "device_map must come without offload"),
         ({"device_map": "balanced"}, "device_map must be 'auto' or a mapping"),

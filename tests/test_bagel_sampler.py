@@ -20,9 +20,8 @@ from sparse_unified.bagel.model import Denoiser
 from sparse_unified.bagel.sampler import (
     Renorm,
     build_guidance,
-    computed_steps,
+    denoising_steps,
     guide,
-    guided_steps,
     initial_noise,
     sample_latents,
     timestep_grid,
@@ -30,6 +29,8 @@ from sparse_unified.bagel.sampler import (
 from sparse_unified.testing import build_model, read_case
 
 NAN, INF = float("nan"), float("inf")
+# Of t = 1, 0.8, 0.6, 0.4, 0.2: lo is outside, hi inside.
+INSIDE = {"timestep_shift": 1.0, "cfg_interval": (0.2, 0.8)}
 IMAGE = ContextImage(latent=torch.ones(4, 4, 4), vit_pixels=torch.ones(3, 28, 28))
 
 
@@ -102,12 +103,7 @@ def test_images_of_a_batch_do_not_influence_each_other(
 @pytest.mark.parametrize(
     ("options", "images", "counts"),
     [
-        # t = 1, 0.8, 0.6, 0.4, 0.2: lo is outside, hi inside.
-        (
-            {"num_timesteps": 6, "timestep_shift": 1.0, "cfg_interval": (0.2, 0.8)},
-            None,
-            [1, 2, 2, 2, 1],
-        ),
+        ({"num_timesteps": 6, **INSIDE}, None, [1, 2, 2, 2, 1]),
         # Without an image, dropping it changes nothing: identical branches are computed once.
         ({"num_timesteps": 2, "cfg_img_scale": 2.0}, None, [2]),
         ({"num_timesteps": 2, "cfg_img_scale": 2.0}, [[IMAGE]], [3]),
@@ -162,8 +158,9 @@ def test_where_guidance_sets_in_its_branches_are_computed(model: Bagel, passes: 
         "cache": StepCache(interval=4, order=1, first=1, last=0),
     }
     config = SamplingConfig(**options)
-    assert guided_steps(config) == [False] * 4 + [True] * 6 + [False] * 2
-    assert [step for step, runs in enumerate(computed_steps(config)) if runs] == [0, 4, 8]
+    steps = denoising_steps(config)
+    assert [step.guided for step in steps] == [False] * 4 + [True] * 6 + [False] * 2
+    assert [n for n, step in enumerate(steps) if step.computed] == [0, 4, 8]
     assert draw(model, [[21]], **options)[0].isfinite().all()
     assert [branches for branches, _ in passes] == [[1], [2], [2]]
 
@@ -210,16 +207,12 @@ def test_the_experiment_compares_caches_of_several_orders(capsys: Any) -> None:
     ],
 )
 def test_bad_options_are_refused(kind: Any, change: dict[str, Any], rule: str) -> None:
-    refused(
-        f"{kind.__name__}: {next(iter(change))} must be {rule}",
-        kind,
-        error=(ValueError, TypeError),
-        **change,
-    )
+    message = f"{kind.__name__}: {next(iter(change))} must be {rule}"
+    refused(message, kind, error=(ValueError, TypeError), **change)
 
 
 def test_noise_of_another_shape_is_refused(model: Bagel) -> None:
-    with pytest.raises(ValueError, match=r"noise must have shape \[6, 16\] for 2 x 3"):
-        draw(model, [[21]], noise=[torch.zeros(6, 8)])
-    with pytest.raises(ValueError, match="one entry per image, got 1, 0 and 1"):
-        sample_latents(model, build_guidance(model, [[21]]), [], [(2, 3)], SamplingConfig())
+    rule = r"noise must have shape \[6, 16\] for 2 x 3"
+    refused(rule, draw, model, [[21]], noise=[torch.zeros(6, 8)])
+    given = model, build_guidance(model, [[21]]), [], [(2, 3)], SamplingConfig()
+    refused("one entry per image, got 1, 0 and 1", sample_latents, *given)

@@ -61,13 +61,6 @@ def test_case_may_be_named_by_either_file(suffix: str) -> None:
     assert set(replay(str(GOLDEN / f"moe_block{suffix}"))) == {"output", "router_logits"}
 
 
-def latents(directory: Path, source: str, fields: dict[str, Any], **tensors: Tensor) -> Any:
-    """Returns the images of a case that differs from a golden one; `__` is a dot of a name."""
-    named = {name.replace("__", "."): tensor.clone() for name, tensor in tensors.items()}
-    outputs = replay(write_case(directory, source, fields, named))
-    return [outputs[f"latent.{i}"] for i in range(len(outputs))]
-
-
 def test_several_prompts_of_several_sizes_equal_single_ones(tmp_path: Path) -> None:
     prompts = [[21, 42, 38], [33, 30, 31, 25, 42, 29, 40]]
     sizes = [[64, 48], [32, 96]]
@@ -75,14 +68,14 @@ def test_several_prompts_of_several_sizes_equal_single_ones(tmp_path: Path) -> N
 
     def of(prompts: Any, sizes: Any, noise: Tensor) -> Any:
         fields = {"prompt_ids": prompts, "image_size": sizes}
-        return latents(tmp_path, "t2i_dense", fields, init_noise=noise)
+        return replay(write_case(tmp_path, "t2i_dense", fields, {"init_noise": noise.clone()}))
 
     together = of(prompts, sizes, noise)
-    assert len(together) == 2
-    for i, found in enumerate(together):
+    assert list(together) == ["latent.0", "latent.1"]
+    for i, found in enumerate(together.values()):
         # A flat list of ids is one prompt.
-        (alone,) = of(prompts[i], sizes[i], noise[12 * i : 12 * i + 12])
-        assert relative_error(found, alone) < TOLERANCE
+        alone = of(prompts[i], sizes[i], noise[12 * i : 12 * i + 12])
+        assert relative_error(found, alone["latent.0"]) < TOLERANCE
 
 
 PICTURES = [torch.randn(4, 4, n, generator=torch.Generator().manual_seed(n)) for n in (6, 4)]
@@ -118,10 +111,8 @@ def test_one_prompt_may_have_several_context_images(
     noise = torch.randn(16, 16)
     fields = {"context_image": [SIZES] if nested else SIZES}
     path = write_case(tmp_path, "edit", fields, {"init_noise": noise, **FORMS[form]})
-    images = [
-        ContextImage(latent=latent, vit_pixels=seen)
-        for latent, seen in zip(PICTURES, SEEN, strict=True)
-    ]
+    pairs = zip(PICTURES, SEEN, strict=True)
+    images = [ContextImage(latent=latent, vit_pixels=seen) for latent, seen in pairs]
     expected = edit_by_hand(images, noise)
     assert relative_error(replay(path)["latent.0"], expected) < TOLERANCE
     assert relative_error(edit_by_hand(images[::-1], noise), expected) > 1e-3
@@ -160,7 +151,9 @@ def test_an_answer_may_follow_several_images(tmp_path: Path) -> None:
 
 
 NOISE = {"init_noise": torch.zeros(16, 16)}
-LATENT, TWO = torch.zeros(4, 4, 6), torch.zeros(2, 4, 4, 6)
+MORE = {"init_noise": torch.zeros(32, 16)}
+LATENT, TWO, THREE = torch.zeros(4, 4, 6), torch.zeros(2, 4, 4, 6), torch.zeros(3, 4, 4, 6)
+PAIR = {"prompt_ids": [[21], [22]], "context_image": [[32, 48]] * 2}
 
 
 @pytest.mark.parametrize(
@@ -170,18 +163,8 @@ LATENT, TWO = torch.zeros(4, 4, 6), torch.zeros(2, 4, 4, 6)
         ("edit", {"context_image": [[32, 48]] * 2}, {"context.latent.0": LATENT}, "must hold"),
         ("edit", {"context_image": [[32, 48]]}, {"context.latent.3": LATENT}, "must hold"),
         ("edit", {"context_image": [[32, 48]]}, {}, "must hold"),
-        (
-            "edit",
-            {"prompt_ids": [[21], [22]], "context_image": [[32, 48]] * 2},
-            {"context.latent": torch.zeros(3, 4, 4, 6), "init_noise": torch.zeros(32, 16)},
-            "context.latent must hold 2 images, got 3",
-        ),
-        (
-            "edit",
-            {"prompt_ids": [[21], [22]], "context_image": [[32, 48]] * 3},
-            {"init_noise": torch.zeros(32, 16)},
-            "context_image must have one entry per prompt, 2",
-        ),
+        ("edit", PAIR, {"context.latent": THREE, **MORE}, "must hold 2 images, got 3"),
+        ("edit", PAIR | {"context_image": [[32, 48]] * 3}, MORE, "one entry per prompt, 2"),
         ("t2i_dense", {}, {"init_noise": None}, "case must hold 'init_noise'"),
         ("moe_block", {"num_experts": 7}, {}, "tensors must be those of the model"),
         ("moe_block", {"top_k": 99}, {}, "top_k must"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -214,6 +215,7 @@ def test_balance_loss_is_one_when_even_and_grows_when_one_expert_takes_all() -> 
 
 
 CLEAN = torch.zeros(4, 2, 2)
+noisy = partial(LatentSegment, latent=CLEAN)
 
 
 @pytest.mark.parametrize(
@@ -226,13 +228,10 @@ CLEAN = torch.zeros(4, 2, 2)
         (lambda: [[VitSegment(pixels=torch.zeros(1, 4, 4))]], r"pixels must have shape \[3, "),
         (lambda: [[VitSegment(pixels=torch.zeros(3, 5, 4))]], "sides of pixels must be multiples"),
         (lambda: [[LatentSegment(latent=CLEAN[:1])]], r"latent must have shape \["),
-        (lambda: LatentSegment(latent=CLEAN, time=0.5), "time and noise must be given together"),
-        (lambda: LatentSegment(latent=CLEAN, noise=CLEAN), "time and noise must be given together"),
-        (lambda: LatentSegment(latent=CLEAN, time=1.5, noise=CLEAN), "time must be from 0 to 1"),
-        (
-            lambda: LatentSegment(latent=CLEAN, time=0.5, noise=CLEAN[:1]),
-            "noise must have the shape of latent",
-        ),
+        (lambda: noisy(time=0.5), "time and noise must be given together"),
+        (lambda: noisy(noise=CLEAN), "time and noise must be given together"),
+        (lambda: noisy(time=1.5, noise=CLEAN), "time must be from 0 to 1"),
+        (lambda: noisy(time=0.5, noise=CLEAN[:1]), "noise must have the shape of latent"),
     ],
 )
 def test_a_sequence_that_does_not_fit_is_refused(

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_unified._common import Report, StrPath, context, format_bytes
 from sparse_unified.adapt.config import RunConfig, TrainingConfig
 from sparse_unified.bagel.config import SpecialTokens, read_config, vae_config
-from sparse_unified.bagel.images import vae_transform
+from sparse_unified.bagel.images import transforms
 from sparse_unified.bagel.model import Bagel, training_forward
 from sparse_unified.bagel.packing import LatentSegment, TextSegment, TrainingBatch, pack_training
 from sparse_unified.checkpoint import Checkpoint
@@ -85,13 +85,13 @@ def estimate_memory(
     run = run or RunConfig()
     source = Checkpoint(find_model(model))
     specs = read_header(source.vae_file).tensors
-    vae = vae_config({k: s.shape for k, s in specs.items()}, where=str(source.vae_file))
+    vae = vae_config(specs, where=str(source.vae_file))
     dtype = run.dtype or source.spec("language_model.model.embed_tokens.weight").dtype
     # The ids of the markers take no memory, and only the tokenizer knows them.
     ids = SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3)
     built = Bagel(read_config(source, vae, special_tokens=ids), device="meta", dtype=dtype)
     run.prepare_(built, config.seed)
-    side = min(vae_transform(built.config).max_side, run.max_side or 1 << 20)
+    side = min(transforms(built.config)[0].max_side, run.max_side or 1 << 20)
     side -= side % built.config.latent_downsample
     with context("--max-side"):
         built.config.token_grid(side, side)

@@ -29,10 +29,8 @@ _NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class KVCache:
-    """The KV cache of one sequence: keys and values [num_kv_heads, length, head_dim] per layer.
-
-    Tensors are replaced and never written to, so a fork costs nothing and shares them.
-    """
+    """The KV cache of one sequence: keys and values [num_kv_heads, length, head_dim] per layer,
+    which are replaced and never written to, so a fork costs nothing and shares them."""
 
     __slots__ = ("keys", "length", "position", "values")
 
@@ -53,19 +51,16 @@ class KVCache:
         self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, extend: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns the past of a layer followed by `keys` and `values`, parts [1, n, num_kv_heads,
-        head_dim], as [1, num_kv_heads, length, head_dim]; `extend` keeps them as the past of what
-        comes next."""
-        past_key, past_value = self.keys[layer], self.values[layer]
+        head_dim], as [1, num_kv_heads, length, head_dim]; `extend` keeps them as the next past."""
         joined = []
-        for past, parts in ((past_key, keys), (past_value, values)):
+        for past, parts in ((self.keys, keys), (self.values, values)):
             rows = tuple(part.transpose(1, 2) for part in parts)
-            if past is not None:
-                rows = (past[None], *rows)
+            if (before := past[layer]) is not None:
+                rows = (before[None], *rows)
             joined.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=2))
+            if extend:  # not as a view, which would keep the queries beside it
+                past[layer] = joined[-1][0].contiguous()
         key, value = joined
-        if extend:
-            # Not as views, which would keep the queries beside them.
-            self.keys[layer], self.values[layer] = key[0].contiguous(), value[0].contiguous()
         return key, value
 
     def same_past(self, other: KVCache) -> bool:
@@ -131,12 +126,11 @@ class Packing:
 
     def additive(self, dtype: torch.dtype) -> Packing:
         """Returns the same with masks to add to scores of `dtype`, made once for all layers."""
-        groups = []
-        for group in self.groups:
+        groups = list(self.groups)
+        for i, group in enumerate(groups):
             if (mask := group.mask) is not None:
                 added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-                group = replace(group, mask=added)
-            groups.append(group)
+                groups[i] = replace(group, mask=added)
         return replace(self, groups=groups)
 
 
@@ -161,10 +155,8 @@ def pack(
     vit_rows: Tensor | None = None,
     device: torch.device | str,
 ) -> Packing:
-    """Packs sequences that follow what is in their KV caches.
-
-    Causal tokens take consecutive positions; otherwise (an image) all share the next one.
-    """
+    """Packs sequences that follow what is in their KV caches. Causal tokens take consecutive
+    positions; otherwise (an image) all share the next one."""
 
     def angles(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         starts = torch.tensor([cache.position for cache in caches])
@@ -210,14 +202,8 @@ class RMSNorm(nn.Module):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Scaled dot product attention with grouped query heads: [B, n, H * d].
-
-    Args:
-        query: [B, H, n, d].
-        key, value: [B, K, P + n, d], the past first.
-        mask: who sees whom, see `Group`.
-        causal: query i sees the keys up to P + i; otherwise, without a mask, all.
-    """
+    """Attention of grouped query heads [B, H, n, d] to keys and values [B, K, P + n, d], the past
+    first: [B, n, H * d]; `mask` and `causal` as of a `Group`."""
     length, past = query.shape[2], key.shape[2] - query.shape[2]
     if causal and past and length > 1:
         mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(past)
@@ -273,12 +259,11 @@ class MoTAttention(nn.Module):
         heads = (-1, self.head_dim)
         split: dict[str, tuple[tuple[Tensor, ...], ...]] = {}  # queries, keys, values of each group
         reads: dict[str, Sequence[int]] = {}
-        num_kv_heads = 0
+        mixed: dict[str, list[Tensor]] = {}  # what each group attends to
         for stream, x, angles in ((UND, und, packing.und_angles), (GEN, gen, packing.gen_angles)):
             if x is None or angles is None:
                 continue
-            names = (f"{name}{stream}" for name in _NAMES)
-            q_proj, k_proj, v_proj, _, q_norm, k_norm = (part[name] for name in names)
+            q_proj, k_proj, v_proj, _, q_norm, k_norm = (part[f"{own}{stream}"] for own in _NAMES)
             query = q_norm(q_proj(x).unflatten(-1, heads))
             key = k_norm(k_proj(x).unflatten(-1, heads))
             value = v_proj(x).unflatten(-1, heads)
@@ -288,8 +273,7 @@ class MoTAttention(nn.Module):
             query, key = turned.split([query.shape[1], num_kv_heads], dim=1)
             rows = packing.rows[stream]
             split[stream] = tuple(part.split(rows) for part in (query, key, value))
-            reads[stream] = key_heads_read(q_proj, num_kv_heads)
-        mixed: dict[str, list[Tensor]] = {stream: [] for stream in split}
+            mixed[stream], reads[stream] = [], key_heads_read(q_proj, num_kv_heads)
         for i, group in enumerate(packing.groups):
             own = {}
             for stream, parts in split.items():
@@ -301,7 +285,7 @@ class MoTAttention(nn.Module):
                     sizes = (group.count, group.lengths[stream])
                     own[stream] = tuple(part.unflatten(0, sizes) for part in mine)
             if own:
-                self._attend(own, reads, num_kv_heads, group, packing.extend, mixed)
+                self._attend(own, reads, group, packing.extend, mixed)
         outs: dict[str, Tensor] = {}
         for stream, found in mixed.items():
             x = found[0] if len(found) == 1 else torch.cat(found)
@@ -312,19 +296,19 @@ class MoTAttention(nn.Module):
         self,
         own: Mapping[str, Sequence[Tensor]],
         reads: Mapping[str, Sequence[int]],
-        num_kv_heads: int,
         group: Group,
         extend: bool,
         mixed: Mapping[str, list[Tensor]],
     ) -> None:
         """Adds to `mixed` of each stream the values [n, H * d] of a group, of `own`, its queries
         [B, n, H, d], keys and values [B, n, K, d], which read the KV heads `reads`."""
-        # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
-        are_alike = all(len(reads[stream]) == num_kv_heads for stream in own)
-        runs: list[tuple[str, ...]] = list(zip(own, strict=True))  # streams of one call
         queries, keys, values = zip(*own.values(), strict=True)
+        # Streams that read all KV heads are one; otherwise each reads its own of the joined ones.
+        are_alike = all(len(reads[stream]) == keys[0].shape[2] for stream in own)
         if are_alike and len(own) > 1:
-            runs, queries = [tuple(own)], (torch.cat(queries, dim=1),)
+            runs = [(tuple(own), torch.cat(queries, dim=1))]
+        else:
+            runs = list(zip(zip(own, strict=True), queries, strict=True))
         if group.cache is not None:
             key, value = group.cache.joined(self.layer, keys, values, extend=extend)
         else:
@@ -335,7 +319,7 @@ class MoTAttention(nn.Module):
         mask = group.mask
         if mask is not None and len(own) == 1:
             mask = mask[..., group.span(*own)]  # columns
-        for streams, query in zip(runs, queries, strict=True):
+        for streams, query in runs:
             rows = mask
             seen: tuple[Tensor, ...] = (key, value)
             if mask is not None and len(streams) == 1:
@@ -345,9 +329,7 @@ class MoTAttention(nn.Module):
                 heads = reads[streams[0]]
                 seen = tuple(torch.stack([x[:, i] for i in heads], dim=1) for x in seen)
             out = attend(query.transpose(1, 2), *seen, mask=rows, causal=group.causal)
-            outs: Sequence[Tensor] = [out]
-            if len(streams) > 1:
-                outs = out.split([group.lengths[UND], group.lengths[GEN]], dim=1)
+            outs = out.split(tuple(group.lengths[stream] for stream in streams), dim=1)
             for stream, found in zip(streams, outs, strict=True):
                 found = found.flatten(0, 1)
                 if group.padding is not None:

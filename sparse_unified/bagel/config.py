@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from sparse_unified._common import context, list_some
+from sparse_unified._common import context, list_some, naming, require
 from sparse_unified.checkpoint.model_dir import LayerShape, LayerShapes
 from sparse_unified.experts import ExpertLayout
 
@@ -23,24 +23,31 @@ def _check_sizes(config: Any, **multiples: str) -> None:
     """Raises ValueError unless every field typed int is from 1 to 2^20, every float finite, and
     every field of `multiples` a multiple of the one it names."""
     for known in fields(config):
-        name, value, rule = known.name, getattr(config, known.name), ""
-        if known.type == "int" and not (type(value) is int and 1 <= value <= _MOST):
+        name, value, rule, holds = known.name, getattr(config, known.name), "", True
+        if known.type == "int":
             rule = f"an integer from 1 to {_MOST}"
-        if known.type == "float" and not (type(value) in (int, float) and math.isfinite(value)):
-            rule = "a finite number"
-        if rule:
-            raise ValueError(f"{name} must be {rule}, got {value!r:.120}")
+            holds = type(value) is int and 1 <= value <= _MOST
+        if known.type == "float":
+            rule, holds = "a finite number", type(value) in (int, float) and math.isfinite(value)
+        require(holds, f"{name} must be {rule}", f"{value!r:.120}")
     for name, divisor in multiples.items():
         value, step = getattr(config, name), getattr(config, divisor)
-        if value % step:
-            raise ValueError(f"{name} must be a multiple of {divisor} = {step}, got {value}")
+        require(value % step == 0, f"{name} must be a multiple of {divisor} = {step}", value)
 
 
 def _given(source: Mapping[str, Any], *names: str) -> dict[str, Any]:
     for name in names:
-        if source.get(name) is None:
-            raise ValueError(f"{name} must be given, got keys {list_some(sorted(source))}")
+        given = source.get(name) is not None
+        require(given, f"{name} must be given", f"keys {list_some(sorted(source))}")
     return {name: source[name] for name in names}
+
+
+def _agree(source: Mapping[str, Any], expected: Mapping[str, Any], why: str = "") -> None:
+    """Raises ValueError if a field is stated and not what is expected; empty is None."""
+    for name, value in expected.items():
+        found = source.get(name)
+        is_expected = found is None or (found or None) == (value or None)
+        require(is_expected, f"{name} must be {value!r}{why}", f"{found!r:.120}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,27 +76,23 @@ class LLMConfig:
         _check_sizes(
             self, hidden_size="num_attention_heads", num_attention_heads="num_key_value_heads"
         )
-        if self.head_dim % 2:
-            rule = "hidden_size / num_attention_heads must be even, for rotary positions"
-            raise ValueError(f"{rule}, got {self.head_dim}")
+        rule = "hidden_size / num_attention_heads must be even, for rotary positions"
+        require(self.head_dim % 2 == 0, rule, self.head_dim)
         # Copies, so that the caller's later changes do not show; read-only views cannot be pickled.
         layers = {component: dict(own) for component, own in self.layers.items() if own}
         object.__setattr__(self, "layers", layers)
-        held = [(f"layer {n} of {c}", own) for c in layers for n, own in layers[c].items()]
+        held = ((f"layer {n} of {c}", own) for c in layers for n, own in layers[c].items())
         for name, shape in held:
-            heads, groups, ffn = shape.kv_heads, shape.query_groups, shape.ffn
-            if not 0 <= shape.width <= _MOST:
-                raise ValueError(f"width of {name} must be 0 to {_MOST}, got {shape.width}")
-            if not set(groups) <= set(heads) <= set(range(self.num_key_value_heads)):
-                raise ValueError(
-                    f"KV heads of {name} must be below {self.num_key_value_heads}, and its "
-                    f"query_groups among them, got {heads} and {groups}"
-                )
-            most = ffn.num_experts if isinstance(ffn, ExpertLayout) else 0
-            if most and not (type(self.top_k) is int and 1 <= self.top_k <= most):
-                raise ValueError(
-                    f"top_k must be from 1 to the {most} experts of {name}, got {self.top_k!r:.120}"
-                )
+            heads, groups, count = shape.kv_heads, shape.query_groups, self.num_key_value_heads
+            width = shape.width
+            require(0 <= width <= _MOST, f"width of {name} must be 0 to {_MOST}", width)
+            rule = f"KV heads of {name} must be below {count}, and its query_groups among them"
+            inside = set(groups) <= set(heads) <= set(range(count))
+            require(inside, rule, f"{heads} and {groups}")
+            if isinstance(shape.ffn, ExpertLayout):
+                rule = f"top_k must be from 1 to the {shape.ffn.num_experts} experts of {name}"
+                is_legal = type(self.top_k) is int and 1 <= self.top_k <= shape.ffn.num_experts
+                require(is_legal, rule, f"{self.top_k!r:.120}")
 
     @property
     def head_dim(self) -> int:
@@ -122,14 +125,11 @@ class LLMConfig:
     @context("llm_config.json")
     def from_json(cls, source: Mapping[str, Any]) -> LLMConfig:
         """Reads the contents of llm_config.json."""
-        expected = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False}
-        for name, value in expected.items():
-            if (source.get(name, value) or None) != (value or None):
-                raise ValueError(f"{name} must be {value!r}, got {source[name]!r:.120}")
+        _agree(source, {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False})
         # Newer transformers write rope_theta inside rope_parameters.
         rope = source.get("rope_parameters") or {}
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"rope_parameters must be an object, got {rope!r:.120}")
+        is_object = isinstance(rope, Mapping)
+        require(is_object, "rope_parameters must be an object", f"{rope!r:.120}")
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
         heads = ("num_attention_heads", "num_key_value_heads")
         return cls(**_given({**rope, **source}, *sizes, *heads, "rms_norm_eps", "rope_theta"))
@@ -155,18 +155,13 @@ class VisionConfig:
     @classmethod
     @context("vit_config.json")
     def from_json(cls, source: Mapping[str, Any], *, num_hidden_layers: int) -> VisionConfig:
-        """Reads the contents of vit_config.json for a file that holds `num_hidden_layers` layers.
-
-        Official files name one layer more than they hold (BAGEL drops the last one), so both the
-        number of layers held and that number plus one are accepted.
-        """
+        """Reads the contents of vit_config.json for a file that holds `num_hidden_layers` layers,
+        or one less than it names, as official files do: BAGEL drops the last one."""
         held = num_hidden_layers
-        if (stated := source.get("num_hidden_layers", held)) not in (held, held + 1):
-            rule = f"{held} or {held + 1} for weights of {held} layers"
-            raise ValueError(f"num_hidden_layers must be {rule}, got {stated!r:.120}")
-        activation = source.get("hidden_act", "gelu_pytorch_tanh")
-        if activation != "gelu_pytorch_tanh":
-            raise ValueError(f"hidden_act must be 'gelu_pytorch_tanh', got {activation!r:.120}")
+        stated = source.get("num_hidden_layers", held)
+        rule = f"num_hidden_layers must be {held} or {held + 1} for weights of {held} layers"
+        require(stated in (held, held + 1), rule, f"{stated!r:.120}")
+        _agree(source, {"hidden_act": "gelu_pytorch_tanh"})
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
         return cls(
             **_given(source, *sizes, "patch_size", "image_size"),
@@ -193,11 +188,9 @@ class VAEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         _check_sizes(self)
-        if not self.ch_mult or any(self.ch * multiple % _NORM_GROUPS for multiple in self.ch_mult):
-            raise ValueError(
-                f"ch * ch_mult must be multiples of {_NORM_GROUPS}, the groups of its norms, "
-                f"for at least one resolution, got {self.ch} * {self.ch_mult}"
-            )
+        fit = self.ch_mult and not any(self.ch * factor % _NORM_GROUPS for factor in self.ch_mult)
+        rule = f"multiples of {_NORM_GROUPS}, the groups of its norms, for at least one resolution"
+        require(fit, f"ch * ch_mult must be {rule}", f"{self.ch} * {self.ch_mult}")
 
     @property
     def downsample(self) -> int:
@@ -241,9 +234,8 @@ class BagelConfig:
         _check_sizes(self)
         for name in SpecialTokens.__slots__:
             token, most = getattr(self.special_tokens, name), self.llm.vocab_size
-            if not 0 <= token < most:
-                rule = f"an id below vocab_size = {most}"
-                raise ValueError(f"special_tokens.{name} must be {rule}, got {token}")
+            rule = f"special_tokens.{name} must be an id below vocab_size = {most}"
+            require(0 <= token < most, rule, token)
 
     @property
     def latent_downsample(self) -> int:
@@ -259,11 +251,9 @@ class BagelConfig:
         """Returns the rows and columns of tokens of an image of `height` x `width` pixels."""
         step, most = self.latent_downsample, self.latent_downsample * self.max_latent_size
         for name, side in (("height", height), ("width", width)):
-            if type(side) is not int or not 1 <= side <= most or side % step:
-                raise ValueError(
-                    f"{name} must be a positive multiple of {step} pixels up to {most}, "
-                    f"got {side!r:.120}"
-                )
+            fits = type(side) is int and 1 <= side <= most and side % step == 0
+            rule = f"{name} must be a positive multiple of {step} pixels up to {most}"
+            require(fits, rule, f"{side!r:.120}")
         return height // step, width // step
 
 
@@ -272,31 +262,26 @@ class BagelConfig:
 # an error. Whether all tensors are those of a model so described (gaps between layers, a table that
 # is no square), the model says, see `loading.check_tensors`.
 
-Shapes = Mapping[str, Sequence[int]]
+Specs = Mapping[str, Any]
 
 
-def vae_config(shapes: Shapes, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
-    """Returns the description of the autoencoder with these tensors.
-
-    Args:
-        shapes: shape of every tensor, by key.
-        where: name of the file, for messages.
-        factors: `scale_factor` and `shift_factor`, which no shape shows.
-    """
+def vae_config(specs: Specs, *, where: str = "ae.safetensors", **factors: float) -> VAEConfig:
+    """Returns the description of the autoencoder of these tensors, or what has their shapes, by
+    key; `factors` are those that no shape shows: scale_factor and shift_factor."""
     with context(where):
-        ch, in_channels, *_ = _shape(shapes, "encoder.conv_in.weight", 4)
-        levels = max(_count(shapes, r"encoder\.down\.(\d{1,6})\.block\."), 1)
+        ch, in_channels, *_ = _shape(specs, "encoder.conv_in.weight", 4)
+        levels = max(_count(specs, r"encoder\.down\.(\d{1,6})\.block\."), 1)
         keys = [f"encoder.down.{level}.block.0.conv2.weight" for level in range(levels)]
-        outputs = [_shape(shapes, key, 4)[0] for key in keys]
-        if any(channels % ch for channels in outputs):
-            raise ValueError(f"channels of resolutions must be multiples of {ch}, got {outputs}")
+        outputs = [_shape(specs, key, 4)[0] for key in keys]
+        fit = not any(channels % ch for channels in outputs)
+        require(fit, f"channels of resolutions must be multiples of {ch}", outputs)
         return VAEConfig(
             ch=ch,
             ch_mult=tuple(channels // ch for channels in outputs),
-            num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d{1,6})\."),
-            z_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
+            num_res_blocks=_count(specs, r"encoder\.down\.0\.block\.(\d{1,6})\."),
+            z_channels=_shape(specs, "decoder.conv_in.weight", 4)[1],
             in_channels=in_channels,
-            out_ch=_shape(shapes, "decoder.conv_out.weight", 4)[0],
+            out_ch=_shape(specs, "decoder.conv_out.weight", 4)[0],
             **factors,
         )
 
@@ -308,58 +293,48 @@ def read_config(
     stated: Mapping[str, Any] | None = None,
     special_tokens: SpecialTokens | None = None,
 ) -> BagelConfig:
-    """Returns the description of the model of a checkpoint, from headers and JSON files alone.
-
-    Args:
-        checkpoint: a `Checkpoint`.
-        vae: its autoencoder.
-        stated: config.json, checked against the shapes where it repeats them.
-        special_tokens: ids of the markers; None takes those of the released checkpoints.
-    """
-    shapes = {key: spec.shape for key, spec in checkpoint.specs.items()}
+    """Returns the description of the model of a `Checkpoint`, from headers and JSON files alone;
+    `stated`, its config.json, must agree with the shapes where it repeats them."""
+    specs = checkpoint.specs
     with context(os.fspath(checkpoint.directory)):
         whole = LLMConfig.from_json(checkpoint.llm_config)
         cut = {
             component: {n: own for n, own in layers.items() if own != whole.layer(n, component)}
             for component, layers in checkpoint.shapes.items()
         }
-        num_vision_layers = _count(shapes, r"vit_model\..*?\.layers\.(\d{1,6})\.")
-        patch_area = _shape(shapes, "vae2llm.weight", 2)[1] // vae.z_channels
+        count = _count(specs, r"vit_model\..*?\.layers\.(\d{1,6})\.")
+        area = _shape(specs, "vae2llm.weight", 2)[1] // vae.z_channels
+        positions, seen = (
+            _shape(specs, f"{table}.pos_embed", 2)[0]
+            for table in ("latent_pos_embed", "vit_pos_embed")
+        )
         sides = {
-            "latent_patch_size": math.isqrt(patch_area),
-            "max_latent_size": math.isqrt(_shape(shapes, "latent_pos_embed.pos_embed", 2)[0]),
-            "vit_max_num_patch_per_side": math.isqrt(
-                _shape(shapes, "vit_pos_embed.pos_embed", 2)[0]
-            ),
+            "latent_patch_size": math.isqrt(area),
+            "max_latent_size": math.isqrt(positions),
+            "vit_max_num_patch_per_side": math.isqrt(seen),
         }
         config = BagelConfig(
             llm=replace(whole, layers=cut, top_k=checkpoint.top_k),
-            vision=VisionConfig.from_json(
-                checkpoint.vit_config, num_hidden_layers=num_vision_layers
-            ),
+            vision=VisionConfig.from_json(checkpoint.vit_config, num_hidden_layers=count),
             latent_channels=vae.z_channels,
             vae_downsample=vae.downsample,
             special_tokens=special_tokens or SpecialTokens(),
             **sides,
         )
-        for name, found in {**sides, "interpolate_pos": False}.items():
-            value = (stated or {}).get(name)
-            if value is not None and value != found:
-                raise ValueError(
-                    f"config.json: {name} must be {found} as the tensors say, got {value!r:.120}"
-                )
+        with naming("config.json"):
+            _agree(stated or {}, {**sides, "interpolate_pos": False}, " as the tensors say")
     return config
 
 
-def _shape(shapes: Shapes, key: str, num_dims: int) -> Sequence[int]:
+def _shape(specs: Specs, key: str, num_dims: int) -> Sequence[int]:
     """Returns the shape of a tensor that must have `num_dims` dimensions above 0."""
-    if key not in shapes:
-        raise ValueError(f"{key} must be in the file, got {len(shapes)} other tensors")
-    if len(shapes[key]) != num_dims or 0 in shapes[key]:
-        raise ValueError(f"{key} must have {num_dims} dimensions above 0, got {list(shapes[key])}")
-    return shapes[key]
+    require(key in specs, f"{key} must be in the file", f"{len(specs)} other tensors")
+    found = list(specs[key].shape)
+    fits = len(found) == num_dims and 0 not in found
+    require(fits, f"{key} must have {num_dims} dimensions above 0", found)
+    return found
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def _count(specs: Specs, pattern: str) -> int:
     """Returns how many numbers keys have in the place of the group."""
-    return len({match[1] for match in map(re.compile(pattern).match, shapes) if match})
+    return len({match[1] for match in map(re.compile(pattern).match, specs) if match})

@@ -19,17 +19,10 @@ def _ffn(config: LLMConfig, layer: int, component: str, **factory: Any) -> nn.Mo
     if not isinstance(ffn, ExpertLayout):
         return SwiGLU(config.hidden_size, ffn, **factory) if ffn else None
     assert config.top_k is not None
-    return SparseMoE(
-        config.hidden_size,
-        ffn.intermediate_size,
-        ffn.num_experts,
-        config.top_k,
-        ffn.num_shared_experts,
-        shared_intermediate_size=ffn.shared_width,
-        gate_img=component == "und",
-        gate_time=ffn.time_router,
-        **factory,
-    )
+    sizes = (config.hidden_size, ffn.intermediate_size, ffn.num_experts, config.top_k)
+    factory |= {"gate_img": component == "und", "gate_time": ffn.time_router}
+    factory["shared_intermediate_size"] = ffn.shared_width
+    return SparseMoE(*sizes, ffn.num_shared_experts, **factory)
 
 
 # Up to as many rows visit weights in host memory, as the two markers of an image do in every step;
@@ -75,9 +68,6 @@ class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)), each stream with its own weights.
 
     A part that a stream skips is None, its norm with it: nothing of it runs.
-
-    Attributes:
-        und_on_host: the weights of `mlp` stay in host memory, see `run_ffn`.
     """
 
     # What `sparse_unified.surgery` asks for before it takes an attention out of a layer, or puts in
@@ -94,18 +84,16 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LLMConfig, layer: int, **factory: Any) -> None:
         super().__init__()
-        self.und_on_host = False
+        self.und_on_host = False  # the weights of `mlp` stay in host memory, see `run_ffn`
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = MoTAttention(config, layer, **factory)
         for component, stream in COMPONENTS.items():
             shape = config.layer(layer, component)
             self.register_module(f"mlp{stream}", _ffn(config, layer, component, **factory))
-            for name, is_there in (
-                ("input_layernorm", shape.has_attention),
-                ("post_attention_layernorm", bool(shape.width)),
-            ):
+            before = {"input": shape.has_attention, "post_attention": bool(shape.width)}
+            for part, is_there in before.items():
                 norm = RMSNorm(width, eps, **factory) if is_there else None
-                self.register_module(f"{name}{stream}", norm)
+                self.register_module(f"{part}_layernorm{stream}", norm)
 
     def forward(
         self, und: Tensor, gen: Tensor | None, packing: Packing, times: Tensor | None = None

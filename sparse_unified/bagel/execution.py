@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import context, require
 from sparse_unified.bagel.model import Bagel, Denoiser
 
 Step = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
@@ -84,12 +84,12 @@ class Execution:
         cuda_graphs: bool = False,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        if not isinstance(compile, bool) and compile not in _MODES:
-            modes = ", ".join(_MODES)
-            raise ValueError(f"compile must be True, False or one of {modes}, got {compile!r}")
-        if cuda_graphs and compile in _MODES_WITH_GRAPHS:
-            reason = f"compile={compile!r}, which records graphs itself"
-            raise ValueError(f"cuda_graphs must be False with {reason}, got True")
+        is_mode = isinstance(compile, bool) or compile in _MODES
+        rule = f"compile must be True, False or one of {', '.join(_MODES)}"
+        require(is_mode, rule, repr(compile))
+        fits = not cuda_graphs or compile not in _MODES_WITH_GRAPHS
+        reason = f"compile={compile!r}, which records graphs itself"
+        require(fits, f"cuda_graphs must be False with {reason}", True)
         self.compile = compile
         self.cuda_graphs = cuda_graphs
         self._predict: Callable[..., list[Tensor]] = Denoiser.__call__
@@ -110,29 +110,25 @@ class Execution:
     @context("Execution")
     def check(self, device: torch.device, model: Bagel | None = None) -> None:
         """Raises ValueError for a device, and for a model on it, that cannot be run so."""
-        if self.cuda_graphs and device.type != "cuda":
-            raise ValueError(f"cuda_graphs must be False for a model on {device}, got True")
+        can_record = not self.cuda_graphs or device.type == "cuda"
+        require(can_record, f"cuda_graphs must be False for a model on {device}", True)
         if self.is_plain or model is None:
             return
         places = {str(weight.device) for weight in model.parameters()} - {str(device)}
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
             places.add("places that accelerate manages")
-        if places:
-            raise ValueError(
-                f"compile and cuda_graphs must be False unless all weights are on {device}, "
-                f"got weights on {', '.join(sorted(places))}"
-            )
+        rule = f"compile and cuda_graphs must be False unless all weights are on {device}"
+        require(not places, rule, f"weights on {', '.join(sorted(places))}")
 
     def start(self, denoiser: Denoiser) -> Step:
         """Returns what runs the steps of a batch of images."""
         if self.is_plain:
             return denoiser
         if self.compile:  # what was read before is of any length
-            for group in denoiser.packing.groups:
-                assert group.cache is not None
-                for past in (*group.cache.keys, *group.cache.values):
-                    if past is not None:
-                        torch._dynamo.maybe_mark_dynamic(past, 1)
+            caches: Any = [group.cache for group in denoiser.packing.groups]
+            for past in (x for cache in caches for x in (*cache.keys, *cache.values)):
+                if past is not None:
+                    torch._dynamo.maybe_mark_dynamic(past, 1)
 
         @torch.no_grad()
         def step(tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparse_unified._common import StrPath, format_bytes, format_layers, list_some, optional
+from sparse_unified._common import (
+    StrPath,
+    format_bytes,
+    format_layers,
+    list_some,
+    optional,
+    require,
+)
 from sparse_unified.checkpoint import Checkpoint
 from sparse_unified.checkpoint.files import replace_file
 from sparse_unified.checkpoint.rewrite import Blocks, Edit, index_texts, rewrite
@@ -22,13 +29,34 @@ if TYPE_CHECKING:
     from sparse_unified.bagel.model import Bagel
 
 CARD = "README.md"
-_USE = """
+_CARD = """---
+library_name: sparse_unified
+pipeline_tag: any-to-any
+{facts}tags: [{tags}]
+---
+
+# {title}
+
+A BAGEL model{origin}, for `sparse_unified`.
+
 ```python
 from sparse_unified.bagel import BagelPipeline
 
 pipeline = BagelPipeline.from_pretrained("{name}", device="cuda")
 pipeline.generate("a red bench in the rain", seed=0).images[0].save("bench.png")
 ```
+
+## What was done
+
+{made}
+
+## What it holds
+
+| | |
+|---|---|
+{numbers}
+
+Quality was not measured by the program that wrote this card.
 """
 # For DiffusionPipeline.from_pretrained(custom_pipeline="pipeline", trust_remote_code=True); the
 # name of the class is the one that vLLM-Omni looks for here.
@@ -45,15 +73,8 @@ def save_model(model: Bagel, source: Checkpoint, out: StrPath, **card: Any) -> N
     """Writes the weights of a live model beside the other files of the directory it came from.
 
     Weights keep the dtype they have in the model; parts that a task left out come from the source.
-    The directory appears complete or not at all, with a card of its own.
-
-    Args:
-        model: loaded from `source`; trained or edited since, but of the same structure.
-        out: the directory to make; it must not exist.
-        card: options of `model_card`.
-
-    Raises:
-        ValueError: tensors are not those of the source, are quantized, or not in memory.
+    The directory appears complete or not at all, with a card of its own. ValueError: tensors are
+    not those of the source, are quantized, or not in memory.
     """
     live = official_tensors(model)
     wrong = [
@@ -64,11 +85,9 @@ def save_model(model: Bagel, source: Checkpoint, out: StrPath, **card: Any) -> N
         or tensor.is_meta
         or type(tensor.data) is not Tensor
     ]
-    if wrong:
-        raise ValueError(
-            f"model must hold plain tensors of {source.directory}'s names and shapes, got others: "
-            f"{list_some(wrong)}; convert and prune write models of another structure"
-        )
+    found = f"others: {list_some(wrong)}; convert and prune write models of another structure"
+    rule = f"model must hold plain tensors of {source.directory}'s names and shapes"
+    require(not wrong, rule, found)
 
     def blocks(tensor: Tensor) -> Blocks:
         yield as_bytes(tensor.detach().cpu().contiguous())
@@ -100,51 +119,31 @@ def model_card(
         source_name: of the directory it was made from, where the id is not known.
     """
     made_from = base_model or source_name
-    steps = source.recipe
-    tags = ["bagel", "text-to-image", *dict.fromkeys(step.config.mode for step in steps)]
-    head = ["library_name: sparse_unified", "pipeline_tag: any-to-any"]
-    head += [f"license: {license}"] if license else []
-    head += [f"base_model: {base_model}"] if base_model else []
-    specs = source.specs.values()
-    numbers = [
-        ("parameters", f"{sum(math.prod(spec.shape) for spec in specs):,}"),
-        ("weights", format_bytes(sum(spec.nbytes for spec in specs))),
-        ("dtypes", ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs}))),
-        ("decoder layers", str(source.num_layers)),
-    ]
+    known = {"license": license, "base_model": base_model}
+    steps, specs = source.recipe, source.specs.values()
+    numbers = {
+        "parameters": f"{sum(math.prod(spec.shape) for spec in specs):,}",
+        "weights": format_bytes(sum(spec.nbytes for spec in specs)),
+        "dtypes": ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs})),
+        "decoder layers": source.num_layers,
+    }
     for component, layers in source.experts.items():
         layout = next(iter(layers.values()))
-        numbers.append(
-            (
-                f"experts ({component})",
-                f"{layout.num_experts} of {layout.expert_width} neurons, {source.top_k} a token, "
-                f"in layers {format_layers(sorted(layers))}",
-            )
+        numbers[f"experts ({component})"] = (
+            f"{layout.num_experts} of {layout.expert_width} neurons, {source.top_k} a token, "
+            f"in layers {format_layers(sorted(layers))}"
         )
     made = [f"{number}. {step.to_text()} ({step.tool})" for number, step in enumerate(steps, 1)]
-    parts = [
-        "---",
-        *head,
-        f"tags: [{', '.join(tags)}]",
-        "---",
-        "",
-        f"# {name.rpartition('/')[2]}",
-        "",
-        f"A BAGEL model{f' made from {made_from}' if made_from else ''}, for `sparse_unified`.",
-        _USE.format(name=name),
-        "## What was done",
-        "",
-        *(made or ["Nothing: the weights are in BAGEL's own layout."]),
-        "",
-        "## What it holds",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {what} | {value} |" for what, value in numbers),
-        "",
-        "Quality was not measured by the program that wrote this card.",
-    ]
-    return "\n".join(parts) + "\n"
+    modes = dict.fromkeys(step.config.mode for step in steps)
+    return _CARD.format(
+        facts="".join(f"{what}: {value}\n" for what, value in known.items() if value),
+        tags=", ".join(["bagel", "text-to-image", *modes]),
+        title=name.rpartition("/")[2],
+        origin=f" made from {made_from}" if made_from else "",
+        name=name,
+        made="\n".join(made or ["Nothing: the weights are in BAGEL's own layout."]),
+        numbers="\n".join(f"| {what} | {value} |" for what, value in numbers.items()),
+    )
 
 
 def write_card(directory: StrPath, **card: Any) -> Path:

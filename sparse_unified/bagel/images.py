@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_unified._common import context, optional
+from sparse_unified._common import context, optional, require
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.bagel.vision import unpatchify
@@ -41,10 +41,7 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Imag
     Args:
         source: a file, or its opened contents. PNG, JPEG, WebP, GIF, BMP and TIFF of up to 2^26
             pixels are read; formats that Pillow reads by running other programs are not.
-        where: whose argument it is, for the message.
-
-    Raises:
-        ValueError: it cannot be read.
+        where: whose argument it is, for the message of a ValueError.
     """
     name, reason = "an image", "a file of another or a damaged format"
     with context(where), ExitStack() as files:
@@ -64,18 +61,12 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, *, where: str) -> Imag
 
 
 def to_rgb(image: Image) -> Image:
-    """Returns the image in RGB of 8 bits; transparent parts are laid over white.
-
-    Raises:
-        ValueError: it cannot be read or converted; its values are floating point numbers, of which
-            no range is known.
-    """
+    """Returns the image in RGB of 8 bits; transparent parts are laid over white. ValueError: it
+    cannot be read, or its values are floating point numbers, of which no range is known."""
     pil = optional("PIL.Image")
-    if image.mode == "F" or 0 in image.size:
-        raise ValueError(
-            "image must hold pixels of 8 or 16 bits a channel, "
-            f"got mode {image.mode} and size {image.size}"
-        )
+    holds = image.mode != "F" and 0 not in image.size
+    found = f"mode {image.mode} and size {image.size}"
+    require(holds, "image must hold pixels of 8 or 16 bits a channel", found)
     try:
         if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip to 255
             values = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -146,17 +137,17 @@ def to_pixels(image: Image) -> Tensor:
     return pixels.permute(2, 0, 1) / 255 * 2 - 1
 
 
-def vae_transform(config: BagelConfig) -> ImageTransform:
-    """Returns the transform for the VAE: sides 512 to 1024, or less if the model takes less."""
-    limit = min(1024, config.max_latent_size * config.latent_downsample)
-    return ImageTransform(max_side=limit, min_side=min(512, limit), stride=config.latent_downsample)
-
-
-def vit_transform(config: BagelConfig) -> ImageTransform:
-    """Returns the transform for the ViT: sides 224 to 980, or less if the model takes less."""
-    patch_size = config.vision.patch_size
-    limit = min(980, config.vit_max_num_patch_per_side * patch_size)
-    return ImageTransform(max_side=limit, min_side=min(224, limit), stride=patch_size)
+def transforms(config: BagelConfig) -> tuple[ImageTransform, ImageTransform]:
+    """Returns the transform for the VAE, to sides of 512 to 1024, and that for the ViT, to 224 to
+    980, or less if the model takes less."""
+    made = []
+    for least, most, stride, count in (
+        (512, 1024, config.latent_downsample, config.max_latent_size),
+        (224, 980, config.vision.patch_size, config.vit_max_num_patch_per_side),
+    ):
+        limit = min(most, count * stride)
+        made.append(ImageTransform(max_side=limit, min_side=min(least, limit), stride=stride))
+    return made[0], made[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,14 +164,11 @@ class ImageProcessor:
     def __init__(self, config: BagelConfig, vae: AutoEncoder) -> None:
         self.config = config
         self.vae = vae
-        self.for_vae = vae_transform(config)
-        self.for_vit = vit_transform(config)
+        self.for_vae, self.for_vit = transforms(config)
 
     def encode(self, image: Image, *, vae: bool) -> ContextImage:
-        """Prepares an image for a context, through the ViT and, to be edited, the VAE too.
-
-        As in the source the ViT sees the image at the size it has for the VAE.
-        """
+        """Prepares an image for a context, through the ViT and, to be edited, the VAE too; the ViT
+        sees it at the size it has for the VAE, as in the source."""
         image = self.for_vae.resize(to_rgb(image))
         latent = self.vae.encode(self.for_vae(image)[None])[0] if vae else None
         return ContextImage(latent=latent, vit_pixels=self.for_vit(image))
@@ -190,9 +178,8 @@ class ImageProcessor:
     ) -> Image:
         """Turns latent tokens [N, p * p * C] into an image of `size` (height, width) pixels.
 
-        Memory is short where decoding it at once does not fit on the device: then, too, it is done
-        in tiles. A small one is a preview: latent pixels are averaged first, so many that no side
-        exceeds 256 pixels.
+        It is done in tiles, too, where decoding at once does not fit on the device. A small one is
+        a preview of up to 256 pixels a side: latent pixels are averaged first.
         """
         grid = self.config.token_grid(*size)
         latent = unpatchify(tokens, *grid, self.config.latent_patch_size)[None]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights from files into a model: which parts, on which devices, block by block.
 
-Modules are described on the meta device, checked against the headers of the files, given memory
-on their device, and filled block of rows by block of rows. Host memory holds the weights that stay
-there and one small block more.
+Modules are described on the meta device, checked against the headers of the files, given memory on
+their device, and filled by blocks of rows: host memory holds what stays there and one block more.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparse_unified._common import StrPath, choice, list_some, optional
+from sparse_unified._common import StrPath, choice, list_some, optional, require
 from sparse_unified.bagel.config import LLMConfig, SpecialTokens, read_config, vae_config
 from sparse_unified.bagel.model import Bagel
 from sparse_unified.bagel.vae import AutoEncoder
@@ -68,14 +67,13 @@ class Placement:
         object.__setattr__(self, "offload", choice("offload", Offload, self.offload))
         given = self.storage or {}
         storage = dict.fromkeys(FFN_NAMES, given) if isinstance(given, str) else dict(given)
-        if not (storage.keys() <= FFN_NAMES.keys() and set(storage.values()) <= set(STORAGES)):
-            rule = f"one of {', '.join(STORAGES)}, or map {' or '.join(FFN_NAMES)} to one of them"
-            raise ValueError(f"storage must be {rule}, got {self.storage!r}")
-        if self.device_map is not None and (storage or self.offload is not Offload.NONE):
-            raise ValueError(
-                "device_map must come without offload and storage, got "
-                f"offload={Offload(self.offload).value!r}, storage={self.storage!r}"
-            )
+        is_known = storage.keys() <= FFN_NAMES.keys() and set(storage.values()) <= set(STORAGES)
+        rule = f"one of {', '.join(STORAGES)}, or map {' or '.join(FFN_NAMES)} to one of them"
+        require(is_known, f"storage must be {rule}", repr(self.storage))
+        is_whole = not storage and self.offload is Offload.NONE
+        found = f"offload={Offload(self.offload).value!r}, storage={self.storage!r}"
+        rule = "device_map must come without offload and storage"
+        require(is_whole or self.device_map is None, rule, found)
         object.__setattr__(self, "storage", storage)
 
     def of_tensor(self, key: str) -> Device:
@@ -97,9 +95,8 @@ def tensor_problems(module: nn.Module, specs: Mapping[str, TensorSpec | Tensor])
     for key, spec in specs.items():
         if key not in targets:
             problems.append(f"extra {key} {list(spec.shape)}")
-        elif tuple(spec.shape) != targets[key].shape:
-            wanted = list(targets[key].shape)
-            problems.append(f"misshapen {key} {list(spec.shape)}, not {wanted}")
+        elif (wanted := targets[key].shape) != tuple(spec.shape):
+            problems.append(f"misshapen {key} {list(spec.shape)}, not {list(wanted)}")
         elif not spec.dtype.is_floating_point:
             problems.append(f"{key} of {spec.dtype}, not floating point")
     return problems
@@ -107,10 +104,8 @@ def tensor_problems(module: nn.Module, specs: Mapping[str, TensorSpec | Tensor])
 
 def check_tensors(module: nn.Module, specs: Mapping[str, Any], *, where: str) -> None:
     """Raises one ValueError that lists the `tensor_problems` of a file with a module's tensors."""
-    if problems := tensor_problems(module, specs):
-        raise ValueError(
-            f"{where}: tensors must be those of the model, got {list_some(problems, 20)}"
-        )
+    problems = tensor_problems(module, specs)
+    require(not problems, f"{where}: tensors must be those of the model", list_some(problems, 20))
 
 
 @torch.no_grad()
@@ -127,9 +122,8 @@ def fill_(
                 full = torch.empty_like(tensor, device=placement.of_tensor(f"{at}{name}"))
                 owner._parameters[name] = nn.Parameter(full, requires_grad=tensor.requires_grad)
     for key, target in official_tensors(module, prefix).items():
-        if not before[key].is_meta:
-            continue
-        _read(specs[key], target)
+        if before[key].is_meta:
+            _read(specs[key], target)
 
 
 def _read(spec: TensorSpec, target: Tensor) -> None:
@@ -137,19 +131,15 @@ def _read(spec: TensorSpec, target: Tensor) -> None:
     if spec.nbytes <= _BLOCK_BYTES:
         target.copy_(read_tensor(spec))
         return
-    count = spec.shape[0]
-    step = max(1, _BLOCK_BYTES * count // spec.nbytes)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        target[start:stop].copy_(read_tensor(spec.rows(start, stop)))
+    step = max(1, _BLOCK_BYTES * len(target) // spec.nbytes)
+    for start in range(0, len(target), step):
+        rows = target[start : start + step]
+        rows.copy_(read_tensor(spec.rows(start, start + len(rows))))
 
 
 def local_reader(model: nn.Module, specs: Mapping[str, TensorSpec]) -> Callable[[], None]:
-    """Returns what fills a model that is on the meta device now, once it has memory.
-
-    Modules may be wrapped, parametrized, and their parameters sharded by rows meanwhile; then each
-    process reads the rows that it holds, and no others.
-    """
+    """Returns what fills a model that is on the meta device now, once it has memory. Modules may be
+    wrapped, parametrized, and sharded by rows meanwhile; a process reads its own rows alone."""
     owners = {
         weight.untyped_storage()._cdata: (owner, name)
         for owner in model.modules()
@@ -219,9 +209,8 @@ def load_bagel(
     given = stated.get("vae_config")
     given = given if isinstance(given, Mapping) else {}
     factors = {k: given[k] for k in _FACTORS if isinstance(given.get(k), (int, float))}
-    shapes = {key: spec.shape for key, spec in specs.items()}
     vae_dtype = dtype or specs["decoder.conv_in.weight"].dtype
-    vae = AutoEncoder(vae_config(shapes, where=where, **factors), device="meta", dtype=vae_dtype)
+    vae = AutoEncoder(vae_config(specs, where=where, **factors), device="meta", dtype=vae_dtype)
     check_tensors(vae.eval(), specs, where=where)
     fill_(vae, specs, Placement(device=placement.device))
 
@@ -253,12 +242,11 @@ def load_bagel(
 
 
 def unneeded(config: LLMConfig, task: Task) -> tuple[str, ...]:
-    """Returns the starts of the keys that a task never reads; without them its images are the same.
+    """Returns the starts of the keys that a task never reads.
 
     Images are read off the gen stream, so nothing sees what the last layer's und FFN makes, nor the
     head. Every other und weight is needed: prompts pass through it, and so do, in each step, the
-    two markers of the image, whose keys and values the image sees. From texts alone, the ViT and
-    what belongs to it is not needed either.
+    two markers of the image. From texts alone, the ViT is not needed either.
     """
     if task is Task.ALL:
         return ()
@@ -307,12 +295,11 @@ def plan_device_map(model: nn.Module, placement: Placement) -> dict[str, Device]
     if not isinstance(device_map, Mapping):
         rule = "'auto' or a mapping of module paths to devices"
         raise ValueError(f"device_map must be {rule}, got {device_map!r}")
+    rule = f"device_map may place {LAYERS} and what is below; all else is on {device}"
     for path, place in device_map.items():
-        if path not in known:
-            raise ValueError(f"device_map must name modules, got {path!r}")
-        if not f"{path}.".startswith(f"{LAYERS}.") and str(place) != str(device):
-            rule = f"may place {LAYERS} and what is below; all else is on {device}"
-            raise ValueError(f"device_map {rule}, got {path!r} on {place!r}")
+        require(path in known, "device_map must name modules", repr(path))
+        is_layer = f"{path}.".startswith(f"{LAYERS}.")
+        require(is_layer or str(place) == str(device), rule, f"{path!r} on {place!r}")
     rest = (*outside, *(f"{LAYERS}.{name}" for name, _ in layers.named_children()))
     placed = dict.fromkeys((path for path in rest if _longest(device_map, path) is None), device)
     return {**placed, **device_map}
@@ -322,8 +309,8 @@ def _dispatch(model: nn.Module, placement: Placement) -> None:
     """Lets accelerate put its hooks on a loaded model."""
     device_map, folder = placement.device_map, placement.offload_folder
     assert isinstance(device_map, Mapping)
-    if "disk" in device_map.values() and folder is None:
-        raise ValueError("offload_folder must be given for what goes to disk, got None")
+    needs = "disk" in device_map.values()
+    require(folder or not needs, "offload_folder must be given for what goes to disk", folder)
     # Hooks ask for parameters by name; the state dict of a sparse FFN has those of its experts.
     state = {key: weight.detach() for key, weight in model.named_parameters()}
     on_disk = {key: tensor for key, tensor in state.items() if _longest(device_map, key) == "disk"}

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_unified._common import context
+from sparse_unified._common import context, require
 from sparse_unified.bagel.attention import KVCache, Packing, pack
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.decoder import LanguageModel
@@ -35,8 +35,7 @@ _MAX_PERIOD = 10000.0
 def sincos_table(side: int, channels: int) -> Tensor:
     """Returns the embedding of a square grid, [side * side, channels] fp32: of the column, then of
     the row, sines, then cosines, of the coordinate times 10000^(-i / (channels / 4))."""
-    if channels % 4:
-        raise ValueError(f"sincos_table: channels must be a multiple of 4, got {channels}")
+    require(channels % 4 == 0, "sincos_table: channels must be a multiple of 4", channels)
     steps = torch.arange(channels // 4, dtype=torch.float64) / (channels / 4)
     angles = torch.outer(torch.arange(side, dtype=torch.float64), _MAX_PERIOD**-steps)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, channels / 2]
@@ -44,7 +43,7 @@ def sincos_table(side: int, channels: int) -> Tensor:
 
 
 class PositionTable(nn.Module):
-    """A frozen table of grid positions, stored in the checkpoint as `pos_embed`."""
+    """A frozen `sincos_table`, stored in the checkpoint as `pos_embed`."""
 
     def __init__(self, side: int, channels: int, **factory: Any) -> None:
         super().__init__()
@@ -65,8 +64,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, **factory: Any) -> None:
         super().__init__()
-        widths = (self.num_frequencies, hidden_size, hidden_size)
-        first, last = (nn.Linear(*pair, **factory) for pair in pairwise(widths))
+        first = nn.Linear(self.num_frequencies, hidden_size, **factory)
+        last = nn.Linear(hidden_size, hidden_size, **factory)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, time: Tensor) -> Tensor:
@@ -132,10 +131,10 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def prefill_text(self, contexts: Sequence[KVCache], token_ids: Sequence[Sequence[int]]) -> None:
         """Lets each context read a text, given as ids without bos and eos, which are added."""
-        special, vocab_size = self.config.special_tokens, self.config.llm.vocab_size
-        for token in (token for ids in token_ids for token in ids):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"token_ids must be from 0 to {vocab_size - 1}, got {token}")
+        special, most = self.config.special_tokens, self.config.llm.vocab_size - 1
+        tokens = (token for ids in token_ids for token in ids)
+        wrong = next((token for token in tokens if not 0 <= token <= most), None)
+        require(wrong is None, f"token_ids must be from 0 to {most}", wrong)
         self._read_text(contexts, [[special.bos, *ids, special.eos] for ids in token_ids])
 
     def next_logits(self, contexts: Sequence[KVCache], tokens: Sequence[int]) -> Tensor:
@@ -168,13 +167,9 @@ class Bagel(nn.Module):
         start, end = self.markers().split(1)
         parts = [torch.cat([start, part, end]) for part in seen.split(lengths)]
         is_vit = torch.tensor([i for n in lengths for i in (False, *[True] * n, False)])
-        self._read(
-            contexts,
-            torch.cat(parts),
-            [length + 2 for length in lengths],
-            text_rows=(~is_vit).nonzero()[:, 0].to(self.device),
-            vit_rows=is_vit.nonzero()[:, 0].to(self.device),
-        )
+        text_rows, vit_rows = (own.nonzero()[:, 0].to(self.device) for own in (~is_vit, is_vit))
+        rows: Any = {"text_rows": text_rows, "vit_rows": vit_rows}
+        self._read(contexts, torch.cat(parts), [length + 2 for length in lengths], **rows)
 
     @context("prefill_latents")
     @torch.no_grad()
@@ -218,19 +213,11 @@ class Bagel(nn.Module):
         gen_lengths: Sequence[int] | None = None,
         times: Tensor | None = None,
         causal: bool = False,
-        **rows: Tensor,
+        **rows: Any,
     ) -> Tensor:
         """Runs embedded tokens behind their contexts; returns the final states of the und ones."""
-        packing = pack(
-            self.config.llm,
-            contexts,
-            lengths,
-            gen_lengths=gen_lengths,
-            causal=causal,
-            extend=True,
-            device=self.device,
-            **rows,
-        )
+        rows |= {"gen_lengths": gen_lengths, "causal": causal, "device": self.device}
+        packing = pack(self.config.llm, contexts, lengths, extend=True, **rows)
         hidden: Tensor = self.language_model.model(und, gen, packing, times)[0]
         for i, (past, length) in enumerate(zip(contexts, lengths, strict=True)):
             past.length += length + (gen_lengths[i] if gen_lengths else 0)
@@ -240,8 +227,8 @@ class Bagel(nn.Module):
     def _patches(self, image: Tensor, patch: int, side: int) -> tuple[Tensor, Tensor]:
         """Returns the patches of an image and their places in a table of `side` x `side`."""
         height, width = image.shape[1:]
-        if max(height, width) > side * patch:
-            raise ValueError(f"image sides must be at most {side * patch}, got {height} x {width}")
+        rule = f"image sides must be at most {side * patch}"
+        require(max(height, width) <= side * patch, rule, f"{height} x {width}")
         positions = grid_positions(height // patch, width // patch, side, device=self.device)
         return patchify(image.to(self.device), patch), positions
 
@@ -260,9 +247,8 @@ class Bagel(nn.Module):
 
 def _loaded(module: Any, what: str) -> Any:
     """Returns a module that the task may have left out."""
-    if module is None:
-        found = "a model loaded for another task; load it with task='all'"
-        raise ValueError(f"{what} must be loaded for this, got {found}")
+    found = "a model loaded for another task; load it with task='all'"
+    require(module is not None, f"{what} must be loaded for this", found)
     return module
 
 
@@ -273,34 +259,24 @@ class Denoiser:
     nothing of the device, so that it can be compiled as one graph and recorded as a CUDA graph.
 
     Args:
-        model: on the device where it runs.
         grids: rows and columns of tokens of each image, N of them.
         branches: contexts in which to predict each image; they are only read.
     """
 
     def __init__(
-        self,
-        model: Bagel,
-        grids: Sequence[tuple[int, int]],
-        branches: Sequence[Sequence[KVCache]],
+        self, model: Bagel, grids: Sequence[tuple[int, int]], branches: Sequence[Sequence[KVCache]]
     ) -> None:
         flat = [past for contexts in branches for past in contexts]
-        self.model = model
+        self.model, device = model, model.device
         self.num_branches = [len(contexts) for contexts in branches]
         images = [(r * c, len(own)) for (r, c), own in zip(grids, branches, strict=True)]
         self.rows = [length * count for length, count in images]
-        self.packing = pack(
-            model.config.llm,
-            flat,
-            [2] * len(flat),  # the markers around each image
-            gen_lengths=[length for length, count in images for _ in range(count)],
-            device=model.device,
-        )
+        gen_lengths = [length for length, count in images for _ in range(count)]
+        markers = [2] * len(flat)  # around each image
+        self.packing = pack(model.config.llm, flat, markers, gen_lengths=gen_lengths, device=device)
         self.markers = model.markers().repeat(len(flat), 1)
-        self.positions = [
-            grid_positions(*grid, model.config.max_latent_size, device=model.device)
-            for grid in grids
-        ]
+        side = model.config.max_latent_size
+        self.positions = [grid_positions(*grid, side, device=device) for grid in grids]
 
     def __call__(self, tokens: Sequence[Tensor], time: Tensor) -> list[Tensor]:
         """Runs the model once, with gradients where they are on.
@@ -316,11 +292,8 @@ class Denoiser:
         for x, positions, count in zip(tokens, self.positions, self.num_branches, strict=True):
             gen += [model.embed_latent(x, positions, time)] * count
         hidden = model.language_model.model(self.markers, torch.cat(gen), self.packing, time)[1]
-        out = model.llm2vae(hidden).float()
-        velocities = []
-        for x, part in zip(tokens, out.split(self.rows), strict=True):
-            velocities.append(part.view(-1, *x.shape))
-        return velocities
+        parts = model.llm2vae(hidden).float().split(self.rows)
+        return [part.view(-1, *x.shape) for x, part in zip(tokens, parts, strict=True)]
 
 
 class Routing(NamedTuple):
@@ -338,10 +311,7 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOutput:
-    """Losses of a batch, fp32 scalars with a graph; zero, without one, where nothing asks for them.
-
-    The router losses of the batch alone are `router_losses(routing)`.
-    """
+    """Losses of a batch, fp32 scalars with a graph; zero, without one, where nothing asks."""
 
     text_loss_sum: Tensor  # cross-entropy
     text_tokens: int  # that are asked for
@@ -405,15 +375,11 @@ def training_forward(
         alike.setdefault((logits.shape, top_k), []).append(key)
     for ((tokens, _), top_k), keys in alike.items():
         logits = torch.stack([routed[key][0] for key in keys])  # [blocks, T, E]
-        sums = (
-            expert_load(logits, top_k).unbind(),
-            logits.softmax(-1).sum(-2).unbind(),
-            logits.logsumexp(-1).square().sum(-1).unbind(),
-        )
-        for key, *own in zip(keys, *sums, strict=True):
+        loads, shares = expert_load(logits, top_k), logits.softmax(-1).sum(-2)
+        squares = logits.logsumexp(-1).square().sum(-1)
+        for key, load, share, z in zip(keys, loads, shares, squares, strict=True):
             inputs = routed[key][2].flatten(0, -2).sum(0, dtype=torch.float32)
-            load, probability, z = own
-            routing[key] = Routing(load, probability, z, inputs, tokens, *routed[key][3])
+            routing[key] = Routing(load, share, z, inputs, tokens, *routed[key][3])
     return TrainingOutput(
         text_loss_sum=text_loss,
         text_tokens=batch.text_tokens,
@@ -436,27 +402,26 @@ def _run_layer(
     Checkpointing runs all of it again, so that nothing of the distillation is kept.
     """
     found: dict[str, Any] = {}
+
+    def keep(component: str, block: Any, given: Any, named: Any, out: Any) -> None:
+        x = given[0].detach()
+        sums: tuple[Tensor, ...] = ()
+        if distill:
+            # Once more, since the target moves with the input, which would be pulled to where it
+            # is not.
+            own = block.forward(x, **named) if torch.is_grad_enabled() else out
+            y, target = own[0].float(), block.dense(x).float()
+            sums = (y - target).square().sum(), target.square().sum()
+        found[component] = (out[1], block.top_k, x, sums)
+
     with ExitStack() as hooks:
         for component, block in (("und", layer.mlp), ("gen", layer.mlp_moe_gen)):
             if isinstance(block, SparseMoE):
                 # Those of a model that was converted in memory return y alone.
                 before, block.return_router_logits = block.return_router_logits, True
                 hooks.callback(setattr, block, "return_router_logits", before)
-
-                def keep(
-                    block: Any, given: Any, named: Any, out: Any, component: str = component
-                ) -> None:
-                    x = given[0].detach()
-                    sums: tuple[Tensor, ...] = ()
-                    if distill:
-                        # Once more, since the target moves with the input, which would be pulled
-                        # to where it is not.
-                        own = block.forward(x, **named) if torch.is_grad_enabled() else out
-                        y, target = own[0].float(), block.dense(x).float()
-                        sums = (y - target).square().sum(), target.square().sum()
-                    found[component] = (out[1], block.top_k, x, sums)
-
-                hooks.callback(block.register_forward_hook(keep, with_kwargs=True).remove)
+                hook = partial(keep, component)
+                hooks.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
         und, gen = layer(und, gen, packing, times)
     return und, gen, found
 

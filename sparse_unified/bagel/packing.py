@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_unified._common import context
+from sparse_unified._common import context, require
 from sparse_unified.bagel.attention import GEN, UND, Group, Packing, Padding, rotary_angles
 from sparse_unified.bagel.config import BagelConfig
 from sparse_unified.bagel.vision import grid_positions, patchify
@@ -61,16 +61,16 @@ class LatentSegment:
 
     @context("LatentSegment")
     def __post_init__(self) -> None:
-        if (self.time is None) != (self.noise is None):
-            only = "noise" if self.time is None else "time"
-            raise ValueError(f"time and noise must be given together, got only {only}")
-        if self.time is not None and not 0 <= self.time <= 1:
-            raise ValueError(f"time must be from 0 to 1, got {self.time}")
-        if self.noise is not None and self.noise.shape != self.latent.shape:
-            raise ValueError(
-                f"noise must have the shape of latent, {list(self.latent.shape)}, "
-                f"got {list(self.noise.shape)}"
-            )
+        only = "only noise" if self.time is None else "only time"
+        require(
+            (self.time is None) == (self.noise is None),
+            "time and noise must be given together",
+            only,
+        )
+        if self.time is not None and self.noise is not None:
+            require(0 <= self.time <= 1, "time must be from 0 to 1", self.time)
+            wanted, found = list(self.latent.shape), list(self.noise.shape)
+            require(found == wanted, f"noise must have the shape of latent, {wanted}", found)
 
 
 Segment = TextSegment | VitSegment | LatentSegment
@@ -120,72 +120,52 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-_KINDS = _TEXT, _VIT, _CLEAN, _NOISED = "text", "vit", "clean", "noised"
+_KINDS = _TEXT, _VIT, _CLEAN, _NOISED = range(4)
 # Padding pays where calls cost more than what they compute: short sequences, little of it.
 _MOST_PADDED_TOKENS = 256
 _MOST_PADDED_COST = 2.0
 
 
-def _tag(segment: int, kind: str) -> int:
-    return segment * len(_KINDS) + _KINDS.index(kind)
-
-
 class _Tokens:
-    """The tokens of a sequence in the und and in the gen stream, and what the text loss asks for.
-
-    A tag is the segment of a token, counted from 0, and its kind, as one number.
-    """
+    """A checked sequence: its tokens in either stream, and what the text loss asks for."""
 
     def __init__(self, config: BagelConfig, sequence: Sequence[Segment]) -> None:
-        """Checks and lays out a sequence."""
-        if not sequence:
-            raise ValueError("a sequence must have at least one segment, got none")
+        require(sequence, "a sequence must have at least one segment", "none")
         self.segments = sequence
         # Kind and number of tokens of each segment, without markers. Texts that follow each other
         # are one: they see, and are seen, alike.
-        self.layout: list[tuple[str, int]] = []
-        self.ids: list[int] = []  # 0 where a ViT token stands
-        self.is_vit: list[bool] = []  # and no marker around them
+        self.layout: list[tuple[int, int]] = []
+        self.ids: list[int] = []  # -1 where a ViT token stands
         self.label_rows: list[int] = []
         self.labels: list[int] = []
         self.positions: dict[str, list[int]] = {UND: [], GEN: []}  # rotary
+        # The segment of each token, counted from 0, and its kind, as one number.
         self.tags: dict[str, list[int]] = {UND: [], GEN: []}
-        marks = config.special_tokens
-        position = 0
+        marks, position = config.special_tokens, 0
         ids: Sequence[int]
-        positions: Sequence[int]
         for segment in sequence:
+            kind, length = _measure(config, segment)
+            before = 0
             if isinstance(segment, TextSegment):
-                ids, kind, length = segment.token_ids, _TEXT, len(segment.token_ids)
-                if not ids:
-                    raise ValueError("token_ids must hold at least one id, got none")
-                if min(ids) < 0 or max(ids) >= config.llm.vocab_size:
-                    raise ValueError(
-                        f"token_ids must be from 0 to {config.llm.vocab_size - 1}, "
-                        f"got {min(ids) if min(ids) < 0 else max(ids)}"
-                    )
                 if segment.predict:
                     self.label_rows += range(len(self.ids), len(self.ids) + length - 1)
-                    self.labels += ids[1:]
-                positions = range(position, position + length)
-                before = self.layout.pop()[1] if self.layout and self.layout[-1][0] == _TEXT else 0
-                self.layout.append((kind, before + length))
-                self.is_vit += [False] * length
-                position += length
+                    self.labels += segment.token_ids[1:]
+                if self.layout and self.layout[-1][0] == _TEXT:
+                    before = self.layout.pop()[1]
+                ids = segment.token_ids
+                self.positions[UND] += range(position, position + length)
             else:
-                kind, length = _image_tokens(config, segment)
                 inside = length if kind == _VIT else 0
-                ids = [marks.start_of_image, *[0] * inside, marks.end_of_image]
-                positions = [position] * len(ids)
-                self.layout.append((kind, length))
-                self.is_vit += [False, *[True] * inside, False]
-                if kind != _VIT:
-                    self.positions[GEN] += [position] * length
-                    self.tags[GEN] += [_tag(len(self.layout) - 1, kind)] * length
-                position += kind != _NOISED
+                ids = [marks.start_of_image, *[-1] * inside, marks.end_of_image]
+                self.positions[UND] += [position] * len(ids)
+            tag = len(self.layout) * len(_KINDS) + kind
+            self.layout.append((kind, before + length))
             self.ids += ids
-            self.positions[UND] += positions
-            self.tags[UND] += [_tag(len(self.layout) - 1, kind)] * len(ids)
+            self.tags[UND] += [tag] * len(ids)
+            if kind in (_CLEAN, _NOISED):
+                self.positions[GEN] += [position] * length
+                self.tags[GEN] += [tag] * length
+            position += {_TEXT: length, _NOISED: 0}.get(kind, 1)
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -193,8 +173,14 @@ class _Tokens:
         return {stream: len(tags) for stream, tags in self.tags.items()}
 
 
-def _image_tokens(config: BagelConfig, segment: VitSegment | LatentSegment) -> tuple[str, int]:
-    """Returns the kind and the patches of an image that fits the model."""
+def _measure(config: BagelConfig, segment: Segment) -> tuple[int, int]:
+    """Returns the kind of a segment that fits the model, and its tokens without markers."""
+    if isinstance(segment, TextSegment):
+        ids, most = segment.token_ids, config.llm.vocab_size - 1
+        require(ids, "token_ids must hold at least one id", "none")
+        found = min(ids) if min(ids) < 0 else max(ids)
+        require(0 <= found <= most, f"token_ids must be from 0 to {most}", found)
+        return _TEXT, len(ids)
     if isinstance(segment, VitSegment):
         kind, name, image, channels = _VIT, "pixels", segment.pixels, config.vision.num_channels
         patch, side = config.vision.patch_size, config.vit_max_num_patch_per_side
@@ -202,16 +188,13 @@ def _image_tokens(config: BagelConfig, segment: VitSegment | LatentSegment) -> t
         kind, name = _CLEAN if segment.time is None else _NOISED, "latent"
         image, channels = segment.latent, config.latent_channels
         patch, side = config.latent_patch_size, config.max_latent_size
-    if image.ndim != 3 or image.shape[0] != channels:
-        raise ValueError(
-            f"{name} must have shape [{channels}, height, width], got {list(image.shape)}"
-        )
-    height, width = image.shape[1:]
-    if height % patch or width % patch or not 0 < max(height, width) <= side * patch:
-        raise ValueError(
-            f"sides of {name} must be multiples of {patch} up to {side * patch}, "
-            f"got {height} x {width}"
-        )
+    shape = list(image.shape)
+    rule = f"{name} must have shape [{channels}, height, width]"
+    require(len(shape) == 3 and shape[0] == channels, rule, shape)
+    height, width = shape[1:]
+    fits = height % patch == width % patch == 0 < max(height, width) <= side * patch
+    rule = f"sides of {name} must be multiples of {patch} up to {side * patch}"
+    require(fits, rule, f"{height} x {width}")
     return kind, (height // patch) * (width // patch)
 
 
@@ -219,19 +202,14 @@ def _masks(many: Sequence[_Tokens], lengths: Mapping[str, int]) -> Tensor:
     """Returns who sees whom in sequences that are padded to so many tokens: [n, L, L] bool."""
     # Padding is a segment before all others, and a noised one: it sees itself, so that no row of
     # scores is empty, and nothing sees it.
-    padding = _tag(-1, _NOISED)
-    tags = torch.tensor(
-        [
-            [
-                tag
-                for stream, own in tokens.tags.items()
-                for tag in own + [padding] * (lengths[stream] - len(own))
-            ]
-            for tokens in many
-        ]
-    )
+    padding = _NOISED - len(_KINDS)
+    rows = []
+    for tokens in many:
+        padded = [own + [padding] * (lengths[s] - len(own)) for s, own in tokens.tags.items()]
+        rows.append(padded[0] + padded[1])
+    tags = torch.tensor(rows)
     segment, kind = tags // len(_KINDS), tags % len(_KINDS)
-    is_text, is_noised = kind == _KINDS.index(_TEXT), kind == _KINDS.index(_NOISED)
+    is_text, is_noised = kind == _TEXT, kind == _NOISED
     index = torch.arange(tags.shape[1])
     same = segment[:, :, None] == segment[:, None]
     before = (segment[:, :, None] > segment[:, None]) & ~is_noised[:, None]
@@ -267,19 +245,12 @@ def _groups(alike: Sequence[Sequence[_Tokens]]) -> list[Group]:
     return groups
 
 
-def _patchify_all(images: Sequence[Tensor], patch: int) -> Tensor:
-    """Cuts images [C, h, w] into patches, one image after the other: [N, p * p * C] fp32."""
-    if len({image.shape for image in images}) == 1:
-        # Stacked one below the other, they are one tall image.
-        patches = patchify(torch.stack(list(images), dim=1).flatten(1, 2), patch)
-    else:
-        patches = torch.cat([patchify(image, patch) for image in images])
-    return patches.float().cpu()
-
-
-def _grids(images: Sequence[Tensor], patch: int, side: int) -> Tensor:
-    sizes = [image.shape[1:] for image in images]
-    return torch.cat([grid_positions(h // patch, w // patch, side) for h, w in sizes])
+def _cut(images: Sequence[Tensor], patch: int, side: int) -> tuple[Tensor, Tensor]:
+    """Cuts images into patches, one image after the other: [N, p * p * C] fp32; and returns their
+    places in a table of `side` x `side`."""
+    grids = [(image.shape[1] // patch, image.shape[2] // patch, side) for image in images]
+    patches = torch.cat([patchify(image, patch) for image in images])
+    return patches.float().cpu(), torch.cat([grid_positions(*grid) for grid in grids])
 
 
 @context("pack_training")
@@ -297,10 +268,9 @@ def pack_training(
         sequences: at least one, each of at least one segment; markers of images are added here.
         device: that the batch is moved to then.
     """
-    if not sequences:
-        raise ValueError("sequences must hold at least one sequence, got none")
+    require(sequences, "sequences must hold at least one sequence", "none")
     # By their images first: a text may be shorter, or left out.
-    near: dict[tuple[str, ...], dict[tuple[tuple[str, int], ...], list[_Tokens]]] = {}
+    near: dict[tuple[int, ...], dict[tuple[tuple[int, int], ...], list[_Tokens]]] = {}
     for sequence in sequences:
         tokens = _Tokens(config, sequence)
         images = tuple(kind for kind, _ in tokens.layout if kind != _TEXT)
@@ -315,44 +285,45 @@ def _batch(config: BagelConfig, ordered: Sequence[_Tokens], groups: list[Group])
         positions = torch.tensor([n for own in ordered for n in own.positions[stream]])
         return rotary_angles(positions, config.llm.head_dim, config.llm.rope_theta)
 
-    ids: list[int] = []
+    listed: list[int] = []
     label_rows: list[int] = []
     for own in ordered:
-        label_rows += [len(ids) + row for row in own.label_rows]
-        ids += own.ids
+        label_rows += [len(listed) + row for row in own.label_rows]
+        listed += own.ids
+    ids = torch.tensor(listed)
     labels = [label for own in ordered for label in own.labels]
-    is_vit = torch.tensor([own_is for own in ordered for own_is in own.is_vit])
     layout = [part for own in ordered for part in own.layout]
     segments = [segment for own in ordered for segment in own.segments]
     vit = [s.pixels for s in segments if isinstance(s, VitSegment)]
     images = [s for s in segments if isinstance(s, LatentSegment)]
-    clean = [s.latent for s in images]
-    vit_patch, vit_side = config.vision.patch_size, config.vit_max_num_patch_per_side
-    patch, side = config.latent_patch_size, config.max_latent_size
-    latents = times = time_rows = None
+    vit_patches = vit_positions = latents = latent_positions = times = time_rows = None
     velocity_rows = torch.empty(0, dtype=torch.int64)
     velocities = torch.empty(0, config.token_channels)
-    if clean:
+    if vit:
+        sizes = config.vision.patch_size, config.vit_max_num_patch_per_side
+        vit_patches, vit_positions = _cut(vit, *sizes)
+    if images:
+        sizes = config.latent_patch_size, config.max_latent_size
+        data, latent_positions = _cut([s.latent for s in images], *sizes)
+        noise = [torch.zeros_like(s.latent) if s.noise is None else s.noise for s in images]
+        noises = _cut(noise, *sizes)[0]
         times = torch.tensor([s.time or 0.0 for s in images])
         lengths = torch.tensor([length for kind, length in layout if kind in (_CLEAN, _NOISED)])
-        time_rows = torch.arange(len(clean)).repeat_interleave(lengths)
-        asked = torch.tensor([s.time is not None for s in images])[time_rows]
-        data = _patchify_all(clean, patch)
-        noise = [torch.zeros_like(s.latent) if s.noise is None else s.noise for s in images]
-        noises = _patchify_all(noise, patch)
+        time_rows = torch.arange(len(images)).repeat_interleave(lengths)
         time = times[time_rows][:, None]
         latents = (1 - time) * data + time * noises
+        asked = torch.tensor([s.time is not None for s in images])[time_rows]
         velocity_rows = asked.nonzero()[:, 0]
         velocities = (noises - data)[velocity_rows]
     return TrainingBatch(
-        und_ids=torch.tensor(ids),
+        und_ids=ids.clamp(min=0),
         label_rows=torch.tensor(label_rows, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.int64),
-        vit_patches=_patchify_all(vit, vit_patch) if vit else None,
-        vit_positions=_grids(vit, vit_patch, vit_side) if vit else None,
+        vit_patches=vit_patches,
+        vit_positions=vit_positions,
         vit_lengths=tuple(length for kind, length in layout if kind == _VIT),
         latents=latents,
-        latent_positions=_grids(clean, patch, side) if clean else None,
+        latent_positions=latent_positions,
         times=times,
         time_rows=time_rows,
         velocity_rows=velocity_rows,
@@ -360,9 +331,9 @@ def _batch(config: BagelConfig, ordered: Sequence[_Tokens], groups: list[Group])
         packing=Packing(
             groups=groups,
             und_angles=angles(UND),
-            gen_angles=angles(GEN) if clean else None,
-            text_rows=(~is_vit).nonzero()[:, 0] if vit else None,
-            vit_rows=is_vit.nonzero()[:, 0] if vit else None,
+            gen_angles=angles(GEN) if images else None,
+            text_rows=(ids >= 0).nonzero()[:, 0] if vit else None,
+            vit_rows=(ids < 0).nonzero()[:, 0] if vit else None,
         ),
         text_tokens=len(labels),
         image_tokens=len(velocity_rows),

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from sparse_unified._common import (
     context,
     optional,
     progress_bar,
+    require,
 )
 from sparse_unified.bagel import sampler
 from sparse_unified.bagel.attention import KVCache
@@ -35,12 +36,16 @@ from sparse_unified.bagel.hub import push_to_hub, save_model
 from sparse_unified.bagel.images import ImageProcessor, to_rgb
 from sparse_unified.bagel.loading import Device, Offload, Placement, Task, load_bagel
 from sparse_unified.bagel.model import Bagel
-from sparse_unified.bagel.sampler import SamplingConfig, computed_steps
+from sparse_unified.bagel.sampler import SamplingConfig, denoising_steps
 from sparse_unified.bagel.tokenizer import Tokenizer
 from sparse_unified.bagel.vae import AutoEncoder
 from sparse_unified.checkpoint.model_dir import Checkpoint, find_model
 from sparse_unified.nn import SparseMoE, active_experts
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -126,13 +131,11 @@ class TextResult:
 def check_prompts(prompts: Any) -> list[str]:
     """Returns one prompt or several as a list, each a string that is not blank."""
     listed = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
-    if not listed:
-        raise ValueError("prompts must hold at least one prompt, got none")
+    require(listed, "prompts must hold at least one prompt", "none")
     for prompt in listed:
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
-        if not prompt.strip():
-            raise ValueError(f"prompt must not be empty, got {prompt!r}")
+        require(prompt.strip(), "prompt must not be empty", repr(prompt))
     return listed
 
 
@@ -140,10 +143,8 @@ def _per_prompt(name: str, value: Any, count: int, *, is_one: bool) -> list[Any]
     """Returns a value, or a list of values, as a list with one entry per prompt."""
     if is_one:
         return [value] * count
-    is_list = isinstance(value, (list, tuple))
-    if not is_list or len(value) != count:
-        found = str(len(value)) if is_list else repr(value)
-        raise ValueError(f"{name} must be one or a list of {count}, got {found:.120}")
+    found = len(value) if isinstance(value, (list, tuple)) else f"{value!r:.120}"
+    require(found == count, f"{name} must be one or a list of {count}", found)
     return list(value)
 
 
@@ -157,7 +158,7 @@ def check_images(images: Any, prompts: str | Sequence[str]) -> list[list[Image]]
         images, prompts = [images], [prompts]
     listed: list[list[Image]] = []
     for entry in _per_prompt("images", images, len(prompts), is_one=images is None):
-        own = [] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry]
+        own = entry if isinstance(entry, (list, tuple)) else [entry] * (entry is not None)
         for image in own:
             if not isinstance(image, optional("PIL.Image").Image):
                 raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
@@ -181,15 +182,15 @@ def choose_sizes(
     """Returns the height and width of each image: `size`, one for all or one per prompt; where it
     is None, that of the last image before the prompt (`edited`), or 1024 x 1024, or less if the
     model takes less."""
-    step = config.latent_downsample
-    side = min(1024 // step, config.max_latent_size) * step
     if size is None:
+        side = min(1024 // config.latent_downsample, config.max_latent_size)
+        side *= config.latent_downsample
         return [own or (side, side) for own in edited]
     is_one = not (isinstance(size, Sequence) and all(isinstance(own, Sequence) for own in size))
     sizes = _per_prompt("size", size, len(edited), is_one=is_one)
     for pair in sizes:
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"size must be a pair (height, width), got {pair!r:.120}")
+        is_pair = isinstance(pair, Sequence) and len(pair) == 2
+        require(is_pair, "size must be a pair (height, width)", f"{pair!r:.120}")
         config.token_grid(*pair)
     return [(height, width) for height, width in sizes]
 
@@ -197,25 +198,21 @@ def choose_sizes(
 def sampling_batches(
     edits: Sequence[bool], batch_size: int | None, settings: Mapping[str, Any]
 ) -> list[tuple[list[int], SamplingConfig]]:
-    """Groups images into batches of one way to sample, which depends on each request alone: the
-    positions of the images of each batch, in order, and how to sample them.
-
-    Args:
-        edits: for each image, whether it edits others.
-        batch_size: most images in a batch; None is any number.
-        settings: of `SamplingConfig`; None takes the official one of the request.
-    """
+    """Groups images, which edit others or not, into batches of one way to sample: the positions of
+    those of each batch, and how to sample them. Fields of `settings` that are None take the
+    official value of each request, which makes it the same in any company."""
     if batch_size is not None:
         check_int("batch_size", batch_size, 1)
+    step = batch_size or len(edits)
     given = {name: value for name, value in settings.items() if value is not None}
     groups: dict[SamplingConfig, list[int]] = {}
     for index, is_edit in enumerate(edits):
         config = SamplingConfig(**((_EDITING if is_edit else {}) | given))
         groups.setdefault(config, []).append(index)
     return [
-        (indices[start : start + (batch_size or len(edits))], config)
+        (indices[start : start + step], config)
         for config, indices in groups.items()
-        for start in range(0, len(indices), batch_size or len(edits))
+        for start in range(0, len(indices), step)
     ]
 
 
@@ -259,18 +256,14 @@ def generate_tokens(
             chosen = logits.argmax(dim=-1).tolist()
         else:
             # Drawn on the CPU, so that a seed means the same on every device.
-            rows = torch.softmax(logits / temperature, dim=-1).cpu()
-            chosen = [
-                int(torch.multinomial(row, 1, generator=generators[i]))
-                for row, i in zip(rows, active, strict=True)
-            ]
-        drawn = zip(active, chosen, strict=True)
-        going_on = {i: token for i, token in drawn if token != special.eos}
-        for i, token in going_on.items():
-            texts[i].append(token)
-        if not (active := list(going_on)):
+            rows = zip(torch.softmax(logits / temperature, dim=-1).cpu(), active, strict=True)
+            chosen = [torch.multinomial(row, 1, generator=generators[i]) for row, i in rows]
+        for i, token in zip(active, chosen, strict=True):
+            texts[i].append(int(token))
+        active = [i for i in active if texts[i][-1] != special.eos]
+        if not active:
             break
-    return texts
+    return [text[:-1] if text[-1] == special.eos else text for text in texts]
 
 
 class BagelPipeline:
@@ -296,11 +289,9 @@ class BagelPipeline:
         *,
         execution: Execution | None = None,
     ) -> None:
-        if tokenizer.special_tokens != model.config.special_tokens:
-            raise ValueError(
-                "BagelPipeline: tokenizer must have the marker ids of the model, "
-                f"{model.config.special_tokens}, got {tokenizer.special_tokens}"
-            )
+        markers, found = model.config.special_tokens, tokenizer.special_tokens
+        rule = f"BagelPipeline: tokenizer must have the marker ids of the model, {markers}"
+        require(found == markers, rule, found)
         self.execution = execution or Execution()
         self.execution.check(model.device, model)
         self.model = model
@@ -368,19 +359,12 @@ class BagelPipeline:
             offload_folder=offload_folder,
         )
         execution.check(torch.device(device))
-        placed = device_map is not None or placement.offload is not Offload.NONE
-        if placed and not execution.is_plain:
-            raise ValueError(
-                "compile and cuda_graphs must come without device_map and offload, "
-                f"got device_map={device_map!r}, offload={Offload(offload).value!r}"
-            )
-        directory = find_model(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        is_whole = device_map is None and placement.offload is Offload.NONE
+        rule = "compile and cuda_graphs must come without device_map and offload"
+        found = f"device_map={device_map!r}, offload={Offload(offload).value!r}"
+        require(is_whole or execution.is_plain, rule, found)
+        hub: Any = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        directory = find_model(name, local_files_only=local_files_only, **hub)
         tokenizer = Tokenizer.from_directory(directory)
         special = tokenizer.special_tokens
         model, vae = load_bagel(directory, dtype=dtype, special_tokens=special, placement=placement)
@@ -405,12 +389,8 @@ class BagelPipeline:
 
     @context("push_to_hub")
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes, and returns its address.
-
-        Args:
-            repo_id: "owner/name"; made if it is not there.
-            options: of `sparse_unified.bagel.push_to_hub`, such as `private` and `base_model`.
-        """
+        """Uploads what `save_pretrained` writes, with options of the function `push_to_hub`, and
+        returns its address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(f"{folder}/model")
             return push_to_hub(f"{folder}/model", repo_id, **options)
@@ -450,9 +430,8 @@ class BagelPipeline:
             think_temperature: draw the plan at this temperature; without it, the likeliest tokens.
             batch_size: most images of one setting computed together, which bounds memory (default
                 all)
-            tiled: decode images in tiles of 576 x 576 pixels, in less memory than at once; pixels
-                differ a little. Done anyway, with a warning in the log, where
-                decoding at once runs out of memory.
+            tiled: decode images in tiles of 576 x 576 pixels, in less memory; pixels differ a
+                little. Done anyway, with a warning, where decoding at once runs out of memory.
             progress: show a bar, or a function that is called with steps done and in all.
             preview: called after each step with the number of each prompt and its image as it is
                 expected from there, with sides of up to 256 pixels; not in the seconds of a step.
@@ -469,7 +448,7 @@ class BagelPipeline:
         first = batches[0][1]
         num_steps = sum(config.num_timesteps - 1 for _, config in batches)
         report, model, encode = self._timing(), self.model, self.tokenizer.encode
-        see = self.image_processor.encode
+        see, decode = self.image_processor.encode, self.image_processor.decode
         drawn: list[Any] = [None] * len(texts)
         latents, thoughts = list(drawn), list(drawn)
         with (
@@ -489,9 +468,8 @@ class BagelPipeline:
             for batch, config in batches:
 
                 def on_latents(expected: list[Tensor], batch: list[int] = batch) -> None:
-                    assert preview is not None
                     for i, x in zip(batch, expected, strict=True):
-                        preview(i, self.image_processor.decode(x, sizes[i], small=True))
+                        preview(i, decode(x, sizes[i], small=True))  # type: ignore[misc]
 
                 with self._clock(report, "prefill_seconds"):
                     guidance = sampler.build_guidance(
@@ -502,14 +480,9 @@ class BagelPipeline:
                     )
                 report.context_tokens += sum(g.full.length for g in guidance)
                 if think:  # the full contexts read the plan; unconditional ones never see it
-                    full = [g.full for g in guidance]
-                    written = self._write(
-                        full,
-                        report,
-                        max_length=max_think_length,
-                        temperature=think_temperature,
-                        seeds=[seeds[i] for i in batch],
-                    )
+                    full, own_seeds = [g.full for g in guidance], [seeds[i] for i in batch]
+                    own = {"max_length": max_think_length, "temperature": think_temperature}
+                    written = self._write(full, report, seeds=own_seeds, **own)
                     with self._clock(report, "text_seconds"):
                         model.prefill_text(full, [encode(plan) for plan, _ in written])
                     for i, (plan, _) in zip(batch, written, strict=True):
@@ -529,12 +502,11 @@ class BagelPipeline:
                     on_step=on_step,
                     on_latents=None if preview is None else on_latents,
                 )
-                report.computed_steps += sum(computed_steps(config))
+                report.computed_steps += sum(step.computed for step in denoising_steps(config))
                 report.image_tokens += sum(len(x) for x in tokens)
                 with self._clock(report, "decode_seconds"):
                     for i, x in zip(batch, tokens, strict=True):
-                        drawn[i] = self.image_processor.decode(x, sizes[i], tiled=tiled)
-                        latents[i] = x.cpu()
+                        drawn[i], latents[i] = decode(x, sizes[i], tiled=tiled), x.cpu()
             report.steps = len(report.step_seconds)
         return GenerationResult(
             images=drawn,
@@ -588,7 +560,7 @@ class BagelPipeline:
     def _write(
         self, contexts: Sequence[KVCache], report: Timing, **options: Any
     ) -> list[tuple[str, list[int]]]:
-        """Continues contexts with texts, without markers; returns them and their ids from bos."""
+        """Continues contexts with texts; returns them without markers, and their ids from bos."""
         with self._clock(report, "text_seconds"):
             many = generate_tokens(self.model, contexts, **options)
         report.text_tokens += sum(len(ids) - 1 for ids in many)
@@ -614,11 +586,7 @@ class BagelPipeline:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             report.peak_memory_bytes = torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            with suppress(ImportError):  # Windows has no such count
-                import resource
-
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                report.peak_memory_bytes = peak * unit
+        elif resource is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            report.peak_memory_bytes = peak * (1 if sys.platform == "darwin" else 1024)
         setattr(report, name, getattr(report, name) + clock.perf_counter() - start)

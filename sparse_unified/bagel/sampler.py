@@ -29,16 +29,16 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
-from typing import Any
+from itertools import pairwise, zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_unified._common import check_int, check_number, choice, context
+from sparse_unified._common import check_int, check_number, choice, context, require
 from sparse_unified.bagel.attention import KVCache
-from sparse_unified.bagel.execution import Execution, Step
+from sparse_unified.bagel.execution import Execution
 from sparse_unified.bagel.images import ContextImage
 from sparse_unified.bagel.model import Bagel, Denoiser
 from sparse_unified.nn.sparse_moe import active_experts, blocks_for
@@ -50,15 +50,9 @@ _MAX_TIMESTEPS = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
-    """The KV caches of one image: of all it is generated from, and of the unconditional branches.
+    """The KV caches of one image: what it is generated from, and the unconditional branches."""
 
-    Attributes:
-        full: images and prompt.
-        without_text: images alone.
-        without_image: prompt alone.
-    """
-
-    full: KVCache
+    full: KVCache  # images and prompt
     without_text: KVCache
     without_image: KVCache
 
@@ -67,16 +61,11 @@ def see_images(
     model: Bagel, contexts: Sequence[KVCache], images: Sequence[Sequence[ContextImage]]
 ) -> None:
     """Lets each context see its images, in order; contexts may have different numbers of them."""
-    for turn in range(max((len(own) for own in images), default=0)):
-        pairs = [
-            (past, own[turn]) for past, own in zip(contexts, images, strict=True) if turn < len(own)
-        ]
-        through_vae = [(c, i.latent) for c, i in pairs if i.latent is not None]
-        if through_vae:
-            model.prefill_latents([c for c, _ in through_vae], [x for _, x in through_vae])
-        through_vit = [(c, i.vit_pixels) for c, i in pairs if i.vit_pixels is not None]
-        if through_vit:
-            model.prefill_vit([c for c, _ in through_vit], [x for _, x in through_vit])
+    for turn in zip_longest(*images):  # the first image of each context, then the second
+        for name, read in (("latent", model.prefill_latents), ("vit_pixels", model.prefill_vit)):
+            pairs = zip(contexts, (getattr(image, name, None) for image in turn), strict=True)
+            if seen := [pair for pair in pairs if pair[1] is not None]:
+                read(*zip(*seen, strict=True))
 
 
 def build_guidance(
@@ -89,9 +78,9 @@ def build_guidance(
     """Reads prompts, with the images before them, into the KV caches that guidance needs.
 
     Args:
-        prompt_ids: token ids of each prompt, without bos and eos.
-        images: images before each prompt; None for none.
-        system_ids: token ids of a text before everything, kept in all three.
+        prompt_ids: of each prompt, without bos and eos.
+        images: before each prompt; None for none.
+        system_ids: of a text before everything, kept in all three.
     """
     count = len(prompt_ids)
     full = model.new_contexts(count)
@@ -104,10 +93,11 @@ def build_guidance(
     model.prefill_text(full, prompt_ids)
     if edited := [i for i in range(count) if seen[i]]:
         model.prefill_text([without_image[i] for i in edited], [prompt_ids[i] for i in edited])
-    for i in range(count):
-        if not seen[i]:  # a fork, so that it is recognised as the same and not computed twice
-            without_image[i] = full[i].fork()
-    caches = zip(full, without_text, without_image, strict=True)
+    # Without images a fork, so that it is recognised as the same and not computed twice.
+    caches = [
+        (past, b, c if own else past.fork())
+        for past, b, c, own in zip(full, without_text, without_image, seen, strict=True)
+    ]
     return [Guidance(full=a, without_text=b, without_image=c) for a, b, c in caches]
 
 
@@ -140,8 +130,8 @@ class StepCache:
 
 
 class Expansion:
-    """Velocities of one branch of guidance of one image as a polynomial in the time, of degree
-    `order` as far as there are velocities."""
+    """Velocities of one branch of one image as a polynomial of the time, of degree `order` as far
+    as there are velocities."""
 
     def __init__(self, order: int) -> None:
         self.order = order
@@ -205,12 +195,11 @@ class SamplingConfig:
         check_int("num_timesteps", self.num_timesteps, 2, _MAX_TIMESTEPS)
         for name in ("timestep_shift", "cfg_text_scale", "cfg_img_scale"):
             check_number(name, getattr(self, name))
-        if self.timestep_shift <= 0:
-            raise ValueError(f"timestep_shift must be above 0, got {self.timestep_shift}")
-        object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
-        if len(self.cfg_interval) != 2:
-            raise ValueError(f"cfg_interval must be a pair (lo, hi), got {self.cfg_interval}")
-        for bound in self.cfg_interval:
+        require(self.timestep_shift > 0, "timestep_shift must be above 0", self.timestep_shift)
+        interval = tuple(self.cfg_interval)
+        object.__setattr__(self, "cfg_interval", interval)
+        require(len(interval) == 2, "cfg_interval must be a pair (lo, hi)", interval)
+        for bound in interval:
             check_number("cfg_interval", bound)
         renorm = choice("cfg_renorm_type", Renorm, self.cfg_renorm_type)
         object.__setattr__(self, "cfg_renorm_type", renorm)
@@ -223,13 +212,12 @@ class SamplingConfig:
         pairs: Any = ((1.0, self.top_k),) if is_one else self.top_k
         for pair in pairs:
             if not isinstance(pair, Sequence) or len(pair) != 2:
-                raise TypeError(
-                    f"top_k must be an integer or pairs (t, K), got {self.top_k!r:.120}"
-                )
+                rule = "must be an integer or pairs (t, K)"
+                raise TypeError(f"top_k {rule}, got {self.top_k!r:.120}")
             check_number("t of top_k", pair[0], 0, 1)
             check_int("top_k", pair[1], 1)
-        if not pairs or any(b[0] >= a[0] for a, b in pairwise(pairs)):
-            raise ValueError(f"t of top_k must descend, got {self.top_k!r:.120}")
+        descends = pairs and all(a[0] > b[0] for a, b in pairwise(pairs))
+        require(descends, "t of top_k must descend", f"{self.top_k!r:.120}")
         object.__setattr__(self, "top_k", tuple((t, k) for t, k in pairs))
 
     def top_k_at(self, time: float) -> int | None:
@@ -276,34 +264,38 @@ def guide(
     return rescaled(guided, -1) if renorm is Renorm.CHANNEL else rescaled(guided, -2, -1)
 
 
-def guided_steps(config: SamplingConfig) -> list[bool]:
-    """Returns for each step whether guidance is on."""
+class Step(NamedTuple):
+    """A step of denoising, from its time on."""
+
+    time: float
+    guided: bool
+    computed: bool  # the model runs; otherwise its velocity is extrapolated
+    top_k: int | None  # as `SamplingConfig.top_k_at`
+
+
+def denoising_steps(config: SamplingConfig) -> list[Step]:
+    """Returns the steps of denoising.
+
+    The model runs where the cache says so, and where guidance sets in, whose branches have no past,
+    or where the number of experts changes, and with it the function that is extrapolated.
+    """
     low, high = config.cfg_interval
     times = timestep_grid(config.num_timesteps, config.timestep_shift)[:-1]
     # Compared as fp32, as the source does: a bound that is a time of the grid meets it exactly.
-    inside = (times > low) & (times <= high) & (config.cfg_text_scale > 1)
-    return [bool(on) for on in inside]
-
-
-def computed_steps(config: SamplingConfig) -> list[bool]:
-    """Returns for each step whether the model runs; otherwise its velocity is extrapolated.
-
-    It runs where the cache says so, and where guidance sets in, whose branches have no past, or
-    where the number of experts changes, and with it the function that is extrapolated.
-    """
-    guided, cache = guided_steps(config), config.cache
-    if cache is None:
-        return [True] * len(guided)
-    times = timestep_grid(config.num_timesteps, config.timestep_shift).tolist()
-    active = [config.top_k_at(time) for time in times]
-    return [
-        step < cache.first
-        or step >= len(guided) - cache.last
-        or (step - cache.first + 1) % cache.interval == 0
-        or (on and not guided[step - 1])
-        or active[step] != active[step - 1]
-        for step, on in enumerate(guided)
-    ]
+    guided = (times > low) & (times <= high) & (config.cfg_text_scale > 1)
+    cache, steps = config.cache, list[Step]()
+    for n, (time, on) in enumerate(zip(times.tolist(), guided.tolist(), strict=True)):
+        top_k = config.top_k_at(time) if config.top_k else None
+        computed = (
+            cache is None
+            or n < cache.first
+            or n >= len(times) - cache.last
+            or (n - cache.first + 1) % cache.interval == 0
+            or (on and not steps[-1].guided)
+            or top_k != steps[-1].top_k
+        )
+        steps.append(Step(time, on, computed, top_k))
+    return steps
 
 
 def _branches(
@@ -311,9 +303,9 @@ def _branches(
 ) -> tuple[list[KVCache], list[int]]:
     """Returns the different contexts of an image, `full` first, and where in them are `full`, then
     with guidance without_text and, if it counts, without_image."""
-    others = [guidance.without_text, guidance.without_image]
-    count = guided * (2 if config.cfg_img_scale > 1 else 1)
-    wanted = [guidance.full, *others[:count]]
+    wanted = [guidance.full]
+    if guided:
+        wanted += [guidance.without_text, guidance.without_image][: 1 + (config.cfg_img_scale > 1)]
     contexts: list[KVCache] = []
     picks = []
     for past in wanted:
@@ -345,48 +337,38 @@ def sample_latents(
         config: how to sample.
         execution: how the model is run in each step; None op by op.
         on_step: called after each step with its number and its seconds.
-        on_latents: called after that with the latent tokens to expect at the end, x - t v, of each
-            image, [N, p * p * C] fp32.
+        on_latents: called after that with the tokens expected at the end, x - t v, of each image.
 
     Returns:
         The latent tokens of each image, [N, p * p * C] fp32 on the device of the model.
     """
-    channels = model.config.token_channels
-    if not len(guidance) == len(noise) == len(grids):
-        raise ValueError(
-            "guidance, noise and grids must have one entry per image, "
-            f"got {len(guidance)}, {len(noise)} and {len(grids)}"
-        )
+    counts = len(guidance), len(noise), len(grids)
+    rule = "guidance, noise and grids must have one entry per image"
+    require(len(set(counts)) == 1, rule, "{}, {} and {}".format(*counts))
     for x, (rows, columns) in zip(noise, grids, strict=True):
-        if tuple(x.shape) != (rows * columns, channels):
-            raise ValueError(
-                f"noise must have shape [{rows * columns}, {channels}] for "
-                f"{rows} x {columns} tokens, got {list(x.shape)}"
-            )
+        shape = [rows * columns, model.config.token_channels]
+        rule = f"noise must have shape {shape} for {rows} x {columns} tokens"
+        require(list(x.shape) == shape, rule, list(x.shape))
     tokens = [x.to(model.device, torch.float32) for x in noise]
     times = timestep_grid(config.num_timesteps, config.timestep_shift)
     on_device, widths = times.to(model.device), (times[:-1] - times[1:]).to(model.device)
-    guided, computed = guided_steps(config), computed_steps(config)
+    steps = denoising_steps(config)
     pairs: Any = config.top_k or ()
     for _, experts in pairs:
         blocks_for(model, experts)
-    active: list[int | None] = [None] * len(times)
-    if pairs:
-        active = [config.top_k_at(time) for time in times.tolist()]
-    branches = {on: [_branches(own, config, on) for own in guidance] for on in set(guided)}
+    branches = [[_branches(own, config, on) for own in guidance] for on in (False, True)]
     execution = execution or Execution()
     execution.check(model.device, model)
-    run: dict[tuple[bool, int | None], Step] = {}  # a graph keeps the experts it was recorded with
-    order = None if config.cache is None or all(computed) else config.cache.order
+    run: dict[tuple[bool, int | None], Any] = {}  # a graph keeps the experts it was recorded with
+    cache = None if all(own.computed for own in steps) else config.cache
     expansions: list[list[Expansion]] = [[] for _ in noise]
     # Of each image the velocities [N, p * p * C] in its branches, stacked or not.
     predictions: Sequence[Tensor | Sequence[Tensor]]
-    for step, (on, runs, top_k) in enumerate(zip(guided, computed, active[:-1], strict=True)):
+    for step, (time, on, computed, top_k) in enumerate(steps):
         start = clock.perf_counter()
-        time = float(times[step])
-        if step and top_k != active[step - 1]:
+        if step and top_k != steps[step - 1].top_k:
             expansions = [[] for _ in noise]
-        if runs:
+        if computed:
             if (on, top_k) not in run:
                 contexts = [own for own, _ in branches[on]]
                 run[on, top_k] = execution.start(Denoiser(model, grids, contexts))
@@ -398,10 +380,10 @@ def sample_latents(
             predictions = [[expansion.at(time) for expansion in own] for own in expansions]
         expected = []
         for i, (v, (_, (full, *others))) in enumerate(zip(predictions, branches[on], strict=True)):
-            if runs and order is not None:
+            if computed and cache is not None:
                 own = expansions[i]
                 del own[len(v) :]  # branches that guidance left behind
-                own += [Expansion(order) for _ in range(len(v) - len(own))]
+                own += [Expansion(cache.order) for _ in range(len(v) - len(own))]
                 for expansion, branch in zip(own, v, strict=True):
                     expansion.add(time, branch)
             velocity = guide(v[full], *(v[k] for k in others), config=config) if others else v[full]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_unified._common import require
 from sparse_unified.bagel.config import VAEConfig
 
 
@@ -33,9 +34,8 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, **factory)
         self.norm2 = Norm(outputs, **factory)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, **factory)
-        self.nin_shortcut = (
-            nn.Conv2d(inputs, outputs, 1, **factory) if inputs != outputs else nn.Identity()
-        )
+        is_same = inputs == outputs
+        self.nin_shortcut = nn.Identity() if is_same else nn.Conv2d(inputs, outputs, 1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv2(self.norm2(self.conv1(self.norm1(x))))
@@ -141,10 +141,6 @@ def _decoder(config: VAEConfig, **factory: Any) -> nn.Sequential:
 class AutoEncoder(nn.Module):
     """Pixels to scaled latents and back. The latent is the posterior mean: encoding is repeatable.
 
-    Args:
-        config: what it is made of.
-        factory: device and dtype of the parameters.
-
     Source: the autoencoder of FLUX as BAGEL uses it, which samples from the posterior instead.
     """
 
@@ -165,11 +161,10 @@ class AutoEncoder(nn.Module):
         return self.decoder.conv_in.weight.dtype
 
     def _input(self, x: Tensor, name: str, channels: int, step: int) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % step or x.shape[3] % step:
-            raise ValueError(
-                f"AutoEncoder: {name} must have shape [B, {channels}, H, W] with sides that are "
-                f"multiples of {step}, got {list(x.shape)}"
-            )
+        shape = list(x.shape)
+        fits = len(shape) == 4 and shape[1] == channels and not any(n % step for n in shape[2:])
+        rule = f"shape [B, {channels}, H, W] with sides that are multiples of {step}"
+        require(fits, f"AutoEncoder: {name} must have {rule}", shape)
         return x.to(device=self.device, dtype=self.dtype)
 
     @torch.no_grad()

@@ -13,17 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_unified._common import require
 from sparse_unified.bagel.config import VisionConfig
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
     """Cuts an image [C, H, W] into patches [H/p * W/p, p * p * C], each laid out p, p, C."""
     _, height, width = image.shape
-    if height % patch_size or width % patch_size or not height or not width:
-        raise ValueError(
-            f"patchify: image sides must be positive multiples of {patch_size}, "
-            f"got {height} x {width}"
-        )
+    fits = height and width and height % patch_size == width % patch_size == 0
+    rule = f"patchify: image sides must be positive multiples of {patch_size}"
+    require(fits, rule, f"{height} x {width}")
     grid = image.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # [C, h, p, w, p]
     return grid.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
 

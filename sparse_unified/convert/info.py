@@ -218,7 +218,7 @@ def _model_problems(source: Checkpoint) -> list[str]:
     if not source.vae_file.exists() or all(map(keys.find_ffn_key, source.specs)):
         return []
     specs = read_header(source.vae_file).tensors
-    vae = vae_config({key: spec.shape for key, spec in specs.items()}, where=VAE_FILE)
+    vae = vae_config(specs, where=VAE_FILE)
     problems = {VAE_FILE: tensor_problems(AutoEncoder(vae, device="meta"), specs)}
     if not source.problems():
         ids = SpecialTokens(bos=0, eos=0, start_of_image=0, end_of_image=0)

@@ -4,27 +4,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_unified.bagel import BagelPipeline
-from sparse_unified.bagel.config import (
-    BagelConfig,
-    LLMConfig,
-    SpecialTokens,
-    VAEConfig,
-    VisionConfig,
-)
-from sparse_unified.bagel.model import Bagel
+from sparse_unified._common import StrPath
+from sparse_unified.bagel import AutoEncoder, Bagel, BagelConfig, BagelPipeline
+from sparse_unified.bagel.config import LLMConfig, SpecialTokens, VAEConfig, VisionConfig
 from sparse_unified.bagel.tokenizer import SPECIAL_TEXTS
-from sparse_unified.bagel.vae import AutoEncoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 TOKENIZER = WEIGHTS / "tokenizer"
@@ -100,11 +93,7 @@ def new_model(seed: int) -> Bagel:
 
 
 def trained_weights(seed: int = 0) -> dict[str, Tensor]:
-    """Returns the tensors of a trained model that the package holds, fp32 by official key.
-
-    Args:
-        seed: that it was trained with; 0, 1 or 2.
-    """
+    """Returns the tensors, fp32 by official key, of the model trained with seed 0, 1 or 2."""
     return _stored(f"ema-{seed}.safetensors")
 
 
@@ -112,33 +101,43 @@ def _stored(name: str) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in load_file(WEIGHTS / name).items()}
 
 
-def write_model(directory: str | os.PathLike[str], model: Bagel | None = None) -> Path:
+def write_model(directory: StrPath, model: Bagel | None = None) -> Path:
     """Writes a model directory in the official format.
 
     Args:
         directory: made if it is not there; its files are replaced.
         model: dense; None takes the trained weights that the package holds.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = trained_weights() if model is None else model.state_dict()
     tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, directory / "ema.safetensors")
-    save_file(mini_autoencoder().state_dict(), directory / "ae.safetensors")
     config = mini_config()
-    sizes = asdict(config.llm)
-    del sizes["layers"], sizes["top_k"]
+    sizes, vit = asdict(config.llm), asdict(config.vision)
+    del sizes["layers"], sizes["top_k"], vit["num_channels"], vit["layer_norm_eps"]
     llm = {"model_type": "qwen2", "hidden_act": "silu", "qk_norm": True}
     llm |= {"tie_word_embeddings": False, **sizes}
-    vit = asdict(config.vision)
-    del vit["num_channels"], vit["layer_norm_eps"]
-    vit["num_hidden_layers"] += 1  # the official file counts SigLIP's last layer, too
+    write_files(directory, tensors, mini_autoencoder().state_dict(), llm, vit)
+    shutil.copytree(TOKENIZER, directory, dirs_exist_ok=True)
+    return Path(directory)
+
+
+def write_files(
+    directory: StrPath,
+    tensors: dict[str, Tensor],
+    vae: dict[str, Tensor],
+    llm: dict[str, Any],
+    vit: dict[str, Any],
+) -> None:
+    """Writes weights and descriptions of a model under their official names."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "ema.safetensors")
+    save_file(vae, directory / "ae.safetensors")
+    # The official file counts the last layer of SigLIP, which BAGEL leaves out.
+    vit = {**vit, "num_hidden_layers": vit["num_hidden_layers"] + 1}
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-    shutil.copytree(TOKENIZER, directory, dirs_exist_ok=True)
-    return directory
 
 
-def load_pipeline(directory: str | os.PathLike[str]) -> BagelPipeline:
+def load_pipeline(directory: StrPath) -> BagelPipeline:
     """Loads a directory of `write_model`, or what `convert` and `prune` made of it, in fp32."""
     return BagelPipeline.from_pretrained(directory, dtype=torch.float32)
