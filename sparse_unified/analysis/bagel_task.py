@@ -93,8 +93,8 @@ class Settings:
 
     def sampling(self) -> dict[str, Any]:
         """Returns the arguments of `generate`."""
-        sizes = {"size": self.size, "num_timesteps": self.num_timesteps, **self.guidance()}
-        return {**sizes, "batch_size": self.batch_size, "progress": False}
+        named = ("size", "num_timesteps", "batch_size")
+        return {n: getattr(self, n) for n in named} | self.guidance() | {"progress": False}
 
     def stated(self) -> dict[str, Any]:
         """Returns plain values, those of guidance only where they are not the official ones."""
@@ -121,8 +121,7 @@ def run_task(
 ) -> None:
     """Runs a model on samples, one after the other; arguments as in `calibrate`.
 
-    Args:
-        begin: called before each sample with its fingerprint, or its number if it has none.
+    `begin` is called before each sample with its fingerprint, or its number if it has none.
     """
     if not samples:
         raise ValueError("samples must be at least one, got none")
@@ -131,10 +130,8 @@ def run_task(
         if not isinstance(model, BagelPipeline):
             kind = type(model).__name__
             raise ValueError(f"model must be a BagelPipeline, or come with run, got a {kind} alone")
-        if choice("task", Task, task) is Task.UNDERSTANDING:
-            run = partial(answer, model, settings)
-        else:
-            run = partial(generate_samples, model, settings)
+        is_text = choice("task", Task, task) is Task.UNDERSTANDING
+        run = partial(answer if is_text else generate_samples, model, settings)
     show = progress or (lambda *_: None)
     for index, sample in enumerate(samples):
         show(index, len(samples))
@@ -329,20 +326,13 @@ def bagel_probe(
     *,
     evaluators: Mapping[str, Evaluator] | None = None,
 ) -> Probe:
-    """Returns the probe of one task.
+    """Returns the probe of one task, with more evaluators by name.
 
     Generation and editing are measured by the distance of whole generations to those of the dense
     model, and where every sample has its held-out image by the velocity error too; understanding
     by the agreement of text. The forward whose cost is measured is one velocity, without guidance,
     at the size of the first sample; of understanding, the reading of the first question with its
     images.
-
-    Args:
-        pipeline: the model.
-        task: which of the three.
-        samples: what it is run on.
-        settings: size, steps, length of answers.
-        evaluators: more of them, by name.
     """
     settings = settings or Settings()
     measures: dict[str, Evaluator]
@@ -415,12 +405,10 @@ def write_geneval(
     that an interrupted run has completed are kept. Returns `out`.
 
     Args:
-        pipeline: the model.
         metadata: of `read_metadata`.
         out: the folder of the folders; made if it is not there.
         num_images: per prompt.
         seed: of the first image.
-        settings: size, steps and guidance.
         prompts: numbers of those to generate; None is all.
     """
     sampling = (settings or Settings()).sampling()
