@@ -205,7 +205,7 @@ class Similarity(Report):
         return cls(layers=tuple(layers))
 
     def left_out(
-        self, component: str, keep_ratio: float, part: str, layers: Sequence[int]
+        self, component: str, keep_ratio: float, part: str, layers: Sequence[int] | None
     ) -> tuple[int, ...]:
         """Returns the `redundant` layers where max(1, round(keep_ratio * N)) of N stay."""
         count = len(self.cosines(component, part, layers))
