@@ -262,7 +262,7 @@ class _Work:
         start, found = time.perf_counter(), dict[str, float]()
         if self.geneval is not None and unit[1] == "geneval":
             folder = self.store.folder / "geneval" / model
-            self.geneval.write(pipeline, folder, settings=settings, prompts=[unit[2]])
+            self.geneval.write(pipeline, folder, settings, [unit[2]])
             seconds = (time.perf_counter() - start) / self.geneval.num_images
         else:
             for name, function in self.evaluators.items():
