@@ -229,7 +229,6 @@ class DenseDistance:
     dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # latents and pixels
 
     def prepare(self, pipeline: BagelPipeline) -> None:
-        """Generates with the dense model."""
         self.dense = self._latents_and_pixels(pipeline)
 
     def __call__(self, pipeline: BagelPipeline) -> dict[str, float]:
@@ -271,7 +270,6 @@ class TextAgreement:
     answers: list[list[int]] = field(default_factory=list)
 
     def prepare(self, pipeline: BagelPipeline) -> None:
-        """Takes the answers of the dense model."""
         answers = (answer(pipeline, self.settings, sample) for sample in self.samples)
         self.answers = [finished(pipeline, self.settings, own.token_ids) for own in answers]
 
@@ -460,7 +458,6 @@ class GenEvalImages:
         self.folder, self.better = out, geneval.better()
 
     def begin(self, point: str) -> None:
-        """Names the folder of the images that follow."""
         self.folder = self.out / point
 
     def __call__(self, pipeline: BagelPipeline) -> Mapping[str, float]:

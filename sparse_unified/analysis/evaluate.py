@@ -108,7 +108,6 @@ class Evaluation(Report):
         ]
 
     def to_markdown(self) -> str:
-        """Returns the table, its notes and the settings."""
         run, table = self.run, format_table([self.headings(), *self.table()], header=True)
         notes = "\n".join(f"- {note}" for note in self.notes())
         where = f"dtype {run['dtype']}, on {run['device']}."
@@ -341,7 +340,6 @@ class _Work:
         return len(missing)
 
     def better(self) -> dict[str, str]:
-        """Returns the directions of the metrics of users."""
         own = [directions(f, where="evaluator") for f in self.evaluators.values()]
         own += [self.geneval.better()] if self.geneval else []
         return {metric: way for found in own for metric, way in found.items()}

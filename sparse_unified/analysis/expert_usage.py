@@ -153,7 +153,6 @@ def watch_experts(
     Args:
         model: a model or pipeline with `SparseMoE` blocks, whose routers are in memory.
         num_time_ranges: R, into how many ranges the times of denoising are cut.
-        components: of which components; None is all.
     """
     blocks = find_sparse_blocks(model, components)
     watch = ExpertWatch(StatisticsConfig(num_time_ranges=num_time_ranges), blocks)
