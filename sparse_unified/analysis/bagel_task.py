@@ -93,8 +93,8 @@ class Settings:
 
     def sampling(self) -> dict[str, Any]:
         """Returns the arguments of `generate`."""
-        named = ("size", "num_timesteps", "batch_size")
-        return {n: getattr(self, n) for n in named} | self.guidance() | {"progress": False}
+        own = {"size": self.size, "num_timesteps": self.num_timesteps}
+        return {**own, **self.guidance(), "batch_size": self.batch_size, "progress": False}
 
     def stated(self) -> dict[str, Any]:
         """Returns plain values, those of guidance only where they are not the official ones."""
